@@ -1,0 +1,1 @@
+//! How hypervisors are moved. One folder each.

@@ -1,0 +1,1 @@
+//! The faces of virtd: D-Bus objects, signals, polkit.

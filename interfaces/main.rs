@@ -1,0 +1,3 @@
+//! virtd, the daemon.
+
+fn main() {}

@@ -1,0 +1,112 @@
+//! Who may do what: callers, actions, and the authority that is asked.
+//!
+//! Permissions are data: [`Action`] knows its polkit id, and a test holds `polkit/org.virt.policy` to the table.
+
+use crate::error::Error;
+use async_trait::async_trait;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// Whoever sent a call.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    /// The unique bus name; `None` on a connection without a bus.
+    pub bus_name: Option<String>,
+    /// The user.
+    pub uid: u32,
+    /// The call may wait for a person to authenticate.
+    pub interactive: bool,
+    /// Fires when the caller has left the bus.
+    pub departed: CancellationToken,
+}
+
+macro_rules! actions {
+    ($($(#[$meta:meta])* $name:ident = $id:literal, $deed:literal;)+) => {
+        /// What is asked of polkit.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        pub enum Action { $($(#[$meta])* $name,)+ }
+
+        impl Action {
+            /// All of them.
+            pub const ALL: &[Action] = &[$(Action::$name,)+];
+
+            /// The polkit action.
+            pub fn id(self) -> &'static str {
+                match self { $(Action::$name => concat!("org.virt.domain.", $id),)+ }
+            }
+
+            /// The deed, completing 'Authentication is required to …'.
+            pub fn deed(self) -> &'static str {
+                match self { $(Action::$name => $deed,)+ }
+            }
+        }
+    };
+}
+
+actions! {
+    /// Configuration and statistics.
+    Read = "read", "read the configuration of";
+    /// The same with passwords.
+    ReadSecure = "read-secure", "read the passwords of";
+    /// Store or change a configuration.
+    Define = "define", "define or change";
+    /// Remove a configuration.
+    Delete = "delete", "delete";
+    /// Start.
+    Start = "start", "start";
+    /// Shut down, destroy, reboot, reset.
+    Stop = "stop", "stop";
+    /// Suspend and resume.
+    Suspend = "suspend", "suspend or resume";
+    /// Save and restore.
+    Save = "save", "save or restore";
+    /// Create and delete snapshots.
+    Snapshot = "snapshot", "take or delete a snapshot of";
+    /// Revert to a snapshot.
+    Revert = "revert", "revert";
+    /// Attach, detach, resize.
+    Device = "device", "change the devices of";
+    /// Console, display, screenshot, keys.
+    Console = "console", "use the console of";
+    /// Raw hypervisor arguments.
+    Native = "native", "give raw hypervisor arguments to";
+    /// Cancel somebody else's job.
+    Job = "job", "cancel a job of";
+}
+
+/// What an action is about; the details passed to polkit.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Subject {
+    /// The driver's name, or empty.
+    pub driver: String,
+    /// The domain's name, or empty where no domain is concerned.
+    pub domain_name: String,
+    /// The domain's uuid.
+    pub domain_uuid: Option<Uuid>,
+    /// The uid that defined the domain; `None` for one that is only about to be defined.
+    pub owner: Option<u32>,
+    /// The snapshot's name, where there is one.
+    pub snapshot_name: Option<String>,
+}
+
+/// What an authority would answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Allowed.
+    Yes,
+    /// Not allowed.
+    No,
+    /// Allowed after authentication.
+    Challenge,
+}
+
+/// Decides who may do what: polkit on the system bus, everything to the owner of a session bus.
+#[async_trait]
+pub trait Authority: Send + Sync {
+    /// Returns if `caller` may do `action` to `subject`; may wait for a person when `caller.interactive`.
+    /// Errors: [`Error::AccessDenied`], [`Error::InteractionRequired`]; never anything that means yes.
+    async fn check(&self, caller: &Caller, action: Action, subject: &Subject) -> Result<(), Error>;
+
+    /// What `check` would answer, without asking a person. A failure to find out is `No`.
+    async fn can(&self, caller: &Caller, action: Action, subject: &Subject) -> Answer;
+}

@@ -1,0 +1,115 @@
+//! Everything the service refuses or fails at, as reasons a caller can act on.
+//!
+//! Each text is one sentence with object, cause and remedy; `interfaces/error.rs` gives each variant its name on the bus.
+
+use virt_model::driver::DriverError;
+use virt_model::xml::Finding;
+
+/// The service's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something was not done. Unless a variant says otherwise, nothing has changed.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Error {
+    /// No such domain.
+    #[error("no domain with {what} '{value}'")]
+    NoSuchDomain {
+        /// `uuid`, `name` or `id`.
+        what: &'static str,
+        /// What was looked for.
+        value: String,
+    },
+    /// Name or uuid is taken by another domain.
+    #[error("{0}")]
+    DomainExists(String),
+    /// An argument, an option's key or value.
+    #[error("{0}")]
+    InvalidArgument(String),
+    /// The document is not one that can be stored.
+    #[error("{}", list(.0))]
+    ConfigInvalid(Vec<Finding>),
+    /// The document asks for what cannot be had.
+    #[error("{0}")]
+    ConfigUnsupported(String),
+    /// Not in this state; says the state and what to do.
+    #[error("{0}")]
+    OperationInvalid(String),
+    /// This hypervisor cannot, or this version of virtd.
+    #[error("{0}")]
+    OperationUnsupported(String),
+    /// Another job has had the domain for as long as we wait.
+    #[error("domain '{domain}' is busy with '{job}'; try again when that has ended, or cancel it")]
+    Busy {
+        /// The domain's name.
+        domain: String,
+        /// The operation that holds it, and its job object if it has one.
+        job: String,
+    },
+    /// The job was cancelled.
+    #[error("{0}")]
+    Cancelled(String),
+    /// The hypervisor did not answer.
+    #[error("{0}")]
+    TimedOut(String),
+    /// No guest agent.
+    #[error("{0}")]
+    AgentUnavailable(String),
+    /// The hypervisor failed.
+    #[error("{0}")]
+    HypervisorFailed(String),
+    /// A disk image or virtd's own files.
+    #[error("{0}")]
+    StorageFailed(String),
+    /// The file system is full.
+    #[error("{0}")]
+    NoSpace(String),
+    /// A caller has more than its share.
+    #[error("{0}")]
+    LimitsExceeded(String),
+    /// polkit says no; names the action.
+    #[error("{0}")]
+    AccessDenied(String),
+    /// polkit would ask a person, and the call does not allow it.
+    #[error("{0}")]
+    InteractionRequired(String),
+    /// A bug.
+    #[error("{0}")]
+    Internal(String),
+}
+
+/// The first finding, and how many more there are.
+fn list(findings: &[Finding]) -> String {
+    match findings {
+        [] => "the document is not valid".to_owned(),
+        [one] => one.to_string(),
+        [first, rest @ ..] => format!("{first} (and {} more; ValidateDomain lists them all)", rest.len()),
+    }
+}
+
+impl Error {
+    /// What a driver said while it was to `deed` domain `name`.
+    pub fn from_driver(name: &str, deed: &str, error: DriverError) -> Error {
+        let text = format!("cannot {deed} domain '{name}': {error}");
+        match error {
+            DriverError::Config(_) => Error::ConfigUnsupported(text),
+            DriverError::Unsupported(_) => Error::OperationUnsupported(text),
+            DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
+            DriverError::Hypervisor(_) => Error::HypervisorFailed(text),
+            DriverError::TimedOut(_) => Error::TimedOut(text),
+            DriverError::Storage(_) => Error::StorageFailed(text),
+            DriverError::Gone => Error::OperationInvalid(format!("cannot {deed} domain '{name}': it has just ended")),
+            DriverError::Cancelled => Error::Cancelled(format!("the attempt to {deed} domain '{name}' was cancelled")),
+            DriverError::Internal(_) => Error::Internal(text),
+        }
+    }
+
+    /// What the operating system said of one of virtd's own files.
+    pub fn from_io(what: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
+        let text = format!("cannot {what} {}: {error}", path.display());
+        if error.kind() == std::io::ErrorKind::StorageFull || error.kind() == std::io::ErrorKind::QuotaExceeded {
+            Error::NoSpace(text)
+        } else {
+            Error::StorageFailed(text)
+        }
+    }
+}

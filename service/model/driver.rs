@@ -1,0 +1,231 @@
+//! The contract between the service and a hypervisor: [`Driver`], [`Instance`], and what an instance reports.
+//!
+//! The service owns what a domain is called, whether it is stored, who may touch it and whose turn it is. A driver moves
+//! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
+//! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
+
+use crate::domain::DomainDef;
+use crate::state::{PmSuspended, ShutdownBy, Suspended};
+use crate::xml::Finding;
+use async_trait::async_trait;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+/// A hypervisor that can run domains.
+#[async_trait]
+pub trait Driver: Send + Sync {
+    /// The name on the bus, e.g. `qemu`.
+    fn name(&self) -> &'static str;
+
+    /// The `<domain type='…'>` values it serves.
+    fn types(&self) -> &'static [&'static str];
+
+    /// Fills in what a definition leaves open and must never change again: the emulator, the machine's versioned name,
+    /// addresses, controllers. Called once, when a definition is stored or a transient domain is created; it keeps what
+    /// is there. Errors are [`DriverError::Config`], and `def` is then to be thrown away.
+    async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError>;
+
+    /// Everything in `def` that this driver on this host could not run now, in document order. Empty: `start` would go
+    /// as far as the hypervisor. Changes nothing.
+    async fn check(&self, def: &DomainDef) -> Vec<Finding>;
+
+    /// What `start` would run, in the hypervisor's own terms; `format` is e.g. `qemu-argv`.
+    async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError>;
+
+    /// The `<capabilities>` document of host and driver.
+    async fn capabilities(&self) -> Result<String, DriverError>;
+
+    /// Starts a guest with its CPUs running (or standing, if [`Launch::paused`]). Returns once that is so. On failure, or
+    /// when [`Launch::cancel`] fires (then [`DriverError::Cancelled`]), no trace of the guest is left: no process,
+    /// no runtime file, no permission given away. A start emits neither `Resumed` nor `Suspended`.
+    async fn start(&self, launch: Launch) -> Result<Running, DriverError>;
+
+    /// Finds a guest that outlived the last virtd, from what [`Recorder::record`] was last given. A guest whose start was
+    /// cut off is ended, and `None` returned, as for one that has gone; either way its leavings are cleaned up.
+    async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError>;
+}
+
+/// What `start` needs to know.
+pub struct Launch {
+    /// The completed definition.
+    pub def: DomainDef,
+    /// Leave the CPUs standing.
+    pub paused: bool,
+    /// Make the firmware variables anew from their template.
+    pub reset_nvram: bool,
+    /// An existing, empty directory for sockets and the like, mode 0711, removed by the service when the guest has gone.
+    pub runtime_dir: PathBuf,
+    /// Where the hypervisor's own output goes; appended to, bounded by the driver at each start.
+    pub log_file: PathBuf,
+    /// Where the driver's record goes.
+    pub recorder: Arc<dyn Recorder>,
+    /// Where reports go.
+    pub events: EventSink,
+    /// Fires when the start is no longer wanted.
+    pub cancel: CancellationToken,
+}
+
+/// Keeps what a driver must know to find its guest again.
+pub trait Recorder: Send + Sync {
+    /// Replaces the driver's record, durably, before it returns. A driver records before there is anything to lose: the
+    /// first time before the hypervisor can run a single instruction.
+    fn record(&self, record: serde_json::Value) -> std::io::Result<()>;
+}
+
+/// What `start` hands back.
+pub struct Running {
+    /// The living guest.
+    pub instance: Arc<dyn Instance>,
+    /// The definition as it runs: `launch.def` plus runtime facts (terminals, ports). Its `id` is the service's matter.
+    pub live: DomainDef,
+}
+
+/// What `reconnect` needs to know.
+pub struct Reconnect {
+    /// The definition that ran when last seen.
+    pub live: DomainDef,
+    /// What was last recorded.
+    pub record: serde_json::Value,
+    /// As in [`Launch`].
+    pub runtime_dir: PathBuf,
+    /// As in [`Launch`].
+    pub log_file: PathBuf,
+    /// As in [`Launch`].
+    pub recorder: Arc<dyn Recorder>,
+    /// As in [`Launch`]; reports begin after `reconnect` has returned.
+    pub events: EventSink,
+}
+
+/// What `reconnect` hands back.
+pub struct Reconnected {
+    /// The living guest.
+    pub instance: Arc<dyn Instance>,
+    /// What it does now, asked of the hypervisor.
+    pub condition: Condition,
+}
+
+/// What a guest is found doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Condition {
+    /// CPUs run.
+    Running,
+    /// CPUs stand, for this reason if it can be told.
+    Suspended(Suspended),
+    /// The guest has powered off; the instance still stands.
+    PoweredOff,
+    /// The guest has panicked and stands still.
+    Panicked,
+    /// The guest sleeps.
+    PmSuspended(PmSuspended),
+}
+
+/// One running guest. Methods may be called concurrently; each returns an error rather than wait without end
+/// ([`DriverError::TimedOut`]). What they cause is reported through the sink *before* they return.
+#[async_trait]
+pub trait Instance: Send + Sync {
+    /// Asks the guest to power off. Returns when asked, not when done.
+    async fn shutdown(&self, mode: ShutdownMode) -> Result<(), DriverError>;
+
+    /// Asks the guest to reboot. Returns when asked.
+    async fn reboot(&self, mode: ShutdownMode) -> Result<(), DriverError>;
+
+    /// Resets the machine, as with its button. Also brings back a guest that was [`DriverEvent::PoweredOff`] or
+    /// [`DriverEvent::Panicked`]: its CPUs then stand at the reset vector until `resume`.
+    async fn reset(&self) -> Result<(), DriverError>;
+
+    /// Stops the CPUs; reports `Suspended(Paused)`.
+    async fn suspend(&self) -> Result<(), DriverError>;
+
+    /// Lets the CPUs go on; reports `Resumed`.
+    async fn resume(&self) -> Result<(), DriverError>;
+
+    /// Ends the guest and returns when its process has gone; `Exited` has then been reported. A hypervisor that does not
+    /// listen is killed, unless `graceful`: then [`DriverError::TimedOut`] and the guest is as before. Works whatever
+    /// else hangs.
+    async fn destroy(&self, graceful: bool) -> Result<(), DriverError>;
+}
+
+/// How a guest is asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShutdownMode {
+    /// Whatever the driver thinks best.
+    Default,
+    /// The ACPI power button.
+    Acpi,
+    /// The guest agent.
+    Agent,
+}
+
+/// What an instance reports.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DriverEvent {
+    /// CPUs stopped.
+    Suspended(Suspended),
+    /// CPUs go on.
+    Resumed,
+    /// The guest fell asleep.
+    PmSuspended(PmSuspended),
+    /// The guest woke up.
+    Woken,
+    /// The guest has powered off (or rebooted, where `on_reboot` says that ends it: `rebooting`). The instance still
+    /// stands, CPUs still; the service decides by `on_poweroff`/`on_reboot` and calls `destroy`, or `reset` and `resume`.
+    PoweredOff {
+        /// Who did it.
+        by: ShutdownBy,
+        /// It was a reboot.
+        rebooting: bool,
+    },
+    /// The guest panicked and stands still; the service decides by `on_crash`.
+    Panicked,
+    /// The process has gone. Always the last report, exactly once.
+    Exited(Exit),
+}
+
+/// How a guest's process ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// `destroy` was called.
+    Requested,
+    /// It ended in order without `destroy` (a signal from outside, `quit` on another monitor).
+    Orderly,
+    /// It died; with its last words, empty if it had none.
+    Died(String),
+}
+
+/// Where an instance reports to. Bounded by what a guest can cause; never blocks the driver.
+pub type EventSink = mpsc::UnboundedSender<DriverEvent>;
+
+/// Why a driver did not do what it was asked. Texts name the cause and, where there is one, the remedy; the service adds
+/// the domain's name.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum DriverError {
+    /// Parts of the configuration that cannot be run; never empty.
+    #[error("{}", .0.iter().map(|f| f.message.as_str()).collect::<Vec<_>>().join("; "))]
+    Config(Vec<Finding>),
+    /// This hypervisor cannot do it, now or at all.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The guest has no agent that answers.
+    #[error("{0}")]
+    AgentUnavailable(String),
+    /// The hypervisor refused or failed; ends with its own last words.
+    #[error("{0}")]
+    Hypervisor(String),
+    /// The hypervisor did not answer in time.
+    #[error("{0}")]
+    TimedOut(String),
+    /// A file or device could not be used.
+    #[error("{0}")]
+    Storage(String),
+    /// The guest has gone.
+    #[error("the guest has ended")]
+    Gone,
+    /// The start was cancelled.
+    #[error("cancelled")]
+    Cancelled,
+    /// A bug, or the host failing in a way nobody planned for.
+    #[error("{0}")]
+    Internal(String),
+}

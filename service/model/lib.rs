@@ -1,0 +1,6 @@
+//! What a domain *is* and what a driver *can*: plain values, no I/O, no clock.
+
+pub mod domain;
+pub mod driver;
+pub mod state;
+pub mod xml;
