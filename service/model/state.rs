@@ -19,6 +19,7 @@ macro_rules! words {
     ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $word:literal,)+ }) => {
         $(#[$meta])*
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[allow(missing_docs, reason = "most words say it themselves")]
         pub enum $name { $($(#[$vmeta])* #[serde(rename = $word)] $variant,)+ }
 
         impl $name {
@@ -136,7 +137,6 @@ words! {
 
 words! {
     /// Details of [`Lifecycle::Defined`].
-    #[allow(missing_docs)]
     Defined { Added = "added", Updated = "updated", Renamed = "renamed", FromSnapshot = "from-snapshot", }
 }
 words! {
