@@ -10,6 +10,9 @@ use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::state::{Defined, Lifecycle, Undefined};
 
+/// What runs and what is stored.
+type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
+
 /// Which configuration a change is for. Neither: what runs, and the stored one if there is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Affect {
@@ -256,7 +259,7 @@ impl Domain {
     }
 
     /// The definitions a change is for: live, stored.
-    fn affected(&self, deed: &str, affect: Affect) -> Result<(Option<Arc<DomainDef>>, Option<Arc<DomainDef>>)> {
+    fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
         let (live, stored) = self.configurations();
         if affect.live && live.is_none() {
             return Err(self.not_active(&format!("something to {deed} in what runs")));
@@ -281,7 +284,7 @@ impl Domain {
     }
 
     /// What runs and what is stored.
-    fn configurations(&self) -> (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>) {
+    fn configurations(&self) -> Configurations {
         let state = lock(&self.state);
         (state.guest.as_ref().map(|g| g.live.clone()), state.stored.clone())
     }
