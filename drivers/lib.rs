@@ -1,1 +1,2 @@
 //! How hypervisors are moved. One folder each.
+pub mod qemu;
