@@ -188,7 +188,10 @@ fn the_unknown_means_nothing() {
 fn what_changed_in_a_silence_is_news() {
     let mut guest = running();
     assert_eq!(guest.found_again(Condition::Running), None);
-    assert_eq!(guest.found_again(Condition::Suspended(Suspended::IoError)).unwrap(), DriverEvent::Suspended(Suspended::IoError));
+    assert_eq!(
+        guest.found_again(Condition::Suspended(Suspended::IoError)).unwrap(),
+        DriverEvent::Suspended(Suspended::IoError)
+    );
     assert_eq!(guest.found_again(Condition::Running), Some(DriverEvent::Resumed));
     assert_eq!(guest.found_again(Condition::Panicked), Some(DriverEvent::Panicked));
 }
