@@ -20,7 +20,7 @@
 //! | `flat` | several of the above, in a struct of their own | `T: Flat` |
 
 use super::value::{Bool, Value};
-use crate::xml::{Attribute, Element, Finding, Node, Place};
+use crate::xml::{Attribute, Element, Finding, Node, Place, shorten};
 
 /// Something that is one element.
 pub trait Part: Sized {
@@ -100,7 +100,7 @@ pub(crate) fn value<T: Value>(text: &str, place: &Place, log: &mut Vec<Finding>)
     match T::from_text(text) {
         Ok(value) => Some(value),
         Err(expected) => {
-            log.push(Finding::invalid(place, format!("'{text}' is not {expected}")));
+            log.push(Finding::invalid(place, format!("'{}' is not {expected}", shorten(text))));
             None
         }
     }
