@@ -135,6 +135,9 @@ impl DomainDef {
         let mut log = Vec::new();
         native::canonical_prefixes(&mut root, &mut log);
         format::check(&mut root, &mut log);
+        // What is only kept, too, has one order from here on.
+        native::declare_prefixes(&mut root);
+        format::arrange(&mut root);
         let reboot = root.child("on_reboot").is_some();
         let mut def = DomainDef::read(root, &mut log);
         if !reboot {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Where something stands in the document it was read from. Never part of a comparison: two definitions that say the
 /// same are equal wherever they say it.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Place {
     /// From 1; 0 for what no document said.
     pub line: u32,
@@ -14,6 +14,12 @@ pub struct Place {
     pub column: u32,
     /// Where in the tree.
     pub path: Path,
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{} {}", self.line, self.column, self.path)
+    }
 }
 
 impl PartialEq for Place {
@@ -49,10 +55,9 @@ impl Place {
 
 /// The way from the root element, e.g. `/devices/disk[2]/target/@dev`; `/` for the root itself. Steps are shared, so
 /// that a deep tree costs no more than its elements.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Default)]
 pub struct Path(Option<Arc<Step>>);
 
-#[derive(Debug)]
 struct Step {
     parent: Path,
     name: String,
@@ -88,6 +93,12 @@ impl Path {
     /// Whether it leads to an attribute.
     pub fn is_attribute(&self) -> bool {
         self.0.as_ref().is_some_and(|step| step.name.starts_with('@'))
+    }
+}
+
+impl fmt::Debug for Path {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
     }
 }
 
