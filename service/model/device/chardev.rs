@@ -27,7 +27,7 @@ flat! {
     /// The host's end.
     pub struct CharSource {
         /// What it is; `pty` if absent.
-        need "type" => kind: CharKind,
+        or_default "type" => kind: CharKind,
         /// Runtime: the terminal, where libvirt repeats it on `<console>`.
         attr "tty" => tty: Option<String>,
         /// `<source>`; UDP has two, `bind` and `connect`.

@@ -1,7 +1,7 @@
 //! `<devices>`: one file per element, and what all devices share.
 
 use crate::domain::part::{element, flat};
-use crate::xml::Element;
+use crate::xml::{Element, Place};
 
 pub mod address;
 pub mod chardev;
@@ -65,6 +65,56 @@ impl Devices {
     /// Devices of kinds that are kept and not acted upon, e.g. `<hostdev>`.
     pub fn untyped(&self) -> &[Element] {
         &self.rest.elements
+    }
+
+    /// Name, place and turn of every typed device, with where it stands.
+    pub fn infos(&self) -> Vec<(&DeviceInfo, &Place)> {
+        let mut all = Vec::new();
+        all.extend(self.disks.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.controllers.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.interfaces.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.serials.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.consoles.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.channels.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.inputs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.tpms.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.sounds.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.videos.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.redirdevs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.watchdogs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.memballoon.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.rngs.iter().map(|d| (&d.info, &d.at)));
+        all
+    }
+
+    /// The same, to be changed.
+    pub fn infos_mut(&mut self) -> Vec<&mut DeviceInfo> {
+        let mut all = Vec::new();
+        all.extend(self.disks.iter_mut().map(|d| &mut d.info));
+        all.extend(self.controllers.iter_mut().map(|d| &mut d.info));
+        all.extend(self.interfaces.iter_mut().map(|d| &mut d.info));
+        all.extend(self.serials.iter_mut().map(|d| &mut d.info));
+        all.extend(self.consoles.iter_mut().map(|d| &mut d.info));
+        all.extend(self.channels.iter_mut().map(|d| &mut d.info));
+        all.extend(self.inputs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.tpms.iter_mut().map(|d| &mut d.info));
+        all.extend(self.sounds.iter_mut().map(|d| &mut d.info));
+        all.extend(self.videos.iter_mut().map(|d| &mut d.info));
+        all.extend(self.redirdevs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.watchdogs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.memballoon.iter_mut().map(|d| &mut d.info));
+        all.extend(self.rngs.iter_mut().map(|d| &mut d.info));
+        all
+    }
+
+    /// The host's end of every character device that is a device of its own.
+    pub fn char_sources_mut(&mut self) -> Vec<&mut CharSource> {
+        let mut all = Vec::new();
+        all.extend(self.serials.iter_mut().map(|d| &mut d.source));
+        all.extend(self.consoles.iter_mut().map(|d| &mut d.source));
+        all.extend(self.channels.iter_mut().map(|d| &mut d.source));
+        all.extend(self.redirdevs.iter_mut().map(|d| &mut d.source));
+        all
     }
 }
 

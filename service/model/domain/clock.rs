@@ -32,7 +32,7 @@ element! {
     /// `<clock>`
     pub struct Clock {
         /// What it starts from.
-        need "offset" => offset: ClockOffset,
+        or_default "offset" => offset: ClockOffset,
         /// Each `<timer>`.
         children "timer" => timers: Vec<Timer>,
     }

@@ -7,9 +7,13 @@
 //!
 //! Each section has a file with type, read and write. `format` knows every name and the order of output.
 
+mod checks;
 pub mod clock;
 pub mod cpu;
+mod defaults;
 pub mod features;
+mod format;
+mod forms;
 pub mod memory;
 pub mod metadata;
 pub mod native;
@@ -18,7 +22,7 @@ pub mod part;
 pub mod value;
 
 use crate::device::Devices;
-use crate::xml::{Element, Finding, FindingKind, Place};
+use crate::xml::{self, Element, Finding, FindingKind, Place};
 use clock::{Clock, Pm};
 use cpu::Cpu;
 use features::Features;
@@ -115,24 +119,64 @@ impl Kept {
 
     /// Whether it is an attribute, else an element.
     pub fn is_attribute(&self) -> bool {
-        self.at.path.rsplit('/').next().is_some_and(|last| last.starts_with('@'))
+        self.at.path.is_attribute()
     }
 }
 
 impl DomainDef {
     /// Reads a domain document. Everything wrong is reported at once, never an empty list; nothing read is dropped.
-    pub fn parse(_xml: &str) -> Result<DomainDef, Vec<Finding>> {
-        Err(Vec::new())
+    pub fn parse(xml: &str) -> Result<DomainDef, Vec<Finding>> {
+        let root = xml::read(xml, &[("domain", "metadata")]).map_err(|finding| vec![finding])?;
+        DomainDef::from_tree(root)
+    }
+
+    /// The same from a tree whose `<metadata>` was kept verbatim.
+    pub fn from_tree(mut root: Element) -> Result<DomainDef, Vec<Finding>> {
+        let mut log = Vec::new();
+        native::canonical_prefixes(&mut root, &mut log);
+        format::check(&mut root, &mut log);
+        // What is only kept, too, has one order from here on.
+        native::declare_prefixes(&mut root);
+        format::arrange(&mut root);
+        let reboot = root.child("on_reboot").is_some();
+        let mut def = DomainDef::read(root, &mut log);
+        if !reboot {
+            def.on_reboot = LifecycleAction::Restart;
+        }
+        if def.uuid.is_nil() {
+            def.uuid = Uuid::new_v4();
+        }
+        checks::check(&def, &mut log);
+        log.sort_by_key(|finding| (finding.line, finding.column));
+        if log.is_empty() { Ok(def) } else { Err(log) }
     }
 
     /// Writes it, in libvirt's order and layout (two spaces, one final newline).
-    pub fn write(&self, _form: Form) -> String {
-        self.tree().write()
+    pub fn write(&self, form: Form) -> String {
+        self.in_form(form).tree().write()
     }
 
     /// The whole of it, secrets and runtime facts included, in libvirt's order.
     pub fn tree(&self) -> Element {
-        Part::write(self, "domain")
+        let mut root = Part::write(self, "domain");
+        native::declare_prefixes(&mut root);
+        format::arrange(&mut root);
+        root
+    }
+
+    /// Whether both are the same configuration, runtime facts aside.
+    pub fn same_configuration(&self, other: &DomainDef) -> bool {
+        let stored = Form { inactive: true, secure: true, migratable: false };
+        self.write(stored) == other.write(stored)
+    }
+
+    /// Everything that is kept and shown and that no typed field holds, in document order: what a driver must refuse by
+    /// name unless it may be ignored. Metadata and namespace declarations are not among it.
+    pub fn unhandled(&self) -> Vec<Kept> {
+        let mut kept = Vec::new();
+        collect_kept(&self.tree(), &mut kept);
+        kept.sort_by_key(|kept| (kept.at.line, kept.at.column));
+        kept
     }
 
     /// `os/type`: `hvm` and the like.
@@ -162,6 +206,21 @@ impl DomainDef {
 
     /// Whether raw hypervisor arguments are in it (`qemu:commandline` and the like).
     pub fn has_native_arguments(&self) -> bool {
-        self.native.is_some()
+        self.native.is_some() || self.rest.elements.iter().any(|element| element.name.contains(':'))
+    }
+}
+
+/// What typed fields write has no place in a document; what was kept has.
+fn collect_kept(element: &Element, kept: &mut Vec<Kept>) {
+    for attribute in element.attributes.iter().filter(|a| a.at.is_known() && !a.name.starts_with("xmlns:")) {
+        let (name, value) = (attribute.name.clone(), attribute.value.clone());
+        kept.push(Kept { at: attribute.at.clone(), name, value });
+    }
+    for child in element.elements() {
+        if child.at.is_known() {
+            kept.push(Kept { at: child.at.clone(), name: child.name.clone(), value: child.text() });
+        } else {
+            collect_kept(child, kept);
+        }
     }
 }

@@ -7,6 +7,7 @@
 //! |---|---|---|
 //! | `attr "x"` | attribute | `Option<T: Value>` |
 //! | `need "x"` | attribute that must be there | `T: Value` |
+//! | `or_default "x"` | attribute, written always | `T: Value` |
 //! | `yes_no "x"`, `on_off "x"` | attribute | `Option<bool>` |
 //! | `text` | the element's text | `Option<T: Value>` |
 //! | `need_text` | the same, must be there | `T: Value` |
@@ -20,7 +21,7 @@
 //! | `flat` | several of the above, in a struct of their own | `T: Flat` |
 
 use super::value::{Bool, Value};
-use crate::xml::{Attribute, Element, Finding, Node, Place};
+use crate::xml::{Attribute, Element, Finding, Node, Place, shorten};
 
 /// Something that is one element.
 pub trait Part: Sized {
@@ -100,7 +101,7 @@ pub(crate) fn value<T: Value>(text: &str, place: &Place, log: &mut Vec<Finding>)
     match T::from_text(text) {
         Ok(value) => Some(value),
         Err(expected) => {
-            log.push(Finding::invalid(place, format!("'{text}' is not {expected}")));
+            log.push(Finding::invalid(place, format!("'{}' is not {expected}", shorten(text))));
             None
         }
     }
@@ -176,6 +177,9 @@ macro_rules! take_field {
     (need $x:literal, $at:ident, $log:ident) => {
         $crate::domain::part::need_attr(&mut *$at, $x, $log)
     };
+    (or_default $x:literal, $at:ident, $log:ident) => {
+        $crate::domain::part::take_attr(&mut *$at, $x, $log).unwrap_or_default()
+    };
     (yes_no $x:literal, $at:ident, $log:ident) => {
         $crate::domain::part::take_bool(&mut *$at, $x, $crate::domain::value::Bool::YesNo, $log)
     };
@@ -220,6 +224,9 @@ macro_rules! put_field {
         $crate::domain::part::put_attr($to, $x, $value.as_ref())
     };
     (need $x:literal, $value:expr, $to:ident) => {
+        $crate::domain::part::put_attr($to, $x, Some(&$value))
+    };
+    (or_default $x:literal, $value:expr, $to:ident) => {
         $crate::domain::part::put_attr($to, $x, Some(&$value))
     };
     (yes_no $x:literal, $value:expr, $to:ident) => {

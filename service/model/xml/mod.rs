@@ -3,48 +3,17 @@
 //! [`read`] refuses what is not well-formed, also where the library below it would not; [`Element`] is what it gives;
 //! [`Element::write`] lays it out as libvirt does.
 
+mod chars;
+mod namespaces;
+mod place;
+mod read;
 mod tree;
 mod write;
 
+pub use place::{Path, Place};
+pub use read::{MAX_DEPTH, MAX_ELEMENTS, MAX_SIZE, read, read_spans};
 pub use tree::{Attribute, Element, Node};
 pub use write::{escape_attribute, escape_text};
-
-/// Where something stands in the document it was read from. Never part of a comparison: two definitions that say the
-/// same are equal wherever they say it.
-#[derive(Clone, Debug, Default)]
-pub struct Place {
-    /// From 1; 0 for what no document said.
-    pub line: u32,
-    /// From 1, in characters; 0 as for `line`.
-    pub column: u32,
-    /// E.g. `/devices/disk[2]/target/@dev`; empty for the root element.
-    pub path: String,
-}
-
-impl PartialEq for Place {
-    fn eq(&self, _: &Place) -> bool {
-        true
-    }
-}
-
-impl Eq for Place {}
-
-impl Place {
-    /// Whether a document said it.
-    pub fn is_known(&self) -> bool {
-        self.line > 0
-    }
-
-    /// This element's attribute; its line and column are the element's.
-    pub fn attribute(&self, name: &str) -> Place {
-        Place { path: format!("{}/@{name}", self.path), ..self.clone() }
-    }
-
-    /// A child that is missing, or whose own place is not known.
-    pub fn child(&self, name: &str) -> Place {
-        Place { path: format!("{}/{name}", self.path), ..self.clone() }
-    }
-}
 
 /// One thing wrong with a document, or with what it asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,8 +44,7 @@ pub enum FindingKind {
 impl Finding {
     /// A finding about `place`.
     pub fn new(kind: FindingKind, place: &Place, message: impl Into<String>) -> Finding {
-        let path = if place.path.is_empty() { "/".to_owned() } else { place.path.clone() };
-        Finding { kind, line: place.line, column: place.column, path, message: message.into() }
+        Finding { kind, line: place.line, column: place.column, path: place.path.to_string(), message: message.into() }
     }
 
     /// The document cannot be stored.
@@ -99,5 +67,24 @@ impl std::fmt::Display for Finding {
     /// `line L, column C: path: what is wrong`
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "line {}, column {}: {}: {}", self.line, self.column, self.path, self.message)
+    }
+}
+
+/// Whether a text can stand in XML at all: most control characters cannot.
+pub fn is_text(text: &str) -> bool {
+    text.chars().all(chars::is_legal)
+}
+
+/// Whether it is a name without a colon, as a prefix must be.
+pub(crate) fn is_prefix(text: &str) -> bool {
+    chars::is_plain_name(text) && !text.to_ascii_lowercase().starts_with("xml")
+}
+
+/// A text short enough for a message.
+pub(crate) fn shorten(text: &str) -> String {
+    const LONGEST: usize = 80;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
     }
 }

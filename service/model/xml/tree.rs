@@ -3,6 +3,7 @@
 //! A typed view *consumes* it: it takes what it understands, and what is left is kept.
 
 use super::Place;
+use std::sync::Arc;
 
 /// An element and all that is in it. Compared without places.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -10,7 +11,7 @@ pub struct Element {
     /// As written, prefix included.
     pub name: String,
     /// The namespace the name is in, if any.
-    pub namespace: Option<String>,
+    pub namespace: Option<Arc<str>>,
     /// In document order.
     pub attributes: Vec<Attribute>,
     /// In document order.

@@ -1,5 +1,6 @@
 //! The writer: libvirt's layout, two spaces a level, single quotes, one final newline.
 
+use super::chars::is_legal;
 use super::{Element, Node};
 use std::fmt::Write;
 
@@ -103,6 +104,8 @@ fn escape(text: &str, special: impl Fn(char) -> bool) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
+            // The reader would refuse it, and the whole document with it.
+            c if !is_legal(c) => out.push('\u{fffd}'),
             c if !special(c) => out.push(c),
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
