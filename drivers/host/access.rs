@@ -117,7 +117,7 @@ impl Ledger {
         // As above: a file system that hangs does so here.
         paths.iter().for_each(|path| drop(std::fs::symlink_metadata(path)));
         let mut books = self.lock();
-        books.loans.iter_mut().for_each(|loan| drop(loan.holders.remove(&guest)));
+        books.loans.iter_mut().for_each(|loan| _ = loan.holders.remove(&guest));
         if let Err(error) = self.settle(&mut books) {
             tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
         }

@@ -27,7 +27,7 @@ fn text(file: &File) -> String {
 }
 
 async fn end(spawned: Spawned) -> End {
-    Process::new(spawned.identity, spawned.fd).unwrap().ended().await
+    Process::new(spawned.fd).unwrap().ended().await
 }
 
 #[tokio::test]
