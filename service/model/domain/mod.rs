@@ -95,6 +95,16 @@ impl DomainDef {
         false
     }
 
+    /// The file of firmware variables.
+    pub fn nvram_path(&self) -> Option<&std::path::Path> {
+        None
+    }
+
+    /// Whether the two would start the same machine: equal in their inactive form.
+    pub fn same_configuration(&self, other: &DomainDef) -> bool {
+        self == other
+    }
+
     /// The `<metadata>` child whose namespace is `uri`, as XML text.
     pub fn metadata(&self, _uri: &str) -> Option<String> {
         None
