@@ -13,9 +13,10 @@
 //! the dispatcher; while it does not read, its calls wait here, the quick ones too. Should its queue fill up even so, its
 //! calls are dropped without an answer, which it would not read.
 
-use std::collections::hash_map::{Entry, HashMap};
 use std::collections::VecDeque;
+use std::collections::hash_map::{Entry, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio_util::sync::CancellationToken;
 use zbus::Message;
 
 /// What a message costs beside its bytes.
@@ -79,6 +80,8 @@ pub struct Work {
     pub sender: Arc<str>,
     /// Its sender's user.
     pub uid: u32,
+    /// Fires when its sender has left.
+    pub departed: CancellationToken,
 }
 
 /// The gate.
@@ -100,6 +103,7 @@ struct State {
 
 #[derive(Debug, Default)]
 struct Sender {
+    departed: CancellationToken,
     uid: Option<u32>,
     asked: bool,
     running: usize,
@@ -218,14 +222,35 @@ impl Gate {
         self.lock().forget(sender);
     }
 
+    /// The connection has ended.
+    pub fn all_left(&self) {
+        let mut state = self.lock();
+        let senders: Vec<_> = state.senders.keys().cloned().collect();
+        for sender in senders {
+            state.forget(&sender);
+        }
+    }
+
+    /// A sender is there, since a call of it has just been read. Whether its calls wait for its reading.
+    pub fn meet(&self, sender: &str) -> bool {
+        if self.limits.unread.is_none() {
+            return false;
+        }
+        let mut state = self.lock();
+        match state.senders.get(sender) {
+            Some(line) => line.held,
+            None => {
+                state.senders.insert(sender.into(), Sender::default());
+                false
+            }
+        }
+    }
+
     /// A sender was answered with so many bytes. True: it is held from now on, see whether it reads.
     pub fn answered(&self, sender: &str, size: usize) -> bool {
         let Some(limit) = self.limits.unread else { return false };
         let mut state = self.lock();
-        let line = match state.senders.get_mut(sender) {
-            Some(line) => line,
-            None => state.senders.entry(sender.into()).or_default(),
-        };
+        let Some(line) = state.senders.get_mut(sender) else { return false };
         line.unread += size + OVERHEAD;
         let begins = line.unread > limit && !line.held;
         line.held |= begins;
@@ -240,11 +265,6 @@ impl Gate {
         line.held = left > limit / 2;
         line.unread = left;
         !line.held
-    }
-
-    /// Whether a sender's calls wait for its reading.
-    pub fn is_held(&self, sender: &str) -> bool {
-        self.limits.unread.is_some() && self.lock().senders.get(sender).is_some_and(|line| line.held)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -267,12 +287,13 @@ impl State {
         user.running += 1;
         user.waiting -= 1;
         self.running += 1;
-        Some(Work { message, sender: sender.clone(), uid })
+        Some(Work { message, sender: sender.clone(), uid, departed: line.departed.clone() })
     }
 
     /// Drops a sender and its queue; its calls at work stay counted in all.
     fn forget(&mut self, sender: &str) -> Vec<Message> {
         let Some(line) = self.senders.remove(sender) else { return Vec::new() };
+        line.departed.cancel();
         self.turns.retain(|name| **name != *sender);
         let waiting: usize = line.waiting.iter().map(|message| message.data().len() + OVERHEAD).sum();
         self.bytes = self.bytes.saturating_sub(waiting);
@@ -315,7 +336,10 @@ mod tests {
         assert_eq!(gate.admit("a", call()), Admission::Stranger);
         assert!(gate.next().is_none(), "nobody runs before it is known who asks");
         gate.identified("a", Some(1000));
-        let (one, two) = (gate.next(), { gate.admit("a", call()); gate.next() });
+        let (one, two) = (gate.next(), {
+            gate.admit("a", call());
+            gate.next()
+        });
         assert!(one.is_some() && two.is_some());
         for _ in 0..3 {
             assert_eq!(gate.admit("a", call()), Admission::Queued);
@@ -366,7 +390,7 @@ mod tests {
         while gate.admit("a", call()) == Admission::Queued {}
         assert!(matches!(gate.admit("b", call()), Admission::Refused(_)));
         gate.left("a");
-        assert!(gate.next().is_none());
+        assert!(gate.next().is_none() && work.departed.is_cancelled());
         gate.ended("a", work.uid, work.message.data().len());
         let state = gate.lock();
         assert_eq!((state.bytes, state.running, state.users.len(), state.turns.len()), (0, 0, 0, 0));
@@ -377,8 +401,8 @@ mod tests {
     #[test]
     fn who_does_not_read_waits() {
         let gate = gate(Limits { unread: Some(2000), waiting: 1, ..Limits::default() });
-        assert!(!gate.answered("a", 1000));
-        assert!(gate.answered("a", 1000) && gate.is_held("a"));
+        assert!(!gate.meet("a") && !gate.answered("a", 1000));
+        assert!(gate.answered("a", 1000) && gate.meet("a"));
         assert!(!gate.answered("a", 1000), "it is looked at once");
         gate.admit("a", call());
         gate.identified("a", Some(1));

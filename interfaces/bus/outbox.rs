@@ -55,6 +55,17 @@ impl Outbox {
         }
     }
 
+    /// Waits until all is sent, or nobody there to send to.
+    pub async fn sent(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.lock().bytes == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
     /// Whether so much lies unread that the peer must be given up.
     pub fn is_lost(&self) -> bool {
         self.lock().bytes > LOST

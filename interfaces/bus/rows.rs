@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
 use virt_service::events::DomainFacts;
+use virt_service::job::JobFacts;
 
 /// How often a listing is made beside the lock before it is made under it.
 const TRIES: usize = 3;
@@ -24,11 +25,27 @@ pub struct Object {
     pub interface: &'static str,
     /// Its properties.
     pub row: Row,
-    /// What a domain's row was made of.
-    pub domain: Option<Arc<DomainFacts>>,
+    /// What the row was made of.
+    pub facts: Facts,
+}
+
+/// What a row was made of.
+#[derive(Clone, Debug)]
+pub enum Facts {
+    /// Nothing that changes.
+    Fixed,
+    /// A domain's.
+    Domain(Arc<DomainFacts>),
+    /// A job's.
+    Job(Arc<JobFacts>),
 }
 
 impl Object {
+    /// What a domain's row was made of.
+    pub fn domain(&self) -> Option<&Arc<DomainFacts>> {
+        if let Facts::Domain(facts) = &self.facts { Some(facts) } else { None }
+    }
+
     /// Its interfaces with all properties, `a{sa{sv}}`.
     pub fn interfaces(&self, body: &mut Body) {
         body.array(8, |body| {
@@ -77,7 +94,8 @@ impl Objects {
         let prefix = format!("{}/", parent.trim_end_matches('/'));
         let mut children = Vec::new();
         let mut from = prefix.clone();
-        while let Some((path, _)) = self.all.range::<str, _>((Bound::Included(from.as_str()), Bound::Unbounded)).next() {
+        while let Some((path, _)) = self.all.range::<str, _>((Bound::Included(from.as_str()), Bound::Unbounded)).next()
+        {
             let Some(rest) = path.strip_prefix(&prefix) else { break };
             let child = rest.split('/').next().unwrap_or(rest);
             from = format!("{prefix}{child}0"); // '0' follows '/', so this skips all that is below the child
@@ -137,14 +155,20 @@ mod tests {
     fn tree(paths: &[&str]) -> Objects {
         let mut objects = Objects::default();
         for path in paths {
-            objects.put(Object { path: (*path).into(), interface: "a.b", row: Row::new(&[], &[]), domain: None });
+            objects.put(Object {
+                path: (*path).into(),
+                interface: "a.b",
+                row: Row::new(&[], &[]),
+                facts: Facts::Fixed,
+            });
         }
         objects
     }
 
     #[test]
     fn children_are_one_level_and_named_once() {
-        let objects = tree(&["/org/virt", "/org/virt/domain/_a", "/org/virt/domain/_a/snapshot/s", "/org/virt/domain/_ab"]);
+        let objects =
+            tree(&["/org/virt", "/org/virt/domain/_a", "/org/virt/domain/_a/snapshot/s", "/org/virt/domain/_ab"]);
         assert_eq!(objects.children("/"), ["org"]);
         assert_eq!(objects.children("/org"), ["virt"]);
         assert_eq!(objects.children("/org/virt"), ["domain"]);
@@ -178,6 +202,6 @@ mod tests {
     }
 
     fn tree_object(number: usize) -> Object {
-        Object { path: format!("/o/{number}").into(), interface: "a.b", row: Row::new(&[], &[]), domain: None }
+        Object { path: format!("/o/{number}").into(), interface: "a.b", row: Row::new(&[], &[]), facts: Facts::Fixed }
     }
 }

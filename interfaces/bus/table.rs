@@ -195,3 +195,78 @@ fn method(parsed: &zbus_xml::Method<'_>) -> Result<Method, String> {
 fn types<'a>(args: impl Iterator<Item = &'a zbus_xml::Arg<'a>>) -> String {
     args.map(|arg| arg.ty().to_string()).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::call::Outcome;
+
+    impl Table {
+        /// A table in which every method is run by `run`.
+        pub fn run_by<F>(run: impl Fn(super::super::call::Call) -> F + Clone + Send + Sync + 'static) -> Table
+        where
+            F: Future<Output = Outcome> + Send + 'static,
+        {
+            let mut interfaces = read(STANDARD).unwrap();
+            for mut interface in FILES.iter().flat_map(|file| read(file).unwrap().into_values()) {
+                for (name, method) in &mut interface.methods {
+                    method.handler = Some(Handler::new(name.clone().leak(), run.clone()));
+                }
+                interfaces.insert(interface.name.clone(), interface);
+            }
+            Table(interfaces)
+        }
+    }
+
+    fn offer() -> Offer {
+        let method = |name| Handler::new(name, |call: super::super::call::Call| async move { call.done() });
+        Offer {
+            interface: "a.b",
+            methods: vec![method("Do")],
+            setters: vec![method("Level")],
+            fields: &[("Level", "u")],
+            signals: &[("Done", "sb")],
+        }
+    }
+
+    fn file(content: &str) -> Interface {
+        let document = format!("<node>\n  <interface name=\"a.b\">{content}</interface>\n</node>");
+        read(&document).unwrap().remove("a.b").unwrap()
+    }
+
+    const METHOD: &str = "<method name=\"Do\"><arg type=\"s\" direction=\"in\"/><arg type=\"o\" direction=\"out\"/></method>";
+    const SIGNAL: &str = "<signal name=\"Done\"><arg type=\"s\"/><arg type=\"b\"/></signal>";
+    const LEVEL: &str = "<property name=\"Level\" type=\"u\" access=\"readwrite\"/>";
+
+    #[test]
+    fn file_and_code_must_say_the_same() {
+        let whole = join(file(&[METHOD, SIGNAL, LEVEL].concat()), offer()).unwrap();
+        assert_eq!(whole.methods["Do"].takes_text, "s");
+        for (content, odd) in [
+            ([SIGNAL, LEVEL, ""].concat(), "a.b.Do"),
+            ([METHOD, LEVEL, ""].concat(), "a.b.Done"),
+            ([METHOD, SIGNAL, ""].concat(), "a.b.Level"),
+            ([METHOD, SIGNAL, &LEVEL.replace("readwrite", "read")].concat(), "a.b.Level"),
+            ([METHOD, SIGNAL, &LEVEL.replace("\"u\"", "\"t\"")].concat(), "a.b.Level"),
+            ([METHOD, SIGNAL, LEVEL, "<method name=\"More\"/>"].concat(), "a.b.More"),
+        ] {
+            let error = join(file(&content), offer()).unwrap_err();
+            assert!(error.starts_with(odd), "{error}");
+        }
+    }
+
+    #[test]
+    fn every_member_and_argument_is_named_and_explained() {
+        const DOC: &str = "org.gtk.GDBus.DocString";
+        for document in FILES {
+            for one in parse(document).unwrap().interfaces() {
+                let explained = |of: &[zbus_xml::Annotation<'_>]| of.iter().any(|a| a.name() == DOC && !a.value().is_empty());
+                assert!(one.methods().all(|m| explained(m.annotations()) && m.args().iter().all(|a| a.name().is_some())));
+                assert!(one.signals().all(|s| explained(s.annotations()) && s.args().iter().all(|a| a.name().is_some())));
+                assert!(one.properties().all(|p| explained(p.annotations())));
+                const EMITS: &str = "org.freedesktop.DBus.Property.EmitsChangedSignal";
+                assert!(one.properties().all(|p| p.annotations().iter().any(|a| a.name() == EMITS)));
+            }
+        }
+    }
+}
