@@ -61,7 +61,9 @@ impl Tick {
         let text = std::fs::read_to_string(&self.serial).unwrap_or_default();
         let whole = &text[..text.rfind('\n')?];
         let mut words = whole.lines().last()?.split_whitespace();
-        let mut number = |letter: char| u32::from_str_radix(words.next()?.trim_start_matches(['E', 'P']).strip_prefix(letter)?, 16).ok();
+        let mut number = |letter: char| {
+            u32::from_str_radix(words.next()?.trim_start_matches(['E', 'P']).strip_prefix(letter)?, 16).ok()
+        };
         Some((number('C')?, number('B')?))
     }
 

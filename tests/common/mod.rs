@@ -143,7 +143,8 @@ impl Daemon {
     /// The same, with further arguments.
     pub async fn start_virtd_with(&mut self, arguments: &[&str]) {
         assert!(self.virtd.is_none(), "one virtd at a time");
-        let log = std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
+        let log =
+            std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
         let mut command = self.inside(env!("CARGO_BIN_EXE_virtd"));
         command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);

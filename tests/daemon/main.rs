@@ -5,3 +5,4 @@ mod common;
 
 mod bus_policy;
 mod rules;
+mod startup;
