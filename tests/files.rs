@@ -76,8 +76,9 @@ fn interfaces(file: &str) -> Vec<BTreeSet<String>> {
 
 #[test]
 fn bus_policies_name_every_interface() {
-    let mut expected: BTreeSet<String> =
-        ["Properties", "ObjectManager", "Introspectable", "Peer"].map(|name| format!("org.freedesktop.DBus.{name}")).into();
+    let mut expected: BTreeSet<String> = ["Properties", "ObjectManager", "Introspectable", "Peer"]
+        .map(|name| format!("org.freedesktop.DBus.{name}"))
+        .into();
     expected.insert("org.virt.Snapshot".to_owned());
     for entry in std::fs::read_dir(project_file("data/interfaces")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();

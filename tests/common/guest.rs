@@ -61,7 +61,9 @@ impl Tick {
         let text = std::fs::read_to_string(&self.serial).unwrap_or_default();
         let whole = &text[..text.rfind('\n')?];
         let mut words = whole.lines().last()?.split_whitespace();
-        let mut number = |letter: char| u32::from_str_radix(words.next()?.trim_start_matches(['E', 'P']).strip_prefix(letter)?, 16).ok();
+        let mut number = |letter: char| {
+            u32::from_str_radix(words.next()?.trim_start_matches(['E', 'P']).strip_prefix(letter)?, 16).ok()
+        };
         Some((number('C')?, number('B')?))
     }
 
@@ -70,6 +72,15 @@ impl Tick {
         let start = Instant::now();
         while self.counted().is_none_or(|(now, _)| now < counter) {
             assert!(start.elapsed() < PATIENCE, "{} only counted to {:?}", self.name, self.counted());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until it has booted `boots` times and counts again.
+    pub async fn boots_to(&self, boots: u32) {
+        let start = Instant::now();
+        while self.counted().is_none_or(|(_, now)| now < boots) {
+            assert!(start.elapsed() < PATIENCE, "{} only booted to {:?}", self.name, self.counted());
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }

@@ -43,7 +43,11 @@ async fn the_owner_may_do_all_but_what_is_as_good_as_root() {
     let Some(daemon) = Daemon::system_bus(Setup::with_example_rules()) else { return };
     for &action in Action::ALL {
         let rootlike = matches!(action, Action::Define | Action::Device | Action::Native);
-        assert_eq!(answer(&daemon, &ALICE, action, true).await, if rootlike { "password" } else { "yes" }, "{action:?}");
+        assert_eq!(
+            answer(&daemon, &ALICE, action, true).await,
+            if rootlike { "password" } else { "yes" },
+            "{action:?}"
+        );
         let stranger = if action == Action::Read { "yes" } else { "password" };
         assert_eq!(answer(&daemon, &BOB, action, true).await, stranger, "{action:?}");
         assert_eq!(answer(&daemon, &ALICE, action, false).await, stranger, "{action:?}, no owner yet");
