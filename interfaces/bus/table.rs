@@ -234,7 +234,8 @@ mod tests {
         read(&document).unwrap().remove("a.b").unwrap()
     }
 
-    const METHOD: &str = "<method name=\"Do\"><arg type=\"s\" direction=\"in\"/><arg type=\"o\" direction=\"out\"/></method>";
+    const METHOD: &str =
+        "<method name=\"Do\"><arg type=\"s\" direction=\"in\"/><arg type=\"o\" direction=\"out\"/></method>";
     const SIGNAL: &str = "<signal name=\"Done\"><arg type=\"s\"/><arg type=\"b\"/></signal>";
     const LEVEL: &str = "<property name=\"Level\" type=\"u\" access=\"readwrite\"/>";
 
@@ -260,9 +261,14 @@ mod tests {
         const DOC: &str = "org.gtk.GDBus.DocString";
         for document in FILES {
             for one in parse(document).unwrap().interfaces() {
-                let explained = |of: &[zbus_xml::Annotation<'_>]| of.iter().any(|a| a.name() == DOC && !a.value().is_empty());
-                assert!(one.methods().all(|m| explained(m.annotations()) && m.args().iter().all(|a| a.name().is_some())));
-                assert!(one.signals().all(|s| explained(s.annotations()) && s.args().iter().all(|a| a.name().is_some())));
+                let explained =
+                    |of: &[zbus_xml::Annotation<'_>]| of.iter().any(|a| a.name() == DOC && !a.value().is_empty());
+                assert!(
+                    one.methods().all(|m| explained(m.annotations()) && m.args().iter().all(|a| a.name().is_some()))
+                );
+                assert!(
+                    one.signals().all(|s| explained(s.annotations()) && s.args().iter().all(|a| a.name().is_some()))
+                );
                 assert!(one.properties().all(|p| explained(p.annotations())));
                 const EMITS: &str = "org.freedesktop.DBus.Property.EmitsChangedSignal";
                 assert!(one.properties().all(|p| p.annotations().iter().any(|a| a.name() == EMITS)));

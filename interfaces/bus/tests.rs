@@ -135,7 +135,9 @@ async fn introspection_is_the_file_and_one_level_deep() {
         assert!(xml.len() < 4096 && xml.matches("<node name=").count() == 1, "{xml}");
     }
     let root = pair.introspect("/org/virt").await;
-    assert!(root.contains(&table::FILES[0][table::FILES[0].find("  <interface").unwrap()..table::FILES[0].find("\n</node>").unwrap()]));
+    assert!(root.contains(
+        &table::FILES[0][table::FILES[0].find("  <interface").unwrap()..table::FILES[0].find("\n</node>").unwrap()]
+    ));
     assert!(root.contains("ObjectManager") && root.contains("<node name=\"domain\"/>"));
     let folder = pair.introspect("/org/virt/domain").await;
     assert_eq!(folder.matches("<node name=").count(), 10_000);
@@ -150,7 +152,8 @@ async fn introspection_is_the_file_and_one_level_deep() {
 #[tokio::test]
 async fn a_callers_share_is_bounded_with_and_without_replies() {
     let open = Arc::new(Semaphore::new(0));
-    let (now, most, ran) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (now, most, ran) =
+        (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
     let counters = (open.clone(), now.clone(), most.clone(), ran.clone());
     let pair = pair(Limits::default(), move |call: Call| {
         let (open, now, most, ran) = counters.clone();
@@ -164,11 +167,17 @@ async fn a_callers_share_is_bounded_with_and_without_replies() {
     })
     .await;
     for _ in 0..300 {
-        let silent = Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
+        let silent =
+            Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
         pair.client.send(&silent.build(&()).unwrap()).await.unwrap();
     }
     let calls: Vec<_> = (0..400).map(|_| pair.call("/org/virt", Some(MANAGER), "GetJobs", &())).collect();
-    let all = tokio::spawn(futures_util::future::join_all(calls.into_iter().map(|call| async { call.await.map(drop) }).map(Box::pin).map(|call| call)).map(|all| all.len()));
+    let all = tokio::spawn(
+        futures_util::future::join_all(
+            calls.into_iter().map(|call| async { call.await.map(drop) }).map(Box::pin).map(|call| call),
+        )
+        .map(|all| all.len()),
+    );
     drop(all);
     open.add_permits(10_000);
     let _ = (&now, &most, &ran);
@@ -178,7 +187,8 @@ async fn a_callers_share_is_bounded_with_and_without_replies() {
 async fn reads_go_on_while_a_caller_has_used_up_its_share() {
     let pair = pair(Limits { running: 1, waiting: 1, ..Limits::default() }, |_| std::future::pending()).await;
     for _ in 0..5 {
-        let silent = Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
+        let silent =
+            Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
         pair.client.send(&silent.build(&()).unwrap()).await.unwrap();
     }
     let limits = pair.refusal("/org/virt", Some(MANAGER), "GetJobs", &()).await;

@@ -75,4 +75,13 @@ impl Tick {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
     }
+
+    /// Waits until it has booted `boots` times and counts again.
+    pub async fn boots_to(&self, boots: u32) {
+        let start = Instant::now();
+        while self.counted().is_none_or(|(_, now)| now < boots) {
+            assert!(start.elapsed() < PATIENCE, "{} only booted to {:?}", self.name, self.counted());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
 }

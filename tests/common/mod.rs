@@ -11,6 +11,7 @@
 
 #![allow(dead_code)] // each test binary uses a part
 
+pub mod client;
 pub mod guest;
 pub mod users;
 
@@ -182,6 +183,34 @@ impl Daemon {
     /// virtd's process.
     pub fn virtd_pid(&self) -> u32 {
         self.virtd.as_ref().and_then(tokio::process::Child::id).expect("no virtd")
+    }
+
+    /// The QEMU process that runs this daemon's guest of that name, if there is one.
+    pub fn qemu_of(&self, name: &str) -> Option<nix::unistd::Pid> {
+        let (guest, ours) = (format!("guest={name},"), self.root().to_string_lossy().into_owned());
+        let mut found = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let command = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let command = String::from_utf8_lossy(&command).into_owned();
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            (command.contains(&guest) && command.contains(&ours)).then(|| nix::unistd::Pid::from_raw(pid))
+        });
+        let first = found.next();
+        assert!(found.next().is_none(), "two QEMU for {name}");
+        first
+    }
+
+    /// Waits until no process runs that guest.
+    pub async fn qemu_gone(&self, name: &str) {
+        if let Some(pid) = self.qemu_of(name) {
+            let pidfd = rustix::process::pidfd_open(
+                rustix::process::Pid::from_raw(pid.as_raw()).unwrap(),
+                rustix::process::PidfdFlags::NONBLOCK,
+            );
+            // One that has gone meanwhile has no pidfd.
+            let Ok(pidfd) = pidfd else { return };
+            let pidfd = tokio::io::unix::AsyncFd::new(pidfd).unwrap();
+            tokio::time::timeout(PATIENCE, pidfd.readable()).await.expect("QEMU ends").unwrap().retain_ready();
+        }
     }
 
     /// The folder given to `virtd --root`.
