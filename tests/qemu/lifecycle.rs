@@ -1,10 +1,8 @@
 //! Real guests through the bus: every verb, what it signals, what it refuses.
 
-mod common;
-
-use common::client::{Client, Domain, Watch, lifecycle_of, options};
-use common::guest::Tick;
-use common::{Daemon, PATIENCE};
+use crate::common::client::{Client, Domain, Watch, lifecycle_of, options};
+use crate::common::guest::Tick;
+use crate::common::{Daemon, PATIENCE};
 use futures_util::StreamExt as _;
 use zbus::Variant;
 use zbus::message::Type;
@@ -55,8 +53,19 @@ async fn each_verb_signals_once_in_order_and_before_its_reply() {
     assert_eq!(
         story,
         [
-            "State running", "started booted", "reply", "State paused", "suspended paused", "reply", "State running",
-            "resumed unpaused", "reply", "State shutdown", "shutdown guest", "State shutoff", "stopped shutdown",
+            "State running",
+            "started booted",
+            "reply",
+            "State paused",
+            "suspended paused",
+            "reply",
+            "State running",
+            "resumed unpaused",
+            "reply",
+            "State shutdown",
+            "shutdown guest",
+            "State shutoff",
+            "stopped shutdown",
         ]
     );
 }
@@ -118,17 +127,18 @@ async fn reset_boots_again_in_the_same_process() {
 
 #[tokio::test]
 async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standing() {
-    let Some((_daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else { return };
+    let Some((_daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else {
+        return;
+    };
     let mut watch = client.watch().await;
     domain.run("Start").await.expect("started");
     tick.counts_to(1).await;
     domain.run("Shutdown").await.expect("asked");
     tick.boots_to(2).await;
-    assert_eq!(watch.until(&domain.path, "resumed unpaused").await, [
-        "started booted",
-        "shutdown guest",
-        "resumed unpaused"
-    ]);
+    assert_eq!(
+        watch.until(&domain.path, "resumed unpaused").await,
+        ["started booted", "shutdown guest", "resumed unpaused"]
+    );
     domain.run("Destroy").await.expect("destroyed");
 
     let preserving = tick.xml.replace("restart</on_poweroff>", "preserve</on_poweroff>");
