@@ -28,8 +28,10 @@ async fn to_the_end(watch: &mut Watch, domain: &Domain) -> Vec<String> {
 #[tokio::test]
 async fn each_verb_signals_once_in_order_and_before_its_reply() {
     let Some((_daemon, client, domain, tick)) = tick("order", "").await else { return };
-    let rule = zbus::MatchRule::builder().sender("org.virt").expect("a name").build();
-    let mut all = zbus::MessageStream::for_match_rule(rule, &client.connection, Some(1000)).await.expect("a match");
+    let rule = zbus::MatchRule::builder().sender("org.virt").build().expect("a rule");
+    let mut all = zbus::MessageStream::for_match_rule(rule, &client.connection, std::num::NonZeroUsize::new(1000))
+        .await
+        .expect("a match");
 
     domain.run("Start").await.expect("started");
     tick.counts_to(2).await;
@@ -180,7 +182,7 @@ async fn a_hypervisor_that_dies_at_start_has_the_last_word() {
 #[tokio::test]
 async fn kvm_is_stored_reported_and_refused_where_it_cannot_be_used() {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() && has_vmx_or_svm() {
-        common::skip("KVM is really usable here");
+        crate::common::skip("KVM is really usable here");
         return;
     }
     let Some((_daemon, client, _domain, tick)) = tick("kvm", "").await else { return };
