@@ -1,6 +1,6 @@
 //! QEMU.
 pub mod capabilities;
-pub mod complete;
 pub mod check;
 pub mod command;
+pub mod complete;
 pub mod tap;

@@ -3,7 +3,6 @@
 use super::Check;
 use crate::qemu::command::{audio_back_end, card_type, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
-use crate::qemu::tap;
 use std::collections::BTreeSet;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind};
 use virt_model::device::display::{Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
@@ -13,8 +12,7 @@ use virt_model::device::sound::AudioKind;
 use virt_model::device::{CharSource, Graphics, Interface, Video};
 use virt_model::xml::Place;
 
-const SPICE_REMEDY: &str =
-    "install the package with QEMU's SPICE modules (Debian 12: qemu-system-common, later: qemu-system-modules-spice) or use vnc";
+const SPICE_REMEDY: &str = "install the package with QEMU's SPICE modules (Debian 12: qemu-system-common, later: qemu-system-modules-spice) or use vnc";
 
 impl Check<'_> {
     pub(super) fn devices(&mut self) {
@@ -38,10 +36,15 @@ impl Check<'_> {
             InterfaceKind::Network if interface.source.as_ref().is_some_and(|s| s.network.is_some()) => {}
             InterfaceKind::Bridge => {
                 self.refuse_if(interface.bridge().is_none(), place, "type='bridge' needs <source bridge='…'/>");
-                self.refuse_if(tap::helper().is_none(), place, "type='bridge' needs qemu-bridge-helper, which is not installed");
+                self.refuse_if(
+                    self.caps.bridge_helper.is_none(),
+                    place,
+                    "type='bridge' needs qemu-bridge-helper, which is not installed",
+                );
             }
             _ => {
-                let message = format!("interfaces of type='{kind}' are not supported yet: use type='user' or type='bridge'");
+                let message =
+                    format!("interfaces of type='{kind}' are not supported yet: use type='user' or type='bridge'");
                 self.refuse(&place.attribute("type"), message);
             }
         }
@@ -60,7 +63,8 @@ impl Check<'_> {
             self.refuse_if(vhost, &driver.at.attribute("name"), "vhost is not supported yet: use name='qemu', or none");
             let queues = driver.queues.is_some_and(|n| n > 1);
             self.refuse_if(queues, &driver.at.attribute("queues"), "several queues are not supported yet");
-            let sizes = driver.rx_queue_size.is_some() || driver.tx_queue_size.is_some() || driver.virtio != Default::default();
+            let sizes =
+                driver.rx_queue_size.is_some() || driver.tx_queue_size.is_some() || driver.virtio != Default::default();
             self.refuse_if(sizes && !virtio, &driver.at, "only virtio cards have these settings");
         }
         self.refuse_if(interface.mtu.is_some() && !virtio, &place.child("mtu"), "only virtio cards are told their MTU");
@@ -86,14 +90,25 @@ impl Check<'_> {
                 continue;
             }
             self.back_end(&console.source, &console.at);
-            let kind = console.target.as_ref().and_then(|t| t.kind).unwrap_or(virt_model::device::chardev::ConsoleKind::Serial);
+            let kind = console
+                .target
+                .as_ref()
+                .and_then(|t| t.kind)
+                .unwrap_or(virt_model::device::chardev::ConsoleKind::Serial);
             let virtio = kind == virt_model::device::chardev::ConsoleKind::Virtio;
-            self.refuse_if(!virtio, &console.at.child("target"), &format!("consoles of type='{kind}' are not supported"));
+            self.refuse_if(
+                !virtio,
+                &console.at.child("target"),
+                &format!("consoles of type='{kind}' are not supported"),
+            );
         }
         for channel in &devices.channels {
             let kind = channel.target.kind;
             if kind != ChannelKind::Virtio {
-                self.refuse(&channel.target.at, format!("channels of type='{kind}' are not supported yet, 'virtio' is"));
+                self.refuse(
+                    &channel.target.at,
+                    format!("channels of type='{kind}' are not supported yet, 'virtio' is"),
+                );
             }
             let chosen_for = channel.source.kind == CharKind::Unix;
             if !(chosen_for && channel.source.path().is_none()) {
@@ -140,8 +155,12 @@ impl Check<'_> {
             match kind {
                 GraphicsKind::Vnc => self.vnc(graphics),
                 GraphicsKind::Spice => self.spice(graphics),
-                _ => self.refuse(&graphics.at, format!("graphics of type='{kind}' are not supported yet: use vnc or spice")),
+                _ => self
+                    .refuse(&graphics.at, format!("graphics of type='{kind}' are not supported yet: use vnc or spice")),
             }
+            let word = |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));
+            let odd = graphics.keymap.as_ref().is_some_and(|name| !word(name));
+            self.refuse_if(odd, &graphics.at.attribute("keymap"), "a keymap is a word such as de or en-us");
             let again = screens.iter().take(n).any(|other| other.kind == kind);
             self.refuse_if(again, &graphics.at, &format!("one guest has at most one screen of type='{kind}'"));
             self.refuse_if(graphics.listens.len() > 1, &graphics.at, "more than one <listen> is not supported yet");
@@ -175,7 +194,9 @@ impl Check<'_> {
         match video_card(video, first) {
             _ if kind == VideoKind::None => {}
             Some(device) => self.need_device(&video.at, device),
-            None => self.refuse(&video.model.at, format!("video of type='{kind}' is not supported by the QEMU driver yet")),
+            None => {
+                self.refuse(&video.model.at, format!("video of type='{kind}' is not supported by the QEMU driver yet"))
+            }
         }
         let second = !first && kind == VideoKind::Cirrus;
         self.refuse_if(second, &video.at, "a cirrus card can only be the first one");
@@ -201,7 +222,8 @@ impl Check<'_> {
             let file = kind == AudioKind::File && !audio.path.as_deref().is_some_and(|p| p.starts_with('/'));
             self.refuse_if(file, &audio.at, "type='file' needs an absolute path");
         }
-        let references = devices.sounds.iter().map(|s| s.audio.as_ref()).chain(devices.graphics.iter().map(|g| g.audio.as_ref()));
+        let references =
+            devices.sounds.iter().map(|s| s.audio.as_ref()).chain(devices.graphics.iter().map(|g| g.audio.as_ref()));
         for reference in references.flatten() {
             self.refuse_if(!ids.contains(&reference.id), &reference.at, "there is no <audio> with this id");
         }
@@ -220,7 +242,10 @@ impl Check<'_> {
                 (None, Some(InputBus::Ps2)) if input.kind.as_str() != "tablet" => {}
                 (None, bus) => {
                     let bus = bus.map_or("none", |bus| bus.as_str());
-                    self.refuse(&input.at, format!("a {} on bus '{bus}' is not supported by the QEMU driver", input.kind));
+                    self.refuse(
+                        &input.at,
+                        format!("a {} on bus '{bus}' is not supported by the QEMU driver", input.kind),
+                    );
                 }
             }
         }
@@ -245,7 +270,11 @@ impl Check<'_> {
             self.refuse_if(balloon.model == BalloonModel::Xen, place, "a Xen balloon needs Xen");
             let shrinks = self.def.current_memory_kib() < self.def.memory_kib();
             let none = balloon.model == BalloonModel::None;
-            self.warn_if(none && shrinks, place, "without a balloon the guest has all of <memory>, whatever <currentMemory> says");
+            self.warn_if(
+                none && shrinks,
+                place,
+                "without a balloon the guest has all of <memory>, whatever <currentMemory> says",
+            );
             self.seated(&balloon.info, place);
         }
         for rng in &devices.rngs {

@@ -61,7 +61,9 @@ impl Check<'_> {
     fn need_device(&mut self, place: &Place, device: &str) {
         if !self.caps.has_device(device) {
             let remedy = match device {
-                "usb-redir" | "qxl" | "qxl-vga" => "; install the package with QEMU's modules (Debian: qemu-system-common)",
+                "usb-redir" | "qxl" | "qxl-vga" => {
+                    "; install the package with QEMU's modules (Debian: qemu-system-common)"
+                }
                 name if name.starts_with("virtio-gpu") || name.starts_with("virtio-vga") => {
                     "; install the package with QEMU's modules (Debian: qemu-system-common)"
                 }

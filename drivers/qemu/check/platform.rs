@@ -1,7 +1,6 @@
 //! Accelerator, board, firmware, CPU, clock.
 
 use super::Check;
-use crate::qemu::capabilities::Host;
 use crate::qemu::complete::Board;
 use virt_model::domain::LifecycleAction;
 use virt_model::domain::clock::{ClockOffset, TickPolicy, TimerName};
@@ -32,7 +31,9 @@ impl Check<'_> {
                 self.refuse(&place, why);
             }
             ("kvm" | "qemu", _) => {}
-            (other, _) => self.refuse(&place, format!("the QEMU driver runs type='kvm' and type='qemu', not '{other}'")),
+            (other, _) => {
+                self.refuse(&place, format!("the QEMU driver runs type='kvm' and type='qemu', not '{other}'"))
+            }
         }
         if !self.caps.at_least(6, 2) {
             let (major, minor, _) = self.caps.version;
@@ -56,7 +57,10 @@ impl Check<'_> {
         let place = kind.at.attribute("machine");
         if self.caps.machine(machine).is_none() {
             let binary = self.caps.binary.display();
-            self.refuse(&place, format!("{binary} has no machine '{machine}'; the alias 'q35' or 'pc' names its newest"));
+            self.refuse(
+                &place,
+                format!("{binary} has no machine '{machine}'; the alias 'q35' or 'pc' names its newest"),
+            );
         } else if self.board == Board::Other {
             self.refuse(&place, format!("machine '{machine}' is not supported yet, only pc-q35-… and pc-i440fx-… are"));
         }
@@ -69,10 +73,18 @@ impl Check<'_> {
             let flash = loader.kind == Some(LoaderKind::Pflash);
             self.refuse_if(loader.path.is_none(), &loader.at, "<loader> without a path is not supported yet");
             let writable = flash && loader.readonly == Some(false);
-            self.refuse_if(writable, &loader.at.attribute("readonly"), "firmware code that the guest may write is not supported");
+            self.refuse_if(
+                writable,
+                &loader.at.attribute("readonly"),
+                "firmware code that the guest may write is not supported",
+            );
             let secure = loader.secure == Some(true);
             let can = flash && smm && self.board == Board::Q35;
-            self.refuse_if(secure && !can, &loader.at.attribute("secure"), "secure='yes' needs type='pflash', a q35 machine and <smm state='on'/>");
+            self.refuse_if(
+                secure && !can,
+                &loader.at.attribute("secure"),
+                "secure='yes' needs type='pflash', a q35 machine and <smm state='on'/>",
+            );
             let odd = loader.format.as_deref().is_some_and(|f| !matches!(f, "raw" | "qcow2"));
             self.refuse_if(odd, &loader.at.attribute("format"), "firmware images are raw or qcow2");
         }
@@ -81,9 +93,17 @@ impl Check<'_> {
             self.refuse_if(!flash, &nvram.at, "<nvram> needs <loader type='pflash'> with a path");
             self.refuse_if(nvram.path.is_none(), &nvram.at, "<nvram> without a path is not supported yet");
             let format = nvram.format.as_deref().unwrap_or("raw");
-            self.refuse_if(!matches!(format, "raw" | "qcow2"), &nvram.at.attribute("format"), "variable stores are raw or qcow2");
+            self.refuse_if(
+                !matches!(format, "raw" | "qcow2"),
+                &nvram.at.attribute("format"),
+                "variable stores are raw or qcow2",
+            );
             let other = nvram.template_format.as_deref().is_some_and(|f| f != format);
-            self.refuse_if(other, &nvram.at.attribute("templateFormat"), "a template of another format than the store is not supported yet");
+            self.refuse_if(
+                other,
+                &nvram.at.attribute("templateFormat"),
+                "a template of another format than the store is not supported yet",
+            );
         }
         let orphan = os.kernel.is_none() && (os.initrd.is_some() || os.cmdline.is_some());
         self.refuse_if(orphan, &os.at, "<initrd> and <cmdline> need a <kernel>");
@@ -126,11 +146,16 @@ impl Check<'_> {
             }
         }
         let strict = cpu.matching == Some(CpuMatch::Strict);
-        self.refuse_if(strict, &cpu.at.attribute("match"), "match='strict' is not supported yet: the host CPU is not compared");
+        self.refuse_if(
+            strict,
+            &cpu.at.attribute("match"),
+            "match='strict' is not supported yet: the host CPU is not compared",
+        );
         if let Some(vendor) = &cpu.vendor {
-            let host = Host::read().vendor;
-            if *vendor != host && self.kvm {
-                self.refuse(&cpu.at.child("vendor"), format!("this host's CPU is made by {host}, not by {vendor}"));
+            let host = &self.caps.host.vendor;
+            if vendor != host && self.kvm {
+                let message = format!("this host's CPU is made by {host}, not by {vendor}");
+                self.refuse(&cpu.at.child("vendor"), message);
             }
         }
         for feature in &cpu.features {
@@ -159,13 +184,22 @@ impl Check<'_> {
         let Some(clock) = &self.def.clock else { return };
         let offset = clock.offset;
         if !matches!(offset, ClockOffset::Utc | ClockOffset::Localtime) {
-            self.refuse(&clock.at.attribute("offset"), format!("offset='{offset}' is not supported yet, 'utc' and 'localtime' are"));
+            self.refuse(
+                &clock.at.attribute("offset"),
+                format!("offset='{offset}' is not supported yet, 'utc' and 'localtime' are"),
+            );
         }
         for timer in &clock.timers {
             let policy = timer.tickpolicy;
             let (known, present) = match timer.name {
-                TimerName::Rtc => (matches!(policy, None | Some(TickPolicy::Delay | TickPolicy::Catchup)), timer.present != Some(false)),
-                TimerName::Pit => (matches!(policy, None | Some(TickPolicy::Delay | TickPolicy::Discard)), timer.present != Some(false)),
+                TimerName::Rtc => (
+                    matches!(policy, None | Some(TickPolicy::Delay | TickPolicy::Catchup)),
+                    timer.present != Some(false),
+                ),
+                TimerName::Pit => (
+                    matches!(policy, None | Some(TickPolicy::Delay | TickPolicy::Discard)),
+                    timer.present != Some(false),
+                ),
                 TimerName::Hpet => (policy.is_none(), true),
                 TimerName::Kvmclock | TimerName::Hypervclock => {
                     let message = format!("timer '{}' {NO_EFFECT}", timer.name);
@@ -179,17 +213,24 @@ impl Check<'_> {
             };
             let discards = timer.name == TimerName::Pit && policy == Some(TickPolicy::Discard) && !self.kvm;
             let name = timer.name;
-            self.refuse_if(!known || discards, &timer.at.attribute("tickpolicy"), &format!("timer '{name}' cannot have this tickpolicy here"));
+            self.refuse_if(
+                !known || discards,
+                &timer.at.attribute("tickpolicy"),
+                &format!("timer '{name}' cannot have this tickpolicy here"),
+            );
             self.refuse_if(!present, &timer.at.attribute("present"), &format!("timer '{name}' cannot be left out"));
         }
     }
 
     fn lifecycle(&mut self) {
-        let actions = [("on_poweroff", self.def.on_poweroff), ("on_reboot", self.def.on_reboot), ("on_crash", self.def.on_crash)];
+        let actions =
+            [("on_poweroff", self.def.on_poweroff), ("on_reboot", self.def.on_reboot), ("on_crash", self.def.on_crash)];
         for (name, action) in actions {
             let reason = match action {
                 LifecycleAction::RenameRestart => "renaming a domain that restarts is not supported",
-                LifecycleAction::CoredumpDestroy | LifecycleAction::CoredumpRestart => "dumping a guest's memory is not supported yet",
+                LifecycleAction::CoredumpDestroy | LifecycleAction::CoredumpRestart => {
+                    "dumping a guest's memory is not supported yet"
+                }
                 _ => continue,
             };
             self.refuse(&self.def.at.child(name), format!("<{name}>{action}</{name}>: {reason}"));

@@ -30,7 +30,11 @@ impl Check<'_> {
     fn disk(&mut self, disk: &Disk) {
         let (device, dev) = (disk.device(), &disk.target.dev);
         let word = dev.starts_with(|c: char| c.is_ascii_lowercase()) && dev.chars().all(|c| c.is_ascii_alphanumeric());
-        self.refuse_if(!word || dev.len() > TARGET_LENGTH, &disk.target.at.attribute("dev"), "a target is a short word such as vda");
+        self.refuse_if(
+            !word || dev.len() > TARGET_LENGTH,
+            &disk.target.at.attribute("dev"),
+            "a target is a short word such as vda",
+        );
         let Some(bus) = disk.target.bus else {
             self.refuse(&disk.target.at, format!("no bus is known for target '{dev}': give one"));
             return;
@@ -45,7 +49,11 @@ impl Check<'_> {
             DiskDevice::Floppy => bus == DiskBus::Fdc,
             DiskDevice::Lun => false,
         };
-        self.refuse_if(!fits, &disk.at.attribute("device"), &format!("device='{device}' on bus='{bus}' is not supported"));
+        self.refuse_if(
+            !fits,
+            &disk.at.attribute("device"),
+            &format!("device='{device}' on bus='{bus}' is not supported"),
+        );
         let ide = bus == DiskBus::Ide && self.board == Board::Q35;
         self.refuse_if(ide, &place, "q35 machines have no IDE bus: use bus='sata'");
         let seated = match &disk.info.address.as_ref().map(|a| &a.kind) {
@@ -73,10 +81,18 @@ impl Check<'_> {
             return;
         }
         let removable = matches!(disk.device(), DiskDevice::Cdrom | DiskDevice::Floppy);
-        self.refuse_if(disk.path().is_none() && !removable, &disk.at, "a disk needs a <source>; only drives can be empty");
+        self.refuse_if(
+            disk.path().is_none() && !removable,
+            &disk.at,
+            "a disk needs a <source>; only drives can be empty",
+        );
         if let Some(source) = &disk.source {
             let lenient = matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
-            self.refuse_if(lenient, &source.at.attribute("startupPolicy"), "a medium that may be missing is not supported yet");
+            self.refuse_if(
+                lenient,
+                &source.at.attribute("startupPolicy"),
+                "a medium that may be missing is not supported yet",
+            );
         }
         self.absolute(disk.path(), &disk.at);
         let format = disk.format().unwrap_or("raw");
@@ -128,12 +144,20 @@ impl Check<'_> {
         let bus = disk.target.bus.unwrap_or_default();
         let scsi_like = matches!(bus, DiskBus::Scsi | DiskBus::Sata | DiskBus::Ide);
         if let Some(text) = &disk.wwn {
-            self.refuse_if(!scsi_like || wwn(text).is_none(), &disk.at.child("wwn"), "a wwn is 16 hexadecimal digits, on scsi, sata or ide");
+            self.refuse_if(
+                !scsi_like || wwn(text).is_none(),
+                &disk.at.child("wwn"),
+                "a wwn is 16 hexadecimal digits, on scsi, sata or ide",
+            );
         }
         let floppy = disk.device() == DiskDevice::Floppy;
         self.refuse_if(floppy && disk.serial.is_some(), &disk.at.child("serial"), "a floppy has no serial number");
         let rate = disk.target.rotation_rate.is_some() && !scsi_like;
-        self.refuse_if(rate, &disk.target.at.attribute("rotation_rate"), "only scsi, sata and ide disks have a rotation rate");
+        self.refuse_if(
+            rate,
+            &disk.target.at.attribute("rotation_rate"),
+            "only scsi, sata and ide disks have a rotation rate",
+        );
         let removable = disk.target.removable.is_some() && !matches!(bus, DiskBus::Usb | DiskBus::Scsi);
         self.refuse_if(removable, &disk.target.at.attribute("removable"), "only usb and scsi disks can be removable");
         let Some(driver) = &disk.driver else { return };
@@ -145,7 +169,11 @@ impl Check<'_> {
         let virtio = driver.queues.is_some() || driver.queue_size.is_some();
         self.refuse_if(virtio && bus != DiskBus::Virtio, &driver.at, "only virtio disks have queues");
         let plain = driver.virtio == Default::default();
-        self.refuse_if(!plain && bus != DiskBus::Virtio, &driver.at, "only virtio disks have iommu, ats, packed, page_per_vq");
+        self.refuse_if(
+            !plain && bus != DiskBus::Virtio,
+            &driver.at,
+            "only virtio disks have iommu, ats, packed, page_per_vq",
+        );
     }
 
     fn controller(&mut self, controller: &Controller) {
@@ -156,27 +184,40 @@ impl Check<'_> {
             ControllerKind::Usb => match model.map(|m| (m, usb_device(m))) {
                 Some((ControllerModel::None, _)) | None => {}
                 Some((_, Some(device))) => self.need_device(place, device),
-                Some((model, None)) => self.refuse(&place.attribute("model"), format!("there is no USB controller '{model}'")),
+                Some((model, None)) => {
+                    self.refuse(&place.attribute("model"), format!("there is no USB controller '{model}'"))
+                }
             },
             ControllerKind::Scsi => {
                 use ControllerModel::{VirtioNonTransitional, VirtioScsi, VirtioTransitional};
                 let virtio = matches!(model, Some(VirtioScsi | VirtioTransitional | VirtioNonTransitional));
-                self.refuse_if(!virtio, &place.attribute("model"), "of SCSI controllers only model='virtio-scsi' is supported yet");
+                self.refuse_if(
+                    !virtio,
+                    &place.attribute("model"),
+                    "of SCSI controllers only model='virtio-scsi' is supported yet",
+                );
             }
             ControllerKind::Ide => {
                 let there = self.board == Board::I440fx && controller.index() == 0;
                 self.refuse_if(!there, place, "the only IDE controller is number 0 of a pc-i440fx machine");
             }
-            ControllerKind::Fdc => self.refuse_if(controller.index() > 0, place, "there is one floppy controller, number 0"),
+            ControllerKind::Fdc => {
+                self.refuse_if(controller.index() > 0, place, "there is one floppy controller, number 0")
+            }
             ControllerKind::Sata | ControllerKind::VirtioSerial => {}
-            kind => self.refuse(place, format!("controllers of type='{kind}' are not supported by the QEMU driver yet")),
+            kind => {
+                self.refuse(place, format!("controllers of type='{kind}' are not supported by the QEMU driver yet"))
+            }
         }
-        let ports = controller.ports.is_some() && !matches!(controller.kind, ControllerKind::Usb | ControllerKind::VirtioSerial);
+        let ports = controller.ports.is_some()
+            && !matches!(controller.kind, ControllerKind::Usb | ControllerKind::VirtioSerial);
         self.refuse_if(ports, &place.attribute("ports"), "only usb and virtio-serial controllers have ports");
         let xhci = matches!(model, Some(ControllerModel::QemuXhci | ControllerModel::NecXhci));
-        let many = controller.kind == ControllerKind::Usb && controller.ports.is_some_and(|n| !xhci || !(1..=15).contains(&n));
+        let many =
+            controller.kind == ControllerKind::Usb && controller.ports.is_some_and(|n| !xhci || !(1..=15).contains(&n));
         self.refuse_if(many, &place.attribute("ports"), "ports is from 1 to 15, on qemu-xhci or nec-xhci");
-        let queues = controller.driver.as_ref().is_some_and(|d| d.queues.is_some()) && controller.kind != ControllerKind::Scsi;
+        let queues =
+            controller.driver.as_ref().is_some_and(|d| d.queues.is_some()) && controller.kind != ControllerKind::Scsi;
         self.refuse_if(queues, &place.child("driver"), "only scsi controllers have queues");
         self.seated(&controller.info, place);
     }
@@ -190,7 +231,8 @@ impl Check<'_> {
             Some(PcieToPciBridge) => &["pcie-pci-bridge"],
             Some(PciBridge) => &["pci-bridge"],
             Some(model) => {
-                let message = format!("a PCI controller '{model}' with this index is not supported on this machine yet");
+                let message =
+                    format!("a PCI controller '{model}' with this index is not supported on this machine yet");
                 return self.refuse(&controller.at.attribute("model"), message);
             }
             None => return self.refuse(&controller.at, "a PCI controller needs a model"),
@@ -209,7 +251,10 @@ impl Check<'_> {
     /// Refuses places that are none on a PC.
     pub(super) fn seated(&mut self, info: &DeviceInfo, place: &Place) {
         if let Some(AddressKind::Other(kind)) = info.address.as_ref().map(|a| &a.kind) {
-            self.refuse(&place.child("address"), format!("an address of type='{kind}' is not supported on this machine"));
+            self.refuse(
+                &place.child("address"),
+                format!("an address of type='{kind}' is not supported on this machine"),
+            );
         }
     }
 }

@@ -109,10 +109,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/channel/target", "type name"),
     ("devices/redirdev", "bus type"),
     ("devices/input", "type bus"),
-    (
-        "devices/graphics",
-        "type port tlsPort autoport websocket listen socket keymap passwd connected sharePolicy",
-    ),
+    ("devices/graphics", "type port tlsPort autoport websocket listen socket keymap passwd connected sharePolicy"),
     ("devices/graphics/listen", "type address socket"),
     ("devices/graphics/image", "compression"),
     ("devices/graphics/gl", "enable rendernode"),
@@ -200,7 +197,10 @@ const REFUSED: &[(&str, &str)] = &[
     ("devices/disk/encryption", "encrypted images are not supported yet"),
     ("devices/disk/auth", "network disks are not supported yet"),
     ("devices/graphics/@passwdValidTo", "a password that expires is not supported yet"),
-    ("devices/interface/source/@network", "there are no virtual networks yet: use <interface type='user'> or type='bridge'"),
+    (
+        "devices/interface/source/@network",
+        "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
+    ),
 ];
 
 /// What is said of everything else.
@@ -287,7 +287,9 @@ mod tests {
         assert_eq!(standing("devices/video/address/@slot"), Standing::Acts);
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
-        for path in ["devices/disk/driver/@iothread", "numatune", "devices/hostdev/address", "devices/disk/source/@pool"] {
+        for path in
+            ["devices/disk/driver/@iothread", "numatune", "devices/hostdev/address", "devices/disk/source/@pool"]
+        {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }
     }

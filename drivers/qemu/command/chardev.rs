@@ -2,7 +2,7 @@
 
 use super::args::{List, Props};
 use super::{Builder, id, list, turn};
-use virt_model::device::chardev::{CharKind, CharProtocol, ChannelKind, SerialKind, SocketMode};
+use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind, SocketMode};
 use virt_model::device::{AddressKind, CharSource, ControllerKind, DeviceInfo, Serial};
 
 impl Builder<'_> {
@@ -123,7 +123,9 @@ fn tcp(list: List, source: &CharSource) -> List {
 fn udp(list: List, source: &CharSource) -> List {
     let end = |mode: SocketMode| source.sources.iter().find(move |s| s.mode == Some(mode));
     let to = end(SocketMode::Connect).or_else(|| source.sources.iter().find(|s| s.mode.is_none()));
-    let list = list.maybe("host", to.and_then(|s| s.host.as_deref())).maybe("port", to.and_then(|s| s.service.as_deref()));
+    let list =
+        list.maybe("host", to.and_then(|s| s.host.as_deref())).maybe("port", to.and_then(|s| s.service.as_deref()));
     let from = end(SocketMode::Bind);
-    list.maybe("localaddr", from.and_then(|s| s.host.as_deref())).maybe("localport", from.and_then(|s| s.service.as_deref()))
+    list.maybe("localaddr", from.and_then(|s| s.host.as_deref()))
+        .maybe("localport", from.and_then(|s| s.service.as_deref()))
 }

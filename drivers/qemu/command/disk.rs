@@ -10,7 +10,9 @@ use super::{Builder, id, turn, virtio};
 use crate::qemu::complete::Board;
 use serde_json::Value;
 use virt_model::device::address::DriveAddress;
-use virt_model::device::disk::{BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind};
+use virt_model::device::disk::{
+    BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind,
+};
 use virt_model::device::{AddressKind, ControllerKind, Disk};
 
 impl Builder<'_> {
@@ -34,7 +36,8 @@ impl Builder<'_> {
         self.open(path, !read_only, disk.backing.is_none() && has_backing(format));
         let kind = disk.kind();
         let removable = disk.device() == DiskDevice::Cdrom;
-        let storage = storage(name, path, kind, removable).maybe("aio", driver.and_then(|d| d.io).map(|io| io.as_str()));
+        let storage =
+            storage(name, path, kind, removable).maybe("aio", driver.and_then(|d| d.io).map(|io| io.as_str()));
         self.args.blockdev(storage.extend(cache(driver)));
         let image = Props::new("node-name", format!("{name}-format"))
             .set("read-only", read_only)
@@ -78,7 +81,12 @@ impl Builder<'_> {
             .maybe("wwn", disk.wwn.as_deref().and_then(wwn))
             .maybe("rotation_rate", disk.target.rotation_rate)
             .maybe("removable", disk.target.removable)
-            .maybe("werror", driver.and_then(|d| d.error_policy).map(|p| if p.as_str() == "enospace" { "enospc" } else { p.as_str() }))
+            .maybe(
+                "werror",
+                driver
+                    .and_then(|d| d.error_policy)
+                    .map(|p| if p.as_str() == "enospace" { "enospc" } else { p.as_str() }),
+            )
             .maybe("rerror", driver.and_then(|d| d.rerror_policy).map(|p| p.as_str()));
         match driver.filter(|_| on_virtio) {
             Some(driver) => props
@@ -104,7 +112,9 @@ impl Builder<'_> {
                 place.set("device_id", format!("drive-{}", id(&disk.info)))
             }
             Some(DiskBus::Ide) => Props::new("bus", format!("ide.{bus}")).set("unit", unit),
-            Some(DiskBus::Sata) if self.board == Board::Q35 && controller == 0 => Props::new("bus", format!("ide.{unit}")),
+            Some(DiskBus::Sata) if self.board == Board::Q35 && controller == 0 => {
+                Props::new("bus", format!("ide.{unit}"))
+            }
             Some(DiskBus::Sata) => Props::new("bus", format!("{}.{unit}", alias(ControllerKind::Sata))),
             Some(DiskBus::Fdc) if self.board == Board::Q35 => {
                 Props::new("bus", format!("{}.0", alias(ControllerKind::Fdc))).set("unit", unit)

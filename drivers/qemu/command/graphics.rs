@@ -143,8 +143,12 @@ fn screen(video: &Video) -> Props {
             .maybe("vram64_size_mb", mib(model.vram64_kib))
             .maybe("vgamem_mb", mib(model.vgamem_kib))
             .extend(size()),
-        VideoKind::Vga => Props::default().maybe("vgamem_mb", mib(model.vram_kib)).maybe("edid", model.edid).extend(size()),
-        VideoKind::Bochs => Props::default().maybe("vgamem", bytes(model.vram_kib)).maybe("edid", model.edid).extend(size()),
+        VideoKind::Vga => {
+            Props::default().maybe("vgamem_mb", mib(model.vram_kib)).maybe("edid", model.edid).extend(size())
+        }
+        VideoKind::Bochs => {
+            Props::default().maybe("vgamem", bytes(model.vram_kib)).maybe("edid", model.edid).extend(size())
+        }
         _ => Props::default(),
     }
 }

@@ -173,11 +173,8 @@ impl<'a> Builder<'a> {
     /// Where a PCI device sits.
     fn pci(&self, info: &DeviceInfo) -> Props {
         let Some(pci) = info.pci() else { return Props::default() };
-        let addr = if pci.function == 0 {
-            format!("{:#x}", pci.slot)
-        } else {
-            format!("{:#x}.{:#x}", pci.slot, pci.function)
-        };
+        let addr =
+            if pci.function == 0 { format!("{:#x}", pci.slot) } else { format!("{:#x}.{:#x}", pci.slot, pci.function) };
         let bus = self.pci_bus(pci.bus.into());
         Props::new("bus", bus).maybe("multifunction", pci.multifunction).set("addr", addr)
     }
@@ -227,7 +224,8 @@ fn turn(props: Props, index: Option<u32>) -> Props {
 fn boot_order(def: &DomainDef) -> HashMap<String, u32> {
     let devices = &def.devices;
     let disks = devices.disks.iter().map(|d| &d.info);
-    let infos = disks.chain(devices.interfaces.iter().map(|i| &i.info)).chain(devices.redirdevs.iter().map(|r| &r.info));
+    let infos =
+        disks.chain(devices.interfaces.iter().map(|i| &i.info)).chain(devices.redirdevs.iter().map(|r| &r.info));
     let mut order: HashMap<String, u32> =
         infos.filter_map(|info| Some((id(info).to_owned(), info.boot_order()?))).collect();
     for (turn, boot) in (1..).zip(&def.os.boot) {

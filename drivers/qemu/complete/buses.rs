@@ -40,7 +40,10 @@ pub fn disks(def: &mut DomainDef, board: Board, log: &mut Vec<Finding>) {
                 taken.insert((bus, drive));
                 disk.info.address = Some(Address::of(AddressKind::Drive(drive)));
             }
-            None => log.push(Finding::invalid(&disk.at, format!("there is no free place on the {bus} bus for '{}'", disk.target.dev))),
+            None => log.push(Finding::invalid(
+                &disk.at,
+                format!("there is no free place on the {bus} bus for '{}'", disk.target.dev),
+            )),
         }
     }
 }
@@ -50,7 +53,12 @@ fn on_a_controller(bus: DiskBus) -> bool {
 }
 
 /// The place its letter stands for, or the next one after it that is free.
-fn free_drive(disk: &Disk, bus: DiskBus, board: Board, taken: &BTreeSet<(DiskBus, DriveAddress)>) -> Option<DriveAddress> {
+fn free_drive(
+    disk: &Disk,
+    bus: DiskBus,
+    board: Board,
+    taken: &BTreeSet<(DiskBus, DriveAddress)>,
+) -> Option<DriveAddress> {
     let per_controller = match bus {
         DiskBus::Scsi => 7,
         DiskBus::Sata => 6,
@@ -98,7 +106,10 @@ pub fn virtio_serial(def: &mut DomainDef, log: &mut Vec<Finding>) {
         if let Some(AddressKind::VirtioSerial(VirtioSerialAddress { controller, port: Some(port), .. })) = kind(info)
             && !taken.insert((*controller, *port))
         {
-            log.push(Finding::invalid(&place, format!("port {port} of virtio-serial controller {controller} is taken twice")));
+            log.push(Finding::invalid(
+                &place,
+                format!("port {port} of virtio-serial controller {controller} is taken twice"),
+            ));
         }
     }
     for (info, place, first) in serial_ports(def) {
@@ -109,7 +120,8 @@ pub fn virtio_serial(def: &mut DomainDef, log: &mut Vec<Finding>) {
             None => None,
         };
         let controllers = fixed.map_or(0..MANY, |n| n..n.saturating_add(1));
-        let places = controllers.flat_map(|c| (first..*ports.get(&c).unwrap_or(&SERIAL_PORTS)).map(move |port| (c, port)));
+        let places =
+            controllers.flat_map(|c| (first..*ports.get(&c).unwrap_or(&SERIAL_PORTS)).map(move |port| (c, port)));
         let Some((controller, port)) = places.into_iter().find(|place| !taken.contains(place)) else {
             log.push(Finding::invalid(&place, "there is no free virtio-serial port"));
             continue;
@@ -155,7 +167,8 @@ pub fn usb(def: &mut DomainDef, board: Board, log: &mut Vec<Finding>) {
             log.push(Finding::invalid(&place, "it is a USB device, and USB is turned off (controller model='none')"));
             continue;
         }
-        let free = find_port(&ports, fixed, &taken).or_else(|| fixed.is_none().then(|| another(&mut ports, &mut added, board))?);
+        let free = find_port(&ports, fixed, &taken)
+            .or_else(|| fixed.is_none().then(|| another(&mut ports, &mut added, board))?);
         match free {
             Some((bus, port)) => {
                 taken.insert((bus, port.clone()));
@@ -204,8 +217,10 @@ pub fn port_count(controller: &Controller) -> u32 {
 
 fn usb_devices(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, Place)> {
     let devices = &mut def.devices;
-    let disks = devices.disks.iter_mut().filter(|d| d.target.bus == Some(DiskBus::Usb)).map(|d| (&mut d.info, d.at.clone()));
-    let inputs = devices.inputs.iter_mut().filter(|i| i.bus == Some(InputBus::Usb)).map(|i| (&mut i.info, i.at.clone()));
+    let disks =
+        devices.disks.iter_mut().filter(|d| d.target.bus == Some(DiskBus::Usb)).map(|d| (&mut d.info, d.at.clone()));
+    let inputs =
+        devices.inputs.iter_mut().filter(|i| i.bus == Some(InputBus::Usb)).map(|i| (&mut i.info, i.at.clone()));
     let sounds = devices.sounds.iter_mut().filter(|s| s.model == SoundModel::Usb).map(|s| (&mut s.info, s.at.clone()));
     let redirs = devices.redirdevs.iter_mut().map(|r| (&mut r.info, r.at.clone()));
     disks.chain(inputs).chain(sounds).chain(redirs)

@@ -1,11 +1,11 @@
 //! What libvirt adds to a definition and what depends on the emulator: [`DomainDef::fill_defaults`] has done the rest.
 
 use super::super::capabilities::Capabilities;
+use virt_model::device::chardev::{SerialKind, SerialModel};
 use virt_model::device::display::{GraphicsKind, VideoKind, VideoModel};
 use virt_model::device::interface::InterfaceModel;
 use virt_model::device::misc::{BalloonModel, InputBus, InputKind, WatchdogAction};
 use virt_model::device::sound::AudioKind;
-use virt_model::device::chardev::{SerialKind, SerialModel};
 use virt_model::device::{Audio, Input, Memballoon, Video};
 use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMatch, CpuMode, CpuModel, Fallback};
@@ -61,7 +61,8 @@ fn name_the_cpu(cpu: &mut Cpu) {
             cpu.check.get_or_insert(CpuCheck::None);
             if !named {
                 let name = Some("qemu64".to_owned());
-                cpu.model = Some(CpuModel { fallback: Some(Fallback::Forbid), name, ..cpu.model.take().unwrap_or_default() });
+                cpu.model =
+                    Some(CpuModel { fallback: Some(Fallback::Forbid), name, ..cpu.model.take().unwrap_or_default() });
             }
         }
         CpuMode::HostModel => _ = cpu.check.get_or_insert(CpuCheck::Partial),

@@ -71,7 +71,9 @@ fn screen(graphics: &mut Graphics, n: usize, chosen: &mut Chosen, taken: &mut BT
         let found = (from..from.saturating_add(1000)).find(|p| !taken.contains(p) && (chosen.free_port)(&address, *p));
         match found {
             Some(port) => _ = taken.insert(port),
-            None => log.push(Finding::unsupported(&graphics.at, format!("there is no free port for {kind} on {address}"))),
+            None => {
+                log.push(Finding::unsupported(&graphics.at, format!("there is no free port for {kind} on {address}")))
+            }
         }
         found.map(i32::from)
     };

@@ -97,8 +97,7 @@ impl Layout {
                 Err(_) => log.push(Finding::invalid(&controller.at, "a PCI controller's index is at most 255")),
             }
         }
-        let mut layout =
-            Layout { board, buses, taken: BTreeMap::new(), port_slots: Vec::new(), added: Vec::new() };
+        let mut layout = Layout { board, buses, taken: BTreeMap::new(), port_slots: Vec::new(), added: Vec::new() };
         // What the board solders on: host bridge and, in one slot, its many small functions.
         let built_in: &[(u8, u8)] = match board {
             Board::Q35 => &[(0, 0xff), (31, 0b1111_1011)],
@@ -142,7 +141,9 @@ impl Layout {
                 match wish.built_in() {
                     Some(only) if only != (pci.bus, pci.slot, pci.function) => {
                         let (_, slot, function) = only;
-                        let message = format!("the board's own controller is always at slot {slot}, function {function} of bus 0");
+                        let message = format!(
+                            "the board's own controller is always at slot {slot}, function {function} of bus 0"
+                        );
                         log.push(Finding::invalid(place, message));
                     }
                     _ => self.claim(pci, place, log),
@@ -165,10 +166,16 @@ impl Layout {
         match self.buses.get(&pci.bus).copied() {
             None => log.push(Finding::invalid(place, format!("PCI address {name}: there is no PCI bus {}", pci.bus))),
             Some(bus) if !bus.has_slot(pci.slot) => {
-                log.push(Finding::invalid(place, format!("PCI address {name}: bus {} has no slot {}", pci.bus, pci.slot)));
+                log.push(Finding::invalid(
+                    place,
+                    format!("PCI address {name}: bus {} has no slot {}", pci.bus, pci.slot),
+                ));
             }
             Some(_) if !self.take(pci.bus, pci.slot, 1 << (pci.function & 7)) => {
-                log.push(Finding::invalid(place, format!("PCI address {name} is taken by another device or by the board")));
+                log.push(Finding::invalid(
+                    place,
+                    format!("PCI address {name} is taken by another device or by the board"),
+                ));
             }
             Some(_) => {}
         }
@@ -362,7 +369,13 @@ fn untyped_pci(element: &virt_model::xml::Element) -> Option<PciAddress> {
         let hex = text.strip_prefix("0x").map(|digits| u8::from_str_radix(digits, 16).ok());
         hex.unwrap_or_else(|| text.parse().ok())
     };
-    Some(PciAddress { domain: 0, bus: number("bus")?, slot: number("slot")?, function: number("function")?, multifunction: None })
+    Some(PciAddress {
+        domain: 0,
+        bus: number("bus")?,
+        slot: number("slot")?,
+        function: number("function")?,
+        multifunction: None,
+    })
 }
 
 /// What QEMU calls the bridge, and its number on the chassis.

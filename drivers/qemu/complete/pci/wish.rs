@@ -1,12 +1,12 @@
 //! Which devices are PCI devices, and where each would like to be.
 
 use super::super::Board;
+use virt_model::device::chardev::SerialKind;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::VideoKind;
 use virt_model::device::misc::{BalloonModel, InputBus, WatchdogModel};
 use virt_model::device::sound::SoundModel;
-use virt_model::device::chardev::SerialKind;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Place;
@@ -102,9 +102,11 @@ fn controller_wish(controller: &Controller, board: Board) -> Option<Wish> {
     match controller.kind {
         ControllerKind::Usb => usb_wish(controller.model?, index, board),
         ControllerKind::Scsi => match controller.model {
-            Some(ControllerModel::VirtioScsi | ControllerModel::VirtioTransitional | ControllerModel::VirtioNonTransitional) => {
-                Some(Wish::Express)
-            }
+            Some(
+                ControllerModel::VirtioScsi
+                | ControllerModel::VirtioTransitional
+                | ControllerModel::VirtioNonTransitional,
+            ) => Some(Wish::Express),
             _ => Some(Wish::Conventional),
         },
         ControllerKind::VirtioSerial => Some(Wish::Express),
