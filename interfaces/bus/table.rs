@@ -50,6 +50,8 @@ pub struct Method {
 pub struct Property {
     /// The type of its value.
     pub signature: String,
+    /// Whether it can be set.
+    pub writable: bool,
     /// Changes it; `None` for one that can only be read.
     pub setter: Option<Handler>,
 }
@@ -131,15 +133,8 @@ fn same(interface: &str, mut file: Vec<(&str, &str)>, code: &[Field]) -> Result<
 
 /// A property is writable exactly if it has a setter.
 fn check_access(interface: &Interface) -> Result<(), String> {
-    let parsed = parse(&interface.xml)?;
-    for property in parsed.interfaces().iter().flat_map(|one| one.properties()) {
-        let name = property.name();
-        let settable = interface.properties[name.as_str()].setter.is_some();
-        if property.access().write() != settable {
-            return Err(format!("{}.{name} is writable in file or code alone", interface.name));
-        }
-    }
-    Ok(())
+    let odd = interface.properties.iter().find(|(_, property)| property.writable != property.setter.is_some());
+    odd.map_or(Ok(()), |(name, _)| Err(format!("{}.{name} is writable in file or code alone", interface.name)))
 }
 
 fn parse(document: &str) -> Result<zbus_xml::Node<'_>, String> {
@@ -173,7 +168,7 @@ fn elements(document: &str) -> Vec<&str> {
 fn interface(parsed: &zbus_xml::Interface<'_>, text: &str) -> Result<Interface, String> {
     let methods = parsed.methods().map(|one| Ok((one.name().to_string(), method(one)?)));
     let properties = parsed.properties().map(|one| {
-        let property = Property { signature: one.ty().to_string(), setter: None };
+        let property = Property { signature: one.ty().to_string(), writable: one.access().write(), setter: None };
         (one.name().to_string(), property)
     });
     let signals = parsed.signals().map(|one| (one.name().to_string(), types(one.args().iter())));
@@ -234,7 +229,8 @@ mod tests {
         read(&document).unwrap().remove("a.b").unwrap()
     }
 
-    const METHOD: &str = "<method name=\"Do\"><arg type=\"s\" direction=\"in\"/><arg type=\"o\" direction=\"out\"/></method>";
+    const METHOD: &str =
+        "<method name=\"Do\"><arg type=\"s\" direction=\"in\"/><arg type=\"o\" direction=\"out\"/></method>";
     const SIGNAL: &str = "<signal name=\"Done\"><arg type=\"s\"/><arg type=\"b\"/></signal>";
     const LEVEL: &str = "<property name=\"Level\" type=\"u\" access=\"readwrite\"/>";
 
@@ -260,9 +256,14 @@ mod tests {
         const DOC: &str = "org.gtk.GDBus.DocString";
         for document in FILES {
             for one in parse(document).unwrap().interfaces() {
-                let explained = |of: &[zbus_xml::Annotation<'_>]| of.iter().any(|a| a.name() == DOC && !a.value().is_empty());
-                assert!(one.methods().all(|m| explained(m.annotations()) && m.args().iter().all(|a| a.name().is_some())));
-                assert!(one.signals().all(|s| explained(s.annotations()) && s.args().iter().all(|a| a.name().is_some())));
+                let explained =
+                    |of: &[zbus_xml::Annotation<'_>]| of.iter().any(|a| a.name() == DOC && !a.value().is_empty());
+                assert!(
+                    one.methods().all(|m| explained(m.annotations()) && m.args().iter().all(|a| a.name().is_some()))
+                );
+                assert!(
+                    one.signals().all(|s| explained(s.annotations()) && s.args().iter().all(|a| a.name().is_some()))
+                );
                 assert!(one.properties().all(|p| explained(p.annotations())));
                 const EMITS: &str = "org.freedesktop.DBus.Property.EmitsChangedSignal";
                 assert!(one.properties().all(|p| p.annotations().iter().any(|a| a.name() == EMITS)));
