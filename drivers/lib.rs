@@ -1,1 +1,4 @@
 //! How hypervisors are moved. One folder each.
+
+mod host;
+pub mod qemu;

@@ -1,5 +1,6 @@
 //! What a domain *is* and what a driver *can*: plain values, no I/O, no clock.
 
+pub mod device;
 pub mod domain;
 pub mod driver;
 pub mod state;

@@ -1,46 +1,91 @@
 //! `DomainDef`: what a domain's XML says.
+//!
+//! ```text
+//!  text ──xml::read──▶ tree ──format::check──▶ tree ──Part::read──▶ DomainDef ──checks──▶ findings, or the definition
+//!  text ◀─xml write─── tree ◀─format::arrange─ tree ◀─Part::write── DomainDef (for_form)
+//! ```
+//!
+//! Each section has a file with type, read and write. `format` knows every name and the order of output.
 
-use crate::xml::Finding;
+mod checks;
+pub mod clock;
+pub mod cpu;
+mod defaults;
+pub mod features;
+mod format;
+mod forms;
+pub mod memory;
+pub mod metadata;
+pub mod native;
+pub mod os;
+pub mod part;
+pub mod value;
+
+use crate::device::Devices;
+use crate::xml::{self, Element, Finding, FindingKind, Place};
+use clock::{Clock, Pm};
+use cpu::Cpu;
+use features::Features;
+use memory::{Memory, Vcpu};
+use metadata::Metadata;
+use native::NativeArguments;
+use os::Os;
+use part::{Part, element};
 use uuid::Uuid;
+use value::{Kib, choices};
 
-/// A domain's configuration.
-#[derive(Clone, Debug, PartialEq)]
-pub struct DomainDef {
-    /// `<domain type=…>`, e.g. `qemu`.
-    pub kind: String,
-    /// `<domain id=…>`: only in a live definition.
-    pub id: Option<u32>,
-    /// `<name>`
-    pub name: String,
-    /// `<uuid>`, made up when the document has none.
-    pub uuid: Uuid,
-    /// `<title>`
-    pub title: Option<String>,
-    /// `<description>`
-    pub description: Option<String>,
-    /// `<on_poweroff>`
-    pub on_poweroff: LifecycleAction,
-    /// `<on_reboot>`
-    pub on_reboot: LifecycleAction,
-    /// `<on_crash>`
-    pub on_crash: LifecycleAction,
+element! {
+    /// A domain's configuration.
+    pub struct DomainDef {
+        /// `<domain type=…>`, e.g. `qemu`.
+        need "type" => kind: String,
+        /// `<domain id=…>`: only in a live definition.
+        attr "id" => id: Option<u32>,
+        /// `<name>`
+        own "name" => name: String,
+        /// `<uuid>`, made up when the document has none.
+        own "uuid" => uuid: Uuid,
+        /// `<title>`
+        leaf "title" => title: Option<String>,
+        /// `<description>`
+        leaf "description" => description: Option<String>,
+        /// `<metadata>`
+        child "metadata" => metadata: Option<Metadata>,
+        /// `<memory>`
+        child "memory" => memory: Option<Memory>,
+        /// `<currentMemory>`; all of it if absent.
+        child "currentMemory" => current_memory: Option<Kib>,
+        /// `<vcpu>`
+        child "vcpu" => vcpu: Option<Vcpu>,
+        /// `<os>`
+        inner "os" => os: Os,
+        /// `<features>`
+        child "features" => features: Option<Features>,
+        /// `<cpu>`
+        child "cpu" => cpu: Option<Cpu>,
+        /// `<clock>`
+        child "clock" => clock: Option<Clock>,
+        /// `<on_poweroff>`
+        own "on_poweroff" => on_poweroff: LifecycleAction,
+        /// `<on_reboot>`
+        own "on_reboot" => on_reboot: LifecycleAction,
+        /// `<on_crash>`
+        own "on_crash" => on_crash: LifecycleAction,
+        /// `<pm>`
+        child "pm" => pm: Option<Pm>,
+        /// `<devices>`
+        inner "devices" => devices: Devices,
+        /// `<qemu:commandline>`
+        child "qemu:commandline" => native: Option<NativeArguments>,
+    }
 }
 
-/// What happens to the domain when its guest powers off, reboots or crashes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LifecycleAction {
-    /// The guest is ended.
-    Destroy,
-    /// The guest is started again.
-    Restart,
-    /// The guest is ended, the name is changed. (Kept, refused at start: no hypervisor of ours does it.)
-    RenameRestart,
-    /// The guest is left standing for inspection.
-    Preserve,
-    /// Dump memory, then destroy (crash only).
-    CoredumpDestroy,
-    /// Dump memory, then restart (crash only).
-    CoredumpRestart,
+choices! {
+    /// What happens to the domain when its guest powers off, reboots or crashes.
+    pub enum LifecycleAction {
+        Destroy = "destroy", Restart = "restart", RenameRestart = "rename-restart", Preserve = "preserve",
+        CoredumpDestroy = "coredump-destroy", CoredumpRestart = "coredump-restart",
+    }
 }
 
 /// Which form of a definition is written.
@@ -54,65 +99,128 @@ pub struct Form {
     pub migratable: bool,
 }
 
+/// Something the document says and no typed field holds: kept and shown, not acted upon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Kept {
+    /// Where, with its path, e.g. `/devices/hostdev[1]` or `/vcpu/@cpuset`.
+    pub at: Place,
+    /// The element's or attribute's name.
+    pub name: String,
+    /// An attribute's value or an element's text.
+    pub value: String,
+}
+
+impl Kept {
+    /// Refuses it: `reason` completes the sentence "<hostdev> …".
+    pub fn unsupported(&self, reason: &str) -> Finding {
+        let subject = if self.is_attribute() { format!("'{}'", self.name) } else { format!("<{}>", self.name) };
+        Finding::new(FindingKind::Unsupported, &self.at, format!("{subject} {reason}"))
+    }
+
+    /// Whether it is an attribute, else an element.
+    pub fn is_attribute(&self) -> bool {
+        self.at.path.is_attribute()
+    }
+}
+
 impl DomainDef {
     /// Reads a domain document. Everything wrong is reported at once, never an empty list; nothing read is dropped.
-    pub fn parse(_xml: &str) -> Result<DomainDef, Vec<Finding>> {
-        Err(Vec::new())
+    pub fn parse(xml: &str) -> Result<DomainDef, Vec<Finding>> {
+        let root = xml::read(xml, &[("domain", "metadata")]).map_err(|finding| vec![finding])?;
+        DomainDef::from_tree(root)
+    }
+
+    /// The same from a tree whose `<metadata>` was kept verbatim.
+    pub fn from_tree(mut root: Element) -> Result<DomainDef, Vec<Finding>> {
+        let mut log = Vec::new();
+        native::canonical_prefixes(&mut root, &mut log);
+        format::check(&mut root, &mut log);
+        // What is only kept, too, has one order from here on.
+        native::declare_prefixes(&mut root);
+        format::arrange(&mut root);
+        let reboot = root.child("on_reboot").is_some();
+        let mut def = DomainDef::read(root, &mut log);
+        if !reboot {
+            def.on_reboot = LifecycleAction::Restart;
+        }
+        if def.uuid.is_nil() {
+            def.uuid = Uuid::new_v4();
+        }
+        checks::check(&def, &mut log);
+        log.sort_by_key(|finding| (finding.line, finding.column));
+        if log.is_empty() { Ok(def) } else { Err(log) }
     }
 
     /// Writes it, in libvirt's order and layout (two spaces, one final newline).
-    pub fn write(&self, _form: Form) -> String {
-        String::new()
+    pub fn write(&self, form: Form) -> String {
+        self.in_form(form).tree().write()
+    }
+
+    /// The whole of it, secrets and runtime facts included, in libvirt's order.
+    pub fn tree(&self) -> Element {
+        let mut root = Part::write(self, "domain");
+        native::declare_prefixes(&mut root);
+        format::arrange(&mut root);
+        root
+    }
+
+    /// Whether both are the same configuration, runtime facts aside.
+    pub fn same_configuration(&self, other: &DomainDef) -> bool {
+        let stored = Form { inactive: true, secure: true, migratable: false };
+        self.write(stored) == other.write(stored)
+    }
+
+    /// Everything that is kept and shown and that no typed field holds, in document order: what a driver must refuse by
+    /// name unless it may be ignored. Metadata and namespace declarations are not among it.
+    pub fn unhandled(&self) -> Vec<Kept> {
+        let mut kept = Vec::new();
+        collect_kept(&self.tree(), &mut kept);
+        kept.sort_by_key(|kept| (kept.at.line, kept.at.column));
+        kept
     }
 
     /// `os/type`: `hvm` and the like.
     pub fn os_type(&self) -> &str {
-        "hvm"
+        &self.os.kind.name
     }
 
     /// vCPUs present at boot.
     pub fn vcpus(&self) -> u32 {
-        1
+        self.vcpu.as_ref().and_then(|vcpu| vcpu.current).unwrap_or_else(|| self.maximum_vcpus())
     }
 
     /// vCPUs that can be plugged in.
     pub fn maximum_vcpus(&self) -> u32 {
-        1
+        self.vcpu.as_ref().map_or(1, |vcpu| vcpu.count)
     }
 
-    /// `<currentMemory>` in KiB.
+    /// `<currentMemory>` in KiB, at most [`DomainDef::memory_kib`].
     pub fn current_memory_kib(&self) -> u64 {
-        0
+        self.current_memory.map_or(u64::MAX, |size| size.0).min(self.memory_kib())
     }
 
     /// `<memory>` in KiB.
     pub fn memory_kib(&self) -> u64 {
-        0
+        self.memory.as_ref().map_or(0, |memory| memory.size.0)
     }
 
     /// Whether raw hypervisor arguments are in it (`qemu:commandline` and the like).
     pub fn has_native_arguments(&self) -> bool {
-        false
+        self.native.is_some() || self.rest.elements.iter().any(|element| element.name.contains(':'))
     }
+}
 
-    /// The file of firmware variables.
-    pub fn nvram_path(&self) -> Option<&std::path::Path> {
-        None
+/// What typed fields write has no place in a document; what was kept has.
+fn collect_kept(element: &Element, kept: &mut Vec<Kept>) {
+    for attribute in element.attributes.iter().filter(|a| a.at.is_known() && !a.name.starts_with("xmlns:")) {
+        let (name, value) = (attribute.name.clone(), attribute.value.clone());
+        kept.push(Kept { at: attribute.at.clone(), name, value });
     }
-
-    /// Whether the two would start the same machine: equal in their inactive form.
-    pub fn same_configuration(&self, other: &DomainDef) -> bool {
-        self == other
-    }
-
-    /// The `<metadata>` child whose namespace is `uri`, as XML text.
-    pub fn metadata(&self, _uri: &str) -> Option<String> {
-        None
-    }
-
-    /// Replaces (or with `None` removes) the `<metadata>` child whose namespace is `uri`; `xml` is one element, which is
-    /// put into that namespace with `prefix`. Errors: not well-formed, or not one element.
-    pub fn set_metadata(&mut self, _uri: &str, _prefix: &str, _xml: Option<&str>) -> Result<(), Finding> {
-        Ok(())
+    for child in element.elements() {
+        if child.at.is_known() {
+            kept.push(Kept { at: child.at.clone(), name: child.name.clone(), value: child.text() });
+        } else {
+            collect_kept(child, kept);
+        }
     }
 }

@@ -1,0 +1,4 @@
+//! QEMU.
+pub mod capabilities;
+pub mod events;
+pub mod qmp;

@@ -1,0 +1,189 @@
+//! Small devices: `<input>`, `<memballoon>`, `<rng>`, `<tpm>`, `<watchdog>`.
+
+use super::{DeviceInfo, VirtioDriver};
+use crate::domain::part::element;
+use crate::domain::value::choices;
+
+choices! {
+    /// What it is.
+    pub enum InputKind {
+        Mouse = "mouse", Tablet = "tablet", Keyboard = "keyboard", Passthrough = "passthrough", Evdev = "evdev",
+    }
+}
+
+choices! {
+    /// What it is plugged into.
+    pub enum InputBus {
+        Ps2 = "ps2", Usb = "usb", Xen = "xen", Parallels = "parallels", Virtio = "virtio", None = "none",
+    }
+}
+
+choices! {
+    /// Which generation of virtio.
+    pub enum VirtioModel {
+        Virtio = "virtio", Transitional = "virtio-transitional", NonTransitional = "virtio-non-transitional",
+    }
+}
+
+element! {
+    /// `<input>`
+    pub struct Input {
+        /// What it is.
+        need "type" => kind: InputKind,
+        /// What it is plugged into.
+        attr "bus" => bus: Option<InputBus>,
+        /// Generation, of virtio.
+        attr "model" => model: Option<VirtioModel>,
+        /// Name and place.
+        flat => info: DeviceInfo,
+    }
+}
+
+choices! {
+    /// The device.
+    pub enum BalloonModel {
+        Virtio = "virtio", None = "none", Xen = "xen", VirtioTransitional = "virtio-transitional",
+        VirtioNonTransitional = "virtio-non-transitional",
+    }
+}
+
+element! {
+    /// `<memballoon>`
+    pub struct Memballoon {
+        /// The device, or none.
+        need "model" => model: BalloonModel,
+        /// Give memory back before the guest runs out.
+        on_off "autodeflate" => autodeflate: Option<bool>,
+        /// The guest tells which pages it does not use.
+        on_off "freePageReporting" => free_page_reporting: Option<bool>,
+        /// `<stats>`
+        child "stats" => stats: Option<BalloonStats>,
+        /// `<driver>`
+        child "driver" => driver: Option<PlainDriver>,
+        /// Name and place.
+        flat => info: DeviceInfo,
+    }
+}
+
+element! {
+    /// `<stats>`
+    pub struct BalloonStats {
+        /// Seconds between two; 0: never.
+        need "period" => period: u32,
+    }
+}
+
+element! {
+    /// A `<driver>` with nothing but what virtio devices share.
+    pub struct PlainDriver {
+        /// What virtio devices share.
+        flat => virtio: VirtioDriver,
+    }
+}
+
+element! {
+    /// `<rng>`
+    pub struct Rng {
+        /// Generation.
+        need "model" => model: VirtioModel,
+        /// `<rate>`
+        child "rate" => rate: Option<RngRate>,
+        /// `<backend>`
+        inner "backend" => backend: RngBackend,
+        /// `<driver>`
+        child "driver" => driver: Option<PlainDriver>,
+        /// Name and place.
+        flat => info: DeviceInfo,
+    }
+}
+
+element! {
+    /// `<rate>`
+    pub struct RngRate {
+        /// In each period.
+        need "bytes" => bytes: u32,
+        /// In milliseconds; 1000 if absent.
+        attr "period" => period_ms: Option<u32>,
+    }
+}
+
+choices! {
+    /// Where randomness comes from.
+    pub enum RngKind { Random = "random", Egd = "egd", Builtin = "builtin", }
+}
+
+element! {
+    /// `<rng><backend>`
+    pub struct RngBackend {
+        /// Where from.
+        need "model" => model: RngKind,
+        /// Of `random`: the file.
+        text => path: Option<String>,
+    }
+}
+
+choices! {
+    /// The guest's interface.
+    pub enum TpmModel {
+        Tis = "tpm-tis", Crb = "tpm-crb", Spapr = "tpm-spapr", SpaprProxy = "spapr-tpm-proxy",
+    }
+}
+
+element! {
+    /// `<tpm>`
+    pub struct Tpm {
+        /// The guest's interface.
+        attr "model" => model: Option<TpmModel>,
+        /// `<backend>`
+        inner "backend" => backend: TpmBackend,
+        /// Name and place.
+        flat => info: DeviceInfo,
+    }
+}
+
+choices! {
+    /// Who plays the chip.
+    pub enum TpmKind { Passthrough = "passthrough", Emulator = "emulator", External = "external", }
+}
+
+choices! {
+    /// Which specification.
+    pub enum TpmVersion { V1_2 = "1.2", V2_0 = "2.0", }
+}
+
+element! {
+    /// `<tpm><backend>`
+    pub struct TpmBackend {
+        /// Who plays the chip.
+        need "type" => kind: TpmKind,
+        /// Which specification.
+        attr "version" => version: Option<TpmVersion>,
+        /// Keep its state for a transient domain.
+        yes_no "persistent_state" => persistent_state: Option<bool>,
+    }
+}
+
+choices! {
+    /// The device.
+    pub enum WatchdogModel { I6300esb = "i6300esb", Ib700 = "ib700", Diag288 = "diag288", Itco = "itco", }
+}
+
+choices! {
+    /// What happens when the guest has not moved.
+    pub enum WatchdogAction {
+        Reset = "reset", Shutdown = "shutdown", Poweroff = "poweroff", Pause = "pause", Dump = "dump", None = "none",
+        InjectNmi = "inject-nmi",
+    }
+}
+
+element! {
+    /// `<watchdog>`
+    pub struct Watchdog {
+        /// The device.
+        need "model" => model: WatchdogModel,
+        /// What happens; `reset` if absent.
+        attr "action" => action: Option<WatchdogAction>,
+        /// Name and place.
+        flat => info: DeviceInfo,
+    }
+}

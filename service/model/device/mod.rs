@@ -1,0 +1,193 @@
+//! `<devices>`: one file per element, and what all devices share.
+
+use crate::domain::part::{element, flat};
+use crate::xml::{Element, Place};
+
+pub mod address;
+pub mod chardev;
+pub mod controller;
+pub mod disk;
+pub mod display;
+pub mod interface;
+pub mod misc;
+pub mod sound;
+
+pub use address::{Address, AddressKind, PciAddress};
+pub use chardev::{Channel, CharKind, CharSource, Console, Redirdev, Serial};
+pub use controller::{Controller, ControllerKind};
+pub use disk::Disk;
+pub use display::{Graphics, Video};
+pub use interface::Interface;
+pub use misc::{Input, Memballoon, Rng, Tpm, Watchdog};
+pub use sound::{Audio, Sound};
+
+element! {
+    /// `<devices>`. Kinds stand in libvirt's order of output; within a kind, in the document's.
+    pub struct Devices {
+        /// The hypervisor's program.
+        leaf "emulator" => emulator: Option<String>,
+        /// `<disk>`
+        children "disk" => disks: Vec<Disk>,
+        /// `<controller>`
+        children "controller" => controllers: Vec<Controller>,
+        /// `<interface>`
+        children "interface" => interfaces: Vec<Interface>,
+        /// `<serial>`
+        children "serial" => serials: Vec<Serial>,
+        /// `<console>`
+        children "console" => consoles: Vec<Console>,
+        /// `<channel>`
+        children "channel" => channels: Vec<Channel>,
+        /// `<input>`
+        children "input" => inputs: Vec<Input>,
+        /// `<tpm>`
+        children "tpm" => tpms: Vec<Tpm>,
+        /// `<graphics>`
+        children "graphics" => graphics: Vec<Graphics>,
+        /// `<sound>`
+        children "sound" => sounds: Vec<Sound>,
+        /// `<audio>`
+        children "audio" => audios: Vec<Audio>,
+        /// `<video>`
+        children "video" => videos: Vec<Video>,
+        /// `<redirdev>`
+        children "redirdev" => redirdevs: Vec<Redirdev>,
+        /// `<watchdog>`
+        children "watchdog" => watchdogs: Vec<Watchdog>,
+        /// `<memballoon>`
+        child "memballoon" => memballoon: Option<Memballoon>,
+        /// `<rng>`
+        children "rng" => rngs: Vec<Rng>,
+    }
+}
+
+impl Devices {
+    /// Devices of kinds that are kept and not acted upon, e.g. `<hostdev>`.
+    pub fn untyped(&self) -> &[Element] {
+        &self.rest.elements
+    }
+
+    /// Name, place and turn of every typed device, with where it stands.
+    pub fn infos(&self) -> Vec<(&DeviceInfo, &Place)> {
+        let mut all = Vec::new();
+        all.extend(self.disks.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.controllers.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.interfaces.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.serials.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.consoles.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.channels.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.inputs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.tpms.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.sounds.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.videos.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.redirdevs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.watchdogs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.memballoon.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.rngs.iter().map(|d| (&d.info, &d.at)));
+        all
+    }
+
+    /// The same, to be changed.
+    pub fn infos_mut(&mut self) -> Vec<&mut DeviceInfo> {
+        let mut all = Vec::new();
+        all.extend(self.disks.iter_mut().map(|d| &mut d.info));
+        all.extend(self.controllers.iter_mut().map(|d| &mut d.info));
+        all.extend(self.interfaces.iter_mut().map(|d| &mut d.info));
+        all.extend(self.serials.iter_mut().map(|d| &mut d.info));
+        all.extend(self.consoles.iter_mut().map(|d| &mut d.info));
+        all.extend(self.channels.iter_mut().map(|d| &mut d.info));
+        all.extend(self.inputs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.tpms.iter_mut().map(|d| &mut d.info));
+        all.extend(self.sounds.iter_mut().map(|d| &mut d.info));
+        all.extend(self.videos.iter_mut().map(|d| &mut d.info));
+        all.extend(self.redirdevs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.watchdogs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.memballoon.iter_mut().map(|d| &mut d.info));
+        all.extend(self.rngs.iter_mut().map(|d| &mut d.info));
+        all
+    }
+
+    /// The host's end of every character device that is a device of its own.
+    pub fn char_sources_mut(&mut self) -> Vec<&mut CharSource> {
+        let mut all = Vec::new();
+        all.extend(self.serials.iter_mut().map(|d| &mut d.source));
+        all.extend(self.consoles.iter_mut().map(|d| &mut d.source));
+        all.extend(self.channels.iter_mut().map(|d| &mut d.source));
+        all.extend(self.redirdevs.iter_mut().map(|d| &mut d.source));
+        all
+    }
+}
+
+flat! {
+    /// What every device can have: a name, a place on a bus, a turn at booting.
+    pub struct DeviceInfo {
+        /// `<boot>`
+        child "boot" => boot: Option<DeviceBoot>,
+        /// `<alias>`
+        child "alias" => alias: Option<Alias>,
+        /// `<address>`
+        child "address" => address: Option<Address>,
+    }
+}
+
+impl DeviceInfo {
+    /// The turn at booting, from 1.
+    pub fn boot_order(&self) -> Option<u32> {
+        self.boot.as_ref().map(|boot| boot.order)
+    }
+
+    /// The name of the device within the hypervisor.
+    pub fn alias(&self) -> Option<&str> {
+        self.alias.as_ref().map(|alias| &*alias.name)
+    }
+
+    /// The address, if it is one on PCI and complete.
+    pub fn pci(&self) -> Option<&PciAddress> {
+        match &self.address.as_ref()?.kind {
+            AddressKind::Pci(Some(pci)) => Some(pci),
+            _ => None,
+        }
+    }
+}
+
+element! {
+    /// `<boot order=…>`
+    pub struct DeviceBoot {
+        /// From 1.
+        need "order" => order: u32,
+    }
+}
+
+element! {
+    /// `<alias>`
+    pub struct Alias {
+        /// `ua-…` if a person chose it.
+        need "name" => name: String,
+    }
+}
+
+impl Alias {
+    /// Whether it is kept in the stored definition.
+    pub fn is_user(&self) -> bool {
+        self.name.starts_with("ua-")
+    }
+}
+
+flat! {
+    /// Attributes of `<driver>` that all virtio devices share.
+    pub struct VirtioDriver {
+        /// DMA through the IOMMU.
+        on_off "iommu" => iommu: Option<bool>,
+        /// Address translation services.
+        on_off "ats" => ats: Option<bool>,
+        /// Packed rings.
+        on_off "packed" => packed: Option<bool>,
+        /// A notification page for each queue.
+        on_off "page_per_vq" => page_per_vq: Option<bool>,
+    }
+}
+
+/// `0x…`, padded to `digits`.
+pub(crate) fn hex(value: impl std::fmt::LowerHex, digits: usize) -> String {
+    format!("0x{value:0digits$x}")
+}

@@ -1,0 +1,356 @@
+//! What can be seen to be wrong from the document alone, and would otherwise only show when the machine is started.
+
+use super::DomainDef;
+use super::cpu::Cpu;
+use super::defaults::default_bus;
+use super::features::Features;
+use super::os::LoaderKind;
+use super::value::complain;
+use crate::device::address::{Address, AddressKind, DriveAddress};
+use crate::device::chardev::{CharKind, CharSource, SocketMode};
+use crate::device::controller::ControllerModel;
+use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
+use crate::device::display::{Graphics, GraphicsKind, ListenKind};
+use crate::device::interface::{Interface, InterfaceKind};
+use crate::xml::{Element, Finding, Place, shorten};
+use std::collections::HashSet;
+use std::hash::Hash;
+
+/// As many as can be counted in a CPU set.
+const MAX_VCPUS: u32 = 16_384;
+/// The longest file name.
+const MAX_NAME: usize = 255;
+
+type Log = Vec<Finding>;
+
+/// Finds all of it.
+pub(super) fn check(def: &DomainDef, log: &mut Log) {
+    check_identity(def, log);
+    check_size(def, log);
+    check_firmware(def, log);
+    def.cpu.iter().for_each(|cpu| check_cpu(cpu, def.maximum_vcpus(), log));
+    def.features.iter().for_each(|features| check_hyperv(features, log));
+    check_boot(def, log);
+    check_unique(def, log);
+    let devices = &def.devices;
+    devices.disks.iter().for_each(|disk| check_disk(disk, log));
+    devices.interfaces.iter().for_each(|interface| check_interface(interface, log));
+    devices.graphics.iter().for_each(|graphics| check_graphics(graphics, log));
+    check_chardevs(def, log);
+}
+
+fn check_identity(def: &DomainDef, log: &mut Log) {
+    let at = def.at.child("name");
+    let name = &def.name;
+    if name.trim().is_empty() {
+        complain(log, &at, "a domain needs a name");
+    } else if name.contains('/') || name.chars().any(char::is_control) || matches!(&**name, "." | "..") {
+        complain(log, &at, format!("'{}' cannot be a name: no '/', no control characters", shorten(name)));
+    } else if name.len() > MAX_NAME {
+        complain(log, &at, format!("the name has {} bytes, more than {MAX_NAME}", name.len()));
+    }
+    if def.title.as_ref().is_some_and(|title| title.contains('\n')) {
+        complain(log, &def.at.child("title"), "a title is one line");
+    }
+}
+
+fn check_size(def: &DomainDef, log: &mut Log) {
+    if def.memory_kib() == 0 && def.numa_cells().next().is_none() {
+        let at = def.memory.as_ref().map_or_else(|| def.at.child("memory"), |memory| memory.at.clone());
+        complain(log, &at, "a domain needs memory: <memory> or NUMA cells");
+    }
+    let Some(vcpu) = &def.vcpu else { return };
+    if vcpu.count == 0 || vcpu.count > MAX_VCPUS {
+        complain(log, &vcpu.at, format!("{} vCPUs; there can be 1 to {MAX_VCPUS}", vcpu.count));
+    }
+    if vcpu.current.is_some_and(|current| current == 0 || current > vcpu.count) {
+        let message = format!("{} vCPUs at first; there can be 1 to {}", def.vcpus(), vcpu.count);
+        complain(log, &vcpu.at.attribute("current"), message);
+    }
+}
+
+fn check_cpu(cpu: &Cpu, vcpus: u32, log: &mut Log) {
+    if let Some(topology) = &cpu.topology
+        && topology.product() != u64::from(vcpus)
+    {
+        let message = format!("the topology makes {} vCPUs, <vcpu> says {vcpus}", topology.product());
+        complain(log, &topology.at, message);
+    }
+    let mut seen = HashSet::new();
+    for feature in &cpu.features {
+        once(&mut seen, feature.name.clone(), &feature.at, || format!("CPU feature '{}'", feature.name), log);
+    }
+}
+
+fn check_hyperv(features: &Features, log: &mut Log) {
+    let Some(hyperv) = &features.hyperv else { return };
+    if let Some(spinlocks) = &hyperv.spinlocks
+        && spinlocks.retries.is_some_and(|retries| retries < 4095)
+    {
+        complain(log, &spinlocks.at.attribute("retries"), "spinlock retries must be at least 4095");
+    }
+    if let Some(vendor) = &hyperv.vendor_id
+        && vendor.value.as_ref().is_some_and(|value| value.len() > 12 || value.contains(','))
+    {
+        complain(log, &vendor.at.attribute("value"), "a vendor id has at most 12 characters and no comma");
+    }
+}
+
+fn check_firmware(def: &DomainDef, log: &mut Log) {
+    let os = &def.os;
+    if !matches!(os.kind.arch.as_deref(), None | Some("x86_64" | "i686")) {
+        return;
+    }
+    let on = |feature: fn(&Features) -> bool| def.features.as_ref().is_some_and(feature);
+    let flash = os.loader.as_ref().filter(|loader| loader.kind == Some(LoaderKind::Pflash));
+    let efi = os.firmware == Some(super::os::FirmwareKind::Efi);
+    if (efi || flash.is_some()) && !on(|features| features.acpi) {
+        complain(log, &os.at, "UEFI firmware needs <acpi/> in <features>");
+    }
+    let Some(loader) = os.loader.as_ref().filter(|loader| loader.secure == Some(true)) else { return };
+    if !efi && !on(|features| features.smm.as_ref().is_some_and(super::features::State::is_on)) {
+        complain(log, &loader.at.attribute("secure"), "a secure loader needs <smm state='on'/> in <features>");
+    }
+    if os.kind.machine.as_ref().is_some_and(|machine| !machine.contains("q35")) {
+        complain(log, &loader.at.attribute("secure"), "a secure loader needs the machine 'q35'");
+    }
+}
+
+/// Devices are tried either by class or one by one, and no two have the same turn.
+fn check_boot(def: &DomainDef, log: &mut Log) {
+    let typed =
+        def.devices.infos().into_iter().filter_map(|(info, _)| info.boot.as_ref()).map(|b| (b.at.clone(), b.order));
+    let kept = def.devices.untyped().iter().filter_map(|device| device.child("boot"));
+    let kept = kept.filter_map(|boot| Some((boot.at.clone(), boot.attr("order")?.parse().ok()?)));
+    let mut seen = HashSet::new();
+    for (at, order) in typed.chain(kept) {
+        if order == 0 {
+            complain(log, &at.attribute("order"), "the boot order counts from 1");
+        }
+        once(&mut seen, order, &at, || format!("boot order {order}"), log);
+    }
+    if let Some(boot) = def.os.boot.first().filter(|_| !seen.is_empty()) {
+        complain(log, &boot.at, "<boot> is either in <os> or in the devices, not in both");
+    }
+}
+
+/// Reports the second of its kind.
+fn once<T: Hash + Eq>(seen: &mut HashSet<T>, key: T, at: &Place, what: impl Fn() -> String, log: &mut Log) {
+    if !seen.insert(key) {
+        complain(log, at, format!("{} is there twice", what()));
+    }
+}
+
+fn check_unique(def: &DomainDef, log: &mut Log) {
+    let devices = &def.devices;
+    let (mut targets, mut names) = (HashSet::new(), HashSet::new());
+    for disk in &devices.disks {
+        let target = disk.target.dev.clone();
+        once(&mut targets, target, &disk.target.at, || format!("the disk '{}'", disk.target.dev), log);
+        if let Some(wwn) = &disk.wwn {
+            once(&mut names, wwn.clone(), &disk.at.child("wwn"), || format!("the WWN '{wwn}'"), log);
+        }
+    }
+    let (mut controllers, mut audios) = (HashSet::new(), HashSet::new());
+    for controller in devices.controllers.iter().filter(|controller| controller.master.is_none()) {
+        let Some(index) = controller.index else { continue };
+        let what = || format!("the {} controller {index}", controller.kind);
+        let companion = [ControllerModel::Ich9Uhci1, ControllerModel::Ich9Uhci2, ControllerModel::Ich9Uhci3];
+        if !controller.model.is_some_and(|model| companion.contains(&model)) {
+            once(&mut controllers, (controller.kind, index), &controller.at, what, log);
+        }
+    }
+    for audio in &devices.audios {
+        once(&mut audios, audio.id, &audio.at, || format!("the audio back end {}", audio.id), log);
+    }
+    check_aliases(def, log);
+    check_addresses(def, log);
+}
+
+fn check_aliases(def: &DomainDef, log: &mut Log) {
+    let typed = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias.as_ref()).map(|a| (&a.at, &*a.name));
+    let kept = def.devices.untyped().iter().filter_map(|device| device.child("alias"));
+    let kept = kept.filter_map(|alias| Some((&alias.at, alias.attr("name")?)));
+    let mut seen = HashSet::new();
+    // In a live definition a console carries the alias of the serial port that it is.
+    let twin = def.devices.consoles.first().filter(|console| console.is_serial());
+    let twin = twin.and_then(|console| console.info.alias.as_ref()).map(|alias| &alias.at.path);
+    let is_twin = |at: &Place| twin.is_some_and(|path| path.to_string() == at.path.to_string());
+    for (at, name) in typed.chain(kept).filter(|(at, _)| !is_twin(at)) {
+        once(&mut seen, name, at, || format!("the alias '{name}'"), log);
+    }
+}
+
+/// A place on a bus, for comparison.
+#[derive(PartialEq, Eq, Hash)]
+enum Spot {
+    Pci(u16, u8, u8, u8),
+    Drive(DiskBus, DriveAddress),
+    Usb(u32, String),
+    VirtioSerial(u32, u32),
+    Ccid(u32, u32),
+}
+
+fn check_addresses(def: &DomainDef, log: &mut Log) {
+    let mut seen = HashSet::new();
+    let q35 = def.os.kind.machine.as_deref().is_some_and(|machine| machine.contains("q35"));
+    for disk in &def.devices.disks {
+        let bus = disk.target.bus.unwrap_or_else(|| default_bus(disk.device(), &disk.target.dev, q35));
+        if let Some(Address { kind: AddressKind::Drive(drive), at, .. }) = &disk.info.address {
+            let what = || format!("the place {}:{}:{}:{}", drive.controller, drive.bus, drive.target, drive.unit);
+            once(&mut seen, Spot::Drive(bus, *drive), at, what, log);
+        }
+    }
+    let twin = def.devices.consoles.iter().filter(|console| console.is_serial()).map(|console| &console.at.path);
+    let twin: HashSet<String> = twin.map(ToString::to_string).collect();
+    for (info, device) in def.devices.infos() {
+        let Some(address) = info.address.as_ref().filter(|_| !twin.contains(&device.path.to_string())) else {
+            continue;
+        };
+        claim(&mut seen, address, log);
+    }
+    for device in def.devices.untyped().iter().filter_map(|device| device.child("address")) {
+        // Read again only to compare; what is wrong with it is a driver's matter, as it is not acted upon here.
+        claim(&mut seen, &super::part::Part::read(Element::clone(device), &mut Vec::new()), log);
+    }
+}
+
+fn claim(seen: &mut HashSet<Spot>, address: &Address, log: &mut Log) {
+    let (spot, name) = match &address.kind {
+        AddressKind::Pci(Some(pci)) => {
+            let (domain, bus, slot, function) = pci.place();
+            let name = format!("the PCI address {domain:04x}:{bus:02x}:{slot:02x}.{function}");
+            (Spot::Pci(domain, bus, slot, function), name)
+        }
+        AddressKind::Usb(usb) => match &usb.port {
+            Some(port) => (Spot::Usb(usb.bus, port.clone()), format!("the USB port {}:{port}", usb.bus)),
+            None => return,
+        },
+        AddressKind::VirtioSerial(serial) => match serial.port.filter(|port| *port > 0) {
+            Some(port) => {
+                let name = format!("the virtio-serial port {}:{port}", serial.controller);
+                (Spot::VirtioSerial(serial.controller, port), name)
+            }
+            None => return,
+        },
+        AddressKind::Ccid(ccid) => {
+            (Spot::Ccid(ccid.controller, ccid.slot), format!("the smartcard slot {}:{}", ccid.controller, ccid.slot))
+        }
+        _ => return,
+    };
+    once(seen, spot, &address.at, || name.clone(), log);
+}
+
+fn check_disk(disk: &Disk, log: &mut Log) {
+    let device = disk.device();
+    let target = &disk.target;
+    let at_bus = target.at.attribute("bus");
+    if (device == DiskDevice::Floppy) != target.dev.starts_with("fd") && !target.dev.is_empty() {
+        let message =
+            format!("'{}' for a {device}; floppies, and only they, are called fda, fdb …", shorten(&target.dev));
+        complain(log, &target.at.attribute("dev"), message);
+    }
+    match (device, target.bus) {
+        (DiskDevice::Floppy, Some(bus)) if bus != DiskBus::Fdc => {
+            complain(log, &at_bus, format!("a floppy is on the bus 'fdc', not '{bus}'"));
+        }
+        (DiskDevice::Cdrom, Some(bus @ (DiskBus::Virtio | DiskBus::Fdc | DiskBus::Nvme))) => {
+            complain(log, &at_bus, format!("a CD-ROM cannot be on the bus '{bus}'"));
+        }
+        (DiskDevice::Disk | DiskDevice::Lun, Some(DiskBus::Fdc)) => {
+            complain(log, &at_bus, "only floppies are on the bus 'fdc'");
+        }
+        (DiskDevice::Lun, Some(bus)) if !matches!(bus, DiskBus::Scsi | DiskBus::Virtio) => {
+            complain(log, &at_bus, format!("a LUN is on the bus 'scsi' or 'virtio', not '{bus}'"));
+        }
+        _ => {}
+    }
+    let wants_source = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
+    if wants_source && matches!(device, DiskDevice::Disk | DiskDevice::Lun) && disk.path().is_none() {
+        let attribute = if disk.kind() == DiskKind::File { "file" } else { "dev" };
+        complain(log, &disk.at, format!("a {device} needs <source {attribute}='…'/>"));
+    }
+    check_disk_address(disk, log);
+}
+
+/// Each bus has one kind of address.
+fn check_disk_address(disk: &Disk, log: &mut Log) {
+    let (Some(bus), Some(address)) = (disk.target.bus, &disk.info.address) else { return };
+    let fits = match bus {
+        DiskBus::Ide | DiskBus::Sata | DiskBus::Scsi | DiskBus::Fdc => matches!(address.kind, AddressKind::Drive(_)),
+        DiskBus::Usb => matches!(address.kind, AddressKind::Usb(_)),
+        DiskBus::Virtio => matches!(address.kind, AddressKind::Pci(_) | AddressKind::Other(_)),
+        DiskBus::Xen | DiskBus::Uml | DiskBus::Sd | DiskBus::Nvme => true,
+    };
+    let unassigned = matches!(&address.kind, AddressKind::Other(kind) if kind == "unassigned");
+    if !fits && !unassigned {
+        complain(log, &address.at, format!("this kind of address is not one of the bus '{bus}'"));
+    }
+}
+
+fn check_interface(interface: &Interface, log: &mut Log) {
+    let source = interface.source.as_ref();
+    let missing = match interface.kind {
+        InterfaceKind::Bridge if interface.bridge().is_none_or(str::is_empty) => Some("bridge"),
+        InterfaceKind::Network if source.is_none_or(|s| s.network.as_ref().is_none_or(String::is_empty)) => {
+            Some("network")
+        }
+        _ => None,
+    };
+    if let Some(attribute) = missing {
+        let message = format!("an interface of type '{}' needs <source {attribute}='…'/>", interface.kind);
+        complain(log, &interface.at, message);
+    }
+    if let Some(mac) = interface.mac.as_ref().filter(|mac| mac.address.0[0] & 1 == 1) {
+        complain(log, &mac.at, format!("{} is a multicast address", mac.address));
+    }
+}
+
+fn check_graphics(graphics: &Graphics, log: &mut Log) {
+    let first = graphics.listens.first().filter(|listen| listen.kind == ListenKind::Address);
+    let said = graphics.listen.as_ref().zip(first.and_then(|listen| listen.address.as_ref()));
+    if let Some((legacy, address)) = said.filter(|(legacy, address)| legacy != address) {
+        let message = format!("listens on '{}', but its first <listen> on '{}'", shorten(legacy), shorten(address));
+        complain(log, &graphics.at.attribute("listen"), message);
+    }
+    for (name, port) in [("port", graphics.port), ("tlsPort", graphics.tls_port), ("websocket", graphics.websocket)] {
+        if port.is_some_and(|port| !(-1..=65_535).contains(&port)) {
+            complain(log, &graphics.at.attribute(name), "a port is at most 65535, or -1 to have one chosen");
+        }
+    }
+}
+
+fn check_chardevs(def: &DomainDef, log: &mut Log) {
+    let devices = &def.devices;
+    let spice = devices.graphics.iter().any(|graphics| graphics.kind == GraphicsKind::Spice);
+    let mut check = |element: &str, source: &CharSource, at: &Place| {
+        if matches!(source.kind, CharKind::SpiceVmc | CharKind::SpicePort) && !spice {
+            let message = format!("<{element} type='{}'> needs <graphics type='spice'>", source.kind);
+            complain(log, &at.attribute("type"), message);
+        }
+        if let Some(missing) = missing_source(source) {
+            complain(log, at, format!("<{element} type='{}'> needs {missing}", source.kind));
+        }
+    };
+    devices.serials.iter().for_each(|d| check("serial", &d.source, &d.at));
+    // A console that is a serial port may leave everything to it.
+    devices.consoles.iter().filter(|d| !d.is_serial()).for_each(|d| check("console", &d.source, &d.at));
+    devices.channels.iter().for_each(|d| check("channel", &d.source, &d.at));
+    devices.redirdevs.iter().for_each(|d| check("redirdev", &d.source, &d.at));
+}
+
+/// What the host's end lacks.
+fn missing_source(source: &CharSource) -> Option<&'static str> {
+    let sources = &source.sources;
+    let connects = sources.iter().any(|address| address.mode != Some(SocketMode::Bind));
+    match source.kind {
+        CharKind::Dev | CharKind::File | CharKind::Pipe if source.path().is_none() => Some("<source path='…'/>"),
+        CharKind::Unix if connects && source.path().is_none() => Some("<source path='…'/>"),
+        CharKind::Tcp if !sources.iter().any(|s| s.host.is_some() && s.service.is_some()) => {
+            Some("<source host='…' service='…'/>")
+        }
+        CharKind::Udp if !sources.iter().any(|s| s.service.is_some()) => Some("<source service='…'/>"),
+        CharKind::SpicePort if !sources.iter().any(|s| s.channel.is_some()) => Some("<source channel='…'/>"),
+        _ => None,
+    }
+}

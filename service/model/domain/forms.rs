@@ -1,0 +1,125 @@
+//! What is left out of which form: runtime facts, secrets, what only this host adds.
+
+use super::{DomainDef, Form};
+use crate::device::chardev::CharKind;
+use crate::device::controller::{Controller, ControllerKind, ControllerModel};
+use crate::device::disk::{BackingStore, Disk};
+use crate::device::display::{Graphics, GraphicsKind, ListenKind};
+use crate::device::interface::{Interface, InterfaceKind};
+use crate::xml::Element;
+
+impl DomainDef {
+    /// A copy with what `form` leaves out taken out.
+    pub fn in_form(&self, form: Form) -> DomainDef {
+        let mut def = self.clone();
+        if form.inactive {
+            def.forget_runtime();
+        }
+        if !form.secure {
+            def.devices.graphics.iter_mut().for_each(forget_password);
+        }
+        if form.migratable {
+            def.devices.controllers.retain(|controller| !is_implied(controller));
+        }
+        def
+    }
+
+    /// Takes out what only holds while the guest runs.
+    fn forget_runtime(&mut self) {
+        self.id = None;
+        for info in self.devices.infos_mut() {
+            info.alias = info.alias.take().filter(|alias| alias.is_user());
+        }
+        for source in self.devices.char_sources_mut() {
+            source.tty = None;
+            if source.kind == CharKind::Pty {
+                source.set_path(None);
+                source.sources.retain(|address| !address.rest.is_empty());
+            }
+        }
+        self.devices.channels.iter_mut().for_each(|channel| channel.target.state = None);
+        self.devices.disks.iter_mut().for_each(forget_disk);
+        self.devices.interfaces.iter_mut().for_each(forget_interface);
+        self.devices.graphics.iter_mut().for_each(forget_ports);
+        self.devices.rest.elements.iter_mut().for_each(forget_untyped);
+        self.rest.elements.iter_mut().filter(|element| element.name == "seclabel").for_each(forget_label);
+    }
+}
+
+fn forget_disk(disk: &mut Disk) {
+    disk.source.iter_mut().for_each(|source| source.index = None);
+    disk.rest.elements.retain(|element| element.name != "mirror");
+    let mut layer: Option<&mut Box<BackingStore>> = disk.backing.as_mut();
+    while let Some(store) = layer {
+        store.index = None;
+        store.source.iter_mut().for_each(|source| source.index = None);
+        layer = store.backing.as_mut();
+    }
+}
+
+fn forget_interface(interface: &mut Interface) {
+    if let Some(target) = &mut interface.target {
+        target.dev = target.dev.take().filter(|name| !is_generated(name));
+    }
+    let empty = |target: &crate::device::interface::InterfaceTarget| target.dev.is_none() && target.rest.is_empty();
+    interface.target = interface.target.take().filter(|target| !empty(target));
+    if let Some(source) = &mut interface.source {
+        source.portid = None;
+        if interface.kind == InterfaceKind::Network {
+            source.bridge = None;
+        }
+    }
+}
+
+/// Names given to the host's devices at start.
+fn is_generated(name: &str) -> bool {
+    let prefixes = ["vnet", "vif", "macvtap", "macvlan"];
+    prefixes
+        .iter()
+        .filter_map(|prefix| name.strip_prefix(prefix))
+        .any(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+}
+
+fn forget_ports(graphics: &mut Graphics) {
+    if graphics.autoport == Some(true) {
+        let vnc = graphics.kind == GraphicsKind::Vnc;
+        graphics.port = vnc.then_some(-1);
+        graphics.tls_port = None;
+        graphics.websocket = graphics.websocket.map(|_| -1);
+    }
+    for listen in graphics.listens.iter_mut().filter(|listen| listen.kind == ListenKind::Network) {
+        listen.address = None;
+    }
+    if graphics.listens.first().is_some_and(|listen| listen.kind == ListenKind::Network) {
+        graphics.listen = None;
+    }
+}
+
+fn forget_password(graphics: &mut Graphics) {
+    graphics.passwd = None;
+    graphics.passwd_valid_to = None;
+}
+
+/// The same for devices that are only kept.
+fn forget_untyped(device: &mut Element) {
+    let user = |element: &Element| element.attr("name").is_some_and(|name| name.starts_with("ua-"));
+    device.nodes.retain(|node| node.as_element().is_none_or(|e| e.name != "alias" || user(e)));
+    if device.name == "memory" {
+        let targets = device.elements_mut().filter(|e| e.name == "target");
+        targets.for_each(|target| drop(target.take_child("current")));
+    }
+}
+
+fn forget_label(label: &mut Element) {
+    label.take_child("imagelabel");
+    if label.attr("type") == Some("dynamic") {
+        label.take_child("label");
+    }
+}
+
+/// The root of PCI is there on every host that has the machine.
+fn is_implied(controller: &Controller) -> bool {
+    let root = matches!(controller.model, Some(ControllerModel::PciRoot | ControllerModel::PcieRoot));
+    let plain = controller.pcihole64.is_none() && controller.target.is_none() && controller.rest.is_empty();
+    controller.kind == ControllerKind::Pci && controller.index() == 0 && root && plain
+}

@@ -1,0 +1,90 @@
+//! XML without loss: a small tree that keeps everything, its reader, its writer, and findings with a place.
+//!
+//! [`read`] refuses what is not well-formed, also where the library below it would not; [`Element`] is what it gives;
+//! [`Element::write`] lays it out as libvirt does.
+
+mod chars;
+mod namespaces;
+mod place;
+mod read;
+mod tree;
+mod write;
+
+pub use place::{Path, Place};
+pub use read::{MAX_DEPTH, MAX_ELEMENTS, MAX_SIZE, read, read_spans};
+pub use tree::{Attribute, Element, Node};
+pub use write::{escape_attribute, escape_text};
+
+/// One thing wrong with a document, or with what it asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// Whether it stops a definition (`Invalid`), a start (`Unsupported`), or nothing (`Warning`).
+    pub kind: FindingKind,
+    /// From 1; 0 where the document has no such place (something is missing altogether).
+    pub line: u32,
+    /// From 1, in characters; 0 as for `line`.
+    pub column: u32,
+    /// The element's path, e.g. `/devices/disk[2]/target/@dev`.
+    pub path: String,
+    /// What is wrong and what was expected, without the place.
+    pub message: String,
+}
+
+/// How much a finding weighs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FindingKind {
+    /// Not a domain document that can be stored.
+    Invalid,
+    /// Stored and shown, but cannot run here.
+    Unsupported,
+    /// Runs, perhaps not as expected.
+    Warning,
+}
+
+impl Finding {
+    /// A finding about `place`.
+    pub fn new(kind: FindingKind, place: &Place, message: impl Into<String>) -> Finding {
+        Finding { kind, line: place.line, column: place.column, path: place.path.to_string(), message: message.into() }
+    }
+
+    /// The document cannot be stored.
+    pub fn invalid(place: &Place, message: impl Into<String>) -> Finding {
+        Finding::new(FindingKind::Invalid, place, message)
+    }
+
+    /// It can be stored and not be run.
+    pub fn unsupported(place: &Place, message: impl Into<String>) -> Finding {
+        Finding::new(FindingKind::Unsupported, place, message)
+    }
+
+    /// It runs, perhaps not as expected.
+    pub fn warning(place: &Place, message: impl Into<String>) -> Finding {
+        Finding::new(FindingKind::Warning, place, message)
+    }
+}
+
+impl std::fmt::Display for Finding {
+    /// `line L, column C: path: what is wrong`
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "line {}, column {}: {}: {}", self.line, self.column, self.path, self.message)
+    }
+}
+
+/// Whether a text can stand in XML at all: most control characters cannot.
+pub fn is_text(text: &str) -> bool {
+    text.chars().all(chars::is_legal)
+}
+
+/// Whether it is a name without a colon, as a prefix must be.
+pub(crate) fn is_prefix(text: &str) -> bool {
+    chars::is_plain_name(text) && !text.to_ascii_lowercase().starts_with("xml")
+}
+
+/// A text short enough for a message.
+pub(crate) fn shorten(text: &str) -> String {
+    const LONGEST: usize = 80;
+    match text.char_indices().nth(LONGEST) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}

@@ -1,0 +1,7 @@
+//! The whole daemon on a private bus: bus policy, polkit, and virtd with the test driver.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bus_policy;
+mod rules;

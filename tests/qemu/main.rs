@@ -1,0 +1,4 @@
+//! The whole daemon with real QEMU guests, without KVM.
+
+#[path = "../common/mod.rs"]
+mod common;
