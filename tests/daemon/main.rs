@@ -4,4 +4,5 @@
 mod common;
 
 mod bus_policy;
+mod flood;
 mod rules;
