@@ -6,3 +6,4 @@ mod common;
 mod bus_policy;
 mod flood;
 mod rules;
+mod startup;
