@@ -46,6 +46,7 @@ fn main() -> ExitCode {
 
 /// Serves until a signal or the end of the connection; the latter is an error, for a supervisor to start us again.
 async fn run(arguments: &Arguments) -> Result<(), String> {
+    let stop = stop()?;
     let folders = Folders::new(arguments, |name| std::env::var_os(name).map(Into::into))?;
     let config = Config::read(&folders.config.join("virtd.toml"))?;
     let connection = connect(arguments.kind()).await?;
@@ -62,16 +63,16 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     service.begin_work().await.map_err(|error| error.to_string())?;
     tell(sd_notify::NotifyState::Ready);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
-    let stopped = tokio::select! {
+    tokio::select! {
         () = serving.ended() => return Err("the connection to the bus has ended".to_owned()),
-        stopped = stop() => stopped,
-    };
+        () = stop => {}
+    }
     tell(sd_notify::NotifyState::Stopping);
     tracing::info!("ending; guests go on");
     service.close().await;
     service.events().flush().await;
     let _ = tokio::time::timeout(PATIENCE, serving.sent()).await;
-    stopped
+    Ok(())
 }
 
 async fn connect(kind: Kind) -> Result<Connection, String> {
@@ -119,14 +120,16 @@ async fn take_name(connection: &Connection) -> Result<(), String> {
     }
 }
 
-/// Waits for a request to end.
-async fn stop() -> Result<(), String> {
+/// A request to end. Listens from now on, so one that comes before anybody waits is not lost, nor ends virtd in disorder.
+fn stop() -> Result<impl Future<Output = ()>, String> {
     let listen = |kind| signal(kind).map_err(|error| error.to_string());
     let (mut terminate, mut interrupt) = (listen(SignalKind::terminate())?, listen(SignalKind::interrupt())?);
-    tokio::select! {
-        _ = terminate.recv() => Ok(()),
-        _ = interrupt.recv() => Ok(()),
-    }
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
 }
 
 /// Tells systemd, if it is there.

@@ -1,8 +1,10 @@
 //! What is shipped beside the code, held to the code: polkit's actions, bus policy, what is installed.
 
+use clap::CommandFactory as _;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use virt_service::authz::Action;
+use virtd::settings::{Arguments, Config};
 
 fn project_file(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
@@ -98,5 +100,25 @@ fn bus_policies_never_speak_of_other_services() {
             let about = ["own", "send_destination", "receive_sender"].iter().find_map(|key| rule.attribute(*key));
             assert_eq!(about, Some("org.virt"), "{file}: {rule:?}");
         }
+    }
+}
+
+#[test]
+fn the_example_configuration_shows_the_defaults() {
+    let shown = Config::read(&project_file("data/virtd.toml")).unwrap();
+    assert_eq!(shown, Config::default());
+    let keys = read("data/virtd.toml").lines().filter(|line| line.contains(" = ")).count();
+    assert_eq!(keys, 4, "a key is missing, or this number is old");
+}
+
+#[test]
+fn the_man_page_knows_every_option() {
+    let page = read("data/virtd.8");
+    for option in Arguments::command().get_arguments().filter_map(|argument| argument.get_long()) {
+        assert!(page.contains(&format!("\\-\\-{}", option.replace('-', "\\-"))), "--{option}");
+    }
+    assert!(page.contains(&format!("\"virtd {}\"", env!("CARGO_PKG_VERSION"))), "its version");
+    for action in Action::ALL {
+        assert!(page.contains(action.id().rsplit('.').next().unwrap()), "{}", action.id());
     }
 }

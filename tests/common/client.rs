@@ -69,8 +69,10 @@ impl Client {
 
     /// Records everything virtd signals from now on.
     pub async fn watch(&self) -> Watch {
-        let rule = zbus::MatchRule::builder().msg_type(Type::Signal).sender("org.virt").expect("a name").build();
-        let stream = MessageStream::for_match_rule(rule, &self.connection, Some(10_000)).await.expect("a match");
+        let rule = zbus::MatchRule::builder().msg_type(Type::Signal).sender("org.virt").build().expect("a rule");
+        let stream = MessageStream::for_match_rule(rule, &self.connection, std::num::NonZeroUsize::new(10_000))
+            .await
+            .expect("a match");
         Watch { stream }
     }
 }

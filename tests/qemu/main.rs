@@ -2,3 +2,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+
+mod lifecycle;
+mod survival;

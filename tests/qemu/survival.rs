@@ -1,10 +1,8 @@
 //! virtd is killed; guests are not. After each restart the tree tells the truth.
 
-mod common;
-
-use common::Daemon;
-use common::client::{Client, Domain};
-use common::guest::Tick;
+use crate::common::Daemon;
+use crate::common::client::{Client, Domain};
+use crate::common::guest::Tick;
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -13,7 +11,8 @@ async fn a_running_guest_is_found_again_and_a_dead_one_is_told() {
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
     let (Some(lives), Some(dies)) = (Tick::new(&daemon, "lives", ""), Tick::new(&daemon, "dies", "")) else { return };
     let client = Client { connection: daemon.connect().await };
-    let (living, dying) = (client.define(&lives.xml).await.expect("defined"), client.define(&dies.xml).await.expect("defined"));
+    let (living, dying) =
+        (client.define(&lives.xml).await.expect("defined"), client.define(&dies.xml).await.expect("defined"));
     for domain in [&living, &dying] {
         domain.run("Start").await.expect("started");
     }

@@ -1,10 +1,8 @@
 //! Real guests through the bus: every verb, what it signals, what it refuses.
 
-mod common;
-
-use common::client::{Client, Domain, Watch, lifecycle_of, options};
-use common::guest::Tick;
-use common::{Daemon, PATIENCE};
+use crate::common::client::{Client, Domain, Watch, lifecycle_of, options};
+use crate::common::guest::Tick;
+use crate::common::{Daemon, PATIENCE};
 use futures_util::StreamExt as _;
 use zbus::Variant;
 use zbus::message::Type;
@@ -30,8 +28,10 @@ async fn to_the_end(watch: &mut Watch, domain: &Domain) -> Vec<String> {
 #[tokio::test]
 async fn each_verb_signals_once_in_order_and_before_its_reply() {
     let Some((_daemon, client, domain, tick)) = tick("order", "").await else { return };
-    let rule = zbus::MatchRule::builder().sender("org.virt").expect("a name").build();
-    let mut all = zbus::MessageStream::for_match_rule(rule, &client.connection, Some(1000)).await.expect("a match");
+    let rule = zbus::MatchRule::builder().sender("org.virt").build().expect("a rule");
+    let mut all = zbus::MessageStream::for_match_rule(rule, &client.connection, std::num::NonZeroUsize::new(1000))
+        .await
+        .expect("a match");
 
     domain.run("Start").await.expect("started");
     tick.counts_to(2).await;
@@ -55,8 +55,19 @@ async fn each_verb_signals_once_in_order_and_before_its_reply() {
     assert_eq!(
         story,
         [
-            "State running", "started booted", "reply", "State paused", "suspended paused", "reply", "State running",
-            "resumed unpaused", "reply", "State shutdown", "shutdown guest", "State shutoff", "stopped shutdown",
+            "State running",
+            "started booted",
+            "reply",
+            "State paused",
+            "suspended paused",
+            "reply",
+            "State running",
+            "resumed unpaused",
+            "reply",
+            "State shutdown",
+            "shutdown guest",
+            "State shutoff",
+            "stopped shutdown",
         ]
     );
 }
@@ -118,17 +129,18 @@ async fn reset_boots_again_in_the_same_process() {
 
 #[tokio::test]
 async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standing() {
-    let Some((_daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else { return };
+    let Some((_daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else {
+        return;
+    };
     let mut watch = client.watch().await;
     domain.run("Start").await.expect("started");
     tick.counts_to(1).await;
     domain.run("Shutdown").await.expect("asked");
     tick.boots_to(2).await;
-    assert_eq!(watch.until(&domain.path, "resumed unpaused").await, [
-        "started booted",
-        "shutdown guest",
-        "resumed unpaused"
-    ]);
+    assert_eq!(
+        watch.until(&domain.path, "resumed unpaused").await,
+        ["started booted", "shutdown guest", "resumed unpaused"]
+    );
     domain.run("Destroy").await.expect("destroyed");
 
     let preserving = tick.xml.replace("restart</on_poweroff>", "preserve</on_poweroff>");
@@ -170,7 +182,7 @@ async fn a_hypervisor_that_dies_at_start_has_the_last_word() {
 #[tokio::test]
 async fn kvm_is_stored_reported_and_refused_where_it_cannot_be_used() {
     if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() && has_vmx_or_svm() {
-        common::skip("KVM is really usable here");
+        crate::common::skip("KVM is really usable here");
         return;
     }
     let Some((_daemon, client, _domain, tick)) = tick("kvm", "").await else { return };
