@@ -104,6 +104,12 @@ impl Outbox {
         }
     }
 
+    /// How much lies here.
+    #[cfg(test)]
+    pub fn bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
     fn has_room(&self) -> bool {
         let queue = self.lock();
         queue.closed || queue.bytes < FULL

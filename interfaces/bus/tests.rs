@@ -26,7 +26,7 @@ async fn pair<F>(limits: Limits, run: impl Fn(Call) -> F + Clone + Send + Sync +
 where
     F: Future<Output = Outcome> + Send + 'static,
 {
-    let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair().unwrap();
     let guid = Guid::generate();
     let server = Builder::unix_stream(ours).server(guid).p2p().build_message_stream();
     let (stream, client) = tokio::join!(server, Builder::unix_stream(theirs).p2p().build());
@@ -117,7 +117,7 @@ async fn properties_and_objects_are_read_from_rows() {
     let properties = PropertiesProxy::new(&pair.client, "org.virt", "/org/virt").await.unwrap();
     let manager = InterfaceName::try_from(MANAGER).unwrap();
     assert_eq!(*properties.get(manager.clone(), "Version").await.unwrap(), Variant::from("0.1"));
-    assert_eq!(properties.get_all(zbus::wire::Optional::from(Some(manager))).await.unwrap().len(), 2);
+    assert_eq!(properties.get_all(manager).await.unwrap().len(), 2);
     let objects = ObjectManagerProxy::new(&pair.client, "org.virt", "/org/virt").await.unwrap();
     let managed = objects.get_managed_objects().await.unwrap();
     assert_eq!(managed.len(), 3);
@@ -151,45 +151,53 @@ async fn introspection_is_the_file_and_one_level_deep() {
 
 #[tokio::test]
 async fn a_callers_share_is_bounded_with_and_without_replies() {
-    let open = Arc::new(Semaphore::new(0));
-    let (now, most, ran) =
-        (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
-    let counters = (open.clone(), now.clone(), most.clone(), ran.clone());
+    let (open, running, ran) =
+        (Arc::new(Semaphore::new(0)), Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let counted = (open.clone(), running.clone(), ran.clone());
     let pair = pair(Limits::default(), move |call: Call| {
-        let (open, now, most, ran) = counters.clone();
+        let (open, running, ran) = counted.clone();
         async move {
-            most.fetch_max(now.fetch_add(1, SeqCst) + 1, SeqCst);
+            running.fetch_add(1, SeqCst);
             open.acquire().await.unwrap().forget();
-            now.fetch_sub(1, SeqCst);
+            running.fetch_sub(1, SeqCst);
             ran.fetch_add(1, SeqCst);
             call.done()
         }
     })
     .await;
     for _ in 0..300 {
-        let silent =
-            Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
-        pair.client.send(&silent.build(&()).unwrap()).await.unwrap();
+        pair.client.send(&silent()).await.unwrap();
     }
-    let calls: Vec<_> = (0..400).map(|_| pair.call("/org/virt", Some(MANAGER), "GetJobs", &())).collect();
-    let all = tokio::spawn(
-        futures_util::future::join_all(
-            calls.into_iter().map(|call| async { call.await.map(drop) }).map(Box::pin).map(|call| call),
-        )
-        .map(|all| all.len()),
-    );
-    drop(all);
-    open.add_permits(10_000);
-    let _ = (&now, &most, &ran);
+    let (answers, mut answered) = tokio::sync::mpsc::unbounded_channel();
+    for _ in 0..400 {
+        let (client, answers) = (pair.client.clone(), answers.clone());
+        tokio::spawn(async move {
+            answers.send(client.call_method(None::<&str>, "/org/virt", Some(MANAGER), "GetJobs", &()).await)
+        });
+    }
+    // 64 run and 512 wait; nobody gets through before the door opens.
+    for _ in 0..700 - 64 - 512 {
+        assert_eq!(refused(answered.recv().await.unwrap()), "org.freedesktop.DBus.Error.LimitsExceeded");
+    }
+    assert_eq!(running.load(SeqCst), 64);
+    open.add_permits(1000);
+    for _ in 0..64 + 512 - 300 {
+        answered.recv().await.unwrap().unwrap();
+    }
+    assert_eq!(ran.load(SeqCst), 64 + 512);
+}
+
+/// A call that wants no reply.
+fn silent() -> Message {
+    let call = Message::method_call("/org/virt", "GetJobs").interface(MANAGER);
+    call.with_flags(Flags::NO_REPLY_EXPECTED).build(&()).unwrap()
 }
 
 #[tokio::test]
 async fn reads_go_on_while_a_caller_has_used_up_its_share() {
     let pair = pair(Limits { running: 1, waiting: 1, ..Limits::default() }, |_| std::future::pending()).await;
     for _ in 0..5 {
-        let silent =
-            Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
-        pair.client.send(&silent.build(&()).unwrap()).await.unwrap();
+        pair.client.send(&silent()).await.unwrap();
     }
     let limits = pair.refusal("/org/virt", Some(MANAGER), "GetJobs", &()).await;
     assert_eq!(limits, "org.freedesktop.DBus.Error.LimitsExceeded");
@@ -210,8 +218,7 @@ async fn who_leaves_is_noticed_by_what_it_left_running() {
         }
     })
     .await;
-    let silent = Message::method_call("/org/virt", "GetJobs").interface(MANAGER).with_flags(Flags::NO_REPLY_EXPECTED);
-    pair.client.send(&silent.build(&()).unwrap()).await.unwrap();
+    pair.client.send(&silent()).await.unwrap();
     begun.notified().await;
     pair.client.close().await.unwrap();
     left.notified().await;
@@ -244,6 +251,7 @@ async fn a_peer_that_does_not_read_is_not_read_from() {
     pair.rows.write(|objects| objects.put(big));
     // Bytes written to the socket by hand: zbus would read the answers.
     let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+    let ours = ours.into_std().unwrap();
     let server = Builder::unix_stream(ours).server(Guid::generate()).p2p().build_message_stream();
     let shaking = tokio::spawn(async move { shake_hands(theirs).await });
     let stream = server.await.unwrap();

@@ -15,6 +15,7 @@ struct Fake {
     most_at_once: AtomicUsize,
     cancelled: AtomicUsize,
     gate: Semaphore,
+    people: Semaphore,
 }
 
 const YES: Verdict = Verdict { yes: true, challenge: false, temporary: false };
@@ -27,7 +28,8 @@ impl Ask for Fake {
         self.asked.fetch_add(1, SeqCst);
         let now = self.at_once.fetch_add(1, SeqCst) + 1;
         self.most_at_once.fetch_max(now, SeqCst);
-        self.gate.acquire().await.map_err(|e| e.to_string())?.forget();
+        let gate = if question.prompt { &self.people } else { &self.gate };
+        gate.acquire().await.map_err(|e| e.to_string())?.forget();
         self.at_once.fetch_sub(1, SeqCst);
         if question.prompt { Ok(*lock(&self.prompted)) } else { lock(&self.verdict).clone() }
     }
@@ -46,6 +48,7 @@ fn polkit(verdict: Verdict, answers: usize) -> (Arc<Fake>, Arc<Polkit>) {
         most_at_once: AtomicUsize::new(0),
         cancelled: AtomicUsize::new(0),
         gate: Semaphore::new(answers),
+        people: Semaphore::new(0),
     });
     (fake.clone(), Arc::new(Polkit::new(fake)))
 }
@@ -143,6 +146,7 @@ async fn a_person_is_asked_only_if_the_call_allows_it() {
     assert!(matches!(refused, Error::InteractionRequired(_)), "{refused}");
     assert_eq!(polkit.can(&alice, Action::Start, &machine("web")).await, Answer::Challenge);
     alice.interactive = true;
+    fake.people.add_permits(2);
     polkit.check(&alice, Action::Start, &machine("web")).await.unwrap();
     *lock(&fake.prompted) = NO;
     let wrong = polkit.check(&alice, Action::Stop, &machine("web")).await.unwrap_err();
@@ -168,7 +172,7 @@ async fn a_prompt_ends_with_its_caller_and_holds_no_turn() {
 
 #[tokio::test(start_paused = true)]
 async fn prompts_of_one_user_are_bounded() {
-    let (fake, polkit) = polkit(CHALLENGE, PROMPTS.1 + 1);
+    let (fake, polkit) = polkit(CHALLENGE, 100);
     let ask = |n: usize| {
         let polkit = polkit.clone();
         let caller = Caller { interactive: true, ..caller(&format!(":1.{n}"), 1000) };

@@ -4,5 +4,6 @@
 mod common;
 
 mod bus_policy;
+mod flood;
 mod rules;
 mod startup;
