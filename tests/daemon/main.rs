@@ -5,5 +5,6 @@ mod common;
 
 mod bus_policy;
 mod flood;
+mod permission;
 mod rules;
 mod startup;
