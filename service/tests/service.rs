@@ -356,7 +356,8 @@ async fn can_tells_without_asking_a_person() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
     let domain = world.define("web").await;
-    let can = |method: &'static str| domain.can(&Caller { interactive: true, ..world.alice() }, method);
+    let caller = Caller { interactive: true, ..world.alice() };
+    let can = |method: &'static str| domain.can(&caller, method);
     assert_eq!(can("Start").await.unwrap(), "yes");
     assert_eq!(can("Destroy").await.unwrap(), "na");
     world.notary.refuses.store(true, Ordering::Relaxed);
