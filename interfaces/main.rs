@@ -13,12 +13,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
+use virt_drivers::DriverConfig;
 use virt_service::authz::Authority;
 use virt_service::{Service, Settings};
 use virtd::caller::Callers;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
-use virtd::settings::{Arguments, Config, Folders, Kind, LogLevel};
+use virtd::settings::{Arguments, Config, Folders, Kind, LogLevel, QemuConfig};
 use virtd::{BUS_NAME, Server};
 use zbus::Connection;
 use zbus::connection::Builder;
@@ -52,7 +53,7 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let connection = connect(arguments.kind()).await?;
     let callers = Callers::new(connection.clone());
     let authority = authority(arguments.kind(), &connection).await?;
-    let drivers = Vec::new();
+    let drivers = virt_drivers::all(drivers(arguments.kind(), &folders, &config.qemu));
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
@@ -73,6 +74,17 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     service.events().flush().await;
     let _ = tokio::time::timeout(PATIENCE, serving.sent()).await;
     Ok(())
+}
+
+/// What the drivers must know of this virtd.
+fn drivers(kind: Kind, folders: &Folders, qemu: &QemuConfig) -> DriverConfig {
+    DriverConfig {
+        cache_dir: folders.cache.clone(),
+        state_dir: folders.state.clone(),
+        system: kind == Kind::System,
+        qemu_user: qemu.user.clone(),
+        qemu_group: Some(qemu.group.clone()),
+    }
 }
 
 async fn connect(kind: Kind) -> Result<Connection, String> {
