@@ -155,7 +155,8 @@ mod tests {
 
     #[test]
     fn order_is_kept_and_commas_are_doubled() {
-        let props = Props::device("x").set("b", 1).set("a", "q\"t").maybe("c", None::<bool>).maybe_on_off("d", Some(true));
+        let props =
+            Props::device("x").set("b", 1).set("a", "q\"t").maybe("c", None::<bool>).maybe_on_off("d", Some(true));
         assert_eq!(props.to_string(), r#"{"driver":"x","b":1,"a":"q\"t","d":"on"}"#);
         let list: String = List::new("socket").set("path", "/a,b").maybe("id", Some("c")).into();
         assert_eq!(list, "socket,path=/a,,b,id=c");

@@ -31,8 +31,8 @@ macro_rules! numbers {
                 let text = text.trim();
                 let (sign, digits) = text.strip_prefix('-').map_or(("", text), |rest| ("-", rest));
                 let parsed = match digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X")) {
-                    Some(hex) if !hex.starts_with(['-', '+']) => <$ty>::from_str_radix(&format!("{sign}{hex}"), 16),
-                    Some(hex) => <$ty>::from_str_radix(hex, 10),
+                    Some(hex) if hex.starts_with(['-', '+']) => "".parse(),
+                    Some(hex) => <$ty>::from_str_radix(&format!("{sign}{hex}"), 16),
                     None => text.parse(),
                 };
                 parsed.map_err(|_| format!("a whole number from {} to {}", <$ty>::MIN, <$ty>::MAX))
@@ -274,4 +274,69 @@ impl Value for CpuSet {
 /// What stands at `place` is not as it should be.
 pub(crate) fn complain(log: &mut Vec<Finding>, place: &Place, message: impl Into<String>) {
     log.push(Finding::invalid(place, message));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::xml::shorten;
+
+    fn kib(number: &str, unit: &str) -> Result<u64, String> {
+        let mut log = Vec::new();
+        let size = Kib::read(Element::new("memory").with_attr("unit", unit).with_text(number), &mut log);
+        log.pop().map_or(Ok(size.0), |finding| Err(finding.message))
+    }
+
+    #[test]
+    fn units_of_memory() {
+        let cases =
+            [("b", 4), ("bytes", 4), ("KB", 4000), ("k", 4096), ("KiB", 4096), ("MB", 4_000_000), ("M", 4 << 20)];
+        for (unit, bytes) in cases {
+            assert_eq!(kib("4", unit), Ok(u64::div_ceil(bytes, 1024)), "{unit}");
+        }
+        assert_eq!(kib(" 1\n", "GiB"), Ok(1 << 20));
+        assert_eq!(kib("1", "TB"), Ok(976_562_500));
+        assert_eq!(kib("1025", "b"), Ok(2), "rounded up");
+        for (number, unit) in
+            [("12x", "KiB"), ("-1", "KiB"), ("", "KiB"), ("1", "kilo"), ("1", "é"), ("18446744073709551615", "EiB")]
+        {
+            assert!(kib(number, unit).is_err(), "{number} {unit}");
+        }
+    }
+
+    #[test]
+    fn sets_of_cpus() {
+        let canonical = |text| CpuSet::from_text(text).map(|set| set.to_text());
+        assert_eq!(canonical("0-3,^2,8").unwrap(), "0-1,3,8");
+        assert_eq!(canonical(" 5 , 4 , 4 ").unwrap(), "4-5");
+        for bad in ["", "3-1", "x", "1-", "^1", "0-16384", "1,,2", &"0-16383,".repeat(4000)] {
+            assert!(canonical(bad).is_err(), "{}", shorten(bad));
+        }
+    }
+
+    #[test]
+    fn hardware_addresses() {
+        assert_eq!(Mac::from_text("52:54:0:AB:1a:01").unwrap().to_string(), "52:54:00:ab:1a:01");
+        for bad in [
+            "",
+            "52:54:00:ab:1a",
+            "52:54:00:ab:1a:01:02",
+            "52:54:00:ab:1a:0g",
+            "52-54-00-ab-1a-01",
+            ":::::",
+            "052:54:00:ab:1a:01",
+        ] {
+            assert!(Mac::from_text(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_decimal_or_hexadecimal() {
+        assert_eq!(u32::from_text("0x1f"), Ok(31));
+        assert_eq!(u32::from_text(" 31 "), Ok(31));
+        assert_eq!(i32::from_text("-1"), Ok(-1));
+        for bad in ["", "0x", "0x-1", "1f", "-1", "4294967296", "1 2"] {
+            assert!(u32::from_text(bad).is_err(), "{bad}");
+        }
+    }
 }
