@@ -208,7 +208,8 @@ impl Daemon {
             );
             // One that has gone meanwhile has no pidfd.
             let Ok(pidfd) = pidfd else { return };
-            let pidfd = tokio::io::unix::AsyncFd::new(pidfd).unwrap();
+            // SAFETY: the descriptor is owned by the wrapper and lives as long.
+            let pidfd = unsafe { tokio::io::unix::AsyncFd::register(pidfd) }.unwrap();
             tokio::time::timeout(PATIENCE, pidfd.readable()).await.expect("QEMU ends").unwrap().retain_ready();
         }
     }
