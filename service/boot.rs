@@ -10,8 +10,8 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
-use virt_model::driver::{Driver, Reconnect, Reconnected};
-use virt_model::state::StateReason;
+use virt_model::driver::{Condition, Driver, Reconnect, Reconnected};
+use virt_model::state::{DomainState, PmSuspended, StateReason, Suspended};
 
 /// How many guests are reconnected, or started, at once.
 const AT_ONCE: usize = 16;
@@ -87,6 +87,7 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status) -> Result<
             .reconnect(Reconnect {
                 live: live.clone(),
                 record: record.clone(),
+                last: last_condition(status.state, status.reason),
                 runtime_dir: shared.store.runtime_dir(uuid),
                 log_file: shared.store.log_file(uuid),
                 recorder: file.clone(),
@@ -115,6 +116,19 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status) -> Result<
         None => has_gone(shared, uuid, &live).await?,
     }
     Ok(())
+}
+
+/// What a guest did when its state was last kept.
+fn last_condition(state: DomainState, reason: StateReason) -> Condition {
+    match (state, reason) {
+        (DomainState::Paused, StateReason::IoError) => Condition::Suspended(Suspended::IoError),
+        (DomainState::Paused, StateReason::Watchdog) => Condition::Suspended(Suspended::Watchdog),
+        (DomainState::Paused, _) => Condition::Suspended(Suspended::Paused),
+        (DomainState::Shutdown, _) => Condition::PoweredOff,
+        (DomainState::Crashed, _) => Condition::Panicked,
+        (DomainState::PmSuspended, _) => Condition::PmSuspended(PmSuspended::Memory),
+        _ => Condition::Running,
+    }
 }
 
 /// The domain a found guest belongs to: the stored one, or a transient one that is made again.

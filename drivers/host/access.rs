@@ -13,7 +13,7 @@
 //! image's owner.
 
 use super::acl::{Acl, READ, WRITE, through};
-use super::chain::behind;
+use super::chain::{Behind, behind};
 use super::process::boot_id;
 use super::resolve::{Found, closed_directory, is_still, may_open};
 use super::user::RunAs;
@@ -29,8 +29,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
-/// Images that stand on one another in one disk.
-const MAX_CHAIN: usize = 64;
+/// Files of one guest, images that stand on one another included.
+const MAX_FILES: usize = 512;
 
 /// A file a guest needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +46,6 @@ pub struct Want {
 /// Which files are lent to which guests. All methods block.
 pub struct Ledger {
     file: PathBuf,
-    user: RunAs,
     books: Mutex<Books>,
 }
 
@@ -80,7 +79,7 @@ struct Need {
 
 impl Ledger {
     /// Opens the ledger `access.json` in `dir`. What was lent before the host booted is given back.
-    pub fn open(dir: &Path, user: RunAs) -> io::Result<Ledger> {
+    pub fn open(dir: &Path) -> io::Result<Ledger> {
         std::fs::create_dir_all(dir)?;
         let file = dir.join("access.json");
         let books = match std::fs::read(&file) {
@@ -88,25 +87,20 @@ impl Ledger {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Books::default(),
             Err(e) => return Err(e),
         };
-        let ledger = Ledger { file, user, books: Mutex::new(books) };
+        let ledger = Ledger { file, books: Mutex::new(books) };
         ledger.turn_over()?;
         Ok(ledger)
     }
 
-    /// To whom files are lent.
-    pub fn user(&self) -> &RunAs {
-        &self.user
-    }
-
-    /// Makes every file of `wants` accessible for `guest`, or none: then the error names the file and the remedy.
-    pub fn lend(&self, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
+    /// Makes every file of `wants` accessible to `user` for `guest`, or none: then the error names the file and the remedy.
+    pub fn lend(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
         // Whatever may hang on a file system that does not answer is done first, without the lock.
-        let mut needs = Vec::new();
-        let mut seen = BTreeSet::new();
+        let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
-            self.collect(want, None, &mut needs, &mut seen)?;
+            survey.collect(want, None)?;
         }
-        let lent = self.enter(guest, &needs).and_then(|()| self.verify(&needs));
+        let needs = survey.needs;
+        let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
         if lent.is_err() {
             self.give_back(guest);
         }
@@ -123,7 +117,7 @@ impl Ledger {
         // As above: a file system that hangs does so here.
         paths.iter().for_each(|path| drop(std::fs::symlink_metadata(path)));
         let mut books = self.lock();
-        books.loans.iter_mut().for_each(|loan| drop(loan.holders.remove(&guest)));
+        books.loans.iter_mut().for_each(|loan| _ = loan.holders.remove(&guest));
         if let Err(error) = self.settle(&mut books) {
             tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
         }
@@ -145,61 +139,17 @@ impl Ledger {
         Ok(())
     }
 
-    /// Adds to `needs` what `want` needs and the user cannot open by themselves.
-    fn collect(
-        &self,
-        want: &Want,
-        chosen_by: Option<u32>,
-        needs: &mut Vec<Need>,
-        seen: &mut BTreeSet<(u64, u64, bool)>,
-    ) -> Result<(), DriverError> {
-        let failed = |e: io::Error| DriverError::Storage(format!("{}: {e}", want.path.display()));
-        let found = Found::resolve(&want.path).map_err(failed)?;
-        if !seen.insert((found.stat.st_dev, found.stat.st_ino, want.write)) {
-            return Ok(());
-        }
-        if seen.len() > MAX_CHAIN * 8 {
-            return Err(DriverError::Storage(format!("{}: too many images stand on one another", want.path.display())));
-        }
-        let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
-        let (owner, next) = (found.stat.st_uid, if want.backing { self.behind(&found, want)? } else { Vec::new() });
-        if !open || self.is_lent(&found) {
-            if let Some(why) = found.objection(chosen_by) {
-                return Err(self.refuse(&want.path, &why));
-            }
-            needs.push(Need { found, write: want.write });
-        }
-        for want in next {
-            self.collect(&want, Some(owner), needs, seen)?;
-        }
-        Ok(())
-    }
-
-    fn behind(&self, found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
-        if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
-            return Ok(Vec::new());
-        }
-        let read = || {
-            let nonblock = libc::O_NONBLOCK;
-            let file = File::options().read(true).custom_flags(nonblock).open(through(&found.fd))?;
-            behind(&file, &want.path)
-        };
-        let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
-        let as_want = |b: super::chain::Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data };
-        Ok(named.into_iter().map(as_want).collect())
-    }
-
     fn is_lent(&self, found: &Found) -> bool {
         self.lock().loans.iter().any(|loan| loan.is(found))
     }
 
     /// Enters the needs into the ledger, then lends them.
-    fn enter(&self, guest: Uuid, needs: &[Need]) -> Result<(), DriverError> {
+    fn enter(&self, user: &RunAs, guest: Uuid, needs: &[Need]) -> Result<(), DriverError> {
         let mut books = self.lock();
         for need in needs {
-            let loan = self.loan(&mut books, need).map_err(|e| self.refuse_io(&need.found.real, &e))?;
+            let loan = loan(&mut books, user, need).map_err(|e| refuse_io(user, &need.found.real, &e))?;
             *loan.holders.entry(guest).or_default() |= need.write;
-            loan.plan(&need.found.fd).map_err(|e| self.refuse_io(&need.found.real, &e))?;
+            loan.plan(&need.found.fd).map_err(|e| refuse_io(user, &need.found.real, &e))?;
         }
         if needs.is_empty() {
             return Ok(());
@@ -207,70 +157,9 @@ impl Ledger {
         self.save(&books).map_err(|e| DriverError::Storage(format!("{}: {e}", self.file.display())))?;
         for need in needs {
             let set = books.loans.iter().find(|loan| loan.is(&need.found)).map(|loan| loan.apply(&need.found.fd));
-            set.unwrap_or(Ok(())).map_err(|e| self.refuse_io(&need.found.real, &e))?;
+            set.unwrap_or(Ok(())).map_err(|e| refuse_io(user, &need.found.real, &e))?;
         }
         Ok(())
-    }
-
-    fn loan<'a>(&self, books: &'a mut Books, need: &Need) -> io::Result<&'a mut Loan> {
-        let at = match books.loans.iter().position(|loan| loan.is(&need.found)) {
-            Some(at) => at,
-            None => {
-                let before = Acl::of(&need.found.fd)?.to_bytes();
-                books.loans.push(Loan {
-                    path: need.found.real.clone(),
-                    dev: need.found.stat.st_dev,
-                    ino: need.found.stat.st_ino,
-                    uid: self.user.uid,
-                    after: before.clone(),
-                    before,
-                    holders: BTreeMap::new(),
-                });
-                books.loans.len() - 1
-            }
-        };
-        books.loans.get_mut(at).ok_or_else(|| io::Error::other("the loan is lost"))
-    }
-
-    /// Whether the user can open them now; if not, why not.
-    fn verify(&self, needs: &[Need]) -> Result<(), DriverError> {
-        for Need { found, write } in needs {
-            let reach = || (may_open(&found.real, *write), closed_directory(&found.real));
-            match self.user.reach(reach).map_err(|e| self.refuse_io(&found.real, &e))? {
-                (true, _) => {}
-                (false, Some(dir)) => return Err(self.closed(&found.real, &dir)),
-                (false, None) => {
-                    return Err(self.refuse(&found.real, "its own permissions or its file system forbid it"));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn closed(&self, path: &Path, dir: &Path) -> DriverError {
-        let (path, dir, user) = (path.display(), dir.display(), &self.user.name);
-        DriverError::Storage(format!(
-            "{path}: user '{user}', who runs QEMU, may not enter the directory {dir}: \
-             allow it (setfacl -m u:{user}:x {dir}), or keep the file elsewhere"
-        ))
-    }
-
-    fn refuse(&self, path: &Path, why: &str) -> DriverError {
-        let (path, user) = (path.display(), &self.user.name);
-        DriverError::Storage(format!("{path} cannot be opened to user '{user}', who runs QEMU: {why}"))
-    }
-
-    fn refuse_io(&self, path: &Path, error: &io::Error) -> DriverError {
-        match error.raw_os_error() {
-            Some(libc::EOPNOTSUPP) => self.refuse(
-                path,
-                &format!(
-                    "its file system keeps no access control lists; make it accessible by owner or group (chgrp {} …)",
-                    self.user.name
-                ),
-            ),
-            _ => self.refuse(path, &error.to_string()),
-        }
     }
 
     /// Makes every loan what its holders need, drops those without holders, and saves.
@@ -293,6 +182,111 @@ impl Ledger {
         file.as_file().sync_all()?;
         file.persist(&self.file)?;
         File::open(dir)?.sync_all()
+    }
+}
+
+/// The loan of a file, a new one if it is not lent yet.
+fn loan<'a>(books: &'a mut Books, user: &RunAs, need: &Need) -> io::Result<&'a mut Loan> {
+    let at = match books.loans.iter().position(|loan| loan.is(&need.found)) {
+        Some(at) => at,
+        None => {
+            let before = Acl::of(&need.found.fd)?.to_bytes();
+            books.loans.push(Loan {
+                path: need.found.real.clone(),
+                dev: need.found.stat.st_dev,
+                ino: need.found.stat.st_ino,
+                uid: user.uid,
+                after: before.clone(),
+                before,
+                holders: BTreeMap::new(),
+            });
+            books.loans.len() - 1
+        }
+    };
+    books.loans.get_mut(at).ok_or_else(|| io::Error::other("the loan is lost"))
+}
+
+/// What has been found out about the files of one guest.
+struct Survey<'a> {
+    ledger: &'a Ledger,
+    user: &'a RunAs,
+    needs: Vec<Need>,
+    seen: BTreeSet<(u64, u64, bool)>,
+}
+
+impl Survey<'_> {
+    /// Adds what `want` needs and the user cannot open by themselves.
+    fn collect(&mut self, want: &Want, chosen_by: Option<u32>) -> Result<(), DriverError> {
+        let failed = |e: io::Error| DriverError::Storage(format!("{}: {e}", want.path.display()));
+        let found = Found::resolve(&want.path).map_err(failed)?;
+        if !self.seen.insert((found.stat.st_dev, found.stat.st_ino, want.write)) {
+            return Ok(());
+        }
+        if self.seen.len() > MAX_FILES {
+            return Err(DriverError::Storage(format!("{}: too many images stand on one another", want.path.display())));
+        }
+        let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
+        let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
+        if !open || self.ledger.is_lent(&found) {
+            if let Some(why) = found.objection(chosen_by) {
+                return Err(refuse(self.user, &want.path, &why));
+            }
+            self.needs.push(Need { found, write: want.write });
+        }
+        next.iter().try_for_each(|want| self.collect(want, Some(owner)))
+    }
+}
+
+/// The files that an image's header names.
+fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
+    if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
+        return Ok(Vec::new());
+    }
+    let read = || {
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(through(&found.fd))?;
+        behind(&file, &want.path)
+    };
+    let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
+    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data };
+    Ok(named.into_iter().map(as_want).collect())
+}
+
+/// Whether the user can open them now; if not, why not.
+fn verify(user: &RunAs, needs: &[Need]) -> Result<(), DriverError> {
+    for Need { found, write } in needs {
+        let reach = || (may_open(&found.real, *write), closed_directory(&found.real));
+        match user.reach(reach).map_err(|e| refuse_io(user, &found.real, &e))? {
+            (true, _) => {}
+            (false, Some(dir)) => return Err(closed(user, &found.real, &dir)),
+            (false, None) => {
+                return Err(refuse(user, &found.real, "its own permissions or its file system forbid it"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn closed(user: &RunAs, path: &Path, dir: &Path) -> DriverError {
+    let (path, dir, user) = (path.display(), dir.display(), &user.name);
+    DriverError::Storage(format!(
+        "{path}: user '{user}', who runs QEMU, may not enter the directory {dir}: \
+         allow it (setfacl -m u:{user}:x {dir}), or keep the file elsewhere"
+    ))
+}
+
+fn refuse(user: &RunAs, path: &Path, why: &str) -> DriverError {
+    let (path, user) = (path.display(), &user.name);
+    DriverError::Storage(format!("{path} cannot be opened to user '{user}', who runs QEMU: {why}"))
+}
+
+fn refuse_io(user: &RunAs, path: &Path, error: &io::Error) -> DriverError {
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => {
+            let group = user.gid;
+            let remedy = format!("make it accessible by owner or group (chgrp {group} …)");
+            refuse(user, path, &format!("its file system keeps no access control lists; {remedy}"))
+        }
+        _ => refuse(user, path, &error.to_string()),
     }
 }
 

@@ -30,7 +30,7 @@ impl Room {
     }
 
     fn ledger(&self) -> Ledger {
-        Ledger::open(&self.dir.path().join("state"), self.user.clone()).unwrap()
+        Ledger::open(&self.dir.path().join("state")).unwrap()
     }
 
     fn file(&self, name: &str, mode: u32) -> PathBuf {
@@ -66,7 +66,7 @@ fn a_file_is_lent_and_given_back() {
     let Some(room) = Room::new() else { return };
     let (ledger, guest) = (room.ledger(), Uuid::new_v4());
     let (disk, iso) = (room.file("disk", 0o600), room.file("iso", 0o600));
-    ledger.lend(guest, &[write(&disk), read(&iso)]).unwrap();
+    ledger.lend(&room.user, guest, &[write(&disk), read(&iso)]).unwrap();
     assert!(room.may(&disk, true) && room.may(&iso, false) && !room.may(&iso, true));
     ledger.give_back(guest);
     assert!(!room.may(&disk, false) && !room.may(&iso, false));
@@ -78,7 +78,7 @@ fn a_file_is_lent_and_given_back() {
 fn what_is_accessible_anyway_is_left_alone() {
     let Some(room) = Room::new() else { return };
     let (ledger, iso) = (room.ledger(), room.file("iso", 0o644));
-    ledger.lend(Uuid::new_v4(), &[read(&iso), read(Path::new("/dev/null"))]).unwrap();
+    ledger.lend(&room.user, Uuid::new_v4(), &[read(&iso), read(Path::new("/dev/null"))]).unwrap();
     assert!(ledger.lock().loans.is_empty());
 }
 
@@ -87,8 +87,8 @@ fn two_guests_share_a_file() {
     let Some(room) = Room::new() else { return };
     let (ledger, one, two) = (room.ledger(), Uuid::new_v4(), Uuid::new_v4());
     let disk = room.file("disk", 0o640);
-    ledger.lend(one, &[read(&disk)]).unwrap();
-    ledger.lend(two, &[write(&disk)]).unwrap();
+    ledger.lend(&room.user, one, &[read(&disk)]).unwrap();
+    ledger.lend(&room.user, two, &[write(&disk)]).unwrap();
     assert!(room.may(&disk, true));
     ledger.give_back(two);
     assert!(room.may(&disk, false) && !room.may(&disk, true), "the reader still reads");
@@ -102,7 +102,7 @@ fn two_guests_share_a_file() {
 fn the_next_virtd_gives_back_what_the_last_one_lent() {
     let Some(room) = Room::new() else { return };
     let (guest, disk) = (Uuid::new_v4(), room.file("disk", 0o600));
-    room.ledger().lend(guest, &[write(&disk)]).unwrap();
+    room.ledger().lend(&room.user, guest, &[write(&disk)]).unwrap();
     let next = room.ledger();
     assert!(room.may(&disk, true), "a guest may still run");
     next.give_back(guest);
@@ -114,7 +114,7 @@ fn a_reboot_of_the_host_gives_everything_back() {
     let Some(room) = Room::new() else { return };
     let disk = room.file("disk", 0o600);
     let ledger = room.ledger();
-    ledger.lend(Uuid::new_v4(), &[write(&disk)]).unwrap();
+    ledger.lend(&room.user, Uuid::new_v4(), &[write(&disk)]).unwrap();
     let mut books = ledger.lock();
     books.boot_id = "an earlier one".into();
     ledger.save(&books).unwrap();
@@ -127,7 +127,7 @@ fn a_reboot_of_the_host_gives_everything_back() {
 fn what_others_change_meanwhile_remains() {
     let Some(room) = Room::new() else { return };
     let (ledger, guest, disk) = (room.ledger(), Uuid::new_v4(), room.file("disk", 0o600));
-    ledger.lend(guest, &[write(&disk)]).unwrap();
+    ledger.lend(&room.user, guest, &[write(&disk)]).unwrap();
     let file = File::open(&disk).unwrap();
     Acl::of(&file).unwrap().with_user(4242, READ).set(&file).unwrap();
     ledger.give_back(guest);
@@ -139,7 +139,7 @@ fn what_others_change_meanwhile_remains() {
 fn a_replaced_file_is_not_touched() {
     let Some(room) = Room::new() else { return };
     let (ledger, guest, disk) = (room.ledger(), Uuid::new_v4(), room.file("disk", 0o600));
-    ledger.lend(guest, &[write(&disk)]).unwrap();
+    ledger.lend(&room.user, guest, &[write(&disk)]).unwrap();
     std::fs::rename(&disk, room.dir.path().join("moved")).unwrap();
     symlink("/etc/passwd", &disk).unwrap();
     ledger.give_back(guest);
@@ -154,7 +154,7 @@ fn a_closed_directory_is_named_and_nothing_is_lent() {
     std::fs::create_dir(room.dir.path().join("home")).unwrap();
     let hidden = room.file("home/disk", 0o600);
     std::fs::set_permissions(hidden.parent().unwrap(), std::fs::Permissions::from_mode(0o700)).unwrap();
-    let error = ledger.lend(guest, &[write(&open), write(&hidden)]).unwrap_err().to_string();
+    let error = ledger.lend(&room.user, guest, &[write(&open), write(&hidden)]).unwrap_err().to_string();
     assert!(error.contains("home: allow it (setfacl -m u:nobody:x /"), "{error}");
     assert!(!room.may(&open, false), "all or nothing");
     assert_eq!(room.mode(&hidden), 0o600);
@@ -164,7 +164,7 @@ fn a_closed_directory_is_named_and_nothing_is_lent() {
 #[test]
 fn a_missing_file_is_named() {
     let Some(room) = Room::new() else { return };
-    let error = room.ledger().lend(Uuid::new_v4(), &[read(Path::new("/var/tmp/no/such.img"))]).unwrap_err();
+    let error = room.ledger().lend(&room.user, Uuid::new_v4(), &[read(Path::new("/var/tmp/no/such.img"))]).unwrap_err();
     assert!(error.to_string().starts_with("/var/tmp/no/such.img: No such file"), "{error}");
 }
 
@@ -185,13 +185,13 @@ fn backing_files_are_lent_for_reading() {
         std::fs::set_permissions(at(name), std::fs::Permissions::from_mode(0o600)).unwrap();
     }
     let (ledger, guest) = (room.ledger(), Uuid::new_v4());
-    ledger.lend(guest, &[image(&at("top"))]).unwrap();
+    ledger.lend(&room.user, guest, &[image(&at("top"))]).unwrap();
     assert!(room.may(&at("top"), true) && room.may(&at("middle"), false) && room.may(&at("base"), false));
     assert!(!room.may(&at("middle"), true));
     ledger.give_back(guest);
     assert!(!room.may(&at("base"), false));
     // A user's image must not open root's files to QEMU.
     chown(at("top"), Some(1000), None).unwrap();
-    let error = ledger.lend(guest, &[image(&at("top"))]).unwrap_err().to_string();
+    let error = ledger.lend(&room.user, guest, &[image(&at("top"))]).unwrap_err().to_string();
     assert!(error.contains("user 1000 chose this file"), "{error}");
 }

@@ -113,6 +113,7 @@ impl Acl {
     }
 
     /// Whether `uid` has an entry.
+    #[cfg(test)]
     pub fn names(&self, uid: u32) -> bool {
         self.perm(USER, uid).is_some()
     }

@@ -20,10 +20,7 @@ pub struct Identity {
 }
 
 /// A process of ours. Dropping it does nothing to the process.
-pub struct Process {
-    identity: Identity,
-    fd: AsyncFd<PidFd>,
-}
+pub struct Process(AsyncFd<PidFd>);
 
 /// A pidfd that stays open as long as it is watched.
 struct PidFd(OwnedFd);
@@ -74,20 +71,15 @@ impl Identity {
 
 impl Process {
     /// Holds the process behind `fd`. Must be called within the runtime.
-    pub fn new(identity: Identity, fd: OwnedFd) -> io::Result<Process> {
+    pub fn new(fd: OwnedFd) -> io::Result<Process> {
         // SAFETY: PidFd owns its descriptor and always shows the same one.
         let fd = unsafe { AsyncFd::register_with_interest(PidFd(fd), Interest::READABLE) };
-        Ok(Process { identity, fd: fd.map_err(|e| io::Error::other(e.to_string()))? })
-    }
-
-    /// Who it is.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
+        fd.map(Process).map_err(|e| io::Error::other(e.to_string()))
     }
 
     /// Sends a signal; one to a process that has gone is none.
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
-        match pidfd_send_signal(&self.fd.get_ref().0, signal) {
+        match pidfd_send_signal(&self.0.get_ref().0, signal) {
             Err(e) if e != rustix::io::Errno::SRCH => Err(e.into()),
             _ => Ok(()),
         }
@@ -96,8 +88,8 @@ impl Process {
     /// Waits until it has ended, and reaps it if it is our child.
     pub async fn ended(&self) -> End {
         // An error can only mean that the runtime is being shut down.
-        let _ = self.fd.readable().await;
-        reap(&self.fd.get_ref().0)
+        let _ = self.0.readable().await;
+        reap(&self.0.get_ref().0)
     }
 }
 
@@ -169,7 +161,7 @@ mod tests {
     async fn a_child_is_held_ended_and_reaped() {
         let child = sleeper();
         let identity = Identity::of(child.id() as i32).unwrap();
-        let process = Process::new(identity.clone(), identity.open().unwrap().unwrap()).unwrap();
+        let process = Process::new(identity.open().unwrap().unwrap()).unwrap();
         process.signal(Signal::TERM).unwrap();
         assert_eq!(process.ended().await, End::Signal(libc::SIGTERM));
         assert!(identity.open().unwrap().is_none());

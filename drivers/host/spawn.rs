@@ -29,8 +29,8 @@ pub struct Plan<'a> {
     pub env: &'a [(String, String)],
     /// Becomes its standard output and error.
     pub output: &'a File,
-    /// Becomes its descriptor 3.
-    pub gift: OwnedFd,
+    /// Become its descriptors of these numbers, each other than 0, 1, 2, 4, 5 and below 200.
+    pub gifts: Vec<(RawFd, OwnedFd)>,
     /// Whom it runs as; as we do if `None`.
     pub user: Option<&'a RunAs>,
 }
@@ -43,12 +43,11 @@ pub struct Spawned {
     pub fd: OwnedFd,
 }
 
-/// The child's descriptors: given, then its end of each pipe.
-const GIFT: RawFd = 3;
+/// The child's end of each pipe.
 const GO: RawFd = 4;
 const ERROR: RawFd = 5;
 /// Copies are made above here, so that none is in another's place.
-const ABOVE: RawFd = 10;
+const ABOVE: RawFd = 200;
 
 /// Where the child failed, as it says in one byte.
 const STAGES: [&str; 6] =
@@ -59,11 +58,10 @@ struct Prepared {
     program: CString,
     argv: Vec<*const libc::c_char>,
     envp: Vec<*const libc::c_char>,
-    null: OwnedFd,
-    output: OwnedFd,
-    gift: OwnedFd,
-    go: OwnedFd,
-    error: OwnedFd,
+    /// Where each of its descriptors comes from, and which it becomes; in ascending order.
+    places: Vec<(OwnedFd, RawFd)>,
+    /// Ranges of descriptors that it must not have.
+    gaps: Vec<(RawFd, RawFd)>,
     user: Option<RunAs>,
     parent: libc::pid_t,
     /// What `argv` and `envp` point into.
@@ -167,15 +165,24 @@ impl Prepared {
         let pointers = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
         let argv = [vec![program.as_ptr()], pointers(&args), vec![ptr::null()]].concat();
         let envp = [pointers(&env), vec![ptr::null()]].concat();
+        let mut places =
+            vec![(above(&File::open("/dev/null")?)?, 0), (above(plan.output)?, 1), (above(plan.output)?, 2)];
+        places.extend([(go, GO), (error, ERROR)]);
+        for (place, gift) in &plan.gifts {
+            if (0..=2).contains(place) || [GO, ERROR].contains(place) || *place >= ABOVE {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {place} is taken")));
+            }
+            places.push((above(gift)?, *place));
+        }
+        places.sort_by_key(|(_, place)| *place);
+        let ends = places.iter().map(|(_, place)| place - 1).skip(1).chain([RawFd::MAX]);
+        let gaps = places.iter().map(|(_, place)| place + 1).zip(ends).filter(|(first, last)| first <= last).collect();
         Ok(Prepared {
             program,
             argv,
             envp,
-            null: above(&File::open("/dev/null")?)?,
-            output: above(plan.output)?,
-            gift: above(&plan.gift)?,
-            go,
-            error,
+            places,
+            gaps,
             user: plan.user.cloned(),
             // SAFETY: getpid has no conditions.
             parent: unsafe { libc::getpid() },
@@ -203,28 +210,25 @@ impl Prepared {
             let number = (*libc::__errno_location()).to_ne_bytes();
             let report = [stage as u8, number[0], number[1], number[2], number[3]];
             // Its place if it has been taken, else where it came from.
-            let fd = if stage == 0 { self.error.as_raw_fd() } else { ERROR };
+            let from = self.places.iter().find(|(_, place)| stage == 0 && *place == ERROR);
+            let fd = from.map_or(ERROR, |(from, _)| from.as_raw_fd());
             libc::write(fd, report.as_ptr().cast(), report.len());
             libc::_exit(127)
         }
     }
 
-    /// 0 to 5 are ours, all others are closed.
+    /// Takes its own, closes all others.
     fn take_descriptors(&self) -> bool {
-        let places = [
-            (&self.null, 0),
-            (&self.output, 1),
-            (&self.output, 2),
-            (&self.gift, GIFT),
-            (&self.go, GO),
-            (&self.error, ERROR),
-        ];
-        // SAFETY: duplicates and closes descriptors of this process, which owns nothing else any more.
-        unsafe {
-            places.iter().all(|(from, to)| libc::dup2(from.as_raw_fd(), *to) >= 0)
+        let close = |(first, last): &(RawFd, RawFd)| {
+            // SAFETY: closes descriptors of this process, which owns nothing else any more.
+            unsafe { libc::syscall(libc::SYS_close_range, *first, *last, 0) == 0 }
+        };
+        // SAFETY: as above; sources are all above the places.
+        let own = unsafe {
+            self.places.iter().all(|(from, place)| libc::dup2(from.as_raw_fd(), *place) >= 0)
                 && [GO, ERROR].iter().all(|fd| libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
-                && libc::syscall(libc::SYS_close_range, ERROR + 1, libc::c_uint::MAX, 0) == 0
-        }
+        };
+        own && self.gaps.iter().all(close)
     }
 
     /// Its own session, no signal blocked, none ignored (Rust ignores SIGPIPE).

@@ -5,8 +5,8 @@ use crate::host::process::{End, Process, reap};
 use std::os::unix::net::UnixListener;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
-    let gift = UnixListener::bind_addr(&abstract_address()).unwrap().into();
-    Plan { program: Path::new("/bin/sh"), args, env, output, gift, user: None }
+    let gift = || UnixListener::bind_addr(&abstract_address()).unwrap().into();
+    Plan { program: Path::new("/bin/sh"), args, env, output, gifts: vec![(3, gift()), (20, gift())], user: None }
 }
 
 fn abstract_address() -> std::os::unix::net::SocketAddr {
@@ -27,7 +27,7 @@ fn text(file: &File) -> String {
 }
 
 async fn end(spawned: Spawned) -> End {
-    Process::new(spawned.identity, spawned.fd).unwrap().ended().await
+    Process::new(spawned.fd).unwrap().ended().await
 }
 
 #[tokio::test]
@@ -41,7 +41,7 @@ async fn inherits_only_what_it_is_given() {
     assert_eq!(end(spawned).await, End::Code(7));
     let said = text(&output);
     // `ls` has the directory it reads open as 4.
-    assert!(said.starts_with("hello\n0\n1\n2\n3\n4\n/dev/null\n"), "{said}");
+    assert!(said.starts_with("hello\n0\n1\n2\n20\n3\n4\n/dev/null\n"), "{said}");
     assert!(said.ends_with("\n0\n/\n"), "{said}");
     assert!(!said.contains("HOME="), "{said}");
 }
