@@ -13,12 +13,13 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
+use virt_drivers::DriverConfig;
 use virt_service::authz::Authority;
 use virt_service::{Service, Settings};
 use virtd::caller::Callers;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
-use virtd::settings::{Arguments, Config, Folders, Kind, LogLevel};
+use virtd::settings::{Arguments, Config, Folders, Kind, LogLevel, QemuConfig};
 use virtd::{BUS_NAME, Server};
 use zbus::Connection;
 use zbus::connection::Builder;
@@ -52,7 +53,7 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let connection = connect(arguments.kind()).await?;
     let callers = Callers::new(connection.clone());
     let authority = authority(arguments.kind(), &connection).await?;
-    let drivers = Vec::new();
+    let drivers = virt_drivers::all(driver_config(arguments.kind(), config.qemu, &folders));
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
@@ -104,6 +105,17 @@ async fn authority(kind: Kind, connection: &Connection) -> Result<Arc<dyn Author
         }
     });
     Ok(polkit)
+}
+
+/// What the drivers are told. On a session bus QEMU runs as we do.
+fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfig {
+    DriverConfig {
+        cache_dir: folders.cache.clone(),
+        state_dir: folders.state.clone(),
+        system: kind == Kind::System,
+        qemu_user: qemu.user,
+        qemu_group: qemu.group,
+    }
 }
 
 /// Requests the name. Whoever has it keeps it.
