@@ -69,6 +69,9 @@ pub fn for_drives(def: &mut DomainDef, board: Board) {
             wanted.insert((ControllerKind::VirtioSerial, serial.controller, None));
         }
     }
+    if def.devices.untyped().iter().any(|device| device.name == "smartcard") {
+        wanted.insert((ControllerKind::Ccid, 0, None));
+    }
     for (kind, index, model) in wanted {
         ensure(def, kind, index, model);
     }

@@ -60,6 +60,7 @@ pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Find
         controllers::roots(def, board);
         buses::disks(def, board, &mut log);
         buses::virtio_serial(def, &mut log);
+        buses::smartcards(def);
         controllers::for_drives(def, board);
         buses::usb(def, board, &mut log);
         pci::assign(def, board, &mut log);
