@@ -118,7 +118,8 @@ impl Domain {
         active: bool,
         options: UndefineOptions,
     ) -> Result<Option<std::path::PathBuf>> {
-        let file = stored.nvram_path().filter(|path| path.exists()).map(ToOwned::to_owned);
+        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(std::path::PathBuf::from);
+        let file = path.filter(|path| path.exists());
         match file {
             Some(path) if !options.nvram => Err(Error::OperationInvalid(format!(
                 "domain '{}' has firmware variables in {}; pass the option 'nvram' to remove them with it",

@@ -58,6 +58,7 @@ impl Domain {
             cancel_when_gone(caller, job.cancel_token());
         }
         lock(&self.state).starting |= turn.is_some();
+        self.announce_transient();
         let (domain, caller) = (self.clone(), caller.clone());
         tokio::spawn(async move {
             let begun = Instant::now();
@@ -238,6 +239,14 @@ impl Domain {
                 () = domain.until(|state| !state.runs(id)) => {}
             }
         });
+    }
+
+    /// A transient domain is there from the moment its start is accepted.
+    fn announce_transient(&self) {
+        let transient = lock(&self.state).stored.is_none();
+        if transient {
+            self.announce();
+        }
     }
 
     /// A transient domain whose guest did not come to be is nothing.

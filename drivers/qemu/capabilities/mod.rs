@@ -64,6 +64,12 @@ pub struct Capabilities {
     pub kvm: Result<(), String>,
     /// Whether the binary was built with KVM.
     pub kvm_built_in: bool,
+    /// The host's processor.
+    #[serde(skip)]
+    pub host: Host,
+    /// QEMU's setuid helper that plugs guests into bridges, if it is installed.
+    #[serde(skip)]
+    pub bridge_helper: Option<PathBuf>,
 }
 
 fn kvm_unknown() -> Result<(), String> {
@@ -106,6 +112,8 @@ impl Capabilities {
             spice: false,
             sandbox: false,
             kvm_built_in: false,
+            host: Host::default(),
+            bridge_helper: None,
         }
     }
 
@@ -227,6 +235,8 @@ impl Prober {
                 asked
             }
         };
+        capabilities.host = Host::read();
+        capabilities.bridge_helper = super::tap::helper();
         capabilities.kvm = match host_kvm {
             Err(why) => Err(why.clone()),
             Ok(()) if !capabilities.kvm_built_in => Err(format!("{} was built without KVM", binary.display())),

@@ -3,7 +3,6 @@
 use super::Check;
 use crate::qemu::command::{audio_back_end, card_type, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
-use crate::qemu::tap;
 use std::collections::BTreeSet;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind};
 use virt_model::device::display::{Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
@@ -20,6 +19,7 @@ impl Check<'_> {
         let def = self.def;
         def.devices.interfaces.iter().for_each(|interface| self.interface(interface));
         self.character_devices();
+        self.smartcards();
         self.screens();
         def.devices.videos.iter().enumerate().for_each(|(n, video)| self.video(video, n == 0));
         self.sound();
@@ -38,7 +38,7 @@ impl Check<'_> {
             InterfaceKind::Bridge => {
                 self.refuse_if(interface.bridge().is_none(), place, "type='bridge' needs <source bridge='…'/>");
                 self.refuse_if(
-                    tap::helper().is_none(),
+                    self.caps.bridge_helper.is_none(),
                     place,
                     "type='bridge' needs qemu-bridge-helper, which is not installed",
                 );
@@ -122,6 +122,19 @@ impl Check<'_> {
         }
     }
 
+    /// The only reader there is: that of the person at the SPICE screen.
+    fn smartcards(&mut self) {
+        let cards = self.def.devices.untyped().iter().filter(|device| device.name == "smartcard");
+        for (n, card) in cards.enumerate() {
+            let spice = self.def.devices.graphics.iter().any(|g| g.kind == GraphicsKind::Spice);
+            let passed = (card.attr("mode"), card.attr("type")) == (Some("passthrough"), Some("spicevmc"));
+            let message = "a smartcard is supported with mode='passthrough' type='spicevmc' and spice graphics";
+            self.refuse_if(!passed || !spice, &card.at, message);
+            self.refuse_if(n > 0, &card.at, "a guest has at most one smartcard");
+            self.need_device(&card.at, "ccid-card-passthru");
+        }
+    }
+
     fn back_end(&mut self, source: &CharSource, place: &Place) {
         let kind = source.kind;
         let at = place.attribute("type");
@@ -159,6 +172,9 @@ impl Check<'_> {
                 _ => self
                     .refuse(&graphics.at, format!("graphics of type='{kind}' are not supported yet: use vnc or spice")),
             }
+            let word = |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));
+            let odd = graphics.keymap.as_ref().is_some_and(|name| !word(name));
+            self.refuse_if(odd, &graphics.at.attribute("keymap"), "a keymap is a word such as de or en-us");
             let again = screens.iter().take(n).any(|other| other.kind == kind);
             self.refuse_if(again, &graphics.at, &format!("one guest has at most one screen of type='{kind}'"));
             self.refuse_if(graphics.listens.len() > 1, &graphics.at, "more than one <listen> is not supported yet");

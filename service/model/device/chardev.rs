@@ -193,7 +193,7 @@ element! {
         /// The host's end.
         flat => source: CharSource,
         /// The guest's end.
-        inner "target" => target: ChannelTarget,
+        must "target" => target: ChannelTarget,
         /// Name and place.
         flat => info: DeviceInfo,
     }

@@ -89,7 +89,7 @@ element! {
         /// `<backingStore>`: what is below. Absent: not known yet; empty: there is nothing below.
         child "backingStore" => backing: Option<Box<BackingStore>>,
         /// `<target>`
-        inner "target" => target: DiskTarget,
+        must "target" => target: DiskTarget,
         /// `<readonly/>`
         flag "readonly" => readonly: bool,
         /// `<shareable/>`

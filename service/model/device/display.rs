@@ -176,7 +176,7 @@ element! {
         /// `<driver>`
         child "driver" => driver: Option<VideoDriver>,
         /// `<model>`
-        inner "model" => model: VideoModel,
+        must "model" => model: VideoModel,
         /// Name and place.
         flat => info: DeviceInfo,
     }

@@ -89,7 +89,7 @@ element! {
         /// `<rate>`
         child "rate" => rate: Option<RngRate>,
         /// `<backend>`
-        inner "backend" => backend: RngBackend,
+        must "backend" => backend: RngBackend,
         /// `<driver>`
         child "driver" => driver: Option<PlainDriver>,
         /// Name and place.
@@ -135,7 +135,7 @@ element! {
         /// The guest's interface.
         attr "model" => model: Option<TpmModel>,
         /// `<backend>`
-        inner "backend" => backend: TpmBackend,
+        must "backend" => backend: TpmBackend,
         /// Name and place.
         flat => info: DeviceInfo,
     }

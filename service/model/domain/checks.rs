@@ -1,11 +1,11 @@
 //! What can be seen to be wrong from the document alone, and would otherwise only show when the machine is started.
 
-use super::DomainDef;
 use super::cpu::Cpu;
 use super::defaults::default_bus;
 use super::features::Features;
 use super::os::LoaderKind;
 use super::value::complain;
+use super::{DomainDef, LifecycleAction};
 use crate::device::address::{Address, AddressKind, DriveAddress};
 use crate::device::chardev::{CharKind, CharSource, SocketMode};
 use crate::device::controller::ControllerModel;
@@ -32,6 +32,7 @@ pub(super) fn check(def: &DomainDef, log: &mut Log) {
     def.features.iter().for_each(|features| check_hyperv(features, log));
     check_boot(def, log);
     check_unique(def, log);
+    check_actions(def, log);
     let devices = &def.devices;
     devices.disks.iter().for_each(|disk| check_disk(disk, log));
     devices.interfaces.iter().for_each(|interface| check_interface(interface, log));
@@ -51,6 +52,14 @@ fn check_identity(def: &DomainDef, log: &mut Log) {
     }
     if def.title.as_ref().is_some_and(|title| title.contains('\n')) {
         complain(log, &def.at.child("title"), "a title is one line");
+    }
+}
+
+fn check_actions(def: &DomainDef, log: &mut Log) {
+    for (name, action) in [("on_poweroff", def.on_poweroff), ("on_reboot", def.on_reboot)] {
+        if matches!(action, LifecycleAction::CoredumpDestroy | LifecycleAction::CoredumpRestart) {
+            complain(log, &def.at.child(name), format!("'{action}' is only for <on_crash>"));
+        }
     }
 }
 

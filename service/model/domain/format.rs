@@ -125,8 +125,8 @@ impl Format {
         for attribute in &element.attributes {
             let declaration = is_root && attribute.name.starts_with("xmlns:");
             if !declaration && !spec.attributes.contains(&attribute.name) {
-                let known = list(spec.attributes.iter().map(|name| name.to_string()), "no attributes");
-                let message = format!("unknown attribute '{}'; <{}> has {known}", attribute.name, element.name);
+                let expected = expected(&element.name, &spec.attributes, &attribute.name);
+                let message = format!("unknown attribute '{}'; {expected}", attribute.name);
                 complain(log, &attribute.at, message);
             }
         }
@@ -147,8 +147,9 @@ impl Format {
                 return;
             }
             let Some(&place) = spec.places.get(&child.name) else {
-                let known = list(spec.children.iter().map(|child| format!("<{}>", child.name)), "no child elements");
-                complain(log, &child.at, format!("unknown element <{}>; <{parent}> has {known}", child.name));
+                let known: Vec<_> = spec.children.iter().map(|known| known.name.clone()).collect();
+                let expected = expected(&parent, &known, &child.name);
+                complain(log, &child.at, format!("unknown element <{}>; {expected}", child.name));
                 continue;
             };
             let known = &spec.children[place];
@@ -200,15 +201,40 @@ fn nest<'a>(
     nested
 }
 
-/// `a, b, c`, or what to say for none.
-fn list(names: impl Iterator<Item = String>, none: &str) -> String {
-    let names: Vec<_> = names.collect();
-    if names.is_empty() { none.to_owned() } else { names.join(", ") }
+/// What to say of an unknown name: what there is, or, of much, what is most like it.
+fn expected(parent: &str, known: &[String], unknown: &str) -> String {
+    const FEW: usize = 16;
+    match known {
+        [] => format!("<{parent}> has none"),
+        _ if known.len() <= FEW => format!("<{parent}> has {}", known.join(", ")),
+        _ => match known.iter().min_by_key(|name| distance(name, unknown)) {
+            Some(name) if distance(name, unknown) <= 2 => format!("was '{name}' meant?"),
+            _ => format!("<{parent}> has no such thing"),
+        },
+    }
+}
+
+/// How many letters have to be put in, taken out or changed.
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != *y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(diagonal + 1).min(row[j] + 1);
+        }
+    }
+    row[b.len()]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::DomainDef;
+    use crate::domain::part::Part;
+    use crate::xml::{Attribute, Path, Place};
 
     #[test]
     fn table_has_no_loose_ends() {
@@ -230,5 +256,90 @@ mod tests {
             let unique: std::collections::HashSet<_> = spec.attributes.iter().collect();
             assert_eq!(unique.len(), spec.attributes.len(), "{:?}", spec.attributes);
         }
+    }
+
+    /// Calls `visit` with every way from the root to an element of the table; groups that contain themselves once.
+    fn each_way(spec: usize, way: &mut Vec<usize>, steps: &mut Vec<String>, visit: &mut impl FnMut(&[String], &Spec)) {
+        if way.contains(&spec) {
+            return;
+        }
+        way.push(spec);
+        visit(steps, &FORMAT.specs[spec]);
+        for child in &FORMAT.specs[spec].children {
+            steps.push(child.name.clone());
+            each_way(child.spec, way, steps, visit);
+            steps.pop();
+        }
+        way.pop();
+    }
+
+    /// Elements in each other, the innermost with an attribute, all at known places.
+    fn chain(steps: &[String], attribute: Option<(&str, &str)>, text: Option<&str>) -> Element {
+        let path = |depth: usize| steps[..depth].iter().fold(Path::default(), |path, step| path.child(step, 1));
+        let mut inner: Option<Element> = None;
+        for depth in (0..=steps.len()).rev() {
+            let name = if depth == 0 { "domain" } else { &steps[depth - 1] };
+            let mut element = Element::new(name);
+            element.at = Place { line: 1, column: 1, path: path(depth) };
+            match inner.take() {
+                Some(inner) => element.push(inner),
+                None => {
+                    if let Some((name, value)) = attribute {
+                        let at = element.at.attribute(name);
+                        element.attributes.push(Attribute { name: name.to_owned(), value: value.to_owned(), at });
+                    }
+                    element.nodes.extend(text.map(|text| Node::Text(text.to_owned())));
+                }
+            }
+            inner = Some(element);
+        }
+        inner.unwrap_or_default()
+    }
+
+    /// Reads, writes, and says whether what the chain ends in is in the result, or was reported.
+    fn survives(steps: &[String], attribute: Option<(&str, &str)>, text: Option<&str>) -> bool {
+        let mut log = Vec::new();
+        let def = DomainDef::read(chain(steps, attribute, text), &mut log);
+        let tree = def.tree();
+        let last = steps.iter().try_fold(&tree, |element, step| element.child(step));
+        let there = last.is_some_and(|element| {
+            attribute.is_none_or(|(name, _)| element.attr(name).is_some())
+                && (text.is_none() || !element.text().is_empty())
+        });
+        let place = chain(steps, None, None);
+        let mut at =
+            steps.iter().fold(&place, |element, step| element.child(step).unwrap_or(element)).at.path.to_string();
+        if at == "/" && attribute.is_some() {
+            at.clear();
+        }
+        at += &attribute.map(|(name, _)| format!("/@{name}")).unwrap_or_default();
+        there || log.iter().any(|finding| finding.path == at)
+    }
+
+    #[test]
+    fn every_known_name_is_kept_or_refused() {
+        let mut count = 0;
+        let mut lost = Vec::new();
+        let root = FORMAT.roots["domain"];
+        each_way(root, &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+            if steps.first().is_some_and(|step| step == "metadata") {
+                return;
+            }
+            let mut try_one = |attribute: Option<(&str, &str)>, text| {
+                count += 1;
+                if !survives(steps, attribute, text) {
+                    lost.push(format!("/{} {attribute:?} {text:?}", steps.join("/")));
+                }
+            };
+            try_one(None, None);
+            for value in ["1", "yes", "on", "pci", "none"] {
+                spec.attributes.iter().for_each(|name| try_one(Some((name, value)), None));
+                if spec.text {
+                    try_one(None, Some(value));
+                }
+            }
+        });
+        assert!(lost.is_empty(), "{} lost: {lost:#?}", lost.len());
+        assert!(count > 9000, "only {count} were tried");
     }
 }

@@ -146,7 +146,14 @@ impl DomainDef {
         if def.uuid.is_nil() {
             def.uuid = Uuid::new_v4();
         }
-        checks::check(&def, &mut log);
+        if def.os.kind.name.is_empty() && def.rest.child("bootloader").is_none() {
+            def.os.kind.name = "hvm".to_owned();
+        }
+        let mut seen = Vec::new();
+        checks::check(&def, &mut seen);
+        // What could not be read needs no second complaint.
+        seen.retain(|finding| !log.iter().any(|read| read.path == finding.path));
+        log.append(&mut seen);
         log.sort_by_key(|finding| (finding.line, finding.column));
         if log.is_empty() { Ok(def) } else { Err(log) }
     }

@@ -17,6 +17,7 @@
 //! | `flag "x"` | empty child, there or not | `bool` |
 //! | `child "x"` | child | `Option<T: Part>` |
 //! | `inner "x"` | child, written always | `T: Part` |
+//! | `must "x"` | child that must be there | `T: Part` |
 //! | `children "x"` | children | `Vec<T: Part>` |
 //! | `flat` | several of the above, in a struct of their own | `T: Flat` |
 
@@ -148,6 +149,14 @@ pub(crate) fn take_leaf<T: Value>(at: &mut Element, name: &str, log: &mut Vec<Fi
     value(&leaf.text(), &leaf.at, log)
 }
 
+pub(crate) fn take_must<T: Part + Default>(at: &mut Element, name: &str, log: &mut Vec<Finding>) -> T {
+    let Some(child) = at.take_child(name) else {
+        log.push(Finding::invalid(&at.at, format!("<{}> needs a <{name}>", at.name)));
+        return T::default();
+    };
+    T::read(child, log)
+}
+
 pub(crate) fn put_attr<T: Value>(to: &mut Element, name: &str, value: Option<&T>) {
     if let Some(value) = value {
         to.set_attr(name, value.to_text());
@@ -210,6 +219,9 @@ macro_rules! take_field {
     (inner $x:literal, $at:ident, $log:ident) => {
         $at.take_child($x).map(|e| $crate::domain::part::Part::read(e, $log)).unwrap_or_default()
     };
+    (must $x:literal, $at:ident, $log:ident) => {
+        $crate::domain::part::take_must(&mut *$at, $x, $log)
+    };
     (children $x:literal, $at:ident, $log:ident) => {
         $at.take_children($x).into_iter().map(|e| $crate::domain::part::Part::read(e, $log)).collect()
     };
@@ -259,6 +271,9 @@ macro_rules! put_field {
         $value.iter().for_each(|v| $to.push($crate::domain::part::Part::write(v, $x)))
     };
     (inner $x:literal, $value:expr, $to:ident) => {
+        $to.push($crate::domain::part::Part::write(&$value, $x))
+    };
+    (must $x:literal, $value:expr, $to:ident) => {
         $to.push($crate::domain::part::Part::write(&$value, $x))
     };
     (children $x:literal, $value:expr, $to:ident) => {

@@ -61,3 +61,200 @@ fn what_is_written_reads_back_equal() {
         assert!(def.same_configuration(&parse(&def.write(STORED))), "{case}: stored form is the same configuration");
     }
 }
+
+/// A document with something in place of `<!-- here -->`, in `<devices>` or outside.
+fn with(outside: &str, devices: &str) -> String {
+    format!(
+        "<domain type='qemu'>\n<name>a</name><memory>1</memory>\n{outside}\n<devices>\n{devices}\n</devices>\n</domain>"
+    )
+}
+
+fn findings(text: &str) -> Vec<String> {
+    DomainDef::parse(text).err().unwrap_or_default().iter().map(ToString::to_string).collect()
+}
+
+#[test]
+fn all_that_is_wrong_is_said_at_once_with_its_place() {
+    let text = with(
+        "<vcpus>2</vcpus><vcpu foo='1'>x</vcpu><colour>red</colour><memmory/>",
+        "<disk type='file' device='tape'><target dev='vda' bus='virtio'/></disk>\n<disk><source file='/x'/></disk>",
+    );
+    assert_eq!(
+        findings(&text),
+        [
+            "line 3, column 1: /vcpus: <vcpus> has no text",
+            "line 3, column 17: /vcpu: 'x' is not a whole number from 0 to 4294967295",
+            "line 3, column 23: /vcpu/@foo: unknown attribute 'foo'; <vcpu> has placement, cpuset, current",
+            "line 3, column 39: /colour: unknown element <colour>; <domain> has no such thing",
+            "line 3, column 59: /memmory: unknown element <memmory>; was 'memory' meant?",
+            "line 5, column 1: /devices/disk[1]: a disk needs <source file='…'/>",
+            "line 5, column 19: /devices/disk[1]/@device: 'tape' is not one of disk, cdrom, floppy, lun",
+            "line 6, column 1: /devices/disk[2]: <disk> needs a <target>",
+        ]
+        .map(str::to_owned)
+        .as_slice()
+    );
+}
+
+#[test]
+fn what_cannot_be_is_refused_by_name() {
+    let cases = [
+        ("<vcpu>0</vcpu>", "", "0 vCPUs"),
+        ("<vcpu current='3'>2</vcpu>", "", "3 vCPUs at first"),
+        ("<vcpu>4</vcpu><cpu><topology sockets='1' cores='1' threads='1'/></cpu>", "", "makes 1 vCPUs"),
+        ("<cpu><feature name='vmx'/><feature name='vmx'/></cpu>", "", "'vmx' is there twice"),
+        ("<name>b</name>", "", "a second <name>"),
+        ("<on_reboot>coredump-restart</on_reboot>", "", "only for <on_crash>"),
+        ("<on_crash>explode</on_crash>", "", "not one of destroy, restart"),
+        ("<os firmware='efi'><type>hvm</type></os>", "", "needs <acpi/>"),
+        ("<os><loader secure='yes'>/x</loader></os>", "", "needs <smm"),
+        ("<os><type machine='pc'>hvm</type><loader secure='yes'>/x</loader></os>", "", "q35"),
+        ("<os><type/></os>", "", "<type> needs a text"),
+        ("<features><hyperv><spinlocks state='on' retries='9'/></hyperv></features>", "", "at least 4095"),
+        ("<features><acpi>yes</acpi></features>", "", "has no text"),
+        ("<features><vmport state='yes'/></features>", "", "neither 'on' nor 'off'"),
+        ("<x:y xmlns:x='urn:x'/>", "", "only <metadata>"),
+        ("<title>a\nb</title>", "", "one line"),
+        ("<currentMemory unit='parsec'>1</currentMemory>", "", "not a unit"),
+        ("<clock offset='lunar'/>", "", "not one of utc"),
+        (
+            "",
+            "<disk><source file='/x'/><target dev='vda'/></disk><disk><source file='/y'/><target dev='vda'/></disk>",
+            "twice",
+        ),
+        ("", "<disk device='cdrom'><target dev='vda' bus='virtio'/></disk>", "cannot be on the bus"),
+        ("", "<disk device='floppy'><target dev='fda' bus='ide'/></disk>", "bus 'fdc'"),
+        ("", "<disk device='floppy'><target dev='vda'/></disk>", "called fda"),
+        ("", "<disk type='block'><target dev='vda'/></disk>", "needs <source dev="),
+        (
+            "",
+            "<disk><source file='/x'/><target dev='vda' bus='virtio'/><address type='drive'/></disk>",
+            "kind of address",
+        ),
+        ("", "<disk><source file='/x'/><target dev='vda'/><address type='pci' slot='32'/></disk>", "at most 31"),
+        (
+            "",
+            "<disk><source file='/x'/><target dev='vda'/><address type='pci' slot='1' function='8'/></disk>",
+            "at most 7",
+        ),
+        ("", "<disk><source file='/x'/><target dev='vda'/><address type='moon'/></disk>", "not one of pci"),
+        ("", "<interface type='bridge'/>", "needs <source bridge="),
+        ("", "<interface type='network'><source network=''/></interface>", "needs <source network="),
+        ("", "<interface type='user'><mac address='01:00:00:00:00:00'/></interface>", "multicast"),
+        ("", "<interface type='user'><mac address='zz'/></interface>", "MAC address"),
+        ("", "<interface/>", "needs the attribute 'type'"),
+        (
+            "",
+            "<input type='mouse'><alias name='ua-x'/></input><input type='tablet'><alias name='ua-x'/></input>",
+            "alias 'ua-x'",
+        ),
+        ("", "<channel type='spicevmc'><target type='virtio'/></channel>", "graphics type='spice'"),
+        ("", "<redirdev bus='usb' type='spicevmc'/>", "graphics type='spice'"),
+        ("", "<serial type='file'/>", "<source path="),
+        ("", "<serial type='tcp'><source mode='bind'/></serial>", "<source host="),
+        (
+            "",
+            "<graphics type='vnc' listen='1.2.3.4'><listen type='address' address='::1'/></graphics>",
+            "listens on '1.2.3.4'",
+        ),
+        ("", "<graphics type='vnc' port='70000'/>", "at most 65535"),
+        ("", "<controller type='usb' index='0'/><controller type='usb' index='0'/>", "the usb controller 0"),
+        ("", "<memballoon model='virtio'/><memballoon model='none'/>", "a second <memballoon>"),
+        ("", "<input type='mouse' bus='usb'><address type='usb' bus='0' port='1.'/></input>", "a USB port"),
+        (
+            "<os><boot dev='hd'/></os>",
+            "<interface type='user'><boot order='1'/></interface>",
+            "either in <os> or in the devices",
+        ),
+        (
+            "",
+            "<interface type='user'><boot order='1'/></interface><hostdev><boot order='1'/></hostdev>",
+            "boot order 1 is there twice",
+        ),
+        (
+            "",
+            "<rng model='virtio'><backend model='random'/><address type='pci' slot='2'/></rng><panic><address type='pci' slot='0x2'/></panic>",
+            "0000:00:02.0 is there twice",
+        ),
+    ];
+    for (outside, devices, expected) in cases {
+        let found = findings(&with(outside, devices));
+        assert!(found.iter().any(|finding| finding.contains(expected)), "{outside}{devices}: {expected}: {found:#?}");
+    }
+}
+
+#[test]
+fn names_that_cannot_be() {
+    for name in ["", " ", "a/b", "a\nb", "..", &"x".repeat(300)] {
+        let found = findings(&format!("<domain type='test'><name>{name}</name><memory>1</memory></domain>"));
+        assert_eq!(found.len(), 1, "{name}: {found:#?}");
+        assert!(found[0].contains("/name"), "{found:#?}");
+    }
+    assert!(findings("<domain type='test'><name>a</name></domain>")[0].contains("needs memory"));
+    assert!(findings("<domain><name>a</name><memory>1</memory></domain>")[0].contains("needs the attribute 'type'"));
+    assert!(findings("<network/>")[0].contains("not a domain"));
+    assert!(findings("<domain xmlns='u' type='test'/>").join(" ").contains("must be in none"));
+}
+
+#[test]
+fn what_is_only_kept_is_listed_with_its_place() {
+    let def = parse(&read("cockpit.xml"));
+    let kept: Vec<_> = def.unhandled().iter().map(|kept| format!("{:?} {}", kept.at, kept.name)).collect();
+    assert_eq!(kept, ["48:5 /devices/hostdev hostdev", "54:5 /devices/filesystem filesystem"]);
+    let def =
+        parse(&with("<vcpu cpuset='1'>1</vcpu>", "<interface type='user'><tune><sndbuf>0</sndbuf></tune></interface>"));
+    let found: Vec<_> = def.unhandled().iter().map(|kept| kept.unsupported("is not supported").to_string()).collect();
+    assert_eq!(
+        found,
+        [
+            "line 3, column 7: /vcpu/@cpuset: 'cpuset' is not supported",
+            "line 5, column 24: /devices/interface/tune: <tune> is not supported",
+        ]
+    );
+    for case in ["virt-install", "gnome-boxes", "vagrant", "tiny-test"] {
+        let kept: Vec<_> = parse(&read(&format!("{case}.xml"))).unhandled().into_iter().map(|kept| kept.name).collect();
+        let expected: &[&str] = if case == "gnome-boxes" { &["smartcard"] } else { &[] };
+        assert_eq!(kept, expected, "{case}");
+    }
+}
+
+#[test]
+fn forms_leave_out_what_they_should() {
+    let def = parse(&read("virt-manager-live.xml"));
+    let live = def.write(FULL);
+    for word in
+        ["id='7'", "/dev/pts/3", "vnet6", "port='5900'", "pssst", "virtio-disk0", "index='2'", "state='connected'"]
+    {
+        assert!(live.contains(word), "{word}");
+        assert_eq!(def.write(STORED).contains(word), word == "pssst", "{word}");
+    }
+    assert!(!def.write(Form { secure: false, ..FULL }).contains("pssst"));
+    assert!(!def.write(Form { migratable: true, ..FULL }).contains("'pcie-root'"));
+    assert!(!def.write(STORED).contains("imagelabel"));
+    let mut changed = def.clone();
+    changed.id = None;
+    assert!(changed.same_configuration(&def));
+    changed.on_crash = virt_model::domain::LifecycleAction::Preserve;
+    assert!(!changed.same_configuration(&def));
+}
+
+#[test]
+fn what_was_made_up_stays() {
+    let mut def = parse(&with("", "<interface type='user'/>"));
+    def.fill_defaults();
+    let mac = def.devices.interfaces[0].mac().unwrap().to_string();
+    assert!(mac.starts_with("52:54:00:"), "{mac}");
+    assert!(!def.uuid.is_nil());
+    let mut again = parse(&def.write(STORED));
+    again.fill_defaults();
+    assert!(again == def);
+}
+
+#[test]
+fn memory_follows_numa_cells_and_devices() {
+    let mut def = parse(&read("kept.xml"));
+    def.fill_defaults();
+    assert_eq!(def.memory_kib(), 262_144 + 262_144 + 131_072);
+    assert_eq!((def.vcpus(), def.maximum_vcpus()), (1, 2));
+    assert!(def.has_native_arguments());
+}
