@@ -106,6 +106,22 @@ async fn a_closed_directory_is_named() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn files_that_take_the_guests_words_are_made() {
+    let Some(house) = House::system() else { return };
+    let mut def = house.def(POWER_OFF, "").await;
+    let log = house.path("serial.log");
+    let xml = def.write(virt_model::domain::Form { inactive: true, secure: true, migratable: false });
+    let with_log = format!("<serial type='pty'><log file='{}'/>", log.display());
+    assert!(xml.contains("<serial type='pty'>"), "{xml}");
+    def = house.complete(&xml.replacen("<serial type='pty'>", &with_log, 1)).await;
+    let mut guest = house.start(def).await;
+    guest.serial.says("C00000002").await;
+    assert_eq!(std::fs::metadata(&log).unwrap().uid(), uid());
+    assert!(std::fs::read_to_string(&log).unwrap().contains("C00000001"));
+    guest.destroy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_missing_user_is_refused_with_the_remedy() {
     let Some(house) = House::system() else { return };
     let house = house.with_user("no-such-user-here");
