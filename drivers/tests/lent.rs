@@ -76,11 +76,7 @@ async fn failed_and_cancelled_starts_give_back() {
         let disk = house.path(&format!("{}.qcow2", def.uuid));
         let (launch, seen) = house.launch(def);
         if more.is_empty() {
-            let (cancel, recorder) = (launch.cancel.clone(), seen.recorder());
-            tokio::spawn(async move {
-                recorder.phase("spawned").await;
-                cancel.cancel();
-            });
+            seen.recorder.cancel_at("spawned", &launch.cancel);
         }
         assert!(house.driver.start(launch).await.is_err());
         assert!(!seen.pid().is_some_and(exists) && !open_to_qemu(&disk));
