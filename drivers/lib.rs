@@ -1,1 +1,42 @@
 //! How hypervisors are moved. One folder each.
+
+mod host;
+pub mod qemu;
+pub mod test;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use virt_model::driver::Driver;
+
+/// What drivers must know of this virtd.
+#[derive(Clone, Debug)]
+pub struct DriverConfig {
+    /// For what can be found out again, e.g. `/var/cache/virtd`.
+    pub cache_dir: PathBuf,
+    /// For what must outlive a reboot of the host, e.g. `/var/lib/virtd`.
+    pub state_dir: PathBuf,
+    /// We serve everybody on this host, as root: hypervisors run as a user of their own.
+    pub system: bool,
+    /// That user.
+    pub qemu_user: String,
+    /// Their group, if not their own.
+    pub qemu_group: Option<String>,
+}
+
+impl DriverConfig {
+    /// The usual user and group; everything below `dir`.
+    pub fn below(dir: &std::path::Path, system: bool) -> Self {
+        DriverConfig {
+            cache_dir: dir.join("cache"),
+            state_dir: dir.join("state"),
+            system,
+            qemu_user: "virt-qemu".to_owned(),
+            qemu_group: None,
+        }
+    }
+}
+
+/// Every driver there is.
+pub fn all(config: DriverConfig) -> Vec<Arc<dyn Driver>> {
+    vec![Arc::new(qemu::QemuDriver::new(&config)), Arc::new(test::TestDriver::default())]
+}

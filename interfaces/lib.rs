@@ -1,1 +1,121 @@
 //! The faces of virtd: D-Bus objects, signals, polkit.
+//!
+//! [`Server`] joins a service with any number of connections; `main.rs` gives it the bus, tests a socket pair.
+
+pub mod bus;
+pub mod caller;
+mod domain;
+pub mod error;
+mod job;
+mod manager;
+pub mod polkit;
+mod publish;
+pub mod session;
+pub mod settings;
+
+use bus::gate::Limits;
+use bus::outbox::Outbox;
+use bus::table::Table;
+use bus::{Bus, Who};
+use caller::Callers;
+use publish::{Listener, Publisher};
+use std::sync::Arc;
+use tokio::sync::mpsc::UnboundedReceiver;
+use virt_service::Service;
+use virt_service::events::Event;
+use zbus::{Connection, MessageStream};
+
+/// What virtd is called on a bus.
+pub const BUS_NAME: &str = "org.virt";
+
+/// Bytes of answers after which it is looked at whether a client of the bus reads them.
+const UNREAD: usize = 8 << 20;
+
+/// A service with its objects published, ready for connections.
+#[derive(Clone, Debug)]
+pub struct Server {
+    table: Arc<Table>,
+    publisher: Arc<Publisher>,
+}
+
+impl Server {
+    /// Publishes what there is. When it returns, the tree is true, and nothing has been sent to anybody.
+    /// Error: the code does not offer what the introspection files say, which a test would have told.
+    pub async fn new(service: &Arc<Service>, events: UnboundedReceiver<Event>) -> Result<Server, String> {
+        let table = Table::new(vec![manager::offer(service), domain::offer(service), job::offer(service)])?;
+        let publisher = Publisher::new(&service.drivers());
+        tokio::spawn(publisher.clone().run(events));
+        service.events().flush().await;
+        Ok(Server { table: Arc::new(table), publisher })
+    }
+
+    /// Serves the clients of a bus; ends with the connection. The name is the caller's to request, once this runs.
+    pub fn serve_bus(&self, connection: &Connection, callers: Callers) -> Serving {
+        let limits = Limits { unread: Some(UNREAD), ..Limits::default() };
+        self.serve(MessageStream::from(connection), None, Who::Bus(callers), limits)
+    }
+
+    /// Serves one peer, whose user is `uid`; ends with the connection. The stream must be the one that the connection
+    /// was built with, or the first call may be lost.
+    pub fn serve_peer(&self, stream: MessageStream, uid: u32) -> Serving {
+        let connection = Connection::from(&stream);
+        self.serve(stream, Some(connection), Who::Peer(uid), Limits::default())
+    }
+
+    fn serve(&self, stream: MessageStream, peer: Option<Connection>, who: Who, limits: Limits) -> Serving {
+        let outbox = Arc::new(Outbox::default());
+        self.publisher.attach(Listener { outbox: outbox.clone(), peer });
+        let bus = Bus::new(self.table.clone(), self.publisher.rows().clone(), outbox.clone(), who, limits);
+        let (publisher, ours) = (self.publisher.clone(), outbox.clone());
+        let task = tokio::spawn(async move {
+            bus.run(stream).await;
+            publisher.detach(&ours);
+        });
+        Serving { task, outbox }
+    }
+}
+
+/// A connection being served.
+#[derive(Debug)]
+pub struct Serving {
+    task: tokio::task::JoinHandle<()>,
+    outbox: Arc<Outbox>,
+}
+
+impl Serving {
+    /// Waits until the connection has ended.
+    pub async fn ended(&mut self) {
+        let _ = (&mut self.task).await;
+    }
+
+    /// Waits until everything is sent.
+    pub async fn sent(&self) {
+        self.outbox.sent().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tokio_util::sync::CancellationToken;
+    use virt_service::{Paths, Settings};
+
+    struct Nobody;
+
+    impl virt_service::Callers for Nobody {
+        fn watch(&self, _: &str) -> CancellationToken {
+            CancellationToken::new()
+        }
+    }
+
+    #[tokio::test]
+    async fn the_code_offers_what_the_files_say() {
+        let folder = tempfile::tempdir().unwrap();
+        let below = |name: &str| folder.path().join(name);
+        let paths = Paths { state: below("state"), runtime: below("runtime"), log: below("log") };
+        let settings = Settings { paths, limits: virt_service::Limits::default() };
+        let authority = Arc::new(session::OwnerOnly { uid: 0 });
+        let (service, events) = Service::open(settings, Vec::new(), authority, Arc::new(Nobody)).await.unwrap();
+        Server::new(&service, events).await.unwrap();
+    }
+}

@@ -1,7 +1,97 @@
 //! Jobs: one change at a time per domain, and the record of the long ones.
+//!
+//! Two things with two meanings. A [`Turn`] is the right to change one domain: first come, first served, given back on
+//! drop. A [`Job`] is what the bus shows of long work: it outlives its caller, can be cancelled, and stays readable for
+//! ten minutes after its end.
+//!
+//! ```text
+//!  waiting ──▶ running ──▶ succeeded | failed | cancelled ──(10 min, or 256 younger ones)──▶ forgotten
+//!     └─────────────────────────────▶ failed (Busy) | cancelled
+//! ```
 
-use crate::error::Error;
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::events::{Event, Events};
+use crate::shared::now_usec;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio::sync::{OwnedMutexGuard, oneshot, watch};
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+
+/// How long a change waits for its turn before it is refused as `Busy`.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// How long an ended job stays readable.
+pub const READABLE: Duration = Duration::from_secs(600);
+
+/// How many ended jobs are kept at the most.
+pub const KEPT: usize = 256;
+
+/// The right to change one domain.
+#[derive(Debug, Default)]
+pub struct Turn {
+    queue: Arc<tokio::sync::Mutex<()>>,
+    holder: Mutex<Option<Holder>>,
+}
+
+#[derive(Debug)]
+struct Holder {
+    what: String,
+    give_up: CancellationToken,
+}
+
+/// A turn taken; given back on drop.
+#[derive(Debug)]
+pub struct Held {
+    turn: Arc<Turn>,
+    _place: OwnedMutexGuard<()>,
+}
+
+impl Turn {
+    /// Takes the turn if nobody has it or waits for it. `what` is shown to those who then find it taken; `give_up` is
+    /// fired when a destroy wants through.
+    pub fn try_take(self: &Arc<Self>, what: &str, give_up: &CancellationToken) -> Option<Held> {
+        let place = self.queue.clone().try_lock_owned().ok()?;
+        Some(self.held_by(what, give_up, place))
+    }
+
+    /// Waits for the turn, [`PATIENCE`] at most. Error: who has it.
+    pub async fn take(self: &Arc<Self>, what: &str, give_up: &CancellationToken) -> Result<Held, String> {
+        match tokio::time::timeout(PATIENCE, self.queue.clone().lock_owned()).await {
+            Ok(place) => Ok(self.held_by(what, give_up, place)),
+            Err(_) => Err(lock(&self.holder).as_ref().map_or_else(String::new, |h| h.what.clone())),
+        }
+    }
+
+    /// Asks whoever has the turn to give it up.
+    pub fn ask_to_give_up(&self) {
+        if let Some(holder) = lock(&self.holder).as_ref() {
+            holder.give_up.cancel();
+        }
+    }
+
+    fn held_by(self: &Arc<Self>, what: &str, give_up: &CancellationToken, place: OwnedMutexGuard<()>) -> Held {
+        *lock(&self.holder) = Some(Holder { what: what.to_owned(), give_up: give_up.clone() });
+        Held { turn: self.clone(), _place: place }
+    }
+}
+
+impl Held {
+    /// Changes what those who wait are told.
+    pub fn rename(&self, what: String) {
+        if let Some(holder) = lock(&self.turn.holder).as_mut() {
+            holder.what = what;
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        *lock(&self.turn.holder) = None;
+    }
+}
 
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,4 +151,318 @@ pub struct JobFacts {
     pub requester_uid: u32,
     /// Why it failed or was cancelled.
     pub error: Option<Error>,
+}
+
+/// All jobs of this virtd: those under way and those that ended a short while ago.
+#[derive(Debug)]
+pub struct Jobs {
+    events: Events,
+    per_user: usize,
+    table: Mutex<Table>,
+    unfinished: watch::Sender<usize>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    last: u64,
+    entries: BTreeMap<u64, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    facts: JobFacts,
+    cancel: CancellationToken,
+}
+
+impl Jobs {
+    /// None yet. `per_user` bounds the unfinished jobs of any user but root.
+    pub fn new(events: Events, per_user: usize) -> Arc<Jobs> {
+        Arc::new(Jobs { events, per_user, table: Mutex::default(), unfinished: watch::channel(0).0 })
+    }
+
+    /// Begins the record of a job that waits for its turn; `cancel` fires when it is to stop.
+    /// Error: `LimitsExceeded` if the caller has too many under way.
+    pub fn open(
+        self: &Arc<Self>,
+        caller: &Caller,
+        domain: Uuid,
+        operation: &'static str,
+        cancel: CancellationToken,
+    ) -> Result<(Job, Ticket)> {
+        let mut table = lock(&self.table);
+        let unfinished =
+            table.entries.values().filter(|e| !e.facts.state.is_final() && e.facts.requester_uid == caller.uid).count();
+        if caller.uid != 0 && unfinished >= self.per_user {
+            return Err(Error::LimitsExceeded(format!(
+                "user {} has {unfinished} jobs under way, which is the limit; wait for one to end",
+                caller.uid
+            )));
+        }
+        table.last += 1;
+        let id = table.last;
+        let facts = JobFacts {
+            id,
+            domain,
+            state: JobState::Waiting,
+            operation,
+            started_usec: now_usec(),
+            progress: -1.0,
+            bytes_done: 0,
+            bytes_total: 0,
+            cancellable: true,
+            requester_uid: caller.uid,
+            error: None,
+        };
+        self.events.send(Event::Job(Arc::new(facts.clone())));
+        self.unfinished.send_modify(|n| *n += 1);
+        table.entries.insert(id, Entry { facts, cancel: cancel.clone() });
+        let (outcome, wait) = oneshot::channel();
+        Ok((Job { id, jobs: self.clone(), cancel, outcome: Some(outcome) }, Ticket { id, outcome: wait }))
+    }
+
+    /// Their numbers, oldest first.
+    pub fn list(&self) -> Vec<u64> {
+        lock(&self.table).entries.keys().copied().collect()
+    }
+
+    /// What is published of one.
+    pub fn facts(&self, id: u64) -> Option<JobFacts> {
+        lock(&self.table).entries.get(&id).map(|e| e.facts.clone())
+    }
+
+    /// Asks a job to stop; it ends as soon as it can. Error: `OperationInvalid` if it has ended.
+    pub fn cancel(&self, id: u64) -> Result<()> {
+        match lock(&self.table).entries.get(&id) {
+            Some(e) if !e.facts.state.is_final() && e.facts.cancellable => e.cancel.cancel(),
+            Some(e) if e.facts.state.is_final() => {
+                let text = format!("job {id} ({}) has ended; there is nothing to cancel", e.facts.operation);
+                return Err(Error::OperationInvalid(text));
+            }
+            Some(e) => {
+                let text = format!("job {id} ({}) is past the point where it can be cancelled", e.facts.operation);
+                return Err(Error::OperationInvalid(text));
+            }
+            None => return Err(Error::OperationInvalid(format!("there is no job {id}"))),
+        }
+        Ok(())
+    }
+
+    /// Waits until no job is under way.
+    pub async fn idle(&self) {
+        let mut unfinished = self.unfinished.subscribe();
+        let _ = unfinished.wait_for(|n| *n == 0).await;
+    }
+
+    fn change(&self, id: u64, change: impl FnOnce(&mut JobFacts)) {
+        let mut table = lock(&self.table);
+        if let Some(entry) = table.entries.get_mut(&id) {
+            change(&mut entry.facts);
+            self.events.send(Event::Job(Arc::new(entry.facts.clone())));
+        }
+    }
+
+    fn ended(self: &Arc<Self>, id: u64) {
+        self.unfinished.send_modify(|n| *n -= 1);
+        let oldest = {
+            let table = lock(&self.table);
+            let ended: Vec<u64> =
+                table.entries.values().filter(|e| e.facts.state.is_final()).map(|e| e.facts.id).collect();
+            (ended.len() > KEPT).then(|| ended[0])
+        };
+        if let Some(oldest) = oldest {
+            self.forget(oldest);
+        }
+        let jobs: Weak<Jobs> = Arc::downgrade(self);
+        tokio::spawn(async move {
+            tokio::time::sleep(READABLE).await;
+            if let Some(jobs) = jobs.upgrade() {
+                jobs.forget(id);
+            }
+        });
+    }
+
+    fn forget(&self, id: u64) {
+        if lock(&self.table).entries.remove(&id).is_some() {
+            self.events.send(Event::JobGone(id));
+        }
+    }
+}
+
+/// One job at work. Dropped without [`Job::finish`] (its task panicked), it counts as failed.
+#[derive(Debug)]
+pub struct Job {
+    id: u64,
+    jobs: Arc<Jobs>,
+    cancel: CancellationToken,
+    outcome: Option<oneshot::Sender<Result<()>>>,
+}
+
+impl Job {
+    /// Fires when the job is to stop.
+    pub fn cancel_token(&self) -> &CancellationToken {
+        &self.cancel
+    }
+
+    /// What those who wait for the domain are told has it.
+    pub fn label(&self, operation: &str) -> String {
+        format!("{operation} (job {})", self.id)
+    }
+
+    /// Its turn has come.
+    pub fn running(&self) {
+        self.jobs.change(self.id, |facts| facts.state = JobState::Running);
+    }
+
+    /// Done or not. A failure after a cancellation counts as cancelled. The end is published before the ticket answers.
+    pub fn finish(mut self, result: Result<()>) {
+        self.end(result);
+    }
+
+    fn end(&mut self, result: Result<()>) {
+        let Some(outcome) = self.outcome.take() else { return };
+        self.jobs.change(self.id, |facts| {
+            facts.state = match &result {
+                Ok(()) => JobState::Succeeded,
+                Err(Error::Cancelled(_)) => JobState::Cancelled,
+                Err(_) => JobState::Failed,
+            };
+            facts.cancellable = false;
+            facts.error = result.as_ref().err().cloned();
+            if result.is_ok() {
+                facts.progress = 1.0;
+            }
+        });
+        let _ = outcome.send(result);
+        // Ends the tasks that would still cancel it.
+        self.cancel.cancel();
+        self.jobs.ended(self.id);
+    }
+}
+
+impl Drop for Job {
+    fn drop(&mut self) {
+        self.end(Err(Error::Internal(format!("job {} ended without a result; the log says more", self.id))));
+    }
+}
+
+/// A job as its caller holds it.
+#[derive(Debug)]
+pub struct Ticket {
+    /// The job's number.
+    pub id: u64,
+    outcome: oneshot::Receiver<Result<()>>,
+}
+
+impl Ticket {
+    /// Waits for the end. Dropping the ticket does not stop the job.
+    pub async fn done(self) -> Result<()> {
+        self.outcome.await.unwrap_or_else(|_| Err(Error::Internal("the job vanished".to_owned())))
+    }
+}
+
+/// Locks; a panic elsewhere while it was held left whole values behind, since no holder can fail half-way.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn root() -> Caller {
+        Caller { bus_name: None, uid: 0, interactive: false, departed: CancellationToken::new() }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn turns_are_first_come_first_served() {
+        let turn = Arc::new(Turn::default());
+        let never = CancellationToken::new();
+        let first = turn.try_take("save", &never).expect("free");
+        assert!(turn.try_take("start", &never).is_none());
+        let order = Arc::new(Mutex::new(Vec::new()));
+        let mut waiting = Vec::new();
+        for n in 0..3 {
+            let (turn, never, order) = (turn.clone(), never.clone(), order.clone());
+            waiting.push(tokio::spawn(async move {
+                let held = turn.take("x", &never).await.expect("in time");
+                lock(&order).push(n);
+                drop(held);
+            }));
+            tokio::task::yield_now().await;
+        }
+        drop(first);
+        for task in waiting {
+            task.await.expect("no panic");
+        }
+        assert_eq!(*lock(&order), [0, 1, 2]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_waits_too_long_is_told_who_has_it() {
+        let turn = Arc::new(Turn::default());
+        let never = CancellationToken::new();
+        let _held = turn.try_take("save (job 7)", &never).expect("free");
+        assert_eq!(turn.take("start", &never).await.expect_err("busy"), "save (job 7)");
+    }
+
+    #[tokio::test]
+    async fn a_holder_can_be_asked_to_give_up() {
+        let turn = Arc::new(Turn::default());
+        let give_up = CancellationToken::new();
+        let held = turn.try_take("save", &give_up).expect("free");
+        turn.ask_to_give_up();
+        assert!(give_up.is_cancelled());
+        drop(held);
+        turn.ask_to_give_up();
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_ended_job_is_readable_for_ten_minutes() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 4);
+        let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
+        job.finish(Err(Error::Cancelled("stopped".to_owned())));
+        let id = ticket.id;
+        assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
+        assert_eq!(jobs.facts(id).expect("kept").state, JobState::Cancelled);
+        tokio::time::sleep(READABLE - Duration::from_secs(1)).await;
+        assert!(jobs.facts(id).is_some());
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        assert!(jobs.facts(id).is_none());
+    }
+
+    #[tokio::test]
+    async fn only_the_last_256_ended_jobs_are_kept() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 4);
+        for _ in 0..KEPT + 10 {
+            jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
+        }
+        assert_eq!(jobs.list().len(), KEPT);
+        assert_eq!(jobs.list()[0], 11);
+    }
+
+    #[tokio::test]
+    async fn jobs_per_user_are_bounded() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 2);
+        let caller = Caller { uid: 1000, ..root() };
+        let one = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("first");
+        let _two = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("second");
+        assert!(matches!(
+            jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()),
+            Err(Error::LimitsExceeded(_))
+        ));
+        one.0.finish(Ok(()));
+        jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("room again");
+    }
+
+    #[tokio::test]
+    async fn a_job_whose_task_vanished_has_failed() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 2);
+        let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
+        drop(job);
+        assert!(matches!(ticket.done().await, Err(Error::Internal(_))));
+    }
 }

@@ -1,6 +1,324 @@
 //! What virtd does: domains, jobs, permissions, events and what is kept on disk. Knows no bus and no hypervisor.
 
 pub mod authz;
+mod boot;
+mod domain;
 pub mod error;
 pub mod events;
 pub mod job;
+mod registry;
+mod shared;
+mod store;
+
+pub use domain::{Affect, Domain, StartOptions, UndefineOptions};
+pub use shared::{Callers, Limits};
+pub use store::Paths;
+
+use authz::{Action, Authority, Caller, Subject};
+use domain::Birth;
+use error::{Error, Result};
+use events::{Event, Events};
+use job::{Jobs, Ticket};
+use registry::Claimed;
+use shared::{Shared, now_usec};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use store::{Note, Store};
+use tokio::sync::mpsc;
+use uuid::Uuid;
+use virt_model::domain::DomainDef;
+use virt_model::driver::{Driver, DriverError};
+use virt_model::state::StateReason;
+use virt_model::xml::{Finding, FindingKind};
+
+/// What a service needs to know.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Its folders; made where they are missing.
+    pub paths: Paths,
+    /// How much a user may have.
+    pub limits: Limits,
+}
+
+/// How long `close` waits for jobs under way.
+const CLOSING: Duration = Duration::from_secs(10);
+
+/// All domains of one host.
+pub struct Service {
+    shared: Arc<Shared>,
+}
+
+impl Service {
+    /// Loads what is stored and finds the guests that run. The receiver's first events are one `Event::Domain` per domain;
+    /// when they have been flushed, what is published is true.
+    /// Errors: `StorageFailed` if the folders cannot be used.
+    pub async fn open(
+        settings: Settings,
+        drivers: Vec<Arc<dyn Driver>>,
+        authority: Arc<dyn Authority>,
+        callers: Arc<dyn Callers>,
+    ) -> Result<(Arc<Service>, mpsc::UnboundedReceiver<Event>)> {
+        let (events, receiver) = Events::channel();
+        let store = Store::open(settings.paths)?;
+        let shared = Shared::new(drivers, authority, callers, events, store, settings.limits);
+        boot::load(&shared).await?;
+        Ok((Arc::new(Service { shared }), receiver))
+    }
+
+    /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
+    pub async fn begin_work(&self) -> Result<()> {
+        boot::autostart(&self.shared).await
+    }
+
+    /// The stream of changes.
+    pub fn events(&self) -> &Events {
+        &self.shared.events
+    }
+
+    /// The jobs under way and lately ended.
+    pub fn jobs(&self) -> &Arc<Jobs> {
+        &self.shared.jobs
+    }
+
+    /// The drivers' names.
+    pub fn drivers(&self) -> Vec<&'static str> {
+        self.shared.drivers.iter().map(|driver| driver.name()).collect()
+    }
+
+    /// The domain with this uuid, if there is one.
+    pub fn get(&self, uuid: Uuid) -> Option<Arc<Domain>> {
+        self.shared.registry.get(uuid)
+    }
+
+    /// The domain with this uuid, written with or without dashes.
+    pub fn by_uuid(&self, uuid: &str) -> Result<Arc<Domain>> {
+        let parsed = Uuid::try_parse(uuid)
+            .map_err(|_| Error::InvalidArgument(format!("'{uuid}' is not a uuid of 32 hexadecimal digits")))?;
+        self.get(parsed).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: uuid.to_owned() })
+    }
+
+    /// The domain with this name.
+    pub fn by_name(&self, name: &str) -> Result<Arc<Domain>> {
+        let found = self.shared.registry.by_name(name);
+        found.ok_or_else(|| Error::NoSuchDomain { what: "name", value: name.to_owned() })
+    }
+
+    /// The running domain with this id.
+    pub fn by_id(&self, id: u32) -> Result<Arc<Domain>> {
+        let found = self.shared.registry.by_id(id);
+        found.ok_or_else(|| Error::NoSuchDomain { what: "id", value: id.to_string() })
+    }
+
+    /// Stores a configuration: a new domain, or another configuration for the one with its uuid and name. `validate`
+    /// refuses what could not run on this host. On failure nothing is stored.
+    pub async fn define(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
+        let begun = Instant::now();
+        let result = self.define_inner(caller, xml, validate).await;
+        self.log(caller, "define", begun, &result);
+        result
+    }
+
+    async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
+        let (def, driver) = self.accept(caller, xml, &[Action::Define]).await?;
+        if validate {
+            refuse(driver.check(&def).await)?;
+        }
+        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+            Claimed::Existing(domain) => {
+                domain.redefine(caller, def).await?;
+                Ok(domain)
+            }
+            Claimed::New => {
+                let domain = self.bear(caller, driver, &def, Some(def.clone()));
+                let (name, uuid) = (def.name.clone(), def.uuid);
+                if let Err(e) = domain.store(def).await {
+                    self.shared.registry.remove(uuid, &name, caller.uid);
+                    return Err(e);
+                }
+                self.shared.registry.insert(domain.clone());
+                domain.tell_added();
+                Ok(domain)
+            }
+        }
+    }
+
+    /// Starts a transient domain, or the inactive persistent one of that uuid and name with this configuration. The
+    /// ticket answers when it runs; if it does not come to that, a domain that was not there before is not there after.
+    pub async fn create(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
+        let (def, driver) = self.accept(caller, xml, &[Action::Define, Action::Start]).await?;
+        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+            Claimed::Existing(domain) => {
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
+            }
+            Claimed::New => {
+                let domain = self.bear(caller, driver, &def, None);
+                self.shared.registry.insert(domain.clone());
+                let (uuid, name) = (def.uuid, def.name.clone());
+                match domain.launch(caller, Some(def), options).await {
+                    Ok(ticket) => Ok((domain, ticket)),
+                    Err(e) => {
+                        self.shared.registry.remove(uuid, &name, caller.uid);
+                        Err(e)
+                    }
+                }
+            }
+        }
+    }
+
+    /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
+    pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
+        self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
+        let mut def = match DomainDef::parse(xml) {
+            Ok(def) => def,
+            Err(findings) => return Ok(findings),
+        };
+        let Some(driver) = self.shared.driver_for(&def.kind) else {
+            return Ok(vec![self.no_driver(&def.kind)]);
+        };
+        let mut findings = match driver.complete(&mut def).await {
+            Ok(()) => driver.check(&def).await,
+            Err(DriverError::Config(findings)) => findings,
+            Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
+        };
+        if let Err(conflict) = self.shared.registry.look(def.uuid, &def.name) {
+            findings.push(Finding {
+                kind: FindingKind::Invalid,
+                line: 0,
+                column: 0,
+                path: "/name".to_owned(),
+                message: conflict.to_string(),
+            });
+        }
+        Ok(findings)
+    }
+
+    /// What `start` would run, in the hypervisor's own terms.
+    pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
+        self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
+        let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
+        let driver = self.driver_for(&def.kind)?;
+        let translated = match driver.complete(&mut def).await {
+            Ok(()) => driver.native(&def, format).await,
+            Err(e) => Err(e),
+        };
+        translated.map_err(|e| match e {
+            DriverError::Unsupported(text) => Error::InvalidArgument(text),
+            e => Error::from_driver(&def.name, "translate", e),
+        })
+    }
+
+    /// The `<capabilities>` document of a driver.
+    pub async fn capabilities(&self, driver: &str) -> Result<String> {
+        let Some(found) = self.shared.driver_named(driver) else {
+            let known = self.drivers().join(", ");
+            return Err(Error::InvalidArgument(format!("there is no driver '{driver}', only {known}")));
+        };
+        found.capabilities().await.map_err(|e| Error::HypervisorFailed(format!("driver '{driver}': {e}")))
+    }
+
+    /// Cancels a job: one's own, or with permission another's.
+    pub async fn cancel_job(&self, caller: &Caller, id: u64) -> Result<()> {
+        let Some(facts) = self.shared.jobs.facts(id) else {
+            return Err(Error::OperationInvalid(format!("there is no job {id}; it may have ended a while ago")));
+        };
+        if facts.requester_uid != caller.uid {
+            let subject = self.get(facts.domain).map(|domain| domain.subject()).unwrap_or_default();
+            self.shared.authority.check(caller, Action::Job, &subject).await?;
+        }
+        self.shared.jobs.cancel(id)
+    }
+
+    /// Lets jobs under way end, for a while. Guests go on.
+    pub async fn close(&self) {
+        if tokio::time::timeout(CLOSING, self.shared.jobs.idle()).await.is_err() {
+            tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
+        }
+    }
+
+    /// Reads, authorizes and completes a document.
+    async fn accept(&self, caller: &Caller, xml: &str, actions: &[Action]) -> Result<(DomainDef, Arc<dyn Driver>)> {
+        let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
+        let driver = self.driver_for(&def.kind)?;
+        let existing = self.shared.registry.look(def.uuid, &def.name)?;
+        let subject = existing.map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
+        let native = def.has_native_arguments().then_some(Action::Native);
+        for action in actions.iter().copied().chain(native) {
+            self.shared.authority.check(caller, action, &subject).await?;
+        }
+        driver.complete(&mut def).await.map_err(|e| match e {
+            DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
+                Error::ConfigInvalid(findings)
+            }
+            e => Error::from_driver(&def.name, "define", e),
+        })?;
+        Ok((def, driver))
+    }
+
+    /// A domain that is not in the registry yet; its name is claimed.
+    fn bear(
+        &self,
+        caller: &Caller,
+        driver: Arc<dyn Driver>,
+        def: &DomainDef,
+        stored: Option<DomainDef>,
+    ) -> Arc<Domain> {
+        let note = Note { owner: caller.uid, autostart: false, reason: StateReason::Unknown, since_usec: now_usec() };
+        let draft = Some(def.clone());
+        let birth = Birth { uuid: def.uuid, name: def.name.clone(), driver, stored, draft, note };
+        Domain::new(self.shared.clone(), birth)
+    }
+
+    fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {
+        match self.shared.driver_for(kind) {
+            Some(driver) => Ok(driver.clone()),
+            None => Err(Error::ConfigUnsupported(self.no_driver(kind).message)),
+        }
+    }
+
+    fn no_driver(&self, kind: &str) -> Finding {
+        let types: Vec<&str> = self.shared.drivers.iter().flat_map(|driver| driver.types()).copied().collect();
+        Finding {
+            kind: FindingKind::Unsupported,
+            line: 1,
+            column: 1,
+            path: "/@type".to_owned(),
+            message: format!("no driver serves domains of type '{kind}', only {}", types.join(", ")),
+        }
+    }
+
+    fn log(&self, caller: &Caller, deed: &str, begun: Instant, result: &Result<Arc<Domain>>) {
+        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let uid = caller.uid;
+        match result {
+            Ok(domain) => {
+                let (uuid, name) = (domain.uuid(), domain.name());
+                tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain");
+            }
+            Err(e) => tracing::warn!(uid, action = deed, outcome = %e, duration_ms, "domain"),
+        }
+    }
+}
+
+/// Refuses what a check found, warnings apart.
+fn refuse(mut findings: Vec<Finding>) -> Result<()> {
+    findings.retain(|finding| finding.kind != FindingKind::Warning);
+    if findings.iter().any(|finding| finding.kind == FindingKind::Invalid) {
+        return Err(Error::ConfigInvalid(findings));
+    }
+    match findings.first() {
+        None => Ok(()),
+        Some(first) => Err(Error::ConfigUnsupported(first.to_string())),
+    }
+}
+
+/// What polkit is told of a domain that is about to be defined.
+fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
+    Subject {
+        driver: driver.name().to_owned(),
+        domain_name: def.name.clone(),
+        domain_uuid: Some(def.uuid),
+        owner: None,
+        snapshot_name: None,
+    }
+}

@@ -88,6 +88,8 @@ pub struct Reconnect {
     pub live: DomainDef,
     /// What was last recorded.
     pub record: serde_json::Value,
+    /// What it did when last seen; what `reconnect` returns if it lives and does not answer.
+    pub last: Condition,
     /// As in [`Launch`].
     pub runtime_dir: PathBuf,
     /// As in [`Launch`].

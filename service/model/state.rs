@@ -116,8 +116,6 @@ words! {
         Snapshot = "snapshot",
         /// Paused and not resumed since the resume failed.
         ApiError = "api-error",
-        /// Started with CPUs standing, as asked.
-        StartingUp = "starting-up",
         /// The guest powered itself off.
         Shutdown = "shutdown",
         /// Ended by force.

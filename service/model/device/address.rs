@@ -157,6 +157,7 @@ impl Part for Address {
 
     fn write(&self, name: &str) -> Element {
         let mut to = Element::new(name);
+        to.origin = self.at.clone();
         let mut set = |name: &str, value: String| to.set_attr(name, value);
         match &self.kind {
             AddressKind::Pci(pci) => {

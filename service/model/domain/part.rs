@@ -311,6 +311,7 @@ macro_rules! element {
 
             fn write(&self, name: &str) -> $crate::xml::Element {
                 let mut element = $crate::xml::Element::new(name);
+                element.origin = self.at.clone();
                 let to = &mut element;
                 $($crate::domain::part::put_field!($way $($x)?, self.$field, to);)*
                 self.rest.put(to);

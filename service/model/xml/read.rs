@@ -167,7 +167,7 @@ impl Builder<'_> {
         let attributes = self.attributes(&inner[name.len()..], cursor, &at)?;
         let (prefixes, namespace) =
             self.scope.enter(name, &attributes).map_err(|message| Finding::invalid(&at, message))?;
-        let element = Element { name: name.to_owned(), namespace, attributes, nodes: Vec::new(), at };
+        let element = Element { name: name.to_owned(), namespace, attributes, at, ..Element::default() };
         self.open.push(Frame { element, seen: HashMap::new(), prefixes, start: self.cursor.offset, content });
         Ok(())
     }

@@ -18,6 +18,8 @@ pub struct Element {
     pub nodes: Vec<Node>,
     /// Where it began; unknown for an element that no document said.
     pub at: Place,
+    /// Where that stood from which a typed view wrote this anew; unknown for all others.
+    pub origin: Place,
 }
 
 /// One attribute. Namespace declarations are attributes too.

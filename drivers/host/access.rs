@@ -1,0 +1,331 @@
+//! Files lent to the hypervisor's user while a guest runs, and given back afterwards.
+//!
+//! A file that the user cannot open gets one more entry in its access control list; owner, group and everybody else keep
+//! what they had. Why not change the owner, as libvirt does: an entry can be taken away without knowing what was before,
+//! two guests can share a file, and the file's owner keeps it. Directories are never changed: one that is closed to the
+//! user is named in the error.
+//!
+//! The ledger on disk says which files are lent to which guests. It is written before a file is lent and after it is
+//! given back, so a virtd that is killed in between lends nothing for ever: the guest's record makes the next virtd give
+//! back what its start had taken, and a reboot of the host, which no guest survives, gives back everything.
+//!
+//! Whose files may be lent: see [`super::resolve`]. A backing file named in an image's header counts as chosen by the
+//! image's owner.
+
+use super::acl::{Acl, READ, WRITE, through};
+use super::chain::{Behind, behind};
+use super::process::boot_id;
+use super::resolve::{Found, closed_directory, is_still, may_open};
+use super::user::RunAs;
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
+use serde::{Deserialize, Serialize};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use uuid::Uuid;
+use virt_model::driver::DriverError;
+
+/// Files of one guest, images that stand on one another included.
+const MAX_FILES: usize = 512;
+
+/// A file a guest needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// Where it is.
+    pub path: PathBuf,
+    /// To be written, too.
+    pub write: bool,
+    /// It is an image, and the files its header names are needed as well.
+    pub backing: bool,
+}
+
+/// Which files are lent to which guests. All methods block.
+pub struct Ledger {
+    file: PathBuf,
+    books: Mutex<Books>,
+}
+
+/// What is on disk.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Books {
+    boot_id: String,
+    loans: Vec<Loan>,
+}
+
+/// One lent file.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Loan {
+    path: PathBuf,
+    dev: u64,
+    ino: u64,
+    /// To whom.
+    uid: u32,
+    /// Its list before, and with our entry, in the kernel's form.
+    before: Vec<u8>,
+    after: Vec<u8>,
+    /// For which guests, and whether to be written.
+    holders: BTreeMap<Uuid, bool>,
+}
+
+/// A file that must be lent.
+struct Need {
+    found: Found,
+    write: bool,
+}
+
+impl Ledger {
+    /// Opens the ledger `access.json` in `dir`. What was lent before the host booted is given back.
+    pub fn open(dir: &Path) -> io::Result<Ledger> {
+        std::fs::create_dir_all(dir)?;
+        let file = dir.join("access.json");
+        let books = match std::fs::read(&file) {
+            Ok(text) => serde_json::from_slice(&text)?,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Books::default(),
+            Err(e) => return Err(e),
+        };
+        let ledger = Ledger { file, books: Mutex::new(books) };
+        ledger.turn_over()?;
+        Ok(ledger)
+    }
+
+    /// Makes every file of `wants` accessible to `user` for `guest`, or none: then the error names the file and the remedy.
+    pub fn lend(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
+        // Whatever may hang on a file system that does not answer is done first, without the lock.
+        let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
+        for want in wants {
+            survey.collect(want, None)?;
+        }
+        let needs = survey.needs;
+        let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
+        if lent.is_err() {
+            self.give_back(guest);
+        }
+        lent
+    }
+
+    /// Takes back what `guest` was lent. What cannot be taken back is logged and kept in the ledger.
+    pub fn give_back(&self, guest: Uuid) {
+        let mine = |loan: &&Loan| loan.holders.contains_key(&guest);
+        let paths: Vec<PathBuf> = self.lock().loans.iter().filter(mine).map(|loan| loan.path.clone()).collect();
+        if paths.is_empty() {
+            return;
+        }
+        // As above: a file system that hangs does so here.
+        paths.iter().for_each(|path| drop(std::fs::symlink_metadata(path)));
+        let mut books = self.lock();
+        books.loans.iter_mut().for_each(|loan| _ = loan.holders.remove(&guest));
+        if let Err(error) = self.settle(&mut books) {
+            tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives back everything that was lent before the host booted.
+    fn turn_over(&self) -> io::Result<()> {
+        let mut books = self.lock();
+        let now = boot_id()?;
+        if books.boot_id != now {
+            books.boot_id = now;
+            books.loans.iter_mut().for_each(|loan| loan.holders.clear());
+            self.settle(&mut books)?;
+        }
+        Ok(())
+    }
+
+    fn is_lent(&self, found: &Found) -> bool {
+        self.lock().loans.iter().any(|loan| loan.is(found))
+    }
+
+    /// Enters the needs into the ledger, then lends them.
+    fn enter(&self, user: &RunAs, guest: Uuid, needs: &[Need]) -> Result<(), DriverError> {
+        let mut books = self.lock();
+        for need in needs {
+            let loan = loan(&mut books, user, need).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+            *loan.holders.entry(guest).or_default() |= need.write;
+            loan.plan(&need.found.fd).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+        }
+        if needs.is_empty() {
+            return Ok(());
+        }
+        self.save(&books).map_err(|e| DriverError::Storage(format!("{}: {e}", self.file.display())))?;
+        for need in needs {
+            let set = books.loans.iter().find(|loan| loan.is(&need.found)).map(|loan| loan.apply(&need.found.fd));
+            set.unwrap_or(Ok(())).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+        }
+        Ok(())
+    }
+
+    /// Makes every loan what its holders need, drops those without holders, and saves.
+    fn settle(&self, books: &mut Books) -> io::Result<()> {
+        books.loans.retain_mut(|loan| match loan.settle() {
+            Ok(()) => !loan.holders.is_empty(),
+            Err(error) => {
+                tracing::warn!(path = %loan.path.display(), %error, "a lent file cannot be given back");
+                true
+            }
+        });
+        self.save(books)
+    }
+
+    /// Replaces the file, durably.
+    fn save(&self, books: &Books) -> io::Result<()> {
+        let dir = self.file.parent().unwrap_or(Path::new("/"));
+        let mut file = tempfile::NamedTempFile::new_in(dir)?;
+        file.write_all(&serde_json::to_vec(books)?)?;
+        file.as_file().sync_all()?;
+        file.persist(&self.file)?;
+        File::open(dir)?.sync_all()
+    }
+}
+
+/// The loan of a file, a new one if it is not lent yet.
+fn loan<'a>(books: &'a mut Books, user: &RunAs, need: &Need) -> io::Result<&'a mut Loan> {
+    let at = match books.loans.iter().position(|loan| loan.is(&need.found)) {
+        Some(at) => at,
+        None => {
+            let before = Acl::of(&need.found.fd)?.to_bytes();
+            books.loans.push(Loan {
+                path: need.found.real.clone(),
+                dev: need.found.stat.st_dev,
+                ino: need.found.stat.st_ino,
+                uid: user.uid,
+                after: before.clone(),
+                before,
+                holders: BTreeMap::new(),
+            });
+            books.loans.len() - 1
+        }
+    };
+    books.loans.get_mut(at).ok_or_else(|| io::Error::other("the loan is lost"))
+}
+
+/// What has been found out about the files of one guest.
+struct Survey<'a> {
+    ledger: &'a Ledger,
+    user: &'a RunAs,
+    needs: Vec<Need>,
+    seen: BTreeSet<(u64, u64, bool)>,
+}
+
+impl Survey<'_> {
+    /// Adds what `want` needs and the user cannot open by themselves.
+    fn collect(&mut self, want: &Want, chosen_by: Option<u32>) -> Result<(), DriverError> {
+        let failed = |e: io::Error| DriverError::Storage(format!("{}: {e}", want.path.display()));
+        let found = Found::resolve(&want.path).map_err(failed)?;
+        if !self.seen.insert((found.stat.st_dev, found.stat.st_ino, want.write)) {
+            return Ok(());
+        }
+        if self.seen.len() > MAX_FILES {
+            return Err(DriverError::Storage(format!("{}: too many images stand on one another", want.path.display())));
+        }
+        let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
+        let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
+        if !open || self.ledger.is_lent(&found) {
+            if let Some(why) = found.objection(chosen_by) {
+                return Err(refuse(self.user, &want.path, &why));
+            }
+            self.needs.push(Need { found, write: want.write });
+        }
+        next.iter().try_for_each(|want| self.collect(want, Some(owner)))
+    }
+}
+
+/// The files that an image's header names.
+fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
+    if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
+        return Ok(Vec::new());
+    }
+    let read = || {
+        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(through(&found.fd))?;
+        behind(&file, &want.path)
+    };
+    let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
+    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data };
+    Ok(named.into_iter().map(as_want).collect())
+}
+
+/// Whether the user can open them now; if not, why not.
+fn verify(user: &RunAs, needs: &[Need]) -> Result<(), DriverError> {
+    for Need { found, write } in needs {
+        let reach = || (may_open(&found.real, *write), closed_directory(&found.real));
+        match user.reach(reach).map_err(|e| refuse_io(user, &found.real, &e))? {
+            (true, _) => {}
+            (false, Some(dir)) => return Err(closed(user, &found.real, &dir)),
+            (false, None) => {
+                return Err(refuse(user, &found.real, "its own permissions or its file system forbid it"));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn closed(user: &RunAs, path: &Path, dir: &Path) -> DriverError {
+    let (path, dir, user) = (path.display(), dir.display(), &user.name);
+    DriverError::Storage(format!(
+        "{path}: user '{user}', who runs QEMU, may not enter the directory {dir}: \
+         allow it (setfacl -m u:{user}:x {dir}), or keep the file elsewhere"
+    ))
+}
+
+fn refuse(user: &RunAs, path: &Path, why: &str) -> DriverError {
+    let (path, user) = (path.display(), &user.name);
+    DriverError::Storage(format!("{path} cannot be opened to user '{user}', who runs QEMU: {why}"))
+}
+
+fn refuse_io(user: &RunAs, path: &Path, error: &io::Error) -> DriverError {
+    match error.raw_os_error() {
+        Some(libc::EOPNOTSUPP) => {
+            let group = user.gid;
+            let remedy = format!("make it accessible by owner or group (chgrp {group} …)");
+            refuse(user, path, &format!("its file system keeps no access control lists; {remedy}"))
+        }
+        _ => refuse(user, path, &error.to_string()),
+    }
+}
+
+impl Loan {
+    fn is(&self, found: &Found) -> bool {
+        (self.dev, self.ino) == (found.stat.st_dev, found.stat.st_ino)
+    }
+
+    /// Works out the list that the holders need.
+    fn plan(&mut self, fd: &OwnedFd) -> io::Result<()> {
+        let now = Acl::of(fd)?;
+        let ours = [&self.before, &self.after].contains(&&now.to_bytes());
+        // Somebody else has changed it meanwhile: that is what will remain.
+        let before = if ours { Acl::from_bytes(&self.before)? } else { now.without_user(self.uid) };
+        let perm = if self.holders.values().any(|write| *write) { READ | WRITE } else { READ };
+        let after = if self.holders.is_empty() { before.clone() } else { before.with_user(self.uid, perm) };
+        (self.before, self.after) = (before.to_bytes(), after.to_bytes());
+        Ok(())
+    }
+
+    fn apply(&self, fd: &OwnedFd) -> io::Result<()> {
+        Acl::from_bytes(&self.after)?.set(fd)
+    }
+
+    /// Plans and applies; a file that has gone or been replaced needs nothing.
+    fn settle(&mut self) -> io::Result<()> {
+        if !is_still(&self.path, self.dev, self.ino) {
+            return Ok(());
+        }
+        let fd = openat(CWD, &self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        let stat = fstat(&fd)?;
+        if (stat.st_dev, stat.st_ino) != (self.dev, self.ino) {
+            return Ok(());
+        }
+        self.plan(&fd)?;
+        self.apply(&fd)
+    }
+}
+
+#[cfg(test)]
+#[path = "access_tests.rs"]
+mod tests;

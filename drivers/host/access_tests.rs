@@ -1,0 +1,197 @@
+//! Files lent to a user and given back, on the file system of /var/tmp. Need root.
+
+use super::*;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
+
+struct Room {
+    dir: tempfile::TempDir,
+    user: RunAs,
+}
+
+impl Room {
+    /// `None` where it cannot be tried.
+    fn new() -> Option<Room> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: needs root");
+            return None;
+        }
+        let Ok(user) = RunAs::look_up("nobody", None, &[]) else {
+            eprintln!("SKIPPED: no user nobody");
+            return None;
+        };
+        let dir = tempfile::tempdir_in("/var/tmp").ok()?;
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).ok()?;
+        let probe = File::create(dir.path().join("probe")).ok()?;
+        if Acl::from_mode(0o600).with_user(user.uid, READ).set(&probe).is_err() {
+            eprintln!("SKIPPED: no access control lists in /var/tmp");
+            return None;
+        }
+        Some(Room { dir, user })
+    }
+
+    fn ledger(&self) -> Ledger {
+        Ledger::open(&self.dir.path().join("state")).unwrap()
+    }
+
+    fn file(&self, name: &str, mode: u32) -> PathBuf {
+        let path = self.dir.path().join(name);
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        path
+    }
+
+    fn may(&self, path: &Path, write: bool) -> bool {
+        self.user.reach(|| may_open(path, write)).unwrap()
+    }
+
+    fn mode(&self, path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().mode() & 0o777
+    }
+}
+
+fn read(path: &Path) -> Want {
+    Want { path: path.to_owned(), write: false, backing: false }
+}
+
+fn write(path: &Path) -> Want {
+    Want { write: true, ..read(path) }
+}
+
+fn image(path: &Path) -> Want {
+    Want { backing: true, ..write(path) }
+}
+
+#[test]
+fn a_file_is_lent_and_given_back() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest) = (room.ledger(), Uuid::new_v4());
+    let (disk, iso) = (room.file("disk", 0o600), room.file("iso", 0o600));
+    ledger.lend(&room.user, guest, &[write(&disk), read(&iso)]).unwrap();
+    assert!(room.may(&disk, true) && room.may(&iso, false) && !room.may(&iso, true));
+    ledger.give_back(guest);
+    assert!(!room.may(&disk, false) && !room.may(&iso, false));
+    assert_eq!((room.mode(&disk), room.mode(&iso)), (0o600, 0o600));
+    assert_eq!(Acl::of(File::open(&disk).unwrap()).unwrap(), Acl::from_mode(0o600));
+}
+
+#[test]
+fn what_is_accessible_anyway_is_left_alone() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, iso) = (room.ledger(), room.file("iso", 0o644));
+    ledger.lend(&room.user, Uuid::new_v4(), &[read(&iso), read(Path::new("/dev/null"))]).unwrap();
+    assert!(ledger.lock().loans.is_empty());
+}
+
+#[test]
+fn two_guests_share_a_file() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, one, two) = (room.ledger(), Uuid::new_v4(), Uuid::new_v4());
+    let disk = room.file("disk", 0o640);
+    ledger.lend(&room.user, one, &[read(&disk)]).unwrap();
+    ledger.lend(&room.user, two, &[write(&disk)]).unwrap();
+    assert!(room.may(&disk, true));
+    ledger.give_back(two);
+    assert!(room.may(&disk, false) && !room.may(&disk, true), "the reader still reads");
+    ledger.give_back(one);
+    ledger.give_back(one);
+    assert!(!room.may(&disk, false));
+    assert_eq!(room.mode(&disk), 0o640);
+}
+
+#[test]
+fn the_next_virtd_gives_back_what_the_last_one_lent() {
+    let Some(room) = Room::new() else { return };
+    let (guest, disk) = (Uuid::new_v4(), room.file("disk", 0o600));
+    room.ledger().lend(&room.user, guest, &[write(&disk)]).unwrap();
+    let next = room.ledger();
+    assert!(room.may(&disk, true), "a guest may still run");
+    next.give_back(guest);
+    assert!(!room.may(&disk, false));
+}
+
+#[test]
+fn a_reboot_of_the_host_gives_everything_back() {
+    let Some(room) = Room::new() else { return };
+    let disk = room.file("disk", 0o600);
+    let ledger = room.ledger();
+    ledger.lend(&room.user, Uuid::new_v4(), &[write(&disk)]).unwrap();
+    let mut books = ledger.lock();
+    books.boot_id = "an earlier one".into();
+    ledger.save(&books).unwrap();
+    drop(books);
+    assert!(room.ledger().lock().loans.is_empty());
+    assert!(!room.may(&disk, false));
+}
+
+#[test]
+fn what_others_change_meanwhile_remains() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest, disk) = (room.ledger(), Uuid::new_v4(), room.file("disk", 0o600));
+    ledger.lend(&room.user, guest, &[write(&disk)]).unwrap();
+    let file = File::open(&disk).unwrap();
+    Acl::of(&file).unwrap().with_user(4242, READ).set(&file).unwrap();
+    ledger.give_back(guest);
+    let after = Acl::of(&file).unwrap();
+    assert!(after.names(4242) && !after.names(room.user.uid));
+}
+
+#[test]
+fn a_replaced_file_is_not_touched() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest, disk) = (room.ledger(), Uuid::new_v4(), room.file("disk", 0o600));
+    ledger.lend(&room.user, guest, &[write(&disk)]).unwrap();
+    std::fs::rename(&disk, room.dir.path().join("moved")).unwrap();
+    symlink("/etc/passwd", &disk).unwrap();
+    ledger.give_back(guest);
+    assert!(ledger.lock().loans.is_empty());
+}
+
+#[test]
+fn a_closed_directory_is_named_and_nothing_is_lent() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest) = (room.ledger(), Uuid::new_v4());
+    let open = room.file("open", 0o600);
+    std::fs::create_dir(room.dir.path().join("home")).unwrap();
+    let hidden = room.file("home/disk", 0o600);
+    std::fs::set_permissions(hidden.parent().unwrap(), std::fs::Permissions::from_mode(0o700)).unwrap();
+    let error = ledger.lend(&room.user, guest, &[write(&open), write(&hidden)]).unwrap_err().to_string();
+    assert!(error.contains("home: allow it (setfacl -m u:nobody:x /"), "{error}");
+    assert!(!room.may(&open, false), "all or nothing");
+    assert_eq!(room.mode(&hidden), 0o600);
+    assert!(ledger.lock().loans.is_empty());
+}
+
+#[test]
+fn a_missing_file_is_named() {
+    let Some(room) = Room::new() else { return };
+    let error = room.ledger().lend(&room.user, Uuid::new_v4(), &[read(Path::new("/var/tmp/no/such.img"))]).unwrap_err();
+    assert!(error.to_string().starts_with("/var/tmp/no/such.img: No such file"), "{error}");
+}
+
+#[test]
+fn backing_files_are_lent_for_reading() {
+    let Some(room) = Room::new() else { return };
+    let make = |args: &[&str]| {
+        let made = std::process::Command::new("qemu-img").args(args).current_dir(room.dir.path()).output();
+        made.is_ok_and(|output| output.status.success())
+    };
+    let overlay = |base, name| make(&["create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", name]);
+    if !make(&["create", "-q", "-f", "qcow2", "base", "1M"]) || !overlay("base", "middle") || !overlay("middle", "top")
+    {
+        return eprintln!("SKIPPED: qemu-img is not installed");
+    }
+    let at = |name: &str| room.dir.path().join(name);
+    for name in ["base", "middle", "top"] {
+        std::fs::set_permissions(at(name), std::fs::Permissions::from_mode(0o600)).unwrap();
+    }
+    let (ledger, guest) = (room.ledger(), Uuid::new_v4());
+    ledger.lend(&room.user, guest, &[image(&at("top"))]).unwrap();
+    assert!(room.may(&at("top"), true) && room.may(&at("middle"), false) && room.may(&at("base"), false));
+    assert!(!room.may(&at("middle"), true));
+    ledger.give_back(guest);
+    assert!(!room.may(&at("base"), false));
+    // A user's image must not open root's files to QEMU.
+    chown(at("top"), Some(1000), None).unwrap();
+    let error = ledger.lend(&room.user, guest, &[image(&at("top"))]).unwrap_err().to_string();
+    assert!(error.contains("user 1000 chose this file"), "{error}");
+}

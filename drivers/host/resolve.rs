@@ -1,0 +1,260 @@
+//! From a path to the one file it means, in steps that nobody can bend, and whether its giver may give it.
+//!
+//! virtd runs as root and opens files to QEMU's user because XML names them. Who can change what a path means, by a
+//! symbolic link or a hard link, must not gain by that what they could not give away themselves:
+//!
+//! - a symbolic link of root's leads anywhere; one of somebody else's only to files of the same owner;
+//! - a file with several names is taken only where nobody but root or its owner could have made the name.
+
+use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, Stat, fstat, openat, readlinkat, statat};
+use std::collections::BTreeSet;
+use std::collections::VecDeque;
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Component, Path, PathBuf};
+
+/// Symbolic links in one path; the kernel's own limit.
+const MAX_LINKS: usize = 40;
+
+/// A file, whatever its path comes to mean later.
+#[derive(Debug)]
+pub struct Found {
+    /// An `O_PATH` descriptor.
+    pub fd: OwnedFd,
+    /// Where it is, without links.
+    pub real: PathBuf,
+    /// What it is.
+    pub stat: Stat,
+    /// Owners of links on the way, root left out: they chose this file.
+    pub choosers: BTreeSet<u32>,
+    /// Somebody who is neither root nor the file's owner could have put its name there.
+    pub planted: bool,
+}
+
+impl Found {
+    /// The file that `path` means now.
+    pub fn resolve(path: &Path) -> io::Result<Found> {
+        Walk::new(path)?.finish()
+    }
+
+    /// Why it must not be opened to somebody new, if so. `chosen_by` is who named the path, if that was not the XML.
+    pub fn objection(&self, chosen_by: Option<u32>) -> Option<String> {
+        let owner = self.stat.st_uid;
+        let mut choosers = self.choosers.iter().copied().chain(chosen_by).filter(|uid| *uid != 0);
+        if let Some(chooser) = choosers.find(|uid| *uid != owner) {
+            return Some(format!("user {chooser} chose this file of user {owner}'s by a link or a backing file name"));
+        }
+        if self.stat.st_nlink > 1 && self.planted {
+            return Some("it has several names, and others than its owner can make names where this one is".into());
+        }
+        match self.kind() {
+            FileType::RegularFile | FileType::BlockDevice => None,
+            _ => Some("it is neither a plain file nor a block device".into()),
+        }
+    }
+
+    /// Plain file, block device, …
+    pub fn kind(&self) -> FileType {
+        FileType::from_raw_mode(self.stat.st_mode)
+    }
+}
+
+/// A path being walked: where we are, and what is still to go.
+struct Walk {
+    at: OwnedFd,
+    parent: Option<Stat>,
+    real: PathBuf,
+    todo: VecDeque<OsString>,
+    links: usize,
+    choosers: BTreeSet<u32>,
+}
+
+impl Walk {
+    fn new(path: &Path) -> io::Result<Walk> {
+        if !path.is_absolute() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is not absolute"));
+        }
+        let mut walk = Walk {
+            at: root()?,
+            parent: None,
+            real: "/".into(),
+            todo: VecDeque::new(),
+            links: 0,
+            choosers: BTreeSet::new(),
+        };
+        walk.push(path);
+        Ok(walk)
+    }
+
+    /// Puts a path before what is still to go.
+    fn push(&mut self, path: &Path) {
+        for part in path.components().rev() {
+            match part {
+                Component::Normal(name) => self.todo.push_front(name.to_owned()),
+                Component::ParentDir => self.todo.push_front("..".into()),
+                Component::RootDir | Component::CurDir | Component::Prefix(_) => {}
+            }
+        }
+    }
+
+    fn finish(mut self) -> io::Result<Found> {
+        while let Some(name) = self.todo.pop_front() {
+            self.step(&name)?;
+        }
+        let stat = fstat(&self.at)?;
+        let planted = self.parent.is_some_and(|dir| {
+            let others_write = dir.st_mode & 0o022 != 0;
+            others_write || (dir.st_uid != 0 && dir.st_uid != stat.st_uid)
+        });
+        Ok(Found { fd: self.at, real: self.real, stat, choosers: self.choosers, planted })
+    }
+
+    fn step(&mut self, name: &OsStr) -> io::Result<()> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let next = openat(&self.at, name, flags, Mode::empty())?;
+        let stat = fstat(&next)?;
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink {
+            return self.follow(&next, &stat);
+        }
+        if name == ".." {
+            self.real.pop();
+        } else {
+            self.real.push(name);
+        }
+        self.parent = Some(fstat(&self.at)?);
+        self.at = next;
+        Ok(())
+    }
+
+    fn follow(&mut self, link: &OwnedFd, stat: &Stat) -> io::Result<()> {
+        self.links += 1;
+        if self.links > MAX_LINKS {
+            return Err(rustix::io::Errno::LOOP.into());
+        }
+        if stat.st_uid != 0 {
+            self.choosers.insert(stat.st_uid);
+        }
+        let target = PathBuf::from(OsString::from_vec(readlinkat(link, "", Vec::new())?.into_bytes()));
+        if target.is_absolute() {
+            (self.at, self.parent, self.real) = (root()?, None, "/".into());
+        }
+        self.push(&target);
+        Ok(())
+    }
+}
+
+fn root() -> io::Result<OwnedFd> {
+    Ok(openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// Whether the calling thread, by its file system user, may read (and write) `path`.
+pub fn may_open(path: &Path, write: bool) -> bool {
+    may(path, if write { libc::R_OK | libc::W_OK } else { libc::R_OK })
+}
+
+/// The first directory on the way to `path` that the calling thread's file system user may not search.
+pub fn closed_directory(path: &Path) -> Option<PathBuf> {
+    let mut above: Vec<&Path> = path.ancestors().skip(1).collect();
+    above.reverse();
+    above.into_iter().find(|dir| !may(dir, libc::X_OK)).map(Path::to_owned)
+}
+
+fn may(path: &Path, what: libc::c_int) -> bool {
+    let Ok(name) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return false };
+    // SAFETY: the string lives across the call. Raw, since libc's and rustix' accessat may decide by the process' user.
+    unsafe { libc::syscall(libc::SYS_faccessat2, libc::AT_FDCWD, name.as_ptr(), what, libc::AT_EACCESS) == 0 }
+}
+
+/// Whether `path` still is that file.
+pub fn is_still(path: &Path, dev: u64, ino: u64) -> bool {
+    statat(CWD, path, AtFlags::SYMLINK_NOFOLLOW).is_ok_and(|stat| (stat.st_dev, stat.st_ino) == (dev, ino))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
+
+    fn dir() -> tempfile::TempDir {
+        tempfile::tempdir_in("/var/tmp").unwrap()
+    }
+
+    fn needs_root() -> bool {
+        let root = nix::unistd::geteuid().is_root();
+        if !root {
+            eprintln!("SKIPPED: needs root");
+        }
+        !root
+    }
+
+    #[test]
+    fn links_dots_and_directories_lead_to_the_real_file() {
+        let dir = dir();
+        std::fs::create_dir(dir.path().join("images")).unwrap();
+        std::fs::write(dir.path().join("images/a.img"), "").unwrap();
+        symlink("images", dir.path().join("link")).unwrap();
+        symlink(dir.path().join("link/a.img"), dir.path().join("images/b.img")).unwrap();
+        let found = Found::resolve(&dir.path().join("link/../images/./b.img")).unwrap();
+        assert_eq!(found.real, dir.path().join("images/a.img").canonicalize().unwrap());
+        assert!(is_still(&found.real, found.stat.st_dev, found.stat.st_ino));
+    }
+
+    #[test]
+    fn what_leads_nowhere_is_an_error() {
+        let dir = dir();
+        symlink("loop", dir.path().join("loop")).unwrap();
+        assert!(Found::resolve(&dir.path().join("loop")).is_err());
+        assert!(Found::resolve(&dir.path().join("none")).is_err());
+        assert!(Found::resolve(Path::new("relative")).is_err());
+    }
+
+    #[test]
+    fn a_users_link_leads_only_to_their_own_files() {
+        if needs_root() {
+            return;
+        }
+        let dir = dir();
+        let (own, secret) = (dir.path().join("own.img"), dir.path().join("secret"));
+        for path in [&own, &secret] {
+            std::fs::write(path, "").unwrap();
+        }
+        chown(&own, Some(1000), None).unwrap();
+        for (target, fine) in [(&own, true), (&secret, false)] {
+            let link = dir.path().join("link");
+            symlink(target, &link).unwrap();
+            lchown(&link, Some(1000), None).unwrap();
+            assert_eq!(Found::resolve(&link).unwrap().objection(None).is_none(), fine, "{}", target.display());
+            std::fs::remove_file(link).unwrap();
+        }
+        let named_in_an_image = Found::resolve(&secret).unwrap();
+        assert!(named_in_an_image.objection(Some(1000)).is_some());
+        assert!(named_in_an_image.objection(Some(0)).is_none());
+    }
+
+    #[test]
+    fn a_second_name_that_others_could_have_made_is_refused() {
+        if needs_root() {
+            return;
+        }
+        let dir = dir();
+        let (secret, theirs) = (dir.path().join("secret"), dir.path().join("theirs"));
+        std::fs::write(&secret, "").unwrap();
+        std::fs::create_dir(&theirs).unwrap();
+        std::fs::hard_link(&secret, theirs.join("disk.img")).unwrap();
+        let objection = || Found::resolve(&theirs.join("disk.img")).unwrap().objection(None);
+        assert_eq!(objection(), None, "root's directory");
+        chown(&theirs, Some(1000), None).unwrap();
+        assert!(objection().is_some());
+        chown(&theirs, Some(0), None).unwrap();
+        std::fs::set_permissions(&theirs, std::fs::Permissions::from_mode(0o1777)).unwrap();
+        assert!(objection().is_some());
+    }
+
+    #[test]
+    fn only_files_and_disks_are_given() {
+        assert!(Found::resolve(Path::new("/dev/null")).unwrap().objection(None).is_some());
+        assert!(Found::resolve(Path::new("/")).unwrap().objection(None).is_some());
+    }
+}

@@ -1,0 +1,291 @@
+//! Makes a process that outlives us, with nothing inherited but what it is given, and none that we could lose.
+//!
+//! ```text
+//!   us:     fork ──▶ pidfd, start time ──▶ record on disk ──▶ "go" ──▶ wait for exec or its error
+//!   child:   └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
+//! ```
+//!
+//! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
+//! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
+
+use super::process::{Identity, kill};
+use super::user::RunAs;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::ptr;
+
+/// What to run.
+pub struct Plan<'a> {
+    /// The program, an absolute path.
+    pub program: &'a Path,
+    /// Its arguments, without its name.
+    pub args: &'a [String],
+    /// Its whole environment.
+    pub env: &'a [(String, String)],
+    /// Becomes its standard output and error.
+    pub output: &'a File,
+    /// Become its descriptors of these numbers, each other than 0, 1, 2, 4, 5 and below 200.
+    pub gifts: Vec<(RawFd, OwnedFd)>,
+    /// Whom it runs as; as we do if `None`.
+    pub user: Option<&'a RunAs>,
+}
+
+/// A process that runs its program, or died of it.
+pub struct Spawned {
+    /// Who it is.
+    pub identity: Identity,
+    /// Its pidfd.
+    pub fd: OwnedFd,
+}
+
+/// The child's end of each pipe.
+const GO: RawFd = 4;
+const ERROR: RawFd = 5;
+/// Copies are made above here, so that none is in another's place.
+const ABOVE: RawFd = 200;
+
+/// Where the child failed, as it says in one byte.
+const STAGES: [&str; 6] =
+    ["set up its descriptors", "set up its session", "set its limits", "change to the user", "be tied to us", "run"];
+
+/// Everything the child needs, made before it exists: between fork and exec nothing may be allocated.
+struct Prepared {
+    program: CString,
+    argv: Vec<*const libc::c_char>,
+    envp: Vec<*const libc::c_char>,
+    /// Where each of its descriptors comes from, and which it becomes; in ascending order.
+    places: Vec<(OwnedFd, RawFd)>,
+    /// Ranges of descriptors that it must not have.
+    gaps: Vec<(RawFd, RawFd)>,
+    user: Option<RunAs>,
+    parent: libc::pid_t,
+    /// What `argv` and `envp` point into.
+    _strings: Vec<CString>,
+}
+
+/// Starts the process. `record` is called with its identity, and must have it on disk when it returns, before the
+/// program runs. Blocks until the program runs; the calling thread must live that long. On error there is no process.
+pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<Spawned> {
+    let program = plan.program.to_owned();
+    let (go_child, go) = pipe()?;
+    let (error, error_child) = pipe()?;
+    let prepared = Prepared::new(plan, go_child, error_child)?;
+    // SAFETY: the child calls only `Prepared::exec`, which does system calls on memory prepared here and never returns.
+    let pid = unsafe { libc::fork() };
+    match pid {
+        -1 => return Err(io::Error::last_os_error()),
+        0 => prepared.exec(),
+        _ => drop(prepared),
+    }
+    let child = Child(Some(adopt(pid)?));
+    child.with(|spawned| record(&spawned.identity))?;
+    File::from(go).write_all(b"!")?;
+    let mut report = Vec::new();
+    File::from(error).read_to_end(&mut report)?;
+    match report.as_slice() {
+        [] => child.release(),
+        report => Err(explain(&program, report)),
+    }
+}
+
+/// Takes hold of a child that waits for us.
+fn adopt(pid: libc::pid_t) -> io::Result<Spawned> {
+    let named = Pid::from_raw(pid).ok_or_else(|| io::Error::other("fork returned no process"))?;
+    let held = pidfd_open(named, PidfdFlags::empty()).map_err(io::Error::from);
+    let held = held.and_then(|fd| Ok(Spawned { identity: Identity::of(pid)?, fd }));
+    if held.is_err() {
+        // Not reaped yet, so the number is still the child's.
+        let _ = rustix::process::kill_process(named, rustix::process::Signal::KILL);
+        let _ = rustix::process::waitpid(Some(named), rustix::process::WaitOptions::empty());
+    }
+    held
+}
+
+/// A child that is killed unless it is released.
+struct Child(Option<Spawned>);
+
+impl Child {
+    fn with<T>(&self, work: impl FnOnce(&Spawned) -> io::Result<T>) -> io::Result<T> {
+        self.0.as_ref().map_or_else(|| Err(io::Error::other("the child was released")), work)
+    }
+
+    fn release(mut self) -> io::Result<Spawned> {
+        self.0.take().ok_or_else(|| io::Error::other("the child was released"))
+    }
+}
+
+impl Drop for Child {
+    fn drop(&mut self) {
+        if let Some(spawned) = &self.0 {
+            kill(&spawned.fd);
+        }
+    }
+}
+
+/// What the child reported: a stage and an error number.
+fn explain(program: &Path, report: &[u8]) -> io::Error {
+    let stage = report.first().and_then(|stage| STAGES.get(usize::from(*stage))).unwrap_or(&"start");
+    let number = report.get(1..5).and_then(|n| n.try_into().ok()).map(i32::from_ne_bytes);
+    let why = number.map_or_else(|| io::Error::other("it was cut off"), io::Error::from_raw_os_error);
+    io::Error::new(why.kind(), format!("{} cannot {stage}: {why}", program.display()))
+}
+
+/// Both ends, not inherited, out of the way of the child's places.
+fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    Ok((above(&read)?, above(&write)?))
+}
+
+fn above(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl makes a new descriptor, which nothing else owns.
+    unsafe {
+        match libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) {
+            -1 => Err(io::Error::last_os_error()),
+            copy => Ok(OwnedFd::from_raw_fd(copy)),
+        }
+    }
+}
+
+fn string(bytes: &OsStr) -> io::Result<CString> {
+    CString::new(bytes.as_bytes()).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "NUL in an argument"))
+}
+
+impl Prepared {
+    fn new(plan: Plan<'_>, go: OwnedFd, error: OwnedFd) -> io::Result<Prepared> {
+        let program = string(plan.program.as_os_str())?;
+        let args = plan.args.iter().map(|arg| string(OsStr::new(arg))).collect::<io::Result<Vec<_>>>()?;
+        let env = plan.env.iter().map(|(key, value)| string(OsStr::new(&format!("{key}={value}"))));
+        let env = env.collect::<io::Result<Vec<_>>>()?;
+        // A CString's bytes stay where they are when it is moved.
+        let pointers = |strings: &[CString]| strings.iter().map(|s| s.as_ptr()).collect::<Vec<_>>();
+        let argv = [vec![program.as_ptr()], pointers(&args), vec![ptr::null()]].concat();
+        let envp = [pointers(&env), vec![ptr::null()]].concat();
+        let mut places =
+            vec![(above(&File::open("/dev/null")?)?, 0), (above(plan.output)?, 1), (above(plan.output)?, 2)];
+        places.extend([(go, GO), (error, ERROR)]);
+        for (place, gift) in &plan.gifts {
+            if (0..=2).contains(place) || [GO, ERROR].contains(place) || *place >= ABOVE {
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {place} is taken")));
+            }
+            places.push((above(gift)?, *place));
+        }
+        places.sort_by_key(|(_, place)| *place);
+        let ends = places.iter().map(|(_, place)| place - 1).skip(1).chain([RawFd::MAX]);
+        let gaps = places.iter().map(|(_, place)| place + 1).zip(ends).filter(|(first, last)| first <= last).collect();
+        Ok(Prepared {
+            program,
+            argv,
+            envp,
+            places,
+            gaps,
+            user: plan.user.cloned(),
+            // SAFETY: getpid has no conditions.
+            parent: unsafe { libc::getpid() },
+            _strings: args.into_iter().chain(env).collect(),
+        })
+    }
+
+    /// The child's whole life before the program. System calls only.
+    fn exec(&self) -> ! {
+        let stages: [fn(&Prepared) -> bool; 5] =
+            [Self::take_descriptors, Self::new_session, Self::set_limits, Self::change_user, Self::wait_for_go];
+        for (stage, work) in stages.iter().enumerate() {
+            if !work(self) {
+                self.fail(stage);
+            }
+        }
+        // SAFETY: both arrays end with null and their strings live in `self`.
+        unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        self.fail(STAGES.len() - 1)
+    }
+
+    fn fail(&self, stage: usize) -> ! {
+        // SAFETY: errno is this thread's; the buffer lives across the call; _exit runs nothing.
+        unsafe {
+            let number = (*libc::__errno_location()).to_ne_bytes();
+            let report = [stage as u8, number[0], number[1], number[2], number[3]];
+            // Its place if it has been taken, else where it came from.
+            let from = self.places.iter().find(|(_, place)| stage == 0 && *place == ERROR);
+            let fd = from.map_or(ERROR, |(from, _)| from.as_raw_fd());
+            libc::write(fd, report.as_ptr().cast(), report.len());
+            libc::_exit(127)
+        }
+    }
+
+    /// Takes its own, closes all others.
+    fn take_descriptors(&self) -> bool {
+        let close = |(first, last): &(RawFd, RawFd)| {
+            // SAFETY: closes descriptors of this process, which owns nothing else any more.
+            unsafe { libc::syscall(libc::SYS_close_range, *first, *last, 0) == 0 }
+        };
+        // SAFETY: as above; sources are all above the places.
+        let own = unsafe {
+            self.places.iter().all(|(from, place)| libc::dup2(from.as_raw_fd(), *place) >= 0)
+                && [GO, ERROR].iter().all(|fd| libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
+        };
+        own && self.gaps.iter().all(close)
+    }
+
+    /// Its own session, no signal blocked, none ignored (Rust ignores SIGPIPE).
+    fn new_session(&self) -> bool {
+        // SAFETY: plain system calls on a zeroed set, which is how an empty one looks after sigemptyset.
+        unsafe {
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::signal(libc::SIGPIPE, libc::SIG_DFL) != libc::SIG_ERR
+                && libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()) == 0
+                && libc::setsid() != -1
+                && libc::chdir(c"/".as_ptr()) == 0
+        }
+    }
+
+    /// No core dumps (they would hold the guest's memory), and no file for others to read.
+    fn set_limits(&self) -> bool {
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: reads a value on this stack.
+        unsafe {
+            libc::umask(0o077);
+            libc::setrlimit(libc::RLIMIT_CORE, &none) == 0
+        }
+    }
+
+    fn change_user(&self) -> bool {
+        let Some(user) = &self.user else { return true };
+        // SAFETY: this process has one thread; the slice lives in `self`.
+        unsafe {
+            libc::setgroups(user.groups.len(), user.groups.as_ptr()) == 0
+                && libc::setresgid(user.gid, user.gid, user.gid) == 0
+                && libc::setresuid(user.uid, user.uid, user.uid) == 0
+        }
+    }
+
+    /// Lives on only if the parent says so; from then on it needs no parent.
+    fn wait_for_go(&self) -> bool {
+        let die_with_parent = |signal: libc::c_int| {
+            // SAFETY: sets a property of this process.
+            unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, signal as libc::c_ulong, 0, 0, 0) == 0 }
+        };
+        // After the change of user, which clears it. The parent may have died before.
+        if !die_with_parent(libc::SIGKILL) || unsafe { libc::getppid() } != self.parent {
+            return false;
+        }
+        let mut byte = 0u8;
+        loop {
+            // SAFETY: reads one byte into one on this stack.
+            match unsafe { libc::read(GO, (&raw mut byte).cast(), 1) } {
+                1 => return die_with_parent(0),
+                -1 if unsafe { *libc::__errno_location() } == libc::EINTR => {}
+                _ => unsafe { libc::_exit(127) },
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[path = "spawn_tests.rs"]
+mod tests;

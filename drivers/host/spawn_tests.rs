@@ -1,0 +1,124 @@
+//! Processes made by hand: what they inherit, and that none is lost.
+
+use super::*;
+use crate::host::process::{End, Process, reap};
+use std::os::unix::net::UnixListener;
+
+fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
+    let gift = || UnixListener::bind_addr(&abstract_address()).unwrap().into();
+    Plan { program: Path::new("/bin/sh"), args, env, output, gifts: vec![(3, gift()), (20, gift())], user: None }
+}
+
+fn abstract_address() -> std::os::unix::net::SocketAddr {
+    use std::os::linux::net::SocketAddrExt;
+    std::os::unix::net::SocketAddr::from_abstract_name(uuid::Uuid::new_v4().as_bytes()).unwrap()
+}
+
+fn shell(script: &str) -> Vec<String> {
+    vec!["-c".to_owned(), script.to_owned()]
+}
+
+fn text(file: &File) -> String {
+    let mut text = String::new();
+    let mut file = file.try_clone().unwrap();
+    std::io::Seek::rewind(&mut file).unwrap();
+    file.read_to_string(&mut text).unwrap();
+    text
+}
+
+async fn end(spawned: Spawned) -> End {
+    Process::new(spawned.fd).unwrap().ended().await
+}
+
+#[tokio::test]
+async fn inherits_only_what_it_is_given() {
+    let _other = File::open("/dev/zero").unwrap();
+    let output = tempfile::tempfile().unwrap();
+    let script = "echo $GREETING; ls /proc/self/fd; readlink /proc/self/fd/0; env; ulimit -c; pwd; exec >&-; exit 7";
+    let args = shell(script);
+    let env = [("GREETING".to_owned(), "hello".to_owned())];
+    let spawned = spawn(plan(&args, &env, &output), |_| Ok(())).unwrap();
+    assert_eq!(end(spawned).await, End::Code(7));
+    let said = text(&output);
+    // `ls` has the directory it reads open as 4.
+    assert!(said.starts_with("hello\n0\n1\n2\n20\n3\n4\n/dev/null\n"), "{said}");
+    assert!(said.ends_with("\n0\n/\n"), "{said}");
+    assert!(!said.contains("HOME="), "{said}");
+}
+
+#[test]
+fn nothing_runs_before_it_is_recorded() {
+    let dir = tempfile::tempdir().unwrap();
+    let mark = dir.path().join("ran");
+    let output = tempfile::tempfile().unwrap();
+    let args = shell(&format!("echo x > {}", mark.display()));
+    let mut pid = 0;
+    let refused = spawn(plan(&args, &[], &output), |identity| {
+        pid = identity.pid;
+        let exe = std::fs::read_link(format!("/proc/{pid}/exe"))?;
+        assert_eq!(exe, std::env::current_exe()?, "still our own program");
+        Err(io::Error::other("disk full"))
+    });
+    assert_eq!(refused.err().unwrap().to_string(), "disk full");
+    assert!(!mark.exists());
+    assert!(!Path::new("/proc").join(pid.to_string()).exists(), "neither process nor zombie");
+}
+
+#[test]
+fn a_program_that_cannot_run_is_an_error_that_names_it() {
+    let output = tempfile::tempfile().unwrap();
+    let plan = Plan { program: Path::new("/nowhere/qemu"), ..plan(&[], &[], &output) };
+    let error = spawn(plan, |_| Ok(())).err().unwrap();
+    assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    assert!(error.to_string().starts_with("/nowhere/qemu cannot run: No such file"), "{error}");
+}
+
+#[tokio::test]
+async fn runs_as_the_user() {
+    if !nix::unistd::geteuid().is_root() {
+        return eprintln!("SKIPPED: needs root");
+    }
+    let Ok(nobody) = RunAs::look_up("nobody", None, &[]) else { return eprintln!("SKIPPED: no user nobody") };
+    let output = tempfile::tempfile().unwrap();
+    let args = shell("id -u; id -G; grep -E 'Cap(Prm|Eff)' /proc/self/status");
+    let env = [("PATH".to_owned(), "/usr/bin:/bin".to_owned())];
+    let plan = Plan { user: Some(&nobody), ..plan(&args, &env, &output) };
+    assert_eq!(end(spawn(plan, |_| Ok(())).unwrap()).await, End::Code(0));
+    let said = text(&output);
+    assert!(said.starts_with(&format!("{}\n{}\n", nobody.uid, nobody.gid)), "{said}");
+    assert_eq!(said.matches("0000000000000000").count(), 2, "{said}");
+}
+
+/// A program that dies with SIGKILL while its child waits for "go" leaves no process. Acted out with a child of ours in
+/// the part of virtd.
+#[test]
+fn the_waiting_child_dies_with_us() {
+    let output = tempfile::tempfile().unwrap();
+    let (read, write) = rustix::pipe::pipe().unwrap();
+    let args = shell("echo never");
+    let made = plan(&args, &[], &output);
+    // SAFETY: the child does what a single-threaded program may; the test process does not wait for locks it might hold.
+    let virtd = unsafe { libc::fork() };
+    if virtd == 0 {
+        let _ = spawn(made, |identity| {
+            let _ = rustix::io::write(&write, &identity.pid.to_ne_bytes());
+            // SAFETY: ends this process at once.
+            unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+            Ok(())
+        });
+        // SAFETY: not reached.
+        unsafe { libc::_exit(1) };
+    }
+    drop(write);
+    let mut pid = [0u8; 4];
+    File::from(read).read_exact(&mut pid).unwrap();
+    let grandchild = i32::from_ne_bytes(pid);
+    if let Ok(fd) = pidfd_open(Pid::from_raw(grandchild).unwrap(), PidfdFlags::empty()) {
+        use rustix::event::{PollFd, PollFlags, poll};
+        assert!(poll(&mut [PollFd::new(&fd, PollFlags::IN)], None).unwrap() > 0, "it ends");
+        reap(&fd);
+    }
+    // SAFETY: our own child, not yet reaped.
+    unsafe { libc::waitpid(virtd, ptr::null_mut(), 0) };
+    assert_eq!(text(&output), "");
+}

@@ -1,0 +1,216 @@
+//! The questions: a QEMU without a machine is started, asked over QMP on its standard streams, and ended.
+
+use super::{Capabilities, Machine};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::time::timeout;
+use virt_model::driver::DriverError;
+
+/// A binary that has not answered everything by then is given up. (About 0.2 s on an idle host.)
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Of what a failing binary prints, this much is read.
+const LAST_WORDS: u64 = 4096;
+
+/// Asks everything but whether KVM works here.
+pub async fn ask(binary: &Path, user: Option<(u32, u32)>) -> Result<Capabilities, DriverError> {
+    let mut session = Session::open(binary, "none", user)?;
+    let answers = timeout(PATIENCE, questions(&mut session, binary)).await;
+    let mut capabilities = session.close(binary, answers).await?;
+    capabilities.audio = audio_backends(binary, user).await;
+    Ok(capabilities)
+}
+
+/// Whether QEMU itself gets KVM going; else its reason. Only called where the host's half is fine.
+pub async fn kvm_enabled(binary: &Path, user: Option<(u32, u32)>) -> Result<(), String> {
+    let mut session = Session::open(binary, "none,accel=kvm", user).map_err(|e| e.to_string())?;
+    let answer = timeout(PATIENCE, async {
+        session.greeting().await?;
+        session.ask("query-kvm", Value::Null).await
+    });
+    let answer = answer.await;
+    let answer = session.close(binary, answer).await.map_err(|e| format!("QEMU cannot use KVM: {e}"))?;
+    match (answer["present"].as_bool(), answer["enabled"].as_bool()) {
+        (Some(true), Some(true)) => Ok(()),
+        _ => Err("QEMU reports that KVM is not enabled".to_owned()),
+    }
+}
+
+async fn questions(session: &mut Session, binary: &Path) -> Result<Capabilities, String> {
+    let greeting = session.greeting().await?;
+    let version = &greeting["QMP"]["version"];
+    let number = |part: &str| version["qemu"][part].as_u64().unwrap_or(0) as u32;
+    let mut caps = Capabilities::absent(binary, String::new());
+    caps.absent = None;
+    caps.version = (number("major"), number("minor"), number("micro"));
+    caps.package = text(&version["package"]);
+    caps.arch = text(&session.ask("query-target", Value::Null).await?["arch"]);
+    caps.machines = machines(&session.ask("query-machines", Value::Null).await?);
+    caps.devices = names(&session.types("device").await?);
+    caps.objects = names(&session.types("user-creatable").await?);
+    caps.chardevs = names(&session.types("chardev").await?).iter().map(|n| n.replacen("chardev-", "", 1)).collect();
+    caps.commands = names(&session.ask("query-commands", Value::Null).await?);
+    caps.cpus = session.ask("query-cpu-definitions", Value::Null).await.map(|v| cpus(&v)).unwrap_or_default();
+    // After the lists of types: those load the modules that add option groups.
+    let options = session.ask("query-command-line-options", Value::Null).await?;
+    caps.options = items(&options).map(|o| text(&o["option"])).collect();
+    caps.spice = caps.options.contains("spice") && caps.chardevs.contains("spicevmc");
+    caps.sandbox = caps.options.contains("sandbox");
+    let kvm = session.ask("query-kvm", Value::Null).await?;
+    caps.kvm_built_in = kvm["present"].as_bool().unwrap_or(false);
+    Ok(caps)
+}
+
+fn machines(answer: &Value) -> Vec<Machine> {
+    let mut machines: Vec<Machine> = items(answer)
+        .map(|m| Machine {
+            name: text(&m["name"]),
+            alias: m["alias"].as_str().map(str::to_owned),
+            max_cpus: m["cpu-max"].as_u64().and_then(|n| n.try_into().ok()).unwrap_or(1),
+            is_default: m["is-default"].as_bool().unwrap_or(false),
+            deprecated: m["deprecated"].as_bool().unwrap_or(false),
+        })
+        .filter(|m| m.name != "none")
+        .collect();
+    machines.sort_by(|a, b| a.name.cmp(&b.name));
+    machines
+}
+
+fn cpus(answer: &Value) -> Vec<String> {
+    let mut names: Vec<String> = items(answer).map(|c| text(&c["name"])).collect();
+    names.sort();
+    names
+}
+
+fn names(answer: &Value) -> BTreeSet<String> {
+    items(answer).map(|item| text(&item["name"])).collect()
+}
+
+fn items(answer: &Value) -> impl Iterator<Item = &Value> {
+    answer.as_array().into_iter().flatten()
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
+
+/// QMP has no question for audio backends in the versions we meet; `-audiodev help` lists them, one a line.
+async fn audio_backends(binary: &Path, user: Option<(u32, u32)>) -> BTreeSet<String> {
+    let mut command = command(binary, user);
+    command.args(["-audiodev", "help"]).stdin(Stdio::null()).stderr(Stdio::null());
+    match timeout(PATIENCE, command.output()).await {
+        Ok(Ok(output)) if output.status.success() => {
+            let listing = String::from_utf8_lossy(&output.stdout).into_owned();
+            listing.lines().skip(1).map(|line| line.trim().to_owned()).filter(|name| !name.is_empty()).collect()
+        }
+        _ => BTreeSet::new(),
+    }
+}
+
+/// A command with nothing inherited, whose process dies with us.
+fn command(binary: &Path, user: Option<(u32, u32)>) -> Command {
+    let mut command = Command::new(binary);
+    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C").current_dir("/");
+    command.kill_on_drop(true);
+    if let Some((uid, gid)) = user {
+        command.uid(uid).gid(gid);
+    }
+    command
+}
+
+/// A QEMU that is being asked.
+struct Session {
+    child: Child,
+    input: ChildStdin,
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Session {
+    fn open(binary: &Path, machine: &str, user: Option<(u32, u32)>) -> Result<Self, DriverError> {
+        let failed = |why: String| DriverError::Hypervisor(format!("{} cannot be run: {why}", binary.display()));
+        let mut command = command(binary, user);
+        command.args(["-machine", machine, "-nodefaults", "-no-user-config", "-S", "-display", "none"]);
+        command.args(["-monitor", "none", "-qmp", "stdio"]);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().map_err(|e| failed(e.to_string()))?;
+        match (child.stdin.take(), child.stdout.take()) {
+            (Some(input), Some(output)) => Ok(Session { child, input, output: BufReader::new(output).lines() }),
+            _ => Err(failed("no standard streams".to_owned())),
+        }
+    }
+
+    async fn greeting(&mut self) -> Result<Value, String> {
+        let greeting = self.line().await?;
+        if greeting["QMP"].is_null() {
+            return Err("it does not speak QMP".to_owned());
+        }
+        self.ask("qmp_capabilities", Value::Null).await?;
+        Ok(greeting)
+    }
+
+    async fn types(&mut self, implements: &str) -> Result<Value, String> {
+        self.ask("qom-list-types", json!({"implements": implements, "abstract": false})).await
+    }
+
+    async fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {
+        let mut question = json!({ "execute": command });
+        if !arguments.is_null() {
+            question["arguments"] = arguments;
+        }
+        let question = format!("{question}\n");
+        self.input.write_all(question.as_bytes()).await.map_err(|e| format!("{command}: {e}"))?;
+        loop {
+            let mut answer = self.line().await?;
+            if let Some(description) = answer["error"]["desc"].as_str() {
+                return Err(format!("{command}: {description}"));
+            }
+            if answer.get("return").is_some() {
+                return Ok(answer["return"].take());
+            }
+        }
+    }
+
+    async fn line(&mut self) -> Result<Value, String> {
+        let line = self.output.next_line().await.map_err(|e| e.to_string())?;
+        let line = line.ok_or("it ended without an answer")?;
+        serde_json::from_str(&line).map_err(|_| "it does not speak QMP".to_owned())
+    }
+
+    /// Ends and reaps the process whatever came of it; a failure gets the process's last words.
+    async fn close<T>(
+        mut self,
+        binary: &Path,
+        answer: Result<Result<T, String>, tokio::time::error::Elapsed>,
+    ) -> Result<T, DriverError> {
+        // It may be one that outlives a closed stream; nothing of value is lost by force.
+        let killed = self.child.kill().await;
+        if let Err(error) = killed {
+            tracing::debug!(binary = %binary.display(), %error, "the probed process had already gone");
+        }
+        match answer {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(why)) => Err(DriverError::Hypervisor(self.last_words(binary, &why).await)),
+            Err(_) => Err(DriverError::TimedOut(format!("{} did not answer within {PATIENCE:?}", binary.display()))),
+        }
+    }
+
+    async fn last_words(&mut self, binary: &Path, why: &str) -> String {
+        let mut words = Vec::new();
+        if let Some(stderr) = self.child.stderr.take() {
+            let read = async { stderr.take(LAST_WORDS).read_to_end(&mut words).await };
+            // A grandchild may hold the stream open; then what has come so far has to do.
+            if timeout(Duration::from_secs(1), read).await.is_err() {
+                tracing::debug!(binary = %binary.display(), "its error stream stays open");
+            }
+        }
+        let words = String::from_utf8_lossy(&words);
+        let words = words.trim().lines().last().unwrap_or_default();
+        let colon = if words.is_empty() { "" } else { ": " };
+        format!("{} cannot be used: {why}{colon}{words}", binary.display())
+    }
+}

@@ -1,0 +1,76 @@
+//! What in a definition this driver on this host cannot run: every reason, each with its place.
+//!
+//! Two questions. `table`: is every element and attribute one that acts, or is known to be advisory? What is neither is
+//! refused by name, so nothing is dropped in silence. The other files: can what acts be had here, in this combination?
+
+mod devices;
+mod platform;
+mod storage;
+mod table;
+
+pub use table::{Standing, standing};
+
+use super::capabilities::Capabilities;
+use super::complete::Board;
+use virt_model::domain::DomainDef;
+use virt_model::xml::{Finding, FindingKind, Place};
+
+/// Everything that keeps `def` from running as it says; warnings for what runs, but not quite so. Empty: QEMU would be
+/// started. Files are not looked at: that is for `start`, which needs them then.
+pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
+    let mut check = Check { def, caps, board: Board::of(def), kvm: def.kind == "kvm", log: Vec::new() };
+    if let Some(why) = &caps.absent {
+        check.refuse(&def.devices.at.child("emulator"), format!("this emulator cannot be used: {why}"));
+        return check.log;
+    }
+    table::walk(&mut check);
+    check.platform();
+    check.storage();
+    check.devices();
+    check.log.sort_by_key(|finding| (finding.line, finding.column));
+    check.log
+}
+
+/// A check as it proceeds.
+struct Check<'a> {
+    def: &'a DomainDef,
+    caps: &'a Capabilities,
+    board: Board,
+    kvm: bool,
+    log: Vec<Finding>,
+}
+
+impl Check<'_> {
+    fn refuse(&mut self, place: &Place, message: impl Into<String>) {
+        self.log.push(Finding::new(FindingKind::Unsupported, place, message));
+    }
+
+    fn refuse_if(&mut self, condition: bool, place: &Place, message: &str) {
+        if condition {
+            self.refuse(place, message);
+        }
+    }
+
+    fn warn_if(&mut self, condition: bool, place: &Place, message: &str) {
+        if condition {
+            self.log.push(Finding::new(FindingKind::Warning, place, message));
+        }
+    }
+
+    /// Refuses a device type that this QEMU does not have.
+    fn need_device(&mut self, place: &Place, device: &str) {
+        if !self.caps.has_device(device) {
+            let remedy = match device {
+                "usb-redir" | "qxl" | "qxl-vga" => {
+                    "; install the package with QEMU's modules (Debian: qemu-system-common)"
+                }
+                name if name.starts_with("virtio-gpu") || name.starts_with("virtio-vga") => {
+                    "; install the package with QEMU's modules (Debian: qemu-system-common)"
+                }
+                _ => "",
+            };
+            let (binary, (major, minor, _)) = (self.caps.binary.display(), self.caps.version);
+            self.refuse(place, format!("{binary} (version {major}.{minor}) has no device '{device}'{remedy}"));
+        }
+    }
+}

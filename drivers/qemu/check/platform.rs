@@ -1,0 +1,247 @@
+//! Accelerator, board, firmware, CPU, clock.
+
+use super::Check;
+use crate::qemu::complete::Board;
+use virt_model::domain::LifecycleAction;
+use virt_model::domain::clock::{ClockOffset, TickPolicy, TimerName};
+use virt_model::domain::cpu::{CpuMatch, CpuMode};
+use virt_model::domain::features::State;
+use virt_model::domain::memory::Placement;
+use virt_model::domain::os::LoaderKind;
+
+const NO_EFFECT: &str = "has no effect without KVM (type='qemu')";
+
+impl Check<'_> {
+    pub(super) fn platform(&mut self) {
+        self.accelerator();
+        self.machine();
+        self.firmware();
+        self.size();
+        self.processor();
+        self.paravirtual();
+        self.clock();
+        self.lifecycle();
+    }
+
+    fn accelerator(&mut self) {
+        let place = self.def.at.attribute("type");
+        match (&*self.def.kind, &self.caps.kvm) {
+            ("kvm", Err(why)) => {
+                let why = format!("type='kvm' cannot be run: {why}; use type='qemu' for emulation, or another host");
+                self.refuse(&place, why);
+            }
+            ("kvm" | "qemu", _) => {}
+            (other, _) => {
+                self.refuse(&place, format!("the QEMU driver runs type='kvm' and type='qemu', not '{other}'"))
+            }
+        }
+        if !self.caps.at_least(6, 2) {
+            let (major, minor, _) = self.caps.version;
+            let place = self.def.devices.at.child("emulator");
+            self.refuse(&place, format!("QEMU {major}.{minor} is too old, 6.2 or newer is needed"));
+        }
+    }
+
+    fn machine(&mut self) {
+        let kind = &self.def.os.kind;
+        if kind.name != "hvm" {
+            self.refuse(&kind.at, format!("the QEMU driver runs os type 'hvm', not '{}'", kind.name));
+        }
+        let arch = kind.arch.as_deref().unwrap_or("x86_64");
+        let emulated = if self.caps.arch == "i386" { "i686" } else { &*self.caps.arch };
+        if arch != emulated && (arch, emulated) != ("i686", "x86_64") {
+            let binary = self.caps.binary.display();
+            self.refuse(&kind.at.attribute("arch"), format!("{binary} emulates {emulated}, not {arch}"));
+        }
+        let machine = kind.machine.as_deref().unwrap_or_default();
+        let place = kind.at.attribute("machine");
+        if self.caps.machine(machine).is_none() {
+            let binary = self.caps.binary.display();
+            self.refuse(
+                &place,
+                format!("{binary} has no machine '{machine}'; the alias 'q35' or 'pc' names its newest"),
+            );
+        } else if self.board == Board::Other {
+            self.refuse(&place, format!("machine '{machine}' is not supported yet, only pc-q35-… and pc-i440fx-… are"));
+        }
+    }
+
+    fn firmware(&mut self) {
+        let os = &self.def.os;
+        let found = os.loader.as_ref().is_some_and(|loader| loader.path.is_some());
+        let picked = "picking firmware by itself is not supported yet: give <loader> and <nvram> with their paths";
+        self.refuse_if(os.firmware.is_some() && !found, &os.at.attribute("firmware"), picked);
+        let smm = self.def.features.as_ref().and_then(|f| f.smm.as_ref()).is_some_and(State::is_on);
+        if let Some(loader) = &os.loader {
+            let flash = loader.kind == Some(LoaderKind::Pflash);
+            let unsaid = loader.path.is_none() && os.firmware.is_none();
+            self.refuse_if(unsaid, &loader.at, "<loader> without a path is not supported yet");
+            let writable = flash && loader.readonly == Some(false);
+            self.refuse_if(
+                writable,
+                &loader.at.attribute("readonly"),
+                "firmware code that the guest may write is not supported",
+            );
+            let secure = loader.secure == Some(true);
+            let can = flash && smm && self.board == Board::Q35;
+            self.refuse_if(
+                secure && !can,
+                &loader.at.attribute("secure"),
+                "secure='yes' needs type='pflash', a q35 machine and <smm state='on'/>",
+            );
+            let odd = loader.format.as_deref().is_some_and(|f| !matches!(f, "raw" | "qcow2"));
+            self.refuse_if(odd, &loader.at.attribute("format"), "firmware images are raw or qcow2");
+        }
+        if let Some(nvram) = &os.nvram {
+            let flash = os.loader.as_ref().is_some_and(|l| l.kind == Some(LoaderKind::Pflash));
+            self.refuse_if(
+                !flash && (found || os.firmware.is_none()),
+                &nvram.at,
+                "<nvram> needs <loader type='pflash'> with a path",
+            );
+            self.refuse_if(nvram.path.is_none() && found, &nvram.at, "<nvram> without a path is not supported yet");
+            let format = nvram.format.as_deref().unwrap_or("raw");
+            self.refuse_if(
+                !matches!(format, "raw" | "qcow2"),
+                &nvram.at.attribute("format"),
+                "variable stores are raw or qcow2",
+            );
+            let other = nvram.template_format.as_deref().is_some_and(|f| f != format);
+            self.refuse_if(
+                other,
+                &nvram.at.attribute("templateFormat"),
+                "a template of another format than the store is not supported yet",
+            );
+        }
+        let orphan = os.kernel.is_none() && (os.initrd.is_some() || os.cmdline.is_some());
+        self.refuse_if(orphan, &os.at, "<initrd> and <cmdline> need a <kernel>");
+    }
+
+    fn size(&mut self) {
+        let memory = self.def.memory.as_ref().map_or_else(|| self.def.at.child("memory"), |m| m.at.clone());
+        self.refuse_if(self.def.memory_kib() == 0, &memory, "a guest needs memory");
+        let vcpu = self.def.vcpu.as_ref().map_or_else(|| self.def.at.child("vcpu"), |v| v.at.clone());
+        let most = self.def.os.kind.machine.as_deref().and_then(|name| self.caps.machine(name)).map(|m| m.max_cpus);
+        if let Some(most) = most.filter(|most| self.def.maximum_vcpus() > *most) {
+            self.refuse(&vcpu, format!("this machine takes at most {most} CPUs"));
+        }
+        let auto = self.def.vcpu.as_ref().is_some_and(|v| v.placement == Some(Placement::Auto));
+        self.refuse_if(auto, &vcpu.attribute("placement"), "placement='auto' needs numad and is not supported yet");
+        if let Some(topology) = self.def.cpu.as_ref().and_then(|cpu| cpu.topology.as_ref()) {
+            let fits = topology.product() == u64::from(self.def.maximum_vcpus());
+            self.refuse_if(!fits, &topology.at, "the product of the topology is not the number of vCPUs");
+            let clusters = topology.clusters.unwrap_or(1) > 1;
+            self.refuse_if(clusters, &topology.at.attribute("clusters"), "PC machines have no CPU clusters");
+        }
+    }
+
+    fn processor(&mut self) {
+        let Some(cpu) = &self.def.cpu else { return };
+        let place = cpu.at.attribute("mode");
+        match cpu.mode.unwrap_or_default() {
+            CpuMode::Custom => {
+                let name = cpu.model.as_ref().and_then(|m| m.name.as_deref()).unwrap_or("qemu64");
+                let host_only = name == "host" && !self.kvm;
+                if !self.caps.cpus.iter().any(|known| known == name) || host_only {
+                    let at = cpu.model.as_ref().map_or(&cpu.at, |m| &m.at);
+                    self.refuse(at, format!("{} has no CPU model '{name}'", self.caps.binary.display()));
+                }
+            }
+            CpuMode::Maximum => {}
+            mode => {
+                let message = format!("mode='{mode}' stands for the largest emulated CPU without KVM (type='qemu')");
+                self.warn_if(!self.kvm, &place, &message);
+            }
+        }
+        let strict = cpu.matching == Some(CpuMatch::Strict);
+        self.refuse_if(
+            strict,
+            &cpu.at.attribute("match"),
+            "match='strict' is not supported yet: the host CPU is not compared",
+        );
+        if let Some(vendor) = &cpu.vendor {
+            let host = &self.caps.host.vendor;
+            if vendor != host && self.kvm {
+                let message = format!("this host's CPU is made by {host}, not by {vendor}");
+                self.refuse(&cpu.at.child("vendor"), message);
+            }
+        }
+        for feature in &cpu.features {
+            let word = feature.name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
+            self.refuse_if(!word || feature.name.is_empty(), &feature.at, "this is not the name of a CPU feature");
+        }
+    }
+
+    fn paravirtual(&mut self) {
+        let Some(features) = self.def.features.as_ref().filter(|_| !self.kvm) else { return };
+        if let Some(hyperv) = &features.hyperv {
+            self.warn_if(true, &hyperv.at, &format!("<hyperv> {NO_EFFECT}"));
+        }
+        if let Some(kvm) = &features.kvm {
+            self.warn_if(true, &kvm.at, &format!("<kvm> {NO_EFFECT}"));
+        }
+        if let Some(ioapic) = &features.ioapic {
+            self.warn_if(true, &ioapic.at, &format!("<ioapic> {NO_EFFECT}"));
+        }
+        if let Some(apic) = features.apic.as_ref().filter(|apic| apic.eoi.is_some()) {
+            self.warn_if(true, &apic.at, &format!("'eoi' {NO_EFFECT}"));
+        }
+    }
+
+    fn clock(&mut self) {
+        let Some(clock) = &self.def.clock else { return };
+        let offset = clock.offset;
+        if !matches!(offset, ClockOffset::Utc | ClockOffset::Localtime) {
+            self.refuse(
+                &clock.at.attribute("offset"),
+                format!("offset='{offset}' is not supported yet, 'utc' and 'localtime' are"),
+            );
+        }
+        for timer in &clock.timers {
+            let policy = timer.tickpolicy;
+            let (known, present) = match timer.name {
+                TimerName::Rtc => (
+                    matches!(policy, None | Some(TickPolicy::Delay | TickPolicy::Catchup)),
+                    timer.present != Some(false),
+                ),
+                TimerName::Pit => (
+                    matches!(policy, None | Some(TickPolicy::Delay | TickPolicy::Discard)),
+                    timer.present != Some(false),
+                ),
+                TimerName::Hpet => (policy.is_none(), true),
+                TimerName::Kvmclock | TimerName::Hypervclock => {
+                    let message = format!("timer '{}' {NO_EFFECT}", timer.name);
+                    self.warn_if(!self.kvm && timer.present == Some(true), &timer.at, &message);
+                    (policy.is_none(), true)
+                }
+                name => {
+                    self.refuse(&timer.at, format!("timer '{name}' is not supported by the QEMU driver yet"));
+                    continue;
+                }
+            };
+            let discards = timer.name == TimerName::Pit && policy == Some(TickPolicy::Discard) && !self.kvm;
+            let name = timer.name;
+            self.refuse_if(
+                !known || discards,
+                &timer.at.attribute("tickpolicy"),
+                &format!("timer '{name}' cannot have this tickpolicy here"),
+            );
+            self.refuse_if(!present, &timer.at.attribute("present"), &format!("timer '{name}' cannot be left out"));
+        }
+    }
+
+    fn lifecycle(&mut self) {
+        let actions =
+            [("on_poweroff", self.def.on_poweroff), ("on_reboot", self.def.on_reboot), ("on_crash", self.def.on_crash)];
+        for (name, action) in actions {
+            let reason = match action {
+                LifecycleAction::RenameRestart => "renaming a domain that restarts is not supported",
+                LifecycleAction::CoredumpDestroy | LifecycleAction::CoredumpRestart => {
+                    "dumping a guest's memory is not supported yet"
+                }
+                _ => continue,
+            };
+            self.refuse(&self.def.at.child(name), format!("<{name}>{action}</{name}>: {reason}"));
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! Disks and the controllers they sit on.
+
+use super::Check;
+use crate::qemu::command::{known_format, usb_device, wwn};
+use crate::qemu::complete::Board;
+use virt_model::device::controller::ControllerModel;
+use virt_model::device::disk::{BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, StartupPolicy};
+use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo, Disk};
+use virt_model::xml::Place;
+
+/// Nodes are named after the target, and a node's name is short.
+const TARGET_LENGTH: usize = 12;
+
+/// More layers than this have no use and would make a long command line.
+const MOST_LAYERS: usize = 64;
+
+impl Check<'_> {
+    pub(super) fn storage(&mut self) {
+        let def = self.def;
+        for disk in &def.devices.disks {
+            self.disk(disk);
+            self.medium(disk);
+            self.disk_driver(disk);
+        }
+        for controller in &def.devices.controllers {
+            self.controller(controller);
+        }
+    }
+
+    fn disk(&mut self, disk: &Disk) {
+        let (device, dev) = (disk.device(), &disk.target.dev);
+        let word = dev.starts_with(|c: char| c.is_ascii_lowercase()) && dev.chars().all(|c| c.is_ascii_alphanumeric());
+        self.refuse_if(
+            !word || dev.len() > TARGET_LENGTH,
+            &disk.target.at.attribute("dev"),
+            "a target is a short word such as vda",
+        );
+        let Some(bus) = disk.target.bus else {
+            self.refuse(&disk.target.at, format!("no bus is known for target '{dev}': give one"));
+            return;
+        };
+        let place = disk.target.at.attribute("bus");
+        if matches!(bus, DiskBus::Xen | DiskBus::Uml | DiskBus::Sd | DiskBus::Nvme) {
+            self.refuse(&place, format!("bus='{bus}' is not supported by the QEMU driver yet"));
+        }
+        let fits = match device {
+            DiskDevice::Disk => bus != DiskBus::Fdc,
+            DiskDevice::Cdrom => matches!(bus, DiskBus::Ide | DiskBus::Sata | DiskBus::Scsi),
+            DiskDevice::Floppy => bus == DiskBus::Fdc,
+            DiskDevice::Lun => false,
+        };
+        self.refuse_if(
+            !fits,
+            &disk.at.attribute("device"),
+            &format!("device='{device}' on bus='{bus}' is not supported"),
+        );
+        let ide = bus == DiskBus::Ide && self.board == Board::Q35;
+        self.refuse_if(ide, &place, "q35 machines have no IDE bus: use bus='sata'");
+        let seated = match &disk.info.address.as_ref().map(|a| &a.kind) {
+            Some(AddressKind::Pci(_)) => bus == DiskBus::Virtio,
+            Some(AddressKind::Drive(_)) => !matches!(bus, DiskBus::Virtio | DiskBus::Usb),
+            Some(AddressKind::Usb(_)) => bus == DiskBus::Usb,
+            Some(_) => false,
+            None => true,
+        };
+        self.refuse_if(!seated, &disk.at.child("address"), &format!("this address is not one on bus='{bus}'"));
+        let type_needed = match bus {
+            DiskBus::Virtio => "virtio-blk-pci",
+            DiskBus::Usb => "usb-storage",
+            DiskBus::Scsi => "scsi-hd",
+            _ => return,
+        };
+        self.need_device(&disk.at, type_needed);
+    }
+
+    fn medium(&mut self, disk: &Disk) {
+        let kind = disk.kind();
+        if !matches!(kind, DiskKind::File | DiskKind::Block) {
+            let message = format!("disks of type='{kind}' are not supported yet, 'file' and 'block' are");
+            self.refuse(&disk.at.attribute("type"), message);
+            return;
+        }
+        let removable = matches!(disk.device(), DiskDevice::Cdrom | DiskDevice::Floppy);
+        self.refuse_if(
+            disk.path().is_none() && !removable,
+            &disk.at,
+            "a disk needs a <source>; only drives can be empty",
+        );
+        if let Some(source) = &disk.source {
+            let lenient = matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
+            self.refuse_if(
+                lenient,
+                &source.at.attribute("startupPolicy"),
+                "a medium that may be missing is not supported yet",
+            );
+        }
+        self.absolute(disk.path(), &disk.at);
+        let format = disk.format().unwrap_or("raw");
+        let place = disk.driver.as_ref().map_or_else(|| disk.at.clone(), |d| d.at.attribute("type"));
+        self.format(format, &place);
+        self.layers(disk.backing.as_deref(), format);
+    }
+
+    fn layers(&mut self, mut layer: Option<&BackingStore>, above: &str) {
+        let mut above = above.to_owned();
+        for depth in 0.. {
+            let Some(store) = layer.filter(|store| !store.is_end()) else { return };
+            if depth == MOST_LAYERS {
+                self.refuse(&store.at, format!("more than {MOST_LAYERS} layers are not supported"));
+                return;
+            }
+            let kind = store.kind.unwrap_or_default();
+            if !matches!(kind, DiskKind::File | DiskKind::Block) {
+                self.refuse(&store.at.attribute("type"), format!("layers of type='{kind}' are not supported yet"));
+                return;
+            }
+            let stands = matches!(&*above, "qcow2" | "qcow" | "qed" | "vmdk");
+            self.refuse_if(!stands, &store.at, &format!("an image of format '{above}' does not stand on another"));
+            let path = store.source.as_ref().and_then(|source| source.path(kind));
+            self.refuse_if(path.is_none(), &store.at, "a layer needs a <source>");
+            self.absolute(path, &store.at);
+            let Some(format) = &store.format else {
+                self.refuse(&store.at, "a layer needs a <format>: a format that is guessed can be forged by the guest");
+                return;
+            };
+            self.format(&format.name, &format.at);
+            above.clone_from(&format.name);
+            layer = store.backing.as_deref();
+        }
+    }
+
+    fn absolute(&mut self, path: Option<&str>, place: &Place) {
+        let relative = path.is_some_and(|path| !path.starts_with('/'));
+        self.refuse_if(relative, &place.child("source"), "the path must be absolute");
+    }
+
+    fn format(&mut self, format: &str, place: &Place) {
+        if known_format(format).is_none() {
+            self.refuse(place, format!("images of format '{format}' are not supported"));
+        }
+    }
+
+    fn disk_driver(&mut self, disk: &Disk) {
+        let bus = disk.target.bus.unwrap_or_default();
+        let scsi_like = matches!(bus, DiskBus::Scsi | DiskBus::Sata | DiskBus::Ide);
+        if let Some(text) = &disk.wwn {
+            self.refuse_if(
+                !scsi_like || wwn(text).is_none(),
+                &disk.at.child("wwn"),
+                "a wwn is 16 hexadecimal digits, on scsi, sata or ide",
+            );
+        }
+        let floppy = disk.device() == DiskDevice::Floppy;
+        self.refuse_if(floppy && disk.serial.is_some(), &disk.at.child("serial"), "a floppy has no serial number");
+        let rate = disk.target.rotation_rate.is_some() && !scsi_like;
+        self.refuse_if(
+            rate,
+            &disk.target.at.attribute("rotation_rate"),
+            "only scsi, sata and ide disks have a rotation rate",
+        );
+        let removable = disk.target.removable.is_some() && !matches!(bus, DiskBus::Usb | DiskBus::Scsi);
+        self.refuse_if(removable, &disk.target.at.attribute("removable"), "only usb and scsi disks can be removable");
+        let Some(driver) = &disk.driver else { return };
+        let other = driver.name.as_deref().is_some_and(|name| name != "qemu");
+        self.refuse_if(other, &driver.at.attribute("name"), "the QEMU driver handles disks with driver name='qemu'");
+        let direct = matches!(driver.cache, Some(DiskCache::None | DiskCache::Directsync));
+        let native = driver.io == Some(DiskIo::Native) && !direct;
+        self.refuse_if(native, &driver.at.attribute("io"), "io='native' needs cache='none' or 'directsync'");
+        let virtio = driver.queues.is_some() || driver.queue_size.is_some();
+        self.refuse_if(virtio && bus != DiskBus::Virtio, &driver.at, "only virtio disks have queues");
+        let plain = driver.virtio == Default::default();
+        self.refuse_if(
+            !plain && bus != DiskBus::Virtio,
+            &driver.at,
+            "only virtio disks have iommu, ats, packed, page_per_vq",
+        );
+    }
+
+    fn controller(&mut self, controller: &Controller) {
+        let place = &controller.at;
+        let model = controller.model;
+        match controller.kind {
+            ControllerKind::Pci => self.bridge(controller),
+            ControllerKind::Usb => match model.map(|m| (m, usb_device(m))) {
+                Some((ControllerModel::None, _)) | None => {}
+                Some((_, Some(device))) => self.need_device(place, device),
+                Some((model, None)) => {
+                    self.refuse(&place.attribute("model"), format!("there is no USB controller '{model}'"))
+                }
+            },
+            ControllerKind::Scsi => {
+                use ControllerModel::{VirtioNonTransitional, VirtioScsi, VirtioTransitional};
+                let virtio = matches!(model, Some(VirtioScsi | VirtioTransitional | VirtioNonTransitional));
+                self.refuse_if(
+                    !virtio,
+                    &place.attribute("model"),
+                    "of SCSI controllers only model='virtio-scsi' is supported yet",
+                );
+            }
+            ControllerKind::Ide => {
+                let there = self.board == Board::I440fx && controller.index() == 0;
+                self.refuse_if(!there, place, "the only IDE controller is number 0 of a pc-i440fx machine");
+            }
+            ControllerKind::Fdc => {
+                self.refuse_if(controller.index() > 0, place, "there is one floppy controller, number 0")
+            }
+            ControllerKind::Ccid => {
+                self.refuse_if(controller.index() > 0, place, "there is one smartcard reader, number 0");
+                self.need_device(place, "usb-ccid");
+            }
+            ControllerKind::Sata | ControllerKind::VirtioSerial => {}
+            kind => {
+                self.refuse(place, format!("controllers of type='{kind}' are not supported by the QEMU driver yet"))
+            }
+        }
+        let ports = controller.ports.is_some()
+            && !matches!(controller.kind, ControllerKind::Usb | ControllerKind::VirtioSerial);
+        self.refuse_if(ports, &place.attribute("ports"), "only usb and virtio-serial controllers have ports");
+        let xhci = matches!(model, Some(ControllerModel::QemuXhci | ControllerModel::NecXhci));
+        let many =
+            controller.kind == ControllerKind::Usb && controller.ports.is_some_and(|n| !xhci || !(1..=15).contains(&n));
+        self.refuse_if(many, &place.attribute("ports"), "ports is from 1 to 15, on qemu-xhci or nec-xhci");
+        let queues =
+            controller.driver.as_ref().is_some_and(|d| d.queues.is_some()) && controller.kind != ControllerKind::Scsi;
+        self.refuse_if(queues, &place.child("driver"), "only scsi controllers have queues");
+        self.seated(&controller.info, place);
+    }
+
+    fn bridge(&mut self, controller: &Controller) {
+        use ControllerModel::{PciBridge, PciRoot, PcieRoot, PcieRootPort, PcieToPciBridge};
+        let root = if self.board == Board::Q35 { PcieRoot } else { PciRoot };
+        let known: &[&str] = match controller.model {
+            Some(model) if model == root && controller.index() == 0 => return,
+            Some(PcieRootPort) => &["pcie-root-port", "ioh3420"],
+            Some(PcieToPciBridge) => &["pcie-pci-bridge"],
+            Some(PciBridge) => &["pci-bridge"],
+            Some(model) => {
+                let message =
+                    format!("a PCI controller '{model}' with this index is not supported on this machine yet");
+                return self.refuse(&controller.at.attribute("model"), message);
+            }
+            None => return self.refuse(&controller.at, "a PCI controller needs a model"),
+        };
+        if let Some(name) = &controller.pci_model
+            && !known.contains(&&*name.name)
+        {
+            self.refuse(&name.at, format!("this controller is one of {}, not '{}'", known.join(", "), name.name));
+        }
+        let own = controller.info.pci().is_some_and(|pci| u32::from(pci.bus) == controller.index());
+        let index = controller.index();
+        let after = controller.info.pci().is_some_and(|pci| u32::from(pci.bus) > index);
+        self.refuse_if(own || after, &controller.at, "a PCI controller must be plugged into one with a lower index");
+    }
+
+    /// Refuses places that are none on a PC.
+    pub(super) fn seated(&mut self, info: &DeviceInfo, place: &Place) {
+        if let Some(AddressKind::Other(kind)) = info.address.as_ref().map(|a| &a.kind) {
+            self.refuse(
+                &place.child("address"),
+                format!("an address of type='{kind}' is not supported on this machine"),
+            );
+        }
+    }
+}

@@ -1,0 +1,319 @@
+//! Which elements and attributes act, which are advisory, and why some that are known do not act. Whatever is in none of
+//! these lists is refused by name.
+
+use super::Check;
+use virt_model::xml::{Element, Place};
+
+/// What becomes of an element or attribute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// It does what it says.
+    Acts,
+    /// It is kept and shown, and asks for nothing at start; so is all below it. With the reason.
+    Kept(&'static str),
+    /// It is kept and shown, and a start is refused. With the reason.
+    Refused(&'static str),
+}
+
+/// Elements that act, each with its attributes that do.
+const ACTS: &[(&str, &str)] = &[
+    ("", "type id"),
+    ("name", ""),
+    ("uuid", ""),
+    ("memory", "unit dumpCore"),
+    ("currentMemory", "unit"),
+    ("vcpu", "current"),
+    ("os", "firmware"),
+    ("os/firmware", ""),
+    ("os/firmware/feature", "enabled name"),
+    ("os/type", "arch machine"),
+    ("os/loader", "readonly secure type stateless format"),
+    ("os/nvram", "template templateFormat format"),
+    ("os/kernel", ""),
+    ("os/initrd", ""),
+    ("os/cmdline", ""),
+    ("os/boot", "dev"),
+    ("os/bootmenu", "enable timeout"),
+    ("os/bios", "rebootTimeout"),
+    ("features", ""),
+    ("features/acpi", ""),
+    ("features/apic", "eoi"),
+    ("features/hyperv", "mode"),
+    ("features/hyperv/relaxed", "state"),
+    ("features/hyperv/vapic", "state"),
+    ("features/hyperv/spinlocks", "state retries"),
+    ("features/hyperv/vpindex", "state"),
+    ("features/hyperv/runtime", "state"),
+    ("features/hyperv/synic", "state"),
+    ("features/hyperv/stimer", "state"),
+    ("features/hyperv/stimer/direct", "state"),
+    ("features/hyperv/reset", "state"),
+    ("features/hyperv/vendor_id", "state value"),
+    ("features/hyperv/frequencies", "state"),
+    ("features/hyperv/reenlightenment", "state"),
+    ("features/hyperv/tlbflush", "state"),
+    ("features/hyperv/ipi", "state"),
+    ("features/hyperv/evmcs", "state"),
+    ("features/hyperv/avic", "state"),
+    ("features/kvm", ""),
+    ("features/kvm/hidden", "state"),
+    ("features/vmport", "state"),
+    ("features/smm", "state"),
+    ("features/pmu", "state"),
+    ("features/vmcoreinfo", "state"),
+    ("features/ioapic", "driver"),
+    ("cpu", "mode match check migratable"),
+    ("cpu/model", ""),
+    ("cpu/vendor", ""),
+    ("cpu/topology", "sockets dies clusters cores threads"),
+    ("cpu/feature", "policy name"),
+    ("clock", "offset"),
+    ("clock/timer", "name tickpolicy present"),
+    ("on_poweroff", ""),
+    ("on_reboot", ""),
+    ("on_crash", ""),
+    ("pm", ""),
+    ("pm/suspend-to-mem", "enabled"),
+    ("pm/suspend-to-disk", "enabled"),
+    ("devices", ""),
+    ("devices/emulator", ""),
+    ("devices/disk", "type device"),
+    (
+        "devices/disk/driver",
+        "name type cache error_policy rerror_policy io discard detect_zeroes queues queue_size iommu ats packed page_per_vq",
+    ),
+    ("devices/disk/source", "file dev startupPolicy"),
+    ("devices/disk/backingStore", "type"),
+    ("devices/disk/backingStore/format", "type"),
+    ("devices/disk/backingStore/source", "file dev"),
+    ("devices/disk/target", "dev bus removable rotation_rate"),
+    ("devices/disk/readonly", ""),
+    ("devices/disk/shareable", ""),
+    ("devices/disk/serial", ""),
+    ("devices/disk/wwn", ""),
+    ("devices/controller", "type index model ports vectors"),
+    ("devices/controller/pcihole64", "unit"),
+    ("devices/controller/model", "name"),
+    ("devices/controller/target", "chassisNr chassis port hotplug"),
+    ("devices/controller/master", "startport"),
+    ("devices/controller/driver", "queues iommu ats packed page_per_vq"),
+    ("devices/interface", "type"),
+    ("devices/interface/mac", "address"),
+    ("devices/interface/source", "network bridge"),
+    ("devices/interface/target", "dev"),
+    ("devices/interface/model", "type"),
+    ("devices/interface/driver", "name queues rx_queue_size tx_queue_size iommu ats packed page_per_vq"),
+    ("devices/interface/link", "state"),
+    ("devices/interface/mtu", "size"),
+    ("devices/serial/target", "type port"),
+    ("devices/serial/target/model", "name"),
+    ("devices/console/target", "type port"),
+    ("devices/channel/target", "type name"),
+    ("devices/redirdev", "bus type"),
+    ("devices/smartcard", "mode type"),
+    ("devices/input", "type bus"),
+    ("devices/graphics", "type port tlsPort autoport websocket listen socket keymap passwd connected sharePolicy"),
+    ("devices/graphics/listen", "type address socket"),
+    ("devices/graphics/image", "compression"),
+    ("devices/graphics/gl", "enable rendernode"),
+    ("devices/graphics/audio", "id"),
+    ("devices/graphics/streaming", "mode"),
+    ("devices/graphics/clipboard", "copypaste"),
+    ("devices/graphics/mouse", "mode"),
+    ("devices/graphics/filetransfer", "enable"),
+    ("devices/sound", "model"),
+    ("devices/sound/codec", "type"),
+    ("devices/sound/audio", "id"),
+    ("devices/audio", "id type serverName path"),
+    ("devices/video", ""),
+    ("devices/video/driver", "iommu ats packed page_per_vq"),
+    ("devices/video/model", "type ram vram vram64 vgamem heads primary blob edid"),
+    ("devices/video/model/acceleration", "accel3d"),
+    ("devices/video/model/resolution", "x y"),
+    ("devices/watchdog", "model action"),
+    ("devices/memballoon", "model autodeflate freePageReporting"),
+    ("devices/memballoon/stats", "period"),
+    ("devices/memballoon/driver", "iommu ats packed page_per_vq"),
+    ("devices/rng", "model"),
+    ("devices/rng/rate", "bytes period"),
+    ("devices/rng/backend", "model"),
+    ("devices/rng/driver", "iommu ats packed page_per_vq"),
+    ("qemu:commandline", ""),
+    ("qemu:commandline/qemu:arg", "value"),
+    ("qemu:commandline/qemu:env", "name value"),
+];
+
+/// The host's end of a serial port, console, channel or redirection: the same for all.
+const CHARACTER: &[(&str, &str)] = &[
+    ("", "type"),
+    ("source", "mode host service path append channel"),
+    ("source/reconnect", "enabled timeout"),
+    ("protocol", "type"),
+    ("log", "file append"),
+];
+
+/// What every device can have.
+const DEVICE: &[(&str, &str)] = &[
+    ("boot", "order"),
+    ("alias", "name"),
+    ("address", "type domain bus slot function multifunction controller target unit port iobase irq"),
+];
+
+/// Kept, and nothing is asked of the driver.
+const KEPT: &[(&str, &str)] = &[
+    ("title", "for people"),
+    ("description", "for people"),
+    ("metadata", "for other programs"),
+    ("vcpu/@placement", "static is what is done, auto is refused"),
+    ("features/pae", "every CPU that is emulated has it"),
+    ("cpu/model/@fallback", "a model is never replaced by another"),
+    ("devices/disk/@snapshot", "for snapshots to come"),
+    ("devices/disk/source/@index", "a name of the running guest's"),
+    ("devices/disk/backingStore/@index", "a name of the running guest's"),
+    ("devices/disk/target/@tray", "a state of the running guest's"),
+    ("devices/disk/mirror", "a state of the running guest's"),
+    ("devices/interface/mac/@type", "where the address came from"),
+    ("devices/interface/source/@portid", "a name of the running guest's"),
+    ("devices/serial/@tty", "a name of the running guest's"),
+    ("devices/console/@tty", "a name of the running guest's"),
+    ("devices/channel/target/@state", "a state of the running guest's"),
+    ("devices/video/model/acceleration/@accel2d", "no card that is emulated has it"),
+];
+
+/// Known, and a start is refused, for a reason that is worth more than "not supported".
+const REFUSED: &[(&str, &str)] = &[
+    ("os/bios/@useserial", "is not supported by the QEMU driver yet"),
+    ("vcpu/@cpuset", "pinning CPUs is not supported by the QEMU driver yet"),
+    ("devices/tpm", "TPM devices are not supported yet: they need swtpm beside QEMU"),
+    ("devices/hostdev", "host devices cannot be passed to guests yet"),
+    ("devices/filesystem", "shared directories are not supported yet"),
+    ("devices/interface/bandwidth", "limiting bandwidth is not supported yet"),
+    ("devices/interface/filterref", "network filters are not supported yet"),
+    ("devices/interface/virtualport", "virtual ports (Open vSwitch and the like) are not supported yet"),
+    ("devices/interface/vlan", "VLAN tags are not supported yet"),
+    ("devices/disk/iotune", "limiting I/O is not supported yet"),
+    ("devices/disk/encryption", "encrypted images are not supported yet"),
+    ("devices/disk/auth", "network disks are not supported yet"),
+    ("devices/graphics/@passwdValidTo", "a password that expires is not supported yet"),
+    (
+        "devices/interface/source/@network",
+        "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
+    ),
+];
+
+/// What is said of everything else.
+const UNKNOWN: Standing = Standing::Refused("is not supported by the QEMU driver yet");
+
+/// What becomes of the element or attribute (its last part begins with `@`) at a path without positions, e.g.
+/// `devices/disk/driver/@cache`.
+pub fn standing(path: &str) -> Standing {
+    let listed = |list: &[(&str, &'static str)]| list.iter().find(|(p, _)| *p == path).map(|(_, reason)| *reason);
+    // A layer is described by the same words however deep it lies.
+    if let Some((_, below)) = path.rsplit_once("/backingStore/backingStore") {
+        return standing(&format!("devices/disk/backingStore{below}"));
+    }
+    if let Some(reason) = listed(REFUSED) {
+        return Standing::Refused(reason);
+    }
+    if let Some(reason) = listed(KEPT) {
+        return Standing::Kept(reason);
+    }
+    if acts(ACTS, path) {
+        return Standing::Acts;
+    }
+    let Some((kind, inner)) = path.strip_prefix("devices/").map(|p| p.split_once('/').unwrap_or((p, ""))) else {
+        return UNKNOWN;
+    };
+    let character = matches!(kind, "serial" | "console" | "channel" | "redirdev");
+    let typed = ACTS.iter().any(|(p, _)| p.strip_prefix("devices/").is_some_and(|p| p.split('/').next() == Some(kind)));
+    if typed && (acts(DEVICE, inner) || character && acts(CHARACTER, inner)) { Standing::Acts } else { UNKNOWN }
+}
+
+fn acts(list: &[(&str, &str)], path: &str) -> bool {
+    let (element, attribute) = match path.rsplit_once('@') {
+        Some((element, attribute)) => (element.trim_end_matches('/'), Some(attribute)),
+        None => (path, None),
+    };
+    let rows = list.iter().filter(|(p, _)| *p == element);
+    rows.into_iter().any(|(_, attributes)| attribute.is_none_or(|a| attributes.split(' ').any(|known| known == a)))
+}
+
+/// Holds every element and attribute of the definition against the lists.
+pub(super) fn walk(check: &mut Check) {
+    let tree = check.def.tree();
+    look(check, &tree, "", &tree.origin);
+}
+
+fn look(check: &mut Check, element: &Element, path: &str, place: &Place) {
+    for attribute in &element.attributes {
+        let declares = attribute.name == "xmlns" || attribute.name.starts_with("xmlns:");
+        let at = place.attribute(&attribute.name);
+        if let (false, Standing::Refused(reason)) = (declares, standing(&join(path, &format!("@{}", attribute.name)))) {
+            check.refuse(&at, sentence(&format!("'{}'", attribute.name), reason));
+        }
+    }
+    for child in element.elements() {
+        let child_path = join(path, &child.name);
+        let known = [&child.at, &child.origin].into_iter().find(|at| at.is_known());
+        let at = known.cloned().unwrap_or_else(|| place.child(&child.name));
+        match standing(&child_path) {
+            Standing::Acts => look(check, child, &child_path, &at),
+            Standing::Kept(_) => {}
+            Standing::Refused(_) if is_what_we_do(child) => {}
+            Standing::Refused(reason) => check.refuse(&at, sentence(&format!("<{}>", child.name), reason)),
+        }
+    }
+}
+
+/// A reason either goes on from its subject or is a sentence of its own.
+fn sentence(subject: &str, reason: &str) -> String {
+    let colon = if reason.starts_with("is ") { "" } else { ":" };
+    format!("{subject}{colon} {reason}")
+}
+
+/// Elements that libvirt writes of itself and that ask for no more than what is done anyway.
+fn is_what_we_do(element: &Element) -> bool {
+    let text = |name: &str| element.child(name).map(Element::text);
+    match &*element.name {
+        "resource" => text("partition").as_deref() == Some("/machine"),
+        "seclabel" => match (element.attr("type"), element.attr("model")) {
+            (Some("none"), _) => true,
+            // A user of its own for the guest's process: what system mode does.
+            (Some("dynamic"), Some("dac")) => true,
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+fn join(path: &str, name: &str) -> String {
+    if path.is_empty() { name.to_owned() } else { format!("{path}/{name}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_list_names_is_refused() {
+        assert_eq!(standing("devices/disk/driver/@cache"), Standing::Acts);
+        assert_eq!(standing("@type"), Standing::Acts);
+        assert_eq!(standing("devices/serial/source/@path"), Standing::Acts);
+        assert_eq!(standing("devices/video/address/@slot"), Standing::Acts);
+        assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
+        assert!(matches!(standing("title"), Standing::Kept(_)));
+        for path in
+            ["devices/disk/driver/@iothread", "numatune", "devices/hostdev/address", "devices/disk/source/@pool"]
+        {
+            assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
+        }
+    }
+
+    #[test]
+    fn nothing_stands_in_two_lists() {
+        for (path, _) in KEPT {
+            assert!(!REFUSED.iter().any(|(other, _)| other == path), "{path}");
+            assert!(!acts(ACTS, path), "{path}");
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! `-cpu`: model, features, what Windows and Linux guests are told of the hypervisor.
+
+use super::Builder;
+use super::args::{List, on_off};
+use virt_model::domain::clock::TimerName;
+use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMode, FeaturePolicy};
+use virt_model::domain::features::{Hyperv, HypervMode, State};
+
+impl Builder<'_> {
+    pub(super) fn cpu(&mut self) {
+        let mut list = self.model();
+        let full = self.def.cpu.as_ref().is_some_and(|cpu| cpu.check == Some(CpuCheck::Full));
+        let features = self.def.cpu.iter().flat_map(|cpu| &cpu.features);
+        for feature in features {
+            let wanted = match feature.policy.unwrap_or(FeaturePolicy::Require) {
+                FeaturePolicy::Require | FeaturePolicy::Force => true,
+                FeaturePolicy::Disable | FeaturePolicy::Forbid => false,
+                // Asked for, and QEMU leaves it out where it cannot be had; but not when all must be had.
+                FeaturePolicy::Optional if full => continue,
+                FeaturePolicy::Optional => true,
+            };
+            list = list.set(&qemu_name(&feature.name), on_off(wanted));
+        }
+        if full {
+            list = list.set("enforce", "on");
+        }
+        if self.kvm {
+            list = self.paravirtual(list);
+        }
+        let features = self.def.features.as_ref();
+        let list = list.maybe_on_off("pmu", features.and_then(|f| f.pmu.as_ref()).map(State::is_on));
+        self.args.pair("-cpu", list);
+    }
+
+    fn model(&self) -> List {
+        let default = Cpu::default();
+        let cpu = self.def.cpu.as_ref().unwrap_or(&default);
+        let mode = cpu.mode.unwrap_or_default();
+        if mode == CpuMode::Custom {
+            return List::new(cpu.model.as_ref().and_then(|m| m.name.as_deref()).unwrap_or("qemu64"));
+        }
+        // Without KVM there is no host CPU to show; the most that can be emulated is the nearest to it.
+        let model = if self.kvm && mode != CpuMode::Maximum { "host" } else { "max" };
+        List::new(model).maybe_on_off("migratable", cpu.migratable.or((mode == CpuMode::HostModel).then_some(true)))
+    }
+
+    /// What only exists with KVM. (`check` warns where it is asked for without.)
+    fn paravirtual(&self, list: List) -> List {
+        let features = self.def.features.as_ref();
+        let clock = |name| {
+            let timers = self.def.clock.iter().flat_map(|clock| &clock.timers);
+            timers.filter(|timer| timer.name == name).find_map(|timer| timer.present)
+        };
+        let list = list
+            .maybe_on_off("kvmclock", clock(TimerName::Kvmclock))
+            .maybe_on_off("kvm-pv-eoi", features.and_then(|f| f.apic.as_ref()?.eoi))
+            .maybe_on_off("hv-time", clock(TimerName::Hypervclock));
+        let hidden = features.and_then(|f| f.kvm.as_ref()?.hidden.as_ref()).is_some_and(State::is_on);
+        let list = list.maybe("kvm", hidden.then_some("off"));
+        match features.and_then(|f| f.hyperv.as_ref()) {
+            Some(hyperv) => enlightenments(hyperv, list),
+            None => list,
+        }
+    }
+}
+
+fn enlightenments(hyperv: &Hyperv, list: List) -> List {
+    if hyperv.mode == Some(HypervMode::Passthrough) {
+        return list.set("hv-passthrough", "on");
+    }
+    let plain = [
+        ("hv-relaxed", &hyperv.relaxed),
+        ("hv-vapic", &hyperv.vapic),
+        ("hv-vpindex", &hyperv.vpindex),
+        ("hv-runtime", &hyperv.runtime),
+        ("hv-synic", &hyperv.synic),
+        ("hv-reset", &hyperv.reset),
+        ("hv-frequencies", &hyperv.frequencies),
+        ("hv-reenlightenment", &hyperv.reenlightenment),
+        ("hv-tlbflush", &hyperv.tlbflush),
+        ("hv-ipi", &hyperv.ipi),
+        ("hv-evmcs", &hyperv.evmcs),
+        ("hv-avic", &hyperv.avic),
+    ];
+    let list = plain.into_iter().fold(list, |list, (name, state)| {
+        let on = state.as_ref().is_some_and(State::is_on);
+        list.maybe(name, on.then_some("on"))
+    });
+    let spinlocks = hyperv.spinlocks.as_ref().filter(|s| s.state != Some(false));
+    let list = list.maybe("hv-spinlocks", spinlocks.map(|s| format!("{:#x}", s.retries.unwrap_or(4095))));
+    let stimer = hyperv.stimer.as_ref().filter(|s| s.state != Some(false));
+    let direct = stimer.and_then(|s| s.direct.as_ref()).is_some_and(State::is_on);
+    let list = list.maybe("hv-stimer", stimer.map(|_| "on")).maybe("hv-stimer-direct", direct.then_some("on"));
+    let vendor = hyperv.vendor_id.as_ref().filter(|v| v.state != Some(false));
+    list.maybe("hv-vendor-id", vendor.and_then(|v| v.value.as_deref()))
+}
+
+/// Names of features for which QEMU has its own word.
+fn qemu_name(feature: &str) -> String {
+    let name = match feature {
+        "cx8" | "cx16" => feature,
+        "sse4_1" => "sse4.1",
+        "sse4_2" => "sse4.2",
+        "pclmuldq" => "pclmulqdq",
+        "ffxsr" => "fxsr-opt",
+        "rdtscp" => "rdtscp",
+        other => return other.replace('_', "-"),
+    };
+    name.to_owned()
+}

@@ -1,0 +1,215 @@
+//! Disks: a chain of nodes from the file up to what the guest sees, and the device that shows it.
+//!
+//! ```text
+//!  vda-storage ◀─ vda-format ◀─ virtio-blk-pci        nodes are named after the target, layers below are numbered
+//!       ▲ backing: vda-1-storage ◀─ vda-1-format
+//! ```
+
+use super::args::Props;
+use super::{Builder, id, turn, virtio};
+use crate::qemu::complete::Board;
+use serde_json::Value;
+use virt_model::device::address::DriveAddress;
+use virt_model::device::disk::{
+    BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind,
+};
+use virt_model::device::{AddressKind, ControllerKind, Disk};
+
+impl Builder<'_> {
+    pub(super) fn disks(&mut self) {
+        let def = self.def;
+        for disk in &def.devices.disks {
+            let node = self.disk_nodes(disk);
+            let props = self.disk_device(disk, node);
+            self.args.device(props);
+        }
+    }
+
+    /// The nodes of the medium, if there is one; gives the topmost.
+    fn disk_nodes(&mut self, disk: &Disk) -> Option<String> {
+        let path = disk.path()?;
+        let name = &disk.target.dev;
+        let driver = disk.driver.as_ref();
+        let backing = self.backing_nodes(disk.backing.as_deref(), name, 1);
+        let format = disk.format().unwrap_or("raw");
+        let read_only = disk.readonly || disk.device() == DiskDevice::Cdrom;
+        self.open(path, !read_only, disk.backing.is_none() && has_backing(format));
+        let kind = disk.kind();
+        let removable = disk.device() == DiskDevice::Cdrom;
+        let storage =
+            storage(name, path, kind, removable).maybe("aio", driver.and_then(|d| d.io).map(|io| io.as_str()));
+        self.args.blockdev(storage.extend(cache(driver)));
+        let image = Props::new("node-name", format!("{name}-format"))
+            .set("read-only", read_only)
+            .maybe("discard", driver.and_then(|d| d.discard).map(|d| d.as_str()))
+            .maybe("detect-zeroes", detect_zeroes(driver))
+            .extend(cache(driver))
+            .set("driver", driver_name(format))
+            .set("file", format!("{name}-storage"));
+        self.args.blockdev(with_backing(image, backing));
+        Some(format!("{name}-format"))
+    }
+
+    /// The nodes below: `None` if they are not given, `Some(None)` if there are none.
+    fn backing_nodes(&mut self, layer: Option<&BackingStore>, disk: &str, depth: usize) -> Option<Option<String>> {
+        let layer = layer?;
+        let kind = layer.kind.unwrap_or_default();
+        let Some(path) = layer.source.as_ref().and_then(|source| source.path(kind)) else { return Some(None) };
+        let below = self.backing_nodes(layer.backing.as_deref(), disk, depth + 1);
+        let format = layer.format.as_ref().map_or("raw", |format| &*format.name);
+        self.open(path, false, below.is_none() && has_backing(format));
+        let name = format!("{disk}-{depth}");
+        self.args.blockdev(storage(&name, path, kind, false));
+        let image = Props::new("node-name", format!("{name}-format")).set("read-only", true);
+        let image = image.set("driver", driver_name(format)).set("file", format!("{name}-storage"));
+        self.args.blockdev(with_backing(image, below.filter(|_| has_backing(format))));
+        Some(Some(format!("{name}-format")))
+    }
+
+    fn disk_device(&self, disk: &Disk, node: Option<String>) -> Props {
+        let driver = disk.driver.as_ref();
+        let hard = disk.device() == DiskDevice::Disk;
+        let on_virtio = disk.target.bus == Some(DiskBus::Virtio);
+        let props = Props::device(device_type(disk))
+            .extend(self.disk_place(disk))
+            .maybe("share-rw", disk.shareable.then_some(true))
+            .maybe("drive", node)
+            .set("id", id(&disk.info));
+        let props = turn(props, self.boot_index(&disk.info))
+            .maybe("write-cache", write_cache(driver).filter(|_| hard))
+            .maybe("serial", disk.serial.as_deref())
+            .maybe("wwn", disk.wwn.as_deref().and_then(wwn))
+            .maybe("rotation_rate", disk.target.rotation_rate)
+            .maybe("removable", disk.target.removable)
+            .maybe(
+                "werror",
+                driver
+                    .and_then(|d| d.error_policy)
+                    .map(|p| if p.as_str() == "enospace" { "enospc" } else { p.as_str() }),
+            )
+            .maybe("rerror", driver.and_then(|d| d.rerror_policy).map(|p| p.as_str()));
+        match driver.filter(|_| on_virtio) {
+            Some(driver) => props
+                .maybe("num-queues", driver.queues)
+                .maybe("queue-size", driver.queue_size)
+                .extend(virtio(&driver.virtio)),
+            None => props,
+        }
+    }
+
+    fn disk_place(&self, disk: &Disk) -> Props {
+        let drive = match disk.info.address.as_ref().map(|a| &a.kind) {
+            Some(AddressKind::Drive(drive)) => *drive,
+            Some(AddressKind::Usb(_)) => return self.usb(&disk.info),
+            _ => return self.pci(&disk.info),
+        };
+        let DriveAddress { controller, bus, target, unit } = drive;
+        let alias = |kind| self.controller(kind, controller).and_then(|c| c.info.alias()).unwrap_or_default();
+        match disk.target.bus {
+            Some(DiskBus::Scsi) => {
+                let place = Props::new("bus", format!("{}.0", alias(ControllerKind::Scsi))).set("channel", bus);
+                let place = place.set("scsi-id", target).set("lun", unit);
+                place.set("device_id", format!("drive-{}", id(&disk.info)))
+            }
+            Some(DiskBus::Ide) => Props::new("bus", format!("ide.{bus}")).set("unit", unit),
+            Some(DiskBus::Sata) if self.board == Board::Q35 && controller == 0 => {
+                Props::new("bus", format!("ide.{unit}"))
+            }
+            Some(DiskBus::Sata) => Props::new("bus", format!("{}.{unit}", alias(ControllerKind::Sata))),
+            Some(DiskBus::Fdc) if self.board == Board::Q35 => {
+                Props::new("bus", format!("{}.0", alias(ControllerKind::Fdc))).set("unit", unit)
+            }
+            _ => Props::new("unit", unit),
+        }
+    }
+}
+
+fn device_type(disk: &Disk) -> &'static str {
+    let cd = disk.device() == DiskDevice::Cdrom;
+    match disk.target.bus.unwrap_or_default() {
+        DiskBus::Virtio => "virtio-blk-pci",
+        DiskBus::Scsi if cd => "scsi-cd",
+        DiskBus::Scsi => "scsi-hd",
+        DiskBus::Usb => "usb-storage",
+        DiskBus::Fdc => "floppy",
+        _ if cd => "ide-cd",
+        _ => "ide-hd",
+    }
+}
+
+fn storage(name: &str, path: &str, kind: DiskKind, removable: bool) -> Props {
+    let driver = match (kind, removable) {
+        (DiskKind::Block, true) => "host_cdrom",
+        (DiskKind::Block, false) => "host_device",
+        _ => "file",
+    };
+    let props = Props::new("driver", driver).set("filename", path).set("node-name", format!("{name}-storage"));
+    props.set("auto-read-only", true).set("discard", "unmap")
+}
+
+fn with_backing(image: Props, backing: Option<Option<String>>) -> Props {
+    match backing {
+        None => image,
+        Some(below) => image.set("backing", below.map_or(Value::Null, Value::from)),
+    }
+}
+
+/// Whether images of this format stand on others.
+fn has_backing(format: &str) -> bool {
+    matches!(format, "qcow2" | "qcow" | "qed" | "vmdk")
+}
+
+/// QEMU's word for an image format; `None` for one that we do not hand to it.
+pub fn known_format(format: &str) -> Option<&'static str> {
+    Some(match format {
+        "raw" | "iso" => "raw",
+        "qcow2" => "qcow2",
+        "qcow" => "qcow",
+        "qed" => "qed",
+        "vmdk" => "vmdk",
+        "vdi" => "vdi",
+        "vpc" | "vhd" => "vpc",
+        "vhdx" => "vhdx",
+        "parallels" => "parallels",
+        "bochs" => "bochs",
+        "cloop" => "cloop",
+        "dmg" => "dmg",
+        _ => return None,
+    })
+}
+
+fn driver_name(format: &str) -> &'static str {
+    known_format(format).unwrap_or("raw")
+}
+
+fn cache(driver: Option<&DiskDriver>) -> Props {
+    let (direct, no_flush) = match driver.and_then(|d| d.cache) {
+        None | Some(DiskCache::Default) => return Props::default(),
+        Some(DiskCache::None | DiskCache::Directsync) => (true, false),
+        Some(DiskCache::Unsafe) => (false, true),
+        Some(DiskCache::Writeback | DiskCache::Writethrough) => (false, false),
+    };
+    Props::new("cache", Props::new("direct", direct).set("no-flush", no_flush))
+}
+
+fn write_cache(driver: Option<&DiskDriver>) -> Option<&'static str> {
+    Some(match driver.and_then(|d| d.cache)? {
+        DiskCache::Default => return None,
+        DiskCache::Writethrough | DiskCache::Directsync => "off",
+        DiskCache::None | DiskCache::Writeback | DiskCache::Unsafe => "on",
+    })
+}
+
+/// Zeroes can only be given back as holes where discards are.
+fn detect_zeroes(driver: Option<&DiskDriver>) -> Option<&'static str> {
+    let driver = driver?;
+    match driver.detect_zeroes? {
+        DetectZeroes::Unmap if driver.discard != Some(Discard::Unmap) => Some("on"),
+        other => Some(other.as_str()),
+    }
+}
+
+/// A world wide name is 16 hexadecimal digits.
+pub fn wwn(text: &str) -> Option<u64> {
+    u64::from_str_radix(text.trim_start_matches("0x"), 16).ok().filter(|_| text.len() <= 18)
+}

@@ -1,0 +1,154 @@
+//! Screens for people, and cards for the guest to draw on.
+
+use super::args::{List, Props};
+use super::{Builder, id, list, virtio};
+use serde_json::json;
+use virt_model::device::display::{Connected, GraphicsKind, ListenKind, MouseMode, VideoKind};
+use virt_model::device::{Graphics, Video};
+
+impl Builder<'_> {
+    pub(super) fn graphics(&mut self) {
+        let def = self.def;
+        for graphics in &def.devices.graphics {
+            match graphics.kind {
+                GraphicsKind::Vnc => self.vnc(graphics),
+                GraphicsKind::Spice => self.spice(graphics),
+                _ => {}
+            }
+            if let (Some(_), Some(keymap)) = (Some(graphics.kind), graphics.keymap.as_deref()) {
+                self.args.pair("-k", keymap);
+            }
+        }
+    }
+
+    fn vnc(&mut self, graphics: &Graphics) {
+        let address = match listen_kind(graphics) {
+            ListenKind::Socket => format!("unix:{}", graphics.socket.as_deref().unwrap_or_default()),
+            ListenKind::None => "none".to_owned(),
+            _ => format!("{}:{}", host(graphics), graphics.port.unwrap_or(5900).saturating_sub(5900)),
+        };
+        let password = graphics.passwd.is_some().then_some("on");
+        let vnc = list(&address)
+            .maybe("websocket", graphics.websocket)
+            .maybe("password", password)
+            .maybe("share", graphics.share_policy.map(|policy| policy.as_str()))
+            .maybe("audiodev", self.audiodev(graphics.audio.as_ref()));
+        self.args.pair("-vnc", vnc);
+        self.password("vnc", graphics);
+    }
+
+    fn spice(&mut self, graphics: &Graphics) {
+        let open = graphics.passwd.is_none().then_some("on");
+        let on_off = |value: Option<bool>, word: &'static str| value.filter(|v| !v).map(|_| word);
+        let mouse = graphics.mouse.as_ref().map(|m| if m.mode == MouseMode::Client { "on" } else { "off" });
+        let gl = graphics.gl.as_ref().filter(|gl| gl.enable == Some(true));
+        let spice = spice_address(graphics)
+            .maybe("disable-ticketing", open)
+            .maybe("image-compression", graphics.image.as_ref().map(|image| image.compression.as_str()))
+            .maybe("streaming-video", graphics.streaming.as_ref().map(|s| s.mode.as_str()))
+            .maybe("agent-mouse", mouse)
+            .maybe("disable-copy-paste", on_off(graphics.clipboard.as_ref().and_then(|c| c.copypaste), "on"))
+            .maybe("disable-agent-file-xfer", on_off(graphics.filetransfer.as_ref().and_then(|f| f.enable), "on"))
+            .maybe("gl", gl.map(|_| "on"))
+            .maybe("rendernode", gl.and_then(|gl| gl.rendernode.as_deref()))
+            .set("seamless-migration", "on");
+        self.args.pair("-spice", spice);
+        if let Some(node) = gl.and_then(|gl| gl.rendernode.as_deref()) {
+            self.open(node, true, false);
+        }
+        self.password("spice", graphics);
+    }
+
+    /// Passwords go over the monitor: arguments can be read by everybody on the host.
+    fn password(&mut self, protocol: &str, graphics: &Graphics) {
+        let Some(password) = &graphics.passwd else { return };
+        let mut arguments = json!({"protocol": protocol, "password": password});
+        if let Some(connected) = graphics.connected.filter(|c| *c != Connected::Keep) {
+            arguments["connected"] = json!(connected.as_str());
+        }
+        self.setup.push(("set_password".to_owned(), arguments));
+    }
+
+    pub(super) fn videos(&mut self) {
+        let def = self.def;
+        for (n, video) in def.devices.videos.iter().enumerate() {
+            let Some(device) = card(video, n == 0) else { continue };
+            let props = Props::device(device).set("id", id(&video.info)).extend(screen(video));
+            let driver = video.driver.as_ref().map(|d| virtio(&d.virtio)).unwrap_or_default();
+            self.args.device(props.extend(driver).extend(self.pci(&video.info)));
+        }
+    }
+}
+
+fn listen_kind(graphics: &Graphics) -> ListenKind {
+    graphics.listens.first().map_or(ListenKind::Address, |listen| listen.kind)
+}
+
+/// The address in the form that may be followed by a port.
+fn host(graphics: &Graphics) -> String {
+    let listen = graphics.listens.first().and_then(|l| l.address.as_deref());
+    let address = listen.or(graphics.listen.as_deref()).unwrap_or("127.0.0.1");
+    if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
+}
+
+fn spice_address(graphics: &Graphics) -> List {
+    let list = List::default();
+    match listen_kind(graphics) {
+        ListenKind::Socket => list.set("unix", "on").set("addr", graphics.socket.as_deref().unwrap_or_default()),
+        // QEMU wants a port even where clients come only by file descriptor.
+        ListenKind::None => list.set("port", 0),
+        _ => {
+            let address = graphics.listens.first().and_then(|l| l.address.as_deref());
+            let address = address.or(graphics.listen.as_deref()).unwrap_or("127.0.0.1");
+            list.set("port", graphics.port.unwrap_or(0)).set("addr", address)
+        }
+    }
+}
+
+/// QEMU's name of a card; the first one is what firmware draws on. `None`: there is nothing to add.
+pub fn card(video: &Video, first: bool) -> Option<&'static str> {
+    let gl = video.model.acceleration.as_ref().is_some_and(|a| a.accel3d == Some(true));
+    Some(match (video.model.kind, first, gl) {
+        (VideoKind::Virtio, true, false) => "virtio-vga",
+        (VideoKind::Virtio, true, true) => "virtio-vga-gl",
+        (VideoKind::Virtio, false, false) => "virtio-gpu-pci",
+        (VideoKind::Virtio, false, true) => "virtio-gpu-gl-pci",
+        (VideoKind::Qxl, true, _) => "qxl-vga",
+        (VideoKind::Qxl, false, _) => "qxl",
+        (VideoKind::Vga, true, _) => "VGA",
+        (VideoKind::Vga, false, _) => "secondary-vga",
+        (VideoKind::Cirrus, ..) => "cirrus-vga",
+        (VideoKind::Bochs, ..) => "bochs-display",
+        _ => return None,
+    })
+}
+
+/// Memory, heads and size of the screen, in the card's own words.
+fn screen(video: &Video) -> Props {
+    let model = &video.model;
+    let bytes = |kib: Option<u32>| kib.map(|kib| u64::from(kib) * 1024);
+    let mib = |kib: Option<u32>| kib.map(|kib| (kib / 1024).max(1));
+    let resolution = model.resolution.as_ref();
+    let size = || Props::default().maybe("xres", resolution.map(|r| r.x)).maybe("yres", resolution.map(|r| r.y));
+    match model.kind {
+        VideoKind::Virtio => Props::default()
+            .maybe("max_outputs", model.heads)
+            .maybe("blob", model.blob)
+            .maybe("edid", model.edid)
+            .extend(size()),
+        VideoKind::Qxl => Props::default()
+            .maybe("max_outputs", model.heads)
+            .maybe("ram_size", bytes(model.ram_kib))
+            .maybe("vram_size", bytes(model.vram_kib))
+            .maybe("vram64_size_mb", mib(model.vram64_kib))
+            .maybe("vgamem_mb", mib(model.vgamem_kib))
+            .extend(size()),
+        VideoKind::Vga => {
+            Props::default().maybe("vgamem_mb", mib(model.vram_kib)).maybe("edid", model.edid).extend(size())
+        }
+        VideoKind::Bochs => {
+            Props::default().maybe("vgamem", bytes(model.vram_kib)).maybe("edid", model.edid).extend(size())
+        }
+        _ => Props::default(),
+    }
+}

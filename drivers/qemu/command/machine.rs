@@ -1,0 +1,196 @@
+//! Board, firmware, memory, clock, and how the process presents itself.
+
+use super::args::{List, Props, on_off};
+use super::{Builder, Nvram, list};
+use crate::qemu::complete::Board;
+use std::path::PathBuf;
+use virt_model::device::ControllerKind;
+use virt_model::device::misc::{WatchdogAction, WatchdogModel};
+use virt_model::device::sound::SoundModel;
+use virt_model::domain::LifecycleAction;
+use virt_model::domain::clock::{ClockOffset, TickPolicy, Timer, TimerName};
+use virt_model::domain::features::{IoapicDriver, State};
+use virt_model::domain::os::LoaderKind;
+
+/// The name of the main memory's backend on every PC board.
+const RAM: &str = "pc.ram";
+
+impl Builder<'_> {
+    pub(super) fn machine(&mut self) {
+        let name = List::default().set("guest", &self.def.name).set("debug-threads", "on");
+        self.args.pair("-name", name);
+        self.args.flag("-S");
+        let flash = self.flash();
+        let machine = self.board_options(flash);
+        self.args.pair("-machine", machine);
+        self.args.pair("-accel", if self.kvm { "kvm" } else { "tcg" });
+    }
+
+    fn board_options(&self, flash: Option<(String, Option<String>)>) -> List {
+        let features = self.def.features.as_ref();
+        let on = |state: Option<&State>| state.map(State::is_on);
+        let (code, vars) = flash.unzip();
+        let dump = self.def.memory.as_ref().and_then(|m| m.dump_core).unwrap_or(false);
+        let irqchip = features.and_then(|f| f.ioapic.as_ref()?.driver).map(|driver| match driver {
+            IoapicDriver::Kvm => "on",
+            IoapicDriver::Qemu => "split",
+        });
+        let speaker = self.def.devices.sounds.iter().find(|s| s.model == SoundModel::Pcspk);
+        let machine = self.def.os.kind.machine.as_deref().unwrap_or("pc");
+        let list = list(machine)
+            .set("usb", "off")
+            .maybe_on_off("vmport", on(features.and_then(|f| f.vmport.as_ref())))
+            .maybe_on_off("smm", on(features.and_then(|f| f.smm.as_ref())))
+            .maybe("kernel_irqchip", irqchip.filter(|_| self.kvm))
+            .set("dump-guest-core", on_off(dump))
+            .set("memory-backend", RAM)
+            .maybe("pflash0", code)
+            .maybe("pflash1", vars.flatten())
+            .maybe("pcspk-audiodev", speaker.and_then(|s| self.audiodev(s.audio.as_ref())));
+        let hpet = self.timer(TimerName::Hpet).and_then(|timer| timer.present);
+        list.maybe_on_off("hpet", hpet).set("acpi", on_off(features.is_some_and(|f| f.acpi)))
+    }
+
+    /// The firmware's images; gives the nodes of code and variables.
+    fn flash(&mut self) -> Option<(String, Option<String>)> {
+        let loader = self.def.os.loader.as_ref()?;
+        let path = loader.path.as_deref()?;
+        if loader.kind != Some(LoaderKind::Pflash) {
+            self.args.pair("-bios", path);
+            self.open(path, false, false);
+            return None;
+        }
+        let format = loader.format.as_deref().unwrap_or("raw");
+        self.open(path, false, false);
+        self.flash_nodes("pflash0", path, format, true);
+        if loader.secure == Some(true) {
+            self.args.pair("-global", list("driver=cfi.pflash01").set("property", "secure").set("value", "on"));
+        }
+        let nvram = self.def.os.nvram.as_ref();
+        let vars = nvram.and_then(|nvram| Some((nvram, nvram.path.as_deref()?)));
+        if let Some((nvram, path)) = vars {
+            self.open(path, true, false);
+            self.flash_nodes("pflash1", path, nvram.format.as_deref().unwrap_or("raw"), false);
+            self.nvram =
+                Some(Nvram { path: PathBuf::from(path), template: nvram.template.as_ref().map(PathBuf::from) });
+        }
+        Some(("pflash0".to_owned(), vars.map(|_| "pflash1".to_owned())))
+    }
+
+    fn flash_nodes(&mut self, node: &str, path: &str, format: &str, read_only: bool) {
+        let storage = format!("{node}-storage");
+        let file = Props::new("driver", "file").set("filename", path).set("node-name", &*storage);
+        self.args.blockdev(file.set("auto-read-only", true).set("discard", "unmap"));
+        let image = Props::new("node-name", node).set("read-only", read_only).set("driver", format);
+        self.args.blockdev(image.set("file", storage));
+    }
+
+    pub(super) fn resources(&mut self) {
+        let kib = self.def.memory_kib();
+        self.args.pair("-m", List::default().set("size", format!("{kib}k")));
+        let ram = Props::new("qom-type", "memory-backend-ram").set("id", RAM);
+        self.args.object(ram.set("size", kib.saturating_mul(1024)));
+        self.args.pair("-overcommit", "mem-lock=off");
+        let (online, all) = (self.def.vcpus(), self.def.maximum_vcpus());
+        let topology = self.def.cpu.as_ref().and_then(|cpu| cpu.topology.as_ref());
+        let (sockets, dies, cores, threads) =
+            topology.map_or((all, 1, 1, 1), |t| (t.sockets, t.dies.unwrap_or(1), t.cores, t.threads));
+        let smp = list(&online.to_string()).set("maxcpus", all).set("sockets", sockets).set("dies", dies);
+        self.args.pair("-smp", smp.set("cores", cores).set("threads", threads));
+        self.args.pair("-uuid", self.def.uuid.to_string());
+    }
+
+    /// The monitors: ours, and a spare one for people.
+    pub(super) fn service(&mut self) {
+        self.args.flag("-no-user-config");
+        self.args.flag("-nodefaults");
+        self.args.pair("-display", "none");
+        let main = list("socket").set("id", "mon").set("fd", self.place.monitor_fd);
+        self.args.pair("-chardev", main.set("server", "on").set("wait", "off"));
+        self.args.pair("-mon", list("chardev=mon").set("mode", "control"));
+        let path = self.place.runtime_dir.join("monitor2.sock");
+        let spare = list("socket").set("id", "mon2").set("path", path.display());
+        self.args.pair("-chardev", spare.set("server", "on").set("wait", "off"));
+        self.args.pair("-mon", list("chardev=mon2").set("mode", "control"));
+        self.args.pair("-pidfile", self.place.runtime_dir.join("qemu.pid").to_string_lossy());
+    }
+
+    fn timer(&self, name: TimerName) -> Option<&Timer> {
+        self.def.clock.as_ref()?.timers.iter().find(|timer| timer.name == name)
+    }
+
+    pub(super) fn clock(&mut self) {
+        let local = self.def.clock.as_ref().is_some_and(|clock| clock.offset == ClockOffset::Localtime);
+        let catchup = self.timer(TimerName::Rtc).is_some_and(|t| t.tickpolicy == Some(TickPolicy::Catchup));
+        let rtc = List::default().set("base", if local { "localtime" } else { "utc" });
+        self.args.pair("-rtc", rtc.maybe("driftfix", catchup.then_some("slew")));
+        // Without KVM missed ticks of the PIT are always delayed, and there is no property to say so.
+        let pit = self.timer(TimerName::Pit).and_then(|t| t.tickpolicy).filter(|_| self.kvm);
+        if let Some(policy) = pit {
+            self.args.pair("-global", format!("kvm-pit.lost_tick_policy={policy}"));
+        }
+        self.sleep_states();
+    }
+
+    fn sleep_states(&mut self) {
+        let chip = if self.board == Board::Q35 { "ICH9-LPC" } else { "PIIX4_PM" };
+        let Some(pm) = &self.def.pm else { return };
+        for (state, enabled) in [("disable_s3", &pm.suspend_to_mem), ("disable_s4", &pm.suspend_to_disk)] {
+            if let Some(enabled) = enabled.as_ref().and_then(|e| e.enabled) {
+                self.args.pair("-global", format!("{chip}.{state}={}", u8::from(!enabled)));
+            }
+        }
+    }
+
+    pub(super) fn boot(&mut self) {
+        let os = &self.def.os;
+        let menu = os.bootmenu.as_ref();
+        let boot = List::default()
+            .maybe_on_off("menu", menu.and_then(|m| m.enable))
+            .maybe("splash-time", menu.and_then(|m| m.timeout_ms))
+            .maybe("reboot-timeout", os.bios.as_ref().and_then(|b| b.reboot_timeout_ms));
+        self.args.pair("-boot", boot.set("strict", "on"));
+        for (option, path) in [("-kernel", &os.kernel), ("-initrd", &os.initrd)] {
+            if let Some(path) = path.as_deref().filter(|path| !path.is_empty()) {
+                self.args.pair(option, path);
+                self.open(path, false, false);
+            }
+        }
+        if let Some(cmdline) = &os.cmdline {
+            self.args.pair("-append", cmdline.as_str());
+        }
+        let holes = [(ControllerKind::Pci, 0)].into_iter().filter_map(|(kind, n)| self.controller(kind, n)?.pcihole64);
+        let host = if self.board == Board::Q35 { "q35-pcihost" } else { "i440FX-pcihost" };
+        for hole in holes.collect::<Vec<_>>() {
+            self.args.pair("-global", format!("{host}.pci-hole64-size={}K", hole.0));
+        }
+        self.actions();
+    }
+
+    /// What QEMU does by itself; everything that ends a guest is left standing for the service to decide.
+    fn actions(&mut self) {
+        let reboot = if self.def.on_reboot == LifecycleAction::Restart { "reset" } else { "shutdown" };
+        let watchdog = self.def.devices.watchdogs.first().map(|w| match w.action.unwrap_or_default() {
+            WatchdogAction::Dump => "pause",
+            other => other.as_str(),
+        });
+        let actions = List::default().set("reboot", reboot).set("shutdown", "pause").set("panic", "pause");
+        self.args.pair("-action", actions.maybe("watchdog", watchdog));
+        if self.def.devices.watchdogs.iter().any(|w| w.model == WatchdogModel::Itco) {
+            self.args.pair("-global", "ICH9-LPC.noreboot=off");
+        }
+    }
+
+    /// The fence around the process, and log lines with a time.
+    pub(super) fn fence(&mut self) {
+        if self.place.sandbox && self.caps.sandbox {
+            let fence = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
+            let fence = fence.into_iter().fold(list("on"), |list, what| list.set(what, "deny"));
+            self.args.pair("-sandbox", fence);
+        }
+        if self.def.features.as_ref().and_then(|f| f.vmcoreinfo.as_ref()).is_some_and(State::is_on) {
+            self.args.device(Props::device("vmcoreinfo"));
+        }
+        self.args.pair("-msg", "timestamp=on");
+    }
+}

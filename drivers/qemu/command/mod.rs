@@ -1,0 +1,259 @@
+//! From a definition to QEMU's command line. Pure: no file is opened, the same input gives the same arguments.
+//!
+//! One file per story; each adds its arguments to the [`Builder`]. What `check` refuses never gets here.
+
+mod args;
+mod audio;
+mod chardev;
+mod controller;
+mod cpu;
+mod disk;
+mod graphics;
+mod machine;
+mod misc;
+mod net;
+
+use super::capabilities::Capabilities;
+use super::check;
+use super::complete::{Board, Chosen, go_live};
+use args::{Args, List, Props};
+use serde_json::Value;
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use virt_model::device::controller::ControllerModel;
+use virt_model::device::disk::DiskDevice;
+use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
+use virt_model::domain::DomainDef;
+use virt_model::domain::os::BootDevice;
+use virt_model::xml::{Finding, FindingKind};
+
+pub use audio::{back_end as audio_back_end, card as sound_card};
+pub use controller::usb_device;
+pub use disk::{known_format, wwn};
+pub use graphics::card as video_card;
+pub use misc::input_device;
+pub use net::{Tap, card_type};
+
+/// Where the guest's process finds itself.
+pub struct Place<'a> {
+    /// Where sockets and the pidfile go.
+    pub runtime_dir: &'a Path,
+    /// The file descriptor at which it finds the listening monitor socket.
+    pub monitor_fd: i32,
+    /// Whether it is to be fenced in with seccomp (where the binary can).
+    pub sandbox: bool,
+}
+
+/// What is to be run, and what must be so before and after.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Command {
+    /// The binary.
+    pub program: PathBuf,
+    /// Its arguments, without the program's name.
+    pub args: Vec<String>,
+    /// Its environment, beyond what every guest gets.
+    pub env: Vec<(String, String)>,
+    /// What it must be able to open.
+    pub files: Vec<HostFile>,
+    /// The firmware's variables, to be made from their template when they are not there.
+    pub nvram: Option<Nvram>,
+    /// Network devices that must be open at given file descriptors.
+    pub taps: Vec<Tap>,
+    /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
+    pub setup: Vec<(String, Value)>,
+}
+
+/// A file or device of the host that the guest's process opens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostFile {
+    /// Absolute.
+    pub path: PathBuf,
+    /// Whether it is written.
+    pub write: bool,
+    /// Whether it is an image whose own backing chain is opened too.
+    pub backing: bool,
+}
+
+/// A firmware's variable store.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nvram {
+    /// The guest's own.
+    pub path: PathBuf,
+    /// What it is made from.
+    pub template: Option<PathBuf>,
+}
+
+/// The command line for a completed definition. A live one (see [`go_live`]) is taken as it is; of a stored one, ports are
+/// those that would be tried first. Errors are what `check` finds.
+pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Command, Vec<Finding>> {
+    let mut findings = check::check(def, caps);
+    findings.retain(|finding| finding.kind != FindingKind::Warning);
+    if !findings.is_empty() {
+        return Err(findings);
+    }
+    let mut live = def.clone();
+    go_live(&mut live, &mut Chosen { runtime_dir: place.runtime_dir, free_port: &mut |_, _| true })?;
+    let mut builder = Builder::new(&live, caps, place);
+    builder.machine();
+    builder.cpu();
+    builder.resources();
+    builder.service();
+    builder.clock();
+    builder.boot();
+    builder.controllers();
+    builder.disks();
+    builder.interfaces();
+    builder.smartcards();
+    builder.character_devices();
+    builder.inputs();
+    builder.audio();
+    builder.graphics();
+    builder.videos();
+    builder.sounds();
+    builder.redirections();
+    builder.watchdogs();
+    builder.balloon();
+    builder.random();
+    builder.fence();
+    Ok(builder.finish())
+}
+
+/// The command line as it grows, and what goes with it.
+struct Builder<'a> {
+    def: &'a DomainDef,
+    caps: &'a Capabilities,
+    place: &'a Place<'a>,
+    board: Board,
+    kvm: bool,
+    args: Args,
+    files: Vec<HostFile>,
+    nvram: Option<Nvram>,
+    taps: Vec<Tap>,
+    setup: Vec<(String, Value)>,
+    boot_order: HashMap<String, u32>,
+}
+
+impl<'a> Builder<'a> {
+    fn new(def: &'a DomainDef, caps: &'a Capabilities, place: &'a Place<'a>) -> Self {
+        Builder {
+            def,
+            caps,
+            place,
+            board: Board::of(def),
+            kvm: def.kind == "kvm",
+            args: Args::default(),
+            files: Vec::new(),
+            nvram: None,
+            taps: Vec::new(),
+            setup: Vec::new(),
+            boot_order: boot_order(def),
+        }
+    }
+
+    fn finish(mut self) -> Command {
+        let mut env = Vec::new();
+        if let Some(native) = &self.def.native {
+            self.args.verbatim(native.arguments.iter().map(|argument| argument.value.clone()));
+            env.extend(native.environment.iter().map(|v| (v.name.clone(), v.value.clone().unwrap_or_default())));
+        }
+        Command {
+            program: self.caps.binary.clone(),
+            args: self.args.into_vec(),
+            env,
+            files: self.files,
+            nvram: self.nvram,
+            taps: self.taps,
+            setup: self.setup,
+        }
+    }
+
+    fn open(&mut self, path: &str, write: bool, backing: bool) {
+        self.files.push(HostFile { path: PathBuf::from(path), write, backing });
+    }
+
+    /// Where a PCI device sits.
+    fn pci(&self, info: &DeviceInfo) -> Props {
+        let Some(pci) = info.pci() else { return Props::default() };
+        let addr =
+            if pci.function == 0 { format!("{:#x}", pci.slot) } else { format!("{:#x}.{:#x}", pci.slot, pci.function) };
+        let bus = self.pci_bus(pci.bus.into());
+        Props::new("bus", bus).maybe("multifunction", pci.multifunction).set("addr", addr)
+    }
+
+    fn pci_bus(&self, index: u32) -> String {
+        let controller = self.controller(ControllerKind::Pci, index);
+        match controller.and_then(|c| c.model) {
+            Some(ControllerModel::PcieRoot) => "pcie.0".to_owned(),
+            Some(ControllerModel::PciRoot) => "pci.0".to_owned(),
+            _ => controller.and_then(|c| c.info.alias()).map_or_else(|| format!("pci.{index}"), str::to_owned),
+        }
+    }
+
+    /// Where a USB device sits.
+    fn usb(&self, info: &DeviceInfo) -> Props {
+        let Some(AddressKind::Usb(usb)) = info.address.as_ref().map(|a| &a.kind) else { return Props::default() };
+        let controller = self.controller(ControllerKind::Usb, usb.bus);
+        let alias = controller.and_then(|c| c.info.alias()).unwrap_or("usb");
+        Props::new("bus", format!("{alias}.0")).maybe("port", usb.port.clone())
+    }
+
+    /// The controller of that number; of several USB 2 companions, the master.
+    fn controller(&self, kind: ControllerKind, index: u32) -> Option<&'a Controller> {
+        let same = |c: &&Controller| c.kind == kind && c.index() == index;
+        let mut all = self.def.devices.controllers.iter().filter(same);
+        let first = all.clone().next();
+        all.find(|c| c.master.is_none()).or(first)
+    }
+
+    /// The turn at booting, from 1.
+    fn boot_index(&self, info: &DeviceInfo) -> Option<u32> {
+        self.boot_order.get(id(info)).copied()
+    }
+}
+
+/// The device's name; every device has one once it is live.
+fn id(info: &DeviceInfo) -> &str {
+    info.alias().unwrap_or_default()
+}
+
+/// Name and place of a PCI device come last; so does its turn at booting.
+fn turn(props: Props, index: Option<u32>) -> Props {
+    props.maybe("bootindex", index)
+}
+
+/// Each device's turn: its own, or that of the first device of each class in `<os><boot>`.
+fn boot_order(def: &DomainDef) -> HashMap<String, u32> {
+    let devices = &def.devices;
+    let disks = devices.disks.iter().map(|d| &d.info);
+    let infos =
+        disks.chain(devices.interfaces.iter().map(|i| &i.info)).chain(devices.redirdevs.iter().map(|r| &r.info));
+    let mut order: HashMap<String, u32> =
+        infos.filter_map(|info| Some((id(info).to_owned(), info.boot_order()?))).collect();
+    for (turn, boot) in (1..).zip(&def.os.boot) {
+        let disk = |device: DiskDevice| devices.disks.iter().find(|d| d.device() == device).map(|d| &d.info);
+        let first = match boot.dev {
+            BootDevice::Hd => disk(DiskDevice::Disk),
+            BootDevice::Cdrom => disk(DiskDevice::Cdrom),
+            BootDevice::Fd => disk(DiskDevice::Floppy),
+            BootDevice::Network => devices.interfaces.first().map(|i| &i.info),
+        };
+        if let Some(info) = first {
+            order.entry(id(info).to_owned()).or_insert(turn);
+        }
+    }
+    order
+}
+
+/// What virtio devices share.
+fn virtio(driver: &virt_model::device::VirtioDriver) -> Props {
+    Props::default()
+        .maybe("iommu_platform", driver.iommu)
+        .maybe("ats", driver.ats)
+        .maybe("packed", driver.packed)
+        .maybe("page-per-vq", driver.page_per_vq)
+}
+
+/// `socket,…` and the like.
+fn list(first: &str) -> List {
+    List::new(first)
+}

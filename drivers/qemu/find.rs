@@ -1,0 +1,195 @@
+//! Finding a QEMU that outlived the last virtd, and being sure that it is the one.
+//!
+//! Boot id, process number and start time name the process; the monitor's peer is that process; and QEMU knows the uuid.
+//! One that lives and does not answer is held all the same: it can be destroyed, and its monitor is sought until it
+//! answers.
+
+use super::events::{Guest, condition};
+use super::instance::{Body, Leavings, QemuInstance, translate};
+use super::log::Log;
+use super::qmp::{Qmp, QmpError};
+use super::record::{Keeper, Phase, Record, blocking};
+use super::report::Reporter;
+use crate::host::process::{Process, kill};
+use serde_json::{Value, json};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+use uuid::Uuid;
+use virt_model::driver::{Condition, DriverError, Reconnect, Reconnected};
+
+/// How long a monitor may take to answer before virtd goes on without it.
+const CONTACT: Duration = Duration::from_secs(2);
+/// How long a process whose monitor has gone may take to follow it.
+const DYING: Duration = Duration::from_millis(500);
+/// How long one that has not answered is listened to before it is called again.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How long between calls, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(30));
+
+/// A guest that is looked for.
+pub struct Search {
+    /// What is known of it.
+    pub found: Reconnect,
+    /// See [`Body::ends_on_reboot`].
+    pub ends_on_reboot: bool,
+    /// What it may have left behind.
+    pub leavings: Leavings,
+}
+
+impl Search {
+    /// Finds it, or cleans up after it.
+    pub async fn run(self) -> Result<Option<Reconnected>, DriverError> {
+        let unreadable = |e| DriverError::Internal(format!("the guest's record cannot be read: {e}"));
+        let record: Record = serde_json::from_value(self.found.record.clone()).map_err(unreadable)?;
+        let opening = record.clone();
+        let living = blocking(move || open(&opening)).await?;
+        let living = living.map_err(|e| DriverError::Internal(format!("cannot look for the guest's process: {e}")))?;
+        let Some(fd) = living else { return self.gone().await };
+        let process = Process::new(fd);
+        let process = process.map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))?;
+        self.adopt(record, process).await
+    }
+
+    /// Cleans up after a guest that has gone.
+    async fn gone(self) -> Result<Option<Reconnected>, DriverError> {
+        let leavings = self.leavings.clone();
+        blocking(move || leavings.clear()).await.map(|()| None)
+    }
+
+    async fn adopt(self, record: Record, process: Process) -> Result<Option<Reconnected>, DriverError> {
+        let mut guest = Guest::found(self.found.last);
+        guest.expect_reboot(record.rebooting);
+        let reporter = Reporter::new(guest, self.found.events.clone());
+        let caller = Caller {
+            path: record.monitor.clone(),
+            pid: record.process.as_ref().map_or(0, |identity| identity.pid),
+            uuid: record.uuid,
+            reporter: reporter.clone(),
+        };
+        let contact = tokio::select! {
+            contact = caller.call(CONTACT) => contact,
+            _ = process.ended() => return self.gone().await,
+        };
+        let rebooting = record.rebooting;
+        let body = self.body(record, process, reporter.clone());
+        let (monitor, status) = match contact {
+            Ok(contact) => contact,
+            Err(error) => {
+                // One that is just dying closes its monitor first.
+                if timeout(DYING, body.process.ended()).await.is_ok() {
+                    return self.gone().await;
+                }
+                tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
+                let instance = QemuInstance::new(body).with_task(|body| seek(body, caller));
+                return Ok(Some(Reconnected { instance: Arc::new(instance), condition: self.found.last }));
+            }
+        };
+        *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));
+        reporter.found(status, false);
+        let instance = QemuInstance::new(body);
+        if self.ends_on_reboot {
+            // The last virtd may have been killed in the midst of a reset.
+            instance.body().end_on_reboot_again();
+        }
+        // It powered off to reboot while virtd was away.
+        let condition = if rebooting && status == Condition::PoweredOff {
+            reporter.guest(Guest::reboots_now);
+            instance.body().finish_reboot().await;
+            Condition::Running
+        } else {
+            status
+        };
+        Ok(Some(Reconnected { instance: Arc::new(instance), condition }))
+    }
+
+    fn body(&self, record: Record, process: Process, reporter: Arc<Reporter>) -> Body {
+        Body {
+            uuid: record.uuid,
+            process,
+            monitor: Mutex::new(None),
+            reporter,
+            log: Log::found(&self.found.log_file, record.log_start),
+            keeper: Arc::new(Keeper::new(self.found.recorder.clone(), record)),
+            leavings: self.leavings.clone(),
+            ends_on_reboot: self.ends_on_reboot,
+            requested: AtomicBool::new(false),
+            gone: watch::Sender::new(false),
+            turn: tokio::sync::Mutex::default(),
+            settling: Mutex::default(),
+        }
+    }
+}
+
+/// The process of a guest that was up. One whose start was cut off is ended. Blocks.
+fn open(record: &Record) -> std::io::Result<Option<OwnedFd>> {
+    let Some(identity) = &record.process else { return Ok(None) };
+    let fd = identity.open()?;
+    match (fd, record.phase) {
+        (Some(fd), Phase::Running) => Ok(Some(fd)),
+        (Some(fd), _) => {
+            tracing::info!(uuid = %record.uuid, "its start was cut off; its QEMU is ended");
+            kill(&fd);
+            Ok(None)
+        }
+        (None, _) => Ok(None),
+    }
+}
+
+/// Who calls a monitor.
+struct Caller {
+    path: PathBuf,
+    pid: i32,
+    uuid: Uuid,
+    reporter: Arc<Reporter>,
+}
+
+impl Caller {
+    /// Calls, makes sure who answers, and asks what the guest does. What is heard is held back until that is told.
+    async fn call(&self, within: Duration) -> Result<(Qmp, Condition), DriverError> {
+        let call = async {
+            self.reporter.hold();
+            let stream = UnixStream::connect(&self.path).await;
+            let stream = stream.map_err(|e| DriverError::Hypervisor(format!("{}: {e}", self.path.display())))?;
+            let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
+            if peer != Some(self.pid) {
+                return Err(DriverError::Internal("another process listens where its monitor was".into()));
+            }
+            let monitor = Qmp::negotiate(stream, self.reporter.ears(), within).await.map_err(translate)?;
+            let known = monitor.execute("query-uuid", json!({})).await.map_err(translate)?;
+            if known.get("UUID").and_then(Value::as_str) != Some(&self.uuid.to_string()) {
+                return Err(DriverError::Internal("its QEMU knows itself by another uuid".into()));
+            }
+            let status = monitor.execute("query-status", json!({})).await.map_err(translate)?;
+            let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
+            Ok((monitor, condition(status)))
+        };
+        let late = || translate(QmpError::TimedOut("hello".into()));
+        timeout(within, call).await.unwrap_or_else(|_| Err(late()))
+    }
+}
+
+/// Calls a monitor until it answers, then tells what the guest does.
+async fn seek(body: Arc<Body>, caller: Caller) {
+    let mut pause = PAUSES.0;
+    loop {
+        match caller.call(PATIENCE).await {
+            Ok((monitor, condition)) => {
+                tracing::info!(uuid = %body.uuid, "QEMU answers again");
+                *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));
+                if body.ends_on_reboot {
+                    body.end_on_reboot_again();
+                }
+                return caller.reporter.found(condition, true);
+            }
+            Err(error) => tracing::debug!(uuid = %body.uuid, %error, "QEMU still does not answer"),
+        }
+        sleep(pause).await;
+        pause = (pause * 2).min(PAUSES.1);
+    }
+}

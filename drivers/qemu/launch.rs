@@ -1,0 +1,330 @@
+//! Starting a QEMU: everything it needs, then the process, then its monitor, then its CPUs; and all of it undone when a
+//! step fails or the start is cancelled.
+
+use super::command::{Command, Nvram};
+use super::events::Guest;
+use super::instance::{Body, Leavings, QemuInstance, join, translate};
+use super::log::Log;
+use super::qmp::Qmp;
+use super::record::{Keeper, Phase, Record, blocking};
+use super::report::Reporter;
+use crate::host::access::{Ledger, Want};
+use crate::host::process::Process;
+use crate::host::spawn::{Plan, Spawned, spawn};
+use crate::host::user::RunAs;
+use rustix::process::Signal;
+use serde_json::{Value, json};
+use std::fs::{DirBuilder, File, Permissions};
+use std::io;
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, fchown};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::driver::{DriverError, EventSink, Recorder};
+
+/// The descriptor at which QEMU finds its monitor.
+pub const MONITOR_FD: RawFd = 3;
+/// How long QEMU may take until it says hello; it has opened its images by then.
+const HELLO: Duration = Duration::from_secs(60);
+/// How long a killed QEMU may take to be gone.
+const REAP: Duration = Duration::from_secs(10);
+
+/// A start.
+pub struct Start {
+    /// The guest's uuid.
+    pub uuid: Uuid,
+    /// Its name, for people who read the log.
+    pub name: String,
+    /// What is run.
+    pub command: Command,
+    /// Leave the CPUs standing.
+    pub paused: bool,
+    /// Make the firmware variables anew.
+    pub reset_nvram: bool,
+    /// See [`Body::ends_on_reboot`].
+    pub ends_on_reboot: bool,
+    /// Whom QEMU runs as, with the ledger of what is lent to them; as we do if `None`.
+    pub user: Option<(RunAs, Arc<Ledger>)>,
+    /// As in `Launch`.
+    pub runtime_dir: PathBuf,
+    /// As in `Launch`.
+    pub log_file: PathBuf,
+    /// As in `Launch`.
+    pub recorder: Arc<dyn Recorder>,
+    /// As in `Launch`.
+    pub events: EventSink,
+    /// As in `Launch`.
+    pub cancel: CancellationToken,
+}
+
+/// How far it has come.
+#[derive(Default)]
+struct Made {
+    process: Option<Process>,
+    log: Option<Log>,
+}
+
+/// What `prepare` makes.
+struct Prepared {
+    log: Log,
+    output: File,
+    gifts: Vec<(RawFd, OwnedFd)>,
+}
+
+impl Start {
+    /// Starts it. The second value is what `query-chardev` says.
+    pub async fn run(self) -> Result<(QemuInstance, Value), DriverError> {
+        let start = Arc::new(self);
+        let keeper = Arc::new(Keeper::new(start.recorder.clone(), start.record()));
+        let mut made = Made::default();
+        match start.attempt(&keeper, &mut made).await {
+            Ok(up) => Ok(up),
+            Err(error) => Err(start.undo(error, made, keeper).await),
+        }
+    }
+
+    fn record(&self) -> Record {
+        Record {
+            phase: Phase::Starting,
+            uuid: self.uuid,
+            exe: self.command.program.clone(),
+            monitor: self.leavings().monitor(),
+            log_start: 0,
+            process: None,
+            rebooting: false,
+        }
+    }
+
+    fn leavings(&self) -> Leavings {
+        let ledger = self.user.as_ref().map(|(_, ledger)| ledger.clone());
+        Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger }
+    }
+
+    async fn attempt(
+        self: &Arc<Self>,
+        keeper: &Arc<Keeper>,
+        made: &mut Made,
+    ) -> Result<(QemuInstance, Value), DriverError> {
+        keeper.change(|_| {}).await?;
+        let start = self.clone();
+        let mut prepared = blocking(move || start.prepare()).await??;
+        made.log = Some(prepared.log.clone());
+        for tap in &self.command.taps {
+            prepared.gifts.push((tap.fd, super::tap::open(&tap.bridge).await?));
+        }
+        self.lend().await?;
+        self.still_wanted()?;
+        let process = made.process.insert(self.spawn(keeper, prepared).await?);
+        let reporter = Reporter::new(Guest::starting(), self.events.clone());
+        let (monitor, devices) = tokio::select! {
+            up = self.bring_up(&reporter) => up?,
+            _ = process.ended() => return Err(DriverError::Gone),
+            () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
+        };
+        keeper.change(|record| record.phase = Phase::Running).await?;
+        self.still_wanted()?;
+        self.instance(keeper, made, reporter, monitor).map(|instance| (instance, devices))
+    }
+
+    fn still_wanted(&self) -> Result<(), DriverError> {
+        if self.cancel.is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
+    }
+
+    /// Folders, log, firmware variables, monitor socket. Blocks.
+    fn prepare(&self) -> Result<Prepared, DriverError> {
+        let user = self.user.as_ref().map(|(user, _)| user);
+        let own = self.leavings().own_dir();
+        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| give(&own, user));
+        made.map_err(|e| storage(&own, &e))?;
+        if let Some(nvram) = &self.command.nvram {
+            make_nvram(nvram, self.reset_nvram, user)?;
+        }
+        let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
+        let monitor = self.leavings().monitor();
+        let listener = listen(&monitor).map_err(|e| storage(&monitor, &e))?;
+        Ok(Prepared { log, output, gifts: vec![(MONITOR_FD, listener)] })
+    }
+
+    fn headline(&self) -> String {
+        let quote =
+            |word: &String| match word.contains(|c: char| !c.is_ascii_alphanumeric() && !"-_=,./:+@".contains(c)) {
+                true => format!("'{}'", word.replace('\'', "'\\''")),
+                false => word.clone(),
+            };
+        let args: Vec<String> = self.command.args.iter().map(quote).collect();
+        format!("--- start of {} ({}): {} {}", self.name, self.uuid, self.command.program.display(), args.join(" "))
+    }
+
+    /// Makes the files accessible. A file system that does not answer cannot keep a start from being cancelled.
+    async fn lend(self: &Arc<Self>) -> Result<(), DriverError> {
+        let Some((user, ledger)) = self.user.clone() else { return Ok(()) };
+        let wants: Vec<Want> = self.command.files.iter().map(want).collect();
+        let (uuid, at_work) = (self.uuid, ledger.clone());
+        let mut lending = tokio::task::spawn_blocking(move || at_work.lend(&user, uuid, &wants));
+        tokio::select! {
+            lent = &mut lending => lent.unwrap_or_else(|e| Err(DriverError::Internal(e.to_string()))),
+            () = self.cancel.cancelled() => {
+                // When it does end, what it got is given back.
+                tokio::spawn(async move {
+                    let _ = lending.await;
+                    let _ = blocking(move || ledger.give_back(uuid)).await;
+                });
+                Err(DriverError::Cancelled)
+            }
+        }
+    }
+
+    /// Makes the process. Cannot be interrupted; takes moments.
+    async fn spawn(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+        let (start, keeper) = (self.clone(), keeper.clone());
+        let spawned = blocking(move || start.fork(&keeper, prepared)).await?;
+        let Spawned { fd, .. } = spawned.map_err(|e| DriverError::Hypervisor(e.to_string()))?;
+        Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))
+    }
+
+    fn fork(&self, keeper: &Keeper, prepared: Prepared) -> io::Result<Spawned> {
+        let home = self.leavings().own_dir().to_string_lossy().into_owned();
+        let base =
+            [("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LC_ALL", "C"), ("HOME", &home), ("XDG_RUNTIME_DIR", &home)];
+        let mut env: Vec<(String, String)> = base.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        env.retain(|(key, _)| !self.command.env.iter().any(|(own, _)| own == key));
+        env.extend(self.command.env.iter().cloned());
+        let plan = Plan {
+            program: &self.command.program,
+            args: &self.command.args,
+            env: &env,
+            output: &prepared.output,
+            gifts: prepared.gifts,
+            user: self.user.as_ref().map(|(user, _)| user),
+        };
+        let log_start = prepared.log.start();
+        spawn(plan, |identity| {
+            keeper.update(|record| {
+                record.phase = Phase::Spawned;
+                record.process = Some(identity.clone());
+                record.log_start = log_start;
+            })
+        })
+    }
+
+    /// From the process to running CPUs.
+    async fn bring_up(&self, reporter: &Arc<Reporter>) -> Result<(Qmp, Value), DriverError> {
+        let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await.map_err(translate)?;
+        for (command, arguments) in &self.command.setup {
+            monitor.execute(command, arguments.clone()).await.map_err(translate)?;
+        }
+        let devices = monitor.execute("query-chardev", json!({})).await.map_err(translate)?;
+        match self.paused {
+            true => reporter.guest(Guest::stands),
+            false => drop(monitor.execute("cont", json!({})).await.map_err(translate)?),
+        }
+        Ok((monitor, devices))
+    }
+
+    fn instance(
+        &self,
+        keeper: &Arc<Keeper>,
+        made: &mut Made,
+        reporter: Arc<Reporter>,
+        monitor: Qmp,
+    ) -> Result<QemuInstance, DriverError> {
+        let lost = || DriverError::Internal("a start lost its process".into());
+        Ok(QemuInstance::new(Body {
+            uuid: self.uuid,
+            log: made.log.clone().ok_or_else(lost)?,
+            process: made.process.take().ok_or_else(lost)?,
+            monitor: Mutex::new(Some(Arc::new(monitor))),
+            reporter,
+            keeper: keeper.clone(),
+            leavings: self.leavings(),
+            ends_on_reboot: self.ends_on_reboot,
+            requested: AtomicBool::new(false),
+            gone: watch::Sender::new(false),
+            turn: tokio::sync::Mutex::default(),
+            settling: Mutex::default(),
+        }))
+    }
+
+    /// Leaves no trace; tells why, with QEMU's last words if it has ended by itself.
+    async fn undo(&self, error: DriverError, made: Made, keeper: Arc<Keeper>) -> DriverError {
+        if let Some(process) = &made.process {
+            // The monitor may be lost a moment before the process.
+            let ended = matches!(error, DriverError::Gone) && timeout(REAP, process.ended()).await.is_ok();
+            if !ended {
+                let killed = process.signal(Signal::KILL);
+                if killed.is_err() || timeout(REAP, process.ended()).await.is_err() {
+                    tracing::error!(uuid = %self.uuid, "a QEMU whose start failed cannot be ended");
+                }
+            }
+        }
+        let (leavings, log) = (self.leavings(), made.log);
+        let cleared = blocking(move || {
+            keeper.close();
+            leavings.clear();
+            log.map(|log| log.last_words()).unwrap_or_default()
+        });
+        // A file system that does not answer must not keep the failure from being told.
+        let words = timeout(REAP, cleared).await.ok().and_then(Result::ok).unwrap_or_default();
+        match error {
+            DriverError::Gone => DriverError::Hypervisor(join("QEMU ended before the guest was up", &words)),
+            DriverError::Hypervisor(what) if made.process.is_some() => DriverError::Hypervisor(join(&what, &words)),
+            other => other,
+        }
+    }
+}
+
+fn want(file: &super::command::HostFile) -> Want {
+    Want { path: file.path.clone(), write: file.write, backing: file.backing }
+}
+
+fn storage(path: &Path, error: &io::Error) -> DriverError {
+    DriverError::Storage(format!("{}: {error}", path.display()))
+}
+
+fn give(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))
+}
+
+/// A listening socket that only we can connect to, from its first moment.
+fn listen(path: &Path) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    listen(&socket, 1)?;
+    Ok(socket)
+}
+
+/// Makes the firmware's variables from their template, where they are not there or are to be made anew.
+fn make_nvram(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), DriverError> {
+    let path = &nvram.path;
+    if !anew && path.exists() {
+        return Ok(());
+    }
+    let Some(template) = &nvram.template else {
+        let path = path.display();
+        return Err(DriverError::Storage(format!("{path}: there are no firmware variables and no template for them")));
+    };
+    let mut from = File::open(template).map_err(|e| storage(template, &e))?;
+    let copy = |from: &mut File| {
+        let dir = path.parent().unwrap_or(Path::new("/"));
+        if !dir.exists() {
+            DirBuilder::new().mode(0o711).create(dir)?;
+        }
+        let mut new = tempfile::NamedTempFile::new_in(dir)?;
+        io::copy(from, new.as_file_mut())?;
+        if let Some(user) = user {
+            fchown(new.as_file(), Some(user.uid), Some(user.gid))?;
+        }
+        new.as_file().sync_all()?;
+        new.persist(path)?;
+        Ok(())
+    };
+    copy(&mut from).map_err(|e: io::Error| storage(path, &e))
+}

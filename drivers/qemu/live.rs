@@ -1,0 +1,108 @@
+//! What a running guest has and its definition does not say: TCP ports, terminals.
+
+use serde_json::Value;
+use std::collections::{BTreeSet, HashMap};
+use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::sync::{Arc, Mutex, PoisonError};
+use virt_model::device::chardev::{CharKind, CharSource};
+use virt_model::device::{CharSource as Source, DeviceInfo};
+use virt_model::domain::DomainDef;
+
+/// TCP ports that starting guests have been promised and have not opened yet.
+#[derive(Clone, Default)]
+pub struct Ports(Arc<Mutex<BTreeSet<u16>>>);
+
+/// The ports of one start; free again when it is dropped, which is when QEMU has opened them, or has failed.
+pub struct Reserved {
+    ports: Ports,
+    mine: Vec<u16>,
+}
+
+impl Ports {
+    /// No port, for a start that will take some.
+    pub fn reserve(&self) -> Reserved {
+        Reserved { ports: self.clone(), mine: Vec::new() }
+    }
+}
+
+impl Reserved {
+    /// Takes a port if nobody has it on that address.
+    pub fn take(&mut self, address: &str, port: u16) -> bool {
+        let address = address.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let mut taken = self.ports.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = !taken.contains(&port) && TcpListener::bind((address, port)).is_ok();
+        if free {
+            taken.insert(port);
+            self.mine.push(port);
+        }
+        free
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        let mut taken = self.ports.0.lock().unwrap_or_else(PoisonError::into_inner);
+        self.mine.iter().for_each(|port| _ = taken.remove(port));
+    }
+}
+
+/// Puts the terminals that `query-chardev` tells into the definition.
+pub fn set_terminals(live: &mut DomainDef, devices: &Value) {
+    let terminals = terminals(devices);
+    let set = |source: &mut Source, info: &DeviceInfo| {
+        let terminal = info.alias().and_then(|alias| terminals.get(alias));
+        if let (CharKind::Pty, Some(path)) = (source.kind, terminal) {
+            source.set_path(Some(path.clone()));
+        }
+    };
+    let devices = &mut live.devices;
+    devices.serials.iter_mut().for_each(|device| set(&mut device.source, &device.info));
+    devices.channels.iter_mut().for_each(|device| set(&mut device.source, &device.info));
+    for console in &mut devices.consoles {
+        set(&mut console.source, &console.info);
+        console.source.tty = terminal(&console.source);
+    }
+}
+
+fn terminal(source: &CharSource) -> Option<String> {
+    (source.kind == CharKind::Pty).then(|| source.path().map(str::to_owned)).flatten()
+}
+
+/// Terminals by the alias of their device, as QEMU names its back ends `char` and the alias.
+fn terminals(devices: &Value) -> HashMap<String, String> {
+    let devices = devices.as_array().into_iter().flatten();
+    let text = |device: &Value, key: &str| device.get(key).and_then(Value::as_str).map(str::to_owned);
+    let pair = |device: &Value| {
+        let alias = text(device, "label")?.strip_prefix("char")?.to_owned();
+        Some((alias, text(device, "filename")?.strip_prefix("pty:")?.to_owned()))
+    };
+    devices.filter_map(pair).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terminals_are_known_by_their_device() {
+        let devices = serde_json::json!([
+            {"label": "charserial0", "filename": "pty:/dev/pts/7", "frontend-open": true},
+            {"label": "mon", "filename": "unix:/run/x,server=on"},
+            {"label": "charchannel0"},
+        ]);
+        assert_eq!(terminals(&devices), HashMap::from([("serial0".to_owned(), "/dev/pts/7".to_owned())]));
+        assert_eq!(terminals(&Value::Null), HashMap::new());
+    }
+
+    #[test]
+    fn two_starts_get_two_ports() {
+        let ports = Ports::default();
+        let free = TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).unwrap().port();
+        let (mut one, mut two) = (ports.reserve(), ports.reserve());
+        assert!(one.take("127.0.0.1", free) && !two.take("127.0.0.1", free));
+        drop(one);
+        assert!(two.take("127.0.0.1", free));
+        let held = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(!two.take("127.0.0.1", held.local_addr().unwrap().port()));
+    }
+}

@@ -1,0 +1,253 @@
+//! QEMU: a process per guest, made from the definition, moved over its monitor.
+//!
+//! ```text
+//!   definition ─complete─▶ ─check─▶ ─command─▶ argv ─launch─▶ process + monitor = instance ─▶ reports
+//!   record ────────────────find──────────────────────────────▶        "
+//! ```
+
+pub mod capabilities;
+pub mod check;
+pub mod command;
+pub mod complete;
+mod events;
+mod find;
+mod instance;
+mod launch;
+mod live;
+mod log;
+mod qmp;
+mod record;
+mod report;
+pub mod tap;
+
+use crate::DriverConfig;
+use crate::host::access::Ledger;
+use crate::host::user::RunAs;
+use async_trait::async_trait;
+use capabilities::{Capabilities, Host, Prober, default_emulator};
+use complete::{Chosen, go_live};
+use instance::{Leavings, QemuInstance};
+use launch::{MONITOR_FD, Start};
+use live::Ports;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::{Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
+use virt_model::xml::{Finding, FindingKind};
+
+/// Drives QEMU on this host.
+#[derive(Clone)]
+pub struct QemuDriver(Arc<Inner>);
+
+struct Inner {
+    prober: Prober,
+    ports: Ports,
+    privileges: Privileges,
+}
+
+/// Whom QEMU runs as.
+enum Privileges {
+    /// As we do.
+    Ours,
+    /// As a user who is looked up at each start: they may be made while virtd runs.
+    Drop { user: String, group: Option<String>, ledger: Result<Arc<Ledger>, String> },
+}
+
+impl QemuDriver {
+    /// A driver for this host. Reads the ledger of lent files, and gives back what was lent before the host booted.
+    pub fn new(config: &DriverConfig) -> QemuDriver {
+        let drops = config.system && nix::unistd::geteuid().is_root();
+        let privileges = match drops {
+            false => Privileges::Ours,
+            true => Privileges::Drop {
+                user: config.qemu_user.clone(),
+                group: config.qemu_group.clone(),
+                ledger: Ledger::open(&config.state_dir).map(Arc::new).map_err(|e| {
+                    let why = format!("the ledger of lent files in {}: {e}", config.state_dir.display());
+                    tracing::error!("{why}");
+                    why
+                }),
+            },
+        };
+        let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe());
+        QemuDriver(Arc::new(Inner { prober, ports: Ports::default(), privileges }))
+    }
+
+    async fn capabilities_for(&self, def: &DomainDef) -> Arc<Capabilities> {
+        self.0.prober.probe_or_absent(&emulator(def)).await
+    }
+
+    async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
+        let user = self.0.privileges.user()?;
+        let binary = emulator(&launch.def);
+        let caps = tokio::select! {
+            caps = self.0.prober.probe(&binary) => caps?,
+            () = cancel.cancelled() => return Err(DriverError::Cancelled),
+        };
+        let mut live = launch.def.clone();
+        let own_dir = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None }.own_dir();
+        let mut ports = self.0.ports.reserve();
+        let mut free_port = |address: &str, port| ports.take(address, port);
+        go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, free_port: &mut free_port })
+            .map_err(DriverError::Config)?;
+        let place = command::Place { runtime_dir: &own_dir, monitor_fd: MONITOR_FD, sandbox: user.is_some() };
+        let command = command::build(&live, &caps, &place).map_err(DriverError::Config)?;
+        let start = Start {
+            uuid: live.uuid,
+            name: live.name.clone(),
+            command,
+            paused: launch.paused,
+            reset_nvram: launch.reset_nvram,
+            ends_on_reboot: ends_on_reboot(&live),
+            user,
+            runtime_dir: launch.runtime_dir,
+            log_file: launch.log_file,
+            recorder: launch.recorder,
+            events: launch.events,
+            cancel,
+        };
+        let (instance, devices) = start.run().await?;
+        live::set_terminals(&mut live, &devices);
+        Ok((instance, live))
+    }
+}
+
+#[async_trait]
+impl Driver for QemuDriver {
+    fn name(&self) -> &'static str {
+        "qemu"
+    }
+
+    fn types(&self) -> &'static [&'static str] {
+        &["qemu", "kvm"]
+    }
+
+    async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
+        let caps = self.capabilities_for(def).await;
+        complete::complete(def, &caps).map_err(DriverError::Config)
+    }
+
+    async fn check(&self, def: &DomainDef) -> Vec<Finding> {
+        let caps = self.capabilities_for(def).await;
+        let mut findings = check::check(def, &caps);
+        if let Err(error) = self.0.privileges.user() {
+            findings.push(Finding {
+                kind: FindingKind::Unsupported,
+                line: 0,
+                column: 0,
+                path: "/".into(),
+                message: error.to_string(),
+            });
+        }
+        findings
+    }
+
+    async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
+        if format != "qemu-argv" {
+            return Err(DriverError::Unsupported(format!(
+                "the format '{format}' is not known here: ask for 'qemu-argv'"
+            )));
+        }
+        let caps = self.0.prober.probe(&emulator(def)).await?;
+        // Where a guest will have its sockets is known when it starts.
+        let runtime_dir = Path::new("/run/virtd/guests").join(def.uuid.to_string()).join("qemu");
+        let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
+        let place = command::Place { runtime_dir: &runtime_dir, monitor_fd: MONITOR_FD, sandbox };
+        let command = command::build(def, &caps, &place).map_err(DriverError::Config)?;
+        Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
+    }
+
+    async fn capabilities(&self) -> Result<String, DriverError> {
+        let host = Host::read();
+        let caps = self.0.prober.probe(&default_emulator(&host.arch)).await;
+        let found: Vec<Arc<Capabilities>> = caps.into_iter().collect();
+        Ok(capabilities::document(&host, &found.iter().map(Arc::as_ref).collect::<Vec<_>>()))
+    }
+
+    async fn start(&self, launch: Launch) -> Result<Running, DriverError> {
+        // In a task of its own: it cleans up after itself even if nobody waits for it any more.
+        let cancel = launch.cancel.child_token();
+        let given_up = cancel.clone().drop_guard();
+        let (hand_over, taken) = oneshot::channel();
+        let driver = self.clone();
+        tokio::spawn(async move {
+            let made = driver.make(launch, cancel).await;
+            let _ = hand_over.send(made.map(|(instance, live)| Delivery(Some((Arc::new(instance), live)))));
+        });
+        let made = taken.await.unwrap_or_else(|_| Err(DriverError::Internal("the start was cut off".into())));
+        given_up.disarm();
+        made?.accept()
+    }
+
+    async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
+        let ledger = match &self.0.privileges {
+            Privileges::Drop { ledger: Ok(ledger), .. } => Some(ledger.clone()),
+            _ => None,
+        };
+        let leavings = Leavings { uuid: found.live.uuid, runtime_dir: found.runtime_dir.clone(), ledger };
+        let ends_on_reboot = ends_on_reboot(&found.live);
+        find::Search { found, ends_on_reboot, leavings }.run().await
+    }
+}
+
+/// A started guest on its way to whoever asked for it; ended if they have gone.
+struct Delivery(Option<(Arc<QemuInstance>, DomainDef)>);
+
+impl Delivery {
+    fn accept(mut self) -> Result<Running, DriverError> {
+        let (instance, live) = self.0.take().ok_or_else(|| DriverError::Internal("delivered twice".into()))?;
+        Ok(Running { instance, live })
+    }
+}
+
+impl Drop for Delivery {
+    fn drop(&mut self) {
+        if let Some((instance, _)) = self.0.take()
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(async move {
+                if let Err(error) = instance.destroy(false).await {
+                    tracing::error!(%error, "a guest that nobody waited for cannot be ended");
+                }
+            });
+        }
+    }
+}
+
+impl Privileges {
+    /// Whom a guest runs as, and where is noted what they are lent.
+    fn user(&self) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        match self {
+            Privileges::Ours => Ok(None),
+            Privileges::Drop { user, group, ledger } => {
+                let user = RunAs::look_up(user, group.as_deref(), &["kvm"])?;
+                let ledger = ledger.clone().map_err(DriverError::Storage)?;
+                Ok(Some((user, ledger)))
+            }
+        }
+    }
+
+    /// Whom QEMU runs as while it is asked what it can do: the same user, in the group that opens /dev/kvm; nobody while
+    /// there is no such user.
+    fn to_probe(&self) -> Option<(u32, u32)> {
+        let Privileges::Drop { user, group, .. } = self else { return None };
+        let user = RunAs::look_up(user, group.as_deref(), &[]);
+        let kvm = nix::unistd::Group::from_name("kvm").ok().flatten().map(|group| group.gid.as_raw());
+        const NOBODY: (u32, u32) = (65534, 65534);
+        Some(user.map_or(NOBODY, |user| (user.uid, kvm.unwrap_or(user.gid))))
+    }
+}
+
+fn emulator(def: &DomainDef) -> PathBuf {
+    match &def.devices.emulator {
+        Some(path) => PathBuf::from(path),
+        None => default_emulator(def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH)),
+    }
+}
+
+/// Whether QEMU is told to power off where the guest reboots.
+fn ends_on_reboot(def: &DomainDef) -> bool {
+    def.on_reboot != LifecycleAction::Restart
+}

@@ -1,0 +1,310 @@
+//! The wire to QEMU: lines of JSON over a Unix socket, replies to whoever asked, events to one listener in order.
+//!
+//! ```text
+//!  execute() ──▶ queue ──▶ writer ──▶ socket ──▶ reader ──▶ reply: wakes the caller with that id
+//!                                                       └──▶ event: Listener::event, before any later reply
+//! ```
+//!
+//! The listener is called by the reader itself, so whatever a command causes has been heard before the command returns.
+//! What cannot be understood is passed over: a reply nobody waits for, an event nobody knows, a line that is no JSON.
+//! Only the end of the stream ends the connection, and then every caller is told.
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::io::IoSlice;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, Interest};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
+use tokio::time::timeout;
+
+/// How long a command may take unless its caller says otherwise.
+pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
+/// The longest line that is kept; a longer one is passed over.
+const MAX_LINE: usize = 64 << 20;
+/// Commands that may wait for a socket that takes nothing.
+const QUEUE: usize = 64;
+/// File descriptors that can go with one command.
+const MAX_FDS: usize = 4;
+
+/// Why a command has no result.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum QmpError {
+    /// The connection has ended.
+    #[error("the monitor connection is closed")]
+    Closed,
+    /// No answer in time; the connection can still be used.
+    #[error("QEMU did not answer '{0}' in time")]
+    TimedOut(String),
+    /// QEMU says no.
+    #[error("{command}: {message}")]
+    Refused {
+        /// The command.
+        command: String,
+        /// QEMU's own error class, e.g. `GenericError`.
+        class: String,
+        /// QEMU's own words.
+        message: String,
+    },
+    /// The socket could not be reached, or what answered is not QMP.
+    #[error("monitor: {0}")]
+    Connect(String),
+}
+
+/// Something that happened in QEMU.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// e.g. `SHUTDOWN`.
+    pub name: String,
+    /// Its `data`, null if it has none.
+    pub data: Value,
+}
+
+/// Who hears events. Called by the reader: must not block.
+pub trait Listener: Send + 'static {
+    /// Something happened.
+    fn event(&mut self, event: Event);
+    /// The stream has ended; nothing follows.
+    fn closed(&mut self) {}
+}
+
+/// A negotiated connection. Dropping it closes it.
+pub struct Qmp {
+    queue: mpsc::Sender<Outgoing>,
+    waiting: Arc<Waiting>,
+    next: AtomicU64,
+    reader: AbortHandle,
+}
+
+/// A line on its way out.
+struct Outgoing {
+    line: Vec<u8>,
+    fds: Vec<OwnedFd>,
+}
+
+/// Callers by id; `None` once the stream has ended.
+struct Waiting(Mutex<Option<HashMap<u64, oneshot::Sender<Value>>>>);
+
+impl Qmp {
+    /// Connects to the socket at `path`, says hello, and hears events from then on. `within` bounds all of it: a QEMU
+    /// whose monitor is taken accepts the connection and says nothing.
+    pub async fn connect(path: &Path, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
+        let stream =
+            UnixStream::connect(path).await.map_err(|e| QmpError::Connect(format!("{}: {e}", path.display())))?;
+        Qmp::negotiate(stream, listener, within).await
+    }
+
+    /// As [`Qmp::connect`], on a stream that stands.
+    pub async fn negotiate(stream: UnixStream, listener: impl Listener, within: Duration) -> Result<Qmp, QmpError> {
+        let hello = async {
+            let (read, write) = stream.into_split();
+            let mut lines = Lines::new(read);
+            greeting(&mut lines).await?;
+            let qmp = Qmp::run(lines, write, listener);
+            qmp.execute("qmp_capabilities", json!({})).await?;
+            Ok(qmp)
+        };
+        timeout(within, hello).await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
+    }
+
+    fn run(lines: Lines, write: OwnedWriteHalf, listener: impl Listener) -> Qmp {
+        let waiting = Arc::new(Waiting(Mutex::new(Some(HashMap::new()))));
+        let (queue, outgoing) = mpsc::channel(QUEUE);
+        tokio::spawn(write_lines(write, outgoing));
+        let reader = tokio::spawn(read_lines(lines, waiting.clone(), listener)).abort_handle();
+        Qmp { queue, waiting, next: AtomicU64::new(1), reader }
+    }
+
+    /// Runs a command and returns its `return`.
+    pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.execute_with(command, arguments, Vec::new(), COMMAND_TIMEOUT).await
+    }
+
+    /// As [`Qmp::execute`], with file descriptors that go along and a time of its own.
+    pub async fn execute_with(
+        &self,
+        command: &str,
+        arguments: Value,
+        fds: Vec<OwnedFd>,
+        within: Duration,
+    ) -> Result<Value, QmpError> {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let (reply, answer) = oneshot::channel();
+        let _place = self.waiting.enter(id, reply)?;
+        let line = format!("{}\r\n", json!({ "execute": command, "arguments": arguments, "id": id })).into_bytes();
+        let exchange = async {
+            self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
+            answer.await.map_err(|_| QmpError::Closed)
+        };
+        let reply = timeout(within, exchange).await.map_err(|_| QmpError::TimedOut(command.to_owned()))??;
+        result(command, reply)
+    }
+}
+
+impl Drop for Qmp {
+    fn drop(&mut self) {
+        self.reader.abort();
+    }
+}
+
+/// What a reply says.
+fn result(command: &str, mut reply: Value) -> Result<Value, QmpError> {
+    match reply.get("error") {
+        None => Ok(reply.get_mut("return").map(Value::take).unwrap_or_default()),
+        Some(error) => {
+            let text = |key: &str| error.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+            Err(QmpError::Refused { command: command.to_owned(), class: text("class"), message: text("desc") })
+        }
+    }
+}
+
+impl Waiting {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<HashMap<u64, oneshot::Sender<Value>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the reply `id`, until the place is dropped.
+    fn enter(&self, id: u64, reply: oneshot::Sender<Value>) -> Result<Place<'_>, QmpError> {
+        self.lock().as_mut().ok_or(QmpError::Closed)?.insert(id, reply);
+        Ok(Place(self, id))
+    }
+
+    fn leave(&self, id: u64) -> Option<oneshot::Sender<Value>> {
+        self.lock().as_mut()?.remove(&id)
+    }
+}
+
+/// A caller's place among those who wait; leaves nothing behind when the caller gives up.
+struct Place<'a>(&'a Waiting, u64);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.leave(self.1);
+    }
+}
+
+async fn greeting(lines: &mut Lines) -> Result<(), QmpError> {
+    let line = lines.next().await.ok_or(QmpError::Closed)?;
+    let greeting: Value =
+        serde_json::from_slice(&line).map_err(|e| QmpError::Connect(format!("unexpected greeting: {e}")))?;
+    match greeting.get("QMP") {
+        Some(_) => Ok(()),
+        None => Err(QmpError::Connect("what answers does not speak QMP".into())),
+    }
+}
+
+/// Reads to the end, then tells everyone.
+async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, mut listener: impl Listener) {
+    while let Some(line) = lines.next().await {
+        match serde_json::from_slice::<Value>(&line) {
+            Ok(message) => take(message, &waiting, &mut listener),
+            Err(error) => tracing::warn!(%error, "a line from QEMU is not JSON"),
+        }
+    }
+    waiting.lock().take();
+    listener.closed();
+}
+
+fn take(mut message: Value, waiting: &Waiting, listener: &mut impl Listener) {
+    if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
+        let data = message.get_mut("data").map(Value::take).unwrap_or_default();
+        tracing::trace!(%name, %data, "event");
+        return listener.event(Event { name, data });
+    }
+    match message.get("id").and_then(Value::as_u64).and_then(|id| waiting.leave(id)) {
+        // The caller may have gone this very moment: then nobody wants to know.
+        Some(reply) => drop(reply.send(message)),
+        None => tracing::debug!("a reply from QEMU that nobody waits for"),
+    }
+}
+
+async fn write_lines(socket: OwnedWriteHalf, mut outgoing: mpsc::Receiver<Outgoing>) {
+    while let Some(Outgoing { line, mut fds }) = outgoing.recv().await {
+        let mut sent = 0;
+        while sent < line.len() {
+            let stream: &UnixStream = socket.as_ref();
+            let chunk = || Ok(send(stream, &line[sent..], &fds)?);
+            match stream.async_io(Interest::WRITABLE, chunk).await {
+                Ok(count) => sent += count,
+                Err(_) => return, // the reader sees the end too, and tells everyone
+            }
+            fds.clear();
+        }
+    }
+}
+
+/// Sends what fits; the descriptors go with the first byte.
+fn send(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> rustix::io::Result<usize> {
+    let borrowed: Vec<_> = fds.iter().take(MAX_FDS).map(AsFd::as_fd).collect();
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !borrowed.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&borrowed));
+    }
+    sendmsg(stream, &[IoSlice::new(bytes)], &mut ancillary, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)
+}
+
+/// Cuts a stream into lines, each at most [`MAX_LINE`] long.
+struct Lines {
+    stream: OwnedReadHalf,
+    buffer: Vec<u8>,
+    /// Bytes of `buffer` known to hold no line end.
+    seen: usize,
+    /// The line that has begun is too long: drop up to its end.
+    skipping: bool,
+}
+
+impl Lines {
+    fn new(stream: OwnedReadHalf) -> Self {
+        Lines { stream, buffer: Vec::new(), seen: 0, skipping: false }
+    }
+
+    /// The next line that is not empty, without its end; `None` at the end of the stream, where half a line is none.
+    async fn next(&mut self) -> Option<Vec<u8>> {
+        loop {
+            while let Some(line) = self.cut() {
+                if !line.is_empty() {
+                    return Some(line);
+                }
+            }
+            match self.stream.read_buf(&mut self.buffer).await {
+                Ok(0) | Err(_) => return None,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Takes the first whole line out of the buffer; an empty one stands for a line passed over.
+    fn cut(&mut self) -> Option<Vec<u8>> {
+        let Some(end) = self.buffer[self.seen..].iter().position(|b| *b == b'\n').map(|at| at + self.seen) else {
+            self.seen = self.buffer.len();
+            if self.seen > MAX_LINE {
+                self.skipping = true;
+                self.buffer = Vec::new();
+                self.seen = 0;
+            }
+            return None;
+        };
+        let rest = self.buffer.split_off(end + 1);
+        let mut line = std::mem::replace(&mut self.buffer, rest);
+        self.seen = 0;
+        line.truncate(line.trim_ascii_end().len());
+        if std::mem::take(&mut self.skipping) {
+            tracing::warn!("a line from QEMU was too long");
+            line.clear();
+        }
+        Some(line)
+    }
+}
+
+#[cfg(test)]
+#[path = "qmp_tests.rs"]
+mod tests;

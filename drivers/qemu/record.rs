@@ -1,0 +1,89 @@
+//! What is kept on disk to find a QEMU again, and when.
+//!
+//! ```text
+//!   starting ──────▶ spawned ──────▶ running
+//!   before anything  before QEMU     CPUs run, or stand as asked
+//!   is lent or made  runs
+//! ```
+//! A guest whose record does not say `running` was cut off in its start: the next virtd ends it.
+
+use crate::host::process::Identity;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use uuid::Uuid;
+use virt_model::driver::{DriverError, Recorder};
+
+/// How far a start has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Files may have been lent.
+    Starting,
+    /// There is a process.
+    Spawned,
+    /// The guest is up.
+    Running,
+}
+
+/// The record.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// How far its start has come.
+    pub phase: Phase,
+    /// The guest's uuid, which its QEMU must know.
+    pub uuid: Uuid,
+    /// The program, for people.
+    pub exe: PathBuf,
+    /// Where our monitor is.
+    pub monitor: PathBuf,
+    /// Where the output of this start begins in the log.
+    pub log_start: u64,
+    /// From `spawned` on.
+    pub process: Option<Identity>,
+    /// The next power-off is half of a reboot.
+    #[serde(default)]
+    pub rebooting: bool,
+}
+
+/// The record and its way to disk; writes one at a time, and none any more once it is closed.
+pub struct Keeper {
+    recorder: Arc<dyn Recorder>,
+    record: Mutex<Option<Record>>,
+}
+
+impl Keeper {
+    /// Keeps `record`, which is on disk or will be with the first change.
+    pub fn new(recorder: Arc<dyn Recorder>, record: Record) -> Self {
+        Keeper { recorder, record: Mutex::new(Some(record)) }
+    }
+
+    /// Changes the record, durably. Blocks.
+    pub fn update(&self, change: impl FnOnce(&mut Record)) -> std::io::Result<()> {
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(record) = record.as_mut() else { return Ok(()) };
+        change(record);
+        self.recorder.record(serde_json::to_value(&*record)?)
+    }
+
+    /// As [`Keeper::update`], from a task.
+    pub async fn change(
+        self: &Arc<Self>,
+        change: impl FnOnce(&mut Record) + Send + 'static,
+    ) -> Result<(), DriverError> {
+        let keeper = self.clone();
+        let written = blocking(move || keeper.update(change)).await?;
+        written.map_err(|e| DriverError::Storage(format!("the guest's record cannot be written: {e}")))
+    }
+
+    /// The guest has gone: nothing is written from now on. Blocks while something is being written.
+    pub fn close(&self) {
+        self.record.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// Runs what blocks where it may.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DriverError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.map_err(|e| DriverError::Internal(format!("work on files was cut off: {e}")))
+}

@@ -1,0 +1,146 @@
+//! From the monitor to the service: keeps what the guest does, and reports what changes, in order.
+
+use super::events::{Guest, Outcome};
+use super::qmp::{Event, Listener};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{Notify, watch};
+use virt_model::driver::{Condition, DriverEvent, EventSink, Exit};
+
+/// Events kept while it is not known what the guest does. A guest that causes more meanwhile loses the later ones, and
+/// its condition is asked for anyway.
+const MAX_HELD: usize = 1024;
+
+/// The one who reports.
+pub struct Reporter {
+    inner: Mutex<Inner>,
+    /// Counts everything heard, for those who wait for something.
+    heard: watch::Sender<Heard>,
+    /// A guest has powered off that is to reboot.
+    pub reboot: Notify,
+}
+
+struct Inner {
+    guest: Guest,
+    /// `None` once the guest has gone.
+    sink: Option<EventSink>,
+    /// Events since the connection, while it is not known what the guest does.
+    held: Option<Vec<Event>>,
+}
+
+/// What has been heard so far.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Heard {
+    /// RESETs.
+    pub resets: u64,
+    /// RESUMEs and WAKEUPs.
+    pub resumes: u64,
+    /// The monitor has been lost.
+    pub closed: bool,
+}
+
+impl Reporter {
+    /// Reports on `guest` to `sink`.
+    pub fn new(guest: Guest, sink: EventSink) -> Arc<Self> {
+        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None });
+        Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
+    }
+
+    /// The ears for a monitor.
+    pub fn ears(self: &Arc<Self>) -> Ears {
+        Ears(self.clone())
+    }
+
+    /// Holds events back until [`Reporter::found`] says what the guest does.
+    pub fn hold(&self) {
+        self.lock().held = Some(Vec::new());
+    }
+
+    /// The guest was just asked what it does; what was held back is heard now. `aloud`: a difference is reported.
+    pub fn found(&self, condition: Condition, aloud: bool) {
+        let mut inner = self.lock();
+        let news = inner.guest.found_again(condition);
+        inner.send(news.filter(|_| aloud));
+        for event in inner.held.take().unwrap_or_default() {
+            self.take(&mut inner, &event);
+        }
+    }
+
+    /// Looks at or changes what the guest does.
+    pub fn guest<T>(&self, work: impl FnOnce(&mut Guest) -> T) -> T {
+        work(&mut self.lock().guest)
+    }
+
+    /// Does the same and reports what came of it.
+    pub fn settle(&self, work: impl FnOnce(&mut Guest) -> Option<DriverEvent>) {
+        let mut inner = self.lock();
+        let event = work(&mut inner.guest);
+        inner.send(event);
+    }
+
+    /// The last report.
+    pub fn exited(&self, exit: Exit) {
+        let mut inner = self.lock();
+        inner.send(Some(DriverEvent::Exited(exit)));
+        inner.sink = None;
+    }
+
+    /// What has been heard so far.
+    pub fn heard(&self) -> Heard {
+        *self.heard.borrow()
+    }
+
+    /// Waits until what has been heard is so.
+    pub async fn until(&self, so: impl FnMut(&Heard) -> bool) {
+        // Cannot fail: the sender is ours.
+        let _ = self.heard.subscribe().wait_for(so).await;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn hear(&self, event: &Event) {
+        let mut inner = self.lock();
+        match &mut inner.held {
+            Some(held) if held.len() < MAX_HELD => held.push(event.clone()),
+            Some(_) => {}
+            None => self.take(&mut inner, event),
+        }
+        drop(inner);
+        self.heard.send_modify(|heard| match event.name.as_str() {
+            "RESET" => heard.resets += 1,
+            "RESUME" | "WAKEUP" => heard.resumes += 1,
+            _ => {}
+        });
+    }
+
+    fn take(&self, inner: &mut Inner, event: &Event) {
+        match inner.guest.take(event) {
+            Some(Outcome::Report(report)) => inner.send(Some(report)),
+            Some(Outcome::Reboot) => self.reboot.notify_one(),
+            None => {}
+        }
+    }
+}
+
+impl Inner {
+    fn send(&mut self, event: Option<DriverEvent>) {
+        if let (Some(sink), Some(event)) = (&self.sink, event) {
+            // Nobody listens when virtd is being closed.
+            let _ = sink.send(event);
+        }
+    }
+}
+
+/// Hears one monitor for the reporter.
+pub struct Ears(Arc<Reporter>);
+
+impl Listener for Ears {
+    fn event(&mut self, event: Event) {
+        self.0.hear(&event);
+    }
+
+    fn closed(&mut self) {
+        self.0.heard.send_modify(|heard| heard.closed = true);
+    }
+}

@@ -1,0 +1,90 @@
+//! Network devices on a bridge of the host, opened by QEMU's own setuid helper.
+//!
+//! QEMU could run the helper itself (`-netdev bridge`), but not behind its seccomp fence: that forbids new processes and
+//! new privileges, and we do not open the fence for it. So the helper is run beforehand; it hands the open device over a
+//! socket, and QEMU inherits it.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use tokio::process::Command;
+use virt_model::driver::DriverError;
+
+/// Where distributions put the helper.
+const HELPERS: [&str; 4] = [
+    "/usr/lib/qemu/qemu-bridge-helper",
+    "/usr/libexec/qemu-bridge-helper",
+    "/usr/local/libexec/qemu-bridge-helper",
+    "/usr/lib64/qemu/qemu-bridge-helper",
+];
+
+/// The helper has nothing to wait for.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The helper, if it is installed.
+pub fn helper() -> Option<PathBuf> {
+    HELPERS.iter().map(PathBuf::from).find(|path| path.exists())
+}
+
+/// Opens a new network device plugged into `bridge`. It disappears when the last copy of the descriptor is closed.
+pub async fn open(bridge: &str) -> Result<OwnedFd, DriverError> {
+    let helper = helper().ok_or_else(|| DriverError::Unsupported("qemu-bridge-helper is not installed".to_owned()))?;
+    open_with(&helper, bridge).await
+}
+
+async fn open_with(helper: &Path, bridge: &str) -> Result<OwnedFd, DriverError> {
+    let failed = |why: String| DriverError::Hypervisor(format!("no network device on bridge '{bridge}': {why}"));
+    let (ours, theirs) = UnixStream::pair().map_err(|e| failed(e.to_string()))?;
+    // Inherited under the number that is its own: only the mark to close it at exec has to go.
+    rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).map_err(|e| failed(e.to_string()))?;
+    let mut command = Command::new(helper);
+    command.arg("--use-vnet").arg(format!("--fd={}", theirs.as_raw_fd())).arg(format!("--br={bridge}"));
+    command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
+    let child = command.spawn().map_err(|e| failed(format!("{}: {e}", helper.display())))?;
+    drop(theirs);
+    let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await;
+    let output = output.map_err(|_| failed("its helper did not answer in time".to_owned()))?;
+    let output = output.map_err(|e| failed(e.to_string()))?;
+    if !output.status.success() {
+        let words = String::from_utf8_lossy(&output.stderr);
+        let words = words.trim();
+        let hint = if words.contains("acl") { " (allow the bridge in /etc/qemu/bridge.conf)" } else { "" };
+        return Err(failed(format!("{words}{hint}")));
+    }
+    receive(&ours).map_err(failed)
+}
+
+fn receive(socket: &UnixStream) -> Result<OwnedFd, String> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0; 1];
+    let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
+    recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags).map_err(|e| e.to_string())?;
+    let received = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+        _ => None,
+    });
+    received.ok_or_else(|| "its helper gave no device".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[tokio::test]
+    async fn a_helper_that_refuses_is_quoted() {
+        let dir = tempfile::tempdir().unwrap();
+        let helper = dir.path().join("helper");
+        std::fs::write(&helper, "#!/bin/sh\necho 'access denied by acl file' >&2; exit 1\n").unwrap();
+        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let error = open_with(&helper, "br0").await.unwrap_err().to_string();
+        assert!(error.contains("'br0': access denied by acl file (allow the bridge"), "{error}");
+    }
+}

@@ -1,0 +1,162 @@
+//! A hypervisor held in memory, for `<domain type='test'>`: no process, no file, no task, but seen from the service it
+//! behaves as QEMU does. Its guests end with virtd.
+//!
+//! A guest that is asked to power off does so at once, unless [`GuestControl`] told it not to: that is how tests make
+//! guests crash, hang, ignore what they are asked, and die.
+
+mod control;
+mod guest;
+
+pub use control::GuestControl;
+pub use guest::Asked;
+
+use async_trait::async_trait;
+use guest::{Machine, TestInstance};
+use std::collections::HashMap;
+use std::fmt::Write;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use uuid::Uuid;
+use virt_model::domain::DomainDef;
+use virt_model::driver::{Driver, DriverError, Launch, Reconnect, Reconnected, Running};
+use virt_model::xml::{Finding, FindingKind};
+
+/// Memory and vCPUs that the host claims to have.
+const MEMORY_KIB: u64 = 1 << 30;
+const CPUS: u32 = 512;
+
+/// The hypervisor. Clones are the same one.
+#[derive(Clone, Default)]
+pub struct TestDriver(Arc<Inner>);
+
+#[derive(Default)]
+struct Inner {
+    guests: Mutex<HashMap<Uuid, Weak<Machine>>>,
+    plans: Mutex<HashMap<Uuid, Plan>>,
+}
+
+/// What a test wants of the next start of a domain.
+enum Plan {
+    /// It waits to be cancelled, or let go.
+    Hang(Arc<tokio::sync::Notify>),
+    /// It fails.
+    Fail(DriverError),
+}
+
+impl TestDriver {
+    /// The guest of that domain, if one runs.
+    pub fn guest(&self, uuid: Uuid) -> Option<GuestControl> {
+        let machine = lock(&self.0.guests).get(&uuid)?.upgrade()?;
+        machine.lives().then(|| GuestControl::new(machine))
+    }
+
+    /// The next start of that domain waits until it is cancelled or the returned notice is given.
+    pub fn hang_start(&self, uuid: Uuid) -> Arc<tokio::sync::Notify> {
+        let notice = Arc::new(tokio::sync::Notify::new());
+        lock(&self.0.plans).insert(uuid, Plan::Hang(notice.clone()));
+        notice
+    }
+
+    /// The next start of that domain fails.
+    pub fn fail_start(&self, uuid: Uuid, error: DriverError) {
+        lock(&self.0.plans).insert(uuid, Plan::Fail(error));
+    }
+
+    /// How many guests run.
+    pub fn running(&self) -> usize {
+        lock(&self.0.guests).values().filter_map(Weak::upgrade).filter(|machine| machine.lives()).count()
+    }
+
+    async fn follow_plan(&self, launch: &Launch) -> Result<(), DriverError> {
+        let plan = lock(&self.0.plans).remove(&launch.def.uuid);
+        match plan {
+            Some(Plan::Hang(notice)) => tokio::select! {
+                () = launch.cancel.cancelled() => Err(DriverError::Cancelled),
+                () = notice.notified() => Ok(()),
+            },
+            Some(Plan::Fail(error)) => Err(error),
+            None if launch.cancel.is_cancelled() => Err(DriverError::Cancelled),
+            None => Ok(()),
+        }
+    }
+}
+
+#[async_trait]
+impl Driver for TestDriver {
+    fn name(&self) -> &'static str {
+        "test"
+    }
+
+    fn types(&self) -> &'static [&'static str] {
+        &["test"]
+    }
+
+    async fn complete(&self, _def: &mut DomainDef) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    async fn check(&self, def: &DomainDef) -> Vec<Finding> {
+        let finding = |path: &str, message: String| Finding {
+            kind: FindingKind::Unsupported,
+            line: 0,
+            column: 0,
+            path: path.to_owned(),
+            message,
+        };
+        let mut findings = Vec::new();
+        if def.memory_kib() > MEMORY_KIB {
+            findings.push(finding("/memory", format!("this host has no more than {MEMORY_KIB} KiB")));
+        }
+        if def.maximum_vcpus() > CPUS {
+            findings.push(finding("/vcpu", format!("this host has no more than {CPUS} CPUs")));
+        }
+        if def.has_native_arguments() {
+            findings.push(finding("/qemu:commandline", "the test driver runs no program to give arguments to".into()));
+        }
+        findings
+    }
+
+    async fn native(&self, _def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
+        Err(DriverError::Unsupported(format!("the test driver runs nothing that could be shown as '{format}'")))
+    }
+
+    async fn capabilities(&self) -> Result<String, DriverError> {
+        let mut text =
+            String::from("<capabilities>\n\n  <host>\n    <cpu>\n      <arch>x86_64</arch>\n    </cpu>\n  </host>\n\n");
+        text.push_str(
+            "  <guest>\n    <os_type>hvm</os_type>\n    <arch name='x86_64'>\n      <wordsize>64</wordsize>\n",
+        );
+        // Writing to a string cannot fail.
+        let _ = writeln!(text, "      <machine maxCpus='{CPUS}'>testbox</machine>\n      <domain type='test'/>");
+        text.push_str("    </arch>\n  </guest>\n\n</capabilities>\n");
+        Ok(text)
+    }
+
+    async fn start(&self, launch: Launch) -> Result<Running, DriverError> {
+        let uuid = launch.def.uuid;
+        let findings = self.check(&launch.def).await;
+        if !findings.is_empty() {
+            return Err(DriverError::Config(findings));
+        }
+        let recorder = launch.recorder.clone();
+        let record = serde_json::json!({ "driver": "test", "uuid": uuid });
+        let recorded = tokio::task::spawn_blocking(move || recorder.record(record)).await;
+        let recorded = recorded.map_err(|e| DriverError::Internal(e.to_string()))?;
+        recorded.map_err(|e| DriverError::Storage(format!("the guest's record cannot be written: {e}")))?;
+        self.follow_plan(&launch).await?;
+        let machine = Arc::new(Machine::new(launch.paused, &launch.def, launch.events));
+        let mut guests = lock(&self.0.guests);
+        if guests.len() > 64 && guests.len() == guests.capacity() {
+            guests.retain(|_, machine| machine.strong_count() > 0);
+        }
+        guests.insert(uuid, Arc::downgrade(&machine));
+        Ok(Running { instance: Arc::new(TestInstance(machine)), live: launch.def })
+    }
+
+    async fn reconnect(&self, _found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
+        Ok(None)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,219 @@
+//! Definitions and the command lines they become, as text beside each other: `tests/data/qemu/<case>.xml`, its completed
+//! form `<case>.out.xml` and its arguments `<case>.args`, for the QEMU recorded in `qemu-7.2.json`. With `UPDATE=1` in
+//! the environment the expectations are written anew, to be reviewed.
+
+mod qemu;
+
+use qemu::{DIR, caps, cases, completed, data, message, parse, place, text};
+use virt_drivers::qemu::check::check;
+use virt_drivers::qemu::command::{Command, build};
+use virt_drivers::qemu::complete::complete;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::xml::FindingKind;
+
+const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+
+fn expect(name: &str, actual: &str) {
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(data().join(name), actual).unwrap();
+    }
+    assert_eq!(actual, text(name), "{name}");
+}
+
+/// One option a line, then what goes with the arguments.
+fn show(command: &Command) -> String {
+    let mut lines = vec![command.program.display().to_string()];
+    for argument in &command.args {
+        match lines.last_mut() {
+            Some(line) if !argument.starts_with('-') && line.starts_with('-') && !line.contains(' ') => {
+                line.push(' ');
+                line.push_str(argument);
+            }
+            _ => lines.push(argument.clone()),
+        }
+    }
+    lines.extend(command.env.iter().map(|(name, value)| format!("# env {name}={value}")));
+    for file in &command.files {
+        let (write, chain) = (if file.write { "rw" } else { "r" }, if file.backing { " and its chain" } else { "" });
+        lines.push(format!("# file {write} {}{chain}", file.path.display()));
+    }
+    lines.extend(
+        command.nvram.iter().map(|nvram| format!("# nvram {} from {:?}", nvram.path.display(), nvram.template)),
+    );
+    lines.extend(command.taps.iter().map(|tap| format!("# tap {} on {}", tap.fd, tap.bridge)));
+    lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
+    lines.join("\n") + "\n"
+}
+
+#[test]
+fn definitions_become_these_command_lines() {
+    let caps = caps();
+    for case in cases() {
+        let def = completed(&case, DIR, &caps);
+        expect(&format!("{case}.out.xml"), &def.write(STORED));
+        let command =
+            build(&def, &caps, &place(DIR)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+        expect(&format!("{case}.args"), &show(&command));
+        assert_eq!(command, build(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
+    }
+}
+
+#[test]
+fn completing_is_idempotent_and_survives_storage() {
+    let caps = caps();
+    let mut documents: Vec<(String, String)> =
+        cases().into_iter().map(|case| (text(&format!("{case}.xml")), case)).map(|(xml, case)| (case, xml)).collect();
+    let tools = data().join("../domain");
+    for file in std::fs::read_dir(&tools).into_iter().flatten() {
+        let path = file.unwrap().path();
+        if path.extension().is_some_and(|ext| ext == "xml") {
+            documents.push((path.display().to_string(), std::fs::read_to_string(&path).unwrap()));
+        }
+    }
+    assert!(documents.len() > 8, "the corpus of tools' documents is there");
+    for (case, xml) in documents {
+        let mut once = parse(&xml.replace("@DIR@", DIR));
+        if !matches!(&*once.kind, "qemu" | "kvm") {
+            continue;
+        }
+        complete(&mut once, &caps).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+        let mut twice = once.clone();
+        complete(&mut twice, &caps).unwrap();
+        assert_eq!(twice.write(STORED), once.write(STORED), "{case}: completing again changes nothing");
+        let mut stored = parse(&once.write(STORED));
+        complete(&mut stored, &caps).unwrap_or_else(|findings| panic!("{case}: stored: {}", message(&findings)));
+        assert_eq!(stored.write(STORED), once.write(STORED), "{case}: nor after it was stored");
+    }
+}
+
+/// What keeps documents that other tools wrote from running here, each finding a line.
+#[test]
+fn tools_documents_lack_only_this() {
+    let caps = caps();
+    let mut lines = String::new();
+    let mut files: Vec<_> = std::fs::read_dir(data().join("../domain")).unwrap().map(|f| f.unwrap().path()).collect();
+    files.sort();
+    for path in files.iter().filter(|p| !p.display().to_string().contains(".out.")) {
+        let mut def = parse(&std::fs::read_to_string(path).unwrap());
+        if matches!(&*def.kind, "qemu" | "kvm") {
+            complete(&mut def, &caps).unwrap_or_else(|findings| panic!("{}: {}", path.display(), message(&findings)));
+            lines += &format!("{}\n", path.file_stem().unwrap().display());
+            check(&def, &caps).iter().for_each(|finding| lines += &format!("  {finding}\n"));
+        }
+    }
+    expect("tools.findings", &lines);
+}
+
+/// A document around some devices.
+fn machine(board: &str, devices: &str) -> DomainDef {
+    parse(&format!(
+        "<domain type='qemu'>\n<name>m</name>\n<memory unit='MiB'>64</memory>\n<os><type arch='x86_64' machine='{board}'>hvm</type></os>\n\
+         <devices>\n{devices}\n</devices>\n</domain>"
+    ))
+}
+
+fn findings(board: &str, devices: &str) -> String {
+    let caps = caps();
+    let mut def = machine(board, devices);
+    match complete(&mut def, &caps) {
+        Err(findings) => message(&findings),
+        Ok(()) => message(&check(&def, &caps)),
+    }
+}
+
+#[test]
+fn places_that_clash_are_refused() {
+    let disk = |name: &str, address: &str| {
+        format!("<disk type='file'><source file='/{name}'/><target dev='{name}'/>{address}</disk>")
+    };
+    let board = disk("vda", "<address type='pci' bus='0' slot='0'/>");
+    assert!(findings("q35", &board).contains("bus 0 has no slot 0"), "{}", findings("q35", &board));
+    let chip = disk("vda", "<address type='pci' bus='0' slot='0x1f'/>");
+    assert!(findings("q35", &chip).contains("taken by another device or by the board"), "{}", findings("q35", &chip));
+    let gone = disk("vda", "<address type='usb' bus='0' port='1'/>");
+    assert!(findings("q35", &gone).contains("this address is not one on bus='virtio'"), "{}", findings("q35", &gone));
+    let sata = "<controller type='sata' index='0'><address type='pci' bus='0' slot='5'/></controller>";
+    assert!(findings("q35", sata).contains("always at slot 31, function 2"), "{}", findings("q35", sata));
+    let usb = "<controller type='usb' model='none'/><input type='tablet' bus='usb'/>";
+    assert!(findings("q35", usb).contains("USB is turned off"), "{}", findings("q35", usb));
+}
+
+#[test]
+fn full_buses_grow() {
+    let caps = caps();
+    for board in ["q35", "pc"] {
+        let letters = |n: u8| format!("vd{}{}", char::from(b'a' + n / 26), char::from(b'a' + n % 26));
+        let disks =
+            (0..120).map(|n| format!("<disk type='file'><source file='/d{n}'/><target dev='{}'/></disk>", letters(n)));
+        let nics = (0..40).map(|_| "<interface type='user'><model type='rtl8139'/></interface>".to_owned());
+        let inputs = (0..20).map(|_| "<input type='tablet' bus='usb'/>".to_owned());
+        let mut def = machine(board, &disks.chain(nics).chain(inputs).collect::<String>());
+        complete(&mut def, &caps).unwrap_or_else(|findings| panic!("{board}: {}", message(&findings)));
+        let mut seen = std::collections::HashSet::new();
+        for (info, _) in def.devices.infos() {
+            assert!(info.pci().is_none_or(|pci| seen.insert(pci.place())), "{board}: {:?} is unique", info.pci());
+        }
+        assert!(seen.len() > 160, "{board}: {}", seen.len());
+        let mut again = def.clone();
+        complete(&mut again, &caps).unwrap();
+        assert!(again == def, "{board}");
+    }
+}
+
+#[test]
+fn what_cannot_act_is_refused_by_name() {
+    let cases = [
+        (
+            "<hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/><product id='0xbeef'/></source></hostdev>",
+            "<hostdev>: host devices cannot be passed",
+        ),
+        ("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>", "swtpm"),
+        (
+            "<interface type='network'><source network='default'/><model type='virtio'/></interface>",
+            "use <interface type='user'>",
+        ),
+        (
+            "<disk type='file'><driver iothread='1'/><source file='/x'/><target dev='vda'/></disk>",
+            "'iothread' is not supported by the QEMU driver yet",
+        ),
+        (
+            "<disk type='file'><driver io='native'/><source file='/x'/><target dev='vda'/></disk>",
+            "io='native' needs cache=",
+        ),
+        ("<disk type='file'><source file='/x'/><target dev='hda' bus='ide'/></disk>", "use bus='sata'"),
+        ("<graphics type='sdl'/>", "use vnc or spice"),
+        ("<interface type='user'><model type='usb-bot'/></interface>", "network card 'usb-bot' is not known"),
+        ("<controller type='scsi' model='lsilogic'/>", "only model='virtio-scsi'"),
+    ];
+    for (devices, expected) in cases {
+        let found = findings("q35", devices);
+        assert!(found.contains(expected), "{devices}: {found}");
+        assert!(found.starts_with("line 6, column "), "{devices}: {found}");
+    }
+}
+
+#[test]
+fn kvm_that_is_not_usable_is_said_with_a_remedy() {
+    let mut caps = caps();
+    let mut def = completed("windows-kvm", DIR, &caps);
+    caps.kvm = Err("there is no /dev/kvm".to_owned());
+    let found = message(&check(&def, &caps));
+    assert!(
+        found.contains("/@type: type='kvm' cannot be run: there is no /dev/kvm; use type='qemu' for emulation"),
+        "{found}"
+    );
+    def.kind = "qemu".to_owned();
+    let warnings = check(&def, &caps);
+    assert!(warnings.iter().all(|f| f.kind == FindingKind::Warning) && warnings.len() > 3, "{}", message(&warnings));
+}
+
+#[test]
+fn a_missing_emulator_keeps_nothing_from_being_stored() {
+    let why = "emulator /nowhere/qemu: No such file or directory".to_owned();
+    let caps = virt_drivers::qemu::capabilities::Capabilities::absent("/nowhere/qemu".as_ref(), why);
+    let def = completed("desktop", DIR, &caps);
+    assert_eq!(def.os.kind.machine.as_deref(), Some("q35"), "an alias that nobody can resolve stays");
+    assert!(def.devices.disks[0].info.pci().is_some());
+    let found = message(&check(&def, &caps));
+    assert!(found.contains("this emulator cannot be used: emulator /nowhere/qemu"), "{found}");
+}

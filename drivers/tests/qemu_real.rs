@@ -1,0 +1,164 @@
+//! Every definition of the corpus that needs no KVM, given to the QEMU of this host: it must accept the command line,
+//! stand before its first instruction, and take the monitor commands that go with it.
+
+mod qemu;
+
+use qemu::{cases, completed, message, place, text};
+use serde_json::{Value, json};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::Duration;
+use virt_drivers::qemu::capabilities::{Capabilities, Prober, default_emulator};
+use virt_drivers::qemu::command::build;
+
+/// Killed and reaped whatever the test does.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // It may have ended by itself, which is as good.
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+async fn host_qemu() -> Option<Arc<Capabilities>> {
+    let binary = default_emulator("x86_64");
+    if !binary.exists() {
+        eprintln!("SKIPPED: {} is not installed, no command line was tried", binary.display());
+        return None;
+    }
+    Some(Prober::new(None, None).probe(&binary).await.unwrap())
+}
+
+/// Everything that the case's document names below `@DIR@`.
+fn make_files(case: &str, dir: &Path) {
+    let xml = text(&format!("{case}.xml"));
+    for piece in xml.split("@DIR@/").skip(1) {
+        let name = piece.split(['\'', '<']).next().unwrap();
+        let path = dir.join(name);
+        match Path::new(name).extension().and_then(|e| e.to_str()) {
+            Some("qcow2") => image(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "1M"]),
+            Some("raw") => std::fs::write(&path, vec![0; 1 << 20]).unwrap(),
+            Some("fd") => std::fs::write(&path, vec![0xff; 128 << 10]).unwrap(),
+            None => std::fs::write(&path, kernel()).unwrap(),
+            _ => {}
+        }
+    }
+}
+
+fn image(args: &[&str]) {
+    assert!(Command::new("qemu-img").args(args).status().unwrap().success());
+}
+
+/// As much of a Linux kernel as QEMU looks at before the first instruction.
+fn kernel() -> Vec<u8> {
+    let mut kernel = vec![0; 4096];
+    kernel[0x1f1] = 1;
+    kernel[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+    kernel[0x202..0x206].copy_from_slice(b"HdrS");
+    kernel[0x206..0x208].copy_from_slice(&0x0204u16.to_le_bytes());
+    kernel[0x211] = 1;
+    kernel[0x22c..0x230].copy_from_slice(&0x37ff_ffffu32.to_le_bytes());
+    kernel
+}
+
+/// Starts it as the driver does: the listening monitor is file descriptor 3.
+fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Running, UnixStream) {
+    let socket = dir.join("monitor.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let fd = listener.as_raw_fd();
+    let mut child = Command::new(&command.program);
+    child.args(&command.args).envs(command.env.iter().cloned()).stdin(Stdio::null());
+    child.stdout(Stdio::null()).stderr(std::fs::File::create(dir.join("stderr")).unwrap());
+    // SAFETY: dup2 and fcntl are async-signal-safe, and the listener lives until after the spawn.
+    unsafe {
+        child.pre_exec(move || {
+            if fd == 3 {
+                libc::fcntl(3, libc::F_SETFD, 0)
+            } else {
+                libc::dup2(fd, 3)
+            };
+            Ok(())
+        })
+    };
+    let child = Running(child.spawn().unwrap());
+    (child, UnixStream::connect(&socket).unwrap())
+}
+
+struct Monitor(BufReader<UnixStream>);
+
+impl Monitor {
+    fn open(stream: UnixStream, words: &Path) -> Monitor {
+        stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let mut monitor = Monitor(BufReader::new(stream));
+        let greeting = monitor.line(words);
+        assert!(greeting.get("QMP").is_some(), "{greeting}");
+        monitor.ask("qmp_capabilities", &json!({}), words);
+        monitor
+    }
+
+    fn line(&mut self, words: &Path) -> Value {
+        let mut line = String::new();
+        let read = self.0.read_line(&mut line).unwrap_or(0);
+        let said = || std::fs::read_to_string(words).unwrap_or_default();
+        assert!(read > 0, "QEMU ended: {}", said());
+        serde_json::from_str(&line).unwrap()
+    }
+
+    fn ask(&mut self, verb: &str, arguments: &Value, words: &Path) -> Value {
+        let question = format!("{}\n", json!({"execute": verb, "arguments": arguments}));
+        self.0.get_mut().write_all(question.as_bytes()).unwrap();
+        loop {
+            let answer = self.line(words);
+            assert!(answer.get("error").is_none(), "{verb} {arguments}: {answer}");
+            if let Some(value) = answer.get("return") {
+                return value.clone();
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn this_hosts_qemu_takes_every_command_line() {
+    let Some(caps) = host_qemu().await else { return };
+    let mut tried = 0;
+    for case in cases() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().to_str().unwrap();
+        let def = completed(&case, folder, &caps);
+        if def.kind != "qemu" {
+            continue;
+        }
+        make_files(&case, dir.path());
+        let command =
+            build(&def, &caps, &place(folder)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+        if let Some(nvram) = &command.nvram {
+            std::fs::copy(nvram.template.as_ref().unwrap(), &nvram.path).unwrap();
+        }
+        eprintln!("{case}");
+        let (mut child, stream) = start(&command, dir.path());
+        let words = dir.path().join("stderr");
+        let mut monitor = Monitor::open(stream, &words);
+        for (verb, arguments) in &command.setup {
+            monitor.ask(verb, arguments, &words);
+        }
+        assert_eq!(monitor.ask("query-status", &json!({}), &words)["status"], "prelaunch", "{case}");
+        let uuid = monitor.ask("query-uuid", &json!({}), &words)["UUID"].clone();
+        assert_eq!(uuid, def.uuid.to_string(), "{case}");
+        monitor.ask("quit", &json!({}), &words);
+        assert!(child.0.wait().unwrap().success(), "{case}");
+        let mut said = String::new();
+        std::fs::File::open(&words).unwrap().read_to_string(&mut said).unwrap();
+        let complaints: Vec<&str> =
+            said.lines().filter(|line| !line.contains("doesn't support requested feature")).collect();
+        assert!(complaints.is_empty(), "{case}: {complaints:?}");
+        tried += 1;
+    }
+    assert!(tried > 5);
+}

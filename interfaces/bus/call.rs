@@ -1,0 +1,206 @@
+//! One call as a handler sees it: who calls, what was sent, how to answer.
+
+use super::rows::Objects;
+use super::wire::Body;
+use crate::error::Error;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use serde::de::DeserializeOwned;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::Arc;
+use virt_service::authz::Caller;
+use virt_service::events::Events;
+use zbus::message::Header;
+use zbus::wire::Endian;
+use zbus::{DynamicType, Message, OwnedVariant, Type};
+
+/// A call whose member and signature have been checked.
+#[derive(Debug)]
+pub struct Call {
+    message: Message,
+    caller: Caller,
+    path: Arc<str>,
+}
+
+/// An answer.
+pub enum Reply {
+    /// Made already.
+    Ready(Message),
+    /// Made of many rows: when it is made, it must be true until it is on its way.
+    Listing(Listing),
+}
+
+/// Makes an answer of the rows as they are.
+pub type Listing = Box<dyn Fn(&Objects) -> Result<Message, Error> + Send + Sync>;
+
+/// What a handler comes to.
+pub type Outcome = Result<Reply, Error>;
+
+/// Runs one member: a method, or the setting of a property.
+#[derive(Clone)]
+pub struct Handler {
+    /// The member's name.
+    pub member: &'static str,
+    run: Arc<dyn Fn(Call) -> BoxFuture<'static, Outcome> + Send + Sync>,
+}
+
+impl Handler {
+    /// A handler for `member`.
+    pub fn new<F>(member: &'static str, run: impl Fn(Call) -> F + Send + Sync + 'static) -> Handler
+    where
+        F: Future<Output = Outcome> + Send + 'static,
+    {
+        Handler { member, run: Arc::new(move |call| run(call).boxed()) }
+    }
+
+    /// A handler for a member that may change something: its answer, good or bad, is sent after the signals of what it
+    /// did.
+    pub fn change<F>(member: &'static str, events: Events, run: impl Fn(Call) -> F + Send + Sync + 'static) -> Handler
+    where
+        F: Future<Output = Outcome> + Send + 'static,
+    {
+        Handler::new(member, move |call| {
+            let (events, outcome) = (events.clone(), run(call));
+            async move {
+                let outcome = outcome.await;
+                events.flush().await;
+                outcome
+            }
+        })
+    }
+
+    /// Runs it.
+    pub async fn run(&self, call: Call) -> Outcome {
+        (self.run)(call).await
+    }
+}
+
+impl fmt::Debug for Handler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.member)
+    }
+}
+
+impl Call {
+    /// A call by `caller` to the object at `path`.
+    pub fn new(message: Message, caller: Caller, path: Arc<str>) -> Call {
+        Call { message, caller, path }
+    }
+
+    /// Who calls.
+    pub fn caller(&self) -> &Caller {
+        &self.caller
+    }
+
+    /// The object called.
+    pub fn path(&self) -> &str {
+        &self.path
+    }
+
+    /// What was sent.
+    pub fn read<T: Type + DeserializeOwned>(&self) -> Result<T, Error> {
+        let body = self.message.body();
+        body.deserialize().map_err(|error| Error::invalid_args(format!("the arguments cannot be read: {error}")))
+    }
+
+    /// What was sent, where that is options alone.
+    pub fn options(&self) -> Result<Options, Error> {
+        self.read().map(Options)
+    }
+
+    /// The value that a property is to be set to. Its type has been checked.
+    pub fn value(&self) -> Result<OwnedVariant, Error> {
+        let (_, _, value) = self.read::<(String, String, OwnedVariant)>()?;
+        Ok(value)
+    }
+
+    /// Answers with `value`.
+    pub fn reply<T: serde::Serialize + DynamicType>(&self, value: &T) -> Outcome {
+        let made = Message::method_return(&self.message.header()).build(value);
+        made.map(Reply::Ready).map_err(|error| Error::internal(format!("an answer could not be made: {error}")))
+    }
+
+    /// Answers that it is done.
+    pub fn done(&self) -> Outcome {
+        self.reply(&())
+    }
+
+    /// Answers with what `make` makes of the rows.
+    pub fn listing<T: serde::Serialize + DynamicType>(
+        &self,
+        make: impl Fn(&Objects) -> T + Send + Sync + 'static,
+    ) -> Outcome {
+        let message = self.message.clone();
+        Ok(Reply::Listing(Box::new(move |objects| {
+            let made = Message::method_return(&message.header()).build(&make(objects));
+            made.map_err(|error| Error::internal(format!("an answer could not be made: {error}")))
+        })))
+    }
+}
+
+/// Options, taken out one by one; whatever is left at the end was not understood.
+#[derive(Debug, serde::Deserialize, Type)]
+pub struct Options(HashMap<String, OwnedVariant>);
+
+impl Options {
+    /// A flag; not given means no.
+    pub fn flag(&mut self, key: &str) -> Result<bool, Error> {
+        Ok(self.flag_if_given(key)?.unwrap_or(false))
+    }
+
+    /// A flag, if given.
+    pub fn flag_if_given(&mut self, key: &str) -> Result<Option<bool>, Error> {
+        self.take(key, "b, a boolean", |value| value.downcast_ref::<bool>().ok())
+    }
+
+    /// A text, if given.
+    pub fn text(&mut self, key: &str) -> Result<Option<String>, Error> {
+        self.take(key, "s, a string", |value| value.downcast_ref::<&str>().ok().map(str::to_owned))
+    }
+
+    /// Nothing else is understood.
+    pub fn end(self) -> Result<(), Error> {
+        match self.0.keys().min() {
+            None => Ok(()),
+            Some(key) => Err(Error::argument(format!("there is no option '{key}' here"))),
+        }
+    }
+
+    fn take<T>(
+        &mut self,
+        key: &str,
+        wanted: &str,
+        read: impl FnOnce(&OwnedVariant) -> Option<T>,
+    ) -> Result<Option<T>, Error> {
+        let Some(value) = self.0.remove(key) else { return Ok(None) };
+        match read(&value) {
+            Some(value) => Ok(Some(value)),
+            None => {
+                let got = value.value_signature().to_string();
+                Err(Error::argument(format!("option '{key}' is of type {wanted}, not {got}")))
+            }
+        }
+    }
+}
+
+/// An answer whose body is encoded already; `signature` is what it is.
+pub fn encoded_reply(to: &Header<'_>, signature: &str, body: &Body) -> Result<Message, Error> {
+    encoded(Message::method_return(to), signature, body)
+}
+
+/// A signal whose body is encoded already.
+pub fn signal(path: &str, interface: &str, member: &str, signature: &str, body: &Body) -> Result<Message, Error> {
+    encoded(Message::signal(path, interface, member), signature, body)
+}
+
+fn encoded(builder: zbus::message::Builder<'_>, signature: &str, body: &Body) -> Result<Message, Error> {
+    // SAFETY: there are no file descriptors, and a test for each use holds the bytes to the signature.
+    let made = unsafe { builder.endian(Endian::Little).build_raw_body(body.bytes(), signature, Vec::new()) };
+    made.map_err(|error| Error::internal(format!("a message could not be made: {error}")))
+}
+
+/// The answer that says no. A text may come from outside and hold what the bus cannot carry.
+pub fn refusal(to: &Header<'_>, error: &Error) -> zbus::Result<Message> {
+    Message::error(to, error.name).build(&error.text.replace('\0', " "))
+}

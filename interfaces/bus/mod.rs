@@ -1,0 +1,419 @@
+//! How calls come in: one loop over the messages of a connection, a bus or a single peer alike.
+//!
+//! ```text
+//!  socket ─▶ loop ─┬─ a look at a row ───────────────▶ outbox ─▶ socket
+//!                  └─ all else ─▶ gate ─▶ task ─▶ handler ─▶ outbox
+//! ```
+//!
+//! The loop decides what a call is by the table of members, answers reads on the spot and hands the rest to the gate.
+//! It waits for two things only: the next message, and room towards the socket, so a peer that does not read its
+//! answers is not read from. It never calls out; a handler may, for the loop goes on reading meanwhile.
+//!
+//! A call without an interface is refused, as it is by the bus policy: which method it means would depend on what else
+//! the object has.
+
+pub mod answers;
+pub mod call;
+pub mod gate;
+pub mod outbox;
+pub mod rows;
+pub mod table;
+pub mod wire;
+
+use crate::caller::Callers;
+use crate::error::Error;
+use answers::{ROOT, fits, is_standard, no_object, unknown_property};
+use call::{Call, Handler, Outcome, Reply, refusal};
+use futures_util::{FutureExt, StreamExt};
+use gate::{Admission, Gate, Limits, Standing, Work};
+use outbox::Outbox;
+use rows::Rows;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use table::{Interface, Table};
+use tokio::sync::Semaphore;
+use virt_service::authz::Caller;
+use zbus::message::{Flags, Header, Type};
+use zbus::{Connection, Message, MessageStream, OwnedVariant};
+
+/// Calls beyond this size are refused; the largest document that is read is smaller.
+const LARGEST_CALL: usize = 12 << 20;
+
+/// How many large answers are made at once.
+const LISTINGS: usize = 2;
+
+/// How often a client that does not read is looked at.
+const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// Who is at the other end of a connection.
+#[derive(Debug)]
+pub enum Who {
+    /// A bus with many clients.
+    Bus(Callers),
+    /// One peer, and its user, whom the socket tells.
+    Peer(u32),
+}
+
+/// One connection's way in.
+#[derive(Debug)]
+pub struct Bus {
+    table: Arc<Table>,
+    rows: Arc<Rows>,
+    outbox: Arc<Outbox>,
+    gate: Gate,
+    who: Who,
+    listings: Semaphore,
+    meters: AtomicBool,
+}
+
+/// What a call comes to, once it is understood.
+enum Deed {
+    /// An answer from the rows, at once.
+    Look(Look),
+    /// An answer from many rows.
+    Survey(Look),
+    /// A handler's work.
+    Run(Handler),
+}
+
+/// An answer from the rows.
+#[derive(Clone, Copy)]
+enum Look {
+    Ping,
+    MachineId,
+    Introspect,
+    Get,
+    GetAll,
+    ManagedObjects,
+}
+
+impl Bus {
+    /// A way in for one connection.
+    pub fn new(table: Arc<Table>, rows: Arc<Rows>, outbox: Arc<Outbox>, who: Who, limits: Limits) -> Arc<Bus> {
+        let meters = AtomicBool::new(limits.unread.is_some());
+        Arc::new(Bus { table, rows, outbox, gate: Gate::new(limits), who, listings: Semaphore::new(LISTINGS), meters })
+    }
+
+    /// Serves until the connection ends.
+    pub async fn run(self: Arc<Self>, mut stream: MessageStream) {
+        let connection = Connection::from(&stream);
+        let outbox = self.outbox.clone();
+        let writer = tokio::spawn(async move { outbox.write_to(&connection).await });
+        while let Some(Ok(message)) = stream.next().await {
+            match message.message_type() {
+                Type::MethodCall => self.take(message),
+                Type::Signal => self.hear(&message),
+                Type::MethodReturn | Type::Error => {}
+            }
+            self.outbox.room().await;
+        }
+        self.outbox.close();
+        self.gate.all_left();
+        if let Who::Bus(callers) = &self.who {
+            callers.all_left();
+        }
+        let _ = writer.await;
+    }
+
+    /// A call has come in.
+    fn take(self: &Arc<Self>, call: Message) {
+        match self.gate.meet(sender(&call.header())) {
+            Standing::Held => return self.admit(call),
+            // It would be refused, or be a look that nobody wants the answer of; a flood should cost no more than this.
+            Standing::Full if !wants_reply(&call) => return,
+            Standing::Free | Standing::Full => {}
+        }
+        if call.data().len() > LARGEST_CALL {
+            return self.refuse(&call, &Error::limits(format!("no call of more than {LARGEST_CALL} bytes is read")));
+        }
+        match self.understand(&call) {
+            Ok(Deed::Look(look)) => self.look(&call, look),
+            Ok(Deed::Survey(_)) if !wants_reply(&call) => {}
+            Ok(Deed::Survey(_) | Deed::Run(_)) => self.admit(call),
+            Err(error) => self.refuse(&call, &error),
+        }
+    }
+
+    /// Puts a call in its sender's queue.
+    fn admit(self: &Arc<Self>, call: Message) {
+        let header = call.header();
+        let sender = sender(&header).to_owned();
+        match self.gate.admit(&sender, call.clone()) {
+            Admission::Queued => self.start_next(),
+            Admission::Stranger => self.identify(sender),
+            Admission::Refused(why) => self.refuse(&call, &Error::limits(why)),
+            Admission::Dropped => tracing::debug!(sender, "a call was dropped: its sender does not read"),
+        }
+    }
+
+    /// Finds out whose the first call of a sender is, and lets it begin.
+    fn identify(self: &Arc<Self>, sender: String) {
+        let callers = match &self.who {
+            Who::Bus(callers) => callers.clone(),
+            Who::Peer(uid) => {
+                self.gate.identified(&sender, Some(*uid));
+                return self.start_next();
+            }
+        };
+        let bus = self.clone();
+        tokio::spawn(async move {
+            let uid = callers.uid(&sender).await;
+            for call in bus.gate.identified(&sender, uid) {
+                bus.refuse(&call, &Error::failed("the bus does not say who sent this call"));
+            }
+            bus.start_next();
+        });
+    }
+
+    /// Begins whatever may begin.
+    fn start_next(self: &Arc<Self>) {
+        while let Some(work) = self.gate.next() {
+            tokio::spawn(self.clone().work(work));
+        }
+    }
+
+    /// Does what a call asks for, answers, and makes room for the next.
+    async fn work(self: Arc<Self>, work: Work) {
+        let done = AssertUnwindSafe(self.perform(&work)).catch_unwind().await;
+        if done.is_err() {
+            self.refuse(&work.message, &Error::internal("a bug in virtd ended this call; its log has more"));
+        }
+        self.gate.ended(&work.sender, work.uid, work.message.data().len());
+        self.start_next();
+    }
+
+    async fn perform(self: &Arc<Self>, work: &Work) {
+        let call = &work.message;
+        let outcome = match self.understand(call) {
+            Ok(Deed::Look(look)) => return self.look(call, look),
+            Ok(Deed::Survey(look)) => self.survey(call, look),
+            Ok(Deed::Run(handler)) => handler.run(self.call(work)).await,
+            Err(error) => Err(error),
+        };
+        match outcome {
+            Ok(Reply::Ready(reply)) => self.answer(call, Ok(reply)),
+            Ok(Reply::Listing(make)) => {
+                self.outbox.room().await;
+                let _place = self.listings.acquire().await;
+                self.rows.listing(make, |made| self.answer(call, made));
+            }
+            Err(error) => self.refuse(call, &error),
+        }
+    }
+
+    /// A call as its handler sees it.
+    fn call(&self, work: &Work) -> Call {
+        let header = work.message.header();
+        let caller = Caller {
+            bus_name: matches!(self.who, Who::Bus(_)).then(|| work.sender.to_string()),
+            uid: work.uid,
+            interactive: header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH),
+            departed: work.departed.clone(),
+        };
+        let path = header.path().map_or("", |path| path.as_str()).into();
+        Call::new(work.message.clone(), caller, path)
+    }
+
+    /// Which member is called, with what it takes; nothing is done yet.
+    fn understand(&self, call: &Message) -> Result<Deed, Error> {
+        let header = call.header();
+        let (path, interface, member) = names(&header)?;
+        let Some(known) = self.interface(path, interface)? else {
+            return Err(Error::unknown_interface(format!("{path} has no interface '{interface}'")));
+        };
+        let Some(method) = known.methods.get(member) else {
+            return Err(Error::unknown_method(format!("{interface} has no method '{member}'")));
+        };
+        if *call.body().signature() != method.takes {
+            let got = call.body().signature().to_string_no_parens();
+            let text = format!("{interface}.{member} takes ({}), not ({got})", method.takes_text);
+            return Err(Error::invalid_args(text));
+        }
+        match (&method.handler, member) {
+            (Some(handler), _) => Ok(Deed::Run(handler.clone())),
+            (None, "Set") => self.setter(call, path).map(Deed::Run),
+            (None, _) => self.standard(path, member),
+        }
+    }
+
+    /// The interface called, if the object has it.
+    fn interface(&self, path: &str, name: &str) -> Result<Option<&Interface>, Error> {
+        let (own, is_node) = self.rows.read(|objects| match objects.get(path) {
+            Some(object) => (Some(object.interface), true),
+            None => (None, objects.is_node(path)),
+        });
+        let has = match name {
+            "org.freedesktop.DBus.Peer" => true,
+            _ if !is_node => return Err(no_object(path)),
+            "org.freedesktop.DBus.Introspectable" => true,
+            "org.freedesktop.DBus.Properties" => own.is_some(),
+            "org.freedesktop.DBus.ObjectManager" => path == ROOT,
+            name => own == Some(name),
+        };
+        Ok(self.table.get(name).filter(|_| has))
+    }
+
+    /// The members of the standard interfaces.
+    fn standard(&self, path: &str, member: &str) -> Result<Deed, Error> {
+        Ok(match member {
+            "Ping" => Deed::Look(Look::Ping),
+            "GetMachineId" => Deed::Look(Look::MachineId),
+            "Get" => Deed::Look(Look::Get),
+            "GetAll" => Deed::Look(Look::GetAll),
+            "GetManagedObjects" => Deed::Survey(Look::ManagedObjects),
+            // A folder may have thousands of children; an object, and what leads to the root, has few.
+            "Introspect" if ROOT.starts_with(path) || self.rows.read(|objects| objects.get(path).is_some()) => {
+                Deed::Look(Look::Introspect)
+            }
+            "Introspect" => Deed::Survey(Look::Introspect),
+            member => return Err(Error::internal(format!("nothing answers '{member}'"))),
+        })
+    }
+
+    /// Properties.Set
+    fn setter(&self, call: &Message, path: &str) -> Result<Handler, Error> {
+        let body = call.body();
+        let read = body.deserialize::<(String, String, OwnedVariant)>();
+        let (interface, name, value) =
+            read.map_err(|error| Error::invalid_args(format!("the arguments cannot be read: {error}")))?;
+        let known = self.interface(path, &interface)?.filter(|_| !is_standard(&interface));
+        let Some(known) = known else {
+            return Err(Error::unknown_interface(format!("{path} has no interface '{interface}' with properties")));
+        };
+        let property = known.properties.get(&name).ok_or_else(|| unknown_property(&interface, &name))?;
+        let Some(setter) = &property.setter else {
+            return Err(Error::read_only(format!("{interface}.{name} can only be read")));
+        };
+        let got = value.value_signature().to_string();
+        if got != property.signature {
+            let text = format!("{interface}.{name} is of type {}, not {got}", property.signature);
+            return Err(Error::invalid_args(text));
+        }
+        Ok(setter.clone())
+    }
+
+    /// Answers from the rows; the answer is on its way before they can change.
+    fn look(self: &Arc<Self>, call: &Message, look: Look) {
+        if wants_reply(call) {
+            let header = call.header();
+            let path = header.path().map_or("", |path| path.as_str());
+            self.rows.read(|objects| self.answer(call, self.seen(call, objects, path, look)));
+        }
+    }
+
+    /// The same for what takes longer.
+    fn survey(self: &Arc<Self>, call: &Message, look: Look) -> Outcome {
+        let (bus, call) = (self.clone(), call.clone());
+        Ok(Reply::Listing(Box::new(move |objects| {
+            let header = call.header();
+            bus.seen(&call, objects, header.path().map_or("", |path| path.as_str()), look)
+        })))
+    }
+
+    fn seen(&self, call: &Message, objects: &rows::Objects, path: &str, look: Look) -> Result<Message, Error> {
+        match look {
+            Look::Ping => answers::ping(call),
+            Look::MachineId => answers::machine_id(call),
+            Look::Get => answers::get(call, objects, path),
+            Look::GetAll => answers::get_all(call, objects, path),
+            Look::ManagedObjects => answers::managed_objects(call, objects),
+            Look::Introspect => answers::introspect(call, objects, &self.table, path),
+        }
+    }
+
+    /// Sends an answer, unless it is too large or nobody wants it.
+    fn answer(self: &Arc<Self>, call: &Message, made: Result<Message, Error>) {
+        match made.and_then(|reply| fits(reply.data().len()).map(|()| reply)) {
+            Ok(reply) => self.send(call, reply),
+            Err(error) => self.refuse(call, &error),
+        }
+    }
+
+    fn refuse(self: &Arc<Self>, call: &Message, error: &Error) {
+        if !wants_reply(call) {
+            return;
+        }
+        match refusal(&call.header(), error) {
+            Ok(reply) => self.send(call, reply),
+            Err(failed) => tracing::error!(%error, %failed, "a refusal could not be made"),
+        }
+    }
+
+    fn send(self: &Arc<Self>, call: &Message, reply: Message) {
+        if !wants_reply(call) {
+            return;
+        }
+        let size = reply.data().len();
+        self.outbox.push(reply);
+        let header = call.header();
+        if self.gate.answered(sender(&header), size) {
+            self.watch_reading(sender(&header).to_owned());
+        }
+    }
+
+    /// Lets a held sender go on once it has read enough.
+    fn watch_reading(self: &Arc<Self>, sender: String) {
+        let Who::Bus(callers) = &self.who else { return };
+        let (bus, callers) = (self.clone(), callers.clone());
+        tokio::spawn(async move {
+            while !bus.gate.drained(&sender, bus.unread(&callers, &sender).await) {
+                tokio::time::sleep(LOOK_AGAIN).await;
+            }
+            bus.start_next();
+        });
+    }
+
+    /// What a client has not read yet; a bus that does not say is trusted.
+    async fn unread(&self, callers: &Callers, sender: &str) -> usize {
+        match callers.unread(sender).await {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                if self.meters.swap(false, Ordering::Relaxed) {
+                    tracing::warn!(%error, "the bus does not tell how much its clients have left unread");
+                }
+                0
+            }
+        }
+    }
+
+    /// A signal has come in; the only one that matters tells that a client has left.
+    fn hear(self: &Arc<Self>, signal: &Message) {
+        let header = signal.header();
+        let Who::Bus(callers) = &self.who else { return };
+        let from_bus = header.sender().is_some_and(|sender| sender.as_str() == "org.freedesktop.DBus");
+        if !from_bus || header.member().is_none_or(|member| member.as_str() != "NameOwnerChanged") {
+            return;
+        }
+        let body = signal.body();
+        if let Ok((name, _, "")) = body.deserialize::<(&str, &str, &str)>() {
+            callers.left(name);
+            self.gate.left(name);
+            self.start_next();
+        }
+    }
+}
+
+fn sender<'h>(header: &'h Header<'_>) -> &'h str {
+    header.sender().map_or("", |sender| sender.as_str())
+}
+
+fn wants_reply(call: &Message) -> bool {
+    !call.primary_header().flags().contains(Flags::NO_REPLY_EXPECTED)
+}
+
+/// Path, interface and member of a call.
+fn names<'h>(header: &'h Header<'_>) -> Result<(&'h str, &'h str, &'h str), Error> {
+    let (path, member) = (header.path(), header.member());
+    let (Some(path), Some(member)) = (path, member) else {
+        return Err(Error::invalid_args("the call names no object or no method"));
+    };
+    let Some(interface) = header.interface() else {
+        return Err(Error::unknown_method(format!("the call of '{member}' names no interface")));
+    };
+    Ok((path.as_str(), interface.as_str(), member.as_str()))
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,139 @@
+//! What leaves a connection: one queue in the order in which answers and signals were made, and one writer.
+//!
+//! Putting a message in never waits, so signals that were put in before an answer are on the socket before it. Whoever
+//! can wait (the dispatch loop before the next call, a task before a large answer, the publisher before a change) waits
+//! for room first, which only the reader at the other end of the socket can give.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use tokio::sync::Notify;
+use zbus::{Connection, Message};
+
+/// Above this many bytes there is no room.
+const FULL: usize = 8 << 20;
+/// A peer that leaves this much unread is given up. The bus itself is waited for instead.
+const LOST: usize = 64 << 20;
+/// One write carries at most so many messages, and ends after so many bytes.
+const BATCH: (usize, usize) = (128, 256 << 10);
+
+/// The queue.
+#[derive(Debug, Default)]
+pub struct Outbox {
+    queue: Mutex<Queue>,
+    filled: Notify,
+    emptied: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    messages: VecDeque<Message>,
+    bytes: usize,
+    closed: bool,
+}
+
+impl Outbox {
+    /// Puts a message at the end. After the end of the connection it is dropped.
+    pub fn push(&self, message: Message) {
+        let mut queue = self.lock();
+        if queue.closed {
+            return;
+        }
+        queue.bytes += message.data().len();
+        queue.messages.push_back(message);
+        drop(queue);
+        self.filled.notify_one();
+    }
+
+    /// Waits until there is room, or nobody there to send to.
+    pub async fn room(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.has_room() {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// Waits until all is sent, or nobody there to send to.
+    pub async fn sent(&self) {
+        loop {
+            let emptied = self.emptied.notified();
+            if self.lock().bytes == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// Whether so much lies unread that the peer must be given up.
+    pub fn is_lost(&self) -> bool {
+        self.lock().bytes > LOST
+    }
+
+    /// Sends no more.
+    pub fn close(&self) {
+        let mut queue = self.lock();
+        *queue = Queue { closed: true, ..Queue::default() };
+        drop(queue);
+        self.filled.notify_one();
+        self.emptied.notify_waiters();
+    }
+
+    /// Writes until the connection or the outbox is closed. Everything that was put in before `close` was not sent yet
+    /// is lost, as with any connection that ends.
+    pub async fn write_to(&self, connection: &Connection) {
+        loop {
+            let (batch, bytes) = self.batch();
+            if batch.is_empty() {
+                if self.lock().closed {
+                    return;
+                }
+                self.filled.notified().await;
+                continue;
+            }
+            if let Err(error) = connection.send_all(&batch).await {
+                tracing::debug!(%error, "connection cannot be written to");
+                return self.close();
+            }
+            drop(batch);
+            let mut queue = self.lock();
+            queue.bytes = queue.bytes.saturating_sub(bytes);
+            drop(queue);
+            self.emptied.notify_waiters();
+        }
+    }
+
+    /// How much lies here.
+    #[cfg(test)]
+    pub fn bytes(&self) -> usize {
+        self.lock().bytes
+    }
+
+    /// What lies here.
+    #[cfg(test)]
+    pub fn waiting(&self) -> Vec<Message> {
+        self.lock().messages.iter().cloned().collect()
+    }
+
+    fn has_room(&self) -> bool {
+        let queue = self.lock();
+        queue.closed || queue.bytes < FULL
+    }
+
+    /// Takes what one write should carry; its bytes count until they are written.
+    fn batch(&self) -> (Vec<Message>, usize) {
+        let mut queue = self.lock();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
+        while batch.len() < BATCH.0 && bytes < BATCH.1 {
+            let Some(message) = queue.messages.pop_front() else { break };
+            bytes += message.data().len();
+            batch.push(message);
+        }
+        (batch, bytes)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

@@ -1,0 +1,272 @@
+//! The encoded form of what is read often: property values, packed so that every answer is a few copies.
+//!
+//! A dictionary entry of `a{sv}` always begins at a multiple of eight bytes and so looks the same wherever it stands. A
+//! row is those entries one after the other: `GetAll`, `GetManagedObjects` and `PropertiesChanged` copy them, a single
+//! `Get` copies the value out of one. All is little-endian, and the messages say so.
+
+use std::fmt::Write as _;
+
+/// A property's value.
+#[derive(Clone, Copy, Debug)]
+pub enum Value<'a> {
+    /// `b`
+    Bool(bool),
+    /// `u`
+    U32(u32),
+    /// `t`
+    U64(u64),
+    /// `d`
+    F64(f64),
+    /// `s`
+    Str(&'a str),
+    /// `o`; the caller vouches that it is a valid path.
+    Path(&'a str),
+    /// `as`
+    Strs(&'a [&'a str]),
+}
+
+impl Value<'_> {
+    /// Its type.
+    pub fn signature(&self) -> &'static str {
+        match self {
+            Value::Bool(_) => "b",
+            Value::U32(_) => "u",
+            Value::U64(_) => "t",
+            Value::F64(_) => "d",
+            Value::Str(_) => "s",
+            Value::Path(_) => "o",
+            Value::Strs(_) => "as",
+        }
+    }
+
+    fn alignment(&self) -> usize {
+        if matches!(self, Value::U64(_) | Value::F64(_)) { 8 } else { 4 }
+    }
+}
+
+/// Bytes of a message body in the making; its start is a multiple of eight in the message.
+#[derive(Default, Debug)]
+pub struct Body(Vec<u8>);
+
+impl Body {
+    /// An empty body with room for `size` bytes.
+    pub fn with_capacity(size: usize) -> Body {
+        Body(Vec::with_capacity(size))
+    }
+
+    /// The bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.0
+    }
+
+    /// Zeroes up to the next multiple of `alignment`.
+    pub fn align(&mut self, alignment: usize) {
+        let length = self.0.len().next_multiple_of(alignment);
+        self.0.resize(length, 0);
+    }
+
+    /// An `u`.
+    pub fn u32(&mut self, number: u32) {
+        self.align(4);
+        self.0.extend_from_slice(&number.to_le_bytes());
+    }
+
+    /// An `s` or `o`.
+    pub fn text(&mut self, text: &str) {
+        self.u32(text.len() as u32);
+        self.0.extend_from_slice(text.as_bytes());
+        self.0.push(0);
+    }
+
+    /// A `v`.
+    pub fn variant(&mut self, value: &Value<'_>) {
+        self.signature(value.signature());
+        self.align(value.alignment());
+        self.value(value);
+    }
+
+    /// Bytes encoded before, which began at a multiple of eight.
+    pub fn aligned(&mut self, bytes: &[u8]) {
+        self.align(8);
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// An array whose elements begin at a multiple of `alignment`, written by `fill`.
+    pub fn array(&mut self, alignment: usize, fill: impl FnOnce(&mut Body)) {
+        self.u32(0);
+        let length_at = self.0.len() - 4;
+        self.align(alignment);
+        let start = self.0.len();
+        fill(self);
+        let length = (self.0.len() - start) as u32;
+        self.0[length_at..length_at + 4].copy_from_slice(&length.to_le_bytes());
+    }
+
+    fn signature(&mut self, signature: &str) {
+        self.0.push(signature.len() as u8);
+        self.0.extend_from_slice(signature.as_bytes());
+        self.0.push(0);
+    }
+
+    fn value(&mut self, value: &Value<'_>) {
+        match *value {
+            Value::Bool(flag) => self.u32(flag.into()),
+            Value::U32(number) => self.u32(number),
+            Value::U64(number) => self.0.extend_from_slice(&number.to_le_bytes()),
+            Value::F64(number) => self.0.extend_from_slice(&number.to_le_bytes()),
+            Value::Str(text) | Value::Path(text) => self.text(text),
+            Value::Strs(texts) => self.array(4, |body| texts.iter().for_each(|text| body.text(text))),
+        }
+    }
+}
+
+/// A property: its name and the type of its value.
+pub type Field = (&'static str, &'static str);
+
+/// What is published of one object: all its properties, encoded. Never changed, only replaced.
+#[derive(Clone, Debug)]
+pub struct Row {
+    fields: &'static [Field],
+    entries: Box<[u8]>,
+    /// Where each entry ends.
+    ends: Box<[u32]>,
+}
+
+impl Row {
+    /// Encodes `values`, which are those of `fields` in the same order.
+    pub fn new(fields: &'static [Field], values: &[Value<'_>]) -> Row {
+        debug_assert!(fields.iter().map(|f| f.1).eq(values.iter().map(Value::signature)));
+        let mut body = Body::with_capacity(48 * fields.len());
+        let mut ends = Vec::with_capacity(fields.len());
+        for ((name, _), value) in fields.iter().zip(values) {
+            body.align(8);
+            body.text(name);
+            body.variant(value);
+            ends.push(body.0.len() as u32);
+        }
+        Row { fields, entries: body.0.into(), ends: ends.into() }
+    }
+
+    /// All entries, as they stand in an `a{sv}`.
+    pub fn entries(&self) -> &[u8] {
+        &self.entries
+    }
+
+    /// The body of an answer to `Get`: one `v`.
+    pub fn variant(&self, name: &str) -> Option<Body> {
+        let index = self.fields.iter().position(|field| field.0 == name)?;
+        let (name, signature) = self.fields[index];
+        let entry = self.entry(index);
+        let value_at = 4 + name.len() + 1 + 1 + signature.len() + 1;
+        let alignment = if matches!(signature, "t" | "d") { 8 } else { 4 };
+        let mut body = Body::with_capacity(16 + entry.len());
+        body.signature(signature);
+        body.align(alignment);
+        body.0.extend_from_slice(&entry[value_at.next_multiple_of(alignment)..]);
+        Some(body)
+    }
+
+    /// The entries of `self` that differ from those of `old`, as they stand in an `a{sv}`; empty if none does.
+    pub fn changes(&self, old: &Row) -> Body {
+        let mut body = Body::default();
+        for index in 0..self.fields.len() {
+            if self.entry(index) != old.entry(index) {
+                body.aligned(self.entry(index));
+            }
+        }
+        body
+    }
+
+    fn entry(&self, index: usize) -> &[u8] {
+        let start = if index == 0 { 0 } else { (self.ends[index - 1] as usize).next_multiple_of(8) };
+        &self.entries[start..self.ends[index] as usize]
+    }
+}
+
+/// `name` as an element of an object path: every byte outside `[A-Za-z0-9]`, and a digit at the start, is `_xx` in
+/// hexadecimal; the empty name is `_`.
+pub fn escape(name: &str) -> String {
+    let mut label = String::with_capacity(name.len() + 8);
+    for (index, byte) in name.bytes().enumerate() {
+        if byte.is_ascii_alphabetic() || (byte.is_ascii_digit() && index > 0) {
+            label.push(byte.into());
+        } else {
+            let _ = write!(label, "_{byte:02x}");
+        }
+    }
+    if label.is_empty() { "_".to_owned() } else { label }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use zbus::wire::{LE, serialized::Context, serialized::Data};
+    use zbus::{OwnedVariant, Variant};
+
+    const FIELDS: &[Field] =
+        &[("Flag", "b"), ("Count", "u"), ("Size", "t"), ("Share", "d"), ("Name", "s"), ("At", "o"), ("Words", "as")];
+
+    fn row(count: u32, name: &str) -> Row {
+        let values = [
+            Value::Bool(true),
+            Value::U32(count),
+            Value::U64(1 << 40),
+            Value::F64(0.5),
+            Value::Str(name),
+            Value::Path("/org/virt"),
+            Value::Strs(&["a", "", "ccc"]),
+        ];
+        Row::new(FIELDS, &values)
+    }
+
+    fn decode<T: zbus::Type + serde::de::DeserializeOwned>(bytes: &[u8]) -> T {
+        let data = Data::new(bytes.to_vec(), Context::new(LE, 0));
+        data.deserialize::<T>().expect("what we encode can be decoded").0
+    }
+
+    #[test]
+    fn entries_read_back_as_a_dictionary() {
+        let mut body = Body::default();
+        body.array(8, |body| body.aligned(row(7, "web").entries()));
+        let all: HashMap<String, OwnedVariant> = decode(body.bytes());
+        assert_eq!(all.len(), FIELDS.len());
+        assert_eq!(*all["Flag"], Variant::from(true));
+        assert_eq!(*all["Count"], Variant::from(7u32));
+        assert_eq!(*all["Size"], Variant::from(1u64 << 40));
+        assert_eq!(*all["Share"], Variant::from(0.5));
+        assert_eq!(*all["Name"], Variant::from("web"));
+        assert_eq!(*all["Words"], Variant::from(vec!["a", "", "ccc"]));
+    }
+
+    #[test]
+    fn each_value_reads_back_alone() {
+        let row = row(7, "web");
+        for (name, signature) in FIELDS {
+            let value: OwnedVariant = decode(row.variant(name).unwrap().bytes());
+            assert_eq!(value.value_signature().to_string(), *signature, "{name}");
+        }
+        let name: OwnedVariant = decode(row.variant("Name").unwrap().bytes());
+        assert_eq!(*name, Variant::from("web"));
+        assert!(row.variant("Other").is_none());
+    }
+
+    #[test]
+    fn only_what_differs_is_a_change() {
+        let (old, new) = (row(1, "web"), row(2, "longer name than before"));
+        let mut body = Body::default();
+        body.array(8, |body| body.aligned(new.changes(&old).bytes()));
+        let changed: HashMap<String, OwnedVariant> = decode(body.bytes());
+        let mut names: Vec<_> = changed.keys().map(String::as_str).collect();
+        names.sort();
+        assert_eq!(names, ["Count", "Name"]);
+        assert!(new.changes(&new).bytes().is_empty());
+    }
+
+    #[test]
+    fn labels_are_escaped_as_systemd_does() {
+        for (name, label) in [("", "_"), ("a1", "a1"), ("1a", "_31a"), ("a b_c", "a_20b_5fc"), ("é", "_c3_a9")] {
+            assert_eq!(escape(name), label);
+        }
+    }
+}

@@ -1,0 +1,185 @@
+//! `org.virt.Manager`: look up, list, define, create.
+
+use crate::bus::answers::ROOT;
+use crate::bus::call::{Call, Handler, Options, Outcome};
+use crate::bus::rows::{Facts, Object, Objects};
+use crate::bus::table::Offer;
+use crate::bus::wire::{Field, Row, Value};
+use crate::domain::{finish, start_options};
+use crate::error::Error;
+use crate::{domain, job};
+use std::sync::Arc;
+use virt_model::state::DomainState;
+use virt_model::xml::{Finding, FindingKind};
+use virt_service::events::DomainFacts;
+use virt_service::{Domain, Service};
+use zbus::ObjectPath;
+
+/// The interface.
+pub const INTERFACE: &str = "org.virt.Manager";
+
+const FIELDS: &[Field] = &[("Version", "s"), ("Drivers", "as")];
+
+/// What is published of the service as a whole.
+pub fn object(drivers: &[&str]) -> Object {
+    let values = [Value::Str(env!("CARGO_PKG_VERSION")), Value::Strs(drivers)];
+    Object { path: ROOT.into(), interface: INTERFACE, row: Row::new(FIELDS, &values), facts: Facts::Fixed }
+}
+
+/// What there is for each member.
+pub fn offer(service: &Arc<Service>) -> Offer {
+    let methods = vec![
+        change(service, "DefineDomain", define_domain),
+        change(service, "CreateDomain", create_domain),
+        read(service, "GetDomain", get_domain),
+        read(service, "GetDomainByName", get_domain_by_name),
+        read(service, "GetDomainById", get_domain_by_id),
+        read(service, "ListDomains", list_domains),
+        read(service, "ValidateDomain", validate_domain),
+        read(service, "DomainToNative", domain_to_native),
+        read(service, "GetJobs", get_jobs),
+        read(service, "GetCapabilities", get_capabilities),
+    ];
+    let signals = &[("DomainLifecycle", "ossss")];
+    Offer { interface: INTERFACE, methods, setters: Vec::new(), fields: FIELDS, signals }
+}
+
+/// A member that changes nothing.
+fn read<F>(service: &Arc<Service>, member: &'static str, run: fn(Arc<Service>, Call) -> F) -> Handler
+where
+    F: Future<Output = Outcome> + Send + 'static,
+{
+    let service = service.clone();
+    Handler::new(member, move |call| run(service.clone(), call))
+}
+
+/// A member that may: its answer, good or bad, follows the signals of what it did.
+fn change<F>(service: &Arc<Service>, member: &'static str, run: fn(Arc<Service>, Call) -> F) -> Handler
+where
+    F: Future<Output = Outcome> + Send + 'static,
+{
+    let (service, events) = (service.clone(), service.events().clone());
+    Handler::change(member, events, move |call| run(service.clone(), call))
+}
+
+async fn define_domain(service: Arc<Service>, call: Call) -> Outcome {
+    let (xml, mut options): (String, Options) = call.read()?;
+    let validate = options.flag("validate")?;
+    options.end()?;
+    let domain = service.define(call.caller(), &xml, validate).await?;
+    call.reply(&path(&domain)?)
+}
+
+async fn create_domain(service: Arc<Service>, call: Call) -> Outcome {
+    let (xml, options): (String, Options) = call.read()?;
+    let (options, no_wait) = start_options(options)?;
+    let (domain, ticket) = service.create(call.caller(), &xml, options).await?;
+    call.reply(&(path(&domain)?, finish(ticket, no_wait).await?))
+}
+
+async fn get_domain(service: Arc<Service>, call: Call) -> Outcome {
+    let uuid: String = call.read()?;
+    call.reply(&path(&*service.by_uuid(&uuid)?)?)
+}
+
+async fn get_domain_by_name(service: Arc<Service>, call: Call) -> Outcome {
+    let name: String = call.read()?;
+    call.reply(&path(&*service.by_name(&name)?)?)
+}
+
+async fn get_domain_by_id(service: Arc<Service>, call: Call) -> Outcome {
+    let id: u32 = call.read()?;
+    call.reply(&path(&*service.by_id(id)?)?)
+}
+
+async fn list_domains(_: Arc<Service>, call: Call) -> Outcome {
+    let filter = Filter::read(call.options()?)?;
+    call.listing(move |objects| inventory(objects, &filter))
+}
+
+async fn validate_domain(service: Arc<Service>, call: Call) -> Outcome {
+    let (xml, options): (String, Options) = call.read()?;
+    options.end()?;
+    let findings = service.validate(call.caller(), &xml).await?;
+    call.reply(&findings.iter().map(told).collect::<Vec<_>>())
+}
+
+async fn domain_to_native(service: Arc<Service>, call: Call) -> Outcome {
+    let (xml, format): (String, String) = call.read()?;
+    call.reply(&service.native(call.caller(), &xml, &format).await?)
+}
+
+async fn get_jobs(_: Arc<Service>, call: Call) -> Outcome {
+    call.listing(|objects| {
+        let jobs = objects.below("/org/virt/job").filter_map(|object| job::number(&object.path));
+        let mut numbers: Vec<u64> = jobs.collect();
+        numbers.sort_unstable();
+        numbers.into_iter().map(job::path).filter_map(|path| ObjectPath::try_from(path).ok()).collect::<Vec<_>>()
+    })
+}
+
+async fn get_capabilities(service: Arc<Service>, call: Call) -> Outcome {
+    let driver: String = call.read()?;
+    call.reply(&service.capabilities(&driver).await?)
+}
+
+/// Which domains `ListDomains` is to list.
+struct Filter {
+    active: Option<bool>,
+    persistent: Option<bool>,
+    state: Option<DomainState>,
+    driver: Option<String>,
+}
+
+impl Filter {
+    fn read(mut options: Options) -> Result<Filter, Error> {
+        let filter = Filter {
+            active: options.flag_if_given("active")?,
+            persistent: options.flag_if_given("persistent")?,
+            state: options.text("state")?.map(|word| state(&word)).transpose()?,
+            driver: options.text("driver")?,
+        };
+        options.end()?;
+        Ok(filter)
+    }
+
+    fn keeps(&self, facts: &DomainFacts) -> bool {
+        self.active.is_none_or(|active| facts.state.is_active() == active)
+            && self.persistent.is_none_or(|persistent| facts.persistent == persistent)
+            && self.state.is_none_or(|state| facts.state == state)
+            && self.driver.as_ref().is_none_or(|driver| facts.driver == driver)
+    }
+}
+
+fn state(word: &str) -> Result<DomainState, Error> {
+    DomainState::ALL.iter().find(|state| state.as_str() == word).copied().ok_or_else(|| {
+        let known: Vec<_> = DomainState::ALL.iter().map(|state| state.as_str()).collect();
+        Error::argument(format!("option 'state' is one of {}, not '{word}'", known.join(", ")))
+    })
+}
+
+/// Path, name, uuid, state, persistent.
+type Entry = (ObjectPath<'static>, String, String, &'static str, bool);
+
+fn inventory(objects: &Objects, filter: &Filter) -> Vec<Entry> {
+    let domains = objects.below("/org/virt/domain").filter_map(|object| Some((object, object.domain()?)));
+    let kept = domains.filter(|(_, facts)| filter.keeps(facts));
+    kept.filter_map(|(object, facts)| {
+        let path = ObjectPath::try_from(object.path.to_string()).ok()?;
+        Some((path, facts.name.clone(), facts.uuid.to_string(), facts.state.as_str(), facts.persistent))
+    })
+    .collect()
+}
+
+/// A finding as severity, line, column and message.
+fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
+    let severity = match finding.kind {
+        FindingKind::Warning => "warning",
+        FindingKind::Invalid | FindingKind::Unsupported => "error",
+    };
+    (severity, finding.line, finding.column, format!("{}: {}", finding.path, finding.message))
+}
+
+fn path(domain: &Domain) -> Result<ObjectPath<'static>, Error> {
+    ObjectPath::try_from(domain::path(domain.uuid())).map_err(|error| Error::internal(error.to_string()))
+}

@@ -1,0 +1,374 @@
+//! What the service tells, as rows and signals. The only writer of rows.
+//!
+//! ```text
+//!  Event::Domain     new: InterfacesAdded ─▶ Lifecycle ─▶ DomainLifecycle      else: PropertiesChanged ─▶ the same
+//!  Event::DomainGone PropertiesChanged ─▶ Lifecycle ─▶ DomainLifecycle ─▶ InterfacesRemoved
+//!  Event::Job        the same with Finished
+//!  Event::Flush      answered: all that came before is queued in front of whatever is sent from now on
+//! ```
+//!
+//! A row is in place when its signals are queued, and both happen as one for readers (`bus/rows.rs`). Until a connection
+//! is attached, rows change in silence: that is how the tree is true before anybody can look.
+
+use crate::bus::call::signal;
+use crate::bus::outbox::Outbox;
+use crate::bus::rows::{Object, Objects, Rows};
+use crate::bus::wire::Body;
+use crate::error::Error;
+use crate::{domain, job, manager};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc::UnboundedReceiver;
+use uuid::Uuid;
+use virt_model::state::{Lifecycle, Undefined};
+use virt_service::events::{DomainFacts, Event};
+use virt_service::job::JobFacts;
+use zbus::{Connection, Message};
+
+/// How many events are taken up at once.
+const BATCH: usize = 256;
+
+/// A connection that hears of changes.
+#[derive(Clone, Debug)]
+pub struct Listener {
+    /// Where signals go.
+    pub outbox: Arc<Outbox>,
+    /// One that can be given up if it does not read; a bus is waited for.
+    pub peer: Option<Connection>,
+}
+
+/// Keeps the rows, and tells every attached connection.
+#[derive(Debug, Default)]
+pub struct Publisher {
+    rows: Arc<Rows>,
+    listeners: Mutex<Vec<Listener>>,
+}
+
+impl Publisher {
+    /// A publisher whose tree has the manager in it.
+    pub fn new(drivers: &[&str]) -> Arc<Publisher> {
+        let publisher = Publisher::default();
+        publisher.rows.write(|objects| objects.put(manager::object(drivers)));
+        Arc::new(publisher)
+    }
+
+    /// The rows it keeps.
+    pub fn rows(&self) -> &Arc<Rows> {
+        &self.rows
+    }
+
+    /// Tells this connection too, from now on.
+    pub fn attach(&self, listener: Listener) {
+        self.listeners().push(listener);
+    }
+
+    /// Tells this connection no more.
+    pub fn detach(&self, outbox: &Arc<Outbox>) {
+        self.listeners().retain(|one| !Arc::ptr_eq(&one.outbox, outbox));
+    }
+
+    /// Publishes until the service is gone.
+    pub async fn run(self: Arc<Self>, mut events: UnboundedReceiver<Event>) {
+        let mut batch = Vec::with_capacity(BATCH);
+        while events.recv_many(&mut batch, BATCH).await > 0 {
+            self.room().await;
+            for event in batch.drain(..) {
+                self.publish(event);
+            }
+        }
+    }
+
+    fn publish(&self, event: Event) {
+        match event {
+            Event::Domain(facts, events) => self.change(|objects| domain_changed(objects, &facts, &events)),
+            Event::DomainGone(facts, events) => self.change(|objects| domain_gone(objects, &facts, &events)),
+            Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
+            Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &job::path(id))?.into_iter().collect())),
+            Event::Flush(done) => drop(done.send(())),
+        }
+    }
+
+    /// Changes rows and queues the signals of the change, as one.
+    fn change(&self, change: impl FnOnce(&mut Objects) -> Result<Vec<Message>, Error>) {
+        self.rows.write(|objects| match change(objects) {
+            Ok(signals) => self.tell(&signals),
+            Err(error) => tracing::error!(%error, "a change could not be told"),
+        });
+    }
+
+    fn tell(&self, signals: &[Message]) {
+        for listener in self.listeners().iter() {
+            signals.iter().for_each(|signal| listener.outbox.push(signal.clone()));
+        }
+    }
+
+    /// Waits for the bus to take what it was sent, and gives up peers that do not.
+    async fn room(&self) {
+        let listeners = self.listeners().clone();
+        for listener in listeners {
+            match listener.peer {
+                None => listener.outbox.room().await,
+                Some(connection) if listener.outbox.is_lost() => {
+                    tracing::warn!("a peer does not read its signals; its connection is closed");
+                    listener.outbox.close();
+                    self.detach(&listener.outbox);
+                    tokio::spawn(connection.close());
+                }
+                Some(_) => {}
+            }
+        }
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Vec<Listener>> {
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The domain is as `facts` say, after `events`.
+fn domain_changed(
+    objects: &mut Objects,
+    facts: &Arc<DomainFacts>,
+    events: &[Lifecycle],
+) -> Result<Vec<Message>, Error> {
+    let old_name = name_of(objects, facts.uuid);
+    let mut signals: Vec<_> = placed(objects, domain::object(facts))?.into_iter().collect();
+    for event in events {
+        signals.extend(lifecycle(facts, old_name.as_deref(), *event)?);
+    }
+    Ok(signals)
+}
+
+/// The same for one that has ceased to exist.
+fn domain_gone(objects: &mut Objects, facts: &Arc<DomainFacts>, events: &[Lifecycle]) -> Result<Vec<Message>, Error> {
+    let path = domain::path(facts.uuid);
+    let mut signals = Vec::new();
+    if objects.get(&path).is_some() {
+        signals = domain_changed(objects, facts, events)?;
+        signals.extend(removed(objects, &path)?);
+    }
+    Ok(signals)
+}
+
+fn job_changed(objects: &mut Objects, facts: &Arc<JobFacts>) -> Result<Vec<Message>, Error> {
+    let object = job::object(facts);
+    let ended_before = objects.get(&object.path).is_some_and(|old| job::has_ended(old));
+    let mut signals: Vec<_> = placed(objects, object)?.into_iter().collect();
+    if facts.state.is_final() && !ended_before {
+        signals.push(job::finished(facts)?);
+    }
+    Ok(signals)
+}
+
+/// Puts an object in its place. What there is to tell: that it is new, or what is different.
+fn placed(objects: &mut Objects, object: Object) -> Result<Option<Message>, Error> {
+    let path = object.path.clone();
+    let old = objects.put(object);
+    let Some(new) = objects.get(&path) else { return Ok(None) };
+    match old {
+        None => added(new).map(Some),
+        Some(old) => changed(&old, new),
+    }
+}
+
+fn added(object: &Object) -> Result<Message, Error> {
+    let mut body = Body::with_capacity(1024);
+    body.text(&object.path);
+    object.interfaces(&mut body);
+    signal("/org/virt", "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", &body)
+}
+
+fn removed(objects: &mut Objects, path: &str) -> Result<Option<Message>, Error> {
+    let Some(old) = objects.remove(path) else { return Ok(None) };
+    let mut body = Body::with_capacity(128);
+    body.text(path);
+    body.array(4, |body| body.text(old.interface));
+    signal("/org/virt", "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", &body).map(Some)
+}
+
+fn changed(old: &Object, new: &Object) -> Result<Option<Message>, Error> {
+    let changes = new.row.changes(&old.row);
+    if changes.bytes().is_empty() {
+        return Ok(None);
+    }
+    let mut body = Body::with_capacity(changes.bytes().len() + 64);
+    body.text(new.interface);
+    body.array(8, |body| body.aligned(changes.bytes()));
+    body.array(4, |_| ());
+    signal(&new.path, "org.freedesktop.DBus.Properties", "PropertiesChanged", "sa{sv}as", &body).map(Some)
+}
+
+/// What happened, on the domain and on the manager. A name that is given up is the old one.
+fn lifecycle(facts: &DomainFacts, old_name: Option<&str>, event: Lifecycle) -> Result<[Message; 2], Error> {
+    let path = domain::path(facts.uuid);
+    let (word, detail) = event.words();
+    let name = match event {
+        Lifecycle::Undefined(Undefined::Renamed) => old_name.unwrap_or(&facts.name),
+        _ => &facts.name,
+    };
+    let mut own = Body::with_capacity(64);
+    own.text(word);
+    own.text(detail);
+    let mut all = Body::with_capacity(256);
+    for text in [&path, &facts.uuid.to_string(), name, word, detail] {
+        all.text(text);
+    }
+    Ok([
+        signal(&path, domain::INTERFACE, "Lifecycle", "ss", &own)?,
+        signal("/org/virt", manager::INTERFACE, "DomainLifecycle", "ossss", &all)?,
+    ])
+}
+
+fn name_of(objects: &Objects, uuid: Uuid) -> Option<String> {
+    let facts = objects.get(&domain::path(uuid))?.domain()?;
+    Some(facts.name.clone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use virt_model::state::{Defined, DomainState, Started, StateReason, Suspended};
+    use virt_service::error::Error as ServiceError;
+    use virt_service::job::JobState;
+    use zbus::{OwnedObjectPath, OwnedVariant, Variant};
+
+    fn facts(state: DomainState) -> DomainFacts {
+        DomainFacts {
+            name: "web".into(),
+            uuid: Uuid::from_u128(7),
+            id: u32::from(state.is_active()),
+            driver: "test",
+            state,
+            reason: StateReason::Unknown,
+            since_usec: 1,
+            persistent: true,
+            autostart: false,
+            title: "a title".into(),
+            description: String::new(),
+            os_type: "hvm".into(),
+            vcpus: 1,
+            maximum_vcpus: 2,
+            memory: 1 << 30,
+            maximum_memory: 1 << 31,
+            has_managed_save: false,
+            config_changed: false,
+            current_snapshot: Some("before upgrade".into()),
+            snapshot_count: 1,
+            owner: 1000,
+        }
+    }
+
+    fn job(state: JobState) -> Arc<JobFacts> {
+        let failed = state == JobState::Failed;
+        Arc::new(JobFacts {
+            id: 3,
+            domain: Uuid::from_u128(7),
+            state,
+            operation: "start",
+            started_usec: 1,
+            progress: -1.0,
+            bytes_done: 0,
+            bytes_total: 0,
+            cancellable: true,
+            requester_uid: 1000,
+            error: failed.then(|| ServiceError::Internal("it broke".into())),
+        })
+    }
+
+    /// The members of signals, in order. Each body is what its signature says.
+    fn members(signals: &[Message]) -> Vec<String> {
+        signals.iter().map(member).collect()
+    }
+
+    fn member(signal: &Message) -> String {
+        signal.body().validate().unwrap();
+        signal.header().member().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_domain_is_added_changed_and_removed_in_the_order_of_the_contract() {
+        let mut objects = Objects::default();
+        let stopped = Arc::new(facts(DomainState::Shutoff));
+        let added = domain_changed(&mut objects, &stopped, &[Lifecycle::Defined(Defined::Added)]).unwrap();
+        assert_eq!(members(&added), ["InterfacesAdded", "Lifecycle", "DomainLifecycle"]);
+        let paused = Arc::new(facts(DomainState::Paused));
+        let events = [Lifecycle::Started(Started::Booted), Lifecycle::Suspended(Suspended::Paused)];
+        let changed = domain_changed(&mut objects, &paused, &events).unwrap();
+        let both = ["Lifecycle", "DomainLifecycle", "Lifecycle", "DomainLifecycle"];
+        assert_eq!(members(&changed), [&["PropertiesChanged"], &both[..]].concat());
+        assert!(domain_changed(&mut objects, &paused, &[]).unwrap().is_empty());
+        let gone = domain_gone(&mut objects, &stopped, &[Lifecycle::Undefined(Undefined::Removed)]).unwrap();
+        assert_eq!(members(&gone), ["PropertiesChanged", "Lifecycle", "DomainLifecycle", "InterfacesRemoved"]);
+        assert!(domain_gone(&mut objects, &stopped, &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_change_carries_the_new_values_and_nothing_else() {
+        let mut objects = Objects::default();
+        domain_changed(&mut objects, &Arc::new(facts(DomainState::Shutoff)), &[]).unwrap();
+        let signals = domain_changed(&mut objects, &Arc::new(facts(DomainState::Running)), &[]).unwrap();
+        let body = signals[0].body();
+        let (interface, values, invalid): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            body.deserialize().unwrap();
+        assert_eq!((interface.as_str(), invalid.len(), values.len()), (domain::INTERFACE, 0, 3));
+        assert_eq!(*values["State"], Variant::from("running"));
+        assert_eq!(*values["Active"], Variant::from(true));
+        assert_eq!(*values["Id"], Variant::from(1u32));
+    }
+
+    #[test]
+    fn what_is_added_is_all_there_is() {
+        let mut objects = Objects::default();
+        let signals = domain_changed(&mut objects, &Arc::new(facts(DomainState::Shutoff)), &[]).unwrap();
+        let body = signals[0].body();
+        type Interfaces = HashMap<String, HashMap<String, OwnedVariant>>;
+        let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
+        assert_eq!(path.as_str(), domain::path(Uuid::from_u128(7)));
+        let all = &interfaces[domain::INTERFACE];
+        assert_eq!(all.len(), 22);
+        let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
+        assert_eq!(*all["CurrentSnapshot"], Variant::from(zbus::ObjectPath::try_from(snapshot).unwrap()));
+    }
+
+    #[test]
+    fn a_name_that_is_given_up_is_the_old_one() {
+        let mut objects = Objects::default();
+        domain_changed(&mut objects, &Arc::new(facts(DomainState::Shutoff)), &[]).unwrap();
+        let renamed = Arc::new(DomainFacts { name: "www".into(), ..facts(DomainState::Shutoff) });
+        let events = [Lifecycle::Undefined(Undefined::Renamed), Lifecycle::Defined(Defined::Renamed)];
+        let signals = domain_changed(&mut objects, &renamed, &events).unwrap();
+        let all = signals.iter().filter(|signal| member(signal) == "DomainLifecycle");
+        let names = all.map(|signal| {
+            let (_, _, name, event, _): (OwnedObjectPath, String, String, String, String) =
+                signal.body().deserialize().unwrap();
+            (name, event)
+        });
+        let told = [("web".to_owned(), "undefined".to_owned()), ("www".to_owned(), "defined".to_owned())];
+        assert_eq!(names.collect::<Vec<_>>(), told);
+    }
+
+    #[test]
+    fn a_jobs_end_is_told_once_after_its_properties() {
+        let mut objects = Objects::default();
+        assert_eq!(members(&job_changed(&mut objects, &job(JobState::Running)).unwrap()), ["InterfacesAdded"]);
+        let failed = job_changed(&mut objects, &job(JobState::Failed)).unwrap();
+        assert_eq!(members(&failed), ["PropertiesChanged", "Finished"]);
+        let told: (bool, String, String) = failed[1].body().deserialize().unwrap();
+        assert_eq!(told, (false, "org.virt.Error.Internal".into(), "it broke".into()));
+        assert!(job_changed(&mut objects, &job(JobState::Failed)).unwrap().is_empty());
+        let gone = removed(&mut objects, "/org/virt/job/3").unwrap().unwrap();
+        assert_eq!(member(&gone), "InterfacesRemoved");
+    }
+
+    #[tokio::test]
+    async fn a_flush_is_answered_behind_what_came_before() {
+        let publisher = Publisher::new(&["test"]);
+        let (events, receiver) = virt_service::events::Events::channel();
+        let outbox = Arc::new(Outbox::default());
+        publisher.attach(Listener { outbox: outbox.clone(), peer: None });
+        tokio::spawn(publisher.clone().run(receiver));
+        events.send(Event::Domain(Arc::new(facts(DomainState::Shutoff)), vec![Lifecycle::Defined(Defined::Added)]));
+        events.flush().await;
+        assert_eq!(members(&outbox.waiting()), ["InterfacesAdded", "Lifecycle", "DomainLifecycle"]);
+        assert!(publisher.rows().read(|objects| objects.get(&domain::path(Uuid::from_u128(7))).is_some()));
+    }
+}

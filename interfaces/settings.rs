@@ -1,0 +1,246 @@
+//! What virtd is told at its start: the command line, the configuration file, and the folders that follow from both.
+
+use clap::{Args, Parser, ValueEnum};
+use serde::Deserialize;
+use std::path::{Path, PathBuf};
+use virt_service::{Limits, Paths};
+
+/// Virtual machines as D-Bus objects.
+#[derive(Debug, Parser)]
+#[command(name = "virtd", version)]
+pub struct Arguments {
+    #[command(flatten)]
+    bus: BusArguments,
+
+    /// Keep configuration, state, logs and runtime files below this folder
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+
+    /// How much to log
+    #[arg(long, value_enum, default_value_t = LogLevel::Info)]
+    pub log_level: LogLevel,
+}
+
+#[derive(Args, Debug)]
+#[group(multiple = false)]
+struct BusArguments {
+    /// Serve the system bus (the default)
+    #[arg(long)]
+    system: bool,
+
+    /// Serve the session bus, for one user, without polkit
+    #[arg(long)]
+    session: bool,
+}
+
+/// How much to log.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+#[allow(missing_docs, reason = "the words say it")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl LogLevel {
+    /// The filter for our own crates; others speak from warnings on.
+    pub fn filter(self) -> String {
+        let level = format!("{self:?}").to_lowercase();
+        format!("warn,virtd={level},virt_service={level},virt_drivers={level},virt_model={level}")
+    }
+}
+
+/// Which bus is served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// For all users; polkit decides.
+    System,
+    /// For one user.
+    Session,
+}
+
+impl Arguments {
+    /// Which bus is served.
+    pub fn kind(&self) -> Kind {
+        if self.bus.session { Kind::Session } else { Kind::System }
+    }
+}
+
+/// `virtd.toml`. Every key may be left out; one that is not known is an error.
+#[derive(Clone, Debug, Default, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Config {
+    /// `[qemu]`
+    pub qemu: QemuConfig,
+    /// `[limits]`
+    pub limits: LimitsConfig,
+}
+
+/// Who runs QEMU on the system bus.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct QemuConfig {
+    /// The user.
+    pub user: String,
+    /// The group, if not the user's own.
+    pub group: Option<String>,
+}
+
+/// How much any user but root may have.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct LimitsConfig {
+    /// Domains owned.
+    pub domains_per_user: usize,
+    /// Jobs under way.
+    pub jobs_per_user: usize,
+}
+
+impl Default for QemuConfig {
+    fn default() -> Self {
+        QemuConfig { user: "virt-qemu".to_owned(), group: None }
+    }
+}
+
+impl Default for LimitsConfig {
+    fn default() -> Self {
+        let Limits { domains_per_user, jobs_per_user } = Limits::default();
+        LimitsConfig { domains_per_user, jobs_per_user }
+    }
+}
+
+impl From<LimitsConfig> for Limits {
+    fn from(config: LimitsConfig) -> Limits {
+        Limits { domains_per_user: config.domains_per_user, jobs_per_user: config.jobs_per_user }
+    }
+}
+
+impl Config {
+    /// Reads `file`; one that is not there says nothing. Error: a sentence that names the file, and the line if it is
+    /// the text that is wrong.
+    pub fn read(file: &Path) -> Result<Config, String> {
+        match std::fs::read_to_string(file) {
+            Ok(text) => toml::from_str(&text).map_err(|error| format!("{}: {error}", file.display())),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Config::default()),
+            Err(error) => Err(format!("{} cannot be read: {error}", file.display())),
+        }
+    }
+}
+
+/// Where everything is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Folders {
+    /// `virtd.toml`
+    pub config: PathBuf,
+    /// Definitions.
+    pub state: PathBuf,
+    /// What does not outlive the host's boot.
+    pub runtime: PathBuf,
+    /// The hypervisors' output.
+    pub log: PathBuf,
+    /// What can be found out again.
+    pub cache: PathBuf,
+}
+
+impl Folders {
+    /// Those of this command line; `variable` looks into the environment.
+    /// Error: the environment of a session does not say where they are.
+    pub fn new(arguments: &Arguments, variable: impl Fn(&str) -> Option<PathBuf>) -> Result<Folders, String> {
+        match (&arguments.root, arguments.kind()) {
+            (Some(root), _) => Ok(Folders::below(root)),
+            (None, Kind::System) => Ok(Folders::below(Path::new("/"))),
+            (None, Kind::Session) => Folders::of_user(variable),
+        }
+    }
+
+    /// As the service wants them.
+    pub fn paths(&self) -> Paths {
+        Paths { state: self.state.clone(), runtime: self.runtime.clone(), log: self.log.clone() }
+    }
+
+    fn below(root: &Path) -> Folders {
+        Folders {
+            config: root.join("etc/virt"),
+            state: root.join("var/lib/virt"),
+            runtime: root.join("run/virt"),
+            log: root.join("var/log/virt"),
+            cache: root.join("var/cache/virt"),
+        }
+    }
+
+    fn of_user(variable: impl Fn(&str) -> Option<PathBuf>) -> Result<Folders, String> {
+        // A relative path in these variables is to be ignored, says their specification.
+        let given = |name: &str| variable(name).filter(|path| path.is_absolute());
+        let home = given("HOME");
+        let base = |name: &str, default: &str| {
+            let folder = given(name).or_else(|| Some(home.as_ref()?.join(default)));
+            folder.map(|folder| folder.join("virt")).ok_or(format!("neither {name} nor HOME is set"))
+        };
+        let state = base("XDG_STATE_HOME", ".local/state")?;
+        let runtime = given("XDG_RUNTIME_DIR").ok_or("XDG_RUNTIME_DIR is not set; give --root instead")?;
+        Ok(Folders {
+            config: base("XDG_CONFIG_HOME", ".config")?,
+            runtime: runtime.join("virt"),
+            log: state.join("log"),
+            state,
+            cache: base("XDG_CACHE_HOME", ".cache")?,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(words: &[&str]) -> Arguments {
+        Arguments::try_parse_from([&["virtd"], words].concat()).unwrap()
+    }
+
+    #[test]
+    fn the_system_bus_is_the_default() {
+        assert_eq!(parse(&[]).kind(), Kind::System);
+        assert_eq!(parse(&["--session"]).kind(), Kind::Session);
+        assert!(Arguments::try_parse_from(["virtd", "--system", "--session"]).is_err());
+    }
+
+    #[test]
+    fn folders_are_below_root_for_both() {
+        for kind in ["--system", "--session"] {
+            let folders = Folders::new(&parse(&[kind, "--root", "/t"]), |_| None).unwrap();
+            assert_eq!(folders.runtime, Path::new("/t/run/virt"));
+            assert_eq!(folders.config, Path::new("/t/etc/virt"));
+        }
+        assert_eq!(Folders::new(&parse(&[]), |_| None).unwrap().state, Path::new("/var/lib/virt"));
+    }
+
+    #[test]
+    fn a_session_goes_by_its_environment() {
+        let environment = |name: &str| match name {
+            "HOME" => Some("/home/a".into()),
+            "XDG_RUNTIME_DIR" => Some("/run/user/1".into()),
+            "XDG_CACHE_HOME" => Some("relative".into()),
+            _ => None,
+        };
+        let folders = Folders::new(&parse(&["--session"]), environment).unwrap();
+        assert_eq!(folders.state, Path::new("/home/a/.local/state/virt"));
+        assert_eq!(folders.runtime, Path::new("/run/user/1/virt"));
+        assert_eq!(folders.cache, Path::new("/home/a/.cache/virt"));
+        assert!(Folders::new(&parse(&["--session"]), |_| None).is_err());
+    }
+
+    #[test]
+    fn the_file_says_what_it_says_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("virtd.toml");
+        assert_eq!(Config::read(&file).unwrap(), Config::default());
+        std::fs::write(&file, "[qemu]\nuser = \"q\"\n[limits]\njobs-per-user = 3\n").unwrap();
+        let config = Config::read(&file).unwrap();
+        assert_eq!((config.qemu.user.as_str(), config.qemu.group), ("q", None));
+        assert_eq!(config.limits.jobs_per_user, 3);
+        std::fs::write(&file, "[limits]\njobs = 3\n").unwrap();
+        let error = Config::read(&file).unwrap_err();
+        assert!(error.contains("virtd.toml") && error.contains("jobs"), "{error}");
+    }
+}

@@ -1,0 +1,352 @@
+//! The configuration: read, redefine, undefine, rename, autostart, title, description, metadata.
+
+use super::{Domain, State};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::events::Event;
+use crate::job::lock;
+use crate::store::{Note, on_disk};
+use std::sync::Arc;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::state::{Defined, Lifecycle, Undefined};
+
+/// What runs and what is stored.
+type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
+
+/// Which configuration a change is for. Neither: what runs, and the stored one if there is one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Affect {
+    /// What runs.
+    pub live: bool,
+    /// What is stored.
+    pub config: bool,
+}
+
+/// What goes along with a stored configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UndefineOptions {
+    /// The managed save image.
+    pub managed_save: bool,
+    /// The snapshots' metadata.
+    pub snapshots_metadata: bool,
+    /// The firmware variables.
+    pub nvram: bool,
+}
+
+/// The form that is stored.
+const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+
+impl Domain {
+    /// The configuration: of what runs while it runs, unless `form.inactive` asks for what the next start would use.
+    pub async fn xml(&self, caller: &Caller, form: Form) -> Result<String> {
+        self.allow(caller, if form.secure { Action::ReadSecure } else { Action::Read }).await?;
+        let (live, stored) = self.configurations();
+        let def = if form.inactive { stored.or(live) } else { live.or(stored) };
+        def.map(|def| def.write(form)).ok_or_else(|| self.vanished())
+    }
+
+    /// The metadata element of a namespace: of what runs, or with `config` of what is stored.
+    pub async fn metadata(&self, caller: &Caller, uri: &str, affect: Affect) -> Result<String> {
+        self.allow(caller, Action::Read).await?;
+        if affect.live && affect.config {
+            return Err(Error::InvalidArgument("give 'live' or 'config', not both: one text is returned".to_owned()));
+        }
+        let (live, stored) = self.configurations();
+        let def = match affect {
+            Affect { live: true, .. } => Some(live.ok_or_else(|| self.not_active("the live metadata"))?),
+            Affect { config: true, .. } => Some(stored.ok_or_else(|| self.not_stored("the stored metadata"))?),
+            _ => live.or(stored),
+        };
+        def.ok_or_else(|| self.vanished())?.metadata(uri).ok_or_else(|| {
+            Error::InvalidArgument(format!("domain '{}' has no metadata in the namespace '{uri}'", self.name()))
+        })
+    }
+
+    /// Replaces the stored configuration by a completed one of the same uuid and name.
+    pub(crate) async fn redefine(self: &Arc<Self>, caller: &Caller, def: DomainDef) -> Result<()> {
+        let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
+        if def.name != self.name() {
+            let text = format!("domain '{}' was renamed to '{}' meanwhile; try again", def.name, self.name());
+            return Err(Error::DomainExists(text));
+        }
+        if !self.driver.types().contains(&def.kind.as_str()) {
+            let (name, driver) = (&def.name, self.driver.name());
+            let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
+            return Err(Error::OperationInvalid(text));
+        }
+        let first = lock(&self.state).stored.is_none();
+        self.store(def.clone()).await?;
+        let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
+        self.commit(|state| state.has_stored(def, told));
+        tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
+        Ok(())
+    }
+
+    /// Removes the stored configuration. An active domain goes on as a transient one.
+    pub async fn undefine(self: &Arc<Self>, caller: &Caller, options: UndefineOptions) -> Result<()> {
+        self.told(caller, "undefine", async {
+            let _turn = self.begin(caller, Action::Delete, "undefine").await?;
+            let (live, stored) = self.configurations();
+            let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
+            let variables = self.firmware_variables(&stored, live.is_some(), options)?;
+            let (shared, uuid) = (self.shared.clone(), self.uuid);
+            on_disk(move || {
+                shared.store.remove_definition(uuid)?;
+                variables
+                    .map_or(Ok(()), |file| std::fs::remove_file(&file).map_err(|e| Error::from_io("remove", &file, &e)))
+            })
+            .await?;
+            self.commit(|state| {
+                state.stored = None;
+                state.autostart = false;
+                state.config_changed = false;
+                state.gone = state.guest.is_none();
+                if state.gone {
+                    self.shared.registry.remove(self.uuid, &state.name, self.owner);
+                }
+                vec![Lifecycle::Undefined(Undefined::Removed)]
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    /// The file of firmware variables that is to be removed with the configuration.
+    fn firmware_variables(
+        &self,
+        stored: &DomainDef,
+        active: bool,
+        options: UndefineOptions,
+    ) -> Result<Option<std::path::PathBuf>> {
+        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(std::path::PathBuf::from);
+        let file = path.filter(|path| path.exists());
+        match file {
+            Some(path) if !options.nvram => Err(Error::OperationInvalid(format!(
+                "domain '{}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
+                self.name(),
+                path.display()
+            ))),
+            Some(_) if active => Err(Error::OperationInvalid(format!(
+                "the running domain '{}' uses its firmware variables; shut it down before they are removed",
+                self.name()
+            ))),
+            file => Ok(file),
+        }
+    }
+
+    /// Gives an inactive, persistent domain another name.
+    pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
+        self.told(caller, "rename", async {
+            let _turn = self.begin(caller, Action::Define, "rename").await?;
+            let (live, stored) = self.configurations();
+            let stored = stored.ok_or_else(|| self.not_stored("a name to change"))?;
+            if live.is_some() {
+                let text = format!("cannot rename domain '{}' while it is active; shut it down first", stored.name);
+                return Err(Error::OperationInvalid(text));
+            }
+            let def = renamed(&stored, name)?;
+            self.shared.registry.claim_name(self.uuid, name)?;
+            if let Err(e) = self.store(def.clone()).await {
+                self.shared.registry.drop_name(name);
+                return Err(e);
+            }
+            self.shared.registry.drop_name(&stored.name);
+            self.commit_rename(def);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Tells of a rename: the old name goes, the new one comes.
+    fn commit_rename(&self, def: DomainDef) {
+        self.shared.events.send(Event::Domain(self.facts(), vec![Lifecycle::Undefined(Undefined::Renamed)]));
+        self.commit(|state| {
+            state.name.clone_from(&def.name);
+            state.has_stored(def, Lifecycle::Defined(Defined::Renamed))
+        });
+    }
+
+    /// Starts it with the host, or no longer.
+    pub async fn set_autostart(self: &Arc<Self>, caller: &Caller, autostart: bool) -> Result<()> {
+        self.told(caller, "set autostart", async {
+            let _turn = self.begin(caller, Action::Define, "set autostart").await?;
+            let note = {
+                let state = lock(&self.state);
+                if state.stored.is_none() {
+                    let text =
+                        format!("domain '{}' is transient and cannot start with the host; define it first", state.name);
+                    return Err(Error::OperationInvalid(text));
+                }
+                Note { autostart, ..state.note(self.owner) }
+            };
+            let (shared, uuid) = (self.shared.clone(), self.uuid);
+            on_disk(move || shared.store.save_note(uuid, &note)).await?;
+            self.commit(|state| {
+                state.autostart = autostart;
+                Vec::new()
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    /// Sets the title; an empty one removes it. Error: `InvalidArgument` if it has a line break.
+    pub async fn set_title(self: &Arc<Self>, caller: &Caller, title: &str, affect: Affect) -> Result<()> {
+        if title.contains(['\n', '\r']) {
+            return Err(Error::InvalidArgument("a title is one line; use the description for more".to_owned()));
+        }
+        let title = (!title.is_empty()).then(|| title.to_owned());
+        self.edit(caller, "set title", affect, |def| {
+            def.title.clone_from(&title);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Sets the description; an empty one removes it.
+    pub async fn set_description(self: &Arc<Self>, caller: &Caller, text: &str, affect: Affect) -> Result<()> {
+        let text = (!text.is_empty()).then(|| text.to_owned());
+        self.edit(caller, "set description", affect, |def| {
+            def.description.clone_from(&text);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Replaces the metadata element of the namespace `uri`; empty `xml` removes it.
+    pub async fn set_metadata(
+        self: &Arc<Self>,
+        caller: &Caller,
+        xml: &str,
+        prefix: &str,
+        uri: &str,
+        affect: Affect,
+    ) -> Result<()> {
+        let xml = (!xml.is_empty()).then_some(xml);
+        self.edit(caller, "set metadata", affect, |def| {
+            def.set_metadata(uri, prefix, xml).map_err(|finding| Error::ConfigInvalid(vec![finding]))
+        })
+        .await
+    }
+
+    /// Changes the definitions that `affect` means, all or none.
+    async fn edit(
+        self: &Arc<Self>,
+        caller: &Caller,
+        deed: &str,
+        affect: Affect,
+        change: impl Fn(&mut DomainDef) -> Result<()> + Send + Sync,
+    ) -> Result<()> {
+        self.told(caller, deed, async {
+            let _turn = self.begin(caller, Action::Define, deed).await?;
+            let (live, stored) = self.affected(deed, affect)?;
+            let changed = |def: Arc<DomainDef>| -> Result<DomainDef> {
+                let mut def = DomainDef::clone(&def);
+                change(&mut def)?;
+                check_text(&def)?;
+                Ok(def)
+            };
+            let (live, stored) = (live.map(changed).transpose()?, stored.map(changed).transpose()?);
+            if let Some(stored) = &stored {
+                self.store(stored.clone()).await?;
+            }
+            if let Some(live) = &live {
+                self.keep_live(live).await?;
+            }
+            self.commit(|state| state.edited(live, stored));
+            Ok(())
+        })
+        .await
+    }
+
+    /// The definitions a change is for: live, stored.
+    fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
+        let (live, stored) = self.configurations();
+        if affect.live && live.is_none() {
+            return Err(self.not_active(&format!("something to {deed} in what runs")));
+        }
+        if affect.config && stored.is_none() {
+            return Err(self.not_stored(&format!("something to {deed} in what is stored")));
+        }
+        let both = !affect.live && !affect.config;
+        Ok((live.filter(|_| both || affect.live), stored.filter(|_| both || affect.config)))
+    }
+
+    /// Puts a stored configuration on disk.
+    pub(crate) async fn store(&self, def: DomainDef) -> Result<()> {
+        let note = lock(&self.state).note(self.owner);
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        on_disk(move || shared.store.save_definition(uuid, &def.write(STORED), &note)).await
+    }
+
+    async fn keep_live(&self, live: &DomainDef) -> Result<()> {
+        let (status, text) = (self.guest()?.status, live.write(Form { inactive: false, ..STORED }));
+        on_disk(move || status.update(|s| s.live = text)).await
+    }
+
+    /// What runs and what is stored.
+    fn configurations(&self) -> Configurations {
+        let state = lock(&self.state);
+        (state.guest.as_ref().map(|g| g.live.clone()), state.stored.clone())
+    }
+
+    fn not_active(&self, what: &str) -> Error {
+        Error::OperationInvalid(format!(
+            "domain '{}' is shut off and does not have {what}; start it first",
+            self.name()
+        ))
+    }
+
+    fn not_stored(&self, what: &str) -> Error {
+        Error::OperationInvalid(format!(
+            "domain '{}' is transient and does not have {what}; define it first",
+            self.name()
+        ))
+    }
+
+    fn vanished(&self) -> Error {
+        Error::NoSuchDomain { what: "name", value: self.name() }
+    }
+}
+
+impl State {
+    fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
+        self.stored = Some(Arc::new(def));
+        self.compare_configs();
+        vec![told]
+    }
+
+    fn edited(&mut self, live: Option<DomainDef>, stored: Option<DomainDef>) -> Vec<Lifecycle> {
+        if let (Some(guest), Some(live)) = (self.guest.as_mut(), live) {
+            guest.live = Arc::new(live);
+        }
+        let told = match stored {
+            Some(stored) => self.has_stored(stored, Lifecycle::Defined(Defined::Updated)),
+            None => Vec::new(),
+        };
+        self.compare_configs();
+        told
+    }
+}
+
+/// The definition under another name, which is held to the rules a document's name is held to.
+fn renamed(def: &DomainDef, name: &str) -> Result<DomainDef> {
+    let mut def = def.clone();
+    if def.name == name {
+        return Err(Error::InvalidArgument(format!("domain '{name}' has that name already")));
+    }
+    name.clone_into(&mut def.name);
+    check_text(&def)?;
+    Ok(def)
+}
+
+/// Holds what a caller put in to the rules of a document: it must read back as what was meant.
+fn check_text(def: &DomainDef) -> Result<()> {
+    match DomainDef::parse(&def.write(STORED)) {
+        Ok(read) if read.name == def.name => Ok(()),
+        Ok(_) => Err(Error::InvalidArgument(format!("'{}' cannot be a domain's name", def.name))),
+        Err(findings) => {
+            Err(Error::InvalidArgument(findings.first().map_or_else(String::new, |finding| finding.message.clone())))
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! Start, shutdown, reboot, reset, destroy, suspend, resume.
+
+use super::{Domain, Guest};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::job::{Held, Job, Ticket, lock};
+use crate::shared::now_usec;
+use crate::store::{Status, StatusFile, on_disk};
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::{DriverError, Launch, Running, ShutdownMode};
+use virt_model::state::{DomainState, Lifecycle, Started, StateReason, Stopped, Suspended};
+use virt_model::xml::FindingKind;
+
+/// How a domain is started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StartOptions {
+    /// Leave the CPUs standing.
+    pub paused: bool,
+    /// Boot even if there is a managed save image.
+    pub force_boot: bool,
+    /// Make the firmware variables anew.
+    pub reset_nvram: bool,
+    /// End the guest when the caller leaves the bus.
+    pub autodestroy: bool,
+    /// Cancel the start when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+/// The live form, with passwords: what must be found again after a restart of virtd.
+const KEPT: Form = Form { inactive: false, secure: true, migratable: false };
+
+impl Domain {
+    /// Starts an inactive domain. Returns when the start is accepted; the ticket answers when its CPUs run (or stand
+    /// ready, if `paused`). If it fails, the domain is inactive as before.
+    pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartOptions) -> Result<Ticket> {
+        self.allow(caller, Action::Start).await?;
+        self.launch(caller, None, options).await
+    }
+
+    /// Starts `def`, or the stored configuration. What can be checked before is checked before it is accepted.
+    pub(crate) async fn launch(
+        self: &Arc<Self>,
+        caller: &Caller,
+        def: Option<DomainDef>,
+        options: StartOptions,
+    ) -> Result<Ticket> {
+        let cancel = CancellationToken::new();
+        let turn = self.turn.try_take("start", &cancel);
+        if turn.is_some() {
+            self.can_run(&self.def_to_start(def.as_ref())?).await?;
+        }
+        let (job, ticket) = self.shared.jobs.open(caller, self.uuid, "start", cancel)?;
+        if options.cancel_on_disconnect {
+            cancel_when_gone(caller, job.cancel_token());
+        }
+        lock(&self.state).starting |= turn.is_some();
+        self.announce_transient();
+        let (domain, caller) = (self.clone(), caller.clone());
+        tokio::spawn(async move {
+            let begun = Instant::now();
+            let result = domain.run_start(&job, turn, def, &caller, options).await;
+            domain.start_ended();
+            domain.log(&caller, "start", begun, result.as_ref().err());
+            domain.drop_if_nothing_left();
+            job.finish(result);
+        });
+        Ok(ticket)
+    }
+
+    async fn run_start(
+        self: &Arc<Self>,
+        job: &Job,
+        turn: Option<Held>,
+        def: Option<DomainDef>,
+        caller: &Caller,
+        options: StartOptions,
+    ) -> Result<()> {
+        let turn = match turn {
+            Some(turn) => turn,
+            None => tokio::select! {
+                turn = self.take_turn("start", job.cancel_token()) => turn?,
+                () = job.cancel_token().cancelled() => return Err(self.start_cancelled()),
+            },
+        };
+        turn.rename(job.label("start"));
+        job.running();
+        let def = self.def_to_start(def.as_ref())?;
+        lock(&self.state).starting = true;
+        self.start_guest(def, caller, options, job.cancel_token()).await
+    }
+
+    /// Lets those know who wait for the end of a start.
+    fn start_ended(&self) {
+        lock(&self.state).starting = false;
+        self.changes.send_modify(|n| *n += 1);
+    }
+
+    fn start_cancelled(&self) -> Error {
+        Error::Cancelled(format!("starting domain '{}' was cancelled; it is shut off as before", self.name()))
+    }
+
+    /// What a start now would run. Error: `OperationInvalid` if it runs.
+    fn def_to_start(&self, given: Option<&DomainDef>) -> Result<DomainDef> {
+        let state = lock(&self.state);
+        if state.guest.is_some() {
+            let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
+            return Err(Error::OperationInvalid(text));
+        }
+        match given.or(state.stored.as_deref()) {
+            Some(def) => Ok(def.clone()),
+            None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),
+        }
+    }
+
+    /// Refuses what the driver says cannot run here.
+    async fn can_run(&self, def: &DomainDef) -> Result<()> {
+        let mut findings = self.driver.check(def).await;
+        findings.retain(|f| f.kind != FindingKind::Warning);
+        if findings.is_empty() {
+            return Ok(());
+        }
+        Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)))
+    }
+
+    async fn start_guest(
+        self: &Arc<Self>,
+        def: DomainDef,
+        caller: &Caller,
+        options: StartOptions,
+        cancel: &CancellationToken,
+    ) -> Result<()> {
+        let id = self.shared.next_id();
+        let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, options));
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
+        let (events, reports) = mpsc::unbounded_channel();
+        let launch = Launch {
+            def,
+            paused: options.paused,
+            reset_nvram: options.reset_nvram,
+            runtime_dir,
+            log_file: self.shared.store.log_file(self.uuid),
+            recorder: status.clone(),
+            events,
+            cancel: cancel.clone(),
+        };
+        match self.driver.start(launch).await {
+            Ok(running) => self.became_active(id, running, status, options, caller, reports).await,
+            Err(e) => {
+                let shared = self.shared.clone();
+                on_disk(move || {
+                    shared.store.forget_guest(uuid);
+                    Ok(())
+                })
+                .await?;
+                Err(match e {
+                    DriverError::Cancelled => self.start_cancelled(),
+                    e => Error::from_driver(&self.name(), "start", e),
+                })
+            }
+        }
+    }
+
+    /// What is on disk before there is a guest: with it a start that is cut off can be finished or ended.
+    fn first_status(&self, id: u32, def: &DomainDef, caller: &Caller, options: StartOptions) -> Status {
+        let (state, reason) = state_after_start(options);
+        Status {
+            driver: self.driver.name().to_owned(),
+            id,
+            owner: self.owner,
+            state,
+            reason,
+            since_usec: now_usec(),
+            autodestroy: options.autodestroy.then(|| caller.bus_name.clone()).flatten(),
+            live: def.write(KEPT),
+            record: None,
+        }
+    }
+
+    async fn became_active(
+        self: &Arc<Self>,
+        id: u32,
+        running: Running,
+        status: Arc<StatusFile>,
+        options: StartOptions,
+        caller: &Caller,
+        reports: mpsc::UnboundedReceiver<virt_model::driver::DriverEvent>,
+    ) -> Result<()> {
+        let live = DomainDef { id: Some(id), ..running.live };
+        let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());
+        let kept = on_disk(move || {
+            file.update(|s| {
+                s.live = text;
+                s.since_usec = since_usec;
+            })
+        });
+        if let Err(e) = kept.await {
+            tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
+        }
+        let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None };
+        self.commit(|state| {
+            (state.state, state.reason) = state_after_start(options);
+            state.since_usec = since_usec;
+            state.starting = false;
+            state.guest = Some(guest);
+            state.compare_configs();
+            let mut events = vec![Lifecycle::Started(Started::Booted)];
+            if options.paused {
+                events.push(Lifecycle::Suspended(Suspended::Paused));
+            }
+            events
+        });
+        tokio::spawn(self.clone().follow(id, reports));
+        if options.autodestroy {
+            self.watch_autodestroy(id, caller.bus_name.clone());
+        }
+        Ok(())
+    }
+
+    /// Ends the guest `id` when the owner of that bus name leaves.
+    pub(super) fn watch_autodestroy(self: &Arc<Self>, id: u32, bus_name: Option<String>) {
+        let Some(bus_name) = bus_name else { return };
+        let departed = self.shared.callers.watch(&bus_name);
+        let domain = self.clone();
+        tokio::spawn(async move {
+            tokio::select! {
+                () = departed.cancelled() => {
+                    if let Some(guest) = domain.guest().ok().filter(|guest| guest.id == id) {
+                        tracing::info!(uuid = %domain.uuid, name = domain.name(), "{bus_name} left; its guest ends");
+                        if let Err(e) = domain.end(guest, false).await {
+                            tracing::error!(uuid = %domain.uuid, "{e}");
+                        }
+                    }
+                }
+                () = domain.until(|state| !state.runs(id)) => {}
+            }
+        });
+    }
+
+    /// A transient domain is there from the moment its start is accepted.
+    fn announce_transient(&self) {
+        let transient = lock(&self.state).stored.is_none();
+        if transient {
+            self.announce();
+        }
+    }
+
+    /// A transient domain whose guest did not come to be is nothing.
+    fn drop_if_nothing_left(&self) {
+        let nothing_left = {
+            let state = lock(&self.state);
+            state.stored.is_none() && state.guest.is_none() && !state.gone
+        };
+        if nothing_left {
+            self.commit(|state| {
+                state.gone = true;
+                self.shared.registry.remove(self.uuid, &state.name, self.owner);
+                Vec::new()
+            });
+        }
+    }
+
+    /// Asks the guest to power off. Returns when it has been asked; what it does about it is told by events.
+    pub async fn shutdown(self: &Arc<Self>, caller: &Caller, mode: ShutdownMode) -> Result<()> {
+        self.told(caller, "shutdown", async {
+            let _turn = self.begin(caller, Action::Stop, "shutdown").await?;
+            let guest = self.listening_guest("shut down")?;
+            guest.instance.shutdown(mode).await.map_err(|e| self.failed("shut down", e))
+        })
+        .await
+    }
+
+    /// Asks the guest to reboot. Returns when it has been asked.
+    pub async fn reboot(self: &Arc<Self>, caller: &Caller, mode: ShutdownMode) -> Result<()> {
+        self.told(caller, "reboot", async {
+            let _turn = self.begin(caller, Action::Stop, "reboot").await?;
+            let guest = self.listening_guest("reboot")?;
+            guest.instance.reboot(mode).await.map_err(|e| self.failed("reboot", e))
+        })
+        .await
+    }
+
+    /// Resets the machine, as with its button. One that stands after power-off or panic runs again.
+    pub async fn reset(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        self.told(caller, "reset", async {
+            let _turn = self.begin(caller, Action::Stop, "reset").await?;
+            let guest = self.guest()?;
+            let ended = matches!(lock(&self.state).state, DomainState::Shutdown | DomainState::Crashed);
+            guest.instance.reset().await.map_err(|e| self.failed("reset", e))?;
+            if ended {
+                guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
+                self.until(|s| !s.runs(guest.id) || s.state == DomainState::Running).await;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Stops the CPUs. Returns when they stand.
+    pub async fn suspend(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        self.told(caller, "suspend", async {
+            let _turn = self.begin(caller, Action::Suspend, "suspend").await?;
+            let guest = self.listening_guest("suspend")?;
+            guest.instance.suspend().await.map_err(|e| self.failed("suspend", e))?;
+            self.until(|s| !s.runs(guest.id) || s.state != DomainState::Running).await;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Lets the CPUs go on. Returns when they run.
+    pub async fn resume(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        self.told(caller, "resume", async {
+            let _turn = self.begin(caller, Action::Suspend, "resume").await?;
+            let guest = self.guest()?;
+            self.refuse_unless_paused()?;
+            guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
+            self.until(|s| !s.runs(guest.id) || s.state == DomainState::Running).await;
+            Ok(())
+        })
+        .await
+    }
+
+    /// Pulls the plug: returns when the guest's process has gone. It waits for nobody: a start under way is cancelled, a
+    /// long job is asked to give up, a hypervisor that hangs is killed (or, if `graceful`, left: `TimedOut`).
+    pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
+        self.told(caller, "destroy", async {
+            self.allow(caller, Action::Stop).await?;
+            if lock(&self.state).starting {
+                self.turn.ask_to_give_up();
+                self.until(|s| !s.starting).await;
+                if lock(&self.state).guest.is_none() {
+                    return Ok(());
+                }
+            }
+            let guest = self.guest()?;
+            self.turn.ask_to_give_up();
+            self.end(guest, graceful).await
+        })
+        .await
+    }
+
+    /// Ends a guest and waits until that is told.
+    async fn end(self: &Arc<Self>, guest: Guest, graceful: bool) -> Result<()> {
+        self.expect_end(guest.id, Stopped::Destroyed);
+        match guest.instance.destroy(graceful).await {
+            Ok(()) | Err(DriverError::Gone) => {
+                self.until(|s| !s.runs(guest.id)).await;
+                Ok(())
+            }
+            Err(e) => {
+                self.expect_no_end(guest.id);
+                Err(self.failed("destroy", e))
+            }
+        }
+    }
+
+    /// The guest goes on after all.
+    fn expect_no_end(&self, id: u32) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
+            guest.ending = None;
+        }
+    }
+
+    /// The guest, if its CPUs run, so that it can hear what it is asked.
+    fn listening_guest(&self, deed: &str) -> Result<Guest> {
+        let guest = self.guest()?;
+        let state = lock(&self.state);
+        let remedy = match state.state {
+            DomainState::Running | DomainState::Idle => return Ok(guest),
+            DomainState::Paused => "resume it first, or destroy it",
+            DomainState::PmSuspended => "it sleeps; wake it first, or destroy it",
+            _ => "reset or destroy it",
+        };
+        Err(Error::OperationInvalid(format!(
+            "cannot {deed} domain '{}' while it is {}: {remedy}",
+            state.name, state.state
+        )))
+    }
+
+    fn refuse_unless_paused(&self) -> Result<()> {
+        let state = lock(&self.state);
+        let remedy = match state.state {
+            DomainState::Paused | DomainState::PmSuspended => return Ok(()),
+            DomainState::Running | DomainState::Idle => "there is nothing to resume",
+            _ => "reset or destroy it",
+        };
+        Err(Error::OperationInvalid(format!(
+            "cannot resume domain '{}' while it is {}: {remedy}",
+            state.name, state.state
+        )))
+    }
+
+    fn failed(&self, deed: &str, e: DriverError) -> Error {
+        Error::from_driver(&self.name(), deed, e)
+    }
+}
+
+impl super::State {
+    /// Whether guest `id` is (still) this domain's.
+    pub(super) fn runs(&self, id: u32) -> bool {
+        self.guest.as_ref().is_some_and(|guest| guest.id == id)
+    }
+}
+
+fn state_after_start(options: StartOptions) -> (DomainState, StateReason) {
+    if options.paused { (DomainState::Paused, StateReason::User) } else { (DomainState::Running, StateReason::Booted) }
+}
+
+/// Fires `cancel` when the caller leaves; ends with the job.
+fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
+    let (departed, cancel) = (caller.departed.clone(), cancel.clone());
+    tokio::spawn(async move {
+        if cancel.run_until_cancelled(departed.cancelled()).await.is_some() {
+            cancel.cancel();
+        }
+    });
+}

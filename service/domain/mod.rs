@@ -1,0 +1,523 @@
+//! `Domain`: its state, the door to change it (`begin`), and the only reader of what its hypervisor reports (`follow`).
+//!
+//! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
+//! change. What is published is computed while `state` is held, so the order of events is the order of changes.
+
+mod can;
+mod config;
+mod lifecycle;
+
+pub use config::{Affect, UndefineOptions};
+pub use lifecycle::StartOptions;
+
+use crate::authz::{Action, Caller, Subject};
+use crate::error::{Error, Result};
+use crate::events::{DomainFacts, Event};
+use crate::job::{Held, Turn, lock};
+use crate::shared::{Shared, now_usec};
+use crate::store::{Note, StatusFile, on_disk};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::{Condition, Driver, DriverEvent, Exit, Instance};
+use virt_model::state::{
+    Crashed, Defined, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped, Suspended,
+};
+
+/// One domain, from its definition (or creation, if transient) to its end.
+pub struct Domain {
+    uuid: Uuid,
+    owner: u32,
+    driver: Arc<dyn Driver>,
+    shared: Arc<Shared>,
+    turn: Arc<Turn>,
+    state: Mutex<State>,
+    /// Counts the changes of `state`, for those who wait for one.
+    changes: watch::Sender<u64>,
+}
+
+/// What a domain is at a moment.
+struct State {
+    name: String,
+    stored: Option<Arc<DomainDef>>,
+    guest: Option<Guest>,
+    /// A start is under way: there is no guest yet, and soon there may be one.
+    starting: bool,
+    state: DomainState,
+    reason: StateReason,
+    since_usec: u64,
+    autostart: bool,
+    config_changed: bool,
+    /// No longer in the registry.
+    gone: bool,
+    /// As last published.
+    facts: Arc<DomainFacts>,
+}
+
+/// The active half of a domain.
+#[derive(Clone)]
+struct Guest {
+    id: u32,
+    instance: Arc<dyn Instance>,
+    live: Arc<DomainDef>,
+    status: Arc<StatusFile>,
+    /// Why its end is expected, once it is.
+    ending: Option<Stopped>,
+}
+
+/// How a new `Domain` comes to be.
+pub(crate) struct Birth {
+    pub uuid: Uuid,
+    pub name: String,
+    pub driver: Arc<dyn Driver>,
+    pub stored: Option<DomainDef>,
+    /// What describes it while there is neither stored configuration nor guest: a transient domain about to start.
+    pub draft: Option<DomainDef>,
+    pub note: Note,
+}
+
+impl Domain {
+    pub(crate) fn new(shared: Arc<Shared>, birth: Birth) -> Arc<Domain> {
+        let stored = birth.stored.map(Arc::new);
+        let described = stored.as_deref().or(birth.draft.as_ref());
+        let facts = Arc::new(DomainFacts {
+            name: birth.name.clone(),
+            uuid: birth.uuid,
+            id: 0,
+            driver: birth.driver.name(),
+            state: DomainState::Shutoff,
+            reason: birth.note.reason,
+            since_usec: birth.note.since_usec,
+            persistent: stored.is_some(),
+            autostart: birth.note.autostart,
+            title: String::new(),
+            description: String::new(),
+            os_type: String::new(),
+            vcpus: 0,
+            maximum_vcpus: 0,
+            memory: 0,
+            maximum_memory: 0,
+            has_managed_save: false,
+            config_changed: false,
+            current_snapshot: None,
+            snapshot_count: 0,
+            owner: birth.note.owner,
+        });
+        let facts = Arc::new(described.map_or_else(|| (*facts).clone(), |def| describe(&facts, def)));
+        Arc::new(Domain {
+            uuid: birth.uuid,
+            owner: birth.note.owner,
+            driver: birth.driver,
+            shared,
+            turn: Arc::default(),
+            state: Mutex::new(State {
+                name: birth.name,
+                stored,
+                guest: None,
+                starting: false,
+                state: DomainState::Shutoff,
+                reason: birth.note.reason,
+                since_usec: birth.note.since_usec,
+                autostart: birth.note.autostart,
+                config_changed: false,
+                gone: false,
+                facts,
+            }),
+            changes: watch::channel(0).0,
+        })
+    }
+
+    /// Its identity.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    /// Its name today.
+    pub fn name(&self) -> String {
+        lock(&self.state).name.clone()
+    }
+
+    /// The id of its guest, 0 without one.
+    pub fn id(&self) -> u32 {
+        lock(&self.state).guest.as_ref().map_or(0, |guest| guest.id)
+    }
+
+    /// All that is published of it, as last told.
+    pub fn facts(&self) -> Arc<DomainFacts> {
+        lock(&self.state).facts.clone()
+    }
+
+    /// What polkit is told it is about.
+    pub fn subject(&self) -> Subject {
+        Subject {
+            driver: self.driver.name().to_owned(),
+            domain_name: self.name(),
+            domain_uuid: Some(self.uuid),
+            owner: Some(self.owner),
+            snapshot_name: None,
+        }
+    }
+
+    /// Asks for permission, and says no to a domain that has gone.
+    async fn allow(&self, caller: &Caller, action: Action) -> Result<()> {
+        self.still_here()?;
+        self.shared.authority.check(caller, action, &self.subject()).await?;
+        self.still_here()
+    }
+
+    /// The one door to a short change: permission, then the turn. `deed` is what others are told keeps them waiting.
+    async fn begin(&self, caller: &Caller, action: Action, deed: &str) -> Result<Held> {
+        self.allow(caller, action).await?;
+        self.take_turn(deed, &CancellationToken::new()).await
+    }
+
+    async fn take_turn(&self, deed: &str, give_up: &CancellationToken) -> Result<Held> {
+        let held = self.turn.take(deed, give_up).await.map_err(|job| Error::Busy { domain: self.name(), job })?;
+        self.still_here()?;
+        Ok(held)
+    }
+
+    /// A domain may go while somebody waits for it.
+    fn still_here(&self) -> Result<()> {
+        let state = lock(&self.state);
+        if state.gone {
+            return Err(Error::NoSuchDomain { what: "name", value: state.name.clone() });
+        }
+        Ok(())
+    }
+
+    /// The one way to change what is published: changes the state, then tells what came of it, as one.
+    fn commit(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
+        let mut state = lock(&self.state);
+        let events = change(&mut state);
+        state.refresh();
+        let facts = state.facts.clone();
+        let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
+        self.shared.events.send(event);
+        self.changes.send_modify(|n| *n += 1);
+    }
+
+    /// Tells of a domain that is new.
+    pub(crate) fn tell_added(&self) {
+        self.commit(|_| vec![Lifecycle::Defined(Defined::Added)]);
+    }
+
+    /// Its guest ended while virtd was away.
+    pub(crate) async fn ended_unseen(&self, reason: StateReason, since_usec: u64) {
+        {
+            let mut state = lock(&self.state);
+            state.reason = reason;
+            state.since_usec = since_usec;
+        }
+        self.forget_guest(reason, since_usec).await;
+    }
+
+    /// Tells the publisher of a domain that was there before virtd.
+    pub(crate) fn announce(&self) {
+        self.commit(|_| Vec::new());
+    }
+
+    /// Waits until the state satisfies `wanted`.
+    async fn until(&self, wanted: impl Fn(&State) -> bool) {
+        let mut changes = self.changes.subscribe();
+        while !wanted(&lock(&self.state)) {
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn guest(&self) -> Result<Guest> {
+        let state = lock(&self.state);
+        state.guest.clone().ok_or_else(|| {
+            Error::OperationInvalid(format!(
+                "domain '{}' is not running (it is {}); start it first",
+                state.name, state.state
+            ))
+        })
+    }
+
+    /// Follows what a guest's hypervisor reports, to its end.
+    async fn follow(self: Arc<Self>, id: u32, mut reports: mpsc::UnboundedReceiver<DriverEvent>) {
+        while let Some(report) = reports.recv().await {
+            tracing::debug!(uuid = %self.uuid, ?report, "reported");
+            match report {
+                DriverEvent::Suspended(why) => {
+                    self.note(id, DomainState::Paused, pause_reason(why), Lifecycle::Suspended(why)).await;
+                }
+                DriverEvent::Resumed => {
+                    let event = Lifecycle::Resumed(Resumed::Unpaused);
+                    self.note(id, DomainState::Running, StateReason::Unpaused, event).await;
+                }
+                DriverEvent::PmSuspended(how) => {
+                    let event = Lifecycle::PmSuspended(how);
+                    self.note(id, DomainState::PmSuspended, StateReason::Unknown, event).await;
+                }
+                DriverEvent::Woken => {
+                    let event = Lifecycle::Started(Started::Wakeup);
+                    self.note(id, DomainState::Running, StateReason::Wakeup, event).await;
+                }
+                DriverEvent::PoweredOff { by, rebooting } => self.powered_off(id, by, rebooting).await,
+                DriverEvent::Panicked => self.panicked(id).await,
+                DriverEvent::Exited(exit) => return self.became_inactive(id, &exit).await,
+            }
+        }
+    }
+
+    /// The guest's state is another: kept, then told.
+    async fn note(&self, id: u32, new: DomainState, reason: StateReason, event: Lifecycle) {
+        let since_usec = now_usec();
+        self.keep_status(id, new, reason, since_usec).await;
+        self.commit(|state| {
+            state.state = new;
+            state.reason = reason;
+            state.since_usec = since_usec;
+            vec![event]
+        });
+        tracing::info!(uuid = %self.uuid, name = self.name(), %event, "guest");
+    }
+
+    async fn keep_status(&self, id: u32, new: DomainState, reason: StateReason, since_usec: u64) {
+        let Some(status) = self.guest().ok().filter(|g| g.id == id).map(|g| g.status) else { return };
+        let kept = on_disk(move || {
+            status.update(|s| {
+                s.state = new;
+                s.reason = reason;
+                s.since_usec = since_usec;
+            })
+        });
+        if let Err(e) = kept.await {
+            tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd the reason of its state will be an older one");
+        }
+    }
+
+    async fn powered_off(self: &Arc<Self>, id: u32, by: ShutdownBy, rebooting: bool) {
+        self.note(id, DomainState::Shutdown, StateReason::User, Lifecycle::Shutdown(by)).await;
+        let Ok(guest) = self.guest() else { return };
+        let action = if rebooting { guest.live.on_reboot } else { guest.live.on_poweroff };
+        self.act_on_end(guest, action, Stopped::Shutdown);
+    }
+
+    async fn panicked(self: &Arc<Self>, id: u32) {
+        self.note(id, DomainState::Crashed, StateReason::Panicked, Lifecycle::Crashed(Crashed::Panicked)).await;
+        let Ok(guest) = self.guest() else { return };
+        let action = guest.live.on_crash;
+        self.act_on_end(guest, action, Stopped::Crashed);
+    }
+
+    /// Does what the configuration says is to follow the guest's end. In a task: `follow` must go on reading.
+    fn act_on_end(self: &Arc<Self>, guest: Guest, action: LifecycleAction, as_what: Stopped) {
+        let restart = matches!(action, LifecycleAction::Restart | LifecycleAction::CoredumpRestart);
+        if action == LifecycleAction::Preserve {
+            return;
+        }
+        if !restart {
+            self.expect_end(guest.id, as_what);
+        }
+        let domain = self.clone();
+        tokio::spawn(async move {
+            let done = if restart {
+                match guest.instance.reset().await {
+                    Ok(()) => guest.instance.resume().await,
+                    failed => failed,
+                }
+            } else {
+                guest.instance.destroy(false).await
+            };
+            if let Err(e) = done {
+                tracing::error!(uuid = %domain.uuid, name = domain.name(), "could not {action:?} the ended guest: {e}");
+            }
+        });
+    }
+
+    /// Remembers why the guest will end; the first reason stays.
+    fn expect_end(&self, id: u32, why: Stopped) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
+            guest.ending.get_or_insert(why);
+        }
+    }
+
+    /// The one place where a guest ends, however it came to that.
+    async fn became_inactive(self: &Arc<Self>, id: u32, exit: &Exit) {
+        let Some(guest) = self.guest().ok().filter(|g| g.id == id) else { return };
+        let (stopped, reason) = verdict(guest.ending, exit);
+        let since_usec = now_usec();
+        self.forget_guest(reason, since_usec).await;
+        self.commit(|state| {
+            state.guest = None;
+            state.state = DomainState::Shutoff;
+            state.reason = reason;
+            state.since_usec = since_usec;
+            state.config_changed = false;
+            state.gone = state.stored.is_none();
+            if state.gone {
+                self.shared.registry.remove(self.uuid, &state.name, self.owner);
+            }
+            vec![Lifecycle::Stopped(stopped)]
+        });
+        match exit {
+            Exit::Died(words) => {
+                tracing::error!(uuid = %self.uuid, name = self.name(), "the hypervisor died: {words}");
+            }
+            _ => tracing::info!(uuid = %self.uuid, name = self.name(), event = %Lifecycle::Stopped(stopped), "guest"),
+        }
+    }
+
+    /// Removes what is on disk of a guest that has gone, and keeps how it ended.
+    async fn forget_guest(&self, reason: StateReason, since_usec: u64) {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let note = {
+            let state = lock(&self.state);
+            state.stored.is_some().then(|| Note { reason, since_usec, ..state.note(self.owner) })
+        };
+        let forgotten = on_disk(move || {
+            shared.store.forget_guest(uuid);
+            note.map_or(Ok(()), |note| shared.store.save_note(uuid, &note))
+        });
+        if let Err(e) = forgotten.await {
+            tracing::warn!(%uuid, "{e}");
+        }
+    }
+
+    /// Makes a guest that was found running this domain's.
+    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: mpsc::UnboundedReceiver<DriverEvent>) {
+        let guest = Guest {
+            id: found.id,
+            instance: found.instance,
+            live: Arc::new(found.live),
+            status: found.status,
+            ending: None,
+        };
+        let (now, reason) = found_as(found.condition, found.state, found.reason);
+        let since_usec = if now == found.state { found.since_usec } else { now_usec() };
+        self.commit(|state| {
+            state.guest = Some(guest.clone());
+            state.state = now;
+            state.reason = reason;
+            state.since_usec = since_usec;
+            state.compare_configs();
+            Vec::new()
+        });
+        self.keep_status(guest.id, now, reason, since_usec).await;
+        self.watch_autodestroy(guest.id, found.autodestroy);
+        match found.condition {
+            Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
+            Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
+            _ => {}
+        }
+        tokio::spawn(self.clone().follow(guest.id, reports));
+    }
+
+    /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
+    async fn told<T>(&self, caller: &Caller, deed: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+        let begun = Instant::now();
+        let result = work.await;
+        self.log(caller, deed, begun, result.as_ref().err());
+        result
+    }
+
+    fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
+        let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
+        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        match failure {
+            None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
+            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),
+        }
+    }
+}
+
+/// A guest that outlived the last virtd.
+pub(crate) struct FoundGuest {
+    pub id: u32,
+    pub instance: Arc<dyn Instance>,
+    pub live: DomainDef,
+    pub status: Arc<StatusFile>,
+    pub condition: Condition,
+    pub state: DomainState,
+    pub reason: StateReason,
+    pub since_usec: u64,
+    pub autodestroy: Option<String>,
+}
+
+impl State {
+    /// Computes anew what is published.
+    fn refresh(&mut self) {
+        let mut facts = match self.guest.as_ref().map(|g| &g.live).or(self.stored.as_ref()) {
+            Some(def) => describe(&self.facts, def),
+            None => (*self.facts).clone(),
+        };
+        facts.name.clone_from(&self.name);
+        facts.id = self.guest.as_ref().map_or(0, |g| g.id);
+        facts.state = self.state;
+        facts.reason = self.reason;
+        facts.since_usec = self.since_usec;
+        facts.persistent = self.stored.is_some();
+        facts.autostart = self.autostart;
+        facts.config_changed = self.config_changed;
+        if facts != *self.facts {
+            self.facts = Arc::new(facts);
+        }
+    }
+
+    fn compare_configs(&mut self) {
+        self.config_changed = match (&self.stored, &self.guest) {
+            (Some(stored), Some(guest)) => !stored.same_configuration(&guest.live),
+            _ => false,
+        };
+    }
+
+    fn note(&self, owner: u32) -> Note {
+        Note { owner, autostart: self.autostart, reason: self.reason, since_usec: self.since_usec }
+    }
+}
+
+/// The facts that come from a definition.
+fn describe(facts: &DomainFacts, def: &DomainDef) -> DomainFacts {
+    DomainFacts {
+        title: def.title.clone().unwrap_or_default(),
+        description: def.description.clone().unwrap_or_default(),
+        os_type: def.os_type().to_owned(),
+        vcpus: def.vcpus(),
+        maximum_vcpus: def.maximum_vcpus(),
+        memory: def.current_memory_kib().saturating_mul(1024),
+        maximum_memory: def.memory_kib().saturating_mul(1024),
+        ..facts.clone()
+    }
+}
+
+fn pause_reason(why: Suspended) -> StateReason {
+    match why {
+        Suspended::Paused => StateReason::User,
+        Suspended::Migrated => StateReason::Migrated,
+        Suspended::IoError => StateReason::IoError,
+        Suspended::Watchdog => StateReason::Watchdog,
+        Suspended::Restored => StateReason::Restored,
+        Suspended::FromSnapshot => StateReason::FromSnapshot,
+        Suspended::ApiError => StateReason::ApiError,
+    }
+}
+
+/// What became of a guest, from what was expected and what was seen.
+fn verdict(ending: Option<Stopped>, exit: &Exit) -> (Stopped, StateReason) {
+    match (ending, exit) {
+        (Some(Stopped::Destroyed), _) | (None, Exit::Requested) => (Stopped::Destroyed, StateReason::Destroyed),
+        (Some(Stopped::Crashed), _) => (Stopped::Crashed, StateReason::Crashed),
+        (Some(_), _) | (None, Exit::Orderly) => (Stopped::Shutdown, StateReason::Shutdown),
+        (None, Exit::Died(_)) => (Stopped::Failed, StateReason::Crashed),
+    }
+}
+
+/// State and reason of a guest that was found; the recorded reason holds if the state is still the recorded one.
+fn found_as(condition: Condition, recorded: DomainState, reason: StateReason) -> (DomainState, StateReason) {
+    let (now, why) = match condition {
+        Condition::Running => (DomainState::Running, StateReason::Unknown),
+        Condition::Suspended(why) => (DomainState::Paused, pause_reason(why)),
+        Condition::PoweredOff => (DomainState::Shutdown, StateReason::User),
+        Condition::Panicked => (DomainState::Crashed, StateReason::Panicked),
+        Condition::PmSuspended(_) => (DomainState::PmSuspended, StateReason::Unknown),
+    };
+    if now == recorded { (now, reason) } else { (now, why) }
+}

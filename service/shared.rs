@@ -1,0 +1,106 @@
+//! What every domain shares with the service: drivers, authority, events, jobs, the registry and the disk.
+
+use crate::authz::{Authority, Caller};
+use crate::events::Events;
+use crate::job::Jobs;
+use crate::registry::Registry;
+use crate::store::Store;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio_util::sync::CancellationToken;
+use virt_model::driver::Driver;
+
+/// Knows who is on the bus.
+pub trait Callers: Send + Sync {
+    /// Fires when the owner of a unique bus name has left; at once if it is not there.
+    fn watch(&self, bus_name: &str) -> CancellationToken;
+}
+
+/// How much any user but root may have.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Domains owned.
+    pub domains_per_user: usize,
+    /// Jobs under way.
+    pub jobs_per_user: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { domains_per_user: 1000, jobs_per_user: 64 }
+    }
+}
+
+/// See the module.
+pub(crate) struct Shared {
+    pub drivers: Vec<Arc<dyn Driver>>,
+    pub authority: Arc<dyn Authority>,
+    pub callers: Arc<dyn Callers>,
+    pub events: Events,
+    pub jobs: Arc<Jobs>,
+    pub registry: Registry,
+    pub store: Store,
+    pub limits: Limits,
+    last_id: AtomicU32,
+}
+
+impl Shared {
+    pub fn new(
+        drivers: Vec<Arc<dyn Driver>>,
+        authority: Arc<dyn Authority>,
+        callers: Arc<dyn Callers>,
+        events: Events,
+        store: Store,
+        limits: Limits,
+    ) -> Arc<Shared> {
+        let jobs = Jobs::new(events.clone(), limits.jobs_per_user);
+        let registry = Registry::default();
+        Arc::new(Shared {
+            drivers,
+            authority,
+            callers,
+            events,
+            jobs,
+            registry,
+            store,
+            limits,
+            last_id: AtomicU32::new(0),
+        })
+    }
+
+    /// The driver that serves `<domain type='kind'>`.
+    pub fn driver_for(&self, kind: &str) -> Option<&Arc<dyn Driver>> {
+        self.drivers.iter().find(|d| d.types().contains(&kind))
+    }
+
+    /// The driver of that name.
+    pub fn driver_named(&self, name: &str) -> Option<&Arc<dyn Driver>> {
+        self.drivers.iter().find(|d| d.name() == name)
+    }
+
+    /// An id for a guest about to start, never used before by this virtd nor by a guest it found.
+    pub fn next_id(&self) -> u32 {
+        self.last_id.fetch_add(1, Ordering::Relaxed) + 1
+    }
+
+    /// A guest with this id was found running.
+    pub fn id_is_taken(&self, id: u32) {
+        self.last_id.fetch_max(id, Ordering::Relaxed);
+    }
+}
+
+/// virtd itself, as far as limits and the log are concerned; what it does of its own accord is not asked of anybody.
+pub(crate) fn virtd_itself() -> Caller {
+    Caller {
+        bus_name: None,
+        uid: nix::unistd::getuid().as_raw(),
+        interactive: false,
+        departed: CancellationToken::new(),
+    }
+}
+
+/// Now, in microseconds since the epoch.
+pub(crate) fn now_usec() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,307 @@
+//! What is kept on disk, and where. Every file is replaced in one step: written beside, synced, renamed, folder synced.
+//!
+//! ```text
+//!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
+//!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart, how it last ended (written first)
+//!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
+//!  <runtime>/guests/<uuid>/       the driver's sockets
+//!  <runtime>/autostarted          autostart was done since the host booted
+//!  <log>/<uuid>.log               the hypervisor's own output
+//! ```
+
+use crate::error::{Error, Result};
+use crate::job::lock;
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::fs;
+use std::io::{self, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use uuid::Uuid;
+use virt_model::driver::Recorder;
+use virt_model::state::{DomainState, StateReason};
+
+/// The folders of one virtd.
+#[derive(Clone, Debug)]
+pub struct Paths {
+    /// What outlives the host's reboots.
+    pub state: PathBuf,
+    /// What does not.
+    pub runtime: PathBuf,
+    /// The hypervisors' output.
+    pub log: PathBuf,
+}
+
+/// What XML has no word for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Note {
+    pub owner: u32,
+    pub autostart: bool,
+    pub reason: StateReason,
+    pub since_usec: u64,
+}
+
+/// What is known of a running guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    pub driver: String,
+    pub id: u32,
+    pub owner: u32,
+    pub state: DomainState,
+    pub reason: StateReason,
+    pub since_usec: u64,
+    /// The bus name whose departure ends the guest.
+    pub autodestroy: Option<String>,
+    /// The live configuration, with passwords.
+    pub live: String,
+    /// The driver's own; absent until the driver has something to lose.
+    pub record: Option<serde_json::Value>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(crate) struct Store {
+    paths: Paths,
+}
+
+impl Store {
+    /// Makes the folders.
+    pub fn open(paths: Paths) -> Result<Store> {
+        let store = Store { paths };
+        for (folder, mode) in [
+            (store.definitions(), 0o700),
+            (store.paths.runtime.join("status"), 0o700),
+            (store.paths.runtime.join("guests"), 0o711),
+            (store.paths.log.clone(), 0o700),
+        ] {
+            fs::DirBuilder::new()
+                .recursive(true)
+                .mode(if mode == 0o700 { 0o755 } else { mode })
+                .create(&folder)
+                .and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)))
+                .map_err(|e| Error::from_io("make the folder", &folder, &e))?;
+            remove_unfinished(&folder).map_err(|e| Error::from_io("tidy", &folder, &e))?;
+        }
+        Ok(store)
+    }
+
+    /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
+    pub fn save_definition(&self, uuid: Uuid, xml: &str, note: &Note) -> Result<()> {
+        self.save_note(uuid, note)?;
+        replace(&self.definition(uuid), xml.as_bytes())
+    }
+
+    pub fn save_note(&self, uuid: Uuid, note: &Note) -> Result<()> {
+        replace_json(&self.note(uuid), note)
+    }
+
+    /// Removes a configuration, then its note.
+    pub fn remove_definition(&self, uuid: Uuid) -> Result<()> {
+        remove(&self.definition(uuid))?;
+        remove(&self.note(uuid))
+    }
+
+    /// All configurations with their notes. One that cannot be read is logged, left alone and left out.
+    pub fn load_definitions(&self) -> Result<Vec<(Uuid, String, Note)>> {
+        let mut found = Vec::new();
+        for uuid in uuids(&self.definitions(), "xml")? {
+            let path = self.definition(uuid);
+            let note = match read_json(&self.note(uuid)) {
+                Ok(note) => note,
+                Err(e) => {
+                    tracing::warn!(%uuid, "{e}; owner and autostart of this domain are lost, root owns it now");
+                    Note { owner: 0, autostart: false, reason: StateReason::Unknown, since_usec: 0 }
+                }
+            };
+            match fs::read_to_string(&path) {
+                Ok(xml) => found.push((uuid, xml, note)),
+                Err(e) => tracing::error!(%uuid, "{}; it is left alone", Error::from_io("read", &path, &e)),
+            }
+        }
+        self.remove_lonely_notes()?;
+        Ok(found)
+    }
+
+    /// A note without a configuration is what a define or undefine left that was cut off.
+    fn remove_lonely_notes(&self) -> Result<()> {
+        for uuid in uuids(&self.definitions(), "json")? {
+            if !self.definition(uuid).exists() {
+                remove(&self.note(uuid))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All guests that ran when virtd was last here.
+    pub fn load_statuses(&self) -> Result<Vec<(Uuid, Status)>> {
+        let mut found = Vec::new();
+        for uuid in uuids(&self.paths.runtime.join("status"), "json")? {
+            match read_json(&self.status(uuid)) {
+                Ok(status) => found.push((uuid, status)),
+                Err(e) => tracing::error!(%uuid, "{e}; a guest it may describe is left alone"),
+            }
+        }
+        Ok(found)
+    }
+
+    /// A status file, not yet written.
+    pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
+        Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(status) })
+    }
+
+    /// Makes the driver's folder for one guest, empty.
+    pub fn make_runtime_dir(&self, uuid: Uuid) -> Result<PathBuf> {
+        let folder = self.runtime_dir(uuid);
+        let made = match fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => fs::DirBuilder::new().mode(0o711).create(&folder),
+        };
+        made.and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(0o711)))
+            .map_err(|e| Error::from_io("make the folder", &folder, &e))?;
+        Ok(folder)
+    }
+
+    pub fn runtime_dir(&self, uuid: Uuid) -> PathBuf {
+        self.paths.runtime.join("guests").join(uuid.to_string())
+    }
+
+    pub fn log_file(&self, uuid: Uuid) -> PathBuf {
+        self.paths.log.join(format!("{uuid}.log"))
+    }
+
+    /// Forgets a guest that has gone: its folder, then its status.
+    pub fn forget_guest(&self, uuid: Uuid) {
+        let folder = self.runtime_dir(uuid);
+        match fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%uuid, "{}", Error::from_io("remove", &folder, &e));
+            }
+            _ => {}
+        }
+        if let Err(e) = remove(&self.status(uuid)) {
+            tracing::warn!(%uuid, "{e}");
+        }
+    }
+
+    /// Whether autostart is still to be done since the host booted; from now on it is not.
+    pub fn first_start_since_boot(&self) -> Result<bool> {
+        let mark = self.paths.runtime.join("autostarted");
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+        if fs::read_to_string(&mark).is_ok_and(|seen| seen == boot) {
+            return Ok(false);
+        }
+        replace(&mark, boot.as_bytes())?;
+        Ok(true)
+    }
+
+    fn definitions(&self) -> PathBuf {
+        self.paths.state.join("domains")
+    }
+
+    fn definition(&self, uuid: Uuid) -> PathBuf {
+        self.definitions().join(format!("{uuid}.xml"))
+    }
+
+    fn note(&self, uuid: Uuid) -> PathBuf {
+        self.definitions().join(format!("{uuid}.json"))
+    }
+
+    fn status(&self, uuid: Uuid) -> PathBuf {
+        self.paths.runtime.join("status").join(format!("{uuid}.json"))
+    }
+}
+
+/// The status of one guest, on disk and in memory.
+#[derive(Debug)]
+pub(crate) struct StatusFile {
+    path: PathBuf,
+    status: Mutex<Status>,
+}
+
+impl StatusFile {
+    /// Changes it and writes it. On failure the disk has the old one.
+    pub fn update(&self, change: impl FnOnce(&mut Status)) -> Result<()> {
+        let mut status = lock(&self.status);
+        change(&mut status);
+        replace_json(&self.path, &*status)
+    }
+}
+
+impl Recorder for StatusFile {
+    fn record(&self, record: serde_json::Value) -> io::Result<()> {
+        self.update(|status| status.record = Some(record)).map_err(|e| io::Error::other(e.to_string()))
+    }
+}
+
+fn uuids(folder: &Path, extension: &str) -> Result<Vec<Uuid>> {
+    let failed = |e: io::Error| Error::from_io("read", folder, &e);
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).map_err(failed)? {
+        let path = entry.map_err(failed)?.path();
+        if path.extension().is_none_or(|e| e != extension) {
+            continue;
+        }
+        match path.file_stem().and_then(|s| s.to_str()).and_then(|s| Uuid::try_parse(s).ok()) {
+            Some(uuid) => found.push(uuid),
+            None => tracing::warn!("{} is not one of virtd's files; it is left alone", path.display()),
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    let text = fs::read(path).map_err(|e| Error::from_io("read", path, &e))?;
+    serde_json::from_slice(&text).map_err(|e| Error::StorageFailed(format!("cannot read {}: {e}", path.display())))
+}
+
+fn replace_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_vec_pretty(value).map_err(|e| Error::Internal(e.to_string()))?;
+    replace(path, &text)
+}
+
+/// How the name of a file begins that has not replaced its predecessor yet.
+const UNFINISHED: &str = ".new-";
+
+/// Removes what a write left that was cut off.
+fn remove_unfinished(folder: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if entry.file_name().as_encoded_bytes().starts_with(UNFINISHED.as_bytes()) {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Runs file work where it may block.
+pub(crate) async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(e) => Err(Error::Internal(format!("file work failed: {e}"))),
+    }
+}
+
+/// Replaces a file in one step, mode 0600.
+fn replace(path: &Path, content: &[u8]) -> Result<()> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let write = || -> io::Result<()> {
+        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
+        file.write_all(content)?;
+        file.as_file().sync_data()?;
+        file.persist(path).map_err(|e| e.error)?;
+        fs::File::open(folder)?.sync_all()
+    };
+    write().map_err(|e| Error::from_io("write", path, &e))
+}
+
+/// Removes a file; one that is not there is fine.
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::from_io("remove", path, &e)),
+        Err(_) => Ok(()),
+        Ok(()) => fs::File::open(path.parent().unwrap_or(Path::new("/")))
+            .and_then(|folder| folder.sync_all())
+            .map_err(|e| Error::from_io("sync the folder of", path, &e)),
+    }
+}

@@ -1,0 +1,48 @@
+//! What virtd costs, beside what the same work costs without it, in one run: `./bench`.
+//!
+//! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
+//! here passes or fails: figures are read by people, and noted with the issue they belong to.
+
+mod bus;
+mod guests;
+mod inventory;
+mod raw;
+
+use std::time::Duration;
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let daemon = bus::Daemon::start("").await?;
+    println!("{:<58} {:>12} {:>12} {:>7}  wanted", "what (median)", "virtd", "bare", "ratio");
+    guests::start_and_destroy(&daemon).await?;
+    inventory::read_against_ping(&daemon).await?;
+    guests::beside_hung_ones(&daemon).await?;
+    drop(daemon);
+    inventory::ten_thousand().await
+}
+
+/// One line of the table.
+fn row(what: &str, ours: Duration, bare: Duration, wanted: f64) {
+    let ratio = ours.as_secs_f64() / bare.as_secs_f64();
+    println!("{what:<58} {:>12} {:>12} {ratio:>6.2}x  at most {wanted}x", text(ours), text(bare));
+}
+
+/// One figure that stands alone.
+fn line(what: &str, value: impl std::fmt::Display) {
+    println!("{what:<58} {value:>12}");
+}
+
+/// A duration as people write it.
+fn text(time: Duration) -> String {
+    if time < Duration::from_millis(1) {
+        format!("{} µs", time.as_micros())
+    } else {
+        format!("{:.1} ms", time.as_secs_f64() * 1e3)
+    }
+}
+
+/// The value below which `percent` of them lie; sorts.
+fn percentile(times: &mut [Duration], percent: usize) -> Duration {
+    times.sort();
+    times[(times.len() - 1) * percent / 100]
+}

@@ -1,0 +1,87 @@
+//! Real guests for tests: the boot sector of `tests/guests/tick.S`, run by QEMU without KVM.
+
+use super::{Daemon, PATIENCE, have, project_file};
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// A bootable image of tick, made once and kept below `target/`. `None` if tools are missing (and says so).
+pub fn tick_image() -> Option<PathBuf> {
+    if !have(&["qemu-system-x86_64", "qemu-img", "as", "ld"]) {
+        return None;
+    }
+    let mut hasher = DefaultHasher::new();
+    (include_str!("../guests/tick.S"), include_str!("../guests/make-tick")).hash(&mut hasher);
+    let image = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tick-{:016x}.qcow2", hasher.finish()));
+    if !image.exists() {
+        // Several tests may come here at once: each makes its own, and the last rename stands.
+        let own = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap().into_temp_path();
+        let status = Command::new(project_file("tests/guests/make-tick")).arg(&own).status().unwrap();
+        assert!(status.success(), "make-tick failed");
+        own.persist(&image).unwrap();
+    }
+    Some(image)
+}
+
+/// A tick of its own: disk, serial log, XML.
+pub struct Tick {
+    /// The domain's name.
+    pub name: String,
+    /// What to define.
+    pub xml: String,
+    /// Its disk.
+    pub disk: PathBuf,
+    /// What it prints.
+    pub serial: PathBuf,
+}
+
+impl Tick {
+    /// In `daemon`'s folder; `extra` goes into the XML as it is. `None` if tools are missing.
+    pub fn new(daemon: &Daemon, name: &str, extra: &str) -> Option<Tick> {
+        let image = tick_image()?;
+        let disk = daemon.folder().join(format!("{name}.qcow2"));
+        let serial = daemon.folder().join(format!("{name}.serial"));
+        std::fs::copy(image, &disk).unwrap();
+        std::fs::write(&serial, "").unwrap();
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory>\
+             <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>{extra}<devices>\
+             <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
+             <target dev='vda' bus='virtio'/></disk>\
+             <serial type='file'><source path='{}'/><target port='0'/></serial></devices></domain>",
+            disk.display(),
+            serial.display()
+        );
+        Some(Tick { name: name.to_owned(), xml, disk, serial })
+    }
+
+    /// The last whole line that it printed, as (counter, boots).
+    pub fn counted(&self) -> Option<(u32, u32)> {
+        let text = std::fs::read_to_string(&self.serial).unwrap_or_default();
+        let whole = &text[..text.rfind('\n')?];
+        let mut words = whole.lines().last()?.split_whitespace();
+        let mut number = |letter: char| {
+            u32::from_str_radix(words.next()?.trim_start_matches(['E', 'P']).strip_prefix(letter)?, 16).ok()
+        };
+        Some((number('C')?, number('B')?))
+    }
+
+    /// Waits until it has counted to at least `counter`.
+    pub async fn counts_to(&self, counter: u32) {
+        let start = Instant::now();
+        while self.counted().is_none_or(|(now, _)| now < counter) {
+            assert!(start.elapsed() < PATIENCE, "{} only counted to {:?}", self.name, self.counted());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Waits until it has booted `boots` times and counts again.
+    pub async fn boots_to(&self, boots: u32) {
+        let start = Instant::now();
+        while self.counted().is_none_or(|(_, now)| now < boots) {
+            assert!(start.elapsed() < PATIENCE, "{} only booted to {:?}", self.name, self.counted());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The whole daemon for tests: a private bus, a real polkitd, virtd, users, and guests to run.
+//!
+//! ```text
+//! test process ──┬── tests/private-bus ── dbus-daemon, polkitd     (a mount namespace of their own)
+//!                ├── virtd, as often as the test likes             (started in that namespace)
+//!                └── connections of its own, as any user           (over DIR/run/bus)
+//! ```
+//!
+//! However the test ends, a panic or SIGKILL included, tests/private-bus sees its standard input end and kills all that is
+//! in the namespace. Where something is missing a constructor says `SKIPPED: why` and gives `None`; ./check counts these.
+
+#![allow(dead_code)] // each test binary uses a part
+
+pub mod client;
+pub mod guest;
+pub mod users;
+
+use futures_util::StreamExt as _;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+use users::User;
+
+/// How long anything may take before the test fails; generous, for a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Says why a test does not run, past the test runner's capture.
+pub fn skip(why: &str) {
+    let name = std::thread::current().name().unwrap_or("?").to_owned();
+    let _ = writeln!(std::io::stderr(), "SKIPPED: {name}: {why}");
+}
+
+/// Whether all of these programs are there; says which is not.
+pub fn have(programs: &[&str]) -> bool {
+    let path = std::env::var("PATH").unwrap_or_default() + ":/usr/sbin:/sbin:/usr/lib/polkit-1";
+    let missing = programs.iter().find(|program| !std::env::split_paths(&path).any(|dir| dir.join(program).exists()));
+    if let Some(program) = missing {
+        skip(&format!("{program} is not installed"));
+    }
+    missing.is_none()
+}
+
+/// Whether we are root; says so if not.
+pub fn root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        skip("needs root: a system bus, polkit and QEMU under another user");
+    }
+    root
+}
+
+/// What makes one system bus differ from another.
+#[derive(Clone, Debug, Default)]
+pub struct Setup {
+    /// polkit rules, JavaScript.
+    pub rules: String,
+    /// The bus policy; empty for `dbus-policy/org.virt.conf`.
+    pub bus_policy: String,
+}
+
+impl Setup {
+    /// With the shipped example rules.
+    pub fn with_example_rules() -> Setup {
+        Setup { rules: read_project_file("polkit/50-org.virt.example.rules"), ..Setup::default() }
+    }
+}
+
+/// A private bus and, once started, a virtd on it.
+pub struct Daemon {
+    kind: &'static str,
+    keeper: std::process::Child,
+    virtd: Option<tokio::process::Child>,
+    folder: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// A system bus with polkitd and a running virtd.
+    pub async fn on_system_bus(setup: Setup) -> Option<Daemon> {
+        let mut daemon = Daemon::system_bus(setup)?;
+        daemon.start_virtd().await;
+        Some(daemon)
+    }
+
+    /// A session bus and a running virtd, all as the user that runs the tests.
+    pub async fn on_session_bus() -> Option<Daemon> {
+        let mut daemon = Daemon::session_bus()?;
+        daemon.start_virtd().await;
+        Some(daemon)
+    }
+
+    /// A system bus with polkitd, nobody on it.
+    pub fn system_bus(setup: Setup) -> Option<Daemon> {
+        if !root() || !have(&["unshare", "nsenter", "setpriv", "dbus-daemon", "gdbus", "polkitd"]) {
+            return None;
+        }
+        let folder = new_folder();
+        std::fs::write(folder.path().join("users"), users::list()).unwrap();
+        std::fs::create_dir(folder.path().join("rules")).unwrap();
+        std::fs::write(folder.path().join("rules/50-test.rules"), &setup.rules).unwrap();
+        if !setup.bus_policy.is_empty() {
+            std::fs::write(folder.path().join("policy.conf"), &setup.bus_policy).unwrap();
+        }
+        Daemon::with_bus("system", folder)
+    }
+
+    /// A session bus, nobody on it.
+    pub fn session_bus() -> Option<Daemon> {
+        if !have(&["unshare", "nsenter", "dbus-daemon"]) {
+            return None;
+        }
+        Daemon::with_bus("session", new_folder())
+    }
+
+    fn with_bus(kind: &'static str, folder: tempfile::TempDir) -> Option<Daemon> {
+        let mut keeper = Command::new(project_file("tests/private-bus"))
+            .arg(kind)
+            .arg(folder.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut answer = String::new();
+        BufReader::new(keeper.stdout.take().unwrap()).read_line(&mut answer).unwrap();
+        if answer.trim() != "ready" {
+            let output = keeper.wait_with_output().unwrap();
+            let text = String::from_utf8_lossy(&output.stderr).into_owned();
+            if text.contains("unshare failed") {
+                skip(&format!("namespaces are not allowed here: {}", text.trim()));
+                return None;
+            }
+            panic!("no private bus: {text}");
+        }
+        Some(Daemon { kind, keeper, virtd: None, folder })
+    }
+
+    /// Starts virtd and returns when it has the name.
+    pub async fn start_virtd(&mut self) {
+        self.start_virtd_with(&[]).await;
+    }
+
+    /// The same, with further arguments.
+    pub async fn start_virtd_with(&mut self, arguments: &[&str]) {
+        assert!(self.virtd.is_none(), "one virtd at a time");
+        let log =
+            std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
+        let mut command = self.inside(env!("CARGO_BIN_EXE_virtd"));
+        command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let mut virtd = tokio::process::Command::from(command).spawn().unwrap();
+        let named = tokio::select! {
+            named = tokio::time::timeout(PATIENCE, self.name_appears()) => named.is_ok(),
+            _ = virtd.wait() => false,
+        };
+        assert!(named, "virtd did not take its name:\n{}", self.log());
+        self.virtd = Some(virtd);
+    }
+
+    async fn name_appears(&self) {
+        let connection = self.connect().await;
+        let bus = zbus::fdo::DBusProxy::new(&connection).await.unwrap();
+        let mut changes = bus.receive_name_owner_changed_with_args(&[(0, "org.virt")]).await.unwrap();
+        if !bus.name_has_owner("org.virt".try_into().unwrap()).await.unwrap() {
+            changes.next().await;
+        }
+    }
+
+    /// SIGKILLs virtd and waits until it has gone. Guests stay.
+    pub async fn kill_virtd(&mut self) {
+        self.virtd.take().expect("no virtd to kill").kill().await.unwrap();
+    }
+
+    /// SIGTERMs virtd and gives its exit status. Guests stay.
+    pub async fn stop_virtd(&mut self) -> std::process::ExitStatus {
+        let mut virtd = self.virtd.take().expect("no virtd to stop");
+        let pid = nix::unistd::Pid::from_raw(virtd.id().unwrap().cast_signed());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+        tokio::time::timeout(PATIENCE, virtd.wait()).await.expect("virtd does not end on SIGTERM").unwrap()
+    }
+
+    /// Ends polkitd, for good; the private bus starts no services.
+    pub fn kill_polkitd(&self) {
+        let pid = std::fs::read_to_string(self.folder.path().join("polkitd.pid")).unwrap();
+        let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
+    /// virtd's process.
+    pub fn virtd_pid(&self) -> u32 {
+        self.virtd.as_ref().and_then(tokio::process::Child::id).expect("no virtd")
+    }
+
+    /// The QEMU process that runs this daemon's guest of that name, if there is one.
+    pub fn qemu_of(&self, name: &str) -> Option<nix::unistd::Pid> {
+        let (guest, ours) = (format!("guest={name},"), self.root().to_string_lossy().into_owned());
+        let mut found = std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let command = std::fs::read(entry.path().join("cmdline")).ok()?;
+            let command = String::from_utf8_lossy(&command).into_owned();
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            (command.contains(&guest) && command.contains(&ours)).then(|| nix::unistd::Pid::from_raw(pid))
+        });
+        let first = found.next();
+        assert!(found.next().is_none(), "two QEMU for {name}");
+        first
+    }
+
+    /// Waits until no process runs that guest.
+    pub async fn qemu_gone(&self, name: &str) {
+        if let Some(pid) = self.qemu_of(name) {
+            let pidfd = rustix::process::pidfd_open(
+                rustix::process::Pid::from_raw(pid.as_raw()).unwrap(),
+                rustix::process::PidfdFlags::NONBLOCK,
+            );
+            // One that has gone meanwhile has no pidfd.
+            let Ok(pidfd) = pidfd else { return };
+            // SAFETY: the descriptor is owned by the wrapper and lives as long.
+            let pidfd = unsafe { tokio::io::unix::AsyncFd::register(pidfd) }.unwrap();
+            tokio::time::timeout(PATIENCE, pidfd.readable()).await.expect("QEMU ends").unwrap().retain_ready();
+        }
+    }
+
+    /// The folder given to `virtd --root`.
+    pub fn root(&self) -> PathBuf {
+        self.folder.path().join("root")
+    }
+
+    /// A folder for the test's own files; everybody may pass through it.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// What virtd has written so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("virtd.log")).unwrap_or_default()
+    }
+
+    /// The bus, for anyone outside the namespace.
+    pub fn address(&self) -> String {
+        format!("unix:path={}/run/bus", self.folder.path().display())
+    }
+
+    /// A connection of the user that runs the tests.
+    pub async fn connect(&self) -> zbus::Connection {
+        zbus::connection::Builder::address(self.address().as_str()).build().await.unwrap()
+    }
+
+    /// A connection of `user` from this process.
+    pub async fn connect_as(&self, user: &User) -> zbus::Connection {
+        let socket = users::connect_as(user, self.folder.path()).unwrap();
+        zbus::connection::Builder::unix_stream(socket).user_id(user.uid).build().await.unwrap()
+    }
+
+    /// A command in the namespace, with a clean environment, as the user that runs the tests.
+    pub fn inside(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        if !nix::unistd::geteuid().is_root() {
+            command.args(["--user", "--preserve-credentials"]);
+        }
+        command.args(["--mount", "--target", &self.keeper.id().to_string(), "--", program]);
+        command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C.UTF-8");
+        if self.kind == "session" {
+            command.env("DBUS_SESSION_BUS_ADDRESS", self.address());
+        }
+        command
+    }
+
+    /// A command in the namespace as `user`; the system bus is where it always is.
+    pub fn as_user(&self, user: &User, program: &str) -> Command {
+        let mut command = self.inside("setpriv");
+        command.arg(format!("--reuid={}", user.name)).arg(format!("--regid={}", user.name));
+        command.args(["--init-groups", "--inh-caps=-all", "--", program]);
+        command
+    }
+
+    /// Runs busctl as `user` and gives its output, or what it said of the error.
+    pub fn busctl(&self, user: &User, arguments: &[&str]) -> Result<String, String> {
+        let output = self.as_user(user, "busctl").arg("--system").args(arguments).output().unwrap();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+        if output.status.success() { Ok(text(&output.stdout)) } else { Err(text(&output.stderr)) }
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let _ = writeln!(std::io::stderr(), "---- virtd said ----\n{}", self.log());
+        }
+        drop(self.keeper.stdin.take());
+        let _ = self.keeper.wait();
+    }
+}
+
+/// A file of the project.
+pub fn project_file(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// What is in a file of the project.
+pub fn read_project_file(path: &str) -> String {
+    std::fs::read_to_string(project_file(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// A short path, since sockets stand below it, that everybody may pass through.
+fn new_folder() -> tempfile::TempDir {
+    let folder = tempfile::Builder::new().prefix("virt-").tempdir_in("/tmp").unwrap();
+    std::fs::set_permissions(folder.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    folder
+}

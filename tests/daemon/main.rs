@@ -1,0 +1,10 @@
+//! The whole daemon on a private bus: bus policy, polkit, and virtd with the test driver.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod bus_policy;
+mod flood;
+mod permission;
+mod rules;
+mod startup;

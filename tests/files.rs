@@ -1,0 +1,124 @@
+//! What is shipped beside the code, held to the code: polkit's actions, bus policy, what is installed.
+
+use clap::CommandFactory as _;
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use virt_service::authz::Action;
+use virtd::settings::{Arguments, Config};
+
+fn project_file(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+fn read(path: &str) -> String {
+    std::fs::read_to_string(project_file(path)).unwrap_or_else(|error| panic!("{path}: {error}"))
+}
+
+/// Parses a file that has a DOCTYPE.
+fn parse(text: &str) -> roxmltree::Document<'_> {
+    let options = roxmltree::ParsingOptions { allow_dtd: true, ..Default::default() };
+    roxmltree::Document::parse_with_options(text, options).unwrap()
+}
+
+/// The text of the only element `name` below `node`.
+fn text<'a>(node: roxmltree::Node<'a, '_>, name: &str) -> &'a str {
+    node.descendants().find(|child| child.has_tag_name(name)).and_then(|child| child.text()).unwrap_or_default()
+}
+
+#[test]
+fn polkit_actions_are_those_of_the_service() {
+    let file = read("polkit/org.virt.policy");
+    let document = parse(&file);
+    let found: Vec<_> = document.descendants().filter(|node| node.has_tag_name("action")).collect();
+    let ids: Vec<_> = found.iter().map(|action| action.attribute("id").unwrap()).collect();
+    assert_eq!(ids, Action::ALL.iter().map(|action| action.id()).collect::<Vec<_>>());
+    for (node, action) in found.into_iter().zip(Action::ALL) {
+        let message = format!("Authentication is required to {} the virtual machine \"$(domain_name)\"", action.deed());
+        assert_eq!(text(node, "message"), message);
+        let default = match action {
+            Action::Read => "yes",
+            Action::Start | Action::Suspend | Action::Console => "auth_admin_keep",
+            _ => "auth_admin",
+        };
+        for who in ["allow_any", "allow_inactive", "allow_active"] {
+            assert_eq!(text(node, who), default, "{} {who}", action.id());
+        }
+    }
+}
+
+/// polkit 122 keeps only what follows the last entity of a text.
+#[test]
+fn polkit_texts_have_no_entities() {
+    assert!(!read("polkit/org.virt.policy").contains('&'));
+}
+
+#[test]
+fn example_rules_speak_of_actions_that_exist() {
+    let rules = read("polkit/50-org.virt.example.rules");
+    let lists = rules.lines().filter_map(|line| line.trim().strip_prefix("var verbs = [")?.strip_suffix("];"));
+    let named: BTreeSet<_> = lists.flat_map(|list| list.split(", ")).map(|verb| verb.trim_matches('"')).collect();
+    assert!(named.len() > 5, "{named:?}");
+    for verb in named {
+        let id = format!("org.virt.domain.{verb}");
+        assert!(Action::ALL.iter().any(|action| action.id() == id), "{id}");
+    }
+}
+
+/// The interfaces that each policy context of a bus configuration lets calls through to.
+fn interfaces(file: &str) -> Vec<BTreeSet<String>> {
+    let text = read(file);
+    let document = parse(&text);
+    let policies = document.descendants().filter(|node| node.has_tag_name("policy"));
+    let sets = policies.map(|policy| {
+        let allowed = policy.children().filter(|rule| rule.has_tag_name("allow"));
+        allowed.filter_map(|rule| rule.attribute("send_interface")).map(str::to_owned).collect()
+    });
+    sets.filter(|set: &BTreeSet<String>| !set.is_empty()).collect()
+}
+
+#[test]
+fn bus_policies_name_every_interface() {
+    let mut expected: BTreeSet<String> = ["Properties", "ObjectManager", "Introspectable", "Peer"]
+        .map(|name| format!("org.freedesktop.DBus.{name}"))
+        .into();
+    expected.insert("org.virt.Snapshot".to_owned());
+    for entry in std::fs::read_dir(project_file("data/interfaces")).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        expected.insert(name.trim_end_matches(".xml").to_owned());
+    }
+    for (file, contexts) in [("dbus-policy/org.virt.conf", 1), ("dbus-policy/org.virt-private.conf", 2)] {
+        assert_eq!(interfaces(file), vec![expected.clone(); contexts], "{file}");
+    }
+}
+
+/// A rule without a destination would open other services on the bus.
+#[test]
+fn bus_policies_never_speak_of_other_services() {
+    for file in ["dbus-policy/org.virt.conf", "dbus-policy/org.virt-private.conf"] {
+        let text = read(file);
+        for rule in parse(&text).descendants().filter(|node| node.has_tag_name("allow") || node.has_tag_name("deny")) {
+            let about = ["own", "send_destination", "receive_sender"].iter().find_map(|key| rule.attribute(*key));
+            assert_eq!(about, Some("org.virt"), "{file}: {rule:?}");
+        }
+    }
+}
+
+#[test]
+fn the_example_configuration_shows_the_defaults() {
+    let shown = Config::read(&project_file("data/virtd.toml")).unwrap();
+    assert_eq!(shown, Config::default());
+    let keys = read("data/virtd.toml").lines().filter(|line| line.contains(" = ")).count();
+    assert_eq!(keys, 4, "a key is missing, or this number is old");
+}
+
+#[test]
+fn the_man_page_knows_every_option() {
+    let page = read("data/virtd.8");
+    for option in Arguments::command().get_arguments().filter_map(|argument| argument.get_long()) {
+        assert!(page.contains(&format!("\\-\\-{}", option.replace('-', "\\-"))), "--{option}");
+    }
+    assert!(page.contains(&format!("\"virtd {}\"", env!("CARGO_PKG_VERSION"))), "its version");
+    for action in Action::ALL {
+        assert!(page.contains(action.id().rsplit('.').next().unwrap()), "{}", action.id());
+    }
+}

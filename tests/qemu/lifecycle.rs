@@ -1,0 +1,248 @@
+//! Real guests through the bus: every verb, what it signals, what it refuses.
+
+use crate::common::client::{Client, Domain, Watch, lifecycle_of, options};
+use crate::common::guest::Tick;
+use crate::common::{Daemon, PATIENCE};
+use futures_util::StreamExt as _;
+use zbus::Variant;
+use zbus::message::Type;
+
+/// A daemon, a client of it and a defined tick guest.
+async fn tick(name: &str, extra: &str) -> Option<(Daemon, Client, Domain, Tick)> {
+    let daemon = Daemon::on_session_bus().await?;
+    let tick = Tick::new(&daemon, name, extra)?;
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&tick.xml).await.expect("defined");
+    Some((daemon, client, domain, tick))
+}
+
+/// Events of the domain until it has stopped.
+async fn to_the_end(watch: &mut Watch, domain: &Domain) -> Vec<String> {
+    let mut seen = Vec::new();
+    while seen.last().is_none_or(|event: &String| !event.starts_with("stopped")) {
+        seen.push(watch.lifecycle(&domain.path).await);
+    }
+    seen
+}
+
+#[tokio::test]
+async fn each_verb_signals_once_in_order_and_before_its_reply() {
+    let Some((_daemon, client, domain, tick)) = tick("order", "").await else { return };
+    let rule = zbus::MatchRule::builder().sender("org.virt").build().expect("a rule");
+    let mut all = zbus::MessageStream::for_match_rule(rule, &client.connection, std::num::NonZeroUsize::new(1000))
+        .await
+        .expect("a match");
+
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    domain.bare("Suspend").await.expect("suspended");
+    domain.bare("Resume").await.expect("resumed");
+    domain.run("Shutdown").await.expect("asked");
+
+    let mut story = Vec::new();
+    while story.last().is_none_or(|last| last != "stopped shutdown") {
+        let message = tokio::time::timeout(PATIENCE, all.next()).await.expect("in time").expect("open").expect("sound");
+        match message.message_type() {
+            Type::MethodReturn => story.push("reply".to_owned()),
+            Type::Signal => story.extend(told(&message, &domain.path)),
+            _ => {}
+        }
+    }
+    // Shutdown returns when the guest has been asked, so its reply may come before or after what the guest does.
+    let asked = story.iter().rposition(|one| one == "reply").expect("a reply to Shutdown");
+    assert!(asked >= story.len() - 5, "{story:?}");
+    story.remove(asked);
+    assert_eq!(
+        story,
+        [
+            "State running",
+            "started booted",
+            "reply",
+            "State paused",
+            "suspended paused",
+            "reply",
+            "State running",
+            "resumed unpaused",
+            "reply",
+            "State shutdown",
+            "shutdown guest",
+            "State shutoff",
+            "stopped shutdown",
+        ]
+    );
+}
+
+/// A lifecycle event, or a change of `State` with its new value.
+fn told(message: &zbus::Message, path: &str) -> Option<String> {
+    if let Some(event) = lifecycle_of(message, path) {
+        return Some(event);
+    }
+    let header = message.header();
+    if header.member()?.as_str() != "PropertiesChanged" || header.path()?.as_str() != path {
+        return None;
+    }
+    let (_, changed, invalidated): (String, std::collections::HashMap<String, zbus::OwnedVariant>, Vec<String>) =
+        message.body().deserialize().expect("sa{sv}as");
+    assert!(invalidated.is_empty(), "values are sent with the signal");
+    let state = changed.get("State")?;
+    Some(format!("State {}", String::try_from(state.clone()).expect("a string")))
+}
+
+#[tokio::test]
+async fn a_guest_is_started_paused_and_goes_on_when_resumed() {
+    let Some((_daemon, client, domain, tick)) = tick("paused", "").await else { return };
+    let mut watch = client.watch().await;
+    domain.call("Start", &(options([("paused", Variant::from(true))]),)).await.expect("started");
+    assert_eq!(domain.state().await, ("paused".into(), "user".into()));
+    assert_eq!(watch.lifecycle(&domain.path).await, "started booted");
+    assert_eq!(watch.lifecycle(&domain.path).await, "suspended paused");
+    assert_eq!(tick.counted(), None, "no instruction has run");
+    domain.bare("Resume").await.expect("resumed");
+    tick.counts_to(1).await;
+
+    let (name, text) = domain.bare("Resume").await.expect_err("it runs");
+    assert_eq!(name, "org.virt.Error.OperationInvalid");
+    assert!(text.contains("'paused'") && text.contains("running"), "{text}");
+    let (name, text) = domain.run("Start").await.expect_err("it runs");
+    assert_eq!(name, "org.virt.Error.OperationInvalid");
+    assert!(text.contains("already active"), "{text}");
+    domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(domain.state().await, ("shutoff".into(), "destroyed".into()));
+    let (name, _) = domain.run("Destroy").await.expect_err("it is off");
+    assert_eq!(name, "org.virt.Error.OperationInvalid");
+}
+
+#[tokio::test]
+async fn reset_boots_again_in_the_same_process() {
+    let Some((_daemon, client, domain, tick)) = tick("reset", "").await else { return };
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let id: u32 = domain.property("Id").await;
+    let mut watch = client.watch().await;
+    domain.bare("Reset").await.expect("reset");
+    tick.boots_to(2).await;
+    assert_eq!(domain.property::<u32>("Id").await, id);
+    assert_eq!(domain.state().await.0, "running");
+    domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(watch.lifecycle(&domain.path).await, "stopped destroyed", "a reset is no lifecycle event");
+}
+
+#[tokio::test]
+async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standing() {
+    let Some((_daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else {
+        return;
+    };
+    let mut watch = client.watch().await;
+    domain.run("Start").await.expect("started");
+    tick.counts_to(1).await;
+    domain.run("Shutdown").await.expect("asked");
+    tick.boots_to(2).await;
+    assert_eq!(
+        watch.until(&domain.path, "resumed unpaused").await,
+        ["started booted", "shutdown guest", "resumed unpaused"]
+    );
+    domain.run("Destroy").await.expect("destroyed");
+
+    let preserving = tick.xml.replace("restart</on_poweroff>", "preserve</on_poweroff>");
+    let uuid: String = domain.property("UUID").await;
+    let preserving = preserving.replace("</name>", &format!("</name><uuid>{uuid}</uuid>"));
+    client.define(&preserving).await.expect("redefined");
+    domain.run("Start").await.expect("started");
+    tick.boots_to(3).await;
+    domain.run("Shutdown").await.expect("asked");
+    watch.until(&domain.path, "shutdown guest").await;
+    assert_eq!(domain.state().await.0, "shutdown");
+    domain.bare("Reset").await.expect("it stands and can be reset");
+    tick.boots_to(4).await;
+    assert_eq!(domain.state().await.0, "running");
+    domain.run("Destroy").await.expect("destroyed");
+}
+
+#[tokio::test]
+async fn a_hypervisor_that_dies_at_start_has_the_last_word() {
+    let Some((_daemon, client, domain, tick)) = tick("dies", "").await else { return };
+    std::fs::write(&tick.disk, "this is no qcow2 image").expect("spoiled");
+    let (name, text) = domain.run("Start").await.expect_err("QEMU cannot open that");
+    assert_eq!(name, "org.virt.Error.HypervisorFailed");
+    assert!(text.contains("'dies'") && text.contains("qcow2"), "{text}");
+    assert_eq!(domain.state().await.0, "shutoff");
+
+    let jobs: Vec<zbus::OwnedObjectPath> = client
+        .call("/org/virt", "org.virt.Manager.GetJobs", &())
+        .await
+        .expect("jobs")
+        .body()
+        .deserialize()
+        .expect("ao");
+    let job = jobs.last().expect("the job stays readable");
+    assert_eq!(client.property::<String>(job.as_str(), "org.virt.Job", "State").await, "failed");
+    assert_eq!(client.property::<String>(job.as_str(), "org.virt.Job", "ErrorMessage").await, text);
+}
+
+#[tokio::test]
+async fn kvm_is_stored_reported_and_refused_where_it_cannot_be_used() {
+    if std::fs::File::options().read(true).write(true).open("/dev/kvm").is_ok() && has_vmx_or_svm() {
+        crate::common::skip("KVM is really usable here");
+        return;
+    }
+    let Some((_daemon, client, _domain, tick)) = tick("kvm", "").await else { return };
+    let xml = tick.xml.replace("type='qemu'", "type='kvm'").replace("<name>kvm", "<name>kvm2");
+    let domain = client.define(&xml).await.expect("stored all the same");
+    let (name, text) = domain.run("Start").await.expect_err("no KVM");
+    assert_eq!(name, "org.virt.Error.ConfigUnsupported");
+    assert!(text.contains("type='kvm'") && text.contains("type='qemu'"), "{text}");
+    let reply = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(domain.xml().await, options([]))).await;
+    let findings: Vec<(String, u32, u32, String)> = reply.expect("a list").body().deserialize().expect("a(suus)");
+    assert!(findings.iter().any(|(severity, _, _, text)| severity == "error" && text.contains("type='kvm'")), "{findings:?}");
+}
+
+fn has_vmx_or_svm() -> bool {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    info.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
+}
+
+#[tokio::test]
+async fn a_hung_guest_keeps_nobody_else_waiting_and_can_be_destroyed() {
+    let Some((daemon, client, hung, tick)) = tick("hung", "").await else { return };
+    let other = Tick::new(&daemon, "other", "").expect("tools are here");
+    let other = client.define(&other.xml).await.expect("defined");
+    hung.run("Start").await.expect("started");
+    other.run("Start").await.expect("started");
+    tick.counts_to(1).await;
+    let qemu = daemon.qemu_of("hung").expect("its process");
+    nix::sys::signal::kill(qemu, nix::sys::signal::Signal::SIGSTOP).expect("stopped");
+
+    let waiting = tokio::spawn({
+        let hung = hung.clone();
+        async move { hung.bare("Suspend").await.map(|_| ()) }
+    });
+    for _ in 0..20 {
+        other.bare("Suspend").await.expect("the other answers");
+        other.bare("Resume").await.expect("the other answers");
+        hung.xml().await;
+        assert_eq!(hung.state().await.0, "running");
+    }
+    assert!(!waiting.is_finished(), "the hung one keeps its caller waiting");
+    hung.run("Destroy").await.expect("a hung guest can be ended");
+    let (name, text) = waiting.await.expect("no panic").expect_err("it could not be suspended");
+    assert_eq!(name, "org.virt.Error.OperationInvalid", "{text}");
+    assert_eq!(hung.state().await, ("shutoff".into(), "destroyed".into()));
+    assert_eq!(daemon.qemu_of("hung"), None);
+}
+
+#[tokio::test]
+async fn a_transient_domain_lives_as_long_as_its_guest_and_autodestroy_as_long_as_its_caller() {
+    let Some((daemon, client, _domain, tick)) = tick("keep", "").await else { return };
+    let xml = tick.xml.replace("<name>keep", "<name>passing");
+    let mut watch = client.watch().await;
+    let caller = Client { connection: daemon.connect().await };
+    let body = (xml.as_str(), options([("autodestroy", Variant::from(true))]));
+    let reply = caller.call("/org/virt", "org.virt.Manager.CreateDomain", &body).await.expect("created");
+    let (path, _job): (zbus::OwnedObjectPath, zbus::OwnedObjectPath) = reply.body().deserialize().expect("oo");
+    let domain = Domain { client: client.clone(), path: path.to_string() };
+    assert!(!domain.property::<bool>("Persistent").await);
+    drop(caller);
+    assert_eq!(to_the_end(&mut watch, &domain).await, ["started booted", "stopped destroyed"]);
+    let (name, _) = client.named("passing").await.map(|_| ()).expect_err("it has gone with its guest");
+    assert_eq!(name, "org.virt.Error.NoSuchDomain");
+}

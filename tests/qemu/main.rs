@@ -1,0 +1,7 @@
+//! The whole daemon with real QEMU guests, without KVM.
+
+#[path = "../common/mod.rs"]
+mod common;
+
+mod lifecycle;
+mod survival;
