@@ -2,6 +2,7 @@
 
 use futures_util::StreamExt as _;
 use std::collections::HashMap;
+use zbus::DBusError as _;
 use zbus::message::Type;
 use zbus::{Connection, Message, MessageStream, OwnedVariant, Variant};
 
@@ -33,6 +34,7 @@ impl Client {
         let reply = self.connection.call_method(Some("org.virt"), path, Some(interface), method, body).await;
         reply.map_err(|error| match error {
             zbus::Error::MethodError(name, text, _) => (name.to_string(), text.unwrap_or_default()),
+            zbus::Error::FDO(error) => (error.name().to_string(), error.to_string()),
             other => panic!("{member} of {path}: {other}"),
         })
     }

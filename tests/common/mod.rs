@@ -180,6 +180,13 @@ impl Daemon {
         tokio::time::timeout(PATIENCE, virtd.wait()).await.expect("virtd does not end on SIGTERM").unwrap()
     }
 
+    /// Ends polkitd, for good; the private bus starts no services.
+    pub fn kill_polkitd(&self) {
+        let pid = std::fs::read_to_string(self.folder.path().join("polkitd.pid")).unwrap();
+        let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+        nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+    }
+
     /// virtd's process.
     pub fn virtd_pid(&self) -> u32 {
         self.virtd.as_ref().and_then(tokio::process::Child::id).expect("no virtd")

@@ -6,5 +6,6 @@ mod common;
 mod bus_objects;
 mod bus_policy;
 mod flood;
+mod permission;
 mod rules;
 mod startup;

@@ -1,0 +1,399 @@
+//! The service with the test driver and an authority that notes what it is asked: no bus, no QEMU.
+
+use async_trait::async_trait;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio_util::sync::CancellationToken;
+use virt_drivers::test::TestDriver;
+use virt_model::domain::Form;
+use virt_model::driver::{DriverError, ShutdownMode};
+use virt_model::state::DomainState;
+use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
+use virt_service::error::Error;
+use virt_service::events::{DomainFacts, Event};
+use virt_service::job::JobState;
+use virt_service::{Affect, Callers, Domain, Limits, Paths, Service, Settings, StartOptions, UndefineOptions};
+
+/// Says yes, unless told to say no; remembers the questions.
+#[derive(Default)]
+struct Notary {
+    refuses: AtomicBool,
+    asked: Mutex<Vec<(Action, Subject)>>,
+}
+
+#[async_trait]
+impl Authority for Notary {
+    async fn check(&self, _: &Caller, action: Action, subject: &Subject) -> Result<(), Error> {
+        self.asked.lock().unwrap().push((action, subject.clone()));
+        if self.refuses.load(Ordering::Relaxed) { Err(Error::AccessDenied(action.id().to_owned())) } else { Ok(()) }
+    }
+
+    async fn can(&self, _: &Caller, _: Action, _: &Subject) -> Answer {
+        if self.refuses.load(Ordering::Relaxed) { Answer::No } else { Answer::Yes }
+    }
+}
+
+/// Everybody stays until `departed` fires.
+struct Lobby(CancellationToken);
+
+impl Callers for Lobby {
+    fn watch(&self, _: &str) -> CancellationToken {
+        self.0.clone()
+    }
+}
+
+/// A service on a folder of its own.
+struct World {
+    service: Arc<Service>,
+    driver: TestDriver,
+    notary: Arc<Notary>,
+    events: UnboundedReceiver<Event>,
+    departed: CancellationToken,
+}
+
+impl World {
+    async fn open(folder: &Path) -> World {
+        let (driver, notary, departed) = (TestDriver::default(), Arc::new(Notary::default()), CancellationToken::new());
+        let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
+        let settings = Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2 } };
+        let (service, events) =
+            Service::open(settings, vec![Arc::new(driver.clone())], notary.clone(), Arc::new(Lobby(departed.clone())))
+                .await
+                .expect("opened");
+        World { service, driver, notary, events, departed }
+    }
+
+    fn alice(&self) -> Caller {
+        Caller { bus_name: Some(":1.7".to_owned()), uid: 1000, interactive: false, departed: self.departed.clone() }
+    }
+
+    async fn define(&self, name: &str) -> Arc<Domain> {
+        self.service.define(&self.alice(), &xml(name, ""), false).await.expect("defined")
+    }
+
+    /// Starts and waits for the end of the start.
+    async fn start(&self, domain: &Arc<Domain>) -> Result<(), Error> {
+        domain.start(&self.alice(), StartOptions::default()).await?.done().await
+    }
+
+    /// What has been told so far: per event of a domain its state and lifecycle words, per job its state.
+    fn told(&mut self) -> Vec<String> {
+        let mut told = Vec::new();
+        while let Ok(event) = self.events.try_recv() {
+            told.push(match event {
+                Event::Domain(facts, events) => story(&facts, &events, ""),
+                Event::DomainGone(facts, events) => story(&facts, &events, " gone"),
+                Event::Job(facts) => format!("job {}", facts.state.as_str()),
+                Event::JobGone(_) | Event::Flush(_) => continue,
+            });
+        }
+        told
+    }
+
+    /// Waits for an event that ends with `words`.
+    async fn until(&mut self, words: &str) {
+        loop {
+            match self.events.recv().await.expect("the service lives") {
+                Event::Domain(facts, events) if story(&facts, &events, "").ends_with(words) => return,
+                Event::DomainGone(facts, events) if story(&facts, &events, " gone").ends_with(words) => return,
+                _ => {}
+            }
+        }
+    }
+}
+
+fn story(facts: &DomainFacts, events: &[virt_model::state::Lifecycle], end: &str) -> String {
+    let events: Vec<String> = events.iter().map(ToString::to_string).collect();
+    format!("{} {}: {}{end}", facts.name, facts.state, events.join(", "))
+}
+
+fn xml(name: &str, extra: &str) -> String {
+    format!("<domain type='test'><name>{name}</name><memory>1024</memory><os><type>hvm</type></os>{extra}</domain>")
+}
+
+#[tokio::test]
+async fn a_life_is_told_in_order_each_thing_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    domain.suspend(&world.alice()).await.unwrap();
+    domain.resume(&world.alice()).await.unwrap();
+    domain.shutdown(&world.alice(), ShutdownMode::Default).await.unwrap();
+    world.until("stopped shutdown").await;
+    domain.undefine(&world.alice(), UndefineOptions::default()).await.unwrap();
+    assert_eq!(world.told(), ["web shutoff: undefined removed gone"]);
+    assert!(world.service.by_name("web").is_err());
+}
+
+#[tokio::test]
+async fn a_start_is_a_job_that_ends_before_its_ticket_answers() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    let expected =
+        ["web shutoff: defined added", "job waiting", "job running", "web running: started booted", "job succeeded"];
+    assert_eq!(world.told(), expected);
+}
+
+#[tokio::test]
+async fn destroy_gets_through_a_start_that_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    domain.destroy(&world.alice(), false).await.unwrap();
+    assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
+    assert_eq!(domain.facts().state, DomainState::Shutoff);
+    assert_eq!(world.told().last().unwrap(), "job cancelled");
+    world.start(&domain).await.expect("as if nothing had been");
+}
+
+#[tokio::test]
+async fn a_cancelled_start_leaves_the_domain_as_it_was() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.service.cancel_job(&world.alice(), ticket.id).await.unwrap();
+    let id = ticket.id;
+    assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
+    assert_eq!(world.service.jobs().facts(id).unwrap().state, JobState::Cancelled);
+    assert!(matches!(world.service.cancel_job(&world.alice(), id).await, Err(Error::OperationInvalid(_))));
+    assert_eq!(std::fs::read_dir(folder.path().join("run/status")).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_job_of_another_user_is_cancelled_with_permission_only() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    let bob = Caller { uid: 1001, ..world.alice() };
+    world.notary.refuses.store(true, Ordering::Relaxed);
+    assert!(matches!(world.service.cancel_job(&bob, ticket.id).await, Err(Error::AccessDenied(_))));
+    assert_eq!(world.notary.asked.lock().unwrap().last().unwrap().0, Action::Job);
+    world.service.cancel_job(&world.alice(), ticket.id).await.expect("one's own needs none");
+}
+
+#[tokio::test]
+async fn nothing_changes_without_permission_and_the_subject_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.told();
+    world.notary.refuses.store(true, Ordering::Relaxed);
+    let alice = world.alice();
+    assert!(matches!(world.start(&domain).await, Err(Error::AccessDenied(_))));
+    assert!(matches!(domain.destroy(&alice, false).await, Err(Error::AccessDenied(_))));
+    assert!(matches!(domain.rename(&alice, "x").await, Err(Error::AccessDenied(_))));
+    assert!(matches!(domain.set_autostart(&alice, true).await, Err(Error::AccessDenied(_))));
+    assert!(matches!(domain.xml(&alice, Form::default()).await, Err(Error::AccessDenied(_))));
+    assert!(matches!(domain.undefine(&alice, UndefineOptions::default()).await, Err(Error::AccessDenied(_))));
+    assert_eq!(world.told(), Vec::<String>::new());
+    let asked = world.notary.asked.lock().unwrap();
+    let (_, first) = asked.first().unwrap();
+    assert_eq!((first.owner, first.domain_name.as_str()), (None, "web"), "to define what is nobody's yet");
+    assert!(asked[1..].iter().all(|(_, subject)| subject.owner == Some(1000) && subject.driver == "test"));
+}
+
+#[tokio::test]
+async fn names_and_uuids_belong_together() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let again = world.service.define(&world.alice(), &xml("web", ""), false).await;
+    assert!(matches!(again, Err(Error::DomainExists(_))), "the same name with another uuid");
+    let uuid = format!("<uuid>{}</uuid>", domain.uuid());
+    let other = world.service.define(&world.alice(), &xml("db", &uuid), false).await;
+    assert!(matches!(other, Err(Error::DomainExists(_))), "the same uuid with another name");
+    let update = world.service.define(&world.alice(), &xml("web", &format!("{uuid}<title>T</title>")), false).await;
+    assert_eq!(update.expect("an update").facts().title, "T");
+}
+
+#[tokio::test]
+async fn what_a_user_may_have_is_bounded() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    for name in ["a", "b", "c"] {
+        world.define(name).await;
+    }
+    let fourth = world.service.define(&world.alice(), &xml("d", ""), false).await;
+    assert!(matches!(fourth, Err(Error::LimitsExceeded(_))));
+    let first = world.service.by_name("a").unwrap();
+    first.undefine(&world.alice(), UndefineOptions::default()).await.unwrap();
+    world.define("d").await;
+}
+
+#[tokio::test]
+async fn a_rename_is_told_under_both_names_and_survives() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let (web, _db) = (world.define("web").await, world.define("db").await);
+    world.told();
+    assert!(matches!(web.rename(&world.alice(), "db").await, Err(Error::DomainExists(_))));
+    for bad in ["", "a/b", "line\nbreak"] {
+        assert!(matches!(web.rename(&world.alice(), bad).await, Err(Error::InvalidArgument(_))), "{bad:?}");
+    }
+    web.rename(&world.alice(), "shop").await.unwrap();
+    assert_eq!(world.told(), ["web shutoff: undefined renamed", "shop shutoff: defined renamed"]);
+    assert!(world.service.by_name("web").is_err());
+    drop(world);
+    let world = World::open(folder.path()).await;
+    assert_eq!(world.service.by_name("shop").unwrap().uuid(), web.uuid());
+    assert!(world.service.by_name("web").is_err());
+}
+
+#[tokio::test]
+async fn what_is_stored_is_there_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let alice = world.alice();
+    domain.set_autostart(&alice, true).await.unwrap();
+    domain.set_title(&alice, "The shop", Affect::default()).await.unwrap();
+    domain.set_metadata(&alice, "<v>1</v>", "m", "http://m/", Affect::default()).await.unwrap();
+    world.start(&domain).await.unwrap();
+    domain.destroy(&alice, false).await.unwrap();
+    let before = domain.facts();
+    drop(world);
+
+    let world = World::open(folder.path()).await;
+    let domain = world.service.by_uuid(&before.uuid.simple().to_string()).unwrap();
+    assert_eq!(*domain.facts(), *before);
+    let metadata = domain.metadata(&world.alice(), "http://m/", Affect::default()).await.unwrap();
+    assert!(metadata.contains(">1<"), "{metadata}");
+    world.service.begin_work().await.unwrap();
+    let mut world = world;
+    world.until("started booted").await;
+    assert_eq!(domain.facts().state, DomainState::Running, "autostart, once since the host booted");
+}
+
+#[tokio::test]
+async fn live_and_stored_configuration_are_changed_apart_and_compared() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let alice = world.alice();
+    let (live, config) = (Affect { live: true, config: false }, Affect { live: false, config: true });
+    assert!(matches!(domain.set_title(&alice, "x", live).await, Err(Error::OperationInvalid(_))), "it is off");
+    world.start(&domain).await.unwrap();
+    assert!(!domain.facts().config_changed);
+    domain.set_title(&alice, "next time", config).await.unwrap();
+    assert_eq!((domain.facts().title.as_str(), domain.facts().config_changed), ("", true));
+    domain.set_title(&alice, "now", live).await.unwrap();
+    assert_eq!(domain.facts().title, "now");
+    domain.destroy(&alice, false).await.unwrap();
+    assert_eq!((domain.facts().title.as_str(), domain.facts().config_changed), ("next time", false));
+    assert!(matches!(domain.set_title(&alice, "two\nlines", config).await, Err(Error::InvalidArgument(_))));
+}
+
+#[tokio::test]
+async fn every_way_a_guest_ends_has_its_words() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    world.driver.guest(domain.uuid()).unwrap().power_off();
+    world.until("stopped shutdown").await;
+    world.start(&domain).await.unwrap();
+    world.driver.guest(domain.uuid()).unwrap().panic();
+    world.until("crashed panicked").await;
+    world.until("stopped crashed").await;
+    world.start(&domain).await.unwrap();
+    world.driver.guest(domain.uuid()).unwrap().die("out of luck");
+    world.until("stopped failed").await;
+    assert_eq!(domain.facts().reason.as_str(), "crashed");
+    world.start(&domain).await.unwrap();
+    world.driver.guest(domain.uuid()).unwrap().io_error();
+    world.until("suspended io-error").await;
+    domain.resume(&world.alice()).await.expect("the disk is well again");
+    world.driver.guest(domain.uuid()).unwrap().fall_asleep();
+    world.until("pmsuspended memory").await;
+    world.driver.guest(domain.uuid()).unwrap().wake();
+    world.until("started wakeup").await;
+    assert_eq!(domain.facts().state, DomainState::Running);
+}
+
+#[tokio::test]
+async fn a_transient_domain_that_does_not_start_was_never_there() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let uuid = uuid::Uuid::new_v4();
+    world.driver.fail_start(uuid, DriverError::Hypervisor("no more memory".to_owned()));
+    let document = xml("brief", &format!("<uuid>{uuid}</uuid>"));
+    let (_, ticket) = world.service.create(&world.alice(), &document, StartOptions::default()).await.unwrap();
+    let error = ticket.done().await.expect_err("it fails");
+    assert!(error.to_string().ends_with("no more memory"), "{error}");
+    let told = world.told();
+    assert_eq!(told, ["job waiting", "brief shutoff: ", "job running", "brief shutoff:  gone", "job failed"]);
+    assert!(world.service.by_name("brief").is_err());
+}
+
+#[tokio::test]
+async fn autodestroy_and_cancel_on_disconnect_follow_the_caller() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let (kept, stuck) = (world.define("kept").await, world.define("stuck").await);
+    let autodestroy = StartOptions { autodestroy: true, ..StartOptions::default() };
+    kept.start(&world.alice(), autodestroy).await.unwrap().done().await.unwrap();
+    world.driver.hang_start(stuck.uuid());
+    let bound = StartOptions { cancel_on_disconnect: true, ..StartOptions::default() };
+    let ticket = stuck.start(&world.alice(), bound).await.unwrap();
+    world.departed.cancel();
+    assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
+    world.until("kept shutoff: stopped destroyed").await;
+}
+
+#[tokio::test]
+async fn can_tells_without_asking_a_person() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let caller = Caller { interactive: true, ..world.alice() };
+    let can = |method: &'static str| domain.can(&caller, method);
+    assert_eq!(can("Start").await.unwrap(), "yes");
+    assert_eq!(can("Destroy").await.unwrap(), "na");
+    world.notary.refuses.store(true, Ordering::Relaxed);
+    assert_eq!(can("Start").await.unwrap(), "no");
+    assert!(matches!(can("Fly").await, Err(Error::InvalidArgument(_))));
+}
+
+#[tokio::test]
+async fn what_a_document_would_meet_is_told_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    world.define("web").await;
+    let findings = world.service.validate(&world.alice(), &xml("web", "<nonsense/><vcpu>0</vcpu>")).await.unwrap();
+    assert!(findings.len() >= 2, "{findings:?}");
+    let findings = world.service.validate(&world.alice(), &xml("web", "")).await.unwrap();
+    assert_eq!(findings.iter().map(|f| f.path.as_str()).collect::<Vec<_>>(), ["/name"], "the name is taken");
+    let findings = world.service.validate(&world.alice(), "<domain type='vax'><name>v</name></domain>").await.unwrap();
+    assert!(!findings.is_empty());
+    assert_eq!(world.service.validate(&world.alice(), &xml("new", "")).await.unwrap(), []);
+}
+
+#[tokio::test]
+async fn files_that_are_not_ours_or_broken_are_left_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    drop(world);
+    let domains = folder.path().join("state/domains");
+    std::fs::write(domains.join("README.xml"), "hello").unwrap();
+    let broken = domains.join(format!("{}.xml", uuid::Uuid::new_v4()));
+    std::fs::write(&broken, "<domain").unwrap();
+    std::fs::write(domains.join(".new-abc"), "half").unwrap();
+    std::fs::write(domains.join(format!("{}.json", uuid::Uuid::new_v4())), "{}").unwrap();
+    let world = World::open(folder.path()).await;
+    assert!(world.service.get(domain.uuid()).is_some());
+    assert!(broken.exists() && domains.join("README.xml").exists());
+    assert!(!domains.join(".new-abc").exists(), "a write that was cut off is tidied up");
+    assert_eq!(std::fs::read_dir(&domains).unwrap().count(), 4, "a lonely note is removed");
+}
