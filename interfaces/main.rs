@@ -53,7 +53,7 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let connection = connect(arguments.kind()).await?;
     let callers = Callers::new(connection.clone());
     let authority = authority(arguments.kind(), &connection).await?;
-    let drivers = virt_drivers::all(drivers(arguments.kind(), &folders, &config.qemu));
+    let drivers = virt_drivers::all(driver_config(arguments.kind(), config.qemu, &folders));
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
@@ -74,17 +74,6 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     service.events().flush().await;
     let _ = tokio::time::timeout(PATIENCE, serving.sent()).await;
     Ok(())
-}
-
-/// What the drivers must know of this virtd.
-fn drivers(kind: Kind, folders: &Folders, qemu: &QemuConfig) -> DriverConfig {
-    DriverConfig {
-        cache_dir: folders.cache.clone(),
-        state_dir: folders.state.clone(),
-        system: kind == Kind::System,
-        qemu_user: qemu.user.clone(),
-        qemu_group: Some(qemu.group.clone()),
-    }
 }
 
 async fn connect(kind: Kind) -> Result<Connection, String> {
@@ -116,6 +105,17 @@ async fn authority(kind: Kind, connection: &Connection) -> Result<Arc<dyn Author
         }
     });
     Ok(polkit)
+}
+
+/// What the drivers are told. On a session bus QEMU runs as we do.
+fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfig {
+    DriverConfig {
+        cache_dir: folders.cache.clone(),
+        state_dir: folders.state.clone(),
+        system: kind == Kind::System,
+        qemu_user: qemu.user,
+        qemu_group: qemu.group,
+    }
 }
 
 /// Requests the name. Whoever has it keeps it.

@@ -221,3 +221,154 @@ fn name_of(objects: &Objects, uuid: Uuid) -> Option<String> {
     let facts = objects.get(&domain::path(uuid))?.domain()?;
     Some(facts.name.clone())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+    use virt_model::state::{Defined, DomainState, Started, StateReason, Suspended};
+    use virt_service::error::Error as ServiceError;
+    use virt_service::job::JobState;
+    use zbus::{OwnedObjectPath, OwnedVariant, Variant};
+
+    fn facts(state: DomainState) -> DomainFacts {
+        DomainFacts {
+            name: "web".into(),
+            uuid: Uuid::from_u128(7),
+            id: u32::from(state.is_active()),
+            driver: "test",
+            state,
+            reason: StateReason::Unknown,
+            since_usec: 1,
+            persistent: true,
+            autostart: false,
+            title: "a title".into(),
+            description: String::new(),
+            os_type: "hvm".into(),
+            vcpus: 1,
+            maximum_vcpus: 2,
+            memory: 1 << 30,
+            maximum_memory: 1 << 31,
+            has_managed_save: false,
+            config_changed: false,
+            current_snapshot: Some("before upgrade".into()),
+            snapshot_count: 1,
+            owner: 1000,
+        }
+    }
+
+    fn job(state: JobState) -> Arc<JobFacts> {
+        let failed = state == JobState::Failed;
+        Arc::new(JobFacts {
+            id: 3,
+            domain: Uuid::from_u128(7),
+            state,
+            operation: "start",
+            started_usec: 1,
+            progress: -1.0,
+            bytes_done: 0,
+            bytes_total: 0,
+            cancellable: true,
+            requester_uid: 1000,
+            error: failed.then(|| ServiceError::Internal("it broke".into())),
+        })
+    }
+
+    /// The members of signals, in order. Each body is what its signature says.
+    fn members(signals: &[Message]) -> Vec<String> {
+        signals.iter().map(member).collect()
+    }
+
+    fn member(signal: &Message) -> String {
+        signal.body().validate().unwrap();
+        signal.header().member().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_domain_is_added_changed_and_removed_in_the_order_of_the_contract() {
+        let mut objects = Objects::default();
+        let stopped = Arc::new(facts(DomainState::Shutoff));
+        let added = domain_changed(&mut objects, &stopped, &[Lifecycle::Defined(Defined::Added)]).unwrap();
+        assert_eq!(members(&added), ["InterfacesAdded", "Lifecycle", "DomainLifecycle"]);
+        let paused = Arc::new(facts(DomainState::Paused));
+        let events = [Lifecycle::Started(Started::Booted), Lifecycle::Suspended(Suspended::Paused)];
+        let changed = domain_changed(&mut objects, &paused, &events).unwrap();
+        let both = ["Lifecycle", "DomainLifecycle", "Lifecycle", "DomainLifecycle"];
+        assert_eq!(members(&changed), [&["PropertiesChanged"], &both[..]].concat());
+        assert!(domain_changed(&mut objects, &paused, &[]).unwrap().is_empty());
+        let gone = domain_gone(&mut objects, &stopped, &[Lifecycle::Undefined(Undefined::Removed)]).unwrap();
+        assert_eq!(members(&gone), ["PropertiesChanged", "Lifecycle", "DomainLifecycle", "InterfacesRemoved"]);
+        assert!(domain_gone(&mut objects, &stopped, &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_change_carries_the_new_values_and_nothing_else() {
+        let mut objects = Objects::default();
+        domain_changed(&mut objects, &Arc::new(facts(DomainState::Shutoff)), &[]).unwrap();
+        let signals = domain_changed(&mut objects, &Arc::new(facts(DomainState::Running)), &[]).unwrap();
+        let body = signals[0].body();
+        let (interface, values, invalid): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            body.deserialize().unwrap();
+        assert_eq!((interface.as_str(), invalid.len(), values.len()), (domain::INTERFACE, 0, 3));
+        assert_eq!(*values["State"], Variant::from("running"));
+        assert_eq!(*values["Active"], Variant::from(true));
+        assert_eq!(*values["Id"], Variant::from(1u32));
+    }
+
+    #[test]
+    fn what_is_added_is_all_there_is() {
+        let mut objects = Objects::default();
+        let signals = domain_changed(&mut objects, &Arc::new(facts(DomainState::Shutoff)), &[]).unwrap();
+        let body = signals[0].body();
+        type Interfaces = HashMap<String, HashMap<String, OwnedVariant>>;
+        let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
+        assert_eq!(path.as_str(), domain::path(Uuid::from_u128(7)));
+        let all = &interfaces[domain::INTERFACE];
+        assert_eq!(all.len(), 22);
+        let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
+        assert_eq!(*all["CurrentSnapshot"], Variant::from(zbus::ObjectPath::try_from(snapshot).unwrap()));
+    }
+
+    #[test]
+    fn a_name_that_is_given_up_is_the_old_one() {
+        let mut objects = Objects::default();
+        domain_changed(&mut objects, &Arc::new(facts(DomainState::Shutoff)), &[]).unwrap();
+        let renamed = Arc::new(DomainFacts { name: "www".into(), ..facts(DomainState::Shutoff) });
+        let events = [Lifecycle::Undefined(Undefined::Renamed), Lifecycle::Defined(Defined::Renamed)];
+        let signals = domain_changed(&mut objects, &renamed, &events).unwrap();
+        let all = signals.iter().filter(|signal| member(signal) == "DomainLifecycle");
+        let names = all.map(|signal| {
+            let (_, _, name, event, _): (OwnedObjectPath, String, String, String, String) =
+                signal.body().deserialize().unwrap();
+            (name, event)
+        });
+        let told = [("web".to_owned(), "undefined".to_owned()), ("www".to_owned(), "defined".to_owned())];
+        assert_eq!(names.collect::<Vec<_>>(), told);
+    }
+
+    #[test]
+    fn a_jobs_end_is_told_once_after_its_properties() {
+        let mut objects = Objects::default();
+        assert_eq!(members(&job_changed(&mut objects, &job(JobState::Running)).unwrap()), ["InterfacesAdded"]);
+        let failed = job_changed(&mut objects, &job(JobState::Failed)).unwrap();
+        assert_eq!(members(&failed), ["PropertiesChanged", "Finished"]);
+        let told: (bool, String, String) = failed[1].body().deserialize().unwrap();
+        assert_eq!(told, (false, "org.virt.Error.Internal".into(), "it broke".into()));
+        assert!(job_changed(&mut objects, &job(JobState::Failed)).unwrap().is_empty());
+        let gone = removed(&mut objects, "/org/virt/job/3").unwrap().unwrap();
+        assert_eq!(member(&gone), "InterfacesRemoved");
+    }
+
+    #[tokio::test]
+    async fn a_flush_is_answered_behind_what_came_before() {
+        let publisher = Publisher::new(&["test"]);
+        let (events, receiver) = virt_service::events::Events::channel();
+        let outbox = Arc::new(Outbox::default());
+        publisher.attach(Listener { outbox: outbox.clone(), peer: None });
+        tokio::spawn(publisher.clone().run(receiver));
+        events.send(Event::Domain(Arc::new(facts(DomainState::Shutoff)), vec![Lifecycle::Defined(Defined::Added)]));
+        events.flush().await;
+        assert_eq!(members(&outbox.waiting()), ["InterfacesAdded", "Lifecycle", "DomainLifecycle"]);
+        assert!(publisher.rows().read(|objects| objects.get(&domain::path(Uuid::from_u128(7))).is_some()));
+    }
+}

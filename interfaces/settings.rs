@@ -84,8 +84,8 @@ pub struct Config {
 pub struct QemuConfig {
     /// The user.
     pub user: String,
-    /// The group.
-    pub group: String,
+    /// The group, if not the user's own.
+    pub group: Option<String>,
 }
 
 /// How much any user but root may have.
@@ -100,7 +100,7 @@ pub struct LimitsConfig {
 
 impl Default for QemuConfig {
     fn default() -> Self {
-        QemuConfig { user: "virt-qemu".to_owned(), group: "virt-qemu".to_owned() }
+        QemuConfig { user: "virt-qemu".to_owned(), group: None }
     }
 }
 
@@ -237,7 +237,7 @@ mod tests {
         assert_eq!(Config::read(&file).unwrap(), Config::default());
         std::fs::write(&file, "[qemu]\nuser = \"q\"\n[limits]\njobs-per-user = 3\n").unwrap();
         let config = Config::read(&file).unwrap();
-        assert_eq!((config.qemu.user.as_str(), config.qemu.group.as_str()), ("q", "virt-qemu"));
+        assert_eq!((config.qemu.user.as_str(), config.qemu.group), ("q", None));
         assert_eq!(config.limits.jobs_per_user, 3);
         std::fs::write(&file, "[limits]\njobs = 3\n").unwrap();
         let error = Config::read(&file).unwrap_err();

@@ -79,9 +79,20 @@ impl Guest {
         self.rebooting
     }
 
+    /// It was found powered off, and that was the first half of a reboot.
+    pub fn reboots_now(&mut self) {
+        self.rebooting = false;
+        self.mode = Mode::Rebooting;
+    }
+
     /// Whether QEMU said that it ends in order.
     pub fn is_ending(&self) -> bool {
         self.ending
+    }
+
+    /// Whether the CPUs run.
+    pub fn is_running(&self) -> bool {
+        self.mode == Mode::Running
     }
 
     /// Whether the guest sleeps.

@@ -25,6 +25,8 @@ use virt_model::driver::{Condition, DriverError, Reconnect, Reconnected};
 
 /// How long a monitor may take to answer before virtd goes on without it.
 const CONTACT: Duration = Duration::from_secs(2);
+/// How long a process whose monitor has gone may take to follow it.
+const DYING: Duration = Duration::from_millis(500);
 /// How long one that has not answered is listened to before it is called again.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long between calls, at first and at most.
@@ -79,25 +81,31 @@ impl Search {
         let (monitor, status) = match contact {
             Ok(contact) => contact,
             Err(error) => {
+                // One that is just dying closes its monitor first.
+                if timeout(DYING, body.process.ended()).await.is_ok() {
+                    return self.gone().await;
+                }
                 tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
                 let instance = QemuInstance::new(body).with_task(|body| seek(body, caller));
                 return Ok(Some(Reconnected { instance: Arc::new(instance), condition: self.found.last }));
             }
         };
         *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));
-        let condition = match status {
-            // It powered off to reboot while virtd was away.
-            Condition::PoweredOff if rebooting => {
-                reporter.found(Condition::PoweredOff, false);
-                body.finish_reboot().await;
-                Condition::Running
-            }
-            status => {
-                reporter.found(status, false);
-                status
-            }
+        reporter.found(status, false);
+        let instance = QemuInstance::new(body);
+        if self.ends_on_reboot {
+            // The last virtd may have been killed in the midst of a reset.
+            instance.body().end_on_reboot_again();
+        }
+        // It powered off to reboot while virtd was away.
+        let condition = if rebooting && status == Condition::PoweredOff {
+            reporter.guest(Guest::reboots_now);
+            instance.body().finish_reboot().await;
+            Condition::Running
+        } else {
+            status
         };
-        Ok(Some(Reconnected { instance: Arc::new(QemuInstance::new(body)), condition }))
+        Ok(Some(Reconnected { instance: Arc::new(instance), condition }))
     }
 
     fn body(&self, record: Record, process: Process, reporter: Arc<Reporter>) -> Body {
@@ -112,7 +120,8 @@ impl Search {
             ends_on_reboot: self.ends_on_reboot,
             requested: AtomicBool::new(false),
             gone: watch::Sender::new(false),
-            turn: tokio::sync::Mutex::new(()),
+            turn: tokio::sync::Mutex::default(),
+            settling: Mutex::default(),
         }
     }
 }
@@ -173,6 +182,9 @@ async fn seek(body: Arc<Body>, caller: Caller) {
             Ok((monitor, condition)) => {
                 tracing::info!(uuid = %body.uuid, "QEMU answers again");
                 *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));
+                if body.ends_on_reboot {
+                    body.end_on_reboot_again();
+                }
                 return caller.reporter.found(condition, true);
             }
             Err(error) => tracing::debug!(uuid = %body.uuid, %error, "QEMU still does not answer"),

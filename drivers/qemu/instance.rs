@@ -14,7 +14,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -30,6 +30,8 @@ const KILL_PATIENCE: Duration = Duration::from_secs(20);
 const MONITOR_GRACE: Duration = Duration::from_secs(2);
 /// How long the last events of a process that has gone are waited for.
 const LAST_EVENTS: Duration = Duration::from_secs(1);
+/// How long a guest runs without a reset before its firmware is taken to be done.
+const FIRMWARE: Duration = Duration::from_secs(3);
 /// How long giving back files may keep the guest's end from being told.
 const CLEARING: Duration = Duration::from_secs(5);
 
@@ -63,6 +65,8 @@ pub struct Body {
     pub gone: watch::Sender<bool>,
     /// One change to the CPUs at a time.
     pub turn: tokio::sync::Mutex<()>,
+    /// Waits for the firmware to be done with a reset of ours.
+    pub settling: Mutex<Option<AbortHandle>>,
 }
 
 /// What a guest leaves behind on the host.
@@ -106,6 +110,11 @@ impl QemuInstance {
         QemuInstance { body, tasks: vec![watching] }
     }
 
+    /// What is shared with the tasks.
+    pub fn body(&self) -> &Arc<Body> {
+        &self.body
+    }
+
     /// The same, with a task of its own that goes on in the background.
     pub fn with_task<F: Future<Output = ()> + Send + 'static>(mut self, task: impl FnOnce(Arc<Body>) -> F) -> Self {
         self.tasks.push(tokio::spawn(task(self.body.clone())).abort_handle());
@@ -115,6 +124,8 @@ impl QemuInstance {
 
 impl Drop for QemuInstance {
     fn drop(&mut self) {
+        let settling = self.body.settling.lock().unwrap_or_else(PoisonError::into_inner).take();
+        settling.iter().for_each(AbortHandle::abort);
         self.tasks.iter().for_each(AbortHandle::abort);
     }
 }
@@ -130,7 +141,7 @@ impl Instance for QemuInstance {
     }
 
     async fn reset(&self) -> Result<(), DriverError> {
-        self.body.in_turn(self.body.reset()).await
+        self.body.in_turn(Body::reset(&self.body)).await
     }
 
     async fn suspend(&self) -> Result<(), DriverError> {
@@ -197,21 +208,28 @@ impl Body {
         woken.await.map_err(|_| DriverError::TimedOut("the guest did not wake up".into()))
     }
 
-    async fn reset(&self) -> Result<(), DriverError> {
+    async fn reset(self: &Arc<Self>) -> Result<(), DriverError> {
         let asleep = self.reporter.guest(|guest| guest.is_asleep());
         // Else QEMU would take its own reset for a reboot, and power off.
         if self.ends_on_reboot {
             self.execute("set-action", json!({ "reboot": "reset" })).await?;
+            self.end_on_reboot_again();
         }
-        let done = self.reset_machine().await;
-        if self.ends_on_reboot {
-            self.execute("set-action", json!({ "reboot": "shutdown" })).await?;
-        }
-        done?;
+        self.reset_machine().await?;
         if asleep {
             self.execute("cont", json!({})).await?;
         }
         Ok(())
+    }
+
+    /// Makes reboots end the guest again, when its firmware is done: SeaBIOS resets the machine a few times more by itself,
+    /// which cannot be told from the guest's doing.
+    pub fn end_on_reboot_again(self: &Arc<Self>) {
+        let settling = tokio::spawn(settle(Arc::downgrade(self))).abort_handle();
+        let before = self.settling.lock().unwrap_or_else(PoisonError::into_inner).replace(settling);
+        if let Some(before) = before {
+            before.abort();
+        }
     }
 
     /// Resets, and waits until QEMU has done it: what is asked next, it does afterwards.
@@ -227,7 +245,7 @@ impl Body {
     }
 
     /// The second half of an asked-for reboot: the guest has powered off, and is to go on.
-    pub async fn finish_reboot(&self) {
+    pub async fn finish_reboot(self: &Arc<Self>) {
         let again = async {
             self.reset().await?;
             self.execute("cont", json!({})).await
@@ -301,6 +319,23 @@ impl Body {
             End::Code(code) => Exit::Died(join(&format!("QEMU ended with code {code}"), &words)),
             End::Signal(number) => Exit::Died(join(&format!("QEMU was ended by signal {number}"), &words)),
             End::Unknown => Exit::Died(words),
+        }
+    }
+}
+
+/// Waits until the guest has run for a while without a reset, then lets reboots end it.
+async fn settle(body: Weak<Body>) {
+    let resets = || Some(body.upgrade()?.reporter.heard().resets);
+    while let Some(before) = resets() {
+        tokio::time::sleep(FIRMWARE).await;
+        let Some(body) = body.upgrade() else { return };
+        if body.reporter.heard().resets != before || !body.reporter.guest(|guest| guest.is_running()) {
+            continue;
+        }
+        match body.execute("set-action", json!({ "reboot": "shutdown" })).await {
+            Err(DriverError::TimedOut(_)) => {}
+            Err(error) => return tracing::warn!(uuid = %body.uuid, %error, "a reboot will not end this guest"),
+            Ok(_) => return,
         }
     }
 }

@@ -246,7 +246,8 @@ impl Start {
             ends_on_reboot: self.ends_on_reboot,
             requested: AtomicBool::new(false),
             gone: watch::Sender::new(false),
-            turn: tokio::sync::Mutex::new(()),
+            turn: tokio::sync::Mutex::default(),
+            settling: Mutex::default(),
         }))
     }
 

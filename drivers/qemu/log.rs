@@ -63,7 +63,7 @@ impl Log {
 /// As many of the last lines as fit, one at least.
 fn words(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
-    let lines: Vec<String> = text.lines().map(clean).filter(|line| !line.is_empty()).collect();
+    let lines: Vec<String> = text.lines().map(clean).filter(|line| !line.is_empty() && !is_chatter(line)).collect();
     let mut room = MAX_WORDS;
     let fits = |line: &&String| match room.checked_sub(line.len() + 1) {
         Some(rest) => {
@@ -78,6 +78,11 @@ fn words(bytes: &[u8]) -> String {
         (true, Some(long)) => long.chars().take(MAX_WORDS / 4).collect(),
         _ => last.iter().map(|line| line.as_str()).collect::<Vec<_>>().join("\n"),
     }
+}
+
+/// What QEMU says when all is well.
+fn is_chatter(line: &str) -> bool {
+    line.starts_with("char device redirected to ")
 }
 
 /// A line without time stamp and control characters.

@@ -71,6 +71,17 @@ pub enum Admission {
     Dropped,
 }
 
+/// How a sender stands when a call of it comes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// Nothing is in its way.
+    Free,
+    /// Its queue is full.
+    Full,
+    /// Its calls wait for its reading.
+    Held,
+}
+
 /// A call whose turn has come. Give it back to [`Gate::ended`].
 #[derive(Debug)]
 pub struct Work {
@@ -231,17 +242,18 @@ impl Gate {
         }
     }
 
-    /// A sender is there, since a call of it has just been read. Whether its calls wait for its reading.
-    pub fn meet(&self, sender: &str) -> bool {
-        if self.limits.unread.is_none() {
-            return false;
-        }
+    /// A sender is there, since a call of it has just been read. How it stands.
+    pub fn meet(&self, sender: &str) -> Standing {
         let mut state = self.lock();
         match state.senders.get(sender) {
-            Some(line) => line.held,
+            Some(line) if line.held => Standing::Held,
+            Some(line) if line.waiting.len() >= self.limits.waiting => Standing::Full,
+            Some(_) => Standing::Free,
             None => {
-                state.senders.insert(sender.into(), Sender::default());
-                false
+                if self.limits.unread.is_some() {
+                    state.senders.insert(sender.into(), Sender::default());
+                }
+                Standing::Free
             }
         }
     }
@@ -401,8 +413,10 @@ mod tests {
     #[test]
     fn who_does_not_read_waits() {
         let gate = gate(Limits { unread: Some(2000), waiting: 1, ..Limits::default() });
-        assert!(!gate.meet("a") && !gate.answered("a", 1000));
-        assert!(gate.answered("a", 1000) && gate.meet("a"));
+        assert_eq!(gate.meet("a"), Standing::Free);
+        assert!(!gate.answered("a", 1000));
+        assert!(gate.answered("a", 1000));
+        assert_eq!(gate.meet("a"), Standing::Held);
         assert!(!gate.answered("a", 1000), "it is looked at once");
         gate.admit("a", call());
         gate.identified("a", Some(1));

@@ -25,7 +25,7 @@ use crate::error::Error;
 use answers::{ROOT, fits, is_standard, no_object, unknown_property};
 use call::{Call, Handler, Outcome, Reply, refusal};
 use futures_util::{FutureExt, StreamExt};
-use gate::{Admission, Gate, Limits, Work};
+use gate::{Admission, Gate, Limits, Standing, Work};
 use outbox::Outbox;
 use rows::Rows;
 use std::panic::AssertUnwindSafe;
@@ -119,8 +119,11 @@ impl Bus {
 
     /// A call has come in.
     fn take(self: &Arc<Self>, call: Message) {
-        if self.gate.meet(sender(&call.header())) {
-            return self.admit(call);
+        match self.gate.meet(sender(&call.header())) {
+            Standing::Held => return self.admit(call),
+            // It would be refused, or be a look that nobody wants the answer of; a flood should cost no more than this.
+            Standing::Full if !wants_reply(&call) => return,
+            Standing::Free | Standing::Full => {}
         }
         if call.data().len() > LARGEST_CALL {
             return self.refuse(&call, &Error::limits(format!("no call of more than {LARGEST_CALL} bytes is read")));
@@ -329,6 +332,9 @@ impl Bus {
     }
 
     fn refuse(self: &Arc<Self>, call: &Message, error: &Error) {
+        if !wants_reply(call) {
+            return;
+        }
         match refusal(&call.header(), error) {
             Ok(reply) => self.send(call, reply),
             Err(failed) => tracing::error!(%error, %failed, "a refusal could not be made"),

@@ -110,6 +110,12 @@ impl Outbox {
         self.lock().bytes
     }
 
+    /// What lies here.
+    #[cfg(test)]
+    pub fn waiting(&self) -> Vec<Message> {
+        self.lock().messages.iter().cloned().collect()
+    }
+
     fn has_room(&self) -> bool {
         let queue = self.lock();
         queue.closed || queue.bytes < FULL

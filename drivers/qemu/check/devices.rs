@@ -19,6 +19,7 @@ impl Check<'_> {
         let def = self.def;
         def.devices.interfaces.iter().for_each(|interface| self.interface(interface));
         self.character_devices();
+        self.smartcards();
         self.screens();
         def.devices.videos.iter().enumerate().for_each(|(n, video)| self.video(video, n == 0));
         self.sound();
@@ -118,6 +119,19 @@ impl Check<'_> {
         for redirection in &devices.redirdevs {
             self.back_end(&redirection.source, &redirection.at);
             self.need_device(&redirection.at, "usb-redir");
+        }
+    }
+
+    /// The only reader there is: that of the person at the SPICE screen.
+    fn smartcards(&mut self) {
+        let cards = self.def.devices.untyped().iter().filter(|device| device.name == "smartcard");
+        for (n, card) in cards.enumerate() {
+            let spice = self.def.devices.graphics.iter().any(|g| g.kind == GraphicsKind::Spice);
+            let passed = (card.attr("mode"), card.attr("type")) == (Some("passthrough"), Some("spicevmc"));
+            let message = "a smartcard is supported with mode='passthrough' type='spicevmc' and spice graphics";
+            self.refuse_if(!passed || !spice, &card.at, message);
+            self.refuse_if(n > 0, &card.at, "a guest has at most one smartcard");
+            self.need_device(&card.at, "ccid-card-passthru");
         }
     }
 

@@ -68,10 +68,14 @@ impl Check<'_> {
 
     fn firmware(&mut self) {
         let os = &self.def.os;
+        let found = os.loader.as_ref().is_some_and(|loader| loader.path.is_some());
+        let picked = "picking firmware by itself is not supported yet: give <loader> and <nvram> with their paths";
+        self.refuse_if(os.firmware.is_some() && !found, &os.at.attribute("firmware"), picked);
         let smm = self.def.features.as_ref().and_then(|f| f.smm.as_ref()).is_some_and(State::is_on);
         if let Some(loader) = &os.loader {
             let flash = loader.kind == Some(LoaderKind::Pflash);
-            self.refuse_if(loader.path.is_none(), &loader.at, "<loader> without a path is not supported yet");
+            let unsaid = loader.path.is_none() && os.firmware.is_none();
+            self.refuse_if(unsaid, &loader.at, "<loader> without a path is not supported yet");
             let writable = flash && loader.readonly == Some(false);
             self.refuse_if(
                 writable,
@@ -90,8 +94,12 @@ impl Check<'_> {
         }
         if let Some(nvram) = &os.nvram {
             let flash = os.loader.as_ref().is_some_and(|l| l.kind == Some(LoaderKind::Pflash));
-            self.refuse_if(!flash, &nvram.at, "<nvram> needs <loader type='pflash'> with a path");
-            self.refuse_if(nvram.path.is_none(), &nvram.at, "<nvram> without a path is not supported yet");
+            self.refuse_if(
+                !flash && (found || os.firmware.is_none()),
+                &nvram.at,
+                "<nvram> needs <loader type='pflash'> with a path",
+            );
+            self.refuse_if(nvram.path.is_none() && found, &nvram.at, "<nvram> without a path is not supported yet");
             let format = nvram.format.as_deref().unwrap_or("raw");
             self.refuse_if(
                 !matches!(format, "raw" | "qcow2"),

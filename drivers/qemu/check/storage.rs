@@ -204,6 +204,10 @@ impl Check<'_> {
             ControllerKind::Fdc => {
                 self.refuse_if(controller.index() > 0, place, "there is one floppy controller, number 0")
             }
+            ControllerKind::Ccid => {
+                self.refuse_if(controller.index() > 0, place, "there is one smartcard reader, number 0");
+                self.need_device(place, "usb-ccid");
+            }
             ControllerKind::Sata | ControllerKind::VirtioSerial => {}
             kind => {
                 self.refuse(place, format!("controllers of type='{kind}' are not supported by the QEMU driver yet"))

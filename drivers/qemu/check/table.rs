@@ -23,7 +23,9 @@ const ACTS: &[(&str, &str)] = &[
     ("memory", "unit dumpCore"),
     ("currentMemory", "unit"),
     ("vcpu", "current"),
-    ("os", ""),
+    ("os", "firmware"),
+    ("os/firmware", ""),
+    ("os/firmware/feature", "enabled name"),
     ("os/type", "arch machine"),
     ("os/loader", "readonly secure type stateless format"),
     ("os/nvram", "template templateFormat format"),
@@ -108,6 +110,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/console/target", "type port"),
     ("devices/channel/target", "type name"),
     ("devices/redirdev", "bus type"),
+    ("devices/smartcard", "mode type"),
     ("devices/input", "type bus"),
     ("devices/graphics", "type port tlsPort autoport websocket listen socket keymap passwd connected sharePolicy"),
     ("devices/graphics/listen", "type address socket"),
@@ -161,7 +164,7 @@ const KEPT: &[(&str, &str)] = &[
     ("title", "for people"),
     ("description", "for people"),
     ("metadata", "for other programs"),
-    ("vcpu/@placement", "static is what is done; auto is refused"),
+    ("vcpu/@placement", "static is what is done, auto is refused"),
     ("features/pae", "every CPU that is emulated has it"),
     ("cpu/model/@fallback", "a model is never replaced by another"),
     ("devices/disk/@snapshot", "for snapshots to come"),
@@ -175,20 +178,15 @@ const KEPT: &[(&str, &str)] = &[
     ("devices/console/@tty", "a name of the running guest's"),
     ("devices/channel/target/@state", "a state of the running guest's"),
     ("devices/video/model/acceleration/@accel2d", "no card that is emulated has it"),
-    ("seclabel/label", "a state of the running guest's"),
-    ("seclabel/imagelabel", "a state of the running guest's"),
 ];
 
 /// Known, and a start is refused, for a reason that is worth more than "not supported".
 const REFUSED: &[(&str, &str)] = &[
-    ("os/@firmware", "picking firmware by itself is not supported yet: give <loader> and <nvram> with their paths"),
-    ("os/firmware", "picking firmware by itself is not supported yet: give <loader> and <nvram> with their paths"),
     ("os/bios/@useserial", "is not supported by the QEMU driver yet"),
     ("vcpu/@cpuset", "pinning CPUs is not supported by the QEMU driver yet"),
     ("devices/tpm", "TPM devices are not supported yet: they need swtpm beside QEMU"),
     ("devices/hostdev", "host devices cannot be passed to guests yet"),
     ("devices/filesystem", "shared directories are not supported yet"),
-    ("devices/smartcard", "smartcard readers are not supported yet"),
     ("devices/interface/bandwidth", "limiting bandwidth is not supported yet"),
     ("devices/interface/filterref", "network filters are not supported yet"),
     ("devices/interface/virtualport", "virtual ports (Open vSwitch and the like) are not supported yet"),
@@ -251,7 +249,7 @@ fn look(check: &mut Check, element: &Element, path: &str, place: &Place) {
         let declares = attribute.name == "xmlns" || attribute.name.starts_with("xmlns:");
         let at = place.attribute(&attribute.name);
         if let (false, Standing::Refused(reason)) = (declares, standing(&join(path, &format!("@{}", attribute.name)))) {
-            check.refuse(&at, format!("'{}' {}", attribute.name, complete(reason)));
+            check.refuse(&at, sentence(&format!("'{}'", attribute.name), reason));
         }
     }
     for child in element.elements() {
@@ -261,14 +259,31 @@ fn look(check: &mut Check, element: &Element, path: &str, place: &Place) {
         match standing(&child_path) {
             Standing::Acts => look(check, child, &child_path, &at),
             Standing::Kept(_) => {}
-            Standing::Refused(reason) => check.refuse(&at, format!("<{}> {}", child.name, complete(reason))),
+            Standing::Refused(_) if is_what_we_do(child) => {}
+            Standing::Refused(reason) => check.refuse(&at, sentence(&format!("<{}>", child.name), reason)),
         }
     }
 }
 
-/// A reason that is a sentence of its own follows a colon.
-fn complete(reason: &'static str) -> String {
-    if reason.starts_with("is ") { reason.to_owned() } else { format!("cannot be honoured: {reason}") }
+/// A reason either goes on from its subject or is a sentence of its own.
+fn sentence(subject: &str, reason: &str) -> String {
+    let colon = if reason.starts_with("is ") { "" } else { ":" };
+    format!("{subject}{colon} {reason}")
+}
+
+/// Elements that libvirt writes of itself and that ask for no more than what is done anyway.
+fn is_what_we_do(element: &Element) -> bool {
+    let text = |name: &str| element.child(name).map(Element::text);
+    match &*element.name {
+        "resource" => text("partition").as_deref() == Some("/machine"),
+        "seclabel" => match (element.attr("type"), element.attr("model")) {
+            (Some("none"), _) => true,
+            // A user of its own for the guest's process: what system mode does.
+            (Some("dynamic"), Some("dac")) => true,
+            _ => false,
+        },
+        _ => false,
+    }
 }
 
 fn join(path: &str, name: &str) -> String {

@@ -25,6 +25,18 @@ impl Builder<'_> {
         }
     }
 
+    /// A reader at the screen of a person, over SPICE.
+    pub(super) fn smartcards(&mut self) {
+        let def = self.def;
+        for (n, _) in def.devices.untyped().iter().filter(|d| d.name == "smartcard").enumerate() {
+            let source = CharSource::new(CharKind::SpiceVmc);
+            let chardev = self.back_end(&source, &format!("smartcard{n}"), Some("smartcard"));
+            let reader = self.controller(ControllerKind::Ccid, 0).and_then(|c| c.info.alias()).unwrap_or("ccid0");
+            let props = Props::device("ccid-card-passthru").set("chardev", chardev).set("id", format!("smartcard{n}"));
+            self.args.device(props.set("bus", format!("{reader}.0")));
+        }
+    }
+
     pub(super) fn redirections(&mut self) {
         let def = self.def;
         for redirection in &def.devices.redirdevs {

@@ -11,9 +11,10 @@ impl Builder<'_> {
         self.bridges();
         let def = self.def;
         let others = def.devices.controllers.iter().filter(|c| c.kind != ControllerKind::Pci);
-        // A USB 2 controller must be there before its companions.
-        let (masters, companions): (Vec<_>, Vec<_>) = others.partition(|c| c.master.is_none());
-        for controller in masters.into_iter().chain(companions) {
+        // Each after what it is plugged into: companions after their master, card readers after USB.
+        let mut others: Vec<_> = others.collect();
+        others.sort_by_key(|c| (c.kind == ControllerKind::Ccid, c.master.is_some()));
+        for controller in others {
             if let Some(props) = self.controller_device(controller) {
                 self.args.device(props);
             }
@@ -55,6 +56,10 @@ impl Builder<'_> {
 
     fn controller_device(&self, controller: &Controller) -> Option<Props> {
         let device = match controller.kind {
+            ControllerKind::Ccid => {
+                let props = Props::device("usb-ccid").set("id", id(&controller.info));
+                return Some(props.extend(self.usb(&controller.info)));
+            }
             ControllerKind::Usb => return self.usb_controller(controller),
             ControllerKind::Scsi => format!("virtio-scsi-pci{}", generation(controller)),
             ControllerKind::VirtioSerial => format!("virtio-serial-pci{}", generation(controller)),

@@ -103,6 +103,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.controllers();
     builder.disks();
     builder.interfaces();
+    builder.smartcards();
     builder.character_devices();
     builder.inputs();
     builder.audio();

@@ -11,7 +11,7 @@ use virt_model::device::misc::InputBus;
 use virt_model::device::sound::SoundModel;
 use virt_model::device::{Address, AddressKind, Controller, ControllerKind, DeviceInfo, Disk};
 use virt_model::domain::DomainDef;
-use virt_model::xml::{Finding, Place};
+use virt_model::xml::{Element, Finding, Place};
 
 /// More controllers of one kind than any guest can use; bounds the search for a free place.
 const MANY: u32 = 64;
@@ -141,6 +141,15 @@ fn serial_ports(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, P
     consoles.chain(channels.map(|c| (&mut c.info, c.at.clone(), 1)))
 }
 
+/// Gives a smartcard its slot; there is one reader with one slot.
+pub fn smartcards(def: &mut DomainDef) {
+    let cards = def.devices.rest.elements.iter_mut().filter(|device| device.name == "smartcard");
+    for card in cards.filter(|card| card.child("address").is_none()) {
+        let address = Element::new("address").with_attr("type", "ccid");
+        card.push(address.with_attr("controller", "0").with_attr("slot", "0"));
+    }
+}
+
 /// Gives every USB device its port; where ports run out, adds a controller like the last.
 pub fn usb(def: &mut DomainDef, board: Board, log: &mut Vec<Finding>) {
     let mut taken: BTreeSet<(u32, String)> = BTreeSet::new();
@@ -222,8 +231,10 @@ fn usb_devices(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, Pl
     let inputs =
         devices.inputs.iter_mut().filter(|i| i.bus == Some(InputBus::Usb)).map(|i| (&mut i.info, i.at.clone()));
     let sounds = devices.sounds.iter_mut().filter(|s| s.model == SoundModel::Usb).map(|s| (&mut s.info, s.at.clone()));
+    let readers = devices.controllers.iter_mut().filter(|c| c.kind == ControllerKind::Ccid);
+    let readers = readers.map(|c| (&mut c.info, c.at.clone()));
     let redirs = devices.redirdevs.iter_mut().map(|r| (&mut r.info, r.at.clone()));
-    disks.chain(inputs).chain(sounds).chain(redirs)
+    disks.chain(readers).chain(inputs).chain(sounds).chain(redirs)
 }
 
 fn kind(info: &DeviceInfo) -> Option<&AddressKind> {

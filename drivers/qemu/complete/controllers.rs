@@ -27,10 +27,22 @@ pub fn is_companion(controller: &Controller) -> bool {
     matches!(controller.model, Some(Ich9Uhci1 | Ich9Uhci2 | Ich9Uhci3 | Ich9Ehci1))
 }
 
-/// The controllers that the board itself brings, and one for USB.
-pub fn roots(def: &mut DomainDef, board: Board) {
-    let root = if board == Board::Q35 { ControllerModel::PcieRoot } else { ControllerModel::PciRoot };
-    ensure(def, ControllerKind::Pci, 0, Some(root));
+/// The root of all PCI buses. It has number 0, so it must be there before others are numbered.
+pub fn pci_root(def: &mut DomainDef, board: Board) {
+    let model = if board == Board::Q35 { ControllerModel::PcieRoot } else { ControllerModel::PciRoot };
+    let controllers = &mut def.devices.controllers;
+    let is_root = |c: &&mut Controller| c.kind == ControllerKind::Pci && (c.index == Some(0) || c.model == Some(model));
+    match controllers.iter_mut().find(is_root) {
+        Some(root) => {
+            root.index.get_or_insert(0);
+            root.model.get_or_insert(model);
+        }
+        None => controllers.push(Controller::new(ControllerKind::Pci, 0, Some(model))),
+    }
+}
+
+/// The other controllers that the board itself brings, and one for USB.
+pub fn built_in(def: &mut DomainDef, board: Board) {
     if board == Board::Q35 {
         ensure(def, ControllerKind::Sata, 0, None);
     }
@@ -69,6 +81,9 @@ pub fn for_drives(def: &mut DomainDef, board: Board) {
             wanted.insert((ControllerKind::VirtioSerial, serial.controller, None));
         }
     }
+    if def.devices.untyped().iter().any(|device| device.name == "smartcard") {
+        wanted.insert((ControllerKind::Ccid, 0, None));
+    }
     for (kind, index, model) in wanted {
         ensure(def, kind, index, model);
     }
@@ -85,8 +100,5 @@ pub fn serial_ports(def: &DomainDef) -> impl Iterator<Item = &DeviceInfo> {
 fn ensure(def: &mut DomainDef, kind: ControllerKind, index: u32, model: Option<ControllerModel>) {
     if !def.devices.controllers.iter().any(|c| c.kind == kind && c.index() == index) {
         def.devices.controllers.push(Controller::new(kind, index, model));
-    } else if kind == ControllerKind::Pci {
-        let root = def.devices.controllers.iter_mut().find(|c| c.kind == kind && c.index() == index);
-        root.into_iter().for_each(|c| c.model = c.model.or(model));
     }
 }

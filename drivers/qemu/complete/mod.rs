@@ -53,13 +53,17 @@ impl Board {
 pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Finding>> {
     let mut log = Vec::new();
     defaults::machine(def, caps);
-    defaults::fill(def, caps);
     let board = Board::of(def);
     if board != Board::Other {
+        controllers::pci_root(def, board);
+    }
+    defaults::fill(def, caps);
+    if board != Board::Other {
         controllers::check_numbers(def, &mut log);
-        controllers::roots(def, board);
+        controllers::built_in(def, board);
         buses::disks(def, board, &mut log);
         buses::virtio_serial(def, &mut log);
+        buses::smartcards(def);
         controllers::for_drives(def, board);
         buses::usb(def, board, &mut log);
         pci::assign(def, board, &mut log);

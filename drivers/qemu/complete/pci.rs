@@ -27,7 +27,7 @@ const SPARE_PORTS: usize = 4;
 pub fn assign(def: &mut DomainDef, board: Board, log: &mut Vec<Finding>) {
     let had_ports = def.devices.controllers.iter().any(|c| c.model == Some(ControllerModel::PcieRootPort));
     let mut layout = Layout::of(def, board, log);
-    layout.add_named_buses(def, log);
+    layout.add_named_buses(def);
     layout.take_given(def, log);
     layout.take_preferred(def);
     layout.place_bridges(def, log);
@@ -108,20 +108,17 @@ impl Layout {
     }
 
     /// A bus that an address names and no controller offers is added, as libvirt does.
-    fn add_named_buses(&mut self, def: &mut DomainDef, log: &mut Vec<Finding>) {
+    fn add_named_buses(&mut self, def: &mut DomainDef) {
         let mut highest = 0;
         visit(def, self.board, |info, _, _| highest = highest.max(info.pci().map_or(0, |pci| pci.bus)));
         let bridges = def.devices.controllers.iter().filter(|c| c.kind == ControllerKind::Pci);
         let highest = bridges.filter_map(|c| c.info.pci()).map(|pci| pci.bus).fold(highest, u8::max);
         let model = if self.board == Board::Q35 { ControllerModel::PcieRootPort } else { ControllerModel::PciBridge };
         for index in 1..=highest {
-            if !self.buses.contains_key(&index) {
-                self.buses.insert(index, Bus::of(Some(model)));
+            self.buses.entry(index).or_insert_with(|| {
                 def.devices.controllers.push(Controller::new(ControllerKind::Pci, index.into(), Some(model)));
-            }
-        }
-        if usize::from(highest) + 1 > self.buses.len() {
-            log.push(Finding::invalid(&Place::default(), "PCI controllers have gaps in their numbers"));
+                Bus::of(Some(model))
+            });
         }
     }
 

@@ -1,4 +1,5 @@
 //! What the tests of the QEMU driver share: the corpus, and a QEMU to measure it by.
+#![allow(dead_code, reason = "each test crate uses its part")]
 
 use std::path::{Path, PathBuf};
 use virt_drivers::qemu::capabilities::Capabilities;
@@ -8,7 +9,6 @@ use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
 /// What `@DIR@` in the corpus stands for where nothing is opened.
-#[allow(dead_code, reason = "each test crate uses its part")]
 pub const DIR: &str = "/guests";
 
 pub fn data() -> PathBuf {
@@ -30,7 +30,6 @@ pub fn cases() -> Vec<String> {
 }
 
 /// A recorded QEMU 7.2, on a host where KVM and bridges work.
-#[allow(dead_code, reason = "each test crate uses its part")]
 pub fn caps() -> Capabilities {
     let mut caps: Capabilities = serde_json::from_str(&text("qemu-7.2.json")).unwrap();
     caps.kvm = Ok(());
