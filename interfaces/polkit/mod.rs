@@ -95,7 +95,7 @@ impl Authority for Polkit {
             let _place = self.inner.prompt_place(caller.uid)?;
             verdict = self.inner.shared(caller, name, action, subject, true).await;
         }
-        judge(verdict, action, subject)
+        judge(verdict, caller.interactive, action, subject)
     }
 
     async fn can(&self, caller: &Caller, action: Action, subject: &Subject) -> Answer {
@@ -191,12 +191,15 @@ impl Drop for PromptPlace {
 }
 
 /// What a verdict means for the call.
-fn judge(verdict: Result<Verdict, String>, action: Action, subject: &Subject) -> Result<(), Error> {
+fn judge(verdict: Result<Verdict, String>, prompted: bool, action: Action, subject: &Subject) -> Result<(), Error> {
     let (deed, id) = (deed(action, subject), action.id());
     match verdict {
         Ok(said) if said.yes => Ok(()),
-        Ok(said) if said.challenge => Err(Error::InteractionRequired(format!(
+        Ok(said) if said.challenge && !prompted => Err(Error::InteractionRequired(format!(
             "to {deed}, polkit would ask for a password ({id}), and the call does not allow that"
+        ))),
+        Ok(said) if said.challenge => Err(Error::InteractionRequired(format!(
+            "to {deed}, polkit would ask for a password ({id}), and there is no polkit agent to ask you (see pkttyagent)"
         ))),
         Ok(_) => Err(Error::AccessDenied(format!("you may not {deed}: polkit denies {id}"))),
         Err(why) => Err(Error::AccessDenied(format!("you may not {deed}: polkit could not be asked for {id}: {why}"))),
