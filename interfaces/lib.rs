@@ -7,6 +7,7 @@ pub mod caller;
 mod domain;
 pub mod error;
 mod job;
+pub mod log;
 mod manager;
 pub mod polkit;
 mod publish;
@@ -21,6 +22,8 @@ use caller::Callers;
 use publish::{Listener, Publisher};
 use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use virt_service::Service;
 use virt_service::events::Event;
 use zbus::{Connection, MessageStream};
@@ -36,6 +39,8 @@ const UNREAD: usize = 8 << 20;
 pub struct Server {
     table: Arc<Table>,
     publisher: Arc<Publisher>,
+    /// Fires when nothing is published any more.
+    mute: CancellationToken,
 }
 
 impl Server {
@@ -44,9 +49,14 @@ impl Server {
     pub async fn new(service: &Arc<Service>, events: UnboundedReceiver<Event>) -> Result<Server, String> {
         let table = Table::new(vec![manager::offer(service), domain::offer(service), job::offer(service)])?;
         let publisher = Publisher::new(&service.drivers());
-        tokio::spawn(publisher.clone().run(events));
+        let (publishing, mute) = (publisher.clone(), CancellationToken::new());
+        let ends = mute.clone().drop_guard();
+        tokio::spawn(async move {
+            let _ends = ends;
+            publishing.run(events).await;
+        });
         service.events().flush().await;
-        Ok(Server { table: Arc::new(table), publisher })
+        Ok(Server { table: Arc::new(table), publisher, mute })
     }
 
     /// Serves the clients of a bus; ends with the connection. The name is the caller's to request, once this runs.
@@ -66,10 +76,14 @@ impl Server {
         let outbox = Arc::new(Outbox::default());
         self.publisher.attach(Listener { outbox: outbox.clone(), peer });
         let bus = Bus::new(self.table.clone(), self.publisher.rows().clone(), outbox.clone(), who, limits);
-        let (publisher, ours) = (self.publisher.clone(), outbox.clone());
+        let (server, ours) = (self.clone(), outbox.clone());
         let task = tokio::spawn(async move {
-            bus.run(stream).await;
-            publisher.detach(&ours);
+            let why = tokio::select! {
+                () = bus.run(stream) => "the connection has ended",
+                () = server.mute.cancelled() => "changes are not published any more",
+            };
+            server.publisher.detach(&ours);
+            why
         });
         Serving { task, outbox }
     }
@@ -78,14 +92,14 @@ impl Server {
 /// A connection being served.
 #[derive(Debug)]
 pub struct Serving {
-    task: tokio::task::JoinHandle<()>,
+    task: JoinHandle<&'static str>,
     outbox: Arc<Outbox>,
 }
 
 impl Serving {
-    /// Waits until the connection has ended.
-    pub async fn ended(&mut self) {
-        let _ = (&mut self.task).await;
+    /// Waits until the connection is not served any more, and says why.
+    pub async fn ended(&mut self) -> &'static str {
+        (&mut self.task).await.unwrap_or("a bug in virtd ended its service; the log has more")
     }
 
     /// Waits until everything is sent.
@@ -97,7 +111,6 @@ impl Serving {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio_util::sync::CancellationToken;
     use virt_service::{Paths, Settings};
 
     struct Nobody;

@@ -4,25 +4,21 @@
 
 use clap::Parser;
 use futures_util::StreamExt;
-use std::io::IsTerminal;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::layer::SubscriberExt;
-use tracing_subscriber::util::SubscriberInitExt;
-use tracing_subscriber::{EnvFilter, Layer};
 use virt_drivers::DriverConfig;
 use virt_service::authz::Authority;
 use virt_service::{Service, Settings};
 use virtd::caller::Callers;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
-use virtd::settings::{Arguments, Config, Folders, Kind, LogLevel, QemuConfig};
+use virtd::settings::{Arguments, Config, Folders, Kind, QemuConfig};
 use virtd::{BUS_NAME, Server};
-use zbus::Connection;
 use zbus::connection::Builder;
+use zbus::{Connection, Message};
 
 /// How many messages may lie between socket and dispatcher.
 const QUEUED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
@@ -32,7 +28,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    log_to(arguments.log_level);
+    virtd::log::begin(arguments.log_level);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(&arguments)));
@@ -51,6 +47,8 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let folders = Folders::new(arguments, |name| std::env::var_os(name).map(Into::into))?;
     let config = Config::read(&folders.config.join("virtd.toml"))?;
     let connection = connect(arguments.kind()).await?;
+    refuse_if_taken(&connection).await?;
+    let _lock = folders.lock()?;
     let callers = Callers::new(connection.clone());
     let authority = authority(arguments.kind(), &connection).await?;
     let drivers = virt_drivers::all(driver_config(arguments.kind(), config.qemu, &folders));
@@ -65,7 +63,7 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     tell(sd_notify::NotifyState::Ready);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
     tokio::select! {
-        () = serving.ended() => return Err("the connection to the bus has ended".to_owned()),
+        why = serving.ended() => return Err(why.to_owned()),
         () = stop => {}
     }
     tell(sd_notify::NotifyState::Stopping);
@@ -118,18 +116,38 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
     }
 }
 
+/// Another virtd's guests are not to be touched, so this is asked before anything is.
+async fn refuse_if_taken(connection: &Connection) -> Result<(), String> {
+    let answer = ask_bus(connection, "NameHasOwner", &BUS_NAME).await;
+    match answer.and_then(|reply| reply.body().deserialize()) {
+        Ok(false) => Ok(()),
+        Ok(true) => Err(taken()),
+        Err(error) => Err(format!("the bus does not say who has the name {BUS_NAME}: {error}")),
+    }
+}
+
 /// Requests the name. Whoever has it keeps it.
 async fn take_name(connection: &Connection) -> Result<(), String> {
     const DO_NOT_QUEUE: u32 = 4;
     const PRIMARY_OWNER: u32 = 1;
-    let (bus, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-    let asked = connection.call_method(Some(bus), path, Some(bus), "RequestName", &(BUS_NAME, DO_NOT_QUEUE)).await;
-    let answer = asked.and_then(|reply| reply.body().deserialize::<u32>());
-    match answer {
+    let answer = ask_bus(connection, "RequestName", &(BUS_NAME, DO_NOT_QUEUE)).await;
+    match answer.and_then(|reply| reply.body().deserialize()) {
         Ok(PRIMARY_OWNER) => Ok(()),
-        Ok(_) => Err(format!("the name {BUS_NAME} is taken; another virtd runs on this bus")),
+        Ok(_) => Err(taken()),
         Err(error) => Err(format!("the bus does not give us the name {BUS_NAME}: {error}")),
     }
+}
+
+fn taken() -> String {
+    format!("the name {BUS_NAME} is taken; another virtd runs on this bus")
+}
+
+async fn ask_bus<B>(connection: &Connection, member: &str, body: &B) -> zbus::Result<Message>
+where
+    B: serde::Serialize + zbus::DynamicType,
+{
+    let (bus, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
+    connection.call_method(Some(bus), path, Some(bus), member, body).await
 }
 
 /// A request to end. Listens from now on, so one that comes before anybody waits is not lost, nor ends virtd in disorder.
@@ -149,16 +167,4 @@ fn tell(state: sd_notify::NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::warn!(%error, "systemd could not be told");
     }
-}
-
-/// To the journal with its fields if systemd reads our standard error, else to standard error as text.
-fn log_to(level: LogLevel) {
-    let journal = std::env::var_os("JOURNAL_STREAM").and_then(|_| tracing_journald::layer().ok());
-    let text =
-        || tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(std::io::stderr().is_terminal());
-    let layer = match journal {
-        Some(journal) => journal.boxed(),
-        None => text().boxed(),
-    };
-    tracing_subscriber::registry().with(layer).with(EnvFilter::new(level.filter())).init();
 }

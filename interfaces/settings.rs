@@ -1,7 +1,10 @@
 //! What virtd is told at its start: the command line, the configuration file, and the folders that follow from both.
 
 use clap::{Args, Parser, ValueEnum};
+use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use serde::Deserialize;
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use virt_service::{Limits, Paths};
 
@@ -160,6 +163,17 @@ impl Folders {
         Paths { state: self.state.clone(), runtime: self.runtime.clone(), log: self.log.clone() }
     }
 
+    /// Keeps other virtds out of these folders while the result lives. Error: one is there already.
+    pub fn lock(&self) -> Result<Flock<File>, String> {
+        let path = self.runtime.join("lock");
+        let made = std::fs::create_dir_all(&self.runtime).and_then(|()| File::create(&path));
+        let file = made.map_err(|error| format!("{} cannot be made: {error}", path.display()))?;
+        Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| match error {
+            Errno::EWOULDBLOCK => format!("another virtd keeps its runtime files in {}", self.runtime.display()),
+            error => format!("{} cannot be locked: {error}", path.display()),
+        })
+    }
+
     fn below(root: &Path) -> Folders {
         Folders {
             config: root.join("etc/virt"),
@@ -228,6 +242,16 @@ mod tests {
         assert_eq!(folders.runtime, Path::new("/run/user/1/virt"));
         assert_eq!(folders.cache, Path::new("/home/a/.cache/virt"));
         assert!(Folders::new(&parse(&["--session"]), |_| None).is_err());
+    }
+
+    #[test]
+    fn folders_have_one_virtd() {
+        let root = tempfile::tempdir().unwrap();
+        let folders = Folders::below(root.path());
+        let first = folders.lock().unwrap();
+        assert!(folders.lock().unwrap_err().contains("another virtd"));
+        drop(first);
+        folders.lock().unwrap();
     }
 
     #[test]

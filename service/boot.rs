@@ -4,7 +4,7 @@ use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, now_usec, virtd_itself};
-use crate::store::{Note, Status, on_disk};
+use crate::store::{Ended, Note, Status, on_disk};
 use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -56,7 +56,9 @@ fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note) -> R
     let driver = shared.driver_for(&def.kind).cloned().ok_or_else(|| {
         Error::ConfigUnsupported(format!("no driver serves domains of type '{}' in this virtd", def.kind))
     })?;
-    enter(shared, Birth { uuid, name: def.name.clone(), driver, stored: Some(def), draft: None, note })?;
+    let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
+    let ended = shared.store.ended(uuid).unwrap_or(never);
+    enter(shared, Birth { uuid, name: def.name.clone(), driver, stored: Some(def), draft: None, note, ended })?;
     Ok(())
 }
 
@@ -139,9 +141,10 @@ fn domain_of(
     live: &DomainDef,
     status: &Status,
 ) -> Result<Arc<Domain>> {
-    let note = Note { owner: status.owner, autostart: false, reason: status.reason, since_usec: status.since_usec };
+    let note = Note { owner: status.owner, autostart: false };
+    let ended = Ended { reason: status.reason, since_usec: status.since_usec };
     let draft = Some(live.clone());
-    enter(shared, Birth { uuid, name: live.name.clone(), driver, stored: None, draft, note })
+    enter(shared, Birth { uuid, name: live.name.clone(), driver, stored: None, draft, note, ended })
 }
 
 /// A guest ended while virtd was away, or its start was cut off.

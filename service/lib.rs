@@ -23,7 +23,7 @@ use registry::Claimed;
 use shared::{Shared, now_usec};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use store::{Note, Store};
+use store::{Ended, Note, Store};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
@@ -263,9 +263,10 @@ impl Service {
         def: &DomainDef,
         stored: Option<DomainDef>,
     ) -> Arc<Domain> {
-        let note = Note { owner: caller.uid, autostart: false, reason: StateReason::Unknown, since_usec: now_usec() };
+        let note = Note { owner: caller.uid, autostart: false };
+        let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
         let draft = Some(def.clone());
-        let birth = Birth { uuid: def.uuid, name: def.name.clone(), driver, stored, draft, note };
+        let birth = Birth { uuid: def.uuid, name: def.name.clone(), driver, stored, draft, note, ended };
         Domain::new(self.shared.clone(), birth)
     }
 

@@ -2,8 +2,9 @@
 //!
 //! ```text
 //!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
-//!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart, how it last ended (written first)
+//!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first)
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
+//!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
 //!  <runtime>/guests/<uuid>/       the driver's sockets
 //!  <runtime>/autostarted          autostart was done since the host booted
 //!  <log>/<uuid>.log               the hypervisor's own output
@@ -37,6 +38,11 @@ pub struct Paths {
 pub(crate) struct Note {
     pub owner: u32,
     pub autostart: bool,
+}
+
+/// Why a domain is shut off, and since when.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Ended {
     pub reason: StateReason,
     pub since_usec: u64,
 }
@@ -71,6 +77,7 @@ impl Store {
         for (folder, mode) in [
             (store.definitions(), 0o700),
             (store.paths.runtime.join("status"), 0o700),
+            (store.paths.runtime.join("ended"), 0o700),
             (store.paths.runtime.join("guests"), 0o711),
             (store.paths.log.clone(), 0o700),
         ] {
@@ -110,7 +117,7 @@ impl Store {
                 Ok(note) => note,
                 Err(e) => {
                     tracing::warn!(%uuid, "{e}; owner and autostart of this domain are lost, root owns it now");
-                    Note { owner: 0, autostart: false, reason: StateReason::Unknown, since_usec: 0 }
+                    Note { owner: 0, autostart: false }
                 }
             };
             match fs::read_to_string(&path) {
@@ -169,6 +176,19 @@ impl Store {
         self.paths.log.join(format!("{uuid}.log"))
     }
 
+    /// How the last guest of a domain ended; `None` if it had none since the host booted.
+    pub fn ended(&self, uuid: Uuid) -> Option<Ended> {
+        read_json(&self.ended_file(uuid)).ok()
+    }
+
+    /// Keeps how a guest ended, or (with `None`) that nobody will ask any more.
+    pub fn save_ended(&self, uuid: Uuid, ended: Option<Ended>) -> Result<()> {
+        match ended {
+            Some(ended) => replace_json(&self.ended_file(uuid), &ended),
+            None => remove(&self.ended_file(uuid)),
+        }
+    }
+
     /// Forgets a guest that has gone: its folder, then its status.
     pub fn forget_guest(&self, uuid: Uuid) {
         let folder = self.runtime_dir(uuid);
@@ -204,6 +224,10 @@ impl Store {
 
     fn note(&self, uuid: Uuid) -> PathBuf {
         self.definitions().join(format!("{uuid}.json"))
+    }
+
+    fn ended_file(&self, uuid: Uuid) -> PathBuf {
+        self.paths.runtime.join("ended").join(format!("{uuid}.json"))
     }
 
     fn status(&self, uuid: Uuid) -> PathBuf {

@@ -154,7 +154,7 @@ impl Ledger {
         if needs.is_empty() {
             return Ok(());
         }
-        self.save(&books).map_err(|e| DriverError::Storage(format!("{}: {e}", self.file.display())))?;
+        self.save(&books, true).map_err(|e| DriverError::Storage(format!("{}: {e}", self.file.display())))?;
         for need in needs {
             let set = books.loans.iter().find(|loan| loan.is(&need.found)).map(|loan| loan.apply(&need.found.fd));
             set.unwrap_or(Ok(())).map_err(|e| refuse_io(user, &need.found.real, &e))?;
@@ -171,17 +171,20 @@ impl Ledger {
                 true
             }
         });
-        self.save(books)
+        // Lost with a host that loses power, it is done again when the host is back.
+        self.save(books, false)
     }
 
-    /// Replaces the file, durably.
-    fn save(&self, books: &Books) -> io::Result<()> {
+    /// Replaces the file; `durably`: a host that loses power has all of it, or what was there before.
+    fn save(&self, books: &Books, durably: bool) -> io::Result<()> {
         let dir = self.file.parent().unwrap_or(Path::new("/"));
         let mut file = tempfile::NamedTempFile::new_in(dir)?;
         file.write_all(&serde_json::to_vec(books)?)?;
-        file.as_file().sync_all()?;
+        if durably {
+            file.as_file().sync_all()?;
+        }
         file.persist(&self.file)?;
-        File::open(dir)?.sync_all()
+        Ok(())
     }
 }
 

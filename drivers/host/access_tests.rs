@@ -117,7 +117,7 @@ fn a_reboot_of_the_host_gives_everything_back() {
     ledger.lend(&room.user, Uuid::new_v4(), &[write(&disk)]).unwrap();
     let mut books = ledger.lock();
     books.boot_id = "an earlier one".into();
-    ledger.save(&books).unwrap();
+    ledger.save(&books, false).unwrap();
     drop(books);
     assert!(room.ledger().lock().loans.is_empty());
     assert!(!room.may(&disk, false));

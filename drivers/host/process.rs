@@ -158,6 +158,7 @@ mod tests {
     }
 
     #[tokio::test]
+    #[allow(clippy::zombie_processes)]
     async fn a_child_is_held_ended_and_reaped() {
         let child = sleeper();
         let identity = Identity::of(child.id() as i32).unwrap();
@@ -183,6 +184,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::zombie_processes)]
     fn a_zombie_does_not_live() {
         let mut child = sleeper();
         let identity = Identity::of(child.id() as i32).unwrap();

@@ -325,11 +325,13 @@ impl Body {
 
 /// Waits until the guest has run for a while without a reset, then lets reboots end it.
 async fn settle(body: Weak<Body>) {
-    let resets = || Some(body.upgrade()?.reporter.heard().resets);
-    while let Some(before) = resets() {
-        tokio::time::sleep(FIRMWARE).await;
-        let Some(body) = body.upgrade() else { return };
-        if body.reporter.heard().resets != before || !body.reporter.guest(|guest| guest.is_running()) {
+    while let Some(body) = body.upgrade().filter(|body| !*body.gone.borrow()) {
+        let before = body.reporter.heard().resets;
+        let again = timeout(FIRMWARE, body.reporter.until(|heard| heard.closed || heard.resets > before)).await;
+        if body.reporter.heard().closed {
+            return;
+        }
+        if again.is_ok() || !body.reporter.guest(|guest| guest.is_running()) {
             continue;
         }
         match body.execute("set-action", json!({ "reboot": "shutdown" })).await {
@@ -382,3 +384,7 @@ pub fn translate(error: QmpError) -> DriverError {
         QmpError::Refused { .. } | QmpError::Connect(_) => DriverError::Hypervisor(error.to_string()),
     }
 }
+
+#[cfg(test)]
+#[path = "instance_tests.rs"]
+mod tests;

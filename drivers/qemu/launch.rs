@@ -111,7 +111,10 @@ impl Start {
         keeper: &Arc<Keeper>,
         made: &mut Made,
     ) -> Result<(QemuInstance, Value), DriverError> {
-        keeper.change(|_| {}).await?;
+        if self.user.is_some() {
+            // From here on something may be lent.
+            keeper.change(|_| {}).await?;
+        }
         let start = self.clone();
         let mut prepared = blocking(move || start.prepare()).await??;
         made.log = Some(prepared.log.clone());

@@ -59,7 +59,8 @@ async fn pair() -> (Qmp, Fake, mpsc::UnboundedReceiver<Option<Event>>) {
         fake.answer(id, json!({})).await;
     };
     let (qmp, ()) = tokio::join!(Qmp::negotiate(ours, Ear(tell), Duration::from_secs(5)), play);
-    (qmp.ok().expect("negotiated"), fake, heard)
+    let Ok(qmp) = qmp else { panic!("negotiated") };
+    (qmp, fake, heard)
 }
 
 #[tokio::test]

@@ -190,16 +190,16 @@ impl Drop for PromptPlace {
     }
 }
 
-/// What a verdict means for the call.
+/// What a verdict means for the call. One that still asks for a person after a prompt was allowed has found none to ask.
 fn judge(verdict: Result<Verdict, String>, prompted: bool, action: Action, subject: &Subject) -> Result<(), Error> {
     let (deed, id) = (deed(action, subject), action.id());
     match verdict {
         Ok(said) if said.yes => Ok(()),
-        Ok(said) if said.challenge && !prompted => Err(Error::InteractionRequired(format!(
-            "to {deed}, polkit would ask for a password ({id}), and the call does not allow that"
+        Ok(said) if said.challenge && prompted => Err(Error::InteractionRequired(format!(
+            "to {deed}, polkit asks for a password ({id}), and no authentication agent runs that could ask the caller"
         ))),
         Ok(said) if said.challenge => Err(Error::InteractionRequired(format!(
-            "to {deed}, polkit would ask for a password ({id}), and there is no polkit agent to ask you (see pkttyagent)"
+            "to {deed}, polkit would ask for a password ({id}), and the call does not allow that"
         ))),
         Ok(_) => Err(Error::AccessDenied(format!("you may not {deed}: polkit denies {id}"))),
         Err(why) => Err(Error::AccessDenied(format!("you may not {deed}: polkit could not be asked for {id}: {why}"))),

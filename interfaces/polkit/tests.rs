@@ -151,6 +151,10 @@ async fn a_person_is_asked_only_if_the_call_allows_it() {
     *lock(&fake.prompted) = NO;
     let wrong = polkit.check(&alice, Action::Stop, &machine("web")).await.unwrap_err();
     assert!(matches!(wrong, Error::AccessDenied(_)), "{wrong}");
+    *lock(&fake.prompted) = CHALLENGE;
+    fake.people.add_permits(1);
+    let alone = polkit.check(&alice, Action::Delete, &machine("web")).await.unwrap_err();
+    assert!(matches!(&alone, Error::InteractionRequired(text) if text.contains("no authentication agent")), "{alone}");
 }
 
 #[tokio::test(start_paused = true)]

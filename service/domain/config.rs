@@ -92,6 +92,7 @@ impl Domain {
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || {
                 shared.store.remove_definition(uuid)?;
+                shared.store.save_ended(uuid, None)?;
                 variables
                     .map_or(Ok(()), |file| std::fs::remove_file(&file).map_err(|e| Error::from_io("remove", &file, &e)))
             })

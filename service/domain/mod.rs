@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, now_usec};
-use crate::store::{Note, StatusFile, on_disk};
+use crate::store::{Ended, Note, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
@@ -77,6 +77,7 @@ pub(crate) struct Birth {
     /// What describes it while there is neither stored configuration nor guest: a transient domain about to start.
     pub draft: Option<DomainDef>,
     pub note: Note,
+    pub ended: Ended,
 }
 
 impl Domain {
@@ -89,8 +90,8 @@ impl Domain {
             id: 0,
             driver: birth.driver.name(),
             state: DomainState::Shutoff,
-            reason: birth.note.reason,
-            since_usec: birth.note.since_usec,
+            reason: birth.ended.reason,
+            since_usec: birth.ended.since_usec,
             persistent: stored.is_some(),
             autostart: birth.note.autostart,
             title: String::new(),
@@ -119,8 +120,8 @@ impl Domain {
                 guest: None,
                 starting: false,
                 state: DomainState::Shutoff,
-                reason: birth.note.reason,
-                since_usec: birth.note.since_usec,
+                reason: birth.ended.reason,
+                since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 config_changed: false,
                 gone: false,
@@ -369,13 +370,10 @@ impl Domain {
     /// Removes what is on disk of a guest that has gone, and keeps how it ended.
     async fn forget_guest(&self, reason: StateReason, since_usec: u64) {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
-        let note = {
-            let state = lock(&self.state);
-            state.stored.is_some().then(|| Note { reason, since_usec, ..state.note(self.owner) })
-        };
+        let ended = lock(&self.state).stored.is_some().then_some(Ended { reason, since_usec });
         let forgotten = on_disk(move || {
             shared.store.forget_guest(uuid);
-            note.map_or(Ok(()), |note| shared.store.save_note(uuid, &note))
+            shared.store.save_ended(uuid, ended)
         });
         if let Err(e) = forgotten.await {
             tracing::warn!(%uuid, "{e}");
@@ -470,7 +468,7 @@ impl State {
     }
 
     fn note(&self, owner: u32) -> Note {
-        Note { owner, autostart: self.autostart, reason: self.reason, since_usec: self.since_usec }
+        Note { owner, autostart: self.autostart }
     }
 }
 

@@ -19,6 +19,7 @@ pub struct Daemon {
     virtd: Child,
     bus: Child,
     folder: tempfile::TempDir,
+    _run: tempfile::TempDir,
 }
 
 impl Daemon {
@@ -30,15 +31,20 @@ impl Daemon {
             std::fs::create_dir_all(&state)?;
             std::fs::rename(preloaded, state.join("domains"))?;
         }
+        // As on a real host, where /run is in memory and /var is not.
+        std::fs::create_dir_all(folder.path().join("root"))?;
+        let run = tempfile::tempdir_in("/dev/shm")?;
+        std::os::unix::fs::symlink(run.path(), folder.path().join("root/run"))?;
         let (bus, address) = start_bus(folder.path())?;
         let virtd = Command::new(env!("CARGO_BIN_EXE_virtd"))
             .args(["--session", "--log-level", "warn", "--root"])
             .arg(folder.path().join("root"))
             .env("DBUS_SESSION_BUS_ADDRESS", &address)
             .stdin(Stdio::null())
+            .stderr(std::fs::File::create(folder.path().join("virtd.log"))?)
             .spawn()?;
         let connection = zbus::connection::Builder::address(address.as_str()).build().await?;
-        let daemon = Daemon { connection, pid: virtd.id(), virtd, bus, folder };
+        let daemon = Daemon { connection, pid: virtd.id(), virtd, bus, folder, _run: run };
         daemon.wait_for_name().await?;
         Ok(daemon)
     }

@@ -28,7 +28,7 @@ pub async fn ten_thousand() -> Result<()> {
         let uuid = uuid::Uuid::from_u128(u128::from(number) + 1);
         let base = folder.path().join(uuid.to_string());
         std::fs::write(base.with_extension("xml"), test_xml(&format!("domain-{number}"), number + 1))?;
-        let note = r#"{"owner":0,"autostart":false,"reason":"unknown","since_usec":0}"#;
+        let note = r#"{"owner":0,"autostart":false}"#;
         std::fs::write(base.with_extension("json"), note)?;
     }
     let begun = Instant::now();

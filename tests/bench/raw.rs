@@ -66,7 +66,7 @@ impl Raw {
 
 fn spawn(argv: &[String], listener: UnixListener) -> Result<Child> {
     let mut command = Command::new(&argv[0]);
-    command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::inherit());
+    command.args(&argv[1..]).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // SAFETY: only dup2 between fork and exec; `listener` lives in the closure, and `slot` is never dropped.
     unsafe {
         command.pre_exec(move || {

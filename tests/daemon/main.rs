@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod bus_objects;
 mod bus_policy;
 mod flood;
 mod permission;

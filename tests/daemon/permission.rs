@@ -145,7 +145,7 @@ async fn without_an_agent_there_is_nobody_to_ask() {
     let Some((daemon, domain)) = with_machine().await else { return };
     let call = ["call", "org.virt", &domain.path, "org.virt.Domain", "Start", "a{sv}", "0"];
     let may = daemon.busctl(&BOB, &call).expect_err("bob has no agent");
-    assert!(may.contains("org.virt.domain.start") && may.contains("no polkit agent"), "{may}");
+    assert!(may.contains("org.virt.domain.start") && may.contains("no authentication agent"), "{may}");
     let may_not = daemon.busctl(&BOB, &[&["--allow-interactive-authorization=no"], &call[..]].concat());
     assert!(may_not.expect_err("nor may be asked").contains("the call does not allow that"));
 }

@@ -193,7 +193,10 @@ async fn kvm_is_stored_reported_and_refused_where_it_cannot_be_used() {
     assert!(text.contains("type='kvm'") && text.contains("type='qemu'"), "{text}");
     let reply = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(domain.xml().await, options([]))).await;
     let findings: Vec<(String, u32, u32, String)> = reply.expect("a list").body().deserialize().expect("a(suus)");
-    assert!(findings.iter().any(|(severity, _, _, text)| severity == "error" && text.contains("type='kvm'")), "{findings:?}");
+    assert!(
+        findings.iter().any(|(severity, _, _, text)| severity == "error" && text.contains("type='kvm'")),
+        "{findings:?}"
+    );
 }
 
 fn has_vmx_or_svm() -> bool {

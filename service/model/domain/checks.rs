@@ -34,7 +34,7 @@ pub(super) fn check(def: &DomainDef, log: &mut Log) {
     check_unique(def, log);
     check_actions(def, log);
     let devices = &def.devices;
-    devices.disks.iter().for_each(|disk| check_disk(disk, log));
+    devices.disks.iter().for_each(|disk| check_disk(disk, bus_of(disk, def), log));
     devices.interfaces.iter().for_each(|interface| check_interface(interface, log));
     devices.graphics.iter().for_each(|graphics| check_graphics(graphics, log));
     check_chardevs(def, log);
@@ -202,9 +202,8 @@ enum Spot {
 
 fn check_addresses(def: &DomainDef, log: &mut Log) {
     let mut seen = HashSet::new();
-    let q35 = def.os.kind.machine.as_deref().is_some_and(|machine| machine.contains("q35"));
     for disk in &def.devices.disks {
-        let bus = disk.target.bus.unwrap_or_else(|| default_bus(disk.device(), &disk.target.dev, q35));
+        let bus = bus_of(disk, def);
         if let Some(Address { kind: AddressKind::Drive(drive), at, .. }) = &disk.info.address {
             let what = || format!("the place {}:{}:{}:{}", drive.controller, drive.bus, drive.target, drive.unit);
             once(&mut seen, Spot::Drive(bus, *drive), at, what, log);
@@ -250,7 +249,13 @@ fn claim(seen: &mut HashSet<Spot>, address: &Address, log: &mut Log) {
     once(seen, spot, &address.at, || name.clone(), log);
 }
 
-fn check_disk(disk: &Disk, log: &mut Log) {
+/// The bus it is on or will be on.
+fn bus_of(disk: &Disk, def: &DomainDef) -> DiskBus {
+    let q35 = def.os.kind.machine.as_deref().is_some_and(|machine| machine.contains("q35"));
+    disk.target.bus.unwrap_or_else(|| default_bus(disk.device(), &disk.target.dev, q35))
+}
+
+fn check_disk(disk: &Disk, bus: DiskBus, log: &mut Log) {
     let device = disk.device();
     let target = &disk.target;
     let at_bus = target.at.attribute("bus");
@@ -259,17 +264,17 @@ fn check_disk(disk: &Disk, log: &mut Log) {
             format!("'{}' for a {device}; floppies, and only they, are called fda, fdb …", shorten(&target.dev));
         complain(log, &target.at.attribute("dev"), message);
     }
-    match (device, target.bus) {
-        (DiskDevice::Floppy, Some(bus)) if bus != DiskBus::Fdc => {
+    match (device, bus) {
+        (DiskDevice::Floppy, bus) if bus != DiskBus::Fdc => {
             complain(log, &at_bus, format!("a floppy is on the bus 'fdc', not '{bus}'"));
         }
-        (DiskDevice::Cdrom, Some(bus @ (DiskBus::Virtio | DiskBus::Fdc | DiskBus::Nvme))) => {
+        (DiskDevice::Cdrom, DiskBus::Virtio | DiskBus::Fdc | DiskBus::Nvme) => {
             complain(log, &at_bus, format!("a CD-ROM cannot be on the bus '{bus}'"));
         }
-        (DiskDevice::Disk | DiskDevice::Lun, Some(DiskBus::Fdc)) => {
+        (DiskDevice::Disk | DiskDevice::Lun, DiskBus::Fdc) => {
             complain(log, &at_bus, "only floppies are on the bus 'fdc'");
         }
-        (DiskDevice::Lun, Some(bus)) if !matches!(bus, DiskBus::Scsi | DiskBus::Virtio) => {
+        (DiskDevice::Lun, bus) if !matches!(bus, DiskBus::Scsi | DiskBus::Virtio) => {
             complain(log, &at_bus, format!("a LUN is on the bus 'scsi' or 'virtio', not '{bus}'"));
         }
         _ => {}
@@ -279,12 +284,12 @@ fn check_disk(disk: &Disk, log: &mut Log) {
         let attribute = if disk.kind() == DiskKind::File { "file" } else { "dev" };
         complain(log, &disk.at, format!("a {device} needs <source {attribute}='…'/>"));
     }
-    check_disk_address(disk, log);
+    check_disk_address(disk, bus, log);
 }
 
 /// Each bus has one kind of address.
-fn check_disk_address(disk: &Disk, log: &mut Log) {
-    let (Some(bus), Some(address)) = (disk.target.bus, &disk.info.address) else { return };
+fn check_disk_address(disk: &Disk, bus: DiskBus, log: &mut Log) {
+    let Some(address) = &disk.info.address else { return };
     let fits = match bus {
         DiskBus::Ide | DiskBus::Sata | DiskBus::Scsi | DiskBus::Fdc => matches!(address.kind, AddressKind::Drive(_)),
         DiskBus::Usb => matches!(address.kind, AddressKind::Usb(_)),
@@ -342,8 +347,9 @@ fn check_chardevs(def: &DomainDef, log: &mut Log) {
         }
     };
     devices.serials.iter().for_each(|d| check("serial", &d.source, &d.at));
-    // A console that is a serial port may leave everything to it.
-    devices.consoles.iter().filter(|d| !d.is_serial()).for_each(|d| check("console", &d.source, &d.at));
+    // A console that is another name for a serial port may leave everything to it.
+    let alone = devices.serials.is_empty();
+    devices.consoles.iter().filter(|d| alone || !d.is_serial()).for_each(|d| check("console", &d.source, &d.at));
     devices.channels.iter().for_each(|d| check("channel", &d.source, &d.at));
     devices.redirdevs.iter().for_each(|d| check("redirdev", &d.source, &d.at));
 }

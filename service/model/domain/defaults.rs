@@ -19,7 +19,7 @@ use crate::device::display::{Graphics, GraphicsKind, Listen, ListenKind};
 use crate::device::interface::{Interface, InterfaceMac};
 use crate::device::misc::{InputBus, InputKind};
 use crate::xml::Element;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
 impl DomainDef {
@@ -207,7 +207,7 @@ fn number_controllers(controllers: &mut [Controller]) {
 }
 
 fn number_ports(serials: &mut [Serial]) {
-    let taken: Vec<u32> = serials.iter().filter_map(|serial| serial.target.as_ref()?.port).collect();
+    let taken: HashSet<u32> = serials.iter().filter_map(|serial| serial.target.as_ref()?.port).collect();
     let mut free = (0..).filter(|port| !taken.contains(port));
     for serial in serials {
         let target = serial.target.get_or_insert_with(SerialTarget::default);

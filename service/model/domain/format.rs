@@ -3,13 +3,11 @@
 //! The one place for both. An element or attribute that is not in the table is refused; what is in it and has no type is
 //! kept.
 
+use super::MAX_FINDINGS;
 use super::value::complain;
 use crate::xml::{Element, Finding, Node};
 use std::collections::HashMap;
 use std::sync::LazyLock;
-
-/// The most that is found wrong with one document.
-const MAX_FINDINGS: usize = 1000;
 
 static FORMAT: LazyLock<Format> = LazyLock::new(|| Format::read(include_str!("format.txt")));
 

@@ -31,8 +31,12 @@ use metadata::Metadata;
 use native::NativeArguments;
 use os::Os;
 use part::{Part, element};
+use std::collections::HashSet;
 use uuid::Uuid;
 use value::{Kib, choices};
+
+/// The most that is said to be wrong with one document.
+const MAX_FINDINGS: usize = 1000;
 
 element! {
     /// A domain's configuration.
@@ -152,9 +156,11 @@ impl DomainDef {
         let mut seen = Vec::new();
         checks::check(&def, &mut seen);
         // What could not be read needs no second complaint.
-        seen.retain(|finding| !log.iter().any(|read| read.path == finding.path));
+        let unread: HashSet<String> = log.iter().map(|finding| finding.path.clone()).collect();
+        seen.retain(|finding| !unread.contains(&finding.path));
         log.append(&mut seen);
         log.sort_by_key(|finding| (finding.line, finding.column));
+        log.truncate(MAX_FINDINGS);
         if log.is_empty() { Ok(def) } else { Err(log) }
     }
 

@@ -258,3 +258,14 @@ fn memory_follows_numa_cells_and_devices() {
     assert_eq!((def.vcpus(), def.maximum_vcpus()), (1, 2));
     assert!(def.has_native_arguments());
 }
+
+#[test]
+fn a_crowded_document_is_answered_in_bounded_time() {
+    let crowd = |device: &str| with("", &device.repeat(5_000));
+    assert_eq!(findings(&crowd("<serial type='pty'><target port='0x'/></serial>")).len(), 1000);
+    assert_eq!(findings(&crowd("<serial foo='1'/><nothing/>")).len(), 1000);
+    let mut def = parse(&crowd("<serial type='pty'><target port='7'/></serial><serial/>"));
+    def.fill_defaults();
+    assert_eq!(def.devices.serials.len(), 10_000);
+    assert!(parse(&def.write(FULL)) == def);
+}

@@ -1,0 +1,142 @@
+//! Instances on a process that is not QEMU and a monitor whose other end is ours: what real ones do too seldom.
+
+use super::*;
+use crate::host::process::Identity;
+use crate::qemu::events::Guest;
+use crate::qemu::record::{Phase, Record};
+use std::path::Path;
+use std::process::Stdio;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+use virt_model::driver::{Condition, DriverEvent, Recorder};
+
+struct Nowhere;
+
+impl Recorder for Nowhere {
+    fn record(&self, _record: Value) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The other end of the monitor, after the hello.
+type Peer = BufReader<UnixStream>;
+
+async fn answer(peer: &mut Peer, before: &str, reply: &str) {
+    let mut line = String::new();
+    peer.read_line(&mut line).await.unwrap();
+    let id = &serde_json::from_str::<Value>(&line).unwrap()["id"];
+    peer.get_mut().write_all(format!("{before}{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
+}
+
+/// A guest whose process finds its standard input closed when all is ready.
+#[allow(clippy::zombie_processes, reason = "reaped by its pidfd")]
+async fn guest(program: &str) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+    let child = std::process::Command::new("sh").args(["-c", program]).stdin(Stdio::piped()).spawn().unwrap();
+    let identity = Identity::of(child.id() as i32).unwrap();
+    let process = Process::new(identity.open().unwrap().unwrap()).unwrap();
+    let (sink, reports) = mpsc::unbounded_channel();
+    let reporter = Reporter::new(Guest::found(Condition::Running), sink);
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let mut peer = BufReader::new(theirs);
+    peer.get_mut().write_all(b"{\"QMP\": {}}\n").await.unwrap();
+    let hello = Qmp::negotiate(ours, reporter.ears(), Duration::from_secs(10));
+    let (monitor, ()) = tokio::join!(hello, answer(&mut peer, "", "\"return\": {}"));
+    let Ok(monitor) = monitor else { panic!("negotiated") };
+    let uuid = Uuid::new_v4();
+    let record = Record {
+        phase: Phase::Running,
+        uuid,
+        exe: "/bin/sh".into(),
+        monitor: "/nowhere".into(),
+        log_start: 0,
+        process: Some(identity.clone()),
+        rebooting: false,
+    };
+    let instance = QemuInstance::new(Body {
+        uuid,
+        process,
+        monitor: Mutex::new(Some(Arc::new(monitor))),
+        reporter,
+        keeper: Arc::new(Keeper::new(Arc::new(Nowhere), record)),
+        log: Log::found(Path::new("/nowhere"), 0),
+        leavings: Leavings { uuid, runtime_dir: "/nowhere".into(), ledger: None },
+        ends_on_reboot: false,
+        requested: AtomicBool::new(false),
+        gone: watch::Sender::new(false),
+        turn: tokio::sync::Mutex::default(),
+        settling: Mutex::default(),
+    });
+    (instance, peer, reports, identity.pid)
+}
+
+#[tokio::test]
+async fn a_process_without_its_monitor_is_ended_and_told_as_dead() {
+    let (_instance, peer, mut reports, pid) = guest("exec sleep 1000").await;
+    drop(peer);
+    let told = reports.recv().await.unwrap();
+    let DriverEvent::Exited(Exit::Died(words)) = told else { panic!("{told:?}") };
+    assert!(words.starts_with("QEMU closed its monitor"), "{words}");
+    assert_eq!(reports.recv().await, None);
+    assert!(!Path::new("/proc").join(pid.to_string()).exists());
+}
+
+#[tokio::test]
+async fn what_was_said_last_is_told_before_the_end() {
+    let (instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let events = "{\"event\": \"STOP\"}\n{\"event\": \"RESUME\"}\n";
+    peer.get_mut().write_all(events.as_bytes()).await.unwrap();
+    instance.body.process.signal(Signal::KILL).unwrap();
+    drop(peer);
+    let mut told = Vec::new();
+    while let Some(event) = reports.recv().await {
+        told.push(event);
+    }
+    assert_eq!(told.len(), 3, "{told:?}");
+    assert_eq!(told[2], DriverEvent::Exited(Exit::Died("QEMU was ended by signal 9".into())));
+}
+
+#[tokio::test]
+async fn an_end_by_itself_is_in_order_only_with_code_0() {
+    let (_zero, _peer, mut reports, _) = guest("read line; exit 0").await;
+    assert_eq!(reports.recv().await, Some(DriverEvent::Exited(Exit::Orderly)));
+    let (_one, _peer, mut reports, _) = guest("read line; exit 1").await;
+    assert_eq!(reports.recv().await, Some(DriverEvent::Exited(Exit::Died("QEMU ended with code 1".into()))));
+}
+
+#[tokio::test]
+async fn refusals_are_told_in_qemus_words() {
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let refuse = answer(&mut peer, "", r#""error": {"class": "GenericError", "desc": "Resetting is required"}"#);
+    let (resumed, ()) = tokio::join!(instance.resume(), refuse);
+    let error = resumed.unwrap_err();
+    assert_eq!(error.to_string(), "cont: Resetting is required");
+    instance.destroy(false).await.unwrap();
+    assert!(matches!(instance.resume().await, Err(DriverError::Gone)));
+}
+
+#[tokio::test]
+async fn a_reboot_that_qemu_refuses_is_told_as_a_power_off() {
+    let (instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let off = "{\"event\": \"SHUTDOWN\", \"data\": {\"guest\": true, \"reason\": \"guest-shutdown\"}}\n";
+    let play = async {
+        answer(&mut peer, off, "\"return\": {}").await;
+        answer(&mut peer, "", r#""error": {"class": "GenericError", "desc": "no"}"#).await;
+    };
+    let (asked, ()) = tokio::join!(instance.reboot(ShutdownMode::Acpi), play);
+    asked.unwrap();
+    assert!(matches!(reports.recv().await, Some(DriverEvent::PoweredOff { rebooting: false, .. })));
+    instance.destroy(true).await.unwrap();
+}
+
+#[tokio::test]
+async fn dropping_an_instance_leaves_the_guest_alone() {
+    let (instance, _peer, mut reports, pid) = guest("exec sleep 1000").await;
+    let (body, log) = (instance.body.clone(), instance.body.log.clone());
+    drop(instance);
+    assert!(Path::new("/proc").join(pid.to_string()).exists());
+    assert_eq!(log.last_words(), "");
+    body.process.signal(Signal::KILL).unwrap();
+    body.process.ended().await;
+    assert!(reports.try_recv().is_err(), "nobody watches any more");
+}

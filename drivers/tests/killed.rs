@@ -1,0 +1,130 @@
+//! virtd killed at the worst moments of a start: never a QEMU that the next one does not know, nor a file left open to it.
+//!
+//! The part of virtd is played by this program itself, run again; it kills itself when a certain record is (about to be)
+//! written.
+
+mod fixture;
+
+use fixture::{House, POWER_OFF};
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use virt_drivers::DriverConfig;
+use virt_drivers::qemu::QemuDriver;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::*;
+
+/// A status file that is deadly to write.
+struct Deadly {
+    file: PathBuf,
+    phase: String,
+    before: bool,
+}
+
+impl Recorder for Deadly {
+    fn record(&self, record: Value) -> std::io::Result<()> {
+        let now = record["phase"] == self.phase.as_str();
+        if now && self.before {
+            die();
+        }
+        std::fs::write(&self.file, record.to_string())?;
+        if now {
+            die();
+        }
+        Ok(())
+    }
+}
+
+fn die() -> ! {
+    // SAFETY: ends this process; nothing after it is run.
+    unsafe { libc::kill(libc::getpid(), libc::SIGKILL) };
+    unreachable!("killed")
+}
+
+/// The part of virtd.
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "run by no_moment_is_too_bad"]
+async fn virtd() {
+    let dir = PathBuf::from(std::env::var_os("ROLE_DIR").unwrap());
+    let mut def = DomainDef::parse(&std::fs::read_to_string(dir.join("def.xml")).unwrap()).unwrap();
+    let driver = QemuDriver::new(&DriverConfig::below(&dir, true));
+    driver.complete(&mut def).await.unwrap();
+    let moment = std::env::var("ROLE_MOMENT").unwrap();
+    let (when, phase) = moment.split_once(' ').unwrap();
+    let recorder = Deadly { file: dir.join("record"), phase: phase.into(), before: when == "before" };
+    let (events, _reports) = mpsc::unbounded_channel();
+    let launch = Launch {
+        def,
+        paused: false,
+        reset_nvram: false,
+        runtime_dir: dir.join("runtime"),
+        log_file: dir.join("log"),
+        recorder: Arc::new(recorder),
+        events,
+        cancel: CancellationToken::new(),
+    };
+    panic!("outlived its own death: {:?}", driver.start(launch).await.err());
+}
+
+/// QEMUs that know this uuid.
+fn qemus(uuid: &str) -> Vec<PathBuf> {
+    let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let knows = |path: &PathBuf| {
+        std::fs::read(path.join("cmdline")).is_ok_and(|line| {
+            let line = String::from_utf8_lossy(&line).into_owned();
+            line.contains(uuid) && line.contains("qemu-system")
+        })
+    };
+    processes.filter(knows).collect()
+}
+
+fn open_to_qemu(path: &Path) -> bool {
+    let tried = Command::new("runuser").args(["-u", fixture::USER, "--", "test", "-r"]).arg(path).status();
+    tried.unwrap().success()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_moment_is_too_bad() {
+    for phase in ["starting", "spawned", "running"] {
+        for when in ["before", "after"] {
+            let Some(mut house) = House::system() else { return };
+            let moment = format!("{when} {phase}");
+            let def = house.def(POWER_OFF, "").await;
+            let (uuid, disk) = (def.uuid.to_string(), house.path(&format!("{}.qcow2", def.uuid)));
+            let form = Form { inactive: true, secure: true, migratable: false };
+            std::fs::write(house.path("def.xml"), def.write(form)).unwrap();
+            std::fs::create_dir(house.path("runtime")).unwrap();
+            let virtd = Command::new(std::env::current_exe().unwrap())
+                .args(["--exact", "virtd", "--ignored", "--nocapture"])
+                .envs([("ROLE_DIR", house.path("").as_os_str()), ("ROLE_MOMENT", moment.as_ref())])
+                .output()
+                .unwrap();
+            assert!(!virtd.status.success() && virtd.status.code().is_none(), "{moment}: {virtd:?}");
+
+            let Ok(record) = std::fs::read(house.path("record")) else {
+                assert!(qemus(&uuid).is_empty() && !open_to_qemu(&disk), "{moment}");
+                continue;
+            };
+            house.next_driver();
+            let (launch, seen) = house.launch(def.clone());
+            drop(launch);
+            let seen = fixture::Seen { runtime_dir: house.path("runtime"), ..seen };
+            let (found, mut seen) =
+                house.reconnect(&def, serde_json::from_slice(&record).unwrap(), seen, Condition::Running);
+            match (house.driver.reconnect(found).await.unwrap(), moment.as_str()) {
+                (Some(found), "after running") => {
+                    assert_eq!(found.condition, Condition::Running);
+                    found.instance.destroy(false).await.unwrap();
+                    assert_eq!(seen.report().await, DriverEvent::Exited(Exit::Requested));
+                }
+                (found, _) => assert!(found.is_none(), "{moment}"),
+            }
+            assert!(qemus(&uuid).is_empty(), "{moment}: no QEMU is left");
+            assert!(!open_to_qemu(&disk), "{moment}: the disk is given back");
+            assert!(std::fs::read_dir(house.path("runtime")).unwrap().next().is_none(), "{moment}: no runtime file");
+        }
+    }
+}

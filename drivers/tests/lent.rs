@@ -1,0 +1,146 @@
+//! System mode: QEMU runs as a user of its own, and has what the definition names for as long as the guest runs.
+
+mod fixture;
+
+use fixture::{House, POWER_OFF, USER, exists};
+use serde_json::json;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::Path;
+use virt_model::driver::*;
+
+fn status_line(pid: i32, key: &str) -> String {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
+    line.split_once(':').unwrap().1.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+fn uid() -> u32 {
+    nix::unistd::User::from_name(USER).unwrap().unwrap().uid.as_raw()
+}
+
+/// Whether QEMU's user can read that file.
+fn open_to_qemu(path: &Path) -> bool {
+    let status = std::process::Command::new("runuser").args(["-u", USER, "--", "test", "-r"]).arg(path).status();
+    status.unwrap().success()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_runs_fenced_in_as_its_user_with_the_disk_lent_to_it() {
+    let Some(house) = House::system() else { return };
+    let mut guest = house.tick(POWER_OFF).await;
+    guest.serial.says("B00000001").await;
+    let uid = uid();
+    assert_eq!(status_line(guest.pid(), "Uid"), format!("{uid} {uid} {uid} {uid}"));
+    assert_eq!(status_line(guest.pid(), "CapEff"), "0000000000000000");
+    assert_eq!(status_line(guest.pid(), "Seccomp"), "2");
+    let disk = house.path(&format!("{}.qcow2", guest.live.uuid));
+    assert!(open_to_qemu(&disk));
+    assert_eq!(std::fs::metadata(&disk).unwrap().uid(), 0, "its owner keeps it");
+    let monitor = std::fs::metadata(guest.seen.runtime_dir.join("monitor.sock")).unwrap();
+    assert_eq!((monitor.uid(), monitor.mode() & 0o777), (0, 0o600), "our monitor is not QEMU's");
+    guest.destroy().await;
+    assert!(!open_to_qemu(&disk));
+    assert_eq!(std::fs::metadata(&disk).unwrap().mode() & 0o777, 0o600);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_lent_survives_virtd_and_is_given_back_by_the_next() {
+    let Some(mut house) = House::system() else { return };
+    let guest = house.tick(POWER_OFF).await;
+    let disk = house.path(&format!("{}.qcow2", guest.live.uuid));
+    let (guest, _) = house.find(guest, Condition::Running).await.unwrap();
+    assert!(open_to_qemu(&disk));
+    guest.signal(libc::SIGKILL);
+    assert!(house.find(guest, Condition::Running).await.is_none());
+    assert!(!open_to_qemu(&disk));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_start_cut_off_after_lending_gives_back() {
+    let Some(mut house) = House::system() else { return };
+    let guest = house.tick(POWER_OFF).await;
+    let (pid, mut record) = (guest.pid(), guest.seen.record());
+    let disk = house.path(&format!("{}.qcow2", guest.live.uuid));
+    record["phase"] = json!("spawned");
+    guest.seen.recorder().record(record).unwrap();
+    assert!(house.find(guest, Condition::Running).await.is_none());
+    assert!(!exists(pid) && !open_to_qemu(&disk));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn failed_and_cancelled_starts_give_back() {
+    let Some(house) = House::system() else { return };
+    let nonsense = "<qemu:commandline><qemu:arg value='-nonsense'/></qemu:commandline>";
+    for more in [nonsense, ""] {
+        let def = house.def(POWER_OFF, more).await;
+        let disk = house.path(&format!("{}.qcow2", def.uuid));
+        let (launch, seen) = house.launch(def);
+        if more.is_empty() {
+            let (cancel, recorder) = (launch.cancel.clone(), seen.recorder());
+            tokio::spawn(async move {
+                recorder.phase("spawned").await;
+                cancel.cancel();
+            });
+        }
+        assert!(house.driver.start(launch).await.is_err());
+        assert!(!seen.pid().is_some_and(exists) && !open_to_qemu(&disk));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_closed_directory_is_named() {
+    let Some(house) = House::system() else { return };
+    let def = house.def(POWER_OFF, "").await;
+    let (image, home) = (house.path(&format!("{}.qcow2", def.uuid)), house.path("home"));
+    std::fs::create_dir(&home).unwrap();
+    std::fs::set_permissions(&home, std::fs::Permissions::from_mode(0o700)).unwrap();
+    std::fs::rename(&image, home.join("disk.qcow2")).unwrap();
+    let mut def = def;
+    let moved = home.join("disk.qcow2").to_string_lossy().into_owned();
+    def.devices.disks[0].source.as_mut().unwrap().file = Some(moved);
+    let (launch, seen) = house.launch(def);
+    let error = house.driver.start(launch).await.err().unwrap();
+    assert!(matches!(error, DriverError::Storage(_)), "{error:?}");
+    assert!(error.to_string().contains(&format!("enter the directory {}", home.display())), "{error}");
+    assert_eq!(seen.pid(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_missing_user_is_refused_with_the_remedy() {
+    let Some(house) = House::system() else { return };
+    let house = house.with_user("no-such-user-here");
+    let (launch, seen) = house.launch(house.def(POWER_OFF, "").await);
+    let message = house.driver.start(launch).await.err().unwrap().to_string();
+    assert!(message.contains("systemd-sysusers") && message.contains("virtd.toml"), "{message}");
+    assert_eq!(seen.record(), json!(null), "nothing was begun");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn firmware_variables_are_made_for_qemus_user() {
+    let Some(house) = House::system() else { return };
+    let (code, template) = (Path::new("/usr/share/OVMF/OVMF_CODE_4M.fd"), Path::new("/usr/share/OVMF/OVMF_VARS_4M.fd"));
+    if !code.exists() || !template.exists() {
+        return eprintln!("SKIPPED: OVMF is not installed");
+    }
+    let vars = house.path("nvram").join("tick_VARS.fd");
+    let mut def = house.def(POWER_OFF, "").await;
+    let os = format!(
+        "<loader readonly='yes' type='pflash'>{}</loader><nvram template='{}'>{}</nvram></os>",
+        code.display(),
+        template.display(),
+        vars.display()
+    );
+    let xml = def.write(virt_model::domain::Form { inactive: true, secure: true, migratable: false });
+    def = house.complete(&xml.replacen("</os>", &os, 1)).await;
+    for reset_nvram in [false, true] {
+        let (launch, _seen) = house.launch(def.clone());
+        let start = house.driver.start(Launch { paused: true, reset_nvram, ..launch });
+        let Running { instance, .. } = start.await.unwrap();
+        let meta = std::fs::metadata(&vars).unwrap();
+        assert_eq!((meta.uid(), meta.mode() & 0o777), (uid(), 0o600));
+        instance.destroy(false).await.unwrap();
+        assert_eq!(std::fs::read(&vars).unwrap(), std::fs::read(template).unwrap(), "made anew: {reset_nvram}");
+        std::fs::write(&vars, std::fs::read(template).unwrap().iter().map(|b| !b).collect::<Vec<u8>>()).unwrap();
+        std::fs::remove_dir_all(house.path(&def.uuid.to_string())).unwrap();
+    }
+}
