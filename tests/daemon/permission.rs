@@ -98,37 +98,56 @@ async fn a_program_can_ask_first_without_prompting() {
     assert_eq!(can(&mine, "Resume").await, "na");
 }
 
-/// Somebody at a terminal: busctl asks for the password of the administrator, who is alice here.
+/// Somebody at a terminal: bob's busctl, with an agent that asks for the password of the administrator, alice.
+/// The agent serves the process that calls, so the shell that starts it becomes busctl.
+const WITH_AGENT: &str = r#"
+set timeout 30
+set call [lindex $argv 0]
+spawn bash -c "exec 8< <(pkttyagent --process \$\$ --notify-fd 1); read -u 8; exec busctl --system call $call"
+expect {Authentication is required to start the virtual machine "web"} {} timeout {exit 9} eof {exit 8}
+expect {Password:} {} timeout {exit 7}
+# What is typed before the agent has turned off the echo is thrown away.
+while {![string match {* -echo *} [exec stty -a -F $spawn_out(slave,name)]]} {after 20}
+send "[lindex $argv 1]\r"
+expect eof
+catch wait result
+exit [lindex $result 3]
+"#;
+
 #[tokio::test(flavor = "multi_thread")]
 async fn the_prompt_names_machine_and_deed_and_a_password_opens_the_door() {
     if !have(&["expect", "busctl", "pkttyagent"]) {
         return;
     }
     let alice_is_admin = "polkit.addAdminRule(function () { return ['unix-user:virt-alice']; });";
-    let Some(daemon) = Daemon::on_system_bus(Setup { rules: alice_is_admin.to_owned(), ..Setup::default() }).await
-    else {
-        return;
-    };
+    let setup = Setup { rules: alice_is_admin.to_owned(), ..Setup::default() };
+    let Some(daemon) = Daemon::on_system_bus(setup).await else { return };
     let root = Client { connection: daemon.connect().await };
     let domain = root.define(TOY).await.expect("root defines");
-    let dialogue = |password: &str| {
-        let script = format!(
-            "set timeout 30; spawn busctl --system call org.virt {} org.virt.Domain Start a{{sv}} 0\n\
-             expect {{Authentication is required to start the virtual machine \"web\"}} {{}} timeout {{exit 9}} eof {{exit 8}}\n\
-             expect {{Password:}} {{}} timeout {{exit 7}}\n\
-             send \"{password}\\r\"\n\
-             expect eof; catch wait result; exit [lindex $result 3]",
-            domain.path
-        );
-        let output = daemon.as_user(&BOB, "expect").arg("-c").arg(script).output().expect("expect runs");
+    let script = daemon.folder().join("prompt.exp");
+    std::fs::write(&script, WITH_AGENT).expect("written");
+    let call = format!("org.virt {} org.virt.Domain Start a{{sv}} 0", domain.path);
+    let answer = |password: &str| {
+        let mut expect = daemon.as_user(&BOB, "expect");
+        let output = expect.arg("-f").arg(&script).args([call.as_str(), password]).output().expect("expect runs");
         (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
-    let (wrong, said) = tokio::task::block_in_place(|| dialogue("no idea"));
-    assert_eq!(wrong, Some(1), "{said}");
+    let (status, said) = tokio::task::block_in_place(|| answer("no idea"));
+    assert_eq!(status, Some(1), "{said}");
     assert_eq!(domain.state().await.0, "shutoff");
-    let (right, said) = tokio::task::block_in_place(|| dialogue("secret"));
-    assert_eq!(right, Some(0), "{said}");
+    let (status, said) = tokio::task::block_in_place(|| answer("secret"));
+    assert_eq!(status, Some(0), "{said}");
     assert_eq!(domain.state().await.0, "running");
+}
+
+#[tokio::test]
+async fn without_an_agent_there_is_nobody_to_ask() {
+    let Some((daemon, domain)) = with_machine().await else { return };
+    let call = ["call", "org.virt", &domain.path, "org.virt.Domain", "Start", "a{sv}", "0"];
+    let may = daemon.busctl(&BOB, &call).expect_err("bob has no agent");
+    assert!(may.contains("org.virt.domain.start") && may.contains("no authentication agent"), "{may}");
+    let may_not = daemon.busctl(&BOB, &[&["--allow-interactive-authorization=no"], &call[..]].concat());
+    assert!(may_not.expect_err("nor may be asked").contains("the call does not allow that"));
 }
 
 #[tokio::test]
