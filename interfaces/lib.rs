@@ -109,26 +109,4 @@ impl Serving {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use virt_service::{Paths, Settings};
-
-    struct Nobody;
-
-    impl virt_service::Callers for Nobody {
-        fn watch(&self, _: &str) -> CancellationToken {
-            CancellationToken::new()
-        }
-    }
-
-    #[tokio::test]
-    async fn the_code_offers_what_the_files_say() {
-        let folder = tempfile::tempdir().unwrap();
-        let below = |name: &str| folder.path().join(name);
-        let paths = Paths { state: below("state"), runtime: below("runtime"), log: below("log") };
-        let settings = Settings { paths, limits: virt_service::Limits::default() };
-        let authority = Arc::new(session::OwnerOnly { uid: 0 });
-        let (service, events) = Service::open(settings, Vec::new(), authority, Arc::new(Nobody)).await.unwrap();
-        Server::new(&service, events).await.unwrap();
-    }
-}
+mod tests;

@@ -51,6 +51,9 @@ impl Found {
         }
         match self.kind() {
             FileType::RegularFile | FileType::BlockDevice => None,
+            FileType::CharacterDevice => {
+                Some("it is a character device: put the user into the group that has it".into())
+            }
             _ => Some("it is neither a plain file nor a block device".into()),
         }
     }

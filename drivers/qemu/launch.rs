@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown, fchown};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, fchown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -147,6 +147,9 @@ impl Start {
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
             make_nvram(nvram, self.reset_nvram, user)?;
+        }
+        for file in self.command.files.iter().filter(|file| file.create) {
+            make_output(&file.path, user).map_err(|e| storage(&file.path, &e))?;
         }
         let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
         let monitor = self.leavings().monitor();
@@ -302,6 +305,16 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
     listen(&socket, 1)?;
     Ok(socket)
+}
+
+/// Makes an empty file for QEMU's user to write to, where nothing is: QEMU itself may not be allowed to make it there.
+fn make_output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    let Some(user) = user else { return Ok(()) };
+    match File::options().write(true).create_new(true).mode(0o640).open(path) {
+        Ok(file) => fchown(&file, Some(user.uid), Some(user.gid)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
 }
 
 /// Makes the firmware's variables from their template, where they are not there or are to be made anew.

@@ -187,13 +187,9 @@ async fn a_cancelled_start_leaves_nothing() {
     let Some(house) = House::session() else { return };
     for phase in ["none", "spawned"] {
         let (launch, seen) = house.launch(house.def(POWER_OFF, "").await);
-        let (cancel, recorder) = (launch.cancel.clone(), seen.recorder());
         match phase {
-            "none" => cancel.cancel(),
-            phase => drop(tokio::spawn(async move {
-                recorder.phase(phase).await;
-                cancel.cancel();
-            })),
+            "none" => launch.cancel.cancel(),
+            phase => seen.recorder.cancel_at(phase, &launch.cancel),
         }
         let error = house.driver.start(launch).await.err();
         assert!(matches!(error, Some(DriverError::Cancelled)), "{phase}: {error:?}");
@@ -207,10 +203,10 @@ async fn a_start_that_nobody_waits_for_leaves_nothing() {
     let Some(house) = House::session() else { return };
     for phase in ["spawned", "running"] {
         let (launch, mut seen) = house.launch(house.def(POWER_OFF, "").await);
-        let recorder = seen.recorder();
+        let moment = seen.recorder.moment(phase);
         tokio::select! {
             biased;
-            () = recorder.phase(phase) => {}
+            () = moment.cancelled() => {}
             // It may be done in the moment its last phase is recorded.
             started = house.driver.start(launch) => drop(started.map(|running| {
                 tokio::spawn(async move { running.instance.destroy(false).await });

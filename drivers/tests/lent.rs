@@ -76,11 +76,7 @@ async fn failed_and_cancelled_starts_give_back() {
         let disk = house.path(&format!("{}.qcow2", def.uuid));
         let (launch, seen) = house.launch(def);
         if more.is_empty() {
-            let (cancel, recorder) = (launch.cancel.clone(), seen.recorder());
-            tokio::spawn(async move {
-                recorder.phase("spawned").await;
-                cancel.cancel();
-            });
+            seen.recorder.cancel_at("spawned", &launch.cancel);
         }
         assert!(house.driver.start(launch).await.is_err());
         assert!(!seen.pid().is_some_and(exists) && !open_to_qemu(&disk));
@@ -103,6 +99,22 @@ async fn a_closed_directory_is_named() {
     assert!(matches!(error, DriverError::Storage(_)), "{error:?}");
     assert!(error.to_string().contains(&format!("enter the directory {}", home.display())), "{error}");
     assert_eq!(seen.pid(), None);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_take_the_guests_words_are_made() {
+    let Some(house) = House::system() else { return };
+    let mut def = house.def(POWER_OFF, "").await;
+    let log = house.path("serial.log");
+    let xml = def.write(virt_model::domain::Form { inactive: true, secure: true, migratable: false });
+    let with_log = format!("<serial type='pty'><log file='{}'/>", log.display());
+    assert!(xml.contains("<serial type='pty'>"), "{xml}");
+    def = house.complete(&xml.replacen("<serial type='pty'>", &with_log, 1)).await;
+    let mut guest = house.start(def).await;
+    guest.serial.says("C00000002").await;
+    assert_eq!(std::fs::metadata(&log).unwrap().uid(), uid());
+    assert!(std::fs::read_to_string(&log).unwrap().contains("C00000001"));
+    guest.destroy().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -5,6 +5,7 @@ mod common;
 
 mod bus_objects;
 mod bus_policy;
+mod bus_prompt;
 mod flood;
 mod permission;
 mod rules;

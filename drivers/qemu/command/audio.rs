@@ -14,7 +14,7 @@ impl Builder<'_> {
             let mut props = Props::new("id", format!("audio{}", audio.id)).set("driver", driver);
             if let (AudioKind::File, Some(path)) = (audio.kind, audio.path.as_deref()) {
                 props = props.set("path", path);
-                self.open(path, true, false);
+                self.output(path);
             }
             if let (AudioKind::Pulseaudio, Some(server)) = (audio.kind, audio.server_name.as_deref()) {
                 props = props.set("server", server);

@@ -98,12 +98,14 @@ impl Builder<'_> {
             CharKind::Dbus => start("dbus").maybe("name", channel),
             _ => start("pty"),
         };
-        if matches!(source.kind, CharKind::Dev | CharKind::File | CharKind::Pipe) {
-            self.open(path, true, false);
+        match source.kind {
+            CharKind::Dev | CharKind::Pipe => self.open(path, true, false),
+            CharKind::File => self.output(path),
+            _ => {}
         }
         let log = source.log.as_ref();
         if let Some(log) = log {
-            self.open(&log.file, true, false);
+            self.output(&log.file);
         }
         let back_end = back_end.maybe("logfile", log.map(|log| &log.file));
         self.args.pair("-chardev", back_end.maybe_on_off("logappend", log.and_then(|log| log.append)));

@@ -72,6 +72,8 @@ pub struct HostFile {
     pub write: bool,
     /// Whether it is an image whose own backing chain is opened too.
     pub backing: bool,
+    /// Whether it is made where it is missing: the guest only writes to it.
+    pub create: bool,
 }
 
 /// A firmware's variable store.
@@ -168,7 +170,12 @@ impl<'a> Builder<'a> {
     }
 
     fn open(&mut self, path: &str, write: bool, backing: bool) {
-        self.files.push(HostFile { path: PathBuf::from(path), write, backing });
+        self.files.push(HostFile { path: PathBuf::from(path), write, backing, create: false });
+    }
+
+    /// A file that takes what the guest says.
+    fn output(&mut self, path: &str) {
+        self.files.push(HostFile { path: PathBuf::from(path), write: true, backing: false, create: true });
     }
 
     /// Where a PCI device sits.
