@@ -56,7 +56,7 @@ pub(crate) struct Status {
     pub state: DomainState,
     pub reason: StateReason,
     pub since_usec: u64,
-    /// The bus name whose departure ends the guest.
+    /// The bus name whose departure ends the guest; empty for a caller without one, who is gone by now.
     pub autodestroy: Option<String>,
     /// The live configuration, with passwords.
     pub live: String,

@@ -1,6 +1,6 @@
 //! The configuration: read, redefine, undefine, rename, autostart, title, description, metadata.
 
-use super::{Domain, State};
+use super::{Domain, PUBLISHED, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::events::Event;
@@ -196,6 +196,7 @@ impl Domain {
         if title.contains(['\n', '\r']) {
             return Err(Error::InvalidArgument("a title is one line; use the description for more".to_owned()));
         }
+        refuse_long("title", title)?;
         let title = (!title.is_empty()).then(|| title.to_owned());
         self.edit(caller, "set title", affect, |def| {
             def.title.clone_from(&title);
@@ -206,6 +207,7 @@ impl Domain {
 
     /// Sets the description; an empty one removes it.
     pub async fn set_description(self: &Arc<Self>, caller: &Caller, text: &str, affect: Affect) -> Result<()> {
+        refuse_long("description", text)?;
         let text = (!text.is_empty()).then(|| text.to_owned());
         self.edit(caller, "set description", affect, |def| {
             def.description.clone_from(&text);
@@ -339,6 +341,16 @@ fn renamed(def: &DomainDef, name: &str) -> Result<DomainDef> {
     name.clone_into(&mut def.name);
     check_text(&def)?;
     Ok(def)
+}
+
+/// Refuses a text that would not be published whole.
+fn refuse_long(what: &str, text: &str) -> Result<()> {
+    if text.len() > PUBLISHED {
+        let text =
+            format!("a {what} set here has at most {PUBLISHED} bytes, not {}; define the domain for more", text.len());
+        return Err(Error::InvalidArgument(text));
+    }
+    Ok(())
 }
 
 /// Holds what a caller put in to the rules of a document: it must read back as what was meant.

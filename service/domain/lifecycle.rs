@@ -37,8 +37,15 @@ impl Domain {
     /// Starts an inactive domain. Returns when the start is accepted; the ticket answers when its CPUs run (or stand
     /// ready, if `paused`). If it fails, the domain is inactive as before.
     pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartOptions) -> Result<Ticket> {
-        self.allow(caller, Action::Start).await?;
-        self.launch(caller, None, options).await
+        let begun = Instant::now();
+        let accepted = match self.allow(caller, Action::Start).await {
+            Ok(()) => self.launch(caller, None, options).await,
+            Err(e) => Err(e),
+        };
+        if let Err(e) = &accepted {
+            self.log(caller, "start", begun, Some(e));
+        }
+        accepted
     }
 
     /// Starts `def`, or the stored configuration. What can be checked before is checked before it is accepted.
@@ -175,7 +182,7 @@ impl Domain {
             state,
             reason,
             since_usec: now_usec(),
-            autodestroy: options.autodestroy.then(|| caller.bus_name.clone()).flatten(),
+            autodestroy: options.autodestroy.then(|| caller.bus_name.clone().unwrap_or_default()),
             live: def.write(KEPT),
             record: None,
         }
@@ -216,21 +223,19 @@ impl Domain {
         });
         tokio::spawn(self.clone().follow(id, reports));
         if options.autodestroy {
-            self.watch_autodestroy(id, caller.bus_name.clone());
+            self.end_when_gone(id, caller.departed.clone());
         }
         Ok(())
     }
 
-    /// Ends the guest `id` when the owner of that bus name leaves.
-    pub(super) fn watch_autodestroy(self: &Arc<Self>, id: u32, bus_name: Option<String>) {
-        let Some(bus_name) = bus_name else { return };
-        let departed = self.shared.callers.watch(&bus_name);
+    /// Ends the guest `id` when its caller has departed.
+    pub(super) fn end_when_gone(self: &Arc<Self>, id: u32, departed: CancellationToken) {
         let domain = self.clone();
         tokio::spawn(async move {
             tokio::select! {
                 () = departed.cancelled() => {
                     if let Some(guest) = domain.guest().ok().filter(|guest| guest.id == id) {
-                        tracing::info!(uuid = %domain.uuid, name = domain.name(), "{bus_name} left; its guest ends");
+                        tracing::info!(uuid = %domain.uuid, name = domain.name(), "its caller left, so the guest ends");
                         if let Err(e) = domain.end(guest, false).await {
                             tracing::error!(uuid = %domain.uuid, "{e}");
                         }

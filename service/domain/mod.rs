@@ -400,7 +400,11 @@ impl Domain {
             Vec::new()
         });
         self.keep_status(guest.id, now, reason, since_usec).await;
-        self.watch_autodestroy(guest.id, found.autodestroy);
+        match found.autodestroy.as_deref() {
+            None => {}
+            Some("") => self.end_when_gone(guest.id, departed()),
+            Some(bus_name) => self.end_when_gone(guest.id, self.shared.callers.watch(bus_name)),
+        }
         match found.condition {
             Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
@@ -472,11 +476,20 @@ impl State {
     }
 }
 
+/// How much of a title or description is published, in bytes: a few long ones must not make every listing too large.
+pub(crate) const PUBLISHED: usize = 4096;
+
+/// As much of a text as is published; `GetXML` has all of it.
+fn shortened(text: Option<&str>) -> String {
+    let text = text.unwrap_or_default();
+    text[..text.floor_char_boundary(PUBLISHED)].to_owned()
+}
+
 /// The facts that come from a definition.
 fn describe(facts: &DomainFacts, def: &DomainDef) -> DomainFacts {
     DomainFacts {
-        title: def.title.clone().unwrap_or_default(),
-        description: def.description.clone().unwrap_or_default(),
+        title: shortened(def.title.as_deref()),
+        description: shortened(def.description.as_deref()),
         os_type: def.os_type().to_owned(),
         vcpus: def.vcpus(),
         maximum_vcpus: def.maximum_vcpus(),
@@ -484,6 +497,13 @@ fn describe(facts: &DomainFacts, def: &DomainDef) -> DomainFacts {
         maximum_memory: def.memory_kib().saturating_mul(1024),
         ..facts.clone()
     }
+}
+
+/// The token of a caller who has gone.
+fn departed() -> CancellationToken {
+    let token = CancellationToken::new();
+    token.cancel();
+    token
 }
 
 fn pause_reason(why: Suspended) -> StateReason {

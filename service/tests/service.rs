@@ -292,6 +292,12 @@ async fn live_and_stored_configuration_are_changed_apart_and_compared() {
     domain.destroy(&alice, false).await.unwrap();
     assert_eq!((domain.facts().title.as_str(), domain.facts().config_changed), ("next time", false));
     assert!(matches!(domain.set_title(&alice, "two\nlines", config).await, Err(Error::InvalidArgument(_))));
+    let long = "é".repeat(4000);
+    assert!(matches!(domain.set_description(&alice, &long, config).await, Err(Error::InvalidArgument(_))));
+    let document = xml("long", &format!("<description>{long}</description>"));
+    let domain = world.service.define(&alice, &document, false).await.expect("a document may have it");
+    assert_eq!(domain.facts().description.len(), 4096);
+    assert!(domain.xml(&alice, Form::default()).await.unwrap().contains(&long));
 }
 
 #[tokio::test]
