@@ -225,12 +225,15 @@ impl Start {
         for (command, arguments) in &self.command.setup {
             monitor.execute(command, arguments.clone()).await.map_err(translate)?;
         }
-        let devices = monitor.execute("query-chardev", json!({})).await.map_err(translate)?;
-        match self.paused {
-            true => reporter.guest(Guest::stands),
-            false => drop(monitor.execute("cont", json!({})).await.map_err(translate)?),
-        }
-        Ok((monitor, devices))
+        let devices = monitor.execute("query-chardev", json!({}));
+        let devices = if self.paused {
+            reporter.guest(Guest::stands);
+            devices.await
+        } else {
+            // QEMU is slow to answer at first; once is enough.
+            tokio::try_join!(devices, monitor.execute("cont", json!({}))).map(|(devices, _)| devices)
+        };
+        Ok((monitor, devices.map_err(translate)?))
     }
 
     fn instance(
