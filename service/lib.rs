@@ -154,14 +154,8 @@ impl Service {
             Claimed::New => {
                 let domain = self.bear(caller, driver, &def, None);
                 self.shared.registry.insert(domain.clone());
-                let (uuid, name) = (def.uuid, def.name.clone());
-                match domain.launch(caller, Some(def), options).await {
-                    Ok(ticket) => Ok((domain, ticket)),
-                    Err(e) => {
-                        self.shared.registry.remove(uuid, &name, caller.uid);
-                        Err(e)
-                    }
-                }
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
             }
         }
     }

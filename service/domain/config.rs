@@ -65,20 +65,26 @@ impl Domain {
     /// Replaces the stored configuration by a completed one of the same uuid and name.
     pub(crate) async fn redefine(self: &Arc<Self>, caller: &Caller, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
-        if def.name != self.name() {
-            let text = format!("domain '{}' was renamed to '{}' meanwhile; try again", def.name, self.name());
-            return Err(Error::DomainExists(text));
-        }
-        if !self.driver.types().contains(&def.kind.as_str()) {
-            let (name, driver) = (&def.name, self.driver.name());
-            let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
-            return Err(Error::OperationInvalid(text));
-        }
+        self.fits(&def, &self.name())?;
         let first = lock(&self.state).stored.is_none();
         self.store(def.clone()).await?;
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
         self.commit(|state| state.has_stored(def, told));
         tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
+        Ok(())
+    }
+
+    /// Refuses a definition that cannot be this domain's, whose name is `name`.
+    pub(super) fn fits(&self, def: &DomainDef, name: &str) -> Result<()> {
+        if def.name != name {
+            let text = format!("domain '{}' was renamed to '{name}' meanwhile; try again", def.name);
+            return Err(Error::DomainExists(text));
+        }
+        if !self.driver.types().contains(&def.kind.as_str()) {
+            let driver = self.driver.name();
+            let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
+            return Err(Error::OperationInvalid(text));
+        }
         Ok(())
     }
 

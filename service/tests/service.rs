@@ -421,7 +421,7 @@ async fn a_document_that_does_not_fit_and_an_end_do_not_lock_each_other() {
         });
     }
     let lives = async {
-        for _ in 0..200 {
+        for _ in 0..50 {
             let (domain, ticket) = world.service.create(&world.alice(), &own, StartOptions::default()).await.unwrap();
             ticket.done().await.unwrap();
             domain.destroy(&world.alice(), false).await.unwrap();
@@ -430,4 +430,39 @@ async fn a_document_that_does_not_fit_and_an_end_do_not_lock_each_other() {
     let done = tokio::time::timeout(std::time::Duration::from_secs(60), lives).await;
     stop.store(true, Ordering::Relaxed);
     done.expect("nobody waits for ever");
+}
+
+#[tokio::test]
+async fn a_start_that_waits_and_gives_up_leaves_the_one_before_it_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let uuid = uuid::Uuid::new_v4();
+    let document = xml("brief", &format!("<uuid>{uuid}</uuid>"));
+    let go = world.driver.hang_start(uuid);
+    let (domain, first) =
+        world.service.create(&world.alice(), &document, StartOptions::default()).await.expect("the first");
+    let (_, second) = world.service.create(&world.alice(), &document, StartOptions::default()).await.expect("it waits");
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(matches!(second.done().await, Err(Error::Cancelled(_))));
+    assert!(world.service.get(uuid).is_some(), "the first start is still under way");
+    go.notify_one();
+    first.done().await.unwrap();
+    assert_eq!(domain.facts().state, DomainState::Running);
+    assert!(world.service.by_name("brief").is_ok());
+    domain.destroy(&world.alice(), false).await.unwrap();
+    world.until("stopped destroyed gone").await;
+}
+
+#[tokio::test]
+async fn destroy_sees_a_start_though_another_gave_up_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let first = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    let second = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(second.done().await.is_err());
+    domain.destroy(&world.alice(), false).await.expect("it ends the start under way");
+    assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
 }
