@@ -466,3 +466,37 @@ async fn destroy_sees_a_start_though_another_gave_up_waiting() {
     domain.destroy(&world.alice(), false).await.expect("it ends the start under way");
     assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
 }
+
+#[tokio::test]
+async fn a_change_of_both_configurations_is_made_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    std::fs::rename(folder.path().join("run/status"), folder.path().join("run/elsewhere")).unwrap();
+    assert!(domain.set_title(&world.alice(), "new", Affect::default()).await.is_err(), "the live one cannot be kept");
+    assert_eq!(domain.facts().title, "");
+    let stored = std::fs::read_to_string(folder.path().join(format!("state/domains/{}.xml", domain.uuid()))).unwrap();
+    assert!(!stored.contains("new"), "{stored}");
+}
+
+#[tokio::test]
+async fn an_undefine_that_fails_leaves_the_domain_on_disk_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let variables = folder.path().join("vars.fd");
+    std::fs::create_dir(&variables).unwrap();
+    let document = format!(
+        "<domain type='test'><name>efi</name><memory>1024</memory><os><type>hvm</type>\
+         <loader readonly='yes' type='pflash'>/code.fd</loader><nvram>{}</nvram></os><features><acpi/></features></domain>",
+        variables.display()
+    );
+    let domain = world.service.define(&world.alice(), &document, false).await.unwrap();
+    let without = domain.undefine(&world.alice(), UndefineOptions::default()).await;
+    assert!(matches!(without, Err(Error::OperationInvalid(_))), "{without:?}");
+    let with = UndefineOptions { nvram: true, ..UndefineOptions::default() };
+    assert!(domain.undefine(&world.alice(), with).await.is_err(), "a folder is no file to remove");
+    drop(world);
+    let world = World::open(folder.path()).await;
+    assert!(world.service.by_name("efi").is_ok());
+}
