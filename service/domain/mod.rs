@@ -14,7 +14,7 @@ use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
-use crate::shared::{Shared, now_usec};
+use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Note, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -425,16 +425,21 @@ impl Domain {
     }
 
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
-    async fn told<T>(&self, caller: &Caller, deed: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) async fn told<T>(
+        &self,
+        caller: &Caller,
+        deed: &str,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let begun = Instant::now();
         let result = work.await;
         self.log(caller, deed, begun, result.as_ref().err());
         result
     }
 
-    fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
+    pub(crate) fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
         let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
-        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let duration_ms = millis(begun);
         match failure {
             None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
             Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),

@@ -20,6 +20,8 @@ use virt_service::{Affect, Callers, Domain, Limits, Paths, Service, Settings, St
 #[derive(Default)]
 struct Notary {
     refuses: AtomicBool,
+    /// The next question waits for this.
+    thinks: Mutex<Option<Arc<tokio::sync::Notify>>>,
     asked: Mutex<Vec<(Action, Subject)>>,
 }
 
@@ -27,6 +29,10 @@ struct Notary {
 impl Authority for Notary {
     async fn check(&self, _: &Caller, action: Action, subject: &Subject) -> Result<(), Error> {
         self.asked.lock().unwrap().push((action, subject.clone()));
+        let thinks = self.thinks.lock().unwrap().take();
+        if let Some(thinks) = thinks {
+            thinks.notified().await;
+        }
         if self.refuses.load(Ordering::Relaxed) { Err(Error::AccessDenied(action.id().to_owned())) } else { Ok(()) }
     }
 
@@ -499,4 +505,23 @@ async fn an_undefine_that_fails_leaves_the_domain_on_disk_too() {
     drop(world);
     let world = World::open(folder.path()).await;
     assert!(world.service.by_name("efi").is_ok());
+}
+
+#[tokio::test]
+async fn permission_to_define_what_is_nobodys_is_none_to_change_what_is_somebodys() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let document = xml("web", &format!("<uuid>{}</uuid>", uuid::Uuid::new_v4()));
+    let answer = Arc::new(tokio::sync::Notify::new());
+    *world.notary.thinks.lock().unwrap() = Some(answer.clone());
+    let alice = world.alice();
+    let bob = Caller { uid: 1001, ..world.alice() };
+    let slow = world.service.define(&alice, &document, false);
+    let quick = async {
+        world.service.define(&bob, &document, false).await.expect("bob is first");
+        answer.notify_one();
+    };
+    tokio::join!(slow, quick).0.expect("allowed twice");
+    let owners: Vec<_> = world.notary.asked.lock().unwrap().iter().map(|(_, subject)| subject.owner).collect();
+    assert_eq!(owners, [None, None, Some(1001)]);
 }
