@@ -150,16 +150,16 @@ fn domain_of(
 /// A guest ended while virtd was away, or its start was cut off.
 async fn has_gone(shared: &Arc<Shared>, uuid: Uuid, live: &DomainDef) -> Result<()> {
     tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
+    if let Some(domain) = shared.registry.get(uuid) {
+        domain.ended_unseen(StateReason::Daemon, now_usec()).await;
+        return Ok(());
+    }
     let on = shared.clone();
     on_disk(move || {
         on.store.forget_guest(uuid);
         Ok(())
     })
-    .await?;
-    if let Some(domain) = shared.registry.get(uuid) {
-        domain.ended_unseen(StateReason::Daemon, now_usec()).await;
-    }
-    Ok(())
+    .await
 }
 
 /// Starts what starts with the host, once since the host booted.

@@ -20,7 +20,7 @@ use error::{Error, Result};
 use events::{Event, Events};
 use job::{Jobs, Ticket};
 use registry::Claimed;
-use shared::{Shared, now_usec};
+use shared::{Shared, millis, now_usec};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use store::{Ended, Note, Store};
@@ -42,6 +42,14 @@ pub struct Settings {
 
 /// How long `close` waits for jobs under way.
 const CLOSING: Duration = Duration::from_secs(10);
+
+/// A document that was read, allowed and completed.
+struct Accepted {
+    def: DomainDef,
+    driver: Arc<dyn Driver>,
+    /// What the permission is about.
+    subject: Subject,
+}
 
 /// All domains of one host.
 pub struct Service {
@@ -119,12 +127,13 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let (def, driver) = self.accept(caller, xml, &[Action::Define]).await?;
+        let Accepted { def, driver, subject } = self.accept(caller, xml, &[Action::Define]).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
         match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
             Claimed::Existing(domain) => {
+                self.permit_again(caller, &[Action::Define], &def, &subject, &domain).await?;
                 domain.redefine(caller, def).await?;
                 Ok(domain)
             }
@@ -145,23 +154,28 @@ impl Service {
     /// Starts a transient domain, or the inactive persistent one of that uuid and name with this configuration. The
     /// ticket answers when it runs; if it does not come to that, a domain that was not there before is not there after.
     pub async fn create(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let (def, driver) = self.accept(caller, xml, &[Action::Define, Action::Start]).await?;
+        let begun = Instant::now();
+        let result = self.create_inner(caller, xml, options).await;
+        if let Err(e) = &result {
+            log_refused(caller, "create", begun, e);
+        }
+        result
+    }
+
+    async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
+        const ACTIONS: &[Action] = &[Action::Define, Action::Start];
+        let Accepted { def, driver, subject } = self.accept(caller, xml, ACTIONS).await?;
         match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
             Claimed::Existing(domain) => {
+                self.permit_again(caller, ACTIONS, &def, &subject, &domain).await?;
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
             }
             Claimed::New => {
                 let domain = self.bear(caller, driver, &def, None);
                 self.shared.registry.insert(domain.clone());
-                let (uuid, name) = (def.uuid, def.name.clone());
-                match domain.launch(caller, Some(def), options).await {
-                    Ok(ticket) => Ok((domain, ticket)),
-                    Err(e) => {
-                        self.shared.registry.remove(uuid, &name, caller.uid);
-                        Err(e)
-                    }
-                }
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
             }
         }
     }
@@ -222,11 +236,18 @@ impl Service {
         let Some(facts) = self.shared.jobs.facts(id) else {
             return Err(Error::OperationInvalid(format!("there is no job {id}; it may have ended a while ago")));
         };
-        if facts.requester_uid != caller.uid {
-            let subject = self.get(facts.domain).map(|domain| domain.subject()).unwrap_or_default();
-            self.shared.authority.check(caller, Action::Job, &subject).await?;
+        let domain = self.get(facts.domain);
+        let cancel = async {
+            if facts.requester_uid != caller.uid {
+                let subject = domain.as_ref().map(|domain| domain.subject()).unwrap_or_default();
+                self.shared.authority.check(caller, Action::Job, &subject).await?;
+            }
+            self.shared.jobs.cancel(id)
+        };
+        match &domain {
+            Some(domain) => domain.told(caller, "cancel job", cancel).await,
+            None => cancel.await,
         }
-        self.shared.jobs.cancel(id)
     }
 
     /// Lets jobs under way end, for a while. Guests go on.
@@ -237,22 +258,43 @@ impl Service {
     }
 
     /// Reads, authorizes and completes a document.
-    async fn accept(&self, caller: &Caller, xml: &str, actions: &[Action]) -> Result<(DomainDef, Arc<dyn Driver>)> {
+    async fn accept(&self, caller: &Caller, xml: &str, actions: &[Action]) -> Result<Accepted> {
         let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
-        let native = def.has_native_arguments().then_some(Action::Native);
-        for action in actions.iter().copied().chain(native) {
-            self.shared.authority.check(caller, action, &subject).await?;
-        }
+        self.permit(caller, actions, &def, &subject).await?;
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
-        Ok((def, driver))
+        Ok(Accepted { def, driver, subject })
+    }
+
+    /// Asks for permission to do `actions` with a document.
+    async fn permit(&self, caller: &Caller, actions: &[Action], def: &DomainDef, subject: &Subject) -> Result<()> {
+        let native = def.has_native_arguments().then_some(Action::Native);
+        for action in actions.iter().copied().chain(native) {
+            self.shared.authority.check(caller, action, subject).await?;
+        }
+        Ok(())
+    }
+
+    /// The same once more where `domain` is not what `asked` was about: another caller may have defined it meanwhile.
+    async fn permit_again(
+        &self,
+        caller: &Caller,
+        actions: &[Action],
+        def: &DomainDef,
+        asked: &Subject,
+        domain: &Domain,
+    ) -> Result<()> {
+        match domain.subject() {
+            same if same == *asked => Ok(()),
+            other => self.permit(caller, actions, def, &other).await,
+        }
     }
 
     /// A domain that is not in the registry yet; its name is claimed.
@@ -289,16 +331,16 @@ impl Service {
     }
 
     fn log(&self, caller: &Caller, deed: &str, begun: Instant, result: &Result<Arc<Domain>>) {
-        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let uid = caller.uid;
         match result {
-            Ok(domain) => {
-                let (uuid, name) = (domain.uuid(), domain.name());
-                tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain");
-            }
-            Err(e) => tracing::warn!(uid, action = deed, outcome = %e, duration_ms, "domain"),
+            Ok(domain) => domain.log(caller, deed, begun, None),
+            Err(e) => log_refused(caller, deed, begun, e),
         }
     }
+}
+
+/// The line for what came to no domain.
+fn log_refused(caller: &Caller, deed: &str, begun: Instant, e: &Error) {
+    tracing::warn!(uid = caller.uid, action = deed, outcome = %e, duration_ms = millis(begun), "domain");
 }
 
 /// Refuses what a check found, warnings apart.

@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::job::lock;
 use crate::store::{Note, on_disk};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::state::{Defined, Lifecycle, Undefined};
@@ -65,20 +66,40 @@ impl Domain {
     /// Replaces the stored configuration by a completed one of the same uuid and name.
     pub(crate) async fn redefine(self: &Arc<Self>, caller: &Caller, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
-        if def.name != self.name() {
-            let text = format!("domain '{}' was renamed to '{}' meanwhile; try again", def.name, self.name());
+        self.fits(&def, &self.name())?;
+        let first = {
+            let mut state = lock(&self.state);
+            if state.gone {
+                return Err(Error::NoSuchDomain { what: "name", value: def.name });
+            }
+            state.being_stored = true;
+            state.stored.is_none()
+        };
+        if let Err(e) = self.store(def.clone()).await {
+            lock(&self.state).being_stored = false;
+            self.drop_if_nothing_left();
+            return Err(e);
+        }
+        let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
+        self.commit(|state| {
+            state.being_stored = false;
+            state.has_stored(def, told)
+        });
+        tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
+        Ok(())
+    }
+
+    /// Refuses a definition that cannot be this domain's, whose name is `name`.
+    pub(super) fn fits(&self, def: &DomainDef, name: &str) -> Result<()> {
+        if def.name != name {
+            let text = format!("domain '{}' was renamed to '{name}' meanwhile; try again", def.name);
             return Err(Error::DomainExists(text));
         }
         if !self.driver.types().contains(&def.kind.as_str()) {
-            let (name, driver) = (&def.name, self.driver.name());
+            let driver = self.driver.name();
             let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
             return Err(Error::OperationInvalid(text));
         }
-        let first = lock(&self.state).stored.is_none();
-        self.store(def.clone()).await?;
-        let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
-        self.commit(|state| state.has_stored(def, told));
-        tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
         Ok(())
     }
 
@@ -88,13 +109,13 @@ impl Domain {
             let _turn = self.begin(caller, Action::Delete, "undefine").await?;
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
-            let variables = self.firmware_variables(&stored, live.is_some(), options)?;
-            let (shared, uuid) = (self.shared.clone(), self.uuid);
+            let variables = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.clone()).map(PathBuf::from);
+            let (shared, uuid, name, active) = (self.shared.clone(), self.uuid, self.name(), live.is_some());
             on_disk(move || {
-                shared.store.remove_definition(uuid)?;
-                shared.store.save_ended(uuid, None)?;
-                variables
-                    .map_or(Ok(()), |file| std::fs::remove_file(&file).map_err(|e| Error::from_io("remove", &file, &e)))
+                if let Some(file) = variables.filter(|file| file.exists()) {
+                    remove_variables(&name, active, options, &file)?;
+                }
+                shared.store.remove_definition(uuid)
             })
             .await?;
             self.commit(|state| {
@@ -110,29 +131,6 @@ impl Domain {
             Ok(())
         })
         .await
-    }
-
-    /// The file of firmware variables that is to be removed with the configuration.
-    fn firmware_variables(
-        &self,
-        stored: &DomainDef,
-        active: bool,
-        options: UndefineOptions,
-    ) -> Result<Option<std::path::PathBuf>> {
-        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(std::path::PathBuf::from);
-        let file = path.filter(|path| path.exists());
-        match file {
-            Some(path) if !options.nvram => Err(Error::OperationInvalid(format!(
-                "domain '{}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
-                self.name(),
-                path.display()
-            ))),
-            Some(_) if active => Err(Error::OperationInvalid(format!(
-                "the running domain '{}' uses its firmware variables; shut it down before they are removed",
-                self.name()
-            ))),
-            file => Ok(file),
-        }
     }
 
     /// Gives an inactive, persistent domain another name.
@@ -250,11 +248,16 @@ impl Domain {
                 Ok(def)
             };
             let (live, stored) = (live.map(changed).transpose()?, stored.map(changed).transpose()?);
-            if let Some(stored) = &stored {
-                self.store(stored.clone()).await?;
-            }
             if let Some(live) = &live {
                 self.keep_live(live).await?;
+            }
+            if let Some(stored) = &stored
+                && let Err(e) = self.store(stored.clone()).await
+            {
+                if let (Some(_), Some(before)) = (&live, self.configurations().0) {
+                    self.keep_live(&before).await.unwrap_or_else(|e| tracing::warn!(uuid = %self.uuid, "{e}"));
+                }
+                return Err(e);
             }
             self.commit(|state| state.edited(live, stored));
             Ok(())
@@ -330,6 +333,22 @@ impl State {
         self.compare_configs();
         told
     }
+}
+
+/// Removes the file of firmware variables before the configuration that names it, if that is wanted and can be done.
+fn remove_variables(name: &str, active: bool, options: UndefineOptions, file: &Path) -> Result<()> {
+    if !options.nvram {
+        return Err(Error::OperationInvalid(format!(
+            "domain '{name}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
+            file.display()
+        )));
+    }
+    if active {
+        return Err(Error::OperationInvalid(format!(
+            "the running domain '{name}' uses its firmware variables; shut it down before they are removed"
+        )));
+    }
+    std::fs::remove_file(file).map_err(|e| Error::from_io("remove", file, &e))
 }
 
 /// The definition under another name, which is held to the rules a document's name is held to.

@@ -57,10 +57,11 @@ impl Domain {
     ) -> Result<Ticket> {
         let cancel = CancellationToken::new();
         let turn = self.turn.try_take("start", &cancel);
-        if turn.is_some() {
-            self.can_run(&self.def_to_start(def.as_ref())?).await?;
+        let accepted = self.accept_start(caller, turn.is_some(), def.as_ref(), cancel).await;
+        if accepted.is_err() && turn.is_some() {
+            self.drop_if_nothing_left();
         }
-        let (job, ticket) = self.shared.jobs.open(caller, self.uuid, "start", cancel)?;
+        let (job, ticket) = accepted?;
         if options.cancel_on_disconnect {
             cancel_when_gone(caller, job.cancel_token());
         }
@@ -70,12 +71,24 @@ impl Domain {
         tokio::spawn(async move {
             let begun = Instant::now();
             let result = domain.run_start(&job, turn, def, &caller, options).await;
-            domain.start_ended();
             domain.log(&caller, "start", begun, result.as_ref().err());
-            domain.drop_if_nothing_left();
             job.finish(result);
         });
         Ok(ticket)
+    }
+
+    /// Makes the checks that can be made beforehand, and the record of the job.
+    async fn accept_start(
+        &self,
+        caller: &Caller,
+        has_turn: bool,
+        def: Option<&DomainDef>,
+        cancel: CancellationToken,
+    ) -> Result<(Job, Ticket)> {
+        if has_turn {
+            self.can_run(&self.def_to_start(def)?).await?;
+        }
+        self.shared.jobs.open(caller, self.uuid, "start", cancel)
     }
 
     async fn run_start(
@@ -95,9 +108,16 @@ impl Domain {
         };
         turn.rename(job.label("start"));
         job.running();
-        let def = self.def_to_start(def.as_ref())?;
         lock(&self.state).starting = true;
-        self.start_guest(def, caller, options, job.cancel_token()).await
+        let started = match self.def_to_start(def.as_ref()) {
+            Ok(def) => self.start_guest(def, caller, options, job.cancel_token()).await,
+            Err(e) => Err(e),
+        };
+        // While the turn is still ours: what follows is about this start, not about the next.
+        self.start_ended();
+        self.drop_if_nothing_left();
+        drop(turn);
+        started
     }
 
     /// Lets those know who wait for the end of a start.
@@ -110,15 +130,17 @@ impl Domain {
         Error::Cancelled(format!("starting domain '{}' was cancelled; it is shut off as before", self.name()))
     }
 
-    /// What a start now would run. Error: `OperationInvalid` if it runs.
+    /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
+    /// another name by now.
     fn def_to_start(&self, given: Option<&DomainDef>) -> Result<DomainDef> {
+        self.still_here()?;
         let state = lock(&self.state);
         if state.guest.is_some() {
             let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
             return Err(Error::OperationInvalid(text));
         }
         match given.or(state.stored.as_deref()) {
-            Some(def) => Ok(def.clone()),
+            Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
             None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),
         }
     }
@@ -254,8 +276,8 @@ impl Domain {
         }
     }
 
-    /// A transient domain whose guest did not come to be is nothing.
-    fn drop_if_nothing_left(&self) {
+    /// A domain without configuration and guest is nothing. To be called by whoever has the turn.
+    pub(super) fn drop_if_nothing_left(&self) {
         let nothing_left = {
             let state = lock(&self.state);
             state.stored.is_none() && state.guest.is_none() && !state.gone

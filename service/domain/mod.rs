@@ -14,7 +14,7 @@ use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
-use crate::shared::{Shared, now_usec};
+use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Note, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -46,6 +46,8 @@ struct State {
     guest: Option<Guest>,
     /// A start is under way: there is no guest yet, and soon there may be one.
     starting: bool,
+    /// A configuration is on its way to disk: the domain stays, whatever becomes of its guest.
+    being_stored: bool,
     state: DomainState,
     reason: StateReason,
     since_usec: u64,
@@ -119,6 +121,7 @@ impl Domain {
                 stored,
                 guest: None,
                 starting: false,
+                being_stored: false,
                 state: DomainState::Shutoff,
                 reason: birth.ended.reason,
                 since_usec: birth.ended.since_usec,
@@ -213,7 +216,7 @@ impl Domain {
             state.reason = reason;
             state.since_usec = since_usec;
         }
-        self.forget_guest(reason, since_usec).await;
+        self.forget_guest(None, reason, since_usec).await;
     }
 
     /// Tells the publisher of a domain that was there before virtd.
@@ -346,14 +349,14 @@ impl Domain {
         let Some(guest) = self.guest().ok().filter(|g| g.id == id) else { return };
         let (stopped, reason) = verdict(guest.ending, exit);
         let since_usec = now_usec();
-        self.forget_guest(reason, since_usec).await;
+        self.forget_guest(Some(guest.status), reason, since_usec).await;
         self.commit(|state| {
             state.guest = None;
             state.state = DomainState::Shutoff;
             state.reason = reason;
             state.since_usec = since_usec;
             state.config_changed = false;
-            state.gone = state.stored.is_none();
+            state.gone = state.stored.is_none() && !state.being_stored;
             if state.gone {
                 self.shared.registry.remove(self.uuid, &state.name, self.owner);
             }
@@ -367,13 +370,21 @@ impl Domain {
         }
     }
 
-    /// Removes what is on disk of a guest that has gone, and keeps how it ended.
-    async fn forget_guest(&self, reason: StateReason, since_usec: u64) {
+    /// Keeps how a guest ended, and removes what is on disk of it: in this order, so that a virtd killed in between does
+    /// not take the end of an earlier guest for that of this one.
+    async fn forget_guest(&self, status: Option<Arc<StatusFile>>, reason: StateReason, since_usec: u64) {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
-        let ended = lock(&self.state).stored.is_some().then_some(Ended { reason, since_usec });
+        let stays = {
+            let state = lock(&self.state);
+            state.stored.is_some() || state.being_stored
+        };
         let forgotten = on_disk(move || {
+            if let Some(status) = status {
+                status.close();
+            }
+            let kept = shared.store.save_ended(uuid, stays.then_some(Ended { reason, since_usec }));
             shared.store.forget_guest(uuid);
-            shared.store.save_ended(uuid, ended)
+            kept
         });
         if let Err(e) = forgotten.await {
             tracing::warn!(%uuid, "{e}");
@@ -414,16 +425,21 @@ impl Domain {
     }
 
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
-    async fn told<T>(&self, caller: &Caller, deed: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) async fn told<T>(
+        &self,
+        caller: &Caller,
+        deed: &str,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let begun = Instant::now();
         let result = work.await;
         self.log(caller, deed, begun, result.as_ref().err());
         result
     }
 
-    fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
+    pub(crate) fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
         let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
-        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let duration_ms = millis(begun);
         match failure {
             None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
             Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),
