@@ -119,11 +119,8 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let (def, driver) = self.accept(caller, xml, &[Action::Define]).await?;
-        if validate {
-            refuse(driver.check(&def).await)?;
-        }
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define], validate).await?;
+        match claimed {
             Claimed::Existing(domain) => {
                 domain.redefine(caller, def).await?;
                 Ok(domain)
@@ -145,8 +142,8 @@ impl Service {
     /// Starts a transient domain, or the inactive persistent one of that uuid and name with this configuration. The
     /// ticket answers when it runs; if it does not come to that, a domain that was not there before is not there after.
     pub async fn create(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let (def, driver) = self.accept(caller, xml, &[Action::Define, Action::Start]).await?;
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define, Action::Start], false).await?;
+        match claimed {
             Claimed::Existing(domain) => {
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
@@ -154,14 +151,9 @@ impl Service {
             Claimed::New => {
                 let domain = self.bear(caller, driver, &def, None);
                 self.shared.registry.insert(domain.clone());
-                let (uuid, name) = (def.uuid, def.name.clone());
-                match domain.launch(caller, Some(def), options).await {
-                    Ok(ticket) => Ok((domain, ticket)),
-                    Err(e) => {
-                        self.shared.registry.remove(uuid, &name, caller.uid);
-                        Err(e)
-                    }
-                }
+                // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
             }
         }
     }
@@ -236,12 +228,18 @@ impl Service {
         }
     }
 
-    /// Reads, authorizes and completes a document.
-    async fn accept(&self, caller: &Caller, xml: &str, actions: &[Action]) -> Result<(DomainDef, Arc<dyn Driver>)> {
+    /// Reads, authorizes and completes a document, and claims its name and uuid.
+    async fn accept(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        actions: &[Action],
+        validate: bool,
+    ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
         let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
-        let driver = self.driver_for(&def.kind)?;
+        let driver = self.driver_for(&def.kind)?.clone();
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
-        let subject = existing.map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
+        let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
         let native = def.has_native_arguments().then_some(Action::Native);
         for action in actions.iter().copied().chain(native) {
             self.shared.authority.check(caller, action, &subject).await?;
@@ -252,7 +250,28 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
-        Ok((def, driver))
+        if validate {
+            refuse(driver.check(&def).await)?;
+        }
+        let claimed = self.claim(caller, &def, existing.as_ref())?;
+        Ok((def, driver, claimed))
+    }
+
+    /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's
+    /// time: what has come or gone meanwhile is another domain, for which it does not hold.
+    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed> {
+        let meanwhile = |what: &str| format!("domain '{}' was {what} by another call meanwhile; try again", def.name);
+        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+            Claimed::Existing(domain) if existing.is_some_and(|known| Arc::ptr_eq(known, &domain)) => {
+                Ok(Claimed::Existing(domain))
+            }
+            Claimed::Existing(_) => Err(Error::DomainExists(meanwhile("defined"))),
+            Claimed::New if existing.is_none() => Ok(Claimed::New),
+            Claimed::New => {
+                self.shared.registry.remove(def.uuid, &def.name, caller.uid);
+                Err(Error::OperationInvalid(meanwhile("removed")))
+            }
+        }
     }
 
     /// A domain that is not in the registry yet; its name is claimed.

@@ -153,7 +153,7 @@ impl Store {
 
     /// A status file, not yet written.
     pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(status) })
+        Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(Some(status)) })
     }
 
     /// Makes the driver's folder for one guest, empty.
@@ -239,15 +239,22 @@ impl Store {
 #[derive(Debug)]
 pub(crate) struct StatusFile {
     path: PathBuf,
-    status: Mutex<Status>,
+    /// `None`: the guest has gone, and so has the file.
+    status: Mutex<Option<Status>>,
 }
 
 impl StatusFile {
-    /// Changes it and writes it. On failure the disk has the old one.
+    /// Changes it and writes it. On failure the disk has the old one. After [`StatusFile::close`], nothing is written.
     pub fn update(&self, change: impl FnOnce(&mut Status)) -> Result<()> {
         let mut status = lock(&self.status);
-        change(&mut status);
-        replace_json(&self.path, &*status)
+        let Some(status) = status.as_mut() else { return Ok(()) };
+        change(status);
+        replace_json(&self.path, status)
+    }
+
+    /// The guest has gone: whoever still wants to note something of it comes too late.
+    pub fn close(&self) {
+        *lock(&self.status) = None;
     }
 }
 

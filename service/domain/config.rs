@@ -74,12 +74,26 @@ impl Domain {
             let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
             return Err(Error::OperationInvalid(text));
         }
-        let first = lock(&self.state).stored.is_none();
-        self.store(def.clone()).await?;
+        let first = self.will_be_stored()?;
+        if let Err(e) = self.store(def.clone()).await {
+            lock(&self.state).being_stored = false;
+            self.drop_if_nothing_left();
+            return Err(e);
+        }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
         self.commit(|state| state.has_stored(def, told));
         tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
         Ok(())
+    }
+
+    /// From here on the domain stays, even if its guest ends meanwhile. True: it was transient until now.
+    fn will_be_stored(&self) -> Result<bool> {
+        let mut state = lock(&self.state);
+        if state.gone {
+            return Err(Error::NoSuchDomain { what: "name", value: state.name.clone() });
+        }
+        state.being_stored = true;
+        Ok(state.stored.is_none())
     }
 
     /// Removes the stored configuration. An active domain goes on as a transient one.
@@ -101,10 +115,7 @@ impl Domain {
                 state.stored = None;
                 state.autostart = false;
                 state.config_changed = false;
-                state.gone = state.guest.is_none();
-                if state.gone {
-                    self.shared.registry.remove(self.uuid, &state.name, self.owner);
-                }
+                self.leave_if_nothing_left(state);
                 vec![Lifecycle::Undefined(Undefined::Removed)]
             });
             Ok(())
@@ -151,8 +162,8 @@ impl Domain {
                 self.shared.registry.drop_name(name);
                 return Err(e);
             }
-            self.shared.registry.drop_name(&stored.name);
             self.commit_rename(def);
+            self.shared.registry.drop_name(&stored.name);
             Ok(())
         })
         .await
@@ -282,8 +293,10 @@ impl Domain {
         on_disk(move || shared.store.save_definition(uuid, &def.write(STORED), &note)).await
     }
 
+    /// Notes the configuration of what runs; a guest that has just ended needs no note.
     async fn keep_live(&self, live: &DomainDef) -> Result<()> {
-        let (status, text) = (self.guest()?.status, live.write(Form { inactive: false, ..STORED }));
+        let Ok(guest) = self.guest() else { return Ok(()) };
+        let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
@@ -315,6 +328,7 @@ impl Domain {
 impl State {
     fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
         self.stored = Some(Arc::new(def));
+        self.being_stored = false;
         self.compare_configs();
         vec![told]
     }

@@ -44,8 +44,12 @@ struct State {
     name: String,
     stored: Option<Arc<DomainDef>>,
     guest: Option<Guest>,
-    /// A start is under way: there is no guest yet, and soon there may be one.
-    starting: bool,
+    /// The job of the start under way: there is no guest yet, and soon there may be one.
+    starting: Option<u64>,
+    /// Starts that bring their own definition and have not ended: until then the domain stays, whatever else goes.
+    creations: usize,
+    /// A configuration is on its way to disk: as with `creations`.
+    being_stored: bool,
     state: DomainState,
     reason: StateReason,
     since_usec: u64,
@@ -53,6 +57,8 @@ struct State {
     config_changed: bool,
     /// No longer in the registry.
     gone: bool,
+    /// Anybody was told that it exists.
+    told: bool,
     /// As last published.
     facts: Arc<DomainFacts>,
 }
@@ -118,13 +124,16 @@ impl Domain {
                 name: birth.name,
                 stored,
                 guest: None,
-                starting: false,
+                starting: None,
+                creations: 0,
+                being_stored: false,
                 state: DomainState::Shutoff,
                 reason: birth.ended.reason,
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 config_changed: false,
                 gone: false,
+                told: false,
                 facts,
             }),
             changes: watch::channel(0).0,
@@ -190,14 +199,19 @@ impl Domain {
         Ok(())
     }
 
-    /// The one way to change what is published: changes the state, then tells what came of it, as one.
+    /// The one way to change what is published: changes the state, then tells what came of it, as one. Of a domain that
+    /// has gone, or that nobody knows yet and is gone with this, nothing is told.
     fn commit(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
         let mut state = lock(&self.state);
+        let was_told = state.told && !state.gone;
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
-        let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
-        self.shared.events.send(event);
+        if was_told || !state.gone {
+            let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
+            self.shared.events.send(event);
+            state.told = true;
+        }
         self.changes.send_modify(|n| *n += 1);
     }
 
@@ -219,6 +233,25 @@ impl Domain {
     /// Tells the publisher of a domain that was there before virtd.
     pub(crate) fn announce(&self) {
         self.commit(|_| Vec::new());
+    }
+
+    /// Takes a domain of which nothing is left, or about to come, out of the registry. For use in `commit`.
+    fn leave_if_nothing_left(&self, state: &mut State) {
+        if state.nothing_left() {
+            state.gone = true;
+            self.shared.registry.remove(self.uuid, &state.name, self.owner);
+        }
+    }
+
+    /// The same, where nothing else changes.
+    fn drop_if_nothing_left(&self) {
+        let nothing_left = lock(&self.state).nothing_left();
+        if nothing_left {
+            self.commit(|state| {
+                self.leave_if_nothing_left(state);
+                Vec::new()
+            });
+        }
     }
 
     /// Waits until the state satisfies `wanted`.
@@ -346,6 +379,7 @@ impl Domain {
         let Some(guest) = self.guest().ok().filter(|g| g.id == id) else { return };
         let (stopped, reason) = verdict(guest.ending, exit);
         let since_usec = now_usec();
+        guest.status.close();
         self.forget_guest(reason, since_usec).await;
         self.commit(|state| {
             state.guest = None;
@@ -353,10 +387,7 @@ impl Domain {
             state.reason = reason;
             state.since_usec = since_usec;
             state.config_changed = false;
-            state.gone = state.stored.is_none();
-            if state.gone {
-                self.shared.registry.remove(self.uuid, &state.name, self.owner);
-            }
+            self.leave_if_nothing_left(state);
             vec![Lifecycle::Stopped(stopped)]
         });
         match exit {
@@ -469,6 +500,12 @@ impl State {
             (Some(stored), Some(guest)) => !stored.same_configuration(&guest.live),
             _ => false,
         };
+    }
+
+    /// Whether it is to go: it has neither configuration nor guest, and is about to get neither.
+    fn nothing_left(&self) -> bool {
+        let left = self.stored.is_some() || self.guest.is_some() || self.being_stored || self.creations > 0;
+        !left && !self.gone
     }
 
     fn note(&self, owner: u32) -> Note {

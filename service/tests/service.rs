@@ -154,6 +154,20 @@ async fn destroy_gets_through_a_start_that_hangs() {
 }
 
 #[tokio::test]
+async fn a_start_in_the_queue_hides_no_start_under_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let first = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    let second = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(matches!(second.done().await, Err(Error::Cancelled(_))));
+    domain.destroy(&world.alice(), false).await.expect("the first start is still there to be ended");
+    assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
+}
+
+#[tokio::test]
 async fn a_cancelled_start_leaves_the_domain_as_it_was() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
