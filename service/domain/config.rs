@@ -103,12 +103,15 @@ impl Domain {
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
             let variables = self.firmware_variables(&stored, live.is_some(), options)?;
+            // First what may fail, and may be tried again while the configuration still says where it is.
+            if let Some(file) = variables {
+                let removed = self.driver.remove_variables(&file).await;
+                removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))?;
+            }
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || {
                 shared.store.remove_definition(uuid)?;
-                shared.store.save_ended(uuid, None)?;
-                variables
-                    .map_or(Ok(()), |file| std::fs::remove_file(&file).map_err(|e| Error::from_io("remove", &file, &e)))
+                shared.store.save_ended(uuid, None)
             })
             .await?;
             self.commit(|state| {
