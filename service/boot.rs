@@ -38,6 +38,9 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
             let _place = places.acquire_owned().await;
             if let Err(e) = find_guest(&shared, uuid, status).await {
                 tracing::error!(%uuid, "its guest is left alone: {e}");
+                if let Some(domain) = shared.registry.get(uuid) {
+                    domain.has_lost_sight(&e);
+                }
             }
         });
     }

@@ -132,8 +132,7 @@ impl Service {
                     self.shared.registry.remove(uuid, &name, caller.uid);
                     return Err(e);
                 }
-                self.shared.registry.insert(domain.clone());
-                domain.tell_added();
+                domain.add();
                 Ok(domain)
             }
         }

@@ -1,13 +1,13 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
-use super::{Domain, Guest};
+use super::{Domain, Guest, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Held, Job, Ticket, lock};
 use crate::shared::now_usec;
 use crate::store::{Status, StatusFile, on_disk};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
@@ -29,6 +29,9 @@ pub struct StartOptions {
     /// Cancel the start when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
 }
+
+/// How long a report may take from the driver to what is published.
+const TOLD: Duration = Duration::from_secs(20);
 
 /// The live form, with passwords: what must be found again after a restart of virtd.
 const KEPT: Form = Form { inactive: false, secure: true, migratable: false };
@@ -137,6 +140,12 @@ impl Domain {
         if state.guest.is_some() {
             let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
             return Err(Error::OperationInvalid(text));
+        }
+        if let Some(why) = &state.lost {
+            return Err(Error::OperationInvalid(format!(
+                "domain '{}' may have a guest that virtd could not look at when it started ({why}); mend that and restart virtd",
+                state.name
+            )));
         }
         match given.or(state.stored.as_deref()) {
             Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
@@ -305,7 +314,7 @@ impl Domain {
             guest.instance.reset().await.map_err(|e| self.failed("reset", e))?;
             if ended {
                 guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
-                self.until(|s| !s.runs(guest.id) || s.state == DomainState::Running).await;
+                self.sees(&guest, "resume", |s| s.state == DomainState::Running).await?;
             }
             Ok(())
         })
@@ -318,8 +327,7 @@ impl Domain {
             let _turn = self.begin(caller, Action::Suspend, "suspend").await?;
             let guest = self.listening_guest("suspend")?;
             guest.instance.suspend().await.map_err(|e| self.failed("suspend", e))?;
-            self.until(|s| !s.runs(guest.id) || s.state != DomainState::Running).await;
-            Ok(())
+            self.sees(&guest, "suspend", |s| s.state != DomainState::Running).await
         })
         .await
     }
@@ -331,10 +339,20 @@ impl Domain {
             let guest = self.guest()?;
             self.refuse_unless_paused()?;
             guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
-            self.until(|s| !s.runs(guest.id) || s.state == DomainState::Running).await;
-            Ok(())
+            self.sees(&guest, "resume", |s| s.state == DomainState::Running).await
         })
         .await
+    }
+
+    /// Waits until what the hypervisor has done is told. Something else may have undone it at once: that is not waited for
+    /// without end.
+    async fn sees(&self, guest: &Guest, deed: &str, wanted: impl Fn(&State) -> bool) -> Result<()> {
+        let told = self.until(|state| !state.runs(guest.id) || wanted(state));
+        if tokio::time::timeout(TOLD, told).await.is_err() {
+            let error = "its hypervisor says that it is done, and the guest is as before".to_owned();
+            return Err(self.failed(deed, DriverError::TimedOut(error)));
+        }
+        if lock(&self.state).runs(guest.id) { Ok(()) } else { Err(self.failed(deed, DriverError::Gone)) }
     }
 
     /// Pulls the plug: returns when the guest's process has gone. It waits for nobody: a start under way is cancelled, a
@@ -435,7 +453,7 @@ impl Drop for Creation {
     }
 }
 
-impl super::State {
+impl State {
     /// Whether guest `id` is (still) this domain's.
     pub(super) fn runs(&self, id: u32) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.id == id)

@@ -55,6 +55,8 @@ struct State {
     since_usec: u64,
     autostart: bool,
     config_changed: bool,
+    /// Why a guest that may still run could not be looked at when virtd started.
+    lost: Option<String>,
     /// No longer in the registry.
     gone: bool,
     /// Anybody was told that it exists.
@@ -132,6 +134,7 @@ impl Domain {
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 config_changed: false,
+                lost: None,
                 gone: false,
                 told: false,
                 facts,
@@ -215,9 +218,17 @@ impl Domain {
         self.changes.send_modify(|n| *n += 1);
     }
 
-    /// Tells of a domain that is new.
-    pub(crate) fn tell_added(&self) {
-        self.commit(|_| vec![Lifecycle::Defined(Defined::Added)]);
+    /// Makes a new domain findable and tells of it, as one: nothing can be told of it before.
+    pub(crate) fn add(self: &Arc<Self>) {
+        self.commit(|_| {
+            self.shared.registry.insert(self.clone());
+            vec![Lifecycle::Defined(Defined::Added)]
+        });
+    }
+
+    /// Whether it has a guest cannot be told now: it is not to be started beside that.
+    pub(crate) fn has_lost_sight(&self, why: &Error) {
+        lock(&self.state).lost = Some(why.to_string());
     }
 
     /// Its guest ended while virtd was away.

@@ -538,3 +538,20 @@ async fn permission_to_define_what_is_nobodys_is_none_to_change_what_is_somebody
     let owners: Vec<_> = world.notary.asked.lock().unwrap().iter().map(|(_, subject)| subject.owner).collect();
     assert_eq!(owners, [None, None]);
 }
+
+#[tokio::test]
+async fn a_guest_that_cannot_be_looked_at_gets_no_second_one_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    let status = folder.path().join(format!("run/status/{}.json", domain.uuid()));
+    let text = std::fs::read_to_string(&status).unwrap();
+    std::fs::write(&status, text.replace("\"driver\": \"test\"", "\"driver\": \"vax\"")).unwrap();
+    drop(world);
+    let world = World::open(folder.path()).await;
+    let domain = world.service.by_name("web").unwrap();
+    let refused = world.start(&domain).await.expect_err("it may run");
+    assert!(matches!(&refused, Error::OperationInvalid(text) if text.contains("vax")), "{refused}");
+    assert!(status.exists());
+}
