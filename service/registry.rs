@@ -1,4 +1,6 @@
 //! Domains by uuid, name and id. Names are claimed before a domain is stored, so two callers cannot both have one.
+//!
+//! The maps are locked under a domain's state, never the other way round.
 
 use crate::domain::Domain;
 use crate::error::{Error, Result};
@@ -108,12 +110,17 @@ impl Maps {
             (Some(_), None) => Err(Error::DomainExists(format!(
                 "domain '{name}' with uuid {uuid} is just being defined by another call"
             ))),
-            (None, Some(domain)) => Err(Error::DomainExists(format!(
+            (None, Some(_)) => Err(Error::DomainExists(format!(
                 "uuid {uuid} belongs to domain '{}', not '{name}'; use Rename, or another uuid",
-                domain.name()
+                self.name_of(uuid)
             ))),
             (_, found) => Ok(found.cloned()),
         }
+    }
+
+    /// As the names say it: to ask the domain would be to lock its state, under which others lock these maps.
+    fn name_of(&self, uuid: Uuid) -> &str {
+        self.names.iter().find(|(_, of)| **of == uuid).map_or("", |(name, _)| name)
     }
 
     fn disown(&mut self, owner: u32) {

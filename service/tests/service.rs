@@ -403,3 +403,31 @@ async fn files_that_are_not_ours_or_broken_are_left_alone() {
     assert!(!domains.join(".new-abc").exists(), "a write that was cut off is tidied up");
     assert_eq!(std::fs::read_dir(&domains).unwrap().count(), 4, "a lonely note is removed");
 }
+
+/// The map of names and the state of a domain are both locked here, by two callers at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_document_that_does_not_fit_and_an_end_do_not_lock_each_other() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let uuid = uuid::Uuid::new_v4();
+    let (own, other) = (xml("brief", &format!("<uuid>{uuid}</uuid>")), xml("other", &format!("<uuid>{uuid}</uuid>")));
+    let stop = Arc::new(AtomicBool::new(false));
+    for _ in 0..2 {
+        let (service, alice, other, stop) = (world.service.clone(), world.alice(), other.clone(), stop.clone());
+        tokio::spawn(async move {
+            while !stop.load(Ordering::Relaxed) {
+                let _ = service.validate(&alice, &other).await;
+            }
+        });
+    }
+    let lives = async {
+        for _ in 0..200 {
+            let (domain, ticket) = world.service.create(&world.alice(), &own, StartOptions::default()).await.unwrap();
+            ticket.done().await.unwrap();
+            domain.destroy(&world.alice(), false).await.unwrap();
+        }
+    };
+    let done = tokio::time::timeout(std::time::Duration::from_secs(60), lives).await;
+    stop.store(true, Ordering::Relaxed);
+    done.expect("nobody waits for ever");
+}
