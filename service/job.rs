@@ -311,6 +311,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// Its number.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Fires when the job is to stop.
     pub fn cancel_token(&self) -> &CancellationToken {
         &self.cancel

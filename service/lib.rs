@@ -43,14 +43,6 @@ pub struct Settings {
 /// How long `close` waits for jobs under way.
 const CLOSING: Duration = Duration::from_secs(10);
 
-/// A document that was read, allowed and completed.
-struct Accepted {
-    def: DomainDef,
-    driver: Arc<dyn Driver>,
-    /// What the permission is about.
-    subject: Subject,
-}
-
 /// All domains of one host.
 pub struct Service {
     shared: Arc<Shared>,
@@ -127,13 +119,9 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let Accepted { def, driver, subject } = self.accept(caller, xml, &[Action::Define]).await?;
-        if validate {
-            refuse(driver.check(&def).await)?;
-        }
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define], validate).await?;
+        match claimed {
             Claimed::Existing(domain) => {
-                self.permit_again(caller, &[Action::Define], &def, &subject, &domain).await?;
                 domain.redefine(caller, def).await?;
                 Ok(domain)
             }
@@ -162,17 +150,16 @@ impl Service {
     }
 
     async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        const ACTIONS: &[Action] = &[Action::Define, Action::Start];
-        let Accepted { def, driver, subject } = self.accept(caller, xml, ACTIONS).await?;
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define, Action::Start], false).await?;
+        match claimed {
             Claimed::Existing(domain) => {
-                self.permit_again(caller, ACTIONS, &def, &subject, &domain).await?;
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
             }
             Claimed::New => {
                 let domain = self.bear(caller, driver, &def, None);
                 self.shared.registry.insert(domain.clone());
+                // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
             }
@@ -256,43 +243,49 @@ impl Service {
         }
     }
 
-    /// Reads, authorizes and completes a document.
-    async fn accept(&self, caller: &Caller, xml: &str, actions: &[Action]) -> Result<Accepted> {
+    /// Reads, authorizes and completes a document, and claims its name and uuid.
+    async fn accept(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        actions: &[Action],
+        validate: bool,
+    ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
         let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
-        let driver = self.driver_for(&def.kind)?;
+        let driver = self.driver_for(&def.kind)?.clone();
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
-        let subject = existing.map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
-        self.permit(caller, actions, &def, &subject).await?;
+        let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
+        let native = def.has_native_arguments().then_some(Action::Native);
+        for action in actions.iter().copied().chain(native) {
+            self.shared.authority.check(caller, action, &subject).await?;
+        }
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
-        Ok(Accepted { def, driver, subject })
-    }
-
-    /// Asks for permission to do `actions` with a document.
-    async fn permit(&self, caller: &Caller, actions: &[Action], def: &DomainDef, subject: &Subject) -> Result<()> {
-        let native = def.has_native_arguments().then_some(Action::Native);
-        for action in actions.iter().copied().chain(native) {
-            self.shared.authority.check(caller, action, subject).await?;
+        if validate {
+            refuse(driver.check(&def).await)?;
         }
-        Ok(())
+        let claimed = self.claim(caller, &def, existing.as_ref())?;
+        Ok((def, driver, claimed))
     }
 
-    /// The same once more where `domain` is not what `asked` was about: another caller may have defined it meanwhile.
-    async fn permit_again(
-        &self,
-        caller: &Caller,
-        actions: &[Action],
-        def: &DomainDef,
-        asked: &Subject,
-        domain: &Domain,
-    ) -> Result<()> {
-        match domain.subject() {
-            same if same == *asked => Ok(()),
-            other => self.permit(caller, actions, def, &other).await,
+    /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's
+    /// time: what has come or gone meanwhile is another domain, for which it does not hold.
+    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed> {
+        let meanwhile = |what: &str| format!("domain '{}' was {what} by another call meanwhile; try again", def.name);
+        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+            Claimed::Existing(domain) if existing.is_some_and(|known| Arc::ptr_eq(known, &domain)) => {
+                Ok(Claimed::Existing(domain))
+            }
+            Claimed::Existing(_) => Err(Error::DomainExists(meanwhile("defined"))),
+            Claimed::New if existing.is_none() => Ok(Claimed::New),
+            Claimed::New => {
+                self.shared.registry.remove(def.uuid, &def.name, caller.uid);
+                Err(Error::OperationInvalid(meanwhile("removed")))
+            }
         }
     }
 

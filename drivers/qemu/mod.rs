@@ -15,6 +15,7 @@ mod instance;
 mod launch;
 mod live;
 mod log;
+mod make;
 mod qmp;
 mod record;
 mod report;
@@ -164,6 +165,14 @@ impl Driver for QemuDriver {
         let place = command::Place { runtime_dir: &runtime_dir, monitor_fd: MONITOR_FD, sandbox };
         let command = command::build(def, &caps, &place).map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
+    }
+
+    async fn remove_variables(&self, path: &Path) -> Result<(), DriverError> {
+        let (path, wary) = (path.to_owned(), matches!(self.0.privileges, Privileges::Drop { .. }));
+        record::blocking(move || {
+            make::remove_variables(&path, wary).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
+        })
+        .await?
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {

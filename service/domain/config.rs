@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::job::lock;
 use crate::store::{Note, on_disk};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::state::{Defined, Lifecycle, Undefined};
@@ -81,10 +81,7 @@ impl Domain {
             return Err(e);
         }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
-        self.commit(|state| {
-            state.being_stored = false;
-            state.has_stored(def, told)
-        });
+        self.commit(|state| state.has_stored(def, told));
         tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
         Ok(())
     }
@@ -109,28 +106,46 @@ impl Domain {
             let _turn = self.begin(caller, Action::Delete, "undefine").await?;
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
-            let variables = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.clone()).map(PathBuf::from);
-            let (shared, uuid, name, active) = (self.shared.clone(), self.uuid, self.name(), live.is_some());
-            on_disk(move || {
-                if let Some(file) = variables.filter(|file| file.exists()) {
-                    remove_variables(&name, active, options, &file)?;
-                }
-                shared.store.remove_definition(uuid)
-            })
-            .await?;
+            let variables = self.firmware_variables(&stored, live.is_some(), options)?;
+            // First what may fail, and may be tried again while the configuration still says where it is.
+            if let Some(file) = variables {
+                let removed = self.driver.remove_variables(&file).await;
+                removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))?;
+            }
+            let (shared, uuid) = (self.shared.clone(), self.uuid);
+            on_disk(move || shared.store.remove_definition(uuid)).await?;
             self.commit(|state| {
                 state.stored = None;
                 state.autostart = false;
                 state.config_changed = false;
-                state.gone = state.guest.is_none();
-                if state.gone {
-                    self.shared.registry.remove(self.uuid, &state.name, self.owner);
-                }
+                self.leave_if_nothing_left(state);
                 vec![Lifecycle::Undefined(Undefined::Removed)]
             });
             Ok(())
         })
         .await
+    }
+
+    /// The file of firmware variables that is to be removed before the configuration that names it.
+    fn firmware_variables(
+        &self,
+        stored: &DomainDef,
+        active: bool,
+        options: UndefineOptions,
+    ) -> Result<Option<PathBuf>> {
+        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
+        match path.filter(|path| path.exists()) {
+            Some(path) if !options.nvram => Err(Error::OperationInvalid(format!(
+                "domain '{}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
+                self.name(),
+                path.display()
+            ))),
+            Some(_) if active => Err(Error::OperationInvalid(format!(
+                "the running domain '{}' uses its firmware variables; shut it down before they are removed",
+                self.name()
+            ))),
+            file => Ok(file),
+        }
     }
 
     /// Gives an inactive, persistent domain another name.
@@ -149,8 +164,8 @@ impl Domain {
                 self.shared.registry.drop_name(name);
                 return Err(e);
             }
-            self.shared.registry.drop_name(&stored.name);
             self.commit_rename(def);
+            self.shared.registry.drop_name(&stored.name);
             Ok(())
         })
         .await
@@ -285,8 +300,10 @@ impl Domain {
         on_disk(move || shared.store.save_definition(uuid, &def.write(STORED), &note)).await
     }
 
+    /// Notes the configuration of what runs; a guest that has just ended needs no note.
     async fn keep_live(&self, live: &DomainDef) -> Result<()> {
-        let (status, text) = (self.guest()?.status, live.write(Form { inactive: false, ..STORED }));
+        let Ok(guest) = self.guest() else { return Ok(()) };
+        let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
@@ -318,6 +335,7 @@ impl Domain {
 impl State {
     fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
         self.stored = Some(Arc::new(def));
+        self.being_stored = false;
         self.compare_configs();
         vec![told]
     }
@@ -333,22 +351,6 @@ impl State {
         self.compare_configs();
         told
     }
-}
-
-/// Removes the file of firmware variables before the configuration that names it, if that is wanted and can be done.
-fn remove_variables(name: &str, active: bool, options: UndefineOptions, file: &Path) -> Result<()> {
-    if !options.nvram {
-        return Err(Error::OperationInvalid(format!(
-            "domain '{name}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
-            file.display()
-        )));
-    }
-    if active {
-        return Err(Error::OperationInvalid(format!(
-            "the running domain '{name}' uses its firmware variables; shut it down before they are removed"
-        )));
-    }
-    std::fs::remove_file(file).map_err(|e| Error::from_io("remove", file, &e))
 }
 
 /// The definition under another name, which is held to the rules a document's name is held to.

@@ -58,23 +58,23 @@ impl Domain {
         def: Option<DomainDef>,
         options: StartOptions,
     ) -> Result<Ticket> {
+        let creation = def.as_ref().map(|_| Creation::begin(self)).transpose()?;
         let cancel = CancellationToken::new();
         let turn = self.turn.try_take("start", &cancel);
-        let accepted = self.accept_start(caller, turn.is_some(), def.as_ref(), cancel).await;
-        if accepted.is_err() && turn.is_some() {
-            self.drop_if_nothing_left();
-        }
-        let (job, ticket) = accepted?;
+        let (job, ticket) = self.accept_start(caller, turn.is_some(), def.as_ref(), cancel).await?;
         if options.cancel_on_disconnect {
             cancel_when_gone(caller, job.cancel_token());
         }
-        lock(&self.state).starting |= turn.is_some();
+        if turn.is_some() {
+            lock(&self.state).starting = Some(job.id());
+        }
         self.announce_transient();
         let (domain, caller) = (self.clone(), caller.clone());
         tokio::spawn(async move {
             let begun = Instant::now();
             let result = domain.run_start(&job, turn, def, &caller, options).await;
             domain.log(&caller, "start", begun, result.as_ref().err());
+            drop(creation);
             job.finish(result);
         });
         Ok(ticket)
@@ -111,21 +111,20 @@ impl Domain {
         };
         turn.rename(job.label("start"));
         job.running();
-        lock(&self.state).starting = true;
+        lock(&self.state).starting = Some(job.id());
         let started = match self.def_to_start(def.as_ref()) {
             Ok(def) => self.start_guest(def, caller, options, job.cancel_token()).await,
             Err(e) => Err(e),
         };
         // While the turn is still ours: what follows is about this start, not about the next.
         self.start_ended();
-        self.drop_if_nothing_left();
         drop(turn);
         started
     }
 
-    /// Lets those know who wait for the end of a start.
+    /// Lets those know who wait for the end of a start. To be called before the turn is given back.
     fn start_ended(&self) {
-        lock(&self.state).starting = false;
+        lock(&self.state).starting = None;
         self.changes.send_modify(|n| *n += 1);
     }
 
@@ -144,7 +143,7 @@ impl Domain {
         }
         if let Some(why) = &state.lost {
             return Err(Error::OperationInvalid(format!(
-                "domain '{}' may have a guest that virtd could not look at when it started ({why}); mend that and restart virtd",
+                "domain '{}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd",
                 state.name
             )));
         }
@@ -189,6 +188,7 @@ impl Domain {
         match self.driver.start(launch).await {
             Ok(running) => self.became_active(id, running, status, options, caller, reports).await,
             Err(e) => {
+                status.close();
                 let shared = self.shared.clone();
                 on_disk(move || {
                     shared.store.forget_guest(uuid);
@@ -243,7 +243,7 @@ impl Domain {
         self.commit(|state| {
             (state.state, state.reason) = state_after_start(options);
             state.since_usec = since_usec;
-            state.starting = false;
+            state.starting = None;
             state.guest = Some(guest);
             state.compare_configs();
             let mut events = vec![Lifecycle::Started(Started::Booted)];
@@ -282,21 +282,6 @@ impl Domain {
         let transient = lock(&self.state).stored.is_none();
         if transient {
             self.announce();
-        }
-    }
-
-    /// A domain without configuration and guest is nothing. To be called by whoever has the turn.
-    pub(super) fn drop_if_nothing_left(&self) {
-        let nothing_left = {
-            let state = lock(&self.state);
-            state.stored.is_none() && state.guest.is_none() && !state.gone
-        };
-        if nothing_left {
-            self.commit(|state| {
-                state.gone = true;
-                self.shared.registry.remove(self.uuid, &state.name, self.owner);
-                Vec::new()
-            });
         }
     }
 
@@ -375,9 +360,10 @@ impl Domain {
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
         self.told(caller, "destroy", async {
             self.allow(caller, Action::Stop).await?;
-            if lock(&self.state).starting {
+            let starting = lock(&self.state).starting;
+            if starting.is_some() {
                 self.turn.ask_to_give_up();
-                self.until(|s| !s.starting).await;
+                self.until(|s| s.starting != starting).await;
                 if lock(&self.state).guest.is_none() {
                     return Ok(());
                 }
@@ -442,6 +428,28 @@ impl Domain {
 
     fn failed(&self, deed: &str, e: DriverError) -> Error {
         Error::from_driver(&self.name(), deed, e)
+    }
+}
+
+/// The start of a transient domain, from its acceptance to its end: as long as it is under way, the domain is there. One
+/// whose guest did not come to be is nothing.
+struct Creation(Arc<Domain>);
+
+impl Creation {
+    fn begin(domain: &Arc<Domain>) -> Result<Creation> {
+        let mut state = lock(&domain.state);
+        if state.gone {
+            return Err(Error::NoSuchDomain { what: "name", value: state.name.clone() });
+        }
+        state.creations += 1;
+        Ok(Creation(domain.clone()))
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        lock(&self.0.state).creations -= 1;
+        self.0.drop_if_nothing_left();
     }
 }
 

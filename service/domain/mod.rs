@@ -44,9 +44,11 @@ struct State {
     name: String,
     stored: Option<Arc<DomainDef>>,
     guest: Option<Guest>,
-    /// A start is under way: there is no guest yet, and soon there may be one.
-    starting: bool,
-    /// A configuration is on its way to disk: the domain stays, whatever becomes of its guest.
+    /// The job of the start under way: there is no guest yet, and soon there may be one.
+    starting: Option<u64>,
+    /// Starts that bring their own definition and have not ended: until then the domain stays, whatever else goes.
+    creations: usize,
+    /// A configuration is on its way to disk: as with `creations`.
     being_stored: bool,
     state: DomainState,
     reason: StateReason,
@@ -57,6 +59,8 @@ struct State {
     lost: Option<String>,
     /// No longer in the registry.
     gone: bool,
+    /// Anybody was told that it exists.
+    told: bool,
     /// As last published.
     facts: Arc<DomainFacts>,
 }
@@ -122,7 +126,8 @@ impl Domain {
                 name: birth.name,
                 stored,
                 guest: None,
-                starting: false,
+                starting: None,
+                creations: 0,
                 being_stored: false,
                 state: DomainState::Shutoff,
                 reason: birth.ended.reason,
@@ -131,6 +136,7 @@ impl Domain {
                 config_changed: false,
                 lost: None,
                 gone: false,
+                told: false,
                 facts,
             }),
             changes: watch::channel(0).0,
@@ -196,14 +202,19 @@ impl Domain {
         Ok(())
     }
 
-    /// The one way to change what is published: changes the state, then tells what came of it, as one.
+    /// The one way to change what is published: changes the state, then tells what came of it, as one. Of a domain that
+    /// has gone, or that nobody knows yet and is gone with this, nothing is told.
     fn commit(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
         let mut state = lock(&self.state);
+        let was_told = state.told && !state.gone;
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
-        let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
-        self.shared.events.send(event);
+        if was_told || !state.gone {
+            let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
+            self.shared.events.send(event);
+            state.told = true;
+        }
         self.changes.send_modify(|n| *n += 1);
     }
 
@@ -233,6 +244,25 @@ impl Domain {
     /// Tells the publisher of a domain that was there before virtd.
     pub(crate) fn announce(&self) {
         self.commit(|_| Vec::new());
+    }
+
+    /// Takes a domain of which nothing is left, or about to come, out of the registry. For use in `commit`.
+    fn leave_if_nothing_left(&self, state: &mut State) {
+        if state.nothing_left() {
+            state.gone = true;
+            self.shared.registry.remove(self.uuid, &state.name, self.owner);
+        }
+    }
+
+    /// The same, where nothing else changes.
+    fn drop_if_nothing_left(&self) {
+        let nothing_left = lock(&self.state).nothing_left();
+        if nothing_left {
+            self.commit(|state| {
+                self.leave_if_nothing_left(state);
+                Vec::new()
+            });
+        }
     }
 
     /// Waits until the state satisfies `wanted`.
@@ -367,10 +397,7 @@ impl Domain {
             state.reason = reason;
             state.since_usec = since_usec;
             state.config_changed = false;
-            state.gone = state.stored.is_none() && !state.being_stored;
-            if state.gone {
-                self.shared.registry.remove(self.uuid, &state.name, self.owner);
-            }
+            self.leave_if_nothing_left(state);
             vec![Lifecycle::Stopped(stopped)]
         });
         match exit {
@@ -496,6 +523,12 @@ impl State {
             (Some(stored), Some(guest)) => !stored.same_configuration(&guest.live),
             _ => false,
         };
+    }
+
+    /// Whether it is to go: it has neither configuration nor guest, and is about to get neither.
+    fn nothing_left(&self) -> bool {
+        let left = self.stored.is_some() || self.guest.is_some() || self.being_stored || self.creations > 0;
+        !left && !self.gone
     }
 
     fn note(&self, owner: u32) -> Note {

@@ -1,8 +1,8 @@
 //! How virtd comes up and goes, on both buses.
 
-use crate::common::Daemon;
-use crate::common::Setup;
+use crate::common::client::Client;
 use crate::common::users::{ALICE, BOB};
+use crate::common::{Daemon, Setup, read_project_file};
 use std::process::Output;
 
 /// Runs another virtd to its end.
@@ -64,4 +64,17 @@ async fn a_bus_that_is_not_there_is_an_error() {
     let output = command.arg(daemon.folder().join("other")).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(said(&output).contains("the bus cannot be reached"), "{}", said(&output));
+}
+
+/// The shipped activation file, with this virtd instead of the installed one.
+#[tokio::test]
+async fn a_first_call_starts_virtd() {
+    let Some(daemon) = Daemon::session_bus() else { return };
+    let ours = format!("{} --session --root {}", env!("CARGO_BIN_EXE_virtd"), daemon.root().display());
+    let file = read_project_file("data/dbus/org.virt.session.service").replace("/usr/sbin/virtd --session", &ours);
+    std::fs::write(daemon.folder().join("services/org.virt.service"), file).unwrap();
+    let connection = daemon.connect().await;
+    zbus::fdo::DBusProxy::new(&connection).await.unwrap().reload_config().await.unwrap();
+    let version = Client { connection }.property::<String>("/org/virt", "org.virt.Manager", "Version").await;
+    assert_eq!(version, env!("CARGO_PKG_VERSION"));
 }
