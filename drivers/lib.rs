@@ -11,9 +11,9 @@ use virt_model::driver::Driver;
 /// What drivers must know of this virtd.
 #[derive(Clone, Debug)]
 pub struct DriverConfig {
-    /// For what can be found out again, e.g. `/var/cache/virtd`.
+    /// For what can be found out again, e.g. `/var/cache/virt`.
     pub cache_dir: PathBuf,
-    /// For what must outlive a reboot of the host, e.g. `/var/lib/virtd`.
+    /// For what must outlive a reboot of the host, e.g. `/var/lib/virt`.
     pub state_dir: PathBuf,
     /// We serve everybody on this host, as root: hypervisors run as a user of their own.
     pub system: bool,

@@ -19,7 +19,7 @@ macro_rules! standard {
     ($($(#[$meta:meta])* $function:ident = $name:literal;)+) => {
         impl Error {
             $($(#[$meta])* pub fn $function(text: impl Into<String>) -> Error {
-                Error { name: concat!("org.freedesktop.DBus.Error.", $name), text: text.into() }
+                Error { name: concat!("org.freedesktop.DBus.Error.", $name), text: sayable(text.into()) }
             })+
         }
     };
@@ -82,14 +82,19 @@ pub fn name(error: &ServiceError) -> &'static str {
 
 impl From<ServiceError> for Error {
     fn from(error: ServiceError) -> Error {
-        Error { name: name(&error), text: error.to_string() }
+        Error::from(&error)
     }
 }
 
 impl From<&ServiceError> for Error {
     fn from(error: &ServiceError) -> Error {
-        Error { name: name(error), text: error.to_string() }
+        Error { name: name(error), text: sayable(error.to_string()) }
     }
+}
+
+/// A text may come from outside and hold what the bus cannot carry.
+fn sayable(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', " ") } else { text }
 }
 
 impl fmt::Display for Error {

@@ -26,12 +26,20 @@ const QUEUED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
 /// How long the bus may take to let us in, and to take the last signals.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long work on files may go on when all else has ended.
+const FILES: Duration = Duration::from_secs(5);
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     virtd::log::begin(arguments.log_level);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
-    let ended = runtime.map_err(|error| error.to_string()).and_then(|runtime| runtime.block_on(run(&arguments)));
+    let ended = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
+        let ended = runtime.block_on(run(&arguments));
+        // Not dropped: that would wait for a thread in a file system that does not answer.
+        runtime.shutdown_timeout(FILES);
+        ended
+    });
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -38,6 +38,9 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
             let _place = places.acquire_owned().await;
             if let Err(e) = find_guest(&shared, uuid, status).await {
                 tracing::error!(%uuid, "its guest is left alone: {e}");
+                if let Some(domain) = shared.registry.get(uuid) {
+                    domain.has_lost_sight(&e);
+                }
             }
         });
     }
@@ -150,16 +153,16 @@ fn domain_of(
 /// A guest ended while virtd was away, or its start was cut off.
 async fn has_gone(shared: &Arc<Shared>, uuid: Uuid, live: &DomainDef) -> Result<()> {
     tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
+    if let Some(domain) = shared.registry.get(uuid) {
+        domain.ended_unseen(StateReason::Daemon, now_usec()).await;
+        return Ok(());
+    }
     let on = shared.clone();
     on_disk(move || {
         on.store.forget_guest(uuid);
         Ok(())
     })
-    .await?;
-    if let Some(domain) = shared.registry.get(uuid) {
-        domain.ended_unseen(StateReason::Daemon, now_usec()).await;
-    }
-    Ok(())
+    .await
 }
 
 /// Starts what starts with the host, once since the host booted.

@@ -13,10 +13,11 @@ use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
 use crate::shared::now_usec;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::{OwnedMutexGuard, oneshot, watch};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -166,6 +167,8 @@ pub struct Jobs {
 struct Table {
     last: u64,
     entries: BTreeMap<u64, Entry>,
+    /// Those that have ended, in the order of their ends.
+    ended: VecDeque<(u64, Instant)>,
 }
 
 #[derive(Debug)]
@@ -263,27 +266,37 @@ impl Jobs {
 
     fn ended(self: &Arc<Self>, id: u64) {
         self.unfinished.send_modify(|n| *n -= 1);
-        let oldest = {
-            let table = lock(&self.table);
-            let ended: Vec<u64> =
-                table.entries.values().filter(|e| e.facts.state.is_final()).map(|e| e.facts.id).collect();
-            (ended.len() > KEPT).then(|| ended[0])
+        let (oldest, first) = {
+            let mut table = lock(&self.table);
+            table.ended.push_back((id, Instant::now()));
+            let oldest = if table.ended.len() > KEPT { table.ended.pop_front() } else { None };
+            (oldest, table.ended.len() == 1)
         };
-        if let Some(oldest) = oldest {
+        if let Some((oldest, _)) = oldest {
             self.forget(oldest);
         }
-        let jobs: Weak<Jobs> = Arc::downgrade(self);
-        tokio::spawn(async move {
-            tokio::time::sleep(READABLE).await;
-            if let Some(jobs) = jobs.upgrade() {
-                jobs.forget(id);
-            }
-        });
+        if first {
+            tokio::spawn(forget_in_time(Arc::downgrade(self)));
+        }
     }
 
     fn forget(&self, id: u64) {
         if lock(&self.table).entries.remove(&id).is_some() {
             self.events.send(Event::JobGone(id));
+        }
+    }
+}
+
+/// Forgets ended jobs when their time has come, until there are none.
+async fn forget_in_time(jobs: Weak<Jobs>) {
+    loop {
+        let next = jobs.upgrade().and_then(|jobs| lock(&jobs.table).ended.front().copied());
+        let Some((id, since)) = next else { return };
+        tokio::time::sleep_until(since + READABLE).await;
+        let Some(jobs) = jobs.upgrade() else { return };
+        let due = lock(&jobs.table).ended.pop_front_if(|(front, _)| *front == id);
+        if due.is_some() {
+            jobs.forget(id);
         }
     }
 }
@@ -298,6 +311,11 @@ pub struct Job {
 }
 
 impl Job {
+    /// Its number.
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+
     /// Fires when the job is to stop.
     pub fn cancel_token(&self) -> &CancellationToken {
         &self.cancel
@@ -440,6 +458,36 @@ mod tests {
         }
         assert_eq!(jobs.list().len(), KEPT);
         assert_eq!(jobs.list()[0], 11);
+    }
+
+    #[tokio::test]
+    async fn a_job_that_ends_late_is_kept_like_others() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 4);
+        let (long, _) = jobs.open(&root(), Uuid::nil(), "save", CancellationToken::new()).expect("opened");
+        for _ in 0..KEPT {
+            jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
+        }
+        long.finish(Ok(()));
+        assert_eq!((jobs.list().len(), jobs.list()[0]), (KEPT, 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn each_ended_job_has_its_own_time() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 4);
+        let end_one =
+            || jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
+        for expected in [1, 3, 5] {
+            end_one();
+            tokio::time::sleep(READABLE / 2).await;
+            end_one();
+            assert_eq!(jobs.list(), [expected, expected + 1]);
+            tokio::time::sleep(READABLE / 2 + Duration::from_secs(1)).await;
+            assert_eq!(jobs.list(), [expected + 1]);
+            tokio::time::sleep(READABLE).await;
+            assert!(jobs.list().is_empty());
+        }
     }
 
     #[tokio::test]

@@ -20,7 +20,7 @@ use error::{Error, Result};
 use events::{Event, Events};
 use job::{Jobs, Ticket};
 use registry::Claimed;
-use shared::{Shared, now_usec};
+use shared::{Shared, millis, now_usec};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use store::{Ended, Note, Store};
@@ -119,11 +119,8 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let (def, driver) = self.accept(caller, xml, &[Action::Define]).await?;
-        if validate {
-            refuse(driver.check(&def).await)?;
-        }
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define], validate).await?;
+        match claimed {
             Claimed::Existing(domain) => {
                 domain.redefine(caller, def).await?;
                 Ok(domain)
@@ -135,8 +132,7 @@ impl Service {
                     self.shared.registry.remove(uuid, &name, caller.uid);
                     return Err(e);
                 }
-                self.shared.registry.insert(domain.clone());
-                domain.tell_added();
+                domain.add();
                 Ok(domain)
             }
         }
@@ -145,8 +141,17 @@ impl Service {
     /// Starts a transient domain, or the inactive persistent one of that uuid and name with this configuration. The
     /// ticket answers when it runs; if it does not come to that, a domain that was not there before is not there after.
     pub async fn create(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let (def, driver) = self.accept(caller, xml, &[Action::Define, Action::Start]).await?;
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        let begun = Instant::now();
+        let result = self.create_inner(caller, xml, options).await;
+        if let Err(e) = &result {
+            log_refused(caller, "create", begun, e);
+        }
+        result
+    }
+
+    async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
+        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define, Action::Start], false).await?;
+        match claimed {
             Claimed::Existing(domain) => {
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
@@ -154,14 +159,9 @@ impl Service {
             Claimed::New => {
                 let domain = self.bear(caller, driver, &def, None);
                 self.shared.registry.insert(domain.clone());
-                let (uuid, name) = (def.uuid, def.name.clone());
-                match domain.launch(caller, Some(def), options).await {
-                    Ok(ticket) => Ok((domain, ticket)),
-                    Err(e) => {
-                        self.shared.registry.remove(uuid, &name, caller.uid);
-                        Err(e)
-                    }
-                }
+                // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
             }
         }
     }
@@ -222,11 +222,18 @@ impl Service {
         let Some(facts) = self.shared.jobs.facts(id) else {
             return Err(Error::OperationInvalid(format!("there is no job {id}; it may have ended a while ago")));
         };
-        if facts.requester_uid != caller.uid {
-            let subject = self.get(facts.domain).map(|domain| domain.subject()).unwrap_or_default();
-            self.shared.authority.check(caller, Action::Job, &subject).await?;
+        let domain = self.get(facts.domain);
+        let cancel = async {
+            if facts.requester_uid != caller.uid {
+                let subject = domain.as_ref().map(|domain| domain.subject()).unwrap_or_default();
+                self.shared.authority.check(caller, Action::Job, &subject).await?;
+            }
+            self.shared.jobs.cancel(id)
+        };
+        match &domain {
+            Some(domain) => domain.told(caller, "cancel job", cancel).await,
+            None => cancel.await,
         }
-        self.shared.jobs.cancel(id)
     }
 
     /// Lets jobs under way end, for a while. Guests go on.
@@ -236,12 +243,18 @@ impl Service {
         }
     }
 
-    /// Reads, authorizes and completes a document.
-    async fn accept(&self, caller: &Caller, xml: &str, actions: &[Action]) -> Result<(DomainDef, Arc<dyn Driver>)> {
+    /// Reads, authorizes and completes a document, and claims its name and uuid.
+    async fn accept(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        actions: &[Action],
+        validate: bool,
+    ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
         let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
-        let driver = self.driver_for(&def.kind)?;
+        let driver = self.driver_for(&def.kind)?.clone();
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
-        let subject = existing.map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
+        let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
         let native = def.has_native_arguments().then_some(Action::Native);
         for action in actions.iter().copied().chain(native) {
             self.shared.authority.check(caller, action, &subject).await?;
@@ -252,7 +265,28 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
-        Ok((def, driver))
+        if validate {
+            refuse(driver.check(&def).await)?;
+        }
+        let claimed = self.claim(caller, &def, existing.as_ref())?;
+        Ok((def, driver, claimed))
+    }
+
+    /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's
+    /// time: what has come or gone meanwhile is another domain, for which it does not hold.
+    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed> {
+        let meanwhile = |what: &str| format!("domain '{}' was {what} by another call meanwhile; try again", def.name);
+        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+            Claimed::Existing(domain) if existing.is_some_and(|known| Arc::ptr_eq(known, &domain)) => {
+                Ok(Claimed::Existing(domain))
+            }
+            Claimed::Existing(_) => Err(Error::DomainExists(meanwhile("defined"))),
+            Claimed::New if existing.is_none() => Ok(Claimed::New),
+            Claimed::New => {
+                self.shared.registry.remove(def.uuid, &def.name, caller.uid);
+                Err(Error::OperationInvalid(meanwhile("removed")))
+            }
+        }
     }
 
     /// A domain that is not in the registry yet; its name is claimed.
@@ -289,16 +323,16 @@ impl Service {
     }
 
     fn log(&self, caller: &Caller, deed: &str, begun: Instant, result: &Result<Arc<Domain>>) {
-        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-        let uid = caller.uid;
         match result {
-            Ok(domain) => {
-                let (uuid, name) = (domain.uuid(), domain.name());
-                tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain");
-            }
-            Err(e) => tracing::warn!(uid, action = deed, outcome = %e, duration_ms, "domain"),
+            Ok(domain) => domain.log(caller, deed, begun, None),
+            Err(e) => log_refused(caller, deed, begun, e),
         }
     }
+}
+
+/// The line for what came to no domain.
+fn log_refused(caller: &Caller, deed: &str, begun: Instant, e: &Error) {
+    tracing::warn!(uid = caller.uid, action = deed, outcome = %e, duration_ms = millis(begun), "domain");
 }
 
 /// Refuses what a check found, warnings apart.

@@ -7,7 +7,7 @@ use crate::registry::Registry;
 use crate::store::Store;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::Driver;
 
@@ -103,4 +103,9 @@ pub(crate) fn virtd_itself() -> Caller {
 /// Now, in microseconds since the epoch.
 pub(crate) fn now_usec() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
+}
+
+/// How long it has been, for the log.
+pub(crate) fn millis(since: Instant) -> u64 {
+    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }

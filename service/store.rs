@@ -102,10 +102,14 @@ impl Store {
         replace_json(&self.note(uuid), note)
     }
 
-    /// Removes a configuration, then its note.
+    /// Removes a configuration, then what goes with it. On failure it is there still; of what goes with it, what cannot be
+    /// removed now means nothing without it.
     pub fn remove_definition(&self, uuid: Uuid) -> Result<()> {
         remove(&self.definition(uuid))?;
-        remove(&self.note(uuid))
+        for leavings in [self.note(uuid), self.ended_file(uuid)] {
+            remove(&leavings).unwrap_or_else(|e| tracing::warn!(%uuid, "{e}"));
+        }
+        Ok(())
     }
 
     /// All configurations with their notes. One that cannot be read is logged, left alone and left out.
@@ -153,7 +157,7 @@ impl Store {
 
     /// A status file, not yet written.
     pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(status) })
+        Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(Some(status)) })
     }
 
     /// Makes the driver's folder for one guest, empty.
@@ -239,15 +243,24 @@ impl Store {
 #[derive(Debug)]
 pub(crate) struct StatusFile {
     path: PathBuf,
-    status: Mutex<Status>,
+    /// `None` once the guest has gone.
+    status: Mutex<Option<Status>>,
 }
 
 impl StatusFile {
-    /// Changes it and writes it. On failure the disk has the old one.
+    /// Changes it and writes it. On failure it is as before. Nothing is written of a guest that has gone.
     pub fn update(&self, change: impl FnOnce(&mut Status)) -> Result<()> {
         let mut status = lock(&self.status);
-        change(&mut status);
-        replace_json(&self.path, &*status)
+        let Some(mut changed) = status.clone() else { return Ok(()) };
+        change(&mut changed);
+        replace_json(&self.path, &changed)?;
+        *status = Some(changed);
+        Ok(())
+    }
+
+    /// The guest has gone: nothing is written from now on. Blocks while something is being written.
+    pub fn close(&self) {
+        lock(&self.status).take();
     }
 }
 

@@ -78,12 +78,13 @@ struct Need {
 }
 
 impl Ledger {
-    /// Opens the ledger `access.json` in `dir`. What was lent before the host booted is given back.
+    /// Opens the ledger `access.json` in `dir`. What was lent before the host booted is given back. A ledger that cannot be
+    /// read, as a host that lost power may leave it, is put aside: no guest should have to wait for its repair.
     pub fn open(dir: &Path) -> io::Result<Ledger> {
         std::fs::create_dir_all(dir)?;
         let file = dir.join("access.json");
         let books = match std::fs::read(&file) {
-            Ok(text) => serde_json::from_slice(&text)?,
+            Ok(text) => serde_json::from_slice(&text).or_else(|error| put_aside(&file, &error))?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => Books::default(),
             Err(e) => return Err(e),
         };
@@ -186,6 +187,17 @@ impl Ledger {
         file.persist(&self.file)?;
         Ok(())
     }
+}
+
+/// Begins anew, and says what may have to be done by hand.
+fn put_aside(file: &Path, error: &serde_json::Error) -> io::Result<Books> {
+    let aside = file.with_extension("broken");
+    std::fs::rename(file, &aside)?;
+    let aside = aside.display();
+    tracing::error!(
+        "the ledger of lent files cannot be read ({error}); it is kept as {aside}, and what it says was lent stays lent"
+    );
+    Ok(Books::default())
 }
 
 /// The loan of a file, a new one if it is not lent yet.

@@ -195,3 +195,13 @@ fn backing_files_are_lent_for_reading() {
     let error = ledger.lend(&room.user, guest, &[image(&at("top"))]).unwrap_err().to_string();
     assert!(error.contains("user 1000 chose this file"), "{error}");
 }
+
+#[test]
+fn a_ledger_that_was_cut_off_is_put_aside() {
+    let dir = tempfile::tempdir().unwrap();
+    for text in ["", "{\"boot_id\":"] {
+        std::fs::write(dir.path().join("access.json"), text).unwrap();
+        Ledger::open(dir.path()).unwrap();
+        assert_eq!(std::fs::read_to_string(dir.path().join("access.broken")).unwrap(), text);
+    }
+}

@@ -15,6 +15,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
+use super::acl::through;
+
 /// Symbolic links in one path; the kernel's own limit.
 const MAX_LINKS: usize = 40;
 
@@ -61,6 +63,39 @@ impl Found {
     /// Plain file, block device, …
     pub fn kind(&self) -> FileType {
         FileType::from_raw_mode(self.stat.st_mode)
+    }
+}
+
+/// A place for a file, in a directory that is held: whoever bends the path later changes nothing.
+#[derive(Debug)]
+pub struct Place {
+    dir: OwnedFd,
+    name: OsString,
+}
+
+impl Place {
+    /// The place that `path` means now; there may be nothing there. With `wary`, as root among others: a link of
+    /// somebody's leads only to directories of the same owner.
+    pub fn resolve(path: &Path, wary: bool) -> io::Result<Place> {
+        let invalid = || io::Error::new(io::ErrorKind::InvalidInput, "the path does not end with a name");
+        let (dir, name) = path.parent().zip(path.file_name()).ok_or_else(invalid)?;
+        let found = Found::resolve(dir)?;
+        let owner = found.stat.st_uid;
+        if let Some(chooser) = found.choosers.iter().find(|uid| wary && **uid != owner) {
+            let why = format!("user {chooser} chose this directory of user {owner}'s by a link");
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        Ok(Place { dir: found.fd, name: name.to_owned() })
+    }
+
+    /// The directory, by a path that nobody can bend.
+    pub fn dir(&self) -> PathBuf {
+        through(&self.dir)
+    }
+
+    /// The same for the file; only its last part may be a link.
+    pub fn path(&self) -> PathBuf {
+        self.dir().join(&self.name)
     }
 }
 
@@ -234,6 +269,26 @@ mod tests {
         let named_in_an_image = Found::resolve(&secret).unwrap();
         assert!(named_in_an_image.objection(Some(1000)).is_some());
         assert!(named_in_an_image.objection(Some(0)).is_none());
+    }
+
+    #[test]
+    fn a_users_link_leads_no_new_file_into_roots_directories() {
+        if needs_root() {
+            return;
+        }
+        let dir = dir();
+        let (theirs, link) = (dir.path().join("theirs"), dir.path().join("theirs/link"));
+        std::fs::create_dir(&theirs).unwrap();
+        symlink(dir.path(), &link).unwrap();
+        assert!(Place::resolve(&link.join("new"), true).is_ok(), "root's link");
+        lchown(&link, Some(1000), None).unwrap();
+        let refused = Place::resolve(&link.join("new"), true).unwrap_err();
+        assert!(refused.to_string().contains("user 1000 chose"), "{refused}");
+        chown(dir.path(), Some(1000), None).unwrap();
+        let place = Place::resolve(&link.join("new"), true).unwrap();
+        std::fs::write(place.path(), "").unwrap();
+        assert!(dir.path().join("new").exists());
+        assert!(Place::resolve(&dir.path().join(".."), true).is_err());
     }
 
     #[test]

@@ -1,10 +1,11 @@
 //! Starting a QEMU: everything it needs, then the process, then its monitor, then its CPUs; and all of it undone when a
 //! step fails or the start is cancelled.
 
-use super::command::{Command, Nvram};
+use super::command::Command;
 use super::events::Guest;
 use super::instance::{Body, Leavings, QemuInstance, join, translate};
 use super::log::Log;
+use super::make;
 use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 use std::fs::{DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, fchown};
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -146,10 +147,10 @@ impl Start {
         let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| give(&own, user));
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
-            make_nvram(nvram, self.reset_nvram, user)?;
+            make::variables(nvram, self.reset_nvram, user)?;
         }
         for file in self.command.files.iter().filter(|file| file.create) {
-            make_output(&file.path, user).map_err(|e| storage(&file.path, &e))?;
+            make::output(&file.path, user).map_err(|e| storage(&file.path, &e))?;
         }
         let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
         let monitor = self.leavings().monitor();
@@ -308,42 +309,4 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
     listen(&socket, 1)?;
     Ok(socket)
-}
-
-/// Makes an empty file for QEMU's user to write to, where nothing is: QEMU itself may not be allowed to make it there.
-fn make_output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    let Some(user) = user else { return Ok(()) };
-    match File::options().write(true).create_new(true).mode(0o640).open(path) {
-        Ok(file) => fchown(&file, Some(user.uid), Some(user.gid)),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(e) => Err(e),
-    }
-}
-
-/// Makes the firmware's variables from their template, where they are not there or are to be made anew.
-fn make_nvram(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), DriverError> {
-    let path = &nvram.path;
-    if !anew && path.exists() {
-        return Ok(());
-    }
-    let Some(template) = &nvram.template else {
-        let path = path.display();
-        return Err(DriverError::Storage(format!("{path}: there are no firmware variables and no template for them")));
-    };
-    let mut from = File::open(template).map_err(|e| storage(template, &e))?;
-    let copy = |from: &mut File| {
-        let dir = path.parent().unwrap_or(Path::new("/"));
-        if !dir.exists() {
-            DirBuilder::new().mode(0o711).create(dir)?;
-        }
-        let mut new = tempfile::NamedTempFile::new_in(dir)?;
-        io::copy(from, new.as_file_mut())?;
-        if let Some(user) = user {
-            fchown(new.as_file(), Some(user.uid), Some(user.gid))?;
-        }
-        new.as_file().sync_all()?;
-        new.persist(path)?;
-        Ok(())
-    };
-    copy(&mut from).map_err(|e: io::Error| storage(path, &e))
 }

@@ -15,6 +15,7 @@ mod instance;
 mod launch;
 mod live;
 mod log;
+mod make;
 mod qmp;
 mod record;
 mod report;
@@ -29,6 +30,7 @@ use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
 use live::Ports;
+use record::blocking;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -79,8 +81,14 @@ impl QemuDriver {
         self.0.prober.probe_or_absent(&emulator(def)).await
     }
 
+    /// As [`Privileges::user`]; the database of users may be far away.
+    async fn user(&self) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        let inner = self.0.clone();
+        blocking(move || inner.privileges.user()).await?
+    }
+
     async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
-        let user = self.0.privileges.user()?;
+        let user = self.user().await?;
         let binary = emulator(&launch.def);
         let caps = tokio::select! {
             caps = self.0.prober.probe(&binary) => caps?,
@@ -132,7 +140,7 @@ impl Driver for QemuDriver {
     async fn check(&self, def: &DomainDef) -> Vec<Finding> {
         let caps = self.capabilities_for(def).await;
         let mut findings = check::check(def, &caps);
-        if let Err(error) = self.0.privileges.user() {
+        if let Err(error) = self.user().await {
             findings.push(Finding {
                 kind: FindingKind::Unsupported,
                 line: 0,
@@ -151,12 +159,20 @@ impl Driver for QemuDriver {
             )));
         }
         let caps = self.0.prober.probe(&emulator(def)).await?;
-        // Where a guest will have its sockets is known when it starts.
-        let runtime_dir = Path::new("/run/virtd/guests").join(def.uuid.to_string()).join("qemu");
+        // Where they are with the installed virtd; those of another `--root` are known when a guest starts.
+        let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
         let place = command::Place { runtime_dir: &runtime_dir, monitor_fd: MONITOR_FD, sandbox };
         let command = command::build(def, &caps, &place).map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
+    }
+
+    async fn remove_variables(&self, path: &Path) -> Result<(), DriverError> {
+        let (path, wary) = (path.to_owned(), matches!(self.0.privileges, Privileges::Drop { .. }));
+        record::blocking(move || {
+            make::remove_variables(&path, wary).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
+        })
+        .await?
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {

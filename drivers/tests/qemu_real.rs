@@ -13,8 +13,11 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
+use virt_drivers::DriverConfig;
+use virt_drivers::qemu::QemuDriver;
 use virt_drivers::qemu::capabilities::{Capabilities, Prober, default_emulator};
 use virt_drivers::qemu::command::build;
+use virt_model::driver::Driver;
 
 /// Killed and reaped whatever the test does.
 struct Running(Child);
@@ -161,4 +164,23 @@ async fn this_hosts_qemu_takes_every_command_line() {
         tried += 1;
     }
     assert!(tried > 5);
+}
+
+#[tokio::test]
+async fn what_is_shown_is_what_would_run() {
+    if host_qemu().await.is_none() {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let mut def = qemu::parse(
+        "<domain type='qemu'><name>shown</name><memory>65536</memory><os><type machine='q35'>hvm</type></os><devices>\
+         <graphics type='vnc'><listen type='socket'/></graphics><graphics type='spice' autoport='yes'/>\
+         </devices></domain>",
+    );
+    driver.complete(&mut def).await.unwrap();
+    let words = driver.native(&def, "qemu-argv").await.unwrap().join(" ");
+    let socket = format!("-vnc unix:/run/virt/guests/{}/qemu/vnc0.sock", def.uuid);
+    assert!(words.contains(&socket), "{words}");
+    assert!(words.contains("-spice") && !words.contains("port=-1"), "{words}");
 }

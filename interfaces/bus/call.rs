@@ -200,7 +200,7 @@ fn encoded(builder: zbus::message::Builder<'_>, signature: &str, body: &Body) ->
     made.map_err(|error| Error::internal(format!("a message could not be made: {error}")))
 }
 
-/// The answer that says no. A text may come from outside and hold what the bus cannot carry.
+/// The answer that says no.
 pub fn refusal(to: &Header<'_>, error: &Error) -> zbus::Result<Message> {
-    Message::error(to, error.name).build(&error.text.replace('\0', " "))
+    Message::error(to, error.name).build(&error.text)
 }

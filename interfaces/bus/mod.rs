@@ -119,7 +119,15 @@ impl Bus {
 
     /// A call has come in.
     fn take(self: &Arc<Self>, call: Message) {
-        match self.gate.meet(sender(&call.header())) {
+        let standing = self.gate.meet(sender(&call.header()));
+        if !call.data().fds().is_empty() {
+            // Waiting calls would keep them open, and there are fewer of them than there may be calls.
+            return match standing {
+                Standing::Held => {}
+                _ => self.refuse(&call, &Error::invalid_args("no method takes file descriptors")),
+            };
+        }
+        match standing {
             Standing::Held => return self.admit(call),
             // It would be refused, or be a look that nobody wants the answer of; a flood should cost no more than this.
             Standing::Full if !wants_reply(&call) => return,

@@ -297,3 +297,19 @@ async fn a_property_is_set_by_its_setter_alone() {
     let wrong = pair.refusal(&path, Some("org.freedesktop.DBus.Properties"), "Set", &value).await;
     assert_eq!(wrong, "org.freedesktop.DBus.Error.PropertyReadOnly");
 }
+
+#[tokio::test]
+async fn file_descriptors_are_not_kept() {
+    let pair = pair(Limits::default(), done).await;
+    domains(&pair.rows, 1);
+    let mut replies = MessageStream::from(&pair.client);
+    let path = format!("/org/virt/domain/_{:032}", 0);
+    let call = Message::method_call(path, "Start").interface(DOMAIN).endian(zbus::wire::Endian::Little);
+    let file = std::os::fd::OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+    // SAFETY: eight zeroes are an empty dictionary, and nothing in it names the descriptor.
+    let call = unsafe { call.build_raw_body(&[0; 8], "a{sv}", vec![file.into()]) }.unwrap();
+    pair.client.send(&call).await.unwrap();
+    let reply = replies.next().await.unwrap().unwrap();
+    let name = reply.header().error_name().map(ToString::to_string);
+    assert_eq!(name.as_deref(), Some("org.freedesktop.DBus.Error.InvalidArgs"));
+}

@@ -61,7 +61,7 @@ impl Domain {
         let (active, persistent) = (state.state.is_active(), state.stored.is_some());
         match when {
             When::Always => true,
-            When::Inactive => !active && !state.starting,
+            When::Inactive => !active && state.starting.is_none(),
             When::Active => active,
             When::Running => matches!(state.state, DomainState::Running | DomainState::Idle),
             When::Paused => matches!(state.state, DomainState::Paused | DomainState::PmSuspended),

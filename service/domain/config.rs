@@ -6,6 +6,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::job::lock;
 use crate::store::{Note, on_disk};
+use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::state::{Defined, Lifecycle, Undefined};
@@ -65,20 +66,37 @@ impl Domain {
     /// Replaces the stored configuration by a completed one of the same uuid and name.
     pub(crate) async fn redefine(self: &Arc<Self>, caller: &Caller, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
-        if def.name != self.name() {
-            let text = format!("domain '{}' was renamed to '{}' meanwhile; try again", def.name, self.name());
-            return Err(Error::DomainExists(text));
+        self.fits(&def, &self.name())?;
+        let first = {
+            let mut state = lock(&self.state);
+            if state.gone {
+                return Err(Error::NoSuchDomain { what: "name", value: def.name });
+            }
+            state.being_stored = true;
+            state.stored.is_none()
+        };
+        if let Err(e) = self.store(def.clone()).await {
+            lock(&self.state).being_stored = false;
+            self.drop_if_nothing_left();
+            return Err(e);
         }
-        if !self.driver.types().contains(&def.kind.as_str()) {
-            let (name, driver) = (&def.name, self.driver.name());
-            let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
-            return Err(Error::OperationInvalid(text));
-        }
-        let first = lock(&self.state).stored.is_none();
-        self.store(def.clone()).await?;
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
         self.commit(|state| state.has_stored(def, told));
         tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
+        Ok(())
+    }
+
+    /// Refuses a definition that cannot be this domain's, whose name is `name`.
+    pub(super) fn fits(&self, def: &DomainDef, name: &str) -> Result<()> {
+        if def.name != name {
+            let text = format!("domain '{}' was renamed to '{name}' meanwhile; try again", def.name);
+            return Err(Error::DomainExists(text));
+        }
+        if !self.driver.types().contains(&def.kind.as_str()) {
+            let driver = self.driver.name();
+            let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
+            return Err(Error::OperationInvalid(text));
+        }
         Ok(())
     }
 
@@ -89,22 +107,18 @@ impl Domain {
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
             let variables = self.firmware_variables(&stored, live.is_some(), options)?;
+            // First what may fail, and may be tried again while the configuration still says where it is.
+            if let Some(file) = variables {
+                let removed = self.driver.remove_variables(&file).await;
+                removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))?;
+            }
             let (shared, uuid) = (self.shared.clone(), self.uuid);
-            on_disk(move || {
-                shared.store.remove_definition(uuid)?;
-                shared.store.save_ended(uuid, None)?;
-                variables
-                    .map_or(Ok(()), |file| std::fs::remove_file(&file).map_err(|e| Error::from_io("remove", &file, &e)))
-            })
-            .await?;
+            on_disk(move || shared.store.remove_definition(uuid)).await?;
             self.commit(|state| {
                 state.stored = None;
                 state.autostart = false;
                 state.config_changed = false;
-                state.gone = state.guest.is_none();
-                if state.gone {
-                    self.shared.registry.remove(self.uuid, &state.name, self.owner);
-                }
+                self.leave_if_nothing_left(state);
                 vec![Lifecycle::Undefined(Undefined::Removed)]
             });
             Ok(())
@@ -112,16 +126,15 @@ impl Domain {
         .await
     }
 
-    /// The file of firmware variables that is to be removed with the configuration.
+    /// The file of firmware variables that is to be removed before the configuration that names it.
     fn firmware_variables(
         &self,
         stored: &DomainDef,
         active: bool,
         options: UndefineOptions,
-    ) -> Result<Option<std::path::PathBuf>> {
-        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(std::path::PathBuf::from);
-        let file = path.filter(|path| path.exists());
-        match file {
+    ) -> Result<Option<PathBuf>> {
+        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
+        match path.filter(|path| path.exists()) {
             Some(path) if !options.nvram => Err(Error::OperationInvalid(format!(
                 "domain '{}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
                 self.name(),
@@ -151,8 +164,8 @@ impl Domain {
                 self.shared.registry.drop_name(name);
                 return Err(e);
             }
-            self.shared.registry.drop_name(&stored.name);
             self.commit_rename(def);
+            self.shared.registry.drop_name(&stored.name);
             Ok(())
         })
         .await
@@ -250,11 +263,16 @@ impl Domain {
                 Ok(def)
             };
             let (live, stored) = (live.map(changed).transpose()?, stored.map(changed).transpose()?);
-            if let Some(stored) = &stored {
-                self.store(stored.clone()).await?;
-            }
             if let Some(live) = &live {
                 self.keep_live(live).await?;
+            }
+            if let Some(stored) = &stored
+                && let Err(e) = self.store(stored.clone()).await
+            {
+                if let (Some(_), Some(before)) = (&live, self.configurations().0) {
+                    self.keep_live(&before).await.unwrap_or_else(|e| tracing::warn!(uuid = %self.uuid, "{e}"));
+                }
+                return Err(e);
             }
             self.commit(|state| state.edited(live, stored));
             Ok(())
@@ -282,8 +300,10 @@ impl Domain {
         on_disk(move || shared.store.save_definition(uuid, &def.write(STORED), &note)).await
     }
 
+    /// Notes the configuration of what runs; a guest that has just ended needs no note.
     async fn keep_live(&self, live: &DomainDef) -> Result<()> {
-        let (status, text) = (self.guest()?.status, live.write(Form { inactive: false, ..STORED }));
+        let Ok(guest) = self.guest() else { return Ok(()) };
+        let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
@@ -315,6 +335,7 @@ impl Domain {
 impl State {
     fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
         self.stored = Some(Arc::new(def));
+        self.being_stored = false;
         self.compare_configs();
         vec![told]
     }

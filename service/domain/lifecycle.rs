@@ -1,13 +1,13 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
-use super::{Domain, Guest};
+use super::{Domain, Guest, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Held, Job, Ticket, lock};
 use crate::shared::now_usec;
 use crate::store::{Status, StatusFile, on_disk};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
@@ -29,6 +29,9 @@ pub struct StartOptions {
     /// Cancel the start when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
 }
+
+/// How long a report may take from the driver to what is published.
+const TOLD: Duration = Duration::from_secs(20);
 
 /// The live form, with passwords: what must be found again after a restart of virtd.
 const KEPT: Form = Form { inactive: false, secure: true, migratable: false };
@@ -55,27 +58,40 @@ impl Domain {
         def: Option<DomainDef>,
         options: StartOptions,
     ) -> Result<Ticket> {
+        let creation = def.as_ref().map(|_| Creation::begin(self)).transpose()?;
         let cancel = CancellationToken::new();
         let turn = self.turn.try_take("start", &cancel);
-        if turn.is_some() {
-            self.can_run(&self.def_to_start(def.as_ref())?).await?;
-        }
-        let (job, ticket) = self.shared.jobs.open(caller, self.uuid, "start", cancel)?;
+        let (job, ticket) = self.accept_start(caller, turn.is_some(), def.as_ref(), cancel).await?;
         if options.cancel_on_disconnect {
             cancel_when_gone(caller, job.cancel_token());
         }
-        lock(&self.state).starting |= turn.is_some();
+        if turn.is_some() {
+            lock(&self.state).starting = Some(job.id());
+        }
         self.announce_transient();
         let (domain, caller) = (self.clone(), caller.clone());
         tokio::spawn(async move {
             let begun = Instant::now();
             let result = domain.run_start(&job, turn, def, &caller, options).await;
-            domain.start_ended();
             domain.log(&caller, "start", begun, result.as_ref().err());
-            domain.drop_if_nothing_left();
+            drop(creation);
             job.finish(result);
         });
         Ok(ticket)
+    }
+
+    /// Makes the checks that can be made beforehand, and the record of the job.
+    async fn accept_start(
+        &self,
+        caller: &Caller,
+        has_turn: bool,
+        def: Option<&DomainDef>,
+        cancel: CancellationToken,
+    ) -> Result<(Job, Ticket)> {
+        if has_turn {
+            self.can_run(&self.def_to_start(def)?).await?;
+        }
+        self.shared.jobs.open(caller, self.uuid, "start", cancel)
     }
 
     async fn run_start(
@@ -95,14 +111,20 @@ impl Domain {
         };
         turn.rename(job.label("start"));
         job.running();
-        let def = self.def_to_start(def.as_ref())?;
-        lock(&self.state).starting = true;
-        self.start_guest(def, caller, options, job.cancel_token()).await
+        lock(&self.state).starting = Some(job.id());
+        let started = match self.def_to_start(def.as_ref()) {
+            Ok(def) => self.start_guest(def, caller, options, job.cancel_token()).await,
+            Err(e) => Err(e),
+        };
+        // While the turn is still ours: what follows is about this start, not about the next.
+        self.start_ended();
+        drop(turn);
+        started
     }
 
-    /// Lets those know who wait for the end of a start.
+    /// Lets those know who wait for the end of a start. To be called before the turn is given back.
     fn start_ended(&self) {
-        lock(&self.state).starting = false;
+        lock(&self.state).starting = None;
         self.changes.send_modify(|n| *n += 1);
     }
 
@@ -110,15 +132,23 @@ impl Domain {
         Error::Cancelled(format!("starting domain '{}' was cancelled; it is shut off as before", self.name()))
     }
 
-    /// What a start now would run. Error: `OperationInvalid` if it runs.
+    /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
+    /// another name by now.
     fn def_to_start(&self, given: Option<&DomainDef>) -> Result<DomainDef> {
+        self.still_here()?;
         let state = lock(&self.state);
         if state.guest.is_some() {
             let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
             return Err(Error::OperationInvalid(text));
         }
+        if let Some(why) = &state.lost {
+            return Err(Error::OperationInvalid(format!(
+                "domain '{}' may have a guest that virtd could not look at when it started ({why}); mend that and restart virtd",
+                state.name
+            )));
+        }
         match given.or(state.stored.as_deref()) {
-            Some(def) => Ok(def.clone()),
+            Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
             None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),
         }
     }
@@ -158,6 +188,7 @@ impl Domain {
         match self.driver.start(launch).await {
             Ok(running) => self.became_active(id, running, status, options, caller, reports).await,
             Err(e) => {
+                status.close();
                 let shared = self.shared.clone();
                 on_disk(move || {
                     shared.store.forget_guest(uuid);
@@ -212,7 +243,7 @@ impl Domain {
         self.commit(|state| {
             (state.state, state.reason) = state_after_start(options);
             state.since_usec = since_usec;
-            state.starting = false;
+            state.starting = None;
             state.guest = Some(guest);
             state.compare_configs();
             let mut events = vec![Lifecycle::Started(Started::Booted)];
@@ -254,21 +285,6 @@ impl Domain {
         }
     }
 
-    /// A transient domain whose guest did not come to be is nothing.
-    fn drop_if_nothing_left(&self) {
-        let nothing_left = {
-            let state = lock(&self.state);
-            state.stored.is_none() && state.guest.is_none() && !state.gone
-        };
-        if nothing_left {
-            self.commit(|state| {
-                state.gone = true;
-                self.shared.registry.remove(self.uuid, &state.name, self.owner);
-                Vec::new()
-            });
-        }
-    }
-
     /// Asks the guest to power off. Returns when it has been asked; what it does about it is told by events.
     pub async fn shutdown(self: &Arc<Self>, caller: &Caller, mode: ShutdownMode) -> Result<()> {
         self.told(caller, "shutdown", async {
@@ -298,7 +314,7 @@ impl Domain {
             guest.instance.reset().await.map_err(|e| self.failed("reset", e))?;
             if ended {
                 guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
-                self.until(|s| !s.runs(guest.id) || s.state == DomainState::Running).await;
+                self.sees(&guest, "resume", |s| s.state == DomainState::Running).await?;
             }
             Ok(())
         })
@@ -311,8 +327,7 @@ impl Domain {
             let _turn = self.begin(caller, Action::Suspend, "suspend").await?;
             let guest = self.listening_guest("suspend")?;
             guest.instance.suspend().await.map_err(|e| self.failed("suspend", e))?;
-            self.until(|s| !s.runs(guest.id) || s.state != DomainState::Running).await;
-            Ok(())
+            self.sees(&guest, "suspend", |s| s.state != DomainState::Running).await
         })
         .await
     }
@@ -324,10 +339,20 @@ impl Domain {
             let guest = self.guest()?;
             self.refuse_unless_paused()?;
             guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
-            self.until(|s| !s.runs(guest.id) || s.state == DomainState::Running).await;
-            Ok(())
+            self.sees(&guest, "resume", |s| s.state == DomainState::Running).await
         })
         .await
+    }
+
+    /// Waits until what the hypervisor has done is told. Something else may have undone it at once: that is not waited for
+    /// without end.
+    async fn sees(&self, guest: &Guest, deed: &str, wanted: impl Fn(&State) -> bool) -> Result<()> {
+        let told = self.until(|state| !state.runs(guest.id) || wanted(state));
+        if tokio::time::timeout(TOLD, told).await.is_err() {
+            let error = "its hypervisor says that it is done, and the guest is as before".to_owned();
+            return Err(self.failed(deed, DriverError::TimedOut(error)));
+        }
+        if lock(&self.state).runs(guest.id) { Ok(()) } else { Err(self.failed(deed, DriverError::Gone)) }
     }
 
     /// Pulls the plug: returns when the guest's process has gone. It waits for nobody: a start under way is cancelled, a
@@ -335,9 +360,10 @@ impl Domain {
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
         self.told(caller, "destroy", async {
             self.allow(caller, Action::Stop).await?;
-            if lock(&self.state).starting {
+            let starting = lock(&self.state).starting;
+            if starting.is_some() {
                 self.turn.ask_to_give_up();
-                self.until(|s| !s.starting).await;
+                self.until(|s| s.starting != starting).await;
                 if lock(&self.state).guest.is_none() {
                     return Ok(());
                 }
@@ -405,7 +431,29 @@ impl Domain {
     }
 }
 
-impl super::State {
+/// The start of a transient domain, from its acceptance to its end: as long as it is under way, the domain is there. One
+/// whose guest did not come to be is nothing.
+struct Creation(Arc<Domain>);
+
+impl Creation {
+    fn begin(domain: &Arc<Domain>) -> Result<Creation> {
+        let mut state = lock(&domain.state);
+        if state.gone {
+            return Err(Error::NoSuchDomain { what: "name", value: state.name.clone() });
+        }
+        state.creations += 1;
+        Ok(Creation(domain.clone()))
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        lock(&self.0.state).creations -= 1;
+        self.0.drop_if_nothing_left();
+    }
+}
+
+impl State {
     /// Whether guest `id` is (still) this domain's.
     pub(super) fn runs(&self, id: u32) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.id == id)

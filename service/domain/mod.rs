@@ -14,7 +14,7 @@ use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
-use crate::shared::{Shared, now_usec};
+use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Note, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -44,15 +44,23 @@ struct State {
     name: String,
     stored: Option<Arc<DomainDef>>,
     guest: Option<Guest>,
-    /// A start is under way: there is no guest yet, and soon there may be one.
-    starting: bool,
+    /// The job of the start under way: there is no guest yet, and soon there may be one.
+    starting: Option<u64>,
+    /// Starts that bring their own definition and have not ended: until then the domain stays, whatever else goes.
+    creations: usize,
+    /// A configuration is on its way to disk: as with `creations`.
+    being_stored: bool,
     state: DomainState,
     reason: StateReason,
     since_usec: u64,
     autostart: bool,
     config_changed: bool,
+    /// Why a guest that may still run could not be looked at when virtd started.
+    lost: Option<String>,
     /// No longer in the registry.
     gone: bool,
+    /// Anybody was told that it exists.
+    told: bool,
     /// As last published.
     facts: Arc<DomainFacts>,
 }
@@ -118,13 +126,17 @@ impl Domain {
                 name: birth.name,
                 stored,
                 guest: None,
-                starting: false,
+                starting: None,
+                creations: 0,
+                being_stored: false,
                 state: DomainState::Shutoff,
                 reason: birth.ended.reason,
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 config_changed: false,
+                lost: None,
                 gone: false,
+                told: false,
                 facts,
             }),
             changes: watch::channel(0).0,
@@ -190,20 +202,33 @@ impl Domain {
         Ok(())
     }
 
-    /// The one way to change what is published: changes the state, then tells what came of it, as one.
+    /// The one way to change what is published: changes the state, then tells what came of it, as one. Of a domain that
+    /// has gone, or that nobody knows yet and is gone with this, nothing is told.
     fn commit(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
         let mut state = lock(&self.state);
+        let was_told = state.told && !state.gone;
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
-        let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
-        self.shared.events.send(event);
+        if was_told || !state.gone {
+            let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
+            self.shared.events.send(event);
+            state.told = true;
+        }
         self.changes.send_modify(|n| *n += 1);
     }
 
-    /// Tells of a domain that is new.
-    pub(crate) fn tell_added(&self) {
-        self.commit(|_| vec![Lifecycle::Defined(Defined::Added)]);
+    /// Makes a new domain findable and tells of it, as one: nothing can be told of it before.
+    pub(crate) fn add(self: &Arc<Self>) {
+        self.commit(|_| {
+            self.shared.registry.insert(self.clone());
+            vec![Lifecycle::Defined(Defined::Added)]
+        });
+    }
+
+    /// Whether it has a guest cannot be told now: it is not to be started beside that.
+    pub(crate) fn has_lost_sight(&self, why: &Error) {
+        lock(&self.state).lost = Some(why.to_string());
     }
 
     /// Its guest ended while virtd was away.
@@ -213,12 +238,31 @@ impl Domain {
             state.reason = reason;
             state.since_usec = since_usec;
         }
-        self.forget_guest(reason, since_usec).await;
+        self.forget_guest(None, reason, since_usec).await;
     }
 
     /// Tells the publisher of a domain that was there before virtd.
     pub(crate) fn announce(&self) {
         self.commit(|_| Vec::new());
+    }
+
+    /// Takes a domain of which nothing is left, or about to come, out of the registry. For use in `commit`.
+    fn leave_if_nothing_left(&self, state: &mut State) {
+        if state.nothing_left() {
+            state.gone = true;
+            self.shared.registry.remove(self.uuid, &state.name, self.owner);
+        }
+    }
+
+    /// The same, where nothing else changes.
+    fn drop_if_nothing_left(&self) {
+        let nothing_left = lock(&self.state).nothing_left();
+        if nothing_left {
+            self.commit(|state| {
+                self.leave_if_nothing_left(state);
+                Vec::new()
+            });
+        }
     }
 
     /// Waits until the state satisfies `wanted`.
@@ -346,17 +390,14 @@ impl Domain {
         let Some(guest) = self.guest().ok().filter(|g| g.id == id) else { return };
         let (stopped, reason) = verdict(guest.ending, exit);
         let since_usec = now_usec();
-        self.forget_guest(reason, since_usec).await;
+        self.forget_guest(Some(guest.status), reason, since_usec).await;
         self.commit(|state| {
             state.guest = None;
             state.state = DomainState::Shutoff;
             state.reason = reason;
             state.since_usec = since_usec;
             state.config_changed = false;
-            state.gone = state.stored.is_none();
-            if state.gone {
-                self.shared.registry.remove(self.uuid, &state.name, self.owner);
-            }
+            self.leave_if_nothing_left(state);
             vec![Lifecycle::Stopped(stopped)]
         });
         match exit {
@@ -367,13 +408,21 @@ impl Domain {
         }
     }
 
-    /// Removes what is on disk of a guest that has gone, and keeps how it ended.
-    async fn forget_guest(&self, reason: StateReason, since_usec: u64) {
+    /// Keeps how a guest ended, and removes what is on disk of it: in this order, so that a virtd killed in between does
+    /// not take the end of an earlier guest for that of this one.
+    async fn forget_guest(&self, status: Option<Arc<StatusFile>>, reason: StateReason, since_usec: u64) {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
-        let ended = lock(&self.state).stored.is_some().then_some(Ended { reason, since_usec });
+        let stays = {
+            let state = lock(&self.state);
+            state.stored.is_some() || state.being_stored
+        };
         let forgotten = on_disk(move || {
+            if let Some(status) = status {
+                status.close();
+            }
+            let kept = shared.store.save_ended(uuid, stays.then_some(Ended { reason, since_usec }));
             shared.store.forget_guest(uuid);
-            shared.store.save_ended(uuid, ended)
+            kept
         });
         if let Err(e) = forgotten.await {
             tracing::warn!(%uuid, "{e}");
@@ -414,16 +463,21 @@ impl Domain {
     }
 
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
-    async fn told<T>(&self, caller: &Caller, deed: &str, work: impl Future<Output = Result<T>>) -> Result<T> {
+    pub(crate) async fn told<T>(
+        &self,
+        caller: &Caller,
+        deed: &str,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
         let begun = Instant::now();
         let result = work.await;
         self.log(caller, deed, begun, result.as_ref().err());
         result
     }
 
-    fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
+    pub(crate) fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
         let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
-        let duration_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+        let duration_ms = millis(begun);
         match failure {
             None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
             Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),
@@ -469,6 +523,12 @@ impl State {
             (Some(stored), Some(guest)) => !stored.same_configuration(&guest.live),
             _ => false,
         };
+    }
+
+    /// Whether it is to go: it has neither configuration nor guest, and is about to get neither.
+    fn nothing_left(&self) -> bool {
+        let left = self.stored.is_some() || self.guest.is_some() || self.being_stored || self.creations > 0;
+        !left && !self.gone
     }
 
     fn note(&self, owner: u32) -> Note {

@@ -37,6 +37,11 @@ pub trait Driver: Send + Sync {
     /// The `<capabilities>` document of host and driver.
     async fn capabilities(&self) -> Result<String, DriverError>;
 
+    /// Removes the firmware variables at `path`, which are a guest's own. A driver that makes none leaves what is there.
+    async fn remove_variables(&self, _path: &std::path::Path) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     /// Starts a guest with its CPUs running (or standing, if [`Launch::paused`]). Returns once that is so. On failure, or
     /// when [`Launch::cancel`] fires (then [`DriverError::Cancelled`]), no trace of the guest is left: no process,
     /// no runtime file, no permission given away. A start emits neither `Resumed` nor `Suspended`.

@@ -20,6 +20,8 @@ use virt_service::{Affect, Callers, Domain, Limits, Paths, Service, Settings, St
 #[derive(Default)]
 struct Notary {
     refuses: AtomicBool,
+    /// The next question waits for this.
+    thinks: Mutex<Option<Arc<tokio::sync::Notify>>>,
     asked: Mutex<Vec<(Action, Subject)>>,
 }
 
@@ -27,6 +29,10 @@ struct Notary {
 impl Authority for Notary {
     async fn check(&self, _: &Caller, action: Action, subject: &Subject) -> Result<(), Error> {
         self.asked.lock().unwrap().push((action, subject.clone()));
+        let thinks = self.thinks.lock().unwrap().take();
+        if let Some(thinks) = thinks {
+            thinks.notified().await;
+        }
         if self.refuses.load(Ordering::Relaxed) { Err(Error::AccessDenied(action.id().to_owned())) } else { Ok(()) }
     }
 
@@ -151,6 +157,20 @@ async fn destroy_gets_through_a_start_that_hangs() {
     assert_eq!(domain.facts().state, DomainState::Shutoff);
     assert_eq!(world.told().last().unwrap(), "job cancelled");
     world.start(&domain).await.expect("as if nothing had been");
+}
+
+#[tokio::test]
+async fn a_start_in_the_queue_hides_no_start_under_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let first = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    let second = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(matches!(second.done().await, Err(Error::Cancelled(_))));
+    domain.destroy(&world.alice(), false).await.expect("the first start is still there to be ended");
+    assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
 }
 
 #[tokio::test]
@@ -421,7 +441,7 @@ async fn a_document_that_does_not_fit_and_an_end_do_not_lock_each_other() {
         });
     }
     let lives = async {
-        for _ in 0..200 {
+        for _ in 0..50 {
             let (domain, ticket) = world.service.create(&world.alice(), &own, StartOptions::default()).await.unwrap();
             ticket.done().await.unwrap();
             domain.destroy(&world.alice(), false).await.unwrap();
@@ -430,4 +450,108 @@ async fn a_document_that_does_not_fit_and_an_end_do_not_lock_each_other() {
     let done = tokio::time::timeout(std::time::Duration::from_secs(60), lives).await;
     stop.store(true, Ordering::Relaxed);
     done.expect("nobody waits for ever");
+}
+
+#[tokio::test]
+async fn a_start_that_waits_and_gives_up_leaves_the_one_before_it_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let uuid = uuid::Uuid::new_v4();
+    let document = xml("brief", &format!("<uuid>{uuid}</uuid>"));
+    let go = world.driver.hang_start(uuid);
+    let (domain, first) =
+        world.service.create(&world.alice(), &document, StartOptions::default()).await.expect("the first");
+    let (_, second) = world.service.create(&world.alice(), &document, StartOptions::default()).await.expect("it waits");
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(matches!(second.done().await, Err(Error::Cancelled(_))));
+    assert!(world.service.get(uuid).is_some(), "the first start is still under way");
+    go.notify_one();
+    first.done().await.unwrap();
+    assert_eq!(domain.facts().state, DomainState::Running);
+    assert!(world.service.by_name("brief").is_ok());
+    domain.destroy(&world.alice(), false).await.unwrap();
+    world.until("stopped destroyed gone").await;
+}
+
+#[tokio::test]
+async fn destroy_sees_a_start_though_another_gave_up_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let first = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    let second = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(second.done().await.is_err());
+    domain.destroy(&world.alice(), false).await.expect("it ends the start under way");
+    assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
+}
+
+#[tokio::test]
+async fn a_change_of_both_configurations_is_made_whole_or_not_at_all() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    std::fs::rename(folder.path().join("run/status"), folder.path().join("run/elsewhere")).unwrap();
+    assert!(domain.set_title(&world.alice(), "new", Affect::default()).await.is_err(), "the live one cannot be kept");
+    assert_eq!(domain.facts().title, "");
+    let stored = std::fs::read_to_string(folder.path().join(format!("state/domains/{}.xml", domain.uuid()))).unwrap();
+    assert!(!stored.contains("new"), "{stored}");
+}
+
+#[tokio::test]
+async fn an_undefine_that_is_refused_leaves_the_domain_on_disk_too() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let variables = folder.path().join("vars.fd");
+    std::fs::create_dir(&variables).unwrap();
+    let document = format!(
+        "<domain type='test'><name>efi</name><memory>1024</memory><os><type>hvm</type>\
+         <loader readonly='yes' type='pflash'>/code.fd</loader><nvram>{}</nvram></os><features><acpi/></features></domain>",
+        variables.display()
+    );
+    let domain = world.service.define(&world.alice(), &document, false).await.unwrap();
+    let without = domain.undefine(&world.alice(), UndefineOptions::default()).await;
+    assert!(matches!(without, Err(Error::OperationInvalid(_))), "{without:?}");
+    drop(world);
+    let world = World::open(folder.path()).await;
+    assert!(world.service.by_name("efi").is_ok());
+}
+
+#[tokio::test]
+async fn permission_to_define_what_is_nobodys_is_none_to_change_what_is_somebodys() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let document = xml("web", &format!("<uuid>{}</uuid>", uuid::Uuid::new_v4()));
+    let answer = Arc::new(tokio::sync::Notify::new());
+    *world.notary.thinks.lock().unwrap() = Some(answer.clone());
+    let alice = world.alice();
+    let bob = Caller { uid: 1001, ..world.alice() };
+    let slow = world.service.define(&alice, &document, false);
+    let quick = async {
+        world.service.define(&bob, &document, false).await.expect("bob is first");
+        answer.notify_one();
+    };
+    let error = tokio::join!(slow, quick).0.map(|_| ()).expect_err("what was allowed was another domain");
+    assert!(matches!(&error, Error::DomainExists(text) if text.contains("meanwhile; try again")), "{error}");
+    let owners: Vec<_> = world.notary.asked.lock().unwrap().iter().map(|(_, subject)| subject.owner).collect();
+    assert_eq!(owners, [None, None]);
+}
+
+#[tokio::test]
+async fn a_guest_that_cannot_be_looked_at_gets_no_second_one_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    let status = folder.path().join(format!("run/status/{}.json", domain.uuid()));
+    let text = std::fs::read_to_string(&status).unwrap();
+    std::fs::write(&status, text.replace("\"driver\": \"test\"", "\"driver\": \"vax\"")).unwrap();
+    drop(world);
+    let world = World::open(folder.path()).await;
+    let domain = world.service.by_name("web").unwrap();
+    let refused = world.start(&domain).await.expect_err("it may run");
+    assert!(matches!(&refused, Error::OperationInvalid(text) if text.contains("vax")), "{refused}");
+    assert!(status.exists());
 }

@@ -10,3 +10,4 @@ mod flood;
 mod permission;
 mod rules;
 mod startup;
+mod truth;

@@ -1,0 +1,109 @@
+//! Files that are made, or removed, where a definition says: firmware variables, and what takes a guest's output.
+//!
+//! virtd may be root here, and others may own parts of the way: places and templates are held to the rules of
+//! [`crate::host::resolve`].
+
+use super::command::Nvram;
+use crate::host::acl::through;
+use crate::host::resolve::{Found, Place};
+use crate::host::user::RunAs;
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, fchown};
+use std::path::Path;
+use virt_model::driver::DriverError;
+
+/// The largest template of firmware variables; those of real firmware have less than a megabyte.
+const MAX_TEMPLATE: u64 = 64 << 20;
+
+/// Makes an empty file for QEMU's user to write to, where nothing is: QEMU itself may not be allowed to make it there.
+pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    let Some(user) = user else { return Ok(()) };
+    let place = Place::resolve(path, true)?;
+    match File::options().write(true).create_new(true).mode(0o640).open(place.path()) {
+        Ok(file) => fchown(&file, Some(user.uid), Some(user.gid)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// Makes the firmware's variables from their template, where they are not there or are to be made anew.
+pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), DriverError> {
+    let path = &nvram.path;
+    let at_path = |e: io::Error| DriverError::Storage(format!("{}: {e}", path.display()));
+    if !anew && path.exists() {
+        return Ok(());
+    }
+    let Some(template) = &nvram.template else {
+        let path = path.display();
+        return Err(DriverError::Storage(format!("{path}: there are no firmware variables and no template for them")));
+    };
+    let from = open_template(template, user.is_some())
+        .map_err(|e| DriverError::Storage(format!("{}: {e}", template.display())))?;
+    copy(from, path, user).map_err(at_path)
+}
+
+/// Opens a template, which is a plain file; anything else could keep us waiting.
+fn open_template(template: &Path, wary: bool) -> io::Result<File> {
+    let found = Found::resolve(template)?;
+    if let Some(why) = found.objection(None).filter(|_| wary) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    let file = match found.kind() {
+        rustix::fs::FileType::RegularFile => File::open(through(&found.fd))?,
+        _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "a template is a plain file")),
+    };
+    match file.metadata()?.len() {
+        0..=MAX_TEMPLATE => Ok(file),
+        size => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{size} bytes are no firmware variables"))),
+    }
+}
+
+fn copy(from: File, path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    let parent = path.parent().unwrap_or(Path::new("/"));
+    if !parent.exists() {
+        DirBuilder::new().mode(0o711).create(Place::resolve(parent, user.is_some())?.path())?;
+    }
+    let place = Place::resolve(path, user.is_some())?;
+    if std::fs::symlink_metadata(place.path()).is_ok_and(|there| !there.is_file() && !there.is_symlink()) {
+        return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no plain file is there"));
+    }
+    let mut new = tempfile::NamedTempFile::new_in(place.dir())?;
+    io::copy(&mut from.take(MAX_TEMPLATE), new.as_file_mut())?;
+    if let Some(user) = user {
+        fchown(new.as_file(), Some(user.uid), Some(user.gid))?;
+    }
+    new.as_file().sync_all()?;
+    new.persist(place.path())?;
+    Ok(())
+}
+
+/// Removes the firmware's variables; `wary` as in [`Place::resolve`].
+pub fn remove_variables(path: &Path, wary: bool) -> io::Result<()> {
+    std::fs::remove_file(Place::resolve(path, wary)?.path())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_template_is_a_plain_file_of_some_size() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        rustix::fs::mknodat(rustix::fs::CWD, at("fifo"), rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        File::create(at("large")).unwrap().set_len(MAX_TEMPLATE + 1).unwrap();
+        std::fs::write(at("good"), "variables").unwrap();
+        let make = |name: &str| {
+            let nvram = Nvram { path: at("vars/own"), template: Some(at(name)) };
+            variables(&nvram, false, None).map_err(|e| e.to_string())
+        };
+        // Of the first, nobody ever opens the other end.
+        assert!(make("fifo").unwrap_err().contains("fifo: a template is a plain file"));
+        assert!(make("large").unwrap_err().contains("bytes"));
+        make("good").unwrap();
+        assert_eq!(std::fs::read_to_string(at("vars/own")).unwrap(), "variables");
+        remove_variables(&at("vars/own"), false).unwrap();
+        assert!(!at("vars/own").exists());
+    }
+}
