@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::state::{Defined, Lifecycle, Undefined};
+use virt_model::xml::shorten;
 
 /// What runs and what is stored.
 type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
@@ -59,7 +60,11 @@ impl Domain {
             _ => live.or(stored),
         };
         def.ok_or_else(|| self.vanished())?.metadata(uri).ok_or_else(|| {
-            Error::InvalidArgument(format!("domain '{}' has no metadata in the namespace '{uri}'", self.name()))
+            Error::InvalidArgument(format!(
+                "domain '{}' has no metadata in the namespace '{}'",
+                self.name(),
+                shorten(uri)
+            ))
         })
     }
 
