@@ -377,6 +377,10 @@ fn refuse_long(what: &str, text: &str) -> Result<()> {
 /// Holds what a caller put in to the rules of a document: it must read back as what was meant.
 fn check_text(def: &DomainDef) -> Result<()> {
     match DomainDef::parse(&def.write(STORED)) {
+        Ok(read) if (&read.title, &read.description) != (&def.title, &def.description) => {
+            let text = "the text has control characters, which XML cannot hold; leave them out";
+            Err(Error::InvalidArgument(text.to_owned()))
+        }
         Ok(read) if read.name == def.name => Ok(()),
         Ok(_) => Err(Error::InvalidArgument(format!("'{}' cannot be a domain's name", def.name))),
         Err(findings) => {

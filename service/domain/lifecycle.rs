@@ -143,7 +143,7 @@ impl Domain {
         }
         if let Some(why) = &state.lost {
             return Err(Error::OperationInvalid(format!(
-                "domain '{}' may have a guest that virtd could not look at when it started ({why}); mend that and restart virtd",
+                "domain '{}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd",
                 state.name
             )));
         }

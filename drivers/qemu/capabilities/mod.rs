@@ -14,13 +14,15 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use virt_model::driver::DriverError;
 
 /// Raised whenever the questions or their answers' meaning change, so that older cache files are left unread.
 const CACHE_FORMAT: u32 = 1;
+/// Answers kept in memory; with more, those that nobody waits for are forgotten.
+const MOST_KNOWN: usize = 64;
 
 /// Where distributions put QEMU's modules. Installing one changes what a binary can do without changing the binary.
 const MODULE_DIRS: [&str; 4] =
@@ -221,6 +223,9 @@ impl Prober {
 
     fn slot(&self, binary: &Path) -> Arc<Slot> {
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MOST_KNOWN && !known.contains_key(binary) {
+            known.retain(|_, slot| Arc::strong_count(slot) > 1);
+        }
         known.entry(binary.to_owned()).or_default().clone()
     }
 
@@ -340,6 +345,10 @@ mod tests {
         assert!(missing.contains("none: No such file"), "{missing}");
         let relative = prober.probe(Path::new("qemu")).await.unwrap_err().to_string();
         assert!(relative.contains("not absolute"), "{relative}");
+        for detour in ["/usr/./bin/env", "/usr//bin/env", "/usr/lib/../bin/env", "/usr/bin/env/"] {
+            let refused = prober.probe(Path::new(detour)).await.unwrap_err().to_string();
+            assert!(refused.contains("a slash too many"), "{refused}");
+        }
         let words = script(dir.path(), "words", "#!/bin/sh\necho 'no such machine' >&2; exit 1\n");
         let words = prober.probe(&words).await.unwrap_err().to_string();
         assert!(words.ends_with("no such machine"), "{words}");
