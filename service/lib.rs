@@ -29,7 +29,7 @@ use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Driver, DriverError};
 use virt_model::state::StateReason;
-use virt_model::xml::{Finding, FindingKind};
+use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// What a service needs to know.
 #[derive(Clone, Debug)]
@@ -92,15 +92,16 @@ impl Service {
 
     /// The domain with this uuid, written with or without dashes.
     pub fn by_uuid(&self, uuid: &str) -> Result<Arc<Domain>> {
-        let parsed = Uuid::try_parse(uuid)
-            .map_err(|_| Error::InvalidArgument(format!("'{uuid}' is not a uuid of 32 hexadecimal digits")))?;
-        self.get(parsed).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: uuid.to_owned() })
+        let parsed = Uuid::try_parse(uuid).map_err(|_| {
+            Error::InvalidArgument(format!("'{}' is not a uuid of 32 hexadecimal digits", shorten(uuid)))
+        })?;
+        self.get(parsed).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: shorten(uuid) })
     }
 
     /// The domain with this name.
     pub fn by_name(&self, name: &str) -> Result<Arc<Domain>> {
         let found = self.shared.registry.by_name(name);
-        found.ok_or_else(|| Error::NoSuchDomain { what: "name", value: name.to_owned() })
+        found.ok_or_else(|| Error::NoSuchDomain { what: "name", value: shorten(name) })
     }
 
     /// The running domain with this id.
@@ -212,7 +213,7 @@ impl Service {
     pub async fn capabilities(&self, driver: &str) -> Result<String> {
         let Some(found) = self.shared.driver_named(driver) else {
             let known = self.drivers().join(", ");
-            return Err(Error::InvalidArgument(format!("there is no driver '{driver}', only {known}")));
+            return Err(Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(driver))));
         };
         found.capabilities().await.map_err(|e| Error::HypervisorFailed(format!("driver '{driver}': {e}")))
     }

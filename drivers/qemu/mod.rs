@@ -37,7 +37,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
-use virt_model::xml::{Finding, FindingKind};
+use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Drives QEMU on this host.
 #[derive(Clone)]
@@ -155,7 +155,8 @@ impl Driver for QemuDriver {
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
         if format != "qemu-argv" {
             return Err(DriverError::Unsupported(format!(
-                "the format '{format}' is not known here: ask for 'qemu-argv'"
+                "the format '{}' is not known here: ask for 'qemu-argv'",
+                shorten(format)
             )));
         }
         let caps = self.0.prober.probe(&emulator(def)).await?;

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Driver, DriverError, Launch, Reconnect, Reconnected, Running};
-use virt_model::xml::{Finding, FindingKind};
+use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Memory and vCPUs that the host claims to have.
 const MEMORY_KIB: u64 = 1 << 30;
@@ -116,7 +116,10 @@ impl Driver for TestDriver {
     }
 
     async fn native(&self, _def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
-        Err(DriverError::Unsupported(format!("the test driver runs nothing that could be shown as '{format}'")))
+        Err(DriverError::Unsupported(format!(
+            "the test driver runs nothing that could be shown as '{}'",
+            shorten(format)
+        )))
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {

@@ -5,6 +5,7 @@ use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
 use crate::job::lock;
 use virt_model::state::DomainState;
+use virt_model::xml::shorten;
 
 /// When a method has a meaning.
 #[derive(Clone, Copy)]
@@ -44,7 +45,7 @@ impl Domain {
             if method == "Can" {
                 return Ok("yes");
             }
-            return Err(Error::InvalidArgument(format!("org.virt.Domain has no method '{method}'")));
+            return Err(Error::InvalidArgument(format!("org.virt.Domain has no method '{}'", shorten(method))));
         };
         if !self.is(*when) {
             return Ok("na");

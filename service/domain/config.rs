@@ -10,6 +10,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::state::{Defined, Lifecycle, Undefined};
+use virt_model::xml::shorten;
 
 /// What runs and what is stored.
 type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
@@ -59,7 +60,11 @@ impl Domain {
             _ => live.or(stored),
         };
         def.ok_or_else(|| self.vanished())?.metadata(uri).ok_or_else(|| {
-            Error::InvalidArgument(format!("domain '{}' has no metadata in the namespace '{uri}'", self.name()))
+            Error::InvalidArgument(format!(
+                "domain '{}' has no metadata in the namespace '{}'",
+                self.name(),
+                shorten(uri)
+            ))
         })
     }
 
@@ -377,6 +382,10 @@ fn refuse_long(what: &str, text: &str) -> Result<()> {
 /// Holds what a caller put in to the rules of a document: it must read back as what was meant.
 fn check_text(def: &DomainDef) -> Result<()> {
     match DomainDef::parse(&def.write(STORED)) {
+        Ok(read) if (&read.title, &read.description) != (&def.title, &def.description) => {
+            let text = "the text has control characters, which XML cannot hold; leave them out";
+            Err(Error::InvalidArgument(text.to_owned()))
+        }
         Ok(read) if read.name == def.name => Ok(()),
         Ok(_) => Err(Error::InvalidArgument(format!("'{}' cannot be a domain's name", def.name))),
         Err(findings) => {

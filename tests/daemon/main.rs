@@ -10,4 +10,5 @@ mod flood;
 mod permission;
 mod rules;
 mod startup;
+mod stranger;
 mod truth;

@@ -5,3 +5,4 @@ mod common;
 
 mod lifecycle;
 mod survival;
+mod system;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 use virt_model::driver::DriverError;
@@ -27,6 +27,9 @@ const MOST_KNOWN: usize = 64;
 /// Where distributions put QEMU's modules. Installing one changes what a binary can do without changing the binary.
 const MODULE_DIRS: [&str; 4] =
     ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/lib/aarch64-linux-gnu/qemu", "/usr/lib/qemu", "/usr/lib64/qemu"];
+
+/// How many binaries are asked at once: everybody may name one.
+const AT_ONCE: usize = 8;
 
 /// What one QEMU binary can do on this host.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -154,6 +157,7 @@ pub struct Prober {
     cache_dir: Option<PathBuf>,
     user: Option<(u32, u32)>,
     known: Mutex<HashMap<PathBuf, Arc<Slot>>>,
+    places: tokio::sync::Semaphore,
 }
 
 /// One binary's answer. Whoever holds the lock asks; the others wait for that answer, good or bad.
@@ -183,9 +187,9 @@ struct CacheFile {
 
 impl Prober {
     /// `cache_dir`: where answers outlive us (made when missing; nothing is kept without it). `user`: the uid and gid that
-    /// binaries are run as; then only binaries are run that nobody but root can have put there.
+    /// binaries are run as; then only binaries are run that nobody but root can have put there, and that go by QEMU's name: whoever may read may name one.
     pub fn new(cache_dir: Option<PathBuf>, user: Option<(u32, u32)>) -> Self {
-        Prober { cache_dir, user, known: Mutex::default() }
+        Prober { cache_dir, user, known: Mutex::default(), places: tokio::sync::Semaphore::new(AT_ONCE) }
     }
 
     /// What the binary can do. The first call takes a fraction of a second; concurrent ones share it. Errors name the
@@ -193,6 +197,7 @@ impl Prober {
     pub async fn probe(&self, binary: &Path) -> Result<Arc<Capabilities>, DriverError> {
         let asked = Instant::now();
         let stamp = self.stamp(binary)?;
+        let binary = &one_spelling(binary);
         let slot = self.slot(binary);
         let mut answer = slot.lock().await;
         let host_kvm = host::kvm();
@@ -230,6 +235,7 @@ impl Prober {
         stamp: &Stamp,
         host_kvm: &Result<(), String>,
     ) -> Result<Capabilities, DriverError> {
+        let _place = self.places.acquire().await;
         let mut capabilities = match self.load(binary, stamp) {
             Some(kept) => kept,
             None => {
@@ -255,10 +261,9 @@ impl Prober {
         if !binary.is_absolute() {
             return Err(refuse("the path is not absolute"));
         }
-        // One file, one name: whoever may have documents checked must not make us ask and remember without end.
-        let plain: PathBuf = binary.components().filter(|part| *part != Component::ParentDir).collect();
-        if plain.as_os_str() != binary.as_os_str() {
-            return Err(refuse("the path has '.', '..' or a slash too many in it"));
+        let name = binary.file_name().unwrap_or_default().to_string_lossy();
+        if self.user.is_some() && !name.contains("qemu") && !name.contains("kvm") {
+            return Err(refuse("its name does not say that it is a QEMU; make a link that does"));
         }
         let meta = std::fs::metadata(binary).map_err(|e| refuse(&e.to_string()))?;
         if !meta.is_file() || meta.permissions().mode() & 0o111 == 0 {
@@ -295,6 +300,14 @@ impl Prober {
         temporary.persist(path)?;
         Ok(())
     }
+}
+
+/// The path without links and dots in its directory, so that a binary has few names to be asked and remembered under. The
+/// last part stays: some programs go by it.
+fn one_spelling(binary: &Path) -> PathBuf {
+    let named = binary.parent().zip(binary.file_name());
+    let spelt = named.and_then(|(dir, name)| Some(dir.canonicalize().ok()?.join(name)));
+    spelt.unwrap_or_else(|| binary.to_owned())
 }
 
 fn mtime(meta: &std::fs::Metadata) -> (i64, i64) {
@@ -348,8 +361,28 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = script(dir.path(), "qemu", "#!/bin/sh\n");
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
-        let error = Prober::new(None, Some((65534, 65534))).probe(&path).await.unwrap_err().to_string();
+        let prober = Prober::new(None, Some((65534, 65534)));
+        let error = prober.probe(&path).await.unwrap_err().to_string();
         assert!(error.contains("others than root"), "{error}");
+        let error = prober.probe(Path::new("/bin/true")).await.unwrap_err().to_string();
+        assert!(error.contains("its name"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn other_spellings_of_a_path_are_not_asked_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let prober = Prober::new(Some(dir.path().join("cache")), None);
+        let asked = dir.path().join("asked");
+        let text = format!("#!/bin/sh\necho >> {}\nexit 1\n", asked.display());
+        let path = script(dir.path(), "qemu", &text);
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        let stamp = prober.stamp(&path).unwrap();
+        prober.save(&path, &stamp, &Capabilities::absent(&path, "kept".into())).unwrap();
+        for odd in ["sub/../qemu", "sub/../sub/../qemu", ".//qemu"] {
+            assert_eq!(prober.probe(&dir.path().join(odd)).await.unwrap().binary, path);
+        }
+        assert_eq!(prober.known.lock().unwrap().len(), 1);
+        assert!(!asked.exists());
     }
 
     #[tokio::test]

@@ -35,6 +35,9 @@ use std::collections::HashSet;
 use uuid::Uuid;
 use value::{Kib, choices};
 
+/// More devices than any machine has; whoever may read may have a document of so many worked through.
+const MAX_DEVICES: usize = 1024;
+
 /// The most that is said to be wrong with one document.
 const MAX_FINDINGS: usize = 1000;
 
@@ -136,6 +139,12 @@ impl DomainDef {
 
     /// The same from a tree whose `<metadata>` was kept verbatim.
     pub fn from_tree(mut root: Element) -> Result<DomainDef, Vec<Finding>> {
+        if let Some(excess) =
+            root.elements().filter(|e| e.name == "devices").flat_map(Element::elements).nth(MAX_DEVICES)
+        {
+            let message = format!("more than {MAX_DEVICES} devices");
+            return Err(vec![Finding::new(FindingKind::Invalid, &excess.at, message)]);
+        }
         let mut log = Vec::new();
         native::canonical_prefixes(&mut root, &mut log);
         format::check(&mut root, &mut log);

@@ -80,11 +80,9 @@ pub(crate) fn is_prefix(text: &str) -> bool {
     chars::is_plain_name(text) && !text.to_ascii_lowercase().starts_with("xml")
 }
 
-/// A text short enough for a message.
-pub(crate) fn shorten(text: &str) -> String {
+/// A text that somebody gave, fit for a message: not too long, and on one line.
+pub fn shorten(text: &str) -> String {
     const LONGEST: usize = 80;
-    match text.char_indices().nth(LONGEST) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    let shown: String = text.chars().take(LONGEST).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    if text.chars().nth(LONGEST).is_some() { shown + "…" } else { shown }
 }

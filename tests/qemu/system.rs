@@ -1,0 +1,67 @@
+//! Guests on the system bus: whom QEMU runs as, and what that user can reach.
+
+use crate::common::client::Client;
+use crate::common::guest::Tick;
+use crate::common::users::{ADMIN, QEMU};
+use crate::common::{Daemon, Setup};
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
+
+/// Whether QEMU's user could read and write `file`.
+fn lent(daemon: &Daemon, file: &Path) -> bool {
+    let mut test = daemon.as_user(&QEMU, "sh");
+    test.args(["-c", "test -r \"$0\" && test -w \"$0\""]).arg(file).status().expect("sh runs").success()
+}
+
+/// The value of a line of `/proc/PID/status`.
+fn status(pid: nix::unistd::Pid, key: &str) -> String {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = text.lines().find_map(|line| line.strip_prefix(&format!("{key}:")));
+    line.expect(key).trim().to_owned()
+}
+
+#[tokio::test]
+async fn qemu_runs_as_a_user_of_its_own_and_has_the_files_while_it_runs() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
+    let Some(tick) = Tick::new(&daemon, "own", "") else { return };
+    for file in [&tick.disk, &tick.serial] {
+        std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600)).expect("set");
+    }
+    let client = Client { connection: daemon.connect_as(&ADMIN).await };
+    let domain = client.define(&tick.xml).await.expect("defined");
+    assert!(!lent(&daemon, &tick.disk));
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+
+    let qemu = daemon.qemu_of("own").expect("a process");
+    let uid = QEMU.uid.to_string();
+    assert!(status(qemu, "Uid").split_whitespace().all(|id| id == uid), "{}", status(qemu, "Uid"));
+    assert_eq!(status(qemu, "CapEff"), "0000000000000000");
+    assert_eq!(status(qemu, "Seccomp"), "2", "QEMU's sandbox is on");
+    assert!(lent(&daemon, &tick.disk));
+
+    let mut watch = client.watch().await;
+    domain.run("Shutdown").await.expect("asked");
+    watch.until(&domain.path, "stopped shutdown").await;
+    daemon.qemu_gone("own").await;
+    for file in [&tick.disk, &tick.serial] {
+        assert!(!lent(&daemon, file), "{}", file.display());
+        let after = std::fs::metadata(file).expect("there");
+        assert_eq!((after.uid(), after.mode() & 0o777), (0, 0o600), "{}", file.display());
+    }
+}
+
+#[tokio::test]
+async fn where_that_user_is_missing_start_says_what_to_do() {
+    let Some(mut daemon) = Daemon::system_bus(Setup::with_example_rules()) else { return };
+    let folder = daemon.root().join("etc/virt");
+    std::fs::create_dir_all(&folder).expect("made");
+    std::fs::write(folder.join("virtd.toml"), "[qemu]\nuser = \"virt-nobody\"\n").expect("written");
+    daemon.start_virtd().await;
+    let Some(tick) = Tick::new(&daemon, "nobody", "") else { return };
+    let client = Client { connection: daemon.connect_as(&ADMIN).await };
+    let domain = client.define(&tick.xml).await.expect("what cannot run is stored all the same");
+    let (name, text) = domain.run("Start").await.expect_err("there is nobody to run it");
+    assert!(text.contains("virt-nobody") && text.contains("virtd.toml"), "{name}: {text}");
+    assert_eq!(domain.state().await.0, "shutoff");
+}
