@@ -123,7 +123,7 @@ impl Domain {
                 state.stored = None;
                 state.autostart = false;
                 state.config_changed = false;
-                self.leave_if_nothing_left(state);
+                state.leave_if_nothing_left();
                 vec![Lifecycle::Undefined(Undefined::Removed)]
             });
             Ok(())

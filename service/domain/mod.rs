@@ -206,7 +206,8 @@ impl Domain {
     /// has gone, or that nobody knows yet and is gone with this, nothing is told.
     fn commit(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
         let mut state = lock(&self.state);
-        let was_told = state.told && !state.gone;
+        let was_there = !state.gone;
+        let was_told = state.told && was_there;
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
@@ -214,6 +215,10 @@ impl Domain {
             let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
             self.shared.events.send(event);
             state.told = true;
+        }
+        if was_there && state.gone {
+            // Only now: whoever takes its uuid after it must not be told of before its end is.
+            self.shared.registry.remove(self.uuid, &state.name, self.owner);
         }
         self.changes.send_modify(|n| *n += 1);
     }
@@ -246,20 +251,12 @@ impl Domain {
         self.commit(|_| Vec::new());
     }
 
-    /// Takes a domain of which nothing is left, or about to come, out of the registry. For use in `commit`.
-    fn leave_if_nothing_left(&self, state: &mut State) {
-        if state.nothing_left() {
-            state.gone = true;
-            self.shared.registry.remove(self.uuid, &state.name, self.owner);
-        }
-    }
-
-    /// The same, where nothing else changes.
+    /// A domain of which nothing is left, or about to come, ceases to exist.
     fn drop_if_nothing_left(&self) {
         let nothing_left = lock(&self.state).nothing_left();
         if nothing_left {
             self.commit(|state| {
-                self.leave_if_nothing_left(state);
+                state.leave_if_nothing_left();
                 Vec::new()
             });
         }
@@ -397,7 +394,7 @@ impl Domain {
             state.reason = reason;
             state.since_usec = since_usec;
             state.config_changed = false;
-            self.leave_if_nothing_left(state);
+            state.leave_if_nothing_left();
             vec![Lifecycle::Stopped(stopped)]
         });
         match exit {
@@ -529,6 +526,11 @@ impl State {
     fn nothing_left(&self) -> bool {
         let left = self.stored.is_some() || self.guest.is_some() || self.being_stored || self.creations > 0;
         !left && !self.gone
+    }
+
+    /// See [`State::nothing_left`]. `commit` does the rest.
+    fn leave_if_nothing_left(&mut self) {
+        self.gone |= self.nothing_left();
     }
 
     fn note(&self, owner: u32) -> Note {
