@@ -26,6 +26,18 @@ pub fn arrange(domain: &mut Element) {
     }
 }
 
+/// Whether the table has this way from the root to an element, and the attribute there; for tests of other tables.
+#[cfg(test)]
+pub(super) fn knows(steps: &[&str], attribute: Option<&str>) -> bool {
+    let last = steps.iter().try_fold(FORMAT.roots["domain"], |spec, step| {
+        let spec = &FORMAT.specs[spec];
+        spec.places.get(*step).map(|&place| spec.children[place].spec)
+    });
+    last.is_some_and(|spec| {
+        attribute.is_none_or(|name| FORMAT.specs[spec].attributes.iter().any(|known| known == name))
+    })
+}
+
 /// What the table says of one element.
 #[derive(Debug, Default)]
 struct Spec {
@@ -49,21 +61,17 @@ struct Format {
     roots: HashMap<String, usize>,
 }
 
-/// A line of the table with those indented below it.
-struct Line<'a> {
-    words: Vec<&'a str>,
-    below: Vec<Line<'a>>,
+/// A line of a table with those indented below it.
+pub(super) struct Line<'a> {
+    /// Never empty.
+    pub words: Vec<&'a str>,
+    pub below: Vec<Line<'a>>,
 }
 
 impl Format {
     fn read(table: &str) -> Format {
-        let lines: Vec<_> = table
-            .lines()
-            .filter(|line| !line.trim().is_empty() && !line.starts_with('#'))
-            .map(|line| (line.len() - line.trim_start().len(), line.split_whitespace().collect::<Vec<_>>()))
-            .collect();
-        let tree = nest(&mut lines.into_iter().peekable(), 0);
-        let (groups, roots): (Vec<_>, Vec<_>) = tree.into_iter().partition(|line| line.words[0].starts_with('&'));
+        let (groups, roots): (Vec<_>, Vec<_>) =
+            lines(table).into_iter().partition(|line| line.words[0].starts_with('&'));
         let groups: HashMap<&str, &Line> = groups.iter().map(|line| (&line.words[0][1..], line)).collect();
         let mut format = Format::default();
         let mut built = HashMap::new();
@@ -185,6 +193,16 @@ impl Spec {
             }
         }
     }
+}
+
+/// The lines of a table that are not indented, with what is below each. Lines with `#` are remarks.
+pub(super) fn lines(table: &str) -> Vec<Line<'_>> {
+    let lines: Vec<_> = table
+        .lines()
+        .filter(|line| !line.trim().is_empty() && !line.starts_with('#'))
+        .map(|line| (line.len() - line.trim_start().len(), line.split_whitespace().collect::<Vec<_>>()))
+        .collect();
+    nest(&mut lines.into_iter().peekable(), 0)
 }
 
 /// Puts lines below those they are indented under.
