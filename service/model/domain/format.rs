@@ -26,18 +26,6 @@ pub fn arrange(domain: &mut Element) {
     }
 }
 
-/// Whether the table has this way from the root to an element, and the attribute there; for tests of other tables.
-#[cfg(test)]
-pub(super) fn knows(steps: &[&str], attribute: Option<&str>) -> bool {
-    let last = steps.iter().try_fold(FORMAT.roots["domain"], |spec, step| {
-        let spec = &FORMAT.specs[spec];
-        spec.places.get(*step).map(|&place| spec.children[place].spec)
-    });
-    last.is_some_and(|spec| {
-        attribute.is_none_or(|name| FORMAT.specs[spec].attributes.iter().any(|known| known == name))
-    })
-}
-
 /// What the table says of one element.
 #[derive(Debug, Default)]
 struct Spec {
@@ -246,7 +234,7 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::domain::DomainDef;
     use crate::domain::part::Part;
@@ -287,6 +275,16 @@ mod tests {
             steps.pop();
         }
         way.pop();
+    }
+
+    /// Every way from the root to an element, and to each of its attributes.
+    pub fn names() -> Vec<(Vec<String>, Option<String>)> {
+        let mut all = Vec::new();
+        each_way(FORMAT.roots["domain"], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+            all.push((steps.to_vec(), None));
+            all.extend(spec.attributes.iter().map(|name| (steps.to_vec(), Some(name.clone()))));
+        });
+        all
     }
 
     /// Elements in each other, the innermost with an attribute, all at known places.

@@ -101,7 +101,7 @@ static SEEDS: LazyLock<Vec<Element>> = LazyLock::new(|| {
 
 /// The same completed, so that nothing is chosen by position, and without what only its position tells from its like.
 static ORDERED: LazyLock<Vec<Element>> = LazyLock::new(|| {
-    const KNOWN: &[&str] = &["disk", "controller", "interface", "serial", "parallel", "console", "channel"];
+    const KNOWN: &[&str] = &["disk", "controller", "interface", "serial", "parallel", "console", "channel", "graphics"];
     let mut seeds: Vec<_> = SEEDS.iter().cloned().filter_map(complete).map(|def| def.tree()).collect();
     for devices in seeds.iter_mut().flat_map(Element::elements_mut).filter(|e| e.name == "devices") {
         let placed = |e: &Element| KNOWN.contains(&&*e.name) || e.child("address").is_some();

@@ -9,9 +9,12 @@
 //! What is compared stands in `table.txt`, one line an element, in the layout of `format.txt`. Both work on the tree, where
 //! typed and merely kept elements look the same, so neither kind can be forgotten. What the table does not name may differ.
 
+mod open;
 mod plain;
 mod table;
 mod walk;
+
+pub use open::{Side, read_pair};
 
 use super::DomainDef;
 use std::fmt;
@@ -55,32 +58,110 @@ impl DomainDef {
 #[cfg(test)]
 mod tests {
     use super::table::{RULES, Rule};
-    use crate::domain::format;
+    use super::{AbiDifference, Strictness, walk};
+    use crate::domain::format::tests::names;
+    use crate::xml::Element;
+    use std::collections::BTreeSet;
 
-    fn each<'a>(rule: &'a Rule, steps: &mut Vec<&'a str>, visit: &mut impl FnMut(&[&'a str], &'a Rule)) {
+    type Way = (Vec<String>, Option<String>);
+
+    /// Every way in the table that leads to something compared: `None` for text or presence.
+    fn compared() -> BTreeSet<Way> {
+        let mut all = BTreeSet::new();
+        each(&RULES, &mut Vec::new(), &mut |steps, rule| {
+            all.extend(rule.attributes.iter().map(|field| (steps.to_vec(), Some(field.name.clone()))));
+            if rule.text.is_some() {
+                all.insert((steps.to_vec(), None));
+            }
+        });
+        all
+    }
+
+    /// Every way to what tells one of several from the others.
+    fn identities() -> BTreeSet<Way> {
+        let mut all = BTreeSet::new();
+        each(&RULES, &mut Vec::new(), &mut |steps, rule| {
+            all.extend(rule.identity.iter().map(|part| {
+                let plain = part.steps.iter().map(|step| step.split(':').next().unwrap().to_owned());
+                let mut way: Vec<String> = steps.iter().cloned().chain(plain).collect();
+                let attribute = way.pop();
+                (way, attribute)
+            }));
+        });
+        all
+    }
+
+    fn each(rule: &Rule, steps: &mut Vec<String>, visit: &mut impl FnMut(&[String], &Rule)) {
         visit(steps, rule);
         for below in &rule.below {
-            steps.push(&below.name);
+            steps.push(below.name.clone());
             each(below, steps, visit);
             steps.pop();
         }
     }
 
+    /// Elements in each other; the last says `value`.
+    fn chain((steps, attribute): &Way, value: &str) -> Element {
+        let mut element = Element::new(steps.last().map_or("domain", |step| step));
+        match attribute {
+            Some(name) => element.set_attr(name, value),
+            None => element = element.with_text(value),
+        }
+        for depth in (0..steps.len()).rev() {
+            let mut parent = Element::new(depth.checked_sub(1).map_or("domain", |above| &*steps[above]));
+            parent.push(element);
+            element = parent;
+        }
+        element
+    }
+
+    fn found(way: &Way, source: &str, target: &str) -> Vec<AbiDifference> {
+        walk::differences(&chain(way, source), &chain(way, target), Strictness::Strict)
+    }
+
     #[test]
     fn table_names_only_what_the_format_knows() {
-        let mut count = 0;
-        each(&RULES, &mut Vec::new(), &mut |steps, rule| {
-            assert!(format::knows(steps, None), "{steps:?}");
-            for field in &rule.attributes {
-                count += 1;
-                assert!(format::knows(steps, Some(&field.name)), "{steps:?} {}", field.name);
-            }
-            for part in &rule.identity {
-                let (last, way) = part.steps.split_last().unwrap();
-                let way: Vec<&str> = steps.iter().copied().chain(way.iter().map(String::as_str)).collect();
-                assert!(format::knows(&way, Some(last)), "{way:?} {last}");
-            }
+        let known: BTreeSet<Way> = names().into_iter().collect();
+        let ours = compared();
+        assert!(ours.len() > 300, "only {} values are compared", ours.len());
+        assert_eq!(ours.difference(&known).collect::<Vec<_>>(), Vec::<&Way>::new());
+        each(&RULES, &mut Vec::new(), &mut |steps, _| {
+            assert!(known.contains(&(steps.to_vec(), None)), "{steps:?}");
         });
-        assert!(count > 250, "only {count} attributes are compared");
+        assert_eq!(identities().difference(&known).collect::<Vec<_>>(), Vec::<&Way>::new());
+    }
+
+    #[test]
+    fn any_single_compared_value_is_found_with_its_path() {
+        for way in compared() {
+            let (there, back) = (found(&way, "1", "2"), found(&way, "2", "1"));
+            let path: String = way.0.iter().chain(&way.1).map(|step| format!("/{step}")).collect();
+            match &there[..] {
+                [one] => {
+                    let plain = one.path.split(['[', ']']).step_by(2).collect::<String>();
+                    assert_eq!(plain, path, "{one}");
+                }
+                // What makes up an identity says that another thing is there now.
+                [gone, new] => assert!(gone.target.is_empty() && new.source.is_empty(), "{gone}, {new}"),
+                _ => panic!("{path}: {there:?}"),
+            }
+            let mirrored: Vec<_> = back.iter().map(|d| (&d.target, &d.source)).collect();
+            let mut straight: Vec<_> = there.iter().map(|d| (&d.source, &d.target)).collect();
+            if straight.len() == 2 {
+                straight.swap(0, 1);
+            }
+            assert_eq!(straight, mirrored, "{path}");
+        }
+    }
+
+    #[test]
+    fn what_is_not_in_the_table_may_change() {
+        let ours = &compared() | &identities();
+        let mut count = 0;
+        for way in names().into_iter().filter(|way| !ours.contains(way)) {
+            count += 1;
+            assert_eq!(found(&way, "1", "2"), [], "{way:?}");
+        }
+        assert!(count > 700, "only {count} were tried");
     }
 }

@@ -85,18 +85,31 @@ impl Kind {
         }
     }
 
-    /// The one spelling of `value`, which stands in an element with that `unit`. What cannot be read stays as it is.
-    fn canonical(self, value: &str, unit: Option<&str>) -> String {
-        let value = value.trim();
+    /// What is said by `value`, which stands in an element with that `unit`. What cannot be read is only a text.
+    fn read(self, value: &str, unit: Option<&str>) -> Said {
+        let shown = value.trim().to_owned();
         let canonical = match self {
             Kind::Text => None,
-            Kind::Number => u64::from_text(value).ok().map(|number| number.to_string()),
-            Kind::Memory(usual) => scaled(value, unit.unwrap_or(usual)).ok().map(readable),
-            Kind::Set => CpuSet::from_text(value).ok().map(|set| set.to_text()),
-            Kind::Uuid => Uuid::from_text(value).ok().map(|uuid| uuid.to_text()),
+            Kind::Number => u64::from_text(&shown).ok().map(|number| number.to_string()),
+            Kind::Memory(usual) => scaled(&shown, unit.unwrap_or(usual)).ok().map(readable),
+            Kind::Set => CpuSet::from_text(&shown).ok().map(|set| set.to_text()),
+            Kind::Uuid => Uuid::from_text(&shown).ok().map(|uuid| uuid.to_text()),
         };
-        canonical.unwrap_or_else(|| value.to_owned())
+        match (self, canonical) {
+            (Kind::Number, Some(canonical)) => Said { canonical, shown },
+            (_, Some(canonical)) => Said { shown: canonical.clone(), canonical },
+            (_, None) => Said { canonical: shown.clone(), shown },
+        }
     }
+}
+
+/// A value.
+#[derive(Debug, Default)]
+pub struct Said {
+    /// By which it is compared.
+    pub canonical: String,
+    /// By which it is known to people: numbers stay decimal or hexadecimal.
+    pub shown: String,
 }
 
 /// Bytes, as people write them.
@@ -106,26 +119,27 @@ fn readable(bytes: u128) -> String {
 
 impl Field {
     /// What the element says; empty if it is not there or does not say.
-    pub fn of(&self, element: Option<&Element>) -> String {
-        let Some(element) = element else { return String::new() };
+    pub fn of(&self, element: Option<&Element>) -> Said {
+        let Some(element) = element else { return Said::default() };
         let said = element.attr(&self.name).or(self.default.as_deref());
-        said.map_or_else(String::new, |value| self.kind.canonical(value, element.attr("unit")))
+        said.map(|value| self.kind.read(value, element.attr("unit"))).unwrap_or_default()
     }
 }
 
 impl Rule {
     /// The element's text; empty if it is not compared, or there is none.
-    pub fn text_of(&self, element: Option<&Element>) -> String {
-        let (Some(kind), Some(element)) = (self.text, element) else { return String::new() };
-        kind.canonical(&element.text(), element.attr("unit"))
+    pub fn text_of(&self, element: Option<&Element>) -> Said {
+        let (Some(kind), Some(element)) = (self.text, element) else { return Said::default() };
+        kind.read(&element.text(), element.attr("unit"))
     }
 
     /// What is compared of the element itself, in one line.
-    pub fn summary(&self, element: &Element) -> String {
-        let said = self.attributes.iter().map(|field| (&field.name, field.of(Some(element))));
+    pub fn summary(&self, element: &Element) -> Said {
+        let said = self.attributes.iter().map(|field| (&*field.name, field.of(Some(element)).shown));
         let mut words: Vec<_> = said.filter(|(_, v)| !v.is_empty()).map(|(name, v)| format!("{name}={v}")).collect();
-        words.extend(Some(self.text_of(Some(element))).filter(|text| !text.is_empty()));
-        if words.is_empty() { "present".to_owned() } else { words.join(" ") }
+        words.extend(Some(self.text_of(Some(element)).shown).filter(|text| !text.is_empty()));
+        let shown = if words.is_empty() { "present".to_owned() } else { words.join(" ") };
+        Said { canonical: shown.clone(), shown }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Both trees, element by element: what is the same device, and what is different about it.
 
-use super::table::{Identity, Presence, RULES, Rule};
+use super::table::{Identity, Presence, RULES, Rule, Said};
 use super::{AbiDifference, Strictness};
 use crate::xml::Element;
 use std::collections::{HashMap, HashSet};
@@ -50,16 +50,16 @@ impl Walk {
             Presence::OfVirtio => self.virtio,
         };
         if counts && source.is_some() != target.is_some() {
-            let summary = |side: Option<&Element>| side.map_or_else(String::new, |element| rule.summary(element));
+            let summary = |side: Option<&Element>| side.map(|element| rule.summary(element)).unwrap_or_default();
             self.same(|| path.to_owned(), summary(source), summary(target));
         } else {
             self.inside(rule, path, source, target);
         }
     }
 
-    fn same(&mut self, path: impl Fn() -> String, source: String, target: String) {
-        if source != target {
-            self.found.push(AbiDifference { path: path(), source, target });
+    fn same(&mut self, path: impl Fn() -> String, source: Said, target: Said) {
+        if source.canonical != target.canonical {
+            self.found.push(AbiDifference { path: path(), source: source.shown, target: target.shown });
         }
     }
 }
@@ -133,10 +133,16 @@ fn likes(rule: &Rule, source: &[&Element], target: &[&Element]) -> Vec<Option<us
 fn known_by(identity: &[Identity], element: &Element) -> String {
     let said = identity.iter().filter_map(|part| {
         let (attribute, way) = part.steps.split_last()?;
-        let at = way.iter().try_fold(element, |element, step| element.child(step))?;
+        let at = way.iter().try_fold(element, |element, step| child(element, step))?;
         Some(format!("{}={}", part.label, decimal(at.attr(attribute)?)))
     });
     said.collect::<Vec<_>>().join(",")
+}
+
+/// A child by its name, or by name and type: `address:dimm`.
+fn child<'a>(element: &'a Element, step: &str) -> Option<&'a Element> {
+    let (name, kind) = step.split_once(':').map_or((step, None), |(name, kind)| (name, Some(kind)));
+    element.child(name).filter(|child| kind.is_none() || child.attr("type") == kind)
 }
 
 fn decimal(text: &str) -> String {
