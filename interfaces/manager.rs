@@ -36,6 +36,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         read(service, "GetDomainById", get_domain_by_id),
         read(service, "ListDomains", list_domains),
         read(service, "ValidateDomain", validate_domain),
+        read(service, "CompareDomains", compare_domains),
         read(service, "DomainToNative", domain_to_native),
         read(service, "GetJobs", get_jobs),
         read(service, "GetCapabilities", get_capabilities),
@@ -102,6 +103,14 @@ async fn validate_domain(service: Arc<Service>, call: Call) -> Outcome {
     options.end()?;
     let findings = service.validate(call.caller(), &xml).await?;
     call.reply(&findings.iter().map(told).collect::<Vec<_>>())
+}
+
+async fn compare_domains(service: Arc<Service>, call: Call) -> Outcome {
+    let (source, target, options): (String, String, Options) = call.read()?;
+    options.end()?;
+    let differences = service.compare(call.caller(), &source, &target).await?;
+    let told: Vec<_> = differences.into_iter().map(|found| (found.path, found.source, found.target)).collect();
+    call.reply(&(told.is_empty(), told))
 }
 
 async fn domain_to_native(service: Arc<Service>, call: Call) -> Outcome {

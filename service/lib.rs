@@ -2,6 +2,7 @@
 
 pub mod authz;
 mod boot;
+mod compare;
 mod domain;
 pub mod error;
 pub mod events;

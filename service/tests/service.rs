@@ -392,6 +392,36 @@ async fn can_tells_without_asking_a_person() {
 }
 
 #[tokio::test]
+async fn documents_are_compared_completed_and_not_held_against_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let compare = async |source: &str, target: &str| {
+        let found = world.service.compare(&world.alice(), source, target).await?;
+        Ok::<_, Error>(found.iter().map(ToString::to_string).collect::<Vec<_>>())
+    };
+    // Neither says its uuid or its MAC address, and no driver serves the type.
+    let vax = "<domain type='vax'><name>v</name><memory>1024</memory><currentMemory>512</currentMemory>\
+               <devices><interface type='user'/></devices></domain>";
+    assert_eq!(compare(vax, vax).await.unwrap(), Vec::<String>::new());
+    let other = vax.replace("'user'/>", "'user'><mtu size='9000'/></interface>").replace("512", "1024");
+    let found = compare(vax, &other).await.unwrap();
+    assert_eq!(found.len(), 1, "{found:?}");
+    assert!(found[0].ends_with("]/mtu/size: nothing → '9000'"), "{found:?}");
+    let said = xml("web", "<vcpu>1</vcpu>");
+    assert_eq!(compare(&said, &xml("web", "")).await.unwrap(), Vec::<String>::new(), "the default spelled out");
+    let wrong = compare("<domain/>", vax).await.unwrap_err();
+    assert!(
+        matches!(wrong, Error::ConfigInvalid(_)) && wrong.to_string().contains("in the source document"),
+        "{wrong}"
+    );
+    assert!(world.notary.asked.lock().unwrap().iter().all(|(action, subject)| {
+        *action == Action::Read && subject.domain_uuid.is_none() && subject.domain_name.is_empty()
+    }));
+    world.notary.refuses.store(true, Ordering::Relaxed);
+    assert!(matches!(compare(vax, vax).await, Err(Error::AccessDenied(_))));
+}
+
+#[tokio::test]
 async fn what_a_document_would_meet_is_told_at_once() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;

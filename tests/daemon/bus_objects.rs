@@ -106,6 +106,42 @@ async fn lists_keep_what_matches() {
     }
 }
 
+#[tokio::test]
+async fn what_a_guest_would_notice_is_listed() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = daemon.connect().await;
+    let card = |mac: &str, mtu: u32| {
+        format!("<interface type='user'><mac address='{mac}'/><model type='virtio'/><mtu size='{mtu}'/></interface>")
+    };
+    let with = |devices: String| WEB.replace("</domain>", &format!("<devices>{devices}</devices></domain>"));
+    let (one, two) = ("52:54:00:ab:1a:01", "52:54:00:AB:1A:02");
+    let source = with(card(one, 1500) + &card(two, 1500));
+    let compare = async |target: &str, options| {
+        call(&client, "/org/virt", MANAGER, "CompareDomains", &(&*source, target, options)).await
+    };
+    type Answer = (bool, Vec<(String, String, String)>);
+
+    let reply = compare(&with(card(two, 1500) + &card(one, 1500)), none()).await.unwrap();
+    assert_eq!(reply.body().deserialize::<Answer>().unwrap(), (true, vec![]));
+
+    let target = with(card(two, 1500) + &card(one, 9000)).replace("64<", "128<").replace("web", "www");
+    let (same, differences) = compare(&target, none()).await.unwrap().body().deserialize::<Answer>().unwrap();
+    let expected = [
+        ("/name", "web", "www"),
+        ("/memory", "65536 KiB", "131072 KiB"),
+        ("/devices/interface[mac=52:54:00:ab:1a:01]/mtu/size", "1500", "9000"),
+    ];
+    assert!(!same);
+    assert_eq!(differences.iter().map(|(p, s, t)| (&**p, &**s, &**t)).collect::<Vec<_>>(), expected);
+
+    let (name, text) = refusal(compare("<domain type='test'><nonsense/></domain>", none()).await);
+    assert_eq!(name, "org.virt.Error.ConfigInvalid");
+    assert!(text.contains("in the target document: "), "{text}");
+    let options = Options::from([("strict", Variant::from(true))]);
+    let (name, text) = refusal(compare(&source, options).await);
+    assert!(name == "org.virt.Error.InvalidArgument" && text.contains("'strict'"), "{name}: {text}");
+}
+
 /// Everything that comes in on a connection, in order.
 struct Tape {
     client: Connection,

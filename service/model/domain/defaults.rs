@@ -218,11 +218,13 @@ fn number_ports(serials: &mut [Serial]) {
 }
 
 fn fill_interface(interface: &mut Interface) {
-    interface.mac.get_or_insert_with(|| {
-        let random = Uuid::new_v4().into_bytes();
-        let address = Mac([0x52, 0x54, 0x00, random[0], random[1], random[2]]);
-        InterfaceMac { address, ..InterfaceMac::default() }
-    });
+    interface.mac.get_or_insert_with(|| InterfaceMac { address: made_up_mac(), ..InterfaceMac::default() });
+}
+
+/// A random address in QEMU's range.
+pub(super) fn made_up_mac() -> Mac {
+    let random = Uuid::new_v4().into_bytes();
+    Mac([0x52, 0x54, 0x00, random[0], random[1], random[2]])
 }
 
 /// Ports are chosen at start unless given; there is one place to listen at least; its address stands in both forms.

@@ -49,21 +49,17 @@ struct Format {
     roots: HashMap<String, usize>,
 }
 
-/// A line of the table with those indented below it.
-struct Line<'a> {
-    words: Vec<&'a str>,
-    below: Vec<Line<'a>>,
+/// A line of a table with those indented below it.
+pub(super) struct Line<'a> {
+    /// Never empty.
+    pub words: Vec<&'a str>,
+    pub below: Vec<Line<'a>>,
 }
 
 impl Format {
     fn read(table: &str) -> Format {
-        let lines: Vec<_> = table
-            .lines()
-            .filter(|line| !line.trim().is_empty() && !line.starts_with('#'))
-            .map(|line| (line.len() - line.trim_start().len(), line.split_whitespace().collect::<Vec<_>>()))
-            .collect();
-        let tree = nest(&mut lines.into_iter().peekable(), 0);
-        let (groups, roots): (Vec<_>, Vec<_>) = tree.into_iter().partition(|line| line.words[0].starts_with('&'));
+        let (groups, roots): (Vec<_>, Vec<_>) =
+            lines(table).into_iter().partition(|line| line.words[0].starts_with('&'));
         let groups: HashMap<&str, &Line> = groups.iter().map(|line| (&line.words[0][1..], line)).collect();
         let mut format = Format::default();
         let mut built = HashMap::new();
@@ -187,6 +183,16 @@ impl Spec {
     }
 }
 
+/// The lines of a table that are not indented, with what is below each. Lines with `#` are remarks.
+pub(super) fn lines(table: &str) -> Vec<Line<'_>> {
+    let lines: Vec<_> = table
+        .lines()
+        .filter(|line| !line.trim().is_empty() && !line.starts_with('#'))
+        .map(|line| (line.len() - line.trim_start().len(), line.split_whitespace().collect::<Vec<_>>()))
+        .collect();
+    nest(&mut lines.into_iter().peekable(), 0)
+}
+
 /// Puts lines below those they are indented under.
 fn nest<'a>(
     lines: &mut std::iter::Peekable<impl Iterator<Item = (usize, Vec<&'a str>)>>,
@@ -228,7 +234,7 @@ fn distance(a: &str, b: &str) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::domain::DomainDef;
     use crate::domain::part::Part;
@@ -269,6 +275,16 @@ mod tests {
             steps.pop();
         }
         way.pop();
+    }
+
+    /// Every way from the root to an element, and to each of its attributes.
+    pub fn names() -> Vec<(Vec<String>, Option<String>)> {
+        let mut all = Vec::new();
+        each_way(FORMAT.roots["domain"], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+            all.push((steps.to_vec(), None));
+            all.extend(spec.attributes.iter().map(|name| (steps.to_vec(), Some(name.clone()))));
+        });
+        all
     }
 
     /// Elements in each other, the innermost with an attribute, all at known places.

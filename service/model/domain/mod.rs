@@ -7,6 +7,7 @@
 //!
 //! Each section has a file with type, read and write. `format` knows every name and the order of output.
 
+pub mod abi;
 mod checks;
 pub mod clock;
 pub mod cpu;
