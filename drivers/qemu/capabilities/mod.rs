@@ -345,10 +345,6 @@ mod tests {
         assert!(missing.contains("none: No such file"), "{missing}");
         let relative = prober.probe(Path::new("qemu")).await.unwrap_err().to_string();
         assert!(relative.contains("not absolute"), "{relative}");
-        for detour in ["/usr/./bin/env", "/usr//bin/env", "/usr/lib/../bin/env", "/usr/bin/env/"] {
-            let refused = prober.probe(Path::new(detour)).await.unwrap_err().to_string();
-            assert!(refused.contains("a slash too many"), "{refused}");
-        }
         let words = script(dir.path(), "words", "#!/bin/sh\necho 'no such machine' >&2; exit 1\n");
         let words = prober.probe(&words).await.unwrap_err().to_string();
         assert!(words.ends_with("no such machine"), "{words}");
