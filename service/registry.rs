@@ -5,7 +5,7 @@
 use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::job::lock;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
 
@@ -19,6 +19,8 @@ pub(crate) struct Registry {
 struct Maps {
     domains: HashMap<Uuid, Arc<Domain>>,
     names: HashMap<String, Uuid>,
+    /// Of domains that are being made: claimed, and not findable yet.
+    claimed: HashSet<Uuid>,
     owned: HashMap<u32, usize>,
 }
 
@@ -71,12 +73,15 @@ impl Registry {
         }
         *owned += 1;
         maps.names.insert(name.to_owned(), uuid);
+        maps.claimed.insert(uuid);
         Ok(Claimed::New)
     }
 
     /// Makes a claimed domain findable.
     pub fn insert(&self, domain: Arc<Domain>) {
-        lock(&self.maps).domains.insert(domain.uuid(), domain);
+        let mut maps = lock(&self.maps);
+        maps.claimed.remove(&domain.uuid());
+        maps.domains.insert(domain.uuid(), domain);
     }
 
     /// Reserves a second name for a domain that is about to be renamed.
@@ -98,6 +103,7 @@ impl Registry {
     pub fn remove(&self, uuid: Uuid, name: &str, owner: u32) {
         let mut maps = lock(&self.maps);
         maps.domains.remove(&uuid);
+        maps.claimed.remove(&uuid);
         maps.names.remove(name);
         maps.disown(owner);
     }
@@ -107,8 +113,9 @@ impl Maps {
     fn look(&self, uuid: Uuid, name: &str) -> Result<Option<Arc<Domain>>> {
         match (self.names.get(name), self.domains.get(&uuid)) {
             (Some(known), _) if *known != uuid => Err(taken_name(name, *known)),
-            (Some(_), None) => Err(Error::DomainExists(format!(
-                "domain '{name}' with uuid {uuid} is just being defined by another call"
+            (_, None) if self.claimed.contains(&uuid) => Err(Error::DomainExists(format!(
+                "domain '{}' with uuid {uuid} is just being defined by another call",
+                self.name_of(uuid)
             ))),
             (None, Some(_)) => Err(Error::DomainExists(format!(
                 "uuid {uuid} belongs to domain '{}', not '{name}'; use Rename, or another uuid",
@@ -134,4 +141,21 @@ fn taken_name(name: &str, uuid: Uuid) -> Error {
     Error::DomainExists(format!(
         "domain '{name}' exists already, with uuid {uuid}; give that uuid to change it, or choose another name"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uuid_is_claimed_under_one_name() {
+        let registry = Registry::default();
+        let uuid = Uuid::from_u128(7);
+        assert!(matches!(registry.claim(uuid, "web", 1000, 9), Ok(Claimed::New)));
+        for name in ["web", "shop"] {
+            assert!(matches!(registry.claim(uuid, name, 1000, 9), Err(Error::DomainExists(_))), "{name}");
+        }
+        registry.remove(uuid, "web", 1000);
+        assert!(matches!(registry.claim(uuid, "shop", 1000, 9), Ok(Claimed::New)));
+    }
 }
