@@ -61,13 +61,13 @@ fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note) -> R
     })?;
     let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
-    enter(shared, Birth { uuid, name: def.name.clone(), driver, stored: Some(def), draft: None, note, ended })?;
+    enter(shared, Birth { def, persistent: true, driver, note, ended })?;
     Ok(())
 }
 
 /// Registers a domain found on disk.
 fn enter(shared: &Arc<Shared>, birth: Birth) -> Result<Arc<Domain>> {
-    match shared.registry.claim(birth.uuid, &birth.name, birth.note.owner, usize::MAX)? {
+    match shared.registry.claim(birth.def.uuid, &birth.def.name, birth.note.owner, usize::MAX)? {
         Claimed::Existing(domain) => Ok(domain),
         Claimed::New => {
             let domain = Domain::new(shared.clone(), birth);
@@ -103,19 +103,8 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status) -> Result<
     };
     match reconnected {
         Some(Reconnected { instance, condition }) => {
-            let domain = domain_of(shared, uuid, driver, &live, &status)?;
-            let found = FoundGuest {
-                id: status.id,
-                instance,
-                live,
-                status: file,
-                condition,
-                state: status.state,
-                reason: status.reason,
-                since_usec: status.since_usec,
-                autodestroy: status.autodestroy,
-            };
-            domain.adopt(found, reports).await;
+            let domain = domain_of(shared, driver, &live, &status)?;
+            domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
             tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
         }
         None => has_gone(shared, uuid, &live).await?,
@@ -137,17 +126,10 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 }
 
 /// The domain a found guest belongs to: the stored one, or a transient one that is made again.
-fn domain_of(
-    shared: &Arc<Shared>,
-    uuid: Uuid,
-    driver: Arc<dyn Driver>,
-    live: &DomainDef,
-    status: &Status,
-) -> Result<Arc<Domain>> {
+fn domain_of(shared: &Arc<Shared>, driver: Arc<dyn Driver>, live: &DomainDef, status: &Status) -> Result<Arc<Domain>> {
     let note = Note { owner: status.owner, autostart: false };
     let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-    let draft = Some(live.clone());
-    enter(shared, Birth { uuid, name: live.name.clone(), driver, stored: None, draft, note, ended })
+    enter(shared, Birth { def: live.clone(), persistent: false, driver, note, ended })
 }
 
 /// A guest ended while virtd was away, or its start was cut off.
@@ -157,12 +139,7 @@ async fn has_gone(shared: &Arc<Shared>, uuid: Uuid, live: &DomainDef) -> Result<
         domain.ended_unseen(StateReason::Daemon, now_usec()).await;
         return Ok(());
     }
-    let on = shared.clone();
-    on_disk(move || {
-        on.store.forget_guest(uuid);
-        Ok(())
-    })
-    .await
+    shared.forget_guest(uuid).await
 }
 
 /// Starts what starts with the host, once since the host booted.

@@ -124,11 +124,11 @@ impl Service {
         let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define], validate).await?;
         match claimed {
             Claimed::Existing(domain) => {
-                domain.redefine(caller, def).await?;
+                domain.redefine(def).await?;
                 Ok(domain)
             }
             Claimed::New => {
-                let domain = self.bear(caller, driver, &def, Some(def.clone()));
+                let domain = self.bear(caller, driver, def.clone(), true);
                 let (name, uuid) = (def.name.clone(), def.uuid);
                 if let Err(e) = domain.store(def).await {
                     self.shared.registry.remove(uuid, &name, caller.uid);
@@ -159,7 +159,7 @@ impl Service {
                 Ok((domain, ticket))
             }
             Claimed::New => {
-                let domain = self.bear(caller, driver, &def, None);
+                let domain = self.bear(caller, driver, def.clone(), false);
                 self.shared.registry.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
                 let ticket = domain.launch(caller, Some(def), options).await?;
@@ -254,7 +254,7 @@ impl Service {
         validate: bool,
     ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
         let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
-        let driver = self.driver_for(&def.kind)?.clone();
+        let driver = self.driver_for(&def.kind)?;
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
         let native = def.has_native_arguments().then_some(Action::Native);
@@ -292,18 +292,10 @@ impl Service {
     }
 
     /// A domain that is not in the registry yet; its name is claimed.
-    fn bear(
-        &self,
-        caller: &Caller,
-        driver: Arc<dyn Driver>,
-        def: &DomainDef,
-        stored: Option<DomainDef>,
-    ) -> Arc<Domain> {
+    fn bear(&self, caller: &Caller, driver: Arc<dyn Driver>, def: DomainDef, persistent: bool) -> Arc<Domain> {
         let note = Note { owner: caller.uid, autostart: false };
         let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
-        let draft = Some(def.clone());
-        let birth = Birth { uuid: def.uuid, name: def.name.clone(), driver, stored, draft, note, ended };
-        Domain::new(self.shared.clone(), birth)
+        Domain::new(self.shared.clone(), Birth { def, persistent, driver, note, ended })
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {

@@ -1,14 +1,16 @@
 //! What every domain shares with the service: drivers, authority, events, jobs, the registry and the disk.
 
 use crate::authz::{Authority, Caller};
+use crate::error::Result;
 use crate::events::Events;
 use crate::job::Jobs;
 use crate::registry::Registry;
-use crate::store::Store;
+use crate::store::{Store, on_disk};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use virt_model::driver::Driver;
 
 /// Knows who is on the bus.
@@ -77,6 +79,16 @@ impl Shared {
     /// The driver of that name.
     pub fn driver_named(&self, name: &str) -> Option<&Arc<dyn Driver>> {
         self.drivers.iter().find(|d| d.name() == name)
+    }
+
+    /// Removes what is on disk of a guest that has gone.
+    pub async fn forget_guest(self: &Arc<Self>, uuid: Uuid) -> Result<()> {
+        let shared = self.clone();
+        on_disk(move || {
+            shared.store.forget_guest(uuid);
+            Ok(())
+        })
+        .await
     }
 
     /// An id for a guest about to start, never used before by this virtd nor by a guest it found.

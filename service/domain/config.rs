@@ -69,14 +69,12 @@ impl Domain {
     }
 
     /// Replaces the stored configuration by a completed one of the same uuid and name.
-    pub(crate) async fn redefine(self: &Arc<Self>, caller: &Caller, def: DomainDef) -> Result<()> {
+    pub(crate) async fn redefine(&self, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
         self.fits(&def, &self.name())?;
         let first = {
             let mut state = lock(&self.state);
-            if state.gone {
-                return Err(Error::NoSuchDomain { what: "name", value: def.name });
-            }
+            state.still_here()?;
             state.being_stored = true;
             state.stored.is_none()
         };
@@ -87,7 +85,6 @@ impl Domain {
         }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
         self.commit(|state| state.has_stored(def, told));
-        tracing::debug!(uuid = %self.uuid, uid = caller.uid, "redefined");
         Ok(())
     }
 

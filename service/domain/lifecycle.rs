@@ -135,8 +135,8 @@ impl Domain {
     /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
     /// another name by now.
     fn def_to_start(&self, given: Option<&DomainDef>) -> Result<DomainDef> {
-        self.still_here()?;
         let state = lock(&self.state);
+        state.still_here()?;
         if state.guest.is_some() {
             let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
             return Err(Error::OperationInvalid(text));
@@ -189,12 +189,7 @@ impl Domain {
             Ok(running) => self.became_active(id, running, status, options, caller, reports).await,
             Err(e) => {
                 status.close();
-                let shared = self.shared.clone();
-                on_disk(move || {
-                    shared.store.forget_guest(uuid);
-                    Ok(())
-                })
-                .await?;
+                self.shared.forget_guest(uuid).await?;
                 Err(match e {
                     DriverError::Cancelled => self.start_cancelled(),
                     e => Error::from_driver(&self.name(), "start", e),
@@ -407,10 +402,7 @@ impl Domain {
             DomainState::PmSuspended => "it sleeps; wake it first, or destroy it",
             _ => "reset or destroy it",
         };
-        Err(Error::OperationInvalid(format!(
-            "cannot {deed} domain '{}' while it is {}: {remedy}",
-            state.name, state.state
-        )))
+        Err(state.refusal(deed, remedy))
     }
 
     fn refuse_unless_paused(&self) -> Result<()> {
@@ -420,10 +412,7 @@ impl Domain {
             DomainState::Running | DomainState::Idle => "there is nothing to resume",
             _ => "reset or destroy it",
         };
-        Err(Error::OperationInvalid(format!(
-            "cannot resume domain '{}' while it is {}: {remedy}",
-            state.name, state.state
-        )))
+        Err(state.refusal("resume", remedy))
     }
 
     fn failed(&self, deed: &str, e: DriverError) -> Error {
@@ -438,9 +427,7 @@ struct Creation(Arc<Domain>);
 impl Creation {
     fn begin(domain: &Arc<Domain>) -> Result<Creation> {
         let mut state = lock(&domain.state);
-        if state.gone {
-            return Err(Error::NoSuchDomain { what: "name", value: state.name.clone() });
-        }
+        state.still_here()?;
         state.creations += 1;
         Ok(Creation(domain.clone()))
     }
@@ -457,6 +444,12 @@ impl State {
     /// Whether guest `id` is (still) this domain's.
     pub(super) fn runs(&self, id: u32) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.id == id)
+    }
+
+    /// What it does now does not allow `deed`.
+    fn refusal(&self, deed: &str, remedy: &str) -> Error {
+        let (name, state) = (&self.name, self.state);
+        Error::OperationInvalid(format!("cannot {deed} domain '{name}' while it is {state}: {remedy}"))
     }
 }
 

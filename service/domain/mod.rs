@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, millis, now_usec};
-use crate::store::{Ended, Note, StatusFile, on_disk};
+use crate::store::{Ended, Note, Status, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
@@ -78,29 +78,26 @@ struct Guest {
 
 /// How a new `Domain` comes to be.
 pub(crate) struct Birth {
-    pub uuid: Uuid,
-    pub name: String,
+    /// Its configuration; of a transient domain that of its guest, or of the one about to start.
+    pub def: DomainDef,
+    pub persistent: bool,
     pub driver: Arc<dyn Driver>,
-    pub stored: Option<DomainDef>,
-    /// What describes it while there is neither stored configuration nor guest: a transient domain about to start.
-    pub draft: Option<DomainDef>,
     pub note: Note,
     pub ended: Ended,
 }
 
 impl Domain {
     pub(crate) fn new(shared: Arc<Shared>, birth: Birth) -> Arc<Domain> {
-        let stored = birth.stored.map(Arc::new);
-        let described = stored.as_deref().or(birth.draft.as_ref());
-        let facts = Arc::new(DomainFacts {
-            name: birth.name.clone(),
-            uuid: birth.uuid,
+        let (uuid, name) = (birth.def.uuid, birth.def.name.clone());
+        let facts = DomainFacts {
+            name: name.clone(),
+            uuid,
             id: 0,
             driver: birth.driver.name(),
             state: DomainState::Shutoff,
             reason: birth.ended.reason,
             since_usec: birth.ended.since_usec,
-            persistent: stored.is_some(),
+            persistent: birth.persistent,
             autostart: birth.note.autostart,
             title: String::new(),
             description: String::new(),
@@ -114,17 +111,17 @@ impl Domain {
             current_snapshot: None,
             snapshot_count: 0,
             owner: birth.note.owner,
-        });
-        let facts = Arc::new(described.map_or_else(|| (*facts).clone(), |def| describe(&facts, def)));
+        };
+        let facts = Arc::new(describe(&facts, &birth.def));
         Arc::new(Domain {
-            uuid: birth.uuid,
+            uuid,
             owner: birth.note.owner,
             driver: birth.driver,
             shared,
             turn: Arc::default(),
             state: Mutex::new(State {
-                name: birth.name,
-                stored,
+                name,
+                stored: birth.persistent.then(|| Arc::new(birth.def)),
                 guest: None,
                 starting: None,
                 creations: 0,
@@ -195,11 +192,7 @@ impl Domain {
 
     /// A domain may go while somebody waits for it.
     fn still_here(&self) -> Result<()> {
-        let state = lock(&self.state);
-        if state.gone {
-            return Err(Error::NoSuchDomain { what: "name", value: state.name.clone() });
-        }
-        Ok(())
+        lock(&self.state).still_here()
     }
 
     /// The one way to change what is published: changes the state, then tells what came of it, as one. Of a domain that
@@ -428,15 +421,10 @@ impl Domain {
 
     /// Makes a guest that was found running this domain's.
     pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: mpsc::UnboundedReceiver<DriverEvent>) {
-        let guest = Guest {
-            id: found.id,
-            instance: found.instance,
-            live: Arc::new(found.live),
-            status: found.status,
-            ending: None,
-        };
-        let (now, reason) = found_as(found.condition, found.state, found.reason);
-        let since_usec = if now == found.state { found.since_usec } else { now_usec() };
+        let FoundGuest { instance, live, condition, status, file } = found;
+        let guest = Guest { id: status.id, instance, live: Arc::new(live), status: file, ending: None };
+        let (now, reason) = found_as(condition, status.state, status.reason);
+        let since_usec = if now == status.state { status.since_usec } else { now_usec() };
         self.commit(|state| {
             state.guest = Some(guest.clone());
             state.state = now;
@@ -446,12 +434,12 @@ impl Domain {
             Vec::new()
         });
         self.keep_status(guest.id, now, reason, since_usec).await;
-        match found.autodestroy.as_deref() {
+        match status.autodestroy.as_deref() {
             None => {}
             Some("") => self.end_when_gone(guest.id, departed()),
             Some(bus_name) => self.end_when_gone(guest.id, self.shared.callers.watch(bus_name)),
         }
-        match found.condition {
+        match condition {
             Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
             _ => {}
@@ -484,15 +472,13 @@ impl Domain {
 
 /// A guest that outlived the last virtd.
 pub(crate) struct FoundGuest {
-    pub id: u32,
     pub instance: Arc<dyn Instance>,
     pub live: DomainDef,
-    pub status: Arc<StatusFile>,
+    /// What it does now.
     pub condition: Condition,
-    pub state: DomainState,
-    pub reason: StateReason,
-    pub since_usec: u64,
-    pub autodestroy: Option<String>,
+    /// What was last kept of it.
+    pub status: Status,
+    pub file: Arc<StatusFile>,
 }
 
 impl State {
@@ -520,6 +506,11 @@ impl State {
             (Some(stored), Some(guest)) => !stored.same_configuration(&guest.live),
             _ => false,
         };
+    }
+
+    /// A domain may go while somebody waits for it.
+    fn still_here(&self) -> Result<()> {
+        if self.gone { Err(Error::NoSuchDomain { what: "name", value: self.name.clone() }) } else { Ok(()) }
     }
 
     /// Whether it is to go: it has neither configuration nor guest, and is about to get neither.
