@@ -187,7 +187,8 @@ struct CacheFile {
 
 impl Prober {
     /// `cache_dir`: where answers outlive us (made when missing; nothing is kept without it). `user`: the uid and gid that
-    /// binaries are run as; then only binaries are run that nobody but root can have put there, and that go by QEMU's name: whoever may read may name one.
+    /// binaries are run as; then only binaries are run that nobody but root can have put there, and that go by QEMU's
+    /// name: whoever may read may name one.
     pub fn new(cache_dir: Option<PathBuf>, user: Option<(u32, u32)>) -> Self {
         Prober { cache_dir, user, known: Mutex::default(), places: tokio::sync::Semaphore::new(AT_ONCE) }
     }
