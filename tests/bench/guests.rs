@@ -1,6 +1,7 @@
 //! Starting and ending guests; answers beside guests that hang.
 
-use crate::bus::{Daemon, Result, no_options};
+use crate::bus::{Bench, Result, undefine};
+use crate::common::client::Domain;
 use crate::raw::Raw;
 use crate::{line, percentile, row, text};
 use std::time::{Duration, Instant};
@@ -16,14 +17,14 @@ fn xml(name: &str) -> String {
 }
 
 /// `Start` from call to return against QEMU from exec to QMP ready; `Destroy` against SIGTERM to exit.
-pub async fn start_and_destroy(daemon: &Daemon) -> Result<()> {
-    let path = daemon.define(&xml("bench")).await?;
-    let argv = native(daemon, &path).await?;
+pub async fn start_and_destroy(bench: &Bench) -> Result<()> {
+    let domain = bench.define(&xml("bench")).await;
+    let argv = native(bench, &domain).await?;
     let (mut start, mut ready, mut destroy, mut end) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
-        start.push(timed(daemon, &path, "Start").await?);
-        destroy.push(timed(daemon, &path, "Destroy").await?);
-        let mut raw = Raw::start(&argv, daemon.folder())?;
+        start.push(timed(&domain, "Start").await);
+        destroy.push(timed(&domain, "Destroy").await);
+        let mut raw = Raw::start(&argv, bench.daemon.folder())?;
         ready.push(raw.ready);
         raw.cont()?;
         end.push(raw.end()?);
@@ -31,22 +32,23 @@ pub async fn start_and_destroy(daemon: &Daemon) -> Result<()> {
     let median = |times: &mut Vec<Duration>| percentile(times, 50);
     row("Start, against QEMU from exec to QMP ready", median(&mut start), median(&mut ready), 1.3);
     row("Destroy, against SIGTERM to exit", median(&mut destroy), median(&mut end), 3.0);
-    daemon.domain(&path, "Undefine").await?;
+    undefine(&domain).await;
     Ok(())
 }
 
-async fn timed(daemon: &Daemon, path: &str, method: &str) -> Result<Duration> {
+async fn timed(domain: &Domain, method: &str) -> Duration {
     let begun = Instant::now();
-    daemon.domain(path, method).await?;
-    Ok(begun.elapsed())
+    domain.run(method).await.expect(method);
+    begun.elapsed()
 }
 
 /// The command line virtd runs, with its private files in a folder of ours.
-async fn native(daemon: &Daemon, path: &str) -> Result<Vec<String>> {
-    let xml: String = daemon.domain(path, "GetXML").await?.body().deserialize()?;
-    let reply = daemon.call("/org/virt", "org.virt.Manager", "DomainToNative", &(xml.as_str(), "qemu-argv")).await?;
+async fn native(bench: &Bench, domain: &Domain) -> Result<Vec<String>> {
+    let translated = (domain.xml().await, "qemu-argv");
+    let reply =
+        bench.client.call("/org/virt", "org.virt.Manager.DomainToNative", &translated).await.expect("translated");
     let argv: Vec<String> = reply.body().deserialize()?;
-    let ours = daemon.folder().to_string_lossy().into_owned();
+    let ours = bench.daemon.folder().to_string_lossy().into_owned();
     Ok(argv.into_iter().map(|word| redirect(&word, &ours)).collect())
 }
 
@@ -62,31 +64,31 @@ fn redirect(word: &str, folder: &str) -> String {
 }
 
 /// How quickly others are answered while one guest hangs with a call waiting on it, and then ten.
-pub async fn beside_hung_ones(daemon: &Daemon) -> Result<()> {
-    let well = daemon.define(&xml("well")).await?;
-    daemon.domain(&well, "Start").await?;
+pub async fn beside_hung_ones(bench: &Bench) -> Result<()> {
+    let well = bench.define(&xml("well")).await;
+    well.run("Start").await.expect("started");
     let mut hung = Vec::new();
-    beside(daemon, &well, "no guest hung").await?;
+    beside(&well, "no guest hung").await;
     for (wanted, what) in [(1, "1 guest hung, a call waiting on it"), (10, "10 guests hung, a call waiting on each")] {
         while hung.len() < wanted {
-            hung.push(Hung::make(daemon, hung.len()).await?);
+            hung.push(Hung::make(bench, hung.len()).await?);
         }
-        beside(daemon, &well, what).await?;
+        beside(&well, what).await;
     }
     for guest in hung {
-        guest.end(daemon).await?;
+        guest.end().await?;
     }
-    daemon.domain(&well, "Destroy").await?;
+    well.run("Destroy").await.expect("destroyed");
     Ok(())
 }
 
-async fn beside(daemon: &Daemon, well: &str, what: &str) -> Result<()> {
+async fn beside(well: &Domain, what: &str) {
     let (mut reads, mut changes) = (Vec::new(), Vec::new());
     for _ in 0..200 {
-        reads.push(timed(daemon, well, "GetXML").await?);
+        reads.push(timed(well, "GetXML").await);
         let begun = Instant::now();
         for method in ["Suspend", "Resume"] {
-            daemon.call(well, "org.virt.Domain", method, &()).await?;
+            well.bare(method).await.expect(method);
         }
         changes.push(begun.elapsed());
     }
@@ -94,45 +96,32 @@ async fn beside(daemon: &Daemon, well: &str, what: &str) -> Result<()> {
         |times: &mut Vec<Duration>| format!("{} / {}", text(percentile(times, 50)), text(percentile(times, 99)));
     line(&format!("GetXML of another domain, {what} (p50 / p99)"), figures(&mut reads));
     line(&format!("Suspend + Resume of it, {what} (p50 / p99)"), figures(&mut changes));
-    Ok(())
 }
 
 /// A guest whose QEMU is stopped, and a call that waits for it.
 struct Hung {
-    path: String,
+    domain: Domain,
     waiting: tokio::task::JoinHandle<()>,
 }
 
 impl Hung {
-    async fn make(daemon: &Daemon, number: usize) -> Result<Hung> {
+    async fn make(bench: &Bench, number: usize) -> Result<Hung> {
         let name = format!("hung-{number}");
-        let path = daemon.define(&xml(&name)).await?;
-        daemon.domain(&path, "Start").await?;
-        let pid = qemu_named(&name).ok_or("QEMU not found")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::STOP)?;
-        let (connection, target) = (daemon.connection.clone(), path.clone());
+        let domain = bench.define(&xml(&name)).await;
+        domain.run("Start").await.expect("started");
+        let qemu = bench.daemon.qemu_of(&name).ok_or("QEMU not found")?;
+        nix::sys::signal::kill(qemu, nix::sys::signal::Signal::SIGSTOP)?;
+        let asked = domain.clone();
         let waiting = tokio::spawn(async move {
             // Fails when the guest is ended, as it should.
-            let _ = connection
-                .call_method(Some("org.virt"), target.as_str(), Some("org.virt.Domain"), "Suspend", &())
-                .await;
+            let _ = asked.bare("Suspend").await;
         });
-        Ok(Hung { path, waiting })
+        Ok(Hung { domain, waiting })
     }
 
-    async fn end(self, daemon: &Daemon) -> Result<()> {
-        daemon.call(&self.path, "org.virt.Domain", "Destroy", &(no_options(),)).await?;
+    async fn end(self) -> Result<()> {
+        self.domain.run("Destroy").await.expect("a hung guest can be ended");
         self.waiting.await?;
         Ok(())
     }
-}
-
-/// The QEMU whose guest has this name.
-fn qemu_named(name: &str) -> Option<rustix::process::Pid> {
-    let wanted = format!("guest={name},");
-    std::fs::read_dir("/proc").ok()?.flatten().find_map(|entry| {
-        let command = std::fs::read(entry.path().join("cmdline")).ok()?;
-        let pid = entry.file_name().to_str()?.parse().ok()?;
-        String::from_utf8_lossy(&command).contains(&wanted).then(|| rustix::process::Pid::from_raw(pid))?
-    })
 }

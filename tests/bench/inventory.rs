@@ -1,23 +1,25 @@
 //! Reading: one property, and an inventory of ten thousand.
 
-use crate::bus::{Daemon, Result, no_options};
+use crate::bus::{Bench, Result, undefine};
+use crate::common::client::options;
 use crate::{line, percentile, row, text};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 /// A property read against `Peer.Ping` at the service.
-pub async fn read_against_ping(daemon: &Daemon) -> Result<()> {
-    let path = daemon.define(&test_xml("read", 0)).await?;
+pub async fn read_against_ping(bench: &Bench) -> Result<()> {
+    let domain = bench.define(&test_xml("read", 0)).await;
     let (mut reads, mut pings) = (Vec::new(), Vec::new());
     for _ in 0..3000 {
         let begun = Instant::now();
-        daemon.call(&path, "org.freedesktop.DBus.Properties", "Get", &("org.virt.Domain", "State")).await?;
+        let property = ("org.virt.Domain", "State");
+        bench.client.call(&domain.path, "org.freedesktop.DBus.Properties.Get", &property).await.expect("State");
         reads.push(begun.elapsed());
         let begun = Instant::now();
-        daemon.call(&path, "org.freedesktop.DBus.Peer", "Ping", &()).await?;
+        bench.client.call(&domain.path, "org.freedesktop.DBus.Peer.Ping", &()).await.expect("an answer");
         pings.push(begun.elapsed());
     }
     row("Get of a property, against Peer.Ping", percentile(&mut reads, 50), percentile(&mut pings, 50), 1.5);
-    daemon.domain(&path, "Undefine").await?;
+    undefine(&domain).await;
     Ok(())
 }
 
@@ -32,36 +34,31 @@ pub async fn ten_thousand() -> Result<()> {
         std::fs::write(base.with_extension("json"), note)?;
     }
     let begun = Instant::now();
-    let daemon = Daemon::start(&folder.keep().to_string_lossy()).await?;
+    let bench = Bench::start(Some(&folder.keep())).await?;
     line("10,000 domains: from exec to the name on the bus", text(begun.elapsed()));
-    line("10,000 domains: resident memory of virtd", format!("{} MiB", daemon.resident_kib()? / 1024));
-    let manager = "org.freedesktop.DBus.ObjectManager";
-    measure(&daemon, "GetManagedObjects", || daemon.call("/org/virt", manager, "GetManagedObjects", &())).await?;
-    let options = (no_options(),);
-    measure(&daemon, "ListDomains", || daemon.call("/org/virt", "org.virt.Manager", "ListDomains", &options)).await?;
-    let introspectable = "org.freedesktop.DBus.Introspectable";
-    measure(&daemon, "Introspect /", || daemon.call("/", introspectable, "Introspect", &())).await?;
-    let parent = "/org/virt/domain";
-    measure(&daemon, "Introspect /org/virt/domain", || daemon.call(parent, introspectable, "Introspect", &())).await?;
-    line("10,000 domains: resident memory afterwards", format!("{} MiB", daemon.resident_kib()? / 1024));
+    line("10,000 domains: resident memory of virtd", format!("{} MiB", bench.resident_kib()? / 1024));
+    measure(&bench, "/org/virt", "org.freedesktop.DBus.ObjectManager.GetManagedObjects", &()).await;
+    measure(&bench, "/org/virt", "org.virt.Manager.ListDomains", &(options([]),)).await;
+    for parent in ["/", "/org/virt/domain"] {
+        measure(&bench, parent, "org.freedesktop.DBus.Introspectable.Introspect", &()).await;
+    }
+    line("10,000 domains: resident memory afterwards", format!("{} MiB", bench.resident_kib()? / 1024));
     Ok(())
 }
 
-async fn measure<F: Future<Output = Result<zbus::Message>>>(
-    _: &Daemon,
-    what: &str,
-    call: impl Fn() -> F,
-) -> Result<()> {
+async fn measure<B>(bench: &Bench, path: &str, member: &str, body: &B)
+where
+    B: serde::Serialize + zbus::wire::DynamicType,
+{
     let (mut times, mut size) = (Vec::new(), 0);
     for _ in 0..20 {
         let begun = Instant::now();
-        let reply = call().await?;
+        let reply = bench.client.call(path, member, body).await.expect(member);
         times.push(begun.elapsed());
         size = reply.body().len();
     }
-    let median: Duration = percentile(&mut times, 50);
-    line(&format!("10,000 domains: {what} ({size} bytes)"), text(median));
-    Ok(())
+    let (_, method) = member.rsplit_once('.').unwrap_or_default();
+    line(&format!("10,000 domains: {method} of {path} ({size} bytes)"), text(percentile(&mut times, 50)));
 }
 
 fn test_xml(name: &str, number: u32) -> String {

@@ -4,6 +4,8 @@
 //! here passes or fails: figures are read by people, and noted with the issue they belong to.
 
 mod bus;
+#[path = "../common/mod.rs"]
+mod common;
 mod guests;
 mod inventory;
 mod raw;
@@ -12,12 +14,12 @@ use std::time::Duration;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let daemon = bus::Daemon::start("").await?;
+    let bench = bus::Bench::start(None).await?;
     println!("{:<58} {:>12} {:>12} {:>7}  wanted", "what (median)", "virtd", "bare", "ratio");
-    guests::start_and_destroy(&daemon).await?;
-    inventory::read_against_ping(&daemon).await?;
-    guests::beside_hung_ones(&daemon).await?;
-    drop(daemon);
+    guests::start_and_destroy(&bench).await?;
+    inventory::read_against_ping(&bench).await?;
+    guests::beside_hung_ones(&bench).await?;
+    drop(bench);
     inventory::ten_thousand().await
 }
 
