@@ -61,6 +61,7 @@ pub fn name(error: &ServiceError) -> &'static str {
     match error {
         ServiceError::NoSuchDomain { .. } => "org.virt.Error.NoSuchDomain",
         ServiceError::DomainExists(_) => "org.virt.Error.DomainExists",
+        ServiceError::SnapshotExists(_) => "org.virt.Error.SnapshotExists",
         ServiceError::InvalidArgument(_) => "org.virt.Error.InvalidArgument",
         ServiceError::ConfigInvalid(_) => "org.virt.Error.ConfigInvalid",
         ServiceError::ConfigUnsupported(_) => "org.virt.Error.ConfigUnsupported",

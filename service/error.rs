@@ -22,6 +22,9 @@ pub enum Error {
     /// Name or uuid is taken by another domain.
     #[error("{0}")]
     DomainExists(String),
+    /// The domain, or one of its images, has a snapshot of that name.
+    #[error("{0}")]
+    SnapshotExists(String),
     /// An argument, an option's key or value.
     #[error("{0}")]
     InvalidArgument(String),
@@ -97,6 +100,9 @@ impl Error {
             DriverError::Hypervisor(_) => Error::HypervisorFailed(text),
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) => Error::StorageFailed(text),
+            DriverError::NoSpace(_) => Error::NoSpace(text),
+            DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
+            DriverError::Refused(_) => Error::OperationInvalid(text),
             DriverError::Gone => Error::OperationInvalid(format!("cannot {deed} domain '{name}': it has just ended")),
             DriverError::Cancelled => Error::Cancelled(format!("the attempt to {deed} domain '{name}' was cancelled")),
             DriverError::Internal(_) => Error::Internal(text),

@@ -60,6 +60,7 @@ async fn virtd() {
         def,
         paused: false,
         reset_nvram: false,
+        from: None,
         runtime_dir: dir.join("runtime"),
         log_file: dir.join("log"),
         recorder: Arc::new(recorder),

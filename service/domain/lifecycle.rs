@@ -179,6 +179,7 @@ impl Domain {
             def,
             paused: options.paused,
             reset_nvram: options.reset_nvram,
+            from: None,
             runtime_dir,
             log_file: self.shared.store.log_file(self.uuid),
             recorder: status.clone(),

@@ -4,10 +4,13 @@
 //! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
+pub mod snapshots;
+
 use crate::domain::DomainDef;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::Finding;
 use async_trait::async_trait;
+use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
@@ -42,6 +45,11 @@ pub trait Driver: Send + Sync {
         Ok(())
     }
 
+    /// Snapshots, where the driver has them.
+    fn snapshots(&self) -> Option<&dyn snapshots::Snapshots> {
+        None
+    }
+
     /// Starts a guest with its CPUs running (or standing, if [`Launch::paused`]). Returns once that is so. On failure, or
     /// when [`Launch::cancel`] fires (then [`DriverError::Cancelled`]), no trace of the guest is left: no process,
     /// no runtime file, no permission given away. A start emits neither `Resumed` nor `Suspended`.
@@ -60,6 +68,8 @@ pub struct Launch {
     pub paused: bool,
     /// Make the firmware variables anew from their template.
     pub reset_nvram: bool,
+    /// Memory to start from; a driver that cannot refuses it.
+    pub from: Option<snapshots::StartFrom>,
     /// An existing, empty directory for sockets and the like, mode 0711, removed by the service when the guest has gone.
     pub runtime_dir: PathBuf,
     /// Where the hypervisor's own output goes; appended to, bounded by the driver at each start.
@@ -131,7 +141,7 @@ pub enum Condition {
 /// One running guest. Methods may be called concurrently; each returns an error rather than wait without end
 /// ([`DriverError::TimedOut`]). What they cause is reported through the sink *before* they return.
 #[async_trait]
-pub trait Instance: Send + Sync {
+pub trait Instance: Any + Send + Sync {
     /// Asks the guest to power off. Returns when asked, not when done.
     async fn shutdown(&self, mode: ShutdownMode) -> Result<(), DriverError>;
 
@@ -226,6 +236,15 @@ pub enum DriverError {
     /// A file or device could not be used.
     #[error("{0}")]
     Storage(String),
+    /// The file system is full, or would be.
+    #[error("{0}")]
+    NoSpace(String),
+    /// An image already holds a snapshot of that name.
+    #[error("{0}")]
+    SnapshotExists(String),
+    /// Not in the state that guest or images are in; says what to do.
+    #[error("{0}")]
+    Refused(String),
     /// The guest has gone.
     #[error("the guest has ended")]
     Gone,

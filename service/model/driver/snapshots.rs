@@ -1,0 +1,295 @@
+//! The contract for snapshots: what a driver does to images and to a running guest. Which snapshots there are, what they
+//! are called, who is whose child, and what the configurations say afterwards is the service's matter.
+//!
+//! ```text
+//!  create   check_create ─▶ create ─▶ Taken ............. the service keeps the document with Taken::record
+//!  revert   check_revert ─▶ load (same process)
+//!                        └▶ revert_images ─▶ definition ─▶ Driver::start with Launch::from, or nothing more
+//!  delete   check_delete ─▶ delete ─▶ what replaces what ─▶ the service rewrites configurations
+//!  killed   recover: the journal's last note ─▶ done or undone
+//! ```
+//!
+//! Every operation writes its note into the [`Journal`] before the first change it makes, naming every file, and is either
+//! finished or undone by [`Snapshots::recover`] from that note alone, whatever was killed: virtd, the hypervisor, the host.
+
+use super::{DriverError, Instance};
+use crate::domain::DomainDef;
+use async_trait::async_trait;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+
+/// What a driver can do with snapshots.
+#[async_trait]
+pub trait Snapshots: Send + Sync {
+    /// What `create` would do; refuses what it would refuse before it changes anything. Changes nothing.
+    async fn check_create(&self, machine: &Machine, wish: &Wish) -> Result<CreatePlan, DriverError>;
+
+    /// Takes a snapshot, all of it or nothing: on failure, or when the journal is cancelled, files it made are gone, the
+    /// guest stands on the images it stood on, and runs if it ran.
+    async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError>;
+
+    /// What a revert would do, and whether it could: images hold the snapshot, its memory is complete and readable, space
+    /// suffices. `in_place`: into the running process. Changes nothing.
+    async fn check_revert(&self, machine: &Machine, snapshot: &Kept, in_place: bool)
+    -> Result<RevertPlan, DriverError>;
+
+    /// Loads memory and disks into the running guest, which is left paused. On failure the guest stands paused, and as
+    /// before if [`RevertPlan::undoable`].
+    async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError>;
+
+    /// Brings the images of a machine without a guest (or whose guest is about to be replaced) to the snapshot: internal
+    /// ones in place, external ones by new overlays; firmware variables and TPM too. Gives the snapshot's definition with
+    /// the disks it is to stand on now. On failure everything is as before.
+    async fn revert_images(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        journal: Arc<dyn Journal>,
+    ) -> Result<DomainDef, DriverError>;
+
+    /// What `delete` would do. Changes nothing.
+    async fn check_delete(&self, machine: &Machine, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError>;
+
+    /// Removes the snapshot's data, its memory file and its copies; external overlays are merged into what they stand on.
+    /// Repeatable: what is already gone is fine. A failure leaves the snapshot usable, or to be deleted again.
+    async fn delete(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        kin: &Kin,
+        journal: Arc<dyn Journal>,
+    ) -> Result<Vec<Replaced>, DriverError>;
+
+    /// Makes whole what was cut off, from the last note of its journal; `machine.guest` is what has been found of the guest.
+    async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError>;
+
+    /// The names of internal snapshots that the machine's images hold, with the disks that hold each.
+    async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError>;
+}
+
+/// The machine an operation is about.
+#[derive(Clone)]
+pub struct Machine {
+    /// What runs, or what is stored if nothing does.
+    pub def: DomainDef,
+    /// The running guest.
+    pub guest: Option<Arc<dyn Instance>>,
+    /// Whether its CPUs run.
+    pub running: bool,
+    /// Where the driver may keep what belongs to this domain's snapshots: copies of variables and the like. Exists.
+    pub folder: PathBuf,
+}
+
+/// Where the memory goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum MemoryMode {
+    /// Nowhere.
+    No,
+    /// Into a disk image.
+    Internal,
+    /// Into this file.
+    External(PathBuf),
+}
+
+/// How a disk takes part.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DiskMode {
+    /// Not.
+    No,
+    /// Inside its image.
+    Internal,
+    /// Its image is frozen, and this overlay takes the writes.
+    External {
+        /// The overlay: a file, or a block device.
+        path: PathBuf,
+        /// It is a block device.
+        block: bool,
+        /// `qcow2` or `qed`.
+        format: String,
+    },
+    /// The caller copies it while the guest is held still.
+    Manual,
+}
+
+/// One disk of a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPart {
+    /// `vda`
+    pub target: String,
+    /// How it takes part.
+    pub mode: DiskMode,
+}
+
+/// A snapshot to be taken.
+#[derive(Clone, Debug)]
+pub struct Wish {
+    /// Its name, valid and free.
+    pub name: String,
+    /// Where the memory goes.
+    pub memory: MemoryMode,
+    /// Every disk of the machine, in its order.
+    pub disks: Vec<DiskPart>,
+    /// The guest runs while its memory is written.
+    pub live: bool,
+    /// File systems are frozen by the agent meanwhile; thawed in every case.
+    pub quiesce: bool,
+    /// Overlays exist, made by the caller.
+    pub reuse_external: bool,
+    /// The guest's CPUs are not to go on afterwards: it is about to end, or a disk is copied by hand.
+    pub stay_paused: bool,
+    /// Do not capture the firmware's variables.
+    pub leave_out_nvram: bool,
+    /// Do not capture the TPM's state.
+    pub leave_out_tpm: bool,
+}
+
+/// A file that an operation makes, merges or removes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileChange {
+    /// Absolute.
+    pub path: PathBuf,
+    /// What becomes of it.
+    pub what: FileFate,
+    /// Its size, or about what it will be, in bytes.
+    pub bytes: u64,
+}
+
+/// What becomes of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FileFate {
+    /// It is made.
+    Created,
+    /// Its content goes into the file below it, and it is removed.
+    Merged,
+    /// It is removed.
+    Deleted,
+}
+
+/// What `create` would do.
+#[derive(Clone, Debug, Default)]
+pub struct CreatePlan {
+    /// Files made.
+    pub files: Vec<FileChange>,
+    /// The guest stands still for a while.
+    pub pauses_guest: bool,
+}
+
+/// What was taken.
+#[derive(Clone, Debug)]
+pub struct Taken {
+    /// What the driver must know to revert and delete: ids inside images, copies. Kept with the snapshot.
+    pub record: serde_json::Value,
+    /// The machine on its new overlays, where disks were switched: source and backing chain of each.
+    pub def: Option<DomainDef>,
+    /// How the firmware's variables were captured.
+    pub nvram: Option<Capture>,
+    /// How the TPM's state was captured.
+    pub tpm: Option<Capture>,
+}
+
+/// How a part of the machine beside disks and memory was captured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Capture {
+    /// Inside its own image, as the disks.
+    Internal,
+    /// With the memory.
+    Memory,
+    /// In this file.
+    File(PathBuf),
+}
+
+/// A snapshot that exists.
+#[derive(Clone, Debug)]
+pub struct Kept {
+    /// Its name.
+    pub name: String,
+    /// Where its memory is.
+    pub memory: MemoryMode,
+    /// Its disks; of an external one the overlay it made.
+    pub disks: Vec<DiskPart>,
+    /// The machine as it was: the disks' sources are what was frozen.
+    pub def: DomainDef,
+    /// What the driver kept; null for one that was restored from a document without it.
+    pub record: serde_json::Value,
+}
+
+/// What else the domain has that a deletion must not harm.
+#[derive(Clone, Debug, Default)]
+pub struct Kin {
+    /// All its other snapshots.
+    pub others: Vec<Kept>,
+    /// The stored configuration, where it is not what runs.
+    pub stored: Option<DomainDef>,
+    /// Snapshots that will be deleted in the same deed: what only they need is not needed.
+    pub doomed: Vec<String>,
+}
+
+/// What a revert would do.
+#[derive(Clone, Debug, Default)]
+pub struct RevertPlan {
+    /// Files made and removed.
+    pub files: Vec<FileChange>,
+    /// If it fails half-way, the guest can be brought back as it was.
+    pub undoable: bool,
+}
+
+/// What a deletion would do.
+#[derive(Clone, Debug, Default)]
+pub struct DeletePlan {
+    /// Files merged and removed.
+    pub files: Vec<FileChange>,
+}
+
+/// A file that is no more, and what holds its content now: for every configuration that names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replaced {
+    /// The disk.
+    pub target: String,
+    /// The file that is no more.
+    pub gone: PathBuf,
+    /// What holds its content.
+    pub by: PathBuf,
+}
+
+/// How a cut off operation ended after all.
+#[derive(Clone, Debug)]
+pub enum Recovered {
+    /// Nothing of it is left.
+    Undone {
+        /// What was done about it, for people.
+        story: String,
+    },
+    /// It is complete; what it would have returned.
+    Created(Box<Taken>),
+    /// It is complete; the definition to stand on.
+    Reverted(Box<DomainDef>),
+    /// It is complete.
+    Deleted(Vec<Replaced>),
+}
+
+/// Where an operation tells how far it is.
+#[async_trait]
+pub trait Journal: Send + Sync {
+    /// Keeps a note, durably, in place of the one before. On failure nothing may be changed.
+    async fn note(&self, note: serde_json::Value) -> Result<(), DriverError>;
+
+    /// A change has been made that a restart would find: called between any two of them.
+    fn step(&self, what: &str);
+
+    /// Bytes done and in all.
+    fn progress(&self, done: u64, total: u64);
+
+    /// From here on it cannot be cancelled.
+    fn point_of_no_return(&self);
+
+    /// Fires when the operation is no longer wanted.
+    fn cancelled(&self) -> &CancellationToken;
+}
+
+/// What a guest starts from, other than power off.
+#[derive(Clone, Debug)]
+pub struct StartFrom {
+    /// The snapshot whose memory is loaded; its images have been reverted.
+    pub snapshot: Kept,
+}
