@@ -38,7 +38,7 @@ fn show(command: &Command) -> String {
         lines.push(format!("# file {write} {}{chain}", file.path.display()));
     }
     lines.extend(
-        command.nvram.iter().map(|nvram| format!("# nvram {} from {:?}", nvram.path.display(), nvram.template)),
+        command.nvram.iter().map(|n| format!("# nvram {} in {} from {:?}", n.path.display(), n.format, n.template)),
     );
     lines.extend(command.taps.iter().map(|tap| format!("# tap {} on {}", tap.fd, tap.bridge)));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
