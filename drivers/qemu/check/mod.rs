@@ -3,6 +3,7 @@
 //! Two questions. `table`: is every element and attribute one that acts, or is known to be advisory? What is neither is
 //! refused by name, so nothing is dropped in silence. The other files: can what acts be had here, in this combination?
 
+mod board;
 mod devices;
 mod platform;
 mod storage;
@@ -27,6 +28,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.platform();
     check.storage();
     check.devices();
+    check.board();
     check.log.sort_by_key(|finding| (finding.line, finding.column));
     check.log
 }

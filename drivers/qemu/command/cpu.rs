@@ -2,6 +2,7 @@
 
 use super::Builder;
 use super::args::{List, on_off};
+use virt_model::device::board::PanicModel;
 use virt_model::domain::clock::TimerName;
 use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMode, FeaturePolicy};
 use virt_model::domain::features::{Hyperv, HypervMode, State};
@@ -57,6 +58,8 @@ impl Builder<'_> {
             .maybe_on_off("hv-time", clock(TimerName::Hypervclock));
         let hidden = features.and_then(|f| f.kvm.as_ref()?.hidden.as_ref()).is_some_and(State::is_on);
         let list = list.maybe("kvm", hidden.then_some("off"));
+        let crashes = self.def.devices.panics.iter().any(|panic| panic.model == Some(PanicModel::Hyperv));
+        let list = list.maybe("hv-crash", crashes.then_some("on"));
         match features.and_then(|f| f.hyperv.as_ref()) {
             Some(hyperv) => enlightenments(hyperv, list),
             None => list,

@@ -4,6 +4,7 @@
 
 mod args;
 mod audio;
+mod board;
 mod chardev;
 mod controller;
 mod cpu;
@@ -12,6 +13,7 @@ mod graphics;
 mod machine;
 mod misc;
 mod net;
+mod sysinfo;
 
 use super::capabilities::Capabilities;
 use super::check;
@@ -28,11 +30,13 @@ use virt_model::domain::os::BootDevice;
 use virt_model::xml::{Finding, FindingKind};
 
 pub use audio::{back_end as audio_back_end, card as sound_card};
+pub use board::{iommu_device, shmem_kind};
 pub use controller::usb_device;
 pub use disk::{known_format, wwn};
 pub use graphics::card as video_card;
 pub use misc::input_device;
 pub use net::{Tap, card_type};
+pub use sysinfo::{has_field, tables};
 
 /// Where the guest's process finds itself.
 pub struct Place<'a> {
@@ -104,7 +108,10 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.service();
     builder.clock();
     builder.boot();
+    builder.firmware_tables();
+    builder.iommus();
     builder.controllers();
+    builder.hubs();
     builder.disks();
     builder.interfaces();
     builder.smartcards();
@@ -118,6 +125,9 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.watchdogs();
     builder.balloon();
     builder.random();
+    builder.panics();
+    builder.shared_memory();
+    builder.accelerators();
     builder.fence();
     Ok(builder.finish())
 }

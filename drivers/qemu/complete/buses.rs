@@ -234,7 +234,8 @@ fn usb_devices(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, Pl
     let readers = devices.controllers.iter_mut().filter(|c| c.kind == ControllerKind::Ccid);
     let readers = readers.map(|c| (&mut c.info, c.at.clone()));
     let redirs = devices.redirdevs.iter_mut().map(|r| (&mut r.info, r.at.clone()));
-    disks.chain(readers).chain(inputs).chain(sounds).chain(redirs)
+    let hubs = devices.hubs.iter_mut().map(|h| (&mut h.info, h.at.clone()));
+    disks.chain(hubs).chain(readers).chain(inputs).chain(sounds).chain(redirs)
 }
 
 fn kind(info: &DeviceInfo) -> Option<&AddressKind> {

@@ -114,6 +114,11 @@ pub fn name_devices(def: &mut DomainDef) {
     devices.watchdogs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("watchdog{n}")));
     devices.memballoon.iter_mut().for_each(|d| name_it(&mut d.info, "balloon0".to_owned()));
     devices.rngs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("rng{n}")));
+    devices.hubs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("hub{n}")));
+    devices.panics.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("panic{n}")));
+    devices.shmems.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("shmem{n}")));
+    devices.cryptos.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("crypto{n}")));
+    devices.iommus.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("iommu{n}")));
 }
 
 fn name_it(info: &mut DeviceInfo, name: String) {

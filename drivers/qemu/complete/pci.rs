@@ -204,7 +204,7 @@ impl Layout {
                     let (bus, slot) = *usb2.entry(index).or_insert_with(|| self.usb2_slot());
                     self.take(bus, slot, 1 << function).then_some((bus, slot, function))
                 }
-                Wish::Express | Wish::Conventional => None,
+                Wish::Express | Wish::Conventional | Wish::Root => None,
             };
             if let Some((bus, slot, function)) = place {
                 let shared = matches!(wish, Wish::Usb2 { function: 0, .. });
@@ -244,6 +244,7 @@ impl Layout {
             let found = match wish {
                 Wish::Express | Wish::Preferred(_, _, true) => self.express(),
                 Wish::Conventional | Wish::Preferred(..) | Wish::Usb2 { .. } => self.conventional(),
+                Wish::Root => self.on_root(),
                 Wish::BuiltIn(..) => None,
             };
             match found {
@@ -263,6 +264,13 @@ impl Layout {
         let bus = free.or_else(|| self.new_root_port())?;
         self.take(bus, 0, 0xff);
         Some(address(bus, 0, 0, false))
+    }
+
+    /// A slot of the root.
+    fn on_root(&mut self) -> Option<Address> {
+        let slot = self.root_slots().find(|slot| self.is_free(0, *slot))?;
+        self.take(0, slot, 0xff);
+        Some(address(0, slot, 0, false))
     }
 
     /// A place for a device that is not PCI Express; makes a bridge when there is none, or the last slot is reached.

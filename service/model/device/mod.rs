@@ -4,6 +4,7 @@ use crate::domain::part::{element, flat};
 use crate::xml::{Element, Place};
 
 pub mod address;
+pub mod board;
 pub mod chardev;
 pub mod controller;
 pub mod disk;
@@ -13,6 +14,7 @@ pub mod misc;
 pub mod sound;
 
 pub use address::{Address, AddressKind, PciAddress};
+pub use board::{Crypto, Hub, Iommu, Panic, Shmem};
 pub use chardev::{Channel, CharKind, CharSource, Console, Redirdev, Serial};
 pub use controller::{Controller, ControllerKind};
 pub use disk::Disk;
@@ -52,12 +54,22 @@ element! {
         children "video" => videos: Vec<Video>,
         /// `<redirdev>`
         children "redirdev" => redirdevs: Vec<Redirdev>,
+        /// `<hub>`
+        children "hub" => hubs: Vec<Hub>,
         /// `<watchdog>`
         children "watchdog" => watchdogs: Vec<Watchdog>,
         /// `<memballoon>`
         child "memballoon" => memballoon: Option<Memballoon>,
         /// `<rng>`
         children "rng" => rngs: Vec<Rng>,
+        /// `<panic>`
+        children "panic" => panics: Vec<Panic>,
+        /// `<shmem>`
+        children "shmem" => shmems: Vec<Shmem>,
+        /// `<crypto>`
+        children "crypto" => cryptos: Vec<Crypto>,
+        /// `<iommu>`
+        children "iommu" => iommus: Vec<Iommu>,
     }
 }
 
@@ -81,9 +93,14 @@ impl Devices {
         all.extend(self.sounds.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.videos.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.redirdevs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.hubs.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.watchdogs.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.memballoon.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.rngs.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.panics.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.shmems.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.cryptos.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.iommus.iter().map(|d| (&d.info, &d.at)));
         all
     }
 
@@ -101,9 +118,14 @@ impl Devices {
         all.extend(self.sounds.iter_mut().map(|d| &mut d.info));
         all.extend(self.videos.iter_mut().map(|d| &mut d.info));
         all.extend(self.redirdevs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.hubs.iter_mut().map(|d| &mut d.info));
         all.extend(self.watchdogs.iter_mut().map(|d| &mut d.info));
         all.extend(self.memballoon.iter_mut().map(|d| &mut d.info));
         all.extend(self.rngs.iter_mut().map(|d| &mut d.info));
+        all.extend(self.panics.iter_mut().map(|d| &mut d.info));
+        all.extend(self.shmems.iter_mut().map(|d| &mut d.info));
+        all.extend(self.cryptos.iter_mut().map(|d| &mut d.info));
+        all.extend(self.iommus.iter_mut().map(|d| &mut d.info));
         all
     }
 

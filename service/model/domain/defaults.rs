@@ -28,6 +28,7 @@ impl DomainDef {
         if self.uuid.is_nil() {
             self.uuid = Uuid::new_v4();
         }
+        self.genid.iter_mut().for_each(|genid| _ = genid.id.get_or_insert_with(Uuid::new_v4));
         self.fill_memory();
         let auto = self.rest.child("numatune").and_then(|tune| tune.child("memory")?.attr("placement")) == Some("auto");
         let vcpu = self.vcpu.get_or_insert_with(|| Vcpu { count: 1, ..Vcpu::default() });

@@ -20,6 +20,7 @@ pub mod metadata;
 pub mod native;
 pub mod os;
 pub mod part;
+pub mod sysinfo;
 pub mod value;
 
 use crate::device::Devices;
@@ -33,6 +34,7 @@ use native::NativeArguments;
 use os::Os;
 use part::{Part, element};
 use std::collections::HashSet;
+use sysinfo::{Genid, Sysinfo};
 use uuid::Uuid;
 use value::{Kib, choices};
 
@@ -53,6 +55,8 @@ element! {
         own "name" => name: String,
         /// `<uuid>`, made up when the document has none.
         own "uuid" => uuid: Uuid,
+        /// `<genid>`
+        child "genid" => genid: Option<Genid>,
         /// `<title>`
         leaf "title" => title: Option<String>,
         /// `<description>`
@@ -65,6 +69,8 @@ element! {
         child "currentMemory" => current_memory: Option<Kib>,
         /// `<vcpu>`
         child "vcpu" => vcpu: Option<Vcpu>,
+        /// `<sysinfo>`
+        children "sysinfo" => sysinfos: Vec<Sysinfo>,
         /// `<os>`
         inner "os" => os: Os,
         /// `<features>`

@@ -1,6 +1,7 @@
 //! `<os>`: the board, its firmware, and what it boots.
 
 use super::part::element;
+use super::sysinfo::Smbios;
 use super::value::choices;
 
 choices! {
@@ -43,6 +44,8 @@ element! {
         child "bootmenu" => bootmenu: Option<BootMenu>,
         /// `<bios>`
         child "bios" => bios: Option<Bios>,
+        /// `<smbios>`
+        child "smbios" => smbios: Option<Smbios>,
     }
 }
 

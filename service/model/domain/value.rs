@@ -177,7 +177,7 @@ impl super::part::Flat for Kib {
 }
 
 /// Bytes of `number` in `unit`; the error is a sentence.
-pub(super) fn scaled(number: &str, unit: &str) -> Result<u128, String> {
+pub(crate) fn scaled(number: &str, unit: &str) -> Result<u128, String> {
     let number: u64 = number.trim().parse().map_err(|_| format!("'{}' is not an amount of memory", number.trim()))?;
     let factor = factor(unit).ok_or_else(|| {
         format!("'{unit}' is not a unit of memory: b, bytes, KB, k, KiB, MB, M, MiB, GB, G, GiB, TB, T, TiB, PB, P, PiB, EB, E, EiB")

@@ -1,6 +1,7 @@
 //! Which devices are PCI devices, and where each would like to be.
 
 use super::super::Board;
+use virt_model::device::board::{IommuModel, PanicModel};
 use virt_model::device::chardev::SerialKind;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
@@ -18,6 +19,8 @@ pub enum Wish {
     Express,
     /// On a bus that is not PCI Express.
     Conventional,
+    /// On the root itself.
+    Root,
     /// Bus, slot and function that the board gives it.
     BuiltIn(u8, u8, u8),
     /// Slot and function on the root if free; whether it is a PCI Express device else.
@@ -86,6 +89,18 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
     }
     for rng in &mut devices.rngs {
         each(&mut rng.info, Some(Wish::Express), &rng.at);
+    }
+    for panic in &mut devices.panics {
+        each(&mut panic.info, (panic.model == Some(PanicModel::Pvpanic)).then_some(Wish::Conventional), &panic.at);
+    }
+    for shmem in &mut devices.shmems {
+        each(&mut shmem.info, Some(Wish::Conventional), &shmem.at);
+    }
+    for crypto in &mut devices.cryptos {
+        each(&mut crypto.info, Some(Wish::Express), &crypto.at);
+    }
+    for iommu in &mut devices.iommus {
+        each(&mut iommu.info, (iommu.model == IommuModel::Virtio).then_some(Wish::Root), &iommu.at);
     }
 }
 
