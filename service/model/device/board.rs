@@ -104,7 +104,7 @@ element! {
         /// Passed on by the host's kernel.
         on_off "ioeventfd" => ioeventfd: Option<bool>,
         /// Whether they are used.
-        on_off "enabled" => enabled: Option<bool>,
+        yes_no "enabled" => enabled: Option<bool>,
     }
 }
 
