@@ -6,7 +6,15 @@ use std::os::unix::net::UnixListener;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
     let gift = || UnixListener::bind_addr(&abstract_address()).unwrap().into();
-    Plan { program: Path::new("/bin/sh"), args, env, output, gifts: vec![(3, gift()), (20, gift())], user: None }
+    Plan {
+        program: Path::new("/bin/sh"),
+        args,
+        env,
+        output,
+        gifts: vec![(3, gift()), (20, gift())],
+        user: None,
+        lock_memory: false,
+    }
 }
 
 fn abstract_address() -> std::os::unix::net::SocketAddr {

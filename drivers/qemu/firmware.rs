@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use virt_model::domain::DomainDef;
-use virt_model::domain::features::{Features, State};
+use virt_model::domain::features::{Features, Smm};
 use virt_model::domain::os::{FirmwareFeature, FirmwareFeatures, FirmwareKind, Loader, LoaderKind, Nvram, Os};
 
 /// Where descriptors are; of two with one name the earlier folder's counts.
@@ -189,7 +189,7 @@ impl Wish {
             secure_boot: feature("secure-boot"),
             enrolled_keys: feature("enrolled-keys"),
             secure: loader.and_then(|l| l.secure),
-            smm: def.features.as_ref().and_then(|f| f.smm.as_ref()).map(State::is_on),
+            smm: def.features.as_ref().and_then(|f| f.smm.as_ref()).map(Smm::is_on),
             loader: loader.and_then(|l| l.kind),
             stateless: loader.and_then(|l| l.stateless),
             format: loader.and_then(|l| l.format.clone()),
@@ -274,7 +274,7 @@ fn apply(def: &mut DomainDef, firmware: &Firmware) {
     }
     if firmware.has("requires-smm") {
         let features = def.features.get_or_insert_with(Features::default);
-        features.smm.get_or_insert_with(|| State { state: Some(true), ..State::default() });
+        features.smm.get_or_insert_with(|| Smm { state: Some(true), ..Smm::default() });
     }
 }
 

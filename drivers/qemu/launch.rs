@@ -209,6 +209,7 @@ impl Start {
             output: &prepared.output,
             gifts: prepared.gifts,
             user: self.user.as_ref().map(|(user, _)| user),
+            lock_memory: self.command.lock_memory,
         };
         let log_start = prepared.log.start();
         spawn(plan, |identity| {

@@ -108,7 +108,7 @@ impl QemuDriver {
         let mut free_port = |address: &str, port| ports.take(address, port);
         go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
-        let place = command::Place { runtime_dir: &own_dir, monitor_fd: MONITOR_FD, sandbox: user.is_some() };
+        let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
         let command = command::build(&live, &caps, &place).map_err(DriverError::Config)?;
         let start = Start {
             uuid: live.uuid,
@@ -173,7 +173,7 @@ impl Driver for QemuDriver {
         // Where they are with the installed virtd; those of another `--root` are known when a guest starts.
         let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
-        let place = command::Place { runtime_dir: &runtime_dir, monitor_fd: MONITOR_FD, sandbox };
+        let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
         let command = command::build(def, &caps, &place).map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
     }

@@ -190,6 +190,73 @@ fn what_cannot_act_is_refused_by_name() {
     }
 }
 
+/// Findings for a document of which more than the devices is said.
+fn findings_of(inner: &str) -> String {
+    let caps = caps();
+    let xml = format!(
+        "<domain type='qemu'><name>m</name><memory unit='MiB'>64</memory>\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os>{inner}</domain>"
+    );
+    let mut def = match DomainDef::parse(&xml) {
+        Ok(def) => def,
+        Err(findings) => return message(&findings),
+    };
+    match complete(&mut def, &caps) {
+        Err(findings) => message(&findings),
+        Ok(()) => message(&check(&def, &caps)),
+    }
+}
+
+#[test]
+fn machines_that_cannot_be_are_refused_with_the_remedy() {
+    let device = |xml: &str| format!("<devices>{xml}</devices>");
+    let backing = |xml: &str| format!("<memoryBacking>{xml}</memoryBacking>");
+    let cases = [
+        (device("<panic model='s390'/>"), "no panic device 's390'"),
+        (device("<shmem name='a/b'/>"), "it may hold no '/'"),
+        (device("<shmem name='a'><size unit='M'>3</size></shmem>"), "a power of two"),
+        (device("<shmem name='a'><model type='ivshmem-doorbell'/></shmem>"), "needs a <server>"),
+        (device("<iommu model='smmuv3'/>"), "no IOMMU of model 'smmuv3'"),
+        (device("<iommu model='intel'><driver eim='on'/></iommu>"), "needs intremap='on'"),
+        (device("<iommu model='intel'/><iommu model='intel'/>"), "one IOMMU"),
+        (device("<hub type='scsi'/>"), "USB hubs only"),
+        ("<genid>x</genid>".to_owned(), "'x' is not"),
+        ("<sysinfo type='smbios'><bios><entry name='x'>y</entry></bios></sysinfo>".to_owned(), "no such field"),
+        ("<sysinfo type='fwcfg'><entry name='etc/x'>y</entry></sysinfo>".to_owned(), "begin with 'opt/'"),
+        ("<sysinfo type='fwcfg'><entry name='opt/a/x'/></sysinfo>".to_owned(), "either a text or a file"),
+        (backing("<hugepages/><source type='file'/>"), "leave out <source type='file'/>"),
+        (backing("<allocation threads='2'/>"), "threads are for mode='immediate'"),
+        (backing("<hugepages><page unit='M'/></hugepages>"), "a size is needed"),
+        ("<numatune><memory mode='restrictive' nodeset='0'/></numatune>".to_owned(), "'restrictive' is not supported"),
+        ("<numatune><memnode cellid='1' mode='strict' nodeset='0'/></numatune>".to_owned(), "no such NUMA cell"),
+        ("<maxMemory slots='2' unit='GiB'>1</maxMemory>".to_owned(), "needs <acpi/>"),
+        (device("<memory model='dimm'><target><size unit='MiB'>32</size></target></memory>"), "need <maxMemory>"),
+        (device("<memory model='nvdimm'><target><size>1024</size></target></memory>"), "needs <source> with a <path>"),
+        (device("<memory model='sgx-epc'><target><size>1024</size></target></memory>"), "SGX"),
+        ("<iothreadids><iothread id='0'/></iothreadids>".to_owned(), "count from 1"),
+        ("<iothreads>5000</iothreads>".to_owned(), "at most 4096"),
+        ("<vcpus><vcpu id='0' enabled='no'/></vcpus>".to_owned(), "the first 1 vCPUs"),
+        ("<cpu><cache mode='passthrough'/></cpu>".to_owned(), "type='kvm' only"),
+        ("<cpu><maxphysaddr mode='emulate'/></cpu>".to_owned(), "needs bits"),
+        ("<cpu><model vendor_id='short'>qemu64</model></cpu>".to_owned(), "twelve ASCII characters"),
+        ("<cpu><numa><cell cpus='3' memory='1024'/></numa></cpu>".to_owned(), "there is no vCPU 3, only 1"),
+        (
+            "<cpu><numa><cell id='0' memory='1'/><cell id='0' memory='1'/></numa></cpu>".to_owned(),
+            "NUMA cell 0 is there twice",
+        ),
+        ("<features><smm state='off'><tseg>8</tseg></smm></features>".to_owned(), "needs <smm state='on'>"),
+        ("<clock offset='utc' adjustment='5'/>".to_owned(), "are for offset='variable'"),
+        ("<clock offset='timezone'/>".to_owned(), "goes with a timezone"),
+        ("<clock offset='absolute'/>".to_owned(), "goes with a start"),
+        ("<clock><timer name='hpet' track='guest'/></clock>".to_owned(), "only the timer 'rtc' follows"),
+        ("<clock><timer name='armvtimer'/></clock>".to_owned(), "no timer 'armvtimer'"),
+    ];
+    for (inner, expected) in cases {
+        let found = findings_of(&inner);
+        assert!(found.contains(expected), "{inner}: {found}");
+    }
+}
+
 #[test]
 fn kvm_that_is_not_usable_is_said_with_a_remedy() {
     let mut caps = caps();

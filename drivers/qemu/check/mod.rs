@@ -5,6 +5,7 @@
 
 mod board;
 mod devices;
+mod memory;
 mod platform;
 mod storage;
 mod table;
@@ -26,6 +27,8 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     }
     table::walk(&mut check);
     check.platform();
+    check.memory();
+    check.features_of_the_board();
     check.storage();
     check.devices();
     check.board();

@@ -4,9 +4,9 @@ use super::Check;
 use crate::qemu::complete::Board;
 use crate::qemu::firmware;
 use virt_model::domain::LifecycleAction;
-use virt_model::domain::clock::{ClockOffset, TickPolicy, TimerName};
+use virt_model::domain::clock::{Clock, ClockOffset, TickPolicy, TimerName, TimerTrack};
 use virt_model::domain::cpu::{CpuMatch, CpuMode};
-use virt_model::domain::features::State;
+use virt_model::domain::features::Smm;
 use virt_model::domain::memory::Placement;
 use virt_model::domain::os::LoaderKind;
 
@@ -73,7 +73,7 @@ impl Check<'_> {
         if let Some(why) = firmware::missing(self.def, &self.caps.firmware) {
             self.refuse(&os.at.attribute("firmware"), why);
         }
-        let smm = self.def.features.as_ref().and_then(|f| f.smm.as_ref()).is_some_and(State::is_on);
+        let smm = self.def.features.as_ref().and_then(|f| f.smm.as_ref()).is_some_and(Smm::is_on);
         if let Some(loader) = &os.loader {
             let flash = loader.kind == Some(LoaderKind::Pflash);
             let unsaid = loader.path.is_none() && os.firmware.is_none();
@@ -195,13 +195,7 @@ impl Check<'_> {
 
     fn clock(&mut self) {
         let Some(clock) = &self.def.clock else { return };
-        let offset = clock.offset;
-        if !matches!(offset, ClockOffset::Utc | ClockOffset::Localtime) {
-            self.refuse(
-                &clock.at.attribute("offset"),
-                format!("offset='{offset}' is not supported yet, 'utc' and 'localtime' are"),
-            );
-        }
+        self.clock_offset(clock);
         for timer in &clock.timers {
             let policy = timer.tickpolicy;
             let (known, present) = match timer.name {
@@ -219,11 +213,26 @@ impl Check<'_> {
                     self.warn_if(!self.kvm && timer.present == Some(true), &timer.at, &message);
                     (policy.is_none(), true)
                 }
+                TimerName::Tsc => {
+                    let message = format!("timer 'tsc' {NO_EFFECT}");
+                    self.warn_if(!self.kvm, &timer.at, &message);
+                    let mode = timer.mode.is_some();
+                    self.refuse_if(mode, &timer.at.attribute("mode"), "a mode of the time stamp counter is for Xen");
+                    (policy.is_none(), timer.present != Some(false))
+                }
                 name => {
-                    self.refuse(&timer.at, format!("timer '{name}' is not supported by the QEMU driver yet"));
+                    self.refuse(&timer.at, format!("PC machines of QEMU have no timer '{name}'"));
                     continue;
                 }
             };
+            let track = match timer.name {
+                TimerName::Rtc => timer.track == Some(TimerTrack::Boot),
+                _ => timer.track.is_some(),
+            };
+            let how = "only the timer 'rtc' follows something else, and that is 'guest', 'wall' or 'realtime'";
+            self.refuse_if(track, &timer.at.attribute("track"), how);
+            let frequency = timer.frequency.is_some() && timer.name != TimerName::Tsc;
+            self.refuse_if(frequency, &timer.at.attribute("frequency"), "only the timer 'tsc' has a frequency");
             let discards = timer.name == TimerName::Pit && policy == Some(TickPolicy::Discard) && !self.kvm;
             let name = timer.name;
             self.refuse_if(
@@ -233,6 +242,30 @@ impl Check<'_> {
             );
             self.refuse_if(!present, &timer.at.attribute("present"), &format!("timer '{name}' cannot be left out"));
         }
+    }
+
+    fn clock_offset(&mut self, clock: &Clock) {
+        let place = &clock.at;
+        let variable = clock.offset == ClockOffset::Variable;
+        let moved = clock.adjustment.as_deref().is_some_and(|text| text != "reset");
+        let how = "seconds of adjustment are for offset='variable'";
+        self.refuse_if(moved && !variable, &place.attribute("adjustment"), how);
+        let number = variable && clock.ahead().is_none();
+        self.refuse_if(number, &place.attribute("adjustment"), "this is a number of seconds");
+        self.refuse_if(
+            clock.basis.is_some() && !variable,
+            &place.attribute("basis"),
+            "a basis is for offset='variable'",
+        );
+        let zone = clock.offset == ClockOffset::Timezone;
+        let named = clock.timezone.as_deref().is_some_and(|zone| !zone.is_empty());
+        self.refuse_if(zone != named, &place.attribute("timezone"), "offset='timezone' goes with a timezone");
+        let absolute = clock.offset == ClockOffset::Absolute;
+        self.refuse_if(
+            absolute != clock.start.is_some(),
+            &place.attribute("start"),
+            "offset='absolute' goes with a start",
+        );
     }
 
     fn lifecycle(&mut self) {

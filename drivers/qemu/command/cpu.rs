@@ -4,7 +4,7 @@ use super::Builder;
 use super::args::{List, on_off};
 use virt_model::device::board::PanicModel;
 use virt_model::domain::clock::TimerName;
-use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMode, FeaturePolicy};
+use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuMode, FeaturePolicy, WidthMode};
 use virt_model::domain::features::{Hyperv, HypervMode, State};
 
 impl Builder<'_> {
@@ -29,8 +29,28 @@ impl Builder<'_> {
             list = self.paravirtual(list);
         }
         let features = self.def.features.as_ref();
+        let list = self.caches_and_widths(list);
         let list = list.maybe_on_off("pmu", features.and_then(|f| f.pmu.as_ref()).map(State::is_on));
         self.args.pair("-cpu", list);
+    }
+
+    fn caches_and_widths(&self, list: List) -> List {
+        let Some(cpu) = &self.def.cpu else { return list };
+        let vendor = cpu.model.as_ref().and_then(|model| model.vendor_id.as_deref());
+        let list = list.maybe("vendor", vendor);
+        let list = match cpu.cache.as_ref().map(|cache| cache.mode) {
+            None => list,
+            Some(CacheMode::Emulate) => list.set("l3-cache", "on"),
+            Some(CacheMode::Passthrough) => list.set("host-cache-info", "on"),
+            Some(CacheMode::Disable) => list.set("l3-cache", "off").set("host-cache-info", "off"),
+        };
+        match cpu.address_width.as_ref().map(|width| (width.mode, width.bits, width.limit)) {
+            None => list,
+            Some((WidthMode::Emulate, bits, _)) => list.maybe("phys-bits", bits),
+            Some((WidthMode::Passthrough, _, limit)) => {
+                list.set("host-phys-bits", "on").maybe("host-phys-bits-limit", limit)
+            }
+        }
     }
 
     fn model(&self) -> List {
@@ -56,8 +76,18 @@ impl Builder<'_> {
             .maybe_on_off("kvmclock", clock(TimerName::Kvmclock))
             .maybe_on_off("kvm-pv-eoi", features.and_then(|f| f.apic.as_ref()?.eoi))
             .maybe_on_off("hv-time", clock(TimerName::Hypervclock));
+        let timers = self.def.clock.iter().flat_map(|clock| &clock.timers);
+        let frequency = timers.filter(|timer| timer.name == TimerName::Tsc).find_map(|timer| timer.frequency);
+        let list = list.maybe("tsc-frequency", frequency);
         let hidden = features.and_then(|f| f.kvm.as_ref()?.hidden.as_ref()).is_some_and(State::is_on);
         let list = list.maybe("kvm", hidden.then_some("off"));
+        let kvm = features.and_then(|f| f.kvm.as_ref());
+        let said = |state: Option<&State>| state.map(State::is_on);
+        let list = list
+            .maybe_on_off("kvm-hint-dedicated", said(kvm.and_then(|kvm| kvm.hint_dedicated.as_ref())))
+            .maybe_on_off("kvm-poll-control", said(kvm.and_then(|kvm| kvm.poll_control.as_ref())))
+            .maybe_on_off("kvm-pv-ipi", said(kvm.and_then(|kvm| kvm.pv_ipi.as_ref())))
+            .maybe_on_off("kvm-pv-unhalt", said(features.and_then(|f| f.pvspinlock.as_ref())));
         let crashes = self.def.devices.panics.iter().any(|panic| panic.model == Some(PanicModel::Hyperv));
         let list = list.maybe("hv-crash", crashes.then_some("on"));
         match features.and_then(|f| f.hyperv.as_ref()) {
@@ -80,15 +110,22 @@ fn enlightenments(hyperv: &Hyperv, list: List) -> List {
         ("hv-reset", &hyperv.reset),
         ("hv-frequencies", &hyperv.frequencies),
         ("hv-reenlightenment", &hyperv.reenlightenment),
-        ("hv-tlbflush", &hyperv.tlbflush),
         ("hv-ipi", &hyperv.ipi),
         ("hv-evmcs", &hyperv.evmcs),
         ("hv-avic", &hyperv.avic),
+        ("hv-emsr-bitmap", &hyperv.emsr_bitmap),
+        ("hv-xmm-input", &hyperv.xmm_input),
     ];
     let list = plain.into_iter().fold(list, |list, (name, state)| {
         let on = state.as_ref().is_some_and(State::is_on);
         list.maybe(name, on.then_some("on"))
     });
+    let flush = hyperv.tlbflush.as_ref().filter(|flush| flush.state != Some(false));
+    let on = |state: Option<&State>| state.is_some_and(State::is_on).then_some("on");
+    let list = list
+        .maybe("hv-tlbflush", flush.map(|_| "on"))
+        .maybe("hv-tlbflush-direct", on(flush.and_then(|flush| flush.direct.as_ref())))
+        .maybe("hv-tlbflush-ext", on(flush.and_then(|flush| flush.extended.as_ref())));
     let spinlocks = hyperv.spinlocks.as_ref().filter(|s| s.state != Some(false));
     let list = list.maybe("hv-spinlocks", spinlocks.map(|s| format!("{:#x}", s.retries.unwrap_or(4095))));
     let stimer = hyperv.stimer.as_ref().filter(|s| s.state != Some(false));

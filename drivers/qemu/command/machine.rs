@@ -1,19 +1,18 @@
 //! Board, firmware, memory, clock, and how the process presents itself.
 
 use super::args::{List, Props, on_off};
+use super::memory::RAM;
 use super::{Builder, Nvram, list};
 use crate::qemu::complete::Board;
 use std::path::PathBuf;
 use virt_model::device::ControllerKind;
+use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::{WatchdogAction, WatchdogModel};
 use virt_model::device::sound::SoundModel;
 use virt_model::domain::LifecycleAction;
-use virt_model::domain::clock::{ClockOffset, TickPolicy, Timer, TimerName};
-use virt_model::domain::features::{IoapicDriver, State};
+use virt_model::domain::clock::{ClockBasis, ClockOffset, TickPolicy, Timer, TimerName, TimerTrack};
+use virt_model::domain::features::{IoapicDriver, Smm, State};
 use virt_model::domain::os::LoaderKind;
-
-/// The name of the main memory's backend on every PC board.
-const RAM: &str = "pc.ram";
 
 impl Builder<'_> {
     pub(super) fn machine(&mut self) {
@@ -23,7 +22,19 @@ impl Builder<'_> {
         let flash = self.flash();
         let machine = self.board_options(flash);
         self.args.pair("-machine", machine);
-        self.args.pair("-accel", if self.kvm { "kvm" } else { "tcg" });
+        let accelerator = self.accelerator();
+        self.args.pair("-accel", accelerator);
+    }
+
+    fn accelerator(&self) -> List {
+        let features = self.def.features.as_ref();
+        if self.kvm {
+            let ring =
+                features.and_then(|f| f.kvm.as_ref()?.dirty_ring.as_ref()).filter(|ring| ring.state != Some(false));
+            return list("kvm").maybe("dirty-ring-size", ring.and_then(|ring| ring.size));
+        }
+        let cache = features.and_then(|f| f.tcg.as_ref()?.tb_cache);
+        list("tcg").maybe("tb-size", cache.map(|size| size.0.div_ceil(1024)))
     }
 
     fn board_options(&self, flash: Option<(String, Option<String>)>) -> List {
@@ -37,13 +48,18 @@ impl Builder<'_> {
         });
         let speaker = self.def.devices.sounds.iter().find(|s| s.model == SoundModel::Pcspk);
         let machine = self.def.os.kind.machine.as_deref().unwrap_or("pc");
+        let backing = self.def.memory_backing.as_ref();
+        let nvdimm = self.def.devices.memories.iter().any(|device| device.model == MemoryModel::Nvdimm);
         let list = list(machine)
             .set("usb", "off")
             .maybe_on_off("vmport", on(features.and_then(|f| f.vmport.as_ref())))
-            .maybe_on_off("smm", on(features.and_then(|f| f.smm.as_ref())))
+            .maybe_on_off("smm", features.and_then(|f| f.smm.as_ref()).map(Smm::is_on))
             .maybe("kernel_irqchip", irqchip.filter(|_| self.kvm))
             .set("dump-guest-core", on_off(dump))
-            .set("memory-backend", RAM)
+            .maybe("memory-backend", self.def.numa_cells().is_empty().then_some(RAM))
+            .maybe_on_off("i8042", on(features.and_then(|f| f.ps2.as_ref())))
+            .maybe("mem-merge", backing.is_some_and(|b| b.nosharepages).then_some("off"))
+            .maybe("nvdimm", nvdimm.then_some("on"))
             .maybe("pflash0", code)
             .maybe("pflash1", vars.flatten())
             .maybe("pcspk-audiodev", speaker.and_then(|s| self.audiodev(s.audio.as_ref())));
@@ -88,11 +104,7 @@ impl Builder<'_> {
     }
 
     pub(super) fn resources(&mut self) {
-        let kib = self.def.memory_kib();
-        self.args.pair("-m", List::default().set("size", format!("{kib}k")));
-        let ram = Props::new("qom-type", "memory-backend-ram").set("id", RAM);
-        self.args.object(ram.set("size", kib.saturating_mul(1024)));
-        self.args.pair("-overcommit", "mem-lock=off");
+        self.memory();
         let (online, all) = (self.def.vcpus(), self.def.maximum_vcpus());
         let topology = self.def.cpu.as_ref().and_then(|cpu| cpu.topology.as_ref());
         let (sockets, dies, cores, threads) =
@@ -100,6 +112,10 @@ impl Builder<'_> {
         let smp = list(&online.to_string()).set("maxcpus", all).set("sockets", sockets).set("dies", dies);
         self.args.pair("-smp", smp.set("cores", cores).set("threads", threads));
         self.args.pair("-uuid", self.def.uuid.to_string());
+        let tseg = self.def.features.as_ref().and_then(|f| f.smm.as_ref()?.tseg.as_ref()?.mib().ok());
+        if let Some(mib) = tseg {
+            self.args.pair("-global", format!("mch.extended-tseg-mbytes={mib}"));
+        }
     }
 
     /// The monitors: ours, and a spare one for people.
@@ -122,16 +138,42 @@ impl Builder<'_> {
     }
 
     pub(super) fn clock(&mut self) {
-        let local = self.def.clock.as_ref().is_some_and(|clock| clock.offset == ClockOffset::Localtime);
-        let catchup = self.timer(TimerName::Rtc).is_some_and(|t| t.tickpolicy == Some(TickPolicy::Catchup));
-        let rtc = List::default().set("base", if local { "localtime" } else { "utc" });
-        self.args.pair("-rtc", rtc.maybe("driftfix", catchup.then_some("slew")));
+        let rtc = self.timer(TimerName::Rtc);
+        let catchup = rtc.is_some_and(|t| t.tickpolicy == Some(TickPolicy::Catchup));
+        let follows = rtc.and_then(|t| t.track).map(|track| match track {
+            TimerTrack::Guest => "vm",
+            TimerTrack::Realtime => "rt",
+            TimerTrack::Wall | TimerTrack::Boot => "host",
+        });
+        let list = List::default().set("base", self.clock_base()).maybe("clock", follows);
+        self.args.pair("-rtc", list.maybe("driftfix", catchup.then_some("slew")));
         // Without KVM missed ticks of the PIT are always delayed, and there is no property to say so.
         let pit = self.timer(TimerName::Pit).and_then(|t| t.tickpolicy).filter(|_| self.kvm);
         if let Some(policy) = pit {
             self.args.pair("-global", format!("kvm-pit.lost_tick_policy={policy}"));
         }
         self.sleep_states();
+    }
+
+    /// What the real-time clock shows at start.
+    fn clock_base(&mut self) -> String {
+        let Some(clock) = &self.def.clock else { return "utc".to_owned() };
+        match clock.offset {
+            ClockOffset::Utc => "utc".to_owned(),
+            ClockOffset::Localtime => "localtime".to_owned(),
+            ClockOffset::Timezone => {
+                self.env.push(("TZ".to_owned(), clock.timezone.clone().unwrap_or_default()));
+                "localtime".to_owned()
+            }
+            ClockOffset::Absolute => date(clock.start.unwrap_or(0)),
+            ClockOffset::Variable => {
+                let basis = match clock.basis.unwrap_or_default() {
+                    ClockBasis::Utc => self.place.now,
+                    ClockBasis::Localtime => self.place.now.saturating_add(self.place.east_of_utc),
+                };
+                date(basis.saturating_add(clock.ahead().unwrap_or(0)))
+            }
+        }
     }
 
     fn sleep_states(&mut self) {
@@ -194,5 +236,34 @@ impl Builder<'_> {
             self.args.device(Props::device("vmcoreinfo"));
         }
         self.args.pair("-msg", "timestamp=on");
+    }
+}
+
+/// `2026-11-23T03:14:15`, of seconds since the epoch. The calendar by days since 1 March of year 0.
+fn date(seconds: i64) -> String {
+    let (days, second) = (seconds.div_euclid(86_400) + 719_468, seconds.rem_euclid(86_400));
+    let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day_of_year = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day_of_year + 2) / 153;
+    let (day, month) = (day_of_year - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
+    let year = year + era * 400 + i64::from(month <= 2);
+    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        for (seconds, text) in [
+            (0, "1970-01-01T00:00:00"),
+            (951_782_400, "2000-02-29T00:00:00"),
+            (1_795_403_655, "2026-11-23T03:14:15"),
+            (-1, "1969-12-31T23:59:59"),
+            (4_107_542_400, "2100-03-01T00:00:00"),
+        ] {
+            assert_eq!(super::date(seconds), text);
+        }
     }
 }

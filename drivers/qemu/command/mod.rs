@@ -11,6 +11,7 @@ mod cpu;
 mod disk;
 mod graphics;
 mod machine;
+mod memory;
 mod misc;
 mod net;
 mod sysinfo;
@@ -34,6 +35,7 @@ pub use board::{iommu_device, shmem_kind};
 pub use controller::usb_device;
 pub use disk::{known_format, wwn};
 pub use graphics::card as video_card;
+pub use memory::memory_device;
 pub use misc::input_device;
 pub use net::{Tap, card_type};
 pub use sysinfo::{has_field, tables};
@@ -44,8 +46,27 @@ pub struct Place<'a> {
     pub runtime_dir: &'a Path,
     /// The file descriptor at which it finds the listening monitor socket.
     pub monitor_fd: i32,
+    /// The time, in seconds since the epoch.
+    pub now: i64,
+    /// Seconds by which local time is ahead of UTC.
+    pub east_of_utc: i64,
     /// Whether it is to be fenced in with seccomp (where the binary can).
     pub sandbox: bool,
+}
+
+impl<'a> Place<'a> {
+    /// A place, at this time by this host's clock.
+    pub fn now(runtime_dir: &'a Path, monitor_fd: i32, sandbox: bool) -> Self {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+        let now = i64::try_from(now).unwrap_or(i64::MAX);
+        // SAFETY: all fields of the structure are numbers or a pointer that is not looked at; localtime_r fills it.
+        let east_of_utc = unsafe {
+            let mut local: libc::tm = std::mem::zeroed();
+            libc::localtime_r(&now, &mut local);
+            local.tm_gmtoff
+        };
+        Place { runtime_dir, monitor_fd, now, east_of_utc, sandbox }
+    }
 }
 
 /// What is to be run, and what must be so before and after.
@@ -63,6 +84,8 @@ pub struct Command {
     pub nvram: Option<Nvram>,
     /// Network devices that must be open at given file descriptors.
     pub taps: Vec<Tap>,
+    /// Its memory is never swapped out.
+    pub lock_memory: bool,
     /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
     pub setup: Vec<(String, Value)>,
 }
@@ -112,6 +135,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.iommus();
     builder.controllers();
     builder.hubs();
+    builder.memory_devices();
     builder.disks();
     builder.interfaces();
     builder.smartcards();
@@ -144,6 +168,7 @@ struct Builder<'a> {
     nvram: Option<Nvram>,
     taps: Vec<Tap>,
     setup: Vec<(String, Value)>,
+    env: Vec<(String, String)>,
     boot_order: HashMap<String, u32>,
 }
 
@@ -160,12 +185,13 @@ impl<'a> Builder<'a> {
             nvram: None,
             taps: Vec::new(),
             setup: Vec::new(),
+            env: Vec::new(),
             boot_order: boot_order(def),
         }
     }
 
     fn finish(mut self) -> Command {
-        let mut env = Vec::new();
+        let mut env = self.env;
         if let Some(native) = &self.def.native {
             self.args.verbatim(native.arguments.iter().map(|argument| argument.value.clone()));
             env.extend(native.environment.iter().map(|v| (v.name.clone(), v.value.clone().unwrap_or_default())));
@@ -177,6 +203,7 @@ impl<'a> Builder<'a> {
             files: self.files,
             nvram: self.nvram,
             taps: self.taps,
+            lock_memory: self.def.memory_backing.as_ref().is_some_and(|backing| backing.locked),
             setup: self.setup,
         }
     }

@@ -3,13 +3,14 @@
 use super::Board;
 use super::controllers::is_companion;
 use std::collections::{BTreeMap, BTreeSet};
-use virt_model::device::address::{DriveAddress, UsbAddress, VirtioSerialAddress};
+use virt_model::device::address::{DimmAddress, DriveAddress, UsbAddress, VirtioSerialAddress};
 use virt_model::device::chardev::{ChannelKind, ConsoleKind};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
+use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::InputBus;
 use virt_model::device::sound::SoundModel;
-use virt_model::device::{Address, AddressKind, Controller, ControllerKind, DeviceInfo, Disk};
+use virt_model::device::{Address, AddressKind, Controller, ControllerKind, DeviceInfo, Disk, MemoryDevice};
 use virt_model::domain::DomainDef;
 use virt_model::xml::{Element, Finding, Place};
 
@@ -221,6 +222,28 @@ pub fn port_count(controller: &Controller) -> u32 {
         Some(ControllerModel::Ich9Ehci1 | ControllerModel::Ehci) => 6,
         Some(ControllerModel::PciOhci) => 3,
         _ => 2,
+    }
+}
+
+/// Gives memory devices their slots.
+pub fn memory_slots(def: &mut DomainDef, log: &mut Vec<Finding>) {
+    let mut taken = BTreeSet::new();
+    for memory in &def.devices.memories {
+        if let Some(AddressKind::Dimm(DimmAddress { slot: Some(slot), .. })) = kind(&memory.info)
+            && !taken.insert(*slot)
+        {
+            log.push(Finding::invalid(&memory.at, format!("memory slot {slot} is taken twice")));
+        }
+    }
+    let plugged = |device: &&mut MemoryDevice| matches!(device.model, MemoryModel::Dimm | MemoryModel::Nvdimm);
+    for memory in def.devices.memories.iter_mut().filter(plugged) {
+        let base = match kind(&memory.info) {
+            None => None,
+            Some(AddressKind::Dimm(DimmAddress { slot: None, base })) => *base,
+            Some(_) => continue,
+        };
+        let slot = (0..).find(|slot| taken.insert(*slot));
+        memory.info.address = Some(Address::of(AddressKind::Dimm(DimmAddress { slot, base })));
     }
 }
 

@@ -85,8 +85,10 @@ fn name_serials(def: &mut DomainDef) {
 
 /// A screen brings a mouse, a keyboard, and something to draw on.
 fn companions_of_graphics(def: &mut DomainDef, caps: &Capabilities) {
+    let no_ps2 = def.features.as_ref().and_then(|f| f.ps2.as_ref()).is_some_and(|ps2| !ps2.is_on());
     let devices = &mut def.devices;
-    for kind in [InputKind::Mouse, InputKind::Keyboard] {
+    let kinds = [InputKind::Mouse, InputKind::Keyboard].into_iter().filter(|_| !no_ps2);
+    for kind in kinds {
         let same = |input: &Input| input.kind == kind && input.bus == Some(InputBus::Ps2);
         if !devices.inputs.iter().any(same) {
             devices.inputs.push(Input { kind, bus: Some(InputBus::Ps2), ..Input::default() });

@@ -7,6 +7,7 @@ use virt_model::device::chardev::{ChannelKind, CharKind, SocketMode};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::{GraphicsKind, ListenKind};
+use virt_model::device::memory::MemoryModel;
 use virt_model::device::{Address, AddressKind, Alias, Controller, ControllerKind, DeviceInfo, Disk, Graphics};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
@@ -117,6 +118,19 @@ pub fn name_devices(def: &mut DomainDef) {
     devices.hubs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("hub{n}")));
     devices.panics.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("panic{n}")));
     devices.shmems.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("shmem{n}")));
+    let mut counts = std::collections::BTreeMap::new();
+    for memory in &mut devices.memories {
+        let kind = match memory.model {
+            MemoryModel::Dimm => "dimm",
+            MemoryModel::Nvdimm => "nvdimm",
+            MemoryModel::VirtioPmem => "virtiopmem",
+            MemoryModel::VirtioMem => "virtiomem",
+            MemoryModel::SgxEpc => "epc",
+        };
+        let count = counts.entry(kind).or_insert(0);
+        name_it(&mut memory.info, format!("{kind}{count}"));
+        *count += 1;
+    }
     devices.cryptos.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("crypto{n}")));
     devices.iommus.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("iommu{n}")));
 }

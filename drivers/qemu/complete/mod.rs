@@ -68,6 +68,7 @@ pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Find
         buses::smartcards(def);
         controllers::for_drives(def, board);
         buses::usb(def, board, &mut log);
+        buses::memory_slots(def, &mut log);
         pci::assign(def, board, &mut log);
     }
     if log.is_empty() { Ok(()) } else { Err(log) }

@@ -56,5 +56,5 @@ pub fn completed(case: &str, dir: &str, caps: &Capabilities) -> DomainDef {
 }
 
 pub fn place(dir: &str) -> Place<'_> {
-    Place { runtime_dir: Path::new(dir), monitor_fd: 3, sandbox: true }
+    Place { runtime_dir: Path::new(dir), monitor_fd: 3, now: 1_795_403_655, east_of_utc: 3600, sandbox: true }
 }

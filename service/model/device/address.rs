@@ -31,7 +31,9 @@ pub enum AddressKind {
     Usb(UsbAddress),
     /// ISA port and interrupt.
     Isa(IsaAddress),
-    /// Another kind (`spapr-vio`, `ccw`, `virtio-mmio`, `dimm`, `unassigned`): named here, its details in `rest`.
+    /// A place for a memory device.
+    Dimm(DimmAddress),
+    /// Another kind (`spapr-vio`, `ccw`, `virtio-mmio`, `unassigned`): named here, its details in `rest`.
     Other(String),
 }
 
@@ -114,6 +116,15 @@ pub struct IsaAddress {
     pub irq: Option<u32>,
 }
 
+/// A memory device's place.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct DimmAddress {
+    /// From 0; `None`: to be chosen.
+    pub slot: Option<u32>,
+    /// Where it begins in the guest's memory; chosen at start if absent.
+    pub base: Option<u64>,
+}
+
 impl Part for Address {
     fn read(mut at: Element, log: &mut Vec<Finding>) -> Address {
         let place = at.at.clone();
@@ -143,9 +154,11 @@ impl Part for Address {
                 iobase: take_attr(&mut at, "iobase", log),
                 irq: take_attr(&mut at, "irq", log),
             }),
-            "ccw" | "spapr-vio" | "virtio-s390" | "virtio-mmio" | "dimm" | "unassigned" | "" => {
-                AddressKind::Other(kind)
-            }
+            "dimm" => AddressKind::Dimm(DimmAddress {
+                slot: take_attr(&mut at, "slot", log),
+                base: take_attr(&mut at, "base", log),
+            }),
+            "ccw" | "spapr-vio" | "virtio-s390" | "virtio-mmio" | "unassigned" | "" => AddressKind::Other(kind),
             _ => {
                 let known = "pci, drive, virtio-serial, ccid, usb, isa, ccw, spapr-vio, virtio-s390, virtio-mmio, dimm, unassigned";
                 complain(log, &place.attribute("type"), format!("'{kind}' is not one of {known}"));
@@ -197,6 +210,11 @@ impl Part for Address {
                 set("type", "isa".to_owned());
                 isa.iobase.iter().for_each(|n| set("iobase", hex(n, 1)));
                 isa.irq.iter().for_each(|n| set("irq", hex(n, 1)));
+            }
+            AddressKind::Dimm(dimm) => {
+                set("type", "dimm".to_owned());
+                dimm.slot.iter().for_each(|slot| set("slot", slot.to_string()));
+                dimm.base.iter().for_each(|base| set("base", hex(base, 1)));
             }
             AddressKind::Other(kind) => set("type", kind.clone()),
         }

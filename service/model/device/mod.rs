@@ -10,6 +10,7 @@ pub mod controller;
 pub mod disk;
 pub mod display;
 pub mod interface;
+pub mod memory;
 pub mod misc;
 pub mod sound;
 
@@ -20,6 +21,7 @@ pub use controller::{Controller, ControllerKind};
 pub use disk::Disk;
 pub use display::{Graphics, Video};
 pub use interface::Interface;
+pub use memory::MemoryDevice;
 pub use misc::{Input, Memballoon, Rng, Tpm, Watchdog};
 pub use sound::{Audio, Sound};
 
@@ -66,6 +68,8 @@ element! {
         children "panic" => panics: Vec<Panic>,
         /// `<shmem>`
         children "shmem" => shmems: Vec<Shmem>,
+        /// `<memory>`
+        children "memory" => memories: Vec<MemoryDevice>,
         /// `<crypto>`
         children "crypto" => cryptos: Vec<Crypto>,
         /// `<iommu>`
@@ -99,6 +103,7 @@ impl Devices {
         all.extend(self.rngs.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.panics.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.shmems.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.memories.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.cryptos.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.iommus.iter().map(|d| (&d.info, &d.at)));
         all
@@ -124,6 +129,7 @@ impl Devices {
         all.extend(self.rngs.iter_mut().map(|d| &mut d.info));
         all.extend(self.panics.iter_mut().map(|d| &mut d.info));
         all.extend(self.shmems.iter_mut().map(|d| &mut d.info));
+        all.extend(self.memories.iter_mut().map(|d| &mut d.info));
         all.extend(self.cryptos.iter_mut().map(|d| &mut d.info));
         all.extend(self.iommus.iter_mut().map(|d| &mut d.info));
         all

@@ -29,6 +29,8 @@ pub(super) fn check(def: &DomainDef, log: &mut Log) {
     check_size(def, log);
     check_firmware(def, log);
     def.cpu.iter().for_each(|cpu| check_cpu(cpu, def.maximum_vcpus(), log));
+    check_numa(def, log);
+    check_threads(def, log);
     def.features.iter().for_each(|features| check_hyperv(features, log));
     check_boot(def, log);
     check_unique(def, log);
@@ -64,7 +66,7 @@ fn check_actions(def: &DomainDef, log: &mut Log) {
 }
 
 fn check_size(def: &DomainDef, log: &mut Log) {
-    if def.memory_kib() == 0 && def.numa_cells().next().is_none() {
+    if def.memory_kib() == 0 && def.numa_cells().is_empty() {
         let at = def.memory.as_ref().map_or_else(|| def.at.child("memory"), |memory| memory.at.clone());
         complain(log, &at, "a domain needs memory: <memory> or NUMA cells");
     }
@@ -88,6 +90,51 @@ fn check_cpu(cpu: &Cpu, vcpus: u32, log: &mut Log) {
     let mut seen = HashSet::new();
     for feature in &cpu.features {
         once(&mut seen, feature.name.clone(), &feature.at, || format!("CPU feature '{}'", feature.name), log);
+    }
+}
+
+fn check_numa(def: &DomainDef, log: &mut Log) {
+    let (mut ids, mut cpus) = (HashSet::new(), HashSet::new());
+    for (n, cell) in (0..).zip(def.numa_cells()) {
+        let id = cell.id.unwrap_or(n);
+        once(&mut ids, id, &cell.at, || format!("NUMA cell {id}"), log);
+        let place = cell.at.attribute("cpus");
+        for cpu in cell.cpus.iter().flat_map(|set| set.0.iter().copied()) {
+            once(&mut cpus, cpu, &place, || format!("vCPU {cpu} of a NUMA cell"), log);
+            if cpu >= def.maximum_vcpus() {
+                complain(log, &place, format!("there is no vCPU {cpu}, only {}", def.maximum_vcpus()));
+                break;
+            }
+        }
+        for sibling in cell.distances.iter().flat_map(|d| &d.siblings) {
+            let own = sibling.id == id;
+            if !(10..=255).contains(&sibling.value) || own != (sibling.value == 10) {
+                let message = "a distance is 11 to 255, and 10 to itself";
+                complain(log, &sibling.at.attribute("value"), message);
+            }
+        }
+    }
+}
+
+fn check_threads(def: &DomainDef, log: &mut Log) {
+    let mut ids = HashSet::new();
+    for thread in def.iothread_ids.iter().flat_map(|ids| &ids.threads) {
+        let id = thread.id;
+        if id == 0 {
+            complain(log, &thread.at.attribute("id"), "I/O threads count from 1");
+        }
+        once(&mut ids, id, &thread.at, || format!("I/O thread {id}"), log);
+    }
+    if def.iothreads.is_some_and(|count| count > super::MAX_IOTHREADS) {
+        complain(log, &def.at.child("iothreads"), format!("there can be at most {} I/O threads", super::MAX_IOTHREADS));
+    }
+    let mut vcpus = HashSet::new();
+    for vcpu in def.vcpus_each.iter().flat_map(|all| &all.vcpus) {
+        let id = vcpu.id;
+        once(&mut vcpus, id, &vcpu.at, || format!("vCPU {id}"), log);
+        if id >= def.maximum_vcpus() {
+            complain(log, &vcpu.at.attribute("id"), format!("there is no vCPU {id}, only {}", def.maximum_vcpus()));
+        }
     }
 }
 
@@ -117,7 +164,7 @@ fn check_firmware(def: &DomainDef, log: &mut Log) {
         complain(log, &os.at, "UEFI firmware needs <acpi/> in <features>");
     }
     let Some(loader) = os.loader.as_ref().filter(|loader| loader.secure == Some(true)) else { return };
-    if !efi && !on(|features| features.smm.as_ref().is_some_and(super::features::State::is_on)) {
+    if !efi && !on(|features| features.smm.as_ref().is_some_and(super::features::Smm::is_on)) {
         complain(log, &loader.at.attribute("secure"), "a secure loader needs <smm state='on'/> in <features>");
     }
     if os.kind.machine.as_ref().is_some_and(|machine| !machine.contains("q35")) {

@@ -11,6 +11,28 @@ choices! {
 }
 
 choices! {
+    /// What a variable clock is ahead of.
+    pub enum ClockBasis { Utc = "utc", Localtime = "localtime", }
+}
+
+impl Clock {
+    /// Seconds by which a `variable` clock is ahead of its basis; `None` if it does not say a number.
+    pub fn ahead(&self) -> Option<i64> {
+        match self.adjustment.as_deref() {
+            None | Some("reset") => Some(0),
+            Some(seconds) => seconds.trim().parse().ok(),
+        }
+    }
+}
+
+choices! {
+    /// How the time stamp counter is had.
+    pub enum TscMode {
+        Auto = "auto", Native = "native", Emulate = "emulate", Paravirt = "paravirt", Smpsafe = "smpsafe",
+    }
+}
+
+choices! {
     /// A timer.
     pub enum TimerName {
         Platform = "platform", Pit = "pit", Rtc = "rtc", Hpet = "hpet", Tsc = "tsc", Kvmclock = "kvmclock",
@@ -33,6 +55,14 @@ element! {
     pub struct Clock {
         /// What it starts from.
         or_default "offset" => offset: ClockOffset,
+        /// Of `variable`: seconds by which it is ahead of its basis; of `utc` and `localtime`, `reset`.
+        attr "adjustment" => adjustment: Option<String>,
+        /// Of `variable`: what it is ahead of.
+        attr "basis" => basis: Option<ClockBasis>,
+        /// Of `timezone`: whose time it shows.
+        attr "timezone" => timezone: Option<String>,
+        /// Of `absolute`: what it shows at start, in seconds since the epoch.
+        attr "start" => start: Option<i64>,
         /// Each `<timer>`.
         children "timer" => timers: Vec<Timer>,
     }
@@ -49,6 +79,10 @@ element! {
         attr "track" => track: Option<TimerTrack>,
         /// Whether the guest has it.
         yes_no "present" => present: Option<bool>,
+        /// Of the time stamp counter, in Hz.
+        attr "frequency" => frequency: Option<u64>,
+        /// How the time stamp counter is had.
+        attr "mode" => mode: Option<TscMode>,
     }
 }
 

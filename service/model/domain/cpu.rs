@@ -1,7 +1,9 @@
-//! `<cpu>`: model, features, topology.
+//! `<cpu>`: model, features, topology, NUMA cells.
 
-use super::part::element;
-use super::value::choices;
+use super::memory::Sharing;
+use super::part::{Flat, element};
+use super::value::{CpuSet, Kib, choices, complain, scaled};
+use crate::xml::{Element, Finding};
 
 choices! {
     /// How the model is chosen.
@@ -49,8 +51,116 @@ element! {
         leaf "vendor" => vendor: Option<String>,
         /// `<topology>`
         child "topology" => topology: Option<Topology>,
+        /// `<cache>`
+        child "cache" => cache: Option<CpuCache>,
+        /// `<maxphysaddr>`
+        child "maxphysaddr" => address_width: Option<AddressWidth>,
         /// Each `<feature>`.
         children "feature" => features: Vec<CpuFeature>,
+        /// `<numa>`
+        child "numa" => numa: Option<Numa>,
+    }
+}
+
+choices! {
+    /// Which caches the guest is told of.
+    pub enum CacheMode { Emulate = "emulate", Passthrough = "passthrough", Disable = "disable", }
+}
+
+element! {
+    /// `<cpu><cache>`
+    pub struct CpuCache {
+        /// Which level; all if absent.
+        attr "level" => level: Option<u32>,
+        /// The host's or made up.
+        need "mode" => mode: CacheMode,
+    }
+}
+
+choices! {
+    /// Where the width comes from.
+    pub enum WidthMode { Passthrough = "passthrough", Emulate = "emulate", }
+}
+
+element! {
+    /// `<cpu><maxphysaddr>`: the width of physical addresses.
+    pub struct AddressWidth {
+        /// Where it comes from.
+        need "mode" => mode: WidthMode,
+        /// In bits.
+        attr "bits" => bits: Option<u32>,
+        /// At most, in bits.
+        attr "limit" => limit: Option<u32>,
+    }
+}
+
+element! {
+    /// `<cpu><numa>`
+    pub struct Numa {
+        /// The guest's cells.
+        children "cell" => cells: Vec<NumaCell>,
+    }
+}
+
+element! {
+    /// `<numa><cell>`
+    pub struct NumaCell {
+        /// From 0; its place in the list if absent.
+        attr "id" => id: Option<u32>,
+        /// Its vCPUs.
+        attr "cpus" => cpus: Option<CpuSet>,
+        /// Its memory.
+        flat => memory: CellMemory,
+        /// Who sees what is written to it.
+        attr "memAccess" => access: Option<Sharing>,
+        /// Its content is thrown away at the end.
+        yes_no "discard" => discard: Option<bool>,
+        /// `<distances>`
+        child "distances" => distances: Option<Distances>,
+    }
+}
+
+/// `memory` and `unit` of a cell.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CellMemory(pub Kib);
+
+impl Flat for CellMemory {
+    fn take(at: &mut Element, log: &mut Vec<Finding>) -> Self {
+        let unit = at.take_attr("unit").map_or_else(|| "KiB".to_owned(), |unit| unit.value);
+        let Some(size) = at.take_attr("memory") else {
+            complain(log, &at.at, "<cell> needs the attribute 'memory'");
+            return CellMemory::default();
+        };
+        match scaled(&size.value, &unit) {
+            Ok(bytes) => CellMemory(Kib(bytes.div_ceil(1024) as u64)),
+            Err(expected) => {
+                complain(log, &size.at, expected);
+                CellMemory::default()
+            }
+        }
+    }
+
+    fn put(&self, to: &mut Element) {
+        to.set_attr("memory", self.0.0.to_string());
+        to.set_attr("unit", "KiB");
+    }
+}
+
+element! {
+    /// `<cell><distances>`
+    pub struct Distances {
+        /// To each of the others, and to itself (10).
+        children "sibling" => siblings: Vec<Sibling>,
+    }
+}
+
+element! {
+    /// `<distances><sibling>`
+    pub struct Sibling {
+        /// The other cell.
+        need "id" => id: u32,
+        /// 10 to 255.
+        need "value" => value: u32,
     }
 }
 
@@ -59,6 +169,8 @@ element! {
     pub struct CpuModel {
         /// Whether a near one will do.
         attr "fallback" => fallback: Option<Fallback>,
+        /// The maker the guest is told of, twelve characters.
+        attr "vendor_id" => vendor_id: Option<String>,
         /// Its name; empty for host models.
         text => name: Option<String>,
     }

@@ -7,7 +7,6 @@ use super::cpu::{CpuMatch, CpuMode, Fallback, FeaturePolicy};
 use super::features::HypervMode;
 use super::memory::{Placement, Vcpu};
 use super::os::{Boot, BootDevice};
-use super::part::Part;
 use super::value::{Kib, Mac};
 use super::{DomainDef, cpu::Cpu};
 use crate::device::chardev::{
@@ -18,7 +17,6 @@ use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
 use crate::device::display::{Graphics, GraphicsKind, Listen, ListenKind};
 use crate::device::interface::{Interface, InterfaceMac};
 use crate::device::misc::{InputBus, InputKind};
-use crate::xml::Element;
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
@@ -30,7 +28,8 @@ impl DomainDef {
         }
         self.genid.iter_mut().for_each(|genid| _ = genid.id.get_or_insert_with(Uuid::new_v4));
         self.fill_memory();
-        let auto = self.rest.child("numatune").and_then(|tune| tune.child("memory")?.attr("placement")) == Some("auto");
+        let placed = self.numatune.as_ref().and_then(|tune| tune.memory.as_ref()?.placement);
+        let auto = placed == Some(Placement::Auto);
         let vcpu = self.vcpu.get_or_insert_with(|| Vcpu { count: 1, ..Vcpu::default() });
         vcpu.placement.get_or_insert(if auto { Placement::Auto } else { Placement::Static });
         self.clock.get_or_insert_with(Clock::default);
@@ -44,25 +43,13 @@ impl DomainDef {
 
     /// NUMA cells and memory devices, where given, say how much memory there is.
     fn fill_memory(&mut self) {
-        let cells: u64 = self.numa_cells().map(cell_kib).sum();
+        let cells = self.numa_cells().iter().map(|cell| cell.memory.0.0).fold(0, u64::saturating_add);
         if cells > 0 {
             let total = cells.saturating_add(self.memory_devices_kib());
             self.memory.get_or_insert_default().size = Kib(total);
         }
         let memory = Kib(self.memory_kib());
         self.current_memory = Some(self.current_memory.map_or(memory, |current| current.min(memory)));
-    }
-
-    /// `<cpu><numa><cell>`
-    pub(super) fn numa_cells(&self) -> impl Iterator<Item = &Element> {
-        let numa = self.cpu.as_ref().and_then(|cpu| cpu.rest.child("numa"));
-        numa.into_iter().flat_map(Element::elements).filter(|element| element.name == "cell")
-    }
-
-    fn memory_devices_kib(&self) -> u64 {
-        let devices = self.devices.untyped().iter().filter(|element| element.name == "memory");
-        let sizes = devices.filter_map(|device| device.child("target")?.child("size"));
-        sizes.map(|size| Kib::read(size.clone(), &mut Vec::new()).0).sum()
     }
 
     fn fill_boot(&mut self) {
@@ -126,15 +113,6 @@ impl DomainDef {
 fn is_console(serial: &Serial) -> bool {
     let kind = serial.target.as_ref().and_then(|target| target.kind);
     !matches!(kind, Some(SerialKind::Usb | SerialKind::Pci | SerialKind::IsaDebug))
-}
-
-/// `memory` and `unit` of a NUMA cell are attributes.
-fn cell_kib(cell: &Element) -> u64 {
-    let mut size = Element::new("memory").with_text(cell.attr("memory").unwrap_or("0"));
-    if let Some(unit) = cell.attr("unit") {
-        size.set_attr("unit", unit);
-    }
-    Kib::read(size, &mut Vec::new()).0
 }
 
 fn fill_cpu(cpu: &mut Cpu) {

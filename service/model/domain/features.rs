@@ -19,13 +19,19 @@ element! {
         /// `<vmport>`: VMware's backdoor port.
         child "vmport" => vmport: Option<State>,
         /// `<smm>`
-        child "smm" => smm: Option<State>,
+        child "smm" => smm: Option<Smm>,
         /// `<pmu>`
         child "pmu" => pmu: Option<State>,
         /// `<vmcoreinfo>`
         child "vmcoreinfo" => vmcoreinfo: Option<State>,
         /// `<ioapic>`
         child "ioapic" => ioapic: Option<Ioapic>,
+        /// `<pvspinlock>`: the guest's kernel does not spin on a lock whose holder does not run.
+        child "pvspinlock" => pvspinlock: Option<State>,
+        /// `<tcg>`
+        child "tcg" => tcg: Option<TcgFeatures>,
+        /// `<ps2>`: its keyboard controller.
+        child "ps2" => ps2: Option<State>,
     }
 }
 
@@ -98,13 +104,17 @@ element! {
         /// `<reenlightenment>`
         child "reenlightenment" => reenlightenment: Option<State>,
         /// `<tlbflush>`
-        child "tlbflush" => tlbflush: Option<State>,
+        child "tlbflush" => tlbflush: Option<Tlbflush>,
         /// `<ipi>`
         child "ipi" => ipi: Option<State>,
         /// `<evmcs>`
         child "evmcs" => evmcs: Option<State>,
         /// `<avic>`
         child "avic" => avic: Option<State>,
+        /// `<emsr_bitmap>`
+        child "emsr_bitmap" => emsr_bitmap: Option<State>,
+        /// `<xmm_input>`
+        child "xmm_input" => xmm_input: Option<State>,
     }
 }
 
@@ -129,6 +139,18 @@ element! {
 }
 
 element! {
+    /// `<tlbflush>`
+    pub struct Tlbflush {
+        /// On or off.
+        on_off "state" => state: Option<bool>,
+        /// From nested guests.
+        child "direct" => direct: Option<State>,
+        /// Of parts.
+        child "extended" => extended: Option<State>,
+    }
+}
+
+element! {
     /// `<vendor_id>`
     pub struct VendorId {
         /// On or off.
@@ -143,5 +165,66 @@ element! {
     pub struct KvmFeatures {
         /// KVM does not tell the guest that it is there.
         child "hidden" => hidden: Option<State>,
+        /// vCPUs have CPUs of their own: the guest need not care for others.
+        child "hint-dedicated" => hint_dedicated: Option<State>,
+        /// The guest may ask the host not to poll.
+        child "poll-control" => poll_control: Option<State>,
+        /// Interrupts between CPUs without an exit each.
+        child "pv-ipi" => pv_ipi: Option<State>,
+        /// `<dirty-ring>`
+        child "dirty-ring" => dirty_ring: Option<DirtyRing>,
+    }
+}
+
+element! {
+    /// `<kvm><dirty-ring>`: how changed pages are tracked.
+    pub struct DirtyRing {
+        /// On or off.
+        on_off "state" => state: Option<bool>,
+        /// Entries, a power of two.
+        attr "size" => size: Option<u32>,
+    }
+}
+
+element! {
+    /// `<smm>`
+    pub struct Smm {
+        /// As said; on if absent.
+        on_off "state" => state: Option<bool>,
+        /// `<tseg>`: its memory, beyond what the board has by itself.
+        child "tseg" => tseg: Option<Tseg>,
+    }
+}
+
+impl Smm {
+    /// Whether it is on.
+    pub fn is_on(&self) -> bool {
+        self.state.unwrap_or(true)
+    }
+}
+
+element! {
+    /// `<smm><tseg>`: in MiB, unless it says another unit.
+    pub struct Tseg {
+        /// The unit.
+        attr "unit" => unit: Option<String>,
+        /// The number.
+        need_text => number: String,
+    }
+}
+
+impl Tseg {
+    /// In MiB; the error is a sentence.
+    pub fn mib(&self) -> Result<u64, String> {
+        let bytes = super::value::scaled(&self.number, self.unit.as_deref().unwrap_or("MiB"))?;
+        u64::try_from(bytes >> 20).map_err(|_| format!("{} is more than can be counted", self.number))
+    }
+}
+
+element! {
+    /// `<features><tcg>`: of emulation.
+    pub struct TcgFeatures {
+        /// Memory for translated code.
+        child "tb-cache" => tb_cache: Option<super::value::Kib>,
     }
 }

@@ -26,17 +26,20 @@ pub mod value;
 use crate::device::Devices;
 use crate::xml::{self, Element, Finding, FindingKind, Place};
 use clock::{Clock, Pm};
-use cpu::Cpu;
+use cpu::{Cpu, NumaCell};
 use features::Features;
-use memory::{Memory, Vcpu};
+use memory::{DefaultIothread, IothreadIds, MaxMemory, Memory, MemoryBacking, Numatune, Vcpu, Vcpus};
 use metadata::Metadata;
 use native::NativeArguments;
 use os::Os;
 use part::{Part, element};
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 use sysinfo::{Genid, Sysinfo};
 use uuid::Uuid;
 use value::{Kib, choices};
+
+/// More I/O threads than any host has CPUs.
+pub const MAX_IOTHREADS: u32 = 4096;
 
 /// More devices than any machine has; whoever may read may have a document of so many worked through.
 const MAX_DEVICES: usize = 1024;
@@ -67,8 +70,22 @@ element! {
         child "memory" => memory: Option<Memory>,
         /// `<currentMemory>`; all of it if absent.
         child "currentMemory" => current_memory: Option<Kib>,
+        /// `<maxMemory>`
+        child "maxMemory" => max_memory: Option<MaxMemory>,
+        /// `<memoryBacking>`
+        child "memoryBacking" => memory_backing: Option<MemoryBacking>,
+        /// `<numatune>`
+        child "numatune" => numatune: Option<Numatune>,
         /// `<vcpu>`
         child "vcpu" => vcpu: Option<Vcpu>,
+        /// `<vcpus>`
+        child "vcpus" => vcpus_each: Option<Vcpus>,
+        /// `<iothreads>`: how many.
+        leaf "iothreads" => iothreads: Option<u32>,
+        /// `<iothreadids>`
+        child "iothreadids" => iothread_ids: Option<IothreadIds>,
+        /// `<defaultiothread>`
+        child "defaultiothread" => default_iothread: Option<DefaultIothread>,
         /// `<sysinfo>`
         children "sysinfo" => sysinfos: Vec<Sysinfo>,
         /// `<os>`
@@ -226,6 +243,33 @@ impl DomainDef {
     /// `<currentMemory>` in KiB, at most [`DomainDef::memory_kib`].
     pub fn current_memory_kib(&self) -> u64 {
         self.current_memory.map_or(u64::MAX, |size| size.0).min(self.memory_kib())
+    }
+
+    /// The guest's NUMA cells.
+    pub fn numa_cells(&self) -> &[NumaCell] {
+        self.cpu.as_ref().and_then(|cpu| cpu.numa.as_ref()).map_or(&[], |numa| &numa.cells)
+    }
+
+    /// What memory devices add, in KiB.
+    pub fn memory_devices_kib(&self) -> u64 {
+        self.devices.memories.iter().map(|device| device.target.size.0).fold(0, u64::saturating_add)
+    }
+
+    /// RAM at boot in KiB, without what memory devices add.
+    pub fn initial_memory_kib(&self) -> u64 {
+        self.memory_kib().saturating_sub(self.memory_devices_kib())
+    }
+
+    /// The numbers of the I/O threads: those listed, and further ones up to how many there are.
+    pub fn iothread_numbers(&self) -> BTreeSet<u32> {
+        let listed = self.iothread_ids.iter().flat_map(|ids| &ids.threads).map(|thread| thread.id);
+        let mut numbers: BTreeSet<u32> = listed.collect();
+        let wanted = self.iothreads.unwrap_or(0).min(MAX_IOTHREADS) as usize;
+        let mut next = 1..;
+        while numbers.len() < wanted {
+            numbers.extend(next.next());
+        }
+        numbers
     }
 
     /// `<memory>` in KiB.

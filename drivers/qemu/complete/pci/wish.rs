@@ -6,6 +6,7 @@ use virt_model::device::chardev::SerialKind;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::VideoKind;
+use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::{BalloonModel, InputBus, WatchdogModel};
 use virt_model::device::sound::SoundModel;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
@@ -95,6 +96,10 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
     }
     for shmem in &mut devices.shmems {
         each(&mut shmem.info, Some(Wish::Conventional), &shmem.at);
+    }
+    for memory in &mut devices.memories {
+        let virtio = matches!(memory.model, MemoryModel::VirtioMem | MemoryModel::VirtioPmem);
+        each(&mut memory.info, virtio.then_some(Wish::Express), &memory.at);
     }
     for crypto in &mut devices.cryptos {
         each(&mut crypto.info, Some(Wish::Express), &crypto.at);
