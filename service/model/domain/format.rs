@@ -26,6 +26,31 @@ pub fn arrange(domain: &mut Element) {
     }
 }
 
+/// Every element of the format with its attributes: the element's path without positions, e.g. `devices/disk/source`, the
+/// root's empty. Elements that contain themselves are named once.
+pub fn vocabulary() -> Vec<(String, Vec<String>)> {
+    let mut all = Vec::new();
+    each_way(FORMAT.roots["domain"], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+        all.push((steps.join("/"), spec.attributes.clone()));
+    });
+    all
+}
+
+/// Calls `visit` with every way from the root to an element of the table; groups that contain themselves once.
+fn each_way(spec: usize, way: &mut Vec<usize>, steps: &mut Vec<String>, visit: &mut impl FnMut(&[String], &Spec)) {
+    if way.contains(&spec) {
+        return;
+    }
+    way.push(spec);
+    visit(steps, &FORMAT.specs[spec]);
+    for child in &FORMAT.specs[spec].children {
+        steps.push(child.name.clone());
+        each_way(child.spec, way, steps, visit);
+        steps.pop();
+    }
+    way.pop();
+}
+
 /// What the table says of one element.
 #[derive(Debug, Default)]
 struct Spec {
@@ -260,21 +285,6 @@ pub(super) mod tests {
             let unique: std::collections::HashSet<_> = spec.attributes.iter().collect();
             assert_eq!(unique.len(), spec.attributes.len(), "{:?}", spec.attributes);
         }
-    }
-
-    /// Calls `visit` with every way from the root to an element of the table; groups that contain themselves once.
-    fn each_way(spec: usize, way: &mut Vec<usize>, steps: &mut Vec<String>, visit: &mut impl FnMut(&[String], &Spec)) {
-        if way.contains(&spec) {
-            return;
-        }
-        way.push(spec);
-        visit(steps, &FORMAT.specs[spec]);
-        for child in &FORMAT.specs[spec].children {
-            steps.push(child.name.clone());
-            each_way(child.spec, way, steps, visit);
-            steps.pop();
-        }
-        way.pop();
     }
 
     /// Every way from the root to an element, and to each of its attributes.

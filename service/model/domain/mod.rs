@@ -23,6 +23,8 @@ pub mod part;
 pub mod sysinfo;
 pub mod value;
 
+pub use format::vocabulary;
+
 use crate::device::Devices;
 use crate::xml::{self, Element, Finding, FindingKind, Place};
 use clock::{Clock, Pm};
