@@ -7,6 +7,7 @@ mod devices;
 mod platform;
 mod storage;
 mod table;
+mod tpm;
 
 pub use table::{Standing, standing};
 
@@ -27,6 +28,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.platform();
     check.storage();
     check.devices();
+    check.tpms();
     check.log.sort_by_key(|finding| (finding.line, finding.column));
     check.log
 }

@@ -12,9 +12,11 @@ mod graphics;
 mod machine;
 mod misc;
 mod net;
+mod tpm;
 
 use super::capabilities::Capabilities;
 use super::check;
+use super::companion::{Companion, FIRST_FD};
 use super::complete::{Board, Chosen, go_live};
 use args::{Args, List, Props};
 use serde_json::Value;
@@ -33,6 +35,7 @@ pub use disk::{known_format, wwn};
 pub use graphics::card as video_card;
 pub use misc::input_device;
 pub use net::{Tap, card_type};
+pub use tpm::{tpm_device, tpm_state, tpm_state_of};
 
 /// Where the guest's process finds itself.
 pub struct Place<'a> {
@@ -59,6 +62,8 @@ pub struct Command {
     pub nvram: Option<Nvram>,
     /// Network devices that must be open at given file descriptors.
     pub taps: Vec<Tap>,
+    /// What runs beside it, in this order.
+    pub companions: Vec<Companion>,
     /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
     pub setup: Vec<(String, Value)>,
 }
@@ -113,6 +118,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.videos();
     builder.sounds();
     builder.redirections();
+    builder.tpms();
     builder.watchdogs();
     builder.balloon();
     builder.random();
@@ -131,6 +137,8 @@ struct Builder<'a> {
     files: Vec<HostFile>,
     nvram: Option<Nvram>,
     taps: Vec<Tap>,
+    companions: Vec<Companion>,
+    companion_fds: i32,
     setup: Vec<(String, Value)>,
     boot_order: HashMap<String, u32>,
 }
@@ -147,6 +155,8 @@ impl<'a> Builder<'a> {
             files: Vec::new(),
             nvram: None,
             taps: Vec::new(),
+            companions: Vec::new(),
+            companion_fds: 0,
             setup: Vec::new(),
             boot_order: boot_order(def),
         }
@@ -165,8 +175,15 @@ impl<'a> Builder<'a> {
             files: self.files,
             nvram: self.nvram,
             taps: self.taps,
+            companions: self.companions,
             setup: self.setup,
         }
+    }
+
+    /// QEMU's descriptor for its end of a link to a companion.
+    fn companion_fd(&mut self) -> i32 {
+        self.companion_fds += 1;
+        FIRST_FD + self.companion_fds - 1
     }
 
     fn open(&mut self, path: &str, write: bool, backing: bool) {
