@@ -12,6 +12,7 @@ use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, fchown};
 use std::path::Path;
+use std::process::{Command, Stdio};
 use virt_model::driver::DriverError;
 
 /// The largest template of firmware variables; those of real firmware have less than a megabyte.
@@ -76,9 +77,18 @@ pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), 
         let path = path.display();
         return Err(DriverError::Storage(format!("{path}: there are no firmware variables and no template for them")));
     };
+    let (template, template_format) = template;
     let from = open_template(template, user.is_some())
         .map_err(|e| DriverError::Storage(format!("{}: {e}", template.display())))?;
-    copy(from, path, user).map_err(at_path)
+    match (&**template_format, &*nvram.format) {
+        (from_format, format) if from_format == format => put(path, user, |to| copy(from, to)).map_err(at_path),
+        ("raw", "qcow2") => put(path, user, |to| convert(from, to)).map_err(at_path),
+        // An image that others may have made is not ours to read.
+        (from_format, format) => Err(DriverError::Storage(format!(
+            "{}: variables in {format} are not made from a template in {from_format}",
+            path.display()
+        ))),
+    }
 }
 
 /// Opens a template, which is a plain file; anything else could keep us waiting.
@@ -97,7 +107,8 @@ fn open_template(template: &Path, wary: bool) -> io::Result<File> {
     }
 }
 
-fn copy(from: File, path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+/// Makes or replaces the file at `path` in one step, its content made by `fill`.
+fn put(path: &Path, user: Option<&RunAs>, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
     let parent = path.parent().unwrap_or(Path::new("/"));
     if !parent.exists() {
         DirBuilder::new().mode(0o711).create(Place::resolve(parent, user.is_some())?.path())?;
@@ -107,13 +118,32 @@ fn copy(from: File, path: &Path, user: Option<&RunAs>) -> io::Result<()> {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no plain file is there"));
     }
     let mut new = tempfile::NamedTempFile::new_in(place.dir())?;
-    io::copy(&mut from.take(MAX_TEMPLATE), new.as_file_mut())?;
+    fill(new.as_file_mut())?;
     if let Some(user) = user {
         fchown(new.as_file(), Some(user.uid), Some(user.gid))?;
     }
     new.as_file().sync_all()?;
     new.persist(place.path())?;
     Ok(())
+}
+
+fn copy(from: File, to: &mut File) -> io::Result<()> {
+    io::copy(&mut from.take(MAX_TEMPLATE), to).map(drop)
+}
+
+/// Writes the raw image `from` as qcow2.
+fn convert(from: File, to: &mut File) -> io::Result<()> {
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
+    let done =
+        command.stdin(from).stdout(to.try_clone()?).stderr(Stdio::piped()).output().map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => io::Error::other("qemu-img is not installed (Debian has it in qemu-utils)"),
+            _ => e,
+        })?;
+    if done.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned()))
 }
 
 /// Removes the firmware's variables; `wary` as in [`Place::resolve`].
@@ -126,6 +156,23 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_raw_template_becomes_a_store_in_qcow2() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("template"), vec![7; 528 << 10]).unwrap();
+        let store = |from: &str| {
+            let template = Some((at("template"), from.to_owned()));
+            variables(&Nvram { path: at("store"), format: "qcow2".to_owned(), template }, true, None)
+        };
+        store("raw").unwrap();
+        let content = std::fs::read(at("store")).unwrap();
+        assert_eq!((&content[..4], &content[24..32]), (&b"QFI\xfb"[..], &(528_u64 << 10).to_be_bytes()[..]));
+        let odd =
+            Nvram { path: at("raw"), format: "raw".to_owned(), template: Some((at("store"), "qcow2".to_owned())) };
+        assert!(variables(&odd, true, None).unwrap_err().to_string().contains("not made from a template in qcow2"));
+    }
+
+    #[test]
     fn a_template_is_a_plain_file_of_some_size() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
@@ -133,7 +180,8 @@ mod tests {
         File::create(at("large")).unwrap().set_len(MAX_TEMPLATE + 1).unwrap();
         std::fs::write(at("good"), "variables").unwrap();
         let make = |name: &str| {
-            let nvram = Nvram { path: at("vars/own"), template: Some(at(name)) };
+            let template = Some((at(name), "raw".to_owned()));
+            let nvram = Nvram { path: at("vars/own"), format: "raw".to_owned(), template };
             variables(&nvram, false, None).map_err(|e| e.to_string())
         };
         // Of the first, nobody ever opens the other end.

@@ -12,6 +12,7 @@ pub mod companion;
 pub mod complete;
 mod events;
 mod find;
+pub mod firmware;
 mod instance;
 mod launch;
 mod live;
@@ -48,6 +49,8 @@ struct Inner {
     prober: Prober,
     ports: Ports,
     privileges: Privileges,
+    /// Where firmware variables are that have no other place.
+    variables: PathBuf,
 }
 
 /// Whom QEMU runs as.
@@ -75,7 +78,12 @@ impl QemuDriver {
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
-        QemuDriver(Arc::new(Inner { prober, ports: Ports::default(), privileges }))
+        QemuDriver(Arc::new(Inner {
+            prober,
+            ports: Ports::default(),
+            privileges,
+            variables: config.state_dir.join("nvram"),
+        }))
     }
 
     async fn capabilities_for(&self, def: &DomainDef) -> Arc<Capabilities> {
@@ -135,7 +143,9 @@ impl Driver for QemuDriver {
 
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
-        complete::complete(def, &caps).map_err(DriverError::Config)
+        complete::complete(def, &caps).map_err(DriverError::Config)?;
+        firmware::place_variables(def, &self.0.variables);
+        Ok(())
     }
 
     async fn check(&self, def: &DomainDef) -> Vec<Finding> {

@@ -39,7 +39,7 @@ fn show(command: &Command) -> String {
         lines.push(format!("# file {write} {}{chain}", file.path.display()));
     }
     lines.extend(
-        command.nvram.iter().map(|nvram| format!("# nvram {} from {:?}", nvram.path.display(), nvram.template)),
+        command.nvram.iter().map(|n| format!("# nvram {} in {} from {:?}", n.path.display(), n.format, n.template)),
     );
     lines.extend(command.taps.iter().map(|tap| format!("# tap {} on {}", tap.fd, tap.bridge)));
     lines.extend(command.companions.iter().flat_map(beside));

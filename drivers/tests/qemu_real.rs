@@ -166,7 +166,9 @@ async fn this_hosts_qemu_takes_every_command_line() {
         let command =
             build(&def, &caps, &place(folder)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
         if let Some(nvram) = &command.nvram {
-            std::fs::copy(nvram.template.as_ref().unwrap(), &nvram.path).unwrap();
+            let (template, from) = nvram.template.as_ref().unwrap();
+            let (from_to, path) = (["convert", "-f", from, "-O", &nvram.format], nvram.path.to_str().unwrap());
+            image(&[&from_to[..], &[template.to_str().unwrap(), path]].concat());
         }
         eprintln!("{case}");
         let (mut running, stream) = start(&command, dir.path());

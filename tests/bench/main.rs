@@ -8,6 +8,7 @@ mod bus;
 mod common;
 mod guests;
 mod inventory;
+mod libvirt;
 mod raw;
 
 use std::time::Duration;
@@ -19,7 +20,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     guests::start_and_destroy(&bench).await?;
     inventory::read_against_ping(&bench).await?;
     guests::beside_hung_ones(&bench).await?;
+    libvirt::compare(&bench).await?;
     drop(bench);
+    println!();
     inventory::ten_thousand().await
 }
 
@@ -27,6 +30,12 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 fn row(what: &str, ours: Duration, bare: Duration, wanted: f64) {
     let ratio = ours.as_secs_f64() / bare.as_secs_f64();
     println!("{what:<58} {:>12} {:>12} {ratio:>6.2}x  at most {wanted}x", text(ours), text(bare));
+}
+
+/// Two sides of the same work.
+fn beside(what: &str, ours: Duration, theirs: Duration) {
+    let ratio = ours.as_secs_f64() / theirs.as_secs_f64();
+    println!("{what:<58} {:>12} {:>12} {ratio:>6.2}x", text(ours), text(theirs));
 }
 
 /// One figure that stands alone.

@@ -12,6 +12,7 @@ pub use document::document;
 pub use host::Host;
 pub use site::{Site, program};
 
+use super::firmware::{self, Firmware};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
@@ -26,7 +27,7 @@ const CACHE_FORMAT: u32 = 1;
 /// Answers kept in memory; with more, those that nobody waits for are forgotten.
 const MOST_KNOWN: usize = 64;
 
-/// Where distributions put QEMU's modules. Installing one changes what a binary can do without changing the binary.
+/// Where distributions put QEMU's modules; as installing firmware, installing one changes what a binary can do without changing the binary.
 const MODULE_DIRS: [&str; 4] =
     ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/lib/aarch64-linux-gnu/qemu", "/usr/lib/qemu", "/usr/lib64/qemu"];
 
@@ -74,6 +75,9 @@ pub struct Capabilities {
     /// The host's processor.
     #[serde(skip)]
     pub host: Host,
+    /// The host's firmware, in the order in which it is tried.
+    #[serde(skip)]
+    pub firmware: Vec<Firmware>,
     /// QEMU's setuid helper that plugs guests into bridges, if it is installed.
     #[serde(skip)]
     pub bridge_helper: Option<PathBuf>,
@@ -123,6 +127,7 @@ impl Capabilities {
             sandbox: false,
             kvm_built_in: false,
             host: Host::default(),
+            firmware: Vec::new(),
             bridge_helper: None,
             site: Site::default(),
         }
@@ -267,6 +272,7 @@ impl Prober {
             }
         };
         capabilities.host = Host::read();
+        capabilities.firmware = firmware::read_all(&firmware::FOLDERS.map(Path::new));
         capabilities.bridge_helper = super::tap::helper();
         capabilities.kvm = match host_kvm {
             Err(why) => Err(why.clone()),
@@ -294,8 +300,8 @@ impl Prober {
                 "the file or a directory above it can be changed by others than root; install it system-wide",
             ));
         }
-        let modules =
-            MODULE_DIRS.iter().filter_map(|dir| Some((PathBuf::from(dir), mtime(&std::fs::metadata(dir).ok()?))));
+        let dirs = MODULE_DIRS.iter().chain(&firmware::FOLDERS);
+        let modules = dirs.filter_map(|dir| Some((PathBuf::from(dir), mtime(&std::fs::metadata(dir).ok()?))));
         Ok(Stamp { format: CACHE_FORMAT, size: meta.len(), changed: mtime(&meta), modules: modules.collect() })
     }
 

@@ -2,6 +2,7 @@
 
 use super::Check;
 use crate::qemu::complete::Board;
+use crate::qemu::firmware;
 use virt_model::domain::LifecycleAction;
 use virt_model::domain::clock::{ClockOffset, TickPolicy, TimerName};
 use virt_model::domain::cpu::{CpuMatch, CpuMode};
@@ -69,13 +70,15 @@ impl Check<'_> {
     fn firmware(&mut self) {
         let os = &self.def.os;
         let found = os.loader.as_ref().is_some_and(|loader| loader.path.is_some());
-        let picked = "picking firmware by itself is not supported yet: give <loader> and <nvram> with their paths";
-        self.refuse_if(os.firmware.is_some() && !found, &os.at.attribute("firmware"), picked);
+        if let Some(why) = firmware::missing(self.def, &self.caps.firmware) {
+            self.refuse(&os.at.attribute("firmware"), why);
+        }
         let smm = self.def.features.as_ref().and_then(|f| f.smm.as_ref()).is_some_and(State::is_on);
         if let Some(loader) = &os.loader {
             let flash = loader.kind == Some(LoaderKind::Pflash);
             let unsaid = loader.path.is_none() && os.firmware.is_none();
-            self.refuse_if(unsaid, &loader.at, "<loader> without a path is not supported yet");
+            let how = "<loader> needs a path, or <os firmware='efi'> to pick one";
+            self.refuse_if(unsaid, &loader.at, how);
             let writable = flash && loader.readonly == Some(false);
             self.refuse_if(
                 writable,
@@ -99,18 +102,20 @@ impl Check<'_> {
                 &nvram.at,
                 "<nvram> needs <loader type='pflash'> with a path",
             );
-            self.refuse_if(nvram.path.is_none() && found, &nvram.at, "<nvram> without a path is not supported yet");
+            let bare = nvram.path.is_none() && nvram.template.is_none() && found;
+            let how = "<nvram> needs a path or a template: no descriptor of firmware names this loader";
+            self.refuse_if(bare, &nvram.at, how);
             let format = nvram.format.as_deref().unwrap_or("raw");
             self.refuse_if(
                 !matches!(format, "raw" | "qcow2"),
                 &nvram.at.attribute("format"),
                 "variable stores are raw or qcow2",
             );
-            let other = nvram.template_format.as_deref().is_some_and(|f| f != format);
+            let template = nvram.template_format.as_deref().unwrap_or("raw");
             self.refuse_if(
-                other,
+                !matches!(template, "raw" | "qcow2"),
                 &nvram.at.attribute("templateFormat"),
-                "a template of another format than the store is not supported yet",
+                "templates of variable stores are raw or qcow2",
             );
         }
         let orphan = os.kernel.is_none() && (os.initrd.is_some() || os.cmdline.is_some());

@@ -70,9 +70,11 @@ impl Builder<'_> {
         let vars = nvram.and_then(|nvram| Some((nvram, nvram.path.as_deref()?)));
         if let Some((nvram, path)) = vars {
             self.open(path, true, false);
-            self.flash_nodes("pflash1", path, nvram.format.as_deref().unwrap_or("raw"), false);
-            self.nvram =
-                Some(Nvram { path: PathBuf::from(path), template: nvram.template.as_ref().map(PathBuf::from) });
+            let format = nvram.format.as_deref().unwrap_or("raw");
+            self.flash_nodes("pflash1", path, format, false);
+            let from = nvram.template_format.as_deref().unwrap_or(format);
+            let template = nvram.template.as_ref().map(|template| (PathBuf::from(template), from.to_owned()));
+            self.nvram = Some(Nvram { path: PathBuf::from(path), format: format.to_owned(), template });
         }
         Some(("pflash0".to_owned(), vars.map(|_| "pflash1".to_owned())))
     }

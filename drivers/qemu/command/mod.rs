@@ -86,8 +86,10 @@ pub struct HostFile {
 pub struct Nvram {
     /// The guest's own.
     pub path: PathBuf,
-    /// What it is made from.
-    pub template: Option<PathBuf>,
+    /// Its format, `raw` or `qcow2`.
+    pub format: String,
+    /// What it is made from, and the format of that.
+    pub template: Option<(PathBuf, String)>,
 }
 
 /// The command line for a completed definition. A live one (see [`go_live`]) is taken as it is; of a stored one, ports are

@@ -17,6 +17,7 @@ mod pci;
 pub use live::{Chosen, go_live};
 
 use super::capabilities::Capabilities;
+use super::firmware;
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
@@ -53,6 +54,7 @@ impl Board {
 pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Finding>> {
     let mut log = Vec::new();
     defaults::machine(def, caps);
+    firmware::choose(def, &caps.firmware);
     let board = Board::of(def);
     if board != Board::Other {
         controllers::pci_root(def, board);

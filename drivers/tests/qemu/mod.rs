@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use virt_drivers::qemu::capabilities::{Capabilities, Site};
 use virt_drivers::qemu::command::Place;
 use virt_drivers::qemu::complete::complete;
+use virt_drivers::qemu::firmware::{place_variables, read_all};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
@@ -33,6 +34,7 @@ pub fn cases() -> Vec<String> {
 pub fn caps() -> Capabilities {
     let mut caps: Capabilities = serde_json::from_str(&text("qemu-7.2.json")).unwrap();
     caps.kvm = Ok(());
+    caps.firmware = read_all(&[&data().join("firmware")]);
     caps.bridge_helper = Some(PathBuf::from("/usr/lib/qemu/qemu-bridge-helper"));
     caps.site = site(Path::new("/var/lib/virt"));
     caps
@@ -59,6 +61,7 @@ pub fn parse(xml: &str) -> DomainDef {
 pub fn completed(case: &str, dir: &str, caps: &Capabilities) -> DomainDef {
     let mut def = parse(&text(&format!("{case}.xml")).replace("@DIR@", dir));
     complete(&mut def, caps).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+    place_variables(&mut def, Path::new(dir));
     def
 }
 
