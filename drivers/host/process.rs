@@ -1,6 +1,8 @@
 //! A process held by its pidfd, whether it is our child or outlived an earlier virtd: never the wrong one.
 
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
+};
 use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
@@ -81,6 +83,20 @@ impl Process {
     pub fn signal(&self, signal: Signal) -> io::Result<()> {
         match pidfd_send_signal(&self.0.get_ref().0, signal) {
             Err(e) if e != rustix::io::Errno::SRCH => Err(e.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// Sends a signal to it and to the processes it has made that stayed in its group, of which it is the leader: what
+    /// [`super::spawn`] makes is. None is sent once it has gone, since its group then may be another's.
+    pub fn signal_group(&self, pid: i32, signal: Signal) -> io::Result<()> {
+        let (fd, pid) = (&self.0.get_ref().0, Pid::from_raw(pid));
+        if wait_for_end(fd, 0) {
+            return Ok(());
+        }
+        // Unless another reaps it this moment the number is still its own; and numbers are not given out again at once.
+        match pid.map(|pid| kill_process_group(pid, signal)) {
+            Some(Err(e)) if e != rustix::io::Errno::SRCH => Err(e.into()),
             _ => Ok(()),
         }
     }

@@ -4,13 +4,14 @@
 //! One that lives and does not answer is held all the same: it can be destroyed, and its monitor is sought until it
 //! answers.
 
+use super::companion::{Living, Loss, end_all};
 use super::events::{Guest, condition};
 use super::instance::{Body, Leavings, QemuInstance, translate};
 use super::log::Log;
 use super::qmp::{Qmp, QmpError};
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
-use crate::host::process::{Process, kill};
+use crate::host::process::{Identity, Process, kill};
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -49,20 +50,28 @@ impl Search {
         let record: Record = serde_json::from_value(self.found.record.clone()).map_err(unreadable)?;
         let opening = record.clone();
         let living = blocking(move || open(&opening)).await?;
-        let living = living.map_err(|e| DriverError::Internal(format!("cannot look for the guest's process: {e}")))?;
-        let Some(fd) = living else { return self.gone().await };
+        let living =
+            living.map_err(|e| DriverError::Internal(format!("cannot look for the guest's processes: {e}")))?;
+        let (qemu, companions) = living;
+        let Some(fd) = qemu else { return self.gone(&companions).await };
         let process = Process::new(fd);
         let process = process.map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))?;
-        self.adopt(record, process).await
+        self.adopt(record, process, companions).await
     }
 
     /// Cleans up after a guest that has gone.
-    async fn gone(self) -> Result<Option<Reconnected>, DriverError> {
+    async fn gone(self, companions: &[Living]) -> Result<Option<Reconnected>, DriverError> {
+        end_all(companions).await;
         let leavings = self.leavings.clone();
         blocking(move || leavings.clear()).await.map(|()| None)
     }
 
-    async fn adopt(self, record: Record, process: Process) -> Result<Option<Reconnected>, DriverError> {
+    async fn adopt(
+        self,
+        record: Record,
+        process: Process,
+        companions: Vec<Living>,
+    ) -> Result<Option<Reconnected>, DriverError> {
         let mut guest = Guest::found(self.found.last);
         guest.expect_reboot(record.rebooting);
         let reporter = Reporter::new(guest, self.found.events.clone());
@@ -74,16 +83,16 @@ impl Search {
         };
         let contact = tokio::select! {
             contact = caller.call(CONTACT) => contact,
-            _ = process.ended() => return self.gone().await,
+            _ = process.ended() => return self.gone(&companions).await,
         };
         let rebooting = record.rebooting;
-        let body = self.body(record, process, reporter.clone());
+        let body = self.body(record, process, companions, reporter.clone());
         let (monitor, status) = match contact {
             Ok(contact) => contact,
             Err(error) => {
                 // One that is just dying closes its monitor first.
                 if timeout(DYING, body.process.ended()).await.is_ok() {
-                    return self.gone().await;
+                    return self.gone(&body.companions).await;
                 }
                 tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
                 let instance = QemuInstance::new(body).with_task(|body| seek(body, caller));
@@ -108,10 +117,12 @@ impl Search {
         Ok(Some(Reconnected { instance: Arc::new(instance), condition }))
     }
 
-    fn body(&self, record: Record, process: Process, reporter: Arc<Reporter>) -> Body {
+    fn body(&self, record: Record, process: Process, companions: Vec<Living>, reporter: Arc<Reporter>) -> Body {
         Body {
             uuid: record.uuid,
             process,
+            companions,
+            lost: Mutex::default(),
             monitor: Mutex::new(None),
             reporter,
             log: Log::found(&self.found.log_file, record.log_start),
@@ -126,19 +137,29 @@ impl Search {
     }
 }
 
-/// The process of a guest that was up. One whose start was cut off is ended. Blocks.
-fn open(record: &Record) -> std::io::Result<Option<OwnedFd>> {
-    let Some(identity) = &record.process else { return Ok(None) };
-    let fd = identity.open()?;
-    match (fd, record.phase) {
-        (Some(fd), Phase::Running) => Ok(Some(fd)),
-        (Some(fd), _) => {
-            tracing::info!(uuid = %record.uuid, "its start was cut off; its QEMU is ended");
-            kill(&fd);
-            Ok(None)
+/// The process of a guest that was up, and what runs beside it. One whose start was cut off is ended. Blocks.
+fn open(record: &Record) -> std::io::Result<(Option<OwnedFd>, Vec<Living>)> {
+    let qemu = record.process.as_ref().map(Identity::open).transpose()?.flatten();
+    let (mut companions, mut lost) = (Vec::new(), Vec::new());
+    for recorded in &record.companions {
+        match recorded.open()? {
+            Some(living) => companions.push(living),
+            None => lost.push(recorded),
         }
-        (None, _) => Ok(None),
     }
+    let Some(fd) = qemu else { return Ok((None, companions)) };
+    let uuid = record.uuid;
+    if record.phase != Phase::Running {
+        tracing::info!(%uuid, "its start was cut off; its QEMU is ended");
+    } else {
+        lost.iter().for_each(|lost| tracing::error!(%uuid, "{} ended while virtd was away", lost.name));
+        if lost.iter().all(|lost| lost.loss == Loss::Bear) {
+            return Ok((Some(fd), companions));
+        }
+        tracing::error!(%uuid, "the guest cannot be without it and is ended");
+    }
+    kill(&fd);
+    Ok((None, companions))
 }
 
 /// Who calls a monitor.

@@ -3,6 +3,7 @@
 //! Whatever ends the process, `watch` sees it by the pidfd: it waits for the monitor's last events, gives back what the
 //! guest had, and reports `Exited` as the last thing.
 
+use super::companion::{GRACE, Living, Loss, end_all, how};
 use super::log::Log;
 use super::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
 use super::record::{Keeper, blocking};
@@ -47,6 +48,10 @@ pub struct Body {
     pub uuid: Uuid,
     /// Its process.
     pub process: Process,
+    /// What runs beside it.
+    pub companions: Vec<Living>,
+    /// Why it was ended: a companion it cannot be without has gone.
+    pub lost: Mutex<Option<String>>,
     /// Its monitor; `None` while it does not answer.
     pub monitor: Mutex<Option<Arc<Qmp>>>,
     /// What it is heard doing.
@@ -107,7 +112,8 @@ impl QemuInstance {
     pub fn new(body: Body) -> Self {
         let body = Arc::new(body);
         let watching = tokio::spawn(watch(body.clone())).abort_handle();
-        QemuInstance { body, tasks: vec![watching] }
+        let guards = (0..body.companions.len()).map(|which| tokio::spawn(guard(body.clone(), which)).abort_handle());
+        QemuInstance { tasks: guards.chain([watching]).collect(), body }
     }
 
     /// What is shared with the tasks.
@@ -308,6 +314,9 @@ impl Body {
         }
         let log = self.log.clone();
         let words = blocking(move || log.last_words()).await.unwrap_or_default();
+        if let Some(why) = self.lost.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            return Exit::Died(join(&why, &words));
+        }
         if lost_monitor {
             return Exit::Died(join("QEMU closed its monitor and had to be killed", &words));
         }
@@ -342,6 +351,28 @@ async fn settle(body: Weak<Body>) {
     }
 }
 
+/// Watches a companion for as long as the guest runs.
+async fn guard(body: Arc<Body>, which: usize) {
+    let Some(companion) = body.companions.get(which) else { return };
+    let end = companion.process.ended().await;
+    if timeout(GRACE, body.process.ended()).await.is_ok() {
+        return;
+    }
+    let what = format!("{} {} while the guest runs", companion.recorded.name, how(end));
+    match companion.recorded.loss {
+        Loss::Bear => {
+            tracing::error!(uuid = %body.uuid, "{what}; the guest goes on without it until it is started anew")
+        }
+        Loss::Fatal => {
+            tracing::error!(uuid = %body.uuid, "{what}; the guest cannot be without it and is ended");
+            *body.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(what);
+            if let Err(error) = body.signal(Signal::KILL) {
+                tracing::error!(uuid = %body.uuid, %error, "QEMU cannot be killed");
+            }
+        }
+    }
+}
+
 /// Watches a guest to its end.
 async fn watch(body: Arc<Body>) {
     let (end, lost_monitor) = loop {
@@ -358,6 +389,7 @@ async fn watch(body: Arc<Body>) {
         // What it said last is still in the socket.
         let _ = timeout(LAST_EVENTS, body.reporter.until(|heard| heard.closed)).await;
     }
+    end_all(&body.companions).await;
     let (leavings, keeper) = (body.leavings.clone(), body.keeper.clone());
     let clearing = blocking(move || {
         keeper.close();

@@ -2,8 +2,11 @@
 
 use super::*;
 use crate::host::process::Identity;
+use crate::qemu::companion::Recorded;
 use crate::qemu::events::Guest;
 use crate::qemu::record::{Phase, Record};
+use std::io::Read;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -29,12 +32,30 @@ async fn answer(peer: &mut Peer, before: &str, reply: &str) {
     peer.get_mut().write_all(format!("{before}{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
 }
 
-/// A guest whose process finds its standard input closed when all is ready.
+/// A process in a group of its own that finds its standard input closed when all is ready.
+fn process(program: &str) -> (Identity, Process) {
+    process_saying(program, Stdio::null())
+}
+
 #[allow(clippy::zombie_processes, reason = "reaped by its pidfd")]
-async fn guest(program: &str) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
-    let child = std::process::Command::new("sh").args(["-c", program]).stdin(Stdio::piped()).spawn().unwrap();
+fn process_saying(program: &str, output: Stdio) -> (Identity, Process) {
+    let mut command = std::process::Command::new("sh");
+    let child = command.args(["-c", program]).stdin(Stdio::piped()).stdout(output).process_group(0).spawn().unwrap();
     let identity = Identity::of(child.id() as i32).unwrap();
     let process = Process::new(identity.open().unwrap().unwrap()).unwrap();
+    (identity, process)
+}
+
+async fn guest(program: &str) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+    guest_with(program, Vec::new()).await
+}
+
+/// A guest on such a process, with companions.
+async fn guest_with(
+    program: &str,
+    companions: Vec<Living>,
+) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+    let (identity, process) = process(program);
     let (sink, reports) = mpsc::unbounded_channel();
     let reporter = Reporter::new(Guest::found(Condition::Running), sink);
     let (ours, theirs) = UnixStream::pair().unwrap();
@@ -51,11 +72,14 @@ async fn guest(program: &str) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<Dr
         monitor: "/nowhere".into(),
         log_start: 0,
         process: Some(identity.clone()),
+        companions: Vec::new(),
         rebooting: false,
     };
     let instance = QemuInstance::new(Body {
         uuid,
         process,
+        companions,
+        lost: Mutex::default(),
         monitor: Mutex::new(Some(Arc::new(monitor))),
         reporter,
         keeper: Arc::new(Keeper::new(Arc::new(Nowhere), record)),
@@ -79,6 +103,26 @@ async fn a_process_without_its_monitor_is_ended_and_told_as_dead() {
     assert!(words.starts_with("QEMU closed its monitor"), "{words}");
     assert_eq!(reports.recv().await, None);
     assert!(!Path::new("/proc").join(pid.to_string()).exists());
+}
+
+#[tokio::test]
+async fn a_guest_whose_companion_it_cannot_be_without_has_gone_is_ended() {
+    let beside = |name: &str, loss, (identity, process)| Living {
+        recorded: Recorded { name: name.into(), process: identity, loss },
+        process,
+    };
+    let (mut output, input) = std::io::pipe().unwrap();
+    let companions = vec![
+        beside("one", Loss::Bear, process("read line; exit 1")),
+        beside("two", Loss::Bear, process_saying("sleep 1000 & wait", input.into())),
+        beside("three", Loss::Fatal, process("read line; exit 3")),
+    ];
+    let (_instance, _peer, mut reports, _) = guest_with("exec sleep 1000", companions).await;
+    let told = reports.recv().await.unwrap();
+    let why = "three ended with code 3 while the guest runs";
+    assert_eq!(told, DriverEvent::Exited(Exit::Died(why.into())));
+    // Comes to its end when nobody is left who could write: what the second has started has gone, too.
+    assert_eq!(output.read_to_end(&mut Vec::new()).unwrap(), 0);
 }
 
 #[tokio::test]

@@ -1,7 +1,8 @@
-//! Starting a QEMU: everything it needs, then the process, then its monitor, then its CPUs; and all of it undone when a
-//! step fails or the start is cancelled.
+//! Starting a QEMU: everything it needs, its companions, then the process, then its monitor, then its CPUs; and all of it
+//! undone when a step fails or the start is cancelled.
 
 use super::command::Command;
+use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
 use super::events::Guest;
 use super::instance::{Body, Leavings, QemuInstance, join, translate};
 use super::log::Log;
@@ -10,15 +11,15 @@ use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
 use crate::host::access::{Ledger, Want};
-use crate::host::process::Process;
+use crate::host::process::{Identity, Process};
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::fs::{DirBuilder, File, Permissions};
+use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt, chown};
+use std::os::fd::RawFd;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -67,6 +68,7 @@ pub struct Start {
 /// How far it has come.
 #[derive(Default)]
 struct Made {
+    companions: Vec<Living>,
     process: Option<Process>,
     log: Option<Log>,
 }
@@ -74,8 +76,20 @@ struct Made {
 /// What `prepare` makes.
 struct Prepared {
     log: Log,
-    output: File,
-    gifts: Vec<(RawFd, OwnedFd)>,
+    output: Arc<File>,
+    gifts: Gifts,
+    companions: Vec<(Companion, Gifts)>,
+}
+
+/// A process that is to be made.
+struct Job {
+    program: PathBuf,
+    args: Vec<String>,
+    env: Vec<(String, String)>,
+    output: Arc<File>,
+    gifts: Gifts,
+    user: Option<RunAs>,
+    lock_memory: bool,
 }
 
 impl Start {
@@ -98,6 +112,7 @@ impl Start {
             monitor: self.leavings().monitor(),
             log_start: 0,
             process: None,
+            companions: Vec::new(),
             rebooting: false,
         }
     }
@@ -123,13 +138,15 @@ impl Start {
             prepared.gifts.push((tap.fd, super::tap::open(&tap.bridge).await?));
         }
         self.lend().await?;
+        self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
-        let process = made.process.insert(self.spawn(keeper, prepared).await?);
+        let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone());
         let (monitor, devices) = tokio::select! {
             up = self.bring_up(&reporter) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
+            why = lost_companion(&made.companions, process) => return Err(why),
         };
         keeper.change(|record| record.phase = Phase::Running).await?;
         self.still_wanted()?;
@@ -144,7 +161,7 @@ impl Start {
     fn prepare(&self) -> Result<Prepared, DriverError> {
         let user = self.user.as_ref().map(|(user, _)| user);
         let own = self.leavings().own_dir();
-        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| give(&own, user));
+        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| make::give(&own, user));
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
             make::variables(nvram, self.reset_nvram, user)?;
@@ -154,24 +171,33 @@ impl Start {
         }
         let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
         let monitor = self.leavings().monitor();
-        let listener = listen(&monitor).map_err(|e| storage(&monitor, &e))?;
-        Ok(Prepared { log, output, gifts: vec![(MONITOR_FD, listener)] })
+        let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
+        let mut prepared =
+            Prepared { log, output: Arc::new(output), gifts: vec![(MONITOR_FD, listener)], companions: Vec::new() };
+        for companion in self.command.companions.iter().filter(|companion| companion.is_wanted()) {
+            let (own, qemus) = companion.prepare(user).map_err(|(path, e)| storage(&path, &e))?;
+            prepared.gifts.extend(qemus);
+            prepared.companions.push((companion.clone(), own));
+        }
+        Ok(prepared)
     }
 
     fn headline(&self) -> String {
-        let quote =
-            |word: &String| match word.contains(|c: char| !c.is_ascii_alphanumeric() && !"-_=,./:+@".contains(c)) {
-                true => format!("'{}'", word.replace('\'', "'\\''")),
-                false => word.clone(),
-            };
-        let args: Vec<String> = self.command.args.iter().map(quote).collect();
-        format!("--- start of {} ({}): {} {}", self.name, self.uuid, self.command.program.display(), args.join(" "))
+        let line = |program: &Path, args: &[String]| {
+            let args: Vec<String> = args.iter().map(|word| quote(word)).collect();
+            format!("{} {}", program.display(), args.join(" "))
+        };
+        let qemu = line(&self.command.program, &self.command.args);
+        let beside: String =
+            self.command.companions.iter().map(|c| format!("\n--- beside it: {}", line(&c.program, &c.args))).collect();
+        format!("--- start of {} ({}): {qemu}{beside}", self.name, self.uuid)
     }
 
     /// Makes the files accessible. A file system that does not answer cannot keep a start from being cancelled.
     async fn lend(self: &Arc<Self>) -> Result<(), DriverError> {
         let Some((user, ledger)) = self.user.clone() else { return Ok(()) };
-        let wants: Vec<Want> = self.command.files.iter().map(want).collect();
+        let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
+        let wants: Vec<Want> = self.command.files.iter().chain(beside).map(want).collect();
         let (uuid, at_work) = (self.uuid, ledger.clone());
         let mut lending = tokio::task::spawn_blocking(move || at_work.lend(&user, uuid, &wants));
         tokio::select! {
@@ -187,38 +213,82 @@ impl Start {
         }
     }
 
-    /// Makes the process. Cannot be interrupted; takes moments.
-    async fn spawn(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
-        let (start, keeper) = (self.clone(), keeper.clone());
-        let spawned = blocking(move || start.fork(&keeper, prepared)).await?;
-        let Spawned { fd, .. } = spawned.map_err(|e| DriverError::Hypervisor(e.to_string()))?;
-        Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))
+    /// Starts what runs beside QEMU, in order, and waits for those that make something.
+    async fn companions(
+        self: &Arc<Self>,
+        keeper: &Arc<Keeper>,
+        prepared: &mut Prepared,
+        made: &mut Made,
+    ) -> Result<(), DriverError> {
+        for (companion, gifts) in std::mem::take(&mut prepared.companions) {
+            self.still_wanted()?;
+            let job = self.beside(&companion, prepared.output.clone(), gifts);
+            let (name, loss) = (companion.name.clone(), companion.loss());
+            let record = move |process| Recorded { name, process, loss };
+            made.companions.push(spawn_companion(keeper, job, record).await?);
+            let within = match &companion.role {
+                Role::Beside(_) => continue,
+                Role::Step { within } | Role::Maker { within, .. } => *within,
+            };
+            if let Some(step) = made.companions.last() {
+                tokio::select! {
+                    done = companion::finish(step, within) => done.map_err(DriverError::Hypervisor)?,
+                    () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
+                }
+            }
+            if let Role::Maker { work, made: what, .. } = companion.role {
+                std::fs::rename(&work, &what).map_err(|e| storage(&what, &e))?;
+            }
+            made.companions.pop();
+            keeper.change(|record| _ = record.companions.pop()).await?;
+        }
+        Ok(())
     }
 
-    fn fork(&self, keeper: &Keeper, prepared: Prepared) -> io::Result<Spawned> {
+    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts) -> Job {
+        let user = self.user.as_ref().map(|(user, _)| user.clone()).filter(|_| !companion.privileged);
+        let env = self.environment(&companion.env);
+        Job {
+            program: companion.program.clone(),
+            args: companion.args.clone(),
+            env,
+            output,
+            gifts,
+            user,
+            lock_memory: false,
+        }
+    }
+
+    /// Makes QEMU's process.
+    async fn spawn_qemu(&self, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+        let job = Job {
+            program: self.command.program.clone(),
+            args: self.command.args.clone(),
+            env: self.environment(&self.command.env),
+            output: prepared.output,
+            gifts: prepared.gifts,
+            user: self.user.as_ref().map(|(user, _)| user.clone()),
+            lock_memory: self.command.lock_memory,
+        };
+        let log_start = prepared.log.start();
+        let (_, process) = spawn_one(keeper, job, move |record, process| {
+            record.phase = Phase::Spawned;
+            record.process = Some(process);
+            record.log_start = log_start;
+        })
+        .await?;
+        Ok(process)
+    }
+
+    /// What each of a guest's processes finds, with what is its own.
+    fn environment(&self, own: &[(String, String)]) -> Vec<(String, String)> {
         let home = self.leavings().own_dir().to_string_lossy().into_owned();
         let base =
             [("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LC_ALL", "C"), ("HOME", &home), ("XDG_RUNTIME_DIR", &home)];
         let mut env: Vec<(String, String)> = base.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        env.retain(|(key, _)| !self.command.env.iter().any(|(own, _)| own == key));
-        env.extend(self.command.env.iter().cloned());
-        let plan = Plan {
-            program: &self.command.program,
-            args: &self.command.args,
-            env: &env,
-            output: &prepared.output,
-            gifts: prepared.gifts,
-            user: self.user.as_ref().map(|(user, _)| user),
-            lock_memory: self.command.lock_memory,
-        };
-        let log_start = prepared.log.start();
-        spawn(plan, |identity| {
-            keeper.update(|record| {
-                record.phase = Phase::Spawned;
-                record.process = Some(identity.clone());
-                record.log_start = log_start;
-            })
-        })
+        env.retain(|(key, _)| !own.iter().any(|(name, _)| name == key));
+        env.extend(own.iter().cloned());
+        env
     }
 
     /// From the process to running CPUs.
@@ -250,6 +320,8 @@ impl Start {
             uuid: self.uuid,
             log: made.log.clone().ok_or_else(lost)?,
             process: made.process.take().ok_or_else(lost)?,
+            companions: std::mem::take(&mut made.companions),
+            lost: Mutex::default(),
             monitor: Mutex::new(Some(Arc::new(monitor))),
             reporter,
             keeper: keeper.clone(),
@@ -274,6 +346,7 @@ impl Start {
                 }
             }
         }
+        companion::end_all(&made.companions).await;
         let (leavings, log) = (self.leavings(), made.log);
         let cleared = blocking(move || {
             keeper.close();
@@ -284,7 +357,9 @@ impl Start {
         let words = timeout(REAP, cleared).await.ok().and_then(Result::ok).unwrap_or_default();
         match error {
             DriverError::Gone => DriverError::Hypervisor(join("QEMU ended before the guest was up", &words)),
-            DriverError::Hypervisor(what) if made.process.is_some() => DriverError::Hypervisor(join(&what, &words)),
+            DriverError::Hypervisor(what) if made.process.is_some() || !made.companions.is_empty() => {
+                DriverError::Hypervisor(join(&what, &words))
+            }
             other => other,
         }
     }
@@ -298,16 +373,54 @@ fn storage(path: &Path, error: &io::Error) -> DriverError {
     DriverError::Storage(format!("{}: {error}", path.display()))
 }
 
-fn give(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))
+async fn spawn_companion(
+    keeper: &Arc<Keeper>,
+    job: Job,
+    record: impl FnOnce(Identity) -> Recorded + Clone + Send + 'static,
+) -> Result<Living, DriverError> {
+    let enter = record.clone();
+    let spawned = spawn_one(keeper, job, move |record, process| record.companions.push(enter(process)));
+    spawned.await.map(|(identity, process)| Living { recorded: record(identity), process })
 }
 
-/// A listening socket that only we can connect to, from its first moment.
-fn listen(path: &Path) -> io::Result<OwnedFd> {
-    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
-    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    listen(&socket, 1)?;
-    Ok(socket)
+/// Makes a process that is recorded before it runs. Cannot be interrupted; takes moments.
+async fn spawn_one(
+    keeper: &Arc<Keeper>,
+    job: Job,
+    change: impl FnOnce(&mut Record, Identity) + Send + 'static,
+) -> Result<(Identity, Process), DriverError> {
+    let (keeper, name) = (keeper.clone(), job.program.display().to_string());
+    let spawned = blocking(move || {
+        let plan = Plan {
+            program: &job.program,
+            args: &job.args,
+            env: &job.env,
+            output: &job.output,
+            gifts: job.gifts,
+            user: job.user.as_ref(),
+            lock_memory: job.lock_memory,
+        };
+        spawn(plan, |identity| keeper.update(|record| change(record, identity.clone())))
+    });
+    let Spawned { identity, fd } = spawned.await?.map_err(|e| DriverError::Hypervisor(e.to_string()))?;
+    let process = Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch {name}: {e}")))?;
+    Ok((identity, process))
+}
+
+/// Why a start fails whose companion has gone; nothing while all are there. QEMU's own end, which takes them along, is told
+/// first.
+async fn lost_companion(companions: &[Living], process: &Process) -> DriverError {
+    let why = companion::first_lost(companions).await;
+    match timeout(companion::GRACE, process.ended()).await {
+        Ok(_) => DriverError::Gone,
+        Err(_) => DriverError::Hypervisor(why),
+    }
+}
+
+/// As a shell would read it.
+fn quote(word: &str) -> String {
+    match word.contains(|c: char| !c.is_ascii_alphanumeric() && !"-_=,./:+@".contains(c)) {
+        true => format!("'{}'", word.replace('\'', "'\\''")),
+        false => word.to_owned(),
+    }
 }

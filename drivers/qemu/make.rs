@@ -1,4 +1,4 @@
-//! Files that are made, or removed, where a definition says: firmware variables, and what takes a guest's output.
+//! Files, folders and sockets that are made, or removed, where a definition says or for those that run a guest.
 //!
 //! virtd may be root here, and others may own parts of the way: places and templates are held to the rules of
 //! [`crate::host::resolve`].
@@ -7,9 +7,10 @@ use super::command::Nvram;
 use crate::host::acl::through;
 use crate::host::resolve::{Found, Place};
 use crate::host::user::RunAs;
-use std::fs::{DirBuilder, File};
+use std::fs::{DirBuilder, File, Permissions};
 use std::io::{self, Read};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, fchown};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, fchown};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use virt_model::driver::DriverError;
@@ -26,6 +27,43 @@ pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
     }
+}
+
+/// Makes a folder, where nothing is, that only `user` (we, if `None`) may enter; and the folders on the way to it.
+pub fn folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
+        DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+    }
+    let place = Place::resolve(path, user.is_some())?;
+    match DirBuilder::new().mode(0o700).create(place.path()) {
+        Ok(()) => give(&place.path(), user),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+        Err(e) => Err(e),
+    }
+}
+
+/// The same, without what may be in it.
+pub fn empty_folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    if std::fs::symlink_metadata(path).is_ok() {
+        std::fs::remove_dir_all(Place::resolve(path, user.is_some())?.path())?;
+    }
+    folder(path, user)
+}
+
+/// Makes `user` (we, if `None`) the owner of what only root could have put there.
+pub fn give(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))
+}
+
+/// A listening socket that only `user` (we, if `None`) can connect to, from its first moment.
+pub fn listen(path: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
+    use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    give(path, user)?;
+    listen(&socket, 1)?;
+    Ok(socket)
 }
 
 /// Makes the firmware's variables from their template, where they are not there or are to be made anew.

@@ -8,6 +8,7 @@
 pub mod capabilities;
 pub mod check;
 pub mod command;
+pub mod companion;
 pub mod complete;
 mod events;
 mod find;
@@ -76,7 +77,7 @@ impl QemuDriver {
                 }),
             },
         };
-        let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe());
+        let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
         QemuDriver(Arc::new(Inner {
             prober,
             ports: Ports::default(),

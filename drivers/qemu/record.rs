@@ -7,6 +7,7 @@
 //! ```
 //! A guest whose record does not say `running` was cut off in its start: the next virtd ends it.
 
+use super::companion::Recorded;
 use crate::host::process::Identity;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
@@ -41,6 +42,9 @@ pub struct Record {
     pub log_start: u64,
     /// From `spawned` on.
     pub process: Option<Identity>,
+    /// What runs beside it, from before `spawned` on.
+    #[serde(default)]
+    pub companions: Vec<Recorded>,
     /// The next power-off is half of a reboot.
     #[serde(default)]
     pub rebooting: bool,

@@ -1,4 +1,5 @@
-//! virtd killed at the worst moments of a start: never a QEMU that the next one does not know, nor a file left open to it.
+//! virtd killed at the worst moments of a start: never a QEMU or companion that the next one does not know, nor a file
+//! left open to it.
 //!
 //! The part of virtd is played by this program itself, run again; it kills itself when a certain record is (about to be)
 //! written.
@@ -20,13 +21,20 @@ use virt_model::driver::*;
 /// A status file that is deadly to write.
 struct Deadly {
     file: PathBuf,
-    phase: String,
+    moment: String,
     before: bool,
+}
+
+/// What a record tells of: its phase, or the companion that is about to run.
+fn moment(record: &Value) -> &str {
+    let phase = record["phase"].as_str().unwrap();
+    let newest = record["companions"].as_array().and_then(|all| all.last()?["name"].as_str());
+    newest.filter(|_| phase == "starting").unwrap_or(phase)
 }
 
 impl Recorder for Deadly {
     fn record(&self, record: Value) -> std::io::Result<()> {
-        let now = record["phase"] == self.phase.as_str();
+        let now = moment(&record) == self.moment;
         if now && self.before {
             die();
         }
@@ -53,8 +61,8 @@ async fn virtd() {
     let driver = QemuDriver::new(&DriverConfig::below(&dir, true));
     driver.complete(&mut def).await.unwrap();
     let moment = std::env::var("ROLE_MOMENT").unwrap();
-    let (when, phase) = moment.split_once(' ').unwrap();
-    let recorder = Deadly { file: dir.join("record"), phase: phase.into(), before: when == "before" };
+    let (when, moment) = moment.split_once(' ').unwrap();
+    let recorder = Deadly { file: dir.join("record"), moment: moment.into(), before: when == "before" };
     let (events, _reports) = mpsc::unbounded_channel();
     let launch = Launch {
         def,
@@ -70,16 +78,20 @@ async fn virtd() {
     panic!("outlived its own death: {:?}", driver.start(launch).await.err());
 }
 
-/// QEMUs that know this uuid.
-fn qemus(uuid: &str) -> Vec<PathBuf> {
+/// QEMUs and companions that know this uuid.
+fn processes(uuid: &str) -> Vec<String> {
     let processes = std::fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
-    let knows = |path: &PathBuf| {
-        std::fs::read(path.join("cmdline")).is_ok_and(|line| {
-            let line = String::from_utf8_lossy(&line).into_owned();
-            line.contains(uuid) && line.contains("qemu-system")
-        })
-    };
-    processes.filter(knows).collect()
+    let line = |path: PathBuf| Some(String::from_utf8_lossy(&std::fs::read(path.join("cmdline")).ok()?).into_owned());
+    let knows = |line: &String| line.contains(uuid) && (line.contains("qemu-system") || line.contains("swtpm"));
+    processes.filter_map(line).filter(knows).collect()
+}
+
+/// The moments of a guest's start; with a TPM there are more.
+fn moments() -> Vec<(&'static str, &'static str)> {
+    let tpm = ["swtpm", "swtpm_setup"].iter().all(|name| Path::new("/usr/bin").join(name).exists());
+    let beside = ["swtpm_setup", "swtpm"].into_iter().filter(|_| tpm);
+    let device = if tpm { "<tpm model='tpm-crb'><backend type='emulator'/></tpm>" } else { "" };
+    ["starting"].into_iter().chain(beside).chain(["spawned", "running"]).map(|moment| (moment, device)).collect()
 }
 
 fn open_to_qemu(path: &Path) -> bool {
@@ -89,13 +101,14 @@ fn open_to_qemu(path: &Path) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_moment_is_too_bad() {
-    for phase in ["starting", "spawned", "running"] {
+    for (phase, device) in moments() {
         for when in ["before", "after"] {
             let Some(mut house) = House::system() else { return };
             let moment = format!("{when} {phase}");
-            let def = house.def(POWER_OFF, "").await;
-            let (uuid, disk) = (def.uuid.to_string(), house.path(&format!("{}.qcow2", def.uuid)));
             let form = Form { inactive: true, secure: true, migratable: false };
+            let xml = house.def(POWER_OFF, "").await.write(form);
+            let def = house.complete(&xml.replacen("</devices>", &format!("{device}</devices>"), 1)).await;
+            let (uuid, disk) = (def.uuid.to_string(), house.path(&format!("{}.qcow2", def.uuid)));
             std::fs::write(house.path("def.xml"), def.write(form)).unwrap();
             std::fs::create_dir(house.path("runtime")).unwrap();
             let virtd = Command::new(std::env::current_exe().unwrap())
@@ -106,7 +119,7 @@ async fn no_moment_is_too_bad() {
             assert!(!virtd.status.success() && virtd.status.code().is_none(), "{moment}: {virtd:?}");
 
             let Ok(record) = std::fs::read(house.path("record")) else {
-                assert!(qemus(&uuid).is_empty() && !open_to_qemu(&disk), "{moment}");
+                assert!(processes(&uuid).is_empty() && !open_to_qemu(&disk), "{moment}");
                 continue;
             };
             house.next_driver();
@@ -123,7 +136,7 @@ async fn no_moment_is_too_bad() {
                 }
                 (found, _) => assert!(found.is_none(), "{moment}"),
             }
-            assert!(qemus(&uuid).is_empty(), "{moment}: no QEMU is left");
+            assert_eq!(processes(&uuid), [""; 0], "{moment}: neither QEMU nor companion is left");
             assert!(!open_to_qemu(&disk), "{moment}: the disk is given back");
             assert!(std::fs::read_dir(house.path("runtime")).unwrap().next().is_none(), "{moment}: no runtime file");
         }

@@ -7,6 +7,7 @@ mod qemu;
 use qemu::{DIR, caps, cases, completed, data, message, parse, place, text};
 use virt_drivers::qemu::check::check;
 use virt_drivers::qemu::command::{Command, build};
+use virt_drivers::qemu::companion::Companion;
 use virt_drivers::qemu::complete::complete;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
@@ -41,8 +42,20 @@ fn show(command: &Command) -> String {
         command.nvram.iter().map(|n| format!("# nvram {} in {} from {:?}", n.path.display(), n.format, n.template)),
     );
     lines.extend(command.taps.iter().map(|tap| format!("# tap {} on {}", tap.fd, tap.bridge)));
+    lines.extend(command.companions.iter().flat_map(beside));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
     lines.join("\n") + "\n"
+}
+
+/// A companion, and what goes with it.
+fn beside(companion: &Companion) -> Vec<String> {
+    let Companion { name, program, args, links, files, folders, role, .. } = companion;
+    let mut lines = vec![format!("# beside: {} {}", program.display(), args.join(" "))];
+    lines.push(format!("#   {name}: {role:?}"));
+    lines.extend(links.iter().map(|link| format!("#   {link:?}")));
+    lines.extend(files.iter().map(|file| format!("#   file {}", file.path.display())));
+    lines.extend(folders.iter().map(|folder| format!("#   folder {}", folder.display())));
+    lines
 }
 
 #[test]
@@ -165,7 +178,6 @@ fn what_cannot_act_is_refused_by_name() {
             "<hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/><product id='0xbeef'/></source></hostdev>",
             "<hostdev>: host devices cannot be passed",
         ),
-        ("<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm>", "swtpm"),
         (
             "<interface type='network'><source network='default'/><model type='virtio'/></interface>",
             "use <interface type='user'>",

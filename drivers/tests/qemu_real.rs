@@ -6,7 +6,7 @@ mod qemu;
 use qemu::{cases, completed, message, place, text};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -17,7 +17,11 @@ use virt_drivers::DriverConfig;
 use virt_drivers::qemu::QemuDriver;
 use virt_drivers::qemu::capabilities::{Capabilities, Prober, default_emulator};
 use virt_drivers::qemu::command::build;
+use virt_drivers::qemu::companion::{Gifts, Role};
 use virt_model::driver::Driver;
+
+/// What QEMU says when all is well.
+const CHATTER: [&str; 2] = ["doesn't support requested feature", "char device redirected to"];
 
 /// Killed and reaped whatever the test does.
 struct Running(Child);
@@ -71,27 +75,45 @@ fn kernel() -> Vec<u8> {
     kernel
 }
 
-/// Starts it as the driver does: the listening monitor is file descriptor 3.
-fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Running, UnixStream) {
+/// Starts it as the driver does: the listening monitor is file descriptor 3. Its companions come along, and go with it.
+fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Vec<Running>, UnixStream) {
     let socket = dir.join("monitor.sock");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let fd = listener.as_raw_fd();
-    let mut child = Command::new(&command.program);
-    child.args(&command.args).envs(command.env.iter().cloned()).stdin(Stdio::null());
-    child.stdout(Stdio::null()).stderr(std::fs::File::create(dir.join("stderr")).unwrap());
-    // SAFETY: dup2 and fcntl are async-signal-safe, and the listener lives until after the spawn.
+    let mut gifts: Gifts = vec![(3, UnixListener::bind(&socket).unwrap().into())];
+    let mut running = Vec::new();
+    for companion in command.companions.iter().filter(|companion| companion.is_wanted()) {
+        let (own, qemus) = companion.prepare(None).unwrap();
+        gifts.extend(qemus);
+        let mut child = run(&companion.program, &companion.args, &own, &dir.join("beside"));
+        match &companion.role {
+            Role::Beside(_) => running.push(child),
+            step => {
+                let words = || std::fs::read_to_string(dir.join("beside")).unwrap();
+                assert!(child.0.wait().unwrap().success(), "{}: {}", companion.name, words());
+                if let Role::Maker { work, made, .. } = step {
+                    std::fs::rename(work, made).unwrap();
+                }
+            }
+        }
+    }
+    running.insert(0, run(&command.program, &command.args, &gifts, &dir.join("stderr")));
+    (running, UnixStream::connect(&socket).unwrap())
+}
+
+fn run(program: &Path, args: &[String], gifts: &Gifts, words: &Path) -> Running {
+    let mut child = Command::new(program);
+    let words = std::fs::File::create(words).unwrap();
+    child.args(args).stdin(Stdio::null()).stdout(words.try_clone().unwrap()).stderr(words);
+    // Out of the way of the places that they go to.
+    let copy = |fd: &OwnedFd| rustix::io::fcntl_dupfd_cloexec(fd, 300).unwrap();
+    let gifts: Vec<(i32, OwnedFd)> = gifts.iter().map(|(place, fd)| (*place, copy(fd))).collect();
+    // SAFETY: dup2 is async-signal-safe, and the copies live until after the spawn.
     unsafe {
         child.pre_exec(move || {
-            if fd == 3 {
-                libc::fcntl(3, libc::F_SETFD, 0)
-            } else {
-                libc::dup2(fd, 3)
-            };
+            gifts.iter().for_each(|(place, fd)| _ = libc::dup2(fd.as_raw_fd(), *place));
             Ok(())
         })
     };
-    let child = Running(child.spawn().unwrap());
-    (child, UnixStream::connect(&socket).unwrap())
+    Running(child.spawn().unwrap())
 }
 
 struct Monitor(BufReader<UnixStream>);
@@ -130,10 +152,12 @@ impl Monitor {
 #[tokio::test]
 async fn this_hosts_qemu_takes_every_command_line() {
     let Some(caps) = host_qemu().await else { return };
+    let mut caps = Capabilities::clone(&caps);
     let mut tried = 0;
     for case in cases() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().to_str().unwrap();
+        caps.site.state_dir = dir.path().join("state");
         let def = completed(&case, folder, &caps);
         if def.kind != "qemu" {
             continue;
@@ -147,7 +171,7 @@ async fn this_hosts_qemu_takes_every_command_line() {
             image(&[&from_to[..], &[template.to_str().unwrap(), path]].concat());
         }
         eprintln!("{case}");
-        let (mut child, stream) = start(&command, dir.path());
+        let (mut running, stream) = start(&command, dir.path());
         let words = dir.path().join("stderr");
         let mut monitor = Monitor::open(stream, &words);
         for (verb, arguments) in &command.setup {
@@ -157,11 +181,11 @@ async fn this_hosts_qemu_takes_every_command_line() {
         let uuid = monitor.ask("query-uuid", &json!({}), &words)["UUID"].clone();
         assert_eq!(uuid, def.uuid.to_string(), "{case}");
         monitor.ask("quit", &json!({}), &words);
-        assert!(child.0.wait().unwrap().success(), "{case}");
+        assert!(running[0].0.wait().unwrap().success(), "{case}");
         let mut said = String::new();
         std::fs::File::open(&words).unwrap().read_to_string(&mut said).unwrap();
         let complaints: Vec<&str> =
-            said.lines().filter(|line| !line.contains("doesn't support requested feature")).collect();
+            said.lines().filter(|line| !CHATTER.iter().any(|chatter| line.contains(chatter))).collect();
         assert!(complaints.is_empty(), "{case}: {complaints:?}");
         tried += 1;
     }

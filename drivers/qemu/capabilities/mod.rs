@@ -6,9 +6,11 @@
 mod document;
 mod host;
 mod probe;
+mod site;
 
 pub use document::document;
 pub use host::Host;
+pub use site::{Site, program};
 
 use super::firmware::{self, Firmware};
 use serde::{Deserialize, Serialize};
@@ -79,6 +81,9 @@ pub struct Capabilities {
     /// QEMU's setuid helper that plugs guests into bridges, if it is installed.
     #[serde(skip)]
     pub bridge_helper: Option<PathBuf>,
+    /// What is there beside it.
+    #[serde(skip)]
+    pub site: Site,
 }
 
 fn kvm_unknown() -> Result<(), String> {
@@ -124,6 +129,7 @@ impl Capabilities {
             host: Host::default(),
             firmware: Vec::new(),
             bridge_helper: None,
+            site: Site::default(),
         }
     }
 
@@ -160,6 +166,7 @@ pub fn default_emulator(arch: &str) -> PathBuf {
 /// Asks binaries what they can do, each once. One per driver.
 pub struct Prober {
     cache_dir: Option<PathBuf>,
+    state_dir: PathBuf,
     user: Option<(u32, u32)>,
     known: Mutex<HashMap<PathBuf, Arc<Slot>>>,
     places: tokio::sync::Semaphore,
@@ -172,6 +179,7 @@ struct Answer {
     when: Instant,
     stamp: Stamp,
     host_kvm: Result<(), String>,
+    site: Site,
     outcome: Result<Arc<Capabilities>, DriverError>,
 }
 
@@ -195,7 +203,13 @@ impl Prober {
     /// binaries are run as; then only binaries are run that nobody but root can have put there, and that go by QEMU's
     /// name: whoever may read may name one.
     pub fn new(cache_dir: Option<PathBuf>, user: Option<(u32, u32)>) -> Self {
-        Prober { cache_dir, user, known: Mutex::default(), places: tokio::sync::Semaphore::new(AT_ONCE) }
+        let places = tokio::sync::Semaphore::new(AT_ONCE);
+        Prober { cache_dir, state_dir: PathBuf::new(), user, known: Mutex::default(), places }
+    }
+
+    /// The same for a virtd that keeps there what belongs to guests.
+    pub fn keeping_in(self, state_dir: &Path) -> Self {
+        Prober { state_dir: state_dir.to_owned(), ..self }
     }
 
     /// What the binary can do. The first call takes a fraction of a second; concurrent ones share it. Errors name the
@@ -206,16 +220,18 @@ impl Prober {
         let binary = &one_spelling(binary);
         let slot = self.slot(binary);
         let mut answer = slot.lock().await;
-        let host_kvm = host::kvm();
+        let (host_kvm, site) = (host::kvm(), Site::read(&self.state_dir));
         if let Some(known) = answer.as_ref()
             && known.stamp == stamp
             && known.host_kvm == host_kvm
+            && known.site == site
             && (known.outcome.is_ok() || known.when >= asked)
         {
             return known.outcome.clone();
         }
-        let outcome = self.learn(binary, &stamp, &host_kvm).await.map(Arc::new);
-        *answer = Some(Answer { when: Instant::now(), stamp, host_kvm, outcome: outcome.clone() });
+        let learnt = self.learn(binary, &stamp, &host_kvm).await;
+        let outcome = learnt.map(|capabilities| Arc::new(Capabilities { site: site.clone(), ..capabilities }));
+        *answer = Some(Answer { when: Instant::now(), stamp, host_kvm, site, outcome: outcome.clone() });
         outcome
     }
 
@@ -223,7 +239,10 @@ impl Prober {
     pub async fn probe_or_absent(&self, binary: &Path) -> Arc<Capabilities> {
         match self.probe(binary).await {
             Ok(capabilities) => capabilities,
-            Err(error) => Arc::new(Capabilities::absent(binary, error.to_string())),
+            Err(error) => {
+                let site = Site::read(&self.state_dir);
+                Arc::new(Capabilities { site, ..Capabilities::absent(binary, error.to_string()) })
+            }
         }
     }
 

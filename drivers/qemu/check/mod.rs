@@ -9,6 +9,7 @@ mod memory;
 mod platform;
 mod storage;
 mod table;
+mod tpm;
 
 pub use table::{Standing, standing};
 
@@ -32,6 +33,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.storage();
     check.devices();
     check.board();
+    check.tpms();
     check.log.sort_by_key(|finding| (finding.line, finding.column));
     check.log
 }

@@ -183,6 +183,14 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/video/model", "type ram vram vram64 vgamem heads primary blob edid"),
     ("devices/video/model/acceleration", "accel3d"),
     ("devices/video/model/resolution", "x y"),
+    ("devices/tpm", "model"),
+    ("devices/tpm/backend", "type version persistent_state debug"),
+    ("devices/tpm/backend/active_pcr_banks", ""),
+    ("devices/tpm/backend/active_pcr_banks/sha1", ""),
+    ("devices/tpm/backend/active_pcr_banks/sha256", ""),
+    ("devices/tpm/backend/active_pcr_banks/sha384", ""),
+    ("devices/tpm/backend/active_pcr_banks/sha512", ""),
+    ("devices/tpm/backend/source", "type mode path"),
     ("devices/watchdog", "model action"),
     ("devices/memballoon", "model autodeflate freePageReporting"),
     ("devices/memballoon/stats", "period"),
@@ -266,7 +274,8 @@ const KEPT: &[(&str, &str)] = &[
 const REFUSED: &[(&str, &str)] = &[
     ("os/bios/@useserial", "is not supported by the QEMU driver yet"),
     ("vcpu/@cpuset", "pinning CPUs is not supported by the QEMU driver yet"),
-    ("devices/tpm", "TPM devices are not supported yet: they need swtpm beside QEMU"),
+    ("devices/tpm/backend/encryption", "encrypting a TPM's state is not supported yet: there is no store of secrets"),
+    ("devices/tpm/backend/device", "a TPM of the host's cannot be handed to a guest: use type='emulator'"),
     ("devices/hostdev", "host devices cannot be passed to guests yet"),
     ("devices/filesystem", "shared directories are not supported yet"),
     ("devices/interface/bandwidth", "limiting bandwidth is not supported yet"),
@@ -385,7 +394,7 @@ mod tests {
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
         for path in
-            ["devices/disk/driver/@iothread", "numatune", "devices/hostdev/address", "devices/disk/source/@pool"]
+            ["devices/disk/driver/@iothread", "cputune", "devices/hostdev/address", "devices/disk/source/@pool"]
         {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }

@@ -15,9 +15,11 @@ mod memory;
 mod misc;
 mod net;
 mod sysinfo;
+mod tpm;
 
 use super::capabilities::Capabilities;
 use super::check;
+use super::companion::{Companion, FIRST_FD};
 use super::complete::{Board, Chosen, go_live};
 use args::{Args, List, Props};
 use serde_json::Value;
@@ -39,6 +41,7 @@ pub use memory::memory_device;
 pub use misc::input_device;
 pub use net::{Tap, card_type};
 pub use sysinfo::{has_field, tables};
+pub use tpm::{tpm_device, tpm_state, tpm_state_of};
 
 /// Where the guest's process finds itself.
 pub struct Place<'a> {
@@ -86,6 +89,8 @@ pub struct Command {
     pub taps: Vec<Tap>,
     /// Its memory is never swapped out.
     pub lock_memory: bool,
+    /// What runs beside it, in this order.
+    pub companions: Vec<Companion>,
     /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
     pub setup: Vec<(String, Value)>,
 }
@@ -146,6 +151,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.videos();
     builder.sounds();
     builder.redirections();
+    builder.tpms();
     builder.watchdogs();
     builder.balloon();
     builder.random();
@@ -167,6 +173,8 @@ struct Builder<'a> {
     files: Vec<HostFile>,
     nvram: Option<Nvram>,
     taps: Vec<Tap>,
+    companions: Vec<Companion>,
+    companion_fds: i32,
     setup: Vec<(String, Value)>,
     env: Vec<(String, String)>,
     boot_order: HashMap<String, u32>,
@@ -184,6 +192,8 @@ impl<'a> Builder<'a> {
             files: Vec::new(),
             nvram: None,
             taps: Vec::new(),
+            companions: Vec::new(),
+            companion_fds: 0,
             setup: Vec::new(),
             env: Vec::new(),
             boot_order: boot_order(def),
@@ -204,8 +214,15 @@ impl<'a> Builder<'a> {
             nvram: self.nvram,
             taps: self.taps,
             lock_memory: self.def.memory_backing.as_ref().is_some_and(|backing| backing.locked),
+            companions: self.companions,
             setup: self.setup,
         }
+    }
+
+    /// QEMU's descriptor for its end of a link to a companion.
+    fn companion_fd(&mut self) -> i32 {
+        self.companion_fds += 1;
+        FIRST_FD + self.companion_fds - 1
     }
 
     fn open(&mut self, path: &str, write: bool, backing: bool) {

@@ -4,9 +4,9 @@ use super::super::capabilities::Capabilities;
 use virt_model::device::chardev::{SerialKind, SerialModel};
 use virt_model::device::display::{GraphicsKind, VideoKind, VideoModel};
 use virt_model::device::interface::InterfaceModel;
-use virt_model::device::misc::{BalloonModel, InputBus, InputKind, WatchdogAction};
+use virt_model::device::misc::{BalloonModel, InputBus, InputKind, TpmKind, TpmModel, TpmVersion, WatchdogAction};
 use virt_model::device::sound::AudioKind;
-use virt_model::device::{Audio, Input, Memballoon, Video};
+use virt_model::device::{Audio, Input, Memballoon, Tpm, Video};
 use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMatch, CpuMode, CpuModel, Fallback};
 
@@ -48,6 +48,7 @@ pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
         let kind = if spice { AudioKind::Spice } else { AudioKind::None };
         def.devices.audios.push(Audio { id: 1, kind, ..Audio::default() });
     }
+    def.devices.tpms.iter_mut().for_each(name_the_tpm);
     def.devices.watchdogs.iter_mut().for_each(|w| _ = w.action.get_or_insert(WatchdogAction::Reset));
     def.devices.memballoon.get_or_insert_with(|| Memballoon { model: BalloonModel::Virtio, ..Memballoon::default() });
 }
@@ -70,6 +71,15 @@ fn name_the_cpu(cpu: &mut Cpu) {
             cpu.check.get_or_insert(CpuCheck::None);
             cpu.migratable.get_or_insert(true);
         }
+    }
+}
+
+/// Chips of the two versions do not understand each other's guests, so that one is chosen for good: libvirt's choice.
+fn name_the_tpm(tpm: &mut Tpm) {
+    let model = *tpm.model.get_or_insert(TpmModel::Tis);
+    if tpm.backend.kind == TpmKind::Emulator {
+        let version = if model == TpmModel::Tis { TpmVersion::V1_2 } else { TpmVersion::V2_0 };
+        tpm.backend.version.get_or_insert(version);
     }
 }
 

@@ -112,6 +112,7 @@ pub fn name_devices(def: &mut DomainDef) {
     devices.sounds.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("sound{n}")));
     devices.videos.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("video{n}")));
     devices.redirdevs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("redir{n}")));
+    devices.tpms.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("tpm{n}")));
     devices.watchdogs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("watchdog{n}")));
     devices.memballoon.iter_mut().for_each(|d| name_it(&mut d.info, "balloon0".to_owned()));
     devices.rngs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("rng{n}")));

@@ -2,7 +2,7 @@
 #![allow(dead_code, reason = "each test crate uses its part")]
 
 use std::path::{Path, PathBuf};
-use virt_drivers::qemu::capabilities::Capabilities;
+use virt_drivers::qemu::capabilities::{Capabilities, Site};
 use virt_drivers::qemu::command::Place;
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::firmware::{place_variables, read_all};
@@ -36,7 +36,17 @@ pub fn caps() -> Capabilities {
     caps.kvm = Ok(());
     caps.firmware = read_all(&[&data().join("firmware")]);
     caps.bridge_helper = Some(PathBuf::from("/usr/lib/qemu/qemu-bridge-helper"));
+    caps.site = site(Path::new("/var/lib/virt"));
     caps
+}
+
+/// What is on that host beside QEMU.
+pub fn site(state_dir: &Path) -> Site {
+    Site {
+        state_dir: state_dir.to_owned(),
+        swtpm: Some("/usr/bin/swtpm".into()),
+        swtpm_setup: Some("/usr/bin/swtpm_setup".into()),
+    }
 }
 
 pub fn message(findings: &[Finding]) -> String {

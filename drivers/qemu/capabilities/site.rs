@@ -1,0 +1,30 @@
+//! What the host has beside QEMU, and where this virtd keeps what belongs to guests.
+
+use std::path::{Path, PathBuf};
+
+/// Where programs are looked for.
+const PROGRAM_DIRS: [&str; 6] =
+    ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec", "/usr/lib/qemu"];
+
+/// What is beside QEMU.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Site {
+    /// As in `DriverConfig`: for what must outlive a reboot of the host.
+    pub state_dir: PathBuf,
+    /// The TPM emulator, if it is installed.
+    pub swtpm: Option<PathBuf>,
+    /// What makes the first state of a TPM, if it is installed.
+    pub swtpm_setup: Option<PathBuf>,
+}
+
+impl Site {
+    /// Looks at this host.
+    pub fn read(state_dir: &Path) -> Site {
+        Site { state_dir: state_dir.to_owned(), swtpm: program("swtpm"), swtpm_setup: program("swtpm_setup") }
+    }
+}
+
+/// A helper program of this name, if it is installed.
+pub fn program(name: &str) -> Option<PathBuf> {
+    PROGRAM_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
+}
