@@ -15,12 +15,19 @@ pub struct Site {
     pub swtpm: Option<PathBuf>,
     /// What makes the first state of a TPM, if it is installed.
     pub swtpm_setup: Option<PathBuf>,
+    /// What shares out folders by virtiofs, if it is installed.
+    pub virtiofsd: Option<PathBuf>,
 }
 
 impl Site {
     /// Looks at this host.
     pub fn read(state_dir: &Path) -> Site {
-        Site { state_dir: state_dir.to_owned(), swtpm: program("swtpm"), swtpm_setup: program("swtpm_setup") }
+        Site {
+            state_dir: state_dir.to_owned(),
+            swtpm: program("swtpm"),
+            swtpm_setup: program("swtpm_setup"),
+            virtiofsd: program("virtiofsd"),
+        }
     }
 }
 

@@ -1,13 +1,13 @@
 //! Network, character devices, screens, sound, and the small ones.
 
 use super::Check;
-use crate::qemu::command::{audio_back_end, card_type, input_device, sound_card, video_card};
+use crate::qemu::command::{audio_back_end, card_type, date_seconds, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
 use std::collections::BTreeSet;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind};
 use virt_model::device::display::{Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
 use virt_model::device::interface::{InterfaceKind, NetDriver};
-use virt_model::device::misc::{BalloonModel, InputBus, RngKind, WatchdogAction, WatchdogModel};
+use virt_model::device::misc::{BalloonModel, InputBus, InputKind, RngKind, WatchdogAction, WatchdogModel};
 use virt_model::device::sound::AudioKind;
 use virt_model::device::{CharSource, Graphics, Interface, Video};
 use virt_model::xml::Place;
@@ -169,9 +169,23 @@ impl Check<'_> {
             match kind {
                 GraphicsKind::Vnc => self.vnc(graphics),
                 GraphicsKind::Spice => self.spice(graphics),
-                _ => self
-                    .refuse(&graphics.at, format!("graphics of type='{kind}' are not supported yet: use vnc or spice")),
+                GraphicsKind::Dbus => self.dbus(graphics),
+                GraphicsKind::EglHeadless => {}
+                _ => {
+                    let why = "they need a desktop session beside the guest: use vnc, spice or dbus";
+                    self.refuse(&graphics.at, format!("graphics of type='{kind}' are not supported: {why}"));
+                }
             }
+            let bare = matches!(kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless);
+            let drawn =
+                screens.iter().take(n).any(|g| matches!(g.kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless));
+            self.refuse_if(bare && drawn, &graphics.at, "egl-headless and dbus exclude each other");
+            let until = graphics.passwd_valid_to.as_deref();
+            let odd = until.is_some_and(|until| date_seconds(until).is_none());
+            let how = "this is a time in UTC such as 2026-12-31T23:59:59";
+            self.refuse_if(odd, &graphics.at.attribute("passwdValidTo"), how);
+            let idle = until.is_some() && graphics.passwd.is_none();
+            self.refuse_if(idle, &graphics.at.attribute("passwdValidTo"), "there is no passwd that could expire");
             let word = |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_'));
             let odd = graphics.keymap.as_ref().is_some_and(|name| !word(name));
             self.refuse_if(odd, &graphics.at.attribute("keymap"), "a keymap is a word such as de or en-us");
@@ -183,13 +197,23 @@ impl Check<'_> {
         }
     }
 
+    fn dbus(&mut self, graphics: &Graphics) {
+        self.refuse_if(!self.caps.at_least(7, 0), &graphics.at, "graphics of type='dbus' need QEMU 7.0");
+        let how = "graphics of type='dbus' need p2p='yes': clients come by file descriptor";
+        self.refuse_if(graphics.p2p != Some(true), &graphics.at.attribute("p2p"), how);
+    }
+
     fn vnc(&mut self, graphics: &Graphics) {
         let low = graphics.port.is_some_and(|port| port != -1 && port < 5900);
         self.refuse_if(low, &graphics.at.attribute("port"), "VNC ports begin at 5900");
         let disconnects = graphics.connected.is_some_and(|c| c != Connected::Keep);
         self.refuse_if(disconnects, &graphics.at.attribute("connected"), "with VNC only connected='keep' is supported");
         let gl = graphics.gl.as_ref().is_some_and(|gl| gl.enable == Some(true));
-        self.refuse_if(gl, &graphics.at.child("gl"), "VNC cannot show OpenGL: use spice");
+        self.refuse_if(
+            gl,
+            &graphics.at.child("gl"),
+            "VNC does not draw with OpenGL itself: put graphics of type='egl-headless' beside it",
+        );
         let long = graphics.passwd.as_ref().is_some_and(|p| p.len() > 8);
         self.refuse_if(long, &graphics.at.attribute("passwd"), "a VNC password has at most 8 characters");
     }
@@ -215,8 +239,15 @@ impl Check<'_> {
         let second = !first && kind == VideoKind::Cirrus;
         self.refuse_if(second, &video.at, "a cirrus card can only be the first one");
         let accelerated = video.model.acceleration.as_ref().is_some_and(|a| a.accel3d == Some(true));
-        let gl = self.def.devices.graphics.iter().any(|g| g.gl.as_ref().is_some_and(|gl| gl.enable == Some(true)));
-        self.refuse_if(accelerated && !gl, &video.model.at, "accel3d needs spice graphics with <gl enable='yes'/>");
+        let draws = |g: &Graphics| {
+            g.kind == GraphicsKind::EglHeadless || g.gl.as_ref().is_some_and(|gl| gl.enable == Some(true))
+        };
+        let gl = self.def.devices.graphics.iter().any(draws);
+        self.refuse_if(
+            accelerated && !gl,
+            &video.model.at,
+            "accel3d needs graphics of type='egl-headless', or spice with <gl enable='yes'/>",
+        );
         self.refuse_if(accelerated && kind != VideoKind::Virtio, &video.model.at, "accel3d needs a virtio card");
         self.seated(&video.info, &video.at);
     }
@@ -251,6 +282,14 @@ impl Check<'_> {
 
     fn inputs(&mut self) {
         for input in &self.def.devices.inputs {
+            let source = input.source.as_ref().and_then(|source| source.path());
+            let host = matches!(input.kind, InputKind::Evdev | InputKind::Passthrough);
+            let absolute = source.is_some_and(|path| path.starts_with('/'));
+            self.refuse_if(host && !absolute, &input.at, "<source> with the path of the host's device is needed");
+            self.refuse_if(!host && input.source.is_some(), &input.at, "only evdev and passthrough have a <source>");
+            if input.kind == InputKind::Evdev {
+                continue;
+            }
             match (input_device(input), input.bus) {
                 (Some(device), _) => self.need_device(&input.at, device),
                 (None, Some(InputBus::Ps2)) if input.kind.as_str() != "tablet" => {}

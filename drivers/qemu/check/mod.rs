@@ -5,6 +5,7 @@
 
 mod board;
 mod devices;
+mod filesystem;
 mod memory;
 mod platform;
 mod storage;
@@ -32,6 +33,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.features_of_the_board();
     check.storage();
     check.devices();
+    check.filesystems();
     check.board();
     check.tpms();
     check.log.sort_by_key(|finding| (finding.line, finding.column));

@@ -150,6 +150,17 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/controller/target", "chassisNr chassis port hotplug"),
     ("devices/controller/master", "startport"),
     ("devices/controller/driver", "queues iommu ats packed page_per_vq"),
+    ("devices/filesystem", "type accessmode multidevs model fmode dmode"),
+    ("devices/filesystem/driver", "type wrpolicy queue iommu ats packed page_per_vq"),
+    ("devices/filesystem/binary", "path xattr"),
+    ("devices/filesystem/binary/cache", "mode"),
+    ("devices/filesystem/binary/sandbox", "mode"),
+    ("devices/filesystem/binary/lock", "posix flock"),
+    ("devices/filesystem/binary/thread_pool", "size"),
+    ("devices/filesystem/binary/openfiles", "max"),
+    ("devices/filesystem/source", "dir socket"),
+    ("devices/filesystem/target", "dir"),
+    ("devices/filesystem/readonly", ""),
     ("devices/interface", "type"),
     ("devices/interface/mac", "address"),
     ("devices/interface/source", "network bridge"),
@@ -165,7 +176,12 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/redirdev", "bus type"),
     ("devices/smartcard", "mode type"),
     ("devices/input", "type bus"),
-    ("devices/graphics", "type port tlsPort autoport websocket listen socket keymap passwd connected sharePolicy"),
+    ("devices/input/driver", "iommu ats packed page_per_vq"),
+    ("devices/input/source", "dev evdev grab grabToggle repeat"),
+    (
+        "devices/graphics",
+        "type port tlsPort autoport websocket listen socket keymap passwd passwdValidTo connected sharePolicy powerControl p2p",
+    ),
     ("devices/graphics/listen", "type address socket"),
     ("devices/graphics/image", "compression"),
     ("devices/graphics/gl", "enable rendernode"),
@@ -177,7 +193,11 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/sound", "model"),
     ("devices/sound/codec", "type"),
     ("devices/sound/audio", "id"),
-    ("devices/audio", "id type serverName path"),
+    ("devices/audio", "id type serverName path timerPeriod"),
+    ("devices/audio/input", "mixingEngine fixedSettings voices bufferLength dev name streamName latency"),
+    ("devices/audio/input/settings", "frequency channels format"),
+    ("devices/audio/output", "mixingEngine fixedSettings voices bufferLength dev name streamName latency"),
+    ("devices/audio/output/settings", "frequency channels format"),
     ("devices/video", ""),
     ("devices/video/driver", "iommu ats packed page_per_vq"),
     ("devices/video/model", "type ram vram vram64 vgamem heads primary blob edid"),
@@ -277,7 +297,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("devices/tpm/backend/encryption", "encrypting a TPM's state is not supported yet: there is no store of secrets"),
     ("devices/tpm/backend/device", "a TPM of the host's cannot be handed to a guest: use type='emulator'"),
     ("devices/hostdev", "host devices cannot be passed to guests yet"),
-    ("devices/filesystem", "shared directories are not supported yet"),
     ("devices/interface/bandwidth", "limiting bandwidth is not supported yet"),
     ("devices/interface/filterref", "network filters are not supported yet"),
     ("devices/interface/virtualport", "virtual ports (Open vSwitch and the like) are not supported yet"),
@@ -285,7 +304,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("devices/disk/iotune", "limiting I/O is not supported yet"),
     ("devices/disk/encryption", "encrypted images are not supported yet"),
     ("devices/disk/auth", "network disks are not supported yet"),
-    ("devices/graphics/@passwdValidTo", "a password that expires is not supported yet"),
     (
         "devices/interface/source/@network",
         "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
@@ -393,8 +411,7 @@ mod tests {
         assert_eq!(standing("devices/video/address/@slot"), Standing::Acts);
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
-        for path in
-            ["devices/disk/driver/@iothread", "cputune", "devices/hostdev/address", "devices/disk/source/@pool"]
+        for path in ["devices/disk/driver/@iothread", "cputune", "devices/hostdev/address", "devices/disk/source/@pool"]
         {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }

@@ -4,7 +4,7 @@ use super::args::Props;
 use super::{Builder, id};
 use virt_model::device::Sound;
 use virt_model::device::display::AudioRef;
-use virt_model::device::sound::{AudioKind, CodecKind, SoundModel};
+use virt_model::device::sound::{AudioEnd, AudioKind, CodecKind, SoundModel};
 
 impl Builder<'_> {
     pub(super) fn audio(&mut self) {
@@ -19,6 +19,10 @@ impl Builder<'_> {
             if let (AudioKind::Pulseaudio, Some(server)) = (audio.kind, audio.server_name.as_deref()) {
                 props = props.set("server", server);
             }
+            let props = props
+                .maybe("timer-period", audio.timer_period_us)
+                .maybe("in", audio.input.as_ref().map(end))
+                .maybe("out", audio.output.as_ref().map(end));
             self.args.pair("-audiodev", props.to_string());
         }
     }
@@ -59,6 +63,23 @@ impl Builder<'_> {
             self.args.device(props.maybe("audiodev", audiodev.clone()));
         }
     }
+}
+
+/// What is said of one direction.
+fn end(end: &AudioEnd) -> Props {
+    let settings = end.settings.as_ref();
+    Props::default()
+        .maybe("mixing-engine", end.mixing)
+        .maybe("fixed-settings", end.fixed)
+        .maybe("voices", end.voices)
+        .maybe("buffer-length", end.buffer_us)
+        .maybe("dev", end.dev.as_deref())
+        .maybe("name", end.name.as_deref())
+        .maybe("stream-name", end.stream.as_deref())
+        .maybe("latency", end.latency_us)
+        .maybe("frequency", settings.and_then(|s| s.frequency))
+        .maybe("channels", settings.and_then(|s| s.channels))
+        .maybe("format", settings.and_then(|s| s.format).map(|format| format.as_str()))
 }
 
 /// QEMU's name of an audio back end.

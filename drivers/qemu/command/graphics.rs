@@ -1,7 +1,7 @@
 //! Screens for people, and cards for the guest to draw on.
 
-use super::args::{List, Props};
-use super::{Builder, id, list, virtio};
+use super::args::{List, Props, on_off};
+use super::{Builder, calendar, id, list, virtio};
 use serde_json::json;
 use virt_model::device::display::{Connected, GraphicsKind, ListenKind, MouseMode, VideoKind};
 use virt_model::device::{Graphics, Video};
@@ -21,6 +21,23 @@ impl Builder<'_> {
         }
     }
 
+    /// What draws without a protocol of its own, or nothing.
+    pub(super) fn display(&mut self) -> List {
+        let def = self.def;
+        let drawn =
+            def.devices.graphics.iter().find(|g| matches!(g.kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless));
+        let Some(graphics) = drawn else { return list("none") };
+        let gl = graphics.gl.as_ref();
+        let node = gl.and_then(|gl| gl.rendernode.as_deref());
+        node.iter().for_each(|node| self.open(node, true, false));
+        if graphics.kind == GraphicsKind::EglHeadless {
+            return list("egl-headless").maybe("rendernode", node);
+        }
+        let on = gl.is_some_and(|gl| gl.enable == Some(true)).then_some("on");
+        let audio = graphics.audio.as_ref().and_then(|_| self.audiodev(graphics.audio.as_ref()));
+        list("dbus").set("p2p", "on").maybe("gl", on).maybe("rendernode", node).maybe("audiodev", audio)
+    }
+
     fn vnc(&mut self, graphics: &Graphics) {
         let address = match listen_kind(graphics) {
             ListenKind::Socket => format!("unix:{}", graphics.socket.as_deref().unwrap_or_default()),
@@ -31,6 +48,7 @@ impl Builder<'_> {
         let vnc = list(&address)
             .maybe("websocket", graphics.websocket)
             .maybe("password", password)
+            .maybe("power-control", graphics.power_control.map(on_off))
             .maybe("share", graphics.share_policy.map(|policy| policy.as_str()))
             .maybe("audiodev", self.audiodev(graphics.audio.as_ref()));
         self.args.pair("-vnc", vnc);
@@ -39,7 +57,7 @@ impl Builder<'_> {
 
     fn spice(&mut self, graphics: &Graphics) {
         let open = graphics.passwd.is_none().then_some("on");
-        let on_off = |value: Option<bool>, word: &'static str| value.filter(|v| !v).map(|_| word);
+        let denied = |value: Option<bool>| value.filter(|allowed| !allowed).map(|_| "on");
         let mouse = graphics.mouse.as_ref().map(|m| if m.mode == MouseMode::Client { "on" } else { "off" });
         let gl = graphics.gl.as_ref().filter(|gl| gl.enable == Some(true));
         let spice = spice_address(graphics)
@@ -47,8 +65,8 @@ impl Builder<'_> {
             .maybe("image-compression", graphics.image.as_ref().map(|image| image.compression.as_str()))
             .maybe("streaming-video", graphics.streaming.as_ref().map(|s| s.mode.as_str()))
             .maybe("agent-mouse", mouse)
-            .maybe("disable-copy-paste", on_off(graphics.clipboard.as_ref().and_then(|c| c.copypaste), "on"))
-            .maybe("disable-agent-file-xfer", on_off(graphics.filetransfer.as_ref().and_then(|f| f.enable), "on"))
+            .maybe("disable-copy-paste", denied(graphics.clipboard.as_ref().and_then(|c| c.copypaste)))
+            .maybe("disable-agent-file-xfer", denied(graphics.filetransfer.as_ref().and_then(|f| f.enable)))
             .maybe("gl", gl.map(|_| "on"))
             .maybe("rendernode", gl.and_then(|gl| gl.rendernode.as_deref()))
             .set("seamless-migration", "on");
@@ -67,6 +85,11 @@ impl Builder<'_> {
             arguments["connected"] = json!(connected.as_str());
         }
         self.setup.push(("set_password".to_owned(), arguments));
+        let until = graphics.passwd_valid_to.as_deref().and_then(calendar::seconds);
+        if let Some(until) = until {
+            let arguments = json!({"protocol": protocol, "time": until.to_string()});
+            self.setup.push(("expire_password".to_owned(), arguments));
+        }
     }
 
     pub(super) fn videos(&mut self) {
@@ -119,6 +142,8 @@ pub fn card(video: &Video, first: bool) -> Option<&'static str> {
         (VideoKind::Vga, false, _) => "secondary-vga",
         (VideoKind::Cirrus, ..) => "cirrus-vga",
         (VideoKind::Bochs, ..) => "bochs-display",
+        (VideoKind::Ramfb, ..) => "ramfb",
+        (VideoKind::Vmvga, ..) => "vmware-svga",
         _ => return None,
     })
 }
@@ -146,6 +171,7 @@ fn screen(video: &Video) -> Props {
         VideoKind::Vga => {
             Props::default().maybe("vgamem_mb", mib(model.vram_kib)).maybe("edid", model.edid).extend(size())
         }
+        VideoKind::Vmvga => Props::default().maybe("vgamem_mb", mib(model.vram_kib)),
         VideoKind::Bochs => {
             Props::default().maybe("vgamem", bytes(model.vram_kib)).maybe("edid", model.edid).extend(size())
         }

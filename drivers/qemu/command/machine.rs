@@ -1,6 +1,7 @@
 //! Board, firmware, memory, clock, and how the process presents itself.
 
 use super::args::{List, Props, on_off};
+use super::calendar::date;
 use super::memory::RAM;
 use super::{Builder, Nvram, list};
 use crate::qemu::complete::Board;
@@ -122,7 +123,8 @@ impl Builder<'_> {
     pub(super) fn service(&mut self) {
         self.args.flag("-no-user-config");
         self.args.flag("-nodefaults");
-        self.args.pair("-display", "none");
+        let display = self.display();
+        self.args.pair("-display", display);
         let main = list("socket").set("id", "mon").set("fd", self.place.monitor_fd);
         self.args.pair("-chardev", main.set("server", "on").set("wait", "off"));
         self.args.pair("-mon", list("chardev=mon").set("mode", "control"));
@@ -236,34 +238,5 @@ impl Builder<'_> {
             self.args.device(Props::device("vmcoreinfo"));
         }
         self.args.pair("-msg", "timestamp=on");
-    }
-}
-
-/// `2026-11-23T03:14:15`, of seconds since the epoch. The calendar by days since 1 March of year 0.
-fn date(seconds: i64) -> String {
-    let (days, second) = (seconds.div_euclid(86_400) + 719_468, seconds.rem_euclid(86_400));
-    let (era, day) = (days.div_euclid(146_097), days.rem_euclid(146_097));
-    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
-    let day_of_year = day - (365 * year + year / 4 - year / 100);
-    let month = (5 * day_of_year + 2) / 153;
-    let (day, month) = (day_of_year - (153 * month + 2) / 5 + 1, if month < 10 { month + 3 } else { month - 9 });
-    let year = year + era * 400 + i64::from(month <= 2);
-    let (hour, minute, second) = (second / 3600, second / 60 % 60, second % 60);
-    format!("{year:04}-{month:02}-{day:02}T{hour:02}:{minute:02}:{second:02}")
-}
-
-#[cfg(test)]
-mod tests {
-    #[test]
-    fn dates_are_those_of_the_calendar() {
-        for (seconds, text) in [
-            (0, "1970-01-01T00:00:00"),
-            (951_782_400, "2000-02-29T00:00:00"),
-            (1_795_403_655, "2026-11-23T03:14:15"),
-            (-1, "1969-12-31T23:59:59"),
-            (4_107_542_400, "2100-03-01T00:00:00"),
-        ] {
-            assert_eq!(super::date(seconds), text);
-        }
     }
 }

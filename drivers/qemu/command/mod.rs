@@ -5,10 +5,12 @@
 mod args;
 mod audio;
 mod board;
+mod calendar;
 mod chardev;
 mod controller;
 mod cpu;
 mod disk;
+mod filesystem;
 mod graphics;
 mod machine;
 mod memory;
@@ -34,6 +36,7 @@ use virt_model::xml::{Finding, FindingKind};
 
 pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
+pub use calendar::seconds as date_seconds;
 pub use controller::usb_device;
 pub use disk::{known_format, wwn};
 pub use graphics::card as video_card;
@@ -142,6 +145,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.hubs();
     builder.memory_devices();
     builder.disks();
+    builder.filesystems();
     builder.interfaces();
     builder.smartcards();
     builder.character_devices();

@@ -116,6 +116,7 @@ pub fn name_devices(def: &mut DomainDef) {
     devices.watchdogs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("watchdog{n}")));
     devices.memballoon.iter_mut().for_each(|d| name_it(&mut d.info, "balloon0".to_owned()));
     devices.rngs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("rng{n}")));
+    devices.filesystems.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("fs{n}")));
     devices.hubs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("hub{n}")));
     devices.panics.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("panic{n}")));
     devices.shmems.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("shmem{n}")));

@@ -46,6 +46,7 @@ pub fn site(state_dir: &Path) -> Site {
         state_dir: state_dir.to_owned(),
         swtpm: Some("/usr/bin/swtpm".into()),
         swtpm_setup: Some("/usr/bin/swtpm_setup".into()),
+        virtiofsd: Some("/usr/lib/qemu/virtiofsd".into()),
     }
 }
 

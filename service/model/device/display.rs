@@ -54,6 +54,10 @@ element! {
         attr "connected" => connected: Option<Connected>,
         /// Who may share the screen.
         attr "sharePolicy" => share_policy: Option<SharePolicy>,
+        /// VNC: the client may turn the machine off.
+        yes_no "powerControl" => power_control: Option<bool>,
+        /// D-Bus: clients come by file descriptor only.
+        yes_no "p2p" => p2p: Option<bool>,
         /// Each `<listen>`.
         children "listen" => listens: Vec<Listen>,
         /// `<image>`: SPICE image compression.

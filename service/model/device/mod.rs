@@ -9,6 +9,7 @@ pub mod chardev;
 pub mod controller;
 pub mod disk;
 pub mod display;
+pub mod filesystem;
 pub mod interface;
 pub mod memory;
 pub mod misc;
@@ -20,6 +21,7 @@ pub use chardev::{Channel, CharKind, CharSource, Console, Redirdev, Serial};
 pub use controller::{Controller, ControllerKind};
 pub use disk::Disk;
 pub use display::{Graphics, Video};
+pub use filesystem::Filesystem;
 pub use interface::Interface;
 pub use memory::MemoryDevice;
 pub use misc::{Input, Memballoon, Rng, Tpm, Watchdog};
@@ -34,6 +36,8 @@ element! {
         children "disk" => disks: Vec<Disk>,
         /// `<controller>`
         children "controller" => controllers: Vec<Controller>,
+        /// `<filesystem>`
+        children "filesystem" => filesystems: Vec<Filesystem>,
         /// `<interface>`
         children "interface" => interfaces: Vec<Interface>,
         /// `<serial>`
@@ -88,6 +92,7 @@ impl Devices {
         let mut all = Vec::new();
         all.extend(self.disks.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.controllers.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.filesystems.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.interfaces.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.serials.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.consoles.iter().map(|d| (&d.info, &d.at)));
@@ -114,6 +119,7 @@ impl Devices {
         let mut all = Vec::new();
         all.extend(self.disks.iter_mut().map(|d| &mut d.info));
         all.extend(self.controllers.iter_mut().map(|d| &mut d.info));
+        all.extend(self.filesystems.iter_mut().map(|d| &mut d.info));
         all.extend(self.interfaces.iter_mut().map(|d| &mut d.info));
         all.extend(self.serials.iter_mut().map(|d| &mut d.info));
         all.extend(self.consoles.iter_mut().map(|d| &mut d.info));

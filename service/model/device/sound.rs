@@ -59,5 +59,54 @@ element! {
         attr "serverName" => server_name: Option<String>,
         /// Of `file`: its path.
         attr "path" => path: Option<String>,
+        /// How often sound is looked after, in microseconds.
+        attr "timerPeriod" => timer_period_us: Option<u32>,
+        /// `<input>`
+        child "input" => input: Option<AudioEnd>,
+        /// `<output>`
+        child "output" => output: Option<AudioEnd>,
+    }
+}
+
+element! {
+    /// `<audio><input>` and `<output>`
+    pub struct AudioEnd {
+        /// QEMU mixes and converts.
+        yes_no "mixingEngine" => mixing: Option<bool>,
+        /// It is as `settings` say, whatever the guest plays.
+        yes_no "fixedSettings" => fixed: Option<bool>,
+        /// How many sounds at once.
+        attr "voices" => voices: Option<u32>,
+        /// In microseconds.
+        attr "bufferLength" => buffer_us: Option<u32>,
+        /// Of `alsa`: the device.
+        attr "dev" => dev: Option<String>,
+        /// Of `pulseaudio`: the sink or source.
+        attr "name" => name: Option<String>,
+        /// Of `pulseaudio`: what the stream is called.
+        attr "streamName" => stream: Option<String>,
+        /// Of `pulseaudio`: in microseconds.
+        attr "latency" => latency_us: Option<u32>,
+        /// `<settings>`
+        child "settings" => settings: Option<AudioSettings>,
+    }
+}
+
+choices! {
+    /// How a sample is written.
+    pub enum SampleFormat {
+        S8 = "s8", U8 = "u8", S16 = "s16", U16 = "u16", S32 = "s32", U32 = "u32", F32 = "f32",
+    }
+}
+
+element! {
+    /// `<settings>`
+    pub struct AudioSettings {
+        /// In Hz.
+        attr "frequency" => frequency: Option<u32>,
+        /// How many.
+        attr "channels" => channels: Option<u32>,
+        /// How a sample is written.
+        attr "format" => format: Option<SampleFormat>,
     }
 }

@@ -54,6 +54,9 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
             each(info, wish, place);
         }
     };
+    for filesystem in &mut devices.filesystems {
+        each(&mut filesystem.info, Some(Wish::Express), &filesystem.at);
+    }
     for interface in &mut devices.interfaces {
         let wish = interface_wish(interface.model());
         each(&mut interface.info, wish, &interface.at);
