@@ -266,6 +266,11 @@ impl Check<'_> {
             self.refuse_if(kind == AudioKind::Spice && !spice, &audio.at, "type='spice' needs <graphics type='spice'>");
             let file = kind == AudioKind::File && !audio.path.as_deref().is_some_and(|p| p.starts_with('/'));
             self.refuse_if(file, &audio.at, "type='file' needs an absolute path");
+            let path = audio.path.is_some() && kind != AudioKind::File;
+            self.refuse_if(path, &audio.at.attribute("path"), "a path is for type='file'");
+            let server = audio.server_name.is_some() && kind != AudioKind::Pulseaudio;
+            self.refuse_if(server, &audio.at.attribute("serverName"), "a server is for type='pulseaudio'");
+            self.audio_ends(audio);
         }
         let references =
             devices.sounds.iter().map(|s| s.audio.as_ref()).chain(devices.graphics.iter().map(|g| g.audio.as_ref()));
@@ -277,6 +282,16 @@ impl Check<'_> {
                 self.need_device(&sound.at, device);
             }
             self.seated(&sound.info, &sound.at);
+        }
+    }
+
+    fn audio_ends(&mut self, audio: &virt_model::device::Audio) {
+        for end in [&audio.input, &audio.output].into_iter().flatten() {
+            let pulse = end.name.is_some() || end.stream.is_some() || end.latency_us.is_some();
+            let other = pulse && audio.kind != AudioKind::Pulseaudio;
+            self.refuse_if(other, &end.at, "name, streamName and latency are for type='pulseaudio'");
+            let device = end.dev.is_some() && !matches!(audio.kind, AudioKind::Alsa | AudioKind::Oss);
+            self.refuse_if(device, &end.at.attribute("dev"), "a device is for type='alsa' and type='oss'");
         }
     }
 
