@@ -15,6 +15,8 @@ pub struct DriverConfig {
     pub cache_dir: PathBuf,
     /// For what must outlive a reboot of the host, e.g. `/var/lib/virt`.
     pub state_dir: PathBuf,
+    /// Where the administrator keeps secrets, a file each, e.g. `/etc/virt/secrets`.
+    pub secrets_dir: PathBuf,
     /// We serve everybody on this host, as root: hypervisors run as a user of their own.
     pub system: bool,
     /// That user.
@@ -29,6 +31,7 @@ impl DriverConfig {
         DriverConfig {
             cache_dir: dir.join("cache"),
             state_dir: dir.join("state"),
+            secrets_dir: dir.join("secrets"),
             system,
             qemu_user: "virt-qemu".to_owned(),
             qemu_group: None,

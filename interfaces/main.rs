@@ -118,6 +118,7 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
     DriverConfig {
         cache_dir: folders.cache.clone(),
         state_dir: folders.state.clone(),
+        secrets_dir: folders.config.with_file_name("secrets"),
         system: kind == Kind::System,
         qemu_user: qemu.user,
         qemu_group: qemu.group,

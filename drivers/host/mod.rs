@@ -5,5 +5,6 @@ pub(crate) mod acl;
 mod chain;
 pub mod process;
 pub(crate) mod resolve;
+pub mod secret;
 pub mod spawn;
 pub mod user;

@@ -2,6 +2,7 @@
 //! undone when a step fails or the start is cancelled.
 
 use super::command::Command;
+use super::command::SecretContent;
 use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
 use super::events::Guest;
 use super::instance::{Body, Leavings, QemuInstance, join, translate};
@@ -12,6 +13,7 @@ use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
 use crate::host::access::{Ledger, Want};
 use crate::host::process::{Identity, Process};
+use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use rustix::process::Signal;
@@ -51,6 +53,8 @@ pub struct Start {
     pub reset_nvram: bool,
     /// See [`Body::ends_on_reboot`].
     pub ends_on_reboot: bool,
+    /// Where secrets are kept.
+    pub secrets_dir: PathBuf,
     /// Whom QEMU runs as, with the ledger of what is lent to them; as we do if `None`.
     pub user: Option<(RunAs, Arc<Ledger>)>,
     /// As in `Launch`.
@@ -174,6 +178,15 @@ impl Start {
         let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
         let mut prepared =
             Prepared { log, output: Arc::new(output), gifts: vec![(MONITOR_FD, listener)], companions: Vec::new() };
+        for secret in &self.command.secrets {
+            let content = match &secret.content {
+                SecretContent::Kept(name) => secret::read(&self.secrets_dir, name)?,
+                SecretContent::Said(text) => text.clone().into_bytes(),
+            };
+            let handed = secret::handed(&content);
+            let handed = handed.map_err(|e| DriverError::Internal(format!("a secret cannot be handed over: {e}")))?;
+            prepared.gifts.push((secret.fd, handed));
+        }
         for companion in self.command.companions.iter().filter(|companion| companion.is_wanted()) {
             let (own, qemus) = companion.prepare(user).map_err(|(path, e)| storage(&path, &e))?;
             prepared.gifts.extend(qemus);

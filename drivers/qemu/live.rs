@@ -5,6 +5,8 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::sync::{Arc, Mutex, PoisonError};
 use virt_model::device::chardev::{CharKind, CharSource};
+use virt_model::device::disk::StartupPolicy;
+use virt_model::device::source::DiskSource;
 use virt_model::device::{CharSource as Source, DeviceInfo};
 use virt_model::domain::DomainDef;
 
@@ -43,6 +45,21 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         let mut taken = self.ports.0.lock().unwrap_or_else(PoisonError::into_inner);
         self.mine.iter().for_each(|port| _ = taken.remove(port));
+    }
+}
+
+/// Empties the drives whose medium may be missing, and is.
+pub async fn leave_out_missing_media(live: &mut DomainDef) {
+    for disk in &mut live.devices.disks {
+        let lenient = |source: &DiskSource| {
+            matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite))
+        };
+        let path = disk.path().filter(|_| disk.source.as_ref().is_some_and(lenient)).map(str::to_owned);
+        let Some(path) = path else { continue };
+        if let Ok(false) = tokio::fs::try_exists(&path).await {
+            tracing::info!(uuid = %live.uuid, "{path} is missing; {} starts without a medium", disk.target.dev);
+            disk.source = None;
+        }
     }
 }
 

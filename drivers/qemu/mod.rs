@@ -49,6 +49,8 @@ struct Inner {
     prober: Prober,
     ports: Ports,
     privileges: Privileges,
+    /// Where secrets are kept.
+    secrets_dir: PathBuf,
     /// Where firmware variables are that have no other place.
     variables: PathBuf,
 }
@@ -82,6 +84,7 @@ impl QemuDriver {
             prober,
             ports: Ports::default(),
             privileges,
+            secrets_dir: config.secrets_dir.clone(),
             variables: config.state_dir.join("nvram"),
         }))
     }
@@ -104,6 +107,7 @@ impl QemuDriver {
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
         let mut live = launch.def.clone();
+        live::leave_out_missing_media(&mut live).await;
         let own_dir = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None }.own_dir();
         let mut ports = self.0.ports.reserve();
         let mut free_port = |address: &str, port| ports.take(address, port);
@@ -118,6 +122,7 @@ impl QemuDriver {
             paused: launch.paused,
             reset_nvram: launch.reset_nvram,
             ends_on_reboot: ends_on_reboot(&live),
+            secrets_dir: self.0.secrets_dir.clone(),
             user,
             runtime_dir: launch.runtime_dir,
             log_file: launch.log_file,

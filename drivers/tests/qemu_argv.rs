@@ -43,6 +43,7 @@ fn show(command: &Command) -> String {
     );
     lines.extend(command.taps.iter().map(|tap| format!("# tap {} on {}", tap.fd, tap.bridge)));
     lines.extend(command.companions.iter().flat_map(beside));
+    lines.extend(command.secrets.iter().map(|secret| format!("# secret {} {:?}", secret.fd, secret.content)));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
     lines.join("\n") + "\n"
 }
@@ -184,7 +185,7 @@ fn what_cannot_act_is_refused_by_name() {
         ),
         (
             "<disk type='file'><driver iothread='1'/><source file='/x'/><target dev='vda'/></disk>",
-            "'iothread' is not supported by the QEMU driver yet",
+            "there is no I/O thread 1",
         ),
         (
             "<disk type='file'><driver io='native'/><source file='/x'/><target dev='vda'/></disk>",
@@ -222,6 +223,8 @@ fn findings_of(inner: &str) -> String {
 #[test]
 fn machines_that_cannot_be_are_refused_with_the_remedy() {
     let device = |xml: &str| format!("<devices>{xml}</devices>");
+    let network = |source: &str| device(&format!("<disk type='network'>{source}<target dev='vda'/></disk>"));
+    let disk = |more: &str| device(&format!("<disk type='file'><source file='/x'/><target dev='vda'/>{more}</disk>"));
     let backing = |xml: &str| format!("<memoryBacking>{xml}</memoryBacking>");
     let cases = [
         (device("<panic model='s390'/>"), "no panic device 's390'"),
@@ -243,6 +246,24 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
             "<access mode='shared'/>",
         ),
         (device("<filesystem><driver type='loop'/><source dir='/x'/><target dir='t'/></filesystem>"), "not by 'loop'"),
+        (network("<source protocol='nfs' name='x'><host name='h'/></source>"), "protocol='nfs' is not supported"),
+        (network("<source protocol='ssh' name='x'><host name='h'/></source>"), "qemu-block-extra"),
+        (network("<source protocol='nbd' tls='yes'><host name='h'/></source>"), "TLS to disk servers"),
+        (network("<source protocol='nbd'/>"), "needs a <host>"),
+        (network("<source protocol='http' name='x'><host name='h'/><auth username='u'/></source>"), "needs a <secret>"),
+        (network("<source protocol='rbd' name='image'/>"), "pool/image"),
+        (
+            network("<source protocol='nbd'><host name='h'/><timeout seconds='1'/></source>"),
+            "is not for protocol='nbd'",
+        ),
+        (network("<source/>"), "with a protocol"),
+        (disk("<encryption format='qcow'><secret type='passphrase' usage='x'/></encryption>"), "format='luks'"),
+        (disk("<encryption format='luks'/>"), "needs one <secret>"),
+        (disk("<encryption format='luks'><secret usage='../x'/></encryption>"), "can be a file's name"),
+        (disk("<iotune><total_iops_sec>1</total_iops_sec><read_iops_sec>1</read_iops_sec></iotune>"), "not for both"),
+        (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
+        (disk("<vendor>ACME</vendor>"), "only scsi disks"),
+        (disk("<transient/>"), "<transient>"),
         (device("<input type='evdev'/>"), "the path of the host's device"),
         (device("<graphics type='dbus'/>"), "need p2p='yes'"),
         (device("<graphics type='vnc' passwd='x' passwdValidTo='soon'/>"), "a time in UTC such as"),

@@ -28,7 +28,7 @@ const CACHE_FORMAT: u32 = 1;
 const MOST_KNOWN: usize = 64;
 
 /// Where distributions put QEMU's modules; as installing firmware, installing one changes what a binary can do without changing the binary.
-const MODULE_DIRS: [&str; 4] =
+pub(super) const MODULE_DIRS: [&str; 4] =
     ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/lib/aarch64-linux-gnu/qemu", "/usr/lib/qemu", "/usr/lib64/qemu"];
 
 /// How many binaries are asked at once: everybody may name one.

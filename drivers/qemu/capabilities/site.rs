@@ -1,5 +1,7 @@
 //! What the host has beside QEMU, and where this virtd keeps what belongs to guests.
 
+use super::MODULE_DIRS;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 /// Where programs are looked for.
@@ -17,6 +19,8 @@ pub struct Site {
     pub swtpm_setup: Option<PathBuf>,
     /// What shares out folders by virtiofs, if it is installed.
     pub virtiofsd: Option<PathBuf>,
+    /// QEMU's modules, e.g. `block-curl`.
+    pub modules: BTreeSet<String>,
 }
 
 impl Site {
@@ -27,8 +31,21 @@ impl Site {
             swtpm: program("swtpm"),
             swtpm_setup: program("swtpm_setup"),
             virtiofsd: program("virtiofsd"),
+            modules: MODULE_DIRS.iter().flat_map(|dir| modules(Path::new(dir))).collect(),
         }
     }
+}
+
+impl Site {
+    /// Whether a part of QEMU that distributions make a module of is missing. A QEMU without modules has all built in.
+    pub fn lacks_module(&self, name: &str) -> bool {
+        !self.modules.is_empty() && !self.modules.contains(name)
+    }
+}
+
+fn modules(dir: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    files.filter_map(|name| Some(name.to_str()?.strip_suffix(".so")?.to_owned())).collect()
 }
 
 /// A helper program of this name, if it is installed.

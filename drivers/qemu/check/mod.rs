@@ -8,6 +8,7 @@ mod devices;
 mod filesystem;
 mod memory;
 mod platform;
+mod server;
 mod storage;
 mod table;
 mod tpm;
@@ -32,6 +33,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.memory();
     check.features_of_the_board();
     check.storage();
+    check.throttling();
     check.devices();
     check.filesystems();
     check.board();

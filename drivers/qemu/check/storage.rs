@@ -5,6 +5,7 @@ use crate::qemu::command::{known_format, usb_device, wwn};
 use crate::qemu::complete::Board;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, StartupPolicy};
+use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo, Disk};
 use virt_model::xml::Place;
 
@@ -75,24 +76,30 @@ impl Check<'_> {
 
     fn medium(&mut self, disk: &Disk) {
         let kind = disk.kind();
-        if !matches!(kind, DiskKind::File | DiskKind::Block) {
-            let message = format!("disks of type='{kind}' are not supported yet, 'file' and 'block' are");
-            self.refuse(&disk.at.attribute("type"), message);
-            return;
+        let place = disk.at.attribute("type");
+        match kind {
+            DiskKind::File | DiskKind::Block => {}
+            DiskKind::Network => {
+                let source = disk.source.clone().unwrap_or_default();
+                self.server(&DiskSource { auth: disk.auth().cloned(), ..source });
+            }
+            DiskKind::Volume => {
+                self.refuse(
+                    &place,
+                    "there are no storage pools here: give the volume's path with type='file' or 'block'",
+                );
+            }
+            _ => {
+                self.refuse(&place, format!("disks of type='{kind}' are not supported: 'file', 'block', 'network' are"))
+            }
         }
+        self.encryption(disk.encryption(), disk.format().unwrap_or("raw"));
         let removable = matches!(disk.device(), DiskDevice::Cdrom | DiskDevice::Floppy);
-        self.refuse_if(
-            disk.path().is_none() && !removable,
-            &disk.at,
-            "a disk needs a <source>; only drives can be empty",
-        );
+        self.refuse_if(disk.is_empty() && !removable, &disk.at, "a disk needs a <source>; only drives can be empty");
         if let Some(source) = &disk.source {
             let lenient = matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
-            self.refuse_if(
-                lenient,
-                &source.at.attribute("startupPolicy"),
-                "a medium that may be missing is not supported yet",
-            );
+            let how = "only the medium of a CD-ROM or floppy drive may be missing";
+            self.refuse_if(lenient && !removable, &source.at.attribute("startupPolicy"), how);
         }
         self.absolute(disk.path(), &disk.at);
         let format = disk.format().unwrap_or("raw");
@@ -110,20 +117,25 @@ impl Check<'_> {
                 return;
             }
             let kind = store.kind.unwrap_or_default();
-            if !matches!(kind, DiskKind::File | DiskKind::Block) {
-                self.refuse(&store.at.attribute("type"), format!("layers of type='{kind}' are not supported yet"));
-                return;
+            match (kind, &store.source) {
+                (DiskKind::File | DiskKind::Block, _) => {}
+                (DiskKind::Network, Some(source)) => self.server(source),
+                _ => {
+                    self.refuse(&store.at.attribute("type"), format!("layers of type='{kind}' are not supported"));
+                    return;
+                }
             }
             let stands = matches!(&*above, "qcow2" | "qcow" | "qed" | "vmdk");
             self.refuse_if(!stands, &store.at, &format!("an image of format '{above}' does not stand on another"));
             let path = store.source.as_ref().and_then(|source| source.path(kind));
-            self.refuse_if(path.is_none(), &store.at, "a layer needs a <source>");
+            self.refuse_if(path.is_none() && kind != DiskKind::Network, &store.at, "a layer needs a <source>");
             self.absolute(path, &store.at);
             let Some(format) = &store.format else {
                 self.refuse(&store.at, "a layer needs a <format>: a format that is guessed can be forged by the guest");
                 return;
             };
             self.format(&format.name, &format.at);
+            self.encryption(store.source.as_ref().and_then(|source| source.encryption.as_ref()), &format.name);
             above.clone_from(&format.name);
             layer = store.backing.as_deref();
         }
@@ -160,14 +172,35 @@ impl Check<'_> {
         );
         let removable = disk.target.removable.is_some() && !matches!(bus, DiskBus::Usb | DiskBus::Scsi);
         self.refuse_if(removable, &disk.target.at.attribute("removable"), "only usb and scsi disks can be removable");
+        self.shape(disk, bus);
         let Some(driver) = &disk.driver else { return };
+        let qcow2 = driver.format.as_deref() == Some("qcow2");
+        let only = "only qcow2 images have this";
+        self.refuse_if(driver.metadata_cache.is_some() && !qcow2, &driver.at.child("metadata_cache"), only);
+        self.refuse_if(driver.discard_no_unref.is_some() && !qcow2, &driver.at.attribute("discard_no_unref"), only);
+        let newer = driver.discard_no_unref.is_some() && !self.caps.at_least(8, 1);
+        self.refuse_if(newer, &driver.at.attribute("discard_no_unref"), "discard_no_unref needs QEMU 8.1");
+        if let Some(Err(why)) = driver.metadata_cache.as_ref().and_then(|c| c.max_size.as_ref()).map(|s| s.bytes()) {
+            self.refuse(&driver.at.child("metadata_cache"), why);
+        }
+        let copies = driver.copy_on_read == Some(true) && (disk.readonly || disk.device() != DiskDevice::Disk);
+        self.refuse_if(copies, &driver.at.attribute("copy_on_read"), "only a disk that is written copies on read");
         let other = driver.name.as_deref().is_some_and(|name| name != "qemu");
         self.refuse_if(other, &driver.at.attribute("name"), "the QEMU driver handles disks with driver name='qemu'");
         let direct = matches!(driver.cache, Some(DiskCache::None | DiskCache::Directsync));
         let native = driver.io == Some(DiskIo::Native) && !direct;
         self.refuse_if(native, &driver.at.attribute("io"), "io='native' needs cache='none' or 'directsync'");
-        let virtio = driver.queues.is_some() || driver.queue_size.is_some();
-        self.refuse_if(virtio && bus != DiskBus::Virtio, &driver.at, "only virtio disks have queues");
+        self.io_thread(driver.iothread, &driver.at);
+        let virtio = driver.queues.is_some()
+            || driver.queue_size.is_some()
+            || driver.iothread.is_some()
+            || driver.ioeventfd.is_some()
+            || driver.event_idx.is_some();
+        self.refuse_if(
+            virtio && bus != DiskBus::Virtio,
+            &driver.at,
+            "only virtio disks have queues, an iothread, ioeventfd and event_idx",
+        );
         let plain = driver.virtio == Default::default();
         self.refuse_if(
             !plain && bus != DiskBus::Virtio,
@@ -220,6 +253,15 @@ impl Check<'_> {
         let many =
             controller.kind == ControllerKind::Usb && controller.ports.is_some_and(|n| !xhci || !(1..=15).contains(&n));
         self.refuse_if(many, &place.attribute("ports"), "ports is from 1 to 15, on qemu-xhci or nec-xhci");
+        if let Some(driver) = &controller.driver {
+            self.io_thread(driver.iothread, &driver.at);
+            let scsi = driver.iothread.is_some()
+                || driver.cmd_per_lun.is_some()
+                || driver.max_sectors.is_some()
+                || driver.ioeventfd.is_some();
+            let how = "only virtio-scsi controllers have an iothread, cmd_per_lun, max_sectors and ioeventfd";
+            self.refuse_if(scsi && controller.kind != ControllerKind::Scsi, &driver.at, how);
+        }
         let queues =
             controller.driver.as_ref().is_some_and(|d| d.queues.is_some()) && controller.kind != ControllerKind::Scsi;
         self.refuse_if(queues, &place.child("driver"), "only scsi controllers have queues");

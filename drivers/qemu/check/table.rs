@@ -133,12 +133,23 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/disk", "type device"),
     (
         "devices/disk/driver",
-        "name type cache error_policy rerror_policy io discard detect_zeroes queues queue_size iommu ats packed page_per_vq",
+        "name type cache error_policy rerror_policy io discard detect_zeroes iothread copy_on_read ioeventfd event_idx discard_no_unref queues queue_size iommu ats packed page_per_vq",
     ),
-    ("devices/disk/source", "file dev startupPolicy"),
+    ("devices/disk/driver/metadata_cache", ""),
+    ("devices/disk/driver/metadata_cache/max_size", "unit"),
+    ("devices/disk/source", "file dev protocol name query tls startupPolicy"),
+    ("devices/disk/auth", "username"),
+    ("devices/disk/auth/secret", "type uuid usage"),
+    ("devices/disk/encryption", "format engine"),
+    ("devices/disk/encryption/secret", "type uuid usage"),
+    ("devices/disk/geometry", "cyls heads secs trans"),
+    ("devices/disk/blockio", "logical_block_size physical_block_size discard_granularity"),
+    ("devices/disk/iotune", ""),
+    ("devices/disk/vendor", ""),
+    ("devices/disk/product", ""),
     ("devices/disk/backingStore", "type"),
     ("devices/disk/backingStore/format", "type"),
-    ("devices/disk/backingStore/source", "file dev"),
+    ("devices/disk/backingStore/source", "file dev protocol name query tls"),
     ("devices/disk/target", "dev bus removable rotation_rate"),
     ("devices/disk/readonly", ""),
     ("devices/disk/shareable", ""),
@@ -149,7 +160,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/controller/model", "name"),
     ("devices/controller/target", "chassisNr chassis port hotplug"),
     ("devices/controller/master", "startport"),
-    ("devices/controller/driver", "queues iommu ats packed page_per_vq"),
+    ("devices/controller/driver", "queues iothread cmd_per_lun max_sectors ioeventfd iommu ats packed page_per_vq"),
     ("devices/filesystem", "type accessmode multidevs model fmode dmode"),
     ("devices/filesystem/driver", "type wrpolicy queue iommu ats packed page_per_vq"),
     ("devices/filesystem/binary", "path xattr"),
@@ -250,6 +261,29 @@ const ACTS: &[(&str, &str)] = &[
     ("qemu:commandline/qemu:env", "name value"),
 ];
 
+/// What leads to a server and lets one in: the same for a disk and for each layer below it.
+const SOURCE: &[(&str, &str)] = &[
+    ("host", "name port transport socket"),
+    ("snapshot", "name"),
+    ("config", "file"),
+    ("auth", "username"),
+    ("auth/secret", "type uuid usage"),
+    ("initiator", ""),
+    ("initiator/iqn", "name"),
+    ("encryption", "format engine"),
+    ("encryption/secret", "type uuid usage"),
+    ("ssl", "verify"),
+    ("cookies", ""),
+    ("cookies/cookie", "name"),
+    ("readahead", "size"),
+    ("timeout", "seconds"),
+    ("reconnect", "delay"),
+    ("identity", "username"),
+];
+
+/// Limits of a disk: elements without attributes.
+const IOTUNE: &str = "devices/disk/iotune/";
+
 /// The host's end of a serial port, console, channel or redirection: the same for all.
 const CHARACTER: &[(&str, &str)] = &[
     ("", "type"),
@@ -301,9 +335,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("devices/interface/filterref", "network filters are not supported yet"),
     ("devices/interface/virtualport", "virtual ports (Open vSwitch and the like) are not supported yet"),
     ("devices/interface/vlan", "VLAN tags are not supported yet"),
-    ("devices/disk/iotune", "limiting I/O is not supported yet"),
-    ("devices/disk/encryption", "encrypted images are not supported yet"),
-    ("devices/disk/auth", "network disks are not supported yet"),
     (
         "devices/interface/source/@network",
         "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
@@ -328,6 +359,13 @@ pub fn standing(path: &str) -> Standing {
         return Standing::Kept(reason);
     }
     if acts(ACTS, path) {
+        return Standing::Acts;
+    }
+    let below = |parent: &str| path.strip_prefix(parent).is_some_and(|inner| acts(SOURCE, inner));
+    if below("devices/disk/source/") || below("devices/disk/backingStore/source/") {
+        return Standing::Acts;
+    }
+    if path.strip_prefix(IOTUNE).is_some_and(|limit| !limit.contains(['/', '@'])) {
         return Standing::Acts;
     }
     let Some((kind, inner)) = path.strip_prefix("devices/").map(|p| p.split_once('/').unwrap_or((p, ""))) else {

@@ -74,6 +74,10 @@ impl Builder<'_> {
             .set("id", id(&controller.info))
             .maybe("max_ports", controller.ports.filter(|_| serial))
             .maybe("vectors", controller.vectors.filter(|n| serial && *n >= 0))
+            .maybe("iothread", driver.and_then(|d| d.iothread).map(|n| format!("iothread{n}")))
+            .maybe("ioeventfd", driver.and_then(|d| d.ioeventfd))
+            .maybe("cmd_per_lun", driver.and_then(|d| d.cmd_per_lun))
+            .maybe("max_sectors", driver.and_then(|d| d.max_sectors))
             .maybe("num_queues", driver.and_then(|d| d.queues))
             .extend(driver.map(|d| virtio(&d.virtio)).unwrap_or_default());
         Some(props.extend(self.pci(&controller.info)))

@@ -1,7 +1,8 @@
 //! Disks: a chain of nodes from the file up to what the guest sees, and the device that shows it.
 //!
 //! ```text
-//!  vda-storage ◀─ vda-format ◀─ virtio-blk-pci        nodes are named after the target, layers below are numbered
+//!  vda-storage ◀─ vda-format (◀─ vda-cor ◀─ vda-throttle) ◀─ virtio-blk-pci
+//!                                                       nodes are named after the target, layers below are numbered
 //!       ▲ backing: vda-1-storage ◀─ vda-1-format
 //! ```
 
@@ -11,8 +12,9 @@ use crate::qemu::complete::Board;
 use serde_json::Value;
 use virt_model::device::address::DriveAddress;
 use virt_model::device::disk::{
-    BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind,
+    BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind, Iotune,
 };
+use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, ControllerKind, Disk};
 
 impl Builder<'_> {
@@ -27,41 +29,77 @@ impl Builder<'_> {
 
     /// The nodes of the medium, if there is one; gives the topmost.
     fn disk_nodes(&mut self, disk: &Disk) -> Option<String> {
-        let path = disk.path()?;
+        let source = disk.source.as_ref().filter(|_| !disk.is_empty())?;
         let name = &disk.target.dev;
         let driver = disk.driver.as_ref();
         let backing = self.backing_nodes(disk.backing.as_deref(), name, 1);
         let format = disk.format().unwrap_or("raw");
         let read_only = disk.readonly || disk.device() == DiskDevice::Cdrom;
-        self.open(path, !read_only, disk.backing.is_none() && has_backing(format));
-        let kind = disk.kind();
+        if let Some(path) = disk.path() {
+            self.open(path, !read_only, disk.backing.is_none() && has_backing(format));
+        }
         let removable = disk.device() == DiskDevice::Cdrom;
-        let storage =
-            storage(name, path, kind, removable).maybe("aio", driver.and_then(|d| d.io).map(|io| io.as_str()));
+        // Who may ask is said beside the source or in it.
+        let source = DiskSource { auth: disk.auth().cloned(), ..source.clone() };
+        let storage = self.storage_node(&source, disk.kind(), name, removable);
+        let local = disk.kind() != DiskKind::Network;
+        let aio = driver.and_then(|d| d.io).filter(|_| local).map(|io| io.as_str());
+        let storage = storage.set("auto-read-only", true).set("discard", "unmap").maybe("aio", aio);
         self.args.blockdev(storage.extend(cache(driver)));
+        let key = disk.encryption().and_then(|encryption| self.passphrase(encryption, name));
         let image = Props::new("node-name", format!("{name}-format"))
             .set("read-only", read_only)
             .maybe("discard", driver.and_then(|d| d.discard).map(|d| d.as_str()))
             .maybe("detect-zeroes", detect_zeroes(driver))
-            .extend(cache(driver))
-            .set("driver", driver_name(format))
-            .set("file", format!("{name}-storage"));
+            .extend(cache(driver));
+        let image = content(image, format, key).extend(qcow2_options(driver)).set("file", format!("{name}-storage"));
         self.args.blockdev(with_backing(image, backing));
-        Some(format!("{name}-format"))
+        Some(self.filters(disk, format!("{name}-format")))
+    }
+
+    /// What stands between the image and the device; gives the topmost.
+    fn filters(&mut self, disk: &Disk, mut top: String) -> String {
+        let name = &disk.target.dev;
+        let mut filter = |builder: &mut Self, suffix: &str, props: Props| {
+            let node = format!("{name}-{suffix}");
+            builder.args.blockdev(props.set("node-name", &*node).set("file", std::mem::take(&mut top)));
+            top = node;
+        };
+        if disk.driver.as_ref().and_then(|driver| driver.copy_on_read) == Some(true) {
+            filter(self, "cor", Props::new("driver", "copy-on-read"));
+        }
+        if let Some(tune) = disk.iotune.as_ref().filter(|tune| !tune.limits().is_empty() || tune.group.is_some()) {
+            let group = format!("throttle-{}", tune.group.as_deref().unwrap_or(name));
+            self.throttle_group(&group, tune);
+            filter(self, "throttle", Props::new("driver", "throttle").set("throttle-group", group));
+        }
+        top
+    }
+
+    /// Disks of one group share its limits, which the first one says.
+    fn throttle_group(&mut self, group: &str, tune: &Iotune) {
+        if self.throttle_groups.insert(group.to_owned()) {
+            let limits = tune.limits().into_iter().fold(Props::default(), |props, (name, n)| props.set(name, n));
+            self.args.object(Props::new("qom-type", "throttle-group").set("id", group).set("limits", limits));
+        }
     }
 
     /// The nodes below: `None` if they are not given, `Some(None)` if there are none.
     fn backing_nodes(&mut self, layer: Option<&BackingStore>, disk: &str, depth: usize) -> Option<Option<String>> {
         let layer = layer?;
         let kind = layer.kind.unwrap_or_default();
-        let Some(path) = layer.source.as_ref().and_then(|source| source.path(kind)) else { return Some(None) };
+        let Some(source) = layer.source.as_ref().filter(|source| !source.is_empty()) else { return Some(None) };
         let below = self.backing_nodes(layer.backing.as_deref(), disk, depth + 1);
         let format = layer.format.as_ref().map_or("raw", |format| &*format.name);
-        self.open(path, false, below.is_none() && has_backing(format));
+        if let Some(path) = source.path(kind) {
+            self.open(path, false, below.is_none() && has_backing(format));
+        }
         let name = format!("{disk}-{depth}");
-        self.args.blockdev(storage(&name, path, kind, false));
+        let storage = self.storage_node(source, kind, &name, false).set("auto-read-only", true).set("discard", "unmap");
+        self.args.blockdev(storage);
+        let key = source.encryption.as_ref().and_then(|encryption| self.passphrase(encryption, &name));
         let image = Props::new("node-name", format!("{name}-format")).set("read-only", true);
-        let image = image.set("driver", driver_name(format)).set("file", format!("{name}-storage"));
+        let image = content(image, format, key).set("file", format!("{name}-storage"));
         self.args.blockdev(with_backing(image, below.filter(|_| has_backing(format))));
         Some(Some(format!("{name}-format")))
     }
@@ -78,6 +116,9 @@ impl Builder<'_> {
         let props = turn(props, self.boot_index(&disk.info))
             .maybe("write-cache", write_cache(driver).filter(|_| hard))
             .maybe("serial", disk.serial.as_deref())
+            .maybe("vendor", disk.vendor.as_deref())
+            .maybe("product", disk.product.as_deref())
+            .extend(blocks(disk))
             .maybe("wwn", disk.wwn.as_deref().and_then(wwn))
             .maybe("rotation_rate", disk.target.rotation_rate)
             .maybe("removable", disk.target.removable)
@@ -90,6 +131,9 @@ impl Builder<'_> {
             .maybe("rerror", driver.and_then(|d| d.rerror_policy).map(|p| p.as_str()));
         match driver.filter(|_| on_virtio) {
             Some(driver) => props
+                .maybe("iothread", driver.iothread.map(|n| format!("iothread{n}")))
+                .maybe("ioeventfd", driver.ioeventfd)
+                .maybe("event_idx", driver.event_idx)
                 .maybe("num-queues", driver.queues)
                 .maybe("queue-size", driver.queue_size)
                 .extend(virtio(&driver.virtio)),
@@ -124,6 +168,19 @@ impl Builder<'_> {
     }
 }
 
+/// Sizes of blocks, and the shape that old systems ask for.
+fn blocks(disk: &Disk) -> Props {
+    let (io, shape) = (disk.blockio.as_ref(), disk.geometry.as_ref());
+    Props::default()
+        .maybe("logical_block_size", io.and_then(|io| io.logical))
+        .maybe("physical_block_size", io.and_then(|io| io.physical))
+        .maybe("discard_granularity", io.and_then(|io| io.discard))
+        .maybe("cyls", shape.map(|shape| shape.cylinders))
+        .maybe("heads", shape.map(|shape| shape.heads))
+        .maybe("secs", shape.map(|shape| shape.sectors))
+        .maybe("bios-chs-trans", shape.and_then(|shape| shape.translation).map(|t| t.as_str()))
+}
+
 fn device_type(disk: &Disk) -> &'static str {
     let cd = disk.device() == DiskDevice::Cdrom;
     match disk.target.bus.unwrap_or_default() {
@@ -137,14 +194,20 @@ fn device_type(disk: &Disk) -> &'static str {
     }
 }
 
-fn storage(name: &str, path: &str, kind: DiskKind, removable: bool) -> Props {
-    let driver = match (kind, removable) {
-        (DiskKind::Block, true) => "host_cdrom",
-        (DiskKind::Block, false) => "host_device",
-        _ => "file",
-    };
-    let props = Props::new("driver", driver).set("filename", path).set("node-name", format!("{name}-storage"));
-    props.set("auto-read-only", true).set("discard", "unmap")
+/// How the image is read; `key` opens it if it is encrypted.
+fn content(image: Props, format: &str, key: Option<String>) -> Props {
+    match (driver_name(format), key) {
+        ("raw", Some(key)) => image.set("driver", "luks").set("key-secret", key),
+        (driver, Some(key)) => {
+            image.set("driver", driver).set("encrypt", Props::new("format", "luks").set("key-secret", key))
+        }
+        (driver, None) => image.set("driver", driver),
+    }
+}
+
+fn qcow2_options(driver: Option<&DiskDriver>) -> Props {
+    let cache = driver.and_then(|d| d.metadata_cache.as_ref()?.max_size.as_ref()?.bytes().ok());
+    Props::default().maybe("cache-size", cache).maybe("discard-no-unref", driver.and_then(|d| d.discard_no_unref))
 }
 
 fn with_backing(image: Props, backing: Option<Option<String>>) -> Props {

@@ -16,6 +16,7 @@ mod machine;
 mod memory;
 mod misc;
 mod net;
+mod source;
 mod sysinfo;
 mod tpm;
 
@@ -25,7 +26,7 @@ use super::companion::{Companion, FIRST_FD};
 use super::complete::{Board, Chosen, go_live};
 use args::{Args, List, Props};
 use serde_json::Value;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskDevice;
@@ -43,6 +44,7 @@ pub use graphics::card as video_card;
 pub use memory::memory_device;
 pub use misc::input_device;
 pub use net::{Tap, card_type};
+pub use source::{Secret, SecretContent, secret_name};
 pub use sysinfo::{has_field, tables};
 pub use tpm::{tpm_device, tpm_state, tpm_state_of};
 
@@ -90,6 +92,8 @@ pub struct Command {
     pub nvram: Option<Nvram>,
     /// Network devices that must be open at given file descriptors.
     pub taps: Vec<Tap>,
+    /// Secrets that must be open at given file descriptors.
+    pub secrets: Vec<Secret>,
     /// Its memory is never swapped out.
     pub lock_memory: bool,
     /// What runs beside it, in this order.
@@ -177,6 +181,8 @@ struct Builder<'a> {
     files: Vec<HostFile>,
     nvram: Option<Nvram>,
     taps: Vec<Tap>,
+    secrets: Vec<Secret>,
+    throttle_groups: BTreeSet<String>,
     companions: Vec<Companion>,
     companion_fds: i32,
     setup: Vec<(String, Value)>,
@@ -196,6 +202,8 @@ impl<'a> Builder<'a> {
             files: Vec::new(),
             nvram: None,
             taps: Vec::new(),
+            secrets: Vec::new(),
+            throttle_groups: BTreeSet::new(),
             companions: Vec::new(),
             companion_fds: 0,
             setup: Vec::new(),
@@ -217,6 +225,7 @@ impl<'a> Builder<'a> {
             files: self.files,
             nvram: self.nvram,
             taps: self.taps,
+            secrets: self.secrets,
             lock_memory: self.def.memory_backing.as_ref().is_some_and(|backing| backing.locked),
             companions: self.companions,
             setup: self.setup,

@@ -113,6 +113,14 @@ element! {
     pub struct ControllerDriver {
         /// Number of queues (virtio-scsi).
         attr "queues" => queues: Option<u32>,
+        /// The thread that does its I/O (virtio-scsi).
+        attr "iothread" => iothread: Option<u32>,
+        /// Commands under way on one disk at the most (virtio-scsi).
+        attr "cmd_per_lun" => cmd_per_lun: Option<u32>,
+        /// Sectors moved by one command at the most (virtio-scsi).
+        attr "max_sectors" => max_sectors: Option<u32>,
+        /// The host's kernel takes notice of requests (virtio-scsi).
+        on_off "ioeventfd" => ioeventfd: Option<bool>,
         /// What virtio devices share.
         flat => virtio: VirtioDriver,
     }

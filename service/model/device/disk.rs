@@ -1,8 +1,9 @@
 //! `<disk>`: a disk, a CD-ROM drive, a floppy drive, and what lies in it.
 
+use super::source::{Auth, DiskSource, Encryption};
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
-use crate::domain::value::choices;
+use crate::domain::value::{choices, scaled};
 
 choices! {
     /// What the guest sees.
@@ -90,6 +91,16 @@ element! {
         child "backingStore" => backing: Option<Box<BackingStore>>,
         /// `<target>`
         must "target" => target: DiskTarget,
+        /// `<auth>`, where it is not in `<source>`.
+        child "auth" => auth: Option<Auth>,
+        /// `<encryption>`, where it is not in `<source>`.
+        child "encryption" => encryption: Option<Encryption>,
+        /// `<geometry>`
+        child "geometry" => geometry: Option<Geometry>,
+        /// `<blockio>`
+        child "blockio" => blockio: Option<Blockio>,
+        /// `<iotune>`
+        child "iotune" => iotune: Option<Iotune>,
         /// `<readonly/>`
         flag "readonly" => readonly: bool,
         /// `<shareable/>`
@@ -98,6 +109,10 @@ element! {
         leaf "serial" => serial: Option<String>,
         /// `<wwn>`
         leaf "wwn" => wwn: Option<String>,
+        /// `<vendor>`
+        leaf "vendor" => vendor: Option<String>,
+        /// `<product>`
+        leaf "product" => product: Option<String>,
         /// Name, place, boot order.
         flat => info: DeviceInfo,
     }
@@ -117,6 +132,16 @@ impl Disk {
     /// The file or block device, if there is one.
     pub fn path(&self) -> Option<&str> {
         self.source.as_ref()?.path(self.kind())
+    }
+
+    /// Who asks a server for it.
+    pub fn auth(&self) -> Option<&Auth> {
+        self.source.as_ref().and_then(|source| source.auth.as_ref()).or(self.auth.as_ref())
+    }
+
+    /// How it is encrypted.
+    pub fn encryption(&self) -> Option<&Encryption> {
+        self.source.as_ref().and_then(|source| source.encryption.as_ref()).or(self.encryption.as_ref())
     }
 
     /// Whether the drive is without medium.
@@ -149,44 +174,155 @@ element! {
         attr "discard" => discard: Option<Discard>,
         /// What becomes of zeroes.
         attr "detect_zeroes" => detect_zeroes: Option<DetectZeroes>,
+        /// The thread that does its I/O.
+        attr "iothread" => iothread: Option<u32>,
+        /// What is read from a layer below is written to the topmost.
+        on_off "copy_on_read" => copy_on_read: Option<bool>,
+        /// The host's kernel takes notice of requests (virtio).
+        on_off "ioeventfd" => ioeventfd: Option<bool>,
+        /// Notices only when needed (virtio).
+        on_off "event_idx" => event_idx: Option<bool>,
+        /// Discarded clusters keep their place in the image.
+        on_off "discard_no_unref" => discard_no_unref: Option<bool>,
         /// Number of queues.
         attr "queues" => queues: Option<u32>,
         /// Entries of each queue.
         attr "queue_size" => queue_size: Option<u32>,
+        /// `<metadata_cache>`
+        child "metadata_cache" => metadata_cache: Option<MetadataCache>,
         /// What virtio devices share.
         flat => virtio: VirtioDriver,
     }
 }
 
 element! {
-    /// `<disk><source>`
-    pub struct DiskSource {
-        /// For `type='file'`.
-        attr "file" => file: Option<String>,
-        /// For `type='block'`.
-        attr "dev" => dev: Option<String>,
-        /// When it is missing.
-        attr "startupPolicy" => startup_policy: Option<StartupPolicy>,
-        /// Runtime: number of the layer in the chain.
-        attr "index" => index: Option<u32>,
+    /// `<metadata_cache>`: of a qcow2 image.
+    pub struct MetadataCache {
+        /// `<max_size>`
+        child "max_size" => max_size: Option<CacheSize>,
     }
 }
 
-impl DiskSource {
-    /// The path on the host.
-    pub fn path(&self, kind: DiskKind) -> Option<&str> {
-        let path = match kind {
-            DiskKind::File => self.file.as_deref(),
-            DiskKind::Block => self.dev.as_deref(),
-            _ => None,
-        };
-        path.filter(|path| !path.is_empty())
+element! {
+    /// `<max_size>`: in bytes, unless it says another unit.
+    pub struct CacheSize {
+        /// The unit.
+        attr "unit" => unit: Option<String>,
+        /// The number.
+        need_text => number: String,
     }
+}
 
-    /// Whether it names nothing.
-    pub fn is_empty(&self) -> bool {
-        let named = |value: &Option<String>| value.as_ref().is_some_and(|v| !v.is_empty());
-        !named(&self.file) && !named(&self.dev) && self.rest.is_empty()
+impl CacheSize {
+    /// In bytes; the error is a sentence.
+    pub fn bytes(&self) -> Result<u64, String> {
+        let bytes = scaled(&self.number, self.unit.as_deref().unwrap_or("bytes"))?;
+        u64::try_from(bytes).map_err(|_| format!("{} is more than can be counted", self.number))
+    }
+}
+
+choices! {
+    /// How a BIOS translates.
+    pub enum Translation { Auto = "auto", None = "none", Lba = "lba", }
+}
+
+element! {
+    /// `<geometry>`
+    pub struct Geometry {
+        /// Cylinders.
+        need "cyls" => cylinders: u32,
+        /// Heads.
+        need "heads" => heads: u32,
+        /// Sectors of a track.
+        need "secs" => sectors: u32,
+        /// How a BIOS translates.
+        attr "trans" => translation: Option<Translation>,
+    }
+}
+
+element! {
+    /// `<blockio>`: sizes in bytes.
+    pub struct Blockio {
+        /// The smallest that can be addressed.
+        attr "logical_block_size" => logical: Option<u32>,
+        /// The smallest that is written at once.
+        attr "physical_block_size" => physical: Option<u32>,
+        /// The smallest that can be discarded.
+        attr "discard_granularity" => discard: Option<u32>,
+    }
+}
+
+element! {
+    /// `<iotune>`: how much I/O there may be.
+    pub struct Iotune {
+        /// Bytes a second.
+        leaf "total_bytes_sec" => bytes: Option<u64>,
+        /// Of reads.
+        leaf "read_bytes_sec" => bytes_read: Option<u64>,
+        /// Of writes.
+        leaf "write_bytes_sec" => bytes_written: Option<u64>,
+        /// Operations a second.
+        leaf "total_iops_sec" => ops: Option<u64>,
+        /// Of reads.
+        leaf "read_iops_sec" => ops_read: Option<u64>,
+        /// Of writes.
+        leaf "write_iops_sec" => ops_written: Option<u64>,
+        /// For a while.
+        leaf "total_bytes_sec_max" => bytes_max: Option<u64>,
+        /// Of reads.
+        leaf "read_bytes_sec_max" => bytes_read_max: Option<u64>,
+        /// Of writes.
+        leaf "write_bytes_sec_max" => bytes_written_max: Option<u64>,
+        /// For a while.
+        leaf "total_iops_sec_max" => ops_max: Option<u64>,
+        /// Of reads.
+        leaf "read_iops_sec_max" => ops_read_max: Option<u64>,
+        /// Of writes.
+        leaf "write_iops_sec_max" => ops_written_max: Option<u64>,
+        /// Larger operations count as several.
+        leaf "size_iops_sec" => ops_size: Option<u64>,
+        /// Disks of one group share.
+        leaf "group_name" => group: Option<String>,
+        /// In seconds.
+        leaf "total_bytes_sec_max_length" => bytes_max_s: Option<u64>,
+        /// Of reads.
+        leaf "read_bytes_sec_max_length" => bytes_read_max_s: Option<u64>,
+        /// Of writes.
+        leaf "write_bytes_sec_max_length" => bytes_written_max_s: Option<u64>,
+        /// In seconds.
+        leaf "total_iops_sec_max_length" => ops_max_s: Option<u64>,
+        /// Of reads.
+        leaf "read_iops_sec_max_length" => ops_read_max_s: Option<u64>,
+        /// Of writes.
+        leaf "write_iops_sec_max_length" => ops_written_max_s: Option<u64>,
+    }
+}
+
+impl Iotune {
+    /// All limits, with QEMU's and libvirt's words for them.
+    pub fn limits(&self) -> Vec<(&'static str, u64)> {
+        let all = [
+            ("bps-total", self.bytes),
+            ("bps-read", self.bytes_read),
+            ("bps-write", self.bytes_written),
+            ("iops-total", self.ops),
+            ("iops-read", self.ops_read),
+            ("iops-write", self.ops_written),
+            ("bps-total-max", self.bytes_max),
+            ("bps-read-max", self.bytes_read_max),
+            ("bps-write-max", self.bytes_written_max),
+            ("iops-total-max", self.ops_max),
+            ("iops-read-max", self.ops_read_max),
+            ("iops-write-max", self.ops_written_max),
+            ("iops-size", self.ops_size),
+            ("bps-total-max-length", self.bytes_max_s),
+            ("bps-read-max-length", self.bytes_read_max_s),
+            ("bps-write-max-length", self.bytes_written_max_s),
+            ("iops-total-max-length", self.ops_max_s),
+            ("iops-read-max-length", self.ops_read_max_s),
+            ("iops-write-max-length", self.ops_written_max_s),
+        ];
+        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
 }
 

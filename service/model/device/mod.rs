@@ -14,6 +14,7 @@ pub mod interface;
 pub mod memory;
 pub mod misc;
 pub mod sound;
+pub mod source;
 
 pub use address::{Address, AddressKind, PciAddress};
 pub use board::{Crypto, Hub, Iommu, Panic, Shmem};

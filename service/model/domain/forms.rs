@@ -17,6 +17,9 @@ impl DomainDef {
         }
         if !form.secure {
             def.devices.graphics.iter_mut().for_each(forget_password);
+            def.devices.disks.iter_mut().filter_map(|disk| disk.source.as_mut()).for_each(|s| s.cookies = None);
+            let layers = def.devices.disks.iter_mut().map(|disk| disk.backing.as_deref_mut());
+            layers.for_each(forget_cookies);
         }
         if form.migratable {
             def.devices.controllers.retain(|controller| !is_implied(controller));
@@ -42,6 +45,8 @@ impl DomainDef {
         self.devices.interfaces.iter_mut().for_each(forget_interface);
         self.devices.graphics.iter_mut().for_each(forget_ports);
         self.devices.rest.elements.iter_mut().for_each(forget_untyped);
+        let memories = self.devices.memories.iter_mut();
+        memories.for_each(|device| device.target.rest.elements.retain(|element| element.name != "current"));
         self.rest.elements.iter_mut().filter(|element| element.name == "seclabel").for_each(forget_label);
     }
 }
@@ -100,14 +105,17 @@ fn forget_password(graphics: &mut Graphics) {
     graphics.passwd_valid_to = None;
 }
 
+fn forget_cookies(mut layer: Option<&mut BackingStore>) {
+    while let Some(store) = layer {
+        store.source.iter_mut().for_each(|source| source.cookies = None);
+        layer = store.backing.as_deref_mut();
+    }
+}
+
 /// The same for devices that are only kept.
 fn forget_untyped(device: &mut Element) {
     let user = |element: &Element| element.attr("name").is_some_and(|name| name.starts_with("ua-"));
     device.nodes.retain(|node| node.as_element().is_none_or(|e| e.name != "alias" || user(e)));
-    if device.name == "memory" {
-        let targets = device.elements_mut().filter(|e| e.name == "target");
-        targets.for_each(|target| drop(target.take_child("current")));
-    }
 }
 
 fn forget_label(label: &mut Element) {

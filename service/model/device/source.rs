@@ -1,0 +1,223 @@
+//! Where a disk's content comes from: a file, a device, a server; with what it takes to be let in.
+
+use crate::domain::part::element;
+use crate::domain::value::choices;
+
+use super::disk::{DiskKind, StartupPolicy};
+
+choices! {
+    /// What a server speaks.
+    pub enum Protocol {
+        Nbd = "nbd", Rbd = "rbd", Sheepdog = "sheepdog", Gluster = "gluster", Iscsi = "iscsi", Http = "http",
+        Https = "https", Ftp = "ftp", Ftps = "ftps", Tftp = "tftp", Vxhs = "vxhs", Ssh = "ssh", Nfs = "nfs",
+    }
+}
+
+element! {
+    /// `<disk><source>`
+    pub struct DiskSource {
+        /// For `type='file'`.
+        attr "file" => file: Option<String>,
+        /// For `type='block'`.
+        attr "dev" => dev: Option<String>,
+        /// For `type='network'`: what the server speaks.
+        attr "protocol" => protocol: Option<Protocol>,
+        /// For `type='network'`: what is asked of the server.
+        attr "name" => name: Option<String>,
+        /// Of http and the like: follows the name after `?`.
+        attr "query" => query: Option<String>,
+        /// Encrypted on its way.
+        yes_no "tls" => tls: Option<bool>,
+        /// When it is missing.
+        attr "startupPolicy" => startup_policy: Option<StartupPolicy>,
+        /// Runtime: number of the layer in the chain.
+        attr "index" => index: Option<u32>,
+        /// `<host>`: the servers.
+        children "host" => hosts: Vec<SourceHost>,
+        /// `<snapshot>`: of that name on the server.
+        child "snapshot" => snapshot: Option<Named>,
+        /// `<config>`: of ceph.
+        child "config" => config: Option<SourceConfig>,
+        /// `<auth>`
+        child "auth" => auth: Option<Auth>,
+        /// `<initiator>`: of iSCSI.
+        child "initiator" => initiator: Option<Initiator>,
+        /// `<encryption>`
+        child "encryption" => encryption: Option<Encryption>,
+        /// `<ssl>`
+        child "ssl" => ssl: Option<Ssl>,
+        /// `<cookies>`
+        child "cookies" => cookies: Option<Cookies>,
+        /// `<readahead>`
+        child "readahead" => readahead: Option<Readahead>,
+        /// `<timeout>`
+        child "timeout" => timeout: Option<Timeout>,
+        /// `<reconnect>`
+        child "reconnect" => reconnect: Option<SourceReconnect>,
+        /// `<identity>`: of ssh.
+        child "identity" => identity: Option<Identity>,
+    }
+}
+
+impl DiskSource {
+    /// The path on the host.
+    pub fn path(&self, kind: DiskKind) -> Option<&str> {
+        let path = match kind {
+            DiskKind::File => self.file.as_deref(),
+            DiskKind::Block => self.dev.as_deref(),
+            _ => None,
+        };
+        path.filter(|path| !path.is_empty())
+    }
+
+    /// Whether it names nothing.
+    pub fn is_empty(&self) -> bool {
+        let named = |value: &Option<String>| value.as_ref().is_some_and(|v| !v.is_empty());
+        !named(&self.file) && !named(&self.dev) && self.protocol.is_none() && self.rest.is_empty()
+    }
+}
+
+choices! {
+    /// How a server is reached.
+    pub enum Transport { Tcp = "tcp", Unix = "unix", Rdma = "rdma", }
+}
+
+element! {
+    /// `<source><host>`
+    pub struct SourceHost {
+        /// Its name or address.
+        attr "name" => name: Option<String>,
+        /// Its port; the protocol's usual one if absent.
+        attr "port" => port: Option<u16>,
+        /// How it is reached.
+        attr "transport" => transport: Option<Transport>,
+        /// Of `unix`: the socket.
+        attr "socket" => socket: Option<String>,
+    }
+}
+
+element! {
+    /// An element with a name.
+    pub struct Named {
+        /// The name.
+        need "name" => name: String,
+    }
+}
+
+element! {
+    /// `<source><config>`
+    pub struct SourceConfig {
+        /// The file.
+        need "file" => file: String,
+    }
+}
+
+choices! {
+    /// What a secret is.
+    pub enum SecretKind { Ceph = "ceph", Iscsi = "iscsi", Passphrase = "passphrase", Volume = "volume", }
+}
+
+element! {
+    /// `<secret>`: names one that is kept elsewhere.
+    pub struct SecretRef {
+        /// What it is.
+        attr "type" => kind: Option<SecretKind>,
+        /// By its uuid.
+        attr "uuid" => uuid: Option<uuid::Uuid>,
+        /// By what it is for.
+        attr "usage" => usage: Option<String>,
+    }
+}
+
+element! {
+    /// `<auth>`
+    pub struct Auth {
+        /// Who asks.
+        need "username" => username: String,
+        /// How it is proved.
+        child "secret" => secret: Option<SecretRef>,
+    }
+}
+
+element! {
+    /// `<source><initiator>`
+    pub struct Initiator {
+        /// `<iqn>`
+        must "iqn" => iqn: Named,
+    }
+}
+
+choices! {
+    /// How content is encrypted.
+    pub enum EncryptionFormat { Default = "default", Qcow = "qcow", Luks = "luks", Luks2 = "luks2", LuksAny = "luks-any", }
+}
+
+element! {
+    /// `<encryption>`
+    pub struct Encryption {
+        /// How.
+        need "format" => format: EncryptionFormat,
+        /// Who does it; `qemu` if absent.
+        attr "engine" => engine: Option<String>,
+        /// `<secret>`
+        children "secret" => secrets: Vec<SecretRef>,
+    }
+}
+
+element! {
+    /// `<source><ssl>`
+    pub struct Ssl {
+        /// The server must prove who it is.
+        yes_no "verify" => verify: Option<bool>,
+    }
+}
+
+element! {
+    /// `<source><cookies>`
+    pub struct Cookies {
+        /// Each.
+        children "cookie" => cookies: Vec<Cookie>,
+    }
+}
+
+element! {
+    /// `<cookie>`
+    pub struct Cookie {
+        /// Its name.
+        need "name" => name: String,
+        /// Its value.
+        text => value: Option<String>,
+    }
+}
+
+element! {
+    /// `<source><readahead>`
+    pub struct Readahead {
+        /// In bytes.
+        need "size" => size: u64,
+    }
+}
+
+element! {
+    /// `<source><timeout>`
+    pub struct Timeout {
+        /// How long the server may take.
+        need "seconds" => seconds: u32,
+    }
+}
+
+element! {
+    /// `<source><reconnect>`
+    pub struct SourceReconnect {
+        /// For how many seconds a connection is sought again.
+        attr "delay" => delay: Option<u32>,
+    }
+}
+
+element! {
+    /// `<source><identity>`
+    pub struct Identity {
+        /// Who logs in.
+        attr "username" => username: Option<String>,
+    }
+}
