@@ -2,6 +2,7 @@
 
 pub mod access;
 pub(crate) mod acl;
+pub mod cgroup;
 mod chain;
 pub mod process;
 pub(crate) mod resolve;

@@ -101,6 +101,7 @@ impl Leavings {
         if let Some(ledger) = &self.ledger {
             ledger.give_back(self.uuid);
         }
+        super::tune::clear(self.uuid);
         // The service removes the folder itself, and complains where that fails.
         let _ = std::fs::remove_file(self.monitor());
         let _ = std::fs::remove_dir_all(self.own_dir());

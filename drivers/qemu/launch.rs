@@ -11,6 +11,7 @@ use super::make;
 use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
+use super::tune::Tuning;
 use crate::host::access::{Ledger, Want};
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
@@ -53,6 +54,8 @@ pub struct Start {
     pub reset_nvram: bool,
     /// See [`Body::ends_on_reboot`].
     pub ends_on_reboot: bool,
+    /// Where its threads run and what they may use.
+    pub tuning: Tuning,
     /// Where secrets are kept.
     pub secrets_dir: PathBuf,
     /// Whom QEMU runs as, with the ledger of what is lent to them; as we do if `None`.
@@ -147,7 +150,7 @@ impl Start {
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone());
         let (monitor, devices) = tokio::select! {
-            up = self.bring_up(&reporter) => up?,
+            up = self.bring_up(&reporter, keeper.process_id()) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
@@ -305,10 +308,13 @@ impl Start {
     }
 
     /// From the process to running CPUs.
-    async fn bring_up(&self, reporter: &Arc<Reporter>) -> Result<(Qmp, Value), DriverError> {
+    async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Qmp, Value), DriverError> {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await.map_err(translate)?;
         for (command, arguments) in &self.command.setup {
             monitor.execute(command, arguments.clone()).await.map_err(translate)?;
+        }
+        if let Some(pid) = pid.filter(|_| !self.tuning.is_none()) {
+            self.tuning.apply(self.uuid, pid, &monitor).await?;
         }
         let devices = monitor.execute("query-chardev", json!({}));
         let devices = if self.paused {

@@ -22,6 +22,7 @@ mod qmp;
 mod record;
 mod report;
 pub mod tap;
+mod tune;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
@@ -122,6 +123,7 @@ impl QemuDriver {
             paused: launch.paused,
             reset_nvram: launch.reset_nvram,
             ends_on_reboot: ends_on_reboot(&live),
+            tuning: tune::Tuning::of(&live),
             secrets_dir: self.0.secrets_dir.clone(),
             user,
             runtime_dir: launch.runtime_dir,

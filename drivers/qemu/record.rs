@@ -80,6 +80,12 @@ impl Keeper {
         written.map_err(|e| DriverError::Storage(format!("the guest's record cannot be written: {e}")))
     }
 
+    /// The number of QEMU's process, once there is one.
+    pub fn process_id(&self) -> Option<i32> {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        record.as_ref()?.process.as_ref().map(|process| process.pid)
+    }
+
     /// The guest has gone: nothing is written from now on. Blocks while something is being written.
     pub fn close(&self) {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).take();

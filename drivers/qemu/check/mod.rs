@@ -12,6 +12,7 @@ mod server;
 mod storage;
 mod table;
 mod tpm;
+mod tune;
 
 pub use table::{Standing, standing};
 
@@ -34,6 +35,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.features_of_the_board();
     check.storage();
     check.throttling();
+    check.tuning();
     check.devices();
     check.filesystems();
     check.board();

@@ -35,7 +35,36 @@ const ACTS: &[(&str, &str)] = &[
     ("numatune", ""),
     ("numatune/memory", "mode nodeset placement"),
     ("numatune/memnode", "cellid mode nodeset"),
-    ("vcpu", "current"),
+    ("cputune", ""),
+    ("cputune/shares", ""),
+    ("cputune/period", ""),
+    ("cputune/quota", ""),
+    ("cputune/global_period", ""),
+    ("cputune/global_quota", ""),
+    ("cputune/emulator_period", ""),
+    ("cputune/emulator_quota", ""),
+    ("cputune/iothread_period", ""),
+    ("cputune/iothread_quota", ""),
+    ("cputune/vcpupin", "vcpu cpuset"),
+    ("cputune/emulatorpin", "cpuset"),
+    ("cputune/iothreadpin", "iothread cpuset"),
+    ("cputune/vcpusched", "vcpus scheduler priority"),
+    ("cputune/emulatorsched", "scheduler priority"),
+    ("cputune/iothreadsched", "iothreads scheduler priority"),
+    ("memtune", ""),
+    ("memtune/hard_limit", "unit"),
+    ("memtune/soft_limit", "unit"),
+    ("memtune/swap_hard_limit", "unit"),
+    ("blkiotune", ""),
+    ("blkiotune/weight", ""),
+    ("blkiotune/device", ""),
+    ("blkiotune/device/path", ""),
+    ("blkiotune/device/weight", ""),
+    ("blkiotune/device/read_iops_sec", ""),
+    ("blkiotune/device/write_iops_sec", ""),
+    ("blkiotune/device/read_bytes_sec", ""),
+    ("blkiotune/device/write_bytes_sec", ""),
+    ("vcpu", "current cpuset"),
     ("vcpus", ""),
     ("vcpus/vcpu", "id enabled"),
     ("iothreads", ""),
@@ -327,7 +356,6 @@ const KEPT: &[(&str, &str)] = &[
 /// Known, and a start is refused, for a reason that is worth more than "not supported".
 const REFUSED: &[(&str, &str)] = &[
     ("os/bios/@useserial", "is not supported by the QEMU driver yet"),
-    ("vcpu/@cpuset", "pinning CPUs is not supported by the QEMU driver yet"),
     ("devices/tpm/backend/encryption", "encrypting a TPM's state is not supported yet: there is no store of secrets"),
     ("devices/tpm/backend/device", "a TPM of the host's cannot be handed to a guest: use type='emulator'"),
     ("devices/hostdev", "host devices cannot be passed to guests yet"),
@@ -449,7 +477,8 @@ mod tests {
         assert_eq!(standing("devices/video/address/@slot"), Standing::Acts);
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
-        for path in ["devices/disk/driver/@iothread", "cputune", "devices/hostdev/address", "devices/disk/source/@pool"]
+        for path in
+            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/address", "devices/disk/source/@pool"]
         {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }

@@ -24,6 +24,8 @@ element! {
     pub struct Vcpu {
         /// Who places them.
         attr "placement" => placement: Option<Placement>,
+        /// The host's CPUs that all of the guest runs on, where nothing else is said.
+        attr "cpuset" => cpus: Option<CpuSet>,
         /// Online at boot; all if absent.
         attr "current" => current: Option<u32>,
         /// The most there can be.

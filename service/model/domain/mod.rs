@@ -21,6 +21,7 @@ pub mod native;
 pub mod os;
 pub mod part;
 pub mod sysinfo;
+pub mod tune;
 pub mod value;
 
 pub use format::vocabulary;
@@ -37,6 +38,7 @@ use os::Os;
 use part::{Part, element};
 use std::collections::{BTreeSet, HashSet};
 use sysinfo::{Genid, Sysinfo};
+use tune::{Blkiotune, Cputune, Memtune};
 use uuid::Uuid;
 use value::{Kib, choices};
 
@@ -76,6 +78,12 @@ element! {
         child "maxMemory" => max_memory: Option<MaxMemory>,
         /// `<memoryBacking>`
         child "memoryBacking" => memory_backing: Option<MemoryBacking>,
+        /// `<cputune>`
+        child "cputune" => cputune: Option<Cputune>,
+        /// `<memtune>`
+        child "memtune" => memtune: Option<Memtune>,
+        /// `<blkiotune>`
+        child "blkiotune" => blkiotune: Option<Blkiotune>,
         /// `<numatune>`
         child "numatune" => numatune: Option<Numatune>,
         /// `<vcpu>`

@@ -1,0 +1,359 @@
+//! Control groups: what of the host the processes of one guest may use. Version 1 (a tree for each controller) and version 2
+//! (one tree), as this host has them mounted.
+//!
+//! Groups are made below our own, so that whoever limits virtd limits its guests too. Version 2 allows no process in a group
+//! that has groups with limits below it, so virtd itself moves into one called `virtd` first.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Where the kernel shows them.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// What a group may use. Sizes in bytes, times in microseconds.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Limits {
+    /// Weight of CPU time beside other groups.
+    pub cpu_shares: Option<u64>,
+    /// CPU time of the whole group.
+    pub cpu: Quota,
+    /// Memory, never more.
+    pub memory: Option<u64>,
+    /// Memory, while the host needs it.
+    pub memory_soft: Option<u64>,
+    /// Memory and swap.
+    pub memory_and_swap: Option<u64>,
+    /// Weight of I/O beside other groups.
+    pub io_weight: Option<u32>,
+    /// By device.
+    pub io: Vec<IoLimits>,
+}
+
+/// CPU time.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quota {
+    /// How long a period is.
+    pub period_us: Option<u64>,
+    /// What may be run in one; negative: no limit.
+    pub quota_us: Option<i64>,
+}
+
+impl Quota {
+    /// Whether nothing is said.
+    pub fn is_none(self) -> bool {
+        self == Quota::default()
+    }
+}
+
+/// I/O of one device.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct IoLimits {
+    /// The device.
+    pub path: PathBuf,
+    /// Weight beside other groups.
+    pub weight: Option<u32>,
+    /// Operations and bytes a second: reads, writes, bytes read, bytes written.
+    pub rates: [Option<u64>; 4],
+}
+
+/// The trees as they are mounted, and our own place in each.
+pub struct Trees {
+    mount: PathBuf,
+    own: String,
+}
+
+/// The group of one guest.
+pub struct Group {
+    version: Version,
+    name: String,
+}
+
+/// Where a guest's groups are made.
+enum Version {
+    /// Controllers and our place in each.
+    One(Vec<(&'static str, PathBuf)>),
+    /// Our place.
+    Two(PathBuf),
+}
+
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "blkio"];
+
+impl Trees {
+    /// Those of this host.
+    pub fn of_host() -> Trees {
+        Trees::at(Path::new(MOUNT), &fs::read_to_string("/proc/self/cgroup").unwrap_or_default())
+    }
+
+    /// Those mounted at `mount`; `own` is what the kernel says of our place.
+    pub fn at(mount: &Path, own: &str) -> Trees {
+        Trees { mount: mount.to_owned(), own: own.to_owned() }
+    }
+
+    /// The group called `name`, which may not exist yet.
+    pub fn group(&self, name: &str) -> Group {
+        let unified = self.mount.join("cgroup.controllers").exists();
+        let version = if unified { Version::Two(self.base()) } else { Version::One(self.controllers()) };
+        Group { version, name: name.to_owned() }
+    }
+
+    /// Our place in the one tree of version 2, or what was before we moved aside.
+    fn base(&self) -> PathBuf {
+        let path = self.own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+        let path = path.strip_suffix("/virtd").unwrap_or(path);
+        self.mount.join(path.trim_start_matches('/'))
+    }
+
+    fn controllers(&self) -> Vec<(&'static str, PathBuf)> {
+        let own = |controller: &&'static str| {
+            let mut lines = self.own.lines().map(|line| line.splitn(3, ':').collect::<Vec<_>>());
+            let line = lines.find(|words| words.len() == 3 && words[1].split(',').any(|word| word == *controller))?;
+            // Controllers mounted together have a link each.
+            let tree = self.mount.join(controller);
+            tree.exists().then(|| (*controller, tree.join(line[2].trim_start_matches('/'))))
+        };
+        CONTROLLERS.iter().filter_map(own).collect()
+    }
+}
+
+impl Group {
+    /// Makes the group, sets what is said in `limits`, and puts the process into it. Errors name the file, and so the
+    /// controller that is missing.
+    pub fn hold(&self, pid: i32, limits: &Limits) -> io::Result<()> {
+        match &self.version {
+            Version::One(controllers) => self.hold_one(controllers, pid, limits),
+            Version::Two(base) => self.hold_two(base, pid, limits),
+        }
+    }
+
+    /// Limits the CPU time of one thread of the process held.
+    pub fn hold_thread(&self, name: &str, thread: i32, quota: Quota) -> io::Result<()> {
+        match &self.version {
+            Version::One(controllers) => {
+                let folder = place(controllers, "cpu")?.join(&self.name).join(name);
+                make(&folder)?;
+                cpu_one(&folder, quota)?;
+                write(&folder.join("tasks"), thread)
+            }
+            Version::Two(base) => {
+                let folder = base.join(&self.name).join(name);
+                make(&folder)?;
+                write(&folder.join("cgroup.type"), "threaded")?;
+                write(&base.join(&self.name).join("cgroup.subtree_control"), "+cpu")?;
+                cpu_two(&folder, quota)?;
+                write(&folder.join("cgroup.threads"), thread)
+            }
+        }
+    }
+
+    /// Removes the group and those of its threads. A group that is not there, or that is still used, is left.
+    pub fn remove(&self) {
+        let places = match &self.version {
+            Version::One(controllers) => controllers.iter().map(|(_, place)| place.join(&self.name)).collect(),
+            Version::Two(base) => vec![base.join(&self.name)],
+        };
+        for place in places {
+            let inner = fs::read_dir(&place).into_iter().flatten().flatten().map(|entry| entry.path());
+            inner.filter(|path| path.is_dir()).for_each(|path| drop(fs::remove_dir(path)));
+            let _ = fs::remove_dir(&place);
+        }
+    }
+
+    fn hold_one(&self, controllers: &[(&'static str, PathBuf)], pid: i32, limits: &Limits) -> io::Result<()> {
+        let folder = |controller: &str| {
+            let folder = place(controllers, controller)?.join(&self.name);
+            make(&folder)?;
+            Ok::<_, io::Error>(folder)
+        };
+        if limits.cpu_shares.is_some() || !limits.cpu.is_none() {
+            let cpu = folder("cpu")?;
+            set(&cpu, "cpu.shares", limits.cpu_shares)?;
+            cpu_one(&cpu, limits.cpu)?;
+            write(&cpu.join("cgroup.procs"), pid)?;
+        }
+        if limits.memory.or(limits.memory_soft).or(limits.memory_and_swap).is_some() {
+            let memory = folder("memory")?;
+            set(&memory, "memory.limit_in_bytes", limits.memory)?;
+            set(&memory, "memory.soft_limit_in_bytes", limits.memory_soft)?;
+            set(&memory, "memory.memsw.limit_in_bytes", limits.memory_and_swap)?;
+            write(&memory.join("cgroup.procs"), pid)?;
+        }
+        if limits.io_weight.is_some() || !limits.io.is_empty() {
+            let blkio = folder("blkio")?;
+            let weight = ["blkio.weight", "blkio.bfq.weight"].into_iter().find(|file| blkio.join(file).exists());
+            set(&blkio, weight.unwrap_or("blkio.weight"), limits.io_weight)?;
+            limits.io.iter().try_for_each(|io| io_one(&blkio, io))?;
+            write(&blkio.join("cgroup.procs"), pid)?;
+        }
+        Ok(())
+    }
+
+    fn hold_two(&self, base: &Path, pid: i32, limits: &Limits) -> io::Result<()> {
+        if base != Path::new(MOUNT) {
+            let aside = base.join("virtd");
+            make(&aside)?;
+            write(&aside.join("cgroup.procs"), 0)?;
+        }
+        let folder = base.join(&self.name);
+        make(&folder)?;
+        let cpu = limits.cpu_shares.is_some() || !limits.cpu.is_none();
+        let memory = limits.memory.or(limits.memory_soft).or(limits.memory_and_swap).is_some();
+        let io = limits.io_weight.is_some() || !limits.io.is_empty();
+        let wanted = [("+cpu", cpu), ("+memory", memory), ("+io", io)];
+        for (controller, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
+            write(&base.join("cgroup.subtree_control"), controller)?;
+        }
+        set(&folder, "cpu.weight", limits.cpu_shares)?;
+        cpu_two(&folder, limits.cpu)?;
+        set(&folder, "memory.max", limits.memory)?;
+        set(&folder, "memory.high", limits.memory_soft)?;
+        let swap = limits.memory_and_swap.map(|both| both.saturating_sub(limits.memory.unwrap_or(0)));
+        set(&folder, "memory.swap.max", swap)?;
+        set(&folder, "io.weight", limits.io_weight.map(|weight| format!("default {weight}")))?;
+        limits.io.iter().try_for_each(|io| io_two(&folder, io))?;
+        write(&folder.join("cgroup.procs"), pid)
+    }
+}
+
+fn place<'a>(controllers: &'a [(&'static str, PathBuf)], name: &str) -> io::Result<&'a Path> {
+    let found = controllers.iter().find(|(controller, _)| *controller == name).map(|(_, place)| &**place);
+    found.ok_or_else(|| {
+        io::Error::new(io::ErrorKind::Unsupported, format!("this host has no cgroup controller '{name}'"))
+    })
+}
+
+fn cpu_one(folder: &Path, quota: Quota) -> io::Result<()> {
+    set(folder, "cpu.cfs_period_us", quota.period_us)?;
+    set(folder, "cpu.cfs_quota_us", quota.quota_us.map(|quota| quota.max(-1)))
+}
+
+fn cpu_two(folder: &Path, quota: Quota) -> io::Result<()> {
+    let most =
+        quota.quota_us.map_or_else(|| "max".to_owned(), |n| if n < 0 { "max".to_owned() } else { n.to_string() });
+    let period = quota.period_us.map(|period| format!(" {period}")).unwrap_or_default();
+    set(folder, "cpu.max", (!quota.is_none()).then(|| format!("{most}{period}")))
+}
+
+fn io_one(folder: &Path, io: &IoLimits) -> io::Result<()> {
+    let device = device_number(&io.path)?;
+    let files = ["read_iops_device", "write_iops_device", "read_bps_device", "write_bps_device"];
+    for (file, rate) in files.into_iter().zip(io.rates) {
+        set(folder, &format!("blkio.throttle.{file}"), rate.map(|rate| format!("{device} {rate}")))?;
+    }
+    set(folder, "blkio.weight_device", io.weight.map(|weight| format!("{device} {weight}")))
+}
+
+fn io_two(folder: &Path, io: &IoLimits) -> io::Result<()> {
+    let device = device_number(&io.path)?;
+    for (key, rate) in ["riops", "wiops", "rbps", "wbps"].into_iter().zip(io.rates) {
+        set(folder, "io.max", rate.map(|rate| format!("{device} {key}={rate}")))?;
+    }
+    set(folder, "io.weight", io.weight.map(|weight| format!("{device} {weight}")))
+}
+
+/// `major:minor` of a block device.
+fn device_number(path: &Path) -> io::Result<String> {
+    use std::os::unix::fs::{FileTypeExt, MetadataExt};
+    let meta = fs::metadata(path).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;
+    if !meta.file_type().is_block_device() {
+        let why = format!("{} is not a block device", path.display());
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+    }
+    Ok(format!("{}:{}", rustix::fs::major(meta.rdev()), rustix::fs::minor(meta.rdev())))
+}
+
+fn make(folder: &Path) -> io::Result<()> {
+    match fs::create_dir(folder) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => {
+            Err(io::Error::new(e.kind(), format!("{}: {e}", folder.display())))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn set(folder: &Path, file: &str, value: Option<impl std::fmt::Display>) -> io::Result<()> {
+    value.map_or(Ok(()), |value| write(&folder.join(file), value))
+}
+
+fn write(file: &Path, value: impl std::fmt::Display) -> io::Result<()> {
+    let open = fs::File::options().write(true).open(file);
+    let written = open.and_then(|mut file| io::Write::write_all(&mut file, value.to_string().as_bytes()));
+    written.map_err(|e| io::Error::new(e.kind(), format!("{} = {value}: {e}", file.display())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ALL: Limits = Limits {
+        cpu_shares: Some(512),
+        cpu: Quota { period_us: Some(100_000), quota_us: Some(-1) },
+        memory: Some(1 << 30),
+        memory_soft: Some(1 << 29),
+        memory_and_swap: Some(3 << 30),
+        io_weight: Some(300),
+        io: Vec::new(),
+    };
+
+    /// Files as the kernel would show them in a new group.
+    fn files(folder: &Path, names: &[&str]) {
+        fs::create_dir_all(folder).unwrap();
+        names.iter().for_each(|name| fs::write(folder.join(name), "").unwrap());
+    }
+
+    fn said(folder: &Path, file: &str) -> String {
+        fs::read_to_string(folder.join(file)).unwrap()
+    }
+
+    #[test]
+    fn version_one_has_a_tree_for_each_controller() {
+        let mount = tempfile::tempdir().unwrap();
+        let at = |path: &str| mount.path().join(path);
+        files(&at("cpu/own/guest"), &["cpu.shares", "cpu.cfs_period_us", "cpu.cfs_quota_us", "cgroup.procs"]);
+        files(&at("cpu/own/guest/vcpu0"), &["cpu.cfs_period_us", "cpu.cfs_quota_us", "tasks"]);
+        let memory =
+            ["memory.limit_in_bytes", "memory.soft_limit_in_bytes", "memory.memsw.limit_in_bytes", "cgroup.procs"];
+        files(&at("memory/guest"), &memory);
+        files(&at("blkio/guest"), &["blkio.bfq.weight", "cgroup.procs"]);
+        let trees = Trees::at(mount.path(), "3:cpu,cpuacct:/own\n2:memory:/\n1:blkio:/\n0::/\n");
+        let group = trees.group("guest");
+        group.hold(42, &ALL).unwrap();
+        group.hold_thread("vcpu0", 43, Quota { period_us: None, quota_us: Some(5000) }).unwrap();
+        let cpu = at("cpu/own/guest");
+        assert_eq!((said(&cpu, "cpu.shares"), said(&cpu, "cpu.cfs_quota_us")), ("512".into(), "-1".into()));
+        assert_eq!(said(&cpu, "cgroup.procs"), "42");
+        assert_eq!((said(&cpu, "vcpu0/cpu.cfs_quota_us"), said(&cpu, "vcpu0/tasks")), ("5000".into(), "43".into()));
+        assert_eq!(said(&at("memory/guest"), "memory.memsw.limit_in_bytes"), (3_u64 << 30).to_string());
+        assert_eq!(said(&at("blkio/guest"), "blkio.bfq.weight"), "300");
+        let poor = Trees::at(mount.path(), "2:memory:/\n").group("guest");
+        assert!(poor.hold(42, &ALL).unwrap_err().to_string().contains("no cgroup controller 'cpu'"));
+    }
+
+    #[test]
+    fn version_two_has_one_tree_and_we_move_aside() {
+        let mount = tempfile::tempdir().unwrap();
+        let base = mount.path().join("system.slice/virtd.service");
+        fs::write(mount.path().join("cgroup.controllers"), "cpu").unwrap();
+        files(&base, &["cgroup.subtree_control"]);
+        files(&base.join("virtd"), &["cgroup.procs"]);
+        let all =
+            ["cpu.weight", "cpu.max", "memory.max", "memory.high", "memory.swap.max", "io.weight", "cgroup.procs"];
+        files(&base.join("guest"), &all);
+        files(&base.join("guest"), &["cgroup.subtree_control"]);
+        files(&base.join("guest/vcpu0"), &["cgroup.type", "cpu.max", "cgroup.threads"]);
+        for own in ["0::/system.slice/virtd.service\n", "0::/system.slice/virtd.service/virtd\n"] {
+            let group = Trees::at(mount.path(), own).group("guest");
+            group.hold(42, &ALL).unwrap();
+            group.hold_thread("vcpu0", 43, Quota { period_us: Some(1000), quota_us: Some(500) }).unwrap();
+        }
+        let guest = base.join("guest");
+        assert_eq!((said(&guest, "cpu.max"), said(&guest, "cpu.weight")), ("max 100000".into(), "512".into()));
+        assert_eq!(said(&guest, "memory.swap.max"), (2_u64 << 30).to_string());
+        assert_eq!(said(&guest, "io.weight"), "default 300");
+        assert_eq!(
+            (said(&guest, "vcpu0/cpu.max"), said(&guest, "vcpu0/cgroup.threads")),
+            ("500 1000".into(), "43".into())
+        );
+        assert_eq!(said(&base, "virtd/cgroup.procs"), "0");
+    }
+}

@@ -1,0 +1,228 @@
+//! Where a guest's threads run and what they may use: set between the monitor's hello and the first instruction.
+
+use super::qmp::Qmp;
+use crate::host::cgroup::{IoLimits, Limits, Quota, Trees};
+use nix::sched::{CpuSet as Mask, sched_setaffinity};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+use uuid::Uuid;
+use virt_model::domain::DomainDef;
+use virt_model::domain::tune::Policy;
+use virt_model::domain::value::CpuSet;
+use virt_model::driver::DriverError;
+
+/// What is asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Tuning {
+    /// Of the whole guest.
+    pub limits: Limits,
+    /// Of threads, by kind and number; all but vCPUs and I/O threads together are the emulator.
+    pub threads: BTreeMap<ThreadKind, Care>,
+}
+
+/// A kind of thread, with its number; `None` is said for those that have nothing of their own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum ThreadKind {
+    /// All that is neither of the others.
+    Emulator,
+    /// A vCPU.
+    Vcpu(u32),
+    /// An I/O thread.
+    Iothread(u32),
+}
+
+/// What is asked for one thread.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Care {
+    /// The host's CPUs.
+    pub cpus: Option<CpuSet>,
+    /// Policy and priority.
+    pub scheduling: Option<(Policy, i32)>,
+    /// CPU time.
+    pub quota: Quota,
+}
+
+impl Tuning {
+    /// What the definition asks for.
+    pub fn of(def: &DomainDef) -> Tuning {
+        let mut threads = BTreeMap::new();
+        let vcpus = (0..def.maximum_vcpus()).map(ThreadKind::Vcpu);
+        let all =
+            vcpus.chain(def.iothread_numbers().into_iter().map(ThreadKind::Iothread)).chain([ThreadKind::Emulator]);
+        for kind in all {
+            let care = care(def, kind);
+            if care != Care::default() {
+                threads.insert(kind, care);
+            }
+        }
+        Tuning { limits: limits(def), threads }
+    }
+
+    /// Whether nothing is asked for.
+    pub fn is_none(&self) -> bool {
+        *self == Tuning::default()
+    }
+
+    fn needs_group(&self) -> bool {
+        self.limits != Limits::default() || self.threads.values().any(|care| !care.quota.is_none())
+    }
+
+    /// Sets all of it for the guest whose QEMU is `pid`. Errors name what could not be set, and the remedy.
+    pub async fn apply(&self, guest: Uuid, pid: i32, monitor: &Qmp) -> Result<(), DriverError> {
+        let vcpus =
+            threads_of(monitor, "query-cpus-fast", |cpu| Some(ThreadKind::Vcpu(number(cpu, "cpu-index")?))).await?;
+        let io = threads_of(monitor, "query-iothreads", |thread| {
+            let id = thread.get("id")?.as_str()?.strip_prefix("iothread")?;
+            Some(ThreadKind::Iothread(id.parse().ok()?))
+        });
+        let known: Vec<(ThreadKind, i32)> = vcpus.into_iter().chain(io.await?).collect();
+        let tuning = self.clone();
+        super::record::blocking(move || tuning.set(guest, pid, known)).await?
+    }
+
+    fn set(&self, guest: Uuid, pid: i32, mut threads: Vec<(ThreadKind, i32)>) -> Result<(), DriverError> {
+        let group = Trees::of_host().group(&group_name(guest));
+        if self.needs_group() {
+            group.hold(pid, &self.limits).map_err(|e| failed("limits cannot be set", &e))?;
+        }
+        let named: BTreeSet<i32> = threads.iter().map(|(_, id)| *id).collect();
+        let others = all_threads(pid).into_iter().filter(|id| !named.contains(id));
+        threads.extend(others.map(|id| (ThreadKind::Emulator, id)));
+        for (kind, id) in threads {
+            let Some(care) = self.threads.get(&kind) else { continue };
+            if let Some(cpus) = &care.cpus {
+                pin(id, cpus)?;
+            }
+            if let Some((policy, priority)) = care.scheduling {
+                schedule(id, policy, priority)?;
+            }
+            if !care.quota.is_none() {
+                let limited = group.hold_thread(&thread_group(kind), id, care.quota);
+                limited.map_err(|e| failed("the CPU time of a thread cannot be limited", &e))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Removes what a guest that has gone had. Blocks.
+pub fn clear(guest: Uuid) {
+    Trees::of_host().group(&group_name(guest)).remove();
+}
+
+fn group_name(guest: Uuid) -> String {
+    format!("virt-{guest}")
+}
+
+fn thread_group(kind: ThreadKind) -> String {
+    match kind {
+        ThreadKind::Emulator => "emulator".to_owned(),
+        ThreadKind::Vcpu(n) => format!("vcpu{n}"),
+        ThreadKind::Iothread(n) => format!("iothread{n}"),
+    }
+}
+
+fn limits(def: &DomainDef) -> Limits {
+    let (cpu, memory, io) = (def.cputune.as_ref(), def.memtune.as_ref(), def.blkiotune.as_ref());
+    let bytes = |size: Option<virt_model::domain::value::Kib>| size.map(|size| size.0.saturating_mul(1024));
+    let devices = io.iter().flat_map(|io| &io.devices).map(|device| IoLimits {
+        path: PathBuf::from(device.path.as_deref().unwrap_or_default()),
+        weight: device.weight,
+        rates: [device.reads, device.writes, device.bytes_read, device.bytes_written],
+    });
+    Limits {
+        cpu_shares: cpu.and_then(|cpu| cpu.shares),
+        cpu: Quota {
+            period_us: cpu.and_then(|cpu| cpu.global_period_us),
+            quota_us: cpu.and_then(|cpu| cpu.global_quota_us),
+        },
+        memory: bytes(memory.and_then(|memory| memory.hard)),
+        memory_soft: bytes(memory.and_then(|memory| memory.soft)),
+        memory_and_swap: bytes(memory.and_then(|memory| memory.swap_hard)),
+        io_weight: io.and_then(|io| io.weight),
+        io: devices.collect(),
+    }
+}
+
+fn care(def: &DomainDef, kind: ThreadKind) -> Care {
+    let all = def.vcpu.as_ref().and_then(|vcpu| vcpu.cpus.clone());
+    let Some(tune) = &def.cputune else { return Care { cpus: all, ..Care::default() } };
+    let policy = |policy: Policy, priority: Option<i32>| (policy, priority.unwrap_or(0));
+    let (own, scheduling, period_us, quota_us) = match kind {
+        ThreadKind::Emulator => (
+            tune.emulator.as_ref().map(|pin| &pin.cpus),
+            tune.emulator_scheduling.as_ref().map(|s| policy(s.policy, s.priority)),
+            tune.emulator_period_us,
+            tune.emulator_quota_us,
+        ),
+        ThreadKind::Vcpu(n) => (
+            tune.vcpus.iter().find(|pin| pin.vcpu == n).map(|pin| &pin.cpus),
+            tune.vcpu_scheduling.iter().find(|s| s.vcpus.0.contains(&n)).map(|s| policy(s.policy, s.priority)),
+            tune.period_us,
+            tune.quota_us,
+        ),
+        ThreadKind::Iothread(n) => (
+            tune.iothreads.iter().find(|pin| pin.iothread == n).map(|pin| &pin.cpus),
+            tune.iothread_scheduling.iter().find(|s| s.iothreads.0.contains(&n)).map(|s| policy(s.policy, s.priority)),
+            tune.iothread_period_us,
+            tune.iothread_quota_us,
+        ),
+    };
+    Care { cpus: own.cloned().or(all), scheduling, quota: Quota { period_us, quota_us } }
+}
+
+async fn threads_of(
+    monitor: &Qmp,
+    command: &str,
+    kind: impl Fn(&Value) -> Option<ThreadKind>,
+) -> Result<Vec<(ThreadKind, i32)>, DriverError> {
+    let answer = monitor.execute(command, json!({})).await.map_err(super::instance::translate)?;
+    let thread = |entry: &Value| Some((kind(entry)?, i32::try_from(number(entry, "thread-id")?).ok()?));
+    Ok(answer.as_array().into_iter().flatten().filter_map(thread).collect())
+}
+
+fn number(entry: &Value, key: &str) -> Option<u32> {
+    entry.get(key)?.as_u64()?.try_into().ok()
+}
+
+fn all_threads(pid: i32) -> Vec<i32> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+}
+
+fn pin(thread: i32, cpus: &CpuSet) -> Result<(), DriverError> {
+    let mut mask = Mask::new();
+    for cpu in &cpus.0 {
+        let beyond =
+            |_| DriverError::Unsupported(format!("threads cannot be bound to CPU {cpu}: there is no such CPU"));
+        mask.set(*cpu as usize).map_err(beyond)?;
+    }
+    let bound = sched_setaffinity(Pid::from_raw(thread), &mask);
+    bound.map_err(|e| {
+        use virt_model::domain::value::Value as _;
+        DriverError::Unsupported(format!("threads cannot be bound to the CPUs {}: {e}", cpus.to_text()))
+    })
+}
+
+fn schedule(thread: i32, policy: Policy, priority: i32) -> Result<(), DriverError> {
+    let number = match policy {
+        Policy::Batch => libc::SCHED_BATCH,
+        Policy::Idle => libc::SCHED_IDLE,
+        Policy::Fifo => libc::SCHED_FIFO,
+        Policy::Rr => libc::SCHED_RR,
+    };
+    let parameters = libc::sched_param { sched_priority: priority };
+    // SAFETY: reads a value on this stack.
+    if unsafe { libc::sched_setscheduler(thread, number, &parameters) } == 0 {
+        return Ok(());
+    }
+    let e = std::io::Error::last_os_error();
+    Err(DriverError::Unsupported(format!("threads cannot be scheduled by '{policy}': {e}")))
+}
+
+fn failed(what: &str, error: &std::io::Error) -> DriverError {
+    let remedy = "virtd needs the right to make control groups (the system bus, and Delegate=yes in its unit)";
+    DriverError::Unsupported(format!("{what}: {error}; {remedy}"))
+}
