@@ -10,7 +10,7 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
-use virt_model::driver::{Condition, Driver, Reconnect, Reconnected};
+use virt_model::driver::{Condition, DomainEnd, Driver, Reconnect, Reconnected};
 use virt_model::state::{DomainState, PmSuspended, StateReason, Suspended};
 
 /// How many guests are reconnected, or started, at once.
@@ -107,7 +107,7 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status) -> Result<
             domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
             tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
         }
-        None => has_gone(shared, uuid, &live).await?,
+        None => has_gone(shared, uuid, driver.as_ref(), &live).await?,
     }
     Ok(())
 }
@@ -133,11 +133,14 @@ fn domain_of(shared: &Arc<Shared>, driver: Arc<dyn Driver>, live: &DomainDef, st
 }
 
 /// A guest ended while virtd was away, or its start was cut off.
-async fn has_gone(shared: &Arc<Shared>, uuid: Uuid, live: &DomainDef) -> Result<()> {
+async fn has_gone(shared: &Arc<Shared>, uuid: Uuid, driver: &dyn Driver, live: &DomainDef) -> Result<()> {
     tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
     if let Some(domain) = shared.registry.get(uuid) {
         domain.ended_unseen(StateReason::Daemon, now_usec()).await;
         return Ok(());
+    }
+    if let Err(error) = driver.remove_belongings(live, DomainEnd::Transient).await {
+        tracing::warn!(%uuid, name = live.name, %error, "what belongs to it cannot be removed");
     }
     shared.forget_guest(uuid).await
 }

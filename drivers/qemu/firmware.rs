@@ -6,6 +6,7 @@
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::features::{Features, Smm};
 use virt_model::domain::os::{FirmwareFeature, FirmwareFeatures, FirmwareKind, Loader, LoaderKind, Nvram, Os};
@@ -296,17 +297,22 @@ fn find_template(os: &mut Os, firmware: &Firmware) {
     }
 }
 
-/// Says where the variables are kept that no file is named for, below `folder`: by the domain's uuid, which a new name
+/// Says where the variables are kept that no file is named for, below `state_dir`: by the domain's uuid, which a new name
 /// does not change.
-pub fn place_variables(def: &mut DomainDef, folder: &Path) {
-    let uuid = def.uuid;
+pub fn place_variables(def: &mut DomainDef, state_dir: &Path) {
+    let [qcow2, raw] = variables_below(state_dir, def.uuid);
     let Some(nvram) = def.os.nvram.as_mut().filter(|nvram| nvram.path.is_none()) else { return };
     if nvram.template.is_none() {
         return;
     }
     let format = nvram.format.get_or_insert_with(|| STORE_FORMAT.to_owned());
-    let suffix = if format == "qcow2" { "qcow2" } else { "fd" };
-    nvram.path = Some(folder.join(format!("{uuid}_VARS.{suffix}")).to_string_lossy().into_owned());
+    let path = if format == "qcow2" { qcow2 } else { raw };
+    nvram.path = Some(path.to_string_lossy().into_owned());
+}
+
+/// Where a guest's variables may be that no file was named for: in qcow2, and raw.
+pub fn variables_below(state_dir: &Path, guest: Uuid) -> [PathBuf; 2] {
+    ["qcow2", "fd"].map(|suffix| state_dir.join("nvram").join(format!("{guest}_VARS.{suffix}")))
 }
 
 /// Whether a name fits a shell pattern; descriptors use `*` only, and `?` costs nothing.
@@ -364,7 +370,7 @@ mod tests {
         assert_eq!((loader.secure, loader.readonly), (Some(true), Some(true)));
         assert!(def.features.as_ref().unwrap().smm.as_ref().unwrap().is_on());
         let nvram = def.os.nvram.clone().unwrap();
-        assert_eq!(nvram.path.unwrap(), format!("/state/{}_VARS.qcow2", def.uuid));
+        assert_eq!(nvram.path.unwrap(), format!("/state/nvram/{}_VARS.qcow2", def.uuid));
         assert_eq!(nvram.template_format.as_deref(), Some("raw"));
         let before = def.clone();
         choose(&mut def, &[]);

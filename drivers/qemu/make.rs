@@ -44,9 +44,7 @@ pub fn folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
 
 /// The same, without what may be in it.
 pub fn empty_folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    if std::fs::symlink_metadata(path).is_ok() {
-        std::fs::remove_dir_all(Place::resolve(path, user.is_some())?.path())?;
-    }
+    remove(path, user.is_some()).map_err(io::Error::other)?;
     folder(path, user)
 }
 
@@ -146,9 +144,17 @@ fn convert(from: File, to: &mut File) -> io::Result<()> {
     Err(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned()))
 }
 
-/// Removes the firmware's variables; `wary` as in [`Place::resolve`].
-pub fn remove_variables(path: &Path, wary: bool) -> io::Result<()> {
-    std::fs::remove_file(Place::resolve(path, wary)?.path())
+/// Removes a file, or a folder with all that is in it, if it is there; `wary` as in [`Place::resolve`].
+pub fn remove(path: &Path, wary: bool) -> Result<(), DriverError> {
+    let removed = match std::fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => Err(e),
+        Ok(there) => Place::resolve(path, wary).and_then(|place| match there.is_dir() {
+            true => std::fs::remove_dir_all(place.path()),
+            false => std::fs::remove_file(place.path()),
+        }),
+    };
+    removed.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
 }
 
 #[cfg(test)]
@@ -189,7 +195,8 @@ mod tests {
         assert!(make("large").unwrap_err().contains("bytes"));
         make("good").unwrap();
         assert_eq!(std::fs::read_to_string(at("vars/own")).unwrap(), "variables");
-        remove_variables(&at("vars/own"), false).unwrap();
+        remove(&at("vars/own"), false).unwrap();
+        remove(&at("vars/own"), false).unwrap();
         assert!(!at("vars/own").exists());
     }
 }

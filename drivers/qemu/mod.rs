@@ -39,7 +39,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
-use virt_model::driver::{Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
+use virt_model::driver::{DomainEnd, Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
 use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Drives QEMU on this host.
@@ -52,8 +52,8 @@ struct Inner {
     privileges: Privileges,
     /// Where secrets are kept.
     secrets_dir: PathBuf,
-    /// Where firmware variables are that have no other place.
-    variables: PathBuf,
+    /// Where is what belongs to guests and has no other place.
+    state_dir: PathBuf,
 }
 
 /// Whom QEMU runs as.
@@ -86,7 +86,7 @@ impl QemuDriver {
             ports: Ports::default(),
             privileges,
             secrets_dir: config.secrets_dir.clone(),
-            variables: config.state_dir.join("nvram"),
+            state_dir: config.state_dir.clone(),
         }))
     }
 
@@ -151,7 +151,7 @@ impl Driver for QemuDriver {
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
         complete::complete(def, &caps).map_err(DriverError::Config)?;
-        firmware::place_variables(def, &self.0.variables);
+        firmware::place_variables(def, &self.0.state_dir);
         Ok(())
     }
 
@@ -186,12 +186,20 @@ impl Driver for QemuDriver {
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
     }
 
-    async fn remove_variables(&self, path: &Path) -> Result<(), DriverError> {
-        let (path, wary) = (path.to_owned(), matches!(self.0.privileges, Privileges::Drop { .. }));
-        record::blocking(move || {
-            make::remove_variables(&path, wary).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
-        })
-        .await?
+    async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
+        let all = self.0.belongings(def);
+        blocking(move || all.into_iter().filter(|path| path.exists()).collect()).await.unwrap_or_default()
+    }
+
+    async fn remove_belongings(&self, def: &DomainDef, end: DomainEnd) -> Result<(), DriverError> {
+        let kept = def.devices.tpms.iter().any(|tpm| tpm.backend.persistent_state == Some(true));
+        let gone = match end {
+            DomainEnd::Undefined => self.0.belongings(def),
+            DomainEnd::Transient if kept => return Ok(()),
+            DomainEnd::Transient => vec![command::tpm_state(&self.0.state_dir, def.uuid)],
+        };
+        let wary = matches!(self.0.privileges, Privileges::Drop { .. });
+        blocking(move || gone.iter().try_for_each(|path| make::remove(path, wary))).await?
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {
@@ -224,6 +232,22 @@ impl Driver for QemuDriver {
         let leavings = Leavings { uuid: found.live.uuid, runtime_dir: found.runtime_dir.clone(), ledger };
         let ends_on_reboot = ends_on_reboot(&found.live);
         find::Search { found, ends_on_reboot, leavings }.run().await
+    }
+}
+
+impl Inner {
+    /// What may be on disk of that guest alone. What an earlier definition of it had made is among it; the folder of a TPM
+    /// that a definition names is not: whoever named it may keep more in it.
+    fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
+        let named = def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
+        let mut all: Vec<PathBuf> = named.into_iter().collect();
+        for path in firmware::variables_below(&self.state_dir, def.uuid) {
+            if !all.contains(&path) {
+                all.push(path);
+            }
+        }
+        all.push(command::tpm_state(&self.state_dir, def.uuid));
+        all
     }
 }
 

@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::job::lock;
 use crate::store::{Note, on_disk};
-use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::DomainEnd;
 use virt_model::state::{Defined, Lifecycle, Undefined};
 use virt_model::xml::shorten;
 
@@ -31,7 +31,7 @@ pub struct UndefineOptions {
     pub managed_save: bool,
     /// The snapshots' metadata.
     pub snapshots_metadata: bool,
-    /// The firmware variables.
+    /// The firmware variables and the state of a TPM.
     pub nvram: bool,
 }
 
@@ -108,12 +108,8 @@ impl Domain {
             let _turn = self.begin(caller, Action::Delete, "undefine").await?;
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
-            let variables = self.firmware_variables(&stored, live.is_some(), options)?;
             // First what may fail, and may be tried again while the configuration still says where it is.
-            if let Some(file) = variables {
-                let removed = self.driver.remove_variables(&file).await;
-                removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))?;
-            }
+            self.remove_belongings(&stored, live.is_some(), options).await?;
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || shared.store.remove_definition(uuid)).await?;
             self.commit(|state| {
@@ -128,25 +124,39 @@ impl Domain {
         .await
     }
 
-    /// The file of firmware variables that is to be removed before the configuration that names it.
-    fn firmware_variables(
-        &self,
-        stored: &DomainDef,
-        active: bool,
-        options: UndefineOptions,
-    ) -> Result<Option<PathBuf>> {
-        let path = stored.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
-        match path.filter(|path| path.exists()) {
-            Some(path) if !options.nvram => Err(Error::OperationInvalid(format!(
-                "domain '{}' has firmware variables in {}; pass the option 'nvram' to remove them with it",
-                self.name(),
-                path.display()
-            ))),
-            Some(_) if active => Err(Error::OperationInvalid(format!(
-                "the running domain '{}' uses its firmware variables; shut it down before they are removed",
+    /// Removes firmware variables and the state of a TPM before the configuration that names them; refuses where they are
+    /// there and are not to be removed, or are in use.
+    async fn remove_belongings(&self, stored: &DomainDef, active: bool, options: UndefineOptions) -> Result<()> {
+        let belongings = self.driver.belongings(stored).await;
+        if belongings.is_empty() {
+            return Ok(());
+        }
+        let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
+        if !options.nvram {
+            return Err(Error::OperationInvalid(format!(
+                "domain '{}' has firmware variables or the state of a TPM in {named}; pass the option 'nvram' to remove \
+                 them with it",
                 self.name()
-            ))),
-            file => Ok(file),
+            )));
+        }
+        if active {
+            return Err(Error::OperationInvalid(format!(
+                "the running domain '{}' uses {named}; shut it down before they are removed",
+                self.name()
+            )));
+        }
+        let removed = self.driver.remove_belongings(stored, DomainEnd::Undefined).await;
+        removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))
+    }
+
+    /// Removes what goes with the end of a transient domain whose guest `live` was.
+    pub(super) async fn forget_transient(&self, live: &DomainDef) {
+        let transient = {
+            let state = lock(&self.state);
+            state.stored.is_none() && !state.being_stored
+        };
+        if transient && let Err(error) = self.driver.remove_belongings(live, DomainEnd::Transient).await {
+            tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "what belongs to it cannot be removed");
         }
     }
 

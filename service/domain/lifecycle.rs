@@ -175,6 +175,7 @@ impl Domain {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
         let (events, reports) = mpsc::unbounded_channel();
+        let asked = def.clone();
         let launch = Launch {
             def,
             paused: options.paused,
@@ -190,6 +191,7 @@ impl Domain {
             Ok(running) => self.became_active(id, running, status, options, caller, reports).await,
             Err(e) => {
                 status.close();
+                self.forget_transient(&asked).await;
                 self.shared.forget_guest(uuid).await?;
                 Err(match e {
                     DriverError::Cancelled => self.start_cancelled(),

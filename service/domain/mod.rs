@@ -380,6 +380,7 @@ impl Domain {
         let Some(guest) = self.guest().ok().filter(|g| g.id == id) else { return };
         let (stopped, reason) = verdict(guest.ending, exit);
         let since_usec = now_usec();
+        self.forget_transient(&guest.live).await;
         self.forget_guest(Some(guest.status), reason, since_usec).await;
         self.commit(|state| {
             state.guest = None;

@@ -40,8 +40,15 @@ pub trait Driver: Send + Sync {
     /// The `<capabilities>` document of host and driver.
     async fn capabilities(&self) -> Result<String, DriverError>;
 
-    /// Removes the firmware variables at `path`, which are a guest's own. A driver that makes none leaves what is there.
-    async fn remove_variables(&self, _path: &std::path::Path) -> Result<(), DriverError> {
+    /// What is on disk of this guest alone, outlives its runs and is no disk: firmware variables, the state of a TPM.
+    async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
+        let variables = def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
+        variables.into_iter().filter(|path| path.exists()).collect()
+    }
+
+    /// Removes of them what goes with that end of the domain; the guest does not run. A driver that makes none leaves what
+    /// is there.
+    async fn remove_belongings(&self, _def: &DomainDef, _end: DomainEnd) -> Result<(), DriverError> {
         Ok(())
     }
 
@@ -58,6 +65,15 @@ pub trait Driver: Send + Sync {
     /// Finds a guest that outlived the last virtd, from what [`Recorder::record`] was last given. A guest whose start was
     /// cut off is ended, and `None` returned, as for one that has gone; either way its leavings are cleaned up.
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError>;
+}
+
+/// How a domain ceases to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DomainEnd {
+    /// It was undefined together with what belongs to it: all of it goes.
+    Undefined,
+    /// It was transient, and its guest has ended: the state of a TPM goes unless the definition keeps it.
+    Transient,
 }
 
 /// What `start` needs to know.
