@@ -1,6 +1,6 @@
 //! How hypervisors are moved. One folder each.
 
-mod host;
+pub mod host;
 pub mod qemu;
 pub mod test;
 

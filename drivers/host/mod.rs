@@ -8,4 +8,5 @@ pub mod process;
 pub(crate) mod resolve;
 pub mod secret;
 pub mod spawn;
+pub mod tap;
 pub mod user;

@@ -142,7 +142,7 @@ impl Start {
         let mut prepared = blocking(move || start.prepare()).await??;
         made.log = Some(prepared.log.clone());
         for tap in &self.command.taps {
-            prepared.gifts.push((tap.fd, super::tap::open(&tap.bridge).await?));
+            prepared.gifts.extend(super::tap::open(tap).await?);
         }
         self.lend().await?;
         self.companions(keeper, &mut prepared, made).await?;

@@ -1,4 +1,4 @@
-//! Network devices on a bridge of the host, opened by QEMU's own setuid helper.
+//! Network devices of the host: made by us on the system bus, and by QEMU's own setuid helper for everybody else.
 //!
 //! QEMU could run the helper itself (`-netdev bridge`), but not behind its seccomp fence: that forbids new processes and
 //! new privileges, and we do not open the fence for it. So the helper is run beforehand; it hands the open device over a
@@ -12,6 +12,10 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
+use super::command::Tap;
+use super::companion::Gifts;
+use super::record::blocking;
+use crate::host::tap::TapPlan;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::process::Command;
 use virt_model::driver::DriverError;
@@ -32,10 +36,40 @@ pub fn helper() -> Option<PathBuf> {
     HELPERS.iter().map(PathBuf::from).find(|path| path.exists())
 }
 
-/// Opens a new network device plugged into `bridge`. It disappears when the last copy of the descriptor is closed.
-pub async fn open(bridge: &str) -> Result<OwnedFd, DriverError> {
-    let helper = helper().ok_or_else(|| DriverError::Unsupported("qemu-bridge-helper is not installed".to_owned()))?;
-    open_with(&helper, bridge).await
+/// Opens what the guest's network card is plugged into; each descriptor with its number in QEMU. It disappears when the last
+/// copies of the descriptors are closed. We make it ourselves where we may; else QEMU's helper does.
+pub async fn open(tap: &Tap) -> Result<Gifts, DriverError> {
+    let by_helper = !nix::unistd::geteuid().is_root();
+    let opened = match &tap.plan.bridge {
+        Some(bridge) if by_helper => {
+            let helper = helper();
+            let helper =
+                helper.ok_or_else(|| DriverError::Unsupported("qemu-bridge-helper is not installed".to_owned()))?;
+            vec![open_with(&helper, bridge).await?]
+        }
+        _ => make(tap.plan.clone()).await?,
+    };
+    let mut gifts: Gifts = tap.fds.iter().copied().zip(opened).collect();
+    for fd in &tap.vhost_fds {
+        let opened = std::fs::File::options().read(true).write(true).open("/dev/vhost-net");
+        let opened = opened.map_err(|e| {
+            DriverError::Unsupported(format!(
+                "/dev/vhost-net: {e}; load the module vhost_net, or use <driver name='qemu'/>"
+            ))
+        })?;
+        gifts.push((*fd, opened.into()));
+    }
+    Ok(gifts)
+}
+
+async fn make(plan: TapPlan) -> Result<Vec<OwnedFd>, DriverError> {
+    let what = match (&plan.bridge, &plan.name) {
+        (Some(bridge), _) => format!("on bridge '{bridge}'"),
+        (None, Some(name)) => format!("'{name}'"),
+        (None, None) => "for the guest".to_owned(),
+    };
+    let made = blocking(move || crate::host::tap::open(&plan)).await?;
+    made.map_err(|e| DriverError::Hypervisor(format!("no network device {what}: {e}")))
 }
 
 async fn open_with(helper: &Path, bridge: &str) -> Result<OwnedFd, DriverError> {

@@ -41,7 +41,7 @@ fn show(command: &Command) -> String {
     lines.extend(
         command.nvram.iter().map(|n| format!("# nvram {} in {} from {:?}", n.path.display(), n.format, n.template)),
     );
-    lines.extend(command.taps.iter().map(|tap| format!("# tap {} on {}", tap.fd, tap.bridge)));
+    lines.extend(command.taps.iter().map(|tap| format!("# tap {:?} {:?} {:?}", tap.fds, tap.vhost_fds, tap.plan)));
     lines.extend(command.companions.iter().flat_map(beside));
     lines.extend(command.secrets.iter().map(|secret| format!("# secret {} {:?}", secret.fd, secret.content)));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
@@ -264,6 +264,19 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
         (disk("<transient/>"), "<transient>"),
+        (device("<interface type='direct'><source dev='eth0'/></interface>"), "type='direct' are not supported"),
+        (device("<interface type='udp'><source address='1.2.3.4' port='1'/></interface>"), "needs <local> with a port"),
+        (device("<interface type='user'><ip address='1.2.3'/></interface>"), "no address of the family"),
+        (device("<interface type='user'><portForward proto='tcp'/></interface>"), "<backend type='passt'/>"),
+        (
+            device("<interface type='user'><driver queues='2'/></interface>"),
+            "several queues are for virtio cards on a bridge",
+        ),
+        (device("<interface type='user'><target dev='mine'/></interface>"), "a name of its own only on the system bus"),
+        (
+            device("<interface type='bridge'><source bridge='b'/><bandwidth><inbound/></bandwidth></interface>"),
+            "an average above 0",
+        ),
         (device("<input type='evdev'/>"), "the path of the host's device"),
         (device("<graphics type='dbus'/>"), "need p2p='yes'"),
         (device("<graphics type='vnc' passwd='x' passwdValidTo='soon'/>"), "a time in UTC such as"),

@@ -21,7 +21,7 @@ use virt_drivers::qemu::companion::{Gifts, Role};
 use virt_model::driver::Driver;
 
 /// What QEMU says when all is well.
-const CHATTER: [&str; 2] = ["doesn't support requested feature", "char device redirected to"];
+const CHATTER: [&str; 3] = ["doesn't support requested feature", "char device redirected to", "has no peer"];
 
 /// Killed and reaped whatever the test does.
 struct Running(Child);

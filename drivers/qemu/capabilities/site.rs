@@ -19,6 +19,12 @@ pub struct Site {
     pub swtpm_setup: Option<PathBuf>,
     /// What shares out folders by virtiofs, if it is installed.
     pub virtiofsd: Option<PathBuf>,
+    /// What is the network of guests without one, if it is installed.
+    pub passt: Option<PathBuf>,
+    /// We may make network devices.
+    pub makes_taps: bool,
+    /// The kernel can move packets between a network device and a guest.
+    pub vhost_net: bool,
     /// QEMU's modules, e.g. `block-curl`.
     pub modules: BTreeSet<String>,
 }
@@ -31,6 +37,9 @@ impl Site {
             swtpm: program("swtpm"),
             swtpm_setup: program("swtpm_setup"),
             virtiofsd: program("virtiofsd"),
+            passt: program("passt"),
+            makes_taps: nix::unistd::geteuid().is_root(),
+            vhost_net: Path::new("/dev/vhost-net").exists(),
             modules: MODULE_DIRS.iter().flat_map(|dir| modules(Path::new(dir))).collect(),
         }
     }

@@ -1,15 +1,14 @@
 //! Network, character devices, screens, sound, and the small ones.
 
 use super::Check;
-use crate::qemu::command::{audio_back_end, card_type, date_seconds, input_device, sound_card, video_card};
+use crate::qemu::command::{audio_back_end, date_seconds, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
 use std::collections::BTreeSet;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind};
 use virt_model::device::display::{Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
-use virt_model::device::interface::{InterfaceKind, NetDriver};
 use virt_model::device::misc::{BalloonModel, InputBus, InputKind, RngKind, WatchdogAction, WatchdogModel};
 use virt_model::device::sound::AudioKind;
-use virt_model::device::{CharSource, Graphics, Interface, Video};
+use virt_model::device::{CharSource, Graphics, Video};
 use virt_model::xml::Place;
 
 const SPICE_REMEDY: &str = "install the package with QEMU's SPICE modules (Debian 12: qemu-system-common, later: qemu-system-modules-spice) or use vnc";
@@ -17,7 +16,7 @@ const SPICE_REMEDY: &str = "install the package with QEMU's SPICE modules (Debia
 impl Check<'_> {
     pub(super) fn devices(&mut self) {
         let def = self.def;
-        def.devices.interfaces.iter().for_each(|interface| self.interface(interface));
+        self.interfaces();
         self.character_devices();
         self.smartcards();
         self.screens();
@@ -26,50 +25,6 @@ impl Check<'_> {
         self.inputs();
         self.small_devices();
         self.names();
-    }
-
-    fn interface(&mut self, interface: &Interface) {
-        let place = &interface.at;
-        let kind = interface.kind;
-        match kind {
-            InterfaceKind::User => {}
-            // The table has said it, with the remedy.
-            InterfaceKind::Network if interface.source.as_ref().is_some_and(|s| s.network.is_some()) => {}
-            InterfaceKind::Bridge => {
-                self.refuse_if(interface.bridge().is_none(), place, "type='bridge' needs <source bridge='…'/>");
-                self.refuse_if(
-                    self.caps.bridge_helper.is_none(),
-                    place,
-                    "type='bridge' needs qemu-bridge-helper, which is not installed",
-                );
-            }
-            _ => {
-                let message =
-                    format!("interfaces of type='{kind}' are not supported yet: use type='user' or type='bridge'");
-                self.refuse(&place.attribute("type"), message);
-            }
-        }
-        let model = interface.model().unwrap_or_default();
-        match card_type(model) {
-            Some(device) => self.need_device(place, device),
-            None => self.refuse(&place.child("model"), format!("network card '{model}' is not known")),
-        }
-        if let Some(target) = interface.target.as_ref().and_then(|t| t.dev.as_deref()) {
-            let chosen = !target.starts_with("vnet") && !target.starts_with("tap");
-            self.refuse_if(chosen, &place.child("target"), "the name of the host's device cannot be chosen yet");
-        }
-        let virtio = model.starts_with("virtio");
-        if let Some(driver) = &interface.driver {
-            let vhost = driver.name == Some(NetDriver::Vhost);
-            self.refuse_if(vhost, &driver.at.attribute("name"), "vhost is not supported yet: use name='qemu', or none");
-            let queues = driver.queues.is_some_and(|n| n > 1);
-            self.refuse_if(queues, &driver.at.attribute("queues"), "several queues are not supported yet");
-            let sizes =
-                driver.rx_queue_size.is_some() || driver.tx_queue_size.is_some() || driver.virtio != Default::default();
-            self.refuse_if(sizes && !virtio, &driver.at, "only virtio cards have these settings");
-        }
-        self.refuse_if(interface.mtu.is_some() && !virtio, &place.child("mtu"), "only virtio cards are told their MTU");
-        self.seated(&interface.info, place);
     }
 
     fn character_devices(&mut self) {

@@ -7,6 +7,7 @@ mod board;
 mod devices;
 mod filesystem;
 mod memory;
+mod net;
 mod platform;
 mod server;
 mod storage;

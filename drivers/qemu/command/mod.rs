@@ -43,7 +43,7 @@ pub use disk::{known_format, wwn};
 pub use graphics::card as video_card;
 pub use memory::memory_device;
 pub use misc::input_device;
-pub use net::{Tap, card_type};
+pub use net::{Tap, by_passt, card_type};
 pub use source::{Secret, SecretContent, secret_name};
 pub use sysinfo::{has_field, tables};
 pub use tpm::{tpm_device, tpm_state, tpm_state_of};
@@ -181,6 +181,7 @@ struct Builder<'a> {
     files: Vec<HostFile>,
     nvram: Option<Nvram>,
     taps: Vec<Tap>,
+    tap_fds_used: i32,
     secrets: Vec<Secret>,
     throttle_groups: BTreeSet<String>,
     companions: Vec<Companion>,
@@ -202,6 +203,7 @@ impl<'a> Builder<'a> {
             files: Vec::new(),
             nvram: None,
             taps: Vec::new(),
+            tap_fds_used: 0,
             secrets: Vec::new(),
             throttle_groups: BTreeSet::new(),
             companions: Vec::new(),

@@ -47,6 +47,9 @@ pub fn site(state_dir: &Path) -> Site {
         swtpm: Some("/usr/bin/swtpm".into()),
         swtpm_setup: Some("/usr/bin/swtpm_setup".into()),
         virtiofsd: Some("/usr/lib/qemu/virtiofsd".into()),
+        passt: Some("/usr/bin/passt".into()),
+        makes_taps: true,
+        vhost_net: true,
         modules: ["block-curl", "block-rbd", "block-iscsi", "block-gluster"].map(str::to_owned).into(),
     }
 }

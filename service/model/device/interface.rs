@@ -38,6 +38,18 @@ element! {
         child "model" => model: Option<InterfaceModel>,
         /// `<driver>`
         child "driver" => driver: Option<InterfaceDriver>,
+        /// `<bandwidth>`
+        child "bandwidth" => bandwidth: Option<Bandwidth>,
+        /// `<ip>`: what a guest of `type='user'` gets.
+        children "ip" => addresses: Vec<InterfaceIp>,
+        /// `<backend>`
+        child "backend" => backend: Option<InterfaceBackend>,
+        /// `<tune>`
+        child "tune" => tune: Option<InterfaceTune>,
+        /// `<port>`
+        child "port" => port: Option<BridgePort>,
+        /// `<portForward>`
+        children "portForward" => forwards: Vec<PortForward>,
         /// `<link>`
         child "link" => link: Option<Link>,
         /// `<mtu>`
@@ -93,6 +105,127 @@ element! {
         attr "portid" => portid: Option<String>,
         /// For `type='bridge'`; for `type='network'`, runtime.
         attr "bridge" => bridge: Option<String>,
+        /// Of `type='user'` by passt: the host's device whose addresses the guest gets.
+        attr "dev" => dev: Option<String>,
+        /// Of sockets: where they are.
+        attr "address" => address: Option<String>,
+        /// Of sockets: their port.
+        attr "port" => port: Option<u16>,
+        /// `<local>`: our own end.
+        child "local" => local: Option<LocalEnd>,
+    }
+}
+
+element! {
+    /// `<source><local>`
+    pub struct LocalEnd {
+        /// Our address.
+        attr "address" => address: Option<String>,
+        /// Our port.
+        attr "port" => port: Option<u16>,
+    }
+}
+
+element! {
+    /// `<bandwidth>`
+    pub struct Bandwidth {
+        /// To the guest.
+        child "inbound" => inbound: Option<Rate>,
+        /// From the guest.
+        child "outbound" => outbound: Option<Rate>,
+    }
+}
+
+element! {
+    /// `<inbound>` and `<outbound>`: in units of 1000 bytes.
+    pub struct Rate {
+        /// A second.
+        attr "average" => average: Option<u64>,
+        /// A second, for a while.
+        attr "peak" => peak: Option<u64>,
+        /// At peak speed at once, in units of 1024 bytes.
+        attr "burst" => burst: Option<u64>,
+    }
+}
+
+choices! {
+    /// Addresses of which kind.
+    pub enum Family { Ipv4 = "ipv4", Ipv6 = "ipv6", }
+}
+
+element! {
+    /// `<interface><ip>`
+    pub struct InterfaceIp {
+        /// Which kind.
+        attr "family" => family: Option<Family>,
+        /// The address.
+        need "address" => address: String,
+        /// Bits of it that are the network's.
+        attr "prefix" => prefix: Option<u8>,
+    }
+}
+
+choices! {
+    /// Who is the network of `type='user'`.
+    pub enum BackendKind { Default = "default", Passt = "passt", }
+}
+
+element! {
+    /// `<interface><backend>`
+    pub struct InterfaceBackend {
+        /// Who is the network of `type='user'`.
+        attr "type" => kind: Option<BackendKind>,
+        /// Where passt says what it does.
+        attr "logFile" => log_file: Option<String>,
+    }
+}
+
+element! {
+    /// `<interface><tune>`
+    pub struct InterfaceTune {
+        /// Bytes that the host keeps of what the guest sends; 0: no limit.
+        leaf "sndbuf" => sndbuf: Option<u64>,
+    }
+}
+
+element! {
+    /// `<interface><port>`
+    pub struct BridgePort {
+        /// Isolated ports of a bridge do not see each other.
+        yes_no "isolated" => isolated: Option<bool>,
+    }
+}
+
+choices! {
+    /// What is forwarded.
+    pub enum Transport { Tcp = "tcp", Udp = "udp", }
+}
+
+element! {
+    /// `<portForward>`: the host's ports that lead to the guest's (passt).
+    pub struct PortForward {
+        /// What is forwarded.
+        need "proto" => transport: Transport,
+        /// On this address of the host only.
+        attr "address" => address: Option<String>,
+        /// On this device of the host only.
+        attr "dev" => dev: Option<String>,
+        /// Which ports; all if none is given.
+        children "range" => ranges: Vec<PortRange>,
+    }
+}
+
+element! {
+    /// `<portForward><range>`
+    pub struct PortRange {
+        /// The host's first port.
+        need "start" => start: u16,
+        /// The host's last port; the first if absent.
+        attr "end" => end: Option<u16>,
+        /// The guest's first port; the same if absent.
+        attr "to" => to: Option<u16>,
+        /// Not these.
+        yes_no "exclude" => exclude: Option<bool>,
     }
 }
 
@@ -101,6 +234,8 @@ element! {
     pub struct InterfaceTarget {
         /// Name of the host's device; `vnetN` and the like are runtime.
         attr "dev" => dev: Option<String>,
+        /// We make it; else it is there.
+        yes_no "managed" => managed: Option<bool>,
     }
 }
 
@@ -117,14 +252,53 @@ element! {
     pub struct InterfaceDriver {
         /// Who moves the packets.
         attr "name" => name: Option<NetDriver>,
+        /// When packets are sent.
+        attr "txmode" => txmode: Option<TxMode>,
+        /// The host's kernel takes notice of packets.
+        on_off "ioeventfd" => ioeventfd: Option<bool>,
+        /// Notices only when needed.
+        on_off "event_idx" => event_idx: Option<bool>,
+        /// Packets of one connection go to one queue.
+        on_off "rss" => rss: Option<bool>,
+        /// The guest is told how.
+        on_off "rss_hash_report" => rss_hash_report: Option<bool>,
         /// Number of queue pairs.
         attr "queues" => queues: Option<u32>,
         /// Entries of the receive queue.
         attr "rx_queue_size" => rx_queue_size: Option<u32>,
         /// Entries of the transmit queue.
         attr "tx_queue_size" => tx_queue_size: Option<u32>,
+        /// `<host>`: work that the host's half does.
+        child "host" => host: Option<Offloads>,
+        /// `<guest>`: work that the guest's half does.
+        child "guest" => guest: Option<Offloads>,
         /// What virtio devices share.
         flat => virtio: VirtioDriver,
+    }
+}
+
+choices! {
+    /// When packets are sent.
+    pub enum TxMode { Iothread = "iothread", Timer = "timer", }
+}
+
+element! {
+    /// Work on packets that can be left to the other half.
+    pub struct Offloads {
+        /// Checksums.
+        on_off "csum" => csum: Option<bool>,
+        /// Segmentation of any kind.
+        on_off "gso" => gso: Option<bool>,
+        /// Segmentation of TCP on IPv4.
+        on_off "tso4" => tso4: Option<bool>,
+        /// Segmentation of TCP on IPv6.
+        on_off "tso6" => tso6: Option<bool>,
+        /// With notice of congestion.
+        on_off "ecn" => ecn: Option<bool>,
+        /// Fragmentation of UDP.
+        on_off "ufo" => ufo: Option<bool>,
+        /// Receive buffers are joined.
+        on_off "mrg_rxbuf" => mrg_rxbuf: Option<bool>,
     }
 }
 

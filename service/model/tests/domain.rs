@@ -202,13 +202,13 @@ fn what_is_only_kept_is_listed_with_its_place() {
     let kept: Vec<_> = def.unhandled().iter().map(|kept| format!("{:?} {}", kept.at, kept.name)).collect();
     assert_eq!(kept, ["48:5 /devices/hostdev hostdev"]);
     let def =
-        parse(&with("<vcpu cpuset='1'>1</vcpu>", "<interface type='user'><tune><sndbuf>0</sndbuf></tune></interface>"));
+        parse(&with("", "<interface type='user' trustGuestRxFilters='yes'><coalesce><rx/></coalesce></interface>"));
     let found: Vec<_> = def.unhandled().iter().map(|kept| kept.unsupported("is not supported").to_string()).collect();
     assert_eq!(
         found,
         [
-            "line 3, column 7: /vcpu/@cpuset: 'cpuset' is not supported",
-            "line 5, column 24: /devices/interface/tune: <tune> is not supported",
+            "line 5, column 24: /devices/interface/@trustGuestRxFilters: 'trustGuestRxFilters' is not supported",
+            "line 5, column 50: /devices/interface/coalesce: <coalesce> is not supported",
         ]
     );
     for case in ["virt-install", "gnome-boxes", "vagrant", "tiny-test"] {

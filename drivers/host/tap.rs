@@ -1,0 +1,161 @@
+//! Network devices of the host whose other end is a guest: made by us, plugged into a bridge, and gone with the last copy of
+//! their descriptors. Needs the right to administer the host's network.
+
+use rustix::fs::{Mode, OFlags};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// A device to be made.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct TapPlan {
+    /// Its name; the next free `vnetN` if there is none.
+    pub name: Option<String>,
+    /// The bridge it is plugged into.
+    pub bridge: Option<String>,
+    /// How many descriptors, each a queue.
+    pub queues: usize,
+    /// The largest packet, in bytes.
+    pub mtu: Option<u32>,
+    /// It is there, and set up by others.
+    pub existing: bool,
+    /// It does not see other isolated ports of its bridge.
+    pub isolated: bool,
+    /// To the guest, from the guest.
+    pub rates: [Option<Rate>; 2],
+}
+
+/// How much may pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// In units of 1000 bytes a second.
+    pub average: u64,
+    /// The same, for a while.
+    pub peak: Option<u64>,
+    /// At peak speed at once, in units of 1024 bytes.
+    pub burst: Option<u64>,
+}
+
+/// `struct ifreq` as far as it is used here.
+#[repr(C)]
+struct Request {
+    name: [u8; libc::IFNAMSIZ],
+    value: [u8; 24],
+}
+
+impl Request {
+    fn named(name: &str) -> io::Result<Request> {
+        let mut request = Request { name: [0; libc::IFNAMSIZ], value: [0; 24] };
+        if name.len() >= libc::IFNAMSIZ || name.contains('/') {
+            let why = format!("'{name}' is no name of a network device: it has at most 15 bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, why));
+        }
+        request.name[..name.len()].copy_from_slice(name.as_bytes());
+        Ok(request)
+    }
+
+    fn with<const N: usize>(mut self, bytes: [u8; N]) -> Request {
+        self.value[..N].copy_from_slice(&bytes);
+        self
+    }
+
+    fn name(&self) -> String {
+        let end = self.name.iter().position(|byte| *byte == 0).unwrap_or(self.name.len());
+        String::from_utf8_lossy(&self.name[..end]).into_owned()
+    }
+}
+
+/// Makes the device; its descriptors, one for each queue. On error nothing is left of it. Blocks.
+pub fn open(plan: &TapPlan) -> io::Result<Vec<OwnedFd>> {
+    let first = queue(plan.name.as_deref().unwrap_or("vnet%d"), plan)?;
+    let name = first.1;
+    let mut fds = vec![first.0];
+    for _ in 1..plan.queues {
+        fds.push(queue(&name, plan)?.0);
+    }
+    if !plan.existing {
+        set_up(&name, plan)?;
+    }
+    for (rate, to_guest) in plan.rates.iter().zip([true, false]) {
+        if let Some(rate) = rate {
+            limit(&name, *rate, to_guest)?;
+        }
+    }
+    Ok(fds)
+}
+
+fn queue(name: &str, plan: &TapPlan) -> io::Result<(OwnedFd, String)> {
+    let device = rustix::fs::open("/dev/net/tun", OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty());
+    let device = device.map_err(|e| io::Error::new(io::Error::from(e).kind(), format!("/dev/net/tun: {e}")))?;
+    let several = if plan.queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several) as u16;
+    let mut request = Request::named(name)?.with(flags.to_ne_bytes());
+    ioctl(device.as_raw_fd(), libc::TUNSETIFF as libc::c_ulong, &mut request)?;
+    Ok((device, request.name()))
+}
+
+fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    let socket = socket.as_raw_fd();
+    if let Some(mtu) = plan.mtu {
+        let mut request = Request::named(name)?.with(i32::try_from(mtu).unwrap_or(i32::MAX).to_ne_bytes());
+        ioctl(socket, libc::SIOCSIFMTU as libc::c_ulong, &mut request)?;
+    }
+    if let Some(bridge) = &plan.bridge {
+        let index = std::ffi::CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
+        // SAFETY: the name ends with a zero.
+        let index = unsafe { libc::if_nametoindex(index.as_ptr()) };
+        let mut request = Request::named(bridge)?.with(index.to_ne_bytes());
+        let plugged = ioctl(socket, SIOCBRADDIF, &mut request);
+        plugged
+            .map_err(|e| io::Error::new(e.kind(), format!("it cannot be plugged into the bridge '{bridge}': {e}")))?;
+        if plan.isolated {
+            let file = Path::new("/sys/class/net").join(name).join("brport/isolated");
+            std::fs::write(&file, "1").map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+        }
+    }
+    let mut request = Request::named(name)?;
+    ioctl(socket, libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
+    let flags = i16::from_ne_bytes([request.value[0], request.value[1]]) | libc::IFF_UP as i16;
+    ioctl(socket, libc::SIOCSIFFLAGS as libc::c_ulong, &mut request.with(flags.to_ne_bytes()))
+}
+
+/// Adds a device to a bridge; not among libc's constants.
+const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+
+fn ioctl(fd: RawFd, number: libc::c_ulong, request: &mut Request) -> io::Result<()> {
+    // SAFETY: every number used here takes a `struct ifreq`, which Request is laid out as and not shorter than.
+    match unsafe { libc::ioctl(fd, number, std::ptr::from_mut(request)) } {
+        0.. => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+fn limit(name: &str, rate: Rate, to_guest: bool) -> io::Result<()> {
+    let (average, burst) =
+        (format!("{}kbps", rate.average), format!("{}kb", rate.burst.unwrap_or(rate.average.max(64))));
+    let peak = format!("{}kbps", rate.peak.unwrap_or(rate.average));
+    if to_guest {
+        tc(&["qdisc", "replace", "dev", name, "root", "handle", "1:", "htb", "default", "1"])?;
+        let class = ["class", "replace", "dev", name, "parent", "1:", "classid", "1:1", "htb"];
+        return tc(&[&class[..], &["rate", &average, "ceil", &peak, "burst", &burst]].concat());
+    }
+    tc(&["qdisc", "add", "dev", name, "ingress"])?;
+    let filter = ["filter", "add", "dev", name, "parent", "ffff:", "protocol", "all", "u32", "match", "u32", "0", "0"];
+    tc(&[&filter[..], &["police", "rate", &average, "burst", &burst, "mtu", "64kb", "drop", "flowid", ":1"]].concat())
+}
+
+fn tc(args: &[&str]) -> io::Result<()> {
+    let path = "/usr/sbin:/usr/bin:/sbin:/bin";
+    let mut command = Command::new("tc");
+    let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let done = done.output().map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => io::Error::other("limits need the program tc (Debian has it in iproute2)"),
+        _ => e,
+    })?;
+    if done.status.success() {
+        return Ok(());
+    }
+    Err(io::Error::other(format!("tc {}: {}", args.join(" "), String::from_utf8_lossy(&done.stderr).trim())))
+}

@@ -1,0 +1,189 @@
+//! Network cards and what their cables are plugged into.
+
+use super::Check;
+use crate::qemu::command::{by_passt, card_type};
+use std::net::IpAddr;
+use virt_model::device::Interface;
+use virt_model::device::interface::{Family, InterfaceKind, NetDriver};
+
+/// Queues of one card, and of all cards together: each needs two descriptors of those that QEMU is given.
+const MOST_QUEUES: u32 = 16;
+const ALL_QUEUES: u32 = 38;
+
+impl Check<'_> {
+    pub(super) fn interfaces(&mut self) {
+        let def = self.def;
+        let mut queues = 0;
+        for interface in &def.devices.interfaces {
+            self.interface(interface);
+            if matches!(interface.kind, InterfaceKind::Bridge | InterfaceKind::Ethernet) {
+                queues += interface.driver.as_ref().and_then(|d| d.queues).unwrap_or(1).min(MOST_QUEUES);
+                let many = queues > ALL_QUEUES;
+                self.refuse_if(many, &interface.at, "all cards of a guest together have at most 38 queues");
+            }
+        }
+    }
+
+    fn interface(&mut self, interface: &Interface) {
+        let place = &interface.at;
+        let kind = interface.kind;
+        let host_device = matches!(kind, InterfaceKind::Bridge | InterfaceKind::Ethernet);
+        match kind {
+            InterfaceKind::User => self.user_network(interface),
+            // The table has said it, with the remedy.
+            InterfaceKind::Network if interface.source.as_ref().is_some_and(|s| s.network.is_some()) => {}
+            InterfaceKind::Bridge => {
+                self.refuse_if(interface.bridge().is_none(), place, "type='bridge' needs <source bridge='…'/>");
+                let none = self.caps.bridge_helper.is_none() && !self.caps.site.makes_taps;
+                self.refuse_if(none, place, "type='bridge' needs qemu-bridge-helper, which is not installed");
+            }
+            InterfaceKind::Ethernet => {
+                let ours = self.caps.site.makes_taps;
+                self.refuse_if(!ours, place, "type='ethernet' needs root: use the system bus, or type='bridge'");
+            }
+            InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
+                self.socket(interface);
+            }
+            InterfaceKind::Null => {}
+            _ => {
+                let known = "user, bridge, ethernet, null, mcast, server, client and udp are";
+                self.refuse(
+                    &place.attribute("type"),
+                    format!("interfaces of type='{kind}' are not supported: {known}"),
+                );
+            }
+        }
+        self.card(interface);
+        self.host_side(interface, host_device);
+        self.seated(&interface.info, place);
+    }
+
+    fn user_network(&mut self, interface: &Interface) {
+        let passt = by_passt(interface);
+        let place = &interface.at;
+        let backend = interface.backend.as_ref();
+        if passt {
+            let missing = self.caps.site.passt.is_none();
+            self.refuse_if(missing, place, "passt is not installed (Debian has it in the package passt)");
+            self.refuse_if(!self.caps.at_least(7, 2), place, "passt needs QEMU 7.2");
+        }
+        let only = "<source dev>, logFile and <portForward> are for <backend type='passt'/>";
+        let log = backend.is_some_and(|backend| backend.log_file.is_some());
+        let device = interface.source.as_ref().is_some_and(|source| source.dev.is_some());
+        self.refuse_if(!passt && (log || device || !interface.forwards.is_empty()), place, only);
+        for ip in &interface.addresses {
+            let six = ip.family == Some(Family::Ipv6);
+            let fits = ip.address.parse::<IpAddr>().is_ok_and(|address| address.is_ipv6() == six);
+            self.refuse_if(!fits, &ip.at.attribute("address"), "this is no address of the family");
+            let bits = if six { 128 } else { 32 };
+            let long = ip.prefix.is_some_and(|prefix| prefix > bits);
+            self.refuse_if(long, &ip.at.attribute("prefix"), "the prefix is longer than the address");
+        }
+        for forward in &interface.forwards {
+            let address = forward.address.as_ref().is_some_and(|address| address.parse::<IpAddr>().is_err());
+            self.refuse_if(address, &forward.at.attribute("address"), "this is no address");
+            let word =
+                |name: &String| name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '@'));
+            let odd = forward.dev.as_ref().is_some_and(|name| !word(name));
+            self.refuse_if(odd, &forward.at.attribute("dev"), "this is no name of a network device");
+            for range in &forward.ranges {
+                let back = range.end.is_some_and(|end| end < range.start);
+                self.refuse_if(back, &range.at, "a range ends where it starts, or later");
+            }
+        }
+    }
+
+    fn socket(&mut self, interface: &Interface) {
+        let Some(source) = &interface.source else {
+            return self.refuse(&interface.at, "<source> with a port is needed");
+        };
+        self.refuse_if(source.port.is_none(), &source.at, "<source> with a port is needed");
+        let address = source.address.is_some() || interface.kind == InterfaceKind::Server;
+        self.refuse_if(!address, &source.at, "<source> needs an address");
+        let here = source.local.is_some();
+        let kinds = matches!(interface.kind, InterfaceKind::Mcast | InterfaceKind::Udp);
+        self.refuse_if(here && !kinds, &source.at, "<local> is for type='mcast' and type='udp'");
+        let missing = interface.kind == InterfaceKind::Udp && source.local.as_ref().is_none_or(|l| l.port.is_none());
+        self.refuse_if(missing, &source.at, "type='udp' needs <local> with a port");
+    }
+
+    fn card(&mut self, interface: &Interface) {
+        let place = &interface.at;
+        let model = interface.model().unwrap_or_default();
+        match card_type(model) {
+            Some(device) => self.need_device(place, device),
+            None => self.refuse(&place.child("model"), format!("network card '{model}' is not known")),
+        }
+        let virtio = model.starts_with("virtio");
+        let queues = interface.driver.as_ref().and_then(|d| d.queues).is_some_and(|n| n > 1);
+        let taps = matches!(interface.kind, InterfaceKind::Bridge | InterfaceKind::Ethernet);
+        if let Some(driver) = &interface.driver {
+            let plain = driver.txmode.is_none()
+                && driver.ioeventfd.or(driver.event_idx).or(driver.rss).or(driver.rss_hash_report).is_none()
+                && driver.host.is_none()
+                && driver.guest.is_none()
+                && driver.rx_queue_size.or(driver.tx_queue_size).is_none()
+                && driver.virtio == Default::default();
+            self.refuse_if(!plain && !virtio, &driver.at, "only virtio cards have these settings");
+            let vhost = driver.name == Some(NetDriver::Vhost);
+            self.refuse_if(
+                vhost && !(virtio && taps),
+                &driver.at.attribute("name"),
+                "vhost is for virtio cards on a bridge or of type='ethernet'",
+            );
+            let none = vhost && !self.caps.site.vhost_net;
+            self.refuse_if(
+                none,
+                &driver.at.attribute("name"),
+                "there is no /dev/vhost-net (load the module vhost_net), or use name='qemu'",
+            );
+            let many = queues && !(virtio && taps && self.caps.site.makes_taps);
+            let how = "several queues are for virtio cards on a bridge or of type='ethernet', on the system bus";
+            self.refuse_if(many, &driver.at.attribute("queues"), how);
+            let few = driver.queues.is_some_and(|n| n == 0 || n > MOST_QUEUES);
+            self.refuse_if(few, &driver.at.attribute("queues"), "there are 1 to 16 queues");
+        }
+        self.refuse_if(interface.mtu.is_some() && !virtio, &place.child("mtu"), "only virtio cards are told their MTU");
+    }
+
+    /// What is said of the host's end.
+    fn host_side(&mut self, interface: &Interface, host_device: bool) {
+        let place = &interface.at;
+        let ours = host_device && self.caps.site.makes_taps;
+        if let Some(target) = interface.target.as_ref() {
+            let name = target.dev.as_deref().unwrap_or_default();
+            let chosen = !name.is_empty() && !name.starts_with("vnet") && !name.starts_with("tap");
+            self.refuse_if(
+                chosen && !ours,
+                &place.child("target"),
+                "the host's device has a name of its own only on the system bus",
+            );
+            self.refuse_if(name.len() > 15, &place.child("target"), "a network device's name has at most 15 bytes");
+            let left = target.managed == Some(false);
+            let fits = interface.kind == InterfaceKind::Ethernet && !name.is_empty();
+            self.refuse_if(
+                left && !fits,
+                &target.at.attribute("managed"),
+                "managed='no' needs type='ethernet' and the name of a device",
+            );
+        }
+        if let Some(limits) = &interface.bandwidth {
+            let how = "bandwidth is limited of devices on the system bus: type='bridge' and type='ethernet'";
+            self.refuse_if(!ours, &limits.at, how);
+            for rate in [&limits.inbound, &limits.outbound].into_iter().flatten() {
+                self.refuse_if(rate.average.is_none_or(|n| n == 0), &rate.at, "a limit needs an average above 0");
+            }
+        }
+        let isolated = interface.port.as_ref().is_some_and(|port| port.isolated == Some(true));
+        let fits = ours && interface.kind == InterfaceKind::Bridge;
+        self.refuse_if(
+            isolated && !fits,
+            &place.child("port"),
+            "isolated ports are for type='bridge' on the system bus",
+        );
+        let buffer = interface.tune.is_some() && !host_device;
+        self.refuse_if(buffer, &place.child("tune"), "a send buffer is for type='bridge' and type='ethernet'");
+        let addresses = !interface.addresses.is_empty() && interface.kind != InterfaceKind::User;
+        self.refuse_if(addresses, &place.child("ip"), "<ip> is for type='user': QEMU does not configure the host");
+    }
+}
