@@ -71,5 +71,9 @@ pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Find
         buses::memory_slots(def, &mut log);
         pci::assign(def, board, &mut log);
     }
+    // What was chosen may not go with what was said.
+    if log.is_empty() {
+        log = def.contradictions();
+    }
     if log.is_empty() { Ok(()) } else { Err(log) }
 }

@@ -12,8 +12,9 @@ use super::Board;
 use super::controllers::is_companion;
 use std::collections::BTreeMap;
 use virt_model::device::controller::{ControllerModel, HexByte, PciModel, PciTarget};
-use virt_model::device::{Address, Controller, ControllerKind, PciAddress};
+use virt_model::device::{Address, AddressKind, Controller, ControllerKind, PciAddress};
 use virt_model::domain::DomainDef;
+use virt_model::domain::part::Part;
 use virt_model::xml::{Finding, Place};
 
 mod wish;
@@ -113,6 +114,8 @@ impl Layout {
         visit(def, self.board, |info, _, _| highest = highest.max(info.pci().map_or(0, |pci| pci.bus)));
         let bridges = def.devices.controllers.iter().filter(|c| c.kind == ControllerKind::Pci);
         let highest = bridges.filter_map(|c| c.info.pci()).map(|pci| pci.bus).fold(highest, u8::max);
+        // Nor is a number left out, so that none has to be added for a device that sits behind the gap.
+        let highest = self.buses.keys().copied().fold(highest, u8::max);
         let model = if self.board == Board::Q35 { ControllerModel::PcieRootPort } else { ControllerModel::PciBridge };
         for index in 1..=highest {
             self.buses.entry(index).or_insert_with(|| {
@@ -368,19 +371,11 @@ fn pci_controllers(def: &DomainDef) -> impl Iterator<Item = &Controller> {
 
 /// The PCI address of a device that is only kept.
 fn untyped_pci(element: &virt_model::xml::Element) -> Option<PciAddress> {
-    let address = element.child("address").filter(|a| a.attr("type") == Some("pci"))?;
-    let number = |name: &str| {
-        let text = address.attr(name)?.trim();
-        let hex = text.strip_prefix("0x").map(|digits| u8::from_str_radix(digits, 16).ok());
-        hex.unwrap_or_else(|| text.parse().ok())
-    };
-    Some(PciAddress {
-        domain: 0,
-        bus: number("bus")?,
-        slot: number("slot")?,
-        function: number("function")?,
-        multifunction: None,
-    })
+    let address = Address::read(element.child("address")?.clone(), &mut Vec::new());
+    match address.kind {
+        AddressKind::Pci(pci) => pci,
+        _ => None,
+    }
 }
 
 /// What QEMU calls the bridge, and its number on the chassis.

@@ -8,7 +8,6 @@ use super::value::complain;
 use super::{DomainDef, LifecycleAction};
 use crate::device::address::{Address, AddressKind, DriveAddress};
 use crate::device::chardev::{CharKind, CharSource, SocketMode};
-use crate::device::controller::ControllerModel;
 use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
 use crate::device::display::{Graphics, GraphicsKind, ListenKind};
 use crate::device::interface::{Interface, InterfaceKind};
@@ -208,13 +207,12 @@ fn check_unique(def: &DomainDef, log: &mut Log) {
         }
     }
     let (mut controllers, mut audios) = (HashSet::new(), HashSet::new());
-    for controller in devices.controllers.iter().filter(|controller| controller.master.is_none()) {
+    for controller in &devices.controllers {
         let Some(index) = controller.index else { continue };
-        let what = || format!("the {} controller {index}", controller.kind);
-        let companion = [ControllerModel::Ich9Uhci1, ControllerModel::Ich9Uhci2, ControllerModel::Ich9Uhci3];
-        if !controller.model.is_some_and(|model| companion.contains(&model)) {
-            once(&mut controllers, (controller.kind, index), &controller.at, what, log);
-        }
+        // Companions share the number of their master, each with ports of its own.
+        let ports = controller.master.as_ref().map(|master| master.startport);
+        let what = || format!("the {} controller {index}{}", controller.kind, ports.map_or("", |_| " with these ports"));
+        once(&mut controllers, (controller.kind, index, ports), &controller.at, what, log);
     }
     for audio in &devices.audios {
         once(&mut audios, audio.id, &audio.at, || format!("the audio back end {}", audio.id), log);

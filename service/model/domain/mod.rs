@@ -193,8 +193,10 @@ impl DomainDef {
         if def.uuid.is_nil() {
             def.uuid = Uuid::new_v4();
         }
-        if def.os.kind.name.is_empty() && def.rest.child("bootloader").is_none() {
-            def.os.kind.name = "hvm".to_owned();
+        if def.os.kind.name.is_empty() {
+            // A boot loader of the host's is for guests that know their hypervisor.
+            let name = if def.rest.child("bootloader").is_some() { "xen" } else { "hvm" };
+            def.os.kind.name = name.to_owned();
         }
         let mut seen = Vec::new();
         checks::check(&def, &mut seen);
@@ -205,6 +207,13 @@ impl DomainDef {
         log.sort_by_key(|finding| (finding.line, finding.column));
         log.truncate(MAX_FINDINGS);
         if log.is_empty() { Ok(def) } else { Err(log) }
+    }
+
+    /// What contradicts itself in it, as `parse` would say of a document that says the same.
+    pub fn contradictions(&self) -> Vec<Finding> {
+        let mut found = Vec::new();
+        checks::check(self, &mut found);
+        found
     }
 
     /// Writes it, in libvirt's order and layout (two spaces, one final newline).
