@@ -86,12 +86,20 @@ fn screen(graphics: &mut Graphics, n: usize, chosen: &mut Chosen, taken: &mut BT
     }
 }
 
-/// Names every device that has no name yet, as libvirt would.
+/// Names every device, as libvirt would. Names that users gave stay; others in a document are of a guest that ran once.
 pub fn name_devices(def: &mut DomainDef) {
     let board = Board::of(def);
     let devices = &mut def.devices;
+    for info in devices.infos_mut() {
+        info.alias = info.alias.take().filter(Alias::is_user);
+    }
+    let mut disks = BTreeSet::new();
     for disk in &mut devices.disks {
-        let name = disk_name(disk);
+        // Where vdc and sdc are both on virtio, one number would name two.
+        let mut name = disk_name(disk);
+        while !disks.insert(name.clone()) {
+            name += "x";
+        }
         name_it(&mut disk.info, name);
     }
     for controller in &mut devices.controllers {
