@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 use store::{Ended, Note, Store};
 use tokio::sync::mpsc;
 use uuid::Uuid;
-use virt_model::domain::DomainDef;
+use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::{Driver, DriverError};
 use virt_model::state::StateReason;
 use virt_model::xml::{Finding, FindingKind, shorten};
@@ -171,18 +171,18 @@ impl Service {
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
     pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let mut def = match DomainDef::parse(xml) {
-            Ok(def) => def,
-            Err(findings) => return Ok(findings),
-        };
+        let (def, mut findings) = document(xml, DomainDef::parse_leniently).await;
+        let Some(mut def) = def else { return Ok(findings) };
         let Some(driver) = self.shared.driver_for(&def.kind) else {
-            return Ok(vec![self.no_driver(&def.kind)]);
+            add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
+            return Ok(findings);
         };
-        let mut findings = match driver.complete(&mut def).await {
-            Ok(()) => driver.check(&def).await,
-            Err(DriverError::Config(findings)) => findings,
+        match driver.complete(&mut def).await {
+            Ok(()) => {}
+            Err(DriverError::Config(found)) => add_findings(&mut findings, found),
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
-        };
+        }
+        add_findings(&mut findings, driver.check(&def).await);
         if let Err(conflict) = self.shared.registry.look(def.uuid, &def.name) {
             findings.push(Finding {
                 kind: FindingKind::Invalid,
@@ -198,7 +198,7 @@ impl Service {
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
+        let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let translated = match driver.complete(&mut def).await {
             Ok(()) => driver.native(&def, format).await,
@@ -253,7 +253,7 @@ impl Service {
         actions: &[Action],
         validate: bool,
     ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
-        let mut def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
+        let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
@@ -349,5 +349,25 @@ fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
         domain_uuid: Some(def.uuid),
         owner: None,
         snapshot_name: None,
+    }
+}
+
+/// Above this, in bytes, a document is read on a thread of its own: other callers do not wait for it.
+const LARGE_DOCUMENT: usize = 32 << 10;
+
+/// What `read` makes of a document.
+async fn document<T: Send + 'static>(xml: &str, read: fn(&str) -> T) -> T {
+    if xml.len() < LARGE_DOCUMENT {
+        return read(xml);
+    }
+    let text = xml.to_owned();
+    aside(move || read(&text)).await
+}
+
+/// Computes on a thread of its own.
+async fn aside<T: Send + 'static>(compute: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(compute).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }

@@ -32,13 +32,6 @@ impl Bench {
         Ok(Bench { daemon, client, _run: run })
     }
 
-    /// Resident memory of virtd, in KiB.
-    pub fn resident_kib(&self) -> Result<u64> {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.daemon.virtd_pid()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).ok_or("no VmRSS")?;
-        Ok(line.trim().trim_end_matches(" kB").parse()?)
-    }
-
     /// Defines a domain.
     pub async fn define(&self, xml: &str) -> Domain {
         self.client.define(xml).await.expect("defined")

@@ -36,13 +36,13 @@ pub async fn ten_thousand() -> Result<()> {
     let begun = Instant::now();
     let bench = Bench::start(Some(&folder.keep())).await?;
     line("10,000 domains: from exec to the name on the bus", text(begun.elapsed()));
-    line("10,000 domains: resident memory of virtd", format!("{} MiB", bench.resident_kib()? / 1024));
+    line("10,000 domains: resident memory of virtd", format!("{} MiB", bench.daemon.memory_kib() / 1024));
     measure(&bench, "/org/virt", "org.freedesktop.DBus.ObjectManager.GetManagedObjects", &()).await;
     measure(&bench, "/org/virt", "org.virt.Manager.ListDomains", &(options([]),)).await;
     for parent in ["/", "/org/virt/domain"] {
         measure(&bench, parent, "org.freedesktop.DBus.Introspectable.Introspect", &()).await;
     }
-    line("10,000 domains: resident memory afterwards", format!("{} MiB", bench.resident_kib()? / 1024));
+    line("10,000 domains: resident memory afterwards", format!("{} MiB", bench.daemon.memory_kib() / 1024));
     Ok(())
 }
 

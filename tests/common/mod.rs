@@ -192,6 +192,13 @@ impl Daemon {
         self.virtd.as_ref().and_then(tokio::process::Child::id).expect("no virtd")
     }
 
+    /// What virtd has in memory, in KiB.
+    pub fn memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
     /// The QEMU process that runs this daemon's guest of that name, if there is one.
     pub fn qemu_of(&self, name: &str) -> Option<nix::unistd::Pid> {
         let (guest, ours) = (format!("guest={name},"), self.root().to_string_lossy().into_owned());

@@ -6,6 +6,7 @@ mod common;
 mod bus_objects;
 mod bus_policy;
 mod bus_prompt;
+mod documents;
 mod flood;
 mod permission;
 mod rules;

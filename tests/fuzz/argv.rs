@@ -31,7 +31,7 @@ pub fn host(data: &Path) -> Capabilities {
 /// Panics if something does not hold: completing is done once and for all, what is not refused has a command line, and
 /// always the same one.
 pub fn holds(text: &str, caps: &Capabilities) {
-    let Ok(mut def) = DomainDef::parse(text) else { return };
+    let Ok(mut def) = DomainDef::parse(text) else { return all_is_told(text, caps) };
     if !matches!(&*def.kind, "qemu" | "kvm") {
         return;
     }
@@ -54,6 +54,16 @@ pub fn holds(text: &str, caps: &Capabilities) {
             sound(&command, &def);
         }
         Err(why) => assert!(refused, "not built: {}\n{stored}", said(&why)),
+    }
+}
+
+/// Of what is refused, too, the rest is looked at: `ValidateDomain` tells all at once.
+fn all_is_told(text: &str, caps: &Capabilities) {
+    let (def, findings) = DomainDef::parse_leniently(text);
+    assert!(!findings.is_empty(), "refused without a word: {text}");
+    if let Some(mut def) = def.filter(|def| matches!(&*def.kind, "qemu" | "kvm")) {
+        let _ = complete(&mut def, caps);
+        let _ = check(&def, caps);
     }
 }
 

@@ -211,7 +211,8 @@ fn check_unique(def: &DomainDef, log: &mut Log) {
         let Some(index) = controller.index else { continue };
         // Companions share the number of their master, each with ports of its own.
         let ports = controller.master.as_ref().map(|master| master.startport);
-        let what = || format!("the {} controller {index}{}", controller.kind, ports.map_or("", |_| " with these ports"));
+        let what =
+            || format!("the {} controller {index}{}", controller.kind, ports.map_or("", |_| " with these ports"));
         once(&mut controllers, (controller.kind, index, ports), &controller.at, what, log);
     }
     for audio in &devices.audios {

@@ -171,13 +171,28 @@ impl DomainDef {
         DomainDef::from_tree(root)
     }
 
+    /// As much of a domain document as can be read, with everything wrong: for telling all that is to be said about it.
+    pub fn parse_leniently(xml: &str) -> (Option<DomainDef>, Vec<Finding>) {
+        match xml::read(xml, &[("domain", "metadata")]) {
+            Ok(root) => DomainDef::read_leniently(root),
+            Err(finding) => (None, vec![finding]),
+        }
+    }
+
     /// The same from a tree whose `<metadata>` was kept verbatim.
-    pub fn from_tree(mut root: Element) -> Result<DomainDef, Vec<Finding>> {
+    pub fn from_tree(root: Element) -> Result<DomainDef, Vec<Finding>> {
+        match DomainDef::read_leniently(root) {
+            (Some(def), log) if log.is_empty() => Ok(def),
+            (_, log) => Err(log),
+        }
+    }
+
+    fn read_leniently(mut root: Element) -> (Option<DomainDef>, Vec<Finding>) {
         if let Some(excess) =
             root.elements().filter(|e| e.name == "devices").flat_map(Element::elements).nth(MAX_DEVICES)
         {
             let message = format!("more than {MAX_DEVICES} devices");
-            return Err(vec![Finding::new(FindingKind::Invalid, &excess.at, message)]);
+            return (None, vec![Finding::new(FindingKind::Invalid, &excess.at, message)]);
         }
         let mut log = Vec::new();
         native::canonical_prefixes(&mut root, &mut log);
@@ -200,13 +215,8 @@ impl DomainDef {
         }
         let mut seen = Vec::new();
         checks::check(&def, &mut seen);
-        // What could not be read needs no second complaint.
-        let unread: HashSet<String> = log.iter().map(|finding| finding.path.clone()).collect();
-        seen.retain(|finding| !unread.contains(&finding.path));
-        log.append(&mut seen);
-        log.sort_by_key(|finding| (finding.line, finding.column));
-        log.truncate(MAX_FINDINGS);
-        if log.is_empty() { Ok(def) } else { Err(log) }
+        add_findings(&mut log, seen);
+        (Some(def), log)
     }
 
     /// What contradicts itself in it, as `parse` would say of a document that says the same.
@@ -300,6 +310,16 @@ impl DomainDef {
     pub fn has_native_arguments(&self) -> bool {
         self.native.is_some() || self.rest.elements.iter().any(|element| element.name.contains(':'))
     }
+}
+
+/// Adds what was found later to what was found first, in document order; what was complained about needs no second
+/// complaint.
+pub fn add_findings(log: &mut Vec<Finding>, mut later: Vec<Finding>) {
+    let first: HashSet<String> = log.iter().map(|finding| finding.path.clone()).collect();
+    later.retain(|finding| !first.contains(&finding.path));
+    log.append(&mut later);
+    log.sort_by_key(|finding| (finding.line, finding.column));
+    log.truncate(MAX_FINDINGS);
 }
 
 /// What typed fields write has no place in a document; what was kept has.

@@ -43,7 +43,8 @@ fn value(tree: &Element) -> Option<DomainDef> {
 /// Where two values begin to differ.
 fn differing(one: &DomainDef, other: &DomainDef) -> Option<(String, String)> {
     let lines = |def: &DomainDef| format!("{def:#?}").lines().map(str::to_owned).collect::<Vec<_>>();
-    let places = |line: &(String, String)| ["at: ", "origin: "].iter().any(|name| line.0.trim_start().starts_with(name));
+    let places =
+        |line: &(String, String)| ["at: ", "origin: "].iter().any(|name| line.0.trim_start().starts_with(name));
     lines(one).into_iter().zip(lines(other)).filter(|pair| !places(pair)).find(|(one, other)| one != other)
 }
 

@@ -16,7 +16,7 @@ pub const MAX_SIZE: usize = 8 << 20;
 /// The deepest nesting that is read.
 pub const MAX_DEPTH: usize = 64;
 /// The most elements that are read.
-pub const MAX_ELEMENTS: usize = 200_000;
+pub const MAX_ELEMENTS: usize = 50_000;
 /// The most attributes an element can have.
 const MAX_ATTRIBUTES: usize = 256;
 /// The longest name, in bytes.
