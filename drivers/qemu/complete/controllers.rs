@@ -9,11 +9,14 @@ use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
-/// Refuses a number given twice, but for the companions of one USB 2 controller.
+/// Refuses a number given twice, but for the companions of one USB 2 controller, and a root that is not the first.
 pub fn check_numbers(def: &DomainDef, log: &mut Vec<Finding>) {
     let mut taken: BTreeSet<(ControllerKind, u32)> = BTreeSet::new();
     for controller in &def.devices.controllers {
         let index = controller.index();
+        if index != 0 && matches!(controller.model, Some(ControllerModel::PcieRoot | ControllerModel::PciRoot)) {
+            log.push(Finding::invalid(&controller.at, "the root of all PCI buses has index 0"));
+        }
         if !taken.insert((controller.kind, index)) && !is_companion(controller) {
             let message = format!("there are two {} controllers with index {index}", controller.kind);
             log.push(Finding::invalid(&controller.at, message));
