@@ -4,9 +4,9 @@ use crate::bus::answers::no_object;
 use crate::bus::call::{Call, Handler, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
-use crate::bus::wire::{Field, Row, Value, escape};
+use crate::bus::wire::{Field, Row, Value};
 use crate::error::Error;
-use crate::job;
+use crate::{job, snapshot};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::Form;
@@ -52,20 +52,16 @@ pub fn path(uuid: Uuid) -> String {
 }
 
 /// The uuid of the object at a path.
-fn uuid(path: &str) -> Option<Uuid> {
+pub fn uuid(path: &str) -> Option<Uuid> {
     let label = path.strip_prefix(FOLDER)?;
     Uuid::try_parse(&label.replace('_', "-")).ok()
-}
-
-/// The path of one of a domain's snapshots.
-fn snapshot_path(domain: &str, name: &str) -> String {
-    format!("{domain}/snapshot/{}", escape(name))
 }
 
 /// What is published of a domain.
 pub fn object(facts: &Arc<DomainFacts>) -> Object {
     let path = path(facts.uuid);
-    let snapshot = facts.current_snapshot.as_ref().map_or_else(|| "/".to_owned(), |name| snapshot_path(&path, name));
+    let snapshot = facts.current_snapshot.as_ref();
+    let snapshot = snapshot.map_or_else(|| "/".to_owned(), |name| snapshot::path(facts.uuid, name));
     let values = [
         Value::Str(&facts.name),
         Value::Str(&facts.uuid.to_string()),
@@ -109,6 +105,10 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         change(service, "SetTitle", set_title),
         change(service, "SetDescription", set_description),
         change(service, "SetMetadata", set_metadata),
+        change(service, "CreateSnapshot", create_snapshot),
+        read(service, "CheckCreateSnapshot", check_create_snapshot),
+        read(service, "ListSnapshots", list_snapshots),
+        read(service, "GetSnapshot", get_snapshot),
         read(service, "GetXML", get_xml),
         read(service, "GetMetadata", get_metadata),
         read(service, "Can", can),
@@ -243,6 +243,37 @@ async fn get_metadata(domain: Arc<Domain>, call: Call) -> Outcome {
     call.reply(&domain.metadata(call.caller(), &uri, affect(options)?).await?)
 }
 
+async fn create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (xml, options): (String, Options) = call.read()?;
+    let (create, no_wait) = snapshot::create_options(options)?;
+    let (name, ticket) = domain.create_snapshot(call.caller(), &xml, create).await?;
+    let path = name.map_or_else(|| "/".to_owned(), |name| snapshot::path(domain.uuid(), &name));
+    let path = ObjectPath::try_from(path).map_err(|error| Error::internal(error.to_string()))?;
+    call.reply(&(path, finish(ticket, no_wait).await?))
+}
+
+async fn check_create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (xml, options): (String, Options) = call.read()?;
+    let (create, _) = snapshot::create_options(options)?;
+    call.reply(&snapshot::told_create(domain.check_create_snapshot(call.caller(), &xml, create).await?))
+}
+
+async fn list_snapshots(domain: Arc<Domain>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let (roots, leaves) = (options.flag("roots")?, options.flag("leaves")?);
+    options.end()?;
+    let names = domain.snapshots(roots, leaves)?;
+    let paths = names.iter().filter_map(|name| ObjectPath::try_from(snapshot::path(domain.uuid(), name)).ok());
+    call.reply(&paths.collect::<Vec<_>>())
+}
+
+async fn get_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
+    let name: String = call.read()?;
+    domain.has_snapshot(&name)?;
+    let path = ObjectPath::try_from(snapshot::path(domain.uuid(), &name));
+    call.reply(&path.map_err(|error| Error::internal(error.to_string()))?)
+}
+
 async fn can(domain: Arc<Domain>, call: Call) -> Outcome {
     let method: String = call.read()?;
     call.reply(&domain.can(call.caller(), &method).await?)
@@ -298,6 +329,5 @@ mod tests {
         assert_eq!(path(id), "/org/virt/domain/_4dea22b3_1d52_d8f3_2516_782e98ab3fa0");
         assert_eq!(uuid(&path(id)), Some(id));
         assert_eq!(uuid("/org/virt/domain/_x"), None);
-        assert_eq!(snapshot_path("/d", "before upgrade"), "/d/snapshot/before_20upgrade");
     }
 }

@@ -13,6 +13,7 @@ pub mod polkit;
 mod publish;
 pub mod session;
 pub mod settings;
+mod snapshot;
 
 use bus::gate::Limits;
 use bus::outbox::Outbox;
@@ -47,7 +48,12 @@ impl Server {
     /// Publishes what there is. When it returns, the tree is true, and nothing has been sent to anybody.
     /// Error: the code does not offer what the introspection files say, which a test would have told.
     pub async fn new(service: &Arc<Service>, events: UnboundedReceiver<Event>) -> Result<Server, String> {
-        let table = Table::new(vec![manager::offer(service), domain::offer(service), job::offer(service)])?;
+        let table = Table::new(vec![
+            manager::offer(service),
+            domain::offer(service),
+            snapshot::offer(service),
+            job::offer(service),
+        ])?;
         let publisher = Publisher::new(&service.drivers());
         let (publishing, mute) = (publisher.clone(), CancellationToken::new());
         let ends = mute.clone().drop_guard();

@@ -3,6 +3,7 @@
 //! ```text
 //!  Event::Domain     new: InterfacesAdded ─▶ Lifecycle ─▶ DomainLifecycle      else: PropertiesChanged ─▶ the same
 //!  Event::DomainGone PropertiesChanged ─▶ Lifecycle ─▶ DomainLifecycle ─▶ InterfacesRemoved
+//!  Event::Snapshot   new: InterfacesAdded      else: PropertiesChanged      Event::SnapshotGone  InterfacesRemoved
 //!  Event::Job        the same with Finished
 //!  Event::Flush      answered: all that came before is queued in front of whatever is sent from now on
 //! ```
@@ -15,7 +16,7 @@ use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
 use crate::bus::wire::Body;
 use crate::error::Error;
-use crate::{domain, job, manager};
+use crate::{domain, job, manager, snapshot};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
@@ -81,6 +82,13 @@ impl Publisher {
         match event {
             Event::Domain(facts, events) => self.change(|objects| domain_changed(objects, &facts, &events)),
             Event::DomainGone(facts, events) => self.change(|objects| domain_gone(objects, &facts, &events)),
+            Event::Snapshot(facts) => {
+                self.change(|objects| Ok(placed(objects, snapshot::object(&facts))?.into_iter().collect()));
+            }
+            Event::SnapshotGone(facts) => {
+                let path = snapshot::path(facts.domain, &facts.name);
+                self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
+            }
             Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
             Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &job::path(id))?.into_iter().collect())),
             Event::Flush(done) => drop(done.send(())),

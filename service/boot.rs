@@ -4,7 +4,8 @@ use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, now_usec, virtd_itself};
-use crate::store::{Ended, Note, Status, on_disk};
+use crate::store::{Ended, Intent, Loaded, Note, Status, on_disk};
+use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::JoinSet;
@@ -20,8 +21,12 @@ const AT_ONCE: usize = 16;
 pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let on = shared.clone();
     let definitions = on_disk(move || on.store.load_definitions()).await?;
+    let on = shared.clone();
+    let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
+    let cut_off: Vec<(Uuid, Intent)> =
+        snapshots.iter_mut().filter_map(|(uuid, loaded)| Some((*uuid, loaded.intent.take()?))).collect();
     for (uuid, xml, note) in definitions {
-        if let Err(e) = load_definition(shared, uuid, &xml, note) {
+        if let Err(e) = load_definition(shared, uuid, &xml, note, snapshots.remove(&uuid).unwrap_or_default()) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
         }
     }
@@ -33,10 +38,10 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let places = Arc::new(Semaphore::new(AT_ONCE));
     let mut under_way = JoinSet::new();
     for (uuid, status) in statuses {
-        let (shared, places) = (shared.clone(), places.clone());
+        let (shared, places, kept) = (shared.clone(), places.clone(), snapshots.remove(&uuid).unwrap_or_default());
         under_way.spawn(async move {
             let _place = places.acquire_owned().await;
-            if let Err(e) = find_guest(&shared, uuid, status).await {
+            if let Err(e) = find_guest(&shared, uuid, status, kept).await {
                 tracing::error!(%uuid, "its guest is left alone: {e}");
                 if let Some(domain) = shared.registry.get(uuid) {
                     domain.has_lost_sight(&e);
@@ -45,13 +50,31 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
         });
     }
     while under_way.join_next().await.is_some() {}
+    for (uuid, intent) in cut_off {
+        let Some(domain) = shared.registry.get(uuid) else { continue };
+        if let Err(e) = domain.recover_snapshots(intent).await {
+            tracing::error!(%uuid, name = domain.name(), "{e}; it is tried again at the next start of virtd");
+        }
+    }
     for domain in shared.registry.all() {
         domain.announce();
     }
     Ok(())
 }
 
-fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note) -> Result<()> {
+/// The snapshots of all domains. Those that cannot be read are left alone.
+fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
+    let mut all = HashMap::new();
+    for uuid in shared.store.domains_with_snapshots() {
+        match shared.store.load_snapshots(uuid) {
+            Ok(loaded) => _ = all.insert(uuid, loaded),
+            Err(e) => tracing::error!(%uuid, "its snapshots are left alone: {e}"),
+        }
+    }
+    Ok(all)
+}
+
+fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note, snapshots: Loaded) -> Result<()> {
     let def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
     if def.uuid != uuid {
         return Err(Error::StorageFailed(format!("the file is named {uuid}, the domain in it is {}", def.uuid)));
@@ -61,7 +84,7 @@ fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note) -> R
     })?;
     let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
-    enter(shared, Birth { def, persistent: true, driver, note, ended })?;
+    enter(shared, Birth { def, persistent: true, driver, note, ended, snapshots })?;
     Ok(())
 }
 
@@ -78,7 +101,7 @@ fn enter(shared: &Arc<Shared>, birth: Birth) -> Result<Arc<Domain>> {
 }
 
 /// Finds one guest that ran when virtd was last here, or learns that it has gone.
-async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status) -> Result<()> {
+async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status, snapshots: Loaded) -> Result<()> {
     let driver = shared
         .driver_named(&status.driver)
         .cloned()
@@ -103,7 +126,7 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status) -> Result<
     };
     match reconnected {
         Some(Reconnected { instance, condition }) => {
-            let domain = domain_of(shared, driver, &live, &status)?;
+            let domain = domain_of(shared, driver, &live, &status, snapshots)?;
             domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
             tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
         }
@@ -126,10 +149,16 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 }
 
 /// The domain a found guest belongs to: the stored one, or a transient one that is made again.
-fn domain_of(shared: &Arc<Shared>, driver: Arc<dyn Driver>, live: &DomainDef, status: &Status) -> Result<Arc<Domain>> {
+fn domain_of(
+    shared: &Arc<Shared>,
+    driver: Arc<dyn Driver>,
+    live: &DomainDef,
+    status: &Status,
+    snapshots: Loaded,
+) -> Result<Arc<Domain>> {
     let note = Note { owner: status.owner, autostart: false };
     let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-    enter(shared, Birth { def: live.clone(), persistent: false, driver, note, ended })
+    enter(shared, Birth { def: live.clone(), persistent: false, driver, note, ended, snapshots })
 }
 
 /// A guest ended while virtd was away, or its start was cut off.

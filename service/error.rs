@@ -25,6 +25,23 @@ pub enum Error {
     /// The domain, or one of its images, has a snapshot of that name.
     #[error("{0}")]
     SnapshotExists(String),
+    /// The domain has no snapshot of that name.
+    #[error("domain '{domain}' has no snapshot '{snapshot}'")]
+    NoSuchSnapshot {
+        /// The domain's name.
+        domain: String,
+        /// What was looked for.
+        snapshot: String,
+    },
+    /// The record of a snapshot cannot be used.
+    #[error("{0}")]
+    SnapshotBroken(String),
+    /// A guest would notice; lists every difference.
+    #[error("{0}")]
+    AbiIncompatible(String),
+    /// A revert has risks that were not accepted; lists each.
+    #[error("{0}")]
+    RevertRisky(String),
     /// An argument, an option's key or value.
     #[error("{0}")]
     InvalidArgument(String),

@@ -57,9 +57,40 @@ pub struct DomainFacts {
     pub owner: u32,
 }
 
+/// All that is published of a snapshot, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotFacts {
+    /// Whose it is.
+    pub domain: Uuid,
+    /// Unique among the domain's.
+    pub name: String,
+    /// Empty, or why its record cannot be used.
+    pub broken: String,
+    /// For people.
+    pub description: String,
+    /// Microseconds since the epoch.
+    pub created_usec: u64,
+    /// What the guest did; empty if the record is broken.
+    pub state: &'static str,
+    /// The snapshot before it.
+    pub parent: Option<String>,
+    /// Those after it, in the order of their creation.
+    pub children: Vec<String>,
+    /// A new snapshot would be its child.
+    pub is_current: bool,
+    /// `no`, `internal`, `external`.
+    pub memory: &'static str,
+    /// Target, mode, file.
+    pub disks: Vec<(String, &'static str, String)>,
+}
+
 /// One change.
 #[derive(Debug)]
 pub enum Event {
+    /// A snapshot is new or changed.
+    Snapshot(Arc<SnapshotFacts>),
+    /// A snapshot is no more.
+    SnapshotGone(Arc<SnapshotFacts>),
     /// A domain is new or changed: all its facts now, and what happened, in order. Told as one.
     Domain(Arc<DomainFacts>, Vec<Lifecycle>),
     /// A domain has ceased to exist, after these last events.

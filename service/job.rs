@@ -220,7 +220,7 @@ impl Jobs {
         self.unfinished.send_modify(|n| *n += 1);
         table.entries.insert(id, Entry { facts, cancel: cancel.clone() });
         let (outcome, wait) = oneshot::channel();
-        Ok((Job { id, jobs: self.clone(), cancel, outcome: Some(outcome) }, Ticket { id, outcome: wait }))
+        Ok((Job { id, jobs: self.clone(), cancel, outcome: Mutex::new(Some(outcome)) }, Ticket { id, outcome: wait }))
     }
 
     /// Their numbers, oldest first.
@@ -254,6 +254,22 @@ impl Jobs {
     pub async fn idle(&self) {
         let mut unfinished = self.unfinished.subscribe();
         let _ = unfinished.wait_for(|n| *n == 0).await;
+    }
+
+    /// How far it has come, in bytes.
+    fn progress(&self, id: u64, done: u64, total: u64) {
+        self.change(id, |facts| {
+            facts.bytes_done = done;
+            facts.bytes_total = total;
+            if total > 0 {
+                facts.progress = (done as f64 / total as f64).clamp(0.0, 1.0);
+            }
+        });
+    }
+
+    /// From here on it can only go to its end.
+    fn past_return(&self, id: u64) {
+        self.change(id, |facts| facts.cancellable = false);
     }
 
     fn change(&self, id: u64, change: impl FnOnce(&mut JobFacts)) {
@@ -307,7 +323,7 @@ pub struct Job {
     id: u64,
     jobs: Arc<Jobs>,
     cancel: CancellationToken,
-    outcome: Option<oneshot::Sender<Result<()>>>,
+    outcome: Mutex<Option<oneshot::Sender<Result<()>>>>,
 }
 
 impl Job {
@@ -331,13 +347,28 @@ impl Job {
         self.jobs.change(self.id, |facts| facts.state = JobState::Running);
     }
 
+    /// How far it has come, in bytes.
+    pub fn progress(&self, done: u64, total: u64) {
+        self.jobs.progress(self.id, done, total);
+    }
+
+    /// From here on it can only go to its end.
+    pub fn past_return(&self) {
+        self.jobs.past_return(self.id);
+    }
+
     /// Done or not. A failure after a cancellation counts as cancelled. The end is published before the ticket answers.
-    pub fn finish(mut self, result: Result<()>) {
+    pub fn finish(self, result: Result<()>) {
         self.end(result);
     }
 
-    fn end(&mut self, result: Result<()>) {
-        let Some(outcome) = self.outcome.take() else { return };
+    /// The same for one that others hold, too.
+    pub fn finish_shared(self: Arc<Self>, result: Result<()>) {
+        self.end(result);
+    }
+
+    fn end(&self, result: Result<()>) {
+        let Some(outcome) = lock(&self.outcome).take() else { return };
         self.jobs.change(self.id, |facts| {
             facts.state = match &result {
                 Ok(()) => JobState::Succeeded,

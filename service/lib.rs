@@ -11,7 +11,10 @@ mod registry;
 mod shared;
 mod store;
 
-pub use domain::{Affect, Domain, StartOptions, UndefineOptions};
+pub use domain::{
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, StartOptions,
+    UndefineOptions,
+};
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 
@@ -24,7 +27,7 @@ use registry::Claimed;
 use shared::{Shared, millis, now_usec};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use store::{Ended, Note, Store};
+use store::{Ended, Note, Store, on_disk};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, add_findings};
@@ -128,7 +131,7 @@ impl Service {
                 Ok(domain)
             }
             Claimed::New => {
-                let domain = self.bear(caller, driver, def.clone(), true);
+                let domain = self.bear(caller, driver, def.clone(), true).await?;
                 let (name, uuid) = (def.name.clone(), def.uuid);
                 if let Err(e) = domain.store(def).await {
                     self.shared.registry.remove(uuid, &name, caller.uid);
@@ -159,7 +162,7 @@ impl Service {
                 Ok((domain, ticket))
             }
             Claimed::New => {
-                let domain = self.bear(caller, driver, def.clone(), false);
+                let domain = self.bear(caller, driver, def.clone(), false).await?;
                 self.shared.registry.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
                 let ticket = domain.launch(caller, Some(def), options).await?;
@@ -292,10 +295,25 @@ impl Service {
     }
 
     /// A domain that is not in the registry yet; its name is claimed.
-    fn bear(&self, caller: &Caller, driver: Arc<dyn Driver>, def: DomainDef, persistent: bool) -> Arc<Domain> {
+    async fn bear(
+        &self,
+        caller: &Caller,
+        driver: Arc<dyn Driver>,
+        def: DomainDef,
+        persistent: bool,
+    ) -> Result<Arc<Domain>> {
         let note = Note { owner: caller.uid, autostart: false };
         let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
-        Domain::new(self.shared.clone(), Birth { def, persistent, driver, note, ended })
+        let (shared, uuid) = (self.shared.clone(), def.uuid);
+        // A transient domain of that uuid may have left some.
+        let snapshots = match on_disk(move || shared.store.load_snapshots(uuid)).await {
+            Ok(snapshots) => snapshots,
+            Err(e) => {
+                self.shared.registry.remove(uuid, &def.name, caller.uid);
+                return Err(e);
+            }
+        };
+        Ok(Domain::new(self.shared.clone(), Birth { def, persistent, driver, note, ended, snapshots }))
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {

@@ -3,12 +3,17 @@
 //! ```text
 //!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
 //!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first)
+//!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
 //!  <runtime>/guests/<uuid>/       the driver's sockets
 //!  <runtime>/autostarted          autostart was done since the host booted
 //!  <log>/<uuid>.log               the hypervisor's own output
 //! ```
+
+mod snapshots;
+
+pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
 use crate::job::lock;
@@ -76,6 +81,7 @@ impl Store {
         let store = Store { paths };
         for (folder, mode) in [
             (store.definitions(), 0o700),
+            (store.paths.state.join("snapshots"), 0o711),
             (store.paths.runtime.join("status"), 0o700),
             (store.paths.runtime.join("ended"), 0o700),
             (store.paths.runtime.join("guests"), 0o711),

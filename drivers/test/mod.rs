@@ -6,17 +6,19 @@
 
 mod control;
 mod guest;
+mod snapshots;
 
 pub use control::GuestControl;
 pub use guest::Asked;
 
 use async_trait::async_trait;
 use guest::{Machine, TestInstance};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
+use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{Driver, DriverError, Launch, Reconnect, Reconnected, Running};
 use virt_model::xml::{Finding, FindingKind, shorten};
 
@@ -32,6 +34,8 @@ pub struct TestDriver(Arc<Inner>);
 struct Inner {
     guests: Mutex<HashMap<Uuid, Weak<Machine>>>,
     plans: Mutex<HashMap<Uuid, Plan>>,
+    /// The snapshots that a domain's images hold.
+    images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
 }
 
 /// What a test wants of the next start of a domain.
@@ -153,6 +157,10 @@ impl Driver for TestDriver {
         }
         guests.insert(uuid, Arc::downgrade(&machine));
         Ok(Running { instance: Arc::new(TestInstance(machine)), live: launch.def })
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     async fn reconnect(&self, _found: Reconnect) -> Result<Option<Reconnected>, DriverError> {

@@ -139,6 +139,15 @@ impl Call {
     }
 }
 
+/// The value of an option of two types.
+#[derive(Debug)]
+pub enum FlagOrTexts {
+    /// `b`
+    Flag(bool),
+    /// `as`
+    Texts(Vec<String>),
+}
+
 /// Options, taken out one by one; whatever is left at the end was not understood.
 #[derive(Debug, serde::Deserialize, Type)]
 pub struct Options(HashMap<String, OwnedVariant>);
@@ -157,6 +166,20 @@ impl Options {
     /// A text, if given.
     pub fn text(&mut self, key: &str) -> Result<Option<String>, Error> {
         self.take(key, "s, a string", |value| value.downcast_ref::<&str>().ok().map(str::to_owned))
+    }
+
+    /// Texts; none if not given.
+    pub fn texts(&mut self, key: &str) -> Result<Vec<String>, Error> {
+        let read = |value: &OwnedVariant| value.try_clone().ok().and_then(|value| Vec::<String>::try_from(value).ok());
+        Ok(self.take(key, "as, strings", read)?.unwrap_or_default())
+    }
+
+    /// A flag or texts, if given.
+    pub fn flag_or_texts(&mut self, key: &str) -> Result<Option<FlagOrTexts>, Error> {
+        self.take(key, "b or as", |value| match value.downcast_ref::<bool>() {
+            Ok(flag) => Some(FlagOrTexts::Flag(flag)),
+            Err(_) => Vec::<String>::try_from(value.try_clone().ok()?).ok().map(FlagOrTexts::Texts),
+        })
     }
 
     /// Nothing else is understood.

@@ -10,9 +10,10 @@ use zbus::Signature;
 use zbus_xml::ArgDirection;
 
 /// The interfaces of virtd, as installed.
-pub const FILES: [&str; 3] = [
+pub const FILES: [&str; 4] = [
     include_str!("../../data/interfaces/org.virt.Manager.xml"),
     include_str!("../../data/interfaces/org.virt.Domain.xml"),
+    include_str!("../../data/interfaces/org.virt.Snapshot.xml"),
     include_str!("../../data/interfaces/org.virt.Job.xml"),
 ];
 

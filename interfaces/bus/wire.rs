@@ -23,6 +23,10 @@ pub enum Value<'a> {
     Path(&'a str),
     /// `as`
     Strs(&'a [&'a str]),
+    /// `ao`; the caller vouches that they are valid paths.
+    Paths(&'a [String]),
+    /// `a(sss)`
+    Triples(&'a [(String, &'static str, String)]),
 }
 
 impl Value<'_> {
@@ -36,6 +40,8 @@ impl Value<'_> {
             Value::Str(_) => "s",
             Value::Path(_) => "o",
             Value::Strs(_) => "as",
+            Value::Paths(_) => "ao",
+            Value::Triples(_) => "a(sss)",
         }
     }
 
@@ -116,6 +122,13 @@ impl Body {
             Value::F64(number) => self.0.extend_from_slice(&number.to_le_bytes()),
             Value::Str(text) | Value::Path(text) => self.text(text),
             Value::Strs(texts) => self.array(4, |body| texts.iter().for_each(|text| body.text(text))),
+            Value::Paths(paths) => self.array(4, |body| paths.iter().for_each(|path| body.text(path))),
+            Value::Triples(triples) => self.array(8, |body| {
+                for (one, two, three) in triples {
+                    body.align(8);
+                    [one.as_str(), two, three.as_str()].into_iter().for_each(|text| body.text(text));
+                }
+            }),
         }
     }
 }
@@ -162,7 +175,13 @@ impl Row {
         let mut body = Body::with_capacity(16 + entry.len());
         body.signature(signature);
         body.align(alignment);
-        body.0.extend_from_slice(&entry[value_at.next_multiple_of(alignment)..]);
+        let value = value_at.next_multiple_of(alignment);
+        if signature == "a(sss)" {
+            // Its elements begin at a multiple of eight, and so not at the same distance from its length everywhere.
+            body.array(8, |body| body.0.extend_from_slice(&entry[(value + 4).next_multiple_of(8)..]));
+        } else {
+            body.0.extend_from_slice(&entry[value..]);
+        }
         Some(body)
     }
 
@@ -197,6 +216,26 @@ pub fn escape(name: &str) -> String {
     if label.is_empty() { "_".to_owned() } else { label }
 }
 
+/// The name that [`escape`] made `label` of.
+pub fn unescape(label: &str) -> Option<String> {
+    if label == "_" {
+        return Some(String::new());
+    }
+    let mut bytes = Vec::with_capacity(label.len());
+    let mut rest = label.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        rest = after;
+        if *first != b'_' {
+            bytes.push(*first);
+            continue;
+        }
+        let (digits, after) = rest.split_at_checked(2)?;
+        bytes.push(u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?);
+        rest = after;
+    }
+    String::from_utf8(bytes).ok().filter(|name| escape(name) == label)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -204,8 +243,18 @@ mod tests {
     use zbus::wire::{LE, serialized::Context, serialized::Data};
     use zbus::{OwnedVariant, Variant};
 
-    const FIELDS: &[Field] =
-        &[("Flag", "b"), ("Count", "u"), ("Size", "t"), ("Share", "d"), ("Name", "s"), ("At", "o"), ("Words", "as")];
+    const FIELDS: &[Field] = &[
+        ("Flag", "b"),
+        ("Count", "u"),
+        ("Size", "t"),
+        ("Share", "d"),
+        ("Name", "s"),
+        ("At", "o"),
+        ("Words", "as"),
+        ("Ways", "ao"),
+        ("Rows", "a(sss)"),
+        ("None", "a(sss)"),
+    ];
 
     fn row(count: u32, name: &str) -> Row {
         let values = [
@@ -216,6 +265,9 @@ mod tests {
             Value::Str(name),
             Value::Path("/org/virt"),
             Value::Strs(&["a", "", "ccc"]),
+            Value::Paths(&["/a".to_owned(), "/b".to_owned()]),
+            Value::Triples(&[("a".to_owned(), "bb", "ccc".to_owned()), (String::new(), "x", "y".to_owned())]),
+            Value::Triples(&[]),
         ];
         Row::new(FIELDS, &values)
     }
@@ -246,6 +298,8 @@ mod tests {
             let value: OwnedVariant = decode(row.variant(name).unwrap().bytes());
             assert_eq!(value.value_signature().to_string(), *signature, "{name}");
         }
+        let rows: OwnedVariant = decode(row.variant("Rows").unwrap().bytes());
+        assert_eq!(*rows, Variant::from(vec![("a", "bb", "ccc"), ("", "x", "y")]));
         let name: OwnedVariant = decode(row.variant("Name").unwrap().bytes());
         assert_eq!(*name, Variant::from("web"));
         assert!(row.variant("Other").is_none());
@@ -267,6 +321,7 @@ mod tests {
     fn labels_are_escaped_as_systemd_does() {
         for (name, label) in [("", "_"), ("a1", "a1"), ("1a", "_31a"), ("a b_c", "a_20b_5fc"), ("é", "_c3_a9")] {
             assert_eq!(escape(name), label);
+            assert_eq!(unescape(label).as_deref(), Some(name));
         }
     }
 }

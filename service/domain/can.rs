@@ -17,6 +17,7 @@ enum When {
     Paused,
     Persistent,
     InactivePersistent,
+    Snapshots,
 }
 
 /// The methods of `org.virt.Domain` that change or reveal something, by their names on the bus.
@@ -35,14 +36,19 @@ const METHODS: &[(&str, Action, When)] = &[
     ("SetMetadata", Action::Define, When::Always),
     ("GetMetadata", Action::Read, When::Always),
     ("GetXML", Action::Read, When::Always),
+    ("CreateSnapshot", Action::Snapshot, When::Snapshots),
+    ("CheckCreateSnapshot", Action::Read, When::Snapshots),
 ];
+
+/// Those that anybody may call who may talk to the service.
+const OPEN: [&str; 3] = ["Can", "ListSnapshots", "GetSnapshot"];
 
 impl Domain {
     /// `yes`, `no`, `challenge` (a person would be asked) or `na` (not in this state). Never prompts.
     /// Error: `InvalidArgument` for a name that is no method of a domain.
     pub async fn can(&self, caller: &Caller, method: &str) -> Result<&'static str> {
         let Some((_, action, when)) = METHODS.iter().find(|(name, ..)| *name == method) else {
-            if method == "Can" {
+            if OPEN.contains(&method) {
                 return Ok("yes");
             }
             return Err(Error::InvalidArgument(format!("org.virt.Domain has no method '{}'", shorten(method))));
@@ -68,11 +74,12 @@ impl Domain {
             When::Paused => matches!(state.state, DomainState::Paused | DomainState::PmSuspended),
             When::Persistent => persistent,
             When::InactivePersistent => !active && persistent,
+            When::Snapshots => self.driver.snapshots().is_some(),
         }
     }
 
     /// The methods `can` knows, for the test that holds them to the introspection data.
     pub fn methods_can_knows() -> impl Iterator<Item = &'static str> {
-        METHODS.iter().map(|(name, ..)| *name).chain(["Can"])
+        METHODS.iter().map(|(name, ..)| *name).chain(OPEN)
     }
 }

@@ -13,7 +13,7 @@ use virt_model::state::{Defined, Lifecycle, Undefined};
 use virt_model::xml::shorten;
 
 /// What runs and what is stored.
-type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
+pub(super) type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
 
 /// Which configuration a change is for. Neither: what runs, and the stored one if there is one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -108,11 +108,24 @@ impl Domain {
             let _turn = self.begin(caller, Action::Delete, "undefine").await?;
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
+            let snapshots = lock(&self.state).snapshots.count();
+            if snapshots > 0 && !options.snapshots_metadata {
+                let text = format!(
+                    "domain '{}' has {snapshots} snapshots; pass snapshots-metadata to forget them (images keep what they hold)",
+                    self.name()
+                );
+                return Err(Error::OperationInvalid(text));
+            }
             // First what may fail, and may be tried again while the configuration still says where it is.
             self.remove_belongings(&stored, live.is_some(), options).await?;
             let (shared, uuid) = (self.shared.clone(), self.uuid);
-            on_disk(move || shared.store.remove_definition(uuid)).await?;
+            on_disk(move || {
+                shared.store.forget_snapshots(uuid)?;
+                shared.store.remove_definition(uuid)
+            })
+            .await?;
             self.commit(|state| {
+                state.snapshots.forget();
                 state.stored = None;
                 state.autostart = false;
                 state.config_changed = false;
@@ -153,7 +166,7 @@ impl Domain {
     pub(super) async fn forget_transient(&self, live: &DomainDef) {
         let transient = {
             let state = lock(&self.state);
-            state.stored.is_none() && !state.being_stored
+            state.stored.is_none() && !state.being_stored && state.creations == 0
         };
         if transient && let Err(error) = self.driver.remove_belongings(live, DomainEnd::Transient).await {
             tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "what belongs to it cannot be removed");
@@ -313,14 +326,14 @@ impl Domain {
     }
 
     /// Notes the configuration of what runs; a guest that has just ended needs no note.
-    async fn keep_live(&self, live: &DomainDef) -> Result<()> {
+    pub(super) async fn keep_live(&self, live: &DomainDef) -> Result<()> {
         let Ok(guest) = self.guest() else { return Ok(()) };
         let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
     /// What runs and what is stored.
-    fn configurations(&self) -> Configurations {
+    pub(super) fn configurations(&self) -> Configurations {
         let state = lock(&self.state);
         (state.guest.as_ref().map(|g| g.live.clone()), state.stored.clone())
     }
@@ -345,14 +358,14 @@ impl Domain {
 }
 
 impl State {
-    fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
+    pub(super) fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
         self.stored = Some(Arc::new(def));
         self.being_stored = false;
         self.compare_configs();
         vec![told]
     }
 
-    fn edited(&mut self, live: Option<DomainDef>, stored: Option<DomainDef>) -> Vec<Lifecycle> {
+    pub(super) fn edited(&mut self, live: Option<DomainDef>, stored: Option<DomainDef>) -> Vec<Lifecycle> {
         if let (Some(guest), Some(live)) = (self.guest.as_mut(), live) {
             guest.live = Arc::new(live);
         }

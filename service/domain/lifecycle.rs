@@ -11,8 +11,9 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::snapshots::StartFrom;
 use virt_model::driver::{DriverError, Launch, Running, ShutdownMode};
-use virt_model::state::{DomainState, Lifecycle, Started, StateReason, Stopped, Suspended};
+use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, Stopped, Suspended};
 use virt_model::xml::FindingKind;
 
 /// How a domain is started.
@@ -113,7 +114,7 @@ impl Domain {
         job.running();
         lock(&self.state).starting = Some(job.id());
         let started = match self.def_to_start(def.as_ref()) {
-            Ok(def) => self.start_guest(def, caller, options, job.cancel_token()).await,
+            Ok(def) => self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await,
             Err(e) => Err(e),
         };
         // While the turn is still ours: what follows is about this start, not about the next.
@@ -123,7 +124,7 @@ impl Domain {
     }
 
     /// Lets those know who wait for the end of a start. To be called before the turn is given back.
-    fn start_ended(&self) {
+    pub(super) fn start_ended(&self) {
         lock(&self.state).starting = None;
         self.changes.send_modify(|n| *n += 1);
     }
@@ -163,15 +164,20 @@ impl Domain {
         Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)))
     }
 
-    async fn start_guest(
+    pub(super) async fn start_guest(
         self: &Arc<Self>,
         def: DomainDef,
         caller: &Caller,
         options: StartOptions,
+        origin: Origin,
         cancel: &CancellationToken,
     ) -> Result<()> {
         let id = self.shared.next_id();
-        let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, options));
+        let (told, from) = match origin {
+            Origin::PowerOff => (Told { options, from_snapshot: false }, None),
+            Origin::Snapshot(from) => (Told { options, from_snapshot: true }, from),
+        };
+        let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
         let (events, reports) = mpsc::unbounded_channel();
@@ -180,7 +186,7 @@ impl Domain {
             def,
             paused: options.paused,
             reset_nvram: options.reset_nvram,
-            from: None,
+            from: from.map(|from| *from),
             runtime_dir,
             log_file: self.shared.store.log_file(self.uuid),
             recorder: status.clone(),
@@ -188,7 +194,7 @@ impl Domain {
             cancel: cancel.clone(),
         };
         match self.driver.start(launch).await {
-            Ok(running) => self.became_active(id, running, status, options, caller, reports).await,
+            Ok(running) => self.became_active(id, running, status, told, caller, reports).await,
             Err(e) => {
                 status.close();
                 self.forget_transient(&asked).await;
@@ -202,8 +208,9 @@ impl Domain {
     }
 
     /// What is on disk before there is a guest: with it a start that is cut off can be finished or ended.
-    fn first_status(&self, id: u32, def: &DomainDef, caller: &Caller, options: StartOptions) -> Status {
-        let (state, reason) = state_after_start(options);
+    fn first_status(&self, id: u32, def: &DomainDef, caller: &Caller, told: Told) -> Status {
+        let options = told.options;
+        let (state, reason) = told.state();
         Status {
             driver: self.driver.name().to_owned(),
             id,
@@ -222,7 +229,7 @@ impl Domain {
         id: u32,
         running: Running,
         status: Arc<StatusFile>,
-        options: StartOptions,
+        told: Told,
         caller: &Caller,
         reports: mpsc::UnboundedReceiver<virt_model::driver::DriverEvent>,
     ) -> Result<()> {
@@ -239,19 +246,15 @@ impl Domain {
         }
         let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None };
         self.commit(|state| {
-            (state.state, state.reason) = state_after_start(options);
+            (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
             state.starting = None;
             state.guest = Some(guest);
             state.compare_configs();
-            let mut events = vec![Lifecycle::Started(Started::Booted)];
-            if options.paused {
-                events.push(Lifecycle::Suspended(Suspended::Paused));
-            }
-            events
+            told.events()
         });
         tokio::spawn(self.clone().follow(id, reports));
-        if options.autodestroy {
+        if told.options.autodestroy {
             self.end_when_gone(id, caller.departed.clone());
         }
         Ok(())
@@ -373,6 +376,12 @@ impl Domain {
         .await
     }
 
+    /// Ends a guest and waits until that is told, in these words.
+    pub(super) async fn end_as(self: &Arc<Self>, guest: Guest, why: Stopped) -> Result<()> {
+        self.expect_end(guest.id, why);
+        self.end(guest, false).await
+    }
+
     /// Ends a guest and waits until that is told.
     async fn end(self: &Arc<Self>, guest: Guest, graceful: bool) -> Result<()> {
         self.expect_end(guest.id, Stopped::Destroyed);
@@ -425,10 +434,10 @@ impl Domain {
 
 /// The start of a transient domain, from its acceptance to its end: as long as it is under way, the domain is there. One
 /// whose guest did not come to be is nothing.
-struct Creation(Arc<Domain>);
+pub(super) struct Creation(Arc<Domain>);
 
 impl Creation {
-    fn begin(domain: &Arc<Domain>) -> Result<Creation> {
+    pub(super) fn begin(domain: &Arc<Domain>) -> Result<Creation> {
         let mut state = lock(&domain.state);
         state.still_here()?;
         state.creations += 1;
@@ -456,12 +465,49 @@ impl State {
     }
 }
 
-fn state_after_start(options: StartOptions) -> (DomainState, StateReason) {
-    if options.paused { (DomainState::Paused, StateReason::User) } else { (DomainState::Running, StateReason::Booted) }
+/// What a guest is started from.
+pub(super) enum Origin {
+    /// Power off, because somebody asked for it.
+    PowerOff,
+    /// A snapshot: its memory, or power off where it has none.
+    Snapshot(Option<Box<StartFrom>>),
+}
+
+/// What is told of a start.
+#[derive(Clone, Copy)]
+struct Told {
+    options: StartOptions,
+    from_snapshot: bool,
+}
+
+impl Told {
+    fn state(self) -> (DomainState, StateReason) {
+        let state = if self.options.paused { DomainState::Paused } else { DomainState::Running };
+        let reason = match self.options.paused {
+            _ if self.from_snapshot => StateReason::FromSnapshot,
+            true => StateReason::User,
+            false => StateReason::Booted,
+        };
+        (state, reason)
+    }
+
+    fn events(self) -> Vec<Lifecycle> {
+        match (self.from_snapshot, self.options.paused) {
+            (false, false) => vec![Lifecycle::Started(Started::Booted)],
+            (false, true) => vec![Lifecycle::Started(Started::Booted), Lifecycle::Suspended(Suspended::Paused)],
+            (true, paused) => {
+                let settled = match paused {
+                    true => Lifecycle::Suspended(Suspended::FromSnapshot),
+                    false => Lifecycle::Resumed(Resumed::FromSnapshot),
+                };
+                vec![Lifecycle::Started(Started::FromSnapshot), settled]
+            }
+        }
+    }
 }
 
 /// Fires `cancel` when the caller leaves; ends with the job.
-fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
+pub(super) fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
     let (departed, cancel) = (caller.departed.clone(), cancel.clone());
     tokio::spawn(async move {
         if cancel.run_until_cancelled(departed.cancelled()).await.is_some() {

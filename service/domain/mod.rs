@@ -6,16 +6,18 @@
 mod can;
 mod config;
 mod lifecycle;
+mod snapshots;
 
 pub use config::{Affect, UndefineOptions};
 pub use lifecycle::StartOptions;
+pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
 
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, millis, now_usec};
-use crate::store::{Ended, Note, Status, StatusFile, on_disk};
+use crate::store::{Ended, Loaded, Note, Status, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{mpsc, watch};
@@ -57,6 +59,9 @@ struct State {
     config_changed: bool,
     /// Why a guest that may still run could not be looked at when virtd started.
     lost: Option<String>,
+    snapshots: snapshots::Kit,
+    /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
+    muted: Option<DomainState>,
     /// No longer in the registry.
     gone: bool,
     /// Anybody was told that it exists.
@@ -84,6 +89,8 @@ pub(crate) struct Birth {
     pub driver: Arc<dyn Driver>,
     pub note: Note,
     pub ended: Ended,
+    /// What was found of its snapshots.
+    pub snapshots: Loaded,
 }
 
 impl Domain {
@@ -132,6 +139,8 @@ impl Domain {
                 autostart: birth.note.autostart,
                 config_changed: false,
                 lost: None,
+                snapshots: snapshots::Kit::new(birth.snapshots),
+                muted: None,
                 gone: false,
                 told: false,
                 facts,
@@ -205,8 +214,12 @@ impl Domain {
         state.refresh();
         let facts = state.facts.clone();
         if was_told || !state.gone {
-            let event = if state.gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
-            self.shared.events.send(event);
+            let gone = state.gone;
+            let event = if gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
+            let news = state.snapshots.news(self.uuid, gone);
+            // A snapshot is told before the domain that has it, but a new domain before its snapshots.
+            let order = if was_told { [news, vec![event]] } else { [vec![event], news] };
+            order.into_iter().flatten().for_each(|event| self.shared.events.send(event));
             state.told = true;
         }
         if was_there && state.gone {
@@ -304,6 +317,9 @@ impl Domain {
 
     /// The guest's state is another: kept, then told.
     async fn note(&self, id: u32, new: DomainState, reason: StateReason, event: Lifecycle) {
+        if matches!(event, Lifecycle::Suspended(_) | Lifecycle::Resumed(_)) && self.swallow(new) {
+            return;
+        }
         let since_usec = now_usec();
         self.keep_status(id, new, reason, since_usec).await;
         self.commit(|state| {
@@ -313,6 +329,15 @@ impl Domain {
             vec![event]
         });
         tracing::info!(uuid = %self.uuid, name = self.name(), %event, "guest");
+    }
+
+    /// Whether this is part of loading a snapshot, of which only the outcome is told.
+    fn swallow(&self, new: DomainState) -> bool {
+        let muted = lock(&self.state).muted.as_mut().map(|seen| *seen = new).is_some();
+        if muted {
+            self.changes.send_modify(|n| *n += 1);
+        }
+        muted
     }
 
     async fn keep_status(&self, id: u32, new: DomainState, reason: StateReason, since_usec: u64) {
@@ -497,9 +522,16 @@ impl State {
         facts.persistent = self.stored.is_some();
         facts.autostart = self.autostart;
         facts.config_changed = self.config_changed;
+        facts.current_snapshot = self.snapshots.current().map(str::to_owned);
+        facts.snapshot_count = self.snapshots.count();
         if facts != *self.facts {
             self.facts = Arc::new(facts);
         }
+    }
+
+    /// From now on stops and starts of the CPUs are only remembered.
+    fn mute(&mut self) {
+        self.muted = Some(self.state);
     }
 
     fn compare_configs(&mut self) {
@@ -577,6 +609,7 @@ fn verdict(ending: Option<Stopped>, exit: &Exit) -> (Stopped, StateReason) {
     match (ending, exit) {
         (Some(Stopped::Destroyed), _) | (None, Exit::Requested) => (Stopped::Destroyed, StateReason::Destroyed),
         (Some(Stopped::Crashed), _) => (Stopped::Crashed, StateReason::Crashed),
+        (Some(Stopped::FromSnapshot), _) => (Stopped::FromSnapshot, StateReason::FromSnapshot),
         (Some(_), _) | (None, Exit::Orderly) => (Stopped::Shutdown, StateReason::Shutdown),
         (None, Exit::Died(_)) => (Stopped::Failed, StateReason::Crashed),
     }

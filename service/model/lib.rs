@@ -3,5 +3,6 @@
 pub mod device;
 pub mod domain;
 pub mod driver;
+pub mod snapshot;
 pub mod state;
 pub mod xml;

@@ -10,6 +10,7 @@ mod documents;
 mod flood;
 mod permission;
 mod rules;
+mod snapshots;
 mod startup;
 mod stranger;
 mod truth;

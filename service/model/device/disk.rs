@@ -149,6 +149,23 @@ impl Disk {
         self.source.as_ref().is_none_or(DiskSource::is_empty)
     }
 
+    /// From now on its writes go to an overlay, and what it was is the layer below.
+    pub fn stand_on(&mut self, overlay: &std::path::Path, block: bool, format: &str) {
+        let below = BackingStore {
+            kind: Some(self.kind()),
+            format: self.format().map(|name| StoreFormat { name: name.to_owned(), ..StoreFormat::default() }),
+            source: self.source.take(),
+            backing: self.backing.take().or_else(|| Some(Box::default())),
+            ..BackingStore::default()
+        };
+        self.backing = Some(Box::new(below));
+        self.kind = Some(if block { DiskKind::Block } else { DiskKind::File });
+        let path = Some(overlay.to_string_lossy().into_owned());
+        let (file, dev) = if block { (None, path) } else { (path, None) };
+        self.source = Some(DiskSource { file, dev, ..DiskSource::default() });
+        self.driver.get_or_insert_with(DiskDriver::default).format = Some(format.to_owned());
+    }
+
     /// The image format the document gives.
     pub fn format(&self) -> Option<&str> {
         self.driver.as_ref()?.format.as_deref()

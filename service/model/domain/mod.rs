@@ -231,6 +231,11 @@ impl DomainDef {
         self.in_form(form).tree().write()
     }
 
+    /// The same as a tree.
+    pub fn tree_in(&self, form: Form) -> Element {
+        self.in_form(form).tree()
+    }
+
     /// The whole of it, secrets and runtime facts included, in libvirt's order.
     pub fn tree(&self) -> Element {
         let mut root = Part::write(self, "domain");

@@ -250,6 +250,8 @@ pub struct Replaced {
     pub gone: PathBuf,
     /// What holds its content.
     pub by: PathBuf,
+    /// The format of that, where it is known.
+    pub format: Option<String>,
 }
 
 /// How a cut off operation ended after all.

@@ -1,0 +1,141 @@
+//! Snapshots of guests in memory: names that images would hold, and nothing in them.
+
+use super::{TestDriver, lock};
+use async_trait::async_trait;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{
+    CreatePlan, DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Machine, MemoryMode, Recovered,
+    Replaced, RevertPlan, Snapshots, Taken, Wish,
+};
+
+#[async_trait]
+impl Snapshots for TestDriver {
+    async fn check_create(&self, machine: &Machine, wish: &Wish) -> Result<CreatePlan, DriverError> {
+        if wish.quiesce {
+            return Err(DriverError::AgentUnavailable("guests of the test driver have no agent".to_owned()));
+        }
+        if lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&wish.name)) {
+            let text = format!("the images hold a snapshot '{}' already", wish.name);
+            return Err(DriverError::SnapshotExists(text));
+        }
+        let overlays = wish.disks.iter().filter_map(|disk| overlay(&disk.mode));
+        let memory = match &wish.memory {
+            MemoryMode::External(file) => Some(file.as_path()),
+            _ => None,
+        };
+        let change = |path: &Path| FileChange { path: path.to_owned(), what: FileFate::Created, bytes: 0 };
+        Ok(CreatePlan {
+            files: overlays.chain(memory).map(change).collect(),
+            pauses_guest: machine.running && wish.memory != MemoryMode::No && !wish.live,
+        })
+    }
+
+    async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError> {
+        journal.note(json!({ "create": wish.name })).await?;
+        let pauses = machine.running && wish.memory != MemoryMode::No;
+        if let Some(guest) = machine.guest.as_ref().filter(|_| pauses) {
+            guest.suspend().await?;
+        }
+        journal.progress(1, 2);
+        let cancelled = journal.cancelled().is_cancelled();
+        if !cancelled {
+            lock(&self.0.images).entry(machine.def.uuid).or_default().insert(wish.name.clone());
+        }
+        if let Some(guest) = machine.guest.as_ref().filter(|_| pauses && (cancelled || !wish.stay_paused)) {
+            guest.resume().await?;
+        }
+        if cancelled {
+            return Err(DriverError::Cancelled);
+        }
+        journal.progress(2, 2);
+        let mut def = machine.def.clone();
+        let mut switched = false;
+        for (disk, part) in def.devices.disks.iter_mut().zip(&wish.disks) {
+            if let Some(path) = overlay(&part.mode) {
+                disk.stand_on(path, false, "qcow2");
+                switched = true;
+            }
+        }
+        let record = json!({ "test": wish.name });
+        Ok(Taken { record, def: switched.then_some(def), nvram: None, tpm: None })
+    }
+
+    async fn check_revert(&self, machine: &Machine, snapshot: &Kept, _: bool) -> Result<RevertPlan, DriverError> {
+        let holds = lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&snapshot.name));
+        if !holds {
+            let text = format!("no image holds the snapshot '{}'; delete it with metadata-only", snapshot.name);
+            return Err(DriverError::Storage(text));
+        }
+        Ok(RevertPlan { files: Vec::new(), undoable: true })
+    }
+
+    async fn load(&self, _: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError> {
+        journal.note(json!({ "load": snapshot.name })).await
+    }
+
+    async fn revert_images(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        journal: Arc<dyn Journal>,
+    ) -> Result<DomainDef, DriverError> {
+        journal.note(json!({ "revert": snapshot.name })).await?;
+        let mut def = snapshot.def.clone();
+        let number = lock(&self.0.images).get(&machine.def.uuid).map_or(0, |names| names.len());
+        for (disk, part) in def.devices.disks.iter_mut().zip(&snapshot.disks) {
+            if overlay(&part.mode).is_some() {
+                let base = PathBuf::from(disk.path().unwrap_or_default());
+                disk.stand_on(&base.with_extension(format!("again-{number}")), false, "qcow2");
+            }
+        }
+        Ok(def)
+    }
+
+    async fn check_delete(&self, _: &Machine, snapshot: &Kept, _: &Kin) -> Result<DeletePlan, DriverError> {
+        let merged = |path: &Path| FileChange { path: path.to_owned(), what: FileFate::Merged, bytes: 0 };
+        Ok(DeletePlan { files: snapshot.disks.iter().filter_map(|disk| overlay(&disk.mode)).map(merged).collect() })
+    }
+
+    async fn delete(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        _: &Kin,
+        journal: Arc<dyn Journal>,
+    ) -> Result<Vec<Replaced>, DriverError> {
+        journal.note(json!({ "delete": snapshot.name })).await?;
+        if let Some(names) = lock(&self.0.images).get_mut(&machine.def.uuid) {
+            names.remove(&snapshot.name);
+        }
+        let frozen = |target: &str| {
+            let disk = snapshot.def.devices.disks.iter().find(|disk| disk.target.dev == target)?;
+            Some((PathBuf::from(disk.path()?), disk.format().map(str::to_owned)))
+        };
+        let replaced = snapshot.disks.iter().filter_map(|part| {
+            let (by, format) = frozen(&part.target)?;
+            Some(Replaced { target: part.target.clone(), gone: overlay(&part.mode)?.to_owned(), by, format })
+        });
+        Ok(replaced.collect())
+    }
+
+    async fn recover(&self, _: &Machine, _: serde_json::Value) -> Result<Recovered, DriverError> {
+        Ok(Recovered::Undone { story: "a guest in memory ends with virtd, and so does what was done to it".to_owned() })
+    }
+
+    async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError> {
+        let targets: Vec<String> = def.devices.disks.iter().map(|disk| disk.target.dev.clone()).collect();
+        let names = lock(&self.0.images).get(&def.uuid).cloned().unwrap_or_default();
+        Ok(names.into_iter().map(|name| (name, targets.clone())).collect())
+    }
+}
+
+fn overlay(mode: &DiskMode) -> Option<&Path> {
+    match mode {
+        DiskMode::External { path, .. } => Some(path),
+        _ => None,
+    }
+}

@@ -1,0 +1,223 @@
+//! `org.virt.Snapshot`: translation between the bus and a domain's snapshots.
+
+use crate::bus::answers::no_object;
+use crate::bus::call::{Call, FlagOrTexts, Handler, Options, Outcome};
+use crate::bus::rows::{Facts, Object};
+use crate::bus::table::Offer;
+use crate::bus::wire::{Field, Row, Value, escape, unescape};
+use crate::domain;
+use crate::error::Error;
+use std::collections::HashMap;
+use std::sync::Arc;
+use uuid::Uuid;
+use virt_service::error::Error as ServiceError;
+use virt_service::events::SnapshotFacts;
+use virt_service::{CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, Service};
+use zbus::Variant;
+
+/// The interface.
+pub const INTERFACE: &str = "org.virt.Snapshot";
+
+const FOLDER: &str = "/snapshot/";
+
+const FIELDS: &[Field] = &[
+    ("Name", "s"),
+    ("Domain", "o"),
+    ("Broken", "s"),
+    ("Description", "s"),
+    ("CreationTime", "t"),
+    ("State", "s"),
+    ("Parent", "o"),
+    ("Children", "ao"),
+    ("IsCurrent", "b"),
+    ("Memory", "s"),
+    ("Disks", "a(sss)"),
+];
+
+/// The path of a domain's snapshot.
+pub fn path(domain: Uuid, name: &str) -> String {
+    format!("{}{FOLDER}{}", domain::path(domain), escape(name))
+}
+
+/// What is published of a snapshot.
+pub fn object(facts: &Arc<SnapshotFacts>) -> Object {
+    let parent = facts.parent.as_ref().map_or_else(|| "/".to_owned(), |name| path(facts.domain, name));
+    let children: Vec<String> = facts.children.iter().map(|name| path(facts.domain, name)).collect();
+    let values = [
+        Value::Str(&facts.name),
+        Value::Path(&domain::path(facts.domain)),
+        Value::Str(&facts.broken),
+        Value::Str(&facts.description),
+        Value::U64(facts.created_usec),
+        Value::Str(facts.state),
+        Value::Path(&parent),
+        Value::Paths(&children),
+        Value::Bool(facts.is_current),
+        Value::Str(facts.memory),
+        Value::Triples(&facts.disks),
+    ];
+    let row = Row::new(FIELDS, &values);
+    Object { path: path(facts.domain, &facts.name).into(), interface: INTERFACE, row, facts: Facts::Fixed }
+}
+
+/// What there is for each member.
+pub fn offer(service: &Arc<Service>) -> Offer {
+    let methods = vec![
+        handler(service, "Revert", revert, true),
+        handler(service, "CheckRevert", check_revert, false),
+        handler(service, "Delete", delete, true),
+        handler(service, "CheckDelete", check_delete, false),
+        handler(service, "GetXML", get_xml, false),
+    ];
+    Offer { interface: INTERFACE, methods, setters: Vec::new(), fields: FIELDS, signals: &[] }
+}
+
+fn handler<F>(
+    service: &Arc<Service>,
+    member: &'static str,
+    run: fn(Arc<Domain>, String, Call) -> F,
+    changes: bool,
+) -> Handler
+where
+    F: Future<Output = Outcome> + Send + 'static,
+{
+    let (service, events) = (service.clone(), service.events().clone());
+    let found = move |call: Call| {
+        let service = service.clone();
+        async move {
+            let (domain, name) = find(&service, &call)?;
+            run(domain, name, call).await
+        }
+    };
+    if changes { Handler::change(member, events, found) } else { Handler::new(member, found) }
+}
+
+fn find(service: &Service, call: &Call) -> Result<(Arc<Domain>, String), Error> {
+    let found = || {
+        let (domain, label) = call.path().split_once(FOLDER)?;
+        Some((service.get(domain::uuid(domain)?)?, unescape(label)?))
+    };
+    found().ok_or_else(|| no_object(call.path()))
+}
+
+async fn revert(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+    let (options, no_wait) = revert_options(call.options()?)?;
+    let ticket = domain.revert(call.caller(), &name, options).await?;
+    call.reply(&domain::finish(ticket, no_wait).await?)
+}
+
+async fn check_revert(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+    let (options, _) = revert_options(call.options()?)?;
+    call.reply(&told(domain.check_revert(call.caller(), &name, &options).await?))
+}
+
+async fn delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+    let (options, no_wait) = delete_options(call.options()?)?;
+    let ticket = domain.delete_snapshot(call.caller(), &name, options).await?;
+    call.reply(&domain::finish(ticket, no_wait).await?)
+}
+
+async fn check_delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+    let (options, _) = delete_options(call.options()?)?;
+    call.reply(&told(domain.check_delete(call.caller(), &name, options).await?))
+}
+
+async fn get_xml(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let secure = options.flag("secure")?;
+    options.end()?;
+    call.reply(&domain.snapshot_xml(call.caller(), &name, secure).await?)
+}
+
+/// The options of `CreateSnapshot`, and whether not to wait.
+pub fn create_options(mut options: Options) -> Result<(CreateOptions, bool), Error> {
+    let create = CreateOptions {
+        disk_only: options.flag("disk-only")?,
+        live: options.flag("live")?,
+        quiesce: options.flag("quiesce")?,
+        reuse_external: options.flag("reuse-external")?,
+        halt: options.flag("halt")?,
+        no_metadata: options.flag("no-metadata")?,
+        redefine: options.flag("redefine")?,
+        current: options.flag("current")?,
+        validate: options.flag("validate")?,
+        leave_out: options.texts("leave-out")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = options.flag("no-wait")?;
+    options.end()?;
+    Ok((create, no_wait))
+}
+
+fn revert_options(mut options: Options) -> Result<(RevertOptions, bool), Error> {
+    let revert = RevertOptions {
+        running: options.flag("running")?,
+        paused: options.flag("paused")?,
+        reset_nvram: options.flag("reset-nvram")?,
+        respawn: options.flag("respawn")?,
+        force: match options.flag_or_texts("force")? {
+            None | Some(FlagOrTexts::Flag(false)) => Force::No,
+            Some(FlagOrTexts::Flag(true)) => Force::All,
+            Some(FlagOrTexts::Texts(risks)) => Force::These(risks),
+        },
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = options.flag("no-wait")?;
+    options.end()?;
+    Ok((revert, no_wait))
+}
+
+fn delete_options(mut options: Options) -> Result<(DeleteOptions, bool), Error> {
+    let delete = DeleteOptions {
+        children: options.flag("children")?,
+        children_only: options.flag("children-only")?,
+        metadata_only: options.flag("metadata-only")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = options.flag("no-wait")?;
+    options.end()?;
+    Ok((delete, no_wait))
+}
+
+type Answer = HashMap<&'static str, Variant<'static>>;
+
+/// A file, what becomes of it, and its bytes.
+type Files = Vec<(String, &'static str, u64)>;
+
+/// Whether it is possible, and if not why.
+fn verdict<T>(check: &Result<T, ServiceError>) -> [(&'static str, Variant<'static>); 2] {
+    let reason = check.as_ref().err().map_or_else(String::new, |error| Error::from(error).to_string());
+    [("possible", Variant::from(check.is_ok())), ("reason", Variant::from(reason))]
+}
+
+fn files(files: Files) -> (&'static str, Variant<'static>) {
+    ("files", Variant::from(files))
+}
+
+/// The answer to `CheckCreateSnapshot`.
+pub fn told_create(check: Result<CreateCheck, ServiceError>) -> Answer {
+    let verdict = verdict(&check);
+    let check = check.unwrap_or(CreateCheck { xml: String::new(), files: Vec::new(), pauses_guest: false });
+    let rest =
+        [("xml", Variant::from(check.xml)), files(check.files), ("pauses-guest", Variant::from(check.pauses_guest))];
+    verdict.into_iter().chain(rest).collect()
+}
+
+/// The answer to `CheckRevert` and `CheckDelete`.
+fn told(check: Result<Plan, ServiceError>) -> Answer {
+    let verdict = verdict(&check);
+    let plan = check.unwrap_or_default();
+    let risks: Vec<String> = plan.risks.iter().map(|risk| (*risk).to_owned()).collect();
+    let differences: Vec<(String, String, String)> =
+        plan.differences.into_iter().map(|found| (found.path, found.source, found.target)).collect();
+    let events: Vec<(&'static str, &'static str)> = plan.events.iter().map(|event| event.words()).collect();
+    let rest = [
+        ("needs-force", Variant::from(!plan.risks.is_empty())),
+        ("risks", Variant::from(risks)),
+        ("abi-differences", Variant::from(differences)),
+        ("starts-new-process", Variant::from(plan.starts_new_process)),
+        ("events", Variant::from(events)),
+        files(plan.files),
+    ];
+    verdict.into_iter().chain(rest).collect()
+}

@@ -1,0 +1,384 @@
+//! Taking a snapshot.
+
+use super::{Domain, fate};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::job::{Job, Ticket, lock};
+use crate::shared::now_usec;
+use crate::store::{Deed, Record};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{CreatePlan, DiskMode, Journal as _, Machine, Taken, Wish};
+use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
+use virt_model::state::{DomainState, Stopped};
+use virt_model::xml::FindingKind;
+
+/// How a snapshot is taken.
+#[derive(Clone, Debug, Default)]
+pub struct CreateOptions {
+    /// No memory.
+    pub disk_only: bool,
+    /// The guest runs while its memory is written.
+    pub live: bool,
+    /// File systems are frozen by the guest's agent meanwhile.
+    pub quiesce: bool,
+    /// Overlays exist, made by the caller.
+    pub reuse_external: bool,
+    /// The guest ends when it is complete.
+    pub halt: bool,
+    /// No record is kept.
+    pub no_metadata: bool,
+    /// Only a record is restored.
+    pub redefine: bool,
+    /// The restored one becomes the current one.
+    pub current: bool,
+    /// The document is held to the format: it always is.
+    pub validate: bool,
+    /// `nvram`, `tpm`: parts not to capture.
+    pub leave_out: Vec<String>,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+/// What a creation would do.
+#[derive(Clone, Debug)]
+pub struct CreateCheck {
+    /// The completed document.
+    pub xml: String,
+    /// Path, what becomes of it, bytes.
+    pub files: Vec<(String, &'static str, u64)>,
+    /// The guest stands still for a while.
+    pub pauses_guest: bool,
+}
+
+/// A creation that has been thought through.
+struct Planned {
+    def: SnapshotDef,
+    wish: Wish,
+    plan: CreatePlan,
+    machine: Machine,
+    /// Files that the caller named.
+    named: Vec<PathBuf>,
+}
+
+impl CreateOptions {
+    /// Refuses what does not go together.
+    fn check(&self) -> Result<()> {
+        let invalid = |text: &str| Err(Error::InvalidArgument(text.to_owned()));
+        if self.current && !self.redefine {
+            return invalid("'current' needs 'redefine': a new snapshot always becomes the current one");
+        }
+        if self.quiesce && !self.disk_only {
+            return invalid("'quiesce' needs 'disk-only'");
+        }
+        let others = self.no_metadata || self.halt || self.live || self.quiesce || self.reuse_external;
+        if self.redefine && (others || !self.leave_out.is_empty()) {
+            return invalid(
+                "'redefine' only restores a record: it goes with 'current', 'disk-only' and 'validate' alone",
+            );
+        }
+        match self.leave_out.iter().find(|part| !matches!(part.as_str(), "nvram" | "tpm")) {
+            Some(part) => invalid(&format!("'leave-out' lists nvram and tpm, not '{part}'")),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Domain {
+    /// Takes a snapshot, or restores the record of one. Gives its name (none if no record is kept) when it is accepted; the
+    /// ticket answers when it is complete. On failure everything is as before.
+    pub async fn create_snapshot(
+        self: &Arc<Self>,
+        caller: &Caller,
+        xml: &str,
+        options: CreateOptions,
+    ) -> Result<(Option<String>, Ticket)> {
+        let begun = Instant::now();
+        let accepted = self.accept_snapshot(caller, xml, options).await;
+        if let Err(e) = &accepted {
+            self.log(caller, "create snapshot", begun, Some(e));
+        }
+        accepted
+    }
+
+    async fn accept_snapshot(
+        self: &Arc<Self>,
+        caller: &Caller,
+        xml: &str,
+        options: CreateOptions,
+    ) -> Result<(Option<String>, Ticket)> {
+        self.allow(caller, Action::Snapshot).await?;
+        options.check()?;
+        let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+        if options.redefine {
+            return self.redefine_snapshot(caller, doc, &options).await;
+        }
+        let name = self.snapshot_name(&doc);
+        let planned = self.plan_snapshot(&doc, &name, &options).await?;
+        if !planned.named.iter().all(|file| is_beside_a_disk(file, &planned.machine.def)) {
+            // Elsewhere on the host is for those who may name any file in a configuration.
+            self.allow(caller, Action::Define).await?;
+        }
+        let (keep, leave) = ((!options.no_metadata).then(|| name.clone()), options.cancel_on_disconnect);
+        let ticket = self.in_job(caller, "snapshot-create", leave, move |domain, job| async move {
+            domain.take_snapshot(&doc, &name, &options, job).await
+        })?;
+        Ok((keep, ticket))
+    }
+
+    /// What `create_snapshot` would do. Changes nothing.
+    pub async fn check_create_snapshot(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        options: CreateOptions,
+    ) -> Result<Result<CreateCheck>> {
+        self.allow(caller, Action::Read).await?;
+        let planned = async {
+            options.check()?;
+            let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+            if options.redefine {
+                let record = self.restored(doc, &options)?;
+                let xml = record.document(false).map_err(Error::SnapshotBroken)?;
+                return Ok(CreateCheck { xml, files: Vec::new(), pauses_guest: false });
+            }
+            let planned = self.plan_snapshot(&doc, &self.snapshot_name(&doc), &options).await?;
+            let files = planned.plan.files.iter();
+            let files = files.map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes));
+            Ok(CreateCheck {
+                xml: planned.def.write(false, false),
+                files: files.collect(),
+                pauses_guest: planned.plan.pauses_guest,
+            })
+        };
+        Ok(planned.await)
+    }
+
+    /// The name that is asked for; else the time in seconds, or the next that is free.
+    fn snapshot_name(&self, doc: &SnapshotDoc) -> String {
+        if let Some(name) = doc.name.as_deref().filter(|name| !name.is_empty()) {
+            return name.to_owned();
+        }
+        let state = lock(&self.state);
+        let now = now_usec() / 1_000_000;
+        let free = (now..).map(|seconds| seconds.to_string()).find(|name| state.snapshots.tree.get(name).is_none());
+        free.unwrap_or_default()
+    }
+
+    async fn plan_snapshot(&self, doc: &SnapshotDoc, name: &str, options: &CreateOptions) -> Result<Planned> {
+        let driver = self.takes_snapshots()?;
+        let state = self.state_to_capture(options)?;
+        let machine = self.machine().await?;
+        let active = machine.guest.is_some();
+        let request = Request { active, disk_only: options.disk_only, live: options.live };
+        let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
+        let (parent, inactive) = {
+            let state = lock(&self.state);
+            if state.snapshots.tree.get(name).is_some() {
+                let text = format!("snapshot '{name}' already exists for domain '{}'; delete it first", state.name);
+                return Err(Error::SnapshotExists(text));
+            }
+            let inactive = state.stored.as_deref().filter(|_| state.guest.is_some()).cloned();
+            (state.snapshots.tree.current().map(str::to_owned), inactive)
+        };
+        let manual = aligned.disks.iter().any(|disk| disk.mode == DiskMode::Manual);
+        let wish = Wish {
+            name: name.to_owned(),
+            memory: aligned.memory.clone(),
+            disks: aligned.disks.clone(),
+            live: options.live,
+            quiesce: options.quiesce,
+            reuse_external: options.reuse_external,
+            stay_paused: options.halt || manual,
+            leave_out_nvram: options.leave_out.iter().any(|part| part == "nvram"),
+            leave_out_tpm: options.leave_out.iter().any(|part| part == "tpm"),
+        };
+        let plan = driver.check_create(&machine, &wish).await.map_err(|e| self.not_taken(name, e))?;
+        let def = SnapshotDef {
+            name: name.to_owned(),
+            description: doc.description.clone(),
+            state,
+            parent,
+            created: now_usec() / 1_000_000,
+            memory: aligned.memory,
+            disks: aligned.disks,
+            domain: Some(Box::new(machine.def.clone())),
+            inactive: inactive.map(Box::new),
+            captured: Vec::new(),
+            cookie: None,
+        };
+        Ok(Planned { def, wish, plan, machine, named: aligned.named })
+    }
+
+    /// What the snapshot is to say that the guest did; refuses states that have no meaning here.
+    fn state_to_capture(&self, options: &CreateOptions) -> Result<SnapshotState> {
+        let state = lock(&self.state);
+        state.still_here()?;
+        let name = &state.name;
+        let off = state.guest.is_none();
+        if options.halt && (state.stored.is_none() || off) {
+            let why = if off { "shut off already" } else { "transient" };
+            return Err(Error::OperationInvalid(format!("cannot halt: domain '{name}' is {why}")));
+        }
+        if options.quiesce && !matches!(state.state, DomainState::Running | DomainState::Idle) {
+            let text = format!("cannot quiesce '{name}': it is {}, and its agent does not answer", state.state);
+            return Err(Error::AgentUnavailable(text));
+        }
+        match state.state {
+            DomainState::PmSuspended => Err(Error::OperationUnsupported(format!(
+                "domain '{name}' is asleep (pmsuspended) and cannot be snapshotted; wake it first"
+            ))),
+            DomainState::Shutdown | DomainState::Crashed => Err(Error::OperationUnsupported(format!(
+                "domain '{name}' is {}, and cannot be snapshotted; reset or destroy it first",
+                state.state
+            ))),
+            DomainState::Shutoff => Ok(SnapshotState::Domain(DomainState::Shutoff)),
+            _ if options.disk_only => Ok(SnapshotState::DiskSnapshot),
+            DomainState::Paused => Ok(SnapshotState::Domain(DomainState::Paused)),
+            DomainState::Running | DomainState::Idle => Ok(SnapshotState::Domain(DomainState::Running)),
+        }
+    }
+
+    async fn take_snapshot(
+        self: &Arc<Self>,
+        doc: &SnapshotDoc,
+        name: &str,
+        options: &CreateOptions,
+        job: Arc<Job>,
+    ) -> Result<()> {
+        // The domain may have become another while we waited for our turn.
+        let Planned { def, wish, machine, .. } = self.plan_snapshot(doc, name, options).await?;
+        let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
+        let journal = self.journal(deed, Some(job));
+        journal.begin().await?;
+        let taken = match self.takes_snapshots()?.create(&machine, &wish, journal.clone()).await {
+            Ok(taken) => taken,
+            Err(e) => {
+                journal.end_after_failure().await;
+                return Err(self.not_taken(name, e));
+            }
+        };
+        self.snapshot_taken(def, taken, !options.no_metadata, &journal).await?;
+        if options.halt {
+            self.halt().await?;
+        }
+        Ok(())
+    }
+
+    /// The data is there: what remains is to say so.
+    pub(super) async fn snapshot_taken(
+        self: &Arc<Self>,
+        mut def: SnapshotDef,
+        taken: Taken,
+        keep: bool,
+        journal: &super::DomainJournal,
+    ) -> Result<()> {
+        if let Some(now) = &taken.def {
+            self.stand_on(now).await?;
+            journal.step("configurations");
+        }
+        def.captured = [("nvram", taken.nvram), ("tpm", taken.tpm)]
+            .into_iter()
+            .filter_map(|(part, how)| Some((part.to_owned(), how?)))
+            .collect();
+        if keep {
+            let (name, order) = (def.name.clone(), lock(&self.state).snapshots.next_order());
+            let parent = def.parent.clone();
+            let record =
+                Record { name: name.clone(), def: Ok(def), order, created_usec: now_usec(), record: taken.record };
+            self.save_record(record.clone()).await?;
+            journal.step("record");
+            self.save_current(Some(name.clone())).await?;
+            journal.step("current");
+            journal.end().await?;
+            self.commit(|state| {
+                let tree = state.snapshots.change();
+                tree.put(&name, parent.as_deref(), Arc::new(record));
+                tree.set_current(Some(&name));
+                Vec::new()
+            });
+            return Ok(());
+        }
+        journal.end().await
+    }
+
+    /// Both configurations name the disks that the machine stands on now, on disk and here.
+    pub(super) async fn stand_on(&self, now: &DomainDef) -> Result<()> {
+        let (live, stored) = self.configurations();
+        let before = live.clone().or(stored.clone());
+        let stored = stored.map(|stored| {
+            let mut stored = DomainDef::clone(&stored);
+            let changed = before.as_ref().is_some_and(|before| switch_disks(&mut stored, before, now));
+            changed.then_some(stored)
+        });
+        let live = live.map(|live| {
+            let mut switched = DomainDef::clone(&live);
+            switch_disks(&mut switched, &live, now);
+            switched
+        });
+        if let Some(live) = &live {
+            self.keep_live(live).await?;
+        }
+        let stored = stored.flatten();
+        if let Some(stored) = &stored {
+            self.store(stored.clone()).await?;
+        }
+        self.commit(|state| {
+            // Part of a snapshot: not told as an update of its own.
+            state.edited(live, stored);
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    /// The guest ends, now that it is captured.
+    async fn halt(self: &Arc<Self>) -> Result<()> {
+        let Ok(guest) = self.guest() else { return Ok(()) };
+        self.end_as(guest, Stopped::FromSnapshot).await
+    }
+
+    pub(super) fn not_taken(&self, name: &str, error: DriverError) -> Error {
+        Error::from_driver(&self.name(), &format!("take snapshot '{name}' of"), error)
+    }
+}
+
+/// Makes the disks of `def` what they are in `now`, where they were what they are in `before`. Whether any was.
+pub(super) fn switch_disks(def: &mut DomainDef, before: &DomainDef, now: &DomainDef) -> bool {
+    let mut changed = false;
+    for disk in &mut def.devices.disks {
+        let same = |other: &&virt_model::device::Disk| other.target.dev == disk.target.dev;
+        let (Some(before), Some(now)) = (before.devices.disks.iter().find(same), now.devices.disks.iter().find(same))
+        else {
+            continue;
+        };
+        if disk.path() != before.path() || now.path() == before.path() {
+            continue;
+        }
+        disk.kind = now.kind;
+        disk.source.clone_from(&now.source);
+        disk.backing.clone_from(&now.backing);
+        let format = now.format().map(str::to_owned);
+        disk.driver.get_or_insert_default().format = format;
+        changed = true;
+    }
+    changed
+}
+
+/// What the document asks for and cannot be: not a document, or not to be had.
+pub(super) fn refused(findings: Vec<virt_model::xml::Finding>) -> Error {
+    if findings.iter().any(|finding| finding.kind == FindingKind::Invalid) {
+        return Error::ConfigInvalid(findings);
+    }
+    let texts: Vec<String> = findings.into_iter().map(|finding| finding.message).collect();
+    Error::ConfigUnsupported(texts.join("; "))
+}
+
+/// Whether a file is in the folder of one of the machine's disks.
+fn is_beside_a_disk(file: &Path, def: &DomainDef) -> bool {
+    let plain = !file.components().any(|part| part == std::path::Component::ParentDir);
+    let mut folders = def.devices.disks.iter().filter_map(|disk| Path::new(disk.path()?).parent());
+    plain && folders.any(|folder| file.parent() == Some(folder))
+}

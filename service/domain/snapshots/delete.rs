@@ -1,0 +1,280 @@
+//! Deleting snapshots: deepest first, so that what is left is always a tree that holds.
+
+use super::plan::{Plan, told};
+use super::{Domain, DomainJournal};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::job::{Job, Ticket, lock};
+use crate::store::{Deed, Record, on_disk};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+use virt_model::device::disk::BackingStore;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{DiskMode, Journal as _, Kin, Machine, Replaced};
+use virt_model::snapshot::SnapshotDef;
+
+/// What is deleted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DeleteOptions {
+    /// All below it, too.
+    pub children: bool,
+    /// All below it, not itself.
+    pub children_only: bool,
+    /// The records alone; images stay as they are.
+    pub metadata_only: bool,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+impl Domain {
+    /// Deletes a snapshot; the ticket answers when that is done. Each one that is gone is gone for good, also if a later
+    /// one fails.
+    pub async fn delete_snapshot(
+        self: &Arc<Self>,
+        caller: &Caller,
+        name: &str,
+        options: DeleteOptions,
+    ) -> Result<Ticket> {
+        let begun = Instant::now();
+        let accepted = async {
+            self.snapshot(name)?;
+            self.allow_snapshot(caller, Action::Snapshot, name).await?;
+            self.plan_delete(name, options).await?;
+            let name = name.to_owned();
+            self.in_job(caller, "snapshot-delete", options.cancel_on_disconnect, move |domain, job| async move {
+                domain.plan_delete(&name, options).await?;
+                domain.delete_all(&name, options, job).await
+            })
+        };
+        let accepted = accepted.await;
+        if let Err(e) = &accepted {
+            self.log(caller, "delete snapshot", begun, Some(e));
+        }
+        accepted
+    }
+
+    /// What a deletion would do. Changes nothing.
+    pub async fn check_delete(&self, caller: &Caller, name: &str, options: DeleteOptions) -> Result<Result<Plan>> {
+        self.snapshot(name)?;
+        self.allow_snapshot(caller, Action::Read, name).await?;
+        Ok(self.plan_delete(name, options).await)
+    }
+
+    async fn plan_delete(&self, name: &str, options: DeleteOptions) -> Result<Plan> {
+        let names = self.doomed(name, options)?;
+        let mut files = Vec::new();
+        if !options.metadata_only {
+            let machine = self.machine().await?;
+            for one in &names {
+                let (record, def) = self.usable_snapshot(one)?;
+                let kept = self.kept(&record, &def, &machine);
+                let kin = self.kin(one, &names, &machine);
+                let plan = self.takes_snapshots()?.check_delete(&machine, &kept, &kin).await;
+                files.extend(told(&plan.map_err(|e| self.not_deleted(one, e))?.files));
+            }
+        }
+        Ok(Plan { files, ..Plan::default() })
+    }
+
+    /// Which ones go, in order.
+    fn doomed(&self, name: &str, options: DeleteOptions) -> Result<Vec<String>> {
+        if options.children && options.children_only {
+            return Err(Error::InvalidArgument("'children' and 'children-only' exclude each other".to_owned()));
+        }
+        let state = lock(&self.state);
+        let tree = &state.snapshots.tree;
+        tree.get(name).ok_or_else(|| state.no_snapshot(name))?;
+        let mut names = if options.children || options.children_only { tree.descendants(name) } else { Vec::new() };
+        if !options.children_only {
+            names.push(name.to_owned());
+        }
+        Ok(names)
+    }
+
+    fn kin(&self, name: &str, doomed: &[String], machine: &Machine) -> Kin {
+        let (live, stored) = self.configurations();
+        Kin {
+            others: self.others(name, machine),
+            stored: stored.filter(|_| live.is_some()).map(|stored| DomainDef::clone(&stored)),
+            doomed: doomed.iter().filter(|other| *other != name).cloned().collect(),
+        }
+    }
+
+    async fn delete_all(self: &Arc<Self>, name: &str, options: DeleteOptions, job: Arc<Job>) -> Result<()> {
+        let names = self.doomed(name, options)?;
+        for one in &names {
+            if job.cancel_token().is_cancelled() {
+                return Err(Error::Cancelled(format!(
+                    "deleting snapshots of '{}' was cancelled; '{one}' and what is above it are still there",
+                    self.name()
+                )));
+            }
+            let journal = self.journal(Deed::Delete { name: one.clone() }, Some(job.clone()));
+            let mut replaced = Vec::new();
+            if !options.metadata_only {
+                journal.begin().await?;
+                let machine = self.machine().await?;
+                let (record, def) = self.usable_snapshot(one)?;
+                let (kept, kin) = (self.kept(&record, &def, &machine), self.kin(one, &names, &machine));
+                let deleted = self.takes_snapshots()?.delete(&machine, &kept, &kin, journal.clone()).await;
+                replaced = match deleted {
+                    Ok(replaced) => replaced,
+                    Err(e) => {
+                        journal.end_after_failure().await;
+                        return Err(self.not_deleted(one, e));
+                    }
+                };
+            }
+            self.snapshot_deleted(one, &replaced, &journal).await?;
+        }
+        Ok(())
+    }
+
+    /// Its data is gone: what remains is to say so, in every configuration that named it.
+    pub(super) async fn snapshot_deleted(
+        self: &Arc<Self>,
+        name: &str,
+        replaced: &[Replaced],
+        journal: &Arc<DomainJournal>,
+    ) -> Result<()> {
+        if !replaced.is_empty() {
+            self.replace_in_configurations(replaced).await?;
+            journal.step("configurations");
+        }
+        let (changed, current) = {
+            let state = lock(&self.state);
+            let tree = &state.snapshots.tree;
+            let parent = tree.get(name).and_then(|node| node.parent.clone());
+            let mut changed = Vec::new();
+            for node in tree.iter().filter(|node| node.name != name) {
+                let Ok(def) = &node.content.def else { continue };
+                let mut def = def.clone();
+                def.parent = node
+                    .parent
+                    .clone()
+                    .filter(|above| above != name)
+                    .or_else(|| node.parent.as_ref().and_then(|_| parent.clone()));
+                replace_in_snapshot(&mut def, replaced);
+                if Ok(&def) != node.content.def.as_ref() {
+                    changed.push(Record { def: Ok(def), ..Record::clone(&node.content) });
+                }
+            }
+            let current = if tree.current() == Some(name) { Some(parent.clone()) } else { None };
+            (changed, current)
+        };
+        for record in &changed {
+            self.save_record(record.clone()).await?;
+            journal.step("another record");
+        }
+        if let Some(current) = &current {
+            self.save_current(current.clone()).await?;
+            journal.step("current");
+        }
+        let (shared, uuid, file) = (self.shared.clone(), self.uuid, name.to_owned());
+        on_disk(move || shared.store.remove_snapshot(uuid, &file)).await?;
+        journal.step("record");
+        journal.end().await?;
+        self.commit(|state| {
+            let tree = state.snapshots.change();
+            for record in changed {
+                if let Some(content) = tree.content_mut(&record.name.clone()) {
+                    *content = Arc::new(record);
+                }
+            }
+            tree.remove(name);
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    async fn replace_in_configurations(&self, replaced: &[Replaced]) -> Result<()> {
+        let (live, stored) = self.configurations();
+        let mended = |def: Option<Arc<DomainDef>>| {
+            let def = def?;
+            let mut mended = DomainDef::clone(&def);
+            replace_in(&mut mended, replaced);
+            (mended != *def).then_some(mended)
+        };
+        let (live, stored) = (mended(live), mended(stored));
+        if let Some(live) = &live {
+            self.keep_live(live).await?;
+        }
+        if let Some(stored) = &stored {
+            self.store(stored.clone()).await?;
+        }
+        self.commit(|state| {
+            state.edited(live, stored);
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    fn not_deleted(&self, name: &str, error: DriverError) -> Error {
+        Error::from_driver(&self.name(), &format!("delete snapshot '{name}' of"), error)
+    }
+}
+
+/// A file that is no more is not to be named: what stood on it stands on what holds its content.
+fn replace_in(def: &mut DomainDef, replaced: &[Replaced]) {
+    for one in replaced {
+        for disk in def.devices.disks.iter_mut().filter(|disk| disk.target.dev == one.target) {
+            if disk.path().map(Path::new) == Some(&one.gone) {
+                // The image below takes its place, with all that is below that.
+                match disk.backing.take() {
+                    Some(below) if below.source.is_some() => {
+                        let format = below.format.as_ref().map(|format| format.name.clone());
+                        disk.kind = below.kind;
+                        disk.source = below.source;
+                        disk.backing = below.backing;
+                        disk.driver.get_or_insert_default().format = format;
+                    }
+                    _ => {
+                        if let Some(source) = &mut disk.source {
+                            source.file = Some(one.by.to_string_lossy().into_owned());
+                        }
+                        if let Some(format) = &one.format {
+                            disk.driver.get_or_insert_default().format = Some(format.clone());
+                        }
+                    }
+                }
+                continue;
+            }
+            forget_layer(disk.backing.as_mut(), one);
+        }
+    }
+}
+
+/// Takes a layer out of a chain.
+fn forget_layer(layer: Option<&mut Box<BackingStore>>, gone: &Replaced) {
+    let Some(layer) = layer else { return };
+    let path = layer.source.as_ref().and_then(|source| source.path(layer.kind.unwrap_or_default()));
+    if path.map(Path::new) == Some(&gone.gone) {
+        match layer.backing.take() {
+            Some(below) => *layer = below,
+            None => {
+                if let Some(source) = &mut layer.source {
+                    source.file = Some(gone.by.to_string_lossy().into_owned());
+                }
+            }
+        }
+        return;
+    }
+    forget_layer(layer.backing.as_mut(), gone);
+}
+
+fn replace_in_snapshot(def: &mut SnapshotDef, replaced: &[Replaced]) {
+    for domain in [&mut def.domain, &mut def.inactive].into_iter().flatten() {
+        replace_in(domain, replaced);
+    }
+    for one in replaced {
+        for disk in def.disks.iter_mut().filter(|disk| disk.target == one.target) {
+            if let DiskMode::External { path, .. } = &mut disk.mode
+                && *path == one.gone
+            {
+                path.clone_from(&one.by);
+            }
+        }
+    }
+}

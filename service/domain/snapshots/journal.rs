@@ -1,0 +1,106 @@
+//! Where an operation on snapshots tells how far it is: on disk, for the next virtd, and to its job, for people.
+
+use crate::error::{Error, Result};
+use crate::job::{Job, lock};
+use crate::shared::Shared;
+use crate::store::{Deed, Intent, on_disk};
+use async_trait::async_trait;
+use std::sync::{Arc, Mutex};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::Journal;
+
+/// See the module.
+pub(super) struct DomainJournal {
+    shared: Arc<Shared>,
+    uuid: Uuid,
+    intent: Mutex<Intent>,
+    job: Option<Arc<Job>>,
+    never: CancellationToken,
+}
+
+impl DomainJournal {
+    pub fn new(shared: Arc<Shared>, uuid: Uuid, deed: Deed, job: Option<Arc<Job>>) -> DomainJournal {
+        let intent = Mutex::new(Intent { deed, note: None });
+        DomainJournal { shared, uuid, intent, job, never: CancellationToken::new() }
+    }
+
+    /// Writes the intent down, before anything is changed.
+    pub async fn begin(&self) -> Result<()> {
+        let (shared, uuid, intent) = (self.shared.clone(), self.uuid, lock(&self.intent).clone());
+        on_disk(move || shared.store.save_intent(uuid, &intent)).await?;
+        self.step("intent");
+        Ok(())
+    }
+
+    /// It is done, or undone.
+    pub async fn end(&self) -> Result<()> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        on_disk(move || shared.store.remove_intent(uuid)).await?;
+        self.step("end");
+        Ok(())
+    }
+
+    /// The same where that cannot be helped: the next virtd finds it undone already.
+    pub async fn end_after_failure(&self) {
+        if let Err(error) = self.end().await {
+            tracing::warn!(uuid = %self.uuid, %error, "the next start of virtd looks at this operation again");
+        }
+    }
+}
+
+#[async_trait]
+impl Journal for DomainJournal {
+    async fn note(&self, note: serde_json::Value) -> Result<(), DriverError> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let intent = {
+            let mut intent = lock(&self.intent);
+            intent.note = Some(note);
+            intent.clone()
+        };
+        let kept = on_disk(move || shared.store.save_intent(uuid, &intent)).await;
+        kept.map_err(|e| match e {
+            Error::NoSpace(text) => DriverError::NoSpace(text),
+            e => DriverError::Storage(e.to_string()),
+        })?;
+        self.step("note");
+        Ok(())
+    }
+
+    fn step(&self, what: &str) {
+        tracing::debug!(uuid = %self.uuid, step = what, "snapshots");
+        #[cfg(debug_assertions)]
+        fail_point::reached();
+    }
+
+    fn progress(&self, done: u64, total: u64) {
+        self.job.iter().for_each(|job| job.progress(done, total));
+    }
+
+    fn point_of_no_return(&self) {
+        self.job.iter().for_each(|job| job.past_return());
+    }
+
+    fn cancelled(&self) -> &CancellationToken {
+        self.job.as_ref().map_or(&self.never, |job| job.cancel_token())
+    }
+}
+
+/// For tests: a virtd that is killed at a certain step. Not in release builds.
+#[cfg(debug_assertions)]
+mod fail_point {
+    use std::sync::LazyLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// At which step, from 1; never if it is not said.
+    static DIE_AT: LazyLock<Option<u64>> = LazyLock::new(|| std::env::var("VIRTD_DIE_AT_STEP").ok()?.parse().ok());
+    static STEPS: AtomicU64 = AtomicU64::new(0);
+
+    pub fn reached() {
+        let step = STEPS.fetch_add(1, Ordering::SeqCst) + 1;
+        if *DIE_AT == Some(step) {
+            let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+        }
+    }
+}

@@ -1,0 +1,339 @@
+//! A domain's snapshots: which there are, and the operations on them. What they do to images and guests is the driver's
+//! matter (`virt_model::driver::snapshots`); what is kept and told of them, ours.
+//!
+//! ```text
+//!  plan (no change) ─▶ job ─▶ turn ─▶ plan again ─▶ intent on disk ─▶ driver ─▶ configurations ─▶ record ─▶ intent gone
+//!                                                       └── killed: recover.rs finishes or undoes it at the next start
+//! ```
+
+mod create;
+mod delete;
+mod journal;
+mod plan;
+mod recover;
+mod redefine;
+mod revert;
+
+pub use create::{CreateCheck, CreateOptions};
+pub use delete::DeleteOptions;
+pub use plan::{Force, Plan, RevertOptions};
+
+use super::{Domain, State};
+use crate::authz::{Action, Caller, Subject};
+use crate::error::{Error, Result};
+use crate::events::{Event, SnapshotFacts};
+use crate::job::{Job, Ticket, lock};
+use crate::store::{Loaded, Record, on_disk};
+use journal::DomainJournal;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::DomainDef;
+use virt_model::driver::snapshots::{DiskMode, FileFate, Kept, Machine, MemoryMode, Snapshots};
+use virt_model::snapshot::{Node, SnapshotDef, SnapshotTree};
+use virt_model::state::DomainState;
+
+/// What a domain keeps of its snapshots.
+#[derive(Debug, Default)]
+pub(super) struct Kit {
+    tree: SnapshotTree<Arc<Record>>,
+    /// As last told.
+    told: BTreeMap<String, Arc<SnapshotFacts>>,
+    /// What is told is no longer true.
+    stale: bool,
+}
+
+impl Kit {
+    /// From what was found on disk.
+    pub(super) fn new(loaded: Loaded) -> Kit {
+        let node = |record: Record| Node {
+            name: record.name.clone(),
+            parent: record.def.as_ref().ok().and_then(|def| def.parent.clone()),
+            content: Arc::new(record),
+        };
+        let records = loaded.records.into_iter().map(node).collect();
+        let (tree, mended) = SnapshotTree::from_records(records, loaded.current);
+        for name in mended {
+            tracing::warn!(snapshot = name, "its parent is not there; it is a root now");
+        }
+        Kit { tree, told: BTreeMap::new(), stale: true }
+    }
+
+    pub(super) fn current(&self) -> Option<&str> {
+        self.tree.current()
+    }
+
+    pub(super) fn count(&self) -> u32 {
+        u32::try_from(self.tree.len()).unwrap_or(u32::MAX)
+    }
+
+    /// All records are gone; images keep what they hold.
+    pub(super) fn forget(&mut self) {
+        *self.change() = SnapshotTree::default();
+    }
+
+    fn change(&mut self) -> &mut SnapshotTree<Arc<Record>> {
+        self.stale = true;
+        &mut self.tree
+    }
+
+    fn get(&self, name: &str) -> Option<Arc<Record>> {
+        self.tree.get(name).map(|node| node.content.clone())
+    }
+
+    fn next_order(&self) -> u64 {
+        self.tree.iter().map(|node| node.content.order).filter(|order| *order < u64::MAX).max().map_or(1, |n| n + 1)
+    }
+
+    /// What is new since it was last told; nothing is there any more of a domain that has `gone`.
+    pub(super) fn news(&mut self, domain: uuid::Uuid, gone: bool) -> Vec<Event> {
+        if !std::mem::take(&mut self.stale) && !gone {
+            return Vec::new();
+        }
+        let now: Vec<SnapshotFacts> =
+            if gone { Vec::new() } else { self.tree.iter().map(|node| self.facts(domain, node)).collect() };
+        let mut events = Vec::new();
+        let mut told = BTreeMap::new();
+        for facts in now {
+            let before = self.told.remove(&facts.name);
+            let facts = match before {
+                Some(before) if *before == facts => before,
+                _ => {
+                    let facts = Arc::new(facts);
+                    events.push(Event::Snapshot(facts.clone()));
+                    facts
+                }
+            };
+            told.insert(facts.name.clone(), facts);
+        }
+        events.extend(std::mem::replace(&mut self.told, told).into_values().map(Event::SnapshotGone));
+        events
+    }
+
+    fn facts(&self, domain: uuid::Uuid, node: &Node<Arc<Record>>) -> SnapshotFacts {
+        let def = node.content.def.as_ref();
+        SnapshotFacts {
+            domain,
+            name: node.name.clone(),
+            broken: def.err().cloned().unwrap_or_default(),
+            description: def.ok().and_then(|def| def.description.clone()).unwrap_or_default(),
+            created_usec: node.content.created_usec,
+            state: def.map_or("", |def| def.state.as_str()),
+            parent: node.parent.clone(),
+            children: self.tree.children(&node.name).map(|child| child.name.clone()).collect(),
+            is_current: self.tree.current() == Some(&node.name),
+            memory: def.map_or("no", |def| memory_word(&def.memory)),
+            disks: def.map(|def| def.disks.iter().map(|disk| told_disk(disk, def)).collect()).unwrap_or_default(),
+        }
+    }
+}
+
+fn memory_word(memory: &MemoryMode) -> &'static str {
+    match memory {
+        MemoryMode::No => "no",
+        MemoryMode::Internal => "internal",
+        MemoryMode::External(_) => "external",
+    }
+}
+
+/// Target, mode and file: of an external disk the overlay, of an internal one the image that holds it.
+fn told_disk(disk: &virt_model::driver::snapshots::DiskPart, def: &SnapshotDef) -> (String, &'static str, String) {
+    let image = || {
+        let disks = def.domain.iter().flat_map(|domain| &domain.devices.disks);
+        let found = disks.filter(|other| other.target.dev == disk.target).find_map(|disk| disk.path());
+        found.unwrap_or_default().to_owned()
+    };
+    let (mode, file) = match &disk.mode {
+        DiskMode::No => ("no", String::new()),
+        DiskMode::Internal => ("internal", image()),
+        DiskMode::External { path, .. } => ("external", path.to_string_lossy().into_owned()),
+        DiskMode::Manual => ("manual", String::new()),
+    };
+    (disk.target.clone(), mode, file)
+}
+
+/// The word for what becomes of a file.
+fn fate(what: FileFate) -> &'static str {
+    match what {
+        FileFate::Created => "created",
+        FileFate::Merged => "merged",
+        FileFate::Deleted => "deleted",
+    }
+}
+
+impl Domain {
+    /// The names of its snapshots, in the order of their creation; only roots or leaves if that is asked.
+    pub fn snapshots(&self, roots: bool, leaves: bool) -> Result<Vec<String>> {
+        self.still_here()?;
+        let state = lock(&self.state);
+        let tree = &state.snapshots.tree;
+        let is_leaf = |name: &str| tree.children(name).next().is_none();
+        let kept = tree.iter().filter(|node| !roots || node.parent.is_none());
+        Ok(kept.filter(|node| !leaves || is_leaf(&node.name)).map(|node| node.name.clone()).collect())
+    }
+
+    /// Whether it has a snapshot of that name.
+    pub fn has_snapshot(&self, name: &str) -> Result<()> {
+        self.snapshot(name).map(drop)
+    }
+
+    /// A snapshot's document.
+    pub async fn snapshot_xml(&self, caller: &Caller, name: &str, secure: bool) -> Result<String> {
+        self.snapshot(name)?;
+        self.allow_snapshot(caller, Action::Read, name).await?;
+        if secure {
+            self.allow_snapshot(caller, Action::ReadSecure, name).await?;
+        }
+        let (mut record, parent) = {
+            let state = lock(&self.state);
+            let node = state.snapshots.tree.get(name).ok_or_else(|| state.no_snapshot(name))?;
+            (Record::clone(&node.content), node.parent.clone())
+        };
+        if let Ok(def) = &mut record.def {
+            def.parent = parent;
+        }
+        record.document(secure).map_err(Error::SnapshotBroken)
+    }
+
+    fn snapshot(&self, name: &str) -> Result<Arc<Record>> {
+        let state = lock(&self.state);
+        state.still_here()?;
+        state.snapshots.get(name).ok_or_else(|| state.no_snapshot(name))
+    }
+
+    /// The same with what it says; `SnapshotBroken` if that cannot be used.
+    fn usable_snapshot(&self, name: &str) -> Result<(Arc<Record>, SnapshotDef)> {
+        let record = self.snapshot(name)?;
+        match &record.def {
+            Ok(def) => Ok((record.clone(), def.clone())),
+            Err(why) => Err(Error::SnapshotBroken(format!(
+                "snapshot '{name}' of domain '{}' cannot be used: {why}; redefine it, or delete it with metadata-only",
+                self.name()
+            ))),
+        }
+    }
+
+    async fn allow_snapshot(&self, caller: &Caller, action: Action, name: &str) -> Result<()> {
+        self.still_here()?;
+        let subject = Subject { snapshot_name: Some(name.to_owned()), ..self.subject() };
+        self.shared.authority.check(caller, action, &subject).await?;
+        self.still_here()
+    }
+
+    /// The driver's part.
+    fn takes_snapshots(&self) -> Result<&dyn Snapshots> {
+        self.driver.snapshots().ok_or_else(|| {
+            let (name, driver) = (self.name(), self.driver.name());
+            Error::OperationUnsupported(format!("domain '{name}': the driver '{driver}' cannot take snapshots"))
+        })
+    }
+
+    /// The machine as the driver is to see it: what runs, or what is stored.
+    async fn machine(&self) -> Result<Machine> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let folder = on_disk(move || shared.store.snapshot_files(uuid)).await?;
+        self.machine_in(folder)
+    }
+
+    fn machine_in(&self, folder: PathBuf) -> Result<Machine> {
+        let state = lock(&self.state);
+        state.still_here()?;
+        let def = state.guest.as_ref().map(|guest| &guest.live).or(state.stored.as_ref());
+        let def = def.ok_or_else(|| Error::NoSuchDomain { what: "name", value: state.name.clone() })?;
+        Ok(Machine {
+            def: DomainDef::clone(def),
+            guest: state.guest.as_ref().map(|guest| guest.instance.clone()),
+            running: matches!(state.state, DomainState::Running | DomainState::Idle),
+            folder,
+        })
+    }
+
+    /// A snapshot as the driver is to see it.
+    fn kept(&self, record: &Record, def: &SnapshotDef, machine: &Machine) -> Kept {
+        Kept {
+            name: def.name.clone(),
+            memory: def.memory.clone(),
+            disks: def.disks.clone(),
+            def: def.domain.as_deref().unwrap_or(&machine.def).clone(),
+            record: record.record.clone(),
+        }
+    }
+
+    /// All others, as the driver is to see them.
+    fn others(&self, name: &str, machine: &Machine) -> Vec<Kept> {
+        let records: Vec<Arc<Record>> = {
+            let state = lock(&self.state);
+            let others = state.snapshots.tree.iter().filter(|node| node.name != name);
+            others.map(|node| node.content.clone()).collect()
+        };
+        records.iter().filter_map(|record| Some(self.kept(record, record.def.as_ref().ok()?, machine))).collect()
+    }
+
+    /// Opens a job and does `work` in it when the turn comes. Checks that can be made beforehand have been made.
+    fn in_job<F, W>(
+        self: &Arc<Self>,
+        caller: &Caller,
+        operation: &'static str,
+        cancel_on_disconnect: bool,
+        work: W,
+    ) -> Result<Ticket>
+    where
+        F: Future<Output = Result<()>> + Send,
+        W: FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static,
+    {
+        let cancel = CancellationToken::new();
+        let (job, ticket) = self.shared.jobs.open(caller, self.uuid, operation, cancel.clone())?;
+        if cancel_on_disconnect {
+            super::lifecycle::cancel_when_gone(caller, &cancel);
+        }
+        let (domain, caller) = (self.clone(), caller.clone());
+        tokio::spawn(async move {
+            let (begun, job) = (Instant::now(), Arc::new(job));
+            let result = domain.clone().with_turn(operation, &job, work).await;
+            domain.log(&caller, operation, begun, result.as_ref().err());
+            job.finish_shared(result);
+        });
+        Ok(ticket)
+    }
+
+    async fn with_turn<F, W>(self: Arc<Self>, operation: &'static str, job: &Arc<Job>, work: W) -> Result<()>
+    where
+        F: Future<Output = Result<()>> + Send,
+        W: FnOnce(Arc<Domain>, Arc<Job>) -> F,
+    {
+        let cancelled = || Error::Cancelled(format!("the {operation} of domain '{}' was cancelled", self.name()));
+        let turn = tokio::select! {
+            turn = self.take_turn(operation, job.cancel_token()) => turn?,
+            () = job.cancel_token().cancelled() => return Err(cancelled()),
+        };
+        turn.rename(job.label(operation));
+        job.running();
+        let done = work(self.clone(), job.clone()).await;
+        drop(turn);
+        done
+    }
+
+    fn journal(&self, deed: crate::store::Deed, job: Option<Arc<Job>>) -> Arc<DomainJournal> {
+        Arc::new(DomainJournal::new(self.shared.clone(), self.uuid, deed, job))
+    }
+
+    /// Stores a record.
+    async fn save_record(&self, record: Record) -> Result<()> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        on_disk(move || shared.store.save_snapshot(uuid, &record)).await
+    }
+
+    async fn save_current(&self, name: Option<String>) -> Result<()> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        on_disk(move || shared.store.save_current_snapshot(uuid, name.as_deref())).await
+    }
+}
+
+impl State {
+    pub(super) fn no_snapshot(&self, name: &str) -> Error {
+        let snapshot = virt_model::xml::shorten(name);
+        Error::NoSuchSnapshot { domain: self.name.clone(), snapshot }
+    }
+}

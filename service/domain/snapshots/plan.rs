@@ -1,0 +1,288 @@
+//! What a revert would do: the matrix of what runs, what the snapshot holds, and what is wanted, as one function.
+
+use super::{Domain, fate};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::job::lock;
+use virt_model::domain::DomainDef;
+use virt_model::domain::abi::{AbiDifference, Strictness};
+use virt_model::driver::snapshots::{FileChange, Kept, Machine, MemoryMode};
+use virt_model::snapshot::{SnapshotDef, SnapshotState};
+use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, Started, Stopped, Suspended};
+
+/// How a domain is reverted.
+#[derive(Clone, Debug, Default)]
+pub struct RevertOptions {
+    /// It runs afterwards.
+    pub running: bool,
+    /// It stands afterwards.
+    pub paused: bool,
+    /// The firmware's variables are made anew.
+    pub reset_nvram: bool,
+    /// A new process is fine, whatever differs.
+    pub respawn: bool,
+    /// Which risks are accepted.
+    pub force: Force,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+/// Which risks of a revert are accepted.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum Force {
+    /// None.
+    #[default]
+    No,
+    /// All that are reported.
+    All,
+    /// Just these.
+    These(Vec<String>),
+}
+
+/// The guest would find its machine changed.
+const ABI_CHANGED: &str = "abi-changed";
+/// The process ends, and with it displays and connections.
+const NEW_PROCESS: &str = "new-process";
+/// There is a saved image that would no longer fit the disks.
+const MANAGED_SAVE: &str = "managed-save";
+const RISKS: [&str; 3] = [ABI_CHANGED, NEW_PROCESS, MANAGED_SAVE];
+
+/// What an operation would do.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Plan {
+    /// Tokens: what may be lost.
+    pub risks: Vec<&'static str>,
+    /// Those of them that the caller has not accepted.
+    pub unaccepted: Vec<&'static str>,
+    /// What the guest would notice.
+    pub differences: Vec<AbiDifference>,
+    /// A new process is started.
+    pub starts_new_process: bool,
+    /// What would be told, in order.
+    pub events: Vec<Lifecycle>,
+    /// Path, what becomes of it, bytes.
+    pub files: Vec<(String, &'static str, u64)>,
+}
+
+/// A revert that has been thought through.
+pub(super) struct Planned {
+    pub def: SnapshotDef,
+    pub kept: Kept,
+    pub machine: Machine,
+    pub plan: Plan,
+    /// Have a guest afterwards, and whether it stands.
+    pub active: Option<bool>,
+    /// In the process that runs.
+    pub in_place: bool,
+}
+
+impl Domain {
+    /// What a revert would do; an error where it would be refused whatever is forced. Changes nothing.
+    pub async fn check_revert(&self, caller: &Caller, name: &str, options: &RevertOptions) -> Result<Result<Plan>> {
+        self.snapshot(name)?;
+        self.allow_snapshot(caller, Action::Read, name).await?;
+        options.check()?;
+        Ok(self.plan_revert(name, options).await.map(|planned| planned.plan))
+    }
+
+    pub(super) async fn plan_revert(&self, name: &str, options: &RevertOptions) -> Result<Planned> {
+        let driver = self.takes_snapshots()?;
+        let (record, def) = self.usable_snapshot(name)?;
+        let machine = self.machine().await?;
+        let (domain_name, now, persistent, saved) = {
+            let state = lock(&self.state);
+            (state.name.clone(), state.state, state.stored.is_some(), state.facts.has_managed_save)
+        };
+        let Some(taken) = def.domain.as_deref() else {
+            let text = format!("'{name}' holds no configuration; redefine it with a full domain");
+            return Err(Error::OperationInvalid(text));
+        };
+        let active = wanted(&def, options);
+        if active.is_none() && !persistent {
+            let text = format!("'{domain_name}' is transient: ask for running or paused");
+            return Err(Error::OperationInvalid(text));
+        }
+        if options.reset_nvram && taken.os.nvram.is_none() {
+            let text = format!("'{name}' has no firmware variables to be made anew; leave out reset-nvram");
+            return Err(Error::ConfigUnsupported(text));
+        }
+        if options.reset_nvram && active.is_none() {
+            let text = "reset-nvram has no effect on a domain that is not started: ask for running or paused";
+            return Err(Error::OperationInvalid(text.to_owned()));
+        }
+        let to = renamed(taken, &domain_name);
+        let differences = match machine.guest {
+            Some(_) if def.has_memory() => differences(&machine.def, &to),
+            _ => Vec::new(),
+        };
+        let kept = self.kept(&record, &def, &machine);
+        let loads =
+            machine.guest.is_some() && def.has_memory() && matches!(now, DomainState::Running | DomainState::Paused);
+        let fits = differences.is_empty() && to.genid.is_none() && !options.reset_nvram && !options.respawn;
+        let in_place = loads && fits && def.memory == MemoryMode::Internal && same_disks(&machine.def, &to);
+        let mut risks = Vec::new();
+        if !options.respawn && machine.guest.is_some() && now != DomainState::Crashed {
+            if !differences.is_empty() {
+                risks.push(ABI_CHANGED);
+            }
+            if active.is_some() && !in_place {
+                risks.push(NEW_PROCESS);
+            }
+        }
+        if saved && !def.has_memory() {
+            risks.push(MANAGED_SAVE);
+        }
+        let checked = driver.check_revert(&machine, &kept, in_place).await;
+        let checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        if active.is_some() && !in_place {
+            self.would_start(&to).await?;
+        }
+        let unaccepted = risks.iter().copied().filter(|risk| !options.force.accepts(risk)).collect();
+        let plan = Plan {
+            risks,
+            unaccepted,
+            differences,
+            starts_new_process: active.is_some() && !in_place,
+            events: events(now, active, in_place, persistent),
+            files: told(&checked.files),
+        };
+        Ok(Planned { def, kept, machine, plan, active, in_place })
+    }
+
+    /// The configuration to go back to is one that can be started here.
+    async fn would_start(&self, def: &DomainDef) -> Result<()> {
+        let mut findings = self.driver.check(def).await;
+        findings.retain(|finding| finding.kind != virt_model::xml::FindingKind::Warning);
+        if findings.is_empty() {
+            return Ok(());
+        }
+        Err(Error::from_driver(&def.name, "start the snapshot of", virt_model::driver::DriverError::Config(findings)))
+    }
+
+    /// Refuses a revert whose risks have not all been accepted.
+    pub(super) fn accepted(&self, name: &str, plan: &Plan) -> Result<()> {
+        if plan.unaccepted.is_empty() {
+            return Ok(());
+        }
+        let domain = self.name();
+        let mut whys = Vec::new();
+        for risk in &plan.unaccepted {
+            whys.push(match *risk {
+                ABI_CHANGED => {
+                    let all: Vec<String> = plan.differences.iter().map(ToString::to_string).collect();
+                    let count = all.len();
+                    format!(
+                        "{ABI_CHANGED}: the guest would find its machine changed in {count} places: {}",
+                        all.join("; ")
+                    )
+                }
+                NEW_PROCESS => {
+                    format!("{NEW_PROCESS}: its hypervisor process ends, and with it displays and connections")
+                }
+                _ => format!("{MANAGED_SAVE}: its saved image is deleted, for it would not fit the disks"),
+            });
+        }
+        Err(Error::RevertRisky(format!(
+            "reverting '{domain}' to '{name}' has risks ({}); repeat with force, all of it or a list of these risks",
+            whys.join(" · ")
+        )))
+    }
+
+    pub(super) fn not_reverted(&self, name: &str, error: virt_model::driver::DriverError) -> Error {
+        Error::from_driver(&self.name(), &format!("revert to snapshot '{name}'"), error)
+    }
+}
+
+impl RevertOptions {
+    /// Refuses what does not go together.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.running && self.paused {
+            return Err(Error::InvalidArgument("'running' and 'paused' exclude each other".to_owned()));
+        }
+        let Force::These(risks) = &self.force else { return Ok(()) };
+        match risks.iter().find(|risk| !RISKS.contains(&risk.as_str())) {
+            Some(risk) => {
+                let known = RISKS.join(", ");
+                Err(Error::InvalidArgument(format!("'force' lists risks, of {known}; '{risk}' is none")))
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+impl Force {
+    fn accepts(&self, risk: &str) -> bool {
+        match self {
+            Force::No => false,
+            Force::All => true,
+            Force::These(risks) => risks.iter().any(|accepted| accepted == risk),
+        }
+    }
+}
+
+/// Whether to have a guest afterwards, and whether it stands.
+fn wanted(def: &SnapshotDef, options: &RevertOptions) -> Option<bool> {
+    match def.state {
+        _ if options.running => Some(false),
+        _ if options.paused => Some(true),
+        SnapshotState::Domain(DomainState::Running) => Some(false),
+        SnapshotState::Domain(DomainState::Paused) => Some(true),
+        _ => None,
+    }
+}
+
+pub(super) fn renamed(def: &DomainDef, name: &str) -> DomainDef {
+    let mut def = def.clone();
+    name.clone_into(&mut def.name);
+    def
+}
+
+/// What the guest would notice; generation ids change at every start, so their values say nothing.
+fn differences(now: &DomainDef, to: &DomainDef) -> Vec<AbiDifference> {
+    let mut to = to.clone();
+    if to.genid.is_some() && now.genid.is_some() {
+        to.genid.clone_from(&now.genid);
+    }
+    now.compare_abi(&to, Strictness::Running)
+}
+
+/// Whether the running process has the images open that hold the snapshot.
+fn same_disks(now: &DomainDef, to: &DomainDef) -> bool {
+    let sources = |def: &DomainDef| -> Vec<(String, Option<String>)> {
+        let disks = def.devices.disks.iter();
+        let mut all: Vec<_> = disks.map(|disk| (disk.target.dev.clone(), disk.path().map(str::to_owned))).collect();
+        all.sort();
+        all
+    };
+    sources(now) == sources(to)
+}
+
+/// What would be told, in order.
+fn events(now: DomainState, active: Option<bool>, in_place: bool, persistent: bool) -> Vec<Lifecycle> {
+    let mut events = Vec::new();
+    let was_running = matches!(now, DomainState::Running | DomainState::Idle);
+    let settled = |paused: bool| match paused {
+        true => Lifecycle::Suspended(Suspended::FromSnapshot),
+        false => Lifecycle::Resumed(Resumed::FromSnapshot),
+    };
+    match (in_place, active) {
+        (true, Some(paused)) if paused == was_running => events.push(settled(paused)),
+        (true, _) => {}
+        (false, active) => {
+            if now.is_active() {
+                events.push(Lifecycle::Stopped(Stopped::FromSnapshot));
+            }
+            if let Some(paused) = active {
+                events.extend([Lifecycle::Started(Started::FromSnapshot), settled(paused)]);
+            }
+        }
+    }
+    if persistent {
+        events.push(Lifecycle::Defined(Defined::FromSnapshot));
+    }
+    events
+}
+
+pub(super) fn told(files: &[FileChange]) -> Vec<(String, &'static str, u64)> {
+    files.iter().map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes)).collect()
+}

@@ -1,0 +1,130 @@
+//! What was cut off is made whole when virtd starts: finished where images have changed, undone where they have not.
+
+use super::{Domain, DomainJournal, Kept};
+use crate::error::{Error, Result};
+use crate::shared::virtd_itself;
+use crate::store::{Deed, Intent, Record};
+use std::sync::Arc;
+use virt_model::driver::snapshots::Recovered;
+use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
+
+impl Domain {
+    /// Finishes or undoes an operation that was cut off, and says what was done about it.
+    pub(crate) async fn recover_snapshots(self: &Arc<Self>, intent: Intent) -> Result<()> {
+        let what = match &intent.deed {
+            Deed::Create { .. } => "taking a snapshot",
+            Deed::Revert { .. } => "a revert",
+            Deed::Delete { .. } => "deleting a snapshot",
+        };
+        let journal = self.journal(intent.deed.clone(), None);
+        let recovered = match intent.note {
+            Some(note) => {
+                let machine = self.machine().await?;
+                let recovered = self.takes_snapshots()?.recover(&machine, note).await;
+                recovered.map_err(|e| Error::from_driver(&self.name(), &format!("make whole {what} of"), e))?
+            }
+            None => Recovered::Undone { story: "nothing had been changed".to_owned() },
+        };
+        let story = self.follow_up(intent.deed, recovered, &journal).await?;
+        tracing::warn!(uuid = %self.uuid, name = self.name(), "{what} was cut off when virtd ended: {story}");
+        Ok(())
+    }
+
+    async fn follow_up(
+        self: &Arc<Self>,
+        deed: Deed,
+        recovered: Recovered,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<String> {
+        match (deed, recovered) {
+            (Deed::Create { xml, keep, .. }, Recovered::Created(taken)) => {
+                let (def, _) = parsed(&xml)?;
+                let name = def.name.clone();
+                self.snapshot_taken(def, *taken, keep, journal).await?;
+                Ok(format!("snapshot '{name}' is complete"))
+            }
+            (Deed::Revert { name, active, in_place }, Recovered::Reverted(def)) => {
+                self.finish_revert(&name, active, in_place, *def, journal).await
+            }
+            // Its guest had been ended, and nothing else had been done: that is repeatable.
+            (Deed::Revert { name, active, in_place: false }, Recovered::Undone { story }) => {
+                self.redo_revert(&name, active, story, journal).await
+            }
+            (Deed::Delete { name }, Recovered::Deleted(replaced)) => {
+                self.snapshot_deleted(&name, &replaced, journal).await?;
+                Ok(format!("snapshot '{name}' is deleted"))
+            }
+            (_, Recovered::Undone { story }) => {
+                journal.end().await?;
+                Ok(story)
+            }
+            (deed, recovered) => {
+                journal.end().await?;
+                Err(Error::Internal(format!("{deed:?} cannot have ended as {recovered:?}")))
+            }
+        }
+    }
+
+    /// A guest that has been ended for a revert is not to stay so: what was begun is done, if it can still be.
+    async fn redo_revert(
+        self: &Arc<Self>,
+        name: &str,
+        active: Option<bool>,
+        story: String,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<String> {
+        if self.guest().is_ok() {
+            journal.end().await?;
+            return Ok(format!("{story}; the guest goes on as before"));
+        }
+        let (_, _, kept) = self.kept_snapshot(name).await?;
+        let machine = self.machine().await?;
+        let reverted = self.takes_snapshots()?.revert_images(&machine, &kept, journal.clone()).await;
+        let stands_on = reverted.map_err(|e| self.not_reverted(name, e))?;
+        self.finish_revert(name, active, false, stands_on, journal).await
+    }
+
+    async fn finish_revert(
+        self: &Arc<Self>,
+        name: &str,
+        active: Option<bool>,
+        in_place: bool,
+        stands_on: virt_model::domain::DomainDef,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<String> {
+        let (_, def, kept) = self.kept_snapshot(name).await?;
+        self.keep_reverted(&def, &stands_on, journal).await?;
+        let running = self.guest();
+        let story = match (active, running) {
+            (Some(paused), Ok(guest)) if in_place => {
+                if !paused {
+                    guest.instance.resume().await.map_err(|e| self.not_reverted(name, e))?;
+                }
+                "the guest has been loaded"
+            }
+            (_, Ok(_)) => "its guest had been started",
+            (Some(paused), Err(_)) => {
+                let caller = virtd_itself();
+                self.start_reverted(&caller, &def, kept, &stands_on, paused, false).await?;
+                "its guest has been started again"
+            }
+            (None, Err(_)) => {
+                self.is_off().await;
+                "it is shut off"
+            }
+        };
+        self.reverted(&def, &stands_on, journal).await?;
+        Ok(format!("'{}' stands at snapshot '{name}', and {story}", self.name()))
+    }
+
+    async fn kept_snapshot(&self, name: &str) -> Result<(Arc<Record>, SnapshotDef, Kept)> {
+        let (record, def) = self.usable_snapshot(name)?;
+        let machine = self.machine().await?;
+        let kept = self.kept(&record, &def, &machine);
+        Ok((record, def, kept))
+    }
+}
+
+fn parsed(xml: &str) -> Result<(SnapshotDef, Option<uuid::Uuid>)> {
+    SnapshotDoc::parse(xml).and_then(SnapshotDoc::record).map_err(Error::ConfigInvalid)
+}

@@ -1,0 +1,164 @@
+//! Restoring the record of a snapshot from its document: after a backup, a migration, an undefine.
+
+use super::create::refused;
+use super::{CreateOptions, Domain};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::job::{Ticket, lock};
+use crate::store::Record;
+use std::sync::Arc;
+use uuid::Uuid;
+use virt_model::domain::DomainDef;
+use virt_model::domain::abi::Strictness;
+use virt_model::driver::snapshots::{DiskMode, DiskPart, MemoryMode};
+use virt_model::snapshot::{SnapshotDef, SnapshotDoc, SnapshotState};
+
+impl Domain {
+    pub(super) async fn redefine_snapshot(
+        self: &Arc<Self>,
+        caller: &Caller,
+        doc: SnapshotDoc,
+        options: &CreateOptions,
+    ) -> Result<(Option<String>, Ticket)> {
+        // The configuration in it is one that a revert would make the domain's.
+        self.allow(caller, Action::Define).await?;
+        let record = self.restored(doc.clone(), options)?;
+        if record.def.as_ref().is_ok_and(|def| def.domain.as_ref().is_some_and(|d| d.has_native_arguments())) {
+            self.allow(caller, Action::Native).await?;
+        }
+        let (name, options) = (record.name.clone(), options.clone());
+        let ticket = self.in_job(caller, "snapshot-create", false, move |domain, _| async move {
+            let record = domain.restored(doc, &options)?;
+            domain.restore(record, options.current).await
+        })?;
+        Ok((Some(name), ticket))
+    }
+
+    async fn restore(self: &Arc<Self>, record: Record, current: bool) -> Result<()> {
+        self.save_record(record.clone()).await?;
+        if current {
+            self.save_current(Some(record.name.clone())).await?;
+        }
+        self.commit(|state| {
+            let (name, parent) = (record.name.clone(), record.def.as_ref().ok().and_then(|def| def.parent.clone()));
+            let tree = state.snapshots.change();
+            tree.put(&name, parent.as_deref(), Arc::new(record));
+            if current {
+                tree.set_current(Some(&name));
+            }
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    /// The record that a document would restore, held to the rules. Changes nothing.
+    pub(super) fn restored(&self, doc: SnapshotDoc, options: &CreateOptions) -> Result<Record> {
+        let (mut def, uuid) = doc.record().map_err(Error::ConfigInvalid)?;
+        let state = lock(&self.state);
+        state.still_here()?;
+        let tree = &state.snapshots.tree;
+        let name = def.name.clone();
+        if let Some(parent) = &def.parent {
+            if *parent == name {
+                return Err(Error::InvalidArgument(format!("snapshot '{name}' cannot be its own parent")));
+            }
+            if tree.get(parent).is_none() {
+                let text = format!("parent '{parent}' of '{name}' does not exist; redefine it first");
+                return Err(Error::InvalidArgument(text));
+            }
+            if tree.is_below(parent, &name) {
+                let text = format!("parent '{parent}' of '{name}' is below it: that would be a loop");
+                return Err(Error::InvalidArgument(text));
+            }
+        }
+        if options.disk_only && def.state != SnapshotState::DiskSnapshot {
+            let text = format!("with 'disk-only' the state of '{name}' is disk-snapshot, not {}", def.state);
+            return Err(Error::InvalidArgument(text));
+        }
+        let uuids: Vec<Uuid> = uuid.into_iter().chain(def.domain.as_ref().map(|domain| domain.uuid)).collect();
+        if let Some(other) = uuids.iter().find(|uuid| **uuid != self.uuid) {
+            let text = format!("snapshot '{name}' is of the domain {other}, not of '{}' ({})", state.name, self.uuid);
+            return Err(Error::InvalidArgument(text));
+        }
+        let order = match tree.get(&name) {
+            Some(node) => {
+                if let Ok(before) = &node.content.def {
+                    replaces(before, &mut def)?;
+                }
+                node.content.order
+            }
+            None if def.domain.is_none() => {
+                let text = format!("a new snapshot needs the full <domain> it was taken of, and '{name}' has none");
+                return Err(Error::InvalidArgument(text));
+            }
+            None => state.snapshots.next_order(),
+        };
+        align(&mut def)?;
+        Ok(Record::restored(def, order))
+    }
+}
+
+/// Whether a restored record may take the place of one that is there.
+fn replaces(before: &SnapshotDef, def: &mut SnapshotDef) -> Result<()> {
+    let name = &def.name;
+    let kind = |state: SnapshotState| match state {
+        SnapshotState::DiskSnapshot => "disk-snapshot",
+        state if state.is_online() => "online",
+        _ => "offline",
+    };
+    if kind(before.state) != kind(def.state) {
+        let (was, is) = (before.state, def.state);
+        return Err(Error::InvalidArgument(format!("snapshot '{name}' is {was} and cannot become {is}")));
+    }
+    match (&before.domain, &def.domain) {
+        (Some(source), Some(target)) => {
+            let mut renamed = DomainDef::clone(target);
+            renamed.name.clone_from(&source.name);
+            let differences = source.compare_abi(&renamed, Strictness::Strict);
+            if !differences.is_empty() {
+                let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
+                let text = format!("snapshot '{name}': {} guest-visible differences: {}", all.len(), all.join("; "));
+                return Err(Error::AbiIncompatible(text));
+            }
+        }
+        (Some(_), None) => def.domain.clone_from(&before.domain),
+        (None, _) => {}
+    }
+    if def.cookie.is_none() {
+        def.cookie.clone_from(&before.cookie);
+    }
+    if def.captured.is_empty() {
+        def.captured.clone_from(&before.captured);
+    }
+    Ok(())
+}
+
+/// Lists every disk of the machine, in its order.
+fn align(def: &mut SnapshotDef) -> Result<()> {
+    let Some(domain) = &def.domain else { return Ok(()) };
+    let usual = |disk: &virt_model::device::Disk| match def.memory {
+        MemoryMode::Internal if !disk.readonly && !disk.is_empty() => DiskMode::Internal,
+        _ => DiskMode::No,
+    };
+    let mut disks: Vec<DiskPart> = Vec::new();
+    for disk in &domain.devices.disks {
+        let named = |part: &&DiskPart| part.target == disk.target.dev || Some(&*part.target) == disk.path();
+        let mode = def.disks.iter().find(named).map_or_else(|| usual(disk), |part| part.mode.clone());
+        disks.push(DiskPart { target: disk.target.dev.clone(), mode });
+    }
+    let known = |part: &&DiskPart| {
+        domain.devices.disks.iter().any(|disk| part.target == disk.target.dev || Some(&*part.target) == disk.path())
+    };
+    if let Some(odd) = def.disks.iter().find(|part| !known(part)) {
+        let message = format!("the domain in it has no disk '{}'", odd.target);
+        return Err(refused(vec![virt_model::xml::Finding {
+            kind: virt_model::xml::FindingKind::Invalid,
+            line: 0,
+            column: 0,
+            path: "/disks/disk".to_owned(),
+            message,
+        }]));
+    }
+    def.disks = disks;
+    Ok(())
+}

@@ -1,0 +1,259 @@
+//! Going back to a snapshot: images, memory and both configurations together.
+
+use super::create::switch_disks;
+use super::plan::{Planned, renamed};
+use super::{Domain, DomainJournal, RevertOptions};
+use crate::authz::{Action, Caller};
+use crate::domain::lifecycle::{Origin, StartOptions};
+use crate::error::Result;
+use crate::job::{Job, Ticket, lock};
+use crate::shared::now_usec;
+use crate::store::Deed;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{Journal as _, Kept, Machine, StartFrom};
+use virt_model::snapshot::SnapshotDef;
+use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
+
+impl Domain {
+    /// Reverts to a snapshot. Everything that can be checked is checked before it is accepted; the ticket answers when it
+    /// is done. Errors: `RevertRisky` names the risks that `force` has not accepted; nothing has changed then.
+    pub async fn revert(self: &Arc<Self>, caller: &Caller, name: &str, options: RevertOptions) -> Result<Ticket> {
+        let begun = Instant::now();
+        let accepted = self.accept_revert(caller, name, options).await;
+        if let Err(e) = &accepted {
+            self.log(caller, "revert", begun, Some(e));
+        }
+        accepted
+    }
+
+    async fn accept_revert(self: &Arc<Self>, caller: &Caller, name: &str, options: RevertOptions) -> Result<Ticket> {
+        self.snapshot(name)?;
+        self.allow_snapshot(caller, Action::Revert, name).await?;
+        options.check()?;
+        let planned = self.plan_revert(name, &options).await?;
+        self.accepted(name, &planned.plan)?;
+        let (name, who) = (name.to_owned(), caller.clone());
+        self.in_job(caller, "snapshot-revert", options.cancel_on_disconnect, move |domain, job| async move {
+            // The domain may have become another while we waited for our turn.
+            let planned = domain.plan_revert(&name, &options).await?;
+            domain.accepted(&name, &planned.plan)?;
+            domain.go_back(&who, planned, &options, job).await
+        })
+    }
+
+    async fn go_back(
+        self: &Arc<Self>,
+        caller: &Caller,
+        planned: Planned,
+        options: &RevertOptions,
+        job: Arc<Job>,
+    ) -> Result<()> {
+        let Planned { def, kept, machine, active, in_place, .. } = planned;
+        let deed = Deed::Revert { name: def.name.clone(), active, in_place };
+        let journal = self.journal(deed, Some(job.clone()));
+        journal.begin().await?;
+        if in_place {
+            return self.load_in_place(&def, &kept, &machine, active == Some(true), &journal).await;
+        }
+        // A transient domain must not go with its guest.
+        let stay = crate::domain::lifecycle::Creation::begin(self)?;
+        if let Ok(guest) = self.guest() {
+            self.end_as(guest, Stopped::FromSnapshot).await?;
+            journal.step("ended");
+        }
+        job.past_return();
+        let machine = Machine { guest: None, running: false, ..machine };
+        let stands_on = match self.takes_snapshots()?.revert_images(&machine, &kept, journal.clone()).await {
+            Ok(def) => def,
+            Err(e) => {
+                journal.end_after_failure().await;
+                return Err(self.not_reverted(&def.name, e));
+            }
+        };
+        self.keep_reverted(&def, &stands_on, &journal).await?;
+        let started = match active {
+            Some(paused) => self.start_reverted(caller, &def, kept, &stands_on, paused, options.reset_nvram).await,
+            None => {
+                self.is_off().await;
+                Ok(())
+            }
+        };
+        drop(stay);
+        self.reverted(&def, &stands_on, &journal).await?;
+        started
+    }
+
+    /// Into the process that runs.
+    async fn load_in_place(
+        self: &Arc<Self>,
+        def: &SnapshotDef,
+        kept: &Kept,
+        machine: &Machine,
+        paused: bool,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<()> {
+        let guest = self.guest()?;
+        let was_running = machine.running;
+        let loaded = async {
+            lock(&self.state).mute();
+            if was_running {
+                guest.instance.suspend().await?;
+                journal.step("suspended");
+            }
+            self.driver_load(machine, kept, journal.clone()).await?;
+            journal.step("loaded");
+            Ok::<_, DriverError>(())
+        };
+        if let Err(e) = loaded.await {
+            self.unmuted(StateReason::FromSnapshot, was_running, DomainState::Paused).await;
+            journal.end_after_failure().await;
+            return Err(self.not_reverted(&def.name, e));
+        }
+        self.keep_reverted(def, &machine.def, journal).await?;
+        let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
+        let (now, failed) = match resumed {
+            Ok(()) if paused => (DomainState::Paused, None),
+            Ok(()) => (DomainState::Running, None),
+            Err(e) => (DomainState::Paused, Some(self.not_reverted(&def.name, e))),
+        };
+        self.unmuted(StateReason::FromSnapshot, was_running, now).await;
+        self.relabel(def).await?;
+        self.reverted(def, &machine.def, journal).await?;
+        failed.map_or(Ok(()), Err)
+    }
+
+    async fn driver_load(
+        &self,
+        machine: &Machine,
+        kept: &Kept,
+        journal: Arc<DomainJournal>,
+    ) -> std::result::Result<(), DriverError> {
+        match self.driver.snapshots() {
+            Some(driver) => driver.load(machine, kept, journal).await,
+            None => Err(DriverError::Unsupported("this driver cannot take snapshots".to_owned())),
+        }
+    }
+
+    /// What the running guest is called and described by is the snapshot's again.
+    async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
+        let (Some(taken), (Some(live), _)) = (def.domain.as_deref(), self.configurations()) else { return Ok(()) };
+        let mut live = DomainDef::clone(&live);
+        live.title.clone_from(&taken.title);
+        live.description.clone_from(&taken.description);
+        live.metadata.clone_from(&taken.metadata);
+        self.keep_live(&live).await?;
+        self.commit(|state| {
+            state.edited(Some(live), None);
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    /// The stored configuration and the mark of the current one, on disk.
+    pub(super) async fn keep_reverted(
+        &self,
+        def: &SnapshotDef,
+        stands_on: &DomainDef,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<()> {
+        if let Some(stored) = self.stored_again(def, stands_on) {
+            self.store(stored).await?;
+            journal.step("stored");
+        }
+        self.save_current(Some(def.name.clone())).await?;
+        journal.step("current");
+        Ok(())
+    }
+
+    /// What the next cold start is to use; `None` for a transient domain.
+    fn stored_again(&self, def: &SnapshotDef, stands_on: &DomainDef) -> Option<DomainDef> {
+        let name = {
+            let state = lock(&self.state);
+            state.stored.as_ref()?;
+            state.name.clone()
+        };
+        let taken = def.domain.as_deref()?;
+        let mut stored = renamed(def.inactive.as_deref().unwrap_or(taken), &name);
+        stored.id = None;
+        switch_disks(&mut stored, taken, stands_on);
+        Some(stored)
+    }
+
+    pub(super) async fn start_reverted(
+        self: &Arc<Self>,
+        caller: &Caller,
+        def: &SnapshotDef,
+        kept: Kept,
+        stands_on: &DomainDef,
+        paused: bool,
+        reset_nvram: bool,
+    ) -> Result<()> {
+        let options = StartOptions { paused, reset_nvram, ..StartOptions::default() };
+        let from = def.has_memory().then_some(StartFrom { snapshot: kept });
+        let live = renamed(stands_on, &self.name());
+        let cancel = CancellationToken::new();
+        lock(&self.state).starting = Some(0);
+        let started = self.start_guest(live, caller, options, Origin::Snapshot(from.map(Box::new)), &cancel).await;
+        self.start_ended();
+        started
+    }
+
+    /// It was shut off before, or its guest has been ended for this.
+    pub(super) async fn is_off(&self) {
+        let since_usec = now_usec();
+        self.forget_guest(None, StateReason::FromSnapshot, since_usec).await;
+        self.commit(|state| {
+            state.reason = StateReason::FromSnapshot;
+            state.since_usec = since_usec;
+            Vec::new()
+        });
+    }
+
+    /// Told last.
+    pub(super) async fn reverted(
+        &self,
+        def: &SnapshotDef,
+        stands_on: &DomainDef,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<()> {
+        journal.end().await?;
+        let stored = self.stored_again(def, stands_on);
+        self.commit(|state| {
+            state.snapshots.change().set_current(Some(&def.name));
+            match stored {
+                Some(stored) => state.has_stored(stored, Lifecycle::Defined(Defined::FromSnapshot)),
+                None => Vec::new(),
+            }
+        });
+        Ok(())
+    }
+
+    /// The hypervisor's reports count again; the guest is `now` so, which is told if it is news.
+    async fn unmuted(&self, reason: StateReason, was_running: bool, now: DomainState) {
+        let Ok(guest) = self.guest() else {
+            lock(&self.state).muted = None;
+            return;
+        };
+        self.until(|state| !state.runs(guest.id) || state.muted.is_none_or(|seen| seen == now)).await;
+        let since_usec = now_usec();
+        self.keep_status(guest.id, now, reason, since_usec).await;
+        self.commit(|state| {
+            state.muted = None;
+            if !state.runs(guest.id) {
+                return Vec::new();
+            }
+            state.state = now;
+            state.reason = reason;
+            state.since_usec = since_usec;
+            match (was_running, now) {
+                (true, DomainState::Paused) => vec![Lifecycle::Suspended(Suspended::FromSnapshot)],
+                (false, DomainState::Running) => vec![Lifecycle::Resumed(Resumed::FromSnapshot)],
+                _ => Vec::new(),
+            }
+        });
+    }
+}

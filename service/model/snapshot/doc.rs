@@ -1,0 +1,370 @@
+//! The snapshot document: `<domainsnapshot>` as it is read, and how its parts are written.
+
+use super::{SnapshotDef, SnapshotState, check_name};
+use crate::domain::DomainDef;
+use crate::domain::part::{Part, element};
+use crate::domain::value::choices;
+use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
+use crate::xml::{self, Element, Finding};
+use std::path::PathBuf;
+use uuid::Uuid;
+
+element! {
+    /// `<domainsnapshot>`
+    pub struct SnapshotDoc {
+        /// `<name>`
+        leaf "name" => name: Option<String>,
+        /// `<description>`
+        leaf "description" => description: Option<String>,
+        /// `<state>`, read when a record is restored.
+        leaf "state" => state: Option<String>,
+        /// `<parent>`, likewise.
+        child "parent" => parent: Option<ParentDoc>,
+        /// `<creationTime>`, likewise.
+        leaf "creationTime" => created: Option<String>,
+        /// `<memory>`
+        child "memory" => memory: Option<MemoryDoc>,
+        /// `<disks>`
+        child "disks" => disks: Option<DisksDoc>,
+        /// `<domain>`, read when a record is restored.
+        child "domain" => domain: Option<Element>,
+        /// `<inactiveDomain>`, likewise.
+        child "inactiveDomain" => inactive: Option<Element>,
+        /// `<firmwareState>`, likewise.
+        child "firmwareState" => firmware: Option<FirmwareDoc>,
+        /// `<cookie>`, likewise.
+        child "cookie" => cookie: Option<Element>,
+        /// `<active>`: in libvirt's own files.
+        leaf "active" => active: Option<String>,
+    }
+}
+
+element! {
+    /// `<parent>`
+    pub struct ParentDoc {
+        /// `<name>`
+        leaf "name" => name: Option<String>,
+    }
+}
+
+element! {
+    /// `<memory>`
+    pub struct MemoryDoc {
+        /// Where it goes.
+        attr "snapshot" => mode: Option<Capturing>,
+        /// The file.
+        attr "file" => file: Option<String>,
+    }
+}
+
+choices! {
+    /// How a part is captured.
+    pub enum Capturing { No = "no", Internal = "internal", External = "external", Manual = "manual", }
+}
+
+element! {
+    /// `<disks>`
+    pub struct DisksDoc {
+        /// `<disk>`
+        children "disk" => disks: Vec<DiskDoc>,
+    }
+}
+
+choices! {
+    /// What an overlay is.
+    pub enum OverlayKind { File = "file", Block = "block", Network = "network", Dir = "dir", Volume = "volume", }
+}
+
+element! {
+    /// `<disk>`
+    pub struct DiskDoc {
+        /// Target, or source path, of a disk of the domain.
+        need "name" => name: String,
+        /// How it takes part.
+        attr "snapshot" => mode: Option<Capturing>,
+        /// What the overlay is; a file if absent.
+        attr "type" => kind: Option<OverlayKind>,
+        /// `<driver>`
+        child "driver" => driver: Option<OverlayDriver>,
+        /// `<source>`
+        child "source" => source: Option<OverlaySource>,
+    }
+}
+
+element! {
+    /// `<disk><driver>`
+    pub struct OverlayDriver {
+        /// The overlay's format; `qcow2` if absent.
+        attr "type" => format: Option<String>,
+    }
+}
+
+element! {
+    /// `<disk><source>`
+    pub struct OverlaySource {
+        /// A file.
+        attr "file" => file: Option<String>,
+        /// A block device.
+        attr "dev" => dev: Option<String>,
+    }
+}
+
+element! {
+    /// `<firmwareState>`: where the parts beside disks and memory are.
+    pub struct FirmwareDoc {
+        /// `<nvram>`: the firmware's variables.
+        child "nvram" => nvram: Option<CaptureDoc>,
+        /// `<tpm>`: the TPM's state.
+        child "tpm" => tpm: Option<CaptureDoc>,
+    }
+}
+
+element! {
+    /// One part.
+    pub struct CaptureDoc {
+        /// How it was captured.
+        need "snapshot" => how: CaptureWord,
+        /// The file.
+        attr "file" => file: Option<String>,
+    }
+}
+
+choices! {
+    /// How a part beside disks and memory was captured.
+    pub enum CaptureWord { Internal = "internal", Memory = "memory", File = "file", }
+}
+
+/// Where `<metadata>` is kept as written.
+const VERBATIM: &[(&str, &str)] = &[("domain", "metadata"), ("inactiveDomain", "metadata")];
+
+impl SnapshotDoc {
+    /// Reads a document; everything wrong is reported at once. Elements and attributes that are not known are refused.
+    pub fn parse(text: &str) -> Result<SnapshotDoc, Vec<Finding>> {
+        let root = xml::read(text, VERBATIM).map_err(|finding| vec![finding])?;
+        if root.name != "domainsnapshot" {
+            let message = format!("the root is <{}>, and a snapshot's is <domainsnapshot>", root.name);
+            return Err(vec![Finding::invalid(&root.at, message)]);
+        }
+        let mut log = Vec::new();
+        let doc = SnapshotDoc::read(root, &mut log);
+        doc.refuse_unknown(&mut log);
+        log.sort_by_key(|finding| (finding.line, finding.column));
+        if log.is_empty() { Ok(doc) } else { Err(log) }
+    }
+
+    /// The disks that it names.
+    pub fn disks(&self) -> &[DiskDoc] {
+        self.disks.as_ref().map_or(&[], |disks| &disks.disks)
+    }
+
+    fn refuse_unknown(&self, log: &mut Vec<Finding>) {
+        unknown(&self.rest, log);
+        self.parent.iter().for_each(|part| unknown(&part.rest, log));
+        self.memory.iter().for_each(|part| unknown(&part.rest, log));
+        self.disks.iter().for_each(|part| unknown(&part.rest, log));
+        for disk in self.disks() {
+            unknown(&disk.rest, log);
+            disk.driver.iter().for_each(|part| unknown(&part.rest, log));
+            disk.source.iter().for_each(|part| unknown(&part.rest, log));
+        }
+        if let Some(firmware) = &self.firmware {
+            unknown(&firmware.rest, log);
+            [&firmware.nvram, &firmware.tpm].into_iter().flatten().for_each(|part| unknown(&part.rest, log));
+        }
+    }
+
+    /// The record that it restores. Errors are the document's; whether it fits the domain is not looked at.
+    pub fn record(self) -> Result<(SnapshotDef, Option<Uuid>), Vec<Finding>> {
+        let mut log = Vec::new();
+        let name = self.name.unwrap_or_default();
+        if let Err(why) = check_name(&name) {
+            log.push(Finding::invalid(&self.at.child("name"), why));
+        }
+        let state = match self.state.as_deref().map(str::parse::<SnapshotState>) {
+            Some(Ok(state)) => Some(state),
+            Some(Err(known)) => {
+                log.push(Finding::invalid(&self.at.child("state"), format!("the state of a snapshot is {known}")));
+                None
+            }
+            None => {
+                log.push(Finding::invalid(&self.at, "a snapshot that is restored needs its <state>"));
+                None
+            }
+        };
+        let created = self.created.as_deref().and_then(|text| text.trim().parse().ok());
+        if created.is_none() {
+            let message = "a snapshot that is restored needs its <creationTime>, in seconds since the epoch";
+            log.push(Finding::invalid(&self.at, message));
+        }
+        let uuid = self.domain.as_ref().and_then(|domain| domain.child("uuid")).map(|uuid| uuid.text());
+        let full = self.domain.filter(|domain| domain.child("memory").is_some() || domain.attr("type").is_some());
+        let mut machine = |element: Option<Element>| -> Option<Box<DomainDef>> {
+            let mut element = element?;
+            "domain".clone_into(&mut element.name);
+            DomainDef::from_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Box::new)
+        };
+        let (domain, inactive) = (machine(full), machine(self.inactive));
+        let state = state.unwrap_or(SnapshotState::DiskSnapshot);
+        let memory = memory(self.memory.as_ref(), state, &mut log);
+        let disks = self.disks.iter().flat_map(|disks| &disks.disks).map(|disk| part(disk, &mut log)).collect();
+        let captured = self.firmware.iter().flat_map(captured).collect();
+        let def = SnapshotDef {
+            name,
+            description: self.description,
+            state,
+            parent: self.parent.and_then(|parent| parent.name),
+            created: created.unwrap_or_default(),
+            memory,
+            disks,
+            domain,
+            inactive,
+            captured,
+            cookie: self.cookie,
+        };
+        let uuid = uuid.and_then(|text| Uuid::try_parse(text.trim()).ok());
+        if log.is_empty() { Ok((def, uuid)) } else { Err(log) }
+    }
+}
+
+fn unknown(rest: &crate::domain::part::Rest, log: &mut Vec<Finding>) {
+    for element in &rest.elements {
+        log.push(Finding::invalid(
+            &element.at,
+            format!("<{}> is no element of a snapshot document here", element.name),
+        ));
+    }
+    for attribute in &rest.attributes {
+        let message = format!("'{}' is no attribute of a snapshot document here", attribute.name);
+        log.push(Finding::invalid(&attribute.at, message));
+    }
+}
+
+/// Where the memory of a restored snapshot is.
+fn memory(doc: Option<&MemoryDoc>, state: SnapshotState, log: &mut Vec<Finding>) -> MemoryMode {
+    let Some(doc) = doc else {
+        return if state.is_online() { MemoryMode::Internal } else { MemoryMode::No };
+    };
+    let mode = asked_memory(doc, log).unwrap_or(MemoryMode::No);
+    if mode != MemoryMode::No && !state.is_online() {
+        log.push(Finding::invalid(&doc.at, format!("a snapshot whose state is {state} has no memory")));
+    }
+    mode
+}
+
+/// What a document says about memory; `None` if that cannot be.
+pub(super) fn asked_memory(doc: &MemoryDoc, log: &mut Vec<Finding>) -> Option<MemoryMode> {
+    let file = doc.file.as_deref();
+    let mode = doc.mode.unwrap_or(if file.is_some() { Capturing::External } else { Capturing::Internal });
+    match (mode, file) {
+        (Capturing::No, None) => return Some(MemoryMode::No),
+        (Capturing::Internal, None) => return Some(MemoryMode::Internal),
+        (Capturing::External, Some(file)) if file.starts_with('/') => {
+            return Some(MemoryMode::External(PathBuf::from(file)));
+        }
+        (Capturing::External, Some(_)) => {
+            log.push(Finding::invalid(&doc.at.attribute("file"), "the memory's file is given by its absolute path"));
+        }
+        (Capturing::External, None) => {
+            log.push(Finding::invalid(&doc.at, "snapshot='external' needs the attribute 'file'"));
+        }
+        (Capturing::Manual, _) => {
+            log.push(Finding::invalid(&doc.at.attribute("snapshot"), "memory cannot be captured by hand"));
+        }
+        (mode, Some(_)) => {
+            log.push(Finding::invalid(&doc.at.attribute("file"), format!("snapshot='{mode}' has no file")));
+        }
+    }
+    None
+}
+
+/// A disk of a restored snapshot.
+fn part(doc: &DiskDoc, log: &mut Vec<Finding>) -> DiskPart {
+    let mode = match doc.mode.unwrap_or(if doc.source.is_some() { Capturing::External } else { Capturing::No }) {
+        Capturing::No => DiskMode::No,
+        Capturing::Internal => DiskMode::Internal,
+        Capturing::Manual => DiskMode::Manual,
+        Capturing::External => overlay(doc, log).unwrap_or_else(|| {
+            log.push(Finding::invalid(&doc.at, format!("disk '{}' needs the <source> of its overlay", doc.name)));
+            DiskMode::No
+        }),
+    };
+    DiskPart { target: doc.name.clone(), mode }
+}
+
+/// The overlay that a disk's element names, if it names one.
+pub(super) fn overlay(doc: &DiskDoc, log: &mut Vec<Finding>) -> Option<DiskMode> {
+    let format = doc.driver.as_ref().and_then(|driver| driver.format.as_deref()).unwrap_or("qcow2");
+    if !matches!(format, "qcow2" | "qed") {
+        let message = format!("an overlay is in qcow2 or qed, not '{format}'");
+        log.push(Finding::unsupported(&doc.at.child("driver").attribute("type"), message));
+    }
+    let block = match doc.kind {
+        None | Some(OverlayKind::File) => false,
+        Some(OverlayKind::Block) => true,
+        Some(kind) => {
+            let message = format!("an overlay is a file or a block device, not '{kind}'");
+            log.push(Finding::unsupported(&doc.at.attribute("type"), message));
+            return None;
+        }
+    };
+    let source = doc.source.as_ref()?;
+    let (path, other) = if block { (&source.dev, &source.file) } else { (&source.file, &source.dev) };
+    if other.is_some() {
+        let (needs, has) = if block { ("dev", "file") } else { ("file", "dev") };
+        log.push(Finding::invalid(&source.at.attribute(has), format!("the <source> here has '{needs}'")));
+    }
+    let path = path.as_ref()?;
+    if !path.starts_with('/') {
+        log.push(Finding::invalid(&source.at, format!("the overlay '{path}' is given by its absolute path")));
+    }
+    Some(DiskMode::External { path: PathBuf::from(path), block, format: format.to_owned() })
+}
+
+fn captured(doc: &FirmwareDoc) -> Vec<(String, Capture)> {
+    let one = |name: &str, doc: &Option<CaptureDoc>| {
+        let doc = doc.as_ref()?;
+        let how = match (doc.how, &doc.file) {
+            (CaptureWord::File, Some(file)) => Capture::File(PathBuf::from(file)),
+            (CaptureWord::Memory, _) => Capture::Memory,
+            _ => Capture::Internal,
+        };
+        Some((name.to_owned(), how))
+    };
+    [one("nvram", &doc.nvram), one("tpm", &doc.tpm)].into_iter().flatten().collect()
+}
+
+pub(super) fn write_memory(memory: &MemoryMode) -> Element {
+    let element = Element::new("memory");
+    match memory {
+        MemoryMode::No => element.with_attr("snapshot", "no"),
+        MemoryMode::Internal => element.with_attr("snapshot", "internal"),
+        MemoryMode::External(file) => {
+            element.with_attr("snapshot", "external").with_attr("file", file.to_string_lossy())
+        }
+    }
+}
+
+pub(super) fn write_disk(disk: &DiskPart) -> Element {
+    let element = Element::new("disk").with_attr("name", &*disk.target);
+    match &disk.mode {
+        DiskMode::No => element.with_attr("snapshot", "no"),
+        DiskMode::Internal => element.with_attr("snapshot", "internal"),
+        DiskMode::Manual => element.with_attr("snapshot", "manual"),
+        DiskMode::External { path, block, format } => {
+            let (kind, attribute) = if *block { ("block", "dev") } else { ("file", "file") };
+            let mut element = element.with_attr("snapshot", "external").with_attr("type", kind);
+            element.push(Element::new("driver").with_attr("type", &**format));
+            element.push(Element::new("source").with_attr(attribute, path.to_string_lossy()));
+            element
+        }
+    }
+}
+
+pub(super) fn write_capture(part: &str, how: &Capture) -> Element {
+    let element = Element::new(part);
+    match how {
+        Capture::Internal => element.with_attr("snapshot", "internal"),
+        Capture::Memory => element.with_attr("snapshot", "memory"),
+        Capture::File(file) => element.with_attr("snapshot", "file").with_attr("file", file.to_string_lossy()),
+    }
+}

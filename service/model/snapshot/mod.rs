@@ -1,0 +1,177 @@
+//! What a snapshot is: its document, and what it means for the disks of a machine.
+//!
+//! ```text
+//!  XML ─read─▶ SnapshotDoc ─align with the machine─▶ SnapshotDef ─write─▶ XML
+//!                (what a caller asks for)              (what there is)
+//! ```
+
+mod align;
+mod doc;
+mod tree;
+
+pub use align::{Alignment, Request};
+pub use doc::{Capturing, DiskDoc, MemoryDoc, SnapshotDoc};
+pub use tree::{Node, SnapshotTree};
+
+use crate::domain::{DomainDef, Form};
+use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
+use crate::state::DomainState;
+use crate::xml::{Element, Finding, FindingKind};
+use std::fmt;
+use std::str::FromStr;
+
+/// The longest name, in bytes: it is also a file's.
+pub const MAX_NAME: usize = 200;
+
+/// What the guest did when the snapshot was taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SnapshotState {
+    /// As a domain's state.
+    Domain(DomainState),
+    /// It was active, and its disks alone were taken.
+    DiskSnapshot,
+}
+
+impl SnapshotState {
+    /// The word on the bus and in documents.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            SnapshotState::Domain(state) => state.as_str(),
+            SnapshotState::DiskSnapshot => "disk-snapshot",
+        }
+    }
+
+    /// Whether memory goes with it.
+    pub fn is_online(self) -> bool {
+        matches!(self, SnapshotState::Domain(DomainState::Running | DomainState::Paused))
+    }
+}
+
+impl fmt::Display for SnapshotState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+impl FromStr for SnapshotState {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<SnapshotState, String> {
+        match word {
+            "disk-snapshot" => Ok(SnapshotState::DiskSnapshot),
+            "running" | "paused" | "shutdown" | "shutoff" | "crashed" => {
+                word.parse().map(SnapshotState::Domain).map_err(|_| String::new())
+            }
+            _ => Err("one of running, paused, shutdown, shutoff, crashed and disk-snapshot".to_owned()),
+        }
+    }
+}
+
+/// A snapshot, complete.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotDef {
+    /// Unique among the domain's.
+    pub name: String,
+    /// For people.
+    pub description: Option<String>,
+    /// What the guest did.
+    pub state: SnapshotState,
+    /// The snapshot before it; `None` for a root.
+    pub parent: Option<String>,
+    /// Seconds since the epoch.
+    pub created: u64,
+    /// Where the memory is.
+    pub memory: MemoryMode,
+    /// Every disk of the machine, in its order.
+    pub disks: Vec<DiskPart>,
+    /// The machine at that time; `None` for one that was restored from a document without it.
+    pub domain: Option<Box<DomainDef>>,
+    /// What the next cold start would have used, where the guest was active and that differed or could have.
+    pub inactive: Option<Box<DomainDef>>,
+    /// Where the firmware's variables and the TPM's state are: `nvram` or `tpm`, and how.
+    pub captured: Vec<(String, Capture)>,
+    /// What the driver must know of it; opaque to clients.
+    pub cookie: Option<Element>,
+}
+
+impl SnapshotDef {
+    /// Writes it; passwords only if `secure`, what is the driver's own only if `cookie`.
+    pub fn write(&self, secure: bool, cookie: bool) -> String {
+        let mut root = Element::new("domainsnapshot");
+        let leaf = |name: &str, text: &str| Element::new(name).with_text(text);
+        root.push(leaf("name", &self.name));
+        self.description.iter().for_each(|text| root.push(leaf("description", text)));
+        root.push(leaf("state", self.state.as_str()));
+        if let Some(parent) = &self.parent {
+            let mut element = Element::new("parent");
+            element.push(leaf("name", parent));
+            root.push(element);
+        }
+        root.push(leaf("creationTime", &self.created.to_string()));
+        root.push(doc::write_memory(&self.memory));
+        if !self.disks.is_empty() {
+            let mut disks = Element::new("disks");
+            self.disks.iter().for_each(|disk| disks.push(doc::write_disk(disk)));
+            root.push(disks);
+        }
+        let form = Form { inactive: true, secure, migratable: false };
+        for (name, def) in [("domain", &self.domain), ("inactiveDomain", &self.inactive)] {
+            if let Some(def) = def {
+                let mut tree = def.tree_in(form);
+                name.clone_into(&mut tree.name);
+                root.push(tree);
+            }
+        }
+        if !self.captured.is_empty() {
+            let mut firmware = Element::new("firmwareState");
+            self.captured.iter().for_each(|(part, how)| firmware.push(doc::write_capture(part, how)));
+            root.push(firmware);
+        }
+        if cookie {
+            self.cookie.iter().for_each(|cookie| root.push(cookie.clone()));
+        }
+        root.write()
+    }
+
+    /// Whether a running machine is to be loaded.
+    pub fn has_memory(&self) -> bool {
+        self.memory != MemoryMode::No
+    }
+
+    /// Whether overlays are part of it.
+    pub fn is_external(&self) -> bool {
+        let external = |disk: &DiskPart| matches!(disk.mode, DiskMode::External { .. });
+        self.disks.iter().any(external) || matches!(self.memory, MemoryMode::External(_))
+    }
+}
+
+/// Refuses what cannot be a snapshot's name, before anything is done. The error is a sentence.
+pub fn check_name(name: &str) -> Result<(), String> {
+    let shown = crate::xml::shorten(name);
+    if name.is_empty() {
+        return Err("a snapshot's name may not be empty".to_owned());
+    }
+    if name.contains('/') {
+        return Err(format!("snapshot name '{shown}' may not contain '/'"));
+    }
+    if name.starts_with('.') {
+        return Err(format!("snapshot name '{shown}' may not begin with '.'"));
+    }
+    if name.chars().any(char::is_control) {
+        return Err(format!("snapshot name '{shown}' may not contain control characters"));
+    }
+    if name.len() > MAX_NAME {
+        return Err(format!("snapshot name '{shown}' may not be longer than {MAX_NAME} bytes, and has {}", name.len()));
+    }
+    Ok(())
+}
+
+/// A finding where the document has no place for it.
+pub(crate) fn invalid(path: &str, message: impl Into<String>) -> Finding {
+    Finding { kind: FindingKind::Invalid, line: 0, column: 0, path: path.to_owned(), message: message.into() }
+}
+
+/// The same for what cannot be had.
+pub(crate) fn unsupported(path: &str, message: impl Into<String>) -> Finding {
+    Finding { kind: FindingKind::Unsupported, ..invalid(path, message) }
+}

@@ -1,0 +1,243 @@
+//! A domain's snapshots on disk, in `<state>/snapshots/<uuid>/`:
+//!
+//! ```text
+//!  <name>.xml    the document, with passwords and the driver's record in its <cookie>
+//!  .current      the name of the current one
+//!  .intent       an operation under way: written before its first change, removed after its last
+//!  .files/       what the driver keeps: copies of firmware variables and of TPMs' states
+//! ```
+
+use super::{Store, read_json, remove, remove_unfinished, replace, replace_json};
+use crate::error::{Error, Result};
+use serde::{Deserialize, Serialize};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::PathBuf;
+use uuid::Uuid;
+use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
+use virt_model::xml::Element;
+
+/// The largest record that is read.
+const MAX_RECORD: u64 = 32 << 20;
+
+/// A record as it was found.
+#[derive(Clone, Debug)]
+pub(crate) struct Record {
+    /// Its name, or its file's where it cannot be read.
+    pub name: String,
+    /// What it says, or why it cannot be used.
+    pub def: Result<SnapshotDef, String>,
+    /// In which order they were created.
+    pub order: u64,
+    /// Microseconds since the epoch.
+    pub created_usec: u64,
+    /// The driver's own.
+    pub record: serde_json::Value,
+}
+
+/// All there is of a domain.
+#[derive(Debug, Default)]
+pub(crate) struct Loaded {
+    /// In the order of their creation.
+    pub records: Vec<Record>,
+    /// The current one.
+    pub current: Option<String>,
+    /// What was cut off.
+    pub intent: Option<Intent>,
+}
+
+/// An operation under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Intent {
+    pub deed: Deed,
+    /// The driver's last note; `None`: it has not changed anything.
+    pub note: Option<serde_json::Value>,
+}
+
+/// What it is to come to.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) enum Deed {
+    /// The document as it will be, without what the driver adds.
+    Create {
+        xml: String,
+        /// Keep a record.
+        keep: bool,
+        /// The guest ran.
+        running: bool,
+    },
+    Revert {
+        name: String,
+        /// Have a guest afterwards, and whether it stands.
+        active: Option<bool>,
+        /// In the process that ran.
+        in_place: bool,
+    },
+    Delete {
+        name: String,
+    },
+}
+
+impl Store {
+    /// Everything kept of a domain's snapshots. What cannot be read is among it, with the reason.
+    pub fn load_snapshots(&self, uuid: Uuid) -> Result<Loaded> {
+        let folder = self.snapshots(uuid);
+        let entries = match fs::read_dir(&folder) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Loaded::default()),
+            entries => entries.map_err(|e| Error::from_io("read", &folder, &e))?,
+        };
+        remove_unfinished(&folder).map_err(|e| Error::from_io("tidy", &folder, &e))?;
+        let mut records: Vec<Record> = entries.filter_map(|entry| record(entry.ok()?.path())).collect();
+        records.sort_by(|a, b| (a.order, a.created_usec, &a.name).cmp(&(b.order, b.created_usec, &b.name)));
+        let current = fs::read_to_string(folder.join(".current")).ok().filter(|name| !name.is_empty());
+        let intent = match read_json(&folder.join(".intent")) {
+            Ok(intent) => Some(intent),
+            Err(_) if !folder.join(".intent").exists() => None,
+            Err(e) => {
+                tracing::error!(%uuid, "{e}; an operation on its snapshots that was cut off cannot be finished");
+                None
+            }
+        };
+        Ok(Loaded { records, current, intent })
+    }
+
+    /// Which domains have snapshots on disk.
+    pub fn domains_with_snapshots(&self) -> Vec<Uuid> {
+        let entries = fs::read_dir(self.paths.state.join("snapshots")).into_iter().flatten();
+        entries.filter_map(|entry| Uuid::try_parse(entry.ok()?.file_name().to_str()?).ok()).collect()
+    }
+
+    /// Stores a snapshot's record.
+    pub fn save_snapshot(&self, uuid: Uuid, record: &Record) -> Result<()> {
+        let Ok(def) = &record.def else { return Ok(()) };
+        self.make_snapshots(uuid)?;
+        let def = SnapshotDef { cookie: Some(cookie(record)), ..def.clone() };
+        replace(&self.snapshots(uuid).join(format!("{}.xml", record.name)), def.write(true, true).as_bytes())
+    }
+
+    /// Removes a snapshot's record.
+    pub fn remove_snapshot(&self, uuid: Uuid, name: &str) -> Result<()> {
+        remove(&self.snapshots(uuid).join(format!("{name}.xml")))
+    }
+
+    /// Notes which one is current.
+    pub fn save_current_snapshot(&self, uuid: Uuid, name: Option<&str>) -> Result<()> {
+        let file = self.snapshots(uuid).join(".current");
+        match name {
+            None if !file.exists() => Ok(()),
+            name => {
+                self.make_snapshots(uuid)?;
+                replace(&file, name.unwrap_or_default().as_bytes())
+            }
+        }
+    }
+
+    /// Notes what is about to be done.
+    pub fn save_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
+        self.make_snapshots(uuid)?;
+        replace_json(&self.snapshots(uuid).join(".intent"), intent)
+    }
+
+    /// It is done, or undone.
+    pub fn remove_intent(&self, uuid: Uuid) -> Result<()> {
+        remove(&self.snapshots(uuid).join(".intent"))
+    }
+
+    /// Where the driver keeps what belongs to them; made if it is not there.
+    pub fn snapshot_files(&self, uuid: Uuid) -> Result<PathBuf> {
+        self.make_snapshots(uuid)?;
+        let folder = self.snapshots(uuid).join(".files");
+        make(&folder)?;
+        Ok(folder)
+    }
+
+    /// Forgets all of a domain's snapshots; images stay as they are.
+    pub fn forget_snapshots(&self, uuid: Uuid) -> Result<()> {
+        let folder = self.snapshots(uuid);
+        match fs::remove_dir_all(&folder) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::from_io("remove", &folder, &e)),
+            _ => Ok(()),
+        }
+    }
+
+    fn snapshots(&self, uuid: Uuid) -> PathBuf {
+        self.paths.state.join("snapshots").join(uuid.to_string())
+    }
+
+    fn make_snapshots(&self, uuid: Uuid) -> Result<()> {
+        make(&self.snapshots(uuid))
+    }
+}
+
+fn make(folder: &std::path::Path) -> Result<()> {
+    match fs::DirBuilder::new().mode(0o711).create(folder) {
+        Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::from_io("make the folder", folder, &e)),
+        _ => Ok(()),
+    }
+}
+
+/// One file, if it is a record.
+fn record(path: PathBuf) -> Option<Record> {
+    let file = path.file_name()?.to_str()?;
+    let name = file.strip_suffix(".xml").filter(|name| !name.starts_with('.'))?.to_owned();
+    let def = read_record(&path, &name);
+    let kept = def.as_ref().ok().and_then(|def| def.cookie.as_ref());
+    let number = |what: &str| kept.and_then(|cookie| cookie.child(what)?.text().trim().parse::<u64>().ok());
+    let created = def.as_ref().map_or(0, |def| def.created.saturating_mul(1_000_000));
+    let driver = kept.and_then(|cookie| serde_json::from_str(&cookie.child("record")?.text()).ok());
+    Some(Record {
+        order: number("order").unwrap_or(u64::MAX),
+        created_usec: number("created").unwrap_or(created),
+        record: driver.unwrap_or_default(),
+        name,
+        def,
+    })
+}
+
+fn read_record(path: &std::path::Path, name: &str) -> Result<SnapshotDef, String> {
+    let size = fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?.len();
+    if size > MAX_RECORD {
+        return Err(format!("{}: {size} bytes are no record of a snapshot", path.display()));
+    }
+    let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let told = |findings: Vec<virt_model::xml::Finding>| {
+        let first = findings.first().map_or_else(String::new, ToString::to_string);
+        format!("snapshot file of '{name}' cannot be read: {first}")
+    };
+    let (def, _) = SnapshotDoc::parse(&text).and_then(SnapshotDoc::record).map_err(told)?;
+    if def.name != name {
+        return Err(format!("{} holds a snapshot named '{}'", path.display(), def.name));
+    }
+    Ok(def)
+}
+
+/// What we add to a document that is kept.
+fn cookie(record: &Record) -> Element {
+    let mut cookie = Element::new("cookie");
+    cookie.push(Element::new("order").with_text(record.order.to_string()));
+    cookie.push(Element::new("created").with_text(record.created_usec.to_string()));
+    cookie.push(Element::new("record").with_text(record.record.to_string()));
+    cookie
+}
+
+impl Record {
+    /// The driver's record that a restored document brought back, and when it was created.
+    pub fn restored(def: SnapshotDef, order: u64) -> Record {
+        let driver = def.cookie.as_ref().and_then(|cookie| serde_json::from_str(&cookie.child("record")?.text()).ok());
+        let created = def.cookie.as_ref().and_then(|cookie| cookie.child("created")?.text().trim().parse().ok());
+        let created_usec = created.filter(|usec: &u64| usec / 1_000_000 == def.created);
+        Record {
+            name: def.name.clone(),
+            order,
+            created_usec: created_usec.unwrap_or(def.created.saturating_mul(1_000_000)),
+            record: driver.unwrap_or_default(),
+            def: Ok(def),
+        }
+    }
+
+    /// The document, for clients; the driver's record is in it, passwords only if `secure`.
+    pub fn document(&self, secure: bool) -> Result<String, String> {
+        let def = self.def.as_ref().map_err(Clone::clone)?;
+        Ok(SnapshotDef { cookie: Some(cookie(self)), ..def.clone() }.write(secure, true))
+    }
+}

@@ -1,0 +1,399 @@
+//! Snapshots through the bus, of guests in memory: the tree and its signals, names, records, refusals, risks.
+
+use crate::common::client::{Client, Domain, Options, Refusal, lifecycle_of, options};
+use crate::common::{Daemon, Setup};
+use std::collections::{BTreeMap, HashMap};
+use zbus::{Message, ObjectPath, OwnedVariant, Variant};
+
+const SNAPSHOT: &str = "org.virt.Snapshot";
+
+/// A machine with a disk that can hold snapshots.
+const WEB: &str = "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
+    <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/images/web.qcow2'/>\
+    <target dev='vda' bus='virtio'/></disk></devices></domain>";
+
+/// The arguments of a call.
+fn with<'a>(pairs: impl IntoIterator<Item = (&'a str, bool)>) -> Options<'a> {
+    options(pairs.into_iter().map(|(key, value)| (key, Variant::from(value))))
+}
+
+/// A domain whose snapshots are played with.
+struct Player {
+    client: Client,
+    domain: Domain,
+}
+
+impl Player {
+    async fn new(daemon: &Daemon) -> Player {
+        let client = Client { connection: daemon.connect().await };
+        let domain = client.define(WEB).await.expect("defined");
+        Player { client, domain }
+    }
+
+    fn path(&self, name: &str) -> String {
+        let mut label = String::new();
+        for (index, byte) in name.bytes().enumerate() {
+            match byte {
+                b'0'..=b'9' if index == 0 => label.push_str(&format!("_{byte:02x}")),
+                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => label.push(byte.into()),
+                _ => label.push_str(&format!("_{byte:02x}")),
+            }
+        }
+        format!("{}/snapshot/{label}", self.domain.path)
+    }
+
+    async fn create(&self, xml: &str, options: Options<'_>) -> Result<String, Refusal> {
+        let reply = self.domain.call("CreateSnapshot", &(xml, options)).await?;
+        let (snapshot, _): (zbus::OwnedObjectPath, zbus::OwnedObjectPath) = reply.body().deserialize().expect("oo");
+        Ok(snapshot.to_string())
+    }
+
+    async fn take(&self, name: &str) -> String {
+        let xml = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
+        self.create(&xml, options([])).await.expect("taken")
+    }
+
+    async fn call(&self, name: &str, method: &str, options: Options<'_>) -> Result<Message, Refusal> {
+        self.client.call(&self.path(name), &format!("{SNAPSHOT}.{method}"), &(options,)).await
+    }
+
+    async fn check(&self, name: &str, method: &str, options: Options<'_>) -> HashMap<String, OwnedVariant> {
+        self.call(name, method, options).await.expect("told").body().deserialize().expect("a{sv}")
+    }
+
+    async fn get<T>(&self, name: &str, property: &str) -> T
+    where
+        T: TryFrom<OwnedVariant>,
+        T::Error: std::fmt::Debug,
+    {
+        self.client.property(&self.path(name), SNAPSHOT, property).await
+    }
+
+    async fn xml(&self, name: &str) -> String {
+        self.call(name, "GetXML", options([])).await.expect("told").body().deserialize().expect("s")
+    }
+
+    async fn list(&self, options: Options<'_>) -> Vec<String> {
+        let reply = self.domain.call("ListSnapshots", &(options,)).await.expect("listed");
+        let paths: Vec<zbus::OwnedObjectPath> = reply.body().deserialize().expect("ao");
+        paths.iter().map(ToString::to_string).collect()
+    }
+
+    async fn current(&self) -> String {
+        self.domain.property::<ObjectPath<'static>>("CurrentSnapshot").await.to_string()
+    }
+}
+
+/// The members of all signals that wait, with the last step of their paths.
+async fn told(watch: &mut crate::common::client::Watch, player: &Player) -> Vec<String> {
+    // Behind all that came before.
+    player.domain.call("SetTitle", &("mark", options([]))).await.expect("set");
+    let mut seen = Vec::new();
+    loop {
+        let message = watch.next().await;
+        let header = message.header();
+        let (member, path) =
+            (header.member().expect("a member").to_string(), header.path().expect("a path").to_string());
+        if let Some(event) = lifecycle_of(&message, &player.domain.path) {
+            if event == "defined updated" {
+                return seen;
+            }
+            seen.push(event);
+        } else if member == "InterfacesAdded" || member == "InterfacesRemoved" {
+            let body = message.body();
+            let path = match member.as_str() {
+                "InterfacesAdded" => {
+                    let (path, _): (ObjectPath<'_>, HashMap<String, HashMap<String, OwnedVariant>>) =
+                        body.deserialize().expect("oa{sa{sv}}");
+                    path.to_string()
+                }
+                _ => body.deserialize::<(ObjectPath<'_>, Vec<String>)>().expect("oas").0.to_string(),
+            };
+            if path.contains("/snapshot/") {
+                seen.push(format!("{member} {}", path.rsplit('/').next().unwrap_or_default()));
+            }
+        } else if member == "PropertiesChanged" && (path.contains("/snapshot/") || path == player.domain.path) {
+            let (_, values, _): (String, BTreeMap<String, OwnedVariant>, Vec<String>) =
+                message.body().deserialize().expect("sa{sv}as");
+            let mut names: Vec<_> = values.into_keys().filter(|name| name != "Title" && name != "StateSince").collect();
+            names.retain(|name| name.contains("Snapshot") || path.contains("/snapshot/"));
+            if !names.is_empty() {
+                seen.push(format!("{} {}", path.rsplit('/').next().unwrap_or_default(), names.join(" ")));
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_tree_is_told_as_it_grows_and_shrinks() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let player = Player::new(&daemon).await;
+    let web = player.domain.path.rsplit('/').next().unwrap_or_default().to_owned();
+    let mut watch = player.client.watch().await;
+    assert_eq!(player.take("before upgrade").await, player.path("before upgrade"));
+    player.take("after").await;
+    let signals = told(&mut watch, &player).await;
+    let both = format!("{web} CurrentSnapshot SnapshotCount");
+    assert_eq!(
+        signals,
+        [
+            "InterfacesAdded before_20upgrade",
+            &both,
+            "before_20upgrade Children IsCurrent",
+            "InterfacesAdded after",
+            &both
+        ]
+    );
+    assert_eq!(player.current().await, player.path("after"));
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 2);
+    assert_eq!(player.get::<ObjectPath<'static>>("after", "Parent").await.as_str(), player.path("before upgrade"));
+    assert_eq!(player.get::<ObjectPath<'static>>("before upgrade", "Parent").await.as_str(), "/");
+    assert_eq!(player.get::<String>("after", "State").await, "shutoff");
+    assert_eq!(player.get::<String>("after", "Memory").await, "no");
+    let disks: Vec<(String, String, String)> = player.get("after", "Disks").await;
+    assert_eq!(disks, [("vda".to_owned(), "internal".to_owned(), "/images/web.qcow2".to_owned())]);
+    assert_eq!(player.list(with([("roots", true)])).await, [player.path("before upgrade")]);
+    assert_eq!(player.list(with([("leaves", true)])).await, [player.path("after")]);
+    let all = player.list(options([])).await;
+    assert_eq!(all, [player.path("before upgrade"), player.path("after")]);
+
+    player.call("before upgrade", "Delete", options([])).await.expect("deleted");
+    let signals = told(&mut watch, &player).await;
+    assert_eq!(signals, ["after Parent", "InterfacesRemoved before_20upgrade", &format!("{web} SnapshotCount")]);
+    assert_eq!(player.get::<ObjectPath<'static>>("after", "Parent").await.as_str(), "/");
+    let (name, why) = player.call("before upgrade", "GetXML", options([])).await.expect_err("gone");
+    assert_eq!(name, "org.freedesktop.DBus.Error.UnknownObject", "{why}");
+    let (name, _) = player.domain.call("GetSnapshot", &"before upgrade").await.expect_err("gone");
+    assert_eq!(name, "org.virt.Error.NoSuchSnapshot");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_cannot_be_is_refused_before_anything_changes() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let player = Player::new(&daemon).await;
+    let before: String = player.domain.xml().await;
+    player.take("there").await;
+    let named = |inner: &str| format!("<domainsnapshot><name>n</name>{inner}</domainsnapshot>");
+    let long = format!("<domainsnapshot><name>{}</name></domainsnapshot>", "n".repeat(201));
+    let none = "<domainsnapshot/>".to_owned();
+    let is_off: Vec<(String, Vec<(&str, bool)>, &str, &str)> = vec![
+        (none.clone(), vec![("current", true)], "InvalidArgument", "redefine"),
+        (none.clone(), vec![("quiesce", true)], "InvalidArgument", "disk-only"),
+        (none.clone(), vec![("redefine", true), ("halt", true)], "InvalidArgument", "redefine"),
+        (none.clone(), vec![("quiesce", true), ("disk-only", true)], "AgentUnavailable", "quiesce"),
+        (none.clone(), vec![("halt", true)], "OperationInvalid", "shut off"),
+        (none.clone(), vec![("live", true)], "ConfigUnsupported", "'live'"),
+        ("<domainsnapshot><name>there</name></domainsnapshot>".into(), vec![], "SnapshotExists", "there"),
+        ("<domainsnapshot><name>a/b</name></domainsnapshot>".into(), vec![], "ConfigInvalid", "'/'"),
+        ("<domainsnapshot><name>.a</name></domainsnapshot>".into(), vec![], "ConfigInvalid", "'.'"),
+        ("<domainsnapshot><name>a\nb</name></domainsnapshot>".into(), vec![], "ConfigInvalid", "control"),
+        (long, vec![], "ConfigInvalid", "200"),
+        ("<domain/>".into(), vec![], "ConfigInvalid", "domainsnapshot"),
+        (named("<colour/>"), vec![], "ConfigInvalid", "colour"),
+        (named("<memory snapshot='internal'/>"), vec![], "ConfigInvalid", "shut off"),
+        (named("<memory snapshot='manual'/>"), vec![], "ConfigInvalid", "by hand"),
+        (named("<memory file='relative'/>"), vec![], "ConfigInvalid", "absolute"),
+        (named("<disks><disk name='vdz'/></disks>"), vec![], "ConfigInvalid", "vdz"),
+        (named("<disks><disk name='vda'/><disk name='/images/web.qcow2'/></disks>"), vec![], "ConfigInvalid", "twice"),
+        (named("<disks><disk name='vda' snapshot='default'/></disks>"), vec![], "ConfigInvalid", "default"),
+        (named("<disks><disk name='vda' snapshot='no'/></disks>"), vec![], "ConfigUnsupported", "nothing"),
+        (
+            named("<disks><disk name='vda'><driver type='raw'/><source file='/images/o'/></disk></disks>"),
+            vec![("disk-only", true)],
+            "ConfigUnsupported",
+            "qcow2",
+        ),
+    ];
+    for (xml, flags, error, word) in is_off {
+        let (name, why) = player.create(&xml, with(flags.clone())).await.expect_err(&xml);
+        assert_eq!(name, format!("org.virt.Error.{error}"), "{xml} {flags:?}: {why}");
+        assert!(why.contains(word), "{xml} {flags:?}: {why}");
+        let told = player.domain.call("CheckCreateSnapshot", &(&*xml, with(flags))).await.expect("told");
+        let told: HashMap<String, OwnedVariant> = told.body().deserialize().expect("a{sv}");
+        assert_eq!(*told["possible"], Variant::from(false), "{xml}");
+        assert_eq!(told.len(), 5);
+    }
+    let odd = options([("leave-out", Variant::from(vec!["disk"]))]);
+    let (name, why) = player.create(&none, odd).await.expect_err("odd");
+    assert!(name.ends_with("InvalidArgument") && why.contains("disk"), "{why}");
+    assert_eq!(player.domain.xml().await, before);
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 1);
+
+    for (flags, error, word) in [
+        (with([("running", true), ("paused", true)]), "InvalidArgument", "exclude"),
+        (with([("reset-nvram", true), ("running", true)]), "ConfigUnsupported", "firmware"),
+        (options([("force", Variant::from(vec!["courage"]))]), "InvalidArgument", "courage"),
+        (options([("force", Variant::from(1u32))]), "InvalidArgument", "force"),
+    ] {
+        let (name, why) = player.call("there", "Revert", flags).await.expect_err(word);
+        assert!(name.ends_with(error) && why.contains(word), "{name}: {why}");
+    }
+    let both = with([("children", true), ("children-only", true)]);
+    let (name, _) = player.call("there", "Delete", both).await.expect_err("both");
+    assert_eq!(name, "org.virt.Error.InvalidArgument");
+    let (name, why) = player.domain.run("Undefine").await.expect_err("has one");
+    assert!(name.ends_with("OperationInvalid") && why.contains("1 snapshots"), "{why}");
+    player.domain.call("Undefine", &(with([("snapshots-metadata", true)]),)).await.expect("undefined");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn records_outlive_virtd_and_can_be_restored() {
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let player = Player::new(&daemon).await;
+    player.take("one").await;
+    player.take("two").await;
+    let (one, two) = (player.xml("one").await, player.xml("two").await);
+    let facts = (player.current().await, player.list(options([])).await);
+    daemon.kill_virtd().await;
+    let folder = std::fs::read_dir(daemon.root().join("var/lib/virt/snapshots")).expect("there");
+    let folder = folder.map(|entry| entry.expect("an entry").path()).next().expect("the domain's");
+    std::fs::write(folder.join("odd.xml"), "<domainsnapshot><name>odd</name>").expect("written");
+    daemon.start_virtd().await;
+    let player = Player { client: Client { connection: daemon.connect().await }, ..player };
+    let player = Player { domain: Domain { client: player.client.clone(), path: player.domain.path }, ..player };
+    assert_eq!(player.xml("two").await, two);
+    assert_eq!(player.current().await, facts.0);
+    assert_eq!(player.list(options([])).await[..2], facts.1);
+    let broken: String = player.get("odd", "Broken").await;
+    assert!(broken.contains("cannot be read"), "{broken}");
+    let (name, why) = player.call("odd", "Revert", options([])).await.expect_err("broken");
+    assert!(name.ends_with("SnapshotBroken") && why.contains("odd"), "{why}");
+    player.call("odd", "Delete", with([("metadata-only", true)])).await.expect("forgotten");
+
+    for name in ["one", "two"] {
+        player.call(name, "Delete", with([("metadata-only", true)])).await.expect("forgotten");
+    }
+    let redefine = || with([("redefine", true)]);
+    let (name, why) = player.create(&two, redefine()).await.expect_err("no parent");
+    assert!(name.ends_with("InvalidArgument") && why.contains("'one'"), "{why}");
+    player.create(&one, redefine()).await.expect("restored");
+    player.create(&two, with([("redefine", true), ("current", true)])).await.expect("restored");
+    assert_eq!(player.xml("two").await, two);
+    assert_eq!(player.current().await, player.path("two"));
+    let changed = two.replace("<memory unit='KiB'>65536", "<memory unit='KiB'>131072");
+    assert_ne!(changed, two);
+    let (name, why) = player.create(&changed, redefine()).await.expect_err("another machine");
+    assert!(name.ends_with("AbiIncompatible") && why.contains("/memory"), "{why}");
+    for (from, to, word) in [
+        ("<state>shutoff</state>", "<state>running</state>", "shutoff"),
+        ("<state>shutoff</state>", "<state>asleep</state>", "state"),
+        ("<state>shutoff</state>", "", "<state>"),
+        ("<name>one</name>\n  </parent>", "<name>two</name>\n  </parent>", "own parent"),
+    ] {
+        let text = two.replacen(from, to, 1);
+        let (_, why) = player.create(&text, redefine()).await.expect_err(word);
+        assert!(why.contains(word), "{why}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revert_names_its_risks_and_does_what_was_planned() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let player = Player::new(&daemon).await;
+    player.take("off").await;
+    player.domain.run("Start").await.expect("started");
+    player.take("on").await;
+    let mut watch = player.client.watch().await;
+    player.call("on", "Revert", options([])).await.expect("in place");
+    assert_eq!(told(&mut watch, &player).await, ["defined from-snapshot"]);
+
+    let plan = player.check("off", "CheckRevert", with([("running", true)])).await;
+    assert_eq!(*plan["needs-force"], Variant::from(true));
+    assert_eq!(*plan["risks"], Variant::from(vec!["new-process"]));
+    assert_eq!(plan.len(), 8);
+    let (name, why) = player.call("off", "Revert", with([("running", true)])).await.expect_err("risky");
+    assert!(name.ends_with("RevertRisky") && why.contains("new-process") && why.contains("force"), "{why}");
+    let force = options([("running", Variant::from(true)), ("force", Variant::from(vec!["new-process"]))]);
+    player.call("off", "Revert", force).await.expect("forced");
+    let events = ["stopped from-snapshot", "started from-snapshot", "resumed from-snapshot", "defined from-snapshot"];
+    let signals = told(&mut watch, &player).await;
+    let lifecycle: Vec<&String> = signals.iter().filter(|told| told.ends_with("from-snapshot")).collect();
+    assert_eq!(lifecycle, events);
+    assert_eq!(player.domain.state().await, ("running".to_owned(), "from-snapshot".to_owned()));
+
+    // An edit that the guest would notice.
+    player.domain.run("Destroy").await.expect("destroyed");
+    let uuid: String = player.domain.property("UUID").await;
+    let larger = WEB.replace("65536", "131072").replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
+    player.client.define(&larger).await.expect("redefined");
+    player.domain.run("Start").await.expect("started");
+    let plan = player.check("on", "CheckRevert", options([])).await;
+    assert_eq!(*plan["risks"], Variant::from(vec!["abi-changed", "new-process"]));
+    let differences = Vec::<(String, String, String)>::try_from(plan["abi-differences"].clone()).expect("a(sss)");
+    assert!(differences.iter().any(|found| found.0 == "/memory"), "{differences:?}");
+    let half = options([("force", Variant::from(vec!["new-process"]))]);
+    let (_, why) = player.call("on", "Revert", half).await.expect_err("half");
+    assert!(why.contains("abi-changed") && why.contains("/memory") && !why.contains("new-process:"), "{why}");
+    player.call("on", "Revert", with([("force", true)])).await.expect("forced");
+    assert!(player.domain.xml().await.contains("<memory unit='KiB'>65536"));
+    player.call("off", "Revert", options([])).await.expect("off");
+    assert_eq!(player.domain.state().await, ("shutoff".to_owned(), "from-snapshot".to_owned()));
+}
+
+/// A tree as it should be: names in order, each with its parent, and the current one.
+#[derive(Default)]
+struct Model {
+    order: Vec<String>,
+    parents: HashMap<String, Option<String>>,
+    current: Option<String>,
+}
+
+impl Model {
+    fn below(&self, name: &str) -> Vec<String> {
+        let children = self.order.iter().filter(|one| self.parents[*one].as_deref() == Some(name));
+        children.flat_map(|child| [self.below(child), vec![child.clone()]].concat()).collect()
+    }
+
+    fn remove(&mut self, name: &str) {
+        let parent = self.parents.remove(name).flatten();
+        self.order.retain(|one| one != name);
+        self.parents.values_mut().filter(|p| p.as_deref() == Some(name)).for_each(|p| p.clone_from(&parent));
+        if self.current.as_deref() == Some(name) {
+            self.current = parent;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_hundred_in_one_tree_come_and_go_in_any_order() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let player = Player::new(&daemon).await;
+    let mut model = Model::default();
+    // The same dice each time.
+    let mut dice = 12_345_u64;
+    let mut roll = |sides: usize| {
+        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (dice >> 33) as usize % sides
+    };
+    for number in 0..200 {
+        let name = format!("s{number}");
+        player.take(&name).await;
+        model.parents.insert(name.clone(), model.current.replace(name.clone()));
+        model.order.push(name);
+        if roll(4) == 0 {
+            let back = model.order[roll(model.order.len())].clone();
+            player.call(&back, "Revert", options([])).await.expect("reverted");
+            model.current = Some(back);
+        }
+    }
+    let paths: Vec<String> = model.order.iter().map(|name| player.path(name)).collect();
+    assert_eq!(player.list(options([])).await, paths);
+    while !model.order.is_empty() {
+        let name = model.order[roll(model.order.len())].clone();
+        let (key, mut doomed) = match roll(6) {
+            0 => ("children", [model.below(&name), vec![name.clone()]].concat()),
+            1 => ("children-only", model.below(&name)),
+            _ => ("no-wait", vec![name.clone()]),
+        };
+        player.call(&name, "Delete", with([(key, key != "no-wait")])).await.expect("deleted");
+        doomed.drain(..).for_each(|one| model.remove(&one));
+        let current = model.current.as_ref().map_or_else(|| "/".to_owned(), |name| player.path(name));
+        assert_eq!(player.current().await, current);
+        let paths: Vec<String> = model.order.iter().map(|name| player.path(name)).collect();
+        assert_eq!(player.list(options([])).await, paths);
+        if let Some(name) = model.order.get(roll(model.order.len().max(1))) {
+            let parent = model.parents[name].as_ref().map_or_else(|| "/".to_owned(), |parent| player.path(parent));
+            assert_eq!(player.get::<ObjectPath<'static>>(name, "Parent").await.as_str(), parent);
+        }
+    }
+}
