@@ -4,6 +4,7 @@ pub mod access;
 pub(crate) mod acl;
 pub mod cgroup;
 mod chain;
+pub mod image;
 pub mod process;
 pub(crate) mod resolve;
 pub mod secret;

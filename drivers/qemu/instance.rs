@@ -171,7 +171,7 @@ impl Body {
         monitor.execute(command, arguments).await.map_err(translate)
     }
 
-    fn monitor(&self) -> Result<Arc<Qmp>, DriverError> {
+    pub fn monitor(&self) -> Result<Arc<Qmp>, DriverError> {
         if *self.gone.borrow() {
             return Err(DriverError::Gone);
         }

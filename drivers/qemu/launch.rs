@@ -11,6 +11,8 @@ use super::make;
 use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
+use super::snapshot::jobs::Line;
+use super::snapshot::nodes::Nodes;
 use super::tune::Tuning;
 use crate::host::access::{Ledger, Want};
 use crate::host::process::{Identity, Process};
@@ -52,6 +54,8 @@ pub struct Start {
     pub paused: bool,
     /// Make the firmware variables anew.
     pub reset_nvram: bool,
+    /// What it starts from, if not from power off.
+    pub from: Option<Source>,
     /// See [`Body::ends_on_reboot`].
     pub ends_on_reboot: bool,
     /// Where its threads run and what they may use.
@@ -70,6 +74,14 @@ pub struct Start {
     pub events: EventSink,
     /// As in `Launch`.
     pub cancel: CancellationToken,
+}
+
+/// Where a guest's memory and devices come from.
+pub enum Source {
+    /// From a snapshot in these images, the memory from the first.
+    Images { name: String, images: Vec<PathBuf> },
+    /// From a file.
+    File(PathBuf),
 }
 
 /// How far it has come.
@@ -308,8 +320,12 @@ impl Start {
     }
 
     /// From the process to running CPUs.
-    async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Qmp, Value), DriverError> {
+    async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Arc<Qmp>, Value), DriverError> {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await.map_err(translate)?;
+        let monitor = Arc::new(monitor);
+        if let Some(source) = &self.from {
+            source.load(&Line::new(monitor.clone(), reporter.clone())).await?;
+        }
         for (command, arguments) in &self.command.setup {
             monitor.execute(command, arguments.clone()).await.map_err(translate)?;
         }
@@ -332,7 +348,7 @@ impl Start {
         keeper: &Arc<Keeper>,
         made: &mut Made,
         reporter: Arc<Reporter>,
-        monitor: Qmp,
+        monitor: Arc<Qmp>,
     ) -> Result<QemuInstance, DriverError> {
         let lost = || DriverError::Internal("a start lost its process".into());
         Ok(QemuInstance::new(Body {
@@ -341,7 +357,7 @@ impl Start {
             process: made.process.take().ok_or_else(lost)?,
             companions: std::mem::take(&mut made.companions),
             lost: Mutex::default(),
-            monitor: Mutex::new(Some(Arc::new(monitor))),
+            monitor: Mutex::new(Some(monitor)),
             reporter,
             keeper: keeper.clone(),
             leavings: self.leavings(),
@@ -380,6 +396,23 @@ impl Start {
                 DriverError::Hypervisor(join(&what, &words))
             }
             other => other,
+        }
+    }
+}
+
+impl Source {
+    async fn load(&self, line: &Line) -> Result<(), DriverError> {
+        match self {
+            Source::Images { name, images } => {
+                let nodes = Nodes::ask(line).await?.of_images(images)?;
+                let arguments = json!({ "tag": name, "vmstate": nodes.first(), "devices": nodes });
+                line.job("snapshot-load", "virtd-snapshot-load", arguments, None).await
+            }
+            Source::File(path) => {
+                let file = path.clone();
+                let opened = blocking(move || File::open(file)).await?;
+                line.read_memory(opened.map_err(|e| storage(path, &e))?).await
+            }
         }
     }
 }

@@ -21,6 +21,7 @@ mod make;
 mod qmp;
 mod record;
 mod report;
+mod snapshot;
 pub mod tap;
 mod tune;
 
@@ -39,6 +40,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{DomainEnd, Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
 use virt_model::xml::{Finding, FindingKind, shorten};
 
@@ -115,8 +117,13 @@ impl QemuDriver {
         go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
-        let command = command::build(&live, &caps, &place).map_err(DriverError::Config)?;
+        let mut command = command::build(&live, &caps, &place).map_err(DriverError::Config)?;
+        let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
+        if let Some(launch::Source::File(_)) = &from {
+            command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
+        }
         let start = Start {
+            from,
             uuid: live.uuid,
             name: live.name.clone(),
             command,
@@ -222,6 +229,10 @@ impl Driver for QemuDriver {
         let made = taken.await.unwrap_or_else(|_| Err(DriverError::Internal("the start was cut off".into())));
         given_up.disarm();
         made?.accept()
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
     }
 
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError> {

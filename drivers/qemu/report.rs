@@ -5,6 +5,7 @@ use super::qmp::{Event, Listener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use virt_model::driver::{Condition, DriverEvent, EventSink, Exit};
+use virt_model::state::Suspended;
 
 /// Events kept while it is not known what the guest does. A guest that causes more meanwhile loses the later ones, and
 /// its condition is asked for anyway.
@@ -25,6 +26,8 @@ struct Inner {
     sink: Option<EventSink>,
     /// Events since the connection, while it is not known what the guest does.
     held: Option<Vec<Event>>,
+    /// Stops and starts of the CPUs are ours, and of no interest to anybody.
+    quiet: bool,
 }
 
 /// What has been heard so far.
@@ -34,6 +37,8 @@ pub struct Heard {
     pub resets: u64,
     /// RESUMEs and WAKEUPs.
     pub resumes: u64,
+    /// Jobs and migrations that became something else.
+    pub jobs: u64,
     /// The monitor has been lost.
     pub closed: bool,
 }
@@ -41,7 +46,7 @@ pub struct Heard {
 impl Reporter {
     /// Reports on `guest` to `sink`.
     pub fn new(guest: Guest, sink: EventSink) -> Arc<Self> {
-        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None });
+        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None, quiet: false });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
 
@@ -77,6 +82,11 @@ impl Reporter {
         inner.send(event);
     }
 
+    /// From now on stops and starts of the CPUs are not reported; or they are again.
+    pub fn be_quiet(&self, quiet: bool) {
+        self.lock().quiet = quiet;
+    }
+
     /// The last report.
     pub fn exited(&self, exit: Exit) {
         let mut inner = self.lock();
@@ -110,12 +120,14 @@ impl Reporter {
         self.heard.send_modify(|heard| match event.name.as_str() {
             "RESET" => heard.resets += 1,
             "RESUME" | "WAKEUP" => heard.resumes += 1,
+            "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
             _ => {}
         });
     }
 
     fn take(&self, inner: &mut Inner, event: &Event) {
         match inner.guest.take(event) {
+            Some(Outcome::Report(DriverEvent::Suspended(Suspended::Paused) | DriverEvent::Resumed)) if inner.quiet => {}
             Some(Outcome::Report(report)) => inner.send(Some(report)),
             Some(Outcome::Reboot) => self.reboot.notify_one(),
             None => {}

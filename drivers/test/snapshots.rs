@@ -9,7 +9,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     CreatePlan, DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Machine, MemoryMode, Recovered,
-    Replaced, RevertPlan, Snapshots, Taken, Wish,
+    Replaced, RevertPlan, Reverted, Snapshots, Taken, Wish,
 };
 
 #[async_trait]
@@ -64,13 +64,19 @@ impl Snapshots for TestDriver {
         Ok(Taken { record, def: switched.then_some(def), nvram: None, tpm: None })
     }
 
-    async fn check_revert(&self, machine: &Machine, snapshot: &Kept, _: bool) -> Result<RevertPlan, DriverError> {
+    async fn check_revert(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        _: &Kin,
+        _: bool,
+    ) -> Result<RevertPlan, DriverError> {
         let holds = lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&snapshot.name));
         if !holds {
             let text = format!("no image holds the snapshot '{}'; delete it with metadata-only", snapshot.name);
             return Err(DriverError::Storage(text));
         }
-        Ok(RevertPlan { files: Vec::new(), undoable: true })
+        Ok(RevertPlan::default())
     }
 
     async fn load(&self, _: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError> {
@@ -81,8 +87,9 @@ impl Snapshots for TestDriver {
         &self,
         machine: &Machine,
         snapshot: &Kept,
+        _: &Kin,
         journal: Arc<dyn Journal>,
-    ) -> Result<DomainDef, DriverError> {
+    ) -> Result<Reverted, DriverError> {
         journal.note(json!({ "revert": snapshot.name })).await?;
         let mut def = snapshot.def.clone();
         let number = lock(&self.0.images).get(&machine.def.uuid).map_or(0, |names| names.len());
@@ -92,7 +99,12 @@ impl Snapshots for TestDriver {
                 disk.stand_on(&base.with_extension(format!("again-{number}")), false, "qcow2");
             }
         }
-        Ok(def)
+        let (disks, record) = (snapshot.disks.clone(), snapshot.record.clone());
+        Ok(Reverted { def, disks, record, aside: serde_json::Value::Null })
+    }
+
+    async fn settle(&self, _: &Machine, _: &Reverted, _: bool) -> Result<(), DriverError> {
+        Ok(())
     }
 
     async fn check_delete(&self, _: &Machine, snapshot: &Kept, _: &Kin) -> Result<DeletePlan, DriverError> {

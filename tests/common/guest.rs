@@ -73,6 +73,11 @@ impl Tick {
         self.says(|(count, _)| count >= counter).await;
     }
 
+    /// Waits until its counter has gone back, below `counter`.
+    pub async fn goes_back_below(&self, counter: u32) {
+        self.says(|(count, _)| count < counter).await;
+    }
+
     /// Waits until it has booted `boots` times and counts again.
     pub async fn boots_to(&self, boots: u32) {
         self.says(|(_, booted)| booted >= boots).await;

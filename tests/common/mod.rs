@@ -13,6 +13,7 @@
 
 pub mod client;
 pub mod guest;
+pub mod snapshots;
 pub mod users;
 
 use futures_util::StreamExt as _;

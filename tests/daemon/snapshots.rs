@@ -1,87 +1,20 @@
 //! Snapshots through the bus, of guests in memory: the tree and its signals, names, records, refusals, risks.
 
-use crate::common::client::{Client, Domain, Options, Refusal, lifecycle_of, options};
+use crate::common::client::{Client, Domain, lifecycle_of, options};
+use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, Setup};
 use std::collections::{BTreeMap, HashMap};
-use zbus::{Message, ObjectPath, OwnedVariant, Variant};
-
-const SNAPSHOT: &str = "org.virt.Snapshot";
+use zbus::{ObjectPath, OwnedVariant, Variant};
 
 /// A machine with a disk that can hold snapshots.
 const WEB: &str = "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
     <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/images/web.qcow2'/>\
     <target dev='vda' bus='virtio'/></disk></devices></domain>";
 
-/// The arguments of a call.
-fn with<'a>(pairs: impl IntoIterator<Item = (&'a str, bool)>) -> Options<'a> {
-    options(pairs.into_iter().map(|(key, value)| (key, Variant::from(value))))
-}
-
-/// A domain whose snapshots are played with.
-struct Player {
-    client: Client,
-    domain: Domain,
-}
-
-impl Player {
-    async fn new(daemon: &Daemon) -> Player {
-        let client = Client { connection: daemon.connect().await };
-        let domain = client.define(WEB).await.expect("defined");
-        Player { client, domain }
-    }
-
-    fn path(&self, name: &str) -> String {
-        let mut label = String::new();
-        for (index, byte) in name.bytes().enumerate() {
-            match byte {
-                b'0'..=b'9' if index == 0 => label.push_str(&format!("_{byte:02x}")),
-                b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' => label.push(byte.into()),
-                _ => label.push_str(&format!("_{byte:02x}")),
-            }
-        }
-        format!("{}/snapshot/{label}", self.domain.path)
-    }
-
-    async fn create(&self, xml: &str, options: Options<'_>) -> Result<String, Refusal> {
-        let reply = self.domain.call("CreateSnapshot", &(xml, options)).await?;
-        let (snapshot, _): (zbus::OwnedObjectPath, zbus::OwnedObjectPath) = reply.body().deserialize().expect("oo");
-        Ok(snapshot.to_string())
-    }
-
-    async fn take(&self, name: &str) -> String {
-        let xml = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
-        self.create(&xml, options([])).await.expect("taken")
-    }
-
-    async fn call(&self, name: &str, method: &str, options: Options<'_>) -> Result<Message, Refusal> {
-        self.client.call(&self.path(name), &format!("{SNAPSHOT}.{method}"), &(options,)).await
-    }
-
-    async fn check(&self, name: &str, method: &str, options: Options<'_>) -> HashMap<String, OwnedVariant> {
-        self.call(name, method, options).await.expect("told").body().deserialize().expect("a{sv}")
-    }
-
-    async fn get<T>(&self, name: &str, property: &str) -> T
-    where
-        T: TryFrom<OwnedVariant>,
-        T::Error: std::fmt::Debug,
-    {
-        self.client.property(&self.path(name), SNAPSHOT, property).await
-    }
-
-    async fn xml(&self, name: &str) -> String {
-        self.call(name, "GetXML", options([])).await.expect("told").body().deserialize().expect("s")
-    }
-
-    async fn list(&self, options: Options<'_>) -> Vec<String> {
-        let reply = self.domain.call("ListSnapshots", &(options,)).await.expect("listed");
-        let paths: Vec<zbus::OwnedObjectPath> = reply.body().deserialize().expect("ao");
-        paths.iter().map(ToString::to_string).collect()
-    }
-
-    async fn current(&self) -> String {
-        self.domain.property::<ObjectPath<'static>>("CurrentSnapshot").await.to_string()
-    }
+async fn player(daemon: &Daemon) -> Player {
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(WEB).await.expect("defined");
+    Player { domain }
 }
 
 /// The members of all signals that wait, with the last step of their paths.
@@ -127,9 +60,9 @@ async fn told(watch: &mut crate::common::client::Watch, player: &Player) -> Vec<
 #[tokio::test(flavor = "multi_thread")]
 async fn the_tree_is_told_as_it_grows_and_shrinks() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let player = Player::new(&daemon).await;
+    let player = player(&daemon).await;
     let web = player.domain.path.rsplit('/').next().unwrap_or_default().to_owned();
-    let mut watch = player.client.watch().await;
+    let mut watch = player.domain.client.watch().await;
     assert_eq!(player.take("before upgrade").await, player.path("before upgrade"));
     player.take("after").await;
     let signals = told(&mut watch, &player).await;
@@ -167,16 +100,19 @@ async fn the_tree_is_told_as_it_grows_and_shrinks() {
     assert_eq!(name, "org.virt.Error.NoSuchSnapshot");
 }
 
+/// Document, options, error, and a word of its text.
+type Refused = (String, Vec<(&'static str, bool)>, &'static str, &'static str);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_is_refused_before_anything_changes() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let player = Player::new(&daemon).await;
+    let player = player(&daemon).await;
     let before: String = player.domain.xml().await;
     player.take("there").await;
     let named = |inner: &str| format!("<domainsnapshot><name>n</name>{inner}</domainsnapshot>");
     let long = format!("<domainsnapshot><name>{}</name></domainsnapshot>", "n".repeat(201));
     let none = "<domainsnapshot/>".to_owned();
-    let is_off: Vec<(String, Vec<(&str, bool)>, &str, &str)> = vec![
+    let is_off: Vec<Refused> = vec![
         (none.clone(), vec![("current", true)], "InvalidArgument", "redefine"),
         (none.clone(), vec![("quiesce", true)], "InvalidArgument", "disk-only"),
         (none.clone(), vec![("redefine", true), ("halt", true)], "InvalidArgument", "redefine"),
@@ -239,7 +175,7 @@ async fn what_cannot_be_is_refused_before_anything_changes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn records_outlive_virtd_and_can_be_restored() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let player = Player::new(&daemon).await;
+    let player = player(&daemon).await;
     player.take("one").await;
     player.take("two").await;
     let (one, two) = (player.xml("one").await, player.xml("two").await);
@@ -249,8 +185,8 @@ async fn records_outlive_virtd_and_can_be_restored() {
     let folder = folder.map(|entry| entry.expect("an entry").path()).next().expect("the domain's");
     std::fs::write(folder.join("odd.xml"), "<domainsnapshot><name>odd</name>").expect("written");
     daemon.start_virtd().await;
-    let player = Player { client: Client { connection: daemon.connect().await }, ..player };
-    let player = Player { domain: Domain { client: player.client.clone(), path: player.domain.path }, ..player };
+    let client = Client { connection: daemon.connect().await };
+    let player = Player { domain: Domain { client, path: player.domain.path } };
     assert_eq!(player.xml("two").await, two);
     assert_eq!(player.current().await, facts.0);
     assert_eq!(player.list(options([])).await[..2], facts.1);
@@ -289,11 +225,11 @@ async fn records_outlive_virtd_and_can_be_restored() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revert_names_its_risks_and_does_what_was_planned() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let player = Player::new(&daemon).await;
+    let player = player(&daemon).await;
     player.take("off").await;
     player.domain.run("Start").await.expect("started");
     player.take("on").await;
-    let mut watch = player.client.watch().await;
+    let mut watch = player.domain.client.watch().await;
     player.call("on", "Revert", options([])).await.expect("in place");
     assert_eq!(told(&mut watch, &player).await, ["defined from-snapshot"]);
 
@@ -315,7 +251,7 @@ async fn a_revert_names_its_risks_and_does_what_was_planned() {
     player.domain.run("Destroy").await.expect("destroyed");
     let uuid: String = player.domain.property("UUID").await;
     let larger = WEB.replace("65536", "131072").replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
-    player.client.define(&larger).await.expect("redefined");
+    player.domain.client.define(&larger).await.expect("redefined");
     player.domain.run("Start").await.expect("started");
     let plan = player.check("on", "CheckRevert", options([])).await;
     assert_eq!(*plan["risks"], Variant::from(vec!["abi-changed", "new-process"]));
@@ -357,7 +293,7 @@ impl Model {
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_in_one_tree_come_and_go_in_any_order() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let player = Player::new(&daemon).await;
+    let player = player(&daemon).await;
     let mut model = Model::default();
     // The same dice each time.
     let mut dice = 12_345_u64;

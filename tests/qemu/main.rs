@@ -4,5 +4,6 @@
 mod common;
 
 mod lifecycle;
+mod snapshots;
 mod survival;
 mod system;

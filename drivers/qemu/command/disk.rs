@@ -168,6 +168,24 @@ impl Builder<'_> {
     }
 }
 
+/// The nodes of an overlay that a running guest's disk gets, lowest first; what it stands on is said when it is put in.
+pub fn overlay_nodes(disk: &Disk, path: &std::path::Path, block: bool, format: &str, name: &str) -> [Value; 2] {
+    let driver = disk.driver.as_ref();
+    let (storage, path) = (format!("{name}-storage"), path.to_string_lossy().into_owned());
+    let aio = driver.and_then(|d| d.io).map(|io| io.as_str());
+    let file = Props::new("driver", if block { "host_device" } else { "file" }).set("filename", path);
+    let file = file.set("node-name", &*storage).set("auto-read-only", true).set("discard", "unmap").maybe("aio", aio);
+    let image = Props::new("driver", driver_name(format))
+        .set("node-name", format!("{name}-format"))
+        .set("read-only", false)
+        .maybe("discard", driver.and_then(|d| d.discard).map(|d| d.as_str()))
+        .maybe("detect-zeroes", detect_zeroes(driver))
+        .extend(cache(driver))
+        .set("file", storage)
+        .set("backing", Value::Null);
+    [file.extend(cache(driver)).into(), image.into()]
+}
+
 /// Sizes of blocks, and the shape that old systems ask for.
 fn blocks(disk: &Disk) -> Props {
     let (io, shape) = (disk.blockio.as_ref(), disk.geometry.as_ref());

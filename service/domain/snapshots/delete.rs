@@ -93,7 +93,7 @@ impl Domain {
         Ok(names)
     }
 
-    fn kin(&self, name: &str, doomed: &[String], machine: &Machine) -> Kin {
+    pub(super) fn kin(&self, name: &str, doomed: &[String], machine: &Machine) -> Kin {
         let (live, stored) = self.configurations();
         Kin {
             others: self.others(name, machine),

@@ -87,20 +87,24 @@ impl Journal for DomainJournal {
     }
 }
 
-/// For tests: a virtd that is killed at a certain step. Not in release builds.
+/// For tests: something happens at a certain step. Not in release builds.
+///
+/// `VIRTD_AT_STEP` in the environment names a file: a number, a blank, and a shell command. Each step counts the number
+/// down; at the last one the file is removed and the command is run.
 #[cfg(debug_assertions)]
 mod fail_point {
-    use std::sync::LazyLock;
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    /// At which step, from 1; never if it is not said.
-    static DIE_AT: LazyLock<Option<u64>> = LazyLock::new(|| std::env::var("VIRTD_DIE_AT_STEP").ok()?.parse().ok());
-    static STEPS: AtomicU64 = AtomicU64::new(0);
+    use std::fs;
 
     pub fn reached() {
-        let step = STEPS.fetch_add(1, Ordering::SeqCst) + 1;
-        if *DIE_AT == Some(step) {
-            let _ = nix::sys::signal::kill(nix::unistd::getpid(), nix::sys::signal::Signal::SIGKILL);
+        let Some(file) = std::env::var_os("VIRTD_AT_STEP") else { return };
+        let Ok(plan) = fs::read_to_string(&file) else { return };
+        let Some((number, command)) = plan.split_once(' ') else { return };
+        let left = number.parse::<u32>().unwrap_or(0).saturating_sub(1);
+        if left > 0 {
+            let _ = fs::write(&file, format!("{left} {command}"));
+            return;
         }
+        let _ = fs::remove_file(&file);
+        let _ = std::process::Command::new("/bin/sh").args(["-c", command]).status();
     }
 }

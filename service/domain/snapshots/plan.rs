@@ -132,7 +132,8 @@ impl Domain {
         if saved && !def.has_memory() {
             risks.push(MANAGED_SAVE);
         }
-        let checked = driver.check_revert(&machine, &kept, in_place).await;
+        let kin = self.kin(name, &[], &machine);
+        let checked = driver.check_revert(&machine, &kept, &kin, in_place).await;
         let checked = checked.map_err(|e| self.not_reverted(name, e))?;
         if active.is_some() && !in_place {
             self.would_start(&to).await?;

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::shared::virtd_itself;
 use crate::store::{Deed, Intent, Record};
 use std::sync::Arc;
-use virt_model::driver::snapshots::Recovered;
+use virt_model::driver::snapshots::{Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 
 impl Domain {
@@ -43,8 +43,8 @@ impl Domain {
                 self.snapshot_taken(def, *taken, keep, journal).await?;
                 Ok(format!("snapshot '{name}' is complete"))
             }
-            (Deed::Revert { name, active, in_place }, Recovered::Reverted(def)) => {
-                self.finish_revert(&name, active, in_place, *def, journal).await
+            (Deed::Revert { name, active, in_place }, Recovered::Reverted(reverted)) => {
+                self.finish_revert(&name, active, in_place, *reverted, journal).await
             }
             // Its guest had been ended, and nothing else had been done: that is repeatable.
             (Deed::Revert { name, active, in_place: false }, Recovered::Undone { story }) => {
@@ -79,9 +79,10 @@ impl Domain {
         }
         let (_, _, kept) = self.kept_snapshot(name).await?;
         let machine = self.machine().await?;
-        let reverted = self.takes_snapshots()?.revert_images(&machine, &kept, journal.clone()).await;
-        let stands_on = reverted.map_err(|e| self.not_reverted(name, e))?;
-        self.finish_revert(name, active, false, stands_on, journal).await
+        let kin = self.kin(name, &[], &machine);
+        let reverted = self.takes_snapshots()?.revert_images(&machine, &kept, &kin, journal.clone()).await;
+        let reverted = reverted.map_err(|e| self.not_reverted(name, e))?;
+        self.finish_revert(name, active, false, reverted, journal).await
     }
 
     async fn finish_revert(
@@ -89,11 +90,11 @@ impl Domain {
         name: &str,
         active: Option<bool>,
         in_place: bool,
-        stands_on: virt_model::domain::DomainDef,
+        reverted: Reverted,
         journal: &Arc<DomainJournal>,
     ) -> Result<String> {
         let (_, def, kept) = self.kept_snapshot(name).await?;
-        self.keep_reverted(&def, &stands_on, journal).await?;
+        let def = self.keep_reverted(def, &reverted, journal).await?;
         let running = self.guest();
         let story = match (active, running) {
             (Some(paused), Ok(guest)) if in_place => {
@@ -105,7 +106,7 @@ impl Domain {
             (_, Ok(_)) => "its guest had been started",
             (Some(paused), Err(_)) => {
                 let caller = virtd_itself();
-                self.start_reverted(&caller, &def, kept, &stands_on, paused, false).await?;
+                self.start_reverted(&caller, &def, kept, &reverted, paused, false).await?;
                 "its guest has been started again"
             }
             (None, Err(_)) => {
@@ -113,7 +114,7 @@ impl Domain {
                 "it is shut off"
             }
         };
-        self.reverted(&def, &stands_on, journal).await?;
+        self.reverted(def, &reverted, journal).await?;
         Ok(format!("'{}' stands at snapshot '{name}', and {story}", self.name()))
     }
 

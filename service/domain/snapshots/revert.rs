@@ -5,16 +5,16 @@ use super::plan::{Planned, renamed};
 use super::{Domain, DomainJournal, RevertOptions};
 use crate::authz::{Action, Caller};
 use crate::domain::lifecycle::{Origin, StartOptions};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
-use crate::store::Deed;
+use crate::store::{Deed, Record};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal as _, Kept, Machine, StartFrom};
+use virt_model::driver::snapshots::{Journal as _, Kept, Machine, Reverted, StartFrom};
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
 
@@ -67,24 +67,53 @@ impl Domain {
         }
         job.past_return();
         let machine = Machine { guest: None, running: false, ..machine };
-        let stands_on = match self.takes_snapshots()?.revert_images(&machine, &kept, journal.clone()).await {
-            Ok(def) => def,
+        let kin = self.kin(&def.name, &[], &machine);
+        let before = self.configurations().1;
+        let reverted = match self.takes_snapshots()?.revert_images(&machine, &kept, &kin, journal.clone()).await {
+            Ok(reverted) => reverted,
             Err(e) => {
                 journal.end_after_failure().await;
                 return Err(self.not_reverted(&def.name, e));
             }
         };
-        self.keep_reverted(&def, &stands_on, &journal).await?;
-        let started = match active {
-            Some(paused) => self.start_reverted(caller, &def, kept, &stands_on, paused, options.reset_nvram).await,
-            None => {
-                self.is_off().await;
-                Ok(())
+        let def = self.keep_reverted(def, &reverted, &journal).await?;
+        match active {
+            Some(paused) => {
+                let started = self.start_reverted(caller, &def, kept, &reverted, paused, options.reset_nvram).await;
+                if let Err(e) = started {
+                    self.take_back(&machine, &reverted, before, &journal).await;
+                    return Err(e);
+                }
+                journal.step("started");
             }
-        };
+            None => self.is_off().await,
+        }
         drop(stay);
-        self.reverted(&def, &stands_on, &journal).await?;
-        started
+        self.reverted(def, &reverted, &journal).await
+    }
+
+    /// The snapshot could not be started from: disks and stored configuration are again what they were.
+    async fn take_back(
+        &self,
+        machine: &Machine,
+        reverted: &Reverted,
+        before: Option<Arc<DomainDef>>,
+        journal: &Arc<DomainJournal>,
+    ) {
+        let back = async {
+            let driver = self.takes_snapshots()?;
+            let settled = driver.settle(machine, reverted, false).await;
+            settled.map_err(|e| Error::from_driver(&self.name(), "take back the revert of", e))?;
+            if let Some(before) = before {
+                self.store(DomainDef::clone(&before)).await?;
+            }
+            let current = lock(&self.state).snapshots.current().map(str::to_owned);
+            self.save_current(current).await?;
+            journal.end().await
+        };
+        if let Err(error) = back.await {
+            tracing::error!(uuid = %self.uuid, %error, "the next start of virtd finishes this revert");
+        }
     }
 
     /// Into the process that runs.
@@ -113,7 +142,8 @@ impl Domain {
             journal.end_after_failure().await;
             return Err(self.not_reverted(&def.name, e));
         }
-        self.keep_reverted(def, &machine.def, journal).await?;
+        let reverted = in_process(kept, machine);
+        let def = self.keep_reverted(def.clone(), &reverted, journal).await?;
         let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
         let (now, failed) = match resumed {
             Ok(()) if paused => (DomainState::Paused, None),
@@ -121,8 +151,8 @@ impl Domain {
             Err(e) => (DomainState::Paused, Some(self.not_reverted(&def.name, e))),
         };
         self.unmuted(StateReason::FromSnapshot, was_running, now).await;
-        self.relabel(def).await?;
-        self.reverted(def, &machine.def, journal).await?;
+        self.relabel(&def).await?;
+        self.reverted(def, &reverted, journal).await?;
         failed.map_or(Ok(()), Err)
     }
 
@@ -156,17 +186,24 @@ impl Domain {
     /// The stored configuration and the mark of the current one, on disk.
     pub(super) async fn keep_reverted(
         &self,
-        def: &SnapshotDef,
-        stands_on: &DomainDef,
+        mut def: SnapshotDef,
+        reverted: &Reverted,
         journal: &Arc<DomainJournal>,
-    ) -> Result<()> {
-        if let Some(stored) = self.stored_again(def, stands_on) {
+    ) -> Result<SnapshotDef> {
+        def.disks.clone_from(&reverted.disks);
+        let record = self.snapshot(&def.name)?;
+        if record.record != reverted.record || record.def.as_ref() != Ok(&def) {
+            let record = Record { def: Ok(def.clone()), record: reverted.record.clone(), ..Record::clone(&record) };
+            self.save_record(record).await?;
+            journal.step("record");
+        }
+        if let Some(stored) = self.stored_again(&def, &reverted.def) {
             self.store(stored).await?;
             journal.step("stored");
         }
         self.save_current(Some(def.name.clone())).await?;
         journal.step("current");
-        Ok(())
+        Ok(def)
     }
 
     /// What the next cold start is to use; `None` for a transient domain.
@@ -188,13 +225,13 @@ impl Domain {
         caller: &Caller,
         def: &SnapshotDef,
         kept: Kept,
-        stands_on: &DomainDef,
+        reverted: &Reverted,
         paused: bool,
         reset_nvram: bool,
     ) -> Result<()> {
         let options = StartOptions { paused, reset_nvram, ..StartOptions::default() };
         let from = def.has_memory().then_some(StartFrom { snapshot: kept });
-        let live = renamed(stands_on, &self.name());
+        let live = renamed(&reverted.def, &self.name());
         let cancel = CancellationToken::new();
         lock(&self.state).starting = Some(0);
         let started = self.start_guest(live, caller, options, Origin::Snapshot(from.map(Box::new)), &cancel).await;
@@ -216,14 +253,24 @@ impl Domain {
     /// Told last.
     pub(super) async fn reverted(
         &self,
-        def: &SnapshotDef,
-        stands_on: &DomainDef,
+        def: SnapshotDef,
+        reverted: &Reverted,
         journal: &Arc<DomainJournal>,
     ) -> Result<()> {
+        let machine = self.machine().await?;
+        if let Err(error) = self.takes_snapshots()?.settle(&machine, reverted, true).await {
+            tracing::warn!(uuid = %self.uuid, %error, "what a revert kept aside is still there");
+        }
+        journal.step("settled");
         journal.end().await?;
-        let stored = self.stored_again(def, stands_on);
+        let stored = self.stored_again(&def, &reverted.def);
         self.commit(|state| {
-            state.snapshots.change().set_current(Some(&def.name));
+            let tree = state.snapshots.change();
+            tree.set_current(Some(&def.name));
+            if let Some(content) = tree.content_mut(&def.name) {
+                let record = reverted.record.clone();
+                *content = Arc::new(Record { def: Ok(def.clone()), record, ..Record::clone(content) });
+            }
             match stored {
                 Some(stored) => state.has_stored(stored, Lifecycle::Defined(Defined::FromSnapshot)),
                 None => Vec::new(),
@@ -256,4 +303,10 @@ impl Domain {
             }
         });
     }
+}
+
+/// What a revert within the process comes to: the machine stands on what it stood on.
+pub(super) fn in_process(kept: &Kept, machine: &Machine) -> Reverted {
+    let (disks, record) = (kept.disks.clone(), kept.record.clone());
+    Reverted { def: machine.def.clone(), disks, record, aside: serde_json::Value::Null }
 }

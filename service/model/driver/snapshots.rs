@@ -31,22 +31,30 @@ pub trait Snapshots: Send + Sync {
 
     /// What a revert would do, and whether it could: images hold the snapshot, its memory is complete and readable, space
     /// suffices. `in_place`: into the running process. Changes nothing.
-    async fn check_revert(&self, machine: &Machine, snapshot: &Kept, in_place: bool)
-    -> Result<RevertPlan, DriverError>;
+    async fn check_revert(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        kin: &Kin,
+        in_place: bool,
+    ) -> Result<RevertPlan, DriverError>;
 
-    /// Loads memory and disks into the running guest, which is left paused. On failure the guest stands paused, and as
-    /// before if [`RevertPlan::undoable`].
+    /// Loads memory and disks into the running guest, which is left paused. On failure the guest stands paused.
     async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError>;
 
     /// Brings the images of a machine without a guest (or whose guest is about to be replaced) to the snapshot: internal
-    /// ones in place, external ones by new overlays; firmware variables and TPM too. Gives the snapshot's definition with
-    /// the disks it is to stand on now. On failure everything is as before.
+    /// ones in place, external ones by new overlays; firmware variables and TPM too. What was there before is kept aside
+    /// until [`Snapshots::settle`] is called. On failure everything is as before.
     async fn revert_images(
         &self,
         machine: &Machine,
         snapshot: &Kept,
+        kin: &Kin,
         journal: Arc<dyn Journal>,
-    ) -> Result<DomainDef, DriverError>;
+    ) -> Result<Reverted, DriverError>;
+
+    /// The revert is to `stay`: what was kept aside goes. Or it is not: that is what counts again. Repeatable.
+    async fn settle(&self, machine: &Machine, reverted: &Reverted, stay: bool) -> Result<(), DriverError>;
 
     /// What `delete` would do. Changes nothing.
     async fn check_delete(&self, machine: &Machine, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError>;
@@ -230,8 +238,19 @@ pub struct Kin {
 pub struct RevertPlan {
     /// Files made and removed.
     pub files: Vec<FileChange>,
-    /// If it fails half-way, the guest can be brought back as it was.
-    pub undoable: bool,
+}
+
+/// Images that have been brought to a snapshot.
+#[derive(Clone, Debug)]
+pub struct Reverted {
+    /// The snapshot's definition with the disks that it stands on now.
+    pub def: DomainDef,
+    /// The snapshot's disks: an external one may have another overlay now.
+    pub disks: Vec<DiskPart>,
+    /// The driver's record of the snapshot from now on.
+    pub record: serde_json::Value,
+    /// What `settle` must know.
+    pub aside: serde_json::Value,
 }
 
 /// What a deletion would do.
@@ -264,8 +283,8 @@ pub enum Recovered {
     },
     /// It is complete; what it would have returned.
     Created(Box<Taken>),
-    /// It is complete; the definition to stand on.
-    Reverted(Box<DomainDef>),
+    /// It is complete but for `settle`.
+    Reverted(Box<Reverted>),
     /// It is complete.
     Deleted(Vec<Replaced>),
 }

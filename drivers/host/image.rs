@@ -1,0 +1,183 @@
+//! Disk images without a guest: `qemu-img`, run with the rights of QEMU's user, so that what a guest has written into an
+//! image cannot do more than the guest could. All functions block.
+
+use super::access::{Ledger, Want};
+use super::user::RunAs;
+use serde::Deserialize;
+use std::ffi::OsString;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use uuid::Uuid;
+use virt_model::driver::DriverError;
+
+/// Works on the images of one domain.
+pub struct Images {
+    /// As whom, with the ledger of what is lent to them; as we are if `None`.
+    pub user: Option<(RunAs, Arc<Ledger>)>,
+    /// Whose images.
+    pub guest: Uuid,
+}
+
+/// What an image says of itself.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ImageInfo {
+    /// What a guest sees, in bytes.
+    pub virtual_size: u64,
+    /// What it takes on disk, in bytes.
+    #[serde(default)]
+    pub actual_size: u64,
+    /// Snapshots in it.
+    #[serde(default)]
+    pub snapshots: Vec<InnerSnapshot>,
+    /// What it stands on.
+    #[serde(default)]
+    pub full_backing_filename: Option<PathBuf>,
+}
+
+/// A snapshot inside an image.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct InnerSnapshot {
+    /// Its number in the image.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    /// Bytes of memory in it.
+    #[serde(default)]
+    pub vm_state_size: u64,
+}
+
+/// Files lent for a while.
+pub struct Lent(Arc<Images>);
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        if let Some((_, ledger)) = &self.0.user {
+            ledger.give_back(self.0.guest);
+        }
+    }
+}
+
+impl Images {
+    /// Lends images to QEMU's user until what is returned is dropped.
+    pub fn lend(self: &Arc<Self>, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
+        if let Some((user, ledger)) = &self.user {
+            let want = |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true };
+            let wants: Vec<Want> = images.iter().map(want).collect();
+            ledger.lend(user, self.guest, &wants)?;
+        }
+        Ok(Lent(self.clone()))
+    }
+
+    /// What an image says of itself, also while a guest has it open.
+    pub fn info(&self, path: &Path, format: &str) -> Result<ImageInfo, DriverError> {
+        let options = image_options(path, format);
+        let told = self.run("look at", path, ["info", "--output=json", "-U", "--image-opts"], [options])?;
+        serde_json::from_slice(&told).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
+    }
+
+    /// Makes a snapshot inside an image.
+    pub fn take(&self, path: &Path, name: &str) -> Result<(), DriverError> {
+        self.snapshot("take a snapshot in", "-c", path, name)
+    }
+
+    /// Brings an image to a snapshot inside it.
+    pub fn apply(&self, path: &Path, name: &str) -> Result<(), DriverError> {
+        self.snapshot("revert", "-a", path, name)
+    }
+
+    /// Removes a snapshot from an image; one that is not there is fine.
+    pub fn forget(&self, path: &Path, name: &str) -> Result<(), DriverError> {
+        if !self.info(path, "qcow2")?.snapshots.iter().any(|inner| inner.name == name) {
+            return Ok(());
+        }
+        self.snapshot("delete a snapshot in", "-d", path, name)
+    }
+
+    fn snapshot(&self, deed: &str, option: &str, path: &Path, name: &str) -> Result<(), DriverError> {
+        let options = image_options(path, "qcow2");
+        self.run(deed, path, ["snapshot", "-q", "--image-opts", option], [name.into(), options]).map(drop)
+    }
+
+    /// Makes an overlay of `size` bytes in a file that is there and empty, or in a block device.
+    pub fn overlay(
+        &self,
+        path: &Path,
+        format: &str,
+        base: &Path,
+        base_format: &str,
+        size: u64,
+    ) -> Result<(), DriverError> {
+        let fixed = ["create", "-q", "-u", "-f", format, "-F", base_format, "-b"];
+        self.run("make", path, fixed, [base.into(), path.into(), size.to_string().into()]).map(drop)
+    }
+
+    /// Writes what is in an overlay into what it stands on, however deep that is below.
+    pub fn commit(&self, overlay: &Path, format: &str, base: &Path) -> Result<(), DriverError> {
+        let fixed = ["commit", "-q", "-d", "-f", format, "-b"];
+        self.run("merge", overlay, fixed, [base.into(), overlay.into()]).map(drop)
+    }
+
+    /// Says in an overlay what it stands on.
+    pub fn rebase(&self, overlay: &Path, format: &str, base: &Path, base_format: &str) -> Result<(), DriverError> {
+        let fixed = ["rebase", "-q", "-u", "-f", format, "-F", base_format, "-b"];
+        self.run("rebase", overlay, fixed, [base.into(), overlay.into()]).map(drop)
+    }
+
+    fn run(
+        &self,
+        deed: &str,
+        path: &Path,
+        fixed: impl IntoIterator<Item = impl Into<OsString>>,
+        rest: impl IntoIterator<Item = OsString>,
+    ) -> Result<Vec<u8>, DriverError> {
+        let mut command = Command::new("qemu-img");
+        command.args(fixed.into_iter().map(Into::into)).args(rest);
+        command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some((user, _)) = &self.user {
+            become_user(&mut command, user);
+        }
+        let done = command.output().map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => {
+                DriverError::Unsupported("qemu-img is not installed (Debian has it in qemu-utils)".to_owned())
+            }
+            _ => DriverError::Storage(format!("qemu-img: {e}")),
+        })?;
+        if done.status.success() {
+            return Ok(done.stdout);
+        }
+        let words = String::from_utf8_lossy(&done.stderr);
+        let text = format!("cannot {deed} {}: {}", path.display(), words.trim().trim_start_matches("qemu-img: "));
+        let full = words.contains("No space left") || words.contains("Disk quota exceeded");
+        Err(if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) })
+    }
+}
+
+/// Names an image without leaving anything to be guessed from its content.
+fn image_options(path: &Path, format: &str) -> OsString {
+    let mut options = OsString::from(format!("driver={format},file.driver=file,file.filename="));
+    options.push(path.to_string_lossy().replace(',', ",,"));
+    options
+}
+
+/// The program runs as that user, with all their groups.
+fn become_user(command: &mut Command, user: &RunAs) {
+    let (uid, gid, groups) = (user.uid, user.gid, user.groups.clone());
+    // SAFETY: between fork and exec only system calls are made, on memory prepared before.
+    unsafe {
+        command.pre_exec(move || {
+            let failed = || io::Error::last_os_error();
+            if libc::setgroups(groups.len(), groups.as_ptr()) != 0 {
+                return Err(failed());
+            }
+            if libc::setgid(gid) != 0 || libc::setuid(uid) != 0 {
+                return Err(failed());
+            }
+            Ok(())
+        });
+    }
+}

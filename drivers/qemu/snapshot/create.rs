@@ -1,0 +1,621 @@
+//! Taking a snapshot.
+
+use super::super::instance::Body;
+use super::super::make;
+use super::agent::{Agent, socket};
+use super::nodes::Nodes;
+use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
+use super::{Image, Operation, cannot, pairs, parts};
+use serde_json::json;
+use std::fs::File;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virt_model::device::disk::{DiskDevice, DiskKind};
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{
+    Capture, CreatePlan, DiskMode, FileChange, FileFate, Journal, MemoryMode, Taken, Wish,
+};
+
+/// What must be free beside what is counted, in bytes.
+const RESERVE: u64 = 16 << 20;
+
+impl Operation {
+    pub(super) async fn check_create(&self, wish: &Wish) -> Result<CreatePlan, DriverError> {
+        self.check_machine(wish).await?;
+        self.check_names(wish).await?;
+        let mut files = Vec::new();
+        let created = |path: &Path, bytes| FileChange { path: path.to_owned(), what: FileFate::Created, bytes };
+        for (_, part) in pairs(&self.machine.def, &wish.disks) {
+            let DiskMode::External { path, block, .. } = &part.mode else { continue };
+            self.check_overlay(&part.target, path, *block, wish.reuse_external)?;
+            if !wish.reuse_external && !block {
+                files.push(created(path, 200 << 10));
+            }
+        }
+        let memory = self.machine.def.memory_kib() << 10;
+        if let MemoryMode::External(path) = &wish.memory {
+            check_free_place(path, "the memory's file")?;
+            check_space(path, memory / 64 + RESERVE)?;
+            files.push(created(path, memory));
+        }
+        for part in self.copies(wish) {
+            files.push(created(&part.1, super::size(&part.0)));
+        }
+        if wish.memory == MemoryMode::Internal
+            && let Some(image) = super::internal_images(&self.machine.def, &wish.disks, false).first()
+        {
+            check_space(image, RESERVE)?;
+        }
+        Ok(CreatePlan { files, pauses_guest: self.machine.running && wish.memory != MemoryMode::No && !wish.live })
+    }
+
+    /// Whether machine and guest can be captured as they are.
+    async fn check_machine(&self, wish: &Wish) -> Result<(), DriverError> {
+        let def = &self.machine.def;
+        let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
+        if !wish.leave_out_nvram
+            && internal
+            && let Some((path, format)) = parts::variables(def).find(|(_, format)| format != "qcow2")
+        {
+            return Err(DriverError::Unsupported(format!(
+                "its firmware variables ({}, {format}) are not in qcow2 and cannot be captured inside their image; \
+                 use disk-only, or leave out nvram",
+                path.display()
+            )));
+        }
+        for (disk, part) in pairs(def, &wish.disks).filter(|(_, part)| part.mode != DiskMode::No) {
+            let target = &part.target;
+            if disk.device() == DiskDevice::Lun {
+                return Err(cannot(format!("disk '{target}' is a device of the host's passed through: leave it out")));
+            }
+            let local = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
+            if !local && part.mode != DiskMode::Manual {
+                return Err(cannot(format!("disk '{target}' is on a server, and is captured by hand only")));
+            }
+        }
+        let Some(body) = &self.body else { return Ok(()) };
+        let jobs = body.patiently("query-block-jobs", json!({})).await?;
+        if let Some(job) = jobs.as_array().and_then(|jobs| jobs.first()) {
+            let device = job["device"].as_str().unwrap_or_default();
+            return Err(DriverError::Refused(format!("the job '{device}' works on a disk; wait for its end")));
+        }
+        if wish.memory != MemoryMode::No {
+            let told = body.patiently("query-migrate", json!({})).await?;
+            let blockers: Vec<&str> =
+                told["blocked-reasons"].as_array().into_iter().flatten().filter_map(|why| why.as_str()).collect();
+            if !blockers.is_empty() {
+                return Err(DriverError::Refused(format!("its memory cannot be captured: {}", blockers.join("; "))));
+            }
+        }
+        if wish.quiesce {
+            self.agent().await?;
+        }
+        Ok(())
+    }
+
+    /// A name that an image holds already would be two snapshots' afterwards.
+    async fn check_names(&self, wish: &Wish) -> Result<(), DriverError> {
+        for (image, names) in self.names_in_images(wish).await? {
+            if names.contains(&wish.name) {
+                let image = image.display();
+                return Err(DriverError::SnapshotExists(format!(
+                    "{image} holds a snapshot '{}' that no record tells of; choose another name, or remove it with \
+                     qemu-img",
+                    wish.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    async fn names_in_images(&self, wish: &Wish) -> Result<Vec<(Image, Vec<String>)>, DriverError> {
+        let images = super::internal_images(&self.machine.def, &wish.disks, true);
+        match &self.body {
+            Some(body) => {
+                let nodes = Nodes::of(body).await?;
+                let names = |image: &Image| nodes.image(image, "qcow2").map(|node| node.snapshots.clone());
+                Ok(images.iter().filter_map(|image| Some((image.clone(), names(image)?))).collect())
+            }
+            None => {
+                let there: Vec<Image> = images.into_iter().filter(|image| image.exists()).collect();
+                let files = there.iter().map(|image| (image.clone(), false)).collect();
+                let told = self.with_lent(files, move |images| {
+                    let told = there.into_iter().map(|image| {
+                        let names = images.info(&image, "qcow2")?.snapshots.into_iter().map(|inner| inner.name);
+                        Ok((image, names.collect()))
+                    });
+                    told.collect()
+                });
+                told.await
+            }
+        }
+    }
+
+    fn check_overlay(&self, target: &str, path: &Path, block: bool, reuse: bool) -> Result<(), DriverError> {
+        use std::os::unix::fs::FileTypeExt;
+        let there = std::fs::metadata(path);
+        let shown = path.display();
+        match there {
+            Ok(data) if block && !data.file_type().is_block_device() => {
+                Err(cannot(format!("disk '{target}': {shown} is no block device")))
+            }
+            Err(_) if block || reuse => Err(cannot(format!("disk '{target}': there is no {shown} to be its overlay"))),
+            Ok(data) if !block && !reuse && data.len() > 0 => Err(cannot(format!(
+                "disk '{target}': {shown} is there already and is not empty; choose another file, or reuse-external"
+            ))),
+            Err(_) => check_free_place(path, &format!("the overlay of disk '{target}'")),
+            Ok(_) => Ok(()),
+        }
+    }
+
+    /// What is copied beside the images: from, to.
+    fn copies(&self, wish: &Wish) -> Vec<(PathBuf, PathBuf)> {
+        let def = &self.machine.def;
+        let mut copies = Vec::new();
+        let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
+        let place = |suffix: &str| self.machine.folder.join(format!("{}.{suffix}", wish.name));
+        if !wish.leave_out_nvram && !internal {
+            // In the transaction of a running guest, qcow2 keeps them itself.
+            let inside = |format: &str| self.body.is_some() && format == "qcow2";
+            let variables = parts::variables(def).filter(|(path, format)| !inside(format) && path.exists());
+            copies.extend(variables.map(|(path, _)| (path, place("nvram"))));
+        }
+        if !wish.leave_out_tpm && wish.memory == MemoryMode::No {
+            copies.extend(parts::tpm(def, &self.state_dir).filter(|path| path.exists()).map(|p| (p, place("tpm"))));
+        }
+        copies
+    }
+
+    pub(super) async fn create(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
+        let external = pairs(&self.machine.def, &wish.disks).any(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
+        if external || matches!(wish.memory, MemoryMode::External(_)) {
+            return self.create_external(wish, journal).await;
+        }
+        self.create_internal(wish, journal).await
+    }
+
+    /// How the parts beside disks and memory are captured.
+    fn record(&self, wish: &Wish) -> Record {
+        let def = &self.machine.def;
+        let copies = self.copies(wish);
+        let copied = |suffix: &str| {
+            let found = copies.iter().find(|(_, to)| to.extension().is_some_and(|extension| extension == suffix));
+            found.map(|(_, to)| Part::File(to.clone()))
+        };
+        let inside = parts::variables(def).any(|(path, format)| format == "qcow2" && path.exists());
+        let nvram = copied("nvram").or((inside && !wish.leave_out_nvram).then_some(Part::Internal));
+        let has_tpm = parts::tpm(def, &self.state_dir).is_some() && !wish.leave_out_tpm;
+        let memory = (has_tpm && wish.memory != MemoryMode::No).then_some(Part::Memory);
+        Record { nvram, tpm: copied("tpm").or(memory), reverts: Vec::new() }
+    }
+
+    /// All of it inside the images.
+    async fn create_internal(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
+        let (record, copies) = (self.record(wish), self.copies(wish));
+        let with_nvram = record.nvram == Some(Part::Internal);
+        let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
+        let resume = self.machine.running;
+        let mut note = CreateInternal {
+            name: wish.name.clone(),
+            resume,
+            images: images.clone(),
+            copies: copies.iter().map(|(_, to)| to.clone()).collect(),
+            done: None,
+        };
+        journal.note(written(&Note::CreateInternal(note.clone()))?).await?;
+        let captured = async {
+            self.copy_all(copies, journal).await?;
+            match &self.body {
+                Some(body) => self.save_in_images(body, wish, &images, journal).await?,
+                None => self.take_in_images(wish, &images, journal).await?,
+            }
+            if journal.cancelled().is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
+        };
+        if let Err(error) = captured.await {
+            self.undo_internal(&note).await?;
+            return Err(error);
+        }
+        journal.point_of_no_return();
+        note.done = Some(record.clone());
+        journal.note(written(&Note::CreateInternal(note))?).await?;
+        self.go_on(resume && !wish.stay_paused).await?;
+        journal.step("resumed");
+        Ok(taken(record, None))
+    }
+
+    async fn copy_all(&self, copies: Vec<(PathBuf, PathBuf)>, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+        for (from, to) in copies {
+            self.with_images(move |_| parts::copy(&from, &to)).await?;
+            journal.step("copied");
+        }
+        Ok(())
+    }
+
+    async fn save_in_images(
+        &self,
+        body: &Arc<Body>,
+        wish: &Wish,
+        images: &[Image],
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        if self.machine.running {
+            body.patiently("stop", json!({})).await?;
+            journal.step("stopped");
+        }
+        let nodes = Nodes::of(body).await?.of_images(images)?;
+        let arguments = json!({ "tag": wish.name, "vmstate": nodes.first(), "devices": nodes });
+        body.line()?.job("snapshot-save", "virtd-snapshot-save", arguments, Some(journal)).await?;
+        journal.step("saved");
+        Ok(())
+    }
+
+    async fn take_in_images(
+        &self,
+        wish: &Wish,
+        images: &[Image],
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        for image in images {
+            let (name, image, file) = (wish.name.clone(), image.clone(), image.clone());
+            self.with_lent(vec![(file, true)], move |images| images.take(&image, &name)).await?;
+            journal.step("taken");
+        }
+        Ok(())
+    }
+
+    /// Leaves nothing of an internal snapshot that came to nothing.
+    pub(super) async fn undo_internal(&self, note: &CreateInternal) -> Result<(), DriverError> {
+        let removed = self.forget_in_images(&note.name, &note.images, false).await;
+        self.remove_files(note.copies.clone()).await;
+        let resumed = self.go_on(note.resume).await;
+        removed.and(resumed)
+    }
+
+    /// Removes a snapshot from images, wherever it is.
+    pub(super) async fn forget_in_images(
+        &self,
+        name: &str,
+        images: &[Image],
+        must_be_open: bool,
+    ) -> Result<(), DriverError> {
+        let Some(body) = &self.body else {
+            let there: Vec<Image> = images.iter().filter(|image| image.exists()).cloned().collect();
+            let (name, files) = (name.to_owned(), there.iter().map(|image| (image.clone(), true)).collect());
+            return self
+                .with_lent(files, move |images| there.iter().try_for_each(|image| images.forget(image, &name)))
+                .await;
+        };
+        let nodes = Nodes::of(body).await?;
+        let mut holders = Vec::new();
+        for image in images {
+            match nodes.image(image, "qcow2") {
+                Some(node) if node.snapshots.iter().any(|inner| inner == name) => holders.push(node.name.clone()),
+                Some(_) => {}
+                None if must_be_open => {
+                    let image = image.display();
+                    return Err(DriverError::Refused(format!(
+                        "{image}, which holds '{name}', is not what the running guest has open; shut it down first"
+                    )));
+                }
+                None => {}
+            }
+        }
+        if holders.is_empty() {
+            return Ok(());
+        }
+        let arguments = json!({ "tag": name, "devices": holders });
+        body.line()?.job("snapshot-delete", "virtd-snapshot-delete", arguments, None).await
+    }
+
+    /// New overlays take the writes, the memory goes to a file.
+    async fn create_external(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
+        let (record, copies) = (self.record(wish), self.copies(wish));
+        let mut note = CreateExternal {
+            name: wish.name.clone(),
+            resume: self.machine.running && wish.memory != MemoryMode::No,
+            frozen: wish.quiesce,
+            overlays: self.overlays(wish)?,
+            memory: match &wish.memory {
+                MemoryMode::External(path) => Some((path.with_extension("virtd-new"), path.clone())),
+                _ => None,
+            },
+            copies: copies.iter().map(|(_, to)| to.clone()).collect(),
+            complete: None,
+        };
+        journal.note(written(&Note::CreateExternal(note.clone()))?).await?;
+        let captured = self.capture_external(wish, &mut note, &record, copies, journal).await;
+        if let Err(error) = captured {
+            self.undo_external(&note).await?;
+            return Err(error);
+        }
+        if note.resume && !wish.stay_paused {
+            self.go_on(true).await?;
+            journal.step("resumed");
+        } else if wish.stay_paused && self.machine.running && !note.resume {
+            // A disk is copied by hand now, or the guest is about to end.
+            if let Some(body) = &self.body {
+                body.patiently("stop", json!({})).await?;
+            }
+        }
+        self.thaw(&note).await;
+        Ok(taken(record, Some(self.standing_on(&note.overlays))))
+    }
+
+    async fn capture_external(
+        &self,
+        wish: &Wish,
+        note: &mut CreateExternal,
+        record: &Record,
+        copies: Vec<(PathBuf, PathBuf)>,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        if wish.quiesce {
+            self.agent().await?.freeze().await?;
+            journal.step("frozen");
+        }
+        if let (Some(body), Some((part, file))) = (&self.body, note.memory.clone()) {
+            if self.machine.running && !wish.live {
+                body.patiently("stop", json!({})).await?;
+                journal.step("stopped");
+            }
+            let target = part.clone();
+            let memory = self.with_images(move |_| new_file(&target)).await?;
+            body.line()?.write_memory(memory, journal).await?;
+            self.with_images(move |_| finished(&part, &file)).await?;
+            journal.step("memory");
+        }
+        self.copy_all(copies, journal).await?;
+        self.make_overlays(note, journal).await?;
+        if journal.cancelled().is_cancelled() {
+            return Err(DriverError::Cancelled);
+        }
+        journal.point_of_no_return();
+        note.complete = Some(record.clone());
+        journal.note(written(&Note::CreateExternal(note.clone()))?).await?;
+        if let Some(body) = &self.body {
+            let inner = record.nvram == Some(Part::Internal);
+            if let Err(error) = self.switch(body, note, inner).await {
+                // Nobody stands on them.
+                note.complete = None;
+                return Err(error);
+            }
+            journal.step("switched");
+        }
+        Ok(())
+    }
+
+    /// The overlays that are to be.
+    fn overlays(&self, wish: &Wish) -> Result<Vec<Overlay>, DriverError> {
+        let mut overlays = Vec::new();
+        for (disk, part) in pairs(&self.machine.def, &wish.disks) {
+            let DiskMode::External { path, block, format } = &part.mode else { continue };
+            let target = &part.target;
+            let base = disk.path().ok_or_else(|| cannot(format!("disk '{target}' has no file to stand on")))?;
+            overlays.push(Overlay {
+                target: target.clone(),
+                path: path.clone(),
+                block: *block,
+                format: format.clone(),
+                base: PathBuf::from(base),
+                base_format: disk.format().unwrap_or("raw").to_owned(),
+                ours: !wish.reuse_external && !block,
+            });
+        }
+        Ok(overlays)
+    }
+
+    async fn make_overlays(&self, note: &CreateExternal, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+        let nodes = match &self.body {
+            Some(body) => Some(Nodes::of(body).await?),
+            None => None,
+        };
+        for overlay in note.overlays.iter().filter(|overlay| overlay.ours || overlay.block) {
+            let known = nodes.as_ref().and_then(|nodes| nodes.image(&overlay.base, &overlay.base_format));
+            self.make_overlay(overlay.clone(), known.map(|node| node.virtual_size)).await?;
+            journal.step("overlay");
+        }
+        Ok(())
+    }
+
+    /// Makes one overlay; `size` if it is known.
+    pub(super) async fn make_overlay(&self, overlay: Overlay, size: Option<u64>) -> Result<(), DriverError> {
+        self.with_images(move |images| {
+            let user = images.user.as_ref().map(|(user, _)| user);
+            if overlay.ours {
+                make_empty(&overlay.path, user)?;
+            }
+            let _lent = images.lend(&[(overlay.base.clone(), false), (overlay.path.clone(), true)])?;
+            let size = match size {
+                Some(size) => size,
+                None => images.info(&overlay.base, &overlay.base_format)?.virtual_size,
+            };
+            images.overlay(&overlay.path, &overlay.format, &overlay.base, &overlay.base_format, size)
+        })
+        .await
+    }
+
+    /// All disks at once.
+    async fn switch(&self, body: &Body, note: &CreateExternal, inner_variables: bool) -> Result<(), DriverError> {
+        let mut actions = Vec::new();
+        let mut added: Vec<String> = Vec::new();
+        let prepared = async {
+            for overlay in &note.overlays {
+                let nodes = Nodes::of(body).await?;
+                let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == overlay.target);
+                let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
+                let (below, name) = (nodes.of_disk(disk)?.name.clone(), nodes.free_name(&overlay.target));
+                for node in
+                    super::super::command::overlay_nodes(disk, &overlay.path, overlay.block, &overlay.format, &name)
+                {
+                    let node_name = node["node-name"].as_str().unwrap_or_default().to_owned();
+                    body.patiently("blockdev-add", node).await?;
+                    added.push(node_name);
+                }
+                let data = json!({ "node": below, "overlay": format!("{name}-format") });
+                actions.push(json!({ "type": "blockdev-snapshot", "data": data }));
+            }
+            if inner_variables {
+                let nodes = Nodes::of(body).await?;
+                for (path, _) in parts::variables(&self.machine.def) {
+                    let node = nodes.image(&path, "qcow2").map(|node| node.name.clone());
+                    let data = json!({ "device": node, "name": note.name });
+                    actions.push(json!({ "type": "blockdev-snapshot-internal-sync", "data": data }));
+                }
+            }
+            body.patiently("transaction", json!({ "actions": actions })).await.map(drop)
+        };
+        let done = prepared.await;
+        if done.is_err() {
+            for node in added.iter().rev() {
+                let _ = body.patiently("blockdev-del", json!({ "node-name": node })).await;
+            }
+        }
+        done
+    }
+
+    /// Leaves nothing of an external snapshot that came to nothing: nobody stands on its overlays.
+    pub(super) async fn undo_external(&self, note: &CreateExternal) -> Result<(), DriverError> {
+        self.thaw(note).await;
+        let ours = note.overlays.iter().filter(|overlay| overlay.ours).map(|overlay| overlay.path.clone());
+        let memory = note.memory.iter().flat_map(|(part, file)| [part.clone(), file.clone()]);
+        self.remove_files(ours.chain(memory).chain(note.copies.iter().cloned()).collect()).await;
+        if self.machine.running { self.go_on(true).await } else { Ok(()) }
+    }
+
+    pub(super) async fn thaw(&self, note: &CreateExternal) {
+        if !note.frozen {
+            return;
+        }
+        let thawed = match self.agent().await {
+            Ok(mut agent) => agent.thaw().await,
+            Err(error) => Err(error),
+        };
+        if let Err(error) = thawed {
+            let uuid = self.machine.def.uuid;
+            tracing::error!(%uuid, %error, "the guest's file systems may still be frozen: thaw them in the guest");
+        }
+    }
+
+    /// The machine with its disks on the overlays.
+    pub(super) fn standing_on(&self, overlays: &[Overlay]) -> virt_model::domain::DomainDef {
+        let mut def = self.machine.def.clone();
+        for overlay in overlays {
+            for disk in def.devices.disks.iter_mut().filter(|disk| disk.target.dev == overlay.target) {
+                disk.stand_on(&overlay.path, overlay.block, &overlay.format);
+            }
+        }
+        def
+    }
+
+    async fn agent(&self) -> Result<Agent, DriverError> {
+        let socket = socket(&self.machine.def).ok_or_else(|| {
+            DriverError::AgentUnavailable(
+                "the domain has no channel for a guest agent: add <channel type='unix'> with the target \
+                 org.qemu.guest_agent.0"
+                    .to_owned(),
+            )
+        })?;
+        Agent::connect(&socket).await
+    }
+
+    /// Lets the CPUs run, if they are to and there are any.
+    pub(super) async fn go_on(&self, on: bool) -> Result<(), DriverError> {
+        match &self.body {
+            Some(body) if on => body.patiently("cont", json!({})).await.map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes files that are of no use to anybody; says so where that fails.
+    pub(super) async fn remove_files(&self, files: Vec<PathBuf>) {
+        let removed = self.with_images(move |images| {
+            let wary = images.user.is_some();
+            for file in files {
+                if let Err(error) = make::remove(&file, wary) {
+                    tracing::warn!(%error, "a file of no use is still there");
+                }
+            }
+            Ok(())
+        });
+        if let Err(error) = removed.await {
+            tracing::warn!(%error, "files of no use are still there");
+        }
+    }
+}
+
+pub(super) fn written(note: &Note) -> Result<serde_json::Value, DriverError> {
+    serde_json::to_value(note).map_err(|e| DriverError::Internal(e.to_string()))
+}
+
+/// What a creation came to.
+pub(super) fn taken(record: Record, def: Option<virt_model::domain::DomainDef>) -> Taken {
+    let how = |part: &Option<Part>| {
+        Some(match part.as_ref()? {
+            Part::Internal => Capture::Internal,
+            Part::Memory => Capture::Memory,
+            Part::File(file) => Capture::File(file.clone()),
+        })
+    };
+    let (nvram, tpm) = (how(&record.nvram), how(&record.tpm));
+    // Plain data always becomes JSON.
+    Taken { record: serde_json::to_value(record).unwrap_or_default(), def, nvram, tpm }
+}
+
+/// A file that is to be made: nothing is there, or nothing in it, and its folder is.
+fn check_free_place(path: &Path, what: &str) -> Result<(), DriverError> {
+    match std::fs::metadata(path) {
+        Ok(data) if data.is_file() && data.len() == 0 => Ok(()),
+        Ok(_) => Err(cannot(format!("{what}: {} is there already; choose another file", path.display()))),
+        Err(_) => match path.parent().map(std::fs::metadata) {
+            Some(Ok(folder)) if folder.is_dir() => Ok(()),
+            _ => Err(cannot(format!("{what}: {} is in a folder that is not there", path.display()))),
+        },
+    }
+}
+
+/// Refuses what would not fit.
+fn check_space(path: &Path, bytes: u64) -> Result<(), DriverError> {
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    let Ok(room) = rustix::fs::statvfs(folder) else { return Ok(()) };
+    let free = room.f_bavail.saturating_mul(room.f_frsize);
+    if free >= bytes {
+        return Ok(());
+    }
+    Err(DriverError::NoSpace(format!(
+        "{}: {} MiB are free there, and at least {} MiB are needed",
+        folder.display(),
+        free >> 20,
+        bytes >> 20
+    )))
+}
+
+/// The file that memory is written to; only root reads it.
+fn new_file(path: &Path) -> Result<File, DriverError> {
+    let _ = std::fs::remove_file(path);
+    let made = File::options().write(true).create_new(true).mode(0o600).open(path);
+    made.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
+}
+
+/// It is complete: on disk, and under its name.
+fn finished(part: &Path, path: &Path) -> Result<(), DriverError> {
+    let done = || {
+        File::open(part)?.sync_all()?;
+        std::fs::rename(part, path)?;
+        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+    };
+    done().map_err(|e: std::io::Error| DriverError::Storage(format!("{}: {e}", path.display())))
+}
+
+/// An empty file of QEMU's user.
+fn make_empty(path: &Path, user: Option<&crate::host::user::RunAs>) -> Result<(), DriverError> {
+    let failed = |e: std::io::Error| DriverError::Storage(format!("{}: {e}", path.display()));
+    match user {
+        Some(_) => make::output(path, user).map_err(failed),
+        None => File::options().write(true).create(true).truncate(false).open(path).map(drop).map_err(failed),
+    }?;
+    match std::fs::metadata(path) {
+        Ok(data) if data.size() > 0 => Err(failed(std::io::ErrorKind::AlreadyExists.into())),
+        _ => Ok(()),
+    }
+}

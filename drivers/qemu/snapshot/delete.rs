@@ -1,0 +1,256 @@
+//! Deleting a snapshot: what is inside images is removed, overlays are merged into what they stand on.
+
+use super::create::written;
+use super::note::{Delete, Merge, Note, Part};
+use super::revert::{chain, held, record_of};
+use super::{Operation, pairs};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{
+    DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, MemoryMode, Replaced,
+};
+
+/// A file, its format, and what it stands on.
+struct Standing {
+    file: PathBuf,
+    format: String,
+    on: PathBuf,
+    /// Whose it is, for people.
+    whose: String,
+}
+
+impl Operation {
+    pub(super) async fn check_delete(&self, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError> {
+        let deed = self.deletion(snapshot, kin).await?;
+        let change = |path: &Path, what| FileChange { path: path.to_owned(), what, bytes: super::size(path) };
+        let mut files: Vec<FileChange> =
+            deed.merges.iter().map(|merge| change(&merge.overlay, FileFate::Merged)).collect();
+        files.extend(deed.unlinks.iter().map(|path| change(path, FileFate::Deleted)));
+        files.extend(leavings(snapshot).iter().map(|path| change(path, FileFate::Deleted)));
+        Ok(DeletePlan { files })
+    }
+
+    /// What is to be done; refuses what would lose something else.
+    async fn deletion(&self, snapshot: &Kept, kin: &Kin) -> Result<Delete, DriverError> {
+        let mut deed = Delete {
+            snapshot: held(snapshot),
+            merges: Vec::new(),
+            unlinks: Vec::new(),
+            synced: None,
+            merged: Vec::new(),
+        };
+        let standing = self.standing(kin);
+        let reverts = record_of(snapshot).reverts;
+        for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
+            let DiskMode::External { path, block, format } = &part.mode else { continue };
+            let (base, base_format) = (PathBuf::from(disk.path().unwrap_or_default()), disk.format().unwrap_or("raw"));
+            // What it made, and what reverts to it have made.
+            let on_base = |file: &&PathBuf| standing.iter().any(|one| one.file == **file && one.on == base);
+            let mut overlays = vec![(path.clone(), format.clone())];
+            overlays.extend(reverts.iter().filter(on_base).map(|file| (file.clone(), "qcow2".to_owned())));
+            for (overlay, format) in overlays.into_iter().filter(|(overlay, _)| overlay.exists()) {
+                match self.one_merge(&part.target, &overlay, &format, (&base, base_format), &standing) {
+                    Some(merge) => deed.merges.push(merge),
+                    None if *block => {}
+                    None => {
+                        self.holds_nothing(&part.target, &overlay, &format).await?;
+                        deed.unlinks.push(overlay);
+                    }
+                }
+            }
+        }
+        let unneeded = |file: &&PathBuf| file.exists() && !standing.iter().any(|one| one.file == **file);
+        deed.unlinks.extend(reverts.iter().filter(unneeded).cloned());
+        for merge in &deed.merges {
+            self.loses_nothing(merge, &deed, &standing).await?;
+        }
+        Ok(deed)
+    }
+
+    /// An overlay that something stands on, or the machine itself; `None` if nothing does.
+    fn one_merge(
+        &self,
+        target: &str,
+        overlay: &Path,
+        format: &str,
+        (base, base_format): (&Path, &str),
+        standing: &[Standing],
+    ) -> Option<Merge> {
+        let current = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == target);
+        let live =
+            current.is_some_and(|disk| chain(disk.path(), disk.backing.as_deref()).iter().any(|one| one == overlay));
+        let above = standing.iter().filter(|one| one.on == overlay);
+        let mut above: Vec<(PathBuf, String)> = above.map(|one| (one.file.clone(), one.format.clone())).collect();
+        above.sort();
+        above.dedup();
+        (live || !above.is_empty()).then(|| Merge {
+            target: target.to_owned(),
+            overlay: overlay.to_owned(),
+            format: format.to_owned(),
+            base: base.to_owned(),
+            base_format: base_format.to_owned(),
+            above,
+            live,
+        })
+    }
+
+    /// Refuses a merge that would destroy what else stands on the base, or is in the overlay.
+    async fn loses_nothing(&self, merge: &Merge, deed: &Delete, standing: &[Standing]) -> Result<(), DriverError> {
+        let (target, base) = (&merge.target, merge.base.display());
+        self.holds_nothing(target, &merge.overlay, &merge.format).await?;
+        let other =
+            |one: &&Standing| one.on == merge.base && one.file != merge.overlay && !deed.unlinks.contains(&one.file);
+        if let Some(other) = standing.iter().find(other) {
+            let (file, whose) = (other.file.display(), &other.whose);
+            return Err(DriverError::Unsupported(format!(
+                "disk '{target}': {base} also carries {file} ({whose}), which a merge would destroy; delete that first"
+            )));
+        }
+        if !merge.base.exists() {
+            let overlay = merge.overlay.display();
+            return Err(DriverError::Storage(format!(
+                "disk '{target}': {base}, on which {overlay} stands, is not there; nothing was changed"
+            )));
+        }
+        Ok(())
+    }
+
+    /// An overlay that holds internal snapshots cannot go without them.
+    async fn holds_nothing(&self, target: &str, overlay: &Path, format: &str) -> Result<(), DriverError> {
+        if format != "qcow2" {
+            return Ok(());
+        }
+        let image = overlay.to_owned();
+        let inner = self.with_lent(vec![(image.clone(), false)], move |images| {
+            Ok(images.info(&image, "qcow2")?.snapshots.into_iter().map(|inner| inner.name).collect::<Vec<_>>())
+        });
+        match inner.await?.first() {
+            None => Ok(()),
+            Some(inner) => Err(DriverError::Unsupported(format!(
+                "the overlay of disk '{target}' holds the internal snapshot '{inner}', which would be lost; delete \
+                 '{inner}' first"
+            ))),
+        }
+    }
+
+    /// Everything that is known to stand on something: by the machine, and by all other snapshots.
+    fn standing(&self, kin: &Kin) -> Vec<Standing> {
+        let mut all = Vec::new();
+        let add = |all: &mut Vec<Standing>, def: &DomainDef, whose: &str| {
+            for disk in &def.devices.disks {
+                let files = chain(disk.path(), disk.backing.as_deref());
+                for pair in files.windows(2) {
+                    let top = disk.path().map(Path::new) == Some(&pair[0]);
+                    let format = if top { disk.format().unwrap_or("qcow2") } else { "qcow2" };
+                    all.push(Standing {
+                        file: pair[0].clone(),
+                        format: format.to_owned(),
+                        on: pair[1].clone(),
+                        whose: whose.to_owned(),
+                    });
+                }
+            }
+        };
+        add(&mut all, &self.machine.def, "the machine as it is now");
+        kin.stored.iter().for_each(|stored| add(&mut all, stored, "the stored configuration"));
+        let others = kin.others.iter().filter(|other| !kin.doomed.contains(&other.name));
+        for other in others {
+            let whose = format!("snapshot '{}'", other.name);
+            add(&mut all, &other.def, &whose);
+            for (disk, part) in pairs(&other.def, &other.disks) {
+                if let (DiskMode::External { path, format, .. }, Some(base)) = (&part.mode, disk.path())
+                    && path.exists()
+                {
+                    all.push(Standing {
+                        file: path.clone(),
+                        format: format.clone(),
+                        on: PathBuf::from(base),
+                        whose: whose.clone(),
+                    });
+                }
+            }
+        }
+        all
+    }
+
+    pub(super) async fn delete(
+        &self,
+        snapshot: &Kept,
+        kin: &Kin,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<Vec<Replaced>, DriverError> {
+        let mut deed = self.deletion(snapshot, kin).await?;
+        journal.note(written(&Note::Delete(deed.clone()))?).await?;
+        self.carry_out(snapshot, &mut deed, Some(journal)).await
+    }
+
+    /// Every step can be done again.
+    pub(super) async fn carry_out(
+        &self,
+        snapshot: &Kept,
+        deed: &mut Delete,
+        journal: Option<&Arc<dyn Journal>>,
+    ) -> Result<Vec<Replaced>, DriverError> {
+        let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
+        let record = record_of(snapshot);
+        let images = self.held_images(snapshot, &record);
+        self.forget_in_images(&snapshot.name, &images, true).await?;
+        step("forgotten");
+        for merge in deed.merges.clone() {
+            if !deed.merged.contains(&merge.target) {
+                self.merge(&merge, deed, journal).await?;
+                deed.merged.push(merge.target.clone());
+                if let Some(journal) = journal {
+                    journal.note(written(&Note::Delete(deed.clone()))?).await?;
+                }
+            }
+            step("merged");
+        }
+        let gone = deed.merges.iter().map(|merge| merge.overlay.clone()).chain(deed.unlinks.iter().cloned());
+        self.remove_files(gone.chain(leavings(snapshot)).collect()).await;
+        step("removed");
+        let replaced = deed.merges.iter().map(|merge| Replaced {
+            target: merge.target.clone(),
+            gone: merge.overlay.clone(),
+            by: merge.base.clone(),
+            format: Some(merge.base_format.clone()),
+        });
+        Ok(replaced.collect())
+    }
+
+    /// The names of snapshots that the images hold, each with its disks.
+    pub(super) async fn inventory(&self) -> Result<Vec<(String, Vec<String>)>, DriverError> {
+        let disks = self.machine.def.devices.disks.iter().filter(|disk| disk.format() == Some("qcow2"));
+        let images: Vec<(String, PathBuf)> = disks
+            .filter_map(|disk| Some((disk.target.dev.clone(), PathBuf::from(disk.path()?))))
+            .filter(|(_, path)| path.exists())
+            .collect();
+        let lent = images.iter().map(|(_, path)| (path.clone(), false)).collect();
+        self.with_lent(lent, move |tools| {
+            let mut found: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
+            for (target, path) in images {
+                for inner in tools.info(&path, "qcow2")?.snapshots {
+                    found.entry(inner.name).or_default().push(target.clone());
+                }
+            }
+            Ok(found.into_iter().collect())
+        })
+        .await
+    }
+}
+
+/// What goes with a snapshot beside its disks.
+fn leavings(snapshot: &Kept) -> Vec<PathBuf> {
+    let record = record_of(snapshot);
+    let memory = match &snapshot.memory {
+        MemoryMode::External(file) => Some(file.clone()),
+        _ => None,
+    };
+    let copies = [record.nvram, record.tpm].into_iter().flatten().filter_map(|part| match part {
+        Part::File(file) => Some(file),
+        _ => None,
+    });
+    memory.into_iter().chain(copies).filter(|file| file.exists()).collect()
+}

@@ -1,0 +1,227 @@
+//! QEMU's long work: jobs and migration to a file, awaited by events, cancelled when nobody wants them any more.
+
+use super::super::instance::{Body, translate};
+use super::super::qmp::Qmp;
+use super::super::report::Reporter;
+use serde_json::{Value, json};
+use std::fs::File;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::Journal;
+
+/// QEMU may be at work on a snapshot, deaf, for as long.
+const DEAF: Duration = Duration::from_secs(3600);
+/// How often progress is asked for.
+const LOOK: Duration = Duration::from_millis(250);
+/// What memory is called while it goes through a descriptor.
+const CHANNEL: &str = "virtd-memory";
+
+/// How a job stands.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// There is none of that name.
+    Absent,
+    /// At work.
+    Running,
+    /// Waits to be completed.
+    Ready,
+    /// Ended, well or not.
+    Ended(Result<(), String>),
+}
+
+/// A QEMU that is talked to, and heard.
+pub struct Line {
+    monitor: Arc<Qmp>,
+    reporter: Arc<Reporter>,
+}
+
+impl Body {
+    /// The line to its QEMU.
+    pub fn line(&self) -> Result<Line, DriverError> {
+        Ok(Line { monitor: self.monitor()?, reporter: self.reporter.clone() })
+    }
+
+    /// Gives a command that may have to wait for a QEMU that is deaf meanwhile.
+    pub async fn patiently(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
+        self.line()?.patiently(command, arguments).await
+    }
+}
+
+impl Line {
+    /// A line to a QEMU that is just being started.
+    pub fn new(monitor: Arc<Qmp>, reporter: Arc<Reporter>) -> Line {
+        Line { monitor, reporter }
+    }
+
+    /// Gives a command that may have to wait for a QEMU that is deaf meanwhile.
+    pub async fn patiently(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
+        self.with_fds(command, arguments, Vec::new()).await
+    }
+
+    async fn with_fds(&self, command: &str, arguments: Value, fds: Vec<OwnedFd>) -> Result<Value, DriverError> {
+        self.monitor.execute_with(command, arguments, fds, DEAF).await.map_err(translate)
+    }
+
+    /// Runs a job to its end. `journal`: where progress goes, and whether it is still wanted.
+    pub async fn job(
+        &self,
+        command: &str,
+        id: &str,
+        mut arguments: Value,
+        journal: Option<&Arc<dyn Journal>>,
+    ) -> Result<(), DriverError> {
+        // What an earlier virtd left.
+        self.dismiss(id).await;
+        arguments["job-id"] = json!(id);
+        self.patiently(command, arguments).await?;
+        match self.settled(id, journal).await? {
+            Standing::Ended(ended) => {
+                self.dismiss(id).await;
+                ended.map_err(|why| failed(command, &why))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Waits until a job has ended, or is ready.
+    pub async fn settled(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<Standing, DriverError> {
+        let never = CancellationToken::new();
+        let cancelled = journal.map_or(&never, |journal| journal.cancelled());
+        let mut asked_to_stop = false;
+        loop {
+            let before = self.reporter.heard().jobs;
+            match self.standing(id, journal).await? {
+                Standing::Running => {}
+                standing => {
+                    return if asked_to_stop { Err(DriverError::Cancelled) } else { Ok(standing) };
+                }
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            tokio::select! {
+                _ = tokio::time::timeout(LOOK, news) => {}
+                () = cancelled.cancelled(), if !asked_to_stop => {
+                    // Not every job can be; then its end is waited for.
+                    asked_to_stop = self.patiently("job-cancel", json!({ "id": id })).await.is_ok();
+                    if !asked_to_stop {
+                        return self.to_its_end(id).await;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Waits for the end of a job that will come to it by itself.
+    pub async fn ended(&self, id: &str) -> Result<Result<(), String>, DriverError> {
+        loop {
+            let before = self.reporter.heard().jobs;
+            match self.standing(id, None).await? {
+                Standing::Ended(ended) => return Ok(ended),
+                Standing::Absent => return Ok(Ok(())),
+                Standing::Running | Standing::Ready => {}
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            let _ = tokio::time::timeout(LOOK, news).await;
+        }
+    }
+
+    async fn to_its_end(&self, id: &str) -> Result<Standing, DriverError> {
+        loop {
+            let before = self.reporter.heard().jobs;
+            match self.standing(id, None).await? {
+                Standing::Running => {}
+                standing => return Ok(standing),
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            let _ = tokio::time::timeout(LOOK, news).await;
+        }
+    }
+
+    /// How a job stands now.
+    pub async fn standing(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<Standing, DriverError> {
+        let jobs = self.patiently("query-jobs", json!({})).await?;
+        let found = jobs.as_array().into_iter().flatten().find(|job| job["id"] == id);
+        let Some(job) = found else { return Ok(Standing::Absent) };
+        if let Some(journal) = journal {
+            let number = |key: &str| job[key].as_u64().unwrap_or_default();
+            journal.progress(number("current-progress"), number("total-progress"));
+        }
+        Ok(match job["status"].as_str().unwrap_or_default() {
+            "concluded" => Standing::Ended(job["error"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))),
+            "ready" | "standby" | "pending" => Standing::Ready,
+            _ => Standing::Running,
+        })
+    }
+
+    /// Forgets a job that has ended; one that is not there is fine.
+    pub async fn dismiss(&self, id: &str) {
+        if matches!(self.standing(id, None).await, Ok(Standing::Ended(_))) {
+            let _ = self.patiently("job-dismiss", json!({ "id": id })).await;
+        }
+    }
+
+    /// Writes the guest's memory and device state to a file. The CPUs stand when it is done.
+    pub async fn write_memory(&self, file: File, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.patiently("migrate-set-capabilities", events).await?;
+        self.patiently("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 })).await?;
+        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file.into()]).await?;
+        self.patiently("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        let mut asked_to_stop = false;
+        loop {
+            let before = self.reporter.heard().jobs;
+            let told = self.patiently("query-migrate", json!({})).await?;
+            let number = |key: &str| told["ram"][key].as_u64().unwrap_or_default();
+            let (sent, rest) = (number("transferred"), number("remaining"));
+            journal.progress(sent, sent + rest);
+            match told["status"].as_str().unwrap_or_default() {
+                "completed" => return Ok(()),
+                "cancelled" => return Err(DriverError::Cancelled),
+                "failed" => {
+                    let why = told["error-desc"].as_str().unwrap_or("the memory could not be written");
+                    return Err(failed("migrate", why));
+                }
+                _ => {}
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            tokio::select! {
+                _ = tokio::time::timeout(LOOK, news) => {}
+                () = journal.cancelled().cancelled(), if !asked_to_stop => {
+                    asked_to_stop = true;
+                    self.patiently("migrate_cancel", json!({})).await?;
+                }
+            }
+        }
+    }
+
+    /// Loads memory and device state from a file into a QEMU that waits for it. The CPUs stand then.
+    pub async fn read_memory(&self, file: File) -> Result<(), DriverError> {
+        let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
+        self.patiently("migrate-set-capabilities", events).await?;
+        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file.into()]).await?;
+        self.patiently("migrate-incoming", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        loop {
+            let before = self.reporter.heard().jobs;
+            let told = self.patiently("query-migrate", json!({})).await?;
+            match told["status"].as_str().unwrap_or_default() {
+                "completed" => return Ok(()),
+                "failed" => {
+                    let why = told["error-desc"].as_str().unwrap_or("the memory could not be read");
+                    return Err(failed("migrate-incoming", why));
+                }
+                _ => {}
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            let _ = tokio::time::timeout(LOOK, news).await;
+        }
+    }
+}
+
+/// What QEMU said of work that failed.
+fn failed(command: &str, why: &str) -> DriverError {
+    let text = format!("{command}: {why}");
+    let full = why.contains("No space left") || why.contains("quota exceeded");
+    if full { DriverError::NoSpace(text) } else { DriverError::Hypervisor(text) }
+}

@@ -1,0 +1,204 @@
+//! Snapshots of QEMU's guests.
+//!
+//! ```text
+//!             guest runs                                   guest is off
+//!  internal   snapshot-save, -load, -delete (jobs)         qemu-img snapshot, image by image
+//!  external   memory by migration to a file,               qemu-img create, commit, rebase
+//!             disks by one transaction, merge by block-commit
+//!  UEFI       variables in qcow2 as one more image; raw ones are copied
+//!  TPM        within the memory; copied where there is none
+//! ```
+//!
+//! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
+
+mod agent;
+mod create;
+mod delete;
+pub mod jobs;
+mod merge;
+pub mod nodes;
+mod note;
+mod parts;
+mod recover;
+mod revert;
+
+use super::QemuDriver;
+use super::instance::{Body, QemuInstance};
+use super::launch::Source;
+use super::record::blocking;
+use crate::host::image::Images;
+use async_trait::async_trait;
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use virt_model::device::Disk;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{
+    CreatePlan, DeletePlan, DiskMode, DiskPart, Journal, Kept, Kin, Machine, MemoryMode, Recovered, Replaced,
+    RevertPlan, Reverted, Snapshots, Taken, Wish,
+};
+use virt_model::xml::{Finding, FindingKind};
+
+#[async_trait]
+impl Snapshots for QemuDriver {
+    async fn check_create(&self, machine: &Machine, wish: &Wish) -> Result<CreatePlan, DriverError> {
+        self.operation(machine).await?.check_create(wish).await
+    }
+
+    async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError> {
+        self.operation(machine).await?.create(wish, &journal).await
+    }
+
+    async fn check_revert(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        kin: &Kin,
+        in_place: bool,
+    ) -> Result<RevertPlan, DriverError> {
+        self.operation(machine).await?.check_revert(snapshot, kin, in_place).await
+    }
+
+    async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError> {
+        self.operation(machine).await?.load(snapshot, &journal).await
+    }
+
+    async fn revert_images(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        kin: &Kin,
+        journal: Arc<dyn Journal>,
+    ) -> Result<Reverted, DriverError> {
+        self.operation(machine).await?.revert_images(snapshot, kin, &journal).await
+    }
+
+    async fn settle(&self, machine: &Machine, reverted: &Reverted, stay: bool) -> Result<(), DriverError> {
+        self.operation(machine).await?.settle(reverted, stay).await
+    }
+
+    async fn check_delete(&self, machine: &Machine, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError> {
+        self.operation(machine).await?.check_delete(snapshot, kin).await
+    }
+
+    async fn delete(
+        &self,
+        machine: &Machine,
+        snapshot: &Kept,
+        kin: &Kin,
+        journal: Arc<dyn Journal>,
+    ) -> Result<Vec<Replaced>, DriverError> {
+        self.operation(machine).await?.delete(snapshot, kin, &journal).await
+    }
+
+    async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError> {
+        self.operation(machine).await?.recover(note).await
+    }
+
+    async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError> {
+        let machine = Machine { def: def.clone(), guest: None, running: false, folder: PathBuf::new() };
+        self.operation(&machine).await?.inventory().await
+    }
+}
+
+impl QemuDriver {
+    async fn operation(&self, machine: &Machine) -> Result<Operation, DriverError> {
+        // Under a number of its own: what the running guest was lent stays lent when this is over.
+        let own = uuid::Uuid::from_u128(!machine.def.uuid.as_u128());
+        let images = Arc::new(Images { user: self.user().await?, guest: own });
+        let body = match &machine.guest {
+            None => None,
+            Some(guest) => {
+                let any: &dyn Any = guest.as_ref();
+                let ours = any.downcast_ref::<QemuInstance>();
+                let ours = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?;
+                Some(ours.body().clone())
+            }
+        };
+        let state_dir = self.0.state_dir.clone();
+        Ok(Operation { machine: machine.clone(), images, body, state_dir })
+    }
+}
+
+/// One operation on the snapshots of one machine.
+struct Operation {
+    machine: Machine,
+    images: Arc<Images>,
+    /// The guest, if it runs.
+    body: Option<Arc<Body>>,
+    state_dir: PathBuf,
+}
+
+/// An image in qcow2 that holds, or is to hold, a snapshot.
+type Image = PathBuf;
+
+impl Operation {
+    /// Works on images where that may block.
+    async fn with_images<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Arc<Images>) -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let images = self.images.clone();
+        blocking(move || work(&images)).await?
+    }
+
+    /// The same with files lent for it.
+    async fn with_lent<T: Send + 'static>(
+        &self,
+        files: Vec<(PathBuf, bool)>,
+        work: impl FnOnce(&Arc<Images>) -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        self.with_images(move |images| {
+            let _lent = images.lend(&files)?;
+            work(images)
+        })
+        .await
+    }
+}
+
+/// Where the memory of a snapshot is that a guest is started from.
+pub fn source(snapshot: &Kept) -> Result<Source, DriverError> {
+    match &snapshot.memory {
+        MemoryMode::No => Err(DriverError::Internal("a snapshot without memory cannot be loaded".to_owned())),
+        MemoryMode::External(file) => Ok(Source::File(file.clone())),
+        MemoryMode::Internal => {
+            let nvram = revert::record_of(snapshot).nvram == Some(note::Part::Internal);
+            let images = internal_images(&snapshot.def, &snapshot.disks, nvram);
+            Ok(Source::Images { name: snapshot.name.clone(), images })
+        }
+    }
+}
+
+/// The images that hold an internal snapshot: of the disks that take part, and of the firmware's variables.
+fn internal_images(def: &DomainDef, disks: &[DiskPart], nvram: bool) -> Vec<Image> {
+    let disks = pairs(def, disks).filter(|(_, part)| part.mode == DiskMode::Internal);
+    let mut images: Vec<Image> = disks.filter_map(|(disk, _)| disk.path().map(PathBuf::from)).collect();
+    images.extend(parts::variables(def).filter(|(_, format)| nvram && format == "qcow2").map(|(path, _)| path));
+    images
+}
+
+/// The disks with how each takes part.
+fn pairs<'a>(def: &'a DomainDef, parts: &'a [DiskPart]) -> impl Iterator<Item = (&'a Disk, &'a DiskPart)> {
+    let by_target: BTreeMap<&str, &DiskPart> = parts.iter().map(|part| (&*part.target, part)).collect();
+    def.devices.disks.iter().filter_map(move |disk| Some((disk, *by_target.get(&*disk.target.dev)?)))
+}
+
+/// What this host or these images cannot do.
+fn cannot(message: impl Into<String>) -> DriverError {
+    let message = message.into();
+    DriverError::Config(vec![Finding {
+        kind: FindingKind::Unsupported,
+        line: 0,
+        column: 0,
+        path: "/disks".to_owned(),
+        message,
+    }])
+}
+
+/// Bytes of a file; 0 if it is not there.
+fn size(path: &std::path::Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    std::fs::metadata(path).map_or(0, |data| data.blocks() * 512)
+}

@@ -1,0 +1,108 @@
+//! The block nodes of a running guest, found by what they hold rather than by what they were once called.
+
+use super::super::instance::Body;
+use super::jobs::Line;
+use serde_json::{Value, json};
+use std::path::{Path, PathBuf};
+use virt_model::device::Disk;
+use virt_model::driver::DriverError;
+
+/// A node.
+#[derive(Clone, Debug)]
+pub struct Node {
+    pub name: String,
+    /// `qcow2`, `file`, …
+    pub driver: String,
+    /// The file or device that it is about.
+    pub file: PathBuf,
+    /// What the guest sees, in bytes.
+    pub virtual_size: u64,
+    /// Names of snapshots in it.
+    pub snapshots: Vec<String>,
+}
+
+/// All nodes.
+#[derive(Clone, Debug)]
+pub struct Nodes(pub Vec<Node>);
+
+impl Nodes {
+    /// Asks a running guest's QEMU.
+    pub async fn of(body: &Body) -> Result<Nodes, DriverError> {
+        Nodes::ask(&body.line()?).await
+    }
+
+    /// Asks QEMU.
+    pub async fn ask(line: &Line) -> Result<Nodes, DriverError> {
+        let told = line.patiently("query-named-block-nodes", json!({ "flat": true })).await?;
+        let nodes = told.as_array().into_iter().flatten().map(|node| {
+            let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
+            let inner = node["image"]["snapshots"].as_array().into_iter().flatten();
+            Node {
+                name: text("node-name"),
+                driver: text("drv"),
+                file: file_of(&text("file")),
+                virtual_size: node["image"]["virtual-size"].as_u64().unwrap_or_default(),
+                snapshots: inner.filter_map(|one| one["name"].as_str().map(str::to_owned)).collect(),
+            }
+        });
+        Ok(Nodes(nodes.collect()))
+    }
+
+    /// The node that reads an image in its format.
+    pub fn image(&self, path: &Path, format: &str) -> Option<&Node> {
+        self.0.iter().find(|node| node.driver == format && node.file == path)
+    }
+
+    /// The node of what lies in a drive.
+    pub fn of_disk(&self, disk: &Disk) -> Result<&Node, DriverError> {
+        let (path, format) = (disk.path().unwrap_or_default(), disk.format().unwrap_or("raw"));
+        self.image(Path::new(path), format).ok_or_else(|| {
+            let target = &disk.target.dev;
+            DriverError::Refused(format!("disk '{target}': the running guest does not have {path} open as {format}"))
+        })
+    }
+
+    /// The nodes of images that take part in an internal snapshot, the one first that holds the memory.
+    pub fn of_images(&self, images: &[PathBuf]) -> Result<Vec<String>, DriverError> {
+        let found = images.iter().map(|image| {
+            let node = self.image(image, "qcow2").map(|node| node.name.clone());
+            node.ok_or_else(|| {
+                let image = image.display();
+                DriverError::Refused(format!("the running guest does not have {image} open, which holds the snapshot"))
+            })
+        });
+        found.collect()
+    }
+
+    /// A name for new nodes that nothing has yet.
+    pub fn free_name(&self, target: &str) -> String {
+        let taken = |name: &str| self.0.iter().any(|node| node.name.starts_with(name));
+        let name = |number: usize| format!("{target}-o{number}-");
+        let number = (1..).find(|number| !taken(&name(*number))).unwrap_or_default();
+        format!("{target}-o{number}")
+    }
+}
+
+/// QEMU tells a file by its name, or by all its options where those were given.
+fn file_of(text: &str) -> PathBuf {
+    let Some(options) = text.strip_prefix("json:").and_then(|json| serde_json::from_str::<Value>(json).ok()) else {
+        return PathBuf::from(text);
+    };
+    let mut at = &options;
+    while at["file"].is_object() {
+        at = &at["file"];
+    }
+    PathBuf::from(at["filename"].as_str().unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_told_by_name_or_by_options() {
+        assert_eq!(file_of("/a/b"), Path::new("/a/b"));
+        let options = r#"json:{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"/a,b"}}"#;
+        assert_eq!(file_of(options), Path::new("/a,b"));
+    }
+}

@@ -1,0 +1,168 @@
+//! What is written down before each change, so that it can be finished or undone by whoever finds it.
+
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// The last note of an operation.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(tag = "operation", rename_all = "kebab-case")]
+pub enum Note {
+    /// Internal: the snapshot may be in any of the images.
+    CreateInternal(CreateInternal),
+    /// External: files may be there, and the guest may stand on them.
+    CreateExternal(CreateExternal),
+    /// The running guest is being loaded.
+    Load {
+        /// The job.
+        job: String,
+        snapshot: Held,
+    },
+    /// Images are being brought to a snapshot.
+    Revert(Revert),
+    /// Data is being removed.
+    Delete(Delete),
+}
+
+/// A snapshot, as far as it is needed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Held {
+    pub name: String,
+    /// Its definition.
+    pub def: String,
+    pub disks: Vec<HeldDisk>,
+    pub memory: HeldMemory,
+    pub record: serde_json::Value,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct HeldDisk {
+    pub target: String,
+    pub mode: HeldMode,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeldMode {
+    No,
+    Internal,
+    Manual,
+    External { path: PathBuf, block: bool, format: String },
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum HeldMemory {
+    No,
+    Internal,
+    External(PathBuf),
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CreateInternal {
+    pub name: String,
+    /// The CPUs ran, and are to go on.
+    pub resume: bool,
+    pub images: Vec<PathBuf>,
+    /// Copies made beside.
+    pub copies: Vec<PathBuf>,
+    /// It is complete: what it came to.
+    pub done: Option<Record>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct CreateExternal {
+    pub name: String,
+    pub resume: bool,
+    /// The guest's file systems are frozen.
+    pub frozen: bool,
+    pub overlays: Vec<Overlay>,
+    /// The file that memory is written to, and the one that it becomes.
+    pub memory: Option<(PathBuf, PathBuf)>,
+    pub copies: Vec<PathBuf>,
+    /// Memory, copies and overlays are there: from here on the guest may stand on the overlays.
+    pub complete: Option<Record>,
+}
+
+/// An overlay that is made.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Overlay {
+    pub target: String,
+    pub path: PathBuf,
+    pub block: bool,
+    pub format: String,
+    pub base: PathBuf,
+    pub base_format: String,
+    /// We make it, and remove it if it comes to nothing.
+    pub ours: bool,
+}
+
+/// What is kept with a snapshot.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Record {
+    /// How the variables were captured: `internal`, or a file.
+    #[serde(default)]
+    pub nvram: Option<Part>,
+    /// The same for the TPM's state.
+    #[serde(default)]
+    pub tpm: Option<Part>,
+    /// Overlays that reverts to it have made: ours to remove when nothing needs them.
+    #[serde(default)]
+    pub reverts: Vec<PathBuf>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Part {
+    /// In its own image.
+    Internal,
+    /// In the memory.
+    Memory,
+    /// In a file or folder.
+    File(PathBuf),
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Revert {
+    pub snapshot: Held,
+    pub aside: Aside,
+}
+
+/// What a revert keeps until it is settled.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Aside {
+    /// Images in which the state before is kept as a snapshot of its own.
+    pub images: Vec<PathBuf>,
+    /// Overlays that were made.
+    pub made: Vec<Overlay>,
+    /// Files that nothing needs once the revert stays.
+    pub abandoned: Vec<PathBuf>,
+    /// Copies: what they are of, and where they are.
+    pub copies: Vec<(PathBuf, PathBuf)>,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Delete {
+    pub snapshot: Held,
+    /// What is merged, in this order.
+    pub merges: Vec<Merge>,
+    /// Overlays that nothing stands on.
+    pub unlinks: Vec<PathBuf>,
+    /// The merge whose disk has been made whole while the guest stood: both files hold the same.
+    pub synced: Option<String>,
+    /// Merges that are done.
+    pub merged: Vec<String>,
+}
+
+/// One overlay that goes into what it stands on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Merge {
+    pub target: String,
+    pub overlay: PathBuf,
+    pub format: String,
+    pub base: PathBuf,
+    pub base_format: String,
+    /// Files that stand on the overlay, with their formats: from then on they stand on the base.
+    pub above: Vec<(PathBuf, String)>,
+    /// It is in the chain of the machine as it is now.
+    pub live: bool,
+}

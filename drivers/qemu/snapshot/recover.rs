@@ -1,0 +1,145 @@
+//! An operation that was cut off: finished where images have changed for good, undone where nothing was lost by that.
+
+use super::Operation;
+use super::create::taken;
+use super::jobs::Standing;
+use super::nodes::Nodes;
+use super::note::{CreateExternal, CreateInternal, Delete, Note, Revert};
+use super::revert::{kept, record_of};
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{Journal, Kin, Recovered, Reverted};
+
+impl Operation {
+    pub(super) async fn recover(&self, note: serde_json::Value) -> Result<Recovered, DriverError> {
+        let note: Note = serde_json::from_value(note)
+            .map_err(|e| DriverError::Internal(format!("the note of a snapshot cannot be read: {e}")))?;
+        self.let_jobs_end().await?;
+        match note {
+            Note::CreateInternal(note) => self.recover_internal(note).await,
+            Note::CreateExternal(note) => self.recover_external(note).await,
+            Note::Load { job, snapshot } => self.recover_load(&job, snapshot).await,
+            Note::Revert(note) => self.recover_revert(note).await,
+            Note::Delete(note) => self.recover_delete(note).await,
+        }
+    }
+
+    /// What QEMU was told, it does: it is not to be disturbed.
+    async fn let_jobs_end(&self) -> Result<(), DriverError> {
+        let Some(body) = &self.body else { return Ok(()) };
+        let line = body.line()?;
+        for id in ["virtd-snapshot-save", "virtd-snapshot-delete"] {
+            line.settled(id, None).await?;
+            line.dismiss(id).await;
+        }
+        Ok(())
+    }
+
+    async fn recover_internal(&self, note: CreateInternal) -> Result<Recovered, DriverError> {
+        if let Some(record) = &note.done {
+            self.go_on(note.resume).await?;
+            return Ok(Recovered::Created(Box::new(taken(record.clone(), None))));
+        }
+        self.undo_internal(&note).await?;
+        Ok(Recovered::Undone { story: format!("nothing of '{}' is left in the images", note.name) })
+    }
+
+    async fn recover_external(&self, note: CreateExternal) -> Result<Recovered, DriverError> {
+        if let Some(body) = &self.body {
+            // A migration to a file ends with the descriptor's reader, or is given up.
+            let _ = body.patiently("migrate_cancel", serde_json::json!({})).await;
+        }
+        let stands = match (&self.body, &note.complete) {
+            (_, None) => false,
+            // Without a guest nobody can tell, and an overlay that was never written to is as good as its base.
+            (None, Some(_)) => true,
+            (Some(body), Some(_)) => {
+                let nodes = Nodes::of(body).await?;
+                note.overlays.iter().all(|overlay| nodes.image(&overlay.path, &overlay.format).is_some())
+            }
+        };
+        match note.complete.clone().filter(|_| stands) {
+            Some(record) => {
+                self.go_on(note.resume).await?;
+                self.thaw(&note).await;
+                Ok(Recovered::Created(Box::new(taken(record, Some(self.standing_on(&note.overlays))))))
+            }
+            None => {
+                self.undo_external(&note).await?;
+                Ok(Recovered::Undone { story: format!("the files of '{}' are removed", note.name) })
+            }
+        }
+    }
+
+    async fn recover_load(&self, job: &str, snapshot: super::note::Held) -> Result<Recovered, DriverError> {
+        let snapshot = kept(snapshot)?;
+        if let Some(body) = &self.body {
+            let line = body.line()?;
+            let loaded = match line.settled(job, None).await? {
+                Standing::Ended(ended) => ended.is_ok(),
+                _ => false,
+            };
+            line.dismiss(job).await;
+            if loaded {
+                let reverted = Reverted {
+                    def: self.machine.def.clone(),
+                    disks: snapshot.disks,
+                    record: snapshot.record,
+                    aside: serde_json::Value::Null,
+                };
+                return Ok(Recovered::Reverted(Box::new(reverted)));
+            }
+            return Ok(Recovered::Undone { story: "the guest had not been loaded".to_owned() });
+        }
+        // Its images may be half-way, and its memory is gone: forward.
+        let record = record_of(&snapshot);
+        let images = self.held_images(&snapshot, &record);
+        let name = snapshot.name.clone();
+        let lent = images.iter().map(|image| (image.clone(), true)).collect();
+        let brought = images.clone();
+        self.with_lent(lent, move |images| brought.iter().try_for_each(|image| images.apply(image, &name))).await?;
+        let aside = super::note::Aside::default();
+        Ok(Recovered::Reverted(Box::new(self.reverted(&snapshot, record, aside, &Kin::default()))))
+    }
+
+    async fn recover_revert(&self, note: Revert) -> Result<Recovered, DriverError> {
+        let snapshot = kept(note.snapshot)?;
+        let record = record_of(&snapshot);
+        if self.body.is_none() {
+            self.bring_back(&snapshot, &record, &note.aside, &silent()).await?;
+        }
+        // What nothing needs was decided when it began.
+        let reverted = self.reverted(&snapshot, record, note.aside, &Kin::default());
+        Ok(Recovered::Reverted(Box::new(reverted)))
+    }
+
+    async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
+        let snapshot = kept(note.snapshot.clone())?;
+        Ok(Recovered::Deleted(self.carry_out(&snapshot, &mut note, None).await?))
+    }
+}
+
+/// Where nobody is told.
+fn silent() -> Arc<dyn Journal> {
+    Arc::new(Silent(CancellationToken::new()))
+}
+
+struct Silent(CancellationToken);
+
+#[async_trait::async_trait]
+impl Journal for Silent {
+    async fn note(&self, _: serde_json::Value) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    fn step(&self, _: &str) {}
+
+    fn progress(&self, _: u64, _: u64) {}
+
+    fn point_of_no_return(&self) {}
+
+    fn cancelled(&self) -> &CancellationToken {
+        &self.0
+    }
+}

@@ -1,0 +1,204 @@
+//! Snapshots of real guests: memory proved by a counter that goes back, disks by what they hold.
+
+use crate::common::Daemon;
+use crate::common::client::{Client, options};
+use crate::common::guest::Tick;
+use crate::common::snapshots::{Player, with};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use zbus::Variant;
+
+/// A daemon and a defined tick guest.
+async fn tick(name: &str) -> Option<(Daemon, Player, Tick)> {
+    let daemon = Daemon::on_session_bus().await?;
+    let tick = Tick::new(&daemon, name, "")?;
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&tick.xml).await.expect("defined");
+    Some((daemon, Player { domain }, tick))
+}
+
+/// The names of snapshots inside an image.
+fn inside(image: &Path) -> Vec<String> {
+    let told = Command::new("qemu-img").args(["info", "-U", "--output=json"]).arg(image).output().expect("qemu-img");
+    let told: serde_json::Value = serde_json::from_slice(&told.stdout).expect("JSON");
+    let inner = told["snapshots"].as_array().into_iter().flatten();
+    inner.filter_map(|one| one["name"].as_str().map(str::to_owned)).collect()
+}
+
+/// Holds an image that nobody has open to be sound.
+fn is_sound(image: &Path) {
+    let checked = Command::new("qemu-img").args(["check", "-q"]).arg(image).output().expect("qemu-img");
+    assert!(checked.status.success(), "{}: {}", image.display(), String::from_utf8_lossy(&checked.stderr));
+}
+
+/// The files beside an image whose names begin as its own, sorted.
+fn beside(image: &Path) -> Vec<PathBuf> {
+    let stem = image.file_stem().expect("a name").to_string_lossy().into_owned();
+    let entries = std::fs::read_dir(image.parent().expect("a folder")).expect("a folder");
+    let mut found: Vec<PathBuf> = entries.map(|entry| entry.expect("an entry").path()).collect();
+    found.retain(|path| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&stem)));
+    found.retain(|path| path.extension().is_none_or(|extension| extension != "serial"));
+    found.sort();
+    found
+}
+
+#[tokio::test]
+async fn a_counter_goes_back_with_its_disk_in_the_same_process() {
+    let Some((daemon, player, tick)) = tick("back").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    player.take("three").await;
+    let process = daemon.qemu_of(&tick.name).expect("it runs");
+    let (taken, _) = tick.counted().expect("it counted");
+    tick.counts_to(taken + 8).await;
+    player.call("three", "Revert", options([])).await.expect("reverted");
+    tick.goes_back_below(taken + 4).await;
+    assert_eq!(daemon.qemu_of(&tick.name), Some(process), "the same process");
+    assert_eq!(player.domain.state().await, ("running".to_owned(), "from-snapshot".to_owned()));
+    assert_eq!(inside(&tick.disk), ["three"]);
+
+    // Deleted while it runs; then off, and back from there.
+    player.take("more").await;
+    player.call("three", "Delete", options([])).await.expect("deleted");
+    assert_eq!(inside(&tick.disk), ["more"]);
+    let (later, _) = tick.counted().expect("it counts");
+    player.domain.run("Destroy").await.expect("destroyed");
+    player.call("more", "Revert", options([])).await.expect("reverted");
+    tick.goes_back_below(later + 6).await;
+    assert_eq!(inside(&tick.disk), ["more"], "nothing kept aside is left");
+    player.domain.run("Destroy").await.expect("destroyed");
+    player.call("more", "Delete", options([])).await.expect("deleted");
+    assert!(inside(&tick.disk).is_empty());
+    is_sound(&tick.disk);
+}
+
+#[tokio::test]
+async fn overlays_take_the_writes_and_go_again() {
+    let Some((_daemon, player, tick)) = tick("outside").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    let memory = tick.disk.with_file_name("outside-memory");
+    let xml = format!(
+        "<domainsnapshot><name>full</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+        memory.display()
+    );
+    player.create(&xml, options([])).await.expect("taken");
+    let (taken, boots) = tick.counted().expect("it counted");
+    let overlay = tick.disk.with_file_name("outside.full");
+    assert!(overlay.exists() && memory.exists());
+    assert!(player.domain.xml().await.contains("outside.full"));
+    tick.counts_to(taken + 5).await;
+    player
+        .create("<domainsnapshot><name>disk</name></domainsnapshot>", with([("disk-only", true)]))
+        .await
+        .expect("taken");
+    assert_eq!(player.get::<String>("disk", "State").await, "disk-snapshot");
+    let second = tick.disk.with_file_name("outside.disk");
+    assert!(second.exists() && player.domain.xml().await.contains("outside.disk"));
+    tick.counts_to(taken + 8).await;
+
+    // Back to memory in a file: a new process.
+    let (name, why) = player.call("full", "Revert", options([])).await.expect_err("a new process");
+    assert!(name.ends_with("RevertRisky") && why.contains("new-process"), "{why}");
+    player.call("full", "Revert", with([("force", true)])).await.expect("forced");
+    tick.goes_back_below(taken + 4).await;
+    assert_eq!(tick.counted().map(|(_, boots)| boots), Some(boots), "not booted again");
+    tick.counts_to(taken + 6).await;
+
+    // Merged while it runs, and when it is off.
+    player.call("disk", "Delete", options([])).await.expect("deleted");
+    assert!(!second.exists());
+    player.call("full", "Delete", options([])).await.expect("merged");
+    assert!(!overlay.exists() && !memory.exists());
+    assert!(player.domain.xml().await.contains("outside.qcow2"));
+    let (now, _) = tick.counted().expect("it counts");
+    tick.counts_to(now + 2).await;
+    player.domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(beside(&tick.disk), std::slice::from_ref(&tick.disk), "nothing is left");
+    is_sound(&tick.disk);
+    player.domain.run("Start").await.expect("it boots");
+    tick.boots_to(boots + 1).await;
+}
+
+#[tokio::test]
+async fn a_domain_that_is_off_has_snapshots_inside_and_outside() {
+    let Some((_daemon, player, tick)) = tick("off").await else { return };
+    player.take("inner").await;
+    assert_eq!(inside(&tick.disk), ["inner"]);
+    let before = std::fs::read(&tick.disk).expect("read");
+    player.domain.run("Start").await.expect("started");
+    tick.boots_to(1).await;
+    tick.counts_to(3).await;
+    player.domain.run("Destroy").await.expect("destroyed");
+    assert_ne!(std::fs::read(&tick.disk).expect("read"), before);
+    player.call("inner", "Revert", options([])).await.expect("reverted");
+    assert_eq!(player.domain.state().await, ("shutoff".to_owned(), "from-snapshot".to_owned()));
+    is_sound(&tick.disk);
+    player
+        .create("<domainsnapshot><name>outer</name></domainsnapshot>", with([("disk-only", true)]))
+        .await
+        .expect("taken");
+    assert!(player.domain.xml().await.contains("off.outer"));
+    let (name, why) = player.call("inner", "Revert", options([])).await.expect_err("frozen");
+    assert!(name.ends_with("OperationUnsupported") && why.contains("'outer'"), "{why}");
+    player.domain.run("Start").await.expect("started");
+    // The count of boots is on the disk: it was taken back with it.
+    tick.boots_to(1).await;
+    player.domain.run("Destroy").await.expect("destroyed");
+    player.call("outer", "Delete", options([])).await.expect("merged");
+    assert!(player.domain.xml().await.contains("off.qcow2"));
+    player.call("inner", "Delete", options([])).await.expect("deleted");
+    assert_eq!(beside(&tick.disk), std::slice::from_ref(&tick.disk));
+    is_sound(&tick.disk);
+}
+
+#[tokio::test]
+async fn what_would_lose_data_is_refused() {
+    let Some((_daemon, player, tick)) = tick("traps").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let disk_only = || with([("disk-only", true)]);
+    player.create("<domainsnapshot><name>outer</name></domainsnapshot>", disk_only()).await.expect("taken");
+    player.take("inner").await;
+    let overlay = tick.disk.with_file_name("traps.outer");
+    assert_eq!(inside(&overlay), ["inner"]);
+    let (name, why) = player.call("outer", "Delete", options([])).await.expect_err("would lose it");
+    assert!(name.ends_with("OperationUnsupported") && why.contains("'inner'"), "{why}");
+    // A name that only the image knows.
+    player.call("inner", "Delete", with([("metadata-only", true)])).await.expect("forgotten");
+    let (name, why) =
+        player.create("<domainsnapshot><name>inner</name></domainsnapshot>", options([])).await.expect_err("there");
+    assert!(name.ends_with("SnapshotExists") && why.contains("traps.outer"), "{why}");
+    // A file that is in the way.
+    let second = tick.disk.with_file_name("traps.second");
+    std::fs::write(&second, "precious").expect("written");
+    let (name, why) =
+        player.create("<domainsnapshot><name>second</name></domainsnapshot>", disk_only()).await.expect_err("there");
+    assert!(name.ends_with("ConfigUnsupported") && why.contains("traps.second"), "{why}");
+    assert_eq!(std::fs::read(&second).expect("read"), b"precious");
+    let (now, _) = tick.counted().expect("it counts");
+    tick.counts_to(now + 2).await;
+}
+
+#[tokio::test]
+async fn an_edit_that_breaks_the_guests_abi_is_refused_and_forced() {
+    let Some((_daemon, player, tick)) = tick("abi").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    player.take("small").await;
+    let (taken, _) = tick.counted().expect("it counted");
+    player.domain.run("Destroy").await.expect("destroyed");
+    let uuid: String = player.domain.property("UUID").await;
+    let larger = tick.xml.replace("<memory unit='MiB'>16", "<memory unit='MiB'>32");
+    let larger = larger.replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
+    player.domain.client.define(&larger).await.expect("redefined");
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let (name, why) = player.call("small", "Revert", options([])).await.expect_err("another machine");
+    assert!(name.ends_with("RevertRisky") && why.contains("/memory") && why.contains("16384"), "{why}");
+    let accepted = options([("force", Variant::from(vec!["abi-changed", "new-process"]))]);
+    player.call("small", "Revert", accepted).await.expect("forced");
+    tick.counts_to(taken + 1).await;
+    assert!(player.domain.xml().await.contains("<memory unit='KiB'>16384"));
+    assert!(!player.domain.property::<bool>("ConfigChanged").await);
+}
