@@ -292,6 +292,11 @@ impl Body {
         sent.map_err(|e| DriverError::Internal(format!("cannot signal QEMU: {e}")))
     }
 
+    /// Its QEMU does not talk any more: whether its process has gone, too, or does so in a moment.
+    pub async fn is_gone_soon(&self) -> bool {
+        self.has_gone_within(KILL_PATIENCE).await
+    }
+
     async fn has_gone_within(&self, patience: Duration) -> bool {
         let mut gone = self.gone.subscribe();
         timeout(patience, gone.wait_for(|gone| *gone)).await.is_ok()

@@ -72,6 +72,8 @@ pub(crate) enum Deed {
         active: Option<bool>,
         /// In the process that ran.
         in_place: bool,
+        /// Its CPUs ran, too.
+        ran: bool,
     },
     Delete {
         name: String,

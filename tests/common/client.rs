@@ -39,6 +39,15 @@ impl Client {
         })
     }
 
+    /// Calls a member of which it is fine if it fails, or nobody is there to answer: whether it was done.
+    pub async fn ask<B>(&self, path: &str, member: &str, body: &B) -> bool
+    where
+        B: serde::Serialize + zbus::wire::DynamicType,
+    {
+        let (interface, method) = member.rsplit_once('.').expect("interface.method");
+        self.connection.call_method(Some("org.virt"), path, Some(interface), method, body).await.is_ok()
+    }
+
     /// Defines a domain.
     pub async fn define(&self, xml: &str) -> Result<Domain, Refusal> {
         self.path_from("DefineDomain", &(xml, options([]))).await

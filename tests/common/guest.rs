@@ -73,6 +73,12 @@ impl Tick {
         self.says(|(count, _)| count >= counter).await;
     }
 
+    /// Waits until it counts on from now.
+    pub async fn goes_on(&self) {
+        let now = std::fs::metadata(&self.serial).map_or(0, |data| data.len());
+        self.says(|_| std::fs::metadata(&self.serial).is_ok_and(|data| data.len() > now + 32)).await;
+    }
+
     /// Waits until its counter has gone back, below `counter`.
     pub async fn goes_back_below(&self, counter: u32) {
         self.says(|(count, _)| count < counter).await;

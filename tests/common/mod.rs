@@ -149,6 +149,7 @@ impl Daemon {
             std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
         let mut command = self.inside(env!("CARGO_BIN_EXE_virtd"));
         command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
+        command.env("VIRTD_AT_STEP", self.step_plan());
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mut virtd = tokio::process::Command::from(command).spawn().unwrap();
         let named = tokio::select! {
@@ -171,6 +172,26 @@ impl Daemon {
     /// SIGKILLs virtd and waits until it has gone. Guests stay.
     pub async fn kill_virtd(&mut self) {
         self.virtd.take().expect("no virtd to kill").kill().await.unwrap();
+    }
+
+    /// Runs a shell command at the `number`-th step of what is done to snapshots from now on.
+    pub fn at_step(&self, number: u32, command: &str) {
+        std::fs::write(self.step_plan(), format!("{number} {command}")).unwrap();
+    }
+
+    /// Whether that has happened; if it has not, it will not any more.
+    pub fn step_came(&self) -> bool {
+        std::fs::remove_file(self.step_plan()).is_err()
+    }
+
+    fn step_plan(&self) -> PathBuf {
+        self.folder.path().join("at-step")
+    }
+
+    /// Waits until virtd has died.
+    pub async fn virtd_died(&mut self) {
+        let mut virtd = self.virtd.take().expect("no virtd that could have died");
+        tokio::time::timeout(PATIENCE, virtd.wait()).await.expect("virtd does not die").unwrap();
     }
 
     /// SIGTERMs virtd and gives its exit status. Guests stay.

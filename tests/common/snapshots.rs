@@ -38,6 +38,16 @@ impl Player {
         Ok(snapshot.to_string())
     }
 
+    /// Takes one, or finds that virtd has gone or refuses.
+    pub async fn try_create(&self, xml: &str, options: Options<'_>) -> bool {
+        self.domain.client.ask(&self.domain.path, "org.virt.Domain.CreateSnapshot", &(xml, options)).await
+    }
+
+    /// Calls a method of one, or finds that virtd has gone or refuses.
+    pub async fn try_call(&self, name: &str, method: &str, options: Options<'_>) -> bool {
+        self.domain.client.ask(&self.path(name), &format!("{SNAPSHOT}.{method}"), &(options,)).await
+    }
+
     /// Takes one with nothing but a name.
     pub async fn take(&self, name: &str) -> String {
         let xml = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");

@@ -5,5 +5,6 @@ mod common;
 
 mod lifecycle;
 mod snapshots;
+mod snapshots_cut_off;
 mod survival;
 mod system;

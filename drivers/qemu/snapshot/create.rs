@@ -219,7 +219,7 @@ impl Operation {
         journal.point_of_no_return();
         note.done = Some(record.clone());
         journal.note(written(&Note::CreateInternal(note))?).await?;
-        self.go_on(resume && !wish.stay_paused).await?;
+        self.go_on_if_it_can(resume && !wish.stay_paused).await;
         journal.step("resumed");
         Ok(taken(record, None))
     }
@@ -279,13 +279,24 @@ impl Operation {
         images: &[Image],
         must_be_open: bool,
     ) -> Result<(), DriverError> {
-        let Some(body) = &self.body else {
-            let there: Vec<Image> = images.iter().filter(|image| image.exists()).cloned().collect();
-            let (name, files) = (name.to_owned(), there.iter().map(|image| (image.clone(), true)).collect());
-            return self
-                .with_lent(files, move |images| there.iter().try_for_each(|image| images.forget(image, &name)))
-                .await;
-        };
+        if let Some(body) = &self.body {
+            match self.forget_in_guest(body, name, images, must_be_open).await {
+                Err(DriverError::Gone) if body.is_gone_soon().await => {}
+                done => return done,
+            }
+        }
+        let there: Vec<Image> = images.iter().filter(|image| image.exists()).cloned().collect();
+        let (name, files) = (name.to_owned(), there.iter().map(|image| (image.clone(), true)).collect());
+        self.with_lent(files, move |images| there.iter().try_for_each(|image| images.forget(image, &name))).await
+    }
+
+    async fn forget_in_guest(
+        &self,
+        body: &Body,
+        name: &str,
+        images: &[Image],
+        must_be_open: bool,
+    ) -> Result<(), DriverError> {
         let nodes = Nodes::of(body).await?;
         let mut holders = Vec::new();
         for image in images {
@@ -330,13 +341,14 @@ impl Operation {
             return Err(error);
         }
         if note.resume && !wish.stay_paused {
-            self.go_on(true).await?;
+            self.go_on_if_it_can(true).await;
             journal.step("resumed");
-        } else if wish.stay_paused && self.machine.running && !note.resume {
+        } else if let Some(body) =
+            self.body.as_ref().filter(|_| wish.stay_paused && self.machine.running && !note.resume)
+            && let Err(error) = body.patiently("stop", json!({})).await
+        {
             // A disk is copied by hand now, or the guest is about to end.
-            if let Some(body) = &self.body {
-                body.patiently("stop", json!({})).await?;
-            }
+            tracing::error!(uuid = %self.machine.def.uuid, %error, "the guest was to stand still, and does not");
         }
         self.thaw(&note).await;
         Ok(taken(record, Some(self.standing_on(&note.overlays))))
@@ -375,10 +387,14 @@ impl Operation {
         journal.note(written(&Note::CreateExternal(note.clone()))?).await?;
         if let Some(body) = &self.body {
             let inner = record.nvram == Some(Part::Internal);
-            if let Err(error) = self.switch(body, note, inner).await {
-                // Nobody stands on them.
-                note.complete = None;
-                return Err(error);
+            match self.switch(body, note, inner).await {
+                // Whether it had changed over nobody can tell; an overlay without a change is as good as its base.
+                Ok(()) | Err(DriverError::Gone) => {}
+                Err(error) => {
+                    // Nobody stands on them.
+                    note.complete = None;
+                    return Err(error);
+                }
             }
             journal.step("switched");
         }
@@ -480,7 +496,7 @@ impl Operation {
         let ours = note.overlays.iter().filter(|overlay| overlay.ours).map(|overlay| overlay.path.clone());
         let memory = note.memory.iter().flat_map(|(part, file)| [part.clone(), file.clone()]);
         self.remove_files(ours.chain(memory).chain(note.copies.iter().cloned()).collect()).await;
-        if self.machine.running { self.go_on(true).await } else { Ok(()) }
+        self.go_on(self.machine.running || note.resume).await
     }
 
     pub(super) async fn thaw(&self, note: &CreateExternal) {
@@ -519,11 +535,21 @@ impl Operation {
         Agent::connect(&socket).await
     }
 
-    /// Lets the CPUs run, if they are to and there are any.
+    /// Lets the CPUs run, if they are to and there are any; those of a guest that has ended are past that.
     pub(super) async fn go_on(&self, on: bool) -> Result<(), DriverError> {
         match &self.body {
-            Some(body) if on => body.patiently("cont", json!({})).await.map(drop),
+            Some(body) if on => match body.patiently("cont", json!({})).await {
+                Ok(_) | Err(DriverError::Gone) => Ok(()),
+                Err(error) => Err(error),
+            },
             _ => Ok(()),
+        }
+    }
+
+    /// The same where the snapshot is complete whether the guest goes on or not.
+    async fn go_on_if_it_can(&self, on: bool) {
+        if let Err(error) = self.go_on(on).await {
+            tracing::error!(uuid = %self.machine.def.uuid, %error, "the guest stands after its snapshot, and cannot go on");
         }
     }
 

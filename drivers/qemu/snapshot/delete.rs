@@ -39,6 +39,7 @@ impl Operation {
             merges: Vec::new(),
             unlinks: Vec::new(),
             synced: None,
+            resume: false,
             merged: Vec::new(),
         };
         let standing = self.standing(kin);

@@ -74,7 +74,8 @@ impl Operation {
         let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == merge.target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
         let is_top = disk.path().map(std::path::Path::new) == Some(&merge.overlay);
-        if line.standing(&id, None).await? == Standing::Absent {
+        let known = line.standing(&id, None).await?;
+        if known == Standing::Absent && deed.synced.as_ref() != Some(&merge.target) {
             let mut arguments = json!({ "job-id": id, "base-node": base, "auto-dismiss": false });
             if is_top {
                 arguments["device"] = json!(overlay);
@@ -92,7 +93,10 @@ impl Operation {
                 line.dismiss(&id).await;
                 return Err(DriverError::Storage(format!("disk '{}': {why}", merge.target)));
             }
-            _ => line.dismiss(&id).await,
+            _ => {
+                note_synced(merge, deed, journal).await?;
+                line.dismiss(&id).await;
+            }
         }
         // Nodes that nothing uses; their files can go now.
         let nodes = Nodes::ask(&line).await?;
@@ -118,6 +122,10 @@ impl Operation {
         body.reporter.be_quiet(true);
         let changed = async {
             if runs {
+                deed.resume = true;
+                if let Some(journal) = journal {
+                    journal.note(written(&Note::Delete(deed.clone()))?).await?;
+                }
                 body.patiently("stop", json!({})).await?;
             }
             // What the guest wrote last goes over now.
@@ -130,10 +138,7 @@ impl Operation {
                 }
                 tokio::task::yield_now().await;
             }
-            deed.synced = Some(merge.target.clone());
-            if let Some(journal) = journal {
-                journal.note(written(&Note::Delete(deed.clone()))?).await?;
-            }
+            note_synced(merge, deed, journal).await?;
             line.patiently("block-job-complete", json!({ "device": id })).await?;
             let ended = line.ended(id).await?;
             line.dismiss(id).await;
@@ -144,6 +149,16 @@ impl Operation {
         let changed = changed.await;
         let resumed = if runs { body.patiently("cont", json!({})).await.map(drop) } else { Ok(()) };
         body.reporter.be_quiet(false);
+        deed.resume &= !runs;
         changed.and(resumed)
+    }
+}
+
+/// From here on the base is right, whatever becomes of the overlay.
+async fn note_synced(merge: &Merge, deed: &mut Delete, journal: Option<&Arc<dyn Journal>>) -> Result<(), DriverError> {
+    deed.synced = Some(merge.target.clone());
+    match journal {
+        Some(journal) => journal.note(written(&Note::Delete(deed.clone()))?).await,
+        None => Ok(()),
     }
 }

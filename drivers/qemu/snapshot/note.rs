@@ -149,6 +149,9 @@ pub struct Delete {
     pub unlinks: Vec<PathBuf>,
     /// The merge whose disk has been made whole while the guest stood: both files hold the same.
     pub synced: Option<String>,
+    /// The guest stands for that, and is to go on.
+    #[serde(default)]
+    pub resume: bool,
     /// Merges that are done.
     pub merged: Vec<String>,
 }

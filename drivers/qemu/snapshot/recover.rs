@@ -116,7 +116,9 @@ impl Operation {
 
     async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
         let snapshot = kept(note.snapshot.clone())?;
-        Ok(Recovered::Deleted(self.carry_out(&snapshot, &mut note, None).await?))
+        let replaced = self.carry_out(&snapshot, &mut note, None).await?;
+        self.go_on(note.resume).await?;
+        Ok(Recovered::Deleted(replaced))
     }
 }
 

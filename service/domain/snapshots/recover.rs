@@ -43,12 +43,20 @@ impl Domain {
                 self.snapshot_taken(def, *taken, keep, journal).await?;
                 Ok(format!("snapshot '{name}' is complete"))
             }
-            (Deed::Revert { name, active, in_place }, Recovered::Reverted(reverted)) => {
+            (Deed::Revert { name, active, in_place, .. }, Recovered::Reverted(reverted)) => {
                 self.finish_revert(&name, active, in_place, *reverted, journal).await
             }
             // Its guest had been ended, and nothing else had been done: that is repeatable.
-            (Deed::Revert { name, active, in_place: false }, Recovered::Undone { story }) => {
+            (Deed::Revert { name, active, in_place: false, .. }, Recovered::Undone { story }) => {
                 self.redo_revert(&name, active, story, journal).await
+            }
+            (Deed::Revert { ran: true, .. }, Recovered::Undone { story }) => {
+                journal.end().await?;
+                if let Ok(guest) = self.guest() {
+                    // It was stopped for this alone.
+                    guest.instance.resume().await.map_err(|e| Error::from_driver(&self.name(), "resume", e))?;
+                }
+                Ok(format!("{story}; the guest goes on as before"))
             }
             (Deed::Delete { name }, Recovered::Deleted(replaced)) => {
                 self.snapshot_deleted(&name, &replaced, journal).await?;

@@ -53,7 +53,7 @@ impl Domain {
         job: Arc<Job>,
     ) -> Result<()> {
         let Planned { def, kept, machine, active, in_place, .. } = planned;
-        let deed = Deed::Revert { name: def.name.clone(), active, in_place };
+        let deed = Deed::Revert { name: def.name.clone(), active, in_place, ran: machine.running };
         let journal = self.journal(deed, Some(job.clone()));
         journal.begin().await?;
         if in_place {
