@@ -25,6 +25,39 @@ pub fn tick_image() -> Option<PathBuf> {
     Some(image)
 }
 
+/// The Linux guest: its kernel and initrd, made once from Debian packages and kept below `target/`. `None` if tools are
+/// missing (and says so).
+pub fn lin_files() -> Option<(PathBuf, PathBuf)> {
+    if !have(&["qemu-system-x86_64", "apt-get", "dpkg-deb", "xz", "ldd"]) {
+        return None;
+    }
+    let mut hasher = DefaultHasher::new();
+    include_str!("../guests/make-lin").hash(&mut hasher);
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("lin-{:016x}", hasher.finish()));
+    if !folder.exists() {
+        let own = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let status = Command::new(project_file("tests/guests/make-lin")).arg(own.path()).status().unwrap();
+        assert!(status.success(), "make-lin failed");
+        // Somebody else may have been as fast: theirs is as good.
+        let _ = std::fs::rename(own.path(), &folder);
+    }
+    Some((folder.join("vmlinuz"), folder.join("initrd.img")))
+}
+
+/// Tells of writes to a file.
+fn watched(file: &Path) -> AsyncFd<std::os::fd::OwnedFd> {
+    let writes = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).unwrap();
+    inotify::add_watch(&writes, file, inotify::WatchFlags::MODIFY).unwrap();
+    // SAFETY: the descriptor is owned by the wrapper and lives as long.
+    unsafe { AsyncFd::register(writes) }.unwrap()
+}
+
+/// Waits until a guest writes to that file; one that has done so just now is not missed for long.
+pub async fn written(file: &Path) {
+    let writes = watched(file);
+    let _ = tokio::time::timeout(std::time::Duration::from_millis(500), writes.readable()).await;
+}
+
 /// A tick of its own: disk, serial log, XML.
 pub struct Tick {
     /// The domain's name.
@@ -91,10 +124,7 @@ impl Tick {
 
     /// Waits until its last whole line is as wanted.
     async fn says(&self, wanted: impl Fn((u32, u32)) -> bool) {
-        let writes = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).unwrap();
-        inotify::add_watch(&writes, &self.serial, inotify::WatchFlags::MODIFY).unwrap();
-        // SAFETY: the descriptor is owned by the wrapper and lives as long.
-        let writes = unsafe { AsyncFd::register(writes) }.unwrap();
+        let writes = watched(&self.serial);
         while !self.counted().is_some_and(&wanted) {
             let written = tokio::time::timeout(PATIENCE, writes.readable()).await;
             let mut written =

@@ -9,3 +9,4 @@ mod snapshots;
 mod snapshots_cut_off;
 mod survival;
 mod system;
+mod whole_machine;

@@ -1,0 +1,152 @@
+//! A Linux guest with UEFI variables, a TPM and an agent: a snapshot holds all of it, and a revert brings all of it back
+//! together. The guest itself says what it finds: the variable that it wrote last, and what its PCR has become.
+
+use crate::common::client::{Client, options};
+use crate::common::guest::lin_files;
+use crate::common::snapshots::{Player, with};
+use crate::common::{Daemon, have, skip};
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+use zbus::Variant;
+
+/// It boots slowly without KVM.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+struct Lin {
+    serial: PathBuf,
+    /// What the PCR is after so many steps.
+    pcrs: HashMap<u32, String>,
+    /// How much of what it said has been looked at.
+    seen: usize,
+}
+
+/// One line of it.
+#[derive(Debug)]
+struct Line {
+    count: u32,
+    variable: u32,
+    pcr: String,
+}
+
+fn line(text: &str) -> Option<Line> {
+    let words: Vec<&str> = text.split_whitespace().collect();
+    let after = |key: &str| words.iter().position(|word| *word == key).and_then(|at| words.get(at + 1)).copied();
+    let pcr = after("PCR").filter(|pcr| pcr.len() == 16)?;
+    Some(Line {
+        count: after("COUNT")?.parse().ok()?,
+        variable: after("VAR")?.parse().unwrap_or_default(),
+        pcr: pcr.to_owned(),
+    })
+}
+
+impl Lin {
+    /// Reads what it has said since, and holds each line to what came before: a variable that is not the last one written,
+    /// or a PCR that is another than it was at that count, is of another time.
+    fn listen(&mut self, begun: &mut bool) -> Option<u32> {
+        let text = std::fs::read_to_string(&self.serial).unwrap_or_default();
+        let whole = text.rfind('\n').map_or(0, |end| end + 1);
+        let new = &text[self.seen.min(whole)..whole];
+        self.seen = whole;
+        let mut last = None;
+        for found in new.lines().filter_map(line) {
+            assert!(!*begun || found.variable + 1 == found.count, "the variable is of another time: {found:?}");
+            let known = self.pcrs.entry(found.count).or_insert_with(|| found.pcr.clone());
+            assert_eq!(*known, found.pcr, "the PCR is of another time at {}", found.count);
+            *begun = true;
+            last = Some(found.count);
+        }
+        last
+    }
+
+    /// Waits until it has counted as wanted.
+    async fn counts(&mut self, wanted: impl Fn(u32) -> bool) -> u32 {
+        let mut begun = true;
+        let waited = tokio::time::timeout(PATIENCE, async {
+            loop {
+                if let Some(count) = self.listen(&mut begun).filter(|count| wanted(*count)) {
+                    return count;
+                }
+                crate::common::guest::written(&self.serial).await;
+            }
+        });
+        waited
+            .await
+            .unwrap_or_else(|_| panic!("it said only: {}", std::fs::read_to_string(&self.serial).unwrap_or_default()))
+    }
+}
+
+fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> String {
+    let (disk, serial) = (folder.join(format!("{name}.qcow2")), folder.join(format!("{name}.serial")));
+    format!(
+        "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><os firmware='efi'>\
+         <firmware><feature enabled='no' name='secure-boot'/></firmware>\
+         <type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>\
+         <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr</cmdline></os>\
+         <features><acpi/></features><devices>\
+         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
+         <target dev='vda' bus='virtio'/></disk>\
+         <serial type='file'><source path='{}'/><target port='0'/></serial>\
+         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+         <tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm></devices></domain>",
+        kernel.display(),
+        initrd.display(),
+        disk.display(),
+        serial.display()
+    )
+}
+
+#[tokio::test]
+async fn variables_tpm_memory_and_disk_go_back_together() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    if !have(&["swtpm", "swtpm_setup", "qemu-img"]) {
+        return;
+    }
+    if !Path::new("/usr/share/qemu/firmware").exists() {
+        return skip("there is no UEFI firmware (Debian has it in ovmf)");
+    }
+    let Some(files) = lin_files() else { return };
+    let disk = daemon.folder().join("whole.qcow2");
+    let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("64M").status();
+    assert!(made.expect("qemu-img").success());
+    let serial = daemon.folder().join("whole.serial");
+    std::fs::write(&serial, "").expect("written");
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&xml("whole", daemon.folder(), &files)).await.expect("defined");
+    let player = Player { domain };
+    player.domain.run("Start").await.expect("started");
+    let mut lin = Lin { serial, pcrs: HashMap::new(), seen: 0 };
+    lin.counts(|count| count >= 4).await;
+
+    // All inside: memory with the TPM in it, the disk, the variables' own image.
+    player.take("whole").await;
+    let document = player.xml("whole").await;
+    assert!(
+        document.contains("<nvram snapshot='internal'/>") && document.contains("<tpm snapshot='memory'/>"),
+        "{document}"
+    );
+    let taken = lin.counts(|_| true).await;
+    lin.counts(|count| count >= taken + 6).await;
+    player.call("whole", "Revert", options([])).await.expect("reverted");
+    lin.counts(|count| count < taken + 5).await;
+    lin.counts(|count| count >= taken + 8).await;
+
+    // Its file systems are frozen for that, and thawed.
+    let quiesce = with([("disk-only", true), ("quiesce", true)]);
+    player.create("<domainsnapshot><name>quiet</name></domainsnapshot>", quiesce).await.expect("taken");
+    let now = lin.counts(|_| true).await;
+    lin.counts(|count| count >= now + 3).await;
+    player.call("quiet", "Delete", options([])).await.expect("deleted");
+
+    // From power off, in a new process.
+    player.domain.run("Destroy").await.expect("destroyed");
+    lin.listen(&mut true);
+    player.call("whole", "Revert", options([])).await.expect("reverted");
+    lin.counts(|count| count < taken + 5).await;
+    lin.counts(|count| count >= taken + 6).await;
+
+    player.domain.run("Destroy").await.expect("destroyed");
+    let nvram = options([("nvram", Variant::from(true)), ("snapshots-metadata", Variant::from(true))]);
+    player.domain.call("Undefine", &(nvram,)).await.expect("undefined");
+}
