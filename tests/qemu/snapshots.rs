@@ -202,3 +202,126 @@ async fn an_edit_that_breaks_the_guests_abi_is_refused_and_forced() {
     assert!(player.domain.xml().await.contains("<memory unit='KiB'>16384"));
     assert!(!player.domain.property::<bool>("ConfigChanged").await);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_that_fills_up_leaves_everything_as_it_was() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let Some(tick) = Tick::new(&daemon, "full", "") else { return };
+    let room = daemon.folder().join("room");
+    std::fs::create_dir(&room).expect("a folder");
+    let mounted = daemon.inside("mount").args(["-t", "tmpfs", "-o", "size=48m", "none"]).arg(&room).status();
+    assert!(mounted.expect("mount").success());
+    let disk = room.join("full.qcow2");
+    assert!(daemon.inside("cp").arg(&tick.disk).arg(&disk).status().expect("cp").success());
+    let client = Client { connection: daemon.connect().await };
+    let xml = tick.xml.replace(&*tick.disk.to_string_lossy(), &disk.to_string_lossy());
+    let player = Player { domain: client.define(&xml).await.expect("defined") };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    let filler = room.join("filler");
+    let fill = format!("dd if=/dev/zero of={} bs=64k 2>/dev/null", filler.display());
+    let internal = "<domainsnapshot><name>new</name></domainsnapshot>".to_owned();
+    let external = format!(
+        "<domainsnapshot><name>new</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+        room.join("memory").display()
+    );
+    for xml in [internal, external] {
+        // When all has been checked and the guest stands.
+        daemon.at_step(3, &fill);
+        let (name, why) = player.create(&xml, options([])).await.expect_err("no room");
+        assert!(daemon.step_came());
+        assert!(name.ends_with("NoSpace") || name.ends_with("HypervisorFailed"), "{name}: {why}");
+        assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 0);
+        assert_eq!(player.domain.state().await.0, "running");
+        tick.goes_on().await;
+        assert!(daemon.inside("rm").arg(&filler).status().expect("rm").success());
+        let listed = daemon.inside("ls").arg(&room).output().expect("ls");
+        assert_eq!(String::from_utf8_lossy(&listed.stdout).trim(), "full.qcow2", "nothing is left");
+    }
+    // With nothing free it is not even begun.
+    assert!(!daemon.inside("sh").args(["-c", &fill]).status().expect("sh").success());
+    let (name, why) = player.create("<domainsnapshot/>", options([])).await.expect_err("no room");
+    assert!(name.ends_with("NoSpace") && why.contains("MiB are needed"), "{name}: {why}");
+    assert!(daemon.inside("rm").arg(&filler).status().expect("rm").success());
+    player.take("now").await;
+    tick.goes_on().await;
+    player.domain.run("Destroy").await.expect("destroyed");
+    let checked = daemon.inside("qemu-img").args(["check", "-q"]).arg(&disk).status().expect("qemu-img");
+    assert!(matches!(checked.code(), Some(0 | 3)), "{checked}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_cancelled_leaves_nothing() {
+    let Some((daemon, player, tick)) = tick("cancelled").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    let file = tick.disk.with_extension("memory");
+    let external = format!(
+        "<domainsnapshot><name>out</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+        file.display()
+    );
+    for xml in ["<domainsnapshot><name>in</name></domainsnapshot>", &external] {
+        // It waits there for as long as it takes to be cancelled.
+        daemon.at_step(3, "sleep 1");
+        let reply = player.domain.call("CreateSnapshot", &(xml, with([("no-wait", true)]))).await.expect("accepted");
+        let (_, job): (zbus::OwnedObjectPath, zbus::OwnedObjectPath) = reply.body().deserialize().expect("oo");
+        let mut watch = player.domain.client.watch().await;
+        player.domain.client.call(job.as_str(), "org.virt.Job.Cancel", &()).await.expect("asked");
+        while player.domain.client.property::<String>(job.as_str(), "org.virt.Job", "State").await == "running" {
+            watch.next().await;
+        }
+        let state: String = player.domain.client.property(job.as_str(), "org.virt.Job", "State").await;
+        assert_eq!(state, "cancelled", "{xml}");
+        assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 0);
+        tick.goes_on().await;
+        assert_eq!(player.domain.state().await.0, "running");
+        assert!(inside(&tick.disk).is_empty());
+        assert_eq!(beside(&tick.disk), std::slice::from_ref(&tick.disk));
+    }
+}
+
+#[tokio::test]
+async fn the_other_ways_to_take_one() {
+    let Some((_daemon, player, tick)) = tick("ways").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    // Without a record.
+    let bare = with([("no-metadata", true), ("disk-only", true)]);
+    let path = player.create("<domainsnapshot><name>bare</name></domainsnapshot>", bare).await.expect("taken");
+    assert_eq!((path.as_str(), player.domain.property::<u32>("SnapshotCount").await), ("/", 0));
+    assert!(player.domain.xml().await.contains("ways.bare"));
+    // On an overlay that the caller has made.
+    let own = tick.disk.with_file_name("ways.own");
+    let base = tick.disk.with_file_name("ways.bare");
+    let status = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-u", "-b"])
+        .args([&base, &own])
+        .arg("1M")
+        .status();
+    assert!(status.expect("qemu-img").success());
+    let xml = format!(
+        "<domainsnapshot><name>reused</name><disks><disk name='vda'><source file='{}'/></disk></disks></domainsnapshot>",
+        own.display()
+    );
+    player.create(&xml, with([("disk-only", true), ("reuse-external", true)])).await.expect("taken");
+    tick.goes_on().await;
+    // While it runs, but for the end.
+    let memory = tick.disk.with_extension("live-memory");
+    let xml = format!("<domainsnapshot><name>live</name><memory file='{}'/></domainsnapshot>", memory.display());
+    player.create(&xml, with([("live", true)])).await.expect("taken");
+    tick.goes_on().await;
+    // A disk that the caller copies: the guest is left standing.
+    let manual =
+        "<domainsnapshot><name>manual</name><disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>";
+    player.create(manual, with([("disk-only", true)])).await.expect("taken");
+    assert_eq!(player.domain.state().await.0, "paused");
+    player.domain.bare("Resume").await.expect("resumed");
+    // And off.
+    let mut watch = player.domain.client.watch().await;
+    player.create("<domainsnapshot><name>last</name></domainsnapshot>", with([("halt", true)])).await.expect("taken");
+    let events = watch.until(&player.domain.path, "stopped from-snapshot").await;
+    assert_eq!(events, ["suspended paused", "stopped from-snapshot"]);
+    assert_eq!(player.domain.state().await, ("shutoff".to_owned(), "from-snapshot".to_owned()));
+    player.call("last", "Revert", options([])).await.expect("reverted");
+    tick.goes_on().await;
+}

@@ -169,7 +169,9 @@ impl Operation {
 
     pub(super) async fn create(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
         let external = pairs(&self.machine.def, &wish.disks).any(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
-        if external || matches!(wish.memory, MemoryMode::External(_)) {
+        // Of a running guest nothing is inside an image without its memory.
+        let by_hand = self.body.is_some() && wish.memory == MemoryMode::No;
+        if external || by_hand || matches!(wish.memory, MemoryMode::External(_)) {
             return self.create_external(wish, journal).await;
         }
         self.create_internal(wish, journal).await
@@ -478,6 +480,9 @@ impl Operation {
                     let data = json!({ "device": node, "name": note.name });
                     actions.push(json!({ "type": "blockdev-snapshot-internal-sync", "data": data }));
                 }
+            }
+            if actions.is_empty() {
+                return Ok(());
             }
             body.patiently("transaction", json!({ "actions": actions })).await.map(drop)
         };
