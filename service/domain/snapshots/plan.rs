@@ -171,11 +171,9 @@ impl Domain {
             whys.push(match *risk {
                 ABI_CHANGED => {
                     let all: Vec<String> = plan.differences.iter().map(ToString::to_string).collect();
-                    let count = all.len();
-                    format!(
-                        "{ABI_CHANGED}: the guest would find its machine changed in {count} places: {}",
-                        all.join("; ")
-                    )
+                    let places = if all.len() == 1 { "one place".to_owned() } else { format!("{} places", all.len()) };
+                    let all = all.join("; ");
+                    format!("{ABI_CHANGED}: the guest would find its machine changed in {places}: {all}")
                 }
                 NEW_PROCESS => {
                     format!("{NEW_PROCESS}: its hypervisor process ends, and with it displays and connections")
