@@ -52,7 +52,8 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     while under_way.join_next().await.is_some() {}
     for (uuid, intent) in cut_off {
         let Some(domain) = shared.registry.get(uuid) else { continue };
-        if let Err(e) = domain.recover_snapshots(intent).await {
+        // Boxed: what may have to be done is much, and rarely is.
+        if let Err(e) = Box::pin(domain.recover_snapshots(intent)).await {
             tracing::error!(%uuid, name = domain.name(), "{e}; it is tried again at the next start of virtd");
         }
     }

@@ -15,6 +15,7 @@ use virt_service::error::Error;
 use virt_service::events::{DomainFacts, Event};
 use virt_service::job::JobState;
 use virt_service::{Affect, Callers, Domain, Limits, Paths, Service, Settings, StartOptions, UndefineOptions};
+use virt_service::{CreateOptions, Force, RevertOptions};
 
 /// Says yes, unless told to say no; remembers the questions.
 #[derive(Default)]
@@ -92,7 +93,7 @@ impl World {
                 Event::Domain(facts, events) => story(&facts, &events, ""),
                 Event::DomainGone(facts, events) => story(&facts, &events, " gone"),
                 Event::Job(facts) => format!("job {}", facts.state.as_str()),
-                Event::JobGone(_) | Event::Flush(_) => continue,
+                Event::Snapshot(_) | Event::SnapshotGone(_) | Event::JobGone(_) | Event::Flush(_) => continue,
             });
         }
         told
@@ -117,6 +118,45 @@ fn story(facts: &DomainFacts, events: &[virt_model::state::Lifecycle], end: &str
 
 fn xml(name: &str, extra: &str) -> String {
     format!("<domain type='test'><name>{name}</name><memory>1024</memory><os><type>hvm</type></os>{extra}</domain>")
+}
+
+/// A guest that has panicked has nothing to lose; one that sleeps is never loaded in place.
+#[tokio::test]
+async fn reverts_of_guests_that_sleep_or_have_panicked() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let disk = "<on_crash>preserve</on_crash><devices><disk type='file'><driver name='qemu' type='qcow2'/>\
+                <source file='/images/web.qcow2'/><target dev='vda' bus='virtio'/></disk></devices>";
+    let domain = world.service.define(&world.alice(), &xml("web", disk), false).await.expect("defined");
+    world.start(&domain).await.unwrap();
+    let (alice, document) = (world.alice(), "<domainsnapshot><name>on</name></domainsnapshot>");
+    let (name, ticket) = domain.create_snapshot(&alice, document, CreateOptions::default()).await.unwrap();
+    ticket.done().await.unwrap();
+    let name = name.unwrap();
+    let force = |force| RevertOptions { force, ..RevertOptions::default() };
+    let story = ["stopped from-snapshot", "started from-snapshot", "resumed from-snapshot", "defined from-snapshot"];
+
+    world.driver.guest(domain.uuid()).unwrap().panic();
+    world.until("crashed panicked").await;
+    let plan = domain.check_revert(&alice, &name, &force(Force::No)).await.unwrap().unwrap();
+    assert!(plan.risks.is_empty());
+    assert_eq!(plan.events.iter().map(ToString::to_string).collect::<Vec<_>>(), story);
+    domain.revert(&alice, &name, force(Force::No)).await.unwrap().done().await.unwrap();
+    assert_eq!(domain.facts().state, DomainState::Running);
+
+    world.driver.guest(domain.uuid()).unwrap().fall_asleep();
+    world.until("pmsuspended memory").await;
+    let refused = domain.create_snapshot(&alice, "<domainsnapshot/>", CreateOptions::default()).await;
+    assert!(matches!(refused, Err(Error::OperationUnsupported(_))));
+    let refused = domain.revert(&alice, &name, force(Force::No)).await;
+    assert!(matches!(refused, Err(Error::RevertRisky(why)) if why.contains("new-process")));
+    world.told();
+    domain.revert(&alice, &name, force(Force::All)).await.unwrap().done().await.unwrap();
+    let told = world.told().join("; ");
+    let mut rest = told.as_str();
+    for event in story {
+        rest = rest.split_once(event).unwrap_or_else(|| panic!("no '{event}' in order: {told}")).1;
+    }
 }
 
 #[tokio::test]
