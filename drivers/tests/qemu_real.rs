@@ -167,6 +167,7 @@ async fn this_hosts_qemu_takes_every_command_line() {
             build(&def, &caps, &place(folder)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
         if let Some(nvram) = &command.nvram {
             let (template, from) = nvram.template.as_ref().unwrap();
+            std::fs::create_dir_all(nvram.path.parent().unwrap()).unwrap();
             let (from_to, path) = (["convert", "-f", from, "-O", &nvram.format], nvram.path.to_str().unwrap());
             image(&[&from_to[..], &[template.to_str().unwrap(), path]].concat());
         }
