@@ -1,6 +1,6 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
-use super::{Domain, Guest, State};
+use super::{Domain, Guest, Reports, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Held, Job, Ticket, lock};
@@ -244,7 +244,8 @@ impl Domain {
         if let Err(e) = kept.await {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
-        let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None };
+        let (asks, asked) = mpsc::unbounded_channel();
+        let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None, asks };
         self.commit(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
@@ -253,7 +254,7 @@ impl Domain {
             state.compare_configs();
             told.events()
         });
-        tokio::spawn(self.clone().follow(id, reports));
+        tokio::spawn(self.clone().follow(id, Reports { reports, asks: asked }));
         if told.options.autodestroy {
             self.end_when_gone(id, caller.departed.clone());
         }

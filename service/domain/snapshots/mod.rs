@@ -311,6 +311,8 @@ impl Domain {
         turn.rename(job.label(operation));
         job.running();
         let done = work(self.clone(), job.clone()).await;
+        // Where the guest stood for it and went on, that is told before the answer.
+        self.all_told().await;
         drop(turn);
         done
     }

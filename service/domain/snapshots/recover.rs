@@ -2,6 +2,7 @@
 
 use super::{Domain, DomainJournal, Kept};
 use crate::error::{Error, Result};
+use crate::job::lock;
 use crate::shared::virtd_itself;
 use crate::store::{Deed, Intent, Record};
 use std::sync::Arc;
@@ -26,6 +27,7 @@ impl Domain {
             None => Recovered::Undone { story: "nothing had been changed".to_owned() },
         };
         let story = self.follow_up(intent.deed, recovered, &journal).await?;
+        self.all_told().await;
         tracing::warn!(uuid = %self.uuid, name = self.name(), "{what} was cut off when virtd ended: {story}");
         Ok(())
     }
@@ -106,9 +108,10 @@ impl Domain {
         let running = self.guest();
         let story = match (active, running) {
             (Some(paused), Ok(guest)) if in_place => {
-                if !paused {
-                    guest.instance.resume().await.map_err(|e| self.not_reverted(name, e))?;
-                }
+                lock(&self.state).mute();
+                let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
+                self.unmuted(false).await;
+                resumed.map_err(|e| self.not_reverted(name, e))?;
                 "the guest has been loaded"
             }
             (_, Ok(_)) => "its guest had been started",

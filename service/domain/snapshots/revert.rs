@@ -138,22 +138,18 @@ impl Domain {
             Ok::<_, DriverError>(())
         };
         if let Err(e) = loaded.await {
-            self.unmuted(StateReason::FromSnapshot, was_running, DomainState::Paused).await;
+            self.unmuted(was_running).await;
             journal.end_after_failure().await;
             return Err(self.not_reverted(&def.name, e));
         }
         let reverted = in_process(kept, machine);
         let def = self.keep_reverted(def.clone(), &reverted, journal).await?;
         let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
-        let (now, failed) = match resumed {
-            Ok(()) if paused => (DomainState::Paused, None),
-            Ok(()) => (DomainState::Running, None),
-            Err(e) => (DomainState::Paused, Some(self.not_reverted(&def.name, e))),
-        };
-        self.unmuted(StateReason::FromSnapshot, was_running, now).await;
+        self.unmuted(was_running).await;
         self.relabel(&def).await?;
+        let name = def.name.clone();
         self.reverted(def, &reverted, journal).await?;
-        failed.map_or(Ok(()), Err)
+        resumed.map_err(|e| self.not_reverted(&name, e))
     }
 
     async fn driver_load(
@@ -279,20 +275,16 @@ impl Domain {
         Ok(())
     }
 
-    /// The hypervisor's reports count again; the guest is `now` so, which is told if it is news.
-    async fn unmuted(&self, reason: StateReason, was_running: bool, now: DomainState) {
-        let Ok(guest) = self.guest() else {
-            lock(&self.state).muted = None;
-            return;
-        };
-        self.until(|state| !state.runs(guest.id) || state.muted.is_none_or(|seen| seen == now)).await;
-        let since_usec = now_usec();
-        self.keep_status(guest.id, now, reason, since_usec).await;
+    /// The hypervisor's reports count again: what they came to is told, if it is news.
+    pub(super) async fn unmuted(&self, was_running: bool) {
+        self.all_told().await;
+        let (reason, since_usec) = (StateReason::FromSnapshot, now_usec());
+        let seen = lock(&self.state).muted;
+        if let (Some(now), Ok(guest)) = (seen, self.guest()) {
+            self.keep_status(guest.id, now, reason, since_usec).await;
+        }
         self.commit(|state| {
-            state.muted = None;
-            if !state.runs(guest.id) {
-                return Vec::new();
-            }
+            let (Some(now), true) = (state.muted.take(), state.guest.is_some()) else { return Vec::new() };
             state.state = now;
             state.reason = reason;
             state.since_usec = since_usec;
