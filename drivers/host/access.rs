@@ -108,6 +108,28 @@ impl Ledger {
         lent
     }
 
+    /// The same for files that a running guest needs in addition: what it was lent before stays so in any case.
+    pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
+        let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
+        for want in wants {
+            survey.collect(want, None)?;
+        }
+        let needs = survey.needs;
+        let held = |loan: &Loan| loan.holders.contains_key(&guest);
+        let before: BTreeSet<(u64, u64)> =
+            self.lock().loans.iter().filter(|loan| held(loan)).map(|loan| (loan.dev, loan.ino)).collect();
+        let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
+        if lent.is_err() {
+            let mut books = self.lock();
+            let new = books.loans.iter_mut().filter(|loan| !before.contains(&(loan.dev, loan.ino)));
+            new.for_each(|loan| _ = loan.holders.remove(&guest));
+            if let Err(error) = self.settle(&mut books) {
+                tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
+            }
+        }
+        lent
+    }
+
     /// Takes back what `guest` was lent. What cannot be taken back is logged and kept in the ledger.
     pub fn give_back(&self, guest: Uuid) {
         let mine = |loan: &&Loan| loan.holders.contains_key(&guest);

@@ -417,7 +417,7 @@ impl Source {
     }
 }
 
-fn want(file: &super::command::HostFile) -> Want {
+pub fn want(file: &super::command::HostFile) -> Want {
     Want { path: file.path.clone(), write: file.write, backing: file.backing }
 }
 

@@ -18,6 +18,7 @@ mod launch;
 mod live;
 mod log;
 mod make;
+mod media;
 mod qmp;
 mod record;
 mod report;
@@ -229,6 +230,29 @@ impl Driver for QemuDriver {
         let made = taken.await.unwrap_or_else(|_| Err(DriverError::Internal("the start was cut off".into())));
         given_up.disarm();
         made?.accept()
+    }
+
+    async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
+        let any: &dyn std::any::Any = guest;
+        let ours = any.downcast_ref::<QemuInstance>();
+        let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
+        let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
+        let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
+        let caps = self.capabilities_for(def).await;
+        let findings = check::check(def, &caps);
+        if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
+            return Err(DriverError::Config(findings));
+        }
+        let user = self.user().await?;
+        let lend = async |files: Vec<command::HostFile>| match user {
+            None => Ok(()),
+            Some((user, ledger)) => {
+                let wants = files.iter().map(launch::want).collect::<Vec<_>>();
+                let guest = def.uuid;
+                blocking(move || ledger.lend_more(&user, guest, &wants)).await?
+            }
+        };
+        media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

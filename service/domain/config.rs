@@ -306,7 +306,7 @@ impl Domain {
     }
 
     /// The definitions a change is for: live, stored.
-    fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
+    pub(super) fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
         let (live, stored) = self.configurations();
         if affect.live && live.is_none() {
             return Err(self.not_active(&format!("something to {deed} in what runs")));

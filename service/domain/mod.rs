@@ -6,6 +6,7 @@
 mod can;
 mod config;
 mod lifecycle;
+mod media;
 mod snapshots;
 
 pub use config::{Affect, UndefineOptions};

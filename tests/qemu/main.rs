@@ -4,6 +4,7 @@
 mod common;
 
 mod lifecycle;
+mod media;
 mod revert_matrix;
 mod snapshots;
 mod snapshots_cut_off;

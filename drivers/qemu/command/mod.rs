@@ -39,7 +39,7 @@ pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
 pub use controller::usb_device;
-pub use disk::{known_format, overlay_nodes, wwn};
+pub use disk::{Medium, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
 pub use memory::memory_device;
 pub use misc::input_device;
