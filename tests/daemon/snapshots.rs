@@ -266,70 +266,8 @@ async fn a_revert_names_its_risks_and_does_what_was_planned() {
     assert_eq!(player.domain.state().await, ("shutoff".to_owned(), "from-snapshot".to_owned()));
 }
 
-/// A tree as it should be: names in order, each with its parent, and the current one.
-#[derive(Default)]
-struct Model {
-    order: Vec<String>,
-    parents: HashMap<String, Option<String>>,
-    current: Option<String>,
-}
-
-impl Model {
-    fn below(&self, name: &str) -> Vec<String> {
-        let children = self.order.iter().filter(|one| self.parents[*one].as_deref() == Some(name));
-        children.flat_map(|child| [self.below(child), vec![child.clone()]].concat()).collect()
-    }
-
-    fn remove(&mut self, name: &str) {
-        let parent = self.parents.remove(name).flatten();
-        self.order.retain(|one| one != name);
-        self.parents.values_mut().filter(|p| p.as_deref() == Some(name)).for_each(|p| p.clone_from(&parent));
-        if self.current.as_deref() == Some(name) {
-            self.current = parent;
-        }
-    }
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn two_hundred_in_one_tree_come_and_go_in_any_order() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let player = player(&daemon).await;
-    let mut model = Model::default();
-    // The same dice each time.
-    let mut dice = 12_345_u64;
-    let mut roll = |sides: usize| {
-        dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (dice >> 33) as usize % sides
-    };
-    for number in 0..200 {
-        let name = format!("s{number}");
-        player.take(&name).await;
-        model.parents.insert(name.clone(), model.current.replace(name.clone()));
-        model.order.push(name);
-        if roll(4) == 0 {
-            let back = model.order[roll(model.order.len())].clone();
-            player.call(&back, "Revert", options([])).await.expect("reverted");
-            model.current = Some(back);
-        }
-    }
-    let paths: Vec<String> = model.order.iter().map(|name| player.path(name)).collect();
-    assert_eq!(player.list(options([])).await, paths);
-    while !model.order.is_empty() {
-        let name = model.order[roll(model.order.len())].clone();
-        let (key, mut doomed) = match roll(6) {
-            0 => ("children", [model.below(&name), vec![name.clone()]].concat()),
-            1 => ("children-only", model.below(&name)),
-            _ => ("no-wait", vec![name.clone()]),
-        };
-        player.call(&name, "Delete", with([(key, key != "no-wait")])).await.expect("deleted");
-        doomed.drain(..).for_each(|one| model.remove(&one));
-        let current = model.current.as_ref().map_or_else(|| "/".to_owned(), |name| player.path(name));
-        assert_eq!(player.current().await, current);
-        let paths: Vec<String> = model.order.iter().map(|name| player.path(name)).collect();
-        assert_eq!(player.list(options([])).await, paths);
-        if let Some(name) = model.order.get(roll(model.order.len().max(1))) {
-            let parent = model.parents[name].as_ref().map_or_else(|| "/".to_owned(), |parent| player.path(parent));
-            assert_eq!(player.get::<ObjectPath<'static>>(name, "Parent").await.as_str(), parent);
-        }
-    }
+    player(&daemon).await.grows_and_shrinks(200).await;
 }
