@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use virt_model::device::chardev::CharKind;
 use virt_model::domain::DomainDef;
@@ -15,6 +15,9 @@ const CHANNEL: &str = "org.qemu.guest_agent.0";
 const HELLO: Duration = Duration::from_secs(5);
 /// How long it may take to freeze: every file system is written out first.
 const FREEZE: Duration = Duration::from_secs(60);
+
+/// The longest answer that is listened to, in bytes: whoever is in the guest decides how much is said.
+const LONGEST: u64 = 1 << 20;
 
 /// An agent that answers.
 pub struct Agent(BufReader<UnixStream>);
@@ -82,9 +85,16 @@ impl Agent {
     async fn answer(&mut self) -> Result<Value, DriverError> {
         loop {
             let mut line = Vec::new();
-            let read = self.0.read_until(b'\n', &mut line).await;
-            if read.map_err(|e| gone(format!("the guest agent cannot be heard: {e}")))? == 0 {
-                return Err(gone("the guest agent has gone".to_owned()));
+            let read = (&mut self.0).take(LONGEST).read_until(b'\n', &mut line).await;
+            match read.map_err(|e| gone(format!("the guest agent cannot be heard: {e}")))? {
+                0 => return Err(gone("the guest agent has gone".to_owned())),
+                _ if line.ends_with(b"\n") => {}
+                bytes if bytes as u64 == LONGEST => {
+                    return Err(gone(format!(
+                        "the guest agent said {LONGEST} bytes without an end: look after qemu-guest-agent in the guest"
+                    )));
+                }
+                _ => return Err(gone("the guest agent has gone in the midst of an answer".to_owned())),
             }
             let text: Vec<u8> = line.into_iter().filter(|byte| *byte != 0xff).collect();
             if let Ok(answer) = serde_json::from_slice(&text) {
@@ -96,4 +106,18 @@ impl Agent {
 
 fn gone(why: String) -> DriverError {
     DriverError::AgentUnavailable(why)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_answer_without_an_end_is_given_up() {
+        let (ours, mut guests) = UnixStream::pair().unwrap();
+        let babble = tokio::spawn(async move { while guests.write_all(&[b'x'; 64 << 10]).await.is_ok() {} });
+        let why = Agent(BufReader::new(ours)).answer().await.unwrap_err().to_string();
+        assert!(why.contains("without an end"), "{why}");
+        babble.await.unwrap();
+    }
 }
