@@ -149,13 +149,14 @@ impl Disk {
         self.source.as_ref().is_none_or(DiskSource::is_empty)
     }
 
-    /// From now on its writes go to an overlay, and what it was is the layer below.
+    /// From now on its writes go to an overlay, and what it was is the layer below. Of what is below that no more is said
+    /// than was said before: a chain that the document leaves to the image's header stays there.
     pub fn stand_on(&mut self, overlay: &std::path::Path, block: bool, format: &str) {
         let below = BackingStore {
             kind: Some(self.kind()),
             format: self.format().map(|name| StoreFormat { name: name.to_owned(), ..StoreFormat::default() }),
             source: self.source.take(),
-            backing: self.backing.take().or_else(|| Some(Box::default())),
+            backing: self.backing.take(),
             ..BackingStore::default()
         };
         self.backing = Some(Box::new(below));
