@@ -39,7 +39,7 @@ pub struct ImageInfo {
 }
 
 /// A snapshot inside an image.
-#[derive(Clone, Debug, Default, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct InnerSnapshot {
     /// Its number in the image.
@@ -85,9 +85,14 @@ impl Images {
         self.snapshot("take a snapshot in", "-c", path, name)
     }
 
-    /// Brings an image to a snapshot inside it.
+    /// Brings an image to a snapshot inside it. By its number: where a name is asked for, another's number that reads the
+    /// same comes first.
     pub fn apply(&self, path: &Path, name: &str) -> Result<(), DriverError> {
-        self.snapshot("revert", "-a", path, name)
+        let inner = self.info(path, "qcow2")?.snapshots.into_iter().find(|inner| inner.name == name);
+        let inner = inner.ok_or_else(|| {
+            DriverError::Storage(format!("{} does not hold the snapshot '{name}' any more", path.display()))
+        })?;
+        self.snapshot("revert", "-a", path, &inner.id)
     }
 
     /// Removes a snapshot from an image; one that is not there is fine.

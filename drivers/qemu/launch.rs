@@ -404,7 +404,9 @@ impl Source {
     async fn load(&self, line: &Line) -> Result<(), DriverError> {
         match self {
             Source::Images { name, images } => {
-                let nodes = Nodes::ask(line).await?.of_images(images)?;
+                let nodes = Nodes::ask(line).await?;
+                nodes.unmistakable(name, images)?;
+                let nodes = nodes.of_images(images)?;
                 let arguments = json!({ "tag": name, "vmstate": nodes.first(), "devices": nodes });
                 line.job("snapshot-load", "virtd-snapshot-load", arguments, None).await
             }

@@ -29,6 +29,13 @@ pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
     }
 }
 
+/// Makes a file, where nothing is, that only we may open. `wary`: as root among others.
+pub fn new_file(path: &Path, wary: bool) -> io::Result<File> {
+    let place = Place::resolve(path, wary)?;
+    // Where a link is, something is.
+    File::options().write(true).create_new(true).mode(0o600).open(place.path())
+}
+
 /// Makes a folder, where nothing is, that only `user` (we, if `None`) may enter; and the folders on the way to it.
 pub fn folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
     if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
@@ -89,19 +96,24 @@ pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), 
     }
 }
 
-/// Opens a template, which is a plain file; anything else could keep us waiting.
+/// Opens a template, which is a plain file of some size.
 fn open_template(template: &Path, wary: bool) -> io::Result<File> {
-    let found = Found::resolve(template)?;
-    if let Some(why) = found.objection(None).filter(|_| wary) {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    }
-    let file = match found.kind() {
-        rustix::fs::FileType::RegularFile => File::open(through(&found.fd))?,
-        _ => return Err(io::Error::new(io::ErrorKind::InvalidInput, "a template is a plain file")),
-    };
+    let file = open_plain(template, wary)?;
     match file.metadata()?.len() {
         0..=MAX_TEMPLATE => Ok(file),
         size => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{size} bytes are no firmware variables"))),
+    }
+}
+
+/// Opens a plain file to be read; anything else could keep us waiting. `wary`: as root among others.
+pub fn open_plain(path: &Path, wary: bool) -> io::Result<File> {
+    let found = Found::resolve(path)?;
+    if let Some(why) = found.objection(None).filter(|_| wary) {
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+    }
+    match found.kind() {
+        rustix::fs::FileType::RegularFile => File::open(through(&found.fd)),
+        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file")),
     }
 }
 
@@ -157,6 +169,14 @@ pub fn remove(path: &Path, wary: bool) -> Result<(), DriverError> {
     removed.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
 }
 
+/// Removes a file, never a folder; what is not there is fine.
+pub fn remove_file(path: &Path, wary: bool) -> Result<(), DriverError> {
+    match Place::resolve(path, wary).and_then(|place| std::fs::remove_file(place.path())) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display()))),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,7 +211,7 @@ mod tests {
             variables(&nvram, false, None).map_err(|e| e.to_string())
         };
         // Of the first, nobody ever opens the other end.
-        assert!(make("fifo").unwrap_err().contains("fifo: a template is a plain file"));
+        assert!(make("fifo").unwrap_err().contains("fifo: it is no plain file"));
         assert!(make("large").unwrap_err().contains("bytes"));
         make("good").unwrap();
         assert_eq!(std::fs::read_to_string(at("vars/own")).unwrap(), "variables");

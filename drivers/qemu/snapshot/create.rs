@@ -3,12 +3,13 @@
 use super::super::instance::Body;
 use super::super::make;
 use super::agent::{Agent, socket};
-use super::nodes::Nodes;
+use super::files::{RESERVE, beside, check_free_place, check_space, finished, make_empty, stored};
+use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
+use super::revert::UNDO;
 use super::{Image, Operation, cannot, pairs, parts};
+use crate::host::image::{Images, InnerSnapshot};
 use serde_json::json;
-use std::fs::File;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::disk::{DiskDevice, DiskKind};
@@ -16,9 +17,7 @@ use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     Capture, CreatePlan, DiskMode, FileChange, FileFate, Journal, MemoryMode, Taken, Wish,
 };
-
-/// What must be free beside what is counted, in bytes.
-const RESERVE: u64 = 16 << 20;
+use virt_model::xml::{Finding, FindingKind};
 
 impl Operation {
     pub(super) async fn check_create(&self, wish: &Wish) -> Result<CreatePlan, DriverError> {
@@ -96,36 +95,49 @@ impl Operation {
 
     /// A name that an image holds already would be two snapshots' afterwards.
     async fn check_names(&self, wish: &Wish) -> Result<(), DriverError> {
-        for (image, names) in self.names_in_images(wish).await? {
-            if names.contains(&wish.name) {
+        let name = &wish.name;
+        if name.starts_with(UNDO) {
+            return Err(bad_name(format!(
+                "a snapshot's name cannot begin with '{UNDO}', which names what reverts keep"
+            )));
+        }
+        let inside = !super::internal_images(&self.machine.def, &wish.disks, false).is_empty()
+            || self.record(wish).nvram == Some(Part::Internal);
+        if inside && may_be_number(name) {
+            return Err(bad_name(format!(
+                "'{name}' reads like the number of a snapshot in an image, which QEMU and its tools would take for it; \
+                 choose a name with a letter"
+            )));
+        }
+        for (image, inner) in self.held_in_images(wish).await? {
+            if inside {
+                unmistakable(name, &image, &inner)?;
+            }
+            if inner.iter().any(|inner| inner.name == *name) {
                 let image = image.display();
                 return Err(DriverError::SnapshotExists(format!(
-                    "{image} holds a snapshot '{}' that no record tells of; choose another name, or remove it with \
-                     qemu-img",
-                    wish.name
+                    "{image} holds a snapshot '{name}' that no record tells of; choose another name, or remove it with \
+                     qemu-img"
                 )));
             }
         }
         Ok(())
     }
 
-    async fn names_in_images(&self, wish: &Wish) -> Result<Vec<(Image, Vec<String>)>, DriverError> {
+    async fn held_in_images(&self, wish: &Wish) -> Result<Vec<(Image, Vec<InnerSnapshot>)>, DriverError> {
         let images = super::internal_images(&self.machine.def, &wish.disks, true);
         match &self.body {
             Some(body) => {
                 let nodes = Nodes::of(body).await?;
-                let names = |image: &Image| nodes.image(image, "qcow2").map(|node| node.snapshots.clone());
-                Ok(images.iter().filter_map(|image| Some((image.clone(), names(image)?))).collect())
+                let inner = |image: &Image| nodes.image(image, "qcow2").map(|node| node.snapshots.clone());
+                Ok(images.iter().filter_map(|image| Some((image.clone(), inner(image)?))).collect())
             }
             None => {
                 let there: Vec<Image> = images.into_iter().filter(|image| image.exists()).collect();
                 let files = there.iter().map(|image| (image.clone(), false)).collect();
                 let told = self.with_lent(files, move |images| {
-                    let told = there.into_iter().map(|image| {
-                        let names = images.info(&image, "qcow2")?.snapshots.into_iter().map(|inner| inner.name);
-                        Ok((image, names.collect()))
-                    });
-                    told.collect()
+                    let inner = |image: &Image| Ok(images.info(image, "qcow2")?.snapshots);
+                    there.into_iter().map(|image| inner(&image).map(|inner| (image, inner))).collect()
                 });
                 told.await
             }
@@ -228,7 +240,7 @@ impl Operation {
 
     async fn copy_all(&self, copies: Vec<(PathBuf, PathBuf)>, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         for (from, to) in copies {
-            self.with_images(move |_| parts::copy(&from, &to)).await?;
+            self.with_images(move |images| parts::copy(&from, &to, images.user.is_some())).await?;
             journal.step("copied");
         }
         Ok(())
@@ -303,7 +315,7 @@ impl Operation {
         let mut holders = Vec::new();
         for image in images {
             match nodes.image(image, "qcow2") {
-                Some(node) if node.snapshots.iter().any(|inner| inner == name) => holders.push(node.name.clone()),
+                Some(node) if node.snapshots.iter().any(|inner| inner.name == name) => holders.push(node.name.clone()),
                 Some(_) => {}
                 None if must_be_open => {
                     let image = image.display();
@@ -330,7 +342,7 @@ impl Operation {
             frozen: wish.quiesce,
             overlays: self.overlays(wish)?,
             memory: match &wish.memory {
-                MemoryMode::External(path) => Some((path.with_extension("virtd-new"), path.clone())),
+                MemoryMode::External(path) => Some((beside(path), path.clone())),
                 _ => None,
             },
             copies: copies.iter().map(|(_, to)| to.clone()).collect(),
@@ -373,14 +385,17 @@ impl Operation {
                 body.patiently("stop", json!({})).await?;
                 journal.step("stopped");
             }
-            let target = part.clone();
-            let memory = self.with_images(move |_| new_file(&target)).await?;
+            let (target, shown) = (part.clone(), part.clone());
+            let new_file = move |images: &Arc<Images>| make::new_file(&target, images.user.is_some());
+            let memory = self.with_images(move |images| new_file(images).map_err(|e| stored(&shown, &e))).await?;
             body.line()?.write_memory(memory, journal).await?;
-            self.with_images(move |_| finished(&part, &file)).await?;
+            self.with_images(move |images| finished(&part, &file, images.user.is_some())).await?;
             journal.step("memory");
         }
         self.copy_all(copies, journal).await?;
-        self.make_overlays(note, journal).await?;
+        if !wish.reuse_external {
+            self.make_overlays(note, journal).await?;
+        }
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
         }
@@ -423,12 +438,13 @@ impl Operation {
         Ok(overlays)
     }
 
+    /// Those that the caller has not made.
     async fn make_overlays(&self, note: &CreateExternal, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let nodes = match &self.body {
             Some(body) => Some(Nodes::of(body).await?),
             None => None,
         };
-        for overlay in note.overlays.iter().filter(|overlay| overlay.ours || overlay.block) {
+        for overlay in &note.overlays {
             let known = nodes.as_ref().and_then(|nodes| nodes.image(&overlay.base, &overlay.base_format));
             self.make_overlay(overlay.clone(), known.map(|node| node.virtual_size)).await?;
             journal.step("overlay");
@@ -593,60 +609,14 @@ pub(super) fn taken(record: Record, def: Option<virt_model::domain::DomainDef>) 
     Taken { record: serde_json::to_value(record).unwrap_or_default(), def, nvram, tpm }
 }
 
-/// A file that is to be made: nothing is there, or nothing in it, and its folder is.
-fn check_free_place(path: &Path, what: &str) -> Result<(), DriverError> {
-    match std::fs::metadata(path) {
-        Ok(data) if data.is_file() && data.len() == 0 => Ok(()),
-        Ok(_) => Err(cannot(format!("{what}: {} is there already; choose another file", path.display()))),
-        Err(_) => match path.parent().map(std::fs::metadata) {
-            Some(Ok(folder)) if folder.is_dir() => Ok(()),
-            _ => Err(cannot(format!("{what}: {} is in a folder that is not there", path.display()))),
-        },
-    }
+/// Images number their snapshots from 1 on, one after the other. A time in seconds, as names are that nobody chose, is far
+/// beyond that.
+fn may_be_number(name: &str) -> bool {
+    (1..10).contains(&name.len()) && !name.starts_with('0') && name.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Refuses what would not fit.
-fn check_space(path: &Path, bytes: u64) -> Result<(), DriverError> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let Ok(room) = rustix::fs::statvfs(folder) else { return Ok(()) };
-    let free = room.f_bavail.saturating_mul(room.f_frsize);
-    if free >= bytes {
-        return Ok(());
-    }
-    Err(DriverError::NoSpace(format!(
-        "{}: {} MiB are free there, and at least {} MiB are needed",
-        folder.display(),
-        free >> 20,
-        bytes >> 20
-    )))
-}
-
-/// The file that memory is written to; only root reads it.
-fn new_file(path: &Path) -> Result<File, DriverError> {
-    let _ = std::fs::remove_file(path);
-    let made = File::options().write(true).create_new(true).mode(0o600).open(path);
-    made.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
-}
-
-/// It is complete: on disk, and under its name.
-fn finished(part: &Path, path: &Path) -> Result<(), DriverError> {
-    let done = || {
-        File::open(part)?.sync_all()?;
-        std::fs::rename(part, path)?;
-        File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
-    };
-    done().map_err(|e: std::io::Error| DriverError::Storage(format!("{}: {e}", path.display())))
-}
-
-/// An empty file of QEMU's user.
-fn make_empty(path: &Path, user: Option<&crate::host::user::RunAs>) -> Result<(), DriverError> {
-    let failed = |e: std::io::Error| DriverError::Storage(format!("{}: {e}", path.display()));
-    match user {
-        Some(_) => make::output(path, user).map_err(failed),
-        None => File::options().write(true).create(true).truncate(false).open(path).map(drop).map_err(failed),
-    }?;
-    match std::fs::metadata(path) {
-        Ok(data) if data.size() > 0 => Err(failed(std::io::ErrorKind::AlreadyExists.into())),
-        _ => Ok(()),
-    }
+/// A name that nothing can have here.
+fn bad_name(message: String) -> DriverError {
+    let (kind, path) = (FindingKind::Unsupported, "/name".to_owned());
+    DriverError::Config(vec![Finding { kind, line: 0, column: 0, path, message }])
 }

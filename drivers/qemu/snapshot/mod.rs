@@ -14,6 +14,7 @@
 mod agent;
 mod create;
 mod delete;
+mod files;
 pub mod jobs;
 mod merge;
 pub mod nodes;

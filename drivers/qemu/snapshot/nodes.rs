@@ -2,6 +2,7 @@
 
 use super::super::instance::Body;
 use super::jobs::Line;
+use crate::host::image::InnerSnapshot;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use virt_model::device::Disk;
@@ -17,8 +18,8 @@ pub struct Node {
     pub file: PathBuf,
     /// What the guest sees, in bytes.
     pub virtual_size: u64,
-    /// Names of snapshots in it.
-    pub snapshots: Vec<String>,
+    /// Snapshots in it.
+    pub snapshots: Vec<InnerSnapshot>,
 }
 
 /// All nodes.
@@ -36,13 +37,13 @@ impl Nodes {
         let told = line.patiently("query-named-block-nodes", json!({ "flat": true })).await?;
         let nodes = told.as_array().into_iter().flatten().map(|node| {
             let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
-            let inner = node["image"]["snapshots"].as_array().into_iter().flatten();
+            let inner = node["image"]["snapshots"].clone();
             Node {
                 name: text("node-name"),
                 driver: text("drv"),
                 file: file_of(&text("file")),
                 virtual_size: node["image"]["virtual-size"].as_u64().unwrap_or_default(),
-                snapshots: inner.filter_map(|one| one["name"].as_str().map(str::to_owned)).collect(),
+                snapshots: serde_json::from_value(inner).unwrap_or_default(),
             }
         });
         Ok(Nodes(nodes.collect()))
@@ -74,12 +75,31 @@ impl Nodes {
         found.collect()
     }
 
+    /// Refuses what QEMU would take for another snapshot: where it loads one, numbers come before names.
+    pub fn unmistakable(&self, name: &str, images: &[PathBuf]) -> Result<(), DriverError> {
+        let mut found = images.iter().filter_map(|image| Some((image, self.image(image, "qcow2")?)));
+        found.try_for_each(|(image, node)| unmistakable(name, image, &node.snapshots))
+    }
+
     /// A name for new nodes that nothing has yet.
     pub fn free_name(&self, target: &str) -> String {
         let taken = |name: &str| self.0.iter().any(|node| node.name.starts_with(name));
         let name = |number: usize| format!("{target}-o{number}-");
         let number = (1..).find(|number| !taken(&name(*number))).unwrap_or_default();
         format!("{target}-o{number}")
+    }
+}
+
+/// The same for what one image holds.
+pub fn unmistakable(name: &str, image: &Path, inner: &[InnerSnapshot]) -> Result<(), DriverError> {
+    match inner.iter().find(|inner| inner.id == name && inner.name != name) {
+        None => Ok(()),
+        Some(other) => Err(DriverError::Refused(format!(
+            "{} holds '{}' under the number {name}, which QEMU would load for the name '{name}'; delete '{}' first",
+            image.display(),
+            other.name,
+            other.name
+        ))),
     }
 }
 
@@ -104,5 +124,15 @@ mod tests {
         assert_eq!(file_of("/a/b"), Path::new("/a/b"));
         let options = r#"json:{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"/a,b"}}"#;
         assert_eq!(file_of(options), Path::new("/a,b"));
+    }
+
+    #[test]
+    fn a_name_that_is_the_number_of_another_is_refused() {
+        let inner =
+            |id: &str, name: &str| InnerSnapshot { id: id.into(), name: name.into(), ..InnerSnapshot::default() };
+        let (image, held) = (Path::new("/a"), [inner("1", "2"), inner("2", "1"), inner("3", "3")]);
+        let why = unmistakable("1", image, &held).unwrap_err().to_string();
+        assert!(why.contains("delete '2' first"), "{why}");
+        assert!(unmistakable("3", image, &held).is_ok() && unmistakable("4", image, &held).is_ok());
     }
 }

@@ -132,12 +132,23 @@ pub struct Revert {
 pub struct Aside {
     /// Images in which the state before is kept as a snapshot of its own.
     pub images: Vec<PathBuf>,
+    /// The name of that, which nothing else ever had.
+    #[serde(default = "once_fixed")]
+    pub tag: String,
+    /// Names of what earlier reverts kept there, and could not remove.
+    #[serde(default)]
+    pub strays: Vec<String>,
     /// Overlays that were made.
     pub made: Vec<Overlay>,
     /// Files that nothing needs once the revert stays.
     pub abandoned: Vec<PathBuf>,
     /// Copies: what they are of, and where they are.
     pub copies: Vec<(PathBuf, PathBuf)>,
+}
+
+/// In notes that say no name.
+fn once_fixed() -> String {
+    "virtd-undo".to_owned()
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]

@@ -2,9 +2,11 @@
 
 use super::super::command::tpm_state_of;
 use super::super::make;
+use crate::host::acl::through;
+use crate::host::resolve::Place;
 use std::fs;
 use std::io;
-use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -24,53 +26,94 @@ pub fn tpm(def: &DomainDef, state_dir: &Path) -> Option<PathBuf> {
 }
 
 /// Copies a file, or a folder of files, in place of what is at `to`; owner and mode go with it. In one step for a file.
-pub fn copy(from: &Path, to: &Path) -> Result<(), DriverError> {
+/// `wary`: as root among others, who may own parts of the way.
+pub fn copy(from: &Path, to: &Path, wary: bool) -> Result<(), DriverError> {
     let failed = |e: io::Error| match e.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
             DriverError::NoSpace(format!("{}: {e}", to.display()))
         }
         _ => DriverError::Storage(format!("cannot copy {} to {}: {e}", from.display(), to.display())),
     };
-    let data = fs::symlink_metadata(from).map_err(failed)?;
-    if !data.is_dir() {
-        return copy_file(from, to).map_err(failed);
-    }
-    let new = with_suffix(to, ".new");
-    make::remove(&new, false)?;
-    let copied = || -> io::Result<()> {
-        fs::create_dir(&new)?;
-        for entry in fs::read_dir(from)? {
-            let entry = entry?;
-            // Locks and sockets are no state.
-            if entry.file_type()?.is_file() && !entry.file_name().to_string_lossy().starts_with('.') {
-                copy_file(&entry.path(), &new.join(entry.file_name()))?;
-            }
-        }
-        fs::set_permissions(&new, fs::Permissions::from_mode(data.mode() & 0o777))?;
-        chown(&new, Some(data.uid()), Some(data.gid()))
-    };
-    copied().map_err(failed)?;
-    make::remove(to, false)?;
-    fs::rename(&new, to).map_err(failed)
+    let is_dir = fs::symlink_metadata(from).map_err(failed)?.is_dir();
+    if is_dir { copy_folder(from, to, wary) } else { copy_file(from, to, wary) }.map_err(failed)
 }
 
-fn copy_file(from: &Path, to: &Path) -> io::Result<()> {
+fn copy_folder(from: &Path, to: &Path, wary: bool) -> io::Result<()> {
     let data = fs::symlink_metadata(from)?;
-    if !data.is_file() {
-        return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
+    let mut new = to.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    make::remove(&new, wary).map_err(io::Error::other)?;
+    let (place, target) = (Place::resolve(&new, wary)?, Place::resolve(to, wary)?);
+    fs::create_dir(place.path())?;
+    // Whatever its name comes to mean, this is the one.
+    let folder =
+        fs::File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(place.path())?;
+    let inside = through(&folder);
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        // Locks and sockets are no state.
+        if entry.file_type()?.is_file() && !entry.file_name().to_string_lossy().starts_with('.') {
+            copy_into(&entry.path(), &inside, &inside.join(entry.file_name()), wary)?;
+        }
     }
-    let new = with_suffix(to, ".new");
-    let mut source = fs::File::open(from)?;
-    let mut target = fs::File::create(&new)?;
-    io::copy(&mut source, &mut target)?;
-    target.set_permissions(fs::Permissions::from_mode(data.mode() & 0o777))?;
-    std::os::unix::fs::fchown(&target, Some(data.uid()), Some(data.gid()))?;
-    target.sync_all()?;
-    fs::rename(&new, to)
+    folder.set_permissions(fs::Permissions::from_mode(data.mode() & 0o777))?;
+    fchown(&folder, Some(data.uid()), Some(data.gid()))?;
+    make::remove(to, wary).map_err(io::Error::other)?;
+    fs::rename(place.path(), target.path())
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
+fn copy_file(from: &Path, to: &Path, wary: bool) -> io::Result<()> {
+    let place = Place::resolve(to, wary)?;
+    copy_into(from, &place.dir(), &place.path(), wary)
+}
+
+/// The same where the folder is held.
+fn copy_into(from: &Path, folder: &Path, to: &Path, wary: bool) -> io::Result<()> {
+    let mut source = make::open_plain(from, wary)?;
+    let data = source.metadata()?;
+    let mut new = tempfile::NamedTempFile::new_in(folder)?;
+    io::copy(&mut source, new.as_file_mut())?;
+    new.as_file().set_permissions(fs::Permissions::from_mode(data.mode() & 0o777))?;
+    fchown(new.as_file(), Some(data.uid()), Some(data.gid()))?;
+    new.as_file().sync_all()?;
+    new.persist(to)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_goes_through_no_link_that_lies_in_its_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        fs::write(at("vars"), "variables").unwrap();
+        fs::write(at("precious"), "precious").unwrap();
+        for name in ["copy", "copy.new"] {
+            std::os::unix::fs::symlink(at("precious"), at(name)).unwrap();
+        }
+        copy(&at("vars"), &at("copy"), true).unwrap();
+        assert_eq!(fs::read_to_string(at("precious")).unwrap(), "precious");
+        assert_eq!(fs::read_to_string(at("copy")).unwrap(), "variables");
+        assert!(!fs::symlink_metadata(at("copy")).unwrap().is_symlink());
+    }
+
+    #[test]
+    fn a_folder_is_copied_with_its_files_in_place_of_another() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["tpm", "elsewhere", "copy", "precious"] {
+            fs::create_dir(at(name)).unwrap();
+        }
+        fs::write(at("tpm/state"), "state").unwrap();
+        fs::write(at("tpm/.lock"), "").unwrap();
+        fs::write(at("copy/old"), "").unwrap();
+        std::os::unix::fs::symlink(at("precious"), at("copy.new")).unwrap();
+        copy(&at("tpm"), &at("copy"), true).unwrap();
+        let found: Vec<_> = fs::read_dir(at("copy")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(found, ["state"]);
+        assert_eq!(fs::read_dir(at("precious")).unwrap().count(), 0);
+    }
 }

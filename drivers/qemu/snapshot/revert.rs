@@ -1,15 +1,18 @@
 //! Going back to a snapshot: in the running process, or by bringing the images there.
 
+use super::super::make;
 use super::create::written;
-use super::nodes::Nodes;
+use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts};
+use crate::host::image::{ImageInfo, InnerSnapshot};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use uuid::Uuid;
 use virt_model::device::disk::BackingStore;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
@@ -17,8 +20,9 @@ use virt_model::driver::snapshots::{
     DiskMode, DiskPart, FileChange, FileFate, Journal, Kept, Kin, MemoryMode, RevertPlan, Reverted,
 };
 
-/// The name under which images keep what they held before a revert, until that is settled.
-const UNDO: &str = "virtd-undo";
+/// How the names begin under which images keep what they held before a revert, until that is settled. Each revert has one
+/// of its own: what an earlier one left behind must never be taken for what was before a later one.
+pub(super) const UNDO: &str = "virtd-undo";
 /// How a file of QEMU's memory begins.
 const MAGIC: &[u8; 4] = b"QEVM";
 
@@ -32,27 +36,12 @@ impl Operation {
         kin: &Kin,
         in_place: bool,
     ) -> Result<RevertPlan, DriverError> {
-        let (record, name) = (record_of(snapshot), &snapshot.name);
+        let record = record_of(snapshot);
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, kin)?;
-        let holds = self.holders(name, &images).await?;
-        for (image, found) in images.iter().zip(&holds) {
-            let image = image.display();
-            match found.len() {
-                1 => {}
-                0 => {
-                    return Err(DriverError::Storage(format!(
-                        "{image} does not hold the snapshot '{name}' any more; delete it with metadata-only"
-                    )));
-                }
-                n => return Err(DriverError::Storage(format!("{image} holds {n} snapshots named '{name}'"))),
-            }
-        }
-        if snapshot.memory == MemoryMode::Internal && !in_place {
-            let has_memory = holds.first().and_then(|found| found.first()).is_some_and(|bytes| *bytes != Some(0));
-            if !has_memory {
-                return Err(DriverError::Storage(format!("the images hold no memory for the snapshot '{name}'")));
-            }
+        self.check_held(snapshot, &images).await?;
+        if let Some(body) = self.body.as_ref().filter(|_| in_place) {
+            Nodes::of(body).await?.of_images(&images)?;
         }
         if let MemoryMode::External(file) = &snapshot.memory {
             check_memory_file(file)?;
@@ -72,10 +61,40 @@ impl Operation {
             }
             files.push(FileChange { path: overlay.path, what: FileFate::Created, bytes: 200 << 10 });
         }
-        for path in self.abandoned(snapshot, kin) {
+        for path in self.abandoned(snapshot, kin).await {
             files.push(FileChange { bytes: super::size(&path), path, what: FileFate::Deleted });
         }
         Ok(RevertPlan { files })
+    }
+
+    /// Whether the images hold the snapshot, once each, and its memory.
+    async fn check_held(&self, snapshot: &Kept, images: &[Image]) -> Result<(), DriverError> {
+        let name = &snapshot.name;
+        for (number, (image, inner)) in images.iter().zip(self.inner(images).await?).enumerate() {
+            if snapshot.memory == MemoryMode::Internal {
+                unmistakable(name, image, &inner)?;
+            }
+            let image = image.display();
+            let found: Vec<&InnerSnapshot> = inner.iter().filter(|inner| inner.name == *name).collect();
+            match found[..] {
+                [one] if number == 0 && snapshot.memory == MemoryMode::Internal && one.vm_state_size == 0 => {
+                    return Err(DriverError::Storage(format!("the images hold no memory for the snapshot '{name}'")));
+                }
+                [_] => {}
+                [] => {
+                    return Err(DriverError::Storage(format!(
+                        "{image} does not hold the snapshot '{name}' any more; delete it with metadata-only"
+                    )));
+                }
+                _ => {
+                    return Err(DriverError::Storage(format!(
+                        "{image} holds {} snapshots named '{name}'; remove the wrong one with qemu-img",
+                        found.len()
+                    )));
+                }
+            }
+        }
+        Ok(())
     }
 
     /// The images in which the snapshot is.
@@ -103,27 +122,19 @@ impl Operation {
         Ok(())
     }
 
-    /// For each image the snapshots of that name, with their bytes of memory where they are known.
-    async fn holders(&self, name: &str, images: &[Image]) -> Result<Vec<Vec<Option<u64>>>, DriverError> {
+    /// For each image what it holds.
+    async fn inner(&self, images: &[Image]) -> Result<Vec<Vec<InnerSnapshot>>, DriverError> {
         if let Some(body) = &self.body {
             let nodes = Nodes::of(body).await?;
             let open = |image: &Image| nodes.image(image, "qcow2");
             if images.iter().all(|image| open(image).is_some()) {
-                let count = |image: &Image| {
-                    let names = open(image).map(|node| node.snapshots.clone()).unwrap_or_default();
-                    names.iter().filter(|inner| *inner == name).map(|_| None).collect()
-                };
-                return Ok(images.iter().map(count).collect());
+                let inner = |image: &Image| open(image).map(|node| node.snapshots.clone()).unwrap_or_default();
+                return Ok(images.iter().map(inner).collect());
             }
         }
-        let (all, name) = (images.to_vec(), name.to_owned());
-        let files = all.iter().map(|image| (image.clone(), false)).collect();
+        let (all, files) = (images.to_vec(), images.iter().map(|image| (image.clone(), false)).collect());
         self.with_lent(files, move |images| {
-            let told = all.iter().map(|image| {
-                let inner = images.info(image, "qcow2")?.snapshots.into_iter().filter(|inner| inner.name == name);
-                Ok(inner.map(|inner| Some(inner.vm_state_size)).collect())
-            });
-            told.collect()
+            all.iter().map(|image| Ok(images.info(image, "qcow2")?.snapshots)).collect()
         })
         .await
     }
@@ -135,7 +146,9 @@ impl Operation {
         body.patiently("stop", json!({})).await?;
         journal.point_of_no_return();
         let line = body.line()?;
-        let nodes = Nodes::ask(&line).await?.of_images(&self.held_images(snapshot, &record_of(snapshot)))?;
+        let (nodes, images) = (Nodes::ask(&line).await?, self.held_images(snapshot, &record_of(snapshot)));
+        nodes.unmistakable(&snapshot.name, &images)?;
+        let nodes = nodes.of_images(&images)?;
         let arguments = json!({ "tag": snapshot.name, "vmstate": nodes.first(), "devices": nodes });
         line.job("snapshot-load", job, arguments, None).await
     }
@@ -147,10 +160,13 @@ impl Operation {
         journal: &Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
         let record = record_of(snapshot);
+        let images = self.held_images(snapshot, &record);
         let mut aside = Aside {
-            images: self.held_images(snapshot, &record),
+            strays: self.strays(&images).await?,
+            tag: format!("{UNDO}-{}", Uuid::new_v4()),
+            images,
             made: self.new_overlays(snapshot)?,
-            abandoned: self.abandoned(snapshot, kin),
+            abandoned: self.abandoned(snapshot, kin).await,
             copies: Vec::new(),
         };
         for (part, original) in self.copied_parts(snapshot, &record) {
@@ -165,6 +181,20 @@ impl Operation {
             return Err(error);
         }
         Ok(self.reverted(snapshot, record, note.aside, kin))
+    }
+
+    /// What earlier reverts kept in the images and could not remove: it goes when this one stays.
+    async fn strays(&self, images: &[Image]) -> Result<Vec<String>, DriverError> {
+        let (all, files) = (images.to_vec(), images.iter().map(|image| (image.clone(), false)).collect());
+        self.with_lent(files, move |images| {
+            let mut strays = BTreeSet::new();
+            for image in &all {
+                let inner = images.info(image, "qcow2")?.snapshots;
+                strays.extend(inner.into_iter().map(|inner| inner.name).filter(|name| is_ours(name)));
+            }
+            Ok(strays.into_iter().collect())
+        })
+        .await
     }
 
     /// The copies that are put in place: what part, and the file or folder it is a copy of.
@@ -189,16 +219,19 @@ impl Operation {
     ) -> Result<(), DriverError> {
         for image in &aside.images {
             let (image, name, lent) = (image.clone(), snapshot.name.clone(), vec![(image.clone(), true)]);
+            let tag = aside.tag.clone();
             self.with_lent(lent, move |images| {
-                let kept = images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == UNDO);
-                if kept { Ok(()) } else { images.take(&image, UNDO) }?;
+                let kept = images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag);
+                if kept { Ok(()) } else { images.take(&image, &tag) }?;
                 images.apply(&image, &name)
             })
             .await?;
             journal.step("image");
         }
         for overlay in &aside.made {
-            let _ = std::fs::remove_file(&overlay.path);
+            // Half of it may be there from a time before.
+            let path = overlay.path.clone();
+            self.with_images(move |images| make::remove_file(&path, images.user.is_some())).await?;
             self.make_overlay(overlay.clone(), None).await?;
             journal.step("overlay");
         }
@@ -208,11 +241,12 @@ impl Operation {
                 _ => continue,
             };
             let kept = kept.clone();
-            self.with_images(move |_| {
+            self.with_images(move |images| {
+                let wary = images.user.is_some();
                 if original.exists() && !kept.exists() {
-                    parts::copy(&original, &kept)?;
+                    parts::copy(&original, &kept, wary)?;
                 }
-                parts::copy(&from, &original)
+                parts::copy(&from, &original, wary)
             })
             .await?;
             journal.step("part");
@@ -250,7 +284,9 @@ impl Operation {
         if !stay {
             return self.put_back(&aside).await;
         }
-        self.forget_in_images(UNDO, &aside.images, false).await?;
+        for name in aside.strays.iter().chain([&aside.tag]) {
+            self.forget_in_images(name, &aside.images, false).await?;
+        }
         let copies = aside.copies.into_iter().map(|(_, kept)| kept);
         self.remove_files(aside.abandoned.into_iter().chain(copies).collect()).await;
         Ok(())
@@ -259,18 +295,22 @@ impl Operation {
     /// What was before counts again.
     async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
         for image in &aside.images {
-            let (image, lent) = (image.clone(), vec![(image.clone(), true)]);
+            let (image, tag, lent) = (image.clone(), aside.tag.clone(), vec![(image.clone(), true)]);
             self.with_lent(lent, move |images| {
-                if images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == UNDO) {
-                    images.apply(&image, UNDO)?;
-                    images.forget(&image, UNDO)?;
+                if images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag) {
+                    images.apply(&image, &tag)?;
+                    images.forget(&image, &tag)?;
                 }
                 Ok(())
             })
             .await?;
         }
         for (original, kept) in aside.copies.clone() {
-            self.with_images(move |_| if kept.exists() { parts::copy(&kept, &original) } else { Ok(()) }).await?;
+            self.with_images(move |images| match kept.exists() {
+                true => parts::copy(&kept, &original, images.user.is_some()),
+                false => Ok(()),
+            })
+            .await?;
         }
         let made = aside.made.iter().filter(|overlay| overlay.ours).map(|overlay| overlay.path.clone());
         self.remove_files(made.chain(aside.copies.iter().map(|(_, kept)| kept.clone())).collect()).await;
@@ -292,7 +332,11 @@ impl Operation {
             let base = PathBuf::from(disk.path().unwrap_or_default());
             let stem = base.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             let place = |time: u64| first.with_file_name(format!("{stem}.{time}"));
-            let path = (now..).map(place).find(|path| !path.exists()).unwrap_or_default();
+            let is_free = |path: &PathBuf| {
+                let chosen = overlays.iter().any(|overlay: &Overlay| overlay.path == *path);
+                !chosen && path.symlink_metadata().is_err()
+            };
+            let path = (now..).map(place).find(is_free).unwrap_or_default();
             overlays.push(Overlay {
                 target: target.clone(),
                 path,
@@ -306,19 +350,66 @@ impl Operation {
         Ok(overlays)
     }
 
-    /// Overlays with work that is given up by the revert, and that nothing else needs.
-    fn abandoned(&self, snapshot: &Kept, kin: &Kin) -> Vec<PathBuf> {
-        let own = snapshot.disks.iter().filter_map(|part| match &part.mode {
-            DiskMode::External { path, block: false, .. } => Some(path.clone()),
-            _ => None,
+    /// Overlays with work that is given up by the revert, and that nothing else needs: no other snapshot, as far as all
+    /// can be read, and no snapshot inside them that nobody has a record of.
+    async fn abandoned(&self, snapshot: &Kept, kin: &Kin) -> Vec<PathBuf> {
+        if kin.unreadable {
+            return Vec::new();
+        }
+        let tops: BTreeSet<&str> = self.machine.def.devices.disks.iter().filter_map(|disk| disk.path()).collect();
+        let mut files = Vec::new();
+        for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
+            if let (DiskMode::External { path, block: false, format }, Some(base)) = (&part.mode, disk.path()) {
+                files.push((path.clone(), format.clone(), PathBuf::from(base)));
+            }
+        }
+        for one in kin.others.iter().chain([snapshot]) {
+            let made = self.own_reverts(one).await.into_iter();
+            let top = made.filter(|(file, _)| file.to_str().is_some_and(|file| tops.contains(file)));
+            files.extend(top.map(|(file, base)| (file, "qcow2".to_owned(), base)));
+        }
+        let mut abandoned = Vec::new();
+        for (file, format, base) in files {
+            let is_new = !abandoned.contains(&file) && !needed(&file, kin);
+            if is_new && self.is_mere_overlay(&file, &format, &base).await {
+                abandoned.push(file);
+            }
+        }
+        abandoned
+    }
+
+    /// Overlays that reverts to a snapshot have made, each with what it stands on. A record may have been restored by
+    /// anybody: what does not stand on a file that this snapshot froze is not among them.
+    pub(super) async fn own_reverts(&self, snapshot: &Kept) -> Vec<(PathBuf, PathBuf)> {
+        let frozen = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
+        let frozen: Vec<PathBuf> = frozen.filter_map(|(disk, _)| disk.path().map(PathBuf::from)).collect();
+        let mut own = Vec::new();
+        for file in record_of(snapshot).reverts {
+            let base = self.overlay_at(&file, "qcow2").await.and_then(|info| info.full_backing_filename);
+            if let Some(base) = base.filter(|base| frozen.contains(base)) {
+                own.push((file, base));
+            }
+        }
+        own
+    }
+
+    /// Whether a file is an overlay on that base, and holds nothing but what was written since.
+    pub(super) async fn is_mere_overlay(&self, file: &Path, format: &str, base: &Path) -> bool {
+        let told = self.overlay_at(file, format).await;
+        told.is_some_and(|info| info.full_backing_filename.as_deref() == Some(base) && info.snapshots.is_empty())
+    }
+
+    /// What a plain file says of itself; `None` if it is no such file, or no such image.
+    async fn overlay_at(&self, file: &Path, format: &str) -> Option<ImageInfo> {
+        let (file, format) = (file.to_owned(), format.to_owned());
+        let told = self.with_images(move |images| {
+            if !std::fs::symlink_metadata(&file).is_ok_and(|data| data.is_file()) {
+                return Ok(None);
+            }
+            let _lent = images.lend(&[(file.clone(), false)])?;
+            images.info(&file, &format).map(Some)
         });
-        let records = kin.others.iter().map(record_of).chain([record_of(snapshot)]);
-        let reverts: BTreeSet<PathBuf> = records.flat_map(|record| record.reverts).collect();
-        let tops = self.machine.def.devices.disks.iter().filter_map(|disk| disk.path().map(PathBuf::from));
-        let mut files: Vec<PathBuf> = own.chain(tops.filter(|top| reverts.contains(top))).collect();
-        files.retain(|file| file.exists() && !needed(file, kin));
-        files.dedup();
-        files
+        told.await.ok().flatten()
     }
 }
 
@@ -345,6 +436,12 @@ pub(super) fn chain(path: Option<&str>, mut below: Option<&BackingStore>) -> Vec
 /// What we kept with a snapshot; nothing for one that was restored without it.
 pub(super) fn record_of(snapshot: &Kept) -> Record {
     serde_json::from_value(snapshot.record.clone()).unwrap_or_default()
+}
+
+/// Whether a name inside an image is one that a revert has made.
+fn is_ours(name: &str) -> bool {
+    let rest = name.strip_prefix(UNDO).and_then(|rest| rest.strip_prefix('-'));
+    rest.is_some_and(|rest| Uuid::try_parse(rest).is_ok())
 }
 
 fn check_memory_file(file: &Path) -> Result<(), DriverError> {

@@ -97,6 +97,7 @@ impl Domain {
         let (live, stored) = self.configurations();
         Kin {
             others: self.others(name, machine),
+            unreadable: self.has_unreadable(),
             stored: stored.filter(|_| live.is_some()).map(|stored| DomainDef::clone(&stored)),
             doomed: doomed.iter().filter(|other| *other != name).cloned().collect(),
         }

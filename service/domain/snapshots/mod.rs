@@ -271,6 +271,11 @@ impl Domain {
         records.iter().filter_map(|record| Some(self.kept(record, record.def.as_ref().ok()?, machine))).collect()
     }
 
+    /// Whether there are any of which it is not known what they stand on.
+    fn has_unreadable(&self) -> bool {
+        lock(&self.state).snapshots.tree.iter().any(|node| node.content.def.is_err())
+    }
+
     /// Opens a job and does `work` in it when the turn comes. Checks that can be made beforehand have been made.
     fn in_job<F, W>(
         self: &Arc<Self>,

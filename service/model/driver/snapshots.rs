@@ -222,7 +222,7 @@ pub struct Kept {
     pub record: serde_json::Value,
 }
 
-/// What else the domain has that a deletion must not harm.
+/// What else the domain has that a deletion or a revert must not harm.
 #[derive(Clone, Debug, Default)]
 pub struct Kin {
     /// All its other snapshots.
@@ -231,6 +231,8 @@ pub struct Kin {
     pub stored: Option<DomainDef>,
     /// Snapshots that will be deleted in the same deed: what only they need is not needed.
     pub doomed: Vec<String>,
+    /// There are others whose records cannot be read: what they need nobody knows.
+    pub unreadable: bool,
 }
 
 /// What a revert would do.
