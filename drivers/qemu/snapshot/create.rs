@@ -3,7 +3,7 @@
 use super::super::instance::Body;
 use super::super::make;
 use super::agent::{Agent, socket};
-use super::files::{RESERVE, beside, check_free_place, check_space, finished, make_empty, stored};
+use super::files::{OVERLAY, RESERVE, beside, check_free_place, check_space, finished, make_empty, stored};
 use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
 use super::revert::UNDO;
@@ -29,7 +29,7 @@ impl Operation {
             let DiskMode::External { path, block, .. } = &part.mode else { continue };
             self.check_overlay(&part.target, path, *block, wish.reuse_external)?;
             if !wish.reuse_external && !block {
-                files.push(created(path, 200 << 10));
+                files.push(created(path, OVERLAY));
             }
         }
         let memory = self.machine.def.memory_kib() << 10;
@@ -46,7 +46,8 @@ impl Operation {
         {
             check_space(image, RESERVE)?;
         }
-        Ok(CreatePlan { files, pauses_guest: self.machine.running && wish.memory != MemoryMode::No && !wish.live })
+        let pauses = wish.memory != MemoryMode::No && !wish.live || self.stands_for(wish, &self.copies(wish));
+        Ok(CreatePlan { files, pauses_guest: self.machine.running && pauses })
     }
 
     /// Whether machine and guest can be captured as they are.
@@ -73,12 +74,14 @@ impl Operation {
                 return Err(cannot(format!("disk '{target}' is on a server, and is captured by hand only")));
             }
         }
-        let Some(body) = &self.body else { return Ok(()) };
-        let jobs = body.patiently("query-block-jobs", json!({})).await?;
-        if let Some(job) = jobs.as_array().and_then(|jobs| jobs.first()) {
-            let device = job["device"].as_str().unwrap_or_default();
-            return Err(DriverError::Refused(format!("the job '{device}' works on a disk; wait for its end")));
+        if wish.quiesce && by_hand(wish) {
+            return Err(cannot(
+                "a disk is copied by hand while the guest stands, and file systems that are frozen then are never \
+                 thawed: leave out quiesce",
+            ));
         }
+        let Some(body) = &self.body else { return Ok(()) };
+        super::idle(body).await?;
         if wish.memory != MemoryMode::No {
             let told = body.patiently("query-migrate", json!({})).await?;
             let blockers: Vec<&str> =
@@ -166,7 +169,7 @@ impl Operation {
         let def = &self.machine.def;
         let mut copies = Vec::new();
         let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
-        let place = |suffix: &str| self.machine.folder.join(format!("{}.{suffix}", wish.name));
+        let place = |part: &str| self.copy_place(&wish.name, part);
         if !wish.leave_out_nvram && !internal {
             // In the transaction of a running guest, qcow2 keeps them itself.
             let inside = |format: &str| self.body.is_some() && format == "qcow2";
@@ -201,7 +204,7 @@ impl Operation {
         let nvram = copied("nvram").or((inside && !wish.leave_out_nvram).then_some(Part::Internal));
         let has_tpm = parts::tpm(def, &self.state_dir).is_some() && !wish.leave_out_tpm;
         let memory = (has_tpm && wish.memory != MemoryMode::No).then_some(Part::Memory);
-        Record { nvram, tpm: copied("tpm").or(memory), reverts: Vec::new() }
+        Record { nvram, tpm: copied("tpm").or(memory), ..Record::default() }
     }
 
     /// All of it inside the images.
@@ -213,6 +216,7 @@ impl Operation {
         let mut note = CreateInternal {
             name: wish.name.clone(),
             resume,
+            stay: wish.stay_paused,
             images: images.clone(),
             copies: copies.iter().map(|(_, to)| to.clone()).collect(),
             done: None,
@@ -335,10 +339,12 @@ impl Operation {
 
     /// New overlays take the writes, the memory goes to a file.
     async fn create_external(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        let (record, copies) = (self.record(wish), self.copies(wish));
+        let (mut record, copies) = (self.record(wish), self.copies(wish));
+        let stands = self.stands_for(wish, &copies);
         let mut note = CreateExternal {
             name: wish.name.clone(),
-            resume: self.machine.running && wish.memory != MemoryMode::No,
+            resume: self.machine.running && (wish.memory != MemoryMode::No || stands),
+            stay: wish.stay_paused,
             frozen: wish.quiesce,
             overlays: self.overlays(wish)?,
             memory: match &wish.memory {
@@ -349,30 +355,44 @@ impl Operation {
             complete: None,
         };
         journal.note(written(&Note::CreateExternal(note.clone()))?).await?;
-        let captured = self.capture_external(wish, &mut note, &record, copies, journal).await;
+        // That it stands for a moment is nobody's business.
+        let _quiet = self.body.as_ref().filter(|_| stands && !wish.stay_paused).map(Quiet::keep);
+        let captured = self.capture_external(wish, &mut note, &mut record, copies, journal).await;
         if let Err(error) = captured {
             self.undo_external(&note).await?;
             return Err(error);
         }
-        if note.resume && !wish.stay_paused {
+        // What is frozen can be thawed only while it runs.
+        let goes_on = note.resume && (!wish.stay_paused || note.frozen);
+        if goes_on {
             self.go_on_if_it_can(true).await;
             journal.step("resumed");
-        } else if let Some(body) =
-            self.body.as_ref().filter(|_| wish.stay_paused && self.machine.running && !note.resume)
-            && let Err(error) = body.patiently("stop", json!({})).await
-        {
-            // A disk is copied by hand now, or the guest is about to end.
-            tracing::error!(uuid = %self.machine.def.uuid, %error, "the guest was to stand still, and does not");
         }
         self.thaw(&note).await;
+        self.stand(wish.stay_paused && self.machine.running && (goes_on || !note.resume)).await;
         Ok(taken(record, Some(self.standing_on(&note.overlays))))
+    }
+
+    /// Whether a guest must not go on between its disks and what is copied beside them, by the caller or by us, where it
+    /// does not stand for its memory.
+    fn stands_for(&self, wish: &Wish, copies: &[(PathBuf, PathBuf)]) -> bool {
+        self.machine.running && wish.memory == MemoryMode::No && (by_hand(wish) || !copies.is_empty())
+    }
+
+    /// The CPUs stop, if they are to: a disk is copied by hand now, or the guest is about to end.
+    pub(super) async fn stand(&self, still: bool) {
+        if let Some(body) = self.body.as_ref().filter(|_| still)
+            && let Err(error) = body.patiently("stop", json!({})).await
+        {
+            tracing::error!(uuid = %self.machine.def.uuid, %error, "the guest was to stand still, and does not");
+        }
     }
 
     async fn capture_external(
         &self,
         wish: &Wish,
         note: &mut CreateExternal,
-        record: &Record,
+        record: &mut Record,
         copies: Vec<(PathBuf, PathBuf)>,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
@@ -389,13 +409,18 @@ impl Operation {
             let new_file = move |images: &Arc<Images>| make::new_file(&target, images.user.is_some());
             let memory = self.with_images(move |images| new_file(images).map_err(|e| stored(&shown, &e))).await?;
             body.line()?.write_memory(memory, journal).await?;
-            self.with_images(move |images| finished(&part, &file, images.user.is_some())).await?;
+            let finished = self.with_images(move |images| finished(&part, &file, images.user.is_some()));
+            record.memory_bytes = Some(finished.await?);
             journal.step("memory");
         }
-        self.copy_all(copies, journal).await?;
         if !wish.reuse_external {
             self.make_overlays(note, journal).await?;
         }
+        if let Some(body) = self.body.as_ref().filter(|_| self.stands_for(wish, &copies)) {
+            body.patiently("stop", json!({})).await?;
+            journal.step("stopped");
+        }
+        self.copy_all(copies, journal).await?;
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
         }
@@ -405,8 +430,10 @@ impl Operation {
         if let Some(body) = &self.body {
             let inner = record.nvram == Some(Part::Internal);
             match self.switch(body, note, inner).await {
-                // Whether it had changed over nobody can tell; an overlay without a change is as good as its base.
-                Ok(()) | Err(DriverError::Gone) => {}
+                Ok(()) => {}
+                // Whether it had changed over only what is inside can tell, all of it being one step; where nothing is,
+                // an overlay without a change is as good as its base.
+                Err(DriverError::Gone) if !body.is_gone_soon().await || self.is_inside(&note.name, record).await => {}
                 Err(error) => {
                     // Nobody stands on them.
                     note.complete = None;
@@ -416,6 +443,21 @@ impl Operation {
             journal.step("switched");
         }
         Ok(())
+    }
+
+    /// Whether the variables' image holds what it was to hold; without doubt only if nobody has it open.
+    pub(super) async fn is_inside(&self, name: &str, record: &Record) -> bool {
+        if record.nvram != Some(Part::Internal) {
+            return true;
+        }
+        let images: Vec<Image> = parts::variables(&self.machine.def).map(|(path, _)| path).collect();
+        let (name, files) = (name.to_owned(), images.iter().map(|image| (image.clone(), false)).collect());
+        let told = self.with_lent(files, move |tools| {
+            let holds = |image: &Image| Ok(tools.info(image, "qcow2")?.snapshots.iter().any(|one| one.name == name));
+            images.iter().map(holds).collect::<Result<Vec<bool>, DriverError>>()
+        });
+        // Overlays are not removed in doubt.
+        !told.await.is_ok_and(|told| told.contains(&false))
     }
 
     /// The overlays that are to be.
@@ -573,21 +615,26 @@ impl Operation {
             tracing::error!(uuid = %self.machine.def.uuid, %error, "the guest stands after its snapshot, and cannot go on");
         }
     }
+}
 
-    /// Removes files that are of no use to anybody; says so where that fails.
-    pub(super) async fn remove_files(&self, files: Vec<PathBuf>) {
-        let removed = self.with_images(move |images| {
-            let wary = images.user.is_some();
-            for file in files {
-                if let Err(error) = make::remove(&file, wary) {
-                    tracing::warn!(%error, "a file of no use is still there");
-                }
-            }
-            Ok(())
-        });
-        if let Err(error) = removed.await {
-            tracing::warn!(%error, "files of no use are still there");
-        }
+/// Whether the caller copies a disk.
+fn by_hand(wish: &Wish) -> bool {
+    wish.disks.iter().any(|part| part.mode == DiskMode::Manual)
+}
+
+/// While it lives, nobody is told that a guest stops and goes on.
+struct Quiet(Arc<Body>);
+
+impl Quiet {
+    fn keep(body: &Arc<Body>) -> Quiet {
+        body.reporter.be_quiet(true);
+        Quiet(body.clone())
+    }
+}
+
+impl Drop for Quiet {
+    fn drop(&mut self) {
+        self.0.reporter.be_quiet(false);
     }
 }
 

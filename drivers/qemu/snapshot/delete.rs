@@ -1,16 +1,14 @@
 //! Deleting a snapshot: what is inside images is removed, overlays are merged into what they stand on.
 
 use super::create::written;
-use super::note::{Delete, Merge, Note, Part};
+use super::note::{Delete, Merge, Note};
 use super::revert::{chain, held, record_of};
 use super::{Operation, pairs};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{
-    DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, MemoryMode, Replaced,
-};
+use virt_model::driver::snapshots::{DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Replaced};
 
 /// A file, its format, and what it stands on.
 struct Standing {
@@ -28,7 +26,7 @@ impl Operation {
         let mut files: Vec<FileChange> =
             deed.merges.iter().map(|merge| change(&merge.overlay, FileFate::Merged)).collect();
         files.extend(deed.unlinks.iter().map(|path| change(path, FileFate::Deleted)));
-        files.extend(leavings(snapshot).iter().map(|path| change(path, FileFate::Deleted)));
+        files.extend(self.leavings(snapshot).iter().map(|path| change(path, FileFate::Deleted)));
         Ok(DeletePlan { files })
     }
 
@@ -43,7 +41,7 @@ impl Operation {
             merged: Vec::new(),
         };
         let standing = self.standing(kin);
-        let reverts = record_of(snapshot).reverts;
+        let reverts: Vec<PathBuf> = self.own_reverts(snapshot).await.into_iter().map(|(file, _)| file).collect();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
             let (base, base_format) = (PathBuf::from(disk.path().unwrap_or_default()), disk.format().unwrap_or("raw"));
@@ -54,7 +52,7 @@ impl Operation {
             for (overlay, format) in overlays.into_iter().filter(|(overlay, _)| overlay.exists()) {
                 match self.one_merge(&part.target, &overlay, &format, (&base, base_format), &standing) {
                     Some(merge) => deed.merges.push(merge),
-                    None if *block => {}
+                    None if *block || !self.stands_on(&overlay, &format, &base).await => {}
                     None => {
                         self.holds_nothing(&part.target, &overlay, &format).await?;
                         deed.unlinks.push(overlay);
@@ -195,8 +193,7 @@ impl Operation {
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<Vec<Replaced>, DriverError> {
         let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
-        let record = record_of(snapshot);
-        let images = self.held_images(snapshot, &record);
+        let images = self.held_images(snapshot, &record_of(snapshot));
         self.forget_in_images(&snapshot.name, &images, true).await?;
         step("forgotten");
         for merge in deed.merges.clone() {
@@ -210,7 +207,7 @@ impl Operation {
             step("merged");
         }
         let gone = deed.merges.iter().map(|merge| merge.overlay.clone()).chain(deed.unlinks.iter().cloned());
-        self.remove_files(gone.chain(leavings(snapshot)).collect()).await;
+        self.remove_files(gone.chain(self.leavings(snapshot)).collect()).await;
         step("removed");
         let replaced = deed.merges.iter().map(|merge| Replaced {
             target: merge.target.clone(),
@@ -240,18 +237,4 @@ impl Operation {
         })
         .await
     }
-}
-
-/// What goes with a snapshot beside its disks.
-fn leavings(snapshot: &Kept) -> Vec<PathBuf> {
-    let record = record_of(snapshot);
-    let memory = match &snapshot.memory {
-        MemoryMode::External(file) => Some(file.clone()),
-        _ => None,
-    };
-    let copies = [record.nvram, record.tpm].into_iter().flatten().filter_map(|part| match part {
-        Part::File(file) => Some(file),
-        _ => None,
-    });
-    memory.into_iter().chain(copies).filter(|file| file.exists()).collect()
 }

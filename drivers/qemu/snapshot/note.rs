@@ -60,8 +60,11 @@ pub enum HeldMemory {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CreateInternal {
     pub name: String,
-    /// The CPUs ran, and are to go on.
+    /// The CPUs ran, and go on if it comes to nothing.
     pub resume: bool,
+    /// They do not once it is complete.
+    #[serde(default)]
+    pub stay: bool,
     pub images: Vec<PathBuf>,
     /// Copies made beside.
     pub copies: Vec<PathBuf>,
@@ -72,7 +75,11 @@ pub struct CreateInternal {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct CreateExternal {
     pub name: String,
+    /// As above.
     pub resume: bool,
+    /// As above.
+    #[serde(default)]
+    pub stay: bool,
     /// The guest's file systems are frozen.
     pub frozen: bool,
     pub overlays: Vec<Overlay>,
@@ -105,6 +112,9 @@ pub struct Record {
     /// The same for the TPM's state.
     #[serde(default)]
     pub tpm: Option<Part>,
+    /// How long the file of its memory is.
+    #[serde(default)]
+    pub memory_bytes: Option<u64>,
     /// Overlays that reverts to it have made: ours to remove when nothing needs them.
     #[serde(default)]
     pub reverts: Vec<PathBuf>,

@@ -38,7 +38,7 @@ impl Operation {
 
     async fn recover_internal(&self, note: CreateInternal) -> Result<Recovered, DriverError> {
         if let Some(record) = &note.done {
-            self.go_on(note.resume).await?;
+            self.go_on(note.resume && !note.stay).await?;
             return Ok(Recovered::Created(Box::new(taken(record.clone(), None))));
         }
         self.undo_internal(&note).await?;
@@ -53,7 +53,7 @@ impl Operation {
         let stands = match (&self.body, &note.complete) {
             (_, None) => false,
             // Without a guest nobody can tell, and an overlay that was never written to is as good as its base.
-            (None, Some(_)) => true,
+            (None, Some(record)) => self.is_inside(&note.name, record).await,
             (Some(body), Some(_)) => {
                 let nodes = Nodes::of(body).await?;
                 note.overlays.iter().all(|overlay| nodes.image(&overlay.path, &overlay.format).is_some())
@@ -61,8 +61,10 @@ impl Operation {
         };
         match note.complete.clone().filter(|_| stands) {
             Some(record) => {
-                self.go_on(note.resume).await?;
+                // What is frozen can be thawed only while it runs.
+                self.go_on(note.resume && (!note.stay || note.frozen)).await?;
                 self.thaw(&note).await;
+                self.stand(note.resume && note.stay && note.frozen).await;
                 Ok(Recovered::Created(Box::new(taken(record, Some(self.standing_on(&note.overlays))))))
             }
             None => {
@@ -105,7 +107,7 @@ impl Operation {
 
     async fn recover_revert(&self, note: Revert) -> Result<Recovered, DriverError> {
         let snapshot = kept(note.snapshot)?;
-        let record = record_of(&snapshot);
+        let record = self.record_of(&snapshot);
         if self.body.is_none() {
             self.bring_back(&snapshot, &record, &note.aside, &silent()).await?;
         }

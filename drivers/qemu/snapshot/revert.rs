@@ -2,14 +2,13 @@
 
 use super::super::make;
 use super::create::written;
+use super::files::{OVERLAY, check_space};
 use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts};
 use crate::host::image::{ImageInfo, InnerSnapshot};
 use serde_json::json;
 use std::collections::BTreeSet;
-use std::fs::File;
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
@@ -23,8 +22,6 @@ use virt_model::driver::snapshots::{
 /// How the names begin under which images keep what they held before a revert, until that is settled. Each revert has one
 /// of its own: what an earlier one left behind must never be taken for what was before a later one.
 pub(super) const UNDO: &str = "virtd-undo";
-/// How a file of QEMU's memory begins.
-const MAGIC: &[u8; 4] = b"QEVM";
 
 /// The definition as it is written down.
 const KEPT: Form = Form { inactive: true, secure: true, migratable: false };
@@ -36,6 +33,9 @@ impl Operation {
         kin: &Kin,
         in_place: bool,
     ) -> Result<RevertPlan, DriverError> {
+        if let Some(body) = &self.body {
+            super::idle(body).await?;
+        }
         let record = record_of(snapshot);
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, kin)?;
@@ -44,22 +44,17 @@ impl Operation {
             Nodes::of(body).await?.of_images(&images)?;
         }
         if let MemoryMode::External(file) = &snapshot.memory {
-            check_memory_file(file)?;
+            self.memory_at(file, record.memory_bytes)?;
         }
-        for part in [&record.nvram, &record.tpm].into_iter().flatten() {
-            if let Part::File(file) = part
-                && !file.exists()
-            {
-                return Err(DriverError::Storage(format!("{}: what was copied is not there any more", file.display())));
-            }
-        }
+        self.check_copies(snapshot)?;
         let mut files = Vec::new();
         for overlay in self.new_overlays(snapshot)? {
             if !overlay.base.exists() {
                 let (target, base) = (&overlay.target, overlay.base.display());
                 return Err(DriverError::Storage(format!("disk '{target}': the frozen file {base} is not there")));
             }
-            files.push(FileChange { path: overlay.path, what: FileFate::Created, bytes: 200 << 10 });
+            check_space(&overlay.path, OVERLAY)?;
+            files.push(FileChange { path: overlay.path, what: FileFate::Created, bytes: OVERLAY });
         }
         for path in self.abandoned(snapshot, kin).await {
             files.push(FileChange { bytes: super::size(&path), path, what: FileFate::Deleted });
@@ -159,7 +154,7 @@ impl Operation {
         kin: &Kin,
         journal: &Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
-        let record = record_of(snapshot);
+        let record = self.record_of(snapshot);
         let images = self.held_images(snapshot, &record);
         let mut aside = Aside {
             strays: self.strays(&images).await?,
@@ -198,7 +193,7 @@ impl Operation {
     }
 
     /// The copies that are put in place: what part, and the file or folder it is a copy of.
-    fn copied_parts(&self, snapshot: &Kept, record: &Record) -> Vec<(&'static str, PathBuf)> {
+    pub(super) fn copied_parts(&self, snapshot: &Kept, record: &Record) -> Vec<(&'static str, PathBuf)> {
         let mut found = Vec::new();
         if let Some(Part::File(_)) = &record.nvram {
             found.extend(parts::variables(&snapshot.def).map(|(path, _)| ("nvram", path)));
@@ -393,8 +388,14 @@ impl Operation {
         own
     }
 
-    /// Whether a file is an overlay on that base, and holds nothing but what was written since.
-    pub(super) async fn is_mere_overlay(&self, file: &Path, format: &str, base: &Path) -> bool {
+    /// Whether a file is an overlay on that base.
+    pub(super) async fn stands_on(&self, file: &Path, format: &str, base: &Path) -> bool {
+        let told = self.overlay_at(file, format).await;
+        told.is_some_and(|info| info.full_backing_filename.as_deref() == Some(base))
+    }
+
+    /// The same, and it holds nothing but what was written since.
+    async fn is_mere_overlay(&self, file: &Path, format: &str, base: &Path) -> bool {
         let told = self.overlay_at(file, format).await;
         told.is_some_and(|info| info.full_backing_filename.as_deref() == Some(base) && info.snapshots.is_empty())
     }
@@ -442,16 +443,6 @@ pub(super) fn record_of(snapshot: &Kept) -> Record {
 fn is_ours(name: &str) -> bool {
     let rest = name.strip_prefix(UNDO).and_then(|rest| rest.strip_prefix('-'));
     rest.is_some_and(|rest| Uuid::try_parse(rest).is_ok())
-}
-
-fn check_memory_file(file: &Path) -> Result<(), DriverError> {
-    let mut magic = [0; 4];
-    let read = File::open(file).and_then(|mut file| file.read_exact(&mut magic));
-    match read {
-        Err(e) => Err(DriverError::Storage(format!("{}: {e}", file.display()))),
-        Ok(()) if magic != *MAGIC => Err(DriverError::Storage(format!("{} holds no memory", file.display()))),
-        Ok(()) => Ok(()),
-    }
 }
 
 /// A snapshot as it is written down.
