@@ -47,6 +47,8 @@ pub struct Want {
 pub struct Ledger {
     file: PathBuf,
     books: Mutex<Books>,
+    /// Who borrows for a guest beside the guest itself.
+    beside: Mutex<BTreeSet<Uuid>>,
 }
 
 /// What is on disk.
@@ -88,7 +90,7 @@ impl Ledger {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Books::default(),
             Err(e) => return Err(e),
         };
-        let ledger = Ledger { file, books: Mutex::new(books) };
+        let ledger = Ledger { file, books: Mutex::new(books), beside: Mutex::default() };
         ledger.turn_over()?;
         Ok(ledger)
     }
@@ -144,6 +146,22 @@ impl Ledger {
         if let Err(error) = self.settle(&mut books) {
             tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
         }
+    }
+
+    /// A number for somebody who borrows for `guest` beside the guest itself, until they leave. The lowest that nobody has:
+    /// what is still lent to one who was killed is given back by the next one.
+    pub fn join(&self, guest: Uuid) -> Uuid {
+        let mut beside = self.beside.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut number = !guest.as_u128();
+        while !beside.insert(Uuid::from_u128(number)) {
+            number = number.wrapping_add(1);
+        }
+        Uuid::from_u128(number)
+    }
+
+    /// The number is free again.
+    pub fn leave(&self, number: Uuid) {
+        self.beside.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
     }
 
     fn lock(&self) -> MutexGuard<'_, Books> {

@@ -205,3 +205,17 @@ fn a_ledger_that_was_cut_off_is_put_aside() {
         assert_eq!(std::fs::read_to_string(dir.path().join("access.broken")).unwrap(), text);
     }
 }
+
+#[test]
+fn what_is_lent_beside_a_guest_is_each_borrowers_own() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest) = (std::sync::Arc::new(room.ledger()), Uuid::new_v4());
+    let (disk, overlay) = (room.file("disk", 0o600), room.file("overlay", 0o600));
+    let images = crate::host::image::Images { user: Some((room.user.clone(), ledger)), guest };
+    let merge = images.lend(&[(disk.clone(), true), (overlay.clone(), true)]).unwrap();
+    drop(images.lend(&[(disk.clone(), false)]).unwrap());
+    assert!(images.lend(&[(room.dir.path().join("none"), true)]).is_err());
+    assert!(room.may(&disk, true) && room.may(&overlay, true), "a look takes a running merge's files away");
+    drop(merge);
+    assert!(!room.may(&disk, false) && !room.may(&overlay, false));
+}

@@ -17,7 +17,7 @@ use virt_model::driver::DriverError;
 pub struct Images {
     /// As whom, with the ledger of what is lent to them; as we are if `None`.
     pub user: Option<(RunAs, Arc<Ledger>)>,
-    /// Whose images.
+    /// Whose images. They are lent under numbers of their own: what the running guest was lent stays lent.
     pub guest: Uuid,
 }
 
@@ -51,26 +51,28 @@ pub struct InnerSnapshot {
     pub vm_state_size: u64,
 }
 
-/// Files lent for a while.
-pub struct Lent(Arc<Images>);
+/// Files lent for a while, whatever else is lent meanwhile.
+pub struct Lent(Option<(Arc<Ledger>, Uuid)>);
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some((_, ledger)) = &self.0.user {
-            ledger.give_back(self.0.guest);
+        if let Some((ledger, holder)) = &self.0 {
+            ledger.give_back(*holder);
+            ledger.leave(*holder);
         }
     }
 }
 
 impl Images {
     /// Lends images to QEMU's user until what is returned is dropped.
-    pub fn lend(self: &Arc<Self>, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
-        if let Some((user, ledger)) = &self.user {
-            let want = |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true };
-            let wants: Vec<Want> = images.iter().map(want).collect();
-            ledger.lend(user, self.guest, &wants)?;
-        }
-        Ok(Lent(self.clone()))
+    pub fn lend(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
+        let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
+        let holder = ledger.join(self.guest);
+        let lent = Lent(Some((ledger.clone(), holder)));
+        let want = |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true };
+        let wants: Vec<Want> = images.iter().map(want).collect();
+        ledger.lend(user, holder, &wants)?;
+        Ok(lent)
     }
 
     /// What an image says of itself, also while a guest has it open.

@@ -254,3 +254,171 @@ impl Drop for Device {
         let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
     }
 }
+
+/// Whether a guest writes nothing for half a second at the `number`-th step of what is done to snapshots next.
+struct Still(PathBuf);
+
+impl Still {
+    fn at_step(daemon: &Daemon, tick: &Tick, number: u32) -> Still {
+        let proof = daemon.folder().join("stood");
+        let (serial, shown) = (tick.serial.display(), proof.display());
+        let look = format!("a=$(stat -c %s {serial}); sleep 0.5; [ $a = $(stat -c %s {serial}) ] && touch {shown}");
+        daemon.at_step(number, &look);
+        Still(proof)
+    }
+
+    fn stood(&self) -> bool {
+        self.0.exists()
+    }
+}
+
+/// Overlays for tick's own disk, and a second disk that the caller copies.
+async fn by_hand(daemon: &Daemon, tick: &Tick) -> Player {
+    let second = tick.disk.with_extension("second");
+    new_image(&second);
+    let disk = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
+         <target dev='vdb' bus='virtio'/></disk><serial ",
+        second.display()
+    );
+    let player = defined(daemon, &tick.xml.replace("<serial ", &disk)).await;
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    player
+}
+
+const BY_HAND: &str = "<domainsnapshot><name>hand</name><disks><disk name='vda' snapshot='external'/>\
+                       <disk name='vdb' snapshot='manual'/></disks></domainsnapshot>";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn disks_copied_by_hand_are_of_the_time_of_the_others() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let Some(tick) = Tick::new(&daemon, "hand", "") else { return };
+    let player = by_hand(&daemon, &tick).await;
+    let quiesce = with([("disk-only", true), ("quiesce", true)]);
+    let (error, why) = player.create(BY_HAND, quiesce).await.expect_err("never thawed");
+    assert!(error.ends_with("ConfigUnsupported") && why.contains("leave out quiesce"), "{error}: {why}");
+    let reply = player.domain.call("CheckCreateSnapshot", &(BY_HAND, disk_only())).await.expect("told");
+    let plan: std::collections::HashMap<String, zbus::OwnedVariant> = reply.body().deserialize().expect("a{sv}");
+    assert_eq!(*plan["pauses-guest"], zbus::Variant::from(true));
+    // Right before the disks are switched.
+    let still = Still::at_step(&daemon, &tick, 5);
+    player.create(BY_HAND, disk_only()).await.expect("taken");
+    assert!(still.stood(), "the guest writes between its disks");
+    assert_eq!(player.domain.state().await.0, "paused");
+    player.domain.bare("Resume").await.expect("resumed");
+    tick.goes_on().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_is_to_stand_stands_when_virtd_was_killed_meanwhile() {
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    let Some(tick) = Tick::new(&daemon, "stands", "") else { return };
+    let player = by_hand(&daemon, &tick).await;
+    // When they have been switched.
+    daemon.at_step(6, &format!("kill -9 {}", daemon.virtd_pid()));
+    assert!(!player.try_create(BY_HAND, disk_only()).await);
+    assert!(daemon.step_came());
+    daemon.virtd_died().await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let player = Player { domain: client.named("stands").await.expect("still there") };
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 1);
+    assert_eq!(player.domain.state().await.0, "paused");
+    player.domain.bare("Resume").await.expect("resumed");
+    tick.goes_on().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_copied_beside_the_disks_is_of_their_time() {
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    if !crate::common::have(&["swtpm", "swtpm_setup"]) {
+        return;
+    }
+    let Some(tick) = Tick::new(&daemon, "beside", "") else { return };
+    let tpm = "<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm></devices>";
+    let player = defined(&daemon, &tick.xml.replace("</devices>", tpm)).await;
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let mut watch = player.domain.client.watch().await;
+    // When the TPM's state has been copied.
+    let still = Still::at_step(&daemon, &tick, 5);
+    player.create(&named("quiet"), disk_only()).await.expect("taken");
+    assert!(still.stood(), "the guest writes between its TPM and its disks");
+    assert!(player.xml("quiet").await.contains("quiet.tpm"), "its state is not copied");
+    tick.goes_on().await;
+    player.domain.bare("Suspend").await.expect("suspended");
+    assert_eq!(watch.until(&player.domain.path, "suspended paused").await, ["suspended paused"]);
+    player.domain.run("Destroy").await.expect("destroyed");
+
+    // A record that says that its copy is elsewhere.
+    let uuid: String = player.domain.property("UUID").await;
+    daemon.kill_virtd().await;
+    let record = daemon.root().join("var/lib/virt/snapshots").join(uuid).join("quiet.xml");
+    let text = std::fs::read_to_string(&record).expect("its record");
+    let precious = daemon.folder().join("precious");
+    std::fs::create_dir(&precious).expect("a folder");
+    std::fs::write(precious.join("file"), "").expect("written");
+    let kept = record.with_file_name(".files").join("quiet.tpm");
+    assert!(kept.is_dir() && text.contains(&*kept.to_string_lossy()), "{text}");
+    std::fs::write(&record, text.replace(&*kept.to_string_lossy(), &precious.to_string_lossy())).expect("written");
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let player = Player { domain: client.named("beside").await.expect("still there") };
+    let (_, why) = player.call("quiet", "Revert", options([])).await.expect_err("not ours");
+    assert!(why.contains("is not where copies are kept"), "{why}");
+    player.call("quiet", "Delete", options([])).await.expect("deleted");
+    assert!(precious.join("file").exists(), "a record says what is removed");
+}
+
+#[tokio::test]
+async fn a_memory_file_is_removed_only_if_it_is_one_and_loaded_only_whole() {
+    let Some((daemon, player, tick)) = tick("memory").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let memory = tick.disk.with_extension("memory");
+    let xml = format!(
+        "<domainsnapshot><name>full</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+        memory.display()
+    );
+    player.create(&xml, options([])).await.expect("taken");
+    let whole = std::fs::read(&memory).expect("read");
+    std::fs::write(&memory, &whole[..whole.len() - 4096]).expect("written");
+    let (_, why) = player.call("full", "Revert", with([("force", true)])).await.expect_err("cut off");
+    assert!(why.contains("bring back the whole file"), "{why}");
+    assert_eq!(player.domain.state().await.0, "running");
+    tick.goes_on().await;
+
+    let precious = daemon.folder().join("precious");
+    std::fs::create_dir(&precious).expect("a folder");
+    std::fs::write(precious.join("file"), "").expect("written");
+    let document = player.xml("full").await;
+    for victim in [precious.clone(), precious.join("file")] {
+        let other = document.replace(&*memory.to_string_lossy(), &victim.to_string_lossy());
+        if player.create(&other, with([("redefine", true)])).await.is_ok() {
+            player.call("full", "Delete", options([])).await.expect("deleted");
+        }
+        assert!(precious.join("file").exists(), "a document says what is removed");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_ends_before_its_variables_are_captured_leaves_no_snapshot() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    if !Path::new("/usr/share/qemu/firmware").exists() {
+        return skip("there is no UEFI firmware (Debian has it in ovmf)");
+    }
+    let Some(tick) = Tick::new(&daemon, "ends", "") else { return };
+    let firmware = "<os firmware='efi'><firmware><feature enabled='no' name='secure-boot'/></firmware><type ";
+    let player = defined(&daemon, &tick.xml.replace("<os><type ", firmware)).await;
+    player.domain.run("Start").await.expect("started");
+    let before = player.domain.xml().await;
+    assert!(before.contains("format='qcow2'"), "{before}");
+    // Right before the disks are switched.
+    daemon.at_step(4, &format!("kill -9 {}", daemon.qemu_of("ends").expect("it runs")));
+    player.create(&named("late"), disk_only()).await.expect_err("it has ended");
+    assert!(daemon.step_came());
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 0);
+    assert!(!tick.disk.with_file_name("ends.late").exists());
+    assert_eq!(sources(&player).await, [tick.disk]);
+}

@@ -106,9 +106,7 @@ impl Snapshots for QemuDriver {
 
 impl QemuDriver {
     async fn operation(&self, machine: &Machine) -> Result<Operation, DriverError> {
-        // Under a number of its own: what the running guest was lent stays lent when this is over.
-        let own = uuid::Uuid::from_u128(!machine.def.uuid.as_u128());
-        let images = Arc::new(Images { user: self.user().await?, guest: own });
+        let images = Arc::new(Images { user: self.user().await?, guest: machine.def.uuid });
         let body = match &machine.guest {
             None => None,
             Some(guest) => {
