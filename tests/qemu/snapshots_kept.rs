@@ -327,6 +327,19 @@ async fn a_guest_that_is_to_stand_stands_when_virtd_was_killed_meanwhile() {
     assert_eq!(player.domain.state().await.0, "paused");
     player.domain.bare("Resume").await.expect("resumed");
     tick.goes_on().await;
+
+    // One that was to end, when its memory had been captured.
+    let memory = tick.disk.with_extension("memory");
+    let xml = format!("<domainsnapshot><name>end</name><memory file='{}'/></domainsnapshot>", memory.display());
+    daemon.at_step(6, &format!("kill -9 {}", daemon.virtd_pid()));
+    assert!(!player.try_create(&xml, with([("halt", true)])).await);
+    assert!(daemon.step_came());
+    daemon.virtd_died().await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let player = Player { domain: client.named("stands").await.expect("still there") };
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 2);
+    assert_ne!(player.domain.state().await.0, "running");
 }
 
 #[tokio::test(flavor = "multi_thread")]
