@@ -1,10 +1,12 @@
 //! Starting a QEMU: everything it needs, its companions, then the process, then its monitor, then its CPUs; and all of it
 //! undone when a step fails or the start is cancelled.
 
+use super::changes::{Claims, SYSFS};
 use super::command::Command;
-use super::command::SecretContent;
+use super::command::{HostFile, SecretContent, VSOCK_FD};
 use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
 use super::events::Guest;
+use super::hostdev;
 use super::instance::{Body, Leavings, QemuInstance, join, translate};
 use super::log::Log;
 use super::make;
@@ -23,7 +25,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -33,6 +35,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use virt_model::domain::DomainDef;
 use virt_model::driver::{DriverError, EventSink, Recorder};
 
 /// The descriptor at which QEMU finds its monitor.
@@ -50,6 +53,12 @@ pub struct Start {
     pub name: String,
     /// What is run.
     pub command: Command,
+    /// The machine that it is, its USB devices found on the host.
+    pub started: DomainDef,
+    /// The kernel's half of its vsock.
+    pub vsock: Option<OwnedFd>,
+    /// Which guest has which of the host's devices.
+    pub claims: Claims,
     /// Leave the CPUs standing.
     pub paused: bool,
     /// Make the firmware variables anew.
@@ -108,7 +117,7 @@ struct Job {
     output: Arc<File>,
     gifts: Gifts,
     user: Option<RunAs>,
-    lock_memory: bool,
+    lock_limit: Option<u64>,
 }
 
 impl Start {
@@ -132,13 +141,15 @@ impl Start {
             log_start: 0,
             process: None,
             companions: Vec::new(),
+            changes: Vec::new(),
+            claims: Vec::new(),
             rebooting: false,
         }
     }
 
     fn leavings(&self) -> Leavings {
         let ledger = self.user.as_ref().map(|(_, ledger)| ledger.clone());
-        Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger }
+        Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger, claims: self.claims.clone() }
     }
 
     async fn attempt(
@@ -156,7 +167,8 @@ impl Start {
         for tap in &self.command.taps {
             prepared.gifts.extend(super::tap::open(tap).await?);
         }
-        self.lend().await?;
+        let devices = self.take_devices(keeper).await?;
+        self.lend(devices).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
@@ -193,6 +205,10 @@ impl Start {
         let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
         let mut prepared =
             Prepared { log, output: Arc::new(output), gifts: vec![(MONITOR_FD, listener)], companions: Vec::new() };
+        if let Some(vsock) = &self.vsock {
+            let copy = vsock.try_clone();
+            prepared.gifts.push((VSOCK_FD, copy.map_err(|e| DriverError::Internal(format!("<vsock>: {e}")))?));
+        }
         for secret in &self.command.secrets {
             let content = match &secret.content {
                 SecretContent::Kept(name) => secret::read(&self.secrets_dir, name)?,
@@ -221,11 +237,32 @@ impl Start {
         format!("--- start of {} ({}): {qemu}{beside}", self.name, self.uuid)
     }
 
-    /// Makes the files accessible. A file system that does not answer cannot keep a start from being cancelled.
-    async fn lend(self: &Arc<Self>) -> Result<(), DriverError> {
+    /// Takes from the host the devices that the guest has to itself; which files they are.
+    async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Vec<HostFile>, DriverError> {
+        let start = self.clone();
+        let claims = blocking(move || hostdev::claims(&start.started, Path::new(SYSFS))).await?;
+        if claims.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.claims.take(self.uuid, &self.name, &claims)?;
+        let start = self.clone();
+        let plan = blocking(move || hostdev::plan(&start.started, Path::new(SYSFS))).await?;
+        let hostdev::Plan { changes, files } = plan.map_err(DriverError::Config)?;
+        let planned = changes.clone();
+        keeper.change(|record| (record.changes, record.claims) = (planned, claims)).await?;
+        if changes.is_empty() {
+            return Ok(files);
+        }
+        blocking(move || changes.iter().try_for_each(|change| change.make(Path::new(SYSFS)))).await??;
+        hostdev::settle().await;
+        self.still_wanted().map(|()| files)
+    }
+
+    /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.
+    async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<(), DriverError> {
         let Some((user, ledger)) = self.user.clone() else { return Ok(()) };
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
-        let wants: Vec<Want> = self.command.files.iter().chain(beside).map(want).collect();
+        let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
         let (uuid, at_work) = (self.uuid, ledger.clone());
         let mut lending = tokio::task::spawn_blocking(move || at_work.lend(&user, uuid, &wants));
         tokio::select! {
@@ -283,7 +320,7 @@ impl Start {
             output,
             gifts,
             user,
-            lock_memory: false,
+            lock_limit: None,
         }
     }
 
@@ -296,7 +333,7 @@ impl Start {
             output: prepared.output,
             gifts: prepared.gifts,
             user: self.user.as_ref().map(|(user, _)| user.clone()),
-            lock_memory: self.command.lock_memory,
+            lock_limit: self.command.lock_limit,
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, move |record, process| {
@@ -384,8 +421,7 @@ impl Start {
         companion::end_all(&made.companions).await;
         let (leavings, log) = (self.leavings(), made.log);
         let cleared = blocking(move || {
-            keeper.close();
-            leavings.clear();
+            leavings.clear(&keeper.close());
             log.map(|log| log.last_words()).unwrap_or_default()
         });
         // A file system that does not answer must not keep the failure from being told.
@@ -418,7 +454,7 @@ impl Source {
 }
 
 fn want(file: &super::command::HostFile) -> Want {
-    Want { path: file.path.clone(), write: file.write, backing: file.backing }
+    Want { path: file.path.clone(), write: file.write, backing: file.backing, device: file.device }
 }
 
 fn storage(path: &Path, error: &io::Error) -> DriverError {
@@ -450,7 +486,7 @@ async fn spawn_one(
             output: &job.output,
             gifts: job.gifts,
             user: job.user.as_ref(),
-            lock_memory: job.lock_memory,
+            lock_limit: job.lock_limit,
         };
         spawn(plan, |identity| keeper.update(|record| change(record, identity.clone())))
     });

@@ -96,6 +96,11 @@ element! {
     }
 }
 
+choices! {
+    /// How cards that share a device of the host's see each other.
+    pub enum DirectMode { Vepa = "vepa", Bridge = "bridge", Private = "private", Passthrough = "passthrough", }
+}
+
 element! {
     /// `<interface><source>`
     pub struct InterfaceSource {
@@ -105,8 +110,10 @@ element! {
         attr "portid" => portid: Option<String>,
         /// For `type='bridge'`; for `type='network'`, runtime.
         attr "bridge" => bridge: Option<String>,
-        /// Of `type='user'` by passt: the host's device whose addresses the guest gets.
+        /// The host's device: by passt, whose addresses the guest gets; of `type='direct'`, through which its packets go.
         attr "dev" => dev: Option<String>,
+        /// Of `type='direct'`: which packets the host's device passes on.
+        attr "mode" => mode: Option<DirectMode>,
         /// Of sockets: where they are.
         attr "address" => address: Option<String>,
         /// Of sockets: their port.
