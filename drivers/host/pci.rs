@@ -42,6 +42,20 @@ impl Pci {
         name_of_link(&self.device(address).join("iommu_group"))
     }
 
+    /// Of a virtual function of a network card: the card's own device, and which of its functions it is.
+    pub fn function_of(&self, address: &str) -> Option<(String, u32)> {
+        let card = self.device(address).join("physfn");
+        let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut names: Vec<String> =
+            entries(&card.join("net")).filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        names.sort();
+        let number = entries(&card).find_map(|entry| {
+            let number = entry.file_name().to_str()?.strip_prefix("virtfn")?.parse().ok()?;
+            (name_of_link(&entry.path())? == address).then_some(number)
+        });
+        names.into_iter().next().zip(number)
+    }
+
     /// Why the device cannot be handed to a guest; with `managed`, by taking it from its driver. `own` are all that the
     /// guest gets.
     pub fn objection(&self, address: &str, managed: bool, own: &[String]) -> Option<String> {

@@ -3,7 +3,9 @@
 //! Each change stands in the guest's record before it is made. So whoever was killed in between, the next virtd undoes it;
 //! undoing what was not done yet, or what is undone already, does nothing.
 
+use crate::host::macvtap::Macvtap;
 use crate::host::pci::Pci;
+use crate::host::vf::{Function, Terms};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,6 +27,17 @@ pub enum Change {
         /// A driver of the host's had it.
         driven: bool,
     },
+    /// A network card holds one of its virtual functions to something.
+    Held {
+        /// Which one.
+        function: Function,
+        /// To what.
+        terms: Terms,
+        /// What it was held to before.
+        before: Terms,
+    },
+    /// A network device was made.
+    Made(Macvtap),
 }
 
 impl Change {
@@ -34,12 +47,22 @@ impl Change {
             Change::Detached { pci, .. } => Pci::below(sysfs)
                 .detach(pci)
                 .map_err(|e| DriverError::Unsupported(format!("PCI device {pci} cannot be taken from the host: {e}"))),
+            Change::Held { function, terms, .. } => {
+                let what = "the address and VLAN of the host's card cannot be set";
+                function.hold(terms).map_err(|e| DriverError::Unsupported(format!("{what}: {e}")))
+            }
+            Change::Made(link) => {
+                let what = format!("no network device '{}' on '{}'", link.name, link.below);
+                link.make().map_err(|e| DriverError::Hypervisor(format!("{what}: {e}")))
+            }
         }
     }
 
     fn undo(&self, sysfs: &Path) -> std::io::Result<()> {
         match self {
             Change::Detached { pci, driven } => Pci::below(sysfs).give_back(pci, *driven),
+            Change::Held { function, before, .. } => function.hold(before),
+            Change::Made(link) => link.remove(),
         }
     }
 }

@@ -2,19 +2,24 @@
 //!
 //! What is here depends on the host at this moment, other than `check`, which knows only what it can.
 
-use super::changes::Change;
-use super::command::HostFile;
+use super::changes::{Change, Claims};
+use super::command::{HostFile, Tap};
+use crate::host::macvtap::{self, Macvtap};
 use crate::host::pci::{Pci, VFIO};
 use crate::host::usb::{self, UsbName};
+use crate::host::vf::{Function, Terms};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::timeout;
-use virt_model::device::Hostdev;
+use uuid::Uuid;
 use virt_model::device::disk::StartupPolicy;
 use virt_model::device::hostdev::{HostAddress, HostdevKind};
+use virt_model::device::{Hostdev, Interface};
 use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
 use virt_model::xml::{Finding, Place};
 
 /// How long the host may take to settle down after a device has changed its driver.
@@ -33,6 +38,8 @@ pub struct Plan {
 struct Wanted {
     address: String,
     managed: bool,
+    /// What it is held to, as a virtual function of a network card.
+    terms: Option<Terms>,
     place: Place,
 }
 
@@ -40,9 +47,16 @@ struct Wanted {
 fn pci_devices(def: &DomainDef) -> Vec<Wanted> {
     let wanted = |device: &Hostdev| {
         let managed = device.managed == Some(true);
-        Some(Wanted { address: device.pci()?.to_string(), managed, place: device.at.clone() })
+        Some(Wanted { address: device.pci()?.to_string(), managed, terms: None, place: device.at.clone() })
     };
-    def.devices.hostdevs.iter().filter_map(wanted).collect()
+    let card = |card: &Interface| {
+        let managed = card.managed == Some(true);
+        let vlan = card.vlan.as_ref().and_then(|vlan| vlan.tags.first()).map_or(0, |tag| tag.id);
+        let terms = Some(Terms { mac: card.mac()?.to_string(), vlan });
+        Some(Wanted { address: card.host_card()?.to_string(), managed, terms, place: card.at.clone() })
+    };
+    let cards = def.devices.interfaces.iter().filter_map(card);
+    def.devices.hostdevs.iter().filter_map(wanted).chain(cards).collect()
 }
 
 /// Everything of the host's devices that keeps `def` from running now. Blocks.
@@ -59,10 +73,19 @@ fn on_pci(def: &DomainDef, pci: &Pci) -> Vec<Finding> {
     let wanted = pci_devices(def);
     let own: Vec<String> = wanted.iter().map(|device| device.address.clone()).collect();
     let refused = wanted.iter().filter_map(|device| {
-        let why = pci.objection(&device.address, device.managed, &own)?;
+        let why = pci.objection(&device.address, device.managed, &own).or_else(|| no_function(device, pci))?;
         Some(Finding::unsupported(&device.place, why))
     });
     refused.collect()
+}
+
+/// Why nobody can set its hardware address.
+fn no_function(device: &Wanted, pci: &Pci) -> Option<String> {
+    let missing = device.terms.is_some() && pci.function_of(&device.address).is_none();
+    missing.then(|| {
+        let address = &device.address;
+        format!("PCI device {address} is no virtual function of a network card: hand it over as a <hostdev>, which keeps its own hardware address")
+    })
 }
 
 /// Where the USB devices of a definition are now, in the definition's order. A device has another number when it is plugged
@@ -126,14 +149,21 @@ fn usb_name(device: &Hostdev) -> Option<UsbName> {
 }
 
 /// What a start of `def` does before its QEMU runs; or why it cannot. Blocks.
-pub fn plan(def: &DomainDef, sysfs: &Path) -> Result<Plan, Vec<Finding>> {
+pub fn plan(def: &DomainDef, sysfs: &Path) -> Result<Plan, DriverError> {
     let pci = Pci::below(sysfs);
     let log = on_pci(def, &pci);
     if !log.is_empty() {
-        return Err(log);
+        return Err(DriverError::Config(log));
     }
     let mut plan = Plan::default();
     for device in pci_devices(def) {
+        if let Some((terms, (card, number))) = device.terms.zip(pci.function_of(&device.address)) {
+            let function = Function { card, number };
+            let before = function
+                .terms()
+                .map_err(|e| DriverError::Unsupported(format!("PCI device {}: {e}", device.address)))?;
+            plan.changes.push(Change::Held { function, terms, before });
+        }
         let driver = pci.driver(&device.address);
         if device.managed && driver.as_deref() != Some(VFIO) {
             plan.changes.push(Change::Detached { pci: device.address.clone(), driven: driver.is_some() });
@@ -154,6 +184,40 @@ pub fn claims(def: &DomainDef, sysfs: &Path) -> Vec<String> {
     let usb = def.devices.hostdevs.iter().filter_map(Hostdev::usb);
     let usb = usb.map(|(bus, device)| format!("the USB device at bus {bus}, device {device}"));
     groups.map(|group| format!("IOMMU group {group}")).chain(usb).collect()
+}
+
+/// The network devices on devices of the host's that `taps` ask for, each by its place among them; names that were left open
+/// are chosen, and all of them claimed. Blocks.
+pub fn links(taps: &[Tap], uuid: Uuid, name: &str, claims: &Claims) -> Result<BTreeMap<usize, Macvtap>, DriverError> {
+    let mut links: BTreeMap<usize, Macvtap> = BTreeMap::new();
+    for (n, plan) in taps.iter().map(|tap| &tap.plan).enumerate() {
+        let Some(direct) = &plan.direct else { continue };
+        let mut link = Macvtap {
+            name: plan.name.clone().unwrap_or_default(),
+            below: direct.below.clone(),
+            mode: direct.mode.to_owned(),
+            mac: direct.mac.clone(),
+            mtu: plan.mtu,
+        };
+        let claim = |link: &Macvtap| claims.take(uuid, name, &[link_claim(link)]);
+        if plan.name.is_some() {
+            claim(&link)?;
+        } else {
+            let own: Vec<&String> = links.values().map(|link| &link.name).collect();
+            let free = macvtap::free_name(|free| {
+                free.clone_into(&mut link.name);
+                !own.contains(&&link.name) && claim(&link).is_ok()
+            });
+            link.name = free.ok_or_else(|| DriverError::Refused("no name is free for a network device".to_owned()))?;
+        }
+        links.insert(n, link);
+    }
+    Ok(links)
+}
+
+/// Its name, which no other guest may have.
+pub fn link_claim(link: &Macvtap) -> String {
+    format!("the network device '{}'", link.name)
 }
 
 /// Why the guest's memory cannot be captured: what is in the host's hardware is nowhere else.
@@ -233,10 +297,32 @@ mod tests {
     fn a_card_that_cannot_be_had_is_refused_where_it_stands() {
         let (dir, _) = host(&[("0000:06:00.0", "7", Some("nouveau"))]);
         let def = machine(&(card("no", 0) + &card("yes", 3)));
-        let found = words(&plan(&def, dir.path()).unwrap_err());
+        let DriverError::Config(refused) = plan(&def, dir.path()).unwrap_err() else { panic!() };
+        let found = words(&refused);
         assert!(found.contains("/devices/hostdev[1]: PCI device 0000:06:00.0 is driven by 'nouveau'"), "{found}");
         assert!(found.contains("/devices/hostdev[2]: there is no PCI device 0000:06:00.3"), "{found}");
         assert_eq!(words(&findings(&def, dir.path())), found);
+    }
+
+    #[test]
+    fn a_card_of_its_own_is_a_virtual_function() {
+        let (dir, pci) = host(&[("0000:06:00.0", "7", Some("vfio-pci"))]);
+        let def = machine(
+            "<interface type='hostdev'><mac address='52:54:00:00:00:01'/><source><address type='pci' bus='6'/></source>\
+             <vlan><tag id='42'/></vlan></interface>",
+        );
+        let found = words(&findings(&def, dir.path()));
+        assert!(found.contains("/devices/interface: PCI device 0000:06:00.0 is no virtual function"), "{found}");
+        let card = dir.path().join("bus/pci/devices/0000:05:00.0");
+        std::fs::create_dir_all(card.join("net/ens1f0")).unwrap();
+        let function = dir.path().join("bus/pci/devices/0000:06:00.0");
+        std::os::unix::fs::symlink(&function, card.join("virtfn3")).unwrap();
+        std::os::unix::fs::symlink(&card, function.join("physfn")).unwrap();
+        assert_eq!(pci.function_of("0000:06:00.0"), Some(("ens1f0".to_owned(), 3)));
+        assert_eq!(findings(&def, dir.path()), []);
+        let why = plan(&def, dir.path()).unwrap_err().to_string();
+        assert!(why.starts_with("PCI device 0000:06:00.0: ip -json link show dev ens1f0"), "asked: {why}");
+        assert!(keeps_memory_here(&def).is_some());
     }
 
     #[test]

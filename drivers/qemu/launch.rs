@@ -1,7 +1,7 @@
 //! Starting a QEMU: everything it needs, its companions, then the process, then its monitor, then its CPUs; and all of it
 //! undone when a step fails or the start is cancelled.
 
-use super::changes::{Claims, SYSFS};
+use super::changes::{Change, Claims, SYSFS};
 use super::command::Command;
 use super::command::{HostFile, SecretContent, VSOCK_FD};
 use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
@@ -17,12 +17,14 @@ use super::snapshot::jobs::Line;
 use super::snapshot::nodes::Nodes;
 use super::tune::Tuning;
 use crate::host::access::{Ledger, Want};
+use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
@@ -101,6 +103,15 @@ struct Made {
     log: Option<Log>,
 }
 
+/// What a guest has of the host's to itself.
+#[derive(Default)]
+struct Taken {
+    /// What its QEMU must be able to open.
+    files: Vec<HostFile>,
+    /// Its network devices that do not go with their descriptors, by their place among all.
+    links: BTreeMap<usize, Macvtap>,
+}
+
 /// What `prepare` makes.
 struct Prepared {
     log: Log,
@@ -164,11 +175,11 @@ impl Start {
         let start = self.clone();
         let mut prepared = blocking(move || start.prepare()).await??;
         made.log = Some(prepared.log.clone());
-        for tap in &self.command.taps {
-            prepared.gifts.extend(super::tap::open(tap).await?);
+        let taken = self.take_devices(keeper).await?;
+        for (n, tap) in self.command.taps.iter().enumerate() {
+            prepared.gifts.extend(super::tap::open(tap, taken.links.get(&n)).await?);
         }
-        let devices = self.take_devices(keeper).await?;
-        self.lend(devices).await?;
+        self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
@@ -237,25 +248,29 @@ impl Start {
         format!("--- start of {} ({}): {qemu}{beside}", self.name, self.uuid)
     }
 
-    /// Takes from the host the devices that the guest has to itself; which files they are.
-    async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Vec<HostFile>, DriverError> {
+    /// Takes from the host the devices that the guest has to itself, and makes those that outlive it.
+    async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Taken, DriverError> {
         let start = self.clone();
-        let claims = blocking(move || hostdev::claims(&start.started, Path::new(SYSFS))).await?;
-        if claims.is_empty() {
-            return Ok(Vec::new());
-        }
+        let mut claims = blocking(move || hostdev::claims(&start.started, Path::new(SYSFS))).await?;
         self.claims.take(self.uuid, &self.name, &claims)?;
         let start = self.clone();
-        let plan = blocking(move || hostdev::plan(&start.started, Path::new(SYSFS))).await?;
-        let hostdev::Plan { changes, files } = plan.map_err(DriverError::Config)?;
+        let links =
+            blocking(move || hostdev::links(&start.command.taps, start.uuid, &start.name, &start.claims)).await??;
+        claims.extend(links.values().map(hostdev::link_claim));
+        if claims.is_empty() {
+            return Ok(Taken::default());
+        }
+        let start = self.clone();
+        let plan = blocking(move || hostdev::plan(&start.started, Path::new(SYSFS))).await??;
+        let hostdev::Plan { mut changes, files } = plan;
+        changes.extend(links.values().cloned().map(Change::Made));
         let planned = changes.clone();
         keeper.change(|record| (record.changes, record.claims) = (planned, claims)).await?;
-        if changes.is_empty() {
-            return Ok(files);
+        if !changes.is_empty() {
+            blocking(move || changes.iter().try_for_each(|change| change.make(Path::new(SYSFS)))).await??;
+            hostdev::settle().await;
         }
-        blocking(move || changes.iter().try_for_each(|change| change.make(Path::new(SYSFS)))).await??;
-        hostdev::settle().await;
-        self.still_wanted().map(|()| files)
+        self.still_wanted().map(|()| Taken { files, links })
     }
 
     /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.

@@ -302,7 +302,31 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
         (disk("<transient/>"), "<transient>"),
-        (device("<interface type='direct'><source dev='eth0'/></interface>"), "type='direct' are not supported"),
+        (device("<interface type='direct'/>"), "needs <source dev='…'/>"),
+        (device("<interface type='direct'><source dev='a/b'/></interface>"), "no name of a network device"),
+        (device("<interface type='vdpa'><source dev='/dev/x'/></interface>"), "type='vdpa' are not supported"),
+        (
+            device("<interface type='bridge'><source bridge='b' mode='vepa'/></interface>"),
+            "a mode is for type='direct'",
+        ),
+        (device("<interface type='user' managed='yes'/>"), "managed='yes' is for type='hostdev'"),
+        (device("<interface type='user'><vlan><tag id='4'/></vlan></interface>"), "VLAN tags are for type='hostdev'"),
+        (device("<interface type='user'><driver name='vfio'/></interface>"), "vfio is for type='hostdev'"),
+        (device("<interface type='hostdev'/>"), "with the <address> of a PCI device"),
+        (
+            device("<interface type='hostdev'><source><address bus='6'/></source><mtu size='9000'/></interface>"),
+            "a card of the host's has no <mtu>",
+        ),
+        (
+            device("<interface type='hostdev'><source><address bus='6'/></source><driver queues='2'/></interface>"),
+            "<driver name='vfio'/> and no settings",
+        ),
+        (
+            device(
+                "<interface type='hostdev'><source><address bus='6'/></source><vlan><tag id='4095'/></vlan></interface>",
+            ),
+            "one VLAN tag, from 1 to 4094",
+        ),
         (device("<interface type='udp'><source address='1.2.3.4' port='1'/></interface>"), "needs <local> with a port"),
         (device("<interface type='user'><ip address='1.2.3'/></interface>"), "no address of the family"),
         (device("<interface type='user'><portForward proto='tcp'/></interface>"), "<backend type='passt'/>"),
@@ -365,7 +389,8 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
 #[test]
 fn what_the_host_lacks_for_its_devices_is_said() {
     let mut caps = caps();
-    let devices = "<vsock/><hostdev type='pci' managed='yes'><source><address bus='6'/></source></hostdev>";
+    let devices = "<vsock/><hostdev type='pci' managed='yes'><source><address bus='6'/></source></hostdev>\
+                   <interface type='direct'><source dev='eth0'/></interface>";
     let mut def = machine("q35", devices);
     complete(&mut def, &caps).unwrap();
     assert_eq!(message(&check(&def, &caps)), "");
@@ -374,6 +399,7 @@ fn what_the_host_lacks_for_its_devices_is_said() {
     let found = message(&check(&def, &caps));
     assert!(found.contains("no /dev/vhost-vsock: load the module (modprobe vhost_vsock)"), "{found}");
     assert!(found.contains("managed='yes' needs root: use the system bus"), "{found}");
+    assert!(found.contains("type='direct' needs root: use the system bus, or type='bridge'"), "{found}");
 }
 
 #[test]

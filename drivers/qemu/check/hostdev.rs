@@ -56,7 +56,7 @@ impl Check<'_> {
     }
 
     /// What holds for every PCI device.
-    fn taken_from_the_host(&mut self, managed: bool, place: &Place) {
+    pub(super) fn taken_from_the_host(&mut self, managed: bool, place: &Place) {
         let how = "managed='yes' needs root: use the system bus, or bind the device to vfio-pci and say managed='no'";
         self.refuse_if(managed && !self.caps.site.makes_taps, &place.attribute("managed"), how);
         let iommus = &self.def.devices.iommus;

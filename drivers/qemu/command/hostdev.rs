@@ -4,6 +4,7 @@ use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::host::usb;
 use virt_model::device::hostdev::{GuestReset, HostdevKind, HostdevSource, Rom};
+use virt_model::device::interface::InterfaceKind;
 use virt_model::device::misc::VirtioModel;
 use virt_model::device::{Hostdev, Vsock};
 use virt_model::domain::DomainDef;
@@ -93,6 +94,7 @@ pub fn lock_limit(def: &DomainDef) -> Option<u64> {
         return Some(libc::RLIM_INFINITY);
     }
     let devices = def.devices.hostdevs.iter().filter(|device| device.kind == HostdevKind::Pci).count();
+    let devices = devices + def.devices.interfaces.iter().filter(|i| i.kind == InterfaceKind::Hostdev).count();
     let times = if def.devices.iommus.is_empty() { 1 } else { devices as u64 };
     let memory = def.memory_kib().saturating_mul(1024).saturating_mul(times);
     (devices > 0).then(|| memory.saturating_add(BESIDE_MEMORY))

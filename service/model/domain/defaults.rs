@@ -216,6 +216,9 @@ fn fill_interface(interface: &mut Interface) {
     if let (InterfaceKind::Direct, Some(source)) = (interface.kind, &mut interface.source) {
         source.mode.get_or_insert(DirectMode::Vepa);
     }
+    if interface.kind == InterfaceKind::Hostdev {
+        interface.managed.get_or_insert(false);
+    }
 }
 
 /// A random address in QEMU's range.

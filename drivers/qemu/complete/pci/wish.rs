@@ -7,6 +7,7 @@ use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::VideoKind;
 use virt_model::device::hostdev::HostdevKind;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::{BalloonModel, InputBus, WatchdogModel};
 use virt_model::device::sound::SoundModel;
@@ -59,7 +60,8 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
         each(&mut filesystem.info, Some(Wish::Express), &filesystem.at);
     }
     for interface in &mut devices.interfaces {
-        let wish = interface_wish(interface.model());
+        let handed_over = interface.kind == InterfaceKind::Hostdev;
+        let wish = if handed_over { Some(Wish::Express) } else { interface_wish(interface.model()) };
         each(&mut interface.info, wish, &interface.at);
     }
     for controller in &mut devices.controllers {
