@@ -257,13 +257,13 @@ impl Start {
         let links =
             blocking(move || hostdev::links(&start.command.taps, start.uuid, &start.name, &start.claims)).await??;
         claims.extend(links.values().map(hostdev::link_claim));
-        if claims.is_empty() {
-            return Ok(Taken::default());
-        }
         let start = self.clone();
         let plan = blocking(move || hostdev::plan(&start.started, Path::new(SYSFS))).await??;
         let hostdev::Plan { mut changes, files } = plan;
         changes.extend(links.values().cloned().map(Change::Made));
+        if claims.is_empty() {
+            return Ok(Taken::default());
+        }
         let planned = changes.clone();
         keeper.change(|record| (record.changes, record.claims) = (planned, claims)).await?;
         if !changes.is_empty() {
