@@ -135,7 +135,10 @@ fn explain(program: &Path, report: &[u8]) -> io::Error {
     let stage = report.first().and_then(|stage| STAGES.get(usize::from(*stage))).unwrap_or(&"start");
     let number = report.get(1..5).and_then(|n| n.try_into().ok()).map(i32::from_ne_bytes);
     let why = number.map_or_else(|| io::Error::other("it was cut off"), io::Error::from_raw_os_error);
-    io::Error::new(why.kind(), format!("{} cannot {stage}: {why}", program.display()))
+    let locked = *stage == "set its limits" && why.kind() == io::ErrorKind::PermissionDenied;
+    let remedy =
+        if locked { "; the limit of locked memory, which guests inherit from virtd, is too low for it" } else { "" };
+    io::Error::new(why.kind(), format!("{} cannot {stage}: {why}{remedy}", program.display()))
 }
 
 /// Both ends, not inherited, out of the way of the child's places.

@@ -210,7 +210,13 @@ impl Driver for QemuDriver {
         let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
         let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
-        let command = command::build(def, &caps, &place).map_err(DriverError::Config)?;
+        let mut here = def.clone();
+        let here = blocking(move || {
+            // What is not plugged in is shown by its name.
+            let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
+            places.written_into(&here)
+        });
+        let command = command::build(&here.await?, &caps, &place).map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
     }
 

@@ -4,10 +4,11 @@
 mod fixture;
 
 use fixture::{House, POWER_OFF, exists};
+use serde_json::json;
 use std::path::Path;
 use std::process::Command;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::Driver;
+use virt_model::driver::{Condition, Driver};
 
 const STORED: Form = Form { inactive: true, secure: true, migratable: false };
 
@@ -146,5 +147,30 @@ async fn failed_and_cancelled_starts_leave_no_device() {
         }
         assert!(house.driver.start(launch).await.is_err());
         assert!(!seen.pid().is_some_and(exists) && !below.is_shown());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_written_down_and_half_made_is_undone_by_the_next_virtd() {
+    let Some(house) = House::system() else { return };
+    let Some(below) = Below::make('d') else { return };
+    let (name, mac) = (below.guests_end(), "52:54:00:00:00:93");
+    let made = json!({"made": {"name": name, "below": below.0, "mode": "bridge", "mac": mac, "mtu": null}});
+    let card = json!({"detached": {"pci": "fffe:06:00.0", "driven": true}});
+    // Killed before it was made, after it was made, and after somebody else has made another.
+    for address in [None, Some(mac), Some("52:54:00:00:00:94")] {
+        let def = tick_with(&house, "", "").await;
+        let (_, seen) = house.launch(def.clone());
+        if let Some(address) = address {
+            let add = ["link", "add", "link", &below.0, "name", &name, "address", address, "type", "macvtap"];
+            assert!(ip(&[&add[..], &["mode", "bridge"]].concat()));
+        }
+        let record = json!({
+            "phase": "starting", "uuid": def.uuid, "exe": "/", "monitor": "/", "log_start": 0, "process": null,
+            "changes": [card, made],
+        });
+        let (found, _seen) = house.reconnect(&def, record, seen, Condition::Running);
+        assert!(house.driver.reconnect(found).await.unwrap().is_none());
+        assert_eq!(below.is_shown(), address.is_some_and(|address| address != mac), "{address:?}");
     }
 }
