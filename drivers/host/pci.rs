@@ -46,8 +46,12 @@ impl Pci {
     pub fn function_of(&self, address: &str) -> Option<(String, u32)> {
         let card = self.device(address).join("physfn");
         let entries = |folder: &Path| std::fs::read_dir(folder).into_iter().flatten().flatten();
-        let mut names: Vec<String> =
-            entries(&card.join("net")).filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        // A card that switches shows a port for each of its functions beside its own.
+        let is_port = |device: &Path| {
+            std::fs::read_to_string(device.join("phys_port_name")).is_ok_and(|port| port.contains("vf"))
+        };
+        let own = entries(&card.join("net")).filter(|entry| !is_port(&entry.path()));
+        let mut names: Vec<String> = own.filter_map(|entry| entry.file_name().into_string().ok()).collect();
         names.sort();
         let number = entries(&card).find_map(|entry| {
             let number = entry.file_name().to_str()?.strip_prefix("virtfn")?.parse().ok()?;

@@ -315,6 +315,8 @@ mod tests {
         assert!(found.contains("/devices/interface: PCI device 0000:06:00.0 is no virtual function"), "{found}");
         let card = dir.path().join("bus/pci/devices/0000:05:00.0");
         std::fs::create_dir_all(card.join("net/ens1f0")).unwrap();
+        std::fs::create_dir_all(card.join("net/aport3")).unwrap();
+        std::fs::write(card.join("net/aport3/phys_port_name"), "pf0vf3\n").unwrap();
         let function = dir.path().join("bus/pci/devices/0000:06:00.0");
         std::os::unix::fs::symlink(&function, card.join("virtfn3")).unwrap();
         std::os::unix::fs::symlink(&card, function.join("physfn")).unwrap();

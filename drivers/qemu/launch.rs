@@ -95,6 +95,16 @@ pub enum Source {
     File(PathBuf),
 }
 
+/// A guest that is up.
+pub struct Up {
+    /// It.
+    pub instance: QemuInstance,
+    /// What `query-chardev` says.
+    pub devices: Value,
+    /// What was made for its cards of `type='direct'`, in their order.
+    pub links: Vec<Macvtap>,
+}
+
 /// How far it has come.
 #[derive(Default)]
 struct Made {
@@ -132,8 +142,8 @@ struct Job {
 }
 
 impl Start {
-    /// Starts it. The second value is what `query-chardev` says.
-    pub async fn run(self) -> Result<(QemuInstance, Value), DriverError> {
+    /// Starts it.
+    pub async fn run(self) -> Result<Up, DriverError> {
         let start = Arc::new(self);
         let keeper = Arc::new(Keeper::new(start.recorder.clone(), start.record()));
         let mut made = Made::default();
@@ -163,11 +173,7 @@ impl Start {
         Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger, claims: self.claims.clone() }
     }
 
-    async fn attempt(
-        self: &Arc<Self>,
-        keeper: &Arc<Keeper>,
-        made: &mut Made,
-    ) -> Result<(QemuInstance, Value), DriverError> {
+    async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
         if self.user.is_some() {
             // From here on something may be lent.
             keeper.change(|_| {}).await?;
@@ -192,7 +198,8 @@ impl Start {
         };
         keeper.change(|record| record.phase = Phase::Running).await?;
         self.still_wanted()?;
-        self.instance(keeper, made, reporter, monitor).map(|instance| (instance, devices))
+        let instance = self.instance(keeper, made, reporter, monitor)?;
+        Ok(Up { instance, devices, links: taken.links.into_values().collect() })
     }
 
     fn still_wanted(&self) -> Result<(), DriverError> {

@@ -1,6 +1,7 @@
 //! What a running guest has and its definition does not say: TCP ports, terminals.
 
 use super::capabilities::VHOST_VSOCK;
+use crate::host::macvtap::Macvtap;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
@@ -9,6 +10,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use virt_model::device::chardev::{CharKind, CharSource};
 use virt_model::device::disk::StartupPolicy;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::device::source::DiskSource;
 use virt_model::device::{CharSource as Source, DeviceInfo};
 use virt_model::domain::DomainDef;
@@ -95,6 +97,14 @@ pub fn set_terminals(live: &mut DomainDef, devices: &Value) {
     for console in &mut devices.consoles {
         set(&mut console.source, &console.info);
         console.source.tty = terminal(&console.source);
+    }
+}
+
+/// Writes down the host's end of every card that goes out by a device of the host's.
+pub fn name_links(live: &mut DomainDef, links: Vec<Macvtap>) {
+    let cards = live.devices.interfaces.iter_mut().filter(|card| card.kind == InterfaceKind::Direct);
+    for (card, link) in cards.zip(links) {
+        card.target.get_or_insert_default().dev = Some(link.name);
     }
 }
 

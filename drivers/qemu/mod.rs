@@ -157,8 +157,9 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        let (instance, devices) = start.run().await?;
+        let launch::Up { instance, devices, links } = start.run().await?;
         live::set_terminals(&mut live, &devices);
+        live::name_links(&mut live, links);
         Ok((instance, live))
     }
 }

@@ -123,6 +123,12 @@ async fn a_device_on_one_of_the_hosts_goes_with_the_guest_whoever_was_killed() {
     let own = format!("@{}", below.0);
     assert_eq!(shown().matches(&own).count(), 2, "{}", shown());
     assert!(shown().contains("52:54:00:00:00:92"));
+    let named =
+        |n: usize| guest.live.devices.interfaces[n].target.as_ref().and_then(|target| target.dev.clone()).unwrap();
+    assert_eq!(named(0), name);
+    assert!(named(1).starts_with("macvtap") && shown().contains(&format!("{}@", named(1))), "{}", named(1));
+    let stored = guest.live.write(Form { inactive: true, secure: true, migratable: false });
+    assert!(stored.contains(&name) && !stored.contains(&named(1)), "a name that was chosen is not kept");
 
     let (guest, _) = house.find(guest, Condition::Running).await.unwrap();
     assert!(device.exists(), "it is the guest's, not virtd's");
