@@ -130,3 +130,38 @@ async fn a_revert_whose_guest_does_not_start_is_taken_back() {
     player.domain.run("Start").await.expect("started");
     tick.boots_to(2).await;
 }
+
+#[tokio::test]
+async fn a_guest_stands_aside_and_goes_on_where_its_images_cannot_be_brought_back() {
+    let Some(trial) = Trial::begin("aside").await else { return };
+    let (player, tick) = (&trial.player, &trial.tick);
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
+    let memory = tick.disk.with_extension("memory");
+    let with_file = format!(
+        "<domainsnapshot><name>one</name><memory snapshot='external' file='{}'/></domainsnapshot>",
+        memory.display()
+    );
+    player.create(&with_file, options([])).await.expect("taken");
+    tick.counts_to(12).await;
+    let before = (player.domain.xml().await, player.domain.property::<u32>("Id").await);
+    let mut watch = player.domain.client.watch().await;
+
+    // The intent, the note, the CPUs' stop, the images' release: then what is to be gone back to is not there any more.
+    let (frozen, away) = (tick.disk.display(), tick.disk.with_extension("away"));
+    trial.daemon.at_step(4, &format!("mv {frozen} {}", away.display()));
+    let force = with([("force", true)]);
+    let (name, why) = player.call("one", "Revert", force).await.expect_err("the frozen file is away");
+    assert!(trial.daemon.step_came() && name.ends_with("StorageFailed"), "{name}: {why}");
+    assert_eq!(before, (player.domain.xml().await, player.domain.property::<u32>("Id").await));
+    assert_eq!(player.domain.state().await.0, "running");
+    tick.goes_on().await;
+    assert!(tick.counted().expect("it counts").0 > 12, "it is where it was");
+    player.domain.bare("Suspend").await.expect("suspended");
+    assert_eq!(watch.lifecycle(&player.domain.path).await, "suspended paused", "of the rest nothing is told");
+    player.domain.bare("Resume").await.expect("resumed");
+
+    std::fs::rename(&away, &tick.disk).expect("there again");
+    player.call("one", "Revert", with([("force", true)])).await.expect("reverted");
+    tick.goes_back_below(12).await;
+}

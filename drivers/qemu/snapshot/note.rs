@@ -20,6 +20,8 @@ pub enum Note {
         #[serde(default)]
         loaded: bool,
     },
+    /// The guest stands aside, or is about to.
+    Park,
     /// Images are being brought to a snapshot.
     Revert(Revert),
     /// Data is being removed.

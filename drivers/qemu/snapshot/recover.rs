@@ -20,6 +20,7 @@ impl Operation {
             Note::CreateInternal(note) => self.recover_internal(note).await,
             Note::CreateExternal(note) => self.recover_external(note).await,
             Note::Load { job, snapshot, loaded } => self.recover_load(&job, snapshot, loaded).await,
+            Note::Park => self.recover_parked().await,
             Note::Revert(note) => self.recover_revert(note).await,
             Note::Delete(note) => self.recover_delete(note).await,
         }
@@ -105,7 +106,16 @@ impl Operation {
         Ok(Recovered::Reverted(Box::new(self.reverted(&snapshot, record, aside, &Kin::default()))))
     }
 
+    async fn recover_parked(&self) -> Result<Recovered, DriverError> {
+        self.unpark().await?;
+        Ok(Recovered::Undone { story: "its images are as they were".to_owned() })
+    }
+
     async fn recover_revert(&self, note: Revert) -> Result<Recovered, DriverError> {
+        if self.is_parked().await? {
+            self.put_back(&note.aside).await?;
+            return self.recover_parked().await;
+        }
         let snapshot = kept(note.snapshot)?;
         let record = record_of(&snapshot);
         if self.body.is_none() {

@@ -266,7 +266,7 @@ impl Operation {
     }
 
     /// What was before counts again.
-    async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
+    pub(super) async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
         for image in &aside.images {
             let (image, lent) = (image.clone(), vec![(image.clone(), true)]);
             self.with_lent(lent, move |images| {

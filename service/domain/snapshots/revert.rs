@@ -14,7 +14,7 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal as _, Kept, Machine, Reverted, StartFrom};
+use virt_model::driver::snapshots::{Journal as _, Kept, Machine, Reverted, Snapshots, StartFrom};
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
 
@@ -61,22 +61,16 @@ impl Domain {
         }
         // A transient domain must not go with its guest.
         let stay = crate::domain::lifecycle::Creation::begin(self)?;
-        let ended = machine.guest.is_some();
-        if let Ok(guest) = self.guest() {
-            self.end_as(guest, Stopped::FromSnapshot).await?;
-            journal.step("ended");
-        }
-        job.past_return();
-        let machine = Machine { guest: None, running: false, ..machine };
-        let kin = self.kin(&def.name, &[], &machine);
         let before = Before { stored: self.configurations().1, record: self.snapshot(&def.name)? };
-        let reverted = match self.takes_snapshots()?.revert_images(&machine, &kept, &kin, journal.clone()).await {
+        let reverted = match self.bring_images(&kept, &machine, &journal, &job).await {
             Ok(reverted) => reverted,
             Err(e) => {
                 journal.end_after_failure().await;
                 return Err(self.not_reverted(&def.name, e));
             }
         };
+        // From here on it cannot come back: the images are another time's.
+        self.end_for_revert(&journal).await?;
         let stands = async {
             let def = self.keep_reverted(def, &reverted, &journal).await?;
             match active {
@@ -91,8 +85,8 @@ impl Domain {
         let def = match stands.await {
             Ok(def) => def,
             Err(e) => {
-                self.take_back(&machine, &reverted, before, &journal).await;
-                if ended {
+                self.take_back(&without_guest(&machine), &reverted, before, &journal).await;
+                if machine.guest.is_some() {
                     self.has_failed().await;
                 }
                 return Err(e);
@@ -100,6 +94,43 @@ impl Domain {
         };
         drop(stay);
         self.reverted(def, &reverted, &journal).await
+    }
+
+    /// Brings the images to the snapshot, while what runs stands aside where it can; else it ends first. On failure it goes
+    /// on, or has failed.
+    async fn bring_images(
+        self: &Arc<Self>,
+        kept: &Kept,
+        machine: &Machine,
+        journal: &Arc<DomainJournal>,
+        job: &Job,
+    ) -> std::result::Result<Reverted, DriverError> {
+        let driver = self.snapshot_driver()?;
+        let parked = driver.park(machine, journal.clone()).await?;
+        if !parked {
+            self.end_for_revert(journal).await.map_err(|e| DriverError::Internal(e.to_string()))?;
+        }
+        job.past_return();
+        let off = without_guest(machine);
+        let kin = self.kin(&kept.name, &[], &off);
+        let brought = driver.revert_images(&off, kept, &kin, journal.clone()).await;
+        if brought.is_err() {
+            if parked {
+                driver.unpark(machine).await?;
+            } else if machine.guest.is_some() {
+                self.has_failed().await;
+            }
+        }
+        brought
+    }
+
+    /// Ends what runs, if anything does.
+    async fn end_for_revert(self: &Arc<Self>, journal: &Arc<DomainJournal>) -> Result<()> {
+        if let Ok(guest) = self.guest() {
+            self.end_as(guest, Stopped::FromSnapshot).await?;
+            journal.step("ended");
+        }
+        Ok(())
     }
 
     /// The snapshot could not be started from, or written down: disks, stored configuration and record are again what they
@@ -177,10 +208,12 @@ impl Domain {
         kept: &Kept,
         journal: Arc<DomainJournal>,
     ) -> std::result::Result<(), DriverError> {
-        match self.driver.snapshots() {
-            Some(driver) => driver.load(machine, kept, journal).await,
-            None => Err(DriverError::Unsupported("this driver cannot take snapshots".to_owned())),
-        }
+        self.snapshot_driver()?.load(machine, kept, journal).await
+    }
+
+    fn snapshot_driver(&self) -> std::result::Result<&dyn Snapshots, DriverError> {
+        let none = || DriverError::Unsupported("this driver cannot take snapshots".to_owned());
+        self.driver.snapshots().ok_or_else(none)
     }
 
     /// What the running guest is called and described by is the snapshot's again.
@@ -317,6 +350,11 @@ impl Domain {
             }
         });
     }
+}
+
+/// The same machine, once what runs has ended.
+fn without_guest(machine: &Machine) -> Machine {
+    Machine { guest: None, running: false, ..machine.clone() }
 }
 
 /// What was on disk before a revert.
