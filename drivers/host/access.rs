@@ -41,6 +41,8 @@ pub struct Want {
     pub write: bool,
     /// It is an image, and the files its header names are needed as well.
     pub backing: bool,
+    /// It is a device that the guest has to itself, and may be a character device.
+    pub device: bool,
 }
 
 /// Which files are lent to which guests. All methods block.
@@ -283,7 +285,8 @@ impl Survey<'_> {
         let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
         let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
         if !open || self.ledger.is_lent(&found) {
-            if let Some(why) = found.objection(chosen_by) {
+            let own = want.device && found.kind() == FileType::CharacterDevice;
+            if let Some(why) = found.objection(chosen_by, own) {
                 return Err(refuse(self.user, &want.path, &why));
             }
             self.needs.push(Need { found, write: want.write });
@@ -302,7 +305,7 @@ fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
         behind(&file, &want.path)
     };
     let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
-    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data };
+    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data, device: false };
     Ok(named.into_iter().map(as_want).collect())
 }
 

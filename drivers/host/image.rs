@@ -69,7 +69,8 @@ impl Images {
         let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
         let holder = ledger.join(self.guest);
         let lent = Lent(Some((ledger.clone(), holder)));
-        let want = |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true };
+        let want =
+            |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true, device: false };
         let wants: Vec<Want> = images.iter().map(want).collect();
         ledger.lend(user, holder, &wants)?;
         Ok(lent)

@@ -108,7 +108,7 @@ fn open_template(template: &Path, wary: bool) -> io::Result<File> {
 /// Opens a plain file to be read; anything else could keep us waiting. `wary`: as root among others.
 pub fn open_plain(path: &Path, wary: bool) -> io::Result<File> {
     let found = Found::resolve(path)?;
-    if let Some(why) = found.objection(None).filter(|_| wary) {
+    if let Some(why) = found.objection(None, false).filter(|_| wary) {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
     }
     match found.kind() {

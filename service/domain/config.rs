@@ -69,8 +69,9 @@ impl Domain {
     }
 
     /// Replaces the stored configuration by a completed one of the same uuid and name.
-    pub(crate) async fn redefine(&self, def: DomainDef) -> Result<()> {
+    pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
+        self.made_whole().await?;
         self.fits(&def, &self.name())?;
         let first = {
             let mut state = lock(&self.state);

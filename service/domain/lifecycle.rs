@@ -113,7 +113,9 @@ impl Domain {
         turn.rename(job.label("start"));
         job.running();
         lock(&self.state).starting = Some(job.id());
-        let started = match self.def_to_start(def.as_ref()) {
+        // Before it runs on disks that are half this and half that; what that brings is what is started.
+        let whole = self.made_whole().await;
+        let started = match whole.and_then(|()| self.def_to_start(def.as_ref())) {
             Ok(def) => self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await,
             Err(e) => Err(e),
         };

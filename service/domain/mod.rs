@@ -213,9 +213,14 @@ impl Domain {
     }
 
     /// The one door to a short change: permission, then the turn. `deed` is what others are told keeps them waiting.
-    async fn begin(&self, caller: &Caller, action: Action, deed: &str) -> Result<Held> {
+    async fn begin(self: &Arc<Self>, caller: &Caller, action: Action, deed: &str) -> Result<Held> {
         self.allow(caller, action).await?;
-        self.take_turn(deed, &CancellationToken::new()).await
+        let held = self.take_turn(deed, &CancellationToken::new()).await?;
+        // What only stops or goes on, and what gives all of it up, waits for nothing to be mended.
+        if !matches!(action, Action::Stop | Action::Suspend | Action::Delete) {
+            self.made_whole().await?;
+        }
+        Ok(held)
     }
 
     async fn take_turn(&self, deed: &str, give_up: &CancellationToken) -> Result<Held> {
@@ -240,10 +245,14 @@ impl Domain {
         let facts = state.facts.clone();
         if was_told || !state.gone {
             let gone = state.gone;
-            let event = if gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
-            let news = state.snapshots.news(self.uuid, gone);
-            // A snapshot is told before the domain that has it, but a new domain before its snapshots.
-            let order = if was_told { [news, vec![event]] } else { [vec![event], news] };
+            let (there, lost) = state.snapshots.news(self.uuid, gone);
+            // A snapshot is told before the domain that names it, and goes after it does not; but a new domain is told
+            // before its snapshots, and goes after them.
+            let order = match (was_told, gone) {
+                (_, true) => [lost, vec![Event::DomainGone(facts, events)], there],
+                (true, false) => [there, vec![Event::Domain(facts, events)], lost],
+                (false, false) => [vec![Event::Domain(facts, events)], there, lost],
+            };
             order.into_iter().flatten().for_each(|event| self.shared.events.send(event));
             state.told = true;
         }

@@ -9,6 +9,7 @@ mod revert_matrix;
 mod snapshots;
 mod snapshots_cut_off;
 mod snapshots_kept;
+mod snapshots_unfinished;
 mod survival;
 mod system;
 mod whole_machine;

@@ -274,7 +274,7 @@ impl Still {
 
 /// Overlays for tick's own disk, and a second disk that the caller copies.
 async fn by_hand(daemon: &Daemon, tick: &Tick) -> Player {
-    let second = tick.disk.with_extension("second");
+    let second = tick.disk.with_file_name(format!("{}-second.qcow2", tick.name));
     new_image(&second);
     let disk = format!(
         "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
@@ -331,7 +331,7 @@ async fn a_guest_that_is_to_stand_stands_when_virtd_was_killed_meanwhile() {
     // One that was to end, when its memory had been captured.
     let memory = tick.disk.with_extension("memory");
     let xml = format!("<domainsnapshot><name>end</name><memory file='{}'/></domainsnapshot>", memory.display());
-    daemon.at_step(6, &format!("kill -9 {}", daemon.virtd_pid()));
+    daemon.at_step(8, &format!("kill -9 {}", daemon.virtd_pid()));
     assert!(!player.try_create(&xml, with([("halt", true)])).await);
     assert!(daemon.step_came());
     daemon.virtd_died().await;

@@ -6,6 +6,7 @@
 mod board;
 mod devices;
 mod filesystem;
+mod hostdev;
 mod memory;
 mod net;
 mod platform;
@@ -40,6 +41,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.devices();
     check.filesystems();
     check.board();
+    check.host_devices();
     check.tpms();
     check.log.sort_by_key(|finding| (finding.line, finding.column));
     check.log

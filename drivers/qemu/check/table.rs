@@ -201,9 +201,12 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/filesystem/source", "dir socket"),
     ("devices/filesystem/target", "dir"),
     ("devices/filesystem/readonly", ""),
-    ("devices/interface", "type"),
+    ("devices/interface", "type managed"),
     ("devices/interface/mac", "address"),
-    ("devices/interface/source", "network bridge dev address port"),
+    ("devices/interface/source", "network bridge dev mode address port"),
+    ("devices/interface/source/address", "type domain bus slot function"),
+    ("devices/interface/vlan", ""),
+    ("devices/interface/vlan/tag", "id"),
     ("devices/interface/source/local", "address port"),
     ("devices/interface/target", "dev managed"),
     ("devices/interface/bandwidth", ""),
@@ -229,6 +232,13 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/serial/target/model", "name"),
     ("devices/console/target", "type port"),
     ("devices/channel/target", "type name"),
+    ("devices/hostdev", "mode type managed"),
+    ("devices/hostdev/source", "startupPolicy guestReset"),
+    ("devices/hostdev/source/vendor", "id"),
+    ("devices/hostdev/source/product", "id"),
+    ("devices/hostdev/source/address", "type domain bus slot function device"),
+    ("devices/hostdev/driver", "name"),
+    ("devices/hostdev/rom", "enabled bar file"),
     ("devices/redirdev", "bus type"),
     ("devices/smartcard", "mode type"),
     ("devices/input", "type bus"),
@@ -297,6 +307,9 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/crypto/driver", "iommu ats packed page_per_vq"),
     ("devices/iommu", "model"),
     ("devices/iommu/driver", "intremap caching_mode eim iotlb aw_bits dma_translation"),
+    ("devices/vsock", "model"),
+    ("devices/vsock/cid", "auto address"),
+    ("devices/vsock/driver", "iommu ats packed page_per_vq"),
     ("devices/rng", "model"),
     ("devices/rng/rate", "bytes period"),
     ("devices/rng/backend", "model"),
@@ -374,10 +387,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("os/bios/@useserial", "is not supported by the QEMU driver yet"),
     ("devices/tpm/backend/encryption", "encrypting a TPM's state is not supported yet: there is no store of secrets"),
     ("devices/tpm/backend/device", "a TPM of the host's cannot be handed to a guest: use type='emulator'"),
-    ("devices/hostdev", "host devices cannot be passed to guests yet"),
     ("devices/interface/filterref", "there are no network filters here: filter on the host's bridge"),
     ("devices/interface/virtualport", "virtual ports (Open vSwitch and the like) are not supported yet"),
-    ("devices/interface/vlan", "VLAN tags are not supported yet"),
     (
         "devices/interface/source/@network",
         "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
@@ -493,7 +504,7 @@ mod tests {
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
         for path in
-            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/address", "devices/disk/source/@pool"]
+            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/@rawio", "devices/disk/source/@pool"]
         {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }

@@ -1,5 +1,6 @@
 //! Taking a snapshot.
 
+use super::super::hostdev;
 use super::super::instance::Body;
 use super::super::make;
 use super::agent::{Agent, socket};
@@ -83,6 +84,9 @@ impl Operation {
         let Some(body) = &self.body else { return Ok(()) };
         super::idle(body).await?;
         if wish.memory != MemoryMode::No {
+            if let Some(why) = hostdev::keeps_memory_here(def) {
+                return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
+            }
             let told = body.patiently("query-migrate", json!({})).await?;
             let blockers: Vec<&str> =
                 told["blocked-reasons"].as_array().into_iter().flatten().filter_map(|why| why.as_str()).collect();

@@ -19,6 +19,7 @@ pub mod jobs;
 mod merge;
 pub mod nodes;
 mod note;
+mod park;
 mod parts;
 mod recover;
 mod revert;
@@ -64,6 +65,14 @@ impl Snapshots for QemuDriver {
 
     async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError> {
         self.operation(machine).await?.load(snapshot, &journal).await
+    }
+
+    async fn park(&self, machine: &Machine, journal: Arc<dyn Journal>) -> Result<bool, DriverError> {
+        self.operation(machine).await?.park(&journal).await
+    }
+
+    async fn unpark(&self, machine: &Machine) -> Result<(), DriverError> {
+        self.operation(machine).await?.unpark().await
     }
 
     async fn revert_images(

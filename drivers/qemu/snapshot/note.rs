@@ -16,7 +16,12 @@ pub enum Note {
         /// The job.
         job: String,
         snapshot: Held,
+        /// It is done.
+        #[serde(default)]
+        loaded: bool,
     },
+    /// The guest stands aside, or is about to.
+    Park,
     /// Images are being brought to a snapshot.
     Revert(Revert),
     /// Data is being removed.

@@ -19,7 +19,8 @@ impl Operation {
         match note {
             Note::CreateInternal(note) => self.recover_internal(note).await,
             Note::CreateExternal(note) => self.recover_external(note).await,
-            Note::Load { job, snapshot } => self.recover_load(&job, snapshot).await,
+            Note::Load { job, snapshot, loaded } => self.recover_load(&job, snapshot, loaded).await,
+            Note::Park => self.recover_parked().await,
             Note::Revert(note) => self.recover_revert(note).await,
             Note::Delete(note) => self.recover_delete(note).await,
         }
@@ -74,14 +75,16 @@ impl Operation {
         }
     }
 
-    async fn recover_load(&self, job: &str, snapshot: super::note::Held) -> Result<Recovered, DriverError> {
+    async fn recover_load(
+        &self,
+        job: &str,
+        snapshot: super::note::Held,
+        loaded: bool,
+    ) -> Result<Recovered, DriverError> {
         let snapshot = kept(snapshot)?;
         if let Some(body) = &self.body {
             let line = body.line()?;
-            let loaded = match line.settled(job, None).await? {
-                Standing::Ended(ended) => ended.is_ok(),
-                _ => false,
-            };
+            let loaded = loaded || line.settled(job, None).await? == Standing::Ended(Ok(()));
             line.dismiss(job).await;
             if loaded {
                 let reverted = Reverted {
@@ -105,7 +108,16 @@ impl Operation {
         Ok(Recovered::Reverted(Box::new(self.reverted(&snapshot, record, aside, &Kin::default()))))
     }
 
+    async fn recover_parked(&self) -> Result<Recovered, DriverError> {
+        self.unpark().await?;
+        Ok(Recovered::Undone { story: "its images are as they were".to_owned() })
+    }
+
     async fn recover_revert(&self, note: Revert) -> Result<Recovered, DriverError> {
+        if self.is_parked().await? {
+            self.put_back(&note.aside).await?;
+            return self.recover_parked().await;
+        }
         let snapshot = kept(note.snapshot)?;
         let record = self.record_of(&snapshot);
         if self.body.is_none() {

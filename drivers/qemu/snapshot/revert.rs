@@ -3,6 +3,7 @@
 use super::super::make;
 use super::create::written;
 use super::files::{OVERLAY, check_space};
+use super::jobs::failed;
 use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts};
@@ -137,7 +138,8 @@ impl Operation {
     pub(super) async fn load(&self, snapshot: &Kept, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let job = "virtd-snapshot-load";
-        journal.note(written(&Note::Load { job: job.to_owned(), snapshot: held(snapshot) })?).await?;
+        let note = |loaded| written(&Note::Load { job: job.to_owned(), snapshot: held(snapshot), loaded });
+        journal.note(note(false)?).await?;
         body.patiently("stop", json!({})).await?;
         journal.point_of_no_return();
         let line = body.line()?;
@@ -145,7 +147,14 @@ impl Operation {
         nodes.unmistakable(&snapshot.name, &images)?;
         let nodes = nodes.of_images(&images)?;
         let arguments = json!({ "tag": snapshot.name, "vmstate": nodes.first(), "devices": nodes });
-        line.job("snapshot-load", job, arguments, None).await
+        // The job is forgotten only when what became of it is written down.
+        line.begin("snapshot-load", job, arguments).await?;
+        let loaded = line.ended(job).await?.map_err(|why| failed("snapshot-load", &why));
+        if loaded.is_ok() {
+            journal.note(note(true)?).await?;
+        }
+        line.dismiss(job).await;
+        loaded
     }
 
     pub(super) async fn revert_images(
@@ -288,7 +297,7 @@ impl Operation {
     }
 
     /// What was before counts again.
-    async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
+    pub(super) async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
         for image in &aside.images {
             let (image, tag, lent) = (image.clone(), aside.tag.clone(), vec![(image.clone(), true)]);
             self.with_lent(lent, move |images| {

@@ -50,6 +50,7 @@ pub fn site(state_dir: &Path) -> Site {
         passt: Some("/usr/bin/passt".into()),
         makes_taps: true,
         vhost_net: true,
+        vhost_vsock: true,
         modules: ["block-curl", "block-rbd", "block-iscsi", "block-gluster"].map(str::to_owned).into(),
     }
 }

@@ -14,7 +14,7 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal as _, Kept, Machine, Reverted, StartFrom};
+use virt_model::driver::snapshots::{Journal as _, Kept, Machine, Reverted, Snapshots, StartFrom};
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
 
@@ -61,59 +61,107 @@ impl Domain {
         }
         // A transient domain must not go with its guest.
         let stay = crate::domain::lifecycle::Creation::begin(self)?;
-        if let Ok(guest) = self.guest() {
-            self.end_as(guest, Stopped::FromSnapshot).await?;
-            journal.step("ended");
-        }
-        job.past_return();
-        let machine = Machine { guest: None, running: false, ..machine };
-        let kin = self.kin(&def.name, &[], &machine);
-        let before = self.configurations().1;
-        let reverted = match self.takes_snapshots()?.revert_images(&machine, &kept, &kin, journal.clone()).await {
+        let before = Before { stored: self.configurations().1, record: self.snapshot(&def.name)? };
+        let reverted = match self.bring_images(&kept, &machine, &journal, &job).await {
             Ok(reverted) => reverted,
             Err(e) => {
                 journal.end_after_failure().await;
                 return Err(self.not_reverted(&def.name, e));
             }
         };
-        let def = self.keep_reverted(def, &reverted, &journal).await?;
-        match active {
-            Some(paused) => {
-                let started = self.start_reverted(caller, &def, kept, &reverted, paused, options.reset_nvram).await;
-                if let Err(e) = started {
-                    self.take_back(&machine, &reverted, before, &journal).await;
-                    return Err(e);
+        // From here on it cannot come back: the images are another time's.
+        self.end_for_revert(&journal).await?;
+        let stands = async {
+            let def = self.keep_reverted(def, &reverted, &journal).await?;
+            match active {
+                Some(paused) => {
+                    self.start_reverted(caller, &def, kept, &reverted, paused, options.reset_nvram).await?;
+                    journal.step("started");
                 }
-                journal.step("started");
+                None => self.is_off().await,
             }
-            None => self.is_off().await,
-        }
+            Ok(def)
+        };
+        let def = match stands.await {
+            Ok(def) => def,
+            Err(e) => {
+                self.take_back(&without_guest(&machine), &reverted, before, &journal).await;
+                if machine.guest.is_some() {
+                    self.has_failed().await;
+                }
+                return Err(e);
+            }
+        };
         drop(stay);
         self.reverted(def, &reverted, &journal).await
     }
 
-    /// The snapshot could not be started from: disks and stored configuration are again what they were.
-    async fn take_back(
-        &self,
+    /// Brings the images to the snapshot, while what runs stands aside where it can; else it ends first. On failure it goes
+    /// on, or has failed.
+    async fn bring_images(
+        self: &Arc<Self>,
+        kept: &Kept,
         machine: &Machine,
-        reverted: &Reverted,
-        before: Option<Arc<DomainDef>>,
         journal: &Arc<DomainJournal>,
-    ) {
+        job: &Job,
+    ) -> std::result::Result<Reverted, DriverError> {
+        let driver = self.snapshot_driver()?;
+        let parked = driver.park(machine, journal.clone()).await?;
+        if !parked {
+            self.end_for_revert(journal).await.map_err(|e| DriverError::Internal(e.to_string()))?;
+        }
+        job.past_return();
+        let off = without_guest(machine);
+        let kin = self.kin(&kept.name, &[], &off);
+        let brought = driver.revert_images(&off, kept, &kin, journal.clone()).await;
+        if brought.is_err() {
+            if parked {
+                driver.unpark(machine).await?;
+            } else if machine.guest.is_some() {
+                self.has_failed().await;
+            }
+        }
+        brought
+    }
+
+    /// Ends what runs, if anything does.
+    async fn end_for_revert(self: &Arc<Self>, journal: &Arc<DomainJournal>) -> Result<()> {
+        if let Ok(guest) = self.guest() {
+            self.end_as(guest, Stopped::FromSnapshot).await?;
+            journal.step("ended");
+        }
+        Ok(())
+    }
+
+    /// The snapshot could not be started from, or written down: disks, stored configuration and record are again what they
+    /// were.
+    async fn take_back(&self, machine: &Machine, reverted: &Reverted, before: Before, journal: &Arc<DomainJournal>) {
         let back = async {
             let driver = self.takes_snapshots()?;
             let settled = driver.settle(machine, reverted, false).await;
             settled.map_err(|e| Error::from_driver(&self.name(), "take back the revert of", e))?;
-            if let Some(before) = before {
-                self.store(DomainDef::clone(&before)).await?;
+            if let Some(stored) = before.stored {
+                self.store(DomainDef::clone(&stored)).await?;
             }
+            self.save_record(Record::clone(&before.record)).await?;
             let current = lock(&self.state).snapshots.current().map(str::to_owned);
             self.save_current(current).await?;
             journal.end().await
         };
         if let Err(error) = back.await {
-            tracing::error!(uuid = %self.uuid, %error, "the next start of virtd finishes this revert");
+            tracing::error!(uuid = %self.uuid, %error, "a revert is half done; it is finished before anything else is");
         }
+    }
+
+    /// The guest that ran has ended for this, and no other has come in its place.
+    async fn has_failed(&self) {
+        let since_usec = now_usec();
+        self.forget_guest(None, StateReason::Failed, since_usec).await;
+        self.commit(|state| {
+            state.reason = StateReason::Failed;
+            state.since_usec = since_usec;
+            vec![Lifecycle::Stopped(Stopped::Failed)]
+        });
     }
 
     /// Into the process that runs.
@@ -143,9 +191,11 @@ impl Domain {
             return Err(self.not_reverted(&def.name, e));
         }
         let reverted = in_process(kept, machine);
-        let def = self.keep_reverted(def.clone(), &reverted, journal).await?;
+        // The guest is there, whether that can be written down or not: it goes on.
+        let written = self.keep_reverted(def.clone(), &reverted, journal).await;
         let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
         self.unmuted(was_running).await;
+        let def = written?;
         self.relabel(&def).await?;
         let name = def.name.clone();
         self.reverted(def, &reverted, journal).await?;
@@ -158,14 +208,16 @@ impl Domain {
         kept: &Kept,
         journal: Arc<DomainJournal>,
     ) -> std::result::Result<(), DriverError> {
-        match self.driver.snapshots() {
-            Some(driver) => driver.load(machine, kept, journal).await,
-            None => Err(DriverError::Unsupported("this driver cannot take snapshots".to_owned())),
-        }
+        self.snapshot_driver()?.load(machine, kept, journal).await
+    }
+
+    fn snapshot_driver(&self) -> std::result::Result<&dyn Snapshots, DriverError> {
+        let none = || DriverError::Unsupported("this driver cannot take snapshots".to_owned());
+        self.driver.snapshots().ok_or_else(none)
     }
 
     /// What the running guest is called and described by is the snapshot's again.
-    async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
+    pub(super) async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
         let (Some(taken), (Some(live), _)) = (def.domain.as_deref(), self.configurations()) else { return Ok(()) };
         let mut live = DomainDef::clone(&live);
         live.title.clone_from(&taken.title);
@@ -212,6 +264,7 @@ impl Domain {
         let taken = def.domain.as_deref()?;
         let mut stored = renamed(def.inactive.as_deref().unwrap_or(taken), &name);
         stored.id = None;
+        stored.uuid = self.uuid;
         switch_disks(&mut stored, taken, stands_on);
         Some(stored)
     }
@@ -230,7 +283,9 @@ impl Domain {
         let live = renamed(&reverted.def, &self.name());
         let cancel = CancellationToken::new();
         lock(&self.state).starting = Some(0);
-        let started = self.start_guest(live, caller, options, Origin::Snapshot(from.map(Box::new)), &cancel).await;
+        let origin = Origin::Snapshot(from.map(Box::new));
+        // Boxed: a start is large, and this lies deep in what may already be one.
+        let started = Box::pin(self.start_guest(live, caller, options, origin, &cancel)).await;
         self.start_ended();
         started
     }
@@ -295,6 +350,17 @@ impl Domain {
             }
         });
     }
+}
+
+/// The same machine, once what runs has ended.
+fn without_guest(machine: &Machine) -> Machine {
+    Machine { guest: None, running: false, ..machine.clone() }
+}
+
+/// What was on disk before a revert.
+struct Before {
+    stored: Option<Arc<DomainDef>>,
+    record: Arc<Record>,
 }
 
 /// What a revert within the process comes to: the machine stands on what it stood on.

@@ -42,7 +42,20 @@ pub trait Snapshots: Send + Sync {
     /// Loads memory and disks into the running guest, which is left paused. On failure the guest stands paused.
     async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError>;
 
-    /// Brings the images of a machine without a guest (or whose guest is about to be replaced) to the snapshot: internal
+    /// Makes a running guest stand aside and let go of its images, for [`Snapshots::revert_images`] to be tried before it
+    /// ends; nothing is reported of it. `false`: it cannot, and runs as before. On failure it runs as before.
+    async fn park(&self, machine: &Machine, journal: Arc<dyn Journal>) -> Result<bool, DriverError> {
+        let _ = (machine, journal);
+        Ok(false)
+    }
+
+    /// Lets a guest that stands aside go on.
+    async fn unpark(&self, machine: &Machine) -> Result<(), DriverError> {
+        let _ = machine;
+        Ok(())
+    }
+
+    /// Brings the images of a machine without a guest (or whose guest stands aside) to the snapshot: internal
     /// ones in place, external ones by new overlays; firmware variables and TPM too. What was there before is kept aside
     /// until [`Snapshots::settle`] is called. On failure everything is as before.
     async fn revert_images(
