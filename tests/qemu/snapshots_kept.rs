@@ -5,8 +5,10 @@ use crate::common::client::{Client, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, skip};
+use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
 use virt_model::domain::DomainDef;
 
 /// A daemon and a defined tick guest.
@@ -434,4 +436,60 @@ async fn a_guest_that_ends_before_its_variables_are_captured_leaves_no_snapshot(
     assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 0);
     assert!(!tick.disk.with_file_name("ends.late").exists());
     assert_eq!(sources(&player).await, [tick.disk]);
+}
+
+#[tokio::test]
+async fn a_revert_waits_for_nobody_elses_work_on_a_disk() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let Some(tick) = Tick::new(&daemon, "job", "") else { return };
+    let (socket, copy) = (daemon.folder().join("second-monitor"), daemon.folder().join("copy"));
+    let own = format!(
+        "<qemu:commandline xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><qemu:arg value='-qmp'/>\
+         <qemu:arg value='unix:{},server=on,wait=off'/></qemu:commandline></domain>",
+        socket.display()
+    );
+    let player = defined(&daemon, &tick.xml.replace("</domain>", &own)).await;
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    player.take("one").await;
+    let stream = tokio::net::UnixStream::connect(&socket).await.expect("a second monitor");
+    let mut monitor = BufReader::new(stream);
+    let mirror = json!({ "device": "vda-format", "job-id": "somebodys", "target": copy, "sync": "full", "speed": 1 });
+    for (command, arguments) in [("qmp_capabilities", json!({})), ("drive-mirror", mirror)] {
+        let text = json!({ "execute": command, "arguments": arguments }).to_string();
+        monitor.get_mut().write_all(text.as_bytes()).await.expect("asked");
+        let mut answer = String::new();
+        while !answer.contains("\"return\"") {
+            answer.clear();
+            assert_ne!(monitor.read_line(&mut answer).await.expect("told"), 0);
+            assert!(!answer.contains("\"error\""), "{answer}");
+        }
+    }
+    let (error, why) = player.call("one", "Revert", options([])).await.expect_err("somebody is at work");
+    assert!(error.ends_with("OperationInvalid") && why.contains("'somebodys'"), "{error}: {why}");
+    assert_eq!(player.domain.state().await.0, "running");
+    tick.goes_on().await;
+}
+
+#[tokio::test]
+async fn a_revert_without_room_for_its_overlays_is_not_begun() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let Some(tick) = Tick::new(&daemon, "narrow", "") else { return };
+    let room = daemon.folder().join("room");
+    std::fs::create_dir(&room).expect("a folder");
+    let inside =
+        |program: &str, arguments: &[&str]| daemon.inside(program).args(arguments).status().expect("it runs").success();
+    let shown = room.display().to_string();
+    assert!(inside("mount", &["-t", "tmpfs", "-o", "size=4m", "none", &shown]));
+    let (from, disk) = (tick.disk.display().to_string(), format!("{shown}/narrow.qcow2"));
+    assert!(inside("cp", &[&from, &disk]));
+    let player = defined(&daemon, &tick.xml.replace(&from, &disk)).await;
+    player.create(&named("one"), disk_only()).await.expect("taken");
+    inside("sh", &["-c", &format!("dd if=/dev/zero of={shown}/filler bs=16k 2>/dev/null")]);
+    let plan = player.check("one", "CheckRevert", options([])).await;
+    assert_eq!(*plan["possible"], zbus::Variant::from(false));
+    let (error, why) = player.call("one", "Revert", options([])).await.expect_err("no room");
+    assert!(error.ends_with("NoSpace"), "{error}: {why}");
+    assert!(inside("rm", &[&format!("{shown}/filler")]));
+    player.call("one", "Revert", options([])).await.expect("reverted");
 }

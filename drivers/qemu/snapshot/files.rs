@@ -195,7 +195,7 @@ pub fn make_empty(path: &Path, user: Option<&RunAs>) -> Result<(), DriverError> 
             file.set_permissions(std::fs::Permissions::from_mode(0o640))?;
             fchown(&file, Some(user.uid), Some(user.gid))
         }
-        None => file.set_permissions(std::fs::Permissions::from_mode(0o644)),
+        None => Ok(()),
     });
     match made {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_empty(path, user.is_some()) => Ok(()),
