@@ -69,11 +69,14 @@ impl Images {
         let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
         let holder = ledger.join(self.guest);
         let lent = Lent(Some((ledger.clone(), holder)));
-        let want =
-            |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true, device: false };
-        let wants: Vec<Want> = images.iter().map(want).collect();
-        ledger.lend(user, holder, &wants)?;
+        ledger.lend(user, holder, &wants(images, true))?;
         Ok(lent)
+    }
+
+    /// Lends images to the running guest, for as long as it runs; not what they stand on, which it has.
+    pub fn lend_to_guest(&self, images: &[(PathBuf, bool)]) -> Result<(), DriverError> {
+        let Some((user, ledger)) = &self.user else { return Ok(()) };
+        ledger.lend_more(user, self.guest, &wants(images, false))
     }
 
     /// What an image says of itself, also while a guest has it open.
@@ -163,6 +166,14 @@ impl Images {
         let full = words.contains("No space left") || words.contains("Disk quota exceeded");
         Err(if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) })
     }
+}
+
+fn wants(images: &[(PathBuf, bool)], backing: bool) -> Vec<Want> {
+    let want = |(path, write): &(PathBuf, bool)| {
+        let (path, write) = (path.clone(), *write);
+        Want { path, write, backing, device: false }
+    };
+    images.iter().map(want).collect()
 }
 
 /// Names an image without leaving anything to be guessed from its content.

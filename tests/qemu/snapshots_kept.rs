@@ -4,8 +4,10 @@
 use crate::common::client::{Client, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
-use crate::common::{Daemon, skip};
+use crate::common::users::ADMIN;
+use crate::common::{Daemon, Setup, skip};
 use serde_json::json;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
@@ -492,4 +494,36 @@ async fn a_revert_without_room_for_its_overlays_is_not_begun() {
     assert!(error.ends_with("NoSpace"), "{error}: {why}");
     assert!(inside("rm", &[&format!("{shown}/filler")]));
     player.call("one", "Revert", options([])).await.expect("reverted");
+}
+
+#[tokio::test]
+async fn with_qemu_as_another_user_all_is_lent_and_given_back() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
+    let Some(tick) = Tick::new(&daemon, "lent", "") else { return };
+    for file in [&tick.disk, &tick.serial] {
+        std::fs::set_permissions(file, std::fs::Permissions::from_mode(0o600)).expect("set");
+    }
+    let client = Client { connection: daemon.connect_as(&ADMIN).await };
+    let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    player.take("inner").await;
+    let memory = tick.disk.with_extension("memory");
+    let xml = format!("<domainsnapshot><name>full</name><memory file='{}'/></domainsnapshot>", memory.display());
+    player.create(&xml, options([])).await.expect("taken");
+    player.create(&named("disk"), disk_only()).await.expect("taken");
+    tick.goes_on().await;
+    player.call("full", "Revert", with([("force", true)])).await.expect("reverted");
+    tick.goes_on().await;
+    player.call("disk", "Delete", options([])).await.expect("deleted");
+    player.domain.run("Destroy").await.expect("destroyed");
+    player.call("full", "Delete", options([])).await.expect("merged");
+    player.call("inner", "Revert", options([])).await.expect("reverted");
+    tick.goes_on().await;
+    player.domain.run("Destroy").await.expect("destroyed");
+    daemon.qemu_gone("lent").await;
+    assert_eq!(sources(&player).await, std::slice::from_ref(&tick.disk));
+    assert!(!memory.exists());
+    let data = std::fs::metadata(&tick.disk).expect("there");
+    assert_eq!((data.uid(), data.mode() & 0o777), (0, 0o600), "it is still lent");
 }

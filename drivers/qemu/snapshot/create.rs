@@ -501,9 +501,8 @@ impl Operation {
     /// Makes one overlay; `size` if it is known.
     pub(super) async fn make_overlay(&self, overlay: Overlay, size: Option<u64>) -> Result<(), DriverError> {
         self.with_images(move |images| {
-            let user = images.user.as_ref().map(|(user, _)| user);
             if overlay.ours {
-                make_empty(&overlay.path, user)?;
+                make_empty(&overlay.path, &overlay.base, images.user.is_some())?;
             }
             let _lent = images.lend(&[(overlay.base.clone(), false), (overlay.path.clone(), true)])?;
             let size = match size {
@@ -520,6 +519,8 @@ impl Operation {
         let mut actions = Vec::new();
         let mut added: Vec<String> = Vec::new();
         let prepared = async {
+            let files: Vec<(PathBuf, bool)> = note.overlays.iter().map(|one| (one.path.clone(), true)).collect();
+            self.with_images(move |images| images.lend_to_guest(&files)).await?;
             for overlay in &note.overlays {
                 let nodes = Nodes::of(body).await?;
                 let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == overlay.target);

@@ -5,10 +5,9 @@ use super::note::{Part, Record};
 use super::revert::record_of;
 use super::{Operation, cannot, parts};
 use crate::host::resolve::Place;
-use crate::host::user::RunAs;
 use std::fs::File;
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -188,17 +187,18 @@ pub fn finished(part: &Path, path: &Path, wary: bool) -> Result<u64, DriverError
     done().map_err(|e: io::Error| stored(path, &e))
 }
 
-/// An empty file of QEMU's user, where nothing is, or an empty file.
-pub fn make_empty(path: &Path, user: Option<&RunAs>) -> Result<(), DriverError> {
-    let made = make::new_file(path, user.is_some()).and_then(|file| match user {
-        Some(user) => {
-            file.set_permissions(std::fs::Permissions::from_mode(0o640))?;
-            fchown(&file, Some(user.uid), Some(user.gid))
+/// An empty file, where nothing is, or an empty file. Its owner is whose the base is, and not QEMU's user: what an image
+/// names to stand on counts as chosen by its owner.
+pub fn make_empty(path: &Path, base: &Path, wary: bool) -> Result<(), DriverError> {
+    let made = make::new_file(path, wary).and_then(|file| match wary {
+        true => {
+            let base = std::fs::metadata(base)?;
+            fchown(&file, Some(base.uid()), Some(base.gid()))
         }
-        None => Ok(()),
+        false => Ok(()),
     });
     match made {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_empty(path, user.is_some()) => Ok(()),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_empty(path, wary) => Ok(()),
         made => made.map_err(|e| stored(path, &e)),
     }
 }
