@@ -104,8 +104,10 @@ impl Operation {
             Standing::Ended(Err(why)) => Err(not_merged(merge, &why)),
             // Below the top there is nothing to change over to.
             _ => {
+                let noted = note_synced(merge, deed, journal).await;
+                // Written down only when what the guest does not have open has followed, too.
                 deed.merged.push(merge.target.clone());
-                note_synced(merge, deed, journal).await
+                noted
             }
         };
         if let Err(error) = merged {
