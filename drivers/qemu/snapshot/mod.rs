@@ -12,6 +12,7 @@
 //! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
 
 mod agent;
+mod chain;
 mod create;
 mod delete;
 pub mod jobs;
@@ -38,7 +39,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     CreatePlan, DeletePlan, DiskMode, DiskPart, Journal, Kept, Kin, Machine, MemoryMode, Recovered, Replaced,
-    RevertPlan, Reverted, Snapshots, Taken, Wish,
+    RevertPlan, Reverted, Snapshots, Taken, Unfinished, Wish,
 };
 use virt_model::xml::{Finding, FindingKind};
 
@@ -98,7 +99,7 @@ impl Snapshots for QemuDriver {
         snapshot: &Kept,
         kin: &Kin,
         journal: Arc<dyn Journal>,
-    ) -> Result<Vec<Replaced>, DriverError> {
+    ) -> Result<Vec<Replaced>, Unfinished> {
         self.operation(machine).await?.delete(snapshot, kin, &journal).await
     }
 

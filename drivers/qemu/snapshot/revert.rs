@@ -412,6 +412,7 @@ pub(super) fn kept(held: Held) -> Result<Kept, DriverError> {
             HeldMemory::External(file) => MemoryMode::External(file),
         },
         disks: disks.collect(),
+        merging: BTreeSet::new(),
         def,
         record: held.record,
     })
