@@ -165,7 +165,7 @@ impl Domain {
         match kept.await {
             Ok(()) => journal.end_after_failure().await,
             Err(error) => {
-                tracing::error!(uuid = %self.uuid, name, %error, "the next start of virtd finishes this deletion")
+                tracing::error!(uuid = %self.uuid, name, %error, "a deletion is half done; it is finished before anything else is")
             }
         }
         self.not_deleted(name, error)
