@@ -83,6 +83,7 @@ impl QemuDriver {
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
+        let prober = prober.certified_in(&config.tls_dir);
         QemuDriver(Arc::new(Inner {
             prober,
             ports: Ports::default(),
@@ -114,7 +115,8 @@ impl QemuDriver {
         let own_dir = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None }.own_dir();
         let mut ports = self.0.ports.reserve();
         let mut free_port = |address: &str, port| ports.take(address, port);
-        go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, free_port: &mut free_port })
+        let encrypts = caps.site.certificates(capabilities::End::Server).is_ok();
+        go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, encrypts, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
         let mut command = command::build(&live, &caps, &place).map_err(DriverError::Config)?;

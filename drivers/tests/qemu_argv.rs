@@ -225,6 +225,15 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
     let device = |xml: &str| format!("<devices>{xml}</devices>");
     let network = |source: &str| device(&format!("<disk type='network'>{source}<target dev='vda'/></disk>"));
     let disk = |more: &str| device(&format!("<disk type='file'><source file='/x'/><target dev='vda'/>{more}</disk>"));
+    let with_tables = |xml: &str| format!("<features><acpi/></features>{}", device(xml));
+    let redirected = |rule: &str| {
+        format!(
+            "<graphics type='spice'/><redirdev bus='usb' type='spicevmc'/><redirfilter><usbdev {rule}/></redirfilter>"
+        )
+    };
+    let tagged = |said: &str, tags: &str| {
+        device(&format!("<interface type='bridge'><source bridge='b'/><vlan {said}>{tags}</vlan></interface>"))
+    };
     let backing = |xml: &str| format!("<memoryBacking>{xml}</memoryBacking>");
     let cases = [
         (device("<panic model='s390'/>"), "no panic device 's390'"),
@@ -248,7 +257,8 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (device("<filesystem><driver type='loop'/><source dir='/x'/><target dir='t'/></filesystem>"), "not by 'loop'"),
         (network("<source protocol='nfs' name='x'><host name='h'/></source>"), "protocol='nfs' is not supported"),
         (network("<source protocol='ssh' name='x'><host name='h'/></source>"), "qemu-block-extra"),
-        (network("<source protocol='nbd' tls='yes'><host name='h'/></source>"), "TLS to disk servers"),
+        (network("<source protocol='ssh' name='x' tls='yes'><host name='h'/></source>"), "does not speak TLS"),
+        (network("<source protocol='nbd' tlsHostname='x'><host name='h'/></source>"), "with tls='yes'"),
         (network("<source protocol='nbd'/>"), "needs a <host>"),
         (network("<source protocol='http' name='x'><host name='h'/><auth username='u'/></source>"), "needs a <secret>"),
         (network("<source protocol='rbd' name='image'/>"), "pool/image"),
@@ -264,6 +274,80 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
         (disk("<transient/>"), "<transient>"),
+        (disk("<acpi index='1'/>"), "needs <acpi/>"),
+        (disk("<rom file='x'/>"), "the path must be absolute"),
+        (disk("<rom enabled='no' bar='on'/>"), "has neither bar nor file"),
+        (disk("<throttlefilters><throttlefilter group='x'/></throttlefilters>"), "no <throttlegroup> of this name"),
+        (
+            device("<disk type='file' model='virtio'><source file='/x'/><target dev='sda' bus='sata'/></disk>"),
+            "only virtio disks have a model",
+        ),
+        (
+            device("<disk type='file'><source file='/x'/><target dev='vda' dpofua='on'/></disk>"),
+            "only scsi disks have dpofua",
+        ),
+        ("<throttlegroups><throttlegroup/></throttlegroups>".to_owned(), "needs a <group_name>"),
+        (with_tables("<controller type='sata' index='0'><acpi index='1'/></controller>"), "none of the board's own"),
+        (with_tables("<video><model type='vga'/><acpi index='20000'/></video>"), "1 to 16383"),
+        (
+            with_tables(
+                "<video><model type='vga'/><acpi index='3'/></video><rng model='virtio'><backend model='random'/><acpi index='3'/></rng>",
+            ),
+            "two devices with this number",
+        ),
+        (device("<input type='tablet' bus='usb'><rom bar='off'/></input>"), "only PCI devices have a ROM"),
+        (
+            device("<controller type='pci' index='9' model='pcie-to-pci-bridge'><target memReserve='4'/></controller>"),
+            "only a pcie-root-port",
+        ),
+        (device("<serial type='stdio'/>"), "needs a window or terminal"),
+        (device("<serial type='pty'><source tls='yes'/></serial>"), "only type='tcp' can be encrypted"),
+        (device("<channel type='qemu-vdagent'><target type='virtio' name='x'/></channel>"), "com.redhat.spice.0"),
+        (
+            device("<channel type='qemu-vdagent'><target type='virtio' name='com.redhat.spice.0'/></channel>"),
+            "needs graphics of type='vnc' or 'dbus'",
+        ),
+        (
+            device("<channel type='dbus'><source channel='x'/><target type='virtio' name='x'/></channel>"),
+            "needs <graphics type='dbus'>",
+        ),
+        (
+            device(
+                "<channel type='pty'><source><mouse mode='client'/></source><target type='virtio' name='x'/></channel>",
+            ),
+            "are for type='qemu-vdagent'",
+        ),
+        (device("<parallel/><parallel/><parallel/><parallel/>"), "at most three parallel ports"),
+        (device("<redirfilter><usbdev allow='no'/></redirfilter>"), "no <redirdev>"),
+        (device(&redirected("class='0x1234' allow='no'")), "a hexadecimal number such as 0x08"),
+        (device(&redirected("version='1' vendor='0x1'")), "allow='yes' or allow='no'"),
+        (device(&redirected("version='x' allow='no'")), "a version is like 1.10"),
+        (device("<rng model='virtio'><backend model='egd'/></rng>"), "is reached by type="),
+        (device("<rng model='virtio'><backend model='builtin' type='tcp'/></rng>"), "are for an entropy daemon"),
+        (device("<graphics type='spice' port='5900' defaultMode='secure'/>"), "goes by a tlsPort"),
+        (
+            device(
+                "<graphics type='spice' autoport='yes'><listen type='socket'/><channel name='main' mode='secure'/></graphics>",
+            ),
+            "goes by a tlsPort",
+        ),
+        (
+            device(
+                "<graphics type='spice' autoport='yes'><channel name='main' mode='any'/><channel name='main' mode='any'/></graphics>",
+            ),
+            "two <channel> of this name",
+        ),
+        (device("<sound model='ac97' multichannel='yes'/>"), "multichannel is for model='usb'"),
+        (device("<audio id='1' type='none' tryMMap='yes'/>"), "are for type='oss'"),
+        (device("<audio id='1' type='none'><input clientName='x'/></audio>"), "are for type='jack'"),
+        (device("<audio id='1' type='none'><input bufferCount='1'/></audio>"), "bufferCount is for"),
+        (device("<audio id='1' type='none'><output tryPoll='yes'/></audio>"), "tryPoll is for"),
+        (device("<interface type='user'><vlan><tag id='1'/></vlan></interface>"), "VLANs are for type='bridge'"),
+        (device("<interface type='user'><coalesce/></interface>"), "<coalesce> is for"),
+        (tagged("", ""), "needs a <tag>"),
+        (tagged("", "<tag id='4095'/>"), "VLANs are 1 to 4094"),
+        (tagged("trunk='no'", "<tag id='1'/><tag id='2'/>"), "is a trunk"),
+        (tagged("", "<tag id='1' nativeMode='tagged'/>"), "is for trunk='yes'"),
         (device("<interface type='direct'><source dev='eth0'/></interface>"), "type='direct' are not supported"),
         (device("<interface type='udp'><source address='1.2.3.4' port='1'/></interface>"), "needs <local> with a port"),
         (device("<interface type='user'><ip address='1.2.3'/></interface>"), "no address of the family"),
@@ -348,4 +432,31 @@ fn a_missing_emulator_keeps_nothing_from_being_stored() {
     assert!(def.devices.disks[0].info.pci().is_some());
     let found = message(&check(&def, &caps));
     assert!(found.contains("this emulator cannot be used: emulator /nowhere/qemu"), "{found}");
+}
+
+#[test]
+fn encryption_needs_the_hosts_certificates() {
+    let encrypted = [
+        "<graphics type='spice' tlsPort='5901'/>",
+        "<graphics type='spice' autoport='yes' defaultMode='secure'/>",
+        "<serial type='tcp'><source mode='bind' host='::' service='1' tls='yes'/></serial>",
+        "<disk type='network'><source protocol='nbd' tls='yes'><host name='h'/></source><target dev='vda'/></disk>",
+    ];
+    let lacks = |files: &[&str], devices: &str| {
+        let mut caps = caps();
+        caps.site.certificates.retain(|name| files.iter().any(|file| name.starts_with(file)));
+        let mut def = machine("q35", devices);
+        complete(&mut def, &caps).unwrap();
+        message(&check(&def, &caps))
+    };
+    for devices in encrypted {
+        let found = lacks(&[], devices);
+        assert!(found.contains("there is no /etc/virt/tls/ca-cert.pem"), "{devices}: {found}");
+        assert_eq!(lacks(&["ca", "server", "client"], devices), "");
+    }
+    let found = lacks(&["ca", "client"], encrypted[0]);
+    assert!(found.contains("there is no /etc/virt/tls/server-cert.pem"), "{found}");
+    assert_eq!(lacks(&["ca"], encrypted[3]), "", "who only goes to others can do without a name");
+    let open = "<graphics type='spice' autoport='yes' tlsPort='-1'/>";
+    assert_eq!(lacks(&[], open), "", "what may be encrypted and need not be is not");
 }

@@ -4,7 +4,7 @@ use super::Check;
 use crate::qemu::command::{by_passt, card_type};
 use std::net::IpAddr;
 use virt_model::device::Interface;
-use virt_model::device::interface::{Family, InterfaceKind, NetDriver};
+use virt_model::device::interface::{Family, InterfaceKind, NetDriver, Vlan};
 
 /// Queues of one card, and of all cards together: each needs two descriptors of those that QEMU is given.
 const MOST_QUEUES: u32 = 16;
@@ -181,9 +181,39 @@ impl Check<'_> {
             &place.child("port"),
             "isolated ports are for type='bridge' on the system bus",
         );
+        let fits = ours && interface.target.as_ref().is_none_or(|target| target.managed != Some(false));
+        if let Some(vlan) = &interface.vlan {
+            self.vlan(vlan, fits && interface.kind == InterfaceKind::Bridge);
+        }
+        if let Some(coalesce) = &interface.coalesce {
+            self.refuse_if(
+                !fits,
+                &coalesce.at,
+                "<coalesce> is for type='bridge' and type='ethernet' on the system bus",
+            );
+        }
         let buffer = interface.tune.is_some() && !host_device;
         self.refuse_if(buffer, &place.child("tune"), "a send buffer is for type='bridge' and type='ethernet'");
         let addresses = !interface.addresses.is_empty() && interface.kind != InterfaceKind::User;
         self.refuse_if(addresses, &place.child("ip"), "<ip> is for type='user': QEMU does not configure the host");
+    }
+
+    fn vlan(&mut self, vlan: &Vlan, fits: bool) {
+        self.refuse_if(
+            !fits,
+            &vlan.at,
+            "VLANs are for type='bridge' on the system bus: plug the host's device into one",
+        );
+        self.refuse_if(vlan.tags.is_empty(), &vlan.at, "<vlan> needs a <tag>");
+        let several = vlan.trunk == Some(false) && vlan.tags.len() > 1;
+        self.refuse_if(several, &vlan.at.attribute("trunk"), "a card in several VLANs is a trunk");
+        let natives = vlan.tags.iter().filter(|tag| tag.native.is_some()).count();
+        self.refuse_if(natives > 1, &vlan.at, "packets without a tag are in one VLAN: one <tag> has a nativeMode");
+        let alone = natives > 0 && !vlan.is_trunk();
+        self.refuse_if(alone, &vlan.at, "a nativeMode is for trunk='yes'");
+        for tag in &vlan.tags {
+            let known = (1..=4094).contains(&tag.id);
+            self.refuse_if(!known, &tag.at.attribute("id"), "VLANs are 1 to 4094");
+        }
     }
 }

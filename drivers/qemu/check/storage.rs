@@ -1,7 +1,7 @@
 //! Disks and the controllers they sit on.
 
 use super::Check;
-use crate::qemu::command::{known_format, usb_device, wwn};
+use crate::qemu::command::{disk_device, known_format, usb_device, wwn};
 use crate::qemu::complete::Board;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, StartupPolicy};
@@ -66,7 +66,7 @@ impl Check<'_> {
         };
         self.refuse_if(!seated, &disk.at.child("address"), &format!("this address is not one on bus='{bus}'"));
         let type_needed = match bus {
-            DiskBus::Virtio => "virtio-blk-pci",
+            DiskBus::Virtio => disk_device(disk),
             DiskBus::Usb => "usb-storage",
             DiskBus::Scsi => "scsi-hd",
             _ => return,
@@ -172,6 +172,10 @@ impl Check<'_> {
         );
         let removable = disk.target.removable.is_some() && !matches!(bus, DiskBus::Usb | DiskBus::Scsi);
         self.refuse_if(removable, &disk.target.at.attribute("removable"), "only usb and scsi disks can be removable");
+        let fua = disk.target.dpofua.is_some() && bus != DiskBus::Scsi;
+        self.refuse_if(fua, &disk.target.at.attribute("dpofua"), "only scsi disks have dpofua");
+        let generation = disk.model.is_some() && bus != DiskBus::Virtio;
+        self.refuse_if(generation, &disk.at.attribute("model"), "only virtio disks have a model");
         self.shape(disk, bus);
         let Some(driver) = &disk.driver else { return };
         let qcow2 = driver.format.as_deref() == Some("qcow2");
@@ -287,6 +291,10 @@ impl Check<'_> {
             && !known.contains(&&*name.name)
         {
             self.refuse(&name.at, format!("this controller is one of {}, not '{}'", known.join(", "), name.name));
+        }
+        let reserves = controller.target.as_ref().filter(|target| target.mem_reserve_kib.is_some());
+        if let Some(target) = reserves.filter(|_| controller.model != Some(PcieRootPort)) {
+            self.refuse(&target.at.attribute("memReserve"), "only a pcie-root-port keeps memory for what is plugged");
         }
         let own = controller.info.pci().is_some_and(|pci| u32::from(pci.bus) == controller.index());
         let index = controller.index();

@@ -14,12 +14,16 @@ use virt_model::device::address::DriveAddress;
 use virt_model::device::disk::{
     BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind, Iotune,
 };
+use virt_model::device::misc::VirtioModel;
 use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, ControllerKind, Disk};
 
 impl Builder<'_> {
     pub(super) fn disks(&mut self) {
         let def = self.def;
+        for group in def.throttle_groups.iter().flat_map(|groups| &groups.groups) {
+            self.throttle_group(&format!("throttle-{}", group.group.as_deref().unwrap_or_default()), group);
+        }
         for disk in &def.devices.disks {
             let node = self.disk_nodes(disk);
             let props = self.disk_device(disk, node);
@@ -73,6 +77,12 @@ impl Builder<'_> {
             self.throttle_group(&group, tune);
             filter(self, "throttle", Props::new("driver", "throttle").set("throttle-group", group));
         }
+        let shared = disk.throttle_filters.iter().flat_map(|filters| &filters.filters);
+        // The first one is the topmost.
+        for (n, shared) in shared.enumerate().collect::<Vec<_>>().into_iter().rev() {
+            let group = format!("throttle-{}", shared.group);
+            filter(self, &format!("filter{n}"), Props::new("driver", "throttle").set("throttle-group", group));
+        }
         top
     }
 
@@ -122,6 +132,7 @@ impl Builder<'_> {
             .maybe("wwn", disk.wwn.as_deref().and_then(wwn))
             .maybe("rotation_rate", disk.target.rotation_rate)
             .maybe("removable", disk.target.removable)
+            .maybe("dpofua", disk.target.dpofua)
             .maybe(
                 "werror",
                 driver
@@ -199,9 +210,12 @@ fn blocks(disk: &Disk) -> Props {
         .maybe("bios-chs-trans", shape.and_then(|shape| shape.translation).map(|t| t.as_str()))
 }
 
-fn device_type(disk: &Disk) -> &'static str {
+/// QEMU's name of what the guest sees.
+pub fn device_type(disk: &Disk) -> &'static str {
     let cd = disk.device() == DiskDevice::Cdrom;
     match disk.target.bus.unwrap_or_default() {
+        DiskBus::Virtio if disk.model == Some(VirtioModel::Transitional) => "virtio-blk-pci-transitional",
+        DiskBus::Virtio if disk.model == Some(VirtioModel::NonTransitional) => "virtio-blk-pci-non-transitional",
         DiskBus::Virtio => "virtio-blk-pci",
         DiskBus::Scsi if cd => "scsi-cd",
         DiskBus::Scsi => "scsi-hd",
