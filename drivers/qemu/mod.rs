@@ -134,6 +134,7 @@ impl QemuDriver {
             ends_on_reboot: ends_on_reboot(&live),
             tuning: tune::Tuning::of(&live),
             secrets_dir: self.0.secrets_dir.clone(),
+            state_dir: caps.site.state_dir.clone(),
             user,
             runtime_dir: launch.runtime_dir,
             log_file: launch.log_file,

@@ -44,6 +44,7 @@ fn show(command: &Command) -> String {
     lines.extend(command.taps.iter().map(|tap| format!("# tap {:?} {:?} {:?}", tap.fds, tap.vhost_fds, tap.plan)));
     lines.extend(command.companions.iter().flat_map(beside));
     lines.extend(command.secrets.iter().map(|secret| format!("# secret {} {:?}", secret.fd, secret.content)));
+    lines.extend(command.scratch.iter().map(|fd| format!("# scratch {fd}")));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
     lines.join("\n") + "\n"
 }
@@ -273,7 +274,14 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (disk("<iotune><total_iops_sec>1</total_iops_sec><read_iops_sec>1</read_iops_sec></iotune>"), "not for both"),
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
-        (disk("<transient/>"), "<transient>"),
+        (disk("<transient/><readonly/>"), "only a disk that is written"),
+        (network("<source protocol='nbd'><host name='h'/></source><transient/>"), "only disks of type='file'"),
+        (disk("<transient/><shareable/>"), "other guests would not see"),
+        (disk("<transient shareBacking='yes'/>"), "'shareBacking'"),
+        (
+            disk("<transient/><encryption format='luks'><secret usage='x'/></encryption>"),
+            "would lie on the host in the open",
+        ),
         (disk("<acpi index='1'/>"), "needs <acpi/>"),
         (disk("<rom file='x'/>"), "the path must be absolute"),
         (disk("<rom enabled='no' bar='on'/>"), "has neither bar nor file"),

@@ -21,7 +21,10 @@ use virt_drivers::qemu::companion::{Gifts, Role};
 use virt_model::driver::Driver;
 
 /// What QEMU says when all is well.
-const CHATTER: [&str; 4] = [
+const CHATTER: [&str; 7] = [
+    "Formatting '/dev/fd/",
+    "wrote 512/512 bytes",
+    "512 bytes, 1 ops",
     "doesn't support requested feature",
     "char device redirected to",
     "has no peer",
@@ -93,6 +96,7 @@ fn kernel() -> Vec<u8> {
 fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Vec<Running>, UnixStream) {
     let socket = dir.join("monitor.sock");
     let mut gifts: Gifts = vec![(3, UnixListener::bind(&socket).unwrap().into())];
+    gifts.extend(command.scratch.iter().map(|fd| (*fd, tempfile::tempfile().unwrap().into())));
     let mut running = Vec::new();
     for companion in command.companions.iter().filter(|companion| companion.is_wanted()) {
         let (own, qemus) = companion.prepare(None).unwrap();
@@ -186,6 +190,12 @@ fn seen(case: &str) -> Vec<(&'static str, Value, &'static str, Value)> {
             device("net0", "rombar", json!(0)),
             device("net2", "romfile", json!("")),
             device("virtio-disk0", "drive", json!("vda-filter0")),
+            (
+                "human-monitor-command",
+                json!({"command-line": "qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend \"write -P 7 0 512\""}),
+                "",
+                json!(""),
+            ),
             device("scsi0-0-0-0", "dpofua", json!(true)),
             device("pci.1", "mem-reserve", json!(8 << 20)),
         ],
@@ -233,6 +243,10 @@ async fn this_hosts_qemu_takes_every_command_line() {
         }
         monitor.ask("quit", &json!({}), &words);
         assert!(running[0].0.wait().unwrap().success(), "{case}");
+        if case == "slots" {
+            let image = std::fs::read(dir.path().join("old.raw")).unwrap();
+            assert!(image.iter().all(|byte| *byte == 0), "what was written to a transient disk is gone");
+        }
         let mut said = String::new();
         std::fs::File::open(&words).unwrap().read_to_string(&mut said).unwrap();
         let complaints: Vec<&str> =

@@ -114,10 +114,7 @@ const REASONS: &[(&str, &[&str])] = &[
             "devices/disk/backingStore/source/reservations",
         ],
     ),
-    (
-        "what is thrown away at the end is not kept apart: take a snapshot, and revert to it",
-        &["devices/disk/transient"],
-    ),
+    ("every transient disk has its image for itself", &["devices/disk/transient/@shareBacking"]),
     (
         "there are no storage pools here: give the path with type='file' or 'block'",
         &[

@@ -178,6 +178,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/disk/geometry", "cyls heads secs trans"),
     ("devices/disk/blockio", "logical_block_size physical_block_size discard_granularity"),
     ("devices/disk/iotune", ""),
+    ("devices/disk/transient", ""),
     ("devices/disk/throttlefilters", ""),
     ("devices/disk/throttlefilters/throttlefilter", "group"),
     ("devices/disk/vendor", ""),

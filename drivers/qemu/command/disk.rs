@@ -9,7 +9,7 @@
 use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::qemu::complete::Board;
-use serde_json::Value;
+use serde_json::{Value, json};
 use virt_model::device::address::DriveAddress;
 use virt_model::device::disk::{
     BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind, Iotune,
@@ -17,6 +17,9 @@ use virt_model::device::disk::{
 use virt_model::device::misc::VirtioModel;
 use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, ControllerKind, Disk};
+
+/// The first file descriptor of those for what is thrown away; from 200 on they are virtd's own.
+const FIRST_SCRATCH_FD: i32 = 180;
 
 impl Builder<'_> {
     pub(super) fn disks(&mut self) {
@@ -58,7 +61,24 @@ impl Builder<'_> {
             .extend(cache(driver));
         let image = content(image, format, key).extend(qcow2_options(driver)).set("file", format!("{name}-storage"));
         self.args.blockdev(with_backing(image, backing));
+        if disk.transient.is_some() {
+            self.overlay_to_throw_away(name);
+        }
         Some(self.filters(disk, format!("{name}-format")))
+    }
+
+    /// Before the guest runs QEMU itself lays an overlay over the image, in a file that has no name: it goes with QEMU,
+    /// whatever ends it.
+    fn overlay_to_throw_away(&mut self, name: &str) {
+        let fd = self.scratch.len().try_into().map_or(FIRST_SCRATCH_FD, |n: i32| FIRST_SCRATCH_FD + n);
+        self.scratch.push(fd);
+        let arguments = json!({
+            "node-name": format!("{name}-format"),
+            "snapshot-file": format!("/dev/fd/{fd}"),
+            "snapshot-node-name": format!("{name}-transient"),
+            "format": "qcow2",
+        });
+        self.setup.push(("blockdev-snapshot-sync".to_owned(), arguments));
     }
 
     /// What stands between the image and the device; gives the topmost.

@@ -95,6 +95,8 @@ pub struct Command {
     pub taps: Vec<Tap>,
     /// Secrets that must be open at given file descriptors.
     pub secrets: Vec<Secret>,
+    /// File descriptors of files for what is thrown away at the end: nameless, empty, and its own.
+    pub scratch: Vec<i32>,
     /// Its memory is never swapped out.
     pub lock_memory: bool,
     /// What runs beside it, in this order.
@@ -186,6 +188,7 @@ struct Builder<'a> {
     taps: Vec<Tap>,
     tap_fds_used: i32,
     secrets: Vec<Secret>,
+    scratch: Vec<i32>,
     throttle_groups: BTreeSet<String>,
     companions: Vec<Companion>,
     companion_fds: i32,
@@ -208,6 +211,7 @@ impl<'a> Builder<'a> {
             taps: Vec::new(),
             tap_fds_used: 0,
             secrets: Vec::new(),
+            scratch: Vec::new(),
             throttle_groups: BTreeSet::new(),
             companions: Vec::new(),
             companion_fds: 0,
@@ -231,6 +235,7 @@ impl<'a> Builder<'a> {
             nvram: self.nvram,
             taps: self.taps,
             secrets: self.secrets,
+            scratch: self.scratch,
             lock_memory: self.def.memory_backing.as_ref().is_some_and(|backing| backing.locked),
             companions: self.companions,
             setup: self.setup,

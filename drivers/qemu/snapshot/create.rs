@@ -64,8 +64,16 @@ impl Operation {
                 path.display()
             )));
         }
+        let lost = def.devices.disks.iter().find(|disk| disk.transient.is_some()).map(|disk| &disk.target.dev);
+        if let Some(target) = lost.filter(|_| wish.memory != MemoryMode::No) {
+            let why = format!("disk '{target}' throws away what is written, and memory alone cannot go back");
+            return Err(cannot(why + ": take a snapshot of disks only"));
+        }
         for (disk, part) in pairs(def, &wish.disks).filter(|(_, part)| part.mode != DiskMode::No) {
             let target = &part.target;
+            if self.machine.running && disk.transient.is_some() {
+                return Err(cannot(format!("disk '{target}' throws away what is written: leave it out")));
+            }
             if disk.device() == DiskDevice::Lun {
                 return Err(cannot(format!("disk '{target}' is a device of the host's passed through: leave it out")));
             }

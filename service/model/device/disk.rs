@@ -110,6 +110,8 @@ element! {
         flag "readonly" => readonly: bool,
         /// `<shareable/>`
         flag "shareable" => shareable: bool,
+        /// `<transient>`: what is written is thrown away when the guest ends.
+        child "transient" => transient: Option<Transient>,
         /// `<serial>`
         leaf "serial" => serial: Option<String>,
         /// `<wwn>`
@@ -346,6 +348,11 @@ impl Iotune {
         ];
         all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
     }
+}
+
+element! {
+    /// `<transient>`
+    pub struct Transient {}
 }
 
 element! {
