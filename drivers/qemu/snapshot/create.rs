@@ -64,10 +64,8 @@ impl Operation {
                 path.display()
             )));
         }
-        let lost = def.devices.disks.iter().find(|disk| disk.transient.is_some()).map(|disk| &disk.target.dev);
-        if let Some(target) = lost.filter(|_| wish.memory != MemoryMode::No) {
-            let why = format!("disk '{target}' throws away what is written, and memory alone cannot go back");
-            return Err(cannot(why + ": take a snapshot of disks only"));
+        if wish.memory != MemoryMode::No {
+            self.keeps_what_is_written("memory without what it knows of its disk")?;
         }
         for (disk, part) in pairs(def, &wish.disks).filter(|(_, part)| part.mode != DiskMode::No) {
             let target = &part.target;

@@ -64,6 +64,9 @@ impl Operation {
         }
         let unneeded = |file: &&PathBuf| file.exists() && !standing.iter().any(|one| one.file == **file);
         deed.unlinks.extend(reverts.iter().filter(unneeded).cloned());
+        if self.body.is_some() && deed.merges.iter().any(|merge| merge.live) {
+            self.keeps_what_is_written("a merge")?;
+        }
         for merge in &deed.merges {
             self.loses_nothing(merge, &deed, &standing).await?;
         }
