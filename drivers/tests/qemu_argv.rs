@@ -369,6 +369,12 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
             device("<interface type='bridge'><source bridge='b'/><bandwidth><inbound/></bandwidth></interface>"),
             "an average above 0",
         ),
+        (device("<input type='mouse' bus='usb' model='virtio'/>"), "only inputs on bus='virtio'"),
+        (device("<input type='mouse' bus='virtio' model='virtio-transitional'/>"), "model='virtio' only"),
+        (
+            device("<memory model='dimm'><source><pmem/></source><target><size>1024</size></target></memory>"),
+            "are for model='nvdimm'",
+        ),
         (device("<input type='evdev'/>"), "the path of the host's device"),
         (device("<graphics type='dbus'/>"), "need p2p='yes'"),
         (device("<graphics type='vnc' passwd='x' passwdValidTo='soon'/>"), "a time in UTC such as"),

@@ -7,7 +7,9 @@ use crate::qemu::complete::Board;
 use std::collections::BTreeSet;
 use virt_model::device::chardev::CharKind;
 use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
-use virt_model::device::misc::{BalloonModel, InputBus, InputKind, RngKind, WatchdogAction, WatchdogModel};
+use virt_model::device::misc::{
+    BalloonModel, InputBus, InputKind, RngKind, VirtioModel, WatchdogAction, WatchdogModel,
+};
 use virt_model::device::sound::{AudioKind, SoundModel};
 use virt_model::device::{Graphics, Video};
 
@@ -203,6 +205,11 @@ impl Check<'_> {
             let absolute = source.is_some_and(|path| path.starts_with('/'));
             self.refuse_if(host && !absolute, &input.at, "<source> with the path of the host's device is needed");
             self.refuse_if(!host && input.source.is_some(), &input.at, "only evdev and passthrough have a <source>");
+            let place = input.at.attribute("model");
+            let virtio = input.bus == Some(InputBus::Virtio);
+            self.refuse_if(input.model.is_some() && !virtio, &place, "only inputs on bus='virtio' have a model");
+            let old = input.model.is_some_and(|model| model != VirtioModel::Virtio);
+            self.refuse_if(old && virtio, &place, "QEMU has virtio inputs of model='virtio' only");
             if input.kind == InputKind::Evdev {
                 continue;
             }

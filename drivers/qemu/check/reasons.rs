@@ -26,6 +26,7 @@ const REASONS: &[(&str, &[&str])] = &[
             "devices/filesystem/space_soft_limit",
             "devices/interface/route",
             "devices/interface/guest",
+            "devices/filesystem/idmap",
         ],
     ),
     (
@@ -44,7 +45,25 @@ const REASONS: &[(&str, &[&str])] = &[
             "devices/video/driver/@vgaconf",
         ],
     ),
-    ("is for bhyve", &["bhyve:commandline", "features/msrs"]),
+    (
+        "is for bhyve",
+        &[
+            "devices/serial/source/@master",
+            "devices/serial/source/@slave",
+            "devices/parallel/source/@master",
+            "devices/parallel/source/@slave",
+            "devices/console/source/@master",
+            "devices/console/source/@slave",
+            "devices/channel/source/@master",
+            "devices/channel/source/@slave",
+            "devices/redirdev/source/@master",
+            "devices/redirdev/source/@slave",
+            "devices/rng/backend/source/@master",
+            "devices/rng/backend/source/@slave",
+            "bhyve:commandline",
+            "features/msrs",
+        ],
+    ),
     (
         "is for VMware",
         &[
@@ -96,6 +115,11 @@ const REASONS: &[(&str, &[&str])] = &[
         "needs a newer QEMU than this driver knows",
         &[
             "os/shim",
+            "os/root",
+            "hwuuid",
+            "devices/sound/@streams",
+            "devices/sound/driver",
+            "devices/memory/target/@dynamicMemslots",
             "os/varstore",
             "devices/disk/driver/iothreads",
             "devices/disk/driver/statistics",
@@ -210,6 +234,34 @@ const REASONS: &[(&str, &[&str])] = &[
         &["devices/tpm/backend/encryption"],
     ),
     ("a TPM of the host's cannot be handed to a guest: use type='emulator'", &["devices/tpm/backend/device"]),
+    ("is the choice of a newer swtpm", &["devices/tpm/backend/profile"]),
+    (
+        "is for channels of type='guestfwd', which are not supported: use the network, or type='virtio'",
+        &["devices/channel/target/@address", "devices/channel/target/@port"],
+    ),
+    ("is for a newer passt", &["devices/interface/backend/@hostname", "devices/interface/backend/@fqdn"]),
+    (
+        "QEMU does not configure the host",
+        &["devices/interface/ip/@peer", "devices/interface/source/ip", "devices/interface/source/route"],
+    ),
+    ("is said as the text of <nvram>: the file's path", &["os/nvram/@type", "os/nvram/source"]),
+    (
+        "is for IOMMUs of other models than 'intel' and 'virtio', which are not supported",
+        &[
+            "devices/iommu/driver/@xtsup",
+            "devices/iommu/driver/@passthrough",
+            "devices/iommu/driver/@pciBus",
+            "devices/iommu/driver/@accel",
+            "devices/iommu/driver/@ats",
+            "devices/iommu/driver/@ril",
+            "devices/iommu/driver/@pasid",
+            "devices/iommu/driver/@oas",
+        ],
+    ),
+    (
+        "is the desktop's own setting: use type='pulseaudio' or another that says where it plays",
+        &["devices/audio/@driver", "devices/audio/@runtimeDir"],
+    ),
     ("host devices cannot be passed to guests yet", &["devices/hostdev"]),
     (
         "QEMU's arguments are written by its version: there are no capabilities to add or take away",

@@ -248,7 +248,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/redirfilter", ""),
     ("devices/redirfilter/usbdev", "class vendor product version allow"),
     ("devices/smartcard", "mode type"),
-    ("devices/input", "type bus"),
+    ("devices/input", "type bus model"),
     ("devices/input/driver", "iommu ats packed page_per_vq"),
     ("devices/input/source", "dev evdev grab grabToggle repeat"),
     (
@@ -311,6 +311,8 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/memory/source/pagesize", "unit"),
     ("devices/memory/source/nodemask", ""),
     ("devices/memory/source/path", ""),
+    ("devices/memory/source/alignsize", "unit"),
+    ("devices/memory/source/pmem", ""),
     ("devices/memory/target", ""),
     ("devices/memory/target/size", "unit"),
     ("devices/memory/target/node", ""),
@@ -394,6 +396,7 @@ const KEPT: &[(&str, &str)] = &[
     ("devices/interface/source/@portid", "a name of the running guest's"),
     ("devices/serial/@tty", "a name of the running guest's"),
     ("devices/console/@tty", "a name of the running guest's"),
+    ("devices/memory/target/current", "a state of the running guest's"),
     ("devices/channel/target/@state", "a state of the running guest's"),
     ("devices/video/model/acceleration/@accel2d", "no card that is emulated has it"),
 ];
