@@ -332,6 +332,26 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (device(&redirected("version='x' allow='no'")), "a version is like 1.10"),
         (device("<rng model='virtio'><backend model='egd'/></rng>"), "is reached by type="),
         (device("<rng model='virtio'><backend model='builtin' type='tcp'/></rng>"), "are for an entropy daemon"),
+        (
+            device("<graphics type='vnc'><jpeg compression='auto'/></graphics>"),
+            "<jpeg> is for graphics of type='spice'",
+        ),
+        (device("<graphics type='vnc' tlsPort='5901'/>"), "'tlsPort' is for graphics of type='spice'"),
+        (device("<graphics type='spice' powerControl='yes'/>"), "'powerControl' is for graphics of type='vnc'"),
+        (device("<serial type='pty'><source append='on'/></serial>"), "only type='file' keeps"),
+        (device("<serial type='pty'><protocol type='telnet'/></serial>"), "telnet is for type='tcp'"),
+        (
+            device(
+                "<serial type='tcp'><source mode='bind' host='::' service='1' tls='yes'/><protocol type='telnet'/></serial>",
+            ),
+            "telnet cannot be encrypted",
+        ),
+        (
+            device(
+                "<serial type='unix'><source mode='bind' path='/x'><reconnect enabled='yes' timeout='1'/></source></serial>",
+            ),
+            "only who connects",
+        ),
         (device("<graphics type='spice' port='5900' defaultMode='secure'/>"), "goes by a tlsPort"),
         (
             device(

@@ -138,6 +138,21 @@ impl Check<'_> {
             }
             CharKind::Nmdm => self.refuse(&at, "type='nmdm' is for bhyve: use 'pty'"),
         }
+        for end in &source.sources {
+            let socket = matches!(kind, CharKind::Tcp | CharKind::Unix) && end.mode != Some(SocketMode::Bind);
+            let again = end.reconnect.as_ref().filter(|again| again.enabled == Some(true) && !socket);
+            if let Some(again) = again {
+                self.refuse(&again.at, "only who connects, by type='tcp' or 'unix', can try again");
+            }
+            let append = end.append.is_some() && kind != CharKind::File;
+            self.refuse_if(append, &end.at.attribute("append"), "only type='file' keeps what is there");
+        }
+        if let Some(protocol) = source.protocol.as_ref().filter(|p| p.kind == CharProtocol::Telnet) {
+            self.refuse_if(kind != CharKind::Tcp, &protocol.at, "telnet is for type='tcp'");
+            // Seen with QEMU 7.2: the client finds bytes in the stream that are not encrypted, or waits for ever.
+            let tls = source.sources.iter().any(|s| s.tls == Some(true));
+            self.refuse_if(tls, &protocol.at, "telnet cannot be encrypted: leave out <protocol> or tls='yes'");
+        }
         let tls = source.sources.iter().find(|s| s.tls == Some(true));
         if let Some(end) = tls {
             let tcp = kind == CharKind::Tcp;

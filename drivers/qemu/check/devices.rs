@@ -43,6 +43,7 @@ impl Check<'_> {
                     self.refuse(&graphics.at, format!("graphics of type='{kind}' are not supported: {why}"));
                 }
             }
+            self.words_of_others(graphics);
             let bare = matches!(kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless);
             let drawn =
                 screens.iter().take(n).any(|g| matches!(g.kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless));
@@ -61,6 +62,35 @@ impl Check<'_> {
             self.refuse_if(graphics.listens.len() > 1, &graphics.at, "more than one <listen> is not supported yet");
             let network = graphics.listens.iter().any(|l| l.kind == ListenKind::Network);
             self.refuse_if(network, &graphics.at, "there are no virtual networks yet: use <listen type='address'/>");
+        }
+    }
+
+    /// Words of one kind of screen that mean nothing to another.
+    fn words_of_others(&mut self, graphics: &Graphics) {
+        let place = &graphics.at;
+        let spice = [
+            ("image", graphics.image.is_some()),
+            ("jpeg", graphics.jpeg.is_some()),
+            ("zlib", graphics.zlib.is_some()),
+            ("playback", graphics.playback.is_some()),
+            ("streaming", graphics.streaming.is_some()),
+            ("clipboard", graphics.clipboard.is_some()),
+            ("mouse", graphics.mouse.is_some()),
+            ("filetransfer", graphics.filetransfer.is_some()),
+            ("channel", !graphics.channels.is_empty()),
+        ];
+        for (name, _) in spice.into_iter().filter(|(_, said)| *said && graphics.kind != GraphicsKind::Spice) {
+            self.refuse(&place.child(name), format!("<{name}> is for graphics of type='spice'"));
+        }
+        let attributes = [
+            (GraphicsKind::Spice, "defaultMode", graphics.default_mode.is_some()),
+            (GraphicsKind::Spice, "tlsPort", graphics.tls_port.is_some_and(|port| port > 0)),
+            (GraphicsKind::Vnc, "sharePolicy", graphics.share_policy.is_some()),
+            (GraphicsKind::Vnc, "powerControl", graphics.power_control.is_some()),
+            (GraphicsKind::Dbus, "p2p", graphics.p2p.is_some()),
+        ];
+        for (kind, name, _) in attributes.into_iter().filter(|(kind, _, said)| *said && graphics.kind != *kind) {
+            self.refuse(&place.attribute(name), format!("'{name}' is for graphics of type='{kind}'"));
         }
     }
 

@@ -50,7 +50,10 @@ impl Builder<'_> {
         for redirection in &def.devices.redirdevs {
             let chardev = self.back_end(&redirection.source, id(&redirection.info), Some("usbredir"));
             let props = Props::device("usb-redir").set("chardev", chardev).set("id", id(&redirection.info));
-            let props = props.maybe("filter", def.devices.redirfilter.as_ref().map(filter));
+            let props = props.maybe(
+                "filter",
+                def.devices.redirfilter.as_ref().filter(|filter| !filter.rules.is_empty()).map(filter),
+            );
             let props = turn(props, self.boot_index(&redirection.info)).extend(self.usb(&redirection.info));
             self.args.device(props);
         }
