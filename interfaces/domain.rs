@@ -105,6 +105,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         change(service, "SetTitle", set_title),
         change(service, "SetDescription", set_description),
         change(service, "SetMetadata", set_metadata),
+        change(service, "UpdateDevice", update_device),
         change(service, "CreateSnapshot", create_snapshot),
         read(service, "CheckCreateSnapshot", check_create_snapshot),
         read(service, "ListSnapshots", list_snapshots),
@@ -241,6 +242,12 @@ async fn get_xml(domain: Arc<Domain>, call: Call) -> Outcome {
 async fn get_metadata(domain: Arc<Domain>, call: Call) -> Outcome {
     let (uri, options): (String, Options) = call.read()?;
     call.reply(&domain.metadata(call.caller(), &uri, affect(options)?).await?)
+}
+
+async fn update_device(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (xml, options): (String, Options) = call.read()?;
+    domain.update_device(call.caller(), &xml, affect(options)?).await?;
+    call.done()
 }
 
 async fn create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {

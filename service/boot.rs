@@ -4,7 +4,7 @@ use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, now_usec, virtd_itself};
-use crate::store::{Ended, Intent, Loaded, Note, Status, on_disk};
+use crate::store::{Ended, Loaded, Note, Status, on_disk};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
@@ -23,8 +23,8 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
-    let cut_off: Vec<(Uuid, Intent)> =
-        snapshots.iter_mut().filter_map(|(uuid, loaded)| Some((*uuid, loaded.intent.take()?))).collect();
+    let cut_off: Vec<Uuid> =
+        snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
     for (uuid, xml, note) in definitions {
         if let Err(e) = load_definition(shared, uuid, &xml, note, snapshots.remove(&uuid).unwrap_or_default()) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
@@ -50,11 +50,9 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
         });
     }
     while under_way.join_next().await.is_some() {}
-    for (uuid, intent) in cut_off {
-        let Some(domain) = shared.registry.get(uuid) else { continue };
-        // Boxed: what may have to be done is much, and rarely is.
-        if let Err(e) = Box::pin(domain.recover_snapshots(intent)).await {
-            tracing::error!(%uuid, name = domain.name(), "{e}; it is tried again at the next start of virtd");
+    for domain in cut_off.into_iter().filter_map(|uuid| shared.registry.get(uuid)) {
+        if let Err(e) = domain.made_whole().await {
+            tracing::error!(uuid = %domain.uuid(), "{e}");
         }
     }
     for domain in shared.registry.all() {

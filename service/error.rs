@@ -33,6 +33,9 @@ pub enum Error {
         /// What was looked for.
         snapshot: String,
     },
+    /// The domain has no such device.
+    #[error("{0}")]
+    NoSuchDevice(String),
     /// The record of a snapshot cannot be used.
     #[error("{0}")]
     SnapshotBroken(String),

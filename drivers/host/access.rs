@@ -41,6 +41,8 @@ pub struct Want {
     pub write: bool,
     /// It is an image, and the files its header names are needed as well.
     pub backing: bool,
+    /// It is a device that the guest has to itself, and may be a character device.
+    pub device: bool,
 }
 
 /// Which files are lent to which guests. All methods block.
@@ -104,6 +106,28 @@ impl Ledger {
         let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
         if lent.is_err() {
             self.give_back(guest);
+        }
+        lent
+    }
+
+    /// The same for files that a running guest needs in addition: what it was lent before stays so in any case.
+    pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
+        let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
+        for want in wants {
+            survey.collect(want, None)?;
+        }
+        let needs = survey.needs;
+        let held = |loan: &Loan| loan.holders.contains_key(&guest);
+        let before: BTreeSet<(u64, u64)> =
+            self.lock().loans.iter().filter(|loan| held(loan)).map(|loan| (loan.dev, loan.ino)).collect();
+        let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
+        if lent.is_err() {
+            let mut books = self.lock();
+            let new = books.loans.iter_mut().filter(|loan| !before.contains(&(loan.dev, loan.ino)));
+            new.for_each(|loan| _ = loan.holders.remove(&guest));
+            if let Err(error) = self.settle(&mut books) {
+                tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
+            }
         }
         lent
     }
@@ -243,7 +267,8 @@ impl Survey<'_> {
         let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
         let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
         if !open || self.ledger.is_lent(&found) {
-            if let Some(why) = found.objection(chosen_by) {
+            let own = want.device && found.kind() == FileType::CharacterDevice;
+            if let Some(why) = found.objection(chosen_by, own) {
                 return Err(refuse(self.user, &want.path, &why));
             }
             self.needs.push(Need { found, write: want.write });
@@ -262,7 +287,7 @@ fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
         behind(&file, &want.path)
     };
     let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
-    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data };
+    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data, device: false };
     Ok(named.into_iter().map(as_want).collect())
 }
 

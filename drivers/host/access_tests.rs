@@ -50,7 +50,7 @@ impl Room {
 }
 
 fn read(path: &Path) -> Want {
-    Want { path: path.to_owned(), write: false, backing: false }
+    Want { path: path.to_owned(), write: false, backing: false, device: false }
 }
 
 fn write(path: &Path) -> Want {
@@ -72,6 +72,23 @@ fn a_file_is_lent_and_given_back() {
     assert!(!room.may(&disk, false) && !room.may(&iso, false));
     assert_eq!((room.mode(&disk), room.mode(&iso)), (0o600, 0o600));
     assert_eq!(Acl::of(File::open(&disk).unwrap()).unwrap(), Acl::from_mode(0o600));
+}
+
+#[test]
+fn a_device_is_lent_to_the_guest_that_has_it_to_itself_only() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest, node) = (room.ledger(), Uuid::new_v4(), room.dir.path().join("card"));
+    let made = rustix::fs::mknodat(CWD, &node, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, libc::makedev(1, 3));
+    if let Err(error) = made {
+        return eprintln!("SKIPPED: no device can be made: {error}");
+    }
+    let refused = ledger.lend(&room.user, guest, &[write(&node)]).unwrap_err().to_string();
+    assert!(refused.contains("it is a character device"), "{refused}");
+    ledger.lend(&room.user, guest, &[Want { device: true, ..write(&node) }]).unwrap();
+    assert!(room.may(&node, true));
+    ledger.give_back(guest);
+    assert!(!room.may(&node, false));
+    assert_eq!(room.mode(&node), 0o600);
 }
 
 #[test]

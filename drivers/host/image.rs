@@ -66,7 +66,12 @@ impl Images {
     /// Lends images to QEMU's user until what is returned is dropped.
     pub fn lend(self: &Arc<Self>, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
         if let Some((user, ledger)) = &self.user {
-            let want = |(path, write): &(PathBuf, bool)| Want { path: path.clone(), write: *write, backing: true };
+            let want = |(path, write): &(PathBuf, bool)| Want {
+                path: path.clone(),
+                write: *write,
+                backing: true,
+                device: false,
+            };
             let wants: Vec<Want> = images.iter().map(want).collect();
             ledger.lend(user, self.guest, &wants)?;
         }

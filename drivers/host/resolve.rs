@@ -41,8 +41,9 @@ impl Found {
         Walk::new(path)?.finish()
     }
 
-    /// Why it must not be opened to somebody new, if so. `chosen_by` is who named the path, if that was not the XML.
-    pub fn objection(&self, chosen_by: Option<u32>) -> Option<String> {
+    /// Why it must not be opened to somebody new, if so. `chosen_by` is who named the path, if that was not the XML;
+    /// `own_device`: it may be a character device.
+    pub fn objection(&self, chosen_by: Option<u32>, own_device: bool) -> Option<String> {
         let owner = self.stat.st_uid;
         let mut choosers = self.choosers.iter().copied().chain(chosen_by).filter(|uid| *uid != 0);
         if let Some(chooser) = choosers.find(|uid| *uid != owner) {
@@ -53,6 +54,7 @@ impl Found {
         }
         match self.kind() {
             FileType::RegularFile | FileType::BlockDevice => None,
+            FileType::CharacterDevice if own_device => None,
             FileType::CharacterDevice => {
                 Some("it is a character device: put the user into the group that has it".into())
             }
@@ -263,12 +265,12 @@ mod tests {
             let link = dir.path().join("link");
             symlink(target, &link).unwrap();
             lchown(&link, Some(1000), None).unwrap();
-            assert_eq!(Found::resolve(&link).unwrap().objection(None).is_none(), fine, "{}", target.display());
+            assert_eq!(Found::resolve(&link).unwrap().objection(None, false).is_none(), fine, "{}", target.display());
             std::fs::remove_file(link).unwrap();
         }
         let named_in_an_image = Found::resolve(&secret).unwrap();
-        assert!(named_in_an_image.objection(Some(1000)).is_some());
-        assert!(named_in_an_image.objection(Some(0)).is_none());
+        assert!(named_in_an_image.objection(Some(1000), false).is_some());
+        assert!(named_in_an_image.objection(Some(0), false).is_none());
     }
 
     #[test]
@@ -301,7 +303,7 @@ mod tests {
         std::fs::write(&secret, "").unwrap();
         std::fs::create_dir(&theirs).unwrap();
         std::fs::hard_link(&secret, theirs.join("disk.img")).unwrap();
-        let objection = || Found::resolve(&theirs.join("disk.img")).unwrap().objection(None);
+        let objection = || Found::resolve(&theirs.join("disk.img")).unwrap().objection(None, false);
         assert_eq!(objection(), None, "root's directory");
         chown(&theirs, Some(1000), None).unwrap();
         assert!(objection().is_some());
@@ -312,7 +314,8 @@ mod tests {
 
     #[test]
     fn only_files_and_disks_are_given() {
-        assert!(Found::resolve(Path::new("/dev/null")).unwrap().objection(None).is_some());
-        assert!(Found::resolve(Path::new("/")).unwrap().objection(None).is_some());
+        assert!(Found::resolve(Path::new("/dev/null")).unwrap().objection(None, false).is_some());
+        assert!(Found::resolve(Path::new("/dev/null")).unwrap().objection(None, true).is_none(), "the guest's own");
+        assert!(Found::resolve(Path::new("/")).unwrap().objection(None, false).is_some());
     }
 }

@@ -33,8 +33,8 @@ pub struct Plan<'a> {
     pub gifts: Vec<(RawFd, OwnedFd)>,
     /// Whom it runs as; as we do if `None`.
     pub user: Option<&'a RunAs>,
-    /// It may keep as much memory from being swapped as it likes.
-    pub lock_memory: bool,
+    /// How many bytes of its memory it may keep from being swapped; as many as we may if `None`.
+    pub lock_limit: Option<u64>,
 }
 
 /// A process that runs its program, or died of it.
@@ -65,7 +65,7 @@ struct Prepared {
     /// Ranges of descriptors that it must not have.
     gaps: Vec<(RawFd, RawFd)>,
     user: Option<RunAs>,
-    lock_memory: bool,
+    lock_limit: Option<u64>,
     parent: libc::pid_t,
     /// What `argv` and `envp` point into.
     _strings: Vec<CString>,
@@ -135,7 +135,10 @@ fn explain(program: &Path, report: &[u8]) -> io::Error {
     let stage = report.first().and_then(|stage| STAGES.get(usize::from(*stage))).unwrap_or(&"start");
     let number = report.get(1..5).and_then(|n| n.try_into().ok()).map(i32::from_ne_bytes);
     let why = number.map_or_else(|| io::Error::other("it was cut off"), io::Error::from_raw_os_error);
-    io::Error::new(why.kind(), format!("{} cannot {stage}: {why}", program.display()))
+    let locked = *stage == "set its limits" && why.kind() == io::ErrorKind::PermissionDenied;
+    let remedy =
+        if locked { "; the limit of locked memory, which guests inherit from virtd, is too low for it" } else { "" };
+    io::Error::new(why.kind(), format!("{} cannot {stage}: {why}{remedy}", program.display()))
 }
 
 /// Both ends, not inherited, out of the way of the child's places.
@@ -187,7 +190,7 @@ impl Prepared {
             places,
             gaps,
             user: plan.user.cloned(),
-            lock_memory: plan.lock_memory,
+            lock_limit: plan.lock_limit,
             // SAFETY: getpid has no conditions.
             parent: unsafe { libc::getpid() },
             _strings: args.into_iter().chain(env).collect(),
@@ -251,12 +254,12 @@ impl Prepared {
     /// No core dumps (they would hold the guest's memory), and no file for others to read.
     fn set_limits(&self) -> bool {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        let all = libc::rlimit { rlim_cur: libc::RLIM_INFINITY, rlim_max: libc::RLIM_INFINITY };
+        let locked = |bytes| libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
         // SAFETY: reads values on this stack.
         unsafe {
             libc::umask(0o077);
             libc::setrlimit(libc::RLIMIT_CORE, &none) == 0
-                && (!self.lock_memory || libc::setrlimit(libc::RLIMIT_MEMLOCK, &all) == 0)
+                && self.lock_limit.is_none_or(|bytes| libc::setrlimit(libc::RLIMIT_MEMLOCK, &locked(bytes)) == 0)
         }
     }
 

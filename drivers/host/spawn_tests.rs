@@ -13,7 +13,7 @@ fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -
         output,
         gifts: vec![(3, gift()), (20, gift())],
         user: None,
-        lock_memory: false,
+        lock_limit: None,
     }
 }
 

@@ -18,6 +18,8 @@ pub struct TapPlan {
     pub queues: usize,
     /// The largest packet, in bytes.
     pub mtu: Option<u32>,
+    /// It goes out by a device of the host's, without a bridge.
+    pub direct: Option<Direct>,
     /// It is there, and set up by others.
     pub existing: bool,
     /// It does not see other isolated ports of its bridge.
@@ -39,6 +41,17 @@ pub struct VlanPlan {
     pub native: bool,
     /// Its packets reach the guest with their tag.
     pub tagged: bool,
+}
+
+/// How a card goes out without a bridge.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Direct {
+    /// The host's device.
+    pub below: String,
+    /// As in [`super::macvtap::Macvtap`].
+    pub mode: &'static str,
+    /// The card's hardware address.
+    pub mac: String,
 }
 
 /// How much may pass.
@@ -106,11 +119,17 @@ pub fn open(plan: &TapPlan) -> io::Result<Vec<OwnedFd>> {
 fn queue(name: &str, plan: &TapPlan) -> io::Result<(OwnedFd, String)> {
     let device = rustix::fs::open("/dev/net/tun", OFlags::RDWR | OFlags::CLOEXEC | OFlags::NONBLOCK, Mode::empty());
     let device = device.map_err(|e| io::Error::new(io::Error::from(e).kind(), format!("/dev/net/tun: {e}")))?;
-    let several = if plan.queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let name = to_tap(&device, name, plan.queues > 1)?;
+    Ok((device, name))
+}
+
+/// Makes an open device one that a guest's packets go through, whole frames with virtio's header; its name.
+pub(super) fn to_tap(device: &OwnedFd, name: &str, several: bool) -> io::Result<String> {
+    let several = if several { libc::IFF_MULTI_QUEUE } else { 0 };
     let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several) as u16;
     let mut request = Request::named(name)?.with(flags.to_ne_bytes());
     ioctl(device.as_raw_fd(), libc::TUNSETIFF as libc::c_ulong, &mut request)?;
-    Ok((device, request.name()))
+    Ok(request.name())
 }
 
 fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
@@ -204,11 +223,12 @@ fn ioctl(fd: RawFd, number: libc::c_ulong, request: &mut Request) -> io::Result<
     }
 }
 
-fn limit(name: &str, rate: Rate, to_guest: bool) -> io::Result<()> {
+/// Limits what leaves the host by the device (with `leaving`), or what comes in.
+pub(super) fn limit(name: &str, rate: Rate, leaving: bool) -> io::Result<()> {
     let (average, burst) =
         (format!("{}kbps", rate.average), format!("{}kb", rate.burst.unwrap_or(rate.average.max(64))));
     let peak = format!("{}kbps", rate.peak.unwrap_or(rate.average));
-    if to_guest {
+    if leaving {
         run("tc", &["qdisc", "replace", "dev", name, "root", "handle", "1:", "htb", "default", "1"])?;
         let class = ["class", "replace", "dev", name, "parent", "1:", "classid", "1:1", "htb"];
         return run("tc", &[&class[..], &["rate", &average, "ceil", &peak, "burst", &burst]].concat());
@@ -221,17 +241,24 @@ fn limit(name: &str, rate: Rate, to_guest: bool) -> io::Result<()> {
     )
 }
 
-/// Runs a program of iproute2.
-fn run(program: &str, args: &[&str]) -> io::Result<()> {
+/// Runs a program that changes the host's network.
+pub(super) fn run(program: &str, args: &[&str]) -> io::Result<()> {
+    output(program, args).map(drop)
+}
+
+/// The same, for what it prints.
+pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     let path = "/usr/sbin:/usr/bin:/sbin:/bin";
     let mut command = Command::new(program);
-    let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let done = done.output().map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => io::Error::other(format!("the program {program} is needed (Debian: iproute2)")),
+        io::ErrorKind::NotFound => {
+            io::Error::other(format!("this needs the program {program} (Debian has it in iproute2)"))
+        }
         _ => e,
     })?;
     if done.status.success() {
-        return Ok(());
+        return Ok(done.stdout);
     }
     let words = String::from_utf8_lossy(&done.stderr);
     Err(io::Error::other(format!("{program} {}: {}", args.join(" "), words.trim())))

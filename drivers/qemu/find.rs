@@ -4,6 +4,7 @@
 //! One that lives and does not answer is held all the same: it can be destroyed, and its monitor is sought until it
 //! answers.
 
+use super::changes::Change;
 use super::companion::{Living, Loss, end_all};
 use super::events::{Guest, condition};
 use super::instance::{Body, Leavings, QemuInstance, translate};
@@ -53,17 +54,17 @@ impl Search {
         let living =
             living.map_err(|e| DriverError::Internal(format!("cannot look for the guest's processes: {e}")))?;
         let (qemu, companions) = living;
-        let Some(fd) = qemu else { return self.gone(&companions).await };
+        let Some(fd) = qemu else { return self.gone(&companions, record.changes).await };
         let process = Process::new(fd);
         let process = process.map_err(|e| DriverError::Internal(format!("cannot watch QEMU: {e}")))?;
         self.adopt(record, process, companions).await
     }
 
     /// Cleans up after a guest that has gone.
-    async fn gone(self, companions: &[Living]) -> Result<Option<Reconnected>, DriverError> {
+    async fn gone(self, companions: &[Living], changes: Vec<Change>) -> Result<Option<Reconnected>, DriverError> {
         end_all(companions).await;
         let leavings = self.leavings.clone();
-        blocking(move || leavings.clear()).await.map(|()| None)
+        blocking(move || leavings.clear(&changes)).await.map(|()| None)
     }
 
     async fn adopt(
@@ -72,6 +73,9 @@ impl Search {
         process: Process,
         companions: Vec<Living>,
     ) -> Result<Option<Reconnected>, DriverError> {
+        if let Err(error) = self.leavings.claims.take(record.uuid, &self.found.live.name, &record.claims) {
+            tracing::error!(uuid = %record.uuid, %error, "two guests have the same device of the host's");
+        }
         let mut guest = Guest::found(self.found.last);
         guest.expect_reboot(record.rebooting);
         let reporter = Reporter::new(guest, self.found.events.clone());
@@ -83,7 +87,7 @@ impl Search {
         };
         let contact = tokio::select! {
             contact = caller.call(CONTACT) => contact,
-            _ = process.ended() => return self.gone(&companions).await,
+            _ = process.ended() => return self.gone(&companions, record.changes).await,
         };
         let rebooting = record.rebooting;
         let body = self.body(record, process, companions, reporter.clone());
@@ -92,7 +96,8 @@ impl Search {
             Err(error) => {
                 // One that is just dying closes its monitor first.
                 if timeout(DYING, body.process.ended()).await.is_ok() {
-                    return self.gone(&body.companions).await;
+                    let changes = body.keeper.close();
+                    return self.gone(&body.companions, changes).await;
                 }
                 tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
                 let instance = QemuInstance::new(body).with_task(|body| seek(body, caller));

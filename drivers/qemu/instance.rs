@@ -3,6 +3,7 @@
 //! Whatever ends the process, `watch` sees it by the pidfd: it waits for the monitor's last events, gives back what the
 //! guest had, and reports `Exited` as the last thing.
 
+use super::changes::{Change, Claims, SYSFS, undo};
 use super::companion::{GRACE, Living, Loss, end_all, how};
 use super::log::Log;
 use super::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
@@ -13,7 +14,7 @@ use crate::host::process::{End, Process};
 use async_trait::async_trait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
@@ -83,6 +84,8 @@ pub struct Leavings {
     pub runtime_dir: PathBuf,
     /// Where the files are noted that were lent to it.
     pub ledger: Option<Arc<Ledger>>,
+    /// Which guest has which of the host's devices.
+    pub claims: Claims,
 }
 
 impl Leavings {
@@ -96,11 +99,13 @@ impl Leavings {
         self.runtime_dir.join("qemu")
     }
 
-    /// Gives back files and removes sockets. Blocks.
-    pub fn clear(&self) {
+    /// Gives back files, then devices, and removes sockets. Blocks.
+    pub fn clear(&self, changes: &[Change]) {
         if let Some(ledger) = &self.ledger {
             ledger.give_back(self.uuid);
         }
+        undo(changes, Path::new(SYSFS), self.uuid);
+        self.claims.release(self.uuid);
         super::tune::clear(self.uuid);
         // The service removes the folder itself, and complains where that fails.
         let _ = std::fs::remove_file(self.monitor());
@@ -398,8 +403,7 @@ async fn watch(body: Arc<Body>) {
     end_all(&body.companions).await;
     let (leavings, keeper) = (body.leavings.clone(), body.keeper.clone());
     let clearing = blocking(move || {
-        keeper.close();
-        leavings.clear();
+        leavings.clear(&keeper.close());
     });
     if timeout(CLEARING, clearing).await.is_err() {
         tracing::warn!(uuid = %body.uuid, "giving back the guest's files takes long and goes on in the background");

@@ -73,6 +73,8 @@ async fn guest_with(
         log_start: 0,
         process: Some(identity.clone()),
         companions: Vec::new(),
+        changes: Vec::new(),
+        claims: Vec::new(),
         rebooting: false,
     };
     let instance = QemuInstance::new(Body {
@@ -84,7 +86,7 @@ async fn guest_with(
         reporter,
         keeper: Arc::new(Keeper::new(Arc::new(Nowhere), record)),
         log: Log::found(Path::new("/nowhere"), 0),
-        leavings: Leavings { uuid, runtime_dir: "/nowhere".into(), ledger: None },
+        leavings: Leavings { uuid, runtime_dir: "/nowhere".into(), ledger: None, claims: Default::default() },
         ends_on_reboot: false,
         requested: AtomicBool::new(false),
         gone: watch::Sender::new(false),

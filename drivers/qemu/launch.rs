@@ -1,10 +1,12 @@
 //! Starting a QEMU: everything it needs, its companions, then the process, then its monitor, then its CPUs; and all of it
 //! undone when a step fails or the start is cancelled.
 
+use super::changes::{Change, Claims, SYSFS};
 use super::command::Command;
-use super::command::SecretContent;
+use super::command::{HostFile, SecretContent, VSOCK_FD};
 use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
 use super::events::Guest;
+use super::hostdev;
 use super::instance::{Body, Leavings, QemuInstance, join, translate};
 use super::log::Log;
 use super::make;
@@ -15,15 +17,17 @@ use super::snapshot::jobs::Line;
 use super::snapshot::nodes::Nodes;
 use super::tune::Tuning;
 use crate::host::access::{Ledger, Want};
+use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fs::{DirBuilder, File};
 use std::io;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -33,6 +37,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use virt_model::domain::DomainDef;
 use virt_model::driver::{DriverError, EventSink, Recorder};
 
 /// The descriptor at which QEMU finds its monitor.
@@ -50,6 +55,12 @@ pub struct Start {
     pub name: String,
     /// What is run.
     pub command: Command,
+    /// The machine that it is, its USB devices found on the host.
+    pub started: DomainDef,
+    /// The kernel's half of its vsock.
+    pub vsock: Option<OwnedFd>,
+    /// Which guest has which of the host's devices.
+    pub claims: Claims,
     /// Leave the CPUs standing.
     pub paused: bool,
     /// Make the firmware variables anew.
@@ -86,12 +97,31 @@ pub enum Source {
     File(PathBuf),
 }
 
+/// A guest that is up.
+pub struct Up {
+    /// It.
+    pub instance: QemuInstance,
+    /// What `query-chardev` says.
+    pub devices: Value,
+    /// What was made for its cards of `type='direct'`, in their order.
+    pub links: Vec<Macvtap>,
+}
+
 /// How far it has come.
 #[derive(Default)]
 struct Made {
     companions: Vec<Living>,
     process: Option<Process>,
     log: Option<Log>,
+}
+
+/// What a guest has of the host's to itself.
+#[derive(Default)]
+struct Taken {
+    /// What its QEMU must be able to open.
+    files: Vec<HostFile>,
+    /// Its network devices that do not go with their descriptors, by their place among all.
+    links: BTreeMap<usize, Macvtap>,
 }
 
 /// What `prepare` makes.
@@ -110,12 +140,12 @@ struct Job {
     output: Arc<File>,
     gifts: Gifts,
     user: Option<RunAs>,
-    lock_memory: bool,
+    lock_limit: Option<u64>,
 }
 
 impl Start {
-    /// Starts it. The second value is what `query-chardev` says.
-    pub async fn run(self) -> Result<(QemuInstance, Value), DriverError> {
+    /// Starts it.
+    pub async fn run(self) -> Result<Up, DriverError> {
         let start = Arc::new(self);
         let keeper = Arc::new(Keeper::new(start.recorder.clone(), start.record()));
         let mut made = Made::default();
@@ -134,20 +164,18 @@ impl Start {
             log_start: 0,
             process: None,
             companions: Vec::new(),
+            changes: Vec::new(),
+            claims: Vec::new(),
             rebooting: false,
         }
     }
 
     fn leavings(&self) -> Leavings {
         let ledger = self.user.as_ref().map(|(_, ledger)| ledger.clone());
-        Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger }
+        Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger, claims: self.claims.clone() }
     }
 
-    async fn attempt(
-        self: &Arc<Self>,
-        keeper: &Arc<Keeper>,
-        made: &mut Made,
-    ) -> Result<(QemuInstance, Value), DriverError> {
+    async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
         if self.user.is_some() {
             // From here on something may be lent.
             keeper.change(|_| {}).await?;
@@ -155,10 +183,11 @@ impl Start {
         let start = self.clone();
         let mut prepared = blocking(move || start.prepare()).await??;
         made.log = Some(prepared.log.clone());
-        for tap in &self.command.taps {
-            prepared.gifts.extend(super::tap::open(tap).await?);
+        let taken = self.take_devices(keeper).await?;
+        for (n, tap) in self.command.taps.iter().enumerate() {
+            prepared.gifts.extend(super::tap::open(tap, taken.links.get(&n)).await?);
         }
-        self.lend().await?;
+        self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
@@ -171,7 +200,8 @@ impl Start {
         };
         keeper.change(|record| record.phase = Phase::Running).await?;
         self.still_wanted()?;
-        self.instance(keeper, made, reporter, monitor).map(|instance| (instance, devices))
+        let instance = self.instance(keeper, made, reporter, monitor)?;
+        Ok(Up { instance, devices, links: taken.links.into_values().collect() })
     }
 
     fn still_wanted(&self) -> Result<(), DriverError> {
@@ -195,6 +225,10 @@ impl Start {
         let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
         let mut prepared =
             Prepared { log, output: Arc::new(output), gifts: vec![(MONITOR_FD, listener)], companions: Vec::new() };
+        if let Some(vsock) = &self.vsock {
+            let copy = vsock.try_clone();
+            prepared.gifts.push((VSOCK_FD, copy.map_err(|e| DriverError::Internal(format!("<vsock>: {e}")))?));
+        }
         for secret in &self.command.secrets {
             let content = match &secret.content {
                 SecretContent::Kept(name) => secret::read(&self.secrets_dir, name)?,
@@ -227,11 +261,36 @@ impl Start {
         format!("--- start of {} ({}): {qemu}{beside}", self.name, self.uuid)
     }
 
-    /// Makes the files accessible. A file system that does not answer cannot keep a start from being cancelled.
-    async fn lend(self: &Arc<Self>) -> Result<(), DriverError> {
+    /// Takes from the host the devices that the guest has to itself, and makes those that outlive it.
+    async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Taken, DriverError> {
+        let start = self.clone();
+        let mut claims = blocking(move || hostdev::claims(&start.started, Path::new(SYSFS))).await?;
+        self.claims.take(self.uuid, &self.name, &claims)?;
+        let start = self.clone();
+        let links =
+            blocking(move || hostdev::links(&start.command.taps, start.uuid, &start.name, &start.claims)).await??;
+        claims.extend(links.values().map(hostdev::link_claim));
+        let start = self.clone();
+        let plan = blocking(move || hostdev::plan(&start.started, Path::new(SYSFS))).await??;
+        let hostdev::Plan { mut changes, files } = plan;
+        changes.extend(links.values().cloned().map(Change::Made));
+        if claims.is_empty() {
+            return Ok(Taken::default());
+        }
+        let planned = changes.clone();
+        keeper.change(|record| (record.changes, record.claims) = (planned, claims)).await?;
+        if !changes.is_empty() {
+            blocking(move || changes.iter().try_for_each(|change| change.make(Path::new(SYSFS)))).await??;
+            hostdev::settle().await;
+        }
+        self.still_wanted().map(|()| Taken { files, links })
+    }
+
+    /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.
+    async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<(), DriverError> {
         let Some((user, ledger)) = self.user.clone() else { return Ok(()) };
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
-        let wants: Vec<Want> = self.command.files.iter().chain(beside).map(want).collect();
+        let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
         let (uuid, at_work) = (self.uuid, ledger.clone());
         let mut lending = tokio::task::spawn_blocking(move || at_work.lend(&user, uuid, &wants));
         tokio::select! {
@@ -289,7 +348,7 @@ impl Start {
             output,
             gifts,
             user,
-            lock_memory: false,
+            lock_limit: None,
         }
     }
 
@@ -302,7 +361,7 @@ impl Start {
             output: prepared.output,
             gifts: prepared.gifts,
             user: self.user.as_ref().map(|(user, _)| user.clone()),
-            lock_memory: self.command.lock_memory,
+            lock_limit: self.command.lock_limit,
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, move |record, process| {
@@ -390,8 +449,7 @@ impl Start {
         companion::end_all(&made.companions).await;
         let (leavings, log) = (self.leavings(), made.log);
         let cleared = blocking(move || {
-            keeper.close();
-            leavings.clear();
+            leavings.clear(&keeper.close());
             log.map(|log| log.last_words()).unwrap_or_default()
         });
         // A file system that does not answer must not keep the failure from being told.
@@ -423,8 +481,8 @@ impl Source {
     }
 }
 
-fn want(file: &super::command::HostFile) -> Want {
-    Want { path: file.path.clone(), write: file.write, backing: file.backing }
+pub fn want(file: &super::command::HostFile) -> Want {
+    Want { path: file.path.clone(), write: file.write, backing: file.backing, device: file.device }
 }
 
 fn storage(path: &Path, error: &io::Error) -> DriverError {
@@ -456,7 +514,7 @@ async fn spawn_one(
             output: &job.output,
             gifts: job.gifts,
             user: job.user.as_ref(),
-            lock_memory: job.lock_memory,
+            lock_limit: job.lock_limit,
         };
         spawn(plan, |identity| keeper.update(|record| change(record, identity.clone())))
     });

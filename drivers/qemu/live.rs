@@ -1,14 +1,20 @@
 //! What a running guest has and its definition does not say: TCP ports, terminals.
 
+use super::capabilities::VHOST_VSOCK;
+use crate::host::macvtap::Macvtap;
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use virt_model::device::chardev::{CharKind, CharSource};
 use virt_model::device::disk::StartupPolicy;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::device::source::DiskSource;
 use virt_model::device::{CharSource as Source, DeviceInfo};
 use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
 
 /// TCP ports that starting guests have been promised and have not opened yet.
 #[derive(Clone, Default)]
@@ -48,6 +54,19 @@ impl Drop for Reserved {
     }
 }
 
+/// Takes the guest's number on the host's vsock, and writes it down; the kernel's half, which holds it. Blocks.
+pub fn open_vsock(live: &mut DomainDef) -> Result<Option<OwnedFd>, DriverError> {
+    let Some(vsock) = &mut live.devices.vsock else { return Ok(None) };
+    let opened = crate::host::vsock::open(Path::new(VHOST_VSOCK), vsock.fixed_cid());
+    let (fd, cid) = opened.map_err(|e| {
+        let missing = e.kind() == std::io::ErrorKind::NotFound;
+        let remedy = if missing { "; load the module (modprobe vhost_vsock)" } else { "" };
+        DriverError::Unsupported(format!("<vsock>: {e}{remedy}"))
+    })?;
+    vsock.cid.get_or_insert_default().address = Some(cid);
+    Ok(Some(fd))
+}
+
 /// Empties the drives whose medium may be missing, and is.
 pub async fn leave_out_missing_media(live: &mut DomainDef) {
     for disk in &mut live.devices.disks {
@@ -78,6 +97,14 @@ pub fn set_terminals(live: &mut DomainDef, devices: &Value) {
     for console in &mut devices.consoles {
         set(&mut console.source, &console.info);
         console.source.tty = terminal(&console.source);
+    }
+}
+
+/// Writes down the host's end of every card that goes out by a device of the host's.
+pub fn name_links(live: &mut DomainDef, links: Vec<Macvtap>) {
+    let cards = live.devices.interfaces.iter_mut().filter(|card| card.kind == InterfaceKind::Direct);
+    for (card, link) in cards.zip(links) {
+        card.target.get_or_insert_default().dev = Some(link.name);
     }
 }
 

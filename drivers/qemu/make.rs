@@ -102,7 +102,7 @@ pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), 
 /// Opens a template, which is a plain file; anything else could keep us waiting.
 fn open_template(template: &Path, wary: bool) -> io::Result<File> {
     let found = Found::resolve(template)?;
-    if let Some(why) = found.objection(None).filter(|_| wary) {
+    if let Some(why) = found.objection(None, false).filter(|_| wary) {
         return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
     }
     let file = match found.kind() {

@@ -6,6 +6,7 @@
 //! ```
 
 pub mod capabilities;
+mod changes;
 pub mod check;
 pub mod command;
 pub mod companion;
@@ -13,11 +14,13 @@ pub mod complete;
 mod events;
 mod find;
 pub mod firmware;
+mod hostdev;
 mod instance;
 mod launch;
 mod live;
 mod log;
 mod make;
+mod media;
 mod qmp;
 mod record;
 mod report;
@@ -30,6 +33,7 @@ use crate::host::access::Ledger;
 use crate::host::user::RunAs;
 use async_trait::async_trait;
 use capabilities::{Capabilities, Host, Prober, default_emulator};
+use changes::{Claims, SYSFS};
 use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
@@ -51,6 +55,7 @@ pub struct QemuDriver(Arc<Inner>);
 struct Inner {
     prober: Prober,
     ports: Ports,
+    claims: Claims,
     privileges: Privileges,
     /// Where secrets are kept.
     secrets_dir: PathBuf,
@@ -87,6 +92,7 @@ impl QemuDriver {
         QemuDriver(Arc::new(Inner {
             prober,
             ports: Ports::default(),
+            claims: Claims::default(),
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
@@ -112,14 +118,24 @@ impl QemuDriver {
         };
         let mut live = launch.def.clone();
         live::leave_out_missing_media(&mut live).await;
-        let own_dir = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None }.own_dir();
+        let restored = launch.from.is_some();
+        let sought = blocking(move || {
+            let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
+            let vsock = live::open_vsock(&mut live)?;
+            Ok((live, places, vsock))
+        });
+        let (mut live, usb, vsock) = sought.await??;
+        let claims = self.0.claims.clone();
+        let leavings = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None, claims };
+        let own_dir = leavings.own_dir();
         let mut ports = self.0.ports.reserve();
         let mut free_port = |address: &str, port| ports.take(address, port);
         let encrypts = caps.site.certificates(capabilities::End::Server).is_ok();
         go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, encrypts, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
-        let mut command = command::build(&live, &caps, &place).map_err(DriverError::Config)?;
+        let started = usb.written_into(&live);
+        let mut command = command::build(&started, &caps, &place).map_err(DriverError::Config)?;
         let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
         if let Some(launch::Source::File(_)) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
@@ -133,6 +149,9 @@ impl QemuDriver {
             reset_nvram: launch.reset_nvram,
             ends_on_reboot: ends_on_reboot(&live),
             tuning: tune::Tuning::of(&live),
+            started,
+            vsock,
+            claims: self.0.claims.clone(),
             secrets_dir: self.0.secrets_dir.clone(),
             state_dir: caps.site.state_dir.clone(),
             user,
@@ -142,8 +161,9 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        let (instance, devices) = start.run().await?;
+        let launch::Up { instance, devices, links } = start.run().await?;
         live::set_terminals(&mut live, &devices);
+        live::name_links(&mut live, links);
         Ok((instance, live))
     }
 }
@@ -168,6 +188,9 @@ impl Driver for QemuDriver {
     async fn check(&self, def: &DomainDef) -> Vec<Finding> {
         let caps = self.capabilities_for(def).await;
         let mut findings = check::check(def, &caps);
+        let here = def.clone();
+        let here = blocking(move || hostdev::findings(&here, Path::new(SYSFS)));
+        findings.extend(here.await.unwrap_or_default());
         if let Err(error) = self.user().await {
             findings.push(Finding {
                 kind: FindingKind::Unsupported,
@@ -192,7 +215,13 @@ impl Driver for QemuDriver {
         let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
         let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
-        let command = command::build(def, &caps, &place).map_err(DriverError::Config)?;
+        let mut here = def.clone();
+        let here = blocking(move || {
+            // What is not plugged in is shown by its name.
+            let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
+            places.written_into(&here)
+        });
+        let command = command::build(&here.await?, &caps, &place).map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
     }
 
@@ -234,6 +263,29 @@ impl Driver for QemuDriver {
         made?.accept()
     }
 
+    async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
+        let any: &dyn std::any::Any = guest;
+        let ours = any.downcast_ref::<QemuInstance>();
+        let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
+        let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
+        let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
+        let caps = self.capabilities_for(def).await;
+        let findings = check::check(def, &caps);
+        if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
+            return Err(DriverError::Config(findings));
+        }
+        let user = self.user().await?;
+        let lend = async |files: Vec<command::HostFile>| match user {
+            None => Ok(()),
+            Some((user, ledger)) => {
+                let wants = files.iter().map(launch::want).collect::<Vec<_>>();
+                let guest = def.uuid;
+                blocking(move || ledger.lend_more(&user, guest, &wants)).await?
+            }
+        };
+        media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
+    }
+
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
     }
@@ -243,7 +295,8 @@ impl Driver for QemuDriver {
             Privileges::Drop { ledger: Ok(ledger), .. } => Some(ledger.clone()),
             _ => None,
         };
-        let leavings = Leavings { uuid: found.live.uuid, runtime_dir: found.runtime_dir.clone(), ledger };
+        let (uuid, runtime_dir, claims) = (found.live.uuid, found.runtime_dir.clone(), self.0.claims.clone());
+        let leavings = Leavings { uuid, runtime_dir, ledger, claims };
         let ends_on_reboot = ends_on_reboot(&found.live);
         find::Search { found, ends_on_reboot, leavings }.run().await
     }

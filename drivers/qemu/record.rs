@@ -7,6 +7,7 @@
 //! ```
 //! A guest whose record does not say `running` was cut off in its start: the next virtd ends it.
 
+use super::changes::Change;
 use super::companion::Recorded;
 use crate::host::process::Identity;
 use serde::{Deserialize, Serialize};
@@ -45,6 +46,12 @@ pub struct Record {
     /// What runs beside it, from before `spawned` on.
     #[serde(default)]
     pub companions: Vec<Recorded>,
+    /// What was changed on the host for it, or is just being changed.
+    #[serde(default)]
+    pub changes: Vec<Change>,
+    /// What of the host it has to itself.
+    #[serde(default)]
+    pub claims: Vec<String>,
     /// The next power-off is half of a reboot.
     #[serde(default)]
     pub rebooting: bool,
@@ -86,9 +93,11 @@ impl Keeper {
         record.as_ref()?.process.as_ref().map(|process| process.pid)
     }
 
-    /// The guest has gone: nothing is written from now on. Blocks while something is being written.
-    pub fn close(&self) {
-        self.record.lock().unwrap_or_else(PoisonError::into_inner).take();
+    /// The guest has gone: nothing is written from now on. What is to be undone is returned. Blocks while something is being
+    /// written.
+    pub fn close(&self) -> Vec<Change> {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).take();
+        record.map(|record| record.changes).unwrap_or_default()
     }
 }
 

@@ -39,6 +39,8 @@ pub struct Heard {
     pub resumes: u64,
     /// Jobs and migrations that became something else.
     pub jobs: u64,
+    /// Trays that have opened or closed.
+    pub trays: u64,
     /// The monitor has been lost.
     pub closed: bool,
 }
@@ -121,6 +123,7 @@ impl Reporter {
             "RESET" => heard.resets += 1,
             "RESUME" | "WAKEUP" => heard.resumes += 1,
             "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
+            "DEVICE_TRAY_MOVED" => heard.trays += 1,
             _ => {}
         });
     }

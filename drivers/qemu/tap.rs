@@ -15,6 +15,7 @@ use std::time::Duration;
 use super::command::Tap;
 use super::companion::Gifts;
 use super::record::blocking;
+use crate::host::macvtap::Macvtap;
 use crate::host::tap::TapPlan;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::process::Command;
@@ -37,11 +38,13 @@ pub fn helper() -> Option<PathBuf> {
 }
 
 /// Opens what the guest's network card is plugged into; each descriptor with its number in QEMU. It disappears when the last
-/// copies of the descriptors are closed. We make it ourselves where we may; else QEMU's helper does.
-pub async fn open(tap: &Tap) -> Result<Gifts, DriverError> {
+/// copies of the descriptors are closed. We make it ourselves where we may; else QEMU's helper does. One that is on a device
+/// of the host's is `made` already, and does not disappear.
+pub async fn open(tap: &Tap, made: Option<&Macvtap>) -> Result<Gifts, DriverError> {
     let by_helper = !nix::unistd::geteuid().is_root();
-    let opened = match &tap.plan.bridge {
-        Some(bridge) if by_helper => {
+    let opened = match (&tap.plan.bridge, made) {
+        (_, Some(link)) => open_direct(tap.plan.clone(), link.clone()).await?,
+        (Some(bridge), None) if by_helper => {
             let helper = helper();
             let helper =
                 helper.ok_or_else(|| DriverError::Unsupported("qemu-bridge-helper is not installed".to_owned()))?;
@@ -60,6 +63,12 @@ pub async fn open(tap: &Tap) -> Result<Gifts, DriverError> {
         gifts.push((*fd, opened.into()));
     }
     Ok(gifts)
+}
+
+async fn open_direct(plan: TapPlan, link: Macvtap) -> Result<Vec<OwnedFd>, DriverError> {
+    let what = format!("the network device '{}' cannot be used", link.name);
+    let opened = blocking(move || link.open(plan.queues).and_then(|fds| link.shape(&plan.rates).map(|()| fds)));
+    opened.await?.map_err(|e| DriverError::Hypervisor(format!("{what}: {e}")))
 }
 
 async fn make(plan: TapPlan) -> Result<Vec<OwnedFd>, DriverError> {

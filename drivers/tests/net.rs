@@ -1,4 +1,5 @@
-//! A guest's cable plugged into a bridge of the host: the device is made, shaped, and gone with the guest.
+//! A guest's cable plugged into a bridge of the host, or into a device without one: the host's end is made, shaped, and gone
+//! with the guest.
 
 mod fixture;
 
@@ -6,14 +7,14 @@ use fixture::{House, POWER_OFF};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use virt_model::domain::Form;
-use virt_model::driver::Driver;
+use virt_model::driver::{Condition, Driver};
 
 /// A bridge that goes with the test.
 struct Bridge(String);
 
 impl Bridge {
-    fn make(prefix: &str) -> Bridge {
-        let name = format!("{prefix}{}", std::process::id() % 1_000_000);
+    fn make(letter: char) -> Bridge {
+        let name = format!("v{letter}{}", std::process::id() % 1_000_000);
         ip(&["link", "add", &name, "type", "bridge"]);
         ip(&["link", "set", &name, "up"]);
         Bridge(name)
@@ -43,7 +44,7 @@ async fn a_card_in_vlans_of_its_bridge() {
         eprintln!("SKIPPED: there is no /dev/net/tun");
         return;
     }
-    let bridge = Bridge::make("vv");
+    let bridge = Bridge::make('v');
     let name = format!("vw{}", std::process::id() % 1_000_000);
     let cable = format!(
         "<interface type='bridge'><source bridge='{}'/><vlan trunk='yes'><tag id='42'/>\
@@ -80,7 +81,7 @@ async fn a_device_of_ones_own_on_a_bridge() {
         eprintln!("SKIPPED: there is no /dev/net/tun");
         return;
     }
-    let bridge = Bridge::make("vb");
+    let bridge = Bridge::make('b');
     let name = format!("vt{}", std::process::id() % 1_000_000);
     let cable = format!(
         "<interface type='bridge'><source bridge='{}'/><bandwidth><inbound average='1000' peak='2000' burst='64'/>\
@@ -108,4 +109,73 @@ async fn a_device_of_ones_own_on_a_bridge() {
 
     guest.destroy().await;
     assert!(!device.exists(), "it goes with the guest");
+}
+
+/// A device on another, as the kernel shows it.
+fn said(device: &Path, file: &str) -> String {
+    std::fs::read_to_string(device.join(file)).unwrap_or_default().trim().to_owned()
+}
+
+/// Whether this kernel has macvtap; on `below`, which is there.
+fn has_macvtap(below: &str) -> bool {
+    let name = format!("vm{}", std::process::id() % 1_000_000);
+    let made =
+        Command::new("ip").args(["link", "add", "link", below, "name", &name, "type", "macvtap"]).output().unwrap();
+    if made.status.success() {
+        ip(&["link", "del", &name]);
+    } else {
+        eprintln!("SKIPPED: no macvtap: {}", String::from_utf8_lossy(&made.stderr));
+    }
+    made.status.success()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_on_one_of_the_hosts_goes_with_the_guest_whoever_was_killed() {
+    let Some(mut house) = House::system() else { return };
+    let below = Bridge::make('d');
+    if !has_macvtap(&below.0) {
+        return;
+    }
+    let name = format!("vd{}a", std::process::id() % 100_000);
+    let card = |mode: &str, more: &str| {
+        format!(
+            "<interface type='direct'><source dev='{}' mode='{mode}'/><model type='virtio'/>{more}</interface>",
+            below.0
+        )
+    };
+    let more = format!(
+        "<mac address='52:54:00:00:00:91'/><target dev='{name}'/><driver queues='2'/><mtu size='1400'/>\
+         <bandwidth><outbound average='1000' peak='2000' burst='64'/></bandwidth>"
+    );
+    let def = house.def(POWER_OFF, "").await;
+    let xml = def.write(Form { inactive: true, secure: true, migratable: false });
+    let cards = card("bridge", &more) + &card("bridge", "<mac address='52:54:00:00:00:92'/>") + "</devices>";
+    let def = house.complete(&xml.replacen("</devices>", &cards, 1)).await;
+    let mut guest = house.start(def).await;
+    guest.serial.says("C00000001").await;
+
+    let device = PathBuf::from("/sys/class/net").join(&name);
+    assert_eq!((said(&device, "address"), said(&device, "mtu")), ("52:54:00:00:00:91".to_owned(), "1400".to_owned()));
+    assert_eq!(said(&device, "iflink"), said(&Path::new("/sys/class/net").join(&below.0), "ifindex"));
+    let flags = u32::from_str_radix(said(&device, "flags").trim_start_matches("0x"), 16).unwrap();
+    assert!(flags & libc::IFF_UP as u32 != 0, "{flags:#x}");
+    let shaped = Command::new("tc").args(["class", "show", "dev", &name]).output().unwrap();
+    let shaped = String::from_utf8_lossy(&shaped.stdout).into_owned();
+    assert!(shaped.contains("rate 8Mbit ceil 16Mbit"), "what the guest sends leaves by it: {shaped}");
+    let shown = || String::from_utf8(Command::new("ip").args(["-o", "link"]).output().unwrap().stdout).unwrap();
+    let own = format!("@{}", below.0);
+    assert_eq!(shown().matches(&own).count(), 2, "{}", shown());
+    assert!(shown().contains("52:54:00:00:00:92"));
+    let named =
+        |n: usize| guest.live.devices.interfaces[n].target.as_ref().and_then(|target| target.dev.clone()).unwrap();
+    assert_eq!(named(0), name);
+    assert!(named(1).starts_with("macvtap") && shown().contains(&format!("{}@", named(1))), "{}", named(1));
+    let stored = guest.live.write(Form { inactive: true, secure: true, migratable: false });
+    assert!(stored.contains(&name) && !stored.contains(&named(1)), "a name that was chosen is not kept");
+
+    let (guest, _) = house.find(guest, Condition::Running).await.unwrap();
+    assert!(device.exists(), "it is the guest's, not virtd's");
+    guest.signal(libc::SIGKILL);
+    assert!(house.find(guest, Condition::Running).await.is_none());
+    assert_eq!(shown().matches(&own).count(), 0, "{}", shown());
 }

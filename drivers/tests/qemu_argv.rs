@@ -42,6 +42,7 @@ fn show(command: &Command) -> String {
         command.nvram.iter().map(|n| format!("# nvram {} in {} from {:?}", n.path.display(), n.format, n.template)),
     );
     lines.extend(command.taps.iter().map(|tap| format!("# tap {:?} {:?} {:?}", tap.fds, tap.vhost_fds, tap.plan)));
+    lines.extend(command.lock_limit.map(|bytes| format!("# locks {bytes}")));
     lines.extend(command.companions.iter().flat_map(beside));
     lines.extend(command.secrets.iter().map(|secret| format!("# secret {} {:?}", secret.fd, secret.content)));
     lines.extend(command.scratch.iter().map(|fd| format!("# scratch {fd}")));
@@ -177,8 +178,13 @@ fn full_buses_grow() {
 fn what_cannot_act_is_refused_by_name() {
     let cases = [
         (
-            "<hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/><product id='0xbeef'/></source></hostdev>",
-            "<hostdev>: host devices cannot be passed",
+            "<hostdev mode='subsystem' type='usb'><source><vendor id='0x1234'/></source></hostdev>",
+            "<source> needs <vendor> and <product>",
+        ),
+        ("<hostdev type='scsi'><source/></hostdev>", "type='scsi' are not supported by the QEMU driver yet"),
+        (
+            "<hostdev type='pci' rawio='yes'><source><address bus='6'/></source></hostdev>",
+            "'rawio' is for host devices of other types",
         ),
         (
             "<interface type='network'><source network='default'/><model type='virtio'/></interface>",
@@ -235,8 +241,46 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
     let tagged = |said: &str, tags: &str| {
         device(&format!("<interface type='bridge'><source bridge='b'/><vlan {said}>{tags}</vlan></interface>"))
     };
+    let host_card = |more: &str| {
+        device(&format!("<interface type='hostdev'><source><address bus='6'/></source>{more}</interface>"))
+    };
     let backing = |xml: &str| format!("<memoryBacking>{xml}</memoryBacking>");
     let cases = [
+        (device("<hostdev type='pci' managed='yes'/>"), "with the <address> of a PCI device is needed"),
+        (device("<hostdev mode='capabilities' type='misc'/>"), "mode='capabilities' is for containers"),
+        (
+            device("<hostdev type='pci'><source><vendor id='1'/><address bus='6'/></source></hostdev>"),
+            "are for type='usb'",
+        ),
+        (
+            device("<hostdev type='pci'><driver name='xen'/><source><address bus='6'/></source></hostdev>"),
+            "only vfio hands devices",
+        ),
+        (
+            device("<hostdev type='pci'><source><address type='usb' bus='6'/></source></hostdev>"),
+            "not one of type='pci'",
+        ),
+        (
+            device("<hostdev type='pci'><source><address bus='6'/></source><rom file='x'/></hostdev>"),
+            "the path must be absolute",
+        ),
+        (
+            device("<iommu model='intel'/><hostdev type='pci'><source><address bus='6'/></source></hostdev>"),
+            "<driver caching_mode='on'/>",
+        ),
+        (
+            device(
+                "<hostdev type='usb'><source><address bus='1' device='4'/></source></hostdev>\
+                 <hostdev type='usb'><source><address bus='1' device='4'/></source></hostdev>",
+            ),
+            "has this device twice",
+        ),
+        (
+            device("<hostdev type='usb'><source><address bus='1' device='4'/></source><rom bar='on'/></hostdev>"),
+            "only PCI devices have a ROM",
+        ),
+        (device("<vsock><cid auto='no'/></vsock>"), "a number is needed, or auto='yes'"),
+        (device("<vsock><cid auto='no' address='2'/></vsock>"), "numbers of guests are 3 to"),
         (device("<panic model='s390'/>"), "no panic device 's390'"),
         (device("<shmem name='a/b'/>"), "it may hold no '/'"),
         (device("<shmem name='a'><size unit='M'>3</size></shmem>"), "a power of two"),
@@ -376,7 +420,43 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (tagged("", "<tag id='4095'/>"), "VLANs are 1 to 4094"),
         (tagged("trunk='no'", "<tag id='1'/><tag id='2'/>"), "is a trunk"),
         (tagged("", "<tag id='1' nativeMode='tagged'/>"), "is for trunk='yes'"),
-        (device("<interface type='direct'><source dev='eth0'/></interface>"), "type='direct' are not supported"),
+        (
+            device("<disk type='file' device='floppy'><source file='/x'/><target dev='fda'/><transient/></disk>"),
+            "only a disk that is written",
+        ),
+        (
+            device("<interface type='direct'><source dev='eth0'/><vlan><tag id='1'/></vlan></interface>"),
+            "VLANs are for type='bridge' on the system bus and type='hostdev'",
+        ),
+        (device("<interface type='direct'><source dev='eth0'/><coalesce/></interface>"), "<coalesce> is for"),
+        (device("<interface type='direct'/>"), "needs <source dev='…'/>"),
+        (device("<interface type='direct'><source dev='a/b'/></interface>"), "no name of a network device"),
+        (device("<interface type='vdpa'><source dev='/dev/x'/></interface>"), "type='vdpa' are not supported"),
+        (
+            device("<interface type='bridge'><source bridge='b' mode='vepa'/></interface>"),
+            "a mode is for type='direct'",
+        ),
+        (device("<interface type='user' managed='yes'/>"), "managed='yes' is for type='hostdev'"),
+        (device("<interface type='user'><driver name='vfio'/></interface>"), "vfio is for type='hostdev'"),
+        (device("<interface type='hostdev'/>"), "with the <address> of a PCI device"),
+        (
+            device("<interface type='hostdev'><source><address bus='6'/></source><mtu size='9000'/></interface>"),
+            "a card of the host's has no <mtu>",
+        ),
+        (
+            device("<interface type='hostdev'><source><address bus='6'/></source><driver queues='2'/></interface>"),
+            "<driver name='vfio'/> and no settings",
+        ),
+        (
+            device(
+                "<interface type='hostdev'><source><address bus='6'/></source><vlan><tag id='4095'/></vlan></interface>",
+            ),
+            "one VLAN tag, from 1 to 4094",
+        ),
+        (host_card("<vlan trunk='yes'><tag id='4'/></vlan>"), "a trunk is for type='bridge'"),
+        (host_card("<vlan><tag id='4' nativeMode='tagged'/></vlan>"), "a nativeMode is for type='bridge'"),
+        (host_card("<vlan><tag id='4'/><tag id='5'/></vlan>"), "one VLAN tag, from 1 to 4094"),
+        (host_card("<coalesce/>"), "a card of the host's has no <coalesce>"),
         (device("<interface type='udp'><source address='1.2.3.4' port='1'/></interface>"), "needs <local> with a port"),
         (device("<interface type='user'><ip address='1.2.3'/></interface>"), "no address of the family"),
         (device("<interface type='user'><portForward proto='tcp'/></interface>"), "<backend type='passt'/>"),
@@ -440,6 +520,22 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         let found = findings_of(&inner);
         assert!(found.contains(expected), "{inner}: {found}");
     }
+}
+
+#[test]
+fn what_the_host_lacks_for_its_devices_is_said() {
+    let mut caps = caps();
+    let devices = "<vsock/><hostdev type='pci' managed='yes'><source><address bus='6'/></source></hostdev>\
+                   <interface type='direct'><source dev='eth0'/></interface>";
+    let mut def = machine("q35", devices);
+    complete(&mut def, &caps).unwrap();
+    assert_eq!(message(&check(&def, &caps)), "");
+    caps.site.vhost_vsock = false;
+    caps.site.makes_taps = false;
+    let found = message(&check(&def, &caps));
+    assert!(found.contains("no /dev/vhost-vsock: load the module (modprobe vhost_vsock)"), "{found}");
+    assert!(found.contains("managed='yes' needs root: use the system bus"), "{found}");
+    assert!(found.contains("type='direct' needs root: use the system bus, or type='bridge'"), "{found}");
 }
 
 #[test]

@@ -34,6 +34,7 @@ const METHODS: &[(&str, Action, When)] = &[
     ("SetTitle", Action::Define, When::Always),
     ("SetDescription", Action::Define, When::Always),
     ("SetMetadata", Action::Define, When::Always),
+    ("UpdateDevice", Action::Device, When::Always),
     ("GetMetadata", Action::Read, When::Always),
     ("GetXML", Action::Read, When::Always),
     ("CreateSnapshot", Action::Snapshot, When::Snapshots),

@@ -69,8 +69,9 @@ impl Domain {
     }
 
     /// Replaces the stored configuration by a completed one of the same uuid and name.
-    pub(crate) async fn redefine(&self, def: DomainDef) -> Result<()> {
+    pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
+        self.made_whole().await?;
         self.fits(&def, &self.name())?;
         let first = {
             let mut state = lock(&self.state);
@@ -306,7 +307,7 @@ impl Domain {
     }
 
     /// The definitions a change is for: live, stored.
-    fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
+    pub(super) fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
         let (live, stored) = self.configurations();
         if affect.live && live.is_none() {
             return Err(self.not_active(&format!("something to {deed} in what runs")));

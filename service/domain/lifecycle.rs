@@ -1,6 +1,6 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
-use super::{Domain, Guest, State};
+use super::{Domain, Guest, Reports, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Held, Job, Ticket, lock};
@@ -113,7 +113,9 @@ impl Domain {
         turn.rename(job.label("start"));
         job.running();
         lock(&self.state).starting = Some(job.id());
-        let started = match self.def_to_start(def.as_ref()) {
+        // Before it runs on disks that are half this and half that; what that brings is what is started.
+        let whole = self.made_whole().await;
+        let started = match whole.and_then(|()| self.def_to_start(def.as_ref())) {
             Ok(def) => self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await,
             Err(e) => Err(e),
         };
@@ -244,7 +246,8 @@ impl Domain {
         if let Err(e) = kept.await {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
-        let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None };
+        let (asks, asked) = mpsc::unbounded_channel();
+        let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None, asks };
         self.commit(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
@@ -253,7 +256,7 @@ impl Domain {
             state.compare_configs();
             told.events()
         });
-        tokio::spawn(self.clone().follow(id, reports));
+        tokio::spawn(self.clone().follow(id, Reports { reports, asks: asked }));
         if told.options.autodestroy {
             self.end_when_gone(id, caller.departed.clone());
         }

@@ -6,6 +6,7 @@
 mod can;
 mod config;
 mod lifecycle;
+mod media;
 mod snapshots;
 
 pub use config::{Affect, UndefineOptions};
@@ -20,7 +21,7 @@ use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Loaded, Note, Status, StatusFile, on_disk};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
@@ -79,6 +80,30 @@ struct Guest {
     status: Arc<StatusFile>,
     /// Why its end is expected, once it is.
     ending: Option<Stopped>,
+    /// Asks `follow` to say when it has told all that was reported before.
+    asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
+}
+
+/// What `follow` reads.
+struct Reports {
+    reports: mpsc::UnboundedReceiver<DriverEvent>,
+    asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
+}
+
+impl Reports {
+    /// The next report. Who asks is answered when there is none left.
+    async fn next(&mut self) -> Option<DriverEvent> {
+        loop {
+            tokio::select! {
+                biased;
+                report = self.reports.recv() => return report,
+                Some(told) = self.asks.recv() => {
+                    // Whoever asked may have left.
+                    let _ = told.send(());
+                }
+            }
+        }
+    }
 }
 
 /// How a new `Domain` comes to be.
@@ -188,9 +213,14 @@ impl Domain {
     }
 
     /// The one door to a short change: permission, then the turn. `deed` is what others are told keeps them waiting.
-    async fn begin(&self, caller: &Caller, action: Action, deed: &str) -> Result<Held> {
+    async fn begin(self: &Arc<Self>, caller: &Caller, action: Action, deed: &str) -> Result<Held> {
         self.allow(caller, action).await?;
-        self.take_turn(deed, &CancellationToken::new()).await
+        let held = self.take_turn(deed, &CancellationToken::new()).await?;
+        // What only stops or goes on, and what gives all of it up, waits for nothing to be mended.
+        if !matches!(action, Action::Stop | Action::Suspend | Action::Delete) {
+            self.made_whole().await?;
+        }
+        Ok(held)
     }
 
     async fn take_turn(&self, deed: &str, give_up: &CancellationToken) -> Result<Held> {
@@ -215,10 +245,14 @@ impl Domain {
         let facts = state.facts.clone();
         if was_told || !state.gone {
             let gone = state.gone;
-            let event = if gone { Event::DomainGone(facts, events) } else { Event::Domain(facts, events) };
-            let news = state.snapshots.news(self.uuid, gone);
-            // A snapshot is told before the domain that has it, but a new domain before its snapshots.
-            let order = if was_told { [news, vec![event]] } else { [vec![event], news] };
+            let (there, lost) = state.snapshots.news(self.uuid, gone);
+            // A snapshot is told before the domain that names it, and goes after it does not; but a new domain is told
+            // before its snapshots, and goes after them.
+            let order = match (was_told, gone) {
+                (_, true) => [lost, vec![Event::DomainGone(facts, events)], there],
+                (true, false) => [there, vec![Event::Domain(facts, events)], lost],
+                (false, false) => [vec![Event::Domain(facts, events)], there, lost],
+            };
             order.into_iter().flatten().for_each(|event| self.shared.events.send(event));
             state.told = true;
         }
@@ -288,9 +322,19 @@ impl Domain {
         })
     }
 
+    /// Returns when all that the hypervisor has reported until now is told.
+    async fn all_told(&self) {
+        let Ok(guest) = self.guest() else { return };
+        let (ask, told) = oneshot::channel();
+        if guest.asks.send(ask).is_ok() {
+            // No answer: the guest's end was among it.
+            let _ = told.await;
+        }
+    }
+
     /// Follows what a guest's hypervisor reports, to its end.
-    async fn follow(self: Arc<Self>, id: u32, mut reports: mpsc::UnboundedReceiver<DriverEvent>) {
-        while let Some(report) = reports.recv().await {
+    async fn follow(self: Arc<Self>, id: u32, mut reports: Reports) {
+        while let Some(report) = reports.next().await {
             tracing::debug!(uuid = %self.uuid, ?report, "reported");
             match report {
                 DriverEvent::Suspended(why) => {
@@ -333,11 +377,7 @@ impl Domain {
 
     /// Whether this is part of loading a snapshot, of which only the outcome is told.
     fn swallow(&self, new: DomainState) -> bool {
-        let muted = lock(&self.state).muted.as_mut().map(|seen| *seen = new).is_some();
-        if muted {
-            self.changes.send_modify(|n| *n += 1);
-        }
-        muted
+        lock(&self.state).muted.as_mut().map(|seen| *seen = new).is_some()
     }
 
     async fn keep_status(&self, id: u32, new: DomainState, reason: StateReason, since_usec: u64) {
@@ -448,7 +488,8 @@ impl Domain {
     /// Makes a guest that was found running this domain's.
     pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: mpsc::UnboundedReceiver<DriverEvent>) {
         let FoundGuest { instance, live, condition, status, file } = found;
-        let guest = Guest { id: status.id, instance, live: Arc::new(live), status: file, ending: None };
+        let (asks, asked) = mpsc::unbounded_channel();
+        let guest = Guest { id: status.id, instance, live: Arc::new(live), status: file, ending: None, asks };
         let (now, reason) = found_as(condition, status.state, status.reason);
         let since_usec = if now == status.state { status.since_usec } else { now_usec() };
         self.commit(|state| {
@@ -470,7 +511,7 @@ impl Domain {
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
             _ => {}
         }
-        tokio::spawn(self.clone().follow(guest.id, reports));
+        tokio::spawn(self.clone().follow(guest.id, Reports { reports, asks: asked }));
     }
 
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.

@@ -62,6 +62,13 @@ pub trait Driver: Send + Sync {
     /// no runtime file, no permission given away. A start emits neither `Resumed` nor `Suspended`.
     async fn start(&self, launch: Launch) -> Result<Running, DriverError>;
 
+    /// Changes what lies in the drive `target` of a running guest to what `def` says. On failure the drive holds what it
+    /// held.
+    async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
+        let _ = (guest, def);
+        Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
+    }
+
     /// Finds a guest that outlived the last virtd, from what [`Recorder::record`] was last given. A guest whose start was
     /// cut off is ended, and `None` returned, as for one that has gone; either way its leavings are cleaned up.
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError>;

@@ -69,7 +69,13 @@ impl<'a> Libvirt<'a> {
         Ok(())
     }
 
-    async fn call<B>(&self, path: &str, interface: &str, method: &str, body: &B) -> Result<Message>
+    /// The bench that it stands beside.
+    pub fn bench(&self) -> &Bench {
+        self.bench
+    }
+
+    /// Calls a method of any of its objects.
+    pub async fn call<B>(&self, path: &str, interface: &str, method: &str, body: &B) -> Result<Message>
     where
         B: serde::Serialize + zbus::wire::DynamicType,
     {
@@ -77,12 +83,14 @@ impl<'a> Libvirt<'a> {
         Ok(connection.call_method(Some("org.libvirt"), path, Some(interface), method, body).await?)
     }
 
-    async fn define(&self, xml: &str) -> Result<String> {
+    /// Defines a domain; its path.
+    pub async fn define(&self, xml: &str) -> Result<String> {
         let reply = self.call("/org/libvirt/QEMU", "org.libvirt.Connect", "DomainDefineXML", &(xml,)).await?;
         Ok(reply.body().deserialize::<zbus::ObjectPath<'_>>()?.to_string())
     }
 
-    async fn domain<B>(&self, path: &str, method: &str, body: &B) -> Result<Message>
+    /// Calls a method of a domain.
+    pub async fn domain<B>(&self, path: &str, method: &str, body: &B) -> Result<Message>
     where
         B: serde::Serialize + zbus::wire::DynamicType,
     {
@@ -100,6 +108,7 @@ pub async fn compare(bench: &Bench) -> Result<()> {
     lifecycle(&libvirt, &ours, &theirs).await?;
     libvirt.domain(&theirs, "Undefine", &(0_u32,)).await?;
     undefine(&ours).await;
+    crate::snapshots::compare(&libvirt).await?;
     inventory(&libvirt).await
 }
 
@@ -112,23 +121,29 @@ fn guest_xml(name: &str) -> String {
 }
 
 /// Times of one kind of work on both sides.
-#[derive(Default)]
-struct Pair(Vec<Duration>, Vec<Duration>);
+pub struct Pair(pub Vec<Duration>, pub Vec<Duration>);
 
 impl Pair {
-    fn show(mut self, what: &str) {
+    /// No rounds yet.
+    pub const fn new() -> Pair {
+        Pair(Vec::new(), Vec::new())
+    }
+
+    /// Prints the medians.
+    pub fn show(mut self, what: &str) {
         beside(what, percentile(&mut self.0, 50), percentile(&mut self.1, 50));
     }
 }
 
-async fn timed<T>(work: impl Future<Output = T>) -> (Duration, T) {
+/// How long it takes.
+pub async fn timed<T>(work: impl Future<Output = T>) -> (Duration, T) {
     let begun = Instant::now();
     let done = work.await;
     (begun.elapsed(), done)
 }
 
 async fn lifecycle(libvirt: &Libvirt<'_>, ours: &Domain, theirs: &str) -> Result<()> {
-    let [mut start, mut read, mut xml, mut pause, mut end] = [const { Pair(Vec::new(), Vec::new()) }; 5];
+    let [mut start, mut read, mut xml, mut pause, mut end] = [const { Pair::new() }; 5];
     for _ in 0..ROUNDS {
         start.0.push(timed(ours.run("Start")).await.0);
         start.1.push(theirs_timed(libvirt, theirs, "Create", &(0_u32,)).await?);
@@ -166,7 +181,7 @@ where
 
 /// What a list of machines on a screen needs: name and state of each.
 async fn inventory(libvirt: &Libvirt<'_>) -> Result<()> {
-    let [mut define, mut list] = [const { Pair(Vec::new(), Vec::new()) }; 2];
+    let [mut define, mut list] = [const { Pair::new() }; 2];
     for number in 0..MANY {
         let xml = guest_xml(&format!("many-{number}"));
         define.0.push(timed(libvirt.bench.define(&xml)).await.0);

@@ -10,6 +10,7 @@ mod guests;
 mod inventory;
 mod libvirt;
 mod raw;
+mod snapshots;
 
 use std::time::Duration;
 

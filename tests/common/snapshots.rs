@@ -89,4 +89,70 @@ impl Player {
     pub async fn current(&self) -> String {
         self.domain.property::<ObjectPath<'static>>("CurrentSnapshot").await.to_string()
     }
+
+    /// Takes so many, going back now and then, and deletes them in any order; holds the tree to what it should be.
+    pub async fn grows_and_shrinks(&self, count: usize) {
+        let mut model = Model::default();
+        // The same dice each time.
+        let mut dice = 12_345_u64;
+        let mut roll = |sides: usize| {
+            dice = dice.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (dice >> 33) as usize % sides
+        };
+        for number in 0..count {
+            let name = format!("s{number}");
+            self.take(&name).await;
+            model.parents.insert(name.clone(), model.current.replace(name.clone()));
+            model.order.push(name);
+            if roll(4) == 0 {
+                let back = model.order[roll(model.order.len())].clone();
+                self.call(&back, "Revert", options([])).await.expect("reverted");
+                model.current = Some(back);
+            }
+        }
+        let paths: Vec<String> = model.order.iter().map(|name| self.path(name)).collect();
+        assert_eq!(self.list(options([])).await, paths);
+        while !model.order.is_empty() {
+            let name = model.order[roll(model.order.len())].clone();
+            let (key, mut doomed) = match roll(6) {
+                0 => ("children", [model.below(&name), vec![name.clone()]].concat()),
+                1 => ("children-only", model.below(&name)),
+                _ => ("no-wait", vec![name.clone()]),
+            };
+            self.call(&name, "Delete", with([(key, key != "no-wait")])).await.expect("deleted");
+            doomed.drain(..).for_each(|one| model.remove(&one));
+            let current = model.current.as_ref().map_or_else(|| "/".to_owned(), |name| self.path(name));
+            assert_eq!(self.current().await, current);
+            let paths: Vec<String> = model.order.iter().map(|name| self.path(name)).collect();
+            assert_eq!(self.list(options([])).await, paths);
+            if let Some(name) = model.order.get(roll(model.order.len().max(1))) {
+                let parent = model.parents[name].as_ref().map_or_else(|| "/".to_owned(), |parent| self.path(parent));
+                assert_eq!(self.get::<ObjectPath<'static>>(name, "Parent").await.as_str(), parent);
+            }
+        }
+    }
+}
+
+/// A tree as it should be: names in order, each with its parent, and the current one.
+#[derive(Default)]
+struct Model {
+    order: Vec<String>,
+    parents: HashMap<String, Option<String>>,
+    current: Option<String>,
+}
+
+impl Model {
+    fn below(&self, name: &str) -> Vec<String> {
+        let children = self.order.iter().filter(|one| self.parents[*one].as_deref() == Some(name));
+        children.flat_map(|child| [self.below(child), vec![child.clone()]].concat()).collect()
+    }
+
+    fn remove(&mut self, name: &str) {
+        let parent = self.parents.remove(name).flatten();
+        self.order.retain(|one| one != name);
+        self.parents.values_mut().filter(|p| p.as_deref() == Some(name)).for_each(|p| p.clone_from(&parent));
+        if self.current.as_deref() == Some(name) {
+            self.current = parent;
+        }
+    }
 }

@@ -4,9 +4,11 @@
 mod common;
 
 mod lifecycle;
+mod media;
 mod revert_matrix;
 mod snapshots;
 mod snapshots_cut_off;
+mod snapshots_unfinished;
 mod survival;
 mod system;
 mod whole_machine;

@@ -345,3 +345,14 @@ async fn the_other_ways_to_take_one() {
     player.call("last", "Revert", options([])).await.expect("reverted");
     tick.goes_on().await;
 }
+
+#[tokio::test]
+async fn a_tree_of_them_comes_and_goes_in_any_order() {
+    let Some((_daemon, player, tick)) = tick("tree").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    player.grows_and_shrinks(12).await;
+    assert!(inside(&tick.disk).is_empty());
+    player.domain.run("Destroy").await.expect("destroyed");
+    is_sound(&tick.disk);
+}

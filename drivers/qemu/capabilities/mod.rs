@@ -10,7 +10,7 @@ mod site;
 
 pub use document::document;
 pub use host::Host;
-pub use site::{End, Site, program};
+pub use site::{End, Site, VHOST_VSOCK, program};
 
 use super::firmware::{self, Firmware};
 use serde::{Deserialize, Serialize};

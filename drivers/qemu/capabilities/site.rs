@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 const PROGRAM_DIRS: [&str; 6] =
     ["/usr/bin", "/usr/sbin", "/usr/local/bin", "/usr/local/sbin", "/usr/libexec", "/usr/lib/qemu"];
 
+/// Where the kernel's half of a vsock is opened.
+pub const VHOST_VSOCK: &str = "/dev/vhost-vsock";
+
 /// What is beside QEMU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Site {
@@ -25,6 +28,8 @@ pub struct Site {
     pub makes_taps: bool,
     /// The kernel can move packets between a network device and a guest.
     pub vhost_net: bool,
+    /// The kernel can be one end of a socket to a guest.
+    pub vhost_vsock: bool,
     /// QEMU's modules, e.g. `block-curl`.
     pub modules: BTreeSet<String>,
     /// As in `DriverConfig`: where the host's certificates are.
@@ -64,6 +69,7 @@ impl Site {
             passt: program("passt"),
             makes_taps: nix::unistd::geteuid().is_root(),
             vhost_net: Path::new("/dev/vhost-net").exists(),
+            vhost_vsock: Path::new(VHOST_VSOCK).exists(),
             modules: MODULE_DIRS.iter().flat_map(|dir| modules(Path::new(dir))).collect(),
             tls_dir: tls_dir.to_owned(),
             certificates: certificates.filter_map(|name| name.into_string().ok()).collect(),

@@ -7,6 +7,7 @@ mod board;
 mod chardev;
 mod devices;
 mod filesystem;
+mod hostdev;
 mod memory;
 mod net;
 mod place;
@@ -44,6 +45,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.places();
     check.filesystems();
     check.board();
+    check.host_devices();
     check.tpms();
     check.log.sort_by_key(|finding| (finding.line, finding.column));
     check.log

@@ -4,11 +4,19 @@ use super::Check;
 use crate::qemu::command::{by_passt, card_type};
 use std::net::IpAddr;
 use virt_model::device::Interface;
-use virt_model::device::interface::{Family, InterfaceKind, NetDriver, Vlan};
+use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver, Vlan};
 
 /// Queues of one card, and of all cards together: each needs two descriptors of those that QEMU is given.
 const MOST_QUEUES: u32 = 16;
 const ALL_QUEUES: u32 = 38;
+
+/// Numbers that VLANs have.
+const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
+
+/// Whether its cable ends at a network device of the host's.
+fn has_host_end(interface: &Interface) -> bool {
+    matches!(interface.kind, InterfaceKind::Bridge | InterfaceKind::Direct | InterfaceKind::Ethernet)
+}
 
 impl Check<'_> {
     pub(super) fn interfaces(&mut self) {
@@ -16,7 +24,7 @@ impl Check<'_> {
         let mut queues = 0;
         for interface in &def.devices.interfaces {
             self.interface(interface);
-            if matches!(interface.kind, InterfaceKind::Bridge | InterfaceKind::Ethernet) {
+            if has_host_end(interface) {
                 queues += interface.driver.as_ref().and_then(|d| d.queues).unwrap_or(1).min(MOST_QUEUES);
                 let many = queues > ALL_QUEUES;
                 self.refuse_if(many, &interface.at, "all cards of a guest together have at most 38 queues");
@@ -27,7 +35,8 @@ impl Check<'_> {
     fn interface(&mut self, interface: &Interface) {
         let place = &interface.at;
         let kind = interface.kind;
-        let host_device = matches!(kind, InterfaceKind::Bridge | InterfaceKind::Ethernet);
+        let host_device = has_host_end(interface);
+        self.for_other_kinds(interface);
         match kind {
             InterfaceKind::User => self.user_network(interface),
             // The table has said it, with the remedy.
@@ -41,12 +50,14 @@ impl Check<'_> {
                 let ours = self.caps.site.makes_taps;
                 self.refuse_if(!ours, place, "type='ethernet' needs root: use the system bus, or type='bridge'");
             }
+            InterfaceKind::Direct => self.direct(interface),
+            InterfaceKind::Hostdev => return self.host_card(interface),
             InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
                 self.socket(interface);
             }
             InterfaceKind::Null => {}
             _ => {
-                let known = "user, bridge, ethernet, null, mcast, server, client and udp are";
+                let known = "user, bridge, direct, ethernet, hostdev, null, mcast, server, client and udp are";
                 self.refuse(
                     &place.attribute("type"),
                     format!("interfaces of type='{kind}' are not supported: {known}"),
@@ -55,6 +66,87 @@ impl Check<'_> {
         }
         self.card(interface);
         self.host_side(interface, host_device);
+        self.seated(&interface.info, place);
+    }
+
+    fn direct(&mut self, interface: &Interface) {
+        let place = &interface.at;
+        let device = interface.source.as_ref().and_then(|source| source.dev.as_deref());
+        self.refuse_if(
+            device.is_none(),
+            place,
+            "type='direct' needs <source dev='…'/>, a network device of the host's",
+        );
+        let long = device.is_some_and(|name| name.len() > 15 || name.contains('/'));
+        self.refuse_if(long, &place.child("source"), "this is no name of a network device");
+        let ours = self.caps.site.makes_taps;
+        self.refuse_if(!ours, place, "type='direct' needs root: use the system bus, or type='bridge'");
+    }
+
+    /// What is said for cards of other kinds than this one.
+    fn for_other_kinds(&mut self, interface: &Interface) {
+        let place = &interface.at;
+        if interface.kind != InterfaceKind::Hostdev {
+            let managed = interface.managed == Some(true);
+            self.refuse_if(managed, &place.attribute("managed"), "managed='yes' is for type='hostdev'");
+            let vfio = interface.driver.as_ref().filter(|driver| driver.name == Some(NetDriver::Vfio));
+            if let Some(driver) = vfio {
+                self.refuse(&driver.at.attribute("name"), "vfio is for type='hostdev'");
+            }
+            let address = interface.source.as_ref().and_then(|source| source.place.as_ref());
+            if let Some(address) = address {
+                self.refuse(&address.at, "<source> with an <address> is for type='hostdev'");
+            }
+        }
+        if let Some(source) = interface.source.as_ref().filter(|_| interface.kind != InterfaceKind::Direct) {
+            self.refuse_if(source.mode.is_some(), &source.at.attribute("mode"), "a mode is for type='direct'");
+        }
+    }
+
+    /// A card of the host's. That it is a virtual function is looked at when the guest starts.
+    fn host_card(&mut self, interface: &Interface) {
+        let place = &interface.at;
+        self.need_device(place, "vfio-pci");
+        let how = "type='hostdev' needs <source> with the <address> of a PCI device";
+        self.refuse_if(interface.host_card().is_none(), place, how);
+        let address = interface.source.as_ref().and_then(|source| source.place.as_ref());
+        let odd = address.and_then(|address| address.word.as_ref()).is_some_and(|word| word != "pci");
+        self.refuse_if(odd, &place.child("source"), "the address is not one of type='pci'");
+        let plain = interface.driver.as_ref().is_none_or(|said| {
+            let bare = InterfaceDriver { name: said.name, at: said.at.clone(), ..InterfaceDriver::default() };
+            *said == bare && said.name.is_none_or(|name| name == NetDriver::Vfio)
+        });
+        self.refuse_if(
+            !plain,
+            &place.child("driver"),
+            "a card of the host's has <driver name='vfio'/> and no settings",
+        );
+        if let Some(vlan) = &interface.vlan {
+            let bad = vlan.tags.len() != 1 || !VLANS.contains(&vlan.tags[0].id);
+            self.refuse_if(bad, &vlan.at, "a card of the host's has one VLAN tag, from 1 to 4094");
+            let trunk = vlan.trunk == Some(true);
+            self.refuse_if(trunk, &vlan.at.attribute("trunk"), "a trunk is for type='bridge'");
+            for tag in vlan.tags.iter().filter(|tag| tag.native.is_some()) {
+                self.refuse(&tag.at.attribute("nativeMode"), "a nativeMode is for type='bridge'");
+            }
+        }
+        let emulated = [
+            (interface.model.is_some(), "model"),
+            (interface.mtu.is_some(), "mtu"),
+            (interface.bandwidth.is_some(), "bandwidth"),
+            (interface.link.is_some(), "link"),
+            (interface.tune.is_some(), "tune"),
+            (interface.target.is_some(), "target"),
+            (interface.port.is_some(), "port"),
+            (interface.coalesce.is_some(), "coalesce"),
+            (interface.backend.is_some(), "backend"),
+            (!interface.addresses.is_empty(), "ip"),
+            (!interface.forwards.is_empty(), "portForward"),
+        ];
+        for (_, name) in emulated.into_iter().filter(|(said, _)| *said) {
+            self.refuse(&place.child(name), format!("a card of the host's has no <{name}>: it is not QEMU's"));
+        }
+        self.taken_from_the_host(interface.managed == Some(true), place);
         self.seated(&interface.info, place);
     }
 
@@ -116,7 +208,7 @@ impl Check<'_> {
         }
         let virtio = model.starts_with("virtio");
         let queues = interface.driver.as_ref().and_then(|d| d.queues).is_some_and(|n| n > 1);
-        let taps = matches!(interface.kind, InterfaceKind::Bridge | InterfaceKind::Ethernet);
+        let taps = has_host_end(interface);
         if let Some(driver) = &interface.driver {
             let plain = driver.txmode.is_none()
                 && driver.ioeventfd.or(driver.event_idx).or(driver.rss).or(driver.rss_hash_report).is_none()
@@ -129,7 +221,7 @@ impl Check<'_> {
             self.refuse_if(
                 vhost && !(virtio && taps),
                 &driver.at.attribute("name"),
-                "vhost is for virtio cards on a bridge or of type='ethernet'",
+                "vhost is for virtio cards on a bridge, of type='direct' or 'ethernet'",
             );
             let none = vhost && !self.caps.site.vhost_net;
             self.refuse_if(
@@ -138,7 +230,8 @@ impl Check<'_> {
                 "there is no /dev/vhost-net (load the module vhost_net), or use name='qemu'",
             );
             let many = queues && !(virtio && taps && self.caps.site.makes_taps);
-            let how = "several queues are for virtio cards on a bridge or of type='ethernet', on the system bus";
+            let how =
+                "several queues are for virtio cards on a bridge, of type='direct' or 'ethernet', on the system bus";
             self.refuse_if(many, &driver.at.attribute("queues"), how);
             let few = driver.queues.is_some_and(|n| n == 0 || n > MOST_QUEUES);
             self.refuse_if(few, &driver.at.attribute("queues"), "there are 1 to 16 queues");
@@ -168,7 +261,7 @@ impl Check<'_> {
             );
         }
         if let Some(limits) = &interface.bandwidth {
-            let how = "bandwidth is limited of devices on the system bus: type='bridge' and type='ethernet'";
+            let how = "bandwidth is limited of devices on the system bus: type='bridge', 'direct' and 'ethernet'";
             self.refuse_if(!ours, &limits.at, how);
             for rate in [&limits.inbound, &limits.outbound].into_iter().flatten() {
                 self.refuse_if(rate.average.is_none_or(|n| n == 0), &rate.at, "a limit needs an average above 0");
@@ -187,13 +280,13 @@ impl Check<'_> {
         }
         if let Some(coalesce) = &interface.coalesce {
             self.refuse_if(
-                !fits,
+                !fits || interface.kind == InterfaceKind::Direct,
                 &coalesce.at,
                 "<coalesce> is for type='bridge' and type='ethernet' on the system bus",
             );
         }
         let buffer = interface.tune.is_some() && !host_device;
-        self.refuse_if(buffer, &place.child("tune"), "a send buffer is for type='bridge' and type='ethernet'");
+        self.refuse_if(buffer, &place.child("tune"), "a send buffer is for type='bridge', 'direct' and 'ethernet'");
         let addresses = !interface.addresses.is_empty() && interface.kind != InterfaceKind::User;
         self.refuse_if(addresses, &place.child("ip"), "<ip> is for type='user': QEMU does not configure the host");
     }
@@ -202,7 +295,7 @@ impl Check<'_> {
         self.refuse_if(
             !fits,
             &vlan.at,
-            "VLANs are for type='bridge' on the system bus: plug the host's device into one",
+            "VLANs are for type='bridge' on the system bus and type='hostdev': plug the host's device into one",
         );
         self.refuse_if(vlan.tags.is_empty(), &vlan.at, "<vlan> needs a <tag>");
         let several = vlan.trunk == Some(false) && vlan.tags.len() > 1;
@@ -212,8 +305,7 @@ impl Check<'_> {
         let alone = natives > 0 && !vlan.is_trunk();
         self.refuse_if(alone, &vlan.at, "a nativeMode is for trunk='yes'");
         for tag in &vlan.tags {
-            let known = (1..=4094).contains(&tag.id);
-            self.refuse_if(!known, &tag.at.attribute("id"), "VLANs are 1 to 4094");
+            self.refuse_if(!VLANS.contains(&tag.id), &tag.at.attribute("id"), "VLANs are 1 to 4094");
         }
     }
 }

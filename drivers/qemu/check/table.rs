@@ -208,9 +208,10 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/filesystem/source", "dir socket"),
     ("devices/filesystem/target", "dir"),
     ("devices/filesystem/readonly", ""),
-    ("devices/interface", "type"),
+    ("devices/interface", "type managed"),
     ("devices/interface/mac", "address"),
-    ("devices/interface/source", "bridge dev address port"),
+    ("devices/interface/source", "bridge dev mode address port"),
+    ("devices/interface/source/address", "type domain bus slot function"),
     ("devices/interface/source/local", "address port"),
     ("devices/interface/target", "dev managed"),
     ("devices/interface/bandwidth", ""),
@@ -244,6 +245,12 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/channel/target", "type name"),
     ("devices/channel/source/clipboard", "copypaste"),
     ("devices/channel/source/mouse", "mode"),
+    ("devices/hostdev", "mode type managed"),
+    ("devices/hostdev/source", "startupPolicy guestReset"),
+    ("devices/hostdev/source/vendor", "id"),
+    ("devices/hostdev/source/product", "id"),
+    ("devices/hostdev/source/address", "type domain bus slot function device"),
+    ("devices/hostdev/driver", "name"),
     ("devices/redirdev", "bus type"),
     ("devices/redirfilter", ""),
     ("devices/redirfilter/usbdev", "class vendor product version allow"),
@@ -326,6 +333,9 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/crypto/driver", "iommu ats packed page_per_vq"),
     ("devices/iommu", "model"),
     ("devices/iommu/driver", "intremap caching_mode eim iotlb aw_bits dma_translation"),
+    ("devices/vsock", "model"),
+    ("devices/vsock/cid", "auto address"),
+    ("devices/vsock/driver", "iommu ats packed page_per_vq"),
     ("devices/rng", "model"),
     ("devices/rng/rate", "bytes period"),
     ("devices/rng/backend", "model type"),
@@ -512,7 +522,7 @@ mod tests {
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
         for path in
-            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/address", "devices/disk/source/@pool"]
+            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/@rawio", "devices/disk/source/@pool"]
         {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }

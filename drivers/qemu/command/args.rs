@@ -39,6 +39,12 @@ impl Args {
         self.pair("-blockdev", props.to_string());
     }
 
+    /// What has been written of an option whose values are JSON, in order.
+    pub fn json_of(&self, option: &str) -> Vec<Value> {
+        let pairs = self.0.iter().zip(self.0.iter().skip(1)).filter(|(before, _)| *before == option);
+        pairs.filter_map(|(_, json)| serde_json::from_str(json).ok()).collect()
+    }
+
     /// What has been written.
     pub fn into_vec(self) -> Vec<String> {
         self.0

@@ -8,6 +8,7 @@
 
 use super::args::Props;
 use super::{Builder, id, turn, virtio};
+use crate::qemu::capabilities::Capabilities;
 use crate::qemu::complete::Board;
 use serde_json::{Value, json};
 use virt_model::device::address::DriveAddress;
@@ -17,6 +18,7 @@ use virt_model::device::disk::{
 use virt_model::device::misc::VirtioModel;
 use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, ControllerKind, Disk};
+use virt_model::domain::DomainDef;
 
 /// The first file descriptor of those for what is thrown away; from 200 on they are virtd's own.
 const FIRST_SCRATCH_FD: i32 = 180;
@@ -28,16 +30,18 @@ impl Builder<'_> {
             self.throttle_group(&format!("throttle-{}", group.group.as_deref().unwrap_or_default()), group);
         }
         for disk in &def.devices.disks {
-            let node = self.disk_nodes(disk);
+            let node = self.disk_nodes(disk, &disk.target.dev);
+            if disk.transient.is_some() {
+                self.overlay_to_throw_away(&disk.target.dev);
+            }
             let props = self.disk_device(disk, node);
             self.args.device(props);
         }
     }
 
-    /// The nodes of the medium, if there is one; gives the topmost.
-    fn disk_nodes(&mut self, disk: &Disk) -> Option<String> {
+    /// The nodes of the medium, if there is one, their names begun by `name`; gives the topmost.
+    fn disk_nodes(&mut self, disk: &Disk, name: &str) -> Option<String> {
         let source = disk.source.as_ref().filter(|_| !disk.is_empty())?;
-        let name = &disk.target.dev;
         let driver = disk.driver.as_ref();
         let backing = self.backing_nodes(disk.backing.as_deref(), name, 1);
         let format = disk.format().unwrap_or("raw");
@@ -61,10 +65,7 @@ impl Builder<'_> {
             .extend(cache(driver));
         let image = content(image, format, key).extend(qcow2_options(driver)).set("file", format!("{name}-storage"));
         self.args.blockdev(with_backing(image, backing));
-        if disk.transient.is_some() {
-            self.overlay_to_throw_away(name);
-        }
-        Some(self.filters(disk, format!("{name}-format")))
+        Some(self.filters(disk, name, format!("{name}-format")))
     }
 
     /// Before the guest runs QEMU itself lays an overlay over the image, in a file that has no name: it goes with QEMU,
@@ -82,8 +83,7 @@ impl Builder<'_> {
     }
 
     /// What stands between the image and the device; gives the topmost.
-    fn filters(&mut self, disk: &Disk, mut top: String) -> String {
-        let name = &disk.target.dev;
+    fn filters(&mut self, disk: &Disk, name: &str, mut top: String) -> String {
         let mut filter = |builder: &mut Self, suffix: &str, props: Props| {
             let node = format!("{name}-{suffix}");
             builder.args.blockdev(props.set("node-name", &*node).set("file", std::mem::take(&mut top)));
@@ -93,7 +93,7 @@ impl Builder<'_> {
             filter(self, "cor", Props::new("driver", "copy-on-read"));
         }
         if let Some(tune) = disk.iotune.as_ref().filter(|tune| !tune.limits().is_empty() || tune.group.is_some()) {
-            let group = format!("throttle-{}", tune.group.as_deref().unwrap_or(name));
+            let group = format!("throttle-{}", tune.group.as_deref().unwrap_or(&disk.target.dev));
             self.throttle_group(&group, tune);
             filter(self, "throttle", Props::new("driver", "throttle").set("throttle-group", group));
         }
@@ -197,6 +197,35 @@ impl Builder<'_> {
             _ => Props::new("unit", unit),
         }
     }
+}
+
+/// A medium that is put into a running guest's drive.
+pub struct Medium {
+    /// Objects that must be there before, unless they are: groups that share limits.
+    pub objects: Vec<Value>,
+    /// What QEMU is to open, lowest first.
+    pub nodes: Vec<Value>,
+    /// The topmost.
+    pub top: String,
+    /// What it must be able to open.
+    pub files: Vec<super::HostFile>,
+    /// Opening it takes a secret.
+    pub secret: bool,
+}
+
+/// What is to be opened for what lies in a drive; `None` if nothing does. Names of nodes begin with `name`.
+pub fn medium(def: &DomainDef, caps: &Capabilities, disk: &Disk, name: &str) -> Option<Medium> {
+    let place = super::Place::now(std::path::Path::new("/"), 0, false);
+    let mut builder = Builder::new(def, caps, &place);
+    let top = builder.disk_nodes(disk, name)?;
+    Some(Medium {
+        // Secrets come by file descriptors, which are handed over at a start only.
+        objects: builder.args.json_of("-object"),
+        nodes: builder.args.json_of("-blockdev"),
+        top,
+        files: builder.files,
+        secret: !builder.secrets.is_empty(),
+    })
 }
 
 /// The nodes of an overlay that a running guest's disk gets, lowest first; what it stands on is said when it is put in.

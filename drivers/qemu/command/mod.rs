@@ -12,6 +12,7 @@ mod cpu;
 mod disk;
 mod filesystem;
 mod graphics;
+mod hostdev;
 mod machine;
 mod memory;
 mod misc;
@@ -40,8 +41,9 @@ pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
 pub use chardev::{serial_device, usb_number, usb_version};
 pub use controller::usb_device;
-pub use disk::{device_type as disk_device, known_format, overlay_nodes, wwn};
+pub use disk::{Medium, device_type as disk_device, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
+pub use hostdev::{VSOCK_FD, vsock_device};
 pub use memory::memory_device;
 pub use misc::input_device;
 pub use net::{Tap, by_passt, card_type};
@@ -97,8 +99,8 @@ pub struct Command {
     pub secrets: Vec<Secret>,
     /// File descriptors of files for what is thrown away at the end: nameless, empty, and its own.
     pub scratch: Vec<i32>,
-    /// Its memory is never swapped out.
-    pub lock_memory: bool,
+    /// How many bytes of its memory it must be able to keep from being swapped; no more than others if `None`.
+    pub lock_limit: Option<u64>,
     /// What runs beside it, in this order.
     pub companions: Vec<Companion>,
     /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
@@ -116,6 +118,8 @@ pub struct HostFile {
     pub backing: bool,
     /// Whether it is made where it is missing: the guest only writes to it.
     pub create: bool,
+    /// Whether it is a device of the host's that the guest has to itself.
+    pub device: bool,
 }
 
 /// A firmware's variable store.
@@ -163,6 +167,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.videos();
     builder.sounds();
     builder.redirections();
+    builder.host_devices();
     builder.tpms();
     builder.watchdogs();
     builder.balloon();
@@ -170,6 +175,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.panics();
     builder.shared_memory();
     builder.accelerators();
+    builder.vsock();
     builder.roms();
     builder.fence();
     Ok(builder.finish())
@@ -236,7 +242,7 @@ impl<'a> Builder<'a> {
             taps: self.taps,
             secrets: self.secrets,
             scratch: self.scratch,
-            lock_memory: self.def.memory_backing.as_ref().is_some_and(|backing| backing.locked),
+            lock_limit: hostdev::lock_limit(self.def),
             companions: self.companions,
             setup: self.setup,
         }
@@ -249,12 +255,18 @@ impl<'a> Builder<'a> {
     }
 
     fn open(&mut self, path: &str, write: bool, backing: bool) {
-        self.files.push(HostFile { path: PathBuf::from(path), write, backing, create: false });
+        self.files.push(HostFile { path: PathBuf::from(path), write, backing, create: false, device: false });
     }
 
     /// A file that takes what the guest says.
     fn output(&mut self, path: &str) {
-        self.files.push(HostFile { path: PathBuf::from(path), write: true, backing: false, create: true });
+        self.files.push(HostFile {
+            path: PathBuf::from(path),
+            write: true,
+            backing: false,
+            create: true,
+            device: false,
+        });
     }
 
     /// Where a PCI device sits.
@@ -291,7 +303,7 @@ impl<'a> Builder<'a> {
     fn certificates(&mut self, end: End) -> String {
         let site = &self.caps.site;
         for file in site.certificates(end).unwrap_or_default() {
-            self.files.push(HostFile { path: file, write: false, backing: false, create: false });
+            self.files.push(HostFile { path: file, write: false, backing: false, create: false, device: false });
         }
         site.tls_dir.to_string_lossy().into_owned()
     }
@@ -343,6 +355,7 @@ fn boot_order(def: &DomainDef) -> HashMap<String, u32> {
     let disks = devices.disks.iter().map(|d| &d.info);
     let infos =
         disks.chain(devices.interfaces.iter().map(|i| &i.info)).chain(devices.redirdevs.iter().map(|r| &r.info));
+    let infos = infos.chain(devices.hostdevs.iter().map(|h| &h.info));
     let mut order: HashMap<String, u32> =
         infos.filter_map(|info| Some((id(info).to_owned(), info.boot_order()?))).collect();
     for (turn, boot) in (1..).zip(&def.os.boot) {

@@ -2,13 +2,13 @@
 
 use super::args::{List, Props};
 use super::{Builder, id, list, turn, virtio};
-use crate::host::tap::{Rate, TapPlan, VlanPlan};
+use crate::host::tap::{Direct, Rate, TapPlan, VlanPlan};
 use crate::qemu::companion::{Companion, Link, Loss, Role};
 use serde_json::json;
 use virt_model::device::Interface;
 use virt_model::device::interface::{
-    BackendKind, Family, InterfaceDriver, InterfaceKind, NativeMode, NetDriver, PortForward, PortRange, Transport,
-    TxMode, Vlan, VlanTag,
+    BackendKind, DirectMode, Family, InterfaceDriver, InterfaceKind, NativeMode, NetDriver, PortForward, PortRange,
+    Transport, TxMode, Vlan, VlanTag,
 };
 
 /// The first file descriptor given to network devices; lower ones are the monitor's and room for more.
@@ -33,6 +33,10 @@ impl Builder<'_> {
     pub(super) fn interfaces(&mut self) {
         let def = self.def;
         for (n, interface) in def.devices.interfaces.iter().enumerate() {
+            if interface.kind == InterfaceKind::Hostdev {
+                self.host_card(interface);
+                continue;
+            }
             let netdev = format!("hostnet{n}");
             let plugged = self.netdev(interface, &netdev);
             let props = self.card(interface, plugged.then_some(netdev));
@@ -48,13 +52,22 @@ impl Builder<'_> {
         match interface.kind {
             InterfaceKind::User if by_passt(interface) => self.passt(interface, netdev),
             InterfaceKind::User => self.slirp(interface, netdev),
-            InterfaceKind::Bridge | InterfaceKind::Network | InterfaceKind::Ethernet => self.tap(interface, netdev),
+            InterfaceKind::Bridge | InterfaceKind::Network | InterfaceKind::Ethernet | InterfaceKind::Direct => {
+                self.tap(interface, netdev);
+            }
             InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
                 self.args.pair("-netdev", socket(interface).set("id", netdev));
             }
             _ => return false,
         }
         true
+    }
+
+    /// A card of the host's. Its hardware address and VLAN are the host's to set.
+    fn host_card(&mut self, interface: &Interface) {
+        let host = interface.host_card().map(|pci| pci.to_string()).unwrap_or_default();
+        let props = Props::device("vfio-pci").set("host", host).set("id", id(&interface.info));
+        self.args.device(turn(props, self.boot_index(&interface.info)).extend(self.pci(&interface.info)));
     }
 
     fn slirp(&mut self, interface: &Interface, netdev: &str) {
@@ -75,7 +88,13 @@ impl Builder<'_> {
         let Some(program) = self.caps.site.passt.clone() else { return };
         let link = Link::Pair { its: CABLE, qemus: fd };
         let log = interface.backend.as_ref().and_then(|backend| backend.log_file.as_deref());
-        let files = log.map(|path| super::HostFile { path: path.into(), write: true, backing: false, create: true });
+        let files = log.map(|path| super::HostFile {
+            path: path.into(),
+            write: true,
+            backing: false,
+            create: true,
+            device: false,
+        });
         let name = format!("passt of {}", id(&interface.info));
         // A guest that has lost its network can still be shut down in order.
         let companion = Companion {
@@ -114,7 +133,7 @@ impl Builder<'_> {
         let virtio = interface.model().is_some_and(|model| model.starts_with("virtio"));
         match interface.driver.as_ref().and_then(|driver| driver.name) {
             Some(NetDriver::Vhost) => virtio,
-            Some(NetDriver::Qemu) => false,
+            Some(NetDriver::Qemu | NetDriver::Vfio) => false,
             None => virtio && self.kvm && self.caps.site.vhost_net,
         }
     }
@@ -159,6 +178,7 @@ fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
         bridge: interface.bridge().map(str::to_owned),
         queues,
         mtu: interface.mtu.as_ref().map(|mtu| mtu.size),
+        direct: direct(interface),
         existing: target.is_some_and(|target| target.managed == Some(false)),
         isolated: interface.port.as_ref().is_some_and(|port| port.isolated == Some(true)),
         vlans: interface.vlan.as_ref().map(vlans).unwrap_or_default(),
@@ -175,6 +195,17 @@ fn vlans(vlan: &Vlan) -> Vec<VlanPlan> {
         tagged: trunk && tag.native != Some(NativeMode::Untagged),
     };
     vlan.tags.iter().map(plan).collect()
+}
+
+/// The host's device by which a card goes out without a bridge.
+fn direct(interface: &Interface) -> Option<Direct> {
+    let source = interface.source.as_ref().filter(|_| interface.kind == InterfaceKind::Direct)?;
+    let mode = match source.mode.unwrap_or_default() {
+        DirectMode::Passthrough => "passthru",
+        mode => mode.as_str(),
+    };
+    let mac = interface.mac().map(|mac| mac.to_string()).unwrap_or_default();
+    Some(Direct { below: source.dev.clone().unwrap_or_default(), mode, mac })
 }
 
 fn socket(interface: &Interface) -> List {

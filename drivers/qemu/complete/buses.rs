@@ -7,6 +7,7 @@ use virt_model::device::address::{DimmAddress, DriveAddress, UsbAddress, VirtioS
 use virt_model::device::chardev::{ChannelKind, ConsoleKind, SerialKind};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
+use virt_model::device::hostdev::HostdevKind;
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::InputBus;
 use virt_model::device::sound::SoundModel;
@@ -260,7 +261,8 @@ fn usb_devices(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, Pl
     let serials = devices.serials.iter_mut().filter(serial).map(|s| (&mut s.info, s.at.clone()));
     let redirs = devices.redirdevs.iter_mut().map(|r| (&mut r.info, r.at.clone()));
     let hubs = devices.hubs.iter_mut().map(|h| (&mut h.info, h.at.clone()));
-    disks.chain(hubs).chain(readers).chain(inputs).chain(sounds).chain(redirs).chain(serials)
+    let hosts = devices.hostdevs.iter_mut().filter(|h| h.kind == HostdevKind::Usb).map(|h| (&mut h.info, h.at.clone()));
+    disks.chain(hubs).chain(readers).chain(inputs).chain(sounds).chain(redirs).chain(serials).chain(hosts)
 }
 
 fn kind(info: &DeviceInfo) -> Option<&AddressKind> {

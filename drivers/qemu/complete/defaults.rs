@@ -3,10 +3,10 @@
 use super::super::capabilities::Capabilities;
 use virt_model::device::chardev::{SerialKind, SerialModel};
 use virt_model::device::display::{GraphicsKind, VideoKind, VideoModel};
-use virt_model::device::interface::InterfaceModel;
+use virt_model::device::interface::{InterfaceKind, InterfaceModel};
 use virt_model::device::misc::{BalloonModel, InputBus, InputKind, TpmKind, TpmModel, TpmVersion, WatchdogAction};
 use virt_model::device::sound::AudioKind;
-use virt_model::device::{Audio, Input, Memballoon, Tpm, Video};
+use virt_model::device::{Audio, Input, Interface, Memballoon, Tpm, Video};
 use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMatch, CpuMode, CpuModel, Fallback};
 
@@ -34,7 +34,8 @@ pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
     for disk in &mut def.devices.disks {
         disk.driver.iter_mut().for_each(|driver| _ = driver.name.get_or_insert_with(|| "qemu".to_owned()));
     }
-    for interface in &mut def.devices.interfaces {
+    let emulated = |interface: &&mut Interface| interface.kind != InterfaceKind::Hostdev;
+    for interface in def.devices.interfaces.iter_mut().filter(emulated) {
         let rtl8139 = || InterfaceModel { name: "rtl8139".to_owned(), ..InterfaceModel::default() };
         interface.model.get_or_insert_with(rtl8139);
     }

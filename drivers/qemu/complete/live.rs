@@ -130,6 +130,8 @@ pub fn name_devices(def: &mut DomainDef) {
     devices.sounds.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("sound{n}")));
     devices.videos.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("video{n}")));
     devices.redirdevs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("redir{n}")));
+    devices.hostdevs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("hostdev{n}")));
+    devices.vsock.iter_mut().for_each(|d| name_it(&mut d.info, "vsock0".to_owned()));
     devices.tpms.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("tpm{n}")));
     devices.watchdogs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("watchdog{n}")));
     devices.memballoon.iter_mut().for_each(|d| name_it(&mut d.info, "balloon0".to_owned()));

@@ -158,7 +158,7 @@ impl Layout {
     }
 
     fn claim(&mut self, pci: PciAddress, place: &Place, log: &mut Vec<Finding>) {
-        let name = format!("{:04x}:{:02x}:{:02x}.{:x}", pci.domain, pci.bus, pci.slot, pci.function);
+        let name = pci.to_string();
         if pci.domain != 0 {
             log.push(Finding::invalid(place, format!("PCI address {name}: there is only PCI domain 0")));
             return;

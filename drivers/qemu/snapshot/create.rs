@@ -1,5 +1,6 @@
 //! Taking a snapshot.
 
+use super::super::hostdev;
 use super::super::instance::Body;
 use super::super::make;
 use super::agent::{Agent, socket};
@@ -87,6 +88,9 @@ impl Operation {
             return Err(DriverError::Refused(format!("the job '{device}' works on a disk; wait for its end")));
         }
         if wish.memory != MemoryMode::No {
+            if let Some(why) = hostdev::keeps_memory_here(def) {
+                return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
+            }
             let told = body.patiently("query-migrate", json!({})).await?;
             let blockers: Vec<&str> =
                 told["blocked-reasons"].as_array().into_iter().flatten().filter_map(|why| why.as_str()).collect();

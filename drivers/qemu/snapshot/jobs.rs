@@ -70,13 +70,10 @@ impl Line {
         &self,
         command: &str,
         id: &str,
-        mut arguments: Value,
+        arguments: Value,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
-        // What an earlier virtd left.
-        self.dismiss(id).await;
-        arguments["job-id"] = json!(id);
-        self.patiently(command, arguments).await?;
+        self.begin(command, id, arguments).await?;
         match self.settled(id, journal).await? {
             Standing::Ended(ended) => {
                 self.dismiss(id).await;
@@ -84,6 +81,14 @@ impl Line {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Begins a job.
+    pub async fn begin(&self, command: &str, id: &str, mut arguments: Value) -> Result<(), DriverError> {
+        // What an earlier virtd left.
+        self.dismiss(id).await;
+        arguments["job-id"] = json!(id);
+        self.patiently(command, arguments).await.map(drop)
     }
 
     /// Waits until a job has ended, or is ready.
@@ -220,7 +225,7 @@ impl Line {
 }
 
 /// What QEMU said of work that failed.
-fn failed(command: &str, why: &str) -> DriverError {
+pub fn failed(command: &str, why: &str) -> DriverError {
     let text = format!("{command}: {why}");
     let full = why.contains("No space left") || why.contains("quota exceeded");
     if full { DriverError::NoSpace(text) } else { DriverError::Hypervisor(text) }

@@ -16,6 +16,9 @@ pub enum Note {
         /// The job.
         job: String,
         snapshot: Held,
+        /// It is done.
+        #[serde(default)]
+        loaded: bool,
     },
     /// Images are being brought to a snapshot.
     Revert(Revert),

@@ -19,7 +19,7 @@ impl Operation {
         match note {
             Note::CreateInternal(note) => self.recover_internal(note).await,
             Note::CreateExternal(note) => self.recover_external(note).await,
-            Note::Load { job, snapshot } => self.recover_load(&job, snapshot).await,
+            Note::Load { job, snapshot, loaded } => self.recover_load(&job, snapshot, loaded).await,
             Note::Revert(note) => self.recover_revert(note).await,
             Note::Delete(note) => self.recover_delete(note).await,
         }
@@ -72,14 +72,16 @@ impl Operation {
         }
     }
 
-    async fn recover_load(&self, job: &str, snapshot: super::note::Held) -> Result<Recovered, DriverError> {
+    async fn recover_load(
+        &self,
+        job: &str,
+        snapshot: super::note::Held,
+        loaded: bool,
+    ) -> Result<Recovered, DriverError> {
         let snapshot = kept(snapshot)?;
         if let Some(body) = &self.body {
             let line = body.line()?;
-            let loaded = match line.settled(job, None).await? {
-                Standing::Ended(ended) => ended.is_ok(),
-                _ => false,
-            };
+            let loaded = loaded || line.settled(job, None).await? == Standing::Ended(Ok(()));
             line.dismiss(job).await;
             if loaded {
                 let reverted = Reverted {

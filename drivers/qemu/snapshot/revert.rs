@@ -1,6 +1,7 @@
 //! Going back to a snapshot: in the running process, or by bringing the images there.
 
 use super::create::written;
+use super::jobs::failed;
 use super::nodes::Nodes;
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts};
@@ -134,13 +135,21 @@ impl Operation {
     pub(super) async fn load(&self, snapshot: &Kept, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let job = "virtd-snapshot-load";
-        journal.note(written(&Note::Load { job: job.to_owned(), snapshot: held(snapshot) })?).await?;
+        let note = |loaded| written(&Note::Load { job: job.to_owned(), snapshot: held(snapshot), loaded });
+        journal.note(note(false)?).await?;
         body.patiently("stop", json!({})).await?;
         journal.point_of_no_return();
         let line = body.line()?;
         let nodes = Nodes::ask(&line).await?.of_images(&self.held_images(snapshot, &record_of(snapshot)))?;
         let arguments = json!({ "tag": snapshot.name, "vmstate": nodes.first(), "devices": nodes });
-        line.job("snapshot-load", job, arguments, None).await
+        // The job is forgotten only when what became of it is written down.
+        line.begin("snapshot-load", job, arguments).await?;
+        let loaded = line.ended(job).await?.map_err(|why| failed("snapshot-load", &why));
+        if loaded.is_ok() {
+            journal.note(note(true)?).await?;
+        }
+        line.dismiss(job).await;
+        loaded
     }
 
     pub(super) async fn revert_images(

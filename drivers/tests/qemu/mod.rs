@@ -51,6 +51,7 @@ pub fn site(state_dir: &Path) -> Site {
         passt: Some("/usr/bin/passt".into()),
         makes_taps: true,
         vhost_net: true,
+        vhost_vsock: true,
         tls_dir: "/etc/virt/tls".into(),
         certificates: certificates(),
         modules: ["block-curl", "block-rbd", "block-iscsi", "block-gluster"].map(str::to_owned).into(),

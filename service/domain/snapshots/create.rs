@@ -9,12 +9,16 @@ use crate::store::{Deed, Record};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
+use virt_model::device::disk::DiskKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{CreatePlan, DiskMode, Journal as _, Machine, Taken, Wish};
+use virt_model::driver::snapshots::{CreatePlan, DiskMode, DiskPart, Journal as _, Machine, Taken, Wish};
 use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
 use virt_model::state::{DomainState, Stopped};
 use virt_model::xml::FindingKind;
+
+/// The longest record, in bytes, that is read again, with room for what is added when it is complete.
+const LONGEST: usize = virt_model::xml::MAX_SIZE - (64 << 10);
 
 /// How a snapshot is taken.
 #[derive(Clone, Debug, Default)]
@@ -118,8 +122,8 @@ impl Domain {
         }
         let name = self.snapshot_name(&doc);
         let planned = self.plan_snapshot(&doc, &name, &options).await?;
-        if !planned.named.iter().all(|file| is_beside_a_disk(file, &planned.machine.def)) {
-            // Elsewhere on the host is for those who may name any file in a configuration.
+        if planned.names_the_hosts(&options) {
+            // That is for those who may name any file in a configuration.
             self.allow(caller, Action::Define).await?;
         }
         let (keep, leave) = ((!options.no_metadata).then(|| name.clone()), options.cancel_on_disconnect);
@@ -175,12 +179,16 @@ impl Domain {
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
+        if let Some(why) = aligned.not_in_this_state(request) {
+            return Err(Error::OperationUnsupported(format!("domain '{}': {why}", self.name())));
+        }
         let (parent, inactive) = {
             let state = lock(&self.state);
             if state.snapshots.tree.get(name).is_some() {
                 let text = format!("snapshot '{name}' already exists for domain '{}'; delete it first", state.name);
                 return Err(Error::SnapshotExists(text));
             }
+            state.snapshots.room_for_another(&state.name)?;
             let inactive = state.stored.as_deref().filter(|_| state.guest.is_some()).cloned();
             (state.snapshots.tree.current().map(str::to_owned), inactive)
         };
@@ -210,6 +218,12 @@ impl Domain {
             captured: Vec::new(),
             cookie: None,
         };
+        if def.write(true, true).len() > LONGEST {
+            return Err(Error::OperationUnsupported(format!(
+                "the configurations of domain '{}' are together too long to be kept with a snapshot; shorten its metadata",
+                self.name()
+            )));
+        }
         Ok(Planned { def, wish, plan, machine, named: aligned.named })
     }
 
@@ -376,9 +390,20 @@ pub(super) fn refused(findings: Vec<virt_model::xml::Finding>) -> Error {
     Error::ConfigUnsupported(texts.join("; "))
 }
 
-/// Whether a file is in the folder of one of the machine's disks.
-fn is_beside_a_disk(file: &Path, def: &DomainDef) -> bool {
+impl Planned {
+    /// Whether the caller named more of the host than a new file beside an image of the machine's: a place elsewhere, a
+    /// device, or what is there already.
+    fn names_the_hosts(&self, options: &CreateOptions) -> bool {
+        let device = |disk: &DiskPart| matches!(disk.mode, DiskMode::External { block: true, .. });
+        let elsewhere = !self.named.iter().all(|file| is_beside_an_image(file, &self.machine.def));
+        options.reuse_external || elsewhere || self.wish.disks.iter().any(device)
+    }
+}
+
+/// Whether a file is in the folder of one of the machine's images.
+fn is_beside_an_image(file: &Path, def: &DomainDef) -> bool {
     let plain = !file.components().any(|part| part == std::path::Component::ParentDir);
-    let mut folders = def.devices.disks.iter().filter_map(|disk| Path::new(disk.path()?).parent());
+    let images = def.devices.disks.iter().filter(|disk| disk.kind() == DiskKind::File);
+    let mut folders = images.filter_map(|disk| Path::new(disk.path()?).parent());
     plain && folders.any(|folder| file.parent() == Some(folder))
 }

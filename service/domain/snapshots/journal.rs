@@ -11,26 +11,36 @@ use uuid::Uuid;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
 
+/// An operation that has begun and not ended; whoever finds one with the turn in its hand finds it unfinished.
+pub(super) type Open = Arc<Mutex<Option<Intent>>>;
 /// See the module.
 pub(super) struct DomainJournal {
     shared: Arc<Shared>,
     uuid: Uuid,
     intent: Mutex<Intent>,
+    open: Open,
     job: Option<Arc<Job>>,
     never: CancellationToken,
 }
 
 impl DomainJournal {
-    pub fn new(shared: Arc<Shared>, uuid: Uuid, deed: Deed, job: Option<Arc<Job>>) -> DomainJournal {
+    pub fn new(shared: Arc<Shared>, uuid: Uuid, deed: Deed, open: Open, job: Option<Arc<Job>>) -> DomainJournal {
         let intent = Mutex::new(Intent { deed, note: None });
-        DomainJournal { shared, uuid, intent, job, never: CancellationToken::new() }
+        DomainJournal { shared, uuid, intent, open, job, never: CancellationToken::new() }
     }
 
     /// Writes the intent down, before anything is changed.
     pub async fn begin(&self) -> Result<()> {
-        let (shared, uuid, intent) = (self.shared.clone(), self.uuid, lock(&self.intent).clone());
-        on_disk(move || shared.store.save_intent(uuid, &intent)).await?;
+        let intent = lock(&self.intent).clone();
+        self.keep(intent).await?;
         self.step("intent");
+        Ok(())
+    }
+
+    async fn keep(&self, intent: Intent) -> Result<()> {
+        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
+        on_disk(move || shared.store.save_intent(uuid, &kept)).await?;
+        *lock(&self.open) = Some(intent);
         Ok(())
     }
 
@@ -38,6 +48,7 @@ impl DomainJournal {
     pub async fn end(&self) -> Result<()> {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         on_disk(move || shared.store.remove_intent(uuid)).await?;
+        *lock(&self.open) = None;
         self.step("end");
         Ok(())
     }
@@ -53,14 +64,12 @@ impl DomainJournal {
 #[async_trait]
 impl Journal for DomainJournal {
     async fn note(&self, note: serde_json::Value) -> Result<(), DriverError> {
-        let (shared, uuid) = (self.shared.clone(), self.uuid);
         let intent = {
             let mut intent = lock(&self.intent);
             intent.note = Some(note);
             intent.clone()
         };
-        let kept = on_disk(move || shared.store.save_intent(uuid, &intent)).await;
-        kept.map_err(|e| match e {
+        self.keep(intent).await.map_err(|e| match e {
             Error::NoSpace(text) => DriverError::NoSpace(text),
             e => DriverError::Storage(e.to_string()),
         })?;

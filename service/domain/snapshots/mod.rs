@@ -27,13 +27,16 @@ use crate::store::{Loaded, Record, on_disk};
 use journal::DomainJournal;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::{DiskMode, FileFate, Kept, Machine, MemoryMode, Snapshots};
 use virt_model::snapshot::{Node, SnapshotDef, SnapshotTree};
 use virt_model::state::DomainState;
+
+/// The most snapshots of one domain.
+const MOST: usize = 10_000;
 
 /// What a domain keeps of its snapshots.
 #[derive(Debug, Default)]
@@ -43,6 +46,8 @@ pub(super) struct Kit {
     told: BTreeMap<String, Arc<SnapshotFacts>>,
     /// What is told is no longer true.
     stale: bool,
+    /// What has begun and not ended.
+    open: journal::Open,
 }
 
 impl Kit {
@@ -58,7 +63,7 @@ impl Kit {
         for name in mended {
             tracing::warn!(snapshot = name, "its parent is not there; it is a root now");
         }
-        Kit { tree, told: BTreeMap::new(), stale: true }
+        Kit { tree, stale: true, open: Arc::new(Mutex::new(loaded.intent)), ..Kit::default() }
     }
 
     pub(super) fn current(&self) -> Option<&str> {
@@ -72,6 +77,7 @@ impl Kit {
     /// All records are gone; images keep what they hold.
     pub(super) fn forget(&mut self) {
         *self.change() = SnapshotTree::default();
+        *lock(&self.open) = None;
     }
 
     fn change(&mut self) -> &mut SnapshotTree<Arc<Record>> {
@@ -83,21 +89,31 @@ impl Kit {
         self.tree.get(name).map(|node| node.content.clone())
     }
 
+    /// Refuses one more where there are too many for anybody to look through.
+    fn room_for_another(&self, domain: &str) -> Result<()> {
+        if self.tree.len() < MOST {
+            return Ok(());
+        }
+        Err(Error::LimitsExceeded(format!("domain '{domain}' has {MOST} snapshots; delete some first")))
+    }
+
     fn next_order(&self) -> u64 {
         self.tree.iter().map(|node| node.content.order).filter(|order| *order < u64::MAX).max().map_or(1, |n| n + 1)
     }
 
-    /// What is new since it was last told; nothing is there any more of a domain that has `gone`.
-    pub(super) fn news(&mut self, domain: uuid::Uuid, gone: bool) -> Vec<Event> {
+    /// What is new since it was last told: what is there, and which ones are not any more. Of a domain that has `gone`
+    /// there is none. What others lead to is told before them, and goes after them.
+    pub(super) fn news(&mut self, domain: uuid::Uuid, gone: bool) -> (Vec<Event>, Vec<Event>) {
         if !std::mem::take(&mut self.stale) && !gone {
-            return Vec::new();
+            return Default::default();
         }
         let now: Vec<SnapshotFacts> =
             if gone { Vec::new() } else { self.tree.iter().map(|node| self.facts(domain, node)).collect() };
-        let mut events = Vec::new();
+        let (mut new, mut changed) = (Vec::new(), Vec::new());
         let mut told = BTreeMap::new();
         for facts in now {
             let before = self.told.remove(&facts.name);
+            let events = if before.is_none() { &mut new } else { &mut changed };
             let facts = match before {
                 Some(before) if *before == facts => before,
                 _ => {
@@ -108,8 +124,8 @@ impl Kit {
             };
             told.insert(facts.name.clone(), facts);
         }
-        events.extend(std::mem::replace(&mut self.told, told).into_values().map(Event::SnapshotGone));
-        events
+        new.append(&mut changed);
+        (new, std::mem::replace(&mut self.told, told).into_values().map(Event::SnapshotGone).collect())
     }
 
     fn facts(&self, domain: uuid::Uuid, node: &Node<Arc<Record>>) -> SnapshotFacts {
@@ -310,13 +326,17 @@ impl Domain {
         };
         turn.rename(job.label(operation));
         job.running();
+        self.made_whole().await?;
         let done = work(self.clone(), job.clone()).await;
+        // Where the guest stood for it and went on, that is told before the answer.
+        self.all_told().await;
         drop(turn);
         done
     }
 
     fn journal(&self, deed: crate::store::Deed, job: Option<Arc<Job>>) -> Arc<DomainJournal> {
-        Arc::new(DomainJournal::new(self.shared.clone(), self.uuid, deed, job))
+        let open = lock(&self.state).snapshots.open.clone();
+        Arc::new(DomainJournal::new(self.shared.clone(), self.uuid, deed, open, job))
     }
 
     /// Stores a record.

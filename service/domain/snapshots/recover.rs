@@ -2,6 +2,7 @@
 
 use super::{Domain, DomainJournal, Kept};
 use crate::error::{Error, Result};
+use crate::job::lock;
 use crate::shared::virtd_itself;
 use crate::store::{Deed, Intent, Record};
 use std::sync::Arc;
@@ -9,13 +10,32 @@ use virt_model::driver::snapshots::{Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 
 impl Domain {
-    /// Finishes or undoes an operation that was cut off, and says what was done about it.
-    pub(crate) async fn recover_snapshots(self: &Arc<Self>, intent: Intent) -> Result<()> {
+    /// Finishes or undoes an operation that was cut off, or that failed half-way and could not be undone, if there is one;
+    /// says what was done about it. To be called by who has the turn, before anything that an image or a configuration
+    /// in two minds would be the worse for. Error: it cannot be made whole now either; nothing else may begin then.
+    pub(crate) async fn made_whole(self: &Arc<Self>) -> Result<()> {
+        let open = lock(&self.state).snapshots.open.clone();
+        let intent = lock(&open).clone();
+        let Some(intent) = intent else { return Ok(()) };
         let what = match &intent.deed {
             Deed::Create { .. } => "taking a snapshot",
             Deed::Revert { .. } => "a revert",
             Deed::Delete { .. } => "deleting a snapshot",
         };
+        // Boxed: what may have to be done is much, and rarely is.
+        let story = Box::pin(self.made_up_for(intent, what)).await.map_err(|error| {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "{what} was cut off, and is still half done");
+            Error::OperationInvalid(format!(
+                "domain '{}': {what} was cut off half-way, and cannot be finished: {error}; mend that and try again",
+                self.name()
+            ))
+        })?;
+        self.all_told().await;
+        tracing::warn!(uuid = %self.uuid, name = self.name(), "{what} was cut off: {story}");
+        Ok(())
+    }
+
+    async fn made_up_for(self: &Arc<Self>, intent: Intent, what: &str) -> Result<String> {
         let journal = self.journal(intent.deed.clone(), None);
         let recovered = match intent.note {
             Some(note) => {
@@ -25,9 +45,7 @@ impl Domain {
             }
             None => Recovered::Undone { story: "nothing had been changed".to_owned() },
         };
-        let story = self.follow_up(intent.deed, recovered, &journal).await?;
-        tracing::warn!(uuid = %self.uuid, name = self.name(), "{what} was cut off when virtd ended: {story}");
-        Ok(())
+        self.follow_up(intent.deed, recovered, &journal).await
     }
 
     async fn follow_up(
@@ -106,9 +124,11 @@ impl Domain {
         let running = self.guest();
         let story = match (active, running) {
             (Some(paused), Ok(guest)) if in_place => {
-                if !paused {
-                    guest.instance.resume().await.map_err(|e| self.not_reverted(name, e))?;
-                }
+                lock(&self.state).mute();
+                let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
+                self.unmuted(false).await;
+                resumed.map_err(|e| self.not_reverted(name, e))?;
+                self.relabel(&def).await?;
                 "the guest has been loaded"
             }
             (_, Ok(_)) => "its guest had been started",

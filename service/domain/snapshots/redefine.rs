@@ -23,7 +23,7 @@ impl Domain {
         // The configuration in it is one that a revert would make the domain's.
         self.allow(caller, Action::Define).await?;
         let record = self.restored(doc.clone(), options)?;
-        if record.def.as_ref().is_ok_and(|def| def.domain.as_ref().is_some_and(|d| d.has_native_arguments())) {
+        if record.def.as_ref().is_ok_and(|def| machines(def).any(DomainDef::has_native_arguments)) {
             self.allow(caller, Action::Native).await?;
         }
         let (name, options) = (record.name.clone(), options.clone());
@@ -75,10 +75,14 @@ impl Domain {
             let text = format!("with 'disk-only' the state of '{name}' is disk-snapshot, not {}", def.state);
             return Err(Error::InvalidArgument(text));
         }
-        let uuids: Vec<Uuid> = uuid.into_iter().chain(def.domain.as_ref().map(|domain| domain.uuid)).collect();
+        let uuids: Vec<Uuid> = uuid.into_iter().chain(machines(&def).map(|domain| domain.uuid)).collect();
         if let Some(other) = uuids.iter().find(|uuid| **uuid != self.uuid) {
             let text = format!("snapshot '{name}' is of the domain {other}, not of '{}' ({})", state.name, self.uuid);
             return Err(Error::InvalidArgument(text));
+        }
+        // A revert would make each of them the domain's own.
+        for machine in machines(&def) {
+            self.fits(&super::plan::renamed(machine, &state.name), &state.name)?;
         }
         let order = match tree.get(&name) {
             Some(node) => {
@@ -91,11 +95,19 @@ impl Domain {
                 let text = format!("a new snapshot needs the full <domain> it was taken of, and '{name}' has none");
                 return Err(Error::InvalidArgument(text));
             }
-            None => state.snapshots.next_order(),
+            None => {
+                state.snapshots.room_for_another(&state.name)?;
+                state.snapshots.next_order()
+            }
         };
         align(&mut def)?;
         Ok(Record::restored(def, order))
     }
+}
+
+/// The configurations in it: what ran, and what was stored beside that.
+fn machines(def: &SnapshotDef) -> impl Iterator<Item = &DomainDef> {
+    def.domain.as_deref().into_iter().chain(def.inactive.as_deref())
 }
 
 /// Whether a restored record may take the place of one that is there.

@@ -61,6 +61,7 @@ impl Domain {
         }
         // A transient domain must not go with its guest.
         let stay = crate::domain::lifecycle::Creation::begin(self)?;
+        let ended = machine.guest.is_some();
         if let Ok(guest) = self.guest() {
             self.end_as(guest, Stopped::FromSnapshot).await?;
             journal.step("ended");
@@ -68,7 +69,7 @@ impl Domain {
         job.past_return();
         let machine = Machine { guest: None, running: false, ..machine };
         let kin = self.kin(&def.name, &[], &machine);
-        let before = self.configurations().1;
+        let before = Before { stored: self.configurations().1, record: self.snapshot(&def.name)? };
         let reverted = match self.takes_snapshots()?.revert_images(&machine, &kept, &kin, journal.clone()).await {
             Ok(reverted) => reverted,
             Err(e) => {
@@ -76,44 +77,60 @@ impl Domain {
                 return Err(self.not_reverted(&def.name, e));
             }
         };
-        let def = self.keep_reverted(def, &reverted, &journal).await?;
-        match active {
-            Some(paused) => {
-                let started = self.start_reverted(caller, &def, kept, &reverted, paused, options.reset_nvram).await;
-                if let Err(e) = started {
-                    self.take_back(&machine, &reverted, before, &journal).await;
-                    return Err(e);
+        let stands = async {
+            let def = self.keep_reverted(def, &reverted, &journal).await?;
+            match active {
+                Some(paused) => {
+                    self.start_reverted(caller, &def, kept, &reverted, paused, options.reset_nvram).await?;
+                    journal.step("started");
                 }
-                journal.step("started");
+                None => self.is_off().await,
             }
-            None => self.is_off().await,
-        }
+            Ok(def)
+        };
+        let def = match stands.await {
+            Ok(def) => def,
+            Err(e) => {
+                self.take_back(&machine, &reverted, before, &journal).await;
+                if ended {
+                    self.has_failed().await;
+                }
+                return Err(e);
+            }
+        };
         drop(stay);
         self.reverted(def, &reverted, &journal).await
     }
 
-    /// The snapshot could not be started from: disks and stored configuration are again what they were.
-    async fn take_back(
-        &self,
-        machine: &Machine,
-        reverted: &Reverted,
-        before: Option<Arc<DomainDef>>,
-        journal: &Arc<DomainJournal>,
-    ) {
+    /// The snapshot could not be started from, or written down: disks, stored configuration and record are again what they
+    /// were.
+    async fn take_back(&self, machine: &Machine, reverted: &Reverted, before: Before, journal: &Arc<DomainJournal>) {
         let back = async {
             let driver = self.takes_snapshots()?;
             let settled = driver.settle(machine, reverted, false).await;
             settled.map_err(|e| Error::from_driver(&self.name(), "take back the revert of", e))?;
-            if let Some(before) = before {
-                self.store(DomainDef::clone(&before)).await?;
+            if let Some(stored) = before.stored {
+                self.store(DomainDef::clone(&stored)).await?;
             }
+            self.save_record(Record::clone(&before.record)).await?;
             let current = lock(&self.state).snapshots.current().map(str::to_owned);
             self.save_current(current).await?;
             journal.end().await
         };
         if let Err(error) = back.await {
-            tracing::error!(uuid = %self.uuid, %error, "the next start of virtd finishes this revert");
+            tracing::error!(uuid = %self.uuid, %error, "a revert is half done; it is finished before anything else is");
         }
+    }
+
+    /// The guest that ran has ended for this, and no other has come in its place.
+    async fn has_failed(&self) {
+        let since_usec = now_usec();
+        self.forget_guest(None, StateReason::Failed, since_usec).await;
+        self.commit(|state| {
+            state.reason = StateReason::Failed;
+            state.since_usec = since_usec;
+            vec![Lifecycle::Stopped(Stopped::Failed)]
+        });
     }
 
     /// Into the process that runs.
@@ -138,22 +155,20 @@ impl Domain {
             Ok::<_, DriverError>(())
         };
         if let Err(e) = loaded.await {
-            self.unmuted(StateReason::FromSnapshot, was_running, DomainState::Paused).await;
+            self.unmuted(was_running).await;
             journal.end_after_failure().await;
             return Err(self.not_reverted(&def.name, e));
         }
         let reverted = in_process(kept, machine);
-        let def = self.keep_reverted(def.clone(), &reverted, journal).await?;
+        // The guest is there, whether that can be written down or not: it goes on.
+        let written = self.keep_reverted(def.clone(), &reverted, journal).await;
         let resumed = if paused { Ok(()) } else { guest.instance.resume().await };
-        let (now, failed) = match resumed {
-            Ok(()) if paused => (DomainState::Paused, None),
-            Ok(()) => (DomainState::Running, None),
-            Err(e) => (DomainState::Paused, Some(self.not_reverted(&def.name, e))),
-        };
-        self.unmuted(StateReason::FromSnapshot, was_running, now).await;
+        self.unmuted(was_running).await;
+        let def = written?;
         self.relabel(&def).await?;
+        let name = def.name.clone();
         self.reverted(def, &reverted, journal).await?;
-        failed.map_or(Ok(()), Err)
+        resumed.map_err(|e| self.not_reverted(&name, e))
     }
 
     async fn driver_load(
@@ -169,7 +184,7 @@ impl Domain {
     }
 
     /// What the running guest is called and described by is the snapshot's again.
-    async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
+    pub(super) async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
         let (Some(taken), (Some(live), _)) = (def.domain.as_deref(), self.configurations()) else { return Ok(()) };
         let mut live = DomainDef::clone(&live);
         live.title.clone_from(&taken.title);
@@ -216,6 +231,7 @@ impl Domain {
         let taken = def.domain.as_deref()?;
         let mut stored = renamed(def.inactive.as_deref().unwrap_or(taken), &name);
         stored.id = None;
+        stored.uuid = self.uuid;
         switch_disks(&mut stored, taken, stands_on);
         Some(stored)
     }
@@ -234,7 +250,9 @@ impl Domain {
         let live = renamed(&reverted.def, &self.name());
         let cancel = CancellationToken::new();
         lock(&self.state).starting = Some(0);
-        let started = self.start_guest(live, caller, options, Origin::Snapshot(from.map(Box::new)), &cancel).await;
+        let origin = Origin::Snapshot(from.map(Box::new));
+        // Boxed: a start is large, and this lies deep in what may already be one.
+        let started = Box::pin(self.start_guest(live, caller, options, origin, &cancel)).await;
         self.start_ended();
         started
     }
@@ -279,20 +297,16 @@ impl Domain {
         Ok(())
     }
 
-    /// The hypervisor's reports count again; the guest is `now` so, which is told if it is news.
-    async fn unmuted(&self, reason: StateReason, was_running: bool, now: DomainState) {
-        let Ok(guest) = self.guest() else {
-            lock(&self.state).muted = None;
-            return;
-        };
-        self.until(|state| !state.runs(guest.id) || state.muted.is_none_or(|seen| seen == now)).await;
-        let since_usec = now_usec();
-        self.keep_status(guest.id, now, reason, since_usec).await;
+    /// The hypervisor's reports count again: what they came to is told, if it is news.
+    pub(super) async fn unmuted(&self, was_running: bool) {
+        self.all_told().await;
+        let (reason, since_usec) = (StateReason::FromSnapshot, now_usec());
+        let seen = lock(&self.state).muted;
+        if let (Some(now), Ok(guest)) = (seen, self.guest()) {
+            self.keep_status(guest.id, now, reason, since_usec).await;
+        }
         self.commit(|state| {
-            state.muted = None;
-            if !state.runs(guest.id) {
-                return Vec::new();
-            }
+            let (Some(now), true) = (state.muted.take(), state.guest.is_some()) else { return Vec::new() };
             state.state = now;
             state.reason = reason;
             state.since_usec = since_usec;
@@ -303,6 +317,12 @@ impl Domain {
             }
         });
     }
+}
+
+/// What was on disk before a revert.
+struct Before {
+    stored: Option<Arc<DomainDef>>,
+    record: Arc<Record>,
 }
 
 /// What a revert within the process comes to: the machine stands on what it stood on.

@@ -58,6 +58,12 @@ pub struct PciAddress {
     pub multifunction: Option<bool>,
 }
 
+impl std::fmt::Display for PciAddress {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{:04x}:{:02x}:{:02x}.{:x}", self.domain, self.bus, self.slot, self.function)
+    }
+}
+
 impl PciAddress {
     /// Domain, bus, slot and function, without `multifunction`.
     pub fn place(&self) -> (u16, u8, u8, u8) {
@@ -236,7 +242,7 @@ impl Address {
 }
 
 /// `None` if the address only says that it is on PCI.
-fn read_pci(at: &mut Element, log: &mut Vec<Finding>) -> Option<PciAddress> {
+pub(crate) fn read_pci(at: &mut Element, log: &mut Vec<Finding>) -> Option<PciAddress> {
     let place = at.at.clone();
     let domain = take_attr(at, "domain", log);
     let bus = take_attr(at, "bus", log);

@@ -1,6 +1,7 @@
 //! `<interface>`: a network card and what its cable is plugged into.
 
-use super::{DeviceInfo, VirtioDriver};
+use super::hostdev::HostAddress;
+use super::{DeviceInfo, PciAddress, VirtioDriver};
 use crate::domain::part::element;
 use crate::domain::value::{Mac, choices};
 
@@ -20,7 +21,7 @@ choices! {
 
 choices! {
     /// Who moves the packets.
-    pub enum NetDriver { Qemu = "qemu", Vhost = "vhost", }
+    pub enum NetDriver { Qemu = "qemu", Vhost = "vhost", Vfio = "vfio", }
 }
 
 element! {
@@ -28,6 +29,8 @@ element! {
     pub struct Interface {
         /// What the cable is plugged into.
         need "type" => kind: InterfaceKind,
+        /// Of `type='hostdev'`: it is taken from the host's driver at start, and given back at the end.
+        yes_no "managed" => managed: Option<bool>,
         /// `<mac>`
         child "mac" => mac: Option<InterfaceMac>,
         /// `<source>`
@@ -79,6 +82,12 @@ impl Interface {
         self.source.as_ref()?.bridge.as_deref()
     }
 
+    /// Where the host's card is that is handed over, if one is.
+    pub fn host_card(&self) -> Option<PciAddress> {
+        let address = self.source.as_ref()?.place.as_ref()?;
+        address.pci().filter(|_| self.kind == InterfaceKind::Hostdev)
+    }
+
     /// The hardware address.
     pub fn mac(&self) -> Option<Mac> {
         self.mac.as_ref().map(|mac| mac.address)
@@ -100,6 +109,11 @@ element! {
     }
 }
 
+choices! {
+    /// How cards that share a device of the host's see each other.
+    pub enum DirectMode { Vepa = "vepa", Bridge = "bridge", Private = "private", Passthrough = "passthrough", }
+}
+
 element! {
     /// `<interface><source>`
     pub struct InterfaceSource {
@@ -109,12 +123,16 @@ element! {
         attr "portid" => portid: Option<String>,
         /// For `type='bridge'`; for `type='network'`, runtime.
         attr "bridge" => bridge: Option<String>,
-        /// Of `type='user'` by passt: the host's device whose addresses the guest gets.
+        /// The host's device: by passt, whose addresses the guest gets; of `type='direct'`, through which its packets go.
         attr "dev" => dev: Option<String>,
+        /// Of `type='direct'`: which packets the host's device passes on.
+        attr "mode" => mode: Option<DirectMode>,
         /// Of sockets: where they are.
         attr "address" => address: Option<String>,
         /// Of sockets: their port.
         attr "port" => port: Option<u16>,
+        /// `<address>`: of `type='hostdev'`, where the host's card is.
+        child "address" => place: Option<HostAddress>,
         /// `<local>`: our own end.
         child "local" => local: Option<LocalEnd>,
     }
@@ -328,7 +346,7 @@ choices! {
 }
 
 element! {
-    /// `<vlan>`: which of a bridge's VLANs the card is in.
+    /// `<vlan>`: which of a bridge's VLANs the card is in, or that of a card of the host's.
     pub struct Vlan {
         /// The guest sees tags, even if there is one only.
         yes_no "trunk" => trunk: Option<bool>,

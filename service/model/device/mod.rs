@@ -10,6 +10,7 @@ pub mod controller;
 pub mod disk;
 pub mod display;
 pub mod filesystem;
+pub mod hostdev;
 pub mod interface;
 pub mod memory;
 pub mod misc;
@@ -23,6 +24,7 @@ pub use controller::{Controller, ControllerKind};
 pub use disk::Disk;
 pub use display::{Graphics, Video};
 pub use filesystem::Filesystem;
+pub use hostdev::{Hostdev, Vsock};
 pub use interface::Interface;
 pub use memory::MemoryDevice;
 pub use misc::{Input, Memballoon, Rng, Tpm, Watchdog};
@@ -61,6 +63,8 @@ element! {
         children "audio" => audios: Vec<Audio>,
         /// `<video>`
         children "video" => videos: Vec<Video>,
+        /// `<hostdev>`
+        children "hostdev" => hostdevs: Vec<Hostdev>,
         /// `<redirdev>`
         children "redirdev" => redirdevs: Vec<Redirdev>,
         /// `<redirfilter>`
@@ -83,11 +87,13 @@ element! {
         children "crypto" => cryptos: Vec<Crypto>,
         /// `<iommu>`
         children "iommu" => iommus: Vec<Iommu>,
+        /// `<vsock>`
+        child "vsock" => vsock: Option<Vsock>,
     }
 }
 
 impl Devices {
-    /// Devices of kinds that are kept and not acted upon, e.g. `<hostdev>`.
+    /// Devices of kinds that are kept and not acted upon, e.g. `<lease>`.
     pub fn untyped(&self) -> &[Element] {
         &self.rest.elements
     }
@@ -107,6 +113,7 @@ impl Devices {
         all.extend(self.tpms.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.sounds.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.videos.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.hostdevs.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.redirdevs.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.hubs.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.watchdogs.iter().map(|d| (&d.info, &d.at)));
@@ -117,6 +124,7 @@ impl Devices {
         all.extend(self.memories.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.cryptos.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.iommus.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.vsock.iter().map(|d| (&d.info, &d.at)));
         all
     }
 
@@ -135,6 +143,7 @@ impl Devices {
         all.extend(self.tpms.iter_mut().map(|d| &mut d.info));
         all.extend(self.sounds.iter_mut().map(|d| &mut d.info));
         all.extend(self.videos.iter_mut().map(|d| &mut d.info));
+        all.extend(self.hostdevs.iter_mut().map(|d| &mut d.info));
         all.extend(self.redirdevs.iter_mut().map(|d| &mut d.info));
         all.extend(self.hubs.iter_mut().map(|d| &mut d.info));
         all.extend(self.watchdogs.iter_mut().map(|d| &mut d.info));
@@ -145,6 +154,7 @@ impl Devices {
         all.extend(self.memories.iter_mut().map(|d| &mut d.info));
         all.extend(self.cryptos.iter_mut().map(|d| &mut d.info));
         all.extend(self.iommus.iter_mut().map(|d| &mut d.info));
+        all.extend(self.vsock.iter_mut().map(|d| &mut d.info));
         all
     }
 

@@ -9,14 +9,16 @@ use super::memory::{Placement, Vcpu};
 use super::os::{Boot, BootDevice};
 use super::value::{Kib, Mac};
 use super::{DomainDef, cpu::Cpu};
+use crate::device::Vsock;
 use crate::device::chardev::{
     ChannelKind, CharKind, Console, ConsoleKind, ConsoleTarget, Serial, SerialKind, SerialTarget,
 };
 use crate::device::controller::{Controller, ControllerModel};
 use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
 use crate::device::display::{Graphics, GraphicsKind, Listen, ListenKind};
-use crate::device::interface::{Interface, InterfaceMac};
-use crate::device::misc::{InputBus, InputKind};
+use crate::device::hostdev::HostdevMode;
+use crate::device::interface::{DirectMode, Interface, InterfaceKind, InterfaceMac};
+use crate::device::misc::{InputBus, InputKind, VirtioModel};
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 
@@ -67,6 +69,11 @@ impl DomainDef {
         number_controllers(&mut devices.controllers);
         devices.interfaces.iter_mut().for_each(fill_interface);
         devices.graphics.iter_mut().for_each(fill_graphics);
+        for hostdev in &mut devices.hostdevs {
+            hostdev.mode.get_or_insert(HostdevMode::Subsystem);
+            hostdev.managed.get_or_insert(false);
+        }
+        devices.vsock.iter_mut().for_each(fill_vsock);
         for input in &mut devices.inputs {
             input.bus.get_or_insert(match input.kind {
                 InputKind::Mouse | InputKind::Keyboard => InputBus::Ps2,
@@ -196,8 +203,22 @@ fn number_ports(serials: &mut [Serial]) {
     }
 }
 
+/// A number that nobody gave is chosen at start.
+fn fill_vsock(vsock: &mut Vsock) {
+    vsock.model.get_or_insert(VirtioModel::Virtio);
+    let cid = vsock.cid.get_or_insert_default();
+    let unsaid = cid.address.is_none();
+    cid.auto.get_or_insert(unsaid);
+}
+
 fn fill_interface(interface: &mut Interface) {
     interface.mac.get_or_insert_with(|| InterfaceMac { address: made_up_mac(), ..InterfaceMac::default() });
+    if let (InterfaceKind::Direct, Some(source)) = (interface.kind, &mut interface.source) {
+        source.mode.get_or_insert(DirectMode::Vepa);
+    }
+    if interface.kind == InterfaceKind::Hostdev {
+        interface.managed.get_or_insert(false);
+    }
 }
 
 /// A random address in QEMU's range.

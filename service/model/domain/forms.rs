@@ -44,6 +44,8 @@ impl DomainDef {
         self.devices.disks.iter_mut().for_each(forget_disk);
         self.devices.interfaces.iter_mut().for_each(forget_interface);
         self.devices.graphics.iter_mut().for_each(forget_ports);
+        let cid = self.devices.vsock.as_mut().and_then(|vsock| vsock.cid.as_mut());
+        cid.filter(|cid| cid.auto == Some(true)).iter_mut().for_each(|cid| cid.address = None);
         self.devices.rest.elements.iter_mut().for_each(forget_untyped);
         let memories = self.devices.memories.iter_mut();
         memories.for_each(|device| device.target.rest.elements.retain(|element| element.name != "current"));

@@ -7,7 +7,7 @@ use crate::device::Disk;
 use crate::device::disk::{DiskDevice, DiskKind, SnapshotPolicy};
 use crate::domain::DomainDef;
 use crate::driver::snapshots::{DiskMode, DiskPart, MemoryMode};
-use crate::xml::{Finding, FindingKind, Place};
+use crate::xml::Finding;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
@@ -60,6 +60,15 @@ impl Alignment {
             alignment.check(doc, def, request, &mut log);
         }
         if log.is_empty() { Ok(alignment) } else { Err(log) }
+    }
+
+    /// Why no hypervisor can do it as the machine is now, if so.
+    pub fn not_in_this_state(&self, request: Request) -> Option<&'static str> {
+        if request.live && !(request.active && matches!(self.memory, MemoryMode::External(_))) {
+            return Some("'live' is for the memory of a running guest that is written to a file");
+        }
+        let without = self.memory == MemoryMode::No && request.active && !request.disk_only;
+        without.then_some("the disks of a running guest are captured without its memory only with the option disk-only")
     }
 
     /// What does not go together.
@@ -142,28 +151,13 @@ impl Alignment {
 
 fn memory(doc: &SnapshotDoc, request: Request, log: &mut Vec<Finding>) -> MemoryMode {
     let usual = if request.active && !request.disk_only { MemoryMode::Internal } else { MemoryMode::No };
-    let Some(said) = &doc.memory else {
-        refuse_live(request, &usual, &doc.at, log);
-        return usual;
-    };
+    let Some(said) = &doc.memory else { return usual };
     let memory = asked_memory(said, log).unwrap_or(MemoryMode::No);
     if memory != MemoryMode::No && (!request.active || request.disk_only) {
         let why = if request.active { "with disk-only" } else { "of a domain that is shut off" };
         log.push(Finding::invalid(&said.at, format!("there is no memory to capture {why}")));
     }
-    if memory == MemoryMode::No && request.active && !request.disk_only {
-        let why = "the disks of a running guest are captured without its memory only with the option disk-only";
-        log.push(Finding::new(FindingKind::Unsupported, &said.at, why));
-    }
-    refuse_live(request, &memory, &said.at, log);
     memory
-}
-
-fn refuse_live(request: Request, memory: &MemoryMode, place: &Place, log: &mut Vec<Finding>) {
-    if request.live && !(request.active && matches!(memory, MemoryMode::External(_))) {
-        let why = "'live' is for the memory of a running guest that is written to a file";
-        log.push(Finding::new(FindingKind::Unsupported, place, why));
-    }
 }
 
 /// The disks that the document names, by target.

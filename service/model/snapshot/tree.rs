@@ -1,6 +1,8 @@
 //! Which snapshots a domain has, who is whose child, and which is current: a plain value. No loop, no parent that is not
 //! there, at most one current one, whatever is done to it.
 
+use std::collections::{HashMap, HashSet};
+
 /// Snapshots in the order of their creation.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SnapshotTree<T> {
@@ -31,12 +33,31 @@ impl<T> SnapshotTree<T> {
     pub fn from_records(records: Vec<Node<T>>, current: Option<String>) -> (SnapshotTree<T>, Vec<String>) {
         let mut tree = SnapshotTree { nodes: records, current: None };
         let mut mended = Vec::new();
-        for index in 0..tree.nodes.len() {
-            let name = tree.nodes[index].name.clone();
-            let Some(parent) = tree.nodes[index].parent.clone() else { continue };
-            if tree.get(&parent).is_none() || tree.is_below(&parent, &name) {
-                tree.nodes[index].parent = None;
-                mended.push(name);
+        let places: HashMap<String, usize> =
+            tree.nodes.iter().enumerate().map(|(index, node)| (node.name.clone(), index)).collect();
+        let mut above: Vec<Option<usize>> =
+            tree.nodes.iter().map(|node| places.get(node.parent.as_ref()?).copied()).collect();
+        // Those from which a root is reached.
+        let mut sound = vec![false; above.len()];
+        for start in 0..above.len() {
+            let mut way = Vec::new();
+            let mut on_it = HashSet::new();
+            let mut at = start;
+            while !sound[at] && on_it.insert(at) {
+                way.push(at);
+                match above[at] {
+                    // A loop: it is opened where it was entered.
+                    Some(parent) if on_it.contains(&parent) => above[parent] = None,
+                    Some(parent) => at = parent,
+                    None => {}
+                }
+            }
+            way.into_iter().for_each(|index| sound[index] = true);
+        }
+        for (node, above) in tree.nodes.iter_mut().zip(above) {
+            if node.parent.is_some() && above.is_none() {
+                node.parent = None;
+                mended.push(node.name.clone());
             }
         }
         tree.current = current.filter(|name| tree.get(name).is_some());
@@ -87,11 +108,19 @@ impl<T> SnapshotTree<T> {
 
     /// All below one, each before its parent.
     pub fn descendants(&self, name: &str) -> Vec<String> {
-        let mut found = Vec::new();
-        for child in self.children(name) {
-            found.extend(self.descendants(&child.name));
-            found.push(child.name.clone());
+        let mut below: HashMap<&str, Vec<&str>> = HashMap::new();
+        for node in &self.nodes {
+            below.entry(node.parent.as_deref().unwrap_or_default()).or_default().push(&node.name);
         }
+        // Parents first, and of children the last first; then the other way round.
+        let mut found = Vec::new();
+        let mut open = vec![name];
+        while let Some(at) = open.pop() {
+            found.push(at.to_owned());
+            open.extend(below.get(at).into_iter().flatten());
+        }
+        found.remove(0);
+        found.reverse();
         found
     }
 

@@ -160,6 +160,10 @@ fn what_cannot_be_is_refused_by_name() {
         ("", "<graphics type='vnc' port='70000'/>", "at most 65535"),
         ("", "<controller type='usb' index='0'/><controller type='usb' index='0'/>", "the usb controller 0"),
         ("", "<memballoon model='virtio'/><memballoon model='none'/>", "a second <memballoon>"),
+        ("", "<vsock/><vsock/>", "a second <vsock>"),
+        ("", "<hostdev/>", "needs the attribute 'type'"),
+        ("", "<hostdev type='usb'><source><vendor id='0x10000'/></source></hostdev>", "from 0 to 65535"),
+        ("", "<hostdev type='pci'><source><address bus='6' slot='32'/></source></hostdev>", "a PCI slot is at most 31"),
         ("", "<input type='mouse' bus='usb'><address type='usb' bus='0' port='1.'/></input>", "a USB port"),
         (
             "<os><boot dev='hd'/></os>",
@@ -184,6 +188,20 @@ fn what_cannot_be_is_refused_by_name() {
 }
 
 #[test]
+fn a_number_that_was_chosen_is_not_stored() {
+    for (cid, stored) in [
+        ("<cid auto='yes' address='5'/>", "<cid auto='yes'/>"),
+        ("<cid auto='no' address='5'/>", "<cid auto='no' address='5'/>"),
+        ("<cid address='5'/>", "<cid auto='no' address='5'/>"),
+        ("", "<cid auto='yes'/>"),
+    ] {
+        let mut def = parse(&with("", &format!("<vsock>{cid}</vsock>")));
+        def.fill_defaults();
+        assert!(def.write(STORED).contains(stored), "{cid}");
+    }
+}
+
+#[test]
 fn names_that_cannot_be() {
     for name in ["", " ", "a/b", "a\nb", "..", &"x".repeat(300)] {
         let found = findings(&format!("<domain type='test'><name>{name}</name><memory>1</memory></domain>"));
@@ -198,9 +216,9 @@ fn names_that_cannot_be() {
 
 #[test]
 fn what_is_only_kept_is_listed_with_its_place() {
-    let def = parse(&read("cockpit.xml"));
+    let def = parse(&with("", "<pstore backend='acpi-erst'/>"));
     let kept: Vec<_> = def.unhandled().iter().map(|kept| format!("{:?} {}", kept.at, kept.name)).collect();
-    assert_eq!(kept, ["48:5 /devices/hostdev hostdev"]);
+    assert_eq!(kept, ["5:1 /devices/pstore pstore"]);
     let def = parse(&with("", "<interface type='user' trustGuestRxFilters='yes'><script path='x'/></interface>"));
     let found: Vec<_> = def.unhandled().iter().map(|kept| kept.unsupported("is not supported").to_string()).collect();
     assert_eq!(

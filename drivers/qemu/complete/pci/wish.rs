@@ -6,6 +6,8 @@ use virt_model::device::chardev::SerialKind;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::VideoKind;
+use virt_model::device::hostdev::HostdevKind;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::{BalloonModel, InputBus, VirtioModel, WatchdogModel};
 use virt_model::device::sound::SoundModel;
@@ -58,7 +60,8 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
         each(&mut filesystem.info, Some(Wish::Express), &filesystem.at);
     }
     for interface in &mut devices.interfaces {
-        let wish = interface_wish(interface.model());
+        let handed_over = interface.kind == InterfaceKind::Hostdev;
+        let wish = if handed_over { Some(Wish::Express) } else { interface_wish(interface.model()) };
         each(&mut interface.info, wish, &interface.at);
     }
     for controller in &mut devices.controllers {
@@ -80,6 +83,10 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
     }
     for sound in &mut devices.sounds {
         each(&mut sound.info, sound_wish(sound.model, board), &sound.at);
+    }
+    for device in &mut devices.hostdevs {
+        // A card knows itself whether it is PCI Express, and is content with either behind a root port.
+        each(&mut device.info, (device.kind == HostdevKind::Pci).then_some(Wish::Express), &device.at);
     }
     for serial in &mut devices.serials {
         let pci = serial.target.as_ref().and_then(|t| t.kind) == Some(SerialKind::Pci);
@@ -111,6 +118,9 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
     }
     for iommu in &mut devices.iommus {
         each(&mut iommu.info, (iommu.model == IommuModel::Virtio).then_some(Wish::Root), &iommu.at);
+    }
+    if let Some(vsock) = &mut devices.vsock {
+        each(&mut vsock.info, Some(Wish::Express), &vsock.at);
     }
 }
 

@@ -1,0 +1,139 @@
+//! What was changed on the host for one guest, which guest has what, and how it is undone when the guest has gone.
+//!
+//! Each change stands in the guest's record before it is made. So whoever was killed in between, the next virtd undoes it;
+//! undoing what was not done yet, or what is undone already, does nothing.
+
+use crate::host::macvtap::Macvtap;
+use crate::host::pci::Pci;
+use crate::host::vf::{Function, Terms};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use uuid::Uuid;
+use virt_model::driver::DriverError;
+
+/// Where the kernel shows the host's devices.
+pub const SYSFS: &str = "/sys";
+
+/// A change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Change {
+    /// A PCI device was taken from the host.
+    Detached {
+        /// Its address, as in `0000:06:00.0`.
+        pci: String,
+        /// A driver of the host's had it.
+        driven: bool,
+    },
+    /// A network card holds one of its virtual functions to something.
+    Held {
+        /// Which one.
+        function: Function,
+        /// To what.
+        terms: Terms,
+        /// What it was held to before.
+        before: Terms,
+    },
+    /// A network device was made.
+    Made(Macvtap),
+}
+
+impl Change {
+    /// Makes it. On error it may be half made: it is to be undone. Blocks.
+    pub fn make(&self, sysfs: &Path) -> Result<(), DriverError> {
+        match self {
+            Change::Detached { pci, .. } => Pci::below(sysfs)
+                .detach(pci)
+                .map_err(|e| DriverError::Unsupported(format!("PCI device {pci} cannot be taken from the host: {e}"))),
+            Change::Held { function, terms, .. } => {
+                let what = "the address and VLAN of the host's card cannot be set";
+                function.hold(terms).map_err(|e| DriverError::Unsupported(format!("{what}: {e}")))
+            }
+            Change::Made(link) => {
+                let what = format!("no network device '{}' on '{}'", link.name, link.below);
+                link.make().map_err(|e| DriverError::Hypervisor(format!("{what}: {e}")))
+            }
+        }
+    }
+
+    fn undo(&self, sysfs: &Path) -> std::io::Result<()> {
+        match self {
+            Change::Detached { pci, driven } => Pci::below(sysfs).give_back(pci, *driven),
+            Change::Held { function, before, .. } => function.hold(before),
+            Change::Made(link) => link.remove(),
+        }
+    }
+}
+
+/// Undoes all, the last first. What cannot be undone is logged. Blocks.
+pub fn undo(changes: &[Change], sysfs: &Path, uuid: Uuid) {
+    for change in changes.iter().rev() {
+        if let Err(error) = change.undo(sysfs) {
+            tracing::error!(%uuid, ?change, %error, "what was changed on the host for a guest cannot be undone");
+        }
+    }
+}
+
+/// Devices of the host that one guest has to itself.
+#[derive(Clone, Debug, Default)]
+pub struct Claims(Arc<Mutex<BTreeMap<String, Holder>>>);
+
+/// Who has one.
+#[derive(Clone, Debug)]
+struct Holder {
+    uuid: Uuid,
+    name: String,
+}
+
+impl Claims {
+    /// Claims all of `devices` for a guest, or none: the error names who has one of them.
+    pub fn take(&self, uuid: Uuid, name: &str, devices: &[String]) -> Result<(), DriverError> {
+        let mut claims = self.lock();
+        let other = |device: &&String| claims.get(*device).is_some_and(|holder| holder.uuid != uuid);
+        if let Some(device) = devices.iter().find(other) {
+            let holder = claims.get(device).map(|holder| holder.name.clone()).unwrap_or_default();
+            return Err(DriverError::Refused(format!("{device} is in use by domain '{holder}'")));
+        }
+        let holder = Holder { uuid, name: name.to_owned() };
+        claims.extend(devices.iter().map(|device| (device.clone(), holder.clone())));
+        Ok(())
+    }
+
+    /// Gives up all that a guest has.
+    pub fn release(&self, uuid: Uuid) {
+        self.lock().retain(|_, holder| holder.uuid != uuid);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Holder>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_is_one_guests_until_that_has_gone() {
+        let (claims, one, two) = (Claims::default(), Uuid::from_u128(1), Uuid::from_u128(2));
+        let group = vec!["IOMMU group 7".to_owned()];
+        claims.take(one, "web", &group).unwrap();
+        claims.take(one, "web", &group).unwrap();
+        let why = claims.take(two, "db", &["USB device 001:004".to_owned(), group[0].clone()]).unwrap_err();
+        assert_eq!(why.to_string(), "IOMMU group 7 is in use by domain 'web'");
+        claims.take(one, "web", &["USB device 001:004".to_owned()]).unwrap();
+        claims.release(one);
+        claims.take(two, "db", &group).unwrap();
+    }
+
+    #[test]
+    fn what_has_gone_needs_no_undoing() {
+        let dir = tempfile::tempdir().unwrap();
+        let change = Change::Detached { pci: "0000:06:00.0".into(), driven: true };
+        change.undo(dir.path()).unwrap();
+        let kept = serde_json::to_value(&change).unwrap();
+        assert_eq!(kept.to_string(), r#"{"detached":{"driven":true,"pci":"0000:06:00.0"}}"#);
+    }
+}

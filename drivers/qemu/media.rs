@@ -1,0 +1,143 @@
+//! What lies in a drive, changed while the guest runs.
+
+use super::command::{HostFile, Medium};
+use super::instance::Body;
+use super::snapshot::nodes::Nodes;
+use serde_json::{Value, json};
+use std::time::Duration;
+use virt_model::device::Disk;
+use virt_model::driver::DriverError;
+
+/// How long a guest may take to let go of its tray.
+const TRAY: Duration = Duration::from_secs(10);
+
+/// Exchanges the medium: the new one is opened before the old one leaves the drive. On failure the old one is in it.
+/// `medium` says what is to be opened under names that begin so; `lend` makes files accessible to QEMU.
+/// Errors: `Refused` if the guest keeps the tray locked; `Unsupported` if the medium takes a secret.
+pub async fn change(
+    body: &Body,
+    disk: &Disk,
+    medium: impl FnOnce(&str) -> Option<Medium>,
+    lend: impl AsyncFnOnce(Vec<HostFile>) -> Result<(), DriverError>,
+) -> Result<(), DriverError> {
+    let drive = Drive { body, id: disk.info.alias().unwrap_or_default() };
+    let nodes = Nodes::of(body).await?;
+    let before = drive.medium().await?;
+    let mut added = Vec::new();
+    let top = match medium(&nodes.free_name(&disk.target.dev)) {
+        None => None,
+        Some(medium) if medium.secret => {
+            return Err(DriverError::Unsupported(
+                "a medium that takes a secret can be put in only while the guest is off".to_owned(),
+            ));
+        }
+        Some(medium) => {
+            lend(medium.files).await?;
+            if let Err(error) = drive.open(medium.objects, medium.nodes, &mut added).await {
+                drive.close(added).await;
+                return Err(error);
+            }
+            Some(medium.top)
+        }
+    };
+    if let Err(error) = drive.exchange(before.as_deref(), top.as_deref()).await {
+        drive.close(added).await;
+        return Err(error);
+    }
+    let prefix = format!("{}-", disk.target.dev);
+    drive.close(nodes.0.into_iter().map(|node| node.name).filter(|name| name.starts_with(&prefix)).collect()).await;
+    Ok(())
+}
+
+/// A drive of a running guest.
+struct Drive<'a> {
+    body: &'a Body,
+    /// The device's.
+    id: &'a str,
+}
+
+impl Drive<'_> {
+    async fn tell(&self, verb: &str, arguments: Value) -> Result<Value, DriverError> {
+        self.body.patiently(verb, arguments).await
+    }
+
+    /// The node of what lies in it.
+    async fn medium(&self) -> Result<Option<String>, DriverError> {
+        let told = self.tell("query-block", json!({})).await?;
+        let drive = told.as_array().into_iter().flatten().find(|one| one["qdev"] == self.id);
+        let drive = drive.ok_or_else(|| DriverError::Refused(format!("the guest has no drive '{}'", self.id)))?;
+        Ok(drive["inserted"]["node-name"].as_str().map(str::to_owned))
+    }
+
+    /// Opens nodes; the names of those that are open are in `added`, on failure too.
+    async fn open(&self, objects: Vec<Value>, nodes: Vec<Value>, added: &mut Vec<String>) -> Result<(), DriverError> {
+        let told = self.tell("qom-list", json!({ "path": "/objects" })).await?;
+        let there =
+            |object: &Value| told.as_array().is_some_and(|all| all.iter().any(|one| one["name"] == object["id"]));
+        for object in objects.into_iter().filter(|object| !there(object)) {
+            self.tell("object-add", object).await?;
+        }
+        for node in nodes {
+            let name = node["node-name"].as_str().unwrap_or_default().to_owned();
+            self.tell("blockdev-add", node).await?;
+            added.push(name);
+        }
+        Ok(())
+    }
+
+    /// Takes one medium out and puts another in; where that fails, the first one in again.
+    async fn exchange(&self, before: Option<&str>, after: Option<&str>) -> Result<(), DriverError> {
+        self.open_tray().await?;
+        let exchanged = async {
+            self.tell("blockdev-remove-medium", json!({ "id": self.id })).await?;
+            self.insert(after).await
+        };
+        let exchanged = exchanged.await;
+        if exchanged.is_err() && self.medium().await?.is_none() {
+            self.insert(before).await?;
+        }
+        self.tell("blockdev-close-tray", json!({ "id": self.id })).await?;
+        exchanged
+    }
+
+    async fn insert(&self, node: Option<&str>) -> Result<(), DriverError> {
+        if let Some(node) = node {
+            self.tell("blockdev-insert-medium", json!({ "id": self.id, "node-name": node })).await?;
+        }
+        Ok(())
+    }
+
+    /// A guest may have locked the tray; it is told that somebody wants it open, and then has a while.
+    async fn open_tray(&self) -> Result<(), DriverError> {
+        let opened = tokio::time::timeout(TRAY, async {
+            loop {
+                let before = self.body.reporter.heard().trays;
+                match self.tell("blockdev-open-tray", json!({ "id": self.id })).await {
+                    Err(DriverError::Hypervisor(why)) if why.contains("locked") => {}
+                    done => return done.map(drop),
+                }
+                self.body.reporter.until(|heard| heard.closed || heard.trays > before).await;
+            }
+        });
+        opened.await.unwrap_or_else(|_| {
+            Err(DriverError::Refused("the guest keeps the drive's tray locked; let it eject the medium".to_owned()))
+        })
+    }
+
+    /// Closes nodes that nothing uses; what is in use stays. A node can be closed once none stands on it.
+    async fn close(&self, mut nodes: Vec<String>) {
+        loop {
+            let count = nodes.len();
+            let mut left = Vec::new();
+            for node in nodes {
+                if self.tell("blockdev-del", json!({ "node-name": node })).await.is_err() {
+                    left.push(node);
+                }
+            }
+            if left.is_empty() || left.len() == count {
+                return;
+            }
+            nodes = left;
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! What lies in a drive: changed while the guest runs, in what is stored, or both.
+
+use super::{Affect, Domain};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use std::sync::Arc;
+use virt_model::device::Disk;
+use virt_model::device::disk::DiskDevice;
+use virt_model::domain::DomainDef;
+use virt_model::domain::part::Part as _;
+use virt_model::xml::{self, Element, Finding, shorten};
+
+impl Domain {
+    /// Changes the medium of a CD-ROM or floppy drive to that of the given `<disk>`, whose target says which drive is
+    /// meant; without a source the drive is emptied. All configurations that `affect` means, or none.
+    /// Errors: `NoSuchDevice`, `OperationUnsupported` where more than the medium would change.
+    pub async fn update_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<()> {
+        self.told(caller, "update device", async {
+            let _turn = self.begin(caller, Action::Device, "update device").await?;
+            let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
+            if device.name != "disk" {
+                return Err(Error::OperationUnsupported(format!(
+                    "domain '{}': only the media of drives (<disk>) can be updated yet, not a <{}>",
+                    self.name(),
+                    shorten(&device.name)
+                )));
+            }
+            let (live, stored) = self.affected("update device", affect)?;
+            let before = live.clone();
+            let live = live.map(|def| self.with_medium(&def, &device)).transpose()?;
+            let mut stored = stored.map(|def| self.with_medium(&def, &device)).transpose()?;
+            if let Some((stored, _)) = &mut stored {
+                let completed = self.driver.complete(stored).await;
+                completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
+            }
+            if let Some((def, target)) = &live {
+                self.change_medium(def, target).await?;
+            }
+            let kept = async {
+                if let Some((def, _)) = &live {
+                    self.keep_live(def).await?;
+                }
+                if let Some((def, _)) = &stored {
+                    self.store(def.clone()).await?;
+                }
+                Ok(())
+            };
+            if let Err(error) = kept.await {
+                self.put_back_medium(before.as_deref(), live.as_ref().map(|(_, target)| &**target)).await;
+                return Err(error);
+            }
+            self.commit(|state| state.edited(live.map(|(def, _)| def), stored.map(|(def, _)| def)));
+            Ok(())
+        })
+        .await
+    }
+
+    async fn change_medium(&self, def: &DomainDef, target: &str) -> Result<()> {
+        let guest = self.guest()?;
+        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target).await;
+        changed.map_err(|e| Error::from_driver(&self.name(), &format!("change the medium in '{target}' of"), e))
+    }
+
+    /// What could not be written down is not to be in the drive, either.
+    async fn put_back_medium(&self, before: Option<&DomainDef>, target: Option<&str>) {
+        let (Some(before), Some(target)) = (before, target) else { return };
+        let back = async {
+            self.change_medium(before, target).await?;
+            self.keep_live(before).await
+        };
+        if let Err(error) = back.await {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell what lies in '{target}'");
+        }
+    }
+
+    /// The definition with another medium in a drive, and which drive that is.
+    fn with_medium(&self, def: &DomainDef, device: &Element) -> Result<(DomainDef, String)> {
+        let target = device.child("target").and_then(|target| target.attr("dev")).unwrap_or_default().to_owned();
+        let is_it = |disk: &&Disk| disk.target.dev == target;
+        let before = def.devices.disks.iter().find(is_it).ok_or_else(|| {
+            Error::NoSuchDevice(format!("domain '{}' has no disk '{}'", self.name(), shorten(&target)))
+        })?;
+        let refuse = |what: &str| {
+            let text = format!("domain '{}', disk '{target}': {what} while it is there", self.name());
+            Err(Error::OperationUnsupported(text))
+        };
+        if !matches!(before.device(), DiskDevice::Cdrom | DiskDevice::Floppy) {
+            return refuse("it is no drive whose medium can be changed");
+        }
+        let asked = asked(def, &target, device)?;
+        let mut after = before.clone();
+        after.kind = asked.kind;
+        after.source.clone_from(&asked.source);
+        after.backing.clone_from(&asked.backing);
+        if let Some(format) = asked.format().map(str::to_owned) {
+            after.driver.get_or_insert_default().format = Some(format);
+        }
+        if let Some(other) = first_not_in(&asked.write("disk"), &after.write("disk")) {
+            return refuse(&format!("only its medium can be changed, and {other} is not what it has"));
+        }
+        let mut def = def.clone();
+        def.devices.disks.iter_mut().filter(|disk| disk.target.dev == target).for_each(|disk| *disk = after.clone());
+        Ok((def, target))
+    }
+}
+
+/// The device as the document says it, held to the format and to what else the machine has.
+fn asked(def: &DomainDef, target: &str, device: &Element) -> Result<Disk> {
+    let mut tree = def.tree();
+    let devices = tree.elements_mut().filter(|element| element.name == "devices");
+    for there in devices.flat_map(Element::elements_mut).filter(|element| element.name == "disk") {
+        if there.child("target").and_then(|target| target.attr("dev")) == Some(target) {
+            let mut new = device.clone();
+            // What it is called, and where it sits, stays; a document need not say it.
+            for kept in ["alias", "address", "boot"] {
+                if new.child(kept).is_none()
+                    && let Some(element) = there.child(kept)
+                {
+                    new.push(element.clone());
+                }
+            }
+            *there = new;
+        }
+    }
+    let read = DomainDef::from_tree(tree).map_err(Error::ConfigInvalid)?;
+    let found = read.devices.disks.into_iter().find(|disk| disk.target.dev == target);
+    found.ok_or_else(|| Error::ConfigInvalid(vec![Finding::invalid(&device.at, "the disk has no target")]))
+}
+
+/// What the first says and the second does not: the first such element or attribute.
+fn first_not_in(asked: &Element, there: &Element) -> Option<String> {
+    let attribute = asked.attributes.iter().find(|asked| there.attr(&asked.name) != Some(&*asked.value));
+    if let Some(attribute) = attribute {
+        return Some(format!("{}='{}' of <{}>", attribute.name, shorten(&attribute.value), asked.name));
+    }
+    if asked.elements().next().is_none() && asked.text() != there.text() {
+        return Some(format!("'{}' in <{}>", shorten(&asked.text()), asked.name));
+    }
+    asked.elements().find_map(|child| {
+        let same = there.elements().filter(|there| there.name == child.name);
+        let found: Vec<_> = same.map(|there| first_not_in(child, there)).collect();
+        match &found[..] {
+            [] => Some(format!("<{}>", child.name)),
+            differences if differences.iter().any(Option::is_none) => None,
+            [first, ..] => first.clone(),
+        }
+    })
+}
