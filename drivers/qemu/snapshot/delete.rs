@@ -77,6 +77,9 @@ impl Operation {
     async fn may_be_done(&self, plan: &Plan, snapshot: &Kept) -> Result<(), DriverError> {
         if plan.deed.merges.iter().any(|merge| merge.live) {
             self.nobody_else_works().await?;
+            if self.body.is_some() {
+                self.keeps_what_is_written("a merge")?;
+            }
         }
         self.chains_are_as_recorded(plan, snapshot).await?;
         for leaf in &plan.leaves {

@@ -145,6 +145,15 @@ struct Operation {
 type Image = PathBuf;
 
 impl Operation {
+    /// Refuses what would need the content of a disk that is thrown away with the guest.
+    fn keeps_what_is_written(&self, what: &str) -> Result<(), DriverError> {
+        let disks = &self.machine.def.devices.disks;
+        let Some(disk) = disks.iter().find(|disk| disk.transient.is_some()) else { return Ok(()) };
+        let target = &disk.target.dev;
+        let how = "take snapshots of it with disk-only, and while it is off";
+        Err(cannot(format!("disk '{target}' throws away what is written to it, which excludes {what}: {how}")))
+    }
+
     /// Works on images where that may block.
     async fn with_images<T: Send + 'static>(
         &self,

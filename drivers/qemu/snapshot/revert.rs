@@ -34,6 +34,9 @@ impl Operation {
         in_place: bool,
     ) -> Result<RevertPlan, DriverError> {
         let (record, name) = (record_of(snapshot), &snapshot.name);
+        if in_place {
+            self.keeps_what_is_written("going back within the running guest")?;
+        }
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, kin)?;
         let holds = self.holders(name, &images).await?;
