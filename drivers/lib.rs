@@ -17,6 +17,8 @@ pub struct DriverConfig {
     pub state_dir: PathBuf,
     /// Where the administrator keeps secrets, a file each, e.g. `/etc/virt/secrets`.
     pub secrets_dir: PathBuf,
+    /// Where the administrator keeps the host's certificates, e.g. `/etc/virt/tls`.
+    pub tls_dir: PathBuf,
     /// We serve everybody on this host, as root: hypervisors run as a user of their own.
     pub system: bool,
     /// That user.
@@ -32,6 +34,7 @@ impl DriverConfig {
             cache_dir: dir.join("cache"),
             state_dir: dir.join("state"),
             secrets_dir: dir.join("secrets"),
+            tls_dir: dir.join("tls"),
             system,
             qemu_user: "virt-qemu".to_owned(),
             qemu_group: None,

@@ -119,6 +119,7 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         cache_dir: folders.cache.clone(),
         state_dir: folders.state.clone(),
         secrets_dir: folders.config.with_file_name("secrets"),
+        tls_dir: folders.config.with_file_name("tls"),
         system: kind == Kind::System,
         qemu_user: qemu.user,
         qemu_group: qemu.group,

@@ -108,7 +108,9 @@ async fn revert(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
 
 async fn check_revert(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
     let (options, _) = revert_options(call.options()?)?;
-    call.reply(&told(domain.check_revert(call.caller(), &name, &options).await?))
+    let checked = domain.check_revert(call.caller(), &name, &options).await?;
+    let (plan, refusal) = checked.map_or_else(|refusal| (Plan::default(), Some(refusal)), |plan| (plan, None));
+    call.reply(&told(plan, refusal.as_ref()))
 }
 
 async fn delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
@@ -119,7 +121,8 @@ async fn delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
 
 async fn check_delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
     let (options, _) = delete_options(call.options()?)?;
-    call.reply(&told(domain.check_delete(call.caller(), &name, options).await?))
+    let (plan, refusal) = domain.check_delete(call.caller(), &name, options).await?;
+    call.reply(&told(plan, refusal.as_ref()))
 }
 
 async fn get_xml(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
@@ -185,9 +188,9 @@ type Answer = HashMap<&'static str, Variant<'static>>;
 type Files = Vec<(String, &'static str, u64)>;
 
 /// Whether it is possible, and if not why.
-fn verdict<T>(check: &Result<T, ServiceError>) -> [(&'static str, Variant<'static>); 2] {
-    let reason = check.as_ref().err().map_or_else(String::new, |error| Error::from(error).to_string());
-    [("possible", Variant::from(check.is_ok())), ("reason", Variant::from(reason))]
+fn verdict(refusal: Option<&ServiceError>) -> [(&'static str, Variant<'static>); 2] {
+    let reason = refusal.map_or_else(String::new, |error| Error::from(error).to_string());
+    [("possible", Variant::from(refusal.is_none())), ("reason", Variant::from(reason))]
 }
 
 fn files(files: Files) -> (&'static str, Variant<'static>) {
@@ -196,7 +199,7 @@ fn files(files: Files) -> (&'static str, Variant<'static>) {
 
 /// The answer to `CheckCreateSnapshot`.
 pub fn told_create(check: Result<CreateCheck, ServiceError>) -> Answer {
-    let verdict = verdict(&check);
+    let verdict = verdict(check.as_ref().err());
     let check = check.unwrap_or(CreateCheck { xml: String::new(), files: Vec::new(), pauses_guest: false });
     let rest =
         [("xml", Variant::from(check.xml)), files(check.files), ("pauses-guest", Variant::from(check.pauses_guest))];
@@ -204,9 +207,8 @@ pub fn told_create(check: Result<CreateCheck, ServiceError>) -> Answer {
 }
 
 /// The answer to `CheckRevert` and `CheckDelete`.
-fn told(check: Result<Plan, ServiceError>) -> Answer {
-    let verdict = verdict(&check);
-    let plan = check.unwrap_or_default();
+fn told(plan: Plan, refusal: Option<&ServiceError>) -> Answer {
+    let verdict = verdict(refusal);
     let risks: Vec<String> = plan.risks.iter().map(|risk| (*risk).to_owned()).collect();
     let differences: Vec<(String, String, String)> =
         plan.differences.into_iter().map(|found| (found.path, found.source, found.target)).collect();

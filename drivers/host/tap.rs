@@ -24,8 +24,23 @@ pub struct TapPlan {
     pub existing: bool,
     /// It does not see other isolated ports of its bridge.
     pub isolated: bool,
+    /// The bridge's VLANs that it is in; none: as the bridge has it.
+    pub vlans: Vec<VlanPlan>,
+    /// Packets for the guest that are waited for, at most.
+    pub coalesce: Option<u32>,
     /// To the guest, from the guest.
     pub rates: [Option<Rate>; 2],
+}
+
+/// One VLAN of a bridge's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VlanPlan {
+    /// Its number.
+    pub id: u16,
+    /// Packets without a tag are in it.
+    pub native: bool,
+    /// Its packets reach the guest with their tag.
+    pub tagged: bool,
 }
 
 /// How a card goes out without a bridge.
@@ -90,6 +105,9 @@ pub fn open(plan: &TapPlan) -> io::Result<Vec<OwnedFd>> {
     if !plan.existing {
         set_up(&name, plan)?;
     }
+    if let Some(frames) = plan.coalesce {
+        coalesce(&name, frames)?;
+    }
     for (rate, to_guest) in plan.rates.iter().zip([true, false]) {
         if let Some(rate) = rate {
             limit(&name, *rate, to_guest)?;
@@ -133,6 +151,9 @@ fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
             let file = Path::new("/sys/class/net").join(name).join("brport/isolated");
             std::fs::write(&file, "1").map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
         }
+        if !plan.vlans.is_empty() {
+            join_vlans(name, bridge, &plan.vlans)?;
+        }
     }
     let mut request = Request::named(name)?;
     ioctl(socket, libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
@@ -142,6 +163,57 @@ fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
 
 /// Adds a device to a bridge; not among libc's constants.
 const SIOCBRADDIF: libc::c_ulong = 0x89a2;
+
+/// Leaves the VLAN that the bridge puts every port in, and joins those that are wanted. Until the device is up nothing passes.
+fn join_vlans(name: &str, bridge: &str, vlans: &[VlanPlan]) -> io::Result<()> {
+    let sees = Path::new("/sys/class/net").join(bridge).join("bridge/vlan_filtering");
+    match std::fs::read_to_string(&sees) {
+        Ok(said) if said.trim() == "1" => {}
+        Ok(_) => {
+            let how = format!("ip link set {bridge} type bridge vlan_filtering 1");
+            return Err(io::Error::other(format!("the bridge '{bridge}' does not look at VLAN tags: {how}")));
+        }
+        Err(_) => return Err(io::Error::other("bridges of this host's kernel know no VLANs")),
+    }
+    let had = std::fs::read_to_string(sees.with_file_name("default_pvid")).unwrap_or_default();
+    if let Ok(1..) = had.trim().parse::<u16>() {
+        run("bridge", &["vlan", "del", "dev", name, "vid", had.trim()])?;
+    }
+    for vlan in vlans {
+        let id = vlan.id.to_string();
+        let native = vlan.native.then_some("pvid");
+        let plain = (!vlan.tagged).then_some("untagged");
+        let words = ["vlan", "add", "dev", name, "vid", &id].into_iter().chain(native).chain(plain);
+        run("bridge", &words.collect::<Vec<_>>())?;
+    }
+    Ok(())
+}
+
+/// `struct ethtool_coalesce`: a command and 22 numbers, of which one is used here.
+const COALESCE_WORDS: usize = 23;
+const MOST_RX_FRAMES: usize = 2;
+const ETHTOOL_GCOALESCE: u32 = 0x0e;
+const ETHTOOL_SCOALESCE: u32 = 0x0f;
+const SIOCETHTOOL: libc::c_ulong = 0x8946;
+
+/// Asks, sets, and asks again: the kernel takes what it can.
+fn coalesce(name: &str, frames: u32) -> io::Result<()> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    let mut words = [0_u32; COALESCE_WORDS];
+    for command in [ETHTOOL_GCOALESCE, ETHTOOL_SCOALESCE, ETHTOOL_GCOALESCE] {
+        words[0] = command;
+        if command == ETHTOOL_SCOALESCE {
+            words[MOST_RX_FRAMES] = frames;
+        }
+        // The kernel reads and writes them through the pointer, which is good until the call returns.
+        let mut request = Request::named(name)?.with((words.as_mut_ptr() as usize).to_ne_bytes());
+        ioctl(socket.as_raw_fd(), SIOCETHTOOL, &mut request)?;
+    }
+    match words[MOST_RX_FRAMES] {
+        taken if taken == frames => Ok(()),
+        taken => Err(io::Error::other(format!("it waits for {taken} packets at most, not for {frames}"))),
+    }
+}
 
 fn ioctl(fd: RawFd, number: libc::c_ulong, request: &mut Request) -> io::Result<()> {
     // SAFETY: every number used here takes a `struct ifreq`, which Request is laid out as and not shorter than.
@@ -157,17 +229,16 @@ pub(super) fn limit(name: &str, rate: Rate, leaving: bool) -> io::Result<()> {
         (format!("{}kbps", rate.average), format!("{}kb", rate.burst.unwrap_or(rate.average.max(64))));
     let peak = format!("{}kbps", rate.peak.unwrap_or(rate.average));
     if leaving {
-        tc(&["qdisc", "replace", "dev", name, "root", "handle", "1:", "htb", "default", "1"])?;
+        run("tc", &["qdisc", "replace", "dev", name, "root", "handle", "1:", "htb", "default", "1"])?;
         let class = ["class", "replace", "dev", name, "parent", "1:", "classid", "1:1", "htb"];
-        return tc(&[&class[..], &["rate", &average, "ceil", &peak, "burst", &burst]].concat());
+        return run("tc", &[&class[..], &["rate", &average, "ceil", &peak, "burst", &burst]].concat());
     }
-    tc(&["qdisc", "add", "dev", name, "ingress"])?;
+    run("tc", &["qdisc", "add", "dev", name, "ingress"])?;
     let filter = ["filter", "add", "dev", name, "parent", "ffff:", "protocol", "all", "u32", "match", "u32", "0", "0"];
-    tc(&[&filter[..], &["police", "rate", &average, "burst", &burst, "mtu", "64kb", "drop", "flowid", ":1"]].concat())
-}
-
-fn tc(args: &[&str]) -> io::Result<()> {
-    run("tc", args)
+    run(
+        "tc",
+        &[&filter[..], &["police", "rate", &average, "burst", &burst, "mtu", "64kb", "drop", "flowid", ":1"]].concat(),
+    )
 }
 
 /// Runs a program that changes the host's network.

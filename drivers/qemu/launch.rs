@@ -73,6 +73,8 @@ pub struct Start {
     pub tuning: Tuning,
     /// Where secrets are kept.
     pub secrets_dir: PathBuf,
+    /// As in `DriverConfig`: there is room for what disks throw away.
+    pub state_dir: PathBuf,
     /// Whom QEMU runs as, with the ledger of what is lent to them; as we do if `None`.
     pub user: Option<(RunAs, Arc<Ledger>)>,
     /// As in `Launch`.
@@ -235,6 +237,10 @@ impl Start {
             let handed = secret::handed(&content);
             let handed = handed.map_err(|e| DriverError::Internal(format!("a secret cannot be handed over: {e}")))?;
             prepared.gifts.push((secret.fd, handed));
+        }
+        for fd in &self.command.scratch {
+            let scratch = make::scratch(&self.state_dir, user).map_err(|e| storage(&self.state_dir, &e))?;
+            prepared.gifts.push((*fd, scratch));
         }
         for companion in self.command.companions.iter().filter(|companion| companion.is_wanted()) {
             let (own, qemus) = companion.prepare(user).map_err(|(path, e)| storage(&path, &e))?;

@@ -36,6 +36,16 @@ pub fn new_file(path: &Path, wary: bool) -> io::Result<File> {
     File::options().write(true).create_new(true).mode(0o600).open(place.path())
 }
 
+/// An empty file without a name, in the folder of that path, for `user` (us, if `None`) to write to.
+pub fn scratch(folder: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
+    DirBuilder::new().recursive(true).mode(0o711).create(folder)?;
+    let path = folder.join(format!("scratch-{}", uuid::Uuid::new_v4()));
+    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
+    std::fs::remove_file(&path)?;
+    user.map_or(Ok(()), |user| fchown(&file, Some(user.uid), Some(user.gid)))?;
+    Ok(file.into())
+}
+
 /// Makes a folder, where nothing is, that only `user` (we, if `None`) may enter; and the folders on the way to it.
 pub fn folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
     if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {

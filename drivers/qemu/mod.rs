@@ -88,6 +88,7 @@ impl QemuDriver {
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
+        let prober = prober.certified_in(&config.tls_dir);
         QemuDriver(Arc::new(Inner {
             prober,
             ports: Ports::default(),
@@ -129,7 +130,8 @@ impl QemuDriver {
         let own_dir = leavings.own_dir();
         let mut ports = self.0.ports.reserve();
         let mut free_port = |address: &str, port| ports.take(address, port);
-        go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, free_port: &mut free_port })
+        let encrypts = caps.site.certificates(capabilities::End::Server).is_ok();
+        go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, encrypts, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
         let started = usb.written_into(&live);
@@ -151,6 +153,7 @@ impl QemuDriver {
             vsock,
             claims: self.0.claims.clone(),
             secrets_dir: self.0.secrets_dir.clone(),
+            state_dir: caps.site.state_dir.clone(),
             user,
             runtime_dir: launch.runtime_dir,
             log_file: launch.log_file,

@@ -9,7 +9,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     CreatePlan, DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Machine, MemoryMode, Recovered,
-    Replaced, RevertPlan, Reverted, Snapshots, Taken, Wish,
+    Replaced, RevertPlan, Reverted, Snapshots, Taken, Unfinished, Wish,
 };
 
 #[async_trait]
@@ -109,7 +109,8 @@ impl Snapshots for TestDriver {
 
     async fn check_delete(&self, _: &Machine, snapshot: &Kept, _: &Kin) -> Result<DeletePlan, DriverError> {
         let merged = |path: &Path| FileChange { path: path.to_owned(), what: FileFate::Merged, bytes: 0 };
-        Ok(DeletePlan { files: snapshot.disks.iter().filter_map(|disk| overlay(&disk.mode)).map(merged).collect() })
+        let files = snapshot.disks.iter().filter_map(|disk| overlay(&disk.mode)).map(merged).collect();
+        Ok(DeletePlan { files, refused: None })
     }
 
     async fn delete(
@@ -118,7 +119,7 @@ impl Snapshots for TestDriver {
         snapshot: &Kept,
         _: &Kin,
         journal: Arc<dyn Journal>,
-    ) -> Result<Vec<Replaced>, DriverError> {
+    ) -> Result<Vec<Replaced>, Unfinished> {
         journal.note(json!({ "delete": snapshot.name })).await?;
         if let Some(names) = lock(&self.0.images).get_mut(&machine.def.uuid) {
             names.remove(&snapshot.name);

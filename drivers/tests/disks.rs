@@ -142,6 +142,28 @@ async fn a_disk_on_a_server_boots_and_takes_what_is_written() {
     guest.destroy().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_transient_disk_forgets() {
+    let Some(house) = House::system() else { return };
+    let image = house.image("fresh.qcow2", POWER_OFF);
+    let before = std::fs::read(&image).unwrap();
+    let disk = format!(
+        "<disk type='file'><driver type='qcow2'/><source file='{}'/><target dev='vda'/><transient/></disk>",
+        image.display()
+    );
+    for _ in 0..2 {
+        let mut guest = house.start(booting_from(&house, &disk).await).await;
+        guest.serial.says("B00000001").await;
+        guest.serial.says("C00000003").await;
+        let left = std::fs::read_dir(house.path("state")).unwrap().flatten();
+        let left: Vec<_> =
+            left.map(|entry| entry.file_name()).filter(|name| name.to_string_lossy().contains("scratch")).collect();
+        assert!(left.is_empty(), "{left:?}");
+        guest.destroy().await;
+        assert!(std::fs::read(&image).unwrap() == before, "nothing of it was written");
+    }
+}
+
 /// A process that goes with the test.
 struct Killed(i32);
 

@@ -45,6 +45,7 @@ fn show(command: &Command) -> String {
     lines.extend(command.lock_limit.map(|bytes| format!("# locks {bytes}")));
     lines.extend(command.companions.iter().flat_map(beside));
     lines.extend(command.secrets.iter().map(|secret| format!("# secret {} {:?}", secret.fd, secret.content)));
+    lines.extend(command.scratch.iter().map(|fd| format!("# scratch {fd}")));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
     lines.join("\n") + "\n"
 }
@@ -181,7 +182,10 @@ fn what_cannot_act_is_refused_by_name() {
             "<source> needs <vendor> and <product>",
         ),
         ("<hostdev type='scsi'><source/></hostdev>", "type='scsi' are not supported by the QEMU driver yet"),
-        ("<hostdev type='pci' rawio='yes'><source><address bus='6'/></source></hostdev>", "'rawio' is not supported"),
+        (
+            "<hostdev type='pci' rawio='yes'><source><address bus='6'/></source></hostdev>",
+            "'rawio' is for host devices of other types",
+        ),
         (
             "<interface type='network'><source network='default'/><model type='virtio'/></interface>",
             "use <interface type='user'>",
@@ -228,6 +232,18 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
     let device = |xml: &str| format!("<devices>{xml}</devices>");
     let network = |source: &str| device(&format!("<disk type='network'>{source}<target dev='vda'/></disk>"));
     let disk = |more: &str| device(&format!("<disk type='file'><source file='/x'/><target dev='vda'/>{more}</disk>"));
+    let with_tables = |xml: &str| format!("<features><acpi/></features>{}", device(xml));
+    let redirected = |rule: &str| {
+        format!(
+            "<graphics type='spice'/><redirdev bus='usb' type='spicevmc'/><redirfilter><usbdev {rule}/></redirfilter>"
+        )
+    };
+    let tagged = |said: &str, tags: &str| {
+        device(&format!("<interface type='bridge'><source bridge='b'/><vlan {said}>{tags}</vlan></interface>"))
+    };
+    let host_card = |more: &str| {
+        device(&format!("<interface type='hostdev'><source><address bus='6'/></source>{more}</interface>"))
+    };
     let backing = |xml: &str| format!("<memoryBacking>{xml}</memoryBacking>");
     let cases = [
         (device("<hostdev type='pci' managed='yes'/>"), "with the <address> of a PCI device is needed"),
@@ -261,7 +277,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         ),
         (
             device("<hostdev type='usb'><source><address bus='1' device='4'/></source><rom bar='on'/></hostdev>"),
-            "only PCI devices have a <rom>",
+            "only PCI devices have a ROM",
         ),
         (device("<vsock><cid auto='no'/></vsock>"), "a number is needed, or auto='yes'"),
         (device("<vsock><cid auto='no' address='2'/></vsock>"), "numbers of guests are 3 to"),
@@ -286,7 +302,8 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (device("<filesystem><driver type='loop'/><source dir='/x'/><target dir='t'/></filesystem>"), "not by 'loop'"),
         (network("<source protocol='nfs' name='x'><host name='h'/></source>"), "protocol='nfs' is not supported"),
         (network("<source protocol='ssh' name='x'><host name='h'/></source>"), "qemu-block-extra"),
-        (network("<source protocol='nbd' tls='yes'><host name='h'/></source>"), "TLS to disk servers"),
+        (network("<source protocol='ssh' name='x' tls='yes'><host name='h'/></source>"), "does not speak TLS"),
+        (network("<source protocol='nbd' tlsHostname='x'><host name='h'/></source>"), "with tls='yes'"),
         (network("<source protocol='nbd'/>"), "needs a <host>"),
         (network("<source protocol='http' name='x'><host name='h'/><auth username='u'/></source>"), "needs a <secret>"),
         (network("<source protocol='rbd' name='image'/>"), "pool/image"),
@@ -301,7 +318,117 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (disk("<iotune><total_iops_sec>1</total_iops_sec><read_iops_sec>1</read_iops_sec></iotune>"), "not for both"),
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
-        (disk("<transient/>"), "<transient>"),
+        (disk("<transient/><readonly/>"), "only a disk that is written"),
+        (network("<source protocol='nbd'><host name='h'/></source><transient/>"), "only disks of type='file'"),
+        (disk("<transient/><shareable/>"), "other guests would not see"),
+        (disk("<transient shareBacking='yes'/>"), "'shareBacking'"),
+        (
+            disk("<transient/><encryption format='luks'><secret usage='x'/></encryption>"),
+            "would lie on the host in the open",
+        ),
+        (disk("<acpi index='1'/>"), "needs <acpi/>"),
+        (disk("<rom file='x'/>"), "the path must be absolute"),
+        (disk("<rom enabled='no' bar='on'/>"), "has neither bar nor file"),
+        (disk("<throttlefilters><throttlefilter group='x'/></throttlefilters>"), "no <throttlegroup> of this name"),
+        (
+            device("<disk type='file' model='virtio'><source file='/x'/><target dev='sda' bus='sata'/></disk>"),
+            "only virtio disks have a model",
+        ),
+        (
+            device("<disk type='file'><source file='/x'/><target dev='vda' dpofua='on'/></disk>"),
+            "only scsi disks have dpofua",
+        ),
+        ("<throttlegroups><throttlegroup/></throttlegroups>".to_owned(), "needs a <group_name>"),
+        (with_tables("<controller type='sata' index='0'><acpi index='1'/></controller>"), "none of the board's own"),
+        (with_tables("<video><model type='vga'/><acpi index='20000'/></video>"), "1 to 16383"),
+        (
+            with_tables(
+                "<video><model type='vga'/><acpi index='3'/></video><rng model='virtio'><backend model='random'/><acpi index='3'/></rng>",
+            ),
+            "two devices with this number",
+        ),
+        (device("<input type='tablet' bus='usb'><rom bar='off'/></input>"), "only PCI devices have a ROM"),
+        (
+            device("<controller type='pci' index='9' model='pcie-to-pci-bridge'><target memReserve='4'/></controller>"),
+            "only a pcie-root-port",
+        ),
+        (device("<serial type='stdio'/>"), "needs a window or terminal"),
+        (device("<serial type='pty'><source tls='yes'/></serial>"), "only type='tcp' can be encrypted"),
+        (device("<channel type='qemu-vdagent'><target type='virtio' name='x'/></channel>"), "com.redhat.spice.0"),
+        (
+            device("<channel type='qemu-vdagent'><target type='virtio' name='com.redhat.spice.0'/></channel>"),
+            "needs graphics of type='vnc' or 'dbus'",
+        ),
+        (
+            device("<channel type='dbus'><source channel='x'/><target type='virtio' name='x'/></channel>"),
+            "needs <graphics type='dbus'>",
+        ),
+        (
+            device(
+                "<channel type='pty'><source><mouse mode='client'/></source><target type='virtio' name='x'/></channel>",
+            ),
+            "are for type='qemu-vdagent'",
+        ),
+        (device("<parallel/><parallel/><parallel/><parallel/>"), "at most three parallel ports"),
+        (device("<redirfilter><usbdev allow='no'/></redirfilter>"), "no <redirdev>"),
+        (device(&redirected("class='0x1234' allow='no'")), "a hexadecimal number such as 0x08"),
+        (device(&redirected("version='1' vendor='0x1'")), "allow='yes' or allow='no'"),
+        (device(&redirected("version='x' allow='no'")), "a version is like 1.10"),
+        (device("<rng model='virtio'><backend model='egd'/></rng>"), "is reached by type="),
+        (device("<rng model='virtio'><backend model='builtin' type='tcp'/></rng>"), "are for an entropy daemon"),
+        (
+            device("<graphics type='vnc'><jpeg compression='auto'/></graphics>"),
+            "<jpeg> is for graphics of type='spice'",
+        ),
+        (device("<graphics type='vnc' tlsPort='5901'/>"), "'tlsPort' is for graphics of type='spice'"),
+        (device("<graphics type='spice' powerControl='yes'/>"), "'powerControl' is for graphics of type='vnc'"),
+        (device("<serial type='pty'><source append='on'/></serial>"), "only type='file' keeps"),
+        (device("<serial type='pty'><protocol type='telnet'/></serial>"), "telnet is for type='tcp'"),
+        (
+            device(
+                "<serial type='tcp'><source mode='bind' host='::' service='1' tls='yes'/><protocol type='telnet'/></serial>",
+            ),
+            "telnet cannot be encrypted",
+        ),
+        (
+            device(
+                "<serial type='unix'><source mode='bind' path='/x'><reconnect enabled='yes' timeout='1'/></source></serial>",
+            ),
+            "only who connects",
+        ),
+        (device("<graphics type='spice' port='5900' defaultMode='secure'/>"), "goes by a tlsPort"),
+        (
+            device(
+                "<graphics type='spice' autoport='yes'><listen type='socket'/><channel name='main' mode='secure'/></graphics>",
+            ),
+            "goes by a tlsPort",
+        ),
+        (
+            device(
+                "<graphics type='spice' autoport='yes'><channel name='main' mode='any'/><channel name='main' mode='any'/></graphics>",
+            ),
+            "two <channel> of this name",
+        ),
+        (device("<sound model='ac97' multichannel='yes'/>"), "multichannel is for model='usb'"),
+        (device("<audio id='1' type='none' tryMMap='yes'/>"), "are for type='oss'"),
+        (device("<audio id='1' type='none'><input clientName='x'/></audio>"), "are for type='jack'"),
+        (device("<audio id='1' type='none'><input bufferCount='1'/></audio>"), "bufferCount is for"),
+        (device("<audio id='1' type='none'><output tryPoll='yes'/></audio>"), "tryPoll is for"),
+        (device("<interface type='user'><vlan><tag id='1'/></vlan></interface>"), "VLANs are for type='bridge'"),
+        (device("<interface type='user'><coalesce/></interface>"), "<coalesce> is for"),
+        (tagged("", ""), "needs a <tag>"),
+        (tagged("", "<tag id='4095'/>"), "VLANs are 1 to 4094"),
+        (tagged("trunk='no'", "<tag id='1'/><tag id='2'/>"), "is a trunk"),
+        (tagged("", "<tag id='1' nativeMode='tagged'/>"), "is for trunk='yes'"),
+        (
+            device("<disk type='file' device='floppy'><source file='/x'/><target dev='fda'/><transient/></disk>"),
+            "only a disk that is written",
+        ),
+        (
+            device("<interface type='direct'><source dev='eth0'/><vlan><tag id='1'/></vlan></interface>"),
+            "VLANs are for type='bridge' on the system bus and type='hostdev'",
+        ),
+        (device("<interface type='direct'><source dev='eth0'/><coalesce/></interface>"), "<coalesce> is for"),
         (device("<interface type='direct'/>"), "needs <source dev='…'/>"),
         (device("<interface type='direct'><source dev='a/b'/></interface>"), "no name of a network device"),
         (device("<interface type='vdpa'><source dev='/dev/x'/></interface>"), "type='vdpa' are not supported"),
@@ -310,7 +437,6 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
             "a mode is for type='direct'",
         ),
         (device("<interface type='user' managed='yes'/>"), "managed='yes' is for type='hostdev'"),
-        (device("<interface type='user'><vlan><tag id='4'/></vlan></interface>"), "VLAN tags are for type='hostdev'"),
         (device("<interface type='user'><driver name='vfio'/></interface>"), "vfio is for type='hostdev'"),
         (device("<interface type='hostdev'/>"), "with the <address> of a PCI device"),
         (
@@ -327,6 +453,10 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
             ),
             "one VLAN tag, from 1 to 4094",
         ),
+        (host_card("<vlan trunk='yes'><tag id='4'/></vlan>"), "a trunk is for type='bridge'"),
+        (host_card("<vlan><tag id='4' nativeMode='tagged'/></vlan>"), "a nativeMode is for type='bridge'"),
+        (host_card("<vlan><tag id='4'/><tag id='5'/></vlan>"), "one VLAN tag, from 1 to 4094"),
+        (host_card("<coalesce/>"), "a card of the host's has no <coalesce>"),
         (device("<interface type='udp'><source address='1.2.3.4' port='1'/></interface>"), "needs <local> with a port"),
         (device("<interface type='user'><ip address='1.2.3'/></interface>"), "no address of the family"),
         (device("<interface type='user'><portForward proto='tcp'/></interface>"), "<backend type='passt'/>"),
@@ -338,6 +468,12 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (
             device("<interface type='bridge'><source bridge='b'/><bandwidth><inbound/></bandwidth></interface>"),
             "an average above 0",
+        ),
+        (device("<input type='mouse' bus='usb' model='virtio'/>"), "only inputs on bus='virtio'"),
+        (device("<input type='mouse' bus='virtio' model='virtio-transitional'/>"), "model='virtio' only"),
+        (
+            device("<memory model='dimm'><source><pmem/></source><target><size>1024</size></target></memory>"),
+            "are for model='nvdimm'",
         ),
         (device("<input type='evdev'/>"), "the path of the host's device"),
         (device("<graphics type='dbus'/>"), "need p2p='yes'"),
@@ -426,4 +562,31 @@ fn a_missing_emulator_keeps_nothing_from_being_stored() {
     assert!(def.devices.disks[0].info.pci().is_some());
     let found = message(&check(&def, &caps));
     assert!(found.contains("this emulator cannot be used: emulator /nowhere/qemu"), "{found}");
+}
+
+#[test]
+fn encryption_needs_the_hosts_certificates() {
+    let encrypted = [
+        "<graphics type='spice' tlsPort='5901'/>",
+        "<graphics type='spice' autoport='yes' defaultMode='secure'/>",
+        "<serial type='tcp'><source mode='bind' host='::' service='1' tls='yes'/></serial>",
+        "<disk type='network'><source protocol='nbd' tls='yes'><host name='h'/></source><target dev='vda'/></disk>",
+    ];
+    let lacks = |files: &[&str], devices: &str| {
+        let mut caps = caps();
+        caps.site.certificates.retain(|name| files.iter().any(|file| name.starts_with(file)));
+        let mut def = machine("q35", devices);
+        complete(&mut def, &caps).unwrap();
+        message(&check(&def, &caps))
+    };
+    for devices in encrypted {
+        let found = lacks(&[], devices);
+        assert!(found.contains("there is no /etc/virt/tls/ca-cert.pem"), "{devices}: {found}");
+        assert_eq!(lacks(&["ca", "server", "client"], devices), "");
+    }
+    let found = lacks(&["ca", "client"], encrypted[0]);
+    assert!(found.contains("there is no /etc/virt/tls/server-cert.pem"), "{found}");
+    assert_eq!(lacks(&["ca"], encrypted[3]), "", "who only goes to others can do without a name");
+    let open = "<graphics type='spice' autoport='yes' tlsPort='-1'/>";
+    assert_eq!(lacks(&[], open), "", "what may be encrypted and need not be is not");
 }

@@ -21,7 +21,15 @@ use virt_drivers::qemu::companion::{Gifts, Role};
 use virt_model::driver::Driver;
 
 /// What QEMU says when all is well.
-const CHATTER: [&str; 3] = ["doesn't support requested feature", "char device redirected to", "has no peer"];
+const CHATTER: [&str; 7] = [
+    "Formatting '/dev/fd/",
+    "wrote 512/512 bytes",
+    "512 bytes, 1 ops",
+    "doesn't support requested feature",
+    "char device redirected to",
+    "has no peer",
+    "Unable to connect character device charserial1",
+];
 
 /// Killed and reaped whatever the test does.
 struct Running(Child);
@@ -52,6 +60,7 @@ fn make_files(case: &str, dir: &Path) {
         match Path::new(name).extension().and_then(|e| e.to_str()) {
             Some("qcow2") => image(&["create", "-q", "-f", "qcow2", path.to_str().unwrap(), "1M"]),
             Some("raw") => std::fs::write(&path, vec![0; 1 << 20]).unwrap(),
+            Some("aml") => std::fs::write(&path, table()).unwrap(),
             Some("fd") => std::fs::write(&path, vec![0xff; 128 << 10]).unwrap(),
             None => std::fs::write(&path, kernel()).unwrap(),
             _ => {}
@@ -61,6 +70,14 @@ fn make_files(case: &str, dir: &Path) {
 
 fn image(args: &[&str]) {
     assert!(Command::new("qemu-img").args(args).status().unwrap().success());
+}
+
+/// The head of a firmware's table, with nothing behind it.
+fn table() -> Vec<u8> {
+    let mut table = vec![0; 36];
+    table[..4].copy_from_slice(b"TEST");
+    table[4] = 36;
+    table
 }
 
 /// As much of a Linux kernel as QEMU looks at before the first instruction.
@@ -79,6 +96,7 @@ fn kernel() -> Vec<u8> {
 fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Vec<Running>, UnixStream) {
     let socket = dir.join("monitor.sock");
     let mut gifts: Gifts = vec![(3, UnixListener::bind(&socket).unwrap().into())];
+    gifts.extend(command.scratch.iter().map(|fd| (*fd, tempfile::tempfile().unwrap().into())));
     let mut running = Vec::new();
     for companion in command.companions.iter().filter(|companion| companion.is_wanted()) {
         let (own, qemus) = companion.prepare(None).unwrap();
@@ -149,6 +167,42 @@ impl Monitor {
     }
 }
 
+/// What QEMU itself says that came of a case: question, the way into the answer, and what is there.
+fn seen(case: &str) -> Vec<(&'static str, Value, &'static str, Value)> {
+    let device = |name: &str, property: &str, value: Value| {
+        ("qom-get", json!({"path": format!("/machine/peripheral/{name}"), "property": property}), "", value)
+    };
+    match case {
+        "encrypted" => vec![
+            ("query-spice", json!({}), "/tls-port", json!(15901)),
+            device("redir0", "filter", json!("0x08:0x1234:0xBEEF:0x0256:1|0x03:-1:-1:-1:1|-1:-1:-1:-1:0")),
+        ],
+        "ports" => vec![
+            ("qom-get", json!({"path": "/machine", "property": "graphics"}), "", json!(false)),
+            device("parallel1", "index", json!(1)),
+            device("serial2", "iobase", json!(0x402)),
+            device("rng0", "rng", json!("/objects/objrng0")),
+        ],
+        "slots" => vec![
+            device("net0", "acpi-index", json!(1)),
+            device("net1", "acpi-index", json!(2)),
+            device("virtio-disk1", "acpi-index", json!(7)),
+            device("net0", "rombar", json!(0)),
+            device("net2", "romfile", json!("")),
+            device("virtio-disk0", "drive", json!("vda-filter0")),
+            (
+                "human-monitor-command",
+                json!({"command-line": "qemu-io -d /machine/peripheral/virtio-disk0/virtio-backend \"write -P 7 0 512\""}),
+                "",
+                json!(""),
+            ),
+            device("scsi0-0-0-0", "dpofua", json!(true)),
+            device("pci.1", "mem-reserve", json!(8 << 20)),
+        ],
+        _ => Vec::new(),
+    }
+}
+
 #[tokio::test]
 async fn this_hosts_qemu_takes_every_command_line() {
     let Some(caps) = host_qemu().await else { return };
@@ -158,6 +212,7 @@ async fn this_hosts_qemu_takes_every_command_line() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path().to_str().unwrap();
         caps.site.state_dir = dir.path().join("state");
+        (caps.site.tls_dir, caps.site.certificates) = (qemu::data().join("tls"), qemu::certificates());
         let def = completed(&case, folder, &caps);
         if def.kind != "qemu" {
             continue;
@@ -181,8 +236,17 @@ async fn this_hosts_qemu_takes_every_command_line() {
         assert_eq!(monitor.ask("query-status", &json!({}), &words)["status"], "prelaunch", "{case}");
         let uuid = monitor.ask("query-uuid", &json!({}), &words)["UUID"].clone();
         assert_eq!(uuid, def.uuid.to_string(), "{case}");
+        for (verb, arguments, path, value) in seen(&case) {
+            let answer = monitor.ask(verb, &arguments, &words);
+            let found = answer.pointer(path).cloned().unwrap_or_default();
+            assert_eq!(found, value, "{case}: {verb} {arguments}: {answer}");
+        }
         monitor.ask("quit", &json!({}), &words);
         assert!(running[0].0.wait().unwrap().success(), "{case}");
+        if case == "slots" {
+            let image = std::fs::read(dir.path().join("old.raw")).unwrap();
+            assert!(image.iter().all(|byte| *byte == 0), "what was written to a transient disk is gone");
+        }
         let mut said = String::new();
         std::fs::File::open(&words).unwrap().read_to_string(&mut said).unwrap();
         let complaints: Vec<&str> =

@@ -8,6 +8,7 @@ mod media;
 mod revert_matrix;
 mod snapshots;
 mod snapshots_cut_off;
+mod snapshots_deleted;
 mod snapshots_kept;
 mod snapshots_unfinished;
 mod survival;

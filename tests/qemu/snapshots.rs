@@ -181,6 +181,26 @@ async fn what_would_lose_data_is_refused() {
 }
 
 #[tokio::test]
+async fn what_a_disk_throws_away_is_in_no_snapshot() {
+    let Some((_daemon, player, tick)) = tick("forgets").await else { return };
+    player.create("<domainsnapshot><name>before</name></domainsnapshot>", options([])).await.expect("taken");
+    let uuid: String = player.domain.property("UUID").await;
+    let changed = tick.xml.replacen("<target dev='vda'", "<transient/><target dev='vda'", 1);
+    let changed = changed.replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
+    player.domain.client.define(&changed).await.expect("redefined");
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let one = "<domainsnapshot><name>one</name></domainsnapshot>";
+    for wish in [options([]), with([("disk-only", true)])] {
+        let (name, why) = player.create(one, wish).await.expect_err("it would be of nothing");
+        assert!(name.ends_with("ConfigUnsupported") && why.contains("throws away what is written"), "{name}: {why}");
+    }
+    player.domain.run("Destroy").await.expect("destroyed");
+    player.call("before", "Revert", options([])).await.expect("reverted");
+    is_sound(&tick.disk);
+}
+
+#[tokio::test]
 async fn an_edit_that_breaks_the_guests_abi_is_refused_and_forced() {
     let Some((_daemon, player, tick)) = tick("abi").await else { return };
     player.domain.run("Start").await.expect("started");

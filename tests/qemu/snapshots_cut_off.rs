@@ -31,6 +31,7 @@ struct Operation {
 /// Something a client does.
 #[derive(Clone, Copy, Debug)]
 enum Deed {
+    AddDisk,
     Start,
     Stop,
     Take(&'static str),
@@ -70,6 +71,23 @@ const EXTERNAL: &[Operation] = &[
         before: &[Deed::Start, Deed::TakeDiskOnly("one"), Deed::TakeDiskOnly("two")],
         deed: Deed::Delete("one"),
     },
+    Operation {
+        name: "delete-both",
+        before: &[Deed::AddDisk, Deed::Start, Deed::TakeDiskOnly("one")],
+        deed: Deed::Delete("one"),
+    },
+    Operation {
+        name: "delete-forked",
+        before: &[
+            Deed::Start,
+            Deed::TakeDiskOnly("one"),
+            Deed::TakeDiskOnly("two"),
+            Deed::TakeDiskOnly("three"),
+            Deed::Force("two"),
+            Deed::Start,
+        ],
+        deed: Deed::Delete("one"),
+    },
     Operation { name: "delete-out-off", before: &[Deed::TakeDiskOnly("one")], deed: Deed::Delete("one") },
 ];
 
@@ -92,6 +110,20 @@ impl Trial {
         let document = |name: &str| format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
         let player = &self.player;
         match deed {
+            Deed::AddDisk => {
+                let (uuid, second) =
+                    (player.domain.property::<String>("UUID").await, self.tick.disk.with_extension("b.qcow2"));
+                let made =
+                    Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&second).arg("1M").status();
+                let disk = format!(
+                    "<disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
+                     <target dev='vdb' bus='virtio'/></disk><serial",
+                    second.display()
+                );
+                let xml = self.tick.xml.replacen("<serial", &disk, 1);
+                let xml = xml.replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
+                made.expect("qemu-img").success() && player.domain.client.define(&xml).await.is_ok()
+            }
             Deed::Start => {
                 let done = player.domain.run("Start").await.is_ok();
                 self.tick.counts_to(2).await;

@@ -10,7 +10,7 @@ mod site;
 
 pub use document::document;
 pub use host::Host;
-pub use site::{Site, VHOST_VSOCK, program};
+pub use site::{End, Site, VHOST_VSOCK, program};
 
 use super::firmware::{self, Firmware};
 use serde::{Deserialize, Serialize};
@@ -167,6 +167,7 @@ pub fn default_emulator(arch: &str) -> PathBuf {
 pub struct Prober {
     cache_dir: Option<PathBuf>,
     state_dir: PathBuf,
+    tls_dir: PathBuf,
     user: Option<(u32, u32)>,
     known: Mutex<HashMap<PathBuf, Arc<Slot>>>,
     places: tokio::sync::Semaphore,
@@ -204,12 +205,17 @@ impl Prober {
     /// name: whoever may read may name one.
     pub fn new(cache_dir: Option<PathBuf>, user: Option<(u32, u32)>) -> Self {
         let places = tokio::sync::Semaphore::new(AT_ONCE);
-        Prober { cache_dir, state_dir: PathBuf::new(), user, known: Mutex::default(), places }
+        Prober { cache_dir, state_dir: PathBuf::new(), tls_dir: PathBuf::new(), user, known: Mutex::default(), places }
     }
 
     /// The same for a virtd that keeps there what belongs to guests.
     pub fn keeping_in(self, state_dir: &Path) -> Self {
         Prober { state_dir: state_dir.to_owned(), ..self }
+    }
+
+    /// The same for a host whose certificates are there.
+    pub fn certified_in(self, tls_dir: &Path) -> Self {
+        Prober { tls_dir: tls_dir.to_owned(), ..self }
     }
 
     /// What the binary can do. The first call takes a fraction of a second; concurrent ones share it. Errors name the
@@ -220,7 +226,7 @@ impl Prober {
         let binary = &one_spelling(binary);
         let slot = self.slot(binary);
         let mut answer = slot.lock().await;
-        let (host_kvm, site) = (host::kvm(), Site::read(&self.state_dir));
+        let (host_kvm, site) = (host::kvm(), Site::read(&self.state_dir, &self.tls_dir));
         if let Some(known) = answer.as_ref()
             && known.stamp == stamp
             && known.host_kvm == host_kvm
@@ -240,7 +246,7 @@ impl Prober {
         match self.probe(binary).await {
             Ok(capabilities) => capabilities,
             Err(error) => {
-                let site = Site::read(&self.state_dir);
+                let site = Site::read(&self.state_dir, &self.tls_dir);
                 Arc::new(Capabilities { site, ..Capabilities::absent(binary, error.to_string()) })
             }
         }

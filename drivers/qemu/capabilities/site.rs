@@ -32,11 +32,35 @@ pub struct Site {
     pub vhost_vsock: bool,
     /// QEMU's modules, e.g. `block-curl`.
     pub modules: BTreeSet<String>,
+    /// As in `DriverConfig`: where the host's certificates are.
+    pub tls_dir: PathBuf,
+    /// Which there are, e.g. `server-cert.pem`.
+    pub certificates: BTreeSet<String>,
+}
+
+/// Which end of a connection we are: each has certificates of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Others come to us.
+    Server,
+    /// We go to others, and prove who we are where we can.
+    Client,
+}
+
+impl End {
+    /// QEMU's word.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            End::Server => "server",
+            End::Client => "client",
+        }
+    }
 }
 
 impl Site {
     /// Looks at this host.
-    pub fn read(state_dir: &Path) -> Site {
+    pub fn read(state_dir: &Path, tls_dir: &Path) -> Site {
+        let certificates = std::fs::read_dir(tls_dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
         Site {
             state_dir: state_dir.to_owned(),
             swtpm: program("swtpm"),
@@ -47,11 +71,26 @@ impl Site {
             vhost_net: Path::new("/dev/vhost-net").exists(),
             vhost_vsock: Path::new(VHOST_VSOCK).exists(),
             modules: MODULE_DIRS.iter().flat_map(|dir| modules(Path::new(dir))).collect(),
+            tls_dir: tls_dir.to_owned(),
+            certificates: certificates.filter_map(|name| name.into_string().ok()).collect(),
         }
     }
 }
 
 impl Site {
+    /// The files with which that end of an encrypted connection shows who it is. The error names the first that is missing.
+    pub fn certificates(&self, end: End) -> Result<Vec<PathBuf>, PathBuf> {
+        let own = [format!("{}-cert.pem", end.as_str()), format!("{}-key.pem", end.as_str())];
+        let all: Vec<String> = std::iter::once("ca-cert.pem".to_owned()).chain(own).collect();
+        let missing = all.iter().find(|name| !self.certificates.contains(*name));
+        match (missing, end) {
+            (None, _) => Ok(all.iter().map(|name| self.tls_dir.join(name)).collect()),
+            // A client without a certificate of its own can still know its server.
+            (Some(name), End::Client) if *name != all[0] => Ok(vec![self.tls_dir.join(&all[0])]),
+            (Some(name), _) => Err(self.tls_dir.join(name)),
+        }
+    }
+
     /// Whether a part of QEMU that distributions make a module of is missing. A QEMU without modules has all built in.
     pub fn lacks_module(&self, name: &str) -> bool {
         !self.modules.is_empty() && !self.modules.contains(name)

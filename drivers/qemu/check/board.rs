@@ -6,6 +6,7 @@ use crate::qemu::complete::Board;
 use virt_model::device::Iommu;
 use virt_model::device::board::{CryptoBackendModel, IommuModel, PanicModel, Shmem, ShmemKind};
 use virt_model::domain::features::IoapicDriver;
+use virt_model::domain::os::{AcpiTableKind, LoaderKind};
 use virt_model::domain::sysinfo::{Entry, SmbiosMode, Sysinfo, SysinfoKind};
 
 impl Check<'_> {
@@ -28,6 +29,29 @@ impl Check<'_> {
             self.iommu(iommu);
         }
         self.firmware_tables();
+        self.tables_of_files();
+        self.firmware_by_serial();
+    }
+
+    fn tables_of_files(&mut self) {
+        let def = self.def;
+        let acpi = def.features.as_ref().is_some_and(|features| features.acpi);
+        for table in def.os.acpi.iter().flat_map(|acpi| &acpi.tables) {
+            self.refuse_if(!acpi, &table.at, "tables need <acpi/> in <features>");
+            let xen = table.kind == AcpiTableKind::Rawset;
+            self.refuse_if(xen, &table.at.attribute("type"), "several tables in one file are for Xen");
+            self.refuse_if(!table.path.starts_with('/'), &table.at, "the path must be absolute");
+        }
+    }
+
+    /// What a BIOS says to people; other firmware finds its serial port by itself.
+    fn firmware_by_serial(&mut self) {
+        let def = self.def;
+        let Some(bios) = def.os.bios.as_ref().filter(|bios| bios.useserial == Some(true)) else { return };
+        let place = bios.at.attribute("useserial");
+        self.refuse_if(def.devices.serials.is_empty(), &place, "useserial='yes' needs a <serial>");
+        let flash = def.os.loader.as_ref().is_some_and(|loader| loader.kind == Some(LoaderKind::Pflash));
+        self.refuse_if(flash, &place, "UEFI firmware speaks on the serial port anyway");
     }
 
     fn panics(&mut self) {

@@ -1,15 +1,17 @@
-//! Network, character devices, screens, sound, and the small ones.
+//! Screens, sound, and the small devices.
 
 use super::Check;
+use crate::qemu::capabilities::End;
 use crate::qemu::command::{audio_back_end, date_seconds, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
 use std::collections::BTreeSet;
-use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind};
-use virt_model::device::display::{Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
-use virt_model::device::misc::{BalloonModel, InputBus, InputKind, RngKind, WatchdogAction, WatchdogModel};
-use virt_model::device::sound::AudioKind;
-use virt_model::device::{CharSource, Graphics, Video};
-use virt_model::xml::Place;
+use virt_model::device::chardev::CharKind;
+use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
+use virt_model::device::misc::{
+    BalloonModel, InputBus, InputKind, RngKind, VirtioModel, WatchdogAction, WatchdogModel,
+};
+use virt_model::device::sound::{AudioKind, SoundModel};
+use virt_model::device::{Graphics, Video};
 
 const SPICE_REMEDY: &str = "install the package with QEMU's SPICE modules (Debian 12: qemu-system-common, later: qemu-system-modules-spice) or use vnc";
 
@@ -27,96 +29,6 @@ impl Check<'_> {
         self.names();
     }
 
-    fn character_devices(&mut self) {
-        let devices = &self.def.devices;
-        for serial in &devices.serials {
-            self.back_end(&serial.source, &serial.at);
-            let target = serial.target.as_ref();
-            let kind = target.and_then(|t| t.kind).unwrap_or_default();
-            if !matches!(kind, SerialKind::Isa | SerialKind::Pci) {
-                self.refuse(&serial.at.child("target"), format!("serial ports of type='{kind}' are not supported yet"));
-            }
-            let model = target.and_then(|t| t.model.as_ref()).map(|m| &*m.name);
-            let odd = model.is_some_and(|model| model != kind.as_str());
-            self.refuse_if(odd, &serial.at.child("target"), "this model is not one of that type");
-        }
-        for (n, console) in devices.consoles.iter().enumerate() {
-            if console.is_serial() {
-                self.refuse_if(n > 0, &console.at, "only the first console can be a serial port: add a <serial>");
-                continue;
-            }
-            self.back_end(&console.source, &console.at);
-            let kind = console
-                .target
-                .as_ref()
-                .and_then(|t| t.kind)
-                .unwrap_or(virt_model::device::chardev::ConsoleKind::Serial);
-            let virtio = kind == virt_model::device::chardev::ConsoleKind::Virtio;
-            self.refuse_if(
-                !virtio,
-                &console.at.child("target"),
-                &format!("consoles of type='{kind}' are not supported"),
-            );
-        }
-        for channel in &devices.channels {
-            let kind = channel.target.kind;
-            if kind != ChannelKind::Virtio {
-                self.refuse(
-                    &channel.target.at,
-                    format!("channels of type='{kind}' are not supported yet, 'virtio' is"),
-                );
-            }
-            let chosen_for = channel.source.kind == CharKind::Unix;
-            if !(chosen_for && channel.source.path().is_none()) {
-                self.back_end(&channel.source, &channel.at);
-            }
-        }
-        for redirection in &devices.redirdevs {
-            self.back_end(&redirection.source, &redirection.at);
-            self.need_device(&redirection.at, "usb-redir");
-        }
-    }
-
-    /// The only reader there is: that of the person at the SPICE screen.
-    fn smartcards(&mut self) {
-        let cards = self.def.devices.untyped().iter().filter(|device| device.name == "smartcard");
-        for (n, card) in cards.enumerate() {
-            let spice = self.def.devices.graphics.iter().any(|g| g.kind == GraphicsKind::Spice);
-            let passed = (card.attr("mode"), card.attr("type")) == (Some("passthrough"), Some("spicevmc"));
-            let message = "a smartcard is supported with mode='passthrough' type='spicevmc' and spice graphics";
-            self.refuse_if(!passed || !spice, &card.at, message);
-            self.refuse_if(n > 0, &card.at, "a guest has at most one smartcard");
-            self.need_device(&card.at, "ccid-card-passthru");
-        }
-    }
-
-    fn back_end(&mut self, source: &CharSource, place: &Place) {
-        let kind = source.kind;
-        let at = place.attribute("type");
-        let spice = matches!(kind, CharKind::SpiceVmc | CharKind::SpicePort);
-        let has_spice = self.def.devices.graphics.iter().any(|g| g.kind == GraphicsKind::Spice);
-        self.refuse_if(spice && !has_spice, &at, &format!("type='{kind}' needs <graphics type='spice'>"));
-        let path = source.path().is_some_and(|path| path.starts_with('/'));
-        match kind {
-            CharKind::Pty | CharKind::Null | CharKind::SpiceVmc | CharKind::SpicePort => {}
-            CharKind::Dev | CharKind::File | CharKind::Pipe | CharKind::Unix => {
-                self.refuse_if(!path, place, &format!("type='{kind}' needs <source path='…'/> with an absolute path"));
-            }
-            CharKind::Tcp | CharKind::Udp => {
-                let service = source.sources.iter().any(|s| s.service.is_some());
-                self.refuse_if(!service, place, &format!("type='{kind}' needs <source> with host and service"));
-            }
-            _ => self.refuse(&at, format!("type='{kind}' is not supported by the QEMU driver yet")),
-        }
-        let protocol = source.protocol.as_ref().filter(|p| !matches!(p.kind, CharProtocol::Raw | CharProtocol::Telnet));
-        if let Some(protocol) = protocol {
-            self.refuse(&protocol.at, format!("protocol '{}' is not supported yet", protocol.kind));
-        }
-        if let Some(log) = source.log.as_ref().filter(|log| !log.file.starts_with('/')) {
-            self.refuse(&log.at, "the path must be absolute");
-        }
-    }
-
     fn screens(&mut self) {
         let screens = &self.def.devices.graphics;
         for (n, graphics) in screens.iter().enumerate() {
@@ -131,6 +43,7 @@ impl Check<'_> {
                     self.refuse(&graphics.at, format!("graphics of type='{kind}' are not supported: {why}"));
                 }
             }
+            self.words_of_others(graphics);
             let bare = matches!(kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless);
             let drawn =
                 screens.iter().take(n).any(|g| matches!(g.kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless));
@@ -149,6 +62,35 @@ impl Check<'_> {
             self.refuse_if(graphics.listens.len() > 1, &graphics.at, "more than one <listen> is not supported yet");
             let network = graphics.listens.iter().any(|l| l.kind == ListenKind::Network);
             self.refuse_if(network, &graphics.at, "there are no virtual networks yet: use <listen type='address'/>");
+        }
+    }
+
+    /// Words of one kind of screen that mean nothing to another.
+    fn words_of_others(&mut self, graphics: &Graphics) {
+        let place = &graphics.at;
+        let spice = [
+            ("image", graphics.image.is_some()),
+            ("jpeg", graphics.jpeg.is_some()),
+            ("zlib", graphics.zlib.is_some()),
+            ("playback", graphics.playback.is_some()),
+            ("streaming", graphics.streaming.is_some()),
+            ("clipboard", graphics.clipboard.is_some()),
+            ("mouse", graphics.mouse.is_some()),
+            ("filetransfer", graphics.filetransfer.is_some()),
+            ("channel", !graphics.channels.is_empty()),
+        ];
+        for (name, _) in spice.into_iter().filter(|(_, said)| *said && graphics.kind != GraphicsKind::Spice) {
+            self.refuse(&place.child(name), format!("<{name}> is for graphics of type='spice'"));
+        }
+        let attributes = [
+            (GraphicsKind::Spice, "defaultMode", graphics.default_mode.is_some()),
+            (GraphicsKind::Spice, "tlsPort", graphics.tls_port.is_some_and(|port| port > 0)),
+            (GraphicsKind::Vnc, "sharePolicy", graphics.share_policy.is_some()),
+            (GraphicsKind::Vnc, "powerControl", graphics.power_control.is_some()),
+            (GraphicsKind::Dbus, "p2p", graphics.p2p.is_some()),
+        ];
+        for (kind, name, _) in attributes.into_iter().filter(|(kind, _, said)| *said && graphics.kind != *kind) {
+            self.refuse(&place.attribute(name), format!("'{name}' is for graphics of type='{kind}'"));
         }
     }
 
@@ -175,9 +117,30 @@ impl Check<'_> {
 
     fn spice(&mut self, graphics: &Graphics) {
         self.refuse_if(!self.caps.spice, &graphics.at, &format!("this QEMU has no SPICE: {SPICE_REMEDY}"));
-        let tls = graphics.tls_port.is_some_and(|port| port > 0);
-        self.refuse_if(tls, &graphics.at.attribute("tlsPort"), "encrypted SPICE is not supported yet");
+        self.encrypted_spice(graphics);
         self.refuse_if(graphics.websocket.is_some(), &graphics.at.attribute("websocket"), "only VNC speaks WebSocket");
+    }
+
+    fn encrypted_spice(&mut self, graphics: &Graphics) {
+        let modes = graphics.channels.iter().map(|channel| (channel.mode, channel.at.attribute("mode")));
+        let default = graphics.default_mode.map(|mode| (mode, graphics.at.attribute("defaultMode")));
+        let secure = default.into_iter().chain(modes).find(|(mode, _)| *mode == ChannelMode::Secure);
+        let asked = graphics.tls_port.filter(|port| *port > 0).map(|_| graphics.at.attribute("tlsPort"));
+        if let Some(place) = asked.clone().or_else(|| secure.clone().map(|(_, place)| place)) {
+            self.certified(End::Server, &place);
+        }
+        let listens = graphics.listens.first().is_none_or(|l| l.kind == ListenKind::Address);
+        if let Some((_, place)) = secure {
+            let chosen = graphics.tls_port == Some(-1) || graphics.autoport == Some(true);
+            let had = listens && (asked.is_some() || chosen);
+            self.refuse_if(!had, &place, "what is encrypted goes by a tlsPort, or autoport='yes' chooses one");
+        } else if let Some(place) = asked {
+            self.refuse_if(!listens, &place, "a tlsPort is for <listen type='address'/>");
+        }
+        let mut seen = BTreeSet::new();
+        for channel in &graphics.channels {
+            self.refuse_if(!seen.insert(channel.name), &channel.at, "there are two <channel> of this name");
+        }
     }
 
     fn video(&mut self, video: &Video, first: bool) {
@@ -223,6 +186,9 @@ impl Check<'_> {
             self.refuse_if(file, &audio.at, "type='file' needs an absolute path");
             let path = audio.path.is_some() && kind != AudioKind::File;
             self.refuse_if(path, &audio.at.attribute("path"), "a path is for type='file'");
+            let oss = audio.try_mmap.or(audio.exclusive).is_some() || audio.dsp_policy.is_some();
+            let how = "tryMMap, exclusive and dspPolicy are for type='oss'";
+            self.refuse_if(oss && kind != AudioKind::Oss, &audio.at, how);
             let server = audio.server_name.is_some() && kind != AudioKind::Pulseaudio;
             self.refuse_if(server, &audio.at.attribute("serverName"), "a server is for type='pulseaudio'");
             self.audio_ends(audio);
@@ -236,6 +202,8 @@ impl Check<'_> {
             if let Some(device) = sound_card(sound.model) {
                 self.need_device(&sound.at, device);
             }
+            let many = sound.multichannel.is_some() && sound.model != SoundModel::Usb;
+            self.refuse_if(many, &sound.at.attribute("multichannel"), "multichannel is for model='usb'");
             self.seated(&sound.info, &sound.at);
         }
     }
@@ -245,6 +213,16 @@ impl Check<'_> {
             let pulse = end.name.is_some() || end.stream.is_some() || end.latency_us.is_some();
             let other = pulse && audio.kind != AudioKind::Pulseaudio;
             self.refuse_if(other, &end.at, "name, streamName and latency are for type='pulseaudio'");
+            let jack = end.server_name.is_some()
+                || end.client_name.is_some()
+                || end.connect_ports.is_some()
+                || end.exact_name.is_some();
+            let how = "serverName, clientName, connectPorts and exactName are for type='jack'";
+            self.refuse_if(jack && audio.kind != AudioKind::Jack, &end.at, how);
+            let buffers = end.buffer_count.is_some() && !matches!(audio.kind, AudioKind::Oss | AudioKind::Sdl);
+            self.refuse_if(buffers, &end.at.attribute("bufferCount"), "bufferCount is for type='oss' and type='sdl'");
+            let poll = end.try_poll.is_some() && !matches!(audio.kind, AudioKind::Alsa | AudioKind::Oss);
+            self.refuse_if(poll, &end.at.attribute("tryPoll"), "tryPoll is for type='alsa' and type='oss'");
             let device = end.dev.is_some() && !matches!(audio.kind, AudioKind::Alsa | AudioKind::Oss);
             self.refuse_if(device, &end.at.attribute("dev"), "a device is for type='alsa' and type='oss'");
         }
@@ -257,6 +235,11 @@ impl Check<'_> {
             let absolute = source.is_some_and(|path| path.starts_with('/'));
             self.refuse_if(host && !absolute, &input.at, "<source> with the path of the host's device is needed");
             self.refuse_if(!host && input.source.is_some(), &input.at, "only evdev and passthrough have a <source>");
+            let place = input.at.attribute("model");
+            let virtio = input.bus == Some(InputBus::Virtio);
+            self.refuse_if(input.model.is_some() && !virtio, &place, "only inputs on bus='virtio' have a model");
+            let old = input.model.is_some_and(|model| model != VirtioModel::Virtio);
+            self.refuse_if(old && virtio, &place, "QEMU has virtio inputs of model='virtio' only");
             if input.kind == InputKind::Evdev {
                 continue;
             }
@@ -301,8 +284,16 @@ impl Check<'_> {
             self.seated(&balloon.info, place);
         }
         for rng in &devices.rngs {
-            let egd = rng.backend.model == RngKind::Egd;
-            self.refuse_if(egd, &rng.backend.at, "an entropy daemon (egd) is not supported yet");
+            if rng.backend.model == RngKind::Egd {
+                let source = rng.backend.daemon();
+                let known = matches!(source.kind, CharKind::Tcp | CharKind::Udp | CharKind::Unix | CharKind::Dev);
+                let how = "an entropy daemon (egd) is reached by type='tcp', 'udp', 'unix' or 'dev'";
+                self.refuse_if(!known || rng.backend.kind.is_none(), &rng.backend.at, how);
+                self.back_end(&source, &rng.backend.at);
+            } else {
+                let idle = rng.backend.kind.is_some() || !rng.backend.sources.is_empty();
+                self.refuse_if(idle, &rng.backend.at, "a type and a <source> are for an entropy daemon (model='egd')");
+            }
             let relative = rng.backend.path.as_ref().is_some_and(|p| !p.starts_with('/'));
             self.refuse_if(relative, &rng.backend.at, "the path must be absolute");
             self.seated(&rng.info, &rng.at);

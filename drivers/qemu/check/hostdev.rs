@@ -45,12 +45,6 @@ impl Check<'_> {
             let vfio = driver.name.is_none_or(|name| name == HostdevDriverName::Vfio);
             self.refuse_if(!vfio, &driver.at.attribute("name"), "only vfio hands devices to guests of QEMU");
         }
-        if let Some(rom) = &device.rom {
-            let relative = rom.file.as_ref().is_some_and(|path| !path.starts_with('/'));
-            self.refuse_if(relative, &rom.at.attribute("file"), "the path must be absolute");
-            let none = rom.enabled == Some(false) && (rom.bar.is_some() || rom.file.is_some());
-            self.refuse_if(none, &rom.at, "a ROM that is not enabled has neither bar nor file");
-        }
         self.taken_from_the_host(device.managed == Some(true), place);
         self.seated(&device.info, place);
     }
@@ -73,7 +67,6 @@ impl Check<'_> {
         let how = "<source> needs <vendor> and <product>, or an <address> with bus and device";
         self.refuse_if(!named || ids.0 != ids.1, place, how);
         self.word(source, "usb");
-        self.refuse_if(device.rom.is_some(), &place.child("rom"), "only PCI devices have a <rom>");
         self.refuse_if(device.driver.is_some(), &place.child("driver"), "<driver> is for PCI devices");
     }
 

@@ -115,6 +115,12 @@ impl Check<'_> {
         self.refuse_if(odd, &device.target.at, "<block> and <requested> are for model='virtio-mem'");
         let asked = device.target.requested.is_some_and(|asked| asked > device.target.size);
         self.refuse_if(asked, &device.target.at.child("requested"), "more is requested than there is");
+        if let Some(source) = &device.source {
+            let apart = (source.align_size.is_some() || source.pmem) && model != MemoryModel::Nvdimm;
+            self.refuse_if(apart, &source.at, "<alignsize> and <pmem/> are for model='nvdimm'");
+            let odd = source.align_size.is_some_and(|size| !size.0.is_power_of_two());
+            self.refuse_if(odd, &source.at.child("alignsize"), "an alignment is a power of two");
+        }
         let readonly = device.target.readonly && model != MemoryModel::Nvdimm;
         self.refuse_if(readonly, &device.target.at.child("readonly"), "only an NVDIMM can be read-only");
     }

@@ -4,12 +4,15 @@
 //! refused by name, so nothing is dropped in silence. The other files: can what acts be had here, in this combination?
 
 mod board;
+mod chardev;
 mod devices;
 mod filesystem;
 mod hostdev;
 mod memory;
 mod net;
+mod place;
 mod platform;
+mod reasons;
 mod server;
 mod storage;
 mod table;
@@ -18,7 +21,7 @@ mod tune;
 
 pub use table::{Standing, standing};
 
-use super::capabilities::Capabilities;
+use super::capabilities::{Capabilities, End};
 use super::complete::Board;
 use virt_model::domain::DomainDef;
 use virt_model::xml::{Finding, FindingKind, Place};
@@ -39,6 +42,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.throttling();
     check.tuning();
     check.devices();
+    check.places();
     check.filesystems();
     check.board();
     check.host_devices();
@@ -64,6 +68,13 @@ impl Check<'_> {
     fn refuse_if(&mut self, condition: bool, place: &Place, message: &str) {
         if condition {
             self.refuse(place, message);
+        }
+    }
+
+    /// Refuses what is encrypted where the host has no certificates for it.
+    fn certified(&mut self, end: End, place: &Place) {
+        if let Err(missing) = self.caps.site.certificates(end) {
+            self.refuse(place, format!("encryption needs the host's certificates: there is no {}", missing.display()));
         }
     }
 

@@ -4,11 +4,14 @@ use super::Check;
 use crate::qemu::command::{by_passt, card_type};
 use std::net::IpAddr;
 use virt_model::device::Interface;
-use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver};
+use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver, Vlan};
 
 /// Queues of one card, and of all cards together: each needs two descriptors of those that QEMU is given.
 const MOST_QUEUES: u32 = 16;
 const ALL_QUEUES: u32 = 38;
+
+/// Numbers that VLANs have.
+const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
 
 /// Whether its cable ends at a network device of the host's.
 fn has_host_end(interface: &Interface) -> bool {
@@ -86,9 +89,6 @@ impl Check<'_> {
         if interface.kind != InterfaceKind::Hostdev {
             let managed = interface.managed == Some(true);
             self.refuse_if(managed, &place.attribute("managed"), "managed='yes' is for type='hostdev'");
-            if let Some(vlan) = &interface.vlan {
-                self.refuse(&vlan.at, "VLAN tags are for type='hostdev'; on a bridge, the bridge has them");
-            }
             let vfio = interface.driver.as_ref().filter(|driver| driver.name == Some(NetDriver::Vfio));
             if let Some(driver) = vfio {
                 self.refuse(&driver.at.attribute("name"), "vfio is for type='hostdev'");
@@ -121,9 +121,15 @@ impl Check<'_> {
             &place.child("driver"),
             "a card of the host's has <driver name='vfio'/> and no settings",
         );
-        let tags = interface.vlan.as_ref().map_or(&[][..], |vlan| &vlan.tags);
-        let bad = interface.vlan.is_some() && (tags.len() != 1 || !(1..4095).contains(&tags[0].id));
-        self.refuse_if(bad, &place.child("vlan"), "a card of the host's has one VLAN tag, from 1 to 4094");
+        if let Some(vlan) = &interface.vlan {
+            let bad = vlan.tags.len() != 1 || !VLANS.contains(&vlan.tags[0].id);
+            self.refuse_if(bad, &vlan.at, "a card of the host's has one VLAN tag, from 1 to 4094");
+            let trunk = vlan.trunk == Some(true);
+            self.refuse_if(trunk, &vlan.at.attribute("trunk"), "a trunk is for type='bridge'");
+            for tag in vlan.tags.iter().filter(|tag| tag.native.is_some()) {
+                self.refuse(&tag.at.attribute("nativeMode"), "a nativeMode is for type='bridge'");
+            }
+        }
         let emulated = [
             (interface.model.is_some(), "model"),
             (interface.mtu.is_some(), "mtu"),
@@ -132,6 +138,7 @@ impl Check<'_> {
             (interface.tune.is_some(), "tune"),
             (interface.target.is_some(), "target"),
             (interface.port.is_some(), "port"),
+            (interface.coalesce.is_some(), "coalesce"),
             (interface.backend.is_some(), "backend"),
             (!interface.addresses.is_empty(), "ip"),
             (!interface.forwards.is_empty(), "portForward"),
@@ -267,9 +274,38 @@ impl Check<'_> {
             &place.child("port"),
             "isolated ports are for type='bridge' on the system bus",
         );
+        let fits = ours && interface.target.as_ref().is_none_or(|target| target.managed != Some(false));
+        if let Some(vlan) = &interface.vlan {
+            self.vlan(vlan, fits && interface.kind == InterfaceKind::Bridge);
+        }
+        if let Some(coalesce) = &interface.coalesce {
+            self.refuse_if(
+                !fits || interface.kind == InterfaceKind::Direct,
+                &coalesce.at,
+                "<coalesce> is for type='bridge' and type='ethernet' on the system bus",
+            );
+        }
         let buffer = interface.tune.is_some() && !host_device;
         self.refuse_if(buffer, &place.child("tune"), "a send buffer is for type='bridge', 'direct' and 'ethernet'");
         let addresses = !interface.addresses.is_empty() && interface.kind != InterfaceKind::User;
         self.refuse_if(addresses, &place.child("ip"), "<ip> is for type='user': QEMU does not configure the host");
+    }
+
+    fn vlan(&mut self, vlan: &Vlan, fits: bool) {
+        self.refuse_if(
+            !fits,
+            &vlan.at,
+            "VLANs are for type='bridge' on the system bus and type='hostdev': plug the host's device into one",
+        );
+        self.refuse_if(vlan.tags.is_empty(), &vlan.at, "<vlan> needs a <tag>");
+        let several = vlan.trunk == Some(false) && vlan.tags.len() > 1;
+        self.refuse_if(several, &vlan.at.attribute("trunk"), "a card in several VLANs is a trunk");
+        let natives = vlan.tags.iter().filter(|tag| tag.native.is_some()).count();
+        self.refuse_if(natives > 1, &vlan.at, "packets without a tag are in one VLAN: one <tag> has a nativeMode");
+        let alone = natives > 0 && !vlan.is_trunk();
+        self.refuse_if(alone, &vlan.at, "a nativeMode is for trunk='yes'");
+        for tag in &vlan.tags {
+            self.refuse_if(!VLANS.contains(&tag.id), &tag.at.attribute("id"), "VLANs are 1 to 4094");
+        }
     }
 }

@@ -1,8 +1,9 @@
 //! Disks on servers, encrypted disks, limits and shapes of disks.
 
 use super::Check;
+use crate::qemu::capabilities::End;
 use crate::qemu::command::secret_name;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskBus, DiskDevice};
 use virt_model::device::source::{
@@ -56,8 +57,15 @@ impl Check<'_> {
         only(source.reconnect.is_some(), protocol == Nbd, "<reconnect>");
         only(source.identity.is_some(), protocol == Ssh, "<identity>");
         only(source.auth.is_some(), web || matches!(protocol, Rbd | Iscsi), "<auth>");
-        let tls = source.tls == Some(true) && protocol != Https && protocol != Ftps;
-        self.refuse_if(tls, &place.attribute("tls"), "TLS to disk servers is not supported; tunnel it, or use https");
+        let tls = source.tls == Some(true);
+        if tls && protocol == Nbd {
+            self.certified(End::Client, &place.attribute("tls"));
+        }
+        let other = tls && !matches!(protocol, Nbd | Https | Ftps);
+        let how = format!("QEMU does not speak TLS with protocol='{protocol}': tunnel it, or use nbd or https");
+        self.refuse_if(other, &place.attribute("tls"), &how);
+        let named = source.tls_hostname.is_some() && !(tls && protocol == Nbd);
+        self.refuse_if(named, &place.attribute("tlsHostname"), "tlsHostname is for protocol='nbd' with tls='yes'");
         let name = source.name.as_deref().unwrap_or_default();
         let halves = matches!(protocol, Rbd | Gluster) && !name.contains('/');
         self.refuse_if(halves, &place.attribute("name"), "the name is pool/image, or volume/path");
@@ -122,8 +130,19 @@ impl Check<'_> {
     /// Disks that share a group have the same limits.
     pub(super) fn throttling(&mut self) {
         let mut groups = BTreeMap::new();
-        for disk in &self.def.devices.disks {
-            let Some(tune) = &disk.iotune else { continue };
+        let def = self.def;
+        let shared = def.throttle_groups.iter().flat_map(|groups| &groups.groups);
+        for group in shared.clone() {
+            self.refuse_if(group.group.is_none(), &group.at, "a <throttlegroup> needs a <group_name>");
+        }
+        let names: BTreeSet<&String> = shared.clone().filter_map(|group| group.group.as_ref()).collect();
+        for filter in def.devices.disks.iter().filter_map(|disk| disk.throttle_filters.as_ref()) {
+            for filter in &filter.filters {
+                let lost = !names.contains(&filter.group);
+                self.refuse_if(lost, &filter.at.attribute("group"), "there is no <throttlegroup> of this name");
+            }
+        }
+        for tune in shared.chain(def.devices.disks.iter().filter_map(|disk| disk.iotune.as_ref())) {
             let limits = tune.limits();
             for (name, whole, parts) in [
                 ("bytes", tune.bytes, [tune.bytes_read, tune.bytes_written]),

@@ -1,7 +1,7 @@
 //! Disks and the controllers they sit on.
 
 use super::Check;
-use crate::qemu::command::{known_format, usb_device, wwn};
+use crate::qemu::command::{disk_device, known_format, usb_device, wwn};
 use crate::qemu::complete::Board;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, StartupPolicy};
@@ -12,12 +12,19 @@ use virt_model::xml::Place;
 /// Nodes are named after the target, and a node's name is short.
 const TARGET_LENGTH: usize = 12;
 
+/// Each needs a descriptor of those that QEMU is given.
+const MOST_TRANSIENT: usize = 16;
+
 /// More layers than this have no use and would make a long command line.
 const MOST_LAYERS: usize = 64;
 
 impl Check<'_> {
     pub(super) fn storage(&mut self) {
         let def = self.def;
+        let transient = def.devices.disks.iter().filter_map(|disk| disk.transient.as_ref());
+        for transient in transient.skip(MOST_TRANSIENT) {
+            self.refuse(&transient.at, format!("at most {MOST_TRANSIENT} disks of a guest are transient"));
+        }
         for disk in &def.devices.disks {
             self.disk(disk);
             self.medium(disk);
@@ -66,7 +73,7 @@ impl Check<'_> {
         };
         self.refuse_if(!seated, &disk.at.child("address"), &format!("this address is not one on bus='{bus}'"));
         let type_needed = match bus {
-            DiskBus::Virtio => "virtio-blk-pci",
+            DiskBus::Virtio => disk_device(disk),
             DiskBus::Usb => "usb-storage",
             DiskBus::Scsi => "scsi-hd",
             _ => return,
@@ -172,6 +179,11 @@ impl Check<'_> {
         );
         let removable = disk.target.removable.is_some() && !matches!(bus, DiskBus::Usb | DiskBus::Scsi);
         self.refuse_if(removable, &disk.target.at.attribute("removable"), "only usb and scsi disks can be removable");
+        let fua = disk.target.dpofua.is_some() && bus != DiskBus::Scsi;
+        self.refuse_if(fua, &disk.target.at.attribute("dpofua"), "only scsi disks have dpofua");
+        let generation = disk.model.is_some() && bus != DiskBus::Virtio;
+        self.refuse_if(generation, &disk.at.attribute("model"), "only virtio disks have a model");
+        self.transient(disk);
         self.shape(disk, bus);
         let Some(driver) = &disk.driver else { return };
         let qcow2 = driver.format.as_deref() == Some("qcow2");
@@ -207,6 +219,18 @@ impl Check<'_> {
             &driver.at,
             "only virtio disks have iommu, ats, packed, page_per_vq",
         );
+    }
+
+    fn transient(&mut self, disk: &Disk) {
+        let Some(transient) = &disk.transient else { return };
+        let fixed = disk.readonly || disk.device() != DiskDevice::Disk;
+        self.refuse_if(fixed, &transient.at, "only a disk that is written can throw away what is written");
+        let how = "other guests would not see what is written: leave out <shareable/> or <transient/>";
+        self.refuse_if(disk.shareable, &transient.at, how);
+        let local = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
+        self.refuse_if(!local, &transient.at, "only disks of type='file' and type='block' are transient");
+        let open = disk.encryption().is_some();
+        self.refuse_if(open, &transient.at, "what is written to an encrypted disk would lie on the host in the open");
     }
 
     fn controller(&mut self, controller: &Controller) {
@@ -287,6 +311,10 @@ impl Check<'_> {
             && !known.contains(&&*name.name)
         {
             self.refuse(&name.at, format!("this controller is one of {}, not '{}'", known.join(", "), name.name));
+        }
+        let reserves = controller.target.as_ref().filter(|target| target.mem_reserve_kib.is_some());
+        if let Some(target) = reserves.filter(|_| controller.model != Some(PcieRootPort)) {
+            self.refuse(&target.at.attribute("memReserve"), "only a pcie-root-port keeps memory for what is plugged");
         }
         let own = controller.info.pci().is_some_and(|pci| u32::from(pci.bus) == controller.index());
         let index = controller.index();

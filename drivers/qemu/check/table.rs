@@ -1,7 +1,7 @@
 //! Which elements and attributes act, which are advisory, and why some that are known do not act. Whatever is in none of
 //! these lists is refused by name.
 
-use super::Check;
+use super::{Check, reasons};
 use virt_model::xml::{Element, Place};
 
 /// What becomes of an element or attribute.
@@ -67,6 +67,8 @@ const ACTS: &[(&str, &str)] = &[
     ("vcpu", "current cpuset"),
     ("vcpus", ""),
     ("vcpus/vcpu", "id enabled"),
+    ("throttlegroups", ""),
+    ("throttlegroups/throttlegroup", ""),
     ("iothreads", ""),
     ("iothreadids", ""),
     ("iothreadids/iothread", "id thread_pool_min thread_pool_max"),
@@ -81,9 +83,11 @@ const ACTS: &[(&str, &str)] = &[
     ("os/kernel", ""),
     ("os/initrd", ""),
     ("os/cmdline", ""),
+    ("os/acpi", ""),
+    ("os/acpi/table", "type"),
     ("os/boot", "dev"),
     ("os/bootmenu", "enable timeout"),
-    ("os/bios", "rebootTimeout"),
+    ("os/bios", "useserial rebootTimeout"),
     ("os/smbios", "mode"),
     ("genid", ""),
     ("sysinfo", "type"),
@@ -159,14 +163,14 @@ const ACTS: &[(&str, &str)] = &[
     ("pm/suspend-to-disk", "enabled"),
     ("devices", ""),
     ("devices/emulator", ""),
-    ("devices/disk", "type device"),
+    ("devices/disk", "type device model"),
     (
         "devices/disk/driver",
         "name type cache error_policy rerror_policy io discard detect_zeroes iothread copy_on_read ioeventfd event_idx discard_no_unref queues queue_size iommu ats packed page_per_vq",
     ),
     ("devices/disk/driver/metadata_cache", ""),
     ("devices/disk/driver/metadata_cache/max_size", "unit"),
-    ("devices/disk/source", "file dev protocol name query tls startupPolicy"),
+    ("devices/disk/source", "file dev protocol name query tls tlsHostname startupPolicy"),
     ("devices/disk/auth", "username"),
     ("devices/disk/auth/secret", "type uuid usage"),
     ("devices/disk/encryption", "format engine"),
@@ -174,12 +178,15 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/disk/geometry", "cyls heads secs trans"),
     ("devices/disk/blockio", "logical_block_size physical_block_size discard_granularity"),
     ("devices/disk/iotune", ""),
+    ("devices/disk/transient", ""),
+    ("devices/disk/throttlefilters", ""),
+    ("devices/disk/throttlefilters/throttlefilter", "group"),
     ("devices/disk/vendor", ""),
     ("devices/disk/product", ""),
     ("devices/disk/backingStore", "type"),
     ("devices/disk/backingStore/format", "type"),
-    ("devices/disk/backingStore/source", "file dev protocol name query tls"),
-    ("devices/disk/target", "dev bus removable rotation_rate"),
+    ("devices/disk/backingStore/source", "file dev protocol name query tls tlsHostname"),
+    ("devices/disk/target", "dev bus removable rotation_rate dpofua"),
     ("devices/disk/readonly", ""),
     ("devices/disk/shareable", ""),
     ("devices/disk/serial", ""),
@@ -187,7 +194,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/controller", "type index model ports vectors"),
     ("devices/controller/pcihole64", "unit"),
     ("devices/controller/model", "name"),
-    ("devices/controller/target", "chassisNr chassis port hotplug"),
+    ("devices/controller/target", "chassisNr chassis port hotplug memReserve"),
     ("devices/controller/master", "startport"),
     ("devices/controller/driver", "queues iothread cmd_per_lun max_sectors ioeventfd iommu ats packed page_per_vq"),
     ("devices/filesystem", "type accessmode multidevs model fmode dmode"),
@@ -203,10 +210,8 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/filesystem/readonly", ""),
     ("devices/interface", "type managed"),
     ("devices/interface/mac", "address"),
-    ("devices/interface/source", "network bridge dev mode address port"),
+    ("devices/interface/source", "bridge dev mode address port"),
     ("devices/interface/source/address", "type domain bus slot function"),
-    ("devices/interface/vlan", ""),
-    ("devices/interface/vlan/tag", "id"),
     ("devices/interface/source/local", "address port"),
     ("devices/interface/target", "dev managed"),
     ("devices/interface/bandwidth", ""),
@@ -217,6 +222,11 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/interface/tune", ""),
     ("devices/interface/tune/sndbuf", ""),
     ("devices/interface/port", "isolated"),
+    ("devices/interface/vlan", "trunk"),
+    ("devices/interface/vlan/tag", "id nativeMode"),
+    ("devices/interface/coalesce", ""),
+    ("devices/interface/coalesce/rx", ""),
+    ("devices/interface/coalesce/rx/frames", "max"),
     ("devices/interface/portForward", "proto address dev"),
     ("devices/interface/portForward/range", "start end to exclude"),
     ("devices/interface/model", "type"),
@@ -230,39 +240,53 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/interface/mtu", "size"),
     ("devices/serial/target", "type port"),
     ("devices/serial/target/model", "name"),
+    ("devices/parallel/target", "port"),
     ("devices/console/target", "type port"),
     ("devices/channel/target", "type name"),
+    ("devices/channel/source/clipboard", "copypaste"),
+    ("devices/channel/source/mouse", "mode"),
     ("devices/hostdev", "mode type managed"),
     ("devices/hostdev/source", "startupPolicy guestReset"),
     ("devices/hostdev/source/vendor", "id"),
     ("devices/hostdev/source/product", "id"),
     ("devices/hostdev/source/address", "type domain bus slot function device"),
     ("devices/hostdev/driver", "name"),
-    ("devices/hostdev/rom", "enabled bar file"),
     ("devices/redirdev", "bus type"),
+    ("devices/redirfilter", ""),
+    ("devices/redirfilter/usbdev", "class vendor product version allow"),
     ("devices/smartcard", "mode type"),
-    ("devices/input", "type bus"),
+    ("devices/input", "type bus model"),
     ("devices/input/driver", "iommu ats packed page_per_vq"),
     ("devices/input/source", "dev evdev grab grabToggle repeat"),
     (
         "devices/graphics",
-        "type port tlsPort autoport websocket listen socket keymap passwd passwdValidTo connected sharePolicy powerControl p2p",
+        "type port tlsPort autoport websocket listen socket keymap passwd passwdValidTo connected sharePolicy powerControl p2p defaultMode",
     ),
     ("devices/graphics/listen", "type address socket"),
+    ("devices/graphics/channel", "name mode"),
     ("devices/graphics/image", "compression"),
+    ("devices/graphics/jpeg", "compression"),
+    ("devices/graphics/zlib", "compression"),
+    ("devices/graphics/playback", "compression"),
     ("devices/graphics/gl", "enable rendernode"),
     ("devices/graphics/audio", "id"),
     ("devices/graphics/streaming", "mode"),
     ("devices/graphics/clipboard", "copypaste"),
     ("devices/graphics/mouse", "mode"),
     ("devices/graphics/filetransfer", "enable"),
-    ("devices/sound", "model"),
+    ("devices/sound", "model multichannel"),
     ("devices/sound/codec", "type"),
     ("devices/sound/audio", "id"),
-    ("devices/audio", "id type serverName path timerPeriod"),
-    ("devices/audio/input", "mixingEngine fixedSettings voices bufferLength dev name streamName latency"),
+    ("devices/audio", "id type serverName path timerPeriod tryMMap exclusive dspPolicy"),
+    (
+        "devices/audio/input",
+        "mixingEngine fixedSettings voices bufferLength dev name streamName latency bufferCount tryPoll serverName clientName connectPorts exactName",
+    ),
     ("devices/audio/input/settings", "frequency channels format"),
-    ("devices/audio/output", "mixingEngine fixedSettings voices bufferLength dev name streamName latency"),
+    (
+        "devices/audio/output",
+        "mixingEngine fixedSettings voices bufferLength dev name streamName latency bufferCount tryPoll serverName clientName connectPorts exactName",
+    ),
     ("devices/audio/output/settings", "frequency channels format"),
     ("devices/video", ""),
     ("devices/video/driver", "iommu ats packed page_per_vq"),
@@ -294,6 +318,8 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/memory/source/pagesize", "unit"),
     ("devices/memory/source/nodemask", ""),
     ("devices/memory/source/path", ""),
+    ("devices/memory/source/alignsize", "unit"),
+    ("devices/memory/source/pmem", ""),
     ("devices/memory/target", ""),
     ("devices/memory/target/size", "unit"),
     ("devices/memory/target/node", ""),
@@ -312,7 +338,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/vsock/driver", "iommu ats packed page_per_vq"),
     ("devices/rng", "model"),
     ("devices/rng/rate", "bytes period"),
-    ("devices/rng/backend", "model"),
+    ("devices/rng/backend", "model type"),
     ("devices/rng/driver", "iommu ats packed page_per_vq"),
     ("qemu:commandline", ""),
     ("qemu:commandline/qemu:arg", "value"),
@@ -339,13 +365,13 @@ const SOURCE: &[(&str, &str)] = &[
     ("identity", "username"),
 ];
 
-/// Limits of a disk: elements without attributes.
-const IOTUNE: &str = "devices/disk/iotune/";
+/// Limits of a disk or of several: elements without attributes.
+const IOTUNE: [&str; 2] = ["devices/disk/iotune/", "throttlegroups/throttlegroup/"];
 
 /// The host's end of a serial port, console, channel or redirection: the same for all.
 const CHARACTER: &[(&str, &str)] = &[
     ("", "type"),
-    ("source", "mode host service path append channel"),
+    ("source", "mode host service path append channel tls"),
     ("source/reconnect", "enabled timeout"),
     ("protocol", "type"),
     ("log", "file append"),
@@ -355,6 +381,8 @@ const CHARACTER: &[(&str, &str)] = &[
 const DEVICE: &[(&str, &str)] = &[
     ("boot", "order"),
     ("alias", "name"),
+    ("acpi", "index"),
+    ("rom", "enabled bar file"),
     ("address", "type domain bus slot function multifunction controller target unit port iobase irq base"),
 ];
 
@@ -378,21 +406,9 @@ const KEPT: &[(&str, &str)] = &[
     ("devices/interface/source/@portid", "a name of the running guest's"),
     ("devices/serial/@tty", "a name of the running guest's"),
     ("devices/console/@tty", "a name of the running guest's"),
+    ("devices/memory/target/current", "a state of the running guest's"),
     ("devices/channel/target/@state", "a state of the running guest's"),
     ("devices/video/model/acceleration/@accel2d", "no card that is emulated has it"),
-];
-
-/// Known, and a start is refused, for a reason that is worth more than "not supported".
-const REFUSED: &[(&str, &str)] = &[
-    ("os/bios/@useserial", "is not supported by the QEMU driver yet"),
-    ("devices/tpm/backend/encryption", "encrypting a TPM's state is not supported yet: there is no store of secrets"),
-    ("devices/tpm/backend/device", "a TPM of the host's cannot be handed to a guest: use type='emulator'"),
-    ("devices/interface/filterref", "there are no network filters here: filter on the host's bridge"),
-    ("devices/interface/virtualport", "virtual ports (Open vSwitch and the like) are not supported yet"),
-    (
-        "devices/interface/source/@network",
-        "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
-    ),
 ];
 
 /// What is said of everything else.
@@ -406,9 +422,6 @@ pub fn standing(path: &str) -> Standing {
     if let Some((_, below)) = path.rsplit_once("/backingStore/backingStore") {
         return standing(&format!("devices/disk/backingStore{below}"));
     }
-    if let Some(reason) = listed(REFUSED) {
-        return Standing::Refused(reason);
-    }
     if let Some(reason) = listed(KEPT) {
         return Standing::Kept(reason);
     }
@@ -419,15 +432,20 @@ pub fn standing(path: &str) -> Standing {
     if below("devices/disk/source/") || below("devices/disk/backingStore/source/") {
         return Standing::Acts;
     }
-    if path.strip_prefix(IOTUNE).is_some_and(|limit| !limit.contains(['/', '@'])) {
+    if IOTUNE.iter().find_map(|tune| path.strip_prefix(tune)).is_some_and(|limit| !limit.contains(['/', '@'])) {
         return Standing::Acts;
     }
     let Some((kind, inner)) = path.strip_prefix("devices/").map(|p| p.split_once('/').unwrap_or((p, ""))) else {
-        return UNKNOWN;
+        return reasons::why(path).map_or(UNKNOWN, Standing::Refused);
     };
-    let character = matches!(kind, "serial" | "console" | "channel" | "redirdev");
+    let character = matches!(kind, "serial" | "parallel" | "console" | "channel" | "redirdev");
+    // An entropy daemon is reached as the other end of a character device is.
+    let daemon = path.strip_prefix("devices/rng/backend/").is_some_and(|inner| acts(CHARACTER, inner));
     let typed = ACTS.iter().any(|(p, _)| p.strip_prefix("devices/").is_some_and(|p| p.split('/').next() == Some(kind)));
-    if typed && (acts(DEVICE, inner) || character && acts(CHARACTER, inner)) { Standing::Acts } else { UNKNOWN }
+    if typed && (acts(DEVICE, inner) || character && acts(CHARACTER, inner) || daemon) {
+        return Standing::Acts;
+    }
+    reasons::why(path).map_or(UNKNOWN, Standing::Refused)
 }
 
 fn acts(list: &[(&str, &str)], path: &str) -> bool {
@@ -513,8 +531,11 @@ mod tests {
     #[test]
     fn nothing_stands_in_two_lists() {
         for (path, _) in KEPT {
-            assert!(!REFUSED.iter().any(|(other, _)| other == path), "{path}");
+            assert!(!reasons::paths().any(|other| other == *path), "{path}");
             assert!(!acts(ACTS, path), "{path}");
+        }
+        for path in reasons::paths() {
+            assert!(matches!(standing(path), Standing::Refused(_)), "{path} acts, so no reason against it is read");
         }
     }
 }

@@ -20,6 +20,9 @@ impl Builder<'_> {
                 props = props.set("server", server);
             }
             let props = props
+                .maybe("try-mmap", audio.try_mmap)
+                .maybe("exclusive", audio.exclusive)
+                .maybe("dsp-policy", audio.dsp_policy)
                 .maybe("timer-period", audio.timer_period_us)
                 .maybe("in", audio.input.as_ref().map(end))
                 .maybe("out", audio.output.as_ref().map(end));
@@ -41,6 +44,7 @@ impl Builder<'_> {
             let props = Props::device(device).set("id", id(&sound.info));
             let hda = matches!(sound.model, SoundModel::Ich6 | SoundModel::Ich9);
             let props = if hda { props } else { props.maybe("audiodev", audiodev.clone()) };
+            let props = props.maybe("multi", sound.multichannel);
             let props = if sound.model == SoundModel::Usb {
                 props.extend(self.usb(&sound.info))
             } else {
@@ -74,6 +78,12 @@ fn end(end: &AudioEnd) -> Props {
         .maybe("voices", end.voices)
         .maybe("buffer-length", end.buffer_us)
         .maybe("dev", end.dev.as_deref())
+        .maybe("buffer-count", end.buffer_count)
+        .maybe("try-poll", end.try_poll)
+        .maybe("server-name", end.server_name.as_deref())
+        .maybe("client-name", end.client_name.as_deref())
+        .maybe("connect-ports", end.connect_ports.as_deref())
+        .maybe("exact-name", end.exact_name)
         .maybe("name", end.name.as_deref())
         .maybe("stream-name", end.stream.as_deref())
         .maybe("latency", end.latency_us)

@@ -2,8 +2,10 @@
 
 use super::args::{List, Props};
 use super::{Builder, id, list, turn};
-use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, SerialKind, SocketMode};
-use virt_model::device::{AddressKind, CharSource, ControllerKind, DeviceInfo, Serial};
+use crate::qemu::capabilities::End;
+use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, RedirRule, SerialKind, SocketMode};
+use virt_model::device::display::MouseMode;
+use virt_model::device::{AddressKind, CharSource, ControllerKind, DeviceInfo, Redirfilter, Serial};
 
 impl Builder<'_> {
     pub(super) fn character_devices(&mut self) {
@@ -12,6 +14,12 @@ impl Builder<'_> {
             let chardev = self.back_end(&serial.source, id(&serial.info), None);
             let props = self.serial(serial, chardev);
             self.args.device(props);
+        }
+        for parallel in &def.devices.parallels {
+            let chardev = self.back_end(&parallel.source, id(&parallel.info), None);
+            let port = parallel.target.as_ref().and_then(|target| target.port);
+            let props = Props::device("isa-parallel").set("chardev", chardev).set("id", id(&parallel.info));
+            self.args.device(props.maybe("index", port));
         }
         for channel in def.devices.channels.iter().filter(|c| c.target.kind == ChannelKind::Virtio) {
             let chardev = self.back_end(&channel.source, id(&channel.info), Some("vdagent"));
@@ -42,6 +50,10 @@ impl Builder<'_> {
         for redirection in &def.devices.redirdevs {
             let chardev = self.back_end(&redirection.source, id(&redirection.info), Some("usbredir"));
             let props = Props::device("usb-redir").set("chardev", chardev).set("id", id(&redirection.info));
+            let props = props.maybe(
+                "filter",
+                def.devices.redirfilter.as_ref().filter(|filter| !filter.rules.is_empty()).map(filter),
+            );
             let props = turn(props, self.boot_index(&redirection.info)).extend(self.usb(&redirection.info));
             self.args.device(props);
         }
@@ -49,13 +61,14 @@ impl Builder<'_> {
 
     fn serial(&self, serial: &Serial, chardev: String) -> Props {
         let target = serial.target.as_ref();
-        let pci = target.and_then(|t| t.kind) == Some(SerialKind::Pci);
-        let props = Props::device(if pci { "pci-serial" } else { "isa-serial" });
-        let props = props.set("chardev", chardev).set("id", id(&serial.info));
-        if pci {
-            return props.extend(self.pci(&serial.info));
-        }
-        let props = props.maybe("index", target.and_then(|t| t.port));
+        let kind = target.and_then(|t| t.kind).unwrap_or_default();
+        let props = Props::device(serial_device(kind)).set("chardev", chardev).set("id", id(&serial.info));
+        let props = match kind {
+            SerialKind::Pci => return props.extend(self.pci(&serial.info)),
+            SerialKind::Usb => return props.extend(self.usb(&serial.info)),
+            SerialKind::IsaDebug => props,
+            _ => props.maybe("index", target.and_then(|t| t.port)),
+        };
         match serial.info.address.as_ref().map(|a| &a.kind) {
             Some(AddressKind::Isa(isa)) => props.maybe("iobase", isa.iobase).maybe("irq", isa.irq),
             _ => props,
@@ -77,7 +90,7 @@ impl Builder<'_> {
     }
 
     /// The host's side; gives its name. `spice_name`: what SPICE clients call such a device.
-    fn back_end(&mut self, source: &CharSource, device: &str, spice_name: Option<&str>) -> String {
+    pub(super) fn back_end(&mut self, source: &CharSource, device: &str, spice_name: Option<&str>) -> String {
         let name = format!("char{device}");
         let start = |kind: &str| list(kind).set("id", &name);
         let path = source.path().unwrap_or_default();
@@ -91,10 +104,16 @@ impl Builder<'_> {
                 start("file").set("path", path).maybe_on_off("append", append)
             }
             CharKind::Unix => socket_options(start("socket").set("path", path), source),
+            CharKind::Tcp if is_encrypted(source) => {
+                let credentials = format!("{name}-tls");
+                self.credentials(&credentials, if is_server(source) { End::Server } else { End::Client });
+                tcp(start("socket"), source).set("tls-creds", credentials)
+            }
             CharKind::Tcp => tcp(start("socket"), source),
             CharKind::Udp => udp(start("udp"), source),
             CharKind::SpiceVmc => start("spicevmc").maybe("name", spice_name),
             CharKind::SpicePort => start("spiceport").maybe("name", channel),
+            CharKind::QemuVdagent => vdagent(start("qemu-vdagent").maybe("name", spice_name), source),
             CharKind::Dbus => start("dbus").maybe("name", channel),
             _ => start("pty"),
         };
@@ -111,6 +130,51 @@ impl Builder<'_> {
         self.args.pair("-chardev", back_end.maybe_on_off("logappend", log.and_then(|log| log.append)));
         name
     }
+}
+
+/// QEMU's name of a serial port.
+pub fn serial_device(kind: SerialKind) -> &'static str {
+    match kind {
+        SerialKind::Pci => "pci-serial",
+        SerialKind::Usb => "usb-serial",
+        SerialKind::IsaDebug => "isa-debugcon",
+        _ => "isa-serial",
+    }
+}
+
+/// Rules in USB redirection's own words; whatever no rule fits may be redirected, as libvirt has it.
+fn filter(filter: &Redirfilter) -> String {
+    let number = |text: &Option<String>| usb_number(text.as_deref()).unwrap_or(-1);
+    let hex = |n: i64, digits: usize| if n < 0 { "-1".to_owned() } else { format!("0x{n:0digits$X}") };
+    let rule = |rule: &RedirRule| {
+        let version = rule.version.as_deref().and_then(usb_version).map_or(-1, i64::from);
+        let numbers = [hex(number(&rule.class), 2), hex(number(&rule.vendor), 4), hex(number(&rule.product), 4)];
+        format!("{}:{}:{}", numbers.join(":"), hex(version, 4), u8::from(rule.allow != Some(false)))
+    };
+    filter.rules.iter().map(rule).collect::<Vec<_>>().join("|")
+}
+
+/// A number of a device, hexadecimal as such numbers are; -1 is any.
+pub fn usb_number(text: Option<&str>) -> Option<i64> {
+    let Some(text) = text.filter(|text| *text != "-1") else { return Some(-1) };
+    i64::from_str_radix(text.trim_start_matches("0x"), 16).ok().filter(|n| (0..=0xffff).contains(n))
+}
+
+/// A version such as 1.10, in decimal digits of four bits each.
+pub fn usb_version(text: &str) -> Option<u16> {
+    let (major, minor) = text.split_once('.').unwrap_or((text, "0"));
+    let digits = |text: &str| text.parse::<u16>().ok().filter(|n| *n < 100).map(|n| ((n / 10) << 4) | (n % 10));
+    Some((digits(major)? << 8) | digits(minor)?)
+}
+
+fn vdagent(list: List, source: &CharSource) -> List {
+    let clipboard = source.sources.iter().find_map(|s| s.clipboard.as_ref()?.copypaste);
+    let mouse = source.sources.iter().find_map(|s| s.mouse.as_ref()).map(|mouse| mouse.mode == MouseMode::Client);
+    list.maybe_on_off("clipboard", clipboard).maybe_on_off("mouse", mouse)
+}
+
+fn is_encrypted(source: &CharSource) -> bool {
+    source.sources.iter().any(|s| s.tls == Some(true))
 }
 
 fn is_server(source: &CharSource) -> bool {

@@ -50,6 +50,7 @@ impl Builder<'_> {
             .maybe("chassis", target.and_then(|t| t.chassis))
             .maybe("chassis_nr", target.and_then(|t| t.chassis_nr))
             .maybe("hotplug", target.and_then(|t| t.hotplug))
+            .maybe("mem-reserve", target.and_then(|t| t.mem_reserve_kib).map(|kib| kib.saturating_mul(1024)))
             .set("id", id(&bridge.info))
             .extend(self.pci(&bridge.info))
     }

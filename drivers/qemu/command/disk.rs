@@ -10,20 +10,30 @@ use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::qemu::capabilities::Capabilities;
 use crate::qemu::complete::Board;
-use serde_json::Value;
+use serde_json::{Value, json};
 use virt_model::device::address::DriveAddress;
 use virt_model::device::disk::{
     BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind, Iotune,
 };
+use virt_model::device::misc::VirtioModel;
 use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, ControllerKind, Disk};
 use virt_model::domain::DomainDef;
 
+/// The first file descriptor of those for what is thrown away; from 200 on they are virtd's own.
+const FIRST_SCRATCH_FD: i32 = 180;
+
 impl Builder<'_> {
     pub(super) fn disks(&mut self) {
         let def = self.def;
+        for group in def.throttle_groups.iter().flat_map(|groups| &groups.groups) {
+            self.throttle_group(&format!("throttle-{}", group.group.as_deref().unwrap_or_default()), group);
+        }
         for disk in &def.devices.disks {
             let node = self.disk_nodes(disk, &disk.target.dev);
+            if disk.transient.is_some() {
+                self.overlay_to_throw_away(&disk.target.dev);
+            }
             let props = self.disk_device(disk, node);
             self.args.device(props);
         }
@@ -58,6 +68,20 @@ impl Builder<'_> {
         Some(self.filters(disk, name, format!("{name}-format")))
     }
 
+    /// Before the guest runs QEMU itself lays an overlay over the image, in a file that has no name: it goes with QEMU,
+    /// whatever ends it.
+    fn overlay_to_throw_away(&mut self, name: &str) {
+        let fd = self.scratch.len().try_into().map_or(FIRST_SCRATCH_FD, |n: i32| FIRST_SCRATCH_FD + n);
+        self.scratch.push(fd);
+        let arguments = json!({
+            "node-name": format!("{name}-format"),
+            "snapshot-file": format!("/dev/fd/{fd}"),
+            "snapshot-node-name": format!("{name}-transient"),
+            "format": "qcow2",
+        });
+        self.setup.push(("blockdev-snapshot-sync".to_owned(), arguments));
+    }
+
     /// What stands between the image and the device; gives the topmost.
     fn filters(&mut self, disk: &Disk, name: &str, mut top: String) -> String {
         let mut filter = |builder: &mut Self, suffix: &str, props: Props| {
@@ -72,6 +96,12 @@ impl Builder<'_> {
             let group = format!("throttle-{}", tune.group.as_deref().unwrap_or(&disk.target.dev));
             self.throttle_group(&group, tune);
             filter(self, "throttle", Props::new("driver", "throttle").set("throttle-group", group));
+        }
+        let shared = disk.throttle_filters.iter().flat_map(|filters| &filters.filters);
+        // The first one is the topmost.
+        for (n, shared) in shared.enumerate().collect::<Vec<_>>().into_iter().rev() {
+            let group = format!("throttle-{}", shared.group);
+            filter(self, &format!("filter{n}"), Props::new("driver", "throttle").set("throttle-group", group));
         }
         top
     }
@@ -122,6 +152,7 @@ impl Builder<'_> {
             .maybe("wwn", disk.wwn.as_deref().and_then(wwn))
             .maybe("rotation_rate", disk.target.rotation_rate)
             .maybe("removable", disk.target.removable)
+            .maybe("dpofua", disk.target.dpofua)
             .maybe(
                 "werror",
                 driver
@@ -228,9 +259,12 @@ fn blocks(disk: &Disk) -> Props {
         .maybe("bios-chs-trans", shape.and_then(|shape| shape.translation).map(|t| t.as_str()))
 }
 
-fn device_type(disk: &Disk) -> &'static str {
+/// QEMU's name of what the guest sees.
+pub fn device_type(disk: &Disk) -> &'static str {
     let cd = disk.device() == DiskDevice::Cdrom;
     match disk.target.bus.unwrap_or_default() {
+        DiskBus::Virtio if disk.model == Some(VirtioModel::Transitional) => "virtio-blk-pci-transitional",
+        DiskBus::Virtio if disk.model == Some(VirtioModel::NonTransitional) => "virtio-blk-pci-non-transitional",
         DiskBus::Virtio => "virtio-blk-pci",
         DiskBus::Scsi if cd => "scsi-cd",
         DiskBus::Scsi => "scsi-hd",

@@ -2,8 +2,9 @@
 
 use super::args::{List, Props, on_off};
 use super::{Builder, calendar, id, list, virtio};
+use crate::qemu::capabilities::End;
 use serde_json::json;
-use virt_model::device::display::{Connected, GraphicsKind, ListenKind, MouseMode, VideoKind};
+use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, MouseMode, VideoKind};
 use virt_model::device::{Graphics, Video};
 
 impl Builder<'_> {
@@ -60,9 +61,16 @@ impl Builder<'_> {
         let denied = |value: Option<bool>| value.filter(|allowed| !allowed).map(|_| "on");
         let mouse = graphics.mouse.as_ref().map(|m| if m.mode == MouseMode::Client { "on" } else { "off" });
         let gl = graphics.gl.as_ref().filter(|gl| gl.enable == Some(true));
-        let spice = spice_address(graphics)
+        let mut address = spice_address(graphics);
+        if graphics.tls_port.is_some_and(|port| port > 0) {
+            address = address.set("x509-dir", self.certificates(End::Server));
+        }
+        let spice = encryption(address, graphics)
             .maybe("disable-ticketing", open)
             .maybe("image-compression", graphics.image.as_ref().map(|image| image.compression.as_str()))
+            .maybe("jpeg-wan-compression", graphics.jpeg.as_ref().map(|jpeg| jpeg.compression.as_str()))
+            .maybe("zlib-glz-wan-compression", graphics.zlib.as_ref().map(|zlib| zlib.compression.as_str()))
+            .maybe_on_off("playback-compression", graphics.playback.as_ref().and_then(|p| p.compression))
             .maybe("streaming-video", graphics.streaming.as_ref().map(|s| s.mode.as_str()))
             .maybe("agent-mouse", mouse)
             .maybe("disable-copy-paste", denied(graphics.clipboard.as_ref().and_then(|c| c.copypaste)))
@@ -123,9 +131,22 @@ fn spice_address(graphics: &Graphics) -> List {
         _ => {
             let address = graphics.listens.first().and_then(|l| l.address.as_deref());
             let address = address.or(graphics.listen.as_deref()).unwrap_or("127.0.0.1");
-            list.set("port", graphics.port.unwrap_or(0)).set("addr", address)
+            let encrypted = graphics.tls_port.filter(|port| *port > 0);
+            let open = graphics.port.filter(|port| *port > 0).or(encrypted.is_none().then_some(0));
+            list.maybe("port", open).maybe("tls-port", encrypted).set("addr", address)
         }
     }
+}
+
+/// What goes by the one port and what by the other.
+fn encryption(list: List, graphics: &Graphics) -> List {
+    let default = graphics.default_mode.map(|mode| ("default", mode));
+    let named = graphics.channels.iter().map(|channel| (channel.name.as_str(), channel.mode));
+    default.into_iter().chain(named).fold(list, |list, (name, mode)| match mode {
+        ChannelMode::Secure => list.set("tls-channel", name),
+        ChannelMode::Insecure => list.set("plaintext-channel", name),
+        ChannelMode::Any => list,
+    })
 }
 
 /// QEMU's name of a card; the first one is what firmware draws on. `None`: there is nothing to add.

@@ -3,7 +3,7 @@
 use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::host::usb;
-use virt_model::device::hostdev::{GuestReset, HostdevKind, HostdevSource, Rom};
+use virt_model::device::hostdev::{GuestReset, HostdevKind, HostdevSource};
 use virt_model::device::interface::InterfaceKind;
 use virt_model::device::misc::VirtioModel;
 use virt_model::device::{Hostdev, Vsock};
@@ -29,12 +29,10 @@ impl Builder<'_> {
         }
     }
 
-    fn pci_device(&mut self, device: &Hostdev, index: Option<u32>) -> Props {
+    fn pci_device(&self, device: &Hostdev, index: Option<u32>) -> Props {
         let host = device.pci().map(|pci| pci.to_string()).unwrap_or_default();
         let props = turn(Props::device("vfio-pci").set("host", host).set("id", id(&device.info)), index);
-        let file = device.rom.as_ref().and_then(|rom| rom.file.as_ref());
-        file.iter().for_each(|path| self.open(path, false, false));
-        props.extend(self.pci(&device.info)).extend(device.rom.as_ref().map(rom).unwrap_or_default())
+        props.extend(self.pci(&device.info))
     }
 
     fn usb_device(&mut self, device: &Hostdev, index: Option<u32>) -> Props {
@@ -64,12 +62,6 @@ impl Builder<'_> {
         let props = props.set("vhostfd", VSOCK_FD.to_string()).extend(shared).extend(self.pci(&vsock.info));
         self.args.device(props);
     }
-}
-
-fn rom(rom: &Rom) -> Props {
-    let none = (rom.enabled == Some(false)).then(String::new);
-    let props = Props::default().maybe("rombar", rom.bar.map(u8::from));
-    props.maybe("romfile", none.or(rom.file.clone()))
 }
 
 fn resets(source: &HostdevSource) -> Props {

@@ -13,7 +13,7 @@ use virt_model::device::sound::SoundModel;
 use virt_model::domain::LifecycleAction;
 use virt_model::domain::clock::{ClockBasis, ClockOffset, TickPolicy, Timer, TimerName, TimerTrack};
 use virt_model::domain::features::{IoapicDriver, Smm, State};
-use virt_model::domain::os::LoaderKind;
+use virt_model::domain::os::{AcpiTableKind, LoaderKind};
 
 impl Builder<'_> {
     pub(super) fn machine(&mut self) {
@@ -60,6 +60,7 @@ impl Builder<'_> {
             .maybe("memory-backend", self.def.numa_cells().is_empty().then_some(RAM))
             .maybe_on_off("i8042", on(features.and_then(|f| f.ps2.as_ref())))
             .maybe("mem-merge", backing.is_some_and(|b| b.nosharepages).then_some("off"))
+            .maybe("graphics", self.def.os.bios.as_ref().and_then(|b| b.useserial).filter(|s| *s).map(|_| "off"))
             .maybe("nvdimm", nvdimm.then_some("on"))
             .maybe("pflash0", code)
             .maybe("pflash1", vars.flatten())
@@ -204,6 +205,15 @@ impl Builder<'_> {
         }
         if let Some(cmdline) = &os.cmdline {
             self.args.pair("-append", cmdline.as_str());
+        }
+        for table in os.acpi.iter().flat_map(|acpi| &acpi.tables) {
+            let signature = match table.kind {
+                AcpiTableKind::Slic => Some("SLIC"),
+                AcpiTableKind::Msdm => Some("MSDM"),
+                AcpiTableKind::Raw | AcpiTableKind::Rawset => None,
+            };
+            self.args.pair("-acpitable", List::default().maybe("sig", signature).set("file", &table.path));
+            self.open(&table.path, false, false);
         }
         let holes = [(ControllerKind::Pci, 0)].into_iter().filter_map(|(kind, n)| self.controller(kind, n)?.pcihole64);
         let host = if self.board == Board::Q35 { "q35-pcihost" } else { "i440FX-pcihost" };

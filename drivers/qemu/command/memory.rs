@@ -22,6 +22,10 @@ struct Make {
     path: Option<String>,
     /// It is taken from the host piece by piece, by its device.
     by_device: bool,
+    /// A file's alignment in memory.
+    align_kib: Option<u64>,
+    /// The file is persistent memory of the host's.
+    persistent: bool,
     policy: Option<(NumaMode, CpuSet)>,
 }
 
@@ -82,6 +86,8 @@ impl Builder<'_> {
             path: (source == Some(MemorySourceKind::File))
                 .then(|| self.place.runtime_dir.to_string_lossy().into_owned()),
             by_device: false,
+            align_kib: None,
+            persistent: false,
             policy,
         }
     }
@@ -96,6 +102,8 @@ impl Builder<'_> {
         };
         let props = Props::new("qom-type", kind).set("id", name).set("size", kib.saturating_mul(1024));
         let props = props.maybe("mem-path", make.path.as_deref()).maybe("share", make.shared);
+        let props = props.maybe("align", make.align_kib.map(|kib| kib.saturating_mul(1024)));
+        let props = props.maybe("pmem", make.persistent.then_some(true));
         let in_file = kind == "memory-backend-file";
         let props = props.maybe("discard-data", (make.discard && in_file).then_some(true));
         let huge = make.page_kib.map(|kib| kib.saturating_mul(1024));
@@ -145,6 +153,8 @@ impl Builder<'_> {
             self.open(&path, !device.target.readonly, false);
             make.path = Some(path);
             make.page_kib = None;
+            make.align_kib = source.and_then(|s| s.align_size).map(|size| size.0);
+            make.persistent = source.is_some_and(|s| s.pmem);
         }
         self.backend(&memory, device.target.size.0, make);
         let props = Props::device(memory_device(device.model)).maybe("node", device.target.node);

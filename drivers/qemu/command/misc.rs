@@ -83,6 +83,10 @@ impl Builder<'_> {
             let name = id(&rng.info);
             let object = format!("obj{name}");
             match rng.backend.model {
+                RngKind::Egd => {
+                    let chardev = self.back_end(&rng.backend.daemon(), name, None);
+                    self.args.object(Props::new("qom-type", "rng-egd").set("id", &*object).set("chardev", chardev));
+                }
                 RngKind::Builtin => self.args.object(Props::new("qom-type", "rng-builtin").set("id", &*object)),
                 _ => {
                     let path = rng.backend.path.as_deref().unwrap_or(PUBLIC[0]);

@@ -21,7 +21,7 @@ mod source;
 mod sysinfo;
 mod tpm;
 
-use super::capabilities::Capabilities;
+use super::capabilities::{Capabilities, End};
 use super::check;
 use super::companion::{Companion, FIRST_FD};
 use super::complete::{Board, Chosen, go_live};
@@ -39,8 +39,9 @@ use virt_model::xml::{Finding, FindingKind};
 pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
+pub use chardev::{serial_device, usb_number, usb_version};
 pub use controller::usb_device;
-pub use disk::{Medium, known_format, medium, overlay_nodes, wwn};
+pub use disk::{Medium, device_type as disk_device, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
 pub use hostdev::{VSOCK_FD, vsock_device};
 pub use memory::memory_device;
@@ -96,6 +97,8 @@ pub struct Command {
     pub taps: Vec<Tap>,
     /// Secrets that must be open at given file descriptors.
     pub secrets: Vec<Secret>,
+    /// File descriptors of files for what is thrown away at the end: nameless, empty, and its own.
+    pub scratch: Vec<i32>,
     /// How many bytes of its memory it must be able to keep from being swapped; no more than others if `None`.
     pub lock_limit: Option<u64>,
     /// What runs beside it, in this order.
@@ -139,7 +142,8 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
         return Err(findings);
     }
     let mut live = def.clone();
-    go_live(&mut live, &mut Chosen { runtime_dir: place.runtime_dir, free_port: &mut |_, _| true })?;
+    let encrypts = caps.site.certificates(End::Server).is_ok();
+    go_live(&mut live, &mut Chosen { runtime_dir: place.runtime_dir, encrypts, free_port: &mut |_, _| true })?;
     let mut builder = Builder::new(&live, caps, place);
     builder.machine();
     builder.cpu();
@@ -172,6 +176,7 @@ pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Comm
     builder.shared_memory();
     builder.accelerators();
     builder.vsock();
+    builder.roms();
     builder.fence();
     Ok(builder.finish())
 }
@@ -189,6 +194,7 @@ struct Builder<'a> {
     taps: Vec<Tap>,
     tap_fds_used: i32,
     secrets: Vec<Secret>,
+    scratch: Vec<i32>,
     throttle_groups: BTreeSet<String>,
     companions: Vec<Companion>,
     companion_fds: i32,
@@ -211,6 +217,7 @@ impl<'a> Builder<'a> {
             taps: Vec::new(),
             tap_fds_used: 0,
             secrets: Vec::new(),
+            scratch: Vec::new(),
             throttle_groups: BTreeSet::new(),
             companions: Vec::new(),
             companion_fds: 0,
@@ -234,6 +241,7 @@ impl<'a> Builder<'a> {
             nvram: self.nvram,
             taps: self.taps,
             secrets: self.secrets,
+            scratch: self.scratch,
             lock_limit: hostdev::lock_limit(self.def),
             companions: self.companions,
             setup: self.setup,
@@ -267,7 +275,37 @@ impl<'a> Builder<'a> {
         let addr =
             if pci.function == 0 { format!("{:#x}", pci.slot) } else { format!("{:#x}.{:#x}", pci.slot, pci.function) };
         let bus = self.pci_bus(pci.bus.into());
-        Props::new("bus", bus).maybe("multifunction", pci.multifunction).set("addr", addr)
+        let (acpi, rom) = (info.acpi.as_ref(), info.rom.as_ref());
+        let none = rom.filter(|rom| rom.enabled == Some(false)).map(|_| "");
+        Props::new("bus", bus)
+            .maybe("multifunction", pci.multifunction)
+            .set("addr", addr)
+            .maybe("acpi-index", acpi.map(|acpi| acpi.index))
+            .maybe("rombar", rom.and_then(|rom| rom.bar).map(u8::from))
+            .maybe("romfile", none.or(rom.and_then(|rom| rom.file.as_deref())))
+    }
+
+    /// Contents of ROMs that are not the devices' own.
+    fn roms(&mut self) {
+        let def = self.def;
+        let roms = def.devices.infos().into_iter().filter_map(|(info, _)| info.rom.as_ref()?.file.as_deref());
+        roms.for_each(|file| self.open(file, false, false));
+    }
+
+    /// The object with what that end of an encrypted connection shows. Each end asks the other for the same.
+    fn credentials(&mut self, id: &str, end: End) {
+        let dir = self.certificates(end);
+        let object = Props::new("qom-type", "tls-creds-x509").set("id", id).set("dir", dir);
+        self.args.object(object.set("endpoint", end.as_str()).set("verify-peer", true));
+    }
+
+    /// The folder with the host's certificates, to be read.
+    fn certificates(&mut self, end: End) -> String {
+        let site = &self.caps.site;
+        for file in site.certificates(end).unwrap_or_default() {
+            self.files.push(HostFile { path: file, write: false, backing: false, create: false, device: false });
+        }
+        site.tls_dir.to_string_lossy().into_owned()
     }
 
     fn pci_bus(&self, index: u32) -> String {

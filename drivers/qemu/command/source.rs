@@ -2,6 +2,7 @@
 
 use super::Builder;
 use super::args::Props;
+use crate::qemu::capabilities::End;
 use serde_json::{Value, json};
 use virt_model::device::disk::DiskKind;
 use virt_model::device::source::{Auth, Cookies, DiskSource, Encryption, Protocol, SecretRef, SourceHost, Transport};
@@ -49,6 +50,12 @@ impl Builder<'_> {
 
     fn server_node(&mut self, source: &DiskSource, protocol: Protocol, name: &str) -> Props {
         match protocol {
+            Protocol::Nbd if source.tls == Some(true) => {
+                let credentials = format!("{name}-tls");
+                self.credentials(&credentials, End::Client);
+                let props = nbd(source).set("tls-creds", credentials);
+                props.maybe("tls-hostname", source.tls_hostname.as_deref())
+            }
             Protocol::Nbd => nbd(source),
             Protocol::Rbd => self.rbd(source, name),
             Protocol::Iscsi => self.iscsi(source, name),

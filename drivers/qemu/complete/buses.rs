@@ -4,14 +4,14 @@ use super::Board;
 use super::controllers::is_companion;
 use std::collections::{BTreeMap, BTreeSet};
 use virt_model::device::address::{DimmAddress, DriveAddress, UsbAddress, VirtioSerialAddress};
-use virt_model::device::chardev::{ChannelKind, ConsoleKind};
+use virt_model::device::chardev::{ChannelKind, ConsoleKind, SerialKind};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::hostdev::HostdevKind;
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::InputBus;
 use virt_model::device::sound::SoundModel;
-use virt_model::device::{Address, AddressKind, Controller, ControllerKind, DeviceInfo, Disk, MemoryDevice};
+use virt_model::device::{Address, AddressKind, Controller, ControllerKind, DeviceInfo, Disk, MemoryDevice, Serial};
 use virt_model::domain::DomainDef;
 use virt_model::xml::{Element, Finding, Place};
 
@@ -257,10 +257,12 @@ fn usb_devices(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, Pl
     let sounds = devices.sounds.iter_mut().filter(|s| s.model == SoundModel::Usb).map(|s| (&mut s.info, s.at.clone()));
     let readers = devices.controllers.iter_mut().filter(|c| c.kind == ControllerKind::Ccid);
     let readers = readers.map(|c| (&mut c.info, c.at.clone()));
+    let serial = |s: &&mut Serial| s.target.as_ref().and_then(|target| target.kind) == Some(SerialKind::Usb);
+    let serials = devices.serials.iter_mut().filter(serial).map(|s| (&mut s.info, s.at.clone()));
     let redirs = devices.redirdevs.iter_mut().map(|r| (&mut r.info, r.at.clone()));
     let hubs = devices.hubs.iter_mut().map(|h| (&mut h.info, h.at.clone()));
     let hosts = devices.hostdevs.iter_mut().filter(|h| h.kind == HostdevKind::Usb).map(|h| (&mut h.info, h.at.clone()));
-    disks.chain(hubs).chain(readers).chain(inputs).chain(sounds).chain(redirs).chain(hosts)
+    disks.chain(hubs).chain(readers).chain(inputs).chain(sounds).chain(redirs).chain(serials).chain(hosts)
 }
 
 fn kind(info: &DeviceInfo) -> Option<&AddressKind> {

@@ -6,7 +6,7 @@ use virt_model::device::address::DriveAddress;
 use virt_model::device::chardev::{ChannelKind, CharKind, SocketMode};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
-use virt_model::device::display::{GraphicsKind, ListenKind};
+use virt_model::device::display::{ChannelMode, GraphicsKind, ListenKind};
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::{Address, AddressKind, Alias, Controller, ControllerKind, DeviceInfo, Disk, Graphics};
 use virt_model::domain::DomainDef;
@@ -22,6 +22,8 @@ const LOCALHOST: &str = "127.0.0.1";
 pub struct Chosen<'a> {
     /// Where sockets go.
     pub runtime_dir: &'a Path,
+    /// The host has certificates: where it is open whether there is a port for what is encrypted, there is one.
+    pub encrypts: bool,
     /// Whether a TCP port on this address can be had. Asked in order, from 5900; the port then counts as taken.
     pub free_port: &'a mut dyn FnMut(&str, u16) -> bool,
 }
@@ -78,8 +80,15 @@ fn screen(graphics: &mut Graphics, n: usize, chosen: &mut Chosen, taken: &mut BT
         }
         found.map(i32::from)
     };
-    if wants(graphics.port) {
+    // Of SPICE, a port that nothing goes by is not opened.
+    let modes = || graphics.default_mode.into_iter().chain(graphics.channels.iter().map(|channel| channel.mode));
+    let encrypted = kind == GraphicsKind::Spice && modes().any(|mode| mode == ChannelMode::Secure);
+    let only = graphics.default_mode == Some(ChannelMode::Secure) && modes().all(|mode| mode == ChannelMode::Secure);
+    if wants(graphics.port) && !(encrypted && only) {
         graphics.port = choose(5900);
+    }
+    if encrypted && wants(graphics.tls_port) || chosen.encrypts && graphics.tls_port == Some(-1) {
+        graphics.tls_port = choose(5900);
     }
     if kind == GraphicsKind::Vnc && graphics.websocket == Some(-1) {
         graphics.websocket = choose(5700);
@@ -108,6 +117,7 @@ pub fn name_devices(def: &mut DomainDef) {
     }
     devices.interfaces.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("net{n}")));
     devices.serials.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("serial{n}")));
+    devices.parallels.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("parallel{n}")));
     let first_serial = devices.serials.first().and_then(|s| s.info.alias.clone());
     for (n, console) in devices.consoles.iter_mut().enumerate() {
         match &first_serial {

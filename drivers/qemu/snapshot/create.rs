@@ -65,8 +65,14 @@ impl Operation {
                 path.display()
             )));
         }
+        if wish.memory != MemoryMode::No {
+            self.keeps_what_is_written("memory without what it knows of its disk")?;
+        }
         for (disk, part) in pairs(def, &wish.disks).filter(|(_, part)| part.mode != DiskMode::No) {
             let target = &part.target;
+            if self.machine.running && disk.transient.is_some() {
+                return Err(cannot(format!("disk '{target}' throws away what is written: leave it out")));
+            }
             if disk.device() == DiskDevice::Lun {
                 return Err(cannot(format!("disk '{target}' is a device of the host's passed through: leave it out")));
             }

@@ -8,39 +8,48 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Replaced};
+use virt_model::driver::snapshots::{
+    DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Replaced, Unfinished,
+};
 
 /// A file, its format, and what it stands on.
-struct Standing {
-    file: PathBuf,
-    format: String,
-    on: PathBuf,
+pub(super) struct Standing {
+    pub target: String,
+    pub file: PathBuf,
+    pub format: String,
+    pub on: PathBuf,
     /// Whose it is, for people.
     whose: String,
 }
 
+/// An overlay that nothing stands on.
+pub(super) struct Leaf {
+    pub target: String,
+    pub file: PathBuf,
+    format: String,
+}
+
+/// What is to be done, and what that is known from.
+pub(super) struct Plan {
+    pub deed: Delete,
+    pub leaves: Vec<Leaf>,
+    pub standing: Vec<Standing>,
+}
+
 impl Operation {
     pub(super) async fn check_delete(&self, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError> {
-        let deed = self.deletion(snapshot, kin).await?;
+        let plan = self.deletion(snapshot, kin).await;
         let change = |path: &Path, what| FileChange { path: path.to_owned(), what, bytes: super::size(path) };
         let mut files: Vec<FileChange> =
-            deed.merges.iter().map(|merge| change(&merge.overlay, FileFate::Merged)).collect();
-        files.extend(deed.unlinks.iter().map(|path| change(path, FileFate::Deleted)));
+            plan.deed.merges.iter().map(|merge| change(&merge.overlay, FileFate::Merged)).collect();
+        files.extend(plan.deed.unlinks.iter().map(|path| change(path, FileFate::Deleted)));
         files.extend(self.leavings(snapshot).iter().map(|path| change(path, FileFate::Deleted)));
-        Ok(DeletePlan { files })
+        Ok(DeletePlan { files, refused: self.may_be_done(&plan, snapshot).await.err() })
     }
 
-    /// What is to be done; refuses what would lose something else.
-    async fn deletion(&self, snapshot: &Kept, kin: &Kin) -> Result<Delete, DriverError> {
-        let mut deed = Delete {
-            snapshot: held(snapshot),
-            merges: Vec::new(),
-            unlinks: Vec::new(),
-            synced: None,
-            resume: false,
-            merged: Vec::new(),
-        };
-        let standing = self.standing(kin);
+    /// What is to be done, as far as it is recorded.
+    async fn deletion(&self, snapshot: &Kept, kin: &Kin) -> Plan {
+        let (mut merges, mut leaves, standing) = (Vec::new(), Vec::new(), self.standing(kin));
         let reverts: Vec<PathBuf> = self.own_reverts(snapshot).await.into_iter().map(|(file, _)| file).collect();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
@@ -49,23 +58,37 @@ impl Operation {
             let on_base = |file: &&PathBuf| standing.iter().any(|one| one.file == **file && one.on == base);
             let mut overlays = vec![(path.clone(), format.clone())];
             overlays.extend(reverts.iter().filter(on_base).map(|file| (file.clone(), "qcow2".to_owned())));
-            for (overlay, format) in overlays.into_iter().filter(|(overlay, _)| overlay.exists()) {
-                match self.one_merge(&part.target, &overlay, &format, (&base, base_format), &standing) {
-                    Some(merge) => deed.merges.push(merge),
-                    None if *block || !self.stands_on(&overlay, &format, &base).await => {}
-                    None => {
-                        self.holds_nothing(&part.target, &overlay, &format).await?;
-                        deed.unlinks.push(overlay);
-                    }
+            for (file, format) in overlays {
+                match self.one_merge(&part.target, &file, &format, (&base, base_format), &standing) {
+                    Some(merge) => merges.push(merge),
+                    None if *block || !self.stands_on(&file, &format, &base).await => {}
+                    None => leaves.push(Leaf { target: part.target.clone(), file, format }),
                 }
             }
         }
         let unneeded = |file: &&PathBuf| file.exists() && !standing.iter().any(|one| one.file == **file);
-        deed.unlinks.extend(reverts.iter().filter(unneeded).cloned());
-        for merge in &deed.merges {
-            self.loses_nothing(merge, &deed, &standing).await?;
+        let unlinks = leaves.iter().map(|leaf| &leaf.file).chain(reverts.iter().filter(unneeded)).cloned().collect();
+        let deed =
+            Delete { snapshot: held(snapshot), merges, unlinks, synced: None, resume: false, merged: Vec::new() };
+        Plan { deed, leaves, standing }
+    }
+
+    /// Refuses what would lose something else, or what is not as it is recorded. Changes nothing.
+    async fn may_be_done(&self, plan: &Plan, snapshot: &Kept) -> Result<(), DriverError> {
+        if plan.deed.merges.iter().any(|merge| merge.live) {
+            self.nobody_else_works().await?;
+            if self.body.is_some() {
+                self.keeps_what_is_written("a merge")?;
+            }
         }
-        Ok(deed)
+        self.chains_are_as_recorded(plan, snapshot).await?;
+        for leaf in &plan.leaves {
+            self.holds_nothing(&leaf.target, &leaf.file, &leaf.format).await?;
+        }
+        for merge in &plan.deed.merges {
+            self.loses_nothing(merge, &plan.deed, &plan.standing).await?;
+        }
+        Ok(())
     }
 
     /// An overlay that something stands on, or the machine itself; `None` if nothing does.
@@ -144,6 +167,7 @@ impl Operation {
                     let top = disk.path().map(Path::new) == Some(&pair[0]);
                     let format = if top { disk.format().unwrap_or("qcow2") } else { "qcow2" };
                     all.push(Standing {
+                        target: disk.target.dev.clone(),
                         file: pair[0].clone(),
                         format: format.to_owned(),
                         on: pair[1].clone(),
@@ -163,6 +187,7 @@ impl Operation {
                     && path.exists()
                 {
                     all.push(Standing {
+                        target: part.target.clone(),
                         file: path.clone(),
                         format: format.clone(),
                         on: PathBuf::from(base),
@@ -179,43 +204,62 @@ impl Operation {
         snapshot: &Kept,
         kin: &Kin,
         journal: &Arc<dyn Journal>,
-    ) -> Result<Vec<Replaced>, DriverError> {
-        let mut deed = self.deletion(snapshot, kin).await?;
+    ) -> Result<Vec<Replaced>, Unfinished> {
+        let plan = self.deletion(snapshot, kin).await;
+        self.may_be_done(&plan, snapshot).await?;
+        let mut deed = plan.deed;
         journal.note(written(&Note::Delete(deed.clone()))?).await?;
+        // Half a merge cannot be taken back: it goes to its end, or it is not begun.
+        journal.point_of_no_return();
+        if journal.cancelled().is_cancelled() {
+            return Err(DriverError::Cancelled.into());
+        }
+        if !deed.merges.is_empty() {
+            journal.merging(&targets(&deed)).await?;
+        }
         self.carry_out(snapshot, &mut deed, Some(journal)).await
     }
 
-    /// Every step can be done again.
+    /// Every step can be done again. What has been merged when one fails is merged for good.
     pub(super) async fn carry_out(
         &self,
         snapshot: &Kept,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
-    ) -> Result<Vec<Replaced>, DriverError> {
-        let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
-        let images = self.held_images(snapshot, &record_of(snapshot));
-        self.forget_in_images(&snapshot.name, &images, true).await?;
-        step("forgotten");
-        for merge in deed.merges.clone() {
-            if !deed.merged.contains(&merge.target) {
-                self.merge(&merge, deed, journal).await?;
-                deed.merged.push(merge.target.clone());
-                if let Some(journal) = journal {
-                    journal.note(written(&Note::Delete(deed.clone()))?).await?;
-                }
-            }
-            step("merged");
-        }
-        let gone = deed.merges.iter().map(|merge| merge.overlay.clone()).chain(deed.unlinks.iter().cloned());
-        self.remove_files(gone.chain(self.leavings(snapshot)).collect()).await;
-        step("removed");
-        let replaced = deed.merges.iter().map(|merge| Replaced {
+    ) -> Result<Vec<Replaced>, Unfinished> {
+        let done = self.work_off(snapshot, deed, journal).await;
+        let merged = deed.merges.iter().filter(|merge| deed.merged.contains(&merge.target));
+        let replaced = merged.map(|merge| Replaced {
             target: merge.target.clone(),
             gone: merge.overlay.clone(),
             by: merge.base.clone(),
             format: Some(merge.base_format.clone()),
         });
-        Ok(replaced.collect())
+        let replaced = replaced.collect();
+        match done {
+            Ok(()) => Ok(replaced),
+            Err(error) => Err(Unfinished { error: to_be_repeated(error), replaced, merging: targets(deed) }),
+        }
+    }
+
+    async fn work_off(
+        &self,
+        snapshot: &Kept,
+        deed: &mut Delete,
+        journal: Option<&Arc<dyn Journal>>,
+    ) -> Result<(), DriverError> {
+        let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
+        let images = self.held_images(snapshot, &record_of(snapshot));
+        self.forget_in_images(&snapshot.name, &images, true).await?;
+        step("forgotten");
+        for merge in deed.merges.clone() {
+            self.merge(&merge, deed, journal).await?;
+            step("merged");
+            self.remove_files(vec![merge.overlay]).await;
+        }
+        self.remove_files(deed.unlinks.iter().cloned().chain(self.leavings(snapshot)).collect()).await;
+        step("removed");
+        Ok(())
     }
 
     /// The names of snapshots that the images hold, each with its disks.
@@ -237,4 +281,20 @@ impl Operation {
         })
         .await
     }
+}
+
+/// The same, with what is to be done about it.
+fn to_be_repeated(error: DriverError) -> DriverError {
+    let with_remedy = |text: String| format!("{text}; delete it again to do the rest");
+    match error {
+        DriverError::Storage(text) => DriverError::Storage(with_remedy(text)),
+        DriverError::NoSpace(text) => DriverError::NoSpace(with_remedy(text)),
+        DriverError::Hypervisor(text) => DriverError::Hypervisor(with_remedy(text)),
+        other => other,
+    }
+}
+
+/// The disks that are merged.
+fn targets(deed: &Delete) -> Vec<String> {
+    deed.merges.iter().map(|merge| merge.target.clone()).collect()
 }

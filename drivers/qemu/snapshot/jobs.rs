@@ -100,8 +100,11 @@ impl Line {
             let before = self.reporter.heard().jobs;
             match self.standing(id, journal).await? {
                 Standing::Running => {}
-                standing => {
-                    return if asked_to_stop { Err(DriverError::Cancelled) } else { Ok(standing) };
+                standing if !asked_to_stop => return Ok(standing),
+                _ => {
+                    // Or the next one of that name would be taken for it.
+                    self.dismiss(id).await;
+                    return Err(DriverError::Cancelled);
                 }
             }
             let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
@@ -111,7 +114,7 @@ impl Line {
                     // Not every job can be; then its end is waited for.
                     asked_to_stop = self.patiently("job-cancel", json!({ "id": id })).await.is_ok();
                     if !asked_to_stop {
-                        return self.to_its_end(id).await;
+                        return self.to_its_end(id, journal).await;
                     }
                 }
             }
@@ -132,10 +135,11 @@ impl Line {
         }
     }
 
-    async fn to_its_end(&self, id: &str) -> Result<Standing, DriverError> {
+    /// Waits until a job has ended, or is ready, whether anybody wants it any more or not.
+    pub async fn to_its_end(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<Standing, DriverError> {
         loop {
             let before = self.reporter.heard().jobs;
-            match self.standing(id, None).await? {
+            match self.standing(id, journal).await? {
                 Standing::Running => {}
                 standing => return Ok(standing),
             }
@@ -158,6 +162,14 @@ impl Line {
             "ready" | "standby" | "pending" => Standing::Ready,
             _ => Standing::Running,
         })
+    }
+
+    /// Ends a job that is of no use any more, and forgets it.
+    pub async fn give_up(&self, id: &str) {
+        if self.patiently("job-cancel", json!({ "id": id })).await.is_ok() {
+            let _ = self.ended(id).await;
+        }
+        self.dismiss(id).await;
     }
 
     /// Forgets a job that has ended; one that is not there is fine.
@@ -224,9 +236,13 @@ impl Line {
     }
 }
 
+/// Whether it was for want of room.
+pub fn is_full(why: &str) -> bool {
+    why.contains("No space left") || why.contains("quota exceeded")
+}
+
 /// What QEMU said of work that failed.
 pub fn failed(command: &str, why: &str) -> DriverError {
     let text = format!("{command}: {why}");
-    let full = why.contains("No space left") || why.contains("quota exceeded");
-    if full { DriverError::NoSpace(text) } else { DriverError::Hypervisor(text) }
+    if is_full(why) { DriverError::NoSpace(text) } else { DriverError::Hypervisor(text) }
 }

@@ -6,41 +6,68 @@
 use super::super::instance::Body;
 use super::super::record::blocking;
 use super::Operation;
+use super::chain::{Chains, OWN_JOB, not_in_chain};
 use super::create::written;
-use super::jobs::Standing;
+use super::jobs::{Line, Standing, is_full};
 use super::nodes::Nodes;
 use super::note::{Delete, Merge, Note};
 use serde_json::json;
+use std::path::Path;
 use std::sync::Arc;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
 
 impl Operation {
+    /// Merges one overlay, and brings what stands on it to what is below. `journal`: absent when this is done once more,
+    /// for whoever was killed; what is found merged then is.
     pub(super) async fn merge(
         &self,
         merge: &Merge,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
-        if !merge.overlay.exists() {
-            return Ok(());
+        if deed.merged.contains(&merge.target) || journal.is_none() && !merge.overlay.exists() {
+            return note_merged(merge, deed, journal).await;
         }
-        match self.body.clone().filter(|_| merge.live) {
-            Some(body) => self.merge_live(&body, merge, deed, journal).await,
-            None => self.merge_files(merge, deed.synced.as_ref() == Some(&merge.target)).await,
+        if let Some(body) = self.body.clone().filter(|_| merge.live) {
+            match self.merge_live(&body, merge, deed, journal).await {
+                Ok(chains) => {
+                    // What the guest has open, its QEMU has told of the change.
+                    self.merge_files(merge, true, |file| chains.hold(file)).await?;
+                    return note_merged(merge, deed, journal).await;
+                }
+                // It may end at any time: the rest is done without it.
+                Err(DriverError::Gone) if body.is_gone_soon().await => {}
+                Err(DriverError::Gone) => {
+                    let target = &merge.target;
+                    return Err(DriverError::Storage(format!(
+                        "disk '{target}': somebody else has cancelled the merge"
+                    )));
+                }
+                Err(error) => return Err(error),
+            }
         }
+        let same = deed.synced.as_ref() == Some(&merge.target);
+        self.merge_files(merge, same, |_| false).await?;
+        note_merged(merge, deed, journal).await
     }
 
-    /// Nobody has them open.
-    async fn merge_files(&self, merge: &Merge, same: bool) -> Result<(), DriverError> {
-        let mut files = vec![(merge.overlay.clone(), true), (merge.base.clone(), true)];
-        files.extend(merge.above.iter().map(|(file, _)| (file.clone(), true)));
+    /// Nobody has them open. `same`: both files hold the same already. What is to be `left` alone is not touched.
+    async fn merge_files(&self, merge: &Merge, same: bool, left: impl Fn(&Path) -> bool) -> Result<(), DriverError> {
+        let above: Vec<_> = merge.above.iter().filter(|(file, _)| file.exists() && !left(file)).cloned().collect();
+        if same && above.is_empty() {
+            return Ok(());
+        }
+        let mut files: Vec<_> = above.iter().map(|(file, _)| (file.clone(), true)).collect();
+        if !same {
+            files.extend([(merge.overlay.clone(), true), (merge.base.clone(), true)]);
+        }
         let merge = merge.clone();
         self.with_lent(files, move |images| {
             if !same {
                 images.commit(&merge.overlay, &merge.format, &merge.base)?;
             }
-            for (file, format) in merge.above.iter().filter(|(file, _)| file.exists()) {
+            for (file, format) in &above {
                 images.rebase(file, format, &merge.base, &merge.base_format)?;
             }
             Ok(())
@@ -48,65 +75,68 @@ impl Operation {
         .await
     }
 
-    /// The running guest has them open.
+    /// The running guest has them open. What its drives stand on afterwards.
     async fn merge_live(
         &self,
         body: &Arc<Body>,
         merge: &Merge,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Chains, DriverError> {
         let files = vec![(merge.base.clone(), true), (merge.overlay.clone(), true)];
         let images = self.images.clone();
         let _lent = blocking(move || images.lend(&files)).await??;
         let line = body.line()?;
-        let id = format!("virtd-merge-{}", merge.target);
-        let nodes = Nodes::ask(&line).await?;
-        let Some(overlay) = nodes.image(&merge.overlay, &merge.format).map(|node| node.name.clone()) else {
-            // It was merged, and nobody lived to say so.
-            return Ok(());
+        let id = format!("{OWN_JOB}{}", merge.target);
+        line.dismiss(&id).await;
+        if line.standing(&id, None).await? == Standing::Absent {
+            if Chains::ask(&line).await?.hold(&merge.overlay) {
+                // Had it been the same once, the guest has gone on writing since.
+                deed.synced = None;
+                self.begin_merge(&line, &id, merge).await?;
+                journal.iter().for_each(|journal| journal.step("merging"));
+            } else if journal.is_some() && deed.synced.as_ref() != Some(&merge.target) {
+                return Err(not_in_chain(&merge.target, &merge.overlay));
+            }
+        }
+        let merged = match line.to_its_end(&id, journal).await? {
+            Standing::Ready => self.change_over(body, &id, merge, deed, journal).await,
+            Standing::Ended(Err(why)) => Err(not_merged(merge, &why)),
+            // Below the top there is nothing to change over to.
+            _ => {
+                let noted = note_synced(merge, deed, journal).await;
+                // Written down only when what the guest does not have open has followed, too.
+                deed.merged.push(merge.target.clone());
+                noted
+            }
         };
-        let base = nodes.image(&merge.base, &merge.base_format).map(|node| node.name.clone());
-        let Some(base) = base else {
-            let (target, base) = (&merge.target, merge.base.display());
-            return Err(DriverError::Storage(format!("disk '{target}': {base} is not in the guest's chain")));
+        if let Err(error) = merged {
+            line.give_up(&id).await;
+            return Err(error);
+        }
+        line.dismiss(&id).await;
+        let_go(&line, &merge.overlay).await?;
+        Chains::ask(&line).await
+    }
+
+    async fn begin_merge(&self, line: &Line, id: &str, merge: &Merge) -> Result<(), DriverError> {
+        let nodes = Nodes::ask(line).await?;
+        let open = |file: &Path, format: &str| {
+            let node = nodes.image(file, format).map(|node| node.name.clone());
+            node.ok_or_else(|| not_in_chain(&merge.target, file))
         };
+        let (overlay, base) = (open(&merge.overlay, &merge.format)?, open(&merge.base, &merge.base_format)?);
         let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == merge.target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
-        let is_top = disk.path().map(std::path::Path::new) == Some(&merge.overlay);
-        let known = line.standing(&id, None).await?;
-        if known == Standing::Absent && deed.synced.as_ref() != Some(&merge.target) {
-            let mut arguments = json!({ "job-id": id, "base-node": base, "auto-dismiss": false });
-            if is_top {
-                arguments["device"] = json!(overlay);
-            } else {
-                arguments["device"] = json!(nodes.of_disk(disk)?.name);
-                arguments["top-node"] = json!(overlay);
-                arguments["backing-file"] = json!(merge.base);
-            }
-            line.patiently("block-commit", arguments).await?;
-            journal.iter().for_each(|journal| journal.step("merging"));
+        let mut arguments = json!({ "job-id": id, "base-node": base, "auto-dismiss": false });
+        if disk.path().map(Path::new) == Some(&merge.overlay) {
+            arguments["device"] = json!(overlay);
+        } else {
+            arguments["device"] = json!(nodes.of_disk(disk)?.name);
+            arguments["top-node"] = json!(overlay);
+            arguments["backing-file"] = json!(merge.base);
         }
-        match line.settled(&id, journal).await? {
-            Standing::Ready => self.change_over(body, &id, merge, deed, journal).await?,
-            Standing::Ended(Err(why)) => {
-                line.dismiss(&id).await;
-                return Err(DriverError::Storage(format!("disk '{}': {why}", merge.target)));
-            }
-            _ => {
-                note_synced(merge, deed, journal).await?;
-                line.dismiss(&id).await;
-            }
-        }
-        // Nodes that nothing uses; their files can go now.
-        let nodes = Nodes::ask(&line).await?;
-        let left = nodes.0.iter().filter(|node| node.file == merge.overlay);
-        let mut left: Vec<_> = left.map(|node| (node.driver == "file", node.name.clone())).collect();
-        left.sort();
-        for (_, node) in left {
-            line.patiently("blockdev-del", json!({ "node-name": node })).await?;
-        }
-        Ok(())
+        line.patiently("block-commit", arguments).await.map(drop)
     }
 
     /// From the overlay to the base, while the guest stands still.
@@ -123,9 +153,7 @@ impl Operation {
         let changed = async {
             if runs {
                 deed.resume = true;
-                if let Some(journal) = journal {
-                    journal.note(written(&Note::Delete(deed.clone()))?).await?;
-                }
+                noted(deed, journal).await?;
                 body.patiently("stop", json!({})).await?;
             }
             // What the guest wrote last goes over now.
@@ -142,11 +170,18 @@ impl Operation {
             line.patiently("block-job-complete", json!({ "device": id })).await?;
             let ended = line.ended(id).await?;
             line.dismiss(id).await;
-            ended.map_err(|why| DriverError::Storage(format!("disk '{}': {why}", merge.target)))?;
+            ended.map_err(|why| not_merged(merge, &why))?;
+            // The guest stands on the base, whatever else may fail.
+            deed.merged.push(merge.target.clone());
             journal.iter().for_each(|journal| journal.step("changed over"));
             Ok(())
         };
         let changed = changed.await;
+        if !matches!(changed, Ok(()) | Err(DriverError::Gone)) {
+            // It goes on with the overlay, and that is what counts again.
+            deed.synced = None;
+            let _ = noted(deed, journal).await;
+        }
         let resumed = if runs { body.patiently("cont", json!({})).await.map(drop) } else { Ok(()) };
         body.reporter.be_quiet(false);
         deed.resume &= !runs;
@@ -157,8 +192,41 @@ impl Operation {
 /// From here on the base is right, whatever becomes of the overlay.
 async fn note_synced(merge: &Merge, deed: &mut Delete, journal: Option<&Arc<dyn Journal>>) -> Result<(), DriverError> {
     deed.synced = Some(merge.target.clone());
+    noted(deed, journal).await
+}
+
+/// Nothing needs the overlay any more.
+async fn note_merged(merge: &Merge, deed: &mut Delete, journal: Option<&Arc<dyn Journal>>) -> Result<(), DriverError> {
+    if !deed.merged.contains(&merge.target) {
+        deed.merged.push(merge.target.clone());
+    }
+    noted(deed, journal).await
+}
+
+async fn noted(deed: &Delete, journal: Option<&Arc<dyn Journal>>) -> Result<(), DriverError> {
     match journal {
         Some(journal) => journal.note(written(&Note::Delete(deed.clone()))?).await,
         None => Ok(()),
+    }
+}
+
+/// QEMU closes an image that no drive uses any more; its file can go then.
+async fn let_go(line: &Line, overlay: &Path) -> Result<(), DriverError> {
+    let nodes = Nodes::ask(line).await?;
+    let mut left: Vec<_> = nodes.0.iter().filter(|node| node.file == overlay).collect();
+    left.sort_by_key(|node| node.driver == "file");
+    for node in left {
+        line.patiently("blockdev-del", json!({ "node-name": node.name })).await?;
+    }
+    Ok(())
+}
+
+/// Why a merge came to nothing. A job that is cancelled by nobody here is that of a QEMU about to end.
+fn not_merged(merge: &Merge, why: &str) -> DriverError {
+    let text = format!("disk '{}': {why}", merge.target);
+    match why {
+        "Operation canceled" => DriverError::Gone,
+        why if is_full(why) => DriverError::NoSpace(text),
+        _ => DriverError::Storage(text),
     }
 }

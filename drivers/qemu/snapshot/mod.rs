@@ -12,6 +12,7 @@
 //! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
 
 mod agent;
+mod chain;
 mod create;
 mod delete;
 mod files;
@@ -39,7 +40,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     CreatePlan, DeletePlan, DiskMode, DiskPart, Journal, Kept, Kin, Machine, MemoryMode, Recovered, Replaced,
-    RevertPlan, Reverted, Snapshots, Taken, Wish,
+    RevertPlan, Reverted, Snapshots, Taken, Unfinished, Wish,
 };
 use virt_model::xml::{Finding, FindingKind};
 
@@ -99,7 +100,7 @@ impl Snapshots for QemuDriver {
         snapshot: &Kept,
         kin: &Kin,
         journal: Arc<dyn Journal>,
-    ) -> Result<Vec<Replaced>, DriverError> {
+    ) -> Result<Vec<Replaced>, Unfinished> {
         self.operation(machine).await?.delete(snapshot, kin, &journal).await
     }
 
@@ -143,6 +144,15 @@ struct Operation {
 type Image = PathBuf;
 
 impl Operation {
+    /// Refuses what would need the content of a disk that is thrown away with the guest.
+    fn keeps_what_is_written(&self, what: &str) -> Result<(), DriverError> {
+        let disks = &self.machine.def.devices.disks;
+        let Some(disk) = disks.iter().find(|disk| disk.transient.is_some()) else { return Ok(()) };
+        let target = &disk.target.dev;
+        let how = "take snapshots of it with disk-only, and while it is off";
+        Err(cannot(format!("disk '{target}' throws away what is written to it, which excludes {what}: {how}")))
+    }
+
     /// Works on images where that may block.
     async fn with_images<T: Send + 'static>(
         &self,

@@ -104,7 +104,7 @@ pub fn unmistakable(name: &str, image: &Path, inner: &[InnerSnapshot]) -> Result
 }
 
 /// QEMU tells a file by its name, or by all its options where those were given.
-fn file_of(text: &str) -> PathBuf {
+pub(super) fn file_of(text: &str) -> PathBuf {
     let Some(options) = text.strip_prefix("json:").and_then(|json| serde_json::from_str::<Value>(json).ok()) else {
         return PathBuf::from(text);
     };

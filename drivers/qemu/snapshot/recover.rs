@@ -130,9 +130,12 @@ impl Operation {
 
     async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
         let snapshot = kept(note.snapshot.clone())?;
-        let replaced = self.carry_out(&snapshot, &mut note, None).await?;
+        let carried_out = self.carry_out(&snapshot, &mut note, None).await;
         self.go_on(note.resume).await?;
-        Ok(Recovered::Deleted(replaced))
+        Ok(match carried_out {
+            Ok(replaced) => Recovered::Deleted(replaced),
+            Err(unfinished) => Recovered::Undeleted(unfinished),
+        })
     }
 }
 
@@ -146,6 +149,10 @@ struct Silent(CancellationToken);
 #[async_trait::async_trait]
 impl Journal for Silent {
     async fn note(&self, _: serde_json::Value) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    async fn merging(&self, _: &[String]) -> Result<(), DriverError> {
         Ok(())
     }
 

@@ -38,6 +38,9 @@ impl Operation {
             super::idle(body).await?;
         }
         let record = record_of(snapshot);
+        if in_place {
+            self.keeps_what_is_written("going back within the running guest")?;
+        }
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, kin)?;
         self.check_held(snapshot, &images).await?;
@@ -500,6 +503,7 @@ pub(super) fn kept(held: Held) -> Result<Kept, DriverError> {
             HeldMemory::External(file) => MemoryMode::External(file),
         },
         disks: disks.collect(),
+        merging: BTreeSet::new(),
         def,
         record: held.record,
     })

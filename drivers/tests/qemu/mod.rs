@@ -1,6 +1,7 @@
 //! What the tests of the QEMU driver share: the corpus, and a QEMU to measure it by.
 #![allow(dead_code, reason = "each test crate uses its part")]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use virt_drivers::qemu::capabilities::{Capabilities, Site};
 use virt_drivers::qemu::command::Place;
@@ -51,8 +52,16 @@ pub fn site(state_dir: &Path) -> Site {
         makes_taps: true,
         vhost_net: true,
         vhost_vsock: true,
+        tls_dir: "/etc/virt/tls".into(),
+        certificates: certificates(),
         modules: ["block-curl", "block-rbd", "block-iscsi", "block-gluster"].map(str::to_owned).into(),
     }
+}
+
+/// All that a host can have.
+pub fn certificates() -> BTreeSet<String> {
+    let names = ["ca-cert", "server-cert", "server-key", "client-cert", "client-key"];
+    names.map(|name| format!("{name}.pem")).into()
 }
 
 pub fn message(findings: &[Finding]) -> String {

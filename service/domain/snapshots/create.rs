@@ -213,6 +213,7 @@ impl Domain {
             created: now_usec() / 1_000_000,
             memory: aligned.memory,
             disks: aligned.disks,
+            merging: Default::default(),
             domain: Some(Box::new(machine.def.clone())),
             inactive: inactive.map(Box::new),
             captured: Vec::new(),

@@ -1,8 +1,9 @@
 //! Deleting snapshots: deepest first, so that what is left is always a tree that holds.
 
 use super::plan::{Plan, told};
-use super::{Domain, DomainJournal};
+use super::{Domain, DomainJournal, State};
 use crate::authz::{Action, Caller};
+use crate::domain::lifecycle::Creation;
 use crate::error::{Error, Result};
 use crate::job::{Job, Ticket, lock};
 use crate::store::{Deed, Record, on_disk};
@@ -12,7 +13,7 @@ use std::time::Instant;
 use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DiskMode, Journal as _, Kin, Machine, Replaced};
+use virt_model::driver::snapshots::{DeletePlan, DiskMode, Journal as _, Kin, Machine, Replaced, Unfinished};
 use virt_model::snapshot::SnapshotDef;
 
 /// What is deleted.
@@ -41,10 +42,10 @@ impl Domain {
         let accepted = async {
             self.snapshot(name)?;
             self.allow_snapshot(caller, Action::Snapshot, name).await?;
-            self.plan_delete(name, options).await?;
+            self.may_delete(name, options).await?;
             let name = name.to_owned();
             self.in_job(caller, "snapshot-delete", options.cancel_on_disconnect, move |domain, job| async move {
-                domain.plan_delete(&name, options).await?;
+                domain.may_delete(&name, options).await?;
                 domain.delete_all(&name, options, job).await
             })
         };
@@ -55,27 +56,45 @@ impl Domain {
         accepted
     }
 
-    /// What a deletion would do. Changes nothing.
-    pub async fn check_delete(&self, caller: &Caller, name: &str, options: DeleteOptions) -> Result<Result<Plan>> {
+    /// What a deletion would do, as far as that can be told, and why it would be refused. Changes nothing.
+    pub async fn check_delete(
+        &self,
+        caller: &Caller,
+        name: &str,
+        options: DeleteOptions,
+    ) -> Result<(Plan, Option<Error>)> {
         self.snapshot(name)?;
         self.allow_snapshot(caller, Action::Read, name).await?;
-        Ok(self.plan_delete(name, options).await)
+        Ok(self.plan_delete(name, options).await.unwrap_or_else(|refusal| (Plan::default(), Some(refusal))))
     }
 
-    async fn plan_delete(&self, name: &str, options: DeleteOptions) -> Result<Plan> {
+    async fn may_delete(&self, name: &str, options: DeleteOptions) -> Result<()> {
+        self.plan_delete(name, options).await?.1.map_or(Ok(()), Err)
+    }
+
+    async fn plan_delete(&self, name: &str, options: DeleteOptions) -> Result<(Plan, Option<Error>)> {
         let names = self.doomed(name, options)?;
-        let mut files = Vec::new();
+        let (mut files, mut refusal) = (Vec::new(), None);
         if !options.metadata_only {
             let machine = self.machine().await?;
             for one in &names {
-                let (record, def) = self.usable_snapshot(one)?;
-                let kept = self.kept(&record, &def, &machine);
-                let kin = self.kin(one, &names, &machine);
-                let plan = self.takes_snapshots()?.check_delete(&machine, &kept, &kin).await;
-                files.extend(told(&plan.map_err(|e| self.not_deleted(one, e))?.files));
+                match self.plan_one(one, &names, &machine).await {
+                    Ok(plan) => {
+                        files.extend(told(&plan.files));
+                        refusal = refusal.or(plan.refused.map(|e| self.not_deleted(one, e)));
+                    }
+                    Err(e) => refusal = refusal.or(Some(e)),
+                }
             }
         }
-        Ok(Plan { files, ..Plan::default() })
+        Ok((Plan { files, ..Plan::default() }, refusal))
+    }
+
+    async fn plan_one(&self, name: &str, doomed: &[String], machine: &Machine) -> Result<DeletePlan> {
+        let (record, def) = self.usable_snapshot(name)?;
+        let (kept, kin) = (self.kept(&record, &def, machine), self.kin(name, doomed, machine));
+        let plan = self.takes_snapshots()?.check_delete(machine, &kept, &kin).await;
+        plan.map_err(|e| self.not_deleted(name, e))
     }
 
     /// Which ones go, in order.
@@ -105,6 +124,8 @@ impl Domain {
 
     async fn delete_all(self: &Arc<Self>, name: &str, options: DeleteOptions, job: Arc<Job>) -> Result<()> {
         let names = self.doomed(name, options)?;
+        // A transient domain must not go with its guest while its images are half-way.
+        let _stay = Creation::begin(self)?;
         for one in &names {
             if job.cancel_token().is_cancelled() {
                 return Err(Error::Cancelled(format!(
@@ -122,15 +143,87 @@ impl Domain {
                 let deleted = self.takes_snapshots()?.delete(&machine, &kept, &kin, journal.clone()).await;
                 replaced = match deleted {
                     Ok(replaced) => replaced,
-                    Err(e) => {
-                        journal.end_after_failure().await;
-                        return Err(self.not_deleted(one, e));
-                    }
+                    Err(unfinished) => return Err(self.deletion_failed(one, unfinished, &journal).await),
                 };
             }
             self.snapshot_deleted(one, &replaced, &journal).await?;
         }
         Ok(())
+    }
+
+    /// It is neither gone nor as it was: configurations follow what is merged, and it can only be deleted again.
+    pub(super) async fn deletion_failed(
+        self: &Arc<Self>,
+        name: &str,
+        unfinished: Unfinished,
+        journal: &Arc<DomainJournal>,
+    ) -> Error {
+        let Unfinished { error, replaced, merging } = unfinished;
+        let kept = async {
+            self.mark_merging(&Deed::Delete { name: name.to_owned() }, &merging).await?;
+            self.follow_merged(name, &replaced, journal).await
+        };
+        match kept.await {
+            Ok(()) => journal.end_after_failure().await,
+            Err(error) => {
+                tracing::error!(uuid = %self.uuid, name, %error, "a deletion is half done; it is finished before anything else is")
+            }
+        }
+        self.not_deleted(name, error)
+    }
+
+    /// Every configuration that named a file which is no more names what holds its content.
+    async fn follow_merged(
+        self: &Arc<Self>,
+        name: &str,
+        replaced: &[Replaced],
+        journal: &Arc<DomainJournal>,
+    ) -> Result<()> {
+        if replaced.is_empty() {
+            return Ok(());
+        }
+        self.replace_in_configurations(replaced).await?;
+        journal.step("configurations");
+        let changed = self.records_without(name, replaced, false);
+        for record in &changed {
+            self.save_record(record.clone()).await?;
+            journal.step("another record");
+        }
+        self.commit(|state| {
+            put(state, changed);
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    /// The frozen files of these disks are about to be written, or have been.
+    pub(super) async fn mark_merging(&self, deed: &Deed, targets: &[String]) -> Result<()> {
+        let Deed::Delete { name } = deed else { return Ok(()) };
+        let record = self.snapshot(name)?;
+        let Ok(def) = &record.def else { return Ok(()) };
+        let mut def = def.clone();
+        def.merging.extend(targets.iter().cloned());
+        if Ok(&def) == record.def.as_ref() {
+            return Ok(());
+        }
+        let record = Record { def: Ok(def), ..Record::clone(&record) };
+        self.save_record(record.clone()).await?;
+        self.commit(|state| {
+            put(state, vec![record]);
+            Vec::new()
+        });
+        Ok(())
+    }
+
+    /// A deletion that was cut off, and of which nobody can tell how far it came.
+    pub(super) async fn mark_all_merging(&self, deed: &Deed) {
+        let Deed::Delete { name } = deed else { return };
+        let Ok((_, def)) = self.usable_snapshot(name) else { return };
+        let outside = def.disks.iter().filter(|part| matches!(part.mode, DiskMode::External { .. }));
+        let targets: Vec<String> = outside.map(|part| part.target.clone()).collect();
+        if let Err(error) = self.mark_merging(deed, &targets).await {
+            tracing::error!(uuid = %self.uuid, name, %error, "do not revert to this snapshot");
+        }
     }
 
     /// Its data is gone: what remains is to say so, in every configuration that named it.
@@ -144,26 +237,12 @@ impl Domain {
             self.replace_in_configurations(replaced).await?;
             journal.step("configurations");
         }
-        let (changed, current) = {
+        let changed = self.records_without(name, replaced, true);
+        let current = {
             let state = lock(&self.state);
             let tree = &state.snapshots.tree;
             let parent = tree.get(name).and_then(|node| node.parent.clone());
-            let mut changed = Vec::new();
-            for node in tree.iter().filter(|node| node.name != name) {
-                let Ok(def) = &node.content.def else { continue };
-                let mut def = def.clone();
-                def.parent = node
-                    .parent
-                    .clone()
-                    .filter(|above| above != name)
-                    .or_else(|| node.parent.as_ref().and_then(|_| parent.clone()));
-                replace_in_snapshot(&mut def, replaced);
-                if Ok(&def) != node.content.def.as_ref() {
-                    changed.push(Record { def: Ok(def), ..Record::clone(&node.content) });
-                }
-            }
-            let current = if tree.current() == Some(name) { Some(parent.clone()) } else { None };
-            (changed, current)
+            (tree.current() == Some(name)).then_some(parent)
         };
         for record in &changed {
             self.save_record(record.clone()).await?;
@@ -178,16 +257,32 @@ impl Domain {
         journal.step("record");
         journal.end().await?;
         self.commit(|state| {
-            let tree = state.snapshots.change();
-            for record in changed {
-                if let Some(content) = tree.content_mut(&record.name.clone()) {
-                    *content = Arc::new(record);
-                }
-            }
-            tree.remove(name);
+            put(state, changed);
+            state.snapshots.change().remove(name);
             Vec::new()
         });
         Ok(())
+    }
+
+    /// The other records, as far as they change: without files that are no more, and, if it is `gone`, with another parent.
+    fn records_without(&self, name: &str, replaced: &[Replaced], gone: bool) -> Vec<Record> {
+        let state = lock(&self.state);
+        let tree = &state.snapshots.tree;
+        let parent = tree.get(name).and_then(|node| node.parent.clone());
+        let mut changed = Vec::new();
+        for node in tree.iter().filter(|node| node.name != name) {
+            let Ok(def) = &node.content.def else { continue };
+            let mut def = def.clone();
+            def.parent.clone_from(&node.parent);
+            if gone && node.parent.as_deref() == Some(name) {
+                def.parent.clone_from(&parent);
+            }
+            replace_in_snapshot(&mut def, replaced);
+            if Ok(&def) != node.content.def.as_ref() {
+                changed.push(Record { def: Ok(def), ..Record::clone(&node.content) });
+            }
+        }
+        changed
     }
 
     async fn replace_in_configurations(&self, replaced: &[Replaced]) -> Result<()> {
@@ -214,6 +309,16 @@ impl Domain {
 
     fn not_deleted(&self, name: &str, error: DriverError) -> Error {
         Error::from_driver(&self.name(), &format!("delete snapshot '{name}' of"), error)
+    }
+}
+
+/// Records that have changed.
+fn put(state: &mut State, changed: Vec<Record>) {
+    let tree = state.snapshots.change();
+    for record in changed {
+        if let Some(content) = tree.content_mut(&record.name.clone()) {
+            *content = Arc::new(record);
+        }
     }
 }
 

@@ -77,6 +77,14 @@ impl Journal for DomainJournal {
         Ok(())
     }
 
+    async fn merging(&self, targets: &[String]) -> Result<(), DriverError> {
+        let deed = lock(&self.intent).deed.clone();
+        let domain = self.shared.registry.get(self.uuid).ok_or(DriverError::Gone)?;
+        domain.mark_merging(&deed, targets).await.map_err(|e| DriverError::Storage(e.to_string()))?;
+        self.step("marked");
+        Ok(())
+    }
+
     fn step(&self, what: &str) {
         tracing::debug!(uuid = %self.uuid, step = what, "snapshots");
         #[cfg(debug_assertions)]

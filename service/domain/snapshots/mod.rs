@@ -272,6 +272,7 @@ impl Domain {
             name: def.name.clone(),
             memory: def.memory.clone(),
             disks: def.disks.clone(),
+            merging: def.merging.clone(),
             def: def.domain.as_deref().unwrap_or(&machine.def).clone(),
             record: record.record.clone(),
         }

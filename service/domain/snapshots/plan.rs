@@ -88,6 +88,13 @@ impl Domain {
     pub(super) async fn plan_revert(&self, name: &str, options: &RevertOptions) -> Result<Planned> {
         let driver = self.takes_snapshots()?;
         let (record, def) = self.usable_snapshot(name)?;
+        if let Some(target) = def.merging.first() {
+            let domain = self.name();
+            return Err(Error::OperationInvalid(format!(
+                "cannot revert domain '{domain}' to '{name}': deleting it was cut off, and what disk '{target}' was frozen \
+                 in has been written to; delete it again to finish the merge"
+            )));
+        }
         let machine = self.machine().await?;
         let (domain_name, now, persistent, saved) = {
             let state = lock(&self.state);

@@ -41,6 +41,9 @@ impl Domain {
             Some(note) => {
                 let machine = self.machine().await?;
                 let recovered = self.takes_snapshots()?.recover(&machine, note).await;
+                if recovered.is_err() {
+                    self.mark_all_merging(&intent.deed).await;
+                }
                 recovered.map_err(|e| Error::from_driver(&self.name(), &format!("make whole {what} of"), e))?
             }
             None => Recovered::Undone { story: "nothing had been changed".to_owned() },
@@ -79,6 +82,9 @@ impl Domain {
             (Deed::Delete { name }, Recovered::Deleted(replaced)) => {
                 self.snapshot_deleted(&name, &replaced, journal).await?;
                 Ok(format!("snapshot '{name}' is deleted"))
+            }
+            (Deed::Delete { name }, Recovered::Undeleted(unfinished)) => {
+                Ok(self.deletion_failed(&name, unfinished, journal).await.to_string())
             }
             (_, Recovered::Undone { story }) => {
                 journal.end().await?;

@@ -136,6 +136,7 @@ fn replaces(before: &SnapshotDef, def: &mut SnapshotDef) -> Result<()> {
         (Some(_), None) => def.domain.clone_from(&before.domain),
         (None, _) => {}
     }
+    def.merging.extend(before.merging.iter().cloned());
     if def.cookie.is_none() {
         def.cookie.clone_from(&before.cookie);
     }

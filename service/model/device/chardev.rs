@@ -1,6 +1,7 @@
 //! Character devices: `<serial>`, `<console>`, `<channel>`, `<redirdev>`. They share what is at the host's end.
 
 use super::DeviceInfo;
+use super::display::{Clipboard, Mouse};
 use crate::domain::part::{element, flat};
 use crate::domain::value::choices;
 
@@ -78,6 +79,10 @@ element! {
         attr "channel" => channel: Option<String>,
         /// tcp, unix as client: try again.
         child "reconnect" => reconnect: Option<Reconnect>,
+        /// qemu-vdagent: copy and paste.
+        child "clipboard" => clipboard: Option<Clipboard>,
+        /// qemu-vdagent: whose pointer counts.
+        child "mouse" => mouse: Option<Mouse>,
     }
 }
 
@@ -146,6 +151,26 @@ element! {
     pub struct SerialModel {
         /// `isa-serial`, `pci-serial`, `isa-debugcon`, …
         need "name" => name: String,
+    }
+}
+
+element! {
+    /// `<parallel>`
+    pub struct Parallel {
+        /// The host's end.
+        flat => source: CharSource,
+        /// The guest's end.
+        child "target" => target: Option<ParallelTarget>,
+        /// Name and place.
+        flat => info: DeviceInfo,
+    }
+}
+
+element! {
+    /// `<parallel><target>`
+    pub struct ParallelTarget {
+        /// Which, from 0.
+        attr "port" => port: Option<u32>,
     }
 }
 
@@ -239,5 +264,29 @@ element! {
         flat => source: CharSource,
         /// Name, place, boot order.
         flat => info: DeviceInfo,
+    }
+}
+
+element! {
+    /// `<redirfilter>`: which devices may be redirected; the first rule that fits counts.
+    pub struct Redirfilter {
+        /// Each rule.
+        children "usbdev" => rules: Vec<RedirRule>,
+    }
+}
+
+element! {
+    /// `<usbdev>`: numbers are hexadecimal, and absent or -1 is any.
+    pub struct RedirRule {
+        /// Class of the device.
+        attr "class" => class: Option<String>,
+        /// Its maker.
+        attr "vendor" => vendor: Option<String>,
+        /// The product.
+        attr "product" => product: Option<String>,
+        /// As `1.10`.
+        attr "version" => version: Option<String>,
+        /// Whether it may be.
+        yes_no "allow" => allow: Option<bool>,
     }
 }

@@ -83,6 +83,8 @@ element! {
         attr "port" => port: Option<HexByte>,
         /// Whether devices can be plugged while the guest runs.
         on_off "hotplug" => hotplug: Option<bool>,
+        /// Root port: memory kept for devices to be plugged, in KiB.
+        attr "memReserve" => mem_reserve_kib: Option<u64>,
     }
 }
 

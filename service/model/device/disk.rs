@@ -1,5 +1,6 @@
 //! `<disk>`: a disk, a CD-ROM drive, a floppy drive, and what lies in it.
 
+use super::misc::VirtioModel;
 use super::source::{Auth, DiskSource, Encryption};
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
@@ -81,6 +82,8 @@ element! {
         attr "type" => kind: Option<DiskKind>,
         /// What the guest sees; `disk` if absent.
         attr "device" => device: Option<DiskDevice>,
+        /// Generation, of virtio.
+        attr "model" => model: Option<VirtioModel>,
         /// Whether snapshots include it. Advisory to `CreateSnapshot`.
         attr "snapshot" => snapshot: Option<SnapshotPolicy>,
         /// `<driver>`
@@ -101,10 +104,14 @@ element! {
         child "blockio" => blockio: Option<Blockio>,
         /// `<iotune>`
         child "iotune" => iotune: Option<Iotune>,
+        /// `<throttlefilters>`
+        child "throttlefilters" => throttle_filters: Option<ThrottleFilters>,
         /// `<readonly/>`
         flag "readonly" => readonly: bool,
         /// `<shareable/>`
         flag "shareable" => shareable: bool,
+        /// `<transient>`: what is written is thrown away when the guest ends.
+        child "transient" => transient: Option<Transient>,
         /// `<serial>`
         leaf "serial" => serial: Option<String>,
         /// `<wwn>`
@@ -345,6 +352,35 @@ impl Iotune {
 }
 
 element! {
+    /// `<transient>`
+    pub struct Transient {}
+}
+
+element! {
+    /// `<throttlegroups>`: limits that several disks share.
+    pub struct ThrottleGroups {
+        /// Each `<throttlegroup>`; its `group_name` is what it is known by.
+        children "throttlegroup" => groups: Vec<Iotune>,
+    }
+}
+
+element! {
+    /// `<throttlefilters>`
+    pub struct ThrottleFilters {
+        /// Each `<throttlefilter>`; requests pass the first one first.
+        children "throttlefilter" => filters: Vec<ThrottleFilter>,
+    }
+}
+
+element! {
+    /// `<throttlefilter>`
+    pub struct ThrottleFilter {
+        /// The group whose limits hold.
+        need "group" => group: String,
+    }
+}
+
+element! {
     /// `<disk><backingStore>`: one layer and all below it.
     pub struct BackingStore {
         /// Where the layer comes from; absent: the chain ends here.
@@ -388,5 +424,7 @@ element! {
         on_off "removable" => removable: Option<bool>,
         /// In revolutions a minute; 1: not rotating.
         attr "rotation_rate" => rotation_rate: Option<u32>,
+        /// Writes can be told to reach the medium before they are done (SCSI).
+        on_off "dpofua" => dpofua: Option<bool>,
     }
 }

@@ -27,6 +27,19 @@ choices! {
     pub enum Connected { Keep = "keep", Disconnect = "disconnect", Fail = "fail", }
 }
 
+choices! {
+    /// Whether SPICE is encrypted.
+    pub enum ChannelMode { Any = "any", Secure = "secure", Insecure = "insecure", }
+}
+
+choices! {
+    /// What SPICE carries.
+    pub enum SpiceChannelName {
+        Main = "main", Display = "display", Inputs = "inputs", Cursor = "cursor", Playback = "playback",
+        Record = "record", Smartcard = "smartcard", Usbredir = "usbredir",
+    }
+}
+
 element! {
     /// `<graphics>`
     pub struct Graphics {
@@ -58,10 +71,20 @@ element! {
         yes_no "powerControl" => power_control: Option<bool>,
         /// D-Bus: clients come by file descriptor only.
         yes_no "p2p" => p2p: Option<bool>,
+        /// SPICE: whether what no `<channel>` names is encrypted.
+        attr "defaultMode" => default_mode: Option<ChannelMode>,
         /// Each `<listen>`.
         children "listen" => listens: Vec<Listen>,
+        /// `<channel>`: SPICE: what is encrypted.
+        children "channel" => channels: Vec<SpiceChannel>,
         /// `<image>`: SPICE image compression.
         child "image" => image: Option<SpiceImage>,
+        /// `<jpeg>`: over slow connections.
+        child "jpeg" => jpeg: Option<WanCompression>,
+        /// `<zlib>`: over slow connections.
+        child "zlib" => zlib: Option<WanCompression>,
+        /// `<playback>`: sound from the guest.
+        child "playback" => playback: Option<Playback>,
         /// `<gl>`
         child "gl" => gl: Option<Gl>,
         /// `<audio>`: VNC: which audio back end.
@@ -103,6 +126,37 @@ element! {
     pub struct SpiceImage {
         /// Which compression.
         need "compression" => compression: ImageCompression,
+    }
+}
+
+element! {
+    /// `<graphics><channel>`
+    pub struct SpiceChannel {
+        /// What it carries.
+        need "name" => name: SpiceChannelName,
+        /// Whether it is encrypted.
+        need "mode" => mode: ChannelMode,
+    }
+}
+
+choices! {
+    /// When there is compression.
+    pub enum CompressionTime { Auto = "auto", Never = "never", Always = "always", }
+}
+
+element! {
+    /// `<jpeg>` and `<zlib>`
+    pub struct WanCompression {
+        /// When.
+        need "compression" => compression: CompressionTime,
+    }
+}
+
+element! {
+    /// `<playback>`
+    pub struct Playback {
+        /// Whether sound is compressed.
+        on_off "compression" => compression: Option<bool>,
     }
 }
 

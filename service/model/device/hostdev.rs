@@ -34,8 +34,6 @@ element! {
         child "source" => source: Option<HostdevSource>,
         /// `<driver>`
         child "driver" => driver: Option<HostdevDriver>,
-        /// `<rom>`
-        child "rom" => rom: Option<Rom>,
         /// Name, place, boot order.
         flat => info: DeviceInfo,
     }
@@ -110,18 +108,6 @@ element! {
     pub struct HostdevDriver {
         /// Who hands it over.
         attr "name" => name: Option<HostdevDriverName>,
-    }
-}
-
-element! {
-    /// `<rom>`: what firmware finds on a card.
-    pub struct Rom {
-        /// Whether there is any.
-        yes_no "enabled" => enabled: Option<bool>,
-        /// Whether the guest sees it.
-        on_off "bar" => bar: Option<bool>,
-        /// A file instead of the card's own.
-        attr "file" => file: Option<String>,
     }
 }
 

@@ -35,8 +35,6 @@ element! {
         child "mac" => mac: Option<InterfaceMac>,
         /// `<source>`
         child "source" => source: Option<InterfaceSource>,
-        /// `<vlan>`
-        child "vlan" => vlan: Option<Vlan>,
         /// `<target>`: the host's end.
         child "target" => target: Option<InterfaceTarget>,
         /// `<model>`
@@ -59,6 +57,10 @@ element! {
         child "link" => link: Option<Link>,
         /// `<mtu>`
         child "mtu" => mtu: Option<Mtu>,
+        /// `<vlan>`
+        child "vlan" => vlan: Option<Vlan>,
+        /// `<coalesce>`
+        child "coalesce" => coalesce: Option<Coalesce>,
         /// Name, place, boot order.
         flat => info: DeviceInfo,
     }
@@ -133,22 +135,6 @@ element! {
         child "address" => place: Option<HostAddress>,
         /// `<local>`: our own end.
         child "local" => local: Option<LocalEnd>,
-    }
-}
-
-element! {
-    /// `<interface><vlan>`
-    pub struct Vlan {
-        /// `<tag>`
-        children "tag" => tags: Vec<VlanTag>,
-    }
-}
-
-element! {
-    /// `<vlan><tag>`
-    pub struct VlanTag {
-        /// Its number.
-        need "id" => id: u16,
     }
 }
 
@@ -351,5 +337,61 @@ element! {
     pub struct Mtu {
         /// In bytes.
         need "size" => size: u32,
+    }
+}
+
+choices! {
+    /// What becomes of packets without a tag on a port that carries tags.
+    pub enum NativeMode { Tagged = "tagged", Untagged = "untagged", }
+}
+
+element! {
+    /// `<vlan>`: which of a bridge's VLANs the card is in, or that of a card of the host's.
+    pub struct Vlan {
+        /// The guest sees tags, even if there is one only.
+        yes_no "trunk" => trunk: Option<bool>,
+        /// Each `<tag>`.
+        children "tag" => tags: Vec<VlanTag>,
+    }
+}
+
+impl Vlan {
+    /// Whether the guest sees tags.
+    pub fn is_trunk(&self) -> bool {
+        self.trunk.unwrap_or(self.tags.len() > 1)
+    }
+}
+
+element! {
+    /// `<vlan><tag>`
+    pub struct VlanTag {
+        /// The VLAN's number.
+        need "id" => id: u16,
+        /// Of a trunk: packets without a tag are in this VLAN.
+        attr "nativeMode" => native: Option<NativeMode>,
+    }
+}
+
+element! {
+    /// `<coalesce>`: how many packets the host waits for.
+    pub struct Coalesce {
+        /// `<rx>`
+        child "rx" => rx: Option<CoalesceRx>,
+    }
+}
+
+element! {
+    /// `<coalesce><rx>`: to the guest.
+    pub struct CoalesceRx {
+        /// `<frames>`
+        child "frames" => frames: Option<CoalesceFrames>,
+    }
+}
+
+element! {
+    /// `<coalesce><rx><frames>`
+    pub struct CoalesceFrames {
+        /// At most so many.
+        attr "max" => max: Option<u32>,
     }
 }

@@ -1,6 +1,6 @@
 //! Small devices: `<input>`, `<memballoon>`, `<rng>`, `<tpm>`, `<watchdog>`.
 
-use super::chardev::SocketMode;
+use super::chardev::{CharAddress, CharKind, CharSource, Log, Protocol, SocketMode};
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
 use crate::domain::value::choices;
@@ -161,6 +161,22 @@ element! {
         need "model" => model: RngKind,
         /// Of `random`: the file.
         text => path: Option<String>,
+        /// Of `egd`: what leads to the daemon.
+        attr "type" => kind: Option<CharKind>,
+        /// Of `egd`: where it is.
+        children "source" => sources: Vec<CharAddress>,
+        /// Of `egd`: what is spoken.
+        child "protocol" => protocol: Option<Protocol>,
+        /// Of `egd`: a file with all that passes.
+        child "log" => log: Option<Log>,
+    }
+}
+
+impl RngBackend {
+    /// What leads to an entropy daemon.
+    pub fn daemon(&self) -> CharSource {
+        let (sources, protocol, log) = (self.sources.clone(), self.protocol.clone(), self.log.clone());
+        CharSource { sources, protocol, log, ..CharSource::new(self.kind.unwrap_or_default()) }
     }
 }
 

@@ -19,7 +19,7 @@ pub mod source;
 
 pub use address::{Address, AddressKind, PciAddress};
 pub use board::{Crypto, Hub, Iommu, Panic, Shmem};
-pub use chardev::{Channel, CharKind, CharSource, Console, Redirdev, Serial};
+pub use chardev::{Channel, CharKind, CharSource, Console, Parallel, Redirdev, Redirfilter, Serial};
 pub use controller::{Controller, ControllerKind};
 pub use disk::Disk;
 pub use display::{Graphics, Video};
@@ -45,6 +45,8 @@ element! {
         children "interface" => interfaces: Vec<Interface>,
         /// `<serial>`
         children "serial" => serials: Vec<Serial>,
+        /// `<parallel>`
+        children "parallel" => parallels: Vec<Parallel>,
         /// `<console>`
         children "console" => consoles: Vec<Console>,
         /// `<channel>`
@@ -65,6 +67,8 @@ element! {
         children "hostdev" => hostdevs: Vec<Hostdev>,
         /// `<redirdev>`
         children "redirdev" => redirdevs: Vec<Redirdev>,
+        /// `<redirfilter>`
+        child "redirfilter" => redirfilter: Option<Redirfilter>,
         /// `<hub>`
         children "hub" => hubs: Vec<Hub>,
         /// `<watchdog>`
@@ -102,6 +106,7 @@ impl Devices {
         all.extend(self.filesystems.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.interfaces.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.serials.iter().map(|d| (&d.info, &d.at)));
+        all.extend(self.parallels.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.consoles.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.channels.iter().map(|d| (&d.info, &d.at)));
         all.extend(self.inputs.iter().map(|d| (&d.info, &d.at)));
@@ -131,6 +136,7 @@ impl Devices {
         all.extend(self.filesystems.iter_mut().map(|d| &mut d.info));
         all.extend(self.interfaces.iter_mut().map(|d| &mut d.info));
         all.extend(self.serials.iter_mut().map(|d| &mut d.info));
+        all.extend(self.parallels.iter_mut().map(|d| &mut d.info));
         all.extend(self.consoles.iter_mut().map(|d| &mut d.info));
         all.extend(self.channels.iter_mut().map(|d| &mut d.info));
         all.extend(self.inputs.iter_mut().map(|d| &mut d.info));
@@ -156,6 +162,7 @@ impl Devices {
     pub fn char_sources_mut(&mut self) -> Vec<&mut CharSource> {
         let mut all = Vec::new();
         all.extend(self.serials.iter_mut().map(|d| &mut d.source));
+        all.extend(self.parallels.iter_mut().map(|d| &mut d.source));
         all.extend(self.consoles.iter_mut().map(|d| &mut d.source));
         all.extend(self.channels.iter_mut().map(|d| &mut d.source));
         all.extend(self.redirdevs.iter_mut().map(|d| &mut d.source));
@@ -170,6 +177,10 @@ flat! {
         child "boot" => boot: Option<DeviceBoot>,
         /// `<alias>`
         child "alias" => alias: Option<Alias>,
+        /// `<acpi>`
+        child "acpi" => acpi: Option<DeviceAcpi>,
+        /// `<rom>`
+        child "rom" => rom: Option<Rom>,
         /// `<address>`
         child "address" => address: Option<Address>,
     }
@@ -200,6 +211,26 @@ element! {
     pub struct DeviceBoot {
         /// From 1.
         need "order" => order: u32,
+    }
+}
+
+element! {
+    /// `<acpi>`: what firmware tables say of a device.
+    pub struct DeviceAcpi {
+        /// Its number among what is on the board, by which systems name it (`eno3`).
+        need "index" => index: u32,
+    }
+}
+
+element! {
+    /// `<rom>`: what a PCI device brings for the firmware to run.
+    pub struct Rom {
+        /// Whether there is any.
+        yes_no "enabled" => enabled: Option<bool>,
+        /// Whether the guest sees it.
+        on_off "bar" => bar: Option<bool>,
+        /// Its content; the device's own if absent.
+        attr "file" => file: Option<String>,
     }
 }
 

@@ -18,6 +18,8 @@ element! {
     pub struct Sound {
         /// The card.
         need "model" => model: SoundModel,
+        /// Of `usb`: more than two channels.
+        yes_no "multichannel" => multichannel: Option<bool>,
         /// Each `<codec>` of an HDA card; one `duplex` if there is none.
         children "codec" => codecs: Vec<Codec>,
         /// Which back end; the first if absent.
@@ -59,6 +61,12 @@ element! {
         attr "serverName" => server_name: Option<String>,
         /// Of `file`: its path.
         attr "path" => path: Option<String>,
+        /// Of `oss`: memory is shared with the device.
+        yes_no "tryMMap" => try_mmap: Option<bool>,
+        /// Of `oss`: nobody else uses the device.
+        yes_no "exclusive" => exclusive: Option<bool>,
+        /// Of `oss`: how it trades time for delay.
+        attr "dspPolicy" => dsp_policy: Option<u32>,
         /// How often sound is looked after, in microseconds.
         attr "timerPeriod" => timer_period_us: Option<u32>,
         /// `<input>`
@@ -79,14 +87,26 @@ element! {
         attr "voices" => voices: Option<u32>,
         /// In microseconds.
         attr "bufferLength" => buffer_us: Option<u32>,
-        /// Of `alsa`: the device.
+        /// Of `alsa` and `oss`: the device.
         attr "dev" => dev: Option<String>,
+        /// Of `oss` and `sdl`: how many buffers.
+        attr "bufferCount" => buffer_count: Option<u32>,
+        /// Of `alsa` and `oss`: the host says when there is something to do.
+        yes_no "tryPoll" => try_poll: Option<bool>,
         /// Of `pulseaudio`: the sink or source.
         attr "name" => name: Option<String>,
         /// Of `pulseaudio`: what the stream is called.
         attr "streamName" => stream: Option<String>,
         /// Of `pulseaudio`: in microseconds.
         attr "latency" => latency_us: Option<u32>,
+        /// Of `jack`: its server.
+        attr "serverName" => server_name: Option<String>,
+        /// Of `jack`: what we are called.
+        attr "clientName" => client_name: Option<String>,
+        /// Of `jack`: the ports that are connected to, as a regular expression.
+        attr "connectPorts" => connect_ports: Option<String>,
+        /// Of `jack`: that name and no other.
+        yes_no "exactName" => exact_name: Option<bool>,
         /// `<settings>`
         child "settings" => settings: Option<AudioSettings>,
     }

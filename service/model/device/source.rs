@@ -28,6 +28,8 @@ element! {
         attr "query" => query: Option<String>,
         /// Encrypted on its way.
         yes_no "tls" => tls: Option<bool>,
+        /// Whom the server's certificate must name, if not the host.
+        attr "tlsHostname" => tls_hostname: Option<String>,
         /// When it is missing.
         attr "startupPolicy" => startup_policy: Option<StartupPolicy>,
         /// Runtime: number of the layer in the chain.

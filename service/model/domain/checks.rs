@@ -396,6 +396,7 @@ fn check_chardevs(def: &DomainDef, log: &mut Log) {
     // A console that is another name for a serial port may leave everything to it.
     let alone = devices.serials.is_empty();
     devices.consoles.iter().filter(|d| alone || !d.is_serial()).for_each(|d| check("console", &d.source, &d.at));
+    devices.parallels.iter().for_each(|d| check("parallel", &d.source, &d.at));
     devices.channels.iter().for_each(|d| check("channel", &d.source, &d.at));
     devices.redirdevs.iter().for_each(|d| check("redirdev", &d.source, &d.at));
 }

@@ -27,6 +27,7 @@ pub mod value;
 pub use format::vocabulary;
 
 use crate::device::Devices;
+use crate::device::disk::ThrottleGroups;
 use crate::xml::{self, Element, Finding, FindingKind, Place};
 use clock::{Clock, Pm};
 use cpu::{Cpu, NumaCell};
@@ -78,6 +79,8 @@ element! {
         child "maxMemory" => max_memory: Option<MaxMemory>,
         /// `<memoryBacking>`
         child "memoryBacking" => memory_backing: Option<MemoryBacking>,
+        /// `<throttlegroups>`
+        child "throttlegroups" => throttle_groups: Option<ThrottleGroups>,
         /// `<cputune>`
         child "cputune" => cputune: Option<Cputune>,
         /// `<memtune>`

@@ -38,6 +38,8 @@ element! {
         leaf "initrd" => initrd: Option<String>,
         /// Direct kernel boot: the kernel's command line.
         leaf "cmdline" => cmdline: Option<String>,
+        /// `<acpi>`
+        child "acpi" => acpi: Option<AcpiTables>,
         /// Classes of devices in the order to try. Empty where devices have their own order.
         children "boot" => boot: Vec<Boot>,
         /// `<bootmenu>`
@@ -108,6 +110,29 @@ element! {
         attr "format" => format: Option<String>,
         /// Path of the store.
         text => path: Option<String>,
+    }
+}
+
+choices! {
+    /// What a table is to be.
+    pub enum AcpiTableKind { Slic = "slic", Raw = "raw", Rawset = "rawset", Msdm = "msdm", }
+}
+
+element! {
+    /// `<os><acpi>`: tables that the guest finds beside its board's own.
+    pub struct AcpiTables {
+        /// Each `<table>`.
+        children "table" => tables: Vec<AcpiTable>,
+    }
+}
+
+element! {
+    /// `<os><acpi><table>`
+    pub struct AcpiTable {
+        /// What it is.
+        need "type" => kind: AcpiTableKind,
+        /// The file with it.
+        need_text => path: String,
     }
 }
 

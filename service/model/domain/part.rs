@@ -133,7 +133,8 @@ pub(crate) fn take_bool(at: &mut Element, name: &str, words: Bool, log: &mut Vec
 pub(crate) fn take_text<T: Value>(at: &mut Element, log: &mut Vec<Finding>) -> Option<T> {
     let text = at.text();
     at.nodes.retain(|node| node.as_text().is_none());
-    if text.is_empty() { None } else { value(&text, &at.at, log) }
+    let only_space = text.trim().is_empty() && at.elements().next().is_some();
+    if text.is_empty() || only_space { None } else { value(&text, &at.at, log) }
 }
 
 pub(crate) fn need_text<T: Value + Default>(at: &mut Element, log: &mut Vec<Finding>) -> T {

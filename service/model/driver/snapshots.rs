@@ -15,6 +15,7 @@
 use super::{DriverError, Instance};
 use crate::domain::DomainDef;
 use async_trait::async_trait;
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -73,14 +74,15 @@ pub trait Snapshots: Send + Sync {
     async fn check_delete(&self, machine: &Machine, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError>;
 
     /// Removes the snapshot's data, its memory file and its copies; external overlays are merged into what they stand on.
-    /// Repeatable: what is already gone is fine. A failure leaves the snapshot usable, or to be deleted again.
+    /// Cancelled before the journal's point of no return, it has changed nothing; from there on it goes to its end, with
+    /// the guest or, when that ends, without. A failure says what is merged already; deleting it again does the rest.
     async fn delete(
         &self,
         machine: &Machine,
         snapshot: &Kept,
         kin: &Kin,
         journal: Arc<dyn Journal>,
-    ) -> Result<Vec<Replaced>, DriverError>;
+    ) -> Result<Vec<Replaced>, Unfinished>;
 
     /// Makes whole what was cut off, from the last note of its journal; `machine.guest` is what has been found of the guest.
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError>;
@@ -229,6 +231,8 @@ pub struct Kept {
     pub memory: MemoryMode,
     /// Its disks; of an external one the overlay it made.
     pub disks: Vec<DiskPart>,
+    /// Disks whose frozen files an earlier deletion has begun to write.
+    pub merging: BTreeSet<String>,
     /// The machine as it was: the disks' sources are what was frozen.
     pub def: DomainDef,
     /// What the driver kept; null for one that was restored from a document without it.
@@ -273,6 +277,26 @@ pub struct Reverted {
 pub struct DeletePlan {
     /// Files merged and removed.
     pub files: Vec<FileChange>,
+    /// Why it would be refused.
+    pub refused: Option<DriverError>,
+}
+
+/// A deletion that did not come to its end.
+#[derive(Clone, Debug)]
+pub struct Unfinished {
+    /// Why.
+    pub error: DriverError,
+    /// What is merged for good: configurations follow.
+    pub replaced: Vec<Replaced>,
+    /// Disks whose frozen files have been written, or may have been. None: nothing was changed there.
+    pub merging: Vec<String>,
+}
+
+impl From<DriverError> for Unfinished {
+    /// Before anything was changed.
+    fn from(error: DriverError) -> Unfinished {
+        Unfinished { error, replaced: Vec::new(), merging: Vec::new() }
+    }
 }
 
 /// A file that is no more, and what holds its content now: for every configuration that names it.
@@ -302,6 +326,8 @@ pub enum Recovered {
     Reverted(Box<Reverted>),
     /// It is complete.
     Deleted(Vec<Replaced>),
+    /// A deletion that cannot be brought to its end now.
+    Undeleted(Unfinished),
 }
 
 /// Where an operation tells how far it is.
@@ -309,6 +335,10 @@ pub enum Recovered {
 pub trait Journal: Send + Sync {
     /// Keeps a note, durably, in place of the one before. On failure nothing may be changed.
     async fn note(&self, note: serde_json::Value) -> Result<(), DriverError>;
+
+    /// The frozen files of these disks are about to be written. Kept durably with the snapshot, which can then only be
+    /// deleted; on failure nothing may be changed.
+    async fn merging(&self, targets: &[String]) -> Result<(), DriverError>;
 
     /// A change has been made that a restart would find: called between any two of them.
     fn step(&self, what: &str);

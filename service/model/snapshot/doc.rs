@@ -88,6 +88,8 @@ element! {
         child "driver" => driver: Option<OverlayDriver>,
         /// `<source>`
         child "source" => source: Option<OverlaySource>,
+        /// `<snapshotDeleteInProgress>`, read when a record is restored.
+        flag "snapshotDeleteInProgress" => merging: bool,
     }
 }
 
@@ -207,6 +209,8 @@ impl SnapshotDoc {
         let state = state.unwrap_or(SnapshotState::DiskSnapshot);
         let memory = memory(self.memory.as_ref(), state, &mut log);
         let disks = self.disks.iter().flat_map(|disks| &disks.disks).map(|disk| part(disk, &mut log)).collect();
+        let marked = self.disks.iter().flat_map(|disks| &disks.disks).filter(|disk| disk.merging);
+        let merging = marked.map(|disk| disk.name.clone()).collect();
         let captured = self.firmware.iter().flat_map(captured).collect();
         let def = SnapshotDef {
             name,
@@ -216,6 +220,7 @@ impl SnapshotDoc {
             created: created.unwrap_or_default(),
             memory,
             disks,
+            merging,
             domain,
             inactive,
             captured,
@@ -344,9 +349,9 @@ pub(super) fn write_memory(memory: &MemoryMode) -> Element {
     }
 }
 
-pub(super) fn write_disk(disk: &DiskPart) -> Element {
+pub(super) fn write_disk(disk: &DiskPart, merging: bool) -> Element {
     let element = Element::new("disk").with_attr("name", &*disk.target);
-    match &disk.mode {
+    let mut element = match &disk.mode {
         DiskMode::No => element.with_attr("snapshot", "no"),
         DiskMode::Internal => element.with_attr("snapshot", "internal"),
         DiskMode::Manual => element.with_attr("snapshot", "manual"),
@@ -357,7 +362,11 @@ pub(super) fn write_disk(disk: &DiskPart) -> Element {
             element.push(Element::new("source").with_attr(attribute, path.to_string_lossy()));
             element
         }
+    };
+    if merging {
+        element.push(Element::new("snapshotDeleteInProgress"));
     }
+    element
 }
 
 pub(super) fn write_capture(part: &str, how: &Capture) -> Element {

@@ -17,6 +17,7 @@ use crate::domain::{DomainDef, Form};
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
 use crate::state::DomainState;
 use crate::xml::{Element, Finding, FindingKind};
+use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
@@ -84,6 +85,8 @@ pub struct SnapshotDef {
     pub memory: MemoryMode,
     /// Every disk of the machine, in its order.
     pub disks: Vec<DiskPart>,
+    /// Targets of disks whose frozen files a deletion has begun to write: it can only be deleted from then on.
+    pub merging: BTreeSet<String>,
     /// The machine at that time; `None` for one that was restored from a document without it.
     pub domain: Option<Box<DomainDef>>,
     /// What the next cold start would have used, where the guest was active and that differed or could have.
@@ -111,7 +114,9 @@ impl SnapshotDef {
         root.push(doc::write_memory(&self.memory));
         if !self.disks.is_empty() {
             let mut disks = Element::new("disks");
-            self.disks.iter().for_each(|disk| disks.push(doc::write_disk(disk)));
+            for disk in &self.disks {
+                disks.push(doc::write_disk(disk, self.merging.contains(&disk.target)));
+            }
             root.push(disks);
         }
         let form = Form { inactive: true, secure, migratable: false };

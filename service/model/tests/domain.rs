@@ -219,14 +219,13 @@ fn what_is_only_kept_is_listed_with_its_place() {
     let def = parse(&with("", "<pstore backend='acpi-erst'/>"));
     let kept: Vec<_> = def.unhandled().iter().map(|kept| format!("{:?} {}", kept.at, kept.name)).collect();
     assert_eq!(kept, ["5:1 /devices/pstore pstore"]);
-    let def =
-        parse(&with("", "<interface type='user' trustGuestRxFilters='yes'><coalesce><rx/></coalesce></interface>"));
+    let def = parse(&with("", "<interface type='user' trustGuestRxFilters='yes'><script path='x'/></interface>"));
     let found: Vec<_> = def.unhandled().iter().map(|kept| kept.unsupported("is not supported").to_string()).collect();
     assert_eq!(
         found,
         [
             "line 5, column 24: /devices/interface/@trustGuestRxFilters: 'trustGuestRxFilters' is not supported",
-            "line 5, column 50: /devices/interface/coalesce: <coalesce> is not supported",
+            "line 5, column 50: /devices/interface/script: <script> is not supported",
         ]
     );
     for case in ["virt-install", "gnome-boxes", "vagrant", "tiny-test"] {

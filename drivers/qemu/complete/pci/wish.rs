@@ -9,7 +9,7 @@ use virt_model::device::display::VideoKind;
 use virt_model::device::hostdev::HostdevKind;
 use virt_model::device::interface::InterfaceKind;
 use virt_model::device::memory::MemoryModel;
-use virt_model::device::misc::{BalloonModel, InputBus, WatchdogModel};
+use virt_model::device::misc::{BalloonModel, InputBus, VirtioModel, WatchdogModel};
 use virt_model::device::sound::SoundModel;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
 use virt_model::domain::DomainDef;
@@ -69,7 +69,9 @@ pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut Device
         each(&mut controller.info, wish, &controller.at);
     }
     for disk in &mut devices.disks {
-        let wish = (disk.target.bus == Some(DiskBus::Virtio)).then_some(Wish::Express);
+        let old = disk.model == Some(VirtioModel::Transitional);
+        let wish = if old { Wish::Conventional } else { Wish::Express };
+        let wish = (disk.target.bus == Some(DiskBus::Virtio)).then_some(wish);
         each(&mut disk.info, wish, &disk.at);
     }
     for (n, video) in devices.videos.iter_mut().enumerate() {

@@ -1,0 +1,169 @@
+//! What stands on what: as QEMU and the images say it, held to what is recorded before anything is merged.
+
+use super::Operation;
+use super::delete::{Leaf, Plan, Standing};
+use super::jobs::Line;
+use super::nodes::file_of;
+use super::note::Merge;
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+use virt_model::device::Disk;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::Kept;
+
+/// The chains of a running guest's drives: each file, then what it stands on. Filters are not in them.
+#[derive(Debug, Default)]
+pub struct Chains(Vec<Vec<PathBuf>>);
+
+impl Chains {
+    /// Asks QEMU.
+    pub async fn ask(line: &Line) -> Result<Chains, DriverError> {
+        let told = line.patiently("query-block", json!({})).await?;
+        let images = told.as_array().into_iter().flatten().map(|drive| &drive["inserted"]["image"]);
+        Ok(Chains(images.map(chain).collect()))
+    }
+
+    /// Whether a drive has the file in its chain.
+    pub fn hold(&self, file: &Path) -> bool {
+        self.0.iter().flatten().any(|one| same(one, file))
+    }
+
+    /// What the file stands on in a drive's chain.
+    pub fn below(&self, file: &Path) -> Option<&Path> {
+        let mut links = self.0.iter().flat_map(|chain| chain.windows(2));
+        links.find(|link| same(&link[0], file)).map(|link| &*link[1])
+    }
+}
+
+fn chain(mut image: &Value) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    while let Some(file) = image["filename"].as_str() {
+        files.push(file_of(file));
+        image = &image["backing-image"];
+    }
+    files
+}
+
+impl Operation {
+    /// Refuses a deletion whose record does not say what is. Changes nothing.
+    pub(super) async fn chains_are_as_recorded(&self, plan: &Plan, snapshot: &Kept) -> Result<(), DriverError> {
+        let chains = match &self.body {
+            Some(body) => Chains::ask(&body.line()?).await?,
+            None => Chains::default(),
+        };
+        for merge in &plan.deed.merges {
+            if !merge.overlay.exists() {
+                return Err(not_there(merge));
+            }
+            let again = snapshot.merging.contains(&merge.target);
+            if !self.stands_as_recorded(&chains, merge, again).await? {
+                return Err(not_in_chain(&merge.target, &merge.overlay));
+            }
+        }
+        for leaf in &plan.leaves {
+            if chains.hold(&leaf.file) || self.carries(leaf, &plan.standing).await? {
+                return Err(not_recorded(leaf));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the overlay is between the files that it is recorded between. `again`: a merge that was cut off may have
+    /// brought those above it to what is below already.
+    async fn stands_as_recorded(&self, chains: &Chains, merge: &Merge, again: bool) -> Result<bool, DriverError> {
+        let in_guest = merge.live && self.body.is_some();
+        let base = match chains.below(&merge.overlay) {
+            Some(base) => Some(base.to_owned()),
+            None if in_guest => return Ok(false),
+            None => self.backing(&merge.overlay, &merge.format).await?,
+        };
+        if !base.is_some_and(|base| same(&base, &merge.base)) {
+            return Ok(false);
+        }
+        for (file, format) in merge.above.iter().filter(|(file, _)| file.exists()) {
+            let on = match chains.below(file) {
+                Some(on) => Some(on.to_owned()),
+                None => self.backing(file, format).await?,
+            };
+            if !on.is_some_and(|on| same(&on, &merge.overlay) || again && same(&on, &merge.base)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Whether an image that is known stands on what is to be removed, though nothing says so.
+    async fn carries(&self, leaf: &Leaf, standing: &[Standing]) -> Result<bool, DriverError> {
+        let tops = self.machine.def.devices.disks.iter().filter(|disk| disk.target.dev == leaf.target).filter_map(top);
+        let known = standing.iter().filter(|one| one.target == leaf.target);
+        let images: BTreeSet<(PathBuf, String)> =
+            known.map(|one| (one.file.clone(), one.format.clone())).chain(tops).collect();
+        for (file, format) in images.into_iter().filter(|(file, _)| file.exists()) {
+            if self.backing(&file, &format).await?.is_some_and(|on| same(&on, &leaf.file)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// What an image says that it stands on.
+    async fn backing(&self, file: &Path, format: &str) -> Result<Option<PathBuf>, DriverError> {
+        if !matches!(format, "qcow2" | "qed") {
+            return Ok(None);
+        }
+        let (image, format) = (file.to_owned(), format.to_owned());
+        self.with_lent(vec![(image.clone(), false)], move |images| {
+            Ok(images.info(&image, &format)?.full_backing_filename)
+        })
+        .await
+    }
+
+    /// Somebody else's work on disks that the guest has open is not to be disturbed.
+    pub(super) async fn nobody_else_works(&self) -> Result<(), DriverError> {
+        let Some(body) = &self.body else { return Ok(()) };
+        let jobs = body.patiently("query-block-jobs", json!({})).await?;
+        let names = jobs.as_array().into_iter().flatten().filter_map(|job| job["device"].as_str());
+        match names.into_iter().find(|name| !name.starts_with(OWN_JOB)) {
+            Some(other) => Err(DriverError::Refused(format!("the job '{other}' works on a disk; wait for its end"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// How merges are called in QEMU.
+pub const OWN_JOB: &str = "virtd-merge-";
+
+fn top(disk: &Disk) -> Option<(PathBuf, String)> {
+    Some((PathBuf::from(disk.path()?), disk.format()?.to_owned()))
+}
+
+/// Whether two paths lead to one file.
+fn same(one: &Path, other: &Path) -> bool {
+    one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
+}
+
+/// The recorded place of an overlay is not the real one.
+pub fn not_in_chain(target: &str, overlay: &Path) -> DriverError {
+    let overlay = overlay.display();
+    DriverError::Storage(format!(
+        "disk '{target}': the recorded overlay {overlay} is not in the current chain, where it was recorded; nothing was \
+         changed; mend the chain with qemu-img, or delete with metadata-only"
+    ))
+}
+
+fn not_there(merge: &Merge) -> DriverError {
+    let (target, overlay) = (&merge.target, merge.overlay.display());
+    DriverError::Storage(format!(
+        "disk '{target}': the recorded overlay {overlay} is not there; nothing was changed; bring it back, or delete with \
+         metadata-only"
+    ))
+}
+
+fn not_recorded(leaf: &Leaf) -> DriverError {
+    let (target, file) = (&leaf.target, leaf.file.display());
+    DriverError::Storage(format!(
+        "disk '{target}': {file} is in use though no configuration names it, and cannot be removed; nothing was changed; \
+         mend the chain with qemu-img, or delete with metadata-only"
+    ))
+}
