@@ -119,7 +119,7 @@ impl Error {
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
             DriverError::Hypervisor(_) => Error::HypervisorFailed(text),
             DriverError::TimedOut(_) => Error::TimedOut(text),
-            DriverError::Storage(_) => Error::StorageFailed(text),
+            DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),
             DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
             DriverError::Refused(_) => Error::OperationInvalid(text),

@@ -123,7 +123,8 @@ impl Operation {
     pub(super) async fn nobody_else_works(&self) -> Result<(), DriverError> {
         let Some(body) = &self.body else { return Ok(()) };
         let jobs = body.patiently("query-block-jobs", json!({})).await?;
-        let names = jobs.as_array().into_iter().flatten().filter_map(|job| job["device"].as_str());
+        let at_work = jobs.as_array().into_iter().flatten().filter(|job| job["status"] != "concluded");
+        let names = at_work.filter_map(|job| job["device"].as_str());
         match names.into_iter().find(|name| !name.starts_with(OWN_JOB)) {
             Some(other) => Err(DriverError::Refused(format!("the job '{other}' works on a disk; wait for its end"))),
             None => Ok(()),

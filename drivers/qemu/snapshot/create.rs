@@ -8,7 +8,7 @@ use super::files::{OVERLAY, RESERVE, beside, check_free_place, check_space, fini
 use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
 use super::revert::UNDO;
-use super::{Image, Operation, cannot, pairs, parts};
+use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::image::{Images, InnerSnapshot};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -88,7 +88,7 @@ impl Operation {
             ));
         }
         let Some(body) = &self.body else { return Ok(()) };
-        super::idle(body).await?;
+        self.nobody_else_works().await?;
         if wish.memory != MemoryMode::No {
             if let Some(why) = hostdev::keeps_memory_here(def) {
                 return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
@@ -241,8 +241,7 @@ impl Operation {
             if journal.cancelled().is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
         };
         if let Err(error) = captured.await {
-            self.undo_internal(&note).await?;
-            return Err(error);
+            return Err(undone(error, self.undo_internal(&note).await));
         }
         journal.point_of_no_return();
         note.done = Some(record.clone());
@@ -369,8 +368,7 @@ impl Operation {
         let _quiet = self.body.as_ref().filter(|_| stands && !wish.stay_paused).map(Quiet::keep);
         let captured = self.capture_external(wish, &mut note, &mut record, copies, journal).await;
         if let Err(error) = captured {
-            self.undo_external(&note).await?;
-            return Err(error);
+            return Err(undone(error, self.undo_external(&note).await));
         }
         // What is frozen can be thawed only while it runs.
         let goes_on = note.resume && (!wish.stay_paused || note.frozen);

@@ -203,15 +203,11 @@ fn pairs<'a>(def: &'a DomainDef, parts: &'a [DiskPart]) -> impl Iterator<Item = 
     def.devices.disks.iter().filter_map(move |disk| Some((disk, *by_target.get(&*disk.target.dev)?)))
 }
 
-/// Refuses to disturb somebody's work on a disk of a running guest.
-async fn idle(body: &Body) -> Result<(), DriverError> {
-    let jobs = body.patiently("query-block-jobs", serde_json::json!({})).await?;
-    match jobs.as_array().into_iter().flatten().find(|job| job["status"] != "concluded") {
-        None => Ok(()),
-        Some(job) => {
-            let device = job["device"].as_str().unwrap_or_default();
-            Err(DriverError::Refused(format!("the job '{device}' works on a disk; wait for its end")))
-        }
+/// Why it failed, once it has been tried to undo what had been done.
+fn undone(error: DriverError, undone: Result<(), DriverError>) -> DriverError {
+    match undone {
+        Ok(()) => error,
+        Err(why) => DriverError::HalfDone(format!("{error}; what had been done could not be undone: {why}")),
     }
 }
 

@@ -6,7 +6,7 @@ use super::files::{OVERLAY, check_space};
 use super::jobs::failed;
 use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
-use super::{Image, Operation, cannot, pairs, parts};
+use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::image::{ImageInfo, InnerSnapshot};
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -34,9 +34,7 @@ impl Operation {
         kin: &Kin,
         in_place: bool,
     ) -> Result<RevertPlan, DriverError> {
-        if let Some(body) = &self.body {
-            super::idle(body).await?;
-        }
+        self.nobody_else_works().await?;
         let record = record_of(snapshot);
         if in_place {
             self.keeps_what_is_written("going back within the running guest")?;
@@ -184,8 +182,7 @@ impl Operation {
         journal.note(written(&Note::Revert(note.clone()))?).await?;
         let brought = self.bring_back(snapshot, &record, &note.aside, journal).await;
         if let Err(error) = brought {
-            self.put_back(&note.aside).await?;
-            return Err(error);
+            return Err(undone(error, self.put_back(&note.aside).await));
         }
         Ok(self.reverted(snapshot, record, note.aside, kin))
     }

@@ -272,7 +272,7 @@ impl Domain {
         let taken = match self.takes_snapshots()?.create(&machine, &wish, journal.clone()).await {
             Ok(taken) => taken,
             Err(e) => {
-                journal.end_after_failure().await;
+                journal.end_after_failure(&e).await;
                 return Err(self.not_taken(name, e));
             }
         };

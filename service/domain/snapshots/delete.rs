@@ -164,9 +164,9 @@ impl Domain {
             self.follow_merged(name, &replaced, journal).await
         };
         match kept.await {
-            Ok(()) => journal.end_after_failure().await,
-            Err(error) => {
-                tracing::error!(uuid = %self.uuid, name, %error, "a deletion is half done; it is finished before anything else is")
+            Ok(()) => journal.end_after_failure(&error).await,
+            Err(why) => {
+                tracing::error!(uuid = %self.uuid, name, error = %why, "a deletion is half done; it is finished before anything else is")
             }
         }
         self.not_deleted(name, error)

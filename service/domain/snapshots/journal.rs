@@ -53,8 +53,12 @@ impl DomainJournal {
         Ok(())
     }
 
-    /// The same where that cannot be helped: the next virtd finds it undone already.
-    pub async fn end_after_failure(&self) {
+    /// The same after a failure, unless that has left something to be done.
+    pub async fn end_after_failure(&self, failure: &DriverError) {
+        if let DriverError::HalfDone(_) = failure {
+            tracing::error!(uuid = %self.uuid, %failure, "it is looked after before anything else is done");
+            return;
+        }
         if let Err(error) = self.end().await {
             tracing::warn!(uuid = %self.uuid, %error, "the next start of virtd looks at this operation again");
         }

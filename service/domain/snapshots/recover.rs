@@ -22,8 +22,11 @@ impl Domain {
             Deed::Revert { .. } => "a revert",
             Deed::Delete { .. } => "deleting a snapshot",
         };
-        // Boxed: what may have to be done is much, and rarely is.
-        let story = Box::pin(self.made_up_for(intent, what)).await.map_err(|error| {
+        // In a task: what may have to be done is much, and this may lie deep in what is much already.
+        let domain = self.clone();
+        let done = tokio::spawn(async move { domain.made_up_for(intent, what).await });
+        let done = done.await.unwrap_or_else(|e| Err(Error::Internal(e.to_string())));
+        let story = done.map_err(|error| {
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "{what} was cut off, and is still half done");
             Error::OperationInvalid(format!(
                 "domain '{}': {what} was cut off half-way, and cannot be finished: {error}; mend that and try again",
@@ -35,7 +38,7 @@ impl Domain {
         Ok(())
     }
 
-    async fn made_up_for(self: &Arc<Self>, intent: Intent, what: &str) -> Result<String> {
+    async fn made_up_for(self: &Arc<Self>, intent: Intent, what: &'static str) -> Result<String> {
         let journal = self.journal(intent.deed.clone(), None);
         let recovered = match intent.note {
             Some(note) => {

@@ -56,16 +56,16 @@ impl Domain {
         let deed = Deed::Revert { name: def.name.clone(), active, in_place, ran: machine.running };
         let journal = self.journal(deed, Some(job.clone()));
         journal.begin().await?;
+        // A transient domain must not go with its guest.
+        let stay = crate::domain::lifecycle::Creation::begin(self)?;
         if in_place {
             return self.load_in_place(&def, &kept, &machine, active == Some(true), &journal).await;
         }
-        // A transient domain must not go with its guest.
-        let stay = crate::domain::lifecycle::Creation::begin(self)?;
         let before = Before { stored: self.configurations().1, record: self.snapshot(&def.name)? };
         let reverted = match self.bring_images(&kept, &machine, &journal, &job).await {
             Ok(reverted) => reverted,
             Err(e) => {
-                journal.end_after_failure().await;
+                journal.end_after_failure(&e).await;
                 return Err(self.not_reverted(&def.name, e));
             }
         };
@@ -116,7 +116,8 @@ impl Domain {
         let brought = driver.revert_images(&off, kept, &kin, journal.clone()).await;
         if brought.is_err() {
             if parked {
-                driver.unpark(machine).await?;
+                let stands = |e| DriverError::HalfDone(format!("what runs had to stand aside, and cannot go on: {e}"));
+                driver.unpark(machine).await.map_err(stands)?;
             } else if machine.guest.is_some() {
                 self.has_failed().await;
             }
@@ -187,7 +188,10 @@ impl Domain {
         };
         if let Err(e) = loaded.await {
             self.unmuted(was_running).await;
-            journal.end_after_failure().await;
+            if let DriverError::Gone = e {
+                return Err(self.died_while_loaded(&def.name, guest.id).await);
+            }
+            journal.end_after_failure(&e).await;
             return Err(self.not_reverted(&def.name, e));
         }
         let reverted = in_process(kept, machine);
@@ -200,6 +204,17 @@ impl Domain {
         let name = def.name.clone();
         self.reverted(def, &reverted, journal).await?;
         resumed.map_err(|e| self.not_reverted(&name, e))
+    }
+
+    /// The process died, and its images may be of this time or that: they are brought to the snapshot at once.
+    async fn died_while_loaded(self: &Arc<Self>, name: &str, id: u32) -> Error {
+        self.until(|state| !state.runs(id)).await;
+        let story = match self.made_whole().await {
+            Ok(()) => "what was cut off has been looked after, as the log says".to_owned(),
+            Err(e) => e.to_string(),
+        };
+        let domain = self.name();
+        Error::HypervisorFailed(format!("the process of '{domain}' ended while it went back to '{name}'; {story}"))
     }
 
     async fn driver_load(
