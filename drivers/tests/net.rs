@@ -58,9 +58,9 @@ async fn a_card_in_vlans_of_its_bridge() {
     let filters = PathBuf::from(format!("/sys/class/net/{}/bridge/vlan_filtering", bridge.0)).exists();
     let refused = house.driver.start(launch).await.err().unwrap().to_string();
     std::fs::remove_dir_all(&seen.runtime_dir).unwrap();
+    // A kernel without them is told of by name; what follows needs one with them.
     if !filters {
         assert!(refused.contains("bridges of this host's kernel know no VLANs"), "{refused}");
-        eprintln!("SKIPPED: bridges of this host's kernel know no VLANs");
         return;
     }
     assert!(refused.contains(&format!("ip link set {} type bridge vlan_filtering 1", bridge.0)), "{refused}");
