@@ -297,6 +297,11 @@ impl Body {
         sent.map_err(|e| DriverError::Internal(format!("cannot signal QEMU: {e}")))
     }
 
+    /// Whether it has been told to end.
+    pub fn is_asked_to_end(&self) -> bool {
+        self.requested.load(Ordering::SeqCst)
+    }
+
     /// Its QEMU does not talk any more: whether its process has gone, too, or does so in a moment.
     pub async fn is_gone_soon(&self) -> bool {
         self.has_gone_within(KILL_PATIENCE).await

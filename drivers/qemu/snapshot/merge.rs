@@ -44,6 +44,8 @@ impl Operation {
                         "disk '{target}': somebody else has cancelled the merge"
                     )));
                 }
+                // One about to end has let go of its disks, and finds none of them.
+                Err(_) if body.is_asked_to_end() && body.is_gone_soon().await => {}
                 Err(error) => return Err(error),
             }
         }
