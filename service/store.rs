@@ -18,6 +18,7 @@ pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
 use crate::error::{Error, Result};
 use crate::job::lock;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
@@ -149,14 +150,15 @@ impl Store {
         Ok(())
     }
 
-    /// All guests that ran when virtd was last here.
-    pub fn load_statuses(&self) -> Result<Vec<(Uuid, Status)>> {
-        let mut found = Vec::new();
-        for uuid in uuids(&self.paths.runtime.join("status"), "json")? {
-            match read_json(&self.status(uuid)) {
-                Ok(status) => found.push((uuid, status)),
-                Err(e) => tracing::error!(%uuid, "{e}; a guest it may describe is left alone"),
-            }
+    /// All guests that ran when virtd was last here, or may have: what was noted of each, or why that cannot be read. Where
+    /// there is a driver's folder, its start had begun.
+    pub fn load_statuses(&self) -> Result<BTreeMap<Uuid, Result<Status>>> {
+        let noted = uuids(&self.paths.runtime.join("status"), "json")?;
+        let mut found: BTreeMap<Uuid, Result<Status>> =
+            noted.into_iter().map(|uuid| (uuid, read_json(&self.status(uuid)))).collect();
+        for uuid in uuids(&self.paths.runtime.join("guests"), "")? {
+            let none = || Err(Error::StorageFailed(format!("{} is not there", self.status(uuid).display())));
+            found.entry(uuid).or_insert_with(none);
         }
         Ok(found)
     }
@@ -281,7 +283,7 @@ fn uuids(folder: &Path, extension: &str) -> Result<Vec<Uuid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        if path.extension().is_none_or(|e| e != extension) {
+        if path.extension().unwrap_or_default() != extension {
             continue;
         }
         match path.file_stem().and_then(|s| s.to_str()).and_then(|s| Uuid::try_parse(s).ok()) {

@@ -27,6 +27,7 @@ mod report;
 mod snapshot;
 pub mod tap;
 mod tune;
+mod unnoted;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;

@@ -192,6 +192,7 @@ async fn destroy_gets_through_a_start_that_hangs() {
     let domain = world.define("web").await;
     world.driver.hang_start(domain.uuid());
     let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.driver.follows_plan(domain.uuid()).await;
     domain.destroy(&world.alice(), false).await.unwrap();
     assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
     assert_eq!(domain.facts().state, DomainState::Shutoff);

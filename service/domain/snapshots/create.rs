@@ -267,7 +267,7 @@ impl Domain {
         // The domain may have become another while we waited for our turn.
         let Planned { def, wish, machine, .. } = self.plan_snapshot(doc, name, options).await?;
         let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
-        let journal = self.journal(deed, Some(job));
+        let journal = self.journal(deed, &job);
         journal.begin().await?;
         let taken = match self.takes_snapshots()?.create(&machine, &wish, journal.clone()).await {
             Ok(taken) => taken,
@@ -309,7 +309,7 @@ impl Domain {
             self.save_current(Some(name.clone())).await?;
             journal.step("current");
             journal.end().await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 let tree = state.snapshots.change();
                 tree.put(&name, parent.as_deref(), Arc::new(record));
                 tree.set_current(Some(&name));
@@ -341,7 +341,7 @@ impl Domain {
         if let Some(stored) = &stored {
             self.store(stored.clone()).await?;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             // Part of a snapshot: not told as an update of its own.
             state.edited(live, stored);
             Vec::new()
