@@ -23,6 +23,9 @@ impl Domain {
         // The configuration in it is one that a revert would make the domain's.
         self.allow(caller, Action::Define).await?;
         let record = self.restored(doc.clone(), options)?;
+        if let Ok(def) = &record.def {
+            self.keepable(def.clone()).await?;
+        }
         if record.def.as_ref().is_ok_and(|def| machines(def).any(DomainDef::has_native_arguments)) {
             self.allow(caller, Action::Native).await?;
         }
