@@ -1,6 +1,7 @@
 //! What virtd keeps can be read again; what cannot is on the bus all the same, and says so.
 
 use crate::common::client::{Client, options};
+use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, Setup};
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -128,5 +129,59 @@ async fn l1_snapshots_that_cannot_be_read_leave_a_domain_that_says_why() {
         assert_eq!(error, "org.virt.Error.OperationInvalid");
         assert!(why.contains("snapshots-metadata"), "{why}");
         domain.call("Undefine", &(options([("snapshots-metadata", true.into())]),)).await.expect("given up");
+    }
+}
+
+/// What a document does not say of disks is what a new snapshot of that kind would have: a record that acts on nothing
+/// would let a revert succeed that does nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn l10_a_restored_record_without_disks_acts_on_those_of_its_machine() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let root = Client { connection: daemon.connect().await };
+    let disk = |format: &str, target: &str, more: &str| {
+        format!(
+            "<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='/images/{target}.img'/>\
+             <target dev='{target}' bus='virtio'/>{more}</disk>"
+        )
+    };
+    let domain =
+        |disks: &str| machine("web", &uuid(1), "").replace("</os>", &format!("</os><devices>{disks}</devices>"));
+    let both = domain(&(disk("qcow2", "vda", "") + &disk("qcow2", "vdb", "<readonly/>")));
+    let player = Player { domain: root.define(&both).await.expect("defined") };
+    let doc = |name: &str, state: &str, disks: &str, domain: &str| {
+        format!(
+            "<domainsnapshot><name>{name}</name><state>{state}</state><creationTime>7</creationTime>{disks}{domain}\
+             </domainsnapshot>"
+        )
+    };
+    let redefine = || with([("redefine", true)]);
+    type Disks = Vec<(String, String, String)>;
+    let image = "/images/vda.img";
+    for (name, state, disks, mode, file) in [
+        ("off", "shutoff", "", "internal", image),
+        ("on", "running", "", "internal", image),
+        ("only", "disk-snapshot", "", "external", "/images/vda.only"),
+        ("named", "disk-snapshot", "<disks><disk name='/images/vda.img'/></disks>", "external", "/images/vda.named"),
+        ("asked", "shutoff", "<disks><disk name='vda' snapshot='external'/></disks>", "external", "/images/vda.asked"),
+    ] {
+        player
+            .create(&doc(name, state, disks, &both), redefine())
+            .await
+            .unwrap_or_else(|why| panic!("{name}: {why:?}"));
+        let shown: Disks = player.get(name, "Disks").await;
+        let expected = [("vda", mode, file), ("vdb", "no", "")];
+        let expected: Disks = expected.iter().map(|(a, b, c)| ((*a).into(), (*b).into(), (*c).into())).collect();
+        assert_eq!(shown, expected, "{name}");
+        player.create(&player.xml(name).await, redefine()).await.expect("its own document restores it");
+    }
+    let raw = domain(&disk("raw", "vda", ""));
+    for (state, disks, machine) in [
+        ("shutoff", "", raw.as_str()),
+        ("shutoff", "<disks><disk name='vda' snapshot='no'/></disks>", raw.as_str()),
+        ("disk-snapshot", "<disks><disk name='vda' snapshot='no'/></disks>", both.as_str()),
+        ("shutoff", "", &domain("")),
+    ] {
+        let (name, why) = player.create(&doc("none", state, disks, machine), redefine()).await.expect_err(state);
+        assert_eq!(name, "org.virt.Error.ConfigUnsupported", "{why}");
     }
 }

@@ -181,8 +181,24 @@ impl SnapshotDoc {
         }
     }
 
-    /// The record that it restores. Errors are the document's; whether it fits the domain is not looked at.
+    /// The record that it is: every disk as it is said. Errors are the document's; whether it fits the domain is not looked
+    /// at.
     pub fn record(self) -> Result<(SnapshotDef, Option<Uuid>), Vec<Finding>> {
+        let mut log = Vec::new();
+        let disks = self.disks().iter().map(|disk| part(disk, &mut log)).collect();
+        let read = self.without_disks();
+        match read {
+            Ok((def, uuid)) if log.is_empty() => Ok((SnapshotDef { disks, ..def }, uuid)),
+            Ok(_) => Err(log),
+            Err(mut findings) => {
+                findings.append(&mut log);
+                Err(findings)
+            }
+        }
+    }
+
+    /// The same for a document of which the disks are still to be held against the machine ([`super::Alignment`]).
+    pub fn without_disks(self) -> Result<(SnapshotDef, Option<Uuid>), Vec<Finding>> {
         let mut log = Vec::new();
         let name = self.name.unwrap_or_default();
         if let Err(why) = check_name(&name) {
@@ -218,7 +234,6 @@ impl SnapshotDoc {
         let (domain, inactive) = (machine(full), machine(self.inactive));
         let state = state.unwrap_or(SnapshotState::DiskSnapshot);
         let memory = memory(self.memory.as_ref(), state, &mut log);
-        let disks = self.disks.iter().flat_map(|disks| &disks.disks).map(|disk| part(disk, &mut log)).collect();
         let marked = self.disks.iter().flat_map(|disks| &disks.disks).filter(|disk| disk.merging);
         let merging = marked.map(|disk| disk.name.clone()).collect();
         let captured = self.firmware.iter().flat_map(captured).collect();
@@ -229,7 +244,7 @@ impl SnapshotDoc {
             parent: self.parent.and_then(|parent| parent.name),
             created: created.unwrap_or_default(),
             memory,
-            disks,
+            disks: Vec::new(),
             merging,
             domain,
             inactive,
