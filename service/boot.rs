@@ -4,7 +4,7 @@ use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, now_usec, virtd_itself};
-use crate::store::{Ended, Loaded, Note, Status, on_disk};
+use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,6 +16,7 @@ use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Condition, Driver, Reconnect, Reconnected};
 use virt_model::state::{DomainState, PmSuspended, StateReason, Suspended};
+use virt_model::xml::Limits;
 
 /// How many guests are reconnected, or started, at once.
 const AT_ONCE: usize = 16;
@@ -30,13 +31,20 @@ const PLACE: Duration = Duration::from_secs(5);
 /// this returns; each machine that is not whole then has its turn taken, and is looked after by itself.
 pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let on = shared.clone();
-    let definitions = on_disk(move || on.store.load_definitions()).await?;
+    let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
     let mut cut_off: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
-    for (uuid, xml, note) in definitions {
-        if let Err(e) = load_definition(shared, uuid, &xml, note, snapshots.remove(&uuid).unwrap_or_default()) {
+    // Where two have one name, it is whose it was.
+    definitions.sort_by_key(|stored| match &stored.found {
+        Found::Sound(def) if def.name == stored.note.name => 0,
+        Found::Sound(_) => 1,
+        Found::Broken { .. } => 2,
+    });
+    for stored in definitions {
+        let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
+        if let Err(e) = load_definition(shared, stored, kept) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
         }
     }
@@ -110,24 +118,51 @@ fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
     for uuid in shared.store.domains_with_snapshots() {
         match shared.store.load_snapshots(uuid) {
             Ok(loaded) => _ = all.insert(uuid, loaded),
-            Err(e) => tracing::error!(%uuid, "its snapshots are left alone: {e}"),
+            Err(e) => {
+                tracing::error!(%uuid, "its snapshots are left alone: {e}");
+                all.insert(
+                    uuid,
+                    Loaded { broken: Some(format!("its snapshots are not known: {e}")), ..Loaded::default() },
+                );
+            }
         }
     }
     Ok(all)
 }
 
-fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note, snapshots: Loaded) -> Result<()> {
-    let def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
-    if def.uuid != uuid {
-        return Err(Error::StorageFailed(format!("the file is named {uuid}, the domain in it is {}", def.uuid)));
-    }
-    let driver = shared.driver_for(&def.kind).cloned().ok_or_else(|| {
-        Error::ConfigUnsupported(format!("no driver serves domains of type '{}' in this virtd", def.kind))
-    })?;
+/// Makes a domain of a stored configuration; of one that cannot be used, a broken one that says why.
+fn load_definition(shared: &Arc<Shared>, stored: Stored, snapshots: Loaded) -> Result<()> {
+    let Stored { uuid, note, found } = stored;
+    let (def, broken) = match found {
+        Found::Sound(def) if shared.driver_for(&def.kind).is_none() => {
+            let why = format!("no driver serves domains of type '{}' in this virtd", def.kind);
+            (DomainDef { kind: def.kind, name: def.name, uuid, ..DomainDef::default() }, Some(why))
+        }
+        Found::Sound(def) => match shared.registry.look(uuid, &def.name) {
+            Ok(_) => (*def, None),
+            Err(e) => (DomainDef { kind: def.kind, uuid, ..DomainDef::default() }, Some(e.to_string())),
+        },
+        Found::Broken { why, name, kind } => {
+            let name = Some(note.name.clone()).filter(|name| !name.is_empty()).or(name).unwrap_or_default();
+            (DomainDef { kind: kind.unwrap_or_default(), name, uuid, ..DomainDef::default() }, Some(why))
+        }
+    };
     let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
-    enter(shared, Birth { def, persistent: true, driver, note, ended, snapshots })?;
+    let driver = likely_driver(shared, &note, &def.kind)?;
+    let mut birth = Birth { def, persistent: true, broken, driver, note, ended, snapshots };
+    if birth.broken.is_some() && (birth.def.name.is_empty() || shared.registry.look(uuid, &birth.def.name).is_err()) {
+        // Nobody knows its name, or another has it.
+        birth.def.name = uuid.to_string();
+    }
+    enter(shared, birth)?;
     Ok(())
+}
+
+/// Whose a domain is: of one that cannot be read, as far as that can be made out.
+fn likely_driver(shared: &Shared, note: &Note, kind: &str) -> Result<Arc<dyn Driver>> {
+    let driver = shared.driver_for(kind).or_else(|| shared.driver_named(&note.driver)).or(shared.drivers.first());
+    driver.cloned().ok_or_else(|| Error::ConfigUnsupported("this virtd has no driver at all".to_owned()))
 }
 
 /// Registers a domain found on disk.
@@ -160,7 +195,7 @@ impl Search {
         let status = match status {
             Ok(status) => status,
             Err(e) => {
-                let Some(status) = unreadable(shared, stored.as_deref()) else { return Ok(None) };
+                let Some(status) = unreadable(shared, known.as_deref()) else { return Ok(None) };
                 tracing::error!(%uuid, "what is noted of its guest cannot be read: {e}; it is looked for all the same");
                 status
             }
@@ -168,24 +203,18 @@ impl Search {
         let driver = shared.driver_named(&status.driver).cloned();
         let driver =
             driver.ok_or_else(|| Error::ConfigUnsupported(format!("this virtd has no driver '{}'", status.driver)))?;
-        let live = match DomainDef::parse(&status.live) {
-            Ok(live) => Arc::new(live),
-            Err(findings) => {
-                let why = Error::ConfigInvalid(findings);
-                tracing::error!(%uuid, "the configuration of its guest cannot be read: {why}; that of its next start is shown");
-                stored.map_or_else(|| unknown(uuid, &driver).map(Arc::new), Ok)?
-            }
-        };
+        let (live, unread) = live_configuration(uuid, &status, stored.as_deref(), &*driver);
+        let live = Arc::new(live);
         let domain = match known {
             Some(domain) => domain,
             None => {
-                let note = Note { owner: status.owner, autostart: false };
+                let note = Note { owner: status.owner, ..Note::default() };
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-                let def = DomainDef::clone(&live);
-                enter(shared, Birth { def, persistent: false, driver: driver.clone(), note, ended, snapshots })?
+                let (def, driver) = (DomainDef::clone(&live), driver.clone());
+                enter(shared, Birth { def, persistent: false, broken: None, driver, note, ended, snapshots })?
             }
         };
-        domain.is_sought(&status, live.clone());
+        domain.is_sought(&status, live.clone(), unread);
         Ok(Some(Search { shared: shared.clone(), domain, driver, live, status }))
     }
 
@@ -234,9 +263,12 @@ impl Search {
 
 /// What is assumed of a guest of which nothing can be read: that it runs, until its driver says that it does not. `None`:
 /// guests of that kind end with virtd.
-fn unreadable(shared: &Arc<Shared>, stored: Option<&DomainDef>) -> Option<Status> {
-    let kind = |driver: &Arc<dyn Driver>| stored.is_none_or(|def| driver.types().contains(&def.kind.as_str()));
-    let driver = shared.drivers.iter().find(|driver| driver.guests_outlive_virtd() && kind(driver))?;
+fn unreadable(shared: &Shared, known: Option<&Domain>) -> Option<Status> {
+    let outlive = |driver: &&Arc<dyn Driver>| driver.guests_outlive_virtd();
+    let driver = match known {
+        Some(domain) => Some(domain.driver()).filter(outlive)?,
+        None => shared.drivers.iter().find(outlive)?,
+    };
     Some(Status {
         driver: driver.name().to_owned(),
         id: shared.next_id(),
@@ -250,14 +282,30 @@ fn unreadable(shared: &Arc<Shared>, stored: Option<&DomainDef>) -> Option<Status
     })
 }
 
-/// What is shown of a transient machine of which nothing but its uuid can be read.
-fn unknown(uuid: Uuid, driver: &Arc<dyn Driver>) -> Result<DomainDef> {
-    let kind = driver.types().first().copied().unwrap_or_default();
-    let text = format!(
-        "<domain type='{kind}'><name>{uuid}</name><uuid>{uuid}</uuid><description>what virtd noted of this running machine cannot \
-         be read; it can be destroyed</description><memory>0</memory><os><type>hvm</type></os></domain>"
-    );
-    DomainDef::parse(&text).map_err(Error::ConfigInvalid)
+/// What a guest runs with: it was found good when the guest started, so whatever can be read of it counts. Where that is
+/// nothing, the stored configuration stands for it, or else its mere name; then also why.
+fn live_configuration(
+    uuid: Uuid,
+    status: &Status,
+    stored: Option<&DomainDef>,
+    driver: &dyn Driver,
+) -> (DomainDef, Option<String>) {
+    let (live, findings) = DomainDef::parse_leniently_within(&status.live, Limits::STORED);
+    let why = findings.first().map(ToString::to_string).unwrap_or_default();
+    match live {
+        Some(live) if live.uuid == uuid && !live.name.is_empty() => {
+            if !why.is_empty() {
+                tracing::warn!(%uuid, name = live.name, "what its guest runs with is no longer taken as it is: {why}");
+            }
+            (live, None)
+        }
+        _ => {
+            let kind = driver.types().first().copied().unwrap_or_default().to_owned();
+            let nameless = || DomainDef { kind, name: uuid.to_string(), uuid, ..DomainDef::default() };
+            let why = format!("what its guest runs with cannot be read: {why}");
+            (stored.cloned().unwrap_or_else(nameless), Some(why))
+        }
+    }
 }
 
 /// What a guest did when its state was last kept.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
-use virt_model::driver::{Condition, DriverEvent, Instance};
+use virt_model::driver::{Condition, Driver, DriverEvent, Instance};
 use virt_model::state::{DomainState, Lifecycle, StateReason, Stopped};
 
 /// A guest that outlived the last virtd.
@@ -45,19 +45,21 @@ impl Domain {
         self.turn.try_take("recovery, since virtd has started", cancel)
     }
 
+    /// Whose it is.
+    pub(crate) fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
     /// Waits until nobody has its turn any more: first of all virtd itself, since it has started.
     pub(crate) async fn is_looked_after(&self) {
         self.turn.is_free().await;
     }
 
-    /// What its next start would use.
-    pub(crate) fn stored(&self) -> Option<Arc<DomainDef>> {
-        lock(&self.state).stored.clone()
-    }
-
-    /// A guest of it ran when virtd was last here, and did that; it is looked for. To be called before anybody knows the domain.
-    pub(crate) fn is_sought(&self, status: &Status, live: Arc<DomainDef>) {
+    /// A guest of it ran when virtd was last here, and did that; it is looked for. `unread`: why `live` only stands for what it
+    /// runs with. To be called before anybody knows the domain.
+    pub(crate) fn is_sought(&self, status: &Status, live: Arc<DomainDef>, unread: Option<String>) {
         let mut state = lock(&self.state);
+        state.unread = unread;
         state.sought = Some(Sought { id: status.id, live, why: None });
         state.state = status.state;
         state.reason = status.reason;
@@ -91,6 +93,7 @@ impl Domain {
         self.forget_guest(None, reason, since_usec).await;
         self.commit_report(|state| {
             state.sought = None;
+            state.unread = None;
             state.state = DomainState::Shutoff;
             state.reason = reason;
             state.since_usec = since_usec;

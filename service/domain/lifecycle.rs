@@ -163,6 +163,7 @@ impl Domain {
         if let Some(sought) = &state.sought {
             return Err(sought.refusal(&state.name));
         }
+        state.sound()?;
         match given.or(state.stored.as_deref()) {
             Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
             None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),

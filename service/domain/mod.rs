@@ -3,6 +3,7 @@
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
+mod broken;
 mod can;
 mod config;
 mod found;
@@ -60,8 +61,12 @@ struct State {
     since_usec: u64,
     autostart: bool,
     config_changed: bool,
+    /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
+    broken: Option<String>,
     /// A guest that ran when virtd was last here, and is not found again yet.
     sought: Option<Sought>,
+    /// Why what its guest runs with is not known: what is shown for that only stands for it.
+    unread: Option<String>,
     snapshots: snapshots::Kit,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     muted: Option<DomainState>,
@@ -146,6 +151,8 @@ pub(crate) struct Birth {
     /// Its configuration; of a transient domain that of its guest, or of the one about to start.
     pub def: DomainDef,
     pub persistent: bool,
+    /// Why the stored configuration cannot be used; `def` then has only its name, type and uuid.
+    pub broken: Option<String>,
     pub driver: Arc<dyn Driver>,
     pub note: Note,
     pub ended: Ended,
@@ -178,6 +185,7 @@ impl Domain {
             current_snapshot: None,
             snapshot_count: 0,
             owner: birth.note.owner,
+            broken: String::new(),
         };
         let facts = Arc::new(describe(&facts, &birth.def));
         Arc::new(Domain {
@@ -198,7 +206,9 @@ impl Domain {
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 config_changed: false,
+                broken: birth.broken,
                 sought: None,
+                unread: None,
                 snapshots: snapshots::Kit::new(birth.snapshots),
                 muted: None,
                 gone: false,
@@ -244,7 +254,9 @@ impl Domain {
     async fn allow(&self, caller: &Caller, action: Action) -> Result<()> {
         self.still_here()?;
         self.shared.authority.check(caller, action, &self.subject()).await?;
-        self.still_here()
+        let state = lock(&self.state);
+        state.still_here()?;
+        state.sound_for(action)
     }
 
     /// The one door to a short change: permission, then the turn. `deed` is what others are told keeps them waiting.
@@ -466,6 +478,7 @@ impl Domain {
         self.forget_guest(Some(guest.status), reason, since_usec).await;
         self.commit_report(|state| {
             state.guest = None;
+            state.unread = None;
             state.state = DomainState::Shutoff;
             state.reason = reason;
             state.since_usec = since_usec;
@@ -542,6 +555,7 @@ impl State {
         facts.config_changed = self.config_changed;
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();
+        facts.broken = shortened(Some(&self.why_broken()));
         if facts != *self.facts {
             self.facts = Arc::new(facts);
         }
@@ -592,8 +606,8 @@ impl State {
         self.gone |= self.nothing_left();
     }
 
-    fn note(&self, owner: u32) -> Note {
-        Note { owner, autostart: self.autostart }
+    fn note(&self, owner: u32, driver: &dyn Driver) -> Note {
+        Note { owner, autostart: self.autostart, name: self.name.clone(), driver: driver.name().to_owned() }
     }
 }
 

@@ -12,6 +12,7 @@
 #![allow(dead_code)] // each test binary uses a part
 
 pub mod client;
+pub mod deaf;
 pub mod guest;
 pub mod snapshots;
 pub mod users;
@@ -137,12 +138,15 @@ impl Daemon {
         Some(Daemon { kind, keeper, virtd: None, folder })
     }
 
-    /// Starts virtd and returns when it has the name.
+    /// Starts virtd and returns when it has the name, and has looked after every machine that was not whole.
     pub async fn start_virtd(&mut self) {
         self.start_virtd_with(&[]).await;
+        let client = client::Client { connection: self.connect().await };
+        let domains = client.domains().await;
+        futures_util::future::join_all(domains.iter().map(client::Domain::is_looked_after)).await;
     }
 
-    /// The same, with further arguments.
+    /// Starts virtd with further arguments and returns when it has the name: what was cut off may still be finished then.
     pub async fn start_virtd_with(&mut self, arguments: &[&str]) {
         assert!(self.virtd.is_none(), "one virtd at a time");
         let log =
@@ -219,6 +223,18 @@ impl Daemon {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
         line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    /// The most that virtd has ever had in memory, in KiB.
+    pub fn peak_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a size");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    /// How many descriptors virtd has.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.virtd_pid())).expect("it runs").count()
     }
 
     /// The QEMU process that runs this daemon's guest of that name, if there is one.

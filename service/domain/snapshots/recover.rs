@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::snapshots::{Journal as _, Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
+use virt_model::xml::Limits;
 
 /// How long what is given up may take to end before nobody waits for it any more.
 const GRACE: Duration = Duration::from_secs(5);
@@ -264,5 +265,5 @@ fn finishing(what: &str) -> String {
 }
 
 fn parsed(xml: &str) -> Result<(SnapshotDef, Option<uuid::Uuid>)> {
-    SnapshotDoc::parse(xml).and_then(SnapshotDoc::record).map_err(Error::ConfigInvalid)
+    SnapshotDoc::parse_within(xml, Limits::STORED).and_then(SnapshotDoc::record).map_err(Error::ConfigInvalid)
 }
