@@ -131,7 +131,11 @@ impl Error {
 
     /// What the operating system said of one of virtd's own files.
     pub fn from_io(what: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
-        let text = format!("cannot {what} {}: {error}", path.display());
+        let remedy = match error.kind() {
+            std::io::ErrorKind::ReadOnlyFilesystem => "; nothing can be changed there until it can be written again",
+            _ => "",
+        };
+        let text = format!("cannot {what} {}: {error}{remedy}", path.display());
         if error.kind() == std::io::ErrorKind::StorageFull || error.kind() == std::io::ErrorKind::QuotaExceeded {
             Error::NoSpace(text)
         } else {

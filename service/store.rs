@@ -121,7 +121,8 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Makes the folders.
+    /// Makes the folders. Where they are on a file system that cannot be written, what is there is served, and each change that
+    /// would have to be kept is refused when it comes to that.
     pub fn open(paths: Paths) -> Result<Store> {
         let store = Store { paths };
         for (folder, mode) in [
@@ -132,13 +133,18 @@ impl Store {
             (store.paths.runtime.join("guests"), 0o711),
             (store.paths.log.clone(), 0o700),
         ] {
-            fs::DirBuilder::new()
+            let made = fs::DirBuilder::new()
                 .recursive(true)
                 .mode(if mode == 0o700 { 0o755 } else { mode })
                 .create(&folder)
                 .and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)))
-                .map_err(|e| Error::from_io("make the folder", &folder, &e))?;
-            remove_unfinished(&folder).map_err(|e| Error::from_io("tidy", &folder, &e))?;
+                .and_then(|()| remove_unfinished(&folder));
+            match made {
+                Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                    tracing::error!("{}; what is there is served", Error::from_io("write to", &folder, &e));
+                }
+                made => made.map_err(|e| Error::from_io("make the folder", &folder, &e))?,
+            }
         }
         Ok(store)
     }
@@ -183,7 +189,9 @@ impl Store {
             }
             found.push(Stored { uuid, note, found: definition });
         }
-        self.remove_lonely_notes()?;
+        if let Err(e) = self.remove_lonely_notes() {
+            tracing::warn!("{e}");
+        }
         Ok(found)
     }
 

@@ -34,6 +34,8 @@ pub struct TestDriver(Arc<Inner>);
 struct Inner {
     guests: Mutex<HashMap<Uuid, Weak<Machine>>>,
     plans: Mutex<HashMap<Uuid, Plan>>,
+    /// Domains whose recovery waits for its notice.
+    recoveries: Mutex<HashMap<Uuid, Arc<tokio::sync::Notify>>>,
     /// A plan is being followed.
     followed: tokio::sync::Notify,
     /// The snapshots that a domain's images hold.
@@ -59,6 +61,13 @@ impl TestDriver {
     pub fn hang_start(&self, uuid: Uuid) -> Arc<tokio::sync::Notify> {
         let notice = Arc::new(tokio::sync::Notify::new());
         lock(&self.0.plans).insert(uuid, Plan::Hang(notice.clone()));
+        notice
+    }
+
+    /// The recovery of what was done to that domain's snapshots waits until the returned notice is given.
+    pub fn hang_recovery(&self, uuid: Uuid) -> Arc<tokio::sync::Notify> {
+        let notice = Arc::new(tokio::sync::Notify::new());
+        lock(&self.0.recoveries).insert(uuid, notice.clone());
         notice
     }
 

@@ -108,6 +108,7 @@ impl Domain {
         caller: &Caller,
         options: StartOptions,
     ) -> Result<()> {
+        let checked = turn.is_some();
         let (_starts, turn) = match turn {
             Some(both) => both,
             None => tokio::select! {
@@ -120,6 +121,9 @@ impl Domain {
         // Before it runs on disks that are half this and half that; what that brings is what is started.
         self.made_whole().await?;
         let def = self.def_to_start(def.as_ref())?;
+        if !checked {
+            self.can_run(&def).await?;
+        }
         self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await
     }
 
@@ -174,10 +178,10 @@ impl Domain {
     async fn can_run(&self, def: &DomainDef) -> Result<()> {
         let mut findings = self.driver.check(def).await;
         findings.retain(|f| f.kind != FindingKind::Warning);
-        if findings.is_empty() {
-            return Ok(());
+        if !findings.is_empty() {
+            return Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)));
         }
-        Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)))
+        self.driver.has_files(def, false).await.map_err(|e| Error::from_driver(&def.name, "start", e))
     }
 
     pub(super) async fn start_guest(

@@ -34,6 +34,13 @@ pub trait Driver: Send + Sync {
     /// as far as the hypervisor. Changes nothing.
     async fn check(&self, def: &DomainDef) -> Vec<Finding>;
 
+    /// Whether all files and devices of the host are there that a start of `def` opens; the error names one that is not.
+    /// `restored`: it starts from a snapshot, which brings the firmware's variables along. Changes nothing.
+    async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
+        let _ = (def, restored);
+        Ok(())
+    }
+
     /// What `start` would run, in the hypervisor's own terms; `format` is e.g. `qemu-argv`.
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError>;
 

@@ -1,7 +1,7 @@
 //! Taking a snapshot.
 
 use super::{Domain, fate};
-use crate::authz::{Action, Caller};
+use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
@@ -150,6 +150,11 @@ impl Domain {
                 let xml = record.document(false).map_err(Error::SnapshotBroken)?;
                 return Ok(CreateCheck { xml, files: Vec::new(), pauses_guest: false });
             }
+            self.state_to_capture(&options)?;
+            // The guest's agent, which is busy meanwhile, is asked only for those who may have it freeze the guest.
+            let may = self.shared.authority.can(caller, Action::Snapshot, &self.subject()).await;
+            let quiesce = options.quiesce && matches!(may, Answer::Yes);
+            let options = CreateOptions { quiesce, ..options };
             let planned = self.plan_snapshot(&doc, &self.snapshot_name(&doc), &options).await?;
             let files = planned.plan.files.iter();
             let files = files.map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes));
