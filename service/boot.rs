@@ -7,7 +7,7 @@ use crate::shared::{Shared, now_usec, virtd_itself};
 use crate::store::{Ended, Loaded, Note, Status, on_disk};
 use std::collections::HashMap;
 use std::sync::Arc;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
@@ -107,7 +107,7 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status, snapshots:
         .ok_or_else(|| Error::ConfigUnsupported(format!("this virtd has no driver '{}'", status.driver)))?;
     let live = DomainDef::parse(&status.live).map_err(Error::ConfigInvalid)?;
     let file = shared.store.status_file(uuid, status.clone());
-    let (events, reports) = mpsc::unbounded_channel();
+    let (events, reports) = virt_model::driver::reports();
     let reconnected = match &status.record {
         None => None,
         Some(record) => driver

@@ -51,7 +51,7 @@ pub struct Body {
     pub process: Process,
     /// What runs beside it.
     pub companions: Vec<Living>,
-    /// Why it was ended: a companion it cannot be without has gone.
+    /// Why it was ended: a companion it cannot be without has gone, or its monitor was given up.
     pub lost: Mutex<Option<String>>,
     /// Its monitor; `None` while it does not answer.
     pub monitor: Mutex<Option<Arc<Qmp>>>,
@@ -317,7 +317,14 @@ impl Body {
         if let Ok(end) = timeout(MONITOR_GRACE, self.process.ended()).await {
             return (end, false);
         }
-        tracing::error!(uuid = %self.uuid, "QEMU has closed its monitor and lives on; it is killed");
+        match self.reporter.given_up() {
+            Some(why) => {
+                tracing::error!(uuid = %self.uuid, "QEMU's monitor is given up, as {why}; QEMU is killed");
+                let what = format!("QEMU's monitor was given up, as {why}, and QEMU killed");
+                self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+            }
+            None => tracing::error!(uuid = %self.uuid, "QEMU has closed its monitor and lives on; it is killed"),
+        }
         if let Err(error) = self.process.signal(Signal::KILL) {
             tracing::error!(uuid = %self.uuid, %error, "QEMU cannot be killed");
         }

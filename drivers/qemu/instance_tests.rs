@@ -11,8 +11,7 @@ use std::path::Path;
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
-use virt_model::driver::{Condition, DriverEvent, Recorder};
+use virt_model::driver::{Condition, DriverEvent, EventStream, Recorder, reports};
 
 struct Nowhere;
 
@@ -46,17 +45,14 @@ fn process_saying(program: &str, output: Stdio) -> (Identity, Process) {
     (identity, process)
 }
 
-async fn guest(program: &str) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+async fn guest(program: &str) -> (QemuInstance, Peer, EventStream, i32) {
     guest_with(program, Vec::new()).await
 }
 
 /// A guest on such a process, with companions.
-async fn guest_with(
-    program: &str,
-    companions: Vec<Living>,
-) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Peer, EventStream, i32) {
     let (identity, process) = process(program);
-    let (sink, reports) = mpsc::unbounded_channel();
+    let (sink, reports) = reports();
     let reporter = Reporter::new(Guest::found(Condition::Running), sink);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut peer = BufReader::new(theirs);

@@ -182,7 +182,7 @@ impl Domain {
         let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
-        let (events, reports) = mpsc::unbounded_channel();
+        let (events, reports) = virt_model::driver::reports();
         let asked = def.clone();
         let launch = Launch {
             def,
@@ -233,7 +233,7 @@ impl Domain {
         status: Arc<StatusFile>,
         told: Told,
         caller: &Caller,
-        reports: mpsc::UnboundedReceiver<virt_model::driver::DriverEvent>,
+        reports: virt_model::driver::EventStream,
     ) -> Result<()> {
         let live = DomainDef { id: Some(id), ..running.live };
         let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());
@@ -256,7 +256,7 @@ impl Domain {
             state.compare_configs();
             told.events()
         });
-        tokio::spawn(self.clone().follow(id, Reports { reports, asks: asked }));
+        tokio::spawn(self.clone().follow(id, Reports::new(reports, asked)));
         if told.options.autodestroy {
             self.end_when_gone(id, caller.departed.clone());
         }

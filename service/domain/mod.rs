@@ -7,6 +7,7 @@ mod can;
 mod config;
 mod lifecycle;
 mod media;
+mod reports;
 mod snapshots;
 
 pub use config::{Affect, UndefineOptions};
@@ -19,13 +20,14 @@ use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Loaded, Note, Status, StatusFile, on_disk};
+use reports::Reports;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
-use virt_model::driver::{Condition, Driver, DriverEvent, Exit, Instance};
+use virt_model::driver::{Condition, Driver, DriverEvent, EventStream, Exit, Instance};
 use virt_model::state::{
     Crashed, Defined, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped, Suspended,
 };
@@ -82,28 +84,6 @@ struct Guest {
     ending: Option<Stopped>,
     /// Asks `follow` to say when it has told all that was reported before.
     asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
-}
-
-/// What `follow` reads.
-struct Reports {
-    reports: mpsc::UnboundedReceiver<DriverEvent>,
-    asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
-}
-
-impl Reports {
-    /// The next report. Who asks is answered when there is none left.
-    async fn next(&mut self) -> Option<DriverEvent> {
-        loop {
-            tokio::select! {
-                biased;
-                report = self.reports.recv() => return report,
-                Some(told) = self.asks.recv() => {
-                    // Whoever asked may have left.
-                    let _ = told.send(());
-                }
-            }
-        }
-    }
 }
 
 /// How a new `Domain` comes to be.
@@ -486,7 +466,7 @@ impl Domain {
     }
 
     /// Makes a guest that was found running this domain's.
-    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: mpsc::UnboundedReceiver<DriverEvent>) {
+    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: EventStream) {
         let FoundGuest { instance, live, condition, status, file } = found;
         let (asks, asked) = mpsc::unbounded_channel();
         let guest = Guest { id: status.id, instance, live: Arc::new(live), status: file, ending: None, asks };
@@ -511,7 +491,7 @@ impl Domain {
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
             _ => {}
         }
-        tokio::spawn(self.clone().follow(guest.id, Reports { reports, asks: asked }));
+        tokio::spawn(self.clone().follow(guest.id, Reports::new(reports, asked)));
     }
 
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
