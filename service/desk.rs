@@ -97,10 +97,7 @@ impl Seat {
             None => None,
         };
         let _of_all = self.desk.readers.acquire().await.ok();
-        match tokio::task::spawn_blocking(work).await {
-            Ok(done) => done,
-            Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
-        }
+        crate::aside(work).await
     }
 }
 

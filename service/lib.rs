@@ -21,6 +21,7 @@ pub use shared::{Callers, Limits};
 pub use store::Paths;
 
 use authz::{Action, Authority, Caller, Subject};
+use desk::Seat;
 use domain::Birth;
 use error::{Error, Result};
 use events::{Event, Events};
@@ -189,7 +190,11 @@ impl Service {
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
         }
         add_findings(&mut findings, driver.check(&def).await);
-        if let Err(conflict) = self.shared.registry.look(def.uuid, &def.name) {
+        let conflict = self.shared.registry.look(def.uuid, &def.name);
+        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def), &seat).await {
+            add_findings(&mut findings, found);
+        }
+        if let Err(conflict) = conflict {
             findings.push(Finding {
                 kind: FindingKind::Invalid,
                 line: 0,
@@ -275,6 +280,7 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
+        let def = *readable(Box::new(def), &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
@@ -307,7 +313,7 @@ impl Service {
         def: DomainDef,
         persistent: bool,
     ) -> Result<Arc<Domain>> {
-        let note = Note { owner: caller.uid, autostart: false };
+        let note = Note { owner: caller.uid, ..Note::default() };
         let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
         let (shared, uuid) = (self.shared.clone(), def.uuid);
         // A transient domain of that uuid may have left some.
@@ -318,7 +324,7 @@ impl Service {
                 return Err(e);
             }
         };
-        Ok(Domain::new(self.shared.clone(), Birth { def, persistent, driver, note, ended, snapshots }))
+        Ok(Domain::new(self.shared.clone(), Birth { def, persistent, broken: None, driver, note, ended, snapshots }))
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {
@@ -372,5 +378,25 @@ fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
         domain_uuid: Some(def.uuid),
         owner: None,
         snapshot_name: None,
+    }
+}
+
+/// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
+async fn readable(def: Box<DomainDef>, seat: &Seat) -> Result<Box<DomainDef>> {
+    let readable = seat.work(move || match store::acceptable(&def) {
+        Ok(()) => Ok(def),
+        Err(message) => {
+            let path = "/".to_owned();
+            Err(Error::ConfigInvalid(vec![Finding { kind: FindingKind::Invalid, line: 0, column: 0, path, message }]))
+        }
+    });
+    readable.await
+}
+
+/// Computes on a thread of its own.
+async fn aside<T: Send + 'static>(compute: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(compute).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
