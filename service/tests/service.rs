@@ -72,7 +72,8 @@ impl World {
     async fn open_with(folder: &Path, driver: TestDriver) -> World {
         let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
-        let settings = Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2 } };
+        let settings =
+            Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
         let (service, events) =
             Service::open(settings, vec![Arc::new(driver.clone())], notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await

@@ -117,7 +117,8 @@ impl Domain {
     ) -> Result<(Option<String>, Ticket)> {
         self.allow(caller, Action::Snapshot).await?;
         options.check()?;
-        let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
         if options.redefine {
             return self.redefine_snapshot(caller, doc, &options).await;
         }
@@ -144,7 +145,8 @@ impl Domain {
         self.allow(caller, Action::Read).await?;
         let planned = async {
             options.check()?;
-            let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+            let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+            let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
             if options.redefine {
                 let record = self.restored(doc, &options)?;
                 let xml = record.document(false).map_err(Error::SnapshotBroken)?;
