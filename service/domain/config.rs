@@ -193,6 +193,7 @@ impl Domain {
                 let text = format!("cannot rename domain '{}' while it is active; shut it down first", stored.name);
                 return Err(Error::OperationInvalid(text));
             }
+            crate::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
             self.shared.registry.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(def.clone()).await {
@@ -345,6 +346,12 @@ impl Domain {
     /// What is stored.
     pub(crate) fn stored(&self) -> Option<Arc<DomainDef>> {
         lock(&self.state).stored.clone()
+    }
+
+    /// Its configurations, that first which a new one takes the place of.
+    pub(crate) fn known(&self) -> Vec<Arc<DomainDef>> {
+        let (live, stored) = self.configurations();
+        stored.into_iter().chain(live).collect()
     }
 
     /// What runs and what is stored.

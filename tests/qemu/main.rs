@@ -5,6 +5,7 @@ mod common;
 
 mod lifecycle;
 mod media;
+mod parts;
 mod records;
 mod revert_matrix;
 mod snapshots;
