@@ -125,6 +125,11 @@ impl Domain {
                 );
                 return Err(Error::OperationInvalid(text));
             }
+            let unknown = lock(&self.state).snapshots.why_broken();
+            if let Some(why) = unknown.filter(|_| !options.snapshots_metadata) {
+                let text = format!("domain '{}': {why}; pass snapshots-metadata to forget its snapshots", self.name());
+                return Err(Error::OperationInvalid(text));
+            }
             // First what may fail, and may be tried again while the configuration still says where it is.
             self.remove_belongings(&stored, live.is_some(), options).await?;
             let (shared, uuid) = (self.shared.clone(), self.uuid);
