@@ -67,7 +67,7 @@ impl DomainDef {
                 }
             }
         }
-        let mut copies: Vec<DomainDef> = known.iter().map(|def| DomainDef::clone(def)).collect();
+        let mut copies: Vec<DomainDef> = known.iter().copied().cloned().collect();
         let known: Vec<Vec<Value>> = copies.iter_mut().map(DomainDef::values).collect();
         let mut log = Vec::new();
         for value in self.values() {
