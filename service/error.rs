@@ -78,8 +78,14 @@ pub enum Error {
     #[error("{0}")]
     AgentUnavailable(String),
     /// The hypervisor failed.
-    #[error("{0}")]
-    HypervisorFailed(String),
+    #[error("{what}: {why}")]
+    HypervisorFailed {
+        /// What was not done.
+        what: String,
+        /// Why, with the hypervisor's own last words: they may quote what is secret in the configuration, and are for who
+        /// asked.
+        why: String,
+    },
     /// A disk image or virtd's own files.
     #[error("{0}")]
     StorageFailed(String),
@@ -126,7 +132,10 @@ impl Error {
             DriverError::Config(_) => Error::ConfigUnsupported(text),
             DriverError::Unsupported(_) => Error::OperationUnsupported(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
-            DriverError::Hypervisor(_) => Error::HypervisorFailed(text),
+            DriverError::Hypervisor(why) => {
+                let why = why.lines().collect::<Vec<_>>().join("; ");
+                Error::HypervisorFailed { what: format!("cannot {deed} domain '{name}'"), why }
+            }
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),
@@ -135,6 +144,17 @@ impl Error {
             DriverError::Gone => Error::OperationInvalid(format!("cannot {deed} domain '{name}': it has just ended")),
             DriverError::Cancelled => Error::Cancelled(format!("the attempt to {deed} domain '{name}' was cancelled")),
             DriverError::Internal(_) => Error::Internal(text),
+        }
+    }
+
+    /// The same for everybody: without what the hypervisor itself said.
+    pub fn public(&self) -> Error {
+        match self {
+            Error::HypervisorFailed { what, .. } => {
+                let why = "its hypervisor failed; its own words are told to who asked, and stand in its log".to_owned();
+                Error::HypervisorFailed { what: what.clone(), why }
+            }
+            other => other.clone(),
         }
     }
 

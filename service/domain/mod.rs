@@ -454,6 +454,7 @@ impl Domain {
         });
         match exit {
             Exit::Died(words) => {
+                let words = guest.live.black_out(&words.lines().collect::<Vec<_>>().join("; "));
                 tracing::error!(uuid = %self.uuid, name = self.name(), "the hypervisor died: {words}");
             }
             _ => tracing::info!(uuid = %self.uuid, name = self.name(), event = %Lifecycle::Stopped(stopped), "guest"),
@@ -499,7 +500,7 @@ impl Domain {
         let duration_ms = millis(begun);
         match failure {
             None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
-            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),
+            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e.public(), duration_ms, "domain"),
         }
     }
 }
