@@ -15,13 +15,16 @@ use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
 use super::snapshot::jobs::Line;
 use super::snapshot::nodes::Nodes;
+use super::takeover::take_over;
 use super::tune::Tuning;
-use crate::host::access::{Ledger, Want};
+use super::wall;
+use crate::host::access::{Ledger, LentFile, Want};
 use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
+use crate::host::wall::Wall;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -130,6 +133,8 @@ struct Prepared {
     output: Arc<File>,
     gifts: Gifts,
     companions: Vec<(Companion, Gifts)>,
+    /// What they were lent.
+    lent: Vec<LentFile>,
 }
 
 /// A process that is to be made.
@@ -141,6 +146,8 @@ struct Job {
     gifts: Gifts,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    wall: Option<Wall>,
+    privileged: bool,
 }
 
 impl Start {
@@ -187,7 +194,7 @@ impl Start {
         for (n, tap) in self.command.taps.iter().enumerate() {
             prepared.gifts.extend(super::tap::open(tap, taken.links.get(&n)).await?);
         }
-        self.lend(taken.files).await?;
+        prepared.lent = self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
@@ -216,6 +223,9 @@ impl Start {
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
             make::variables(nvram, self.reset_nvram, user)?;
+            if let Some(user) = user {
+                take_over(&nvram.path, user, &self.state_dir, self.uuid).map_err(|e| storage(&nvram.path, &e))?;
+            }
         }
         for file in self.command.files.iter().filter(|file| file.create) {
             make::output(&file.path, user).map_err(|e| storage(&file.path, &e))?;
@@ -223,8 +233,13 @@ impl Start {
         let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
         let monitor = self.leavings().monitor();
         let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
-        let mut prepared =
-            Prepared { log, output: Arc::new(output), gifts: vec![(MONITOR_FD, listener)], companions: Vec::new() };
+        let mut prepared = Prepared {
+            log,
+            output: Arc::new(output),
+            gifts: vec![(MONITOR_FD, listener)],
+            companions: Vec::new(),
+            lent: Vec::new(),
+        };
         if let Some(vsock) = &self.vsock {
             let copy = vsock.try_clone();
             prepared.gifts.push((VSOCK_FD, copy.map_err(|e| DriverError::Internal(format!("<vsock>: {e}")))?));
@@ -243,7 +258,8 @@ impl Start {
             prepared.gifts.push((*fd, scratch));
         }
         for companion in self.command.companions.iter().filter(|companion| companion.is_wanted()) {
-            let (own, qemus) = companion.prepare(user).map_err(|(path, e)| storage(&path, &e))?;
+            let (own, qemus) =
+                companion.prepare(user, &self.state_dir, self.uuid).map_err(|(path, e)| storage(&path, &e))?;
             prepared.gifts.extend(qemus);
             prepared.companions.push((companion.clone(), own));
         }
@@ -287,8 +303,8 @@ impl Start {
     }
 
     /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.
-    async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<(), DriverError> {
-        let Some((user, ledger)) = self.user.clone() else { return Ok(()) };
+    async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<Vec<LentFile>, DriverError> {
+        let Some((user, ledger)) = self.user.clone() else { return Ok(Vec::new()) };
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
         let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
         let (uuid, at_work) = (self.uuid, ledger.clone());
@@ -315,8 +331,16 @@ impl Start {
     ) -> Result<(), DriverError> {
         for (companion, gifts) in std::mem::take(&mut prepared.companions) {
             self.still_wanted()?;
-            let job = self.beside(&companion, prepared.output.clone(), gifts);
             let (name, loss) = (companion.name.clone(), companion.loss());
+            let wall = match &self.user {
+                Some(_) => {
+                    let (one, lent, own) = (companion.clone(), prepared.lent.clone(), self.leavings().own_dir());
+                    let wall = blocking(move || wall::of_companion(&one, &lent, &own)).await?;
+                    Some(wall.map_err(|e| unshown(&name, &e))?)
+                }
+                None => None,
+            };
+            let job = self.beside(&companion, prepared.output.clone(), gifts, wall);
             let record = move |process| Recorded { name, process, loss };
             made.companions.push(spawn_companion(keeper, job, record).await?);
             let within = match &companion.role {
@@ -338,7 +362,7 @@ impl Start {
         Ok(())
     }
 
-    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts) -> Job {
+    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts, wall: Option<Wall>) -> Job {
         let user = self.user.as_ref().map(|(user, _)| user.clone()).filter(|_| !companion.privileged);
         let env = self.environment(&companion.env);
         Job {
@@ -349,11 +373,19 @@ impl Start {
             gifts,
             user,
             lock_limit: None,
+            wall,
+            privileged: companion.privileged,
         }
     }
 
     /// Makes QEMU's process.
-    async fn spawn_qemu(&self, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+    async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+        let (start, lent) = (self.clone(), prepared.lent);
+        let wall = blocking(move || {
+            let of_qemu = || wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
+            start.user.as_ref().map(|_| of_qemu().map_err(|e| unshown("QEMU", &e))).transpose()
+        });
+        let wall = wall.await??;
         let job = Job {
             program: self.command.program.clone(),
             args: self.command.args.clone(),
@@ -362,6 +394,8 @@ impl Start {
             gifts: prepared.gifts,
             user: self.user.as_ref().map(|(user, _)| user.clone()),
             lock_limit: self.command.lock_limit,
+            wall,
+            privileged: false,
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, move |record, process| {
@@ -487,6 +521,10 @@ pub fn want(file: &super::command::HostFile) -> Want {
     Want { path: file.path.clone(), write: file.write, backing: file.backing, device: file.device }
 }
 
+fn unshown(whom: &str, error: &io::Error) -> DriverError {
+    DriverError::Storage(format!("{whom} cannot be shown what it needs: {error}"))
+}
+
 fn storage(path: &Path, error: &io::Error) -> DriverError {
     DriverError::Storage(format!("{}: {error}", path.display()))
 }
@@ -517,6 +555,8 @@ async fn spawn_one(
             gifts: job.gifts,
             user: job.user.as_ref(),
             lock_limit: job.lock_limit,
+            wall: job.wall.as_ref(),
+            privileged: job.privileged,
         };
         spawn(plan, |identity| keeper.update(|record| change(record, identity.clone())))
     });

@@ -2,7 +2,7 @@
 
 mod fixture;
 
-use fixture::{Guest, House, POWER_OFF, USER, exists};
+use fixture::{Guest, House, POWER_OFF, exists};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use virt_model::domain::{DomainDef, Form};
@@ -48,12 +48,11 @@ async fn it_runs_as_qemus_user_and_ends_with_the_guest() {
     let Some(house) = House::system() else { return };
     let Some(def) = with_tpm(&house, "").await else { return };
     let state = house.path("state/tpm").join(def.uuid.to_string());
-    let uid = nix::unistd::User::from_name(USER).unwrap().unwrap().uid.as_raw();
     let mut made = None;
     for _ in 0..2 {
         let mut guest = house.start(def.clone()).await;
         guest.serial.says("C00000001").await;
-        let pid = swtpm(&guest);
+        let (pid, uid) = (swtpm(&guest), house.uid_of(guest.live.uuid));
         assert_eq!(std::fs::metadata(format!("/proc/{pid}")).unwrap().uid(), uid);
         let folder = std::fs::metadata(&state).unwrap();
         assert_eq!((folder.uid(), folder.mode() & 0o777), (uid, 0o700));
