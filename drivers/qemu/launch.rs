@@ -13,10 +13,11 @@ use super::make;
 use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
+use super::room;
 use super::snapshot::jobs::Line;
 use super::snapshot::nodes::Nodes;
 use super::takeover::take_over;
-use super::tune::Tuning;
+use super::tune::{Bounds, Tuning};
 use super::wall;
 use crate::host::access::{Ledger, LentFile, Want};
 use crate::host::macvtap::Macvtap;
@@ -74,6 +75,8 @@ pub struct Start {
     pub ends_on_reboot: bool,
     /// Where its threads run and what they may use.
     pub tuning: Tuning,
+    /// What it may use where the definition does not say.
+    pub bounds: Bounds,
     /// Where secrets are kept.
     pub secrets_dir: PathBuf,
     /// As in `DriverConfig`: there is room for what disks throw away.
@@ -148,6 +151,7 @@ struct Job {
     lock_limit: Option<u64>,
     wall: Option<Wall>,
     privileged: bool,
+    bounds: Option<(Uuid, Bounds)>,
 }
 
 impl Start {
@@ -219,7 +223,10 @@ impl Start {
     fn prepare(&self) -> Result<Prepared, DriverError> {
         let user = self.user.as_ref().map(|(user, _)| user);
         let own = self.leavings().own_dir();
-        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| make::give(&own, user));
+        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| match user {
+            Some(user) => room::make(&own, user, &self.started),
+            None => Ok(()),
+        });
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
             make::variables(nvram, self.reset_nvram, user)?;
@@ -333,12 +340,12 @@ impl Start {
             self.still_wanted()?;
             let (name, loss) = (companion.name.clone(), companion.loss());
             let wall = match &self.user {
+                None => Some(wall::in_session(Some(&companion))),
                 Some(_) => {
                     let (one, lent, own) = (companion.clone(), prepared.lent.clone(), self.leavings().own_dir());
                     let wall = blocking(move || wall::of_companion(&one, &lent, &own)).await?;
                     Some(wall.map_err(|e| unshown(&name, &e))?)
                 }
-                None => None,
             };
             let job = self.beside(&companion, prepared.output.clone(), gifts, wall);
             let record = move |process| Recorded { name, process, loss };
@@ -375,6 +382,7 @@ impl Start {
             lock_limit: None,
             wall,
             privileged: companion.privileged,
+            bounds: self.bounds(),
         }
     }
 
@@ -382,10 +390,13 @@ impl Start {
     async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = blocking(move || {
-            let of_qemu = || wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
-            start.user.as_ref().map(|_| of_qemu().map_err(|e| unshown("QEMU", &e))).transpose()
+            if start.user.is_none() {
+                return Ok(wall::in_session(None));
+            }
+            let wall = wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
+            wall.map_err(|e| unshown("QEMU", &e))
         });
-        let wall = wall.await??;
+        let wall = Some(wall.await??);
         let job = Job {
             program: self.command.program.clone(),
             args: self.command.args.clone(),
@@ -396,6 +407,7 @@ impl Start {
             lock_limit: self.command.lock_limit,
             wall,
             privileged: false,
+            bounds: self.bounds(),
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, move |record, process| {
@@ -405,6 +417,11 @@ impl Start {
         })
         .await?;
         Ok(process)
+    }
+
+    /// What its processes may take of the host, where they have a user of their own.
+    fn bounds(&self) -> Option<(Uuid, Bounds)> {
+        self.user.as_ref().map(|_| (self.uuid, self.bounds))
     }
 
     /// What each of a guest's processes finds, with what is its own.
@@ -558,7 +575,12 @@ async fn spawn_one(
             wall: job.wall.as_ref(),
             privileged: job.privileged,
         };
-        spawn(plan, |identity| keeper.update(|record| change(record, identity.clone())))
+        spawn(plan, |identity| {
+            keeper.update(|record| change(record, identity.clone()))?;
+            // While it waits: it never was without.
+            job.bounds.iter().for_each(|(guest, bounds)| bounds.hold(*guest, identity.pid));
+            Ok(())
+        })
     });
     let Spawned { identity, fd } = spawned.await?.map_err(|e| DriverError::Hypervisor(e.to_string()))?;
     let process = Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch {name}: {e}")))?;

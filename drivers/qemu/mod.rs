@@ -24,6 +24,7 @@ mod media;
 mod qmp;
 mod record;
 mod report;
+mod room;
 mod snapshot;
 mod takeover;
 pub mod tap;
@@ -65,6 +66,8 @@ struct Inner {
     secrets_dir: PathBuf,
     /// Where is what belongs to guests and has no other place.
     state_dir: PathBuf,
+    /// Threads and bytes of a guest, beside what its machine has.
+    bounds: (u64, u64),
 }
 
 /// Whom QEMU runs as.
@@ -115,6 +118,7 @@ impl QemuDriver {
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
+            bounds: (config.guest_threads, config.guest_overhead),
         }))
     }
 
@@ -135,6 +139,19 @@ impl QemuDriver {
     }
 
     async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
+        let (start, mut live, _ports) = self.starting(launch, cancel).await?;
+        let launch::Up { instance, devices, links } = start.run().await?;
+        live::set_terminals(&mut live, &devices);
+        live::name_links(&mut live, links);
+        Ok((instance, live))
+    }
+
+    /// A start that has not begun, the machine that it makes, and the ports that are kept free for it meanwhile.
+    async fn starting(
+        &self,
+        launch: Launch,
+        cancel: CancellationToken,
+    ) -> Result<(Start, DomainDef, live::Reserved), DriverError> {
         let user = self.user_of(&launch.def).await?;
         let binary = emulator(&launch.def);
         let caps = tokio::select! {
@@ -174,6 +191,7 @@ impl QemuDriver {
             reset_nvram: launch.reset_nvram,
             ends_on_reboot: ends_on_reboot(&live),
             tuning: tune::Tuning::of(&live),
+            bounds: tune::Bounds::of(&live, self.0.bounds.0, self.0.bounds.1),
             started,
             vsock,
             claims: self.0.claims.clone(),
@@ -186,10 +204,7 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        let launch::Up { instance, devices, links } = start.run().await?;
-        live::set_terminals(&mut live, &devices);
-        live::name_links(&mut live, links);
-        Ok((instance, live))
+        Ok((start, live, ports))
     }
 }
 
@@ -427,3 +442,6 @@ fn emulator(def: &DomainDef) -> PathBuf {
 fn ends_on_reboot(def: &DomainDef) -> bool {
     def.on_reboot != LifecycleAction::Restart
 }
+
+#[cfg(test)]
+mod reach_tests;

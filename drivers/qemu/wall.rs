@@ -49,6 +49,7 @@ pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io:
     // passt is the guest's way to the network; it and virtiofsd shut themselves in, for which they ask the kernel more.
     wall.network = companion.needs_network;
     wall.kernel = companion.needs_network || companion.privileged;
+    wall.shuts_itself_in = wall.kernel;
     wall.folder(own, true)?;
     let work = match &companion.role {
         Role::Maker { work, .. } => Some(work),
@@ -61,6 +62,12 @@ pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io:
     let own = |file: &&LentFile| companion.files.iter().any(|one| one.path == file.path);
     wall.files.extend(lent.iter().filter(own).cloned());
     Ok(wall)
+}
+
+/// What is left of it on a session bus: nobody may mount there, or be another user.
+pub fn in_session(companion: Option<&Companion>) -> Wall {
+    let shuts_itself_in = companion.is_some_and(|companion| companion.needs_network || companion.privileged);
+    Wall { open: true, shuts_itself_in, ..Wall::default() }
 }
 
 /// Whether something in that machine talks to the host's network by QEMU itself, which opened devices do not.

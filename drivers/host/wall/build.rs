@@ -15,9 +15,9 @@ const ROOT: &[(&str, &str)] = &[("mode", "0755"), ("size", "4m"), ("nr_inodes", 
 /// The same of what is thrown away.
 const SCRATCH: &[(&str, &str)] = &[("mode", "1777"), ("size", "64m"), ("nr_inodes", "1k")];
 /// Where programs and their libraries are; links, where all is in /usr.
-const PROGRAMS: [&str; 7] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
+pub const PROGRAMS: [&str; 7] = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
 /// Of distributions that have them elsewhere.
-const STORES: [&str; 2] = ["/nix/store", "/gnu/store"];
+pub const STORES: [&str; 2] = ["/nix/store", "/gnu/store"];
 /// What libraries and programs read of the host's configuration.
 const SETTINGS: [&str; 11] = [
     "/etc/ld.so.cache",
@@ -126,7 +126,7 @@ fn host(path: &Path, hold: Hold) -> io::Result<Option<Tree>> {
 }
 
 /// What belongs to a program that is installed apart: the folder above its `bin`, else the program alone.
-fn home_of(program: &Path) -> PathBuf {
+pub fn home_of(program: &Path) -> PathBuf {
     let bin = program.parent().filter(|dir| ["bin", "sbin", "libexec"].iter().any(|name| dir.ends_with(name)));
     let home = bin.and_then(Path::parent).filter(|home| home.components().count() > 2);
     home.unwrap_or(program).to_owned()

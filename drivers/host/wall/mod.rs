@@ -8,12 +8,16 @@
 //! A path means there what root judged by its descriptor, whatever is renamed outside. All of it is done in a thread of its
 //! own, whose namespaces a process made by it inherits: no code runs between fork and exec for it.
 //!
+//! On top of it: a filter of system calls ([`calls`]), and Landlock where the kernel has it ([`second`]).
+//!
 //! There is no process namespace: QEMU would be its first process, for which signals mean something else, and `/proc` shows
 //! it no other's processes anyway.
 
 mod attach;
 mod build;
+mod calls;
 mod enter;
+mod second;
 mod sys;
 
 use super::access::LentFile;
@@ -23,6 +27,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub use enter::show;
+pub use sys::{Hold, file_system, put};
 
 /// What there is within.
 #[derive(Clone, Debug, Default)]
@@ -41,6 +46,10 @@ pub struct Wall {
     pub kernel: bool,
     /// A `/tmp` for what is thrown away.
     pub scratch: bool,
+    /// It makes namespaces and mounts for itself, and needs the kernel's calls for that.
+    pub shuts_itself_in: bool,
+    /// It sees what we see, since we may not make it a root of its own; all else of the wall stands.
+    pub open: bool,
 }
 
 /// A folder of the host's.
@@ -67,7 +76,12 @@ impl Wall {
 
     /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more.
     pub fn enter(&self) -> io::Result<()> {
-        build::enter(self)
+        if !self.open {
+            build::enter(self)?;
+        }
+        // A second lock, for what has no place in the first: no mount is made after it.
+        second::lock(self).map_err(|e| io::Error::other(format!("it cannot be held to its files: {e}")))?;
+        calls::filter(self).map_err(|e| io::Error::other(format!("system calls cannot be filtered: {e}")))
     }
 
     /// Adds a folder as it is now.
