@@ -5,6 +5,7 @@ mod common;
 
 mod lifecycle;
 mod media;
+mod records;
 mod revert_matrix;
 mod snapshots;
 mod snapshots_cut_off;
