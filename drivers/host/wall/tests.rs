@@ -98,3 +98,48 @@ fn who_has_no_wall_is_shown_nothing() {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert!(!mounts.contains("/etc/hostname "));
 }
+
+/// Somebody who may change what a name means does so all the time.
+#[test]
+fn a_name_that_is_bent_while_it_is_lent_leads_nowhere_else_in_200_tries() {
+    if needs_root() {
+        return;
+    }
+    use crate::host::access::{Ledger, Want};
+    use std::os::unix::fs::{chown, lchown, symlink};
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (theirs, target) = (dir.path().join("theirs"), dir.path().join("disk-of-another"));
+    std::fs::write(&target, "untouched").unwrap();
+    std::fs::create_dir(&theirs).unwrap();
+    let (name, aside, link) = (theirs.join("serial.log"), theirs.join("aside"), theirs.join("link"));
+    std::fs::write(&name, "").unwrap();
+    symlink(&target, &link).unwrap();
+    for path in [&theirs, &name] {
+        chown(path, Some(1000), Some(1000)).unwrap();
+    }
+    lchown(&link, Some(1000), Some(1000)).unwrap();
+    let ledger = Ledger::open(&dir.path().join("state")).unwrap();
+    let Ok(user) = crate::host::user::RunAs::look_up("nobody", None, &[]) else {
+        return eprintln!("SKIPPED: no user nobody");
+    };
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let wants = [Want { path: name.clone(), write: true, backing: false, device: false }];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                for (from, to) in [(&name, &aside), (&link, &name), (&name, &link), (&aside, &name)] {
+                    std::fs::rename(from, to).unwrap();
+                }
+            }
+        });
+        let guest = uuid::Uuid::new_v4();
+        for _ in 0..200 {
+            if let Ok(files) = ledger.lend(&user, guest, &wants) {
+                sh(&Wall { files, ..Wall::default() }, &format!("echo x >> {}", name.display()));
+                ledger.give_back(guest);
+            }
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(std::fs::read_to_string(&target).unwrap(), "untouched");
+}
