@@ -59,6 +59,9 @@ const ERROR: RawFd = 5;
 /// Copies are made above here, so that none is in another's place.
 const ABOVE: RawFd = 200;
 
+/// Threads of one user, where no control group holds them: fewer than would be felt by others.
+const THREADS: libc::rlim_t = 4096;
+
 /// Where the child failed, as it says in one byte.
 const STAGES: [&str; 7] = [
     "set up its descriptors",
@@ -312,14 +315,17 @@ impl Prepared {
         }
     }
 
-    /// No core dumps (they would hold the guest's memory), and no file for others to read.
+    /// No core dumps (they would hold the guest's memory), no file for others to read, and of a user of its own no more
+    /// threads than that.
     fn set_limits(&self) -> bool {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let threads = libc::rlimit { rlim_cur: THREADS, rlim_max: THREADS };
         let locked = |bytes| libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
         // SAFETY: reads values on this stack.
         unsafe {
             libc::umask(0o077);
             libc::setrlimit(libc::RLIMIT_CORE, &none) == 0
+                && (self.user.is_none() || libc::setrlimit(libc::RLIMIT_NPROC, &threads) == 0)
                 && self.lock_limit.is_none_or(|bytes| libc::setrlimit(libc::RLIMIT_MEMLOCK, &locked(bytes)) == 0)
         }
     }

@@ -340,7 +340,7 @@ impl Start {
             self.still_wanted()?;
             let (name, loss) = (companion.name.clone(), companion.loss());
             let wall = match &self.user {
-                None => Some(wall::in_session(Some(&companion))),
+                None => Some(wall::in_session(&companion.args, Some(&companion))),
                 Some(_) => {
                     let (one, lent, own) = (companion.clone(), prepared.lent.clone(), self.leavings().own_dir());
                     let wall = blocking(move || wall::of_companion(&one, &lent, &own)).await?;
@@ -391,7 +391,7 @@ impl Start {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = blocking(move || {
             if start.user.is_none() {
-                return Ok(wall::in_session(None));
+                return Ok(wall::in_session(&start.command.args, None));
             }
             let wall = wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
             wall.map_err(|e| unshown("QEMU", &e))

@@ -132,10 +132,14 @@ impl QemuDriver {
         blocking(move || inner.privileges.user()).await?
     }
 
-    /// As [`Privileges::user_of`].
-    async fn user_of(&self, def: &DomainDef) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+    /// As [`Privileges::user_of`]; `process` is its QEMU, if it runs.
+    async fn user_of(
+        &self,
+        def: &DomainDef,
+        process: Option<i32>,
+    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
         let (inner, machine, kvm) = (self.0.clone(), def.uuid, def.kind == "kvm");
-        blocking(move || inner.privileges.user_of(machine, kvm)).await?
+        blocking(move || inner.privileges.user_of(machine, kvm, process)).await?
     }
 
     async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
@@ -152,7 +156,7 @@ impl QemuDriver {
         launch: Launch,
         cancel: CancellationToken,
     ) -> Result<(Start, DomainDef, live::Reserved), DriverError> {
-        let user = self.user_of(&launch.def).await?;
+        let user = self.user_of(&launch.def, None).await?;
         let binary = emulator(&launch.def);
         let caps = tokio::select! {
             caps = self.0.prober.probe(&binary) => caps?,
@@ -319,7 +323,8 @@ impl Driver for QemuDriver {
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
             return Err(DriverError::Config(findings));
         }
-        let (user, process) = (self.user_of(def).await?, body.keeper.process_id());
+        let process = body.keeper.process_id();
+        let user = self.user_of(def, process).await?;
         let lend = async |files: Vec<command::HostFile>| match user {
             None => Ok(()),
             Some((user, ledger)) => {
@@ -405,10 +410,20 @@ impl Privileges {
         }
     }
 
-    /// Whom that machine's guest runs as: a user of its own, which has no name. `kvm`: it opens /dev/kvm.
-    fn user_of(&self, machine: Uuid, kvm: bool) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+    /// Whom that machine's guest runs as: a user of its own, which has no name. `kvm`: it opens /dev/kvm. A guest whose
+    /// `process` an earlier virtd has started as the user of all guests stays that user's.
+    fn user_of(
+        &self,
+        machine: Uuid,
+        kvm: bool,
+        process: Option<i32>,
+    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
         let Privileges::Drop { uids, .. } = self else { return Ok(None) };
         let Some((user, ledger)) = self.user()? else { return Ok(None) };
+        let owner = process.and_then(|process| std::fs::metadata(format!("/proc/{process}")).ok());
+        if owner.is_some_and(|owner| std::os::unix::fs::MetadataExt::uid(&owner) == user.common) {
+            return Ok(Some((user, ledger)));
+        }
         let uids = uids.as_ref().map_err(|why| DriverError::Unsupported(why.clone()))?;
         let number = uids.of(machine).map_err(|e| DriverError::Storage(format!("a user id for the guest: {e}")))?;
         Ok(Some((user.with_number(number, if kvm { &[] } else { &["kvm"] }), ledger)))

@@ -20,6 +20,7 @@ pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path
         kernel: !def.devices.hostdevs.is_empty()
             || def.devices.interfaces.iter().any(|card| card.host_card().is_some()),
         nodes: nodes(def, &command.files, lent),
+        uring: uses_uring(&command.args),
         ..Wall::default()
     };
     let shared = def.devices.filesystems.iter().filter(|shared| !shared.is_virtiofs());
@@ -65,9 +66,14 @@ pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io:
 }
 
 /// What is left of it on a session bus: nobody may mount there, or be another user.
-pub fn in_session(companion: Option<&Companion>) -> Wall {
+pub fn in_session(args: &[String], companion: Option<&Companion>) -> Wall {
     let shuts_itself_in = companion.is_some_and(|companion| companion.needs_network || companion.privileged);
-    Wall { open: true, shuts_itself_in, ..Wall::default() }
+    Wall { open: true, shuts_itself_in, uring: uses_uring(args), ..Wall::default() }
+}
+
+/// Whether the definition asks for io_uring: there are few parts of the kernel in which more has been found.
+fn uses_uring(args: &[String]) -> bool {
+    args.iter().any(|arg| arg.contains("io_uring"))
 }
 
 /// Whether something in that machine talks to the host's network by QEMU itself, which opened devices do not.

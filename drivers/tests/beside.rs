@@ -130,3 +130,37 @@ async fn its_own_words_tell_why_it_does_not_start() {
     assert!(error.contains("swtpm") && error.contains("ermission denied"), "{error}");
     assert!(std::fs::read_dir(&seen.runtime_dir).unwrap().next().is_none(), "no runtime file");
 }
+
+/// Both shut themselves in, behind the wall that is around them.
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_and_a_network_come_through_the_wall() {
+    let Some(house) = House::system() else { return };
+    for program in ["/usr/lib/qemu/virtiofsd", "/usr/bin/passt"] {
+        if !Path::new(program).exists() {
+            return eprintln!("SKIPPED: {program} is not installed");
+        }
+    }
+    let shared = house.path("shared");
+    std::fs::create_dir(&shared).unwrap();
+    let devices = format!(
+        "<filesystem><driver type='virtiofs'/><source dir='{0}'/><target dir='one'/></filesystem>
+         <filesystem accessmode='mapped'><source dir='{0}'/><target dir='other'/></filesystem>
+         <interface type='user'><backend type='passt'/><model type='virtio'/></interface></devices>",
+        shared.display()
+    );
+    let memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
+    let xml = house.def(POWER_OFF, memory).await.write(Form { inactive: true, secure: true, migratable: false });
+    let mut guest = house.start(house.complete(&xml.replacen("</devices>", &devices, 1)).await).await;
+    guest.serial.says("C00000001").await;
+    let beside = beside(&guest.seen);
+    assert_eq!(beside.len(), 2);
+    let qemus = std::fs::read_link(format!("/proc/{}/ns/net", guest.pid())).unwrap();
+    assert_ne!(qemus, std::fs::read_link("/proc/self/ns/net").unwrap(), "passt is its network");
+    for pid in &beside {
+        assert!(exists(*pid));
+        let mounts = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+        assert_ne!(mounts(&pid.to_string()), mounts("self"));
+    }
+    guest.destroy().await;
+    assert!(beside.iter().all(|pid| !exists(*pid)));
+}

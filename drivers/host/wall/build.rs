@@ -58,10 +58,10 @@ pub fn enter(wall: &Wall) -> io::Result<()> {
         explain("mounts of its own (in a chroot, mount its folder onto itself first)", io::Error::from(e))
     })?;
     let root = new_root().map_err(|e| explain("an empty root", e))?;
+    links(&root).map_err(|e| explain("links", e))?;
     for tree in &trees {
         root.attach(tree)?;
     }
-    links(&root).map_err(|e| explain("links", e))?;
     let proc =
         if wall.kernel { &[("hidepid", "invisible")][..] } else { &[("hidepid", "invisible"), ("subset", "pid")] };
     let held = Hold { no_devices: true, no_programs: true, read_only: false };

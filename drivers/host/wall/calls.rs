@@ -9,10 +9,10 @@ use seccompiler::{
 use std::collections::BTreeMap;
 use std::io;
 
-/// Those that a program does without if the kernel has not got them.
-const UNKNOWN: [i64; 3] = [libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+/// Programs do without it if the kernel has not got it.
+const URING: [i64; 3] = [libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
 /// Other processes, keys, programs in the kernel, the host itself.
-const FORBIDDEN: [i64; 35] = [
+const FORBIDDEN: [i64; 34] = [
     libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
@@ -26,7 +26,6 @@ const FORBIDDEN: [i64; 35] = [
     libc::SYS_userfaultfd,
     libc::SYS_memfd_secret,
     libc::SYS_fanotify_init,
-    libc::SYS_open_by_handle_at,
     libc::SYS_kexec_load,
     libc::SYS_kexec_file_load,
     libc::SYS_init_module,
@@ -49,8 +48,8 @@ const FORBIDDEN: [i64; 35] = [
     libc::SYS_migrate_pages,
     libc::SYS_vmsplice,
 ];
-/// Namespaces, and what is mounted.
-const NAMESPACES: [i64; 15] = [
+/// Namespaces, what is mounted, and files that were not opened there.
+const NAMESPACES: [i64; 16] = [
     libc::SYS_unshare,
     libc::SYS_setns,
     libc::SYS_mount,
@@ -64,6 +63,7 @@ const NAMESPACES: [i64; 15] = [
     libc::SYS_fsconfig,
     libc::SYS_fsmount,
     libc::SYS_fspick,
+    libc::SYS_open_by_handle_at,
     libc::SYS_sethostname,
     libc::SYS_setdomainname,
 ];
@@ -100,7 +100,8 @@ fn program(rules: Rules, error: i32) -> Result<BpfProgram, seccompiler::BackendE
 /// What is refused, with each error.
 fn rules(wall: &Wall) -> Result<[(Rules, i32); 3], seccompiler::BackendError> {
     let always = |calls: &[i64]| calls.iter().map(|call| (*call, Vec::new())).collect::<Rules>();
-    let (mut unknown, mut forbidden, mut no_family) = (always(&UNKNOWN), always(&FORBIDDEN), Rules::new());
+    let uring: &[i64] = if wall.uring { &[] } else { &URING };
+    let (mut unknown, mut forbidden, mut no_family) = (always(uring), always(&FORBIDDEN), Rules::new());
     if !wall.shuts_itself_in {
         forbidden.extend(always(&NAMESPACES));
         // Its flags are in memory, where no filter looks; without it libc makes threads by clone.

@@ -48,6 +48,8 @@ pub struct Wall {
     pub scratch: bool,
     /// It makes namespaces and mounts for itself, and needs the kernel's calls for that.
     pub shuts_itself_in: bool,
+    /// It does its I/O by io_uring.
+    pub uring: bool,
     /// It sees what we see, since we may not make it a root of its own; all else of the wall stands.
     pub open: bool,
 }

@@ -126,7 +126,7 @@ impl QemuDriver {
             }
         };
         let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
-        let images = Arc::new(Images::new(self.user_of(&machine.def).await?, machine.def.uuid, process));
+        let images = Arc::new(Images::new(self.user_of(&machine.def, process).await?, machine.def.uuid, process));
         let state_dir = self.0.state_dir.clone();
         Ok(Operation { machine: machine.clone(), images, body, state_dir })
     }
