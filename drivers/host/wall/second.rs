@@ -20,6 +20,7 @@ fn changes() -> landlock::BitFlags<AccessFs> {
         | AccessFs::MakeSym
         | AccessFs::RemoveFile
         | AccessFs::RemoveDir
+        | AccessFs::Refer
 }
 
 /// Locks the calling thread, and what it makes, in; as far as this kernel can. Who shuts themselves in mounts, which nobody
