@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
+/// What is lent now, by the number it is lent under.
+type Shelf = Arc<Mutex<Vec<(Uuid, Vec<LentFile>)>>>;
+
 /// Works on the images of one domain.
 pub struct Images {
     /// As whom, with the ledger of what is lent to them; as we are if `None`.
@@ -22,8 +25,7 @@ pub struct Images {
     pub guest: Uuid,
     /// The guest's QEMU, while it runs.
     pub process: Option<i32>,
-    /// What is lent now, by the number it is lent under.
-    lent: Arc<Mutex<Vec<(Uuid, Vec<LentFile>)>>>,
+    lent: Shelf,
 }
 
 /// What an image says of itself.
@@ -57,7 +59,7 @@ pub struct InnerSnapshot {
 }
 
 /// Files lent for a while, whatever else is lent meanwhile.
-pub struct Lent(Option<(Arc<Ledger>, Uuid, Arc<Mutex<Vec<(Uuid, Vec<LentFile>)>>>)>);
+pub struct Lent(Option<(Arc<Ledger>, Uuid, Shelf)>);
 
 impl Drop for Lent {
     fn drop(&mut self) {
