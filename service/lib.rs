@@ -18,7 +18,7 @@ pub use domain::{
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 
-use authz::{Action, Authority, Caller, Subject};
+use authz::{Action, Answer, Authority, Caller, Subject};
 use domain::Birth;
 use error::{Error, Result};
 use events::{Event, Events};
@@ -180,6 +180,9 @@ impl Service {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
             return Ok(findings);
         };
+        if self.may_name_files(caller, &def, &**driver).await {
+            driver.learn(&def).await;
+        }
         match driver.complete(&mut def).await {
             Ok(()) => {}
             Err(DriverError::Config(found)) => add_findings(&mut findings, found),
@@ -198,11 +201,21 @@ impl Service {
         Ok(findings)
     }
 
+    /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
+    async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
+        let existing = self.shared.registry.look(def.uuid, &def.name).ok().flatten();
+        let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
+        self.shared.authority.can(caller, Action::Define, &subject).await == Answer::Yes
+    }
+
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
         let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
+        if self.may_name_files(caller, &def, &*driver).await {
+            driver.learn(&def).await;
+        }
         let translated = match driver.complete(&mut def).await {
             Ok(()) => driver.native(&def, format).await,
             Err(e) => Err(e),
@@ -264,6 +277,7 @@ impl Service {
         for action in actions.iter().copied().chain(native) {
             self.shared.authority.check(caller, action, &subject).await?;
         }
+        driver.learn(&def).await;
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)

@@ -1,24 +1,36 @@
 //! Disk images without a guest: `qemu-img`, run with the rights of QEMU's user, so that what a guest has written into an
-//! image cannot do more than the guest could. All functions block.
+//! image cannot do more than the guest could. All functions block, and end soon after [`Images::stop`] tells them to.
 
 use super::access::{Ledger, Want};
+use super::tool::{Bounds, tame};
 use super::user::RunAs;
+use super::workers::Stop;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use std::ffi::OsString;
-use std::io;
-use std::os::unix::process::CommandExt;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
+/// What the tool may take of the host. A chain that is a loop ends with the files that it may open.
+const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
+/// Of what it says, this many bytes are kept.
+const MOST_SAID: u64 = 16 << 20;
+/// The deed that changes nothing.
+const LOOK: &str = "look at";
+
 /// Works on the images of one domain.
+#[derive(Clone)]
 pub struct Images {
     /// As whom, with the ledger of what is lent to them; as we are if `None`.
     pub user: Option<(RunAs, Arc<Ledger>)>,
     /// Whose images. They are lent under numbers of their own: what the running guest was lent stays lent.
     pub guest: Uuid,
+    /// How they are told to stop.
+    pub stop: Arc<Stop>,
 }
 
 /// What an image says of itself.
@@ -63,7 +75,34 @@ impl Drop for Lent {
     }
 }
 
+/// Files that are lent where nobody may wait for their file system: they are given back on a thread of its own.
+pub struct LentFromAfar(Option<Lent>);
+
+impl From<Lent> for LentFromAfar {
+    fn from(lent: Lent) -> LentFromAfar {
+        LentFromAfar(Some(lent))
+    }
+}
+
+impl Drop for LentFromAfar {
+    fn drop(&mut self) {
+        let lent = self.0.take();
+        // Without a thread it is done here: better late than never.
+        let _ = std::thread::Builder::new().name("files".to_owned()).spawn(move || drop(lent));
+    }
+}
+
 impl Images {
+    /// Those of one domain, worked on as that user.
+    pub fn new(user: Option<(RunAs, Arc<Ledger>)>, guest: Uuid) -> Images {
+        Images { user, guest, stop: Arc::default() }
+    }
+
+    /// The same within an errand that may be stopped.
+    pub fn within(&self, stop: &Arc<Stop>) -> Images {
+        Images { stop: stop.clone(), ..self.clone() }
+    }
+
     /// Lends images to QEMU's user until what is returned is dropped.
     pub fn lend(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
         let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
@@ -82,7 +121,7 @@ impl Images {
     /// What an image says of itself, also while a guest has it open.
     pub fn info(&self, path: &Path, format: &str) -> Result<ImageInfo, DriverError> {
         let options = image_options(path, format);
-        let told = self.run("look at", path, ["info", "--output=json", "-U", "--image-opts"], [options])?;
+        let told = self.run(LOOK, path, ["info", "--output=json", "-U", "--image-opts"], [options])?;
         serde_json::from_slice(&told).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
     }
 
@@ -149,10 +188,9 @@ impl Images {
         let mut command = Command::new("qemu-img");
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        if let Some((user, _)) = &self.user {
-            become_user(&mut command, user);
-        }
-        let done = command.output().map_err(|e| match e.kind() {
+        tame(&mut command, self.user.as_ref().map(|(user, _)| user.into()), BOUNDS);
+        self.stop.check()?;
+        let done = finish(&mut command, &self.stop, deed != LOOK).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => {
                 DriverError::Unsupported("qemu-img is not installed (Debian has it in qemu-utils)".to_owned())
             }
@@ -183,20 +221,30 @@ fn image_options(path: &Path, format: &str) -> OsString {
     options
 }
 
-/// The program runs as that user, with all their groups.
-fn become_user(command: &mut Command, user: &RunAs) {
-    let (uid, gid, groups) = (user.uid, user.gid, user.groups.clone());
-    // SAFETY: between fork and exec only system calls are made, on memory prepared before.
-    unsafe {
-        command.pre_exec(move || {
-            let failed = || io::Error::last_os_error();
-            if libc::setgroups(groups.len(), groups.as_ptr()) != 0 {
-                return Err(failed());
-            }
-            if libc::setgid(gid) != 0 || libc::setuid(uid) != 0 {
-                return Err(failed());
-            }
-            Ok(())
-        });
-    }
+/// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order.
+fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output> {
+    let mut child = command.spawn()?;
+    // Not reaped yet, so the number is still the child's.
+    let held = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+    let watched = match held {
+        Ok(held) => stop.watch(held, writes),
+        Err(e) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(e.into());
+        }
+    };
+    let said = |stream: Option<Box<dyn Read + Send>>| {
+        let mut said = Vec::new();
+        stream.map_or(Ok(0), |stream| stream.take(MOST_SAID).read_to_end(&mut said)).map(|_| said)
+    };
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let (stdout, stderr) = std::thread::scope(|scope| {
+        let words = scope.spawn(|| said(err.map(|stream| Box::new(stream) as _)));
+        let stdout = said(out.map(|stream| Box::new(stream) as _));
+        (stdout, words.join().unwrap_or_else(|_| Ok(Vec::new())))
+    });
+    let status = child.wait()?;
+    drop(watched);
+    Ok(Output { status, stdout: stdout?, stderr: stderr? })
 }

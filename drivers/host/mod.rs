@@ -13,6 +13,7 @@ pub mod resolve;
 pub mod secret;
 pub mod spawn;
 pub mod tap;
+pub mod tool;
 pub mod usb;
 pub mod user;
 pub mod vf;

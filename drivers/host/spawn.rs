@@ -8,13 +8,14 @@
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
 
+use super::files::Program;
 use super::process::{Identity, kill};
 use super::user::RunAs;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
@@ -23,6 +24,8 @@ use std::ptr;
 pub struct Plan<'a> {
     /// The program, an absolute path.
     pub program: &'a Path,
+    /// The file that is run, whatever that path means by then; what it means, if `None`.
+    pub judged: Option<&'a Program>,
     /// Its arguments, without its name.
     pub args: &'a [String],
     /// Its whole environment.
@@ -48,6 +51,8 @@ pub struct Spawned {
 /// The child's end of each pipe.
 const GO: RawFd = 4;
 const ERROR: RawFd = 5;
+/// The program, where it was judged before.
+const PROGRAM: RawFd = 199;
 /// Copies are made above here, so that none is in another's place.
 const ABOVE: RawFd = 200;
 
@@ -66,6 +71,8 @@ struct Prepared {
     gaps: Vec<(RawFd, RawFd)>,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    /// It is run by its descriptor; `Some(true)`: an interpreter must be able to open that again.
+    by_descriptor: Option<bool>,
     parent: libc::pid_t,
     /// What `argv` and `envp` point into.
     _strings: Vec<CString>,
@@ -175,10 +182,13 @@ impl Prepared {
             vec![(above(&File::open("/dev/null")?)?, 0), (above(plan.output)?, 1), (above(plan.output)?, 2)];
         places.extend([(go, GO), (error, ERROR)]);
         for (place, gift) in &plan.gifts {
-            if (0..=2).contains(place) || [GO, ERROR].contains(place) || *place >= ABOVE {
+            if (0..=2).contains(place) || [GO, ERROR, PROGRAM].contains(place) || *place >= ABOVE {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {place} is taken")));
             }
             places.push((above(gift)?, *place));
+        }
+        if let Some(judged) = plan.judged {
+            places.push((above(&judged.as_fd())?, PROGRAM));
         }
         places.sort_by_key(|(_, place)| *place);
         let ends = places.iter().map(|(_, place)| place - 1).skip(1).chain([RawFd::MAX]);
@@ -191,6 +201,7 @@ impl Prepared {
             gaps,
             user: plan.user.cloned(),
             lock_limit: plan.lock_limit,
+            by_descriptor: plan.judged.map(Program::is_script),
             // SAFETY: getpid has no conditions.
             parent: unsafe { libc::getpid() },
             _strings: args.into_iter().chain(env).collect(),
@@ -207,7 +218,16 @@ impl Prepared {
             }
         }
         // SAFETY: both arrays end with null and their strings live in `self`.
-        unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        unsafe {
+            match self.by_descriptor {
+                None => libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()),
+                Some(_) => {
+                    let (name, flags) = (c"".as_ptr(), libc::AT_EMPTY_PATH);
+                    let (argv, envp) = (self.argv.as_ptr(), self.envp.as_ptr());
+                    libc::syscall(libc::SYS_execveat, PROGRAM, name, argv, envp, flags) as libc::c_int
+                }
+            }
+        };
         self.fail(STAGES.len() - 1)
     }
 
@@ -234,6 +254,7 @@ impl Prepared {
         let own = unsafe {
             self.places.iter().all(|(from, place)| libc::dup2(from.as_raw_fd(), *place) >= 0)
                 && [GO, ERROR].iter().all(|fd| libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
+                && (self.by_descriptor != Some(false) || libc::fcntl(PROGRAM, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
         };
         own && self.gaps.iter().all(close)
     }

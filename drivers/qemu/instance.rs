@@ -6,6 +6,7 @@
 use super::changes::{Change, Claims, SYSFS, undo};
 use super::companion::{GRACE, Living, Loss, end_all, how};
 use super::log::Log;
+use super::make;
 use super::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
 use super::record::{Keeper, blocking};
 use super::report::Reporter;
@@ -107,9 +108,12 @@ impl Leavings {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
         super::tune::clear(self.uuid);
-        // The service removes the folder itself, and complains where that fails.
-        let _ = std::fs::remove_file(self.monitor());
-        let _ = std::fs::remove_dir_all(self.own_dir());
+        // What cannot be removed now is put aside by the next start.
+        for path in [self.monitor(), self.own_dir()] {
+            if let Err(error) = make::remove(&path, true) {
+                tracing::warn!(uuid = %self.uuid, %error, "something of the guest's is still there");
+            }
+        }
     }
 }
 

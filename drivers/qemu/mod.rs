@@ -30,9 +30,11 @@ mod tune;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
+use crate::host::files::{Seen, What};
 use crate::host::user::RunAs;
+use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
-use capabilities::{Capabilities, Host, Prober, default_emulator};
+use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
 use changes::{Claims, SYSFS};
 use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
@@ -53,7 +55,7 @@ use virt_model::xml::{Finding, FindingKind, shorten};
 pub struct QemuDriver(Arc<Inner>);
 
 struct Inner {
-    prober: Prober,
+    prober: Arc<Prober>,
     ports: Ports,
     claims: Claims,
     privileges: Privileges,
@@ -61,6 +63,8 @@ struct Inner {
     secrets_dir: PathBuf,
     /// Where is what belongs to guests and has no other place.
     state_dir: PathBuf,
+    /// Who looks at guests' files.
+    workers: Workers,
 }
 
 /// Whom QEMU runs as.
@@ -88,9 +92,11 @@ impl QemuDriver {
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
-        let prober = prober.certified_in(&config.tls_dir);
+        let workers = Workers::default();
+        let prober = prober.certified_in(&config.tls_dir).working_with(&workers);
         QemuDriver(Arc::new(Inner {
-            prober,
+            prober: Arc::new(prober),
+            workers,
             ports: Ports::default(),
             claims: Claims::default(),
             privileges,
@@ -100,7 +106,7 @@ impl QemuDriver {
     }
 
     async fn capabilities_for(&self, def: &DomainDef) -> Arc<Capabilities> {
-        self.0.prober.probe_or_absent(&emulator(def)).await
+        self.0.prober.known(&emulator(def).await).await
     }
 
     /// As [`Privileges::user`]; the database of users may be far away.
@@ -111,13 +117,13 @@ impl QemuDriver {
 
     async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
         let user = self.user().await?;
-        let binary = emulator(&launch.def);
-        let caps = tokio::select! {
-            caps = self.0.prober.probe(&binary) => caps?,
+        let binary = emulator(&launch.def).await;
+        let Asked { capabilities: caps, program } = tokio::select! {
+            asked = self.0.prober.probe(launch.def.uuid, &binary) => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
         let mut live = launch.def.clone();
-        live::leave_out_missing_media(&mut live).await;
+        live::leave_out_missing_media(&mut live, &self.0.workers).await?;
         let restored = launch.from.is_some();
         let sought = blocking(move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
@@ -137,13 +143,14 @@ impl QemuDriver {
         let started = usb.written_into(&live);
         let mut command = command::build(&started, &caps, &place).map_err(DriverError::Config)?;
         let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
-        if let Some(launch::Source::File(_)) = &from {
+        if let Some(launch::Source::File { .. }) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
         }
         let start = Start {
             from,
             uuid: live.uuid,
             name: live.name.clone(),
+            program,
             command,
             paused: launch.paused,
             reset_nvram: launch.reset_nvram,
@@ -154,6 +161,7 @@ impl QemuDriver {
             claims: self.0.claims.clone(),
             secrets_dir: self.0.secrets_dir.clone(),
             state_dir: caps.site.state_dir.clone(),
+            workers: self.0.workers.clone(),
             user,
             runtime_dir: launch.runtime_dir,
             log_file: launch.log_file,
@@ -176,6 +184,11 @@ impl Driver for QemuDriver {
 
     fn types(&self) -> &'static [&'static str] {
         &["qemu", "kvm"]
+    }
+
+    async fn learn(&self, def: &DomainDef) {
+        // Why it failed is known from now on, and told by whatever needs to know the emulator.
+        let _ = self.0.prober.probe(def.uuid, &emulator(def).await).await;
     }
 
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
@@ -210,7 +223,10 @@ impl Driver for QemuDriver {
                 shorten(format)
             )));
         }
-        let caps = self.0.prober.probe(&emulator(def)).await?;
+        let caps = self.capabilities_for(def).await;
+        if let Some(why) = &caps.absent {
+            return Err(DriverError::Storage(why.clone()));
+        }
         // Where they are with the installed virtd; those of another `--root` are known when a guest starts.
         let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
@@ -227,7 +243,14 @@ impl Driver for QemuDriver {
 
     async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
         let all = self.0.belongings(def);
-        blocking(move || all.into_iter().filter(|path| path.exists()).collect()).await.unwrap_or_default()
+        let (named, errand) = (all.clone(), Errand::new(def.uuid, "the firmware variables"));
+        let tpm = command::tpm_state(&self.0.state_dir, def.uuid);
+        let is_there = move |path: &PathBuf| {
+            let seen = Seen::at(path);
+            seen.named && (*path == tpm || seen.what != What::Folder)
+        };
+        let there = move |_: &_| Ok(named.into_iter().filter(is_there).collect());
+        self.0.workers.run(errand, there).await.unwrap_or(all)
     }
 
     async fn remove_belongings(&self, def: &DomainDef, end: DomainEnd) -> Result<(), DriverError> {
@@ -238,13 +261,25 @@ impl Driver for QemuDriver {
             DomainEnd::Transient => vec![command::tpm_state(&self.0.state_dir, def.uuid)],
         };
         let wary = matches!(self.0.privileges, Privileges::Drop { .. });
-        blocking(move || gone.iter().try_for_each(|path| make::remove(path, wary))).await?
+        let tpm = command::tpm_state(&self.0.state_dir, def.uuid);
+        // What a definition names is a plain file, or is not removed.
+        let remove = move |path: &PathBuf| match *path == tpm {
+            true => make::remove(path, wary),
+            false => make::remove_plain(path, wary),
+        };
+        let errand = Errand::new(def.uuid, "the firmware variables");
+        self.0.workers.run(errand, move |_| gone.iter().try_for_each(remove)).await
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {
-        let host = Host::read();
-        let caps = self.0.prober.probe(&default_emulator(&host.arch)).await;
-        let found: Vec<Arc<Capabilities>> = caps.into_iter().collect();
+        let (host, own) = blocking(|| {
+            let host = Host::read();
+            let own = default_emulator(&host.arch);
+            (host, own)
+        })
+        .await?;
+        let caps = self.0.prober.known(&own).await;
+        let found: Vec<Arc<Capabilities>> = Some(caps).into_iter().filter(|caps| caps.absent.is_none()).collect();
         Ok(capabilities::document(&host, &found.iter().map(Arc::as_ref).collect::<Vec<_>>()))
     }
 
@@ -269,6 +304,7 @@ impl Driver for QemuDriver {
         let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
+        self.learn(def).await;
         let caps = self.capabilities_for(def).await;
         let findings = check::check(def, &caps);
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
@@ -366,11 +402,12 @@ impl Privileges {
     }
 }
 
-fn emulator(def: &DomainDef) -> PathBuf {
-    match &def.devices.emulator {
-        Some(path) => PathBuf::from(path),
-        None => default_emulator(def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH)),
+async fn emulator(def: &DomainDef) -> PathBuf {
+    if let Some(path) = &def.devices.emulator {
+        return PathBuf::from(path);
     }
+    let arch = def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH).to_owned();
+    blocking(move || default_emulator(&arch)).await.unwrap_or_default()
 }
 
 /// Whether QEMU is told to power off where the guest reboots.
