@@ -248,3 +248,43 @@ fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output
     drop(watched);
     Ok(Output { status, stdout: stdout?, stderr: stderr? })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::workers::{Errand, PATIENCE, Workers};
+    use std::time::Duration;
+    use tokio_util::sync::CancellationToken;
+
+    /// W3: a pipe whose other end nobody opens.
+    #[tokio::test]
+    async fn a_tool_that_hangs_is_cancelled_and_has_a_limit() {
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            return eprintln!("SKIPPED: qemu-img is not installed");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("disk");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let (workers, images) = (Workers::default(), Images::new(None, Uuid::from_u128(1)));
+        for (limit, is_cancelled) in [(PATIENCE, true), (Duration::from_millis(500), false)] {
+            let (cancel, started) = (CancellationToken::new(), Arc::new(tokio::sync::Notify::new()));
+            let errand = Errand { limit, ..Errand::new(images.guest, "disk").until(&cancel) };
+            let (images, path, begins) = (images.clone(), pipe.clone(), started.clone());
+            let look = workers.run(errand, move |stop| {
+                begins.notify_one();
+                images.within(stop).info(&path, "qcow2")
+            });
+            let cancelling = async {
+                if is_cancelled {
+                    started.notified().await;
+                    cancel.cancel();
+                }
+            };
+            let error = tokio::join!(look, cancelling).0.unwrap_err();
+            assert_eq!(matches!(error, DriverError::Cancelled), is_cancelled, "{error}");
+            assert_eq!(matches!(error, DriverError::TimedOut(_)), !is_cancelled, "{error}");
+        }
+        // Nothing of it is left that would keep the machine.
+        workers.run(Errand::new(images.guest, "disk"), |_| Ok(())).await.unwrap();
+    }
+}

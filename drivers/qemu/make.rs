@@ -60,6 +60,9 @@ pub fn folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
 
 /// The same, without what may be in it. What cannot be removed is put aside: it must not be in a guest's way for good.
 pub fn empty_folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
+    if let Some(parent) = path.parent() {
+        Place::make_folders(parent, user.is_some())?;
+    }
     let place = Place::resolve(path, user.is_some())?;
     match place.remove_all() {
         Err(e) if e.kind() != io::ErrorKind::NotFound => {
@@ -301,7 +304,7 @@ mod tests {
     #[test]
     fn what_cannot_be_removed_is_no_hindrance() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("qemu");
+        let path = dir.path().join("not/there/qemu");
         std::fs::create_dir_all(path.join("deep")).unwrap();
         std::fs::write(path.join("deep/file"), "").unwrap();
         empty_folder(&path, None).unwrap();

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod dead_storage;
 mod lifecycle;
 mod media;
 mod revert_matrix;

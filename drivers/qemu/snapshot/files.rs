@@ -225,3 +225,61 @@ fn is_empty(path: &Path, wary: bool) -> bool {
     let there = Place::resolve(path, wary).and_then(|place| place.stat());
     there.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_size == 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    /// H3: the file of a snapshot's memory changes places with a pipe, again and again.
+    #[test]
+    fn a_pipe_in_place_of_memory_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (file, memory, pipe) = (at("memory"), at("real"), at("pipe"));
+        std::fs::write(&memory, b"QEVM and more").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, 0o644.into(), 0).unwrap();
+        std::fs::hard_link(&memory, &file).unwrap();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    for one in [&pipe, &memory] {
+                        std::fs::hard_link(one, at("next")).unwrap();
+                        std::fs::rename(at("next"), &file).unwrap();
+                        // Nothing happens where both are the same.
+                        let _ = std::fs::remove_file(at("next"));
+                    }
+                }
+            });
+            let (tell, told) = std::sync::mpsc::channel();
+            let (path, looks) = (file.clone(), 200);
+            std::thread::spawn(move || {
+                for _ in 0..looks {
+                    let _ = tell.send(open_memory(&path, Some(13), false).map(drop).map_err(|e| e.to_string()));
+                }
+            });
+            for _ in 0..looks {
+                let opened = told.recv_timeout(Duration::from_secs(60));
+                ended.store(opened.is_err(), Ordering::Relaxed);
+                if let Err(why) = opened.expect("nobody waits for the pipe's other end") {
+                    assert!(why.ends_with("it is no plain file"), "{why}");
+                }
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn memory_is_all_there_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory");
+        std::fs::write(&file, b"QEVM and more").unwrap();
+        open_memory(&file, None, false).unwrap();
+        let short = open_memory(&file, Some(14), false).unwrap_err().to_string();
+        assert!(short.contains("13 bytes, and 14 were written"), "{short}");
+        std::fs::write(&file, b"text").unwrap();
+        assert!(open_memory(&file, None, false).unwrap_err().to_string().ends_with("holds no memory"));
+    }
+}
