@@ -1,5 +1,7 @@
 //! What virtd does: domains, jobs, permissions, events and what is kept on disk. Knows no bus and no hypervisor.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod authz;
 mod boot;
 mod compare;
@@ -9,6 +11,7 @@ pub mod events;
 pub mod job;
 mod registry;
 mod shared;
+#[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 
 pub use domain::{

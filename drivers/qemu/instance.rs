@@ -108,11 +108,8 @@ impl Leavings {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
         super::tune::clear(self.uuid);
-        // What cannot be removed now is put aside by the next start.
-        for path in [self.monitor(), self.own_dir()] {
-            if let Err(error) = make::remove(&path, true) {
-                tracing::warn!(uuid = %self.uuid, %error, "something of the guest's is still there");
-            }
+        if let Err(error) = make::empty(&self.runtime_dir, self.ledger.is_some()) {
+            tracing::warn!(uuid = %self.uuid, %error, "something of the guest's is still there");
         }
     }
 }

@@ -230,6 +230,9 @@ impl Start {
     fn prepare(&self) -> Result<Prepared, DriverError> {
         let user = self.user.as_ref().map(|(user, _)| user);
         let own = self.leavings().own_dir();
+        if let Err(error) = make::empty(&self.runtime_dir, user.is_some()) {
+            tracing::warn!(uuid = %self.uuid, %error, "something of an earlier guest's is still there");
+        }
         make::empty_folder(&own, user).map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
             make::variables(nvram, self.reset_nvram, user)?;

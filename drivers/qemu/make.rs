@@ -195,6 +195,11 @@ pub fn remove(path: &Path, wary: bool) -> Result<(), DriverError> {
     gone(path, Place::resolve(path, wary).and_then(|place| place.remove_all()))
 }
 
+/// Removes all that is in a folder of ours, if it is there. On failure some of it is left.
+pub fn empty(path: &Path, wary: bool) -> Result<(), DriverError> {
+    gone(path, Place::resolve(path, wary).and_then(|place| place.open_folder()?.empty()))
+}
+
 /// Removes a file, never a folder; what is not there is fine.
 pub fn remove_file(path: &Path, wary: bool) -> Result<(), DriverError> {
     gone(path, Place::resolve(path, wary).and_then(|place| place.remove_file()))
@@ -309,6 +314,9 @@ mod tests {
         std::fs::write(path.join("deep/file"), "").unwrap();
         empty_folder(&path, None).unwrap();
         assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+        empty(path.parent().unwrap(), false).unwrap();
+        assert!(!path.exists());
+        empty(&path, false).unwrap();
     }
 
     #[test]

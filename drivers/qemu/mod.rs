@@ -13,11 +13,13 @@ pub mod companion;
 pub mod complete;
 mod events;
 mod find;
+#[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
 pub mod firmware;
 mod hostdev;
 mod instance;
 mod launch;
 mod live;
+#[allow(clippy::disallowed_methods, reason = "a folder that only root writes")]
 mod log;
 mod make;
 mod media;
@@ -25,7 +27,9 @@ mod qmp;
 mod record;
 mod report;
 mod snapshot;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod tune;
 
 use crate::DriverConfig;

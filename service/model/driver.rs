@@ -98,7 +98,8 @@ pub struct Launch {
     pub reset_nvram: bool,
     /// Memory to start from; a driver that cannot refuses it.
     pub from: Option<snapshots::StartFrom>,
-    /// An existing, empty directory for sockets and the like, mode 0711, removed by the service when the guest has gone.
+    /// An existing directory for sockets and the like, mode 0711. What an earlier guest has left in it is the driver's to
+    /// remove, before a start and when the guest has gone; then the service removes the directory.
     pub runtime_dir: PathBuf,
     /// Where the hypervisor's own output goes; appended to, bounded by the driver at each start.
     pub log_file: PathBuf,

@@ -7,8 +7,10 @@
 //! is the host's state and never comes from the cache on disk.
 
 mod document;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod host;
 mod probe;
+#[allow(clippy::disallowed_methods, reason = "this host's own programs and certificates, which no caller names")]
 mod site;
 
 pub use document::document;
@@ -17,13 +19,12 @@ pub use site::{End, Site, VHOST_VSOCK, program};
 
 use super::firmware::{self, Firmware};
 use super::record::blocking;
-use crate::host::files::{Program, open_plain};
-use crate::host::resolve::Found;
+use crate::host::files::{Program, Seen, open_plain};
+use crate::host::resolve::{Found, Place};
 use crate::host::workers::{Errand, Workers};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -176,7 +177,7 @@ pub fn default_emulator(arch: &str) -> PathBuf {
         other => other,
     };
     let named = |dir: &&str| Path::new(dir).join(format!("{OWN_NAME}{name}"));
-    let own = OWN_DIRS.iter().map(named).find(|path| is_systems_own(path) && path.exists());
+    let own = OWN_DIRS.iter().map(named).find(|path| is_systems_own(path) && Seen::at(path).is_there());
     own.unwrap_or_else(|| Path::new(OWN_DIRS[0]).join(format!("{OWN_NAME}{name}")))
 }
 
@@ -187,8 +188,8 @@ fn is_systems_own(binary: &Path) -> bool {
     }
     let name = binary.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(OWN_NAME));
     let plain = |arch: &str| arch.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
-    let folder = |dir: &&str| name.is_some_and(|name| binary.as_os_str() == &*format!("{dir}/{OWN_NAME}{name}"));
-    name.is_some_and(plain) && OWN_DIRS.iter().any(|dir| folder(&dir))
+    let folder = |dir: &str| name.is_some_and(|name| binary.as_os_str() == &*format!("{dir}/{OWN_NAME}{name}"));
+    name.is_some_and(plain) && OWN_DIRS.iter().any(|dir| folder(dir))
 }
 
 /// Asks binaries what they can do, each once. One per driver.
@@ -439,12 +440,13 @@ impl Prober {
         let spelt = folder.map_or_else(|| binary.to_owned(), |folder| folder.real.join(name));
         let stat = program.stat();
         let dirs = MODULE_DIRS.iter().chain(&firmware::FOLDERS);
-        let modules = dirs.filter_map(|dir| Some((PathBuf::from(dir), mtime(&std::fs::metadata(dir).ok()?))));
+        let modules =
+            dirs.filter_map(|dir| Some((PathBuf::from(dir), mtime(&Found::resolve(Path::new(dir)).ok()?.stat))));
         let stamp = Stamp {
             format: CACHE_FORMAT,
             size: stat.st_size as u64,
             inode: stat.st_ino,
-            changed: (stat.st_mtime, stat.st_mtime_nsec as i64),
+            changed: mtime(stat),
             modules: modules.collect(),
         };
         let site = Site::read(&self.state_dir, &self.tls_dir);
@@ -466,7 +468,7 @@ impl Prober {
     fn save(&self, binary: &Path, file: &CacheFile) -> std::io::Result<()> {
         let Some(path) = self.cache_file(binary) else { return Ok(()) };
         let dir = path.parent().unwrap_or(Path::new("/"));
-        std::fs::create_dir_all(dir)?;
+        Place::make_folders(dir, self.user.is_some())?;
         let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
         temporary.write_all(&serde_json::to_vec(file)?)?;
         temporary.persist(path)?;
@@ -482,8 +484,8 @@ fn without_kvm(binary: &Path) -> String {
     format!("{} was built without KVM", binary.display())
 }
 
-fn mtime(meta: &std::fs::Metadata) -> (i64, i64) {
-    (meta.mtime(), meta.mtime_nsec())
+fn mtime(stat: &rustix::fs::Stat) -> (i64, i64) {
+    (stat.st_mtime, stat.st_mtime_nsec as i64)
 }
 
 #[cfg(test)]

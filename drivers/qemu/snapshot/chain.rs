@@ -100,7 +100,8 @@ impl Operation {
                 None => self.backing(file, format).await?,
             };
             let Some(on) = on else { return Ok(false) };
-            if !self.same(&on, &merge.overlay).await? && !(again && self.same(&on, &merge.base).await?) {
+            let stands = self.same(&on, &merge.overlay).await? || again && self.same(&on, &merge.base).await?;
+            if !stands {
                 return Ok(false);
             }
         }
