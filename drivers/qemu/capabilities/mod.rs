@@ -295,9 +295,12 @@ impl Prober {
         let judged = match judged {
             Ok(judged) => judged,
             Err(error) => {
-                let (host_kvm, site, outcome) = (Ok(()), Site::default(), Err(error.clone()));
-                let answer = Answer { when: Instant::now(), stamp: None, host_kvm, site, outcome };
-                *self.slot(binary, binary).lock().await = Some(answer);
+                // Of the system's own nobody needs to be told later, and anybody may have asked for any kind of them.
+                if !is_systems_own(binary) {
+                    let (host_kvm, site, outcome) = (Ok(()), Site::default(), Err(error.clone()));
+                    let answer = Answer { when: Instant::now(), stamp: None, host_kvm, site, outcome };
+                    *self.slot(binary, binary).lock().await = Some(answer);
+                }
                 return Err(error);
             }
         };

@@ -60,6 +60,8 @@ async fn a_reader_makes_nothing_run_and_fills_no_cache() {
     let prober = prober(Some(&cache), None);
     let ran = dir.path().join("ran");
     let path = script(dir.path(), "qemu", &format!("#!/bin/sh\ntouch {}\nexit 1\n", ran.display()));
+    let own = prober.known(Path::new("/usr/bin/qemu-system-noarch")).await;
+    assert!(own.absent.as_ref().is_some_and(|why| why.contains("No such file")), "{:?}", own.absent);
     for named in [&path, Path::new("/nowhere/qemu"), &dir.path().join("sub/../qemu")] {
         let known = prober.known(named).await;
         let why = known.absent.clone().unwrap();
