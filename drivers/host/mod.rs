@@ -7,6 +7,7 @@ pub(crate) mod acl;
 pub mod cgroup;
 mod chain;
 pub mod files;
+mod handle;
 pub mod image;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
@@ -22,10 +23,12 @@ pub mod spawn;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 pub mod tool;
+pub mod uids;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod usb;
 pub mod user;
 pub mod vf;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod vsock;
+pub mod wall;
 pub mod workers;

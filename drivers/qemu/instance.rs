@@ -108,6 +108,7 @@ impl Leavings {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
         super::tune::clear(self.uuid);
+        super::room::clear(&self.own_dir());
         if let Err(error) = make::empty(&self.runtime_dir, self.ledger.is_some()) {
             tracing::warn!(uuid = %self.uuid, %error, "something of the guest's is still there");
         }

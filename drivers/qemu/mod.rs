@@ -26,15 +26,19 @@ mod media;
 mod qmp;
 mod record;
 mod report;
+mod room;
 mod snapshot;
+mod takeover;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod tune;
+mod wall;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
 use crate::host::files::{Seen, What};
+use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
@@ -49,6 +53,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{DomainEnd, Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
@@ -69,6 +74,8 @@ struct Inner {
     state_dir: PathBuf,
     /// Who looks at guests' files.
     workers: Workers,
+    /// Threads and bytes of a guest, beside what its machine has.
+    bounds: (u64, u64),
 }
 
 /// Whom QEMU runs as.
@@ -76,7 +83,14 @@ enum Privileges {
     /// As we do.
     Ours,
     /// As a user who is looked up at each start: they may be made while virtd runs.
-    Drop { user: String, group: Option<String>, ledger: Result<Arc<Ledger>, String> },
+    Drop {
+        user: String,
+        group: Option<String>,
+        /// Where is noted what guests are lent.
+        ledger: Result<Arc<Ledger>, String>,
+        /// Where is noted whom each guest runs as.
+        uids: Result<Arc<Uids>, String>,
+    },
 }
 
 impl QemuDriver {
@@ -93,6 +107,14 @@ impl QemuDriver {
                     tracing::error!("{why}");
                     why
                 }),
+                uids: range_of(&config.qemu_user)
+                    .and_then(|range| Uids::open(&config.state_dir, range))
+                    .map(Arc::new)
+                    .map_err(|e| {
+                        let why = format!("user ids for guests: {e}");
+                        tracing::error!("{why}");
+                        why
+                    }),
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
@@ -106,6 +128,7 @@ impl QemuDriver {
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
+            bounds: (config.guest_threads, config.guest_overhead),
         }))
     }
 
@@ -119,8 +142,31 @@ impl QemuDriver {
         blocking(move || inner.privileges.user()).await?
     }
 
+    /// As [`Privileges::user_of`]; `process` is its QEMU, if it runs.
+    async fn user_of(
+        &self,
+        def: &DomainDef,
+        process: Option<i32>,
+    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        let (inner, machine, kvm) = (self.0.clone(), def.uuid, def.kind == "kvm");
+        blocking(move || inner.privileges.user_of(machine, kvm, process)).await?
+    }
+
     async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
-        let user = self.user().await?;
+        let (start, mut live, _ports) = self.starting(launch, cancel).await?;
+        let launch::Up { instance, devices, links } = start.run().await?;
+        live::set_terminals(&mut live, &devices);
+        live::name_links(&mut live, links);
+        Ok((instance, live))
+    }
+
+    /// A start that has not begun, the machine that it makes, and the ports that are kept free for it meanwhile.
+    async fn starting(
+        &self,
+        launch: Launch,
+        cancel: CancellationToken,
+    ) -> Result<(Start, DomainDef, live::Reserved), DriverError> {
+        let user = self.user_of(&launch.def, None).await?;
         let binary = emulator(&launch.def).await;
         let Asked { capabilities: caps, program } = tokio::select! {
             asked = self.0.prober.probe(launch.def.uuid, &binary) => asked?,
@@ -160,6 +206,7 @@ impl QemuDriver {
             reset_nvram: launch.reset_nvram,
             ends_on_reboot: ends_on_reboot(&live),
             tuning: tune::Tuning::of(&live),
+            bounds: tune::Bounds::of(&live, self.0.bounds.0, self.0.bounds.1),
             started,
             vsock,
             claims: self.0.claims.clone(),
@@ -173,10 +220,7 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        let launch::Up { instance, devices, links } = start.run().await?;
-        live::set_terminals(&mut live, &devices);
-        live::name_links(&mut live, links);
-        Ok((instance, live))
+        Ok((start, live, ports))
     }
 }
 
@@ -271,8 +315,13 @@ impl Driver for QemuDriver {
             true => make::remove(path, wary),
             false => make::remove_plain(path, wary),
         };
-        let errand = Errand::new(def.uuid, "the firmware variables");
-        self.0.workers.run(errand, move |_| gone.iter().try_for_each(remove)).await
+        let (inner, machine) = (self.0.clone(), def.uuid);
+        let errand = Errand::new(machine, "the firmware variables");
+        let removed = move |_: &_| {
+            gone.iter().try_for_each(remove)?;
+            inner.privileges.forget(machine)
+        };
+        self.0.workers.run(errand, removed).await
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {
@@ -314,13 +363,20 @@ impl Driver for QemuDriver {
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
             return Err(DriverError::Config(findings));
         }
-        let user = self.user().await?;
+        let process = body.keeper.process_id();
+        let user = self.user_of(def, process).await?;
         let lend = async |files: Vec<command::HostFile>| match user {
             None => Ok(()),
             Some((user, ledger)) => {
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
                 let guest = def.uuid;
-                blocking(move || ledger.lend_more(&user, guest, &wants)).await?
+                let what = wants.first().map(|want| want.path.display().to_string()).unwrap_or_default();
+                let lend = move |_: &_| {
+                    let files = ledger.lend_more(&user, guest, &wants)?;
+                    let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
+                    shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
+                };
+                self.0.workers.run(Errand::new(guest, what), lend).await
             }
         };
         media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
@@ -387,12 +443,37 @@ impl Privileges {
     fn user(&self) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
         match self {
             Privileges::Ours => Ok(None),
-            Privileges::Drop { user, group, ledger } => {
+            Privileges::Drop { user, group, ledger, .. } => {
                 let user = RunAs::look_up(user, group.as_deref(), &["kvm"])?;
                 let ledger = ledger.clone().map_err(DriverError::Storage)?;
                 Ok(Some((user, ledger)))
             }
         }
+    }
+
+    /// Whom that machine's guest runs as: a user of its own, which has no name. `kvm`: it opens /dev/kvm. A guest whose
+    /// `process` an earlier virtd has started as the user of all guests stays that user's.
+    fn user_of(
+        &self,
+        machine: Uuid,
+        kvm: bool,
+        process: Option<i32>,
+    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        let Privileges::Drop { uids, .. } = self else { return Ok(None) };
+        let Some((user, ledger)) = self.user()? else { return Ok(None) };
+        let owner = process.and_then(|process| std::fs::metadata(format!("/proc/{process}")).ok());
+        if owner.is_some_and(|owner| std::os::unix::fs::MetadataExt::uid(&owner) == user.common) {
+            return Ok(Some((user, ledger)));
+        }
+        let uids = uids.as_ref().map_err(|why| DriverError::Unsupported(why.clone()))?;
+        let number = uids.of(machine).map_err(|e| DriverError::Storage(format!("a user id for the guest: {e}")))?;
+        Ok(Some((user.with_number(number, if kvm { &[] } else { &["kvm"] }), ledger)))
+    }
+
+    /// Nothing of that machine is left: its user's number may be another's one day.
+    fn forget(&self, machine: Uuid) -> Result<(), DriverError> {
+        let Privileges::Drop { uids: Ok(uids), .. } = self else { return Ok(()) };
+        uids.free(machine).map_err(|e| DriverError::Storage(format!("user ids of guests: {e}")))
     }
 
     /// Whom QEMU runs as while it is asked what it can do: the same user, in the group that opens /dev/kvm; nobody while
@@ -418,3 +499,6 @@ async fn emulator(def: &DomainDef) -> PathBuf {
 fn ends_on_reboot(def: &DomainDef) -> bool {
     def.on_reboot != LifecycleAction::Restart
 }
+
+#[cfg(test)]
+mod reach_tests;

@@ -86,7 +86,7 @@ impl Operation {
         let Some((user, _)) = &self.images.user else { return true };
         let there = survey.at(original);
         !there.named
-            || there.is_there() && there.owner == user.uid
+            || there.is_there() && [user.uid, user.common].contains(&there.owner)
             || self.own_parts().iter().any(|own| own == original)
     }
 

@@ -93,7 +93,7 @@ impl Operation {
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<Chains, DriverError> {
         let files = vec![(merge.base.clone(), true), (merge.overlay.clone(), true)];
-        let lent = self.with_images(&merge.base, move |images| images.lend(&files)).await?;
+        let lent = self.with_images(&merge.base, move |images| images.lend_with_guest(&files)).await?;
         let _lent = LentFromAfar::from(lent);
         let line = body.line()?;
         let id = format!("{OWN_JOB}{}", merge.target);

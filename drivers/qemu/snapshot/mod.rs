@@ -120,7 +120,6 @@ impl Snapshots for QemuDriver {
 
 impl QemuDriver {
     async fn operation(&self, machine: &Machine) -> Result<Operation, DriverError> {
-        let images = Arc::new(Images::new(self.user().await?, machine.def.uuid));
         let body = match &machine.guest {
             None => None,
             Some(guest) => {
@@ -130,6 +129,8 @@ impl QemuDriver {
                 Some(ours.body().clone())
             }
         };
+        let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
+        let images = Arc::new(Images::new(self.user_of(&machine.def, process).await?, machine.def.uuid, process));
         let (state_dir, workers) = (self.0.state_dir.clone(), self.0.workers.clone());
         Ok(Operation { machine: machine.clone(), images, body, state_dir, workers, cancel: Mutex::default() })
     }
