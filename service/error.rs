@@ -78,8 +78,14 @@ pub enum Error {
     #[error("{0}")]
     AgentUnavailable(String),
     /// The hypervisor failed.
-    #[error("{0}")]
-    HypervisorFailed(String),
+    #[error("{what}: {why}")]
+    HypervisorFailed {
+        /// What was not done.
+        what: String,
+        /// Why, with the hypervisor's own last words: they may quote what is secret in the configuration, and are for who
+        /// asked.
+        why: String,
+    },
     /// A disk image or virtd's own files.
     #[error("{0}")]
     StorageFailed(String),
@@ -126,7 +132,10 @@ impl Error {
             DriverError::Config(_) => Error::ConfigUnsupported(text),
             DriverError::Unsupported(_) => Error::OperationUnsupported(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
-            DriverError::Hypervisor(_) => Error::HypervisorFailed(text),
+            DriverError::Hypervisor(why) => {
+                let why = why.lines().collect::<Vec<_>>().join("; ");
+                Error::HypervisorFailed { what: format!("cannot {deed} domain '{name}'"), why }
+            }
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),
@@ -138,9 +147,24 @@ impl Error {
         }
     }
 
+    /// The same for everybody: without what the hypervisor itself said.
+    pub fn public(&self) -> Error {
+        match self {
+            Error::HypervisorFailed { what, .. } => {
+                let why = "its hypervisor failed; its own words are told to who asked, and stand in its log".to_owned();
+                Error::HypervisorFailed { what: what.clone(), why }
+            }
+            other => other.clone(),
+        }
+    }
+
     /// What the operating system said of one of virtd's own files.
     pub fn from_io(what: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
-        let text = format!("cannot {what} {}: {error}", path.display());
+        let remedy = match error.kind() {
+            std::io::ErrorKind::ReadOnlyFilesystem => "; nothing can be changed there until it can be written again",
+            _ => "",
+        };
+        let text = format!("cannot {what} {}: {error}{remedy}", path.display());
         if error.kind() == std::io::ErrorKind::StorageFull || error.kind() == std::io::ErrorKind::QuotaExceeded {
             Error::NoSpace(text)
         } else {

@@ -191,6 +191,14 @@ impl Service {
         }
         add_findings(&mut findings, driver.check(&def).await);
         let conflict = self.shared.registry.look(def.uuid, &def.name);
+        let existing = conflict.as_ref().ok().and_then(Option::as_deref);
+        if let (true, Err(finding)) = (existing.is_none(), new_name(&def)) {
+            add_findings(&mut findings, vec![finding]);
+        }
+        // On a copy: what is told of the document is told of it as it was given.
+        if let Err(found) = keep_hidden(&mut def.clone(), existing) {
+            add_findings(&mut findings, found);
+        }
         if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def), &seat).await {
             add_findings(&mut findings, found);
         }
@@ -228,7 +236,10 @@ impl Service {
             let known = self.drivers().join(", ");
             return Err(Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(driver))));
         };
-        found.capabilities().await.map_err(|e| Error::HypervisorFailed(format!("driver '{driver}': {e}")))
+        found
+            .capabilities()
+            .await
+            .map_err(|e| Error::HypervisorFailed { what: format!("driver '{driver}'"), why: e.to_string() })
     }
 
     /// Cancels a job: one's own, or with permission another's.
@@ -274,6 +285,10 @@ impl Service {
         for action in actions.iter().copied().chain(native) {
             self.shared.authority.check(caller, action, &subject).await?;
         }
+        if existing.is_none() {
+            new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
+        }
+        keep_hidden(&mut def, existing.as_deref()).map_err(Error::ConfigInvalid)?;
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)
@@ -355,7 +370,7 @@ impl Service {
 
 /// The line for what came to no domain.
 fn log_refused(caller: &Caller, deed: &str, begun: Instant, e: &Error) {
-    tracing::warn!(uid = caller.uid, action = deed, outcome = %e, duration_ms = millis(begun), "domain");
+    tracing::warn!(uid = caller.uid, action = deed, outcome = %e.public(), duration_ms = millis(begun), "domain");
 }
 
 /// Refuses what a check found, warnings apart.
@@ -379,6 +394,23 @@ fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
         owner: None,
         snapshot_name: None,
     }
+}
+
+/// Refuses a name that looks like another. Those that are there already keep theirs.
+pub(crate) fn check_new_name(what: &str, name: &str) -> Result<()> {
+    let refused = virt_model::xml::check_new_name(name);
+    refused.map_err(|why| Error::InvalidArgument(format!("the name '{}' of a {what} {why}", shorten(name))))
+}
+
+/// The same for a whole document.
+fn new_name(def: &DomainDef) -> Result<(), Finding> {
+    check_new_name("domain", &def.name).map_err(|e| Finding::invalid(&def.at.child("name"), e.to_string()))
+}
+
+/// Puts back what somebody who was not shown all of a domain's configuration means to keep of it.
+fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec<Finding>> {
+    let known = existing.map(Domain::known).unwrap_or_default();
+    def.keep_hidden(&known.iter().map(|def| &**def).collect::<Vec<_>>())
 }
 
 /// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.

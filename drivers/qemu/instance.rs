@@ -35,7 +35,7 @@ const LAST_EVENTS: Duration = Duration::from_secs(1);
 /// How long a guest runs without a reset before its firmware is taken to be done.
 const FIRMWARE: Duration = Duration::from_secs(3);
 /// How long giving back files may keep the guest's end from being told.
-const CLEARING: Duration = Duration::from_secs(5);
+pub const CLEARING: Duration = Duration::from_secs(5);
 
 /// How often it is looked whether a guest prints more than is kept.
 const LOG_LOOK: Duration = Duration::from_millis(500);

@@ -13,37 +13,46 @@ const BURST: u32 = 256;
 /// Reports a second when those are used up.
 const A_SECOND: u32 = 20;
 
-/// Reports, and those who ask to be told when all of them have been dealt with.
+/// Reports, and those who ask to be told when those that are there have been dealt with.
 pub(super) struct Reports {
     reports: EventStream,
     asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
+    /// Who has asked, and at most how many reports were there before that.
+    waiting: Vec<(usize, oneshot::Sender<()>)>,
     pace: Pace,
 }
 
 impl Reports {
     pub fn new(reports: EventStream, asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>) -> Reports {
-        Reports { reports, asks, pace: Pace::new() }
+        Reports { reports, asks, waiting: Vec::new(), pace: Pace::new() }
     }
 
-    /// The next report. Who asks is answered when there is none left.
+    /// The next report; all before it have been told. Who asks is answered when what had been reported by then is told,
+    /// however much is reported after it.
     pub async fn next(&mut self) -> Option<DriverEvent> {
         loop {
+            let none_left = self.reports.is_empty();
+            for (_, asked) in self.waiting.extract_if(.., |(before, _)| none_left || *before == 0) {
+                // Whoever asked may have left.
+                let _ = asked.send(());
+            }
             tokio::select! {
                 biased;
-                () = self.reports.filled() => {
-                    tokio::select! {
-                        biased;
-                        () = self.reports.ending() => {}
-                        () = self.pace.turn() => {}
-                    }
-                    return self.reports.recv().await;
-                }
-                Some(told) = self.asks.recv() => {
-                    // Whoever asked may have left.
-                    let _ = told.send(());
-                }
+                Some(asked) = self.asks.recv() => self.waiting.push((self.reports.len(), asked)),
+                () = self.reports.filled() => return self.take().await,
             }
         }
+    }
+
+    /// Takes the report that is there, at its pace.
+    async fn take(&mut self) -> Option<DriverEvent> {
+        tokio::select! {
+            biased;
+            () = self.reports.ending() => {}
+            () = self.pace.turn() => {}
+        }
+        self.waiting.iter_mut().for_each(|(before, _)| *before = before.saturating_sub(1));
+        self.reports.recv().await
     }
 }
 

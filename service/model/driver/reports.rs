@@ -82,6 +82,16 @@ impl EventStream {
         state.waiting.pop_front().ok_or(none)
     }
 
+    /// How many reports wait.
+    pub fn len(&self) -> usize {
+        self.0.lock().waiting.len()
+    }
+
+    /// Whether no report waits.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Waits until there is a report, or none will come any more.
     pub async fn filled(&self) {
         self.until(|state| state.ended || !state.waiting.is_empty()).await;
