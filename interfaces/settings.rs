@@ -89,6 +89,10 @@ pub struct QemuConfig {
     pub user: String,
     /// The group, if not the user's own.
     pub group: Option<String>,
+    /// Threads that a guest's processes may have beside its vCPUs.
+    pub threads: u64,
+    /// MiB that they may use beyond the guest's memory and a quarter of it.
+    pub overhead_mib: u64,
 }
 
 /// How much any user but root may have.
@@ -103,20 +107,20 @@ pub struct LimitsConfig {
 
 impl Default for QemuConfig {
     fn default() -> Self {
-        QemuConfig { user: "virt-qemu".to_owned(), group: None }
+        QemuConfig { user: "virt-qemu".to_owned(), group: None, threads: 1024, overhead_mib: 2048 }
     }
 }
 
 impl Default for LimitsConfig {
     fn default() -> Self {
-        let Limits { domains_per_user, jobs_per_user } = Limits::default();
+        let Limits { domains_per_user, jobs_per_user, .. } = Limits::default();
         LimitsConfig { domains_per_user, jobs_per_user }
     }
 }
 
 impl From<LimitsConfig> for Limits {
     fn from(config: LimitsConfig) -> Limits {
-        Limits { domains_per_user: config.domains_per_user, jobs_per_user: config.jobs_per_user }
+        Limits { domains_per_user: config.domains_per_user, jobs_per_user: config.jobs_per_user, ..Limits::default() }
     }
 }
 

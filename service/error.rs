@@ -106,6 +106,11 @@ pub enum Error {
     Internal(String),
 }
 
+/// Whether the operating system's words say that there is no room for a file.
+fn is_full(text: &str) -> bool {
+    text.contains("No space left on device") || text.contains("Disk quota exceeded")
+}
+
 /// The first finding, and how many more there are.
 fn list(findings: &[Finding]) -> String {
     match findings {
@@ -120,6 +125,10 @@ impl Error {
     pub fn from_driver(name: &str, deed: &str, error: DriverError) -> Error {
         let text = format!("cannot {deed} domain '{name}': {error}");
         match error {
+            // A full disk is one whoever ran into it.
+            DriverError::Storage(_) | DriverError::Hypervisor(_) | DriverError::Internal(_) if is_full(&text) => {
+                Error::NoSpace(text)
+            }
             DriverError::Config(_) => Error::ConfigUnsupported(text),
             DriverError::Unsupported(_) => Error::OperationUnsupported(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
@@ -151,11 +160,36 @@ impl Error {
 
     /// What the operating system said of one of virtd's own files.
     pub fn from_io(what: &str, path: &std::path::Path, error: &std::io::Error) -> Error {
-        let text = format!("cannot {what} {}: {error}", path.display());
+        let remedy = match error.kind() {
+            std::io::ErrorKind::ReadOnlyFilesystem => "; nothing can be changed there until it can be written again",
+            _ => "",
+        };
+        let text = format!("cannot {what} {}: {error}{remedy}", path.display());
         if error.kind() == std::io::ErrorKind::StorageFull || error.kind() == std::io::ErrorKind::QuotaExceeded {
             Error::NoSpace(text)
         } else {
             Error::StorageFailed(text)
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// S6: whoever ran into it, and with whichever file, a full disk is told as one.
+    #[test]
+    fn a_full_disk_is_told_as_one() {
+        let full = std::io::Error::from_raw_os_error(28);
+        for error in [
+            DriverError::Storage(format!("/var/lib/virt/nvram/x.fd: {full}")),
+            DriverError::Hypervisor(format!("qemu: cannot write: {full}")),
+            DriverError::Internal(format!("cannot make /run/virt/guests/x: {full}")),
+        ] {
+            let told = Error::from_driver("web", "start", error);
+            assert!(matches!(&told, Error::NoSpace(text) if text.contains("web")), "{told:?}");
+        }
+        let other = DriverError::Storage("/x: Permission denied (os error 13)".into());
+        assert!(matches!(Error::from_driver("web", "start", other), Error::StorageFailed(_)));
     }
 }

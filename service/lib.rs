@@ -3,6 +3,7 @@
 pub mod authz;
 mod boot;
 mod compare;
+mod desk;
 mod domain;
 pub mod error;
 pub mod events;
@@ -11,6 +12,7 @@ mod registry;
 mod shared;
 mod store;
 
+pub use desk::Reading;
 pub use domain::{
     Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, StartOptions,
     UndefineOptions,
@@ -19,6 +21,7 @@ pub use shared::{Callers, Limits};
 pub use store::Paths;
 
 use authz::{Action, Authority, Caller, Subject};
+use desk::Seat;
 use domain::Birth;
 use error::{Error, Result};
 use events::{Event, Events};
@@ -174,7 +177,8 @@ impl Service {
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
     pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let (def, mut findings) = document(xml, DomainDef::parse_leniently).await;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
         let Some(mut def) = def else { return Ok(findings) };
         let Some(driver) = self.shared.driver_for(&def.kind) else {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
@@ -195,7 +199,7 @@ impl Service {
         if let Err(found) = keep_hidden(&mut def.clone(), existing) {
             add_findings(&mut findings, found);
         }
-        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def)).await {
+        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def), &seat).await {
             add_findings(&mut findings, found);
         }
         if let Err(conflict) = conflict {
@@ -213,7 +217,8 @@ impl Service {
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let translated = match driver.complete(&mut def).await {
             Ok(()) => driver.native(&def, format).await,
@@ -271,7 +276,8 @@ impl Service {
         actions: &[Action],
         validate: bool,
     ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
-        let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
@@ -289,7 +295,7 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
-        let def = *readable(Box::new(def)).await?;
+        let def = *readable(Box::new(def), &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
@@ -390,18 +396,6 @@ fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
     }
 }
 
-/// Above this, in bytes, a document is read on a thread of its own: other callers do not wait for it.
-const LARGE_DOCUMENT: usize = 32 << 10;
-
-/// What `read` makes of a document.
-async fn document<T: Send + 'static>(xml: &str, read: fn(&str) -> T) -> T {
-    if xml.len() < LARGE_DOCUMENT {
-        return read(xml);
-    }
-    let text = xml.to_owned();
-    aside(move || read(&text)).await
-}
-
 /// Refuses a name that looks like another. Those that are there already keep theirs.
 pub(crate) fn check_new_name(what: &str, name: &str) -> Result<()> {
     let refused = virt_model::xml::check_new_name(name);
@@ -420,15 +414,15 @@ fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec
 }
 
 /// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
-async fn readable(def: Box<DomainDef>) -> Result<Box<DomainDef>> {
-    aside(move || match store::acceptable(&def) {
+async fn readable(def: Box<DomainDef>, seat: &Seat) -> Result<Box<DomainDef>> {
+    let readable = seat.work(move || match store::acceptable(&def) {
         Ok(()) => Ok(def),
         Err(message) => {
             let path = "/".to_owned();
             Err(Error::ConfigInvalid(vec![Finding { kind: FindingKind::Invalid, line: 0, column: 0, path, message }]))
         }
-    })
-    .await
+    });
+    readable.await
 }
 
 /// Computes on a thread of its own.

@@ -7,8 +7,9 @@ use crate::events::Event;
 use crate::job::lock;
 use crate::store::{Note, on_disk};
 use std::sync::Arc;
+use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::DomainEnd;
+use virt_model::driver::{DomainEnd, DriverError};
 use virt_model::state::{Defined, Lifecycle, Undefined};
 use virt_model::xml::shorten;
 
@@ -34,6 +35,9 @@ pub struct UndefineOptions {
     /// The firmware variables and the state of a TPM.
     pub nvram: bool,
 }
+
+/// How long the removal of what belongs to a guest may keep its end from being told.
+const REMOVAL: Duration = Duration::from_secs(5);
 
 /// The form that is stored.
 const STORED: Form = Form { inactive: true, secure: true, migratable: false };
@@ -78,7 +82,7 @@ impl Domain {
     pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
         if self.sound().is_ok() {
-            self.made_whole().await?;
+            self.soon_made_whole().await?;
         }
         self.fits(&def, &self.name())?;
         let first = {
@@ -93,7 +97,7 @@ impl Domain {
             return Err(e);
         }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
-        self.commit(|state| state.has_stored(def, told));
+        self.all_told().await.commit(|state| state.has_stored(def, told));
         Ok(())
     }
 
@@ -138,7 +142,7 @@ impl Domain {
                 shared.store.remove_definition(uuid)
             })
             .await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 state.snapshots.forget();
                 state.stored = None;
                 state.broken = None;
@@ -157,7 +161,10 @@ impl Domain {
     async fn remove_belongings(&self, stored: &DomainDef, active: bool, options: UndefineOptions) -> Result<()> {
         let belongings = self.driver.belongings(stored).await;
         if belongings.is_empty() {
-            return Ok(());
+            // Its driver may know of more that is kept for it.
+            let removed =
+                if active { Ok(()) } else { self.driver.remove_belongings(stored, DomainEnd::Undefined).await };
+            return removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e));
         }
         let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
         if !options.nvram {
@@ -183,8 +190,12 @@ impl Domain {
             let state = lock(&self.state);
             state.stored.is_none() && !state.being_stored && state.creations == 0
         };
-        if transient && let Err(error) = self.driver.remove_belongings(live, DomainEnd::Transient).await {
-            tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "what belongs to it cannot be removed");
+        if !transient {
+            return;
+        }
+        let removed = tokio::time::timeout(REMOVAL, self.driver.remove_belongings(live, DomainEnd::Transient)).await;
+        if let Err(error) = removed.unwrap_or_else(|_| Err(DriverError::TimedOut("that takes long".to_owned()))) {
+            tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "what belongs to it is not removed yet");
         }
     }
 
@@ -205,7 +216,7 @@ impl Domain {
                 self.shared.registry.drop_name(name);
                 return Err(e);
             }
-            self.commit_rename(def);
+            self.commit_rename(def).await;
             self.shared.registry.drop_name(&stored.name);
             Ok(())
         })
@@ -213,9 +224,10 @@ impl Domain {
     }
 
     /// Tells of a rename: the old name goes, the new one comes.
-    fn commit_rename(&self, def: DomainDef) {
+    async fn commit_rename(&self, def: DomainDef) {
+        let told = self.all_told().await;
         self.shared.events.send(Event::Domain(self.facts(), vec![Lifecycle::Undefined(Undefined::Renamed)]));
-        self.commit(|state| {
+        told.commit(|state| {
             state.name.clone_from(&def.name);
             state.has_stored(def, Lifecycle::Defined(Defined::Renamed))
         });
@@ -236,7 +248,7 @@ impl Domain {
             };
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || shared.store.save_note(uuid, &note)).await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 state.autostart = autostart;
                 Vec::new()
             });
@@ -315,7 +327,7 @@ impl Domain {
                 }
                 return Err(e);
             }
-            self.commit(|state| state.edited(live, stored));
+            self.all_told().await.commit(|state| state.edited(live, stored));
             Ok(())
         })
         .await
@@ -362,7 +374,7 @@ impl Domain {
     /// What runs and what is stored.
     pub(super) fn configurations(&self) -> Configurations {
         let state = lock(&self.state);
-        (state.guest.as_ref().map(|g| g.live.clone()), state.stored.clone())
+        (state.live().cloned(), state.stored.clone())
     }
 
     fn not_active(&self, what: &str) -> Error {

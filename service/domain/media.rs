@@ -49,7 +49,7 @@ impl Domain {
                 self.put_back_medium(before.as_deref(), live.as_ref().map(|(_, target)| &**target)).await;
                 return Err(error);
             }
-            self.commit(|state| state.edited(live.map(|(def, _)| def), stored.map(|(def, _)| def)));
+            self.all_told().await.commit(|state| state.edited(live.map(|(def, _)| def), stored.map(|(def, _)| def)));
             Ok(())
         })
         .await

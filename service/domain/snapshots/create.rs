@@ -1,7 +1,7 @@
 //! Taking a snapshot.
 
 use super::{Domain, fate};
-use crate::authz::{Action, Caller};
+use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
@@ -117,7 +117,8 @@ impl Domain {
     ) -> Result<(Option<String>, Ticket)> {
         self.allow(caller, Action::Snapshot).await?;
         options.check()?;
-        let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
         if options.redefine {
             return self.redefine_snapshot(caller, doc, &options).await;
         }
@@ -160,12 +161,18 @@ impl Domain {
         self.allow(caller, Action::Read).await?;
         let planned = async {
             options.check()?;
-            let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+            let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+            let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
             if options.redefine {
                 let record = self.restored(doc, &options)?;
                 let xml = record.document(false).map_err(Error::SnapshotBroken)?;
                 return Ok(CreateCheck { xml, files: Vec::new(), pauses_guest: false });
             }
+            self.state_to_capture(&options)?;
+            // The guest's agent, which is busy meanwhile, is asked only for those who may have it freeze the guest.
+            let may = self.shared.authority.can(caller, Action::Snapshot, &self.subject()).await;
+            let quiesce = options.quiesce && matches!(may, Answer::Yes);
+            let options = CreateOptions { quiesce, ..options };
             let planned = self.plan_snapshot(&doc, &self.snapshot_name(&doc), &options).await?;
             let files = planned.plan.files.iter();
             let files = files.map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes));
@@ -289,7 +296,7 @@ impl Domain {
         // The domain may have become another while we waited for our turn.
         let Planned { def, wish, machine, .. } = self.plan_snapshot(doc, name, options).await?;
         let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
-        let journal = self.journal(deed, Some(job));
+        let journal = self.journal(deed, &job);
         journal.begin().await?;
         let taken = match self.takes_snapshots()?.create(&machine, &wish, journal.clone()).await {
             Ok(taken) => taken,
@@ -331,7 +338,7 @@ impl Domain {
             self.save_current(Some(name.clone())).await?;
             journal.step("current");
             journal.end().await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 let tree = state.snapshots.change();
                 tree.put(&name, parent.as_deref(), Arc::new(record));
                 tree.set_current(Some(&name));
@@ -363,7 +370,7 @@ impl Domain {
         if let Some(stored) = &stored {
             self.store(stored.clone()).await?;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             // Part of a snapshot: not told as an update of its own.
             state.edited(live, stored);
             Vec::new()

@@ -42,7 +42,7 @@ impl Domain {
         if current {
             self.save_current(Some(record.name.clone())).await?;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             let (name, parent) = (record.name.clone(), record.def.as_ref().ok().and_then(|def| def.parent.clone()));
             let tree = state.snapshots.change();
             tree.put(&name, parent.as_deref(), Arc::new(record));
