@@ -6,6 +6,7 @@ mod compare;
 mod domain;
 pub mod error;
 pub mod events;
+mod images;
 pub mod job;
 mod registry;
 mod shared;
@@ -18,7 +19,7 @@ pub use domain::{
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 
-use authz::{Action, Authority, Caller, Subject};
+use authz::{Action, Answer, Authority, Caller, Subject};
 use domain::Birth;
 use error::{Error, Result};
 use events::{Event, Events};
@@ -186,6 +187,11 @@ impl Service {
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
         }
         add_findings(&mut findings, driver.check(&def).await);
+        self.shared.declare(&mut def);
+        if self.may_name_files(caller, &def, &**driver).await {
+            add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
+            add_findings(&mut findings, self.shared.frozen_in(&def).await);
+        }
         if let Err(conflict) = self.shared.registry.look(def.uuid, &def.name) {
             findings.push(Finding {
                 kind: FindingKind::Invalid,
@@ -196,6 +202,13 @@ impl Service {
             });
         }
         Ok(findings)
+    }
+
+    /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
+    async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
+        let existing = self.shared.registry.look(def.uuid, &def.name).ok().flatten();
+        let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
+        self.shared.authority.can(caller, Action::Define, &subject).await == Answer::Yes
     }
 
     /// What `start` would run, in the hypervisor's own terms.
@@ -273,8 +286,22 @@ impl Service {
         if validate {
             refuse(driver.check(&def).await)?;
         }
+        self.shared.declare(&mut def);
+        self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
         Ok((def, driver, claimed))
+    }
+
+    /// Refuses images that say something else than the definition. Permission to name files has been given.
+    async fn look(&self, driver: &dyn Driver, def: &DomainDef) -> Result<()> {
+        match driver.look(def).await {
+            Ok(findings) => refuse(findings),
+            // It is looked at again when it starts.
+            Err(error) => {
+                tracing::warn!(uuid = %def.uuid, name = def.name, %error, "it is defined without a look at its images");
+                Ok(())
+            }
+        }
     }
 
     /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's

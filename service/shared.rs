@@ -3,6 +3,7 @@
 use crate::authz::{Authority, Caller};
 use crate::error::Result;
 use crate::events::Events;
+use crate::images::Seen;
 use crate::job::Jobs;
 use crate::registry::Registry;
 use crate::store::{Store, on_disk};
@@ -44,6 +45,8 @@ pub(crate) struct Shared {
     pub registry: Registry,
     pub store: Store,
     pub limits: Limits,
+    /// Which files the paths of images lead to.
+    pub seen: Seen,
     last_id: AtomicU32,
 }
 
@@ -67,6 +70,7 @@ impl Shared {
             registry,
             store,
             limits,
+            seen: Seen::default(),
             last_id: AtomicU32::new(0),
         })
     }

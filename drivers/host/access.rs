@@ -9,27 +9,24 @@
 //! given back, so a virtd that is killed in between lends nothing for ever: the guest's record makes the next virtd give
 //! back what its start had taken, and a reboot of the host, which no guest survives, gives back everything.
 //!
-//! Whose files may be lent: see [`super::resolve`]. A backing file named in an image's header counts as chosen by the
-//! image's owner.
+//! Whose files may be lent: see [`super::resolve`]. What an image's header names is not lent: the chain of a disk is what
+//! its definition says.
 
-use super::acl::{Acl, READ, WRITE, through};
-use super::chain::{Behind, behind};
+use super::acl::{Acl, READ, WRITE};
 use super::process::boot_id;
 use super::resolve::{Found, closed_directory, is_still, may_open};
 use super::user::RunAs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
-/// Files of one guest, images that stand on one another included.
+/// Files of one guest.
 const MAX_FILES: usize = 512;
 
 /// A file a guest needs.
@@ -39,8 +36,6 @@ pub struct Want {
     pub path: PathBuf,
     /// To be written, too.
     pub write: bool,
-    /// It is an image, and the files its header names are needed as well.
-    pub backing: bool,
     /// It is a device that the guest has to itself, and may be a character device.
     pub device: bool,
 }
@@ -102,7 +97,7 @@ impl Ledger {
         // Whatever may hang on a file system that does not answer is done first, without the lock.
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
-            survey.collect(want, None)?;
+            survey.collect(want)?;
         }
         let needs = survey.needs;
         let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
@@ -116,7 +111,7 @@ impl Ledger {
     pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
-            survey.collect(want, None)?;
+            survey.collect(want)?;
         }
         let needs = survey.needs;
         let held = |loan: &Loan| loan.holders.contains_key(&guest);
@@ -273,40 +268,28 @@ struct Survey<'a> {
 
 impl Survey<'_> {
     /// Adds what `want` needs and the user cannot open by themselves.
-    fn collect(&mut self, want: &Want, chosen_by: Option<u32>) -> Result<(), DriverError> {
+    fn collect(&mut self, want: &Want) -> Result<(), DriverError> {
         let failed = |e: io::Error| DriverError::Storage(format!("{}: {e}", want.path.display()));
         let found = Found::resolve(&want.path).map_err(failed)?;
         if !self.seen.insert((found.stat.st_dev, found.stat.st_ino, want.write)) {
             return Ok(());
         }
         if self.seen.len() > MAX_FILES {
-            return Err(DriverError::Storage(format!("{}: too many images stand on one another", want.path.display())));
+            return Err(DriverError::Storage(format!(
+                "{}: a guest has at most {MAX_FILES} files",
+                want.path.display()
+            )));
         }
         let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
-        let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
         if !open || self.ledger.is_lent(&found) {
             let own = want.device && found.kind() == FileType::CharacterDevice;
-            if let Some(why) = found.objection(chosen_by, own) {
+            if let Some(why) = found.objection(None, own) {
                 return Err(refuse(self.user, &want.path, &why));
             }
             self.needs.push(Need { found, write: want.write });
         }
-        next.iter().try_for_each(|want| self.collect(want, Some(owner)))
+        Ok(())
     }
-}
-
-/// The files that an image's header names.
-fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
-    if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
-        return Ok(Vec::new());
-    }
-    let read = || {
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(through(&found.fd))?;
-        behind(&file, &want.path)
-    };
-    let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
-    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data, device: false };
-    Ok(named.into_iter().map(as_want).collect())
 }
 
 /// Whether the user can open them now; if not, why not.

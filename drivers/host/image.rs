@@ -1,11 +1,14 @@
 //! Disk images without a guest: `qemu-img`, run with the rights of QEMU's user, so that what a guest has written into an
-//! image cannot do more than the guest could. All functions block.
+//! image cannot do more than the guest could. Every file that it opens is named here, with its format: nothing is guessed from
+//! what an image holds, and nothing that its header names is opened. All functions block.
 
 use super::access::{Ledger, Want};
 use super::user::RunAs;
 use serde::Deserialize;
+use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -33,7 +36,7 @@ pub struct ImageInfo {
     /// Snapshots in it.
     #[serde(default)]
     pub snapshots: Vec<InnerSnapshot>,
-    /// What it stands on.
+    /// What its header says that it stands on.
     #[serde(default)]
     pub full_backing_filename: Option<PathBuf>,
 }
@@ -69,20 +72,20 @@ impl Images {
         let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
         let holder = ledger.join(self.guest);
         let lent = Lent(Some((ledger.clone(), holder)));
-        ledger.lend(user, holder, &wants(images, true))?;
+        ledger.lend(user, holder, &wants(images))?;
         Ok(lent)
     }
 
-    /// Lends images to the running guest, for as long as it runs; not what they stand on, which it has.
+    /// Lends images to the running guest, for as long as it runs.
     pub fn lend_to_guest(&self, images: &[(PathBuf, bool)]) -> Result<(), DriverError> {
         let Some((user, ledger)) = &self.user else { return Ok(()) };
-        ledger.lend_more(user, self.guest, &wants(images, false))
+        ledger.lend_more(user, self.guest, &wants(images))
     }
 
     /// What an image says of itself, also while a guest has it open.
     pub fn info(&self, path: &Path, format: &str) -> Result<ImageInfo, DriverError> {
-        let options = image_options(path, format);
-        let told = self.run("look at", path, ["info", "--output=json", "-U", "--image-opts"], [options])?;
+        let named = named(&[(path.to_owned(), format.to_owned())]);
+        let told = self.run("look at", path, ["info", "--output=json", "-U"], [named])?;
         serde_json::from_slice(&told).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
     }
 
@@ -110,8 +113,9 @@ impl Images {
     }
 
     fn snapshot(&self, deed: &str, option: &str, path: &Path, name: &str) -> Result<(), DriverError> {
-        let options = image_options(path, "qcow2");
-        self.run(deed, path, ["snapshot", "-q", "--image-opts", option], [name.into(), options]).map(drop)
+        // What the image stands on has no part in it.
+        let named = named(&[(path.to_owned(), "qcow2".to_owned())]);
+        self.run(deed, path, ["snapshot", "-q", option], [name.into(), named]).map(drop)
     }
 
     /// Makes an overlay of `size` bytes in a file that is there and empty, or in a block device.
@@ -127,10 +131,11 @@ impl Images {
         self.run("make", path, fixed, [base.into(), path.into(), size.to_string().into()]).map(drop)
     }
 
-    /// Writes what is in an overlay into what it stands on, however deep that is below.
-    pub fn commit(&self, overlay: &Path, format: &str, base: &Path) -> Result<(), DriverError> {
-        let fixed = ["commit", "-q", "-d", "-f", format, "-b"];
-        self.run("merge", overlay, fixed, [base.into(), overlay.into()]).map(drop)
+    /// Writes what is in an overlay into what it stands on. `chain`: each file with its format, from the overlay down to the
+    /// last; the second is written.
+    pub fn commit(&self, chain: &[(PathBuf, String)]) -> Result<(), DriverError> {
+        let overlay = chain.first().map_or(Path::new("/"), |(path, _)| path);
+        self.run("merge", overlay, ["commit", "-q", "-d"], [named(chain)]).map(drop)
     }
 
     /// Says in an overlay what it stands on.
@@ -168,19 +173,23 @@ impl Images {
     }
 }
 
-fn wants(images: &[(PathBuf, bool)], backing: bool) -> Vec<Want> {
-    let want = |(path, write): &(PathBuf, bool)| {
-        let (path, write) = (path.clone(), *write);
-        Want { path, write, backing, device: false }
-    };
-    images.iter().map(want).collect()
+fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
+    images.iter().map(|(path, write)| Want { path: path.clone(), write: *write, device: false }).collect()
 }
 
-/// Names an image without leaving anything to be guessed from its content.
-fn image_options(path: &Path, format: &str) -> OsString {
-    let mut options = OsString::from(format!("driver={format},file.driver=file,file.filename="));
-    options.push(path.to_string_lossy().replace(',', ",,"));
-    options
+/// Names an image and all it stands on, from the topmost down to the last, without leaving anything to be found in a header.
+fn named(chain: &[(PathBuf, String)]) -> OsString {
+    let mut below = Value::Null;
+    for (path, format) in chain.iter().rev() {
+        let is_device = std::fs::metadata(path).is_ok_and(|data| data.file_type().is_block_device());
+        let driver = if is_device { "host_device" } else { "file" };
+        let mut node = json!({ "driver": format, "file": { "driver": driver, "filename": path.to_string_lossy() } });
+        if matches!(&**format, "qcow2" | "qcow" | "qed" | "vmdk") {
+            node["backing"] = below;
+        }
+        below = node;
+    }
+    format!("json:{below}").into()
 }
 
 /// The program runs as that user, with all their groups.

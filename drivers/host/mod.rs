@@ -3,7 +3,7 @@
 pub mod access;
 pub(crate) mod acl;
 pub mod cgroup;
-mod chain;
+pub(crate) mod chain;
 pub mod image;
 pub mod macvtap;
 pub mod pci;

@@ -484,7 +484,7 @@ impl Source {
 }
 
 pub fn want(file: &super::command::HostFile) -> Want {
-    Want { path: file.path.clone(), write: file.write, backing: file.backing, device: file.device }
+    Want { path: file.path.clone(), write: file.write, device: file.device }
 }
 
 fn storage(path: &Path, error: &io::Error) -> DriverError {

@@ -11,6 +11,7 @@ pub mod check;
 pub mod command;
 pub mod companion;
 pub mod complete;
+mod declared;
 mod events;
 mod find;
 pub mod firmware;
@@ -118,6 +119,7 @@ impl QemuDriver {
         };
         let mut live = launch.def.clone();
         live::leave_out_missing_media(&mut live).await;
+        declared::hold(&live).await?;
         let restored = launch.from.is_some();
         let sought = blocking(move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
@@ -203,6 +205,10 @@ impl Driver for QemuDriver {
         findings
     }
 
+    async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+        declared::objections(def).await
+    }
+
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
         if format != "qemu-argv" {
             return Err(DriverError::Unsupported(format!(
@@ -274,6 +280,7 @@ impl Driver for QemuDriver {
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
             return Err(DriverError::Config(findings));
         }
+        declared::hold(def).await?;
         let user = self.user().await?;
         let lend = async |files: Vec<command::HostFile>| match user {
             None => Ok(()),

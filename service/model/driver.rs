@@ -34,6 +34,14 @@ pub trait Driver: Send + Sync {
     /// as far as the hypervisor. Changes nothing.
     async fn check(&self, def: &DomainDef) -> Vec<Finding>;
 
+    /// What the images that `def` names say against it: headers that name other files than the definition does. Opens them,
+    /// so it is only for whoever may name files of the host; what is not there says nothing. Changes nothing.
+    /// Errors: `TimedOut` if a file system does not answer.
+    async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+        let _ = def;
+        Ok(Vec::new())
+    }
+
     /// What `start` would run, in the hypervisor's own terms; `format` is e.g. `qemu-argv`.
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError>;
 

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod hostile_images;
 mod lifecycle;
 mod media;
 mod revert_matrix;

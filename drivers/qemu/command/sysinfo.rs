@@ -46,7 +46,7 @@ impl Builder<'_> {
             self.args.pair("-smbios", table);
         }
         let files = sysinfo.oem_strings.iter().flat_map(|strings| &strings.entries).filter_map(|e| e.file.as_deref());
-        files.for_each(|file| self.open(file, false, false));
+        files.for_each(|file| self.open(file, false));
     }
 
     fn blobs(&mut self, sysinfo: &Sysinfo) {
@@ -55,7 +55,7 @@ impl Builder<'_> {
             match &entry.file {
                 Some(file) => {
                     self.args.pair("-fw_cfg", blob.set("file", file));
-                    self.open(file, false, false);
+                    self.open(file, false);
                 }
                 None => self.args.pair("-fw_cfg", blob.set("string", entry.value.as_deref().unwrap_or_default())),
             }

@@ -1,5 +1,6 @@
 //! Taking a snapshot.
 
+use super::super::declared;
 use super::super::hostdev;
 use super::super::instance::Body;
 use super::super::make;
@@ -23,6 +24,7 @@ use virt_model::xml::{Finding, FindingKind};
 impl Operation {
     pub(super) async fn check_create(&self, wish: &Wish) -> Result<CreatePlan, DriverError> {
         self.check_machine(wish).await?;
+        self.check_chains(wish).await?;
         self.check_names(wish).await?;
         let mut files = Vec::new();
         let created = |path: &Path, bytes| FileChange { path: path.to_owned(), what: FileFate::Created, bytes };
@@ -104,6 +106,24 @@ impl Operation {
             self.agent().await?;
         }
         Ok(())
+    }
+
+    /// The images are what the definition says, and overlays that the caller has made are what they will be said to be.
+    async fn check_chains(&self, wish: &Wish) -> Result<(), DriverError> {
+        let def = &self.machine.def;
+        let mut images = declared::images(def);
+        for (disk, part) in pairs(def, &wish.disks).filter(|_| wish.reuse_external) {
+            if let (DiskMode::External { path, format, .. }, Some(base)) = (&part.mode, disk.path()) {
+                images.push(declared::Image {
+                    whose: format!("disk '{}'", part.target),
+                    path: path.clone(),
+                    format: format.clone(),
+                    below: declared::Below::File(base.into(), disk.format().unwrap_or("raw").to_owned()),
+                    at: disk.at.clone(),
+                });
+            }
+        }
+        declared::hold_images(images).await
     }
 
     /// A name that an image holds already would be two snapshots' afterwards.

@@ -423,13 +423,14 @@ impl Operation {
     }
 }
 
-/// Whether another snapshot, or the stored configuration, names the file.
+/// Whether another snapshot, or another machine, names the file.
 pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
     let named = |def: &DomainDef| {
         def.devices.disks.iter().any(|disk| chain(disk.path(), disk.backing.as_deref()).iter().any(|one| one == file))
     };
     let made = |part: &DiskPart| matches!(&part.mode, DiskMode::External { path, .. } if path == file);
-    kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
+    kin.keep.iter().any(|kept| kept == file)
+        || kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
 }
 
 /// A disk's file and all below it.

@@ -3,6 +3,7 @@
 use super::{Domain, fate};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
+use crate::images;
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
 use crate::store::{Deed, Record};
@@ -204,6 +205,7 @@ impl Domain {
             leave_out_nvram: options.leave_out.iter().any(|part| part == "nvram"),
             leave_out_tpm: options.leave_out.iter().any(|part| part == "tpm"),
         };
+        self.may_write_images(name, &machine, &wish).await?;
         let plan = driver.check_create(&machine, &wish).await.map_err(|e| self.not_taken(name, e))?;
         let def = SnapshotDef {
             name: name.to_owned(),
@@ -226,6 +228,22 @@ impl Domain {
             )));
         }
         Ok(Planned { def, wish, plan, machine, named: aligned.named })
+    }
+
+    /// Refuses to write images that others stand on: a snapshot inside them, or an overlay that the caller made.
+    async fn may_write_images(&self, name: &str, machine: &Machine, wish: &Wish) -> Result<()> {
+        let mut written = Vec::new();
+        for part in &wish.disks {
+            let disk = machine.def.devices.disks.iter().find(|disk| disk.target.dev == part.target);
+            match &part.mode {
+                DiskMode::Internal => written.extend(disk.and_then(|disk| disk.path()).map(PathBuf::from)),
+                DiskMode::External { path, .. } if wish.reuse_external => written.push(path.clone()),
+                _ => {}
+            }
+        }
+        let deed = format!("cannot take snapshot '{name}' of domain '{}'", self.name());
+        let remedy = "take a snapshot with disk-only";
+        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
     }
 
     /// What the snapshot is to say that the guest did; refuses states that have no meaning here.

@@ -3,10 +3,12 @@
 use super::{Domain, fate};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
+use crate::images;
 use crate::job::lock;
+use std::path::PathBuf;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
-use virt_model::driver::snapshots::{FileChange, Kept, Machine, MemoryMode};
+use virt_model::driver::snapshots::{DiskMode, FileChange, FileFate, Kept, Machine, MemoryMode};
 use virt_model::snapshot::{SnapshotDef, SnapshotState};
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, Started, Stopped, Suspended};
 
@@ -70,6 +72,8 @@ pub(super) struct Planned {
     pub kept: Kept,
     pub machine: Machine,
     pub plan: Plan,
+    /// Files that would be of no use, but for other machines.
+    pub keep: Vec<PathBuf>,
     /// Have a guest afterwards, and whether it stands.
     pub active: Option<bool>,
     /// In the process that runs.
@@ -139,9 +143,12 @@ impl Domain {
         if saved && !def.has_memory() {
             risks.push(MANAGED_SAVE);
         }
+        self.may_bring_back(name, &kept).await?;
         let kin = self.kin(name, &[], &machine);
         let checked = driver.check_revert(&machine, &kept, &kin, in_place).await;
-        let checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        let keep = self.needed_elsewhere(&checked.files).await;
+        checked.files.retain(|file| !keep.contains(&file.path));
         if active.is_some() && !in_place {
             self.would_start(&to).await?;
         }
@@ -154,7 +161,25 @@ impl Domain {
             events: events(now, active, in_place, persistent),
             files: told(&checked.files),
         };
-        Ok(Planned { def, kept, machine, plan, active, in_place })
+        Ok(Planned { def, kept, machine, plan, keep, active, in_place })
+    }
+
+    /// Refuses to bring images back to a snapshot inside them that other machines stand on.
+    async fn may_bring_back(&self, name: &str, kept: &Kept) -> Result<()> {
+        let inside =
+            |target: &str| kept.disks.iter().any(|part| part.target == target && part.mode == DiskMode::Internal);
+        let disks = kept.def.devices.disks.iter().filter(|disk| inside(&disk.target.dev));
+        let written: Vec<PathBuf> = disks.filter_map(|disk| disk.path().map(PathBuf::from)).collect();
+        let deed = format!("cannot revert domain '{}' to snapshot '{name}'", self.name());
+        let remedy = "make those images whole (qemu-img rebase -b \"\"), or undefine what needs them";
+        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, Some(self.uuid), remedy).await
+    }
+
+    /// Of the files that a revert would remove, those that another machine stands on: they stay.
+    async fn needed_elsewhere(&self, files: &[FileChange]) -> Vec<PathBuf> {
+        let removed = files.iter().filter(|file| file.what == FileFate::Deleted);
+        let removed: Vec<PathBuf> = removed.map(|file| file.path.clone()).collect();
+        self.shared.users_of(&removed, images::Fate::Removed, Some(self.uuid)).await.into_keys().collect()
     }
 
     /// The configuration to go back to is one that can be started here.

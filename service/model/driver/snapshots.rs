@@ -248,6 +248,8 @@ pub struct Kin {
     pub stored: Option<DomainDef>,
     /// Snapshots that will be deleted in the same deed: what only they need is not needed.
     pub doomed: Vec<String>,
+    /// Files that other machines stand on: they are not removed.
+    pub keep: Vec<PathBuf>,
     /// There are others whose records cannot be read: what they need nobody knows.
     pub unreadable: bool,
 }
@@ -277,6 +279,8 @@ pub struct Reverted {
 pub struct DeletePlan {
     /// Files merged and removed.
     pub files: Vec<FileChange>,
+    /// Files that would be written: what overlays are merged into.
+    pub written: Vec<PathBuf>,
     /// Why it would be refused.
     pub refused: Option<DriverError>,
 }
