@@ -36,9 +36,48 @@ pub struct ImageInfo {
     /// Snapshots in it.
     #[serde(default)]
     pub snapshots: Vec<InnerSnapshot>,
+    /// What only its format has.
+    #[serde(default)]
+    pub format_specific: FormatSpecific,
     /// What its header says that it stands on.
     #[serde(default)]
     pub full_backing_filename: Option<PathBuf>,
+}
+
+/// What only images of one format have.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct FormatSpecific {
+    #[serde(default)]
+    data: Qcow2Data,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Qcow2Data {
+    #[serde(default)]
+    bitmaps: Vec<Bitmap>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Bitmap {
+    name: String,
+}
+
+impl ImageInfo {
+    /// The names of bitmaps in it, which tell backups what has been written.
+    pub fn bitmaps(&self) -> Vec<String> {
+        self.format_specific.data.bitmaps.iter().map(|bitmap| bitmap.name.clone()).collect()
+    }
+}
+
+/// Refuses to bring an image with bitmaps to a snapshot inside it: neither QEMU nor its tools do that, for what the bitmaps say
+/// would not be true any more.
+pub fn without_bitmaps(path: &Path, bitmaps: &[String]) -> Result<(), DriverError> {
+    let Some(bitmap) = bitmaps.first() else { return Ok(()) };
+    let path = path.display();
+    Err(DriverError::Refused(format!(
+        "{path} holds the dirty bitmap '{bitmap}', and an image that holds one cannot be brought to a snapshot inside it; shut \
+         the guest down, and remove it with 'qemu-img bitmap --remove {path} {bitmap}'"
+    )))
 }
 
 /// A snapshot inside an image.
@@ -94,10 +133,12 @@ impl Images {
         self.snapshot("take a snapshot in", "-c", path, name)
     }
 
-    /// Brings an image to a snapshot inside it. By its number: where a name is asked for, another's number that reads the
+    /// Brings an image to a snapshot inside it, or refuses that before anything is changed. By its number: where a name is asked for, another's number that reads the
     /// same comes first.
     pub fn apply(&self, path: &Path, name: &str) -> Result<(), DriverError> {
-        let inner = self.info(path, "qcow2")?.snapshots.into_iter().find(|inner| inner.name == name);
+        let info = self.info(path, "qcow2")?;
+        without_bitmaps(path, &info.bitmaps())?;
+        let inner = info.snapshots.into_iter().find(|inner| inner.name == name);
         let inner = inner.ok_or_else(|| {
             DriverError::Storage(format!("{} does not hold the snapshot '{name}' any more", path.display()))
         })?;
@@ -152,6 +193,8 @@ impl Images {
         rest: impl IntoIterator<Item = OsString>,
     ) -> Result<Vec<u8>, DriverError> {
         let mut command = Command::new("qemu-img");
+        let rest: Vec<OsString> = rest.into_iter().collect();
+        let names: Vec<String> = rest.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         if let Some((user, _)) = &self.user {
@@ -166,8 +209,12 @@ impl Images {
         if done.status.success() {
             return Ok(done.stdout);
         }
-        let words = String::from_utf8_lossy(&done.stderr);
-        let text = format!("cannot {deed} {}: {}", path.display(), words.trim().trim_start_matches("qemu-img: "));
+        let shown = path.display().to_string();
+        let words = names.iter().fold(String::from_utf8_lossy(&done.stderr).into_owned(), |words, name| {
+            // The whole chain is no name for people.
+            if name.starts_with("json:") { words.replace(name, &shown) } else { words }
+        });
+        let text = format!("cannot {deed} {shown}: {}", words.trim().trim_start_matches("qemu-img: "));
         let full = words.contains("No space left") || words.contains("Disk quota exceeded");
         Err(if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) })
     }

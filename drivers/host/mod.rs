@@ -5,6 +5,7 @@ pub(crate) mod acl;
 pub mod cgroup;
 pub(crate) mod chain;
 pub mod image;
+pub(crate) mod lock;
 pub mod macvtap;
 pub mod pci;
 pub mod process;

@@ -8,12 +8,13 @@ use super::agent::{Agent, socket};
 use super::files::{OVERLAY, RESERVE, beside, check_free_place, check_space, finished, make_empty, stored};
 use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
-use super::revert::UNDO;
+use super::revert::{UNDO, chain};
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::image::{Images, InnerSnapshot};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
@@ -26,6 +27,7 @@ impl Operation {
         self.check_machine(wish).await?;
         self.check_chains(wish).await?;
         self.check_names(wish).await?;
+        self.check_way_back(wish).await?;
         let mut files = Vec::new();
         let created = |path: &Path, bytes| FileChange { path: path.to_owned(), what: FileFate::Created, bytes };
         for (_, part) in pairs(&self.machine.def, &wish.disks) {
@@ -124,6 +126,13 @@ impl Operation {
             }
         }
         declared::hold_images(images).await
+    }
+
+    /// What is taken inside images can be gone back to.
+    async fn check_way_back(&self, wish: &Wish) -> Result<(), DriverError> {
+        let with_nvram = self.record(wish).nvram == Some(Part::Internal);
+        let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
+        self.hold_no_bitmaps(&images).await
     }
 
     /// A name that an image holds already would be two snapshots' afterwards.
@@ -326,6 +335,15 @@ impl Operation {
         images: &[Image],
         must_be_open: bool,
     ) -> Result<(), DriverError> {
+        let frozen = self.still_frozen(images).await;
+        let forgotten = self.forget_wherever(name, images, must_be_open).await;
+        if !frozen.is_empty() {
+            self.note_frozen(frozen).await;
+        }
+        forgotten
+    }
+
+    async fn forget_wherever(&self, name: &str, images: &[Image], must_be_open: bool) -> Result<(), DriverError> {
         if let Some(body) = &self.body {
             match self.forget_in_guest(body, name, images, must_be_open).await {
                 Err(DriverError::Gone) if body.is_gone_soon().await => {}
@@ -398,6 +416,7 @@ impl Operation {
         }
         self.thaw(&note).await;
         self.stand(wish.stay_paused && self.machine.running && (goes_on || !note.resume)).await;
+        self.note_frozen(self.frozen_below(&note.overlays)).await;
         Ok(taken(record, Some(self.standing_on(&note.overlays))))
     }
 
@@ -603,6 +622,13 @@ impl Operation {
             let uuid = self.machine.def.uuid;
             tracing::error!(%uuid, %error, "the guest's file systems may still be frozen: thaw them in the guest");
         }
+    }
+
+    /// What the overlays have been laid on, and all below.
+    pub(super) fn frozen_below(&self, overlays: &[Overlay]) -> Vec<PathBuf> {
+        let laid = |disk: &&Disk| overlays.iter().any(|overlay| overlay.target == disk.target.dev);
+        let disks = self.machine.def.devices.disks.iter().filter(laid);
+        disks.flat_map(|disk| chain(disk.path(), disk.backing.as_deref())).collect()
     }
 
     /// The machine with its disks on the overlays.

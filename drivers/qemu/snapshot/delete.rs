@@ -257,6 +257,8 @@ impl Operation {
             self.merge(&merge, snapshot, deed, journal).await?;
             step("merged");
             self.remove_files(vec![merge.overlay]).await;
+            // What stood on the overlay has this frozen below it now.
+            self.note_frozen(vec![merge.base]).await;
         }
         self.remove_files(deed.unlinks.iter().cloned().chain(self.leavings(snapshot)).collect()).await;
         step("removed");

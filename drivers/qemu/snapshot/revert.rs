@@ -7,7 +7,8 @@ use super::jobs::failed;
 use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts, undone};
-use crate::host::image::{ImageInfo, InnerSnapshot};
+use crate::host::image::{ImageInfo, InnerSnapshot, without_bitmaps};
+use crate::host::lock;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -42,6 +43,7 @@ impl Operation {
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, kin)?;
         self.check_held(snapshot, &images).await?;
+        self.hold_no_bitmaps(&images).await?;
         if let Some(body) = self.body.as_ref().filter(|_| in_place) {
             Nodes::of(body).await?.of_images(&images)?;
         }
@@ -61,7 +63,8 @@ impl Operation {
         for path in self.abandoned(snapshot, kin).await {
             files.push(FileChange { bytes: super::size(&path), path, what: FileFate::Deleted });
         }
-        Ok(RevertPlan { files })
+        let changed = self.changed_since_frozen(frozen_by(snapshot)).await?;
+        Ok(RevertPlan { files, changed })
     }
 
     /// Whether the images hold the snapshot, once each, and its memory.
@@ -119,6 +122,24 @@ impl Operation {
         Ok(())
     }
 
+    /// Refuses images that could not be brought to a snapshot inside them for the bitmaps that they hold.
+    pub(super) async fn hold_no_bitmaps(&self, images: &[Image]) -> Result<(), DriverError> {
+        let nodes = match &self.body {
+            Some(body) => Some(Nodes::of(body).await?),
+            None => None,
+        };
+        let open = |image: &Image| nodes.as_ref().and_then(|nodes| nodes.image(image, "qcow2"));
+        for image in images {
+            open(image).map_or(Ok(()), |node| without_bitmaps(image, &node.bitmaps))?;
+        }
+        let closed: Vec<Image> = images.iter().filter(|image| open(image).is_none()).cloned().collect();
+        let files = closed.iter().map(|image| (image.clone(), false)).collect();
+        self.with_lent(files, move |images| {
+            closed.iter().try_for_each(|image| without_bitmaps(image, &images.info(image, "qcow2")?.bitmaps()))
+        })
+        .await
+    }
+
     /// For each image what it holds.
     async fn inner(&self, images: &[Image]) -> Result<Vec<Vec<InnerSnapshot>>, DriverError> {
         if let Some(body) = &self.body {
@@ -173,14 +194,15 @@ impl Operation {
             made: self.new_overlays(snapshot)?,
             abandoned: self.abandoned(snapshot, kin).await,
             copies: Vec::new(),
+            begun: Some(Vec::new()),
         };
         for (part, original) in self.copied_parts(snapshot, &record) {
             let kept = self.machine.folder.join(format!(".undo.{part}"));
             aside.copies.push((original, kept));
         }
-        let note = Revert { snapshot: held(snapshot), aside };
+        let mut note = Revert { snapshot: held(snapshot), aside };
         journal.note(written(&Note::Revert(note.clone()))?).await?;
-        let brought = self.bring_back(snapshot, &record, &note.aside, journal).await;
+        let brought = self.bring_back(snapshot, &record, &mut note, journal).await;
         if let Err(error) = brought {
             return Err(undone(error, self.put_back(&note.aside).await));
         }
@@ -218,20 +240,26 @@ impl Operation {
         &self,
         snapshot: &Kept,
         record: &Record,
-        aside: &Aside,
+        note: &mut Revert,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
-        for image in &aside.images {
-            let (image, name, lent) = (image.clone(), snapshot.name.clone(), vec![(image.clone(), true)]);
-            let tag = aside.tag.clone();
-            self.with_lent(lent, move |images| {
-                let kept = images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag);
-                if kept { Ok(()) } else { images.take(&image, &tag) }?;
-                images.apply(&image, &name)
+        for image in note.aside.images.clone() {
+            let (tag, lent, at) = (note.aside.tag.clone(), vec![(image.clone(), true)], image.clone());
+            self.with_lent(lent.clone(), move |images| {
+                let info = images.info(&at, "qcow2")?;
+                without_bitmaps(&at, &info.bitmaps())?;
+                if info.snapshots.iter().any(|inner| inner.name == tag) { Ok(()) } else { images.take(&at, &tag) }
             })
             .await?;
+            if let Some(begun) = &mut note.aside.begun {
+                begun.push(image.clone());
+                journal.note(written(&Note::Revert(note.clone()))?).await?;
+            }
+            let name = snapshot.name.clone();
+            self.with_lent(lent, move |images| images.apply(&image, &name)).await?;
             journal.step("image");
         }
+        let aside = &note.aside;
         for overlay in &aside.made {
             // Half of it may be there from a time before.
             let path = overlay.path.clone();
@@ -300,9 +328,11 @@ impl Operation {
     pub(super) async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
         for image in &aside.images {
             let (image, tag, lent) = (image.clone(), aside.tag.clone(), vec![(image.clone(), true)]);
+            // What was not begun is as it was, and why it could not be begun may be in the way of this, too.
+            let begun = aside.begun.as_ref().is_none_or(|begun| begun.contains(&image));
             self.with_lent(lent, move |images| {
                 if images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag) {
-                    images.apply(&image, &tag)?;
+                    if begun { images.apply(&image, &tag) } else { Ok(()) }?;
                     images.forget(&image, &tag)?;
                 }
                 Ok(())
@@ -374,12 +404,22 @@ impl Operation {
         }
         let mut abandoned = Vec::new();
         for (file, format, base) in files {
-            let is_new = !abandoned.contains(&file) && !needed(&file, kin);
+            let is_new = !abandoned.contains(&file) && !needed(&file, kin) && !self.is_open_elsewhere(&file).await;
             if is_new && self.is_mere_overlay(&file, &format, &base).await {
                 abandoned.push(file);
             }
         }
         abandoned
+    }
+
+    /// Whether somebody has an image open who is no guest of this machine's. While a guest of its own runs, nobody can tell.
+    pub(super) async fn is_open_elsewhere(&self, file: &Path) -> bool {
+        if self.body.is_some() {
+            return false;
+        }
+        let file = file.to_owned();
+        let told = self.with_images(move |_| Ok(lock::is_open(&file).unwrap_or(false)));
+        told.await.unwrap_or(true)
     }
 
     /// Overlays that reverts to a snapshot have made, each with what it stands on. A record may have been restored by
@@ -431,6 +471,12 @@ pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
     let made = |part: &DiskPart| matches!(&part.mode, DiskMode::External { path, .. } if path == file);
     kin.keep.iter().any(|kept| kept == file)
         || kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
+}
+
+/// What a snapshot's overlays have been laid on, and all below.
+fn frozen_by(snapshot: &Kept) -> Vec<PathBuf> {
+    let outside = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
+    outside.flat_map(|(disk, _)| chain(disk.path(), disk.backing.as_deref())).collect()
 }
 
 /// A disk's file and all below it.

@@ -47,7 +47,9 @@ const ABI_CHANGED: &str = "abi-changed";
 const NEW_PROCESS: &str = "new-process";
 /// There is a saved image that would no longer fit the disks.
 const MANAGED_SAVE: &str = "managed-save";
-const RISKS: [&str; 3] = [ABI_CHANGED, NEW_PROCESS, MANAGED_SAVE];
+/// What the snapshot froze has been written since: it is not what was taken.
+const FROZEN_CHANGED: &str = "frozen-changed";
+const RISKS: [&str; 4] = [ABI_CHANGED, NEW_PROCESS, MANAGED_SAVE, FROZEN_CHANGED];
 
 /// What an operation would do.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -64,6 +66,8 @@ pub struct Plan {
     pub events: Vec<Lifecycle>,
     /// Path, what becomes of it, bytes.
     pub files: Vec<(String, &'static str, u64)>,
+    /// Frozen files that have been written since.
+    pub changed: Vec<PathBuf>,
 }
 
 /// A revert that has been thought through.
@@ -147,6 +151,9 @@ impl Domain {
         let kin = self.kin(name, &[], &machine);
         let checked = driver.check_revert(&machine, &kept, &kin, in_place).await;
         let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        if !checked.changed.is_empty() {
+            risks.push(FROZEN_CHANGED);
+        }
         let keep = self.needed_elsewhere(&checked.files).await;
         checked.files.retain(|file| !keep.contains(&file.path));
         if active.is_some() && !in_place {
@@ -160,6 +167,7 @@ impl Domain {
             starts_new_process: active.is_some() && !in_place,
             events: events(now, active, in_place, persistent),
             files: told(&checked.files),
+            changed: checked.changed,
         };
         Ok(Planned { def, kept, machine, plan, keep, active, in_place })
     }
@@ -209,6 +217,11 @@ impl Domain {
                 }
                 NEW_PROCESS => {
                     format!("{NEW_PROCESS}: its hypervisor process ends, and with it displays and connections")
+                }
+                FROZEN_CHANGED => {
+                    let files: Vec<String> = plan.changed.iter().map(|file| file.display().to_string()).collect();
+                    let files = files.join(", ");
+                    format!("{FROZEN_CHANGED}: {files} has been written since it was frozen, and is not what was taken")
                 }
                 _ => format!("{MANAGED_SAVE}: its saved image is deleted, for it would not fit the disks"),
             });

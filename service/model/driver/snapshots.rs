@@ -259,6 +259,8 @@ pub struct Kin {
 pub struct RevertPlan {
     /// Files made and removed.
     pub files: Vec<FileChange>,
+    /// Frozen files that have been written since: what would be gone back to is not what was taken.
+    pub changed: Vec<PathBuf>,
 }
 
 /// Images that have been brought to a snapshot.
