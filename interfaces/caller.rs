@@ -4,6 +4,7 @@
 //! the calls, and says so here; nothing is kept of a name that has left.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -12,19 +13,37 @@ use zbus::{Connection, Message};
 /// How long the bus may take to answer.
 const PATIENCE: Duration = Duration::from_secs(25);
 
+/// What a client has not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// The bus keeps so many bytes for it.
+    Left(usize),
+    /// The bus did not say, this time.
+    NotNow,
+    /// This bus does not say such things.
+    Never,
+}
+
 type Tokens = HashMap<String, CancellationToken>;
 
 /// The clients of one bus.
 #[derive(Clone, Debug)]
 pub struct Callers {
-    connection: Connection,
+    connection: Arc<Mutex<Connection>>,
     tokens: Arc<Mutex<Tokens>>,
+    /// It was said that the bus does not tell what is unread.
+    warned: Arc<AtomicBool>,
 }
 
 impl Callers {
     /// The clients of the bus at the other end.
     pub fn new(connection: Connection) -> Callers {
-        Callers { connection, tokens: Arc::default() }
+        Callers { connection: Arc::new(Mutex::new(connection)), tokens: Arc::default(), warned: Arc::default() }
+    }
+
+    /// The same clients, by another connection to the same bus.
+    pub fn go_on_by(&self, connection: Connection) {
+        *self.connection.lock().unwrap_or_else(PoisonError::into_inner) = connection;
     }
 
     /// Asks the bus to tell of every name that leaves. The dispatcher hears it, so it must be running.
@@ -45,9 +64,24 @@ impl Callers {
         reply.and_then(|reply| reply.body().deserialize()).inspect_err(|error| tracing::debug!(name, %error)).ok()
     }
 
-    /// How many bytes the bus keeps for a client that has not read them. Error: this bus does not say.
-    pub async fn unread(&self, name: &str) -> zbus::Result<usize> {
-        let call = self.connection.call_method(
+    /// How many bytes the bus keeps for a client that has not read them.
+    pub async fn reading(&self, name: &str) -> Reading {
+        match self.unread(name).await {
+            Ok(bytes) => Reading::Left(bytes),
+            Err(error) => {
+                let never = is_not_offered(&error);
+                if never && !self.warned.swap(true, Ordering::Relaxed) {
+                    tracing::warn!(%error, "the bus does not tell how much its clients have left unread");
+                }
+                tracing::debug!(name, %error, "it is not known what a client has left unread");
+                if never { Reading::Never } else { Reading::NotNow }
+            }
+        }
+    }
+
+    async fn unread(&self, name: &str) -> zbus::Result<usize> {
+        let connection = self.connection();
+        let call = connection.call_method(
             Some("org.freedesktop.DBus"),
             "/org/freedesktop/DBus",
             Some("org.freedesktop.DBus.Debug.Stats"),
@@ -85,7 +119,11 @@ impl Callers {
 
     async fn ask(&self, member: &str, argument: &&str) -> zbus::Result<Message> {
         let (name, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-        within(self.connection.call_method(Some(name), path, Some(name), member, argument)).await
+        within(self.connection().call_method(Some(name), path, Some(name), member, argument)).await
+    }
+
+    fn connection(&self) -> Connection {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn lock(&self) -> MutexGuard<'_, Tokens> {
@@ -102,6 +140,20 @@ impl virt_service::Callers for Callers {
         tokio::spawn(self.clone().verify(bus_name.to_owned()));
         token
     }
+}
+
+/// Whether an error of the bus says that it never does what was asked, or not for us.
+fn is_not_offered(error: &zbus::Error) -> bool {
+    use zbus::DBusError as _;
+    let name = match error {
+        zbus::Error::MethodError(name, ..) => name.to_string(),
+        zbus::Error::FDO(error) => error.name().to_string(),
+        // An answer of another shape.
+        zbus::Error::MissingField => return true,
+        _ => return false,
+    };
+    let known = ["UnknownMethod", "UnknownInterface", "UnknownObject", "NotSupported", "AccessDenied"];
+    name.strip_prefix("org.freedesktop.DBus.Error.").is_some_and(|name| known.contains(&name))
 }
 
 async fn within(call: impl Future<Output = zbus::Result<Message>>) -> zbus::Result<Message> {

@@ -44,6 +44,7 @@ const FIELDS: &[Field] = &[
     ("CurrentSnapshot", "o"),
     ("SnapshotCount", "u"),
     ("Owner", "u"),
+    ("Broken", "s"),
 ];
 
 /// The object's path: the uuid with `-` written as `_`.
@@ -85,6 +86,7 @@ pub fn object(facts: &Arc<DomainFacts>) -> Object {
         Value::Path(&snapshot),
         Value::U32(facts.snapshot_count),
         Value::U32(facts.owner),
+        Value::Str(&facts.broken),
     ];
     let row = Row::new(FIELDS, &values);
     Object { path: path.into(), interface: INTERFACE, row, facts: Facts::Domain(facts.clone()) }

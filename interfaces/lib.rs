@@ -7,6 +7,7 @@ pub mod caller;
 mod domain;
 pub mod error;
 mod job;
+pub mod link;
 pub mod log;
 mod manager;
 pub mod polkit;
@@ -15,12 +16,14 @@ pub mod session;
 pub mod settings;
 mod snapshot;
 
-use bus::gate::Limits;
+use bus::gate::{Limits, Unread};
 use bus::outbox::Outbox;
+use bus::socket::Intake;
 use bus::table::Table;
-use bus::{Bus, Who};
+use bus::{Bus, Ways, Who};
 use caller::Callers;
 use publish::{Listener, Publisher};
+use std::fmt;
 use std::sync::Arc;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinHandle;
@@ -31,9 +34,6 @@ use zbus::{Connection, MessageStream};
 
 /// What virtd is called on a bus.
 pub const BUS_NAME: &str = "org.virt";
-
-/// Bytes of answers after which it is looked at whether a client of the bus reads them.
-const UNREAD: usize = 8 << 20;
 
 /// A service with its objects published, ready for connections.
 #[derive(Clone, Debug)]
@@ -65,28 +65,30 @@ impl Server {
         Ok(Server { table: Arc::new(table), publisher, mute })
     }
 
-    /// Serves the clients of a bus; ends with the connection. The name is the caller's to request, once this runs.
-    pub fn serve_bus(&self, connection: &Connection, callers: Callers) -> Serving {
-        let limits = Limits { unread: Some(UNREAD), ..Limits::default() };
-        self.serve(MessageStream::from(connection), None, Who::Bus(callers), limits)
+    /// Serves the clients of a bus; ends with the connection, whose socket is measured by `intake`. The name is the
+    /// caller's to request, once this runs.
+    pub fn serve_bus(&self, connection: &Connection, intake: Arc<Intake>, callers: Callers) -> Serving {
+        let limits = Limits { unread: Some(Unread::default()), ..Limits::default() };
+        let ways = Ways { intake, ..Ways::default() };
+        self.serve(MessageStream::from(connection), None, ways, Who::Bus(callers), limits)
     }
 
     /// Serves one peer, whose user is `uid`; ends with the connection. The stream must be the one that the connection
     /// was built with, or the first call may be lost.
     pub fn serve_peer(&self, stream: MessageStream, uid: u32) -> Serving {
         let connection = Connection::from(&stream);
-        self.serve(stream, Some(connection), Who::Peer(uid), Limits::default())
+        self.serve(stream, Some(connection), Ways::default(), Who::Peer(uid), Limits::default())
     }
 
-    fn serve(&self, stream: MessageStream, peer: Option<Connection>, who: Who, limits: Limits) -> Serving {
-        let outbox = Arc::new(Outbox::default());
+    fn serve(&self, stream: MessageStream, peer: Option<Connection>, ways: Ways, who: Who, limits: Limits) -> Serving {
+        let (intake, outbox) = (ways.intake.clone(), ways.outbox.clone());
         self.publisher.attach(Listener { outbox: outbox.clone(), peer });
-        let bus = Bus::new(self.table.clone(), self.publisher.rows().clone(), outbox.clone(), who, limits);
+        let bus = Bus::new(self.table.clone(), self.publisher.rows().clone(), ways, who, limits);
         let (server, ours) = (self.clone(), outbox.clone());
         let task = tokio::spawn(async move {
             let why = tokio::select! {
-                () = bus.run(stream) => "the connection has ended",
-                () = server.mute.cancelled() => "changes are not published any more",
+                () = bus.run(stream) => if intake.stalled() { End::Stalled } else { End::Closed },
+                () = server.mute.cancelled() => End::Mute,
             };
             server.publisher.detach(&ours);
             why
@@ -95,17 +97,41 @@ impl Server {
     }
 }
 
+/// Why a connection is not served any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// It has ended.
+    Closed,
+    /// The other end took nothing any more, so it was ended. Another may be made.
+    Stalled,
+    /// Changes are not published any more.
+    Mute,
+    /// A bug.
+    Bug,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            End::Closed => "the connection has ended",
+            End::Stalled => "the other end of the connection takes nothing",
+            End::Mute => "changes are not published any more",
+            End::Bug => "a bug in virtd ended its service; the log has more",
+        })
+    }
+}
+
 /// A connection being served.
 #[derive(Debug)]
 pub struct Serving {
-    task: JoinHandle<&'static str>,
+    task: JoinHandle<End>,
     outbox: Arc<Outbox>,
 }
 
 impl Serving {
     /// Waits until the connection is not served any more, and says why.
-    pub async fn ended(&mut self) -> &'static str {
-        (&mut self.task).await.unwrap_or("a bug in virtd ended its service; the log has more")
+    pub async fn ended(&mut self) -> End {
+        (&mut self.task).await.unwrap_or(End::Bug)
     }
 
     /// Waits until everything is sent.

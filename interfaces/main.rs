@@ -4,7 +4,6 @@
 
 use clap::Parser;
 use futures_util::StreamExt;
-use std::num::NonZeroUsize;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,18 +12,18 @@ use virt_drivers::DriverConfig;
 use virt_service::authz::Authority;
 use virt_service::{Service, Settings};
 use virtd::caller::Callers;
+use virtd::link::Link;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
 use virtd::settings::{Arguments, Config, Folders, Kind, QemuConfig};
-use virtd::{BUS_NAME, Server};
-use zbus::connection::Builder;
-use zbus::{Connection, Message};
+use virtd::{End, Server, Serving};
 
-/// How many messages may lie between socket and dispatcher.
-const QUEUED: NonZeroUsize = NonZeroUsize::new(1024).unwrap();
-
-/// How long the bus may take to let us in, and to take the last signals.
+/// How long the bus may take to take the last signals.
 const PATIENCE: Duration = Duration::from_secs(30);
+
+/// As many descriptors as we may have at once, where we are allowed as many: more than any number of guests needs, and
+/// few enough for programs that close each of them one by one.
+const DESCRIPTORS: u64 = 64 << 10;
 
 /// How long work on files may go on when all else has ended.
 const FILES: Duration = Duration::from_secs(5);
@@ -36,6 +35,7 @@ const STACK: usize = 16 << 20;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     virtd::log::begin(arguments.log_level);
+    raise_descriptors();
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK).build();
     let ended = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
@@ -58,63 +58,116 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let stop = stop()?;
     let folders = Folders::new(arguments, |name| std::env::var_os(name).map(Into::into))?;
     let config = Config::read(&folders.config.join("virtd.toml"))?;
-    let connection = connect(arguments.kind()).await?;
-    refuse_if_taken(&connection).await?;
+    let link = Link::connect(arguments.kind()).await?;
+    link.refuse_if_taken().await?;
     let _lock = folders.lock()?;
-    let callers = Callers::new(connection.clone());
-    let authority = authority(arguments.kind(), &connection).await?;
+    let callers = Callers::new(link.connection.clone());
+    let (authority, polkit) = authority(arguments.kind(), &link).await?;
     let drivers = virt_drivers::all(driver_config(arguments.kind(), config.qemu, &folders));
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
     let server = Server::new(&service, events).await?;
-    let mut serving = server.serve_bus(&connection, callers.clone());
+    let serving = server.serve_bus(&link.connection, link.intake.clone(), callers.clone());
     callers.listen().await.map_err(|error| format!("the bus does not tell who leaves: {error}"))?;
-    take_name(&connection).await?;
+    link.take_name().await?;
     service.begin_work().await.map_err(|error| error.to_string())?;
     tell(sd_notify::NotifyState::Ready);
     tracing::info!(version = env!("CARGO_PKG_VERSION"), "serving");
+    let mut served = Served { kind: arguments.kind(), link, server, serving, callers, polkit };
     tokio::select! {
-        why = serving.ended() => return Err(why.to_owned()),
+        why = served.ended() => return Err(why),
         () = stop => {}
     }
     tell(sd_notify::NotifyState::Stopping);
     tracing::info!("ending; guests go on");
     service.close().await;
     service.events().flush().await;
-    let _ = tokio::time::timeout(PATIENCE, serving.sent()).await;
+    let _ = tokio::time::timeout(PATIENCE, served.serving.sent()).await;
     Ok(())
 }
 
-async fn connect(kind: Kind) -> Result<Connection, String> {
-    let builder = match kind {
-        Kind::System => Builder::system(),
-        Kind::Session => Builder::session(),
-    };
-    // A bus whose policy keeps us out may never answer.
-    match tokio::time::timeout(PATIENCE, builder.max_queued(QUEUED).build()).await {
-        Ok(Ok(connection)) => Ok(connection),
-        Ok(Err(error)) => Err(format!("the bus cannot be reached: {error}")),
-        Err(_) => Err("the bus does not answer; does its policy allow us?".to_owned()),
+/// The bus, as long as we are on it.
+struct Served {
+    kind: Kind,
+    link: Link,
+    server: Server,
+    serving: Serving,
+    callers: Callers,
+    polkit: Option<(Arc<Bus>, Arc<Polkit>)>,
+}
+
+impl Served {
+    /// Waits until the bus is not served any more, whatever can be done about that; why.
+    async fn ended(&mut self) -> String {
+        loop {
+            match self.serving.ended().await {
+                End::Stalled => tracing::warn!("the bus takes nothing any more; connecting anew"),
+                why => return why.to_string(),
+            }
+            if let Err(why) = self.connect_anew().await {
+                return why;
+            }
+            tracing::warn!(
+                "connected anew; what was told meanwhile is lost, and who listens sees the name change hands"
+            );
+        }
+    }
+
+    /// Another connection takes the place of the one that has ended; all else stays.
+    async fn connect_anew(&mut self) -> Result<(), String> {
+        let link = Link::connect(self.kind).await?;
+        let former = std::mem::replace(&mut self.link, link);
+        let Link { connection, intake } = &self.link;
+        self.callers.go_on_by(connection.clone());
+        if let Some((bus, polkit)) = &self.polkit {
+            bus.go_on_by(connection).await.map_err(|error| deaf_to_polkit(&error))?;
+            heed_changes(bus, polkit).await?;
+            polkit.forget();
+        }
+        self.serving = self.server.serve_bus(connection, intake.clone(), self.callers.clone());
+        self.callers.listen().await.map_err(|error| format!("the bus does not tell who leaves: {error}"))?;
+        self.link.take_name_over(&former).await
     }
 }
 
 /// polkit on the system bus; on a session bus the user that virtd runs as.
-async fn authority(kind: Kind, connection: &Connection) -> Result<Arc<dyn Authority>, String> {
+async fn authority(kind: Kind, link: &Link) -> Result<(Arc<dyn Authority>, Option<(Arc<Bus>, Arc<Polkit>)>), String> {
     if kind == Kind::Session {
-        return Ok(Arc::new(OwnerOnly { uid: nix::unistd::geteuid().as_raw() }));
+        return Ok((Arc::new(OwnerOnly { uid: nix::unistd::geteuid().as_raw() }), None));
     }
-    let text = |error: zbus::Error| format!("polkit cannot be listened to: {error}");
-    let bus = Bus::new(connection).await.map_err(text)?;
-    let mut changes = bus.changes().await.map_err(text)?;
-    let polkit = Arc::new(Polkit::new(Arc::new(bus)));
+    let bus = Arc::new(Bus::new(&link.connection).await.map_err(|error| deaf_to_polkit(&error))?);
+    let polkit = Arc::new(Polkit::new(bus.clone()));
+    heed_changes(&bus, &polkit).await?;
+    Ok((polkit.clone(), Some((bus, polkit))))
+}
+
+/// Has polkit's answers forgotten when its rules may have changed, as long as the connection lasts.
+async fn heed_changes(bus: &Bus, polkit: &Arc<Polkit>) -> Result<(), String> {
+    let mut changes = bus.changes().await.map_err(|error| deaf_to_polkit(&error))?;
     let forgetful = polkit.clone();
     tokio::spawn(async move {
         while changes.next().await.is_some() {
             forgetful.forget();
         }
     });
-    Ok(polkit)
+    Ok(())
+}
+
+fn deaf_to_polkit(error: &zbus::Error) -> String {
+    format!("polkit cannot be listened to: {error}")
+}
+
+/// Lets us have more descriptors than a process usually may: every guest takes some.
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        let wanted = hard.min(DESCRIPTORS).max(soft);
+        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard)
+    });
+    if let Err(error) = raised {
+        tracing::warn!(%error, "the number of descriptors could not be raised");
+    }
 }
 
 /// What the drivers are told. On a session bus QEMU runs as we do.
@@ -128,40 +181,6 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         qemu_user: qemu.user,
         qemu_group: qemu.group,
     }
-}
-
-/// Another virtd's guests are not to be touched, so this is asked before anything is.
-async fn refuse_if_taken(connection: &Connection) -> Result<(), String> {
-    let answer = ask_bus(connection, "NameHasOwner", &BUS_NAME).await;
-    match answer.and_then(|reply| reply.body().deserialize()) {
-        Ok(false) => Ok(()),
-        Ok(true) => Err(taken()),
-        Err(error) => Err(format!("the bus does not say who has the name {BUS_NAME}: {error}")),
-    }
-}
-
-/// Requests the name. Whoever has it keeps it.
-async fn take_name(connection: &Connection) -> Result<(), String> {
-    const DO_NOT_QUEUE: u32 = 4;
-    const PRIMARY_OWNER: u32 = 1;
-    let answer = ask_bus(connection, "RequestName", &(BUS_NAME, DO_NOT_QUEUE)).await;
-    match answer.and_then(|reply| reply.body().deserialize()) {
-        Ok(PRIMARY_OWNER) => Ok(()),
-        Ok(_) => Err(taken()),
-        Err(error) => Err(format!("the bus does not give us the name {BUS_NAME}: {error}")),
-    }
-}
-
-fn taken() -> String {
-    format!("the name {BUS_NAME} is taken; another virtd runs on this bus")
-}
-
-async fn ask_bus<B>(connection: &Connection, member: &str, body: &B) -> zbus::Result<Message>
-where
-    B: serde::Serialize + zbus::DynamicType,
-{
-    let (bus, path) = ("org.freedesktop.DBus", "/org/freedesktop/DBus");
-    connection.call_method(Some(bus), path, Some(bus), member, body).await
 }
 
 /// A request to end. Listens from now on, so one that comes before anybody waits is not lost, nor ends virtd in disorder.

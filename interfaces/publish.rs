@@ -262,6 +262,7 @@ mod tests {
             current_snapshot: Some("before upgrade".into()),
             snapshot_count: 1,
             owner: 1000,
+            broken: String::new(),
         }
     }
 

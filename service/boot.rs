@@ -4,7 +4,7 @@ use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, now_usec, virtd_itself};
-use crate::store::{Ended, Loaded, Note, Status, on_disk};
+use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
 use std::collections::HashMap;
 use std::sync::Arc;
 use tokio::sync::{Semaphore, mpsc};
@@ -13,6 +13,7 @@ use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Condition, DomainEnd, Driver, Reconnect, Reconnected};
 use virt_model::state::{DomainState, PmSuspended, StateReason, Suspended};
+use virt_model::xml::Limits;
 
 /// How many guests are reconnected, or started, at once.
 const AT_ONCE: usize = 16;
@@ -20,13 +21,20 @@ const AT_ONCE: usize = 16;
 /// Fills the registry from disk and from the guests that run.
 pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let on = shared.clone();
-    let definitions = on_disk(move || on.store.load_definitions()).await?;
+    let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
     let cut_off: Vec<Uuid> =
         snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
-    for (uuid, xml, note) in definitions {
-        if let Err(e) = load_definition(shared, uuid, &xml, note, snapshots.remove(&uuid).unwrap_or_default()) {
+    // Where two have one name, it is whose it was.
+    definitions.sort_by_key(|stored| match &stored.found {
+        Found::Sound(def) if def.name == stored.note.name => 0,
+        Found::Sound(_) => 1,
+        Found::Broken { .. } => 2,
+    });
+    for stored in definitions {
+        let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
+        if let Err(e) = load_definition(shared, stored, kept) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
         }
     }
@@ -67,24 +75,51 @@ fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
     for uuid in shared.store.domains_with_snapshots() {
         match shared.store.load_snapshots(uuid) {
             Ok(loaded) => _ = all.insert(uuid, loaded),
-            Err(e) => tracing::error!(%uuid, "its snapshots are left alone: {e}"),
+            Err(e) => {
+                tracing::error!(%uuid, "its snapshots are left alone: {e}");
+                all.insert(
+                    uuid,
+                    Loaded { broken: Some(format!("its snapshots are not known: {e}")), ..Loaded::default() },
+                );
+            }
         }
     }
     Ok(all)
 }
 
-fn load_definition(shared: &Arc<Shared>, uuid: Uuid, xml: &str, note: Note, snapshots: Loaded) -> Result<()> {
-    let def = DomainDef::parse(xml).map_err(Error::ConfigInvalid)?;
-    if def.uuid != uuid {
-        return Err(Error::StorageFailed(format!("the file is named {uuid}, the domain in it is {}", def.uuid)));
-    }
-    let driver = shared.driver_for(&def.kind).cloned().ok_or_else(|| {
-        Error::ConfigUnsupported(format!("no driver serves domains of type '{}' in this virtd", def.kind))
-    })?;
+/// Makes a domain of a stored configuration; of one that cannot be used, a broken one that says why.
+fn load_definition(shared: &Arc<Shared>, stored: Stored, snapshots: Loaded) -> Result<()> {
+    let Stored { uuid, note, found } = stored;
+    let (def, broken) = match found {
+        Found::Sound(def) if shared.driver_for(&def.kind).is_none() => {
+            let why = format!("no driver serves domains of type '{}' in this virtd", def.kind);
+            (DomainDef { kind: def.kind, name: def.name, uuid, ..DomainDef::default() }, Some(why))
+        }
+        Found::Sound(def) => match shared.registry.look(uuid, &def.name) {
+            Ok(_) => (*def, None),
+            Err(e) => (DomainDef { kind: def.kind, uuid, ..DomainDef::default() }, Some(e.to_string())),
+        },
+        Found::Broken { why, name, kind } => {
+            let name = Some(note.name.clone()).filter(|name| !name.is_empty()).or(name).unwrap_or_default();
+            (DomainDef { kind: kind.unwrap_or_default(), name, uuid, ..DomainDef::default() }, Some(why))
+        }
+    };
     let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
-    enter(shared, Birth { def, persistent: true, driver, note, ended, snapshots })?;
+    let driver = likely_driver(shared, &note, &def.kind)?;
+    let mut birth = Birth { def, persistent: true, broken, driver, note, ended, snapshots };
+    if birth.broken.is_some() && (birth.def.name.is_empty() || shared.registry.look(uuid, &birth.def.name).is_err()) {
+        // Nobody knows its name, or another has it.
+        birth.def.name = uuid.to_string();
+    }
+    enter(shared, birth)?;
     Ok(())
+}
+
+/// Whose a domain is: of one that cannot be read, as far as that can be made out.
+fn likely_driver(shared: &Shared, note: &Note, kind: &str) -> Result<Arc<dyn Driver>> {
+    let driver = shared.driver_for(kind).or_else(|| shared.driver_named(&note.driver)).or(shared.drivers.first());
+    driver.cloned().ok_or_else(|| Error::ConfigUnsupported("this virtd has no driver at all".to_owned()))
 }
 
 /// Registers a domain found on disk.
@@ -105,7 +140,7 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status, snapshots:
         .driver_named(&status.driver)
         .cloned()
         .ok_or_else(|| Error::ConfigUnsupported(format!("this virtd has no driver '{}'", status.driver)))?;
-    let live = DomainDef::parse(&status.live).map_err(Error::ConfigInvalid)?;
+    let (live, unread) = live_configuration(shared, uuid, &status);
     let file = shared.store.status_file(uuid, status.clone());
     let (events, reports) = mpsc::unbounded_channel();
     let reconnected = match &status.record {
@@ -126,12 +161,34 @@ async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status, snapshots:
     match reconnected {
         Some(Reconnected { instance, condition }) => {
             let domain = domain_of(shared, driver, &live, &status, snapshots)?;
+            unread.iter().for_each(|why| domain.has_lost_sight(why));
             domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
             tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
         }
         None => has_gone(shared, uuid, driver.as_ref(), &live).await?,
     }
     Ok(())
+}
+
+/// What a guest runs with: it was found good when the guest started, so whatever can be read of it counts. Where that is
+/// nothing, the stored configuration stands for it, or else its mere name; then also why.
+fn live_configuration(shared: &Shared, uuid: Uuid, status: &Status) -> (DomainDef, Option<Error>) {
+    let (live, findings) = DomainDef::parse_leniently_within(&status.live, Limits::STORED);
+    let why = findings.first().map(ToString::to_string).unwrap_or_default();
+    match live {
+        Some(live) if live.uuid == uuid && !live.name.is_empty() => {
+            if !why.is_empty() {
+                tracing::warn!(%uuid, name = live.name, "what its guest runs with is no longer taken as it is: {why}");
+            }
+            (live, None)
+        }
+        _ => {
+            let error = Error::StorageFailed(format!("what its guest runs with cannot be read: {why}"));
+            let stored = shared.registry.get(uuid).and_then(|domain| domain.stored());
+            let nameless = || DomainDef { name: uuid.to_string(), uuid, ..DomainDef::default() };
+            (stored.map_or_else(nameless, |stored| DomainDef::clone(&stored)), Some(error))
+        }
+    }
 }
 
 /// What a guest did when its state was last kept.
@@ -155,9 +212,12 @@ fn domain_of(
     status: &Status,
     snapshots: Loaded,
 ) -> Result<Arc<Domain>> {
-    let note = Note { owner: status.owner, autostart: false };
+    if let Some(domain) = shared.registry.get(live.uuid) {
+        return Ok(domain);
+    }
+    let note = Note { owner: status.owner, ..Note::default() };
     let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-    enter(shared, Birth { def: live.clone(), persistent: false, driver, note, ended, snapshots })
+    enter(shared, Birth { def: live.clone(), persistent: false, broken: None, driver, note, ended, snapshots })
 }
 
 /// A guest ended while virtd was away, or its start was cut off.

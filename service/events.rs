@@ -55,6 +55,8 @@ pub struct DomainFacts {
     pub snapshot_count: u32,
     /// The uid that defined it.
     pub owner: u32,
+    /// Empty, or why its files cannot be used.
+    pub broken: String,
 }
 
 /// All that is published of a snapshot, at one moment.

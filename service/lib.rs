@@ -192,7 +192,11 @@ impl Service {
             add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
             add_findings(&mut findings, self.shared.frozen_in(&def).await);
         }
-        if let Err(conflict) = self.shared.registry.look(def.uuid, &def.name) {
+        let conflict = self.shared.registry.look(def.uuid, &def.name);
+        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def)).await {
+            add_findings(&mut findings, found);
+        }
+        if let Err(conflict) = conflict {
             findings.push(Finding {
                 kind: FindingKind::Invalid,
                 line: 0,
@@ -283,6 +287,7 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
+        let def = *readable(Box::new(def)).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
@@ -329,7 +334,7 @@ impl Service {
         def: DomainDef,
         persistent: bool,
     ) -> Result<Arc<Domain>> {
-        let note = Note { owner: caller.uid, autostart: false };
+        let note = Note { owner: caller.uid, ..Note::default() };
         let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
         let (shared, uuid) = (self.shared.clone(), def.uuid);
         // A transient domain of that uuid may have left some.
@@ -340,7 +345,7 @@ impl Service {
                 return Err(e);
             }
         };
-        Ok(Domain::new(self.shared.clone(), Birth { def, persistent, driver, note, ended, snapshots }))
+        Ok(Domain::new(self.shared.clone(), Birth { def, persistent, broken: None, driver, note, ended, snapshots }))
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {
@@ -407,6 +412,18 @@ async fn document<T: Send + 'static>(xml: &str, read: fn(&str) -> T) -> T {
     }
     let text = xml.to_owned();
     aside(move || read(&text)).await
+}
+
+/// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
+async fn readable(def: Box<DomainDef>) -> Result<Box<DomainDef>> {
+    aside(move || match store::acceptable(&def) {
+        Ok(()) => Ok(def),
+        Err(message) => {
+            let path = "/".to_owned();
+            Err(Error::ConfigInvalid(vec![Finding { kind: FindingKind::Invalid, line: 0, column: 0, path, message }]))
+        }
+    })
+    .await
 }
 
 /// Computes on a thread of its own.

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
-//!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first)
+//!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first); and what is to be known of a
+//!                                 configuration that cannot be read: name, driver
 //!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
@@ -10,6 +11,8 @@
 //!  <runtime>/autostarted          autostart was done since the host booted
 //!  <log>/<uuid>.log               the hypervisor's own output
 //! ```
+//!
+//! What could not be read again is not written: whoever stores a document learns here that the reader would refuse it.
 
 mod snapshots;
 
@@ -17,15 +20,18 @@ pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
 use crate::job::lock;
+use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
-use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
+use std::io::{self, Read as _, Write as _};
+use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
+use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::Recorder;
 use virt_model::state::{DomainState, StateReason};
+use virt_model::xml::{Limits, shorten, unreadable};
 
 /// The folders of one virtd.
 #[derive(Clone, Debug)]
@@ -39,10 +45,48 @@ pub struct Paths {
 }
 
 /// What XML has no word for.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Note {
     pub owner: u32,
     pub autostart: bool,
+    /// As in the configuration; empty in older notes.
+    #[serde(default)]
+    pub name: String,
+    /// Whose it is; empty in older notes.
+    #[serde(default)]
+    pub driver: String,
+}
+
+/// A stored configuration as it was found.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub uuid: Uuid,
+    pub note: Note,
+    pub found: Found,
+}
+
+/// What a stored configuration says.
+#[derive(Debug)]
+pub(crate) enum Found {
+    Sound(Box<DomainDef>),
+    /// Why it cannot be used, and its name and type as far as they can be made out.
+    Broken {
+        why: String,
+        name: Option<String>,
+        kind: Option<String>,
+    },
+}
+
+/// The form that is stored.
+const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+
+/// The largest file of our own that is read, in bytes.
+const MAX_FILE: u64 = 64 << 20;
+
+/// Refuses a configuration that could not be read again where it is shown, stored and given back. To be asked before
+/// anything is begun.
+pub(crate) fn acceptable(def: &DomainDef) -> Result<(), String> {
+    def.write_readable(STORED, Limits::ACCEPTED).map(drop)
 }
 
 /// Why a domain is shut off, and since when.
@@ -99,9 +143,11 @@ impl Store {
     }
 
     /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
-    pub fn save_definition(&self, uuid: Uuid, xml: &str, note: &Note) -> Result<()> {
+    /// Nothing is written of one that could not be read again.
+    pub fn save_definition(&self, uuid: Uuid, def: &DomainDef, note: &Note) -> Result<()> {
+        let text = def.write_readable(STORED, Limits::STORED).map_err(|why| not_kept(&def.name, &why))?;
         self.save_note(uuid, note)?;
-        replace(&self.definition(uuid), xml.as_bytes())
+        replace(&self.definition(uuid), text.as_bytes())
     }
 
     pub fn save_note(&self, uuid: Uuid, note: &Note) -> Result<()> {
@@ -118,8 +164,8 @@ impl Store {
         Ok(())
     }
 
-    /// All configurations with their notes. One that cannot be read is logged, left alone and left out.
-    pub fn load_definitions(&self) -> Result<Vec<(Uuid, String, Note)>> {
+    /// All configurations with their notes. One that cannot be read is logged and left alone, and is among them.
+    pub fn load_definitions(&self) -> Result<Vec<Stored>> {
         let mut found = Vec::new();
         for uuid in uuids(&self.definitions(), "xml")? {
             let path = self.definition(uuid);
@@ -127,13 +173,14 @@ impl Store {
                 Ok(note) => note,
                 Err(e) => {
                     tracing::warn!(%uuid, "{e}; owner and autostart of this domain are lost, root owns it now");
-                    Note { owner: 0, autostart: false }
+                    Note::default()
                 }
             };
-            match fs::read_to_string(&path) {
-                Ok(xml) => found.push((uuid, xml, note)),
-                Err(e) => tracing::error!(%uuid, "{}; it is left alone", Error::from_io("read", &path, &e)),
+            let definition = read_definition(&path, uuid);
+            if let Found::Broken { why, .. } = &definition {
+                tracing::error!(%uuid, "its stored configuration is left alone: {why}");
             }
+            found.push(Stored { uuid, note, found: definition });
         }
         self.remove_lonely_notes()?;
         Ok(found)
@@ -254,11 +301,18 @@ pub(crate) struct StatusFile {
 }
 
 impl StatusFile {
-    /// Changes it and writes it. On failure it is as before. Nothing is written of a guest that has gone.
+    /// Changes it and writes it. On failure it is as before. Nothing is written of a guest that has gone, nor a
+    /// configuration that could not be read again: then the one before it, which could, is what finds the guest.
     pub fn update(&self, change: impl FnOnce(&mut Status)) -> Result<()> {
         let mut status = lock(&self.status);
         let Some(mut changed) = status.clone() else { return Ok(()) };
+        let before = changed.live.clone();
         change(&mut changed);
+        if changed.live != before
+            && let Err(findings) = DomainDef::parse_within(&changed.live, Limits::STORED)
+        {
+            return Err(Error::OperationUnsupported(format!("what runs cannot be kept: {}", unreadable(&findings))));
+        }
         replace_json(&self.path, &changed)?;
         *status = Some(changed);
         Ok(())
@@ -293,8 +347,55 @@ fn uuids(folder: &Path, extension: &str) -> Result<Vec<Uuid>> {
     Ok(found)
 }
 
+/// A stored configuration, or why it cannot be used.
+fn read_definition(path: &Path, uuid: Uuid) -> Found {
+    let text = match read_bytes(path) {
+        Ok(text) => text,
+        Err(e) => {
+            let why = Error::from_io("read", path, &e).to_string();
+            return Found::Broken { why, name: None, kind: None };
+        }
+    };
+    let text = String::from_utf8_lossy(&text);
+    match DomainDef::parse_within(&text, Limits::STORED) {
+        Ok(def) if def.uuid == uuid => Found::Sound(Box::new(def)),
+        Ok(def) => {
+            let why = format!("{} holds the domain {}", path.display(), def.uuid);
+            Found::Broken { why, name: Some(def.name), kind: Some(def.kind) }
+        }
+        Err(findings) => {
+            let first = findings.first().map(ToString::to_string).unwrap_or_default();
+            let (def, _) = DomainDef::parse_leniently_within(&text, Limits::STORED);
+            let (name, kind) = def.map(|def| (def.name, def.kind)).unzip();
+            let why = format!("{} cannot be read: {first}", path.display());
+            Found::Broken { why, name: name.filter(|name| !name.is_empty()), kind }
+        }
+    }
+}
+
+/// Why a configuration is not stored.
+fn not_kept(name: &str, why: &str) -> Error {
+    Error::OperationUnsupported(format!("the configuration of domain '{}' is not kept: {why}", shorten(name)))
+}
+
+/// A plain file's content, as far as one of our own is read.
+fn read_bytes(path: &Path) -> io::Result<Vec<u8>> {
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOFOLLOW;
+    let file = fs::File::options().read(true).custom_flags(flags.bits()).open(path)?;
+    let about = file.metadata()?;
+    if !about.is_file() {
+        return Err(io::Error::other("it is no plain file"));
+    }
+    let mut content = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut content)?;
+    if content.len() as u64 > MAX_FILE {
+        return Err(io::Error::other(format!("it has more than {MAX_FILE} bytes")));
+    }
+    Ok(content)
+}
+
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let text = fs::read(path).map_err(|e| Error::from_io("read", path, &e))?;
+    let text = read_bytes(path).map_err(|e| Error::from_io("read", path, &e))?;
     serde_json::from_slice(&text).map_err(|e| Error::StorageFailed(format!("cannot read {}: {e}", path.display())))
 }
 

@@ -33,6 +33,8 @@ pub struct Found {
     pub choosers: BTreeSet<u32>,
     /// Somebody who is neither root nor the file's owner could have put its name there.
     pub planted: bool,
+    /// The first folder on the way in which others than root may make, rename or remove names, the sticky ones included.
+    pub exposed: Option<PathBuf>,
 }
 
 impl Found {
@@ -90,6 +92,21 @@ impl Place {
         Ok(Place { dir: found.fd, name: name.to_owned() })
     }
 
+    /// The place of that name in a directory that is held.
+    pub fn in_folder(dir: OwnedFd, name: &OsStr) -> Place {
+        Place { dir, name: name.to_owned() }
+    }
+
+    /// The directory.
+    pub fn folder_fd(&self) -> &OwnedFd {
+        &self.dir
+    }
+
+    /// The last part of the path.
+    pub fn name(&self) -> &OsStr {
+        &self.name
+    }
+
     /// The directory, by a path that nobody can bend.
     pub fn dir(&self) -> PathBuf {
         through(&self.dir)
@@ -109,6 +126,7 @@ struct Walk {
     todo: VecDeque<OsString>,
     links: usize,
     choosers: BTreeSet<u32>,
+    exposed: Option<PathBuf>,
 }
 
 impl Walk {
@@ -123,6 +141,7 @@ impl Walk {
             todo: VecDeque::new(),
             links: 0,
             choosers: BTreeSet::new(),
+            exposed: None,
         };
         walk.push(path);
         Ok(walk)
@@ -148,10 +167,14 @@ impl Walk {
             let others_write = dir.st_mode & 0o022 != 0;
             others_write || (dir.st_uid != 0 && dir.st_uid != stat.st_uid)
         });
-        Ok(Found { fd: self.at, real: self.real, stat, choosers: self.choosers, planted })
+        Ok(Found { fd: self.at, real: self.real, stat, choosers: self.choosers, planted, exposed: self.exposed })
     }
 
     fn step(&mut self, name: &OsStr) -> io::Result<()> {
+        let folder = fstat(&self.at)?;
+        if self.exposed.is_none() && (folder.st_uid != 0 || folder.st_mode & 0o022 != 0) {
+            self.exposed = Some(self.real.clone());
+        }
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let next = openat(&self.at, name, flags, Mode::empty())?;
         let stat = fstat(&next)?;
@@ -163,7 +186,7 @@ impl Walk {
         } else {
             self.real.push(name);
         }
-        self.parent = Some(fstat(&self.at)?);
+        self.parent = Some(folder);
         self.at = next;
         Ok(())
     }

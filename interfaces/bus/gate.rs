@@ -8,10 +8,14 @@
 //! All limits are checked when a call arrives, and a call without a reply counts like any other. Senders take turns, so
 //! one with hundreds of calls holds up only itself. Nothing here waits: the dispatch loop calls it.
 //!
+//! **Shares.** Calls at work are bounded in all, so are bytes, of calls that wait or run and of answers that are unread; and
+//! no user may have more of them than it leaves to others. Senders whose user nobody has asked for yet count as one user.
+//!
 //! **Readers.** A bus keeps what a client has not read yet, and counts it against us: dbus-daemon stops listening to a
-//! service of which it holds 127 MiB. So a sender that has been answered with [`Limits::unread`] bytes is looked at by
-//! the dispatcher; while it does not read, its calls wait here, the quick ones too. Should its queue fill up even so, its
-//! calls are dropped without an answer, which it would not read.
+//! service of which it holds 127 MiB. So a sender that has been answered with [`Unread::of_sender`] bytes, or whose user
+//! has more unread than its share, is looked at by the dispatcher; while it does not read, its calls wait here, the quick
+//! ones too. Should its queue fill up even so, its calls are dropped without an answer, which it would not read. What it
+//! was answered counts as unread until the bus says otherwise.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
@@ -35,12 +39,30 @@ pub struct Limits {
     pub running_of_user: usize,
     /// Calls of one user in queues.
     pub waiting_of_user: usize,
-    /// Calls at work in all.
+    /// Calls at work in all, of which no user has more than it leaves to others.
     pub running_in_all: usize,
-    /// Bytes in all.
+    /// Bytes in all, of which no user has more than it leaves to others.
     pub bytes_in_all: usize,
-    /// Bytes of answers after which a sender's reading is looked at; `None`: never.
-    pub unread: Option<usize>,
+    /// How much may be unread; `None`: it is not looked at.
+    pub unread: Option<Unread>,
+}
+
+/// How many bytes of answers may be unread.
+#[derive(Clone, Copy, Debug)]
+pub struct Unread {
+    /// By one sender, before its reading is looked at.
+    pub of_sender: usize,
+    /// By one sender whose user nobody has asked for yet.
+    pub of_stranger: usize,
+    /// In all, of which no user has more than it leaves to others. Two of the largest answers can come on top: those
+    /// that are being made.
+    pub in_all: usize,
+}
+
+impl Default for Unread {
+    fn default() -> Unread {
+        Unread { of_sender: 4 << 20, of_stranger: 256 << 10, in_all: 48 << 20 }
+    }
 }
 
 impl Default for Limits {
@@ -52,7 +74,7 @@ impl Default for Limits {
             running_of_user: 512,
             waiting_of_user: 4096,
             running_in_all: 2048,
-            bytes_in_all: 128 << 20,
+            bytes_in_all: 48 << 20,
             unread: None,
         }
     }
@@ -105,11 +127,15 @@ pub struct Gate {
 #[derive(Debug, Default)]
 struct State {
     senders: HashMap<Arc<str>, Sender>,
-    users: HashMap<u32, User>,
+    /// By uid; `None` is whoever is not known yet.
+    users: HashMap<Option<u32>, User>,
     /// Senders that have calls waiting, in turn.
     turns: VecDeque<Arc<str>>,
     running: usize,
+    /// Of calls that wait or run.
     bytes: usize,
+    /// Of answers.
+    unread: usize,
 }
 
 #[derive(Debug, Default)]
@@ -128,6 +154,8 @@ struct Sender {
 struct User {
     running: usize,
     waiting: usize,
+    bytes: usize,
+    unread: usize,
 }
 
 impl Gate {
@@ -143,21 +171,19 @@ impl Gate {
         let name: Arc<str> = senders.get_key_value(sender).map_or_else(|| sender.into(), |(name, _)| name.clone());
         let line = senders.entry(name.clone()).or_default();
         let cost = message.data().len() + OVERHEAD;
-        let user = line.uid.map(|uid| users.entry(uid).or_default());
-        let refused = self.refusal(line, user.as_deref(), *bytes, cost);
-        match refused {
+        match self.refusal(line, users.get(&line.uid).unwrap_or(&User::default()), *bytes, cost) {
             Some(_) if line.held => return Admission::Dropped,
             Some(why) => return Admission::Refused(why),
             None => {}
         }
-        if let Some(user) = user {
-            user.waiting += 1;
-        }
+        let user = users.entry(line.uid).or_default();
         if line.waiting.is_empty() {
             turns.push_back(name);
         }
         line.waiting.push_back(message);
         line.bytes += cost;
+        user.waiting += 1;
+        user.bytes += cost;
         *bytes += cost;
         let known = line.asked || line.uid.is_some();
         line.asked = true;
@@ -165,7 +191,7 @@ impl Gate {
     }
 
     /// Why a call of `cost` bytes may not come in.
-    fn refusal(&self, line: &Sender, user: Option<&User>, bytes: usize, cost: usize) -> Option<String> {
+    fn refusal(&self, line: &Sender, user: &User, bytes: usize, cost: usize) -> Option<String> {
         let limits = &self.limits;
         if line.waiting.len() >= limits.waiting {
             return Some(format!(
@@ -176,27 +202,36 @@ impl Gate {
         if line.bytes + cost > limits.bytes {
             return Some(format!("the calls of this client that wait for answers exceed {} bytes", limits.bytes));
         }
-        if user.is_some_and(|user| user.waiting >= limits.waiting_of_user) {
+        if user.waiting >= limits.waiting_of_user {
             return Some(format!("{} calls of this user are waiting already", limits.waiting_of_user));
         }
-        let full = bytes + cost > limits.bytes_in_all;
-        full.then(|| "virtd holds as many calls as it may; try again later".to_owned())
+        if bytes + cost > limits.bytes_in_all {
+            return Some("virtd holds as many calls as it may; try again later".to_owned());
+        }
+        let left = limits.bytes_in_all - bytes - cost;
+        (user.bytes + cost > left).then(|| {
+            "the calls of this user that wait for answers take more than its share; wait for answers before calling again"
+                .to_owned()
+        })
     }
 
     /// A sender's user is now known; or cannot be, and its calls are forgotten and returned.
     pub fn identified(&self, sender: &str, uid: Option<u32>) -> Vec<Message> {
         let mut state = self.lock();
-        let State { senders, users, .. } = &mut *state;
-        let Some(line) = senders.get_mut(sender) else { return Vec::new() };
         match uid {
             Some(uid) => {
-                if line.uid.replace(uid).is_none() {
-                    users.entry(uid).or_default().waiting += line.waiting.len();
-                }
+                state.becomes_known(sender, uid);
                 Vec::new()
             }
             None => state.forget(sender),
         }
+    }
+
+    /// Whether somebody must find out who a sender is; said once.
+    pub fn is_to_be_asked_for(&self, sender: &str) -> bool {
+        let mut state = self.lock();
+        let Some(line) = state.senders.get_mut(sender) else { return false };
+        !std::mem::replace(&mut line.asked, true) && line.uid.is_none()
     }
 
     /// The next call that may begin.
@@ -221,7 +256,10 @@ impl Gate {
         let cost = size + OVERHEAD;
         state.running -= 1;
         state.bytes = state.bytes.saturating_sub(cost);
-        state.release(uid, |user| user.running -= 1);
+        state.release(Some(uid), |user| {
+            user.running -= 1;
+            user.bytes = user.bytes.saturating_sub(cost);
+        });
         if let Some(line) = state.senders.get_mut(sender) {
             line.running -= 1;
             line.bytes = line.bytes.saturating_sub(cost);
@@ -262,21 +300,43 @@ impl Gate {
     pub fn answered(&self, sender: &str, size: usize) -> bool {
         let Some(limit) = self.limits.unread else { return false };
         let mut state = self.lock();
-        let Some(line) = state.senders.get_mut(sender) else { return false };
-        line.unread += size + OVERHEAD;
-        let begins = line.unread > limit && !line.held;
+        let cost = size + OVERHEAD;
+        let State { senders, users, unread, .. } = &mut *state;
+        let Some(line) = senders.get_mut(sender) else { return false };
+        let user = users.entry(line.uid).or_default();
+        line.unread += cost;
+        user.unread += cost;
+        *unread += cost;
+        let own = if line.uid.is_some() { limit.of_sender } else { limit.of_stranger };
+        let begins = !line.held && (line.unread > own || user.unread > limit.in_all.saturating_sub(*unread));
         line.held |= begins;
         begins
     }
 
-    /// A held sender has only so many bytes left to read. True: that will do, its calls go on.
+    /// Whether a sender's answers wait until it has read. One that has left may be answered: nobody keeps that.
+    pub fn is_held(&self, sender: &str) -> bool {
+        self.lock().senders.get(sender).is_some_and(|line| line.held)
+    }
+
+    /// Of a held sender the bus keeps so many bytes. True: that will do, its calls go on.
     pub fn drained(&self, sender: &str, left: usize) -> bool {
-        let limit = self.limits.unread.unwrap_or(usize::MAX);
+        let Some(limit) = self.limits.unread else { return true };
         let mut state = self.lock();
-        let Some(line) = state.senders.get_mut(sender) else { return true };
-        line.held = left > limit / 2;
+        let State { senders, users, unread, .. } = &mut *state;
+        let Some(line) = senders.get_mut(sender) else { return true };
+        let user = users.entry(line.uid).or_default();
+        user.unread = (user.unread + left).saturating_sub(line.unread);
+        *unread = (*unread + left).saturating_sub(line.unread);
         line.unread = left;
-        !line.held
+        line.held = left > limit.of_sender / 2 || user.unread > limit.in_all.saturating_sub(*unread);
+        let (uid, goes_on) = (line.uid, !line.held);
+        state.release(uid, |_| ());
+        goes_on
+    }
+
+    /// What a held sender may have unread, by what it was answered.
+    pub fn unread(&self, sender: &str) -> usize {
+        self.lock().senders.get(sender).map_or(0, |line| line.unread)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -289,9 +349,10 @@ impl State {
     fn begin(&mut self, sender: &Arc<str>, limits: &Limits) -> Option<Work> {
         let line = self.senders.get_mut(sender)?;
         let uid = line.uid?;
-        let user = self.users.entry(uid).or_default();
-        let share = line.running < limits.running && user.running < limits.running_of_user;
-        if line.held || !share || self.running >= limits.running_in_all {
+        let user = self.users.entry(line.uid).or_default();
+        let left = limits.running_in_all.saturating_sub(self.running);
+        let share = line.running < limits.running && user.running < limits.running_of_user.min(left);
+        if line.held || !share {
             return None;
         }
         let message = line.waiting.pop_front()?;
@@ -302,27 +363,50 @@ impl State {
         Some(Work { message, sender: sender.clone(), uid, departed: line.departed.clone() })
     }
 
-    /// Drops a sender and its queue; its calls at work stay counted in all.
+    /// What a sender has counted for a stranger's counts for its user.
+    fn becomes_known(&mut self, sender: &str, uid: u32) {
+        let Some(line) = self.senders.get_mut(sender) else { return };
+        if line.uid.is_some() {
+            return;
+        }
+        line.uid = Some(uid);
+        let (waiting, bytes, unread) = (line.waiting.len(), line.bytes, line.unread);
+        let user = self.users.entry(Some(uid)).or_default();
+        user.waiting += waiting;
+        user.bytes += bytes;
+        user.unread += unread;
+        self.release(None, |user| user.give_back(waiting, bytes, unread));
+    }
+
+    /// Drops a sender and its queue; its calls at work stay counted.
     fn forget(&mut self, sender: &str) -> Vec<Message> {
         let Some(line) = self.senders.remove(sender) else { return Vec::new() };
         line.departed.cancel();
         self.turns.retain(|name| **name != *sender);
         let waiting: usize = line.waiting.iter().map(|message| message.data().len() + OVERHEAD).sum();
         self.bytes = self.bytes.saturating_sub(waiting);
-        if let Some(uid) = line.uid {
-            self.release(uid, |user| user.waiting -= line.waiting.len());
-        }
+        self.unread = self.unread.saturating_sub(line.unread);
+        self.release(line.uid, |user| user.give_back(line.waiting.len(), waiting, line.unread));
         line.waiting.into()
     }
 
     /// Gives back part of a user's share, and forgets a user who has none left.
-    fn release(&mut self, uid: u32, give_back: impl FnOnce(&mut User)) {
+    fn release(&mut self, uid: Option<u32>, give_back: impl FnOnce(&mut User)) {
         if let Entry::Occupied(mut user) = self.users.entry(uid) {
             give_back(user.get_mut());
-            if user.get().running == 0 && user.get().waiting == 0 {
+            let User { running, waiting, unread, .. } = user.get();
+            if (*running, *waiting, *unread) == (0, 0, 0) {
                 user.remove();
             }
         }
+    }
+}
+
+impl User {
+    fn give_back(&mut self, waiting: usize, bytes: usize, unread: usize) {
+        self.waiting = self.waiting.saturating_sub(waiting);
+        self.bytes = self.bytes.saturating_sub(bytes);
+        self.unread = self.unread.saturating_sub(unread);
     }
 }
 
@@ -395,34 +479,121 @@ mod tests {
 
     #[test]
     fn leaving_gives_everything_back() {
-        let gate = gate(Limits { bytes: 4096, bytes_in_all: 4096, ..Limits::default() });
+        let limits = Limits { bytes: 4096, bytes_in_all: 8192, unread: Some(Unread::default()), ..Limits::default() };
+        let gate = gate(limits);
         gate.admit("a", call());
         gate.identified("a", Some(1));
+        gate.answered("a", 100);
         let work = gate.next().unwrap();
         while gate.admit("a", call()) == Admission::Queued {}
-        assert!(matches!(gate.admit("b", call()), Admission::Refused(_)));
         gate.left("a");
         assert!(gate.next().is_none() && work.departed.is_cancelled());
         gate.ended("a", work.uid, work.message.data().len());
         let state = gate.lock();
-        assert_eq!((state.bytes, state.running, state.users.len(), state.turns.len()), (0, 0, 0, 0));
+        assert_eq!((state.bytes, state.unread, state.running), (0, 0, 0));
+        assert_eq!((state.users.len(), state.turns.len(), state.senders.len()), (0, 0, 0));
         drop(state);
         assert_eq!(gate.admit("b", call()), Admission::Stranger);
     }
 
+    /// As many calls as the user's senders, of which each has a few, may bring in.
+    fn fill(gate: &Gate, uid: u32) -> usize {
+        let mut taken = 0;
+        for number in 0.. {
+            let sender = format!("{uid}.{number}");
+            let before = taken;
+            gate.admit(&sender, call());
+            gate.identified(&sender, Some(uid));
+            while gate.admit(&sender, call()) == Admission::Queued {
+                taken += 1;
+            }
+            if taken == before {
+                break;
+            }
+        }
+        gate.lock().users.get(&Some(uid)).map_or(0, |user| user.bytes)
+    }
+
+    #[test]
+    fn bytes_are_bounded_over_all_senders_and_something_is_left_for_the_next_user() {
+        const ALL: usize = 64 << 10;
+        let gate = gate(Limits { bytes: 4096, bytes_in_all: ALL, ..Limits::default() });
+        let first = fill(&gate, 1);
+        // One call of theirs may have come in while nobody knew whose it was.
+        assert!(first > ALL / 2 - 2048 && first < ALL / 2 + 1024, "{first}");
+        let second = fill(&gate, 2);
+        assert!(second > ALL / 4 - 2048 && second < ALL / 4 + 1024, "{second}");
+        let third = fill(&gate, 3);
+        assert!(third > ALL / 8 - 2048 && third < ALL / 8 + 1024, "{third}");
+        assert!(gate.lock().bytes <= ALL);
+    }
+
+    #[test]
+    fn senders_nobody_knows_yet_are_one_user() {
+        const ALL: usize = 64 << 10;
+        let gate = gate(Limits { bytes_in_all: ALL, ..Limits::default() });
+        let refused =
+            (0..1000).find(|number| matches!(gate.admit(&format!(":{number}"), call()), Admission::Refused(_)));
+        assert!(refused.is_some());
+        assert!(gate.lock().bytes <= ALL / 2);
+        // Whose user is found counts for it from then on, and nobody more for the others.
+        gate.identified(":0", Some(7));
+        assert_eq!(gate.admit(":1001", call()), Admission::Stranger);
+        assert!(gate.lock().users[&Some(7)].bytes > 0);
+    }
+
+    fn unread(of_sender: usize, in_all: usize) -> Limits {
+        let unread = Unread { of_sender, of_stranger: of_sender, in_all };
+        Limits { unread: Some(unread), waiting: 1, ..Limits::default() }
+    }
+
     #[test]
     fn who_does_not_read_waits() {
-        let gate = gate(Limits { unread: Some(2000), waiting: 1, ..Limits::default() });
+        let gate = gate(unread(2000, 1 << 20));
         assert_eq!(gate.meet("a"), Standing::Free);
         assert!(!gate.answered("a", 1000));
         assert!(gate.answered("a", 1000));
         assert_eq!(gate.meet("a"), Standing::Held);
+        assert!(gate.is_held("a") && gate.unread("a") > 2000);
         assert!(!gate.answered("a", 1000), "it is looked at once");
         gate.admit("a", call());
         gate.identified("a", Some(1));
         assert!(gate.next().is_none());
         assert_eq!(gate.admit("a", call()), Admission::Dropped);
         assert!(!gate.drained("a", 1500) && gate.drained("a", 100));
-        assert!(gate.next().is_some());
+        assert!(gate.next().is_some() && !gate.is_held("a"));
+    }
+
+    #[test]
+    fn what_is_unread_is_bounded_over_all_connections_of_a_user() {
+        const ALL: usize = 1 << 20;
+        let gate = gate(unread(100 << 10, ALL));
+        let answer = |sender: &str, uid| {
+            gate.meet(sender);
+            gate.identified(sender, Some(uid));
+            gate.answered(sender, 50 << 10)
+        };
+        let held = (0..100).find(|number| answer(&format!("a{number}"), 1));
+        assert!(held.is_some_and(|number| number <= 11), "{held:?}");
+        assert!(!answer("b", 2), "another user's senders go on");
+        // The connections that were not held are, with their next answer.
+        assert!(answer("a0", 1));
+        assert!(!gate.drained("a0", 51 << 10), "it has read nothing");
+        for number in (0..=held.unwrap()).rev() {
+            gate.drained(&format!("a{number}"), 0);
+        }
+        assert!(!gate.is_held("a0") && gate.lock().unread < 60 << 10);
+    }
+
+    #[test]
+    fn who_is_not_known_is_asked_for_before_it_has_much() {
+        let mut limits = unread(1 << 20, 8 << 20);
+        limits.unread.as_mut().unwrap().of_stranger = 4096;
+        let gate = gate(limits);
+        gate.meet("a");
+        assert!(gate.answered("a", 5000) && gate.is_to_be_asked_for("a") && !gate.is_to_be_asked_for("a"));
+        gate.identified("a", Some(1));
+        assert!(gate.drained("a", 5000));
+        assert!(!gate.answered("a", 5000));
     }
 }

@@ -9,6 +9,9 @@
 //! It waits for two things only: the next message, and room towards the socket, so a peer that does not read its
 //! answers is not read from. It never calls out; a handler may, for the loop goes on reading meanwhile.
 //!
+//! Every buffer on the way is bounded in bytes: what lies between socket and loop by `socket.rs`, what waits, runs or is
+//! unread at the other end by `gate.rs`, over all senders, and what is on its way out by `outbox.rs`.
+//!
 //! A call without an interface is refused, as it is by the bus policy: which method it means would depend on what else
 //! the object has.
 
@@ -17,10 +20,11 @@ pub mod call;
 pub mod gate;
 pub mod outbox;
 pub mod rows;
+pub mod socket;
 pub mod table;
 pub mod wire;
 
-use crate::caller::Callers;
+use crate::caller::{Callers, Reading};
 use crate::error::Error;
 use answers::{ROOT, fits, is_standard, no_object, unknown_property};
 use call::{Call, Handler, Outcome, Reply, refusal};
@@ -28,24 +32,24 @@ use futures_util::{FutureExt, StreamExt};
 use gate::{Admission, Gate, Limits, Standing, Work};
 use outbox::Outbox;
 use rows::Rows;
+use socket::Intake;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use table::{Interface, Table};
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 use virt_service::authz::Caller;
 use zbus::message::{Flags, Header, Type};
 use zbus::{Connection, Message, MessageStream, OwnedVariant};
-
-/// Calls beyond this size are refused; the largest document that is read is smaller.
-const LARGEST_CALL: usize = 12 << 20;
 
 /// How many large answers are made at once.
 const LISTINGS: usize = 2;
 
 /// How often a client that does not read is looked at.
 const LOOK_AGAIN: Duration = Duration::from_millis(250);
+
+/// What a client is taken to have read between two looks, in bytes, on a bus that cannot tell.
+const READ_UNSEEN: usize = 256 << 10;
 
 /// Who is at the other end of a connection.
 #[derive(Debug)]
@@ -61,11 +65,22 @@ pub enum Who {
 pub struct Bus {
     table: Arc<Table>,
     rows: Arc<Rows>,
+    intake: Arc<Intake>,
     outbox: Arc<Outbox>,
     gate: Gate,
     who: Who,
     listings: Semaphore,
-    meters: AtomicBool,
+    /// A held sender has read enough, or the connection has ended.
+    drained: Notify,
+}
+
+/// The two directions of a connection.
+#[derive(Debug, Default)]
+pub struct Ways {
+    /// What comes in, if its socket is measured.
+    pub intake: Arc<Intake>,
+    /// What goes out.
+    pub outbox: Arc<Outbox>,
 }
 
 /// What a call comes to, once it is understood.
@@ -91,17 +106,21 @@ enum Look {
 
 impl Bus {
     /// A way in for one connection.
-    pub fn new(table: Arc<Table>, rows: Arc<Rows>, outbox: Arc<Outbox>, who: Who, limits: Limits) -> Arc<Bus> {
-        let meters = AtomicBool::new(limits.unread.is_some());
-        Arc::new(Bus { table, rows, outbox, gate: Gate::new(limits), who, listings: Semaphore::new(LISTINGS), meters })
+    pub fn new(table: Arc<Table>, rows: Arc<Rows>, ways: Ways, who: Who, limits: Limits) -> Arc<Bus> {
+        let Ways { intake, outbox } = ways;
+        let (gate, listings) = (Gate::new(limits), Semaphore::new(LISTINGS));
+        Arc::new(Bus { table, rows, intake, outbox, gate, who, listings, drained: Notify::new() })
     }
 
-    /// Serves until the connection ends.
+    /// Serves until the connection ends. Then all clients have left; unless the bus took nothing any more, since another
+    /// connection to it is made then: what they asked for goes on, and its answers are lost.
     pub async fn run(self: Arc<Self>, mut stream: MessageStream) {
         let connection = Connection::from(&stream);
+        self.intake.begin();
         let outbox = self.outbox.clone();
         let writer = tokio::spawn(async move { outbox.write_to(&connection).await });
         while let Some(Ok(message)) = stream.next().await {
+            self.intake.taken(message.data().len());
             match message.message_type() {
                 Type::MethodCall => self.take(message),
                 Type::Signal => self.hear(&message),
@@ -109,10 +128,14 @@ impl Bus {
             }
             self.outbox.room().await;
         }
+        self.intake.end();
         self.outbox.close();
-        self.gate.all_left();
-        if let Who::Bus(callers) = &self.who {
-            callers.all_left();
+        self.drained.notify_waiters();
+        if !self.intake.stalled() {
+            self.gate.all_left();
+            if let Who::Bus(callers) = &self.who {
+                callers.all_left();
+            }
         }
         let _ = writer.await;
     }
@@ -132,9 +155,6 @@ impl Bus {
             // It would be refused, or be a look that nobody wants the answer of; a flood should cost no more than this.
             Standing::Full if !wants_reply(&call) => return,
             Standing::Free | Standing::Full => {}
-        }
-        if call.data().len() > LARGEST_CALL {
-            return self.refuse(&call, &Error::limits(format!("no call of more than {LARGEST_CALL} bytes is read")));
         }
         match self.understand(&call) {
             Ok(Deed::Look(look)) => self.look(&call, look),
@@ -201,13 +221,41 @@ impl Bus {
             Err(error) => Err(error),
         };
         match outcome {
-            Ok(Reply::Ready(reply)) => self.answer(call, Ok(reply)),
+            Ok(Reply::Ready(reply)) => {
+                self.reads(work).await;
+                self.answer(call, Ok(reply));
+            }
             Ok(Reply::Listing(make)) => {
                 self.outbox.room().await;
-                let _place = self.listings.acquire().await;
+                let _place = self.place_for_listing(work).await;
                 self.rows.listing(make, |made| self.answer(call, made));
             }
             Err(error) => self.refuse(call, &error),
+        }
+    }
+
+    /// Waits until the caller has read what it was answered before, or has left.
+    async fn reads(&self, work: &Work) {
+        loop {
+            let drained = self.drained.notified();
+            if !self.gate.is_held(&work.sender) || self.outbox.is_closed() {
+                return;
+            }
+            tokio::select! {
+                () = drained => {}
+                () = work.departed.cancelled() => return,
+            }
+        }
+    }
+
+    /// One of the places at which large answers are made, for a caller that reads; it holds none while it does not.
+    async fn place_for_listing(&self, work: &Work) -> Option<tokio::sync::SemaphorePermit<'_>> {
+        loop {
+            self.reads(work).await;
+            let place = self.listings.acquire().await.ok();
+            if !self.gate.is_held(&work.sender) || self.outbox.is_closed() {
+                return place;
+            }
         }
     }
 
@@ -226,6 +274,9 @@ impl Bus {
 
     /// Which member is called, with what it takes; nothing is done yet.
     fn understand(&self, call: &Message) -> Result<Deed, Error> {
+        if socket::is_cut(call) || call.data().len() > 2 * socket::LARGEST {
+            return Err(Error::limits(format!("no call of more than {} bytes is read", socket::LARGEST)));
+        }
         let header = call.header();
         let (path, interface, member) = names(&header)?;
         let Some(known) = self.interface(path, interface)? else {
@@ -361,29 +412,28 @@ impl Bus {
         }
     }
 
-    /// Lets a held sender go on once it has read enough.
+    /// Lets a held sender go on once it has read enough. What cannot be found out, it has not read.
     fn watch_reading(self: &Arc<Self>, sender: String) {
         let Who::Bus(callers) = &self.who else { return };
         let (bus, callers) = (self.clone(), callers.clone());
+        if self.gate.is_to_be_asked_for(&sender) {
+            self.identify(sender.clone());
+        }
         tokio::spawn(async move {
-            while !bus.gate.drained(&sender, bus.unread(&callers, &sender).await) {
+            while !bus.outbox.is_closed() {
+                let left = match callers.reading(&sender).await {
+                    Reading::Left(bytes) => bytes,
+                    Reading::NotNow => bus.gate.unread(&sender),
+                    Reading::Never => bus.gate.unread(&sender).saturating_sub(READ_UNSEEN),
+                };
+                if bus.gate.drained(&sender, left) {
+                    break;
+                }
                 tokio::time::sleep(LOOK_AGAIN).await;
             }
+            bus.drained.notify_waiters();
             bus.start_next();
         });
-    }
-
-    /// What a client has not read yet; a bus that does not say is trusted.
-    async fn unread(&self, callers: &Callers, sender: &str) -> usize {
-        match callers.unread(sender).await {
-            Ok(bytes) => bytes,
-            Err(error) => {
-                if self.meters.swap(false, Ordering::Relaxed) {
-                    tracing::warn!(%error, "the bus does not tell how much its clients have left unread");
-                }
-                0
-            }
-        }
     }
 
     /// A signal has come in; the only one that matters tells that a client has left.
@@ -398,6 +448,7 @@ impl Bus {
         if let Ok((name, _, "")) = body.deserialize::<(&str, &str, &str)>() {
             callers.left(name);
             self.gate.left(name);
+            self.drained.notify_waiters();
             self.start_next();
         }
     }

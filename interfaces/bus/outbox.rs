@@ -71,6 +71,11 @@ impl Outbox {
         self.lock().bytes > LOST
     }
 
+    /// Whether nothing is sent any more.
+    pub fn is_closed(&self) -> bool {
+        self.lock().closed
+    }
+
     /// Sends no more.
     pub fn close(&self) {
         let mut queue = self.lock();

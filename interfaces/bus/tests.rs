@@ -33,7 +33,7 @@ where
     let rows = Arc::new(Rows::default());
     rows.write(|objects| objects.put(object("/org/virt", MANAGER, "0.1")));
     let table = Arc::new(Table::run_by(run));
-    let bus = Bus::new(table, rows.clone(), Arc::default(), Who::Peer(1000), limits);
+    let bus = Bus::new(table, rows.clone(), Ways::default(), Who::Peer(1000), limits);
     tokio::spawn(bus.clone().run(stream.unwrap()));
     Pair { client: client.unwrap(), rows, bus }
 }
@@ -257,7 +257,8 @@ async fn a_peer_that_does_not_read_is_not_read_from() {
     let stream = server.await.unwrap();
     let mut theirs = shaking.await.unwrap();
     let outbox = Arc::new(Outbox::default());
-    let bus = Bus::new(pair.bus.table.clone(), pair.rows.clone(), outbox.clone(), Who::Peer(1000), Limits::default());
+    let ways = Ways { outbox: outbox.clone(), ..Ways::default() };
+    let bus = Bus::new(pair.bus.table.clone(), pair.rows.clone(), ways, Who::Peer(1000), Limits::default());
     tokio::spawn(bus.run(stream));
     let call = Message::method_call("/org/virt/domain/_big", "GetAll")
         .interface("org.freedesktop.DBus.Properties")
@@ -272,7 +273,7 @@ async fn a_peer_that_does_not_read_is_not_read_from() {
 }
 
 /// The client's half of the handshake, byte by byte.
-async fn shake_hands(mut socket: tokio::net::UnixStream) -> tokio::net::UnixStream {
+pub async fn shake_hands(mut socket: tokio::net::UnixStream) -> tokio::net::UnixStream {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let uid: String = nix::unistd::geteuid().to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
     socket.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).await.unwrap();

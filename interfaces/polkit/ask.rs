@@ -4,6 +4,7 @@ use super::deed;
 use async_trait::async_trait;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 use virt_service::authz::{Action, Subject};
 use zbus::proxy::CacheProperties;
@@ -65,16 +66,26 @@ pub trait Ask: Send + Sync {
 }
 
 /// polkit on the bus.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Bus {
-    proxy: AuthorityProxy<'static>,
+    proxy: Mutex<AuthorityProxy<'static>>,
 }
 
 impl Bus {
     /// polkit on this bus; nothing is sent yet.
     pub async fn new(connection: &Connection) -> zbus::Result<Bus> {
-        let proxy = AuthorityProxy::builder(connection).cache_properties(CacheProperties::No).build().await?;
-        Ok(Bus { proxy })
+        Ok(Bus { proxy: Mutex::new(polkit_on(connection).await?) })
+    }
+
+    /// Asks by another connection from now on.
+    pub async fn go_on_by(&self, connection: &Connection) -> zbus::Result<()> {
+        let proxy = polkit_on(connection).await?;
+        *self.proxy.lock().unwrap_or_else(PoisonError::into_inner) = proxy;
+        Ok(())
+    }
+
+    fn proxy(&self) -> AuthorityProxy<'static> {
+        self.proxy.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The signals that tell of changed rules, agents and sessions. To be read without pause.
@@ -85,8 +96,12 @@ impl Bus {
             .interface("org.freedesktop.PolicyKit1.Authority")
             .member("Changed")
             .build();
-        MessageStream::for_match_rule(rule?, self.proxy.inner().connection(), None).await
+        MessageStream::for_match_rule(rule?, self.proxy().inner().connection(), None).await
     }
+}
+
+async fn polkit_on(connection: &Connection) -> zbus::Result<AuthorityProxy<'static>> {
+    AuthorityProxy::builder(connection).cache_properties(CacheProperties::No).build().await
 }
 
 #[async_trait]
@@ -99,7 +114,8 @@ impl Ask for Bus {
         let mut flags = CheckAuthorizationFlags::empty();
         flags.set(CheckAuthorizationFlags::ALLOW_USER_INTERACTION, question.prompt);
         let id = question.action.id();
-        let asking = self.proxy.check_authorization(&subject, id, &details, flags, &question.id);
+        let proxy = self.proxy();
+        let asking = proxy.check_authorization(&subject, id, &details, flags, &question.id);
         let said = if question.prompt { Ok(asking.await) } else { tokio::time::timeout(PATIENCE, asking).await };
         let said = said.map_err(|_| "it does not answer".to_owned())?.map_err(|error| why(&error))?;
         let temporary = said.details.contains_key("polkit.temporary_authorization_id");
@@ -107,7 +123,8 @@ impl Ask for Bus {
     }
 
     async fn cancel(&self, question: &Question) {
-        let cancelled = tokio::time::timeout(PATIENCE, self.proxy.cancel_check_authorization(&question.id)).await;
+        let proxy = self.proxy();
+        let cancelled = tokio::time::timeout(PATIENCE, proxy.cancel_check_authorization(&question.id)).await;
         tracing::debug!(id = question.id, ?cancelled, "a prompt was taken back");
     }
 }

@@ -54,7 +54,7 @@ impl Domain {
             }
             return Err(Error::InvalidArgument(format!("org.virt.Domain has no method '{}'", shorten(method))));
         };
-        if !self.is(*when) {
+        if !self.is(*when) || lock(&self.state).sound_for(*action).is_err() {
             return Ok("na");
         }
         Ok(match self.shared.authority.can(caller, *action, &self.subject()).await {

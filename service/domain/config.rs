@@ -43,6 +43,9 @@ impl Domain {
     pub async fn xml(&self, caller: &Caller, form: Form) -> Result<String> {
         self.allow(caller, if form.secure { Action::ReadSecure } else { Action::Read }).await?;
         let (live, stored) = self.configurations();
+        if live.is_none() || form.inactive {
+            self.sound()?;
+        }
         let def = if form.inactive { stored.or(live) } else { live.or(stored) };
         def.map(|def| def.write(form)).ok_or_else(|| self.vanished())
     }
@@ -54,6 +57,9 @@ impl Domain {
             return Err(Error::InvalidArgument("give 'live' or 'config', not both: one text is returned".to_owned()));
         }
         let (live, stored) = self.configurations();
+        if live.is_none() || affect.config {
+            self.sound()?;
+        }
         let def = match affect {
             Affect { live: true, .. } => Some(live.ok_or_else(|| self.not_active("the live metadata"))?),
             Affect { config: true, .. } => Some(stored.ok_or_else(|| self.not_stored("the stored metadata"))?),
@@ -71,7 +77,9 @@ impl Domain {
     /// Replaces the stored configuration by a completed one of the same uuid and name.
     pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
-        self.made_whole().await?;
+        if self.sound().is_ok() {
+            self.made_whole().await?;
+        }
         self.fits(&def, &self.name())?;
         let first = {
             let mut state = lock(&self.state);
@@ -128,6 +136,7 @@ impl Domain {
             self.commit(|state| {
                 state.snapshots.forget();
                 state.stored = None;
+                state.broken = None;
                 state.autostart = false;
                 state.config_changed = false;
                 state.leave_if_nothing_left();
@@ -217,7 +226,7 @@ impl Domain {
                         format!("domain '{}' is transient and cannot start with the host; define it first", state.name);
                     return Err(Error::OperationInvalid(text));
                 }
-                Note { autostart, ..state.note(self.owner) }
+                Note { autostart, ..state.note(self.owner, &*self.driver) }
             };
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || shared.store.save_note(uuid, &note)).await?;
@@ -321,9 +330,9 @@ impl Domain {
 
     /// Puts a stored configuration on disk.
     pub(crate) async fn store(&self, def: DomainDef) -> Result<()> {
-        let note = lock(&self.state).note(self.owner);
-        let (shared, uuid) = (self.shared.clone(), self.uuid);
-        on_disk(move || shared.store.save_definition(uuid, &def.write(STORED), &note)).await
+        let note = Note { name: def.name.clone(), ..lock(&self.state).note(self.owner, &*self.driver) };
+        let (shared, uuid, def) = (self.shared.clone(), self.uuid, Box::new(def));
+        on_disk(move || shared.store.save_definition(uuid, &def, &note)).await
     }
 
     /// Notes the configuration of what runs; a guest that has just ended needs no note.
@@ -331,6 +340,11 @@ impl Domain {
         let Ok(guest) = self.guest() else { return Ok(()) };
         let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
         on_disk(move || status.update(|s| s.live = text)).await
+    }
+
+    /// What is stored.
+    pub(crate) fn stored(&self) -> Option<Arc<DomainDef>> {
+        lock(&self.state).stored.clone()
     }
 
     /// What runs and what is stored.
@@ -361,6 +375,7 @@ impl Domain {
 impl State {
     pub(super) fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
         self.stored = Some(Arc::new(def));
+        self.broken = None;
         self.being_stored = false;
         self.compare_configs();
         vec![told]

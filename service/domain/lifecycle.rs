@@ -145,6 +145,7 @@ impl Domain {
             let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
             return Err(Error::OperationInvalid(text));
         }
+        state.sound()?;
         if let Some(why) = &state.lost {
             return Err(Error::OperationInvalid(format!(
                 "domain '{}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd",

@@ -3,6 +3,7 @@
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
+mod broken;
 mod can;
 mod config;
 mod lifecycle;
@@ -59,6 +60,8 @@ struct State {
     since_usec: u64,
     autostart: bool,
     config_changed: bool,
+    /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
+    broken: Option<String>,
     /// Why a guest that may still run could not be looked at when virtd started.
     lost: Option<String>,
     snapshots: snapshots::Kit,
@@ -112,6 +115,8 @@ pub(crate) struct Birth {
     /// Its configuration; of a transient domain that of its guest, or of the one about to start.
     pub def: DomainDef,
     pub persistent: bool,
+    /// Why the stored configuration cannot be used; `def` then has only its name, type and uuid.
+    pub broken: Option<String>,
     pub driver: Arc<dyn Driver>,
     pub note: Note,
     pub ended: Ended,
@@ -144,6 +149,7 @@ impl Domain {
             current_snapshot: None,
             snapshot_count: 0,
             owner: birth.note.owner,
+            broken: String::new(),
         };
         let facts = Arc::new(describe(&facts, &birth.def));
         Arc::new(Domain {
@@ -164,6 +170,7 @@ impl Domain {
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 config_changed: false,
+                broken: birth.broken,
                 lost: None,
                 snapshots: snapshots::Kit::new(birth.snapshots),
                 muted: None,
@@ -230,7 +237,9 @@ impl Domain {
     async fn allow(&self, caller: &Caller, action: Action) -> Result<()> {
         self.still_here()?;
         self.shared.authority.check(caller, action, &self.subject()).await?;
-        self.still_here()
+        let state = lock(&self.state);
+        state.still_here()?;
+        state.sound_for(action)
     }
 
     /// The one door to a short change: permission, then the turn. `deed` is what others are told keeps them waiting.
@@ -586,6 +595,7 @@ impl State {
         facts.config_changed = self.config_changed;
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();
+        facts.broken = shortened(Some(&self.why_broken()));
         if facts != *self.facts {
             self.facts = Arc::new(facts);
         }
@@ -619,8 +629,8 @@ impl State {
         self.gone |= self.nothing_left();
     }
 
-    fn note(&self, owner: u32) -> Note {
-        Note { owner, autostart: self.autostart }
+    fn note(&self, owner: u32, driver: &dyn Driver) -> Note {
+        Note { owner, autostart: self.autostart, name: self.name.clone(), driver: driver.name().to_owned() }
     }
 }
 

@@ -7,19 +7,16 @@
 //!  .files/       what the driver keeps: copies of firmware variables and of TPMs' states
 //! ```
 
-use super::{Store, read_json, remove, remove_unfinished, replace, replace_json};
+use super::{Store, read_bytes, read_json, remove, remove_unfinished, replace, replace_json};
 use crate::error::{Error, Result};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
-use virt_model::xml::Element;
-
-/// The largest record that is read.
-const MAX_RECORD: u64 = 32 << 20;
+use virt_model::xml::{Element, Limits, shorten};
 
 /// A record as it was found.
 #[derive(Clone, Debug)]
@@ -45,6 +42,8 @@ pub(crate) struct Loaded {
     pub current: Option<String>,
     /// What was cut off.
     pub intent: Option<Intent>,
+    /// Why it is not known what there is, if so: nothing is then done to the machine's images.
+    pub broken: Option<String>,
 }
 
 /// An operation under way.
@@ -91,16 +90,17 @@ impl Store {
         remove_unfinished(&folder).map_err(|e| Error::from_io("tidy", &folder, &e))?;
         let mut records: Vec<Record> = entries.filter_map(|entry| record(entry.ok()?.path())).collect();
         records.sort_by(|a, b| (a.order, a.created_usec, &a.name).cmp(&(b.order, b.created_usec, &b.name)));
-        let current = fs::read_to_string(folder.join(".current")).ok().filter(|name| !name.is_empty());
-        let intent = match read_json(&folder.join(".intent")) {
-            Ok(intent) => Some(intent),
-            Err(_) if !folder.join(".intent").exists() => None,
-            Err(e) => {
-                tracing::error!(%uuid, "{e}; an operation on its snapshots that was cut off cannot be finished");
-                None
-            }
+        let (current, no_current) = match current(&folder.join(".current")) {
+            Ok(current) => (current, None),
+            Err(e) => (None, Some(format!("which of its snapshots is current is not known: {e}"))),
         };
-        Ok(Loaded { records, current, intent })
+        let (intent, no_intent) = match read_if_there(&folder.join(".intent")) {
+            Ok(intent) => (intent, None),
+            Err(e) => (None, Some(format!("an operation on its snapshots that was cut off cannot be finished: {e}"))),
+        };
+        let broken = no_intent.or(no_current);
+        broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
+        Ok(Loaded { records, current, intent, broken })
     }
 
     /// Which domains have snapshots on disk.
@@ -109,12 +109,16 @@ impl Store {
         entries.filter_map(|entry| Uuid::try_parse(entry.ok()?.file_name().to_str()?).ok()).collect()
     }
 
-    /// Stores a snapshot's record.
+    /// Stores a snapshot's record. Nothing is written of one that could not be read again.
     pub fn save_snapshot(&self, uuid: Uuid, record: &Record) -> Result<()> {
         let Ok(def) = &record.def else { return Ok(()) };
         self.make_snapshots(uuid)?;
         let def = SnapshotDef { cookie: Some(cookie(record)), ..def.clone() };
-        replace(&self.snapshots(uuid).join(format!("{}.xml", record.name)), def.write(true, true).as_bytes())
+        let text = def.write_readable(Limits::STORED).map_err(|why| {
+            let name = shorten(&record.name);
+            Error::OperationUnsupported(format!("the record of snapshot '{name}' is not kept: {why}"))
+        })?;
+        replace(&self.snapshots(uuid).join(format!("{}.xml", record.name)), text.as_bytes())
     }
 
     /// Removes a snapshot's record.
@@ -171,10 +175,30 @@ impl Store {
     }
 }
 
-fn make(folder: &std::path::Path) -> Result<()> {
+fn make(folder: &Path) -> Result<()> {
     match fs::DirBuilder::new().mode(0o711).create(folder) {
         Err(e) if e.kind() != io::ErrorKind::AlreadyExists => Err(Error::from_io("make the folder", folder, &e)),
         _ => Ok(()),
+    }
+}
+
+/// The name of the current one.
+fn current(file: &Path) -> Result<Option<String>> {
+    let failed = |e: io::Error| Error::from_io("read", file, &e);
+    match read_bytes(file) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        content => {
+            let name = String::from_utf8(content.map_err(failed)?).map_err(|e| failed(io::Error::other(e)))?;
+            Ok(Some(name).filter(|name| !name.is_empty()))
+        }
+    }
+}
+
+/// One of our own files, if there is one.
+fn read_if_there<T: DeserializeOwned>(file: &Path) -> Result<Option<T>> {
+    match fs::symlink_metadata(file) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        _ => read_json(file).map(Some),
     }
 }
 
@@ -196,17 +220,14 @@ fn record(path: PathBuf) -> Option<Record> {
     })
 }
 
-fn read_record(path: &std::path::Path, name: &str) -> Result<SnapshotDef, String> {
-    let size = fs::metadata(path).map_err(|e| format!("{}: {e}", path.display()))?.len();
-    if size > MAX_RECORD {
-        return Err(format!("{}: {size} bytes are no record of a snapshot", path.display()));
-    }
-    let text = fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
+fn read_record(path: &Path, name: &str) -> Result<SnapshotDef, String> {
+    let text = read_bytes(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let text = String::from_utf8(text).map_err(|e| format!("{}: {e}", path.display()))?;
     let told = |findings: Vec<virt_model::xml::Finding>| {
         let first = findings.first().map_or_else(String::new, ToString::to_string);
         format!("snapshot file of '{name}' cannot be read: {first}")
     };
-    let (def, _) = SnapshotDoc::parse(&text).and_then(SnapshotDoc::record).map_err(told)?;
+    let (def, _) = SnapshotDoc::parse_within(&text, Limits::STORED).and_then(SnapshotDoc::record).map_err(told)?;
     if def.name != name {
         return Err(format!("{} holds a snapshot named '{}'", path.display(), def.name));
     }

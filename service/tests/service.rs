@@ -476,19 +476,23 @@ async fn what_a_document_would_meet_is_told_at_once() {
 }
 
 #[tokio::test]
-async fn files_that_are_not_ours_or_broken_are_left_alone() {
+async fn l1_files_that_are_not_ours_or_broken_are_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
     let domain = world.define("web").await;
     drop(world);
     let domains = folder.path().join("state/domains");
     std::fs::write(domains.join("README.xml"), "hello").unwrap();
-    let broken = domains.join(format!("{}.xml", uuid::Uuid::new_v4()));
+    let nobody = uuid::Uuid::new_v4();
+    let broken = domains.join(format!("{nobody}.xml"));
     std::fs::write(&broken, "<domain").unwrap();
     std::fs::write(domains.join(".new-abc"), "half").unwrap();
     std::fs::write(domains.join(format!("{}.json", uuid::Uuid::new_v4())), "{}").unwrap();
     let world = World::open(folder.path()).await;
     assert!(world.service.get(domain.uuid()).is_some());
+    let found = world.service.get(nobody).expect("it is there, and says why");
+    assert_eq!((found.name(), found.facts().persistent), (nobody.to_string(), true));
+    assert!(found.facts().broken.contains("cannot be read"), "{}", found.facts().broken);
     assert!(broken.exists() && domains.join("README.xml").exists());
     assert!(!domains.join(".new-abc").exists(), "a write that was cut off is tidied up");
     assert_eq!(std::fs::read_dir(&domains).unwrap().count(), 4, "a lonely note is removed");

@@ -12,6 +12,7 @@
 #![allow(dead_code)] // each test binary uses a part
 
 pub mod client;
+pub mod deaf;
 pub mod guest;
 pub mod snapshots;
 pub mod users;
@@ -219,6 +220,18 @@ impl Daemon {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
         line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    /// The most that virtd has ever had in memory, in KiB.
+    pub fn peak_memory_kib(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a size");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
+    /// How many descriptors virtd has.
+    pub fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.virtd_pid())).expect("it runs").count()
     }
 
     /// The QEMU process that runs this daemon's guest of that name, if there is one.

@@ -1,47 +1,14 @@
 //! Callers that ask for more than their share: they are bounded, virtd stays small, and others are answered.
 
-use crate::common::users::{ALICE, BOB, User};
-use crate::common::{Daemon, PATIENCE, Setup};
-use std::io::{Read as _, Write as _};
-use std::os::unix::net::UnixStream;
+use crate::common::client::{Client, options};
+use crate::common::deaf::{Deaf, call};
+use crate::common::users::{ALICE, BOB};
+use crate::common::{Daemon, PATIENCE, Setup, read_project_file};
 use std::time::{Duration, Instant};
 use zbus::message::Flags;
 use zbus::{Connection, Message};
 
 const CALLS: usize = 100_000;
-
-/// A client by hand, that reads nothing after it has said hello.
-struct Deaf(UnixStream);
-
-impl Deaf {
-    fn connect(daemon: &Daemon, user: &User) -> Deaf {
-        let mut socket = crate::common::users::connect_as(user, daemon.folder()).unwrap();
-        let uid: String = user.uid.to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
-        socket.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).unwrap();
-        let mut answer = [0; 512];
-        assert!(socket.read(&mut answer).unwrap() > 0);
-        socket.write_all(b"BEGIN\r\n").unwrap();
-        let hello = Message::method_call("/org/freedesktop/DBus", "Hello").destination("org.freedesktop.DBus");
-        socket.write_all(hello.interface("org.freedesktop.DBus").build(&()).unwrap().data()).unwrap();
-        assert!(socket.read(&mut answer).unwrap() > 0);
-        socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
-        Deaf(socket)
-    }
-
-    /// Sends the same call again and again, as long as anybody takes it.
-    fn flood(&mut self, make: impl Fn() -> Message) -> usize {
-        for sent in 0..CALLS {
-            if self.0.write_all(make().data()).is_err() {
-                return sent;
-            }
-        }
-        CALLS
-    }
-}
-
-fn call(path: &'static str, interface: &'static str, member: &'static str) -> zbus::message::Builder<'static> {
-    Message::method_call(path, member).destination("org.virt").interface(interface)
-}
 
 fn introspect() -> Message {
     call("/org/virt", "org.freedesktop.DBus.Introspectable", "Introspect").build(&()).unwrap()
@@ -72,7 +39,7 @@ async fn flooded_by(make: fn() -> Message) -> Option<()> {
     answers(&bob).await;
     let before = daemon.memory_kib();
     let mut deaf = Deaf::connect(&daemon, &ALICE);
-    let flood = tokio::task::spawn_blocking(move || (deaf.flood(make), deaf));
+    let flood = tokio::task::spawn_blocking(move || (deaf.flood(CALLS, make), deaf));
     let (mut most, mut slowest, mut asked) = (before, Duration::ZERO, 0);
     while !flood.is_finished() {
         slowest = slowest.max(answers(&bob).await);
@@ -91,6 +58,24 @@ async fn flooded_by(make: fn() -> Message) -> Option<()> {
     Some(())
 }
 
+/// Some hundred machines with long descriptions, so that a listing of them is large.
+async fn inventory(daemon: &Daemon, machines: usize) {
+    let root = Client { connection: daemon.connect().await };
+    let text = "x".repeat(4000);
+    for number in 0..machines {
+        let xml = format!(
+            "<domain type='test'><name>m{number}</name><description>{text}</description><memory>65536</memory>\
+             <os><type>hvm</type></os></domain>"
+        );
+        root.define(&xml).await.expect("defined");
+    }
+}
+
+/// Whether virtd had to make a new connection to the bus.
+fn connected_anew(daemon: &Daemon) -> bool {
+    daemon.log().contains("connected anew")
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_reads_no_properties() {
     flooded_by(read_properties).await;
@@ -104,4 +89,126 @@ async fn a_caller_that_reads_no_large_answers() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_caller_that_wants_no_answers() {
     flooded_by(validate_in_silence).await;
+}
+
+fn list_all() -> Message {
+    call("/org/virt", "org.freedesktop.DBus.ObjectManager", "GetManagedObjects").build(&()).unwrap()
+}
+
+/// H1: what is unread is counted over all connections, so the bus never has as much of ours as it takes.
+#[tokio::test(flavor = "multi_thread")]
+async fn twenty_callers_that_read_no_listings() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    inventory(&daemon, 250).await;
+    let bob = daemon.connect_as(&BOB).await;
+    let before = daemon.memory_kib();
+    let mut deaf: Vec<_> = (0..20).map(|_| Deaf::connect(&daemon, &ALICE)).collect();
+    let flood = tokio::task::spawn_blocking(move || {
+        for _ in 0..300 {
+            deaf.iter_mut().for_each(|one| assert!(one.send(&list_all())));
+        }
+        deaf
+    });
+    let (mut slowest, mut asked) = (Duration::ZERO, 0);
+    while !flood.is_finished() || asked < 200 {
+        slowest = slowest.max(answers(&bob).await);
+        asked += 1;
+    }
+    let deaf = flood.await.unwrap();
+    let client = Client { connection: bob };
+    client.call("/org/virt", "org.virt.Manager.ListDomains", &options([])).await.expect("another user's listing");
+    let most = daemon.peak_memory_kib();
+    println!("virtd {before} KiB before, {most} at most; {asked} answers, {slowest:?} at most");
+    assert!(!connected_anew(&daemon), "the bus had too much of ours");
+    assert!(most < before + (128 << 10), "virtd grew from {before} to {most} KiB");
+    drop(deaf);
+}
+
+/// H1: descriptors that no member takes never get to us, so nobody can use up ours.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_send_descriptors() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let bob = daemon.connect_as(&BOB).await;
+    answers(&bob).await;
+    let before = daemon.descriptors();
+    let mut deaf: Vec<_> = (0..8).map(|_| Deaf::connect(&daemon, &ALICE)).collect();
+    for _ in 0..100 {
+        for one in &mut deaf {
+            assert!(one.send_descriptors(16), "the bus ended the connection");
+        }
+        answers(&bob).await;
+        assert!(daemon.descriptors() < before + 16, "{} descriptors, {before} before", daemon.descriptors());
+    }
+}
+
+/// H1: calls are bounded in bytes, and at the socket.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_send_thirty_mebibytes() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let bob = daemon.connect_as(&BOB).await;
+    answers(&bob).await;
+    let before = daemon.memory_kib();
+    let large = call("/org/virt", "org.virt.Manager", "GetDomainByName").build(&"x".repeat(30 << 20)).unwrap();
+    let mut deaf: Vec<_> = (0..4).map(|_| Deaf::connect(&daemon, &ALICE)).collect();
+    let flood = tokio::task::spawn_blocking(move || {
+        for _ in 0..8 {
+            // The bus may have no room for more.
+            for one in &mut deaf {
+                one.send(&large);
+            }
+        }
+        deaf
+    });
+    while !flood.is_finished() {
+        answers(&bob).await;
+    }
+    let (_deaf, most) = (flood.await.unwrap(), daemon.peak_memory_kib());
+    println!("virtd {before} KiB before, {most} at most");
+    assert!(most < before + (64 << 10), "virtd grew from {before} to {most} KiB");
+    let client = Client { connection: bob };
+    let large = "x".repeat(14 << 20);
+    let (name, _) = client.named(&large).await.err().expect("no such call is read");
+    assert_eq!(name, "org.freedesktop.DBus.Error.LimitsExceeded");
+}
+
+/// A bus that keeps little, so that it does not take long until it has too much of ours.
+fn small_bus() -> Setup {
+    let limits = "<limit name=\"max_incoming_bytes\">1000000</limit><limit name=\"max_outgoing_bytes\">1000000</limit>";
+    let policy = read_project_file("dbus-policy/org.virt.conf");
+    Setup { bus_policy: policy.replace("</busconfig>", &format!("{limits}</busconfig>")), ..Setup::default() }
+}
+
+/// H1, M4: a listener that does not read stops our connection; then there is another, with the same name and all state.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_listener_that_does_not_read_costs_a_connection_and_no_more() {
+    let Some(daemon) = Daemon::on_system_bus(small_bus()).await else { return };
+    let root = Client { connection: daemon.connect().await };
+    let xml = "<domain type='test'><name>web</name><memory>65536</memory><os><type>hvm</type></os></domain>";
+    let domain = root.define(xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    let mut deaf = Deaf::connect(&daemon, &ALICE);
+    deaf.listen();
+    let mut changes = 0;
+    while !connected_anew(&daemon) {
+        // Calls that were under way then have no answer, and the next ones wait for it.
+        let text = format!("{changes:04000}");
+        let body = (text, options([]));
+        let done = domain.client.ask(&domain.path, "org.virt.Domain.SetDescription", &body);
+        let _ = tokio::time::timeout(Duration::from_secs(1), done).await;
+        changes += 1;
+        assert!(changes < 5000, "the bus takes all of it");
+    }
+    let bus = zbus::fdo::DBusProxy::new(&root.connection).await.unwrap();
+    let deadline = Instant::now() + PATIENCE;
+    while !bus.name_has_owner("org.virt".try_into().unwrap()).await.unwrap() {
+        assert!(Instant::now() < deadline, "the name is not taken again");
+    }
+    assert_eq!(root.named("web").await.expect("there").state().await.0, "running");
+    println!("a new connection after {changes} changes");
+    // The listener has all that the bus keeps for it; from now on it costs nothing.
+    for number in 0..1000 {
+        let text = format!("{number:04000}");
+        domain.call("SetDescription", &(text, options([]))).await.expect("changed");
+    }
+    assert_eq!(daemon.log().matches("connected anew").count(), 1);
 }

@@ -9,6 +9,7 @@ mod bus_prompt;
 mod documents;
 mod flood;
 mod permission;
+mod records;
 mod rules;
 mod snapshots;
 mod startup;

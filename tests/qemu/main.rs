@@ -6,6 +6,7 @@ mod common;
 mod hostile_images;
 mod lifecycle;
 mod media;
+mod records;
 mod revert_matrix;
 mod snapshots;
 mod snapshots_cut_off;

@@ -16,10 +16,11 @@ use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{CreatePlan, DiskMode, DiskPart, Journal as _, Machine, Taken, Wish};
 use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
 use virt_model::state::{DomainState, Stopped};
-use virt_model::xml::FindingKind;
+use virt_model::xml::{FindingKind, Limits};
 
-/// The longest record, in bytes, that is read again, with room for what is added when it is complete.
-const LONGEST: usize = virt_model::xml::MAX_SIZE - (64 << 10);
+/// What a record may be when it is begun, with room for what is added when it is complete.
+pub(super) const BEGUN: Limits =
+    Limits { size: Limits::ACCEPTED.size - (64 << 10), elements: Limits::ACCEPTED.elements - 64, ..Limits::ACCEPTED };
 
 /// How a snapshot is taken.
 #[derive(Clone, Debug, Default)]
@@ -221,12 +222,7 @@ impl Domain {
             captured: Vec::new(),
             cookie: None,
         };
-        if def.write(true, true).len() > LONGEST {
-            return Err(Error::OperationUnsupported(format!(
-                "the configurations of domain '{}' are together too long to be kept with a snapshot; shorten its metadata",
-                self.name()
-            )));
-        }
+        let def = self.keepable(def).await?;
         Ok(Planned { def, wish, plan, machine, named: aligned.named })
     }
 
@@ -244,6 +240,15 @@ impl Domain {
         let deed = format!("cannot take snapshot '{name}' of domain '{}'", self.name());
         let remedy = "take a snapshot with disk-only";
         self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
+    }
+
+    /// Gives back a snapshot whose record can be read again, also when its disks stand on overlays; refuses any other.
+    pub(super) async fn keepable(&self, def: SnapshotDef) -> Result<SnapshotDef> {
+        let (name, domain) = (def.name.clone(), self.name());
+        let kept = crate::aside(move || def.write_readable(BEGUN).map(|_| def)).await;
+        kept.map_err(|why| {
+            Error::OperationUnsupported(format!("snapshot '{name}' of domain '{domain}' cannot be kept: {why}"))
+        })
     }
 
     /// What the snapshot is to say that the guest did; refuses states that have no meaning here.

@@ -49,6 +49,8 @@ pub(super) struct Kit {
     stale: bool,
     /// What has begun and not ended.
     open: journal::Open,
+    /// Why it is not known what there is, if so.
+    broken: Option<String>,
 }
 
 impl Kit {
@@ -64,7 +66,7 @@ impl Kit {
         for name in mended {
             tracing::warn!(snapshot = name, "its parent is not there; it is a root now");
         }
-        Kit { tree, stale: true, open: Arc::new(Mutex::new(loaded.intent)), ..Kit::default() }
+        Kit { tree, stale: true, open: Arc::new(Mutex::new(loaded.intent)), broken: loaded.broken, ..Kit::default() }
     }
 
     pub(super) fn current(&self) -> Option<&str> {
@@ -75,8 +77,14 @@ impl Kit {
         u32::try_from(self.tree.len()).unwrap_or(u32::MAX)
     }
 
+    /// Why it is not known what there is, if so.
+    pub(super) fn why_broken(&self) -> Option<String> {
+        self.broken.clone()
+    }
+
     /// All records are gone; images keep what they hold.
     pub(super) fn forget(&mut self) {
+        self.broken = None;
         *self.change() = SnapshotTree::default();
         *lock(&self.open) = None;
     }
@@ -262,6 +270,7 @@ impl Domain {
     fn machine_in(&self, folder: PathBuf) -> Result<Machine> {
         let state = lock(&self.state);
         state.still_here()?;
+        state.sound()?;
         let def = state.guest.as_ref().map(|guest| &guest.live).or(state.stored.as_ref());
         let def = def.ok_or_else(|| Error::NoSuchDomain { what: "name", value: state.name.clone() })?;
         let mut machine = Machine {

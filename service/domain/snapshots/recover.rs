@@ -8,6 +8,7 @@ use crate::store::{Deed, Intent, Record};
 use std::sync::Arc;
 use virt_model::driver::snapshots::{Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
+use virt_model::xml::Limits;
 
 impl Domain {
     /// Finishes or undoes an operation that was cut off, or that failed half-way and could not be undone, if there is one;
@@ -164,5 +165,5 @@ impl Domain {
 }
 
 fn parsed(xml: &str) -> Result<(SnapshotDef, Option<uuid::Uuid>)> {
-    SnapshotDoc::parse(xml).and_then(SnapshotDoc::record).map_err(Error::ConfigInvalid)
+    SnapshotDoc::parse_within(xml, Limits::STORED).and_then(SnapshotDoc::record).map_err(Error::ConfigInvalid)
 }

@@ -10,8 +10,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::Strictness;
-use virt_model::driver::snapshots::{DiskMode, DiskPart, MemoryMode};
-use virt_model::snapshot::{SnapshotDef, SnapshotDoc, SnapshotState};
+use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
 
 impl Domain {
     pub(super) async fn redefine_snapshot(
@@ -23,6 +22,9 @@ impl Domain {
         // The configuration in it is one that a revert would make the domain's.
         self.allow(caller, Action::Define).await?;
         let record = self.restored(doc.clone(), options)?;
+        if let Ok(def) = &record.def {
+            self.keepable(def.clone()).await?;
+        }
         if record.def.as_ref().is_ok_and(|def| machines(def).any(DomainDef::has_native_arguments)) {
             self.allow(caller, Action::Native).await?;
         }
@@ -53,7 +55,7 @@ impl Domain {
 
     /// The record that a document would restore, held to the rules. Changes nothing.
     pub(super) fn restored(&self, doc: SnapshotDoc, options: &CreateOptions) -> Result<Record> {
-        let (mut def, uuid) = doc.record().map_err(Error::ConfigInvalid)?;
+        let (mut def, uuid) = doc.clone().without_disks().map_err(Error::ConfigInvalid)?;
         let state = lock(&self.state);
         state.still_here()?;
         let tree = &state.snapshots.tree;
@@ -100,7 +102,7 @@ impl Domain {
                 state.snapshots.next_order()
             }
         };
-        align(&mut def)?;
+        align(&mut def, doc)?;
         Ok(Record::restored(def, order))
     }
 }
@@ -146,32 +148,22 @@ fn replaces(before: &SnapshotDef, def: &mut SnapshotDef) -> Result<()> {
     Ok(())
 }
 
-/// Lists every disk of the machine, in its order.
-fn align(def: &mut SnapshotDef) -> Result<()> {
-    let Some(domain) = &def.domain else { return Ok(()) };
-    let usual = |disk: &virt_model::device::Disk| match def.memory {
-        MemoryMode::Internal if !disk.readonly && !disk.is_empty() => DiskMode::Internal,
-        _ => DiskMode::No,
+/// Lists every disk of the machine, in its order, each as the document says or as a new snapshot of that kind would have
+/// it. Refuses a record that would act on nothing, and disks that the machine does not have.
+fn align(def: &mut SnapshotDef, doc: SnapshotDoc) -> Result<()> {
+    let Some(domain) = &def.domain else {
+        def.disks = doc.record().map_err(Error::ConfigInvalid)?.0.disks;
+        return Ok(());
     };
-    let mut disks: Vec<DiskPart> = Vec::new();
-    for disk in &domain.devices.disks {
-        let named = |part: &&DiskPart| part.target == disk.target.dev || Some(&*part.target) == disk.path();
-        let mode = def.disks.iter().find(named).map_or_else(|| usual(disk), |part| part.mode.clone());
-        disks.push(DiskPart { target: disk.target.dev.clone(), mode });
-    }
-    let known = |part: &&DiskPart| {
-        domain.devices.disks.iter().any(|disk| part.target == disk.target.dev || Some(&*part.target) == disk.path())
+    let disk_only = def.state == SnapshotState::DiskSnapshot;
+    let request = Request { active: disk_only || def.state.is_online(), disk_only, live: false };
+    let aligned = Alignment::of(&doc, &def.name, domain, request).map_err(refused)?;
+    let disks = &domain.devices.disks;
+    let target = |name: &String| {
+        let named = disks.iter().find(|disk| disk.path() == Some(name)).map(|disk| disk.target.dev.clone());
+        named.unwrap_or_else(|| name.clone())
     };
-    if let Some(odd) = def.disks.iter().find(|part| !known(part)) {
-        let message = format!("the domain in it has no disk '{}'", odd.target);
-        return Err(refused(vec![virt_model::xml::Finding {
-            kind: virt_model::xml::FindingKind::Invalid,
-            line: 0,
-            column: 0,
-            path: "/disks/disk".to_owned(),
-            message,
-        }]));
-    }
-    def.disks = disks;
+    def.merging = def.merging.iter().map(target).collect();
+    def.disks = aligned.disks;
     Ok(())
 }

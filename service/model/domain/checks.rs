@@ -6,6 +6,7 @@ use super::features::Features;
 use super::os::LoaderKind;
 use super::value::complain;
 use super::{DomainDef, LifecycleAction};
+use crate::device::Alias;
 use crate::device::address::{Address, AddressKind, DriveAddress};
 use crate::device::chardev::{CharKind, CharSource, SocketMode};
 use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
@@ -223,7 +224,12 @@ fn check_unique(def: &DomainDef, log: &mut Log) {
 }
 
 fn check_aliases(def: &DomainDef, log: &mut Log) {
-    let typed = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias.as_ref()).map(|a| (&a.at, &*a.name));
+    // USB 2 companions are parts of their master, and carry its alias.
+    let companions = def.devices.controllers.iter().filter(|controller| controller.master.is_some());
+    let companions: Vec<_> = companions.filter_map(|controller| controller.info.alias.as_ref()).collect();
+    let is_companion = |alias: &Alias| companions.iter().any(|other| std::ptr::eq(*other, alias));
+    let aliases = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias.as_ref());
+    let typed = aliases.filter(|alias| alias.is_user() || !is_companion(alias)).map(|a| (&a.at, &*a.name));
     let kept = def.devices.untyped().iter().filter_map(|device| device.child("alias"));
     let kept = kept.filter_map(|alias| Some((&alias.at, alias.attr("name")?)));
     let mut seen = HashSet::new();

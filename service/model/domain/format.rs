@@ -14,7 +14,7 @@ static FORMAT: LazyLock<Format> = LazyLock::new(|| Format::read(include_str!("fo
 /// Finds everything in a domain document that the format does not know; white space around child elements goes.
 pub fn check(domain: &mut Element, log: &mut Vec<Finding>) {
     match FORMAT.roots.get(&domain.name) {
-        Some(&root) => FORMAT.check(domain, root, log),
+        Some(&root) => FORMAT.check(domain, root, true, log),
         None => complain(log, &domain.at, format!("<{}> is not a domain; <domain> was expected", domain.name)),
     }
 }
@@ -138,9 +138,9 @@ impl Format {
         number
     }
 
-    fn check(&self, element: &mut Element, spec: usize, log: &mut Vec<Finding>) {
+    /// `is_root`: it is the domain itself, in a document of its own or in a snapshot's, and may declare prefixes.
+    fn check(&self, element: &mut Element, spec: usize, is_root: bool, log: &mut Vec<Finding>) {
         let spec = &self.specs[spec];
-        let is_root = element.at.path.is_root();
         for attribute in &element.attributes {
             let declaration = is_root && attribute.name.starts_with("xmlns:");
             if !declaration && !spec.attributes.contains(&attribute.name) {
@@ -175,7 +175,7 @@ impl Format {
             if std::mem::replace(&mut seen[place], true) && !known.many {
                 complain(log, &child.at, format!("a second <{}>; <{parent}> has only one", child.name));
             }
-            self.check(child, known.spec, log);
+            self.check(child, known.spec, false, log);
         }
     }
 

@@ -28,7 +28,7 @@ pub use format::vocabulary;
 
 use crate::device::Devices;
 use crate::device::disk::ThrottleGroups;
-use crate::xml::{self, Element, Finding, FindingKind, Place};
+use crate::xml::{self, Element, Finding, FindingKind, Limits, Place};
 use clock::{Clock, Pm};
 use cpu::{Cpu, NumaCell};
 use features::Features;
@@ -167,18 +167,41 @@ impl Kept {
     }
 }
 
+/// Where what others have written is kept as they wrote it.
+const VERBATIM: &[(&str, &str)] = &[("domain", "metadata")];
+
 impl DomainDef {
     /// Reads a domain document. Everything wrong is reported at once, never an empty list; nothing read is dropped.
     pub fn parse(xml: &str) -> Result<DomainDef, Vec<Finding>> {
-        let root = xml::read(xml, &[("domain", "metadata")]).map_err(|finding| vec![finding])?;
+        DomainDef::parse_within(xml, Limits::ACCEPTED)
+    }
+
+    /// The same with other limits: [`Limits::STORED`] for what was accepted once and is one of our own files.
+    pub fn parse_within(xml: &str, limits: Limits) -> Result<DomainDef, Vec<Finding>> {
+        let root = xml::read_within(xml, VERBATIM, limits).map_err(|finding| vec![finding])?;
         DomainDef::from_tree(root)
     }
 
     /// As much of a domain document as can be read, with everything wrong: for telling all that is to be said about it.
     pub fn parse_leniently(xml: &str) -> (Option<DomainDef>, Vec<Finding>) {
-        match xml::read(xml, &[("domain", "metadata")]) {
+        DomainDef::parse_leniently_within(xml, Limits::ACCEPTED)
+    }
+
+    /// The same with other limits.
+    pub fn parse_leniently_within(xml: &str, limits: Limits) -> (Option<DomainDef>, Vec<Finding>) {
+        match xml::read_within(xml, VERBATIM, limits) {
             Ok(root) => DomainDef::read_leniently(root),
             Err(finding) => (None, vec![finding]),
+        }
+    }
+
+    /// Its text in a form that is kept, which is known to be read again. Error: what stands in the way of that, and what
+    /// to do about it.
+    pub fn write_readable(&self, form: Form, limits: Limits) -> Result<String, String> {
+        let text = self.write(form);
+        match DomainDef::parse_within(&text, limits) {
+            Ok(_) => Ok(text),
+            Err(findings) => Err(xml::unreadable(&findings)),
         }
     }
 

@@ -2,10 +2,10 @@
 
 use super::{SnapshotDef, SnapshotState, check_name};
 use crate::domain::DomainDef;
-use crate::domain::part::{Part, element};
+use crate::domain::part::{Part, Rest, element};
 use crate::domain::value::choices;
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
-use crate::xml::{self, Element, Finding};
+use crate::xml::{self, Attribute, Element, Finding, Limits};
 use std::path::PathBuf;
 use uuid::Uuid;
 
@@ -142,7 +142,12 @@ const VERBATIM: &[(&str, &str)] = &[("domain", "metadata"), ("inactiveDomain", "
 impl SnapshotDoc {
     /// Reads a document; everything wrong is reported at once. Elements and attributes that are not known are refused.
     pub fn parse(text: &str) -> Result<SnapshotDoc, Vec<Finding>> {
-        let root = xml::read(text, VERBATIM).map_err(|finding| vec![finding])?;
+        SnapshotDoc::parse_within(text, Limits::ACCEPTED)
+    }
+
+    /// The same with other limits: [`Limits::STORED`] for one of our own files.
+    pub fn parse_within(text: &str, limits: Limits) -> Result<SnapshotDoc, Vec<Finding>> {
+        let root = xml::read_within(text, VERBATIM, limits).map_err(|finding| vec![finding])?;
         if root.name != "domainsnapshot" {
             let message = format!("the root is <{}>, and a snapshot's is <domainsnapshot>", root.name);
             return Err(vec![Finding::invalid(&root.at, message)]);
@@ -160,7 +165,8 @@ impl SnapshotDoc {
     }
 
     fn refuse_unknown(&self, log: &mut Vec<Finding>) {
-        unknown(&self.rest, log);
+        let attributes = self.rest.attributes.iter().filter(|attribute| !is_declaration(attribute)).cloned().collect();
+        unknown(&Rest { attributes, elements: self.rest.elements.clone() }, log);
         self.parent.iter().for_each(|part| unknown(&part.rest, log));
         self.memory.iter().for_each(|part| unknown(&part.rest, log));
         self.disks.iter().for_each(|part| unknown(&part.rest, log));
@@ -175,8 +181,24 @@ impl SnapshotDoc {
         }
     }
 
-    /// The record that it restores. Errors are the document's; whether it fits the domain is not looked at.
+    /// The record that it is: every disk as it is said. Errors are the document's; whether it fits the domain is not looked
+    /// at.
     pub fn record(self) -> Result<(SnapshotDef, Option<Uuid>), Vec<Finding>> {
+        let mut log = Vec::new();
+        let disks = self.disks().iter().map(|disk| part(disk, &mut log)).collect();
+        let read = self.without_disks();
+        match read {
+            Ok((def, uuid)) if log.is_empty() => Ok((SnapshotDef { disks, ..def }, uuid)),
+            Ok(_) => Err(log),
+            Err(mut findings) => {
+                findings.append(&mut log);
+                Err(findings)
+            }
+        }
+    }
+
+    /// The same for a document of which the disks are still to be held against the machine ([`super::Alignment`]).
+    pub fn without_disks(self) -> Result<(SnapshotDef, Option<Uuid>), Vec<Finding>> {
         let mut log = Vec::new();
         let name = self.name.unwrap_or_default();
         if let Err(why) = check_name(&name) {
@@ -200,15 +222,18 @@ impl SnapshotDoc {
         }
         let uuid = self.domain.as_ref().and_then(|domain| domain.child("uuid")).map(|uuid| uuid.text());
         let full = self.domain.filter(|domain| domain.child("memory").is_some() || domain.attr("type").is_some());
+        let declared: Vec<Attribute> = self.rest.attributes.iter().filter(|a| is_declaration(a)).cloned().collect();
         let mut machine = |element: Option<Element>| -> Option<Box<DomainDef>> {
             let mut element = element?;
             "domain".clone_into(&mut element.name);
+            // What is declared around it holds in it, and is to hold when it stands alone.
+            let inherited = declared.iter().filter(|outer| element.attr(&outer.name).is_none()).cloned();
+            element.attributes.extend(inherited.collect::<Vec<_>>());
             DomainDef::from_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Box::new)
         };
         let (domain, inactive) = (machine(full), machine(self.inactive));
         let state = state.unwrap_or(SnapshotState::DiskSnapshot);
         let memory = memory(self.memory.as_ref(), state, &mut log);
-        let disks = self.disks.iter().flat_map(|disks| &disks.disks).map(|disk| part(disk, &mut log)).collect();
         let marked = self.disks.iter().flat_map(|disks| &disks.disks).filter(|disk| disk.merging);
         let merging = marked.map(|disk| disk.name.clone()).collect();
         let captured = self.firmware.iter().flat_map(captured).collect();
@@ -219,7 +244,7 @@ impl SnapshotDoc {
             parent: self.parent.and_then(|parent| parent.name),
             created: created.unwrap_or_default(),
             memory,
-            disks,
+            disks: Vec::new(),
             merging,
             domain,
             inactive,
@@ -231,7 +256,12 @@ impl SnapshotDoc {
     }
 }
 
-fn unknown(rest: &crate::domain::part::Rest, log: &mut Vec<Finding>) {
+/// Whether it declares a prefix, as it may at the root.
+fn is_declaration(attribute: &Attribute) -> bool {
+    attribute.name.starts_with("xmlns:")
+}
+
+fn unknown(rest: &Rest, log: &mut Vec<Finding>) {
     for element in &rest.elements {
         log.push(Finding::invalid(
             &element.at,

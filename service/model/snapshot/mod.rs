@@ -16,7 +16,7 @@ pub use tree::{Node, SnapshotTree};
 use crate::domain::{DomainDef, Form};
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
 use crate::state::DomainState;
-use crate::xml::{Element, Finding, FindingKind};
+use crate::xml::{self, Element, Finding, FindingKind, Limits};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
@@ -136,6 +136,16 @@ impl SnapshotDef {
             self.cookie.iter().for_each(|cookie| root.push(cookie.clone()));
         }
         root.write()
+    }
+
+    /// The record of it as it is kept, which is known to be read again. Error: what stands in the way of that, and what to
+    /// do about it.
+    pub fn write_readable(&self, limits: Limits) -> Result<String, String> {
+        let text = self.write(true, true);
+        match SnapshotDoc::parse_within(&text, limits).and_then(SnapshotDoc::record) {
+            Ok(_) => Ok(text),
+            Err(findings) => Err(xml::unreadable(&findings)),
+        }
     }
 
     /// Whether a running machine is to be loaded.

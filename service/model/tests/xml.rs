@@ -1,7 +1,11 @@
 //! What is not well-formed is refused, with its place; what is accepted, other parsers accept too.
 
 use proptest::prelude::*;
-use virt_model::xml::{Finding, MAX_DEPTH, MAX_ELEMENTS, MAX_SIZE, read};
+use virt_model::xml::{Finding, Limits, read};
+
+const MAX_SIZE: usize = Limits::ACCEPTED.size;
+const MAX_DEPTH: usize = Limits::ACCEPTED.depth;
+const MAX_ELEMENTS: usize = Limits::ACCEPTED.elements;
 
 fn refusal(text: &str) -> Finding {
     match read(text, &[]) {

@@ -11,7 +11,7 @@ mod tree;
 mod write;
 
 pub use place::{Path, Place};
-pub use read::{MAX_DEPTH, MAX_ELEMENTS, MAX_SIZE, read, read_spans};
+pub use read::{Limits, read, read_spans, read_within};
 pub use tree::{Attribute, Element, Node};
 pub use write::{escape_attribute, escape_text};
 
@@ -68,6 +68,15 @@ impl std::fmt::Display for Finding {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "line {}, column {}: {}: {}", self.line, self.column, self.path, self.message)
     }
+}
+
+/// Why a text that is about to be kept could not be read again, and what to do about it.
+pub fn unreadable(findings: &[Finding]) -> String {
+    let first = findings.first().map_or("it is not a document", |finding| &finding.message);
+    format!(
+        "as it would be kept it could not be read again ({first}); shorten its texts and metadata, and delete snapshots, \
+         of which each external one makes the chain of a disk longer"
+    )
 }
 
 /// Whether a text can stand in XML at all: most control characters cannot.

@@ -85,11 +85,6 @@ impl Path {
         }
     }
 
-    /// Whether it leads nowhere.
-    pub fn is_root(&self) -> bool {
-        self.0.is_none()
-    }
-
     /// Whether it leads to an attribute.
     pub fn is_attribute(&self) -> bool {
         self.0.as_ref().is_some_and(|step| step.name.starts_with('@'))

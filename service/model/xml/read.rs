@@ -11,12 +11,23 @@ use quick_xml::events::Event;
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// The longest text that is read, in bytes.
-pub const MAX_SIZE: usize = 8 << 20;
-/// The deepest nesting that is read.
-pub const MAX_DEPTH: usize = 64;
-/// The most elements that are read.
-pub const MAX_ELEMENTS: usize = 50_000;
+/// How much of a document is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// The longest text, in bytes.
+    pub size: usize,
+    /// The deepest nesting.
+    pub depth: usize,
+    /// The most elements.
+    pub elements: usize,
+}
+
+impl Limits {
+    /// For what anybody sends, and so for all that is accepted: it can be sent again as it is shown.
+    pub const ACCEPTED: Limits = Limits { size: 8 << 20, depth: 64, elements: 50_000 };
+    /// For what was accepted once and stored: there is room for what is added to it while it is used.
+    pub const STORED: Limits = Limits { size: 32 << 20, depth: 96, elements: 200_000 };
+}
 /// The most attributes an element can have.
 const MAX_ATTRIBUTES: usize = 256;
 /// The longest name, in bytes.
@@ -25,21 +36,31 @@ const MAX_NAME: usize = 256;
 /// Reads a document. The content of elements named in `verbatim` as (parent, child) is checked and then kept as it was
 /// written. The first thing that is not well-formed ends it.
 pub fn read(text: &str, verbatim: &[(&str, &str)]) -> Result<Element, Finding> {
-    run(text, verbatim, None).map(|(root, _)| root)
+    read_within(text, verbatim, Limits::ACCEPTED)
+}
+
+/// The same with other limits.
+pub fn read_within(text: &str, verbatim: &[(&str, &str)], limits: Limits) -> Result<Element, Finding> {
+    run(text, verbatim, None, limits).map(|(root, _)| root)
 }
 
 /// The same, with the bytes that each element of one level (0: the root) takes up, in order.
 pub fn read_spans(text: &str, level: usize) -> Result<(Element, Vec<Range<usize>>), Finding> {
-    run(text, &[], Some(level))
+    run(text, &[], Some(level), Limits::ACCEPTED)
 }
 
-fn run(text: &str, verbatim: &[(&str, &str)], level: Option<usize>) -> Step<(Element, Vec<Range<usize>>)> {
+fn run(
+    text: &str,
+    verbatim: &[(&str, &str)],
+    level: Option<usize>,
+    limits: Limits,
+) -> Step<(Element, Vec<Range<usize>>)> {
     let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    if text.len() > MAX_SIZE {
-        let message = format!("the document has {} bytes, more than the {MAX_SIZE} that are read", text.len());
+    if text.len() > limits.size {
+        let message = format!("the document has {} bytes, more than the {} that are read", text.len(), limits.size);
         return Err(Finding::invalid(&Place::default(), message));
     }
-    let mut builder = Builder { text, verbatim, level, ..Builder::default() };
+    let mut builder = Builder::new(text, verbatim, level, limits);
     let mut reader = Reader::from_str(text);
     reader.config_mut().enable_all_checks(true);
     loop {
@@ -89,8 +110,8 @@ struct Frame {
     content: usize,
 }
 
-#[derive(Default)]
 struct Builder<'a> {
+    limits: Limits,
     /// Whose spans are noted.
     level: Option<usize>,
     spans: Vec<Range<usize>>,
@@ -104,6 +125,23 @@ struct Builder<'a> {
 }
 
 type Step<T = ()> = Result<T, Finding>;
+
+impl<'a> Builder<'a> {
+    fn new(text: &'a str, verbatim: &'a [(&'a str, &'a str)], level: Option<usize>, limits: Limits) -> Builder<'a> {
+        Builder {
+            limits,
+            level,
+            spans: Vec::new(),
+            text,
+            verbatim,
+            cursor: Cursor::default(),
+            open: Vec::new(),
+            root: None,
+            scope: Scope::default(),
+            count: 0,
+        }
+    }
+}
 
 impl Builder<'_> {
     fn take(&mut self, event: &Event<'_>, raw: &str, start: usize) -> Step {
@@ -155,11 +193,11 @@ impl Builder<'_> {
         if self.root.is_some() && self.open.is_empty() {
             return Err(self.broken(format!("a second root element <{name}>")));
         }
-        if self.open.len() >= MAX_DEPTH {
-            return Err(self.broken(format!("elements are nested more than {MAX_DEPTH} deep")));
+        if self.open.len() >= self.limits.depth {
+            return Err(self.broken(format!("elements are nested more than {} deep", self.limits.depth)));
         }
-        if self.count > MAX_ELEMENTS {
-            return Err(self.broken(format!("more than {MAX_ELEMENTS} elements")));
+        if self.count > self.limits.elements {
+            return Err(self.broken(format!("more than {} elements", self.limits.elements)));
         }
         let at = Place { line: self.cursor.line, column: self.cursor.column, path: self.path(name) };
         let mut cursor = self.cursor;

@@ -1,0 +1,300 @@
+//! The socket of a connection: what a message may cost is decided here, before its body is in memory.
+//!
+//! zbus makes room for a whole message, of up to 128 MiB, before it reads it, and its queue counts messages. So all it
+//! reads comes through [`Reader`]:
+//!
+//! - The body of a message beyond [`LARGEST`] is read away piece by piece. What is left of it, its header, comes in as a
+//!   message without a body, marked ([`is_cut`]), for the dispatcher to refuse.
+//! - At most [`QUEUED`] bytes lie between socket and dispatcher; nothing is read while there is no room.
+//! - Descriptors are never taken. The connection says at its beginning that it takes none, so a bus refuses a call that
+//!   carries some, in words to its sender; what comes even so the kernel closes, as plain reads have no place for it.
+//!   So no sender can use up our descriptors, and no message can fail to come in for want of one.
+//!
+//! And all it writes goes through [`Writer`]: a bus that has taken nothing for [`STALLED`] is left, for [`Intake::stalled`]
+//! to tell.
+
+use std::io::{self, IoSlice};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::sync::Notify;
+use zbus::Message;
+use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
+use zbus::export::async_trait::async_trait;
+use zbus::fdo::ConnectionCredentials;
+
+/// The largest body that is read, in bytes; the largest document is smaller.
+pub const LARGEST: usize = 12 << 20;
+/// The longest header that is read, in bytes. Nobody is told of a message with a longer one: who sent it stands in it.
+const LONGEST_HEADER: usize = 64 << 10;
+/// Bytes that may lie between socket and dispatcher; a larger message lies there alone.
+const QUEUED: usize = 16 << 20;
+/// How long a bus may take nothing of what is written.
+pub const STALLED: Duration = Duration::from_secs(10);
+/// A message's first part, of which its whole length can be told.
+const PRIMARY: usize = 16;
+/// The mark, in the byte of flags: a bit that the specification gives no meaning. Nobody else can set it.
+const CUT: u8 = 0x80;
+
+/// Whether the body of this message was too large to be read.
+pub fn is_cut(message: &Message) -> bool {
+    message.primary_header().flags().bits() & CUT != 0
+}
+
+/// What socket and dispatcher of a connection know of each other.
+#[derive(Debug, Default)]
+pub struct Intake {
+    /// Bytes between the two; `None` while nobody takes them, and so nothing lies there.
+    queued: Mutex<Option<usize>>,
+    taken: Notify,
+    stalled: AtomicBool,
+}
+
+impl Intake {
+    /// The dispatcher takes messages from now on.
+    pub fn begin(&self) {
+        *self.lock() = Some(0);
+    }
+
+    /// The dispatcher has taken a message of so many bytes.
+    pub fn taken(&self, bytes: usize) {
+        if let Some(queued) = self.lock().as_mut() {
+            *queued = queued.saturating_sub(bytes);
+        }
+        self.taken.notify_waiters();
+    }
+
+    /// The dispatcher takes no more.
+    pub fn end(&self) {
+        *self.lock() = None;
+        self.taken.notify_waiters();
+    }
+
+    /// Whether the connection was ended because nothing was taken at its other end.
+    pub fn stalled(&self) -> bool {
+        self.stalled.load(Ordering::Relaxed)
+    }
+
+    /// Waits for room for so many bytes, and takes it.
+    async fn room(&self, bytes: usize) {
+        loop {
+            let taken = self.taken.notified();
+            match self.lock().as_mut() {
+                None => return,
+                Some(queued) if *queued == 0 || *queued + bytes <= QUEUED => {
+                    *queued += bytes;
+                    return;
+                }
+                Some(_) => {}
+            }
+            taken.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<usize>> {
+        self.queued.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A Unix socket that zbus is to read and write through.
+#[derive(Debug)]
+pub struct Measured {
+    stream: UnixStream,
+    intake: Arc<Intake>,
+    patience: Option<Duration>,
+}
+
+impl Measured {
+    /// A socket whose other end may take nothing for as long as `patience`; `None`: for ever.
+    pub fn new(stream: UnixStream, intake: Arc<Intake>, patience: Option<Duration>) -> Measured {
+        Measured { stream, intake, patience }
+    }
+}
+
+impl Socket for Measured {
+    type ReadHalf = Reader;
+    type WriteHalf = Writer;
+
+    fn split(self) -> Split<Reader, Writer> {
+        let (read, write) = self.stream.into_split();
+        let reader = Reader { socket: Plain(read), intake: self.intake.clone() };
+        Split::new(reader, Writer { socket: write, intake: self.intake, patience: self.patience })
+    }
+}
+
+/// Bytes, as they come.
+#[derive(Debug)]
+struct Plain(OwnedReadHalf);
+
+#[async_trait]
+impl ReadHalf for Plain {
+    async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+        Ok((self.0.read(buffer).await?, Vec::new()))
+    }
+}
+
+/// The half that is read.
+#[derive(Debug)]
+pub struct Reader {
+    socket: Plain,
+    intake: Arc<Intake>,
+}
+
+#[async_trait]
+impl ReadHalf for Reader {
+    async fn receive_message(
+        &mut self,
+        seq: u64,
+        already: &mut Vec<u8>,
+        fds: &mut Vec<OwnedFd>,
+    ) -> zbus::Result<Message> {
+        loop {
+            let mut head = Vec::with_capacity(512);
+            self.fill(&mut head, PRIMARY, already).await?;
+            let (header, body) = lengths(&head);
+            if header > LONGEST_HEADER {
+                tracing::debug!(header, "a message with too long a header was passed over");
+                self.skip(header - PRIMARY + body, already).await?;
+                continue;
+            }
+            self.fill(&mut head, header, already).await?;
+            head[2] &= !CUT;
+            if body > LARGEST {
+                self.skip(body, already).await?;
+                head[2] |= CUT;
+                head[4..8].fill(0);
+                self.intake.room(header).await;
+            } else {
+                self.intake.room(header + body).await;
+            }
+            already.splice(..0, head);
+            // What has been read already comes first, so this goes on where we are.
+            return self.socket.receive_message(seq, already, fds).await;
+        }
+    }
+
+    async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
+        self.socket.recvmsg(buffer).await
+    }
+
+    async fn peer_credentials(&mut self) -> io::Result<ConnectionCredentials> {
+        credentials(self.socket.0.as_ref())
+    }
+}
+
+impl Reader {
+    /// Reads on until `head` has so many bytes.
+    async fn fill(&mut self, head: &mut Vec<u8>, length: usize, already: &mut Vec<u8>) -> io::Result<()> {
+        let known = already.len().min(length - head.len());
+        head.extend(already.drain(..known));
+        let from = head.len();
+        head.resize(length, 0);
+        self.socket.0.read_exact(&mut head[from..]).await?;
+        Ok(())
+    }
+
+    /// Reads so many bytes and forgets them.
+    async fn skip(&mut self, mut length: usize, already: &mut Vec<u8>) -> io::Result<()> {
+        length -= already.drain(..already.len().min(length)).len();
+        let mut piece = vec![0; length.min(64 << 10)];
+        while length > 0 {
+            let room = piece.len().min(length);
+            let count = self.socket.0.read(&mut piece[..room]).await?;
+            if count == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            length -= count;
+        }
+        Ok(())
+    }
+}
+
+/// How long header (with what fills it up to the body) and body of a message are, of which this is the first part.
+fn lengths(primary: &[u8]) -> (usize, usize) {
+    let number = |at: usize| {
+        let bytes = [primary[at], primary[at + 1], primary[at + 2], primary[at + 3]];
+        let number = if primary[0] == b'B' { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
+        number as usize
+    };
+    ((PRIMARY + number(12)).next_multiple_of(8), number(4))
+}
+
+/// The half that is written.
+#[derive(Debug)]
+pub struct Writer {
+    socket: OwnedWriteHalf,
+    intake: Arc<Intake>,
+    patience: Option<Duration>,
+}
+
+#[async_trait]
+impl WriteHalf for Writer {
+    async fn send_message(&mut self, message: &Message) -> zbus::Result<()> {
+        self.send_messages(std::slice::from_ref(message)).await
+    }
+
+    async fn send_messages(&mut self, messages: &[Message]) -> zbus::Result<()> {
+        let mut slices: Vec<_> = messages.iter().map(|message| IoSlice::new(message.data())).collect();
+        let mut rest = &mut slices[..];
+        while !rest.is_empty() {
+            let count = self.write(rest).await?;
+            IoSlice::advance_slices(&mut rest, count);
+        }
+        Ok(())
+    }
+
+    async fn sendmsg(&mut self, buffer: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        if !fds.is_empty() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this connection carries no descriptors"));
+        }
+        self.write(&[IoSlice::new(buffer)]).await
+    }
+
+    async fn close(&mut self) -> io::Result<()> {
+        self.shut()
+    }
+
+    async fn peer_credentials(&mut self) -> io::Result<ConnectionCredentials> {
+        credentials(self.socket.as_ref())
+    }
+}
+
+impl Writer {
+    /// Writes something. When that takes too long, the connection ends.
+    async fn write(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        let writing = self.socket.write_vectored(slices);
+        let Some(patience) = self.patience else { return writing.await };
+        match tokio::time::timeout(patience, writing).await {
+            Ok(Ok(0)) => Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => written,
+            Err(_) => {
+                self.intake.stalled.store(true, Ordering::Relaxed);
+                self.shut()?;
+                Err(io::Error::new(io::ErrorKind::TimedOut, "the other end takes nothing"))
+            }
+        }
+    }
+
+    /// Ends both directions, so the reader sees the end too.
+    fn shut(&self) -> io::Result<()> {
+        let stream: &UnixStream = self.socket.as_ref();
+        Ok(nix::sys::socket::shutdown(stream.as_raw_fd(), nix::sys::socket::Shutdown::Both)?)
+    }
+}
+
+fn credentials(stream: &UnixStream) -> io::Result<ConnectionCredentials> {
+    let peer = stream.peer_cred()?;
+    let known = ConnectionCredentials::default().set_unix_user_id(peer.uid());
+    Ok(match peer.pid().and_then(|pid| u32::try_from(pid).ok()) {
+        Some(pid) => known.set_process_id(pid),
+        None => known,
+    })
+}
+
+#[cfg(test)]
+#[path = "socket_tests.rs"]
+mod tests;
