@@ -287,11 +287,11 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
+        self.shared.declare(&mut def);
         let def = *readable(Box::new(def)).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
-        self.shared.declare(&mut def);
         self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
         Ok((def, driver, claimed))

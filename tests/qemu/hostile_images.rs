@@ -106,7 +106,8 @@ fn refused<T>(case: &str, answer: Result<T, Refusal>, words: &[&str]) {
 /// What `ValidateDomain` says of a document.
 async fn validated(client: &Client, xml: &str) -> String {
     let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(xml, options([]))).await.expect("told");
-    format!("{:?}", told.body())
+    let told: Vec<(String, String, u32, u32, String)> = told.body().deserialize().expect("findings");
+    told.into_iter().map(|(severity, path, _, _, text)| format!("{severity} {path}: {text}\n")).collect()
 }
 
 async fn system(name: &str) -> Option<(Daemon, Client, Tick)> {
@@ -162,7 +163,9 @@ async fn an_overlay_that_does_not_say_its_bases_format_is_refused_though_it_is_d
     overlay(&tick.disk, &on, "raw");
     let below =
         format!("<backingStore type='file'><format type='raw'/><source file='{on}'/><backingStore/></backingStore>");
+    let named = "<name>guessed</name><uuid>0d9a5c1e-43a1-4e58-8a0f-6f0f5b1d7a11</uuid>";
     let xml = tick.xml.replace("<target dev='vda'", &format!("{below}<target dev='vda'"));
+    let xml = xml.replace("<name>guessed</name>", named);
     let domain = client.define(&xml).await.expect("a chain that is declared is taken");
     domain.run("Start").await.expect("and what is raw is raw, whatever is in it");
     domain.run("Destroy").await.expect("ended");

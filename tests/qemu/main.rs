@@ -4,6 +4,7 @@
 mod common;
 
 mod hostile_images;
+mod images_in_use;
 mod lifecycle;
 mod media;
 mod records;
