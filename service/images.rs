@@ -4,6 +4,7 @@
 //! Two paths are one file if they are the same text, or were last seen to lead to one inode. A file system that does not answer
 //! costs its own machine this second comparison, and nobody else anything.
 
+use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::job::lock;
 use crate::shared::Shared;
@@ -17,6 +18,7 @@ use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::device::disk::{BackingStore, DiskDevice, StoreFormat};
 use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::DiskMode;
 use virt_model::snapshot::SnapshotDef;
 use virt_model::xml::Finding;
@@ -153,6 +155,32 @@ impl Shared {
         }
     }
 
+    /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is to `domain` and the machine
+    /// that has it open. Looks at no file.
+    pub fn with_owner_of_lock(&self, domain: &Domain, error: DriverError) -> DriverError {
+        let told = |text: String| {
+            let Some(image) = locked_image(&text).map(PathBuf::from) else { return text };
+            let holds = |chain: &Chain| chain.files.iter().any(|file| self.seen.same(file, &image));
+            let disk = domain
+                .chains()
+                .into_iter()
+                .find(holds)
+                .map(|chain| format!("{} is of {}, and ", image.display(), chain.whose));
+            let running = self.registry.all().into_iter().flat_map(|other| other.running_chains());
+            let owners: Vec<String> = running.filter(holds).map(|chain| chain.whose).collect();
+            let owner = match owners.is_empty() {
+                true => "another program has it open (fuser tells which)".to_owned(),
+                false => format!("{} has it open", owners.join(", ")),
+            };
+            format!("{text}; {}{owner}", disk.unwrap_or_default())
+        };
+        match error {
+            DriverError::Storage(text) => DriverError::Storage(told(text)),
+            DriverError::Hypervisor(text) => DriverError::Hypervisor(told(text)),
+            other => other,
+        }
+    }
+
     /// The disks of a configuration that would be written though somebody needs them as they are: it can be stored, and not
     /// be started.
     pub async fn frozen_in(self: &Arc<Self>, def: &DomainDef) -> Vec<Finding> {
@@ -179,6 +207,12 @@ impl Shared {
     pub fn recorded(&self) -> Vec<Overlay> {
         self.registry.all().iter().flat_map(|domain| domain.overlays()).collect()
     }
+}
+
+/// The image of which QEMU or its tools say that it is locked.
+fn locked_image(text: &str) -> Option<&str> {
+    let (_, rest) = text.split_once("using the image [")?;
+    rest.split_once("]?").map(|(image, _)| image)
 }
 
 /// An overlay that was made for a snapshot, and what it was laid on.
@@ -310,6 +344,13 @@ mod tests {
         let mut on = *laid.backing.unwrap();
         on.backing = None;
         Overlay { file: file.into(), on }
+    }
+
+    #[test]
+    fn a_locked_image_is_found_in_qemus_words() {
+        let text = "Failed to get \"write\" lock\nIs another process using the image [/images/a b]?";
+        assert_eq!(locked_image(text), Some("/images/a b"));
+        assert_eq!(locked_image("No such file or directory"), None);
     }
 
     #[test]

@@ -208,7 +208,7 @@ impl Domain {
                 self.shared.forget_guest(uuid).await?;
                 Err(match e {
                     DriverError::Cancelled => self.start_cancelled(),
-                    e => Error::from_driver(&self.name(), "start", e),
+                    e => self.from_driver("start", e),
                 })
             }
         }

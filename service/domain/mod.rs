@@ -214,6 +214,21 @@ impl Domain {
         chains
     }
 
+    /// Of them those of the guest that runs.
+    pub(crate) fn running_chains(&self) -> Vec<images::Chain> {
+        let state = lock(&self.state);
+        let mut chains = Vec::new();
+        if let Some(guest) = &state.guest {
+            images::chains_of(self.uuid, &format!("domain '{}'", state.name), &guest.live, &mut chains);
+        }
+        chains
+    }
+
+    /// What the driver said while it was to `deed` this domain. Of an image that is locked it is told who has it.
+    fn from_driver(&self, deed: &str, error: virt_model::driver::DriverError) -> Error {
+        Error::from_driver(&self.name(), deed, self.shared.with_owner_of_lock(self, error))
+    }
+
     /// The overlays that its snapshots have laid on its disks.
     pub(crate) fn overlays(&self) -> Vec<images::Overlay> {
         let state = lock(&self.state);

@@ -86,6 +86,24 @@ async fn a_base_that_another_machine_stands_on_is_not_merged_over() {
 }
 
 #[tokio::test]
+async fn a_locked_image_is_told_with_disk_and_machine_that_has_it() {
+    let Some((_daemon, client, tick)) = tick("first").await else { return };
+    let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
+    player.domain.run("Start").await.expect("started");
+    let second = tick.xml.replace(&format!("<uuid>{UUID}</uuid><name>first<"), "<name>second<");
+    let second = second.replace("first.serial", "second.serial");
+    std::fs::write(tick.serial.with_file_name("second.serial"), "").expect("made");
+    let second = Player { domain: client.define(&second).await.expect("defined") };
+    let told = |why: &str| {
+        why.contains("of domain 'second' (disk 'vda')") && why.contains("domain 'first' (disk 'vda') has it open")
+    };
+    let (name, why) = second.domain.run("Start").await.expect_err("the first one has the disk");
+    assert!(told(&why), "{name}: {why}");
+    let (name, why) = second.create(SNAPSHOT, options([])).await.expect_err("the first one has the disk");
+    assert!(told(&why) && !why.contains("json:"), "{name}: {why}");
+}
+
+#[tokio::test]
 async fn a_frozen_file_is_not_written_by_a_machine_that_is_defined_on_it_again() {
     let Some((_daemon, client, tick)) = tick("again").await else { return };
     let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
@@ -94,9 +112,8 @@ async fn a_frozen_file_is_not_written_by_a_machine_that_is_defined_on_it_again()
     // As tools do that define what they are told, each time.
     client.define(&tick.xml).await.expect("it is stored");
     let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(&*tick.xml, options([]))).await;
-    let told: Vec<(String, String, u32, u32, String)> = told.expect("told").body().deserialize().expect("findings");
-    let warned =
-        |one: &(String, String, u32, u32, String)| one.0 == "warning" && one.4.contains("snapshot 's' of domain");
+    let told: Vec<(String, u32, u32, String)> = told.expect("told").body().deserialize().expect("findings");
+    let warned = |one: &(String, u32, u32, String)| one.0 == "warning" && one.3.contains("snapshot 's' of domain");
     assert!(told.iter().any(warned), "{told:?}");
     let (name, why) = player.domain.run("Start").await.expect_err("its disk is frozen");
     assert_eq!(name, "org.virt.Error.InUse", "{why}");

@@ -320,7 +320,15 @@ impl Operation {
             self.forget_in_images(name, &aside.images, false).await?;
         }
         let copies = aside.copies.into_iter().map(|(_, kept)| kept);
-        self.remove_files(aside.abandoned.into_iter().chain(copies).collect()).await;
+        let mut useless = Vec::new();
+        for file in aside.abandoned {
+            // The guest that ran has ended, and what runs now stands on another: this is somebody else's.
+            match self.is_open(&file).await {
+                true => tracing::warn!(file = %file.display(), "an overlay is left where it is: somebody has it open"),
+                false => useless.push(file),
+            }
+        }
+        self.remove_files(useless.into_iter().chain(copies).collect()).await;
         Ok(())
     }
 
@@ -404,7 +412,7 @@ impl Operation {
         }
         let mut abandoned = Vec::new();
         for (file, format, base) in files {
-            let is_new = !abandoned.contains(&file) && !needed(&file, kin) && !self.is_open_elsewhere(&file).await;
+            let is_new = !abandoned.contains(&file) && !needed(&file, kin);
             if is_new && self.is_mere_overlay(&file, &format, &base).await {
                 abandoned.push(file);
             }
@@ -412,11 +420,8 @@ impl Operation {
         abandoned
     }
 
-    /// Whether somebody has an image open who is no guest of this machine's. While a guest of its own runs, nobody can tell.
-    pub(super) async fn is_open_elsewhere(&self, file: &Path) -> bool {
-        if self.body.is_some() {
-            return false;
-        }
+    /// Whether somebody has an image open; a guest of this machine's own, too.
+    pub(super) async fn is_open(&self, file: &Path) -> bool {
         let file = file.to_owned();
         let told = self.with_images(move |_| Ok(lock::is_open(&file).unwrap_or(false)));
         told.await.unwrap_or(true)

@@ -379,7 +379,7 @@ impl Domain {
     }
 
     pub(super) fn not_taken(&self, name: &str, error: DriverError) -> Error {
-        Error::from_driver(&self.name(), &format!("take snapshot '{name}' of"), error)
+        self.from_driver(&format!("take snapshot '{name}' of"), error)
     }
 }
 

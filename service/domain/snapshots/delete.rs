@@ -322,7 +322,7 @@ impl Domain {
     }
 
     fn not_deleted(&self, name: &str, error: DriverError) -> Error {
-        Error::from_driver(&self.name(), &format!("delete snapshot '{name}' of"), error)
+        self.from_driver(&format!("delete snapshot '{name}' of"), error)
     }
 }
 

@@ -233,7 +233,7 @@ impl Domain {
     }
 
     pub(super) fn not_reverted(&self, name: &str, error: virt_model::driver::DriverError) -> Error {
-        Error::from_driver(&self.name(), &format!("revert to snapshot '{name}'"), error)
+        self.from_driver(&format!("revert to snapshot '{name}'"), error)
     }
 }
 
