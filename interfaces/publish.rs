@@ -333,7 +333,7 @@ mod tests {
         let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
         assert_eq!(path.as_str(), domain::path(Uuid::from_u128(7)));
         let all = &interfaces[domain::INTERFACE];
-        assert_eq!(all.len(), 22);
+        assert_eq!(all.len(), 23);
         let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
         assert_eq!(*all["CurrentSnapshot"], Variant::from(zbus::ObjectPath::try_from(snapshot).unwrap()));
     }
