@@ -295,6 +295,8 @@ pub(crate) fn chains_of(domain: Uuid, whose: &str, def: &DomainDef, into: &mut V
 pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, into: &mut Vec<Chain>) {
     for (disk, mode) in parts(def) {
         let fixed = match mode {
+            // A merge that has begun makes the frozen file the machine's own again, wherever the rest of it stands.
+            DiskMode::External { .. } if def.merging.contains(&disk.target.dev) => 1,
             DiskMode::External { .. } => 0,
             DiskMode::Internal => 1,
             DiskMode::No | DiskMode::Manual => continue,

@@ -8,7 +8,7 @@ use crate::job::lock;
 use std::path::PathBuf;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
-use virt_model::driver::snapshots::{DiskMode, FileChange, FileFate, Kept, Machine, MemoryMode};
+use virt_model::driver::snapshots::{DiskMode, FileChange, FileFate, Kept, Machine, MemoryMode, RevertPlan};
 use virt_model::snapshot::{SnapshotDef, SnapshotState};
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, Started, Stopped, Suspended};
 
@@ -94,7 +94,7 @@ impl Domain {
     }
 
     pub(super) async fn plan_revert(&self, name: &str, options: &RevertOptions) -> Result<Planned> {
-        let driver = self.takes_snapshots()?;
+        self.takes_snapshots()?;
         let (record, def) = self.usable_snapshot(name)?;
         if let Some(target) = def.merging.first() {
             let domain = self.name();
@@ -147,15 +147,10 @@ impl Domain {
         if saved && !def.has_memory() {
             risks.push(MANAGED_SAVE);
         }
-        self.may_bring_back(name, &kept).await?;
-        let kin = self.kin(name, &[], &machine);
-        let checked = driver.check_revert(&machine, &kept, &kin, in_place).await;
-        let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        let (checked, keep) = self.check_images(name, &kept, &machine, in_place).await?;
         if !checked.changed.is_empty() {
             risks.push(FROZEN_CHANGED);
         }
-        let keep = self.needed_elsewhere(&checked.files).await;
-        checked.files.retain(|file| !keep.contains(&file.path));
         if active.is_some() && !in_place {
             self.would_start(&to).await?;
         }
@@ -170,6 +165,23 @@ impl Domain {
             changed: checked.changed,
         };
         Ok(Planned { def, kept, machine, plan, keep, active, in_place })
+    }
+
+    /// What the driver would do, without the removal of what other machines stand on; and what that is.
+    async fn check_images(
+        &self,
+        name: &str,
+        kept: &Kept,
+        machine: &Machine,
+        in_place: bool,
+    ) -> Result<(RevertPlan, Vec<PathBuf>)> {
+        self.may_bring_back(name, kept).await?;
+        let kin = self.kin(name, &[], machine);
+        let checked = self.takes_snapshots()?.check_revert(machine, kept, &kin, in_place).await;
+        let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        let keep = self.needed_elsewhere(&checked.files).await;
+        checked.files.retain(|file| !keep.contains(&file.path));
+        Ok((checked, keep))
     }
 
     /// Refuses to bring images back to a snapshot inside them that other machines stand on.
