@@ -3,7 +3,7 @@
 use crate::common::client::{Client, Domain, Refusal, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
-use crate::common::users::ADMIN;
+use crate::common::users::{ADMIN, ALICE};
 use crate::common::{Daemon, Setup};
 use rustix::fs::inotify;
 use std::os::fd::OwnedFd;
@@ -139,6 +139,8 @@ async fn an_image_whose_header_names_files_is_refused_and_they_are_neither_lent_
         refused(case, client.define(&tick.xml).await, &[&shown, words]);
         let told = validated(&client, &tick.xml).await;
         assert!(told.contains(words), "{case}: {told}");
+        let told = validated(&Client { connection: daemon.connect_as(&ALICE).await }, &tick.xml).await;
+        assert!(!told.contains(words), "{case}: for a stranger no file is looked at: {told}");
         assert!(client.named("hostile").await.is_err(), "{case}: it is not stored");
         // One that its guest, having taken over QEMU, has written into its own image.
         std::fs::write(&tick.disk, &good).expect("written");
