@@ -4,9 +4,12 @@
 mod common;
 
 mod hostile_images;
+mod hung;
 mod images_in_use;
 mod lifecycle;
 mod media;
+mod missing;
+mod parts;
 mod records;
 mod revert_matrix;
 mod snapshots;
@@ -16,4 +19,5 @@ mod snapshots_kept;
 mod snapshots_unfinished;
 mod survival;
 mod system;
+mod unread;
 mod whole_machine;
