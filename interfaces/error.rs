@@ -68,6 +68,7 @@ pub fn name(error: &ServiceError) -> &'static str {
         ServiceError::SnapshotBroken(_) => "org.virt.Error.SnapshotBroken",
         ServiceError::AbiIncompatible(_) => "org.virt.Error.AbiIncompatible",
         ServiceError::RevertRisky(_) => "org.virt.Error.RevertRisky",
+        ServiceError::InUse(_) => "org.virt.Error.InUse",
         ServiceError::InvalidArgument(_) => "org.virt.Error.InvalidArgument",
         ServiceError::ConfigInvalid(_) => "org.virt.Error.ConfigInvalid",
         ServiceError::ConfigUnsupported(_) => "org.virt.Error.ConfigUnsupported",

@@ -3,7 +3,7 @@
 //! Each text is one sentence with object, cause and remedy; `interfaces/error.rs` gives each variant its name on the bus.
 
 use virt_model::driver::DriverError;
-use virt_model::xml::Finding;
+use virt_model::xml::{Finding, FindingKind};
 
 /// The service's result.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -45,6 +45,9 @@ pub enum Error {
     /// A revert has risks that were not accepted; lists each.
     #[error("{0}")]
     RevertRisky(String),
+    /// A file that others need as it is; names each of them.
+    #[error("{0}")]
+    InUse(String),
     /// An argument, an option's key or value.
     #[error("{0}")]
     InvalidArgument(String),
@@ -125,6 +128,13 @@ impl Error {
     pub fn from_driver(name: &str, deed: &str, error: DriverError) -> Error {
         let text = format!("cannot {deed} domain '{name}': {error}");
         match error {
+            DriverError::Config(findings) if findings.iter().any(|finding| finding.kind == FindingKind::Invalid) => {
+                let told = |finding: Finding| Finding {
+                    message: format!("cannot {deed} domain '{name}': {}", finding.message),
+                    ..finding
+                };
+                Error::ConfigInvalid(findings.into_iter().map(told).collect())
+            }
             // A full disk is one whoever ran into it.
             DriverError::Storage(_) | DriverError::Hypervisor(_) | DriverError::Internal(_) if is_full(&text) => {
                 Error::NoSpace(text)

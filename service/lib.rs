@@ -9,6 +9,8 @@ mod desk;
 mod domain;
 pub mod error;
 pub mod events;
+#[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
+mod images;
 pub mod job;
 mod registry;
 mod shared;
@@ -196,6 +198,11 @@ impl Service {
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
         }
         add_findings(&mut findings, driver.check(&def).await);
+        self.shared.declare(&mut def);
+        if self.may_name_files(caller, &def, &**driver).await {
+            add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
+            add_findings(&mut findings, self.shared.frozen_in(&def).await);
+        }
         let conflict = self.shared.registry.look(def.uuid, &def.name);
         let existing = conflict.as_ref().ok().and_then(Option::as_deref);
         if let (true, Err(finding)) = (existing.is_none(), new_name(&def)) {
@@ -312,12 +319,26 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
+        self.shared.declare(&mut def);
         let def = *readable(Box::new(def), &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
+        self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
         Ok((def, driver, claimed))
+    }
+
+    /// Refuses images that say something else than the definition. Permission to name files has been given.
+    async fn look(&self, driver: &dyn Driver, def: &DomainDef) -> Result<()> {
+        match driver.look(def).await {
+            Ok(findings) => refuse(findings),
+            // It is looked at again when it starts.
+            Err(error) => {
+                tracing::warn!(uuid = %def.uuid, name = def.name, %error, "it is defined without a look at its images");
+                Ok(())
+            }
+        }
     }
 
     /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's

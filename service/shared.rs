@@ -4,6 +4,7 @@ use crate::authz::{Authority, Caller};
 use crate::desk::{Desk, Reading};
 use crate::error::Result;
 use crate::events::Events;
+use crate::images::Seen;
 use crate::job::Jobs;
 use crate::registry::Registry;
 use crate::store::{Store, on_disk};
@@ -47,6 +48,8 @@ pub(crate) struct Shared {
     pub registry: Registry,
     pub store: Store,
     pub limits: Limits,
+    /// Which files the paths of images lead to.
+    pub seen: Seen,
     pub desk: Arc<Desk>,
     last_id: AtomicU32,
 }
@@ -71,6 +74,7 @@ impl Shared {
             registry,
             store,
             limits,
+            seen: Seen::default(),
             desk: Desk::new(limits.reading),
             last_id: AtomicU32::new(0),
         })

@@ -10,11 +10,10 @@
 //! back what its start had taken, and a reboot of the host, which no guest survives, gives back everything. A file is found
 //! again by its handle, so that one which was renamed meanwhile is given back too.
 //!
-//! Whose files may be lent: see [`super::resolve`]. A backing file named in an image's header counts as chosen by the
-//! image's owner.
+//! Whose files may be lent: see [`super::resolve`]. What an image's header names is not lent: the chain of a disk is what
+//! its definition says.
 
-use super::acl::{Acl, READ, WRITE, through};
-use super::chain::{Behind, behind};
+use super::acl::{Acl, READ, WRITE};
 use super::handle::Handle;
 use super::process::boot_id;
 use super::resolve::{Found, is_still, may_open};
@@ -22,16 +21,14 @@ use super::user::RunAs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
-/// Files of one guest, images that stand on one another included.
+/// Files of one guest.
 const MAX_FILES: usize = 512;
 
 /// A file a guest needs.
@@ -41,8 +38,6 @@ pub struct Want {
     pub path: PathBuf,
     /// To be written, too.
     pub write: bool,
-    /// It is an image, and the files its header names are needed as well.
-    pub backing: bool,
     /// It is a device that the guest has to itself, and may be a character device.
     pub device: bool,
 }
@@ -162,7 +157,7 @@ impl Ledger {
         // Whatever may hang on a file system that does not answer is done first, without the lock.
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
-            survey.collect(want, None)?;
+            survey.collect(want)?;
         }
         let needs = survey.needs;
         let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
@@ -176,7 +171,7 @@ impl Ledger {
     pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
-            survey.collect(want, None)?;
+            survey.collect(want)?;
         }
         let needs = survey.needs;
         let held = |loan: &Loan| loan.holders.contains_key(&guest);
@@ -336,41 +331,29 @@ struct Survey<'a> {
 
 impl Survey<'_> {
     /// Adds what `want` needs.
-    fn collect(&mut self, want: &Want, chosen_by: Option<u32>) -> Result<(), DriverError> {
+    fn collect(&mut self, want: &Want) -> Result<(), DriverError> {
         let failed = |e: io::Error| DriverError::Storage(format!("{}: {e}", want.path.display()));
         let found = Found::resolve(&want.path).map_err(failed)?;
         if !self.seen.insert((want.path.clone(), want.write)) {
             return Ok(());
         }
         if self.seen.len() > MAX_FILES {
-            return Err(DriverError::Storage(format!("{}: too many images stand on one another", want.path.display())));
+            return Err(DriverError::Storage(format!(
+                "{}: a guest has at most {MAX_FILES} files",
+                want.path.display()
+            )));
         }
         let open = self.user.reach(|| may_open(&found.fd, want.write)).map_err(failed)?;
-        let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
         let lent = !open || self.ledger.is_lent(&found);
         if lent {
             let own = want.device && found.kind() == FileType::CharacterDevice;
-            if let Some(why) = found.objection(chosen_by, own) {
+            if let Some(why) = found.objection(None, own) {
                 return Err(refuse(self.user, &want.path, &why));
             }
         }
         self.needs.push(Need { found, path: want.path.clone(), write: want.write, lent });
-        next.iter().try_for_each(|want| self.collect(want, Some(owner)))
+        Ok(())
     }
-}
-
-/// The files that an image's header names.
-fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
-    if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
-        return Ok(Vec::new());
-    }
-    let read = || {
-        let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(through(&found.fd))?;
-        behind(&file, &want.path)
-    };
-    let named = read().map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display())))?;
-    let as_want = |b: Behind| Want { path: b.path, write: b.data && want.write, backing: !b.data, device: false };
-    Ok(named.into_iter().map(as_want).collect())
 }
 
 /// Whether the user can open them now; if not, why not.

@@ -1,97 +1,205 @@
-//! The files behind an image: what a qcow2 header names as backing file and as external data file.
+//! What an image's header says of other files: its backing file, a file for its data, the format of what is below.
 //!
-//! The header is read here, and not asked of `qemu-img`, which would have to be run with rights over the file.
+//! It is read to be held against what a definition says, never to be followed. The header is read here, and not asked of
+//! `qemu-img`, which would have to be run with rights over the file. Headers of raw images are not read: a guest writes them.
 
+use super::acl::through;
+use super::resolve::Found;
+use rustix::fs::FileType;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Component, Path, PathBuf};
 
-const MAGIC: &[u8; 4] = b"QFI\xfb";
-/// The longest backing file name there is.
+/// The longest name of a file there is in a header.
 const MAX_NAME: u32 = 1023;
-/// Extensions end, at the latest, with the first cluster, which has at least 512 bytes; ours are looked for in so many.
+/// Extensions end, at the latest, with the first cluster; ours are looked for in so many bytes.
 const MAX_HEADER: u64 = 1 << 16;
+const BACKING_FORMAT: u32 = 0xe279_2aca;
 const DATA_FILE: u32 = 0x4441_5441;
+/// An incompatible feature of qcow2: its data is in another file.
+const HAS_DATA_FILE: u64 = 1 << 2;
+/// Features of qed: it has a backing file; which is raw.
+const QED_BACKING: u64 = 1;
+const QED_RAW: u64 = 4;
+/// Of vmdk's text beside its data, at most so much is read.
+const MAX_TEXT: u64 = 20 * 512;
 
-/// A file that an image's header names.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Behind {
-    /// Where it is.
-    pub path: PathBuf,
-    /// It holds the image's own data, else it is what the image stands on.
-    pub data: bool,
+/// What a header says.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Header {
+    /// What it names as its backing file, as it is written there.
+    pub backing: Option<String>,
+    /// The format of that, where the header says it.
+    pub backing_format: Option<String>,
+    /// This format has a place for that, and whoever reads an image without it guesses.
+    pub tells_format: bool,
+    /// A file with the image's own data; empty if it is named by nobody.
+    pub data: Option<String>,
 }
 
-/// The files that the image names, whose own path (as QEMU is told it) is `image`. Not an image, none.
-pub fn behind(file: &File, image: &Path) -> io::Result<Vec<Behind>> {
-    let mut header = [0u8; 104];
-    if read_some(file, &mut header, 0)? < 72 || !header.starts_with(MAGIC) {
-        return Ok(Vec::new());
+impl Header {
+    /// Of the image at `path`; `None` if there is no such file, or nothing that can have a header. What is no image of that
+    /// format says nothing. Blocks, where the file system does not answer without end.
+    pub fn read(path: &Path, format: &str) -> io::Result<Option<Header>> {
+        if !matches!(format, "qcow2" | "qcow" | "qed" | "vmdk") {
+            return Ok(None);
+        }
+        let found = match Found::resolve(path) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            found => found?,
+        };
+        if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
+            return Ok(None);
+        }
+        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
+        let file = File::options().read(true).custom_flags(flags).open(through(&found.fd))?;
+        let header = match format {
+            "qed" => qed(&file),
+            "vmdk" => vmdk(&file),
+            _ => qcow(&file),
+        };
+        header.map(Some)
     }
-    let mut found = Vec::new();
-    let (offset, length) = (u64_at(&header, 8), u32_at(&header, 16));
-    if offset != 0 && length <= MAX_NAME {
-        let mut name = vec![0u8; length as usize];
-        file.read_exact_at(&mut name, offset)?;
-        found.extend(place(&name, image).map(|path| Behind { path, data: false }));
-    }
-    if let Some(name) = data_file(file, &header)? {
-        found.extend(place(&name, image).map(|path| Behind { path, data: true }));
-    }
-    Ok(found)
 }
 
-/// The name in the extension for an external data file.
-fn data_file(file: &File, header: &[u8; 104]) -> io::Result<Option<Vec<u8>>> {
-    if u32_at(header, 4) < 3 {
-        return Ok(None);
+/// Of the qcow family. The first version says no formats.
+fn qcow(file: &File) -> io::Result<Header> {
+    let mut fixed = [0u8; 104];
+    if read_some(file, &mut fixed, 0)? < 48 || !fixed.starts_with(b"QFI\xfb") {
+        return Ok(Header::default());
     }
-    let mut at = u64::from(u32_at(header, 100));
+    let version = be32(&fixed, 4);
+    let (offset, length) = (be64(&fixed, 8), be32(&fixed, 16));
+    let backing = if offset == 0 { None } else { Some(name(file, offset, length)?) };
+    let mut header = Header { backing, tells_format: version > 1, ..Header::default() };
+    if version > 1 {
+        let first = if version == 2 { 72 } else { u64::from(be32(&fixed, 100)) };
+        extensions(file, first, &mut header)?;
+    }
+    if version > 2 && be64(&fixed, 72) & HAS_DATA_FILE != 0 {
+        header.data.get_or_insert_default();
+    }
+    Ok(header)
+}
+
+/// What follows the fixed part of a qcow2 header.
+fn extensions(file: &File, mut at: u64, header: &mut Header) -> io::Result<()> {
     while at < MAX_HEADER {
         let mut extension = [0u8; 8];
         if read_some(file, &mut extension, at)? < 8 {
-            return Ok(None);
+            return Ok(());
         }
-        let (kind, length) = (u32_at(&extension, 0), u32_at(&extension, 4));
+        let (kind, length) = (be32(&extension, 0), be32(&extension, 4));
         match kind {
-            0 => return Ok(None),
-            DATA_FILE if length <= MAX_NAME => {
-                let mut name = vec![0u8; length as usize];
-                file.read_exact_at(&mut name, at + 8)?;
-                return Ok(Some(name));
-            }
-            _ => at += 8 + u64::from(length).next_multiple_of(8),
+            0 => return Ok(()),
+            BACKING_FORMAT => header.backing_format = Some(name(file, at + 8, length)?),
+            DATA_FILE => header.data = Some(name(file, at + 8, length)?),
+            _ => {}
         }
+        at += 8 + u64::from(length).next_multiple_of(8);
     }
-    Ok(None)
+    Ok(())
 }
 
-/// A name from a header as a path; `None` for what is no local file (`json:…`, `nbd:…`).
-fn place(name: &[u8], image: &Path) -> Option<PathBuf> {
-    let name = std::str::from_utf8(name).ok()?.trim_end_matches('\0');
+/// It says no format but raw.
+fn qed(file: &File) -> io::Result<Header> {
+    let mut fixed = [0u8; 64];
+    if read_some(file, &mut fixed, 0)? < 64 || !fixed.starts_with(b"QED\0") || le64(&fixed, 16) & QED_BACKING == 0 {
+        return Ok(Header::default());
+    }
+    let raw = le64(&fixed, 16) & QED_RAW != 0;
+    Ok(Header {
+        backing: Some(name(file, le32(&fixed, 56).into(), le32(&fixed, 60))?),
+        backing_format: raw.then(|| "raw".to_owned()),
+        ..Header::default()
+    })
+}
+
+/// Of one file that holds its own data; what is a text that names files has its data elsewhere.
+fn vmdk(file: &File) -> io::Result<Header> {
+    let mut fixed = [0u8; 64];
+    let elsewhere = Header { data: Some(String::new()), ..Header::default() };
+    if read_some(file, &mut fixed, 0)? < 64 {
+        return Ok(elsewhere);
+    }
+    match &fixed[..4] {
+        b"COWD" => Ok(Header::default()),
+        b"KDMV" if le64(&fixed, 12) == 0 => Ok(elsewhere),
+        b"KDMV" => {
+            let (at, length) = (le64(&fixed, 28).saturating_mul(512), le64(&fixed, 36).saturating_mul(512));
+            let mut text = vec![0; usize::try_from(length.min(MAX_TEXT)).unwrap_or_default()];
+            let read = if at == 0 { 0 } else { read_some(file, &mut text, at)? };
+            let text = String::from_utf8_lossy(&text[..read]);
+            let parent = text.split_once("parentFileNameHint=\"").and_then(|(_, rest)| rest.split_once('"'));
+            Ok(Header { backing: parent.map(|(name, _)| name.to_owned()), ..Header::default() })
+        }
+        _ => Ok(elsewhere),
+    }
+}
+
+/// Where a name from a header leads, as QEMU would read it; `None` for what is no local file (`json:…`, `nbd:…`).
+pub fn place(name: &str, image: &Path) -> Option<PathBuf> {
     let name = name.strip_prefix("file:").unwrap_or(name);
     let scheme = name.split_once(':').is_some_and(|(scheme, _)| !scheme.contains('/'));
     (!name.is_empty() && !scheme).then(|| image.parent().unwrap_or(Path::new("/")).join(name))
 }
 
+/// Whether two paths are one, whatever is there: neither is looked at.
+pub fn is_same_path(one: &Path, other: &Path) -> bool {
+    plain(one) == plain(other)
+}
+
+/// Without `.` and, as far as that can be told from the text, `..`.
+fn plain(path: &Path) -> PathBuf {
+    let mut plain = PathBuf::new();
+    for part in path.components() {
+        match part {
+            Component::CurDir => {}
+            Component::ParentDir if plain.file_name().is_some() => _ = plain.pop(),
+            part => plain.push(part),
+        }
+    }
+    plain
+}
+
+fn name(file: &File, at: u64, length: u32) -> io::Result<String> {
+    if length > MAX_NAME {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "its header names a file by more than 1023 bytes"));
+    }
+    let mut name = vec![0u8; length as usize];
+    let read = read_some(file, &mut name, at)?;
+    Ok(String::from_utf8_lossy(&name[..read]).trim_end_matches('\0').to_owned())
+}
+
 fn read_some(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut read = 0;
     while read < buffer.len() {
-        match file.read_at(&mut buffer[read..], at + read as u64)? {
-            0 => break,
-            count => read += count,
+        match file.read_at(&mut buffer[read..], at.saturating_add(read as u64)) {
+            Ok(0) => break,
+            Ok(count) => read += count,
+            // Beyond what a file can have: there is nothing.
+            Err(e) if e.raw_os_error() == Some(libc::EINVAL) => break,
+            Err(e) => return Err(e),
         }
     }
     Ok(read)
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes)
 }
 
-fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from(u32_at(bytes, at)) << 32 | u64::from(u32_at(bytes, at + 4))
+fn be64(bytes: &[u8], at: usize) -> u64 {
+    u64::from(be32(bytes, at)) << 32 | u64::from(be32(bytes, at + 4))
+}
+
+fn le32(bytes: &[u8], at: usize) -> u32 {
+    be32(bytes, at).swap_bytes()
+}
+
+fn le64(bytes: &[u8], at: usize) -> u64 {
+    u64::from(le32(bytes, at + 4)) << 32 | u64::from(le32(bytes, at))
 }
 
 #[cfg(test)]
@@ -112,43 +220,84 @@ mod tests {
         }
     }
 
-    fn of(path: &Path) -> Vec<Behind> {
-        behind(&File::open(path).unwrap(), path).unwrap()
+    fn of(path: &Path, format: &str) -> Header {
+        Header::read(path, format).unwrap().unwrap()
     }
 
     #[test]
-    fn names_backing_and_data_files() {
+    fn a_header_tells_backing_file_format_and_data_file() {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
-        if !qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "base.qcow2", "1M"]) {
+        if !qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "base", "1M"]) {
             return;
         }
-        qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2"]);
-        qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", "data_file=data.raw", "split.qcow2", "1M"]);
-        assert_eq!(of(&at("base.qcow2")), []);
-        assert_eq!(of(&at("top.qcow2")), [Behind { path: at("base.qcow2"), data: false }]);
-        assert_eq!(of(&at("split.qcow2")), [Behind { path: at("data.raw"), data: true }]);
+        let overlay = |format: &str, base_format: &str, name: &str| {
+            let options = ["create", "-q", "-f", format, "-b", "base", "-F", base_format, name];
+            qemu_img(dir.path(), &options);
+            of(&at(name), format)
+        };
+        let told = Header { tells_format: true, ..Header::default() };
+        assert_eq!(of(&at("base"), "qcow2"), told);
+        let (backing, format) = (Some("base".to_owned()), Some("qcow2".to_owned()));
+        let on_base = Header { backing: backing.clone(), backing_format: format, ..told.clone() };
+        assert_eq!(overlay("qcow2", "qcow2", "top"), on_base);
+        qemu_img(dir.path(), &["amend", "-f", "qcow2", "-o", "compat=0.10", "top"]);
+        assert_eq!(of(&at("top"), "qcow2"), on_base, "of the second version, too");
+        assert_eq!(overlay("qed", "raw", "qed").backing_format.as_deref(), Some("raw"));
+        assert_eq!(overlay("qed", "qcow2", "qed2"), Header { backing: backing.clone(), ..Header::default() });
+        assert_eq!(overlay("qcow", "qcow2", "old"), Header { backing, ..Header::default() });
+        qemu_img(dir.path(), &["create", "-q", "-f", "qcow2", "-o", "data_file=data", "split", "1M"]);
+        assert_eq!(of(&at("split"), "qcow2"), Header { data: Some("data".to_owned()), ..told });
+    }
+
+    #[test]
+    fn a_vmdk_tells_its_parent_and_whether_its_data_is_elsewhere() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        if !qemu_img(dir.path(), &["create", "-q", "-f", "vmdk", "whole", "1M"]) {
+            return;
+        }
+        assert_eq!(of(&at("whole"), "vmdk"), Header::default());
+        qemu_img(dir.path(), &["create", "-q", "-f", "vmdk", "-b", "whole", "-F", "vmdk", "top"]);
+        assert_eq!(of(&at("top"), "vmdk").backing.as_deref(), Some("whole"));
+        qemu_img(dir.path(), &["create", "-q", "-f", "vmdk", "-o", "subformat=monolithicFlat", "flat", "1M"]);
+        assert_eq!(of(&at("flat"), "vmdk").data.as_deref(), Some(""));
     }
 
     #[test]
     fn what_is_no_image_names_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        let endless = [MAGIC.as_slice(), &[0xff; 4096]].concat();
-        for bytes in [&b""[..], b"QFI", &[0; 512], &endless] {
-            let path = dir.path().join("image");
+        let path = dir.path().join("image");
+        for bytes in [&b""[..], b"QFI", &[0; 512]] {
             std::fs::write(&path, bytes).unwrap();
-            assert_eq!(of(&path), []);
+            assert_eq!(of(&path, "qcow2"), Header::default());
         }
+        std::fs::write(&path, [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat()).unwrap();
+        assert!(Header::read(&path, "qcow2").is_err());
+        assert_eq!(Header::read(&path, "raw").unwrap(), None, "the header of a raw disk is the guest's");
+        assert_eq!(Header::read(dir.path(), "qcow2").unwrap(), None);
+        assert_eq!(Header::read(&dir.path().join("none"), "qcow2").unwrap(), None);
     }
 
     #[test]
-    fn only_local_files_count() {
+    fn a_pipe_in_an_images_place_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRUSR).unwrap();
+        assert_eq!(Header::read(&path, "qcow2").unwrap(), None);
+    }
+
+    #[test]
+    fn only_local_files_have_a_place() {
         let image = Path::new("/images/top.qcow2");
-        assert_eq!(place(b"base.img", image), Some("/images/base.img".into()));
-        assert_eq!(place(b"/other/a:b.img", image), Some("/other/a:b.img".into()));
-        assert_eq!(place(b"file:../x", image), Some("/images/../x".into()));
-        for name in [&b"nbd://host/export"[..], b"json:{\"driver\":\"nbd\"}", b"", b"\xff"] {
+        assert_eq!(place("base.img", image), Some("/images/base.img".into()));
+        assert_eq!(place("/other/a:b.img", image), Some("/other/a:b.img".into()));
+        assert_eq!(place("file:../x", image), Some("/images/../x".into()));
+        for name in ["nbd://host/export", "json:{\"driver\":\"nbd\"}", ""] {
             assert_eq!(place(name, image), None);
         }
+        assert!(is_same_path(Path::new("/images/../x"), Path::new("/x")));
+        assert!(is_same_path(Path::new("/images/./a//b"), Path::new("/images/a/b")));
+        assert!(!is_same_path(Path::new("/images/x"), Path::new("/x")));
     }
 }

@@ -1,13 +1,17 @@
 //! Disk images without a guest: `qemu-img`, run with the rights of QEMU's user, so that what a guest has written into an
-//! image cannot do more than the guest could. All functions block, and end soon after [`Images::stop`] tells them to.
+//! image cannot do more than the guest could. Every file that it opens is named here, with its format: nothing is guessed from
+//! what an image holds, and nothing that its header names is opened. All functions block, and end soon after [`Images::stop`]
+//! tells them to.
 
 use super::access::{Ledger, LentFile, Want};
+use super::files::{Seen, What};
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
 use super::wall::{self, Wall};
 use super::workers::Stop;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
+use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -52,9 +56,48 @@ pub struct ImageInfo {
     /// Snapshots in it.
     #[serde(default)]
     pub snapshots: Vec<InnerSnapshot>,
-    /// What it stands on.
+    /// What only its format has.
+    #[serde(default)]
+    pub format_specific: FormatSpecific,
+    /// What its header says that it stands on.
     #[serde(default)]
     pub full_backing_filename: Option<PathBuf>,
+}
+
+/// What only images of one format have.
+#[derive(Clone, Debug, Default, Deserialize)]
+pub struct FormatSpecific {
+    #[serde(default)]
+    data: Qcow2Data,
+}
+
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Qcow2Data {
+    #[serde(default)]
+    bitmaps: Vec<Bitmap>,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+struct Bitmap {
+    name: String,
+}
+
+impl ImageInfo {
+    /// The names of bitmaps in it, which tell backups what has been written.
+    pub fn bitmaps(&self) -> Vec<String> {
+        self.format_specific.data.bitmaps.iter().map(|bitmap| bitmap.name.clone()).collect()
+    }
+}
+
+/// Refuses to bring an image with bitmaps to a snapshot inside it: neither QEMU nor its tools do that, for what the bitmaps say
+/// would not be true any more.
+pub fn without_bitmaps(path: &Path, bitmaps: &[String]) -> Result<(), DriverError> {
+    let Some(bitmap) = bitmaps.first() else { return Ok(()) };
+    let path = path.display();
+    Err(DriverError::Refused(format!(
+        "{path} holds the dirty bitmap '{bitmap}', and an image that holds one cannot be brought to a snapshot inside it; shut \
+         the guest down, and remove it with 'qemu-img bitmap --remove {path} {bitmap}'"
+    )))
 }
 
 /// A snapshot inside an image.
@@ -116,7 +159,7 @@ impl Images {
         let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
         let holder = ledger.join(self.guest);
         let lent = Lent(Some((ledger.clone(), holder, self.lent.clone())));
-        let files = ledger.lend(user, holder, &wants(images, true))?;
+        let files = ledger.lend(user, holder, &wants(images))?;
         self.lent.lock().unwrap_or_else(PoisonError::into_inner).push((holder, files));
         Ok(lent)
     }
@@ -132,10 +175,10 @@ impl Images {
         Ok(lent)
     }
 
-    /// Lends images to the running guest, for as long as it runs; not what they stand on, which it has.
+    /// Lends images to the running guest, for as long as it runs.
     pub fn lend_to_guest(&self, images: &[(PathBuf, bool)]) -> Result<(), DriverError> {
         let Some((user, ledger)) = &self.user else { return Ok(()) };
-        let files = ledger.lend_more(user, self.guest, &wants(images, false))?;
+        let files = ledger.lend_more(user, self.guest, &wants(images))?;
         self.show(&files)
     }
 
@@ -146,8 +189,8 @@ impl Images {
 
     /// What an image says of itself, also while a guest has it open.
     pub fn info(&self, path: &Path, format: &str) -> Result<ImageInfo, DriverError> {
-        let options = image_options(path, format);
-        let told = self.run(LOOK, path, ["info", "--output=json", "-U", "--image-opts"], [options])?;
+        let named = named(&[(path.to_owned(), format.to_owned())]);
+        let told = self.run(LOOK, path, ["info", "--output=json", "-U"], [named])?;
         serde_json::from_slice(&told).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
     }
 
@@ -156,10 +199,12 @@ impl Images {
         self.snapshot("take a snapshot in", "-c", path, name)
     }
 
-    /// Brings an image to a snapshot inside it. By its number: where a name is asked for, another's number that reads the
-    /// same comes first.
+    /// Brings an image to a snapshot inside it, or refuses that before anything is changed. By its number: where a name is
+    /// asked for, another's number that reads the same comes first.
     pub fn apply(&self, path: &Path, name: &str) -> Result<(), DriverError> {
-        let inner = self.info(path, "qcow2")?.snapshots.into_iter().find(|inner| inner.name == name);
+        let info = self.info(path, "qcow2")?;
+        without_bitmaps(path, &info.bitmaps())?;
+        let inner = info.snapshots.into_iter().find(|inner| inner.name == name);
         let inner = inner.ok_or_else(|| {
             DriverError::Storage(format!("{} does not hold the snapshot '{name}' any more", path.display()))
         })?;
@@ -175,8 +220,9 @@ impl Images {
     }
 
     fn snapshot(&self, deed: &str, option: &str, path: &Path, name: &str) -> Result<(), DriverError> {
-        let options = image_options(path, "qcow2");
-        self.run(deed, path, ["snapshot", "-q", "--image-opts", option], [name.into(), options]).map(drop)
+        // What the image stands on has no part in it.
+        let named = named(&[(path.to_owned(), "qcow2".to_owned())]);
+        self.run(deed, path, ["snapshot", "-q", option], [name.into(), named]).map(drop)
     }
 
     /// Makes an overlay of `size` bytes in a file that is there and empty, or in a block device.
@@ -192,10 +238,11 @@ impl Images {
         self.run("make", path, fixed, [base.into(), path.into(), size.to_string().into()]).map(drop)
     }
 
-    /// Writes what is in an overlay into what it stands on, however deep that is below.
-    pub fn commit(&self, overlay: &Path, format: &str, base: &Path) -> Result<(), DriverError> {
-        let fixed = ["commit", "-q", "-d", "-f", format, "-b"];
-        self.run("merge", overlay, fixed, [base.into(), overlay.into()]).map(drop)
+    /// Writes what is in an overlay into what it stands on. `chain`: each file with its format, from the overlay down to the
+    /// last; the second is written.
+    pub fn commit(&self, chain: &[(PathBuf, String)]) -> Result<(), DriverError> {
+        let overlay = chain.first().map_or(Path::new("/"), |(path, _)| path);
+        self.run("merge", overlay, ["commit", "-q", "-d"], [named(chain)]).map(drop)
     }
 
     /// Says in an overlay what it stands on.
@@ -212,6 +259,8 @@ impl Images {
         rest: impl IntoIterator<Item = OsString>,
     ) -> Result<Vec<u8>, DriverError> {
         let mut command = Command::new("qemu-img");
+        let rest: Vec<OsString> = rest.into_iter().collect();
+        let names: Vec<String> = rest.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         tame(&mut command, self.user.as_ref().map(|(user, _)| user.into()), BOUNDS);
@@ -230,8 +279,12 @@ impl Images {
         if done.status.success() {
             return Ok(done.stdout);
         }
-        let words = String::from_utf8_lossy(&done.stderr);
-        let text = format!("cannot {deed} {}: {}", path.display(), words.trim().trim_start_matches("qemu-img: "));
+        let shown = path.display().to_string();
+        let words = names.iter().fold(String::from_utf8_lossy(&done.stderr).into_owned(), |words, name| {
+            // The whole chain is no name for people.
+            if name.starts_with("json:") { words.replace(name, &shown) } else { words }
+        });
+        let text = format!("cannot {deed} {shown}: {}", words.trim().trim_start_matches("qemu-img: "));
         let full = words.contains("No space left") || words.contains("Disk quota exceeded");
         Err(if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) })
     }
@@ -248,19 +301,23 @@ impl Images {
     }
 }
 
-fn wants(images: &[(PathBuf, bool)], backing: bool) -> Vec<Want> {
-    let want = |(path, write): &(PathBuf, bool)| {
-        let (path, write) = (path.clone(), *write);
-        Want { path, write, backing, device: false }
-    };
-    images.iter().map(want).collect()
+fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
+    images.iter().map(|(path, write)| Want { path: path.clone(), write: *write, device: false }).collect()
 }
 
-/// Names an image without leaving anything to be guessed from its content.
-fn image_options(path: &Path, format: &str) -> OsString {
-    let mut options = OsString::from(format!("driver={format},file.driver=file,file.filename="));
-    options.push(path.to_string_lossy().replace(',', ",,"));
-    options
+/// Names an image and all it stands on, from the topmost down to the last, without leaving anything to be found in a header.
+fn named(chain: &[(PathBuf, String)]) -> OsString {
+    let mut below = Value::Null;
+    for (path, format) in chain.iter().rev() {
+        let is_device = Seen::at(path).what == What::Block;
+        let driver = if is_device { "host_device" } else { "file" };
+        let mut node = json!({ "driver": format, "file": { "driver": driver, "filename": path.to_string_lossy() } });
+        if matches!(&**format, "qcow2" | "qcow" | "qed" | "vmdk") {
+            node["backing"] = below;
+        }
+        below = node;
+    }
+    format!("json:{below}").into()
 }
 
 /// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order.

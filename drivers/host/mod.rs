@@ -5,10 +5,13 @@ pub mod access;
 pub(crate) mod acl;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod cgroup;
-mod chain;
+#[allow(clippy::disallowed_methods, reason = "opens what has been found, by its descriptor")]
+pub(crate) mod chain;
 pub mod files;
 mod handle;
 pub mod image;
+#[allow(clippy::disallowed_methods, reason = "opens what has been found, by its descriptor")]
+pub(crate) mod lock;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]

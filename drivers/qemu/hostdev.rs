@@ -228,7 +228,7 @@ pub fn keeps_memory_here(def: &DomainDef) -> Option<String> {
 
 /// A device file that the guest has to itself.
 pub fn node(path: PathBuf) -> HostFile {
-    HostFile { path, write: true, backing: false, create: false, device: true }
+    HostFile { path, write: true, create: false, device: true }
 }
 
 /// Waits until the host's udev has given new device files their owners: what it does later would undo what is lent.

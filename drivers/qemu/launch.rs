@@ -558,7 +558,7 @@ impl Source {
 }
 
 pub fn want(file: &super::command::HostFile) -> Want {
-    Want { path: file.path.clone(), write: file.write, backing: file.backing, device: file.device }
+    Want { path: file.path.clone(), write: file.write, device: file.device }
 }
 
 fn unshown(whom: &str, error: &io::Error) -> DriverError {

@@ -11,6 +11,7 @@ pub mod check;
 pub mod command;
 pub mod companion;
 pub mod complete;
+mod declared;
 mod events;
 mod find;
 #[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
@@ -176,6 +177,7 @@ impl QemuDriver {
         };
         let mut live = launch.def.clone();
         live::leave_out_missing_media(&mut live, &self.0.workers).await?;
+        declared::hold(&self.0.workers, &live).await?;
         let restored = launch.from.is_some();
         let sought = blocking(move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
@@ -264,6 +266,10 @@ impl Driver for QemuDriver {
             });
         }
         findings
+    }
+
+    async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+        declared::objections(&self.0.workers, def).await
     }
 
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
@@ -379,6 +385,7 @@ impl Driver for QemuDriver {
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
             return Err(DriverError::Config(findings));
         }
+        declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
         let user = self.user_of(def, process).await?;
         let lend = async |files: Vec<command::HostFile>| match user {

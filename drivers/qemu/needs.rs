@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     fn file(path: PathBuf, create: bool) -> HostFile {
-        HostFile { path, write: create, backing: false, create, device: false }
+        HostFile { path, write: create, create, device: false }
     }
 
     #[test]

@@ -110,7 +110,7 @@ impl Snapshots for TestDriver {
     async fn check_delete(&self, _: &Machine, snapshot: &Kept, _: &Kin) -> Result<DeletePlan, DriverError> {
         let merged = |path: &Path| FileChange { path: path.to_owned(), what: FileFate::Merged, bytes: 0 };
         let files = snapshot.disks.iter().filter_map(|disk| overlay(&disk.mode)).map(merged).collect();
-        Ok(DeletePlan { files, refused: None })
+        Ok(DeletePlan { files, ..DeletePlan::default() })
     }
 
     async fn delete(

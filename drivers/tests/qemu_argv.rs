@@ -35,8 +35,7 @@ fn show(command: &Command) -> String {
     }
     lines.extend(command.env.iter().map(|(name, value)| format!("# env {name}={value}")));
     for file in &command.files {
-        let (write, chain) = (if file.write { "rw" } else { "r" }, if file.backing { " and its chain" } else { "" });
-        lines.push(format!("# file {write} {}{chain}", file.path.display()));
+        lines.push(format!("# file {} {}", if file.write { "rw" } else { "r" }, file.path.display()));
     }
     lines.extend(
         command.nvram.iter().map(|n| format!("# nvram {} in {} from {:?}", n.path.display(), n.format, n.template)),

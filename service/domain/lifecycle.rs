@@ -3,6 +3,7 @@
 use super::{Domain, Guest, Reports, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
+use crate::images;
 use crate::job::{Held, Job, Ticket, lock};
 use crate::shared::now_usec;
 use crate::store::{Status, StatusFile, on_disk};
@@ -193,6 +194,9 @@ impl Domain {
         origin: Origin,
         cancel: &CancellationToken,
     ) -> Result<()> {
+        let mut def = def;
+        self.shared.declare(&mut def);
+        self.may_write_disks(&def).await?;
         let id = self.shared.next_id();
         let (told, from) = match origin {
             Origin::PowerOff => (Told { options, from_snapshot: false }, None),
@@ -228,10 +232,17 @@ impl Domain {
                 forgotten?;
                 Err(match e {
                     DriverError::Cancelled => self.start_cancelled(),
-                    e => Error::from_driver(&self.name(), "start", e),
+                    e => self.from_driver("start", e),
                 })
             }
         }
+    }
+
+    /// Refuses a guest that would write what others stand on.
+    async fn may_write_disks(&self, def: &DomainDef) -> Result<()> {
+        let deed = format!("cannot start domain '{}'", self.name());
+        let written = images::written_by(def);
+        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await
     }
 
     /// What is on disk before there is a guest: with it a start that is cut off can be finished or ended.

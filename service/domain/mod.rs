@@ -20,6 +20,7 @@ pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, Reve
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
+use crate::images;
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Loaded, Note, StatusFile, on_disk};
@@ -203,6 +204,41 @@ impl Domain {
     /// All that is published of it, as last told.
     pub fn facts(&self) -> Arc<DomainFacts> {
         lock(&self.state).facts.clone()
+    }
+
+    /// The chains of images that it needs: what runs, what is stored, and its snapshots.
+    pub(crate) fn chains(&self) -> Vec<images::Chain> {
+        let state = lock(&self.state);
+        let whose = format!("domain '{}'", state.name);
+        let mut chains = Vec::new();
+        for def in state.guest.iter().map(|guest| &guest.live).chain(&state.stored) {
+            images::chains_of(self.uuid, &whose, def, &mut chains);
+        }
+        state.snapshots.defs().for_each(|def| images::chains_of_snapshot(self.uuid, &state.name, def, &mut chains));
+        chains
+    }
+
+    /// Of them those of the guest that runs.
+    pub(crate) fn running_chains(&self) -> Vec<images::Chain> {
+        let state = lock(&self.state);
+        let mut chains = Vec::new();
+        if let Some(guest) = &state.guest {
+            images::chains_of(self.uuid, &format!("domain '{}'", state.name), &guest.live, &mut chains);
+        }
+        chains
+    }
+
+    /// What the driver said while it was to `deed` this domain. Of an image that is locked it is told who has it.
+    fn from_driver(&self, deed: &str, error: virt_model::driver::DriverError) -> Error {
+        Error::from_driver(&self.name(), deed, self.shared.with_owner_of_lock(self, error))
+    }
+
+    /// The overlays that its snapshots have laid on its disks.
+    pub(crate) fn overlays(&self) -> Vec<images::Overlay> {
+        let state = lock(&self.state);
+        let mut overlays = Vec::new();
+        state.snapshots.defs().for_each(|def| images::overlays_of(def, &mut overlays));
+        overlays
     }
 
     /// What polkit is told it is about.

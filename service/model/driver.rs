@@ -42,6 +42,14 @@ pub trait Driver: Send + Sync {
     /// as far as the hypervisor. Changes nothing.
     async fn check(&self, def: &DomainDef) -> Vec<Finding>;
 
+    /// What the images that `def` names say against it: headers that name other files than the definition does. Opens them,
+    /// so it is only for whoever may name files of the host; what is not there says nothing. Changes nothing.
+    /// Errors: `TimedOut` if a file system does not answer.
+    async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+        let _ = def;
+        Ok(Vec::new())
+    }
+
     /// Whether all files and devices of the host are there that a start of `def` opens; the error names one that is not.
     /// `restored`: it starts from a snapshot, which brings the firmware's variables along. Changes nothing.
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {

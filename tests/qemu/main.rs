@@ -4,7 +4,9 @@
 mod common;
 
 mod dead_storage;
+mod hostile_images;
 mod hung;
+mod images_in_use;
 mod lifecycle;
 mod media;
 mod missing;

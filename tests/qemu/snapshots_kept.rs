@@ -82,14 +82,18 @@ async fn sources(player: &Player) -> Vec<PathBuf> {
 }
 
 #[tokio::test]
-async fn a_chain_that_only_the_image_knows_stays_below_its_overlays() {
+async fn a_chain_that_is_declared_stays_below_its_overlays() {
     let Some(daemon) = Daemon::on_session_bus().await else { return };
     let Some(tick) = Tick::new(&daemon, "cloud", "") else { return };
     let golden = daemon.folder().join("golden.qcow2");
     std::fs::rename(&tick.disk, &golden).expect("moved");
     img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"], &[&golden, &tick.disk]);
     let content = std::fs::read(&golden).expect("read");
-    let player = defined(&daemon, &tick.xml).await;
+    let below = format!(
+        "<backingStore type='file'><format type='qcow2'/><source file='{}'/><backingStore/></backingStore>",
+        golden.display()
+    );
+    let player = defined(&daemon, &tick.xml.replace("<target dev='vda'", &format!("{below}<target dev='vda'"))).await;
     let before = player.domain.xml().await;
     player.create(&named("off"), disk_only()).await.expect("taken");
     player.domain.run("Start").await.expect("started");

@@ -123,7 +123,7 @@ fn a_name_that_is_bent_while_it_is_lent_leads_nowhere_else_in_200_tries() {
         return eprintln!("SKIPPED: no user nobody");
     };
     let over = std::sync::atomic::AtomicBool::new(false);
-    let wants = [Want { path: name.clone(), write: true, backing: false, device: false }];
+    let wants = [Want { path: name.clone(), write: true, device: false }];
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !over.load(std::sync::atomic::Ordering::Relaxed) {

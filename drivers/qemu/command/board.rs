@@ -79,7 +79,7 @@ impl Builder<'_> {
         let given = shmem.server.as_ref().and_then(|server| server.path.clone());
         let path = given.unwrap_or_else(|| format!("/var/lib/libvirt/shmem-{}-sock", shmem.name));
         self.args.pair("-chardev", list("socket").set("id", &back_end).set("path", &path));
-        self.open(&path, true, false);
+        self.open(&path, true);
         let msi = shmem.msi.as_ref();
         props
             .set("chardev", back_end)

@@ -118,7 +118,7 @@ impl Builder<'_> {
             _ => start("pty"),
         };
         match source.kind {
-            CharKind::Dev | CharKind::Pipe => self.open(path, true, false),
+            CharKind::Dev | CharKind::Pipe => self.open(path, true),
             CharKind::File => self.output(path),
             _ => {}
         }

@@ -5,6 +5,8 @@
 //!                                                       nodes are named after the target, layers below are numbered
 //!       ▲ backing: vda-1-storage ◀─ vda-1-format
 //! ```
+//!
+//! Every layer is named, the lowest one says that nothing is below it: what an image's header names is never opened.
 
 use super::args::Props;
 use super::{Builder, id, turn, virtio};
@@ -47,7 +49,7 @@ impl Builder<'_> {
         let format = disk.format().unwrap_or("raw");
         let read_only = disk.readonly || disk.device() == DiskDevice::Cdrom;
         if let Some(path) = disk.path() {
-            self.open(path, !read_only, disk.backing.is_none() && has_backing(format));
+            self.open(path, !read_only);
         }
         let removable = disk.device() == DiskDevice::Cdrom;
         // Who may ask is said beside the source or in it.
@@ -64,7 +66,7 @@ impl Builder<'_> {
             .maybe("detect-zeroes", detect_zeroes(driver))
             .extend(cache(driver));
         let image = content(image, format, key).extend(qcow2_options(driver)).set("file", format!("{name}-storage"));
-        self.args.blockdev(with_backing(image, backing));
+        self.args.blockdev(with_backing(image, format, backing));
         Some(self.filters(disk, name, format!("{name}-format")))
     }
 
@@ -114,15 +116,15 @@ impl Builder<'_> {
         }
     }
 
-    /// The nodes below: `None` if they are not given, `Some(None)` if there are none.
-    fn backing_nodes(&mut self, layer: Option<&BackingStore>, disk: &str, depth: usize) -> Option<Option<String>> {
+    /// The nodes below; gives the topmost of them, if there are any.
+    fn backing_nodes(&mut self, layer: Option<&BackingStore>, disk: &str, depth: usize) -> Option<String> {
         let layer = layer?;
         let kind = layer.kind.unwrap_or_default();
-        let Some(source) = layer.source.as_ref().filter(|source| !source.is_empty()) else { return Some(None) };
+        let source = layer.source.as_ref().filter(|source| !source.is_empty())?;
         let below = self.backing_nodes(layer.backing.as_deref(), disk, depth + 1);
         let format = layer.format.as_ref().map_or("raw", |format| &*format.name);
         if let Some(path) = source.path(kind) {
-            self.open(path, false, below.is_none() && has_backing(format));
+            self.open(path, false);
         }
         let name = format!("{disk}-{depth}");
         let storage = self.storage_node(source, kind, &name, false).set("auto-read-only", true).set("discard", "unmap");
@@ -130,8 +132,8 @@ impl Builder<'_> {
         let key = source.encryption.as_ref().and_then(|encryption| self.passphrase(encryption, &name));
         let image = Props::new("node-name", format!("{name}-format")).set("read-only", true);
         let image = content(image, format, key).set("file", format!("{name}-storage"));
-        self.args.blockdev(with_backing(image, below.filter(|_| has_backing(format))));
-        Some(Some(format!("{name}-format")))
+        self.args.blockdev(with_backing(image, format, below));
+        Some(format!("{name}-format"))
     }
 
     fn disk_device(&self, disk: &Disk, node: Option<String>) -> Props {
@@ -291,15 +293,16 @@ fn qcow2_options(driver: Option<&DiskDriver>) -> Props {
     Props::default().maybe("cache-size", cache).maybe("discard-no-unref", driver.and_then(|d| d.discard_no_unref))
 }
 
-fn with_backing(image: Props, backing: Option<Option<String>>) -> Props {
-    match backing {
-        None => image,
-        Some(below) => image.set("backing", below.map_or(Value::Null, Value::from)),
+/// What the image stands on is said wherever its header could say it.
+pub(super) fn with_backing(image: Props, format: &str, below: Option<String>) -> Props {
+    match has_backing(format) {
+        true => image.set("backing", below.map_or(Value::Null, Value::from)),
+        false => image,
     }
 }
 
 /// Whether images of this format stand on others.
-fn has_backing(format: &str) -> bool {
+pub fn has_backing(format: &str) -> bool {
     matches!(format, "qcow2" | "qcow" | "qed" | "vmdk")
 }
 

@@ -49,7 +49,7 @@ impl Builder<'_> {
         let given = filesystem.source.as_ref().and_then(|source| source.socket.clone());
         let path = match given {
             Some(path) => {
-                self.open(&path, true, false);
+                self.open(&path, true);
                 path
             }
             None => self.share(filesystem, name),

@@ -30,7 +30,7 @@ impl Builder<'_> {
         let Some(graphics) = drawn else { return list("none") };
         let gl = graphics.gl.as_ref();
         let node = gl.and_then(|gl| gl.rendernode.as_deref());
-        node.iter().for_each(|node| self.open(node, true, false));
+        node.iter().for_each(|node| self.open(node, true));
         if graphics.kind == GraphicsKind::EglHeadless {
             return list("egl-headless").maybe("rendernode", node);
         }
@@ -80,7 +80,7 @@ impl Builder<'_> {
             .set("seamless-migration", "on");
         self.args.pair("-spice", spice);
         if let Some(node) = gl.and_then(|gl| gl.rendernode.as_deref()) {
-            self.open(node, true, false);
+            self.open(node, true);
         }
         self.password("spice", graphics);
     }

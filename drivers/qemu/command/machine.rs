@@ -2,6 +2,7 @@
 
 use super::args::{List, Props, on_off};
 use super::calendar::date;
+use super::disk::with_backing;
 use super::memory::RAM;
 use super::{Builder, Nvram, list};
 use crate::qemu::complete::Board;
@@ -75,11 +76,11 @@ impl Builder<'_> {
         let path = loader.path.as_deref()?;
         if loader.kind != Some(LoaderKind::Pflash) {
             self.args.pair("-bios", path);
-            self.open(path, false, false);
+            self.open(path, false);
             return None;
         }
         let format = loader.format.as_deref().unwrap_or("raw");
-        self.open(path, false, false);
+        self.open(path, false);
         self.flash_nodes("pflash0", path, format, true);
         if loader.secure == Some(true) {
             self.args.pair("-global", list("driver=cfi.pflash01").set("property", "secure").set("value", "on"));
@@ -87,7 +88,7 @@ impl Builder<'_> {
         let nvram = self.def.os.nvram.as_ref();
         let vars = nvram.and_then(|nvram| Some((nvram, nvram.path.as_deref()?)));
         if let Some((nvram, path)) = vars {
-            self.open(path, true, false);
+            self.open(path, true);
             let format = nvram.format.as_deref().unwrap_or("raw");
             self.flash_nodes("pflash1", path, format, false);
             let from = nvram.template_format.as_deref().unwrap_or(format);
@@ -102,7 +103,7 @@ impl Builder<'_> {
         let file = Props::new("driver", "file").set("filename", path).set("node-name", &*storage);
         self.args.blockdev(file.set("auto-read-only", true).set("discard", "unmap"));
         let image = Props::new("node-name", node).set("read-only", read_only).set("driver", format);
-        self.args.blockdev(image.set("file", storage));
+        self.args.blockdev(with_backing(image.set("file", storage), format, None));
     }
 
     pub(super) fn resources(&mut self) {
@@ -200,7 +201,7 @@ impl Builder<'_> {
         for (option, path) in [("-kernel", &os.kernel), ("-initrd", &os.initrd)] {
             if let Some(path) = path.as_deref().filter(|path| !path.is_empty()) {
                 self.args.pair(option, path);
-                self.open(path, false, false);
+                self.open(path, false);
             }
         }
         if let Some(cmdline) = &os.cmdline {
@@ -213,7 +214,7 @@ impl Builder<'_> {
                 AcpiTableKind::Raw | AcpiTableKind::Rawset => None,
             };
             self.args.pair("-acpitable", List::default().maybe("sig", signature).set("file", &table.path));
-            self.open(&table.path, false, false);
+            self.open(&table.path, false);
         }
         let holes = [(ControllerKind::Pci, 0)].into_iter().filter_map(|(kind, n)| self.controller(kind, n)?.pcihole64);
         let host = if self.board == Board::Q35 { "q35-pcihost" } else { "i440FX-pcihost" };

@@ -150,7 +150,7 @@ impl Builder<'_> {
         }
         make.by_device = device.model == MemoryModel::VirtioMem;
         if let Some(path) = source.and_then(|s| s.path.clone()) {
-            self.open(&path, !device.target.readonly, false);
+            self.open(&path, !device.target.readonly);
             make.path = Some(path);
             make.page_kib = None;
             make.align_kib = source.and_then(|s| s.align_size).map(|size| size.0);

@@ -14,7 +14,7 @@ impl Builder<'_> {
         let def = self.def;
         for input in &def.devices.inputs {
             let path = input.source.as_ref().and_then(|source| source.path());
-            path.iter().for_each(|path| self.open(path, true, false));
+            path.iter().for_each(|path| self.open(path, true));
             if input.kind == InputKind::Evdev {
                 self.event_device(input);
                 continue;
@@ -93,7 +93,7 @@ impl Builder<'_> {
                     let props = Props::new("qom-type", "rng-random").set("id", &*object).set("filename", path);
                     self.args.object(props);
                     if !PUBLIC.contains(&path) {
-                        self.open(path, false, false);
+                        self.open(path, false);
                     }
                 }
             }

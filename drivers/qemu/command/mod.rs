@@ -41,7 +41,7 @@ pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
 pub use chardev::{serial_device, usb_number, usb_version};
 pub use controller::usb_device;
-pub use disk::{Medium, device_type as disk_device, known_format, medium, overlay_nodes, wwn};
+pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
 pub use hostdev::{VSOCK_FD, vsock_device};
 pub use memory::memory_device;
@@ -114,8 +114,6 @@ pub struct HostFile {
     pub path: PathBuf,
     /// Whether it is written.
     pub write: bool,
-    /// Whether it is an image whose own backing chain is opened too.
-    pub backing: bool,
     /// Whether it is made where it is missing: the guest only writes to it.
     pub create: bool,
     /// Whether it is a device of the host's that the guest has to itself.
@@ -254,19 +252,13 @@ impl<'a> Builder<'a> {
         FIRST_FD + self.companion_fds - 1
     }
 
-    fn open(&mut self, path: &str, write: bool, backing: bool) {
-        self.files.push(HostFile { path: PathBuf::from(path), write, backing, create: false, device: false });
+    fn open(&mut self, path: &str, write: bool) {
+        self.files.push(HostFile { path: PathBuf::from(path), write, create: false, device: false });
     }
 
     /// A file that takes what the guest says.
     fn output(&mut self, path: &str) {
-        self.files.push(HostFile {
-            path: PathBuf::from(path),
-            write: true,
-            backing: false,
-            create: true,
-            device: false,
-        });
+        self.files.push(HostFile { path: PathBuf::from(path), write: true, create: true, device: false });
     }
 
     /// Where a PCI device sits.
@@ -289,7 +281,7 @@ impl<'a> Builder<'a> {
     fn roms(&mut self) {
         let def = self.def;
         let roms = def.devices.infos().into_iter().filter_map(|(info, _)| info.rom.as_ref()?.file.as_deref());
-        roms.for_each(|file| self.open(file, false, false));
+        roms.for_each(|file| self.open(file, false));
     }
 
     /// The object with what that end of an encrypted connection shows. Each end asks the other for the same.
@@ -303,7 +295,7 @@ impl<'a> Builder<'a> {
     fn certificates(&mut self, end: End) -> String {
         let site = &self.caps.site;
         for file in site.certificates(end).unwrap_or_default() {
-            self.files.push(HostFile { path: file, write: false, backing: false, create: false, device: false });
+            self.files.push(HostFile { path: file, write: false, create: false, device: false });
         }
         site.tls_dir.to_string_lossy().into_owned()
     }

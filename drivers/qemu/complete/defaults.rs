@@ -32,6 +32,10 @@ pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
     def.fill_defaults();
     name_the_cpu(def.cpu.get_or_insert_default());
     for disk in &mut def.devices.disks {
+        if !disk.is_empty() {
+            // Never found out from the content: a guest writes that.
+            disk.driver.get_or_insert_default().format.get_or_insert_with(|| "raw".to_owned());
+        }
         disk.driver.iter_mut().for_each(|driver| _ = driver.name.get_or_insert_with(|| "qemu".to_owned()));
     }
     let emulated = |interface: &&mut Interface| interface.kind != InterfaceKind::Hostdev;

@@ -75,6 +75,12 @@ impl Operation {
             if held.contains(&leaf.file) || self.carries(leaf, &plan.standing).await? {
                 return Err(not_recorded(leaf));
             }
+            if self.body.is_none() && self.is_open(&leaf.file).await {
+                let (target, file) = (&leaf.target, leaf.file.display());
+                return Err(DriverError::Refused(format!(
+                    "disk '{target}': {file} would be removed, and somebody has it open; end that, or delete with metadata-only"
+                )));
+            }
         }
         Ok(())
     }

@@ -1,5 +1,6 @@
 //! Taking a snapshot.
 
+use super::super::declared;
 use super::super::hostdev;
 use super::super::instance::Body;
 use super::super::make;
@@ -7,7 +8,7 @@ use super::agent::{Agent, socket};
 use super::files::{OVERLAY, RESERVE, beside, check_free_place, check_space, finished, make_empty, stored};
 use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
-use super::revert::UNDO;
+use super::revert::{UNDO, chain};
 use super::survey::Survey;
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::files::{Seen, What};
@@ -15,6 +16,7 @@ use crate::host::image::{Images, InnerSnapshot};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
@@ -25,8 +27,10 @@ use virt_model::xml::{Finding, FindingKind};
 impl Operation {
     pub(super) async fn check_create(&self, wish: &Wish) -> Result<CreatePlan, DriverError> {
         self.check_machine(wish).await?;
+        self.check_chains(wish).await?;
         let survey = self.survey(self.concerned(wish)).await?;
         self.check_names(wish, &survey).await?;
+        self.check_way_back(wish, &survey).await?;
         self.decide_create(wish, &survey)
     }
 
@@ -125,6 +129,31 @@ impl Operation {
             self.agent().await?;
         }
         Ok(())
+    }
+
+    /// The images are what the definition says, and overlays that the caller has made are what they will be said to be.
+    async fn check_chains(&self, wish: &Wish) -> Result<(), DriverError> {
+        let def = &self.machine.def;
+        let mut images = declared::images(def);
+        for (disk, part) in pairs(def, &wish.disks).filter(|_| wish.reuse_external) {
+            if let (DiskMode::External { path, format, .. }, Some(base)) = (&part.mode, disk.path()) {
+                images.push(declared::Image {
+                    whose: format!("disk '{}'", part.target),
+                    path: path.clone(),
+                    format: format.clone(),
+                    below: declared::Below::File(base.into(), disk.format().unwrap_or("raw").to_owned()),
+                    at: disk.at.clone(),
+                });
+            }
+        }
+        declared::hold_images(&self.workers, def.uuid, images).await
+    }
+
+    /// What is taken inside images can be gone back to.
+    async fn check_way_back(&self, wish: &Wish, survey: &Survey) -> Result<(), DriverError> {
+        let with_nvram = self.record(wish, survey).nvram == Some(Part::Internal);
+        let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
+        self.hold_no_bitmaps(&images).await
     }
 
     /// A name that an image holds already would be two snapshots' afterwards.
@@ -328,6 +357,15 @@ impl Operation {
         images: &[Image],
         must_be_open: bool,
     ) -> Result<(), DriverError> {
+        let frozen = self.still_frozen(images).await;
+        let forgotten = self.forget_wherever(name, images, must_be_open).await;
+        if !frozen.is_empty() {
+            self.note_frozen(frozen).await;
+        }
+        forgotten
+    }
+
+    async fn forget_wherever(&self, name: &str, images: &[Image], must_be_open: bool) -> Result<(), DriverError> {
         if let Some(body) = &self.body {
             match self.forget_in_guest(body, name, images, must_be_open).await {
                 Err(DriverError::Gone) if body.is_gone_soon().await => {}
@@ -404,6 +442,7 @@ impl Operation {
         }
         self.thaw(&note).await;
         self.stand(wish.stay_paused && self.machine.running && (goes_on || !note.resume)).await;
+        self.note_frozen(self.frozen_below(&note.overlays)).await;
         Ok(taken(record, Some(self.standing_on(&note.overlays))))
     }
 
@@ -618,6 +657,13 @@ impl Operation {
             let uuid = self.machine.def.uuid;
             tracing::error!(%uuid, %error, "the guest's file systems may still be frozen: thaw them in the guest");
         }
+    }
+
+    /// What the overlays have been laid on, and all below.
+    pub(super) fn frozen_below(&self, overlays: &[Overlay]) -> Vec<PathBuf> {
+        let laid = |disk: &&Disk| overlays.iter().any(|overlay| overlay.target == disk.target.dev);
+        let disks = self.machine.def.devices.disks.iter().filter(laid);
+        disks.flat_map(|disk| chain(disk.path(), disk.backing.as_deref())).collect()
     }
 
     /// The machine with its disks on the overlays.

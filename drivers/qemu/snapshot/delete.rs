@@ -48,7 +48,8 @@ impl Operation {
             plan.deed.merges.iter().map(|merge| change(&merge.overlay, FileFate::Merged)).collect();
         files.extend(plan.deed.unlinks.iter().map(|path| change(path, FileFate::Deleted)));
         files.extend(leavings.iter().map(|path| change(path, FileFate::Deleted)));
-        Ok(DeletePlan { files, refused: self.may_be_done(&plan, snapshot).await.err() })
+        let written = plan.deed.merges.iter().map(|merge| merge.base.clone()).collect();
+        Ok(DeletePlan { files, written, refused: self.may_be_done(&plan, snapshot).await.err() })
     }
 
     /// What is to be done, as far as it is recorded.
@@ -260,9 +261,11 @@ impl Operation {
         self.forget_in_images(&snapshot.name, &images, true).await?;
         step("forgotten");
         for merge in deed.merges.clone() {
-            self.merge(&merge, deed, journal).await?;
+            self.merge(&merge, snapshot, deed, journal).await?;
             step("merged");
             self.remove_files(vec![merge.overlay]).await;
+            // What stood on the overlay has this frozen below it now.
+            self.note_frozen(vec![merge.base]).await;
         }
         let leavings = self.leavings(snapshot).await?;
         self.remove_files(deed.unlinks.iter().cloned().chain(leavings).collect()).await;

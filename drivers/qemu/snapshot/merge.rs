@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::Journal;
+use virt_model::driver::snapshots::{Journal, Kept};
 
 impl Operation {
     /// Merges one overlay, and brings what stands on it to what is below. `journal`: absent when this is done once more,
@@ -24,6 +24,7 @@ impl Operation {
     pub(super) async fn merge(
         &self,
         merge: &Merge,
+        snapshot: &Kept,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
@@ -36,7 +37,7 @@ impl Operation {
                     // What the guest has open, its QEMU has told of the change.
                     let above: Vec<PathBuf> = merge.above.iter().map(|(file, _)| file.clone()).collect();
                     let left = self.in_chains(&chains, &above).await?;
-                    self.merge_files(merge, true, &left).await?;
+                    self.merge_files(merge, snapshot, true, &left).await?;
                     return note_merged(merge, deed, journal).await;
                 }
                 // It may end at any time: the rest is done without it.
@@ -53,12 +54,18 @@ impl Operation {
             }
         }
         let same = deed.synced.as_ref() == Some(&merge.target);
-        self.merge_files(merge, same, &BTreeSet::new()).await?;
+        self.merge_files(merge, snapshot, same, &BTreeSet::new()).await?;
         note_merged(merge, deed, journal).await
     }
 
     /// Nobody has them open. `same`: both files hold the same already. What is to be `left` alone is not touched.
-    async fn merge_files(&self, merge: &Merge, same: bool, left: &BTreeSet<PathBuf>) -> Result<(), DriverError> {
+    async fn merge_files(
+        &self,
+        merge: &Merge,
+        snapshot: &Kept,
+        same: bool,
+        left: &BTreeSet<PathBuf>,
+    ) -> Result<(), DriverError> {
         let files = merge.above.iter().map(|(file, _)| file.clone());
         let survey = self.survey(files.chain([merge.overlay.clone()])).await?;
         let above = merge.above.iter().filter(|(file, _)| survey.is_there(file) && !left.contains(file));
@@ -67,14 +74,20 @@ impl Operation {
             return Ok(());
         }
         let mut files: Vec<_> = above.iter().map(|(file, _)| (file.clone(), true)).collect();
+        let mut chain =
+            vec![(merge.overlay.clone(), merge.format.clone()), (merge.base.clone(), merge.base_format.clone())];
         if !same {
-            files.extend([(merge.overlay.clone(), true), (merge.base.clone(), true)]);
+            files.extend(chain.iter().map(|(file, _)| (file.clone(), true)));
+            // Of a cluster that is written in part the rest comes from further below.
+            let below = below(snapshot, merge)?;
+            files.extend(below.iter().map(|(file, _)| (file.clone(), false)));
+            chain.extend(below);
         }
         let merge = merge.clone();
         let bytes = if same { 0 } else { survey.size(&merge.overlay) };
         self.with_lent_of(files, bytes, move |images| {
             if !same {
-                images.commit(&merge.overlay, &merge.format, &merge.base)?;
+                images.commit(&chain)?;
             }
             for (file, format) in &above {
                 images.rebase(file, format, &merge.base, &merge.base_format)?;
@@ -197,6 +210,27 @@ impl Operation {
         deed.resume &= !runs;
         changed.and(resumed)
     }
+}
+
+/// What is below the base, as it is recorded.
+fn below(snapshot: &Kept, merge: &Merge) -> Result<Vec<(PathBuf, String)>, DriverError> {
+    let disks = snapshot.def.devices.disks.iter();
+    let disk = disks
+        .into_iter()
+        .find(|disk| disk.target.dev == merge.target && disk.path().map(Path::new) == Some(&merge.base));
+    let mut layers = Vec::new();
+    let mut layer = disk.and_then(|disk| disk.backing.as_deref());
+    while let Some(store) = layer.filter(|store| !store.is_end()) {
+        let path = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default()));
+        let path = path.ok_or_else(|| {
+            let (target, base) = (&merge.target, merge.base.display());
+            let how = "start the machine, and delete the snapshot while it runs";
+            DriverError::Unsupported(format!("disk '{target}': {base} stands on something on a server; {how}"))
+        })?;
+        layers.push((PathBuf::from(path), store.format.as_ref().map_or("raw", |format| &*format.name).to_owned()));
+        layer = store.backing.as_deref();
+    }
+    Ok(layers)
 }
 
 /// From here on the base is right, whatever becomes of the overlay.

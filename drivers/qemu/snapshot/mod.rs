@@ -16,6 +16,7 @@ mod chain;
 mod create;
 mod delete;
 mod files;
+mod frozen;
 pub mod jobs;
 mod merge;
 pub mod nodes;

@@ -20,6 +20,8 @@ pub struct Node {
     pub virtual_size: u64,
     /// Snapshots in it.
     pub snapshots: Vec<InnerSnapshot>,
+    /// Names of bitmaps that tell what has been written.
+    pub bitmaps: Vec<String>,
 }
 
 /// All nodes.
@@ -38,12 +40,14 @@ impl Nodes {
         let nodes = told.as_array().into_iter().flatten().map(|node| {
             let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
             let inner = node["image"]["snapshots"].clone();
+            let bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
             Node {
                 name: text("node-name"),
                 driver: text("drv"),
                 file: file_of(&text("file")),
                 virtual_size: node["image"]["virtual-size"].as_u64().unwrap_or_default(),
                 snapshots: serde_json::from_value(inner).unwrap_or_default(),
+                bitmaps: bitmaps.filter_map(|bitmap| Some(bitmap["name"].as_str()?.to_owned())).collect(),
             }
         });
         Ok(Nodes(nodes.collect()))

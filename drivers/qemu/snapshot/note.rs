@@ -154,6 +154,9 @@ pub struct Revert {
 pub struct Aside {
     /// Images in which the state before is kept as a snapshot of its own.
     pub images: Vec<PathBuf>,
+    /// Those of them that may have been changed since; `None` in notes that do not say it.
+    #[serde(default)]
+    pub begun: Option<Vec<PathBuf>>,
     /// The name of that, which nothing else ever had.
     #[serde(default = "once_fixed")]
     pub tag: String,

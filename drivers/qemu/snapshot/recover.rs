@@ -66,6 +66,7 @@ impl Operation {
                 self.go_on(note.resume && (!note.stay || note.frozen)).await?;
                 self.thaw(&note).await;
                 self.stand(note.resume && note.stay && note.frozen).await;
+                self.note_frozen(self.frozen_below(&note.overlays)).await;
                 Ok(Recovered::Created(Box::new(taken(record, Some(self.standing_on(&note.overlays))))))
             }
             None => {
@@ -119,15 +120,15 @@ impl Operation {
         Ok(Recovered::Undone { story: "its images are as they were".to_owned() })
     }
 
-    async fn recover_revert(&self, note: Revert) -> Result<Recovered, DriverError> {
+    async fn recover_revert(&self, mut note: Revert) -> Result<Recovered, DriverError> {
         if self.is_parked().await? {
             self.put_back(&note.aside).await?;
             return self.recover_parked().await;
         }
-        let snapshot = kept(note.snapshot)?;
+        let snapshot = kept(note.snapshot.clone())?;
         let record = self.record_of(&snapshot);
         if self.body.is_none() {
-            self.bring_back(&snapshot, &record, &note.aside, &silent()).await?;
+            self.bring_back(&snapshot, &record, &mut note, &silent()).await?;
         }
         // What nothing needs was decided when it began.
         let reverted = self.reverted(&snapshot, record, note.aside, &Kin::default()).await?;

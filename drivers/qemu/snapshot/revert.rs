@@ -8,7 +8,8 @@ use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::files::Seen;
-use crate::host::image::{ImageInfo, InnerSnapshot};
+use crate::host::image::{ImageInfo, InnerSnapshot, without_bitmaps};
+use crate::host::lock;
 use crate::host::resolve::Place;
 use rustix::fs::FileType;
 use serde_json::json;
@@ -45,6 +46,7 @@ impl Operation {
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, kin)?;
         self.check_held(snapshot, &images).await?;
+        self.hold_no_bitmaps(&images).await?;
         if let Some(body) = self.body.as_ref().filter(|_| in_place) {
             Nodes::of(body).await?.of_images(&images)?;
         }
@@ -68,7 +70,8 @@ impl Operation {
         for path in abandoned {
             files.push(FileChange { bytes: survey.size(&path), path, what: FileFate::Deleted });
         }
-        Ok(RevertPlan { files })
+        let changed = self.changed_since_frozen(frozen_by(snapshot)).await?;
+        Ok(RevertPlan { files, changed })
     }
 
     /// Whether the images hold the snapshot, once each, and its memory.
@@ -126,6 +129,24 @@ impl Operation {
         Ok(())
     }
 
+    /// Refuses images that could not be brought to a snapshot inside them for the bitmaps that they hold.
+    pub(super) async fn hold_no_bitmaps(&self, images: &[Image]) -> Result<(), DriverError> {
+        let nodes = match &self.body {
+            Some(body) => Some(Nodes::of(body).await?),
+            None => None,
+        };
+        let open = |image: &Image| nodes.as_ref().and_then(|nodes| nodes.image(image, "qcow2"));
+        for image in images {
+            open(image).map_or(Ok(()), |node| without_bitmaps(image, &node.bitmaps))?;
+        }
+        let closed: Vec<Image> = images.iter().filter(|image| open(image).is_none()).cloned().collect();
+        let files = closed.iter().map(|image| (image.clone(), false)).collect();
+        self.with_lent(files, move |images| {
+            closed.iter().try_for_each(|image| without_bitmaps(image, &images.info(image, "qcow2")?.bitmaps()))
+        })
+        .await
+    }
+
     /// For each image what it holds.
     async fn inner(&self, images: &[Image]) -> Result<Vec<Vec<InnerSnapshot>>, DriverError> {
         if let Some(body) = &self.body {
@@ -180,14 +201,15 @@ impl Operation {
             made: self.new_overlays(snapshot).await?,
             abandoned: self.abandoned(snapshot, kin).await,
             copies: Vec::new(),
+            begun: Some(Vec::new()),
         };
         for (part, original) in self.copied_parts(snapshot, &record) {
             let kept = self.machine.folder.join(format!(".undo.{part}"));
             aside.copies.push((original, kept));
         }
-        let note = Revert { snapshot: held(snapshot), aside };
+        let mut note = Revert { snapshot: held(snapshot), aside };
         journal.note(written(&Note::Revert(note.clone()))?).await?;
-        let brought = self.bring_back(snapshot, &record, &note.aside, journal).await;
+        let brought = self.bring_back(snapshot, &record, &mut note, journal).await;
         if let Err(error) = brought {
             return Err(undone(error, self.put_back(&note.aside).await));
         }
@@ -225,20 +247,27 @@ impl Operation {
         &self,
         snapshot: &Kept,
         record: &Record,
-        aside: &Aside,
+        note: &mut Revert,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
-        for image in &aside.images {
-            let (image, name, lent) = (image.clone(), snapshot.name.clone(), vec![(image.clone(), true)]);
-            let (tag, bytes) = (aside.tag.clone(), self.bookkeeping(&image).await?);
-            self.with_lent_of(lent, 2 * bytes, move |images| {
-                let kept = images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag);
-                if kept { Ok(()) } else { images.take(&image, &tag) }?;
-                images.apply(&image, &name)
+        for image in note.aside.images.clone() {
+            let (tag, lent, at) = (note.aside.tag.clone(), vec![(image.clone(), true)], image.clone());
+            let bytes = self.bookkeeping(&image).await?;
+            self.with_lent_of(lent.clone(), bytes, move |images| {
+                let info = images.info(&at, "qcow2")?;
+                without_bitmaps(&at, &info.bitmaps())?;
+                if info.snapshots.iter().any(|inner| inner.name == tag) { Ok(()) } else { images.take(&at, &tag) }
             })
             .await?;
+            if let Some(begun) = &mut note.aside.begun {
+                begun.push(image.clone());
+                journal.note(written(&Note::Revert(note.clone()))?).await?;
+            }
+            let name = snapshot.name.clone();
+            self.with_lent_of(lent, bytes, move |images| images.apply(&image, &name)).await?;
             journal.step("image");
         }
+        let aside = &note.aside;
         for overlay in &aside.made {
             // Half of it may be there from a time before.
             let path = overlay.path.clone();
@@ -310,7 +339,15 @@ impl Operation {
             self.forget_in_images(name, &aside.images, false).await?;
         }
         let copies = aside.copies.into_iter().map(|(_, kept)| kept);
-        self.remove_files(aside.abandoned.into_iter().chain(copies).collect()).await;
+        let mut useless = Vec::new();
+        for file in aside.abandoned {
+            // The guest that ran has ended, and what runs now stands on another: this is somebody else's.
+            match self.is_open(&file).await {
+                true => tracing::warn!(file = %file.display(), "an overlay is left where it is: somebody has it open"),
+                false => useless.push(file),
+            }
+        }
+        self.remove_files(useless.into_iter().chain(copies).collect()).await;
         Ok(())
     }
 
@@ -320,9 +357,11 @@ impl Operation {
         for image in &aside.images {
             let (image, tag, lent) = (image.clone(), aside.tag.clone(), vec![(image.clone(), true)]);
             let bytes = self.bookkeeping(&image).await?;
+            // What was not begun is as it was, and why it could not be begun may be in the way of this, too.
+            let begun = aside.begun.as_ref().is_none_or(|begun| begun.contains(&image));
             self.with_lent_of(lent, 2 * bytes, move |images| {
                 if images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag) {
-                    images.apply(&image, &tag)?;
+                    if begun { images.apply(&image, &tag) } else { Ok(()) }?;
                     images.forget(&image, &tag)?;
                 }
                 Ok(())
@@ -399,6 +438,13 @@ impl Operation {
         abandoned
     }
 
+    /// Whether somebody has an image open; a guest of this machine's own, too.
+    pub(super) async fn is_open(&self, file: &Path) -> bool {
+        let image = file.to_owned();
+        let told = self.with_images(file, move |_| Ok(lock::is_open(&image).unwrap_or(false)));
+        told.await.unwrap_or(true)
+    }
+
     /// Overlays that reverts to a snapshot have made, each with what it stands on. A record may have been restored by
     /// anybody: what does not stand on a file that this snapshot froze is not among them.
     pub(super) async fn own_reverts(&self, snapshot: &Kept) -> Vec<(PathBuf, PathBuf)> {
@@ -455,13 +501,20 @@ fn find_names(overlays: &mut [Overlay]) {
     }
 }
 
-/// Whether another snapshot, or the stored configuration, names the file.
+/// Whether another snapshot, or another machine, names the file.
 pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
     let named = |def: &DomainDef| {
         def.devices.disks.iter().any(|disk| chain(disk.path(), disk.backing.as_deref()).iter().any(|one| one == file))
     };
     let made = |part: &DiskPart| matches!(&part.mode, DiskMode::External { path, .. } if path == file);
-    kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
+    kin.keep.iter().any(|kept| kept == file)
+        || kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
+}
+
+/// What a snapshot's overlays have been laid on, and all below.
+fn frozen_by(snapshot: &Kept) -> Vec<PathBuf> {
+    let outside = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
+    outside.flat_map(|(disk, _)| chain(disk.path(), disk.backing.as_deref())).collect()
 }
 
 /// A disk's file and all below it.

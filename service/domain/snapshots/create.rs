@@ -3,6 +3,7 @@
 use super::{Domain, fate};
 use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
+use crate::images;
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
 use crate::store::{Deed, Record};
@@ -251,6 +252,7 @@ impl Domain {
             leave_out_nvram: options.leave_out.iter().any(|part| part == "nvram"),
             leave_out_tpm: options.leave_out.iter().any(|part| part == "tpm"),
         };
+        self.may_write_images(name, &machine, &wish).await?;
         let def = SnapshotDef {
             name: name.to_owned(),
             description: doc.description.clone(),
@@ -275,6 +277,22 @@ impl Domain {
         let checked = self.takes_snapshots()?.check_create(&machine, &wish).await;
         let plan = checked.map_err(|e| self.not_taken(&wish.name, e))?;
         Ok(Planned { def, wish, plan, machine })
+    }
+
+    /// Refuses to write images that others stand on: a snapshot inside them, or an overlay that the caller made.
+    async fn may_write_images(&self, name: &str, machine: &Machine, wish: &Wish) -> Result<()> {
+        let mut written = Vec::new();
+        for part in &wish.disks {
+            let disk = machine.def.devices.disks.iter().find(|disk| disk.target.dev == part.target);
+            match &part.mode {
+                DiskMode::Internal => written.extend(disk.and_then(|disk| disk.path()).map(PathBuf::from)),
+                DiskMode::External { path, .. } if wish.reuse_external => written.push(path.clone()),
+                _ => {}
+            }
+        }
+        let deed = format!("cannot take snapshot '{name}' of domain '{}'", self.name());
+        let remedy = "take a snapshot with disk-only";
+        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
     }
 
     /// Gives back a snapshot whose record can be read again, also when its disks stand on overlays; refuses any other.
@@ -414,7 +432,7 @@ impl Domain {
     }
 
     pub(super) fn not_taken(&self, name: &str, error: DriverError) -> Error {
-        Error::from_driver(&self.name(), &format!("take snapshot '{name}' of"), error)
+        self.from_driver(&format!("take snapshot '{name}' of"), error)
     }
 }
 

@@ -5,9 +5,10 @@ use super::{Domain, DomainJournal, State};
 use crate::authz::{Action, Caller};
 use crate::domain::lifecycle::Creation;
 use crate::error::{Error, Result};
+use crate::images;
 use crate::job::{Job, Ticket, lock};
 use crate::store::{Deed, Record, on_disk};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 use virt_model::device::disk::BackingStore;
@@ -94,7 +95,19 @@ impl Domain {
         let (record, def) = self.usable_snapshot(name)?;
         let (kept, kin) = (self.kept(&record, &def, machine), self.kin(name, doomed, machine));
         let plan = self.takes_snapshots()?.check_delete(machine, &kept, &kin).await;
-        plan.map_err(|e| self.not_deleted(name, e))
+        let plan = plan.map_err(|e| self.not_deleted(name, e))?;
+        let gone: Vec<PathBuf> = plan.files.iter().map(|file| file.path.clone()).collect();
+        self.nobody_else_needs(name, &plan.written, images::Fate::Written).await?;
+        self.nobody_else_needs(name, &gone, images::Fate::Removed).await?;
+        Ok(plan)
+    }
+
+    /// Refuses to write or remove files that another machine stands on.
+    async fn nobody_else_needs(&self, name: &str, files: &[PathBuf], fate: images::Fate) -> Result<()> {
+        let deed = format!("cannot delete snapshot '{name}' of domain '{}'", self.name());
+        let remedy =
+            "make those images whole (qemu-img rebase -b \"\"), undefine what needs them, or delete with metadata-only";
+        self.shared.refuse_in_use(&deed, files, fate, Some(self.uuid), remedy).await
     }
 
     /// Which ones go, in order.
@@ -118,6 +131,7 @@ impl Domain {
             others: self.others(name, machine),
             unreadable: self.has_unreadable(),
             stored: stored.filter(|_| live.is_some()).map(|stored| DomainDef::clone(&stored)),
+            keep: Vec::new(),
             doomed: doomed.iter().filter(|other| *other != name).cloned().collect(),
         }
     }
@@ -308,7 +322,7 @@ impl Domain {
     }
 
     fn not_deleted(&self, name: &str, error: DriverError) -> Error {
-        Error::from_driver(&self.name(), &format!("delete snapshot '{name}' of"), error)
+        self.from_driver(&format!("delete snapshot '{name}' of"), error)
     }
 }
 

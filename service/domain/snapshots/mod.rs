@@ -23,6 +23,7 @@ use super::{Domain, State};
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::events::{Event, SnapshotFacts};
+use crate::images;
 use crate::job::{Job, Ticket, lock};
 use crate::store::{Loaded, Record, on_disk};
 use journal::DomainJournal;
@@ -87,6 +88,11 @@ impl Kit {
         self.broken = None;
         *self.change() = SnapshotTree::default();
         *lock(&self.open) = None;
+    }
+
+    /// What those say that can be read.
+    pub(super) fn defs(&self) -> impl Iterator<Item = &SnapshotDef> {
+        self.tree.iter().filter_map(|node| node.content.def.as_ref().ok())
     }
 
     fn change(&mut self) -> &mut SnapshotTree<Arc<Record>> {
@@ -271,22 +277,32 @@ impl Domain {
         state.sound()?;
         let def = state.guest.as_ref().map(|guest| &guest.live).or(state.stored.as_ref());
         let def = def.ok_or_else(|| Error::NoSuchDomain { what: "name", value: state.name.clone() })?;
-        Ok(Machine {
+        let mut machine = Machine {
             def: DomainDef::clone(def),
             guest: state.guest.as_ref().map(|guest| guest.instance.clone()),
             running: matches!(state.state, DomainState::Running | DomainState::Idle),
             folder,
-        })
+        };
+        drop(state);
+        self.shared.declare(&mut machine.def);
+        Ok(machine)
     }
 
     /// A snapshot as the driver is to see it.
     fn kept(&self, record: &Record, def: &SnapshotDef, machine: &Machine) -> Kept {
+        self.kept_on(record, def, machine, &self.shared.recorded())
+    }
+
+    /// The same where it is known what snapshots have recorded of overlays.
+    fn kept_on(&self, record: &Record, def: &SnapshotDef, machine: &Machine, recorded: &[images::Overlay]) -> Kept {
+        let mut machine = def.domain.as_deref().unwrap_or(&machine.def).clone();
+        images::declare_in(&mut machine, recorded);
         Kept {
             name: def.name.clone(),
             memory: def.memory.clone(),
             disks: def.disks.clone(),
             merging: def.merging.clone(),
-            def: def.domain.as_deref().unwrap_or(&machine.def).clone(),
+            def: machine,
             record: record.record.clone(),
         }
     }
@@ -298,7 +314,9 @@ impl Domain {
             let others = state.snapshots.tree.iter().filter(|node| node.name != name);
             others.map(|node| node.content.clone()).collect()
         };
-        records.iter().filter_map(|record| Some(self.kept(record, record.def.as_ref().ok()?, machine))).collect()
+        let recorded = self.shared.recorded();
+        let kept = |record: &Arc<Record>| Some(self.kept_on(record, record.def.as_ref().ok()?, machine, &recorded));
+        records.iter().filter_map(kept).collect()
     }
 
     /// Whether there are any of which it is not known what they stand on.

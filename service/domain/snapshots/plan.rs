@@ -3,10 +3,12 @@
 use super::{Domain, fate};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
+use crate::images;
 use crate::job::lock;
+use std::path::PathBuf;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
-use virt_model::driver::snapshots::{FileChange, Kept, Machine, MemoryMode};
+use virt_model::driver::snapshots::{DiskMode, FileChange, FileFate, Kept, Machine, MemoryMode, RevertPlan};
 use virt_model::snapshot::{SnapshotDef, SnapshotState};
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, Started, Stopped, Suspended};
 
@@ -45,7 +47,9 @@ const ABI_CHANGED: &str = "abi-changed";
 const NEW_PROCESS: &str = "new-process";
 /// There is a saved image that would no longer fit the disks.
 const MANAGED_SAVE: &str = "managed-save";
-const RISKS: [&str; 3] = [ABI_CHANGED, NEW_PROCESS, MANAGED_SAVE];
+/// What the snapshot froze has been written since: it is not what was taken.
+const FROZEN_CHANGED: &str = "frozen-changed";
+const RISKS: [&str; 4] = [ABI_CHANGED, NEW_PROCESS, MANAGED_SAVE, FROZEN_CHANGED];
 
 /// What an operation would do.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -62,6 +66,8 @@ pub struct Plan {
     pub events: Vec<Lifecycle>,
     /// Path, what becomes of it, bytes.
     pub files: Vec<(String, &'static str, u64)>,
+    /// Frozen files that have been written since.
+    pub changed: Vec<PathBuf>,
 }
 
 /// A revert that has been thought through.
@@ -70,6 +76,8 @@ pub(super) struct Planned {
     pub kept: Kept,
     pub machine: Machine,
     pub plan: Plan,
+    /// Files that would be of no use, but for other machines.
+    pub keep: Vec<PathBuf>,
     /// Have a guest afterwards, and whether it stands.
     pub active: Option<bool>,
     /// In the process that runs.
@@ -86,7 +94,7 @@ impl Domain {
     }
 
     pub(super) async fn plan_revert(&self, name: &str, options: &RevertOptions) -> Result<Planned> {
-        let driver = self.takes_snapshots()?;
+        self.takes_snapshots()?;
         let (record, def) = self.usable_snapshot(name)?;
         if let Some(target) = def.merging.first() {
             let domain = self.name();
@@ -139,9 +147,10 @@ impl Domain {
         if saved && !def.has_memory() {
             risks.push(MANAGED_SAVE);
         }
-        let kin = self.kin(name, &[], &machine);
-        let checked = driver.check_revert(&machine, &kept, &kin, in_place).await;
-        let checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        let (checked, keep) = self.check_images(name, &kept, &machine, in_place).await?;
+        if !checked.changed.is_empty() {
+            risks.push(FROZEN_CHANGED);
+        }
         if active.is_some() && !in_place {
             self.would_start(&to).await?;
         }
@@ -153,8 +162,44 @@ impl Domain {
             starts_new_process: active.is_some() && !in_place,
             events: events(now, active, in_place, persistent),
             files: told(&checked.files),
+            changed: checked.changed,
         };
-        Ok(Planned { def, kept, machine, plan, active, in_place })
+        Ok(Planned { def, kept, machine, plan, keep, active, in_place })
+    }
+
+    /// What the driver would do, without the removal of what other machines stand on; and what that is.
+    async fn check_images(
+        &self,
+        name: &str,
+        kept: &Kept,
+        machine: &Machine,
+        in_place: bool,
+    ) -> Result<(RevertPlan, Vec<PathBuf>)> {
+        self.may_bring_back(name, kept).await?;
+        let kin = self.kin(name, &[], machine);
+        let checked = self.takes_snapshots()?.check_revert(machine, kept, &kin, in_place).await;
+        let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
+        let keep = self.needed_elsewhere(&checked.files).await;
+        checked.files.retain(|file| !keep.contains(&file.path));
+        Ok((checked, keep))
+    }
+
+    /// Refuses to bring images back to a snapshot inside them that other machines stand on.
+    async fn may_bring_back(&self, name: &str, kept: &Kept) -> Result<()> {
+        let inside =
+            |target: &str| kept.disks.iter().any(|part| part.target == target && part.mode == DiskMode::Internal);
+        let disks = kept.def.devices.disks.iter().filter(|disk| inside(&disk.target.dev));
+        let written: Vec<PathBuf> = disks.filter_map(|disk| disk.path().map(PathBuf::from)).collect();
+        let deed = format!("cannot revert domain '{}' to snapshot '{name}'", self.name());
+        let remedy = "make those images whole (qemu-img rebase -b \"\"), or undefine what needs them";
+        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, Some(self.uuid), remedy).await
+    }
+
+    /// Of the files that a revert would remove, those that another machine stands on: they stay.
+    async fn needed_elsewhere(&self, files: &[FileChange]) -> Vec<PathBuf> {
+        let removed = files.iter().filter(|file| file.what == FileFate::Deleted);
+        let removed: Vec<PathBuf> = removed.map(|file| file.path.clone()).collect();
+        self.shared.users_of(&removed, images::Fate::Removed, Some(self.uuid)).await.into_keys().collect()
     }
 
     /// The configuration to go back to is one that can be started here, and all that it needs of the host is there.
@@ -186,6 +231,11 @@ impl Domain {
                 NEW_PROCESS => {
                     format!("{NEW_PROCESS}: its hypervisor process ends, and with it displays and connections")
                 }
+                FROZEN_CHANGED => {
+                    let files: Vec<String> = plan.changed.iter().map(|file| file.display().to_string()).collect();
+                    let files = files.join(", ");
+                    format!("{FROZEN_CHANGED}: {files} has been written since it was frozen, and is not what was taken")
+                }
                 _ => format!("{MANAGED_SAVE}: its saved image is deleted, for it would not fit the disks"),
             });
         }
@@ -196,7 +246,7 @@ impl Domain {
     }
 
     pub(super) fn not_reverted(&self, name: &str, error: virt_model::driver::DriverError) -> Error {
-        Error::from_driver(&self.name(), &format!("revert to snapshot '{name}'"), error)
+        self.from_driver(&format!("revert to snapshot '{name}'"), error)
     }
 }
 

@@ -9,12 +9,13 @@ use crate::error::{Error, Result};
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
 use crate::store::{Deed, Record};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal as _, Kept, Machine, Reverted, Snapshots, StartFrom};
+use virt_model::driver::snapshots::{Journal as _, Kept, Kin, Machine, Reverted, Snapshots, StartFrom};
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
 
@@ -55,7 +56,7 @@ impl Domain {
         options: &RevertOptions,
         job: Arc<Job>,
     ) -> Result<()> {
-        let Planned { def, kept, machine, active, in_place, .. } = planned;
+        let Planned { def, kept, machine, keep, active, in_place, .. } = planned;
         let deed = Deed::Revert { name: def.name.clone(), active, in_place, ran: machine.running };
         let journal = self.journal(deed, &job);
         journal.begin().await?;
@@ -66,7 +67,7 @@ impl Domain {
             return self.load_in_place(&def, &kept, &machine, active == Some(true), &journal).await;
         }
         let before = Before { stored: self.configurations().1, record: self.snapshot(&def.name)? };
-        let reverted = match self.bring_images(&kept, &machine, &journal, &job).await {
+        let reverted = match self.bring_images(&kept, &machine, keep, &journal, &job).await {
             Ok(reverted) => reverted,
             Err(e) => {
                 journal.end_after_failure(&e).await;
@@ -109,6 +110,7 @@ impl Domain {
         self: &Arc<Self>,
         kept: &Kept,
         machine: &Machine,
+        keep: Vec<PathBuf>,
         journal: &Arc<DomainJournal>,
         job: &Job,
     ) -> std::result::Result<Reverted, DriverError> {
@@ -122,7 +124,7 @@ impl Domain {
             job.past_return();
         }
         let off = without_guest(machine);
-        let kin = self.kin(&kept.name, &[], &off);
+        let kin = Kin { keep, ..self.kin(&kept.name, &[], &off) };
         let brought = driver.revert_images(&off, kept, &kin, journal.clone()).await;
         if brought.is_err() {
             if parked {

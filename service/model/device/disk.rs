@@ -90,7 +90,7 @@ element! {
         child "driver" => driver: Option<DiskDriver>,
         /// `<source>`; without one, a drive is empty.
         child "source" => source: Option<DiskSource>,
-        /// `<backingStore>`: what is below. Absent: not known yet; empty: there is nothing below.
+        /// `<backingStore>`: what is below. Empty, or absent: there is nothing below.
         child "backingStore" => backing: Option<Box<BackingStore>>,
         /// `<target>`
         must "target" => target: DiskTarget,
@@ -156,14 +156,14 @@ impl Disk {
         self.source.as_ref().is_none_or(DiskSource::is_empty)
     }
 
-    /// From now on its writes go to an overlay, and what it was is the layer below. Of what is below that no more is said
-    /// than was said before: a chain that the document leaves to the image's header stays there.
+    /// From now on its writes go to an overlay, and what it was is the layer below. The chain is written down to its end:
+    /// where nothing was said to be below, nothing is.
     pub fn stand_on(&mut self, overlay: &std::path::Path, block: bool, format: &str) {
         let below = BackingStore {
             kind: Some(self.kind()),
             format: self.format().map(|name| StoreFormat { name: name.to_owned(), ..StoreFormat::default() }),
             source: self.source.take(),
-            backing: self.backing.take(),
+            backing: Some(self.backing.take().unwrap_or_default()),
             ..BackingStore::default()
         };
         self.backing = Some(Box::new(below));

@@ -248,6 +248,8 @@ pub struct Kin {
     pub stored: Option<DomainDef>,
     /// Snapshots that will be deleted in the same deed: what only they need is not needed.
     pub doomed: Vec<String>,
+    /// Files that other machines stand on: they are not removed.
+    pub keep: Vec<PathBuf>,
     /// There are others whose records cannot be read: what they need nobody knows.
     pub unreadable: bool,
 }
@@ -257,6 +259,8 @@ pub struct Kin {
 pub struct RevertPlan {
     /// Files made and removed.
     pub files: Vec<FileChange>,
+    /// Frozen files that have been written since: what would be gone back to is not what was taken.
+    pub changed: Vec<PathBuf>,
 }
 
 /// Images that have been brought to a snapshot.
@@ -277,6 +281,8 @@ pub struct Reverted {
 pub struct DeletePlan {
     /// Files merged and removed.
     pub files: Vec<FileChange>,
+    /// Files that would be written: what overlays are merged into.
+    pub written: Vec<PathBuf>,
     /// Why it would be refused.
     pub refused: Option<DriverError>,
 }

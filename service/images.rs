@@ -1,0 +1,373 @@
+//! Who stands on which image, over all machines: what runs, what is stored, and what each snapshot froze. Whoever is about to
+//! write an image, or to remove it, asks here first.
+//!
+//! Two paths are one file if they are the same text, or were last seen to lead to one inode. A file system that does not answer
+//! costs its own machine this second comparison, and nobody else anything.
+
+use crate::domain::Domain;
+use crate::error::{Error, Result};
+use crate::job::lock;
+use crate::shared::Shared;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+use virt_model::device::Disk;
+use virt_model::device::disk::{BackingStore, DiskDevice, StoreFormat};
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::DiskMode;
+use virt_model::snapshot::SnapshotDef;
+use virt_model::xml::Finding;
+
+/// How long paths may take to tell which files they are.
+const LOOK: Duration = Duration::from_secs(2);
+/// Looks that may wait at a time for file systems that do not answer.
+const LOOKS: usize = 4;
+
+/// What to do about a disk that others stand on.
+pub(crate) const FROZEN: &str = "put an overlay of its own on it (qemu-img create -b), name what the machine stood on last, or \
+    revert to or delete the snapshot";
+
+/// A chain of images that somebody needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Chain {
+    /// The machine.
+    pub domain: Uuid,
+    /// Who, for people: `domain 'web' (disk 'vda')`.
+    pub whose: String,
+    /// From the topmost image down.
+    pub files: Vec<PathBuf>,
+    /// The first that must stay as it is, and with it all below.
+    pub fixed: usize,
+}
+
+/// What is to become of a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// It is written.
+    Written,
+    /// It is removed.
+    Removed,
+}
+
+/// Which files paths lead to, as last seen. `None`: somebody looks, and has had no answer yet.
+pub(crate) struct Seen {
+    files: Mutex<HashMap<PathBuf, Option<(u64, u64)>>>,
+    looks: Arc<Semaphore>,
+}
+
+impl Default for Seen {
+    fn default() -> Seen {
+        Seen { files: Mutex::default(), looks: Arc::new(Semaphore::new(LOOKS)) }
+    }
+}
+
+impl Seen {
+    /// Looks where paths lead that have not been looked at, and anew at `afresh`.
+    async fn look(shared: &Arc<Shared>, known: HashSet<PathBuf>, afresh: &[PathBuf]) {
+        let Ok(permit) = shared.seen.looks.clone().try_acquire_owned() else { return };
+        let todo: Vec<PathBuf> = {
+            let mut files = lock(&shared.seen.files);
+            // One that somebody waits for is left to them.
+            let open: Vec<PathBuf> = afresh.iter().filter(|path| files.get(*path) != Some(&None)).cloned().collect();
+            let new: Vec<PathBuf> = known.into_iter().filter(|path| !files.contains_key(path)).collect();
+            let todo: Vec<PathBuf> = open.into_iter().chain(new).collect();
+            files.extend(todo.iter().map(|path| (path.clone(), None)));
+            todo
+        };
+        let shared = shared.clone();
+        let looked = tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            for path in todo {
+                let found = std::fs::metadata(&path).ok().map(|data| (data.dev(), data.ino()));
+                let mut files = lock(&shared.seen.files);
+                match found {
+                    Some(found) => _ = files.insert(path, Some(found)),
+                    None => _ = files.remove(&path),
+                }
+            }
+        });
+        _ = tokio::time::timeout(LOOK, looked).await;
+    }
+
+    /// Whether two paths are one file, as far as it is known.
+    fn same(&self, one: &Path, other: &Path) -> bool {
+        let files = lock(&self.files);
+        let file = |path: &Path| files.get(path).copied().flatten();
+        one == other || file(one).is_some_and(|one| Some(one) == file(other))
+    }
+}
+
+impl Shared {
+    /// The chains of all machines, but for those of `except`.
+    fn chains(&self, except: Option<Uuid>) -> Vec<Chain> {
+        let others = self.registry.all().into_iter().filter(|domain| Some(domain.uuid()) != except);
+        others.flat_map(|domain| domain.chains()).collect()
+    }
+
+    /// Who needs these files as they are, each file with everybody. `except`: a machine that has asked itself.
+    pub async fn users_of(
+        self: &Arc<Self>,
+        files: &[PathBuf],
+        fate: Fate,
+        except: Option<Uuid>,
+    ) -> BTreeMap<PathBuf, Vec<String>> {
+        if files.is_empty() {
+            return BTreeMap::new();
+        }
+        let chains = self.chains(except);
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        Seen::look(self, known, files).await;
+        let mut users: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
+        for chain in &chains {
+            let first = if fate == Fate::Removed { 0 } else { chain.fixed };
+            for file in files {
+                if chain.files.iter().skip(first).any(|needed| self.seen.same(needed, file)) {
+                    let users = users.entry(file.clone()).or_default();
+                    if !users.contains(&chain.whose) {
+                        users.push(chain.whose.clone());
+                    }
+                }
+            }
+        }
+        users
+    }
+
+    /// Refuses to change files that somebody needs as they are. `deed` begins the sentence: `cannot start domain 'web'`.
+    pub async fn refuse_in_use(
+        self: &Arc<Self>,
+        deed: &str,
+        files: &[PathBuf],
+        fate: Fate,
+        except: Option<Uuid>,
+        remedy: &str,
+    ) -> Result<()> {
+        match self.users_of(files, fate, except).await.into_iter().next() {
+            None => Ok(()),
+            Some((file, users)) => {
+                let (file, users) = (file.display(), users.join(", "));
+                Err(Error::InUse(format!("{deed}: {file} is what {users} stands on; {remedy}")))
+            }
+        }
+    }
+
+    /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is to `domain` and the machine
+    /// that has it open. Looks at no file.
+    pub fn with_owner_of_lock(&self, domain: &Domain, error: DriverError) -> DriverError {
+        let told = |text: String| {
+            let Some(image) = locked_image(&text).map(PathBuf::from) else { return text };
+            let holds = |chain: &Chain| chain.files.iter().any(|file| self.seen.same(file, &image));
+            let disk = domain
+                .chains()
+                .into_iter()
+                .find(holds)
+                .map(|chain| format!("{} is of {}, and ", image.display(), chain.whose));
+            let running = self.registry.all().into_iter().flat_map(|other| other.running_chains());
+            let owners: Vec<String> = running.filter(holds).map(|chain| chain.whose).collect();
+            let owner = match owners.is_empty() {
+                true => "another program has it open (fuser tells which)".to_owned(),
+                false => format!("{} has it open", owners.join(", ")),
+            };
+            format!("{text}; {}{owner}", disk.unwrap_or_default())
+        };
+        match error {
+            DriverError::Storage(text) => DriverError::Storage(told(text)),
+            DriverError::Hypervisor(text) => DriverError::Hypervisor(told(text)),
+            other => other,
+        }
+    }
+
+    /// The disks of a configuration that would be written though somebody needs them as they are: it can be stored, and not
+    /// be started.
+    pub async fn frozen_in(self: &Arc<Self>, def: &DomainDef) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        let users = self.users_of(&written_by(def), Fate::Written, None).await;
+        for disk in def.devices.disks.iter().filter(|disk| is_written(disk)) {
+            if let Some((path, users)) = disk.path().and_then(|path| Some((path, users.get(Path::new(path))?))) {
+                let text = format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "));
+                findings.push(Finding::warning(&disk.at, text));
+            }
+        }
+        findings
+    }
+
+    /// Writes down, below disks whose document ends sooner, what snapshots have recorded that their overlays stand on.
+    pub fn declare(&self, def: &mut DomainDef) {
+        if !def.devices.disks.iter().any(|disk| !disk.is_empty() && is_open_ended(disk.backing.as_deref())) {
+            return;
+        }
+        declare_in(def, &self.recorded());
+    }
+
+    /// The overlays that all machines' snapshots have laid on their disks.
+    pub fn recorded(&self) -> Vec<Overlay> {
+        self.registry.all().iter().flat_map(|domain| domain.overlays()).collect()
+    }
+}
+
+/// The image of which QEMU or its tools say that it is locked.
+fn locked_image(text: &str) -> Option<&str> {
+    let (_, rest) = text.split_once("using the image [")?;
+    rest.split_once("]?").map(|(image, _)| image)
+}
+
+/// An overlay that was made for a snapshot, and what it was laid on.
+#[derive(Clone, Debug)]
+pub(crate) struct Overlay {
+    file: PathBuf,
+    on: BackingStore,
+}
+
+/// The same as [`Shared::declare`] where the records have been gathered.
+pub(crate) fn declare_in(def: &mut DomainDef, recorded: &[Overlay]) {
+    def.devices.disks.iter_mut().for_each(|disk| declare(disk, recorded));
+}
+
+/// Whether nothing says that the chain ends.
+fn is_open_ended(mut layer: Option<&BackingStore>) -> bool {
+    while let Some(store) = layer {
+        if store.is_end() {
+            return false;
+        }
+        layer = store.backing.as_deref();
+    }
+    true
+}
+
+/// Adds to a disk's chain what is recorded below its last layer, and below that.
+fn declare(disk: &mut Disk, recorded: &[Overlay]) {
+    let Some(mut last) = disk.path().map(PathBuf::from) else { return };
+    let mut seen = HashSet::new();
+    let mut end = &mut disk.backing;
+    loop {
+        if end.is_none() {
+            let found = recorded.iter().find(|overlay| overlay.file == last && seen.insert(last.clone()));
+            let Some(found) = found else { return };
+            *end = Some(Box::new(found.on.clone()));
+        }
+        let Some(store) = end else { return };
+        let Some(path) = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default())) else {
+            return;
+        };
+        last = path.into();
+        end = &mut store.backing;
+    }
+}
+
+/// The images that a guest with this configuration writes.
+pub(crate) fn written_by(def: &DomainDef) -> Vec<PathBuf> {
+    let written = def.devices.disks.iter().filter(|disk| is_written(disk));
+    written.filter_map(|disk| disk.path().map(PathBuf::from)).collect()
+}
+
+fn is_written(disk: &Disk) -> bool {
+    !disk.readonly && disk.transient.is_none() && disk.device() != DiskDevice::Cdrom
+}
+
+/// A disk's files, from the topmost down.
+pub(crate) fn files_of(disk: &Disk) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = disk.path().map(PathBuf::from).into_iter().collect();
+    let mut layer = disk.backing.as_deref();
+    while let Some(store) = layer {
+        let path = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default()));
+        files.extend(path.map(PathBuf::from));
+        layer = store.backing.as_deref();
+    }
+    files
+}
+
+/// The chains of a configuration; `whose` says whose it is.
+pub(crate) fn chains_of(domain: Uuid, whose: &str, def: &DomainDef, into: &mut Vec<Chain>) {
+    for disk in &def.devices.disks {
+        let files = files_of(disk);
+        let whose = format!("{whose} (disk '{}')", disk.target.dev);
+        if !files.is_empty() && !into.iter().any(|chain| chain.whose == whose && chain.files == files) {
+            into.push(Chain { domain, whose, files, fixed: 1 });
+        }
+    }
+}
+
+/// The chains that a snapshot needs: what it froze, and what lies below an image that holds it.
+pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, into: &mut Vec<Chain>) {
+    for (disk, mode) in parts(def) {
+        let fixed = match mode {
+            // A merge that has begun makes the frozen file the machine's own again, wherever the rest of it stands.
+            DiskMode::External { .. } if def.merging.contains(&disk.target.dev) => 1,
+            DiskMode::External { .. } => 0,
+            DiskMode::Internal => 1,
+            DiskMode::No | DiskMode::Manual => continue,
+        };
+        let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
+        into.push(Chain { domain, whose, files: files_of(disk), fixed });
+    }
+}
+
+/// The overlays that a snapshot laid on its disks.
+pub(crate) fn overlays_of(def: &SnapshotDef, into: &mut Vec<Overlay>) {
+    for (disk, mode) in parts(def) {
+        let DiskMode::External { path, .. } = mode else { continue };
+        let format = disk.format().unwrap_or("raw").to_owned();
+        let on = BackingStore {
+            kind: Some(disk.kind()),
+            format: Some(StoreFormat { name: format, ..StoreFormat::default() }),
+            source: disk.source.clone(),
+            backing: disk.backing.clone(),
+            ..BackingStore::default()
+        };
+        into.push(Overlay { file: path.clone(), on });
+    }
+}
+
+/// A snapshot's disks, each with how it took part.
+fn parts(def: &SnapshotDef) -> impl Iterator<Item = (&Disk, &DiskMode)> {
+    let disks = def.domain.iter().flat_map(|domain| &domain.devices.disks);
+    disks.filter_map(|disk| Some((disk, &def.disks.iter().find(|part| part.target == disk.target.dev)?.mode)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn disk(xml: &str) -> Disk {
+        let xml = format!(
+            "<domain type='test'><name>a</name><uuid>6f1c0d5e-6b1f-4c57-9c0e-0d0c3e6f9c01</uuid><memory>1</memory>\
+             <os><type>hvm</type></os><devices><disk>{xml}<target dev='vda'/></disk></devices></domain>"
+        );
+        DomainDef::parse(&xml).unwrap().devices.disks.remove(0)
+    }
+
+    fn overlay(file: &str, on: &str) -> Overlay {
+        let mut laid = disk(&format!("<driver type='qcow2'/><source file='{on}'/>"));
+        laid.stand_on(Path::new(file), false, "qcow2");
+        let mut on = *laid.backing.unwrap();
+        on.backing = None;
+        Overlay { file: file.into(), on }
+    }
+
+    #[test]
+    fn a_locked_image_is_found_in_qemus_words() {
+        let text = "Failed to get \"write\" lock\nIs another process using the image [/images/a b]?";
+        assert_eq!(locked_image(text), Some("/images/a b"));
+        assert_eq!(locked_image("No such file or directory"), None);
+    }
+
+    #[test]
+    fn what_was_recorded_of_overlays_completes_a_document_that_ends_sooner() {
+        let recorded = [overlay("/c", "/b"), overlay("/b", "/a"), overlay("/x", "/y"), overlay("/y", "/x")];
+        let declared = |xml: &str| {
+            let mut disk = disk(xml);
+            declare(&mut disk, &recorded);
+            files_of(&disk).iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
+        };
+        assert_eq!(declared("<source file='/c'/>"), "/c /b /a");
+        assert_eq!(declared("<source file='/c'/><backingStore/>"), "/c", "what is said counts");
+        let below = "<backingStore type='file'><format type='qcow2'/><source file='/b'/></backingStore>";
+        assert_eq!(declared(&format!("<source file='/other'/>{below}")), "/other /b /a");
+        assert_eq!(declared("<source file='/a'/>"), "/a");
+        assert_eq!(declared("<source file='/x'/>"), "/x /y /x", "no loop");
+    }
+}
