@@ -25,6 +25,10 @@ pub struct DriverConfig {
     pub qemu_user: String,
     /// Their group, if not their own.
     pub qemu_group: Option<String>,
+    /// Threads that a guest's processes may have beside its vCPUs.
+    pub guest_threads: u64,
+    /// Bytes that they may use beyond the guest's memory and a quarter of it.
+    pub guest_overhead: u64,
 }
 
 impl DriverConfig {
@@ -38,6 +42,8 @@ impl DriverConfig {
             system,
             qemu_user: "virt-qemu".to_owned(),
             qemu_group: None,
+            guest_threads: 1024,
+            guest_overhead: 2 << 30,
         }
     }
 }

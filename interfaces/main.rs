@@ -181,6 +181,8 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         system: kind == Kind::System,
         qemu_user: qemu.user,
         qemu_group: qemu.group,
+        guest_threads: qemu.threads,
+        guest_overhead: qemu.overhead_mib.saturating_mul(1 << 20),
     }
 }
 

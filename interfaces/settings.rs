@@ -89,6 +89,10 @@ pub struct QemuConfig {
     pub user: String,
     /// The group, if not the user's own.
     pub group: Option<String>,
+    /// Threads that a guest's processes may have beside its vCPUs.
+    pub threads: u64,
+    /// MiB that they may use beyond the guest's memory and a quarter of it.
+    pub overhead_mib: u64,
 }
 
 /// How much any user but root may have.
@@ -103,7 +107,7 @@ pub struct LimitsConfig {
 
 impl Default for QemuConfig {
     fn default() -> Self {
-        QemuConfig { user: "virt-qemu".to_owned(), group: None }
+        QemuConfig { user: "virt-qemu".to_owned(), group: None, threads: 1024, overhead_mib: 2048 }
     }
 }
 

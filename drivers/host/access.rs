@@ -2,20 +2,22 @@
 //!
 //! A file that the user cannot open gets one more entry in its access control list; owner, group and everybody else keep
 //! what they had. Why not change the owner, as libvirt does: an entry can be taken away without knowing what was before,
-//! two guests can share a file, and the file's owner keeps it. Directories are never changed: one that is closed to the
-//! user is named in the error.
+//! guests of different users can share a file, and the file's owner keeps it. Directories are never changed: a guest finds
+//! its files behind its wall ([`super::wall`]), and there are no others on the way to them.
 //!
 //! The ledger on disk says which files are lent to which guests. It is written before a file is lent and after it is
 //! given back, so a virtd that is killed in between lends nothing for ever: the guest's record makes the next virtd give
-//! back what its start had taken, and a reboot of the host, which no guest survives, gives back everything.
+//! back what its start had taken, and a reboot of the host, which no guest survives, gives back everything. A file is found
+//! again by its handle, so that one which was renamed meanwhile is given back too.
 //!
 //! Whose files may be lent: see [`super::resolve`]. A backing file named in an image's header counts as chosen by the
 //! image's owner.
 
 use super::acl::{Acl, READ, WRITE, through};
 use super::chain::{Behind, behind};
+use super::handle::Handle;
 use super::process::boot_id;
-use super::resolve::{Found, closed_directory, is_still, may_open};
+use super::resolve::{Found, is_still, may_open};
 use super::user::RunAs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use serde::{Deserialize, Serialize};
@@ -25,7 +27,7 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
@@ -43,6 +45,40 @@ pub struct Want {
     pub backing: bool,
     /// It is a device that the guest has to itself, and may be a character device.
     pub device: bool,
+}
+
+/// A file that a guest may open, as it was judged.
+#[derive(Clone, Debug)]
+pub struct LentFile {
+    /// Where it was named.
+    pub path: PathBuf,
+    /// An `O_PATH` descriptor of it.
+    pub fd: Arc<OwnedFd>,
+    /// To be written, too.
+    pub write: bool,
+    kind: FileType,
+}
+
+impl LentFile {
+    /// What is at `path`, to be opened with the rights that it has: nothing is lent. `None` if nothing is there. A link of
+    /// somebody's leads only to what is theirs.
+    pub fn unlent(path: &Path, write: bool) -> io::Result<Option<LentFile>> {
+        let found = match Found::resolve(path) {
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+            found => found?,
+        };
+        if let Some(chooser) = found.choosers.iter().find(|uid| **uid != found.stat.st_uid) {
+            let why = format!("{}: user {chooser} chose this by a link", path.display());
+            return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
+        }
+        let kind = found.kind();
+        Ok(Some(LentFile { path: path.to_owned(), fd: Arc::new(found.fd), write, kind }))
+    }
+
+    /// Plain file, block device, …
+    pub fn kind(&self) -> FileType {
+        self.kind
+    }
 }
 
 /// Which files are lent to which guests. All methods block.
@@ -66,19 +102,42 @@ struct Loan {
     path: PathBuf,
     dev: u64,
     ino: u64,
-    /// To whom.
+    /// Where it is whatever it is called, if its file system can say.
+    #[serde(default)]
+    handle: Option<Handle>,
+    /// To whom, where a holder does not say it: all guests had one user once.
     uid: u32,
-    /// Its list before, and with our entry, in the kernel's form.
+    /// Its list before, and with our entries, in the kernel's form.
     before: Vec<u8>,
     after: Vec<u8>,
-    /// For which guests, and whether to be written.
-    holders: BTreeMap<Uuid, bool>,
+    /// For which guests.
+    holders: BTreeMap<Uuid, Holder>,
+}
+
+/// For whom, and whether to be written.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Holder {
+    /// By the user of the loan.
+    Common(bool),
+    /// By a user of its own.
+    Own { uid: u32, write: bool },
 }
 
 /// A file that must be lent.
 struct Need {
     found: Found,
+    path: PathBuf,
     write: bool,
+    /// It is lent; else the user may open it without.
+    lent: bool,
+}
+
+impl Need {
+    fn file(self) -> LentFile {
+        let kind = self.found.kind();
+        LentFile { path: self.path, fd: Arc::new(self.found.fd), write: self.write, kind }
+    }
 }
 
 impl Ledger {
@@ -98,7 +157,8 @@ impl Ledger {
     }
 
     /// Makes every file of `wants` accessible to `user` for `guest`, or none: then the error names the file and the remedy.
-    pub fn lend(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
+    /// What is returned are they and what their headers name, lent or open to the user anyway.
+    pub fn lend(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
         // Whatever may hang on a file system that does not answer is done first, without the lock.
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
@@ -109,11 +169,11 @@ impl Ledger {
         if lent.is_err() {
             self.give_back(guest);
         }
-        lent
+        lent.map(|()| needs.into_iter().map(Need::file).collect())
     }
 
     /// The same for files that a running guest needs in addition: what it was lent before stays so in any case.
-    pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<(), DriverError> {
+    pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
             survey.collect(want, None)?;
@@ -131,7 +191,7 @@ impl Ledger {
                 tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
             }
         }
-        lent
+        lent.map(|()| needs.into_iter().map(Need::file).collect())
     }
 
     /// Takes back what `guest` was lent. What cannot be taken back is logged and kept in the ledger.
@@ -188,14 +248,16 @@ impl Ledger {
 
     /// Enters the needs into the ledger, then lends them.
     fn enter(&self, user: &RunAs, guest: Uuid, needs: &[Need]) -> Result<(), DriverError> {
-        let mut books = self.lock();
-        for need in needs {
-            let loan = loan(&mut books, user, need).map_err(|e| refuse_io(user, &need.found.real, &e))?;
-            *loan.holders.entry(guest).or_default() |= need.write;
-            loan.plan(&need.found.fd).map_err(|e| refuse_io(user, &need.found.real, &e))?;
-        }
+        let needs: Vec<&Need> = needs.iter().filter(|need| need.lent).collect();
         if needs.is_empty() {
             return Ok(());
+        }
+        let mut books = self.lock();
+        for need in &needs {
+            let loan = loan(&mut books, user, need).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+            let before = loan.holders.get(&guest).is_some_and(|holder| holder.writes());
+            loan.holders.insert(guest, Holder::Own { uid: user.uid, write: before || need.write });
+            loan.plan(&need.found.fd).map_err(|e| refuse_io(user, &need.found.real, &e))?;
         }
         self.save(&books, true).map_err(|e| DriverError::Storage(format!("{}: {e}", self.file.display())))?;
         for need in needs {
@@ -252,6 +314,7 @@ fn loan<'a>(books: &'a mut Books, user: &RunAs, need: &Need) -> io::Result<&'a m
                 path: need.found.real.clone(),
                 dev: need.found.stat.st_dev,
                 ino: need.found.stat.st_ino,
+                handle: Handle::of(&need.found.fd).ok(),
                 uid: user.uid,
                 after: before.clone(),
                 before,
@@ -268,29 +331,30 @@ struct Survey<'a> {
     ledger: &'a Ledger,
     user: &'a RunAs,
     needs: Vec<Need>,
-    seen: BTreeSet<(u64, u64, bool)>,
+    seen: BTreeSet<(PathBuf, bool)>,
 }
 
 impl Survey<'_> {
-    /// Adds what `want` needs and the user cannot open by themselves.
+    /// Adds what `want` needs.
     fn collect(&mut self, want: &Want, chosen_by: Option<u32>) -> Result<(), DriverError> {
         let failed = |e: io::Error| DriverError::Storage(format!("{}: {e}", want.path.display()));
         let found = Found::resolve(&want.path).map_err(failed)?;
-        if !self.seen.insert((found.stat.st_dev, found.stat.st_ino, want.write)) {
+        if !self.seen.insert((want.path.clone(), want.write)) {
             return Ok(());
         }
         if self.seen.len() > MAX_FILES {
             return Err(DriverError::Storage(format!("{}: too many images stand on one another", want.path.display())));
         }
-        let open = self.user.reach(|| may_open(&found.real, want.write)).map_err(failed)?;
+        let open = self.user.reach(|| may_open(&found.fd, want.write)).map_err(failed)?;
         let (owner, next) = (found.stat.st_uid, if want.backing { named_in(&found, want)? } else { Vec::new() });
-        if !open || self.ledger.is_lent(&found) {
+        let lent = !open || self.ledger.is_lent(&found);
+        if lent {
             let own = want.device && found.kind() == FileType::CharacterDevice;
             if let Some(why) = found.objection(chosen_by, own) {
                 return Err(refuse(self.user, &want.path, &why));
             }
-            self.needs.push(Need { found, write: want.write });
         }
+        self.needs.push(Need { found, path: want.path.clone(), write: want.write, lent });
         next.iter().try_for_each(|want| self.collect(want, Some(owner)))
     }
 }
@@ -311,25 +375,12 @@ fn named_in(found: &Found, want: &Want) -> Result<Vec<Want>, DriverError> {
 
 /// Whether the user can open them now; if not, why not.
 fn verify(user: &RunAs, needs: &[Need]) -> Result<(), DriverError> {
-    for Need { found, write } in needs {
-        let reach = || (may_open(&found.real, *write), closed_directory(&found.real));
-        match user.reach(reach).map_err(|e| refuse_io(user, &found.real, &e))? {
-            (true, _) => {}
-            (false, Some(dir)) => return Err(closed(user, &found.real, &dir)),
-            (false, None) => {
-                return Err(refuse(user, &found.real, "its own permissions or its file system forbid it"));
-            }
+    for Need { found, write, .. } in needs.iter().filter(|need| need.lent) {
+        if !user.reach(|| may_open(&found.fd, *write)).map_err(|e| refuse_io(user, &found.real, &e))? {
+            return Err(refuse(user, &found.real, "its own permissions or its file system forbid it"));
         }
     }
     Ok(())
-}
-
-fn closed(user: &RunAs, path: &Path, dir: &Path) -> DriverError {
-    let (path, dir, user) = (path.display(), dir.display(), &user.name);
-    DriverError::Storage(format!(
-        "{path}: user '{user}', who runs QEMU, may not enter the directory {dir}: \
-         allow it (setfacl -m u:{user}:x {dir}), or keep the file elsewhere"
-    ))
 }
 
 fn refuse(user: &RunAs, path: &Path, why: &str) -> DriverError {
@@ -358,29 +409,68 @@ impl Loan {
         let now = Acl::of(fd)?;
         let ours = [&self.before, &self.after].contains(&&now.to_bytes());
         // Somebody else has changed it meanwhile: that is what will remain.
-        let before = if ours { Acl::from_bytes(&self.before)? } else { now.without_user(self.uid) };
-        let perm = if self.holders.values().any(|write| *write) { READ | WRITE } else { READ };
-        let after = if self.holders.is_empty() { before.clone() } else { before.with_user(self.uid, perm) };
+        let before = match ours {
+            true => Acl::from_bytes(&self.before)?,
+            false => self.users()?.into_iter().fold(now, |list, uid| list.without_user(uid)),
+        };
+        let mut wanted: BTreeMap<u32, u16> = BTreeMap::new();
+        for holder in self.holders.values() {
+            let perm = if holder.writes() { READ | WRITE } else { READ };
+            *wanted.entry(holder.uid(self.uid)).or_default() |= perm;
+        }
+        let after = wanted.into_iter().fold(before.clone(), |list, (uid, perm)| list.with_user(uid, perm));
         (self.before, self.after) = (before.to_bytes(), after.to_bytes());
         Ok(())
+    }
+
+    /// Who has an entry of ours.
+    fn users(&self) -> io::Result<Vec<u32>> {
+        let before = Acl::from_bytes(&self.before)?.users();
+        let after = Acl::from_bytes(&self.after)?.users();
+        let holders = self.holders.values().map(|holder| holder.uid(self.uid));
+        Ok(after.into_iter().chain(holders).filter(|uid| !before.contains(uid)).collect())
     }
 
     fn apply(&self, fd: &OwnedFd) -> io::Result<()> {
         Acl::from_bytes(&self.after)?.set(fd)
     }
 
-    /// Plans and applies; a file that has gone or been replaced needs nothing.
+    /// Plans and applies; a file that has gone needs nothing.
     fn settle(&mut self) -> io::Result<()> {
-        if !is_still(&self.path, self.dev, self.ino) {
-            return Ok(());
-        }
-        let fd = openat(CWD, &self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-        let stat = fstat(&fd)?;
-        if (stat.st_dev, stat.st_ino) != (self.dev, self.ino) {
-            return Ok(());
-        }
+        let Some(fd) = self.find()? else { return Ok(()) };
         self.plan(&fd)?;
         self.apply(&fd)
+    }
+
+    /// The file, where it was or by its handle.
+    fn find(&self) -> io::Result<Option<OwnedFd>> {
+        if is_still(&self.path, self.dev, self.ino) {
+            let fd = openat(CWD, &self.path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+            if self.is_behind(&fd)? {
+                return Ok(Some(fd));
+            }
+        }
+        let Some(fd) = self.handle.as_ref().and_then(|handle| handle.open(&self.path, self.dev)) else {
+            return Ok(None);
+        };
+        Ok(self.is_behind(&fd)?.then_some(fd))
+    }
+
+    fn is_behind(&self, fd: &OwnedFd) -> io::Result<bool> {
+        let stat = fstat(fd)?;
+        Ok((stat.st_dev, stat.st_ino) == (self.dev, self.ino))
+    }
+}
+
+impl Holder {
+    fn uid(self, common: u32) -> u32 {
+        if let Holder::Own { uid, .. } = self { uid } else { common }
+    }
+
+    fn writes(self) -> bool {
+        match self {
+            Holder::Common(write) | Holder::Own { write, .. } => write,
+        }
     }
 }
 

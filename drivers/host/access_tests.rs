@@ -41,7 +41,10 @@ impl Room {
     }
 
     fn may(&self, path: &Path, write: bool) -> bool {
-        self.user.reach(|| may_open(path, write)).unwrap()
+        {
+            let file = Found::resolve(path).unwrap();
+            self.user.reach(|| may_open(&file.fd, write)).unwrap()
+        }
     }
 
     fn mode(&self, path: &Path) -> u32 {
@@ -164,15 +167,18 @@ fn a_replaced_file_is_not_touched() {
 }
 
 #[test]
-fn a_closed_directory_is_named_and_nothing_is_lent() {
+fn a_closed_directory_is_not_in_the_way_and_without_one_file_nothing_is_lent() {
     let Some(room) = Room::new() else { return };
     let (ledger, guest) = (room.ledger(), Uuid::new_v4());
     let open = room.file("open", 0o600);
     std::fs::create_dir(room.dir.path().join("home")).unwrap();
     let hidden = room.file("home/disk", 0o600);
     std::fs::set_permissions(hidden.parent().unwrap(), std::fs::Permissions::from_mode(0o700)).unwrap();
-    let error = ledger.lend(&room.user, guest, &[write(&open), write(&hidden)]).unwrap_err().to_string();
-    assert!(error.contains("home: allow it (setfacl -m u:nobody:x /"), "{error}");
+    let files = ledger.lend(&room.user, guest, &[write(&open), write(&hidden)]).unwrap();
+    assert_eq!(files.iter().map(|file| &file.path).collect::<Vec<_>>(), [&open, &hidden]);
+    ledger.give_back(guest);
+    let missing = room.dir.path().join("missing");
+    ledger.lend(&room.user, guest, &[write(&open), write(&hidden), write(&missing)]).unwrap_err();
     assert!(!room.may(&open, false), "all or nothing");
     assert_eq!(room.mode(&hidden), 0o600);
     assert!(ledger.lock().loans.is_empty());
@@ -228,11 +234,60 @@ fn what_is_lent_beside_a_guest_is_each_borrowers_own() {
     let Some(room) = Room::new() else { return };
     let (ledger, guest) = (std::sync::Arc::new(room.ledger()), Uuid::new_v4());
     let (disk, overlay) = (room.file("disk", 0o600), room.file("overlay", 0o600));
-    let images = crate::host::image::Images { user: Some((room.user.clone(), ledger)), guest };
+    let images = crate::host::image::Images::new(Some((room.user.clone(), ledger)), guest, None);
     let merge = images.lend(&[(disk.clone(), true), (overlay.clone(), true)]).unwrap();
     drop(images.lend(&[(disk.clone(), false)]).unwrap());
     assert!(images.lend(&[(room.dir.path().join("none"), true)]).is_err());
     assert!(room.may(&disk, true) && room.may(&overlay, true), "a look takes a running merge's files away");
     drop(merge);
     assert!(!room.may(&disk, false) && !room.may(&overlay, false));
+}
+
+#[test]
+fn a_file_renamed_while_it_is_lent_is_given_back() {
+    let Some(room) = Room::new() else { return };
+    let (guest, disk, moved) = (Uuid::new_v4(), room.file("disk", 0o600), room.dir.path().join("folder/moved"));
+    room.ledger().lend(&room.user, guest, &[write(&disk)]).unwrap();
+    std::fs::create_dir(moved.parent().unwrap()).unwrap();
+    std::fs::rename(&disk, &moved).unwrap();
+    std::fs::write(&disk, "another").unwrap();
+    assert!(room.may(&moved, true));
+    // The next virtd.
+    room.ledger().give_back(guest);
+    assert!(!room.may(&moved, false), "its entry is gone");
+    assert_eq!(Acl::of(File::open(&moved).unwrap()).unwrap(), Acl::from_mode(0o600));
+}
+
+#[test]
+fn guests_of_different_users_share_a_file() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, [one, other]) = (room.ledger(), [Uuid::new_v4(), Uuid::new_v4()]);
+    let second = Room {
+        dir: tempfile::tempdir().unwrap(),
+        user: RunAs { uid: 123_456, gid: 123_456, groups: vec![], ..room.user.clone() },
+    };
+    let base = room.file("base", 0o600);
+    ledger.lend(&room.user, one, &[read(&base)]).unwrap();
+    ledger.lend(&second.user, other, &[write(&base)]).unwrap();
+    assert!(room.may(&base, false) && !room.may(&base, true) && second.may(&base, true));
+    ledger.give_back(one);
+    assert!(!room.may(&base, false) && second.may(&base, true));
+    ledger.give_back(other);
+    assert_eq!(Acl::of(File::open(&base).unwrap()).unwrap(), Acl::from_mode(0o600));
+}
+
+#[test]
+fn what_an_earlier_virtd_had_lent_to_the_common_user_is_given_back() {
+    let Some(room) = Room::new() else { return };
+    let (guest, disk) = (Uuid::new_v4(), room.file("disk", 0o600));
+    room.ledger().lend(&room.user, guest, &[write(&disk)]).unwrap();
+    let books = room.dir.path().join("state/access.json");
+    let mut old: serde_json::Value = serde_json::from_slice(&std::fs::read(&books).unwrap()).unwrap();
+    old["loans"][0]["holders"][guest.to_string()] = true.into();
+    old["loans"][0].as_object_mut().unwrap().remove("handle");
+    std::fs::write(&books, old.to_string()).unwrap();
+    let ledger = room.ledger();
+    assert!(room.may(&disk, true));
+    ledger.give_back(guest);
+    assert!(!room.may(&disk, false));
 }

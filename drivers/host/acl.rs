@@ -112,6 +112,11 @@ impl Acl {
         Acl(entries)
     }
 
+    /// Who has an entry.
+    pub fn users(&self) -> Vec<u32> {
+        self.0.iter().filter(|e| e.tag == USER).map(|e| e.id).collect()
+    }
+
     /// Whether `uid` has an entry.
     #[cfg(test)]
     pub fn names(&self, uid: u32) -> bool {

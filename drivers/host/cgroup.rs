@@ -77,7 +77,7 @@ enum Version {
     Two(PathBuf),
 }
 
-const CONTROLLERS: [&str; 3] = ["cpu", "memory", "blkio"];
+const CONTROLLERS: [&str; 4] = ["cpu", "memory", "blkio", "pids"];
 
 impl Trees {
     /// Those of this host.
@@ -124,6 +124,31 @@ impl Group {
             Version::One(controllers) => self.hold_one(controllers, pid, limits),
             Version::Two(base) => self.hold_two(base, pid, limits),
         }
+    }
+
+    /// Puts the process into the group and bounds what it may take of the host where nobody has said what: threads, of all
+    /// processes of the group, and bytes of memory. Errors name what could not be set; what could is.
+    pub fn bound(&self, pid: i32, threads: u64, memory: u64) -> io::Result<()> {
+        let bounds =
+            [("pids", "pids.max", "pids.max", threads), ("memory", "memory.limit_in_bytes", "memory.max", memory)];
+        let mut missed = Vec::new();
+        for (controller, one, two, most) in bounds {
+            let bounded = match &self.version {
+                Version::One(controllers) => place(controllers, controller).and_then(|place| {
+                    let folder = place.join(&self.name);
+                    make(&folder)?;
+                    write(&folder.join(one), most)?;
+                    write(&folder.join("cgroup.procs"), pid)
+                }),
+                Version::Two(base) => self.own_folder(base).and_then(|folder| {
+                    write(&base.join("cgroup.subtree_control"), format!("+{controller}"))?;
+                    write(&folder.join(two), most)?;
+                    write(&folder.join("cgroup.procs"), pid)
+                }),
+            };
+            missed.extend(bounded.err().map(|error| error.to_string()));
+        }
+        if missed.is_empty() { Ok(()) } else { Err(io::Error::other(missed.join("; "))) }
     }
 
     /// Limits the CPU time of one thread of the process held.
@@ -188,7 +213,8 @@ impl Group {
         Ok(())
     }
 
-    fn hold_two(&self, base: &Path, pid: i32, limits: &Limits) -> io::Result<()> {
+    /// The group in the one tree, made; we are aside.
+    fn own_folder(&self, base: &Path) -> io::Result<PathBuf> {
         if base != Path::new(MOUNT) {
             let aside = base.join("virtd");
             make(&aside)?;
@@ -196,6 +222,11 @@ impl Group {
         }
         let folder = base.join(&self.name);
         make(&folder)?;
+        Ok(folder)
+    }
+
+    fn hold_two(&self, base: &Path, pid: i32, limits: &Limits) -> io::Result<()> {
+        let folder = self.own_folder(base)?;
         let cpu = limits.cpu_shares.is_some() || !limits.cpu.is_none();
         let memory = limits.memory.or(limits.memory_soft).or(limits.memory_and_swap).is_some();
         let io = limits.io_weight.is_some() || !limits.io.is_empty();
@@ -327,6 +358,36 @@ mod tests {
         assert_eq!(said(&at("blkio/guest"), "blkio.bfq.weight"), "300");
         let poor = Trees::at(mount.path(), "2:memory:/\n").group("guest");
         assert!(poor.hold(42, &ALL).unwrap_err().to_string().contains("no cgroup controller 'cpu'"));
+    }
+
+    #[test]
+    fn every_guest_is_bounded_in_threads_and_memory() {
+        let mount = tempfile::tempdir().unwrap();
+        let at = |path: &str| mount.path().join(path);
+        files(&at("pids/own/guest"), &["pids.max", "cgroup.procs"]);
+        files(&at("memory/guest"), &["memory.limit_in_bytes", "cgroup.procs"]);
+        let group = Trees::at(mount.path(), "3:pids:/own\n2:memory:/\n").group("guest");
+        group.bound(42, 1000, 1 << 30).unwrap();
+        assert_eq!(
+            (said(&at("pids/own/guest"), "pids.max"), said(&at("pids/own/guest"), "cgroup.procs")),
+            ("1000".into(), "42".into())
+        );
+        assert_eq!(said(&at("memory/guest"), "memory.limit_in_bytes"), (1_u64 << 30).to_string());
+        // One that is missing keeps the other from nothing.
+        let poor = Trees::at(mount.path(), "3:pids:/own\n").group("guest");
+        let error = poor.bound(43, 900, 1).unwrap_err().to_string();
+        assert!(error.contains("no cgroup controller 'memory'"), "{error}");
+        assert_eq!(said(&at("pids/own/guest"), "cgroup.procs"), "43");
+        let base = at("slice");
+        fs::write(at("cgroup.controllers"), "").unwrap();
+        files(&base, &["cgroup.subtree_control"]);
+        files(&base.join("virtd"), &["cgroup.procs"]);
+        files(&base.join("guest"), &["pids.max", "memory.max", "cgroup.procs"]);
+        Trees::at(mount.path(), "0::/slice\n").group("guest").bound(44, 7, 9).unwrap();
+        assert_eq!(
+            (said(&base.join("guest"), "pids.max"), said(&base.join("guest"), "memory.max")),
+            ("7".into(), "9".into())
+        );
     }
 
     #[test]

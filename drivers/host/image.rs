@@ -1,17 +1,21 @@
 //! Disk images without a guest: `qemu-img`, run with the rights of QEMU's user, so that what a guest has written into an
 //! image cannot do more than the guest could. All functions block.
 
-use super::access::{Ledger, Want};
+use super::access::{Ledger, LentFile, Want};
 use super::user::RunAs;
+use super::wall::{self, Wall};
 use serde::Deserialize;
 use std::ffi::OsString;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
+
+/// What is lent now, by the number it is lent under.
+type Shelf = Arc<Mutex<Vec<(Uuid, Vec<LentFile>)>>>;
 
 /// Works on the images of one domain.
 pub struct Images {
@@ -19,6 +23,9 @@ pub struct Images {
     pub user: Option<(RunAs, Arc<Ledger>)>,
     /// Whose images. They are lent under numbers of their own: what the running guest was lent stays lent.
     pub guest: Uuid,
+    /// The guest's QEMU, while it runs.
+    pub process: Option<i32>,
+    lent: Shelf,
 }
 
 /// What an image says of itself.
@@ -52,11 +59,12 @@ pub struct InnerSnapshot {
 }
 
 /// Files lent for a while, whatever else is lent meanwhile.
-pub struct Lent(Option<(Arc<Ledger>, Uuid)>);
+pub struct Lent(Option<(Arc<Ledger>, Uuid, Shelf)>);
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some((ledger, holder)) = &self.0 {
+        if let Some((ledger, holder, lent)) = &self.0 {
+            lent.lock().unwrap_or_else(PoisonError::into_inner).retain(|(number, _)| number != holder);
             ledger.give_back(*holder);
             ledger.leave(*holder);
         }
@@ -64,19 +72,42 @@ impl Drop for Lent {
 }
 
 impl Images {
+    /// Those of that guest.
+    pub fn new(user: Option<(RunAs, Arc<Ledger>)>, guest: Uuid, process: Option<i32>) -> Images {
+        Images { user, guest, process, lent: Arc::default() }
+    }
+
     /// Lends images to QEMU's user until what is returned is dropped.
     pub fn lend(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
         let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
         let holder = ledger.join(self.guest);
-        let lent = Lent(Some((ledger.clone(), holder)));
-        ledger.lend(user, holder, &wants(images, true))?;
+        let lent = Lent(Some((ledger.clone(), holder, self.lent.clone())));
+        let files = ledger.lend(user, holder, &wants(images, true))?;
+        self.lent.lock().unwrap_or_else(PoisonError::into_inner).push((holder, files));
+        Ok(lent)
+    }
+
+    /// The same, and the running guest finds them so, too.
+    pub fn lend_with_guest(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
+        let lent = self.lend(images)?;
+        let number = lent.0.as_ref().map(|(_, number, _)| *number);
+        let all = self.lent.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let files = all.into_iter().filter(|(holder, _)| Some(*holder) == number).flat_map(|(_, files)| files);
+        let named = files.filter(|file| images.iter().any(|(path, _)| *path == file.path));
+        self.show(&named.collect::<Vec<_>>())?;
         Ok(lent)
     }
 
     /// Lends images to the running guest, for as long as it runs; not what they stand on, which it has.
     pub fn lend_to_guest(&self, images: &[(PathBuf, bool)]) -> Result<(), DriverError> {
         let Some((user, ledger)) = &self.user else { return Ok(()) };
-        ledger.lend_more(user, self.guest, &wants(images, false))
+        let files = ledger.lend_more(user, self.guest, &wants(images, false))?;
+        self.show(&files)
+    }
+
+    fn show(&self, files: &[LentFile]) -> Result<(), DriverError> {
+        let shown = self.process.map_or(Ok(()), |process| wall::show(process, files));
+        shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
     }
 
     /// What an image says of itself, also while a guest has it open.
@@ -149,10 +180,14 @@ impl Images {
         let mut command = Command::new("qemu-img");
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        if let Some((user, _)) = &self.user {
-            become_user(&mut command, user);
-        }
-        let done = command.output().map_err(|e| match e.kind() {
+        let done = match &self.user {
+            None => command.output(),
+            Some((user, _)) => {
+                become_user(&mut command, user);
+                self.wall().within(|| command.output()).and_then(|done| done)
+            }
+        };
+        let done = done.map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => {
                 DriverError::Unsupported("qemu-img is not installed (Debian has it in qemu-utils)".to_owned())
             }
@@ -165,6 +200,17 @@ impl Images {
         let text = format!("cannot {deed} {}: {}", path.display(), words.trim().trim_start_matches("qemu-img: "));
         let full = words.contains("No space left") || words.contains("Disk quota exceeded");
         Err(if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) })
+    }
+}
+
+impl Images {
+    /// Behind which the tool runs: it finds what is lent now.
+    fn wall(&self) -> Wall {
+        let lent = self.lent.lock().unwrap_or_else(PoisonError::into_inner);
+        // What is read by one and written by another is written.
+        let mut files: Vec<LentFile> = lent.iter().flat_map(|(_, files)| files.iter().cloned()).collect();
+        files.sort_by_key(|file| file.write);
+        Wall { files, ..Wall::default() }
     }
 }
 

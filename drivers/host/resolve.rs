@@ -11,8 +11,8 @@ use std::collections::BTreeSet;
 use std::collections::VecDeque;
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::fd::OwnedFd;
-use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Component, Path, PathBuf};
 
 use super::acl::through;
@@ -212,22 +212,12 @@ fn root() -> io::Result<OwnedFd> {
     Ok(openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Whether the calling thread, by its file system user, may read (and write) `path`.
-pub fn may_open(path: &Path, write: bool) -> bool {
-    may(path, if write { libc::R_OK | libc::W_OK } else { libc::R_OK })
-}
-
-/// The first directory on the way to `path` that the calling thread's file system user may not search.
-pub fn closed_directory(path: &Path) -> Option<PathBuf> {
-    let mut above: Vec<&Path> = path.ancestors().skip(1).collect();
-    above.reverse();
-    above.into_iter().find(|dir| !may(dir, libc::X_OK)).map(Path::to_owned)
-}
-
-fn may(path: &Path, what: libc::c_int) -> bool {
-    let Ok(name) = std::ffi::CString::new(path.as_os_str().as_bytes()) else { return false };
+/// Whether the calling thread, by its file system user, may read (and write) the file behind `fd`.
+pub fn may_open(fd: &impl AsFd, write: bool) -> bool {
+    let what = if write { libc::R_OK | libc::W_OK } else { libc::R_OK };
+    let flags = libc::AT_EACCESS | libc::AT_EMPTY_PATH;
     // SAFETY: the string lives across the call. Raw, since libc's and rustix' accessat may decide by the process' user.
-    unsafe { libc::syscall(libc::SYS_faccessat2, libc::AT_FDCWD, name.as_ptr(), what, libc::AT_EACCESS) == 0 }
+    unsafe { libc::syscall(libc::SYS_faccessat2, fd.as_fd().as_raw_fd(), c"".as_ptr(), what, flags) == 0 }
 }
 
 /// Whether `path` still is that file.

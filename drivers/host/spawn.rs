@@ -1,15 +1,18 @@
 //! Makes a process that outlives us, with nothing inherited but what it is given, and none that we could lose.
 //!
 //! ```text
-//!   us:     fork ──▶ pidfd, start time ──▶ record on disk ──▶ "go" ──▶ wait for exec or its error
-//!   child:   └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
+//!   us:     wall ─▶ fork ──▶ pidfd, start time ──▶ record on disk ──▶ "go" ──▶ wait for exec or its error
+//!   child:           └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
 //! ```
+//!
+//! The wall ([`super::wall`]) is put up in the thread that forks; the child is behind it from its first moment.
 //!
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
 
 use super::process::{Identity, kill};
 use super::user::RunAs;
+use super::wall::Wall;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
@@ -18,6 +21,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
+use std::sync::mpsc;
 
 /// What to run.
 pub struct Plan<'a> {
@@ -35,6 +39,10 @@ pub struct Plan<'a> {
     pub user: Option<&'a RunAs>,
     /// How many bytes of its memory it may keep from being swapped; as many as we may if `None`.
     pub lock_limit: Option<u64>,
+    /// What it finds around it; all that we do if `None`.
+    pub wall: Option<&'a Wall>,
+    /// It keeps the rights that it has, and may gain more by what it runs.
+    pub privileged: bool,
 }
 
 /// A process that runs its program, or died of it.
@@ -51,9 +59,19 @@ const ERROR: RawFd = 5;
 /// Copies are made above here, so that none is in another's place.
 const ABOVE: RawFd = 200;
 
+/// Threads of one user, where no control group holds them: fewer than would be felt by others.
+const THREADS: libc::rlim_t = 4096;
+
 /// Where the child failed, as it says in one byte.
-const STAGES: [&str; 6] =
-    ["set up its descriptors", "set up its session", "set its limits", "change to the user", "be tied to us", "run"];
+const STAGES: [&str; 7] = [
+    "set up its descriptors",
+    "set up its session",
+    "set its limits",
+    "change to the user",
+    "give up privileges",
+    "be tied to us",
+    "run",
+];
 
 /// Everything the child needs, made before it exists: between fork and exec nothing may be allocated.
 struct Prepared {
@@ -66,34 +84,63 @@ struct Prepared {
     gaps: Vec<(RawFd, RawFd)>,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    privileged: bool,
     parent: libc::pid_t,
     /// What `argv` and `envp` point into.
     _strings: Vec<CString>,
 }
 
+// SAFETY: the pointers are to its own strings, which nobody changes.
+unsafe impl Send for Prepared {}
+
 /// Starts the process. `record` is called with its identity, and must have it on disk when it returns, before the
 /// program runs. Blocks until the program runs; the calling thread must live that long. On error there is no process.
 pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<Spawned> {
-    let program = plan.program.to_owned();
+    let (program, wall) = (plan.program.to_owned(), plan.wall);
     let (go_child, go) = pipe()?;
     let (error, error_child) = pipe()?;
     let prepared = Prepared::new(plan, go_child, error_child)?;
-    // SAFETY: the child calls only `Prepared::exec`, which does system calls on memory prepared here and never returns.
-    let pid = unsafe { libc::fork() };
-    match pid {
-        -1 => return Err(io::Error::last_os_error()),
-        0 => prepared.exec(),
-        _ => drop(prepared),
+    let release = |pid| {
+        let child = Child(Some(adopt(pid)?));
+        child.with(|spawned| record(&spawned.identity))?;
+        File::from(go).write_all(b"!")?;
+        let mut report = Vec::new();
+        File::from(error).read_to_end(&mut report)?;
+        match report.as_slice() {
+            [] => child.release(),
+            report => Err(explain(&program, report)),
+        }
+    };
+    match wall {
+        None => release(prepared.fork()?),
+        Some(wall) => behind(wall, prepared, &program, release),
     }
-    let child = Child(Some(adopt(pid)?));
-    child.with(|spawned| record(&spawned.identity))?;
-    File::from(go).write_all(b"!")?;
-    let mut report = Vec::new();
-    File::from(error).read_to_end(&mut report)?;
-    match report.as_slice() {
-        [] => child.release(),
-        report => Err(explain(&program, report)),
-    }
+}
+
+/// Makes the child behind the wall. The thread that does lives until `release` has returned: until it is told to go, the
+/// child dies with it.
+fn behind<T>(
+    wall: &Wall,
+    prepared: Prepared,
+    program: &Path,
+    release: impl FnOnce(libc::pid_t) -> io::Result<T>,
+) -> io::Result<T> {
+    let (made, pid) = mpsc::channel();
+    let (done, until_done) = mpsc::channel::<()>();
+    std::thread::scope(|scope| {
+        let forking = move || {
+            let forked = wall.enter().and_then(|()| prepared.fork());
+            let _ = made.send(forked);
+            let _ = until_done.recv();
+        };
+        std::thread::Builder::new().name("wall".into()).spawn_scoped(scope, forking)?;
+        let pid = pid.recv().map_err(|_| io::Error::other("the thread behind the wall failed"))?;
+        let released = pid
+            .map_err(|e| io::Error::new(e.kind(), format!("{} cannot be walled in: {e}", program.display())))
+            .and_then(release);
+        drop(done);
+        released
+    })
 }
 
 /// Takes hold of a child that waits for us.
@@ -191,16 +238,33 @@ impl Prepared {
             gaps,
             user: plan.user.cloned(),
             lock_limit: plan.lock_limit,
+            privileged: plan.privileged,
             // SAFETY: getpid has no conditions.
             parent: unsafe { libc::getpid() },
             _strings: args.into_iter().chain(env).collect(),
         })
     }
 
+    /// Makes the child; in us, what it needed is gone when this returns.
+    fn fork(self) -> io::Result<libc::pid_t> {
+        // SAFETY: the child calls only `Prepared::exec`, which does system calls on memory prepared here and never returns.
+        match unsafe { libc::fork() } {
+            -1 => Err(io::Error::last_os_error()),
+            0 => self.exec(),
+            pid => Ok(pid),
+        }
+    }
+
     /// The child's whole life before the program. System calls only.
     fn exec(&self) -> ! {
-        let stages: [fn(&Prepared) -> bool; 5] =
-            [Self::take_descriptors, Self::new_session, Self::set_limits, Self::change_user, Self::wait_for_go];
+        let stages: [fn(&Prepared) -> bool; 6] = [
+            Self::take_descriptors,
+            Self::new_session,
+            Self::set_limits,
+            Self::change_user,
+            Self::give_up_privileges,
+            Self::wait_for_go,
+        ];
         for (stage, work) in stages.iter().enumerate() {
             if !work(self) {
                 self.fail(stage);
@@ -251,26 +315,39 @@ impl Prepared {
         }
     }
 
-    /// No core dumps (they would hold the guest's memory), and no file for others to read.
+    /// No core dumps (they would hold the guest's memory), no file for others to read, and of a user of its own no more
+    /// threads than that.
     fn set_limits(&self) -> bool {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        let threads = libc::rlimit { rlim_cur: THREADS, rlim_max: THREADS };
         let locked = |bytes| libc::rlimit { rlim_cur: bytes, rlim_max: bytes };
         // SAFETY: reads values on this stack.
         unsafe {
             libc::umask(0o077);
             libc::setrlimit(libc::RLIMIT_CORE, &none) == 0
+                && (self.user.is_none() || libc::setrlimit(libc::RLIMIT_NPROC, &threads) == 0)
                 && self.lock_limit.is_none_or(|bytes| libc::setrlimit(libc::RLIMIT_MEMLOCK, &locked(bytes)) == 0)
         }
     }
 
     fn change_user(&self) -> bool {
         let Some(user) = &self.user else { return true };
-        // SAFETY: this process has one thread; the slice lives in `self`.
+        // SAFETY: this process has one thread; the slice lives in `self`. The last of the capabilities is not known: the
+        // kernel refuses what is beyond it.
         unsafe {
-            libc::setgroups(user.groups.len(), user.groups.as_ptr()) == 0
+            (0..=63).all(|right| {
+                libc::prctl(libc::PR_CAPBSET_READ, right, 0, 0, 0) != 1
+                    || libc::prctl(libc::PR_CAPBSET_DROP, right, 0, 0, 0) == 0
+            }) && libc::setgroups(user.groups.len(), user.groups.as_ptr()) == 0
                 && libc::setresgid(user.gid, user.gid, user.gid) == 0
                 && libc::setresuid(user.uid, user.uid, user.uid) == 0
         }
+    }
+
+    /// Nothing that it runs gives it any.
+    fn give_up_privileges(&self) -> bool {
+        // SAFETY: sets a property of this process.
+        self.privileged || unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 }
     }
 
     /// Lives on only if the parent says so; from then on it needs no parent.

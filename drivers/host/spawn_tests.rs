@@ -14,6 +14,8 @@ fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -
         gifts: vec![(3, gift()), (20, gift())],
         user: None,
         lock_limit: None,
+        wall: None,
+        privileged: false,
     }
 }
 

@@ -16,6 +16,8 @@ pub struct RunAs {
     pub gid: u32,
     /// All groups, the first included.
     pub groups: Vec<u32>,
+    /// The user whose name it is. All guests were this user once.
+    pub common: u32,
 }
 
 impl RunAs {
@@ -38,7 +40,20 @@ impl RunAs {
         groups.extend(also.iter().filter_map(|name| Some(Group::from_name(name).ok()??.gid.as_raw())));
         groups.sort_unstable();
         groups.dedup();
-        Ok(RunAs { name: user.to_owned(), uid: found.uid.as_raw(), gid: gid.as_raw(), groups })
+        let uid = found.uid.as_raw();
+        Ok(RunAs { name: user.to_owned(), uid, gid: gid.as_raw(), groups, common: uid })
+    }
+
+    /// One with rights of its own, in the same further groups. What belongs to the user's own group is for no guest.
+    /// `without` are further groups that it does not need.
+    pub fn with_number(&self, number: u32, without: &[&str]) -> RunAs {
+        let without = |gid: &u32| {
+            let named =
+                |name: &&str| Group::from_name(name).ok().flatten().is_some_and(|group| group.gid.as_raw() == *gid);
+            *gid == self.gid || without.iter().any(named)
+        };
+        let groups = self.groups.iter().copied().filter(|gid| !without(gid)).chain([number]).collect();
+        RunAs { name: self.name.clone(), uid: number, gid: number, groups, common: self.common }
     }
 
     /// Runs `work` with this user's rights over files, in a thread of its own. Needs root. Blocks.

@@ -9,6 +9,7 @@
 
 use super::command::HostFile;
 use super::make;
+use super::takeover::take_over;
 use crate::host::process::{End, Identity, Process};
 use crate::host::user::RunAs;
 use futures_util::future::{join_all, select_all};
@@ -17,9 +18,10 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 use tokio::time::timeout;
+use uuid::Uuid;
 
 /// How long one may take to end when it is told to.
 const TERM_PATIENCE: Duration = Duration::from_secs(3);
@@ -47,6 +49,8 @@ pub struct Companion {
     pub role: Role,
     /// It runs as virtd does, even where QEMU has a user of its own.
     pub privileged: bool,
+    /// It talks to the host's network.
+    pub needs_network: bool,
 }
 
 /// A socket between a companion and QEMU.
@@ -132,7 +136,18 @@ impl Companion {
     pub fn new(name: &str, role: Role) -> Companion {
         let (program, args, env, links) = (PathBuf::new(), Vec::new(), Vec::new(), Vec::new());
         let (files, folders) = (Vec::new(), Vec::new());
-        Companion { name: name.to_owned(), program, args, env, links, files, folders, role, privileged: false }
+        Companion {
+            name: name.to_owned(),
+            program,
+            args,
+            env,
+            links,
+            files,
+            folders,
+            role,
+            privileged: false,
+            needs_network: false,
+        }
     }
 
     /// Whether there is something for it to do.
@@ -145,14 +160,26 @@ impl Companion {
         if let Role::Beside(loss) = self.role { loss } else { Loss::Bear }
     }
 
-    /// Makes its folders, and its sockets: its own ends, and those that go to QEMU. Blocks.
-    pub fn prepare(&self, qemus_user: Option<&RunAs>) -> Result<(Gifts, Gifts), (PathBuf, io::Error)> {
+    /// Makes its folders, and its sockets: its own ends, and those that go to QEMU. Nobody but virtd puts anything into
+    /// `state_dir`. Blocks.
+    pub fn prepare(
+        &self,
+        qemus_user: Option<&RunAs>,
+        state_dir: &Path,
+        machine: Uuid,
+    ) -> Result<(Gifts, Gifts), (PathBuf, io::Error)> {
         let user = qemus_user.filter(|_| !self.privileged);
         for folder in &self.folders {
             make::folder(folder, user).map_err(|e| (folder.clone(), e))?;
         }
         if let Role::Maker { work, .. } = &self.role {
             make::empty_folder(work, user).map_err(|e| (work.clone(), e))?;
+        }
+        if let Some(user) = user {
+            let made = if let Role::Maker { made, .. } = &self.role { Some(made) } else { None };
+            for folder in self.folders.iter().chain(made) {
+                take_over(folder, user, state_dir, machine).map_err(|e| (folder.clone(), e))?;
+            }
         }
         let (mut own, mut qemus) = (Vec::new(), Vec::new());
         for link in &self.links {

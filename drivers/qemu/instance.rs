@@ -109,7 +109,7 @@ impl Leavings {
         super::tune::clear(self.uuid);
         // The service removes the folder itself, and complains where that fails.
         let _ = std::fs::remove_file(self.monitor());
-        let _ = std::fs::remove_dir_all(self.own_dir());
+        super::room::clear(&self.own_dir());
     }
 }
 

@@ -13,15 +13,19 @@ use super::make;
 use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
+use super::room;
 use super::snapshot::jobs::Line;
 use super::snapshot::nodes::Nodes;
-use super::tune::Tuning;
-use crate::host::access::{Ledger, Want};
+use super::takeover::take_over;
+use super::tune::{Bounds, Tuning};
+use super::wall;
+use crate::host::access::{Ledger, LentFile, Want};
 use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
+use crate::host::wall::Wall;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -71,6 +75,8 @@ pub struct Start {
     pub ends_on_reboot: bool,
     /// Where its threads run and what they may use.
     pub tuning: Tuning,
+    /// What it may use where the definition does not say.
+    pub bounds: Bounds,
     /// Where secrets are kept.
     pub secrets_dir: PathBuf,
     /// As in `DriverConfig`: there is room for what disks throw away.
@@ -130,6 +136,8 @@ struct Prepared {
     output: Arc<File>,
     gifts: Gifts,
     companions: Vec<(Companion, Gifts)>,
+    /// What they were lent.
+    lent: Vec<LentFile>,
 }
 
 /// A process that is to be made.
@@ -141,6 +149,9 @@ struct Job {
     gifts: Gifts,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    wall: Option<Wall>,
+    privileged: bool,
+    bounds: Option<(Uuid, Bounds)>,
 }
 
 impl Start {
@@ -187,7 +198,7 @@ impl Start {
         for (n, tap) in self.command.taps.iter().enumerate() {
             prepared.gifts.extend(super::tap::open(tap, taken.links.get(&n)).await?);
         }
-        self.lend(taken.files).await?;
+        prepared.lent = self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
@@ -212,10 +223,16 @@ impl Start {
     fn prepare(&self) -> Result<Prepared, DriverError> {
         let user = self.user.as_ref().map(|(user, _)| user);
         let own = self.leavings().own_dir();
-        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| make::give(&own, user));
+        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| match user {
+            Some(user) => room::make(&own, user, &self.started),
+            None => Ok(()),
+        });
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
             make::variables(nvram, self.reset_nvram, user)?;
+            if let Some(user) = user {
+                take_over(&nvram.path, user, &self.state_dir, self.uuid).map_err(|e| storage(&nvram.path, &e))?;
+            }
         }
         for file in self.command.files.iter().filter(|file| file.create) {
             make::output(&file.path, user).map_err(|e| storage(&file.path, &e))?;
@@ -223,8 +240,13 @@ impl Start {
         let (log, output) = Log::begin(&self.log_file, &self.headline()).map_err(|e| storage(&self.log_file, &e))?;
         let monitor = self.leavings().monitor();
         let listener = make::listen(&monitor, None).map_err(|e| storage(&monitor, &e))?;
-        let mut prepared =
-            Prepared { log, output: Arc::new(output), gifts: vec![(MONITOR_FD, listener)], companions: Vec::new() };
+        let mut prepared = Prepared {
+            log,
+            output: Arc::new(output),
+            gifts: vec![(MONITOR_FD, listener)],
+            companions: Vec::new(),
+            lent: Vec::new(),
+        };
         if let Some(vsock) = &self.vsock {
             let copy = vsock.try_clone();
             prepared.gifts.push((VSOCK_FD, copy.map_err(|e| DriverError::Internal(format!("<vsock>: {e}")))?));
@@ -243,7 +265,8 @@ impl Start {
             prepared.gifts.push((*fd, scratch));
         }
         for companion in self.command.companions.iter().filter(|companion| companion.is_wanted()) {
-            let (own, qemus) = companion.prepare(user).map_err(|(path, e)| storage(&path, &e))?;
+            let (own, qemus) =
+                companion.prepare(user, &self.state_dir, self.uuid).map_err(|(path, e)| storage(&path, &e))?;
             prepared.gifts.extend(qemus);
             prepared.companions.push((companion.clone(), own));
         }
@@ -287,8 +310,8 @@ impl Start {
     }
 
     /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.
-    async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<(), DriverError> {
-        let Some((user, ledger)) = self.user.clone() else { return Ok(()) };
+    async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<Vec<LentFile>, DriverError> {
+        let Some((user, ledger)) = self.user.clone() else { return Ok(Vec::new()) };
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
         let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
         let (uuid, at_work) = (self.uuid, ledger.clone());
@@ -315,8 +338,16 @@ impl Start {
     ) -> Result<(), DriverError> {
         for (companion, gifts) in std::mem::take(&mut prepared.companions) {
             self.still_wanted()?;
-            let job = self.beside(&companion, prepared.output.clone(), gifts);
             let (name, loss) = (companion.name.clone(), companion.loss());
+            let wall = match &self.user {
+                None => Some(wall::in_session(&companion.args, Some(&companion))),
+                Some(_) => {
+                    let (one, lent, own) = (companion.clone(), prepared.lent.clone(), self.leavings().own_dir());
+                    let wall = blocking(move || wall::of_companion(&one, &lent, &own)).await?;
+                    Some(wall.map_err(|e| unshown(&name, &e))?)
+                }
+            };
+            let job = self.beside(&companion, prepared.output.clone(), gifts, wall);
             let record = move |process| Recorded { name, process, loss };
             made.companions.push(spawn_companion(keeper, job, record).await?);
             let within = match &companion.role {
@@ -338,7 +369,7 @@ impl Start {
         Ok(())
     }
 
-    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts) -> Job {
+    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts, wall: Option<Wall>) -> Job {
         let user = self.user.as_ref().map(|(user, _)| user.clone()).filter(|_| !companion.privileged);
         let env = self.environment(&companion.env);
         Job {
@@ -349,11 +380,23 @@ impl Start {
             gifts,
             user,
             lock_limit: None,
+            wall,
+            privileged: companion.privileged,
+            bounds: self.bounds(),
         }
     }
 
     /// Makes QEMU's process.
-    async fn spawn_qemu(&self, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+    async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
+        let (start, lent) = (self.clone(), prepared.lent);
+        let wall = blocking(move || {
+            if start.user.is_none() {
+                return Ok(wall::in_session(&start.command.args, None));
+            }
+            let wall = wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
+            wall.map_err(|e| unshown("QEMU", &e))
+        });
+        let wall = Some(wall.await??);
         let job = Job {
             program: self.command.program.clone(),
             args: self.command.args.clone(),
@@ -362,6 +405,9 @@ impl Start {
             gifts: prepared.gifts,
             user: self.user.as_ref().map(|(user, _)| user.clone()),
             lock_limit: self.command.lock_limit,
+            wall,
+            privileged: false,
+            bounds: self.bounds(),
         };
         let log_start = prepared.log.start();
         let (_, process) = spawn_one(keeper, job, move |record, process| {
@@ -371,6 +417,11 @@ impl Start {
         })
         .await?;
         Ok(process)
+    }
+
+    /// What its processes may take of the host, where they have a user of their own.
+    fn bounds(&self) -> Option<(Uuid, Bounds)> {
+        self.user.as_ref().map(|_| (self.uuid, self.bounds))
     }
 
     /// What each of a guest's processes finds, with what is its own.
@@ -487,6 +538,10 @@ pub fn want(file: &super::command::HostFile) -> Want {
     Want { path: file.path.clone(), write: file.write, backing: file.backing, device: file.device }
 }
 
+fn unshown(whom: &str, error: &io::Error) -> DriverError {
+    DriverError::Storage(format!("{whom} cannot be shown what it needs: {error}"))
+}
+
 fn storage(path: &Path, error: &io::Error) -> DriverError {
     DriverError::Storage(format!("{}: {error}", path.display()))
 }
@@ -517,8 +572,15 @@ async fn spawn_one(
             gifts: job.gifts,
             user: job.user.as_ref(),
             lock_limit: job.lock_limit,
+            wall: job.wall.as_ref(),
+            privileged: job.privileged,
         };
-        spawn(plan, |identity| keeper.update(|record| change(record, identity.clone())))
+        spawn(plan, |identity| {
+            keeper.update(|record| change(record, identity.clone()))?;
+            // While it waits: it never was without.
+            job.bounds.iter().for_each(|(guest, bounds)| bounds.hold(*guest, identity.pid));
+            Ok(())
+        })
     });
     let Spawned { identity, fd } = spawned.await?.map_err(|e| DriverError::Hypervisor(e.to_string()))?;
     let process = Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch {name}: {e}")))?;

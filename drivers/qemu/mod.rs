@@ -25,13 +25,17 @@ mod needs;
 mod qmp;
 mod record;
 mod report;
+mod room;
 mod snapshot;
+mod takeover;
 pub mod tap;
 mod tune;
 mod unnoted;
+mod wall;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
+use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
@@ -46,6 +50,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{DomainEnd, Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
@@ -65,6 +70,8 @@ struct Inner {
     secrets_dir: PathBuf,
     /// Where is what belongs to guests and has no other place.
     state_dir: PathBuf,
+    /// Threads and bytes of a guest, beside what its machine has.
+    bounds: (u64, u64),
 }
 
 /// Whom QEMU runs as.
@@ -72,7 +79,14 @@ enum Privileges {
     /// As we do.
     Ours,
     /// As a user who is looked up at each start: they may be made while virtd runs.
-    Drop { user: String, group: Option<String>, ledger: Result<Arc<Ledger>, String> },
+    Drop {
+        user: String,
+        group: Option<String>,
+        /// Where is noted what guests are lent.
+        ledger: Result<Arc<Ledger>, String>,
+        /// Where is noted whom each guest runs as.
+        uids: Result<Arc<Uids>, String>,
+    },
 }
 
 impl QemuDriver {
@@ -89,6 +103,14 @@ impl QemuDriver {
                     tracing::error!("{why}");
                     why
                 }),
+                uids: range_of(&config.qemu_user)
+                    .and_then(|range| Uids::open(&config.state_dir, range))
+                    .map(Arc::new)
+                    .map_err(|e| {
+                        let why = format!("user ids for guests: {e}");
+                        tracing::error!("{why}");
+                        why
+                    }),
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
@@ -101,6 +123,7 @@ impl QemuDriver {
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
+            bounds: (config.guest_threads, config.guest_overhead),
         }))
     }
 
@@ -114,8 +137,31 @@ impl QemuDriver {
         blocking(move || inner.privileges.user()).await?
     }
 
+    /// As [`Privileges::user_of`]; `process` is its QEMU, if it runs.
+    async fn user_of(
+        &self,
+        def: &DomainDef,
+        process: Option<i32>,
+    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        let (inner, machine, kvm) = (self.0.clone(), def.uuid, def.kind == "kvm");
+        blocking(move || inner.privileges.user_of(machine, kvm, process)).await?
+    }
+
     async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
-        let user = self.user().await?;
+        let (start, mut live, _ports) = self.starting(launch, cancel).await?;
+        let launch::Up { instance, devices, links } = start.run().await?;
+        live::set_terminals(&mut live, &devices);
+        live::name_links(&mut live, links);
+        Ok((instance, live))
+    }
+
+    /// A start that has not begun, the machine that it makes, and the ports that are kept free for it meanwhile.
+    async fn starting(
+        &self,
+        launch: Launch,
+        cancel: CancellationToken,
+    ) -> Result<(Start, DomainDef, live::Reserved), DriverError> {
+        let user = self.user_of(&launch.def, None).await?;
         let binary = emulator(&launch.def);
         let caps = tokio::select! {
             caps = self.0.prober.probe(&binary) => caps?,
@@ -154,6 +200,7 @@ impl QemuDriver {
             reset_nvram: launch.reset_nvram,
             ends_on_reboot: ends_on_reboot(&live),
             tuning: tune::Tuning::of(&live),
+            bounds: tune::Bounds::of(&live, self.0.bounds.0, self.0.bounds.1),
             started,
             vsock,
             claims: self.0.claims.clone(),
@@ -166,10 +213,7 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        let launch::Up { instance, devices, links } = start.run().await?;
-        live::set_terminals(&mut live, &devices);
-        live::name_links(&mut live, links);
-        Ok((instance, live))
+        Ok((start, live, ports))
     }
 }
 
@@ -257,7 +301,12 @@ impl Driver for QemuDriver {
             DomainEnd::Transient => vec![command::tpm_state(&self.0.state_dir, def.uuid)],
         };
         let wary = matches!(self.0.privileges, Privileges::Drop { .. });
-        blocking(move || gone.iter().try_for_each(|path| make::remove(path, wary))).await?
+        let (inner, machine) = (self.0.clone(), def.uuid);
+        blocking(move || {
+            gone.iter().try_for_each(|path| make::remove(path, wary))?;
+            inner.privileges.forget(machine)
+        })
+        .await?
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {
@@ -293,13 +342,19 @@ impl Driver for QemuDriver {
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
             return Err(DriverError::Config(findings));
         }
-        let user = self.user().await?;
+        let process = body.keeper.process_id();
+        let user = self.user_of(def, process).await?;
         let lend = async |files: Vec<command::HostFile>| match user {
             None => Ok(()),
             Some((user, ledger)) => {
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
                 let guest = def.uuid;
-                blocking(move || ledger.lend_more(&user, guest, &wants)).await?
+                let lend = move || {
+                    let files = ledger.lend_more(&user, guest, &wants)?;
+                    let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
+                    shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
+                };
+                blocking(lend).await?
             }
         };
         media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
@@ -366,12 +421,37 @@ impl Privileges {
     fn user(&self) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
         match self {
             Privileges::Ours => Ok(None),
-            Privileges::Drop { user, group, ledger } => {
+            Privileges::Drop { user, group, ledger, .. } => {
                 let user = RunAs::look_up(user, group.as_deref(), &["kvm"])?;
                 let ledger = ledger.clone().map_err(DriverError::Storage)?;
                 Ok(Some((user, ledger)))
             }
         }
+    }
+
+    /// Whom that machine's guest runs as: a user of its own, which has no name. `kvm`: it opens /dev/kvm. A guest whose
+    /// `process` an earlier virtd has started as the user of all guests stays that user's.
+    fn user_of(
+        &self,
+        machine: Uuid,
+        kvm: bool,
+        process: Option<i32>,
+    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        let Privileges::Drop { uids, .. } = self else { return Ok(None) };
+        let Some((user, ledger)) = self.user()? else { return Ok(None) };
+        let owner = process.and_then(|process| std::fs::metadata(format!("/proc/{process}")).ok());
+        if owner.is_some_and(|owner| std::os::unix::fs::MetadataExt::uid(&owner) == user.common) {
+            return Ok(Some((user, ledger)));
+        }
+        let uids = uids.as_ref().map_err(|why| DriverError::Unsupported(why.clone()))?;
+        let number = uids.of(machine).map_err(|e| DriverError::Storage(format!("a user id for the guest: {e}")))?;
+        Ok(Some((user.with_number(number, if kvm { &[] } else { &["kvm"] }), ledger)))
+    }
+
+    /// Nothing of that machine is left: its user's number may be another's one day.
+    fn forget(&self, machine: Uuid) -> Result<(), DriverError> {
+        let Privileges::Drop { uids: Ok(uids), .. } = self else { return Ok(()) };
+        uids.free(machine).map_err(|e| DriverError::Storage(format!("user ids of guests: {e}")))
     }
 
     /// Whom QEMU runs as while it is asked what it can do: the same user, in the group that opens /dev/kvm; nobody while
@@ -401,3 +481,6 @@ fn emulator(def: &DomainDef) -> PathBuf {
 fn ends_on_reboot(def: &DomainDef) -> bool {
     def.on_reboot != LifecycleAction::Restart
 }
+
+#[cfg(test)]
+mod reach_tests;

@@ -107,6 +107,36 @@ impl Tuning {
     }
 }
 
+/// What a guest may take of the host where its definition does not say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// Threads, of QEMU and what runs beside it.
+    pub threads: u64,
+    /// Bytes of memory, of all of them.
+    pub memory: u64,
+}
+
+impl Bounds {
+    /// Those of that machine: `threads` beside its vCPUs, for disks (64 for each thread that does I/O), displays, sound,
+    /// companions; `overhead` bytes beyond its memory and a quarter of it, for screens, caches, translated code, companions.
+    pub fn of(def: &DomainDef, threads: u64, overhead: u64) -> Bounds {
+        let vcpus = u64::from(def.maximum_vcpus());
+        let devices = def.devices.memories.iter().map(|memory| memory.target.size.0).sum::<u64>();
+        let memory = def.memory_kib().saturating_add(devices).saturating_mul(1024);
+        Bounds {
+            threads: threads.saturating_add(vcpus),
+            memory: memory.saturating_add(memory / 4).saturating_add(overhead),
+        }
+    }
+
+    /// Holds a process of the guest to them; where that cannot be, it is said and goes on. Blocks.
+    pub fn hold(self, guest: Uuid, pid: i32) {
+        if let Err(error) = Trees::of_host().group(&group_name(guest)).bound(pid, self.threads, self.memory) {
+            tracing::warn!(uuid = %guest, %error, "the guest is not bounded in all that it may take of the host");
+        }
+    }
+}
+
 /// Removes what a guest that has gone had. Blocks.
 pub fn clear(guest: Uuid) {
     Trees::of_host().group(&group_name(guest)).remove();

@@ -2,7 +2,7 @@
 
 mod fixture;
 
-use fixture::{Guest, House, POWER_OFF, USER, exists};
+use fixture::{Guest, House, POWER_OFF, exists};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use virt_model::domain::{DomainDef, Form};
@@ -48,12 +48,11 @@ async fn it_runs_as_qemus_user_and_ends_with_the_guest() {
     let Some(house) = House::system() else { return };
     let Some(def) = with_tpm(&house, "").await else { return };
     let state = house.path("state/tpm").join(def.uuid.to_string());
-    let uid = nix::unistd::User::from_name(USER).unwrap().unwrap().uid.as_raw();
     let mut made = None;
     for _ in 0..2 {
         let mut guest = house.start(def.clone()).await;
         guest.serial.says("C00000001").await;
-        let pid = swtpm(&guest);
+        let (pid, uid) = (swtpm(&guest), house.uid_of(guest.live.uuid));
         assert_eq!(std::fs::metadata(format!("/proc/{pid}")).unwrap().uid(), uid);
         let folder = std::fs::metadata(&state).unwrap();
         assert_eq!((folder.uid(), folder.mode() & 0o777), (uid, 0o700));
@@ -130,4 +129,38 @@ async fn its_own_words_tell_why_it_does_not_start() {
     let error = house.driver.start(launch).await.err().unwrap().to_string();
     assert!(error.contains("swtpm") && error.contains("ermission denied"), "{error}");
     assert!(std::fs::read_dir(&seen.runtime_dir).unwrap().next().is_none(), "no runtime file");
+}
+
+/// Both shut themselves in, behind the wall that is around them.
+#[tokio::test(flavor = "multi_thread")]
+async fn folders_and_a_network_come_through_the_wall() {
+    let Some(house) = House::system() else { return };
+    for program in ["/usr/lib/qemu/virtiofsd", "/usr/bin/passt"] {
+        if !Path::new(program).exists() {
+            return eprintln!("SKIPPED: {program} is not installed");
+        }
+    }
+    let shared = house.path("shared");
+    std::fs::create_dir(&shared).unwrap();
+    let devices = format!(
+        "<filesystem><driver type='virtiofs'/><source dir='{0}'/><target dir='one'/></filesystem>
+         <filesystem accessmode='mapped'><source dir='{0}'/><target dir='other'/></filesystem>
+         <interface type='user'><backend type='passt'/><model type='virtio'/></interface></devices>",
+        shared.display()
+    );
+    let memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
+    let xml = house.def(POWER_OFF, memory).await.write(Form { inactive: true, secure: true, migratable: false });
+    let mut guest = house.start(house.complete(&xml.replacen("</devices>", &devices, 1)).await).await;
+    guest.serial.says("C00000001").await;
+    let beside = beside(&guest.seen);
+    assert_eq!(beside.len(), 2);
+    let qemus = std::fs::read_link(format!("/proc/{}/ns/net", guest.pid())).unwrap();
+    assert_ne!(qemus, std::fs::read_link("/proc/self/ns/net").unwrap(), "passt is its network");
+    for pid in &beside {
+        assert!(exists(*pid));
+        let mounts = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/mnt")).unwrap();
+        assert_ne!(mounts(&pid.to_string()), mounts("self"));
+    }
+    guest.destroy().await;
+    assert!(beside.iter().all(|pid| !exists(*pid)));
 }

@@ -99,7 +99,7 @@ fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Vec<Run
     gifts.extend(command.scratch.iter().map(|fd| (*fd, tempfile::tempfile().unwrap().into())));
     let mut running = Vec::new();
     for companion in command.companions.iter().filter(|companion| companion.is_wanted()) {
-        let (own, qemus) = companion.prepare(None).unwrap();
+        let (own, qemus) = companion.prepare(None, Path::new("/"), uuid::Uuid::nil()).unwrap();
         gifts.extend(qemus);
         let mut child = run(&companion.program, &companion.args, &own, &dir.join("beside"));
         match &companion.role {

@@ -156,7 +156,10 @@ impl Domain {
     async fn remove_belongings(&self, stored: &DomainDef, active: bool, options: UndefineOptions) -> Result<()> {
         let belongings = self.driver.belongings(stored).await;
         if belongings.is_empty() {
-            return Ok(());
+            // Its driver may know of more that is kept for it.
+            let removed =
+                if active { Ok(()) } else { self.driver.remove_belongings(stored, DomainEnd::Undefined).await };
+            return removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e));
         }
         let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
         if !options.nvram {

@@ -303,7 +303,7 @@ impl Daemon {
         if !nix::unistd::geteuid().is_root() {
             command.args(["--user", "--preserve-credentials"]);
         }
-        command.args(["--mount", "--root", "--wd", "--target", &self.keeper.id().to_string(), "--", program]);
+        command.args(["--mount", "--uts", "--root", "--wd", "--target", &self.keeper.id().to_string(), "--", program]);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C.UTF-8");
         if self.kind == "session" {
             command.env("DBUS_SESSION_BUS_ADDRESS", self.address());

@@ -104,7 +104,7 @@ impl Builder<'_> {
             ..Companion::new(&name, Role::Beside(Loss::Bear))
         };
         self.files.extend(files.clone());
-        self.companions.push(Companion { files: files.into_iter().collect(), ..companion });
+        self.companions.push(Companion { files: files.into_iter().collect(), needs_network: true, ..companion });
     }
 
     fn tap(&mut self, interface: &Interface, netdev: &str) {

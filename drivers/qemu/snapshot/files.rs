@@ -77,7 +77,7 @@ impl Operation {
         let mut own = parts::variables(def).map(|(path, _)| path).chain(parts::tpm(def, &self.state_dir));
         let Some((user, _)) = &self.images.user else { return true };
         match std::fs::symlink_metadata(original) {
-            Ok(data) => data.uid() == user.uid || own.any(|own| own == original),
+            Ok(data) => [user.uid, user.common].contains(&data.uid()) || own.any(|own| own == original),
             Err(_) => true,
         }
     }

@@ -87,7 +87,7 @@ impl Operation {
     ) -> Result<Chains, DriverError> {
         let files = vec![(merge.base.clone(), true), (merge.overlay.clone(), true)];
         let images = self.images.clone();
-        let _lent = blocking(move || images.lend(&files)).await??;
+        let _lent = blocking(move || images.lend_with_guest(&files)).await??;
         let line = body.line()?;
         let id = format!("{OWN_JOB}{}", merge.target);
         line.dismiss(&id).await;

@@ -116,7 +116,6 @@ impl Snapshots for QemuDriver {
 
 impl QemuDriver {
     async fn operation(&self, machine: &Machine) -> Result<Operation, DriverError> {
-        let images = Arc::new(Images { user: self.user().await?, guest: machine.def.uuid });
         let body = match &machine.guest {
             None => None,
             Some(guest) => {
@@ -126,6 +125,8 @@ impl QemuDriver {
                 Some(ours.body().clone())
             }
         };
+        let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
+        let images = Arc::new(Images::new(self.user_of(&machine.def, process).await?, machine.def.uuid, process));
         let state_dir = self.0.state_dir.clone();
         Ok(Operation { machine: machine.clone(), images, body, state_dir })
     }

@@ -1,0 +1,124 @@
+//! System calls that nothing behind the wall may make. QEMU's own sandbox does the same for a part of them, later, and not
+//! for its companions.
+
+use super::Wall;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
+    apply_filter,
+};
+use std::collections::BTreeMap;
+use std::io;
+
+/// Programs do without it if the kernel has not got it.
+const URING: [i64; 3] = [libc::SYS_io_uring_setup, libc::SYS_io_uring_enter, libc::SYS_io_uring_register];
+/// Other processes, keys, programs in the kernel, the host itself.
+const FORBIDDEN: [i64; 34] = [
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_kcmp,
+    libc::SYS_bpf,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_perf_event_open,
+    libc::SYS_userfaultfd,
+    libc::SYS_memfd_secret,
+    libc::SYS_fanotify_init,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    libc::SYS_syslog,
+    libc::SYS_quotactl,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_clock_adjtime,
+    libc::SYS_adjtimex,
+    libc::SYS_vhangup,
+    libc::SYS_personality,
+    libc::SYS_lookup_dcookie,
+    libc::SYS_move_pages,
+    libc::SYS_migrate_pages,
+    libc::SYS_vmsplice,
+];
+/// Namespaces, what is mounted, and files that were not opened there.
+const NAMESPACES: [i64; 16] = [
+    libc::SYS_unshare,
+    libc::SYS_setns,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_mount_setattr,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+];
+/// Flags of `clone` that make a namespace.
+const NEW: [i32; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWCGROUP,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+];
+/// Kinds of sockets where there is no network, and where there is.
+const LOCAL: [i32; 1] = [libc::AF_UNIX];
+const NETWORK: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
+
+type Rules = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// Holds the calling thread, and what it makes, to what the wall allows. It gains no privileges any more.
+pub fn filter(wall: &Wall) -> io::Result<()> {
+    for (rules, error) in rules(wall).map_err(io::Error::other)? {
+        apply_filter(&program(rules, error).map_err(io::Error::other)?).map_err(io::Error::other)?;
+    }
+    Ok(())
+}
+
+fn program(rules: Rules, error: i32) -> Result<BpfProgram, seccompiler::BackendError> {
+    let arch = std::env::consts::ARCH.try_into()?;
+    let answer = SeccompAction::Errno(error as u32);
+    SeccompFilter::new(rules, SeccompAction::Allow, answer, arch)?.try_into()
+}
+
+/// What is refused, with each error.
+fn rules(wall: &Wall) -> Result<[(Rules, i32); 3], seccompiler::BackendError> {
+    let always = |calls: &[i64]| calls.iter().map(|call| (*call, Vec::new())).collect::<Rules>();
+    let uring: &[i64] = if wall.uring { &[] } else { &URING };
+    let (mut unknown, mut forbidden, mut no_family) = (always(uring), always(&FORBIDDEN), Rules::new());
+    if !wall.shuts_itself_in {
+        forbidden.extend(always(&NAMESPACES));
+        // Its flags are in memory, where no filter looks; without it libc makes threads by clone.
+        unknown.insert(libc::SYS_clone3, Vec::new());
+        let flag = |flag: &i32| {
+            let bit = u64::from(flag.cast_unsigned());
+            SeccompRule::new(vec![condition(SeccompCmpOp::MaskedEq(bit), bit)?])
+        };
+        forbidden.insert(libc::SYS_clone, NEW.iter().map(flag).collect::<Result<_, _>>()?);
+        let families = if wall.network || wall.open { &NETWORK[..] } else { &LOCAL[..] };
+        let others = families.iter().map(|family| condition(SeccompCmpOp::Ne, u64::from(family.cast_unsigned())));
+        no_family.insert(libc::SYS_socket, vec![SeccompRule::new(others.collect::<Result<_, _>>()?)?]);
+    }
+    Ok([(unknown, libc::ENOSYS), (forbidden, libc::EPERM), (no_family, libc::EAFNOSUPPORT)])
+}
+
+/// On the first argument.
+fn condition(what: SeccompCmpOp, value: u64) -> Result<SeccompCondition, seccompiler::BackendError> {
+    SeccompCondition::new(0, SeccompCmpArgLen::Dword, what, value)
+}

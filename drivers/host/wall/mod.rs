@@ -1,0 +1,99 @@
+//! The wall around a guest's processes: a mount namespace in which nothing is but what they were given.
+//!
+//! ```text
+//!   judged descriptors ─clone─▶ mounts ─┐
+//!   unshare ─▶ an empty root ◀─attach───┴─ /usr, few of /etc, /dev, /proc ─▶ pivot_root ─▶ fork
+//! ```
+//!
+//! A path means there what root judged by its descriptor, whatever is renamed outside. All of it is done in a thread of its
+//! own, whose namespaces a process made by it inherits: no code runs between fork and exec for it.
+//!
+//! On top of it: a filter of system calls ([`calls`]), and Landlock where the kernel has it ([`second`]).
+//!
+//! There is no process namespace: QEMU would be its first process, for which signals mean something else, and `/proc` shows
+//! it no other's processes anyway.
+
+mod attach;
+mod build;
+mod calls;
+mod enter;
+mod second;
+mod sys;
+
+use super::access::LentFile;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use enter::show;
+pub use sys::{Hold, file_system, put};
+
+/// What there is within.
+#[derive(Clone, Debug, Default)]
+pub struct Wall {
+    /// Programs that run within, absolute paths.
+    pub programs: Vec<PathBuf>,
+    /// Files, each where it was named.
+    pub files: Vec<LentFile>,
+    /// Folders with all that is mounted in them.
+    pub folders: Vec<Folder>,
+    /// Device nodes and others of the host's, shown with the rights they have, where they are there.
+    pub nodes: Vec<PathBuf>,
+    /// The host's network. Else there is none.
+    pub network: bool,
+    /// All of `/proc`, and `/sys` as it is. Else only what tells of the processes within, and of CPUs and memory.
+    pub kernel: bool,
+    /// A `/tmp` for what is thrown away.
+    pub scratch: bool,
+    /// It makes namespaces and mounts for itself, and needs the kernel's calls for that.
+    pub shuts_itself_in: bool,
+    /// It does its I/O by io_uring.
+    pub uring: bool,
+    /// It sees what we see, since we may not make it a root of its own; all else of the wall stands.
+    pub open: bool,
+}
+
+/// A folder of the host's.
+#[derive(Clone, Debug)]
+pub struct Folder {
+    /// Where it is.
+    pub path: PathBuf,
+    /// An `O_PATH` descriptor of it.
+    pub fd: Arc<OwnedFd>,
+    /// To be written.
+    pub write: bool,
+}
+
+impl Wall {
+    /// Runs `work` in a thread behind the wall; processes it makes are there, too. Needs root. Blocks. Errors say what of
+    /// the wall could not be made.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
+        std::thread::scope(|scope| {
+            let thread = std::thread::Builder::new().name("wall".into());
+            let thread = thread.spawn_scoped(scope, || self.enter().map(|()| work()))?;
+            thread.join().map_err(|_| io::Error::other("the thread behind the wall failed"))?
+        })
+    }
+
+    /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more.
+    pub fn enter(&self) -> io::Result<()> {
+        if !self.open {
+            build::enter(self)?;
+        }
+        // A second lock, for what has no place in the first: no mount is made after it.
+        second::lock(self).map_err(|e| io::Error::other(format!("it cannot be held to its files: {e}")))?;
+        calls::filter(self).map_err(|e| io::Error::other(format!("system calls cannot be filtered: {e}")))
+    }
+
+    /// Adds a folder as it is now.
+    pub fn folder(&mut self, path: &Path, write: bool) -> io::Result<()> {
+        use rustix::fs::{CWD, Mode, OFlags, openat};
+        let fd = openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        self.folders.push(Folder { path: path.to_owned(), fd: Arc::new(fd), write });
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,145 @@
+//! What is behind a wall. Need root.
+
+use super::*;
+use std::process::Command;
+
+fn needs_root() -> bool {
+    let root = nix::unistd::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: needs root");
+    }
+    !root
+}
+
+/// What a shell behind the wall says.
+fn sh(wall: &Wall, script: &str) -> String {
+    let output = wall.within(|| Command::new("/bin/sh").args(["-c", script]).output().unwrap()).unwrap();
+    String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned()
+}
+
+fn file(path: &Path, write: bool) -> LentFile {
+    LentFile::unlent(path, write).unwrap().unwrap()
+}
+
+#[test]
+fn nothing_is_there_but_what_was_given() {
+    if needs_root() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (given, other) = (dir.path().join("given"), dir.path().join("other"));
+    std::fs::write(&given, "given").unwrap();
+    std::fs::write(&other, "other").unwrap();
+    let wall = Wall { files: vec![file(&given, false)], ..Wall::default() };
+    assert_eq!(sh(&wall, &format!("cat {}", given.display())), "given");
+    assert!(sh(&wall, &format!("echo more > {}", given.display())).contains("Read-only"));
+    assert!(sh(&wall, &format!("cat {}", other.display())).contains("No such file"));
+    for absent in ["/etc/shadow", "/root", "/home", "/run/dbus", "/sys/fs", "/var/lib", "/tmp", "/dev/kvm", "/proc/sys"]
+    {
+        assert!(sh(&wall, &format!("ls -d {absent}")).contains("No such file"), "{absent}");
+    }
+    assert!(sh(&wall, "ls /proc/self/root/; cat /proc/net/dev 2>/dev/null; ls /usr/bin/env").contains("/usr/bin/env"));
+    assert_eq!(sh(&wall, "echo x > /dev/null; head -c 1 /dev/zero | wc -c"), "1");
+}
+
+#[test]
+fn what_was_judged_is_there_whatever_its_name_means_now() {
+    if needs_root() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (path, secret) = (dir.path().join("log"), dir.path().join("secret"));
+    std::fs::write(&path, "judged").unwrap();
+    std::fs::write(&secret, "secret").unwrap();
+    let wall = Wall { files: vec![file(&path, true)], ..Wall::default() };
+    std::fs::rename(&path, dir.path().join("away")).unwrap();
+    std::os::unix::fs::symlink(&secret, &path).unwrap();
+    assert_eq!(sh(&wall, &format!("cat {0}; echo -n changed > {0}", path.display())), "judged");
+    assert_eq!(std::fs::read_to_string(&secret).unwrap(), "secret");
+    assert_eq!(std::fs::read_to_string(dir.path().join("away")).unwrap(), "changed");
+}
+
+#[test]
+fn a_running_process_is_shown_more_and_what_was_replaced() {
+    if needs_root() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (first, second) = (dir.path().join("first"), dir.path().join("deep/second"));
+    std::fs::create_dir(dir.path().join("deep")).unwrap();
+    std::fs::write(&first, "old").unwrap();
+    std::fs::write(&second, "second").unwrap();
+    let wall = Wall { files: vec![file(&first, false)], ..Wall::default() };
+    let script = format!("read line; cat {}; cat {}; echo -n more >> {0}", first.display(), second.display());
+    let mut child = wall
+        .within(|| {
+            let mut command = Command::new("/bin/sh");
+            command.args(["-c", &script]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+            command.spawn().unwrap()
+        })
+        .unwrap();
+    std::fs::remove_file(&first).unwrap();
+    std::fs::write(&first, "new").unwrap();
+    show(child.id() as i32, &[file(&first, true), file(&second, false)]).unwrap();
+    show(child.id() as i32, &[file(&first, true)]).unwrap();
+    drop(child.stdin.take());
+    let said = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&said.stdout), "newsecond");
+    assert_eq!(std::fs::read_to_string(&first).unwrap(), "newmore");
+}
+
+#[test]
+fn who_has_no_wall_is_shown_nothing() {
+    if needs_root() {
+        return;
+    }
+    let file = file(Path::new("/etc/hostname"), true);
+    show(std::process::id() as i32, &[file]).unwrap();
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap();
+    assert!(!mounts.contains("/etc/hostname "));
+}
+
+/// Somebody who may change what a name means does so all the time.
+#[test]
+fn a_name_that_is_bent_while_it_is_lent_leads_nowhere_else_in_200_tries() {
+    if needs_root() {
+        return;
+    }
+    use crate::host::access::{Ledger, Want};
+    use std::os::unix::fs::{chown, lchown, symlink};
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (theirs, target) = (dir.path().join("theirs"), dir.path().join("disk-of-another"));
+    std::fs::write(&target, "untouched").unwrap();
+    std::fs::create_dir(&theirs).unwrap();
+    let (name, aside, link) = (theirs.join("serial.log"), theirs.join("aside"), theirs.join("link"));
+    std::fs::write(&name, "").unwrap();
+    symlink(&target, &link).unwrap();
+    for path in [&theirs, &name] {
+        chown(path, Some(1000), Some(1000)).unwrap();
+    }
+    lchown(&link, Some(1000), Some(1000)).unwrap();
+    let ledger = Ledger::open(&dir.path().join("state")).unwrap();
+    let Ok(user) = crate::host::user::RunAs::look_up("nobody", None, &[]) else {
+        return eprintln!("SKIPPED: no user nobody");
+    };
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let wants = [Want { path: name.clone(), write: true, backing: false, device: false }];
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                for (from, to) in [(&name, &aside), (&link, &name), (&name, &link), (&aside, &name)] {
+                    std::fs::rename(from, to).unwrap();
+                }
+            }
+        });
+        let guest = uuid::Uuid::new_v4();
+        for _ in 0..200 {
+            if let Ok(files) = ledger.lend(&user, guest, &wants) {
+                sh(&Wall { files, ..Wall::default() }, &format!("echo x >> {}", name.display()));
+                ledger.give_back(guest);
+            }
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    assert_eq!(std::fs::read_to_string(&target).unwrap(), "untouched");
+}

@@ -1,0 +1,180 @@
+//! What the processes of a guest find behind their wall, from their command lines and the machine.
+
+use super::command::{Command, HostFile};
+use super::companion::{Companion, Role};
+use crate::host::access::LentFile;
+use crate::host::wall::Wall;
+use rustix::fs::FileType;
+use std::io;
+use std::path::{Path, PathBuf};
+use virt_model::domain::DomainDef;
+
+/// Names in arguments that are there for everybody, or for nobody.
+const KNOWN: [&str; 5] = ["/usr", "/proc", "/sys", "/dev/pts", "/tmp"];
+
+/// That of QEMU. `lent` are the files that it was lent, `own` is its own folder. Blocks.
+pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
+    let mut wall = Wall {
+        programs: vec![command.program.clone()],
+        network: takes_network(def, &command.args),
+        kernel: !def.devices.hostdevs.is_empty()
+            || def.devices.interfaces.iter().any(|card| card.host_card().is_some()),
+        nodes: nodes(def, &command.files, lent),
+        uring: uses_uring(&command.args),
+        ..Wall::default()
+    };
+    let shared = def.devices.filesystems.iter().filter(|shared| !shared.is_virtiofs());
+    for shared in shared {
+        let Some(folder) = shared.folder() else { continue };
+        let found = LentFile::unlent(Path::new(folder), !shared.readonly)?;
+        wall.files.extend(found.filter(|found| found.kind() == FileType::Directory));
+    }
+    let native = def.native.iter().flat_map(|native| {
+        let arguments = native.arguments.iter().map(|argument| argument.value.clone());
+        arguments.chain(native.environment.iter().filter_map(|variable| variable.value.clone()))
+    });
+    wall.files.extend(named(native, |_| true)?);
+    let ends = |kind| matches!(kind, FileType::Socket | FileType::CharacterDevice | FileType::Fifo);
+    wall.files.extend(named(command.args.iter().cloned(), ends)?);
+    wall.folder(own, true)?;
+    // What was judged comes last: it covers what a name means otherwise. What is read and written is written.
+    let mut lent = lent.to_vec();
+    lent.sort_by_key(|file| file.write);
+    wall.files.extend(lent);
+    Ok(wall)
+}
+
+/// That of a companion. Blocks.
+pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
+    let mut wall = Wall { programs: vec![companion.program.clone()], scratch: true, ..Wall::default() };
+    // passt is the guest's way to the network; it and virtiofsd shut themselves in, for which they ask the kernel more.
+    wall.network = companion.needs_network;
+    wall.kernel = companion.needs_network || companion.privileged;
+    wall.shuts_itself_in = wall.kernel;
+    wall.folder(own, true)?;
+    let work = match &companion.role {
+        Role::Maker { work, .. } => Some(work),
+        _ => None,
+    };
+    for folder in companion.folders.iter().chain(work) {
+        wall.folder(folder, true)?;
+    }
+    wall.files.extend(named(companion.args.iter().cloned(), |kind| kind == FileType::Directory)?);
+    let own = |file: &&LentFile| companion.files.iter().any(|one| one.path == file.path);
+    wall.files.extend(lent.iter().filter(own).cloned());
+    Ok(wall)
+}
+
+/// What is left of it on a session bus: nobody may mount there, or be another user.
+pub fn in_session(args: &[String], companion: Option<&Companion>) -> Wall {
+    let shuts_itself_in = companion.is_some_and(|companion| companion.needs_network || companion.privileged);
+    Wall { open: true, shuts_itself_in, uring: uses_uring(args), ..Wall::default() }
+}
+
+/// Whether the definition asks for io_uring: there are few parts of the kernel in which more has been found.
+fn uses_uring(args: &[String]) -> bool {
+    args.iter().any(|arg| arg.contains("io_uring"))
+}
+
+/// Whether something in that machine talks to the host's network by QEMU itself, which opened devices do not.
+fn takes_network(def: &DomainDef, args: &[String]) -> bool {
+    let value = |option: &str, value: &str| match option {
+        "-netdev" => !value.starts_with("tap,") && !value.contains("addr.type=fd"),
+        "-chardev" => value.contains(",host=") || value.contains(",localaddr=") || value.contains(",port="),
+        "-vnc" => !value.starts_with("unix:") && value != "none",
+        "-spice" => ["port=", "tls-port="]
+            .iter()
+            .any(|key| value.split(',').any(|word| word.strip_prefix(key).is_some_and(|port| port != "0"))),
+        "-blockdev" => {
+            ["\"inet\"", "\"url\"", "\"portal\"", "\"driver\":\"rbd\""].iter().any(|sign| value.contains(sign))
+        }
+        _ => false,
+    };
+    let native = def.native.as_ref().is_some_and(|native| !native.arguments.is_empty());
+    // An adapter that is plugged in again is heard of over the network of the host.
+    let plugged = !def.devices.hostdevs.is_empty();
+    native || plugged || args.windows(2).any(|pair| value(&pair[0], &pair[1]))
+}
+
+/// Devices with rights of their own.
+fn nodes(def: &DomainDef, files: &[HostFile], lent: &[LentFile]) -> Vec<PathBuf> {
+    let mut nodes = Vec::new();
+    if def.kind == "kvm" {
+        nodes.push("/dev/kvm".into());
+    }
+    let below = |folder: &str| {
+        lent.iter().any(|file| file.path.starts_with(folder)) || files.iter().any(|file| file.path.starts_with(folder))
+    };
+    if below("/dev/vfio") {
+        nodes.push("/dev/vfio/vfio".into());
+    }
+    if !def.devices.audios.is_empty() {
+        nodes.extend(["/dev/snd".into(), "/dev/dsp".into()]);
+    }
+    nodes
+}
+
+/// What is on the host of those kinds under names in these arguments. It is shown with the rights that it has.
+fn named(arguments: impl Iterator<Item = String>, kinds: impl Fn(FileType) -> bool) -> io::Result<Vec<LentFile>> {
+    let mut files = Vec::new();
+    for argument in arguments {
+        for name in paths_in(&argument) {
+            files.extend(LentFile::unlent(&name, true)?.filter(|file| kinds(file.kind())));
+        }
+    }
+    Ok(files)
+}
+
+/// The absolute paths in an argument, in QEMU's ways to write them.
+fn paths_in(argument: &str) -> Vec<PathBuf> {
+    let whole = argument.replace(",,", "\0");
+    let words = whole.split(|c: char| ",=\"".contains(c)).map(|word| word.replace('\0', ","));
+    let words = words.flat_map(|word| match word.split_once(':') {
+        Some((_, rest)) if rest.starts_with('/') => vec![rest.to_owned(), word.clone()],
+        _ => vec![word],
+    });
+    let paths = words.filter(|word| word.starts_with('/') && word.trim_matches('/') != "").map(PathBuf::from);
+    paths.filter(|path| !KNOWN.iter().any(|known| path.starts_with(known))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_are_found_however_they_are_written() {
+        let found = |argument: &str| paths_in(argument).iter().map(|p| p.display().to_string()).collect::<Vec<_>>();
+        assert_eq!(found("socket,id=a,path=/srv/a,,b.sock,server=on"), ["/srv/a,b.sock"]);
+        assert_eq!(found("unix:/guests/vnc.sock,password=on"), ["/guests/vnc.sock"]);
+        assert_eq!(found(r#"{"driver":"nbd","server":{"type":"unix","path":"/run/nbd"}}"#), ["/run/nbd"]);
+        assert_eq!(found("path=/usr/share/x,b=/,c=a/b"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn only_what_talks_to_the_hosts_network_has_it() {
+        let def = DomainDef::default();
+        let takes = |option: &str, value: &str| takes_network(&def, &[option.to_owned(), value.to_owned()]);
+        for (option, value) in [
+            ("-netdev", "user,id=hostnet0"),
+            ("-netdev", "socket,listen=127.0.0.1:45558,id=hostnet4"),
+            ("-chardev", "socket,id=charserial0,host=127.0.0.1,port=0,telnet=on,server=on,wait=off"),
+            ("-chardev", "udp,id=charrng1,host=127.0.0.1,port=15907"),
+            ("-vnc", "127.0.0.1:0,password=on"),
+            ("-spice", "port=5900,addr=0.0.0.0"),
+            ("-blockdev", r#"{"driver":"nbd","server":{"type":"inet","host":"h"}}"#),
+            ("-blockdev", r#"{"driver":"https","url":"https://h/x"}"#),
+        ] {
+            assert!(takes(option, value), "{option} {value}");
+        }
+        for (option, value) in [
+            ("-netdev", "tap,fd=20,id=hostnet0,vhost=on,vhostfd=21"),
+            ("-netdev", "stream,id=hostnet1,server=off,addr.type=fd,addr.str=150"),
+            ("-chardev", "socket,id=mon,fd=3,server=on,wait=off"),
+            ("-vnc", "unix:/guests/vnc.sock"),
+            ("-spice", "port=0,disable-ticketing=on"),
+            ("-blockdev", r#"{"driver":"file","filename":"/a"}"#),
+        ] {
+            assert!(!takes(option, value), "{option} {value}");
+        }
+    }
+}
