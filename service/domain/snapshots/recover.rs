@@ -92,7 +92,8 @@ impl Domain {
     }
 
     /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
-    pub(super) async fn wants_no_guest(&self) {
+    /// For who has the turn.
+    pub(in crate::domain) async fn wants_no_guest(&self) {
         let open = lock(&self.state).snapshots.open.clone();
         let intent = lock(&open).clone();
         let Some(Intent { deed: Deed::Revert { name, active: Some(_), in_place, ran }, note }) = intent else { return };
