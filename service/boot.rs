@@ -8,7 +8,7 @@ use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
-use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -231,7 +231,7 @@ impl Search {
         let Search { shared, domain, driver, live, status } = self;
         let (store, uuid) = (&shared.store, domain.uuid());
         let file = store.status_file(uuid, status.clone());
-        let (events, reports) = mpsc::unbounded_channel();
+        let (events, reports) = virt_model::driver::reports();
         let found = match &status.record {
             None => None,
             Some(record) => driver

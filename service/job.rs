@@ -395,7 +395,8 @@ impl Job {
                 Err(_) => JobState::Failed,
             };
             facts.cancellable = false;
-            facts.error = result.as_ref().err().cloned();
+            // Everybody reads it: who asked is told more by the ticket.
+            facts.error = result.as_ref().err().map(Error::public);
             if result.is_ok() {
                 facts.progress = 1.0;
             }

@@ -133,7 +133,7 @@ fn paths_in(argument: &str) -> Vec<PathBuf> {
         Some((_, rest)) if rest.starts_with('/') => vec![rest.to_owned(), word.clone()],
         _ => vec![word],
     });
-    let paths = words.filter(|word| word.starts_with('/') && word.trim_matches('/') != "").map(PathBuf::from);
+    let paths = words.filter(|word| word.starts_with('/') && !word.trim_matches('/').is_empty()).map(PathBuf::from);
     paths.filter(|path| !KNOWN.iter().any(|known| path.starts_with(known))).collect()
 }
 

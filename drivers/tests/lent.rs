@@ -155,6 +155,36 @@ async fn firmware_variables_are_made_for_qemus_user() {
         instance.destroy(false).await.unwrap();
         assert_eq!(std::fs::read(&vars).unwrap(), std::fs::read(template).unwrap(), "made anew: {reset_nvram}");
         std::fs::write(&vars, std::fs::read(template).unwrap().iter().map(|b| !b).collect::<Vec<u8>>()).unwrap();
+        // As an earlier virtd would have left it.
+        let common = nix::unistd::User::from_name(fixture::USER).unwrap().unwrap().uid.as_raw();
+        std::os::unix::fs::chown(&vars, Some(common), None).unwrap();
         std::fs::remove_dir_all(house.path(&def.uuid.to_string())).unwrap();
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_keeps_its_user_until_nothing_of_it_is_left() {
+    let Some(mut house) = House::system() else { return };
+    let mut users = Vec::new();
+    let (first, second) = (house.def(POWER_OFF, "").await, house.def(POWER_OFF, "").await);
+    for def in [&first, &second, &first] {
+        let guest = house.start(def.clone()).await;
+        users.push(house.uid_of(def.uuid));
+        assert_eq!(std::fs::metadata(format!("/proc/{}", guest.pid())).unwrap().uid(), house.uid_of(def.uuid));
+        let room = std::fs::metadata(guest.seen.runtime_dir.join("qemu")).unwrap();
+        assert_ne!(room.dev(), std::fs::metadata(&guest.seen.runtime_dir).unwrap().dev(), "a file system of its own");
+        guest.destroy().await;
+        assert!(!guest_folder(&house, def).join("qemu").exists());
+        std::fs::remove_dir(guest_folder(&house, def)).unwrap();
+        house.next_driver();
+    }
+    assert_eq!(users[0], users[2]);
+    assert_ne!(users[0], users[1]);
+    house.driver.remove_belongings(&first, DomainEnd::Undefined).await.unwrap();
+    let books = std::fs::read_to_string(house.path("state/uids.json")).unwrap();
+    assert!(!books.contains(&first.uuid.to_string()) && books.contains(&second.uuid.to_string()), "{books}");
+}
+
+fn guest_folder(house: &House, def: &virt_model::domain::DomainDef) -> std::path::PathBuf {
+    house.path(&def.uuid.to_string())
 }

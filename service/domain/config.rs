@@ -129,6 +129,11 @@ impl Domain {
                 );
                 return Err(Error::OperationInvalid(text));
             }
+            let unknown = lock(&self.state).snapshots.why_broken();
+            if let Some(why) = unknown.filter(|_| !options.snapshots_metadata) {
+                let text = format!("domain '{}': {why}; pass snapshots-metadata to forget its snapshots", self.name());
+                return Err(Error::OperationInvalid(text));
+            }
             // First what may fail, and may be tried again while the configuration still says where it is.
             self.remove_belongings(&stored, live.is_some(), options).await?;
             let (shared, uuid) = (self.shared.clone(), self.uuid);
@@ -204,6 +209,7 @@ impl Domain {
                 let text = format!("cannot rename domain '{}' while it is active; shut it down first", stored.name);
                 return Err(Error::OperationInvalid(text));
             }
+            crate::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
             self.shared.registry.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(def.clone()).await {
@@ -357,6 +363,12 @@ impl Domain {
     /// What is stored.
     pub(crate) fn stored(&self) -> Option<Arc<DomainDef>> {
         lock(&self.state).stored.clone()
+    }
+
+    /// Its configurations, that first which a new one takes the place of.
+    pub(crate) fn known(&self) -> Vec<Arc<DomainDef>> {
+        let (live, stored) = self.configurations();
+        stored.into_iter().chain(live).collect()
     }
 
     /// What runs and what is stored.

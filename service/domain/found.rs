@@ -10,7 +10,7 @@ use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
-use virt_model::driver::{Condition, Driver, DriverEvent, Instance};
+use virt_model::driver::{Condition, Driver, EventStream, Instance};
 use virt_model::state::{DomainState, Lifecycle, StateReason, Stopped};
 
 /// A guest that outlived the last virtd.
@@ -105,7 +105,7 @@ impl Domain {
     }
 
     /// Makes a guest that was found running this domain's.
-    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: mpsc::UnboundedReceiver<DriverEvent>) {
+    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: EventStream) {
         let FoundGuest { instance, live, condition, status, file } = found;
         let (asks, asked) = mpsc::unbounded_channel();
         let guest = Guest { id: status.id, instance, live, status: file, ending: None, asks };

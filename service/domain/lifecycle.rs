@@ -200,7 +200,7 @@ impl Domain {
         let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
-        let (events, reports) = mpsc::unbounded_channel();
+        let (events, reports) = virt_model::driver::reports();
         let asked = def.clone();
         let launch = Launch {
             def,
@@ -257,7 +257,7 @@ impl Domain {
         status: Arc<StatusFile>,
         told: Told,
         caller: &Caller,
-        reports: mpsc::UnboundedReceiver<virt_model::driver::DriverEvent>,
+        reports: virt_model::driver::EventStream,
     ) -> Result<()> {
         let live = DomainDef { id: Some(id), ..running.live };
         let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());

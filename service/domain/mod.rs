@@ -9,6 +9,7 @@ mod config;
 mod found;
 mod lifecycle;
 mod media;
+mod reports;
 mod snapshots;
 
 pub use config::{Affect, UndefineOptions};
@@ -22,6 +23,7 @@ use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, millis, now_usec};
 use crate::store::{Ended, Loaded, Note, StatusFile, on_disk};
+use reports::Reports;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -107,42 +109,6 @@ impl AllTold<'_> {
     /// what that did to the guest. See [`Domain::commit_report`].
     fn commit(self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
         self.0.commit_report(change);
-    }
-}
-
-/// What `follow` reads.
-struct Reports {
-    reports: mpsc::UnboundedReceiver<DriverEvent>,
-    asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
-    /// Who has asked, and how many reports were there before that.
-    waiting: Vec<(usize, oneshot::Sender<()>)>,
-}
-
-impl Reports {
-    fn new(
-        reports: mpsc::UnboundedReceiver<DriverEvent>,
-        asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
-    ) -> Reports {
-        Reports { reports, asks, waiting: Vec::new() }
-    }
-
-    /// The next report; all before it have been told. Who asks is answered when what had been reported by then is told,
-    /// however much is reported after it.
-    async fn next(&mut self) -> Option<DriverEvent> {
-        loop {
-            for (_, asked) in self.waiting.extract_if(.., |(before, _)| *before == 0) {
-                // Whoever asked may have left.
-                let _ = asked.send(());
-            }
-            tokio::select! {
-                biased;
-                Some(asked) = self.asks.recv() => self.waiting.push((self.reports.len(), asked)),
-                report = self.reports.recv() => {
-                    self.waiting.iter_mut().for_each(|(before, _)| *before = before.saturating_sub(1));
-                    return report;
-                }
-            }
-        }
     }
 }
 
@@ -488,6 +454,7 @@ impl Domain {
         });
         match exit {
             Exit::Died(words) => {
+                let words = guest.live.black_out(&words.lines().collect::<Vec<_>>().join("; "));
                 tracing::error!(uuid = %self.uuid, name = self.name(), "the hypervisor died: {words}");
             }
             _ => tracing::info!(uuid = %self.uuid, name = self.name(), event = %Lifecycle::Stopped(stopped), "guest"),
@@ -533,7 +500,7 @@ impl Domain {
         let duration_ms = millis(begun);
         match failure {
             None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
-            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),
+            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e.public(), duration_ms, "domain"),
         }
     }
 }

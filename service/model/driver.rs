@@ -4,16 +4,17 @@
 //! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
+pub mod reports;
 pub mod snapshots;
 
 use crate::domain::DomainDef;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::Finding;
 use async_trait::async_trait;
+pub use reports::{EventSink, EventStream, reports};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// A hypervisor that can run domains.
@@ -247,9 +248,6 @@ pub enum Exit {
     /// It died; with its last words, empty if it had none.
     Died(String),
 }
-
-/// Where an instance reports to. Bounded by what a guest can cause; never blocks the driver.
-pub type EventSink = mpsc::UnboundedSender<DriverEvent>;
 
 /// Why a driver did not do what it was asked. Texts name the cause and, where there is one, the remedy; the service adds
 /// the domain's name.

@@ -72,7 +72,8 @@ impl World {
     async fn open_with(folder: &Path, driver: TestDriver) -> World {
         let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
-        let settings = Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2 } };
+        let settings =
+            Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
         let (service, events) =
             Service::open(settings, vec![Arc::new(driver.clone())], notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
@@ -776,4 +777,43 @@ async fn a_machine_whose_recovery_hangs_costs_nobody_else_anything() {
     go_on.notify_one();
     tokio::time::resume();
     world.start(&hung).await.expect("its turn again");
+}
+/// In a shared folder a snapshot's files could take the names that another machine's images are to have.
+#[tokio::test]
+async fn m8_files_that_are_not_called_after_ones_own_images_need_permission_to_define() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let with_disk = |name: &str, image: &str| {
+        let disk = format!(
+            "<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/pool/{image}'/>\
+             <target dev='vda' bus='virtio'/></disk></devices>"
+        );
+        xml(name, &disk)
+    };
+    let web = world.service.define(&world.alice(), &with_disk("web", "web.qcow2"), false).await.expect("defined");
+    world.service.define(&world.alice(), &with_disk("shop", "web.golden"), false).await.expect("defined");
+    for (name, file, needs) in [
+        ("one", "", false),
+        ("two", "/pool/web.two", false),
+        ("three", "/pool/web.three.overlay", false),
+        ("four", "/pool/shop.qcow2", true),
+        ("five", "/pool/web.other", true),
+        ("six", "/elsewhere/web.six", true),
+        ("seven", "/pool/web.seven/../web.seven", true),
+        // By its default name, which is another's.
+        ("golden", "", true),
+    ] {
+        let source = if file.is_empty() { String::new() } else { format!("<source file='{file}'/>") };
+        let doc = format!(
+            "<domainsnapshot><name>{name}</name><disks><disk name='vda' snapshot='external'>{source}</disk></disks>\
+             </domainsnapshot>"
+        );
+        world.notary.asked.lock().unwrap().clear();
+        let options = CreateOptions { disk_only: true, ..CreateOptions::default() };
+        if let Ok((_, ticket)) = web.create_snapshot(&world.alice(), &doc, options).await {
+            let _ = ticket.done().await;
+        }
+        let asked: Vec<Action> = world.notary.asked.lock().unwrap().iter().map(|(action, _)| *action).collect();
+        assert_eq!(asked.contains(&Action::Define), needs, "{name}: {asked:?}");
+    }
 }

@@ -7,6 +7,7 @@ mod hung;
 mod lifecycle;
 mod media;
 mod missing;
+mod parts;
 mod records;
 mod revert_matrix;
 mod snapshots;

@@ -234,7 +234,10 @@ impl Domain {
             Err(e) => e.to_string(),
         };
         let domain = self.name();
-        Error::HypervisorFailed(format!("the process of '{domain}' ended while it went back to '{name}'; {story}"))
+        Error::HypervisorFailed {
+            what: format!("cannot revert domain '{domain}' to '{name}'"),
+            why: format!("its process ended while it went back; {story}"),
+        }
     }
 
     async fn driver_load(
