@@ -3,6 +3,8 @@
 //! The name is requested when the tree is true, as far as that can be told without waiting for a guest: whoever can find virtd
 //! finds that, and what a guest or its storage keeps waiting goes on behind it. When virtd ends, guests go on.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use clap::Parser;
 use futures_util::StreamExt;
 use std::process::ExitCode;
