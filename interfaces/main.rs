@@ -1,6 +1,7 @@
 //! virtd, the daemon: reads its arguments, joins drivers, service and bus, and waits for its end.
 //!
-//! The name is requested last: whoever can find virtd finds a tree that is true. When virtd ends, guests go on.
+//! The name is requested when the tree is true, as far as that can be told without waiting for a guest: whoever can find virtd
+//! finds that, and what a guest or its storage keeps waiting goes on behind it. When virtd ends, guests go on.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 

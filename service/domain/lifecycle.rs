@@ -420,12 +420,28 @@ impl Domain {
                     "the start of domain '{domain}' is cancelled, and something on the host that it waits for does not answer; it                      ends as soon as that does, without a guest"
                 )));
             }
-            if lock(&self.state).live().is_none() {
-                return Ok(());
+            if lock(&self.state).live().is_some() {
+                self.end(self.guest()?, graceful).await?;
             }
-            self.end(self.guest()?, graceful).await
+            self.brings_none_back().await;
+            Ok(())
         })
         .await
+    }
+
+    /// What was cut off, and is finished before anything else is done, does not bring back a guest that has been destroyed. Whoever
+    /// has the turn sees to that itself.
+    async fn brings_none_back(self: &Arc<Self>) {
+        let never = CancellationToken::new();
+        if let Some(_turn) = self.turn.try_take("destroy", &never) {
+            return self.wants_no_guest().await;
+        }
+        let domain = self.clone();
+        tokio::spawn(async move {
+            if let Ok(_turn) = domain.turn.take("destroy", &never).await {
+                domain.wants_no_guest().await;
+            }
+        });
     }
 
     /// Ends a guest and waits until that is told, in these words.

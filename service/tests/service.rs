@@ -645,8 +645,7 @@ async fn a_guest_that_cannot_be_looked_at_gets_no_second_one_beside_it() {
 async fn a_check_asks_the_agent_only_for_those_who_may_freeze_the_guest() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
-    let domain = world.define("web").await;
-    world.start(&domain).await.unwrap();
+    let domain = with_snapshot(&world, "web").await;
     let options = || CreateOptions { disk_only: true, quiesce: true, ..CreateOptions::default() };
     let check = async || domain.check_create_snapshot(&world.alice(), "<domainsnapshot/>", options()).await.unwrap();
     assert!(matches!(check().await, Err(Error::AgentUnavailable(_))), "who may, has it asked");

@@ -88,12 +88,12 @@ impl Domain {
 
     fn open_intent(&self) -> Option<Intent> {
         let open = lock(&self.state).snapshots.open.clone();
-        let intent = lock(&open).clone();
-        intent
+        lock(&open).clone()
     }
 
     /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
-    pub(super) async fn wants_no_guest(&self) {
+    /// For who has the turn.
+    pub(in crate::domain) async fn wants_no_guest(&self) {
         let open = lock(&self.state).snapshots.open.clone();
         let intent = lock(&open).clone();
         let Some(Intent { deed: Deed::Revert { name, active: Some(_), in_place, ran }, note }) = intent else { return };
