@@ -21,6 +21,7 @@ mod live;
 mod log;
 mod make;
 mod media;
+mod needs;
 mod qmp;
 mod record;
 mod report;
@@ -29,12 +30,14 @@ mod snapshot;
 mod takeover;
 pub mod tap;
 mod tune;
+mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
 use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
+use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
 use capabilities::{Capabilities, Host, Prober, default_emulator};
 use changes::{Claims, SYSFS};
@@ -61,6 +64,7 @@ struct Inner {
     prober: Prober,
     ports: Ports,
     claims: Claims,
+    workers: Workers,
     privileges: Privileges,
     /// Where secrets are kept.
     secrets_dir: PathBuf,
@@ -115,6 +119,7 @@ impl QemuDriver {
             prober,
             ports: Ports::default(),
             claims: Claims::default(),
+            workers: Workers::default(),
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
@@ -247,6 +252,21 @@ impl Driver for QemuDriver {
         findings
     }
 
+    async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
+        let caps = self.0.prober.probe(&emulator(def)).await?;
+        let own = guests_dir(def);
+        let (sandbox, mut here) = (matches!(self.0.privileges, Privileges::Drop { .. }), def.clone());
+        let errand = Errand::new(def.uuid, "the files of the machine");
+        let looked = self.0.workers.run(errand, move |_| {
+            let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
+            let command =
+                command::build(&places.written_into(&here), &caps, &command::Place::now(&own, MONITOR_FD, sandbox));
+            let needs = needs::Needs::of(&command.map_err(DriverError::Config)?, &own, restored);
+            needs.without(live::media_that_may_be_missing(&here)).are_met()
+        });
+        looked.await
+    }
+
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
         if format != "qemu-argv" {
             return Err(DriverError::Unsupported(format!(
@@ -255,8 +275,7 @@ impl Driver for QemuDriver {
             )));
         }
         let caps = self.0.prober.probe(&emulator(def)).await?;
-        // Where they are with the installed virtd; those of another `--root` are known when a guest starts.
-        let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
+        let runtime_dir = guests_dir(def);
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
         let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
         let mut here = def.clone();
@@ -444,6 +463,11 @@ impl Privileges {
         const NOBODY: (u32, u32) = (65534, 65534);
         Some(user.map_or(NOBODY, |user| (user.uid, kvm.unwrap_or(user.gid))))
     }
+}
+
+/// Where the sockets of a guest are with the installed virtd; those of another `--root` are known when it starts.
+fn guests_dir(def: &DomainDef) -> PathBuf {
+    Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu")
 }
 
 fn emulator(def: &DomainDef) -> PathBuf {

@@ -3,8 +3,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod hung;
 mod lifecycle;
 mod media;
+mod missing;
+mod parts;
 mod records;
 mod revert_matrix;
 mod snapshots;
@@ -14,4 +17,5 @@ mod snapshots_kept;
 mod snapshots_unfinished;
 mod survival;
 mod system;
+mod unread;
 mod whole_machine;
