@@ -232,6 +232,7 @@ async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, mut listener: impl 
             since = Instant::now();
         }
     };
+    lines.close();
     waiting.lock().take();
     listener.closed(why.as_deref());
 }
@@ -304,6 +305,14 @@ impl Lines {
                 Ok(0) | Err(_) => return Err(None),
                 Ok(_) => {}
             }
+        }
+    }
+
+    /// Ends the connection in both directions, so that nobody at its other end waits to be read.
+    fn close(&self) {
+        let stream: &UnixStream = self.stream.as_ref();
+        if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Both) {
+            tracing::debug!(%error, "a monitor's socket could not be closed");
         }
     }
 

@@ -120,10 +120,13 @@ async fn bystander(client: &Client, end: Instant) -> (Duration, &'static str, us
                 }
             };
             let result = tokio::time::timeout(PATIENCE, called).await;
-            // A bus that has no room for a call says so itself.
             match result.unwrap_or_else(|_| panic!("{member} was not answered within {PATIENCE:?}")) {
                 Ok(()) => answered += 1,
-                Err((name, text)) => assert!(name.ends_with("LimitsExceeded"), "{member}: {name}: {text}"),
+                // A bus that has no room for a call says so itself, and when we are on it by another connection.
+                Err((name, text)) => {
+                    let excused = ["LimitsExceeded", "NoReply", "ServiceUnknown"];
+                    assert!(excused.iter().any(|word| name.ends_with(word)), "{member}: {name}: {text}");
+                }
             }
             if begun.elapsed() > slowest {
                 (slowest, which) = (begun.elapsed(), member);
