@@ -14,6 +14,13 @@ const KNOWN: [&str; 5] = ["/usr", "/proc", "/sys", "/dev/pts", "/tmp"];
 
 /// That of QEMU. `lent` are the files that it was lent, `own` is its own folder. Blocks.
 pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
+    if let Some(socket) = sockets_made(&command.args).into_iter().find(|socket| !socket.starts_with(own)) {
+        let why = format!(
+            "{}: QEMU makes sockets in the guest's own folder only; leave their path out of the definition",
+            socket.display()
+        );
+        return Err(io::Error::new(io::ErrorKind::Unsupported, why));
+    }
     let mut wall = Wall {
         programs: vec![command.program.clone()],
         network: takes_network(def, &command.args),
@@ -69,6 +76,22 @@ pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io:
 pub fn in_session(args: &[String], companion: Option<&Companion>) -> Wall {
     let shuts_itself_in = companion.is_some_and(|companion| companion.needs_network || companion.privileged);
     Wall { open: true, shuts_itself_in, uring: uses_uring(args), ..Wall::default() }
+}
+
+/// Sockets that QEMU is told to make by a path.
+fn sockets_made(args: &[String]) -> Vec<PathBuf> {
+    let socket = |option: &str, value: &str| {
+        let key = match option {
+            "-chardev" if value.contains(",server=on") => "path=",
+            "-vnc" => "unix:",
+            "-spice" if value.contains("unix=on") => "addr=",
+            _ => return None,
+        };
+        let whole = value.replace(",,", "\0");
+        let path = whole.split(',').find_map(|word| word.strip_prefix(key))?.replace('\0', ",");
+        Some(PathBuf::from(path))
+    };
+    args.windows(2).filter_map(|pair| socket(&pair[0], &pair[1])).collect()
 }
 
 /// Whether the definition asks for io_uring: there are few parts of the kernel in which more has been found.
@@ -148,6 +171,17 @@ mod tests {
         assert_eq!(found("unix:/guests/vnc.sock,password=on"), ["/guests/vnc.sock"]);
         assert_eq!(found(r#"{"driver":"nbd","server":{"type":"unix","path":"/run/nbd"}}"#), ["/run/nbd"]);
         assert_eq!(found("path=/usr/share/x,b=/,c=a/b"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn sockets_that_it_is_to_make_are_known() {
+        let made = |option: &str, value: &str| sockets_made(&[option.to_owned(), value.to_owned()]);
+        let serial = "socket,id=a,path=/srv/a,,b.sock,server=on,wait=off,logfile=/srv/a.log,logappend=off";
+        assert_eq!(made("-chardev", serial), [PathBuf::from("/srv/a,b.sock")]);
+        assert_eq!(made("-vnc", "unix:/guests/vnc.sock,audiodev=audio1"), [PathBuf::from("/guests/vnc.sock")]);
+        assert!(made("-chardev", "socket,id=chr-vu-fs2,path=/guests/fs2.sock").is_empty());
+        assert!(made("-chardev", "socket,id=mon,fd=3,server=on,wait=off").is_empty());
+        assert!(made("-vnc", "127.0.0.1:0,password=on").is_empty());
     }
 
     #[test]
