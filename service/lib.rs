@@ -1,5 +1,7 @@
 //! What virtd does: domains, jobs, permissions, events and what is kept on disk. Knows no bus and no hypervisor.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod authz;
 mod boot;
 mod compare;
@@ -10,6 +12,7 @@ pub mod events;
 pub mod job;
 mod registry;
 mod shared;
+#[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 
 pub use desk::Reading;
@@ -20,7 +23,7 @@ pub use domain::{
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 
-use authz::{Action, Authority, Caller, Subject};
+use authz::{Action, Answer, Authority, Caller, Subject};
 use desk::Seat;
 use domain::Birth;
 use error::{Error, Result};
@@ -184,6 +187,9 @@ impl Service {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
             return Ok(findings);
         };
+        if self.may_name_files(caller, &def, &**driver).await {
+            driver.learn(&def).await;
+        }
         match driver.complete(&mut def).await {
             Ok(()) => {}
             Err(DriverError::Config(found)) => add_findings(&mut findings, found),
@@ -214,12 +220,22 @@ impl Service {
         Ok(findings)
     }
 
+    /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
+    async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
+        let existing = self.shared.registry.look(def.uuid, &def.name).ok().flatten();
+        let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
+        self.shared.authority.can(caller, Action::Define, &subject).await == Answer::Yes
+    }
+
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
         let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
+        if self.may_name_files(caller, &def, &*driver).await {
+            driver.learn(&def).await;
+        }
         let translated = match driver.complete(&mut def).await {
             Ok(()) => driver.native(&def, format).await,
             Err(e) => Err(e),
@@ -289,6 +305,7 @@ impl Service {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
         }
         keep_hidden(&mut def, existing.as_deref()).map_err(Error::ConfigInvalid)?;
+        driver.learn(&def).await;
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)

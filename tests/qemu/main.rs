@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod dead_storage;
 mod hung;
 mod lifecycle;
 mod media;
