@@ -88,8 +88,7 @@ impl Domain {
 
     fn open_intent(&self) -> Option<Intent> {
         let open = lock(&self.state).snapshots.open.clone();
-        let intent = lock(&open).clone();
-        intent
+        lock(&open).clone()
     }
 
     /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
