@@ -5,7 +5,8 @@
 //!
 //! - At the seats of one user lie documents of so many bytes together ([`Reading::bytes_per_user`]); a larger one lies there
 //!   alone. The rest waits, in turn.
-//! - Of these, two of a user and as many in all as there are CPUs are being read, where that may block.
+//! - Of these, two of a user and as many in all as there are CPUs are being read, where that may block. One user never has all
+//!   CPUs, unless there is but one.
 //!
 //! A person who is asked for a password while a seat is held keeps nobody else from one.
 
@@ -27,7 +28,9 @@ pub struct Reading {
 impl Default for Reading {
     fn default() -> Reading {
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
-        Reading { at_once, per_user: 2, bytes_per_user: 1 << 20 }
+        // On a small host one user's two would be all there are.
+        let per_user = at_once.saturating_sub(1).clamp(1, 2);
+        Reading { at_once, per_user, bytes_per_user: 1 << 20 }
     }
 }
 
