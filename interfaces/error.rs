@@ -4,6 +4,7 @@
 //! `org.freedesktop.DBus.Error.*` are raised by the dispatcher for what never reaches the service.
 
 use std::fmt;
+use virt_model::xml::plainly;
 use virt_service::error::Error as ServiceError;
 
 /// An error as a caller sees it: a name and one sentence.
@@ -76,7 +77,7 @@ pub fn name(error: &ServiceError) -> &'static str {
         ServiceError::Cancelled(_) => "org.virt.Error.Cancelled",
         ServiceError::TimedOut(_) => "org.virt.Error.TimedOut",
         ServiceError::AgentUnavailable(_) => "org.virt.Error.AgentUnavailable",
-        ServiceError::HypervisorFailed(_) => "org.virt.Error.HypervisorFailed",
+        ServiceError::HypervisorFailed { .. } => "org.virt.Error.HypervisorFailed",
         ServiceError::StorageFailed(_) => "org.virt.Error.StorageFailed",
         ServiceError::NoSpace(_) => "org.virt.Error.NoSpace",
         ServiceError::Internal(_) => "org.virt.Error.Internal",
@@ -100,7 +101,7 @@ impl From<&ServiceError> for Error {
 
 /// A text may come from outside and hold what the bus cannot carry.
 fn sayable(text: String) -> String {
-    if text.contains('\0') { text.replace('\0', " ") } else { text }
+    plainly(&text).into_owned()
 }
 
 impl fmt::Display for Error {

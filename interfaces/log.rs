@@ -1,11 +1,12 @@
 //! Where virtd's log goes: to the journal with its fields if systemd reads our standard error, else there as text.
 
 use crate::settings::LogLevel;
-use std::io::IsTerminal;
+use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
+use virt_model::xml::plainly;
 
 /// Begins to log.
 pub fn begin(level: LogLevel) {
@@ -22,7 +23,34 @@ where
     S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
 {
     let ansi = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(ansi)
+    tracing_subscriber::fmt::layer().with_writer(|| Plain(std::io::stderr())).with_ansi(ansi)
+}
+
+/// Writes each event as one line that looks like what it is, whatever names and words of others are in it: they forge no
+/// lines and change no letters. Escapes are left where a terminal gets colours.
+struct Plain<W>(W);
+
+impl<W: Write> Write for Plain<W> {
+    /// An event comes whole, with its line end.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let text = String::from_utf8_lossy(event);
+        let line = text.strip_suffix('\n').unwrap_or(&text);
+        let mut plain = String::with_capacity(event.len() + 1);
+        for piece in line.split_inclusive('\u{1b}') {
+            match piece.strip_suffix('\u{1b}') {
+                // The formatter's own; those in names and words it has written out itself.
+                Some(before) => plain.extend([&*plainly(before), "\u{1b}"]),
+                None => plain.push_str(&plainly(piece)),
+            }
+        }
+        plain.push('\n');
+        self.0.write_all(plain.as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
 }
 
 /// Whether standard error is the stream that `JOURNAL_STREAM` names, and not one that it was later exchanged for.
@@ -30,4 +58,18 @@ fn is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     let Ok(stderr) = std::fs::metadata("/proc/self/fd/2") else { return false };
     stream == format!("{}:{}", stderr.dev(), stderr.ino())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn s3_an_event_is_one_line_whatever_is_in_it() {
+        let mut written = Vec::new();
+        let event = "INFO the hypervisor died: no\n2026 INFO a forged line \u{202e}reversed\r\n";
+        Plain(&mut written).write_all(event.as_bytes()).unwrap();
+        let text = String::from_utf8(written).unwrap();
+        assert_eq!(text, "INFO the hypervisor died: no\\u{a}2026 INFO a forged line \\u{202e}reversed\\u{d}\n");
+    }
 }

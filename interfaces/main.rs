@@ -27,6 +27,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// few enough for programs that close each of them one by one.
 const DESCRIPTORS: u64 = 64 << 10;
 
+/// With fewer descriptors than this not one guest can be started.
+const FEWEST_DESCRIPTORS: u64 = 512;
+
 /// How long work on files may go on when all else has ended.
 const FILES: Duration = Duration::from_secs(5);
 
@@ -37,7 +40,6 @@ const STACK: usize = 16 << 20;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     virtd::log::begin(arguments.log_level);
-    raise_descriptors();
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK).build();
     let ended = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
@@ -57,6 +59,7 @@ fn main() -> ExitCode {
 
 /// Serves until a signal or the end of the connection; the latter is an error, for a supervisor to start us again.
 async fn run(arguments: &Arguments) -> Result<(), String> {
+    raise_descriptors()?;
     let stop = stop()?;
     let folders = Folders::new(arguments, |name| std::env::var_os(name).map(Into::into))?;
     let config = Config::read(&folders.config.join("virtd.toml"))?;
@@ -160,16 +163,21 @@ fn deaf_to_polkit(error: &zbus::Error) -> String {
     format!("polkit cannot be listened to: {error}")
 }
 
-/// Lets us have more descriptors than a process usually may: every guest takes some.
-fn raise_descriptors() {
+/// Lets us have more descriptors than a process usually may: every guest takes some. Error: there are too few.
+fn raise_descriptors() -> Result<(), String> {
     use nix::sys::resource::{Resource, getrlimit, setrlimit};
-    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
-        let wanted = hard.min(DESCRIPTORS).max(soft);
-        setrlimit(Resource::RLIMIT_NOFILE, wanted, hard)
-    });
-    if let Err(error) = raised {
-        tracing::warn!(%error, "the number of descriptors could not be raised");
+    let limits = getrlimit(Resource::RLIMIT_NOFILE);
+    let (soft, hard) = limits.map_err(|error| format!("the limit of descriptors cannot be read: {error}"))?;
+    let wanted = hard.min(DESCRIPTORS).max(soft);
+    if wanted < FEWEST_DESCRIPTORS {
+        return Err(format!(
+            "virtd may have {wanted} descriptors and needs {FEWEST_DESCRIPTORS}; raise LimitNOFILE= of its unit, or 'ulimit -n'"
+        ));
     }
+    if let Err(error) = setrlimit(Resource::RLIMIT_NOFILE, wanted, hard) {
+        tracing::warn!(%error, soft, "the number of descriptors could not be raised");
+    }
+    Ok(())
 }
 
 /// What the drivers are told. On a session bus QEMU runs as we do.

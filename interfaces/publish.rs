@@ -368,6 +368,28 @@ mod tests {
         assert_eq!(member(&gone), "InterfacesRemoved");
     }
 
+    /// M4: what is kept for a peer that does not read is bounded, and others go on hearing.
+    #[tokio::test]
+    async fn a_peer_that_does_not_read_is_given_up() {
+        let (ours, _theirs) = zbus::connection::socket::Channel::pair();
+        let guid = zbus::Guid::generate();
+        let builder = zbus::connection::Builder::authenticated_socket(ours, guid).p2p();
+        let peer = builder.build().await.unwrap();
+        let publisher = Publisher::new(&["test"]);
+        let (slow, quick) = (Arc::new(Outbox::default()), Arc::new(Outbox::default()));
+        publisher.attach(Listener { outbox: slow.clone(), peer: Some(peer.clone()) });
+        publisher.attach(Listener { outbox: quick.clone(), peer: None });
+        let large = Message::signal("/", "a.b", "C").build(&"x".repeat(1 << 20)).unwrap();
+        for _ in 0..65 {
+            slow.push(large.clone());
+        }
+        publisher.room().await;
+        assert!(slow.is_closed() && slow.bytes() == 0);
+        peer.closed().await;
+        publisher.publish(Event::Domain(Arc::new(facts(DomainState::Shutoff)), Vec::new()));
+        assert_eq!((members(&quick.waiting()).len(), slow.bytes()), (1, 0));
+    }
+
     #[tokio::test]
     async fn a_flush_is_answered_behind_what_came_before() {
         let publisher = Publisher::new(&["test"]);

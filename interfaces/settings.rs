@@ -113,14 +113,14 @@ impl Default for QemuConfig {
 
 impl Default for LimitsConfig {
     fn default() -> Self {
-        let Limits { domains_per_user, jobs_per_user } = Limits::default();
+        let Limits { domains_per_user, jobs_per_user, .. } = Limits::default();
         LimitsConfig { domains_per_user, jobs_per_user }
     }
 }
 
 impl From<LimitsConfig> for Limits {
     fn from(config: LimitsConfig) -> Limits {
-        Limits { domains_per_user: config.domains_per_user, jobs_per_user: config.jobs_per_user }
+        Limits { domains_per_user: config.domains_per_user, jobs_per_user: config.jobs_per_user, ..Limits::default() }
     }
 }
 

@@ -5,26 +5,36 @@ use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, now_usec, virtd_itself};
 use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
-use tokio::sync::{Semaphore, mpsc};
+use std::time::Duration;
+use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
-use virt_model::driver::{Condition, DomainEnd, Driver, Reconnect, Reconnected};
+use virt_model::driver::{Condition, Driver, Reconnect, Reconnected};
 use virt_model::state::{DomainState, PmSuspended, StateReason, Suspended};
 use virt_model::xml::Limits;
 
 /// How many guests are reconnected, or started, at once.
 const AT_ONCE: usize = 16;
 
-/// Fills the registry from disk and from the guests that run.
+/// How long guests are looked for before virtd is there for everybody, whatever one of them does.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// How long one machine that does not come on keeps others waiting for its place among [`AT_ONCE`].
+const PLACE: Duration = Duration::from_secs(5);
+
+/// Fills the registry from disk and from the guests that run. What can be told without waiting for any of them is told when
+/// this returns; each machine that is not whole then has its turn taken, and is looked after by itself.
 pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let on = shared.clone();
     let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
-    let cut_off: Vec<Uuid> =
+    let mut cut_off: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
     // Where two have one name, it is whose it was.
     definitions.sort_by_key(|stored| match &stored.found {
@@ -40,33 +50,66 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     }
     let on = shared.clone();
     let statuses = on_disk(move || on.store.load_statuses()).await?;
-    for (_, status) in &statuses {
+    for status in statuses.values().flatten() {
         shared.id_is_taken(status.id);
     }
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    let mut under_way = JoinSet::new();
+    let mut looked_at = JoinSet::new();
     for (uuid, status) in statuses {
-        let (shared, places, kept) = (shared.clone(), places.clone(), snapshots.remove(&uuid).unwrap_or_default());
-        under_way.spawn(async move {
-            let _place = places.acquire_owned().await;
-            if let Err(e) = find_guest(&shared, uuid, status, kept).await {
-                tracing::error!(%uuid, "its guest is left alone: {e}");
-                if let Some(domain) = shared.registry.get(uuid) {
-                    domain.has_lost_sight(&e);
-                }
+        cut_off.remove(&uuid);
+        let search = match Search::begin(shared, uuid, status, snapshots.remove(&uuid).unwrap_or_default()) {
+            Ok(Some(search)) => search,
+            Ok(None) => {
+                shared.forget_guest(uuid).await?;
+                continue;
             }
+            Err(e) => {
+                tracing::error!(%uuid, "a guest that may run is left alone: {e}");
+                if let Some(domain) = shared.registry.get(uuid) {
+                    domain.may_run(&e);
+                }
+                continue;
+            }
+        };
+        let (looked, is_looked_at) = oneshot::channel::<()>();
+        // An error means the same: whoever was to say it is no longer there.
+        looked_at.spawn(async move { drop(is_looked_at.await) });
+        let domain = search.domain.clone();
+        look_after(&domain, &places, async move {
+            search.run().await;
+            drop(looked);
         });
     }
-    while under_way.join_next().await.is_some() {}
+    let _ = timeout(LOOK, looked_at.join_all()).await;
     for domain in cut_off.into_iter().filter_map(|uuid| shared.registry.get(uuid)) {
-        if let Err(e) = domain.made_whole().await {
-            tracing::error!(uuid = %domain.uuid(), "{e}");
-        }
+        look_after(&domain, &places, async {});
     }
     for domain in shared.registry.all() {
         domain.announce();
     }
     Ok(())
+}
+
+/// Does `first`, then makes the domain whole, in a task that has its turn from now on.
+fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<Output = ()> + Send + 'static) {
+    let Some(turn) = domain.turn_to_recover(&CancellationToken::new()) else {
+        return tracing::error!(uuid = %domain.uuid(), "it is looked after already");
+    };
+    let (domain, places) = (domain.clone(), places.clone());
+    tokio::spawn(async move {
+        let place = places.acquire_owned().await;
+        let work = async {
+            first.await;
+            // The log has it by then.
+            let _ = domain.made_whole().await;
+        };
+        let mut work = std::pin::pin!(work);
+        if timeout(PLACE, &mut work).await.is_err() {
+            drop(place);
+            work.await;
+        }
+        drop(turn);
+    });
 }
 
 /// The snapshots of all domains. Those that cannot be read are left alone.
@@ -134,45 +177,119 @@ fn enter(shared: &Arc<Shared>, birth: Birth) -> Result<Arc<Domain>> {
     }
 }
 
-/// Finds one guest that ran when virtd was last here, or learns that it has gone.
-async fn find_guest(shared: &Arc<Shared>, uuid: Uuid, status: Status, snapshots: Loaded) -> Result<()> {
-    let driver = shared
-        .driver_named(&status.driver)
-        .cloned()
-        .ok_or_else(|| Error::ConfigUnsupported(format!("this virtd has no driver '{}'", status.driver)))?;
-    let (live, unread) = live_configuration(shared, uuid, &status);
-    let file = shared.store.status_file(uuid, status.clone());
-    let (events, reports) = mpsc::unbounded_channel();
-    let reconnected = match &status.record {
-        None => None,
-        Some(record) => driver
-            .reconnect(Reconnect {
-                live: live.clone(),
-                record: record.clone(),
-                last: last_condition(status.state, status.reason),
-                runtime_dir: shared.store.runtime_dir(uuid),
-                log_file: shared.store.log_file(uuid),
-                recorder: file.clone(),
-                events,
-            })
-            .await
-            .map_err(|e| Error::from_driver(&live.name, "find", e))?,
-    };
-    match reconnected {
-        Some(Reconnected { instance, condition }) => {
-            let domain = domain_of(shared, driver, &live, &status, snapshots)?;
-            unread.iter().for_each(|why| domain.has_lost_sight(why));
-            domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
-            tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
-        }
-        None => has_gone(shared, uuid, driver.as_ref(), &live).await?,
+/// A guest that ran when virtd was last here is looked for.
+struct Search {
+    shared: Arc<Shared>,
+    domain: Arc<Domain>,
+    driver: Arc<dyn Driver>,
+    live: Arc<DomainDef>,
+    status: Status,
+}
+
+impl Search {
+    /// Makes the domain that it belongs to, where there is none, and what was last known of it that domain's. From now on it
+    /// is not started beside that. `None`: no guest of it can have outlived the last virtd.
+    fn begin(shared: &Arc<Shared>, uuid: Uuid, status: Result<Status>, snapshots: Loaded) -> Result<Option<Search>> {
+        let known = shared.registry.get(uuid);
+        let stored = known.as_ref().and_then(|domain| domain.stored());
+        let status = match status {
+            Ok(status) => status,
+            Err(e) => {
+                let Some(status) = unreadable(shared, known.as_deref()) else { return Ok(None) };
+                tracing::error!(%uuid, "what is noted of its guest cannot be read: {e}; it is looked for all the same");
+                status
+            }
+        };
+        let driver = shared.driver_named(&status.driver).cloned();
+        let driver =
+            driver.ok_or_else(|| Error::ConfigUnsupported(format!("this virtd has no driver '{}'", status.driver)))?;
+        let (live, unread) = live_configuration(uuid, &status, stored.as_deref(), &*driver);
+        let live = Arc::new(live);
+        let domain = match known {
+            Some(domain) => domain,
+            None => {
+                let note = Note { owner: status.owner, ..Note::default() };
+                let ended = Ended { reason: status.reason, since_usec: status.since_usec };
+                let (def, driver) = (DomainDef::clone(&live), driver.clone());
+                enter(shared, Birth { def, persistent: false, broken: None, driver, note, ended, snapshots })?
+            }
+        };
+        domain.is_sought(&status, live.clone(), unread);
+        Ok(Some(Search { shared: shared.clone(), domain, driver, live, status }))
     }
-    Ok(())
+
+    /// Finds it, or learns that it has gone; else the domain says why neither can be told.
+    async fn run(self) {
+        let (domain, uuid) = (self.domain.clone(), self.domain.uuid());
+        if let Err(e) = self.look().await {
+            tracing::error!(%uuid, "its guest is left alone: {e}");
+            domain.cannot_be_found(&e);
+        }
+    }
+
+    async fn look(self) -> Result<()> {
+        let Search { shared, domain, driver, live, status } = self;
+        let (store, uuid) = (&shared.store, domain.uuid());
+        let file = store.status_file(uuid, status.clone());
+        let (events, reports) = virt_model::driver::reports();
+        let found = match &status.record {
+            None => None,
+            Some(record) => driver
+                .reconnect(Reconnect {
+                    live: DomainDef::clone(&live),
+                    record: record.clone(),
+                    last: last_condition(status.state, status.reason),
+                    runtime_dir: store.runtime_dir(uuid),
+                    log_file: store.log_file(uuid),
+                    recorder: file.clone(),
+                    events,
+                })
+                .await
+                .map_err(|e| Error::from_driver(&live.name, "find", e))?,
+        };
+        match found {
+            Some(Reconnected { instance, condition }) => {
+                domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
+                tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
+            }
+            None => {
+                tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
+                domain.ended_unseen().await;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is assumed of a guest of which nothing can be read: that it runs, until its driver says that it does not. `None`:
+/// guests of that kind end with virtd.
+fn unreadable(shared: &Shared, known: Option<&Domain>) -> Option<Status> {
+    let outlive = |driver: &&Arc<dyn Driver>| driver.guests_outlive_virtd();
+    let driver = match known {
+        Some(domain) => Some(domain.driver()).filter(outlive)?,
+        None => shared.drivers.iter().find(outlive)?,
+    };
+    Some(Status {
+        driver: driver.name().to_owned(),
+        id: shared.next_id(),
+        owner: 0,
+        state: DomainState::Running,
+        reason: StateReason::Unknown,
+        since_usec: now_usec(),
+        autodestroy: None,
+        live: String::new(),
+        record: Some(serde_json::Value::Null),
+    })
 }
 
 /// What a guest runs with: it was found good when the guest started, so whatever can be read of it counts. Where that is
 /// nothing, the stored configuration stands for it, or else its mere name; then also why.
-fn live_configuration(shared: &Shared, uuid: Uuid, status: &Status) -> (DomainDef, Option<Error>) {
+fn live_configuration(
+    uuid: Uuid,
+    status: &Status,
+    stored: Option<&DomainDef>,
+    driver: &dyn Driver,
+) -> (DomainDef, Option<String>) {
     let (live, findings) = DomainDef::parse_leniently_within(&status.live, Limits::STORED);
     let why = findings.first().map(ToString::to_string).unwrap_or_default();
     match live {
@@ -183,10 +300,10 @@ fn live_configuration(shared: &Shared, uuid: Uuid, status: &Status) -> (DomainDe
             (live, None)
         }
         _ => {
-            let error = Error::StorageFailed(format!("what its guest runs with cannot be read: {why}"));
-            let stored = shared.registry.get(uuid).and_then(|domain| domain.stored());
-            let nameless = || DomainDef { name: uuid.to_string(), uuid, ..DomainDef::default() };
-            (stored.map_or_else(nameless, |stored| DomainDef::clone(&stored)), Some(error))
+            let kind = driver.types().first().copied().unwrap_or_default().to_owned();
+            let nameless = || DomainDef { kind, name: uuid.to_string(), uuid, ..DomainDef::default() };
+            let why = format!("what its guest runs with cannot be read: {why}");
+            (stored.cloned().unwrap_or_else(nameless), Some(why))
         }
     }
 }
@@ -204,35 +321,6 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
     }
 }
 
-/// The domain a found guest belongs to: the stored one, or a transient one that is made again.
-fn domain_of(
-    shared: &Arc<Shared>,
-    driver: Arc<dyn Driver>,
-    live: &DomainDef,
-    status: &Status,
-    snapshots: Loaded,
-) -> Result<Arc<Domain>> {
-    if let Some(domain) = shared.registry.get(live.uuid) {
-        return Ok(domain);
-    }
-    let note = Note { owner: status.owner, ..Note::default() };
-    let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-    enter(shared, Birth { def: live.clone(), persistent: false, broken: None, driver, note, ended, snapshots })
-}
-
-/// A guest ended while virtd was away, or its start was cut off.
-async fn has_gone(shared: &Arc<Shared>, uuid: Uuid, driver: &dyn Driver, live: &DomainDef) -> Result<()> {
-    tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
-    if let Some(domain) = shared.registry.get(uuid) {
-        domain.ended_unseen(StateReason::Daemon, now_usec()).await;
-        return Ok(());
-    }
-    if let Err(error) = driver.remove_belongings(live, DomainEnd::Transient).await {
-        tracing::warn!(%uuid, name = live.name, %error, "what belongs to it cannot be removed");
-    }
-    shared.forget_guest(uuid).await
-}
-
 /// Starts what starts with the host, once since the host booted.
 pub(crate) async fn autostart(shared: &Arc<Shared>) -> Result<()> {
     let on = shared.clone();
@@ -240,17 +328,28 @@ pub(crate) async fn autostart(shared: &Arc<Shared>) -> Result<()> {
         return Ok(());
     }
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    for domain in shared.registry.all() {
-        let facts = domain.facts();
-        if !facts.autostart || facts.state.is_active() {
-            continue;
-        }
+    for domain in shared.registry.all().into_iter().filter(|domain| domain.facts().autostart) {
         let places = places.clone();
         tokio::spawn(async move {
-            let _place = places.acquire_owned().await;
-            let started = match domain.launch(&virtd_itself(), None, StartOptions::default()).await {
-                Ok(ticket) => ticket.done().await,
-                Err(e) => Err(e),
+            // First it is found out whether it runs.
+            domain.is_looked_after().await;
+            if domain.facts().state.is_active() {
+                return;
+            }
+            let place = places.acquire_owned().await;
+            let work = async {
+                match domain.launch(&virtd_itself(), None, StartOptions::default()).await {
+                    Ok(ticket) => ticket.done().await,
+                    Err(e) => Err(e),
+                }
+            };
+            let mut work = std::pin::pin!(work);
+            let started = match timeout(PLACE, &mut work).await {
+                Ok(started) => started,
+                Err(_) => {
+                    drop(place);
+                    work.await
+                }
             };
             if let Err(e) = started {
                 tracing::error!(uuid = %domain.uuid(), name = domain.name(), "autostart: {e}");

@@ -1,8 +1,8 @@
 //! Whether a guest would notice if its machine became another one: two documents, read, completed, compared.
 
+use crate::Service;
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
-use crate::{Service, aside};
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness, read_pair};
 use virt_model::driver::DriverError;
@@ -15,7 +15,8 @@ impl Service {
     pub async fn compare(&self, caller: &Caller, source: &str, target: &str) -> Result<Vec<AbiDifference>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
         let (one, other) = (source.to_owned(), target.to_owned());
-        let read = aside(move || read_pair(&one, &other)).await;
+        let seat = self.shared.desk.seat(caller.uid, one.len() + other.len()).await;
+        let read = seat.work(move || read_pair(&one, &other)).await;
         let (source, target) = read.map_err(|(side, findings)| invalid(side.as_str(), findings))?;
         let completed = (self.completed("source", &source).await?, self.completed("target", &target).await?);
         // What a driver decides is compared only where it has decided for both.

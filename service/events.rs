@@ -1,6 +1,8 @@
 //! The event stream: what the service tells of every change, in the order in which it happened.
 //!
-//! One unbounded channel with one reader (the publisher). A domain sends while it holds its state, so the order of one
+//! One channel with one reader (the publisher). It has no bound of its own: who changes something waits until that has been
+//! published, guests report at a pace (`domain/reports.rs`), and a bus that takes nothing is left after some seconds, so
+//! what lies here is no more than what is under way. A domain sends while it holds its state, so the order of one
 //! domain's events is the order of its changes. [`Events::flush`] returns when everything sent before it has been
 //! published: that is how a reply waits for its signals.
 

@@ -41,13 +41,17 @@ pub struct Turn {
 struct Holder {
     what: String,
     give_up: CancellationToken,
+    place: Weak<Place>,
 }
 
-/// A turn taken; given back on drop.
+/// A turn taken; given back when it and all its shares have been dropped.
 #[derive(Debug)]
-pub struct Held {
+pub struct Held(Arc<Place>);
+
+#[derive(Debug)]
+struct Place {
     turn: Arc<Turn>,
-    _place: OwnedMutexGuard<()>,
+    _guard: OwnedMutexGuard<()>,
 }
 
 impl Turn {
@@ -66,6 +70,11 @@ impl Turn {
         }
     }
 
+    /// Waits, however long it takes, until nobody has the turn who has it or waits for it now.
+    pub async fn is_free(&self) {
+        drop(self.queue.lock().await);
+    }
+
     /// Asks whoever has the turn to give it up.
     pub fn ask_to_give_up(&self) {
         if let Some(holder) = lock(&self.holder).as_ref() {
@@ -73,22 +82,32 @@ impl Turn {
         }
     }
 
-    fn held_by(self: &Arc<Self>, what: &str, give_up: &CancellationToken, place: OwnedMutexGuard<()>) -> Held {
-        *lock(&self.holder) = Some(Holder { what: what.to_owned(), give_up: give_up.clone() });
-        Held { turn: self.clone(), _place: place }
+    /// A share in the turn that is held now, for work that may outlast its holder's interest in it: nobody else gets the turn
+    /// before that work has ended, too. With it comes what fires when a destroy wants through. `None`: nobody holds it.
+    pub fn share(&self) -> Option<(Held, CancellationToken)> {
+        let holder = lock(&self.holder);
+        let holder = holder.as_ref()?;
+        Some((Held(holder.place.upgrade()?), holder.give_up.clone()))
+    }
+
+    fn held_by(self: &Arc<Self>, what: &str, give_up: &CancellationToken, guard: OwnedMutexGuard<()>) -> Held {
+        let place = Arc::new(Place { turn: self.clone(), _guard: guard });
+        let (what, give_up, place_of) = (what.to_owned(), give_up.clone(), Arc::downgrade(&place));
+        *lock(&self.holder) = Some(Holder { what, give_up, place: place_of });
+        Held(place)
     }
 }
 
 impl Held {
     /// Changes what those who wait are told.
     pub fn rename(&self, what: String) {
-        if let Some(holder) = lock(&self.turn.holder).as_mut() {
+        if let Some(holder) = lock(&self.0.turn.holder).as_mut() {
             holder.what = what;
         }
     }
 }
 
-impl Drop for Held {
+impl Drop for Place {
     fn drop(&mut self) {
         *lock(&self.turn.holder) = None;
     }
@@ -376,7 +395,8 @@ impl Job {
                 Err(_) => JobState::Failed,
             };
             facts.cancellable = false;
-            facts.error = result.as_ref().err().cloned();
+            // Everybody reads it: who asked is told more by the ticket.
+            facts.error = result.as_ref().err().map(Error::public);
             if result.is_ok() {
                 facts.progress = 1.0;
             }
@@ -463,6 +483,20 @@ mod tests {
         assert!(give_up.is_cancelled());
         drop(held);
         turn.ask_to_give_up();
+    }
+
+    #[tokio::test]
+    async fn a_turn_is_free_when_its_last_share_has_gone() {
+        let turn = Arc::new(Turn::default());
+        assert!(turn.share().is_none());
+        let held = turn.try_take("start", &CancellationToken::new()).expect("free");
+        let (share, give_up) = turn.share().expect("held");
+        drop(held);
+        assert!(turn.try_take("save", &CancellationToken::new()).is_none());
+        turn.ask_to_give_up();
+        assert!(give_up.is_cancelled());
+        drop(share);
+        assert!(turn.try_take("save", &CancellationToken::new()).is_some());
     }
 
     #[tokio::test(start_paused = true)]

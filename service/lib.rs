@@ -5,6 +5,7 @@
 pub mod authz;
 mod boot;
 mod compare;
+mod desk;
 mod domain;
 pub mod error;
 pub mod events;
@@ -14,6 +15,7 @@ mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 
+pub use desk::Reading;
 pub use domain::{
     Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, StartOptions,
     UndefineOptions,
@@ -22,6 +24,7 @@ pub use shared::{Callers, Limits};
 pub use store::Paths;
 
 use authz::{Action, Answer, Authority, Caller, Subject};
+use desk::Seat;
 use domain::Birth;
 use error::{Error, Result};
 use events::{Event, Events};
@@ -177,7 +180,8 @@ impl Service {
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
     pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let (def, mut findings) = document(xml, DomainDef::parse_leniently).await;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
         let Some(mut def) = def else { return Ok(findings) };
         let Some(driver) = self.shared.driver_for(&def.kind) else {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
@@ -193,7 +197,15 @@ impl Service {
         }
         add_findings(&mut findings, driver.check(&def).await);
         let conflict = self.shared.registry.look(def.uuid, &def.name);
-        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def)).await {
+        let existing = conflict.as_ref().ok().and_then(Option::as_deref);
+        if let (true, Err(finding)) = (existing.is_none(), new_name(&def)) {
+            add_findings(&mut findings, vec![finding]);
+        }
+        // On a copy: what is told of the document is told of it as it was given.
+        if let Err(found) = keep_hidden(&mut def.clone(), existing) {
+            add_findings(&mut findings, found);
+        }
+        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def), &seat).await {
             add_findings(&mut findings, found);
         }
         if let Err(conflict) = conflict {
@@ -218,7 +230,8 @@ impl Service {
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         if self.may_name_files(caller, &def, &*driver).await {
             driver.learn(&def).await;
@@ -239,7 +252,10 @@ impl Service {
             let known = self.drivers().join(", ");
             return Err(Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(driver))));
         };
-        found.capabilities().await.map_err(|e| Error::HypervisorFailed(format!("driver '{driver}': {e}")))
+        found
+            .capabilities()
+            .await
+            .map_err(|e| Error::HypervisorFailed { what: format!("driver '{driver}'"), why: e.to_string() })
     }
 
     /// Cancels a job: one's own, or with permission another's.
@@ -276,7 +292,8 @@ impl Service {
         actions: &[Action],
         validate: bool,
     ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
-        let mut def = document(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
@@ -284,6 +301,10 @@ impl Service {
         for action in actions.iter().copied().chain(native) {
             self.shared.authority.check(caller, action, &subject).await?;
         }
+        if existing.is_none() {
+            new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
+        }
+        keep_hidden(&mut def, existing.as_deref()).map_err(Error::ConfigInvalid)?;
         driver.learn(&def).await;
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
@@ -291,7 +312,7 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
-        let def = *readable(Box::new(def)).await?;
+        let def = *readable(Box::new(def), &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
@@ -366,7 +387,7 @@ impl Service {
 
 /// The line for what came to no domain.
 fn log_refused(caller: &Caller, deed: &str, begun: Instant, e: &Error) {
-    tracing::warn!(uid = caller.uid, action = deed, outcome = %e, duration_ms = millis(begun), "domain");
+    tracing::warn!(uid = caller.uid, action = deed, outcome = %e.public(), duration_ms = millis(begun), "domain");
 }
 
 /// Refuses what a check found, warnings apart.
@@ -392,28 +413,33 @@ fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
     }
 }
 
-/// Above this, in bytes, a document is read on a thread of its own: other callers do not wait for it.
-const LARGE_DOCUMENT: usize = 32 << 10;
+/// Refuses a name that looks like another. Those that are there already keep theirs.
+pub(crate) fn check_new_name(what: &str, name: &str) -> Result<()> {
+    let refused = virt_model::xml::check_new_name(name);
+    refused.map_err(|why| Error::InvalidArgument(format!("the name '{}' of a {what} {why}", shorten(name))))
+}
 
-/// What `read` makes of a document.
-async fn document<T: Send + 'static>(xml: &str, read: fn(&str) -> T) -> T {
-    if xml.len() < LARGE_DOCUMENT {
-        return read(xml);
-    }
-    let text = xml.to_owned();
-    aside(move || read(&text)).await
+/// The same for a whole document.
+fn new_name(def: &DomainDef) -> Result<(), Finding> {
+    check_new_name("domain", &def.name).map_err(|e| Finding::invalid(&def.at.child("name"), e.to_string()))
+}
+
+/// Puts back what somebody who was not shown all of a domain's configuration means to keep of it.
+fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec<Finding>> {
+    let known = existing.map(Domain::known).unwrap_or_default();
+    def.keep_hidden(&known.iter().map(|def| &**def).collect::<Vec<_>>())
 }
 
 /// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
-async fn readable(def: Box<DomainDef>) -> Result<Box<DomainDef>> {
-    aside(move || match store::acceptable(&def) {
+async fn readable(def: Box<DomainDef>, seat: &Seat) -> Result<Box<DomainDef>> {
+    let readable = seat.work(move || match store::acceptable(&def) {
         Ok(()) => Ok(def),
         Err(message) => {
             let path = "/".to_owned();
             Err(Error::ConfigInvalid(vec![Finding { kind: FindingKind::Invalid, line: 0, column: 0, path, message }]))
         }
-    })
-    .await
+    });
+    readable.await
 }
 
 /// Computes on a thread of its own.

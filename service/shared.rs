@@ -1,6 +1,7 @@
 //! What every domain shares with the service: drivers, authority, events, jobs, the registry and the disk.
 
 use crate::authz::{Authority, Caller};
+use crate::desk::{Desk, Reading};
 use crate::error::Result;
 use crate::events::Events;
 use crate::job::Jobs;
@@ -26,11 +27,13 @@ pub struct Limits {
     pub domains_per_user: usize,
     /// Jobs under way.
     pub jobs_per_user: usize,
+    /// Documents being read. Root has no more than others.
+    pub reading: Reading,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { domains_per_user: 1000, jobs_per_user: 64 }
+        Limits { domains_per_user: 1000, jobs_per_user: 64, reading: Reading::default() }
     }
 }
 
@@ -44,6 +47,7 @@ pub(crate) struct Shared {
     pub registry: Registry,
     pub store: Store,
     pub limits: Limits,
+    pub desk: Arc<Desk>,
     last_id: AtomicU32,
 }
 
@@ -67,6 +71,7 @@ impl Shared {
             registry,
             store,
             limits,
+            desk: Desk::new(limits.reading),
             last_id: AtomicU32::new(0),
         })
     }

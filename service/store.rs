@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::job::lock;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
@@ -120,7 +121,8 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// Makes the folders.
+    /// Makes the folders. Where they are on a file system that cannot be written, what is there is served, and each change that
+    /// would have to be kept is refused when it comes to that.
     pub fn open(paths: Paths) -> Result<Store> {
         let store = Store { paths };
         for (folder, mode) in [
@@ -131,13 +133,18 @@ impl Store {
             (store.paths.runtime.join("guests"), 0o711),
             (store.paths.log.clone(), 0o700),
         ] {
-            fs::DirBuilder::new()
+            let made = fs::DirBuilder::new()
                 .recursive(true)
                 .mode(if mode == 0o700 { 0o755 } else { mode })
                 .create(&folder)
                 .and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(mode)))
-                .map_err(|e| Error::from_io("make the folder", &folder, &e))?;
-            remove_unfinished(&folder).map_err(|e| Error::from_io("tidy", &folder, &e))?;
+                .and_then(|()| remove_unfinished(&folder));
+            match made {
+                Err(e) if e.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+                    tracing::error!("{}; what is there is served", Error::from_io("write to", &folder, &e));
+                }
+                made => made.map_err(|e| Error::from_io("make the folder", &folder, &e))?,
+            }
         }
         Ok(store)
     }
@@ -182,7 +189,9 @@ impl Store {
             }
             found.push(Stored { uuid, note, found: definition });
         }
-        self.remove_lonely_notes()?;
+        if let Err(e) = self.remove_lonely_notes() {
+            tracing::warn!("{e}");
+        }
         Ok(found)
     }
 
@@ -196,14 +205,15 @@ impl Store {
         Ok(())
     }
 
-    /// All guests that ran when virtd was last here.
-    pub fn load_statuses(&self) -> Result<Vec<(Uuid, Status)>> {
-        let mut found = Vec::new();
-        for uuid in uuids(&self.paths.runtime.join("status"), "json")? {
-            match read_json(&self.status(uuid)) {
-                Ok(status) => found.push((uuid, status)),
-                Err(e) => tracing::error!(%uuid, "{e}; a guest it may describe is left alone"),
-            }
+    /// All guests that ran when virtd was last here, or may have: what was noted of each, or why that cannot be read. Where
+    /// there is a driver's folder, its start had begun.
+    pub fn load_statuses(&self) -> Result<BTreeMap<Uuid, Result<Status>>> {
+        let noted = uuids(&self.paths.runtime.join("status"), "json")?;
+        let mut found: BTreeMap<Uuid, Result<Status>> =
+            noted.into_iter().map(|uuid| (uuid, read_json(&self.status(uuid)))).collect();
+        for uuid in uuids(&self.paths.runtime.join("guests"), "")? {
+            let none = || Err(Error::StorageFailed(format!("{} is not there", self.status(uuid).display())));
+            found.entry(uuid).or_insert_with(none);
         }
         Ok(found)
     }
@@ -335,7 +345,7 @@ fn uuids(folder: &Path, extension: &str) -> Result<Vec<Uuid>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(folder).map_err(failed)? {
         let path = entry.map_err(failed)?.path();
-        if path.extension().is_none_or(|e| e != extension) {
+        if path.extension().unwrap_or_default() != extension {
             continue;
         }
         match path.file_stem().and_then(|s| s.to_str()).and_then(|s| Uuid::try_parse(s).ok()) {

@@ -123,3 +123,96 @@ fn the_man_page_knows_every_option() {
         assert!(page.contains(&verb), "{verb}");
     }
 }
+
+/// A machine that `tests/setup` is to get ready, as [`tests/fake-apt`] plays it: what it says, what is then installed, and
+/// how apt was called.
+struct Fake {
+    folder: tempfile::TempDir,
+}
+
+impl Fake {
+    fn with(installed: &[(&str, &str)], marks: &[&str]) -> Fake {
+        let folder = tempfile::tempdir().expect("a folder");
+        std::fs::create_dir(folder.path().join("installed")).expect("a folder");
+        for name in ["apt-get", "dpkg-query"] {
+            std::os::unix::fs::symlink(project_file("tests/fake-apt"), folder.path().join(name)).expect("a link");
+        }
+        for (package, version) in installed {
+            std::fs::write(folder.path().join("installed").join(package), version).expect("written");
+        }
+        marks.iter().for_each(|mark| std::fs::write(folder.path().join(mark), "").expect("written"));
+        Fake { folder }
+    }
+
+    fn setup(&self) -> std::process::Output {
+        let path = format!("{}:{}", self.folder.path().display(), std::env::var("PATH").unwrap_or_default());
+        let mut command = std::process::Command::new(project_file("tests/setup"));
+        command.arg("demo").env("PATH", path).env("FAKE", self.folder.path()).output().expect("bash")
+    }
+
+    fn version(&self, package: &str) -> Option<String> {
+        std::fs::read_to_string(self.folder.path().join("installed").join(package))
+            .ok()
+            .map(|text| text.trim().to_owned())
+    }
+
+    fn calls(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("calls")).unwrap_or_default()
+    }
+}
+
+const BACKPORT: (&str, &str) = ("qemu-utils", "1:10.0.2+ds-2~bpo12+1");
+
+#[test]
+fn n1_a_bare_machine_gets_all_in_one_call() {
+    let fake = Fake::with(&[], &[]);
+    let done = fake.setup();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    for package in ["qemu-system-x86", "qemu-utils", "polkitd", "gcc"] {
+        assert!(fake.version(package).is_some(), "{package}");
+    }
+    let calls = fake.calls();
+    let installs = calls.lines().filter(|call| call.contains("install") && !call.contains("--simulate"));
+    assert_eq!(installs.count(), 1, "{calls}");
+    assert!(calls.lines().filter(|call| call.contains("--yes")).all(|call| call.contains("--no-remove")), "{calls}");
+}
+
+#[test]
+fn n1_a_machine_that_has_all_is_left_alone() {
+    let fake = Fake::with(&[], &[]);
+    assert!(fake.setup().status.success());
+    let before = fake.calls();
+    assert!(fake.setup().status.success());
+    assert_eq!(fake.calls(), before);
+}
+
+#[test]
+fn n1_newer_tools_from_backports_are_joined_and_not_removed() {
+    let fake = Fake::with(&[BACKPORT], &["backports"]);
+    let done = fake.setup();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(fake.version("qemu-utils").as_deref(), Some(BACKPORT.1), "what stood there stays");
+    assert!(fake.version("qemu-system-x86").is_some());
+    assert!(String::from_utf8_lossy(&done.stdout).contains("backports"), "and it is said");
+}
+
+#[test]
+fn n1_newer_tools_without_their_archive_are_put_back_and_that_is_said() {
+    let fake = Fake::with(&[BACKPORT], &[]);
+    let done = fake.setup();
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(fake.version("qemu-utils").as_deref(), Some("7.2"));
+    assert!(fake.version("qemu-system-x86").is_some());
+    let told = String::from_utf8_lossy(&done.stdout).into_owned();
+    assert!(told.contains(BACKPORT.1) && told.contains("put back: qemu-utils/"), "{told}");
+}
+
+#[test]
+fn n1_what_would_remove_something_is_not_done() {
+    let fake = Fake::with(&[("qemu-utils", "7.2")], &["greedy"]);
+    let done = fake.setup();
+    assert!(!done.status.success());
+    assert!(String::from_utf8_lossy(&done.stderr).contains("would remove what stands there: qemu-utils"));
+    assert!(fake.version("qemu-utils").is_some() && fake.version("qemu-system-x86").is_none());
+    assert!(!fake.calls().contains("--yes"), "{}", fake.calls());
+}

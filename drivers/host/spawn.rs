@@ -205,9 +205,19 @@ fn above(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
     // SAFETY: fcntl makes a new descriptor, which nothing else owns.
     unsafe {
         match libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) {
-            -1 => Err(io::Error::last_os_error()),
+            -1 => Err(none_left(&io::Error::last_os_error())),
             copy => Ok(OwnedFd::from_raw_fd(copy)),
         }
+    }
+}
+
+/// Why there is no descriptor for a new process: its places are above those, or there is none at all.
+fn none_left(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EINVAL | libc::EMFILE) => io::Error::other(
+            "virtd has as many open files as it may have; end some guests, or raise LimitNOFILE= of its unit",
+        ),
+        _ => io::Error::new(error.kind(), error.to_string()),
     }
 }
 

@@ -7,11 +7,12 @@
 use super::changes::Change;
 use super::companion::{Living, Loss, end_all};
 use super::events::{Guest, condition};
-use super::instance::{Body, Leavings, QemuInstance, translate};
+use super::instance::{Body, CLEARING, Leavings, QemuInstance, translate};
 use super::log::Log;
 use super::qmp::{Qmp, QmpError};
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
+use super::unnoted;
 use crate::host::process::{Identity, Process, kill};
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
@@ -47,8 +48,16 @@ pub struct Search {
 impl Search {
     /// Finds it, or cleans up after it.
     pub async fn run(self) -> Result<Option<Reconnected>, DriverError> {
-        let unreadable = |e| DriverError::Internal(format!("the guest's record cannot be read: {e}"));
-        let record: Record = serde_json::from_value(self.found.record.clone()).map_err(unreadable)?;
+        let record = match serde_json::from_value::<Record>(self.found.record.clone()) {
+            Ok(record) => record,
+            Err(error) => {
+                tracing::error!(uuid = %self.leavings.uuid, %error, "the guest's record cannot be read; its monitor is looked at");
+                match self.unnoted().await? {
+                    Some(record) => record,
+                    None => return self.gone(&[], Vec::new()).await,
+                }
+            }
+        };
         let opening = record.clone();
         let living = blocking(move || open(&opening)).await?;
         let living =
@@ -60,11 +69,45 @@ impl Search {
         self.adopt(record, process, companions).await
     }
 
-    /// Cleans up after a guest that has gone.
+    /// What can be known of a guest whose record cannot be read: its process, and no more. What was made beside it, or changed
+    /// on the host for it, stays.
+    async fn unnoted(&self) -> Result<Option<Record>, DriverError> {
+        let (monitor, uuid) = (self.leavings.monitor(), self.leavings.uuid);
+        let at = monitor.clone();
+        let holder = blocking(move || unnoted::holder(&at, uuid)).await?;
+        let holder = holder.map_err(|e| DriverError::Internal(format!("the guest's process cannot be told: {e}")))?;
+        let Some(process) = holder else { return Ok(None) };
+        let record = Record {
+            phase: Phase::Running,
+            uuid,
+            exe: PathBuf::new(),
+            monitor,
+            log_start: 0,
+            process: Some(process),
+            companions: Vec::new(),
+            changes: Vec::new(),
+            claims: Vec::new(),
+            rebooting: false,
+        };
+        // The next virtd finds it as it finds any other.
+        let keeper = Arc::new(Keeper::new(self.found.recorder.clone(), record.clone()));
+        if let Err(error) = keeper.change(|_| {}).await {
+            tracing::warn!(%uuid, %error, "its guest is looked for again when virtd starts anew");
+        }
+        Ok(Some(record))
+    }
+
+    /// Cleans up after a guest that has gone. A file system that does not answer keeps nobody from learning that.
     async fn gone(self, companions: &[Living], changes: Vec<Change>) -> Result<Option<Reconnected>, DriverError> {
         end_all(companions).await;
         let leavings = self.leavings.clone();
-        blocking(move || leavings.clear(&changes)).await.map(|()| None)
+        match timeout(CLEARING, blocking(move || leavings.clear(&changes))).await {
+            Ok(cleared) => cleared?,
+            Err(_) => {
+                tracing::warn!(uuid = %self.leavings.uuid, "giving back the guest's files takes long and goes on in the background");
+            }
+        }
+        Ok(None)
     }
 
     async fn adopt(

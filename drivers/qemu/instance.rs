@@ -36,7 +36,10 @@ const LAST_EVENTS: Duration = Duration::from_secs(1);
 /// How long a guest runs without a reset before its firmware is taken to be done.
 const FIRMWARE: Duration = Duration::from_secs(3);
 /// How long giving back files may keep the guest's end from being told.
-const CLEARING: Duration = Duration::from_secs(5);
+pub const CLEARING: Duration = Duration::from_secs(5);
+
+/// How often it is looked whether a guest prints more than is kept.
+const LOG_LOOK: Duration = Duration::from_millis(500);
 
 /// A running QEMU. Dropping it leaves the guest alone.
 pub struct QemuInstance {
@@ -52,7 +55,7 @@ pub struct Body {
     pub process: Process,
     /// What runs beside it.
     pub companions: Vec<Living>,
-    /// Why it was ended: a companion it cannot be without has gone.
+    /// Why it was ended: a companion it cannot be without has gone, or its monitor was given up.
     pub lost: Mutex<Option<String>>,
     /// Its monitor; `None` while it does not answer.
     pub monitor: Mutex<Option<Arc<Qmp>>>,
@@ -121,7 +124,8 @@ impl QemuInstance {
         let body = Arc::new(body);
         let watching = tokio::spawn(watch(body.clone())).abort_handle();
         let guards = (0..body.companions.len()).map(|which| tokio::spawn(guard(body.clone(), which)).abort_handle());
-        QemuInstance { tasks: guards.chain([watching]).collect(), body }
+        let bounding = tokio::spawn(bound_log(body.clone())).abort_handle();
+        QemuInstance { tasks: guards.chain([watching, bounding]).collect(), body }
     }
 
     /// What is shared with the tasks.
@@ -319,7 +323,14 @@ impl Body {
         if let Ok(end) = timeout(MONITOR_GRACE, self.process.ended()).await {
             return (end, false);
         }
-        tracing::error!(uuid = %self.uuid, "QEMU has closed its monitor and lives on; it is killed");
+        match self.reporter.given_up() {
+            Some(why) => {
+                tracing::error!(uuid = %self.uuid, "QEMU's monitor is given up, as {why}; QEMU is killed");
+                let what = format!("QEMU's monitor was given up, as {why}, and QEMU killed");
+                self.lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(what);
+            }
+            None => tracing::error!(uuid = %self.uuid, "QEMU has closed its monitor and lives on; it is killed"),
+        }
         if let Err(error) = self.process.signal(Signal::KILL) {
             tracing::error!(uuid = %self.uuid, %error, "QEMU cannot be killed");
         }
@@ -365,6 +376,21 @@ async fn settle(body: Weak<Body>) {
             Err(DriverError::TimedOut(_)) => {}
             Err(error) => return tracing::warn!(uuid = %body.uuid, %error, "a reboot will not end this guest"),
             Ok(_) => return,
+        }
+    }
+}
+
+/// Keeps what a guest prints bounded for as long as it runs.
+async fn bound_log(body: Arc<Body>) {
+    let (mut gone, mut told) = (body.gone.subscribe(), false);
+    while timeout(LOG_LOOK, gone.wait_for(|gone| *gone)).await.is_err() {
+        if !body.log.is_too_long() {
+            continue;
+        }
+        let log = body.log.clone();
+        let cut = blocking(move || log.cut()).await.unwrap_or(Ok(()));
+        if !std::mem::replace(&mut told, true) {
+            tracing::warn!(uuid = %body.uuid, error = ?cut.err(), "QEMU prints more than is kept; its log is cut, as often as need be");
         }
     }
 }

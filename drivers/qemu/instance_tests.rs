@@ -11,8 +11,7 @@ use std::path::Path;
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc;
-use virt_model::driver::{Condition, DriverEvent, Recorder};
+use virt_model::driver::{Condition, DriverEvent, EventStream, Recorder, reports};
 
 struct Nowhere;
 
@@ -46,17 +45,14 @@ fn process_saying(program: &str, output: Stdio) -> (Identity, Process) {
     (identity, process)
 }
 
-async fn guest(program: &str) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+async fn guest(program: &str) -> (QemuInstance, Peer, EventStream, i32) {
     guest_with(program, Vec::new()).await
 }
 
 /// A guest on such a process, with companions.
-async fn guest_with(
-    program: &str,
-    companions: Vec<Living>,
-) -> (QemuInstance, Peer, mpsc::UnboundedReceiver<DriverEvent>, i32) {
+async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Peer, EventStream, i32) {
     let (identity, process) = process(program);
-    let (sink, reports) = mpsc::unbounded_channel();
+    let (sink, reports) = reports();
     let reporter = Reporter::new(Guest::found(Condition::Running), sink);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut peer = BufReader::new(theirs);
@@ -140,6 +136,38 @@ async fn what_was_said_last_is_told_before_the_end() {
     }
     assert_eq!(told.len(), 3, "{told:?}");
     assert_eq!(told[2], DriverEvent::Exited(Exit::Died("QEMU was ended by signal 9".into())));
+}
+
+/// M1: a guest that stops and goes on without end is destroyed as any other, and of what it reported little is stored.
+#[tokio::test]
+async fn a_guest_that_reports_without_end_can_be_destroyed() {
+    let (instance, mut peer, mut reports, pid) = guest("trap '' TERM; while :; do sleep 1; done").await;
+    let flood = tokio::spawn(async move {
+        let events = "{\"event\": \"STOP\"}\n{\"event\": \"RESUME\"}\n".repeat(1000);
+        let mut sent = 0;
+        while peer.get_mut().write_all(events.as_bytes()).await.is_ok() {
+            sent += 2000;
+        }
+        sent
+    });
+    assert!(matches!(reports.recv().await, Some(DriverEvent::Suspended(_))));
+    instance.destroy(false).await.unwrap();
+    assert!(!Path::new("/proc").join(pid.to_string()).exists());
+    let told: Vec<_> = std::iter::from_fn(|| reports.try_recv().ok()).collect();
+    assert!(told.len() <= 64 && told.last() == Some(&DriverEvent::Exited(Exit::Requested)), "{}", told.len());
+    drop(instance);
+    flood.abort();
+}
+
+/// M2: a monitor that is given up for what came from it says so in the guest's last words.
+#[tokio::test]
+async fn a_monitor_that_talks_nonsense_is_given_up_and_the_guest_told_as_dead() {
+    let (_instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let line = "x".repeat(1 << 20);
+    while peer.get_mut().write_all(line.as_bytes()).await.is_ok() {}
+    let told = reports.recv().await.unwrap();
+    let DriverEvent::Exited(Exit::Died(words)) = told else { panic!("{told:?}") };
+    assert!(words.contains("monitor was given up, as a line is longer than"), "{words}");
 }
 
 #[tokio::test]

@@ -303,7 +303,8 @@ impl Start {
         let qemu = line(&self.command.program, &self.command.args);
         let beside: String =
             self.command.companions.iter().map(|c| format!("\n--- beside it: {}", line(&c.program, &c.args))).collect();
-        format!("--- start of {} ({}): {qemu}{beside}", self.name, self.uuid)
+        let line = format!("--- start of {} ({}): {qemu}{beside}", self.name, self.uuid);
+        self.started.black_out(&line)
     }
 
     /// Takes from the host the devices that the guest has to itself, and makes those that outlive it.

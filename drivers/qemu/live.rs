@@ -69,6 +69,14 @@ pub fn open_vsock(live: &mut DomainDef) -> Result<Option<OwnedFd>, DriverError> 
     Ok(Some(fd))
 }
 
+/// The media without which a start goes on.
+pub fn media_that_may_be_missing(def: &DomainDef) -> impl Iterator<Item = &Path> {
+    let lenient =
+        |source: &DiskSource| matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
+    let disks = def.devices.disks.iter().filter(move |disk| disk.source.as_ref().is_some_and(lenient));
+    disks.filter_map(|disk| disk.path().map(Path::new))
+}
+
 /// Empties the drives whose medium may be missing, and is.
 pub async fn leave_out_missing_media(live: &mut DomainDef, workers: &Workers) -> Result<(), DriverError> {
     let lenient =

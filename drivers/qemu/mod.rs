@@ -23,6 +23,7 @@ mod live;
 mod log;
 mod make;
 mod media;
+mod needs;
 mod qmp;
 mod record;
 mod report;
@@ -33,6 +34,7 @@ mod takeover;
 pub mod tap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod tune;
+mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
@@ -264,6 +266,24 @@ impl Driver for QemuDriver {
         findings
     }
 
+    async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
+        let caps = self.capabilities_for(def).await;
+        if let Some(why) = &caps.absent {
+            return Err(DriverError::Storage(why.clone()));
+        }
+        let own = guests_dir(def);
+        let (sandbox, mut here) = (matches!(self.0.privileges, Privileges::Drop { .. }), def.clone());
+        let errand = Errand::new(def.uuid, "the files of the machine");
+        let looked = self.0.workers.run(errand, move |_| {
+            let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
+            let command =
+                command::build(&places.written_into(&here), &caps, &command::Place::now(&own, MONITOR_FD, sandbox));
+            let needs = needs::Needs::of(&command.map_err(DriverError::Config)?, &own, restored);
+            needs.without(live::media_that_may_be_missing(&here)).are_met()
+        });
+        looked.await
+    }
+
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
         if format != "qemu-argv" {
             return Err(DriverError::Unsupported(format!(
@@ -275,8 +295,7 @@ impl Driver for QemuDriver {
         if let Some(why) = &caps.absent {
             return Err(DriverError::Storage(why.clone()));
         }
-        // Where they are with the installed virtd; those of another `--root` are known when a guest starts.
-        let runtime_dir = Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu");
+        let runtime_dir = guests_dir(def);
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
         let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
         let mut here = def.clone();
@@ -485,6 +504,11 @@ impl Privileges {
         const NOBODY: (u32, u32) = (65534, 65534);
         Some(user.map_or(NOBODY, |user| (user.uid, kvm.unwrap_or(user.gid))))
     }
+}
+
+/// Where the sockets of a guest are with the installed virtd; those of another `--root` are known when it starts.
+fn guests_dir(def: &DomainDef) -> PathBuf {
+    Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu")
 }
 
 async fn emulator(def: &DomainDef) -> PathBuf {

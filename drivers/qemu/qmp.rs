@@ -7,7 +7,10 @@
 //!
 //! The listener is called by the reader itself, so whatever a command causes has been heard before the command returns.
 //! What cannot be understood is passed over: a reply nobody waits for, an event nobody knows, a line that is no JSON.
-//! Only the end of the stream ends the connection, and then every caller is told.
+//!
+//! QEMU may have been taken over by its guest, so what it can cost is bounded: a line in length, lines in number a second,
+//! lines that are no JSON in all. Whoever goes beyond that is no QEMU, and the connection is given up, as at the end of the
+//! stream: every caller is told, and the listener hears why.
 
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
@@ -18,7 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
@@ -28,8 +31,13 @@ use tokio::time::timeout;
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
-/// The longest line that is kept; a longer one is passed over.
-const MAX_LINE: usize = 64 << 20;
+/// The longest line that is read, in bytes: what a machine with some hundred images answers is shorter. Understood, a line
+/// takes a multiple of that.
+const MAX_LINE: usize = 4 << 20;
+/// Lines without sense until the connection is given up.
+const MAX_GARBAGE: usize = 100;
+/// So many lines take this long at least; a QEMU that says more waits.
+const PACE: (usize, Duration) = (1000, Duration::from_millis(200));
 /// Commands that may wait for a socket that takes nothing.
 const QUEUE: usize = 64;
 /// File descriptors that can go with one command.
@@ -72,8 +80,8 @@ pub struct Event {
 pub trait Listener: Send + 'static {
     /// Something happened.
     fn event(&mut self, event: Event);
-    /// The stream has ended; nothing follows.
-    fn closed(&mut self) {}
+    /// The stream has ended, or was given up for what came; nothing follows.
+    fn closed(&mut self, _why: Option<&str>) {}
 }
 
 /// A negotiated connection. Dropping it closes it.
@@ -192,7 +200,7 @@ impl Drop for Place<'_> {
 }
 
 async fn greeting(lines: &mut Lines) -> Result<(), QmpError> {
-    let line = lines.next().await.ok_or(QmpError::Closed)?;
+    let line = lines.next().await.map_err(|why| why.map_or(QmpError::Closed, QmpError::Connect))?;
     let greeting: Value =
         serde_json::from_slice(&line).map_err(|e| QmpError::Connect(format!("unexpected greeting: {e}")))?;
     match greeting.get("QMP") {
@@ -203,14 +211,30 @@ async fn greeting(lines: &mut Lines) -> Result<(), QmpError> {
 
 /// Reads to the end, then tells everyone.
 async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, mut listener: impl Listener) {
-    while let Some(line) = lines.next().await {
+    let (mut garbage, mut read, mut since) = (0, 0, Instant::now());
+    let why = loop {
+        let line = match lines.next().await {
+            Ok(line) => line,
+            Err(why) => break why,
+        };
         match serde_json::from_slice::<Value>(&line) {
             Ok(message) => take(message, &waiting, &mut listener),
-            Err(error) => tracing::warn!(%error, "a line from QEMU is not JSON"),
+            Err(error) if garbage == 0 => {
+                garbage += 1;
+                tracing::warn!(%error, "a line from QEMU is not JSON; more of them are not told of");
+            }
+            Err(_) if garbage == MAX_GARBAGE => break Some(format!("more than {MAX_GARBAGE} lines are no JSON")),
+            Err(_) => garbage += 1,
         }
-    }
+        read += 1;
+        if read % PACE.0 == 0 {
+            tokio::time::sleep(PACE.1.saturating_sub(since.elapsed())).await;
+            since = Instant::now();
+        }
+    };
+    lines.close();
     waiting.lock().take();
-    listener.closed();
+    listener.closed(why.as_deref());
 }
 
 fn take(mut message: Value, waiting: &Waiting, listener: &mut impl Listener) {
@@ -258,49 +282,50 @@ struct Lines {
     buffer: Vec<u8>,
     /// Bytes of `buffer` known to hold no line end.
     seen: usize,
-    /// The line that has begun is too long: drop up to its end.
-    skipping: bool,
 }
 
 impl Lines {
     fn new(stream: OwnedReadHalf) -> Self {
-        Lines { stream, buffer: Vec::new(), seen: 0, skipping: false }
+        Lines { stream, buffer: Vec::new(), seen: 0 }
     }
 
-    /// The next line that is not empty, without its end; `None` at the end of the stream, where half a line is none.
-    async fn next(&mut self) -> Option<Vec<u8>> {
+    /// The next line that is not empty, without its end. Error: there is none any more, as half a line is none; and why, if
+    /// it is not that the stream has ended.
+    async fn next(&mut self) -> Result<Vec<u8>, Option<String>> {
         loop {
             while let Some(line) = self.cut() {
                 if !line.is_empty() {
-                    return Some(line);
+                    return Ok(line);
                 }
             }
+            if self.seen > MAX_LINE {
+                return Err(Some(format!("a line is longer than {MAX_LINE} bytes")));
+            }
             match self.stream.read_buf(&mut self.buffer).await {
-                Ok(0) | Err(_) => return None,
+                Ok(0) | Err(_) => return Err(None),
                 Ok(_) => {}
             }
         }
     }
 
-    /// Takes the first whole line out of the buffer; an empty one stands for a line passed over.
+    /// Ends the connection in both directions, so that nobody at its other end waits to be read.
+    fn close(&self) {
+        let stream: &UnixStream = self.stream.as_ref();
+        if let Err(error) = rustix::net::shutdown(stream, rustix::net::Shutdown::Both) {
+            tracing::debug!(%error, "a monitor's socket could not be closed");
+        }
+    }
+
+    /// Takes the first whole line out of the buffer.
     fn cut(&mut self) -> Option<Vec<u8>> {
         let Some(end) = self.buffer[self.seen..].iter().position(|b| *b == b'\n').map(|at| at + self.seen) else {
             self.seen = self.buffer.len();
-            if self.seen > MAX_LINE {
-                self.skipping = true;
-                self.buffer = Vec::new();
-                self.seen = 0;
-            }
             return None;
         };
         let rest = self.buffer.split_off(end + 1);
         let mut line = std::mem::replace(&mut self.buffer, rest);
         self.seen = 0;
         line.truncate(line.trim_ascii_end().len());
-        if std::mem::take(&mut self.skipping) {
-            tracing::warn!("a line from QEMU was too long");
-            line.clear();
-        }
         Some(line)
     }
 }

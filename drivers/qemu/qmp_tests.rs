@@ -15,7 +15,10 @@ impl Listener for Ear {
     fn event(&mut self, event: Event) {
         let _ = self.0.send(Some(event));
     }
-    fn closed(&mut self) {
+    fn closed(&mut self, why: Option<&str>) {
+        if let Some(why) = why {
+            let _ = self.0.send(Some(Event { name: "given up".to_owned(), data: json!(why) }));
+        }
         let _ = self.0.send(None);
     }
 }
@@ -141,20 +144,46 @@ async fn garbage_half_lines_and_the_unknown_are_passed_over() {
     assert_eq!(heard.try_recv().unwrap().unwrap().name, "NEVER_HEARD_OF");
 }
 
+/// M2: what a line may cost is bounded, and whoever sends a longer one is no QEMU.
 #[tokio::test]
-async fn a_line_without_end_is_dropped_and_the_next_one_read() {
+async fn a_line_without_end_ends_the_connection_with_the_reason() {
+    let (qmp, mut fake, mut heard) = pair().await;
+    let play = async {
+        fake.hear().await;
+        let (chunk, mut sent) = (vec![b'x'; 1 << 20], 0);
+        while fake.out.write_all(&chunk).await.is_ok() {
+            sent += chunk.len();
+            assert!(sent <= 3 * MAX_LINE, "somebody reads all this");
+        }
+    };
+    let (done, ()) = tokio::join!(qmp.execute("any", json!({})), play);
+    assert_eq!(done.unwrap_err(), QmpError::Closed);
+    let why = heard.recv().await.unwrap().unwrap();
+    assert!(why.name == "given up" && why.data.as_str().unwrap().contains("longer than"), "{why:?}");
+    assert_eq!(heard.recv().await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_long_line_is_read() {
     let (qmp, mut fake, _heard) = pair().await;
     let play = async {
         let (_, id) = fake.hear().await;
-        let chunk = vec![b'x'; 1 << 20];
-        for _ in 0..(MAX_LINE >> 20) + 2 {
-            fake.out.write_all(&chunk).await.unwrap();
-        }
-        fake.say("").await;
-        fake.answer(id, json!(1)).await;
+        fake.answer(id, json!("x".repeat(MAX_LINE - 100))).await;
     };
     let (done, ()) = tokio::join!(qmp.execute("any", json!({})), play);
-    assert_eq!(done.unwrap(), json!(1));
+    assert_eq!(done.unwrap().as_str().unwrap().len(), MAX_LINE - 100);
+}
+
+/// M2: lines without sense are not read for ever, and fill no log.
+#[tokio::test]
+async fn nothing_but_garbage_ends_the_connection() {
+    let (_qmp, mut fake, mut heard) = pair().await;
+    let play = async { while fake.out.write_all(b"garbage\n").await.is_ok() {} };
+    let hear = async {
+        let why = heard.recv().await.unwrap().unwrap();
+        assert!(why.data.as_str().unwrap().contains("no JSON"), "{why:?}");
+    };
+    tokio::join!(play, hear);
 }
 
 #[tokio::test]

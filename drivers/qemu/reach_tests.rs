@@ -17,7 +17,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Mutex;
 use std::time::Duration;
-use tokio::sync::mpsc;
 use virt_model::driver::Recorder;
 
 /// What tells the process in a guest's place what to do.
@@ -62,7 +61,7 @@ impl Machine {
         );
         let mut def = DomainDef::parse(&xml).unwrap();
         driver.complete(&mut def).await.unwrap();
-        let (events, _) = mpsc::unbounded_channel();
+        let (events, _) = virt_model::driver::reports();
         let (record, cancel, log) = (Arc::<Disk>::default(), CancellationToken::new(), dir.join(format!("{uuid}.log")));
         let launch = Launch {
             paused: false,

@@ -28,6 +28,8 @@ struct Inner {
     held: Option<Vec<Event>>,
     /// Stops and starts of the CPUs are ours, and of no interest to anybody.
     quiet: bool,
+    /// Why its monitor was given up, though it was there.
+    given_up: Option<String>,
 }
 
 /// What has been heard so far.
@@ -48,7 +50,7 @@ pub struct Heard {
 impl Reporter {
     /// Reports on `guest` to `sink`.
     pub fn new(guest: Guest, sink: EventSink) -> Arc<Self> {
-        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None, quiet: false });
+        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None, quiet: false, given_up: None });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
 
@@ -96,6 +98,11 @@ impl Reporter {
         inner.sink = None;
     }
 
+    /// Why the monitor was given up, if that was for what came from it.
+    pub fn given_up(&self) -> Option<String> {
+        self.lock().given_up.clone()
+    }
+
     /// What has been heard so far.
     pub fn heard(&self) -> Heard {
         *self.heard.borrow()
@@ -141,8 +148,7 @@ impl Reporter {
 impl Inner {
     fn send(&mut self, event: Option<DriverEvent>) {
         if let (Some(sink), Some(event)) = (&self.sink, event) {
-            // Nobody listens when virtd is being closed.
-            let _ = sink.send(event);
+            sink.send(event);
         }
     }
 }
@@ -155,7 +161,8 @@ impl Listener for Ears {
         self.0.hear(&event);
     }
 
-    fn closed(&mut self) {
+    fn closed(&mut self, why: Option<&str>) {
+        self.0.lock().given_up = why.map(str::to_owned);
         self.0.heard.send_modify(|heard| heard.closed = true);
     }
 }

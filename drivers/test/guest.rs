@@ -162,8 +162,7 @@ impl Machine {
 impl State {
     fn tell(&self, event: DriverEvent) {
         if let Some(sink) = &self.sink {
-            // Nobody listens when virtd is being closed.
-            let _ = sink.send(event);
+            sink.send(event);
         }
     }
 

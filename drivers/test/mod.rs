@@ -37,6 +37,10 @@ pub struct TestDriver(Arc<Inner>);
 struct Inner {
     guests: Mutex<HashMap<Uuid, Weak<Machine>>>,
     plans: Mutex<HashMap<Uuid, Plan>>,
+    /// Domains whose recovery waits for its notice.
+    recoveries: Mutex<HashMap<Uuid, Arc<tokio::sync::Notify>>>,
+    /// A plan is being followed.
+    followed: tokio::sync::Notify,
     /// The snapshots that a domain's images hold.
     images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
     workers: Workers,
@@ -64,6 +68,24 @@ impl TestDriver {
         notice
     }
 
+    /// The recovery of what was done to that domain's snapshots waits until the returned notice is given.
+    pub fn hang_recovery(&self, uuid: Uuid) -> Arc<tokio::sync::Notify> {
+        let notice = Arc::new(tokio::sync::Notify::new());
+        lock(&self.0.recoveries).insert(uuid, notice.clone());
+        notice
+    }
+
+    /// Waits until the start is under way that was to hang, or to fail.
+    pub async fn follows_plan(&self, uuid: Uuid) {
+        loop {
+            let followed = self.0.followed.notified();
+            if !lock(&self.0.plans).contains_key(&uuid) {
+                return;
+            }
+            followed.await;
+        }
+    }
+
     /// The next start of that domain fails.
     pub fn fail_start(&self, uuid: Uuid, error: DriverError) {
         lock(&self.0.plans).insert(uuid, Plan::Fail(error));
@@ -76,6 +98,7 @@ impl TestDriver {
 
     async fn follow_plan(&self, launch: &Launch) -> Result<(), DriverError> {
         let plan = lock(&self.0.plans).remove(&launch.def.uuid);
+        self.0.followed.notify_waiters();
         match plan {
             Some(Plan::Hang(notice)) => tokio::select! {
                 () = launch.cancel.cancelled() => Err(DriverError::Cancelled),
@@ -173,6 +196,10 @@ impl Driver for TestDriver {
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
         Some(self)
+    }
+
+    fn guests_outlive_virtd(&self) -> bool {
+        false
     }
 
     async fn reconnect(&self, _found: Reconnect) -> Result<Option<Reconnected>, DriverError> {

@@ -11,7 +11,6 @@ use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_drivers::DriverConfig;
 use virt_drivers::qemu::QemuDriver;
@@ -63,7 +62,7 @@ async fn virtd() {
     let moment = std::env::var("ROLE_MOMENT").unwrap();
     let (when, moment) = moment.split_once(' ').unwrap();
     let recorder = Deadly { file: dir.join("record"), moment: moment.into(), before: when == "before" };
-    let (events, _reports) = mpsc::unbounded_channel();
+    let (events, _reports) = reports();
     let launch = Launch {
         def,
         paused: false,

@@ -2,7 +2,6 @@
 
 use serde_json::Value;
 use std::sync::{Arc, Mutex};
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_drivers::test::{Asked, TestDriver};
@@ -20,14 +19,14 @@ impl Recorder for Disk {
     }
 }
 
-type Reports = mpsc::UnboundedReceiver<DriverEvent>;
+type Reports = EventStream;
 
 fn launch(more: &str) -> (Launch, Reports) {
     let uuid = Uuid::new_v4();
     let xml = format!(
         "<domain type='test'><name>t-{uuid}</name><uuid>{uuid}</uuid><memory>8192</memory><os><type>hvm</type></os>{more}</domain>"
     );
-    let (events, reports) = mpsc::unbounded_channel();
+    let (events, reports) = reports();
     let launch = Launch {
         def: DomainDef::parse(&xml).unwrap(),
         paused: false,
@@ -144,7 +143,7 @@ async fn its_guests_end_with_virtd() {
     let driver = TestDriver::default();
     let (launch, _reports) = launch("");
     let (live, recorder) = (launch.def.clone(), launch.recorder.clone());
-    let (events, _) = mpsc::unbounded_channel();
+    let (events, _) = reports();
     let record = serde_json::json!({});
     let found = Reconnect {
         live,
@@ -174,7 +173,7 @@ async fn ten_thousand_guests_are_cheap() {
     let mut guests = Vec::new();
     let (Launch { def, recorder, .. }, _) = launch("");
     for _ in 0..10_000 {
-        let (events, reports) = mpsc::unbounded_channel();
+        let (events, reports) = reports();
         let launch = Launch {
             def: DomainDef { uuid: Uuid::new_v4(), ..def.clone() },
             paused: false,

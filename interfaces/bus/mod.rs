@@ -45,8 +45,9 @@ use zbus::{Connection, Message, MessageStream, OwnedVariant};
 /// How many large answers are made at once.
 const LISTINGS: usize = 2;
 
-/// How often a client that does not read is looked at.
-const LOOK_AGAIN: Duration = Duration::from_millis(250);
+/// When a client that does not read is looked at for the second time, and how seldom at last: each time takes twice as long
+/// as the time before.
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(4));
 
 /// What a client is taken to have read between two looks, in bytes, on a bus that cannot tell.
 const READ_UNSEEN: usize = 256 << 10;
@@ -420,6 +421,7 @@ impl Bus {
             self.identify(sender.clone());
         }
         tokio::spawn(async move {
+            let mut pause = LOOK_AGAIN.0;
             while !bus.outbox.is_closed() {
                 let left = match callers.reading(&sender).await {
                     Reading::Left(bytes) => bytes,
@@ -429,7 +431,8 @@ impl Bus {
                 if bus.gate.drained(&sender, left) {
                     break;
                 }
-                tokio::time::sleep(LOOK_AGAIN).await;
+                tokio::time::sleep(pause).await;
+                pause = LOOK_AGAIN.1.min(2 * pause);
             }
             bus.drained.notify_waiters();
             bus.start_next();

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
+use virt_model::xml::plainly;
 use virt_service::authz::{Action, Subject};
 use zbus::proxy::CacheProperties;
 use zbus::{Connection, Message, MessageStream};
@@ -141,7 +142,7 @@ fn details(action: Action, subject: &Subject) -> HashMap<&'static str, String> {
     let mut details = HashMap::from([
         ("driver", subject.driver.clone()),
         ("domain_name", subject.domain_name.clone()),
-        ("polkit.message", format!("Authentication is required to {}", deed(action, subject))),
+        ("polkit.message", plainly(&format!("Authentication is required to {}", deed(action, subject))).into_owned()),
         ("polkit.gettext_domain", "virtd".to_owned()),
     ]);
     details.extend(subject.domain_uuid.map(|uuid| ("domain_uuid", uuid.to_string())));

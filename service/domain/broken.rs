@@ -9,7 +9,8 @@ use crate::job::lock;
 impl State {
     /// Why this machine's files cannot be used; empty where they can.
     pub(super) fn why_broken(&self) -> String {
-        let lost = self.lost.as_ref().map(|why| format!("its guest could not be looked at: {why}"));
+        let lost = self.sought.as_ref().and_then(|sought| sought.why.as_ref());
+        let lost = lost.map(|why| format!("its guest could not be looked at: {why}")).or(self.unread.clone());
         self.broken.clone().or_else(|| self.snapshots.why_broken()).or(lost).unwrap_or_default()
     }
 

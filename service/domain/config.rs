@@ -7,8 +7,9 @@ use crate::events::Event;
 use crate::job::lock;
 use crate::store::{Note, on_disk};
 use std::sync::Arc;
+use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::DomainEnd;
+use virt_model::driver::{DomainEnd, DriverError};
 use virt_model::state::{Defined, Lifecycle, Undefined};
 use virt_model::xml::shorten;
 
@@ -34,6 +35,9 @@ pub struct UndefineOptions {
     /// The firmware variables and the state of a TPM.
     pub nvram: bool,
 }
+
+/// How long the removal of what belongs to a guest may keep its end from being told.
+const REMOVAL: Duration = Duration::from_secs(5);
 
 /// The form that is stored.
 const STORED: Form = Form { inactive: true, secure: true, migratable: false };
@@ -78,7 +82,7 @@ impl Domain {
     pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
         let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
         if self.sound().is_ok() {
-            self.made_whole().await?;
+            self.soon_made_whole().await?;
         }
         self.fits(&def, &self.name())?;
         let first = {
@@ -93,7 +97,7 @@ impl Domain {
             return Err(e);
         }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
-        self.commit(|state| state.has_stored(def, told));
+        self.all_told().await.commit(|state| state.has_stored(def, told));
         Ok(())
     }
 
@@ -125,6 +129,11 @@ impl Domain {
                 );
                 return Err(Error::OperationInvalid(text));
             }
+            let unknown = lock(&self.state).snapshots.why_broken();
+            if let Some(why) = unknown.filter(|_| !options.snapshots_metadata) {
+                let text = format!("domain '{}': {why}; pass snapshots-metadata to forget its snapshots", self.name());
+                return Err(Error::OperationInvalid(text));
+            }
             // First what may fail, and may be tried again while the configuration still says where it is.
             self.remove_belongings(&stored, live.is_some(), options).await?;
             let (shared, uuid) = (self.shared.clone(), self.uuid);
@@ -133,7 +142,7 @@ impl Domain {
                 shared.store.remove_definition(uuid)
             })
             .await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 state.snapshots.forget();
                 state.stored = None;
                 state.broken = None;
@@ -181,8 +190,12 @@ impl Domain {
             let state = lock(&self.state);
             state.stored.is_none() && !state.being_stored && state.creations == 0
         };
-        if transient && let Err(error) = self.driver.remove_belongings(live, DomainEnd::Transient).await {
-            tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "what belongs to it cannot be removed");
+        if !transient {
+            return;
+        }
+        let removed = tokio::time::timeout(REMOVAL, self.driver.remove_belongings(live, DomainEnd::Transient)).await;
+        if let Err(error) = removed.unwrap_or_else(|_| Err(DriverError::TimedOut("that takes long".to_owned()))) {
+            tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "what belongs to it is not removed yet");
         }
     }
 
@@ -196,13 +209,14 @@ impl Domain {
                 let text = format!("cannot rename domain '{}' while it is active; shut it down first", stored.name);
                 return Err(Error::OperationInvalid(text));
             }
+            crate::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
             self.shared.registry.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(def.clone()).await {
                 self.shared.registry.drop_name(name);
                 return Err(e);
             }
-            self.commit_rename(def);
+            self.commit_rename(def).await;
             self.shared.registry.drop_name(&stored.name);
             Ok(())
         })
@@ -210,9 +224,10 @@ impl Domain {
     }
 
     /// Tells of a rename: the old name goes, the new one comes.
-    fn commit_rename(&self, def: DomainDef) {
+    async fn commit_rename(&self, def: DomainDef) {
+        let told = self.all_told().await;
         self.shared.events.send(Event::Domain(self.facts(), vec![Lifecycle::Undefined(Undefined::Renamed)]));
-        self.commit(|state| {
+        told.commit(|state| {
             state.name.clone_from(&def.name);
             state.has_stored(def, Lifecycle::Defined(Defined::Renamed))
         });
@@ -233,7 +248,7 @@ impl Domain {
             };
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || shared.store.save_note(uuid, &note)).await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 state.autostart = autostart;
                 Vec::new()
             });
@@ -312,7 +327,7 @@ impl Domain {
                 }
                 return Err(e);
             }
-            self.commit(|state| state.edited(live, stored));
+            self.all_told().await.commit(|state| state.edited(live, stored));
             Ok(())
         })
         .await
@@ -350,10 +365,16 @@ impl Domain {
         lock(&self.state).stored.clone()
     }
 
+    /// Its configurations, that first which a new one takes the place of.
+    pub(crate) fn known(&self) -> Vec<Arc<DomainDef>> {
+        let (live, stored) = self.configurations();
+        stored.into_iter().chain(live).collect()
+    }
+
     /// What runs and what is stored.
     pub(super) fn configurations(&self) -> Configurations {
         let state = lock(&self.state);
-        (state.guest.as_ref().map(|g| g.live.clone()), state.stored.clone())
+        (state.live().cloned(), state.stored.clone())
     }
 
     fn not_active(&self, what: &str) -> Error {

@@ -31,6 +31,13 @@ pub struct StartOptions {
     pub cancel_on_disconnect: bool,
 }
 
+/// How long what is given up may take to end, as a rule.
+const MOMENT: Duration = Duration::from_secs(5);
+
+/// How long the end of a start that is cancelled is waited for. A process is killed in moments; longer takes only what waits
+/// for a file system.
+const UNDER_WAY: Duration = Duration::from_secs(30);
+
 /// How long a report may take from the driver to what is published.
 const TOLD: Duration = Duration::from_secs(20);
 
@@ -66,9 +73,7 @@ impl Domain {
         if options.cancel_on_disconnect {
             cancel_when_gone(caller, job.cancel_token());
         }
-        if turn.is_some() {
-            lock(&self.state).starting = Some(job.id());
-        }
+        let turn = turn.map(|turn| (self.will_start(job.cancel_token()), turn));
         self.announce_transient();
         let (domain, caller) = (self.clone(), caller.clone());
         tokio::spawn(async move {
@@ -98,37 +103,52 @@ impl Domain {
     async fn run_start(
         self: &Arc<Self>,
         job: &Job,
-        turn: Option<Held>,
+        turn: Option<(Starts, Held)>,
         def: Option<DomainDef>,
         caller: &Caller,
         options: StartOptions,
     ) -> Result<()> {
-        let turn = match turn {
-            Some(turn) => turn,
+        let checked = turn.is_some();
+        let (_starts, turn) = match turn {
+            Some(both) => both,
             None => tokio::select! {
-                turn = self.take_turn("start", job.cancel_token()) => turn?,
+                turn = self.take_turn("start", job.cancel_token()) => turn.map(|turn| (self.will_start(job.cancel_token()), turn))?,
                 () = job.cancel_token().cancelled() => return Err(self.start_cancelled()),
             },
         };
         turn.rename(job.label("start"));
         job.running();
-        lock(&self.state).starting = Some(job.id());
         // Before it runs on disks that are half this and half that; what that brings is what is started.
-        let whole = self.made_whole().await;
-        let started = match whole.and_then(|()| self.def_to_start(def.as_ref())) {
-            Ok(def) => self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await,
-            Err(e) => Err(e),
-        };
-        // While the turn is still ours: what follows is about this start, not about the next.
-        self.start_ended();
-        drop(turn);
-        started
+        self.made_whole().await?;
+        let def = self.def_to_start(def.as_ref())?;
+        if !checked {
+            self.can_run(&def).await?;
+        }
+        self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await
     }
 
-    /// Lets those know who wait for the end of a start. To be called before the turn is given back.
-    pub(super) fn start_ended(&self) {
-        lock(&self.state).starting = None;
+    /// From now on a start is under way, until the result is dropped: `cancel` is fired by whoever wants no guest. For who
+    /// has the turn; to be dropped before that is given back. Within another start it is part of that.
+    pub(super) fn will_start(self: &Arc<Self>, cancel: &CancellationToken) -> Starts {
+        let mut state = lock(&self.state);
+        let first = state.starting.is_none();
+        state.starting.get_or_insert_with(|| Starting { cancel: cancel.clone(), launched: false });
+        Starts(first.then(|| self.clone()))
+    }
+
+    /// The hypervisor is about to be asked for a guest, or no longer at work on one. Error: nobody wants one any more.
+    fn is_launched(&self, launched: bool, cancel: &CancellationToken) -> Result<()> {
+        let unwanted = {
+            let mut state = lock(&self.state);
+            let unwanted =
+                cancel.is_cancelled() || state.starting.as_ref().is_some_and(|start| start.cancel.is_cancelled());
+            if let Some(starting) = state.starting.as_mut() {
+                starting.launched = launched && !unwanted;
+            }
+            unwanted
+        };
         self.changes.send_modify(|n| *n += 1);
+        if launched && unwanted { Err(self.start_cancelled()) } else { Ok(()) }
     }
 
     fn start_cancelled(&self) -> Error {
@@ -144,13 +164,10 @@ impl Domain {
             let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
             return Err(Error::OperationInvalid(text));
         }
-        state.sound()?;
-        if let Some(why) = &state.lost {
-            return Err(Error::OperationInvalid(format!(
-                "domain '{}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd",
-                state.name
-            )));
+        if let Some(sought) = &state.sought {
+            return Err(sought.refusal(&state.name));
         }
+        state.sound()?;
         match given.or(state.stored.as_deref()) {
             Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
             None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),
@@ -162,10 +179,10 @@ impl Domain {
         self.driver.learn(def).await;
         let mut findings = self.driver.check(def).await;
         findings.retain(|f| f.kind != FindingKind::Warning);
-        if findings.is_empty() {
-            return Ok(());
+        if !findings.is_empty() {
+            return Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)));
         }
-        Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)))
+        self.driver.has_files(def, false).await.map_err(|e| Error::from_driver(&def.name, "start", e))
     }
 
     pub(super) async fn start_guest(
@@ -184,7 +201,7 @@ impl Domain {
         let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
-        let (events, reports) = mpsc::unbounded_channel();
+        let (events, reports) = virt_model::driver::reports();
         let asked = def.clone();
         let launch = Launch {
             def,
@@ -197,12 +214,18 @@ impl Domain {
             events,
             cancel: cancel.clone(),
         };
-        match self.driver.start(launch).await {
+        let started = match self.is_launched(true, cancel) {
+            Ok(()) => self.driver.start(launch).await,
+            Err(_) => Err(DriverError::Cancelled),
+        };
+        match started {
             Ok(running) => self.became_active(id, running, status, told, caller, reports).await,
             Err(e) => {
                 status.close();
                 self.forget_transient(&asked).await;
-                self.shared.forget_guest(uuid).await?;
+                let forgotten = self.shared.forget_guest(uuid).await;
+                self.is_launched(false, cancel)?;
+                forgotten?;
                 Err(match e {
                     DriverError::Cancelled => self.start_cancelled(),
                     e => Error::from_driver(&self.name(), "start", e),
@@ -235,7 +258,7 @@ impl Domain {
         status: Arc<StatusFile>,
         told: Told,
         caller: &Caller,
-        reports: mpsc::UnboundedReceiver<virt_model::driver::DriverEvent>,
+        reports: virt_model::driver::EventStream,
     ) -> Result<()> {
         let live = DomainDef { id: Some(id), ..running.live };
         let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());
@@ -250,7 +273,7 @@ impl Domain {
         }
         let (asks, asked) = mpsc::unbounded_channel();
         let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None, asks };
-        self.commit(|state| {
+        self.commit_report(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
             state.starting = None;
@@ -258,7 +281,7 @@ impl Domain {
             state.compare_configs();
             told.events()
         });
-        tokio::spawn(self.clone().follow(id, Reports { reports, asks: asked }));
+        tokio::spawn(self.clone().follow(id, Reports::new(reports, asked)));
         if told.options.autodestroy {
             self.end_when_gone(id, caller.departed.clone());
         }
@@ -361,22 +384,35 @@ impl Domain {
         if lock(&self.state).runs(guest.id) { Ok(()) } else { Err(self.failed(deed, DriverError::Gone)) }
     }
 
-    /// Pulls the plug: returns when the guest's process has gone. It waits for nobody: a start under way is cancelled, a
-    /// long job is asked to give up, a hypervisor that hangs is killed (or, if `graceful`, left: `TimedOut`).
+    /// Pulls the plug: returns when the guest's process has gone, and none is to come. It waits for nobody: a start under way
+    /// is cancelled, also one that is part of something else; whoever has the turn is asked to give up; a hypervisor that
+    /// hangs is killed (or, if `graceful`, left: `TimedOut`).
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
         self.told(caller, "destroy", async {
             self.allow(caller, Action::Stop).await?;
-            let starting = lock(&self.state).starting;
-            if starting.is_some() {
-                self.turn.ask_to_give_up();
-                self.until(|s| s.starting != starting).await;
-                if lock(&self.state).guest.is_none() {
-                    return Ok(());
+            {
+                let state = lock(&self.state);
+                match &state.starting {
+                    Some(starting) => starting.cancel.cancel(),
+                    None if state.sought.is_some() => {}
+                    None => drop(state.running()?),
                 }
             }
-            let guest = self.guest()?;
             self.turn.ask_to_give_up();
-            self.end(guest, graceful).await
+            // What is under way ends in a moment; what waits for a file system is not waited for, once it can bring no guest.
+            let ended = self.until(|state| state.guest.is_some() || state.starting.is_none());
+            let _ = tokio::time::timeout(MOMENT, ended).await;
+            let known = self.until(|state| state.guest.is_some() || !state.may_get_a_guest());
+            if tokio::time::timeout(UNDER_WAY, known).await.is_err() {
+                let domain = self.name();
+                return Err(Error::TimedOut(format!(
+                    "the start of domain '{domain}' is cancelled, and something on the host that it waits for does not answer; it                      ends as soon as that does, without a guest"
+                )));
+            }
+            if lock(&self.state).live().is_none() {
+                return Ok(());
+            }
+            self.end(self.guest()?, graceful).await
         })
         .await
     }
@@ -457,7 +493,33 @@ impl Drop for Creation {
     }
 }
 
+/// A start under way, or to come of what is under way.
+pub(super) struct Starting {
+    /// Fires when no guest is wanted any more.
+    cancel: CancellationToken,
+    /// The hypervisor has been asked: until it has answered there may be a process.
+    launched: bool,
+}
+
+/// See [`Domain::will_start`].
+pub(super) struct Starts(Option<Arc<Domain>>);
+
+impl Drop for Starts {
+    fn drop(&mut self) {
+        if let Some(domain) = &self.0 {
+            lock(&domain.state).starting = None;
+            domain.changes.send_modify(|n| *n += 1);
+        }
+    }
+}
+
 impl State {
+    /// Whether there may be a process that nobody can end yet: it is just being made, or looked for.
+    fn may_get_a_guest(&self) -> bool {
+        let launched = self.starting.as_ref().is_some_and(|starting| starting.launched);
+        launched || self.sought.as_ref().is_some_and(|sought| sought.why.is_none())
+    }
+
     /// Whether guest `id` is (still) this domain's.
     pub(super) fn runs(&self, id: u32) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.id == id)

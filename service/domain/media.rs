@@ -50,7 +50,7 @@ impl Domain {
                 self.put_back_medium(before.as_deref(), live.as_ref().map(|(_, target)| &**target)).await;
                 return Err(error);
             }
-            self.commit(|state| state.edited(live.map(|(def, _)| def), stored.map(|(def, _)| def)));
+            self.all_told().await.commit(|state| state.edited(live.map(|(def, _)| def), stored.map(|(def, _)| def)));
             Ok(())
         })
         .await
@@ -123,7 +123,8 @@ fn asked(def: &DomainDef, target: &str, device: &Element) -> Result<Disk> {
             *there = new;
         }
     }
-    let read = DomainDef::from_tree(tree).map_err(Error::ConfigInvalid)?;
+    let mut read = DomainDef::from_tree(tree).map_err(Error::ConfigInvalid)?;
+    read.keep_hidden(&[def]).map_err(Error::ConfigInvalid)?;
     let found = read.devices.disks.into_iter().find(|disk| disk.target.dev == target);
     found.ok_or_else(|| Error::ConfigInvalid(vec![Finding::invalid(&device.at, "the disk has no target")]))
 }

@@ -6,11 +6,14 @@
 mod broken;
 mod can;
 mod config;
+mod found;
 mod lifecycle;
 mod media;
+mod reports;
 mod snapshots;
 
 pub use config::{Affect, UndefineOptions};
+pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
 
@@ -19,14 +22,15 @@ use crate::error::{Error, Result};
 use crate::events::{DomainFacts, Event};
 use crate::job::{Held, Turn, lock};
 use crate::shared::{Shared, millis, now_usec};
-use crate::store::{Ended, Loaded, Note, Status, StatusFile, on_disk};
+use crate::store::{Ended, Loaded, Note, StatusFile, on_disk};
+use reports::Reports;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
-use virt_model::driver::{Condition, Driver, DriverEvent, Exit, Instance};
+use virt_model::driver::{Driver, DriverEvent, Exit, Instance};
 use virt_model::state::{
     Crashed, Defined, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped, Suspended,
 };
@@ -48,8 +52,8 @@ struct State {
     name: String,
     stored: Option<Arc<DomainDef>>,
     guest: Option<Guest>,
-    /// The job of the start under way: there is no guest yet, and soon there may be one.
-    starting: Option<u64>,
+    /// The start under way, or to come of what is under way: there is no guest yet, and soon there may be one.
+    starting: Option<lifecycle::Starting>,
     /// Starts that bring their own definition and have not ended: until then the domain stays, whatever else goes.
     creations: usize,
     /// A configuration is on its way to disk: as with `creations`.
@@ -61,8 +65,10 @@ struct State {
     config_changed: bool,
     /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
     broken: Option<String>,
-    /// Why a guest that may still run could not be looked at when virtd started.
-    lost: Option<String>,
+    /// A guest that ran when virtd was last here, and is not found again yet.
+    sought: Option<Sought>,
+    /// Why what its guest runs with is not known: what is shown for that only stands for it.
+    unread: Option<String>,
     snapshots: snapshots::Kit,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     muted: Option<DomainState>,
@@ -87,25 +93,22 @@ struct Guest {
     asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
 }
 
-/// What `follow` reads.
-struct Reports {
-    reports: mpsc::UnboundedReceiver<DriverEvent>,
-    asks: mpsc::UnboundedReceiver<oneshot::Sender<()>>,
+/// A guest that is sought since virtd started: what was last known of it is published meanwhile.
+struct Sought {
+    id: u32,
+    live: Arc<DomainDef>,
+    /// Why it cannot be found, once that is known: it may run, and is never to be started beside that.
+    why: Option<String>,
 }
 
-impl Reports {
-    /// The next report. Who asks is answered when there is none left.
-    async fn next(&mut self) -> Option<DriverEvent> {
-        loop {
-            tokio::select! {
-                biased;
-                report = self.reports.recv() => return report,
-                Some(told) = self.asks.recv() => {
-                    // Whoever asked may have left.
-                    let _ = told.send(());
-                }
-            }
-        }
+/// What a hypervisor has reported is told: now it can be told what a verb has done.
+struct AllTold<'a>(&'a Domain);
+
+impl AllTold<'_> {
+    /// The one way for a verb to change what is published, so that a record of what was done to a guest never comes before
+    /// what that did to the guest. See [`Domain::commit_report`].
+    fn commit(self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
+        self.0.commit_report(change);
     }
 }
 
@@ -170,7 +173,8 @@ impl Domain {
                 autostart: birth.note.autostart,
                 config_changed: false,
                 broken: birth.broken,
-                lost: None,
+                sought: None,
+                unread: None,
                 snapshots: snapshots::Kit::new(birth.snapshots),
                 muted: None,
                 gone: false,
@@ -227,7 +231,7 @@ impl Domain {
         let held = self.take_turn(deed, &CancellationToken::new()).await?;
         // What only stops or goes on, and what gives all of it up, waits for nothing to be mended.
         if !matches!(action, Action::Stop | Action::Suspend | Action::Delete) {
-            self.made_whole().await?;
+            self.soon_made_whole().await?;
         }
         Ok(held)
     }
@@ -243,9 +247,10 @@ impl Domain {
         lock(&self.state).still_here()
     }
 
-    /// The one way to change what is published: changes the state, then tells what came of it, as one. Of a domain that
-    /// has gone, or that nobody knows yet and is gone with this, nothing is told.
-    fn commit(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
+    /// Changes the state, then tells what came of it, as one. Of a domain that has gone, or that nobody knows yet and is gone
+    /// with this, nothing is told. For what the hypervisor reports (`follow` cannot wait for itself), and where there is no
+    /// guest that could report; verbs have [`AllTold::commit`].
+    fn commit_report(&self, change: impl FnOnce(&mut State) -> Vec<Lifecycle>) {
         let mut state = lock(&self.state);
         let was_there = !state.gone;
         let was_told = state.told && was_there;
@@ -274,37 +279,22 @@ impl Domain {
 
     /// Makes a new domain findable and tells of it, as one: nothing can be told of it before.
     pub(crate) fn add(self: &Arc<Self>) {
-        self.commit(|_| {
+        self.commit_report(|_| {
             self.shared.registry.insert(self.clone());
             vec![Lifecycle::Defined(Defined::Added)]
         });
     }
 
-    /// Whether it has a guest cannot be told now: it is not to be started beside that.
-    pub(crate) fn has_lost_sight(&self, why: &Error) {
-        lock(&self.state).lost = Some(why.to_string());
-    }
-
-    /// Its guest ended while virtd was away.
-    pub(crate) async fn ended_unseen(&self, reason: StateReason, since_usec: u64) {
-        {
-            let mut state = lock(&self.state);
-            state.reason = reason;
-            state.since_usec = since_usec;
-        }
-        self.forget_guest(None, reason, since_usec).await;
-    }
-
     /// Tells the publisher of a domain that was there before virtd.
     pub(crate) fn announce(&self) {
-        self.commit(|_| Vec::new());
+        self.commit_report(|_| Vec::new());
     }
 
     /// A domain of which nothing is left, or about to come, ceases to exist.
     fn drop_if_nothing_left(&self) {
         let nothing_left = lock(&self.state).nothing_left();
         if nothing_left {
-            self.commit(|state| {
+            self.commit_report(|state| {
                 state.leave_if_nothing_left();
                 Vec::new()
             });
@@ -322,23 +312,19 @@ impl Domain {
     }
 
     fn guest(&self) -> Result<Guest> {
-        let state = lock(&self.state);
-        state.guest.clone().ok_or_else(|| {
-            Error::OperationInvalid(format!(
-                "domain '{}' is not running (it is {}); start it first",
-                state.name, state.state
-            ))
-        })
+        lock(&self.state).running().cloned()
     }
 
     /// Returns when all that the hypervisor has reported until now is told.
-    async fn all_told(&self) {
-        let Ok(guest) = self.guest() else { return };
-        let (ask, told) = oneshot::channel();
-        if guest.asks.send(ask).is_ok() {
-            // No answer: the guest's end was among it.
-            let _ = told.await;
+    async fn all_told(&self) -> AllTold<'_> {
+        if let Ok(guest) = self.guest() {
+            let (ask, told) = oneshot::channel();
+            if guest.asks.send(ask).is_ok() {
+                // No answer: the guest's end was among it.
+                let _ = told.await;
+            }
         }
+        AllTold(self)
     }
 
     /// Follows what a guest's hypervisor reports, to its end.
@@ -375,7 +361,7 @@ impl Domain {
         }
         let since_usec = now_usec();
         self.keep_status(id, new, reason, since_usec).await;
-        self.commit(|state| {
+        self.commit_report(|state| {
             state.state = new;
             state.reason = reason;
             state.since_usec = since_usec;
@@ -456,8 +442,9 @@ impl Domain {
         let since_usec = now_usec();
         self.forget_transient(&guest.live).await;
         self.forget_guest(Some(guest.status), reason, since_usec).await;
-        self.commit(|state| {
+        self.commit_report(|state| {
             state.guest = None;
+            state.unread = None;
             state.state = DomainState::Shutoff;
             state.reason = reason;
             state.since_usec = since_usec;
@@ -467,6 +454,7 @@ impl Domain {
         });
         match exit {
             Exit::Died(words) => {
+                let words = guest.live.black_out(&words.lines().collect::<Vec<_>>().join("; "));
                 tracing::error!(uuid = %self.uuid, name = self.name(), "the hypervisor died: {words}");
             }
             _ => tracing::info!(uuid = %self.uuid, name = self.name(), event = %Lifecycle::Stopped(stopped), "guest"),
@@ -494,35 +482,6 @@ impl Domain {
         }
     }
 
-    /// Makes a guest that was found running this domain's.
-    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: mpsc::UnboundedReceiver<DriverEvent>) {
-        let FoundGuest { instance, live, condition, status, file } = found;
-        let (asks, asked) = mpsc::unbounded_channel();
-        let guest = Guest { id: status.id, instance, live: Arc::new(live), status: file, ending: None, asks };
-        let (now, reason) = found_as(condition, status.state, status.reason);
-        let since_usec = if now == status.state { status.since_usec } else { now_usec() };
-        self.commit(|state| {
-            state.guest = Some(guest.clone());
-            state.state = now;
-            state.reason = reason;
-            state.since_usec = since_usec;
-            state.compare_configs();
-            Vec::new()
-        });
-        self.keep_status(guest.id, now, reason, since_usec).await;
-        match status.autodestroy.as_deref() {
-            None => {}
-            Some("") => self.end_when_gone(guest.id, departed()),
-            Some(bus_name) => self.end_when_gone(guest.id, self.shared.callers.watch(bus_name)),
-        }
-        match condition {
-            Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
-            Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
-            _ => {}
-        }
-        tokio::spawn(self.clone().follow(guest.id, Reports { reports, asks: asked }));
-    }
-
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
     pub(crate) async fn told<T>(
         &self,
@@ -541,31 +500,20 @@ impl Domain {
         let duration_ms = millis(begun);
         match failure {
             None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
-            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e, duration_ms, "domain"),
+            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e.public(), duration_ms, "domain"),
         }
     }
-}
-
-/// A guest that outlived the last virtd.
-pub(crate) struct FoundGuest {
-    pub instance: Arc<dyn Instance>,
-    pub live: DomainDef,
-    /// What it does now.
-    pub condition: Condition,
-    /// What was last kept of it.
-    pub status: Status,
-    pub file: Arc<StatusFile>,
 }
 
 impl State {
     /// Computes anew what is published.
     fn refresh(&mut self) {
-        let mut facts = match self.guest.as_ref().map(|g| &g.live).or(self.stored.as_ref()) {
+        let mut facts = match self.live().or(self.stored.as_ref()) {
             Some(def) => describe(&self.facts, def),
             None => (*self.facts).clone(),
         };
         facts.name.clone_from(&self.name);
-        facts.id = self.guest.as_ref().map_or(0, |g| g.id);
+        facts.id = self.guest.as_ref().map(|g| g.id).or(self.sought.as_ref().map(|s| s.id)).unwrap_or_default();
         facts.state = self.state;
         facts.reason = self.reason;
         facts.since_usec = self.since_usec;
@@ -586,10 +534,27 @@ impl State {
     }
 
     fn compare_configs(&mut self) {
-        self.config_changed = match (&self.stored, &self.guest) {
-            (Some(stored), Some(guest)) => !stored.same_configuration(&guest.live),
+        self.config_changed = match (&self.stored, self.live()) {
+            (Some(stored), Some(live)) => !stored.same_configuration(live),
             _ => false,
         };
+    }
+
+    /// The guest; else why there is none.
+    fn running(&self) -> Result<&Guest> {
+        match (&self.guest, &self.sought) {
+            (Some(guest), _) => Ok(guest),
+            (None, Some(sought)) => Err(sought.refusal(&self.name)),
+            (None, None) => Err(Error::OperationInvalid(format!(
+                "domain '{}' is not running (it is {}); start it first",
+                self.name, self.state
+            ))),
+        }
+    }
+
+    /// What runs, or ran when it was last seen.
+    fn live(&self) -> Option<&Arc<DomainDef>> {
+        self.guest.as_ref().map(|guest| &guest.live).or(self.sought.as_ref().map(|sought| &sought.live))
     }
 
     /// A domain may go while somebody waits for it.
@@ -599,8 +564,8 @@ impl State {
 
     /// Whether it is to go: it has neither configuration nor guest, and is about to get neither.
     fn nothing_left(&self) -> bool {
-        let left = self.stored.is_some() || self.guest.is_some() || self.being_stored || self.creations > 0;
-        !left && !self.gone
+        let left = self.stored.is_some() || self.guest.is_some() || self.sought.is_some();
+        !left && !self.being_stored && self.creations == 0 && !self.gone
     }
 
     /// See [`State::nothing_left`]. `commit` does the rest.
@@ -636,13 +601,6 @@ fn describe(facts: &DomainFacts, def: &DomainDef) -> DomainFacts {
     }
 }
 
-/// The token of a caller who has gone.
-fn departed() -> CancellationToken {
-    let token = CancellationToken::new();
-    token.cancel();
-    token
-}
-
 fn pause_reason(why: Suspended) -> StateReason {
     match why {
         Suspended::Paused => StateReason::User,
@@ -664,16 +622,4 @@ fn verdict(ending: Option<Stopped>, exit: &Exit) -> (Stopped, StateReason) {
         (Some(_), _) | (None, Exit::Orderly) => (Stopped::Shutdown, StateReason::Shutdown),
         (None, Exit::Died(_)) => (Stopped::Failed, StateReason::Crashed),
     }
-}
-
-/// State and reason of a guest that was found; the recorded reason holds if the state is still the recorded one.
-fn found_as(condition: Condition, recorded: DomainState, reason: StateReason) -> (DomainState, StateReason) {
-    let (now, why) = match condition {
-        Condition::Running => (DomainState::Running, StateReason::Unknown),
-        Condition::Suspended(why) => (DomainState::Paused, pause_reason(why)),
-        Condition::PoweredOff => (DomainState::Shutdown, StateReason::User),
-        Condition::Panicked => (DomainState::Crashed, StateReason::Panicked),
-        Condition::PmSuspended(_) => (DomainState::PmSuspended, StateReason::Unknown),
-    };
-    if now == recorded { (now, reason) } else { (now, why) }
 }

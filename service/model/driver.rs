@@ -4,16 +4,17 @@
 //! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
+pub mod reports;
 pub mod snapshots;
 
 use crate::domain::DomainDef;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::Finding;
 use async_trait::async_trait;
+pub use reports::{EventSink, EventStream, reports};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 /// A hypervisor that can run domains.
@@ -40,6 +41,13 @@ pub trait Driver: Send + Sync {
     /// Everything in `def` that this driver on this host could not run now, in document order. Empty: `start` would go
     /// as far as the hypervisor. Changes nothing.
     async fn check(&self, def: &DomainDef) -> Vec<Finding>;
+
+    /// Whether all files and devices of the host are there that a start of `def` opens; the error names one that is not.
+    /// `restored`: it starts from a snapshot, which brings the firmware's variables along. Changes nothing.
+    async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
+        let _ = (def, restored);
+        Ok(())
+    }
 
     /// What `start` would run, in the hypervisor's own terms; `format` is e.g. `qemu-argv`.
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError>;
@@ -74,8 +82,15 @@ pub trait Driver: Send + Sync {
         Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
     }
 
-    /// Finds a guest that outlived the last virtd, from what [`Recorder::record`] was last given. A guest whose start was
-    /// cut off is ended, and `None` returned, as for one that has gone; either way its leavings are cleaned up.
+    /// Whether its guests go on without virtd.
+    fn guests_outlive_virtd(&self) -> bool {
+        true
+    }
+
+    /// Finds a guest that outlived the last virtd, from what [`Recorder::record`] was last given; where that is null, or cannot
+    /// be used, from what else there is of it on the host. A guest whose start was cut off is ended, and `None` returned, as
+    /// for one that has gone; either way its leavings are cleaned up, and a file system that does not answer is left to do
+    /// so in the background. `None` is never returned of a guest that may run.
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError>;
 }
 
@@ -130,7 +145,7 @@ pub struct Running {
 pub struct Reconnect {
     /// The definition that ran when last seen.
     pub live: DomainDef,
-    /// What was last recorded.
+    /// What was last recorded; null if that cannot be read.
     pub record: serde_json::Value,
     /// What it did when last seen; what `reconnect` returns if it lives and does not answer.
     pub last: Condition,
@@ -239,9 +254,6 @@ pub enum Exit {
     /// It died; with its last words, empty if it had none.
     Died(String),
 }
-
-/// Where an instance reports to. Bounded by what a guest can cause; never blocks the driver.
-pub type EventSink = mpsc::UnboundedSender<DriverEvent>;
 
 /// Why a driver did not do what it was asked. Texts name the cause and, where there is one, the remedy; the service adds
 /// the domain's name.

@@ -87,7 +87,9 @@ impl Store {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Loaded::default()),
             entries => entries.map_err(|e| Error::from_io("read", &folder, &e))?,
         };
-        remove_unfinished(&folder).map_err(|e| Error::from_io("tidy", &folder, &e))?;
+        if let Err(e) = remove_unfinished(&folder) {
+            tracing::warn!(%uuid, "{}", Error::from_io("tidy", &folder, &e));
+        }
         let mut records: Vec<Record> = entries.filter_map(|entry| record(entry.ok()?.path())).collect();
         records.sort_by(|a, b| (a.order, a.created_usec, &a.name).cmp(&(b.order, b.created_usec, &b.name)));
         let (current, no_current) = match current(&folder.join(".current")) {

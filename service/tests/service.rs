@@ -15,12 +15,14 @@ use virt_service::error::Error;
 use virt_service::events::{DomainFacts, Event};
 use virt_service::job::JobState;
 use virt_service::{Affect, Callers, Domain, Limits, Paths, Service, Settings, StartOptions, UndefineOptions};
-use virt_service::{CreateOptions, Force, RevertOptions};
+use virt_service::{CreateOptions, DeleteOptions, Force, RevertOptions};
 
 /// Says yes, unless told to say no; remembers the questions.
 #[derive(Default)]
 struct Notary {
     refuses: AtomicBool,
+    /// Everybody may only look.
+    only_reads: AtomicBool,
     /// The next question waits for this.
     thinks: Mutex<Option<Arc<tokio::sync::Notify>>>,
     asked: Mutex<Vec<(Action, Subject)>>,
@@ -37,8 +39,10 @@ impl Authority for Notary {
         if self.refuses.load(Ordering::Relaxed) { Err(Error::AccessDenied(action.id().to_owned())) } else { Ok(()) }
     }
 
-    async fn can(&self, _: &Caller, _: Action, _: &Subject) -> Answer {
-        if self.refuses.load(Ordering::Relaxed) { Answer::No } else { Answer::Yes }
+    async fn can(&self, _: &Caller, action: Action, _: &Subject) -> Answer {
+        let refuses = self.refuses.load(Ordering::Relaxed);
+        let only_reads = self.only_reads.load(Ordering::Relaxed) && action != Action::Read;
+        if refuses || only_reads { Answer::No } else { Answer::Yes }
     }
 }
 
@@ -62,9 +66,14 @@ struct World {
 
 impl World {
     async fn open(folder: &Path) -> World {
-        let (driver, notary, departed) = (TestDriver::default(), Arc::new(Notary::default()), CancellationToken::new());
+        World::open_with(folder, TestDriver::default()).await
+    }
+
+    async fn open_with(folder: &Path, driver: TestDriver) -> World {
+        let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
-        let settings = Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2 } };
+        let settings =
+            Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
         let (service, events) =
             Service::open(settings, vec![Arc::new(driver.clone())], notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
@@ -192,6 +201,7 @@ async fn destroy_gets_through_a_start_that_hangs() {
     let domain = world.define("web").await;
     world.driver.hang_start(domain.uuid());
     let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.driver.follows_plan(domain.uuid()).await;
     domain.destroy(&world.alice(), false).await.unwrap();
     assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
     assert_eq!(domain.facts().state, DomainState::Shutoff);
@@ -628,4 +638,183 @@ async fn a_guest_that_cannot_be_looked_at_gets_no_second_one_beside_it() {
     let refused = world.start(&domain).await.expect_err("it may run");
     assert!(matches!(&refused, Error::OperationInvalid(text) if text.contains("vax")), "{refused}");
     assert!(status.exists());
+}
+
+/// An agent that is asked is busy: that is for those who may take the snapshot. The test driver has none, so it tells who asks.
+#[tokio::test]
+async fn a_check_asks_the_agent_only_for_those_who_may_freeze_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    let options = || CreateOptions { disk_only: true, quiesce: true, ..CreateOptions::default() };
+    let check = async || domain.check_create_snapshot(&world.alice(), "<domainsnapshot/>", options()).await.unwrap();
+    assert!(matches!(check().await, Err(Error::AgentUnavailable(_))), "who may, has it asked");
+    world.notary.only_reads.store(true, Ordering::Relaxed);
+    check().await.expect("a stranger learns what would be done, as far as the agent need not be asked");
+    domain.suspend(&world.alice()).await.unwrap();
+    assert!(matches!(check().await, Err(Error::AgentUnavailable(_))), "that it stands can be told without asking");
+}
+
+/// A running domain that has a snapshot of itself.
+async fn with_snapshot(world: &World, name: &str) -> Arc<Domain> {
+    let disk = "<devices><disk type='file'><driver name='qemu' type='qcow2'/><source file='/images/web.qcow2'/>\
+                <target dev='vda' bus='virtio'/></disk></devices>";
+    let domain = world.service.define(&world.alice(), &xml(name, disk), false).await.expect("defined");
+    world.start(&domain).await.unwrap();
+    take(world, &domain, "on").await;
+    domain
+}
+
+async fn take(world: &World, domain: &Arc<Domain>, name: &str) {
+    let document = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
+    let (_, ticket) = domain.create_snapshot(&world.alice(), &document, CreateOptions::default()).await.unwrap();
+    ticket.done().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_snapshot_is_told_after_what_it_did_to_the_guest() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = with_snapshot(&world, "web").await;
+    for number in 0..100 {
+        while world.events.try_recv().is_ok() {}
+        let name = format!("s{number}");
+        take(&world, &domain, &name).await;
+        let mut seen = Vec::new();
+        loop {
+            match world.events.recv().await.unwrap() {
+                Event::Domain(_, events) => seen.extend(events.iter().map(ToString::to_string)),
+                Event::Snapshot(facts) if facts.name == name => break,
+                _ => {}
+            }
+        }
+        assert_eq!(seen, ["suspended paused", "resumed unpaused"], "before {name}");
+    }
+}
+
+#[tokio::test]
+async fn destroy_gets_through_a_revert_whose_new_guest_does_not_come() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = with_snapshot(&world, "web").await;
+    for runs in [true, false] {
+        if !runs {
+            domain.destroy(&world.alice(), false).await.unwrap();
+        }
+        world.driver.hang_start(domain.uuid());
+        let options = RevertOptions { running: true, respawn: true, force: Force::All, ..RevertOptions::default() };
+        let ticket = domain.revert(&world.alice(), "on", options).await.unwrap();
+        world.driver.follows_plan(domain.uuid()).await;
+        domain.destroy(&world.alice(), false).await.unwrap();
+        let ended = ticket.done().await;
+        assert!(matches!(ended, Err(Error::Cancelled(_))), "{ended:?}");
+        assert_eq!(domain.facts().state, DomainState::Shutoff);
+        assert_eq!(world.driver.running(), 0);
+        assert!(!folder.path().join(format!("state/snapshots/{}/.intent", domain.uuid())).exists(), "it is whole");
+        world.start(&domain).await.expect("as if nothing had been");
+    }
+}
+
+#[tokio::test]
+async fn destroy_gets_through_whatever_is_done_to_a_hypervisor_that_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = with_snapshot(&world, "web").await;
+    for deed in ["create", "revert", "delete"] {
+        let guest = world.driver.guest(domain.uuid()).unwrap();
+        guest.hang(true);
+        let alice = world.alice();
+        let ticket = match deed {
+            "create" => domain.create_snapshot(&alice, "<domainsnapshot/>", CreateOptions::default()).await.unwrap().1,
+            "revert" => {
+                let options = RevertOptions { force: Force::All, ..RevertOptions::default() };
+                domain.revert(&alice, "on", options).await.unwrap()
+            }
+            _ => domain.delete_snapshot(&alice, "on", DeleteOptions::default()).await.unwrap(),
+        };
+        domain.destroy(&alice, false).await.unwrap();
+        assert_eq!(domain.facts().state, DomainState::Shutoff, "{deed}");
+        let _ = ticket.done().await;
+        assert_eq!(
+            (domain.facts().state, world.driver.running()),
+            (DomainState::Shutoff, 0),
+            "{deed}: it does not come back"
+        );
+        world.start(&domain).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_machine_whose_recovery_hangs_costs_nobody_else_anything() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let (hung, other) = (world.define("hung").await, world.define("other").await);
+    let uuid = hung.uuid();
+    drop((hung, other, world));
+    let snapshots = folder.path().join(format!("state/snapshots/{uuid}"));
+    std::fs::create_dir_all(&snapshots).unwrap();
+    let intent =
+        r#"{ "deed": { "Revert": { "name": "on", "active": false, "in_place": false, "ran": true } }, "note": {} }"#;
+    std::fs::write(snapshots.join(".intent"), intent).unwrap();
+
+    let driver = TestDriver::default();
+    let go_on = driver.hang_recovery(uuid);
+    let world = World::open_with(folder.path(), driver).await;
+    world.start(&world.service.by_name("other").unwrap()).await.expect("others do not notice");
+    let hung = world.service.by_name("hung").unwrap();
+    hung.xml(&world.alice(), Form { inactive: true, secure: false, migratable: false }).await.expect("reads answer");
+    // Nothing else is going on: the clock moves on as soon as everybody waits.
+    tokio::time::pause();
+    let refused = hung.set_title(&world.alice(), "now", Affect::default()).await;
+    assert!(matches!(&refused, Err(Error::Busy { job, .. }) if job.contains("recovery")), "{refused:?}");
+    // A guest was to come of it: not any more.
+    hung.destroy(&world.alice(), false).await.expect("it gets through");
+    let refused = world.start(&hung).await;
+    assert!(
+        matches!(&refused, Err(Error::Busy { job, .. }) if job.contains("a revert that was cut off")),
+        "{refused:?}"
+    );
+    go_on.notify_one();
+    tokio::time::resume();
+    world.start(&hung).await.expect("its turn again");
+}
+/// In a shared folder a snapshot's files could take the names that another machine's images are to have.
+#[tokio::test]
+async fn m8_files_that_are_not_called_after_ones_own_images_need_permission_to_define() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let with_disk = |name: &str, image: &str| {
+        let disk = format!(
+            "<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/pool/{image}'/>\
+             <target dev='vda' bus='virtio'/></disk></devices>"
+        );
+        xml(name, &disk)
+    };
+    let web = world.service.define(&world.alice(), &with_disk("web", "web.qcow2"), false).await.expect("defined");
+    world.service.define(&world.alice(), &with_disk("shop", "web.golden"), false).await.expect("defined");
+    for (name, file, needs) in [
+        ("one", "", false),
+        ("two", "/pool/web.two", false),
+        ("three", "/pool/web.three.overlay", false),
+        ("four", "/pool/shop.qcow2", true),
+        ("five", "/pool/web.other", true),
+        ("six", "/elsewhere/web.six", true),
+        ("seven", "/pool/web.seven/../web.seven", true),
+        // By its default name, which is another's.
+        ("golden", "", true),
+    ] {
+        let source = if file.is_empty() { String::new() } else { format!("<source file='{file}'/>") };
+        let doc = format!(
+            "<domainsnapshot><name>{name}</name><disks><disk name='vda' snapshot='external'>{source}</disk></disks>\
+             </domainsnapshot>"
+        );
+        world.notary.asked.lock().unwrap().clear();
+        let options = CreateOptions { disk_only: true, ..CreateOptions::default() };
+        if let Ok((_, ticket)) = web.create_snapshot(&world.alice(), &doc, options).await {
+            let _ = ticket.done().await;
+        }
+        let asked: Vec<Action> = world.notary.asked.lock().unwrap().iter().map(|(action, _)| *action).collect();
+        assert_eq!(asked.contains(&Action::Define), needs, "{name}: {asked:?}");
+    }
 }

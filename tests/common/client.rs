@@ -68,6 +68,14 @@ impl Client {
         Ok(Domain { client: self.clone(), path })
     }
 
+    /// All domains there are.
+    pub async fn domains(&self) -> Vec<Domain> {
+        let listed = self.call("/org/virt", "org.virt.Manager.ListDomains", &(options([]),)).await.expect("a list");
+        let listed: Vec<(zbus::OwnedObjectPath, String, String, String, bool)> =
+            listed.body().deserialize().expect("a(osssb)");
+        listed.into_iter().map(|(path, ..)| Domain { client: self.clone(), path: path.to_string() }).collect()
+    }
+
     /// A property of any object.
     pub async fn property<T>(&self, path: &str, interface: &str, name: &str) -> T
     where
@@ -128,6 +136,14 @@ impl Domain {
     /// `State` and `StateReason`.
     pub async fn state(&self) -> (String, String) {
         (self.property("State").await, self.property("StateReason").await)
+    }
+
+    /// Waits until virtd, which has just started, has done what was to be done about it: then it is its callers' turn again.
+    /// The call that waits for that asks for nothing that could be done.
+    pub async fn is_looked_after(&self) {
+        while let Err((name, _)) = self.call("UpdateDevice", &("", options([]))).await
+            && name == "org.virt.Error.Busy"
+        {}
     }
 
     /// Its configuration.

@@ -14,26 +14,36 @@ pub struct Deaf(UnixStream);
 impl Deaf {
     /// Connects as `user`, who is there from then on.
     pub fn connect(daemon: &Daemon, user: &User) -> Deaf {
-        let mut socket = super::users::connect_as(user, daemon.folder()).unwrap();
+        Deaf::try_connect(daemon, user).expect("a bus that lets us in")
+    }
+
+    /// The same; `None` if the bus has no room for another.
+    pub fn try_connect(daemon: &Daemon, user: &User) -> Option<Deaf> {
+        Deaf::say_hello(daemon, user).ok()
+    }
+
+    fn say_hello(daemon: &Daemon, user: &User) -> std::io::Result<Deaf> {
+        let mut socket = super::users::connect_as(user, daemon.folder())?;
+        socket.set_read_timeout(Some(super::PATIENCE))?;
         let uid: String = user.uid.to_string().bytes().map(|digit| format!("{digit:02x}")).collect();
-        socket.write_all(format!("\0AUTH EXTERNAL {uid}\r\n").as_bytes()).unwrap();
         let mut answer = [0; 512];
-        assert!(socket.read(&mut answer).unwrap() > 0);
-        socket.write_all(b"NEGOTIATE_UNIX_FD\r\n").unwrap();
-        assert!(socket.read(&mut answer).unwrap() > 0);
-        socket.write_all(b"BEGIN\r\n").unwrap();
+        for line in [format!("\0AUTH EXTERNAL {uid}\r\n"), "NEGOTIATE_UNIX_FD\r\n".to_owned()] {
+            socket.write_all(line.as_bytes())?;
+            read_some(&mut socket, &mut answer)?;
+        }
+        socket.write_all(b"BEGIN\r\n")?;
         let hello = Message::method_call("/org/freedesktop/DBus", "Hello").destination("org.freedesktop.DBus");
-        socket.write_all(hello.interface("org.freedesktop.DBus").build(&()).unwrap().data()).unwrap();
-        assert!(socket.read(&mut answer).unwrap() > 0);
-        socket.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
-        Deaf(socket)
+        socket.write_all(hello.interface("org.freedesktop.DBus").build(&()).unwrap().data())?;
+        read_some(&mut socket, &mut answer)?;
+        socket.set_write_timeout(Some(Duration::from_secs(2)))?;
+        Ok(Deaf(socket))
     }
 
     /// Has the bus send it everything that virtd tells.
     pub fn listen(&mut self) {
         let call = Message::method_call("/org/freedesktop/DBus", "AddMatch").destination("org.freedesktop.DBus");
         let call = call.interface("org.freedesktop.DBus").build(&"type='signal',sender='org.virt'").unwrap();
-        assert!(self.send(&call));
+        self.send(&call);
     }
 
     /// Sends a message; whether somebody takes it, within some seconds.
@@ -59,6 +69,11 @@ impl Deaf {
         sendmsg(&self.0, &[IoSlice::new(&message)], &mut ancillary, SendFlags::NOSIGNAL)
             .is_ok_and(|n| n == message.len())
     }
+}
+
+/// Reads an answer, whatever it is.
+fn read_some(socket: &mut UnixStream, answer: &mut [u8]) -> std::io::Result<()> {
+    if socket.read(answer)? > 0 { Ok(()) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
 }
 
 /// Whatever a call needs to say that descriptors go with it, in bytes.

@@ -139,12 +139,15 @@ impl Daemon {
         Some(Daemon { kind, keeper, virtd: None, folder })
     }
 
-    /// Starts virtd and returns when it has the name.
+    /// Starts virtd and returns when it has the name, and has looked after every machine that was not whole.
     pub async fn start_virtd(&mut self) {
         self.start_virtd_with(&[]).await;
+        let client = client::Client { connection: self.connect().await };
+        let domains = client.domains().await;
+        futures_util::future::join_all(domains.iter().map(client::Domain::is_looked_after)).await;
     }
 
-    /// The same, with further arguments.
+    /// Starts virtd with further arguments and returns when it has the name: what was cut off may still be finished then.
     pub async fn start_virtd_with(&mut self, arguments: &[&str]) {
         assert!(self.virtd.is_none(), "one virtd at a time");
         let log =

@@ -12,6 +12,7 @@ mod permission;
 mod records;
 mod rules;
 mod snapshots;
+mod soak;
 mod startup;
 mod stranger;
 mod truth;

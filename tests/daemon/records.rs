@@ -185,3 +185,66 @@ async fn l10_a_restored_record_without_disks_acts_on_those_of_its_machine() {
         assert_eq!(name, "org.virt.Error.ConfigUnsupported", "{why}");
     }
 }
+
+/// A name that looks like another, or turns the words around it, is nobody's new name; an old one is shown as what it is.
+#[tokio::test(flavor = "multi_thread")]
+async fn s2_names_that_deceive_are_refused_when_new_and_written_out_when_old() {
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let root = Client { connection: daemon.connect().await };
+    let web = root.define(&machine("web", &uuid(1), "")).await.expect("defined");
+    for odd in ["we\u{202e}b", "we\u{200b}b", "w\u{2028}eb", "web ", "\u{a0}web", "w\u{ad}eb", "web\u{fe0f}"] {
+        let (name, why) = root.define(&machine(odd, &uuid(2), "")).await.err().expect("no new name");
+        assert!(
+            name.ends_with("ConfigInvalid") && !why.contains(['\u{202e}', '\u{200b}', '\u{2028}']),
+            "{name}: {why}"
+        );
+        let (_, why) = web.call("Rename", &(odd, options([]))).await.expect_err("no new name");
+        assert!(!why.contains(['\u{202e}', '\u{200b}', '\u{2028}']), "{why}");
+        let doc = format!("<domainsnapshot><name>{odd}</name></domainsnapshot>");
+        let (name, why) = web.call("CreateSnapshot", &(doc, options([]))).await.expect_err("no new name");
+        assert!(name.ends_with("InvalidArgument"), "{name}: {why}");
+    }
+    daemon.kill_virtd().await;
+    let old = machine("o\u{202e}ld", &uuid(3), "");
+    std::fs::write(stored(&daemon, &uuid(3)), old).expect("written");
+    daemon.start_virtd().await;
+    let domain = root.path_from("GetDomain", &(uuid(3),)).await.expect("it is there");
+    assert_eq!(domain.property::<String>("Broken").await, "");
+    let (_, why) = domain.bare("Suspend").await.expect_err("it does not run");
+    assert!(why.contains("o\\u{202e}ld"), "{why}");
+    domain.call("SetTitle", &("a title", options([]))).await.expect("it is used as ever");
+    root.define(&machine("o\u{202e}ld", &uuid(3), "")).await.expect("and defined as ever");
+    assert!(!daemon.log().contains('\u{202e}') && daemon.log().contains("\\u{202e}"), "the log writes it out");
+}
+
+/// Whoever edits what they were shown loses nothing of what they were not shown.
+#[tokio::test(flavor = "multi_thread")]
+async fn l7_an_edited_document_keeps_the_password() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let root = Client { connection: daemon.connect().await };
+    let with_display =
+        |display: &str| machine("web", &uuid(1), "").replace("</os>", &format!("</os><devices>{display}</devices>"));
+    let web = root.define(&with_display("<graphics type='vnc' passwd='s3cretpw'/>")).await.expect("defined");
+    let secure = async || -> String {
+        let reply = web.call("GetXML", &(with([("secure", true)]),)).await.expect("shown");
+        reply.body().deserialize().expect("s")
+    };
+    let shown = web.xml().await;
+    assert!(!shown.contains("s3cretpw"));
+    root.define(&shown.replace("65536", "131072")).await.expect("edited");
+    assert!(secure().await.contains("s3cretpw") && secure().await.contains("131072"));
+    root.define(&shown.replace("type='vnc'", "type='vnc' passwd=''")).await.expect("emptied");
+    assert!(secure().await.contains("passwd=''"), "nobody gets in");
+    let emptied = web.xml().await;
+    assert!(emptied.contains("passwd=''"), "which is no secret");
+    root.define(&shown).await.expect("and without any");
+    assert!(!secure().await.contains("passwd"));
+    let (name, why) = root.define(&with_native("[hidden 1]")).await.err().expect("nobody knows what that was");
+    assert!(name.ends_with("ConfigInvalid") && why.contains("give the value itself"), "{name}: {why}");
+}
+
+fn with_native(value: &str) -> String {
+    machine("raw", &uuid(9), "")
+        .replace("<domain ", "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' ")
+        .replace("</domain>", &format!("<qemu:commandline><qemu:arg value='{value}'/></qemu:commandline></domain>"))
+}

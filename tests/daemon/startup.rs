@@ -56,6 +56,17 @@ async fn a_wrong_configuration_is_named_and_nothing_served() {
     assert!(said(&output).contains("etc/virt/virtd.toml") && said(&output).contains("usr"), "{}", said(&output));
 }
 
+/// S6: too few descriptors are told at once, in a sentence, and not when the first guest is to be started.
+#[tokio::test]
+async fn too_few_descriptors_are_an_error() {
+    let Some(daemon) = Daemon::session_bus() else { return };
+    let mut command = daemon.inside("prlimit");
+    command.args(["--nofile=64:64", env!("CARGO_BIN_EXE_virtd"), "--session", "--root"]);
+    let output = command.arg(daemon.folder().join("other")).output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(said(&output).contains("virtd may have 64 descriptors and needs 512"), "{}", said(&output));
+}
+
 #[tokio::test]
 async fn a_bus_that_is_not_there_is_an_error() {
     let Some(daemon) = Daemon::session_bus() else { return };

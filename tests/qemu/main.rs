@@ -4,8 +4,11 @@
 mod common;
 
 mod dead_storage;
+mod hung;
 mod lifecycle;
 mod media;
+mod missing;
+mod parts;
 mod records;
 mod revert_matrix;
 mod snapshots;
@@ -15,4 +18,5 @@ mod snapshots_kept;
 mod snapshots_unfinished;
 mod survival;
 mod system;
+mod unread;
 mod whole_machine;

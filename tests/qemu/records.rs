@@ -114,3 +114,44 @@ async fn l2_a_record_that_is_refused_loses_no_guest() {
     domain.run("Destroy").await.expect("destroyed");
     domain.run("Start").await.expect("it starts again");
 }
+
+/// What a definition hides is in no argument that anybody on the host reads, and in nothing that is published.
+#[tokio::test]
+async fn m6_secrets_are_told_to_nobody_who_did_not_ask_for_them() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let extra = "<sysinfo type='fwcfg'><entry name='opt/org.test/a'>s3cret-blob</entry></sysinfo>\
+        <sysinfo type='smbios'><oemStrings><entry>s3cret-oem</entry></oemStrings></sysinfo>";
+    let Some(tick) = Tick::new(&daemon, "tells", extra) else { return };
+    let client = Client { connection: daemon.connect().await };
+    let xml = tick.xml.replace("</os>", "<smbios mode='sysinfo'/></os>");
+    let domain = client.define(&xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    tick.counts_to(1).await;
+    let pid = daemon.qemu_of("tells").expect("it runs");
+    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).expect("its arguments");
+    assert!(!String::from_utf8_lossy(&arguments).contains("s3cret"), "everybody on the host reads them");
+    domain.run("Destroy").await.expect("destroyed");
+
+    let native = "<qemu:commandline><qemu:arg value='-object'/>\
+        <qemu:arg value='no-such-object,token=s3cret-arg'/><qemu:env name='TOKEN' value='s3cret-env'/></qemu:commandline></domain>";
+    let xml = xml
+        .replace("<domain ", "<domain xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0' ")
+        .replace("<name>tells", "<name>fails")
+        .replace("</domain>", native);
+    let domain = client.define(&xml).await.expect("defined");
+    assert!(!domain.xml().await.contains("s3cret"));
+    let mut watch = client.watch().await;
+    let (_, why) = domain.run("Start").await.expect_err("there is no such object");
+    assert!(why.contains("no-such-object"), "who asked is told: {why}");
+    loop {
+        let message = watch.next().await;
+        let text = format!("{:?}", message.data());
+        assert!(!text.contains("s3cret"), "{message:?}");
+        if message.header().member().is_some_and(|member| member == "Finished") {
+            break;
+        }
+    }
+    assert!(!daemon.log().contains("s3cret") && !daemon.log().contains("no-such-object"), "{}", daemon.log());
+    let log = std::process::Command::new("grep").args(["-rl", "s3cret-env"]).arg(daemon.root().join("log")).output();
+    assert_eq!(String::from_utf8_lossy(&log.expect("grep").stdout), "");
+}

@@ -126,10 +126,16 @@ impl Builder<'_> {
     }
 
     fn secret(&mut self, id: &str, content: SecretContent, format: Option<&str>) {
-        let fd = self.secrets.len().try_into().map_or(FIRST_SECRET_FD, |n: i32| FIRST_SECRET_FD + n);
-        let object = Props::new("qom-type", "secret").set("id", id).set("file", format!("/dev/fd/{fd}"));
+        let file = self.handed(content);
+        let object = Props::new("qom-type", "secret").set("id", id).set("file", file);
         self.args.object(object.maybe("format", format));
+    }
+
+    /// The name of an open file from which QEMU reads what no argument may say.
+    pub(super) fn handed(&mut self, content: SecretContent) -> String {
+        let fd = self.secrets.len().try_into().map_or(FIRST_SECRET_FD, |n: i32| FIRST_SECRET_FD + n);
         self.secrets.push(Secret { fd, content });
+        format!("/dev/fd/{fd}")
     }
 }
 

@@ -1,6 +1,7 @@
 //! What firmware tables say (`-smbios`), blobs for the firmware (`-fw_cfg`), the generation id.
 
 use super::Builder;
+use super::SecretContent;
 use super::args::{List, Props};
 use virt_model::domain::sysinfo::{Entries, SmbiosMode, Sysinfo, SysinfoKind};
 
@@ -40,7 +41,9 @@ impl Builder<'_> {
         }
         let strings = sysinfo.oem_strings.iter().flat_map(|strings| &strings.entries);
         let table = strings.fold(List::default().set("type", 11), |table, entry| {
-            table.maybe("value", entry.value.as_deref()).maybe("path", entry.file.as_deref())
+            let said = entry.value.as_ref().filter(|value| !value.is_empty());
+            let said = said.map(|value| self.handed(SecretContent::Said(value.clone())));
+            table.maybe("path", said).maybe("path", entry.file.as_deref())
         });
         if sysinfo.oem_strings.is_some() {
             self.args.pair("-smbios", table);
@@ -57,7 +60,10 @@ impl Builder<'_> {
                     self.args.pair("-fw_cfg", blob.set("file", file));
                     self.open(file, false, false);
                 }
-                None => self.args.pair("-fw_cfg", blob.set("string", entry.value.as_deref().unwrap_or_default())),
+                None => {
+                    let file = self.handed(SecretContent::Said(entry.value.clone().unwrap_or_default()));
+                    self.args.pair("-fw_cfg", blob.set("file", file));
+                }
             }
         }
     }

@@ -189,8 +189,10 @@ impl Operation {
         let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
         let place = |part: &str| self.copy_place(&wish.name, part);
         if !wish.leave_out_nvram && !internal {
-            // In the transaction of a running guest, qcow2 keeps them itself.
-            let inside = |format: &str| self.body.is_some() && format == "qcow2";
+            // In the transaction of a running guest, qcow2 keeps them itself; not where its memory has been sent to a file:
+            // QEMU has let go of its images then, takes nothing into them, and they can be copied as they are.
+            let open = self.body.is_some() && !matches!(wish.memory, MemoryMode::External(_));
+            let inside = |format: &str| open && format == "qcow2";
             let variables = parts::variables(def).filter(|(path, format)| !inside(format) && survey.is_there(path));
             copies.extend(variables.map(|(path, _)| (path, place("nvram"))));
         }

@@ -1,7 +1,7 @@
 //! Taking a snapshot.
 
 use super::{Domain, fate};
-use crate::authz::{Action, Caller};
+use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Job, Ticket, lock};
 use crate::shared::now_usec;
@@ -12,7 +12,7 @@ use std::time::Instant;
 use virt_model::device::disk::DiskKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{CreatePlan, DiskMode, DiskPart, Journal as _, Machine, Taken, Wish};
+use virt_model::driver::snapshots::{CreatePlan, DiskMode, DiskPart, Journal as _, Machine, MemoryMode, Taken, Wish};
 use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
 use virt_model::state::{DomainState, Stopped};
 use virt_model::xml::{FindingKind, Limits};
@@ -124,7 +124,8 @@ impl Domain {
     ) -> Result<(Option<String>, Ticket)> {
         self.allow(caller, Action::Snapshot).await?;
         options.check()?;
-        let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
         if options.redefine {
             return self.redefine_snapshot(caller, doc, &options).await;
         }
@@ -137,6 +138,22 @@ impl Domain {
         Ok((keep, ticket))
     }
 
+    /// Whether one of these files is, or is to be, another machine's.
+    fn others_name(&self, files: &[&Path]) -> bool {
+        let others = self.shared.registry.all();
+        others.into_iter().filter(|other| other.uuid != self.uuid).any(|other| {
+            let state = lock(&other.state);
+            let defs = state.stored.as_deref().into_iter().chain(state.guest.as_ref().map(|guest| &*guest.live));
+            defs.flat_map(images).any(|image| files.contains(&Path::new(image)))
+                || state.snapshots.tree.iter().any(|node| {
+                    node.content
+                        .def
+                        .as_ref()
+                        .is_ok_and(|def| made_files(&def.disks, &def.memory).any(|f| files.contains(&f)))
+                })
+        })
+    }
+
     /// What `create_snapshot` would do. Changes nothing.
     pub async fn check_create_snapshot(
         &self,
@@ -147,12 +164,18 @@ impl Domain {
         self.allow(caller, Action::Read).await?;
         let planned = async {
             options.check()?;
-            let doc = SnapshotDoc::parse(xml).map_err(Error::ConfigInvalid)?;
+            let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+            let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
             if options.redefine {
                 let record = self.restored(doc, &options)?;
                 let xml = record.document(false).map_err(Error::SnapshotBroken)?;
                 return Ok(CreateCheck { xml, files: Vec::new(), pauses_guest: false });
             }
+            self.state_to_capture(&options)?;
+            // The guest's agent, which is busy meanwhile, is asked only for those who may have it freeze the guest.
+            let may = self.shared.authority.can(caller, Action::Snapshot, &self.subject()).await;
+            let quiesce = options.quiesce && matches!(may, Answer::Yes);
+            let options = CreateOptions { quiesce, ..options };
             let planned = self.planned_for(caller, &doc, &self.snapshot_name(&doc), &options).await?;
             let files = planned.plan.files.iter();
             let files = files.map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes));
@@ -177,7 +200,7 @@ impl Domain {
         options: &CreateOptions,
     ) -> Result<Planned> {
         let outline = self.outline(doc, name, options).await?;
-        if outline.names_the_hosts(options) {
+        if outline.names_the_hosts(options) || self.others_name(&outline.files()) {
             // That is for those who may name any file in a configuration.
             self.allow(caller, Action::Define).await?;
         }
@@ -196,6 +219,7 @@ impl Domain {
     }
 
     async fn outline(&self, doc: &SnapshotDoc, name: &str, options: &CreateOptions) -> Result<Outline> {
+        crate::check_new_name("snapshot", name)?;
         self.takes_snapshots()?;
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
@@ -301,7 +325,7 @@ impl Domain {
         // The domain may have become another while we waited for our turn.
         let Planned { def, wish, machine, .. } = self.think_through(self.outline(doc, name, options).await?).await?;
         let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
-        let journal = self.journal(deed, Some(job));
+        let journal = self.journal(deed, &job);
         journal.begin().await?;
         let taken = match self.takes_snapshots()?.create(&machine, &wish, journal.clone()).await {
             Ok(taken) => taken,
@@ -343,7 +367,7 @@ impl Domain {
             self.save_current(Some(name.clone())).await?;
             journal.step("current");
             journal.end().await?;
-            self.commit(|state| {
+            self.all_told().await.commit(|state| {
                 let tree = state.snapshots.change();
                 tree.put(&name, parent.as_deref(), Arc::new(record));
                 tree.set_current(Some(&name));
@@ -375,7 +399,7 @@ impl Domain {
         if let Some(stored) = &stored {
             self.store(stored.clone()).await?;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             // Part of a snapshot: not told as an update of its own.
             state.edited(live, stored);
             Vec::new()
@@ -426,19 +450,51 @@ pub(super) fn refused(findings: Vec<virt_model::xml::Finding>) -> Error {
 }
 
 impl Outline {
-    /// Whether the caller named more of the host than a new file beside an image of the machine's: a place elsewhere, a
-    /// device, or what is there already.
+    /// What it would make.
+    fn files(&self) -> Vec<&Path> {
+        made_files(&self.wish.disks, &self.wish.memory).collect()
+    }
+
+    /// Whether the caller named more of the host than a new file that is called as one of ours would be, beside an image of
+    /// the machine's: a place elsewhere, any other name, a device, or what is there already.
     fn names_the_hosts(&self, options: &CreateOptions) -> bool {
         let device = |disk: &DiskPart| matches!(disk.mode, DiskMode::External { block: true, .. });
-        let elsewhere = !self.named.iter().all(|file| is_beside_an_image(file, &self.machine.def));
+        let elsewhere = !self.named.iter().all(|file| is_beside_an_image(file, &self.machine.def, &self.wish.name));
         options.reuse_external || elsewhere || self.wish.disks.iter().any(device)
     }
 }
 
-/// Whether a file is in the folder of one of the machine's images.
-fn is_beside_an_image(file: &Path, def: &DomainDef) -> bool {
-    let plain = !file.components().any(|part| part == std::path::Component::ParentDir);
+/// Whether a file is called after one of the machine's images and the snapshot, and in the image's folder: `web.one` as an
+/// overlay of `web.qcow2` would be, or `web.one.memory`.
+fn is_beside_an_image(file: &Path, def: &DomainDef, name: &str) -> bool {
     let images = def.devices.disks.iter().filter(|disk| disk.kind() == DiskKind::File);
-    let mut folders = images.filter_map(|disk| Path::new(disk.path()?).parent());
-    plain && folders.any(|folder| file.parent() == Some(folder))
+    images.filter_map(|disk| Some(Path::new(disk.path()?))).any(|image| {
+        let stem = image.file_stem().unwrap_or_default().to_string_lossy();
+        let usual = image.with_file_name(format!("{stem}.{name}"));
+        let rest = file.as_os_str().to_str().zip(usual.to_str()).and_then(|(file, usual)| file.strip_prefix(usual));
+        rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.') && !rest.contains('/'))
+    })
+}
+
+/// The files that a snapshot has made beside images.
+fn made_files<'a>(disks: &'a [DiskPart], memory: &'a MemoryMode) -> impl Iterator<Item = &'a Path> {
+    let overlays = disks.iter().filter_map(|disk| match &disk.mode {
+        DiskMode::External { path, .. } => Some(path.as_path()),
+        _ => None,
+    });
+    let memory = match memory {
+        MemoryMode::External(path) => Some(path.as_path()),
+        _ => None,
+    };
+    overlays.chain(memory)
+}
+
+/// The images that a machine names: its disks' with what they stand on, and its firmware variables'.
+fn images(def: &DomainDef) -> impl Iterator<Item = &str> {
+    let disks = def.devices.disks.iter().flat_map(|disk| {
+        let layers = std::iter::successors(disk.backing.as_deref(), |layer| layer.backing.as_deref());
+        let below = layers.filter_map(|layer| layer.source.as_ref()?.path(layer.kind.unwrap_or_default()));
+        disk.path().into_iter().chain(below)
+    });
+    disks.chain(def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_deref()))
 }

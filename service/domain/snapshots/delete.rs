@@ -133,7 +133,7 @@ impl Domain {
                     self.name()
                 )));
             }
-            let journal = self.journal(Deed::Delete { name: one.clone() }, Some(job.clone()));
+            let journal = self.journal(Deed::Delete { name: one.clone() }, &job);
             let mut replaced = Vec::new();
             if !options.metadata_only {
                 journal.begin().await?;
@@ -189,7 +189,7 @@ impl Domain {
             self.save_record(record.clone()).await?;
             journal.step("another record");
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             put(state, changed);
             Vec::new()
         });
@@ -208,7 +208,7 @@ impl Domain {
         }
         let record = Record { def: Ok(def), ..Record::clone(&record) };
         self.save_record(record.clone()).await?;
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             put(state, vec![record]);
             Vec::new()
         });
@@ -256,7 +256,7 @@ impl Domain {
         on_disk(move || shared.store.remove_snapshot(uuid, &file)).await?;
         journal.step("record");
         journal.end().await?;
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             put(state, changed);
             state.snapshots.change().remove(name);
             Vec::new()
@@ -300,7 +300,7 @@ impl Domain {
         if let Some(stored) = &stored {
             self.store(stored.clone()).await?;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             state.edited(live, stored);
             Vec::new()
         });

@@ -20,13 +20,21 @@ pub(super) struct DomainJournal {
     intent: Mutex<Intent>,
     open: Open,
     job: Option<Arc<Job>>,
-    never: CancellationToken,
+    cancel: CancellationToken,
 }
 
 impl DomainJournal {
-    pub fn new(shared: Arc<Shared>, uuid: Uuid, deed: Deed, open: Open, job: Option<Arc<Job>>) -> DomainJournal {
+    /// The journal of `deed`, which is done in `job`, or by virtd itself; `cancel` fires when it is to be given up.
+    pub fn new(
+        shared: Arc<Shared>,
+        uuid: Uuid,
+        deed: Deed,
+        open: Open,
+        job: Option<Arc<Job>>,
+        cancel: CancellationToken,
+    ) -> DomainJournal {
         let intent = Mutex::new(Intent { deed, note: None });
-        DomainJournal { shared, uuid, intent, open, job, never: CancellationToken::new() }
+        DomainJournal { shared, uuid, intent, open, job, cancel }
     }
 
     /// Writes the intent down, before anything is changed.
@@ -104,7 +112,7 @@ impl Journal for DomainJournal {
     }
 
     fn cancelled(&self) -> &CancellationToken {
-        self.job.as_ref().map_or(&self.never, |job| job.cancel_token())
+        &self.cancel
     }
 }
 

@@ -265,6 +265,9 @@ impl Domain {
     fn machine_in(&self, folder: PathBuf) -> Result<Machine> {
         let state = lock(&self.state);
         state.still_here()?;
+        if let Some(sought) = &state.sought {
+            return Err(sought.refusal(&state.name));
+        }
         state.sound()?;
         let def = state.guest.as_ref().map(|guest| &guest.live).or(state.stored.as_ref());
         let def = def.ok_or_else(|| Error::NoSuchDomain { what: "name", value: state.name.clone() })?;
@@ -344,15 +347,28 @@ impl Domain {
         job.running();
         self.made_whole().await?;
         let done = work(self.clone(), job.clone()).await;
+        if job.cancel_token().is_cancelled() {
+            self.wants_no_guest().await;
+        }
         // Where the guest stood for it and went on, that is told before the answer.
         self.all_told().await;
         drop(turn);
         done
     }
 
-    fn journal(&self, deed: crate::store::Deed, job: Option<Arc<Job>>) -> Arc<DomainJournal> {
+    /// The journal of what is done in a job.
+    fn journal(&self, deed: crate::store::Deed, job: &Arc<Job>) -> Arc<DomainJournal> {
+        self.journal_of(deed, Some(job.clone()), job.cancel_token())
+    }
+
+    fn journal_of(
+        &self,
+        deed: crate::store::Deed,
+        job: Option<Arc<Job>>,
+        cancel: &CancellationToken,
+    ) -> Arc<DomainJournal> {
         let open = lock(&self.state).snapshots.open.clone();
-        Arc::new(DomainJournal::new(self.shared.clone(), self.uuid, deed, open, job))
+        Arc::new(DomainJournal::new(self.shared.clone(), self.uuid, deed, open, job, cancel.clone()))
     }
 
     /// Stores a record.

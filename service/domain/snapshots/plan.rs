@@ -157,14 +157,15 @@ impl Domain {
         Ok(Planned { def, kept, machine, plan, active, in_place })
     }
 
-    /// The configuration to go back to is one that can be started here.
+    /// The configuration to go back to is one that can be started here, and all that it needs of the host is there.
     async fn would_start(&self, def: &DomainDef) -> Result<()> {
         let mut findings = self.driver.check(def).await;
         findings.retain(|finding| finding.kind != virt_model::xml::FindingKind::Warning);
-        if findings.is_empty() {
-            return Ok(());
-        }
-        Err(Error::from_driver(&def.name, "start the snapshot of", virt_model::driver::DriverError::Config(findings)))
+        let able = match findings.is_empty() {
+            true => self.driver.has_files(def, true).await,
+            false => Err(virt_model::driver::DriverError::Config(findings)),
+        };
+        able.map_err(|e| Error::from_driver(&def.name, "start the snapshot of", e))
     }
 
     /// Refuses a revert whose risks have not all been accepted.

@@ -1,46 +1,122 @@
 //! What was cut off is made whole when virtd starts: finished where images have changed, undone where they have not.
 
 use super::{Domain, DomainJournal, Kept};
+use crate::domain::StartOptions;
 use crate::error::{Error, Result};
-use crate::job::lock;
+use crate::job::{PATIENCE, lock};
 use crate::shared::virtd_itself;
-use crate::store::{Deed, Intent, Record};
+use crate::store::{Deed, Intent, Record, on_disk};
 use std::sync::Arc;
-use virt_model::driver::snapshots::{Recovered, Reverted};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use virt_model::driver::snapshots::{Journal as _, Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::Limits;
+
+/// How long what is given up may take to end before nobody waits for it any more.
+const GRACE: Duration = Duration::from_secs(5);
 
 impl Domain {
     /// Finishes or undoes an operation that was cut off, or that failed half-way and could not be undone, if there is one;
     /// says what was done about it. To be called by who has the turn, before anything that an image or a configuration
     /// in two minds would be the worse for. Error: it cannot be made whole now either; nothing else may begin then.
+    ///
+    /// What it waits for may never answer. Whoever is asked to give up the turn does not wait on then: the work goes on by
+    /// itself, and the turn is not free before that has ended.
     pub(crate) async fn made_whole(self: &Arc<Self>) -> Result<()> {
-        let open = lock(&self.state).snapshots.open.clone();
-        let intent = lock(&open).clone();
-        let Some(intent) = intent else { return Ok(()) };
-        let what = match &intent.deed {
-            Deed::Create { .. } => "taking a snapshot",
-            Deed::Revert { .. } => "a revert",
-            Deed::Delete { .. } => "deleting a snapshot",
-        };
+        let Some(intent) = self.open_intent() else { return Ok(()) };
+        let what = what_is(&intent.deed);
+        let nobody = || Error::Internal(format!("{what} is finished only by who has the turn"));
+        let (turn, give_up) = self.turn.share().ok_or_else(nobody)?;
         // In a task: what may have to be done is much, and this may lie deep in what is much already.
-        let domain = self.clone();
-        let done = tokio::spawn(async move { domain.made_up_for(intent, what).await });
-        let done = done.await.unwrap_or_else(|e| Err(Error::Internal(e.to_string())));
-        let story = done.map_err(|error| {
-            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "{what} was cut off, and is still half done");
+        let (domain, cancel) = (self.clone(), give_up.clone());
+        let mut work = tokio::spawn(async move {
+            let done = domain.made_up_for(intent, what, &cancel).await;
+            if cancel.is_cancelled() {
+                domain.wants_no_guest().await;
+            }
+            match &done {
+                Ok(story) => tracing::warn!(uuid = %domain.uuid, name = domain.name(), "{what} was cut off: {story}"),
+                Err(error) => {
+                    tracing::error!(uuid = %domain.uuid, name = domain.name(), %error, "{what} was cut off, and is still half done");
+                }
+            }
+            domain.all_told().await;
+            drop(turn);
+            done
+        });
+        let given_up = async {
+            give_up.cancelled().await;
+            tokio::time::sleep(GRACE).await;
+        };
+        let done = tokio::select! {
+            done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
+            () = given_up => return Err(self.left_alone(what)),
+        };
+        done.map(drop).map_err(|error| {
             Error::OperationInvalid(format!(
                 "domain '{}': {what} was cut off half-way, and cannot be finished: {error}; mend that and try again",
                 self.name()
             ))
-        })?;
-        self.all_told().await;
-        tracing::warn!(uuid = %self.uuid, name = self.name(), "{what} was cut off: {story}");
-        Ok(())
+        })
     }
 
-    async fn made_up_for(self: &Arc<Self>, intent: Intent, what: &'static str) -> Result<String> {
-        let journal = self.journal(intent.deed.clone(), None);
+    /// The same for a verb whose caller waits for the answer: not for longer than for the turn.
+    pub(in crate::domain) async fn soon_made_whole(self: &Arc<Self>) -> Result<()> {
+        match tokio::time::timeout(PATIENCE, self.made_whole()).await {
+            Ok(whole) => whole,
+            Err(_) => {
+                let what = self.open_intent().map_or("a change", |intent| what_is(&intent.deed));
+                self.left_alone(what);
+                Err(Error::Busy { domain: self.name(), job: finishing(what) })
+            }
+        }
+    }
+
+    /// From now on nobody waits for it: those who want the turn are told what has it.
+    fn left_alone(&self, what: &str) -> Error {
+        if let Some((turn, _)) = self.turn.share() {
+            turn.rename(finishing(what));
+        }
+        let domain = self.name();
+        Error::Cancelled(format!(
+            "{} of domain '{domain}' waits for something on the host that does not answer; it goes on, and nothing else begins \
+             before it has ended",
+            finishing(what)
+        ))
+    }
+
+    fn open_intent(&self) -> Option<Intent> {
+        let open = lock(&self.state).snapshots.open.clone();
+        let intent = lock(&open).clone();
+        intent
+    }
+
+    /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
+    pub(super) async fn wants_no_guest(&self) {
+        let open = lock(&self.state).snapshots.open.clone();
+        let intent = lock(&open).clone();
+        let Some(Intent { deed: Deed::Revert { name, active: Some(_), in_place, ran }, note }) = intent else { return };
+        if self.guest().is_ok() {
+            return;
+        }
+        let intent = Intent { deed: Deed::Revert { name, active: None, in_place, ran }, note };
+        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
+        match on_disk(move || shared.store.save_intent(uuid, &kept)).await {
+            Ok(()) => *lock(&open) = Some(intent),
+            Err(error) => tracing::warn!(%uuid, %error, "what is finished later may bring the guest back"),
+        }
+    }
+
+    async fn made_up_for(
+        self: &Arc<Self>,
+        intent: Intent,
+        what: &'static str,
+        cancel: &CancellationToken,
+    ) -> Result<String> {
+        let journal = self.journal_of(intent.deed.clone(), None, cancel);
+        let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
+        let _starts = brings_a_guest.then(|| self.will_start(cancel));
         let recovered = match intent.note {
             Some(note) => {
                 let machine = self.machine().await?;
@@ -113,6 +189,10 @@ impl Domain {
             journal.end().await?;
             return Ok(format!("{story}; the guest goes on as before"));
         }
+        if journal.cancelled().is_cancelled() {
+            journal.end().await?;
+            return Ok(format!("{story}; nobody wants its guest any more"));
+        }
         let (_, _, kept) = self.kept_snapshot(name).await?;
         let machine = self.machine().await?;
         let kin = self.kin(name, &[], &machine);
@@ -143,9 +223,15 @@ impl Domain {
             }
             (_, Ok(_)) => "its guest had been started",
             (Some(paused), Err(_)) => {
-                let caller = virtd_itself();
-                self.start_reverted(&caller, &def, kept, &reverted, paused, false).await?;
-                "its guest has been started again"
+                let (caller, how) = (virtd_itself(), StartOptions { paused, ..StartOptions::default() });
+                match self.start_reverted(&caller, &def, kept, &reverted, how, journal.cancelled()).await {
+                    Ok(()) => "its guest has been started again",
+                    Err(Error::Cancelled(_)) => {
+                        self.is_off().await;
+                        "it is shut off, since nobody wants its guest any more"
+                    }
+                    Err(e) => return Err(e),
+                }
             }
             (None, Err(_)) => {
                 self.is_off().await;
@@ -162,6 +248,20 @@ impl Domain {
         let kept = self.kept(&record, &def, &machine);
         Ok((record, def, kept))
     }
+}
+
+/// In words.
+fn what_is(deed: &Deed) -> &'static str {
+    match deed {
+        Deed::Create { .. } => "taking a snapshot",
+        Deed::Revert { .. } => "a revert",
+        Deed::Delete { .. } => "deleting a snapshot",
+    }
+}
+
+/// What has the turn of a machine that is not whole yet.
+fn finishing(what: &str) -> String {
+    format!("finishing {what} that was cut off")
 }
 
 fn parsed(xml: &str) -> Result<(SnapshotDef, Option<uuid::Uuid>)> {

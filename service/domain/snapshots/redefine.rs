@@ -1,7 +1,7 @@
 //! Restoring the record of a snapshot from its document: after a backup, a migration, an undefine.
 
 use super::create::refused;
-use super::{CreateOptions, Domain};
+use super::{CreateOptions, Domain, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::job::{Ticket, lock};
@@ -11,6 +11,7 @@ use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::Strictness;
 use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
+use virt_model::xml::Finding;
 
 impl Domain {
     pub(super) async fn redefine_snapshot(
@@ -41,7 +42,7 @@ impl Domain {
         if current {
             self.save_current(Some(record.name.clone())).await?;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             let (name, parent) = (record.name.clone(), record.def.as_ref().ok().and_then(|def| def.parent.clone()));
             let tree = state.snapshots.change();
             tree.put(&name, parent.as_deref(), Arc::new(record));
@@ -86,6 +87,7 @@ impl Domain {
         for machine in machines(&def) {
             self.fits(&super::plan::renamed(machine, &state.name), &state.name)?;
         }
+        state.keep_hidden(&mut def).map_err(Error::ConfigInvalid)?;
         let order = match tree.get(&name) {
             Some(node) => {
                 if let Ok(before) = &node.content.def {
@@ -98,6 +100,7 @@ impl Domain {
                 return Err(Error::InvalidArgument(text));
             }
             None => {
+                crate::check_new_name("snapshot", &name)?;
                 state.snapshots.room_for_another(&state.name)?;
                 state.snapshots.next_order()
             }
@@ -105,6 +108,29 @@ impl Domain {
         align(&mut def, doc)?;
         Ok(Record::restored(def, order))
     }
+}
+
+impl State {
+    /// Puts back in the configurations of a snapshot what was not shown of them: as its record has it, or without one, as
+    /// the domain has it.
+    fn keep_hidden(&self, def: &mut SnapshotDef) -> Result<(), Vec<Finding>> {
+        let before = self.snapshots.get(&def.name);
+        let before = before.as_ref().and_then(|record| record.def.as_ref().ok());
+        let live = self.guest.as_ref().map(|guest| &*guest.live);
+        let of_domain: Vec<&DomainDef> = self.stored.as_deref().into_iter().chain(live).collect();
+        if let Some(machine) = &mut def.domain {
+            machine.keep_hidden(&as_before(before.and_then(|before| before.domain.as_deref()), &of_domain))?;
+        }
+        if let Some(machine) = &mut def.inactive {
+            machine.keep_hidden(&as_before(before.and_then(|before| before.inactive.as_deref()), &of_domain))?;
+        }
+        Ok(())
+    }
+}
+
+/// What is known of a configuration: its record alone, if there is one.
+fn as_before<'a>(record: Option<&'a DomainDef>, others: &[&'a DomainDef]) -> Vec<&'a DomainDef> {
+    record.map_or_else(|| others.to_vec(), |record| vec![record])
 }
 
 /// The configurations in it: what ran, and what was stored beside that.

@@ -57,10 +57,11 @@ impl Domain {
     ) -> Result<()> {
         let Planned { def, kept, machine, active, in_place, .. } = planned;
         let deed = Deed::Revert { name: def.name.clone(), active, in_place, ran: machine.running };
-        let journal = self.journal(deed, Some(job.clone()));
+        let journal = self.journal(deed, &job);
         journal.begin().await?;
         // A transient domain must not go with its guest.
         let stay = crate::domain::lifecycle::Creation::begin(self)?;
+        let starts = active.map(|_| self.will_start(job.cancel_token()));
         if in_place {
             return self.load_in_place(&def, &kept, &machine, active == Some(true), &journal).await;
         }
@@ -75,10 +76,14 @@ impl Domain {
         // From here on it cannot come back: the images are another time's.
         self.end_for_revert(&journal).await?;
         let stands = async {
+            if job.cancel_token().is_cancelled() {
+                return Err(self.not_reverted(&def.name, DriverError::Cancelled));
+            }
             let def = self.keep_reverted(def, &reverted, &journal).await?;
             match active {
                 Some(paused) => {
-                    self.start_reverted(caller, &def, kept, &reverted, paused, options.reset_nvram).await?;
+                    let how = StartOptions { paused, reset_nvram: options.reset_nvram, ..StartOptions::default() };
+                    self.start_reverted(caller, &def, kept, &reverted, how, job.cancel_token()).await?;
                     journal.step("started");
                 }
                 None => self.is_off().await,
@@ -89,12 +94,11 @@ impl Domain {
             Ok(def) => def,
             Err(e) => {
                 self.take_back(&without_guest(&machine), &reverted, before, &journal).await;
-                if machine.guest.is_some() {
-                    self.has_failed().await;
-                }
+                self.is_left_without_guest(&machine, matches!(e, Error::Cancelled(_))).await;
                 return Err(e);
             }
         };
+        drop(starts);
         drop(stay);
         self.reverted(def, &reverted, &journal).await
     }
@@ -113,16 +117,23 @@ impl Domain {
         if !parked {
             self.end_for_revert(journal).await.map_err(|e| DriverError::Internal(e.to_string()))?;
         }
-        job.past_return();
+        if machine.guest.is_some() {
+            // What runs is lost, should this be given up: only a destroy may want that.
+            job.past_return();
+        }
         let off = without_guest(machine);
         let kin = self.kin(&kept.name, &[], &off);
         let brought = driver.revert_images(&off, kept, &kin, journal.clone()).await;
         if brought.is_err() {
             if parked {
                 let stands = |e| DriverError::HalfDone(format!("what runs had to stand aside, and cannot go on: {e}"));
-                driver.unpark(machine).await.map_err(stands)?;
-            } else if machine.guest.is_some() {
-                self.has_failed().await;
+                match driver.unpark(machine).await {
+                    // It was destroyed meanwhile.
+                    Ok(()) | Err(DriverError::Gone) => {}
+                    Err(e) => return Err(stands(e)),
+                }
+            } else {
+                self.is_left_without_guest(machine, false).await;
             }
         }
         brought
@@ -157,14 +168,23 @@ impl Domain {
         }
     }
 
-    /// The guest that ran has ended for this, and no other has come in its place.
-    async fn has_failed(&self) {
+    /// Where the guest that ran has ended for this, no other has come in its place: it was `destroyed` before it was there, or
+    /// it failed.
+    async fn is_left_without_guest(&self, before: &Machine, destroyed: bool) {
+        let ended_for_this = {
+            let state = lock(&self.state);
+            state.guest.is_none() && state.reason == StateReason::FromSnapshot
+        };
+        if before.guest.is_none() || !ended_for_this {
+            return;
+        }
         let since_usec = now_usec();
-        self.forget_guest(None, StateReason::Failed, since_usec).await;
-        self.commit(|state| {
-            state.reason = StateReason::Failed;
+        let reason = if destroyed { StateReason::Destroyed } else { StateReason::Failed };
+        self.forget_guest(None, reason, since_usec).await;
+        self.all_told().await.commit(|state| {
+            state.reason = reason;
             state.since_usec = since_usec;
-            vec![Lifecycle::Stopped(Stopped::Failed)]
+            if destroyed { Vec::new() } else { vec![Lifecycle::Stopped(Stopped::Failed)] }
         });
     }
 
@@ -217,7 +237,10 @@ impl Domain {
             Err(e) => e.to_string(),
         };
         let domain = self.name();
-        Error::HypervisorFailed(format!("the process of '{domain}' ended while it went back to '{name}'; {story}"))
+        Error::HypervisorFailed {
+            what: format!("cannot revert domain '{domain}' to '{name}'"),
+            why: format!("its process ended while it went back; {story}"),
+        }
     }
 
     async fn driver_load(
@@ -242,7 +265,7 @@ impl Domain {
         live.description.clone_from(&taken.description);
         live.metadata.clone_from(&taken.metadata);
         self.keep_live(&live).await?;
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             state.edited(Some(live), None);
             Vec::new()
         });
@@ -293,26 +316,21 @@ impl Domain {
         def: &SnapshotDef,
         kept: Kept,
         reverted: &Reverted,
-        paused: bool,
-        reset_nvram: bool,
+        options: StartOptions,
+        cancel: &CancellationToken,
     ) -> Result<()> {
-        let options = StartOptions { paused, reset_nvram, ..StartOptions::default() };
         let from = def.has_memory().then_some(StartFrom { snapshot: kept });
         let live = renamed(&reverted.def, &self.name());
-        let cancel = CancellationToken::new();
-        lock(&self.state).starting = Some(0);
         let origin = Origin::Snapshot(from.map(Box::new));
         // Boxed: a start is large, and this lies deep in what may already be one.
-        let started = Box::pin(self.start_guest(live, caller, options, origin, &cancel)).await;
-        self.start_ended();
-        started
+        Box::pin(self.start_guest(live, caller, options, origin, cancel)).await
     }
 
     /// It was shut off before, or its guest has been ended for this.
     pub(super) async fn is_off(&self) {
         let since_usec = now_usec();
         self.forget_guest(None, StateReason::FromSnapshot, since_usec).await;
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             state.reason = StateReason::FromSnapshot;
             state.since_usec = since_usec;
             Vec::new()
@@ -333,7 +351,7 @@ impl Domain {
         journal.step("settled");
         journal.end().await?;
         let stored = self.stored_again(&def, &reverted.def);
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             let tree = state.snapshots.change();
             tree.set_current(Some(&def.name));
             if let Some(content) = tree.content_mut(&def.name) {
@@ -356,7 +374,7 @@ impl Domain {
         if let (Some(now), Ok(guest)) = (seen, self.guest()) {
             self.keep_status(guest.id, now, reason, since_usec).await;
         }
-        self.commit(|state| {
+        self.all_told().await.commit(|state| {
             let (Some(now), true) = (state.muted.take(), state.guest.is_some()) else { return Vec::new() };
             state.state = now;
             state.reason = reason;

@@ -16,10 +16,7 @@ impl DomainDef {
             def.forget_runtime();
         }
         if !form.secure {
-            def.devices.graphics.iter_mut().for_each(forget_password);
-            def.devices.disks.iter_mut().filter_map(|disk| disk.source.as_mut()).for_each(|s| s.cookies = None);
-            let layers = def.devices.disks.iter_mut().map(|disk| disk.backing.as_deref_mut());
-            layers.for_each(forget_cookies);
+            def.hide_secrets();
         }
         if form.migratable {
             def.devices.controllers.retain(|controller| !is_implied(controller));
@@ -99,18 +96,6 @@ fn forget_ports(graphics: &mut Graphics) {
     }
     if graphics.listens.first().is_some_and(|listen| listen.kind == ListenKind::Network) {
         graphics.listen = None;
-    }
-}
-
-fn forget_password(graphics: &mut Graphics) {
-    graphics.passwd = None;
-    graphics.passwd_valid_to = None;
-}
-
-fn forget_cookies(mut layer: Option<&mut BackingStore>) {
-    while let Some(store) = layer {
-        store.source.iter_mut().for_each(|source| source.cookies = None);
-        layer = store.backing.as_deref_mut();
     }
 }
 

@@ -20,6 +20,7 @@ pub mod metadata;
 pub mod native;
 pub mod os;
 pub mod part;
+mod secrets;
 pub mod sysinfo;
 pub mod tune;
 pub mod value;
@@ -137,7 +138,7 @@ choices! {
 pub struct Form {
     /// Without runtime facts (id, aliases, terminals, ports).
     pub inactive: bool,
-    /// With passwords.
+    /// With all that is secret (`secrets.rs`).
     pub secure: bool,
     /// For another host: without what only this host adds.
     pub migratable: bool,

@@ -15,6 +15,8 @@ pub use read::{Limits, read, read_spans, read_within};
 pub use tree::{Attribute, Element, Node};
 pub use write::{escape_attribute, escape_text};
 
+use std::borrow::Cow;
+
 /// One thing wrong with a document, or with what it asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Finding {
@@ -89,9 +91,48 @@ pub(crate) fn is_prefix(text: &str) -> bool {
     chars::is_plain_name(text) && !text.to_ascii_lowercase().starts_with("xml")
 }
 
-/// A text that somebody gave, fit for a message: not too long, and on one line.
+/// A text that somebody gave, fit for a message: not too long, on one line, and what it looks like.
 pub fn shorten(text: &str) -> String {
     const LONGEST: usize = 80;
     let shown: String = text.chars().take(LONGEST).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
+    let shown = plainly(&shown).into_owned();
     if text.chars().nth(LONGEST).is_some() { shown + "…" } else { shown }
+}
+
+/// Whether a character is not seen, or makes others look like what they are not: controls, what changes the direction of
+/// writing, what has no width, what ends a line.
+pub fn is_deceptive(c: char) -> bool {
+    c.is_control()
+        || matches!(c, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{17b4}' | '\u{17b5}'
+            | '\u{180b}'..='\u{180f}' | '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{3164}' | '\u{fe00}'..='\u{fe0f}' | '\u{feff}' | '\u{ffa0}' | '\u{fff9}'..='\u{fffb}'
+            | '\u{1d173}'..='\u{1d17a}' | '\u{e0000}'..='\u{e0fff}')
+}
+
+/// A text in which what is deceptive is written out, e.g. `\u{202e}`: for prompts, messages and logs.
+pub fn plainly(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(is_deceptive) {
+        return Cow::Borrowed(text);
+    }
+    text.chars()
+        .fold(String::with_capacity(text.len() + 16), |mut plain, c| {
+            if is_deceptive(c) {
+                plain.extend(c.escape_unicode())
+            } else {
+                plain.push(c)
+            }
+            plain
+        })
+        .into()
+}
+
+/// Refuses what nobody can tell apart from another name by looking at it. The error completes "the name 'x' …".
+pub fn check_new_name(name: &str) -> Result<(), String> {
+    if let Some(c) = name.chars().find(|c| is_deceptive(*c)) {
+        return Err(format!("has the character U+{:04X}, which is not seen or changes how others look", u32::from(c)));
+    }
+    if name.trim() != name {
+        return Err("begins or ends with a blank".to_owned());
+    }
+    Ok(())
 }

@@ -1,0 +1,155 @@
+//! A guest that outlived the last virtd: sought when virtd starts, then found, or known to have gone. Until then its last
+//! known state is what is published, and whoever wants to change it is told to wait.
+
+use super::{Domain, Guest, Reports, Sought, pause_reason};
+use crate::error::Error;
+use crate::job::{Held, lock};
+use crate::shared::now_usec;
+use crate::store::{Status, StatusFile};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::DomainDef;
+use virt_model::driver::{Condition, Driver, EventStream, Instance};
+use virt_model::state::{DomainState, Lifecycle, StateReason, Stopped};
+
+/// A guest that outlived the last virtd.
+pub(crate) struct FoundGuest {
+    pub instance: Arc<dyn Instance>,
+    pub live: Arc<DomainDef>,
+    /// What it does now.
+    pub condition: Condition,
+    /// What was last kept of it.
+    pub status: Status,
+    pub file: Arc<StatusFile>,
+}
+
+impl Sought {
+    /// Why nothing can be done to a guest that is not found yet.
+    pub(super) fn refusal(&self, name: &str) -> Error {
+        match &self.why {
+            None => Error::Busy {
+                domain: name.to_owned(),
+                job: "the search for its guest, since virtd has started".to_owned(),
+            },
+            Some(why) => Error::OperationInvalid(format!(
+                "domain '{name}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd"
+            )),
+        }
+    }
+}
+
+impl Domain {
+    /// The turn for what virtd does when it starts; `None` if somebody has it already.
+    pub(crate) fn turn_to_recover(&self, cancel: &CancellationToken) -> Option<Held> {
+        self.turn.try_take("recovery, since virtd has started", cancel)
+    }
+
+    /// Whose it is.
+    pub(crate) fn driver(&self) -> &Arc<dyn Driver> {
+        &self.driver
+    }
+
+    /// Waits until nobody has its turn any more: first of all virtd itself, since it has started.
+    pub(crate) async fn is_looked_after(&self) {
+        self.turn.is_free().await;
+    }
+
+    /// A guest of it ran when virtd was last here, and did that; it is looked for. `unread`: why `live` only stands for what it
+    /// runs with. To be called before anybody knows the domain.
+    pub(crate) fn is_sought(&self, status: &Status, live: Arc<DomainDef>, unread: Option<String>) {
+        let mut state = lock(&self.state);
+        state.unread = unread;
+        state.sought = Some(Sought { id: status.id, live, why: None });
+        state.state = status.state;
+        state.reason = status.reason;
+        state.since_usec = status.since_usec;
+        state.compare_configs();
+    }
+
+    /// The same where nothing is known of the guest, nor can it be looked for.
+    pub(crate) fn may_run(&self, why: &Error) {
+        let mut state = lock(&self.state);
+        let Some(live) = state.stored.clone() else { return };
+        state.sought = Some(Sought { id: 0, live, why: Some(why.to_string()) });
+    }
+
+    /// Whether its guest runs cannot be told: it is never to be started beside that.
+    pub(crate) fn cannot_be_found(&self, why: &Error) {
+        self.commit_report(|state| {
+            state.sought.iter_mut().for_each(|sought| sought.why = Some(why.to_string()));
+            state.reason = StateReason::Unknown;
+            Vec::new()
+        });
+    }
+
+    /// Its guest ended while virtd was away. A domain of which nothing is left goes with it.
+    pub(crate) async fn ended_unseen(&self) {
+        let (reason, since_usec) = (StateReason::Daemon, now_usec());
+        let live = lock(&self.state).live().cloned();
+        if let Some(live) = live {
+            self.forget_transient(&live).await;
+        }
+        self.forget_guest(None, reason, since_usec).await;
+        self.commit_report(|state| {
+            state.sought = None;
+            state.unread = None;
+            state.state = DomainState::Shutoff;
+            state.reason = reason;
+            state.since_usec = since_usec;
+            state.config_changed = false;
+            state.leave_if_nothing_left();
+            // Whoever was told that it runs is told of its end.
+            if state.told { vec![Lifecycle::Stopped(Stopped::Failed)] } else { Vec::new() }
+        });
+    }
+
+    /// Makes a guest that was found running this domain's.
+    pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: EventStream) {
+        let FoundGuest { instance, live, condition, status, file } = found;
+        let (asks, asked) = mpsc::unbounded_channel();
+        let guest = Guest { id: status.id, instance, live, status: file, ending: None, asks };
+        let (now, reason) = found_as(condition, status.state, status.reason);
+        let since_usec = if now == status.state { status.since_usec } else { now_usec() };
+        self.commit_report(|state| {
+            state.guest = Some(guest.clone());
+            state.sought = None;
+            state.state = now;
+            state.reason = reason;
+            state.since_usec = since_usec;
+            state.compare_configs();
+            Vec::new()
+        });
+        self.keep_status(guest.id, now, reason, since_usec).await;
+        match status.autodestroy.as_deref() {
+            None => {}
+            Some("") => self.end_when_gone(guest.id, departed()),
+            Some(bus_name) => self.end_when_gone(guest.id, self.shared.callers.watch(bus_name)),
+        }
+        match condition {
+            Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
+            Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
+            _ => {}
+        }
+        tokio::spawn(self.clone().follow(guest.id, Reports::new(reports, asked)));
+    }
+}
+
+/// The token of a caller who has gone.
+fn departed() -> CancellationToken {
+    let token = CancellationToken::new();
+    token.cancel();
+    token
+}
+
+/// State and reason of a guest that was found; the recorded reason holds if the state is still the recorded one.
+fn found_as(condition: Condition, recorded: DomainState, reason: StateReason) -> (DomainState, StateReason) {
+    let (now, why) = match condition {
+        Condition::Running => (DomainState::Running, StateReason::Unknown),
+        Condition::Suspended(why) => (DomainState::Paused, pause_reason(why)),
+        Condition::PoweredOff => (DomainState::Shutdown, StateReason::User),
+        Condition::Panicked => (DomainState::Crashed, StateReason::Panicked),
+        Condition::PmSuspended(_) => (DomainState::PmSuspended, StateReason::Unknown),
+    };
+    if now == recorded { (now, reason) } else { (now, why) }
+}
