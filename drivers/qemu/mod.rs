@@ -273,7 +273,10 @@ impl Driver for QemuDriver {
     }
 
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
-        let caps = self.0.prober.probe(def.uuid, &emulator(def).await).await?.capabilities;
+        let caps = self.capabilities_for(def).await;
+        if let Some(why) = &caps.absent {
+            return Err(DriverError::Storage(why.clone()));
+        }
         let own = guests_dir(def);
         let (sandbox, mut here) = (matches!(self.0.privileges, Privileges::Drop { .. }), def.clone());
         let errand = Errand::new(def.uuid, "the files of the machine");
