@@ -1,5 +1,7 @@
 //! How hypervisors are moved. One folder each.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod host;
 pub mod qemu;
 pub mod test;

@@ -2,17 +2,21 @@
 //!
 //! [`Server`] joins a service with any number of connections; `main.rs` gives it the bus, tests a socket pair.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod bus;
 pub mod caller;
 mod domain;
 pub mod error;
 mod job;
 pub mod link;
+#[allow(clippy::disallowed_methods, reason = "its own standard error")]
 pub mod log;
 mod manager;
 pub mod polkit;
 mod publish;
 pub mod session;
+#[allow(clippy::disallowed_methods, reason = "the configuration file, and folders of virtd itself")]
 pub mod settings;
 mod snapshot;
 

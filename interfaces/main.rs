@@ -2,6 +2,8 @@
 //!
 //! The name is requested last: whoever can find virtd finds a tree that is true. When virtd ends, guests go on.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 use clap::Parser;
 use futures_util::StreamExt;
 use std::process::ExitCode;

@@ -1,5 +1,7 @@
 //! What virtd does: domains, jobs, permissions, events and what is kept on disk. Knows no bus and no hypervisor.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod authz;
 mod boot;
 mod compare;
@@ -11,6 +13,7 @@ mod images;
 pub mod job;
 mod registry;
 mod shared;
+#[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 
 pub use desk::Reading;
@@ -185,6 +188,9 @@ impl Service {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
             return Ok(findings);
         };
+        if self.may_name_files(caller, &def, &**driver).await {
+            driver.learn(&def).await;
+        }
         match driver.complete(&mut def).await {
             Ok(()) => {}
             Err(DriverError::Config(found)) => add_findings(&mut findings, found),
@@ -233,6 +239,9 @@ impl Service {
         let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
+        if self.may_name_files(caller, &def, &*driver).await {
+            driver.learn(&def).await;
+        }
         let translated = match driver.complete(&mut def).await {
             Ok(()) => driver.native(&def, format).await,
             Err(e) => Err(e),
@@ -302,6 +311,7 @@ impl Service {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
         }
         keep_hidden(&mut def, existing.as_deref()).map_err(Error::ConfigInvalid)?;
+        driver.learn(&def).await;
         driver.complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)

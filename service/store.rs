@@ -223,12 +223,12 @@ impl Store {
         Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(Some(status)) })
     }
 
-    /// Makes the driver's folder for one guest, empty.
+    /// Makes the driver's folder for one guest. What an earlier guest may have left in it is the driver's to remove.
     pub fn make_runtime_dir(&self, uuid: Uuid) -> Result<PathBuf> {
         let folder = self.runtime_dir(uuid);
-        let made = match fs::remove_dir_all(&folder) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
-            _ => fs::DirBuilder::new().mode(0o711).create(&folder),
+        let made = match fs::DirBuilder::new().mode(0o711).create(&folder) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made,
         };
         made.and_then(|()| fs::set_permissions(&folder, fs::Permissions::from_mode(0o711)))
             .map_err(|e| Error::from_io("make the folder", &folder, &e))?;
@@ -256,10 +256,10 @@ impl Store {
         }
     }
 
-    /// Forgets a guest that has gone: its folder, then its status.
+    /// Forgets a guest that has gone: its folder, which the driver has emptied as far as it could, then its status.
     pub fn forget_guest(&self, uuid: Uuid) {
         let folder = self.runtime_dir(uuid);
-        match fs::remove_dir_all(&folder) {
+        match fs::remove_dir(&folder) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => {
                 tracing::warn!(%uuid, "{}", Error::from_io("remove", &folder, &e));
             }

@@ -93,6 +93,15 @@ pub fn open_plain(path: &Path, wary: bool) -> io::Result<Plain> {
 }
 
 impl Found {
+    /// Opens it to be read, if it is what an image can be in: a plain file or a block device. `None` if it is neither.
+    pub fn image(&self) -> io::Result<Option<File>> {
+        if !matches!(self.kind(), FileType::RegularFile | FileType::BlockDevice) {
+            return Ok(None);
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        Ok(Some(openat(CWD, through(&self.fd), flags, Mode::empty())?.into()))
+    }
+
     /// Opens it to be read, if it is a plain file. `wary`: and whoever named it may have it read.
     pub fn plain(self, wary: bool) -> io::Result<Plain> {
         if let Some(why) = self.objection(None, false).filter(|_| wary) {
@@ -257,6 +266,20 @@ impl Seen {
         }
     }
 
+    /// As of a path that leads nowhere.
+    pub fn nothing(path: &Path) -> Seen {
+        Seen {
+            what: What::Nothing,
+            named: false,
+            length: 0,
+            allocated: 0,
+            owner: 0,
+            real: path.to_owned(),
+            has_folder: false,
+            free: None,
+        }
+    }
+
     /// Whether something is there.
     pub fn is_there(&self) -> bool {
         self.what != What::Nothing
@@ -278,15 +301,38 @@ impl Place {
         Ok(openat(self.folder_fd(), self.name(), flags, Mode::from_raw_mode(mode))?.into())
     }
 
-    /// Makes a folder, where nothing is, and holds it.
+    /// Makes a folder, where nothing is, and holds it: an empty one of ours, whatever somebody may have put in its place.
     pub fn make_folder(&self, mode: u32) -> io::Result<Folder> {
         mkdirat(self.folder_fd(), self.name(), Mode::from_raw_mode(mode))?;
-        self.open_folder()
+        let folder = self.open_folder()?;
+        let ours = folder.stat()?.st_uid == rustix::process::geteuid().as_raw();
+        match ours && folder.names(1)?.is_empty() {
+            true => folder.set_mode(mode).map(|()| folder),
+            false => Err(io::Error::new(io::ErrorKind::AlreadyExists, "something else was put in its place")),
+        }
+    }
+
+    /// Makes the folders that are missing on the way to `path`, for everybody to pass through.
+    pub fn make_folders(path: &Path, wary: bool) -> io::Result<()> {
+        let missing: Vec<&Path> = path.ancestors().take_while(|folder| !Seen::at(folder).named).collect();
+        for folder in missing.into_iter().rev() {
+            match Place::resolve(folder, wary)?.make_folder(0o711) {
+                Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(e),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// Opens the folder that is there, which is no link.
     pub fn open_folder(&self) -> io::Result<Folder> {
         open_folder(self.folder_fd(), self.name()).map(Folder)
+    }
+
+    /// Opens the plain file that is there itself, to be read.
+    pub fn open_plain(&self) -> io::Result<Plain> {
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        Found::of(openat(self.folder_fd(), self.name(), flags, Mode::empty())?, self.path())?.plain(false)
     }
 
     /// What is there itself, not what it may lead to.

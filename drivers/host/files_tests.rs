@@ -154,3 +154,38 @@ fn emptying_ends_in_time() {
     folder.empty().unwrap();
     assert!(folder.names(1).unwrap().is_empty());
 }
+
+/// C1: a program changes places with another one, again and again.
+#[test]
+fn a_program_that_is_renamed_away_is_never_another_one() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let dir = dir();
+    let at = |name: &str| dir.path().join(name);
+    for name in ["one", "other"] {
+        script(&at(name), &format!("echo {name}"));
+    }
+    std::fs::hard_link(at("one"), at("program")).unwrap();
+    let inode = |name: &str| std::os::unix::fs::MetadataExt::ino(&std::fs::metadata(at(name)).unwrap());
+    let (one, other) = (inode("one"), inode("other"));
+    let ended = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::Relaxed) {
+                for name in ["other", "one"] {
+                    std::fs::hard_link(at(name), at("next")).unwrap();
+                    std::fs::rename(at("next"), at("program")).unwrap();
+                    let _ = std::fs::remove_file(at("next"));
+                }
+            }
+        });
+        let wrong = (0..200).find(|_| {
+            let program = Program::at(&at("program"), false).unwrap();
+            let said = program.command().output().unwrap().stdout;
+            let judged = program.stat().st_ino;
+            assert!([one, other].contains(&judged));
+            said != if judged == one { &b"one\n"[..] } else { b"other\n" }
+        });
+        ended.store(true, Ordering::Relaxed);
+        assert_eq!(wrong, None);
+    });
+}

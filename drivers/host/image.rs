@@ -1,26 +1,38 @@
 //! Disk images without a guest: `qemu-img`, run with the rights of QEMU's user, so that what a guest has written into an
 //! image cannot do more than the guest could. Every file that it opens is named here, with its format: nothing is guessed from
-//! what an image holds, and nothing that its header names is opened. All functions block.
+//! what an image holds, and nothing that its header names is opened. All functions block, and end soon after [`Images::stop`]
+//! tells them to.
 
 use super::access::{Ledger, LentFile, Want};
+use super::resolve::Found;
+use super::tool::{Bounds, tame};
 use super::user::RunAs;
 use super::wall::{self, Wall};
+use super::workers::Stop;
+use rustix::fs::FileType;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::ffi::OsString;
-use std::io;
-use std::os::unix::fs::FileTypeExt;
-use std::os::unix::process::CommandExt;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
+
+/// What the tool may take of the host. A chain that is a loop ends with the files that it may open.
+const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
+/// Of what it says, this many bytes are kept.
+const MOST_SAID: u64 = 16 << 20;
+/// The deed that changes nothing.
+const LOOK: &str = "look at";
 
 /// What is lent now, by the number it is lent under.
 type Shelf = Arc<Mutex<Vec<(Uuid, Vec<LentFile>)>>>;
 
 /// Works on the images of one domain.
+#[derive(Clone)]
 pub struct Images {
     /// As whom, with the ledger of what is lent to them; as we are if `None`.
     pub user: Option<(RunAs, Arc<Ledger>)>,
@@ -29,6 +41,8 @@ pub struct Images {
     /// The guest's QEMU, while it runs.
     pub process: Option<i32>,
     lent: Shelf,
+    /// How they are told to stop.
+    pub stop: Arc<Stop>,
 }
 
 /// What an image says of itself.
@@ -113,10 +127,32 @@ impl Drop for Lent {
     }
 }
 
+/// Files that are lent where nobody may wait for their file system: they are given back on a thread of its own.
+pub struct LentFromAfar(Option<Lent>);
+
+impl From<Lent> for LentFromAfar {
+    fn from(lent: Lent) -> LentFromAfar {
+        LentFromAfar(Some(lent))
+    }
+}
+
+impl Drop for LentFromAfar {
+    fn drop(&mut self) {
+        let lent = self.0.take();
+        // Without a thread it is done here: better late than never.
+        let _ = std::thread::Builder::new().name("files".to_owned()).spawn(move || drop(lent));
+    }
+}
+
 impl Images {
     /// Those of that guest.
     pub fn new(user: Option<(RunAs, Arc<Ledger>)>, guest: Uuid, process: Option<i32>) -> Images {
-        Images { user, guest, process, lent: Arc::default() }
+        Images { user, guest, process, lent: Arc::default(), stop: Arc::default() }
+    }
+
+    /// The same within an errand that may be stopped.
+    pub fn within(&self, stop: &Arc<Stop>) -> Images {
+        Images { stop: stop.clone(), ..self.clone() }
     }
 
     /// Lends images to QEMU's user until what is returned is dropped.
@@ -155,7 +191,7 @@ impl Images {
     /// What an image says of itself, also while a guest has it open.
     pub fn info(&self, path: &Path, format: &str) -> Result<ImageInfo, DriverError> {
         let named = named(&[(path.to_owned(), format.to_owned())]);
-        let told = self.run("look at", path, ["info", "--output=json", "-U"], [named])?;
+        let told = self.run(LOOK, path, ["info", "--output=json", "-U"], [named])?;
         serde_json::from_slice(&told).map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
     }
 
@@ -228,12 +264,12 @@ impl Images {
         let names: Vec<String> = rest.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        tame(&mut command, self.user.as_ref().map(|(user, _)| user.into()), BOUNDS);
+        self.stop.check()?;
+        let mut done = || finish(&mut command, &self.stop, deed != LOOK);
         let done = match &self.user {
-            None => command.output(),
-            Some((user, _)) => {
-                become_user(&mut command, user);
-                self.wall().within(|| command.output()).and_then(|done| done)
-            }
+            None => done(),
+            Some(_) => self.wall().within(done).and_then(|done| done),
         };
         let done = done.map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => {
@@ -274,7 +310,7 @@ fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
 fn named(chain: &[(PathBuf, String)]) -> OsString {
     let mut below = Value::Null;
     for (path, format) in chain.iter().rev() {
-        let is_device = std::fs::metadata(path).is_ok_and(|data| data.file_type().is_block_device());
+        let is_device = Found::resolve(path).is_ok_and(|found| found.kind() == FileType::BlockDevice);
         let driver = if is_device { "host_device" } else { "file" };
         let mut node = json!({ "driver": format, "file": { "driver": driver, "filename": path.to_string_lossy() } });
         if matches!(&**format, "qcow2" | "qcow" | "qed" | "vmdk") {
@@ -285,20 +321,70 @@ fn named(chain: &[(PathBuf, String)]) -> OsString {
     format!("json:{below}").into()
 }
 
-/// The program runs as that user, with all their groups.
-fn become_user(command: &mut Command, user: &RunAs) {
-    let (uid, gid, groups) = (user.uid, user.gid, user.groups.clone());
-    // SAFETY: between fork and exec only system calls are made, on memory prepared before.
-    unsafe {
-        command.pre_exec(move || {
-            let failed = || io::Error::last_os_error();
-            if libc::setgroups(groups.len(), groups.as_ptr()) != 0 {
-                return Err(failed());
-            }
-            if libc::setgid(gid) != 0 || libc::setuid(uid) != 0 {
-                return Err(failed());
-            }
-            Ok(())
-        });
+/// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order.
+fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output> {
+    let mut child = command.spawn()?;
+    // Not reaped yet, so the number is still the child's.
+    let held = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
+    let watched = match held {
+        Ok(held) => stop.watch(held, writes),
+        Err(e) => {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(e.into());
+        }
+    };
+    let said = |stream: Option<Box<dyn Read + Send>>| {
+        let mut said = Vec::new();
+        stream.map_or(Ok(0), |stream| stream.take(MOST_SAID).read_to_end(&mut said)).map(|_| said)
+    };
+    let (out, err) = (child.stdout.take(), child.stderr.take());
+    let (stdout, stderr) = std::thread::scope(|scope| {
+        let words = scope.spawn(|| said(err.map(|stream| Box::new(stream) as _)));
+        let stdout = said(out.map(|stream| Box::new(stream) as _));
+        (stdout, words.join().unwrap_or_else(|_| Ok(Vec::new())))
+    });
+    let status = child.wait()?;
+    drop(watched);
+    Ok(Output { status, stdout: stdout?, stderr: stderr? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::host::workers::{Errand, PATIENCE, Workers};
+    use std::time::Duration;
+    use tokio_util::sync::CancellationToken;
+
+    /// W3: a pipe whose other end nobody opens.
+    #[tokio::test]
+    async fn a_tool_that_hangs_is_cancelled_and_has_a_limit() {
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            return eprintln!("SKIPPED: qemu-img is not installed");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("disk");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let (workers, images) = (Workers::default(), Images::new(None, Uuid::from_u128(1), None));
+        for (limit, is_cancelled) in [(PATIENCE, true), (Duration::from_millis(500), false)] {
+            let (cancel, started) = (CancellationToken::new(), Arc::new(tokio::sync::Notify::new()));
+            let errand = Errand { limit, ..Errand::new(images.guest, "disk").until(&cancel) };
+            let (images, path, begins) = (images.clone(), pipe.clone(), started.clone());
+            let look = workers.run(errand, move |stop| {
+                begins.notify_one();
+                images.within(stop).info(&path, "qcow2")
+            });
+            let cancelling = async {
+                if is_cancelled {
+                    started.notified().await;
+                    cancel.cancel();
+                }
+            };
+            let error = tokio::join!(look, cancelling).0.unwrap_err();
+            assert_eq!(matches!(error, DriverError::Cancelled), is_cancelled, "{error}");
+            assert_eq!(matches!(error, DriverError::TimedOut(_)), !is_cancelled, "{error}");
+        }
+        // Nothing of it is left that would keep the machine.
+        workers.run(Errand::new(images.guest, "disk"), |_| Ok(())).await.unwrap();
     }
 }

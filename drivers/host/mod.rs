@@ -1,24 +1,35 @@
 //! What several drivers need of the host: whom a hypervisor runs as, the files it may open, its process.
 
+#[allow(clippy::disallowed_methods, reason = "its ledger is in a folder of ours")]
 pub mod access;
 pub(crate) mod acl;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod cgroup;
 pub(crate) mod chain;
 pub mod files;
 mod handle;
 pub mod image;
 pub(crate) mod lock;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod pci;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod process;
 pub mod resolve;
+#[allow(clippy::disallowed_methods, reason = "the administrator's folder; links and pipes are refused there")]
 pub mod secret;
+#[allow(clippy::disallowed_methods, reason = "opens /dev/null")]
 pub mod spawn;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
+pub mod tool;
 pub mod uids;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod usb;
 pub mod user;
 pub mod vf;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod vsock;
 pub mod wall;
 pub mod workers;

@@ -43,6 +43,12 @@ impl Found {
         Walk::new(path)?.finish()
     }
 
+    /// A file that is held already, and how it is shown.
+    pub fn of(fd: OwnedFd, shown: PathBuf) -> io::Result<Found> {
+        let stat = fstat(&fd)?;
+        Ok(Found { fd, real: shown, stat, choosers: BTreeSet::new(), planted: false, exposed: None })
+    }
+
     /// Why it must not be opened to somebody new, if so. `chosen_by` is who named the path, if that was not the XML;
     /// `own_device`: it may be a character device.
     pub fn objection(&self, chosen_by: Option<u32>, own_device: bool) -> Option<String> {

@@ -10,6 +10,7 @@
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
 
+use super::files::Program;
 use super::process::{Identity, kill};
 use super::user::RunAs;
 use super::wall::Wall;
@@ -17,7 +18,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
@@ -27,6 +28,8 @@ use std::sync::mpsc;
 pub struct Plan<'a> {
     /// The program, an absolute path.
     pub program: &'a Path,
+    /// The file that is run, whatever that path means by then; what it means, if `None`.
+    pub judged: Option<&'a Program>,
     /// Its arguments, without its name.
     pub args: &'a [String],
     /// Its whole environment.
@@ -56,6 +59,8 @@ pub struct Spawned {
 /// The child's end of each pipe.
 const GO: RawFd = 4;
 const ERROR: RawFd = 5;
+/// The program, where it was judged before.
+const PROGRAM: RawFd = 199;
 /// Copies are made above here, so that none is in another's place.
 const ABOVE: RawFd = 200;
 
@@ -84,6 +89,8 @@ struct Prepared {
     gaps: Vec<(RawFd, RawFd)>,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    /// It is run by its descriptor; `Some(true)`: an interpreter must be able to open that again.
+    by_descriptor: Option<bool>,
     privileged: bool,
     parent: libc::pid_t,
     /// What `argv` and `envp` point into.
@@ -232,10 +239,13 @@ impl Prepared {
             vec![(above(&File::open("/dev/null")?)?, 0), (above(plan.output)?, 1), (above(plan.output)?, 2)];
         places.extend([(go, GO), (error, ERROR)]);
         for (place, gift) in &plan.gifts {
-            if (0..=2).contains(place) || [GO, ERROR].contains(place) || *place >= ABOVE {
+            if (0..=2).contains(place) || [GO, ERROR, PROGRAM].contains(place) || *place >= ABOVE {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {place} is taken")));
             }
             places.push((above(gift)?, *place));
+        }
+        if let Some(judged) = plan.judged {
+            places.push((above(&judged.as_fd())?, PROGRAM));
         }
         places.sort_by_key(|(_, place)| *place);
         let ends = places.iter().map(|(_, place)| place - 1).skip(1).chain([RawFd::MAX]);
@@ -248,6 +258,7 @@ impl Prepared {
             gaps,
             user: plan.user.cloned(),
             lock_limit: plan.lock_limit,
+            by_descriptor: plan.judged.map(Program::is_script),
             privileged: plan.privileged,
             // SAFETY: getpid has no conditions.
             parent: unsafe { libc::getpid() },
@@ -281,7 +292,16 @@ impl Prepared {
             }
         }
         // SAFETY: both arrays end with null and their strings live in `self`.
-        unsafe { libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
+        unsafe {
+            match self.by_descriptor {
+                None => libc::execve(self.program.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()),
+                Some(_) => {
+                    let (name, flags) = (c"".as_ptr(), libc::AT_EMPTY_PATH);
+                    let (argv, envp) = (self.argv.as_ptr(), self.envp.as_ptr());
+                    libc::syscall(libc::SYS_execveat, PROGRAM, name, argv, envp, flags) as libc::c_int
+                }
+            }
+        };
         self.fail(STAGES.len() - 1)
     }
 
@@ -308,6 +328,7 @@ impl Prepared {
         let own = unsafe {
             self.places.iter().all(|(from, place)| libc::dup2(from.as_raw_fd(), *place) >= 0)
                 && [GO, ERROR].iter().all(|fd| libc::fcntl(*fd, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
+                && (self.by_descriptor != Some(false) || libc::fcntl(PROGRAM, libc::F_SETFD, libc::FD_CLOEXEC) >= 0)
         };
         own && self.gaps.iter().all(close)
     }

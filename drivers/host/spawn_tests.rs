@@ -8,6 +8,7 @@ fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -
     let gift = || UnixListener::bind_addr(&abstract_address()).unwrap().into();
     Plan {
         program: Path::new("/bin/sh"),
+        judged: None,
         args,
         env,
         output,
@@ -81,6 +82,29 @@ fn a_program_that_cannot_run_is_an_error_that_names_it() {
     let error = spawn(plan, |_| Ok(())).err().unwrap();
     assert_eq!(error.kind(), io::ErrorKind::NotFound);
     assert!(error.to_string().starts_with("/nowhere/qemu cannot run: No such file"), "{error}");
+}
+
+/// C1: what was judged runs, whatever its name means by then; a text for an interpreter, too.
+#[tokio::test]
+async fn runs_the_file_that_was_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let script = |path: &Path, text: &str| {
+        std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
+        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    };
+    let path = dir.path().join("qemu");
+    script(&path, "echo judged");
+    let judged_text = Program::at(&path, false).unwrap();
+    std::fs::rename(&path, dir.path().join("away")).unwrap();
+    script(&path, "echo another");
+    let binary = Program::at(Path::new("/bin/echo"), false).unwrap();
+    for (judged, args) in [(&judged_text, vec![]), (&binary, vec!["judged".to_owned()])] {
+        let output = tempfile::tempfile().unwrap();
+        let plan = Plan { program: &path, judged: Some(judged), ..plan(&args, &[], &output) };
+        let spawned = spawn(plan, |_| Ok(())).unwrap();
+        assert_eq!(end(spawned).await, End::Code(0));
+        assert_eq!(text(&output), "judged\n");
+    }
 }
 
 #[tokio::test]

@@ -165,9 +165,10 @@ impl Workers {
         work: impl FnOnce(&Arc<Stop>) -> Result<T, DriverError> + Send + 'static,
     ) -> Result<oneshot::Receiver<Result<T, DriverError>>, DriverError> {
         let (hand_over, result) = oneshot::channel();
-        let (workers, guest) = (self.clone(), errand.guest);
+        let (workers, guest, runtime) = (self.clone(), errand.guest, tokio::runtime::Handle::current());
         let thread = std::thread::Builder::new().name("files".to_owned()).stack_size(STACK);
         let begun = thread.spawn(move || {
+            let _within = runtime.enter();
             let _ = hand_over.send(work(&stop));
             drop(place);
             workers.tidy(guest);

@@ -10,6 +10,7 @@
 use super::command::HostFile;
 use super::make;
 use super::takeover::take_over;
+use crate::host::files::Seen;
 use crate::host::process::{End, Identity, Process};
 use crate::host::user::RunAs;
 use futures_util::future::{join_all, select_all};
@@ -150,9 +151,9 @@ impl Companion {
         }
     }
 
-    /// Whether there is something for it to do.
+    /// Whether there is something for it to do. Blocks.
     pub fn is_wanted(&self) -> bool {
-        !matches!(&self.role, Role::Maker { made, .. } if made.exists())
+        !matches!(&self.role, Role::Maker { made, .. } if Seen::at(made).is_there())
     }
 
     /// What its end would mean; that of one that does not run as long as the guest is waited for.

@@ -2,17 +2,14 @@
 //! that says otherwise is refused, for whoever wrote it (a guest, who made the image) would choose files of the host.
 
 use super::command::known_format;
-use super::record::blocking;
 use crate::host::chain::{Header, is_same_path, place};
+use crate::host::workers::{Errand, Workers};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use uuid::Uuid;
 use virt_model::device::disk::{BackingStore, DiskKind};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::xml::{Finding, Place};
-
-/// How long a file system may take to show the headers of one machine's images.
-const LOOK: Duration = Duration::from_secs(20);
 
 /// An image, and what it is to stand on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -93,30 +90,24 @@ fn plain_format(format: Option<&str>) -> String {
 
 /// What the headers of a machine's images say against its definition. A file that is not there says nothing.
 /// Errors: `TimedOut` if a file system does not answer.
-pub async fn objections(def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
-    objections_to(images(def)).await
+pub async fn objections(workers: &Workers, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+    objections_to(workers, def.uuid, images(def)).await
 }
 
-/// The same for some images.
-pub async fn objections_to(images: Vec<Image>) -> Result<Vec<Finding>, DriverError> {
-    let first = images.first().map(|image| image.path.display().to_string()).unwrap_or_default();
-    let look = blocking(move || images.iter().filter_map(objection).collect());
-    tokio::time::timeout(LOOK, look).await.unwrap_or_else(|_| {
-        let seconds = LOOK.as_secs();
-        Err(DriverError::TimedOut(format!(
-            "the images ({first} …) cannot be looked at within {seconds} s; see to their file system"
-        )))
-    })
+async fn objections_to(workers: &Workers, guest: Uuid, images: Vec<Image>) -> Result<Vec<Finding>, DriverError> {
+    let Some(first) = images.first() else { return Ok(Vec::new()) };
+    let errand = Errand::new(guest, first.path.display().to_string());
+    workers.run(errand, move |_| Ok(images.iter().filter_map(objection).collect())).await
 }
 
 /// Refuses a machine whose images are not what its definition says.
-pub async fn hold(def: &DomainDef) -> Result<(), DriverError> {
-    hold_images(images(def)).await
+pub async fn hold(workers: &Workers, def: &DomainDef) -> Result<(), DriverError> {
+    hold_images(workers, def.uuid, images(def)).await
 }
 
-/// The same for some images.
-pub async fn hold_images(images: Vec<Image>) -> Result<(), DriverError> {
-    let findings = objections_to(images).await?;
+/// The same for some images of a machine.
+pub async fn hold_images(workers: &Workers, guest: Uuid, images: Vec<Image>) -> Result<(), DriverError> {
+    let findings = objections_to(workers, guest, images).await?;
     if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }
 }
 

@@ -6,6 +6,7 @@
 use super::changes::{Change, Claims, SYSFS, undo};
 use super::companion::{GRACE, Living, Loss, end_all, how};
 use super::log::Log;
+use super::make;
 use super::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
 use super::record::{Keeper, blocking};
 use super::report::Reporter;
@@ -110,9 +111,10 @@ impl Leavings {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
         super::tune::clear(self.uuid);
-        // The service removes the folder itself, and complains where that fails.
-        let _ = std::fs::remove_file(self.monitor());
         super::room::clear(&self.own_dir());
+        if let Err(error) = make::empty(&self.runtime_dir, self.ledger.is_some()) {
+            tracing::warn!(uuid = %self.uuid, %error, "something of the guest's is still there");
+        }
     }
 }
 

@@ -16,23 +16,25 @@ use super::report::Reporter;
 use super::room;
 use super::snapshot::jobs::Line;
 use super::snapshot::nodes::Nodes;
+use super::snapshot::open_memory;
 use super::takeover::take_over;
 use super::tune::{Bounds, Tuning};
 use super::wall;
 use crate::host::access::{Ledger, LentFile, Want};
+use crate::host::files::Program;
 use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use crate::host::wall::Wall;
+use crate::host::workers::{Errand, Stop, Workers};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::fs::{DirBuilder, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
@@ -57,6 +59,8 @@ pub struct Start {
     pub uuid: Uuid,
     /// Its name, for people who read the log.
     pub name: String,
+    /// Its QEMU, as it was judged.
+    pub program: Arc<Program>,
     /// What is run.
     pub command: Command,
     /// The machine that it is, its USB devices found on the host.
@@ -81,6 +85,8 @@ pub struct Start {
     pub secrets_dir: PathBuf,
     /// As in `DriverConfig`: there is room for what disks throw away.
     pub state_dir: PathBuf,
+    /// Who looks at files.
+    pub workers: Workers,
     /// Whom QEMU runs as, with the ledger of what is lent to them; as we do if `None`.
     pub user: Option<(RunAs, Arc<Ledger>)>,
     /// As in `Launch`.
@@ -99,8 +105,8 @@ pub struct Start {
 pub enum Source {
     /// From a snapshot in these images, the memory from the first.
     Images { name: String, images: Vec<PathBuf> },
-    /// From a file.
-    File(PathBuf),
+    /// From a file, of so many bytes where that is known.
+    File { path: PathBuf, bytes: Option<u64> },
 }
 
 /// A guest that is up.
@@ -143,6 +149,8 @@ struct Prepared {
 /// A process that is to be made.
 struct Job {
     program: PathBuf,
+    /// The file itself, where it was judged; else what the path means.
+    judged: Option<Arc<Program>>,
     args: Vec<String>,
     env: Vec<(String, String)>,
     output: Arc<File>,
@@ -192,7 +200,7 @@ impl Start {
             keeper.change(|_| {}).await?;
         }
         let start = self.clone();
-        let mut prepared = blocking(move || start.prepare()).await??;
+        let mut prepared = self.afar(&self.leavings().own_dir(), move || start.prepare()).await?;
         made.log = Some(prepared.log.clone());
         let taken = self.take_devices(keeper).await?;
         for (n, tap) in self.command.taps.iter().enumerate() {
@@ -215,6 +223,16 @@ impl Start {
         Ok(Up { instance, devices, links: taken.links.into_values().collect() })
     }
 
+    /// Works on files where that may block. `what` is shown to people if it does not answer.
+    async fn afar<T: Send + 'static>(
+        &self,
+        what: &Path,
+        work: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let errand = Errand::new(self.uuid, what.display().to_string()).until(&self.cancel);
+        self.workers.run(errand, move |_| work()).await
+    }
+
     fn still_wanted(&self) -> Result<(), DriverError> {
         if self.cancel.is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
     }
@@ -223,7 +241,11 @@ impl Start {
     fn prepare(&self) -> Result<Prepared, DriverError> {
         let user = self.user.as_ref().map(|(user, _)| user);
         let own = self.leavings().own_dir();
-        let made = DirBuilder::new().mode(0o700).create(&own).and_then(|()| match user {
+        room::clear(&own);
+        if let Err(error) = make::empty(&self.runtime_dir, user.is_some()) {
+            tracing::warn!(uuid = %self.uuid, %error, "something of an earlier guest's is still there");
+        }
+        let made = make::empty_folder(&own, None).and_then(|()| match user {
             Some(user) => room::make(&own, user, &self.started),
             None => Ok(()),
         });
@@ -315,19 +337,16 @@ impl Start {
         let Some((user, ledger)) = self.user.clone() else { return Ok(Vec::new()) };
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
         let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
-        let (uuid, at_work) = (self.uuid, ledger.clone());
-        let mut lending = tokio::task::spawn_blocking(move || at_work.lend(&user, uuid, &wants));
-        tokio::select! {
-            lent = &mut lending => lent.unwrap_or_else(|e| Err(DriverError::Internal(e.to_string()))),
-            () = self.cancel.cancelled() => {
-                // When it does end, what it got is given back.
-                tokio::spawn(async move {
-                    let _ = lending.await;
-                    let _ = blocking(move || ledger.give_back(uuid)).await;
-                });
-                Err(DriverError::Cancelled)
-            }
-        }
+        let what = wants.first().map(|want| want.path.clone()).unwrap_or_default();
+        let uuid = self.uuid;
+        let errand = Errand::new(uuid, what.display().to_string()).until(&self.cancel);
+        let lend = move |stop: &Arc<Stop>| {
+            let lent = ledger.lend(&user, uuid, &wants)?;
+            // One that was left behind gives back what it got.
+            stop.check().inspect_err(|_| ledger.give_back(uuid))?;
+            Ok(lent)
+        };
+        self.workers.run(errand, lend).await
     }
 
     /// Starts what runs beside QEMU, in order, and waits for those that make something.
@@ -362,7 +381,8 @@ impl Start {
                 }
             }
             if let Role::Maker { work, made: what, .. } = companion.role {
-                std::fs::rename(&work, &what).map_err(|e| storage(&what, &e))?;
+                let wary = self.user.is_some();
+                self.afar(&what.clone(), move || make::rename(&work, &what, wary)).await?;
             }
             made.companions.pop();
             keeper.change(|record| _ = record.companions.pop()).await?;
@@ -375,6 +395,7 @@ impl Start {
         let env = self.environment(&companion.env);
         Job {
             program: companion.program.clone(),
+            judged: None,
             args: companion.args.clone(),
             env,
             output,
@@ -400,6 +421,7 @@ impl Start {
         let wall = Some(wall.await??);
         let job = Job {
             program: self.command.program.clone(),
+            judged: Some(self.program.clone()),
             args: self.command.args.clone(),
             env: self.environment(&self.command.env),
             output: prepared.output,
@@ -441,7 +463,7 @@ impl Start {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await.map_err(translate)?;
         let monitor = Arc::new(monitor);
         if let Some(source) = &self.from {
-            source.load(&Line::new(monitor.clone(), reporter.clone())).await?;
+            source.load(&Line::new(monitor.clone(), reporter.clone()), self).await?;
         }
         for (command, arguments) in &self.command.setup {
             monitor.execute(command, arguments.clone()).await.map_err(translate)?;
@@ -517,7 +539,7 @@ impl Start {
 }
 
 impl Source {
-    async fn load(&self, line: &Line) -> Result<(), DriverError> {
+    async fn load(&self, line: &Line, start: &Start) -> Result<(), DriverError> {
         match self {
             Source::Images { name, images } => {
                 let nodes = Nodes::ask(line).await?;
@@ -526,10 +548,10 @@ impl Source {
                 let arguments = json!({ "tag": name, "vmstate": nodes.first(), "devices": nodes });
                 line.job("snapshot-load", "virtd-snapshot-load", arguments, None).await
             }
-            Source::File(path) => {
-                let file = path.clone();
-                let opened = blocking(move || File::open(file)).await?;
-                line.read_memory(opened.map_err(|e| storage(path, &e))?).await
+            Source::File { path, bytes } => {
+                let (file, bytes, wary) = (path.clone(), *bytes, start.user.is_some());
+                let opened = start.afar(path, move || open_memory(&file, bytes, wary)).await?;
+                line.read_memory(opened).await
             }
         }
     }
@@ -567,6 +589,7 @@ async fn spawn_one(
     let spawned = blocking(move || {
         let plan = Plan {
             program: &job.program,
+            judged: job.judged.as_deref(),
             args: &job.args,
             env: &job.env,
             output: &job.output,

@@ -1,7 +1,9 @@
 //! What a running guest has and its definition does not say: TCP ports, terminals.
 
 use super::capabilities::VHOST_VSOCK;
+use crate::host::files::Seen;
 use crate::host::macvtap::Macvtap;
+use crate::host::workers::{Errand, Workers};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
@@ -12,7 +14,7 @@ use virt_model::device::chardev::{CharKind, CharSource};
 use virt_model::device::disk::StartupPolicy;
 use virt_model::device::interface::InterfaceKind;
 use virt_model::device::source::DiskSource;
-use virt_model::device::{CharSource as Source, DeviceInfo};
+use virt_model::device::{CharSource as Source, DeviceInfo, Disk};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 
@@ -76,18 +78,19 @@ pub fn media_that_may_be_missing(def: &DomainDef) -> impl Iterator<Item = &Path>
 }
 
 /// Empties the drives whose medium may be missing, and is.
-pub async fn leave_out_missing_media(live: &mut DomainDef) {
-    for disk in &mut live.devices.disks {
-        let lenient = |source: &DiskSource| {
-            matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite))
-        };
-        let path = disk.path().filter(|_| disk.source.as_ref().is_some_and(lenient)).map(str::to_owned);
-        let Some(path) = path else { continue };
-        if let Ok(false) = tokio::fs::try_exists(&path).await {
+pub async fn leave_out_missing_media(live: &mut DomainDef, workers: &Workers) -> Result<(), DriverError> {
+    let lenient =
+        |source: &DiskSource| matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
+    let may_be_missing = |disk: &&mut Disk| disk.source.as_ref().is_some_and(lenient);
+    for disk in live.devices.disks.iter_mut().filter(may_be_missing) {
+        let Some(path) = disk.path().map(str::to_owned) else { continue };
+        let (errand, looked_at) = (Errand::new(live.uuid, &path), path.clone());
+        if !workers.run(errand, move |_| Ok(Seen::at(Path::new(&looked_at)).is_there())).await? {
             tracing::info!(uuid = %live.uuid, "{path} is missing; {} starts without a medium", disk.target.dev);
             disk.source = None;
         }
     }
+    Ok(())
 }
 
 /// Puts the terminals that `query-chardev` tells into the definition.

@@ -1,16 +1,18 @@
 //! Files, folders and sockets that are made, or removed, where a definition says or for those that run a guest.
 //!
-//! virtd may be root here, and others may own parts of the way: places and templates are held to the rules of
-//! [`crate::host::resolve`].
+//! virtd may be root here, and others may own parts of the way: each is found once and held ([`crate::host::files`]), and
+//! nothing is given away, changed or removed by its path.
 
 use super::command::Nvram;
 use crate::host::acl::through;
-use crate::host::resolve::{Found, Place};
+use crate::host::files::{Plain, Seen, What, open_plain};
+use crate::host::resolve::Place;
 use crate::host::user::RunAs;
-use std::fs::{DirBuilder, File, Permissions};
+use rustix::fs::FileType;
+use std::fs::File;
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, chown, fchown};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::fchown;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use virt_model::driver::DriverError;
@@ -21,8 +23,7 @@ const MAX_TEMPLATE: u64 = 64 << 20;
 /// Makes an empty file for QEMU's user to write to, where nothing is: QEMU itself may not be allowed to make it there.
 pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
     let Some(user) = user else { return Ok(()) };
-    let place = Place::resolve(path, true)?;
-    match File::options().write(true).create_new(true).mode(0o640).open(place.path()) {
+    match Place::resolve(path, true)?.create(0o640) {
         Ok(file) => fchown(&file, Some(user.uid), Some(user.gid)),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
@@ -31,52 +32,61 @@ pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
 
 /// Makes a file, where nothing is, that only we may open. `wary`: as root among others.
 pub fn new_file(path: &Path, wary: bool) -> io::Result<File> {
-    let place = Place::resolve(path, wary)?;
     // Where a link is, something is.
-    File::options().write(true).create_new(true).mode(0o600).open(place.path())
+    Place::resolve(path, wary)?.create(0o600)
 }
 
-/// An empty file without a name, in the folder of that path, for `user` (us, if `None`) to write to.
+/// An empty file without a name, in that folder of ours, for `user` (us, if `None`) to write to.
 pub fn scratch(folder: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
-    DirBuilder::new().recursive(true).mode(0o711).create(folder)?;
-    let path = folder.join(format!("scratch-{}", uuid::Uuid::new_v4()));
-    let file = File::options().read(true).write(true).create_new(true).mode(0o600).open(&path)?;
-    std::fs::remove_file(&path)?;
+    Place::make_folders(folder, user.is_some())?;
+    let place = Place::resolve(&folder.join(format!("scratch-{}", uuid::Uuid::new_v4())), user.is_some())?;
+    let file = place.create(0o600)?;
+    place.remove_file()?;
     user.map_or(Ok(()), |user| fchown(&file, Some(user.uid), Some(user.gid)))?;
     Ok(file.into())
 }
 
 /// Makes a folder, where nothing is, that only `user` (we, if `None`) may enter; and the folders on the way to it.
 pub fn folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    if let Some(parent) = path.parent().filter(|parent| !parent.exists()) {
-        DirBuilder::new().recursive(true).mode(0o711).create(parent)?;
+    if let Some(parent) = path.parent() {
+        Place::make_folders(parent, user.is_some())?;
     }
-    let place = Place::resolve(path, user.is_some())?;
-    match DirBuilder::new().mode(0o700).create(place.path()) {
-        Ok(()) => give(&place.path(), user),
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+    match Place::resolve(path, user.is_some())?.make_folder(0o700) {
+        Ok(folder) => user.map_or(Ok(()), |user| folder.give(user.uid, user.gid)),
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists && Seen::at(path).what == What::Folder => Ok(()),
         Err(e) => Err(e),
     }
 }
 
-/// The same, without what may be in it.
+/// The same, without what may be in it. What cannot be removed is put aside: it must not be in a guest's way for good.
 pub fn empty_folder(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    remove(path, user.is_some()).map_err(io::Error::other)?;
+    if let Some(parent) = path.parent() {
+        Place::make_folders(parent, user.is_some())?;
+    }
+    let place = Place::resolve(path, user.is_some())?;
+    match place.remove_all() {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            let aside = path.with_file_name(format!(".left-{}", uuid::Uuid::new_v4()));
+            tracing::warn!(error = %e, "{} is put aside as {}", path.display(), aside.display());
+            place.rename_to(&Place::resolve(&aside, user.is_some())?)?;
+        }
+        _ => {}
+    }
     folder(path, user)
 }
 
-/// Makes `user` (we, if `None`) the owner of what only root could have put there.
-pub fn give(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    user.map_or(Ok(()), |user| chown(path, Some(user.uid), Some(user.gid)))
-}
-
-/// A listening socket that only `user` (we, if `None`) can connect to, from its first moment.
+/// A listening socket that only `user` (we, if `None`) can connect to, from its first moment: it is made with their rights
+/// and belongs to them, wherever its path leads by then.
 pub fn listen(path: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
     use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
     let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None)?;
-    bind(&socket, &SocketAddrUnix::new(path)?)?;
-    std::fs::set_permissions(path, Permissions::from_mode(0o600))?;
-    give(path, user)?;
+    // The name gets the permissions that the socket has.
+    rustix::fs::fchmod(&socket, rustix::fs::Mode::from_raw_mode(0o600))?;
+    let address = SocketAddrUnix::new(path)?;
+    match user {
+        None => bind(&socket, &address)?,
+        Some(user) => user.reach(|| bind(socket.as_fd(), &address))??,
+    }
     listen(&socket, 1)?;
     Ok(socket)
 }
@@ -85,7 +95,10 @@ pub fn listen(path: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
 pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), DriverError> {
     let path = &nvram.path;
     let at_path = |e: io::Error| DriverError::Storage(format!("{}: {e}", path.display()));
-    if !anew && path.exists() {
+    if let Some(why) = no_variables(path) {
+        return Err(DriverError::Storage(why));
+    }
+    if !anew && Seen::at(path).is_there() {
         return Ok(());
     }
     let Some(template) = &nvram.template else {
@@ -106,82 +119,106 @@ pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), 
     }
 }
 
+/// Why a guest's firmware variables cannot be at that path, if so: something else is there. Blocks.
+pub fn no_variables(path: &Path) -> Option<String> {
+    let other = match Seen::at(path).what {
+        What::Nothing | What::Plain | What::Block => return None,
+        What::Folder => "a folder",
+        What::Other => "neither a plain file nor a block device",
+    };
+    Some(format!("{}: firmware variables are kept in a file, and this is {other}; name a file", path.display()))
+}
+
 /// Opens a template, which is a plain file of some size.
-fn open_template(template: &Path, wary: bool) -> io::Result<File> {
+fn open_template(template: &Path, wary: bool) -> io::Result<Plain> {
     let file = open_plain(template, wary)?;
-    match file.metadata()?.len() {
+    match file.length() {
         0..=MAX_TEMPLATE => Ok(file),
         size => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{size} bytes are no firmware variables"))),
     }
 }
 
-/// Opens a plain file to be read; anything else could keep us waiting. `wary`: as root among others.
-pub fn open_plain(path: &Path, wary: bool) -> io::Result<File> {
-    let found = Found::resolve(path)?;
-    if let Some(why) = found.objection(None, false).filter(|_| wary) {
-        return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
-    }
-    match found.kind() {
-        rustix::fs::FileType::RegularFile => File::open(through(&found.fd)),
-        _ => Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file")),
-    }
-}
-
 /// Makes or replaces the file at `path` in one step, its content made by `fill`.
 fn put(path: &Path, user: Option<&RunAs>, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
-    let parent = path.parent().unwrap_or(Path::new("/"));
-    if !parent.exists() {
-        DirBuilder::new().mode(0o711).create(Place::resolve(parent, user.is_some())?.path())?;
+    if let Some(parent) = path.parent() {
+        Place::make_folders(parent, user.is_some())?;
     }
     let place = Place::resolve(path, user.is_some())?;
-    if std::fs::symlink_metadata(place.path()).is_ok_and(|there| !there.is_file() && !there.is_symlink()) {
+    replace(&place, |new| {
+        fill(new)?;
+        user.map_or(Ok(()), |user| fchown(&*new, Some(user.uid), Some(user.gid)))
+    })
+}
+
+/// Makes or replaces the file at a place in one step, its content and owner made by `fill`. Only a file or a link is
+/// replaced.
+pub fn replace(place: &Place, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    if let Ok(there) = place.stat()
+        && !matches!(FileType::from_raw_mode(there.st_mode), FileType::RegularFile | FileType::Symlink)
+    {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no plain file is there"));
     }
-    let mut new = tempfile::NamedTempFile::new_in(place.dir())?;
+    let mut new = tempfile::NamedTempFile::new_in(through(place.folder_fd()))?;
     fill(new.as_file_mut())?;
-    if let Some(user) = user {
-        fchown(new.as_file(), Some(user.uid), Some(user.gid))?;
-    }
     new.as_file().sync_all()?;
     new.persist(place.path())?;
     Ok(())
 }
 
-fn copy(from: File, to: &mut File) -> io::Result<()> {
+fn copy(from: Plain, to: &mut File) -> io::Result<()> {
     io::copy(&mut from.take(MAX_TEMPLATE), to).map(drop)
 }
 
 /// Writes the raw image `from` as qcow2.
-fn convert(from: File, to: &mut File) -> io::Result<()> {
+fn convert(from: Plain, to: &mut File) -> io::Result<()> {
     let mut command = Command::new("qemu-img");
     command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
-    let done =
-        command.stdin(from).stdout(to.try_clone()?).stderr(Stdio::piped()).output().map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => io::Error::other("qemu-img is not installed (Debian has it in qemu-utils)"),
-            _ => e,
-        })?;
+    let done = command.stdin(from.into_file()).stdout(to.try_clone()?).stderr(Stdio::piped()).output();
+    let done = done.map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => io::Error::other("qemu-img is not installed (Debian has it in qemu-utils)"),
+        _ => e,
+    })?;
     if done.status.success() {
         return Ok(());
     }
     Err(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned()))
 }
 
+/// Gives what was made another name, over what is there.
+pub fn rename(from: &Path, to: &Path, wary: bool) -> Result<(), DriverError> {
+    let renamed = Place::resolve(from, wary).and_then(|from| from.rename_to(&Place::resolve(to, wary)?));
+    renamed.map_err(|e| DriverError::Storage(format!("{}: {e}", to.display())))
+}
+
 /// Removes a file, or a folder with all that is in it, if it is there; `wary` as in [`Place::resolve`].
 pub fn remove(path: &Path, wary: bool) -> Result<(), DriverError> {
-    let removed = match std::fs::symlink_metadata(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(e) => Err(e),
-        Ok(there) => Place::resolve(path, wary).and_then(|place| match there.is_dir() {
-            true => std::fs::remove_dir_all(place.path()),
-            false => std::fs::remove_file(place.path()),
-        }),
-    };
-    removed.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display())))
+    gone(path, Place::resolve(path, wary).and_then(|place| place.remove_all()))
+}
+
+/// Removes all that is in a folder of ours, if it is there. On failure some of it is left.
+pub fn empty(path: &Path, wary: bool) -> Result<(), DriverError> {
+    gone(path, Place::resolve(path, wary).and_then(|place| place.open_folder()?.empty()))
 }
 
 /// Removes a file, never a folder; what is not there is fine.
 pub fn remove_file(path: &Path, wary: bool) -> Result<(), DriverError> {
-    match Place::resolve(path, wary).and_then(|place| std::fs::remove_file(place.path())) {
+    gone(path, Place::resolve(path, wary).and_then(|place| place.remove_file()))
+}
+
+/// Removes a plain file, or a link; leaves alone anything else that a definition may have named.
+pub fn remove_plain(path: &Path, wary: bool) -> Result<(), DriverError> {
+    let removed = Place::resolve(path, wary).and_then(|place| match FileType::from_raw_mode(place.stat()?.st_mode) {
+        FileType::RegularFile | FileType::Symlink => place.remove_file(),
+        _ => {
+            tracing::warn!("{} is no plain file and is not removed", path.display());
+            Ok(())
+        }
+    });
+    gone(path, removed)
+}
+
+fn gone(path: &Path, removed: io::Result<()>) -> Result<(), DriverError> {
+    match removed {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed.map_err(|e| DriverError::Storage(format!("{}: {e}", path.display()))),
     }
@@ -206,6 +243,80 @@ mod tests {
         let odd =
             Nvram { path: at("raw"), format: "raw".to_owned(), template: Some((at("store"), "qcow2".to_owned())) };
         assert!(variables(&odd, true, None).unwrap_err().to_string().contains("not made from a template in qcow2"));
+    }
+
+    /// M7.
+    #[test]
+    fn a_folder_is_no_place_for_variables_and_is_not_removed_as_a_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("vars");
+        std::fs::create_dir(&folder).unwrap();
+        std::fs::write(folder.join("precious"), "").unwrap();
+        let nvram = Nvram { path: folder.clone(), format: "raw".to_owned(), template: None };
+        for anew in [false, true] {
+            let refused = variables(&nvram, anew, None).unwrap_err().to_string();
+            assert!(refused.contains("this is a folder; name a file"), "{refused}");
+        }
+        assert!(remove_file(&folder, false).is_err());
+        remove_plain(&folder, false).unwrap();
+        assert!(folder.join("precious").exists());
+        remove_plain(&folder.join("precious"), false).unwrap();
+        assert!(!folder.join("precious").exists());
+    }
+
+    /// C3: the guest renames its socket away and puts a link to root's file there, again and again.
+    #[test]
+    fn a_socket_in_a_guests_folder_makes_the_guest_owner_of_nothing_else() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+        use std::sync::atomic::{AtomicBool, Ordering};
+        let Ok(nobody) = RunAs::look_up("nobody", None, &[]) else {
+            return eprintln!("SKIPPED: no user nobody");
+        };
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("SKIPPED: needs root");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o711)).unwrap();
+        let (own, secret) = (dir.path().join("qemu"), dir.path().join("secret"));
+        std::fs::write(&secret, "").unwrap();
+        std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o640)).unwrap();
+        folder(&own, Some(&nobody)).unwrap();
+        let (path, ended) = (own.join("sock"), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    // Whoever comes second finds the place taken.
+                    let _ = std::fs::rename(&path, own.join("away"));
+                    let _ = symlink(&secret, &path);
+                    let _ = std::fs::remove_file(&path);
+                }
+            });
+            let mut made = 0;
+            while made < 200 {
+                // A link may be in the way just now.
+                made += usize::from(listen(&path, Some(&nobody)).is_ok());
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+        let data = std::fs::metadata(&secret).unwrap();
+        assert_eq!((data.uid(), data.mode() & 0o7777), (0, 0o640));
+        let _ = std::fs::remove_file(&path);
+        listen(&path, Some(&nobody)).unwrap();
+        let data = std::fs::metadata(&path).unwrap();
+        assert_eq!((data.uid(), data.gid(), data.mode() & 0o777), (nobody.uid, nobody.gid, 0o600));
+    }
+
+    #[test]
+    fn what_cannot_be_removed_is_no_hindrance() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("not/there/qemu");
+        std::fs::create_dir_all(path.join("deep")).unwrap();
+        std::fs::write(path.join("deep/file"), "").unwrap();
+        empty_folder(&path, None).unwrap();
+        assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
+        empty(path.parent().unwrap(), false).unwrap();
+        assert!(!path.exists());
+        empty(&path, false).unwrap();
     }
 
     #[test]

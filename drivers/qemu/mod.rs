@@ -14,11 +14,13 @@ pub mod complete;
 mod declared;
 mod events;
 mod find;
+#[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
 pub mod firmware;
 mod hostdev;
 mod instance;
 mod launch;
 mod live;
+#[allow(clippy::disallowed_methods, reason = "a folder that only root writes")]
 mod log;
 mod make;
 mod media;
@@ -29,18 +31,21 @@ mod report;
 mod room;
 mod snapshot;
 mod takeover;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod tune;
 mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
+use crate::host::files::{Seen, What};
 use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
-use capabilities::{Capabilities, Host, Prober, default_emulator};
+use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
 use changes::{Claims, SYSFS};
 use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
@@ -62,15 +67,16 @@ use virt_model::xml::{Finding, FindingKind, shorten};
 pub struct QemuDriver(Arc<Inner>);
 
 struct Inner {
-    prober: Prober,
+    prober: Arc<Prober>,
     ports: Ports,
     claims: Claims,
-    workers: Workers,
     privileges: Privileges,
     /// Where secrets are kept.
     secrets_dir: PathBuf,
     /// Where is what belongs to guests and has no other place.
     state_dir: PathBuf,
+    /// Who looks at guests' files.
+    workers: Workers,
     /// Threads and bytes of a guest, beside what its machine has.
     bounds: (u64, u64),
 }
@@ -115,12 +121,13 @@ impl QemuDriver {
             },
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
-        let prober = prober.certified_in(&config.tls_dir);
+        let workers = Workers::default();
+        let prober = prober.certified_in(&config.tls_dir).working_with(&workers);
         QemuDriver(Arc::new(Inner {
-            prober,
+            prober: Arc::new(prober),
+            workers,
             ports: Ports::default(),
             claims: Claims::default(),
-            workers: Workers::default(),
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
@@ -129,7 +136,7 @@ impl QemuDriver {
     }
 
     async fn capabilities_for(&self, def: &DomainDef) -> Arc<Capabilities> {
-        self.0.prober.probe_or_absent(&emulator(def)).await
+        self.0.prober.known(&emulator(def).await).await
     }
 
     /// As [`Privileges::user`]; the database of users may be far away.
@@ -163,14 +170,14 @@ impl QemuDriver {
         cancel: CancellationToken,
     ) -> Result<(Start, DomainDef, live::Reserved), DriverError> {
         let user = self.user_of(&launch.def, None).await?;
-        let binary = emulator(&launch.def);
-        let caps = tokio::select! {
-            caps = self.0.prober.probe(&binary) => caps?,
+        let binary = emulator(&launch.def).await;
+        let Asked { capabilities: caps, program } = tokio::select! {
+            asked = self.0.prober.probe(launch.def.uuid, &binary) => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
         let mut live = launch.def.clone();
-        live::leave_out_missing_media(&mut live).await;
-        declared::hold(&live).await?;
+        live::leave_out_missing_media(&mut live, &self.0.workers).await?;
+        declared::hold(&self.0.workers, &live).await?;
         let restored = launch.from.is_some();
         let sought = blocking(move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
@@ -190,13 +197,14 @@ impl QemuDriver {
         let started = usb.written_into(&live);
         let mut command = command::build(&started, &caps, &place).map_err(DriverError::Config)?;
         let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
-        if let Some(launch::Source::File(_)) = &from {
+        if let Some(launch::Source::File { .. }) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
         }
         let start = Start {
             from,
             uuid: live.uuid,
             name: live.name.clone(),
+            program,
             command,
             paused: launch.paused,
             reset_nvram: launch.reset_nvram,
@@ -208,6 +216,7 @@ impl QemuDriver {
             claims: self.0.claims.clone(),
             secrets_dir: self.0.secrets_dir.clone(),
             state_dir: caps.site.state_dir.clone(),
+            workers: self.0.workers.clone(),
             user,
             runtime_dir: launch.runtime_dir,
             log_file: launch.log_file,
@@ -227,6 +236,11 @@ impl Driver for QemuDriver {
 
     fn types(&self) -> &'static [&'static str] {
         &["qemu", "kvm"]
+    }
+
+    async fn learn(&self, def: &DomainDef) {
+        // Why it failed is known from now on, and told by whatever needs to know the emulator.
+        let _ = self.0.prober.probe(def.uuid, &emulator(def).await).await;
     }
 
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
@@ -255,11 +269,11 @@ impl Driver for QemuDriver {
     }
 
     async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
-        declared::objections(def).await
+        declared::objections(&self.0.workers, def).await
     }
 
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
-        let caps = self.0.prober.probe(&emulator(def)).await?;
+        let caps = self.0.prober.probe(def.uuid, &emulator(def).await).await?.capabilities;
         let own = guests_dir(def);
         let (sandbox, mut here) = (matches!(self.0.privileges, Privileges::Drop { .. }), def.clone());
         let errand = Errand::new(def.uuid, "the files of the machine");
@@ -280,7 +294,10 @@ impl Driver for QemuDriver {
                 shorten(format)
             )));
         }
-        let caps = self.0.prober.probe(&emulator(def)).await?;
+        let caps = self.capabilities_for(def).await;
+        if let Some(why) = &caps.absent {
+            return Err(DriverError::Storage(why.clone()));
+        }
         let runtime_dir = guests_dir(def);
         let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
         let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
@@ -296,7 +313,14 @@ impl Driver for QemuDriver {
 
     async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
         let all = self.0.belongings(def);
-        blocking(move || all.into_iter().filter(|path| path.exists()).collect()).await.unwrap_or_default()
+        let (named, errand) = (all.clone(), Errand::new(def.uuid, "the firmware variables"));
+        let tpm = command::tpm_state(&self.0.state_dir, def.uuid);
+        let is_there = move |path: &PathBuf| {
+            let seen = Seen::at(path);
+            seen.named && (*path == tpm || seen.what != What::Folder)
+        };
+        let there = move |_: &_| Ok(named.into_iter().filter(is_there).collect());
+        self.0.workers.run(errand, there).await.unwrap_or(all)
     }
 
     async fn remove_belongings(&self, def: &DomainDef, end: DomainEnd) -> Result<(), DriverError> {
@@ -307,18 +331,30 @@ impl Driver for QemuDriver {
             DomainEnd::Transient => vec![command::tpm_state(&self.0.state_dir, def.uuid)],
         };
         let wary = matches!(self.0.privileges, Privileges::Drop { .. });
+        let tpm = command::tpm_state(&self.0.state_dir, def.uuid);
+        // What a definition names is a plain file, or is not removed.
+        let remove = move |path: &PathBuf| match *path == tpm {
+            true => make::remove(path, wary),
+            false => make::remove_plain(path, wary),
+        };
         let (inner, machine) = (self.0.clone(), def.uuid);
-        blocking(move || {
-            gone.iter().try_for_each(|path| make::remove(path, wary))?;
+        let errand = Errand::new(machine, "the firmware variables");
+        let removed = move |_: &_| {
+            gone.iter().try_for_each(remove)?;
             inner.privileges.forget(machine)
-        })
-        .await?
+        };
+        self.0.workers.run(errand, removed).await
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {
-        let host = Host::read();
-        let caps = self.0.prober.probe(&default_emulator(&host.arch)).await;
-        let found: Vec<Arc<Capabilities>> = caps.into_iter().collect();
+        let (host, own) = blocking(|| {
+            let host = Host::read();
+            let own = default_emulator(&host.arch);
+            (host, own)
+        })
+        .await?;
+        let caps = self.0.prober.known(&own).await;
+        let found: Vec<Arc<Capabilities>> = Some(caps).into_iter().filter(|caps| caps.absent.is_none()).collect();
         Ok(capabilities::document(&host, &found.iter().map(Arc::as_ref).collect::<Vec<_>>()))
     }
 
@@ -343,12 +379,13 @@ impl Driver for QemuDriver {
         let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
+        self.learn(def).await;
         let caps = self.capabilities_for(def).await;
         let findings = check::check(def, &caps);
         if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
             return Err(DriverError::Config(findings));
         }
-        declared::hold(def).await?;
+        declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
         let user = self.user_of(def, process).await?;
         let lend = async |files: Vec<command::HostFile>| match user {
@@ -356,12 +393,13 @@ impl Driver for QemuDriver {
             Some((user, ledger)) => {
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
                 let guest = def.uuid;
-                let lend = move || {
+                let what = wants.first().map(|want| want.path.display().to_string()).unwrap_or_default();
+                let lend = move |_: &_| {
                     let files = ledger.lend_more(&user, guest, &wants)?;
                     let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
                     shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
                 };
-                blocking(lend).await?
+                self.0.workers.run(Errand::new(guest, what), lend).await
             }
         };
         media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
@@ -477,11 +515,12 @@ fn guests_dir(def: &DomainDef) -> PathBuf {
     Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu")
 }
 
-fn emulator(def: &DomainDef) -> PathBuf {
-    match &def.devices.emulator {
-        Some(path) => PathBuf::from(path),
-        None => default_emulator(def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH)),
+async fn emulator(def: &DomainDef) -> PathBuf {
+    if let Some(path) = &def.devices.emulator {
+        return PathBuf::from(path);
     }
+    let arch = def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH).to_owned();
+    blocking(move || default_emulator(&arch)).await.unwrap_or_default()
 }
 
 /// Whether QEMU is told to power off where the guest reboots.

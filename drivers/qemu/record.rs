@@ -101,8 +101,14 @@ impl Keeper {
     }
 }
 
-/// Runs what blocks where it may.
+/// Runs what blocks where it may: in a thread of its own, within the runtime. The runtime's own pool is for what always ends.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DriverError> {
-    let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|e| DriverError::Internal(format!("work on files was cut off: {e}")))
+    let (hand_over, done) = tokio::sync::oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    let begun = std::thread::Builder::new().name("blocking".to_owned()).spawn(move || {
+        let _within = runtime.enter();
+        let _ = hand_over.send(work());
+    });
+    begun.map_err(|e| DriverError::Internal(format!("no thread for work on files: {e}")))?;
+    done.await.map_err(|_| DriverError::Internal("work on files was cut off".to_owned()))
 }

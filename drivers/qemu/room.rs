@@ -26,8 +26,7 @@ pub fn make(path: &Path, user: &RunAs, def: &DomainDef) -> io::Result<()> {
     put(&room, &openat(CWD, path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
 }
 
-/// Removes the folder with all that is in it. What is a file system of its own goes unlooked at.
+/// Removes the file system from the folder, and with it all that was in it, unlooked at.
 pub fn clear(path: &Path) {
     while unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW).is_ok() {}
-    let _ = std::fs::remove_dir_all(path);
 }

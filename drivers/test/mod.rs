@@ -11,10 +11,13 @@ mod snapshots;
 pub use control::GuestControl;
 pub use guest::Asked;
 
+use crate::host::files::Seen;
+use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
 use guest::{Machine, TestInstance};
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
@@ -40,6 +43,7 @@ struct Inner {
     followed: tokio::sync::Notify,
     /// The snapshots that a domain's images hold.
     images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
+    workers: Workers,
 }
 
 /// What a test wants of the next start of a domain.
@@ -180,6 +184,14 @@ impl Driver for TestDriver {
         }
         guests.insert(uuid, Arc::downgrade(&machine));
         Ok(Running { instance: Arc::new(TestInstance(machine)), live: launch.def })
+    }
+
+    async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
+        let named = def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
+        let Some(path) = named else { return Vec::new() };
+        let (looked_at, errand) = (path.clone(), Errand::new(def.uuid, path.display().to_string()));
+        let there = self.0.workers.run(errand, move |_| Ok(Seen::at(&looked_at).named)).await;
+        if there.unwrap_or(true) { vec![path] } else { Vec::new() }
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

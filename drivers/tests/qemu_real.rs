@@ -48,7 +48,7 @@ async fn host_qemu() -> Option<Arc<Capabilities>> {
         eprintln!("SKIPPED: {} is not installed, no command line was tried", binary.display());
         return None;
     }
-    Some(Prober::new(None, None).probe(&binary).await.unwrap())
+    Some(Arc::new(Prober::new(None, None)).probe(uuid::Uuid::nil(), &binary).await.unwrap().capabilities)
 }
 
 /// Everything that the case's document names below `@DIR@`.

@@ -177,6 +177,7 @@ impl Domain {
 
     /// Refuses what the driver says cannot run here.
     async fn can_run(&self, def: &DomainDef) -> Result<()> {
+        self.driver.learn(def).await;
         let mut findings = self.driver.check(def).await;
         findings.retain(|f| f.kind != FindingKind::Warning);
         if !findings.is_empty() {

@@ -30,6 +30,7 @@ impl Domain {
             let live = live.map(|def| self.with_medium(&def, &device)).transpose()?;
             let mut stored = stored.map(|def| self.with_medium(&def, &device)).transpose()?;
             if let Some((stored, _)) = &mut stored {
+                self.driver.learn(stored).await;
                 let completed = self.driver.complete(stored).await;
                 completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
             }

@@ -26,6 +26,13 @@ pub trait Driver: Send + Sync {
     /// The `<domain type='…'>` values it serves.
     fn types(&self) -> &'static [&'static str];
 
+    /// Learns what the programs that `def` names can do, by running them: only for whoever may define machines. Everything
+    /// else that is asked about a definition is answered from what is known by then; neither is a program that it names run
+    /// for that, nor a file opened. What cannot be learnt is told by `check`.
+    async fn learn(&self, def: &DomainDef) {
+        let _ = def;
+    }
+
     /// Fills in what a definition leaves open and must never change again: the emulator, the machine's versioned name,
     /// addresses, controllers. Called once, when a definition is stored or a transient domain is created; it keeps what
     /// is there. Errors are [`DriverError::Config`], and `def` is then to be thrown away.
@@ -56,11 +63,9 @@ pub trait Driver: Send + Sync {
     /// The `<capabilities>` document of host and driver.
     async fn capabilities(&self) -> Result<String, DriverError>;
 
-    /// What is on disk of this guest alone, outlives its runs and is no disk: firmware variables, the state of a TPM.
-    async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
-        let variables = def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_ref()).map(PathBuf::from);
-        variables.into_iter().filter(|path| path.exists()).collect()
-    }
+    /// What is on disk of this guest alone, outlives its runs and is no disk: firmware variables, the state of a TPM. Of
+    /// what cannot be looked at it is told that it is there.
+    async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf>;
 
     /// Removes of them what goes with that end of the domain; the guest does not run. A driver that makes none leaves what
     /// is there.
@@ -116,7 +121,8 @@ pub struct Launch {
     pub reset_nvram: bool,
     /// Memory to start from; a driver that cannot refuses it.
     pub from: Option<snapshots::StartFrom>,
-    /// An existing, empty directory for sockets and the like, mode 0711, removed by the service when the guest has gone.
+    /// An existing directory for sockets and the like, mode 0711. What an earlier guest has left in it is the driver's to
+    /// remove, before a start and when the guest has gone; then the service removes the directory.
     pub runtime_dir: PathBuf,
     /// Where the hypervisor's own output goes; appended to, bounded by the driver at each start.
     pub log_file: PathBuf,

@@ -1,5 +1,7 @@
 //! What a domain *is* and what a driver *can*: plain values, no I/O, no clock.
 
+#![cfg_attr(not(test), deny(clippy::disallowed_methods))]
+
 pub mod device;
 pub mod domain;
 pub mod driver;

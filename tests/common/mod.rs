@@ -12,6 +12,7 @@
 #![allow(dead_code)] // each test binary uses a part
 
 pub mod client;
+pub mod dead;
 pub mod deaf;
 pub mod guest;
 pub mod snapshots;

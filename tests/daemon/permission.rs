@@ -160,3 +160,24 @@ async fn without_polkitd_only_root_may() {
     let root = Domain { client: Client { connection: daemon.connect().await }, path: domain.path.clone() };
     root.run("Start").await.expect("root is not asked about");
 }
+
+/// M5.
+#[tokio::test]
+async fn a_stranger_does_not_learn_which_files_there_are() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
+    let disk = "<devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+                <source file='/images/web.qcow2'/><target dev='vda' bus='virtio'/></disk></devices></domain>";
+    let xml = TOY.replace("</domain>", disk);
+    let domain = client(&daemon, &ADMIN).await.define(&xml).await.expect("virt-admin may define");
+    let theirs = seen_by(&daemon, &BOB, &domain).await;
+    for file in ["/etc/shadow", "/etc/no-such-file"] {
+        let snapshot = format!(
+            "<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{file}'/></disk></disks>\
+             </domainsnapshot>"
+        );
+        let body = (snapshot.as_str(), options([("disk-only", Variant::from(true))]));
+        let (name, text) = theirs.call("CheckCreateSnapshot", &body).await.expect_err("not for him");
+        assert_eq!(name, NEEDS_PASSWORD, "{file}: {text}");
+        assert!(text.contains("org.virt.domain.define"), "{file}: {text}");
+    }
+}

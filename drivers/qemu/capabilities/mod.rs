@@ -1,11 +1,16 @@
 //! What a QEMU binary can do on this host, asked of the binary itself, once, and remembered.
 //!
+//! A binary is run because somebody who may define machines named it, or because it is where the system keeps its QEMU.
+//! Whoever may only read is told what is known of a binary by then ([`Prober::known`]); what they name is not looked at.
+//!
 //! A binary is asked again when its file, the directory of its modules, or what we ask has changed. Whether KVM is usable
 //! is the host's state and never comes from the cache on disk.
 
 mod document;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod host;
 mod probe;
+#[allow(clippy::disallowed_methods, reason = "this host's own programs and certificates, which no caller names")]
 mod site;
 
 pub use document::document;
@@ -13,17 +18,23 @@ pub use host::Host;
 pub use site::{End, Site, VHOST_VSOCK, program};
 
 use super::firmware::{self, Firmware};
+use super::record::blocking;
+use crate::host::files::{Program, Seen, open_plain};
+use crate::host::resolve::{Found, Place};
+use crate::host::workers::{Errand, Workers};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
-use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
+use uuid::Uuid;
 use virt_model::driver::DriverError;
 
 /// Raised whenever the questions or their answers' meaning change, so that older cache files are left unread.
-const CACHE_FORMAT: u32 = 1;
+const CACHE_FORMAT: u32 = 2;
+/// The longest answers that are kept, in bytes.
+const MAX_CACHE: u64 = 16 << 20;
 /// Answers kept in memory; with more, those that nobody waits for are forgotten.
 const MOST_KNOWN: usize = 64;
 
@@ -31,7 +42,7 @@ const MOST_KNOWN: usize = 64;
 pub(super) const MODULE_DIRS: [&str; 4] =
     ["/usr/lib/x86_64-linux-gnu/qemu", "/usr/lib/aarch64-linux-gnu/qemu", "/usr/lib/qemu", "/usr/lib64/qemu"];
 
-/// How many binaries are asked at once: everybody may name one.
+/// How many binaries are asked at once.
 const AT_ONCE: usize = 8;
 
 /// What one QEMU binary can do on this host.
@@ -150,6 +161,13 @@ impl Capabilities {
     }
 }
 
+/// Where the system keeps its QEMU.
+const OWN_DIRS: [&str; 2] = ["/usr/bin", "/usr/local/bin"];
+/// Other names that distributions have for it.
+const OWN_ALIASES: [&str; 3] = ["/usr/bin/kvm", "/usr/bin/qemu-kvm", "/usr/libexec/qemu-kvm"];
+/// How its name begins there.
+const OWN_NAME: &str = "qemu-system-";
+
 /// Where QEMU for an architecture (in libvirt's words) is looked for when a definition names no emulator.
 pub fn default_emulator(arch: &str) -> PathBuf {
     let name = match arch {
@@ -158,9 +176,20 @@ pub fn default_emulator(arch: &str) -> PathBuf {
         "armv7l" => "arm",
         other => other,
     };
-    let found = ["/usr/bin", "/usr/local/bin"].iter().map(|dir| Path::new(dir).join(format!("qemu-system-{name}")));
-    let mut found = found.filter(|path| path.exists());
-    found.next().unwrap_or_else(|| PathBuf::from(format!("/usr/bin/qemu-system-{name}")))
+    let named = |dir: &&str| Path::new(dir).join(format!("{OWN_NAME}{name}"));
+    let own = OWN_DIRS.iter().map(named).find(|path| is_systems_own(path) && Seen::at(path).is_there());
+    own.unwrap_or_else(|| Path::new(OWN_DIRS[0]).join(format!("{OWN_NAME}{name}")))
+}
+
+/// Whether it is where the system keeps its QEMU: no caller has chosen it.
+fn is_systems_own(binary: &Path) -> bool {
+    if OWN_ALIASES.iter().any(|own| binary.as_os_str() == *own) {
+        return true;
+    }
+    let name = binary.file_name().and_then(|name| name.to_str()).and_then(|name| name.strip_prefix(OWN_NAME));
+    let plain = |arch: &str| arch.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+    let folder = |dir: &str| name.is_some_and(|name| binary.as_os_str() == &*format!("{dir}/{OWN_NAME}{name}"));
+    name.is_some_and(plain) && OWN_DIRS.iter().any(|dir| folder(dir))
 }
 
 /// Asks binaries what they can do, each once. One per driver.
@@ -169,7 +198,10 @@ pub struct Prober {
     state_dir: PathBuf,
     tls_dir: PathBuf,
     user: Option<(u32, u32)>,
+    workers: Workers,
     known: Mutex<HashMap<PathBuf, Arc<Slot>>>,
+    /// Other ways to write the paths of those known.
+    spellings: Mutex<HashMap<PathBuf, PathBuf>>,
     places: tokio::sync::Semaphore,
 }
 
@@ -178,10 +210,31 @@ type Slot = tokio::sync::Mutex<Option<Answer>>;
 
 struct Answer {
     when: Instant,
-    stamp: Stamp,
+    /// `None` of one that may not be asked.
+    stamp: Option<Stamp>,
     host_kvm: Result<(), String>,
     site: Site,
     outcome: Result<Arc<Capabilities>, DriverError>,
+}
+
+/// A binary that has been asked.
+#[derive(Clone, Debug)]
+pub struct Asked {
+    /// What it can do.
+    pub capabilities: Arc<Capabilities>,
+    /// The file that was judged.
+    pub program: Arc<Program>,
+}
+
+/// A binary that may be asked, and the host it is asked on.
+struct Judged {
+    program: Program,
+    stamp: Stamp,
+    /// Its path without links and dots in its directory, so that a binary has few names to be asked and remembered under.
+    /// The last part stays: some programs go by it.
+    binary: PathBuf,
+    host_kvm: Result<(), String>,
+    site: Site,
 }
 
 /// What must be unchanged for an answer to stay good.
@@ -189,6 +242,7 @@ struct Answer {
 struct Stamp {
     format: u32,
     size: u64,
+    inode: u64,
     changed: (i64, i64),
     modules: BTreeMap<PathBuf, (i64, i64)>,
 }
@@ -201,11 +255,18 @@ struct CacheFile {
 
 impl Prober {
     /// `cache_dir`: where answers outlive us (made when missing; nothing is kept without it). `user`: the uid and gid that
-    /// binaries are run as; then only binaries are run that nobody but root can have put there, and that go by QEMU's
-    /// name: whoever may read may name one.
+    /// binaries are run as; then only binaries are run that nobody but root can have put there, and that go by QEMU's name.
     pub fn new(cache_dir: Option<PathBuf>, user: Option<(u32, u32)>) -> Self {
-        let places = tokio::sync::Semaphore::new(AT_ONCE);
-        Prober { cache_dir, state_dir: PathBuf::new(), tls_dir: PathBuf::new(), user, known: Mutex::default(), places }
+        Prober {
+            cache_dir,
+            state_dir: PathBuf::new(),
+            tls_dir: PathBuf::new(),
+            user,
+            workers: Workers::default(),
+            known: Mutex::default(),
+            spellings: Mutex::default(),
+            places: tokio::sync::Semaphore::new(AT_ONCE),
+        }
     }
 
     /// The same for a virtd that keeps there what belongs to guests.
@@ -218,97 +279,181 @@ impl Prober {
         Prober { tls_dir: tls_dir.to_owned(), ..self }
     }
 
-    /// What the binary can do. The first call takes a fraction of a second; concurrent ones share it. Errors name the
-    /// binary: it is missing, is not QEMU, or did not answer in time.
-    pub async fn probe(&self, binary: &Path) -> Result<Arc<Capabilities>, DriverError> {
-        let asked = Instant::now();
-        let stamp = self.stamp(binary)?;
-        let binary = &one_spelling(binary);
-        let slot = self.slot(binary);
-        let mut answer = slot.lock().await;
-        let (host_kvm, site) = (host::kvm(), Site::read(&self.state_dir, &self.tls_dir));
-        if let Some(known) = answer.as_ref()
-            && known.stamp == stamp
-            && known.host_kvm == host_kvm
-            && known.site == site
-            && (known.outcome.is_ok() || known.when >= asked)
-        {
-            return known.outcome.clone();
-        }
-        let learnt = self.learn(binary, &stamp, &host_kvm).await;
-        let outcome = learnt.map(|capabilities| Arc::new(Capabilities { site: site.clone(), ..capabilities }));
-        *answer = Some(Answer { when: Instant::now(), stamp, host_kvm, site, outcome: outcome.clone() });
-        outcome
+    /// The same with these threads to look at files.
+    pub fn working_with(self, workers: &Workers) -> Self {
+        Prober { workers: workers.clone(), ..self }
     }
 
-    /// As [`Prober::probe`], but a binary that cannot be asked is [`Capabilities::absent`]: enough to store a definition.
-    pub async fn probe_or_absent(&self, binary: &Path) -> Arc<Capabilities> {
-        match self.probe(binary).await {
+    /// What the binary can do; it is run if that is not known. Only for whoever may define machines: `guest` is whose
+    /// definition names it. The first call takes a fraction of a second; concurrent ones share it. Errors name the binary:
+    /// it is missing, is not QEMU, or did not answer in time.
+    pub async fn probe(self: &Arc<Self>, guest: Uuid, binary: &Path) -> Result<Asked, DriverError> {
+        let asked = Instant::now();
+        let (prober, named) = (self.clone(), binary.to_owned());
+        let errand = Errand::new(guest, format!("emulator {}", binary.display()));
+        let judged = self.workers.run(errand, move |_| prober.judge(&named)).await;
+        let judged = match judged {
+            Ok(judged) => judged,
+            Err(error) => {
+                // Of the system's own nobody needs to be told later, and anybody may have asked for any kind of them.
+                if !is_systems_own(binary) {
+                    let (host_kvm, site, outcome) = (Ok(()), Site::default(), Err(error.clone()));
+                    let answer = Answer { when: Instant::now(), stamp: None, host_kvm, site, outcome };
+                    *self.slot(binary, binary).lock().await = Some(answer);
+                }
+                return Err(error);
+            }
+        };
+        let Judged { program, stamp, binary: spelt, host_kvm, site } = judged;
+        let program = Arc::new(program);
+        let slot = self.slot(&spelt, binary);
+        let mut answer = slot.lock().await;
+        let known = answer.as_ref().filter(|known| {
+            let same = known.stamp.as_ref() == Some(&stamp) && known.host_kvm == host_kvm && known.site == site;
+            same && (known.outcome.is_ok() || known.when >= asked)
+        });
+        let outcome = match known {
+            Some(known) => known.outcome.clone(),
+            None => {
+                let learnt = self.learn(&program, &spelt, &stamp, &host_kvm).await;
+                let outcome = learnt.map(|caps| Arc::new(Capabilities { site: site.clone(), ..caps }));
+                let stamp = Some(stamp);
+                *answer = Some(Answer { when: Instant::now(), stamp, host_kvm, site, outcome: outcome.clone() });
+                outcome
+            }
+        };
+        outcome.map(|capabilities| Asked { capabilities, program })
+    }
+
+    /// What is known of the binary, for everybody: neither is it run, nor its path followed, unless it is where the system
+    /// keeps its QEMU. One of which nothing is known is [`Capabilities::absent`], as one that cannot be asked: enough to
+    /// store a definition.
+    pub async fn known(self: &Arc<Self>, binary: &Path) -> Arc<Capabilities> {
+        let known = match is_systems_own(binary) {
+            true => self.probe(Uuid::nil(), binary).await.map(|asked| asked.capabilities),
+            false => self.remembered(binary).await,
+        };
+        match known {
             Ok(capabilities) => capabilities,
             Err(error) => {
-                let site = Site::read(&self.state_dir, &self.tls_dir);
+                let prober = self.clone();
+                let site = blocking(move || Site::read(&prober.state_dir, &prober.tls_dir)).await.unwrap_or_default();
                 Arc::new(Capabilities { site, ..Capabilities::absent(binary, error.to_string()) })
             }
         }
     }
 
-    fn slot(&self, binary: &Path) -> Arc<Slot> {
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        if known.len() >= MOST_KNOWN && !known.contains_key(binary) {
+    /// What was learnt of the binary before, by this virtd or an earlier one.
+    async fn remembered(self: &Arc<Self>, binary: &Path) -> Result<Arc<Capabilities>, DriverError> {
+        let spelling = lock(&self.spellings).get(binary).cloned();
+        let spelt = spelling.unwrap_or_else(|| binary.to_owned());
+        let slot = lock(&self.known).get(&spelt).cloned();
+        if let Some(slot) = slot
+            && let Some(answer) = &*slot.lock().await
+        {
+            return answer.outcome.clone();
+        }
+        let prober = self.clone();
+        let kept = blocking(move || {
+            let mut kept = prober.load(&spelt)?.capabilities;
+            prober.add_host(&mut kept);
+            kept.kvm = if kept.kvm_built_in { host::kvm() } else { Err(without_kvm(&spelt)) };
+            kept.site = Site::read(&prober.state_dir, &prober.tls_dir);
+            Some(Arc::new(kept))
+        });
+        kept.await?.ok_or_else(|| {
+            DriverError::Unsupported(format!(
+                "emulator {}: nothing is known of it yet; whoever may define machines makes it known by defining one with it",
+                binary.display()
+            ))
+        })
+    }
+
+    fn slot(&self, spelt: &Path, named: &Path) -> Arc<Slot> {
+        if spelt != named {
+            let mut spellings = lock(&self.spellings);
+            if spellings.len() >= MOST_KNOWN {
+                spellings.clear();
+            }
+            spellings.insert(named.to_owned(), spelt.to_owned());
+        }
+        let mut known = lock(&self.known);
+        if known.len() >= MOST_KNOWN && !known.contains_key(spelt) {
             known.retain(|_, slot| Arc::strong_count(slot) > 1);
         }
-        known.entry(binary.to_owned()).or_default().clone()
+        known.entry(spelt.to_owned()).or_default().clone()
     }
 
     async fn learn(
-        &self,
+        self: &Arc<Self>,
+        program: &Arc<Program>,
         binary: &Path,
         stamp: &Stamp,
         host_kvm: &Result<(), String>,
     ) -> Result<Capabilities, DriverError> {
         let _place = self.places.acquire().await;
-        let mut capabilities = match self.load(binary, stamp) {
-            Some(kept) => kept,
+        let (prober, path) = (self.clone(), binary.to_owned());
+        let kept = blocking(move || prober.load(&path)).await?;
+        let mut capabilities = match kept.filter(|kept| kept.stamp == *stamp) {
+            Some(kept) => kept.capabilities,
             None => {
-                let asked = probe::ask(binary, self.user).await?;
-                if let Err(error) = self.save(binary, stamp, &asked) {
+                let asked = probe::ask(program, binary, self.user).await?;
+                let file = CacheFile { stamp: stamp.clone(), capabilities: asked.clone() };
+                let (prober, path) = (self.clone(), binary.to_owned());
+                if let Err(error) = blocking(move || prober.save(&path, &file)).await? {
                     tracing::warn!(binary = %binary.display(), %error, "capabilities could not be cached");
                 }
                 asked
             }
         };
-        capabilities.host = Host::read();
-        capabilities.firmware = firmware::read_all(&firmware::FOLDERS.map(Path::new));
-        capabilities.bridge_helper = super::tap::helper();
+        let prober = self.clone();
+        capabilities = blocking(move || {
+            prober.add_host(&mut capabilities);
+            capabilities
+        })
+        .await?;
         capabilities.kvm = match host_kvm {
             Err(why) => Err(why.clone()),
-            Ok(()) if !capabilities.kvm_built_in => Err(format!("{} was built without KVM", binary.display())),
-            Ok(()) => probe::kvm_enabled(binary, self.user).await,
+            Ok(()) if !capabilities.kvm_built_in => Err(without_kvm(binary)),
+            Ok(()) => probe::kvm_enabled(program, self.user).await,
         };
         Ok(capabilities)
     }
 
-    fn stamp(&self, binary: &Path) -> Result<Stamp, DriverError> {
+    /// What the host says of itself. Blocks.
+    fn add_host(&self, capabilities: &mut Capabilities) {
+        capabilities.host = Host::read();
+        capabilities.firmware = firmware::read_all(&firmware::FOLDERS.map(Path::new));
+        capabilities.bridge_helper = super::tap::helper();
+    }
+
+    /// Finds and holds a binary that may be asked, and looks at the host. Blocks.
+    fn judge(&self, binary: &Path) -> Result<Judged, DriverError> {
         let refuse = |why: &str| DriverError::Storage(format!("emulator {}: {why}", binary.display()));
         if !binary.is_absolute() {
             return Err(refuse("the path is not absolute"));
         }
-        let name = binary.file_name().unwrap_or_default().to_string_lossy();
-        if self.user.is_some() && !name.contains("qemu") && !name.contains("kvm") {
+        let name = binary.file_name().unwrap_or_default();
+        let says_so = ["qemu", "kvm"].iter().any(|word| name.to_string_lossy().contains(word));
+        if self.user.is_some() && !says_so {
             return Err(refuse("its name does not say that it is a QEMU; make a link that does"));
         }
-        let meta = std::fs::metadata(binary).map_err(|e| refuse(&e.to_string()))?;
-        if !meta.is_file() || meta.permissions().mode() & 0o111 == 0 {
-            return Err(refuse("not an executable file"));
-        }
-        if self.user.is_some() && !only_root_writes(binary) {
-            return Err(refuse(
-                "the file or a directory above it can be changed by others than root; install it system-wide",
-            ));
-        }
+        let program = Program::at(binary, self.user.is_some()).map_err(|e| refuse(&e.to_string()))?;
+        let folder = binary.parent().map(Found::resolve).transpose().map_err(|e| refuse(&e.to_string()))?;
+        let spelt = folder.map_or_else(|| binary.to_owned(), |folder| folder.real.join(name));
+        let stat = program.stat();
         let dirs = MODULE_DIRS.iter().chain(&firmware::FOLDERS);
-        let modules = dirs.filter_map(|dir| Some((PathBuf::from(dir), mtime(&std::fs::metadata(dir).ok()?))));
-        Ok(Stamp { format: CACHE_FORMAT, size: meta.len(), changed: mtime(&meta), modules: modules.collect() })
+        let modules =
+            dirs.filter_map(|dir| Some((PathBuf::from(dir), mtime(&Found::resolve(Path::new(dir)).ok()?.stat))));
+        let stamp = Stamp {
+            format: CACHE_FORMAT,
+            size: stat.st_size as u64,
+            inode: stat.st_ino,
+            changed: mtime(stat),
+            modules: modules.collect(),
+        };
+        let site = Site::read(&self.state_dir, &self.tls_dir);
+        Ok(Judged { program, stamp, binary: spelt, host_kvm: host::kvm(), site })
     }
 
     fn cache_file(&self, binary: &Path) -> Option<PathBuf> {
@@ -316,132 +461,36 @@ impl Prober {
         (name.len() < 200).then(|| self.cache_dir.as_ref().map(|dir| dir.join(format!("{name}.json"))))?
     }
 
-    fn load(&self, binary: &Path, stamp: &Stamp) -> Option<Capabilities> {
-        let text = std::fs::read(self.cache_file(binary)?).ok()?;
+    /// What was kept of the binary, whatever it is by now.
+    fn load(&self, binary: &Path) -> Option<CacheFile> {
+        let text = open_plain(&self.cache_file(binary)?, false).and_then(|file| file.read_all(MAX_CACHE)).ok()?;
         let file: CacheFile = serde_json::from_slice(&text).ok()?;
-        (file.stamp == *stamp && file.capabilities.binary == binary).then_some(file.capabilities)
+        (file.stamp.format == CACHE_FORMAT && file.capabilities.binary == binary).then_some(file)
     }
 
-    fn save(&self, binary: &Path, stamp: &Stamp, capabilities: &Capabilities) -> std::io::Result<()> {
+    fn save(&self, binary: &Path, file: &CacheFile) -> std::io::Result<()> {
         let Some(path) = self.cache_file(binary) else { return Ok(()) };
         let dir = path.parent().unwrap_or(Path::new("/"));
-        std::fs::create_dir_all(dir)?;
-        let file = CacheFile { stamp: stamp.clone(), capabilities: capabilities.clone() };
+        Place::make_folders(dir, self.user.is_some())?;
         let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
-        temporary.write_all(&serde_json::to_vec(&file)?)?;
+        temporary.write_all(&serde_json::to_vec(file)?)?;
         temporary.persist(path)?;
         Ok(())
     }
 }
 
-/// The path without links and dots in its directory, so that a binary has few names to be asked and remembered under. The
-/// last part stays: some programs go by it.
-fn one_spelling(binary: &Path) -> PathBuf {
-    let named = binary.parent().zip(binary.file_name());
-    let spelt = named.and_then(|(dir, name)| Some(dir.canonicalize().ok()?.join(name)));
-    spelt.unwrap_or_else(|| binary.to_owned())
+fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn mtime(meta: &std::fs::Metadata) -> (i64, i64) {
-    (meta.mtime(), meta.mtime_nsec())
+fn without_kvm(binary: &Path) -> String {
+    format!("{} was built without KVM", binary.display())
 }
 
-/// Whether nobody but root can replace this file or a directory on the way to it, as named and as linked.
-fn only_root_writes(path: &Path) -> bool {
-    let Ok(real) = path.canonicalize() else { return false };
-    path.ancestors().chain(real.ancestors()).all(|part| {
-        std::fs::metadata(part).is_ok_and(|meta| {
-            let sticky_dir = meta.is_dir() && meta.mode() & 0o1000 != 0;
-            meta.uid() == 0 && (meta.mode() & 0o022 == 0 || sticky_dir)
-        })
-    })
+fn mtime(stat: &rustix::fs::Stat) -> (i64, i64) {
+    (stat.st_mtime, stat.st_mtime_nsec as i64)
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::os::unix::fs::PermissionsExt;
-
-    fn script(dir: &Path, name: &str, text: &str) -> PathBuf {
-        let path = dir.join(name);
-        std::fs::write(&path, text).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        path
-    }
-
-    #[tokio::test]
-    async fn says_why_a_binary_cannot_be_asked() {
-        let dir = tempfile::tempdir().unwrap();
-        let prober = Prober::new(None, None);
-        let missing = prober.probe(&dir.path().join("none")).await.unwrap_err().to_string();
-        assert!(missing.contains("none: No such file"), "{missing}");
-        let relative = prober.probe(Path::new("qemu")).await.unwrap_err().to_string();
-        assert!(relative.contains("not absolute"), "{relative}");
-        let words = script(dir.path(), "words", "#!/bin/sh\necho 'no such machine' >&2; exit 1\n");
-        let words = prober.probe(&words).await.unwrap_err().to_string();
-        assert!(words.ends_with("no such machine"), "{words}");
-        let absent = prober.probe_or_absent(Path::new("/nowhere/qemu")).await;
-        assert!(absent.absent.as_ref().unwrap().contains("/nowhere/qemu"));
-    }
-
-    #[tokio::test]
-    async fn runs_nothing_that_others_could_have_put_there() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = script(dir.path(), "qemu", "#!/bin/sh\n");
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o777)).unwrap();
-        let prober = Prober::new(None, Some((65534, 65534)));
-        let error = prober.probe(&path).await.unwrap_err().to_string();
-        assert!(error.contains("others than root"), "{error}");
-        let error = prober.probe(Path::new("/bin/true")).await.unwrap_err().to_string();
-        assert!(error.contains("its name"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn other_spellings_of_a_path_are_not_asked_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let prober = Prober::new(Some(dir.path().join("cache")), None);
-        let asked = dir.path().join("asked");
-        let text = format!("#!/bin/sh\necho >> {}\nexit 1\n", asked.display());
-        let path = script(dir.path(), "qemu", &text);
-        std::fs::create_dir(dir.path().join("sub")).unwrap();
-        let stamp = prober.stamp(&path).unwrap();
-        prober.save(&path, &stamp, &Capabilities::absent(&path, "kept".into())).unwrap();
-        for odd in ["sub/../qemu", "sub/../sub/../qemu", ".//qemu"] {
-            assert_eq!(prober.probe(&dir.path().join(odd)).await.unwrap().binary, path);
-        }
-        assert_eq!(prober.known.lock().unwrap().len(), 1);
-        assert!(!asked.exists());
-    }
-
-    #[tokio::test]
-    async fn asks_once_and_remembers() {
-        let binary = default_emulator("x86_64");
-        if !binary.exists() {
-            eprintln!("SKIPPED: {} is not installed", binary.display());
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let prober = Prober::new(Some(dir.path().join("cache")), None);
-        let (first, second) = tokio::join!(prober.probe(&binary), prober.probe(&binary));
-        let first = first.unwrap();
-        assert!(Arc::ptr_eq(&first, &second.unwrap()), "concurrent probes share one answer");
-        assert!(first.at_least(5, 2) && first.arch == "x86_64" && first.commands.contains("query-status"));
-        assert!(first.machine("q35").is_some_and(|m| m.name.starts_with("pc-q35-") && m.max_cpus > 1));
-        assert!(first.has_device("virtio-blk-pci") && first.objects.contains("rng-random"));
-        assert!(first.chardevs.contains("pty") && first.cpus.iter().any(|c| c == "qemu64"));
-        let again = Prober::new(Some(dir.path().join("cache")), None).probe(&binary).await.unwrap();
-        assert_eq!(*first, *again, "read from the cache file");
-    }
-
-    #[tokio::test]
-    async fn a_changed_binary_is_asked_again() {
-        let dir = tempfile::tempdir().unwrap();
-        let prober = Prober::new(Some(dir.path().to_owned()), None);
-        let path = script(dir.path(), "qemu", "#!/bin/sh\n");
-        let stamp = prober.stamp(&path).unwrap();
-        prober.save(&path, &stamp, &Capabilities::absent(&path, "kept".into())).unwrap();
-        assert_eq!(prober.load(&path, &stamp).unwrap().absent.unwrap(), "kept");
-        script(dir.path(), "qemu", "#!/bin/sh\n# longer\n");
-        assert!(prober.load(&path, &prober.stamp(&path).unwrap()).is_none());
-    }
-}
+#[path = "tests.rs"]
+mod tests;

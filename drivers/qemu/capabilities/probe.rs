@@ -1,6 +1,9 @@
-//! The questions: a QEMU without a machine is started, asked over QMP on its standard streams, and ended.
+//! The questions: a QEMU without a machine is started, asked over QMP on its standard streams, and ended. Each time it is
+//! the file that was judged, whatever its name means by then.
 
 use super::{Capabilities, Machine};
+use crate::host::files::Program;
+use crate::host::tool::{Bounds, Rights, tame};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -17,24 +20,27 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// Of what a failing binary prints, this much is read.
 const LAST_WORDS: u64 = 4096;
 
+/// What one that is asked may take of the host.
+const BOUNDS: Bounds = Bounds { data: None, cpu: Some(60), files: Some(1024) };
+
 /// Asks everything but whether KVM works here.
-pub async fn ask(binary: &Path, user: Option<(u32, u32)>) -> Result<Capabilities, DriverError> {
-    let mut session = Session::open(binary, "none", user)?;
+pub async fn ask(program: &Program, binary: &Path, user: Option<(u32, u32)>) -> Result<Capabilities, DriverError> {
+    let mut session = Session::open(program, "none", user)?;
     let answers = timeout(PATIENCE, questions(&mut session, binary)).await;
     let mut capabilities = session.close(binary, answers).await?;
-    capabilities.audio = audio_backends(binary, user).await;
+    capabilities.audio = audio_backends(program, user).await;
     Ok(capabilities)
 }
 
 /// Whether QEMU itself gets KVM going; else its reason. Only called where the host's half is fine.
-pub async fn kvm_enabled(binary: &Path, user: Option<(u32, u32)>) -> Result<(), String> {
-    let mut session = Session::open(binary, "none,accel=kvm", user).map_err(|e| e.to_string())?;
+pub async fn kvm_enabled(program: &Program, user: Option<(u32, u32)>) -> Result<(), String> {
+    let mut session = Session::open(program, "none,accel=kvm", user).map_err(|e| e.to_string())?;
     let answer = timeout(PATIENCE, async {
         session.greeting().await?;
         session.ask("query-kvm", Value::Null).await
     });
     let answer = answer.await;
-    let answer = session.close(binary, answer).await.map_err(|e| format!("QEMU cannot use KVM: {e}"))?;
+    let answer = session.close(program.path(), answer).await.map_err(|e| format!("QEMU cannot use KVM: {e}"))?;
     match (answer["present"].as_bool(), answer["enabled"].as_bool()) {
         (Some(true), Some(true)) => Ok(()),
         _ => Err("QEMU reports that KVM is not enabled".to_owned()),
@@ -100,8 +106,8 @@ fn text(value: &Value) -> String {
 }
 
 /// QMP has no question for audio backends in the versions we meet; `-audiodev help` lists them, one a line.
-async fn audio_backends(binary: &Path, user: Option<(u32, u32)>) -> BTreeSet<String> {
-    let mut command = command(binary, user);
+async fn audio_backends(program: &Program, user: Option<(u32, u32)>) -> BTreeSet<String> {
+    let mut command = command(program, user);
     command.args(["-audiodev", "help"]).stdin(Stdio::null()).stderr(Stdio::null());
     match timeout(PATIENCE, command.output()).await {
         Ok(Ok(output)) if output.status.success() => {
@@ -112,14 +118,13 @@ async fn audio_backends(binary: &Path, user: Option<(u32, u32)>) -> BTreeSet<Str
     }
 }
 
-/// A command with nothing inherited, whose process dies with us.
-fn command(binary: &Path, user: Option<(u32, u32)>) -> Command {
-    let mut command = Command::new(binary);
-    command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C").current_dir("/");
+/// A command with nothing inherited, nothing to be gained, whose process dies with us.
+fn command(program: &Program, user: Option<(u32, u32)>) -> Command {
+    let mut command = program.command();
+    command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C");
+    tame(&mut command, user.map(|(uid, gid)| Rights::of_group(uid, gid)), BOUNDS);
+    let mut command = Command::from(command);
     command.kill_on_drop(true);
-    if let Some((uid, gid)) = user {
-        command.uid(uid).gid(gid);
-    }
     command
 }
 
@@ -131,9 +136,10 @@ struct Session {
 }
 
 impl Session {
-    fn open(binary: &Path, machine: &str, user: Option<(u32, u32)>) -> Result<Self, DriverError> {
-        let failed = |why: String| DriverError::Hypervisor(format!("{} cannot be run: {why}", binary.display()));
-        let mut command = command(binary, user);
+    fn open(program: &Program, machine: &str, user: Option<(u32, u32)>) -> Result<Self, DriverError> {
+        let failed =
+            |why: String| DriverError::Hypervisor(format!("{} cannot be run: {why}", program.path().display()));
+        let mut command = command(program, user);
         command.args(["-machine", machine, "-nodefaults", "-no-user-config", "-S", "-display", "none"]);
         command.args(["-monitor", "none", "-qmp", "stdio"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());

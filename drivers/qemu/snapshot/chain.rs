@@ -5,6 +5,7 @@ use super::delete::{Leaf, Plan, Standing};
 use super::jobs::Line;
 use super::nodes::file_of;
 use super::note::Merge;
+use super::survey::Survey;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -24,15 +25,15 @@ impl Chains {
         Ok(Chains(images.map(chain).collect()))
     }
 
-    /// Whether a drive has the file in its chain.
-    pub fn hold(&self, file: &Path) -> bool {
-        self.0.iter().flatten().any(|one| same(one, file))
+    /// All files in them.
+    fn files(&self) -> impl Iterator<Item = PathBuf> {
+        self.0.iter().flatten().cloned()
     }
 
-    /// What the file stands on in a drive's chain.
-    pub fn below(&self, file: &Path) -> Option<&Path> {
+    /// What the file stands on in a drive's chain; `survey` has seen both.
+    fn below(&self, file: &Path, survey: &Survey) -> Option<&Path> {
         let mut links = self.0.iter().flat_map(|chain| chain.windows(2));
-        links.find(|link| same(&link[0], file)).map(|link| &*link[1])
+        links.find(|link| survey.same(&link[0], file)).map(|link| &*link[1])
     }
 }
 
@@ -46,6 +47,13 @@ fn chain(mut image: &Value) -> Vec<PathBuf> {
 }
 
 impl Operation {
+    /// Which of the files a drive has in its chain.
+    pub(super) async fn in_chains(&self, chains: &Chains, files: &[PathBuf]) -> Result<BTreeSet<PathBuf>, DriverError> {
+        let survey = self.survey(chains.files().chain(files.iter().cloned())).await?;
+        let held = files.iter().filter(|file| chains.files().any(|one| survey.same(&one, file)));
+        Ok(held.cloned().collect())
+    }
+
     /// Refuses a deletion whose record does not say what is. Changes nothing.
     pub(super) async fn chains_are_as_recorded(&self, plan: &Plan, snapshot: &Kept) -> Result<(), DriverError> {
         let chains = match &self.body {
@@ -53,7 +61,7 @@ impl Operation {
             None => Chains::default(),
         };
         for merge in &plan.deed.merges {
-            if !merge.overlay.exists() {
+            if !self.is_there(&merge.overlay).await? {
                 return Err(not_there(merge));
             }
             let again = snapshot.merging.contains(&merge.target);
@@ -61,8 +69,10 @@ impl Operation {
                 return Err(not_in_chain(&merge.target, &merge.overlay));
             }
         }
+        let leaves: Vec<PathBuf> = plan.leaves.iter().map(|leaf| leaf.file.clone()).collect();
+        let held = self.in_chains(&chains, &leaves).await?;
         for leaf in &plan.leaves {
-            if chains.hold(&leaf.file) || self.carries(leaf, &plan.standing).await? {
+            if held.contains(&leaf.file) || self.carries(leaf, &plan.standing).await? {
                 return Err(not_recorded(leaf));
             }
             if self.body.is_none() && self.is_open(&leaf.file).await {
@@ -79,20 +89,25 @@ impl Operation {
     /// brought those above it to what is below already.
     async fn stands_as_recorded(&self, chains: &Chains, merge: &Merge, again: bool) -> Result<bool, DriverError> {
         let in_guest = merge.live && self.body.is_some();
-        let base = match chains.below(&merge.overlay) {
+        let known = merge.above.iter().map(|(file, _)| file).chain([&merge.overlay, &merge.base]);
+        let survey = self.survey(chains.files().chain(known.cloned())).await?;
+        let base = match chains.below(&merge.overlay, &survey) {
             Some(base) => Some(base.to_owned()),
             None if in_guest => return Ok(false),
             None => self.backing(&merge.overlay, &merge.format).await?,
         };
-        if !base.is_some_and(|base| same(&base, &merge.base)) {
+        let Some(base) = base else { return Ok(false) };
+        if !self.same(&base, &merge.base).await? {
             return Ok(false);
         }
-        for (file, format) in merge.above.iter().filter(|(file, _)| file.exists()) {
-            let on = match chains.below(file) {
+        for (file, format) in merge.above.iter().filter(|(file, _)| survey.is_there(file)) {
+            let on = match chains.below(file, &survey) {
                 Some(on) => Some(on.to_owned()),
                 None => self.backing(file, format).await?,
             };
-            if !on.is_some_and(|on| same(&on, &merge.overlay) || again && same(&on, &merge.base)) {
+            let Some(on) = on else { return Ok(false) };
+            let stands = self.same(&on, &merge.overlay).await? || again && self.same(&on, &merge.base).await?;
+            if !stands {
                 return Ok(false);
             }
         }
@@ -105,12 +120,20 @@ impl Operation {
         let known = standing.iter().filter(|one| one.target == leaf.target);
         let images: BTreeSet<(PathBuf, String)> =
             known.map(|one| (one.file.clone(), one.format.clone())).chain(tops).collect();
-        for (file, format) in images.into_iter().filter(|(file, _)| file.exists()) {
-            if self.backing(&file, &format).await?.is_some_and(|on| same(&on, &leaf.file)) {
+        let survey = self.survey(images.iter().map(|(file, _)| file.clone())).await?;
+        for (file, format) in images.into_iter().filter(|(file, _)| survey.is_there(file)) {
+            if let Some(on) = self.backing(&file, &format).await?
+                && self.same(&on, &leaf.file).await?
+            {
                 return Ok(true);
             }
         }
         Ok(false)
+    }
+
+    /// Whether two paths lead to one file.
+    async fn same(&self, one: &Path, other: &Path) -> Result<bool, DriverError> {
+        Ok(self.survey([one.to_owned(), other.to_owned()]).await?.same(one, other))
     }
 
     /// What an image says that it stands on.
@@ -143,11 +166,6 @@ pub const OWN_JOB: &str = "virtd-merge-";
 
 fn top(disk: &Disk) -> Option<(PathBuf, String)> {
     Some((PathBuf::from(disk.path()?), disk.format()?.to_owned()))
-}
-
-/// Whether two paths lead to one file.
-fn same(one: &Path, other: &Path) -> bool {
-    one == other || matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }
 
 /// The recorded place of an overlay is not the real one.

@@ -9,7 +9,9 @@ use super::files::{OVERLAY, RESERVE, beside, check_free_place, check_space, fini
 use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
 use super::revert::{UNDO, chain};
+use super::survey::Survey;
 use super::{Image, Operation, cannot, pairs, parts, undone};
+use crate::host::files::{Seen, What};
 use crate::host::image::{Images, InnerSnapshot};
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -26,32 +28,51 @@ impl Operation {
     pub(super) async fn check_create(&self, wish: &Wish) -> Result<CreatePlan, DriverError> {
         self.check_machine(wish).await?;
         self.check_chains(wish).await?;
-        self.check_names(wish).await?;
+        let survey = self.survey(self.concerned(wish)).await?;
+        self.check_names(wish, &survey).await?;
         self.check_way_back(wish).await?;
+        self.decide_create(wish, &survey)
+    }
+
+    /// All files that the snapshot would be made of, and those it is made from.
+    fn concerned(&self, wish: &Wish) -> Vec<PathBuf> {
+        let overlays = wish.disks.iter().filter_map(|part| match &part.mode {
+            DiskMode::External { path, .. } => Some(path.clone()),
+            _ => None,
+        });
+        let memory = match &wish.memory {
+            MemoryMode::External(path) => Some(path.clone()),
+            _ => None,
+        };
+        let images = super::internal_images(&self.machine.def, &wish.disks, true);
+        overlays.chain(memory).chain(images).chain(self.own_parts()).collect()
+    }
+
+    /// What would be made, where everything that is there allows it.
+    fn decide_create(&self, wish: &Wish, survey: &Survey) -> Result<CreatePlan, DriverError> {
         let mut files = Vec::new();
         let created = |path: &Path, bytes| FileChange { path: path.to_owned(), what: FileFate::Created, bytes };
         for (_, part) in pairs(&self.machine.def, &wish.disks) {
             let DiskMode::External { path, block, .. } = &part.mode else { continue };
-            self.check_overlay(&part.target, path, *block, wish.reuse_external)?;
+            check_overlay(&part.target, path, &survey.at(path), *block, wish.reuse_external)?;
             if !wish.reuse_external && !block {
                 files.push(created(path, OVERLAY));
             }
         }
         let memory = self.machine.def.memory_kib() << 10;
         if let MemoryMode::External(path) = &wish.memory {
-            check_free_place(path, "the memory's file")?;
-            check_space(path, memory / 64 + RESERVE)?;
+            check_free_place(path, &survey.at(path), "the memory's file")?;
+            check_space(path, &survey.at(path), memory / 64 + RESERVE)?;
             files.push(created(path, memory));
         }
-        for part in self.copies(wish) {
-            files.push(created(&part.1, super::size(&part.0)));
-        }
+        let copies = self.copies(wish, survey);
+        files.extend(copies.iter().map(|(from, to)| created(to, survey.size(from))));
         if wish.memory == MemoryMode::Internal
             && let Some(image) = super::internal_images(&self.machine.def, &wish.disks, false).first()
         {
-            check_space(image, RESERVE)?;
+            check_space(image, &survey.at(image), RESERVE)?;
         }
-        let pauses = wish.memory != MemoryMode::No && !wish.live || self.stands_for(wish, &self.copies(wish));
+        let pauses = wish.memory != MemoryMode::No && !wish.live || self.stands_for(wish, &copies);
         Ok(CreatePlan { files, pauses_guest: self.machine.running && pauses })
     }
 
@@ -125,7 +146,7 @@ impl Operation {
                 });
             }
         }
-        declared::hold_images(images).await
+        declared::hold_images(&self.workers, def.uuid, images).await
     }
 
     /// What is taken inside images can be gone back to.
@@ -136,7 +157,7 @@ impl Operation {
     }
 
     /// A name that an image holds already would be two snapshots' afterwards.
-    async fn check_names(&self, wish: &Wish) -> Result<(), DriverError> {
+    async fn check_names(&self, wish: &Wish, survey: &Survey) -> Result<(), DriverError> {
         let name = &wish.name;
         if name.starts_with(UNDO) {
             return Err(bad_name(format!(
@@ -144,14 +165,14 @@ impl Operation {
             )));
         }
         let inside = !super::internal_images(&self.machine.def, &wish.disks, false).is_empty()
-            || self.record(wish).nvram == Some(Part::Internal);
+            || self.record(wish, survey).nvram == Some(Part::Internal);
         if inside && may_be_number(name) {
             return Err(bad_name(format!(
                 "'{name}' reads like the number of a snapshot in an image, which QEMU and its tools would take for it; \
                  choose a name with a letter"
             )));
         }
-        for (image, inner) in self.held_in_images(wish).await? {
+        for (image, inner) in self.held_in_images(wish, survey).await? {
             if inside {
                 unmistakable(name, &image, &inner)?;
             }
@@ -166,7 +187,11 @@ impl Operation {
         Ok(())
     }
 
-    async fn held_in_images(&self, wish: &Wish) -> Result<Vec<(Image, Vec<InnerSnapshot>)>, DriverError> {
+    async fn held_in_images(
+        &self,
+        wish: &Wish,
+        survey: &Survey,
+    ) -> Result<Vec<(Image, Vec<InnerSnapshot>)>, DriverError> {
         let images = super::internal_images(&self.machine.def, &wish.disks, true);
         match &self.body {
             Some(body) => {
@@ -175,7 +200,7 @@ impl Operation {
                 Ok(images.iter().filter_map(|image| Some((image.clone(), inner(image)?))).collect())
             }
             None => {
-                let there: Vec<Image> = images.into_iter().filter(|image| image.exists()).collect();
+                let there: Vec<Image> = images.into_iter().filter(|image| survey.is_there(image)).collect();
                 let files = there.iter().map(|image| (image.clone(), false)).collect();
                 let told = self.with_lent(files, move |images| {
                     let inner = |image: &Image| Ok(images.info(image, "qcow2")?.snapshots);
@@ -186,25 +211,8 @@ impl Operation {
         }
     }
 
-    fn check_overlay(&self, target: &str, path: &Path, block: bool, reuse: bool) -> Result<(), DriverError> {
-        use std::os::unix::fs::FileTypeExt;
-        let there = std::fs::metadata(path);
-        let shown = path.display();
-        match there {
-            Ok(data) if block && !data.file_type().is_block_device() => {
-                Err(cannot(format!("disk '{target}': {shown} is no block device")))
-            }
-            Err(_) if block || reuse => Err(cannot(format!("disk '{target}': there is no {shown} to be its overlay"))),
-            Ok(data) if !block && !reuse && data.len() > 0 => Err(cannot(format!(
-                "disk '{target}': {shown} is there already and is not empty; choose another file, or reuse-external"
-            ))),
-            Err(_) => check_free_place(path, &format!("the overlay of disk '{target}'")),
-            Ok(_) => Ok(()),
-        }
-    }
-
     /// What is copied beside the images: from, to.
-    fn copies(&self, wish: &Wish) -> Vec<(PathBuf, PathBuf)> {
+    fn copies(&self, wish: &Wish, survey: &Survey) -> Vec<(PathBuf, PathBuf)> {
         let def = &self.machine.def;
         let mut copies = Vec::new();
         let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
@@ -214,11 +222,12 @@ impl Operation {
             // QEMU has let go of its images then, takes nothing into them, and they can be copied as they are.
             let open = self.body.is_some() && !matches!(wish.memory, MemoryMode::External(_));
             let inside = |format: &str| open && format == "qcow2";
-            let variables = parts::variables(def).filter(|(path, format)| !inside(format) && path.exists());
+            let variables = parts::variables(def).filter(|(path, format)| !inside(format) && survey.is_there(path));
             copies.extend(variables.map(|(path, _)| (path, place("nvram"))));
         }
         if !wish.leave_out_tpm && wish.memory == MemoryMode::No {
-            copies.extend(parts::tpm(def, &self.state_dir).filter(|path| path.exists()).map(|p| (p, place("tpm"))));
+            let state = parts::tpm(def, &self.state_dir).filter(|path| survey.is_there(path));
+            copies.extend(state.map(|path| (path, place("tpm"))));
         }
         copies
     }
@@ -234,14 +243,14 @@ impl Operation {
     }
 
     /// How the parts beside disks and memory are captured.
-    fn record(&self, wish: &Wish) -> Record {
+    fn record(&self, wish: &Wish, survey: &Survey) -> Record {
         let def = &self.machine.def;
-        let copies = self.copies(wish);
+        let copies = self.copies(wish, survey);
         let copied = |suffix: &str| {
             let found = copies.iter().find(|(_, to)| to.extension().is_some_and(|extension| extension == suffix));
             found.map(|(_, to)| Part::File(to.clone()))
         };
-        let inside = parts::variables(def).any(|(path, format)| format == "qcow2" && path.exists());
+        let inside = parts::variables(def).any(|(path, format)| format == "qcow2" && survey.is_there(&path));
         let nvram = copied("nvram").or((inside && !wish.leave_out_nvram).then_some(Part::Internal));
         let has_tpm = parts::tpm(def, &self.state_dir).is_some() && !wish.leave_out_tpm;
         let memory = (has_tpm && wish.memory != MemoryMode::No).then_some(Part::Memory);
@@ -250,7 +259,8 @@ impl Operation {
 
     /// All of it inside the images.
     async fn create_internal(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        let (record, copies) = (self.record(wish), self.copies(wish));
+        let survey = self.survey(self.own_parts()).await?;
+        let (record, copies) = (self.record(wish, &survey), self.copies(wish, &survey));
         let with_nvram = record.nvram == Some(Part::Internal);
         let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
         let resume = self.machine.running;
@@ -275,6 +285,7 @@ impl Operation {
             return Err(undone(error, self.undo_internal(&note).await));
         }
         journal.point_of_no_return();
+        self.goes_to_its_end();
         note.done = Some(record.clone());
         journal.note(written(&Note::CreateInternal(note))?).await?;
         self.go_on_if_it_can(resume && !wish.stay_paused).await;
@@ -284,7 +295,8 @@ impl Operation {
 
     async fn copy_all(&self, copies: Vec<(PathBuf, PathBuf)>, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         for (from, to) in copies {
-            self.with_images(move |images| parts::copy(&from, &to, images.user.is_some())).await?;
+            let (what, bytes) = (from.clone(), self.size(&from).await?);
+            self.with_images_of(&what, bytes, move |images| parts::copy(&from, &to, images.user.is_some())).await?;
             journal.step("copied");
         }
         Ok(())
@@ -316,14 +328,22 @@ impl Operation {
     ) -> Result<(), DriverError> {
         for image in images {
             let (name, image, file) = (wish.name.clone(), image.clone(), image.clone());
-            self.with_lent(vec![(file, true)], move |images| images.take(&image, &name)).await?;
+            let bytes = self.bookkeeping(&image).await?;
+            self.with_lent_of(vec![(file, true)], bytes, move |images| images.take(&image, &name)).await?;
             journal.step("taken");
         }
         Ok(())
     }
 
+    /// About the bytes that are written where all that an image holds is counted once more.
+    pub(super) async fn bookkeeping(&self, image: &Path) -> Result<u64, DriverError> {
+        // A dozen for each 64 KiB.
+        Ok(self.size(image).await? >> 10)
+    }
+
     /// Leaves nothing of an internal snapshot that came to nothing.
     pub(super) async fn undo_internal(&self, note: &CreateInternal) -> Result<(), DriverError> {
+        self.goes_to_its_end();
         let removed = self.forget_in_images(&note.name, &note.images, false).await;
         self.remove_files(note.copies.clone()).await;
         let resumed = self.go_on(note.resume).await;
@@ -352,9 +372,12 @@ impl Operation {
                 done => return done,
             }
         }
-        let there: Vec<Image> = images.iter().filter(|image| image.exists()).cloned().collect();
+        let survey = self.survey(images.iter().cloned()).await?;
+        let there: Vec<Image> = images.iter().filter(|image| survey.is_there(image)).cloned().collect();
+        let bytes = there.iter().map(|image| survey.size(image) >> 10).sum();
         let (name, files) = (name.to_owned(), there.iter().map(|image| (image.clone(), true)).collect());
-        self.with_lent(files, move |images| there.iter().try_for_each(|image| images.forget(image, &name))).await
+        let forget = move |images: &Arc<Images>| there.iter().try_for_each(|image| images.forget(image, &name));
+        self.with_lent_of(files, bytes, forget).await
     }
 
     async fn forget_in_guest(
@@ -388,7 +411,8 @@ impl Operation {
 
     /// New overlays take the writes, the memory goes to a file.
     async fn create_external(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        let (mut record, copies) = (self.record(wish), self.copies(wish));
+        let survey = self.survey(self.own_parts()).await?;
+        let (mut record, copies) = (self.record(wish, &survey), self.copies(wish, &survey));
         let stands = self.stands_for(wish, &copies);
         let mut note = CreateExternal {
             name: wish.name.clone(),
@@ -456,9 +480,13 @@ impl Operation {
             }
             let (target, shown) = (part.clone(), part.clone());
             let new_file = move |images: &Arc<Images>| make::new_file(&target, images.user.is_some());
-            let memory = self.with_images(move |images| new_file(images).map_err(|e| stored(&shown, &e))).await?;
+            let what = file.clone();
+            let memory =
+                self.with_images(&what, move |images| new_file(images).map_err(|e| stored(&shown, &e))).await?;
             body.line()?.write_memory(memory, journal).await?;
-            let finished = self.with_images(move |images| finished(&part, &file, images.user.is_some()));
+            let bytes = self.machine.def.memory_kib() << 10;
+            let finish = move |images: &Arc<Images>| finished(&part, &file, images.user.is_some());
+            let finished = self.with_images_of(&what, bytes, finish);
             record.memory_bytes = Some(finished.await?);
             journal.step("memory");
         }
@@ -474,6 +502,7 @@ impl Operation {
             return Err(DriverError::Cancelled);
         }
         journal.point_of_no_return();
+        self.goes_to_its_end();
         note.complete = Some(record.clone());
         journal.note(written(&Note::CreateExternal(note.clone()))?).await?;
         if let Some(body) = &self.body {
@@ -545,7 +574,8 @@ impl Operation {
 
     /// Makes one overlay; `size` if it is known.
     pub(super) async fn make_overlay(&self, overlay: Overlay, size: Option<u64>) -> Result<(), DriverError> {
-        self.with_images(move |images| {
+        let what = overlay.path.clone();
+        self.with_images(&what, move |images| {
             if overlay.ours {
                 make_empty(&overlay.path, &overlay.base, images.user.is_some())?;
             }
@@ -565,7 +595,9 @@ impl Operation {
         let mut added: Vec<String> = Vec::new();
         let prepared = async {
             let files: Vec<(PathBuf, bool)> = note.overlays.iter().map(|one| (one.path.clone(), true)).collect();
-            self.with_images(move |images| images.lend_to_guest(&files)).await?;
+            if let Some((what, _)) = files.first().cloned() {
+                self.with_images(&what, move |images| images.lend_to_guest(&files)).await?;
+            }
             for overlay in &note.overlays {
                 let nodes = Nodes::of(body).await?;
                 let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == overlay.target);
@@ -605,6 +637,7 @@ impl Operation {
 
     /// Leaves nothing of an external snapshot that came to nothing: nobody stands on its overlays.
     pub(super) async fn undo_external(&self, note: &CreateExternal) -> Result<(), DriverError> {
+        self.goes_to_its_end();
         self.thaw(note).await;
         let ours = note.overlays.iter().filter(|overlay| overlay.ours).map(|overlay| overlay.path.clone());
         let memory = note.memory.iter().flat_map(|(part, file)| [part.clone(), file.clone()]);
@@ -671,6 +704,23 @@ impl Operation {
         if let Err(error) = self.go_on(on).await {
             tracing::error!(uuid = %self.machine.def.uuid, %error, "the guest stands after its snapshot, and cannot go on");
         }
+    }
+}
+
+/// Whether an overlay can be made, or is there, at its place.
+fn check_overlay(target: &str, path: &Path, there: &Seen, block: bool, reuse: bool) -> Result<(), DriverError> {
+    let shown = path.display();
+    match there.what {
+        What::Nothing if block || reuse => {
+            Err(cannot(format!("disk '{target}': there is no {shown} to be its overlay")))
+        }
+        What::Nothing => check_free_place(path, there, &format!("the overlay of disk '{target}'")),
+        What::Block => Ok(()),
+        _ if block => Err(cannot(format!("disk '{target}': {shown} is no block device"))),
+        What::Plain if reuse || there.length == 0 => Ok(()),
+        _ => Err(cannot(format!(
+            "disk '{target}': {shown} is there already and is not empty; choose another file, or reuse-external"
+        ))),
     }
 }
 

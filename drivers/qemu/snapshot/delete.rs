@@ -3,13 +3,14 @@
 use super::create::written;
 use super::note::{Delete, Merge, Note};
 use super::revert::{chain, held, record_of};
+use super::survey::Survey;
 use super::{Operation, pairs};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
-    DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Replaced, Unfinished,
+    DeletePlan, DiskMode, DiskPart, FileChange, FileFate, Journal, Kept, Kin, Replaced, Unfinished,
 };
 
 /// A file, its format, and what it stands on.
@@ -38,19 +39,23 @@ pub(super) struct Plan {
 
 impl Operation {
     pub(super) async fn check_delete(&self, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError> {
-        let plan = self.deletion(snapshot, kin).await;
-        let change = |path: &Path, what| FileChange { path: path.to_owned(), what, bytes: super::size(path) };
+        let plan = self.deletion(snapshot, kin).await?;
+        let leavings = self.leavings(snapshot).await?;
+        let merged = plan.deed.merges.iter().map(|merge| &merge.overlay);
+        let survey = self.survey(merged.chain(&plan.deed.unlinks).chain(&leavings).cloned()).await?;
+        let change = |path: &Path, what| FileChange { path: path.to_owned(), what, bytes: survey.size(path) };
         let mut files: Vec<FileChange> =
             plan.deed.merges.iter().map(|merge| change(&merge.overlay, FileFate::Merged)).collect();
         files.extend(plan.deed.unlinks.iter().map(|path| change(path, FileFate::Deleted)));
-        files.extend(self.leavings(snapshot).iter().map(|path| change(path, FileFate::Deleted)));
+        files.extend(leavings.iter().map(|path| change(path, FileFate::Deleted)));
         let written = plan.deed.merges.iter().map(|merge| merge.base.clone()).collect();
         Ok(DeletePlan { files, written, refused: self.may_be_done(&plan, snapshot).await.err() })
     }
 
     /// What is to be done, as far as it is recorded.
-    async fn deletion(&self, snapshot: &Kept, kin: &Kin) -> Plan {
-        let (mut merges, mut leaves, standing) = (Vec::new(), Vec::new(), self.standing(kin));
+    async fn deletion(&self, snapshot: &Kept, kin: &Kin) -> Result<Plan, DriverError> {
+        let standing = self.survey(made_by_others(kin)).await?;
+        let (mut merges, mut leaves, standing) = (Vec::new(), Vec::new(), self.standing(kin, &standing));
         let reverts: Vec<PathBuf> = self.own_reverts(snapshot).await.into_iter().map(|(file, _)| file).collect();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
@@ -67,11 +72,12 @@ impl Operation {
                 }
             }
         }
-        let unneeded = |file: &&PathBuf| file.exists() && !standing.iter().any(|one| one.file == **file);
+        let survey = self.survey(reverts.iter().cloned()).await?;
+        let unneeded = |file: &&PathBuf| survey.is_there(file) && !standing.iter().any(|one| one.file == **file);
         let unlinks = leaves.iter().map(|leaf| &leaf.file).chain(reverts.iter().filter(unneeded)).cloned().collect();
         let deed =
             Delete { snapshot: held(snapshot), merges, unlinks, synced: None, resume: false, merged: Vec::new() };
-        Plan { deed, leaves, standing }
+        Ok(Plan { deed, leaves, standing })
     }
 
     /// Refuses what would lose something else, or what is not as it is recorded. Changes nothing.
@@ -131,7 +137,7 @@ impl Operation {
                 "disk '{target}': {base} also carries {file} ({whose}), which a merge would destroy; delete that first"
             )));
         }
-        if !merge.base.exists() {
+        if !self.is_there(&merge.base).await? {
             let overlay = merge.overlay.display();
             return Err(DriverError::Storage(format!(
                 "disk '{target}': {base}, on which {overlay} stands, is not there; nothing was changed"
@@ -159,7 +165,7 @@ impl Operation {
     }
 
     /// Everything that is known to stand on something: by the machine, and by all other snapshots.
-    fn standing(&self, kin: &Kin) -> Vec<Standing> {
+    fn standing(&self, kin: &Kin, survey: &Survey) -> Vec<Standing> {
         let mut all = Vec::new();
         let add = |all: &mut Vec<Standing>, def: &DomainDef, whose: &str| {
             for disk in &def.devices.disks {
@@ -185,7 +191,7 @@ impl Operation {
             add(&mut all, &other.def, &whose);
             for (disk, part) in pairs(&other.def, &other.disks) {
                 if let (DiskMode::External { path, format, .. }, Some(base)) = (&part.mode, disk.path())
-                    && path.exists()
+                    && survey.is_there(path)
                 {
                     all.push(Standing {
                         target: part.target.clone(),
@@ -206,12 +212,13 @@ impl Operation {
         kin: &Kin,
         journal: &Arc<dyn Journal>,
     ) -> Result<Vec<Replaced>, Unfinished> {
-        let plan = self.deletion(snapshot, kin).await;
+        let plan = self.deletion(snapshot, kin).await?;
         self.may_be_done(&plan, snapshot).await?;
         let mut deed = plan.deed;
         journal.note(written(&Note::Delete(deed.clone()))?).await?;
         // Half a merge cannot be taken back: it goes to its end, or it is not begun.
         journal.point_of_no_return();
+        self.goes_to_its_end();
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled.into());
         }
@@ -260,7 +267,8 @@ impl Operation {
             // What stood on the overlay has this frozen below it now.
             self.note_frozen(vec![merge.base]).await;
         }
-        self.remove_files(deed.unlinks.iter().cloned().chain(self.leavings(snapshot)).collect()).await;
+        let leavings = self.leavings(snapshot).await?;
+        self.remove_files(deed.unlinks.iter().cloned().chain(leavings).collect()).await;
         step("removed");
         Ok(())
     }
@@ -268,10 +276,10 @@ impl Operation {
     /// The names of snapshots that the images hold, each with its disks.
     pub(super) async fn inventory(&self) -> Result<Vec<(String, Vec<String>)>, DriverError> {
         let disks = self.machine.def.devices.disks.iter().filter(|disk| disk.format() == Some("qcow2"));
-        let images: Vec<(String, PathBuf)> = disks
-            .filter_map(|disk| Some((disk.target.dev.clone(), PathBuf::from(disk.path()?))))
-            .filter(|(_, path)| path.exists())
-            .collect();
+        let images: Vec<(String, PathBuf)> =
+            disks.filter_map(|disk| Some((disk.target.dev.clone(), PathBuf::from(disk.path()?)))).collect();
+        let survey = self.survey(images.iter().map(|(_, path)| path.clone())).await?;
+        let images: Vec<_> = images.into_iter().filter(|(_, path)| survey.is_there(path)).collect();
         let lent = images.iter().map(|(_, path)| (path.clone(), false)).collect();
         self.with_lent(lent, move |tools| {
             let mut found: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
@@ -284,6 +292,15 @@ impl Operation {
         })
         .await
     }
+}
+
+/// The overlays that other snapshots have made.
+fn made_by_others(kin: &Kin) -> Vec<PathBuf> {
+    let made = |part: &DiskPart| match &part.mode {
+        DiskMode::External { path, .. } => Some(path.clone()),
+        _ => None,
+    };
+    kin.others.iter().flat_map(|other| other.disks.iter().filter_map(made)).collect()
 }
 
 /// The same, with what is to be done about it.

@@ -3,11 +3,14 @@
 use super::super::make;
 use super::note::{Part, Record};
 use super::revert::record_of;
-use super::{Operation, cannot, parts};
-use crate::host::resolve::Place;
+use super::survey::Survey;
+use super::{Operation, cannot};
+use crate::host::files::{Seen, What, open_plain};
+use crate::host::resolve::{Found, Place};
+use rustix::fs::FileType;
 use std::fs::File;
-use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
+use std::io;
+use std::os::unix::fs::{FileExt, fchown};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -43,7 +46,7 @@ impl Operation {
     }
 
     /// Whether what was copied is there, and whether it can be put back.
-    pub(super) fn check_copies(&self, snapshot: &Kept) -> Result<(), DriverError> {
+    pub(super) fn check_copies(&self, snapshot: &Kept, survey: &Survey) -> Result<(), DriverError> {
         let record = record_of(snapshot);
         for (part, kept) in [("nvram", &record.nvram), ("tpm", &record.tpm)] {
             let Some(kept @ Part::File(file)) = kept else { continue };
@@ -55,12 +58,12 @@ impl Operation {
                     place.display()
                 )));
             }
-            if !file.exists() {
+            if !survey.is_there(file) {
                 return Err(DriverError::Storage(format!("{shown}: what was copied is not there any more")));
             }
         }
         for (_, original) in self.copied_parts(snapshot, &record) {
-            if !self.may_replace(&original) {
+            if !self.may_replace(&original, survey) {
                 let original = original.display();
                 return Err(DriverError::Refused(format!(
                     "{original} is in the way of what was copied, and is neither this machine's nor of QEMU's user; \
@@ -71,53 +74,52 @@ impl Operation {
         Ok(())
     }
 
-    /// Nothing is there, or something of this machine's, or of QEMU's user.
-    fn may_replace(&self, original: &Path) -> bool {
-        let def = &self.machine.def;
-        let mut own = parts::variables(def).map(|(path, _)| path).chain(parts::tpm(def, &self.state_dir));
-        let Some((user, _)) = &self.images.user else { return true };
-        match std::fs::symlink_metadata(original) {
-            Ok(data) => [user.uid, user.common].contains(&data.uid()) || own.any(|own| own == original),
-            Err(_) => true,
-        }
+    /// What is looked at for that.
+    pub(super) fn copies_and_originals(&self, snapshot: &Kept) -> Vec<PathBuf> {
+        let record = record_of(snapshot);
+        let originals = self.copied_parts(snapshot, &record).into_iter().map(|(_, original)| original);
+        originals.chain(["nvram", "tpm"].map(|part| self.copy_place(&snapshot.name, part))).collect()
     }
 
-    /// What goes with a snapshot beside its disks.
-    pub(super) fn leavings(&self, snapshot: &Kept) -> Vec<PathBuf> {
+    /// Nothing is there, or something of this machine's, or of QEMU's user.
+    fn may_replace(&self, original: &Path, survey: &Survey) -> bool {
+        let Some((user, _)) = &self.images.user else { return true };
+        let there = survey.at(original);
+        !there.named
+            || there.is_there() && [user.uid, user.common].contains(&there.owner)
+            || self.own_parts().iter().any(|own| own == original)
+    }
+
+    /// What goes with a snapshot beside its disks, as far as it is there.
+    pub(super) async fn leavings(&self, snapshot: &Kept) -> Result<Vec<PathBuf>, DriverError> {
         let record = self.record_of(snapshot);
         let memory = match &snapshot.memory {
-            MemoryMode::External(file) => Some(file.clone()).filter(|file| self.memory_at(file, None).is_ok()),
+            MemoryMode::External(file) => Some(file.clone()),
             _ => None,
         };
-        let copies = [record.nvram, record.tpm].into_iter().flatten().filter_map(|part| match part {
-            Part::File(file) => Some(file),
-            _ => None,
-        });
-        memory.into_iter().chain(copies).filter(|file| file.exists()).collect()
+        let copies: Vec<PathBuf> =
+            [record.nvram, record.tpm].into_iter().flatten().filter_map(Part::into_file).collect();
+        let Some(what) = memory.iter().chain(&copies).next().cloned() else { return Ok(Vec::new()) };
+        self.with_images(&what, move |images| {
+            let memory = memory.filter(|file| open_memory(file, None, images.user.is_some()).is_ok());
+            let copies = copies.into_iter().filter(|file| Seen::at(file).is_there());
+            Ok(memory.into_iter().chain(copies).collect())
+        })
+        .await
     }
 
     /// Holds a file to be one that memory was written to, all of it where it is known how much that was.
-    pub(super) fn memory_at(&self, file: &Path, bytes: Option<u64>) -> Result<(), DriverError> {
-        let read = || -> io::Result<([u8; 4], u64)> {
-            let (mut opened, mut magic) = (make::open_plain(file, self.images.user.is_some())?, [0; 4]);
-            opened.read_exact(&mut magic)?;
-            Ok((magic, opened.metadata()?.len()))
-        };
-        let (magic, length) = read().map_err(|e| stored(file, &e))?;
-        let shown = file.display();
-        match bytes {
-            _ if magic != *MAGIC => Err(DriverError::Storage(format!("{shown} holds no memory"))),
-            Some(bytes) if bytes != length => Err(DriverError::Storage(format!(
-                "{shown} has {length} bytes, and {bytes} were written; bring back the whole file"
-            ))),
-            _ => Ok(()),
-        }
+    pub(super) async fn check_memory(&self, file: &Path, bytes: Option<u64>) -> Result<(), DriverError> {
+        let path = file.to_owned();
+        let opened = self.with_images(file, move |images| open_memory(&path, bytes, images.user.is_some()));
+        opened.await.map(drop)
     }
 
     /// Removes files that are of no use to anybody; says so where that fails. A folder only where our copies are.
     pub(super) async fn remove_files(&self, files: Vec<PathBuf>) {
         let folder = self.machine.folder.clone();
-        let removed = self.with_images(move |images| {
+        let Some(what) = files.first().cloned() else { return };
+        let removed = self.with_images(&what, move |images| {
             let wary = images.user.is_some();
             for file in files {
                 let ours = file.parent() == Some(&folder);
@@ -134,26 +136,41 @@ impl Operation {
     }
 }
 
+/// Opens a file that memory was written to, to be read from its beginning; any other is refused at once, as is one that is
+/// not all there where it is known how many `bytes` that is. Blocks no longer than its file system does.
+pub fn open_memory(file: &Path, bytes: Option<u64>, wary: bool) -> Result<File, DriverError> {
+    let read = || -> io::Result<([u8; 4], u64, File)> {
+        let mut magic = [0; 4];
+        let opened = open_plain(file, wary)?;
+        let (length, opened) = (opened.length(), opened.into_file());
+        opened.read_exact_at(&mut magic, 0)?;
+        Ok((magic, length, opened))
+    };
+    let (magic, length, opened) = read().map_err(|e| stored(file, &e))?;
+    let shown = file.display();
+    match bytes {
+        _ if magic != *MAGIC => Err(DriverError::Storage(format!("{shown} holds no memory"))),
+        Some(bytes) if bytes != length => Err(DriverError::Storage(format!(
+            "{shown} has {length} bytes, and {bytes} were written; bring back the whole file"
+        ))),
+        _ => Ok(opened),
+    }
+}
+
 /// A file that is to be made: nothing is there, or nothing in it, and its folder is.
-pub fn check_free_place(path: &Path, what: &str) -> Result<(), DriverError> {
-    match std::fs::metadata(path) {
-        Ok(data) if data.is_file() && data.len() == 0 => Ok(()),
-        Ok(_) => Err(cannot(format!("{what}: {} is there already; choose another file", path.display()))),
-        Err(_) => match path.parent().map(std::fs::metadata) {
-            Some(Ok(folder)) if folder.is_dir() => Ok(()),
-            _ => Err(cannot(format!("{what}: {} is in a folder that is not there", path.display()))),
-        },
+pub fn check_free_place(path: &Path, there: &Seen, what: &str) -> Result<(), DriverError> {
+    match there.what {
+        What::Plain if there.length == 0 => Ok(()),
+        What::Nothing if there.has_folder => Ok(()),
+        What::Nothing => Err(cannot(format!("{what}: {} is in a folder that is not there", path.display()))),
+        _ => Err(cannot(format!("{what}: {} is there already; choose another file", path.display()))),
     }
 }
 
 /// Refuses what would not fit.
-pub fn check_space(path: &Path, bytes: u64) -> Result<(), DriverError> {
+pub fn check_space(path: &Path, there: &Seen, bytes: u64) -> Result<(), DriverError> {
     let folder = path.parent().unwrap_or(Path::new("/"));
-    let Ok(room) = rustix::fs::statvfs(folder) else { return Ok(()) };
-    let free = room.f_bavail.saturating_mul(room.f_frsize);
-    if free >= bytes {
-        return Ok(());
-    }
+    let Some(free) = there.free.filter(|free| *free < bytes) else { return Ok(()) };
     Err(DriverError::NoSpace(format!(
         "{}: {} MiB are free there, and at least {} MiB are needed",
         folder.display(),
@@ -178,11 +195,12 @@ pub fn stored(path: &Path, error: &io::Error) -> DriverError {
 pub fn finished(part: &Path, path: &Path, wary: bool) -> Result<u64, DriverError> {
     let done = || {
         let (from, to) = (Place::resolve(part, wary)?, Place::resolve(path, wary)?);
-        let file = File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(from.path())?;
-        file.sync_all()?;
-        std::fs::rename(from.path(), to.path())?;
-        File::open(to.dir())?.sync_all()?;
-        Ok(file.metadata()?.len())
+        let file = from.open_plain()?;
+        let length = file.length();
+        file.into_file().sync_all()?;
+        from.rename_to(&to)?;
+        to.sync_folder()?;
+        Ok(length)
     };
     done().map_err(|e: io::Error| stored(path, &e))
 }
@@ -192,8 +210,8 @@ pub fn finished(part: &Path, path: &Path, wary: bool) -> Result<u64, DriverError
 pub fn make_empty(path: &Path, base: &Path, wary: bool) -> Result<(), DriverError> {
     let made = make::new_file(path, wary).and_then(|file| match wary {
         true => {
-            let base = std::fs::metadata(base)?;
-            fchown(&file, Some(base.uid()), Some(base.gid()))
+            let base = Found::resolve(base)?.stat;
+            fchown(&file, Some(base.st_uid), Some(base.st_gid))
         }
         false => Ok(()),
     });
@@ -204,6 +222,64 @@ pub fn make_empty(path: &Path, base: &Path, wary: bool) -> Result<(), DriverErro
 }
 
 fn is_empty(path: &Path, wary: bool) -> bool {
-    let there = Place::resolve(path, wary).and_then(|place| std::fs::symlink_metadata(place.path()));
-    there.is_ok_and(|data| data.is_file() && data.len() == 0)
+    let there = Place::resolve(path, wary).and_then(|place| place.stat());
+    there.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && stat.st_size == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    /// H3: the file of a snapshot's memory changes places with a pipe, again and again.
+    #[test]
+    fn a_pipe_in_place_of_memory_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (file, memory, pipe) = (at("memory"), at("real"), at("pipe"));
+        std::fs::write(&memory, b"QEVM and more").unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, FileType::Fifo, 0o644.into(), 0).unwrap();
+        std::fs::hard_link(&memory, &file).unwrap();
+        let ended = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !ended.load(Ordering::Relaxed) {
+                    for one in [&pipe, &memory] {
+                        std::fs::hard_link(one, at("next")).unwrap();
+                        std::fs::rename(at("next"), &file).unwrap();
+                        // Nothing happens where both are the same.
+                        let _ = std::fs::remove_file(at("next"));
+                    }
+                }
+            });
+            let (tell, told) = std::sync::mpsc::channel();
+            let (path, looks) = (file.clone(), 200);
+            std::thread::spawn(move || {
+                for _ in 0..looks {
+                    let _ = tell.send(open_memory(&path, Some(13), false).map(drop).map_err(|e| e.to_string()));
+                }
+            });
+            for _ in 0..looks {
+                let opened = told.recv_timeout(Duration::from_secs(60));
+                ended.store(opened.is_err(), Ordering::Relaxed);
+                if let Err(why) = opened.expect("nobody waits for the pipe's other end") {
+                    assert!(why.ends_with("it is no plain file"), "{why}");
+                }
+            }
+            ended.store(true, Ordering::Relaxed);
+        });
+    }
+
+    #[test]
+    fn memory_is_all_there_or_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory");
+        std::fs::write(&file, b"QEVM and more").unwrap();
+        open_memory(&file, None, false).unwrap();
+        let short = open_memory(&file, Some(14), false).unwrap_err().to_string();
+        assert!(short.contains("13 bytes, and 14 were written"), "{short}");
+        std::fs::write(&file, b"text").unwrap();
+        assert!(open_memory(&file, None, false).unwrap_err().to_string().ends_with("holds no memory"));
+    }
 }

@@ -6,17 +6,22 @@
 //! a snapshot that was inside) is noted anew. A device has no such time, and is not told.
 
 use super::{Image, Operation};
+use crate::host::files::open_plain;
 use crate::host::image::Images;
+use crate::host::resolve::Found;
+use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
 
 /// Where it is noted, in the folder of the machine's snapshots.
 const FILE: &str = ".frozen.json";
+
+/// The largest such note that is read, in bytes.
+const LARGEST: u64 = 32 << 20;
 
 /// How a file looked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,8 +36,9 @@ type Looks = BTreeMap<PathBuf, Look>;
 impl Look {
     /// Of a plain file.
     fn at(path: &Path) -> Option<Look> {
-        let data = std::fs::metadata(path).ok().filter(std::fs::Metadata::is_file)?;
-        Some(Look { bytes: data.len(), written: (data.mtime(), data.mtime_nsec()) })
+        let found = Found::resolve(path).ok().filter(|found| found.kind() == FileType::RegularFile)?;
+        let (stat, bytes) = (found.stat, u64::try_from(found.stat.st_size).ok()?);
+        Some(Look { bytes, written: (stat.st_mtime, stat.st_mtime_nsec.try_into().ok()?) })
     }
 }
 
@@ -40,7 +46,7 @@ impl Operation {
     /// Notes how files look that are frozen from now on. Without the note nobody will be warned, and nothing else is lost.
     pub(super) async fn note_frozen(&self, files: Vec<PathBuf>) {
         let folder = self.machine.folder.clone();
-        let noted = self.with_images(move |_: &Arc<Images>| {
+        let noted = self.with_images(&self.machine.folder, move |_: &Arc<Images>| {
             let mut looks = read(&folder);
             looks.extend(files.into_iter().filter_map(|file| Look::at(&file).map(|look| (file, look))));
             write(&folder, &looks).map_err(|e| DriverError::Storage(format!("{}: {e}", folder.join(FILE).display())))
@@ -53,7 +59,7 @@ impl Operation {
     /// Those of the files that have been written since they were frozen, as far as that was noted.
     pub(super) async fn changed_since_frozen(&self, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, DriverError> {
         let folder = self.machine.folder.clone();
-        self.with_images(move |_| {
+        self.with_images(&self.machine.folder, move |_| {
             let looks = read(&folder);
             let changed =
                 |file: &PathBuf| looks.get(file).is_some_and(|look| Look::at(file).is_some_and(|now| now != *look));
@@ -65,7 +71,7 @@ impl Operation {
     /// Those of the images that are noted as frozen, and look as they did then.
     pub(super) async fn still_frozen(&self, images: &[Image]) -> Vec<PathBuf> {
         let (folder, images) = (self.machine.folder.clone(), images.to_vec());
-        let told = self.with_images(move |_| {
+        let told = self.with_images(&self.machine.folder, move |_| {
             let looks = read(&folder);
             Ok(images.into_iter().filter(|image| looks.get(image).copied() == Look::at(image)).collect())
         });
@@ -74,7 +80,7 @@ impl Operation {
 }
 
 fn read(folder: &Path) -> Looks {
-    let text = std::fs::read(folder.join(FILE)).unwrap_or_default();
+    let text = open_plain(&folder.join(FILE), false).and_then(|file| file.read_all(LARGEST)).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }
 

@@ -4,14 +4,15 @@
 //! files hold the same, and that is written down; so whatever is killed then, the base is right.
 
 use super::super::instance::Body;
-use super::super::record::blocking;
 use super::Operation;
 use super::chain::{Chains, OWN_JOB, not_in_chain};
 use super::create::written;
 use super::jobs::{Line, Standing, is_full};
 use super::nodes::Nodes;
 use super::note::{Delete, Merge, Note};
+use crate::host::image::LentFromAfar;
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
@@ -27,14 +28,16 @@ impl Operation {
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
-        if deed.merged.contains(&merge.target) || journal.is_none() && !merge.overlay.exists() {
+        if deed.merged.contains(&merge.target) || journal.is_none() && !self.is_there(&merge.overlay).await? {
             return note_merged(merge, deed, journal).await;
         }
         if let Some(body) = self.body.clone().filter(|_| merge.live) {
             match self.merge_live(&body, merge, deed, journal).await {
                 Ok(chains) => {
                     // What the guest has open, its QEMU has told of the change.
-                    self.merge_files(merge, snapshot, true, |file| chains.hold(file)).await?;
+                    let above: Vec<PathBuf> = merge.above.iter().map(|(file, _)| file.clone()).collect();
+                    let left = self.in_chains(&chains, &above).await?;
+                    self.merge_files(merge, snapshot, true, &left).await?;
                     return note_merged(merge, deed, journal).await;
                 }
                 // It may end at any time: the rest is done without it.
@@ -51,7 +54,7 @@ impl Operation {
             }
         }
         let same = deed.synced.as_ref() == Some(&merge.target);
-        self.merge_files(merge, snapshot, same, |_| false).await?;
+        self.merge_files(merge, snapshot, same, &BTreeSet::new()).await?;
         note_merged(merge, deed, journal).await
     }
 
@@ -61,9 +64,12 @@ impl Operation {
         merge: &Merge,
         snapshot: &Kept,
         same: bool,
-        left: impl Fn(&Path) -> bool,
+        left: &BTreeSet<PathBuf>,
     ) -> Result<(), DriverError> {
-        let above: Vec<_> = merge.above.iter().filter(|(file, _)| file.exists() && !left(file)).cloned().collect();
+        let files = merge.above.iter().map(|(file, _)| file.clone());
+        let survey = self.survey(files.chain([merge.overlay.clone()])).await?;
+        let above = merge.above.iter().filter(|(file, _)| survey.is_there(file) && !left.contains(file));
+        let above: Vec<_> = above.cloned().collect();
         if same && above.is_empty() {
             return Ok(());
         }
@@ -78,7 +84,8 @@ impl Operation {
             chain.extend(below);
         }
         let merge = merge.clone();
-        self.with_lent(files, move |images| {
+        let bytes = if same { 0 } else { survey.size(&merge.overlay) };
+        self.with_lent_of(files, bytes, move |images| {
             if !same {
                 images.commit(&chain)?;
             }
@@ -99,13 +106,14 @@ impl Operation {
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<Chains, DriverError> {
         let files = vec![(merge.base.clone(), true), (merge.overlay.clone(), true)];
-        let images = self.images.clone();
-        let _lent = blocking(move || images.lend_with_guest(&files)).await??;
+        let lent = self.with_images(&merge.base, move |images| images.lend_with_guest(&files)).await?;
+        let _lent = LentFromAfar::from(lent);
         let line = body.line()?;
         let id = format!("{OWN_JOB}{}", merge.target);
         line.dismiss(&id).await;
         if line.standing(&id, None).await? == Standing::Absent {
-            if Chains::ask(&line).await?.hold(&merge.overlay) {
+            let chains = Chains::ask(&line).await?;
+            if !self.in_chains(&chains, std::slice::from_ref(&merge.overlay)).await?.is_empty() {
                 // Had it been the same once, the guest has gone on writing since.
                 deed.synced = None;
                 self.begin_merge(&line, &id, merge).await?;

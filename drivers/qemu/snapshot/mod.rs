@@ -25,17 +25,21 @@ mod park;
 mod parts;
 mod recover;
 mod revert;
+mod survey;
+
+pub use files::open_memory;
 
 use super::QemuDriver;
 use super::instance::{Body, QemuInstance};
 use super::launch::Source;
-use super::record::blocking;
 use crate::host::image::Images;
+use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
 use std::any::Any;
 use std::collections::BTreeMap;
-use std::path::PathBuf;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio_util::sync::CancellationToken;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -52,7 +56,7 @@ impl Snapshots for QemuDriver {
     }
 
     async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        self.operation(machine).await?.create(wish, &journal).await
+        self.operation_for(machine, &journal).await?.create(wish, &journal).await
     }
 
     async fn check_revert(
@@ -84,7 +88,7 @@ impl Snapshots for QemuDriver {
         kin: &Kin,
         journal: Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
-        self.operation(machine).await?.revert_images(snapshot, kin, &journal).await
+        self.operation_for(machine, &journal).await?.revert_images(snapshot, kin, &journal).await
     }
 
     async fn settle(&self, machine: &Machine, reverted: &Reverted, stay: bool) -> Result<(), DriverError> {
@@ -102,7 +106,7 @@ impl Snapshots for QemuDriver {
         kin: &Kin,
         journal: Arc<dyn Journal>,
     ) -> Result<Vec<Replaced>, Unfinished> {
-        self.operation(machine).await?.delete(snapshot, kin, &journal).await
+        self.operation_for(machine, &journal).await?.delete(snapshot, kin, &journal).await
     }
 
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError> {
@@ -128,8 +132,15 @@ impl QemuDriver {
         };
         let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
         let images = Arc::new(Images::new(self.user_of(&machine.def, process).await?, machine.def.uuid, process));
-        let state_dir = self.0.state_dir.clone();
-        Ok(Operation { machine: machine.clone(), images, body, state_dir })
+        let (state_dir, workers) = (self.0.state_dir.clone(), self.0.workers.clone());
+        Ok(Operation { machine: machine.clone(), images, body, state_dir, workers, cancel: Mutex::default() })
+    }
+
+    /// The same, until its journal says that it is no longer wanted.
+    async fn operation_for(&self, machine: &Machine, journal: &Arc<dyn Journal>) -> Result<Operation, DriverError> {
+        let operation = self.operation(machine).await?;
+        *lock(&operation.cancel) = journal.cancelled().clone();
+        Ok(operation)
     }
 }
 
@@ -140,6 +151,9 @@ struct Operation {
     /// The guest, if it runs.
     body: Option<Arc<Body>>,
     state_dir: PathBuf,
+    workers: Workers,
+    /// Fires when what is done next is no longer wanted.
+    cancel: Mutex<CancellationToken>,
 }
 
 /// An image in qcow2 that holds, or is to hold, a snapshot.
@@ -155,13 +169,31 @@ impl Operation {
         Err(cannot(format!("disk '{target}' throws away what is written to it, which excludes {what}: {how}")))
     }
 
-    /// Works on images where that may block.
+    /// From here on it is not given up any more: what is under way is undone, or goes to its end.
+    fn goes_to_its_end(&self) {
+        *lock(&self.cancel) = CancellationToken::new();
+    }
+
+    /// Works on images where that may block. `what` is shown to people if it does not answer.
     async fn with_images<T: Send + 'static>(
         &self,
+        what: &Path,
         work: impl FnOnce(&Arc<Images>) -> Result<T, DriverError> + Send + 'static,
     ) -> Result<T, DriverError> {
+        self.with_images_of(what, 0, work).await
+    }
+
+    /// The same for work that reads or writes that many bytes.
+    async fn with_images_of<T: Send + 'static>(
+        &self,
+        what: &Path,
+        bytes: u64,
+        work: impl FnOnce(&Arc<Images>) -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let errand = Errand::new(self.machine.def.uuid, what.display().to_string());
+        let errand = errand.of(bytes).until(&lock(&self.cancel));
         let images = self.images.clone();
-        blocking(move || work(&images)).await?
+        self.workers.run(errand, move |stop| work(&Arc::new(images.within(stop)))).await
     }
 
     /// The same with files lent for it.
@@ -170,7 +202,18 @@ impl Operation {
         files: Vec<(PathBuf, bool)>,
         work: impl FnOnce(&Arc<Images>) -> Result<T, DriverError> + Send + 'static,
     ) -> Result<T, DriverError> {
-        self.with_images(move |images| {
+        self.with_lent_of(files, 0, work).await
+    }
+
+    /// The same for work that reads or writes that many bytes.
+    async fn with_lent_of<T: Send + 'static>(
+        &self,
+        files: Vec<(PathBuf, bool)>,
+        bytes: u64,
+        work: impl FnOnce(&Arc<Images>) -> Result<T, DriverError> + Send + 'static,
+    ) -> Result<T, DriverError> {
+        let what = files.first().map(|(path, _)| path.clone()).unwrap_or_default();
+        self.with_images_of(&what, bytes, move |images| {
             let _lent = images.lend(&files)?;
             work(images)
         })
@@ -178,11 +221,17 @@ impl Operation {
     }
 }
 
+fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    held.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Where the memory of a snapshot is that a guest is started from.
 pub fn source(snapshot: &Kept) -> Result<Source, DriverError> {
     match &snapshot.memory {
         MemoryMode::No => Err(DriverError::Internal("a snapshot without memory cannot be loaded".to_owned())),
-        MemoryMode::External(file) => Ok(Source::File(file.clone())),
+        MemoryMode::External(file) => {
+            Ok(Source::File { path: file.clone(), bytes: revert::record_of(snapshot).memory_bytes })
+        }
         MemoryMode::Internal => {
             let nvram = revert::record_of(snapshot).nvram == Some(note::Part::Internal);
             let images = internal_images(&snapshot.def, &snapshot.disks, nvram);
@@ -223,10 +272,4 @@ fn cannot(message: impl Into<String>) -> DriverError {
         path: "/disks".to_owned(),
         message,
     }])
-}
-
-/// Bytes of a file; 0 if it is not there.
-fn size(path: &std::path::Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    std::fs::metadata(path).map_or(0, |data| data.blocks() * 512)
 }

@@ -136,6 +136,13 @@ pub enum Part {
     File(PathBuf),
 }
 
+impl Part {
+    /// The file or folder, if that is where it is.
+    pub fn into_file(self) -> Option<PathBuf> {
+        if let Part::File(file) = self { Some(file) } else { None }
+    }
+}
+
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Revert {
     pub snapshot: Held,

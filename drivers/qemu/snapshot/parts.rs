@@ -2,14 +2,19 @@
 
 use super::super::command::tpm_state_of;
 use super::super::make;
-use crate::host::acl::through;
-use crate::host::resolve::Place;
-use std::fs;
+use crate::host::files::{Folder, Plain};
+use crate::host::resolve::{Found, Place};
+use rustix::fs::FileType;
+use std::fs::Permissions;
 use std::io;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt, fchown};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{PermissionsExt, fchown};
 use std::path::{Path, PathBuf};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
+
+/// Files in a folder that is copied; the TPM's has a handful.
+const MOST: usize = 256;
 
 /// The file of the firmware's variables, and its format.
 pub fn variables(def: &DomainDef) -> impl Iterator<Item = (PathBuf, String)> {
@@ -34,56 +39,49 @@ pub fn copy(from: &Path, to: &Path, wary: bool) -> Result<(), DriverError> {
         }
         _ => DriverError::Storage(format!("cannot copy {} to {}: {e}", from.display(), to.display())),
     };
-    let is_dir = fs::symlink_metadata(from).map_err(failed)?.is_dir();
-    if is_dir { copy_folder(from, to, wary) } else { copy_file(from, to, wary) }.map_err(failed)
+    let copied = Found::resolve(from).and_then(|found| match found.kind() {
+        FileType::Directory => copy_folder(&found.folder()?, to, wary),
+        _ => copy_into(found.plain(wary)?, &Place::resolve(to, wary)?),
+    });
+    copied.map_err(failed)
 }
 
-fn copy_folder(from: &Path, to: &Path, wary: bool) -> io::Result<()> {
-    let data = fs::symlink_metadata(from)?;
+fn copy_folder(from: &Folder, to: &Path, wary: bool) -> io::Result<()> {
+    let data = from.stat()?;
     let mut new = to.as_os_str().to_owned();
     new.push(".new");
     let new = PathBuf::from(new);
     make::remove(&new, wary).map_err(io::Error::other)?;
     let (place, target) = (Place::resolve(&new, wary)?, Place::resolve(to, wary)?);
-    fs::create_dir(place.path())?;
-    // Whatever its name comes to mean, this is the one.
-    let folder =
-        fs::File::options().read(true).custom_flags(libc::O_DIRECTORY | libc::O_NOFOLLOW).open(place.path())?;
-    let inside = through(&folder);
-    for entry in fs::read_dir(from)? {
-        let entry = entry?;
+    let folder = place.make_folder(0o700)?;
+    for name in from.names(MOST)? {
+        let entry = from.place(&name)?;
         // Locks and sockets are no state.
-        if entry.file_type()?.is_file() && !entry.file_name().to_string_lossy().starts_with('.') {
-            copy_into(&entry.path(), &inside, &inside.join(entry.file_name()), wary)?;
+        let plain = FileType::from_raw_mode(entry.stat()?.st_mode) == FileType::RegularFile;
+        if plain && !name.as_bytes().starts_with(b".") {
+            copy_into(entry.open_plain()?, &folder.place(&name)?)?;
         }
     }
-    folder.set_permissions(fs::Permissions::from_mode(data.mode() & 0o777))?;
-    fchown(&folder, Some(data.uid()), Some(data.gid()))?;
+    folder.set_mode(data.st_mode & 0o777)?;
+    folder.give(data.st_uid, data.st_gid)?;
     make::remove(to, wary).map_err(io::Error::other)?;
-    fs::rename(place.path(), target.path())
+    place.rename_to(&target)
 }
 
-fn copy_file(from: &Path, to: &Path, wary: bool) -> io::Result<()> {
-    let place = Place::resolve(to, wary)?;
-    copy_into(from, &place.dir(), &place.path(), wary)
-}
-
-/// The same where the folder is held.
-fn copy_into(from: &Path, folder: &Path, to: &Path, wary: bool) -> io::Result<()> {
-    let mut source = make::open_plain(from, wary)?;
-    let data = source.metadata()?;
-    let mut new = tempfile::NamedTempFile::new_in(folder)?;
-    io::copy(&mut source, new.as_file_mut())?;
-    new.as_file().set_permissions(fs::Permissions::from_mode(data.mode() & 0o777))?;
-    fchown(new.as_file(), Some(data.uid()), Some(data.gid()))?;
-    new.as_file().sync_all()?;
-    new.persist(to)?;
-    Ok(())
+/// Copies an open file to a place, with its owner and mode.
+fn copy_into(mut from: Plain, to: &Place) -> io::Result<()> {
+    let (uid, gid, mode) = (from.stat().st_uid, from.stat().st_gid, from.stat().st_mode & 0o777);
+    make::replace(to, |new| {
+        io::copy(&mut from, new)?;
+        new.set_permissions(Permissions::from_mode(mode))?;
+        fchown(&*new, Some(uid), Some(gid))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::fs;
 
     #[test]
     fn a_copy_goes_through_no_link_that_lies_in_its_way() {

@@ -104,9 +104,15 @@ impl Operation {
         let name = snapshot.name.clone();
         let lent = images.iter().map(|image| (image.clone(), true)).collect();
         let brought = images.clone();
-        self.with_lent(lent, move |images| brought.iter().try_for_each(|image| images.apply(image, &name))).await?;
+        let mut bytes = 0;
+        for image in &images {
+            bytes += self.bookkeeping(image).await?;
+        }
+        self.with_lent_of(lent, bytes, move |images| brought.iter().try_for_each(|image| images.apply(image, &name)))
+            .await?;
         let aside = super::note::Aside::default();
-        Ok(Recovered::Reverted(Box::new(self.reverted(&snapshot, record, aside, &Kin::default()))))
+        let reverted = self.reverted(&snapshot, record, aside, &Kin::default()).await?;
+        Ok(Recovered::Reverted(Box::new(reverted)))
     }
 
     async fn recover_parked(&self) -> Result<Recovered, DriverError> {
@@ -125,7 +131,7 @@ impl Operation {
             self.bring_back(&snapshot, &record, &mut note, &silent()).await?;
         }
         // What nothing needs was decided when it began.
-        let reverted = self.reverted(&snapshot, record, note.aside, &Kin::default());
+        let reverted = self.reverted(&snapshot, record, note.aside, &Kin::default()).await?;
         Ok(Recovered::Reverted(Box::new(reverted)))
     }
 

@@ -7,8 +7,11 @@ use super::jobs::failed;
 use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts, undone};
+use crate::host::files::Seen;
 use crate::host::image::{ImageInfo, InnerSnapshot, without_bitmaps};
 use crate::host::lock;
+use crate::host::resolve::Place;
+use rustix::fs::FileType;
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -48,20 +51,24 @@ impl Operation {
             Nodes::of(body).await?.of_images(&images)?;
         }
         if let MemoryMode::External(file) = &snapshot.memory {
-            self.memory_at(file, record.memory_bytes)?;
+            self.check_memory(file, record.memory_bytes).await?;
         }
-        self.check_copies(snapshot)?;
+        let (overlays, abandoned) = (self.new_overlays(snapshot).await?, self.abandoned(snapshot, kin).await);
+        let concerned = overlays.iter().flat_map(|overlay| [overlay.path.clone(), overlay.base.clone()]);
+        let survey = concerned.chain(abandoned.iter().cloned()).chain(self.copies_and_originals(snapshot));
+        let survey = self.survey(survey).await?;
+        self.check_copies(snapshot, &survey)?;
         let mut files = Vec::new();
-        for overlay in self.new_overlays(snapshot)? {
-            if !overlay.base.exists() {
+        for overlay in overlays {
+            if !survey.is_there(&overlay.base) {
                 let (target, base) = (&overlay.target, overlay.base.display());
                 return Err(DriverError::Storage(format!("disk '{target}': the frozen file {base} is not there")));
             }
-            check_space(&overlay.path, OVERLAY)?;
+            check_space(&overlay.path, &survey.at(&overlay.path), OVERLAY)?;
             files.push(FileChange { path: overlay.path, what: FileFate::Created, bytes: OVERLAY });
         }
-        for path in self.abandoned(snapshot, kin).await {
-            files.push(FileChange { bytes: super::size(&path), path, what: FileFate::Deleted });
+        for path in abandoned {
+            files.push(FileChange { bytes: survey.size(&path), path, what: FileFate::Deleted });
         }
         let changed = self.changed_since_frozen(frozen_by(snapshot)).await?;
         Ok(RevertPlan { files, changed })
@@ -191,7 +198,7 @@ impl Operation {
             strays: self.strays(&images).await?,
             tag: format!("{UNDO}-{}", Uuid::new_v4()),
             images,
-            made: self.new_overlays(snapshot)?,
+            made: self.new_overlays(snapshot).await?,
             abandoned: self.abandoned(snapshot, kin).await,
             copies: Vec::new(),
             begun: Some(Vec::new()),
@@ -206,7 +213,7 @@ impl Operation {
         if let Err(error) = brought {
             return Err(undone(error, self.put_back(&note.aside).await));
         }
-        Ok(self.reverted(snapshot, record, note.aside, kin))
+        self.reverted(snapshot, record, note.aside, kin).await
     }
 
     /// What earlier reverts kept in the images and could not remove: it goes when this one stays.
@@ -245,7 +252,8 @@ impl Operation {
     ) -> Result<(), DriverError> {
         for image in note.aside.images.clone() {
             let (tag, lent, at) = (note.aside.tag.clone(), vec![(image.clone(), true)], image.clone());
-            self.with_lent(lent.clone(), move |images| {
+            let bytes = self.bookkeeping(&image).await?;
+            self.with_lent_of(lent.clone(), bytes, move |images| {
                 let info = images.info(&at, "qcow2")?;
                 without_bitmaps(&at, &info.bitmaps())?;
                 if info.snapshots.iter().any(|inner| inner.name == tag) { Ok(()) } else { images.take(&at, &tag) }
@@ -256,14 +264,14 @@ impl Operation {
                 journal.note(written(&Note::Revert(note.clone()))?).await?;
             }
             let name = snapshot.name.clone();
-            self.with_lent(lent, move |images| images.apply(&image, &name)).await?;
+            self.with_lent_of(lent, bytes, move |images| images.apply(&image, &name)).await?;
             journal.step("image");
         }
         let aside = &note.aside;
         for overlay in &aside.made {
             // Half of it may be there from a time before.
             let path = overlay.path.clone();
-            self.with_images(move |images| make::remove_file(&path, images.user.is_some())).await?;
+            self.with_images(&overlay.path, move |images| make::remove_file(&path, images.user.is_some())).await?;
             self.make_overlay(overlay.clone(), None).await?;
             journal.step("overlay");
         }
@@ -272,10 +280,10 @@ impl Operation {
                 Some(Part::File(file)) => file.clone(),
                 _ => continue,
             };
-            let kept = kept.clone();
-            self.with_images(move |images| {
+            let (kept, what) = (kept.clone(), original.clone());
+            self.with_images(&what, move |images| {
                 let wary = images.user.is_some();
-                if original.exists() && !kept.exists() {
+                if Seen::at(&original).is_there() && !Seen::at(&kept).is_there() {
                     parts::copy(&original, &kept, wary)?;
                 }
                 parts::copy(&from, &original, wary)
@@ -286,7 +294,18 @@ impl Operation {
         Ok(())
     }
 
-    pub(super) fn reverted(&self, snapshot: &Kept, mut record: Record, aside: Aside, kin: &Kin) -> Reverted {
+    pub(super) async fn reverted(
+        &self,
+        snapshot: &Kept,
+        mut record: Record,
+        aside: Aside,
+        kin: &Kin,
+    ) -> Result<Reverted, DriverError> {
+        let first = snapshot.disks.iter().filter_map(|part| match &part.mode {
+            DiskMode::External { path, .. } => Some(path.clone()),
+            _ => None,
+        });
+        let survey = self.survey(first).await?;
         let mut def = snapshot.def.clone();
         let mut disks = snapshot.disks.clone();
         for overlay in &aside.made {
@@ -295,7 +314,7 @@ impl Operation {
             }
             for part in disks.iter_mut().filter(|part| part.target == overlay.target) {
                 let DiskMode::External { path, .. } = &mut part.mode else { continue };
-                if aside.abandoned.contains(path) || !path.exists() && !needed(path, kin) {
+                if aside.abandoned.contains(path) || !survey.is_there(path) && !needed(path, kin) {
                     // What it made is gone with the work that is given up: the new overlay takes its place.
                     path.clone_from(&overlay.path);
                 } else {
@@ -303,12 +322,12 @@ impl Operation {
                 }
             }
         }
-        Reverted {
+        Ok(Reverted {
             def,
             disks,
             record: serde_json::to_value(record).unwrap_or_default(),
             aside: serde_json::to_value(aside).unwrap_or_default(),
-        }
+        })
     }
 
     pub(super) async fn settle(&self, reverted: &Reverted, stay: bool) -> Result<(), DriverError> {
@@ -334,11 +353,13 @@ impl Operation {
 
     /// What was before counts again.
     pub(super) async fn put_back(&self, aside: &Aside) -> Result<(), DriverError> {
+        self.goes_to_its_end();
         for image in &aside.images {
             let (image, tag, lent) = (image.clone(), aside.tag.clone(), vec![(image.clone(), true)]);
             // What was not begun is as it was, and why it could not be begun may be in the way of this, too.
             let begun = aside.begun.as_ref().is_none_or(|begun| begun.contains(&image));
-            self.with_lent(lent, move |images| {
+            let bytes = self.bookkeeping(&image).await?;
+            self.with_lent_of(lent, 2 * bytes, move |images| {
                 if images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag) {
                     if begun { images.apply(&image, &tag) } else { Ok(()) }?;
                     images.forget(&image, &tag)?;
@@ -348,7 +369,8 @@ impl Operation {
             .await?;
         }
         for (original, kept) in aside.copies.clone() {
-            self.with_images(move |images| match kept.exists() {
+            let what = kept.clone();
+            self.with_images(&what, move |images| match Seen::at(&kept).is_there() {
                 true => parts::copy(&kept, &original, images.user.is_some()),
                 false => Ok(()),
             })
@@ -359,9 +381,8 @@ impl Operation {
         Ok(())
     }
 
-    /// Fresh overlays on the files that an external snapshot froze.
-    fn new_overlays(&self, snapshot: &Kept) -> Result<Vec<Overlay>, DriverError> {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+    /// Fresh overlays on the files that an external snapshot froze, under names that nothing has.
+    async fn new_overlays(&self, snapshot: &Kept) -> Result<Vec<Overlay>, DriverError> {
         let mut overlays = Vec::new();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path: first, block, .. } = &part.mode else { continue };
@@ -371,25 +392,22 @@ impl Operation {
                     "disk '{target}' has its overlay on a block device, and no other device to go back on is known"
                 )));
             }
-            let base = PathBuf::from(disk.path().unwrap_or_default());
-            let stem = base.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-            let place = |time: u64| first.with_file_name(format!("{stem}.{time}"));
-            let is_free = |path: &PathBuf| {
-                let chosen = overlays.iter().any(|overlay: &Overlay| overlay.path == *path);
-                !chosen && path.symlink_metadata().is_err()
-            };
-            let path = (now..).map(place).find(is_free).unwrap_or_default();
             overlays.push(Overlay {
                 target: target.clone(),
-                path,
+                path: first.clone(),
                 block: false,
                 format: "qcow2".to_owned(),
                 base_format: disk.format().unwrap_or("raw").to_owned(),
-                base,
+                base: PathBuf::from(disk.path().unwrap_or_default()),
                 ours: true,
             });
         }
-        Ok(overlays)
+        let Some(what) = overlays.first().map(|overlay| overlay.path.clone()) else { return Ok(overlays) };
+        self.with_images(&what, move |_| {
+            find_names(&mut overlays);
+            Ok(overlays)
+        })
+        .await
     }
 
     /// Overlays with work that is given up by the revert, and that nothing else needs: no other snapshot, as far as all
@@ -422,8 +440,8 @@ impl Operation {
 
     /// Whether somebody has an image open; a guest of this machine's own, too.
     pub(super) async fn is_open(&self, file: &Path) -> bool {
-        let file = file.to_owned();
-        let told = self.with_images(move |_| Ok(lock::is_open(&file).unwrap_or(false)));
+        let (what, file) = (file, file.to_owned());
+        let told = self.with_images(what, move |_| Ok(lock::is_open(&file).unwrap_or(false)));
         told.await.unwrap_or(true)
     }
 
@@ -457,14 +475,29 @@ impl Operation {
     /// What a plain file says of itself; `None` if it is no such file, or no such image.
     async fn overlay_at(&self, file: &Path, format: &str) -> Option<ImageInfo> {
         let (file, format) = (file.to_owned(), format.to_owned());
-        let told = self.with_images(move |images| {
-            if !std::fs::symlink_metadata(&file).is_ok_and(|data| data.is_file()) {
+        let what = file.clone();
+        let told = self.with_images(&what, move |images| {
+            let there = Place::resolve(&file, false).and_then(|place| place.stat());
+            if !there.is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile) {
                 return Ok(None);
             }
             let _lent = images.lend(&[(file.clone(), false)])?;
             images.info(&file, &format).map(Some)
         });
         told.await.ok().flatten()
+    }
+}
+
+/// Gives each overlay a name that nothing has, beside the first overlay that stood on its base. Blocks.
+fn find_names(overlays: &mut [Overlay]) {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let mut chosen = BTreeSet::new();
+    for overlay in overlays {
+        let stem = overlay.base.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let place = |time: u64| overlay.path.with_file_name(format!("{stem}.{time}"));
+        let is_free = |path: &PathBuf| !chosen.contains(path) && !Seen::at(path).named;
+        overlay.path = (now..).map(place).find(is_free).unwrap_or_default();
+        chosen.insert(overlay.path.clone());
     }
 }
 

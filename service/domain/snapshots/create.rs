@@ -60,14 +60,21 @@ pub struct CreateCheck {
     pub pauses_guest: bool,
 }
 
+/// What a creation would be, by what is known and named alone: no file has been looked at for it.
+struct Outline {
+    def: SnapshotDef,
+    wish: Wish,
+    machine: Machine,
+    /// Files that the caller named.
+    named: Vec<PathBuf>,
+}
+
 /// A creation that has been thought through.
 struct Planned {
     def: SnapshotDef,
     wish: Wish,
     plan: CreatePlan,
     machine: Machine,
-    /// Files that the caller named.
-    named: Vec<PathBuf>,
 }
 
 impl CreateOptions {
@@ -124,11 +131,7 @@ impl Domain {
             return self.redefine_snapshot(caller, doc, &options).await;
         }
         let name = self.snapshot_name(&doc);
-        let planned = self.plan_snapshot(&doc, &name, &options).await?;
-        if planned.names_the_hosts(&options) || self.others_name(&planned.files()) {
-            // That is for those who may name any file in a configuration.
-            self.allow(caller, Action::Define).await?;
-        }
+        self.planned_for(caller, &doc, &name, &options).await?;
         let (keep, leave) = ((!options.no_metadata).then(|| name.clone()), options.cancel_on_disconnect);
         let ticket = self.in_job(caller, "snapshot-create", leave, move |domain, job| async move {
             domain.take_snapshot(&doc, &name, &options, job).await
@@ -174,7 +177,7 @@ impl Domain {
             let may = self.shared.authority.can(caller, Action::Snapshot, &self.subject()).await;
             let quiesce = options.quiesce && matches!(may, Answer::Yes);
             let options = CreateOptions { quiesce, ..options };
-            let planned = self.plan_snapshot(&doc, &self.snapshot_name(&doc), &options).await?;
+            let planned = self.planned_for(caller, &doc, &self.snapshot_name(&doc), &options).await?;
             let files = planned.plan.files.iter();
             let files = files.map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes));
             Ok(CreateCheck {
@@ -183,7 +186,26 @@ impl Domain {
                 pauses_guest: planned.plan.pauses_guest,
             })
         };
-        Ok(planned.await)
+        match planned.await {
+            Err(denied @ (Error::AccessDenied(_) | Error::InteractionRequired(_))) => Err(denied),
+            planned => Ok(planned),
+        }
+    }
+
+    /// A creation, thought through for somebody: they are asked for permission before a file is looked at that they named.
+    async fn planned_for(
+        &self,
+        caller: &Caller,
+        doc: &SnapshotDoc,
+        name: &str,
+        options: &CreateOptions,
+    ) -> Result<Planned> {
+        let outline = self.outline(doc, name, options).await?;
+        if outline.names_the_hosts(options) || self.others_name(&outline.files()) {
+            // That is for those who may name any file in a configuration.
+            self.allow(caller, Action::Define).await?;
+        }
+        self.think_through(outline).await
     }
 
     /// The name that is asked for; else the time in seconds, or the next that is free.
@@ -197,9 +219,9 @@ impl Domain {
         free.unwrap_or_default()
     }
 
-    async fn plan_snapshot(&self, doc: &SnapshotDoc, name: &str, options: &CreateOptions) -> Result<Planned> {
+    async fn outline(&self, doc: &SnapshotDoc, name: &str, options: &CreateOptions) -> Result<Outline> {
         crate::check_new_name("snapshot", name)?;
-        let driver = self.takes_snapshots()?;
+        self.takes_snapshots()?;
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
@@ -230,8 +252,6 @@ impl Domain {
             leave_out_nvram: options.leave_out.iter().any(|part| part == "nvram"),
             leave_out_tpm: options.leave_out.iter().any(|part| part == "tpm"),
         };
-        self.may_write_images(name, &machine, &wish).await?;
-        let plan = driver.check_create(&machine, &wish).await.map_err(|e| self.not_taken(name, e))?;
         let def = SnapshotDef {
             name: name.to_owned(),
             description: doc.description.clone(),
@@ -247,7 +267,16 @@ impl Domain {
             cookie: None,
         };
         let def = self.keepable(def).await?;
-        Ok(Planned { def, wish, plan, machine, named: aligned.named })
+        Ok(Outline { def, wish, machine, named: aligned.named })
+    }
+
+    /// Looks at the files, and at the guest.
+    async fn think_through(&self, outline: Outline) -> Result<Planned> {
+        let Outline { def, wish, machine, .. } = outline;
+        self.may_write_images(&wish.name, &machine, &wish).await?;
+        let checked = self.takes_snapshots()?.check_create(&machine, &wish).await;
+        let plan = checked.map_err(|e| self.not_taken(&wish.name, e))?;
+        Ok(Planned { def, wish, plan, machine })
     }
 
     /// Refuses to write images that others stand on: a snapshot inside them, or an overlay that the caller made.
@@ -312,7 +341,7 @@ impl Domain {
         job: Arc<Job>,
     ) -> Result<()> {
         // The domain may have become another while we waited for our turn.
-        let Planned { def, wish, machine, .. } = self.plan_snapshot(doc, name, options).await?;
+        let Planned { def, wish, machine, .. } = self.think_through(self.outline(doc, name, options).await?).await?;
         let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
         let journal = self.journal(deed, &job);
         journal.begin().await?;
@@ -438,7 +467,7 @@ pub(super) fn refused(findings: Vec<virt_model::xml::Finding>) -> Error {
     Error::ConfigUnsupported(texts.join("; "))
 }
 
-impl Planned {
+impl Outline {
     /// What it would make.
     fn files(&self) -> Vec<&Path> {
         made_files(&self.wish.disks, &self.wish.memory).collect()

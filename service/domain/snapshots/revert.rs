@@ -35,6 +35,9 @@ impl Domain {
         self.snapshot(name)?;
         self.allow_snapshot(caller, Action::Revert, name).await?;
         options.check()?;
+        if let Ok((_, SnapshotDef { domain: Some(then), .. })) = self.usable_snapshot(name) {
+            self.driver.learn(&then).await;
+        }
         let planned = self.plan_revert(name, &options).await?;
         self.accepted(name, &planned.plan)?;
         let (name, who) = (name.to_owned(), caller.clone());

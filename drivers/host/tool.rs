@@ -1,0 +1,115 @@
+//! Programs that virtd runs to learn or to change something, and waits for: with the rights of whoever they work for, no
+//! way to more, and no more of the host than they need.
+
+use super::user::RunAs;
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+
+/// Whose rights a tool has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rights {
+    /// The user.
+    pub uid: u32,
+    /// The group.
+    pub gid: u32,
+    /// All groups.
+    pub groups: Vec<u32>,
+}
+
+/// What a tool may take of the host at most.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bounds {
+    /// Bytes of memory that it writes to.
+    pub data: Option<u64>,
+    /// Seconds of a CPU's time.
+    pub cpu: Option<u64>,
+    /// Open files.
+    pub files: Option<u64>,
+}
+
+impl Rights {
+    /// That user's in that group alone.
+    pub fn of_group(uid: u32, gid: u32) -> Rights {
+        Rights { uid, gid, groups: vec![gid] }
+    }
+}
+
+impl From<&RunAs> for Rights {
+    fn from(user: &RunAs) -> Rights {
+        Rights { uid: user.uid, gid: user.gid, groups: user.groups.clone() }
+    }
+}
+
+/// The program will run with those rights (ours, if `None`), with no capability that it could get back, nothing to be gained
+/// by what it runs, and within those bounds. It leaves no core, which would hold what it has read.
+pub fn tame(command: &mut Command, rights: Option<Rights>, bounds: Bounds) {
+    // SAFETY: between fork and exec only system calls are made, on memory prepared before.
+    unsafe {
+        command.pre_exec(move || {
+            limit(libc::RLIMIT_CORE, Some(0))?;
+            limit(libc::RLIMIT_DATA, bounds.data)?;
+            limit(libc::RLIMIT_CPU, bounds.cpu)?;
+            limit(libc::RLIMIT_NOFILE, bounds.files)?;
+            if let Some(rights) = &rights {
+                // The last of the capabilities is not known: the kernel knows nothing of what is beyond it.
+                for right in 0..=63 {
+                    if libc::prctl(libc::PR_CAPBSET_READ, right, 0, 0, 0) == 1 {
+                        done(libc::prctl(libc::PR_CAPBSET_DROP, right, 0, 0, 0))?;
+                    }
+                }
+                done(libc::setgroups(rights.groups.len(), rights.groups.as_ptr()))?;
+                done(libc::setresgid(rights.gid, rights.gid, rights.gid))?;
+                done(libc::setresuid(rights.uid, rights.uid, rights.uid))?;
+            }
+            done(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        });
+    }
+}
+
+/// Lowers a limit, never raises one.
+fn limit(which: libc::__rlimit_resource_t, to: Option<u64>) -> io::Result<()> {
+    let Some(to) = to else { return Ok(()) };
+    let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: reads and writes a value on this stack.
+    unsafe {
+        done(libc::getrlimit(which, &raw mut now))?;
+        let to = to.min(now.rlim_max);
+        done(libc::setrlimit(which, &libc::rlimit { rlim_cur: to, rlim_max: to }))
+    }
+}
+
+fn done(result: libc::c_int) -> io::Result<()> {
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tool_has_no_way_to_more_rights() {
+        let mut command = Command::new("/bin/cat");
+        command.arg("/proc/self/status");
+        let root = nix::unistd::geteuid().is_root();
+        let rights = root.then(|| Rights::of_group(65534, 65534));
+        let bounds = Bounds { data: Some(1 << 30), cpu: Some(7), files: Some(64) };
+        tame(&mut command, rights, bounds);
+        let said = String::from_utf8(command.output().unwrap().stdout).unwrap();
+        let field = |name: &str| {
+            said.lines().find_map(|line| line.strip_prefix(name)).unwrap().split_whitespace().collect::<Vec<_>>()
+        };
+        assert_eq!(field("NoNewPrivs:"), ["1"]);
+        if root {
+            assert_eq!(field("Uid:"), ["65534"; 4]);
+            assert_eq!(field("Groups:"), ["65534"]);
+            for set in ["CapBnd:", "CapEff:", "CapPrm:", "CapInh:"] {
+                assert_eq!(field(set), ["0000000000000000"], "{set}");
+            }
+        }
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "ulimit -d; ulimit -t; ulimit -n; ulimit -c"]);
+        tame(&mut command, None, bounds);
+        assert_eq!(String::from_utf8(command.output().unwrap().stdout).unwrap(), "1048576\n7\n64\n0\n");
+    }
+}
