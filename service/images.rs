@@ -83,6 +83,7 @@ impl Seen {
         let looked = tokio::task::spawn_blocking(move || {
             let _permit = permit;
             for path in todo {
+                #[allow(clippy::disallowed_methods, reason = "in one of few threads, which may be left behind")]
                 let found = std::fs::metadata(&path).ok().map(|data| (data.dev(), data.ino()));
                 let mut files = lock(&shared.seen.files);
                 match found {

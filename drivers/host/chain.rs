@@ -3,12 +3,10 @@
 //! It is read to be held against what a definition says, never to be followed. The header is read here, and not asked of
 //! `qemu-img`, which would have to be run with rights over the file. Headers of raw images are not read: a guest writes them.
 
-use super::acl::through;
 use super::resolve::Found;
-use rustix::fs::FileType;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Component, Path, PathBuf};
 
 /// The longest name of a file there is in a header.
@@ -49,11 +47,7 @@ impl Header {
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
             found => found?,
         };
-        if !matches!(found.kind(), FileType::RegularFile | FileType::BlockDevice) {
-            return Ok(None);
-        }
-        let flags = libc::O_NONBLOCK | libc::O_NOCTTY;
-        let file = File::options().read(true).custom_flags(flags).open(through(&found.fd))?;
+        let Some(file) = found.image()? else { return Ok(None) };
         let header = match format {
             "qed" => qed(&file),
             "vmdk" => vmdk(&file),

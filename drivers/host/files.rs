@@ -93,6 +93,15 @@ pub fn open_plain(path: &Path, wary: bool) -> io::Result<Plain> {
 }
 
 impl Found {
+    /// Opens it to be read, if it is what an image can be in: a plain file or a block device. `None` if it is neither.
+    pub fn image(&self) -> io::Result<Option<File>> {
+        if !matches!(self.kind(), FileType::RegularFile | FileType::BlockDevice) {
+            return Ok(None);
+        }
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+        Ok(Some(openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?.into()))
+    }
+
     /// Opens it to be read, if it is a plain file. `wary`: and whoever named it may have it read.
     pub fn plain(self, wary: bool) -> io::Result<Plain> {
         if let Some(why) = self.objection(None, false).filter(|_| wary) {

@@ -4,11 +4,12 @@
 //! tells them to.
 
 use super::access::{Ledger, LentFile, Want};
-use super::files::{Seen, What};
+use super::resolve::Found;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
 use super::wall::{self, Wall};
 use super::workers::Stop;
+use rustix::fs::FileType;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -199,8 +200,8 @@ impl Images {
         self.snapshot("take a snapshot in", "-c", path, name)
     }
 
-    /// Brings an image to a snapshot inside it, or refuses that before anything is changed. By its number: where a name is
-    /// asked for, another's number that reads the same comes first.
+    /// Brings an image to a snapshot inside it, or refuses that before anything is changed. By its number: where a name is asked for, another's number that reads the
+    /// same comes first.
     pub fn apply(&self, path: &Path, name: &str) -> Result<(), DriverError> {
         let info = self.info(path, "qcow2")?;
         without_bitmaps(path, &info.bitmaps())?;
@@ -309,7 +310,7 @@ fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
 fn named(chain: &[(PathBuf, String)]) -> OsString {
     let mut below = Value::Null;
     for (path, format) in chain.iter().rev() {
-        let is_device = Seen::at(path).what == What::Block;
+        let is_device = Found::resolve(path).is_ok_and(|found| found.kind() == FileType::BlockDevice);
         let driver = if is_device { "host_device" } else { "file" };
         let mut node = json!({ "driver": format, "file": { "driver": driver, "filename": path.to_string_lossy() } });
         if matches!(&**format, "qcow2" | "qcow" | "qed" | "vmdk") {

@@ -1,11 +1,8 @@
 //! Whether an image is in use, by the locks that QEMU and its tools take on what they open.
 
-use super::acl::through;
 use super::resolve::Found;
-use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
 
 /// The bytes on which QEMU locks what it does, and what it lets others do: a hundred for each.
@@ -14,8 +11,7 @@ const BYTES: i64 = 200;
 
 /// Whether anybody has the image at `path` open, or what they read through it. Takes no lock. Blocks.
 pub fn is_open(path: &Path) -> io::Result<bool> {
-    let found = Found::resolve(path)?;
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK | libc::O_NOCTTY).open(through(&found.fd))?;
+    let Some(file) = Found::resolve(path)?.image()? else { return Ok(false) };
     // SAFETY: all zeroes are a value of this plain struct.
     let mut asked: libc::flock = unsafe { std::mem::zeroed() };
     (asked.l_type, asked.l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);

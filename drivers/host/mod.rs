@@ -10,7 +10,6 @@ pub(crate) mod chain;
 pub mod files;
 mod handle;
 pub mod image;
-#[allow(clippy::disallowed_methods, reason = "opens what has been found, by its descriptor")]
 pub(crate) mod lock;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
@@ -26,6 +25,7 @@ pub mod spawn;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 pub mod tool;
+#[allow(clippy::disallowed_methods, reason = "its book is in a folder of ours")]
 pub mod uids;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod usb;
@@ -33,5 +33,6 @@ pub mod user;
 pub mod vf;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod vsock;
+#[allow(clippy::disallowed_methods, reason = "the folders of the host itself that every guest is shown, and /proc")]
 pub mod wall;
 pub mod workers;

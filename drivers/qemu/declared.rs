@@ -94,7 +94,6 @@ pub async fn objections(workers: &Workers, def: &DomainDef) -> Result<Vec<Findin
     objections_to(workers, def.uuid, images(def)).await
 }
 
-/// The same for some images of a guest's.
 async fn objections_to(workers: &Workers, guest: Uuid, images: Vec<Image>) -> Result<Vec<Finding>, DriverError> {
     let Some(first) = images.first() else { return Ok(Vec::new()) };
     let errand = Errand::new(guest, first.path.display().to_string());
@@ -106,7 +105,7 @@ pub async fn hold(workers: &Workers, def: &DomainDef) -> Result<(), DriverError>
     hold_images(workers, def.uuid, images(def)).await
 }
 
-/// The same for some images of a guest's.
+/// The same for some images of a machine.
 pub async fn hold_images(workers: &Workers, guest: Uuid, images: Vec<Image>) -> Result<(), DriverError> {
     let findings = objections_to(workers, guest, images).await?;
     if findings.is_empty() { Ok(()) } else { Err(DriverError::Config(findings)) }

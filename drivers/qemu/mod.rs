@@ -30,17 +30,20 @@ mod record;
 mod report;
 mod room;
 mod snapshot;
+#[allow(clippy::disallowed_methods, reason = "goes through a folder by its descriptor, and our own state")]
 mod takeover;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 mod tune;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /proc")]
 mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
 use crate::host::access::Ledger;
 use crate::host::files::{Seen, What};
+use crate::host::resolve::Found;
 use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
 use crate::host::workers::{Errand, Workers};
@@ -487,8 +490,8 @@ impl Privileges {
     ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
         let Privileges::Drop { uids, .. } = self else { return Ok(None) };
         let Some((user, ledger)) = self.user()? else { return Ok(None) };
-        let owner = process.and_then(|process| std::fs::metadata(format!("/proc/{process}")).ok());
-        if owner.is_some_and(|owner| std::os::unix::fs::MetadataExt::uid(&owner) == user.common) {
+        let owner = process.and_then(|process| Found::resolve(&PathBuf::from(format!("/proc/{process}"))).ok());
+        if owner.is_some_and(|owner| owner.stat.st_uid == user.common) {
             return Ok(Some((user, ledger)));
         }
         let uids = uids.as_ref().map_err(|why| DriverError::Unsupported(why.clone()))?;

@@ -232,7 +232,7 @@ impl Domain {
                 forgotten?;
                 Err(match e {
                     DriverError::Cancelled => self.start_cancelled(),
-                    e => self.from_driver("start", e),
+                    e => self.driver_failed("start", e),
                 })
             }
         }

@@ -229,7 +229,7 @@ impl Domain {
     }
 
     /// What the driver said while it was to `deed` this domain. Of an image that is locked it is told who has it.
-    fn from_driver(&self, deed: &str, error: virt_model::driver::DriverError) -> Error {
+    fn driver_failed(&self, deed: &str, error: virt_model::driver::DriverError) -> Error {
         Error::from_driver(&self.name(), deed, self.shared.with_owner_of_lock(self, error))
     }
 

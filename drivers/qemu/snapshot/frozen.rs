@@ -7,18 +7,21 @@
 
 use super::{Image, Operation};
 use crate::host::files::open_plain;
+use crate::host::image::Images;
 use crate::host::resolve::Found;
 use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use virt_model::driver::DriverError;
 
 /// Where it is noted, in the folder of the machine's snapshots.
 const FILE: &str = ".frozen.json";
-/// The longest note that is read.
-const MOST: u64 = 16 << 20;
+
+/// The largest such note that is read, in bytes.
+const LARGEST: u64 = 32 << 20;
 
 /// How a file looked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,8 +37,8 @@ impl Look {
     /// Of a plain file.
     fn at(path: &Path) -> Option<Look> {
         let found = Found::resolve(path).ok().filter(|found| found.kind() == FileType::RegularFile)?;
-        let stat = found.stat;
-        Some(Look { bytes: stat.st_size as u64, written: (stat.st_mtime, stat.st_mtime_nsec as i64) })
+        let (stat, bytes) = (found.stat, u64::try_from(found.stat.st_size).ok()?);
+        Some(Look { bytes, written: (stat.st_mtime, stat.st_mtime_nsec.try_into().ok()?) })
     }
 }
 
@@ -43,7 +46,7 @@ impl Operation {
     /// Notes how files look that are frozen from now on. Without the note nobody will be warned, and nothing else is lost.
     pub(super) async fn note_frozen(&self, files: Vec<PathBuf>) {
         let folder = self.machine.folder.clone();
-        let noted = self.with_images(&self.machine.folder, move |_| {
+        let noted = self.with_images(&self.machine.folder, move |_: &Arc<Images>| {
             let mut looks = read(&folder);
             looks.extend(files.into_iter().filter_map(|file| Look::at(&file).map(|look| (file, look))));
             write(&folder, &looks).map_err(|e| DriverError::Storage(format!("{}: {e}", folder.join(FILE).display())))
@@ -77,7 +80,7 @@ impl Operation {
 }
 
 fn read(folder: &Path) -> Looks {
-    let text = open_plain(&folder.join(FILE), false).and_then(|file| file.read_all(MOST)).unwrap_or_default();
+    let text = open_plain(&folder.join(FILE), false).and_then(|file| file.read_all(LARGEST)).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
 }
 

@@ -356,9 +356,9 @@ impl Operation {
         self.goes_to_its_end();
         for image in &aside.images {
             let (image, tag, lent) = (image.clone(), aside.tag.clone(), vec![(image.clone(), true)]);
-            let bytes = self.bookkeeping(&image).await?;
             // What was not begun is as it was, and why it could not be begun may be in the way of this, too.
             let begun = aside.begun.as_ref().is_none_or(|begun| begun.contains(&image));
+            let bytes = self.bookkeeping(&image).await?;
             self.with_lent_of(lent, 2 * bytes, move |images| {
                 if images.info(&image, "qcow2")?.snapshots.iter().any(|inner| inner.name == tag) {
                     if begun { images.apply(&image, &tag) } else { Ok(()) }?;
@@ -440,8 +440,8 @@ impl Operation {
 
     /// Whether somebody has an image open; a guest of this machine's own, too.
     pub(super) async fn is_open(&self, file: &Path) -> bool {
-        let image = file.to_owned();
-        let told = self.with_images(file, move |_| Ok(lock::is_open(&image).unwrap_or(false)));
+        let (what, file) = (file, file.to_owned());
+        let told = self.with_images(what, move |_| Ok(lock::is_open(&file).unwrap_or(false)));
         told.await.unwrap_or(true)
     }
 

@@ -252,7 +252,6 @@ impl Domain {
             leave_out_nvram: options.leave_out.iter().any(|part| part == "nvram"),
             leave_out_tpm: options.leave_out.iter().any(|part| part == "tpm"),
         };
-        self.may_write_images(name, &machine, &wish).await?;
         let def = SnapshotDef {
             name: name.to_owned(),
             description: doc.description.clone(),
@@ -274,6 +273,7 @@ impl Domain {
     /// Looks at the files, and at the guest.
     async fn think_through(&self, outline: Outline) -> Result<Planned> {
         let Outline { def, wish, machine, .. } = outline;
+        self.may_write_images(&wish.name, &machine, &wish).await?;
         let checked = self.takes_snapshots()?.check_create(&machine, &wish).await;
         let plan = checked.map_err(|e| self.not_taken(&wish.name, e))?;
         Ok(Planned { def, wish, plan, machine })
@@ -432,7 +432,7 @@ impl Domain {
     }
 
     pub(super) fn not_taken(&self, name: &str, error: DriverError) -> Error {
-        self.from_driver(&format!("take snapshot '{name}' of"), error)
+        self.driver_failed(&format!("take snapshot '{name}' of"), error)
     }
 }
 

@@ -322,7 +322,7 @@ impl Domain {
     }
 
     fn not_deleted(&self, name: &str, error: DriverError) -> Error {
-        self.from_driver(&format!("delete snapshot '{name}' of"), error)
+        self.driver_failed(&format!("delete snapshot '{name}' of"), error)
     }
 }
 

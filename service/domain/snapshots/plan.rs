@@ -246,7 +246,7 @@ impl Domain {
     }
 
     pub(super) fn not_reverted(&self, name: &str, error: virt_model::driver::DriverError) -> Error {
-        self.from_driver(&format!("revert to snapshot '{name}'"), error)
+        self.driver_failed(&format!("revert to snapshot '{name}'"), error)
     }
 }
 
