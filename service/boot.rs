@@ -50,7 +50,7 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     }
     let on = shared.clone();
     let statuses = on_disk(move || on.store.load_statuses()).await?;
-    for status in statuses.values().flatten() {
+    for status in statuses.values().flatten().flatten() {
         shared.id_is_taken(status.id);
     }
     let places = Arc::new(Semaphore::new(AT_ONCE));
@@ -184,19 +184,29 @@ struct Search {
     driver: Arc<dyn Driver>,
     live: Arc<DomainDef>,
     status: Status,
+    /// There was a status, readable or not. Else there is only its folder, and the guest had ended, or had not begun.
+    noted: bool,
 }
 
 impl Search {
     /// Makes the domain that it belongs to, where there is none, and what was last known of it that domain's. From now on it
     /// is not started beside that. `None`: no guest of it can have outlived the last virtd.
-    fn begin(shared: &Arc<Shared>, uuid: Uuid, status: Result<Status>, snapshots: Loaded) -> Result<Option<Search>> {
+    fn begin(
+        shared: &Arc<Shared>,
+        uuid: Uuid,
+        status: Option<Result<Status>>,
+        snapshots: Loaded,
+    ) -> Result<Option<Search>> {
+        let noted = status.is_some();
         let known = shared.registry.get(uuid);
         let stored = known.as_ref().and_then(|domain| domain.stored());
         let status = match status {
-            Ok(status) => status,
-            Err(e) => {
+            Some(Ok(status)) => status,
+            unread => {
                 let Some(status) = unreadable(shared, known.as_deref()) else { return Ok(None) };
-                tracing::error!(%uuid, "what is noted of its guest cannot be read: {e}; it is looked for all the same");
+                if let Some(Err(e)) = unread {
+                    tracing::error!(%uuid, "what is noted of its guest cannot be read: {e}; it is looked for all the same");
+                }
                 status
             }
         };
@@ -215,7 +225,7 @@ impl Search {
             }
         };
         domain.is_sought(&status, live.clone(), unread);
-        Ok(Some(Search { shared: shared.clone(), domain, driver, live, status }))
+        Ok(Some(Search { shared: shared.clone(), domain, driver, live, status, noted }))
     }
 
     /// Finds it, or learns that it has gone; else the domain says why neither can be told.
@@ -228,7 +238,7 @@ impl Search {
     }
 
     async fn look(self) -> Result<()> {
-        let Search { shared, domain, driver, live, status } = self;
+        let Search { shared, domain, driver, live, status, noted } = self;
         let (store, uuid) = (&shared.store, domain.uuid());
         let file = store.status_file(uuid, status.clone());
         let (events, reports) = virt_model::driver::reports();
@@ -254,7 +264,7 @@ impl Search {
             }
             None => {
                 tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
-                domain.ended_unseen().await;
+                domain.ended_unseen(noted).await;
             }
         }
         Ok(())

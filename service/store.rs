@@ -205,15 +205,14 @@ impl Store {
         Ok(())
     }
 
-    /// All guests that ran when virtd was last here, or may have: what was noted of each, or why that cannot be read. Where
-    /// there is a driver's folder, its start had begun.
-    pub fn load_statuses(&self) -> Result<BTreeMap<Uuid, Result<Status>>> {
+    /// All guests that ran when virtd was last here, or may have: what was noted of each, or why that cannot be read; nothing
+    /// where there only is a driver's folder, so that its start had begun.
+    pub fn load_statuses(&self) -> Result<BTreeMap<Uuid, Option<Result<Status>>>> {
         let noted = uuids(&self.paths.runtime.join("status"), "json")?;
-        let mut found: BTreeMap<Uuid, Result<Status>> =
-            noted.into_iter().map(|uuid| (uuid, read_json(&self.status(uuid)))).collect();
+        let mut found: BTreeMap<Uuid, Option<Result<Status>>> =
+            noted.into_iter().map(|uuid| (uuid, Some(read_json(&self.status(uuid))))).collect();
         for uuid in uuids(&self.paths.runtime.join("guests"), "")? {
-            let none = || Err(Error::StorageFailed(format!("{} is not there", self.status(uuid).display())));
-            found.entry(uuid).or_insert_with(none);
+            found.entry(uuid).or_insert(None);
         }
         Ok(found)
     }

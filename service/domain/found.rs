@@ -5,7 +5,7 @@ use super::{Domain, Guest, Reports, Sought, pause_reason};
 use crate::error::Error;
 use crate::job::{Held, lock};
 use crate::shared::now_usec;
-use crate::store::{Status, StatusFile};
+use crate::store::{Ended, Status, StatusFile};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -83,9 +83,13 @@ impl Domain {
         });
     }
 
-    /// Its guest ended while virtd was away. A domain of which nothing is left goes with it.
-    pub(crate) async fn ended_unseen(&self) {
-        let (reason, since_usec) = (StateReason::Daemon, now_usec());
+    /// Its guest ended while virtd was away; or, if nothing was `noted` of one, before that. A domain of which nothing is left
+    /// goes with it.
+    pub(crate) async fn ended_unseen(&self, noted: bool) {
+        let now =
+            Ended { reason: if noted { StateReason::Daemon } else { StateReason::Unknown }, since_usec: now_usec() };
+        let before = self.shared.store.ended(self.uuid).filter(|_| !noted);
+        let Ended { reason, since_usec } = before.unwrap_or(now);
         let live = lock(&self.state).live().cloned();
         if let Some(live) = live {
             self.forget_transient(&live).await;
