@@ -65,8 +65,10 @@ fn patch(image: &Path, from: &[u8], to: &[u8]) {
     std::fs::write(image, bytes).expect("written");
 }
 
-/// The images: what each does, how it is made, and a word of the refusal.
-fn hostile(secret: &Path) -> Vec<(&'static str, Box<dyn Fn(&Path) + '_>, &'static str)> {
+/// What an image does, how it is made, and a word of the refusal.
+type Hostile<'a> = (&'static str, Box<dyn Fn(&Path) + 'a>, &'static str);
+
+fn hostile(secret: &Path) -> Vec<Hostile<'_>> {
     let name = secret.to_string_lossy().into_owned();
     let data = name.clone();
     let json = format!(
