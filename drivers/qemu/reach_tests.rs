@@ -8,6 +8,7 @@
 //! Both are this test program, behind the walls of two machines. Needs root and QEMU.
 
 use super::*;
+use crate::host::files::Program;
 use crate::host::process::Identity;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -76,6 +77,7 @@ impl Machine {
         };
         let (mut start, _, ports) = driver.starting(launch, cancel.clone()).await.unwrap();
         start.command.program = std::env::current_exe().unwrap();
+        start.program = Arc::new(Program::at(&start.command.program, false).unwrap());
         start.command.args = ["--exact", "qemu::reach_tests::in_a_guests_place", "--nocapture", "--test-threads=1"]
             .map(str::to_owned)
             .to_vec();

@@ -220,13 +220,13 @@ impl Domain {
     }
 
     async fn outline(&self, doc: &SnapshotDoc, name: &str, options: &CreateOptions) -> Result<Outline> {
-        crate::check_new_name("snapshot", name)?;
         self.takes_snapshots()?;
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
+        crate::check_new_name("snapshot", name)?;
         if let Some(why) = aligned.not_in_this_state(request) {
             return Err(Error::OperationUnsupported(format!("domain '{}': {why}", self.name())));
         }
