@@ -16,7 +16,7 @@ use std::time::Duration;
 use virt_drivers::DriverConfig;
 use virt_drivers::qemu::QemuDriver;
 use virt_drivers::qemu::capabilities::{Capabilities, Prober, default_emulator};
-use virt_drivers::qemu::command::build;
+use virt_drivers::qemu::command::{SecretContent, build};
 use virt_drivers::qemu::companion::{Gifts, Role};
 use virt_model::driver::Driver;
 
@@ -97,6 +97,13 @@ fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Vec<Run
     let socket = dir.join("monitor.sock");
     let mut gifts: Gifts = vec![(3, UnixListener::bind(&socket).unwrap().into())];
     gifts.extend(command.scratch.iter().map(|fd| (*fd, tempfile::tempfile().unwrap().into())));
+    for secret in &command.secrets {
+        let content = match &secret.content {
+            SecretContent::Said(text) => text.as_str(),
+            SecretContent::Kept(_) => "c2VjcmV0",
+        };
+        gifts.push((secret.fd, virt_drivers::host::secret::handed(content.as_bytes()).unwrap()));
+    }
     let mut running = Vec::new();
     for companion in command.companions.iter().filter(|companion| companion.is_wanted()) {
         let (own, qemus) = companion.prepare(None, Path::new("/"), uuid::Uuid::nil()).unwrap();

@@ -795,13 +795,13 @@ async fn m8_files_that_are_not_called_after_ones_own_images_need_permission_to_d
     for (name, file, needs) in [
         ("one", "", false),
         ("two", "/pool/web.two", false),
+        // By its default name, which is another's.
+        ("golden", "", true),
         ("three", "/pool/web.three.overlay", false),
         ("four", "/pool/shop.qcow2", true),
         ("five", "/pool/web.other", true),
         ("six", "/elsewhere/web.six", true),
         ("seven", "/pool/web.seven/../web.seven", true),
-        // By its default name, which is another's.
-        ("golden", "", true),
     ] {
         let source = if file.is_empty() { String::new() } else { format!("<source file='{file}'/>") };
         let doc = format!(
