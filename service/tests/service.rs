@@ -614,6 +614,10 @@ async fn permission_to_define_what_is_nobodys_is_none_to_change_what_is_somebody
     let bob = Caller { uid: 1001, ..world.alice() };
     let slow = world.service.define(&alice, &document, false);
     let quick = async {
+        // Not before alice's question is being thought about: documents are read on other threads, in any order.
+        while world.notary.thinks.lock().unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
         world.service.define(&bob, &document, false).await.expect("bob is first");
         answer.notify_one();
     };
