@@ -355,7 +355,10 @@ impl Domain {
     async fn all_told(&self) -> AllTold<'_> {
         if let Ok(guest) = self.guest() {
             let (ask, told) = oneshot::channel();
-            if guest.asks.send(ask).is_ok() {
+            let asked = guest.asks.send(ask);
+            // A question that comes in while `follow` ends is lost only with the last who could ask another.
+            drop(guest);
+            if asked.is_ok() {
                 // No answer: the guest's end was among it.
                 let _ = told.await;
             }
