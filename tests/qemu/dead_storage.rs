@@ -22,7 +22,7 @@ fn machine(name: &str, dead: &Dead) -> String {
     let file = |what: &str| dead.file(&format!("{name}-{what}"));
     format!(
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory><os><type arch='x86_64' machine='q35'>hvm\
-         </type><loader readonly='yes' type='pflash'>{}</loader><nvram>{}</nvram></os><devices>\
+         </type><loader readonly='yes' type='pflash'>{}</loader><nvram>{}</nvram></os><features><acpi/></features><devices>\
          <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
          <target dev='vda' bus='virtio'/></disk></devices></domain>",
         file("code.fd"),

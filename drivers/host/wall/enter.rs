@@ -9,11 +9,18 @@ use std::io;
 use std::path::Path;
 
 /// Shows `files` to the process, each where it was named; what is there and has been replaced outside is replaced. A process
-/// without a wall sees what we see, and needs nothing. The process must be one that cannot have been replaced. Blocks.
+/// without a wall sees what we see, and one that has ended sees nothing: both need nothing. The process must be one that
+/// cannot have been replaced. Blocks.
 pub fn show(pid: i32, files: &[LentFile]) -> io::Result<()> {
-    let theirs = File::open(Path::new("/proc").join(pid.to_string()).join("ns/mnt"))?;
+    if files.is_empty() {
+        return Ok(());
+    }
+    let theirs = match File::open(Path::new("/proc").join(pid.to_string()).join("ns/mnt")) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
+        theirs => theirs?,
+    };
     let (ours, them) = (fstat(File::open("/proc/self/ns/mnt")?)?, fstat(&theirs)?);
-    if (ours.st_dev, ours.st_ino) == (them.st_dev, them.st_ino) || files.is_empty() {
+    if (ours.st_dev, ours.st_ino) == (them.st_dev, them.st_ino) {
         return Ok(());
     }
     std::thread::scope(|scope| {

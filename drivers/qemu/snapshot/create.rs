@@ -124,11 +124,28 @@ impl Operation {
             if !blockers.is_empty() {
                 return Err(DriverError::Refused(format!("its memory cannot be captured: {}", blockers.join("; "))));
             }
+            self.can_send_memory(body, wish).await?;
         }
         if wish.quiesce {
             self.agent().await?;
         }
         Ok(())
+    }
+
+    /// A QEMU whose memory has been written to a file, and whose guest has not gone on since, does not write it again.
+    async fn can_send_memory(&self, body: &Body, wish: &Wish) -> Result<(), DriverError> {
+        if !matches!(wish.memory, MemoryMode::External(_)) {
+            return Ok(());
+        }
+        let status = body.patiently("query-status", json!({})).await?;
+        match status["status"].as_str() {
+            Some("postmigrate") => Err(DriverError::Refused(
+                "its memory has been written to a file already, and it has been paused since: resume it for a moment, or \
+                 take the snapshot with disk-only"
+                    .to_owned(),
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// The images are what the definition says, and overlays that the caller has made are what they will be said to be.
