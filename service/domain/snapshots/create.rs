@@ -221,12 +221,15 @@ impl Domain {
 
     async fn outline(&self, doc: &SnapshotDoc, name: &str, options: &CreateOptions) -> Result<Outline> {
         self.takes_snapshots()?;
+        // Control characters no snapshot's name may hold, old or new: that is told with the rest of the document.
+        if !name.contains(char::is_control) {
+            crate::check_new_name("snapshot", name)?;
+        }
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
-        crate::check_new_name("snapshot", name)?;
         if let Some(why) = aligned.not_in_this_state(request) {
             return Err(Error::OperationUnsupported(format!("domain '{}': {why}", self.name())));
         }
