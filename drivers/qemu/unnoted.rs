@@ -61,6 +61,7 @@ fn is_called(pid: i32, uuid: Uuid) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::Read;
     use std::os::unix::net::UnixListener;
 
     #[test]
@@ -80,10 +81,13 @@ mod tests {
     fn a_process_that_says_it_is_the_machine_and_holds_nothing_is_told() {
         let uuid = Uuid::new_v4();
         let mut child = std::process::Command::new("sh")
-            .args(["-c", "read _", "sh", "-uuid", &uuid.to_string()])
+            .args(["-c", "echo up; read _", "sh", "-uuid", &uuid.to_string()])
             .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
+        // Its arguments are in their place only when it runs.
+        child.stdout.as_mut().unwrap().read_exact(&mut [0; 3]).unwrap();
         let told = holder(Path::new("/nowhere/monitor.sock"), uuid);
         drop(child.stdin.take());
         child.wait().unwrap();
