@@ -40,6 +40,7 @@ const STACK: usize = 16 << 20;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    spare_memory();
     virtd::log::begin(arguments.log_level);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK).build();
@@ -55,6 +56,17 @@ fn main() -> ExitCode {
             tracing::error!("{error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Has the allocator give back what a large document took, and keep no pool of its own for each thread: what is freed would
+/// otherwise stay ours, once for each.
+fn spare_memory() {
+    // SAFETY: sets numbers of the allocator, before there is another thread.
+    unsafe {
+        libc::mallopt(libc::M_ARENA_MAX, 2);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 1 << 20);
     }
 }
 
