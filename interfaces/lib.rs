@@ -6,19 +6,16 @@
 
 pub mod bus;
 pub mod caller;
-mod domain;
 pub mod error;
-mod job;
 pub mod link;
 #[allow(clippy::disallowed_methods, reason = "its own standard error")]
 pub mod log;
-mod manager;
+mod objects;
 pub mod polkit;
 mod publish;
 pub mod session;
 #[allow(clippy::disallowed_methods, reason = "the configuration file, and folders of virtd itself")]
 pub mod settings;
-mod snapshot;
 
 use bus::gate::{Limits, Unread};
 use bus::outbox::Outbox;
@@ -26,6 +23,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Ways, Who};
 use caller::Callers;
+use objects::{domain, job, manager, snapshot};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;

@@ -16,13 +16,14 @@ use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
 use crate::bus::wire::Body;
 use crate::error::Error;
-use crate::{domain, job, manager, snapshot};
+use crate::objects::{domain, job, manager, paths, snapshot};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 use virt_model::state::{Lifecycle, Undefined};
-use virt_service::events::{DomainFacts, Event};
-use virt_service::job::JobFacts;
+use virt_service::events::Event;
+use virt_service::facts::DomainFacts;
+use virt_service::facts::JobFacts;
 use zbus::{Connection, Message};
 
 /// How many events are taken up at once.
@@ -86,11 +87,11 @@ impl Publisher {
                 self.change(|objects| Ok(placed(objects, snapshot::object(&facts))?.into_iter().collect()));
             }
             Event::SnapshotGone(facts) => {
-                let path = snapshot::path(facts.domain, &facts.name);
+                let path = paths::snapshot(facts.domain, &facts.name);
                 self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
             }
             Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
-            Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &job::path(id))?.into_iter().collect())),
+            Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &paths::job(id))?.into_iter().collect())),
             Event::Flush(done) => drop(done.send(())),
         }
     }
@@ -147,7 +148,7 @@ fn domain_changed(
 
 /// The same for one that has ceased to exist.
 fn domain_gone(objects: &mut Objects, facts: &Arc<DomainFacts>, events: &[Lifecycle]) -> Result<Vec<Message>, Error> {
-    let path = domain::path(facts.uuid);
+    let path = paths::domain(facts.uuid);
     let mut signals = Vec::new();
     if objects.get(&path).is_some() {
         signals = domain_changed(objects, facts, events)?;
@@ -206,7 +207,7 @@ fn changed(old: &Object, new: &Object) -> Result<Option<Message>, Error> {
 
 /// What happened, on the domain and on the manager. A name that is given up is the old one.
 fn lifecycle(facts: &DomainFacts, old_name: Option<&str>, event: Lifecycle) -> Result<[Message; 2], Error> {
-    let path = domain::path(facts.uuid);
+    let path = paths::domain(facts.uuid);
     let (word, detail) = event.words();
     let name = match event {
         Lifecycle::Undefined(Undefined::Renamed) => old_name.unwrap_or(&facts.name),
@@ -226,7 +227,7 @@ fn lifecycle(facts: &DomainFacts, old_name: Option<&str>, event: Lifecycle) -> R
 }
 
 fn name_of(objects: &Objects, uuid: Uuid) -> Option<String> {
-    let facts = objects.get(&domain::path(uuid))?.domain()?;
+    let facts = objects.get(&paths::domain(uuid))?.domain()?;
     Some(facts.name.clone())
 }
 
@@ -236,7 +237,7 @@ mod tests {
     use std::collections::HashMap;
     use virt_model::state::{Defined, DomainState, Started, StateReason, Suspended};
     use virt_service::error::Error as ServiceError;
-    use virt_service::job::JobState;
+    use virt_service::facts::JobState;
     use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
     fn facts(state: DomainState) -> DomainFacts {
@@ -331,7 +332,7 @@ mod tests {
         let body = signals[0].body();
         type Interfaces = HashMap<String, HashMap<String, OwnedVariant>>;
         let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
-        assert_eq!(path.as_str(), domain::path(Uuid::from_u128(7)));
+        assert_eq!(path.as_str(), paths::domain(Uuid::from_u128(7)));
         let all = &interfaces[domain::INTERFACE];
         assert_eq!(all.len(), 23);
         let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
@@ -400,6 +401,6 @@ mod tests {
         events.send(Event::Domain(Arc::new(facts(DomainState::Shutoff)), vec![Lifecycle::Defined(Defined::Added)]));
         events.flush().await;
         assert_eq!(members(&outbox.waiting()), ["InterfacesAdded", "Lifecycle", "DomainLifecycle"]);
-        assert!(publisher.rows().read(|objects| objects.get(&domain::path(Uuid::from_u128(7))).is_some()));
+        assert!(publisher.rows().read(|objects| objects.get(&paths::domain(Uuid::from_u128(7))).is_some()));
     }
 }

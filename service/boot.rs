@@ -3,8 +3,9 @@
 use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
-use crate::shared::{Shared, now_usec, virtd_itself};
+use crate::shared::{Shared, virtd_itself};
 use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
+use crate::time::now_usec;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;

@@ -6,7 +6,7 @@
 
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::job::lock;
+use crate::lock::lock;
 use crate::shared::Shared;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::os::unix::fs::MetadataExt as _;

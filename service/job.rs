@@ -1,7 +1,4 @@
-//! Jobs: one change at a time per domain, and the record of the long ones.
-//!
-//! Two things with two meanings. A [`Turn`] is the right to change one domain: first come, first served, given back on
-//! drop. A [`Job`] is what the bus shows of long work: it outlives its caller, can be cancelled, and stays readable for
+//! The record of long work, as the bus shows it: a [`Job`] outlives its caller, can be cancelled, and stays readable for
 //! ten minutes after its end.
 //!
 //! ```text
@@ -12,166 +9,22 @@
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::events::{Event, Events};
-use crate::shared::now_usec;
+use crate::facts::{JobFacts, JobState};
+use crate::lock::lock;
+use crate::time::now_usec;
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
-use tokio::sync::{OwnedMutexGuard, oneshot, watch};
+use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-
-/// How long a change waits for its turn before it is refused as `Busy`.
-pub const PATIENCE: Duration = Duration::from_secs(20);
 
 /// How long an ended job stays readable.
 pub const READABLE: Duration = Duration::from_secs(600);
 
 /// How many ended jobs are kept at the most.
 pub const KEPT: usize = 256;
-
-/// The right to change one domain.
-#[derive(Debug, Default)]
-pub struct Turn {
-    queue: Arc<tokio::sync::Mutex<()>>,
-    holder: Mutex<Option<Holder>>,
-}
-
-#[derive(Debug)]
-struct Holder {
-    what: String,
-    give_up: CancellationToken,
-    place: Weak<Place>,
-}
-
-/// A turn taken; given back when it and all its shares have been dropped.
-#[derive(Debug)]
-pub struct Held(Arc<Place>);
-
-#[derive(Debug)]
-struct Place {
-    turn: Arc<Turn>,
-    _guard: OwnedMutexGuard<()>,
-}
-
-impl Turn {
-    /// Takes the turn if nobody has it or waits for it. `what` is shown to those who then find it taken; `give_up` is
-    /// fired when a destroy wants through.
-    pub fn try_take(self: &Arc<Self>, what: &str, give_up: &CancellationToken) -> Option<Held> {
-        let place = self.queue.clone().try_lock_owned().ok()?;
-        Some(self.held_by(what, give_up, place))
-    }
-
-    /// Waits for the turn, [`PATIENCE`] at most. Error: who has it.
-    pub async fn take(self: &Arc<Self>, what: &str, give_up: &CancellationToken) -> Result<Held, String> {
-        match tokio::time::timeout(PATIENCE, self.queue.clone().lock_owned()).await {
-            Ok(place) => Ok(self.held_by(what, give_up, place)),
-            Err(_) => Err(lock(&self.holder).as_ref().map_or_else(String::new, |h| h.what.clone())),
-        }
-    }
-
-    /// Waits, however long it takes, until nobody has the turn who has it or waits for it now.
-    pub async fn is_free(&self) {
-        drop(self.queue.lock().await);
-    }
-
-    /// Asks whoever has the turn to give it up.
-    pub fn ask_to_give_up(&self) {
-        if let Some(holder) = lock(&self.holder).as_ref() {
-            holder.give_up.cancel();
-        }
-    }
-
-    /// A share in the turn that is held now, for work that may outlast its holder's interest in it: nobody else gets the turn
-    /// before that work has ended, too. With it comes what fires when a destroy wants through. `None`: nobody holds it.
-    pub fn share(&self) -> Option<(Held, CancellationToken)> {
-        let holder = lock(&self.holder);
-        let holder = holder.as_ref()?;
-        Some((Held(holder.place.upgrade()?), holder.give_up.clone()))
-    }
-
-    fn held_by(self: &Arc<Self>, what: &str, give_up: &CancellationToken, guard: OwnedMutexGuard<()>) -> Held {
-        let place = Arc::new(Place { turn: self.clone(), _guard: guard });
-        let (what, give_up, place_of) = (what.to_owned(), give_up.clone(), Arc::downgrade(&place));
-        *lock(&self.holder) = Some(Holder { what, give_up, place: place_of });
-        Held(place)
-    }
-}
-
-impl Held {
-    /// Changes what those who wait are told.
-    pub fn rename(&self, what: String) {
-        if let Some(holder) = lock(&self.0.turn.holder).as_mut() {
-            holder.what = what;
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        *lock(&self.turn.holder) = None;
-    }
-}
-
-/// Where a job stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JobState {
-    /// For its turn.
-    Waiting,
-    /// At work.
-    Running,
-    /// Done.
-    Succeeded,
-    /// Not done; the error says why.
-    Failed,
-    /// Not done, since somebody asked for that.
-    Cancelled,
-}
-
-impl JobState {
-    /// The word on the bus.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            JobState::Waiting => "waiting",
-            JobState::Running => "running",
-            JobState::Succeeded => "succeeded",
-            JobState::Failed => "failed",
-            JobState::Cancelled => "cancelled",
-        }
-    }
-
-    /// Whether nothing more will happen to it.
-    pub fn is_final(self) -> bool {
-        matches!(self, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
-    }
-}
-
-/// All that is published of a job.
-#[derive(Clone, Debug)]
-pub struct JobFacts {
-    /// Its number, from 1, never used again while virtd runs.
-    pub id: u64,
-    /// The domain it works on.
-    pub domain: Uuid,
-    /// Where it stands.
-    pub state: JobState,
-    /// `start`, `save`, …
-    pub operation: &'static str,
-    /// Microseconds since the epoch.
-    pub started_usec: u64,
-    /// 0 to 1, -1 while unknown.
-    pub progress: f64,
-    /// Bytes done.
-    pub bytes_done: u64,
-    /// Bytes in all, 0 while unknown.
-    pub bytes_total: u64,
-    /// Whether `Cancel` would be heard.
-    pub cancellable: bool,
-    /// Who asked for it.
-    pub requester_uid: u32,
-    /// Why it failed or was cancelled.
-    pub error: Option<Error>,
-}
 
 /// All jobs of this virtd: those under way and those that ended a short while ago.
 #[derive(Debug)]
@@ -429,74 +282,12 @@ impl Ticket {
     }
 }
 
-/// Locks; a panic elsewhere while it was held left whole values behind, since no holder can fail half-way.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn root() -> Caller {
         Caller { bus_name: None, uid: 0, interactive: false, departed: CancellationToken::new() }
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn turns_are_first_come_first_served() {
-        let turn = Arc::new(Turn::default());
-        let never = CancellationToken::new();
-        let first = turn.try_take("save", &never).expect("free");
-        assert!(turn.try_take("start", &never).is_none());
-        let order = Arc::new(Mutex::new(Vec::new()));
-        let mut waiting = Vec::new();
-        for n in 0..3 {
-            let (turn, never, order) = (turn.clone(), never.clone(), order.clone());
-            waiting.push(tokio::spawn(async move {
-                let held = turn.take("x", &never).await.expect("in time");
-                lock(&order).push(n);
-                drop(held);
-            }));
-            tokio::task::yield_now().await;
-        }
-        drop(first);
-        for task in waiting {
-            task.await.expect("no panic");
-        }
-        assert_eq!(*lock(&order), [0, 1, 2]);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn who_waits_too_long_is_told_who_has_it() {
-        let turn = Arc::new(Turn::default());
-        let never = CancellationToken::new();
-        let _held = turn.try_take("save (job 7)", &never).expect("free");
-        assert_eq!(turn.take("start", &never).await.expect_err("busy"), "save (job 7)");
-    }
-
-    #[tokio::test]
-    async fn a_holder_can_be_asked_to_give_up() {
-        let turn = Arc::new(Turn::default());
-        let give_up = CancellationToken::new();
-        let held = turn.try_take("save", &give_up).expect("free");
-        turn.ask_to_give_up();
-        assert!(give_up.is_cancelled());
-        drop(held);
-        turn.ask_to_give_up();
-    }
-
-    #[tokio::test]
-    async fn a_turn_is_free_when_its_last_share_has_gone() {
-        let turn = Arc::new(Turn::default());
-        assert!(turn.share().is_none());
-        let held = turn.try_take("start", &CancellationToken::new()).expect("free");
-        let (share, give_up) = turn.share().expect("held");
-        drop(held);
-        assert!(turn.try_take("save", &CancellationToken::new()).is_none());
-        turn.ask_to_give_up();
-        assert!(give_up.is_cancelled());
-        drop(share);
-        assert!(turn.try_take("save", &CancellationToken::new()).is_some());
     }
 
     #[tokio::test(start_paused = true)]

@@ -9,13 +9,18 @@ mod desk;
 mod domain;
 pub mod error;
 pub mod events;
+pub mod facts;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
+mod lock;
 mod registry;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
+mod time;
+mod turn;
+pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
@@ -32,16 +37,18 @@ use error::{Error, Result};
 use events::{Event, Events};
 use job::{Jobs, Ticket};
 use registry::Claimed;
-use shared::{Shared, millis, now_usec};
+use shared::Shared;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use store::{Ended, Note, Store, on_disk};
+use time::{millis, now_usec};
 use tokio::sync::mpsc;
 use uuid::Uuid;
+use verb::Verb;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::{Driver, DriverError};
 use virt_model::state::StateReason;
-use virt_model::xml::{Finding, FindingKind, shorten};
+use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
 /// What a service needs to know.
 #[derive(Clone, Debug)]
@@ -127,7 +134,7 @@ impl Service {
     pub async fn define(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
         let begun = Instant::now();
         let result = self.define_inner(caller, xml, validate).await;
-        self.log(caller, "define", begun, &result);
+        self.log(caller, &verb::DEFINE, begun, &result);
         result
     }
 
@@ -157,7 +164,7 @@ impl Service {
         let begun = Instant::now();
         let result = self.create_inner(caller, xml, options).await;
         if let Err(e) = &result {
-            log_refused(caller, "create", begun, e);
+            log_refused(caller, &verb::CREATE, begun, e);
         }
         result
     }
@@ -166,14 +173,14 @@ impl Service {
         let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define, Action::Start], false).await?;
         match claimed {
             Claimed::Existing(domain) => {
-                let ticket = domain.launch(caller, Some(def), options).await?;
+                let ticket = domain.launch(caller, Some(Arc::new(def)), options).await?;
                 Ok((domain, ticket))
             }
             Claimed::New => {
                 let domain = self.bear(caller, driver, def.clone(), false).await?;
                 self.shared.registry.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
-                let ticket = domain.launch(caller, Some(def), options).await?;
+                let ticket = domain.launch(caller, Some(Arc::new(def)), options).await?;
                 Ok((domain, ticket))
             }
         }
@@ -225,6 +232,13 @@ impl Service {
             });
         }
         Ok(findings)
+    }
+
+    /// What calling a method of `org.virt.Manager` would meet: `yes`, `no` or `challenge`. Never prompts.
+    /// Error: `InvalidArgument` for a name that is none.
+    pub async fn can(&self, caller: &Caller, member: &str) -> Result<&'static str> {
+        let Some(action) = verb::find("org.virt.Manager", verb::MANAGER, member)?.action else { return Ok("yes") };
+        Ok(self.shared.authority.can(caller, action, &Subject::default()).await.as_str())
     }
 
     /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
@@ -279,7 +293,7 @@ impl Service {
             self.shared.jobs.cancel(id)
         };
         match &domain {
-            Some(domain) => domain.told(caller, "cancel job", cancel).await,
+            Some(domain) => domain.logged(caller, &verb::CANCEL, cancel).await,
             None => cancel.await,
         }
     }
@@ -398,29 +412,27 @@ impl Service {
         }
     }
 
-    fn log(&self, caller: &Caller, deed: &str, begun: Instant, result: &Result<Arc<Domain>>) {
+    fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, result: &Result<Arc<Domain>>) {
         match result {
-            Ok(domain) => domain.log(caller, deed, begun, None),
-            Err(e) => log_refused(caller, deed, begun, e),
+            Ok(domain) => domain.log(caller, verb, begun, None),
+            Err(e) => log_refused(caller, verb, begun, e),
         }
     }
 }
 
 /// The line for what came to no domain.
-fn log_refused(caller: &Caller, deed: &str, begun: Instant, e: &Error) {
-    tracing::warn!(uid = caller.uid, action = deed, outcome = %e.public(), duration_ms = millis(begun), "domain");
+fn log_refused(caller: &Caller, verb: &Verb, begun: Instant, e: &Error) {
+    tracing::warn!(uid = caller.uid, action = verb.word, outcome = %e.public(), duration_ms = millis(begun), "domain");
 }
 
 /// Refuses what a check found, warnings apart.
-fn refuse(mut findings: Vec<Finding>) -> Result<()> {
-    findings.retain(|finding| finding.kind != FindingKind::Warning);
-    if findings.iter().any(|finding| finding.kind == FindingKind::Invalid) {
-        return Err(Error::ConfigInvalid(findings));
-    }
-    match findings.first() {
-        None => Ok(()),
-        Some(first) => Err(Error::ConfigUnsupported(first.to_string())),
-    }
+fn refuse(findings: Vec<Finding>) -> Result<()> {
+    refusals(findings).map_err(|found| match &found[..] {
+        [first, ..] if found.iter().all(|finding| finding.kind != FindingKind::Invalid) => {
+            Error::ConfigUnsupported(first.to_string())
+        }
+        _ => Error::ConfigInvalid(found),
+    })
 }
 
 /// What polkit is told of a domain that is about to be defined.

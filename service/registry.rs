@@ -4,7 +4,7 @@
 
 use crate::domain::Domain;
 use crate::error::{Error, Result};
-use crate::job::lock;
+use crate::lock::lock;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;

@@ -10,7 +10,6 @@ use crate::registry::Registry;
 use crate::store::{Store, on_disk};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
@@ -119,14 +118,4 @@ pub(crate) fn virtd_itself() -> Caller {
         interactive: false,
         departed: CancellationToken::new(),
     }
-}
-
-/// Now, in microseconds since the epoch.
-pub(crate) fn now_usec() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| u64::try_from(d.as_micros()).unwrap_or(u64::MAX))
-}
-
-/// How long it has been, for the log.
-pub(crate) fn millis(since: Instant) -> u64 {
-    u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX)
 }

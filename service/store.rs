@@ -19,7 +19,7 @@ mod snapshots;
 pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
-use crate::job::lock;
+use crate::lock::lock;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;

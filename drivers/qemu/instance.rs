@@ -170,6 +170,10 @@ impl Instance for QemuInstance {
         self.body.in_turn(self.body.resume()).await
     }
 
+    async fn inject_nmi(&self) -> Result<(), DriverError> {
+        self.body.in_turn(self.body.execute("inject-nmi", json!({}))).await.map(drop)
+    }
+
     async fn destroy(&self, graceful: bool) -> Result<(), DriverError> {
         self.body.destroy(graceful).await
     }

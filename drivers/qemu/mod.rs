@@ -63,7 +63,7 @@ use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{DomainEnd, Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
-use virt_model::xml::{Finding, FindingKind, shorten};
+use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
 /// Drives QEMU on this host.
 #[derive(Clone)]
@@ -387,10 +387,7 @@ impl Driver for QemuDriver {
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
         self.learn(def).await;
         let caps = self.capabilities_for(def).await;
-        let findings = check::check(def, &caps);
-        if findings.iter().any(|finding| finding.kind != FindingKind::Warning) {
-            return Err(DriverError::Config(findings));
-        }
+        refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
         declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
         let user = self.user_of(def, process).await?;

@@ -52,6 +52,8 @@ pub enum Asked {
     Shutdown,
     /// To reboot.
     Reboot,
+    /// To look up, by an interrupt that it cannot mask.
+    Interrupted,
 }
 
 impl Machine {
@@ -154,6 +156,7 @@ impl Machine {
             _ if state.deaf || state.mode != Mode::Running => {}
             Asked::Shutdown => state.power_off(ShutdownBy::Guest, false),
             Asked::Reboot => state.resets += 1,
+            Asked::Interrupted => {}
         }
         Ok(())
     }
@@ -208,6 +211,10 @@ impl Instance for TestInstance {
             _ => {}
         }
         Ok(())
+    }
+
+    async fn inject_nmi(&self) -> Result<(), DriverError> {
+        self.0.ask(ShutdownMode::Default, Asked::Interrupted).await
     }
 
     async fn suspend(&self) -> Result<(), DriverError> {

@@ -10,8 +10,8 @@ use super::wire::{Body, Row};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
-use virt_service::events::DomainFacts;
-use virt_service::job::JobFacts;
+use virt_service::facts::DomainFacts;
+use virt_service::facts::JobFacts;
 
 /// How often a listing is made beside the lock before it is made under it.
 const TRIES: usize = 3;

@@ -29,19 +29,33 @@ pub enum Value<'a> {
     Triples(&'a [(String, &'static str, String)]),
 }
 
+/// The type of each kind of [`Value`], by its name.
+#[allow(non_upper_case_globals, missing_docs, reason = "called as the variants are")]
+pub mod kind {
+    pub const Bool: &str = "b";
+    pub const U32: &str = "u";
+    pub const U64: &str = "t";
+    pub const F64: &str = "d";
+    pub const Str: &str = "s";
+    pub const Path: &str = "o";
+    pub const Strs: &str = "as";
+    pub const Paths: &str = "ao";
+    pub const Triples: &str = "a(sss)";
+}
+
 impl Value<'_> {
     /// Its type.
     pub fn signature(&self) -> &'static str {
         match self {
-            Value::Bool(_) => "b",
-            Value::U32(_) => "u",
-            Value::U64(_) => "t",
-            Value::F64(_) => "d",
-            Value::Str(_) => "s",
-            Value::Path(_) => "o",
-            Value::Strs(_) => "as",
-            Value::Paths(_) => "ao",
-            Value::Triples(_) => "a(sss)",
+            Value::Bool(_) => kind::Bool,
+            Value::U32(_) => kind::U32,
+            Value::U64(_) => kind::U64,
+            Value::F64(_) => kind::F64,
+            Value::Str(_) => kind::Str,
+            Value::Path(_) => kind::Path,
+            Value::Strs(_) => kind::Strs,
+            Value::Paths(_) => kind::Paths,
+            Value::Triples(_) => kind::Triples,
         }
     }
 

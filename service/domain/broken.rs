@@ -4,7 +4,7 @@
 use super::{Domain, State};
 use crate::authz::Action;
 use crate::error::{Error, Result};
-use crate::job::lock;
+use crate::lock::lock;
 
 impl State {
     /// Why this machine's files cannot be used; empty where they can.

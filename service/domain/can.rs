@@ -1,86 +1,121 @@
-//! `Can`: what a method would answer now, for a program that greys out its buttons.
+//! When a verb has a meaning, and `Can`: what a method would answer now, for a program that greys out its buttons.
 
-use super::Domain;
-use crate::authz::{Action, Answer, Caller};
+use super::{Domain, State};
+use crate::authz::{Answer, Caller, Subject};
 use crate::error::{Error, Result};
-use crate::job::lock;
+use crate::lock::lock;
+use crate::verb::{self, Verb, When};
 use virt_model::state::DomainState;
-use virt_model::xml::shorten;
-
-/// When a method has a meaning.
-#[derive(Clone, Copy)]
-enum When {
-    Always,
-    Inactive,
-    Active,
-    Running,
-    Paused,
-    Persistent,
-    InactivePersistent,
-    Snapshots,
-}
-
-/// The methods of `org.virt.Domain` that change or reveal something, by their names on the bus.
-const METHODS: &[(&str, Action, When)] = &[
-    ("Start", Action::Start, When::Inactive),
-    ("Shutdown", Action::Stop, When::Running),
-    ("Reboot", Action::Stop, When::Running),
-    ("Reset", Action::Stop, When::Active),
-    ("Destroy", Action::Stop, When::Active),
-    ("Suspend", Action::Suspend, When::Running),
-    ("Resume", Action::Suspend, When::Paused),
-    ("Undefine", Action::Delete, When::Persistent),
-    ("Rename", Action::Define, When::InactivePersistent),
-    ("SetTitle", Action::Define, When::Always),
-    ("SetDescription", Action::Define, When::Always),
-    ("SetMetadata", Action::Define, When::Always),
-    ("UpdateDevice", Action::Device, When::Always),
-    ("GetMetadata", Action::Read, When::Always),
-    ("GetXML", Action::Read, When::Always),
-    ("CreateSnapshot", Action::Snapshot, When::Snapshots),
-    ("CheckCreateSnapshot", Action::Read, When::Snapshots),
-];
-
-/// Those that anybody may call who may talk to the service.
-const OPEN: [&str; 3] = ["Can", "ListSnapshots", "GetSnapshot"];
 
 impl Domain {
-    /// `yes`, `no`, `challenge` (a person would be asked) or `na` (not in this state). Never prompts.
+    /// Refuses a verb that has no meaning in the state in which the domain is, or that its driver does not have.
+    pub(super) fn applies(&self, verb: &Verb) -> Result<()> {
+        if verb.when == When::Snapshots {
+            self.takes_snapshots()?;
+        }
+        if self.driver.lacks().contains(&verb.member) {
+            let (name, driver) = (self.name(), self.driver.name());
+            let text = format!("cannot {} domain '{name}': the driver '{driver}' has no way to do so", verb.word);
+            return Err(Error::OperationUnsupported(text));
+        }
+        lock(&self.state).applies(verb)
+    }
+
+    /// `yes`, `no`, `challenge` (a person would be asked) or `na` (not in this state, or not with this driver). Never prompts.
     /// Error: `InvalidArgument` for a name that is no method of a domain.
-    pub async fn can(&self, caller: &Caller, method: &str) -> Result<&'static str> {
-        let Some((_, action, when)) = METHODS.iter().find(|(name, ..)| *name == method) else {
-            if OPEN.contains(&method) {
-                return Ok("yes");
-            }
-            return Err(Error::InvalidArgument(format!("org.virt.Domain has no method '{}'", shorten(method))));
-        };
-        if !self.is(*when) || lock(&self.state).sound_for(*action).is_err() {
+    pub async fn can(&self, caller: &Caller, member: &str) -> Result<&'static str> {
+        let verb = verb::find("org.virt.Domain", verb::DOMAIN, member)?;
+        self.can_do(caller, verb, self.subject()).await
+    }
+
+    /// The same for a method of the snapshot `name`.
+    pub async fn can_with_snapshot(&self, caller: &Caller, name: &str, member: &str) -> Result<&'static str> {
+        let verb = verb::find("org.virt.Snapshot", verb::SNAPSHOT, member)?;
+        self.has_snapshot(name)?;
+        self.can_do(caller, verb, Subject { snapshot_name: Some(name.to_owned()), ..self.subject() }).await
+    }
+
+    async fn can_do(&self, caller: &Caller, verb: &Verb, subject: Subject) -> Result<&'static str> {
+        let Some(action) = verb.action else { return Ok("yes") };
+        if self.applies(verb).is_err() || lock(&self.state).sound_for(action).is_err() {
             return Ok("na");
         }
-        Ok(match self.shared.authority.can(caller, *action, &self.subject()).await {
+        Ok(self.shared.authority.can(caller, action, &subject).await.as_str())
+    }
+}
+
+impl Answer {
+    /// The word on the bus.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
             Answer::Yes => "yes",
             Answer::No => "no",
             Answer::Challenge => "challenge",
-        })
+        }
     }
+}
 
-    fn is(&self, when: When) -> bool {
-        let state = lock(&self.state);
-        let (active, persistent) = (state.state.is_active(), state.stored.is_some());
-        match when {
-            When::Always => true,
-            When::Inactive => !active && state.starting.is_none(),
-            When::Active => active,
-            When::Running => matches!(state.state, DomainState::Running | DomainState::Idle),
-            When::Paused => matches!(state.state, DomainState::Paused | DomainState::PmSuspended),
-            When::Persistent => persistent,
-            When::InactivePersistent => !active && persistent,
-            When::Snapshots => self.driver.snapshots().is_some(),
+impl State {
+    /// Refuses a verb that has no meaning now; says what to do first.
+    pub(super) fn applies(&self, verb: &Verb) -> Result<()> {
+        match verb.when {
+            When::Always | When::Snapshots => Ok(()),
+            When::Inactive => self.is_inactive().and_then(|()| match self.starting {
+                None => Ok(()),
+                Some(_) => Err(Error::OperationInvalid(format!("domain '{}' is being started already", self.name))),
+            }),
+            When::Active => self.running().map(drop),
+            When::ActiveOrStarting if self.starting.is_some() || self.sought.is_some() => Ok(()),
+            When::ActiveOrStarting => self.running().map(drop),
+            When::Running => self.running().and_then(|_| match self.state {
+                DomainState::Running | DomainState::Idle => Ok(()),
+                DomainState::Paused => Err(self.refusal(verb, "resume it first, or destroy it")),
+                DomainState::PmSuspended => Err(self.refusal(verb, "it sleeps; wake it first, or destroy it")),
+                _ => Err(self.refusal(verb, "reset or destroy it")),
+            }),
+            When::Paused => self.running().and_then(|_| match self.state {
+                DomainState::Paused | DomainState::PmSuspended => Ok(()),
+                DomainState::Running | DomainState::Idle => Err(self.refusal(verb, "there is nothing to resume")),
+                _ => Err(self.refusal(verb, "reset or destroy it")),
+            }),
+            When::Persistent => self.is_persistent(verb),
+            When::InactivePersistent => {
+                self.is_persistent(verb)?;
+                match self.live() {
+                    None => Ok(()),
+                    Some(_) => Err(self.refusal(verb, "shut it down first")),
+                }
+            }
         }
     }
 
-    /// The methods `can` knows, for the test that holds them to the introspection data.
-    pub fn methods_can_knows() -> impl Iterator<Item = &'static str> {
-        METHODS.iter().map(|(name, ..)| *name).chain(OPEN)
+    /// Refuses to begin another guest beside one that runs, or may run.
+    pub(super) fn is_inactive(&self) -> Result<()> {
+        if let Some(sought) = &self.sought {
+            return Err(sought.refusal(&self.name));
+        }
+        match self.guest {
+            None => Ok(()),
+            Some(_) => {
+                let text = format!("domain '{}' is active already ({})", self.name, self.state);
+                Err(Error::OperationInvalid(text))
+            }
+        }
+    }
+
+    fn is_persistent(&self, verb: &Verb) -> Result<()> {
+        match self.stored {
+            Some(_) => Ok(()),
+            None => {
+                let text = format!("cannot {} domain '{}': it is transient; define it first", verb.word, self.name);
+                Err(Error::OperationInvalid(text))
+            }
+        }
+    }
+
+    /// What the domain does now does not allow the verb.
+    fn refusal(&self, verb: &Verb, remedy: &str) -> Error {
+        let (name, state) = (&self.name, self.state);
+        Error::OperationInvalid(format!("cannot {} domain '{name}' while it is {state}: {remedy}", verb.word))
     }
 }

@@ -4,8 +4,9 @@ use super::{Domain, PUBLISHED, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::events::Event;
-use crate::job::lock;
+use crate::lock::lock;
 use crate::store::{Note, on_disk};
+use crate::verb::{self, Verb};
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
@@ -45,7 +46,10 @@ const STORED: Form = Form { inactive: true, secure: true, migratable: false };
 impl Domain {
     /// The configuration: of what runs while it runs, unless `form.inactive` asks for what the next start would use.
     pub async fn xml(&self, caller: &Caller, form: Form) -> Result<String> {
-        self.allow(caller, if form.secure { Action::ReadSecure } else { Action::Read }).await?;
+        match form.secure {
+            true => self.allow_action(caller, Action::ReadSecure).await?,
+            false => self.allow(caller, &verb::GET_XML).await?,
+        }
         let (live, stored) = self.configurations();
         if live.is_none() || form.inactive {
             self.sound()?;
@@ -56,7 +60,7 @@ impl Domain {
 
     /// The metadata element of a namespace: of what runs, or with `config` of what is stored.
     pub async fn metadata(&self, caller: &Caller, uri: &str, affect: Affect) -> Result<String> {
-        self.allow(caller, Action::Read).await?;
+        self.allow(caller, &verb::GET_METADATA).await?;
         if affect.live && affect.config {
             return Err(Error::InvalidArgument("give 'live' or 'config', not both: one text is returned".to_owned()));
         }
@@ -80,7 +84,7 @@ impl Domain {
 
     /// Replaces the stored configuration by a completed one of the same uuid and name.
     pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
-        let _turn = self.take_turn("define", &tokio_util::sync::CancellationToken::new()).await?;
+        let _turn = self.take_turn(verb::DEFINE.word, &tokio_util::sync::CancellationToken::new()).await?;
         if self.sound().is_ok() {
             self.soon_made_whole().await?;
         }
@@ -117,10 +121,9 @@ impl Domain {
 
     /// Removes the stored configuration. An active domain goes on as a transient one.
     pub async fn undefine(self: &Arc<Self>, caller: &Caller, options: UndefineOptions) -> Result<()> {
-        self.told(caller, "undefine", async {
-            let _turn = self.begin(caller, Action::Delete, "undefine").await?;
+        self.short(caller, &verb::UNDEFINE, async {
             let (live, stored) = self.configurations();
-            let stored = stored.ok_or_else(|| self.not_stored("a configuration to undefine"))?;
+            let stored = stored.ok_or_else(|| self.vanished())?;
             let snapshots = lock(&self.state).snapshots.count();
             if snapshots > 0 && !options.snapshots_metadata {
                 let text = format!(
@@ -201,14 +204,8 @@ impl Domain {
 
     /// Gives an inactive, persistent domain another name.
     pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
-        self.told(caller, "rename", async {
-            let _turn = self.begin(caller, Action::Define, "rename").await?;
-            let (live, stored) = self.configurations();
-            let stored = stored.ok_or_else(|| self.not_stored("a name to change"))?;
-            if live.is_some() {
-                let text = format!("cannot rename domain '{}' while it is active; shut it down first", stored.name);
-                return Err(Error::OperationInvalid(text));
-            }
+        self.short(caller, &verb::RENAME, async {
+            let stored = self.stored().ok_or_else(|| self.vanished())?;
             crate::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
             self.shared.registry.claim_name(self.uuid, name)?;
@@ -235,17 +232,8 @@ impl Domain {
 
     /// Starts it with the host, or no longer.
     pub async fn set_autostart(self: &Arc<Self>, caller: &Caller, autostart: bool) -> Result<()> {
-        self.told(caller, "set autostart", async {
-            let _turn = self.begin(caller, Action::Define, "set autostart").await?;
-            let note = {
-                let state = lock(&self.state);
-                if state.stored.is_none() {
-                    let text =
-                        format!("domain '{}' is transient and cannot start with the host; define it first", state.name);
-                    return Err(Error::OperationInvalid(text));
-                }
-                Note { autostart, ..state.note(self.owner, &*self.driver) }
-            };
+        self.short(caller, &verb::AUTOSTART, async {
+            let note = Note { autostart, ..lock(&self.state).note(self.owner, &*self.driver) };
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || shared.store.save_note(uuid, &note)).await?;
             self.all_told().await.commit(|state| {
@@ -264,7 +252,7 @@ impl Domain {
         }
         refuse_long("title", title)?;
         let title = (!title.is_empty()).then(|| title.to_owned());
-        self.edit(caller, "set title", affect, |def| {
+        self.edit(caller, &verb::SET_TITLE, affect, |def| {
             def.title.clone_from(&title);
             Ok(())
         })
@@ -275,7 +263,7 @@ impl Domain {
     pub async fn set_description(self: &Arc<Self>, caller: &Caller, text: &str, affect: Affect) -> Result<()> {
         refuse_long("description", text)?;
         let text = (!text.is_empty()).then(|| text.to_owned());
-        self.edit(caller, "set description", affect, |def| {
+        self.edit(caller, &verb::SET_DESCRIPTION, affect, |def| {
             def.description.clone_from(&text);
             Ok(())
         })
@@ -292,7 +280,7 @@ impl Domain {
         affect: Affect,
     ) -> Result<()> {
         let xml = (!xml.is_empty()).then_some(xml);
-        self.edit(caller, "set metadata", affect, |def| {
+        self.edit(caller, &verb::SET_METADATA, affect, |def| {
             def.set_metadata(uri, prefix, xml).map_err(|finding| Error::ConfigInvalid(vec![finding]))
         })
         .await
@@ -302,13 +290,12 @@ impl Domain {
     async fn edit(
         self: &Arc<Self>,
         caller: &Caller,
-        deed: &str,
+        verb: &Verb,
         affect: Affect,
         change: impl Fn(&mut DomainDef) -> Result<()> + Send + Sync,
     ) -> Result<()> {
-        self.told(caller, deed, async {
-            let _turn = self.begin(caller, Action::Define, deed).await?;
-            let (live, stored) = self.affected(deed, affect)?;
+        self.short(caller, verb, async {
+            let (live, stored) = self.affected(verb, affect)?;
             let changed = |def: Arc<DomainDef>| -> Result<DomainDef> {
                 let mut def = DomainDef::clone(&def);
                 change(&mut def)?;
@@ -334,13 +321,13 @@ impl Domain {
     }
 
     /// The definitions a change is for: live, stored.
-    pub(super) fn affected(&self, deed: &str, affect: Affect) -> Result<Configurations> {
+    pub(super) fn affected(&self, verb: &Verb, affect: Affect) -> Result<Configurations> {
         let (live, stored) = self.configurations();
         if affect.live && live.is_none() {
-            return Err(self.not_active(&format!("something to {deed} in what runs")));
+            return Err(self.not_active(&format!("something to {} in what runs", verb.word)));
         }
         if affect.config && stored.is_none() {
-            return Err(self.not_stored(&format!("something to {deed} in what is stored")));
+            return Err(self.not_stored(&format!("something to {} in what is stored", verb.word)));
         }
         let both = !affect.live && !affect.config;
         Ok((live.filter(|_| both || affect.live), stored.filter(|_| both || affect.config)))

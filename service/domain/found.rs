@@ -3,9 +3,10 @@
 
 use super::{Domain, Guest, Reports, Sought, pause_reason};
 use crate::error::Error;
-use crate::job::{Held, lock};
-use crate::shared::now_usec;
+use crate::lock::lock;
 use crate::store::{Ended, Status, StatusFile};
+use crate::time::now_usec;
+use crate::turn::TurnGuard;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -41,7 +42,7 @@ impl Sought {
 
 impl Domain {
     /// The turn for what virtd does when it starts; `None` if somebody has it already.
-    pub(crate) fn turn_to_recover(&self, cancel: &CancellationToken) -> Option<Held> {
+    pub(crate) fn turn_to_recover(&self, cancel: &CancellationToken) -> Option<TurnGuard> {
         self.turn.try_take("recovery, since virtd has started", cancel)
     }
 

@@ -1,21 +1,23 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
 use super::{Domain, Guest, Reports, State};
-use crate::authz::{Action, Caller};
+use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::images;
-use crate::job::{Held, Job, Ticket, lock};
-use crate::shared::now_usec;
+use crate::job::Ticket;
+use crate::lock::lock;
 use crate::store::{Status, StatusFile, on_disk};
+use crate::time::now_usec;
+use crate::verb::{self, Ask, Verb};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::snapshots::StartFrom;
 use virt_model::driver::{DriverError, Launch, Running, ShutdownMode};
 use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, Stopped, Suspended};
-use virt_model::xml::FindingKind;
+use virt_model::xml::refusals;
 
 /// How a domain is started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -49,83 +51,42 @@ impl Domain {
     /// Starts an inactive domain. Returns when the start is accepted; the ticket answers when its CPUs run (or stand
     /// ready, if `paused`). If it fails, the domain is inactive as before.
     pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartOptions) -> Result<Ticket> {
-        let begun = Instant::now();
-        let accepted = match self.allow(caller, Action::Start).await {
-            Ok(()) => self.launch(caller, None, options).await,
-            Err(e) => Err(e),
-        };
-        if let Err(e) = &accepted {
-            self.log(caller, "start", begun, Some(e));
-        }
-        accepted
+        self.accepted(caller, &verb::START, async {
+            self.allow(caller, &verb::START).await?;
+            self.launch(caller, None, options).await
+        })
+        .await
     }
 
     /// Starts `def`, or the stored configuration. What can be checked before is checked before it is accepted.
     pub(crate) async fn launch(
         self: &Arc<Self>,
         caller: &Caller,
-        def: Option<DomainDef>,
+        def: Option<Arc<DomainDef>>,
         options: StartOptions,
     ) -> Result<Ticket> {
         let creation = def.as_ref().map(|_| Creation::begin(self)).transpose()?;
-        let cancel = CancellationToken::new();
-        let turn = self.turn.try_take("start", &cancel);
-        let (job, ticket) = self.accept_start(caller, turn.is_some(), def.as_ref(), cancel).await?;
-        if options.cancel_on_disconnect {
-            cancel_when_gone(caller, job.cancel_token());
+        let change = self.change(caller, &verb::START);
+        let checked = change.has_turn();
+        if checked {
+            self.applies(&verb::START)?;
+            self.can_run(&*self.def_to_start(def.as_ref())?).await?;
         }
-        let turn = turn.map(|turn| (self.will_start(job.cancel_token()), turn));
+        let job = change.open(options.cancel_on_disconnect)?;
+        let starts = job.has_turn().then(|| self.will_start(job.cancel_token()));
         self.announce_transient();
-        let (domain, caller) = (self.clone(), caller.clone());
-        tokio::spawn(async move {
-            let begun = Instant::now();
-            let result = domain.run_start(&job, turn, def, &caller, options).await;
-            domain.log(&caller, "start", begun, result.as_ref().err());
-            drop(creation);
-            job.finish(result);
-        });
-        Ok(ticket)
-    }
-
-    /// Makes the checks that can be made beforehand, and the record of the job.
-    async fn accept_start(
-        &self,
-        caller: &Caller,
-        has_turn: bool,
-        def: Option<&DomainDef>,
-        cancel: CancellationToken,
-    ) -> Result<(Job, Ticket)> {
-        if has_turn {
-            self.can_run(&self.def_to_start(def)?).await?;
-        }
-        self.shared.jobs.open(caller, self.uuid, "start", cancel)
-    }
-
-    async fn run_start(
-        self: &Arc<Self>,
-        job: &Job,
-        turn: Option<(Starts, Held)>,
-        def: Option<DomainDef>,
-        caller: &Caller,
-        options: StartOptions,
-    ) -> Result<()> {
-        let checked = turn.is_some();
-        let (_starts, turn) = match turn {
-            Some(both) => both,
-            None => tokio::select! {
-                turn = self.take_turn("start", job.cancel_token()) => turn.map(|turn| (self.will_start(job.cancel_token()), turn))?,
-                () = job.cancel_token().cancelled() => return Err(self.start_cancelled()),
-            },
-        };
-        turn.rename(job.label("start"));
-        job.running();
-        // Before it runs on disks that are half this and half that; what that brings is what is started.
-        self.made_whole().await?;
-        let def = self.def_to_start(def.as_ref())?;
-        if !checked {
-            self.can_run(&def).await?;
-        }
-        self.start_guest(def, caller, options, Origin::PowerOff, job.cancel_token()).await
+        let caller = caller.clone();
+        Ok(job.run(async move |domain, job| {
+            let _creation = creation;
+            let cancel = job.cancel_token();
+            let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
+            // Recovery may have brought another configuration: that is what is started.
+            let def = domain.def_to_start(def.as_ref())?;
+            if !checked {
+                domain.can_run(&def).await?;
+            }
+            domain.start_guest(def, &caller, options, Origin::PowerOff, cancel).await
+        }))
     }
 
     /// From now on a start is under way, until the result is dropped: `cancel` is fired by whoever wants no guest. For who
@@ -158,18 +119,12 @@ impl Domain {
 
     /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
     /// another name by now.
-    fn def_to_start(&self, given: Option<&DomainDef>) -> Result<DomainDef> {
+    fn def_to_start(&self, given: Option<&Arc<DomainDef>>) -> Result<Arc<DomainDef>> {
         let state = lock(&self.state);
         state.still_here()?;
-        if state.guest.is_some() {
-            let text = format!("domain '{}' is already active ({}); destroy it first", state.name, state.state);
-            return Err(Error::OperationInvalid(text));
-        }
-        if let Some(sought) = &state.sought {
-            return Err(sought.refusal(&state.name));
-        }
+        state.is_inactive()?;
         state.sound()?;
-        match given.or(state.stored.as_deref()) {
+        match given.or(state.stored.as_ref()) {
             Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
             None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),
         }
@@ -178,23 +133,20 @@ impl Domain {
     /// Refuses what the driver says cannot run here.
     async fn can_run(&self, def: &DomainDef) -> Result<()> {
         self.driver.learn(def).await;
-        let mut findings = self.driver.check(def).await;
-        findings.retain(|f| f.kind != FindingKind::Warning);
-        if !findings.is_empty() {
-            return Err(Error::from_driver(&def.name, "start", DriverError::Config(findings)));
-        }
+        let refused = refusals(self.driver.check(def).await);
+        refused.map_err(|found| Error::from_driver(&def.name, "start", DriverError::Config(found)))?;
         self.driver.has_files(def, false).await.map_err(|e| Error::from_driver(&def.name, "start", e))
     }
 
     pub(super) async fn start_guest(
         self: &Arc<Self>,
-        def: DomainDef,
+        def: Arc<DomainDef>,
         caller: &Caller,
         options: StartOptions,
         origin: Origin,
         cancel: &CancellationToken,
     ) -> Result<()> {
-        let mut def = def;
+        let mut def = DomainDef::clone(&def);
         self.shared.declare(&mut def);
         self.may_write_disks(&def).await?;
         let id = self.shared.next_id();
@@ -327,61 +279,61 @@ impl Domain {
 
     /// Asks the guest to power off. Returns when it has been asked; what it does about it is told by events.
     pub async fn shutdown(self: &Arc<Self>, caller: &Caller, mode: ShutdownMode) -> Result<()> {
-        self.told(caller, "shutdown", async {
-            let _turn = self.begin(caller, Action::Stop, "shutdown").await?;
-            let guest = self.listening_guest("shut down")?;
-            guest.instance.shutdown(mode).await.map_err(|e| self.failed("shut down", e))
+        self.short(caller, &verb::SHUTDOWN, async {
+            self.guest()?.instance.shutdown(mode).await.map_err(|e| self.failed(verb::SHUTDOWN.word, e))
         })
         .await
     }
 
     /// Asks the guest to reboot. Returns when it has been asked.
     pub async fn reboot(self: &Arc<Self>, caller: &Caller, mode: ShutdownMode) -> Result<()> {
-        self.told(caller, "reboot", async {
-            let _turn = self.begin(caller, Action::Stop, "reboot").await?;
-            let guest = self.listening_guest("reboot")?;
-            guest.instance.reboot(mode).await.map_err(|e| self.failed("reboot", e))
+        self.short(caller, &verb::REBOOT, async {
+            self.guest()?.instance.reboot(mode).await.map_err(|e| self.failed(verb::REBOOT.word, e))
         })
         .await
     }
 
-    /// Resets the machine, as with its button. One that stands after power-off or panic runs again.
+    /// Asks the guest's hypervisor for what needs no more than that (see [`verb::Verb::ask`]). Returns when it is done.
+    pub async fn ask(self: &Arc<Self>, caller: &Caller, verb: &'static Verb, ask: Ask) -> Result<()> {
+        self.short(caller, verb, async {
+            let guest = self.guest()?;
+            ask(&*guest.instance).await.map_err(|e| self.failed(verb.word, e))
+        })
+        .await
+    }
+
+    /// Resets the machine, as with its button. One that is stopped after power-off or panic runs again.
     pub async fn reset(self: &Arc<Self>, caller: &Caller) -> Result<()> {
-        self.told(caller, "reset", async {
-            let _turn = self.begin(caller, Action::Stop, "reset").await?;
+        self.short(caller, &verb::RESET, async {
             let guest = self.guest()?;
             let ended = matches!(lock(&self.state).state, DomainState::Shutdown | DomainState::Crashed);
-            guest.instance.reset().await.map_err(|e| self.failed("reset", e))?;
+            guest.instance.reset().await.map_err(|e| self.failed(verb::RESET.word, e))?;
             if ended {
-                guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
-                self.sees(&guest, "resume", |s| s.state == DomainState::Running).await?;
+                self.resume_guest(&guest).await?;
             }
             Ok(())
         })
         .await
     }
 
-    /// Stops the CPUs. Returns when they stand.
+    /// Stops the CPUs. Returns when they are stopped.
     pub async fn suspend(self: &Arc<Self>, caller: &Caller) -> Result<()> {
-        self.told(caller, "suspend", async {
-            let _turn = self.begin(caller, Action::Suspend, "suspend").await?;
-            let guest = self.listening_guest("suspend")?;
-            guest.instance.suspend().await.map_err(|e| self.failed("suspend", e))?;
-            self.sees(&guest, "suspend", |s| s.state != DomainState::Running).await
+        self.short(caller, &verb::SUSPEND, async {
+            let guest = self.guest()?;
+            guest.instance.suspend().await.map_err(|e| self.failed(verb::SUSPEND.word, e))?;
+            self.sees(&guest, verb::SUSPEND.word, |s| s.state != DomainState::Running).await
         })
         .await
     }
 
     /// Lets the CPUs go on. Returns when they run.
     pub async fn resume(self: &Arc<Self>, caller: &Caller) -> Result<()> {
-        self.told(caller, "resume", async {
-            let _turn = self.begin(caller, Action::Suspend, "resume").await?;
-            let guest = self.guest()?;
-            self.refuse_unless_paused()?;
-            guest.instance.resume().await.map_err(|e| self.failed("resume", e))?;
-            self.sees(&guest, "resume", |s| s.state == DomainState::Running).await
-        })
-        .await
+        self.short(caller, &verb::RESUME, async { self.resume_guest(&self.guest()?).await }).await
+    }
+
+    async fn resume_guest(&self, guest: &Guest) -> Result<()> {
+        guest.instance.resume().await.map_err(|e| self.failed(verb::RESUME.word, e))?;
+        self.sees(guest, verb::RESUME.word, |s| s.state == DomainState::Running).await
     }
 
     /// Waits until what the hypervisor has done is told. Something else may have undone it at once: that is not waited for
@@ -399,15 +351,11 @@ impl Domain {
     /// is cancelled, also one that is part of something else; whoever has the turn is asked to give up; a hypervisor that
     /// hangs is killed (or, if `graceful`, left: `TimedOut`).
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
-        self.told(caller, "destroy", async {
-            self.allow(caller, Action::Stop).await?;
-            {
-                let state = lock(&self.state);
-                match &state.starting {
-                    Some(starting) => starting.cancel.cancel(),
-                    None if state.sought.is_some() => {}
-                    None => drop(state.running()?),
-                }
+        self.logged(caller, &verb::DESTROY, async {
+            self.allow(caller, &verb::DESTROY).await?;
+            self.applies(&verb::DESTROY)?;
+            if let Some(starting) = &lock(&self.state).starting {
+                starting.cancel.cancel();
             }
             self.turn.ask_to_give_up();
             // What is under way ends in a moment; what waits for a file system is not waited for, once it can bring no guest.
@@ -433,12 +381,12 @@ impl Domain {
     /// has the turn sees to that itself.
     async fn brings_none_back(self: &Arc<Self>) {
         let never = CancellationToken::new();
-        if let Some(_turn) = self.turn.try_take("destroy", &never) {
+        if let Some(_turn) = self.turn.try_take(verb::DESTROY.word, &never) {
             return self.wants_no_guest().await;
         }
         let domain = self.clone();
         tokio::spawn(async move {
-            if let Ok(_turn) = domain.turn.take("destroy", &never).await {
+            if let Ok(_turn) = domain.turn.take(verb::DESTROY.word, &never).await {
                 domain.wants_no_guest().await;
             }
         });
@@ -470,29 +418,6 @@ impl Domain {
         if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
             guest.ending = None;
         }
-    }
-
-    /// The guest, if its CPUs run, so that it can hear what it is asked.
-    fn listening_guest(&self, deed: &str) -> Result<Guest> {
-        let guest = self.guest()?;
-        let state = lock(&self.state);
-        let remedy = match state.state {
-            DomainState::Running | DomainState::Idle => return Ok(guest),
-            DomainState::Paused => "resume it first, or destroy it",
-            DomainState::PmSuspended => "it sleeps; wake it first, or destroy it",
-            _ => "reset or destroy it",
-        };
-        Err(state.refusal(deed, remedy))
-    }
-
-    fn refuse_unless_paused(&self) -> Result<()> {
-        let state = lock(&self.state);
-        let remedy = match state.state {
-            DomainState::Paused | DomainState::PmSuspended => return Ok(()),
-            DomainState::Running | DomainState::Idle => "there is nothing to resume",
-            _ => "reset or destroy it",
-        };
-        Err(state.refusal("resume", remedy))
     }
 
     fn failed(&self, deed: &str, e: DriverError) -> Error {
@@ -551,12 +476,6 @@ impl State {
     pub(super) fn runs(&self, id: u32) -> bool {
         self.guest.as_ref().is_some_and(|guest| guest.id == id)
     }
-
-    /// What it does now does not allow `deed`.
-    fn refusal(&self, deed: &str, remedy: &str) -> Error {
-        let (name, state) = (&self.name, self.state);
-        Error::OperationInvalid(format!("cannot {deed} domain '{name}' while it is {state}: {remedy}"))
-    }
 }
 
 /// What a guest is started from.
@@ -598,14 +517,4 @@ impl Told {
             }
         }
     }
-}
-
-/// Fires `cancel` when the caller leaves; ends with the job.
-pub(super) fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
-    let (departed, cancel) = (caller.departed.clone(), cancel.clone());
-    tokio::spawn(async move {
-        if cancel.run_until_cancelled(departed.cancelled()).await.is_some() {
-            cancel.cancel();
-        }
-    });
 }

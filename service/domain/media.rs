@@ -1,8 +1,9 @@
 //! What lies in a drive: changed while the guest runs, in what is stored, or both.
 
 use super::{Affect, Domain};
-use crate::authz::{Action, Caller};
+use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::verb;
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::DiskDevice;
@@ -15,8 +16,7 @@ impl Domain {
     /// meant; without a source the drive is emptied. All configurations that `affect` means, or none.
     /// Errors: `NoSuchDevice`, `OperationUnsupported` where more than the medium would change.
     pub async fn update_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<()> {
-        self.told(caller, "update device", async {
-            let _turn = self.begin(caller, Action::Device, "update device").await?;
+        self.short(caller, &verb::UPDATE_DEVICE, async {
             let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
             if device.name != "disk" {
                 return Err(Error::OperationUnsupported(format!(
@@ -25,7 +25,7 @@ impl Domain {
                     shorten(&device.name)
                 )));
             }
-            let (live, stored) = self.affected("update device", affect)?;
+            let (live, stored) = self.affected(&verb::UPDATE_DEVICE, affect)?;
             let before = live.clone();
             let live = live.map(|def| self.with_medium(&def, &device)).transpose()?;
             let mut stored = stored.map(|def| self.with_medium(&def, &device)).transpose()?;

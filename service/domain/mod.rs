@@ -1,10 +1,11 @@
-//! `Domain`: its state, the door to change it (`begin`), and the only reader of what its hypervisor reports (`follow`).
+//! `Domain`: its state, and the only reader of what its hypervisor reports (`follow`).
 //!
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
 mod broken;
 mod can;
+mod change;
 mod config;
 mod found;
 mod lifecycle;
@@ -17,18 +18,19 @@ pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
 
-use crate::authz::{Action, Caller, Subject};
+use crate::authz::Subject;
 use crate::error::{Error, Result};
-use crate::events::{DomainFacts, Event};
+use crate::events::Event;
+use crate::facts::DomainFacts;
 use crate::images;
-use crate::job::{Held, Turn, lock};
-use crate::shared::{Shared, millis, now_usec};
+use crate::lock::lock;
+use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note, StatusFile, on_disk};
+use crate::time::now_usec;
+use crate::turn::Turn;
 use reports::Reports;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{Driver, DriverEvent, Exit, Instance};
@@ -250,32 +252,6 @@ impl Domain {
             owner: Some(self.owner),
             snapshot_name: None,
         }
-    }
-
-    /// Asks for permission, and says no to a domain that has gone.
-    async fn allow(&self, caller: &Caller, action: Action) -> Result<()> {
-        self.still_here()?;
-        self.shared.authority.check(caller, action, &self.subject()).await?;
-        let state = lock(&self.state);
-        state.still_here()?;
-        state.sound_for(action)
-    }
-
-    /// The one door to a short change: permission, then the turn. `deed` is what others are told keeps them waiting.
-    async fn begin(self: &Arc<Self>, caller: &Caller, action: Action, deed: &str) -> Result<Held> {
-        self.allow(caller, action).await?;
-        let held = self.take_turn(deed, &CancellationToken::new()).await?;
-        // What only stops or goes on, and what gives all of it up, waits for nothing to be mended.
-        if !matches!(action, Action::Stop | Action::Suspend | Action::Delete) {
-            self.soon_made_whole().await?;
-        }
-        Ok(held)
-    }
-
-    async fn take_turn(&self, deed: &str, give_up: &CancellationToken) -> Result<Held> {
-        let held = self.turn.take(deed, give_up).await.map_err(|job| Error::Busy { domain: self.name(), job })?;
-        self.still_here()?;
-        Ok(held)
     }
 
     /// A domain may go while somebody waits for it.
@@ -518,28 +494,6 @@ impl Domain {
         });
         if let Err(e) = forgotten.await {
             tracing::warn!(%uuid, "{e}");
-        }
-    }
-
-    /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
-    pub(crate) async fn told<T>(
-        &self,
-        caller: &Caller,
-        deed: &str,
-        work: impl Future<Output = Result<T>>,
-    ) -> Result<T> {
-        let begun = Instant::now();
-        let result = work.await;
-        self.log(caller, deed, begun, result.as_ref().err());
-        result
-    }
-
-    pub(crate) fn log(&self, caller: &Caller, deed: &str, begun: Instant, failure: Option<&Error>) {
-        let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
-        let duration_ms = millis(begun);
-        match failure {
-            None => tracing::info!(%uuid, name, uid, action = deed, outcome = "done", duration_ms, "domain"),
-            Some(e) => tracing::warn!(%uuid, name, uid, action = deed, outcome = %e.public(), duration_ms, "domain"),
         }
     }
 }

@@ -23,6 +23,12 @@ pub trait Driver: Send + Sync {
     /// The name on the bus, e.g. `qemu`.
     fn name(&self) -> &'static str;
 
+    /// The members of `org.virt.Domain` that it has no way to do, whatever the domain: they answer `OperationUnsupported`,
+    /// and `Can` says `na`.
+    fn lacks(&self) -> &'static [&'static str] {
+        &[]
+    }
+
     /// The `<domain type='…'>` values it serves.
     fn types(&self) -> &'static [&'static str];
 
@@ -209,6 +215,11 @@ pub trait Instance: Any + Send + Sync {
 
     /// Lets the CPUs go on; reports `Resumed`.
     async fn resume(&self) -> Result<(), DriverError>;
+
+    /// Sends the guest's CPUs a non-maskable interrupt. Returns when it is sent.
+    async fn inject_nmi(&self) -> Result<(), DriverError> {
+        Err(DriverError::Unsupported("this driver cannot send a non-maskable interrupt".to_owned()))
+    }
 
     /// Ends the guest and returns when its process has gone; `Exited` has then been reported. A hypervisor that does not
     /// listen is killed, unless `graceful`: then [`DriverError::TimedOut`] and the guest is as before. Works whatever

@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
-use virt_drivers::test::TestDriver;
+use virt_drivers::test::{Asked, TestDriver};
 use virt_model::domain::Form;
 use virt_model::driver::{DriverError, ShutdownMode};
 use virt_model::state::DomainState;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
-use virt_service::events::{DomainFacts, Event};
-use virt_service::job::JobState;
+use virt_service::events::Event;
+use virt_service::facts::{DomainFacts, JobState};
+use virt_service::verb;
 use virt_service::{Affect, Callers, Domain, Limits, Paths, Service, Settings, StartOptions, UndefineOptions};
 use virt_service::{CreateOptions, DeleteOptions, Force, RevertOptions};
 
@@ -442,6 +443,46 @@ async fn can_tells_without_asking_a_person() {
 }
 
 #[tokio::test]
+async fn can_knows_methods_of_snapshots_and_of_the_service() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let (_, ticket) = domain
+        .create_snapshot(&world.alice(), "<domainsnapshot><name>one</name></domainsnapshot>", CreateOptions::default())
+        .await
+        .unwrap();
+    ticket.done().await.unwrap();
+    assert_eq!(domain.can_with_snapshot(&world.alice(), "one", "Revert").await.unwrap(), "yes");
+    assert!(matches!(
+        domain.can_with_snapshot(&world.alice(), "two", "Revert").await,
+        Err(Error::NoSuchSnapshot { .. })
+    ));
+    assert_eq!(world.service.can(&world.alice(), "DefineDomain").await.unwrap(), "yes");
+    world.notary.only_reads.store(true, Ordering::Relaxed);
+    assert_eq!(domain.can_with_snapshot(&world.alice(), "one", "Delete").await.unwrap(), "no");
+    assert_eq!(domain.can_with_snapshot(&world.alice(), "one", "CheckDelete").await.unwrap(), "yes");
+    assert_eq!(world.service.can(&world.alice(), "CreateDomain").await.unwrap(), "no");
+    assert_eq!(world.service.can(&world.alice(), "ListDomains").await.unwrap(), "yes");
+    assert!(matches!(world.service.can(&world.alice(), "Revert").await, Err(Error::InvalidArgument(_))));
+}
+
+#[tokio::test]
+async fn a_question_to_the_hypervisor_runs_in_the_frame_of_all_verbs() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let (verb, ask) = verb::ASKS.iter().find(|(verb, _)| **verb == verb::INJECT_NMI).unwrap();
+    assert_eq!(domain.can(&world.alice(), verb.member).await.unwrap(), "na");
+    let refused = domain.ask(&world.alice(), verb, *ask).await.unwrap_err();
+    assert!(matches!(refused, Error::OperationInvalid(_)), "{refused}");
+    domain.start(&world.alice(), StartOptions::default()).await.unwrap().done().await.unwrap();
+    domain.ask(&world.alice(), verb, *ask).await.unwrap();
+    assert_eq!(world.driver.guest(domain.uuid()).unwrap().asked(), Some(Asked::Interrupted));
+    world.notary.refuses.store(true, Ordering::Relaxed);
+    assert!(matches!(domain.ask(&world.alice(), verb, *ask).await, Err(Error::AccessDenied(_))));
+}
+
+#[tokio::test]
 async fn documents_are_compared_completed_and_not_held_against_the_host() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
@@ -671,6 +712,7 @@ async fn with_snapshot(world: &World, name: &str) -> Arc<Domain> {
 
 async fn take(world: &World, domain: &Arc<Domain>, name: &str) {
     let document = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
+    domain.start(&world.alice(), StartOptions::default()).await.unwrap().done().await.unwrap();
     let (_, ticket) = domain.create_snapshot(&world.alice(), &document, CreateOptions::default()).await.unwrap();
     ticket.done().await.unwrap();
 }

@@ -105,7 +105,7 @@ async fn a_guest_is_started_paused_and_goes_on_when_resumed() {
     assert!(text.contains("'paused'") && text.contains("running"), "{text}");
     let (name, text) = domain.run("Start").await.expect_err("it runs");
     assert_eq!(name, "org.virt.Error.OperationInvalid");
-    assert!(text.contains("already active"), "{text}");
+    assert!(text.contains("active already"), "{text}");
     domain.run("Destroy").await.expect("destroyed");
     assert_eq!(domain.state().await, ("shutoff".into(), "destroyed".into()));
     let (name, _) = domain.run("Destroy").await.expect_err("it is off");

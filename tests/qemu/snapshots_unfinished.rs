@@ -99,7 +99,7 @@ async fn a_revert_that_cannot_be_written_down_is_finished_before_anything_else()
     // Images have been brought there, so what was begun is finished.
     std::fs::rename(&away, away.with_extension("")).expect("there again");
     let (_, why) = player.domain.run("Start").await.expect_err("it runs by now");
-    assert!(why.contains("already active"), "{why}");
+    assert!(why.contains("active already"), "{why}");
     assert_eq!(trial.title().await, "then");
     tick.goes_on().await;
     let names: Vec<String> = player.list(options([])).await;

@@ -34,7 +34,7 @@ use virt_model::device::disk::DiskDevice;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
 use virt_model::domain::DomainDef;
 use virt_model::domain::os::BootDevice;
-use virt_model::xml::{Finding, FindingKind};
+use virt_model::xml::{Finding, refusals};
 
 pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
@@ -134,11 +134,7 @@ pub struct Nvram {
 /// The command line for a completed definition. A live one (see [`go_live`]) is taken as it is; of a stored one, ports are
 /// those that would be tried first. Errors are what `check` finds.
 pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Command, Vec<Finding>> {
-    let mut findings = check::check(def, caps);
-    findings.retain(|finding| finding.kind != FindingKind::Warning);
-    if !findings.is_empty() {
-        return Err(findings);
-    }
+    refusals(check::check(def, caps))?;
     let mut live = def.clone();
     let encrypts = caps.site.certificates(End::Server).is_ok();
     go_live(&mut live, &mut Chosen { runtime_dir: place.runtime_dir, encrypts, free_port: &mut |_, _| true })?;

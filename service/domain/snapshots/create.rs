@@ -4,12 +4,13 @@ use super::{Domain, fate};
 use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
 use crate::images;
-use crate::job::{Job, Ticket, lock};
-use crate::shared::now_usec;
+use crate::job::{Job, Ticket};
+use crate::lock::lock;
 use crate::store::{Deed, Record};
+use crate::time::now_usec;
+use crate::verb;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 use virt_model::device::disk::DiskKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -109,12 +110,7 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
-        let begun = Instant::now();
-        let accepted = self.accept_snapshot(caller, xml, options).await;
-        if let Err(e) = &accepted {
-            self.log(caller, "create snapshot", begun, Some(e));
-        }
-        accepted
+        self.accepted(caller, &verb::CREATE_SNAPSHOT, self.accept_snapshot(caller, xml, options)).await
     }
 
     async fn accept_snapshot(
@@ -123,7 +119,7 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
-        self.allow(caller, Action::Snapshot).await?;
+        self.allow(caller, &verb::CREATE_SNAPSHOT).await?;
         options.check()?;
         let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
         let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
@@ -133,10 +129,8 @@ impl Domain {
         let name = self.snapshot_name(&doc);
         self.planned_for(caller, &doc, &name, &options).await?;
         let (keep, leave) = ((!options.no_metadata).then(|| name.clone()), options.cancel_on_disconnect);
-        let ticket = self.in_job(caller, "snapshot-create", leave, move |domain, job| async move {
-            domain.take_snapshot(&doc, &name, &options, job).await
-        })?;
-        Ok((keep, ticket))
+        let job = self.change(caller, &verb::CREATE_SNAPSHOT).open(leave)?;
+        Ok((keep, job.run(async move |domain, job| domain.take_snapshot(&doc, &name, &options, job).await)))
     }
 
     /// Whether one of these files is, or is to be, another machine's.
@@ -162,7 +156,7 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<Result<CreateCheck>> {
-        self.allow(caller, Action::Read).await?;
+        self.allow(caller, &verb::CHECK_CREATE).await?;
         let planned = async {
             options.check()?;
             let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
@@ -203,7 +197,7 @@ impl Domain {
         let outline = self.outline(doc, name, options).await?;
         if outline.names_the_hosts(options) || self.others_name(&outline.files()) {
             // That is for those who may name any file in a configuration.
-            self.allow(caller, Action::Define).await?;
+            self.allow_action(caller, Action::Define).await?;
         }
         self.think_through(outline).await
     }

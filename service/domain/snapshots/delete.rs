@@ -2,15 +2,16 @@
 
 use super::plan::{Plan, told};
 use super::{Domain, DomainJournal, State};
-use crate::authz::{Action, Caller};
+use crate::authz::Caller;
 use crate::domain::lifecycle::Creation;
 use crate::error::{Error, Result};
 use crate::images;
-use crate::job::{Job, Ticket, lock};
+use crate::job::{Job, Ticket};
+use crate::lock::lock;
 use crate::store::{Deed, Record, on_disk};
+use crate::verb;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
 use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -39,22 +40,18 @@ impl Domain {
         name: &str,
         options: DeleteOptions,
     ) -> Result<Ticket> {
-        let begun = Instant::now();
-        let accepted = async {
+        self.accepted(caller, &verb::DELETE, async {
             self.snapshot(name)?;
-            self.allow_snapshot(caller, Action::Snapshot, name).await?;
+            self.allow_snapshot(caller, &verb::DELETE, name).await?;
             self.may_delete(name, options).await?;
             let name = name.to_owned();
-            self.in_job(caller, "snapshot-delete", options.cancel_on_disconnect, move |domain, job| async move {
+            let job = self.change(caller, &verb::DELETE).open(options.cancel_on_disconnect)?;
+            Ok(job.run(async move |domain, job| {
                 domain.may_delete(&name, options).await?;
                 domain.delete_all(&name, options, job).await
-            })
-        };
-        let accepted = accepted.await;
-        if let Err(e) = &accepted {
-            self.log(caller, "delete snapshot", begun, Some(e));
-        }
-        accepted
+            }))
+        })
+        .await
     }
 
     /// What a deletion would do, as far as that can be told, and why it would be refused. Changes nothing.
@@ -65,7 +62,7 @@ impl Domain {
         options: DeleteOptions,
     ) -> Result<(Plan, Option<Error>)> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, Action::Read, name).await?;
+        self.allow_snapshot(caller, &verb::CHECK_DELETE, name).await?;
         Ok(self.plan_delete(name, options).await.unwrap_or_else(|refusal| (Plan::default(), Some(refusal))))
     }
 

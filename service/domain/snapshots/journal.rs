@@ -1,7 +1,8 @@
 //! Where an operation on snapshots tells how far it is: on disk, for the next virtd, and to its job, for people.
 
 use crate::error::{Error, Result};
-use crate::job::{Job, lock};
+use crate::job::Job;
+use crate::lock::lock;
 use crate::shared::Shared;
 use crate::store::{Deed, Intent, on_disk};
 use async_trait::async_trait;

@@ -20,17 +20,19 @@ pub use delete::DeleteOptions;
 pub use plan::{Force, Plan, RevertOptions};
 
 use super::{Domain, State};
-use crate::authz::{Action, Caller, Subject};
+use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
-use crate::events::{Event, SnapshotFacts};
+use crate::events::Event;
+use crate::facts::SnapshotFacts;
 use crate::images;
-use crate::job::{Job, Ticket, lock};
+use crate::job::Job;
+use crate::lock::lock;
 use crate::store::{Loaded, Record, on_disk};
+use crate::verb;
 use journal::DomainJournal;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::{DiskMode, FileFate, Kept, Machine, MemoryMode, Snapshots};
@@ -213,9 +215,9 @@ impl Domain {
     /// A snapshot's document.
     pub async fn snapshot_xml(&self, caller: &Caller, name: &str, secure: bool) -> Result<String> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, Action::Read, name).await?;
+        self.allow_snapshot(caller, &verb::SNAPSHOT_XML, name).await?;
         if secure {
-            self.allow_snapshot(caller, Action::ReadSecure, name).await?;
+            self.allow_snapshot_action(caller, Action::ReadSecure, name).await?;
         }
         let (mut record, parent) = {
             let state = lock(&self.state);
@@ -246,15 +248,8 @@ impl Domain {
         }
     }
 
-    async fn allow_snapshot(&self, caller: &Caller, action: Action, name: &str) -> Result<()> {
-        self.still_here()?;
-        let subject = Subject { snapshot_name: Some(name.to_owned()), ..self.subject() };
-        self.shared.authority.check(caller, action, &subject).await?;
-        self.still_here()
-    }
-
     /// The driver's part.
-    fn takes_snapshots(&self) -> Result<&dyn Snapshots> {
+    pub(super) fn takes_snapshots(&self) -> Result<&dyn Snapshots> {
         self.driver.snapshots().ok_or_else(|| {
             let (name, driver) = (self.name(), self.driver.name());
             Error::OperationUnsupported(format!("domain '{name}': the driver '{driver}' cannot take snapshots"))
@@ -322,56 +317,6 @@ impl Domain {
     /// Whether there are any of which it is not known what they stand on.
     fn has_unreadable(&self) -> bool {
         lock(&self.state).snapshots.tree.iter().any(|node| node.content.def.is_err())
-    }
-
-    /// Opens a job and does `work` in it when the turn comes. Checks that can be made beforehand have been made.
-    fn in_job<F, W>(
-        self: &Arc<Self>,
-        caller: &Caller,
-        operation: &'static str,
-        cancel_on_disconnect: bool,
-        work: W,
-    ) -> Result<Ticket>
-    where
-        F: Future<Output = Result<()>> + Send,
-        W: FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static,
-    {
-        let cancel = CancellationToken::new();
-        let (job, ticket) = self.shared.jobs.open(caller, self.uuid, operation, cancel.clone())?;
-        if cancel_on_disconnect {
-            super::lifecycle::cancel_when_gone(caller, &cancel);
-        }
-        let (domain, caller) = (self.clone(), caller.clone());
-        tokio::spawn(async move {
-            let (begun, job) = (Instant::now(), Arc::new(job));
-            let result = domain.clone().with_turn(operation, &job, work).await;
-            domain.log(&caller, operation, begun, result.as_ref().err());
-            job.finish_shared(result);
-        });
-        Ok(ticket)
-    }
-
-    async fn with_turn<F, W>(self: Arc<Self>, operation: &'static str, job: &Arc<Job>, work: W) -> Result<()>
-    where
-        F: Future<Output = Result<()>> + Send,
-        W: FnOnce(Arc<Domain>, Arc<Job>) -> F,
-    {
-        let cancelled = || Error::Cancelled(format!("the {operation} of domain '{}' was cancelled", self.name()));
-        let turn = tokio::select! {
-            turn = self.take_turn(operation, job.cancel_token()) => turn?,
-            () = job.cancel_token().cancelled() => return Err(cancelled()),
-        };
-        turn.rename(job.label(operation));
-        job.running();
-        self.made_whole().await?;
-        let done = work(self.clone(), job.clone()).await;
-        if job.cancel_token().is_cancelled() {
-            self.wants_no_guest().await;
-        }
-        // Where the guest stood for it and went on, that is told before the answer.
-        self.all_told().await;
-        drop(turn);
-        done
     }
 
     /// The journal of what is done in a job.

@@ -1,16 +1,19 @@
 //! What a revert would do: the matrix of what runs, what the snapshot holds, and what is wanted, as one function.
 
 use super::{Domain, fate};
-use crate::authz::{Action, Caller};
+use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::images;
-use crate::job::lock;
+use crate::lock::lock;
+use crate::verb;
 use std::path::PathBuf;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
+use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{DiskMode, FileChange, FileFate, Kept, Machine, MemoryMode, RevertPlan};
 use virt_model::snapshot::{SnapshotDef, SnapshotState};
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, Started, Stopped, Suspended};
+use virt_model::xml::refusals;
 
 /// How a domain is reverted.
 #[derive(Clone, Debug, Default)]
@@ -88,7 +91,7 @@ impl Domain {
     /// What a revert would do; an error where it would be refused whatever is forced. Changes nothing.
     pub async fn check_revert(&self, caller: &Caller, name: &str, options: &RevertOptions) -> Result<Result<Plan>> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, Action::Read, name).await?;
+        self.allow_snapshot(caller, &verb::CHECK_REVERT, name).await?;
         options.check()?;
         Ok(self.plan_revert(name, options).await.map(|planned| planned.plan))
     }
@@ -204,17 +207,15 @@ impl Domain {
 
     /// The configuration to go back to is one that can be started here, and all that it needs of the host is there.
     async fn would_start(&self, def: &DomainDef) -> Result<()> {
-        let mut findings = self.driver.check(def).await;
-        findings.retain(|finding| finding.kind != virt_model::xml::FindingKind::Warning);
-        let able = match findings.is_empty() {
-            true => self.driver.has_files(def, true).await,
-            false => Err(virt_model::driver::DriverError::Config(findings)),
+        let able = match refusals(self.driver.check(def).await) {
+            Ok(()) => self.driver.has_files(def, true).await,
+            Err(findings) => Err(DriverError::Config(findings)),
         };
         able.map_err(|e| Error::from_driver(&def.name, "start the snapshot of", e))
     }
 
     /// Refuses a revert whose risks have not all been accepted.
-    pub(super) fn accepted(&self, name: &str, plan: &Plan) -> Result<()> {
+    pub(super) fn accept_risks(&self, name: &str, plan: &Plan) -> Result<()> {
         if plan.unaccepted.is_empty() {
             return Ok(());
         }

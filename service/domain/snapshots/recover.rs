@@ -3,9 +3,10 @@
 use super::{Domain, DomainJournal, Kept};
 use crate::domain::StartOptions;
 use crate::error::{Error, Result};
-use crate::job::{PATIENCE, lock};
+use crate::lock::lock;
 use crate::shared::virtd_itself;
 use crate::store::{Deed, Intent, Record, on_disk};
+use crate::turn::PATIENCE;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;

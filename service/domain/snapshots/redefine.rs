@@ -4,8 +4,10 @@ use super::create::refused;
 use super::{CreateOptions, Domain, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
-use crate::job::{Ticket, lock};
+use crate::job::Ticket;
+use crate::lock::lock;
 use crate::store::Record;
+use crate::verb;
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
@@ -21,19 +23,20 @@ impl Domain {
         options: &CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
         // The configuration in it is one that a revert would make the domain's.
-        self.allow(caller, Action::Define).await?;
+        self.allow_action(caller, Action::Define).await?;
         let record = self.restored(doc.clone(), options)?;
         if let Ok(def) = &record.def {
             self.keepable(def.clone()).await?;
         }
         if record.def.as_ref().is_ok_and(|def| machines(def).any(DomainDef::has_native_arguments)) {
-            self.allow(caller, Action::Native).await?;
+            self.allow_action(caller, Action::Native).await?;
         }
         let (name, options) = (record.name.clone(), options.clone());
-        let ticket = self.in_job(caller, "snapshot-create", false, move |domain, _| async move {
+        let job = self.change(caller, &verb::CREATE_SNAPSHOT).open(false)?;
+        let ticket = job.run(async move |domain, _| {
             let record = domain.restored(doc, &options)?;
             domain.restore(record, options.current).await
-        })?;
+        });
         Ok((Some(name), ticket))
     }
 

@@ -3,15 +3,16 @@
 use super::create::switch_disks;
 use super::plan::{Planned, renamed};
 use super::{Domain, DomainJournal, RevertOptions};
-use crate::authz::{Action, Caller};
+use crate::authz::Caller;
 use crate::domain::lifecycle::{Origin, StartOptions};
 use crate::error::{Error, Result};
-use crate::job::{Job, Ticket, lock};
-use crate::shared::now_usec;
+use crate::job::{Job, Ticket};
+use crate::lock::lock;
 use crate::store::{Deed, Record};
+use crate::time::now_usec;
+use crate::verb;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -23,30 +24,26 @@ impl Domain {
     /// Reverts to a snapshot. Everything that can be checked is checked before it is accepted; the ticket answers when it
     /// is done. Errors: `RevertRisky` names the risks that `force` has not accepted; nothing has changed then.
     pub async fn revert(self: &Arc<Self>, caller: &Caller, name: &str, options: RevertOptions) -> Result<Ticket> {
-        let begun = Instant::now();
-        let accepted = self.accept_revert(caller, name, options).await;
-        if let Err(e) = &accepted {
-            self.log(caller, "revert", begun, Some(e));
-        }
-        accepted
+        self.accepted(caller, &verb::REVERT, self.accept_revert(caller, name, options)).await
     }
 
     async fn accept_revert(self: &Arc<Self>, caller: &Caller, name: &str, options: RevertOptions) -> Result<Ticket> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, Action::Revert, name).await?;
+        self.allow_snapshot(caller, &verb::REVERT, name).await?;
         options.check()?;
         if let Ok((_, SnapshotDef { domain: Some(then), .. })) = self.usable_snapshot(name) {
             self.driver.learn(&then).await;
         }
         let planned = self.plan_revert(name, &options).await?;
-        self.accepted(name, &planned.plan)?;
+        self.accept_risks(name, &planned.plan)?;
         let (name, who) = (name.to_owned(), caller.clone());
-        self.in_job(caller, "snapshot-revert", options.cancel_on_disconnect, move |domain, job| async move {
+        let job = self.change(caller, &verb::REVERT).open(options.cancel_on_disconnect)?;
+        Ok(job.run(async move |domain, job| {
             // The domain may have become another while we waited for our turn.
             let planned = domain.plan_revert(&name, &options).await?;
-            domain.accepted(&name, &planned.plan)?;
+            domain.accept_risks(&name, &planned.plan)?;
             domain.go_back(&who, planned, &options, job).await
-        })
+        }))
     }
 
     async fn go_back(
@@ -325,7 +322,7 @@ impl Domain {
         let live = renamed(&reverted.def, &self.name());
         let origin = Origin::Snapshot(from.map(Box::new));
         // Boxed: a start is large, and this lies deep in what may already be one.
-        Box::pin(self.start_guest(live, caller, options, origin, cancel)).await
+        Box::pin(self.start_guest(Arc::new(live), caller, options, origin, cancel)).await
     }
 
     /// It was shut off before, or its guest has been ended for this.

@@ -65,6 +65,12 @@ impl Finding {
     }
 }
 
+/// Refuses what a check found, warnings apart: the error is what is left without them.
+pub fn refusals(mut findings: Vec<Finding>) -> Result<(), Vec<Finding>> {
+    findings.retain(|finding| finding.kind != FindingKind::Warning);
+    if findings.is_empty() { Ok(()) } else { Err(findings) }
+}
+
 impl std::fmt::Display for Finding {
     /// `line L, column C: path: what is wrong`
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

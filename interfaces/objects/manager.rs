@@ -1,66 +1,52 @@
 //! `org.virt.Manager`: look up, list, define, create.
 
+use super::domain::start_options;
+use super::job::finish;
+use super::{Members, paths, properties};
 use crate::bus::answers::ROOT;
-use crate::bus::call::{Call, Handler, Options, Outcome};
+use crate::bus::call::{Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
 use crate::bus::table::Offer;
-use crate::bus::wire::{Field, Row, Value};
-use crate::domain::{finish, start_options};
 use crate::error::Error;
-use crate::{domain, job};
 use std::sync::Arc;
 use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind};
-use virt_service::events::DomainFacts;
+use virt_service::facts::DomainFacts;
+use virt_service::verb;
 use virt_service::{Domain, Service};
 use zbus::ObjectPath;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Manager";
 
-const FIELDS: &[Field] = &[("Version", "s"), ("Drivers", "as")];
+properties! {
+    drivers: [&str] {
+        "Version" = Str(env!("CARGO_PKG_VERSION"));
+        "Drivers" = Strs(drivers);
+    }
+}
 
 /// What is published of the service as a whole.
 pub fn object(drivers: &[&str]) -> Object {
-    let values = [Value::Str(env!("CARGO_PKG_VERSION")), Value::Strs(drivers)];
-    Object { path: ROOT.into(), interface: INTERFACE, row: Row::new(FIELDS, &values), facts: Facts::Fixed }
+    Object { path: ROOT.into(), interface: INTERFACE, row: row(drivers), facts: Facts::Fixed }
 }
 
 /// What there is for each member.
 pub fn offer(service: &Arc<Service>) -> Offer {
-    let methods = vec![
-        change(service, "DefineDomain", define_domain),
-        change(service, "CreateDomain", create_domain),
-        read(service, "GetDomain", get_domain),
-        read(service, "GetDomainByName", get_domain_by_name),
-        read(service, "GetDomainById", get_domain_by_id),
-        read(service, "ListDomains", list_domains),
-        read(service, "ValidateDomain", validate_domain),
-        read(service, "CompareDomains", compare_domains),
-        read(service, "DomainToNative", domain_to_native),
-        read(service, "GetJobs", get_jobs),
-        read(service, "GetCapabilities", get_capabilities),
-    ];
-    let signals = &[("DomainLifecycle", "ossss")];
-    Offer { interface: INTERFACE, methods, setters: Vec::new(), fields: FIELDS, signals }
-}
-
-/// A member that changes nothing.
-fn read<F>(service: &Arc<Service>, member: &'static str, run: fn(Arc<Service>, Call) -> F) -> Handler
-where
-    F: Future<Output = Outcome> + Send + 'static,
-{
-    let service = service.clone();
-    Handler::new(member, move |call| run(service.clone(), call))
-}
-
-/// A member that may: its answer, good or bad, follows the signals of what it did.
-fn change<F>(service: &Arc<Service>, member: &'static str, run: fn(Arc<Service>, Call) -> F) -> Handler
-where
-    F: Future<Output = Outcome> + Send + 'static,
-{
-    let (service, events) = (service.clone(), service.events().clone());
-    Handler::change(member, events, move |call| run(service.clone(), call))
+    Members::new(service, |service, _| Ok(service.clone()))
+        .method(&verb::DEFINE, define_domain)
+        .method(&verb::CREATE, create_domain)
+        .method(&verb::GET_DOMAIN, get_domain)
+        .method(&verb::GET_BY_NAME, get_domain_by_name)
+        .method(&verb::GET_BY_ID, get_domain_by_id)
+        .method(&verb::LIST, list_domains)
+        .method(&verb::VALIDATE, validate_domain)
+        .method(&verb::COMPARE, compare_domains)
+        .method(&verb::NATIVE, domain_to_native)
+        .method(&verb::JOBS, get_jobs)
+        .method(&verb::CAPABILITIES, get_capabilities)
+        .method(&verb::MANAGER_CAN, can)
+        .offer(INTERFACE, FIELDS, &[("DomainLifecycle", "ossss")])
 }
 
 async fn define_domain(service: Arc<Service>, call: Call) -> Outcome {
@@ -120,16 +106,21 @@ async fn domain_to_native(service: Arc<Service>, call: Call) -> Outcome {
 
 async fn get_jobs(_: Arc<Service>, call: Call) -> Outcome {
     call.listing(|objects| {
-        let jobs = objects.below("/org/virt/job").filter_map(|object| job::number(&object.path));
+        let jobs = objects.below("/org/virt/job").filter_map(|object| paths::job_number(&object.path));
         let mut numbers: Vec<u64> = jobs.collect();
         numbers.sort_unstable();
-        numbers.into_iter().map(job::path).filter_map(|path| ObjectPath::try_from(path).ok()).collect::<Vec<_>>()
+        numbers.into_iter().filter_map(|id| paths::argument(paths::job(id)).ok()).collect::<Vec<_>>()
     })
 }
 
 async fn get_capabilities(service: Arc<Service>, call: Call) -> Outcome {
     let driver: String = call.read()?;
     call.reply(&service.capabilities(&driver).await?)
+}
+
+async fn can(service: Arc<Service>, call: Call) -> Outcome {
+    let method: String = call.read()?;
+    call.reply(&service.can(call.caller(), &method).await?)
 }
 
 /// Which domains `ListDomains` is to list.
@@ -190,5 +181,5 @@ fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
 }
 
 fn path(domain: &Domain) -> Result<ObjectPath<'static>, Error> {
-    ObjectPath::try_from(domain::path(domain.uuid())).map_err(|error| Error::internal(error.to_string()))
+    paths::argument(paths::domain(domain.uuid()))
 }

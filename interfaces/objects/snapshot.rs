@@ -1,135 +1,100 @@
 //! `org.virt.Snapshot`: translation between the bus and a domain's snapshots.
 
+use super::job::finish;
+use super::{Members, paths, properties};
 use crate::bus::answers::no_object;
-use crate::bus::call::{Call, FlagOrTexts, Handler, Options, Outcome};
+use crate::bus::call::{Call, FlagOrTexts, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
-use crate::bus::wire::{Field, Row, Value, escape, unescape};
-use crate::domain;
 use crate::error::Error;
 use std::collections::HashMap;
 use std::sync::Arc;
-use uuid::Uuid;
 use virt_service::error::Error as ServiceError;
-use virt_service::events::SnapshotFacts;
+use virt_service::facts::SnapshotFacts;
+use virt_service::verb;
 use virt_service::{CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, Service};
 use zbus::Variant;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Snapshot";
 
-const FOLDER: &str = "/snapshot/";
-
-const FIELDS: &[Field] = &[
-    ("Name", "s"),
-    ("Domain", "o"),
-    ("Broken", "s"),
-    ("Description", "s"),
-    ("CreationTime", "t"),
-    ("State", "s"),
-    ("Parent", "o"),
-    ("Children", "ao"),
-    ("IsCurrent", "b"),
-    ("Memory", "s"),
-    ("Disks", "a(sss)"),
-];
-
-/// The path of a domain's snapshot.
-pub fn path(domain: Uuid, name: &str) -> String {
-    format!("{}{FOLDER}{}", domain::path(domain), escape(name))
+properties! {
+    f: SnapshotFacts {
+        "Name" = Str(&f.name);
+        "Domain" = Path(&paths::domain(f.domain));
+        "Broken" = Str(&f.broken);
+        "Description" = Str(&f.description);
+        "CreationTime" = U64(f.created_usec);
+        "State" = Str(f.state);
+        "Parent" = Path(&paths::snapshot_or_none(f.domain, f.parent.as_deref()));
+        "Children" = Paths(&f.children.iter().map(|name| paths::snapshot(f.domain, name)).collect::<Vec<_>>());
+        "IsCurrent" = Bool(f.is_current);
+        "Memory" = Str(f.memory);
+        "Disks" = Triples(&f.disks);
+    }
 }
 
 /// What is published of a snapshot.
 pub fn object(facts: &Arc<SnapshotFacts>) -> Object {
-    let parent = facts.parent.as_ref().map_or_else(|| "/".to_owned(), |name| path(facts.domain, name));
-    let children: Vec<String> = facts.children.iter().map(|name| path(facts.domain, name)).collect();
-    let values = [
-        Value::Str(&facts.name),
-        Value::Path(&domain::path(facts.domain)),
-        Value::Str(&facts.broken),
-        Value::Str(&facts.description),
-        Value::U64(facts.created_usec),
-        Value::Str(facts.state),
-        Value::Path(&parent),
-        Value::Paths(&children),
-        Value::Bool(facts.is_current),
-        Value::Str(facts.memory),
-        Value::Triples(&facts.disks),
-    ];
-    let row = Row::new(FIELDS, &values);
-    Object { path: path(facts.domain, &facts.name).into(), interface: INTERFACE, row, facts: Facts::Fixed }
+    let path = paths::snapshot(facts.domain, &facts.name).into();
+    Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Fixed }
 }
 
 /// What there is for each member.
 pub fn offer(service: &Arc<Service>) -> Offer {
-    let methods = vec![
-        handler(service, "Revert", revert, true),
-        handler(service, "CheckRevert", check_revert, false),
-        handler(service, "Delete", delete, true),
-        handler(service, "CheckDelete", check_delete, false),
-        handler(service, "GetXML", get_xml, false),
-    ];
-    Offer { interface: INTERFACE, methods, setters: Vec::new(), fields: FIELDS, signals: &[] }
+    Members::new(service, find)
+        .method(&verb::REVERT, revert)
+        .method(&verb::CHECK_REVERT, check_revert)
+        .method(&verb::DELETE, delete)
+        .method(&verb::CHECK_DELETE, check_delete)
+        .method(&verb::SNAPSHOT_XML, get_xml)
+        .method(&verb::SNAPSHOT_CAN, can)
+        .offer(INTERFACE, FIELDS, &[])
 }
 
-fn handler<F>(
-    service: &Arc<Service>,
-    member: &'static str,
-    run: fn(Arc<Domain>, String, Call) -> F,
-    changes: bool,
-) -> Handler
-where
-    F: Future<Output = Outcome> + Send + 'static,
-{
-    let (service, events) = (service.clone(), service.events().clone());
-    let found = move |call: Call| {
-        let service = service.clone();
-        async move {
-            let (domain, name) = find(&service, &call)?;
-            run(domain, name, call).await
-        }
-    };
-    if changes { Handler::change(member, events, found) } else { Handler::new(member, found) }
+/// A domain, and the name of a snapshot that it may have.
+type Found = (Arc<Domain>, String);
+
+fn find(service: &Arc<Service>, call: &Call) -> Result<Found, Error> {
+    let found = paths::snapshot_name(call.path()).and_then(|(domain, name)| Some((service.get(domain)?, name)));
+    found.ok_or_else(|| no_object(call.path()))
 }
 
-fn find(service: &Service, call: &Call) -> Result<(Arc<Domain>, String), Error> {
-    let found = || {
-        let (domain, label) = call.path().split_once(FOLDER)?;
-        Some((service.get(domain::uuid(domain)?)?, unescape(label)?))
-    };
-    found().ok_or_else(|| no_object(call.path()))
-}
-
-async fn revert(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+async fn revert((domain, name): Found, call: Call) -> Outcome {
     let (options, no_wait) = revert_options(call.options()?)?;
     let ticket = domain.revert(call.caller(), &name, options).await?;
-    call.reply(&domain::finish(ticket, no_wait).await?)
+    call.reply(&finish(ticket, no_wait).await?)
 }
 
-async fn check_revert(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+async fn check_revert((domain, name): Found, call: Call) -> Outcome {
     let (options, _) = revert_options(call.options()?)?;
     let checked = domain.check_revert(call.caller(), &name, &options).await?;
     let (plan, refusal) = checked.map_or_else(|refusal| (Plan::default(), Some(refusal)), |plan| (plan, None));
     call.reply(&told(plan, refusal.as_ref()))
 }
 
-async fn delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+async fn delete((domain, name): Found, call: Call) -> Outcome {
     let (options, no_wait) = delete_options(call.options()?)?;
     let ticket = domain.delete_snapshot(call.caller(), &name, options).await?;
-    call.reply(&domain::finish(ticket, no_wait).await?)
+    call.reply(&finish(ticket, no_wait).await?)
 }
 
-async fn check_delete(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+async fn check_delete((domain, name): Found, call: Call) -> Outcome {
     let (options, _) = delete_options(call.options()?)?;
     let (plan, refusal) = domain.check_delete(call.caller(), &name, options).await?;
     call.reply(&told(plan, refusal.as_ref()))
 }
 
-async fn get_xml(domain: Arc<Domain>, name: String, call: Call) -> Outcome {
+async fn get_xml((domain, name): Found, call: Call) -> Outcome {
     let mut options = call.options()?;
     let secure = options.flag("secure")?;
     options.end()?;
     call.reply(&domain.snapshot_xml(call.caller(), &name, secure).await?)
+}
+
+async fn can((domain, name): Found, call: Call) -> Outcome {
+    let method: String = call.read()?;
+    call.reply(&domain.can_with_snapshot(call.caller(), &name, &method).await?)
 }
 
 /// The options of `CreateSnapshot`, and whether not to wait.

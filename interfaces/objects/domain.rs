@@ -1,151 +1,91 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
+use super::job::finish;
+use super::{Members, paths, properties, snapshot};
 use crate::bus::answers::no_object;
-use crate::bus::call::{Call, Handler, Options, Outcome};
+use crate::bus::call::{Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
-use crate::bus::wire::{Field, Row, Value};
 use crate::error::Error;
-use crate::{job, snapshot};
 use std::sync::Arc;
-use uuid::Uuid;
 use virt_model::domain::Form;
 use virt_model::driver::ShutdownMode;
-use virt_service::events::DomainFacts;
-use virt_service::job::Ticket;
+use virt_service::facts::DomainFacts;
+use virt_service::verb::{self, Ask, Verb};
 use virt_service::{Affect, Domain, Service, StartOptions, UndefineOptions};
-use zbus::ObjectPath;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Domain";
 
-const FOLDER: &str = "/org/virt/domain/_";
-
-const FIELDS: &[Field] = &[
-    ("Name", "s"),
-    ("UUID", "s"),
-    ("Id", "u"),
-    ("Driver", "s"),
-    ("State", "s"),
-    ("StateReason", "s"),
-    ("StateSince", "t"),
-    ("Active", "b"),
-    ("Persistent", "b"),
-    ("Autostart", "b"),
-    ("Title", "s"),
-    ("Description", "s"),
-    ("OSType", "s"),
-    ("VCPUs", "u"),
-    ("MaximumVCPUs", "u"),
-    ("Memory", "t"),
-    ("MaximumMemory", "t"),
-    ("HasManagedSave", "b"),
-    ("ConfigChanged", "b"),
-    ("CurrentSnapshot", "o"),
-    ("SnapshotCount", "u"),
-    ("Owner", "u"),
-    ("Broken", "s"),
-];
-
-/// The object's path: the uuid with `-` written as `_`.
-pub fn path(uuid: Uuid) -> String {
-    format!("{FOLDER}{}", uuid.to_string().replace('-', "_"))
-}
-
-/// The uuid of the object at a path.
-pub fn uuid(path: &str) -> Option<Uuid> {
-    let label = path.strip_prefix(FOLDER)?;
-    Uuid::try_parse(&label.replace('_', "-")).ok()
+properties! {
+    f: DomainFacts {
+        "Name" = Str(&f.name);
+        "UUID" = Str(&f.uuid.to_string());
+        "Id" = U32(f.id);
+        "Driver" = Str(f.driver);
+        "State" = Str(f.state.as_str());
+        "StateReason" = Str(f.reason.as_str());
+        "StateSince" = U64(f.since_usec);
+        "Active" = Bool(f.state.is_active());
+        "Persistent" = Bool(f.persistent);
+        "Autostart" = Bool(f.autostart);
+        "Title" = Str(&f.title);
+        "Description" = Str(&f.description);
+        "OSType" = Str(&f.os_type);
+        "VCPUs" = U32(f.vcpus);
+        "MaximumVCPUs" = U32(f.maximum_vcpus);
+        "Memory" = U64(f.memory);
+        "MaximumMemory" = U64(f.maximum_memory);
+        "HasManagedSave" = Bool(f.has_managed_save);
+        "ConfigChanged" = Bool(f.config_changed);
+        "CurrentSnapshot" = Path(&paths::snapshot_or_none(f.uuid, f.current_snapshot.as_deref()));
+        "SnapshotCount" = U32(f.snapshot_count);
+        "Owner" = U32(f.owner);
+        "Broken" = Str(&f.broken);
+    }
 }
 
 /// What is published of a domain.
 pub fn object(facts: &Arc<DomainFacts>) -> Object {
-    let path = path(facts.uuid);
-    let snapshot = facts.current_snapshot.as_ref();
-    let snapshot = snapshot.map_or_else(|| "/".to_owned(), |name| snapshot::path(facts.uuid, name));
-    let values = [
-        Value::Str(&facts.name),
-        Value::Str(&facts.uuid.to_string()),
-        Value::U32(facts.id),
-        Value::Str(facts.driver),
-        Value::Str(facts.state.as_str()),
-        Value::Str(facts.reason.as_str()),
-        Value::U64(facts.since_usec),
-        Value::Bool(facts.state.is_active()),
-        Value::Bool(facts.persistent),
-        Value::Bool(facts.autostart),
-        Value::Str(&facts.title),
-        Value::Str(&facts.description),
-        Value::Str(&facts.os_type),
-        Value::U32(facts.vcpus),
-        Value::U32(facts.maximum_vcpus),
-        Value::U64(facts.memory),
-        Value::U64(facts.maximum_memory),
-        Value::Bool(facts.has_managed_save),
-        Value::Bool(facts.config_changed),
-        Value::Path(&snapshot),
-        Value::U32(facts.snapshot_count),
-        Value::U32(facts.owner),
-        Value::Str(&facts.broken),
-    ];
-    let row = Row::new(FIELDS, &values);
-    Object { path: path.into(), interface: INTERFACE, row, facts: Facts::Domain(facts.clone()) }
+    let path = paths::domain(facts.uuid).into();
+    Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Domain(facts.clone()) }
 }
 
 /// What there is for each member.
 pub fn offer(service: &Arc<Service>) -> Offer {
-    let methods = vec![
-        change(service, "Start", start),
-        change(service, "Shutdown", shutdown),
-        change(service, "Reboot", reboot),
-        change(service, "Reset", reset),
-        change(service, "Destroy", destroy),
-        change(service, "Suspend", suspend),
-        change(service, "Resume", resume),
-        change(service, "Undefine", undefine),
-        change(service, "Rename", rename),
-        change(service, "SetTitle", set_title),
-        change(service, "SetDescription", set_description),
-        change(service, "SetMetadata", set_metadata),
-        change(service, "UpdateDevice", update_device),
-        change(service, "CreateSnapshot", create_snapshot),
-        read(service, "CheckCreateSnapshot", check_create_snapshot),
-        read(service, "ListSnapshots", list_snapshots),
-        read(service, "GetSnapshot", get_snapshot),
-        read(service, "GetXML", get_xml),
-        read(service, "GetMetadata", get_metadata),
-        read(service, "Can", can),
-    ];
-    let setters = vec![change(service, "Autostart", set_autostart)];
-    Offer { interface: INTERFACE, methods, setters, fields: FIELDS, signals: &[("Lifecycle", "ss")] }
+    let members = Members::new(service, find)
+        .method(&verb::START, start)
+        .method(&verb::SHUTDOWN, shutdown)
+        .method(&verb::REBOOT, reboot)
+        .method(&verb::RESET, reset)
+        .method(&verb::DESTROY, destroy)
+        .method(&verb::SUSPEND, suspend)
+        .method(&verb::RESUME, resume)
+        .method(&verb::UNDEFINE, undefine)
+        .method(&verb::RENAME, rename)
+        .method(&verb::SET_TITLE, set_title)
+        .method(&verb::SET_DESCRIPTION, set_description)
+        .method(&verb::SET_METADATA, set_metadata)
+        .method(&verb::UPDATE_DEVICE, update_device)
+        .method(&verb::CREATE_SNAPSHOT, create_snapshot)
+        .method(&verb::CHECK_CREATE, check_create_snapshot)
+        .method(&verb::LIST_SNAPSHOTS, list_snapshots)
+        .method(&verb::GET_SNAPSHOT, get_snapshot)
+        .method(&verb::GET_XML, get_xml)
+        .method(&verb::GET_METADATA, get_metadata)
+        .method(&verb::CAN, can)
+        .setter(&verb::AUTOSTART, set_autostart);
+    let ask = |members: Members<_>, (verb, ask): &'static (&'static Verb, Ask)| {
+        members.method(verb, move |domain: Arc<Domain>, call: Call| async move {
+            domain.ask(call.caller(), verb, *ask).await?;
+            call.done()
+        })
+    };
+    verb::ASKS.iter().fold(members, ask).offer(INTERFACE, FIELDS, &[("Lifecycle", "ss")])
 }
 
-/// A member that changes nothing.
-fn read<F>(service: &Arc<Service>, member: &'static str, run: fn(Arc<Domain>, Call) -> F) -> Handler
-where
-    F: Future<Output = Outcome> + Send + 'static,
-{
-    let service = service.clone();
-    Handler::new(member, move |call| {
-        let service = service.clone();
-        async move { run(find(&service, &call)?, call).await }
-    })
-}
-
-/// A member that may: its answer, good or bad, follows the signals of what it did.
-fn change<F>(service: &Arc<Service>, member: &'static str, run: fn(Arc<Domain>, Call) -> F) -> Handler
-where
-    F: Future<Output = Outcome> + Send + 'static,
-{
-    let (service, events) = (service.clone(), service.events().clone());
-    Handler::change(member, events, move |call| {
-        let service = service.clone();
-        async move { run(find(&service, &call)?, call).await }
-    })
-}
-
-fn find(service: &Service, call: &Call) -> Result<Arc<Domain>, Error> {
-    uuid(call.path()).and_then(|uuid| service.get(uuid)).ok_or_else(|| no_object(call.path()))
+fn find(service: &Arc<Service>, call: &Call) -> Result<Arc<Domain>, Error> {
+    paths::uuid(call.path()).and_then(|uuid| service.get(uuid)).ok_or_else(|| no_object(call.path()))
 }
 
 async fn start(domain: Arc<Domain>, call: Call) -> Outcome {
@@ -256,8 +196,7 @@ async fn create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
     let (xml, options): (String, Options) = call.read()?;
     let (create, no_wait) = snapshot::create_options(options)?;
     let (name, ticket) = domain.create_snapshot(call.caller(), &xml, create).await?;
-    let path = name.map_or_else(|| "/".to_owned(), |name| snapshot::path(domain.uuid(), &name));
-    let path = ObjectPath::try_from(path).map_err(|error| Error::internal(error.to_string()))?;
+    let path = paths::argument(paths::snapshot_or_none(domain.uuid(), name.as_deref()))?;
     call.reply(&(path, finish(ticket, no_wait).await?))
 }
 
@@ -272,15 +211,14 @@ async fn list_snapshots(domain: Arc<Domain>, call: Call) -> Outcome {
     let (roots, leaves) = (options.flag("roots")?, options.flag("leaves")?);
     options.end()?;
     let names = domain.snapshots(roots, leaves)?;
-    let paths = names.iter().filter_map(|name| ObjectPath::try_from(snapshot::path(domain.uuid(), name)).ok());
-    call.reply(&paths.collect::<Vec<_>>())
+    let found = names.iter().map(|name| paths::argument(paths::snapshot(domain.uuid(), name)));
+    call.reply(&found.collect::<Result<Vec<_>, _>>()?)
 }
 
 async fn get_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
     let name: String = call.read()?;
     domain.has_snapshot(&name)?;
-    let path = ObjectPath::try_from(snapshot::path(domain.uuid(), &name));
-    call.reply(&path.map_err(|error| Error::internal(error.to_string()))?)
+    call.reply(&paths::argument(paths::snapshot(domain.uuid(), &name))?)
 }
 
 async fn can(domain: Arc<Domain>, call: Call) -> Outcome {
@@ -302,15 +240,6 @@ pub fn start_options(mut options: Options) -> Result<(StartOptions, bool), Error
     Ok((start, no_wait))
 }
 
-/// Waits for a job, unless that is not wanted, and says which it is.
-pub async fn finish(ticket: Ticket, no_wait: bool) -> Result<ObjectPath<'static>, Error> {
-    let path = job::path(ticket.id);
-    if !no_wait {
-        ticket.done().await?;
-    }
-    ObjectPath::try_from(path).map_err(|error| Error::internal(error.to_string()))
-}
-
 fn mode(mut options: Options) -> Result<ShutdownMode, Error> {
     let mode = match options.text("mode")?.as_deref() {
         None => ShutdownMode::Default,
@@ -326,17 +255,4 @@ fn affect(mut options: Options) -> Result<Affect, Error> {
     let affect = Affect { live: options.flag("live")?, config: options.flag("config")? };
     options.end()?;
     Ok(affect)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn paths_name_the_uuid_and_back() {
-        let id = Uuid::from_u128(0x4dea_22b3_1d52_d8f3_2516_782e_98ab_3fa0);
-        assert_eq!(path(id), "/org/virt/domain/_4dea22b3_1d52_d8f3_2516_782e98ab3fa0");
-        assert_eq!(uuid(&path(id)), Some(id));
-        assert_eq!(uuid("/org/virt/domain/_x"), None);
-    }
 }

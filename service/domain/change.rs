@@ -1,0 +1,225 @@
+//! The frames in which every verb runs: permission, turn, state, the work, the line in the log. What differs between verbs
+//! is read from their rows (`verb.rs`).
+//!
+//! ```text
+//!  short:  permission ─▶ turn ─▶ recovery ─▶ state ─▶ work ─▶ log
+//!  job:    permission ─▶ turn, if it is free ─▶ record of the job ─▶ the caller's reply, or its wait for the end
+//!                                                       └─▶ turn ─▶ recovery ─▶ work ─▶ log ─▶ end of the job
+//! ```
+
+use super::Domain;
+use crate::authz::{Action, Caller, Subject};
+use crate::error::{Error, Result};
+use crate::job::{Job, Ticket};
+use crate::lock::lock;
+use crate::time::millis;
+use crate::turn::TurnGuard;
+use crate::verb::Verb;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+/// A verb that is accepted, and whose job is to be begun.
+pub(super) struct Change {
+    domain: Arc<Domain>,
+    caller: Caller,
+    verb: &'static Verb,
+    cancel: CancellationToken,
+    turn: Option<TurnGuard>,
+}
+
+/// A job that is on record, and whose work is still to be given.
+pub(super) struct OpenJob {
+    change: Change,
+    job: Arc<Job>,
+    ticket: Ticket,
+}
+
+impl Domain {
+    /// Asks for permission, and says no to a domain that has gone, or whose own files cannot be used.
+    pub(super) async fn allow(&self, caller: &Caller, verb: &Verb) -> Result<()> {
+        match verb.action {
+            Some(action) => self.allow_action(caller, action).await,
+            None => self.still_here(),
+        }
+    }
+
+    /// The same for what a verb needs beside the action of its row.
+    pub(super) async fn allow_action(&self, caller: &Caller, action: Action) -> Result<()> {
+        self.still_here()?;
+        self.shared.authority.check(caller, action, &self.subject()).await?;
+        let state = lock(&self.state);
+        state.still_here()?;
+        state.sound_for(action)
+    }
+
+    /// The same for a verb of a snapshot.
+    pub(super) async fn allow_snapshot(&self, caller: &Caller, verb: &Verb, name: &str) -> Result<()> {
+        match verb.action {
+            Some(action) => self.allow_snapshot_action(caller, action, name).await,
+            None => self.still_here(),
+        }
+    }
+
+    /// The same for what a verb of a snapshot needs beside the action of its row.
+    pub(super) async fn allow_snapshot_action(&self, caller: &Caller, action: Action, name: &str) -> Result<()> {
+        self.still_here()?;
+        let subject = Subject { snapshot_name: Some(name.to_owned()), ..self.subject() };
+        self.shared.authority.check(caller, action, &subject).await?;
+        self.still_here()
+    }
+
+    /// A short verb: its caller waits for the end. `work` has the turn, and the state is one in which the verb has a meaning.
+    pub(super) async fn short<T>(
+        self: &Arc<Self>,
+        caller: &Caller,
+        verb: &Verb,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        // On the heap: in a debug build each frame would move it once more.
+        let work = Box::pin(work);
+        self.logged(caller, verb, async {
+            self.allow(caller, verb).await?;
+            let _turn = self.take_turn(verb.word, &CancellationToken::new()).await?;
+            if verb.waits_for_recovery() {
+                self.soon_made_whole().await?;
+            }
+            self.applies(verb)?;
+            work.await
+        })
+        .await
+    }
+
+    /// The first step of a long verb whose permission has been asked. If nobody has the turn, the change has it: what then can
+    /// be checked is checked before [`Change::open`].
+    pub(super) fn change(self: &Arc<Self>, caller: &Caller, verb: &'static Verb) -> Change {
+        let cancel = CancellationToken::new();
+        let turn = self.turn.try_take(verb.word, &cancel);
+        Change { domain: self.clone(), caller: caller.clone(), verb, cancel, turn }
+    }
+
+    pub(super) async fn take_turn(&self, word: &str, give_up: &CancellationToken) -> Result<TurnGuard> {
+        let turn = self.turn.take(word, give_up).await.map_err(|job| Error::Busy { domain: self.name(), job })?;
+        self.still_here()?;
+        Ok(turn)
+    }
+
+    /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
+    pub(crate) async fn logged<T>(
+        &self,
+        caller: &Caller,
+        verb: &Verb,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let begun = Instant::now();
+        let result = work.await;
+        self.log(caller, verb, begun, result.as_ref().err());
+        result
+    }
+
+    /// The same for a long verb until it is accepted: from then on its job writes that line.
+    pub(super) async fn accepted<T>(
+        &self,
+        caller: &Caller,
+        verb: &Verb,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let begun = Instant::now();
+        let accepted = work.await;
+        if let Err(e) = &accepted {
+            self.log(caller, verb, begun, Some(e));
+        }
+        accepted
+    }
+
+    pub(crate) fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, failure: Option<&Error>) {
+        let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
+        let (action, duration_ms) = (verb.word, millis(begun));
+        match failure {
+            None => tracing::info!(%uuid, name, uid, action, outcome = "done", duration_ms, "domain"),
+            Some(e) => tracing::warn!(%uuid, name, uid, action, outcome = %e.public(), duration_ms, "domain"),
+        }
+    }
+}
+
+impl Change {
+    /// Whether it has the turn already.
+    pub fn has_turn(&self) -> bool {
+        self.turn.is_some()
+    }
+
+    /// Puts the job on record. `departs`: it is cancelled when its caller leaves the bus.
+    /// Error: `LimitsExceeded` if the caller has too many jobs under way.
+    pub fn open(self, departs: bool) -> Result<OpenJob> {
+        let (domain, verb) = (&self.domain, self.verb);
+        let (job, ticket) = domain.shared.jobs.open(&self.caller, domain.uuid, verb.word, self.cancel.clone())?;
+        if departs {
+            cancel_when_gone(&self.caller, &self.cancel);
+        }
+        Ok(OpenJob { job: Arc::new(job), ticket, change: self })
+    }
+
+    async fn run<F>(self, job: &Arc<Job>, work: impl FnOnce(Arc<Domain>, Arc<Job>) -> F) -> Result<()>
+    where
+        F: Future<Output = Result<()>>,
+    {
+        let Change { domain, verb, turn, .. } = self;
+        let cancelled = || Error::Cancelled(format!("the {} of domain '{}' was cancelled", verb.word, domain.name()));
+        let turn = match turn {
+            Some(turn) => turn,
+            None => tokio::select! {
+                turn = domain.take_turn(verb.word, job.cancel_token()) => turn?,
+                () = job.cancel_token().cancelled() => return Err(cancelled()),
+            },
+        };
+        turn.rename(job.label(verb.word));
+        job.running();
+        domain.made_whole().await?;
+        let done = work(domain.clone(), job.clone()).await;
+        if job.cancel_token().is_cancelled() {
+            domain.wants_no_guest().await;
+        }
+        // Where the guest was paused for it and went on, that is published before the reply.
+        domain.all_told().await;
+        drop(turn);
+        done
+    }
+}
+
+impl OpenJob {
+    /// Whether it has the turn already.
+    pub fn has_turn(&self) -> bool {
+        self.change.has_turn()
+    }
+
+    /// Fires when the job is to end.
+    pub fn cancel_token(&self) -> &CancellationToken {
+        &self.change.cancel
+    }
+
+    /// Does `work` when its turn has come; whatever `work` has taken along is dropped before the job ends.
+    pub fn run<F>(self, work: impl FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static) -> Ticket
+    where
+        F: Future<Output = Result<()>> + Send,
+    {
+        let OpenJob { change, job, ticket } = self;
+        tokio::spawn(async move {
+            let (begun, domain, caller, verb) =
+                (Instant::now(), change.domain.clone(), change.caller.clone(), change.verb);
+            let result = change.run(&job, work).await;
+            domain.log(&caller, verb, begun, result.as_ref().err());
+            job.finish_shared(result);
+        });
+        ticket
+    }
+}
+
+/// Fires `cancel` when the caller leaves; ends with the job.
+fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
+    let (departed, cancel) = (caller.departed.clone(), cancel.clone());
+    tokio::spawn(async move {
+        if cancel.run_until_cancelled(departed.cancelled()).await.is_some() {
+            cancel.cancel();
+        }
+    });
+}

@@ -1,0 +1,141 @@
+//! All that is published of each kind of object, at one moment: what the service tells, and the bus shows.
+
+use crate::error::Error;
+use uuid::Uuid;
+use virt_model::state::{DomainState, StateReason};
+
+/// All that is published of a domain, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct DomainFacts {
+    /// Name; unique on this host.
+    pub name: String,
+    /// Identity, for ever.
+    pub uuid: Uuid,
+    /// Of the running guest; 0 when inactive.
+    pub id: u32,
+    /// The driver's name.
+    pub driver: &'static str,
+    /// What it does.
+    pub state: DomainState,
+    /// Why.
+    pub reason: StateReason,
+    /// Since when: microseconds since the epoch.
+    pub since_usec: u64,
+    /// Has a stored configuration.
+    pub persistent: bool,
+    /// Starts with the host.
+    pub autostart: bool,
+    /// Of what runs while active.
+    pub title: String,
+    /// Of what runs while active.
+    pub description: String,
+    /// `hvm` and the like.
+    pub os_type: String,
+    /// Present.
+    pub vcpus: u32,
+    /// Possible.
+    pub maximum_vcpus: u32,
+    /// Bytes.
+    pub memory: u64,
+    /// Bytes.
+    pub maximum_memory: u64,
+    /// A managed save image exists.
+    pub has_managed_save: bool,
+    /// The stored configuration differs from what runs.
+    pub config_changed: bool,
+    /// Name of the current snapshot.
+    pub current_snapshot: Option<String>,
+    /// Number of snapshots.
+    pub snapshot_count: u32,
+    /// The uid that defined it.
+    pub owner: u32,
+    /// Empty, or why its files cannot be used.
+    pub broken: String,
+}
+
+/// All that is published of a snapshot, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SnapshotFacts {
+    /// Whose it is.
+    pub domain: Uuid,
+    /// Unique among the domain's.
+    pub name: String,
+    /// Empty, or why its record cannot be used.
+    pub broken: String,
+    /// For people.
+    pub description: String,
+    /// Microseconds since the epoch.
+    pub created_usec: u64,
+    /// What the guest did; empty if the record is broken.
+    pub state: &'static str,
+    /// The snapshot before it.
+    pub parent: Option<String>,
+    /// Those after it, in the order of their creation.
+    pub children: Vec<String>,
+    /// A new snapshot would be its child.
+    pub is_current: bool,
+    /// `no`, `internal`, `external`.
+    pub memory: &'static str,
+    /// Target, mode, file.
+    pub disks: Vec<(String, &'static str, String)>,
+}
+
+/// Where a job stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobState {
+    /// For its turn.
+    Waiting,
+    /// At work.
+    Running,
+    /// Done.
+    Succeeded,
+    /// Not done; the error says why.
+    Failed,
+    /// Not done, since somebody asked for that.
+    Cancelled,
+}
+
+impl JobState {
+    /// The word on the bus.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            JobState::Waiting => "waiting",
+            JobState::Running => "running",
+            JobState::Succeeded => "succeeded",
+            JobState::Failed => "failed",
+            JobState::Cancelled => "cancelled",
+        }
+    }
+
+    /// Whether nothing more will happen to it.
+    pub fn is_final(self) -> bool {
+        matches!(self, JobState::Succeeded | JobState::Failed | JobState::Cancelled)
+    }
+}
+
+/// All that is published of a job.
+#[derive(Clone, Debug)]
+pub struct JobFacts {
+    /// Its number, from 1, never used again while virtd runs.
+    pub id: u64,
+    /// The domain it works on.
+    pub domain: Uuid,
+    /// Where it stands.
+    pub state: JobState,
+    /// `start`, `save`, …
+    pub operation: &'static str,
+    /// Microseconds since the epoch.
+    pub started_usec: u64,
+    /// 0 to 1, -1 while unknown.
+    pub progress: f64,
+    /// Bytes done.
+    pub bytes_done: u64,
+    /// Bytes in all, 0 while unknown.
+    pub bytes_total: u64,
+    /// Whether `Cancel` would be heard.
+    pub cancellable: bool,
+    /// Who asked for it.
+    pub requester_uid: u32,
+    /// Why it failed or was cancelled.
+    pub error: Option<Error>,
+}

@@ -1,0 +1,148 @@
+//! What clients can ask for: one row a member of an interface. Who may do it, in which state of its object it has a
+//! meaning, and what it is called in the log and by those who wait for it: the frames every verb runs in
+//! (`domain/change.rs`) read that here, and so does `Can`.
+
+use crate::authz::Action::{self, *};
+use crate::error::{Error, Result};
+use When::*;
+use std::pin::Pin;
+use virt_model::driver::{DriverError, Instance};
+use virt_model::xml::shorten;
+
+type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// A row.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Verb {
+    /// The member on the bus: a method, or a property that can be set.
+    pub member: &'static str,
+    /// What polkit is asked; `None`: it is for everybody who may talk to virtd.
+    pub action: Option<Action>,
+    /// When it has a meaning.
+    pub when: When,
+    /// What it is called in the log, in refusals, and by those who wait for its end; of a job its `Operation`.
+    pub word: &'static str,
+}
+
+/// The state of its object in which a verb has a meaning.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum When {
+    /// In any.
+    Always,
+    /// There is no guest, and none is about to be.
+    Inactive,
+    /// There is a guest.
+    Active,
+    /// There is a guest, or one is about to be.
+    ActiveOrStarting,
+    /// The guest's CPUs run, so that it hears what it is asked.
+    Running,
+    /// The guest's CPUs are stopped, and can go on.
+    Paused,
+    /// A configuration is stored.
+    Persistent,
+    /// A configuration is stored, and there is no guest.
+    InactivePersistent,
+    /// Its driver takes snapshots.
+    Snapshots,
+}
+
+/// What a guest's hypervisor is asked, where that is all there is to a verb.
+pub type Ask = for<'a> fn(&'a dyn Instance) -> BoxFuture<'a, Result<(), DriverError>>;
+
+/// The verbs that are no more than a question to the hypervisor, without arguments. Whoever adds one adds a row above and
+/// one here, the method to `Instance` and to the introspection data, and to the drivers that can.
+pub const ASKS: &[(&Verb, Ask)] = &[(&INJECT_NMI, |guest| guest.inject_nmi())];
+
+impl Verb {
+    /// Whether it may change something.
+    pub fn changes(&self) -> bool {
+        !matches!(self.action, None | Some(Read | ReadSecure))
+    }
+
+    /// Whether an operation on snapshots that was cut off is finished before this begins. What only stops a guest or lets
+    /// it go on waits for nothing to be mended; neither does what gives all of it up.
+    pub(crate) fn waits_for_recovery(&self) -> bool {
+        !matches!(self.action, Some(Stop | Suspend | Delete))
+    }
+}
+
+macro_rules! verbs {
+    ($($(#[$meta:meta])* $table:ident { $($name:ident = $member:literal, $action:expr, $when:ident, $word:literal;)+ })+) => {
+        $(
+            $(
+                #[doc = concat!("`", $member, "`")]
+                pub const $name: Verb = Verb { member: $member, action: $action, when: $when, word: $word };
+            )+
+            $(#[$meta])*
+            pub const $table: &[Verb] = &[$($name,)+];
+        )+
+    };
+}
+
+verbs! {
+    /// `org.virt.Manager`
+    MANAGER {
+        DEFINE = "DefineDomain", Some(Define), Always, "define";
+        CREATE = "CreateDomain", Some(Define), Always, "create";
+        VALIDATE = "ValidateDomain", Some(Read), Always, "validate";
+        COMPARE = "CompareDomains", Some(Read), Always, "compare";
+        NATIVE = "DomainToNative", Some(Read), Always, "translate";
+        GET_DOMAIN = "GetDomain", None, Always, "get";
+        GET_BY_NAME = "GetDomainByName", None, Always, "get";
+        GET_BY_ID = "GetDomainById", None, Always, "get";
+        LIST = "ListDomains", None, Always, "list";
+        JOBS = "GetJobs", None, Always, "list jobs";
+        CAPABILITIES = "GetCapabilities", None, Always, "get capabilities";
+        MANAGER_CAN = "Can", None, Always, "can";
+    }
+
+    /// `org.virt.Domain`
+    DOMAIN {
+        START = "Start", Some(Start), Inactive, "start";
+        SHUTDOWN = "Shutdown", Some(Stop), Running, "shut down";
+        REBOOT = "Reboot", Some(Stop), Running, "reboot";
+        RESET = "Reset", Some(Stop), Active, "reset";
+        DESTROY = "Destroy", Some(Stop), ActiveOrStarting, "destroy";
+        SUSPEND = "Suspend", Some(Suspend), Running, "suspend";
+        RESUME = "Resume", Some(Suspend), Paused, "resume";
+        INJECT_NMI = "InjectNMI", Some(Console), Running, "inject an NMI into";
+        UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
+        RENAME = "Rename", Some(Define), InactivePersistent, "rename";
+        AUTOSTART = "Autostart", Some(Define), Persistent, "set autostart";
+        SET_TITLE = "SetTitle", Some(Define), Always, "set title";
+        SET_DESCRIPTION = "SetDescription", Some(Define), Always, "set description";
+        SET_METADATA = "SetMetadata", Some(Define), Always, "set metadata";
+        UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
+        GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
+        GET_XML = "GetXML", Some(Read), Always, "get XML";
+        CREATE_SNAPSHOT = "CreateSnapshot", Some(Snapshot), Snapshots, "snapshot-create";
+        CHECK_CREATE = "CheckCreateSnapshot", Some(Read), Snapshots, "check";
+        LIST_SNAPSHOTS = "ListSnapshots", None, Always, "list snapshots";
+        GET_SNAPSHOT = "GetSnapshot", None, Always, "get snapshot";
+        CAN = "Can", None, Always, "can";
+    }
+
+    /// `org.virt.Snapshot`
+    SNAPSHOT {
+        REVERT = "Revert", Some(Revert), Snapshots, "snapshot-revert";
+        CHECK_REVERT = "CheckRevert", Some(Read), Snapshots, "check";
+        DELETE = "Delete", Some(Snapshot), Snapshots, "snapshot-delete";
+        CHECK_DELETE = "CheckDelete", Some(Read), Snapshots, "check";
+        SNAPSHOT_XML = "GetXML", Some(Read), Always, "get XML";
+        SNAPSHOT_CAN = "Can", None, Always, "can";
+    }
+
+    /// `org.virt.Job`
+    JOB {
+        CANCEL = "Cancel", Some(Job), Always, "cancel job";
+    }
+}
+
+/// The row of a member. Error: `InvalidArgument` if `interface` has none of that name.
+pub(crate) fn find(interface: &str, verbs: &'static [Verb], member: &str) -> Result<&'static Verb> {
+    verbs
+        .iter()
+        .find(|verb| verb.member == member)
+        .ok_or_else(|| Error::InvalidArgument(format!("{interface} has no method '{}'", shorten(member))))
+}
