@@ -34,16 +34,12 @@ const FEWEST_DESCRIPTORS: u64 = 512;
 /// How long work on files may go on when all else has ended.
 const FILES: Duration = Duration::from_secs(5);
 
-/// A thread's stack, in bytes, of which only what is used is taken: a definition is large, and a start within a revert
-/// within a recovery holds several.
-const STACK: usize = 16 << 20;
-
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     spare_memory();
     virtd::log::begin(arguments.log_level);
     nix::sys::stat::umask(nix::sys::stat::Mode::from_bits_truncate(0o022));
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_stack_size(STACK).build();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
     let ended = runtime.map_err(|error| error.to_string()).and_then(|runtime| {
         let ended = runtime.block_on(run(&arguments));
         // Not dropped: that would wait for a thread in a file system that does not answer.

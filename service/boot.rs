@@ -151,12 +151,12 @@ fn load_definition(shared: &Arc<Shared>, stored: Stored, snapshots: Loaded) -> R
     let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
     let driver = likely_driver(shared, &note, &def.kind)?;
-    let mut birth = Birth { def, persistent: true, broken, driver, note, ended, snapshots };
-    if birth.broken.is_some() && (birth.def.name.is_empty() || shared.registry.look(uuid, &birth.def.name).is_err()) {
+    let mut def = def;
+    if broken.is_some() && (def.name.is_empty() || shared.registry.look(uuid, &def.name).is_err()) {
         // Nobody knows its name, or another has it.
-        birth.def.name = uuid.to_string();
+        def.name = uuid.to_string();
     }
-    enter(shared, birth)?;
+    enter(shared, Birth { def: Arc::new(def), persistent: true, broken, driver, note, ended, snapshots })?;
     Ok(())
 }
 
@@ -221,7 +221,7 @@ impl Search {
             None => {
                 let note = Note { owner: status.owner, ..Note::default() };
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-                let (def, driver) = (DomainDef::clone(&live), driver.clone());
+                let (def, driver) = (live.clone(), driver.clone());
                 enter(shared, Birth { def, persistent: false, broken: None, driver, note, ended, snapshots })?
             }
         };
@@ -247,7 +247,7 @@ impl Search {
             None => None,
             Some(record) => driver
                 .reconnect(Reconnect {
-                    live: DomainDef::clone(&live),
+                    live: live.clone(),
                     record: record.clone(),
                     last: last_condition(status.state, status.reason),
                     runtime_dir: store.runtime_dir(uuid),

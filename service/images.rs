@@ -197,7 +197,7 @@ impl Shared {
     }
 
     /// Writes down, below disks whose document ends sooner, what snapshots have recorded that their overlays stand on.
-    pub fn declare(&self, def: &mut DomainDef) {
+    pub fn declare(&self, def: &mut Arc<DomainDef>) {
         if !def.devices.disks.iter().any(|disk| !disk.is_empty() && is_open_ended(disk.backing.as_deref())) {
             return;
         }
@@ -224,8 +224,16 @@ pub(crate) struct Overlay {
 }
 
 /// The same as [`Shared::declare`] where the records have been gathered.
-pub(crate) fn declare_in(def: &mut DomainDef, recorded: &[Overlay]) {
-    def.devices.disks.iter_mut().for_each(|disk| declare(disk, recorded));
+pub(crate) fn declare_in(def: &mut Arc<DomainDef>, recorded: &[Overlay]) {
+    for index in 0..def.devices.disks.len() {
+        let disk = &def.devices.disks[index];
+        let mut declared = disk.clone();
+        declare(&mut declared, recorded);
+        // Only then is it another definition than the one that others share.
+        if declared.backing != disk.backing {
+            Arc::make_mut(def).devices.disks[index] = declared;
+        }
+    }
 }
 
 /// Whether nothing says that the chain ends.

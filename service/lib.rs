@@ -173,14 +173,14 @@ impl Service {
         let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define, Action::Start], false).await?;
         match claimed {
             Claimed::Existing(domain) => {
-                let ticket = domain.launch(caller, Some(Arc::new(def)), options).await?;
+                let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
             }
             Claimed::New => {
                 let domain = self.bear(caller, driver, def.clone(), false).await?;
                 self.shared.registry.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
-                let ticket = domain.launch(caller, Some(Arc::new(def)), options).await?;
+                let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
             }
         }
@@ -205,6 +205,7 @@ impl Service {
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
         }
         add_findings(&mut findings, driver.check(&def).await);
+        let mut def = Arc::new(def);
         self.shared.declare(&mut def);
         if self.may_name_files(caller, &def, &**driver).await {
             add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
@@ -216,10 +217,10 @@ impl Service {
             add_findings(&mut findings, vec![finding]);
         }
         // On a copy: what is told of the document is told of it as it was given.
-        if let Err(found) = keep_hidden(&mut def.clone(), existing) {
+        if let Err(found) = keep_hidden(&mut DomainDef::clone(&def), existing) {
             add_findings(&mut findings, found);
         }
-        if let Err(Error::ConfigInvalid(found)) = readable(Box::new(def), &seat).await {
+        if let Err(Error::ConfigInvalid(found)) = readable(def, &seat).await {
             add_findings(&mut findings, found);
         }
         if let Err(conflict) = conflict {
@@ -312,7 +313,7 @@ impl Service {
         xml: &str,
         actions: &[Action],
         validate: bool,
-    ) -> Result<(DomainDef, Arc<dyn Driver>, Claimed)> {
+    ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed)> {
         let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
@@ -333,8 +334,9 @@ impl Service {
             }
             e => Error::from_driver(&def.name, "define", e),
         })?;
+        let mut def = Arc::new(def);
         self.shared.declare(&mut def);
-        let def = *readable(Box::new(def), &seat).await?;
+        let def = readable(def, &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
         }
@@ -377,7 +379,7 @@ impl Service {
         &self,
         caller: &Caller,
         driver: Arc<dyn Driver>,
-        def: DomainDef,
+        def: Arc<DomainDef>,
         persistent: bool,
     ) -> Result<Arc<Domain>> {
         let note = Note { owner: caller.uid, ..Note::default() };
@@ -464,7 +466,7 @@ fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec
 }
 
 /// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
-async fn readable(def: Box<DomainDef>, seat: &Seat) -> Result<Box<DomainDef>> {
+async fn readable(def: Arc<DomainDef>, seat: &Seat) -> Result<Arc<DomainDef>> {
     let readable = seat.work(move || match store::acceptable(&def) {
         Ok(()) => Ok(def),
         Err(message) => {

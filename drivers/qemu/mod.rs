@@ -158,11 +158,16 @@ impl QemuDriver {
         blocking(move || inner.privileges.user_of(machine, kvm, process)).await?
     }
 
-    async fn make(&self, launch: Launch, cancel: CancellationToken) -> Result<(QemuInstance, DomainDef), DriverError> {
+    async fn make(
+        &self,
+        launch: Launch,
+        cancel: CancellationToken,
+    ) -> Result<(QemuInstance, Arc<DomainDef>), DriverError> {
         let (start, mut live, _ports) = self.starting(launch, cancel).await?;
         let launch::Up { instance, devices, links } = start.run().await?;
-        live::set_terminals(&mut live, &devices);
-        live::name_links(&mut live, links);
+        let running = Arc::make_mut(&mut live);
+        live::set_terminals(running, &devices);
+        live::name_links(running, links);
         Ok((instance, live))
     }
 
@@ -171,14 +176,14 @@ impl QemuDriver {
         &self,
         launch: Launch,
         cancel: CancellationToken,
-    ) -> Result<(Start, DomainDef, live::Reserved), DriverError> {
+    ) -> Result<(Start, Arc<DomainDef>, live::Reserved), DriverError> {
         let user = self.user_of(&launch.def, None).await?;
         let binary = emulator(&launch.def).await;
         let Asked { capabilities: caps, program } = tokio::select! {
             asked = self.0.prober.probe(launch.def.uuid, &binary) => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
-        let mut live = launch.def.clone();
+        let mut live = DomainDef::clone(&launch.def);
         live::leave_out_missing_media(&mut live, &self.0.workers).await?;
         declared::hold(&self.0.workers, &live).await?;
         let restored = launch.from.is_some();
@@ -227,7 +232,7 @@ impl QemuDriver {
             events: launch.events,
             cancel,
         };
-        Ok((start, live, ports))
+        Ok((start, Arc::new(live), ports))
     }
 }
 
@@ -441,7 +446,7 @@ impl Inner {
 }
 
 /// A started guest on its way to whoever asked for it; ended if they have gone.
-struct Delivery(Option<(Arc<QemuInstance>, DomainDef)>);
+struct Delivery(Option<(Arc<QemuInstance>, Arc<DomainDef>)>);
 
 impl Delivery {
     fn accept(mut self) -> Result<Running, DriverError> {

@@ -69,7 +69,7 @@ impl Machine {
             reset_nvram: false,
             from: None,
             log_file: log.clone(),
-            def,
+            def: std::sync::Arc::new(def),
             runtime_dir: runtime.clone(),
             recorder: record.clone(),
             events,

@@ -5,7 +5,6 @@ use async_trait::async_trait;
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     CreatePlan, DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Machine, MemoryMode, Recovered,
@@ -52,7 +51,8 @@ impl Snapshots for TestDriver {
             return Err(DriverError::Cancelled);
         }
         journal.progress(2, 2);
-        let mut def = machine.def.clone();
+        let mut now = machine.def.clone();
+        let def = Arc::make_mut(&mut now);
         let mut switched = false;
         for (disk, part) in def.devices.disks.iter_mut().zip(&wish.disks) {
             if let Some(path) = overlay(&part.mode) {
@@ -61,7 +61,7 @@ impl Snapshots for TestDriver {
             }
         }
         let record = json!({ "test": wish.name });
-        Ok(Taken { record, def: switched.then_some(def), nvram: None, tpm: None })
+        Ok(Taken { record, def: switched.then_some(now), nvram: None, tpm: None })
     }
 
     async fn check_revert(
@@ -91,7 +91,8 @@ impl Snapshots for TestDriver {
         journal: Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
         journal.note(json!({ "revert": snapshot.name })).await?;
-        let mut def = snapshot.def.clone();
+        let mut now = snapshot.def.clone();
+        let def = Arc::make_mut(&mut now);
         let number = lock(&self.0.images).get(&machine.def.uuid).map_or(0, |names| names.len());
         for (disk, part) in def.devices.disks.iter_mut().zip(&snapshot.disks) {
             if overlay(&part.mode).is_some() {
@@ -100,7 +101,7 @@ impl Snapshots for TestDriver {
             }
         }
         let (disks, record) = (snapshot.disks.clone(), snapshot.record.clone());
-        Ok(Reverted { def, disks, record, aside: serde_json::Value::Null })
+        Ok(Reverted { def: now, disks, record, aside: serde_json::Value::Null })
     }
 
     async fn settle(&self, _: &Machine, _: &Reverted, _: bool) -> Result<(), DriverError> {
@@ -141,12 +142,6 @@ impl Snapshots for TestDriver {
             notice.notified().await;
         }
         Ok(Recovered::Undone { story: "a guest in memory ends with virtd, and so does what was done to it".to_owned() })
-    }
-
-    async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError> {
-        let targets: Vec<String> = def.devices.disks.iter().map(|disk| disk.target.dev.clone()).collect();
-        let names = lock(&self.0.images).get(&def.uuid).cloned().unwrap_or_default();
-        Ok(names.into_iter().map(|name| (name, targets.clone())).collect())
     }
 }
 

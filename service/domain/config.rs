@@ -26,6 +26,15 @@ pub struct Affect {
     pub config: bool,
 }
 
+/// What a change of configurations is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Update {
+    /// A change of its own, published as an update of the definition.
+    Whole,
+    /// Part of something else, which is published as that.
+    Part,
+}
+
 /// What goes along with a stored configuration.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct UndefineOptions {
@@ -83,7 +92,7 @@ impl Domain {
     }
 
     /// Replaces the stored configuration by a completed one of the same uuid and name.
-    pub(crate) async fn redefine(self: &Arc<Self>, def: DomainDef) -> Result<()> {
+    pub(crate) async fn redefine(self: &Arc<Self>, def: Arc<DomainDef>) -> Result<()> {
         let _turn = self.take_turn(verb::DEFINE.word, &tokio_util::sync::CancellationToken::new()).await?;
         if self.sound().is_ok() {
             self.soon_made_whole().await?;
@@ -111,6 +120,11 @@ impl Domain {
             let text = format!("domain '{}' was renamed to '{name}' meanwhile; try again", def.name);
             return Err(Error::DomainExists(text));
         }
+        self.is_of_its_driver(def, name)
+    }
+
+    /// Refuses a definition that is another driver's; the domain's name is `name`.
+    pub(super) fn is_of_its_driver(&self, def: &DomainDef, name: &str) -> Result<()> {
         if !self.driver.types().contains(&def.kind.as_str()) {
             let driver = self.driver.name();
             let text = format!("domain '{name}' belongs to the driver '{driver}'; undefine it before its type changes");
@@ -221,7 +235,7 @@ impl Domain {
     }
 
     /// Tells of a rename: the old name goes, the new one comes.
-    async fn commit_rename(&self, def: DomainDef) {
+    async fn commit_rename(&self, def: Arc<DomainDef>) {
         let told = self.all_told().await;
         self.shared.events.send(Event::Domain(self.facts(), vec![Lifecycle::Undefined(Undefined::Renamed)]));
         told.commit(|state| {
@@ -296,28 +310,41 @@ impl Domain {
     ) -> Result<()> {
         self.short(caller, verb, async {
             let (live, stored) = self.affected(verb, affect)?;
-            let changed = |def: Arc<DomainDef>| -> Result<DomainDef> {
-                let mut def = DomainDef::clone(&def);
-                change(&mut def)?;
+            let changed = |mut def: Arc<DomainDef>| -> Result<Arc<DomainDef>> {
+                change(Arc::make_mut(&mut def))?;
                 check_text(&def)?;
                 Ok(def)
             };
             let (live, stored) = (live.map(changed).transpose()?, stored.map(changed).transpose()?);
-            if let Some(live) = &live {
-                self.keep_live(live).await?;
-            }
-            if let Some(stored) = &stored
-                && let Err(e) = self.store(stored.clone()).await
-            {
-                if let (Some(_), Some(before)) = (&live, self.configurations().0) {
-                    self.keep_live(&before).await.unwrap_or_else(|e| tracing::warn!(uuid = %self.uuid, "{e}"));
-                }
-                return Err(e);
-            }
-            self.all_told().await.commit(|state| state.edited(live, stored));
-            Ok(())
+            self.put_configurations(live, stored, Update::Whole).await
         })
         .await
+    }
+
+    /// Makes these the configurations of what runs and of what is stored, first on disk, then in what is published; `None`
+    /// stays as it is. On failure both are as before.
+    pub(super) async fn put_configurations(
+        &self,
+        live: Option<Arc<DomainDef>>,
+        stored: Option<Arc<DomainDef>>,
+        update: Update,
+    ) -> Result<()> {
+        if let Some(live) = &live {
+            self.keep_live(live).await?;
+        }
+        if let Some(stored) = &stored
+            && let Err(e) = self.store(stored.clone()).await
+        {
+            if let (Some(_), Some(before)) = (&live, self.configurations().0) {
+                self.keep_live(&before).await.unwrap_or_else(|e| tracing::warn!(uuid = %self.uuid, "{e}"));
+            }
+            return Err(e);
+        }
+        self.all_told().await.commit(|state| {
+            let events = state.edited(live, stored);
+            if update == Update::Whole { events } else { Vec::new() }
+        });
+        Ok(())
     }
 
     /// The definitions a change is for: live, stored.
@@ -334,9 +361,9 @@ impl Domain {
     }
 
     /// Puts a stored configuration on disk.
-    pub(crate) async fn store(&self, def: DomainDef) -> Result<()> {
+    pub(crate) async fn store(&self, def: Arc<DomainDef>) -> Result<()> {
         let note = Note { name: def.name.clone(), ..lock(&self.state).note(self.owner, &*self.driver) };
-        let (shared, uuid, def) = (self.shared.clone(), self.uuid, Box::new(def));
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
         on_disk(move || shared.store.save_definition(uuid, &def, &note)).await
     }
 
@@ -384,17 +411,17 @@ impl Domain {
 }
 
 impl State {
-    pub(super) fn has_stored(&mut self, def: DomainDef, told: Lifecycle) -> Vec<Lifecycle> {
-        self.stored = Some(Arc::new(def));
+    pub(super) fn has_stored(&mut self, def: Arc<DomainDef>, told: Lifecycle) -> Vec<Lifecycle> {
+        self.stored = Some(def);
         self.broken = None;
         self.being_stored = false;
         self.compare_configs();
         vec![told]
     }
 
-    pub(super) fn edited(&mut self, live: Option<DomainDef>, stored: Option<DomainDef>) -> Vec<Lifecycle> {
+    pub(super) fn edited(&mut self, live: Option<Arc<DomainDef>>, stored: Option<Arc<DomainDef>>) -> Vec<Lifecycle> {
         if let (Some(guest), Some(live)) = (self.guest.as_mut(), live) {
-            guest.live = Arc::new(live);
+            guest.live = live;
         }
         let told = match stored {
             Some(stored) => self.has_stored(stored, Lifecycle::Defined(Defined::Updated)),
@@ -406,12 +433,12 @@ impl State {
 }
 
 /// The definition under another name, which is held to the rules a document's name is held to.
-fn renamed(def: &DomainDef, name: &str) -> Result<DomainDef> {
+fn renamed(def: &Arc<DomainDef>, name: &str) -> Result<Arc<DomainDef>> {
     let mut def = def.clone();
     if def.name == name {
         return Err(Error::InvalidArgument(format!("domain '{name}' has that name already")));
     }
-    name.clone_into(&mut def.name);
+    name.clone_into(&mut Arc::make_mut(&mut def).name);
     check_text(&def)?;
     Ok(def)
 }

@@ -146,7 +146,7 @@ impl Domain {
         origin: Origin,
         cancel: &CancellationToken,
     ) -> Result<()> {
-        let mut def = DomainDef::clone(&def);
+        let mut def = def;
         self.shared.declare(&mut def);
         self.may_write_disks(&def).await?;
         let id = self.shared.next_id();
@@ -223,7 +223,8 @@ impl Domain {
         caller: &Caller,
         reports: virt_model::driver::EventStream,
     ) -> Result<()> {
-        let live = DomainDef { id: Some(id), ..running.live };
+        let mut live = running.live;
+        Arc::make_mut(&mut live).id = Some(id);
         let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());
         let kept = on_disk(move || {
             file.update(|s| {
@@ -235,7 +236,7 @@ impl Domain {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
         let (asks, asked) = mpsc::unbounded_channel();
-        let guest = Guest { id, instance: running.instance, live: Arc::new(live), status, ending: None, asks };
+        let guest = Guest { id, instance: running.instance, live, status, ending: None, asks };
         self.commit_report(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
@@ -339,7 +340,10 @@ impl Domain {
     /// Waits until what the hypervisor has done is told. Something else may have undone it at once: that is not waited for
     /// without end.
     async fn sees(&self, guest: &Guest, deed: &str, wanted: impl Fn(&State) -> bool) -> Result<()> {
-        let told = self.until(|state| !state.runs(guest.id) || wanted(state));
+        let told = async {
+            self.all_told().await;
+            self.until(|state| !state.runs(guest.id) || wanted(state)).await;
+        };
         if tokio::time::timeout(TOLD, told).await.is_err() {
             let error = "its hypervisor says that it is done, and the guest is as before".to_owned();
             return Err(self.failed(deed, DriverError::TimedOut(error)));

@@ -1,5 +1,6 @@
 //! What lies in a drive: changed while the guest runs, in what is stored, or both.
 
+use super::config::Update;
 use super::{Affect, Domain};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
@@ -37,20 +38,12 @@ impl Domain {
             if let Some((def, target)) = &live {
                 self.change_medium(def, target).await?;
             }
-            let kept = async {
-                if let Some((def, _)) = &live {
-                    self.keep_live(def).await?;
-                }
-                if let Some((def, _)) = &stored {
-                    self.store(def.clone()).await?;
-                }
-                Ok(())
-            };
-            if let Err(error) = kept.await {
-                self.put_back_medium(before.as_deref(), live.as_ref().map(|(_, target)| &**target)).await;
+            let (live, target) = live.unzip();
+            let put = self.put_configurations(live.map(Arc::new), stored.map(|(def, _)| Arc::new(def)), Update::Whole);
+            if let Err(error) = put.await {
+                self.put_back_medium(before.as_deref(), target.as_deref()).await;
                 return Err(error);
             }
-            self.all_told().await.commit(|state| state.edited(live.map(|(def, _)| def), stored.map(|(def, _)| def)));
             Ok(())
         })
         .await
@@ -65,10 +58,7 @@ impl Domain {
     /// What could not be written down is not to be in the drive, either.
     async fn put_back_medium(&self, before: Option<&DomainDef>, target: Option<&str>) {
         let (Some(before), Some(target)) = (before, target) else { return };
-        let back = async {
-            self.change_medium(before, target).await?;
-            self.keep_live(before).await
-        };
+        let back = async { self.change_medium(before, target).await };
         if let Err(error) = back.await {
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell what lies in '{target}'");
         }

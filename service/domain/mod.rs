@@ -118,7 +118,7 @@ impl AllTold<'_> {
 /// How a new `Domain` comes to be.
 pub(crate) struct Birth {
     /// Its configuration; of a transient domain that of its guest, or of the one about to start.
-    pub def: DomainDef,
+    pub def: Arc<DomainDef>,
     pub persistent: bool,
     /// Why the stored configuration cannot be used; `def` then has only its name, type and uuid.
     pub broken: Option<String>,
@@ -165,7 +165,7 @@ impl Domain {
             turn: Arc::default(),
             state: Mutex::new(State {
                 name,
-                stored: birth.persistent.then(|| Arc::new(birth.def)),
+                stored: birth.persistent.then_some(birth.def),
                 guest: None,
                 starting: None,
                 creations: 0,

@@ -44,12 +44,16 @@ impl Reports {
         }
     }
 
-    /// Takes the report that is there, at its pace.
+    /// Takes the report that is there: at its pace, unless somebody waits for it to be dealt with. Who asks is a caller, not
+    /// the guest.
     async fn take(&mut self) -> Option<DriverEvent> {
-        tokio::select! {
-            biased;
-            () = self.reports.ending() => {}
-            () = self.pace.turn() => {}
+        while self.waiting.is_empty() {
+            tokio::select! {
+                biased;
+                () = self.reports.ending() => break,
+                Some(asked) = self.asks.recv() => self.waiting.push((self.reports.len(), asked)),
+                () = self.pace.turn() => break,
+            }
         }
         self.waiting.iter_mut().for_each(|(before, _)| *before = before.saturating_sub(1));
         self.reports.recv().await
@@ -121,6 +125,27 @@ mod tests {
         assert_eq!(reports.next().await, Some(DriverEvent::Exited(Exit::Requested)));
         drop(sink);
         assert_eq!(reports.next().await, None);
+    }
+
+    /// The pace is for what a guest does by itself: a verb that waits for what it caused is not slowed down.
+    #[tokio::test]
+    async fn what_somebody_waits_for_waits_for_no_turn() {
+        let (sink, stream) = reports();
+        let (asks, asked) = mpsc::unbounded_channel();
+        let mut reports = Reports::new(stream, asked);
+        // No turn for an hour.
+        reports.pace = Pace { left: 0, since: Instant::now() + Duration::from_secs(3600) };
+        sink.send(DriverEvent::Panicked);
+        let (ask, told) = oneshot::channel();
+        asks.send(ask).unwrap();
+        assert_eq!(reports.next().await, Some(DriverEvent::Panicked));
+        let next = tokio::spawn(async move { reports.next().await });
+        told.await.unwrap();
+        sink.send(DriverEvent::Resumed);
+        let (ask, told) = oneshot::channel();
+        asks.send(ask).unwrap();
+        assert_eq!(next.await.unwrap(), Some(DriverEvent::Resumed));
+        drop(told);
     }
 
     #[tokio::test]

@@ -120,7 +120,7 @@ pub enum DomainEnd {
 /// What `start` needs to know.
 pub struct Launch {
     /// The completed definition.
-    pub def: DomainDef,
+    pub def: Arc<DomainDef>,
     /// Leave the CPUs standing.
     pub paused: bool,
     /// Make the firmware variables anew from their template.
@@ -152,13 +152,13 @@ pub struct Running {
     /// The living guest.
     pub instance: Arc<dyn Instance>,
     /// The definition as it runs: `launch.def` plus runtime facts (terminals, ports). Its `id` is the service's matter.
-    pub live: DomainDef,
+    pub live: Arc<DomainDef>,
 }
 
 /// What `reconnect` needs to know.
 pub struct Reconnect {
     /// The definition that ran when last seen.
-    pub live: DomainDef,
+    pub live: Arc<DomainDef>,
     /// What was last recorded; null if that cannot be read.
     pub record: serde_json::Value,
     /// What it did when last seen; what `reconnect` returns if it lives and does not answer.

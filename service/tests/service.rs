@@ -446,21 +446,16 @@ async fn can_tells_without_asking_a_person() {
 async fn can_knows_methods_of_snapshots_and_of_the_service() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
-    let domain = world.define("web").await;
-    let (_, ticket) = domain
-        .create_snapshot(&world.alice(), "<domainsnapshot><name>one</name></domainsnapshot>", CreateOptions::default())
-        .await
-        .unwrap();
-    ticket.done().await.unwrap();
-    assert_eq!(domain.can_with_snapshot(&world.alice(), "one", "Revert").await.unwrap(), "yes");
+    let domain = with_snapshot(&world, "web").await;
+    assert_eq!(domain.can_with_snapshot(&world.alice(), "on", "Revert").await.unwrap(), "yes");
     assert!(matches!(
-        domain.can_with_snapshot(&world.alice(), "two", "Revert").await,
+        domain.can_with_snapshot(&world.alice(), "other", "Revert").await,
         Err(Error::NoSuchSnapshot { .. })
     ));
     assert_eq!(world.service.can(&world.alice(), "DefineDomain").await.unwrap(), "yes");
     world.notary.only_reads.store(true, Ordering::Relaxed);
-    assert_eq!(domain.can_with_snapshot(&world.alice(), "one", "Delete").await.unwrap(), "no");
-    assert_eq!(domain.can_with_snapshot(&world.alice(), "one", "CheckDelete").await.unwrap(), "yes");
+    assert_eq!(domain.can_with_snapshot(&world.alice(), "on", "Delete").await.unwrap(), "no");
+    assert_eq!(domain.can_with_snapshot(&world.alice(), "on", "CheckDelete").await.unwrap(), "yes");
     assert_eq!(world.service.can(&world.alice(), "CreateDomain").await.unwrap(), "no");
     assert_eq!(world.service.can(&world.alice(), "ListDomains").await.unwrap(), "yes");
     assert!(matches!(world.service.can(&world.alice(), "Revert").await, Err(Error::InvalidArgument(_))));
@@ -712,7 +707,6 @@ async fn with_snapshot(world: &World, name: &str) -> Arc<Domain> {
 
 async fn take(world: &World, domain: &Arc<Domain>, name: &str) {
     let document = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
-    domain.start(&world.alice(), StartOptions::default()).await.unwrap().done().await.unwrap();
     let (_, ticket) = domain.create_snapshot(&world.alice(), &document, CreateOptions::default()).await.unwrap();
     ticket.done().await.unwrap();
 }

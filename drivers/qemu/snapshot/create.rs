@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
+use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     Capture, CreatePlan, DiskMode, FileChange, FileFate, Journal, MemoryMode, Taken, Wish,
@@ -684,14 +685,15 @@ impl Operation {
     }
 
     /// The machine with its disks on the overlays.
-    pub(super) fn standing_on(&self, overlays: &[Overlay]) -> virt_model::domain::DomainDef {
-        let mut def = self.machine.def.clone();
+    pub(super) fn standing_on(&self, overlays: &[Overlay]) -> Arc<DomainDef> {
+        let mut now = self.machine.def.clone();
+        let def = Arc::make_mut(&mut now);
         for overlay in overlays {
             for disk in def.devices.disks.iter_mut().filter(|disk| disk.target.dev == overlay.target) {
                 disk.stand_on(&overlay.path, overlay.block, &overlay.format);
             }
         }
-        def
+        now
     }
 
     async fn agent(&self) -> Result<Agent, DriverError> {
@@ -767,7 +769,7 @@ pub(super) fn written(note: &Note) -> Result<serde_json::Value, DriverError> {
 }
 
 /// What a creation came to.
-pub(super) fn taken(record: Record, def: Option<virt_model::domain::DomainDef>) -> Taken {
+pub(super) fn taken(record: Record, def: Option<Arc<DomainDef>>) -> Taken {
     let how = |part: &Option<Part>| {
         Some(match part.as_ref()? {
             Part::Internal => Capture::Internal,

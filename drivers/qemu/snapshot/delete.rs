@@ -1,8 +1,9 @@
 //! Deleting a snapshot: what is inside images is removed, overlays are merged into what they stand on.
 
 use super::create::written;
+use super::note::NotedSnapshot;
 use super::note::{Delete, Merge, Note};
-use super::revert::{chain, held, record_of};
+use super::revert::{chain, record_of};
 use super::survey::Survey;
 use super::{Operation, pairs};
 use std::path::{Path, PathBuf};
@@ -75,8 +76,14 @@ impl Operation {
         let survey = self.survey(reverts.iter().cloned()).await?;
         let unneeded = |file: &&PathBuf| survey.is_there(file) && !standing.iter().any(|one| one.file == **file);
         let unlinks = leaves.iter().map(|leaf| &leaf.file).chain(reverts.iter().filter(unneeded)).cloned().collect();
-        let deed =
-            Delete { snapshot: held(snapshot), merges, unlinks, synced: None, resume: false, merged: Vec::new() };
+        let deed = Delete {
+            snapshot: NotedSnapshot::of(snapshot),
+            merges,
+            unlinks,
+            synced: None,
+            resume: false,
+            merged: Vec::new(),
+        };
         Ok(Plan { deed, leaves, standing })
     }
 
@@ -271,26 +278,6 @@ impl Operation {
         self.remove_files(deed.unlinks.iter().cloned().chain(leavings).collect()).await;
         step("removed");
         Ok(())
-    }
-
-    /// The names of snapshots that the images hold, each with its disks.
-    pub(super) async fn inventory(&self) -> Result<Vec<(String, Vec<String>)>, DriverError> {
-        let disks = self.machine.def.devices.disks.iter().filter(|disk| disk.format() == Some("qcow2"));
-        let images: Vec<(String, PathBuf)> =
-            disks.filter_map(|disk| Some((disk.target.dev.clone(), PathBuf::from(disk.path()?)))).collect();
-        let survey = self.survey(images.iter().map(|(_, path)| path.clone())).await?;
-        let images: Vec<_> = images.into_iter().filter(|(_, path)| survey.is_there(path)).collect();
-        let lent = images.iter().map(|(_, path)| (path.clone(), false)).collect();
-        self.with_lent(lent, move |tools| {
-            let mut found: std::collections::BTreeMap<String, Vec<String>> = std::collections::BTreeMap::new();
-            for (target, path) in images {
-                for inner in tools.info(&path, "qcow2")?.snapshots {
-                    found.entry(inner.name).or_default().push(target.clone());
-                }
-            }
-            Ok(found.into_iter().collect())
-        })
-        .await
     }
 }
 

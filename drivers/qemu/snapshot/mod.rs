@@ -112,11 +112,6 @@ impl Snapshots for QemuDriver {
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError> {
         self.operation(machine).await?.recover(note).await
     }
-
-    async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError> {
-        let machine = Machine { def: def.clone(), guest: None, running: false, folder: PathBuf::new() };
-        self.operation(&machine).await?.inventory().await
-    }
 }
 
 impl QemuDriver {

@@ -1,7 +1,15 @@
 //! What is written down before each change, so that it can be finished or undone by whoever finds it.
 
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::Arc;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{DiskPart, Kept, MemoryMode};
+
+/// The form in which a definition is written down.
+const KEPT: Form = Form { inactive: true, secure: true, migratable: false };
 
 /// The last note of an operation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -15,7 +23,7 @@ pub enum Note {
     Load {
         /// The job.
         job: String,
-        snapshot: Held,
+        snapshot: NotedSnapshot,
         /// It is done.
         #[serde(default)]
         loaded: bool,
@@ -30,36 +38,33 @@ pub enum Note {
 
 /// A snapshot, as far as it is needed.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Held {
+pub struct NotedSnapshot {
     pub name: String,
     /// Its definition.
     pub def: String,
-    pub disks: Vec<HeldDisk>,
-    pub memory: HeldMemory,
+    pub disks: Vec<DiskPart>,
+    pub memory: MemoryMode,
     pub record: serde_json::Value,
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct HeldDisk {
-    pub target: String,
-    pub mode: HeldMode,
-}
+impl NotedSnapshot {
+    /// As it is written down.
+    pub fn of(snapshot: &Kept) -> NotedSnapshot {
+        NotedSnapshot {
+            name: snapshot.name.clone(),
+            def: snapshot.def.write(KEPT),
+            disks: snapshot.disks.clone(),
+            memory: snapshot.memory.clone(),
+            record: snapshot.record.clone(),
+        }
+    }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum HeldMode {
-    No,
-    Internal,
-    Manual,
-    External { path: PathBuf, block: bool, format: String },
-}
-
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum HeldMemory {
-    No,
-    Internal,
-    External(PathBuf),
+    /// As it is read again.
+    pub fn read(self) -> Result<Kept, DriverError> {
+        let NotedSnapshot { name, def, disks, memory, record } = self;
+        let def = Arc::new(DomainDef::parse(&def).map_err(DriverError::Config)?);
+        Ok(Kept { name, memory, disks, merging: BTreeSet::new(), def, record })
+    }
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -145,7 +150,7 @@ impl Part {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Revert {
-    pub snapshot: Held,
+    pub snapshot: NotedSnapshot,
     pub aside: Aside,
 }
 
@@ -178,7 +183,7 @@ fn once_fixed() -> String {
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Delete {
-    pub snapshot: Held,
+    pub snapshot: NotedSnapshot,
     /// What is merged, in this order.
     pub merges: Vec<Merge>,
     /// Overlays that nothing stands on.

@@ -5,7 +5,7 @@ use super::create::taken;
 use super::jobs::Standing;
 use super::nodes::Nodes;
 use super::note::{CreateExternal, CreateInternal, Delete, Note, Revert};
-use super::revert::{kept, record_of};
+use super::revert::record_of;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
@@ -79,10 +79,10 @@ impl Operation {
     async fn recover_load(
         &self,
         job: &str,
-        snapshot: super::note::Held,
+        snapshot: super::note::NotedSnapshot,
         loaded: bool,
     ) -> Result<Recovered, DriverError> {
-        let snapshot = kept(snapshot)?;
+        let snapshot = snapshot.read()?;
         if let Some(body) = &self.body {
             let line = body.line()?;
             let loaded = loaded || line.settled(job, None).await? == Standing::Ended(Ok(()));
@@ -125,7 +125,7 @@ impl Operation {
             self.put_back(&note.aside).await?;
             return self.recover_parked().await;
         }
-        let snapshot = kept(note.snapshot.clone())?;
+        let snapshot = note.snapshot.clone().read()?;
         let record = self.record_of(&snapshot);
         if self.body.is_none() {
             self.bring_back(&snapshot, &record, &mut note, &silent()).await?;
@@ -136,7 +136,7 @@ impl Operation {
     }
 
     async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
-        let snapshot = kept(note.snapshot.clone())?;
+        let snapshot = note.snapshot.clone().read()?;
         let carried_out = self.carry_out(&snapshot, &mut note, None).await;
         self.go_on(note.resume).await?;
         Ok(match carried_out {

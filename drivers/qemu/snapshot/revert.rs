@@ -5,7 +5,7 @@ use super::create::written;
 use super::files::{OVERLAY, check_space};
 use super::jobs::failed;
 use super::nodes::{Nodes, unmistakable};
-use super::note::{Aside, Held, HeldDisk, HeldMemory, HeldMode, Note, Overlay, Part, Record, Revert};
+use super::note::{Aside, Note, NotedSnapshot, Overlay, Part, Record, Revert};
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::files::Seen;
 use crate::host::image::{ImageInfo, InnerSnapshot, without_bitmaps};
@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::device::disk::BackingStore;
-use virt_model::domain::{DomainDef, Form};
+use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     DiskMode, DiskPart, FileChange, FileFate, Journal, Kept, Kin, MemoryMode, RevertPlan, Reverted,
@@ -27,9 +27,6 @@ use virt_model::driver::snapshots::{
 /// How the names begin under which images keep what they held before a revert, until that is settled. Each revert has one
 /// of its own: what an earlier one left behind must never be taken for what was before a later one.
 pub(super) const UNDO: &str = "virtd-undo";
-
-/// The definition as it is written down.
-const KEPT: Form = Form { inactive: true, secure: true, migratable: false };
 
 impl Operation {
     pub(super) async fn check_revert(
@@ -111,7 +108,7 @@ impl Operation {
 
     /// An image that another snapshot's overlay stands on is never written.
     fn not_frozen(&self, snapshot: &Kept, images: &[Image], kin: &Kin) -> Result<(), DriverError> {
-        for other in &kin.others {
+        for other in kin.others.iter() {
             for (disk, _) in
                 pairs(&other.def, &other.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }))
             {
@@ -167,7 +164,7 @@ impl Operation {
     pub(super) async fn load(&self, snapshot: &Kept, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let job = "virtd-snapshot-load";
-        let note = |loaded| written(&Note::Load { job: job.to_owned(), snapshot: held(snapshot), loaded });
+        let note = |loaded| written(&Note::Load { job: job.to_owned(), snapshot: NotedSnapshot::of(snapshot), loaded });
         journal.note(note(false)?).await?;
         body.patiently("stop", json!({})).await?;
         journal.point_of_no_return();
@@ -207,7 +204,7 @@ impl Operation {
             let kept = self.machine.folder.join(format!(".undo.{part}"));
             aside.copies.push((original, kept));
         }
-        let mut note = Revert { snapshot: held(snapshot), aside };
+        let mut note = Revert { snapshot: NotedSnapshot::of(snapshot), aside };
         journal.note(written(&Note::Revert(note.clone()))?).await?;
         let brought = self.bring_back(snapshot, &record, &mut note, journal).await;
         if let Err(error) = brought {
@@ -306,7 +303,8 @@ impl Operation {
             _ => None,
         });
         let survey = self.survey(first).await?;
-        let mut def = snapshot.def.clone();
+        let mut now = snapshot.def.clone();
+        let def = Arc::make_mut(&mut now);
         let mut disks = snapshot.disks.clone();
         for overlay in &aside.made {
             for disk in def.devices.disks.iter_mut().filter(|disk| disk.target.dev == overlay.target) {
@@ -323,7 +321,7 @@ impl Operation {
             }
         }
         Ok(Reverted {
-            def,
+            def: now,
             disks,
             record: serde_json::to_value(record).unwrap_or_default(),
             aside: serde_json::to_value(aside).unwrap_or_default(),
@@ -423,7 +421,7 @@ impl Operation {
                 files.push((path.clone(), format.clone(), PathBuf::from(base)));
             }
         }
-        for one in kin.others.iter().chain([snapshot]) {
+        for one in kin.others.iter().map(|other| &**other).chain([snapshot]) {
             let made = self.own_reverts(one).await.into_iter();
             let top = made.filter(|(file, _)| file.to_str().is_some_and(|file| tops.contains(file)));
             files.extend(top.map(|(file, base)| (file, "qcow2".to_owned(), base)));
@@ -537,56 +535,4 @@ pub(super) fn record_of(snapshot: &Kept) -> Record {
 fn is_ours(name: &str) -> bool {
     let rest = name.strip_prefix(UNDO).and_then(|rest| rest.strip_prefix('-'));
     rest.is_some_and(|rest| Uuid::try_parse(rest).is_ok())
-}
-
-/// A snapshot as it is written down.
-pub(super) fn held(snapshot: &Kept) -> Held {
-    let disks = snapshot.disks.iter().map(|part| HeldDisk {
-        target: part.target.clone(),
-        mode: match &part.mode {
-            DiskMode::No => HeldMode::No,
-            DiskMode::Internal => HeldMode::Internal,
-            DiskMode::Manual => HeldMode::Manual,
-            DiskMode::External { path, block, format } => {
-                HeldMode::External { path: path.clone(), block: *block, format: format.clone() }
-            }
-        },
-    });
-    Held {
-        name: snapshot.name.clone(),
-        def: snapshot.def.write(KEPT),
-        disks: disks.collect(),
-        memory: match &snapshot.memory {
-            MemoryMode::No => HeldMemory::No,
-            MemoryMode::Internal => HeldMemory::Internal,
-            MemoryMode::External(file) => HeldMemory::External(file.clone()),
-        },
-        record: snapshot.record.clone(),
-    }
-}
-
-/// The same, read again.
-pub(super) fn kept(held: Held) -> Result<Kept, DriverError> {
-    let def = DomainDef::parse(&held.def).map_err(DriverError::Config)?;
-    let disks = held.disks.into_iter().map(|disk| DiskPart {
-        target: disk.target,
-        mode: match disk.mode {
-            HeldMode::No => DiskMode::No,
-            HeldMode::Internal => DiskMode::Internal,
-            HeldMode::Manual => DiskMode::Manual,
-            HeldMode::External { path, block, format } => DiskMode::External { path, block, format },
-        },
-    });
-    Ok(Kept {
-        name: held.name,
-        memory: match held.memory {
-            HeldMemory::No => MemoryMode::No,
-            HeldMemory::Internal => MemoryMode::Internal,
-            HeldMemory::External(file) => MemoryMode::External(file),
-        },
-        disks: disks.collect(),
-        merging: BTreeSet::new(),
-        def,
-        record: held.record,
-    })
 }

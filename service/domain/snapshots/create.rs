@@ -2,6 +2,7 @@
 
 use super::{Domain, fate};
 use crate::authz::{Action, Answer, Caller};
+use crate::domain::config::Update;
 use crate::error::{Error, Result};
 use crate::images;
 use crate::job::{Job, Ticket};
@@ -234,7 +235,7 @@ impl Domain {
                 return Err(Error::SnapshotExists(text));
             }
             state.snapshots.room_for_another(&state.name)?;
-            let inactive = state.stored.as_deref().filter(|_| state.guest.is_some()).cloned();
+            let inactive = state.stored.clone().filter(|_| state.guest.is_some());
             (state.snapshots.tree.current().map(str::to_owned), inactive)
         };
         let manual = aligned.disks.iter().any(|disk| disk.mode == DiskMode::Manual);
@@ -258,8 +259,8 @@ impl Domain {
             memory: aligned.memory,
             disks: aligned.disks,
             merging: Default::default(),
-            domain: Some(Box::new(machine.def.clone())),
-            inactive: inactive.map(Box::new),
+            domain: Some(machine.def.clone()),
+            inactive,
             captured: Vec::new(),
             cookie: None,
         };
@@ -397,29 +398,17 @@ impl Domain {
     pub(super) async fn stand_on(&self, now: &DomainDef) -> Result<()> {
         let (live, stored) = self.configurations();
         let before = live.clone().or(stored.clone());
-        let stored = stored.map(|stored| {
+        let stored = stored.and_then(|stored| {
             let mut stored = DomainDef::clone(&stored);
             let changed = before.as_ref().is_some_and(|before| switch_disks(&mut stored, before, now));
-            changed.then_some(stored)
+            changed.then(|| Arc::new(stored))
         });
         let live = live.map(|live| {
             let mut switched = DomainDef::clone(&live);
             switch_disks(&mut switched, &live, now);
-            switched
+            Arc::new(switched)
         });
-        if let Some(live) = &live {
-            self.keep_live(live).await?;
-        }
-        let stored = stored.flatten();
-        if let Some(stored) = &stored {
-            self.store(stored.clone()).await?;
-        }
-        self.all_told().await.commit(|state| {
-            // Part of a snapshot: not told as an update of its own.
-            state.edited(live, stored);
-            Vec::new()
-        });
-        Ok(())
+        self.put_configurations(live, stored, Update::Part).await
     }
 
     /// The guest ends, now that it is captured.

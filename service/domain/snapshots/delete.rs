@@ -3,6 +3,7 @@
 use super::plan::{Plan, told};
 use super::{Domain, DomainJournal, State};
 use crate::authz::Caller;
+use crate::domain::config::Update;
 use crate::domain::lifecycle::Creation;
 use crate::error::{Error, Result};
 use crate::images;
@@ -127,7 +128,7 @@ impl Domain {
         Kin {
             others: self.others(name, machine),
             unreadable: self.has_unreadable(),
-            stored: stored.filter(|_| live.is_some()).map(|stored| DomainDef::clone(&stored)),
+            stored: stored.filter(|_| live.is_some()),
             keep: Vec::new(),
             doomed: doomed.iter().filter(|other| *other != name).cloned().collect(),
         }
@@ -302,20 +303,9 @@ impl Domain {
             let def = def?;
             let mut mended = DomainDef::clone(&def);
             replace_in(&mut mended, replaced);
-            (mended != *def).then_some(mended)
+            (mended != *def).then(|| Arc::new(mended))
         };
-        let (live, stored) = (mended(live), mended(stored));
-        if let Some(live) = &live {
-            self.keep_live(live).await?;
-        }
-        if let Some(stored) = &stored {
-            self.store(stored.clone()).await?;
-        }
-        self.all_told().await.commit(|state| {
-            state.edited(live, stored);
-            Vec::new()
-        });
-        Ok(())
+        self.put_configurations(mended(live), mended(stored), Update::Part).await
     }
 
     fn not_deleted(&self, name: &str, error: DriverError) -> Error {
@@ -383,7 +373,7 @@ fn forget_layer(layer: Option<&mut Box<BackingStore>>, gone: &Replaced) {
 
 fn replace_in_snapshot(def: &mut SnapshotDef, replaced: &[Replaced]) {
     for domain in [&mut def.domain, &mut def.inactive].into_iter().flatten() {
-        replace_in(domain, replaced);
+        replace_in(Arc::make_mut(domain), replaced);
     }
     for one in replaced {
         for disk in def.disks.iter_mut().filter(|disk| disk.target == one.target) {

@@ -34,7 +34,6 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
-use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::{DiskMode, FileFate, Kept, Machine, MemoryMode, Snapshots};
 use virt_model::snapshot::{Node, SnapshotDef, SnapshotTree};
 use virt_model::state::DomainState;
@@ -273,7 +272,7 @@ impl Domain {
         let def = state.guest.as_ref().map(|guest| &guest.live).or(state.stored.as_ref());
         let def = def.ok_or_else(|| Error::NoSuchDomain { what: "name", value: state.name.clone() })?;
         let mut machine = Machine {
-            def: DomainDef::clone(def),
+            def: def.clone(),
             guest: state.guest.as_ref().map(|guest| guest.instance.clone()),
             running: matches!(state.state, DomainState::Running | DomainState::Idle),
             folder,
@@ -290,7 +289,7 @@ impl Domain {
 
     /// The same where it is known what snapshots have recorded of overlays.
     fn kept_on(&self, record: &Record, def: &SnapshotDef, machine: &Machine, recorded: &[images::Overlay]) -> Kept {
-        let mut machine = def.domain.as_deref().unwrap_or(&machine.def).clone();
+        let mut machine = def.domain.as_ref().unwrap_or(&machine.def).clone();
         images::declare_in(&mut machine, recorded);
         Kept {
             name: def.name.clone(),
@@ -303,14 +302,15 @@ impl Domain {
     }
 
     /// All others, as the driver is to see them.
-    fn others(&self, name: &str, machine: &Machine) -> Vec<Kept> {
+    fn others(&self, name: &str, machine: &Machine) -> Arc<[Arc<Kept>]> {
         let records: Vec<Arc<Record>> = {
             let state = lock(&self.state);
             let others = state.snapshots.tree.iter().filter(|node| node.name != name);
             others.map(|node| node.content.clone()).collect()
         };
         let recorded = self.shared.recorded();
-        let kept = |record: &Arc<Record>| Some(self.kept_on(record, record.def.as_ref().ok()?, machine, &recorded));
+        let kept =
+            |record: &Arc<Record>| Some(Arc::new(self.kept_on(record, record.def.as_ref().ok()?, machine, &recorded)));
         records.iter().filter_map(kept).collect()
     }
 

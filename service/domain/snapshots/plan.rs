@@ -7,6 +7,7 @@ use crate::images;
 use crate::lock::lock;
 use crate::verb;
 use std::path::PathBuf;
+use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
 use virt_model::driver::DriverError;
@@ -111,7 +112,7 @@ impl Domain {
             let state = lock(&self.state);
             (state.name.clone(), state.state, state.stored.is_some(), state.facts.has_managed_save)
         };
-        let Some(taken) = def.domain.as_deref() else {
+        let Some(taken) = def.domain.as_ref() else {
             let text = format!("'{name}' holds no configuration; redefine it with a full domain");
             return Err(Error::OperationInvalid(text));
         };
@@ -289,9 +290,11 @@ fn wanted(def: &SnapshotDef, options: &RevertOptions) -> Option<bool> {
     }
 }
 
-pub(super) fn renamed(def: &DomainDef, name: &str) -> DomainDef {
+pub(super) fn renamed(def: &Arc<DomainDef>, name: &str) -> Arc<DomainDef> {
     let mut def = def.clone();
-    name.clone_into(&mut def.name);
+    if def.name != name {
+        name.clone_into(&mut Arc::make_mut(&mut def).name);
+    }
     def
 }
 

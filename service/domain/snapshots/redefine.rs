@@ -88,7 +88,7 @@ impl Domain {
         }
         // A revert would make each of them the domain's own.
         for machine in machines(&def) {
-            self.fits(&super::plan::renamed(machine, &state.name), &state.name)?;
+            self.is_of_its_driver(machine, &state.name)?;
         }
         state.keep_hidden(&mut def).map_err(Error::ConfigInvalid)?;
         let order = match tree.get(&name) {
@@ -122,10 +122,12 @@ impl State {
         let live = self.guest.as_ref().map(|guest| &*guest.live);
         let of_domain: Vec<&DomainDef> = self.stored.as_deref().into_iter().chain(live).collect();
         if let Some(machine) = &mut def.domain {
-            machine.keep_hidden(&as_before(before.and_then(|before| before.domain.as_deref()), &of_domain))?;
+            Arc::make_mut(machine)
+                .keep_hidden(&as_before(before.and_then(|before| before.domain.as_deref()), &of_domain))?;
         }
         if let Some(machine) = &mut def.inactive {
-            machine.keep_hidden(&as_before(before.and_then(|before| before.inactive.as_deref()), &of_domain))?;
+            Arc::make_mut(machine)
+                .keep_hidden(&as_before(before.and_then(|before| before.inactive.as_deref()), &of_domain))?;
         }
         Ok(())
     }

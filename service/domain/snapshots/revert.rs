@@ -4,6 +4,7 @@ use super::create::switch_disks;
 use super::plan::{Planned, renamed};
 use super::{Domain, DomainJournal, RevertOptions};
 use crate::authz::Caller;
+use crate::domain::config::Update;
 use crate::domain::lifecycle::{Origin, StartOptions};
 use crate::error::{Error, Result};
 use crate::job::{Job, Ticket};
@@ -155,7 +156,7 @@ impl Domain {
             let settled = driver.settle(machine, reverted, false).await;
             settled.map_err(|e| Error::from_driver(&self.name(), "take back the revert of", e))?;
             if let Some(stored) = before.stored {
-                self.store(DomainDef::clone(&stored)).await?;
+                self.store(stored).await?;
             }
             self.save_record(Record::clone(&before.record)).await?;
             let current = lock(&self.state).snapshots.current().map(str::to_owned);
@@ -258,17 +259,12 @@ impl Domain {
 
     /// What the running guest is called and described by is the snapshot's again.
     pub(super) async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
-        let (Some(taken), (Some(live), _)) = (def.domain.as_deref(), self.configurations()) else { return Ok(()) };
-        let mut live = DomainDef::clone(&live);
-        live.title.clone_from(&taken.title);
-        live.description.clone_from(&taken.description);
-        live.metadata.clone_from(&taken.metadata);
-        self.keep_live(&live).await?;
-        self.all_told().await.commit(|state| {
-            state.edited(Some(live), None);
-            Vec::new()
-        });
-        Ok(())
+        let (Some(taken), (Some(mut live), _)) = (def.domain.as_deref(), self.configurations()) else { return Ok(()) };
+        let labels = Arc::make_mut(&mut live);
+        labels.title.clone_from(&taken.title);
+        labels.description.clone_from(&taken.description);
+        labels.metadata.clone_from(&taken.metadata);
+        self.put_configurations(Some(live), None, Update::Part).await
     }
 
     /// The stored configuration and the mark of the current one, on disk.
@@ -295,18 +291,19 @@ impl Domain {
     }
 
     /// What the next cold start is to use; `None` for a transient domain.
-    fn stored_again(&self, def: &SnapshotDef, stands_on: &DomainDef) -> Option<DomainDef> {
+    fn stored_again(&self, def: &SnapshotDef, stands_on: &DomainDef) -> Option<Arc<DomainDef>> {
         let name = {
             let state = lock(&self.state);
             state.stored.as_ref()?;
             state.name.clone()
         };
-        let taken = def.domain.as_deref()?;
-        let mut stored = renamed(def.inactive.as_deref().unwrap_or(taken), &name);
+        let taken = def.domain.as_ref()?;
+        let mut stored = DomainDef::clone(def.inactive.as_ref().unwrap_or(taken));
+        stored.name = name;
         stored.id = None;
         stored.uuid = self.uuid;
         switch_disks(&mut stored, taken, stands_on);
-        Some(stored)
+        Some(Arc::new(stored))
     }
 
     pub(super) async fn start_reverted(
@@ -322,7 +319,7 @@ impl Domain {
         let live = renamed(&reverted.def, &self.name());
         let origin = Origin::Snapshot(from.map(Box::new));
         // Boxed: a start is large, and this lies deep in what may already be one.
-        Box::pin(self.start_guest(Arc::new(live), caller, options, origin, cancel)).await
+        Box::pin(self.start_guest(live, caller, options, origin, cancel)).await
     }
 
     /// It was shut off before, or its guest has been ended for this.

@@ -15,6 +15,7 @@
 use super::{DriverError, Instance};
 use crate::domain::DomainDef;
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -86,16 +87,13 @@ pub trait Snapshots: Send + Sync {
 
     /// Makes whole what was cut off, from the last note of its journal; `machine.guest` is what has been found of the guest.
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError>;
-
-    /// The names of internal snapshots that the machine's images hold, with the disks that hold each.
-    async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError>;
 }
 
 /// The machine an operation is about.
 #[derive(Clone)]
 pub struct Machine {
     /// What runs, or what is stored if nothing does.
-    pub def: DomainDef,
+    pub def: Arc<DomainDef>,
     /// The running guest.
     pub guest: Option<Arc<dyn Instance>>,
     /// Whether its CPUs run.
@@ -105,7 +103,8 @@ pub struct Machine {
 }
 
 /// Where the memory goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum MemoryMode {
     /// Nowhere.
     No,
@@ -116,7 +115,8 @@ pub enum MemoryMode {
 }
 
 /// How a disk takes part.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum DiskMode {
     /// Not.
     No,
@@ -136,7 +136,7 @@ pub enum DiskMode {
 }
 
 /// One disk of a snapshot.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DiskPart {
     /// `vda`
     pub target: String,
@@ -204,7 +204,7 @@ pub struct Taken {
     /// What the driver must know to revert and delete: ids inside images, copies. Kept with the snapshot.
     pub record: serde_json::Value,
     /// The machine on its new overlays, where disks were switched: source and backing chain of each.
-    pub def: Option<DomainDef>,
+    pub def: Option<Arc<DomainDef>>,
     /// How the firmware's variables were captured.
     pub nvram: Option<Capture>,
     /// How the TPM's state was captured.
@@ -234,7 +234,7 @@ pub struct Kept {
     /// Disks whose frozen files an earlier deletion has begun to write.
     pub merging: BTreeSet<String>,
     /// The machine as it was: the disks' sources are what was frozen.
-    pub def: DomainDef,
+    pub def: Arc<DomainDef>,
     /// What the driver kept; null for one that was restored from a document without it.
     pub record: serde_json::Value,
 }
@@ -243,9 +243,9 @@ pub struct Kept {
 #[derive(Clone, Debug, Default)]
 pub struct Kin {
     /// All its other snapshots.
-    pub others: Vec<Kept>,
+    pub others: Arc<[Arc<Kept>]>,
     /// The stored configuration, where it is not what runs.
-    pub stored: Option<DomainDef>,
+    pub stored: Option<Arc<DomainDef>>,
     /// Snapshots that will be deleted in the same deed: what only they need is not needed.
     pub doomed: Vec<String>,
     /// Files that other machines stand on: they are not removed.
@@ -267,7 +267,7 @@ pub struct RevertPlan {
 #[derive(Clone, Debug)]
 pub struct Reverted {
     /// The snapshot's definition with the disks that it stands on now.
-    pub def: DomainDef,
+    pub def: Arc<DomainDef>,
     /// The snapshot's disks: an external one may have another overlay now.
     pub disks: Vec<DiskPart>,
     /// The driver's record of the snapshot from now on.

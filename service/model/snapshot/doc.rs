@@ -7,6 +7,7 @@ use crate::domain::value::choices;
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
 use crate::xml::{self, Attribute, Element, Finding, Limits};
 use std::path::PathBuf;
+use std::sync::Arc;
 use uuid::Uuid;
 
 element! {
@@ -223,13 +224,13 @@ impl SnapshotDoc {
         let uuid = self.domain.as_ref().and_then(|domain| domain.child("uuid")).map(|uuid| uuid.text());
         let full = self.domain.filter(|domain| domain.child("memory").is_some() || domain.attr("type").is_some());
         let declared: Vec<Attribute> = self.rest.attributes.iter().filter(|a| is_declaration(a)).cloned().collect();
-        let mut machine = |element: Option<Element>| -> Option<Box<DomainDef>> {
+        let mut machine = |element: Option<Element>| -> Option<Arc<DomainDef>> {
             let mut element = element?;
             "domain".clone_into(&mut element.name);
             // What is declared around it holds in it, and is to hold when it stands alone.
             let inherited = declared.iter().filter(|outer| element.attr(&outer.name).is_none()).cloned();
             element.attributes.extend(inherited.collect::<Vec<_>>());
-            DomainDef::from_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Box::new)
+            DomainDef::from_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Arc::new)
         };
         let (domain, inactive) = (machine(full), machine(self.inactive));
         let state = state.unwrap_or(SnapshotState::DiskSnapshot);

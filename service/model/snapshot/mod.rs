@@ -20,6 +20,7 @@ use crate::xml::{self, Element, Finding, FindingKind, Limits};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 
 /// The longest name, in bytes: it is also a file's.
 pub const MAX_NAME: usize = 200;
@@ -88,9 +89,9 @@ pub struct SnapshotDef {
     /// Targets of disks whose frozen files a deletion has begun to write: it can only be deleted from then on.
     pub merging: BTreeSet<String>,
     /// The machine at that time; `None` for one that was restored from a document without it.
-    pub domain: Option<Box<DomainDef>>,
+    pub domain: Option<Arc<DomainDef>>,
     /// What the next cold start would have used, where the guest was active and that differed or could have.
-    pub inactive: Option<Box<DomainDef>>,
+    pub inactive: Option<Arc<DomainDef>>,
     /// Where the firmware's variables and the TPM's state are: `nvram` or `tpm`, and how.
     pub captured: Vec<(String, Capture)>,
     /// What the driver must know of it; opaque to clients.
