@@ -19,6 +19,7 @@ pub mod firmware;
 mod hostdev;
 mod instance;
 mod launch;
+mod lending;
 mod live;
 #[allow(clippy::disallowed_methods, reason = "a folder that only root writes")]
 mod log;
@@ -100,7 +101,8 @@ enum Privileges {
 }
 
 impl QemuDriver {
-    /// A driver for this host. Reads the ledger of lent files, and gives back what was lent before the host booted.
+    /// A driver for this host. Reads the ledger of lent files; what was lent before the host booted is given back in the
+    /// background, where there is a runtime to do it in.
     pub fn new(config: &DriverConfig) -> QemuDriver {
         let drops = config.system && nix::unistd::geteuid().is_root();
         let privileges = match drops {
@@ -126,6 +128,11 @@ impl QemuDriver {
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
         let workers = Workers::default();
         let prober = prober.certified_in(&config.tls_dir).working_with(&workers);
+        if let Privileges::Drop { ledger: Ok(ledger), .. } = &privileges
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(lending::give_back_due(ledger.clone(), workers.clone()));
+        }
         QemuDriver(Arc::new(Inner {
             prober: Arc::new(prober),
             workers,
