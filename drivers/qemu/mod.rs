@@ -279,7 +279,13 @@ impl Driver for QemuDriver {
     }
 
     async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
-        declared::objections(&self.0.workers, def).await
+        let mut findings = declared::objections(&self.0.workers, def).await?;
+        if let Some((nvram, path)) = def.os.nvram.as_ref().and_then(|nvram| Some((nvram, nvram.path.clone()?))) {
+            let errand = Errand::new(def.uuid, &path);
+            let why = self.0.workers.run(errand, move |_| Ok(make::no_variables(Path::new(&path)))).await?;
+            findings.extend(why.map(|why| Finding::invalid(&nvram.at, why)));
+        }
+        Ok(findings)
     }
 
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
@@ -401,19 +407,18 @@ impl Driver for QemuDriver {
         declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
         let user = self.user_of(def, process).await?;
-        let lend = async |files: Vec<command::HostFile>| match user {
-            None => Ok(()),
-            Some((user, ledger)) => {
+        let lend = async |files: Vec<command::HostFile>| {
+            let guest = def.uuid;
+            let what = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
+            let lend = move |_: &_| {
+                needs::are_as_expected(&files)?;
+                let Some((user, ledger)) = user else { return Ok(()) };
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
-                let guest = def.uuid;
-                let what = wants.first().map(|want| want.path.display().to_string()).unwrap_or_default();
-                let lend = move |_: &_| {
-                    let files = ledger.lend_more(&user, guest, &wants)?;
-                    let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
-                    shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
-                };
-                self.0.workers.run(Errand::new(guest, what), lend).await
-            }
+                let files = ledger.lend_more(&user, guest, &wants)?;
+                let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
+                shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
+            };
+            self.0.workers.run(Errand::new(guest, what), lend).await
         };
         media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
     }
