@@ -251,9 +251,7 @@ fn declare(disk: &mut Disk, recorded: &[Overlay]) {
             *end = Some(Box::new(found.on.clone()));
         }
         let Some(store) = end else { return };
-        let Some(path) = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default())) else {
-            return;
-        };
+        let Some(path) = store.path() else { return };
         last = path.into();
         end = &mut store.backing;
     }
@@ -269,22 +267,10 @@ fn is_written(disk: &Disk) -> bool {
     !disk.readonly && disk.transient.is_none() && disk.device() != DiskDevice::Cdrom
 }
 
-/// A disk's files, from the topmost down.
-pub(crate) fn files_of(disk: &Disk) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = disk.path().map(PathBuf::from).into_iter().collect();
-    let mut layer = disk.backing.as_deref();
-    while let Some(store) = layer {
-        let path = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default()));
-        files.extend(path.map(PathBuf::from));
-        layer = store.backing.as_deref();
-    }
-    files
-}
-
 /// The chains of a configuration; `whose` says whose it is.
 pub(crate) fn chains_of(domain: Uuid, whose: &str, def: &DomainDef, into: &mut Vec<Chain>) {
     for disk in &def.devices.disks {
-        let files = files_of(disk);
+        let files = disk.files();
         let whose = format!("{whose} (disk '{}')", disk.target.dev);
         if !files.is_empty() && !into.iter().any(|chain| chain.whose == whose && chain.files == files) {
             into.push(Chain { domain, whose, files, fixed: 1 });
@@ -303,7 +289,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
             DiskMode::No | DiskMode::Manual => continue,
         };
         let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
-        into.push(Chain { domain, whose, files: files_of(disk), fixed });
+        into.push(Chain { domain, whose, files: disk.files(), fixed });
     }
 }
 
@@ -362,7 +348,7 @@ mod tests {
         let declared = |xml: &str| {
             let mut disk = disk(xml);
             declare(&mut disk, &recorded);
-            files_of(&disk).iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
+            disk.files().iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(declared("<source file='/c'/>"), "/c /b /a");
         assert_eq!(declared("<source file='/c'/><backingStore/>"), "/c", "what is said counts");
