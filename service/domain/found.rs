@@ -96,13 +96,7 @@ impl Domain {
         }
         self.forget_guest(None, reason, since_usec).await;
         self.commit_report(|state| {
-            state.sought = None;
-            state.unread = None;
-            state.state = DomainState::Shutoff;
-            state.reason = reason;
-            state.since_usec = since_usec;
-            state.config_changed = false;
-            state.leave_if_nothing_left();
+            state.has_ended(reason, since_usec);
             // Whoever was told that it runs is told of its end.
             if state.told { vec![Lifecycle::Stopped(Stopped::Failed)] } else { Vec::new() }
         });
