@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Condition, Driver, EventStream, Instance};
-use virt_model::state::{DomainState, Lifecycle, StateReason, Stopped};
+use virt_model::state::{Crashed, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped};
 
 /// A guest that outlived the last virtd.
 pub(crate) struct FoundGuest {
@@ -110,13 +110,15 @@ impl Domain {
         let (now, reason) = found_as(condition, status.state, status.reason);
         let since_usec = if now == status.state { status.since_usec } else { now_usec() };
         self.commit_report(|state| {
+            // Whoever was told its last known state is told what has become of it.
+            let news = state.told.then(|| became(condition, state.state)).flatten();
             state.guest = Some(guest.clone());
             state.sought = None;
             state.state = now;
             state.reason = reason;
             state.since_usec = since_usec;
             state.compare_configs();
-            Vec::new()
+            news.into_iter().collect()
         });
         self.keep_status(guest.id, now, reason, since_usec).await;
         match status.autodestroy.as_deref() {
@@ -138,6 +140,21 @@ fn departed() -> CancellationToken {
     let token = CancellationToken::new();
     token.cancel();
     token
+}
+
+/// What must have happened to a guest that was last known in that state; nothing if it is still in it.
+fn became(condition: Condition, before: DomainState) -> Option<Lifecycle> {
+    let (now, event) = match condition {
+        Condition::Running if before == DomainState::PmSuspended => {
+            (DomainState::Running, Lifecycle::Started(Started::Wakeup))
+        }
+        Condition::Running => (DomainState::Running, Lifecycle::Resumed(Resumed::Unpaused)),
+        Condition::Suspended(why) => (DomainState::Paused, Lifecycle::Suspended(why)),
+        Condition::PoweredOff => (DomainState::Shutdown, Lifecycle::Shutdown(ShutdownBy::Finished)),
+        Condition::Panicked => (DomainState::Crashed, Lifecycle::Crashed(Crashed::Panicked)),
+        Condition::PmSuspended(how) => (DomainState::PmSuspended, Lifecycle::PmSuspended(how)),
+    };
+    (now != before).then_some(event)
 }
 
 /// State and reason of a guest that was found; the recorded reason holds if the state is still the recorded one.
