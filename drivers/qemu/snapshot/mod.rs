@@ -113,6 +113,10 @@ impl Snapshots for QemuDriver {
         self.operation(machine).await?.recover(note).await
     }
 
+    async fn changed_since_frozen(&self, machine: &Machine, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, DriverError> {
+        self.operation(machine).await?.changed_since_frozen(files).await
+    }
+
     async fn inventory(&self, def: &DomainDef) -> Result<Vec<(String, Vec<String>)>, DriverError> {
         let machine = Machine { def: def.clone(), guest: None, running: false, folder: PathBuf::new() };
         self.operation(&machine).await?.inventory().await
