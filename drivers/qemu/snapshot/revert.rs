@@ -170,6 +170,10 @@ impl Operation {
         journal.note(note(false)?).await?;
         body.patiently("stop", json!({})).await?;
         journal.point_of_no_return();
+        // It may have taken its time to stand.
+        if journal.cancelled().is_cancelled() {
+            return Err(DriverError::Cancelled);
+        }
         let line = body.line()?;
         let (nodes, images) = (Nodes::ask(&line).await?, self.held_images(snapshot, &record_of(snapshot)));
         nodes.unmistakable(&snapshot.name, &images)?;

@@ -365,7 +365,7 @@ impl Domain {
         work: W,
     ) -> Result<Ticket>
     where
-        F: Future<Output = Result<()>> + Send,
+        F: Future<Output = Result<()>> + Send + 'static,
         W: FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static,
     {
         let cancel = CancellationToken::new();
@@ -383,10 +383,12 @@ impl Domain {
         Ok(ticket)
     }
 
+    /// What it waits for may never answer. A job that is cancelled ends soon all the same: the work goes on by itself, to be
+    /// undone when it is answered, and the turn is not free before that has ended.
     async fn with_turn<F, W>(self: Arc<Self>, operation: &'static str, job: &Arc<Job>, work: W) -> Result<()>
     where
-        F: Future<Output = Result<()>> + Send,
-        W: FnOnce(Arc<Domain>, Arc<Job>) -> F,
+        F: Future<Output = Result<()>> + Send + 'static,
+        W: FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static,
     {
         let cancelled = || Error::Cancelled(format!("the {operation} of domain '{}' was cancelled", self.name()));
         let turn = tokio::select! {
@@ -396,14 +398,41 @@ impl Domain {
         turn.rename(job.label(operation));
         job.running();
         self.made_whole().await?;
-        let done = work(self.clone(), job.clone()).await;
-        if job.cancel_token().is_cancelled() {
-            self.wants_no_guest().await;
+        let (domain, of) = (self.clone(), job.clone());
+        let mut work = tokio::spawn(async move {
+            let done = work(domain.clone(), of.clone()).await;
+            if of.cancel_token().is_cancelled() {
+                domain.wants_no_guest().await;
+            }
+            // Where the guest stood for it and went on, that is told before the answer.
+            domain.all_told().await;
+            drop(turn);
+            done
+        });
+        let given_up = async {
+            job.cancel_token().cancelled().await;
+            tokio::time::sleep(recover::GRACE).await;
+            if !job.can_be_cancelled() {
+                // It goes to its end, and its job with it.
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
+            () = given_up => Err(self.undone_later(operation)),
         }
-        // Where the guest stood for it and went on, that is told before the answer.
-        self.all_told().await;
-        drop(turn);
-        done
+    }
+
+    /// From now on nobody waits for work that was cancelled: those who want the turn are told what has it.
+    fn undone_later(&self, operation: &str) -> Error {
+        if let Some((turn, _)) = self.turn.share() {
+            turn.rename(format!("undoing a {operation} that was cancelled"));
+        }
+        let domain = self.name();
+        Error::Cancelled(format!(
+            "the {operation} of domain '{domain}' was cancelled, and its hypervisor or its storage does not answer: what was begun \
+             is undone when it does, or when the domain is destroyed, and nothing else begins before"
+        ))
     }
 
     /// The journal of what is done in a job.

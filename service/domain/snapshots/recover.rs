@@ -14,7 +14,7 @@ use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::Limits;
 
 /// How long what is given up may take to end before nobody waits for it any more.
-const GRACE: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(5);
 
 impl Domain {
     /// Finishes or undoes an operation that was cut off, or that failed half-way and could not be undone, if there is one;
