@@ -242,6 +242,51 @@ async fn files_lent_on_storage_that_died_keep_no_others_from_being_lent_and_give
     dead.let_go();
 }
 
+/// Which paths are one file is found out where storage answers, however many files there are that do not.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_others_stand_on_are_recognised_beside_many_that_do_not_answer() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let Some(mut dead) = Dead::mount(&daemon) else { return };
+    let (Some(base), Some(alive)) = (stored_in(&daemon, "base", "golden"), Tick::new(&daemon, "alive", "")) else {
+        return;
+    };
+    let root = Client { connection: daemon.connect().await };
+    let alive = root.define(&alive.xml).await.expect("defined");
+    for number in 0..MANY {
+        let file = dead.file(&format!("{number}.raw"));
+        let xml = format!(
+            "<domain type='qemu'><name>dead-{number}</name><memory>16384</memory><os><type>hvm</type></os><devices>\
+             <disk><source file='{file}'/><target dev='vda'/></disk></devices></domain>"
+        );
+        // Its image is raw: what is in it is nobody's business, and nobody looks.
+        soon("DefineDomain", root.define(&xml)).await.expect("defined");
+        soon("Start", alive.run("Start")).await.expect("started");
+        soon("Destroy", alive.run("Destroy")).await.expect("destroyed");
+    }
+    let top = daemon.folder().join("top.qcow2");
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .args([&base.disk, &top])
+        .status();
+    assert!(made.expect("qemu-img").success());
+    let stands = base.xml.replace("<name>base<", "<name>stands<").replace(
+        &format!("<source file='{}'/>", base.disk.display()),
+        &format!(
+            "<source file='{}'/><backingStore type='file'><format type='qcow2'/><source file='{}'/><backingStore/></backingStore>",
+            top.display(),
+            base.disk.display()
+        ),
+    );
+    root.define(&stands).await.expect("defined");
+    let link = daemon.folder().join("link.qcow2");
+    std::os::unix::fs::symlink(&base.disk, &link).expect("linked");
+    let writes = base.xml.replace(&base.disk.display().to_string(), &link.display().to_string());
+    let writes = root.define(&writes).await.expect("defined");
+    let (name, why) = soon("Start", writes.run("Start")).await.expect_err("another machine stands on it");
+    assert!(name.ends_with("InUse") && why.contains("domain 'stands'"), "{name}: {why}");
+    dead.let_go();
+}
+
 /// The host has booted, and a server that files were lent on has not.
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_lent_before_the_host_booted_keeps_no_virtd_from_starting() {
