@@ -8,12 +8,13 @@ use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::shared::Shared;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::device::disk::{BackingStore, DiskDevice, StoreFormat};
@@ -25,8 +26,10 @@ use virt_model::xml::Finding;
 
 /// How long paths may take to tell which files they are.
 const LOOK: Duration = Duration::from_secs(2);
-/// Looks that may wait at a time for file systems that do not answer.
-const LOOKS: usize = 4;
+/// Threads that may wait at a time for folders that do not answer.
+const LOOKS: usize = 64;
+/// How many of them look for one who asks.
+const THREADS: usize = 4;
 
 /// What to do about a disk that others stand on.
 pub(crate) const FROZEN: &str = "put an overlay of its own on it (qemu-img create -b), name what the machine stood on last, or \
@@ -67,32 +70,50 @@ impl Default for Seen {
 }
 
 impl Seen {
-    /// Looks where paths lead that have not been looked at, and anew at `afresh`.
+    /// Looks where paths lead that have not been looked at, and anew at `afresh`. A folder that does not answer keeps its own
+    /// thread, and what is in other folders is looked at all the same.
     async fn look(shared: &Arc<Shared>, known: HashSet<PathBuf>, afresh: &[PathBuf]) {
-        let Ok(permit) = shared.seen.looks.clone().try_acquire_owned() else { return };
-        let todo: Vec<PathBuf> = {
-            let mut files = lock(&shared.seen.files);
-            // One that somebody waits for is left to them.
-            let open: Vec<PathBuf> = afresh.iter().filter(|path| files.get(*path) != Some(&None)).cloned().collect();
-            let new: Vec<PathBuf> = known.into_iter().filter(|path| !files.contains_key(path)).collect();
-            let todo: Vec<PathBuf> = open.into_iter().chain(new).collect();
-            files.extend(todo.iter().map(|path| (path.clone(), None)));
-            todo
+        let new: Vec<PathBuf> = {
+            let files = lock(&shared.seen.files);
+            known.into_iter().filter(|path| !files.contains_key(path)).collect()
         };
-        let shared = shared.clone();
-        let looked = tokio::task::spawn_blocking(move || {
-            let _permit = permit;
-            for path in todo {
-                #[allow(clippy::disallowed_methods, reason = "in one of few threads, which may be left behind")]
-                let found = std::fs::metadata(&path).ok().map(|data| (data.dev(), data.ino()));
-                let mut files = lock(&shared.seen.files);
-                match found {
-                    Some(found) => _ = files.insert(path, Some(found)),
-                    None => _ = files.remove(&path),
+        // What it is asked for comes first.
+        let folders = by_folder(afresh.to_vec()).chain(by_folder(new)).collect::<VecDeque<_>>();
+        let threads = folders.len().min(THREADS);
+        let folders = Arc::new(Mutex::new(folders));
+        let mut looks = JoinSet::new();
+        for _ in 0..threads {
+            let Ok(permit) = shared.seen.looks.clone().try_acquire_owned() else { break };
+            let (shared, folders) = (shared.clone(), folders.clone());
+            looks.spawn_blocking(move || {
+                let _permit = permit;
+                loop {
+                    let Some(paths) = lock(&folders).pop_front() else { return };
+                    paths.into_iter().for_each(|path| shared.seen.look_at(path));
                 }
+            });
+        }
+        let all = async { while looks.join_next().await.is_some() {} };
+        _ = tokio::time::timeout(LOOK, all).await;
+        looks.detach_all();
+    }
+
+    /// Looks where a path leads; one that somebody waits for is left to them. Blocks.
+    fn look_at(&self, path: PathBuf) {
+        {
+            let mut files = lock(&self.files);
+            if files.get(&path) == Some(&None) {
+                return;
             }
-        });
-        _ = tokio::time::timeout(LOOK, looked).await;
+            files.insert(path.clone(), None);
+        }
+        #[allow(clippy::disallowed_methods, reason = "in one of few threads, which may be left behind")]
+        let found = std::fs::metadata(&path).ok().map(|data| (data.dev(), data.ino()));
+        let mut files = lock(&self.files);
+        match found {
+            Some(found) => _ = files.insert(path, Some(found)),
+            None => _ = files.remove(&path),
+        }
     }
 
     /// Whether two paths are one file, as far as it is known.
@@ -101,6 +122,15 @@ impl Seen {
         let file = |path: &Path| files.get(path).copied().flatten();
         one == other || file(one).is_some_and(|one| Some(one) == file(other))
     }
+}
+
+/// The paths of each folder together.
+fn by_folder(paths: Vec<PathBuf>) -> impl Iterator<Item = Vec<PathBuf>> {
+    let mut folders: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
+    for path in paths {
+        folders.entry(path.parent().unwrap_or(&path).to_owned()).or_default().push(path);
+    }
+    folders.into_values()
 }
 
 impl Shared {
@@ -259,9 +289,7 @@ fn declare(disk: &mut Disk, recorded: &[Overlay]) {
             *end = Some(Box::new(found.on.clone()));
         }
         let Some(store) = end else { return };
-        let Some(path) = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default())) else {
-            return;
-        };
+        let Some(path) = store.path() else { return };
         last = path.into();
         end = &mut store.backing;
     }
@@ -277,22 +305,10 @@ fn is_written(disk: &Disk) -> bool {
     !disk.readonly && disk.transient.is_none() && disk.device() != DiskDevice::Cdrom
 }
 
-/// A disk's files, from the topmost down.
-pub(crate) fn files_of(disk: &Disk) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = disk.path().map(PathBuf::from).into_iter().collect();
-    let mut layer = disk.backing.as_deref();
-    while let Some(store) = layer {
-        let path = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default()));
-        files.extend(path.map(PathBuf::from));
-        layer = store.backing.as_deref();
-    }
-    files
-}
-
 /// The chains of a configuration; `whose` says whose it is.
 pub(crate) fn chains_of(domain: Uuid, whose: &str, def: &DomainDef, into: &mut Vec<Chain>) {
     for disk in &def.devices.disks {
-        let files = files_of(disk);
+        let files = disk.files();
         let whose = format!("{whose} (disk '{}')", disk.target.dev);
         if !files.is_empty() && !into.iter().any(|chain| chain.whose == whose && chain.files == files) {
             into.push(Chain { domain, whose, files, fixed: 1 });
@@ -311,7 +327,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
             DiskMode::No | DiskMode::Manual => continue,
         };
         let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
-        into.push(Chain { domain, whose, files: files_of(disk), fixed });
+        into.push(Chain { domain, whose, files: disk.files(), fixed });
     }
 }
 
@@ -370,7 +386,7 @@ mod tests {
         let declared = |xml: &str| {
             let mut disk = disk(xml);
             declare(&mut disk, &recorded);
-            files_of(&disk).iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
+            disk.files().iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
         };
         assert_eq!(declared("<source file='/c'/>"), "/c /b /a");
         assert_eq!(declared("<source file='/c'/><backingStore/>"), "/c", "what is said counts");

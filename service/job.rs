@@ -131,6 +131,10 @@ impl Jobs {
     /// How far it has come, in bytes.
     fn progress(&self, id: u64, done: u64, total: u64) {
         self.change(id, |facts| {
+            // What was cancelled may go on for a while by itself.
+            if facts.state.is_final() {
+                return;
+            }
             facts.bytes_done = done;
             facts.bytes_total = total;
             if total > 0 {
@@ -222,6 +226,11 @@ impl Job {
     /// How far it has come, in bytes.
     pub fn progress(&self, done: u64, total: u64) {
         self.jobs.progress(self.id, done, total);
+    }
+
+    /// Whether it is not past the point from which it can only go to its end.
+    pub fn can_be_cancelled(&self) -> bool {
+        self.jobs.facts(self.id).is_some_and(|facts| facts.cancellable)
     }
 
     /// From here on it can only go to its end.

@@ -210,6 +210,9 @@ impl Service {
         if self.may_name_files(caller, &def, &**driver).await {
             add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
             add_findings(&mut findings, self.shared.frozen_in(&def).await);
+            if let Ok(Some(existing)) = self.shared.registry.look(def.uuid, &def.name) {
+                add_findings(&mut findings, existing.changed_below(&def).await);
+            }
         }
         let conflict = self.shared.registry.look(def.uuid, &def.name);
         let existing = conflict.as_ref().ok().and_then(Option::as_deref);

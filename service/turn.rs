@@ -9,6 +9,9 @@ use tokio_util::sync::CancellationToken;
 /// How long a change waits for its turn before it is refused as `Busy`.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
+/// How long what is given up may take to end before nobody waits for it any more.
+pub const GRACE: Duration = Duration::from_secs(5);
+
 /// The right to change one domain.
 #[derive(Debug, Default)]
 pub struct Turn {

@@ -7,24 +7,30 @@
 //!
 //! The ledger on disk says which files are lent to which guests. It is written before a file is lent and after it is
 //! given back, so a virtd that is killed in between lends nothing for ever: the guest's record makes the next virtd give
-//! back what its start had taken, and a reboot of the host, which no guest survives, gives back everything. A file is found
-//! again by its handle, so that one which was renamed meanwhile is given back too.
+//! back what its start had taken, and a reboot of the host, which no guest survives, makes everything due
+//! ([`Ledger::due`]). A file is found again by its handle, so that one which was renamed meanwhile is given back too.
+//!
+//! ```text
+//!   books (in memory and on disk): held for moments, never while a guest's file is touched
+//!   the turn of a file: held while its list is read, worked out and set; waits for that file's file system, nobody else's
+//! ```
 //!
 //! Whose files may be lent: see [`super::resolve`]. What an image's header names is not lent: the chain of a disk is what
 //! its definition says.
 
 use super::acl::{Acl, READ, WRITE};
 use super::handle::Handle;
+use super::own_file::replace_json;
 use super::process::boot_id;
 use super::resolve::{Found, is_still, may_open};
 use super::user::RunAs;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
@@ -76,10 +82,27 @@ impl LentFile {
     }
 }
 
-/// Which files are lent to which guests. All methods block.
+/// A file, whatever it is called: its device and its number there.
+type FileId = (u64, u64);
+
+/// A file that was lent before the host booted.
+#[derive(Clone, Debug)]
+pub struct Due {
+    /// To whose guest.
+    pub guest: Uuid,
+    /// Where it was.
+    pub path: PathBuf,
+    file: FileId,
+}
+
+/// Which files are lent to which guests. All methods but [`Ledger::due`] block, and those that lend and give back do so for
+/// as long as the file systems of the files that they are about.
 pub struct Ledger {
     file: PathBuf,
     books: Mutex<Books>,
+    /// Whose access control lists are just being changed: each by one at a time.
+    turns: Mutex<HashMap<FileId, Weak<Mutex<()>>>>,
+    due: Mutex<Vec<Due>>,
     /// Who borrows for a guest beside the guest itself.
     beside: Mutex<BTreeSet<Uuid>>,
 }
@@ -105,6 +128,9 @@ struct Loan {
     /// Its list before, and with our entries, in the kernel's form.
     before: Vec<u8>,
     after: Vec<u8>,
+    /// The list that we gave it last, which may not be `after` yet.
+    #[serde(default)]
+    set: Vec<u8>,
     /// For which guests.
     holders: BTreeMap<Uuid, Holder>,
 }
@@ -136,25 +162,43 @@ impl Need {
 }
 
 impl Ledger {
-    /// Opens the ledger `access.json` in `dir`. What was lent before the host booted is given back. A ledger that cannot be
-    /// read, as a host that lost power may leave it, is put aside: no guest should have to wait for its repair.
+    /// Opens the ledger `access.json` in `dir`. What was lent before the host booted is due. A ledger that cannot be read, as
+    /// a host that lost power may leave it, is put aside: no guest should have to wait for its repair. No file of a guest's is
+    /// touched.
     pub fn open(dir: &Path) -> io::Result<Ledger> {
         std::fs::create_dir_all(dir)?;
         let file = dir.join("access.json");
-        let books = match std::fs::read(&file) {
+        let mut books = match std::fs::read(&file) {
             Ok(text) => serde_json::from_slice(&text).or_else(|error| put_aside(&file, &error))?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => Books::default(),
             Err(e) => return Err(e),
         };
-        let ledger = Ledger { file, books: Mutex::new(books), beside: Mutex::default() };
-        ledger.turn_over()?;
-        Ok(ledger)
+        let due = books.turn_over(boot_id()?);
+        Ok(Ledger {
+            file,
+            books: Mutex::new(books),
+            turns: Mutex::default(),
+            due: Mutex::new(due),
+            beside: Mutex::default(),
+        })
+    }
+
+    /// What nobody has any more and was not given back, since the host has booted meanwhile, or it could not be. Each is told
+    /// once, for [`Ledger::give_back_one`].
+    pub fn due(&self) -> Vec<Due> {
+        std::mem::take(&mut *self.due.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Gives back one file that is due, to those who have not borrowed it anew. If that fails it stays in the ledger, and is
+    /// due when that is opened again.
+    pub fn give_back_one(&self, due: &Due) -> io::Result<()> {
+        self.settle(due.file, None)?;
+        self.save(&self.lock(), false)
     }
 
     /// Makes every file of `wants` accessible to `user` for `guest`, or none: then the error names the file and the remedy.
     /// What is returned are they and what their headers name, lent or open to the user anyway.
     pub fn lend(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
-        // Whatever may hang on a file system that does not answer is done first, without the lock.
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
             survey.collect(want)?;
@@ -174,33 +218,37 @@ impl Ledger {
             survey.collect(want)?;
         }
         let needs = survey.needs;
-        let held = |loan: &Loan| loan.holders.contains_key(&guest);
-        let before: BTreeSet<(u64, u64)> =
-            self.lock().loans.iter().filter(|loan| held(loan)).map(|loan| (loan.dev, loan.ino)).collect();
+        let before = self.lock().of(guest);
         let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
         if lent.is_err() {
-            let mut books = self.lock();
-            let new = books.loans.iter_mut().filter(|loan| !before.contains(&(loan.dev, loan.ino)));
-            new.for_each(|loan| _ = loan.holders.remove(&guest));
-            if let Err(error) = self.settle(&mut books) {
-                tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
-            }
+            let new = |file: &FileId| !before.contains(file);
+            self.take_back(guest, new);
         }
         lent.map(|()| needs.into_iter().map(Need::file).collect())
     }
 
     /// Takes back what `guest` was lent. What cannot be taken back is logged and kept in the ledger.
     pub fn give_back(&self, guest: Uuid) {
-        let mine = |loan: &&Loan| loan.holders.contains_key(&guest);
-        let paths: Vec<PathBuf> = self.lock().loans.iter().filter(mine).map(|loan| loan.path.clone()).collect();
-        if paths.is_empty() {
+        self.take_back(guest, |_| true);
+    }
+
+    fn take_back(&self, guest: Uuid, which: impl Fn(&FileId) -> bool) {
+        let mut files = Vec::new();
+        for loan in self.lock().loans.iter_mut().filter(|loan| which(&loan.file())) {
+            if loan.holders.remove(&guest).is_some() {
+                files.push((loan.file(), loan.path.clone()));
+            }
+        }
+        if files.is_empty() {
             return;
         }
-        // As above: a file system that hangs does so here.
-        paths.iter().for_each(|path| drop(std::fs::symlink_metadata(path)));
-        let mut books = self.lock();
-        books.loans.iter_mut().for_each(|loan| _ = loan.holders.remove(&guest));
-        if let Err(error) = self.settle(&mut books) {
+        for (file, path) in files {
+            if let Err(error) = self.settle(file, None) {
+                tracing::warn!(path = %path.display(), %error, "a lent file cannot be given back");
+            }
+        }
+        // Lost with a host that loses power, it is done again when the host is back.
+        if let Err(error) = self.save(&self.lock(), false) {
             tracing::warn!(%guest, %error, "the ledger of lent files cannot be written");
         }
     }
@@ -225,18 +273,6 @@ impl Ledger {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives back everything that was lent before the host booted.
-    fn turn_over(&self) -> io::Result<()> {
-        let mut books = self.lock();
-        let now = boot_id()?;
-        if books.boot_id != now {
-            books.boot_id = now;
-            books.loans.iter_mut().for_each(|loan| loan.holders.clear());
-            self.settle(&mut books)?;
-        }
-        Ok(())
-    }
-
     fn is_lent(&self, found: &Found) -> bool {
         self.lock().loans.iter().any(|loan| loan.is(found))
     }
@@ -247,44 +283,65 @@ impl Ledger {
         if needs.is_empty() {
             return Ok(());
         }
+        let lists = needs.iter().map(|need| {
+            let list = Acl::of(&need.found.fd).map_err(|e| refuse_io(user, &need.found.real, &e));
+            list.map(|list| (*need, list.to_bytes(), Handle::of(&need.found.fd).ok()))
+        });
+        let lists: Vec<_> = lists.collect::<Result<_, _>>()?;
         let mut books = self.lock();
-        for need in &needs {
-            let loan = loan(&mut books, user, need).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+        for (need, list, handle) in lists {
+            let loan = books.loan(user, need, list, handle);
             let before = loan.holders.get(&guest).is_some_and(|holder| holder.writes());
             loan.holders.insert(guest, Holder::Own { uid: user.uid, write: before || need.write });
-            loan.plan(&need.found.fd).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+            // Our entries are known to whoever reads the ledger, also if we come no further.
+            loan.plan(None).map_err(|e| refuse_io(user, &need.found.real, &e))?;
         }
         self.save(&books, true).map_err(|e| DriverError::Storage(format!("{}: {e}", self.file.display())))?;
+        drop(books);
         for need in needs {
-            let set = books.loans.iter().find(|loan| loan.is(&need.found)).map(|loan| loan.apply(&need.found.fd));
-            set.unwrap_or(Ok(())).map_err(|e| refuse_io(user, &need.found.real, &e))?;
+            let file = (need.found.stat.st_dev, need.found.stat.st_ino);
+            self.settle(file, Some(&need.found.fd)).map_err(|e| refuse_io(user, &need.found.real, &e))?;
         }
         Ok(())
     }
 
-    /// Makes every loan what its holders need, drops those without holders, and saves.
-    fn settle(&self, books: &mut Books) -> io::Result<()> {
-        books.loans.retain_mut(|loan| match loan.settle() {
-            Ok(()) => !loan.holders.is_empty(),
-            Err(error) => {
-                tracing::warn!(path = %loan.path.display(), %error, "a lent file cannot be given back");
-                true
-            }
-        });
-        // Lost with a host that loses power, it is done again when the host is back.
-        self.save(books, false)
+    /// Gives a file the list that its holders need, and drops its loan if it has none. It is found by its loan if `held` is
+    /// `None`; one that has gone needs nothing. Waits for its file system, with its turn and no other lock.
+    fn settle(&self, file: FileId, held: Option<&OwnedFd>) -> io::Result<()> {
+        let turn = self.turn(file);
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(loan) = self.lock().loans.iter().find(|loan| loan.file() == file).cloned() else { return Ok(()) };
+        let found = if held.is_none() { loan.find()? } else { None };
+        if let Some(fd) = held.or(found.as_ref()) {
+            let now = Acl::of(fd)?;
+            let planned = {
+                let mut books = self.lock();
+                let loan = books.loans.iter_mut().find(|loan| loan.file() == file);
+                let Some(loan) = loan else { return Ok(()) };
+                loan.plan(Some(now))?;
+                Acl::from_bytes(&loan.after)?
+            };
+            planned.set(fd)?;
+            let mut books = self.lock();
+            books.loans.iter_mut().filter(|loan| loan.file() == file).for_each(|loan| loan.set = planned.to_bytes());
+        }
+        // Somebody may have borrowed it meanwhile, and waits for its turn.
+        self.lock().loans.retain(|loan| loan.file() != file || !loan.holders.is_empty());
+        Ok(())
+    }
+
+    /// The turn of a file.
+    fn turn(&self, file: FileId) -> Arc<Mutex<()>> {
+        let mut turns = self.turns.lock().unwrap_or_else(PoisonError::into_inner);
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let turn = turns.get(&file).and_then(Weak::upgrade).unwrap_or_default();
+        turns.insert(file, Arc::downgrade(&turn));
+        turn
     }
 
     /// Replaces the file; `durably`: a host that loses power has all of it, or what was there before.
     fn save(&self, books: &Books, durably: bool) -> io::Result<()> {
-        let dir = self.file.parent().unwrap_or(Path::new("/"));
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(&serde_json::to_vec(books)?)?;
-        if durably {
-            file.as_file().sync_all()?;
-        }
-        file.persist(&self.file)?;
-        Ok(())
+        replace_json(&self.file, books, durably)
     }
 }
 
@@ -299,26 +356,48 @@ fn put_aside(file: &Path, error: &serde_json::Error) -> io::Result<Books> {
     Ok(Books::default())
 }
 
-/// The loan of a file, a new one if it is not lent yet.
-fn loan<'a>(books: &'a mut Books, user: &RunAs, need: &Need) -> io::Result<&'a mut Loan> {
-    let at = match books.loans.iter().position(|loan| loan.is(&need.found)) {
-        Some(at) => at,
-        None => {
-            let before = Acl::of(&need.found.fd)?.to_bytes();
-            books.loans.push(Loan {
+impl Books {
+    /// Takes everything from guests that ran before the host booted. What nobody has is due.
+    fn turn_over(&mut self, boot_id: String) -> Vec<Due> {
+        let booted = self.boot_id != boot_id;
+        let mut due = Vec::new();
+        for loan in &mut self.loans {
+            // Whose it was is lost where giving back was begun and not finished.
+            let guest = loan.holders.keys().next().copied().unwrap_or_default();
+            if booted {
+                loan.holders.clear();
+            }
+            if loan.holders.is_empty() {
+                due.push(Due { guest, path: loan.path.clone(), file: loan.file() });
+            }
+        }
+        self.boot_id = boot_id;
+        due
+    }
+
+    /// What a guest was lent.
+    fn of(&self, guest: Uuid) -> BTreeSet<FileId> {
+        self.loans.iter().filter(|loan| loan.holders.contains_key(&guest)).map(Loan::file).collect()
+    }
+
+    /// The loan of a file, a new one if it is not lent yet; `list` is what it has now.
+    fn loan(&mut self, user: &RunAs, need: &Need, list: Vec<u8>, handle: Option<Handle>) -> &mut Loan {
+        let at = self.loans.iter().position(|loan| loan.is(&need.found)).unwrap_or(self.loans.len());
+        if at == self.loans.len() {
+            self.loans.push(Loan {
                 path: need.found.real.clone(),
                 dev: need.found.stat.st_dev,
                 ino: need.found.stat.st_ino,
-                handle: Handle::of(&need.found.fd).ok(),
+                handle,
                 uid: user.uid,
-                after: before.clone(),
-                before,
+                after: list.clone(),
+                set: list.clone(),
+                before: list,
                 holders: BTreeMap::new(),
             });
-            books.loans.len() - 1
         }
-    };
-    books.loans.get_mut(at).ok_or_else(|| io::Error::other("the loan is lost"))
+        &mut self.loans[at]
+    }
 }
 
 /// What has been found out about the files of one guest.
@@ -383,18 +462,22 @@ fn refuse_io(user: &RunAs, path: &Path, error: &io::Error) -> DriverError {
 }
 
 impl Loan {
-    fn is(&self, found: &Found) -> bool {
-        (self.dev, self.ino) == (found.stat.st_dev, found.stat.st_ino)
+    fn file(&self) -> FileId {
+        (self.dev, self.ino)
     }
 
-    /// Works out the list that the holders need.
-    fn plan(&mut self, fd: &OwnedFd) -> io::Result<()> {
-        let now = Acl::of(fd)?;
-        let ours = [&self.before, &self.after].contains(&&now.to_bytes());
-        // Somebody else has changed it meanwhile: that is what will remain.
-        let before = match ours {
-            true => Acl::from_bytes(&self.before)?,
-            false => self.users()?.into_iter().fold(now, |list, uid| list.without_user(uid)),
+    fn is(&self, found: &Found) -> bool {
+        self.file() == (found.stat.st_dev, found.stat.st_ino)
+    }
+
+    /// Works out the list that the holders need; `now` is the one that the file has, if somebody may have changed it.
+    fn plan(&mut self, now: Option<Acl>) -> io::Result<()> {
+        let before = match now {
+            // Somebody else has changed it meanwhile: that is what will remain.
+            Some(now) if ![&self.before, &self.after, &self.set].contains(&&now.to_bytes()) => {
+                self.users()?.into_iter().fold(now, |list, uid| list.without_user(uid))
+            }
+            _ => Acl::from_bytes(&self.before)?,
         };
         let mut wanted: BTreeMap<u32, u16> = BTreeMap::new();
         for holder in self.holders.values() {
@@ -412,17 +495,6 @@ impl Loan {
         let after = Acl::from_bytes(&self.after)?.users();
         let holders = self.holders.values().map(|holder| holder.uid(self.uid));
         Ok(after.into_iter().chain(holders).filter(|uid| !before.contains(uid)).collect())
-    }
-
-    fn apply(&self, fd: &OwnedFd) -> io::Result<()> {
-        Acl::from_bytes(&self.after)?.set(fd)
-    }
-
-    /// Plans and applies; a file that has gone needs nothing.
-    fn settle(&mut self) -> io::Result<()> {
-        let Some(fd) = self.find()? else { return Ok(()) };
-        self.plan(&fd)?;
-        self.apply(&fd)
     }
 
     /// The file, where it was or by its handle.

@@ -136,8 +136,54 @@ fn a_reboot_of_the_host_gives_everything_back() {
     books.boot_id = "an earlier one".into();
     ledger.save(&books, false).unwrap();
     drop(books);
-    assert!(room.ledger().lock().loans.is_empty());
+    let next = room.ledger();
+    let due = next.due();
+    assert_eq!(due.iter().map(|due| &due.path).collect::<Vec<_>>(), [&disk]);
+    assert!(room.may(&disk, true), "no file is touched when the ledger is opened");
+    next.give_back_one(&due[0]).unwrap();
+    assert!(next.lock().loans.is_empty() && next.due().is_empty());
     assert!(!room.may(&disk, false));
+    assert!(room.ledger().due().is_empty());
+}
+
+#[test]
+fn what_is_due_and_was_borrowed_anew_stays_lent() {
+    let Some(room) = Room::new() else { return };
+    let (guest, disk) = (Uuid::new_v4(), room.file("disk", 0o600));
+    room.ledger().lend(&room.user, guest, &[write(&disk)]).unwrap();
+    let books = room.dir.path().join("state/access.json");
+    let text = std::fs::read_to_string(&books).unwrap();
+    std::fs::write(&books, text.replace(&boot_id().unwrap(), "an earlier one")).unwrap();
+    let ledger = room.ledger();
+    let due = ledger.due();
+    assert_eq!(due[0].guest, guest);
+    ledger.lend(&room.user, guest, &[read(&disk)]).unwrap();
+    ledger.give_back_one(&due[0]).unwrap();
+    assert!(room.may(&disk, false) && !room.may(&disk, true));
+    ledger.give_back(guest);
+    assert_eq!(Acl::of(File::open(&disk).unwrap()).unwrap(), Acl::from_mode(0o600));
+}
+
+/// A file whose turn somebody has who waits for its file system keeps nobody from theirs.
+#[test]
+fn a_file_that_does_not_answer_costs_other_files_nothing() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guests) = (room.ledger(), [Uuid::new_v4(), Uuid::new_v4()]);
+    let (dead, alive) = (room.file("dead", 0o600), room.file("alive", 0o600));
+    ledger.lend(&room.user, guests[0], &[write(&dead)]).unwrap();
+    let stat = Found::resolve(&dead).unwrap().stat;
+    let turn = ledger.turn((stat.st_dev, stat.st_ino));
+    let waits = turn.lock().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(|| ledger.give_back(guests[0]));
+        ledger.lend(&room.user, guests[1], &[write(&alive)]).unwrap();
+        assert!(room.may(&alive, true));
+        ledger.give_back(guests[1]);
+        assert!(!room.may(&alive, false));
+        drop(waits);
+    });
+    assert!(!room.may(&dead, false));
+    assert!(ledger.lock().loans.is_empty());
 }
 
 #[test]
@@ -267,6 +313,23 @@ fn guests_of_different_users_share_a_file() {
     assert!(!room.may(&base, false) && second.may(&base, true));
     ledger.give_back(other);
     assert_eq!(Acl::of(File::open(&base).unwrap()).unwrap(), Acl::from_mode(0o600));
+}
+
+/// A mask that grew for us is as it was afterwards, however many borrowed the file.
+#[test]
+fn a_list_with_a_mask_is_as_before_after_two_guests() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, disk) = (room.ledger(), room.file("disk", 0o640));
+    let file = File::open(&disk).unwrap();
+    Acl::of(&file).unwrap().with_user(4242, READ).set(&file).unwrap();
+    let before = Acl::of(&file).unwrap();
+    let other = RunAs { uid: 123_456, gid: 123_456, groups: vec![], ..room.user.clone() };
+    let (one, two) = (Uuid::new_v4(), Uuid::new_v4());
+    ledger.lend(&room.user, one, &[write(&disk)]).unwrap();
+    ledger.lend(&other, two, &[write(&disk)]).unwrap();
+    ledger.give_back(one);
+    ledger.give_back(two);
+    assert_eq!(Acl::of(&file).unwrap(), before);
 }
 
 #[test]

@@ -235,6 +235,17 @@ impl AsFd for Program {
     }
 }
 
+impl From<FileType> for What {
+    fn from(kind: FileType) -> What {
+        match kind {
+            FileType::RegularFile => What::Plain,
+            FileType::Directory => What::Folder,
+            FileType::BlockDevice => What::Block,
+            _ => What::Other,
+        }
+    }
+}
+
 impl Seen {
     /// Looks at a path, which need not lead anywhere.
     pub fn at(path: &Path) -> Seen {
@@ -247,13 +258,7 @@ impl Seen {
         };
         let free = folder.as_ref().and_then(|folder| folder.free().ok());
         let stat = found.as_ref().map(|found| found.stat);
-        let what = match found.as_ref().map(Found::kind) {
-            None => What::Nothing,
-            Some(FileType::RegularFile) => What::Plain,
-            Some(FileType::Directory) => What::Folder,
-            Some(FileType::BlockDevice) => What::Block,
-            Some(_) => What::Other,
-        };
+        let what = found.as_ref().map_or(What::Nothing, |found| found.kind().into());
         Seen {
             what,
             named,

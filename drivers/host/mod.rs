@@ -13,6 +13,8 @@ pub mod image;
 pub(crate) mod lock;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
+#[allow(clippy::disallowed_methods, reason = "folders of ours")]
+pub(crate) mod own_file;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod pci;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]

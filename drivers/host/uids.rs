@@ -7,9 +7,10 @@
 //! A number is on disk before anything belongs to it. It is free again when nothing of its machine is left, and the one
 //! that was free for the longest time is given next.
 
+use super::own_file::replace_json;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
@@ -89,12 +90,7 @@ impl Uids {
     }
 
     fn save(&self, books: &Books) -> io::Result<()> {
-        let dir = self.file.parent().unwrap_or(Path::new("/"));
-        let mut file = tempfile::NamedTempFile::new_in(dir)?;
-        file.write_all(&serde_json::to_vec(books)?)?;
-        file.as_file().sync_all()?;
-        file.persist(&self.file)?;
-        std::fs::File::open(dir)?.sync_all()
+        replace_json(&self.file, books, true)
     }
 }
 

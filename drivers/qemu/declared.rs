@@ -6,7 +6,7 @@ use crate::host::chain::{Header, is_same_path, place};
 use crate::host::workers::{Errand, Workers};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
-use virt_model::device::disk::{BackingStore, DiskKind};
+use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::xml::{Finding, Place};
@@ -38,17 +38,8 @@ pub fn images(def: &DomainDef) -> Vec<Image> {
     let mut images = Vec::new();
     for disk in &def.devices.disks {
         let whose = format!("disk '{}'", disk.target.dev);
-        if let Some(path) = disk.path() {
-            images.push(image(&whose, path, disk.format(), disk.backing.as_deref(), &disk.at));
-        }
-        let mut layer = disk.backing.as_deref();
-        while let Some(store) = layer {
-            if let Some(path) = path_of(store) {
-                let format = store.format.as_ref().map(|format| &*format.name);
-                images.push(image(&whose, path, format, store.backing.as_deref(), &store.at));
-            }
-            layer = store.backing.as_deref();
-        }
+        let layers = disk.chain().filter_map(|layer| Some((layer.path?, layer)));
+        images.extend(layers.map(|(path, layer)| image(&whose, path, layer.format, layer.below, layer.at)));
     }
     if let Some(loader) = &def.os.loader
         && let Some(path) = &loader.path
@@ -69,17 +60,13 @@ pub fn images(def: &DomainDef) -> Vec<Image> {
 fn image(whose: &str, path: &str, format: Option<&str>, below: Option<&BackingStore>, at: &Place) -> Image {
     let below = match below {
         None => Below::Nothing,
-        Some(store) => match (path_of(store), store.source.as_ref().and_then(|source| source.protocol)) {
+        Some(store) => match (store.path(), store.source.as_ref().and_then(|source| source.protocol)) {
             (Some(path), _) => Below::File(path.into(), plain_format(store.format.as_ref().map(|f| &*f.name))),
             (None, Some(protocol)) => Below::Server(protocol.as_str().to_owned()),
             (None, None) => Below::Nothing,
         },
     };
     Image { whose: whose.to_owned(), path: path.into(), format: plain_format(format), below, at: at.clone() }
-}
-
-fn path_of(store: &BackingStore) -> Option<&str> {
-    store.source.as_ref()?.path(store.kind.unwrap_or(DiskKind::File))
 }
 
 /// QEMU's name of a format; without one an image is raw.

@@ -3,7 +3,7 @@
 //! What is here depends on the host at this moment, other than `check`, which knows only what it can.
 
 use super::changes::{Change, Claims};
-use super::command::{HostFile, Tap};
+use super::command::{Expected, HostFile, Tap};
 use crate::host::macvtap::{self, Macvtap};
 use crate::host::pci::{Pci, VFIO};
 use crate::host::usb::{self, UsbName};
@@ -228,7 +228,7 @@ pub fn keeps_memory_here(def: &DomainDef) -> Option<String> {
 
 /// A device file that the guest has to itself.
 pub fn node(path: PathBuf) -> HostFile {
-    HostFile { path, write: true, create: false, device: true }
+    HostFile { path, write: true, create: false, device: true, expected: Expected::Anything }
 }
 
 /// Waits until the host's udev has given new device files their owners: what it does later would undo what is lent.

@@ -103,17 +103,18 @@ impl Leavings {
         self.runtime_dir.join("qemu")
     }
 
-    /// Gives back files, then devices, and removes sockets. Blocks.
+    /// Gives back devices, removes sockets, then gives back files: those may be on a file system that does not answer, and
+    /// nothing else waits for it. Blocks.
     pub fn clear(&self, changes: &[Change]) {
-        if let Some(ledger) = &self.ledger {
-            ledger.give_back(self.uuid);
-        }
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
         super::tune::clear(self.uuid);
         super::room::clear(&self.own_dir());
         if let Err(error) = make::empty(&self.runtime_dir, self.ledger.is_some()) {
             tracing::warn!(uuid = %self.uuid, %error, "something of the guest's is still there");
+        }
+        if let Some(ledger) = &self.ledger {
+            ledger.give_back(self.uuid);
         }
     }
 }

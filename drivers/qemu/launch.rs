@@ -3,7 +3,7 @@
 
 use super::changes::{Change, Claims, SYSFS};
 use super::command::Command;
-use super::command::{HostFile, SecretContent, VSOCK_FD};
+use super::command::{Expected, HostFile, SecretContent, VSOCK_FD};
 use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
 use super::events::Guest;
 use super::hostdev;
@@ -340,8 +340,16 @@ impl Start {
         let what = wants.first().map(|want| want.path.clone()).unwrap_or_default();
         let uuid = self.uuid;
         let errand = Errand::new(uuid, what.display().to_string()).until(&self.cancel);
+        let expected: BTreeMap<PathBuf, Expected> =
+            self.command.files.iter().map(|file| (file.path.clone(), file.expected)).collect();
         let lend = move |stop: &Arc<Stop>| {
             let lent = ledger.lend(&user, uuid, &wants)?;
+            // What is judged here is what QEMU gets, whatever had that path before.
+            let judge = |file: &LentFile| {
+                let expected = expected.get(&file.path).copied().unwrap_or(Expected::Anything);
+                expected.judge(&file.path, file.kind().into())
+            };
+            lent.iter().try_for_each(judge)?;
             // One that was left behind gives back what it got.
             stop.check().inspect_err(|_| ledger.give_back(uuid))?;
             Ok(lent)

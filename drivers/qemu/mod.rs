@@ -19,6 +19,7 @@ pub mod firmware;
 mod hostdev;
 mod instance;
 mod launch;
+mod lending;
 mod live;
 #[allow(clippy::disallowed_methods, reason = "a folder that only root writes")]
 mod log;
@@ -100,7 +101,8 @@ enum Privileges {
 }
 
 impl QemuDriver {
-    /// A driver for this host. Reads the ledger of lent files, and gives back what was lent before the host booted.
+    /// A driver for this host. Reads the ledger of lent files; what was lent before the host booted is given back in the
+    /// background, where there is a runtime to do it in.
     pub fn new(config: &DriverConfig) -> QemuDriver {
         let drops = config.system && nix::unistd::geteuid().is_root();
         let privileges = match drops {
@@ -126,6 +128,11 @@ impl QemuDriver {
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
         let workers = Workers::default();
         let prober = prober.certified_in(&config.tls_dir).working_with(&workers);
+        if let Privileges::Drop { ledger: Ok(ledger), .. } = &privileges
+            && let Ok(runtime) = tokio::runtime::Handle::try_current()
+        {
+            runtime.spawn(lending::give_back_due(ledger.clone(), workers.clone()));
+        }
         QemuDriver(Arc::new(Inner {
             prober: Arc::new(prober),
             workers,
@@ -277,7 +284,13 @@ impl Driver for QemuDriver {
     }
 
     async fn look(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
-        declared::objections(&self.0.workers, def).await
+        let mut findings = declared::objections(&self.0.workers, def).await?;
+        if let Some((nvram, path)) = def.os.nvram.as_ref().and_then(|nvram| Some((nvram, nvram.path.clone()?))) {
+            let errand = Errand::new(def.uuid, &path);
+            let why = self.0.workers.run(errand, move |_| Ok(make::no_variables(Path::new(&path)))).await?;
+            findings.extend(why.map(|why| Finding::invalid(&nvram.at, why)));
+        }
+        Ok(findings)
     }
 
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
@@ -396,19 +409,18 @@ impl Driver for QemuDriver {
         declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
         let user = self.user_of(def, process).await?;
-        let lend = async |files: Vec<command::HostFile>| match user {
-            None => Ok(()),
-            Some((user, ledger)) => {
+        let lend = async |files: Vec<command::HostFile>| {
+            let guest = def.uuid;
+            let what = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
+            let lend = move |_: &_| {
+                needs::are_as_expected(&files)?;
+                let Some((user, ledger)) = user else { return Ok(()) };
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
-                let guest = def.uuid;
-                let what = wants.first().map(|want| want.path.display().to_string()).unwrap_or_default();
-                let lend = move |_: &_| {
-                    let files = ledger.lend_more(&user, guest, &wants)?;
-                    let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
-                    shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
-                };
-                self.0.workers.run(Errand::new(guest, what), lend).await
-            }
+                let files = ledger.lend_more(&user, guest, &wants)?;
+                let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
+                shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
+            };
+            self.0.workers.run(Errand::new(guest, what), lend).await
         };
         media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
     }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::time::millis;
-use crate::turn::TurnGuard;
+use crate::turn::{GRACE, TurnGuard};
 use crate::verb::Verb;
 use std::sync::Arc;
 use std::time::Instant;
@@ -104,6 +104,19 @@ impl Domain {
         Ok(turn)
     }
 
+    /// From now on nobody waits for work that was cancelled: those who want the turn are told what has it.
+    fn undone_later(&self, verb: &Verb) -> Error {
+        let word = verb.word;
+        if let Some((turn, _)) = self.turn.share() {
+            turn.rename(format!("undoing a {word} that was cancelled"));
+        }
+        let domain = self.name();
+        Error::Cancelled(format!(
+            "the {word} of domain '{domain}' was cancelled, and its hypervisor or its storage does not answer: what was begun \
+             is undone when it does, or when the domain is destroyed, and nothing else begins before"
+        ))
+    }
+
     /// Does `work`, and writes the line in the log that says who did what to this domain, how it went and how long it took.
     pub(crate) async fn logged<T>(
         &self,
@@ -159,9 +172,11 @@ impl Change {
         Ok(OpenJob { job: Arc::new(job), ticket, change: self })
     }
 
+    /// What it waits for may never answer. A job that is cancelled ends soon all the same: the work goes on by itself, to be
+    /// undone when it is answered, and the turn is not free before that has ended.
     async fn run<F>(self, job: &Arc<Job>, work: impl FnOnce(Arc<Domain>, Arc<Job>) -> F) -> Result<()>
     where
-        F: Future<Output = Result<()>>,
+        F: Future<Output = Result<()>> + Send + 'static,
     {
         let Change { domain, verb, turn, .. } = self;
         let cancelled = || Error::Cancelled(format!("the {} of domain '{}' was cancelled", verb.word, domain.name()));
@@ -175,14 +190,29 @@ impl Change {
         turn.rename(job.label(verb.word));
         job.running();
         domain.made_whole().await?;
-        let done = work(domain.clone(), job.clone()).await;
-        if job.cancel_token().is_cancelled() {
-            domain.wants_no_guest().await;
+        let (doer, of, work) = (domain.clone(), job.clone(), work(domain.clone(), job.clone()));
+        let mut work = tokio::spawn(async move {
+            let done = work.await;
+            if of.cancel_token().is_cancelled() {
+                doer.wants_no_guest().await;
+            }
+            // Where the guest was paused for it and went on, that is published before the reply.
+            doer.all_told().await;
+            drop(turn);
+            done
+        });
+        let given_up = async {
+            job.cancel_token().cancelled().await;
+            tokio::time::sleep(GRACE).await;
+            if !job.can_be_cancelled() {
+                // It goes to its end, and its job with it.
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
+            () = given_up => Err(domain.undone_later(verb)),
         }
-        // Where the guest was paused for it and went on, that is published before the reply.
-        domain.all_told().await;
-        drop(turn);
-        done
     }
 }
 
@@ -200,7 +230,7 @@ impl OpenJob {
     /// Does `work` when its turn has come; whatever `work` has taken along is dropped before the job ends.
     pub fn run<F>(self, work: impl FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static) -> Ticket
     where
-        F: Future<Output = Result<()>> + Send,
+        F: Future<Output = Result<()>> + Send + 'static,
     {
         let OpenJob { change, job, ticket } = self;
         tokio::spawn(async move {

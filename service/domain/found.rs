@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Condition, Driver, EventStream, Instance};
-use virt_model::state::{DomainState, Lifecycle, StateReason, Stopped};
+use virt_model::state::{Crashed, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped};
 
 /// A guest that outlived the last virtd.
 pub(crate) struct FoundGuest {
@@ -97,13 +97,7 @@ impl Domain {
         }
         self.forget_guest(None, reason, since_usec).await;
         self.commit_report(|state| {
-            state.sought = None;
-            state.unread = None;
-            state.state = DomainState::Shutoff;
-            state.reason = reason;
-            state.since_usec = since_usec;
-            state.config_changed = false;
-            state.leave_if_nothing_left();
+            state.has_ended(reason, since_usec);
             // Whoever was told that it runs is told of its end.
             if state.told { vec![Lifecycle::Stopped(Stopped::Failed)] } else { Vec::new() }
         });
@@ -117,13 +111,15 @@ impl Domain {
         let (now, reason) = found_as(condition, status.state, status.reason);
         let since_usec = if now == status.state { status.since_usec } else { now_usec() };
         self.commit_report(|state| {
+            // Whoever was told its last known state is told what has become of it.
+            let news = state.told.then(|| became(condition, state.state)).flatten();
             state.guest = Some(guest.clone());
             state.sought = None;
             state.state = now;
             state.reason = reason;
             state.since_usec = since_usec;
             state.compare_configs();
-            Vec::new()
+            news.into_iter().collect()
         });
         self.keep_status(guest.id, now, reason, since_usec).await;
         match status.autodestroy.as_deref() {
@@ -145,6 +141,21 @@ fn departed() -> CancellationToken {
     let token = CancellationToken::new();
     token.cancel();
     token
+}
+
+/// What must have happened to a guest that was last known in that state; nothing if it is still in it.
+fn became(condition: Condition, before: DomainState) -> Option<Lifecycle> {
+    let (now, event) = match condition {
+        Condition::Running if before == DomainState::PmSuspended => {
+            (DomainState::Running, Lifecycle::Started(Started::Wakeup))
+        }
+        Condition::Running => (DomainState::Running, Lifecycle::Resumed(Resumed::Unpaused)),
+        Condition::Suspended(why) => (DomainState::Paused, Lifecycle::Suspended(why)),
+        Condition::PoweredOff => (DomainState::Shutdown, Lifecycle::Shutdown(ShutdownBy::Finished)),
+        Condition::Panicked => (DomainState::Crashed, Lifecycle::Crashed(Crashed::Panicked)),
+        Condition::PmSuspended(how) => (DomainState::PmSuspended, Lifecycle::PmSuspended(how)),
+    };
+    (now != before).then_some(event)
 }
 
 /// State and reason of a guest that was found; the recorded reason holds if the state is still the recorded one.

@@ -149,6 +149,9 @@ impl Domain {
         let mut def = def;
         self.shared.declare(&mut def);
         self.may_write_disks(&def).await?;
+        for finding in self.changed_below(&def).await {
+            tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");
+        }
         let id = self.shared.next_id();
         let (told, from) = match origin {
             Origin::PowerOff => (Told { options, from_snapshot: false }, None),

@@ -458,13 +458,7 @@ impl Domain {
         self.forget_transient(&guest.live).await;
         self.forget_guest(Some(guest.status), reason, since_usec).await;
         self.commit_report(|state| {
-            state.guest = None;
-            state.unread = None;
-            state.state = DomainState::Shutoff;
-            state.reason = reason;
-            state.since_usec = since_usec;
-            state.config_changed = false;
-            state.leave_if_nothing_left();
+            state.has_ended(reason, since_usec);
             vec![Lifecycle::Stopped(stopped)]
         });
         match exit {
@@ -499,6 +493,14 @@ impl Domain {
 }
 
 impl State {
+    /// Its guest has gone, and none is sought any more.
+    fn has_ended(&mut self, reason: StateReason, since_usec: u64) {
+        (self.guest, self.sought, self.unread) = (None, None, None);
+        (self.state, self.reason, self.since_usec) = (DomainState::Shutoff, reason, since_usec);
+        self.config_changed = false;
+        self.leave_if_nothing_left();
+    }
+
     /// Computes anew what is published.
     fn refresh(&mut self) {
         let mut facts = match self.live().or(self.stored.as_ref()) {

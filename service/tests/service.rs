@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
 use virt_drivers::test::{Asked, TestDriver};
+use virt_model::domain::DomainDef;
 use virt_model::domain::Form;
-use virt_model::driver::{DriverError, ShutdownMode};
-use virt_model::state::DomainState;
+use virt_model::driver::{Condition, Driver, DriverError, Launch, Reconnect, Reconnected, Running, ShutdownMode};
+use virt_model::state::{DomainState, Suspended};
+use virt_model::xml::Finding;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
 use virt_service::events::Event;
@@ -71,12 +73,17 @@ impl World {
     }
 
     async fn open_with(folder: &Path, driver: TestDriver) -> World {
+        World::served_by(folder, Arc::new(driver.clone()), driver).await
+    }
+
+    /// On a driver that has `driver` for its guests.
+    async fn served_by(folder: &Path, served: Arc<dyn Driver>, driver: TestDriver) -> World {
         let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
         let (service, events) =
-            Service::open(settings, vec![Arc::new(driver.clone())], notary.clone(), Arc::new(Lobby(departed.clone())))
+            Service::open(settings, vec![served], notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
                 .expect("opened");
         World { service, driver, notary, events, departed }
@@ -167,6 +174,83 @@ async fn reverts_of_guests_that_sleep_or_have_panicked() {
     for event in story {
         rest = rest.split_once(event).unwrap_or_else(|| panic!("no '{event}' in order: {told}")).1;
     }
+}
+
+/// A driver whose guests have stopped when they are found again, which takes until it is let go on.
+struct Slow {
+    inner: TestDriver,
+    goes_on: tokio::sync::Notify,
+}
+
+#[async_trait]
+impl Driver for Slow {
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    fn types(&self) -> &'static [&'static str] {
+        self.inner.types()
+    }
+
+    async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
+        self.inner.complete(def).await
+    }
+
+    async fn check(&self, def: &DomainDef) -> Vec<Finding> {
+        self.inner.check(def).await
+    }
+
+    async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
+        self.inner.native(def, format).await
+    }
+
+    async fn capabilities(&self) -> Result<String, DriverError> {
+        self.inner.capabilities().await
+    }
+
+    async fn belongings(&self, def: &DomainDef) -> Vec<std::path::PathBuf> {
+        self.inner.belongings(def).await
+    }
+
+    async fn start(&self, launch: Launch) -> Result<Running, DriverError> {
+        self.inner.start(launch).await
+    }
+
+    async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
+        self.goes_on.notified().await;
+        let Reconnect { live, runtime_dir, log_file, recorder, events, .. } = found;
+        let launch = Launch {
+            def: live,
+            paused: true,
+            reset_nvram: false,
+            from: None,
+            runtime_dir,
+            log_file,
+            recorder,
+            events,
+            cancel: CancellationToken::new(),
+        };
+        let Running { instance, .. } = self.inner.start(launch).await?;
+        Ok(Some(Reconnected { instance, condition: Condition::Suspended(Suspended::Paused) }))
+    }
+}
+
+/// Its state is told before it is found, and changes by an event.
+#[tokio::test]
+async fn a_guest_that_is_found_late_and_otherwise_than_it_was_is_told_to_have_changed() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.start(&domain).await.unwrap();
+    let uuid = domain.uuid();
+    drop((domain, world));
+    let driver = TestDriver::default();
+    let slow = Arc::new(Slow { inner: driver.clone(), goes_on: tokio::sync::Notify::new() });
+    let mut world = World::served_by(folder.path(), slow.clone(), driver).await;
+    assert_eq!(world.told(), ["web running: "], "as it was last known");
+    slow.goes_on.notify_one();
+    world.until("web paused: suspended paused").await;
+    assert_eq!(world.service.get(uuid).unwrap().facts().state, DomainState::Paused);
 }
 
 #[tokio::test]

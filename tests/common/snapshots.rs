@@ -12,6 +12,7 @@ pub fn with<'a>(pairs: impl IntoIterator<Item = (&'a str, bool)>) -> Options<'a>
 }
 
 /// A domain whose snapshots are played with.
+#[derive(Clone)]
 pub struct Player {
     /// Whose they are.
     pub domain: Domain,

@@ -1,10 +1,10 @@
 //! Storage that never answers, and tools that never end: they cost the machine that has them, and nobody else (W1, W3).
 
 use crate::common::client::{Client, Domain, options};
-use crate::common::dead::Dead;
+use crate::common::dead::{Dead, Doomed, MEMBERS};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
-use crate::common::{Daemon, PATIENCE, Setup};
+use crate::common::{Daemon, PATIENCE, Setup, read_project_file};
 use std::future::Future;
 use std::time::Duration;
 use tokio::time::timeout;
@@ -108,6 +108,221 @@ async fn a_file_system_that_never_answers_costs_its_machines_alone() {
     told.expect("findings");
     dead.let_go();
     ping(&root).await;
+}
+
+/// Members that name no file and touch none of a guest's, but where the machine runs that they are called on.
+const OTHERS: [&str; 23] = [
+    "Manager.GetDomain",
+    "Manager.GetDomainByName",
+    "Manager.GetDomainById",
+    "Manager.ListDomains",
+    "Manager.GetJobs",
+    "Manager.GetCapabilities",
+    "Domain.Shutdown",
+    "Domain.Reboot",
+    "Domain.Reset",
+    "Domain.Destroy",
+    "Domain.Suspend",
+    "Domain.Resume",
+    "Domain.ListSnapshots",
+    "Domain.GetSnapshot",
+    "Domain.GetXML",
+    "Domain.Rename",
+    "Domain.SetTitle",
+    "Domain.SetDescription",
+    "Domain.SetMetadata",
+    "Domain.GetMetadata",
+    "Domain.Can",
+    "Snapshot.GetXML",
+    "Job.Cancel",
+];
+
+/// Every method there is, as `Interface.Method`.
+fn all_methods() -> Vec<String> {
+    let mut all = Vec::new();
+    for interface in ["Manager", "Domain", "Snapshot", "Job"] {
+        let xml = read_project_file(&format!("data/interfaces/org.virt.{interface}.xml"));
+        let methods = xml.split("<method name=\"").skip(1).filter_map(|rest| rest.split('"').next().map(str::to_owned));
+        all.extend(methods.map(|method| format!("{interface}.{method}")));
+    }
+    all
+}
+
+/// Whoever adds a member says here whether it has to do with files.
+#[test]
+fn every_member_is_known_to_name_files_or_not_to() {
+    let mut known: Vec<&str> = MEMBERS.into_iter().chain(OTHERS).collect();
+    let mut all = all_methods();
+    known.sort_unstable();
+    all.sort_unstable();
+    assert_eq!(known, all);
+}
+
+/// Each member of each of many machines, all at once, on files that do not answer.
+#[tokio::test(flavor = "multi_thread")]
+async fn every_member_that_names_dead_files_leaves_the_others_answered() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let Some(tick) = Tick::new(&daemon, "alive", "") else { return };
+    let root = Client { connection: daemon.connect().await };
+    let alive = root.define(&tick.xml).await.expect("defined");
+    let storage = daemon.folder().join("storage");
+    std::fs::create_dir(&storage).unwrap();
+    let mut machines = Vec::new();
+    for member in MEMBERS {
+        let name = member.replace('.', "-").to_lowercase();
+        let Some(one) = Doomed::define(&root, &storage, &name).await else { return };
+        machines.push(one);
+    }
+    let Some(mut dead) = Dead::mount_over(&daemon, storage) else { return };
+    let mut calls = tokio::task::JoinSet::new();
+    // On a machine of its own nothing but the files can keep it waiting; on one, they keep each other.
+    let each = machines.iter().zip(MEMBERS);
+    for (machine, member) in each.chain(MEMBERS.iter().map(|member| (&machines[0], *member))) {
+        let machine = machine.clone();
+        calls.spawn(async move { (member, machine.call(member).await) });
+    }
+    for _ in 0..3 {
+        ping(&root).await;
+        soon("a read", alive.xml()).await;
+        soon("Start", alive.run("Start")).await.expect("started");
+        tick.counts_to(1).await;
+        for method in ["Suspend", "Resume"] {
+            soon(method, alive.bare(method)).await.expect(method);
+        }
+        let check = ("<domainsnapshot/>", with([("disk-only", true)]));
+        soon("CheckCreateSnapshot", alive.call("CheckCreateSnapshot", &check)).await.expect("checked");
+        soon("Destroy", alive.run("Destroy")).await.expect("destroyed");
+    }
+    let mut answered = std::collections::BTreeSet::new();
+    while let Some(call) = timeout(PATIENCE * 5, calls.join_next()).await.expect("every call has an answer in the end")
+    {
+        let (member, told) = call.unwrap();
+        if let Err((name, why)) = told {
+            assert!(!name.ends_with("Internal") && !why.is_empty(), "{member}: {name}: {why}");
+        }
+        answered.insert(member);
+    }
+    assert_eq!(answered.len(), MEMBERS.len());
+    dead.let_go();
+}
+
+/// A machine whose disk is in a folder of its own below the daemon's.
+fn stored_in(daemon: &Daemon, name: &str, folder: &str) -> Option<Tick> {
+    let mut tick = Tick::new(daemon, name, "")?;
+    let folder = daemon.folder().join(folder);
+    std::fs::create_dir_all(&folder).unwrap();
+    let disk = folder.join(format!("{name}.qcow2"));
+    std::fs::rename(&tick.disk, &disk).unwrap();
+    tick.xml = tick.xml.replace(&tick.disk.display().to_string(), &disk.display().to_string());
+    tick.disk = disk;
+    Some(tick)
+}
+
+/// The storage of a running guest dies: what others are lent, and give back, does not wait for it.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_lent_on_storage_that_died_keep_no_others_from_being_lent_and_given_back() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let (Some(lost), Some(alive)) = (stored_in(&daemon, "lost", "storage"), Tick::new(&daemon, "alive", "")) else {
+        return;
+    };
+    let root = Client { connection: daemon.connect().await };
+    let [lost_one, alive_one] = [root.define(&lost.xml).await, root.define(&alive.xml).await].map(|one| one.unwrap());
+    lost_one.run("Start").await.expect("started");
+    lost.counts_to(1).await;
+    let Some(mut dead) = Dead::mount_over(&daemon, daemon.folder().join("storage")) else { return };
+    for _ in 0..3 {
+        soon("Start", alive_one.run("Start")).await.expect("started");
+        alive.counts_to(1).await;
+        soon("Destroy", alive_one.run("Destroy")).await.expect("destroyed");
+    }
+    // Its own files are given back in the background, as soon as they answer.
+    soon("Destroy of a guest on dead storage", lost_one.run("Destroy")).await.expect("destroyed");
+    soon("Start", alive_one.run("Start")).await.expect("started");
+    soon("Destroy", alive_one.run("Destroy")).await.expect("destroyed");
+    dead.let_go();
+}
+
+/// Which paths are one file is found out where storage answers, however many files there are that do not.
+#[tokio::test(flavor = "multi_thread")]
+async fn files_that_others_stand_on_are_recognised_beside_many_that_do_not_answer() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let Some(mut dead) = Dead::mount(&daemon) else { return };
+    let (Some(base), Some(alive)) = (stored_in(&daemon, "base", "golden"), Tick::new(&daemon, "alive", "")) else {
+        return;
+    };
+    let root = Client { connection: daemon.connect().await };
+    let alive = root.define(&alive.xml).await.expect("defined");
+    for number in 0..MANY {
+        let file = dead.file(&format!("{number}.raw"));
+        let xml = format!(
+            "<domain type='qemu'><name>dead-{number}</name><memory>16384</memory><os><type>hvm</type></os><devices>\
+             <disk><source file='{file}'/><target dev='vda'/></disk></devices></domain>"
+        );
+        // Its image is raw: what is in it is nobody's business, and nobody looks.
+        soon("DefineDomain", root.define(&xml)).await.expect("defined");
+        soon("Start", alive.run("Start")).await.expect("started");
+        soon("Destroy", alive.run("Destroy")).await.expect("destroyed");
+    }
+    let top = daemon.folder().join("top.qcow2");
+    let made = std::process::Command::new("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .args([&base.disk, &top])
+        .status();
+    assert!(made.expect("qemu-img").success());
+    let stands = base.xml.replace("<name>base<", "<name>stands<").replace(
+        &format!("<source file='{}'/>", base.disk.display()),
+        &format!(
+            "<source file='{}'/><backingStore type='file'><format type='qcow2'/><source file='{}'/><backingStore/></backingStore>",
+            top.display(),
+            base.disk.display()
+        ),
+    );
+    root.define(&stands).await.expect("defined");
+    let link = daemon.folder().join("link.qcow2");
+    std::os::unix::fs::symlink(&base.disk, &link).expect("linked");
+    let writes = base.xml.replace(&base.disk.display().to_string(), &link.display().to_string());
+    let writes = root.define(&writes).await.expect("defined");
+    let (name, why) = soon("Start", writes.run("Start")).await.expect_err("another machine stands on it");
+    assert!(name.ends_with("InUse") && why.contains("domain 'stands'"), "{name}: {why}");
+    dead.let_go();
+}
+
+/// The host has booted, and a server that files were lent on has not.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_lent_before_the_host_booted_keeps_no_virtd_from_starting() {
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let (Some(lost), Some(alive)) = (stored_in(&daemon, "lost", "storage"), Tick::new(&daemon, "alive", "")) else {
+        return;
+    };
+    let root = Client { connection: daemon.connect().await };
+    for tick in [&lost, &alive] {
+        root.define(&tick.xml).await.expect("defined").run("Start").await.expect("started");
+        tick.counts_to(1).await;
+    }
+    daemon.kill_virtd().await;
+    for tick in [&lost, &alive] {
+        nix::sys::signal::kill(daemon.qemu_of(&tick.name).unwrap(), nix::sys::signal::Signal::SIGKILL).unwrap();
+        daemon.qemu_gone(&tick.name).await;
+    }
+    let books = daemon.root().join("var/lib/virt/access.json");
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let text = std::fs::read_to_string(&books).unwrap();
+    assert!(text.contains("lost.qcow2") && text.contains("alive.qcow2") && text.contains(boot_id.trim()), "{text}");
+    std::fs::write(&books, text.replace(boot_id.trim(), "4d0e7a7e-0000-4000-8000-000000000000")).unwrap();
+    let Some(mut dead) = Dead::mount_over(&daemon, daemon.folder().join("storage")) else { return };
+
+    daemon.start_virtd_with(&[]).await;
+    let root = Client { connection: daemon.connect().await };
+    ping(&root).await;
+    let (lost_one, alive_one) = (root.named("lost").await.unwrap(), root.named("alive").await.unwrap());
+    soon("a read of a machine on dead storage", lost_one.xml()).await;
+    soon("looking after another machine", alive_one.is_looked_after()).await;
+    soon("Start", alive_one.run("Start")).await.expect("started");
+    alive.counts_to(1).await;
+    soon("Destroy", alive_one.run("Destroy")).await.expect("destroyed");
+    let text = std::fs::read_to_string(&books).unwrap();
+    assert!(text.contains("lost.qcow2") && !text.contains("alive.qcow2"), "what answers is given back: {text}");
+    dead.let_go();
 }
 
 /// W3: a pipe as a disk keeps qemu-img waiting for its other end.

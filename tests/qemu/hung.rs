@@ -157,6 +157,74 @@ async fn destroy_gets_through_every_deed_whose_qemu_has_stopped() {
     }
 }
 
+/// The path of the job that runs; `None` if it has needed no more of QEMU.
+async fn running_job(client: &Client) -> Option<String> {
+    let jobs = client.call("/org/virt", "org.virt.Manager.GetJobs", &()).await.expect("told");
+    let jobs: Vec<zbus::OwnedObjectPath> = jobs.body().deserialize().expect("ao");
+    // The youngest is last.
+    let last = jobs.last().expect("a job").to_string();
+    (client.property::<String>(&last, "org.virt.Job", "State").await == "running").then_some(last)
+}
+
+/// QEMU stops at the first, second, ... step of each deed, and its job is cancelled: that does not wait for QEMU. When QEMU goes
+/// on all is as it was.
+#[tokio::test]
+async fn a_job_is_cancelled_while_its_qemu_has_stopped() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let stopped = daemon.folder().join("stopped");
+    let mut cancelled = 0;
+    for deed in DEEDS {
+        for step in 1..=3 {
+            let Some(trial) = Trial::begin(&daemon, deed).await else { return };
+            let (what, domain) = (format!("{deed:?} at step {step}"), &trial.player.domain);
+            let before = trial.player.list(options([])).await;
+            let qemu = daemon.qemu_of(&trial.tick.name).expect("it runs");
+            daemon.at_step(step, &format!("kill -STOP {qemu}; touch {}", stopped.display()));
+            let (done, was_cancelled) = tokio::join!(tokio::time::timeout(SOON, trial.perform(deed)), async {
+                let begun = Instant::now();
+                while !stopped.exists() && begun.elapsed() < PATIENCE {
+                    // The step is virtd's, which tells nobody of it.
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+                assert!(daemon.step_came(), "{what}: it has fewer steps");
+                let job = running_job(&domain.client).await;
+                let told = match &job {
+                    Some(job) => domain.client.call(job, "org.virt.Job.Cancel", &()).await,
+                    None => Err(("OperationInvalid".to_owned(), "it has ended".to_owned())),
+                };
+                if let Err((name, why)) = &told {
+                    let late = why.contains("past the point") || why.contains("has ended");
+                    assert!(name.ends_with("OperationInvalid") && late, "{what}: {name}: {why}");
+                    signal(qemu, nix::sys::signal::Signal::SIGCONT);
+                }
+                job.filter(|_| told.is_ok())
+            });
+            std::fs::remove_file(&stopped).expect("it was stopped");
+            let done = done.unwrap_or_else(|_| panic!("{what}: its caller has no answer"));
+            if let Some(job) = was_cancelled {
+                let (name, why) = done.expect_err("it was cancelled");
+                assert!(name.ends_with("Cancelled"), "{what}: {name}: {why}");
+                assert_eq!(
+                    domain.client.property::<String>(&job, "org.virt.Job", "State").await,
+                    "cancelled",
+                    "{what}"
+                );
+                signal(qemu, nix::sys::signal::Signal::SIGCONT);
+                domain.is_looked_after().await;
+                assert_eq!(trial.player.list(options([])).await, before, "{what}");
+                let now = (domain.state().await.0, daemon.qemu_of(&trial.tick.name));
+                assert_eq!(now, ("running".to_owned(), Some(qemu)), "{what}");
+                trial.tick.goes_on().await;
+                cancelled += 1;
+            }
+            trial.destroy(&what).await;
+            trial.is_whole(&daemon, &what).await;
+            domain.call("Undefine", &(with([("snapshots-metadata", true)]),)).await.expect("undefined");
+        }
+    }
+    assert!(cancelled > DEEDS.len(), "only {cancelled} could be cancelled");
+}
+
 /// A new process, stopped as soon as it is there, and later and later.
 #[tokio::test]
 async fn destroy_gets_through_starts_and_reverts_whose_new_qemu_stops_before_and_after_its_hello() {

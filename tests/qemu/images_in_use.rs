@@ -85,6 +85,32 @@ async fn a_base_that_another_machine_stands_on_is_not_merged_over() {
     player.call("s", "Delete", options([])).await.expect("merged, now that nobody needs it");
 }
 
+/// A frozen file that was written is recognised by who stands on it, too.
+#[tokio::test]
+async fn a_machine_that_stands_on_a_frozen_file_that_was_written_is_told_so_and_starts() {
+    let Some((daemon, client, tick)) = tick("below").await else { return };
+    let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
+    player.create(SNAPSHOT, with([("disk-only", true)])).await.expect("taken");
+    let xml = player.domain.xml().await;
+    let told = async || {
+        let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(&*xml, options([]))).await;
+        let told: Vec<(String, u32, u32, String)> = told.expect("told").body().deserialize().expect("findings");
+        told.into_iter().filter(|one| one.3.contains("since a snapshot froze it")).collect::<Vec<_>>()
+    };
+    assert_eq!(told().await, []);
+    player.domain.run("Start").await.expect("started");
+    player.domain.run("Destroy").await.expect("destroyed");
+    assert!(!daemon.log().contains("since a snapshot froze it"));
+    let write = ["-f", "qcow2", "-c", "write -P 7 512k 64k"];
+    assert!(Command::new("qemu-io").args(write).arg(&tick.disk).status().expect("qemu-io").success());
+    let told = told().await;
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(told[0].0 == "warning" && told[0].3.contains(&*tick.disk.to_string_lossy()), "{told:?}");
+    player.domain.run("Start").await.expect("nothing is refused");
+    assert!(daemon.log().contains("since a snapshot froze it"), "the log tells it");
+    player.domain.run("Destroy").await.expect("destroyed");
+}
+
 #[tokio::test]
 async fn a_locked_image_is_told_with_disk_and_machine_that_has_it() {
     let Some((_daemon, client, tick)) = tick("first").await else { return };

@@ -69,6 +69,60 @@ async fn a_revert_that_could_not_be_started_is_refused_before_anything_is_ended(
     player.domain.run("Destroy").await.expect("destroyed");
 }
 
+/// QEMU would wait for the other end of a pipe until its start is given up.
+#[tokio::test]
+async fn a_pipe_as_a_kernel_table_or_rom_is_refused_before_anything_begins() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pipe = daemon.folder().join("pipe");
+    rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o666.into(), 0).expect("made");
+    let pipe = pipe.display().to_string();
+    let (plain, at) = (daemon.folder().join("plain"), |path: &str| format!("<kernel>{path}</kernel>"));
+    std::fs::write(&plain, "").expect("written");
+    let plain = plain.display().to_string();
+    for (what, os, devices) in [
+        ("kernel", at(&pipe), String::new()),
+        ("initrd", at(&plain) + &format!("<initrd>{pipe}</initrd>"), String::new()),
+        ("table", format!("<acpi><table type='raw'>{pipe}</table></acpi>"), String::new()),
+        (
+            "rom",
+            String::new(),
+            format!("<interface type='user'><model type='virtio'/><rom file='{pipe}'/></interface>"),
+        ),
+        ("disk", String::new(), format!("<disk><source file='{pipe}'/><target dev='vda' bus='virtio'/></disk>")),
+    ] {
+        let xml = format!(
+            "<domain type='qemu'><name>{what}</name><memory unit='MiB'>16</memory><os><type machine='q35'>hvm</type>{os}</os>\
+             <features><acpi/></features><devices>{devices}</devices></domain>"
+        );
+        let domain = client.define(&xml).await.unwrap_or_else(|(name, why)| panic!("{what}: {name}: {why}"));
+        let (name, why) = domain.run("Start").await.expect_err("a pipe is none");
+        assert!(name.ends_with("StorageFailed") && why.contains(&format!("{pipe} is n")), "{what}: {name}: {why}");
+        assert!(daemon.qemu_of(what).is_none(), "{what}");
+    }
+}
+
+/// M7: what is no file is not to be written as one, and said when it can still be mended.
+#[tokio::test]
+async fn a_folder_as_firmware_variables_is_refused_when_it_is_defined() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let folder = daemon.folder().join("vars");
+    std::fs::create_dir(&folder).expect("made");
+    let xml = format!(
+        "<domain type='qemu'><name>uefi</name><memory unit='MiB'>16</memory><os><type machine='q35'>hvm</type>\
+         <loader readonly='yes' type='pflash'>/usr/share/code.fd</loader><nvram>{}</nvram></os><features><acpi/></features>\
+         </domain>",
+        folder.display()
+    );
+    let says_so = |text: &str| text.contains("this is a folder; name a file");
+    let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(&*xml, with([]))).await;
+    let told: Vec<(String, u32, u32, String)> = told.expect("told").body().deserialize().expect("findings");
+    assert!(told.iter().any(|one| one.0 == "error" && one.1 == 1 && says_so(&one.3)), "{told:?}");
+    let (name, why) = client.define(&xml).await.map(|_| ()).expect_err("refused");
+    assert!(name.ends_with("ConfigInvalid") && says_so(&why), "{name}: {why}");
+}
+
 #[tokio::test]
 async fn a_start_without_one_of_its_files_is_refused_by_name_before_anything_begins() {
     let Some(trial) = Trial::begin().await else { return };

@@ -20,11 +20,11 @@ pub use site::{End, Site, VHOST_VSOCK, program};
 use super::firmware::{self, Firmware};
 use super::record::blocking;
 use crate::host::files::{Program, Seen, open_plain};
+use crate::host::own_file::replace_json;
 use crate::host::resolve::{Found, Place};
 use crate::host::workers::{Errand, Workers};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -472,10 +472,8 @@ impl Prober {
         let Some(path) = self.cache_file(binary) else { return Ok(()) };
         let dir = path.parent().unwrap_or(Path::new("/"));
         Place::make_folders(dir, self.user.is_some())?;
-        let mut temporary = tempfile::NamedTempFile::new_in(dir)?;
-        temporary.write_all(&serde_json::to_vec(file)?)?;
-        temporary.persist(path)?;
-        Ok(())
+        // Found out again where it is lost.
+        replace_json(&path, file, false)
     }
 }
 

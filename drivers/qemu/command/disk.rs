@@ -49,7 +49,10 @@ impl Builder<'_> {
         let format = disk.format().unwrap_or("raw");
         let read_only = disk.readonly || disk.device() == DiskDevice::Cdrom;
         if let Some(path) = disk.path() {
-            self.open(path, !read_only);
+            match disk.kind() {
+                DiskKind::File | DiskKind::Block => self.open_image(path, !read_only),
+                _ => self.open(path, !read_only),
+            }
         }
         let removable = disk.device() == DiskDevice::Cdrom;
         // Who may ask is said beside the source or in it.
@@ -124,7 +127,10 @@ impl Builder<'_> {
         let below = self.backing_nodes(layer.backing.as_deref(), disk, depth + 1);
         let format = layer.format.as_ref().map_or("raw", |format| &*format.name);
         if let Some(path) = source.path(kind) {
-            self.open(path, false);
+            match kind {
+                DiskKind::File | DiskKind::Block => self.open_image(path, false),
+                _ => self.open(path, false),
+            }
         }
         let name = format!("{disk}-{depth}");
         let storage = self.storage_node(source, kind, &name, false).set("auto-read-only", true).set("discard", "unmap");

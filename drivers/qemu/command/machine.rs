@@ -76,11 +76,11 @@ impl Builder<'_> {
         let path = loader.path.as_deref()?;
         if loader.kind != Some(LoaderKind::Pflash) {
             self.args.pair("-bios", path);
-            self.open(path, false);
+            self.read_whole(path);
             return None;
         }
         let format = loader.format.as_deref().unwrap_or("raw");
-        self.open(path, false);
+        self.open_image(path, false);
         self.flash_nodes("pflash0", path, format, true);
         if loader.secure == Some(true) {
             self.args.pair("-global", list("driver=cfi.pflash01").set("property", "secure").set("value", "on"));
@@ -88,7 +88,7 @@ impl Builder<'_> {
         let nvram = self.def.os.nvram.as_ref();
         let vars = nvram.and_then(|nvram| Some((nvram, nvram.path.as_deref()?)));
         if let Some((nvram, path)) = vars {
-            self.open(path, true);
+            self.open_image(path, true);
             let format = nvram.format.as_deref().unwrap_or("raw");
             self.flash_nodes("pflash1", path, format, false);
             let from = nvram.template_format.as_deref().unwrap_or(format);
@@ -201,7 +201,7 @@ impl Builder<'_> {
         for (option, path) in [("-kernel", &os.kernel), ("-initrd", &os.initrd)] {
             if let Some(path) = path.as_deref().filter(|path| !path.is_empty()) {
                 self.args.pair(option, path);
-                self.open(path, false);
+                self.read_whole(path);
             }
         }
         if let Some(cmdline) = &os.cmdline {
@@ -214,7 +214,7 @@ impl Builder<'_> {
                 AcpiTableKind::Raw | AcpiTableKind::Rawset => None,
             };
             self.args.pair("-acpitable", List::default().maybe("sig", signature).set("file", &table.path));
-            self.open(&table.path, false);
+            self.read_whole(&table.path);
         }
         let holes = [(ControllerKind::Pci, 0)].into_iter().filter_map(|(kind, n)| self.controller(kind, n)?.pcihole64);
         let host = if self.board == Board::Q35 { "q35-pcihost" } else { "i440FX-pcihost" };

@@ -118,6 +118,19 @@ pub struct HostFile {
     pub create: bool,
     /// Whether it is a device of the host's that the guest has to itself.
     pub device: bool,
+    /// What it must be: QEMU would wait for the other end of a pipe.
+    pub expected: Expected,
+}
+
+/// What must be where a file is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expected {
+    /// Whatever has that path.
+    Anything,
+    /// What an image can be in: a plain file or a block device.
+    Image,
+    /// A plain file, which is read whole.
+    PlainFile,
 }
 
 /// A firmware's variable store.
@@ -249,12 +262,26 @@ impl<'a> Builder<'a> {
     }
 
     fn open(&mut self, path: &str, write: bool) {
-        self.files.push(HostFile { path: PathBuf::from(path), write, create: false, device: false });
+        self.opens(path, write, Expected::Anything);
+    }
+
+    fn open_image(&mut self, path: &str, write: bool) {
+        self.opens(path, write, Expected::Image);
+    }
+
+    /// A file whose content becomes part of the machine.
+    fn read_whole(&mut self, path: &str) {
+        self.opens(path, false, Expected::PlainFile);
+    }
+
+    fn opens(&mut self, path: &str, write: bool, expected: Expected) {
+        self.files.push(HostFile { path: PathBuf::from(path), write, create: false, device: false, expected });
     }
 
     /// A file that takes what the guest says.
     fn output(&mut self, path: &str) {
-        self.files.push(HostFile { path: PathBuf::from(path), write: true, create: true, device: false });
+        let expected = Expected::Anything;
+        self.files.push(HostFile { path: PathBuf::from(path), write: true, create: true, device: false, expected });
     }
 
     /// Where a PCI device sits.
@@ -277,7 +304,7 @@ impl<'a> Builder<'a> {
     fn roms(&mut self) {
         let def = self.def;
         let roms = def.devices.infos().into_iter().filter_map(|(info, _)| info.rom.as_ref()?.file.as_deref());
-        roms.for_each(|file| self.open(file, false));
+        roms.for_each(|file| self.read_whole(file));
     }
 
     /// The object with what that end of an encrypted connection shows. Each end asks the other for the same.
@@ -291,7 +318,8 @@ impl<'a> Builder<'a> {
     fn certificates(&mut self, end: End) -> String {
         let site = &self.caps.site;
         for file in site.certificates(end).unwrap_or_default() {
-            self.files.push(HostFile { path: file, write: false, create: false, device: false });
+            let expected = Expected::PlainFile;
+            self.files.push(HostFile { path: file, write: false, create: false, device: false, expected });
         }
         site.tls_dir.to_string_lossy().into_owned()
     }

@@ -88,7 +88,13 @@ impl Builder<'_> {
         let Some(program) = self.caps.site.passt.clone() else { return };
         let link = Link::Pair { its: CABLE, qemus: fd };
         let log = interface.backend.as_ref().and_then(|backend| backend.log_file.as_deref());
-        let files = log.map(|path| super::HostFile { path: path.into(), write: true, create: true, device: false });
+        let files = log.map(|path| super::HostFile {
+            path: path.into(),
+            write: true,
+            create: true,
+            device: false,
+            expected: super::Expected::Anything,
+        });
         let name = format!("passt of {}", id(&interface.info));
         // A guest that has lost its network can still be shut down in order.
         let companion = Companion {

@@ -71,7 +71,7 @@ impl Builder<'_> {
         let servers: Vec<Value> = source.hosts.iter().map(|host| inet(host, 6789)).collect();
         let props = props.maybe("server", (!servers.is_empty()).then_some(servers));
         let config = source.config.as_ref().map(|config| config.file.as_str());
-        config.iter().for_each(|file| self.open(file, false));
+        config.iter().for_each(|file| self.read_whole(file));
         let props = props.maybe("conf", config).maybe("snapshot", source.snapshot.as_ref().map(|s| s.name.as_str()));
         let Some(auth) = &source.auth else { return props };
         let key = self.secret_of(auth, name, Some("base64"));

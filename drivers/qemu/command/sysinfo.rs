@@ -49,7 +49,7 @@ impl Builder<'_> {
             self.args.pair("-smbios", table);
         }
         let files = sysinfo.oem_strings.iter().flat_map(|strings| &strings.entries).filter_map(|e| e.file.as_deref());
-        files.for_each(|file| self.open(file, false));
+        files.for_each(|file| self.read_whole(file));
     }
 
     fn blobs(&mut self, sysinfo: &Sysinfo) {
@@ -58,7 +58,7 @@ impl Builder<'_> {
             match &entry.file {
                 Some(file) => {
                     self.args.pair("-fw_cfg", blob.set("file", file));
-                    self.open(file, false);
+                    self.read_whole(file);
                 }
                 None => {
                     let file = self.handed(SecretContent::Said(entry.value.clone().unwrap_or_default()));

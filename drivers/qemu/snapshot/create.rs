@@ -8,7 +8,7 @@ use super::agent::{Agent, socket};
 use super::files::{OVERLAY, RESERVE, beside, check_free_place, check_space, finished, make_empty, stored};
 use super::nodes::{Nodes, unmistakable};
 use super::note::{CreateExternal, CreateInternal, Note, Overlay, Part, Record};
-use super::revert::{UNDO, chain};
+use super::revert::UNDO;
 use super::survey::Survey;
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::files::{Seen, What};
@@ -681,7 +681,7 @@ impl Operation {
     pub(super) fn frozen_below(&self, overlays: &[Overlay]) -> Vec<PathBuf> {
         let laid = |disk: &&Disk| overlays.iter().any(|overlay| overlay.target == disk.target.dev);
         let disks = self.machine.def.devices.disks.iter().filter(laid);
-        disks.flat_map(|disk| chain(disk.path(), disk.backing.as_deref())).collect()
+        disks.flat_map(|disk| disk.files()).collect()
     }
 
     /// The machine with its disks on the overlays.

@@ -3,7 +3,7 @@
 use super::create::written;
 use super::note::NotedSnapshot;
 use super::note::{Delete, Merge, Note};
-use super::revert::{chain, record_of};
+use super::revert::record_of;
 use super::survey::Survey;
 use super::{Operation, pairs};
 use std::path::{Path, PathBuf};
@@ -115,8 +115,7 @@ impl Operation {
         standing: &[Standing],
     ) -> Option<Merge> {
         let current = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == target);
-        let live =
-            current.is_some_and(|disk| chain(disk.path(), disk.backing.as_deref()).iter().any(|one| one == overlay));
+        let live = current.is_some_and(|disk| disk.files().iter().any(|one| one == overlay));
         let above = standing.iter().filter(|one| one.on == overlay);
         let mut above: Vec<(PathBuf, String)> = above.map(|one| (one.file.clone(), one.format.clone())).collect();
         above.sort();
@@ -176,7 +175,7 @@ impl Operation {
         let mut all = Vec::new();
         let add = |all: &mut Vec<Standing>, def: &DomainDef, whose: &str| {
             for disk in &def.devices.disks {
-                let files = chain(disk.path(), disk.backing.as_deref());
+                let files = disk.files();
                 for pair in files.windows(2) {
                     let top = disk.path().map(Path::new) == Some(&pair[0]);
                     let format = if top { disk.format().unwrap_or("qcow2") } else { "qcow2" };

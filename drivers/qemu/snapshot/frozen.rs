@@ -8,11 +8,11 @@
 use super::{Image, Operation};
 use crate::host::files::open_plain;
 use crate::host::image::Images;
+use crate::host::own_file::replace_json;
 use crate::host::resolve::Found;
 use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
-use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
@@ -49,7 +49,8 @@ impl Operation {
         let noted = self.with_images(&self.machine.folder, move |_: &Arc<Images>| {
             let mut looks = read(&folder);
             looks.extend(files.into_iter().filter_map(|file| Look::at(&file).map(|look| (file, look))));
-            write(&folder, &looks).map_err(|e| DriverError::Storage(format!("{}: {e}", folder.join(FILE).display())))
+            replace_json(&folder.join(FILE), &looks, true)
+                .map_err(|e| DriverError::Storage(format!("{}: {e}", folder.join(FILE).display())))
         });
         if let Err(error) = noted.await {
             tracing::warn!(uuid = %self.machine.def.uuid, %error, "a change of frozen files will go unnoticed");
@@ -82,12 +83,4 @@ impl Operation {
 fn read(folder: &Path) -> Looks {
     let text = open_plain(&folder.join(FILE), false).and_then(|file| file.read_all(LARGEST)).unwrap_or_default();
     serde_json::from_slice(&text).unwrap_or_default()
-}
-
-fn write(folder: &Path, looks: &Looks) -> io::Result<()> {
-    let mut file = tempfile::NamedTempFile::new_in(folder)?;
-    file.write_all(&serde_json::to_vec(looks)?)?;
-    file.as_file().sync_all()?;
-    file.persist(folder.join(FILE))?;
-    Ok(())
 }

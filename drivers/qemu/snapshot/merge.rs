@@ -221,8 +221,7 @@ fn below(snapshot: &Kept, merge: &Merge) -> Result<Vec<(PathBuf, String)>, Drive
     let mut layers = Vec::new();
     let mut layer = disk.and_then(|disk| disk.backing.as_deref());
     while let Some(store) = layer.filter(|store| !store.is_end()) {
-        let path = store.source.as_ref().and_then(|source| source.path(store.kind.unwrap_or_default()));
-        let path = path.ok_or_else(|| {
+        let path = store.path().ok_or_else(|| {
             let (target, base) = (&merge.target, merge.base.display());
             let how = "start the machine, and delete the snapshot while it runs";
             DriverError::Unsupported(format!("disk '{target}': {base} stands on something on a server; {how}"))

@@ -112,6 +112,10 @@ impl Snapshots for QemuDriver {
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError> {
         self.operation(machine).await?.recover(note).await
     }
+
+    async fn changed_since_frozen(&self, machine: &Machine, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, DriverError> {
+        self.operation(machine).await?.changed_since_frozen(files).await
+    }
 }
 
 impl QemuDriver {

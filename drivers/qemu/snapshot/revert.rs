@@ -17,7 +17,6 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use uuid::Uuid;
-use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
@@ -112,7 +111,7 @@ impl Operation {
             for (disk, _) in
                 pairs(&other.def, &other.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }))
             {
-                let frozen = chain(disk.path(), disk.backing.as_deref());
+                let frozen = disk.files();
                 if let Some(image) = images.iter().find(|image| frozen.contains(*image)) {
                     return Err(DriverError::Unsupported(format!(
                         "{} holds '{}' and is what the external snapshot '{}' stands on; delete that first",
@@ -168,6 +167,10 @@ impl Operation {
         journal.note(note(false)?).await?;
         body.patiently("stop", json!({})).await?;
         journal.point_of_no_return();
+        // It may have taken its time to stand.
+        if journal.cancelled().is_cancelled() {
+            return Err(DriverError::Cancelled);
+        }
         let line = body.line()?;
         let (nodes, images) = (Nodes::ask(&line).await?, self.held_images(snapshot, &record_of(snapshot)));
         nodes.unmistakable(&snapshot.name, &images)?;
@@ -501,9 +504,7 @@ fn find_names(overlays: &mut [Overlay]) {
 
 /// Whether another snapshot, or another machine, names the file.
 pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
-    let named = |def: &DomainDef| {
-        def.devices.disks.iter().any(|disk| chain(disk.path(), disk.backing.as_deref()).iter().any(|one| one == file))
-    };
+    let named = |def: &DomainDef| def.devices.disks.iter().any(|disk| disk.files().iter().any(|one| one == file));
     let made = |part: &DiskPart| matches!(&part.mode, DiskMode::External { path, .. } if path == file);
     kin.keep.iter().any(|kept| kept == file)
         || kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
@@ -512,18 +513,7 @@ pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
 /// What a snapshot's overlays have been laid on, and all below.
 fn frozen_by(snapshot: &Kept) -> Vec<PathBuf> {
     let outside = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
-    outside.flat_map(|(disk, _)| chain(disk.path(), disk.backing.as_deref())).collect()
-}
-
-/// A disk's file and all below it.
-pub(super) fn chain(path: Option<&str>, mut below: Option<&BackingStore>) -> Vec<PathBuf> {
-    let mut files: Vec<PathBuf> = path.map(PathBuf::from).into_iter().collect();
-    while let Some(layer) = below {
-        let source = layer.source.as_ref().and_then(|source| source.path(layer.kind.unwrap_or_default()));
-        files.extend(source.map(PathBuf::from));
-        below = layer.backing.as_deref();
-    }
-    files
+    outside.flat_map(|(disk, _)| disk.files()).collect()
 }
 
 /// What we kept with a snapshot; nothing for one that was restored without it.

@@ -495,10 +495,6 @@ fn made_files<'a>(disks: &'a [DiskPart], memory: &'a MemoryMode) -> impl Iterato
 
 /// The images that a machine names: its disks' with what they stand on, and its firmware variables'.
 fn images(def: &DomainDef) -> impl Iterator<Item = &str> {
-    let disks = def.devices.disks.iter().flat_map(|disk| {
-        let layers = std::iter::successors(disk.backing.as_deref(), |layer| layer.backing.as_deref());
-        let below = layers.filter_map(|layer| layer.source.as_ref()?.path(layer.kind.unwrap_or_default()));
-        disk.path().into_iter().chain(below)
-    });
+    let disks = def.devices.disks.iter().flat_map(|disk| disk.chain().filter_map(|layer| layer.path));
     disks.chain(def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_deref()))
 }

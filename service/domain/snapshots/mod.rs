@@ -34,9 +34,11 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
+use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::{DiskMode, FileFate, Kept, Machine, MemoryMode, Snapshots};
 use virt_model::snapshot::{Node, SnapshotDef, SnapshotTree};
 use virt_model::state::DomainState;
+use virt_model::xml::Finding;
 
 /// The most snapshots of one domain.
 const MOST: usize = 10_000;
@@ -280,6 +282,37 @@ impl Domain {
         drop(state);
         self.shared.declare(&mut machine.def);
         Ok(machine)
+    }
+
+    /// What is wrong below the disks of a configuration: files that were written after a snapshot of this machine had frozen
+    /// them. The guest may find its disks damaged. That is told and nothing is refused for it: what stands on them now is all
+    /// that there is.
+    pub(crate) async fn changed_below(&self, def: &DomainDef) -> Vec<Finding> {
+        let layers = def.devices.disks.iter().flat_map(|disk| disk.chain().skip(1).map(move |layer| (disk, layer)));
+        let layers: Vec<_> =
+            layers.filter_map(|(disk, layer)| Some((disk, layer, PathBuf::from(layer.path?)))).collect();
+        if layers.is_empty() || lock(&self.state).snapshots.tree.is_empty() {
+            return Vec::new();
+        }
+        let (Ok(driver), Ok(machine)) = (self.takes_snapshots(), self.machine().await) else { return Vec::new() };
+        let files = layers.iter().map(|(_, _, file)| file.clone()).collect();
+        let changed = match driver.changed_since_frozen(&machine, files).await {
+            Ok(changed) => changed,
+            Err(error) => {
+                tracing::warn!(uuid = %self.uuid, name = self.name(), %error, "whether its frozen files have changed is not known");
+                return Vec::new();
+            }
+        };
+        let changed = layers.into_iter().filter(|(_, _, file)| changed.contains(file));
+        let told = changed.map(|(disk, layer, file)| {
+            let (target, file) = (&disk.target.dev, file.display());
+            let text = format!(
+                "disk '{target}' stands on {file}, which has been written since a snapshot froze it: the guest may find its \
+                 file systems damaged; put the file back as it was, or check them"
+            );
+            Finding::warning(layer.at, text)
+        });
+        told.collect()
     }
 
     /// A snapshot as the driver is to see it.

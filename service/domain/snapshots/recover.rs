@@ -6,16 +6,12 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::shared::virtd_itself;
 use crate::store::{Deed, Intent, Record, on_disk};
-use crate::turn::PATIENCE;
+use crate::turn::{GRACE, PATIENCE};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::snapshots::{Journal as _, Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::Limits;
-
-/// How long what is given up may take to end before nobody waits for it any more.
-const GRACE: Duration = Duration::from_secs(5);
 
 impl Domain {
     /// Finishes or undoes an operation that was cut off, or that failed half-way and could not be undone, if there is one;

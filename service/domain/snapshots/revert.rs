@@ -114,6 +114,9 @@ impl Domain {
     ) -> std::result::Result<Reverted, DriverError> {
         let driver = self.snapshot_driver()?;
         let parked = driver.park(machine, journal.clone()).await?;
+        if !parked && job.cancel_token().is_cancelled() {
+            return Err(DriverError::Cancelled);
+        }
         if !parked {
             self.end_for_revert(journal).await.map_err(|e| DriverError::Internal(e.to_string()))?;
         }
@@ -210,6 +213,12 @@ impl Domain {
             Ok::<_, DriverError>(())
         };
         if let Err(e) = loaded.await {
+            // Given up before anything was loaded: it goes on as before.
+            if let (DriverError::Cancelled, true) = (&e, was_running)
+                && let Err(error) = guest.instance.resume().await
+            {
+                tracing::error!(uuid = %self.uuid, %error, "the guest stood for a revert that was cancelled, and does not go on");
+            }
             self.unmuted(was_running).await;
             if let DriverError::Gone = e {
                 return Err(self.died_while_loaded(&def.name, guest.id).await);

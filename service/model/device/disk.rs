@@ -5,6 +5,8 @@ use super::source::{Auth, DiskSource, Encryption};
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
 use crate::domain::value::{choices, scaled};
+use crate::xml::Place;
+use std::path::PathBuf;
 
 choices! {
     /// What the guest sees.
@@ -139,6 +141,21 @@ impl Disk {
     /// The file or block device, if there is one.
     pub fn path(&self) -> Option<&str> {
         self.source.as_ref()?.path(self.kind())
+    }
+
+    /// Its layers as the document tells them, its own image first and what that stands on below.
+    pub fn chain(&self) -> impl Iterator<Item = Layer<'_>> {
+        let own = Layer { path: self.path(), format: self.format(), below: self.backing.as_deref(), at: &self.at };
+        std::iter::successors(Some(own), |layer| {
+            let store = layer.below?;
+            let format = store.format.as_ref().map(|format| &*format.name);
+            Some(Layer { path: store.path(), format, below: store.backing.as_deref(), at: &store.at })
+        })
+    }
+
+    /// The files and block devices of its chain, from the topmost down.
+    pub fn files(&self) -> Vec<PathBuf> {
+        self.chain().filter_map(|layer| layer.path.map(PathBuf::from)).collect()
     }
 
     /// Who asks a server for it.
@@ -396,7 +413,25 @@ element! {
     }
 }
 
+/// One of the layers of a disk.
+#[derive(Clone, Copy, Debug)]
+pub struct Layer<'a> {
+    /// Its file or block device; `None` if it is on a server, or there is none.
+    pub path: Option<&'a str>,
+    /// The image format the document gives.
+    pub format: Option<&'a str>,
+    /// What it stands on.
+    pub below: Option<&'a BackingStore>,
+    /// Where the document says so.
+    pub at: &'a Place,
+}
+
 impl BackingStore {
+    /// The file or block device, if it is one.
+    pub fn path(&self) -> Option<&str> {
+        self.source.as_ref()?.path(self.kind.unwrap_or_default())
+    }
+
     /// Whether the chain ends here.
     pub fn is_end(&self) -> bool {
         self.kind.is_none() && self.source.is_none()

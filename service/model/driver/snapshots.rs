@@ -87,6 +87,13 @@ pub trait Snapshots: Send + Sync {
 
     /// Makes whole what was cut off, from the last note of its journal; `machine.guest` is what has been found of the guest.
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError>;
+
+    /// Those of the files that a snapshot of this machine froze, and that have been written since, as far as that can be told.
+    /// Changes nothing.
+    async fn changed_since_frozen(&self, machine: &Machine, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, DriverError> {
+        let _ = (machine, files);
+        Ok(Vec::new())
+    }
 }
 
 /// The machine an operation is about.

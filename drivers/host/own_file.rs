@@ -1,0 +1,42 @@
+//! Files of virtd's own that hold what it knows: replaced in one step, so that whoever reads one reads all of it.
+
+use serde::Serialize;
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::Path;
+
+/// Replaces a file, in a folder of ours that is there, by `value` in JSON, mode 0600. `durably`: a host that loses power has
+/// the new one once this has returned; else it may have the one before. On failure that is there as it was.
+pub fn replace_json(file: &Path, value: &impl Serialize, durably: bool) -> io::Result<()> {
+    let folder = file.parent().unwrap_or(Path::new("/"));
+    let mut new = tempfile::NamedTempFile::new_in(folder)?;
+    new.write_all(&serde_json::to_vec(value)?)?;
+    if durably {
+        new.as_file().sync_all()?;
+    }
+    new.persist(file)?;
+    if durably {
+        File::open(folder)?.sync_all()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_is_replaced_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("books.json");
+        for durably in [true, false] {
+            replace_json(&file, &[1, 2], durably).unwrap();
+            // A key that is no text cannot be written.
+            let unwritable = std::collections::BTreeMap::from([(vec![1], 1)]);
+            replace_json(&file, &unwritable, durably).unwrap_err();
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), "[1,2]");
+            assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing else is left");
+        }
+        replace_json(&dir.path().join("none/books.json"), &[1], true).unwrap_err();
+    }
+}
