@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const ROUNDS: usize = 30;
 
 /// A small guest without a disk: what is measured is virtd and QEMU, not storage.
-fn xml(name: &str) -> String {
+pub fn xml(name: &str) -> String {
     format!(
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory><vcpu>1</vcpu>\
          <os><type machine='q35'>hvm</type></os><devices><serial type='null'/></devices></domain>"

@@ -1,11 +1,13 @@
 //! What virtd costs, beside what the same work costs without it, in one run: `./bench`.
 //!
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
-//! here passes or fails: figures are read by people, and noted with the issue they belong to.
+//! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
+//! dead storage alone.
 
 mod bus;
 #[path = "../common/mod.rs"]
 mod common;
+mod dead;
 mod guests;
 mod inventory;
 mod libvirt;
@@ -16,13 +18,17 @@ use std::time::Duration;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let bench = bus::Bench::start(None).await?;
     println!("{:<58} {:>12} {:>12} {:>7}  wanted", "what (median)", "virtd", "bare", "ratio");
+    if std::env::args().any(|argument| argument == "dead") {
+        return dead::beside_dead_storage().await;
+    }
+    let bench = bus::Bench::start(None).await?;
     guests::start_and_destroy(&bench).await?;
     inventory::read_against_ping(&bench).await?;
     guests::beside_hung_ones(&bench).await?;
     libvirt::compare(&bench).await?;
     drop(bench);
+    dead::beside_dead_storage().await?;
     println!();
     inventory::ten_thousand().await
 }

@@ -131,12 +131,18 @@ async fn a_locked_image_is_told_with_disk_and_machine_that_has_it() {
 
 #[tokio::test]
 async fn a_frozen_file_is_not_written_by_a_machine_that_is_defined_on_it_again() {
-    let Some((_daemon, client, tick)) = tick("again").await else { return };
+    let Some((daemon, client, tick)) = tick("again").await else { return };
     let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
     player.create(SNAPSHOT, with([("disk-only", true)])).await.expect("taken");
     let content = std::fs::read(&tick.disk).expect("read");
     // As tools do that define what they are told, each time.
     client.define(&tick.xml).await.expect("it is stored");
+    let begun = std::time::Instant::now();
+    while !daemon.log().contains("snapshot 's' of domain 'again' (disk 'vda') stands on, and cannot be written") {
+        assert!(begun.elapsed() < crate::common::PATIENCE, "the log does not warn: {}", daemon.log());
+        // Whoever reads a log is told by nobody.
+        tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+    }
     let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(&*tick.xml, options([]))).await;
     let told: Vec<(String, u32, u32, String)> = told.expect("told").body().deserialize().expect("findings");
     let warned = |one: &(String, u32, u32, String)| one.0 == "warning" && one.3.contains("snapshot 's' of domain");

@@ -1,0 +1,141 @@
+//! Answers beside a file system that never answers, while as many calls wait for it as one user may have at work; and how
+//! soon a virtd that is killed then is there again.
+
+use crate::bus::Result;
+use crate::common::client::{Client, Domain};
+use crate::common::dead::{Dead, Doomed, MEMBERS};
+use crate::common::users::BOB;
+use crate::common::{Daemon, Setup};
+use crate::{line, percentile, row};
+use std::time::{Duration, Instant};
+use tokio::task::JoinSet;
+
+/// Machines whose files do not answer, each named by every member: more calls than one user may have at work.
+const MACHINES: usize = 40;
+/// Connections of that user, of which none may have all those calls at work.
+const CONNECTIONS: usize = 10;
+/// How often what takes moments is measured, and what starts a guest.
+const ROUNDS: (usize, usize) = (200, 10);
+
+/// One user may do all.
+const RULES: &str =
+    "polkit.addRule(function(action, subject) { if (subject.user == 'virt-bob') return polkit.Result.YES; });\n";
+
+/// What others measure: the name of what they do, and how long it took.
+type Measured = Vec<(&'static str, Vec<Duration>)>;
+
+/// Before and with the calls that wait, side by side; then virtd is killed, and started with the dead still there.
+pub async fn beside_dead_storage() -> Result<()> {
+    let Some(mut daemon) = Daemon::system_bus(Setup { rules: RULES.to_owned(), ..Setup::default() }) else {
+        return Ok(());
+    };
+    daemon.start_virtd_with(&["--log-level", "error"]).await;
+    let root = Client { connection: daemon.connect().await };
+    let others = [root.define(&crate::guests::xml("well")).await, root.define(TOY).await];
+    let others = others.map(|one| one.expect("defined"));
+    let storage = daemon.folder().join("storage");
+    std::fs::create_dir(&storage)?;
+    let mut callers = Vec::new();
+    for _ in 0..CONNECTIONS {
+        callers.push(Client { connection: daemon.connect_as(&BOB).await });
+    }
+    let mut machines = Vec::new();
+    for number in 0..MACHINES {
+        let Some(one) = Doomed::define(&callers[0], &storage, &format!("dead-{number}")).await else { return Ok(()) };
+        machines.push(one);
+    }
+    daemon.kill_virtd().await;
+    let alone = starts_within(&mut daemon).await;
+
+    let before = measure(&root, &others).await;
+    let Some(mut dead) = Dead::mount_over(&daemon, storage) else { return Ok(()) };
+    let mut waiting = call_everything(&callers, &machines).await;
+    let beside = measure(&root, &others).await;
+    while waiting.try_join_next().is_some() {}
+    line("Calls on a file system that never answers, unanswered then", waiting.len());
+    for ((what, mut with), (_, mut without)) in beside.into_iter().zip(before) {
+        for percent in [50, 99] {
+            let figures = (percentile(&mut with, percent), percentile(&mut without, percent));
+            row(&format!("{what}, with them and before (p{percent})"), figures.0, figures.1, 1.2);
+        }
+    }
+    daemon.kill_virtd().await;
+    waiting.shutdown().await;
+    row("kill -9 and start to the name, with a dead file system", starts_within(&mut daemon).await, alone, 1.2);
+    dead.let_go();
+    Ok(())
+}
+
+const TOY: &str = "<domain type='test'><name>toy</name><memory>65536</memory><os><type>hvm</type></os></domain>";
+
+/// From virtd's start to its name.
+async fn starts_within(daemon: &mut Daemon) -> Duration {
+    let begun = Instant::now();
+    daemon.start_virtd_with(&["--log-level", "error"]).await;
+    begun.elapsed()
+}
+
+/// Names the dead by every member of every machine; returns when all calls have been sent.
+async fn call_everything(callers: &[Client], machines: &[Doomed]) -> JoinSet<()> {
+    let mut waiting = JoinSet::new();
+    // Each member first of one machine, so that not all of them wait for one's turn.
+    for (round, _) in MEMBERS.iter().enumerate() {
+        for (number, machine) in machines.iter().enumerate() {
+            let machine = machine.seen_by(&callers[number % callers.len()]);
+            let member = MEMBERS[(round + number) % MEMBERS.len()];
+            waiting.spawn(async move {
+                // Whether it is refused at last, or for the quota, is not what is measured.
+                let _ = machine.call(member).await;
+            });
+        }
+    }
+    tokio::task::yield_now().await;
+    for client in callers {
+        let _ = client.call("/org/virt", "org.freedesktop.DBus.Peer.Ping", &()).await;
+    }
+    waiting
+}
+
+async fn measure(root: &Client, [guest, toy]: &[Domain; 2]) -> Measured {
+    let mut measured: Measured = [
+        "Ping",
+        "GetXML",
+        "Get",
+        "Suspend + Resume (QEMU)",
+        "Suspend + Resume (test driver)",
+        "Start + Destroy (QEMU)",
+    ]
+    .map(|what| (what, Vec::new()))
+    .into();
+    for machine in [guest, toy] {
+        machine.run("Start").await.expect("started");
+    }
+    for _ in 0..ROUNDS.0 {
+        let mut begun = Instant::now();
+        let mut took = |at: usize| {
+            measured[at].1.push(begun.elapsed());
+            begun = Instant::now();
+        };
+        root.call("/org/virt", "org.freedesktop.DBus.Peer.Ping", &()).await.expect("a pong");
+        took(0);
+        guest.xml().await;
+        took(1);
+        guest.state().await;
+        took(2);
+        for (at, machine) in [(3, guest), (4, toy)] {
+            for method in ["Suspend", "Resume"] {
+                machine.bare(method).await.expect(method);
+            }
+            took(at);
+        }
+    }
+    guest.run("Destroy").await.expect("destroyed");
+    toy.run("Destroy").await.expect("destroyed");
+    for _ in 0..ROUNDS.1 {
+        let begun = Instant::now();
+        guest.run("Start").await.expect("started");
+        guest.run("Destroy").await.expect("destroyed");
+        measured[5].1.push(begun.elapsed());
+    }
+    measured
+}
