@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use crate::bus::answers::no_object;
-use crate::bus::call::{Call, Handler, Options, Outcome};
+use crate::bus::call::{self, Call, Handler, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
 use crate::bus::wire::{Field, Row, Value};
@@ -247,24 +247,27 @@ async fn get_metadata(domain: Arc<Domain>, call: Call) -> Outcome {
 }
 
 async fn update_device(domain: Arc<Domain>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
-    domain.update_device(call.caller(), &xml, affect(options)?).await?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
+    domain.update_device(call.caller(), xml, affect(options)?).await?;
     call.done()
 }
 
 async fn create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
     let (create, no_wait) = snapshot::create_options(options)?;
-    let (name, ticket) = domain.create_snapshot(call.caller(), &xml, create).await?;
+    let (name, ticket) = domain.create_snapshot(call.caller(), xml, create).await?;
     let path = name.map_or_else(|| "/".to_owned(), |name| snapshot::path(domain.uuid(), &name));
     let path = ObjectPath::try_from(path).map_err(|error| Error::internal(error.to_string()))?;
     call.reply(&(path, finish(ticket, no_wait).await?))
 }
 
 async fn check_create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
     let (create, _) = snapshot::create_options(options)?;
-    call.reply(&snapshot::told_create(domain.check_create_snapshot(call.caller(), &xml, create).await?))
+    call.reply(&snapshot::told_create(domain.check_create_snapshot(call.caller(), xml, create).await?))
 }
 
 async fn list_snapshots(domain: Arc<Domain>, call: Call) -> Outcome {
