@@ -14,8 +14,8 @@ impl Service {
     /// Errors: `ConfigInvalid` says which of the two is not a valid document.
     pub async fn compare(&self, caller: &Caller, source: &str, target: &str) -> Result<Vec<AbiDifference>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
+        let seat = self.shared.desk.seat(caller.uid, &[source, target]).await;
         let (one, other) = (source.to_owned(), target.to_owned());
-        let seat = self.shared.desk.seat(caller.uid, one.len() + other.len()).await;
         let read = seat.work(move || read_pair(&one, &other)).await;
         let (source, target) = read.map_err(|(side, findings)| invalid(side.as_str(), findings))?;
         let completed = (self.completed("source", &source).await?, self.completed("target", &target).await?);

@@ -3,16 +3,18 @@
 //! A document costs many times its size while it is read, completed and checked, and callers choose how many and how large
 //! they are. So whoever is to read one takes a [`Seat`] first, and keeps it as long as what was read is there:
 //!
-//! - At the seats of one user lie documents of so many bytes together ([`Reading::bytes_per_user`]); a larger one lies there
-//!   alone. The rest waits, in turn.
-//! - Of these, two of a user and as many in all as there are CPUs are being read, where that may block. One user never has all
-//!   CPUs, unless there is but one.
+//! - There are some seats for documents as people write them ([`Reading::small`]), of which one user has a few, and a single
+//!   seat for those that cost more. Users take turns at both, and what is at one never waits for the other. So memory is
+//!   bounded over all users.
+//! - Of what has a seat, two of a user and as many in all as there are CPUs are being read, where that may block. One user
+//!   never has all CPUs, unless there is but one.
 //!
-//! A person who is asked for a password while a seat is held keeps nobody else from one.
+//! Nobody keeps a seat while a person is asked for a password: [`Seat::waits_for_nobody`].
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use crate::authz::Caller;
+use crate::fair::{FairPlace, FairPlaces};
+use std::sync::Arc;
+use virt_model::xml::Limits;
 
 /// How much is read at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,8 +23,8 @@ pub struct Reading {
     pub at_once: usize,
     /// Documents of one user.
     pub per_user: usize,
-    /// Bytes of documents that one user has read and not yet dealt with, or is reading.
-    pub bytes_per_user: usize,
+    /// Seats for small documents: in all, and of one user.
+    pub small: (usize, usize),
 }
 
 impl Default for Reading {
@@ -30,25 +32,23 @@ impl Default for Reading {
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
         // On a small host one user's two would be all there are.
         let per_user = at_once.saturating_sub(1).clamp(1, 2);
-        Reading { at_once, per_user, bytes_per_user: 1 << 20 }
+        Reading { at_once, per_user, small: (16, 4) }
     }
 }
 
-/// Documents are counted in pieces of so many bytes.
-const PIECE: usize = 1024;
+/// What a small document may take while it is dealt with, in bytes.
+const SMALL: usize = 512 << 10;
+/// How often a document's text is there while it is dealt with: as given, as read, as it would be kept.
+const COPIES: usize = 3;
+/// What a piece of the tree takes beside its text, in bytes.
+const PIECE: usize = 128;
 
 /// The desk.
 #[derive(Debug)]
 pub(crate) struct Desk {
-    limits: Reading,
-    readers: Semaphore,
-    users: Mutex<HashMap<u32, Arc<User>>>,
-}
-
-#[derive(Debug)]
-struct User {
-    room: Arc<Semaphore>,
-    readers: Semaphore,
+    readers: Arc<FairPlaces<u32>>,
+    small: Arc<FairPlaces<u32>>,
+    large: Arc<FairPlaces<u32>>,
 }
 
 /// A place at the desk. Given back on drop.
@@ -56,34 +56,35 @@ struct User {
 pub(crate) struct Seat {
     desk: Arc<Desk>,
     uid: u32,
-    user: Option<Arc<User>>,
-    _room: Option<OwnedSemaphorePermit>,
+    is_large: bool,
+    _place: FairPlace<u32>,
 }
 
 impl Desk {
     pub fn new(limits: Reading) -> Arc<Desk> {
-        Arc::new(Desk { limits, readers: Semaphore::new(limits.at_once), users: Mutex::default() })
+        let (seats, each) = limits.small;
+        Arc::new(Desk {
+            readers: FairPlaces::new(limits.at_once, limits.per_user),
+            small: FairPlaces::new(seats, each),
+            large: FairPlaces::new(1, 1),
+        })
     }
 
-    /// Waits for a seat for documents of a user, of so many bytes together.
-    pub async fn seat(self: &Arc<Desk>, uid: u32, bytes: usize) -> Seat {
-        let all = (self.limits.bytes_per_user / PIECE).max(1);
-        let user = self.lock().entry(uid).or_insert_with(|| Arc::new(self.user(all))).clone();
-        let room = user.room.clone();
-        let mut seat = Seat { desk: self.clone(), uid, user: Some(user), _room: None };
-        let pieces = bytes.div_ceil(PIECE).clamp(1, all);
-        // Cannot fail: the semaphore is never closed.
-        seat._room = room.acquire_many_owned(u32::try_from(pieces).unwrap_or(u32::MAX)).await.ok();
-        seat
+    /// Waits for a seat for documents of a user.
+    pub async fn seat(self: &Arc<Desk>, uid: u32, documents: &[&str]) -> Seat {
+        let is_large = !is_small(documents);
+        let seats = if is_large { &self.large } else { &self.small };
+        Seat { desk: self.clone(), uid, is_large, _place: seats.take(&uid).await }
     }
+}
 
-    fn user(&self, pieces: usize) -> User {
-        User { room: Arc::new(Semaphore::new(pieces)), readers: Semaphore::new(self.limits.per_user) }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<u32, Arc<User>>> {
-        self.users.lock().unwrap_or_else(PoisonError::into_inner)
-    }
+/// Whether documents cost little. A tag is an element and perhaps a text, a sign of equality an attribute.
+fn is_small(documents: &[&str]) -> bool {
+    let text: usize = documents.iter().map(|text| COPIES * text.len()).sum();
+    let count = |text: &str, of: u8| text.bytes().filter(|byte| *byte == of).count();
+    let pieces =
+        || documents.iter().map(|text| (2 * count(text, b'<') + count(text, b'=')).min(Limits::ACCEPTED.pieces));
+    text <= SMALL && text + PIECE * pieces().sum::<usize>() <= SMALL
 }
 
 impl Seat {
@@ -95,22 +96,13 @@ impl Seat {
 
     /// Does what takes time with documents, when it is its turn. May block.
     pub async fn work<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let _of_user = match &self.user {
-            Some(user) => user.readers.acquire().await.ok(),
-            None => None,
-        };
-        let _of_all = self.desk.readers.acquire().await.ok();
+        let _turn = self.desk.readers.take(&self.uid).await;
         crate::aside(work).await
     }
-}
 
-impl Drop for Seat {
-    fn drop(&mut self) {
-        let mut users = self.desk.lock();
-        self.user = None;
-        if users.get(&self.uid).is_some_and(|user| Arc::strong_count(user) == 1) {
-            users.remove(&self.uid);
-        }
+    /// The caller as one for whom nobody is asked while this seat is kept, if it is the only one of its kind.
+    pub fn waits_for_nobody(&self, caller: &Caller) -> Caller {
+        Caller { interactive: caller.interactive && !self.is_large, ..caller.clone() }
     }
 }
 
@@ -119,7 +111,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-    const LIMITS: Reading = Reading { at_once: 3, per_user: 2, bytes_per_user: 4 * PIECE };
+    const LIMITS: Reading = Reading { at_once: 3, per_user: 2, small: (4, 2) };
 
     /// What is going on, and the most that ever was.
     #[derive(Default)]
@@ -143,7 +135,7 @@ mod tests {
         for number in 0..200 {
             let (desk, of_all, of_user) = (desk.clone(), of_all.clone(), of_users[number % 4].clone());
             reading.spawn(async move {
-                let seat = desk.seat(number as u32 % 4, 1).await;
+                let seat = desk.seat(number as u32 % 4, &["<a/>"]).await;
                 seat.work(move || of_all.during(|| of_user.during(std::thread::yield_now))).await;
             });
         }
@@ -152,25 +144,32 @@ mod tests {
         }
         assert!(of_all.1.load(SeqCst) <= 3, "{}", of_all.1.load(SeqCst));
         assert!(of_users.iter().all(|user| (1..=2).contains(&user.1.load(SeqCst))));
-        assert!(desk.lock().is_empty(), "nothing is kept of who has left");
     }
 
     #[tokio::test]
-    async fn what_was_read_counts_until_the_seat_is_left() {
+    async fn one_large_document_is_there_at_a_time_and_keeps_no_small_one_waiting() {
         let desk = Desk::new(LIMITS);
-        let large = desk.seat(1, 100 * PIECE).await;
-        let mut second = Box::pin(desk.seat(1, 1));
-        assert!(futures_now(&mut second).await.is_none(), "a large document lies alone");
-        let other = desk.seat(2, 100 * PIECE).await;
+        let text = "x".repeat(SMALL);
+        let costly = "<a b=''/>".repeat(SMALL / 100);
+        let large = desk.seat(1, &[&text]).await;
+        let documents = [costly.as_str()];
+        let mut second = Box::pin(desk.seat(2, &documents));
+        assert!(now(&mut second).await.is_none());
+        let small = (desk.seat(1, &["<a/>"]).await, desk.seat(2, &["<a/>", "<b/>"]).await);
         drop(large);
-        let second = second.await;
-        let third = desk.seat(1, 3 * PIECE).await;
-        assert!(futures_now(&mut Box::pin(desk.seat(1, 1))).await.is_none());
-        drop((second, third, other));
-        assert!(desk.lock().is_empty());
+        drop((second.await, small));
     }
 
-    async fn futures_now<T>(future: &mut (impl Future<Output = T> + Unpin)) -> Option<T> {
+    #[tokio::test]
+    async fn users_take_turns_and_nobody_has_all_seats() {
+        let desk = Desk::new(LIMITS);
+        let _first = (desk.seat(1, &["<a/>"]).await, desk.seat(1, &["<a/>"]).await);
+        let mut third = Box::pin(desk.seat(1, &["<a/>"]));
+        assert!(now(&mut third).await.is_none());
+        assert!(now(&mut Box::pin(desk.seat(2, &["<a/>"]))).await.is_some());
+    }
+
+    async fn now<T>(future: &mut (impl Future<Output = T> + Unpin)) -> Option<T> {
         tokio::time::timeout(std::time::Duration::ZERO, future).await.ok()
     }
 
@@ -178,8 +177,8 @@ mod tests {
     async fn a_bug_in_reading_is_the_callers_and_leaves_the_turn() {
         let desk = Desk::new(Reading { at_once: 1, per_user: 1, ..LIMITS });
         let failing = desk.clone();
-        let failed = tokio::spawn(async move { failing.seat(1, 1).await.work(|| panic!("a bug")).await });
+        let failed = tokio::spawn(async move { failing.seat(1, &["<a/>"]).await.work(|| panic!("a bug")).await });
         assert!(failed.await.is_err());
-        assert_eq!(desk.seat(1, 1).await.work(|| 7).await, 7);
+        assert_eq!(desk.seat(1, &["<a/>"]).await.work(|| 7).await, 7);
     }
 }

@@ -10,6 +10,7 @@ mod domain;
 pub mod error;
 pub mod events;
 pub mod facts;
+pub mod fair;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
@@ -204,7 +205,7 @@ impl Service {
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
     pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
         let Some(mut def) = def else { return Ok(findings) };
         let Some(driver) = self.shared.driver_for(&def.kind) else {
@@ -238,7 +239,10 @@ impl Service {
         if let Err(found) = keep_hidden(&mut DomainDef::clone(&def), existing) {
             add_findings(&mut findings, found);
         }
-        if let Err(Error::ConfigInvalid(found)) = readable(def, &seat).await {
+        // What is refused as it is, is not kept: whether it could be read again then is not worth the room.
+        if findings.iter().all(|finding| finding.kind != FindingKind::Invalid)
+            && let Err(Error::ConfigInvalid(found)) = readable(def, &seat).await
+        {
             add_findings(&mut findings, found);
         }
         if let Err(conflict) = conflict {
@@ -270,7 +274,7 @@ impl Service {
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
-        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         if self.may_name_files(caller, &def, &*driver).await {
@@ -332,14 +336,24 @@ impl Service {
         actions: &[Action],
         validate: bool,
     ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed)> {
-        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        let mut seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
         let native = def.has_native_arguments().then_some(Action::Native);
-        for action in actions.iter().copied().chain(native) {
-            self.shared.authority.check(caller, action, &subject).await?;
+        let actions: Vec<Action> = actions.iter().copied().chain(native).collect();
+        if caller.interactive && !self.may_all(caller, &actions, &subject).await {
+            // Somebody is asked, who may take minutes: the document is put away and read again.
+            let uuid = def.uuid;
+            drop((def, seat));
+            self.ask_for_all(caller, &actions, &subject).await?;
+            seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+            def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+            // One without a uuid was given one, of which was spoken.
+            def.uuid = uuid;
+        } else {
+            self.ask_for_all(caller, &actions, &subject).await?;
         }
         if existing.is_none() {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
@@ -361,6 +375,24 @@ impl Service {
         self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
         Ok((def, driver, claimed))
+    }
+
+    /// Whether a caller may do all of this. Asks nobody.
+    async fn may_all(&self, caller: &Caller, actions: &[Action], subject: &Subject) -> bool {
+        for action in actions {
+            if self.shared.authority.can(caller, *action, subject).await != Answer::Yes {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Asks for permission for all of this; error: the first that is refused.
+    async fn ask_for_all(&self, caller: &Caller, actions: &[Action], subject: &Subject) -> Result<()> {
+        for action in actions {
+            self.shared.authority.check(caller, *action, subject).await?;
+        }
+        Ok(())
     }
 
     /// Refuses images that say something else than the definition. Permission to name files has been given.

@@ -1,17 +1,18 @@
 //! One call as a handler sees it: who calls, what was sent, how to answer.
 
 use super::rows::Objects;
-use super::wire::Body;
+use super::wire;
 use crate::error::Error;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 use virt_service::authz::Caller;
 use virt_service::events::Events;
-use zbus::message::Header;
+use zbus::message::{Body, Header};
 use zbus::wire::Endian;
 use zbus::{DynamicType, Message, OwnedVariant, Type};
 
@@ -98,10 +99,14 @@ impl Call {
         &self.path
     }
 
+    /// What was sent, to be read without a copy by [`read`]: for what may be large.
+    pub fn body(&self) -> Body {
+        self.message.body()
+    }
+
     /// What was sent.
     pub fn read<T: Type + DeserializeOwned>(&self) -> Result<T, Error> {
-        let body = self.message.body();
-        body.deserialize().map_err(|error| Error::invalid_args(format!("the arguments cannot be read: {error}")))
+        read(&self.message.body())
     }
 
     /// What was sent, where that is options alone.
@@ -207,17 +212,22 @@ impl Options {
     }
 }
 
+/// The arguments in a body, which may lie in it.
+pub fn read<'b, T: Type + Deserialize<'b>>(body: &'b Body) -> Result<T, Error> {
+    body.deserialize().map_err(|error| Error::invalid_args(format!("the arguments cannot be read: {error}")))
+}
+
 /// An answer whose body is encoded already; `signature` is what it is.
-pub fn encoded_reply(to: &Header<'_>, signature: &str, body: &Body) -> Result<Message, Error> {
+pub fn encoded_reply(to: &Header<'_>, signature: &str, body: &wire::Body) -> Result<Message, Error> {
     encoded(Message::method_return(to), signature, body)
 }
 
 /// A signal whose body is encoded already.
-pub fn signal(path: &str, interface: &str, member: &str, signature: &str, body: &Body) -> Result<Message, Error> {
+pub fn signal(path: &str, interface: &str, member: &str, signature: &str, body: &wire::Body) -> Result<Message, Error> {
     encoded(Message::signal(path, interface, member), signature, body)
 }
 
-fn encoded(builder: zbus::message::Builder<'_>, signature: &str, body: &Body) -> Result<Message, Error> {
+fn encoded(builder: zbus::message::Builder<'_>, signature: &str, body: &wire::Body) -> Result<Message, Error> {
     // SAFETY: there are no file descriptors, and a test for each use holds the bytes to the signature.
     let made = unsafe { builder.endian(Endian::Little).build_raw_body(body.bytes(), signature, Vec::new()) };
     made.map_err(|error| Error::internal(format!("a message could not be made: {error}")))

@@ -54,14 +54,14 @@ pub struct Unread {
     pub of_sender: usize,
     /// By one sender whose user nobody has asked for yet.
     pub of_stranger: usize,
-    /// In all, of which no user has more than it leaves to others. Two of the largest answers can come on top: those
-    /// that are being made.
+    /// In all, of which no user has more than it leaves to others. One of the largest answers can come on top: that which
+    /// is being made. It is little, as a busy bus takes some KiB of ours at a time, and who reads waits behind who does not.
     pub in_all: usize,
 }
 
 impl Default for Unread {
     fn default() -> Unread {
-        Unread { of_sender: 4 << 20, of_stranger: 256 << 10, in_all: 48 << 20 }
+        Unread { of_sender: 1 << 20, of_stranger: 256 << 10, in_all: 4 << 20 }
     }
 }
 
@@ -74,7 +74,7 @@ impl Default for Limits {
             running_of_user: 512,
             waiting_of_user: 4096,
             running_in_all: 2048,
-            bytes_in_all: 48 << 20,
+            bytes_in_all: 32 << 20,
             unread: None,
         }
     }

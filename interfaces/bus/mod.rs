@@ -37,17 +37,18 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 use table::{Interface, Table};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::Notify;
 use virt_service::authz::Caller;
+use virt_service::fair::{FairPlace, FairPlaces};
 use zbus::message::{Flags, Header, Type};
 use zbus::{Connection, Message, MessageStream, OwnedVariant};
 
-/// How many large answers are made at once.
-const LISTINGS: usize = 2;
+/// How many large answers are made and sent at once: others stand behind each.
+const LARGE_ANSWERS: usize = 1;
 
 /// When a client that does not read is looked at for the second time, and how seldom at last: each time takes twice as long
 /// as the time before.
-const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(250), Duration::from_secs(4));
+const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(4));
 
 /// What a client is taken to have read between two looks, in bytes, on a bus that cannot tell.
 const READ_UNSEEN: usize = 256 << 10;
@@ -70,7 +71,7 @@ pub struct Bus {
     outbox: Arc<Outbox>,
     gate: Gate,
     who: Who,
-    listings: Semaphore,
+    large_answers: Arc<FairPlaces<u32>>,
     /// A held sender has read enough, or the connection has ended.
     drained: Notify,
 }
@@ -109,8 +110,8 @@ impl Bus {
     /// A way in for one connection.
     pub fn new(table: Arc<Table>, rows: Arc<Rows>, ways: Ways, who: Who, limits: Limits) -> Arc<Bus> {
         let Ways { intake, outbox } = ways;
-        let (gate, listings) = (Gate::new(limits), Semaphore::new(LISTINGS));
-        Arc::new(Bus { table, rows, intake, outbox, gate, who, listings, drained: Notify::new() })
+        let (gate, large_answers) = (Gate::new(limits), FairPlaces::new(LARGE_ANSWERS, LARGE_ANSWERS));
+        Arc::new(Bus { table, rows, intake, outbox, gate, who, large_answers, drained: Notify::new() })
     }
 
     /// Serves until the connection ends. Then all clients have left; unless the bus took nothing any more, since another
@@ -222,13 +223,16 @@ impl Bus {
             Err(error) => Err(error),
         };
         match outcome {
-            Ok(Reply::Ready(reply)) => {
+            Ok(Reply::Ready(reply)) if reply.data().len() < outbox::LARGE => {
                 self.reads(work).await;
                 self.answer(call, Ok(reply));
             }
+            Ok(Reply::Ready(reply)) => {
+                let Some(_place) = self.place_for_large_answer(work).await else { return };
+                self.answer(call, Ok(reply));
+            }
             Ok(Reply::Listing(make)) => {
-                self.outbox.room().await;
-                let _place = self.place_for_listing(work).await;
+                let Some(_place) = self.place_for_large_answer(work).await else { return };
                 self.rows.listing(make, |made| self.answer(call, made));
             }
             Err(error) => self.refuse(call, &error),
@@ -249,13 +253,18 @@ impl Bus {
         }
     }
 
-    /// One of the places at which large answers are made, for a caller that reads; it holds none while it does not.
-    async fn place_for_listing(&self, work: &Work) -> Option<tokio::sync::SemaphorePermit<'_>> {
+    /// The place at which large answers are made, for a caller that reads; it holds none while it does not.
+    /// Users take turns. `None`: the caller has left, and others need not stand behind an answer that nobody gets.
+    async fn place_for_large_answer(&self, work: &Work) -> Option<FairPlace<u32>> {
         loop {
             self.reads(work).await;
-            let place = self.listings.acquire().await.ok();
+            let place = self.large_answers.take(&work.uid).await;
+            self.outbox.room_for_large().await;
+            if work.departed.is_cancelled() {
+                return None;
+            }
             if !self.gate.is_held(&work.sender) || self.outbox.is_closed() {
-                return place;
+                return Some(place);
             }
         }
     }

@@ -2,7 +2,8 @@
 //!
 //! Putting a message in never waits, so signals that were put in before an answer are on the socket before it. Whoever
 //! can wait (the dispatch loop before the next call, a task before a large answer, the publisher before a change) waits
-//! for room first, which only the reader at the other end of the socket can give.
+//! for room first, which only the reader at the other end of the socket can give. A large answer waits until little lies
+//! here: a bus that is busy takes some KiB of ours at a time, and every other answer stands behind it.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -11,6 +12,8 @@ use zbus::{Connection, Message};
 
 /// Above this many bytes there is no room.
 const FULL: usize = 8 << 20;
+/// Above this many bytes there is no room for a large answer; what is smaller is none.
+pub const LARGE: usize = 128 << 10;
 /// A peer that leaves this much unread is given up. The bus itself is waited for instead.
 const LOST: usize = 64 << 20;
 /// One write carries at most so many messages, and ends after so many bytes.
@@ -46,9 +49,18 @@ impl Outbox {
 
     /// Waits until there is room, or nobody there to send to.
     pub async fn room(&self) {
+        self.less_than(FULL).await;
+    }
+
+    /// Waits until there is room for a large answer, or nobody there to send to.
+    pub async fn room_for_large(&self) {
+        self.less_than(LARGE).await;
+    }
+
+    async fn less_than(&self, bytes: usize) {
         loop {
             let emptied = self.emptied.notified();
-            if self.has_room() {
+            if self.has_less_than(bytes) {
                 return;
             }
             emptied.await;
@@ -121,9 +133,9 @@ impl Outbox {
         self.lock().messages.iter().cloned().collect()
     }
 
-    fn has_room(&self) -> bool {
+    fn has_less_than(&self, bytes: usize) -> bool {
         let queue = self.lock();
-        queue.closed || queue.bytes < FULL
+        queue.closed || queue.bytes < bytes
     }
 
     /// Takes what one write should carry; its bytes count until they are written.

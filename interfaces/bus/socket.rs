@@ -18,7 +18,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
@@ -32,7 +32,9 @@ pub const LARGEST: usize = 12 << 20;
 /// The longest header that is read, in bytes. Nobody is told of a message with a longer one: who sent it stands in it.
 const LONGEST_HEADER: usize = 64 << 10;
 /// Bytes that may lie between socket and dispatcher; a larger message lies there alone.
-const QUEUED: usize = 16 << 20;
+const QUEUED: usize = 4 << 20;
+/// How much is read at a time, in bytes: of small messages many, so that we are not slower than who sends them.
+const PIECE: usize = 64 << 10;
 /// How long a bus may take nothing of what is written.
 pub const STALLED: Duration = Duration::from_secs(10);
 /// A message's first part, of which its whole length can be told.
@@ -121,14 +123,14 @@ impl Socket for Measured {
 
     fn split(self) -> Split<Reader, Writer> {
         let (read, write) = self.stream.into_split();
-        let reader = Reader { socket: Plain(read), intake: self.intake.clone() };
+        let reader = Reader { socket: Plain(BufReader::with_capacity(PIECE, read)), intake: self.intake.clone() };
         Split::new(reader, Writer { socket: write, intake: self.intake, patience: self.patience })
     }
 }
 
 /// Bytes, as they come.
 #[derive(Debug)]
-struct Plain(OwnedReadHalf);
+struct Plain(BufReader<OwnedReadHalf>);
 
 #[async_trait]
 impl ReadHalf for Plain {
@@ -182,7 +184,7 @@ impl ReadHalf for Reader {
     }
 
     async fn peer_credentials(&mut self) -> io::Result<ConnectionCredentials> {
-        credentials(self.socket.0.as_ref())
+        credentials(self.socket.0.get_ref().as_ref())
     }
 }
 
@@ -200,7 +202,7 @@ impl Reader {
     /// Reads so many bytes and forgets them.
     async fn skip(&mut self, mut length: usize, already: &mut Vec<u8>) -> io::Result<()> {
         length -= already.drain(..already.len().min(length)).len();
-        let mut piece = vec![0; length.min(64 << 10)];
+        let mut piece = vec![0; length.min(PIECE)];
         while length > 0 {
             let room = piece.len().min(length);
             let count = self.socket.0.read(&mut piece[..room]).await?;

@@ -3,7 +3,7 @@
 use super::job::finish;
 use super::{Members, paths, properties, snapshot};
 use crate::bus::answers::no_object;
-use crate::bus::call::{Call, Options, Outcome};
+use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
 use crate::error::Error;
@@ -187,23 +187,26 @@ async fn get_metadata(domain: Arc<Domain>, call: Call) -> Outcome {
 }
 
 async fn update_device(domain: Arc<Domain>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
-    domain.update_device(call.caller(), &xml, affect(options)?).await?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
+    domain.update_device(call.caller(), xml, affect(options)?).await?;
     call.done()
 }
 
 async fn create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
     let (create, no_wait) = snapshot::create_options(options)?;
-    let (name, ticket) = domain.create_snapshot(call.caller(), &xml, create).await?;
+    let (name, ticket) = domain.create_snapshot(call.caller(), xml, create).await?;
     let path = paths::argument(paths::snapshot_or_none(domain.uuid(), name.as_deref()))?;
     call.reply(&(path, finish(ticket, no_wait).await?))
 }
 
 async fn check_create_snapshot(domain: Arc<Domain>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
     let (create, _) = snapshot::create_options(options)?;
-    call.reply(&snapshot::told_create(domain.check_create_snapshot(call.caller(), &xml, create).await?))
+    call.reply(&snapshot::told_create(domain.check_create_snapshot(call.caller(), xml, create).await?))
 }
 
 async fn list_snapshots(domain: Arc<Domain>, call: Call) -> Outcome {

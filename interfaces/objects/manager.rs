@@ -4,7 +4,7 @@ use super::domain::start_options;
 use super::job::finish;
 use super::{Members, paths, properties};
 use crate::bus::answers::ROOT;
-use crate::bus::call::{Call, Options, Outcome};
+use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
 use crate::bus::table::Offer;
 use crate::error::Error;
@@ -50,28 +50,32 @@ pub fn offer(service: &Arc<Service>) -> Offer {
 }
 
 async fn define_domain(service: Arc<Service>, call: Call) -> Outcome {
-    let (xml, mut options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, mut options): (&str, Options) = call::read(&body)?;
     let validate = options.flag("validate")?;
     options.end()?;
-    let domain = service.define(call.caller(), &xml, validate).await?;
+    let domain = service.define(call.caller(), xml, validate).await?;
     call.reply(&path(&domain)?)
 }
 
 async fn create_domain(service: Arc<Service>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
     let (options, no_wait) = start_options(options)?;
-    let (domain, ticket) = service.create(call.caller(), &xml, options).await?;
+    let (domain, ticket) = service.create(call.caller(), xml, options).await?;
     call.reply(&(path(&domain)?, finish(ticket, no_wait).await?))
 }
 
 async fn get_domain(service: Arc<Service>, call: Call) -> Outcome {
-    let uuid: String = call.read()?;
-    call.reply(&path(&*service.by_uuid(&uuid)?)?)
+    let body = call.body();
+    let uuid: &str = call::read(&body)?;
+    call.reply(&path(&*service.by_uuid(uuid)?)?)
 }
 
 async fn get_domain_by_name(service: Arc<Service>, call: Call) -> Outcome {
-    let name: String = call.read()?;
-    call.reply(&path(&*service.by_name(&name)?)?)
+    let body = call.body();
+    let name: &str = call::read(&body)?;
+    call.reply(&path(&*service.by_name(name)?)?)
 }
 
 async fn get_domain_by_id(service: Arc<Service>, call: Call) -> Outcome {
@@ -85,23 +89,26 @@ async fn list_domains(_: Arc<Service>, call: Call) -> Outcome {
 }
 
 async fn validate_domain(service: Arc<Service>, call: Call) -> Outcome {
-    let (xml, options): (String, Options) = call.read()?;
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
     options.end()?;
-    let findings = service.validate(call.caller(), &xml).await?;
+    let findings = service.validate(call.caller(), xml).await?;
     call.reply(&findings.iter().map(told).collect::<Vec<_>>())
 }
 
 async fn compare_domains(service: Arc<Service>, call: Call) -> Outcome {
-    let (source, target, options): (String, String, Options) = call.read()?;
+    let body = call.body();
+    let (source, target, options): (&str, &str, Options) = call::read(&body)?;
     options.end()?;
-    let differences = service.compare(call.caller(), &source, &target).await?;
+    let differences = service.compare(call.caller(), source, target).await?;
     let told: Vec<_> = differences.into_iter().map(|found| (found.path, found.source, found.target)).collect();
     call.reply(&(told.is_empty(), told))
 }
 
 async fn domain_to_native(service: Arc<Service>, call: Call) -> Outcome {
-    let (xml, format): (String, String) = call.read()?;
-    call.reply(&service.native(call.caller(), &xml, &format).await?)
+    let body = call.body();
+    let (xml, format): (&str, &str) = call::read(&body)?;
+    call.reply(&service.native(call.caller(), xml, format).await?)
 }
 
 async fn get_jobs(_: Arc<Service>, call: Call) -> Outcome {
@@ -114,8 +121,9 @@ async fn get_jobs(_: Arc<Service>, call: Call) -> Outcome {
 }
 
 async fn get_capabilities(service: Arc<Service>, call: Call) -> Outcome {
-    let driver: String = call.read()?;
-    call.reply(&service.capabilities(&driver).await?)
+    let body = call.body();
+    let driver: &str = call::read(&body)?;
+    call.reply(&service.capabilities(driver).await?)
 }
 
 async fn can(service: Arc<Service>, call: Call) -> Outcome {

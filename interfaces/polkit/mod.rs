@@ -13,7 +13,6 @@
 
 mod ask;
 mod memory;
-mod turns;
 
 pub use ask::{Ask, Bus, Question, Verdict};
 
@@ -23,9 +22,9 @@ use futures_util::future::{BoxFuture, Shared};
 use memory::Memory;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use turns::Turns;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
+use virt_service::fair::FairPlaces;
 
 /// How many questions without a prompt are with polkit at once. The bus allows 128 calls without an answer in all.
 const AT_ONCE: usize = 64;
@@ -43,7 +42,7 @@ pub struct Polkit {
 
 struct Inner {
     ask: Arc<dyn Ask>,
-    turns: Arc<Turns>,
+    turns: Arc<FairPlaces<String>>,
     memory: Memory<(String, Action, Subject)>,
     asked: Mutex<HashMap<Key, Asked>>,
     prompts: Mutex<HashMap<u32, usize>>,
@@ -54,7 +53,7 @@ impl Polkit {
     pub fn new(ask: Arc<dyn Ask>) -> Polkit {
         let inner = Inner {
             ask,
-            turns: Turns::new(AT_ONCE),
+            turns: FairPlaces::new(AT_ONCE, AT_ONCE),
             memory: Memory::default(),
             asked: Mutex::default(),
             prompts: Mutex::default(),

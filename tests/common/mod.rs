@@ -152,7 +152,8 @@ impl Daemon {
         assert!(self.virtd.is_none(), "one virtd at a time");
         let log =
             std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
-        let mut command = self.inside(env!("CARGO_BIN_EXE_virtd"));
+        let virtd = std::env::var("VIRTD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_virtd").to_owned());
+        let mut command = self.inside(&virtd);
         command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
         command.env("VIRTD_AT_STEP", self.step_plan());
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);

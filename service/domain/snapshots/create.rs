@@ -122,8 +122,13 @@ impl Domain {
     ) -> Result<(Option<String>, Ticket)> {
         self.allow(caller, &verb::CREATE_SNAPSHOT).await?;
         options.check()?;
-        let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+        if options.redefine {
+            // The configuration in it is one that a revert would make the domain's.
+            self.allow_action(caller, Action::Define).await?;
+        }
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
+        let caller = &seat.waits_for_nobody(caller);
         if options.redefine {
             return self.redefine_snapshot(caller, doc, &options).await;
         }
@@ -160,8 +165,9 @@ impl Domain {
         self.allow(caller, &verb::CHECK_CREATE).await?;
         let planned = async {
             options.check()?;
-            let seat = self.shared.desk.seat(caller.uid, xml.len()).await;
+            let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
             let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
+            let caller = &seat.waits_for_nobody(caller);
             if options.redefine {
                 let record = self.restored(doc, &options)?;
                 let xml = record.document(false).map_err(Error::SnapshotBroken)?;

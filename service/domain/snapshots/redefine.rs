@@ -16,14 +16,13 @@ use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, Snapsho
 use virt_model::xml::Finding;
 
 impl Domain {
+    /// `caller` has been asked whether it may define.
     pub(super) async fn redefine_snapshot(
         self: &Arc<Self>,
         caller: &Caller,
         doc: SnapshotDoc,
         options: &CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
-        // The configuration in it is one that a revert would make the domain's.
-        self.allow_action(caller, Action::Define).await?;
         let record = self.restored(doc.clone(), options)?;
         if let Ok(def) = &record.def {
             self.keepable(def.clone()).await?;

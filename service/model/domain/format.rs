@@ -146,7 +146,7 @@ impl Format {
             if !declaration && !spec.attributes.contains(&attribute.name) {
                 let expected = expected(&element.name, &spec.attributes, &attribute.name);
                 let message = format!("unknown attribute '{}'; {expected}", attribute.name);
-                complain(log, &attribute.at, message);
+                complain(log, &attribute.place(), message);
             }
         }
         if !spec.text {
@@ -309,7 +309,7 @@ pub(super) mod tests {
                 Some(inner) => element.push(inner),
                 None => {
                     if let Some((name, value)) = attribute {
-                        let at = element.at.attribute(name);
+                        let at = element.at.clone();
                         element.attributes.push(Attribute { name: name.to_owned(), value: value.to_owned(), at });
                     }
                     element.nodes.extend(text.map(|text| Node::Text(text.to_owned())));

@@ -358,7 +358,7 @@ pub fn add_findings(log: &mut Vec<Finding>, mut later: Vec<Finding>) {
 fn collect_kept(element: &Element, kept: &mut Vec<Kept>) {
     for attribute in element.attributes.iter().filter(|a| a.at.is_known() && !a.name.starts_with("xmlns:")) {
         let (name, value) = (attribute.name.clone(), attribute.value.clone());
-        kept.push(Kept { at: attribute.at.clone(), name, value });
+        kept.push(Kept { at: attribute.place(), name, value });
     }
     for child in element.elements() {
         if child.at.is_known() {

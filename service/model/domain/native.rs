@@ -50,7 +50,7 @@ pub(super) fn canonical_prefixes(root: &mut Element, log: &mut Vec<Finding>) {
     for (prefix, uri) in NAMESPACES {
         let declared = root.attributes.iter().find(|a| a.name == format!("xmlns:{prefix}") && a.value != *uri);
         if let Some(attribute) = declared {
-            complain(log, &attribute.at, format!("the prefix '{prefix}' can only stand for '{uri}'"));
+            complain(log, &attribute.place(), format!("the prefix '{prefix}' can only stand for '{uri}'"));
         }
     }
     rename(root, log);

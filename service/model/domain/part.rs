@@ -73,7 +73,7 @@ impl Rest {
     /// Adds it to an element.
     pub fn put(&self, to: &mut Element) {
         to.attributes.extend(self.attributes.iter().cloned());
-        to.nodes.extend(self.elements.iter().cloned().map(Node::Element));
+        to.nodes.extend(self.elements.iter().map(|element| Node::Element(Box::new(element.clone()))));
     }
 }
 
@@ -110,7 +110,7 @@ pub(crate) fn value<T: Value>(text: &str, place: &Place, log: &mut Vec<Finding>)
 
 pub(crate) fn take_attr<T: Value>(at: &mut Element, name: &str, log: &mut Vec<Finding>) -> Option<T> {
     let attribute = at.take_attr(name)?;
-    value(&attribute.value, &attribute.at, log)
+    value(&attribute.value, &attribute.place(), log)
 }
 
 pub(crate) fn need_attr<T: Value + Default>(at: &mut Element, name: &str, log: &mut Vec<Finding>) -> T {
@@ -125,7 +125,7 @@ pub(crate) fn take_bool(at: &mut Element, name: &str, words: Bool, log: &mut Vec
     let read = words.read(&attribute.value);
     if read.is_none() {
         let (no, yes) = words.words();
-        log.push(Finding::invalid(&attribute.at, format!("'{}' is neither '{yes}' nor '{no}'", attribute.value)));
+        log.push(Finding::invalid(&attribute.place(), format!("'{}' is neither '{yes}' nor '{no}'", attribute.value)));
     }
     read
 }

@@ -271,7 +271,7 @@ fn unknown(rest: &Rest, log: &mut Vec<Finding>) {
     }
     for attribute in &rest.attributes {
         let message = format!("'{}' is no attribute of a snapshot document here", attribute.name);
-        log.push(Finding::invalid(&attribute.at, message));
+        log.push(Finding::invalid(&attribute.place(), message));
     }
 }
 

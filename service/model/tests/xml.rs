@@ -5,6 +5,7 @@ use virt_model::xml::{Finding, Limits, read};
 
 const MAX_SIZE: usize = Limits::ACCEPTED.size;
 const MAX_DEPTH: usize = Limits::ACCEPTED.depth;
+const MAX_PIECES: usize = Limits::ACCEPTED.pieces;
 const MAX_ELEMENTS: usize = Limits::ACCEPTED.elements;
 
 fn refusal(text: &str) -> Finding {
@@ -113,7 +114,7 @@ fn paths_count_only_where_there_are_several() {
     let paths: Vec<_> = root.elements().flat_map(|e| e.elements()).map(|e| e.at.path.to_string()).collect();
     assert_eq!(paths, ["/x[1]/y", "/x[2]/y[1]", "/x[2]/y[2]"]);
     let last = root.elements().last().unwrap().elements().last().unwrap();
-    assert_eq!(last.attributes[0].at.path.to_string(), "/x[2]/y[2]/@e");
+    assert_eq!(last.attributes[0].place().path.to_string(), "/x[2]/y[2]/@e");
     assert_eq!((last.attributes[0].at.line, last.attributes[0].at.column), (1, 29));
 }
 
@@ -135,6 +136,11 @@ fn limits_are_held_early() {
     assert!(refusal(&nested(MAX_DEPTH + 1)).message.contains("deep"));
     assert!(refusal(&"<a>".repeat(1_000_000)).message.contains("deep"));
     assert!(refusal(&format!("<a>{}</a>", "<b/>".repeat(MAX_ELEMENTS))).message.contains("elements"));
+    let full = format!("<b {}/>", (0..200).map(|n| format!("a{n}=''")).collect::<Vec<_>>().join(" "));
+    assert!(refusal(&format!("<a>{}</a>", full.repeat(1000))).message.contains("attributes and texts"));
+    assert!(refusal(&format!("<a>{}</a>", "x<!---->".repeat(MAX_PIECES))).message.contains("attributes and texts"));
+    let kept = format!("<domain><metadata>{}</metadata></domain>", full.repeat(1000));
+    assert!(read(&kept, &[("domain", "metadata")]).is_ok(), "what is kept as it was written is no part of the tree");
     assert!(refusal(&" ".repeat(MAX_SIZE + 1)).message.contains("bytes"));
     let attributes: String = (0..300).map(|n| format!(" a{n}=''")).collect();
     assert!(refusal(&format!("<a{attributes}/>")).message.contains("attributes"));

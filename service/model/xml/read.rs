@@ -1,7 +1,8 @@
 //! The reader: quick-xml cuts the text into pieces; here they are held to XML 1.0 and put into a tree.
 //!
 //! quick-xml does not validate: it lets pass what libvirt and other parsers refuse, so every piece is checked again. Time
-//! and memory are linear in the text, and the text is bounded.
+//! and memory are linear in the text, and the text is bounded. So is the tree, which may take a hundred times the room of
+//! what is written: it has so many pieces. What is kept as it was written is no part of it.
 
 use super::chars::{is_legal, is_name, is_plain_name, is_space, normalise_lines, resolve};
 use super::namespaces::{Prefixes, Scope};
@@ -20,13 +21,15 @@ pub struct Limits {
     pub depth: usize,
     /// The most elements.
     pub elements: usize,
+    /// The most pieces of the tree: elements, attributes, texts and comments outside what is kept as it was written.
+    pub pieces: usize,
 }
 
 impl Limits {
     /// For what anybody sends, and so for all that is accepted: it can be sent again as it is shown.
-    pub const ACCEPTED: Limits = Limits { size: 8 << 20, depth: 64, elements: 50_000 };
+    pub const ACCEPTED: Limits = Limits { size: 8 << 20, depth: 64, elements: 50_000, pieces: 200_000 };
     /// For what was accepted once and stored: there is room for what is added to it while it is used.
-    pub const STORED: Limits = Limits { size: 32 << 20, depth: 96, elements: 200_000 };
+    pub const STORED: Limits = Limits { size: 32 << 20, depth: 96, elements: 200_000, pieces: 800_000 };
 }
 /// The most attributes an element can have.
 const MAX_ATTRIBUTES: usize = 256;
@@ -122,6 +125,10 @@ struct Builder<'a> {
     root: Option<Element>,
     scope: Scope,
     count: usize,
+    /// Of the tree, so far.
+    pieces: usize,
+    /// How many elements are open around the content that is kept as it was written, while that is read.
+    kept_from: Option<usize>,
 }
 
 type Step<T = ()> = Result<T, Finding>;
@@ -139,6 +146,8 @@ impl<'a> Builder<'a> {
             root: None,
             scope: Scope::default(),
             count: 0,
+            pieces: 0,
+            kept_from: None,
         }
     }
 }
@@ -205,8 +214,42 @@ impl Builder<'_> {
         let attributes = self.attributes(&inner[name.len()..], cursor, &at)?;
         let (prefixes, namespace) =
             self.scope.enter(name, &attributes).map_err(|message| Finding::invalid(&at, message))?;
+        self.grow(1 + attributes.len())?;
         let element = Element { name: name.to_owned(), namespace, attributes, at, ..Element::default() };
+        if self.kept_from.is_none() && self.is_verbatim(name) {
+            self.kept_from = Some(self.open.len() + 1);
+        }
         self.open.push(Frame { element, seen: HashMap::new(), prefixes, start: self.cursor.offset, content });
+        Ok(())
+    }
+
+    /// Whether the content of this child of the open element is kept as it was written.
+    fn is_verbatim(&self, name: &str) -> bool {
+        let parent = self.open.last().map_or("", |frame| &*frame.element.name);
+        self.verbatim.contains(&(parent, name))
+    }
+
+    /// The tree becomes larger by so many pieces, unless all this is kept as it was written.
+    fn grow(&mut self, pieces: usize) -> Step {
+        if self.kept_from.is_none() {
+            self.pieces += pieces;
+        }
+        if self.pieces <= self.limits.pieces {
+            return Ok(());
+        }
+        let message = format!("more than {} elements, attributes and texts outside <metadata>", self.limits.pieces);
+        Err(self.broken(message))
+    }
+
+    /// Puts a text or a comment into the open element.
+    fn put(&mut self, node: Node) -> Step {
+        if self.kept_from.is_some() {
+            return Ok(());
+        }
+        self.grow(1)?;
+        if let Some(frame) = self.open.last_mut() {
+            frame.element.nodes.push(node);
+        }
         Ok(())
     }
 
@@ -244,6 +287,7 @@ impl Builder<'_> {
         loop {
             let trimmed = rest.trim_start_matches(is_space);
             if trimmed.is_empty() {
+                attributes.shrink_to_fit();
                 return Ok(attributes);
             }
             cursor.advance(self.text, base + raw.len() - trimmed.len());
@@ -262,7 +306,7 @@ impl Builder<'_> {
             if attributes.len() >= MAX_ATTRIBUTES {
                 return Err(broken(format!("more than {MAX_ATTRIBUTES} attributes")));
             }
-            attributes.push(Attribute { name: name.to_owned(), value, at: here(element.path.attribute(name)) });
+            attributes.push(Attribute { name: name.to_owned(), value, at: here(element.path.clone()) });
             rest = after;
         }
     }
@@ -286,13 +330,16 @@ impl Builder<'_> {
             self.spans.push(start..after);
         }
         self.scope.leave(prefixes);
-        let parent = self.open.last_mut();
-        let parent_name = parent.as_ref().map_or("", |frame| &*frame.element.name);
-        if self.verbatim.contains(&(parent_name, &*element.name)) {
+        if self.kept_from == Some(self.open.len() + 1) {
+            self.kept_from = None;
             let raw = self.text.get(content..end).unwrap_or_default();
             element.nodes = if raw.is_empty() { Vec::new() } else { vec![Node::Verbatim(raw.to_owned())] };
+        } else if self.kept_from.is_some() {
+            return Ok(());
         }
-        match parent {
+        self.pieces -= leave_out_layout(&mut element.nodes);
+        element.nodes.shrink_to_fit();
+        match self.open.last_mut() {
             Some(frame) => frame.element.push(element),
             None => self.root = Some(element),
         }
@@ -310,7 +357,7 @@ impl Builder<'_> {
         };
         match frame.element.nodes.last_mut() {
             Some(Node::Text(before)) => before.push_str(text),
-            _ => frame.element.nodes.push(Node::Text(text.to_owned())),
+            _ => return self.put(Node::Text(text.to_owned())),
         }
         Ok(())
     }
@@ -320,10 +367,7 @@ impl Builder<'_> {
         if inner.contains("--") || inner.ends_with('-') {
             return Err(self.broken("'--' cannot stand in a comment"));
         }
-        if let Some(frame) = self.open.last_mut() {
-            frame.element.nodes.push(Node::Comment(normalise_lines(inner)));
-        }
-        Ok(())
+        if self.open.is_empty() { Ok(()) } else { self.put(Node::Comment(normalise_lines(inner))) }
     }
 
     /// Checked and passed over: it speaks to programs other than us.
@@ -364,6 +408,18 @@ impl Builder<'_> {
             (None, Some(_)) => Ok((self.root.unwrap_or_default(), self.spans)),
         }
     }
+}
+
+/// Takes white space from between elements and comments, where it is layout; says how many texts that were.
+fn leave_out_layout(nodes: &mut Vec<Node>) -> usize {
+    let layout = |node: &Node| matches!(node, Node::Text(text) if text.chars().all(is_space));
+    let structured = |node: &Node| matches!(node, Node::Element(_) | Node::Comment(_));
+    if !nodes.iter().any(structured) || !nodes.iter().all(|node| structured(node) || layout(node)) {
+        return 0;
+    }
+    let before = nodes.len();
+    nodes.retain(|node| !layout(node));
+    before - nodes.len()
 }
 
 /// Splits `name = 'value' rest`; the error says what is wrong.

@@ -29,15 +29,22 @@ pub struct Attribute {
     pub name: String,
     /// With entities resolved and white space normalised.
     pub value: String,
-    /// Where its name began.
+    /// Where its name began, with the path of its element; see [`Attribute::place`].
     pub at: Place,
+}
+
+impl Attribute {
+    /// Where it stands. The path is made when it is asked for: there are many attributes and few complaints.
+    pub fn place(&self) -> Place {
+        self.at.attribute(&self.name)
+    }
 }
 
 /// What stands in an element.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Node {
     /// A child.
-    Element(Element),
+    Element(Box<Element>),
     /// Text, entities and CDATA resolved, adjacent pieces joined.
     Text(String),
     /// A comment's inner text.
@@ -97,7 +104,7 @@ impl Element {
     /// The child elements, to be changed.
     pub fn elements_mut(&mut self) -> impl Iterator<Item = &mut Element> {
         self.nodes.iter_mut().filter_map(|node| match node {
-            Node::Element(element) => Some(element),
+            Node::Element(element) => Some(element.as_mut()),
             _ => None,
         })
     }
@@ -120,7 +127,7 @@ impl Element {
 
     /// Appends a child.
     pub fn push(&mut self, child: Element) {
-        self.nodes.push(Node::Element(child));
+        self.nodes.push(Node::Element(Box::new(child)));
     }
 
     /// Its own text, joined.
@@ -154,7 +161,7 @@ impl Node {
     /// As [`Node::as_element`], by value.
     pub fn into_element(self) -> Option<Element> {
         match self {
-            Node::Element(element) => Some(element),
+            Node::Element(element) => Some(*element),
             _ => None,
         }
     }
