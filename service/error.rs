@@ -139,7 +139,7 @@ impl Error {
             DriverError::Storage(_) | DriverError::Hypervisor(_) | DriverError::Internal(_) if is_full(&text) => {
                 Error::NoSpace(text)
             }
-            DriverError::Config(_) => Error::ConfigUnsupported(text),
+            DriverError::Config(_) | DriverError::NotPossible(_) => Error::ConfigUnsupported(text),
             DriverError::Unsupported(_) => Error::OperationUnsupported(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
             DriverError::Hypervisor(why) => {

@@ -246,13 +246,7 @@ impl Service {
             add_findings(&mut findings, found);
         }
         if let Err(conflict) = conflict {
-            findings.push(Finding {
-                kind: FindingKind::Invalid,
-                line: 0,
-                column: 0,
-                path: "/name".to_owned(),
-                message: conflict.to_string(),
-            });
+            findings.push(Finding::anywhere(FindingKind::Invalid, "/name", conflict.to_string()));
         }
         Ok(findings)
     }
@@ -519,10 +513,7 @@ fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec
 async fn readable(def: Arc<DomainDef>, seat: &Seat) -> Result<Arc<DomainDef>> {
     let readable = seat.work(move || match store::acceptable(&def) {
         Ok(()) => Ok(def),
-        Err(message) => {
-            let path = "/".to_owned();
-            Err(Error::ConfigInvalid(vec![Finding { kind: FindingKind::Invalid, line: 0, column: 0, path, message }]))
-        }
+        Err(message) => Err(Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)])),
     });
     readable.await
 }

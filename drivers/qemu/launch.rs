@@ -1,6 +1,7 @@
 //! Starting a QEMU: everything it needs, its companions, then the process, then its monitor, then its CPUs; and all of it
 //! undone when a step fails or the start is cancelled.
 
+use super::block::Nodes;
 use super::changes::{Change, Claims, SYSFS};
 use super::command::Command;
 use super::command::{Expected, HostFile, SecretContent, VSOCK_FD};
@@ -10,12 +11,11 @@ use super::hostdev;
 use super::instance::{Body, Leavings, QemuInstance, join, translate};
 use super::log::Log;
 use super::make;
+use super::monitor::Monitor;
 use super::qmp::Qmp;
 use super::record::{Keeper, Phase, Record, blocking};
 use super::report::Reporter;
 use super::room;
-use super::snapshot::jobs::Line;
-use super::snapshot::nodes::Nodes;
 use super::snapshot::open_memory;
 use super::takeover::take_over;
 use super::tune::{Bounds, Tuning};
@@ -471,7 +471,7 @@ impl Start {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await.map_err(translate)?;
         let monitor = Arc::new(monitor);
         if let Some(source) = &self.from {
-            source.load(&Line::new(monitor.clone(), reporter.clone()), self).await?;
+            source.load(&Monitor::new(monitor.clone(), reporter.clone()), self).await?;
         }
         for (command, arguments) in &self.command.setup {
             monitor.execute(command, arguments.clone()).await.map_err(translate)?;
@@ -547,7 +547,7 @@ impl Start {
 }
 
 impl Source {
-    async fn load(&self, line: &Line, start: &Start) -> Result<(), DriverError> {
+    async fn load(&self, line: &Monitor, start: &Start) -> Result<(), DriverError> {
         match self {
             Source::Images { name, images } => {
                 let nodes = Nodes::ask(line).await?;

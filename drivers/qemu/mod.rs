@@ -5,6 +5,7 @@
 //!   record ────────────────find──────────────────────────────▶        "
 //! ```
 
+mod block;
 pub mod capabilities;
 mod changes;
 pub mod check;
@@ -25,6 +26,7 @@ mod live;
 mod log;
 mod make;
 mod media;
+mod monitor;
 mod needs;
 mod qmp;
 mod record;
@@ -272,13 +274,7 @@ impl Driver for QemuDriver {
         let here = blocking(move || hostdev::findings(&here, Path::new(SYSFS)));
         findings.extend(here.await.unwrap_or_default());
         if let Err(error) = self.user().await {
-            findings.push(Finding {
-                kind: FindingKind::Unsupported,
-                line: 0,
-                column: 0,
-                path: "/".into(),
-                message: error.to_string(),
-            });
+            findings.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
         }
         findings
     }

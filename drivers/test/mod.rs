@@ -126,13 +126,7 @@ impl Driver for TestDriver {
     }
 
     async fn check(&self, def: &DomainDef) -> Vec<Finding> {
-        let finding = |path: &str, message: String| Finding {
-            kind: FindingKind::Unsupported,
-            line: 0,
-            column: 0,
-            path: path.to_owned(),
-            message,
-        };
+        let finding = |path: &str, message: String| Finding::anywhere(FindingKind::Unsupported, path, message);
         let mut findings = Vec::new();
         if def.memory_kib() > MEMORY_KIB {
             findings.push(finding("/memory", format!("this host has no more than {MEMORY_KIB} KiB")));

@@ -281,6 +281,9 @@ pub enum DriverError {
     /// Parts of the configuration that cannot be run; never empty.
     #[error("{}", .0.iter().map(|f| f.message.as_str()).collect::<Vec<_>>().join("; "))]
     Config(Vec<Finding>),
+    /// What is asked for cannot be had of this machine, whatever its state: another request may be.
+    #[error("{0}")]
+    NotPossible(String),
     /// This hypervisor cannot do it, now or at all.
     #[error("{0}")]
     Unsupported(String),

@@ -1,11 +1,11 @@
 //! What stands on what: as QEMU and the images say it, held to what is recorded before anything is merged.
 
 use super::Operation;
-use super::delete::{Leaf, Plan, Standing};
-use super::jobs::Line;
-use super::nodes::file_of;
+use super::delete::{JobStatus, Leaf, Plan};
 use super::note::Merge;
 use super::survey::Survey;
+use crate::qemu::block::file_of;
+use crate::qemu::monitor::Monitor;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -19,7 +19,7 @@ pub struct Chains(Vec<Vec<PathBuf>>);
 
 impl Chains {
     /// Asks QEMU.
-    pub async fn ask(line: &Line) -> Result<Chains, DriverError> {
+    pub async fn ask(line: &Monitor) -> Result<Chains, DriverError> {
         let told = line.patiently("query-block", json!({})).await?;
         let images = told.as_array().into_iter().flatten().map(|drive| &drive["inserted"]["image"]);
         Ok(Chains(images.map(chain).collect()))
@@ -115,7 +115,7 @@ impl Operation {
     }
 
     /// Whether an image that is known stands on what is to be removed, though nothing says so.
-    async fn carries(&self, leaf: &Leaf, standing: &[Standing]) -> Result<bool, DriverError> {
+    async fn carries(&self, leaf: &Leaf, standing: &[JobStatus]) -> Result<bool, DriverError> {
         let tops = self.machine.def.devices.disks.iter().filter(|disk| disk.target.dev == leaf.target).filter_map(top);
         let known = standing.iter().filter(|one| one.target == leaf.target);
         let images: BTreeSet<(PathBuf, String)> =

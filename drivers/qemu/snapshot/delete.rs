@@ -1,9 +1,9 @@
 //! Deleting a snapshot: what is inside images is removed, overlays are merged into what they stand on.
 
-use super::create::written;
 use super::note::NotedSnapshot;
+use super::note::record_of;
+use super::note::written;
 use super::note::{Delete, Merge, Note};
-use super::revert::record_of;
 use super::survey::Survey;
 use super::{Operation, pairs};
 use std::path::{Path, PathBuf};
@@ -15,7 +15,7 @@ use virt_model::driver::snapshots::{
 };
 
 /// A file, its format, and what it stands on.
-pub(super) struct Standing {
+pub(super) struct JobStatus {
     pub target: String,
     pub file: PathBuf,
     pub format: String,
@@ -35,7 +35,7 @@ pub(super) struct Leaf {
 pub(super) struct Plan {
     pub deed: Delete,
     pub leaves: Vec<Leaf>,
-    pub standing: Vec<Standing>,
+    pub standing: Vec<JobStatus>,
 }
 
 impl Operation {
@@ -112,7 +112,7 @@ impl Operation {
         overlay: &Path,
         format: &str,
         (base, base_format): (&Path, &str),
-        standing: &[Standing],
+        standing: &[JobStatus],
     ) -> Option<Merge> {
         let current = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let live = current.is_some_and(|disk| disk.files().iter().any(|one| one == overlay));
@@ -132,11 +132,11 @@ impl Operation {
     }
 
     /// Refuses a merge that would destroy what else stands on the base, or is in the overlay.
-    async fn loses_nothing(&self, merge: &Merge, deed: &Delete, standing: &[Standing]) -> Result<(), DriverError> {
+    async fn loses_nothing(&self, merge: &Merge, deed: &Delete, standing: &[JobStatus]) -> Result<(), DriverError> {
         let (target, base) = (&merge.target, merge.base.display());
         self.holds_nothing(target, &merge.overlay, &merge.format).await?;
         let other =
-            |one: &&Standing| one.on == merge.base && one.file != merge.overlay && !deed.unlinks.contains(&one.file);
+            |one: &&JobStatus| one.on == merge.base && one.file != merge.overlay && !deed.unlinks.contains(&one.file);
         if let Some(other) = standing.iter().find(other) {
             let (file, whose) = (other.file.display(), &other.whose);
             return Err(DriverError::Unsupported(format!(
@@ -171,15 +171,15 @@ impl Operation {
     }
 
     /// Everything that is known to stand on something: by the machine, and by all other snapshots.
-    fn standing(&self, kin: &Kin, survey: &Survey) -> Vec<Standing> {
+    fn standing(&self, kin: &Kin, survey: &Survey) -> Vec<JobStatus> {
         let mut all = Vec::new();
-        let add = |all: &mut Vec<Standing>, def: &DomainDef, whose: &str| {
+        let add = |all: &mut Vec<JobStatus>, def: &DomainDef, whose: &str| {
             for disk in &def.devices.disks {
                 let files = disk.files();
                 for pair in files.windows(2) {
                     let top = disk.path().map(Path::new) == Some(&pair[0]);
                     let format = if top { disk.format().unwrap_or("qcow2") } else { "qcow2" };
-                    all.push(Standing {
+                    all.push(JobStatus {
                         target: disk.target.dev.clone(),
                         file: pair[0].clone(),
                         format: format.to_owned(),
@@ -199,7 +199,7 @@ impl Operation {
                 if let (DiskMode::External { path, format, .. }, Some(base)) = (&part.mode, disk.path())
                     && survey.is_there(path)
                 {
-                    all.push(Standing {
+                    all.push(JobStatus {
                         target: part.target.clone(),
                         file: path.clone(),
                         format: format.clone(),

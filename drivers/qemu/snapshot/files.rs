@@ -1,8 +1,8 @@
 //! Files that snapshots are made of: where they may be, whether there is room, and how they come to be.
 
 use super::super::make;
+use super::note::record_of;
 use super::note::{Part, Record};
-use super::revert::record_of;
 use super::survey::Survey;
 use super::{Operation, cannot};
 use crate::host::files::{Seen, What, open_plain};

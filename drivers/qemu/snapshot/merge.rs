@@ -6,11 +6,11 @@
 use super::super::instance::Body;
 use super::Operation;
 use super::chain::{Chains, OWN_JOB, not_in_chain};
-use super::create::written;
-use super::jobs::{Line, Standing, is_full};
-use super::nodes::Nodes;
+use super::note::written;
 use super::note::{Delete, Merge, Note};
 use crate::host::image::LentFromAfar;
+use crate::qemu::block::Nodes;
+use crate::qemu::monitor::{JobStatus, Monitor, is_full};
 use serde_json::json;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -111,7 +111,7 @@ impl Operation {
         let line = body.line()?;
         let id = format!("{OWN_JOB}{}", merge.target);
         line.dismiss(&id).await;
-        if line.standing(&id, None).await? == Standing::Absent {
+        if line.standing(&id, None).await? == JobStatus::Absent {
             let chains = Chains::ask(&line).await?;
             if !self.in_chains(&chains, std::slice::from_ref(&merge.overlay)).await?.is_empty() {
                 // Had it been the same once, the guest has gone on writing since.
@@ -123,8 +123,8 @@ impl Operation {
             }
         }
         let merged = match line.to_its_end(&id, journal).await? {
-            Standing::Ready => self.change_over(body, &id, merge, deed, journal).await,
-            Standing::Ended(Err(why)) => Err(not_merged(merge, &why)),
+            JobStatus::Ready => self.change_over(body, &id, merge, deed, journal).await,
+            JobStatus::Ended(Err(why)) => Err(not_merged(merge, &why)),
             // Below the top there is nothing to change over to.
             _ => {
                 let noted = note_synced(merge, deed, journal).await;
@@ -142,7 +142,7 @@ impl Operation {
         Chains::ask(&line).await
     }
 
-    async fn begin_merge(&self, line: &Line, id: &str, merge: &Merge) -> Result<(), DriverError> {
+    async fn begin_merge(&self, line: &Monitor, id: &str, merge: &Merge) -> Result<(), DriverError> {
         let nodes = Nodes::ask(line).await?;
         let open = |file: &Path, format: &str| {
             let node = nodes.image(file, format).map(|node| node.name.clone());
@@ -254,7 +254,7 @@ async fn noted(deed: &Delete, journal: Option<&Arc<dyn Journal>>) -> Result<(), 
 }
 
 /// QEMU closes an image that no drive uses any more; its file can go then.
-async fn let_go(line: &Line, overlay: &Path) -> Result<(), DriverError> {
+async fn let_go(line: &Monitor, overlay: &Path) -> Result<(), DriverError> {
     let nodes = Nodes::ask(line).await?;
     let mut left: Vec<_> = nodes.0.iter().filter(|node| node.file == overlay).collect();
     left.sort_by_key(|node| node.driver == "file");

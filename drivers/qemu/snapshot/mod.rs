@@ -15,11 +15,11 @@ mod agent;
 mod chain;
 mod create;
 mod delete;
+mod external;
 mod files;
 mod frozen;
-pub mod jobs;
+mod internal;
 mod merge;
-pub mod nodes;
 mod note;
 mod park;
 mod parts;
@@ -47,7 +47,6 @@ use virt_model::driver::snapshots::{
     CreatePlan, DeletePlan, DiskMode, DiskPart, Journal, Kept, Kin, Machine, MemoryMode, Recovered, Replaced,
     RevertPlan, Reverted, Snapshots, Taken, Unfinished, Wish,
 };
-use virt_model::xml::{Finding, FindingKind};
 
 #[async_trait]
 impl Snapshots for QemuDriver {
@@ -229,10 +228,10 @@ pub fn source(snapshot: &Kept) -> Result<Source, DriverError> {
     match &snapshot.memory {
         MemoryMode::No => Err(DriverError::Internal("a snapshot without memory cannot be loaded".to_owned())),
         MemoryMode::External(file) => {
-            Ok(Source::File { path: file.clone(), bytes: revert::record_of(snapshot).memory_bytes })
+            Ok(Source::File { path: file.clone(), bytes: note::record_of(snapshot).memory_bytes })
         }
         MemoryMode::Internal => {
-            let nvram = revert::record_of(snapshot).nvram == Some(note::Part::Internal);
+            let nvram = note::record_of(snapshot).nvram == Some(note::Part::Internal);
             let images = internal_images(&snapshot.def, &snapshot.disks, nvram);
             Ok(Source::Images { name: snapshot.name.clone(), images })
         }
@@ -263,12 +262,5 @@ fn undone(error: DriverError, undone: Result<(), DriverError>) -> DriverError {
 
 /// What this host or these images cannot do.
 fn cannot(message: impl Into<String>) -> DriverError {
-    let message = message.into();
-    DriverError::Config(vec![Finding {
-        kind: FindingKind::Unsupported,
-        line: 0,
-        column: 0,
-        path: "/disks".to_owned(),
-        message,
-    }])
+    DriverError::NotPossible(message.into())
 }

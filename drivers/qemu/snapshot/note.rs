@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DiskPart, Kept, MemoryMode};
+use virt_model::driver::snapshots::{Capture, DiskPart, Kept, MemoryMode, Taken};
 
 /// The form in which a definition is written down.
 const KEPT: Form = Form { inactive: true, secure: true, migratable: false };
@@ -209,4 +209,27 @@ pub struct Merge {
     pub above: Vec<(PathBuf, String)>,
     /// It is in the chain of the machine as it is now.
     pub live: bool,
+}
+
+pub fn written(note: &Note) -> Result<serde_json::Value, DriverError> {
+    serde_json::to_value(note).map_err(|e| DriverError::Internal(e.to_string()))
+}
+
+/// What a creation came to.
+pub fn taken(record: Record, def: Option<Arc<DomainDef>>) -> Taken {
+    let how = |part: &Option<Part>| {
+        Some(match part.as_ref()? {
+            Part::Internal => Capture::Internal,
+            Part::Memory => Capture::Memory,
+            Part::File(file) => Capture::File(file.clone()),
+        })
+    };
+    let (nvram, tpm) = (how(&record.nvram), how(&record.tpm));
+    // Plain data always becomes JSON.
+    Taken { record: serde_json::to_value(record).unwrap_or_default(), def, nvram, tpm }
+}
+
+/// What we kept with a snapshot; nothing for one that was restored without it.
+pub fn record_of(snapshot: &Kept) -> Record {
+    serde_json::from_value(snapshot.record.clone()).unwrap_or_default()
 }

@@ -2,8 +2,8 @@
 //! a snapshot before it ends. Where that fails they are put back, and it goes on.
 
 use super::Operation;
-use super::create::written;
 use super::note::Note;
+use super::note::written;
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 use std::sync::Arc;

@@ -1,11 +1,10 @@
 //! An operation that was cut off: finished where images have changed for good, undone where nothing was lost by that.
 
 use super::Operation;
-use super::create::taken;
-use super::jobs::Standing;
-use super::nodes::Nodes;
 use super::note::{CreateExternal, CreateInternal, Delete, Note, Revert};
-use super::revert::record_of;
+use super::note::{record_of, taken};
+use crate::qemu::block::Nodes;
+use crate::qemu::monitor::JobStatus;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
@@ -85,7 +84,7 @@ impl Operation {
         let snapshot = snapshot.read()?;
         if let Some(body) = &self.body {
             let line = body.line()?;
-            let loaded = loaded || line.settled(job, None).await? == Standing::Ended(Ok(()));
+            let loaded = loaded || line.settled(job, None).await? == JobStatus::Ended(Ok(()));
             line.dismiss(job).await;
             if loaded {
                 let reverted = Reverted {

@@ -1,16 +1,16 @@
 //! Going back to a snapshot: in the running process, or by bringing the images there.
 
 use super::super::make;
-use super::create::written;
 use super::files::{OVERLAY, check_space};
-use super::jobs::failed;
-use super::nodes::{Nodes, unmistakable};
 use super::note::{Aside, Note, NotedSnapshot, Overlay, Part, Record, Revert};
+use super::note::{record_of, written};
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::files::Seen;
 use crate::host::image::{ImageInfo, InnerSnapshot, without_bitmaps};
 use crate::host::lock;
 use crate::host::resolve::Place;
+use crate::qemu::block::{Nodes, unmistakable};
+use crate::qemu::monitor::failed;
 use rustix::fs::FileType;
 use serde_json::json;
 use std::collections::BTreeSet;
@@ -514,11 +514,6 @@ pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
 fn frozen_by(snapshot: &Kept) -> Vec<PathBuf> {
     let outside = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
     outside.flat_map(|(disk, _)| disk.files()).collect()
-}
-
-/// What we kept with a snapshot; nothing for one that was restored without it.
-pub(super) fn record_of(snapshot: &Kept) -> Record {
-    serde_json::from_value(snapshot.record.clone()).unwrap_or_default()
 }
 
 /// Whether a name inside an image is one that a revert has made.

@@ -184,7 +184,7 @@ pub fn check_name(name: &str) -> Result<(), String> {
 
 /// A finding where the document has no place for it.
 pub(crate) fn invalid(path: &str, message: impl Into<String>) -> Finding {
-    Finding { kind: FindingKind::Invalid, line: 0, column: 0, path: path.to_owned(), message: message.into() }
+    Finding::anywhere(FindingKind::Invalid, path, message)
 }
 
 /// The same for what cannot be had.

@@ -49,6 +49,11 @@ impl Finding {
         Finding { kind, line: place.line, column: place.column, path: place.path.to_string(), message: message.into() }
     }
 
+    /// A finding for which the document has no line: about all of it, or about what it leaves out.
+    pub fn anywhere(kind: FindingKind, path: &str, message: impl Into<String>) -> Finding {
+        Finding { kind, line: 0, column: 0, path: path.to_owned(), message: message.into() }
+    }
+
     /// The document cannot be stored.
     pub fn invalid(place: &Place, message: impl Into<String>) -> Finding {
         Finding::new(FindingKind::Invalid, place, message)

@@ -1,8 +1,8 @@
 //! QEMU's long work: jobs and migration to a file, awaited by events, cancelled when nobody wants them any more.
 
-use super::super::instance::{Body, translate};
-use super::super::qmp::Qmp;
-use super::super::report::Reporter;
+use super::instance::{Body, translate};
+use super::qmp::Qmp;
+use super::report::Reporter;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -21,7 +21,7 @@ const CHANNEL: &str = "virtd-memory";
 
 /// How a job stands.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum JobStatus {
     /// There is none of that name.
     Absent,
     /// At work.
@@ -33,15 +33,15 @@ pub enum Standing {
 }
 
 /// A QEMU that is talked to, and heard.
-pub struct Line {
+pub struct Monitor {
     monitor: Arc<Qmp>,
     reporter: Arc<Reporter>,
 }
 
 impl Body {
     /// The line to its QEMU.
-    pub fn line(&self) -> Result<Line, DriverError> {
-        Ok(Line { monitor: self.monitor()?, reporter: self.reporter.clone() })
+    pub fn line(&self) -> Result<Monitor, DriverError> {
+        Ok(Monitor { monitor: self.monitor()?, reporter: self.reporter.clone() })
     }
 
     /// Gives a command that may have to wait for a QEMU that is deaf meanwhile.
@@ -50,10 +50,10 @@ impl Body {
     }
 }
 
-impl Line {
+impl Monitor {
     /// A line to a QEMU that is just being started.
-    pub fn new(monitor: Arc<Qmp>, reporter: Arc<Reporter>) -> Line {
-        Line { monitor, reporter }
+    pub fn new(monitor: Arc<Qmp>, reporter: Arc<Reporter>) -> Monitor {
+        Monitor { monitor, reporter }
     }
 
     /// Gives a command that may have to wait for a QEMU that is deaf meanwhile.
@@ -75,7 +75,7 @@ impl Line {
     ) -> Result<(), DriverError> {
         self.begin(command, id, arguments).await?;
         match self.settled(id, journal).await? {
-            Standing::Ended(ended) => {
+            JobStatus::Ended(ended) => {
                 self.dismiss(id).await;
                 ended.map_err(|why| failed(command, &why))
             }
@@ -92,14 +92,14 @@ impl Line {
     }
 
     /// Waits until a job has ended, or is ready.
-    pub async fn settled(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<Standing, DriverError> {
+    pub async fn settled(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<JobStatus, DriverError> {
         let never = CancellationToken::new();
         let cancelled = journal.map_or(&never, |journal| journal.cancelled());
         let mut asked_to_stop = false;
         loop {
             let before = self.reporter.heard().jobs;
             match self.standing(id, journal).await? {
-                Standing::Running => {}
+                JobStatus::Running => {}
                 standing if !asked_to_stop => return Ok(standing),
                 _ => {
                     // Or the next one of that name would be taken for it.
@@ -126,9 +126,9 @@ impl Line {
         loop {
             let before = self.reporter.heard().jobs;
             match self.standing(id, None).await? {
-                Standing::Ended(ended) => return Ok(ended),
-                Standing::Absent => return Ok(Ok(())),
-                Standing::Running | Standing::Ready => {}
+                JobStatus::Ended(ended) => return Ok(ended),
+                JobStatus::Absent => return Ok(Ok(())),
+                JobStatus::Running | JobStatus::Ready => {}
             }
             let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
             let _ = tokio::time::timeout(LOOK, news).await;
@@ -136,11 +136,11 @@ impl Line {
     }
 
     /// Waits until a job has ended, or is ready, whether anybody wants it any more or not.
-    pub async fn to_its_end(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<Standing, DriverError> {
+    pub async fn to_its_end(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<JobStatus, DriverError> {
         loop {
             let before = self.reporter.heard().jobs;
             match self.standing(id, journal).await? {
-                Standing::Running => {}
+                JobStatus::Running => {}
                 standing => return Ok(standing),
             }
             let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
@@ -149,18 +149,18 @@ impl Line {
     }
 
     /// How a job stands now.
-    pub async fn standing(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<Standing, DriverError> {
+    pub async fn standing(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<JobStatus, DriverError> {
         let jobs = self.patiently("query-jobs", json!({})).await?;
         let found = jobs.as_array().into_iter().flatten().find(|job| job["id"] == id);
-        let Some(job) = found else { return Ok(Standing::Absent) };
+        let Some(job) = found else { return Ok(JobStatus::Absent) };
         if let Some(journal) = journal {
             let number = |key: &str| job[key].as_u64().unwrap_or_default();
             journal.progress(number("current-progress"), number("total-progress"));
         }
         Ok(match job["status"].as_str().unwrap_or_default() {
-            "concluded" => Standing::Ended(job["error"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))),
-            "ready" | "standby" | "pending" => Standing::Ready,
-            _ => Standing::Running,
+            "concluded" => JobStatus::Ended(job["error"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))),
+            "ready" | "standby" | "pending" => JobStatus::Ready,
+            _ => JobStatus::Running,
         })
     }
 
@@ -174,7 +174,7 @@ impl Line {
 
     /// Forgets a job that has ended; one that is not there is fine.
     pub async fn dismiss(&self, id: &str) {
-        if matches!(self.standing(id, None).await, Ok(Standing::Ended(_))) {
+        if matches!(self.standing(id, None).await, Ok(JobStatus::Ended(_))) {
             let _ = self.patiently("job-dismiss", json!({ "id": id })).await;
         }
     }

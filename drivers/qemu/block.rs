@@ -1,7 +1,7 @@
 //! The block nodes of a running guest, found by what they hold rather than by what they were once called.
 
-use super::super::instance::Body;
-use super::jobs::Line;
+use super::instance::Body;
+use super::monitor::Monitor;
 use crate::host::image::InnerSnapshot;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
@@ -35,7 +35,7 @@ impl Nodes {
     }
 
     /// Asks QEMU.
-    pub async fn ask(line: &Line) -> Result<Nodes, DriverError> {
+    pub async fn ask(line: &Monitor) -> Result<Nodes, DriverError> {
         let told = line.patiently("query-named-block-nodes", json!({ "flat": true })).await?;
         let nodes = told.as_array().into_iter().flatten().map(|node| {
             let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
@@ -108,7 +108,7 @@ pub fn unmistakable(name: &str, image: &Path, inner: &[InnerSnapshot]) -> Result
 }
 
 /// QEMU tells a file by its name, or by all its options where those were given.
-pub(super) fn file_of(text: &str) -> PathBuf {
+pub fn file_of(text: &str) -> PathBuf {
     let Some(options) = text.strip_prefix("json:").and_then(|json| serde_json::from_str::<Value>(json).ok()) else {
         return PathBuf::from(text);
     };
