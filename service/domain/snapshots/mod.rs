@@ -30,7 +30,7 @@ use crate::lock::lock;
 use crate::store::{Loaded, Record, on_disk};
 use crate::verb;
 use journal::DomainJournal;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
@@ -125,8 +125,7 @@ impl Kit {
         if !std::mem::take(&mut self.stale) && !gone {
             return Default::default();
         }
-        let now: Vec<SnapshotFacts> =
-            if gone { Vec::new() } else { self.tree.iter().map(|node| self.facts(domain, node)).collect() };
+        let now: Vec<SnapshotFacts> = if gone { Vec::new() } else { self.all_facts(domain) };
         let (mut new, mut changed) = (Vec::new(), Vec::new());
         let mut told = BTreeMap::new();
         for facts in now {
@@ -146,7 +145,17 @@ impl Kit {
         (new, std::mem::replace(&mut self.told, told).into_values().map(Event::SnapshotGone).collect())
     }
 
-    fn facts(&self, domain: uuid::Uuid, node: &Node<Arc<Record>>) -> SnapshotFacts {
+    fn all_facts(&self, domain: uuid::Uuid) -> Vec<SnapshotFacts> {
+        // Once for all of them: to look for each one's children would be to compare all names with all.
+        let mut children: HashMap<&str, Vec<String>> = HashMap::new();
+        for node in self.tree.iter() {
+            children.entry(node.parent.as_deref().unwrap_or_default()).or_default().push(node.name.clone());
+        }
+        let of = |node: &Node<Arc<Record>>| children.get(&*node.name).cloned().unwrap_or_default();
+        self.tree.iter().map(|node| self.facts(domain, node, of(node))).collect()
+    }
+
+    fn facts(&self, domain: uuid::Uuid, node: &Node<Arc<Record>>, children: Vec<String>) -> SnapshotFacts {
         let def = node.content.def.as_ref();
         SnapshotFacts {
             domain,
@@ -156,7 +165,7 @@ impl Kit {
             created_usec: node.content.created_usec,
             state: def.map_or("", |def| def.state.as_str()),
             parent: node.parent.clone(),
-            children: self.tree.children(&node.name).map(|child| child.name.clone()).collect(),
+            children,
             is_current: self.tree.current() == Some(&node.name),
             memory: def.map_or("no", |def| memory_word(&def.memory)),
             disks: def.map(|def| def.disks.iter().map(|disk| told_disk(disk, def)).collect()).unwrap_or_default(),
@@ -203,7 +212,8 @@ impl Domain {
         self.still_here()?;
         let state = lock(&self.state);
         let tree = &state.snapshots.tree;
-        let is_leaf = |name: &str| tree.children(name).next().is_none();
+        let parents: HashSet<&str> = tree.iter().filter_map(|node| node.parent.as_deref()).collect();
+        let is_leaf = |name: &str| !parents.contains(name);
         let kept = tree.iter().filter(|node| !roots || node.parent.is_none());
         Ok(kept.filter(|node| !leaves || is_leaf(&node.name)).map(|node| node.name.clone()).collect())
     }

@@ -1,0 +1,170 @@
+//! Capturing inside images: by QEMU itself while the guest runs, by qemu-img when it does not.
+
+use super::super::instance::Body;
+use super::note::{CreateInternal, Note, Part, taken, written};
+use super::{Image, Operation, parts, undone};
+use crate::host::image::Images;
+use crate::qemu::block::Nodes;
+use serde_json::json;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virt_model::driver::DriverError;
+use virt_model::driver::snapshots::{Journal, Taken, Wish};
+
+impl Operation {
+    /// All of it inside the images.
+    pub(super) async fn create_internal(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
+        let survey = self.survey(self.own_parts()).await?;
+        let (record, copies) = (self.record(wish, &survey), self.copies(wish, &survey));
+        let with_nvram = record.nvram == Some(Part::Internal);
+        let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
+        let resume = self.machine.running;
+        let mut note = CreateInternal {
+            name: wish.name.clone(),
+            resume,
+            stay: wish.stay_paused,
+            images: images.clone(),
+            copies: copies.iter().map(|(_, to)| to.clone()).collect(),
+            done: None,
+        };
+        journal.note(written(&Note::CreateInternal(note.clone()))?).await?;
+        let captured = async {
+            self.copy_all(copies, journal).await?;
+            match &self.body {
+                Some(body) => self.save_in_images(body, wish, &images, journal).await?,
+                None => self.take_in_images(wish, &images, journal).await?,
+            }
+            if journal.cancelled().is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
+        };
+        if let Err(error) = captured.await {
+            return Err(undone(error, self.undo_internal(&note).await));
+        }
+        journal.point_of_no_return();
+        self.goes_to_its_end();
+        note.done = Some(record.clone());
+        journal.note(written(&Note::CreateInternal(note))?).await?;
+        self.go_on_if_it_can(resume && !wish.stay_paused).await;
+        journal.step("resumed");
+        Ok(taken(record, None))
+    }
+
+    pub(super) async fn copy_all(
+        &self,
+        copies: Vec<(PathBuf, PathBuf)>,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        for (from, to) in copies {
+            let (what, bytes) = (from.clone(), self.size(&from).await?);
+            self.with_images_of(&what, bytes, move |images| parts::copy(&from, &to, images.user.is_some())).await?;
+            journal.step("copied");
+        }
+        Ok(())
+    }
+
+    async fn save_in_images(
+        &self,
+        body: &Arc<Body>,
+        wish: &Wish,
+        images: &[Image],
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        if self.machine.running {
+            body.patiently("stop", json!({})).await?;
+            journal.step("stopped");
+        }
+        let nodes = Nodes::of(body).await?.of_images(images)?;
+        let arguments = json!({ "tag": wish.name, "vmstate": nodes.first(), "devices": nodes });
+        body.line()?.job("snapshot-save", "virtd-snapshot-save", arguments, Some(journal)).await?;
+        journal.step("saved");
+        Ok(())
+    }
+
+    async fn take_in_images(
+        &self,
+        wish: &Wish,
+        images: &[Image],
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        for image in images {
+            let (name, image, file) = (wish.name.clone(), image.clone(), image.clone());
+            let bytes = self.bookkeeping(&image).await?;
+            self.with_lent_of(vec![(file, true)], bytes, move |images| images.take(&image, &name)).await?;
+            journal.step("taken");
+        }
+        Ok(())
+    }
+
+    /// About the bytes that are written where all that an image holds is counted once more.
+    pub(super) async fn bookkeeping(&self, image: &Path) -> Result<u64, DriverError> {
+        // A dozen for each 64 KiB.
+        Ok(self.size(image).await? >> 10)
+    }
+
+    /// Leaves nothing of an internal snapshot that came to nothing.
+    pub(super) async fn undo_internal(&self, note: &CreateInternal) -> Result<(), DriverError> {
+        self.goes_to_its_end();
+        let removed = self.forget_in_images(&note.name, &note.images, false).await;
+        self.remove_files(note.copies.clone()).await;
+        let resumed = self.go_on(note.resume).await;
+        removed.and(resumed)
+    }
+
+    /// Removes a snapshot from images, wherever it is.
+    pub(super) async fn forget_in_images(
+        &self,
+        name: &str,
+        images: &[Image],
+        must_be_open: bool,
+    ) -> Result<(), DriverError> {
+        let frozen = self.still_frozen(images).await;
+        let forgotten = self.forget_wherever(name, images, must_be_open).await;
+        if !frozen.is_empty() {
+            self.note_frozen(frozen).await;
+        }
+        forgotten
+    }
+
+    async fn forget_wherever(&self, name: &str, images: &[Image], must_be_open: bool) -> Result<(), DriverError> {
+        if let Some(body) = &self.body {
+            match self.forget_in_guest(body, name, images, must_be_open).await {
+                Err(DriverError::Gone) if body.is_gone_soon().await => {}
+                done => return done,
+            }
+        }
+        let survey = self.survey(images.iter().cloned()).await?;
+        let there: Vec<Image> = images.iter().filter(|image| survey.is_there(image)).cloned().collect();
+        let bytes = there.iter().map(|image| survey.size(image) >> 10).sum();
+        let (name, files) = (name.to_owned(), there.iter().map(|image| (image.clone(), true)).collect());
+        let forget = move |images: &Arc<Images>| there.iter().try_for_each(|image| images.forget(image, &name));
+        self.with_lent_of(files, bytes, forget).await
+    }
+
+    async fn forget_in_guest(
+        &self,
+        body: &Body,
+        name: &str,
+        images: &[Image],
+        must_be_open: bool,
+    ) -> Result<(), DriverError> {
+        let nodes = Nodes::of(body).await?;
+        let mut holders = Vec::new();
+        for image in images {
+            match nodes.image(image, "qcow2") {
+                Some(node) if node.snapshots.iter().any(|inner| inner.name == name) => holders.push(node.name.clone()),
+                Some(_) => {}
+                None if must_be_open => {
+                    let image = image.display();
+                    return Err(DriverError::Refused(format!(
+                        "{image}, which holds '{name}', is not what the running guest has open; shut it down first"
+                    )));
+                }
+                None => {}
+            }
+        }
+        if holders.is_empty() {
+            return Ok(());
+        }
+        let arguments = json!({ "tag": name, "devices": holders });
+        body.line()?.job("snapshot-delete", "virtd-snapshot-delete", arguments, None).await
+    }
+}

@@ -1,0 +1,148 @@
+//! What a domain is at a moment, and what is published of that. Held for a few lines, never across an await.
+
+use super::guest::{Guest, Sought};
+use super::{lifecycle, snapshots};
+use crate::error::{Error, Result};
+use crate::facts::DomainFacts;
+use crate::store::Note;
+use std::sync::Arc;
+use virt_model::domain::DomainDef;
+use virt_model::driver::Driver;
+use virt_model::state::{DomainState, StateReason};
+
+/// What a domain is at a moment.
+pub(super) struct State {
+    pub(super) name: String,
+    pub(super) stored: Option<Arc<DomainDef>>,
+    pub(super) guest: Option<Guest>,
+    /// The start under way, or to come of what is under way: there is no guest yet, and soon there may be one.
+    pub(super) starting: Option<lifecycle::Starting>,
+    /// Starts that bring their own definition and have not ended: until then the domain stays, whatever else goes.
+    pub(super) creations: usize,
+    /// A configuration is on its way to disk: as with `creations`.
+    pub(super) being_stored: bool,
+    pub(super) state: DomainState,
+    pub(super) reason: StateReason,
+    pub(super) since_usec: u64,
+    pub(super) autostart: bool,
+    pub(super) config_changed: bool,
+    /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
+    pub(super) broken: Option<String>,
+    /// A guest that ran when virtd was last here, and is not found again yet.
+    pub(super) sought: Option<Sought>,
+    /// Why what its guest runs with is not known: what is shown for that only stands for it.
+    pub(super) unread: Option<String>,
+    pub(super) snapshots: snapshots::Kit,
+    /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
+    pub(super) muted: Option<DomainState>,
+    /// No longer in the registry.
+    pub(super) gone: bool,
+    /// Anybody was told that it exists.
+    pub(super) told: bool,
+    /// As last published.
+    pub(super) facts: Arc<DomainFacts>,
+}
+
+impl State {
+    /// Its guest has gone, and none is sought any more.
+    pub(super) fn has_ended(&mut self, reason: StateReason, since_usec: u64) {
+        (self.guest, self.sought, self.unread) = (None, None, None);
+        (self.state, self.reason, self.since_usec) = (DomainState::Shutoff, reason, since_usec);
+        self.config_changed = false;
+        self.leave_if_nothing_left();
+    }
+
+    /// Computes anew what is published.
+    pub(super) fn refresh(&mut self) {
+        let mut facts = match self.live().or(self.stored.as_ref()) {
+            Some(def) => describe(&self.facts, def),
+            None => (*self.facts).clone(),
+        };
+        facts.name.clone_from(&self.name);
+        facts.id = self.guest.as_ref().map(|g| g.id).or(self.sought.as_ref().map(|s| s.id)).unwrap_or_default();
+        facts.state = self.state;
+        facts.reason = self.reason;
+        facts.since_usec = self.since_usec;
+        facts.persistent = self.stored.is_some();
+        facts.autostart = self.autostart;
+        facts.config_changed = self.config_changed;
+        facts.current_snapshot = self.snapshots.current().map(str::to_owned);
+        facts.snapshot_count = self.snapshots.count();
+        facts.broken = shortened(Some(&self.why_broken()));
+        if facts != *self.facts {
+            self.facts = Arc::new(facts);
+        }
+    }
+
+    /// From now on stops and starts of the CPUs are only remembered.
+    pub(super) fn mute(&mut self) {
+        self.muted = Some(self.state);
+    }
+
+    pub(super) fn compare_configs(&mut self) {
+        self.config_changed = match (&self.stored, self.live()) {
+            (Some(stored), Some(live)) => !stored.same_configuration(live),
+            _ => false,
+        };
+    }
+
+    /// The guest; else why there is none.
+    pub(super) fn running(&self) -> Result<&Guest> {
+        match (&self.guest, &self.sought) {
+            (Some(guest), _) => Ok(guest),
+            (None, Some(sought)) => Err(sought.refusal(&self.name)),
+            (None, None) => Err(Error::OperationInvalid(format!(
+                "domain '{}' is not running (it is {}); start it first",
+                self.name, self.state
+            ))),
+        }
+    }
+
+    /// What runs, or ran when it was last seen.
+    pub(super) fn live(&self) -> Option<&Arc<DomainDef>> {
+        self.guest.as_ref().map(|guest| &guest.live).or(self.sought.as_ref().map(|sought| &sought.live))
+    }
+
+    /// A domain may go while somebody waits for it.
+    pub(super) fn still_here(&self) -> Result<()> {
+        if self.gone { Err(Error::NoSuchDomain { what: "name", value: self.name.clone() }) } else { Ok(()) }
+    }
+
+    /// Whether it is to go: it has neither configuration nor guest, and is about to get neither.
+    pub(super) fn nothing_left(&self) -> bool {
+        let left = self.stored.is_some() || self.guest.is_some() || self.sought.is_some();
+        !left && !self.being_stored && self.creations == 0 && !self.gone
+    }
+
+    /// See [`State::nothing_left`]. `commit` does the rest.
+    pub(super) fn leave_if_nothing_left(&mut self) {
+        self.gone |= self.nothing_left();
+    }
+
+    pub(super) fn note(&self, owner: u32, driver: &dyn Driver) -> Note {
+        Note { owner, autostart: self.autostart, name: self.name.clone(), driver: driver.name().to_owned() }
+    }
+}
+
+/// How much of a title or description is published, in bytes: a few long ones must not make every listing too large.
+pub(crate) const PUBLISHED: usize = 4096;
+
+/// As much of a text as is published; `GetXML` has all of it.
+fn shortened(text: Option<&str>) -> String {
+    let text = text.unwrap_or_default();
+    text[..text.floor_char_boundary(PUBLISHED)].to_owned()
+}
+
+/// The facts that come from a definition.
+pub(super) fn describe(facts: &DomainFacts, def: &DomainDef) -> DomainFacts {
+    DomainFacts {
+        title: shortened(def.title.as_deref()),
+        description: shortened(def.description.as_deref()),
+        os_type: def.os_type().to_owned(),
+        vcpus: def.vcpus(),
+        maximum_vcpus: def.maximum_vcpus(),
+        memory: def.current_memory_kib().saturating_mul(1024),
+        maximum_memory: def.memory_kib().saturating_mul(1024),
+        ..facts.clone()
+    }
+}
