@@ -7,6 +7,7 @@ use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::SeqCst;
 use tokio::sync::Notify;
+use tokio::sync::Semaphore;
 use zbus::connection::Builder;
 use zbus::fdo::{ObjectManagerProxy, PropertiesProxy};
 use zbus::names::InterfaceName;
