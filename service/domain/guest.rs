@@ -11,7 +11,7 @@ use crate::time::now_usec;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use virt_model::domain::{DomainDef, LifecycleAction};
-use virt_model::driver::{Driver, DriverEvent, Exit, Instance};
+use virt_model::driver::{DriverEvent, Exit, Instance};
 use virt_model::state::{
     Crashed, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped, Suspended,
 };
