@@ -89,3 +89,61 @@ fn x1_cells_and_plugged_memory_are_rounded_too() {
     }
     assert!(def.write(STORED).contains("<memory unit='KiB'>98304</memory>"), "{}", def.write(STORED));
 }
+
+#[test]
+fn x3_a_floppys_turn_is_said_by_its_controller() {
+    let floppy = |boot: &str| format!("<disk device='floppy'><source file='/a'/><target dev='fda'/>{boot}</disk>");
+    for (machine, expected) in [("q35", "\"bootindexA\":3"), ("pc", "-global isa-fdc.bootindexA=3")] {
+        let arguments = arguments(&completed(machine, "", &floppy("<boot order='3'/>")));
+        assert!(arguments.contains(expected), "{machine}: {arguments}");
+        let device = arguments.split("-device ").find(|device| device.contains("\"driver\":\"floppy\"")).unwrap();
+        assert!(!device.contains("bootindex"), "{device}");
+    }
+    let mut def = parse(&text("pc", "", &floppy("")).replace("</os>", "<boot dev='fd'/></os>"));
+    complete(&mut def, &caps()).unwrap();
+    assert!(arguments(&def).contains("-global isa-fdc.bootindexA=1"), "{}", arguments(&def));
+}
+
+#[test]
+fn x3_a_socket_of_vnc_may_have_any_path() {
+    let screen = "<graphics type='vnc'><listen type='socket' socket='/run/a=b,c.sock'/></graphics>";
+    let arguments = arguments(&completed("q35", "", screen));
+    assert!(arguments.contains("-vnc vnc=unix:/run/a=b,,c.sock,"), "{arguments}");
+}
+
+#[test]
+fn x3_features_that_qemu_has_not_do_not_reach_it() {
+    let cpu = |policy: &str, name: &str| {
+        let feature = format!("<feature policy='{policy}' name='{name}'/>");
+        completed("q35", &format!("<cpu mode='custom'><model>qemu64</model>{feature}</cpu>"), "")
+    };
+    for policy in ["disable", "forbid", "optional"] {
+        let def = cpu(policy, "pconfig");
+        assert_eq!(refusals(&def, &caps()), "");
+        assert!(!arguments(&def).contains("pconfig"), "{policy}");
+    }
+    for policy in ["require", "force"] {
+        let found = refusals(&cpu(policy, "pconfig"), &caps());
+        assert!(found.contains("has no CPU feature 'pconfig': leave it out, or say policy='optional'"), "{found}");
+    }
+    for name in ["osxsave", "ospke"] {
+        let def = cpu("require", name);
+        assert!(warnings(&def, &caps()).contains("the guest's system turns it on by itself"));
+        assert!(!arguments(&def).contains(name));
+    }
+    for (name, word) in [("lahf_lm", "lahf-lm=on"), ("sse4_1", "sse4.1=on"), ("avx512vbmi", "avx512vbmi=on")] {
+        assert!(arguments(&cpu("require", name)).contains(word), "{name}");
+    }
+    // A QEMU that does not list them is believed to have them.
+    let silent = Capabilities { cpu_features: Default::default(), ..caps() };
+    assert_eq!(refusals(&cpu("require", "pconfig"), &silent), "");
+}
+
+#[test]
+fn x3_a_parallel_port_opens_one_of_the_hosts() {
+    let devices = "<parallel type='dev'><source path='/dev/parport0'/></parallel>\
+                   <serial type='dev'><source path='/dev/ttyS0'/></serial>";
+    let arguments = arguments(&completed("q35", "", devices));
+    assert!(arguments.contains("-chardev parallel,id=charparallel0,path=/dev/parport0"), "{arguments}");
+    assert!(arguments.contains("-chardev serial,id=charserial0,path=/dev/ttyS0"), "{arguments}");
+}

@@ -145,7 +145,9 @@ impl Builder<'_> {
             .maybe("share-rw", disk.shareable.then_some(true))
             .maybe("drive", node)
             .set("id", id(&disk.info));
-        let props = turn(props, self.boot_index(&disk.info))
+        // A floppy's turn is said by its controller.
+        let order = self.boot_index(&disk.info).filter(|_| disk.device() != DiskDevice::Floppy);
+        let props = turn(props, order)
             .maybe("write-cache", write_cache(driver).filter(|_| hard))
             .maybe("serial", disk.serial.as_deref())
             .maybe("vendor", disk.vendor.as_deref())

@@ -41,6 +41,7 @@ pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
 pub use chardev::{serial_device, usb_number, usb_version};
 pub use controller::usb_device;
+pub use cpu::{is_of_the_system, knows_feature};
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
 pub use hostdev::{VSOCK_FD, vsock_device};
