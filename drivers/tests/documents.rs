@@ -147,3 +147,46 @@ fn x3_a_parallel_port_opens_one_of_the_hosts() {
     assert!(arguments.contains("-chardev parallel,id=charparallel0,path=/dev/parport0"), "{arguments}");
     assert!(arguments.contains("-chardev serial,id=charserial0,path=/dev/ttyS0"), "{arguments}");
 }
+
+#[test]
+fn x6_the_first_function_of_a_slot_says_that_there_are_more() {
+    let rng = |function: u8| {
+        let address = format!("<address type='pci' domain='0' bus='0' slot='5' function='{function}'/>");
+        format!("<rng model='virtio'><backend model='builtin'/>{address}</rng>")
+    };
+    let def = completed("q35", "", &(rng(0) + &rng(1)));
+    assert_eq!(def.devices.rngs[0].info.pci().unwrap().multifunction, Some(true));
+    assert_eq!(def.devices.rngs[1].info.pci().unwrap().multifunction, None);
+    assert!(arguments(&def).contains("\"multifunction\":true,\"addr\":\"0x5\""), "{}", arguments(&def));
+    let alone = completed("q35", "", &rng(0));
+    assert_eq!(alone.devices.rngs[0].info.pci().unwrap().multifunction, None);
+}
+
+#[test]
+fn x6_two_ways_to_one_lun_are_taken() {
+    let disk = |target: &str, file: &str, serial: &str| {
+        format!(
+            "<disk type='block'><driver type='raw'/><source dev='{file}'/><target dev='{target}' bus='scsi'/>\
+             <shareable/>{serial}<wwn>5000c50015ea71aa</wwn></disk>"
+        )
+    };
+    let def = completed("q35", "", &(disk("sda", "/dev/a", "") + &disk("sdb", "/dev/a", "")));
+    assert_eq!(arguments(&def).matches("\"wwn\":5764824127192592810").count(), 2, "{}", arguments(&def));
+    let serial = "<serial>one</serial>";
+    completed("q35", "", &(disk("sda", "/dev/a", serial) + &disk("sdb", "/dev/b", serial)));
+    let two =
+        DomainDef::parse(&text("q35", "", &(disk("sda", "/dev/a", "") + &disk("sdb", "/dev/b", "")))).unwrap_err();
+    assert!(two[0].message.contains("only ways to one image or serial number share it"), "{}", two[0]);
+}
+
+#[test]
+fn x6_cpus_that_the_host_has_not_are_told() {
+    let outside = "<cputune><vcpupin vcpu='0' cpuset='0-3,^1'/><emulatorpin cpuset='1'/></cputune>";
+    let mut host = caps();
+    let def = completed("q35", outside, "");
+    assert_eq!(warnings(&def, &host), "");
+    host.host.online = [0, 1].into();
+    let found = warnings(&def, &host);
+    assert!(found.contains("/cputune/vcpupin/@cpuset: this host has no CPU 2-3, only 0-1"), "{found}");
+    assert_eq!(found.lines().count(), 1, "{found}");
+}

@@ -10,7 +10,7 @@
 
 use super::Board;
 use super::controllers::is_companion;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use virt_model::device::controller::{ControllerModel, HexByte, PciModel, PciTarget};
 use virt_model::device::{Address, AddressKind, Controller, ControllerKind, PciAddress};
 use virt_model::domain::DomainDef;
@@ -42,6 +42,22 @@ pub fn assign(def: &mut DomainDef, board: Board, log: &mut Vec<Finding>) {
     }
     def.devices.controllers.append(&mut layout.added);
     def.devices.controllers.iter_mut().for_each(describe_bridge);
+    say_multifunction(def);
+}
+
+/// Where a slot has further functions, its first one says so, or the guest does not look for them.
+fn say_multifunction(def: &mut DomainDef) {
+    let all = def.devices.infos().into_iter().filter_map(|(info, _)| info.pci().copied());
+    let shared: BTreeSet<(u16, u8, u8)> =
+        all.filter(|pci| pci.function > 0).map(|pci| (pci.domain, pci.bus, pci.slot)).collect();
+    for info in def.devices.infos_mut() {
+        if let Some(AddressKind::Pci(Some(pci))) = info.address.as_mut().map(|address| &mut address.kind)
+            && pci.function == 0
+            && shared.contains(&(pci.domain, pci.bus, pci.slot))
+        {
+            pci.multifunction.get_or_insert(true);
+        }
+    }
 }
 
 /// What a bus takes.

@@ -214,8 +214,7 @@ impl Domain {
             return name.to_owned();
         }
         let state = lock(&self.state);
-        let now = now_usec() / 1_000_000;
-        let free = (now..).map(|seconds| seconds.to_string()).find(|name| state.snapshots.tree.get(name).is_none());
+        let free = names_from(now_usec() / 1_000_000).find(|name| state.snapshots.tree.get(name).is_none());
         free.unwrap_or_default()
     }
 
@@ -518,4 +517,22 @@ fn images(def: &DomainDef) -> impl Iterator<Item = &str> {
         disk.path().into_iter().chain(below)
     });
     disks.chain(def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_deref()))
+}
+
+/// Names that nobody chose: times in seconds from `now` on. Fewer than ten digits would read like the number of a snapshot
+/// in an image, so a clock that has not been set counts from 2001 on.
+fn names_from(now: u64) -> impl Iterator<Item = String> {
+    const TEN_DIGITS: u64 = 1_000_000_000;
+    (now.max(TEN_DIGITS)..).map(|seconds| seconds.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn x6_a_clock_that_is_not_set_gives_names_that_no_image_counts_by() {
+        assert_eq!(names_from(0).take(2).collect::<Vec<_>>(), ["1000000000", "1000000001"]);
+        assert_eq!(names_from(1_795_403_655).next().as_deref(), Some("1795403655"));
+    }
 }
