@@ -499,7 +499,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         ("<blkiotune><weight>0</weight></blkiotune>".to_owned(), "a weight is 1 to 1000"),
         ("<cputune><cachetune vcpus='0'/></cputune>".to_owned(), "<cachetune>"),
         ("<iothreads>5000</iothreads>".to_owned(), "at most 4096"),
-        ("<vcpus><vcpu id='0' enabled='no'/></vcpus>".to_owned(), "the first 1 vCPUs"),
+        ("<vcpus><vcpu id='0' enabled='no'/></vcpus>".to_owned(), "vCPU 0 is always there"),
         ("<cpu><cache mode='passthrough'/></cpu>".to_owned(), "type='kvm' only"),
         ("<cpu><maxphysaddr mode='emulate'/></cpu>".to_owned(), "needs bits"),
         ("<cpu><model vendor_id='short'>qemu64</model></cpu>".to_owned(), "twelve ASCII characters"),

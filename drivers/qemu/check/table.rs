@@ -473,8 +473,7 @@ fn look(check: &mut Check, element: &Element, path: &str, place: &Place) {
     }
     for child in element.elements() {
         let child_path = join(path, &child.name);
-        let known = [&child.at, &child.origin].into_iter().find(|at| at.is_known());
-        let at = known.cloned().unwrap_or_else(|| place.child(&child.name));
+        let at = child.place_below(place);
         match standing(&child_path) {
             Standing::Acts => look(check, child, &child_path, &at),
             Standing::Kept(_) => {}

@@ -229,7 +229,7 @@ impl SnapshotDoc {
             // What is declared around it holds in it, and is to hold when it stands alone.
             let inherited = declared.iter().filter(|outer| element.attr(&outer.name).is_none()).cloned();
             element.attributes.extend(inherited.collect::<Vec<_>>());
-            DomainDef::from_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Box::new)
+            DomainDef::from_kept_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Box::new)
         };
         let (domain, inactive) = (machine(full), machine(self.inactive));
         let state = state.unwrap_or(SnapshotState::DiskSnapshot);
