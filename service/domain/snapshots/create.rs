@@ -210,7 +210,7 @@ impl Domain {
 
     /// The name that is asked for; else the time in seconds, or the next that is free.
     fn snapshot_name(&self, doc: &SnapshotDoc) -> String {
-        if let Some(name) = doc.name.as_deref().filter(|name| !name.is_empty()) {
+        if let Some(name) = doc.name().filter(|name| !name.is_empty()) {
             return name.to_owned();
         }
         let state = lock(&self.state);
@@ -229,6 +229,10 @@ impl Domain {
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
+        let not_made = doc.not_made();
+        if !not_made.is_empty() {
+            return Err(refused(not_made));
+        }
         if let Some(why) = aligned.not_in_this_state(request) {
             return Err(Error::OperationUnsupported(format!("domain '{}': {why}", self.name())));
         }
@@ -263,6 +267,8 @@ impl Domain {
             memory: aligned.memory,
             disks: aligned.disks,
             merging: Default::default(),
+            kept: doc.kept(),
+            of: None,
             domain: Some(Box::new(machine.def.clone())),
             inactive: inactive.map(Box::new),
             captured: Vec::new(),
@@ -311,10 +317,9 @@ impl Domain {
         let state = lock(&self.state);
         state.still_here()?;
         let name = &state.name;
-        let off = state.guest.is_none();
-        if options.halt && (state.stored.is_none() || off) {
-            let why = if off { "shut off already" } else { "transient" };
-            return Err(Error::OperationInvalid(format!("cannot halt: domain '{name}' is {why}")));
+        // One that is off is halted already.
+        if options.halt && state.stored.is_none() {
+            return Err(Error::OperationInvalid(format!("cannot halt: domain '{name}' is transient")));
         }
         if options.quiesce && !matches!(state.state, DomainState::Running | DomainState::Idle) {
             let text = format!("cannot quiesce '{name}': it is {}, and its agent does not answer", state.state);

@@ -20,6 +20,7 @@ use crate::xml::{self, Element, Finding, FindingKind, Limits};
 use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
+use uuid::Uuid;
 
 /// The longest name, in bytes: it is also a file's.
 pub const MAX_NAME: usize = 200;
@@ -68,6 +69,17 @@ impl FromStr for SnapshotState {
     }
 }
 
+/// What a record says of an overlay beside where it is: as it is shown again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Beside {
+    /// The disk, as the document names it.
+    pub disk: String,
+    /// Elements of `<driver>`.
+    pub driver: Vec<Element>,
+    /// Elements of `<source>`.
+    pub source: Vec<Element>,
+}
+
 /// A snapshot, complete.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SnapshotDef {
@@ -87,6 +99,10 @@ pub struct SnapshotDef {
     pub disks: Vec<DiskPart>,
     /// Targets of disks whose frozen files a deletion has begun to write: it can only be deleted from then on.
     pub merging: BTreeSet<String>,
+    /// What is said of overlays beside where they are, kept as it is said.
+    pub kept: Vec<Beside>,
+    /// Whose it is, where no machine is kept that says so: records of old are like this.
+    pub of: Option<Uuid>,
     /// The machine at that time; `None` for one that was restored from a document without it.
     pub domain: Option<Box<DomainDef>>,
     /// What the next cold start would have used, where the guest was active and that differed or could have.
@@ -115,7 +131,8 @@ impl SnapshotDef {
         if !self.disks.is_empty() {
             let mut disks = Element::new("disks");
             for disk in &self.disks {
-                disks.push(doc::write_disk(disk, self.merging.contains(&disk.target)));
+                let beside = self.kept.iter().find(|beside| beside.disk == disk.target);
+                disks.push(doc::write_disk(disk, self.merging.contains(&disk.target), beside));
             }
             root.push(disks);
         }
@@ -126,6 +143,11 @@ impl SnapshotDef {
                 name.clone_into(&mut tree.name);
                 root.push(tree);
             }
+        }
+        if let (None, Some(uuid)) = (&self.domain, self.of) {
+            let mut domain = Element::new("domain");
+            domain.push(leaf("uuid", &uuid.to_string()));
+            root.push(domain);
         }
         if !self.captured.is_empty() {
             let mut firmware = Element::new("firmwareState");
@@ -148,9 +170,9 @@ impl SnapshotDef {
         }
     }
 
-    /// Whether a running machine is to be loaded.
+    /// Whether a running machine is to be loaded. What is kept of one that had come to its end is not.
     pub fn has_memory(&self) -> bool {
-        self.memory != MemoryMode::No
+        self.memory != MemoryMode::No && self.state.is_online()
     }
 
     /// Whether overlays are part of it.
