@@ -190,3 +190,144 @@ fn x6_cpus_that_the_host_has_not_are_told() {
     assert!(found.contains("/cputune/vcpupin/@cpuset: this host has no CPU 2-3, only 0-1"), "{found}");
     assert_eq!(found.lines().count(), 1, "{found}");
 }
+
+#[test]
+fn x5_variables_may_be_said_as_an_image_is() {
+    let mut def = parse(&text("q35", "", "").replace(
+        "</os>",
+        "<loader readonly='yes' type='pflash'>/fw/code.fd</loader>\
+         <nvram template='/fw/vars.fd' type='file'><source file='/v/a.fd'/></nvram></os>",
+    ));
+    complete(&mut def, &caps()).unwrap();
+    assert_eq!(refusals(&def, &caps()), "");
+    assert!(def.write(STORED).contains("<nvram template='/fw/vars.fd'>/v/a.fd</nvram>"), "{}", def.write(STORED));
+    assert!(arguments(&def).contains("/v/a.fd"));
+    let network = "<nvram type='network'><source protocol='nbd'/></nvram></os>";
+    let mut def = parse(&text("q35", "", "").replace("</os>", network));
+    complete(&mut def, &caps()).unwrap();
+    assert!(
+        refusals(&def, &caps()).contains("is supported with type='file' and <source file='…'/>"),
+        "{}",
+        refusals(&def, &caps())
+    );
+}
+
+#[test]
+fn x5_labels_of_other_hosts_are_kept_with_a_warning() {
+    let outside = "<seclabel type='static' model='selinux'><label>system_u:object_r:svirt_t:s0</label></seclabel>";
+    let disk = "<disk><source file='/a'><seclabel model='apparmor' relabel='no'/></source><target dev='vda'/></disk>";
+    let def = completed("q35", outside, disk);
+    assert_eq!(refusals(&def, &caps()), "");
+    assert_eq!(warnings(&def, &caps()).matches("are kept for hosts that have it, and not set here").count(), 2);
+    assert!(def.write(STORED).contains("svirt_t"));
+    let dac = "<seclabel type='static' model='dac'><label>+107:+107</label></seclabel>";
+    assert!(refusals(&completed("q35", dac, ""), &caps()).contains("is decided for all guests alike"));
+}
+
+#[test]
+fn x5_sound_in_a_file_without_a_folder_goes_where_libvirt_puts_it() {
+    let def = completed("q35", "", "<audio id='1' type='file' path='sound.wav'/>");
+    assert_eq!(def.devices.audios[0].path.as_deref(), Some("/sound.wav"));
+    assert!(arguments(&def).contains("\"path\":\"/sound.wav\""), "{}", arguments(&def));
+}
+
+#[test]
+fn x5_a_strict_cpu_is_that_one_or_none() {
+    let def = completed("q35", "<cpu mode='custom' match='strict'><model>Haswell</model></cpu>", "");
+    assert_eq!(refusals(&def, &caps()), "");
+    assert!(arguments(&def).contains("-cpu Haswell,enforce=on"), "{}", arguments(&def));
+    assert!(warnings(&def, &caps()).contains("gets this CPU and no other, or does not start"));
+}
+
+#[test]
+fn x5_a_secrets_usage_may_be_any_text() {
+    let disk = |usage: &str| {
+        format!(
+            "<disk><driver type='qcow2'/><source file='/a'/><target dev='vda'/>\
+             <encryption format='luks'><secret type='passphrase' usage='{usage}'/></encryption></disk>"
+        )
+    };
+    for (usage, file) in [("/srv/a b.img", "%2Fsrv%2Fa b.img"), ("..", "%2E."), ("50%", "50%25"), ("plain", "plain")] {
+        let def = completed("q35", "", &disk(usage));
+        assert_eq!(refusals(&def, &caps()), "", "{usage}");
+        let secret = format!("{:?}", built(&def, &caps()).secrets[0]);
+        assert!(secret.contains(&format!("\"{file}\"")), "{usage}: {secret}");
+    }
+}
+
+#[test]
+fn x5_scsi_controllers_of_other_makers_are_had() {
+    for (model, device, place) in [
+        ("lsilogic", "lsi53c895a", "\"scsi-id\":2,\"lun\":0"),
+        ("lsisas1068", "mptsas1068", "\"scsi-id\":2,\"lun\":0"),
+        ("lsisas1078", "megasas", "\"scsi-id\":0,\"lun\":2"),
+        ("vmpvscsi", "pvscsi", "\"scsi-id\":2,\"lun\":0"),
+        ("dc390", "dc390", "\"scsi-id\":2,\"lun\":0"),
+        ("am53c974", "am53c974", "\"scsi-id\":2,\"lun\":0"),
+    ] {
+        let devices = format!(
+            "<controller type='scsi' index='0' model='{model}'/>\
+             <disk><source file='/a'/><target dev='sdc' bus='scsi'/></disk>"
+        );
+        let arguments = arguments(&completed("q35", "", &devices));
+        for part in [format!("\"driver\":\"{device}\""), place.to_owned()] {
+            assert!(arguments.contains(&part), "{model}: {part}: {arguments}");
+        }
+    }
+    let queues = "<controller type='scsi' index='0' model='lsilogic'><driver queues='4'/></controller>";
+    let found = refusals(&completed("q35", "", queues), &caps());
+    assert!(found.contains("<driver> is for model='virtio-scsi'"), "{found}");
+}
+
+#[test]
+fn x5_switches_and_bridges_that_are_said_are_had() {
+    let controllers = "<controller type='pci' index='1' model='pcie-root-port'/>\
+                       <controller type='pci' index='2' model='pcie-switch-upstream-port'/>\
+                       <controller type='pci' index='3' model='pcie-switch-downstream-port'/>\
+                       <controller type='pci' index='4' model='pcie-switch-downstream-port'/>\
+                       <controller type='pci' index='5' model='dmi-to-pci-bridge'/>";
+    let def = completed("q35", "", controllers);
+    assert_eq!(refusals(&def, &caps()), "");
+    let arguments = arguments(&def);
+    for part in [
+        "{\"driver\":\"x3130-upstream\",\"id\":\"pci.2\",\"bus\":\"pci.1\",\"addr\":\"0x0\"}",
+        "{\"driver\":\"xio3130-downstream\",\"port\":0,\"chassis\":3,\"id\":\"pci.3\",\"bus\":\"pci.2\",\"addr\":\"0x0\"}",
+        "\"chassis\":4,\"id\":\"pci.4\",\"bus\":\"pci.2\",\"addr\":\"0x1\"}",
+        "{\"driver\":\"i82801b11-bridge\",\"id\":\"pci.5\",\"bus\":\"pcie.0\"",
+    ] {
+        assert!(arguments.contains(part), "{part}: {arguments}");
+    }
+    let alone = "<controller type='pci' index='1' model='pcie-switch-downstream-port'/>";
+    let mut def = parse(&text("q35", "", alone));
+    let found = match complete(&mut def, &caps()) {
+        Ok(()) => refusals(&def, &caps()),
+        Err(findings) => message(&findings),
+    };
+    assert!(!found.is_empty(), "a port of no switch");
+}
+
+#[test]
+fn x5_a_second_usb_2_controller_has_companions_of_its_own() {
+    let set = |index: u32| {
+        let uhci = |n: u32, port: u32| {
+            format!(
+                "<controller type='usb' index='{index}' model='ich9-uhci{n}'><master startport='{port}'/></controller>"
+            )
+        };
+        format!("<controller type='usb' index='{index}' model='ich9-ehci1'/>{}{}{}", uhci(1, 0), uhci(2, 2), uhci(3, 4))
+    };
+    let arguments = arguments(&completed("q35", "", &(set(0) + &set(1))));
+    for part in ["\"masterbus\":\"usb.0\",\"firstport\":4", "\"masterbus\":\"usb1.0\",\"firstport\":4"] {
+        assert!(arguments.contains(part), "{part}: {arguments}");
+    }
+}
+
+#[test]
+fn x5_a_spice_port_needs_no_certificates() {
+    let mut host = caps();
+    host.site.certificates.clear();
+    let devices = "<graphics type='spice'/><serial type='spiceport'><source channel='org.a.b.0'/></serial>";
+    let def = completed("q35", "", devices);
+    assert_eq!(refusals(&def, &host), "");
+    assert!(built(&def, &host).args.join(" ").contains("-chardev spiceport,id=charserial0,name=org.a.b.0"));
+}

@@ -160,11 +160,9 @@ impl Check<'_> {
             }
         }
         let strict = cpu.matching == Some(CpuMatch::Strict);
-        self.refuse_if(
-            strict,
-            &cpu.at.attribute("match"),
-            "match='strict' is not supported yet: the host CPU is not compared",
-        );
+        let how =
+            "the guest gets this CPU and no other, or does not start; what else the host's CPU has is not looked at";
+        self.warn_if(strict && self.kvm, &cpu.at.attribute("match"), how);
         if let Some(vendor) = &cpu.vendor {
             let host = &self.caps.host.vendor;
             if vendor != host && self.kvm {

@@ -68,7 +68,14 @@ impl Builder<'_> {
                 return Some(props.extend(self.usb(&controller.info)));
             }
             ControllerKind::Usb => return self.usb_controller(controller),
-            ControllerKind::Scsi => format!("virtio-scsi-pci{}", generation(controller)),
+            ControllerKind::Scsi => match scsi_device(controller.model) {
+                Some(device) => {
+                    return Some(
+                        Props::device(device).set("id", id(&controller.info)).extend(self.pci(&controller.info)),
+                    );
+                }
+                None => format!("virtio-scsi-pci{}", generation(controller)),
+            },
             ControllerKind::VirtioSerial => format!("virtio-serial-pci{}", generation(controller)),
             ControllerKind::Sata if self.board == Board::Q35 && controller.index() == 0 => return None,
             ControllerKind::Sata => "ich9-ahci".to_owned(),
@@ -133,6 +140,19 @@ pub fn usb_device(model: ControllerModel) -> Option<&'static str> {
         ControllerModel::Ich9Uhci2 => "ich9-usb-uhci2",
         ControllerModel::Ich9Uhci3 => "ich9-usb-uhci3",
         ControllerModel::PciOhci => "pci-ohci",
+        _ => return None,
+    })
+}
+
+/// What QEMU calls a SCSI controller that is not virtio's.
+pub fn scsi_device(model: Option<ControllerModel>) -> Option<&'static str> {
+    Some(match model? {
+        ControllerModel::Lsilogic => "lsi53c895a",
+        ControllerModel::Lsisas1068 => "mptsas1068",
+        ControllerModel::Lsisas1078 => "megasas",
+        ControllerModel::Vmpvscsi => "pvscsi",
+        ControllerModel::Dc390 => "dc390",
+        ControllerModel::Am53c974 => "am53c974",
         _ => return None,
     })
 }

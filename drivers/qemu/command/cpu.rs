@@ -5,13 +5,14 @@ use super::args::{List, on_off};
 use crate::qemu::capabilities::Capabilities;
 use virt_model::device::board::PanicModel;
 use virt_model::domain::clock::TimerName;
-use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuMode, FeaturePolicy, WidthMode};
+use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuMatch, CpuMode, FeaturePolicy, WidthMode};
 use virt_model::domain::features::{Hyperv, HypervMode, State};
 
 impl Builder<'_> {
     pub(super) fn cpu(&mut self) {
         let mut list = self.model();
-        let full = self.def.cpu.as_ref().is_some_and(|cpu| cpu.check == Some(CpuCheck::Full));
+        let exact = |cpu: &Cpu| cpu.check == Some(CpuCheck::Full) || cpu.matching == Some(CpuMatch::Strict);
+        let full = self.def.cpu.as_ref().is_some_and(exact);
         let features = self.def.cpu.iter().flat_map(|cpu| &cpu.features);
         for feature in features.filter(|feature| !is_of_the_system(&feature.name)) {
             let known = knows_feature(self.caps, &feature.name);

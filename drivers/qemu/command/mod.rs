@@ -40,7 +40,7 @@ pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
 pub use chardev::{serial_device, usb_number, usb_version};
-pub use controller::usb_device;
+pub use controller::{scsi_device, usb_device};
 pub use cpu::{is_of_the_system, knows_feature};
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;

@@ -59,6 +59,11 @@ pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
         let kind = if spice { AudioKind::Spice } else { AudioKind::None };
         def.devices.audios.push(Audio { id: 1, kind, ..Audio::default() });
     }
+    // Where libvirt's QEMU finds itself, and so where it puts what has no path.
+    let files = def.devices.audios.iter_mut().filter(|audio| audio.kind == AudioKind::File);
+    for path in files.filter_map(|audio| audio.path.as_mut()).filter(|path| !path.starts_with('/')) {
+        path.insert(0, '/');
+    }
     def.devices.tpms.iter_mut().for_each(name_the_tpm);
     def.devices.watchdogs.iter_mut().for_each(|w| _ = w.action.get_or_insert(WatchdogAction::Reset));
     def.devices.memballoon.get_or_insert_with(|| Memballoon { model: BalloonModel::Virtio, ..Memballoon::default() });
