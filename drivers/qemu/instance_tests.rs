@@ -214,3 +214,38 @@ async fn dropping_an_instance_leaves_the_guest_alone() {
     body.process.ended().await;
     assert!(reports.try_recv().is_err(), "nobody watches any more");
 }
+
+#[tokio::test]
+async fn x7_a_tray_that_the_guest_closes_meanwhile_is_opened_again() {
+    use virt_model::device::{Alias, Disk};
+    let (instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let mut drive = Disk::default();
+    drive.info.alias = Some(Alias { name: "sata0-0-0".into(), ..Alias::default() });
+    let done = "\"return\": {}";
+    let closed = "\"error\": {\"class\": \"GenericError\", \"desc\": \"Tray of device 'sata0-0-0' is not open\"}";
+    let there = "\"return\": [{\"qdev\": \"sata0-0-0\"}]";
+    let steps = [
+        ("query-named-block-nodes", "\"return\": []"),
+        ("query-block", there),
+        ("blockdev-open-tray", done),
+        ("blockdev-remove-medium", closed),
+        ("blockdev-open-tray", done),
+        ("blockdev-remove-medium", done),
+        ("blockdev-close-tray", done),
+    ];
+    let script = async {
+        for (verb, reply) in steps {
+            let mut line = String::new();
+            peer.read_line(&mut line).await.unwrap();
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            assert_eq!(asked["execute"], verb);
+            let id = &asked["id"];
+            peer.get_mut().write_all(format!("{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
+        }
+    };
+    let change = crate::qemu::media::change(&instance.body, &drive, |_| None, async |_| Ok(()));
+    let (changed, ()) = tokio::join!(change, script);
+    changed.unwrap();
+    drop(peer);
+    assert!(reports.recv().await.is_some(), "the process without its monitor ends");
+}

@@ -69,20 +69,30 @@ pub fn open_vsock(live: &mut DomainDef) -> Result<Option<OwnedFd>, DriverError> 
     Ok(Some(fd))
 }
 
-/// The media without which a start goes on.
-pub fn media_that_may_be_missing(def: &DomainDef) -> impl Iterator<Item = &Path> {
-    let lenient =
-        |source: &DiskSource| matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
+/// Whether a medium may be missing: always, or where a machine goes on from what was saved of it.
+fn may_be_missing(source: &DiskSource, restored: bool) -> bool {
+    match source.startup_policy {
+        Some(StartupPolicy::Optional) => true,
+        Some(StartupPolicy::Requisite) => restored,
+        _ => false,
+    }
+}
+
+/// The media without which a start goes on; `restored`: from what was saved.
+pub fn media_that_may_be_missing(def: &DomainDef, restored: bool) -> impl Iterator<Item = &Path> {
+    let lenient = move |source: &DiskSource| may_be_missing(source, restored);
     let disks = def.devices.disks.iter().filter(move |disk| disk.source.as_ref().is_some_and(lenient));
     disks.filter_map(|disk| disk.path().map(Path::new))
 }
 
-/// Empties the drives whose medium may be missing, and is.
-pub async fn leave_out_missing_media(live: &mut DomainDef, workers: &Workers) -> Result<(), DriverError> {
-    let lenient =
-        |source: &DiskSource| matches!(source.startup_policy, Some(StartupPolicy::Optional | StartupPolicy::Requisite));
-    let may_be_missing = |disk: &&mut Disk| disk.source.as_ref().is_some_and(lenient);
-    for disk in live.devices.disks.iter_mut().filter(may_be_missing) {
+/// Empties the drives whose medium may be missing, and is; `restored`: the machine goes on from what was saved.
+pub async fn leave_out_missing_media(
+    live: &mut DomainDef,
+    restored: bool,
+    workers: &Workers,
+) -> Result<(), DriverError> {
+    let lenient = |disk: &&mut Disk| disk.source.as_ref().is_some_and(|source| may_be_missing(source, restored));
+    for disk in live.devices.disks.iter_mut().filter(lenient) {
         let Some(path) = disk.path().map(str::to_owned) else { continue };
         let (errand, looked_at) = (Errand::new(live.uuid, &path), path.clone());
         if !workers.run(errand, move |_| Ok(Seen::at(Path::new(&looked_at)).is_there())).await? {
@@ -159,5 +169,21 @@ mod tests {
         assert!(two.take("127.0.0.1", free));
         let held = TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(!two.take("127.0.0.1", held.local_addr().unwrap().port()));
+    }
+
+    #[test]
+    fn x6_a_medium_that_is_requisite_may_be_missing_only_where_a_machine_goes_on() {
+        let drive = |target: &str, policy: &str| {
+            format!(
+                "<disk device='cdrom'><source file='/{policy}' startupPolicy='{policy}'/>\
+                 <target dev='{target}' bus='sata'/></disk>"
+            )
+        };
+        let drives = [drive("sda", "mandatory"), drive("sdb", "requisite"), drive("sdc", "optional")].concat();
+        let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{drives}</devices></domain>");
+        let def = DomainDef::parse(&text).expect("a document");
+        let lenient = |restored| media_that_may_be_missing(&def, restored).map(Path::to_owned).collect::<Vec<_>>();
+        assert_eq!(lenient(false), [Path::new("/optional")]);
+        assert_eq!(lenient(true), [Path::new("/requisite"), Path::new("/optional")]);
     }
 }

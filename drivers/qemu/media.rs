@@ -89,7 +89,7 @@ impl Drive<'_> {
     async fn exchange(&self, before: Option<&str>, after: Option<&str>) -> Result<(), DriverError> {
         self.open_tray().await?;
         let exchanged = async {
-            self.tell("blockdev-remove-medium", json!({ "id": self.id })).await?;
+            self.with_open_tray("blockdev-remove-medium", json!({ "id": self.id })).await?;
             self.insert(after).await
         };
         let exchanged = exchanged.await;
@@ -102,9 +102,26 @@ impl Drive<'_> {
 
     async fn insert(&self, node: Option<&str>) -> Result<(), DriverError> {
         if let Some(node) = node {
-            self.tell("blockdev-insert-medium", json!({ "id": self.id, "node-name": node })).await?;
+            self.with_open_tray("blockdev-insert-medium", json!({ "id": self.id, "node-name": node })).await?;
         }
         Ok(())
+    }
+
+    /// Does what needs an open tray. A guest that uses the drive may close it at any time; then it is opened again.
+    async fn with_open_tray(&self, verb: &str, arguments: Value) -> Result<(), DriverError> {
+        let done = tokio::time::timeout(TRAY, async {
+            loop {
+                match self.tell(verb, arguments.clone()).await {
+                    Err(DriverError::Hypervisor(why)) if is_closed(&why) => self.open_tray().await?,
+                    done => return done.map(drop),
+                }
+            }
+        });
+        done.await.unwrap_or_else(|_| {
+            Err(DriverError::Refused(
+                "the guest closes the drive's tray again and again; let it eject the medium".into(),
+            ))
+        })
     }
 
     /// A guest may have locked the tray; it is told that somebody wants it open, and then has a while.
@@ -140,4 +157,9 @@ impl Drive<'_> {
             nodes = left;
         }
     }
+}
+
+/// Whether QEMU says that it wants the tray open.
+fn is_closed(why: &str) -> bool {
+    why.contains("Tray of device") && why.contains("is not open")
 }

@@ -193,9 +193,9 @@ impl QemuDriver {
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
         let mut live = DomainDef::clone(&launch.def);
-        live::leave_out_missing_media(&mut live, &self.0.workers).await?;
-        declared::hold(&self.0.workers, &live).await?;
         let restored = launch.from.is_some();
+        live::leave_out_missing_media(&mut live, restored, &self.0.workers).await?;
+        declared::hold(&self.0.workers, &live).await?;
         let sought = blocking(move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
             let vsock = live::open_vsock(&mut live)?;
@@ -302,7 +302,7 @@ impl Driver for QemuDriver {
             let command =
                 command::build(&places.written_into(&here), &caps, &command::Place::now(&own, MONITOR_FD, sandbox));
             let needs = needs::Needs::of(&command.map_err(DriverError::Config)?, &own, restored);
-            needs.without(live::media_that_may_be_missing(&here)).are_met()
+            needs.without(live::media_that_may_be_missing(&here, restored)).are_met()
         });
         looked.await
     }

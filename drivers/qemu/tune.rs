@@ -2,7 +2,7 @@
 
 use super::qmp::Qmp;
 use crate::host::cgroup::{IoLimits, Limits, Quota, Trees};
-use nix::sched::{CpuSet as Mask, sched_setaffinity};
+use nix::sched::{CpuSet as Mask, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
@@ -229,11 +229,20 @@ fn pin(thread: i32, cpus: &CpuSet) -> Result<(), DriverError> {
             |_| DriverError::Unsupported(format!("threads cannot be bound to CPU {cpu}: there is no such CPU"));
         mask.set(*cpu as usize).map_err(beyond)?;
     }
-    let bound = sched_setaffinity(Pid::from_raw(thread), &mask);
-    bound.map_err(|e| {
-        use virt_model::domain::value::Value as _;
-        DriverError::Unsupported(format!("threads cannot be bound to the CPUs {}: {e}", cpus.to_text()))
-    })
+    use virt_model::domain::value::Value as _;
+    let thread = Pid::from_raw(thread);
+    let failed = |why: String| {
+        DriverError::Unsupported(format!("threads cannot be bound to the CPUs {}: {why}", cpus.to_text()))
+    };
+    sched_setaffinity(thread, &mask).map_err(|e| failed(e.to_string()))?;
+    // The kernel leaves out what is not there, and is content with the rest.
+    let got = sched_getaffinity(thread).map_err(|e| failed(e.to_string()))?;
+    let lost = cpus.0.iter().copied().filter(|cpu| !got.is_set(*cpu as usize).unwrap_or(false));
+    let lost = CpuSet(lost.collect());
+    match lost.0.is_empty() {
+        true => Ok(()),
+        false => Err(failed(format!("there is no CPU {} here that may be used: leave it out", lost.to_text()))),
+    }
 }
 
 fn schedule(thread: i32, policy: Policy, priority: i32) -> Result<(), DriverError> {

@@ -83,6 +83,7 @@ fn sockets_made(args: &[String]) -> Vec<PathBuf> {
     let socket = |option: &str, value: &str| {
         let key = match option {
             "-chardev" if value.contains(",server=on") => "path=",
+            "-vnc" if value.starts_with("vnc=") => "vnc=unix:",
             "-vnc" => "unix:",
             "-spice" if value.contains("unix=on") => "addr=",
             _ => return None,
@@ -104,7 +105,7 @@ fn takes_network(def: &DomainDef, args: &[String]) -> bool {
     let value = |option: &str, value: &str| match option {
         "-netdev" => !value.starts_with("tap,") && !value.contains("addr.type=fd"),
         "-chardev" => value.contains(",host=") || value.contains(",localaddr=") || value.contains(",port="),
-        "-vnc" => !value.starts_with("unix:") && value != "none",
+        "-vnc" => !value.trim_start_matches("vnc=").starts_with("unix:") && value != "none",
         "-spice" => ["port=", "tls-port="]
             .iter()
             .any(|key| value.split(',').any(|word| word.strip_prefix(key).is_some_and(|port| port != "0"))),
@@ -181,6 +182,7 @@ mod tests {
         assert_eq!(made("-vnc", "unix:/guests/vnc.sock,audiodev=audio1"), [PathBuf::from("/guests/vnc.sock")]);
         assert!(made("-chardev", "socket,id=chr-vu-fs2,path=/guests/fs2.sock").is_empty());
         assert!(made("-chardev", "socket,id=mon,fd=3,server=on,wait=off").is_empty());
+        assert_eq!(made("-vnc", "vnc=unix:/guests/a=b.sock"), [PathBuf::from("/guests/a=b.sock")]);
         assert!(made("-vnc", "127.0.0.1:0,password=on").is_empty());
     }
 
@@ -205,6 +207,7 @@ mod tests {
             ("-netdev", "stream,id=hostnet1,server=off,addr.type=fd,addr.str=150"),
             ("-chardev", "socket,id=mon,fd=3,server=on,wait=off"),
             ("-vnc", "unix:/guests/vnc.sock"),
+            ("-vnc", "vnc=unix:/guests/a=b.sock"),
             ("-spice", "port=0,disable-ticketing=on"),
             ("-blockdev", r#"{"driver":"file","filename":"/a"}"#),
         ] {

@@ -200,7 +200,7 @@ fn what_cannot_act_is_refused_by_name() {
         ("<disk type='file'><source file='/x'/><target dev='hda' bus='ide'/></disk>", "use bus='sata'"),
         ("<graphics type='sdl'/>", "use vnc, spice or dbus"),
         ("<interface type='user'><model type='usb-bot'/></interface>", "network card 'usb-bot' is not known"),
-        ("<controller type='scsi' model='lsilogic'/>", "only model='virtio-scsi'"),
+        ("<controller type='scsi' model='buslogic'/>", "SCSI controllers are virtio-scsi, lsilogic"),
     ];
     for (devices, expected) in cases {
         let found = findings("q35", devices);
@@ -313,7 +313,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (network("<source/>"), "with a protocol"),
         (disk("<encryption format='qcow'><secret type='passphrase' usage='x'/></encryption>"), "format='luks'"),
         (disk("<encryption format='luks'/>"), "needs one <secret>"),
-        (disk("<encryption format='luks'><secret usage='../x'/></encryption>"), "can be a file's name"),
+        (disk("<encryption format='luks'><secret usage=''/></encryption>"), "makes a file's name"),
         (disk("<iotune><total_iops_sec>1</total_iops_sec><read_iops_sec>1</read_iops_sec></iotune>"), "not for both"),
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
@@ -499,7 +499,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         ("<blkiotune><weight>0</weight></blkiotune>".to_owned(), "a weight is 1 to 1000"),
         ("<cputune><cachetune vcpus='0'/></cputune>".to_owned(), "<cachetune>"),
         ("<iothreads>5000</iothreads>".to_owned(), "at most 4096"),
-        ("<vcpus><vcpu id='0' enabled='no'/></vcpus>".to_owned(), "the first 1 vCPUs"),
+        ("<vcpus><vcpu id='0' enabled='no'/></vcpus>".to_owned(), "vCPU 0 is always there"),
         ("<cpu><cache mode='passthrough'/></cpu>".to_owned(), "type='kvm' only"),
         ("<cpu><maxphysaddr mode='emulate'/></cpu>".to_owned(), "needs bits"),
         ("<cpu><model vendor_id='short'>qemu64</model></cpu>".to_owned(), "twelve ASCII characters"),

@@ -11,7 +11,9 @@ const HEAD: &str = "# What becomes of domain XML
 Every element and attribute of libvirt's domain format is known, stored and shown again. This page says what the **QEMU**
 driver does with each: it *acts*; or it is *kept*, and asks for nothing at start; or it is *refused* by `Start` and reported
 by `ValidateDomain`, by name and with the reason. `DefineDomain` stores all of it. What is not in the format is refused by
-`DefineDomain`, with line and column. The **test** driver stores all and acts on memory, vCPUs, title, description and
+`DefineDomain`, with line and column; so is what contradicts itself on any machine: values out of range, references to what
+is not there, lists that overlap, things that exclude each other (`service/model/domain/cross`; `tests/data/refused` shows
+what is said of each kind). The **test** driver stores all and acts on memory, vCPUs, title, description and
 `on_*`; it refuses raw hypervisor arguments.
 
 The page is generated from the lists in `drivers/qemu/check/table.rs` (`UPDATE=1 cargo test -p virt-drivers --test

@@ -8,8 +8,8 @@ use crate::verb;
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::DiskDevice;
-use virt_model::domain::DomainDef;
 use virt_model::domain::part::Part as _;
+use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::{self, Element, Finding, shorten};
 
 impl Domain {
@@ -28,8 +28,9 @@ impl Domain {
             }
             let (live, stored) = self.affected(&verb::UPDATE_DEVICE, affect)?;
             let before = live.clone();
-            let live = live.map(|def| self.with_medium(&def, &device)).transpose()?;
-            let mut stored = stored.map(|def| self.with_medium(&def, &device)).transpose()?;
+            let name = self.name();
+            let live = live.map(|def| with_medium(&name, &def, &device, true)).transpose()?;
+            let mut stored = stored.map(|def| with_medium(&name, &def, &device, false)).transpose()?;
             if let Some((stored, _)) = &mut stored {
                 self.driver.learn(stored).await;
                 let completed = self.driver.complete(stored).await;
@@ -63,45 +64,52 @@ impl Domain {
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell what lies in '{target}'");
         }
     }
-
-    /// The definition with another medium in a drive, and which drive that is.
-    fn with_medium(&self, def: &DomainDef, device: &Element) -> Result<(DomainDef, String)> {
-        let target = device.child("target").and_then(|target| target.attr("dev")).unwrap_or_default().to_owned();
-        let is_it = |disk: &&Disk| disk.target.dev == target;
-        let before = def.devices.disks.iter().find(is_it).ok_or_else(|| {
-            Error::NoSuchDevice(format!("domain '{}' has no disk '{}'", self.name(), shorten(&target)))
-        })?;
-        let refuse = |what: &str| {
-            let text = format!("domain '{}', disk '{target}': {what} while it is there", self.name());
-            Err(Error::OperationUnsupported(text))
-        };
-        if !matches!(before.device(), DiskDevice::Cdrom | DiskDevice::Floppy) {
-            return refuse("it is no drive whose medium can be changed");
-        }
-        let asked = asked(def, &target, device)?;
-        let mut after = before.clone();
-        after.kind = asked.kind;
-        after.source.clone_from(&asked.source);
-        after.backing.clone_from(&asked.backing);
-        if let Some(format) = asked.format().map(str::to_owned) {
-            after.driver.get_or_insert_default().format = Some(format);
-        }
-        if let Some(other) = first_not_in(&asked.write("disk"), &after.write("disk")) {
-            return refuse(&format!("only its medium can be changed, and {other} is not what it has"));
-        }
-        let mut def = def.clone();
-        def.devices.disks.iter_mut().filter(|disk| disk.target.dev == target).for_each(|disk| *disk = after.clone());
-        Ok((def, target))
-    }
 }
 
-/// The device as the document says it, held to the format and to what else the machine has.
-fn asked(def: &DomainDef, target: &str, device: &Element) -> Result<Disk> {
+/// The definition with another medium in a drive, and which drive that is. The device may be as `GetXML` shows it of what
+/// `runs` or of what is stored, whichever `def` is.
+fn with_medium(name: &str, def: &DomainDef, device: &Element, runs: bool) -> Result<(DomainDef, String)> {
+    let target = device.child("target").and_then(|target| target.attr("dev")).unwrap_or_default().to_owned();
+    let is_it = |disk: &&Disk| disk.target.dev == target;
+    let before = def
+        .devices
+        .disks
+        .iter()
+        .find(is_it)
+        .ok_or_else(|| Error::NoSuchDevice(format!("domain '{name}' has no disk '{}'", shorten(&target))))?;
+    let refuse = |what: &str| {
+        Err(Error::OperationUnsupported(format!("domain '{name}', disk '{target}': {what} while it is there")))
+    };
+    if !matches!(before.device(), DiskDevice::Cdrom | DiskDevice::Floppy) {
+        return refuse("it is no drive whose medium can be changed");
+    }
+    let asked = asked(def, &target, device, runs)?;
+    let mut after = before.clone();
+    after.kind = asked.kind;
+    after.source.clone_from(&asked.source);
+    after.backing.clone_from(&asked.backing);
+    if let Some(format) = asked.format().map(str::to_owned) {
+        after.driver.get_or_insert_default().format = Some(format);
+    }
+    if let Some(other) = first_not_in(&asked.write("disk"), &after.write("disk")) {
+        return refuse(&format!("only its medium can be changed, and {other} is not what it has"));
+    }
+    let mut def = def.clone();
+    def.devices.disks.iter_mut().filter(|disk| disk.target.dev == target).for_each(|disk| *disk = after.clone());
+    Ok((def, target))
+}
+
+/// The device as the document says it, held to the format and to what else the machine has. Whether the tray stands open is
+/// no part of that, nor is of a machine that is stored what only one that runs has.
+fn asked(def: &DomainDef, target: &str, device: &Element, runs: bool) -> Result<Disk> {
     let mut tree = def.tree();
     let devices = tree.elements_mut().filter(|element| element.name == "devices");
     for there in devices.flat_map(Element::elements_mut).filter(|element| element.name == "disk") {
         if there.child("target").and_then(|target| target.attr("dev")) == Some(target) {
             let mut new = device.clone();
+            new.elements_mut()
+                .filter(|element| element.name == "target")
+                .for_each(|target| _ = target.take_attr("tray"));
             // What it is called, and where it sits, stays; a document need not say it.
             for kept in ["alias", "address", "boot"] {
                 if new.child(kept).is_none()
@@ -115,6 +123,9 @@ fn asked(def: &DomainDef, target: &str, device: &Element) -> Result<Disk> {
     }
     let mut read = DomainDef::from_tree(tree).map_err(Error::ConfigInvalid)?;
     read.keep_hidden(&[def]).map_err(Error::ConfigInvalid)?;
+    if !runs {
+        read = read.in_form(Form { inactive: true, secure: true, migratable: false });
+    }
     let found = read.devices.disks.into_iter().find(|disk| disk.target.dev == target);
     found.ok_or_else(|| Error::ConfigInvalid(vec![Finding::invalid(&device.at, "the disk has no target")]))
 }
@@ -137,4 +148,48 @@ fn first_not_in(asked: &Element, there: &Element) -> Option<String> {
             [first, ..] => first.clone(),
         }
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn machine(drive: &str) -> DomainDef {
+        let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{drive}</devices></domain>");
+        let mut def = DomainDef::parse(&text).expect("a machine");
+        def.fill_defaults();
+        def
+    }
+
+    fn drive(more: &str, source: &str, tray: &str) -> String {
+        format!(
+            "<disk type='file' device='cdrom'><driver name='qemu' type='raw'/>{source}<backingStore/>\
+             <target dev='sda' bus='sata'{tray}/><readonly/>{more}\
+             <address type='drive' controller='0' bus='0' target='0' unit='0'/></disk>"
+        )
+    }
+
+    #[test]
+    fn x7_the_drive_as_it_is_shown_while_it_runs_is_the_stored_one() {
+        let alias = "<alias name='sata0-0-0'/>";
+        let (live, stored) = (machine(&drive(alias, "", "")), machine(&drive("", "", "")));
+        let shown = drive(alias, "<source file='/new.iso' index='3'/>", " tray='open'");
+        let device = xml::read(&shown, &[]).expect("a device");
+        for (def, runs) in [(&live, true), (&stored, false)] {
+            let (changed, target) = with_medium("d", def, &device, runs).expect("a change of the medium alone");
+            assert_eq!(target, "sda");
+            let disk = &changed.devices.disks[0];
+            assert_eq!(disk.path(), Some("/new.iso"));
+            assert_eq!(disk.info.alias(), def.devices.disks[0].info.alias());
+            assert_eq!(disk.target.tray, None);
+        }
+    }
+
+    #[test]
+    fn x7_a_drive_that_sits_elsewhere_is_another() {
+        let stored = machine(&drive("", "", ""));
+        let device = xml::read(&drive("", "", "").replace("unit='0'", "unit='1'"), &[]).expect("a device");
+        let error = with_medium("d", &stored, &device, false).expect_err("more than its medium would change");
+        assert!(error.to_string().contains("unit='1' of <address> is not what it has"), "{error}");
+    }
 }

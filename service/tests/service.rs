@@ -254,6 +254,20 @@ async fn a_guest_that_is_found_late_and_otherwise_than_it_was_is_told_to_have_ch
 }
 
 #[tokio::test]
+async fn x12_a_machine_that_is_off_is_halted_already() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let disk = "<devices><disk type='file'><driver name='qemu' type='qcow2'/>\
+                <source file='/images/web.qcow2'/><target dev='vda' bus='virtio'/></disk></devices>";
+    let domain = world.service.define(&world.alice(), &xml("web", disk), false).await.expect("defined");
+    let options = CreateOptions { halt: true, ..CreateOptions::default() };
+    let (name, ticket) = domain.create_snapshot(&world.alice(), "<domainsnapshot/>", options).await.unwrap();
+    ticket.done().await.unwrap();
+    assert!(name.is_some());
+    assert_eq!(domain.facts().state, DomainState::Shutoff);
+}
+
+#[tokio::test]
 async fn a_life_is_told_in_order_each_thing_once() {
     let folder = tempfile::tempdir().unwrap();
     let mut world = World::open(folder.path()).await;

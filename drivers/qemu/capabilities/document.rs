@@ -38,9 +38,9 @@ fn write_guest(out: &mut String, emulator: &Capabilities) {
     _ = writeln!(out, "  <guest>\n    <os_type>hvm</os_type>\n    <arch name='{}'>", escape(arch));
     _ = writeln!(out, "      <wordsize>{wordsize}</wordsize>");
     _ = writeln!(out, "      <emulator>{}</emulator>", escape(&emulator.binary.to_string_lossy()));
-    for machine in &emulator.machines {
-        write_machine(out, machine);
-    }
+    let mut machines: Vec<&Machine> = emulator.machines.iter().collect();
+    machines.sort_by_key(|machine| rank(machine));
+    machines.into_iter().for_each(|machine| write_machine(out, machine));
     out.push_str("      <domain type='qemu'/>\n");
     if emulator.kvm.is_ok() {
         out.push_str("      <domain type='kvm'/>\n");
@@ -48,6 +48,16 @@ fn write_guest(out: &mut String, emulator: &Capabilities) {
     out.push_str("    </arch>\n    <features>\n      <acpi default='on' toggle='yes'/>\n");
     out.push_str("      <apic default='on' toggle='no'/>\n      <cpuselection/>\n      <deviceboot/>\n");
     out.push_str("    </features>\n  </guest>\n\n");
+}
+
+/// Clients take the first machine: the newest `pc`, the newest `q35`, then other versions of these, then all else. Within
+/// each, the emulator's order stays.
+fn rank(machine: &Machine) -> usize {
+    let name = &*machine.name;
+    let aliases = ["pc", "q35"];
+    let newest = aliases.iter().position(|alias| name == *alias || machine.alias.as_deref() == Some(*alias));
+    let version = || ["pc-i440fx-", "pc-q35-"].iter().any(|family| name.starts_with(family));
+    newest.unwrap_or_else(|| aliases.len() + usize::from(!version()))
 }
 
 fn write_machine(out: &mut String, machine: &Machine) {
@@ -67,6 +77,27 @@ fn escape(text: &str) -> String {
 mod tests {
     use super::*;
     use std::path::Path;
+
+    #[test]
+    fn clients_that_take_the_first_machine_get_a_pc() {
+        let mut qemu = Capabilities::absent(Path::new("/usr/bin/qemu"), String::new());
+        (qemu.absent, qemu.arch) = (None, "x86_64".into());
+        let machine = |name: &str, alias: Option<&str>| {
+            let (name, alias) = (name.to_owned(), alias.map(str::to_owned));
+            Machine { name, alias, max_cpus: 1, is_default: false, deprecated: false }
+        };
+        qemu.machines = vec![
+            machine("isapc", None),
+            machine("pc-q35-7.1", None),
+            machine("pc-q35-7.2", Some("q35")),
+            machine("microvm", None),
+            machine("pc-i440fx-7.2", Some("pc")),
+        ];
+        let text = document(&Host::default(), &[&qemu]);
+        let names = text.split("</machine>").filter_map(|line| line.rsplit_once('>')).map(|(_, name)| name);
+        let names: Vec<_> = names.filter(|name| !name.trim().is_empty()).collect();
+        assert_eq!(names, ["pc-i440fx-7.2", "pc", "pc-q35-7.2", "q35", "pc-q35-7.1", "isapc", "microvm"]);
+    }
 
     #[test]
     fn names_the_guests_that_can_run() {

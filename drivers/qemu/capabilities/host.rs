@@ -15,6 +15,8 @@ pub struct Host {
     pub model_name: String,
     /// Logical CPUs.
     pub cpus: u32,
+    /// The numbers of those that could be used when this was read.
+    pub online: BTreeSet<u32>,
     /// Sockets, cores in each, threads in each core.
     pub topology: (u32, u32, u32),
     /// The kernel's names of CPU features.
@@ -42,6 +44,7 @@ impl Host {
             vendor: vendor.to_owned(),
             model_name: field("model name").to_owned(),
             cpus,
+            online: values(cpuinfo, "processor").filter_map(|number| number.parse().ok()).collect(),
             topology: (sockets, cores, (cpus / (sockets * cores)).max(1)),
             flags: field("flags").split_whitespace().map(str::to_owned).collect(),
         }
@@ -83,6 +86,7 @@ mod tests {
     fn reads_what_the_kernel_says() {
         let host = Host::parse(TWO);
         assert_eq!((host.vendor.as_str(), host.cpus, host.topology), ("Intel", 2, (1, 1, 2)));
+        assert_eq!(host.online, BTreeSet::from([0, 1]));
         assert!(host.virtualizes().is_ok());
     }
 

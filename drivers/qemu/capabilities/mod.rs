@@ -68,6 +68,9 @@ pub struct Capabilities {
     pub chardevs: BTreeSet<String>,
     /// CPU models for `-cpu`.
     pub cpus: Vec<String>,
+    /// CPU features for `-cpu`, and other settings of a CPU that are on or off; empty where the binary does not list them.
+    #[serde(default)]
+    pub cpu_features: BTreeSet<String>,
     /// QMP commands.
     pub commands: BTreeSet<String>,
     /// Groups of command line options, e.g. `sandbox`.
@@ -131,6 +134,7 @@ impl Capabilities {
             objects: BTreeSet::new(),
             chardevs: BTreeSet::new(),
             cpus: Vec::new(),
+            cpu_features: BTreeSet::new(),
             commands: BTreeSet::new(),
             options: BTreeSet::new(),
             audio: BTreeSet::new(),

@@ -62,6 +62,7 @@ async fn questions(session: &mut Session, binary: &Path) -> Result<Capabilities,
     caps.chardevs = names(&session.types("chardev").await?).iter().map(|n| n.replacen("chardev-", "", 1)).collect();
     caps.commands = names(&session.ask("query-commands", Value::Null).await?);
     caps.cpus = session.ask("query-cpu-definitions", Value::Null).await.map(|v| cpus(&v)).unwrap_or_default();
+    caps.cpu_features = session.features(&caps.arch).await;
     // After the lists of types: those load the modules that add option groups.
     let options = session.ask("query-command-line-options", Value::Null).await?;
     caps.options = items(&options).map(|o| text(&o["option"])).collect();
@@ -161,6 +162,13 @@ impl Session {
 
     async fn types(&mut self, implements: &str) -> Result<Value, String> {
         self.ask("qom-list-types", json!({"implements": implements, "abstract": false})).await
+    }
+
+    /// What a CPU has that is on or off. None where the binary has no CPU that says so.
+    async fn features(&mut self, arch: &str) -> BTreeSet<String> {
+        let answer = self.ask("qom-list-properties", json!({"typename": format!("max-{arch}-cpu")})).await;
+        let on_or_off = |property: &&Value| property["type"] == "bool";
+        answer.map(|list| items(&list).filter(on_or_off).map(|p| text(&p["name"])).collect()).unwrap_or_default()
     }
 
     async fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {

@@ -57,7 +57,11 @@ impl Check<'_> {
         for node in &tune.nodes {
             self.numa_mode(Some(node.mode), &node.at.attribute("mode"));
             let unknown = !cells.contains(&node.cell);
-            self.refuse_if(unknown, &node.at.attribute("cellid"), "the guest has no such NUMA cell");
+            self.refuse_if(
+                unknown,
+                &node.at.attribute("cellid"),
+                "the guest has no such NUMA cell: <cpu> with <numa> makes them",
+            );
         }
     }
 
@@ -109,7 +113,11 @@ impl Check<'_> {
         let cells = self.def.numa_cells().len() as u32;
         let node = device.target.node;
         let lost = node.is_some_and(|node| node >= cells.max(1));
-        self.refuse_if(lost, &device.target.at.child("node"), "the guest has no such NUMA cell");
+        self.refuse_if(
+            lost,
+            &device.target.at.child("node"),
+            "the guest has no such NUMA cell: <cpu> with <numa> makes them",
+        );
         let for_mem = device.target.block.is_some() || device.target.requested.is_some();
         let odd = for_mem && model != MemoryModel::VirtioMem;
         self.refuse_if(odd, &device.target.at, "<block> and <requested> are for model='virtio-mem'");

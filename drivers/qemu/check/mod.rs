@@ -2,6 +2,7 @@
 //!
 //! Two questions. `table`: is every element and attribute one that acts, or is known to be advisory? What is neither is
 //! refused by name, so nothing is dropped in silence. The other files: can what acts be had here, in this combination?
+//! What no host could have is the model's matter (`cross`), and reported with the rest.
 
 mod board;
 mod chardev;
@@ -23,7 +24,7 @@ pub use table::{Standing, standing};
 
 use super::capabilities::{Capabilities, End};
 use super::complete::Board;
-use virt_model::domain::DomainDef;
+use virt_model::domain::{DomainDef, add_findings};
 use virt_model::xml::{Finding, FindingKind, Place};
 
 /// Everything that keeps `def` from running as it says; warnings for what runs, but not quite so. Empty: QEMU would be
@@ -47,7 +48,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.board();
     check.host_devices();
     check.tpms();
-    check.log.sort_by_key(|finding| (finding.line, finding.column));
+    add_findings(&mut check.log, def.contradictions());
     check.log
 }
 

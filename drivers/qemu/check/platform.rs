@@ -1,11 +1,12 @@
 //! Accelerator, board, firmware, CPU, clock.
 
 use super::Check;
+use crate::qemu::command::{is_of_the_system, knows_feature};
 use crate::qemu::complete::Board;
 use crate::qemu::firmware;
 use virt_model::domain::LifecycleAction;
 use virt_model::domain::clock::{Clock, ClockOffset, TickPolicy, TimerName, TimerTrack};
-use virt_model::domain::cpu::{CpuMatch, CpuMode};
+use virt_model::domain::cpu::{CpuMatch, CpuMode, FeaturePolicy};
 use virt_model::domain::features::Smm;
 use virt_model::domain::memory::Placement;
 use virt_model::domain::os::LoaderKind;
@@ -159,11 +160,9 @@ impl Check<'_> {
             }
         }
         let strict = cpu.matching == Some(CpuMatch::Strict);
-        self.refuse_if(
-            strict,
-            &cpu.at.attribute("match"),
-            "match='strict' is not supported yet: the host CPU is not compared",
-        );
+        let how =
+            "the guest gets this CPU and no other, or does not start; what else the host's CPU has is not looked at";
+        self.warn_if(strict && self.kvm, &cpu.at.attribute("match"), how);
         if let Some(vendor) = &cpu.vendor {
             let host = &self.caps.host.vendor;
             if vendor != host && self.kvm {
@@ -173,7 +172,17 @@ impl Check<'_> {
         }
         for feature in &cpu.features {
             let word = feature.name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
-            self.refuse_if(!word || feature.name.is_empty(), &feature.at, "this is not the name of a CPU feature");
+            let odd = !word || feature.name.is_empty();
+            self.refuse_if(odd, &feature.at, "this is not the name of a CPU feature");
+            let wanted = matches!(feature.policy, None | Some(FeaturePolicy::Require | FeaturePolicy::Force));
+            let own = is_of_the_system(&feature.name);
+            let how = "the guest's system turns it on by itself: it is left out";
+            self.warn_if(own && wanted, &feature.at, how);
+            if wanted && !own && !odd && !knows_feature(self.caps, &feature.name) {
+                let binary = self.caps.binary.display();
+                let remedy = "leave it out, or say policy='optional' or 'disable'";
+                self.refuse(&feature.at, format!("{binary} has no CPU feature '{}': {remedy}", feature.name));
+            }
         }
     }
 

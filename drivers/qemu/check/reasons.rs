@@ -251,7 +251,10 @@ const REASONS: &[(&str, &[&str])] = &[
         "QEMU does not configure the host",
         &["devices/interface/ip/@peer", "devices/interface/source/ip", "devices/interface/source/route"],
     ),
-    ("is said as the text of <nvram>: the file's path", &["os/nvram/@type", "os/nvram/source"]),
+    (
+        "is supported with type='file' and <source file='…'/>, which is the same as the path as text",
+        &["os/nvram/@type", "os/nvram/source"],
+    ),
     (
         "is for IOMMUs of other models than 'intel' and 'virtio', which are not supported",
         &[
@@ -302,6 +305,7 @@ const REASONS: &[(&str, &[&str])] = &[
     ),
     ("devices are changed by <qemu:commandline>: -set, or -global", &["qemu:override"]),
     ("is not supported: what is deprecated is in QEMU's log", &["qemu:deprecation"]),
+    ("whom a guest runs as is decided for all guests alike; labels of other models than 'dac' are kept", &["seclabel"]),
 ];
 
 /// The same for what every device can have, by the way from the device.
@@ -317,7 +321,10 @@ const OF_DEVICES: &[(&str, &str)] = &[
     ("source/clipboard", "is for <channel type='qemu-vdagent'>"),
     ("source/mouse", "is for <channel type='qemu-vdagent'>"),
     ("source/@tlsFromConfig", "is of another host's configuration: tls='yes' says it here"),
-    ("source/seclabel", "is not supported: whose files a guest gets is decided for all of its files alike"),
+    (
+        "source/seclabel",
+        "whose files a guest gets is decided for all of its files alike; labels of other models than 'dac' are kept",
+    ),
     ("rom/loadfile", "is no word of QEMU's"),
 ];
 

@@ -11,6 +11,9 @@ use virt_model::device::source::{
 };
 use virt_model::xml::Place;
 
+/// The longest name of a file.
+const LONGEST_NAME: usize = 255;
+
 impl Check<'_> {
     /// A source on a server.
     pub(super) fn server(&mut self, source: &DiskSource) {
@@ -104,8 +107,8 @@ impl Check<'_> {
 
     fn secret(&mut self, secret: &SecretRef) {
         let name = secret_name(secret);
-        let odd = name.as_ref().is_some_and(|name| name.is_empty() || name.starts_with('.') || name.contains('/'));
-        let how = "a secret is named by its uuid or by a usage that can be a file's name";
+        let odd = name.as_ref().is_some_and(|name| name.is_empty() || name.len() > LONGEST_NAME);
+        let how = "a secret is named by its uuid, or by a usage that makes a file's name of at most 255 bytes";
         self.refuse_if(name.is_none() || odd, &secret.at, how);
         let both = secret.uuid.is_some() && secret.usage.is_some();
         self.refuse_if(both, &secret.at, "a secret is named by its uuid or by its usage, not by both");

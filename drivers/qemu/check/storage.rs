@@ -1,7 +1,7 @@
 //! Disks and the controllers they sit on.
 
 use super::Check;
-use crate::qemu::command::{disk_device, known_format, usb_device, wwn};
+use crate::qemu::command::{disk_device, known_format, scsi_device, usb_device, wwn};
 use crate::qemu::complete::Board;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, StartupPolicy};
@@ -248,11 +248,16 @@ impl Check<'_> {
             ControllerKind::Scsi => {
                 use ControllerModel::{VirtioNonTransitional, VirtioScsi, VirtioTransitional};
                 let virtio = matches!(model, Some(VirtioScsi | VirtioTransitional | VirtioNonTransitional));
-                self.refuse_if(
-                    !virtio,
-                    &place.attribute("model"),
-                    "of SCSI controllers only model='virtio-scsi' is supported yet",
-                );
+                match scsi_device(model) {
+                    Some(device) => self.need_device(place, device),
+                    None => {
+                        let how = "SCSI controllers are virtio-scsi, lsilogic, lsisas1068, lsisas1078, vmpvscsi, dc390, am53c974";
+                        self.refuse_if(!virtio, &place.attribute("model"), how);
+                    }
+                }
+                if let Some(driver) = controller.driver.as_ref().filter(|_| !virtio) {
+                    self.refuse(&driver.at, "<driver> is for model='virtio-scsi': leave it out");
+                }
             }
             ControllerKind::Ide => {
                 let there = self.board == Board::I440fx && controller.index() == 0;
@@ -293,13 +298,20 @@ impl Check<'_> {
     }
 
     fn bridge(&mut self, controller: &Controller) {
-        use ControllerModel::{PciBridge, PciRoot, PcieRoot, PcieRootPort, PcieToPciBridge};
+        use ControllerModel::{
+            DmiToPciBridge, PciBridge, PciRoot, PcieRoot, PcieRootPort, PcieSwitchDownstreamPort,
+            PcieSwitchUpstreamPort, PcieToPciBridge,
+        };
+        let express = self.board == Board::Q35;
         let root = if self.board == Board::Q35 { PcieRoot } else { PciRoot };
         let known: &[&str] = match controller.model {
             Some(model) if model == root && controller.index() == 0 => return,
             Some(PcieRootPort) => &["pcie-root-port", "ioh3420"],
             Some(PcieToPciBridge) => &["pcie-pci-bridge"],
             Some(PciBridge) => &["pci-bridge"],
+            Some(DmiToPciBridge) if express => &["i82801b11-bridge"],
+            Some(PcieSwitchUpstreamPort) if express => &["x3130-upstream"],
+            Some(PcieSwitchDownstreamPort) if express => &["xio3130-downstream"],
             Some(model) => {
                 let message =
                     format!("a PCI controller '{model}' with this index is not supported on this machine yet");
@@ -315,6 +327,14 @@ impl Check<'_> {
         let reserves = controller.target.as_ref().filter(|target| target.mem_reserve_kib.is_some());
         if let Some(target) = reserves.filter(|_| controller.model != Some(PcieRootPort)) {
             self.refuse(&target.at.attribute("memReserve"), "only a pcie-root-port keeps memory for what is plugged");
+        }
+        if controller.model == Some(PcieSwitchDownstreamPort) {
+            let on = controller.info.pci().map(|pci| u32::from(pci.bus));
+            let switch = |c: &&Controller| Some(c.index()) == on && c.model == Some(PcieSwitchUpstreamPort);
+            let there =
+                self.def.devices.controllers.iter().filter(|c| c.kind == ControllerKind::Pci).any(|c| switch(&c));
+            let how = "a downstream port is plugged into a pcie-switch-upstream-port: add one with a lower index";
+            self.refuse_if(!there, &controller.at, how);
         }
         let own = controller.info.pci().is_some_and(|pci| u32::from(pci.bus) == controller.index());
         let index = controller.index();

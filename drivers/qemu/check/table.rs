@@ -473,12 +473,12 @@ fn look(check: &mut Check, element: &Element, path: &str, place: &Place) {
     }
     for child in element.elements() {
         let child_path = join(path, &child.name);
-        let known = [&child.at, &child.origin].into_iter().find(|at| at.is_known());
-        let at = known.cloned().unwrap_or_else(|| place.child(&child.name));
+        let at = child.place_below(place);
         match standing(&child_path) {
             Standing::Acts => look(check, child, &child_path, &at),
             Standing::Kept(_) => {}
             Standing::Refused(_) if is_what_we_do(child) => {}
+            Standing::Refused(_) if is_foreign_label(child) => check.warn_if(true, &at, FOREIGN_LABEL),
             Standing::Refused(reason) => check.refuse(&at, sentence(&format!("<{}>", child.name), reason)),
         }
     }
@@ -488,6 +488,14 @@ fn look(check: &mut Check, element: &Element, path: &str, place: &Place) {
 fn sentence(subject: &str, reason: &str) -> String {
     let colon = if reason.starts_with("is ") { "" } else { ":" };
     format!("{subject}{colon} {reason}")
+}
+
+/// What is said of labels that no program here sets.
+const FOREIGN_LABEL: &str = "labels of this security driver are kept for hosts that have it, and not set here";
+
+/// Whether it is a label for a driver other than the one that says whom a guest runs as.
+fn is_foreign_label(element: &Element) -> bool {
+    element.name == "seclabel" && element.attr("model").is_none_or(|model| model != "dac")
 }
 
 /// Elements that libvirt writes of itself and that ask for no more than what is done anyway.

@@ -1,13 +1,16 @@
 //! What a guest may use of the host.
 
 use super::Check;
+use std::collections::BTreeSet;
 use virt_model::domain::tune::{Cputune, Policy};
+use virt_model::domain::value::{CpuSet, Value};
 use virt_model::xml::Place;
 
 impl Check<'_> {
     pub(super) fn tuning(&mut self) {
         let def = self.def;
         def.cputune.iter().for_each(|tune| self.cpu_tuning(tune));
+        self.host_cpus();
         if let Some(tune) = &def.memtune {
             let (hard, swap) = (tune.hard, tune.swap_hard);
             let less = swap.is_some_and(|swap| hard.is_none_or(|hard| swap < hard));
@@ -51,17 +54,43 @@ impl Check<'_> {
         }
         for pin in &tune.vcpus {
             let lost = pin.vcpu >= self.def.maximum_vcpus();
-            self.refuse_if(lost, &pin.at.attribute("vcpu"), "the guest has no such vCPU");
+            self.refuse_if(
+                lost,
+                &pin.at.attribute("vcpu"),
+                &format!("the guest has no such vCPU, only {}", self.def.maximum_vcpus()),
+            );
         }
         let threads = self.def.iothread_numbers();
         for pin in &tune.iothreads {
             let lost = !threads.contains(&pin.iothread);
-            self.refuse_if(lost, &pin.at.attribute("iothread"), "the guest has no such I/O thread");
+            self.refuse_if(
+                lost,
+                &pin.at.attribute("iothread"),
+                "there is no such I/O thread: <iothreads> or <iothreadids> make them",
+            );
         }
         let vcpus = tune.vcpu_scheduling.iter().map(|s| (s.policy, s.priority, &s.at));
         let io = tune.iothread_scheduling.iter().map(|s| (s.policy, s.priority, &s.at));
         let emulator = tune.emulator_scheduling.iter().map(|s| (s.policy, s.priority, &s.at));
         vcpus.chain(io).chain(emulator).for_each(|(policy, priority, at)| self.scheduling(policy, priority, at));
+    }
+
+    /// CPUs may come and go while virtd runs, so this is told beforehand and decided at the start.
+    fn host_cpus(&mut self) {
+        let (def, online) = (self.def, &self.caps.host.online);
+        let all = def.vcpu.iter().filter_map(|vcpu| Some((vcpu.cpus.as_ref()?, &vcpu.at)));
+        let tune = def.cputune.as_ref();
+        let vcpus = tune.iter().flat_map(|tune| &tune.vcpus).map(|pin| (&pin.cpus, &pin.at));
+        let threads = tune.iter().flat_map(|tune| &tune.iothreads).map(|pin| (&pin.cpus, &pin.at));
+        let emulator = tune.and_then(|tune| tune.emulator.as_ref()).map(|pin| (&pin.cpus, &pin.at));
+        for (set, place) in all.chain(vcpus).chain(threads).chain(emulator) {
+            let lost: BTreeSet<u32> = set.0.difference(online).copied().collect();
+            if !online.is_empty() && !lost.is_empty() {
+                let (lost, there) = (CpuSet(lost).to_text(), CpuSet(online.clone()).to_text());
+                let how = format!("this host has no CPU {lost}, only {there}: the guest does not start until it has");
+                self.warn_if(true, &place.attribute("cpuset"), &how);
+            }
+        }
     }
 
     fn scheduling(&mut self, policy: Policy, priority: Option<i32>, place: &Place) {

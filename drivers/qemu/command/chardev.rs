@@ -16,7 +16,7 @@ impl Builder<'_> {
             self.args.device(props);
         }
         for parallel in &def.devices.parallels {
-            let chardev = self.back_end(&parallel.source, id(&parallel.info), None);
+            let chardev = self.back_end_as(&parallel.source, id(&parallel.info), None, "parallel");
             let port = parallel.target.as_ref().and_then(|target| target.port);
             let props = Props::device("isa-parallel").set("chardev", chardev).set("id", id(&parallel.info));
             self.args.device(props.maybe("index", port));
@@ -91,13 +91,18 @@ impl Builder<'_> {
 
     /// The host's side; gives its name. `spice_name`: what SPICE clients call such a device.
     pub(super) fn back_end(&mut self, source: &CharSource, device: &str, spice_name: Option<&str>) -> String {
+        self.back_end_as(source, device, spice_name, "serial")
+    }
+
+    /// The same; a device of the host's is opened as one of that kind.
+    fn back_end_as(&mut self, source: &CharSource, device: &str, spice_name: Option<&str>, port: &str) -> String {
         let name = format!("char{device}");
         let start = |kind: &str| list(kind).set("id", &name);
         let path = source.path().unwrap_or_default();
         let channel = source.sources.iter().find_map(|s| s.channel.as_deref());
         let back_end = match source.kind {
             CharKind::Null => start("null"),
-            CharKind::Dev => start("serial").set("path", path),
+            CharKind::Dev => start(port).set("path", path),
             CharKind::Pipe => start("pipe").set("path", path),
             CharKind::File => {
                 let append = source.sources.iter().find_map(|s| s.append);

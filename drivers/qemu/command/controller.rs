@@ -4,7 +4,8 @@ use super::args::Props;
 use super::{Builder, id, virtio};
 use crate::qemu::complete::Board;
 use virt_model::device::controller::ControllerModel;
-use virt_model::device::{Controller, ControllerKind};
+use virt_model::device::disk::DiskDevice;
+use virt_model::device::{AddressKind, Controller, ControllerKind, Disk};
 
 impl Builder<'_> {
     pub(super) fn controllers(&mut self) {
@@ -13,6 +14,11 @@ impl Builder<'_> {
         let others = def.devices.controllers.iter().filter(|c| c.kind != ControllerKind::Pci);
         // Each after what it is plugged into: companions after their master, card readers after USB.
         let mut others: Vec<_> = others.collect();
+        if self.board == Board::I440fx {
+            for (drive, order) in self.floppy_turns() {
+                self.args.pair("-global", format!("isa-fdc.bootindex{drive}={order}"));
+            }
+        }
         others.sort_by_key(|c| (c.kind == ControllerKind::Ccid, c.master.is_some()));
         for controller in others {
             if let Some(props) = self.controller_device(controller) {
@@ -62,11 +68,22 @@ impl Builder<'_> {
                 return Some(props.extend(self.usb(&controller.info)));
             }
             ControllerKind::Usb => return self.usb_controller(controller),
-            ControllerKind::Scsi => format!("virtio-scsi-pci{}", generation(controller)),
+            ControllerKind::Scsi => match scsi_device(controller.model) {
+                Some(device) => {
+                    return Some(
+                        Props::device(device).set("id", id(&controller.info)).extend(self.pci(&controller.info)),
+                    );
+                }
+                None => format!("virtio-scsi-pci{}", generation(controller)),
+            },
             ControllerKind::VirtioSerial => format!("virtio-serial-pci{}", generation(controller)),
             ControllerKind::Sata if self.board == Board::Q35 && controller.index() == 0 => return None,
             ControllerKind::Sata => "ich9-ahci".to_owned(),
-            ControllerKind::Fdc if self.board == Board::Q35 => "isa-fdc".to_owned(),
+            ControllerKind::Fdc if self.board == Board::Q35 => {
+                let props = Props::device("isa-fdc").set("id", id(&controller.info));
+                let turns = self.floppy_turns().into_iter();
+                return Some(turns.fold(props, |props, (drive, order)| props.set(&format!("bootindex{drive}"), order)));
+            }
             _ => return None,
         };
         let driver = controller.driver.as_ref();
@@ -82,6 +99,17 @@ impl Builder<'_> {
             .maybe("num_queues", driver.and_then(|d| d.queues))
             .extend(driver.map(|d| virtio(&d.virtio)).unwrap_or_default());
         Some(props.extend(self.pci(&controller.info)))
+    }
+
+    /// When each floppy drive is tried, by its letter.
+    fn floppy_turns(&self) -> Vec<(char, u32)> {
+        let floppies = self.def.devices.disks.iter().filter(|disk| disk.device() == DiskDevice::Floppy);
+        let letter = |unit: u32| if unit == 0 { 'A' } else { 'B' };
+        let turn = |disk: &Disk| match disk.info.address.as_ref()?.kind {
+            AddressKind::Drive(drive) => Some((letter(drive.unit), self.boot_index(&disk.info)?)),
+            _ => None,
+        };
+        floppies.filter_map(turn).collect()
     }
 
     fn usb_controller(&self, controller: &Controller) -> Option<Props> {
@@ -112,6 +140,19 @@ pub fn usb_device(model: ControllerModel) -> Option<&'static str> {
         ControllerModel::Ich9Uhci2 => "ich9-usb-uhci2",
         ControllerModel::Ich9Uhci3 => "ich9-usb-uhci3",
         ControllerModel::PciOhci => "pci-ohci",
+        _ => return None,
+    })
+}
+
+/// What QEMU calls a SCSI controller that is not virtio's.
+pub fn scsi_device(model: Option<ControllerModel>) -> Option<&'static str> {
+    Some(match model? {
+        ControllerModel::Lsilogic => "lsi53c895a",
+        ControllerModel::Lsisas1068 => "mptsas1068",
+        ControllerModel::Lsisas1078 => "megasas",
+        ControllerModel::Vmpvscsi => "pvscsi",
+        ControllerModel::Dc390 => "dc390",
+        ControllerModel::Am53c974 => "am53c974",
         _ => return None,
     })
 }

@@ -2,19 +2,24 @@
 
 use super::Builder;
 use super::args::{List, on_off};
+use crate::qemu::capabilities::Capabilities;
 use virt_model::device::board::PanicModel;
 use virt_model::domain::clock::TimerName;
-use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuMode, FeaturePolicy, WidthMode};
+use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuMatch, CpuMode, FeaturePolicy, WidthMode};
 use virt_model::domain::features::{Hyperv, HypervMode, State};
 
 impl Builder<'_> {
     pub(super) fn cpu(&mut self) {
         let mut list = self.model();
-        let full = self.def.cpu.as_ref().is_some_and(|cpu| cpu.check == Some(CpuCheck::Full));
+        let exact = |cpu: &Cpu| cpu.check == Some(CpuCheck::Full) || cpu.matching == Some(CpuMatch::Strict);
+        let full = self.def.cpu.as_ref().is_some_and(exact);
         let features = self.def.cpu.iter().flat_map(|cpu| &cpu.features);
-        for feature in features {
+        for feature in features.filter(|feature| !is_of_the_system(&feature.name)) {
+            let known = knows_feature(self.caps, &feature.name);
             let wanted = match feature.policy.unwrap_or(FeaturePolicy::Require) {
                 FeaturePolicy::Require | FeaturePolicy::Force => true,
+                // What QEMU does not know it does not show.
+                _ if !known => continue,
                 FeaturePolicy::Disable | FeaturePolicy::Forbid => false,
                 // Asked for, and QEMU leaves it out where it cannot be had; but not when all must be had.
                 FeaturePolicy::Optional if full => continue,
@@ -133,6 +138,16 @@ fn enlightenments(hyperv: &Hyperv, list: List) -> List {
     let list = list.maybe("hv-stimer", stimer.map(|_| "on")).maybe("hv-stimer-direct", direct.then_some("on"));
     let vendor = hyperv.vendor_id.as_ref().filter(|v| v.state != Some(false));
     list.maybe("hv-vendor-id", vendor.and_then(|v| v.value.as_deref()))
+}
+
+/// Whether it shows what the guest's system has turned on, so that nobody can ask for it.
+pub fn is_of_the_system(feature: &str) -> bool {
+    matches!(feature, "osxsave" | "ospke")
+}
+
+/// Whether this QEMU has such a feature, as far as it tells.
+pub fn knows_feature(caps: &Capabilities, feature: &str) -> bool {
+    caps.cpu_features.is_empty() || caps.cpu_features.contains(&qemu_name(feature))
 }
 
 /// Names of features for which QEMU has its own word.

@@ -14,6 +14,7 @@ use crate::qemu::capabilities::Capabilities;
 use crate::qemu::complete::Board;
 use serde_json::{Value, json};
 use virt_model::device::address::DriveAddress;
+use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{
     BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind, Iotune,
 };
@@ -151,7 +152,9 @@ impl Builder<'_> {
             .maybe("share-rw", disk.shareable.then_some(true))
             .maybe("drive", node)
             .set("id", id(&disk.info));
-        let props = turn(props, self.boot_index(&disk.info))
+        // A floppy's turn is said by its controller.
+        let order = self.boot_index(&disk.info).filter(|_| disk.device() != DiskDevice::Floppy);
+        let props = turn(props, order)
             .maybe("write-cache", write_cache(driver).filter(|_| hard))
             .maybe("serial", disk.serial.as_deref())
             .maybe("vendor", disk.vendor.as_deref())
@@ -191,6 +194,10 @@ impl Builder<'_> {
         match disk.target.bus {
             Some(DiskBus::Scsi) => {
                 let place = Props::new("bus", format!("{}.0", alias(ControllerKind::Scsi))).set("channel", bus);
+                // Most of what is not virtio's has one disk at each target: there a unit is a target.
+                let model = self.controller(ControllerKind::Scsi, controller).and_then(|c| c.model);
+                let flat = super::scsi_device(model).is_some() && model != Some(ControllerModel::Lsisas1078);
+                let (target, unit) = if flat { (target.max(unit), 0) } else { (target, unit) };
                 let place = place.set("scsi-id", target).set("lun", unit);
                 place.set("device_id", format!("drive-{}", id(&disk.info)))
             }

@@ -46,7 +46,9 @@ impl Builder<'_> {
             _ => format!("{}:{}", host(graphics), graphics.port.unwrap_or(5900).saturating_sub(5900)),
         };
         let password = graphics.passwd.is_some().then_some("on");
-        let vnc = list(&address)
+        // A bare word with a '=' in it would be a setting.
+        let vnc = if address.contains('=') { List::default().set("vnc", &address) } else { list(&address) };
+        let vnc = vnc
             .maybe("websocket", graphics.websocket)
             .maybe("password", password)
             .maybe("power-control", graphics.power_control.map(on_off))

@@ -30,7 +30,17 @@ pub enum SecretContent {
 
 /// The name under which a secret is kept.
 pub fn secret_name(reference: &SecretRef) -> Option<String> {
-    reference.uuid.map(|uuid| uuid.to_string()).or_else(|| reference.usage.clone())
+    reference.uuid.map(|uuid| uuid.to_string()).or_else(|| reference.usage.as_deref().map(file_name))
+}
+
+/// A usage as a file's name: what such a name cannot hold stands in it as `%` and two hexadecimal digits.
+fn file_name(usage: &str) -> String {
+    let plain = |(n, c): (usize, char)| !(c.is_control() || matches!(c, '/' | '%') || n == 0 && c == '.');
+    let spell = |(n, c): (usize, char)| match plain((n, c)) {
+        true => c.to_string(),
+        false => c.to_string().bytes().map(|byte| format!("%{byte:02X}")).collect(),
+    };
+    usage.chars().enumerate().map(spell).collect()
 }
 
 impl Builder<'_> {

@@ -201,7 +201,7 @@ fn another(ports: &mut BTreeMap<u32, u32>, added: &mut Vec<Controller>, board: B
     let index = ports.keys().max()?.checked_add(1).filter(|n| *n < MANY)?;
     let model = if board == Board::Q35 { ControllerModel::QemuXhci } else { ControllerModel::Piix3Uhci };
     let controller = Controller::new(ControllerKind::Usb, index, Some(model));
-    ports.insert(index, port_count(&controller));
+    ports.insert(index, controller.usb_ports());
     added.push(controller);
     Some((index, "1".to_owned()))
 }
@@ -210,20 +210,10 @@ fn usb_ports(controllers: &[Controller]) -> BTreeMap<u32, u32> {
     let usb = controllers.iter().filter(|c| c.kind == ControllerKind::Usb && c.model != Some(ControllerModel::None));
     let mut ports = BTreeMap::new();
     for controller in usb.filter(|c| !is_companion(c) || c.master.is_none()) {
-        let count = port_count(controller);
+        let count = controller.usb_ports();
         ports.entry(controller.index()).and_modify(|known: &mut u32| *known = count.max(*known)).or_insert(count);
     }
     ports
-}
-
-/// Ports that QEMU gives a controller.
-pub fn port_count(controller: &Controller) -> u32 {
-    match controller.model {
-        Some(ControllerModel::QemuXhci | ControllerModel::NecXhci) => controller.ports.unwrap_or(4),
-        Some(ControllerModel::Ich9Ehci1 | ControllerModel::Ehci) => 6,
-        Some(ControllerModel::PciOhci) => 3,
-        _ => 2,
-    }
 }
 
 /// Gives memory devices their slots.

@@ -4,11 +4,16 @@ use super::super::capabilities::Capabilities;
 use virt_model::device::chardev::{SerialKind, SerialModel};
 use virt_model::device::display::{GraphicsKind, VideoKind, VideoModel};
 use virt_model::device::interface::{InterfaceKind, InterfaceModel};
+use virt_model::device::memory::MemoryModel;
 use virt_model::device::misc::{BalloonModel, InputBus, InputKind, TpmKind, TpmModel, TpmVersion, WatchdogAction};
 use virt_model::device::sound::AudioKind;
 use virt_model::device::{Audio, Input, Interface, Memballoon, Tpm, Video};
 use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMatch, CpuMode, CpuModel, Fallback};
+use virt_model::domain::value::Kib;
+
+/// Memory comes in whole MiB.
+const MIB_IN_KIB: u64 = 1024;
 
 /// The emulator, the architecture, and the board by its versioned name.
 pub fn machine(def: &mut DomainDef, caps: &Capabilities) {
@@ -29,6 +34,7 @@ pub fn machine(def: &mut DomainDef, caps: &Capabilities) {
 
 /// Devices and settings that need no place on a bus.
 pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
+    round_memory(def);
     def.fill_defaults();
     name_the_cpu(def.cpu.get_or_insert_default());
     for disk in &mut def.devices.disks {
@@ -53,9 +59,36 @@ pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
         let kind = if spice { AudioKind::Spice } else { AudioKind::None };
         def.devices.audios.push(Audio { id: 1, kind, ..Audio::default() });
     }
+    // Where libvirt's QEMU finds itself, and so where it puts what has no path.
+    let files = def.devices.audios.iter_mut().filter(|audio| audio.kind == AudioKind::File);
+    for path in files.filter_map(|audio| audio.path.as_mut()).filter(|path| !path.starts_with('/')) {
+        path.insert(0, '/');
+    }
     def.devices.tpms.iter_mut().for_each(name_the_tpm);
     def.devices.watchdogs.iter_mut().for_each(|w| _ = w.action.get_or_insert(WatchdogAction::Reset));
     def.devices.memballoon.get_or_insert_with(|| Memballoon { model: BalloonModel::Virtio, ..Memballoon::default() });
+}
+
+/// QEMU takes no memory that ends within a page of its own. All of it is rounded up to MiB, as libvirt does; that of which
+/// the host has a file is as long as the file.
+fn round_memory(def: &mut DomainDef) {
+    let up = |size: &mut Kib| size.0 = size.0.div_ceil(MIB_IN_KIB).saturating_mul(MIB_IN_KIB);
+    let cells = def.numa_cells().iter().map(|cell| cell.memory.0.0).fold(0, u64::saturating_add);
+    let (given, devices) = (def.memory_kib(), def.memory_devices_kib());
+    let all = if cells > 0 { cells.saturating_add(devices) } else { given };
+    def.current_memory = def.current_memory.filter(|current| current.0 < all);
+    for cell in def.cpu.iter_mut().filter_map(|cpu| cpu.numa.as_mut()).flat_map(|numa| &mut numa.cells) {
+        up(&mut cell.memory.0);
+    }
+    let dimms = def.devices.memories.iter_mut().filter(|device| device.model == MemoryModel::Dimm);
+    dimms.for_each(|device| up(&mut device.target.size));
+    def.max_memory.iter_mut().for_each(|most| up(&mut most.size));
+    let plugged = def.memory_devices_kib();
+    if let Some(memory) = def.memory.as_mut().filter(|memory| memory.size.0 > 0) {
+        let mut first = Kib(given.saturating_sub(devices));
+        up(&mut first);
+        memory.size = Kib(first.0.saturating_add(plugged));
+    }
 }
 
 fn name_the_cpu(cpu: &mut Cpu) {

@@ -19,7 +19,8 @@ pub use live::{Chosen, go_live};
 use super::capabilities::Capabilities;
 use super::firmware;
 use virt_model::domain::DomainDef;
-use virt_model::xml::Finding;
+use virt_model::domain::os::Nvram;
+use virt_model::xml::{Finding, FindingKind};
 
 /// The boards whose devices we know how to lay out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,6 +55,7 @@ impl Board {
 pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Finding>> {
     let mut log = Vec::new();
     defaults::machine(def, caps);
+    def.os.nvram.iter_mut().for_each(Nvram::say_path_as_text);
     firmware::choose(def, &caps.firmware);
     let board = Board::of(def);
     if board != Board::Other {
@@ -74,6 +76,7 @@ pub fn complete(def: &mut DomainDef, caps: &Capabilities) -> Result<(), Vec<Find
     // What was chosen may not go with what was said.
     if log.is_empty() {
         log = def.contradictions();
+        log.retain(|finding| finding.kind == FindingKind::Invalid);
     }
     if log.is_empty() { Ok(()) } else { Err(log) }
 }

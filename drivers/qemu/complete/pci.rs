@@ -10,7 +10,7 @@
 
 use super::Board;
 use super::controllers::is_companion;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use virt_model::device::controller::{ControllerModel, HexByte, PciModel, PciTarget};
 use virt_model::device::{Address, AddressKind, Controller, ControllerKind, PciAddress};
 use virt_model::domain::DomainDef;
@@ -42,6 +42,22 @@ pub fn assign(def: &mut DomainDef, board: Board, log: &mut Vec<Finding>) {
     }
     def.devices.controllers.append(&mut layout.added);
     def.devices.controllers.iter_mut().for_each(describe_bridge);
+    say_multifunction(def);
+}
+
+/// Where a slot has further functions, its first one says so, or the guest does not look for them.
+fn say_multifunction(def: &mut DomainDef) {
+    let all = def.devices.infos().into_iter().filter_map(|(info, _)| info.pci().copied());
+    let shared: BTreeSet<(u16, u8, u8)> =
+        all.filter(|pci| pci.function > 0).map(|pci| (pci.domain, pci.bus, pci.slot)).collect();
+    for info in def.devices.infos_mut() {
+        if let Some(AddressKind::Pci(Some(pci))) = info.address.as_mut().map(|address| &mut address.kind)
+            && pci.function == 0
+            && shared.contains(&(pci.domain, pci.bus, pci.slot))
+        {
+            pci.multifunction.get_or_insert(true);
+        }
+    }
 }
 
 /// What a bus takes.
@@ -53,14 +69,19 @@ enum Bus {
     Port,
     /// 31 devices, not PCI Express.
     Conventional,
+    /// Of a switch: its downstream ports.
+    Switch,
     /// Of a kind for which nothing is chosen.
     Other,
 }
 
 impl Bus {
     fn of(model: Option<ControllerModel>) -> Bus {
-        use ControllerModel::{DmiToPciBridge, PciBridge, PcieRootPort, PcieSwitchDownstreamPort, PcieToPciBridge};
+        use ControllerModel::{
+            DmiToPciBridge, PciBridge, PcieRootPort, PcieSwitchDownstreamPort, PcieSwitchUpstreamPort, PcieToPciBridge,
+        };
         match model {
+            Some(PcieSwitchUpstreamPort) => Bus::Switch,
             Some(ControllerModel::PciRoot) => Bus::PciRoot,
             Some(ControllerModel::PcieRoot) => Bus::PcieRoot,
             Some(PcieRootPort | PcieSwitchDownstreamPort) => Bus::Port,
@@ -72,7 +93,7 @@ impl Bus {
     fn has_slot(self, slot: u8) -> bool {
         match self {
             Bus::Port => slot == 0,
-            Bus::Other => slot <= 31,
+            Bus::Switch | Bus::Other => slot <= 31,
             _ => (1..=31).contains(&slot),
         }
     }
@@ -229,6 +250,9 @@ impl Layout {
                 Some(ControllerModel::PcieRootPort) if self.board == Board::Q35 => self.port_place(),
                 Some(ControllerModel::PcieToPciBridge) if self.board == Board::Q35 => self.express(),
                 Some(ControllerModel::PciBridge) => self.conventional(),
+                Some(ControllerModel::DmiToPciBridge) if self.board == Board::Q35 => self.on_root(),
+                Some(ControllerModel::PcieSwitchUpstreamPort) if self.board == Board::Q35 => self.express(),
+                Some(ControllerModel::PcieSwitchDownstreamPort) if self.board == Board::Q35 => self.on_switch(),
                 // Others are refused by `check`, and placed when they are supported.
                 _ => continue,
             };
@@ -267,6 +291,15 @@ impl Layout {
         let bus = free.or_else(|| self.new_root_port())?;
         self.take(bus, 0, 0xff);
         Some(address(bus, 0, 0, false))
+    }
+
+    /// A slot of a switch.
+    fn on_switch(&mut self) -> Option<Address> {
+        let switches = self.buses.iter().filter(|(_, bus)| **bus == Bus::Switch);
+        let mut slots = switches.flat_map(|(bus, _)| (0..=31).map(|slot| (*bus, slot)));
+        let (bus, slot) = slots.find(|(bus, slot)| self.is_free(*bus, *slot))?;
+        self.take(bus, slot, 0xff);
+        Some(address(bus, slot, 0, false))
     }
 
     /// A slot of the root.
@@ -384,13 +417,16 @@ fn describe_bridge(controller: &mut Controller) {
         Some(ControllerModel::PcieRootPort) => "pcie-root-port",
         Some(ControllerModel::PcieToPciBridge) => "pcie-pci-bridge",
         Some(ControllerModel::PciBridge) => "pci-bridge",
+        Some(ControllerModel::DmiToPciBridge) => "i82801b11-bridge",
+        Some(ControllerModel::PcieSwitchUpstreamPort) => "x3130-upstream",
+        Some(ControllerModel::PcieSwitchDownstreamPort) => "xio3130-downstream",
         _ => return,
     };
     let index = controller.index();
     let place = controller.info.pci().copied().unwrap_or_default();
     controller.pci_model.get_or_insert_with(|| PciModel { name: name.to_owned(), ..PciModel::default() });
     match controller.model {
-        Some(ControllerModel::PcieRootPort) => {
+        Some(ControllerModel::PcieRootPort | ControllerModel::PcieSwitchDownstreamPort) => {
             let target = controller.target.get_or_insert_with(PciTarget::default);
             target.chassis.get_or_insert(index);
             target.port.get_or_insert(HexByte((place.slot << 3) | place.function));

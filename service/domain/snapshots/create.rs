@@ -211,12 +211,11 @@ impl Domain {
 
     /// The name that is asked for; else the time in seconds, or the next that is free.
     fn snapshot_name(&self, doc: &SnapshotDoc) -> String {
-        if let Some(name) = doc.name.as_deref().filter(|name| !name.is_empty()) {
+        if let Some(name) = doc.name().filter(|name| !name.is_empty()) {
             return name.to_owned();
         }
         let state = lock(&self.state);
-        let now = now_usec() / 1_000_000;
-        let free = (now..).map(|seconds| seconds.to_string()).find(|name| state.snapshots.tree.get(name).is_none());
+        let free = names_from(now_usec() / 1_000_000).find(|name| state.snapshots.tree.get(name).is_none());
         free.unwrap_or_default()
     }
 
@@ -231,6 +230,10 @@ impl Domain {
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
+        let not_made = doc.not_made();
+        if !not_made.is_empty() {
+            return Err(refused(not_made));
+        }
         if let Some(why) = aligned.not_in_this_state(request) {
             return Err(Error::OperationUnsupported(format!("domain '{}': {why}", self.name())));
         }
@@ -265,6 +268,8 @@ impl Domain {
             memory: aligned.memory,
             disks: aligned.disks,
             merging: Default::default(),
+            kept: doc.kept(),
+            of: None,
             domain: Some(machine.def.clone()),
             inactive,
             captured: Vec::new(),
@@ -313,10 +318,9 @@ impl Domain {
         let state = lock(&self.state);
         state.still_here()?;
         let name = &state.name;
-        let off = state.guest.is_none();
-        if options.halt && (state.stored.is_none() || off) {
-            let why = if off { "shut off already" } else { "transient" };
-            return Err(Error::OperationInvalid(format!("cannot halt: domain '{name}' is {why}")));
+        // One that is off is halted already.
+        if options.halt && state.stored.is_none() {
+            return Err(Error::OperationInvalid(format!("cannot halt: domain '{name}' is transient")));
         }
         if options.quiesce && !matches!(state.state, DomainState::Running | DomainState::Idle) {
             let text = format!("cannot quiesce '{name}': it is {}, and its agent does not answer", state.state);
@@ -503,4 +507,22 @@ fn made_files<'a>(disks: &'a [DiskPart], memory: &'a MemoryMode) -> impl Iterato
 fn images(def: &DomainDef) -> impl Iterator<Item = &str> {
     let disks = def.devices.disks.iter().flat_map(|disk| disk.chain().filter_map(|layer| layer.path));
     disks.chain(def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_deref()))
+}
+
+/// Names that nobody chose: times in seconds from `now` on. Fewer than ten digits would read like the number of a snapshot
+/// in an image, so a clock that has not been set counts from 2001 on.
+fn names_from(now: u64) -> impl Iterator<Item = String> {
+    const TEN_DIGITS: u64 = 1_000_000_000;
+    (now.max(TEN_DIGITS)..).map(|seconds| seconds.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn x6_a_clock_that_is_not_set_gives_names_that_no_image_counts_by() {
+        assert_eq!(names_from(0).take(2).collect::<Vec<_>>(), ["1000000000", "1000000001"]);
+        assert_eq!(names_from(1_795_403_655).next().as_deref(), Some("1795403655"));
+    }
 }

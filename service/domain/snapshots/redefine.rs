@@ -12,6 +12,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::Strictness;
+use virt_model::driver::snapshots::MemoryMode;
 use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
 use virt_model::xml::Finding;
 
@@ -186,7 +187,8 @@ fn align(def: &mut SnapshotDef, doc: SnapshotDoc) -> Result<()> {
         return Ok(());
     };
     let disk_only = def.state == SnapshotState::DiskSnapshot;
-    let request = Request { active: disk_only || def.state.is_online(), disk_only, live: false };
+    let active = disk_only || def.state.is_online() || def.memory != MemoryMode::No;
+    let request = Request { active, disk_only, live: false };
     let aligned = Alignment::of(&doc, &def.name, domain, request).map_err(refused)?;
     let disks = &domain.devices.disks;
     let target = |name: &String| {
@@ -194,6 +196,7 @@ fn align(def: &mut SnapshotDef, doc: SnapshotDoc) -> Result<()> {
         named.unwrap_or_else(|| name.clone())
     };
     def.merging = def.merging.iter().map(target).collect();
+    def.kept.iter_mut().for_each(|beside| beside.disk = target(&beside.disk));
     def.disks = aligned.disks;
     Ok(())
 }

@@ -277,12 +277,12 @@ struct UsbPort(String);
 
 impl Value for UsbPort {
     fn from_text(text: &str) -> Result<Self, String> {
-        let fits = |part: &str| part.len() <= 3 && part.parse::<u8>().is_ok();
+        let fits = |part: &str| part.len() <= 3 && part.parse::<std::num::NonZeroU8>().is_ok();
         let parts = text.split('.').count();
         if parts <= 5 && text.split('.').all(fits) {
             Ok(UsbPort(text.to_owned()))
         } else {
-            Err("a USB port such as 1 or 2.1".to_owned())
+            Err("a USB port such as 1 or, behind a hub at port 2, 2.1".to_owned())
         }
     }
 

@@ -134,6 +134,16 @@ impl Controller {
         Controller { kind, index: Some(index), model, ..Controller::default() }
     }
 
+    /// Ports that a USB controller of this model has.
+    pub fn usb_ports(&self) -> u32 {
+        match self.model {
+            Some(ControllerModel::QemuXhci | ControllerModel::NecXhci) => self.ports.unwrap_or(4),
+            Some(ControllerModel::Ich9Ehci1 | ControllerModel::Ehci) => 6,
+            Some(ControllerModel::PciOhci) => 3,
+            _ => 2,
+        }
+    }
+
     /// The number, 0 if not said.
     pub fn index(&self) -> u32 {
         self.index.unwrap_or(0)

@@ -13,7 +13,7 @@ use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
 use crate::device::display::{Graphics, GraphicsKind, ListenKind};
 use crate::device::interface::{Interface, InterfaceKind};
 use crate::xml::{Element, Finding, Place, shorten};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 
 /// As many as can be counted in a CPU set.
@@ -199,12 +199,17 @@ fn once<T: Hash + Eq>(seen: &mut HashSet<T>, key: T, at: &Place, what: impl Fn()
 
 fn check_unique(def: &DomainDef, log: &mut Log) {
     let devices = &def.devices;
-    let (mut targets, mut names) = (HashSet::new(), HashSet::new());
+    let (mut targets, mut names) = (HashSet::new(), HashMap::new());
     for disk in &devices.disks {
         let target = disk.target.dev.clone();
         once(&mut targets, target, &disk.target.at, || format!("the disk '{}'", disk.target.dev), log);
         if let Some(wwn) = &disk.wwn {
-            once(&mut names, wwn.clone(), &disk.at.child("wwn"), || format!("the WWN '{wwn}'"), log);
+            let other = names.insert(wwn, disk);
+            if other.is_some_and(|other| !is_one_lun(other, disk)) {
+                let message =
+                    format!("the WWN '{wwn}' is there twice: only ways to one image or serial number share it");
+                complain(log, &disk.at.child("wwn"), message);
+            }
         }
     }
     let (mut controllers, mut audios) = (HashSet::new(), HashSet::new());
@@ -221,6 +226,12 @@ fn check_unique(def: &DomainDef, log: &mut Log) {
     }
     check_aliases(def, log);
     check_addresses(def, log);
+}
+
+/// Whether both are ways to one disk, of which a guest makes one again (multipath).
+fn is_one_lun(one: &Disk, other: &Disk) -> bool {
+    let image = one.source.is_some() && one.kind() == other.kind() && one.source == other.source;
+    image || one.serial.is_some() && one.serial == other.serial
 }
 
 fn check_aliases(def: &DomainDef, log: &mut Log) {

@@ -6,7 +6,7 @@ use super::clock::Clock;
 use super::cpu::{CpuMatch, CpuMode, Fallback, FeaturePolicy};
 use super::features::HypervMode;
 use super::memory::{Placement, Vcpu};
-use super::os::{Boot, BootDevice};
+use super::os::{Boot, BootDevice, Nvram};
 use super::value::{Kib, Mac};
 use super::{DomainDef, cpu::Cpu};
 use crate::device::Vsock;
@@ -29,6 +29,7 @@ impl DomainDef {
             self.uuid = Uuid::new_v4();
         }
         self.genid.iter_mut().for_each(|genid| _ = genid.id.get_or_insert_with(Uuid::new_v4));
+        self.os.nvram.iter_mut().for_each(Nvram::say_path_as_text);
         self.fill_memory();
         let placed = self.numatune.as_ref().and_then(|tune| tune.memory.as_ref()?.placement);
         let auto = placed == Some(Placement::Auto);

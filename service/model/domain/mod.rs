@@ -1,7 +1,7 @@
 //! `DomainDef`: what a domain's XML says.
 //!
 //! ```text
-//!  text ──xml::read──▶ tree ──format::check──▶ tree ──Part::read──▶ DomainDef ──checks──▶ findings, or the definition
+//!  text ──xml::read──▶ tree ──format::check──▶ tree ──Part::read──▶ DomainDef ──checks, cross──▶ findings, or the definition
 //!  text ◀─xml write─── tree ◀─format::arrange─ tree ◀─Part::write── DomainDef (for_form)
 //! ```
 //!
@@ -11,6 +11,7 @@ pub mod abi;
 mod checks;
 pub mod clock;
 pub mod cpu;
+mod cross;
 mod defaults;
 pub mod features;
 mod format;
@@ -177,10 +178,11 @@ impl DomainDef {
         DomainDef::parse_within(xml, Limits::ACCEPTED)
     }
 
-    /// The same with other limits: [`Limits::STORED`] for what was accepted once and is one of our own files.
+    /// The same with other limits: [`Limits::STORED`] for what was accepted once and is one of our own files; rules of
+    /// `cross` that have been added since do not keep it from being read.
     pub fn parse_within(xml: &str, limits: Limits) -> Result<DomainDef, Vec<Finding>> {
         let root = xml::read_within(xml, VERBATIM, limits).map_err(|finding| vec![finding])?;
-        DomainDef::from_tree(root)
+        if limits == Limits::STORED { DomainDef::from_kept_tree(root) } else { DomainDef::from_tree(root) }
     }
 
     /// As much of a domain document as can be read, with everything wrong: for telling all that is to be said about it.
@@ -191,7 +193,7 @@ impl DomainDef {
     /// The same with other limits.
     pub fn parse_leniently_within(xml: &str, limits: Limits) -> (Option<DomainDef>, Vec<Finding>) {
         match xml::read_within(xml, VERBATIM, limits) {
-            Ok(root) => DomainDef::read_leniently(root),
+            Ok(root) => DomainDef::read_leniently(root, limits != Limits::STORED),
             Err(finding) => (None, vec![finding]),
         }
     }
@@ -208,13 +210,22 @@ impl DomainDef {
 
     /// The same from a tree whose `<metadata>` was kept verbatim.
     pub fn from_tree(root: Element) -> Result<DomainDef, Vec<Finding>> {
-        match DomainDef::read_leniently(root) {
-            (Some(def), log) if log.is_empty() => Ok(def),
+        DomainDef::unless_refused(DomainDef::read_leniently(root, true))
+    }
+
+    /// The same of what was accepted once, here or elsewhere, and kept.
+    pub fn from_kept_tree(root: Element) -> Result<DomainDef, Vec<Finding>> {
+        DomainDef::unless_refused(DomainDef::read_leniently(root, false))
+    }
+
+    fn unless_refused(read: (Option<DomainDef>, Vec<Finding>)) -> Result<DomainDef, Vec<Finding>> {
+        match read {
+            (Some(def), log) if log.iter().all(|finding| finding.kind != FindingKind::Invalid) => Ok(def),
             (_, log) => Err(log),
         }
     }
 
-    fn read_leniently(mut root: Element) -> (Option<DomainDef>, Vec<Finding>) {
+    fn read_leniently(mut root: Element, new: bool) -> (Option<DomainDef>, Vec<Finding>) {
         if let Some(excess) =
             root.elements().filter(|e| e.name == "devices").flat_map(Element::elements).nth(MAX_DEVICES)
         {
@@ -242,14 +253,18 @@ impl DomainDef {
         }
         let mut seen = Vec::new();
         checks::check(&def, &mut seen);
+        if new {
+            add_findings(&mut seen, cross_findings(&def));
+        }
         add_findings(&mut log, seen);
         (Some(def), log)
     }
 
-    /// What contradicts itself in it, as `parse` would say of a document that says the same.
+    /// What contradicts itself in it, as `parse_leniently` would say of a document that says the same.
     pub fn contradictions(&self) -> Vec<Finding> {
         let mut found = Vec::new();
         checks::check(self, &mut found);
+        add_findings(&mut found, cross_findings(self));
         found
     }
 
@@ -342,6 +357,12 @@ impl DomainDef {
     pub fn has_native_arguments(&self) -> bool {
         self.native.is_some() || self.rest.elements.iter().any(|element| element.name.contains(':'))
     }
+}
+
+fn cross_findings(def: &DomainDef) -> Vec<Finding> {
+    let mut found = Vec::new();
+    cross::check(def, &mut found);
+    found
 }
 
 /// Adds what was found later to what was found first, in document order; what was complained about needs no second

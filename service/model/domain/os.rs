@@ -3,6 +3,7 @@
 use super::part::element;
 use super::sysinfo::Smbios;
 use super::value::choices;
+use crate::device::source::DiskSource;
 
 choices! {
     /// A class of devices to boot from.
@@ -108,6 +109,10 @@ element! {
         attr "templateFormat" => template_format: Option<String>,
         /// Format of the store.
         attr "format" => format: Option<String>,
+        /// Where `source` is; absent where the path is the text.
+        attr "type" => kind: Option<String>,
+        /// The store, said as a disk's image is.
+        child "source" => source: Option<DiskSource>,
         /// Path of the store.
         text => path: Option<String>,
     }
@@ -161,5 +166,16 @@ element! {
         yes_no "useserial" => useserial: Option<bool>,
         /// Wait this long before trying again when nothing boots; -1: never.
         attr "rebootTimeout" => reboot_timeout_ms: Option<i32>,
+    }
+}
+
+impl Nvram {
+    /// Says a file's path as the text, however it was said; anything else stays as it is.
+    pub fn say_path_as_text(&mut self) {
+        let Some(file) = self.source.as_ref().and_then(|source| source.file.clone()) else { return };
+        let plain = DiskSource { file: Some(file.clone()), ..DiskSource::default() };
+        if self.path.is_none() && self.kind.as_deref() == Some("file") && self.source.as_ref() == Some(&plain) {
+            (self.path, self.kind, self.source) = (Some(file), None, None);
+        }
     }
 }

@@ -38,7 +38,7 @@ impl Alignment {
     pub fn of(doc: &SnapshotDoc, name: &str, def: &DomainDef, request: Request) -> Result<Alignment, Vec<Finding>> {
         let mut log = Vec::new();
         if let Err(why) = check_name(name) {
-            log.push(Finding::invalid(&doc.at.child("name"), why));
+            log.push(Finding::invalid(&doc.place_of_name(), why));
             return Err(log);
         }
         let memory = memory(doc, request, &mut log);
@@ -102,8 +102,11 @@ impl Alignment {
         let manual = self.disks.iter().any(|disk| disk.mode == DiskMode::Manual);
         if self.memory == MemoryMode::No && external.is_none() && internal.is_none() && !manual {
             refuse("/disks", "nothing is selected: neither memory nor a disk".to_owned());
-        } else if request.disk_only && external.is_none() && internal.is_none() && !manual {
-            refuse("/disks", "disk-only needs at least one external disk".to_owned());
+        } else if request.disk_only && external.is_none() && internal.is_none() {
+            refuse(
+                "/disks",
+                "disk-only needs at least one external disk: what is copied by hand alone needs no snapshot".to_owned(),
+            );
         }
         if internal.is_some() || self.memory == MemoryMode::Internal {
             self.check_internal(def, log);

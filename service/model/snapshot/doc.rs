@@ -1,11 +1,14 @@
 //! The snapshot document: `<domainsnapshot>` as it is read, and how its parts are written.
 
-use super::{SnapshotDef, SnapshotState, check_name};
+use super::{Beside, SnapshotDef, SnapshotState, check_name};
+use crate::device::disk::MetadataCache;
+use crate::device::source::SourceHost;
 use crate::domain::DomainDef;
 use crate::domain::part::{Part, Rest, element};
 use crate::domain::value::choices;
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
-use crate::xml::{self, Attribute, Element, Finding, Limits};
+use crate::state::DomainState;
+use crate::xml::{self, Attribute, Element, Finding, Limits, Place};
 use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -14,15 +17,15 @@ element! {
     /// `<domainsnapshot>`
     pub struct SnapshotDoc {
         /// `<name>`
-        leaf "name" => name: Option<String>,
+        child "name" => named: Option<Words>,
         /// `<description>`
         leaf "description" => description: Option<String>,
         /// `<state>`, read when a record is restored.
-        leaf "state" => state: Option<String>,
+        child "state" => state: Option<Words>,
         /// `<parent>`, likewise.
         child "parent" => parent: Option<ParentDoc>,
         /// `<creationTime>`, likewise.
-        leaf "creationTime" => created: Option<String>,
+        child "creationTime" => created: Option<Words>,
         /// `<memory>`
         child "memory" => memory: Option<MemoryDoc>,
         /// `<disks>`
@@ -37,6 +40,14 @@ element! {
         child "cookie" => cookie: Option<Element>,
         /// `<active>`: in libvirt's own files.
         leaf "active" => active: Option<String>,
+    }
+}
+
+element! {
+    /// A text that has a place of its own.
+    pub struct Words {
+        /// The text.
+        text => text: Option<String>,
     }
 }
 
@@ -99,6 +110,8 @@ element! {
     pub struct OverlayDriver {
         /// The overlay's format; `qcow2` if absent.
         attr "type" => format: Option<String>,
+        /// `<metadata_cache>`: of a record, as another program wrote it.
+        child "metadata_cache" => cache: Option<MetadataCache>,
     }
 }
 
@@ -109,6 +122,28 @@ element! {
         attr "file" => file: Option<String>,
         /// A block device.
         attr "dev" => dev: Option<String>,
+        /// An image on a server: what is spoken with it.
+        attr "protocol" => protocol: Option<String>,
+        /// An image on a server: its name there.
+        attr "name" => name: Option<String>,
+        /// `<host>`: the servers.
+        children "host" => hosts: Vec<SourceHost>,
+        /// `<seclabel>`: how another host's security driver labels it.
+        children "seclabel" => labels: Vec<LabelDoc>,
+    }
+}
+
+element! {
+    /// `<source><seclabel>`
+    pub struct LabelDoc {
+        /// The driver.
+        attr "model" => model: Option<String>,
+        /// Whether it is labelled.
+        yes_no "relabel" => relabel: Option<bool>,
+        /// Whether it could not be.
+        yes_no "labelskip" => skipped: Option<bool>,
+        /// `<label>`
+        leaf "label" => label: Option<String>,
     }
 }
 
@@ -160,12 +195,35 @@ impl SnapshotDoc {
         if log.is_empty() { Ok(doc) } else { Err(log) }
     }
 
+    /// What it is to be called, if it says so.
+    pub fn name(&self) -> Option<&str> {
+        self.named.as_ref().map(|words| words.text.as_deref().unwrap_or_default())
+    }
+
+    /// Where it says that.
+    pub(super) fn place_of_name(&self) -> Place {
+        self.named.as_ref().map_or_else(|| self.at.child("name"), |words| words.at.clone())
+    }
+
+    /// What it says of overlays beside where they are.
+    pub fn kept(&self) -> Vec<Beside> {
+        self.disks().iter().filter_map(said_beside).collect()
+    }
+
+    /// What a record may say, and a snapshot that is to be taken may not: it would have no effect.
+    pub fn not_made(&self) -> Vec<Finding> {
+        let caches = self.disks().iter().filter_map(|disk| disk.driver.as_ref()?.cache.as_ref());
+        let message = "how much of an image's tables is held in memory is said in the domain's disk: leave it out here";
+        caches.map(|cache| Finding::unsupported(&cache.at, message)).collect()
+    }
+
     /// The disks that it names.
     pub fn disks(&self) -> &[DiskDoc] {
         self.disks.as_ref().map_or(&[], |disks| &disks.disks)
     }
 
     fn refuse_unknown(&self, log: &mut Vec<Finding>) {
+        [&self.named, &self.state, &self.created].into_iter().flatten().for_each(|part| unknown(&part.rest, log));
         let attributes = self.rest.attributes.iter().filter(|attribute| !is_declaration(attribute)).cloned().collect();
         unknown(&Rest { attributes, elements: self.rest.elements.clone() }, log);
         self.parent.iter().for_each(|part| unknown(&part.rest, log));
@@ -174,7 +232,10 @@ impl SnapshotDoc {
         for disk in self.disks() {
             unknown(&disk.rest, log);
             disk.driver.iter().for_each(|part| unknown(&part.rest, log));
+            disk.driver.iter().filter_map(|part| part.cache.as_ref()).for_each(|part| unknown(&part.rest, log));
             disk.source.iter().for_each(|part| unknown(&part.rest, log));
+            disk.source.iter().flat_map(|part| &part.labels).for_each(|part| unknown(&part.rest, log));
+            disk.source.iter().flat_map(|part| &part.hosts).for_each(|part| unknown(&part.rest, log));
         }
         if let Some(firmware) = &self.firmware {
             unknown(&firmware.rest, log);
@@ -201,25 +262,17 @@ impl SnapshotDoc {
     /// The same for a document of which the disks are still to be held against the machine ([`super::Alignment`]).
     pub fn without_disks(self) -> Result<(SnapshotDef, Option<Uuid>), Vec<Finding>> {
         let mut log = Vec::new();
-        let name = self.name.unwrap_or_default();
+        let name = self.name().unwrap_or_default().to_owned();
         if let Err(why) = check_name(&name) {
-            log.push(Finding::invalid(&self.at.child("name"), why));
+            log.push(Finding::invalid(&self.place_of_name(), why));
         }
-        let state = match self.state.as_deref().map(str::parse::<SnapshotState>) {
-            Some(Ok(state)) => Some(state),
-            Some(Err(known)) => {
-                log.push(Finding::invalid(&self.at.child("state"), format!("the state of a snapshot is {known}")));
-                None
-            }
-            None => {
-                log.push(Finding::invalid(&self.at, "a snapshot that is restored needs its <state>"));
-                None
-            }
-        };
-        let created = self.created.as_deref().and_then(|text| text.trim().parse().ok());
+        let kept = self.kept();
+        let state = state(self.state.as_ref(), &self.at, &mut log);
+        let created = self.created.as_ref().and_then(|words| words.text.as_deref()?.trim().parse().ok());
         if created.is_none() {
             let message = "a snapshot that is restored needs its <creationTime>, in seconds since the epoch";
-            log.push(Finding::invalid(&self.at, message));
+            let place = self.created.as_ref().map_or(&self.at, |words| &words.at);
+            log.push(Finding::invalid(place, message));
         }
         let uuid = self.domain.as_ref().and_then(|domain| domain.child("uuid")).map(|uuid| uuid.text());
         let full = self.domain.filter(|domain| domain.child("memory").is_some() || domain.attr("type").is_some());
@@ -230,7 +283,7 @@ impl SnapshotDoc {
             // What is declared around it holds in it, and is to hold when it stands alone.
             let inherited = declared.iter().filter(|outer| element.attr(&outer.name).is_none()).cloned();
             element.attributes.extend(inherited.collect::<Vec<_>>());
-            DomainDef::from_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Arc::new)
+            DomainDef::from_kept_tree(element).map_err(|mut findings| log.append(&mut findings)).ok().map(Arc::new)
         };
         let (domain, inactive) = (machine(full), machine(self.inactive));
         let state = state.unwrap_or(SnapshotState::DiskSnapshot);
@@ -238,8 +291,11 @@ impl SnapshotDoc {
         let marked = self.disks.iter().flat_map(|disks| &disks.disks).filter(|disk| disk.merging);
         let merging = marked.map(|disk| disk.name.clone()).collect();
         let captured = self.firmware.iter().flat_map(captured).collect();
+        let uuid = uuid.and_then(|text| Uuid::try_parse(text.trim()).ok());
         let def = SnapshotDef {
             name,
+            of: uuid.filter(|_| domain.is_none()),
+            kept,
             description: self.description,
             state,
             parent: self.parent.and_then(|parent| parent.name),
@@ -252,9 +308,27 @@ impl SnapshotDoc {
             captured,
             cookie: self.cookie,
         };
-        let uuid = uuid.and_then(|text| Uuid::try_parse(text.trim()).ok());
         if log.is_empty() { Ok((def, uuid)) } else { Err(log) }
     }
+}
+
+/// What the guest did; a record says it.
+fn state(said: Option<&Words>, whole: &Place, log: &mut Vec<Finding>) -> Option<SnapshotState> {
+    let Some(words) = said else {
+        log.push(Finding::invalid(whole, "a snapshot that is restored needs its <state>"));
+        return None;
+    };
+    let known = |known| Finding::invalid(&words.at, format!("the state of a snapshot is {known}"));
+    words.text.as_deref().unwrap_or_default().parse().map_err(|why: String| log.push(known(why))).ok()
+}
+
+/// What a record says of an overlay beside where it is, as elements of `<driver>` and of `<source>`.
+fn said_beside(disk: &DiskDoc) -> Option<Beside> {
+    let driver = disk.driver.iter().filter_map(|driver| Some(driver.cache.as_ref()?.write("metadata_cache")));
+    let source = disk.source.iter().flat_map(|source| &source.labels).map(|label| label.write("seclabel"));
+    let (driver, source): (Vec<_>, Vec<_>) = (driver.collect(), source.collect());
+    let said = !driver.is_empty() || !source.is_empty();
+    said.then(|| Beside { disk: disk.name.clone(), driver, source })
 }
 
 /// Whether it declares a prefix, as it may at the root.
@@ -281,7 +355,10 @@ fn memory(doc: Option<&MemoryDoc>, state: SnapshotState, log: &mut Vec<Finding>)
         return if state.is_online() { MemoryMode::Internal } else { MemoryMode::No };
     };
     let mode = asked_memory(doc, log).unwrap_or(MemoryMode::No);
-    if mode != MemoryMode::No && !state.is_online() {
+    // Of one that had come to its end, libvirt writes that its memory is in the images, and never loads it.
+    let ended = matches!(state, SnapshotState::Domain(DomainState::Crashed | DomainState::Shutdown));
+    let kept = ended && mode == MemoryMode::Internal;
+    if mode != MemoryMode::No && !state.is_online() && !kept {
         log.push(Finding::invalid(&doc.at, format!("a snapshot whose state is {state} has no memory")));
     }
     mode
@@ -337,13 +414,28 @@ pub(super) fn overlay(doc: &DiskDoc, log: &mut Vec<Finding>) -> Option<DiskMode>
     let block = match doc.kind {
         None | Some(OverlayKind::File) => false,
         Some(OverlayKind::Block) => true,
+        Some(OverlayKind::Network) => {
+            let message = "overlays on servers are not made or gone back to here: give a file or a block device";
+            log.push(Finding::unsupported(&doc.at.attribute("type"), message));
+            return None;
+        }
         Some(kind) => {
             let message = format!("an overlay is a file or a block device, not '{kind}'");
             log.push(Finding::unsupported(&doc.at.attribute("type"), message));
             return None;
         }
     };
+    if block && doc.source.as_ref().is_none_or(|source| source.dev.is_none() && source.file.is_none()) {
+        let message = "a block device is not made up: name one that is there, with <source dev='…'/>";
+        log.push(Finding::invalid(&doc.at.attribute("type"), message));
+        return None;
+    }
     let source = doc.source.as_ref()?;
+    for (name, said) in [("protocol", &source.protocol), ("name", &source.name)] {
+        if said.is_some() {
+            log.push(Finding::invalid(&source.at.attribute(name), format!("'{name}' is for type='network'")));
+        }
+    }
     let (path, other) = if block { (&source.dev, &source.file) } else { (&source.file, &source.dev) };
     if other.is_some() {
         let (needs, has) = if block { ("dev", "file") } else { ("file", "dev") };
@@ -380,7 +472,7 @@ pub(super) fn write_memory(memory: &MemoryMode) -> Element {
     }
 }
 
-pub(super) fn write_disk(disk: &DiskPart, merging: bool) -> Element {
+pub(super) fn write_disk(disk: &DiskPart, merging: bool, beside: Option<&Beside>) -> Element {
     let element = Element::new("disk").with_attr("name", &*disk.target);
     let mut element = match &disk.mode {
         DiskMode::No => element.with_attr("snapshot", "no"),
@@ -389,8 +481,12 @@ pub(super) fn write_disk(disk: &DiskPart, merging: bool) -> Element {
         DiskMode::External { path, block, format } => {
             let (kind, attribute) = if *block { ("block", "dev") } else { ("file", "file") };
             let mut element = element.with_attr("snapshot", "external").with_attr("type", kind);
-            element.push(Element::new("driver").with_attr("type", &**format));
-            element.push(Element::new("source").with_attr(attribute, path.to_string_lossy()));
+            let mut driver = Element::new("driver").with_attr("type", &**format);
+            beside.iter().flat_map(|beside| &beside.driver).for_each(|kept| driver.push(kept.clone()));
+            let mut source = Element::new("source").with_attr(attribute, path.to_string_lossy());
+            beside.iter().flat_map(|beside| &beside.source).for_each(|kept| source.push(kept.clone()));
+            element.push(driver);
+            element.push(source);
             element
         }
     };

@@ -21,6 +21,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
+use uuid::Uuid;
 
 /// The longest name, in bytes: it is also a file's.
 pub const MAX_NAME: usize = 200;
@@ -69,6 +70,17 @@ impl FromStr for SnapshotState {
     }
 }
 
+/// What a record says of an overlay beside where it is: as it is shown again.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Beside {
+    /// The disk, as the document names it.
+    pub disk: String,
+    /// Elements of `<driver>`.
+    pub driver: Vec<Element>,
+    /// Elements of `<source>`.
+    pub source: Vec<Element>,
+}
+
 /// A snapshot, complete.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SnapshotDef {
@@ -88,6 +100,10 @@ pub struct SnapshotDef {
     pub disks: Vec<DiskPart>,
     /// Targets of disks whose frozen files a deletion has begun to write: it can only be deleted from then on.
     pub merging: BTreeSet<String>,
+    /// What is said of overlays beside where they are, kept as it is said.
+    pub kept: Vec<Beside>,
+    /// Whose it is, where no machine is kept that says so: records of old are like this.
+    pub of: Option<Uuid>,
     /// The machine at that time; `None` for one that was restored from a document without it.
     pub domain: Option<Arc<DomainDef>>,
     /// What the next cold start would have used, where the guest was active and that differed or could have.
@@ -116,7 +132,8 @@ impl SnapshotDef {
         if !self.disks.is_empty() {
             let mut disks = Element::new("disks");
             for disk in &self.disks {
-                disks.push(doc::write_disk(disk, self.merging.contains(&disk.target)));
+                let beside = self.kept.iter().find(|beside| beside.disk == disk.target);
+                disks.push(doc::write_disk(disk, self.merging.contains(&disk.target), beside));
             }
             root.push(disks);
         }
@@ -127,6 +144,11 @@ impl SnapshotDef {
                 name.clone_into(&mut tree.name);
                 root.push(tree);
             }
+        }
+        if let (None, Some(uuid)) = (&self.domain, self.of) {
+            let mut domain = Element::new("domain");
+            domain.push(leaf("uuid", &uuid.to_string()));
+            root.push(domain);
         }
         if !self.captured.is_empty() {
             let mut firmware = Element::new("firmwareState");
@@ -149,9 +171,9 @@ impl SnapshotDef {
         }
     }
 
-    /// Whether a running machine is to be loaded.
+    /// Whether a running machine is to be loaded. What is kept of one that had come to its end is not.
     pub fn has_memory(&self) -> bool {
-        self.memory != MemoryMode::No
+        self.memory != MemoryMode::No && self.state.is_online()
     }
 
     /// Whether overlays are part of it.

@@ -283,7 +283,9 @@ fn a_crowded_document_is_answered_in_bounded_time() {
         findings(&crowd("<serial type='pty'><target port='0x'/></serial><serial foo='1' bar='1'/>")).len(),
         1000
     );
-    let mut def = parse(&crowd("<serial type='pty'><target port='7'/></serial><serial/>"));
+    let mut def = parse(&crowd(
+        "<serial type='pty'><target type='usb-serial' port='7'/></serial><serial><target type='usb-serial'/></serial>",
+    ));
     def.fill_defaults();
     assert_eq!(def.devices.serials.len(), 1000);
     assert!(parse(&def.write(FULL)) == def);

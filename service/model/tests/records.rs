@@ -99,3 +99,16 @@ fn l1_what_could_not_be_read_again_is_said_with_limit_and_remedy() {
     let why = long.write_readable(STORED, Limits::ACCEPTED).expect_err("too long");
     assert!(why.contains("bytes, more than the 8388608") && why.contains("shorten"), "{why}");
 }
+
+/// A rule that came later than a document keeps it neither from being read again nor from being told of.
+#[test]
+fn x4_what_was_stored_once_is_read_and_reported() {
+    let text = "<domain type='qemu'><name>d</name><memory>1024</memory><os><type>hvm</type>\
+                <bootmenu enable='yes' timeout='70000'/></os></domain>";
+    let refused = DomainDef::parse(text).expect_err("a new document is refused");
+    let def = DomainDef::parse_within(text, Limits::STORED).expect("a stored one is read");
+    assert_eq!(def.contradictions(), refused);
+    assert_eq!(refused[0].path, "/os/bootmenu/@timeout");
+    let (record, _) = SnapshotDoc::parse(&record("", text)).and_then(SnapshotDoc::record).expect("a record is read");
+    assert!(record.domain.is_some());
+}

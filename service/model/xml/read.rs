@@ -389,7 +389,7 @@ impl Builder<'_> {
             return Err(self.broken("the XML declaration must begin with version='1.0'"));
         }
         let utf8 = |(name, value): &(&str, &str)| {
-            *name == "encoding" && ["utf-8", "us-ascii"].contains(&&*value.to_ascii_lowercase())
+            *name == "encoding" && ["utf-8", "utf8", "us-ascii", "ascii"].contains(&&*value.to_ascii_lowercase())
         };
         said.next_if(utf8);
         said.next_if(|said| matches!(said, ("standalone", "yes" | "no")));

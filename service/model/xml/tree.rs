@@ -64,6 +64,13 @@ impl Element {
         self.name.split_once(':').map_or(&*self.name, |(_, local)| local)
     }
 
+    /// Where it stands below an element at `parent`: where it began, or what it was written from, or where such a child
+    /// would be.
+    pub fn place_below(&self, parent: &Place) -> Place {
+        let known = [&self.at, &self.origin].into_iter().find(|at| at.is_known());
+        known.cloned().unwrap_or_else(|| parent.child(&self.name))
+    }
+
     /// An attribute's value.
     pub fn attr(&self, name: &str) -> Option<&str> {
         self.attributes.iter().find(|a| a.name == name).map(|a| &*a.value)
