@@ -117,7 +117,6 @@ async fn what_cannot_be_is_refused_before_anything_changes() {
         (none.clone(), vec![("quiesce", true)], "InvalidArgument", "disk-only"),
         (none.clone(), vec![("redefine", true), ("halt", true)], "InvalidArgument", "redefine"),
         (none.clone(), vec![("quiesce", true), ("disk-only", true)], "AgentUnavailable", "quiesce"),
-        (none.clone(), vec![("halt", true)], "OperationInvalid", "shut off"),
         (none.clone(), vec![("live", true)], "OperationUnsupported", "'live'"),
         ("<domainsnapshot><name>there</name></domainsnapshot>".into(), vec![], "SnapshotExists", "there"),
         ("<domainsnapshot><name>a/b</name></domainsnapshot>".into(), vec![], "ConfigInvalid", "'/'"),

@@ -330,12 +330,12 @@ async fn the_other_ways_to_take_one() {
     let xml = format!("<domainsnapshot><name>live</name><memory file='{}'/></domainsnapshot>", memory.display());
     player.create(&xml, with([("live", true)])).await.expect("taken");
     tick.goes_on().await;
-    // A disk that the caller copies: the guest is left standing.
+    // Where the caller copies every disk nothing is done, and the guest is not left standing for it.
     let manual =
         "<domainsnapshot><name>manual</name><disks><disk name='vda' snapshot='manual'/></disks></domainsnapshot>";
-    player.create(manual, with([("disk-only", true)])).await.expect("taken");
-    assert_eq!(player.domain.state().await.0, "paused");
-    player.domain.bare("Resume").await.expect("resumed");
+    let (error, why) = player.create(manual, with([("disk-only", true)])).await.expect_err("nothing to be done");
+    assert!(error.ends_with("ConfigUnsupported") && why.contains("at least one external disk"), "{error}: {why}");
+    tick.goes_on().await;
     // And off.
     let mut watch = player.domain.client.watch().await;
     player.create("<domainsnapshot><name>last</name></domainsnapshot>", with([("halt", true)])).await.expect("taken");
