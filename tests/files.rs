@@ -158,6 +158,9 @@ fn the_man_page_knows_every_option() {
         assert!(page.contains(&format!("\\-\\-{}", option.replace('-', "\\-"))), "--{option}");
     }
     assert!(page.contains(&format!("\"virtd {}\"", env!("CARGO_PKG_VERSION"))), "its version");
+    for (target, id) in virtd::log::MESSAGE_IDS {
+        assert!(page.contains(&format!("MESSAGE_ID={id}\n")), "{target}");
+    }
     for action in Action::ALL {
         let verb = action.id().rsplit('.').next().unwrap().replace('-', "\\-");
         assert!(page.contains(&verb), "{verb}");
