@@ -50,9 +50,10 @@ struct Entry {
 }
 
 impl Jobs {
-    /// None yet. `per_user` bounds the unfinished jobs of any user but root.
-    pub fn new(events: Events, per_user: usize) -> Arc<Jobs> {
-        Arc::new(Jobs { events, per_user, table: Mutex::default(), unfinished: watch::channel(0).0 })
+    /// None yet. `per_user` bounds the unfinished jobs of any user but root; the first one's number follows `last`.
+    pub fn new(events: Events, per_user: usize, last: u64) -> Arc<Jobs> {
+        let table = Mutex::new(Table { last, ..Table::default() });
+        Arc::new(Jobs { events, per_user, table, unfinished: watch::channel(0).0 })
     }
 
     /// Begins the record of a job that waits for its turn; `cancel` fires when it is to stop.
@@ -302,7 +303,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_ended_job_is_readable_for_ten_minutes() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
         job.finish(Err(Error::Cancelled("stopped".to_owned())));
         let id = ticket.id;
@@ -317,7 +318,7 @@ mod tests {
     #[tokio::test]
     async fn only_the_last_256_ended_jobs_are_kept() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         for _ in 0..KEPT + 10 {
             jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
         }
@@ -328,7 +329,7 @@ mod tests {
     #[tokio::test]
     async fn a_job_that_ends_late_is_kept_like_others() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         let (long, _) = jobs.open(&root(), Uuid::nil(), "save", CancellationToken::new()).expect("opened");
         for _ in 0..KEPT {
             jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
@@ -340,7 +341,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn each_ended_job_has_its_own_time() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         let end_one =
             || jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
         for expected in [1, 3, 5] {
@@ -358,7 +359,7 @@ mod tests {
     #[tokio::test]
     async fn jobs_per_user_are_bounded() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 2);
+        let jobs = Jobs::new(events, 2, 0);
         let caller = Caller { uid: 1000, ..root() };
         let one = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("first");
         let _two = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("second");
@@ -373,7 +374,7 @@ mod tests {
     #[tokio::test]
     async fn a_job_whose_task_vanished_has_failed() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 2);
+        let jobs = Jobs::new(events, 2, 0);
         let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
         drop(job);
         assert!(matches!(ticket.done().await, Err(Error::Internal(_))));
