@@ -100,6 +100,21 @@ async fn the_tree_is_told_as_it_grows_and_shrinks() {
     assert_eq!(name, "org.virt.Error.NoSuchSnapshot");
 }
 
+/// What a dialog shows holds no name of an error; that stands beside it.
+#[tokio::test]
+async fn a_check_tells_the_error_and_its_text_apart() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let player = player(&daemon).await;
+    let checked = player.domain.call("CheckCreateSnapshot", &("<domainsnapshot/>", with([("halt", true)]))).await;
+    let plan: HashMap<String, OwnedVariant> = checked.expect("told").body().deserialize().expect("a{sv}");
+    let text = |key: &str| String::try_from(plan[key].try_clone().expect("no descriptor")).expect("s");
+    assert_eq!(text("error"), "org.virt.Error.OperationInvalid");
+    assert!(!text("reason").is_empty() && !text("reason").contains("org.virt.Error"), "{}", text("reason"));
+    player.take("there").await;
+    let plan = player.check("there", "CheckDelete", options([])).await;
+    assert_eq!((&*plan["error"], &*plan["reason"]), (&Variant::from(""), &Variant::from("")), "it is possible");
+}
+
 /// Document, options, error, and a word of its text.
 type Refused = (String, Vec<(&'static str, bool)>, &'static str, &'static str);
 
@@ -147,7 +162,7 @@ async fn what_cannot_be_is_refused_before_anything_changes() {
         let told = player.domain.call("CheckCreateSnapshot", &(&*xml, with(flags))).await.expect("told");
         let told: HashMap<String, OwnedVariant> = told.body().deserialize().expect("a{sv}");
         assert_eq!(*told["possible"], Variant::from(false), "{xml}");
-        assert_eq!(told.len(), 5);
+        assert_eq!(told.len(), 6);
     }
     let odd = options([("leave-out", Variant::from(vec!["disk"]))]);
     let (name, why) = player.create(&none, odd).await.expect_err("odd");
@@ -249,7 +264,7 @@ async fn a_revert_names_its_risks_and_does_what_was_planned() {
     let plan = player.check("off", "CheckRevert", with([("running", true)])).await;
     assert_eq!(*plan["needs-force"], Variant::from(true));
     assert_eq!(*plan["risks"], Variant::from(vec!["new-process"]));
-    assert_eq!(plan.len(), 8);
+    assert_eq!(plan.len(), 9);
     let (name, why) = player.call("off", "Revert", with([("running", true)])).await.expect_err("risky");
     assert!(name.ends_with("RevertRisky") && why.contains("new-process") && why.contains("force"), "{why}");
     let force = options([("running", Variant::from(true)), ("force", Variant::from(vec!["new-process"]))]);
