@@ -129,15 +129,14 @@ impl Jobs {
         let _ = unfinished.wait_for(|n| *n == 0).await;
     }
 
-    /// How far it has come, in bytes.
-    fn progress(&self, id: u64, done: u64, total: u64) {
+    /// How far it has come, in bytes or in something else.
+    fn progress(&self, id: u64, done: u64, total: u64, in_bytes: bool) {
         self.change(id, |facts| {
             // What was cancelled may go on for a while by itself.
             if facts.state.is_final() {
                 return;
             }
-            facts.bytes_done = done;
-            facts.bytes_total = total;
+            (facts.bytes_done, facts.bytes_total) = if in_bytes { (done, total) } else { (0, 0) };
             if total > 0 {
                 facts.progress = (done as f64 / total as f64).clamp(0.0, 1.0);
             }
@@ -226,7 +225,12 @@ impl Job {
 
     /// How far it has come, in bytes.
     pub fn progress(&self, done: u64, total: u64) {
-        self.jobs.progress(self.id, done, total);
+        self.jobs.progress(self.id, done, total, true);
+    }
+
+    /// How much of it is done, of `total`, where that is not counted in bytes.
+    pub fn part_done(&self, done: u64, total: u64) {
+        self.jobs.progress(self.id, done, total, false);
     }
 
     /// Whether it is not past the point from which it can only go to its end.

@@ -115,6 +115,19 @@ async fn a_check_tells_the_error_and_its_text_apart() {
     assert_eq!((&*plan["error"], &*plan["reason"]), (&Variant::from(""), &Variant::from("")), "it is possible");
 }
 
+#[tokio::test]
+async fn work_that_is_not_counted_in_bytes_tells_none() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let player = player(&daemon).await;
+    let taken = player.domain.call("CreateSnapshot", &("<domainsnapshot/>", options([]))).await.expect("taken");
+    let (_, job): (zbus::OwnedObjectPath, zbus::OwnedObjectPath) = taken.body().deserialize().expect("oo");
+    let (client, job) = (&player.domain.client, job.as_str());
+    assert_eq!(client.property::<f64>(job, "org.virt.Job", "Progress").await, 1.0);
+    for name in ["BytesDone", "BytesTotal"] {
+        assert_eq!(client.property::<u64>(job, "org.virt.Job", name).await, 0, "{name}");
+    }
+}
+
 /// Document, options, error, and a word of its text.
 type Refused = (String, Vec<(&'static str, bool)>, &'static str, &'static str);
 
