@@ -100,6 +100,8 @@ async fn can((domain, name): Found, call: Call) -> Outcome {
 /// The options of `CreateSnapshot`, and whether not to wait.
 pub fn create_options(mut options: Options) -> Result<(CreateOptions, bool), Error> {
     let create = CreateOptions {
+        name: options.text("name")?,
+        description: options.text("description")?,
         disk_only: options.flag("disk-only")?,
         live: options.flag("live")?,
         quiesce: options.flag("quiesce")?,

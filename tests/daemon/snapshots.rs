@@ -128,6 +128,30 @@ async fn work_that_is_not_counted_in_bytes_tells_none() {
     }
 }
 
+#[tokio::test]
+async fn a_snapshot_is_named_and_described_without_a_document() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let player = player(&daemon).await;
+    let (name, description) = ("a <b> & \"c\"", "before 1 < 2");
+    let told = || options([("name", name.into()), ("description", description.into())]);
+    let checked = player.domain.call("CheckCreateSnapshot", &("", told())).await.expect("told");
+    let plan: HashMap<String, OwnedVariant> = checked.body().deserialize().expect("a{sv}");
+    let document = String::try_from(plan["xml"].try_clone().expect("no descriptor")).expect("s");
+    assert!(document.contains("<name>a &lt;b&gt; &amp; "), "{document}");
+    assert_eq!(player.create("", told()).await.expect("taken"), player.path(name));
+    assert_eq!(player.get::<String>(name, "Description").await, description);
+    player.create("", options([])).await.expect("taken with a name of its own");
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 2);
+
+    let (error, why) = player.create("<domainsnapshot><name>n</name></domainsnapshot>", told()).await.expect_err("two");
+    assert_eq!(error, "org.virt.Error.InvalidArgument");
+    assert!(why.contains("option 'name'"), "{why}");
+    let (error, _) = player.create("", with([("redefine", true)])).await.expect_err("there is no record");
+    assert_eq!(error, "org.virt.Error.ConfigInvalid");
+    let (error, _) = player.create(" ", options([])).await.expect_err("that is no document");
+    assert_eq!(error, "org.virt.Error.ConfigInvalid");
+}
+
 /// Document, options, error, and a word of its text.
 type Refused = (String, Vec<(&'static str, bool)>, &'static str, &'static str);
 
