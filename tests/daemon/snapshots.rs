@@ -152,6 +152,30 @@ async fn a_snapshot_is_named_and_described_without_a_document() {
     assert_eq!(error, "org.virt.Error.ConfigInvalid");
 }
 
+#[tokio::test]
+async fn an_undefine_that_is_refused_names_all_that_stands_in_its_way() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let variables = daemon.folder().join("vars.fd");
+    std::fs::write(&variables, "").expect("written");
+    let os = format!(
+        "<os><type>hvm</type><loader readonly='yes' type='pflash'>/code.fd</loader><nvram>{}</nvram></os>         <features><acpi/></features>",
+        variables.display()
+    );
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&WEB.replace("<os><type>hvm</type></os>", &os)).await.expect("defined");
+    let player = Player { domain };
+    player.create("", with([("disk-only", true)])).await.expect("taken");
+    let (name, why) = player.domain.run("Undefine").await.expect_err("there is more than the definition");
+    assert_eq!(name, "org.virt.Error.OperationInvalid");
+    assert!(why.contains("1 snapshot; pass snapshots-metadata to forget it (") && why.contains("pass nvram"), "{why}");
+    player.create("", with([("disk-only", true)])).await.expect("taken");
+    let (_, why) = player.domain.call("Undefine", &(with([("nvram", true)]),)).await.expect_err("snapshots");
+    assert!(why.contains("2 snapshots; pass snapshots-metadata to forget them (") && !why.contains("nvram"), "{why}");
+    let all = with([("nvram", true), ("snapshots-metadata", true)]);
+    player.domain.call("Undefine", &(all,)).await.expect("undefined");
+    assert!(client.named("web").await.is_err(), "nothing is left of it");
+}
+
 /// Document, options, error, and a word of its text.
 type Refused = (String, Vec<(&'static str, bool)>, &'static str, &'static str);
 
@@ -220,7 +244,7 @@ async fn what_cannot_be_is_refused_before_anything_changes() {
     let (name, _) = player.call("there", "Delete", both).await.expect_err("both");
     assert_eq!(name, "org.virt.Error.InvalidArgument");
     let (name, why) = player.domain.run("Undefine").await.expect_err("has one");
-    assert!(name.ends_with("OperationInvalid") && why.contains("1 snapshots"), "{why}");
+    assert!(name.ends_with("OperationInvalid") && why.contains("it has 1 snapshot; "), "{why}");
     player.domain.call("Undefine", &(with([("snapshots-metadata", true)]),)).await.expect("undefined");
 }
 
