@@ -7,6 +7,7 @@
 PREFIX = /usr
 SBINDIR = $(PREFIX)/sbin
 DATADIR = $(PREFIX)/share
+INCLUDEDIR = $(PREFIX)/include
 LIBDIR = $(PREFIX)/lib
 DOCDIR = $(DATADIR)/doc/virtd
 CARGO = cargo
@@ -21,6 +22,7 @@ build:
 install: build
 	install -D -m 755 $(BINARY) $(DESTDIR)$(SBINDIR)/virtd
 	for file in data/interfaces/*.xml; do $(PUT) $$file $(DESTDIR)$(DATADIR)/dbus-1/interfaces/$${file##*/} || exit 1; done
+	$(PUT) data/virt-qtypes.h $(DESTDIR)$(INCLUDEDIR)/virt-qtypes.h
 	$(PUT) dbus-policy/org.virt.conf $(DESTDIR)$(DATADIR)/dbus-1/system.d/org.virt.conf
 	$(PUT) data/dbus/org.virt.system.service $(DESTDIR)$(DATADIR)/dbus-1/system-services/org.virt.service
 	$(PUT) data/dbus/org.virt.session.service $(DESTDIR)$(DATADIR)/dbus-1/services/org.virt.service

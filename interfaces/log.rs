@@ -3,19 +3,39 @@
 use crate::settings::LogLevel;
 use std::io::{self, IsTerminal, Write};
 use std::os::unix::fs::MetadataExt;
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 use virt_model::xml::plainly;
+use virt_service::log::{DONE, FAILED, GUEST};
 
 /// Begins to log.
 pub fn begin(level: LogLevel) {
-    let journal = is_journal().then(|| tracing_journald::layer().ok()).flatten();
-    let layer = match journal {
-        Some(journal) => journal.boxed(),
-        None => text().boxed(),
-    };
-    tracing_subscriber::registry().with(layer).with(EnvFilter::new(level.filter())).init();
+    let layers = is_journal().then(|| journal().ok()).flatten().unwrap_or_else(|| vec![text().boxed()]);
+    tracing_subscriber::registry().with(layers).with(EnvFilter::new(level.filter())).init();
+}
+
+/// The kinds of lines that can be looked for (`journalctl MESSAGE_ID=…`), by their targets. virtd(8) lists them.
+pub const MESSAGE_IDS: [(&str, &str); 3] = [
+    (DONE, "c7c41d3c24c0428f8deb164d3e2ac481"),
+    (FAILED, "ddb5c1d2cb09479eb0d7cba66ce4ba5a"),
+    (GUEST, "0ad9515bf5fc4431bf9982c2d5487ef2"),
+];
+
+/// The journal, with the fields of each line: those that tell which machine it is about are the same in all.
+fn journal<S>() -> io::Result<Vec<Box<dyn Layer<S> + Send + Sync>>>
+where
+    S: tracing::Subscriber + for<'a> tracing_subscriber::registry::LookupSpan<'a>,
+{
+    let layer = || Ok::<_, io::Error>(tracing_journald::layer()?.with_field_prefix(Some("VIRT_DOMAIN".to_owned())));
+    let others = filter_fn(|line| MESSAGE_IDS.iter().all(|(target, _)| *target != line.target()));
+    let mut layers = vec![layer()?.with_filter(others).boxed()];
+    for (target, id) in MESSAGE_IDS {
+        let of_kind = filter_fn(move |line| line.target() == target);
+        layers.push(layer()?.with_custom_fields([("MESSAGE_ID", id)]).with_filter(of_kind).boxed());
+    }
+    Ok(layers)
 }
 
 fn text<S>() -> impl Layer<S>

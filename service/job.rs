@@ -1,8 +1,8 @@
 //! The record of long work, as the bus shows it: a [`Job`] outlives its caller, can be cancelled, and stays readable for
-//! ten minutes after its end.
+//! a while after its end.
 //!
 //! ```text
-//!  waiting ──▶ running ──▶ succeeded | failed | cancelled ──(10 min, or 256 younger ones)──▶ forgotten
+//!  waiting ──▶ running ──▶ succeeded | failed | cancelled ──(10 min, or 32 younger ones)──▶ forgotten
 //!     └─────────────────────────────▶ failed (Busy) | cancelled
 //! ```
 
@@ -24,7 +24,7 @@ use uuid::Uuid;
 pub const READABLE: Duration = Duration::from_secs(600);
 
 /// How many ended jobs are kept at the most.
-pub const KEPT: usize = 256;
+pub const KEPT: usize = 32;
 
 /// All jobs of this virtd: those under way and those that ended a short while ago.
 #[derive(Debug)]
@@ -50,9 +50,10 @@ struct Entry {
 }
 
 impl Jobs {
-    /// None yet. `per_user` bounds the unfinished jobs of any user but root.
-    pub fn new(events: Events, per_user: usize) -> Arc<Jobs> {
-        Arc::new(Jobs { events, per_user, table: Mutex::default(), unfinished: watch::channel(0).0 })
+    /// None yet. `per_user` bounds the unfinished jobs of any user but root; the first one's number follows `last`.
+    pub fn new(events: Events, per_user: usize, last: u64) -> Arc<Jobs> {
+        let table = Mutex::new(Table { last, ..Table::default() });
+        Arc::new(Jobs { events, per_user, table, unfinished: watch::channel(0).0 })
     }
 
     /// Begins the record of a job that waits for its turn; `cancel` fires when it is to stop.
@@ -128,15 +129,14 @@ impl Jobs {
         let _ = unfinished.wait_for(|n| *n == 0).await;
     }
 
-    /// How far it has come, in bytes.
-    fn progress(&self, id: u64, done: u64, total: u64) {
+    /// How far it has come, in bytes or in something else.
+    fn progress(&self, id: u64, done: u64, total: u64, in_bytes: bool) {
         self.change(id, |facts| {
             // What was cancelled may go on for a while by itself.
             if facts.state.is_final() {
                 return;
             }
-            facts.bytes_done = done;
-            facts.bytes_total = total;
+            (facts.bytes_done, facts.bytes_total) = if in_bytes { (done, total) } else { (0, 0) };
             if total > 0 {
                 facts.progress = (done as f64 / total as f64).clamp(0.0, 1.0);
             }
@@ -225,7 +225,12 @@ impl Job {
 
     /// How far it has come, in bytes.
     pub fn progress(&self, done: u64, total: u64) {
-        self.jobs.progress(self.id, done, total);
+        self.jobs.progress(self.id, done, total, true);
+    }
+
+    /// How much of it is done, of `total`, where that is not counted in bytes.
+    pub fn part_done(&self, done: u64, total: u64) {
+        self.jobs.progress(self.id, done, total, false);
     }
 
     /// Whether it is not past the point from which it can only go to its end.
@@ -302,7 +307,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_ended_job_is_readable_for_ten_minutes() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
         job.finish(Err(Error::Cancelled("stopped".to_owned())));
         let id = ticket.id;
@@ -315,20 +320,19 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_the_last_256_ended_jobs_are_kept() {
+    async fn only_the_last_32_ended_jobs_are_kept() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         for _ in 0..KEPT + 10 {
             jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
         }
-        assert_eq!(jobs.list().len(), KEPT);
-        assert_eq!(jobs.list()[0], 11);
+        assert_eq!(jobs.list(), (11..=42).collect::<Vec<_>>());
     }
 
     #[tokio::test]
     async fn a_job_that_ends_late_is_kept_like_others() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         let (long, _) = jobs.open(&root(), Uuid::nil(), "save", CancellationToken::new()).expect("opened");
         for _ in 0..KEPT {
             jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
@@ -340,7 +344,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn each_ended_job_has_its_own_time() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 4);
+        let jobs = Jobs::new(events, 4, 0);
         let end_one =
             || jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
         for expected in [1, 3, 5] {
@@ -358,7 +362,7 @@ mod tests {
     #[tokio::test]
     async fn jobs_per_user_are_bounded() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 2);
+        let jobs = Jobs::new(events, 2, 0);
         let caller = Caller { uid: 1000, ..root() };
         let one = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("first");
         let _two = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("second");
@@ -373,7 +377,7 @@ mod tests {
     #[tokio::test]
     async fn a_job_whose_task_vanished_has_failed() {
         let (events, _reader) = Events::channel();
-        let jobs = Jobs::new(events, 2);
+        let jobs = Jobs::new(events, 2, 0);
         let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
         drop(job);
         assert!(matches!(ticket.done().await, Err(Error::Internal(_))));

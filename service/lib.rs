@@ -15,6 +15,7 @@ pub mod fair;
 mod images;
 pub mod job;
 mod lock;
+pub mod log;
 mod registry;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
@@ -42,7 +43,7 @@ use shared::Shared;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use store::{Ended, Note, Store, on_disk};
-use time::{millis, now_usec};
+use time::now_usec;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use verb::Verb;
@@ -180,7 +181,7 @@ impl Service {
         let begun = Instant::now();
         let result = self.create_inner(caller, xml, options).await;
         if let Err(e) = &result {
-            log_refused(caller, &verb::CREATE, begun, e);
+            log::refused(caller, &verb::CREATE, begun, e);
         }
         result
     }
@@ -461,14 +462,9 @@ impl Service {
     fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, result: &Result<Arc<Domain>>) {
         match result {
             Ok(domain) => domain.log(caller, verb, begun, None),
-            Err(e) => log_refused(caller, verb, begun, e),
+            Err(e) => log::refused(caller, verb, begun, e),
         }
     }
-}
-
-/// The line for what came to no domain.
-fn log_refused(caller: &Caller, verb: &Verb, begun: Instant, e: &Error) {
-    tracing::warn!(uid = caller.uid, action = verb.word, outcome = %e.public(), duration_ms = millis(begun), "domain");
 }
 
 /// Refuses what a check found, warnings apart.

@@ -62,7 +62,7 @@ impl Shared {
         store: Store,
         limits: Limits,
     ) -> Arc<Shared> {
-        let jobs = Jobs::new(events.clone(), limits.jobs_per_user);
+        let jobs = Jobs::new(events.clone(), limits.jobs_per_user, store.last_job());
         let registry = Registry::default();
         Arc::new(Shared {
             drivers,

@@ -5,6 +5,7 @@
 //!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first); and what is to be known of a
 //!                                 configuration that cannot be read: name, driver
 //!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
+//!  <state>/runs                   how often virtd has been started: no job's number is used again
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
 //!  <runtime>/guests/<uuid>/       the driver's sockets
@@ -20,6 +21,7 @@ pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::time::now_usec;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::collections::BTreeMap;
@@ -80,6 +82,9 @@ pub(crate) enum Found {
 
 /// The form that is stored.
 const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+
+/// More jobs than a virtd can have begun when it ends: nearly three years of ten a second.
+const JOBS_OF_A_RUN: u64 = 1_000_000_000;
 
 /// The largest file of our own that is read, in bytes.
 const MAX_FILE: u64 = 64 << 20;
@@ -278,6 +283,24 @@ impl Store {
         }
         replace(&mark, boot.as_bytes())?;
         Ok(true)
+    }
+
+    /// A number below those of all jobs of this run of virtd, and above those of all runs before. To be asked once a run.
+    pub fn last_job(&self) -> u64 {
+        let file = self.paths.state.join("runs");
+        // Where that is not known, the seconds since the epoch are more than all runs there were.
+        let seconds = now_usec() / 1_000_000;
+        let run = match fs::read_to_string(&file) {
+            Ok(text) => text.trim().parse::<u64>().unwrap_or(seconds),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => 0,
+            Err(_) => seconds,
+        };
+        let counted = replace(&file, run.saturating_add(1).to_string().as_bytes());
+        let run = counted.map(|()| run).unwrap_or_else(|e| {
+            tracing::warn!("{e}; the jobs of this run are numbered by the time");
+            run.max(seconds)
+        });
+        run.saturating_mul(JOBS_OF_A_RUN)
     }
 
     fn definitions(&self) -> PathBuf {

@@ -91,6 +91,46 @@ fn bus_policies_name_every_interface() {
     }
 }
 
+/// Qt's D-Bus knows these types by itself.
+const KNOWN_TO_QT: &[&str] = &["s", "o", "b", "u", "i", "t", "x", "d", "v", "as", "ao", "ay"];
+
+#[test]
+fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
+    const NAME: &str = "org.qtproject.QtDBus.QtTypeName";
+    let header = read("data/virt-qtypes.h");
+    let mut named = BTreeSet::new();
+    for interface in ["Manager", "Domain", "Snapshot", "Job"] {
+        let file = read(&format!("data/interfaces/org.virt.{interface}.xml"));
+        let document = parse(&file);
+        let mut expect = |member: roxmltree::Node<'_, '_>, key: &str, of: &str| {
+            let found = member.children().find(|one| one.attribute("name") == Some(key));
+            let name = found.and_then(|one| one.attribute("value"));
+            assert_eq!(name.is_none(), KNOWN_TO_QT.contains(&of), "{interface} {member:?}: {key} for {of}");
+            named.extend(name.map(|name| (name.to_owned(), of.to_owned())));
+        };
+        for member in
+            document.descendants().filter(|node| ["method", "signal"].iter().any(|tag| node.has_tag_name(*tag)))
+        {
+            for (direction, word) in [("in", "In"), ("out", "Out")] {
+                let args = member.children().filter(|node| node.has_tag_name("arg"));
+                let these = args.filter(|arg| arg.attribute("direction").unwrap_or("out") == direction);
+                for (at, arg) in these.enumerate() {
+                    expect(member, &format!("{NAME}.{word}{at}"), arg.attribute("type").unwrap());
+                }
+            }
+        }
+        for property in document.descendants().filter(|node| node.has_tag_name("property")) {
+            expect(property, NAME, property.attribute("type").unwrap());
+        }
+    }
+    assert!(named.len() > 4, "{named:?}");
+    for (name, of) in named {
+        let declared = header.contains(&format!("using {name} = QList<"));
+        assert_eq!(declared, of != "a{sv}", "{name} for {of}");
+        assert!(declared || name == "QVariantMap", "{name}");
+    }
+}
+
 /// A rule without a destination would open other services on the bus.
 #[test]
 fn bus_policies_never_speak_of_other_services() {
@@ -118,6 +158,9 @@ fn the_man_page_knows_every_option() {
         assert!(page.contains(&format!("\\-\\-{}", option.replace('-', "\\-"))), "--{option}");
     }
     assert!(page.contains(&format!("\"virtd {}\"", env!("CARGO_PKG_VERSION"))), "its version");
+    for (target, id) in virtd::log::MESSAGE_IDS {
+        assert!(page.contains(&format!("MESSAGE_ID={id}\n")), "{target}");
+    }
     for action in Action::ALL {
         let verb = action.id().rsplit('.').next().unwrap().replace('-', "\\-");
         assert!(page.contains(&verb), "{verb}");

@@ -155,7 +155,12 @@ impl Monitor {
         let Some(job) = found else { return Ok(JobStatus::Absent) };
         if let Some(journal) = journal {
             let number = |key: &str| job[key].as_u64().unwrap_or_default();
-            journal.progress(number("current-progress"), number("total-progress"));
+            let (done, total) = (number("current-progress"), number("total-progress"));
+            // Those of snapshots inside images count steps.
+            match job["type"].as_str().is_some_and(|of| of.starts_with("snapshot-")) {
+                true => journal.part_done(done, total),
+                false => journal.progress(done, total),
+            }
         }
         Ok(match job["status"].as_str().unwrap_or_default() {
             "concluded" => JobStatus::Ended(job["error"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))),

@@ -39,7 +39,7 @@ impl Snapshots for TestDriver {
         if let Some(guest) = machine.guest.as_ref().filter(|_| pauses) {
             guest.suspend().await?;
         }
-        journal.progress(1, 2);
+        journal.part_done(1, 2);
         let cancelled = journal.cancelled().is_cancelled();
         if !cancelled {
             lock(&self.0.images).entry(machine.def.uuid).or_default().insert(wish.name.clone());
@@ -50,7 +50,7 @@ impl Snapshots for TestDriver {
         if cancelled {
             return Err(DriverError::Cancelled);
         }
-        journal.progress(2, 2);
+        journal.part_done(2, 2);
         let mut now = machine.def.clone();
         let def = Arc::make_mut(&mut now);
         let mut switched = false;

@@ -10,11 +10,13 @@ use serde::de::DeserializeOwned;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
+use virt_model::domain::nearest;
+use virt_model::xml::shorten;
 use virt_service::authz::Caller;
 use virt_service::events::Events;
 use zbus::message::{Body, Header};
 use zbus::wire::Endian;
-use zbus::{DynamicType, Message, OwnedVariant, Type};
+use zbus::{DynamicType, Message, OwnedVariant, Signature, Type};
 
 /// A call whose member and signature have been checked.
 #[derive(Debug)]
@@ -111,7 +113,7 @@ impl Call {
 
     /// What was sent, where that is options alone.
     pub fn options(&self) -> Result<Options, Error> {
-        self.read().map(Options)
+        self.read()
     }
 
     /// The value that a property is to be set to. Its type has been checked.
@@ -154,33 +156,48 @@ pub enum FlagOrTexts {
 }
 
 /// Options, taken out one by one; whatever is left at the end was not understood.
-#[derive(Debug, serde::Deserialize, Type)]
-pub struct Options(HashMap<String, OwnedVariant>);
+#[derive(Debug, serde::Deserialize)]
+#[serde(from = "HashMap<String, OwnedVariant>")]
+pub struct Options {
+    given: HashMap<String, OwnedVariant>,
+    /// The keys that were looked for.
+    known: Vec<&'static str>,
+}
+
+impl Type for Options {
+    const SIGNATURE: &'static Signature = <HashMap<String, OwnedVariant>>::SIGNATURE;
+}
+
+impl From<HashMap<String, OwnedVariant>> for Options {
+    fn from(given: HashMap<String, OwnedVariant>) -> Options {
+        Options { given, known: Vec::new() }
+    }
+}
 
 impl Options {
     /// A flag; not given means no.
-    pub fn flag(&mut self, key: &str) -> Result<bool, Error> {
+    pub fn flag(&mut self, key: &'static str) -> Result<bool, Error> {
         Ok(self.flag_if_given(key)?.unwrap_or(false))
     }
 
     /// A flag, if given.
-    pub fn flag_if_given(&mut self, key: &str) -> Result<Option<bool>, Error> {
+    pub fn flag_if_given(&mut self, key: &'static str) -> Result<Option<bool>, Error> {
         self.take(key, "b, a boolean", |value| value.downcast_ref::<bool>().ok())
     }
 
     /// A text, if given.
-    pub fn text(&mut self, key: &str) -> Result<Option<String>, Error> {
+    pub fn text(&mut self, key: &'static str) -> Result<Option<String>, Error> {
         self.take(key, "s, a string", |value| value.downcast_ref::<&str>().ok().map(str::to_owned))
     }
 
     /// Texts; none if not given.
-    pub fn texts(&mut self, key: &str) -> Result<Vec<String>, Error> {
+    pub fn texts(&mut self, key: &'static str) -> Result<Vec<String>, Error> {
         let read = |value: &OwnedVariant| value.try_clone().ok().and_then(|value| Vec::<String>::try_from(value).ok());
         Ok(self.take(key, "as, strings", read)?.unwrap_or_default())
     }
 
     /// A flag or texts, if given.
-    pub fn flag_or_texts(&mut self, key: &str) -> Result<Option<FlagOrTexts>, Error> {
+    pub fn flag_or_texts(&mut self, key: &'static str) -> Result<Option<FlagOrTexts>, Error> {
         self.take(key, "b or as", |value| match value.downcast_ref::<bool>() {
             Ok(flag) => Some(FlagOrTexts::Flag(flag)),
             Err(_) => Vec::<String>::try_from(value.try_clone().ok()?).ok().map(FlagOrTexts::Texts),
@@ -189,19 +206,23 @@ impl Options {
 
     /// Nothing else is understood.
     pub fn end(self) -> Result<(), Error> {
-        match self.0.keys().min() {
-            None => Ok(()),
-            Some(key) => Err(Error::argument(format!("there is no option '{key}' here"))),
-        }
+        let Some(key) = self.given.keys().min() else { return Ok(()) };
+        let there = match (nearest(&self.known, key), &self.known[..]) {
+            (Some(near), _) => format!("was '{near}' meant?"),
+            (None, []) => "there are none".to_owned(),
+            (None, known) => format!("there are {}", known.join(", ")),
+        };
+        Err(Error::argument(format!("there is no option '{}' here; {there}", shorten(key))))
     }
 
     fn take<T>(
         &mut self,
-        key: &str,
+        key: &'static str,
         wanted: &str,
         read: impl FnOnce(&OwnedVariant) -> Option<T>,
     ) -> Result<Option<T>, Error> {
-        let Some(value) = self.0.remove(key) else { return Ok(None) };
+        self.known.push(key);
+        let Some(value) = self.given.remove(key) else { return Ok(None) };
         match read(&value) {
             Some(value) => Ok(Some(value)),
             None => {
@@ -236,4 +257,25 @@ fn encoded(builder: zbus::message::Builder<'_>, signature: &str, body: &wire::Bo
 /// The answer that says no.
 pub fn refusal(to: &Header<'_>, error: &Error) -> zbus::Result<Message> {
     Message::error(to, error.name).build(&error.text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use zbus::Variant;
+
+    fn refused(key: &str, known: &[&'static str]) -> String {
+        let value = OwnedVariant::try_from(Variant::from(true)).unwrap();
+        let mut options = Options::from(HashMap::from([(key.to_owned(), value)]));
+        known.iter().for_each(|key| assert!(!options.flag(key).unwrap()));
+        options.end().unwrap_err().text
+    }
+
+    #[test]
+    fn an_unknown_option_is_answered_with_those_there_are() {
+        let start = ["paused", "force-boot", "no-wait"];
+        assert_eq!(refused("pauzed", &start), "there is no option 'pauzed' here; was 'paused' meant?");
+        assert_eq!(refused("fast", &start), "there is no option 'fast' here; there are paused, force-boot, no-wait");
+        assert_eq!(refused("fast", &[]), "there is no option 'fast' here; there are none");
+    }
 }

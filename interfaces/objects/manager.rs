@@ -10,7 +10,7 @@ use crate::bus::table::Offer;
 use crate::error::Error;
 use std::sync::Arc;
 use virt_model::state::DomainState;
-use virt_model::xml::{Finding, FindingKind};
+use virt_model::xml::{Finding, FindingKind, shorten};
 use virt_service::facts::DomainFacts;
 use virt_service::verb;
 use virt_service::{Domain, Service};
@@ -83,8 +83,8 @@ async fn get_domain_by_id(service: Arc<Service>, call: Call) -> Outcome {
     call.reply(&path(&*service.by_id(id)?)?)
 }
 
-async fn list_domains(_: Arc<Service>, call: Call) -> Outcome {
-    let filter = Filter::read(call.options()?)?;
+async fn list_domains(service: Arc<Service>, call: Call) -> Outcome {
+    let filter = Filter::read(call.options()?, &service.drivers())?;
     call.listing(move |objects| inventory(objects, &filter))
 }
 
@@ -136,16 +136,16 @@ struct Filter {
     active: Option<bool>,
     persistent: Option<bool>,
     state: Option<DomainState>,
-    driver: Option<String>,
+    driver: Option<&'static str>,
 }
 
 impl Filter {
-    fn read(mut options: Options) -> Result<Filter, Error> {
+    fn read(mut options: Options, drivers: &[&'static str]) -> Result<Filter, Error> {
         let filter = Filter {
             active: options.flag_if_given("active")?,
             persistent: options.flag_if_given("persistent")?,
             state: options.text("state")?.map(|word| state(&word)).transpose()?,
-            driver: options.text("driver")?,
+            driver: options.text("driver")?.map(|name| driver(&name, drivers)).transpose()?,
         };
         options.end()?;
         Ok(filter)
@@ -155,7 +155,7 @@ impl Filter {
         self.active.is_none_or(|active| facts.state.is_active() == active)
             && self.persistent.is_none_or(|persistent| facts.persistent == persistent)
             && self.state.is_none_or(|state| facts.state == state)
-            && self.driver.as_ref().is_none_or(|driver| facts.driver == driver)
+            && self.driver.is_none_or(|driver| facts.driver == driver)
     }
 }
 
@@ -163,6 +163,12 @@ fn state(word: &str) -> Result<DomainState, Error> {
     DomainState::ALL.iter().find(|state| state.as_str() == word).copied().ok_or_else(|| {
         let known: Vec<_> = DomainState::ALL.iter().map(|state| state.as_str()).collect();
         Error::argument(format!("option 'state' is one of {}, not '{word}'", known.join(", ")))
+    })
+}
+
+fn driver(name: &str, known: &[&'static str]) -> Result<&'static str, Error> {
+    known.iter().find(|driver| **driver == name).copied().ok_or_else(|| {
+        Error::argument(format!("option 'driver' is one of {}, not '{}'", known.join(", "), shorten(name)))
     })
 }
 

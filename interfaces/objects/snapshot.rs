@@ -100,6 +100,8 @@ async fn can((domain, name): Found, call: Call) -> Outcome {
 /// The options of `CreateSnapshot`, and whether not to wait.
 pub fn create_options(mut options: Options) -> Result<(CreateOptions, bool), Error> {
     let create = CreateOptions {
+        name: options.text("name")?,
+        description: options.text("description")?,
         disk_only: options.flag("disk-only")?,
         live: options.flag("live")?,
         quiesce: options.flag("quiesce")?,
@@ -152,10 +154,11 @@ type Answer = HashMap<&'static str, Variant<'static>>;
 /// A file, what becomes of it, and its bytes.
 type Files = Vec<(String, &'static str, u64)>;
 
-/// Whether it is possible, and if not why.
-fn verdict(refusal: Option<&ServiceError>) -> [(&'static str, Variant<'static>); 2] {
-    let reason = refusal.map_or_else(String::new, |error| Error::from(error).to_string());
-    [("possible", Variant::from(refusal.is_none())), ("reason", Variant::from(reason))]
+/// Whether it is possible, and if not the error and why.
+fn verdict(refusal: Option<&ServiceError>) -> [(&'static str, Variant<'static>); 3] {
+    let error = refusal.map(Error::from);
+    let (name, text) = error.map_or_else(Default::default, |error| (error.name, error.text));
+    [("possible", Variant::from(refusal.is_none())), ("error", Variant::from(name)), ("reason", Variant::from(text))]
 }
 
 fn files(files: Files) -> (&'static str, Variant<'static>) {

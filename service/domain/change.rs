@@ -12,7 +12,7 @@ use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
-use crate::time::millis;
+use crate::log;
 use crate::turn::{GRACE, TurnGuard};
 use crate::verb::Verb;
 use std::sync::Arc;
@@ -146,11 +146,9 @@ impl Domain {
     }
 
     pub(crate) fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, failure: Option<&Error>) {
-        let (uuid, name, uid) = (self.uuid, self.name(), caller.uid);
-        let (action, duration_ms) = (verb.word, millis(begun));
         match failure {
-            None => tracing::info!(%uuid, name, uid, action, outcome = "done", duration_ms, "domain"),
-            Some(e) => tracing::warn!(%uuid, name, uid, action, outcome = %e.public(), duration_ms, "domain"),
+            None => log::done(self.uuid, &self.name(), caller, verb, begun),
+            Some(error) => log::failed(self.uuid, &self.name(), caller, verb, begun, error),
         }
     }
 }

@@ -7,6 +7,7 @@ use crate::events::Event;
 use crate::lock::lock;
 use crate::store::{Note, on_disk};
 use crate::verb::{self, Verb};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
@@ -138,21 +139,12 @@ impl Domain {
         self.short(caller, &verb::UNDEFINE, async {
             let (live, stored) = self.configurations();
             let stored = stored.ok_or_else(|| self.vanished())?;
-            let snapshots = lock(&self.state).snapshots.count();
-            if snapshots > 0 && !options.snapshots_metadata {
-                let text = format!(
-                    "domain '{}' has {snapshots} snapshots; pass snapshots-metadata to forget them (images keep what they hold)",
-                    self.name()
-                );
-                return Err(Error::OperationInvalid(text));
-            }
-            let unknown = lock(&self.state).snapshots.why_broken();
-            if let Some(why) = unknown.filter(|_| !options.snapshots_metadata) {
-                let text = format!("domain '{}': {why}; pass snapshots-metadata to forget its snapshots", self.name());
-                return Err(Error::OperationInvalid(text));
-            }
+            let belongings = self.driver.belongings(&stored).await;
+            self.nothing_bars(live.is_some(), &belongings, options)?;
             // First what may fail, and may be tried again while the configuration still says where it is.
-            self.remove_belongings(&stored, live.is_some(), options).await?;
+            if live.is_none() {
+                self.remove_belongings(&stored).await?;
+            }
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || {
                 shared.store.forget_snapshots(uuid)?;
@@ -173,30 +165,44 @@ impl Domain {
         .await
     }
 
-    /// Removes firmware variables and the state of a TPM before the configuration that names them; refuses where they are
-    /// there and are not to be removed, or are in use.
-    async fn remove_belongings(&self, stored: &DomainDef, active: bool, options: UndefineOptions) -> Result<()> {
-        let belongings = self.driver.belongings(stored).await;
-        if belongings.is_empty() {
-            // Its driver may know of more that is kept for it.
-            let removed =
-                if active { Ok(()) } else { self.driver.remove_belongings(stored, DomainEnd::Undefined).await };
-            return removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e));
-        }
+    /// Refuses to undefine while there is something that only this domain can use and that is not to go with it, or is in use:
+    /// all of that in one sentence.
+    fn nothing_bars(&self, active: bool, belongings: &[PathBuf], options: UndefineOptions) -> Result<()> {
+        let (snapshots, broken) = {
+            let state = lock(&self.state);
+            (state.snapshots.count(), state.snapshots.why_broken())
+        };
         let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
-        if !options.nvram {
-            return Err(Error::OperationInvalid(format!(
-                "domain '{}' has firmware variables or the state of a TPM in {named}; pass the option 'nvram' to remove \
-                 them with it",
-                self.name()
-            )));
+        let mut bars = Vec::new();
+        if snapshots > 0 && !options.snapshots_metadata {
+            let (s, them) = if snapshots == 1 { ("", "it") } else { ("s", "them") };
+            bars.push(format!(
+                "it has {snapshots} snapshot{s}; pass snapshots-metadata to forget {them} (images keep what they hold)"
+            ));
         }
-        if active {
-            return Err(Error::OperationInvalid(format!(
-                "the running domain '{}' uses {named}; shut it down before they are removed",
-                self.name()
-            )));
+        if let Some(why) = broken.filter(|_| !options.snapshots_metadata) {
+            bars.push(format!("{why}; pass snapshots-metadata to forget its snapshots"));
         }
+        if !belongings.is_empty() && !options.nvram {
+            bars.push(format!(
+                "it has firmware variables or the state of a TPM in {named}; pass nvram to remove them with it"
+            ));
+        }
+        if !belongings.is_empty() && options.nvram && active {
+            bars.push(format!("it runs and uses {named}; shut it down before they are removed"));
+        }
+        match bars.is_empty() {
+            true => Ok(()),
+            false => {
+                let text = format!("cannot undefine domain '{}': {}", self.name(), bars.join("; and "));
+                Err(Error::OperationInvalid(text))
+            }
+        }
+    }
+
+    /// Removes firmware variables and the state of a TPM, and what else its driver knows to be kept for it, before the
+    /// configuration that names them.
+    async fn remove_belongings(&self, stored: &DomainDef) -> Result<()> {
         let removed = self.driver.remove_belongings(stored, DomainEnd::Undefined).await;
         removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))
     }

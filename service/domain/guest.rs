@@ -6,6 +6,7 @@ use super::reports::Reports;
 use super::state::State;
 use crate::error::Result;
 use crate::lock::lock;
+use crate::log;
 use crate::store::{Ended, StatusFile, on_disk};
 use crate::time::now_usec;
 use std::sync::Arc;
@@ -108,7 +109,7 @@ impl Domain {
             state.since_usec = since_usec;
             vec![event]
         });
-        tracing::info!(uuid = %self.uuid, name = self.name(), %event, "guest");
+        log::guest(self.uuid, &self.name(), event);
     }
 
     /// Whether this is part of loading a snapshot, of which only the outcome is told.
@@ -187,12 +188,11 @@ impl Domain {
             state.has_ended(reason, since_usec);
             vec![Lifecycle::Stopped(stopped)]
         });
-        match exit {
-            Exit::Died(words) => {
-                let words = guest.live.black_out(&words.lines().collect::<Vec<_>>().join("; "));
-                tracing::error!(uuid = %self.uuid, name = self.name(), "the hypervisor died: {words}");
-            }
-            _ => tracing::info!(uuid = %self.uuid, name = self.name(), event = %Lifecycle::Stopped(stopped), "guest"),
+        let name = self.name();
+        log::guest(self.uuid, &name, Lifecycle::Stopped(stopped));
+        if let Exit::Died(words) = exit {
+            let words = guest.live.black_out(&words.lines().collect::<Vec<_>>().join("; "));
+            tracing::error!(uuid = %self.uuid, name, "domain {name:?}: the hypervisor died: {words}");
         }
     }
 

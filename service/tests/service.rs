@@ -294,6 +294,27 @@ async fn a_start_is_a_job_that_ends_before_its_ticket_answers() {
 }
 
 #[tokio::test]
+async fn no_number_of_a_job_is_used_again_after_a_restart() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut last = 0;
+    for round in 0..5 {
+        if round == 3 {
+            std::fs::write(folder.path().join("state/runs"), "spoilt").unwrap();
+        }
+        let world = World::open(folder.path()).await;
+        let domain = world.define(&format!("web{round}")).await;
+        for _ in 0..2 {
+            let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+            assert!(ticket.id > last, "round {round}: {} after {last}", ticket.id);
+            last = ticket.id;
+            ticket.done().await.unwrap();
+            domain.destroy(&world.alice(), false).await.unwrap();
+        }
+        domain.undefine(&world.alice(), UndefineOptions::default()).await.unwrap();
+    }
+}
+
+#[tokio::test]
 async fn destroy_gets_through_a_start_that_hangs() {
     let folder = tempfile::tempdir().unwrap();
     let mut world = World::open(folder.path()).await;

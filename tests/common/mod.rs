@@ -20,7 +20,7 @@ pub mod users;
 
 use futures_util::StreamExt as _;
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -156,6 +156,10 @@ impl Daemon {
         let mut command = self.inside(&virtd);
         command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
         command.env("VIRTD_AT_STEP", self.step_plan());
+        if self.folder.path().join("journal").exists() {
+            let stream = log.metadata().unwrap();
+            command.env("JOURNAL_STREAM", format!("{}:{}", stream.dev(), stream.ino()));
+        }
         command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
         let mut virtd = tokio::process::Command::from(command).spawn().unwrap();
         let named = tokio::select! {
@@ -173,6 +177,18 @@ impl Daemon {
         if !bus.name_has_owner("org.virt".try_into().unwrap()).await.unwrap() {
             changes.next().await;
         }
+    }
+
+    /// Stands in for systemd's journal, before virtd is started: its socket. Needs root.
+    pub fn journal(&self) -> std::os::unix::net::UnixDatagram {
+        let folder = self.folder.path().join("journal");
+        std::fs::create_dir(&folder).unwrap();
+        let socket = std::os::unix::net::UnixDatagram::bind(folder.join("socket")).unwrap();
+        let script =
+            "mount -t tmpfs none /run && mkdir -p /run/systemd/journal && mount --bind \"$0\" /run/systemd/journal";
+        let mounted = self.inside("sh").args(["-c", script]).arg(&folder).status().unwrap();
+        assert!(mounted.success(), "{mounted}");
+        socket
     }
 
     /// SIGKILLs virtd and waits until it has gone. Guests stay.

@@ -63,3 +63,19 @@ async fn all_findings_are_told_at_once() {
         assert!(found.iter().any(|finding| finding.3.contains(word)), "{word}: {found:?}");
     }
 }
+
+#[tokio::test]
+async fn a_list_of_an_unknown_driver_or_state_names_those_there_are() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let list = async |key: &'static str, word: &'static str| {
+        client.call("/org/virt", "org.virt.Manager.ListDomains", &(options([(key, word.into())]),)).await
+    };
+    assert!(list("driver", "test").await.is_ok());
+    let (name, why) = list("driver", "qemo").await.expect_err("there is no such driver");
+    assert_eq!(name, "org.virt.Error.InvalidArgument");
+    assert!(why.contains("qemu") && why.contains("test") && why.ends_with("not 'qemo'"), "{why}");
+    let (name, why) = list("state", "runing").await.expect_err("there is no such state");
+    assert_eq!(name, "org.virt.Error.InvalidArgument");
+    assert!(why.contains("running"), "{why}");
+}

@@ -8,6 +8,7 @@ mod bus_policy;
 mod bus_prompt;
 mod documents;
 mod flood;
+mod journal;
 mod permission;
 mod records;
 mod rules;

@@ -100,6 +100,82 @@ async fn the_tree_is_told_as_it_grows_and_shrinks() {
     assert_eq!(name, "org.virt.Error.NoSuchSnapshot");
 }
 
+/// What a dialog shows holds no name of an error; that stands beside it.
+#[tokio::test]
+async fn a_check_tells_the_error_and_its_text_apart() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let player = player(&daemon).await;
+    let checked = player.domain.call("CheckCreateSnapshot", &("<domainsnapshot/>", with([("halt", true)]))).await;
+    let plan: HashMap<String, OwnedVariant> = checked.expect("told").body().deserialize().expect("a{sv}");
+    let text = |key: &str| String::try_from(plan[key].try_clone().expect("no descriptor")).expect("s");
+    assert_eq!(text("error"), "org.virt.Error.OperationInvalid");
+    assert!(!text("reason").is_empty() && !text("reason").contains("org.virt.Error"), "{}", text("reason"));
+    player.take("there").await;
+    let plan = player.check("there", "CheckDelete", options([])).await;
+    assert_eq!((&*plan["error"], &*plan["reason"]), (&Variant::from(""), &Variant::from("")), "it is possible");
+}
+
+#[tokio::test]
+async fn work_that_is_not_counted_in_bytes_tells_none() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let player = player(&daemon).await;
+    let taken = player.domain.call("CreateSnapshot", &("<domainsnapshot/>", options([]))).await.expect("taken");
+    let (_, job): (zbus::OwnedObjectPath, zbus::OwnedObjectPath) = taken.body().deserialize().expect("oo");
+    let (client, job) = (&player.domain.client, job.as_str());
+    assert_eq!(client.property::<f64>(job, "org.virt.Job", "Progress").await, 1.0);
+    for name in ["BytesDone", "BytesTotal"] {
+        assert_eq!(client.property::<u64>(job, "org.virt.Job", name).await, 0, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_snapshot_is_named_and_described_without_a_document() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let player = player(&daemon).await;
+    let (name, description) = ("a <b> & \"c\"", "before 1 < 2");
+    let told = || options([("name", name.into()), ("description", description.into())]);
+    let checked = player.domain.call("CheckCreateSnapshot", &("", told())).await.expect("told");
+    let plan: HashMap<String, OwnedVariant> = checked.body().deserialize().expect("a{sv}");
+    let document = String::try_from(plan["xml"].try_clone().expect("no descriptor")).expect("s");
+    assert!(document.contains("<name>a &lt;b&gt; &amp; "), "{document}");
+    assert_eq!(player.create("", told()).await.expect("taken"), player.path(name));
+    assert_eq!(player.get::<String>(name, "Description").await, description);
+    player.create("", options([])).await.expect("taken with a name of its own");
+    assert_eq!(player.domain.property::<u32>("SnapshotCount").await, 2);
+
+    let (error, why) = player.create("<domainsnapshot><name>n</name></domainsnapshot>", told()).await.expect_err("two");
+    assert_eq!(error, "org.virt.Error.InvalidArgument");
+    assert!(why.contains("option 'name'"), "{why}");
+    let (error, _) = player.create("", with([("redefine", true)])).await.expect_err("there is no record");
+    assert_eq!(error, "org.virt.Error.ConfigInvalid");
+    let (error, _) = player.create(" ", options([])).await.expect_err("that is no document");
+    assert_eq!(error, "org.virt.Error.ConfigInvalid");
+}
+
+#[tokio::test]
+async fn an_undefine_that_is_refused_names_all_that_stands_in_its_way() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let variables = daemon.folder().join("vars.fd");
+    std::fs::write(&variables, "").expect("written");
+    let os = format!(
+        "<os><type>hvm</type><loader readonly='yes' type='pflash'>/code.fd</loader><nvram>{}</nvram></os>         <features><acpi/></features>",
+        variables.display()
+    );
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(&WEB.replace("<os><type>hvm</type></os>", &os)).await.expect("defined");
+    let player = Player { domain };
+    player.create("", with([("disk-only", true)])).await.expect("taken");
+    let (name, why) = player.domain.run("Undefine").await.expect_err("there is more than the definition");
+    assert_eq!(name, "org.virt.Error.OperationInvalid");
+    assert!(why.contains("1 snapshot; pass snapshots-metadata to forget it (") && why.contains("pass nvram"), "{why}");
+    player.create("", with([("disk-only", true)])).await.expect("taken");
+    let (_, why) = player.domain.call("Undefine", &(with([("nvram", true)]),)).await.expect_err("snapshots");
+    assert!(why.contains("2 snapshots; pass snapshots-metadata to forget them (") && !why.contains("nvram"), "{why}");
+    let all = with([("nvram", true), ("snapshots-metadata", true)]);
+    player.domain.call("Undefine", &(all,)).await.expect("undefined");
+    assert!(!variables.exists());
+}
+
 /// Document, options, error, and a word of its text.
 type Refused = (String, Vec<(&'static str, bool)>, &'static str, &'static str);
 
@@ -146,7 +222,7 @@ async fn what_cannot_be_is_refused_before_anything_changes() {
         let told = player.domain.call("CheckCreateSnapshot", &(&*xml, with(flags))).await.expect("told");
         let told: HashMap<String, OwnedVariant> = told.body().deserialize().expect("a{sv}");
         assert_eq!(*told["possible"], Variant::from(false), "{xml}");
-        assert_eq!(told.len(), 5);
+        assert_eq!(told.len(), 6);
     }
     let odd = options([("leave-out", Variant::from(vec!["disk"]))]);
     let (name, why) = player.create(&none, odd).await.expect_err("odd");

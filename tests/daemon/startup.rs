@@ -56,6 +56,29 @@ async fn a_wrong_configuration_is_named_and_nothing_served() {
     assert!(said(&output).contains("etc/virt/virtd.toml") && said(&output).contains("usr"), "{}", said(&output));
 }
 
+/// What README.md says to try by hand, pasted at once.
+#[tokio::test]
+async fn the_readme_can_be_pasted() {
+    let Some(daemon) = Daemon::session_bus() else { return };
+    let readme = read_project_file("README.md");
+    let (_, rest) = readme.split_once("## Try it by hand").expect("the section");
+    let (section, _) = rest.split_once("\n## ").expect("the next one");
+    let blocks: Vec<_> = section.split("```sh\n").skip(1).filter_map(|text| text.split_once("```")).collect();
+    let lines: String = blocks.iter().map(|(block, _)| *block).collect();
+    let root = daemon.folder().join("tried");
+    let script = lines
+        .replace("cargo build\n", "set -eo pipefail\n")
+        .replace("target/debug/virtd", env!("CARGO_BIN_EXE_virtd"))
+        .replace("/tmp/virt", root.to_str().expect("a path"));
+    let output = daemon.inside("bash").args(["-c", &script]).output().unwrap();
+    let shown = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{shown}{}", said(&output));
+    for part in ["org.virt.Manager", "('resumed', 'from-snapshot')", "\"running\"", ".Broken"] {
+        assert!(shown.contains(part), "no {part} in {shown}");
+    }
+    assert!(!root.exists());
+}
+
 /// S6: too few descriptors are told at once, in a sentence, and not when the first guest is to be started.
 #[tokio::test]
 async fn too_few_descriptors_are_an_error() {

@@ -104,8 +104,17 @@ impl Trial {
     /// A check's verdict, and its files.
     async fn verdict(&self, method: &str) -> (bool, String, Vec<(String, String, u64)>) {
         let mut told = self.player.check("one", method, options([])).await;
-        let keys =
-            ["needs-force", "risks", "abi-differences", "starts-new-process", "events", "possible", "reason", "files"];
+        let keys = [
+            "needs-force",
+            "risks",
+            "abi-differences",
+            "starts-new-process",
+            "events",
+            "possible",
+            "error",
+            "reason",
+            "files",
+        ];
         assert!(keys.iter().all(|key| told.contains_key(*key)), "{:?}", told.keys());
         let mut take = |key: &str| told.remove(key).expect("there");
         let possible = take("possible").try_into().expect("b");

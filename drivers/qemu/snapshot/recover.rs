@@ -166,6 +166,8 @@ impl Journal for Silent {
 
     fn progress(&self, _: u64, _: u64) {}
 
+    fn part_done(&self, _: u64, _: u64) {}
+
     fn point_of_no_return(&self) {}
 
     fn cancelled(&self) -> &CancellationToken {

@@ -27,6 +27,10 @@ pub(super) const BEGUN: Limits =
 /// How a snapshot is taken.
 #[derive(Clone, Debug, Default)]
 pub struct CreateOptions {
+    /// Its name, if the document has none.
+    pub name: Option<String>,
+    /// Its description, if the document has none.
+    pub description: Option<String>,
     /// No memory.
     pub disk_only: bool,
     /// The guest runs while its memory is written.
@@ -90,7 +94,8 @@ impl CreateOptions {
             return invalid("'quiesce' needs 'disk-only'");
         }
         let others = self.no_metadata || self.halt || self.live || self.quiesce || self.reuse_external;
-        if self.redefine && (others || !self.leave_out.is_empty()) {
+        let named = self.name.is_some() || self.description.is_some();
+        if self.redefine && (others || named || !self.leave_out.is_empty()) {
             return invalid(
                 "'redefine' only restores a record: it goes with 'current', 'disk-only' and 'validate' alone",
             );
@@ -99,6 +104,26 @@ impl CreateOptions {
             Some(part) => invalid(&format!("'leave-out' lists nvram and tpm, not '{part}'")),
             None => Ok(()),
         }
+    }
+
+    /// Puts what is told beside the document into it. Error: `InvalidArgument` where it has that already.
+    fn complete(&self, doc: &mut SnapshotDoc) -> Result<()> {
+        let twice = |what: &str| {
+            let text =
+                format!("the document has a {what}, and the option '{what}' gives another: leave out one of them");
+            Err(Error::InvalidArgument(text))
+        };
+        match &self.name {
+            Some(_) if doc.name().is_some() => return twice("name"),
+            Some(name) => doc.set_name(name),
+            None => {}
+        }
+        match &self.description {
+            Some(_) if doc.description.is_some() => return twice("description"),
+            Some(description) => doc.description = Some(description.clone()),
+            None => {}
+        }
+        Ok(())
     }
 }
 
@@ -127,7 +152,8 @@ impl Domain {
             self.allow_action(caller, Action::Define).await?;
         }
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
-        let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
+        let mut doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
+        options.complete(&mut doc)?;
         let caller = &seat.waits_for_nobody(caller);
         if options.redefine {
             return self.redefine_snapshot(caller, doc, &options).await;
@@ -166,7 +192,8 @@ impl Domain {
         let planned = async {
             options.check()?;
             let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
-            let doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
+            let mut doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
+            options.complete(&mut doc)?;
             let caller = &seat.waits_for_nobody(caller);
             if options.redefine {
                 let record = self.restored(doc, &options)?;

@@ -108,6 +108,10 @@ impl Journal for DomainJournal {
         self.job.iter().for_each(|job| job.progress(done, total));
     }
 
+    fn part_done(&self, done: u64, total: u64) {
+        self.job.iter().for_each(|job| job.part_done(done, total));
+    }
+
     fn point_of_no_return(&self) {
         self.job.iter().for_each(|job| job.past_return());
     }

@@ -236,11 +236,17 @@ fn expected(parent: &str, known: &[String], unknown: &str) -> String {
     match known {
         [] => format!("<{parent}> has none"),
         _ if known.len() <= FEW => format!("<{parent}> has {}", known.join(", ")),
-        _ => match known.iter().min_by_key(|name| distance(name, unknown)) {
-            Some(name) if distance(name, unknown) <= 2 => format!("was '{name}' meant?"),
-            _ => format!("<{parent}> has no such thing"),
+        _ => match nearest(known, unknown) {
+            Some(name) => format!("was '{name}' meant?"),
+            None => format!("<{parent}> has no such thing"),
         },
     }
+}
+
+/// The known name that an unknown one is most like, if it is much like it.
+pub fn nearest<'a, T: AsRef<str>>(known: &'a [T], unknown: &str) -> Option<&'a str> {
+    let near = known.iter().map(|name| (distance(name.as_ref(), unknown), name.as_ref())).min();
+    near.filter(|(distance, _)| *distance <= 2).map(|(_, name)| name)
 }
 
 /// How many letters have to be put in, taken out or changed.

@@ -26,7 +26,7 @@ pub mod sysinfo;
 pub mod tune;
 pub mod value;
 
-pub use format::vocabulary;
+pub use format::{nearest, vocabulary};
 
 use crate::device::Devices;
 use crate::device::disk::ThrottleGroups;

@@ -359,6 +359,9 @@ pub trait Journal: Send + Sync {
     /// Bytes done and in all.
     fn progress(&self, done: u64, total: u64);
 
+    /// How much of it is done, of `total`, where that is not counted in bytes.
+    fn part_done(&self, done: u64, total: u64);
+
     /// From here on it cannot be cancelled.
     fn point_of_no_return(&self);
 

@@ -176,8 +176,10 @@ choices! {
 const VERBATIM: &[(&str, &str)] = &[("domain", "metadata"), ("inactiveDomain", "metadata")];
 
 impl SnapshotDoc {
-    /// Reads a document; everything wrong is reported at once. Elements and attributes that are not known are refused.
+    /// Reads a document; everything wrong is reported at once. Elements and attributes that are not known are refused. An
+    /// empty text is a document that leaves out everything.
     pub fn parse(text: &str) -> Result<SnapshotDoc, Vec<Finding>> {
+        let text = if text.is_empty() { "<domainsnapshot/>" } else { text };
         SnapshotDoc::parse_within(text, Limits::ACCEPTED)
     }
 
@@ -198,6 +200,11 @@ impl SnapshotDoc {
     /// What it is to be called, if it says so.
     pub fn name(&self) -> Option<&str> {
         self.named.as_ref().map(|words| words.text.as_deref().unwrap_or_default())
+    }
+
+    /// Names it, as if the document did.
+    pub fn set_name(&mut self, name: &str) {
+        self.named = Some(Words { text: Some(name.to_owned()), ..Words::default() });
     }
 
     /// Where it says that.

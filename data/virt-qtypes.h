@@ -1,0 +1,135 @@
+// The compound types of org.virt's interfaces for Qt's D-Bus: what the annotations in the interface files name.
+//
+// Give this file to the generator and call virtRegisterTypes() once before the first call:
+//
+//   qdbusxml2cpp -i virt-qtypes.h -p manager /usr/share/dbus-1/interfaces/org.virt.Manager.xml
+
+#ifndef VIRT_QTYPES_H
+#define VIRT_QTYPES_H
+
+#include <QtCore/QList>
+#include <QtCore/QMetaType>
+#include <QtCore/QString>
+#include <QtCore/QVariantMap>
+#include <QtDBus/QDBusArgument>
+#include <QtDBus/QDBusMetaType>
+#include <QtDBus/QDBusObjectPath>
+
+/// One machine of Manager.ListDomains.
+struct VirtListedDomain {
+    QDBusObjectPath path;
+    QString name;
+    QString uuid;
+    QString state;
+    bool persistent = false;
+};
+using VirtListedDomains = QList<VirtListedDomain>;
+
+/// One finding of Manager.ValidateDomain; line and column count from 1, and are 0 where there is none.
+struct VirtFinding {
+    QString severity;
+    uint line = 0;
+    uint column = 0;
+    QString message;
+};
+using VirtFindings = QList<VirtFinding>;
+
+/// One difference of Manager.CompareDomains; a side that lacks the value is empty.
+struct VirtDifference {
+    QString path;
+    QString source;
+    QString target;
+};
+using VirtDifferences = QList<VirtDifference>;
+
+/// One disk of Snapshot.Disks.
+struct VirtSnapshotDisk {
+    QString target;
+    QString mode;
+    QString file;
+};
+using VirtSnapshotDisks = QList<VirtSnapshotDisk>;
+
+Q_DECLARE_METATYPE(VirtListedDomain)
+Q_DECLARE_METATYPE(VirtFinding)
+Q_DECLARE_METATYPE(VirtDifference)
+Q_DECLARE_METATYPE(VirtSnapshotDisk)
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedDomain &one)
+{
+    out.beginStructure();
+    out << one.path << one.name << one.uuid << one.state << one.persistent;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedDomain &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.name >> one.uuid >> one.state >> one.persistent;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtFinding &one)
+{
+    out.beginStructure();
+    out << one.severity << one.line << one.column << one.message;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtFinding &one)
+{
+    in.beginStructure();
+    in >> one.severity >> one.line >> one.column >> one.message;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtDifference &one)
+{
+    out.beginStructure();
+    out << one.path << one.source << one.target;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtDifference &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.source >> one.target;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtSnapshotDisk &one)
+{
+    out.beginStructure();
+    out << one.target << one.mode << one.file;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtSnapshotDisk &one)
+{
+    in.beginStructure();
+    in >> one.target >> one.mode >> one.file;
+    in.endStructure();
+    return in;
+}
+
+/// Makes the types above known to Qt's D-Bus.
+inline void virtRegisterTypes()
+{
+    qDBusRegisterMetaType<VirtListedDomain>();
+    qDBusRegisterMetaType<VirtListedDomains>();
+    qDBusRegisterMetaType<VirtFinding>();
+    qDBusRegisterMetaType<VirtFindings>();
+    qDBusRegisterMetaType<VirtDifference>();
+    qDBusRegisterMetaType<VirtDifferences>();
+    qDBusRegisterMetaType<VirtSnapshotDisk>();
+    qDBusRegisterMetaType<VirtSnapshotDisks>();
+}
+
+#endif

@@ -1,0 +1,53 @@
+//! The lines of the log that somebody looks for: who did what to which machine, how that went, and what became of a guest.
+//! Each is a sentence, and tells the same in fields; each kind has a target of its own, by which the journal's
+//! `MESSAGE_ID` is told.
+
+use crate::authz::Caller;
+use crate::error::Error;
+use crate::time::millis;
+use crate::verb::Verb;
+use std::time::Instant;
+use uuid::Uuid;
+use virt_model::state::Lifecycle;
+
+/// The target of what was asked for and is done.
+pub const DONE: &str = "virt_service::done";
+
+/// The target of what was asked for and refused, or not done in the end.
+pub const FAILED: &str = "virt_service::failed";
+
+/// The target of what happened to a guest.
+pub const GUEST: &str = "virt_service::guest";
+
+/// A caller's verb was done to a machine.
+pub(crate) fn done(uuid: Uuid, name: &str, caller: &Caller, verb: &Verb, begun: Instant) {
+    let (caller_uid, action, duration_ms) = (caller.uid, verb.word, millis(begun));
+    tracing::info!(
+        target: DONE, %uuid, name, caller_uid, action, duration_ms,
+        "domain {name:?}: {action} by uid {caller_uid}: done in {duration_ms} ms"
+    );
+}
+
+/// A caller's verb was not done to a machine.
+pub(crate) fn failed(uuid: Uuid, name: &str, caller: &Caller, verb: &Verb, begun: Instant, error: &Error) {
+    let (caller_uid, action, duration_ms, error) = (caller.uid, verb.word, millis(begun), error.public());
+    tracing::warn!(
+        target: FAILED, %uuid, name, caller_uid, action, duration_ms,
+        "domain {name:?}: {action} by uid {caller_uid}: failed in {duration_ms} ms: {error}"
+    );
+}
+
+/// A caller's verb came to no machine.
+pub(crate) fn refused(caller: &Caller, verb: &Verb, begun: Instant, error: &Error) {
+    let (caller_uid, action, duration_ms, error) = (caller.uid, verb.word, millis(begun), error.public());
+    tracing::warn!(
+        target: FAILED, caller_uid, action, duration_ms,
+        "{action} by uid {caller_uid}: failed in {duration_ms} ms: {error}"
+    );
+}
+
+/// Something happened to a guest.
+pub(crate) fn guest(uuid: Uuid, name: &str, event: Lifecycle) {
+    let (word, detail) = event.words();
+    tracing::info!(target: GUEST, %uuid, name, event = word, detail, "domain {name:?}: {word} ({detail})");
+}
