@@ -1,6 +1,6 @@
 //! What virtd does when it starts: loads definitions, finds the guests that run, makes whole what was cut off, autostarts.
 
-use crate::domain::{Birth, Domain, FoundGuest, StartOptions};
+use crate::domain::{Domain, DomainSeed, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, virtd_itself};
@@ -102,7 +102,7 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
         let work = async {
             first.await;
             // The log has it by then.
-            let _ = domain.made_whole().await;
+            let _ = domain.finish_interrupted().await;
         };
         let mut work = std::pin::pin!(work);
         if timeout(PLACE, &mut work).await.is_err() {
@@ -156,7 +156,7 @@ fn load_definition(shared: &Arc<Shared>, stored: Stored, snapshots: Loaded) -> R
         // Nobody knows its name, or another has it.
         def.name = uuid.to_string();
     }
-    enter(shared, Birth { def: Arc::new(def), persistent: true, broken, driver, note, ended, snapshots })?;
+    enter(shared, DomainSeed { def: Arc::new(def), persistent: true, broken, driver, note, ended, snapshots })?;
     Ok(())
 }
 
@@ -167,7 +167,7 @@ fn likely_driver(shared: &Shared, note: &Note, kind: &str) -> Result<Arc<dyn Dri
 }
 
 /// Registers a domain found on disk.
-fn enter(shared: &Arc<Shared>, birth: Birth) -> Result<Arc<Domain>> {
+fn enter(shared: &Arc<Shared>, birth: DomainSeed) -> Result<Arc<Domain>> {
     match shared.registry.claim(birth.def.uuid, &birth.def.name, birth.note.owner, usize::MAX)? {
         Claimed::Existing(domain) => Ok(domain),
         Claimed::New => {
@@ -222,7 +222,7 @@ impl Search {
                 let note = Note { owner: status.owner, ..Note::default() };
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
                 let (def, driver) = (live.clone(), driver.clone());
-                enter(shared, Birth { def, persistent: false, broken: None, driver, note, ended, snapshots })?
+                enter(shared, DomainSeed { def, persistent: false, broken: None, driver, note, ended, snapshots })?
             }
         };
         domain.is_sought(&status, live.clone(), unread);

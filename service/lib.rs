@@ -34,7 +34,7 @@ pub use store::Paths;
 
 use authz::{Action, Answer, Authority, Caller, Subject};
 use desk::Seat;
-use domain::Birth;
+use domain::DomainSeed;
 use error::{Error, Result};
 use events::{Event, Events};
 use job::{Jobs, Ticket};
@@ -163,7 +163,7 @@ impl Service {
                 Ok(domain)
             }
             Claimed::New => {
-                let domain = self.bear(caller, driver, def.clone(), true).await?;
+                let domain = self.new_domain(caller, driver, def.clone(), true).await?;
                 let (name, uuid) = (def.name.clone(), def.uuid);
                 if let Err(e) = domain.store(def).await {
                     self.shared.registry.remove(uuid, &name, caller.uid);
@@ -194,7 +194,7 @@ impl Service {
                 Ok((domain, ticket))
             }
             Claimed::New => {
-                let domain = self.bear(caller, driver, def.clone(), false).await?;
+                let domain = self.new_domain(caller, driver, def.clone(), false).await?;
                 self.shared.registry.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
                 let ticket = domain.launch(caller, Some(def), options).await?;
@@ -420,7 +420,7 @@ impl Service {
     }
 
     /// A domain that is not in the registry yet; its name is claimed.
-    async fn bear(
+    async fn new_domain(
         &self,
         caller: &Caller,
         driver: Arc<dyn Driver>,
@@ -438,7 +438,10 @@ impl Service {
                 return Err(e);
             }
         };
-        Ok(Domain::new(self.shared.clone(), Birth { def, persistent, broken: None, driver, note, ended, snapshots }))
+        Ok(Domain::new(
+            self.shared.clone(),
+            DomainSeed { def, persistent, broken: None, driver, note, ended, snapshots },
+        ))
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {

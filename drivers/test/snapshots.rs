@@ -7,44 +7,49 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
-    CreatePlan, DeletePlan, DiskMode, FileChange, FileFate, Journal, Kept, Kin, Machine, MemoryMode, Recovered,
-    Replaced, RevertPlan, Reverted, Snapshots, Taken, Unfinished, Wish,
+    CreatePlan, CreatedSnapshot, DeletePlan, DiskMode, ExistingSnapshot, FileChange, FileFate, Journal, Machine,
+    MemoryMode, Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, Unfinished,
 };
 
 #[async_trait]
 impl Snapshots for TestDriver {
-    async fn check_create(&self, machine: &Machine, wish: &Wish) -> Result<CreatePlan, DriverError> {
-        if wish.quiesce {
+    async fn check_create(&self, machine: &Machine, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
+        if request.quiesce {
             return Err(DriverError::AgentUnavailable("guests of the test driver have no agent".to_owned()));
         }
-        if lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&wish.name)) {
-            let text = format!("the images hold a snapshot '{}' already", wish.name);
+        if lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&request.name)) {
+            let text = format!("the images hold a snapshot '{}' already", request.name);
             return Err(DriverError::SnapshotExists(text));
         }
-        let overlays = wish.disks.iter().filter_map(|disk| overlay(&disk.mode));
-        let memory = match &wish.memory {
+        let overlays = request.disks.iter().filter_map(|disk| overlay(&disk.mode));
+        let memory = match &request.memory {
             MemoryMode::External(file) => Some(file.as_path()),
             _ => None,
         };
         let change = |path: &Path| FileChange { path: path.to_owned(), what: FileFate::Created, bytes: 0 };
         Ok(CreatePlan {
             files: overlays.chain(memory).map(change).collect(),
-            pauses_guest: machine.running && wish.memory != MemoryMode::No && !wish.live,
+            pauses_guest: machine.running && request.memory != MemoryMode::No && !request.live,
         })
     }
 
-    async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        journal.note(json!({ "create": wish.name })).await?;
-        let pauses = machine.running && wish.memory != MemoryMode::No;
+    async fn create(
+        &self,
+        machine: &Machine,
+        request: &SnapshotRequest,
+        journal: Arc<dyn Journal>,
+    ) -> Result<CreatedSnapshot, DriverError> {
+        journal.note(json!({ "create": request.name })).await?;
+        let pauses = machine.running && request.memory != MemoryMode::No;
         if let Some(guest) = machine.guest.as_ref().filter(|_| pauses) {
             guest.suspend().await?;
         }
         journal.part_done(1, 2);
         let cancelled = journal.cancelled().is_cancelled();
         if !cancelled {
-            lock(&self.0.images).entry(machine.def.uuid).or_default().insert(wish.name.clone());
+            lock(&self.0.images).entry(machine.def.uuid).or_default().insert(request.name.clone());
         }
-        if let Some(guest) = machine.guest.as_ref().filter(|_| pauses && (cancelled || !wish.stay_paused)) {
+        if let Some(guest) = machine.guest.as_ref().filter(|_| pauses && (cancelled || !request.stay_paused)) {
             guest.resume().await?;
         }
         if cancelled {
@@ -54,21 +59,21 @@ impl Snapshots for TestDriver {
         let mut now = machine.def.clone();
         let def = Arc::make_mut(&mut now);
         let mut switched = false;
-        for (disk, part) in def.devices.disks.iter_mut().zip(&wish.disks) {
+        for (disk, part) in def.devices.disks.iter_mut().zip(&request.disks) {
             if let Some(path) = overlay(&part.mode) {
                 disk.stand_on(path, false, "qcow2");
                 switched = true;
             }
         }
-        let record = json!({ "test": wish.name });
-        Ok(Taken { record, def: switched.then_some(now), nvram: None, tpm: None })
+        let record = json!({ "test": request.name });
+        Ok(CreatedSnapshot { record, def: switched.then_some(now), nvram: None, tpm: None })
     }
 
     async fn check_revert(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        _: &Kin,
+        snapshot: &ExistingSnapshot,
+        _: &Siblings,
         _: bool,
     ) -> Result<RevertPlan, DriverError> {
         let holds = lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&snapshot.name));
@@ -79,15 +84,20 @@ impl Snapshots for TestDriver {
         Ok(RevertPlan::default())
     }
 
-    async fn load(&self, _: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError> {
+    async fn load(
+        &self,
+        _: &Machine,
+        snapshot: &ExistingSnapshot,
+        journal: Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
         journal.note(json!({ "load": snapshot.name })).await
     }
 
     async fn revert_images(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        _: &Kin,
+        snapshot: &ExistingSnapshot,
+        _: &Siblings,
         journal: Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
         journal.note(json!({ "revert": snapshot.name })).await?;
@@ -104,11 +114,20 @@ impl Snapshots for TestDriver {
         Ok(Reverted { def: now, disks, record, aside: serde_json::Value::Null })
     }
 
-    async fn settle(&self, _: &Machine, _: &Reverted, _: bool) -> Result<(), DriverError> {
+    async fn commit_revert(&self, _: &Machine, _: &Reverted) -> Result<(), DriverError> {
         Ok(())
     }
 
-    async fn check_delete(&self, _: &Machine, snapshot: &Kept, _: &Kin) -> Result<DeletePlan, DriverError> {
+    async fn roll_back_revert(&self, _: &Machine, _: &Reverted) -> Result<(), DriverError> {
+        Ok(())
+    }
+
+    async fn check_delete(
+        &self,
+        _: &Machine,
+        snapshot: &ExistingSnapshot,
+        _: &Siblings,
+    ) -> Result<DeletePlan, DriverError> {
         let merged = |path: &Path| FileChange { path: path.to_owned(), what: FileFate::Merged, bytes: 0 };
         let files = snapshot.disks.iter().filter_map(|disk| overlay(&disk.mode)).map(merged).collect();
         Ok(DeletePlan { files, ..DeletePlan::default() })
@@ -117,8 +136,8 @@ impl Snapshots for TestDriver {
     async fn delete(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        _: &Kin,
+        snapshot: &ExistingSnapshot,
+        _: &Siblings,
         journal: Arc<dyn Journal>,
     ) -> Result<Vec<Replaced>, Unfinished> {
         journal.note(json!({ "delete": snapshot.name })).await?;

@@ -82,7 +82,7 @@ impl Domain {
             self.allow(caller, verb).await?;
             let _turn = self.take_turn(verb.word, &CancellationToken::new()).await?;
             if verb.waits_for_recovery() {
-                self.soon_made_whole().await?;
+                self.finish_interrupted_soon().await?;
             }
             self.applies(verb)?;
             work.await
@@ -187,7 +187,7 @@ impl Change {
         };
         turn.rename(job.label(verb.word));
         job.running();
-        domain.made_whole().await?;
+        domain.finish_interrupted().await?;
         let (doer, of, work) = (domain.clone(), job.clone(), work(domain.clone(), job.clone()));
         let mut work = tokio::spawn(async move {
             let done = work.await;

@@ -96,7 +96,7 @@ impl Domain {
     pub(crate) async fn redefine(self: &Arc<Self>, def: Arc<DomainDef>) -> Result<()> {
         let _turn = self.take_turn(verb::DEFINE.word, &tokio_util::sync::CancellationToken::new()).await?;
         if self.sound().is_ok() {
-            self.soon_made_whole().await?;
+            self.finish_interrupted_soon().await?;
         }
         self.fits(&def, &self.name())?;
         let first = {

@@ -52,7 +52,7 @@ pub struct Domain {
 }
 
 /// How a new `Domain` comes to be.
-pub(crate) struct Birth {
+pub(crate) struct DomainSeed {
     /// Its configuration; of a transient domain that of its guest, or of the one about to start.
     pub def: Arc<DomainDef>,
     pub persistent: bool,
@@ -66,7 +66,7 @@ pub(crate) struct Birth {
 }
 
 impl Domain {
-    pub(crate) fn new(shared: Arc<Shared>, birth: Birth) -> Arc<Domain> {
+    pub(crate) fn new(shared: Arc<Shared>, birth: DomainSeed) -> Arc<Domain> {
         let (uuid, name) = (birth.def.uuid, birth.def.name.clone());
         let facts = DomainFacts {
             name: name.clone(),
@@ -114,7 +114,7 @@ impl Domain {
                 broken: birth.broken,
                 sought: None,
                 unread: None,
-                snapshots: snapshots::Kit::new(birth.snapshots),
+                snapshots: snapshots::SnapshotSet::new(birth.snapshots),
                 muted: None,
                 gone: false,
                 told: false,

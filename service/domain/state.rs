@@ -32,7 +32,7 @@ pub(super) struct State {
     pub(super) sought: Option<Sought>,
     /// Why what its guest runs with is not known: what is shown for that only stands for it.
     pub(super) unread: Option<String>,
-    pub(super) snapshots: snapshots::Kit,
+    pub(super) snapshots: snapshots::SnapshotSet,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     pub(super) muted: Option<DomainState>,
     /// No longer in the registry.

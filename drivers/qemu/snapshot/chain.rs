@@ -11,7 +11,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use virt_model::device::Disk;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::Kept;
+use virt_model::driver::snapshots::ExistingSnapshot;
 
 /// The chains of a running guest's drives: each file, then what it stands on. Filters are not in them.
 #[derive(Debug, Default)]
@@ -55,7 +55,11 @@ impl Operation {
     }
 
     /// Refuses a deletion whose record does not say what is. Changes nothing.
-    pub(super) async fn chains_are_as_recorded(&self, plan: &Plan, snapshot: &Kept) -> Result<(), DriverError> {
+    pub(super) async fn chains_are_as_recorded(
+        &self,
+        plan: &Plan,
+        snapshot: &ExistingSnapshot,
+    ) -> Result<(), DriverError> {
         let chains = match &self.body {
             Some(body) => Chains::ask(&body.line()?).await?,
             None => Chains::default(),

@@ -17,65 +17,67 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{CreatePlan, DiskMode, FileChange, FileFate, Journal, MemoryMode, Taken, Wish};
+use virt_model::driver::snapshots::{
+    CreatePlan, CreatedSnapshot, DiskMode, FileChange, FileFate, Journal, MemoryMode, SnapshotRequest,
+};
 
 impl Operation {
-    pub(super) async fn check_create(&self, wish: &Wish) -> Result<CreatePlan, DriverError> {
-        self.check_machine(wish).await?;
-        self.check_chains(wish).await?;
-        let survey = self.survey(self.concerned(wish)).await?;
-        self.check_names(wish, &survey).await?;
-        self.check_way_back(wish, &survey).await?;
-        self.decide_create(wish, &survey)
+    pub(super) async fn check_create(&self, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
+        self.check_machine(request).await?;
+        self.check_chains(request).await?;
+        let survey = self.survey(self.concerned(request)).await?;
+        self.check_names(request, &survey).await?;
+        self.check_way_back(request, &survey).await?;
+        self.decide_create(request, &survey)
     }
 
     /// All files that the snapshot would be made of, and those it is made from.
-    fn concerned(&self, wish: &Wish) -> Vec<PathBuf> {
-        let overlays = wish.disks.iter().filter_map(|part| match &part.mode {
+    fn concerned(&self, request: &SnapshotRequest) -> Vec<PathBuf> {
+        let overlays = request.disks.iter().filter_map(|part| match &part.mode {
             DiskMode::External { path, .. } => Some(path.clone()),
             _ => None,
         });
-        let memory = match &wish.memory {
+        let memory = match &request.memory {
             MemoryMode::External(path) => Some(path.clone()),
             _ => None,
         };
-        let images = super::internal_images(&self.machine.def, &wish.disks, true);
+        let images = super::internal_images(&self.machine.def, &request.disks, true);
         overlays.chain(memory).chain(images).chain(self.own_parts()).collect()
     }
 
     /// What would be made, where everything that is there allows it.
-    fn decide_create(&self, wish: &Wish, survey: &Survey) -> Result<CreatePlan, DriverError> {
+    fn decide_create(&self, request: &SnapshotRequest, survey: &Survey) -> Result<CreatePlan, DriverError> {
         let mut files = Vec::new();
         let created = |path: &Path, bytes| FileChange { path: path.to_owned(), what: FileFate::Created, bytes };
-        for (_, part) in pairs(&self.machine.def, &wish.disks) {
+        for (_, part) in pairs(&self.machine.def, &request.disks) {
             let DiskMode::External { path, block, .. } = &part.mode else { continue };
-            check_overlay(&part.target, path, &survey.at(path), *block, wish.reuse_external)?;
-            if !wish.reuse_external && !block {
+            check_overlay(&part.target, path, &survey.at(path), *block, request.reuse_external)?;
+            if !request.reuse_external && !block {
                 files.push(created(path, OVERLAY));
             }
         }
         let memory = self.machine.def.memory_kib() << 10;
-        if let MemoryMode::External(path) = &wish.memory {
+        if let MemoryMode::External(path) = &request.memory {
             check_free_place(path, &survey.at(path), "the memory's file")?;
             check_space(path, &survey.at(path), memory / 64 + RESERVE)?;
             files.push(created(path, memory));
         }
-        let copies = self.copies(wish, survey);
+        let copies = self.copies(request, survey);
         files.extend(copies.iter().map(|(from, to)| created(to, survey.size(from))));
-        if wish.memory == MemoryMode::Internal
-            && let Some(image) = super::internal_images(&self.machine.def, &wish.disks, false).first()
+        if request.memory == MemoryMode::Internal
+            && let Some(image) = super::internal_images(&self.machine.def, &request.disks, false).first()
         {
             check_space(image, &survey.at(image), RESERVE)?;
         }
-        let pauses = wish.memory != MemoryMode::No && !wish.live || self.stands_for(wish, &copies);
+        let pauses = request.memory != MemoryMode::No && !request.live || self.stands_for(request, &copies);
         Ok(CreatePlan { files, pauses_guest: self.machine.running && pauses })
     }
 
     /// Whether machine and guest can be captured as they are.
-    async fn check_machine(&self, wish: &Wish) -> Result<(), DriverError> {
+    async fn check_machine(&self, request: &SnapshotRequest) -> Result<(), DriverError> {
         let def = &self.machine.def;
-        let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
-        if !wish.leave_out_nvram
+        let internal = pairs(def, &request.disks).any(|(_, part)| part.mode == DiskMode::Internal);
+        if !request.leave_out_nvram
             && internal
             && let Some((path, format)) = parts::variables(def).find(|(_, format)| format != "qcow2")
         {
@@ -85,10 +87,10 @@ impl Operation {
                 path.display()
             )));
         }
-        if wish.memory != MemoryMode::No {
+        if request.memory != MemoryMode::No {
             self.keeps_what_is_written("memory without what it knows of its disk")?;
         }
-        for (disk, part) in pairs(def, &wish.disks).filter(|(_, part)| part.mode != DiskMode::No) {
+        for (disk, part) in pairs(def, &request.disks).filter(|(_, part)| part.mode != DiskMode::No) {
             let target = &part.target;
             if self.machine.running && disk.transient.is_some() {
                 return Err(cannot(format!("disk '{target}' throws away what is written: leave it out")));
@@ -101,7 +103,7 @@ impl Operation {
                 return Err(cannot(format!("disk '{target}' is on a server, and is captured by hand only")));
             }
         }
-        if wish.quiesce && by_hand(wish) {
+        if request.quiesce && by_hand(request) {
             return Err(cannot(
                 "a disk is copied by hand while the guest stands, and file systems that are frozen then are never \
                  thawed: leave out quiesce",
@@ -109,7 +111,7 @@ impl Operation {
         }
         let Some(body) = &self.body else { return Ok(()) };
         self.nobody_else_works().await?;
-        if wish.memory != MemoryMode::No {
+        if request.memory != MemoryMode::No {
             if let Some(why) = hostdev::keeps_memory_here(def) {
                 return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
             }
@@ -119,17 +121,17 @@ impl Operation {
             if !blockers.is_empty() {
                 return Err(DriverError::Refused(format!("its memory cannot be captured: {}", blockers.join("; "))));
             }
-            self.can_send_memory(body, wish).await?;
+            self.can_send_memory(body, request).await?;
         }
-        if wish.quiesce {
+        if request.quiesce {
             self.agent().await?;
         }
         Ok(())
     }
 
     /// A QEMU whose memory has been written to a file, and whose guest has not gone on since, does not write it again.
-    async fn can_send_memory(&self, body: &Body, wish: &Wish) -> Result<(), DriverError> {
-        if !matches!(wish.memory, MemoryMode::External(_)) {
+    async fn can_send_memory(&self, body: &Body, request: &SnapshotRequest) -> Result<(), DriverError> {
+        if !matches!(request.memory, MemoryMode::External(_)) {
             return Ok(());
         }
         let status = body.patiently("query-status", json!({})).await?;
@@ -144,10 +146,10 @@ impl Operation {
     }
 
     /// The images are what the definition says, and overlays that the caller has made are what they will be said to be.
-    async fn check_chains(&self, wish: &Wish) -> Result<(), DriverError> {
+    async fn check_chains(&self, request: &SnapshotRequest) -> Result<(), DriverError> {
         let def = &self.machine.def;
         let mut images = declared::images(def);
-        for (disk, part) in pairs(def, &wish.disks).filter(|_| wish.reuse_external) {
+        for (disk, part) in pairs(def, &request.disks).filter(|_| request.reuse_external) {
             if let (DiskMode::External { path, format, .. }, Some(base)) = (&part.mode, disk.path()) {
                 images.push(declared::Image {
                     whose: format!("disk '{}'", part.target),
@@ -162,27 +164,27 @@ impl Operation {
     }
 
     /// What is taken inside images can be gone back to.
-    async fn check_way_back(&self, wish: &Wish, survey: &Survey) -> Result<(), DriverError> {
-        let with_nvram = self.record(wish, survey).nvram == Some(Part::Internal);
-        let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
+    async fn check_way_back(&self, request: &SnapshotRequest, survey: &Survey) -> Result<(), DriverError> {
+        let with_nvram = self.record(request, survey).nvram == Some(Part::Internal);
+        let images = super::internal_images(&self.machine.def, &request.disks, with_nvram);
         self.hold_no_bitmaps(&images).await
     }
 
     /// A name that an image holds already would be two snapshots' afterwards.
-    async fn check_names(&self, wish: &Wish, survey: &Survey) -> Result<(), DriverError> {
-        let name = &wish.name;
+    async fn check_names(&self, request: &SnapshotRequest, survey: &Survey) -> Result<(), DriverError> {
+        let name = &request.name;
         if name.starts_with(UNDO) {
             return Err(cannot(format!("a snapshot's name cannot begin with '{UNDO}', which names what reverts keep")));
         }
-        let inside = !super::internal_images(&self.machine.def, &wish.disks, false).is_empty()
-            || self.record(wish, survey).nvram == Some(Part::Internal);
+        let inside = !super::internal_images(&self.machine.def, &request.disks, false).is_empty()
+            || self.record(request, survey).nvram == Some(Part::Internal);
         if inside && may_be_number(name) {
             return Err(cannot(format!(
                 "'{name}' reads like the number of a snapshot in an image, which QEMU and its tools would take for it; \
                  choose a name with a letter"
             )));
         }
-        for (image, inner) in self.held_in_images(wish, survey).await? {
+        for (image, inner) in self.held_in_images(request, survey).await? {
             if inside {
                 unmistakable(name, &image, &inner)?;
             }
@@ -199,10 +201,10 @@ impl Operation {
 
     async fn held_in_images(
         &self,
-        wish: &Wish,
+        request: &SnapshotRequest,
         survey: &Survey,
     ) -> Result<Vec<(Image, Vec<InnerSnapshot>)>, DriverError> {
-        let images = super::internal_images(&self.machine.def, &wish.disks, true);
+        let images = super::internal_images(&self.machine.def, &request.disks, true);
         match &self.body {
             Some(body) => {
                 let nodes = Nodes::of(body).await?;
@@ -222,55 +224,60 @@ impl Operation {
     }
 
     /// What is copied beside the images: from, to.
-    pub(super) fn copies(&self, wish: &Wish, survey: &Survey) -> Vec<(PathBuf, PathBuf)> {
+    pub(super) fn copies(&self, request: &SnapshotRequest, survey: &Survey) -> Vec<(PathBuf, PathBuf)> {
         let def = &self.machine.def;
         let mut copies = Vec::new();
-        let internal = pairs(def, &wish.disks).any(|(_, part)| part.mode == DiskMode::Internal);
-        let place = |part: &str| self.copy_place(&wish.name, part);
-        if !wish.leave_out_nvram && !internal {
+        let internal = pairs(def, &request.disks).any(|(_, part)| part.mode == DiskMode::Internal);
+        let place = |part: &str| self.copy_place(&request.name, part);
+        if !request.leave_out_nvram && !internal {
             // In the transaction of a running guest, qcow2 keeps them itself; not where its memory has been sent to a file:
             // QEMU has let go of its images then, takes nothing into them, and they can be copied as they are.
-            let open = self.body.is_some() && !matches!(wish.memory, MemoryMode::External(_));
+            let open = self.body.is_some() && !matches!(request.memory, MemoryMode::External(_));
             let inside = |format: &str| open && format == "qcow2";
             let variables = parts::variables(def).filter(|(path, format)| !inside(format) && survey.is_there(path));
             copies.extend(variables.map(|(path, _)| (path, place("nvram"))));
         }
-        if !wish.leave_out_tpm && wish.memory == MemoryMode::No {
+        if !request.leave_out_tpm && request.memory == MemoryMode::No {
             let state = parts::tpm(def, &self.state_dir).filter(|path| survey.is_there(path));
             copies.extend(state.map(|path| (path, place("tpm"))));
         }
         copies
     }
 
-    pub(super) async fn create(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        let external = pairs(&self.machine.def, &wish.disks).any(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
+    pub(super) async fn create(
+        &self,
+        request: &SnapshotRequest,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<CreatedSnapshot, DriverError> {
+        let external =
+            pairs(&self.machine.def, &request.disks).any(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
         // Of a running guest nothing is inside an image without its memory.
-        let by_hand = self.body.is_some() && wish.memory == MemoryMode::No;
-        if external || by_hand || matches!(wish.memory, MemoryMode::External(_)) {
-            return self.create_external(wish, journal).await;
+        let by_hand = self.body.is_some() && request.memory == MemoryMode::No;
+        if external || by_hand || matches!(request.memory, MemoryMode::External(_)) {
+            return self.create_external(request, journal).await;
         }
-        self.create_internal(wish, journal).await
+        self.create_internal(request, journal).await
     }
 
     /// How the parts beside disks and memory are captured.
-    pub(super) fn record(&self, wish: &Wish, survey: &Survey) -> Record {
+    pub(super) fn record(&self, request: &SnapshotRequest, survey: &Survey) -> Record {
         let def = &self.machine.def;
-        let copies = self.copies(wish, survey);
+        let copies = self.copies(request, survey);
         let copied = |suffix: &str| {
             let found = copies.iter().find(|(_, to)| to.extension().is_some_and(|extension| extension == suffix));
             found.map(|(_, to)| Part::File(to.clone()))
         };
         let inside = parts::variables(def).any(|(path, format)| format == "qcow2" && survey.is_there(&path));
-        let nvram = copied("nvram").or((inside && !wish.leave_out_nvram).then_some(Part::Internal));
-        let has_tpm = parts::tpm(def, &self.state_dir).is_some() && !wish.leave_out_tpm;
-        let memory = (has_tpm && wish.memory != MemoryMode::No).then_some(Part::Memory);
+        let nvram = copied("nvram").or((inside && !request.leave_out_nvram).then_some(Part::Internal));
+        let has_tpm = parts::tpm(def, &self.state_dir).is_some() && !request.leave_out_tpm;
+        let memory = (has_tpm && request.memory != MemoryMode::No).then_some(Part::Memory);
         Record { nvram, tpm: copied("tpm").or(memory), ..Record::default() }
     }
 
     /// Whether a guest must not go on between its disks and what is copied beside them, by the caller or by us, where it
     /// does not stand for its memory.
-    pub(super) fn stands_for(&self, wish: &Wish, copies: &[(PathBuf, PathBuf)]) -> bool {
-        self.machine.running && wish.memory == MemoryMode::No && (by_hand(wish) || !copies.is_empty())
+    pub(super) fn stands_for(&self, request: &SnapshotRequest, copies: &[(PathBuf, PathBuf)]) -> bool {
+        self.machine.running && request.memory == MemoryMode::No && (by_hand(request) || !copies.is_empty())
     }
 
     /// The CPUs stop, if they are to: a disk is copied by hand now, or the guest is about to end.
@@ -313,8 +320,8 @@ impl Operation {
 }
 
 /// Whether the caller copies a disk.
-fn by_hand(wish: &Wish) -> bool {
-    wish.disks.iter().any(|part| part.mode == DiskMode::Manual)
+fn by_hand(request: &SnapshotRequest) -> bool {
+    request.disks.iter().any(|part| part.mode == DiskMode::Manual)
 }
 
 /// Images number their snapshots from 1 on, one after the other. A time in seconds, as names are that nobody chose, is far

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
-    DeletePlan, DiskMode, DiskPart, FileChange, FileFate, Journal, Kept, Kin, Replaced, Unfinished,
+    DeletePlan, DiskMode, DiskPart, ExistingSnapshot, FileChange, FileFate, Journal, Replaced, Siblings, Unfinished,
 };
 
 /// A file, its format, and what it stands on.
@@ -39,8 +39,12 @@ pub(super) struct Plan {
 }
 
 impl Operation {
-    pub(super) async fn check_delete(&self, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError> {
-        let plan = self.deletion(snapshot, kin).await?;
+    pub(super) async fn check_delete(
+        &self,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
+    ) -> Result<DeletePlan, DriverError> {
+        let plan = self.deletion(snapshot, siblings).await?;
         let leavings = self.leavings(snapshot).await?;
         let merged = plan.deed.merges.iter().map(|merge| &merge.overlay);
         let survey = self.survey(merged.chain(&plan.deed.unlinks).chain(&leavings).cloned()).await?;
@@ -54,9 +58,9 @@ impl Operation {
     }
 
     /// What is to be done, as far as it is recorded.
-    async fn deletion(&self, snapshot: &Kept, kin: &Kin) -> Result<Plan, DriverError> {
-        let standing = self.survey(made_by_others(kin)).await?;
-        let (mut merges, mut leaves, standing) = (Vec::new(), Vec::new(), self.standing(kin, &standing));
+    async fn deletion(&self, snapshot: &ExistingSnapshot, siblings: &Siblings) -> Result<Plan, DriverError> {
+        let standing = self.survey(made_by_others(siblings)).await?;
+        let (mut merges, mut leaves, standing) = (Vec::new(), Vec::new(), self.standing(siblings, &standing));
         let reverts: Vec<PathBuf> = self.own_reverts(snapshot).await.into_iter().map(|(file, _)| file).collect();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
@@ -88,7 +92,7 @@ impl Operation {
     }
 
     /// Refuses what would lose something else, or what is not as it is recorded. Changes nothing.
-    async fn may_be_done(&self, plan: &Plan, snapshot: &Kept) -> Result<(), DriverError> {
+    async fn may_be_done(&self, plan: &Plan, snapshot: &ExistingSnapshot) -> Result<(), DriverError> {
         if plan.deed.merges.iter().any(|merge| merge.live) {
             self.nobody_else_works().await?;
             if self.body.is_some() {
@@ -171,7 +175,7 @@ impl Operation {
     }
 
     /// Everything that is known to stand on something: by the machine, and by all other snapshots.
-    fn standing(&self, kin: &Kin, survey: &Survey) -> Vec<JobStatus> {
+    fn standing(&self, siblings: &Siblings, survey: &Survey) -> Vec<JobStatus> {
         let mut all = Vec::new();
         let add = |all: &mut Vec<JobStatus>, def: &DomainDef, whose: &str| {
             for disk in &def.devices.disks {
@@ -190,8 +194,8 @@ impl Operation {
             }
         };
         add(&mut all, &self.machine.def, "the machine as it is now");
-        kin.stored.iter().for_each(|stored| add(&mut all, stored, "the stored configuration"));
-        let others = kin.others.iter().filter(|other| !kin.doomed.contains(&other.name));
+        siblings.stored.iter().for_each(|stored| add(&mut all, stored, "the stored configuration"));
+        let others = siblings.others.iter().filter(|other| !siblings.deleted_together.contains(&other.name));
         for other in others {
             let whose = format!("snapshot '{}'", other.name);
             add(&mut all, &other.def, &whose);
@@ -214,11 +218,11 @@ impl Operation {
 
     pub(super) async fn delete(
         &self,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         journal: &Arc<dyn Journal>,
     ) -> Result<Vec<Replaced>, Unfinished> {
-        let plan = self.deletion(snapshot, kin).await?;
+        let plan = self.deletion(snapshot, siblings).await?;
         self.may_be_done(&plan, snapshot).await?;
         let mut deed = plan.deed;
         journal.note(written(&Note::Delete(deed.clone()))?).await?;
@@ -237,7 +241,7 @@ impl Operation {
     /// Every step can be done again. What has been merged when one fails is merged for good.
     pub(super) async fn carry_out(
         &self,
-        snapshot: &Kept,
+        snapshot: &ExistingSnapshot,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<Vec<Replaced>, Unfinished> {
@@ -258,7 +262,7 @@ impl Operation {
 
     async fn work_off(
         &self,
-        snapshot: &Kept,
+        snapshot: &ExistingSnapshot,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
@@ -281,12 +285,12 @@ impl Operation {
 }
 
 /// The overlays that other snapshots have made.
-fn made_by_others(kin: &Kin) -> Vec<PathBuf> {
+fn made_by_others(siblings: &Siblings) -> Vec<PathBuf> {
     let made = |part: &DiskPart| match &part.mode {
         DiskMode::External { path, .. } => Some(path.clone()),
         _ => None,
     };
-    kin.others.iter().flat_map(|other| other.disks.iter().filter_map(made)).collect()
+    siblings.others.iter().flat_map(|other| other.disks.iter().filter_map(made)).collect()
 }
 
 /// The same, with what is to be done about it.

@@ -14,21 +14,25 @@ use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DiskMode, Journal, MemoryMode, Taken, Wish};
+use virt_model::driver::snapshots::{CreatedSnapshot, DiskMode, Journal, MemoryMode, SnapshotRequest};
 
 impl Operation {
     /// New overlays take the writes, the memory goes to a file.
-    pub(super) async fn create_external(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
+    pub(super) async fn create_external(
+        &self,
+        request: &SnapshotRequest,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<CreatedSnapshot, DriverError> {
         let survey = self.survey(self.own_parts()).await?;
-        let (mut record, copies) = (self.record(wish, &survey), self.copies(wish, &survey));
-        let stands = self.stands_for(wish, &copies);
+        let (mut record, copies) = (self.record(request, &survey), self.copies(request, &survey));
+        let stands = self.stands_for(request, &copies);
         let mut note = CreateExternal {
-            name: wish.name.clone(),
-            resume: self.machine.running && (wish.memory != MemoryMode::No || stands),
-            stay: wish.stay_paused,
-            frozen: wish.quiesce,
-            overlays: self.overlays(wish)?,
-            memory: match &wish.memory {
+            name: request.name.clone(),
+            resume: self.machine.running && (request.memory != MemoryMode::No || stands),
+            stay: request.stay_paused,
+            frozen: request.quiesce,
+            overlays: self.overlays(request)?,
+            memory: match &request.memory {
                 MemoryMode::External(path) => Some((beside(path), path.clone())),
                 _ => None,
             },
@@ -37,37 +41,37 @@ impl Operation {
         };
         journal.note(written(&Note::CreateExternal(note.clone()))?).await?;
         // That it stands for a moment is nobody's business.
-        let _quiet = self.body.as_ref().filter(|_| stands && !wish.stay_paused).map(Quiet::keep);
-        let captured = self.capture_external(wish, &mut note, &mut record, copies, journal).await;
+        let _quiet = self.body.as_ref().filter(|_| stands && !request.stay_paused).map(Quiet::keep);
+        let captured = self.capture_external(request, &mut note, &mut record, copies, journal).await;
         if let Err(error) = captured {
             return Err(undone(error, self.undo_external(&note).await));
         }
         // What is frozen can be thawed only while it runs.
-        let goes_on = note.resume && (!wish.stay_paused || note.frozen);
+        let goes_on = note.resume && (!request.stay_paused || note.frozen);
         if goes_on {
             self.go_on_if_it_can(true).await;
             journal.step("resumed");
         }
         self.thaw(&note).await;
-        self.stand(wish.stay_paused && self.machine.running && (goes_on || !note.resume)).await;
+        self.stand(request.stay_paused && self.machine.running && (goes_on || !note.resume)).await;
         self.note_frozen(self.frozen_below(&note.overlays)).await;
         Ok(taken(record, Some(self.standing_on(&note.overlays))))
     }
 
     async fn capture_external(
         &self,
-        wish: &Wish,
+        request: &SnapshotRequest,
         note: &mut CreateExternal,
         record: &mut Record,
         copies: Vec<(PathBuf, PathBuf)>,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
-        if wish.quiesce {
+        if request.quiesce {
             self.agent().await?.freeze().await?;
             journal.step("frozen");
         }
         if let (Some(body), Some((part, file))) = (&self.body, note.memory.clone()) {
-            if self.machine.running && !wish.live {
+            if self.machine.running && !request.live {
                 body.patiently("stop", json!({})).await?;
                 journal.step("stopped");
             }
@@ -83,10 +87,10 @@ impl Operation {
             record.memory_bytes = Some(finished.await?);
             journal.step("memory");
         }
-        if !wish.reuse_external {
+        if !request.reuse_external {
             self.make_overlays(note, journal).await?;
         }
-        if let Some(body) = self.body.as_ref().filter(|_| self.stands_for(wish, &copies)) {
+        if let Some(body) = self.body.as_ref().filter(|_| self.stands_for(request, &copies)) {
             body.patiently("stop", json!({})).await?;
             journal.step("stopped");
         }
@@ -132,9 +136,9 @@ impl Operation {
     }
 
     /// The overlays that are to be.
-    fn overlays(&self, wish: &Wish) -> Result<Vec<Overlay>, DriverError> {
+    fn overlays(&self, request: &SnapshotRequest) -> Result<Vec<Overlay>, DriverError> {
         let mut overlays = Vec::new();
-        for (disk, part) in pairs(&self.machine.def, &wish.disks) {
+        for (disk, part) in pairs(&self.machine.def, &request.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
             let target = &part.target;
             let base = disk.path().ok_or_else(|| cannot(format!("disk '{target}' has no file to stand on")))?;
@@ -145,7 +149,7 @@ impl Operation {
                 format: format.clone(),
                 base: PathBuf::from(base),
                 base_format: disk.format().unwrap_or("raw").to_owned(),
-                ours: !wish.reuse_external && !block,
+                ours: !request.reuse_external && !block,
             });
         }
         Ok(overlays)

@@ -14,7 +14,7 @@ use std::os::unix::fs::{FileExt, fchown};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Kept, MemoryMode};
+use virt_model::driver::snapshots::{ExistingSnapshot, MemoryMode};
 
 /// About what an overlay takes in which nothing has been written, in bytes.
 pub const OVERLAY: u64 = 200 << 10;
@@ -33,7 +33,7 @@ impl Operation {
     }
 
     /// What was kept with a snapshot, without copies that are not ours.
-    pub(super) fn record_of(&self, snapshot: &Kept) -> Record {
+    pub(super) fn record_of(&self, snapshot: &ExistingSnapshot) -> Record {
         let mut record = record_of(snapshot);
         for (part, kept) in [("nvram", &mut record.nvram), ("tpm", &mut record.tpm)] {
             kept.take_if(|kept| !self.is_own(&snapshot.name, part, kept));
@@ -46,7 +46,7 @@ impl Operation {
     }
 
     /// Whether what was copied is there, and whether it can be put back.
-    pub(super) fn check_copies(&self, snapshot: &Kept, survey: &Survey) -> Result<(), DriverError> {
+    pub(super) fn check_copies(&self, snapshot: &ExistingSnapshot, survey: &Survey) -> Result<(), DriverError> {
         let record = record_of(snapshot);
         for (part, kept) in [("nvram", &record.nvram), ("tpm", &record.tpm)] {
             let Some(kept @ Part::File(file)) = kept else { continue };
@@ -75,7 +75,7 @@ impl Operation {
     }
 
     /// What is looked at for that.
-    pub(super) fn copies_and_originals(&self, snapshot: &Kept) -> Vec<PathBuf> {
+    pub(super) fn copies_and_originals(&self, snapshot: &ExistingSnapshot) -> Vec<PathBuf> {
         let record = record_of(snapshot);
         let originals = self.copied_parts(snapshot, &record).into_iter().map(|(_, original)| original);
         originals.chain(["nvram", "tpm"].map(|part| self.copy_place(&snapshot.name, part))).collect()
@@ -91,7 +91,7 @@ impl Operation {
     }
 
     /// What goes with a snapshot beside its disks, as far as it is there.
-    pub(super) async fn leavings(&self, snapshot: &Kept) -> Result<Vec<PathBuf>, DriverError> {
+    pub(super) async fn leavings(&self, snapshot: &ExistingSnapshot) -> Result<Vec<PathBuf>, DriverError> {
         let record = self.record_of(snapshot);
         let memory = match &snapshot.memory {
             MemoryMode::External(file) => Some(file.clone()),

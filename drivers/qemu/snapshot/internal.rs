@@ -9,20 +9,24 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal, Taken, Wish};
+use virt_model::driver::snapshots::{CreatedSnapshot, Journal, SnapshotRequest};
 
 impl Operation {
     /// All of it inside the images.
-    pub(super) async fn create_internal(&self, wish: &Wish, journal: &Arc<dyn Journal>) -> Result<Taken, DriverError> {
+    pub(super) async fn create_internal(
+        &self,
+        request: &SnapshotRequest,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<CreatedSnapshot, DriverError> {
         let survey = self.survey(self.own_parts()).await?;
-        let (record, copies) = (self.record(wish, &survey), self.copies(wish, &survey));
+        let (record, copies) = (self.record(request, &survey), self.copies(request, &survey));
         let with_nvram = record.nvram == Some(Part::Internal);
-        let images = super::internal_images(&self.machine.def, &wish.disks, with_nvram);
+        let images = super::internal_images(&self.machine.def, &request.disks, with_nvram);
         let resume = self.machine.running;
         let mut note = CreateInternal {
-            name: wish.name.clone(),
+            name: request.name.clone(),
             resume,
-            stay: wish.stay_paused,
+            stay: request.stay_paused,
             images: images.clone(),
             copies: copies.iter().map(|(_, to)| to.clone()).collect(),
             done: None,
@@ -31,8 +35,8 @@ impl Operation {
         let captured = async {
             self.copy_all(copies, journal).await?;
             match &self.body {
-                Some(body) => self.save_in_images(body, wish, &images, journal).await?,
-                None => self.take_in_images(wish, &images, journal).await?,
+                Some(body) => self.save_in_images(body, request, &images, journal).await?,
+                None => self.take_in_images(request, &images, journal).await?,
             }
             if journal.cancelled().is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
         };
@@ -43,7 +47,7 @@ impl Operation {
         self.goes_to_its_end();
         note.done = Some(record.clone());
         journal.note(written(&Note::CreateInternal(note))?).await?;
-        self.go_on_if_it_can(resume && !wish.stay_paused).await;
+        self.go_on_if_it_can(resume && !request.stay_paused).await;
         journal.step("resumed");
         Ok(taken(record, None))
     }
@@ -64,7 +68,7 @@ impl Operation {
     async fn save_in_images(
         &self,
         body: &Arc<Body>,
-        wish: &Wish,
+        request: &SnapshotRequest,
         images: &[Image],
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
@@ -73,7 +77,7 @@ impl Operation {
             journal.step("stopped");
         }
         let nodes = Nodes::of(body).await?.of_images(images)?;
-        let arguments = json!({ "tag": wish.name, "vmstate": nodes.first(), "devices": nodes });
+        let arguments = json!({ "tag": request.name, "vmstate": nodes.first(), "devices": nodes });
         body.line()?.job("snapshot-save", "virtd-snapshot-save", arguments, Some(journal)).await?;
         journal.step("saved");
         Ok(())
@@ -81,12 +85,12 @@ impl Operation {
 
     async fn take_in_images(
         &self,
-        wish: &Wish,
+        request: &SnapshotRequest,
         images: &[Image],
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
         for image in images {
-            let (name, image, file) = (wish.name.clone(), image.clone(), image.clone());
+            let (name, image, file) = (request.name.clone(), image.clone(), image.clone());
             let bytes = self.bookkeeping(&image).await?;
             self.with_lent_of(vec![(file, true)], bytes, move |images| images.take(&image, &name)).await?;
             journal.step("taken");

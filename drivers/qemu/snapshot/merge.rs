@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal, Kept};
+use virt_model::driver::snapshots::{ExistingSnapshot, Journal};
 
 impl Operation {
     /// Merges one overlay, and brings what stands on it to what is below. `journal`: absent when this is done once more,
@@ -24,7 +24,7 @@ impl Operation {
     pub(super) async fn merge(
         &self,
         merge: &Merge,
-        snapshot: &Kept,
+        snapshot: &ExistingSnapshot,
         deed: &mut Delete,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
@@ -62,7 +62,7 @@ impl Operation {
     async fn merge_files(
         &self,
         merge: &Merge,
-        snapshot: &Kept,
+        snapshot: &ExistingSnapshot,
         same: bool,
         left: &BTreeSet<PathBuf>,
     ) -> Result<(), DriverError> {
@@ -213,7 +213,7 @@ impl Operation {
 }
 
 /// What is below the base, as it is recorded.
-fn below(snapshot: &Kept, merge: &Merge) -> Result<Vec<(PathBuf, String)>, DriverError> {
+fn below(snapshot: &ExistingSnapshot, merge: &Merge) -> Result<Vec<(PathBuf, String)>, DriverError> {
     let disks = snapshot.def.devices.disks.iter();
     let disk = disks
         .into_iter()

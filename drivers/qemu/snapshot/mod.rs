@@ -44,31 +44,41 @@ use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
-    CreatePlan, DeletePlan, DiskMode, DiskPart, Journal, Kept, Kin, Machine, MemoryMode, Recovered, Replaced,
-    RevertPlan, Reverted, Snapshots, Taken, Unfinished, Wish,
+    CreatePlan, CreatedSnapshot, DeletePlan, DiskMode, DiskPart, ExistingSnapshot, Journal, Machine, MemoryMode,
+    Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, Unfinished,
 };
 
 #[async_trait]
 impl Snapshots for QemuDriver {
-    async fn check_create(&self, machine: &Machine, wish: &Wish) -> Result<CreatePlan, DriverError> {
-        self.operation(machine).await?.check_create(wish).await
+    async fn check_create(&self, machine: &Machine, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
+        self.operation(machine).await?.check_create(request).await
     }
 
-    async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError> {
-        self.operation_for(machine, &journal).await?.create(wish, &journal).await
+    async fn create(
+        &self,
+        machine: &Machine,
+        request: &SnapshotRequest,
+        journal: Arc<dyn Journal>,
+    ) -> Result<CreatedSnapshot, DriverError> {
+        self.operation_for(machine, &journal).await?.create(request, &journal).await
     }
 
     async fn check_revert(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         in_place: bool,
     ) -> Result<RevertPlan, DriverError> {
-        self.operation(machine).await?.check_revert(snapshot, kin, in_place).await
+        self.operation(machine).await?.check_revert(snapshot, siblings, in_place).await
     }
 
-    async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError> {
+    async fn load(
+        &self,
+        machine: &Machine,
+        snapshot: &ExistingSnapshot,
+        journal: Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
         self.operation(machine).await?.load(snapshot, &journal).await
     }
 
@@ -83,29 +93,38 @@ impl Snapshots for QemuDriver {
     async fn revert_images(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         journal: Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
-        self.operation_for(machine, &journal).await?.revert_images(snapshot, kin, &journal).await
+        self.operation_for(machine, &journal).await?.revert_images(snapshot, siblings, &journal).await
     }
 
-    async fn settle(&self, machine: &Machine, reverted: &Reverted, stay: bool) -> Result<(), DriverError> {
-        self.operation(machine).await?.settle(reverted, stay).await
+    async fn commit_revert(&self, machine: &Machine, reverted: &Reverted) -> Result<(), DriverError> {
+        self.operation(machine).await?.commit_revert(reverted).await
     }
 
-    async fn check_delete(&self, machine: &Machine, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError> {
-        self.operation(machine).await?.check_delete(snapshot, kin).await
+    async fn roll_back_revert(&self, machine: &Machine, reverted: &Reverted) -> Result<(), DriverError> {
+        self.operation(machine).await?.roll_back_revert(reverted).await
+    }
+
+    async fn check_delete(
+        &self,
+        machine: &Machine,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
+    ) -> Result<DeletePlan, DriverError> {
+        self.operation(machine).await?.check_delete(snapshot, siblings).await
     }
 
     async fn delete(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         journal: Arc<dyn Journal>,
     ) -> Result<Vec<Replaced>, Unfinished> {
-        self.operation_for(machine, &journal).await?.delete(snapshot, kin, &journal).await
+        self.operation_for(machine, &journal).await?.delete(snapshot, siblings, &journal).await
     }
 
     async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError> {
@@ -224,7 +243,7 @@ fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Where the memory of a snapshot is that a guest is started from.
-pub fn source(snapshot: &Kept) -> Result<Source, DriverError> {
+pub fn source(snapshot: &ExistingSnapshot) -> Result<Source, DriverError> {
     match &snapshot.memory {
         MemoryMode::No => Err(DriverError::Internal("a snapshot without memory cannot be loaded".to_owned())),
         MemoryMode::External(file) => {

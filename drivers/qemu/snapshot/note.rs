@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Capture, DiskPart, Kept, MemoryMode, Taken};
+use virt_model::driver::snapshots::{Capture, CreatedSnapshot, DiskPart, ExistingSnapshot, MemoryMode};
 
 /// The form in which a definition is written down.
 const KEPT: Form = Form { inactive: true, secure: true, migratable: false };
@@ -49,7 +49,7 @@ pub struct NotedSnapshot {
 
 impl NotedSnapshot {
     /// As it is written down.
-    pub fn of(snapshot: &Kept) -> NotedSnapshot {
+    pub fn of(snapshot: &ExistingSnapshot) -> NotedSnapshot {
         NotedSnapshot {
             name: snapshot.name.clone(),
             def: snapshot.def.write(KEPT),
@@ -60,10 +60,10 @@ impl NotedSnapshot {
     }
 
     /// As it is read again.
-    pub fn read(self) -> Result<Kept, DriverError> {
+    pub fn read(self) -> Result<ExistingSnapshot, DriverError> {
         let NotedSnapshot { name, def, disks, memory, record } = self;
         let def = Arc::new(DomainDef::parse(&def).map_err(DriverError::Config)?);
-        Ok(Kept { name, memory, disks, merging: BTreeSet::new(), def, record })
+        Ok(ExistingSnapshot { name, memory, disks, merging: BTreeSet::new(), def, record })
     }
 }
 
@@ -216,7 +216,7 @@ pub fn written(note: &Note) -> Result<serde_json::Value, DriverError> {
 }
 
 /// What a creation came to.
-pub fn taken(record: Record, def: Option<Arc<DomainDef>>) -> Taken {
+pub fn taken(record: Record, def: Option<Arc<DomainDef>>) -> CreatedSnapshot {
     let how = |part: &Option<Part>| {
         Some(match part.as_ref()? {
             Part::Internal => Capture::Internal,
@@ -226,10 +226,10 @@ pub fn taken(record: Record, def: Option<Arc<DomainDef>>) -> Taken {
     };
     let (nvram, tpm) = (how(&record.nvram), how(&record.tpm));
     // Plain data always becomes JSON.
-    Taken { record: serde_json::to_value(record).unwrap_or_default(), def, nvram, tpm }
+    CreatedSnapshot { record: serde_json::to_value(record).unwrap_or_default(), def, nvram, tpm }
 }
 
 /// What we kept with a snapshot; nothing for one that was restored without it.
-pub fn record_of(snapshot: &Kept) -> Record {
+pub fn record_of(snapshot: &ExistingSnapshot) -> Record {
     serde_json::from_value(snapshot.record.clone()).unwrap_or_default()
 }

@@ -8,7 +8,7 @@ use crate::qemu::monitor::JobStatus;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal, Kin, Recovered, Reverted};
+use virt_model::driver::snapshots::{Journal, Recovered, Reverted, Siblings};
 
 impl Operation {
     pub(super) async fn recover(&self, note: serde_json::Value) -> Result<Recovered, DriverError> {
@@ -110,7 +110,7 @@ impl Operation {
         self.with_lent_of(lent, bytes, move |images| brought.iter().try_for_each(|image| images.apply(image, &name)))
             .await?;
         let aside = super::note::Aside::default();
-        let reverted = self.reverted(&snapshot, record, aside, &Kin::default()).await?;
+        let reverted = self.reverted(&snapshot, record, aside, &Siblings::default()).await?;
         Ok(Recovered::Reverted(Box::new(reverted)))
     }
 
@@ -130,7 +130,7 @@ impl Operation {
             self.bring_back(&snapshot, &record, &mut note, &silent()).await?;
         }
         // What nothing needs was decided when it began.
-        let reverted = self.reverted(&snapshot, record, note.aside, &Kin::default()).await?;
+        let reverted = self.reverted(&snapshot, record, note.aside, &Siblings::default()).await?;
         Ok(Recovered::Reverted(Box::new(reverted)))
     }
 

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
-    DiskMode, DiskPart, FileChange, FileFate, Journal, Kept, Kin, MemoryMode, RevertPlan, Reverted,
+    DiskMode, DiskPart, ExistingSnapshot, FileChange, FileFate, Journal, MemoryMode, RevertPlan, Reverted, Siblings,
 };
 
 /// How the names begin under which images keep what they held before a revert, until that is settled. Each revert has one
@@ -30,8 +30,8 @@ pub(super) const UNDO: &str = "virtd-undo";
 impl Operation {
     pub(super) async fn check_revert(
         &self,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         in_place: bool,
     ) -> Result<RevertPlan, DriverError> {
         self.nobody_else_works().await?;
@@ -40,7 +40,7 @@ impl Operation {
             self.keeps_what_is_written("going back within the running guest")?;
         }
         let images = self.held_images(snapshot, &record);
-        self.not_frozen(snapshot, &images, kin)?;
+        self.not_frozen(snapshot, &images, siblings)?;
         self.check_held(snapshot, &images).await?;
         self.hold_no_bitmaps(&images).await?;
         if let Some(body) = self.body.as_ref().filter(|_| in_place) {
@@ -49,7 +49,7 @@ impl Operation {
         if let MemoryMode::External(file) = &snapshot.memory {
             self.check_memory(file, record.memory_bytes).await?;
         }
-        let (overlays, abandoned) = (self.new_overlays(snapshot).await?, self.abandoned(snapshot, kin).await);
+        let (overlays, abandoned) = (self.new_overlays(snapshot).await?, self.abandoned(snapshot, siblings).await);
         let concerned = overlays.iter().flat_map(|overlay| [overlay.path.clone(), overlay.base.clone()]);
         let survey = concerned.chain(abandoned.iter().cloned()).chain(self.copies_and_originals(snapshot));
         let survey = self.survey(survey).await?;
@@ -71,7 +71,7 @@ impl Operation {
     }
 
     /// Whether the images hold the snapshot, once each, and its memory.
-    async fn check_held(&self, snapshot: &Kept, images: &[Image]) -> Result<(), DriverError> {
+    async fn check_held(&self, snapshot: &ExistingSnapshot, images: &[Image]) -> Result<(), DriverError> {
         let name = &snapshot.name;
         for (number, (image, inner)) in images.iter().zip(self.inner(images).await?).enumerate() {
             if snapshot.memory == MemoryMode::Internal {
@@ -101,13 +101,18 @@ impl Operation {
     }
 
     /// The images in which the snapshot is.
-    pub(super) fn held_images(&self, snapshot: &Kept, record: &Record) -> Vec<Image> {
+    pub(super) fn held_images(&self, snapshot: &ExistingSnapshot, record: &Record) -> Vec<Image> {
         super::internal_images(&snapshot.def, &snapshot.disks, record.nvram == Some(Part::Internal))
     }
 
     /// An image that another snapshot's overlay stands on is never written.
-    fn not_frozen(&self, snapshot: &Kept, images: &[Image], kin: &Kin) -> Result<(), DriverError> {
-        for other in kin.others.iter() {
+    fn not_frozen(
+        &self,
+        snapshot: &ExistingSnapshot,
+        images: &[Image],
+        siblings: &Siblings,
+    ) -> Result<(), DriverError> {
+        for other in siblings.others.iter() {
             for (disk, _) in
                 pairs(&other.def, &other.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }))
             {
@@ -160,7 +165,11 @@ impl Operation {
         .await
     }
 
-    pub(super) async fn load(&self, snapshot: &Kept, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+    pub(super) async fn load(
+        &self,
+        snapshot: &ExistingSnapshot,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let job = "virtd-snapshot-load";
         let note = |loaded| written(&Note::Load { job: job.to_owned(), snapshot: NotedSnapshot::of(snapshot), loaded });
@@ -188,8 +197,8 @@ impl Operation {
 
     pub(super) async fn revert_images(
         &self,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         journal: &Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
         let record = self.record_of(snapshot);
@@ -199,7 +208,7 @@ impl Operation {
             tag: format!("{UNDO}-{}", Uuid::new_v4()),
             images,
             made: self.new_overlays(snapshot).await?,
-            abandoned: self.abandoned(snapshot, kin).await,
+            abandoned: self.abandoned(snapshot, siblings).await,
             copies: Vec::new(),
             begun: Some(Vec::new()),
         };
@@ -213,7 +222,7 @@ impl Operation {
         if let Err(error) = brought {
             return Err(undone(error, self.put_back(&note.aside).await));
         }
-        self.reverted(snapshot, record, note.aside, kin).await
+        self.reverted(snapshot, record, note.aside, siblings).await
     }
 
     /// What earlier reverts kept in the images and could not remove: it goes when this one stays.
@@ -231,7 +240,7 @@ impl Operation {
     }
 
     /// The copies that are put in place: what part, and the file or folder it is a copy of.
-    pub(super) fn copied_parts(&self, snapshot: &Kept, record: &Record) -> Vec<(&'static str, PathBuf)> {
+    pub(super) fn copied_parts(&self, snapshot: &ExistingSnapshot, record: &Record) -> Vec<(&'static str, PathBuf)> {
         let mut found = Vec::new();
         if let Some(Part::File(_)) = &record.nvram {
             found.extend(parts::variables(&snapshot.def).map(|(path, _)| ("nvram", path)));
@@ -245,7 +254,7 @@ impl Operation {
     /// Every step can be done again.
     pub(super) async fn bring_back(
         &self,
-        snapshot: &Kept,
+        snapshot: &ExistingSnapshot,
         record: &Record,
         note: &mut Revert,
         journal: &Arc<dyn Journal>,
@@ -296,10 +305,10 @@ impl Operation {
 
     pub(super) async fn reverted(
         &self,
-        snapshot: &Kept,
+        snapshot: &ExistingSnapshot,
         mut record: Record,
         aside: Aside,
-        kin: &Kin,
+        siblings: &Siblings,
     ) -> Result<Reverted, DriverError> {
         let first = snapshot.disks.iter().filter_map(|part| match &part.mode {
             DiskMode::External { path, .. } => Some(path.clone()),
@@ -315,7 +324,7 @@ impl Operation {
             }
             for part in disks.iter_mut().filter(|part| part.target == overlay.target) {
                 let DiskMode::External { path, .. } = &mut part.mode else { continue };
-                if aside.abandoned.contains(path) || !survey.is_there(path) && !needed(path, kin) {
+                if aside.abandoned.contains(path) || !survey.is_there(path) && !needed(path, siblings) {
                     // What it made is gone with the work that is given up: the new overlay takes its place.
                     path.clone_from(&overlay.path);
                 } else {
@@ -331,11 +340,12 @@ impl Operation {
         })
     }
 
-    pub(super) async fn settle(&self, reverted: &Reverted, stay: bool) -> Result<(), DriverError> {
-        let aside: Aside = serde_json::from_value(reverted.aside.clone()).unwrap_or_default();
-        if !stay {
-            return self.put_back(&aside).await;
-        }
+    pub(super) async fn roll_back_revert(&self, reverted: &Reverted) -> Result<(), DriverError> {
+        self.put_back(&aside_of(reverted)).await
+    }
+
+    pub(super) async fn commit_revert(&self, reverted: &Reverted) -> Result<(), DriverError> {
+        let aside = aside_of(reverted);
         for name in aside.strays.iter().chain([&aside.tag]) {
             self.forget_in_images(name, &aside.images, false).await?;
         }
@@ -383,7 +393,7 @@ impl Operation {
     }
 
     /// Fresh overlays on the files that an external snapshot froze, under names that nothing has.
-    async fn new_overlays(&self, snapshot: &Kept) -> Result<Vec<Overlay>, DriverError> {
+    async fn new_overlays(&self, snapshot: &ExistingSnapshot) -> Result<Vec<Overlay>, DriverError> {
         let mut overlays = Vec::new();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path: first, block, .. } = &part.mode else { continue };
@@ -413,8 +423,8 @@ impl Operation {
 
     /// Overlays with work that is given up by the revert, and that nothing else needs: no other snapshot, as far as all
     /// can be read, and no snapshot inside them that nobody has a record of.
-    async fn abandoned(&self, snapshot: &Kept, kin: &Kin) -> Vec<PathBuf> {
-        if kin.unreadable {
+    async fn abandoned(&self, snapshot: &ExistingSnapshot, siblings: &Siblings) -> Vec<PathBuf> {
+        if siblings.unreadable {
             return Vec::new();
         }
         let tops: BTreeSet<&str> = self.machine.def.devices.disks.iter().filter_map(|disk| disk.path()).collect();
@@ -424,14 +434,14 @@ impl Operation {
                 files.push((path.clone(), format.clone(), PathBuf::from(base)));
             }
         }
-        for one in kin.others.iter().map(|other| &**other).chain([snapshot]) {
+        for one in siblings.others.iter().map(|other| &**other).chain([snapshot]) {
             let made = self.own_reverts(one).await.into_iter();
             let top = made.filter(|(file, _)| file.to_str().is_some_and(|file| tops.contains(file)));
             files.extend(top.map(|(file, base)| (file, "qcow2".to_owned(), base)));
         }
         let mut abandoned = Vec::new();
         for (file, format, base) in files {
-            let is_new = !abandoned.contains(&file) && !needed(&file, kin);
+            let is_new = !abandoned.contains(&file) && !needed(&file, siblings);
             if is_new && self.is_mere_overlay(&file, &format, &base).await {
                 abandoned.push(file);
             }
@@ -448,7 +458,7 @@ impl Operation {
 
     /// Overlays that reverts to a snapshot have made, each with what it stands on. A record may have been restored by
     /// anybody: what does not stand on a file that this snapshot froze is not among them.
-    pub(super) async fn own_reverts(&self, snapshot: &Kept) -> Vec<(PathBuf, PathBuf)> {
+    pub(super) async fn own_reverts(&self, snapshot: &ExistingSnapshot) -> Vec<(PathBuf, PathBuf)> {
         let frozen = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
         let frozen: Vec<PathBuf> = frozen.filter_map(|(disk, _)| disk.path().map(PathBuf::from)).collect();
         let mut own = Vec::new();
@@ -503,17 +513,22 @@ fn find_names(overlays: &mut [Overlay]) {
 }
 
 /// Whether another snapshot, or another machine, names the file.
-pub(super) fn needed(file: &Path, kin: &Kin) -> bool {
+pub(super) fn needed(file: &Path, siblings: &Siblings) -> bool {
     let named = |def: &DomainDef| def.devices.disks.iter().any(|disk| disk.files().iter().any(|one| one == file));
     let made = |part: &DiskPart| matches!(&part.mode, DiskMode::External { path, .. } if path == file);
-    kin.keep.iter().any(|kept| kept == file)
-        || kin.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
+    siblings.keep.iter().any(|kept| kept == file)
+        || siblings.others.iter().any(|other| named(&other.def) || other.disks.iter().any(made))
 }
 
 /// What a snapshot's overlays have been laid on, and all below.
-fn frozen_by(snapshot: &Kept) -> Vec<PathBuf> {
+fn frozen_by(snapshot: &ExistingSnapshot) -> Vec<PathBuf> {
     let outside = pairs(&snapshot.def, &snapshot.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }));
     outside.flat_map(|(disk, _)| disk.files()).collect()
+}
+
+/// What was kept aside for a revert.
+fn aside_of(reverted: &Reverted) -> Aside {
+    serde_json::from_value(reverted.aside.clone()).unwrap_or_default()
 }
 
 /// Whether a name inside an image is one that a revert has made.

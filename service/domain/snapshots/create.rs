@@ -15,7 +15,9 @@ use std::sync::Arc;
 use virt_model::device::disk::DiskKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{CreatePlan, DiskMode, DiskPart, Journal as _, Machine, MemoryMode, Taken, Wish};
+use virt_model::driver::snapshots::{
+    CreatePlan, CreatedSnapshot, DiskMode, DiskPart, Journal as _, Machine, MemoryMode, SnapshotRequest,
+};
 use virt_model::snapshot::{Alignment, Request, SnapshotDef, SnapshotDoc, SnapshotState};
 use virt_model::state::{DomainState, Stopped};
 use virt_model::xml::{FindingKind, Limits};
@@ -69,7 +71,7 @@ pub struct CreateCheck {
 /// What a creation would be, by what is known and named alone: no file has been looked at for it.
 struct Outline {
     def: SnapshotDef,
-    wish: Wish,
+    request: SnapshotRequest,
     machine: Machine,
     /// Files that the caller named.
     named: Vec<PathBuf>,
@@ -78,7 +80,7 @@ struct Outline {
 /// A creation that has been thought through.
 struct Planned {
     def: SnapshotDef,
-    wish: Wish,
+    request: SnapshotRequest,
     plan: CreatePlan,
     machine: Machine,
 }
@@ -275,7 +277,7 @@ impl Domain {
             (state.snapshots.tree.current().map(str::to_owned), inactive)
         };
         let manual = aligned.disks.iter().any(|disk| disk.mode == DiskMode::Manual);
-        let wish = Wish {
+        let request = SnapshotRequest {
             name: name.to_owned(),
             memory: aligned.memory.clone(),
             disks: aligned.disks.clone(),
@@ -303,26 +305,26 @@ impl Domain {
             cookie: None,
         };
         let def = self.keepable(def).await?;
-        Ok(Outline { def, wish, machine, named: aligned.named })
+        Ok(Outline { def, request, machine, named: aligned.named })
     }
 
     /// Looks at the files, and at the guest.
     async fn think_through(&self, outline: Outline) -> Result<Planned> {
-        let Outline { def, wish, machine, .. } = outline;
-        self.may_write_images(&wish.name, &machine, &wish).await?;
-        let checked = self.takes_snapshots()?.check_create(&machine, &wish).await;
-        let plan = checked.map_err(|e| self.not_taken(&wish.name, e))?;
-        Ok(Planned { def, wish, plan, machine })
+        let Outline { def, request, machine, .. } = outline;
+        self.may_write_images(&request.name, &machine, &request).await?;
+        let checked = self.takes_snapshots()?.check_create(&machine, &request).await;
+        let plan = checked.map_err(|e| self.not_taken(&request.name, e))?;
+        Ok(Planned { def, request, plan, machine })
     }
 
     /// Refuses to write images that others stand on: a snapshot inside them, or an overlay that the caller made.
-    async fn may_write_images(&self, name: &str, machine: &Machine, wish: &Wish) -> Result<()> {
+    async fn may_write_images(&self, name: &str, machine: &Machine, request: &SnapshotRequest) -> Result<()> {
         let mut written = Vec::new();
-        for part in &wish.disks {
+        for part in &request.disks {
             let disk = machine.def.devices.disks.iter().find(|disk| disk.target.dev == part.target);
             match &part.mode {
                 DiskMode::Internal => written.extend(disk.and_then(|disk| disk.path()).map(PathBuf::from)),
-                DiskMode::External { path, .. } if wish.reuse_external => written.push(path.clone()),
+                DiskMode::External { path, .. } if request.reuse_external => written.push(path.clone()),
                 _ => {}
             }
         }
@@ -376,11 +378,11 @@ impl Domain {
         job: Arc<Job>,
     ) -> Result<()> {
         // The domain may have become another while we waited for our turn.
-        let Planned { def, wish, machine, .. } = self.think_through(self.outline(doc, name, options).await?).await?;
+        let Planned { def, request, machine, .. } = self.think_through(self.outline(doc, name, options).await?).await?;
         let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
         let journal = self.journal(deed, &job);
         journal.begin().await?;
-        let taken = match self.takes_snapshots()?.create(&machine, &wish, journal.clone()).await {
+        let taken = match self.takes_snapshots()?.create(&machine, &request, journal.clone()).await {
             Ok(taken) => taken,
             Err(e) => {
                 journal.end_after_failure(&e).await;
@@ -398,7 +400,7 @@ impl Domain {
     pub(super) async fn snapshot_taken(
         self: &Arc<Self>,
         mut def: SnapshotDef,
-        taken: Taken,
+        taken: CreatedSnapshot,
         keep: bool,
         journal: &super::DomainJournal,
     ) -> Result<()> {
@@ -493,15 +495,15 @@ pub(super) fn refused(findings: Vec<virt_model::xml::Finding>) -> Error {
 impl Outline {
     /// What it would make.
     fn files(&self) -> Vec<&Path> {
-        made_files(&self.wish.disks, &self.wish.memory).collect()
+        made_files(&self.request.disks, &self.request.memory).collect()
     }
 
     /// Whether the caller named more of the host than a new file that is called as one of ours would be, beside an image of
     /// the machine's: a place elsewhere, any other name, a device, or what is there already.
     fn names_the_hosts(&self, options: &CreateOptions) -> bool {
         let device = |disk: &DiskPart| matches!(disk.mode, DiskMode::External { block: true, .. });
-        let elsewhere = !self.named.iter().all(|file| is_beside_an_image(file, &self.machine.def, &self.wish.name));
-        options.reuse_external || elsewhere || self.wish.disks.iter().any(device)
+        let elsewhere = !self.named.iter().all(|file| is_beside_an_image(file, &self.machine.def, &self.request.name));
+        options.reuse_external || elsewhere || self.request.disks.iter().any(device)
     }
 }
 

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DeletePlan, DiskMode, Journal as _, Kin, Machine, Replaced, Unfinished};
+use virt_model::driver::snapshots::{DeletePlan, DiskMode, Journal as _, Machine, Replaced, Siblings, Unfinished};
 use virt_model::snapshot::SnapshotDef;
 
 /// What is deleted.
@@ -72,7 +72,7 @@ impl Domain {
     }
 
     async fn plan_delete(&self, name: &str, options: DeleteOptions) -> Result<(Plan, Option<Error>)> {
-        let names = self.doomed(name, options)?;
+        let names = self.deleted_together(name, options)?;
         let (mut files, mut refusal) = (Vec::new(), None);
         if !options.metadata_only {
             let machine = self.machine().await?;
@@ -89,10 +89,10 @@ impl Domain {
         Ok((Plan { files, ..Plan::default() }, refusal))
     }
 
-    async fn plan_one(&self, name: &str, doomed: &[String], machine: &Machine) -> Result<DeletePlan> {
+    async fn plan_one(&self, name: &str, deleted_together: &[String], machine: &Machine) -> Result<DeletePlan> {
         let (record, def) = self.usable_snapshot(name)?;
-        let (kept, kin) = (self.kept(&record, &def, machine), self.kin(name, doomed, machine));
-        let plan = self.takes_snapshots()?.check_delete(machine, &kept, &kin).await;
+        let (kept, siblings) = (self.kept(&record, &def, machine), self.siblings(name, deleted_together, machine));
+        let plan = self.takes_snapshots()?.check_delete(machine, &kept, &siblings).await;
         let plan = plan.map_err(|e| self.not_deleted(name, e))?;
         let gone: Vec<PathBuf> = plan.files.iter().map(|file| file.path.clone()).collect();
         self.nobody_else_needs(name, &plan.written, images::Fate::Written).await?;
@@ -109,7 +109,7 @@ impl Domain {
     }
 
     /// Which ones go, in order.
-    fn doomed(&self, name: &str, options: DeleteOptions) -> Result<Vec<String>> {
+    fn deleted_together(&self, name: &str, options: DeleteOptions) -> Result<Vec<String>> {
         if options.children && options.children_only {
             return Err(Error::InvalidArgument("'children' and 'children-only' exclude each other".to_owned()));
         }
@@ -123,19 +123,19 @@ impl Domain {
         Ok(names)
     }
 
-    pub(super) fn kin(&self, name: &str, doomed: &[String], machine: &Machine) -> Kin {
+    pub(super) fn siblings(&self, name: &str, deleted_together: &[String], machine: &Machine) -> Siblings {
         let (live, stored) = self.configurations();
-        Kin {
+        Siblings {
             others: self.others(name, machine),
             unreadable: self.has_unreadable(),
             stored: stored.filter(|_| live.is_some()),
             keep: Vec::new(),
-            doomed: doomed.iter().filter(|other| *other != name).cloned().collect(),
+            deleted_together: deleted_together.iter().filter(|other| *other != name).cloned().collect(),
         }
     }
 
     async fn delete_all(self: &Arc<Self>, name: &str, options: DeleteOptions, job: Arc<Job>) -> Result<()> {
-        let names = self.doomed(name, options)?;
+        let names = self.deleted_together(name, options)?;
         // A transient domain must not go with its guest while its images are half-way.
         let _stay = Creation::begin(self)?;
         for one in &names {
@@ -151,8 +151,8 @@ impl Domain {
                 journal.begin().await?;
                 let machine = self.machine().await?;
                 let (record, def) = self.usable_snapshot(one)?;
-                let (kept, kin) = (self.kept(&record, &def, &machine), self.kin(one, &names, &machine));
-                let deleted = self.takes_snapshots()?.delete(&machine, &kept, &kin, journal.clone()).await;
+                let (kept, siblings) = (self.kept(&record, &def, &machine), self.siblings(one, &names, &machine));
+                let deleted = self.takes_snapshots()?.delete(&machine, &kept, &siblings, journal.clone()).await;
                 replaced = match deleted {
                     Ok(replaced) => replaced,
                     Err(unfinished) => return Err(self.deletion_failed(one, unfinished, &journal).await),

@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
-use virt_model::driver::snapshots::{DiskMode, FileFate, Kept, Machine, MemoryMode, Snapshots};
+use virt_model::driver::snapshots::{DiskMode, ExistingSnapshot, FileFate, Machine, MemoryMode, Snapshots};
 use virt_model::snapshot::{Node, SnapshotDef, SnapshotTree};
 use virt_model::state::DomainState;
 use virt_model::xml::Finding;
@@ -45,7 +45,7 @@ const MOST: usize = 10_000;
 
 /// What a domain keeps of its snapshots.
 #[derive(Debug, Default)]
-pub(super) struct Kit {
+pub(super) struct SnapshotSet {
     tree: SnapshotTree<Arc<Record>>,
     /// As last told.
     told: BTreeMap<String, Arc<SnapshotFacts>>,
@@ -57,9 +57,9 @@ pub(super) struct Kit {
     broken: Option<String>,
 }
 
-impl Kit {
+impl SnapshotSet {
     /// From what was found on disk.
-    pub(super) fn new(loaded: Loaded) -> Kit {
+    pub(super) fn new(loaded: Loaded) -> SnapshotSet {
         let node = |record: Record| Node {
             name: record.name.clone(),
             parent: record.def.as_ref().ok().and_then(|def| def.parent.clone()),
@@ -70,7 +70,13 @@ impl Kit {
         for name in mended {
             tracing::warn!(snapshot = name, "its parent is not there; it is a root now");
         }
-        Kit { tree, stale: true, open: Arc::new(Mutex::new(loaded.intent)), broken: loaded.broken, ..Kit::default() }
+        SnapshotSet {
+            tree,
+            stale: true,
+            open: Arc::new(Mutex::new(loaded.intent)),
+            broken: loaded.broken,
+            ..SnapshotSet::default()
+        }
     }
 
     pub(super) fn current(&self) -> Option<&str> {
@@ -326,15 +332,21 @@ impl Domain {
     }
 
     /// A snapshot as the driver is to see it.
-    fn kept(&self, record: &Record, def: &SnapshotDef, machine: &Machine) -> Kept {
+    fn kept(&self, record: &Record, def: &SnapshotDef, machine: &Machine) -> ExistingSnapshot {
         self.kept_on(record, def, machine, &self.shared.recorded())
     }
 
     /// The same where it is known what snapshots have recorded of overlays.
-    fn kept_on(&self, record: &Record, def: &SnapshotDef, machine: &Machine, recorded: &[images::Overlay]) -> Kept {
+    fn kept_on(
+        &self,
+        record: &Record,
+        def: &SnapshotDef,
+        machine: &Machine,
+        recorded: &[images::Overlay],
+    ) -> ExistingSnapshot {
         let mut machine = def.domain.as_ref().unwrap_or(&machine.def).clone();
         images::declare_in(&mut machine, recorded);
-        Kept {
+        ExistingSnapshot {
             name: def.name.clone(),
             memory: def.memory.clone(),
             disks: def.disks.clone(),
@@ -345,7 +357,7 @@ impl Domain {
     }
 
     /// All others, as the driver is to see them.
-    fn others(&self, name: &str, machine: &Machine) -> Arc<[Arc<Kept>]> {
+    fn others(&self, name: &str, machine: &Machine) -> Arc<[Arc<ExistingSnapshot>]> {
         let records: Vec<Arc<Record>> = {
             let state = lock(&self.state);
             let others = state.snapshots.tree.iter().filter(|node| node.name != name);

@@ -11,7 +11,9 @@ use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DiskMode, FileChange, FileFate, Kept, Machine, MemoryMode, RevertPlan};
+use virt_model::driver::snapshots::{
+    DiskMode, ExistingSnapshot, FileChange, FileFate, Machine, MemoryMode, RevertPlan,
+};
 use virt_model::snapshot::{SnapshotDef, SnapshotState};
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, Started, Stopped, Suspended};
 use virt_model::xml::refusals;
@@ -77,7 +79,7 @@ pub struct Plan {
 /// A revert that has been thought through.
 pub(super) struct Planned {
     pub def: SnapshotDef,
-    pub kept: Kept,
+    pub kept: ExistingSnapshot,
     pub machine: Machine,
     pub plan: Plan,
     /// Files that would be of no use, but for other machines.
@@ -175,13 +177,13 @@ impl Domain {
     async fn check_images(
         &self,
         name: &str,
-        kept: &Kept,
+        kept: &ExistingSnapshot,
         machine: &Machine,
         in_place: bool,
     ) -> Result<(RevertPlan, Vec<PathBuf>)> {
         self.may_bring_back(name, kept).await?;
-        let kin = self.kin(name, &[], machine);
-        let checked = self.takes_snapshots()?.check_revert(machine, kept, &kin, in_place).await;
+        let siblings = self.siblings(name, &[], machine);
+        let checked = self.takes_snapshots()?.check_revert(machine, kept, &siblings, in_place).await;
         let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
         let keep = self.needed_elsewhere(&checked.files).await;
         checked.files.retain(|file| !keep.contains(&file.path));
@@ -189,7 +191,7 @@ impl Domain {
     }
 
     /// Refuses to bring images back to a snapshot inside them that other machines stand on.
-    async fn may_bring_back(&self, name: &str, kept: &Kept) -> Result<()> {
+    async fn may_bring_back(&self, name: &str, kept: &ExistingSnapshot) -> Result<()> {
         let inside =
             |target: &str| kept.disks.iter().any(|part| part.target == target && part.mode == DiskMode::Internal);
         let disks = kept.def.devices.disks.iter().filter(|disk| inside(&disk.target.dev));

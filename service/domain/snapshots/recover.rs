@@ -1,6 +1,6 @@
 //! What was cut off is made whole when virtd starts: finished where images have changed, undone where they have not.
 
-use super::{Domain, DomainJournal, Kept};
+use super::{Domain, DomainJournal, ExistingSnapshot};
 use crate::domain::StartOptions;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -20,7 +20,7 @@ impl Domain {
     ///
     /// What it waits for may never answer. Whoever is asked to give up the turn does not wait on then: the work goes on by
     /// itself, and the turn is not free before that has ended.
-    pub(crate) async fn made_whole(self: &Arc<Self>) -> Result<()> {
+    pub(crate) async fn finish_interrupted(self: &Arc<Self>) -> Result<()> {
         let Some(intent) = self.open_intent() else { return Ok(()) };
         let what = what_is(&intent.deed);
         let nobody = || Error::Internal(format!("{what} is finished only by who has the turn"));
@@ -28,7 +28,7 @@ impl Domain {
         // In a task: what may have to be done is much, and this may lie deep in what is much already.
         let (domain, cancel) = (self.clone(), give_up.clone());
         let mut work = tokio::spawn(async move {
-            let done = domain.made_up_for(intent, what, &cancel).await;
+            let done = domain.recover(intent, what, &cancel).await;
             if cancel.is_cancelled() {
                 domain.wants_no_guest().await;
             }
@@ -59,8 +59,8 @@ impl Domain {
     }
 
     /// The same for a verb whose caller waits for the answer: not for longer than for the turn.
-    pub(in crate::domain) async fn soon_made_whole(self: &Arc<Self>) -> Result<()> {
-        match tokio::time::timeout(PATIENCE, self.made_whole()).await {
+    pub(in crate::domain) async fn finish_interrupted_soon(self: &Arc<Self>) -> Result<()> {
+        match tokio::time::timeout(PATIENCE, self.finish_interrupted()).await {
             Ok(whole) => whole,
             Err(_) => {
                 let what = self.open_intent().map_or("a change", |intent| what_is(&intent.deed));
@@ -105,7 +105,7 @@ impl Domain {
         }
     }
 
-    async fn made_up_for(
+    async fn recover(
         self: &Arc<Self>,
         intent: Intent,
         what: &'static str,
@@ -192,8 +192,8 @@ impl Domain {
         }
         let (_, _, kept) = self.kept_snapshot(name).await?;
         let machine = self.machine().await?;
-        let kin = self.kin(name, &[], &machine);
-        let reverted = self.takes_snapshots()?.revert_images(&machine, &kept, &kin, journal.clone()).await;
+        let siblings = self.siblings(name, &[], &machine);
+        let reverted = self.takes_snapshots()?.revert_images(&machine, &kept, &siblings, journal.clone()).await;
         let reverted = reverted.map_err(|e| self.not_reverted(name, e))?;
         self.finish_revert(name, active, false, reverted, journal).await
     }
@@ -239,7 +239,7 @@ impl Domain {
         Ok(format!("'{}' stands at snapshot '{name}', and {story}", self.name()))
     }
 
-    async fn kept_snapshot(&self, name: &str) -> Result<(Arc<Record>, SnapshotDef, Kept)> {
+    async fn kept_snapshot(&self, name: &str) -> Result<(Arc<Record>, SnapshotDef, ExistingSnapshot)> {
         let (record, def) = self.usable_snapshot(name)?;
         let machine = self.machine().await?;
         let kept = self.kept(&record, &def, &machine);

@@ -17,7 +17,9 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{Journal as _, Kept, Kin, Machine, Reverted, Snapshots, StartFrom};
+use virt_model::driver::snapshots::{
+    ExistingSnapshot, Journal as _, Machine, Reverted, Siblings, Snapshots, StartFrom,
+};
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
 
@@ -106,7 +108,7 @@ impl Domain {
     /// on, or has failed.
     async fn bring_images(
         self: &Arc<Self>,
-        kept: &Kept,
+        kept: &ExistingSnapshot,
         machine: &Machine,
         keep: Vec<PathBuf>,
         journal: &Arc<DomainJournal>,
@@ -125,8 +127,8 @@ impl Domain {
             job.past_return();
         }
         let off = without_guest(machine);
-        let kin = Kin { keep, ..self.kin(&kept.name, &[], &off) };
-        let brought = driver.revert_images(&off, kept, &kin, journal.clone()).await;
+        let siblings = Siblings { keep, ..self.siblings(&kept.name, &[], &off) };
+        let brought = driver.revert_images(&off, kept, &siblings, journal.clone()).await;
         if brought.is_err() {
             if parked {
                 let stands = |e| DriverError::HalfDone(format!("what runs had to stand aside, and cannot go on: {e}"));
@@ -156,7 +158,7 @@ impl Domain {
     async fn take_back(&self, machine: &Machine, reverted: &Reverted, before: Before, journal: &Arc<DomainJournal>) {
         let back = async {
             let driver = self.takes_snapshots()?;
-            let settled = driver.settle(machine, reverted, false).await;
+            let settled = driver.roll_back_revert(machine, reverted).await;
             settled.map_err(|e| Error::from_driver(&self.name(), "take back the revert of", e))?;
             if let Some(stored) = before.stored {
                 self.store(stored).await?;
@@ -195,7 +197,7 @@ impl Domain {
     async fn load_in_place(
         self: &Arc<Self>,
         def: &SnapshotDef,
-        kept: &Kept,
+        kept: &ExistingSnapshot,
         machine: &Machine,
         paused: bool,
         journal: &Arc<DomainJournal>,
@@ -241,7 +243,7 @@ impl Domain {
     /// The process died, and its images may be of this time or that: they are brought to the snapshot at once.
     async fn died_while_loaded(self: &Arc<Self>, name: &str, id: u32) -> Error {
         self.until(|state| !state.runs(id)).await;
-        let story = match self.made_whole().await {
+        let story = match self.finish_interrupted().await {
             Ok(()) => "what was cut off has been looked after, as the log says".to_owned(),
             Err(e) => e.to_string(),
         };
@@ -255,7 +257,7 @@ impl Domain {
     async fn driver_load(
         &self,
         machine: &Machine,
-        kept: &Kept,
+        kept: &ExistingSnapshot,
         journal: Arc<DomainJournal>,
     ) -> std::result::Result<(), DriverError> {
         self.snapshot_driver()?.load(machine, kept, journal).await
@@ -319,7 +321,7 @@ impl Domain {
         self: &Arc<Self>,
         caller: &Caller,
         def: &SnapshotDef,
-        kept: Kept,
+        kept: ExistingSnapshot,
         reverted: &Reverted,
         options: StartOptions,
         cancel: &CancellationToken,
@@ -350,7 +352,7 @@ impl Domain {
         journal: &Arc<DomainJournal>,
     ) -> Result<()> {
         let machine = self.machine().await?;
-        if let Err(error) = self.takes_snapshots()?.settle(&machine, reverted, true).await {
+        if let Err(error) = self.takes_snapshots()?.commit_revert(&machine, reverted).await {
             tracing::warn!(uuid = %self.uuid, %error, "what a revert kept aside is still there");
         }
         journal.step("settled");
@@ -405,7 +407,7 @@ struct Before {
 }
 
 /// What a revert within the process comes to: the machine stands on what it stood on.
-pub(super) fn in_process(kept: &Kept, machine: &Machine) -> Reverted {
+pub(super) fn in_process(kept: &ExistingSnapshot, machine: &Machine) -> Reverted {
     let (disks, record) = (kept.disks.clone(), kept.record.clone());
     Reverted { def: machine.def.clone(), disks, record, aside: serde_json::Value::Null }
 }

@@ -2,7 +2,7 @@
 //! are called, who is whose child, and what the configurations say afterwards is the service's matter.
 //!
 //! ```text
-//!  create   check_create ─▶ create ─▶ Taken ............. the service keeps the document with Taken::record
+//!  create   check_create ─▶ create ─▶ CreatedSnapshot ............. the service keeps the document with CreatedSnapshot::record
 //!  revert   check_revert ─▶ load (same process)
 //!                        └▶ revert_images ─▶ definition ─▶ Driver::start with Launch::from, or nothing more
 //!  delete   check_delete ─▶ delete ─▶ what replaces what ─▶ the service rewrites configurations
@@ -25,24 +25,34 @@ use tokio_util::sync::CancellationToken;
 #[async_trait]
 pub trait Snapshots: Send + Sync {
     /// What `create` would do; refuses what it would refuse before it changes anything. Changes nothing.
-    async fn check_create(&self, machine: &Machine, wish: &Wish) -> Result<CreatePlan, DriverError>;
+    async fn check_create(&self, machine: &Machine, request: &SnapshotRequest) -> Result<CreatePlan, DriverError>;
 
     /// Takes a snapshot, all of it or nothing: on failure, or when the journal is cancelled, files it made are gone, the
     /// guest stands on the images it stood on, and runs if it ran.
-    async fn create(&self, machine: &Machine, wish: &Wish, journal: Arc<dyn Journal>) -> Result<Taken, DriverError>;
+    async fn create(
+        &self,
+        machine: &Machine,
+        request: &SnapshotRequest,
+        journal: Arc<dyn Journal>,
+    ) -> Result<CreatedSnapshot, DriverError>;
 
     /// What a revert would do, and whether it could: images hold the snapshot, its memory is complete and readable, space
     /// suffices. `in_place`: into the running process. Changes nothing.
     async fn check_revert(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         in_place: bool,
     ) -> Result<RevertPlan, DriverError>;
 
     /// Loads memory and disks into the running guest, which is left paused. On failure the guest stands paused.
-    async fn load(&self, machine: &Machine, snapshot: &Kept, journal: Arc<dyn Journal>) -> Result<(), DriverError>;
+    async fn load(
+        &self,
+        machine: &Machine,
+        snapshot: &ExistingSnapshot,
+        journal: Arc<dyn Journal>,
+    ) -> Result<(), DriverError>;
 
     /// Makes a running guest stand aside and let go of its images, for [`Snapshots::revert_images`] to be tried before it
     /// ends; nothing is reported of it. `false`: it cannot, and runs as before. On failure it runs as before.
@@ -59,20 +69,28 @@ pub trait Snapshots: Send + Sync {
 
     /// Brings the images of a machine without a guest (or whose guest stands aside) to the snapshot: internal
     /// ones in place, external ones by new overlays; firmware variables and TPM too. What was there before is kept aside
-    /// until [`Snapshots::settle`] is called. On failure everything is as before.
+    /// until [`Snapshots::commit_revert`] or [`Snapshots::roll_back_revert`] is called. On failure everything is as before.
     async fn revert_images(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         journal: Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError>;
 
-    /// The revert is to `stay`: what was kept aside goes. Or it is not: that is what counts again. Repeatable.
-    async fn settle(&self, machine: &Machine, reverted: &Reverted, stay: bool) -> Result<(), DriverError>;
+    /// The revert holds: what was kept aside goes. Repeatable.
+    async fn commit_revert(&self, machine: &Machine, reverted: &Reverted) -> Result<(), DriverError>;
+
+    /// The revert does not hold: what was kept aside is what counts again. Repeatable.
+    async fn roll_back_revert(&self, machine: &Machine, reverted: &Reverted) -> Result<(), DriverError>;
 
     /// What `delete` would do. Changes nothing.
-    async fn check_delete(&self, machine: &Machine, snapshot: &Kept, kin: &Kin) -> Result<DeletePlan, DriverError>;
+    async fn check_delete(
+        &self,
+        machine: &Machine,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
+    ) -> Result<DeletePlan, DriverError>;
 
     /// Removes the snapshot's data, its memory file and its copies; external overlays are merged into what they stand on.
     /// Cancelled before the journal's point of no return, it has changed nothing; from there on it goes to its end, with
@@ -80,8 +98,8 @@ pub trait Snapshots: Send + Sync {
     async fn delete(
         &self,
         machine: &Machine,
-        snapshot: &Kept,
-        kin: &Kin,
+        snapshot: &ExistingSnapshot,
+        siblings: &Siblings,
         journal: Arc<dyn Journal>,
     ) -> Result<Vec<Replaced>, Unfinished>;
 
@@ -153,7 +171,7 @@ pub struct DiskPart {
 
 /// A snapshot to be taken.
 #[derive(Clone, Debug)]
-pub struct Wish {
+pub struct SnapshotRequest {
     /// Its name, valid and free.
     pub name: String,
     /// Where the memory goes.
@@ -207,8 +225,8 @@ pub struct CreatePlan {
 
 /// What was taken.
 #[derive(Clone, Debug)]
-pub struct Taken {
-    /// What the driver must know to revert and delete: ids inside images, copies. Kept with the snapshot.
+pub struct CreatedSnapshot {
+    /// What the driver must know to revert and delete: ids inside images, copies. ExistingSnapshot with the snapshot.
     pub record: serde_json::Value,
     /// The machine on its new overlays, where disks were switched: source and backing chain of each.
     pub def: Option<Arc<DomainDef>>,
@@ -231,7 +249,7 @@ pub enum Capture {
 
 /// A snapshot that exists.
 #[derive(Clone, Debug)]
-pub struct Kept {
+pub struct ExistingSnapshot {
     /// Its name.
     pub name: String,
     /// Where its memory is.
@@ -248,13 +266,13 @@ pub struct Kept {
 
 /// What else the domain has that a deletion or a revert must not harm.
 #[derive(Clone, Debug, Default)]
-pub struct Kin {
+pub struct Siblings {
     /// All its other snapshots.
-    pub others: Arc<[Arc<Kept>]>,
+    pub others: Arc<[Arc<ExistingSnapshot>]>,
     /// The stored configuration, where it is not what runs.
     pub stored: Option<Arc<DomainDef>>,
     /// Snapshots that will be deleted in the same deed: what only they need is not needed.
-    pub doomed: Vec<String>,
+    pub deleted_together: Vec<String>,
     /// Files that other machines stand on: they are not removed.
     pub keep: Vec<PathBuf>,
     /// There are others whose records cannot be read: what they need nobody knows.
@@ -279,7 +297,7 @@ pub struct Reverted {
     pub disks: Vec<DiskPart>,
     /// The driver's record of the snapshot from now on.
     pub record: serde_json::Value,
-    /// What `settle` must know.
+    /// What `commit_revert` and `roll_back_revert` must know.
     pub aside: serde_json::Value,
 }
 
@@ -334,8 +352,8 @@ pub enum Recovered {
         story: String,
     },
     /// It is complete; what it would have returned.
-    Created(Box<Taken>),
-    /// It is complete but for `settle`.
+    Created(Box<CreatedSnapshot>),
+    /// It is complete but for `commit_revert` and `roll_back_revert`.
     Reverted(Box<Reverted>),
     /// It is complete.
     Deleted(Vec<Replaced>),
@@ -349,7 +367,7 @@ pub trait Journal: Send + Sync {
     /// Keeps a note, durably, in place of the one before. On failure nothing may be changed.
     async fn note(&self, note: serde_json::Value) -> Result<(), DriverError>;
 
-    /// The frozen files of these disks are about to be written. Kept durably with the snapshot, which can then only be
+    /// The frozen files of these disks are about to be written. ExistingSnapshot durably with the snapshot, which can then only be
     /// deleted; on failure nothing may be changed.
     async fn merging(&self, targets: &[String]) -> Result<(), DriverError>;
 
@@ -373,5 +391,5 @@ pub trait Journal: Send + Sync {
 #[derive(Clone, Debug)]
 pub struct StartFrom {
     /// The snapshot whose memory is loaded; its images have been reverted.
-    pub snapshot: Kept,
+    pub snapshot: ExistingSnapshot,
 }
