@@ -39,6 +39,7 @@ install: build
 	$(PUT) data/virtd.8 $(DESTDIR)$(DATADIR)/man/man8/virtd.8
 	$(PUT) README.md $(DESTDIR)$(DOCDIR)/README.md
 	$(PUT) docs/ARCHITECTURE.md $(DESTDIR)$(DOCDIR)/ARCHITECTURE.md
+	$(PUT) docs/DOMAIN-XML.md $(DESTDIR)$(DOCDIR)/DOMAIN-XML.md
 	$(PUT) docs/SECURITY.md $(DESTDIR)$(DOCDIR)/SECURITY.md
 	$(PUT) dbus-policy/org.virt-private.conf $(DESTDIR)$(DOCDIR)/examples/org.virt-private.conf
 	$(PUT) polkit/50-org.virt.example.rules $(DESTDIR)$(DOCDIR)/examples/50-org.virt.rules
