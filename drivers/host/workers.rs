@@ -290,6 +290,18 @@ fn failed(errand: &Errand) -> DriverError {
     DriverError::Internal(format!("{}: the work on it was cut off", errand.what))
 }
 
+/// Runs what blocks where it may: in a thread of its own, within the runtime. The runtime's own pool is for what always ends.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DriverError> {
+    let (hand_over, done) = tokio::sync::oneshot::channel();
+    let runtime = tokio::runtime::Handle::current();
+    let begun = std::thread::Builder::new().name("blocking".to_owned()).spawn(move || {
+        let _within = runtime.enter();
+        let _ = hand_over.send(work());
+    });
+    begun.map_err(|e| DriverError::Internal(format!("no thread for work on files: {e}")))?;
+    done.await.map_err(|_| DriverError::Internal("work on files was cut off".to_owned()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

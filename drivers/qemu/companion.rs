@@ -7,8 +7,8 @@
 //! Each is recorded before it runs, as QEMU is, so that the next virtd finds or ends it. QEMU and its companions reach each
 //! other over sockets that are made before either of them: nobody waits for a socket to appear.
 
-use super::command::HostFile;
 use super::make;
+use super::plan::{Companion, Link, Loss, Role};
 use super::takeover::take_over;
 use crate::host::files::Seen;
 use crate::host::process::{End, Identity, Process};
@@ -29,86 +29,8 @@ const TERM_PATIENCE: Duration = Duration::from_secs(3);
 /// How long the kernel may take to end one that is killed.
 const KILL_PATIENCE: Duration = Duration::from_secs(10);
 
-/// A program beside QEMU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Companion {
-    /// What people call it, e.g. `swtpm`; different for each of a guest's.
-    pub name: String,
-    /// The program, an absolute path.
-    pub program: PathBuf,
-    /// Its arguments, without its name.
-    pub args: Vec<String>,
-    /// Its environment, beyond what every guest's processes get.
-    pub env: Vec<(String, String)>,
-    /// How it is reached.
-    pub links: Vec<Link>,
-    /// What it must be able to open.
-    pub files: Vec<HostFile>,
-    /// Folders made where they are missing, for whom it runs as and nobody else.
-    pub folders: Vec<PathBuf>,
-    /// What it is there for.
-    pub role: Role,
-    /// It runs as virtd does, even where QEMU has a user of its own.
-    pub privileged: bool,
-    /// It talks to the host's network.
-    pub needs_network: bool,
-}
-
-/// A socket between a companion and QEMU.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Link {
-    /// Two connected ends; each process finds its own open. Nobody else can connect.
-    Pair {
-        /// The companion's descriptor: not 0, 1, 2, 4 or 5, and below 200.
-        its: RawFd,
-        /// QEMU's; see [`FIRST_FD`].
-        qemus: RawFd,
-    },
-    /// A listening socket that the companion finds open, and QEMU connects to. It belongs to QEMU's user.
-    Listening {
-        /// The companion's descriptor, as above.
-        its: RawFd,
-        /// Where QEMU finds it, in the guest's own folder.
-        path: PathBuf,
-    },
-}
-
 /// How much later than its companion QEMU may end: they end together, in any order.
 pub const GRACE: Duration = Duration::from_secs(2);
-
-/// The first of QEMU's descriptors for companions; the command line's builder counts up from it.
-pub const FIRST_FD: RawFd = 150;
-
-/// What a companion does.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Role {
-    /// Runs as long as the guest.
-    Beside(Loss),
-    /// Does something at each start and ends; what comes after it in the list starts then.
-    Step {
-        /// How long that may take.
-        within: Duration,
-    },
-    /// Makes a folder, once, and ends, as above. Not run where the folder is.
-    Maker {
-        /// Where it works: an empty folder of its own.
-        work: PathBuf,
-        /// What that becomes when it has succeeded.
-        made: PathBuf,
-        /// How long that may take.
-        within: Duration,
-    },
-}
-
-/// What becomes of a guest whose companion has ended too early.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Loss {
-    /// It goes on without what the companion gave it; that is logged.
-    Bear,
-    /// It is ended, as if it had died.
-    Fatal,
-}
 
 /// What is kept on disk of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,15 +5,17 @@
 //! answers.
 
 use super::changes::Change;
-use super::companion::{Living, Loss, end_all};
+use super::companion::{Living, end_all};
 use super::events::{Guest, condition};
-use super::instance::{Body, CLEARING, Leavings, QemuInstance, translate};
+use super::instance::{Body, CLEARING, Leavings, QemuInstance};
 use super::log::Log;
+use super::plan::Loss;
 use super::qmp::{Qmp, QmpError};
-use super::record::{Keeper, Phase, Record, blocking};
+use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
 use super::unnoted;
 use crate::host::process::{Identity, Process, kill};
+use crate::host::workers::blocking;
 use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -229,16 +231,16 @@ impl Caller {
             if peer != Some(self.pid) {
                 return Err(DriverError::Internal("another process listens where its monitor was".into()));
             }
-            let monitor = Qmp::negotiate(stream, self.reporter.ears(), within).await.map_err(translate)?;
-            let known = monitor.execute("query-uuid", json!({})).await.map_err(translate)?;
+            let monitor = Qmp::negotiate(stream, self.reporter.ears(), within).await?;
+            let known = monitor.execute("query-uuid", json!({})).await?;
             if known.get("UUID").and_then(Value::as_str) != Some(&self.uuid.to_string()) {
                 return Err(DriverError::Internal("its QEMU knows itself by another uuid".into()));
             }
-            let status = monitor.execute("query-status", json!({})).await.map_err(translate)?;
+            let status = monitor.execute("query-status", json!({})).await?;
             let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
             Ok((monitor, condition(status)))
         };
-        let late = || translate(QmpError::TimedOut("hello".into()));
+        let late = || DriverError::from(QmpError::TimedOut("hello".into()));
         timeout(within, call).await.unwrap_or_else(|_| Err(late()))
     }
 }

@@ -3,7 +3,7 @@
 //! What is here depends on the host at this moment, other than `check`, which knows only what it can.
 
 use super::changes::{Change, Claims};
-use super::command::{Expected, HostFile, Tap};
+use super::plan::{Expected, HostFile, Tap};
 use crate::host::macvtap::{self, Macvtap};
 use crate::host::pci::{Pci, VFIO};
 use crate::host::usb::{self, UsbName};

@@ -4,14 +4,16 @@
 //! guest had, and reports `Exited` as the last thing.
 
 use super::changes::{Change, Claims, SYSFS, undo};
-use super::companion::{GRACE, Living, Loss, end_all, how};
+use super::companion::{GRACE, Living, end_all, how};
 use super::log::Log;
 use super::make;
-use super::qmp::{COMMAND_TIMEOUT, Qmp, QmpError};
-use super::record::{Keeper, blocking};
+use super::plan::Loss;
+use super::qmp::{COMMAND_TIMEOUT, Qmp};
+use super::record::Keeper;
 use super::report::Reporter;
 use crate::host::access::Ledger;
 use crate::host::process::{End, Process};
+use crate::host::workers::blocking;
 use async_trait::async_trait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -184,7 +186,7 @@ impl Body {
     /// Gives a monitor command.
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
         let monitor = self.monitor()?;
-        monitor.execute(command, arguments).await.map_err(translate)
+        monitor.execute(command, arguments).await.map_err(DriverError::from)
     }
 
     pub fn monitor(&self) -> Result<Arc<Qmp>, DriverError> {
@@ -454,15 +456,6 @@ async fn watch(body: Arc<Body>) {
 /// What happened, and the words that go with it, if any.
 pub fn join(what: &str, words: &str) -> String {
     if words.is_empty() { what.to_owned() } else { format!("{what}: {words}") }
-}
-
-/// A monitor's failure in the contract's words.
-pub fn translate(error: QmpError) -> DriverError {
-    match error {
-        QmpError::Closed => DriverError::Gone,
-        QmpError::TimedOut(_) => DriverError::TimedOut(error.to_string()),
-        QmpError::Refused { .. } | QmpError::Connect(_) => DriverError::Hypervisor(error.to_string()),
-    }
 }
 
 #[cfg(test)]

@@ -3,17 +3,16 @@
 
 use super::block::Nodes;
 use super::changes::{Change, Claims, SYSFS};
-use super::command::Command;
-use super::command::{Expected, HostFile, SecretContent, VSOCK_FD};
-use super::companion::{self, Companion, Gifts, Living, Recorded, Role};
+use super::companion::{self, Gifts, Living, Recorded};
 use super::events::Guest;
 use super::hostdev;
-use super::instance::{Body, Leavings, QemuInstance, join, translate};
+use super::instance::{Body, Leavings, QemuInstance, join};
 use super::log::Log;
 use super::make;
 use super::monitor::Monitor;
+use super::plan::{Command, Companion, Expected, HostFile, MemorySource, Role, SecretContent, VSOCK_FD};
 use super::qmp::Qmp;
-use super::record::{Keeper, Phase, Record, blocking};
+use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
 use super::room;
 use super::snapshot::open_memory;
@@ -28,6 +27,7 @@ use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use crate::host::wall::Wall;
+use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Stop, Workers};
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -74,7 +74,7 @@ pub struct Start {
     /// Make the firmware variables anew.
     pub reset_nvram: bool,
     /// What it starts from, if not from power off.
-    pub from: Option<Source>,
+    pub from: Option<MemorySource>,
     /// See [`Body::ends_on_reboot`].
     pub ends_on_reboot: bool,
     /// Where its threads run and what they may use.
@@ -99,14 +99,6 @@ pub struct Start {
     pub events: EventSink,
     /// As in `Launch`.
     pub cancel: CancellationToken,
-}
-
-/// Where a guest's memory and devices come from.
-pub enum Source {
-    /// From a snapshot in these images, the memory from the first.
-    Images { name: String, images: Vec<PathBuf> },
-    /// From a file, of so many bytes where that is known.
-    File { path: PathBuf, bytes: Option<u64> },
 }
 
 /// A guest that is up.
@@ -468,13 +460,13 @@ impl Start {
 
     /// From the process to running CPUs.
     async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Arc<Qmp>, Value), DriverError> {
-        let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await.map_err(translate)?;
+        let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
         let monitor = Arc::new(monitor);
         if let Some(source) = &self.from {
             source.load(&Monitor::new(monitor.clone(), reporter.clone()), self).await?;
         }
         for (command, arguments) in &self.command.setup {
-            monitor.execute(command, arguments.clone()).await.map_err(translate)?;
+            monitor.execute(command, arguments.clone()).await?;
         }
         if let Some(pid) = pid.filter(|_| !self.tuning.is_none()) {
             self.tuning.apply(self.uuid, pid, &monitor).await?;
@@ -487,7 +479,7 @@ impl Start {
             // QEMU is slow to answer at first; once is enough.
             tokio::try_join!(devices, monitor.execute("cont", json!({}))).map(|(devices, _)| devices)
         };
-        Ok((monitor, devices.map_err(translate)?))
+        Ok((monitor, devices?))
     }
 
     fn instance(
@@ -546,17 +538,17 @@ impl Start {
     }
 }
 
-impl Source {
+impl MemorySource {
     async fn load(&self, line: &Monitor, start: &Start) -> Result<(), DriverError> {
         match self {
-            Source::Images { name, images } => {
+            MemorySource::Images { name, images } => {
                 let nodes = Nodes::ask(line).await?;
                 nodes.unmistakable(name, images)?;
                 let nodes = nodes.of_images(images)?;
                 let arguments = json!({ "tag": name, "vmstate": nodes.first(), "devices": nodes });
                 line.job("snapshot-load", "virtd-snapshot-load", arguments, None).await
             }
-            Source::File { path, bytes } => {
+            MemorySource::File { path, bytes } => {
                 let (file, bytes, wary) = (path.clone(), *bytes, start.user.is_some());
                 let opened = start.afar(path, move || open_memory(&file, bytes, wary)).await?;
                 line.read_memory(opened).await
@@ -565,7 +557,7 @@ impl Source {
     }
 }
 
-pub fn want(file: &super::command::HostFile) -> Want {
+pub fn want(file: &HostFile) -> Want {
     Want { path: file.path.clone(), write: file.write, device: file.device }
 }
 

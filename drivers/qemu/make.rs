@@ -3,7 +3,7 @@
 //! virtd may be root here, and others may own parts of the way: each is found once and held ([`crate::host::files`]), and
 //! nothing is given away, changed or removed by its path.
 
-use super::command::Nvram;
+use super::plan::Nvram;
 use crate::host::acl::through;
 use crate::host::files::{Plain, Seen, What, open_plain};
 use crate::host::resolve::Place;

@@ -1,8 +1,9 @@
 //! What lies in a drive, changed while the guest runs.
 
 use super::block::Nodes;
-use super::command::{HostFile, Medium};
+use super::command::Medium;
 use super::instance::Body;
+use super::plan::HostFile;
 use serde_json::{Value, json};
 use std::time::Duration;
 use virt_model::device::Disk;

@@ -9,6 +9,7 @@ mod block;
 pub mod capabilities;
 mod changes;
 pub mod check;
+pub mod checked;
 pub mod command;
 pub mod companion;
 pub mod complete;
@@ -28,6 +29,7 @@ mod make;
 mod media;
 mod monitor;
 mod needs;
+pub mod plan;
 mod qmp;
 mod record;
 mod report;
@@ -49,6 +51,7 @@ use crate::host::files::{Seen, What};
 use crate::host::resolve::Found;
 use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
+use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
 use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
@@ -57,7 +60,6 @@ use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
 use live::Ports;
-use record::blocking;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -199,7 +201,7 @@ impl QemuDriver {
         let sought = blocking(move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
             let vsock = live::open_vsock(&mut live)?;
-            Ok((live, places, vsock))
+            Ok::<_, DriverError>((live, places, vsock))
         });
         let (mut live, usb, vsock) = sought.await??;
         let claims = self.0.claims.clone();
@@ -212,9 +214,11 @@ impl QemuDriver {
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
         let started = usb.written_into(&live);
-        let mut command = command::build(&started, &caps, &place).map_err(DriverError::Config)?;
+        let mut command = check::checked(&started, &caps)
+            .and_then(|checked| command::build(checked, &caps, &place))
+            .map_err(DriverError::Config)?;
         let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
-        if let Some(launch::Source::File { .. }) = &from {
+        if let Some(plan::MemorySource::File { .. }) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
         }
         let start = Start {
@@ -299,8 +303,8 @@ impl Driver for QemuDriver {
         let errand = Errand::new(def.uuid, "the files of the machine");
         let looked = self.0.workers.run(errand, move |_| {
             let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
-            let command =
-                command::build(&places.written_into(&here), &caps, &command::Place::now(&own, MONITOR_FD, sandbox));
+            let command = check::checked(&places.written_into(&here), &caps)
+                .and_then(|checked| command::build(checked, &caps, &command::Place::now(&own, MONITOR_FD, sandbox)));
             let needs = needs::Needs::of(&command.map_err(DriverError::Config)?, &own, restored);
             needs.without(live::media_that_may_be_missing(&here, restored)).are_met()
         });
@@ -327,7 +331,9 @@ impl Driver for QemuDriver {
             let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
             places.written_into(&here)
         });
-        let command = command::build(&here.await?, &caps, &place).map_err(DriverError::Config)?;
+        let command = check::checked(&here.await?, &caps)
+            .and_then(|checked| command::build(checked, &caps, &place))
+            .map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
     }
 
@@ -405,7 +411,7 @@ impl Driver for QemuDriver {
         declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
         let user = self.user_of(def, process).await?;
-        let lend = async |files: Vec<command::HostFile>| {
+        let lend = async |files: Vec<plan::HostFile>| {
             let guest = def.uuid;
             let what = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
             let lend = move |_: &_| {

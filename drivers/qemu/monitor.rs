@@ -1,6 +1,6 @@
 //! QEMU's long work: jobs and migration to a file, awaited by events, cancelled when nobody wants them any more.
 
-use super::instance::{Body, translate};
+use super::instance::Body;
 use super::qmp::Qmp;
 use super::report::Reporter;
 use serde_json::{Value, json};
@@ -62,7 +62,7 @@ impl Monitor {
     }
 
     async fn with_fds(&self, command: &str, arguments: Value, fds: Vec<OwnedFd>) -> Result<Value, DriverError> {
-        self.monitor.execute_with(command, arguments, fds, DEAF).await.map_err(translate)
+        self.monitor.execute_with(command, arguments, fds, DEAF).await.map_err(DriverError::from)
     }
 
     /// Runs a job to its end. `journal`: where progress goes, and whether it is still wanted.

@@ -1,6 +1,6 @@
 //! What a start needs of the host's files, looked at before anything is begun, or ended to make room for it.
 
-use super::command::{Command, Expected, HostFile};
+use super::plan::{Command, Expected, HostFile};
 use crate::host::files::{Seen, What};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -86,7 +86,7 @@ fn is_pipe(path: &Path) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::super::command::{HostFile, Nvram};
+    use super::super::plan::{HostFile, Nvram};
     use super::*;
 
     fn file(path: PathBuf, create: bool) -> HostFile {

@@ -28,6 +28,7 @@ use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
+use virt_model::driver::DriverError;
 
 /// How long a command may take unless its caller says otherwise.
 pub const COMMAND_TIMEOUT: Duration = Duration::from_secs(20);
@@ -327,6 +328,17 @@ impl Lines {
         self.seen = 0;
         line.truncate(line.trim_ascii_end().len());
         Some(line)
+    }
+}
+
+/// A monitor's failure in the contract's words.
+impl From<QmpError> for DriverError {
+    fn from(error: QmpError) -> DriverError {
+        match error {
+            QmpError::Closed => DriverError::Gone,
+            QmpError::TimedOut(_) => DriverError::TimedOut(error.to_string()),
+            QmpError::Refused { .. } | QmpError::Connect(_) => DriverError::Hypervisor(error.to_string()),
+        }
     }
 }
 

@@ -10,6 +10,7 @@
 use super::changes::Change;
 use super::companion::Recorded;
 use crate::host::process::Identity;
+use crate::host::workers::blocking;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -99,16 +100,4 @@ impl Keeper {
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner).take();
         record.map(|record| record.changes).unwrap_or_default()
     }
-}
-
-/// Runs what blocks where it may: in a thread of its own, within the runtime. The runtime's own pool is for what always ends.
-pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DriverError> {
-    let (hand_over, done) = tokio::sync::oneshot::channel();
-    let runtime = tokio::runtime::Handle::current();
-    let begun = std::thread::Builder::new().name("blocking".to_owned()).spawn(move || {
-        let _within = runtime.enter();
-        let _ = hand_over.send(work());
-    });
-    begun.map_err(|e| DriverError::Internal(format!("no thread for work on files: {e}")))?;
-    done.await.map_err(|_| DriverError::Internal("work on files was cut off".to_owned()))
 }

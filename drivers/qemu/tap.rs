@@ -8,34 +8,22 @@ use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
-use super::command::Tap;
+use super::capabilities::bridge_helper;
 use super::companion::Gifts;
-use super::record::blocking;
+use super::plan::Tap;
 use crate::host::macvtap::Macvtap;
 use crate::host::tap::TapPlan;
+use crate::host::workers::blocking;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::process::Command;
 use virt_model::driver::DriverError;
 
-/// Where distributions put the helper.
-const HELPERS: [&str; 4] = [
-    "/usr/lib/qemu/qemu-bridge-helper",
-    "/usr/libexec/qemu-bridge-helper",
-    "/usr/local/libexec/qemu-bridge-helper",
-    "/usr/lib64/qemu/qemu-bridge-helper",
-];
-
 /// The helper has nothing to wait for.
 const PATIENCE: Duration = Duration::from_secs(10);
-
-/// The helper, if it is installed.
-pub fn helper() -> Option<PathBuf> {
-    HELPERS.iter().map(PathBuf::from).find(|path| path.exists())
-}
 
 /// Opens what the guest's network card is plugged into; each descriptor with its number in QEMU. It disappears when the last
 /// copies of the descriptors are closed. We make it ourselves where we may; else QEMU's helper does. One that is on a device
@@ -45,7 +33,7 @@ pub async fn open(tap: &Tap, made: Option<&Macvtap>) -> Result<Gifts, DriverErro
     let opened = match (&tap.plan.bridge, made) {
         (_, Some(link)) => open_direct(tap.plan.clone(), link.clone()).await?,
         (Some(bridge), None) if by_helper => {
-            let helper = helper();
+            let helper = bridge_helper();
             let helper =
                 helper.ok_or_else(|| DriverError::Unsupported("qemu-bridge-helper is not installed".to_owned()))?;
             vec![open_with(&helper, bridge).await?]

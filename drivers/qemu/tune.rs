@@ -2,6 +2,7 @@
 
 use super::qmp::Qmp;
 use crate::host::cgroup::{IoLimits, Limits, Quota, Trees};
+use crate::host::workers::blocking;
 use nix::sched::{CpuSet as Mask, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -79,7 +80,7 @@ impl Tuning {
         });
         let known: Vec<(ThreadKind, i32)> = vcpus.into_iter().chain(io.await?).collect();
         let tuning = self.clone();
-        super::record::blocking(move || tuning.set(guest, pid, known)).await?
+        blocking(move || tuning.set(guest, pid, known)).await?
     }
 
     fn set(&self, guest: Uuid, pid: i32, mut threads: Vec<(ThreadKind, i32)>) -> Result<(), DriverError> {
@@ -208,7 +209,7 @@ async fn threads_of(
     command: &str,
     kind: impl Fn(&Value) -> Option<ThreadKind>,
 ) -> Result<Vec<(ThreadKind, i32)>, DriverError> {
-    let answer = monitor.execute(command, json!({})).await.map_err(super::instance::translate)?;
+    let answer = monitor.execute(command, json!({})).await?;
     let thread = |entry: &Value| Some((kind(entry)?, i32::try_from(number(entry, "thread-id")?).ok()?));
     Ok(answer.as_array().into_iter().flatten().filter_map(thread).collect())
 }

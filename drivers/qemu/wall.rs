@@ -1,7 +1,6 @@
 //! What the processes of a guest find behind their wall, from their command lines and the machine.
 
-use super::command::{Command, HostFile};
-use super::companion::{Companion, Role};
+use super::plan::{Command, Companion, HostFile, Role};
 use crate::host::access::LentFile;
 use crate::host::wall::Wall;
 use rustix::fs::FileType;

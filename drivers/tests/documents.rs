@@ -5,8 +5,8 @@ mod qemu;
 use qemu::{DIR, caps, message, parse, place};
 use virt_drivers::qemu::capabilities::Capabilities;
 use virt_drivers::qemu::check::check;
-use virt_drivers::qemu::command::{Command, build};
 use virt_drivers::qemu::complete::complete;
+use virt_drivers::qemu::plan::Command;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
 
@@ -30,7 +30,8 @@ fn completed(machine: &str, outside: &str, devices: &str) -> DomainDef {
 }
 
 fn built(def: &DomainDef, caps: &Capabilities) -> Command {
-    build(def, caps, &place(DIR)).unwrap_or_else(|findings| panic!("{}\n{}", message(&findings), def.write(STORED)))
+    qemu::built(def, caps, &place(DIR))
+        .unwrap_or_else(|findings| panic!("{}\n{}", message(&findings), def.write(STORED)))
 }
 
 /// The arguments in one line.

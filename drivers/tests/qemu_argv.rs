@@ -4,11 +4,11 @@
 
 mod qemu;
 
-use qemu::{DIR, caps, cases, completed, data, message, parse, place, text};
+use qemu::{DIR, built, caps, cases, completed, data, message, parse, place, text};
 use virt_drivers::qemu::check::check;
-use virt_drivers::qemu::command::{Command, build};
-use virt_drivers::qemu::companion::Companion;
 use virt_drivers::qemu::complete::complete;
+use virt_drivers::qemu::plan::Command;
+use virt_drivers::qemu::plan::Companion;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
 
@@ -67,9 +67,9 @@ fn definitions_become_these_command_lines() {
         let def = completed(&case, DIR, &caps);
         expect(&format!("{case}.out.xml"), &def.write(STORED));
         let command =
-            build(&def, &caps, &place(DIR)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+            built(&def, &caps, &place(DIR)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
         expect(&format!("{case}.args"), &show(&command));
-        assert_eq!(command, build(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
+        assert_eq!(command, built(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
     }
 }
 

@@ -3,7 +3,7 @@
 
 mod qemu;
 
-use qemu::{cases, completed, message, place, text};
+use qemu::{built, cases, completed, message, place, text};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,8 +16,9 @@ use std::time::Duration;
 use virt_drivers::DriverConfig;
 use virt_drivers::qemu::QemuDriver;
 use virt_drivers::qemu::capabilities::{Capabilities, Prober, default_emulator};
-use virt_drivers::qemu::command::{SecretContent, build};
-use virt_drivers::qemu::companion::{Gifts, Role};
+use virt_drivers::qemu::companion::Gifts;
+use virt_drivers::qemu::plan::Role;
+use virt_drivers::qemu::plan::SecretContent;
 use virt_model::driver::Driver;
 
 /// What QEMU says when all is well.
@@ -93,7 +94,7 @@ fn kernel() -> Vec<u8> {
 }
 
 /// Starts it as the driver does: the listening monitor is file descriptor 3. Its companions come along, and go with it.
-fn start(command: &virt_drivers::qemu::command::Command, dir: &Path) -> (Vec<Running>, UnixStream) {
+fn start(command: &virt_drivers::qemu::plan::Command, dir: &Path) -> (Vec<Running>, UnixStream) {
     let socket = dir.join("monitor.sock");
     let mut gifts: Gifts = vec![(3, UnixListener::bind(&socket).unwrap().into())];
     gifts.extend(command.scratch.iter().map(|fd| (*fd, tempfile::tempfile().unwrap().into())));
@@ -226,7 +227,7 @@ async fn this_hosts_qemu_takes_every_command_line() {
         }
         make_files(&case, dir.path());
         let command =
-            build(&def, &caps, &place(folder)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+            built(&def, &caps, &place(folder)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
         if let Some(nvram) = &command.nvram {
             let (template, from) = nvram.template.as_ref().unwrap();
             std::fs::create_dir_all(nvram.path.parent().unwrap()).unwrap();

@@ -4,10 +4,11 @@ use serde_json::Value;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use virt_drivers::qemu::capabilities::{Capabilities, Site};
-use virt_drivers::qemu::check::check;
-use virt_drivers::qemu::command::{Command, Place, build};
+use virt_drivers::qemu::check::{check, checked};
+use virt_drivers::qemu::command::{Place, build};
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::firmware::{place_variables, read_all};
+use virt_drivers::qemu::plan::Command;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::{Finding, FindingKind};
 
@@ -47,10 +48,10 @@ pub fn holds(text: &str, caps: &Capabilities) {
     let findings = check(&def, caps);
     assert_eq!(findings, check(&def, caps));
     let refused = findings.iter().any(|finding| finding.kind != FindingKind::Warning);
-    match build(&def, caps, &place()) {
+    match checked(&def, caps).and_then(|checked| build(checked, caps, &place())) {
         Ok(command) => {
             assert!(!refused, "built in spite of: {}\n{stored}", said(&findings));
-            assert_eq!(build(&def, caps, &place()).as_ref(), Ok(&command));
+            assert_eq!(checked(&def, caps).and_then(|checked| build(checked, caps, &place())).as_ref(), Ok(&command));
             sound(&command, &def);
         }
         Err(why) => assert!(refused, "not built: {}\n{stored}", said(&why)),

@@ -15,13 +15,13 @@ mod site;
 
 pub use document::document;
 pub use host::Host;
-pub use site::{End, Site, VHOST_VSOCK, program};
+pub use site::{End, Site, VHOST_VSOCK, bridge_helper, program};
 
 use super::firmware::{self, Firmware};
-use super::record::blocking;
 use crate::host::files::{Program, Seen, open_plain};
 use crate::host::own_file::replace_json;
 use crate::host::resolve::{Found, Place};
+use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Workers};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -428,7 +428,7 @@ impl Prober {
     fn add_host(&self, capabilities: &mut Capabilities) {
         capabilities.host = Host::read();
         capabilities.firmware = firmware::read_all(&firmware::FOLDERS.map(Path::new));
-        capabilities.bridge_helper = super::tap::helper();
+        capabilities.bridge_helper = site::bridge_helper();
     }
 
     /// Finds and holds a binary that may be asked, and looks at the host. Blocks.

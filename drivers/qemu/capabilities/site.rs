@@ -11,6 +11,14 @@ const PROGRAM_DIRS: [&str; 6] =
 /// Where the kernel's half of a vsock is opened.
 pub const VHOST_VSOCK: &str = "/dev/vhost-vsock";
 
+/// Where distributions put QEMU's helper for bridges.
+const BRIDGE_HELPERS: [&str; 4] = [
+    "/usr/lib/qemu/qemu-bridge-helper",
+    "/usr/libexec/qemu-bridge-helper",
+    "/usr/local/libexec/qemu-bridge-helper",
+    "/usr/lib64/qemu/qemu-bridge-helper",
+];
+
 /// What is beside QEMU.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Site {
@@ -105,4 +113,9 @@ fn modules(dir: &Path) -> Vec<String> {
 /// A helper program of this name, if it is installed.
 pub fn program(name: &str) -> Option<PathBuf> {
     PROGRAM_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
+}
+
+/// QEMU's helper for bridges, if it is installed.
+pub fn bridge_helper() -> Option<PathBuf> {
+    BRIDGE_HELPERS.iter().map(PathBuf::from).find(|path| path.exists())
 }

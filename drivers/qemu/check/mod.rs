@@ -23,9 +23,15 @@ mod tune;
 pub use table::{Standing, standing};
 
 use super::capabilities::{Capabilities, End};
+use super::checked::Checked;
 use super::complete::Board;
 use virt_model::domain::{DomainDef, add_findings};
-use virt_model::xml::{Finding, FindingKind, Place};
+use virt_model::xml::{Finding, FindingKind, Place, refusals};
+
+/// Vouches for a definition, for the command line to be built of it. Error: what refuses it.
+pub fn checked<'a>(def: &'a DomainDef, caps: &Capabilities) -> Result<Checked<'a>, Vec<Finding>> {
+    refusals(check(def, caps)).map(|()| Checked::of(def))
+}
 
 /// Everything that keeps `def` from running as it says; warnings for what runs, but not quite so. Empty: QEMU would be
 /// started. Files are not looked at: that is for `start`, which needs them then.

@@ -223,7 +223,7 @@ pub struct Medium {
     /// The topmost.
     pub top: String,
     /// What it must be able to open.
-    pub files: Vec<super::HostFile>,
+    pub files: Vec<crate::qemu::plan::HostFile>,
     /// Opening it takes a secret.
     pub secret: bool,
 }

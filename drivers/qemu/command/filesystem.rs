@@ -3,7 +3,7 @@
 use super::args::Props;
 use super::misc::generation;
 use super::{Builder, id, list, virtio};
-use crate::qemu::companion::{Companion, Link, Loss, Role};
+use crate::qemu::plan::{Companion, Link, Loss, Role};
 use virt_model::device::Filesystem;
 use virt_model::device::filesystem::{AccessMode, FilesystemBinary, Multidevs};
 

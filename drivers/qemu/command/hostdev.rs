@@ -3,14 +3,12 @@
 use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::host::usb;
+use crate::qemu::plan::VSOCK_FD;
 use virt_model::device::hostdev::{GuestReset, HostdevKind, HostdevSource};
 use virt_model::device::interface::InterfaceKind;
 use virt_model::device::misc::VirtioModel;
 use virt_model::device::{Hostdev, Vsock};
 use virt_model::domain::DomainDef;
-
-/// Where QEMU finds the kernel's half of its vsock open.
-pub const VSOCK_FD: i32 = 10;
 
 /// What vfio's tables and QEMU's own devices need beside the guest's memory, as libvirt has it.
 const BESIDE_MEMORY: u64 = 1 << 30;

@@ -22,9 +22,9 @@ mod sysinfo;
 mod tpm;
 
 use super::capabilities::{Capabilities, End};
-use super::check;
-use super::companion::{Companion, FIRST_FD};
+use super::checked::Checked;
 use super::complete::{Board, Chosen, go_live};
+use super::plan::{Command, Companion, Expected, FIRST_COMPANION_FD, HostFile, Nvram, Secret, Tap};
 use args::{Args, List, Props};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
@@ -34,7 +34,7 @@ use virt_model::device::disk::DiskDevice;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
 use virt_model::domain::DomainDef;
 use virt_model::domain::os::BootDevice;
-use virt_model::xml::{Finding, refusals};
+use virt_model::xml::Finding;
 
 pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
@@ -44,11 +44,11 @@ pub use controller::{scsi_device, usb_device};
 pub use cpu::{is_of_the_system, knows_feature};
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
-pub use hostdev::{VSOCK_FD, vsock_device};
+pub use hostdev::vsock_device;
 pub use memory::memory_device;
 pub use misc::input_device;
-pub use net::{Tap, by_passt, card_type};
-pub use source::{Secret, SecretContent, secret_name};
+pub use net::{by_passt, card_type};
+pub use source::secret_name;
 pub use sysinfo::{has_field, tables};
 pub use tpm::{tpm_device, tpm_state, tpm_state_of};
 
@@ -81,75 +81,10 @@ impl<'a> Place<'a> {
     }
 }
 
-/// What is to be run, and what must be so before and after.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Command {
-    /// The binary.
-    pub program: PathBuf,
-    /// Its arguments, without the program's name.
-    pub args: Vec<String>,
-    /// Its environment, beyond what every guest gets.
-    pub env: Vec<(String, String)>,
-    /// What it must be able to open.
-    pub files: Vec<HostFile>,
-    /// The firmware's variables, to be made from their template when they are not there.
-    pub nvram: Option<Nvram>,
-    /// Network devices that must be open at given file descriptors.
-    pub taps: Vec<Tap>,
-    /// Secrets that must be open at given file descriptors.
-    pub secrets: Vec<Secret>,
-    /// File descriptors of files for what is thrown away at the end: nameless, empty, and its own.
-    pub scratch: Vec<i32>,
-    /// How many bytes of its memory it must be able to keep from being swapped; no more than others if `None`.
-    pub lock_limit: Option<u64>,
-    /// What runs beside it, in this order.
-    pub companions: Vec<Companion>,
-    /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
-    pub setup: Vec<(String, Value)>,
-}
-
-/// A file or device of the host that the guest's process opens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct HostFile {
-    /// Absolute.
-    pub path: PathBuf,
-    /// Whether it is written.
-    pub write: bool,
-    /// Whether it is made where it is missing: the guest only writes to it.
-    pub create: bool,
-    /// Whether it is a device of the host's that the guest has to itself.
-    pub device: bool,
-    /// What it must be: QEMU would wait for the other end of a pipe.
-    pub expected: Expected,
-}
-
-/// What must be where a file is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expected {
-    /// Whatever has that path.
-    Anything,
-    /// What an image can be in: a plain file or a block device.
-    Image,
-    /// A plain file, which is read whole.
-    PlainFile,
-}
-
-/// A firmware's variable store.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Nvram {
-    /// The guest's own.
-    pub path: PathBuf,
-    /// Its format, `raw` or `qcow2`.
-    pub format: String,
-    /// What it is made from, and the format of that.
-    pub template: Option<(PathBuf, String)>,
-}
-
 /// The command line for a completed definition. A live one (see [`go_live`]) is taken as it is; of a stored one, ports are
-/// those that would be tried first. Errors are what `check` finds.
-pub fn build(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Command, Vec<Finding>> {
-    refusals(check::check(def, caps))?;
-    let mut live = def.clone();
+/// those that would be tried first.
+pub fn build(checked: Checked<'_>, caps: &Capabilities, place: &Place) -> Result<Command, Vec<Finding>> {
+    let mut live = checked.def().clone();
     let encrypts = caps.site.certificates(End::Server).is_ok();
     go_live(&mut live, &mut Chosen { runtime_dir: place.runtime_dir, encrypts, free_port: &mut |_, _| true })?;
     let mut builder = Builder::new(&live, caps, place);
@@ -259,7 +194,7 @@ impl<'a> Builder<'a> {
     /// QEMU's descriptor for its end of a link to a companion.
     fn companion_fd(&mut self) -> i32 {
         self.companion_fds += 1;
-        FIRST_FD + self.companion_fds - 1
+        FIRST_COMPANION_FD + self.companion_fds - 1
     }
 
     fn open(&mut self, path: &str, write: bool) {

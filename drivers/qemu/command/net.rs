@@ -3,7 +3,7 @@
 use super::args::{List, Props};
 use super::{Builder, id, list, turn, virtio};
 use crate::host::tap::{Direct, Rate, TapPlan, VlanPlan};
-use crate::qemu::companion::{Companion, Link, Loss, Role};
+use crate::qemu::plan::{Companion, Link, Loss, Role, Tap};
 use serde_json::json;
 use virt_model::device::Interface;
 use virt_model::device::interface::{
@@ -16,18 +16,6 @@ const FIRST_TAP_FD: i32 = 20;
 
 /// Where passt finds its end of the cable.
 const CABLE: i32 = 3;
-
-/// A network device that QEMU finds open. QEMU may not start helpers behind its seccomp fence, nor change the host's network,
-/// so whoever starts it opens the device first.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tap {
-    /// At which file descriptors, one for each queue.
-    pub fds: Vec<i32>,
-    /// The same for the kernel's half, if it moves the packets.
-    pub vhost_fds: Vec<i32>,
-    /// What is opened.
-    pub plan: TapPlan,
-}
 
 impl Builder<'_> {
     pub(super) fn interfaces(&mut self) {
@@ -88,12 +76,12 @@ impl Builder<'_> {
         let Some(program) = self.caps.site.passt.clone() else { return };
         let link = Link::Pair { its: CABLE, qemus: fd };
         let log = interface.backend.as_ref().and_then(|backend| backend.log_file.as_deref());
-        let files = log.map(|path| super::HostFile {
+        let files = log.map(|path| crate::qemu::plan::HostFile {
             path: path.into(),
             write: true,
             create: true,
             device: false,
-            expected: super::Expected::Anything,
+            expected: crate::qemu::plan::Expected::Anything,
         });
         let name = format!("passt of {}", id(&interface.info));
         // A guest that has lost its network can still be shut down in order.

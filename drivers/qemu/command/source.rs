@@ -3,30 +3,13 @@
 use super::Builder;
 use super::args::Props;
 use crate::qemu::capabilities::End;
+use crate::qemu::plan::{Secret, SecretContent};
 use serde_json::{Value, json};
 use virt_model::device::disk::DiskKind;
 use virt_model::device::source::{Auth, Cookies, DiskSource, Encryption, Protocol, SecretRef, SourceHost, Transport};
 
 /// The first file descriptor given to secrets.
 const FIRST_SECRET_FD: i32 = 100;
-
-/// A secret that QEMU finds in an open file: never in an argument, which everybody on the host can read.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Secret {
-    /// At which file descriptor.
-    pub fd: i32,
-    /// What it is.
-    pub content: SecretContent,
-}
-
-/// Where a secret comes from.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum SecretContent {
-    /// From the folder of secrets, by this name: a uuid, or what it is for.
-    Kept(String),
-    /// The definition itself says it.
-    Said(String),
-}
 
 /// The name under which a secret is kept.
 pub fn secret_name(reference: &SecretRef) -> Option<String> {

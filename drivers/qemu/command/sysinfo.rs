@@ -1,8 +1,8 @@
 //! What firmware tables say (`-smbios`), blobs for the firmware (`-fw_cfg`), the generation id.
 
 use super::Builder;
-use super::SecretContent;
 use super::args::{List, Props};
+use crate::qemu::plan::SecretContent;
 use virt_model::domain::sysinfo::{Entries, SmbiosMode, Sysinfo, SysinfoKind};
 
 /// The fields of SMBIOS tables, which libvirt and QEMU call the same, by the table's number.

@@ -2,7 +2,7 @@
 
 use super::args::Props;
 use super::{Builder, id, list};
-use crate::qemu::companion::{Companion, Link, Loss, Role};
+use crate::qemu::plan::{Companion, Link, Loss, Role};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;

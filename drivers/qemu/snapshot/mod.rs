@@ -31,7 +31,7 @@ pub use files::open_memory;
 
 use super::QemuDriver;
 use super::instance::{Body, QemuInstance};
-use super::launch::Source;
+use super::plan::MemorySource;
 use crate::host::image::Images;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
@@ -243,16 +243,16 @@ fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Where the memory of a snapshot is that a guest is started from.
-pub fn source(snapshot: &ExistingSnapshot) -> Result<Source, DriverError> {
+pub fn source(snapshot: &ExistingSnapshot) -> Result<MemorySource, DriverError> {
     match &snapshot.memory {
         MemoryMode::No => Err(DriverError::Internal("a snapshot without memory cannot be loaded".to_owned())),
         MemoryMode::External(file) => {
-            Ok(Source::File { path: file.clone(), bytes: note::record_of(snapshot).memory_bytes })
+            Ok(MemorySource::File { path: file.clone(), bytes: note::record_of(snapshot).memory_bytes })
         }
         MemoryMode::Internal => {
             let nvram = note::record_of(snapshot).nvram == Some(note::Part::Internal);
             let images = internal_images(&snapshot.def, &snapshot.disks, nvram);
-            Ok(Source::Images { name: snapshot.name.clone(), images })
+            Ok(MemorySource::Images { name: snapshot.name.clone(), images })
         }
     }
 }

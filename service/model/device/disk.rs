@@ -2,6 +2,7 @@
 
 use super::misc::VirtioModel;
 use super::source::{Auth, DiskSource, Encryption};
+pub use super::source::{DiskKind, StartupPolicy};
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
 use crate::domain::value::{choices, scaled};
@@ -11,14 +12,6 @@ use std::path::PathBuf;
 choices! {
     /// What the guest sees.
     pub enum DiskDevice { Disk = "disk", Cdrom = "cdrom", Floppy = "floppy", Lun = "lun", }
-}
-
-choices! {
-    /// Where the content comes from.
-    pub enum DiskKind {
-        File = "file", Block = "block", Dir = "dir", Network = "network", Volume = "volume", Nvme = "nvme",
-        VhostUser = "vhostuser", VhostVdpa = "vhostvdpa",
-    }
 }
 
 choices! {
@@ -65,11 +58,6 @@ choices! {
 choices! {
     /// The drive's tray.
     pub enum Tray { Closed = "closed", Open = "open", }
-}
-
-choices! {
-    /// What to do at start when the source is missing.
-    pub enum StartupPolicy { Mandatory = "mandatory", Requisite = "requisite", Optional = "optional", }
 }
 
 choices! {

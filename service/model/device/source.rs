@@ -3,7 +3,18 @@
 use crate::domain::part::element;
 use crate::domain::value::choices;
 
-use super::disk::{DiskKind, StartupPolicy};
+choices! {
+    /// Where the content comes from.
+    pub enum DiskKind {
+        File = "file", Block = "block", Dir = "dir", Network = "network", Volume = "volume", Nvme = "nvme",
+        VhostUser = "vhostuser", VhostVdpa = "vhostvdpa",
+    }
+}
+
+choices! {
+    /// What to do at start when the source is missing.
+    pub enum StartupPolicy { Mandatory = "mandatory", Requisite = "requisite", Optional = "optional", }
+}
 
 choices! {
     /// What a server speaks.

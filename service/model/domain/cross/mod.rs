@@ -23,6 +23,7 @@ mod places;
 mod rows;
 mod seats;
 mod sets;
+mod table;
 mod values;
 
 use super::DomainDef;
@@ -33,7 +34,7 @@ type Log = Vec<Finding>;
 
 /// Finds all of it, in no order.
 pub(super) fn check(def: &DomainDef, log: &mut Log) {
-    rows::hold(&Part::write(def, "domain"), log);
+    table::hold(&Part::write(def, "domain"), log);
     sets::check(def, log);
     places::check(def, log);
     counts::check(def, log);
