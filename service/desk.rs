@@ -6,6 +6,8 @@
 //! - There are some seats for documents as people write them ([`Reading::small`]), of which one user has a few, and a single
 //!   seat for those that cost more. Users take turns at both, and what is at one never waits for the other. So memory is
 //!   bounded over all users.
+//! - What has been read may wait for files of the host that do not answer. A small document gives its seat back before that,
+//!   for one of many where nothing is read ([`Seat::read_through`]): a user whose storage hangs can have others read.
 //! - Of what has a seat, two of a user and as many in all as there are CPUs are being read, where that may block. One user
 //!   never has all CPUs, unless there is but one.
 //!
@@ -23,8 +25,10 @@ pub struct Reading {
     pub at_once: usize,
     /// Documents of one user.
     pub per_user: usize,
-    /// Seats for small documents: in all, and of one user.
+    /// Seats for small documents that are being read: in all, and of one user.
     pub small: (usize, usize),
+    /// Small documents that have been read and are dealt with: in all, and of one user.
+    pub dealt_with: (usize, usize),
 }
 
 impl Default for Reading {
@@ -32,7 +36,7 @@ impl Default for Reading {
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
         // On a small host one user's two would be all there are.
         let per_user = at_once.saturating_sub(1).clamp(1, 2);
-        Reading { at_once, per_user, small: (16, 4) }
+        Reading { at_once, per_user, small: (16, 4), dealt_with: (96, 40) }
     }
 }
 
@@ -49,6 +53,7 @@ pub(crate) struct Desk {
     readers: Arc<FairPlaces<u32>>,
     small: Arc<FairPlaces<u32>>,
     large: Arc<FairPlaces<u32>>,
+    dealt_with: Arc<FairPlaces<u32>>,
 }
 
 /// A place at the desk. Given back on drop.
@@ -67,6 +72,7 @@ impl Desk {
             readers: FairPlaces::new(limits.at_once, limits.per_user),
             small: FairPlaces::new(seats, each),
             large: FairPlaces::new(1, 1),
+            dealt_with: FairPlaces::new(limits.dealt_with.0, limits.dealt_with.1),
         })
     }
 
@@ -100,6 +106,15 @@ impl Seat {
         crate::aside(work).await
     }
 
+    /// The document has been read: from here on it may wait for what does not answer. A large one keeps its seat.
+    pub async fn read_through(self) -> Seat {
+        if self.is_large {
+            return self;
+        }
+        let place = self.desk.dealt_with.take(&self.uid).await;
+        Seat { _place: place, ..self }
+    }
+
     /// The caller as one for whom nobody is asked while this seat is kept, if it is the only one of its kind.
     pub fn waits_for_nobody(&self, caller: &Caller) -> Caller {
         Caller { interactive: caller.interactive && !self.is_large, ..caller.clone() }
@@ -111,7 +126,7 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-    const LIMITS: Reading = Reading { at_once: 3, per_user: 2, small: (4, 2) };
+    const LIMITS: Reading = Reading { at_once: 3, per_user: 2, small: (4, 2), dealt_with: (8, 4) };
 
     /// What is going on, and the most that ever was.
     #[derive(Default)]
@@ -144,6 +159,23 @@ mod tests {
         }
         assert!(of_all.1.load(SeqCst) <= 3, "{}", of_all.1.load(SeqCst));
         assert!(of_users.iter().all(|user| (1..=2).contains(&user.1.load(SeqCst))));
+    }
+
+    /// W1: what waits for dead storage keeps no other document of the same user from being read.
+    #[tokio::test]
+    async fn what_waits_for_files_keeps_none_from_being_read() {
+        let desk = Desk::new(LIMITS);
+        let mut waiting = Vec::new();
+        for _ in 0..4 {
+            waiting.push(desk.seat(1, &["<a/>"]).await.read_through().await);
+        }
+        let seat = desk.seat(1, &["<a/>"]).await;
+        assert_eq!(seat.work(|| 7).await, 7);
+        // There is an end to that: the fifth waits, at its seat, for one of its own user's.
+        let mut fifth = Box::pin(seat.read_through());
+        assert!(now(&mut fifth).await.is_none());
+        drop(waiting.pop());
+        assert!(now(&mut fifth).await.is_some());
     }
 
     #[tokio::test]

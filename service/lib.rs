@@ -208,6 +208,7 @@ impl Service {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
+        let seat = seat.read_through().await;
         let Some(mut def) = def else { return Ok(findings) };
         let Some(driver) = self.shared.driver_for(&def.kind) else {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
@@ -271,6 +272,7 @@ impl Service {
         self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let _seat = seat.read_through().await;
         let driver = self.driver_for(&def.kind)?;
         if self.may_name_files(caller, &def, &*driver).await {
             driver.learn(&def).await;
@@ -350,6 +352,7 @@ impl Service {
         } else {
             self.ask_for_all(caller, &actions, &subject).await?;
         }
+        let seat = seat.read_through().await;
         if existing.is_none() {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
         }

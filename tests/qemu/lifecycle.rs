@@ -249,3 +249,18 @@ async fn a_transient_domain_lives_as_long_as_its_guest_and_autodestroy_as_long_a
     let (name, _) = client.named("passing").await.map(|_| ()).expect_err("it has gone with its guest");
     assert_eq!(name, "org.virt.Error.NoSuchDomain");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_cpus_run_can_be_sent_an_nmi() {
+    let Some((_daemon, _, domain, tick)) = tick("nmi", "").await else { return };
+    let can = async || domain.call("Can", &"InjectNMI").await.expect("told").body().deserialize::<String>().expect("s");
+    assert_eq!(can().await, "na");
+    domain.run("Start").await.expect("started");
+    tick.counts_to(1).await;
+    assert_eq!(can().await, "yes");
+    domain.bare("InjectNMI").await.expect("sent");
+    domain.bare("Suspend").await.expect("suspended");
+    let (name, why) = domain.bare("InjectNMI").await.expect_err("its CPUs are stopped");
+    assert!(name.ends_with("OperationInvalid") && why.contains("resume it first"), "{name}: {why}");
+    domain.run("Destroy").await.expect("destroyed");
+}

@@ -156,6 +156,7 @@ impl Domain {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
         options.complete(&mut doc)?;
+        let seat = seat.read_through().await;
         let caller = &seat.waits_for_nobody(caller);
         if options.redefine {
             return self.redefine_snapshot(caller, doc, &options).await;
@@ -196,6 +197,7 @@ impl Domain {
             let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
             let mut doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
             options.complete(&mut doc)?;
+            let seat = seat.read_through().await;
             let caller = &seat.waits_for_nobody(caller);
             if options.redefine {
                 let record = self.restored(doc, &options)?;
