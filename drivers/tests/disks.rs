@@ -43,6 +43,7 @@ fn keep_secret(house: &House) {
 /// Asks over the monitor for people.
 fn ask(socket: &Path, command: &str, arguments: &Value) -> Value {
     let mut stream = UnixStream::connect(socket).unwrap();
+    stream.set_read_timeout(Some(std::time::Duration::from_secs(60))).unwrap();
     let mut lines = BufReader::new(stream.try_clone().unwrap());
     let mut line = String::new();
     lines.read_line(&mut line).unwrap();

@@ -17,6 +17,7 @@ pub mod deaf;
 pub mod guest;
 pub mod snapshots;
 pub mod users;
+pub mod watchdog;
 
 use futures_util::StreamExt as _;
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -28,6 +29,8 @@ use users::User;
 
 /// How long anything may take before the test fails; generous, for a busy machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a call may take before it fails, whatever the test would allow it: one that nobody answers keeps no test for ever.
+const ANSWERED: Duration = Duration::from_secs(360);
 
 /// Says why a test does not run, past the test runner's capture.
 pub fn skip(why: &str) {
@@ -76,6 +79,8 @@ pub struct Daemon {
     keeper: std::process::Child,
     virtd: Option<tokio::process::Child>,
     folder: tempfile::TempDir,
+    /// Goes last: it watches the end, too.
+    _watchdog: watchdog::Watchdog,
 }
 
 impl Daemon {
@@ -125,6 +130,7 @@ impl Daemon {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
+        let watchdog = watchdog::Watchdog::new(folder.path(), keeper.id());
         let mut answer = String::new();
         BufReader::new(keeper.stdout.take().unwrap()).read_line(&mut answer).unwrap();
         if answer.trim() != "ready" {
@@ -136,7 +142,7 @@ impl Daemon {
             }
             panic!("no private bus: {text}");
         }
-        Some(Daemon { kind, keeper, virtd: None, folder })
+        Some(Daemon { kind, keeper, virtd: None, folder, _watchdog: watchdog })
     }
 
     /// Starts virtd and returns when it has the name, and has looked after every machine that was not whole.
@@ -306,13 +312,13 @@ impl Daemon {
 
     /// A connection of the user that runs the tests.
     pub async fn connect(&self) -> zbus::Connection {
-        zbus::connection::Builder::address(self.address().as_str()).build().await.unwrap()
+        zbus::connection::Builder::address(self.address().as_str()).method_timeout(ANSWERED).build().await.unwrap()
     }
 
     /// A connection of `user` from this process.
     pub async fn connect_as(&self, user: &User) -> zbus::Connection {
         let socket = users::connect_as(user, self.folder.path()).unwrap();
-        zbus::connection::Builder::unix_stream(socket).user_id(user.uid).build().await.unwrap()
+        zbus::connection::Builder::unix_stream(socket).user_id(user.uid).method_timeout(ANSWERED).build().await.unwrap()
     }
 
     /// A command in the namespace, with a clean environment, as the user that runs the tests.

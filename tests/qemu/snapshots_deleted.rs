@@ -1,10 +1,10 @@
 //! Deleting snapshots whose overlays are merged: begun is begun, what is left is done by the next deletion, and nothing is
 //! merged that is not where it was recorded.
 
-use crate::common::Daemon;
 use crate::common::client::{Client, Domain, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
+use crate::common::{Daemon, PATIENCE};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
@@ -142,7 +142,8 @@ impl Trial {
         self.daemon.kill_virtd().await;
         let sockets = found(&self.daemon.root(), &|path| path.file_name().is_some_and(|name| name == "monitor.sock"));
         let monitor = UnixStream::connect(&sockets[0]).expect("QEMU listens");
-        let mut monitor = Monitor(BufReader::new(monitor));
+        monitor.set_read_timeout(Some(PATIENCE)).expect("a limit");
+        let mut monitor = Monitor { lines: BufReader::new(monitor), events: 0 };
         monitor.read();
         monitor.ask("qmp_capabilities", json!({}));
         deeds(&mut monitor);
@@ -181,18 +182,24 @@ impl Job {
 }
 
 /// A hand on QEMU.
-struct Monitor(BufReader<UnixStream>);
+struct Monitor {
+    lines: BufReader<UnixStream>,
+    /// Events that have come so far.
+    events: usize,
+}
 
 impl Monitor {
     fn read(&mut self) -> Value {
         let mut line = String::new();
-        self.0.read_line(&mut line).expect("QEMU answers");
-        serde_json::from_str(&line).expect("JSON")
+        self.lines.read_line(&mut line).expect("QEMU answers");
+        let told: Value = serde_json::from_str(&line).expect("JSON");
+        self.events += usize::from(told.get("event").is_some());
+        told
     }
 
     fn ask(&mut self, command: &str, arguments: Value) -> Value {
         let text = json!({ "execute": command, "arguments": arguments }).to_string() + "\n";
-        self.0.get_mut().write_all(text.as_bytes()).expect("QEMU hears");
+        self.lines.get_mut().write_all(text.as_bytes()).expect("QEMU hears");
         loop {
             let mut told = self.read();
             assert!(told.get("error").is_none(), "{command}: {told}");
@@ -213,12 +220,18 @@ impl Monitor {
         ours.expect("it is open")["node-name"].as_str().expect("a name").to_owned()
     }
 
-    /// Waits until a job is as far as that.
+    /// Waits until a job is as far as that. An event that comes before an answer may tell of what is not yet in it.
     fn job_comes_to(&mut self, id: &str, wanted: &str) {
         let is_there =
             |told: &Value| told.as_array().into_iter().flatten().any(|job| job["id"] == id && job["status"] == wanted);
-        while !is_there(&self.ask("query-jobs", json!({}))) {
-            self.read();
+        loop {
+            let before = self.events;
+            if is_there(&self.ask("query-jobs", json!({}))) {
+                break;
+            }
+            while self.events == before {
+                self.read();
+            }
         }
     }
 }

@@ -5,7 +5,7 @@ use crate::common::client::{Client, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
 use crate::common::users::ADMIN;
-use crate::common::{Daemon, Setup, skip};
+use crate::common::{Daemon, PATIENCE, Setup, skip};
 use serde_json::json;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -467,7 +467,8 @@ async fn a_revert_waits_for_nobody_elses_work_on_a_disk() {
         let mut answer = String::new();
         while !answer.contains("\"return\"") {
             answer.clear();
-            assert_ne!(monitor.read_line(&mut answer).await.expect("told"), 0);
+            let told = tokio::time::timeout(PATIENCE, monitor.read_line(&mut answer)).await;
+            assert_ne!(told.expect("an answer in time").expect("told"), 0);
             assert!(!answer.contains("\"error\""), "{answer}");
         }
     }
