@@ -7,7 +7,8 @@
 //!   seat for those that cost more. Users take turns at both, and what is at one never waits for the other. So memory is
 //!   bounded over all users.
 //! - What has been read may wait for files of the host that do not answer. A small document gives its seat back before that,
-//!   for one of many where nothing is read ([`Seat::read_through`]): a user whose storage hangs can have others read.
+//!   and takes as many bytes as it costs of what there is for all of them ([`Seat::read_through`]): a user whose storage
+//!   hangs can have others read.
 //! - Of what has a seat, two of a user and as many in all as there are CPUs are being read, where that may block. One user
 //!   never has all CPUs, unless there is but one.
 //!
@@ -27,7 +28,7 @@ pub struct Reading {
     pub per_user: usize,
     /// Seats for small documents that are being read: in all, and of one user.
     pub small: (usize, usize),
-    /// Small documents that have been read and are dealt with: in all, and of one user.
+    /// What small documents that have been read and are dealt with may take, in bytes: in all, and of one user.
     pub dealt_with: (usize, usize),
 }
 
@@ -36,7 +37,7 @@ impl Default for Reading {
         let at_once = std::thread::available_parallelism().map_or(1, usize::from);
         // On a small host one user's two would be all there are.
         let per_user = at_once.saturating_sub(1).clamp(1, 2);
-        Reading { at_once, per_user, small: (16, 4), dealt_with: (96, 40) }
+        Reading { at_once, per_user, small: (16, 4), dealt_with: (12 << 20, 4 << 20) }
     }
 }
 
@@ -46,6 +47,8 @@ const SMALL: usize = 512 << 10;
 const COPIES: usize = 3;
 /// What a piece of the tree takes beside its text, in bytes.
 const PIECE: usize = 128;
+/// What a machine takes that is made of the least document, in bytes.
+const LEAST: usize = 32 << 10;
 
 /// The desk.
 #[derive(Debug)]
@@ -61,7 +64,7 @@ pub(crate) struct Desk {
 pub(crate) struct Seat {
     desk: Arc<Desk>,
     uid: u32,
-    is_large: bool,
+    cost: usize,
     _place: FairPlace<u32>,
 }
 
@@ -78,19 +81,22 @@ impl Desk {
 
     /// Waits for a seat for documents of a user.
     pub async fn seat(self: &Arc<Desk>, uid: u32, documents: &[&str]) -> Seat {
-        let is_large = !is_small(documents);
-        let seats = if is_large { &self.large } else { &self.small };
-        Seat { desk: self.clone(), uid, is_large, _place: seats.take(&uid).await }
+        let cost = cost(documents);
+        let seats = if cost > SMALL { &self.large } else { &self.small };
+        Seat { desk: self.clone(), uid, cost, _place: seats.take(&uid).await }
     }
 }
 
-/// Whether documents cost little. A tag is an element and perhaps a text, a sign of equality an attribute.
-fn is_small(documents: &[&str]) -> bool {
+/// What documents take while they are dealt with, in bytes, or more than is small. A tag is an element and perhaps a text, a
+/// sign of equality an attribute.
+fn cost(documents: &[&str]) -> usize {
     let text: usize = documents.iter().map(|text| COPIES * text.len()).sum();
+    if text > SMALL {
+        return text;
+    }
     let count = |text: &str, of: u8| text.bytes().filter(|byte| *byte == of).count();
-    let pieces =
-        || documents.iter().map(|text| (2 * count(text, b'<') + count(text, b'=')).min(Limits::ACCEPTED.pieces));
-    text <= SMALL && text + PIECE * pieces().sum::<usize>() <= SMALL
+    let pieces = documents.iter().map(|text| (2 * count(text, b'<') + count(text, b'=')).min(Limits::ACCEPTED.pieces));
+    text + PIECE * pieces.sum::<usize>()
 }
 
 impl Seat {
@@ -108,16 +114,20 @@ impl Seat {
 
     /// The document has been read: from here on it may wait for what does not answer. A large one keeps its seat.
     pub async fn read_through(self) -> Seat {
-        if self.is_large {
+        if self.is_large() {
             return self;
         }
-        let place = self.desk.dealt_with.take(&self.uid).await;
+        let place = self.desk.dealt_with.take_some(&self.uid, self.cost + LEAST).await;
         Seat { _place: place, ..self }
+    }
+
+    fn is_large(&self) -> bool {
+        self.cost > SMALL
     }
 
     /// The caller as one for whom nobody is asked while this seat is kept, if it is the only one of its kind.
     pub fn waits_for_nobody(&self, caller: &Caller) -> Caller {
-        Caller { interactive: caller.interactive && !self.is_large, ..caller.clone() }
+        Caller { interactive: caller.interactive && !self.is_large(), ..caller.clone() }
     }
 }
 
@@ -126,7 +136,9 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
-    const LIMITS: Reading = Reading { at_once: 3, per_user: 2, small: (4, 2), dealt_with: (8, 4) };
+    const LIMITS: Reading = Reading { at_once: 3, per_user: 2, small: (4, 2), dealt_with: (8 * PLACE, 4 * PLACE) };
+    /// What a document of one element takes.
+    const PLACE: usize = LEAST + COPIES * 4 + 2 * PIECE;
 
     /// What is going on, and the most that ever was.
     #[derive(Default)]

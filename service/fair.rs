@@ -1,4 +1,5 @@
-//! A bounded number of places, given to those who wait in turn: whoever has many waiting holds up only itself.
+//! A bounded number of places, given to those who wait in turn: whoever has many waiting holds up only itself. Who needs
+//! several at once, as for bytes, waits until so many are free, and is not passed by those who need fewer.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::Hash;
@@ -17,16 +18,23 @@ struct State<K: Eq + Hash + Clone> {
     /// The most places that one has at a time.
     each: usize,
     taken: HashMap<K, usize>,
-    waiting: HashMap<K, VecDeque<oneshot::Sender<FairPlace<K>>>>,
+    waiting: HashMap<K, VecDeque<Waiting<K>>>,
     /// Who waits, in turn.
     order: VecDeque<K>,
 }
 
-/// A place taken; given to the next on drop.
+#[derive(Debug)]
+struct Waiting<K: Eq + Hash + Clone> {
+    count: usize,
+    place: oneshot::Sender<FairPlace<K>>,
+}
+
+/// A place taken, or several; given to the next on drop.
 #[derive(Debug)]
 pub struct FairPlace<K: Eq + Hash + Clone> {
     places: Arc<FairPlaces<K>>,
     key: K,
+    count: usize,
 }
 
 impl<K: Eq + Hash + Clone> FairPlaces<K> {
@@ -38,18 +46,39 @@ impl<K: Eq + Hash + Clone> FairPlaces<K> {
 
     /// Waits for a place.
     pub async fn take(self: &Arc<Self>, key: &K) -> FairPlace<K> {
-        let wait = {
+        self.take_some(key, 1).await
+    }
+
+    /// Waits for so many places at once; for all that one may have, if that is less.
+    pub async fn take_some(self: &Arc<Self>, key: &K, count: usize) -> FairPlace<K> {
+        let (wait, count) = {
             let mut state = self.lock();
-            if state.may_have(key) {
-                state.give(key);
-                return FairPlace { places: self.clone(), key: key.clone() };
+            let count = count.min(state.each);
+            if state.waiting.is_empty() && state.may_have(key, count) {
+                state.give(key, count);
+                return self.place(key, count);
             }
             let (place, wait) = oneshot::channel();
-            state.queue(key, place);
-            wait
+            state.queue(key, Waiting { count, place });
+            (wait, count)
         };
+        self.serve();
         // The sending side is dropped only with `self`, which is held here.
-        wait.await.unwrap_or_else(|_| FairPlace { places: self.clone(), key: key.clone() })
+        wait.await.unwrap_or_else(|_| self.place(key, count))
+    }
+
+    fn place(self: &Arc<Self>, key: &K, count: usize) -> FairPlace<K> {
+        FairPlace { places: self.clone(), key: key.clone(), count }
+    }
+
+    /// Gives what is free to those whose turn it is.
+    fn serve(self: &Arc<Self>) {
+        loop {
+            let next = self.lock().next();
+            let Some((key, next)) = next else { return };
+            // Should the next have given up, the place comes back with the value and is dropped, which serves the one after.
+            drop(next.place.send(self.place(&key, next.count)));
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State<K>> {
@@ -58,60 +87,67 @@ impl<K: Eq + Hash + Clone> FairPlaces<K> {
 }
 
 impl<K: Eq + Hash + Clone> State<K> {
-    fn may_have(&self, key: &K) -> bool {
-        self.free > 0 && self.taken.get(key).is_none_or(|taken| *taken < self.each)
+    /// Whether its share has room for so many more.
+    fn is_below_share(&self, key: &K, count: usize) -> bool {
+        self.taken.get(key).is_none_or(|taken| taken + count <= self.each)
     }
 
-    fn give(&mut self, key: &K) {
-        self.free -= 1;
-        *self.taken.entry(key.clone()).or_default() += 1;
+    fn may_have(&self, key: &K, count: usize) -> bool {
+        self.free >= count && self.is_below_share(key, count)
     }
 
-    fn give_back(&mut self, key: &K) {
-        self.free += 1;
+    fn give(&mut self, key: &K, count: usize) {
+        self.free -= count;
+        *self.taken.entry(key.clone()).or_default() += count;
+    }
+
+    fn give_back(&mut self, key: &K, count: usize) {
+        self.free += count;
         if let Some(taken) = self.taken.get_mut(key) {
-            *taken -= 1;
+            *taken -= count;
             if *taken == 0 {
                 self.taken.remove(key);
             }
         }
     }
 
-    fn queue(&mut self, key: &K, place: oneshot::Sender<FairPlace<K>>) {
+    fn queue(&mut self, key: &K, waiting: Waiting<K>) {
         let line = self.waiting.entry(key.clone()).or_default();
         if line.is_empty() {
             self.order.push_back(key.clone());
         }
-        line.push_back(place);
+        line.push_back(waiting);
     }
 
-    /// The next in turn who may have a place; it has it from now on.
-    fn next(&mut self) -> Option<(K, oneshot::Sender<FairPlace<K>>)> {
-        let at = (0..self.order.len()).find(|at| self.may_have(&self.order[*at]))?;
+    /// The first in turn whose share has room, if there are places enough for it; it has them from now on.
+    fn next(&mut self) -> Option<(K, Waiting<K>)> {
+        let wanted = |key: &K| self.waiting.get(key)?.front().map(|first| first.count);
+        let (at, count) = self
+            .order
+            .iter()
+            .enumerate()
+            .filter_map(|(at, key)| Some((at, wanted(key)?)))
+            .find(|(at, count)| self.is_below_share(&self.order[*at], *count))?;
+        if count > self.free {
+            return None;
+        }
         let key = self.order.remove(at)?;
         let line = self.waiting.get_mut(&key)?;
-        let place = line.pop_front();
+        let first = line.pop_front()?;
         if line.is_empty() {
             self.waiting.remove(&key);
         } else {
             self.order.push_back(key.clone());
         }
-        self.give(&key);
-        place.map(|place| (key, place))
+        self.give(&key, count);
+        Some((key, first))
     }
 }
 
 impl<K: Eq + Hash + Clone> Drop for FairPlace<K> {
     fn drop(&mut self) {
-        let next = {
-            let mut state = self.places.lock();
-            state.give_back(&self.key);
-            state.next()
-        };
-        if let Some((key, next)) = next {
-            // Should the next have given up, the place comes back with the value and is dropped, which serves the one after.
-            drop(next.send(FairPlace { places: self.places.clone(), key }));
-        }
+        self.places.lock().give_back(&self.key, self.count);
+        self.places.serve();
     }
 }
 
@@ -141,6 +177,27 @@ mod tests {
         drop(held);
         assert_eq!(places.lock().free, 1);
         assert!(places.lock().taken.is_empty() && places.lock().waiting.is_empty(), "nothing is kept of who has left");
+    }
+
+    #[tokio::test]
+    async fn who_needs_many_waits_for_them_and_is_not_passed() {
+        let places = FairPlaces::new(10, 8);
+        let (first, second) = (places.take_some(&1, 6).await, places.take_some(&2, 3).await);
+        let mut many = Box::pin(places.take_some(&2, 5));
+        let mut few = Box::pin(places.take(&3));
+        assert!(
+            now(&mut many).await.is_none() && now(&mut few).await.is_none(),
+            "a place is free, and it is not its turn"
+        );
+        drop(first);
+        let many = now(&mut many).await.expect("five of seven");
+        let few = now(&mut few).await.expect("and another");
+        let mut all = Box::pin(places.take_some(&1, 100));
+        assert!(now(&mut all).await.is_none());
+        drop((second, many, few));
+        drop(now(&mut all).await.expect("all that one may have"));
+        assert_eq!(places.lock().free, 10);
+        assert!(places.lock().taken.is_empty() && places.lock().waiting.is_empty());
     }
 
     #[tokio::test]
