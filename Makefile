@@ -36,6 +36,7 @@ install: build
 	$(PUT) data/sysusers.conf $(DESTDIR)$(LIBDIR)/sysusers.d/virtd.conf
 	$(PUT) data/tmpfiles.conf $(DESTDIR)$(LIBDIR)/tmpfiles.d/virtd.conf
 	$(PUT) polkit/org.virt.policy $(DESTDIR)$(DATADIR)/polkit-1/actions/org.virt.policy
+	$(PUT) data/org.virt.5 $(DESTDIR)$(DATADIR)/man/man5/org.virt.5
 	$(PUT) data/virtd.8 $(DESTDIR)$(DATADIR)/man/man8/virtd.8
 	$(PUT) README.md $(DESTDIR)$(DOCDIR)/README.md
 	$(PUT) docs/ARCHITECTURE.md $(DESTDIR)$(DOCDIR)/ARCHITECTURE.md

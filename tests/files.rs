@@ -167,6 +167,22 @@ fn the_man_page_knows_every_option() {
     }
 }
 
+#[test]
+fn the_page_on_the_interface_names_every_error_and_shows_a_machine_that_is_accepted() {
+    let page = read("data/org.virt.5");
+    assert!(page.contains(&format!("\"virtd {}\"", env!("CARGO_PKG_VERSION"))), "its version");
+    let names = read("interfaces/error.rs");
+    let names: Vec<&str> = names.split("\"org.virt.Error.").skip(1).filter_map(|rest| rest.split('"').next()).collect();
+    assert!(names.len() > 15, "{names:?}");
+    for name in names {
+        assert!(page.split(|letter: char| !letter.is_alphanumeric()).any(|word| word == name), "{name}");
+    }
+    let end = page.find("</domain>").expect("a machine") + "</domain>".len();
+    let machine = &page[page.find("<domain type=").expect("a machine")..end];
+    let machine = machine.replace("$PWD", "/srv").replace("\\-", "-");
+    virt_model::domain::DomainDef::parse(&machine).expect("accepted");
+}
+
 /// A machine that `tests/setup` is to get ready, as [`tests/fake-apt`] plays it: what it says, what is then installed, and
 /// how apt was called.
 struct Fake {
