@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use virt_model::domain::DomainDef;
 
 /// Names in arguments that are there for everybody, or for nobody.
-const KNOWN: [&str; 5] = ["/usr", "/proc", "/sys", "/dev/pts", "/tmp"];
+const KNOWN: [&str; 4] = ["/usr", "/proc", "/sys", "/dev/pts"];
 
 /// That of QEMU. `lent` are the files that it was lent, `own` is its own folder. Blocks.
 pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path) -> io::Result<Wall> {

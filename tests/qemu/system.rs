@@ -3,7 +3,7 @@
 use crate::common::client::Client;
 use crate::common::guest::Tick;
 use crate::common::users::ADMIN;
-use crate::common::{Daemon, Setup};
+use crate::common::{Daemon, Setup, have};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
@@ -51,6 +51,27 @@ async fn qemu_runs_as_a_user_of_its_own_and_has_the_files_while_it_runs() {
         let after = std::fs::metadata(file).expect("there");
         assert_eq!((after.uid(), after.mode() & 0o777), (0, 0o600), "{}", file.display());
     }
+}
+
+/// A companion of the guest works behind a wall of its own, and has what it keeps, wherever that is: here it is below /tmp.
+#[tokio::test]
+async fn a_machine_with_a_tpm_starts_and_starts_again() {
+    if !have(&["swtpm", "swtpm_setup"]) {
+        return;
+    }
+    let Some(daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
+    let Some(tick) = Tick::new(&daemon, "tpm", "") else { return };
+    let tpm = "<tpm model='tpm-crb'><backend type='emulator' version='2.0'/></tpm></devices>";
+    let client = Client { connection: daemon.connect_as(&ADMIN).await };
+    let domain = client.define(&tick.xml.replace("</devices>", tpm)).await.expect("defined");
+    for boots in [1, 2] {
+        domain.run("Start").await.expect("started");
+        tick.boots_to(boots).await;
+        domain.run("Destroy").await.expect("destroyed");
+    }
+    let uuid: String = domain.property("UUID").await;
+    let state = daemon.root().join("var/lib/virt/tpm").join(uuid);
+    assert!(std::fs::read_dir(&state).expect("its state").count() > 0, "{}", state.display());
 }
 
 #[tokio::test]

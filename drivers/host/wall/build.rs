@@ -59,18 +59,19 @@ pub fn enter(wall: &Wall) -> io::Result<()> {
     })?;
     let root = new_root().map_err(|e| explain("an empty root", e))?;
     links(&root).map_err(|e| explain("links", e))?;
+    let held = Hold { no_devices: true, no_programs: true, read_only: false };
+    if wall.scratch {
+        // Before what may be below it.
+        let scratch = sys::file_system("tmpfs", SCRATCH, held).map_err(|e| explain("/tmp", e))?;
+        root.attach(&Tree { mount: scratch, at: "/tmp".into(), folder: true })?;
+    }
     for tree in &trees {
         root.attach(tree)?;
     }
     let proc =
         if wall.kernel { &[("hidepid", "invisible")][..] } else { &[("hidepid", "invisible"), ("subset", "pid")] };
-    let held = Hold { no_devices: true, no_programs: true, read_only: false };
     let proc = sys::file_system("proc", proc, held).map_err(|e| explain("/proc", e))?;
     root.attach(&Tree { mount: proc, at: "/proc".into(), folder: true })?;
-    if wall.scratch {
-        let scratch = sys::file_system("tmpfs", SCRATCH, held).map_err(|e| explain("/tmp", e))?;
-        root.attach(&Tree { mount: scratch, at: "/tmp".into(), folder: true })?;
-    }
     pivot(&root).map_err(|e| explain("a root of its own", e))
 }
 
