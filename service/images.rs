@@ -228,10 +228,9 @@ impl Shared {
 
     /// Writes down, below disks whose document ends sooner, what snapshots have recorded that their overlays stand on.
     pub fn declare(&self, def: &mut Arc<DomainDef>) {
-        if !def.devices.disks.iter().any(|disk| !disk.is_empty() && is_open_ended(disk.backing.as_deref())) {
-            return;
+        if def.devices.disks.iter().any(is_open_ended) {
+            declare_in(def, &self.recorded());
         }
-        declare_in(def, &self.recorded());
     }
 
     /// The overlays that all machines' snapshots have laid on their disks.
@@ -257,6 +256,9 @@ pub(crate) struct Overlay {
 pub(crate) fn declare_in(def: &mut Arc<DomainDef>, recorded: &[Overlay]) {
     for index in 0..def.devices.disks.len() {
         let disk = &def.devices.disks[index];
+        if !is_open_ended(disk) {
+            continue;
+        }
         let mut declared = disk.clone();
         declare(&mut declared, recorded);
         // Only then is it another definition than the one that others share.
@@ -266,8 +268,12 @@ pub(crate) fn declare_in(def: &mut Arc<DomainDef>, recorded: &[Overlay]) {
     }
 }
 
-/// Whether nothing says that the chain ends.
-fn is_open_ended(mut layer: Option<&BackingStore>) -> bool {
+/// Whether nothing says where the chain of a disk ends.
+fn is_open_ended(disk: &Disk) -> bool {
+    if disk.is_empty() {
+        return false;
+    }
+    let mut layer = disk.backing.as_deref();
     while let Some(store) = layer {
         if store.is_end() {
             return false;

@@ -156,7 +156,7 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define], validate).await?;
+        let (def, driver, claimed) = self.accept(caller, xml, &[&verb::DEFINE], validate).await?;
         match claimed {
             Claimed::Existing(domain) => {
                 domain.redefine(def).await?;
@@ -187,7 +187,7 @@ impl Service {
     }
 
     async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let (def, driver, claimed) = self.accept(caller, xml, &[Action::Define, Action::Start], false).await?;
+        let (def, driver, claimed) = self.accept(caller, xml, &[&verb::CREATE, &verb::START], false).await?;
         match claimed {
             Claimed::Existing(domain) => {
                 let ticket = domain.launch(caller, Some(def), options).await?;
@@ -205,7 +205,7 @@ impl Service {
 
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
     pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
-        self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
+        self.allow(caller, &verb::VALIDATE, &Subject::default()).await?;
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
         let seat = seat.read_through().await;
@@ -260,16 +260,24 @@ impl Service {
         Ok(self.shared.authority.can(caller, action, &Subject::default()).await.as_str())
     }
 
+    /// Asks whether `caller` may do to `subject` what a verb does.
+    async fn allow(&self, caller: &Caller, verb: &Verb, subject: &Subject) -> Result<()> {
+        match verb.action {
+            Some(action) => self.shared.authority.check(caller, action, subject).await,
+            None => Ok(()),
+        }
+    }
+
     /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
     async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
         let existing = self.shared.registry.look(def.uuid, &def.name).ok().flatten();
         let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
-        self.shared.authority.can(caller, Action::Define, &subject).await == Answer::Yes
+        self.may_all(caller, verb::DEFINE.action.as_slice(), &subject).await
     }
 
     /// What `start` would run, in the hypervisor's own terms.
     pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
-        self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
+        self.allow(caller, &verb::NATIVE, &Subject::default()).await?;
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let _seat = seat.read_through().await;
@@ -308,7 +316,7 @@ impl Service {
         let cancel = async {
             if facts.requester_uid != caller.uid {
                 let subject = domain.as_ref().map(|domain| domain.subject()).unwrap_or_default();
-                self.shared.authority.check(caller, Action::Job, &subject).await?;
+                self.allow(caller, &verb::CANCEL, &subject).await?;
             }
             self.shared.jobs.cancel(id)
         };
@@ -325,12 +333,12 @@ impl Service {
         }
     }
 
-    /// Reads, authorizes and completes a document, and claims its name and uuid.
+    /// Reads a document, asks for permission for all of `verbs`, completes it, and claims its name and uuid.
     async fn accept(
         &self,
         caller: &Caller,
         xml: &str,
-        actions: &[Action],
+        verbs: &[&Verb],
         validate: bool,
     ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed)> {
         let mut seat = self.shared.desk.seat(caller.uid, &[xml]).await;
@@ -339,7 +347,7 @@ impl Service {
         let existing = self.shared.registry.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
         let native = def.has_native_arguments().then_some(Action::Native);
-        let actions: Vec<Action> = actions.iter().copied().chain(native).collect();
+        let actions: Vec<Action> = verbs.iter().filter_map(|verb| verb.action).chain(native).collect();
         if caller.interactive && !self.may_all(caller, &actions, &subject).await {
             // Somebody is asked, who may take minutes: the document is put away and read again.
             let uuid = def.uuid;

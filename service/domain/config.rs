@@ -50,15 +50,12 @@ pub struct UndefineOptions {
 /// How long the removal of what belongs to a guest may keep its end from being told.
 const REMOVAL: Duration = Duration::from_secs(5);
 
-/// The form that is stored.
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
-
 impl Domain {
     /// The configuration: of what runs while it runs, unless `form.inactive` asks for what the next start would use.
     pub async fn xml(&self, caller: &Caller, form: Form) -> Result<String> {
         match form.secure {
-            true => self.allow_action(caller, Action::ReadSecure).await?,
-            false => self.allow(caller, &verb::GET_XML).await?,
+            true => self.allow(caller, Action::ReadSecure).await?,
+            false => self.allow(caller, verb::GET_XML.action).await?,
         }
         let (live, stored) = self.configurations();
         if live.is_none() || form.inactive {
@@ -70,7 +67,7 @@ impl Domain {
 
     /// The metadata element of a namespace: of what runs, or with `config` of what is stored.
     pub async fn metadata(&self, caller: &Caller, uri: &str, affect: Affect) -> Result<String> {
-        self.allow(caller, &verb::GET_METADATA).await?;
+        self.allow(caller, verb::GET_METADATA.action).await?;
         if affect.live && affect.config {
             return Err(Error::InvalidArgument("give 'live' or 'config', not both: one text is returned".to_owned()));
         }
@@ -376,7 +373,7 @@ impl Domain {
     /// Notes the configuration of what runs; a guest that has just ended needs no note.
     pub(super) async fn keep_live(&self, live: &DomainDef) -> Result<()> {
         let Ok(guest) = self.guest() else { return Ok(()) };
-        let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
+        let (status, text) = (guest.status, live.write(Form::LIVE));
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
@@ -461,7 +458,7 @@ fn refuse_long(what: &str, text: &str) -> Result<()> {
 
 /// Holds what a caller put in to the rules of a document: it must read back as what was meant.
 fn check_text(def: &DomainDef) -> Result<()> {
-    match DomainDef::parse(&def.write(STORED)) {
+    match DomainDef::parse(&def.write(Form::STORED)) {
         Ok(read) if (&read.title, &read.description) != (&def.title, &def.description) => {
             let text = "the text has control characters, which XML cannot hold; leave them out";
             Err(Error::InvalidArgument(text.to_owned()))

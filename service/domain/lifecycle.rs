@@ -44,15 +44,12 @@ const UNDER_WAY: Duration = Duration::from_secs(30);
 /// How long a report may take from the driver to what is published.
 const TOLD: Duration = Duration::from_secs(20);
 
-/// The live form, with passwords: what must be found again after a restart of virtd.
-const KEPT: Form = Form { inactive: false, secure: true, migratable: false };
-
 impl Domain {
     /// Starts an inactive domain. Returns when the start is accepted; the ticket answers when its CPUs run (or stand
     /// ready, if `paused`). If it fails, the domain is inactive as before.
     pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartOptions) -> Result<Ticket> {
         self.accepted(caller, &verb::START, async {
-            self.allow(caller, &verb::START).await?;
+            self.allow(caller, verb::START.action).await?;
             self.launch(caller, None, options).await
         })
         .await
@@ -212,7 +209,7 @@ impl Domain {
             reason,
             since_usec: now_usec(),
             autodestroy: options.autodestroy.then(|| caller.bus_name.clone().unwrap_or_default()),
-            live: def.write(KEPT),
+            live: def.write(Form::LIVE),
             record: None,
         }
     }
@@ -228,7 +225,7 @@ impl Domain {
     ) -> Result<()> {
         let mut live = running.live;
         Arc::make_mut(&mut live).id = Some(id);
-        let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());
+        let (file, text, since_usec) = (status.clone(), live.write(Form::LIVE), now_usec());
         let kept = on_disk(move || {
             file.update(|s| {
                 s.live = text;
@@ -359,7 +356,7 @@ impl Domain {
     /// hangs is killed (or, if `graceful`, left: `TimedOut`).
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
         self.logged(caller, &verb::DESTROY, async {
-            self.allow(caller, &verb::DESTROY).await?;
+            self.allow(caller, verb::DESTROY.action).await?;
             self.applies(&verb::DESTROY)?;
             if let Some(starting) = &lock(&self.state).starting {
                 starting.cancel.cancel();

@@ -1,4 +1,4 @@
-//! `Domain`: its state, and the only reader of what its hypervisor reports (`follow`).
+//! `Domain`: what it is made of, and how a change of its state is told. What is done to it is told by the other files here.
 //!
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
@@ -188,6 +188,11 @@ impl Domain {
             owner: Some(self.owner),
             snapshot_name: None,
         }
+    }
+
+    /// The same of one of its snapshots.
+    fn snapshot_subject(&self, name: &str) -> Subject {
+        Subject { snapshot_name: Some(name.to_owned()), ..self.subject() }
     }
 
     /// A domain may go while somebody waits for it.

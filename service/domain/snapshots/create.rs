@@ -147,11 +147,11 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
-        self.allow(caller, &verb::CREATE_SNAPSHOT).await?;
+        self.allow(caller, verb::CREATE_SNAPSHOT.action).await?;
         options.check()?;
         if options.redefine {
             // The configuration in it is one that a revert would make the domain's.
-            self.allow_action(caller, Action::Define).await?;
+            self.allow(caller, Action::Define).await?;
         }
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
@@ -191,7 +191,7 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<Result<CreateCheck>> {
-        self.allow(caller, &verb::CHECK_CREATE).await?;
+        self.allow(caller, verb::CHECK_CREATE.action).await?;
         let planned = async {
             options.check()?;
             let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
@@ -235,7 +235,7 @@ impl Domain {
         let outline = self.outline(doc, name, options).await?;
         if outline.names_the_hosts(options) || self.others_name(&outline.files()) {
             // That is for those who may name any file in a configuration.
-            self.allow_action(caller, Action::Define).await?;
+            self.allow(caller, Action::Define).await?;
         }
         self.think_through(outline).await
     }

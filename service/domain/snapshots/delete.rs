@@ -43,7 +43,7 @@ impl Domain {
     ) -> Result<Ticket> {
         self.accepted(caller, &verb::DELETE, async {
             self.snapshot(name)?;
-            self.allow_snapshot(caller, &verb::DELETE, name).await?;
+            self.allow_snapshot(caller, verb::DELETE.action, name).await?;
             self.may_delete(name, options).await?;
             let name = name.to_owned();
             let job = self.change(caller, &verb::DELETE).open(options.cancel_on_disconnect)?;
@@ -63,7 +63,7 @@ impl Domain {
         options: DeleteOptions,
     ) -> Result<(Plan, Option<Error>)> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::CHECK_DELETE, name).await?;
+        self.allow_snapshot(caller, verb::CHECK_DELETE.action, name).await?;
         Ok(self.plan_delete(name, options).await.unwrap_or_else(|refusal| (Plan::default(), Some(refusal))))
     }
 

@@ -232,9 +232,9 @@ impl Domain {
     /// A snapshot's document.
     pub async fn snapshot_xml(&self, caller: &Caller, name: &str, secure: bool) -> Result<String> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::SNAPSHOT_XML, name).await?;
+        self.allow_snapshot(caller, verb::SNAPSHOT_XML.action, name).await?;
         if secure {
-            self.allow_snapshot_action(caller, Action::ReadSecure, name).await?;
+            self.allow_snapshot(caller, Action::ReadSecure, name).await?;
         }
         let (mut record, parent) = {
             let state = lock(&self.state);

@@ -94,7 +94,7 @@ impl Domain {
     /// What a revert would do; an error where it would be refused whatever is forced. Changes nothing.
     pub async fn check_revert(&self, caller: &Caller, name: &str, options: &RevertOptions) -> Result<Result<Plan>> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::CHECK_REVERT, name).await?;
+        self.allow_snapshot(caller, verb::CHECK_REVERT.action, name).await?;
         options.check()?;
         Ok(self.plan_revert(name, options).await.map(|planned| planned.plan))
     }

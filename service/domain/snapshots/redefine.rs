@@ -29,7 +29,7 @@ impl Domain {
             self.keepable(def.clone()).await?;
         }
         if record.def.as_ref().is_ok_and(|def| machines(def).any(DomainDef::has_native_arguments)) {
-            self.allow_action(caller, Action::Native).await?;
+            self.allow(caller, Action::Native).await?;
         }
         let (name, options) = (record.name.clone(), options.clone());
         let job = self.change(caller, &verb::CREATE_SNAPSHOT).open(false)?;

@@ -145,6 +145,13 @@ pub struct Form {
     pub migratable: bool,
 }
 
+impl Form {
+    /// What is kept of a configuration: all that it says, secrets included.
+    pub const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+    /// What is kept of a configuration that a guest runs with: its runtime facts, too.
+    pub const LIVE: Form = Form { inactive: false, ..Form::STORED };
+}
+
 /// Something the document says and no typed field holds: kept and shown, not acted upon.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Kept {
@@ -288,8 +295,7 @@ impl DomainDef {
 
     /// Whether both are the same configuration, runtime facts aside.
     pub fn same_configuration(&self, other: &DomainDef) -> bool {
-        let stored = Form { inactive: true, secure: true, migratable: false };
-        self.write(stored) == other.write(stored)
+        self.write(Form::STORED) == other.write(Form::STORED)
     }
 
     /// Everything that is kept and shown and that no typed field holds, in document order: what a driver must refuse by
