@@ -34,9 +34,10 @@ pub use store::Paths;
 
 use authz::{Action, Answer, Authority, Caller, Subject};
 use desk::Seat;
-use domain::DomainSeed;
+use domain::{DomainSeed, Domains};
 use error::{Error, Result};
 use events::{Event, Events};
+use images::Images;
 use job::{Jobs, Ticket};
 use registry::Claimed;
 use shared::Shared;
@@ -67,6 +68,7 @@ const CLOSING: Duration = Duration::from_secs(10);
 /// All domains of one host.
 pub struct Service {
     shared: Arc<Shared>,
+    domains: Arc<Domains>,
 }
 
 impl Service {
@@ -81,14 +83,16 @@ impl Service {
     ) -> Result<(Arc<Service>, mpsc::UnboundedReceiver<Event>)> {
         let (events, receiver) = Events::channel();
         let store = Store::open(settings.paths)?;
-        let shared = Shared::new(drivers, authority, callers, events, store, settings.limits);
-        boot::load(&shared).await?;
-        Ok((Arc::new(Service { shared }), receiver))
+        let domains = Arc::new(Domains::default());
+        let images = Images::of(domains.clone());
+        let shared = Shared::new(drivers, authority, callers, events, images, store, settings.limits);
+        boot::load(&shared, &domains).await?;
+        Ok((Arc::new(Service { shared, domains }), receiver))
     }
 
     /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
-        boot::autostart(&self.shared).await
+        boot::autostart(&self.shared, &self.domains).await
     }
 
     /// The stream of changes.
@@ -108,7 +112,7 @@ impl Service {
 
     /// The domain with this uuid, if there is one.
     pub fn get(&self, uuid: Uuid) -> Option<Arc<Domain>> {
-        self.shared.registry.get(uuid)
+        self.domains.get(uuid)
     }
 
     /// The domain with this uuid, written with or without dashes.
@@ -121,13 +125,13 @@ impl Service {
 
     /// The domain with this name.
     pub fn by_name(&self, name: &str) -> Result<Arc<Domain>> {
-        let found = self.shared.registry.by_name(name);
+        let found = self.domains.by_name(name);
         found.ok_or_else(|| Error::NoSuchDomain { what: "name", value: shorten(name) })
     }
 
     /// The running domain with this id.
     pub fn by_id(&self, id: u32) -> Result<Arc<Domain>> {
-        let found = self.shared.registry.by_id(id);
+        let found = self.domains.all().into_iter().find(|domain| id != 0 && domain.id() == id);
         found.ok_or_else(|| Error::NoSuchDomain { what: "id", value: id.to_string() })
     }
 
@@ -149,7 +153,7 @@ impl Service {
         let shared = self.shared.clone();
         tokio::spawn(async move {
             let Some(def) = domain.stored() else { return };
-            for finding in shared.frozen_in(&def).await {
+            for finding in shared.images.frozen_in(&def).await {
                 tracing::warn!(uuid = %def.uuid, name = def.name, "{finding}");
             }
         });
@@ -166,7 +170,7 @@ impl Service {
                 let domain = self.new_domain(caller, driver, def.clone(), true).await?;
                 let (name, uuid) = (def.name.clone(), def.uuid);
                 if let Err(e) = domain.store(def).await {
-                    self.shared.registry.remove(uuid, &name, caller.uid);
+                    self.domains.remove(uuid, &name, caller.uid);
                     return Err(e);
                 }
                 domain.add();
@@ -195,7 +199,7 @@ impl Service {
             }
             Claimed::New => {
                 let domain = self.new_domain(caller, driver, def.clone(), false).await?;
-                self.shared.registry.insert(domain.clone());
+                self.domains.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
@@ -224,15 +228,15 @@ impl Service {
         }
         add_findings(&mut findings, driver.check(&def).await);
         let mut def = Arc::new(def);
-        self.shared.declare(&mut def);
+        self.shared.images.declare(&mut def);
         if self.may_name_files(caller, &def, &**driver).await {
             add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
-            add_findings(&mut findings, self.shared.frozen_in(&def).await);
-            if let Ok(Some(existing)) = self.shared.registry.look(def.uuid, &def.name) {
+            add_findings(&mut findings, self.shared.images.frozen_in(&def).await);
+            if let Ok(Some(existing)) = self.domains.look(def.uuid, &def.name) {
                 add_findings(&mut findings, existing.changed_below(&def).await);
             }
         }
-        let conflict = self.shared.registry.look(def.uuid, &def.name);
+        let conflict = self.domains.look(def.uuid, &def.name);
         let existing = conflict.as_ref().ok().and_then(Option::as_deref);
         if let (true, Err(finding)) = (existing.is_none(), new_name(&def)) {
             add_findings(&mut findings, vec![finding]);
@@ -270,7 +274,7 @@ impl Service {
 
     /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
     async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
-        let existing = self.shared.registry.look(def.uuid, &def.name).ok().flatten();
+        let existing = self.domains.look(def.uuid, &def.name).ok().flatten();
         let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
         self.may_all(caller, verb::DEFINE.action.as_slice(), &subject).await
     }
@@ -340,11 +344,11 @@ impl Service {
         xml: &str,
         verbs: &[&Verb],
         validate: bool,
-    ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed)> {
+    ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed<Domain>)> {
         let mut seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
-        let existing = self.shared.registry.look(def.uuid, &def.name)?;
+        let existing = self.domains.look(def.uuid, &def.name)?;
         let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
         let native = def.has_native_arguments().then_some(Action::Native);
         let actions: Vec<Action> = verbs.iter().filter_map(|verb| verb.action).chain(native).collect();
@@ -373,7 +377,7 @@ impl Service {
             e => Error::from_driver(&def.name, "define", e),
         })?;
         let mut def = Arc::new(def);
-        self.shared.declare(&mut def);
+        self.shared.images.declare(&mut def);
         let def = readable(def, &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
@@ -415,16 +419,16 @@ impl Service {
 
     /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's
     /// time: what has come or gone meanwhile is another domain, for which it does not hold.
-    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed> {
+    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed<Domain>> {
         let meanwhile = |what: &str| format!("domain '{}' was {what} by another call meanwhile; try again", def.name);
-        match self.shared.registry.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+        match self.domains.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
             Claimed::Existing(domain) if existing.is_some_and(|known| Arc::ptr_eq(known, &domain)) => {
                 Ok(Claimed::Existing(domain))
             }
             Claimed::Existing(_) => Err(Error::DomainExists(meanwhile("defined"))),
             Claimed::New if existing.is_none() => Ok(Claimed::New),
             Claimed::New => {
-                self.shared.registry.remove(def.uuid, &def.name, caller.uid);
+                self.domains.remove(def.uuid, &def.name, caller.uid);
                 Err(Error::OperationInvalid(meanwhile("removed")))
             }
         }
@@ -445,12 +449,13 @@ impl Service {
         let snapshots = match on_disk(move || shared.store.load_snapshots(uuid)).await {
             Ok(snapshots) => snapshots,
             Err(e) => {
-                self.shared.registry.remove(uuid, &def.name, caller.uid);
+                self.domains.remove(uuid, &def.name, caller.uid);
                 return Err(e);
             }
         };
         Ok(Domain::new(
-            self.shared.clone(),
+            &self.shared,
+            &self.domains,
             DomainSeed { def, persistent, broken: None, driver, note, ended, snapshots },
         ))
     }

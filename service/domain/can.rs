@@ -1,6 +1,7 @@
 //! When a verb has a meaning, and `Can`: what a method would answer now, for a program that greys out its buttons.
 
-use super::{Domain, State};
+use super::Domain;
+use super::state::State;
 use crate::authz::{Caller, Subject};
 use crate::error::{Error, Result};
 use crate::lock::lock;

@@ -1,6 +1,7 @@
 //! The configuration: read, redefine, undefine, rename, autostart, title, description, metadata.
 
-use super::{Domain, PUBLISHED, State};
+use super::Domain;
+use super::state::{PUBLISHED, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::events::Event;
@@ -225,13 +226,13 @@ impl Domain {
             let stored = self.stored().ok_or_else(|| self.vanished())?;
             crate::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
-            self.shared.registry.claim_name(self.uuid, name)?;
+            self.domains.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(def.clone()).await {
-                self.shared.registry.drop_name(name);
+                self.domains.drop_name(name);
                 return Err(e);
             }
             self.commit_rename(def).await;
-            self.shared.registry.drop_name(&stored.name);
+            self.domains.drop_name(&stored.name);
             Ok(())
         })
         .await

@@ -1,6 +1,8 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
-use super::{Domain, Guest, Reports, State};
+use super::Domain;
+use super::reports::Reports;
+use super::state::{Guest, Starting, State};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::images;
@@ -144,7 +146,7 @@ impl Domain {
         cancel: &CancellationToken,
     ) -> Result<()> {
         let mut def = def;
-        self.shared.declare(&mut def);
+        self.shared.images.declare(&mut def);
         self.may_write_disks(&def).await?;
         for finding in self.changed_below(&def).await {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");
@@ -194,7 +196,7 @@ impl Domain {
     async fn may_write_disks(&self, def: &DomainDef) -> Result<()> {
         let deed = format!("cannot start domain '{}'", self.name());
         let written = images::written_by(def);
-        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await
     }
 
     /// What is on disk before there is a guest: with it a start that is cut off can be finished or ended.
@@ -447,14 +449,6 @@ impl Drop for Creation {
         lock(&self.0.state).creations -= 1;
         self.0.drop_if_nothing_left();
     }
-}
-
-/// A start under way, or to come of what is under way.
-pub(super) struct Starting {
-    /// Fires when no guest is wanted any more.
-    cancel: CancellationToken,
-    /// The hypervisor has been asked: until it has answered there may be a process.
-    launched: bool,
 }
 
 /// See [`Domain::will_start`].

@@ -170,7 +170,7 @@ impl Domain {
 
     /// Whether one of these files is, or is to be, another machine's.
     fn others_name(&self, files: &[&Path]) -> bool {
-        let others = self.shared.registry.all();
+        let others = self.domains.all();
         others.into_iter().filter(|other| other.uuid != self.uuid).any(|other| {
             let state = lock(&other.state);
             let defs = state.stored.as_deref().into_iter().chain(state.guest.as_ref().map(|guest| &*guest.live));
@@ -332,7 +332,7 @@ impl Domain {
         }
         let deed = format!("cannot take snapshot '{name}' of domain '{}'", self.name());
         let remedy = "take a snapshot with disk-only";
-        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
     }
 
     /// Gives back a snapshot whose record can be read again, also when its disks stand on overlays; refuses any other.

@@ -1,8 +1,9 @@
 //! Restoring the record of a snapshot from its document: after a backup, a migration, an undefine.
 
 use super::create::refused;
-use super::{CreateOptions, Domain, State};
+use super::{CreateOptions, Domain};
 use crate::authz::{Action, Caller};
+use crate::domain::state::State;
 use crate::error::{Error, Result};
 use crate::job::Ticket;
 use crate::lock::lock;
