@@ -22,6 +22,7 @@ pub mod native;
 pub mod os;
 pub mod part;
 mod secrets;
+pub mod size;
 pub mod sysinfo;
 pub mod tune;
 pub mod value;
@@ -39,11 +40,12 @@ use metadata::Metadata;
 use native::NativeArguments;
 use os::Os;
 use part::{Part, element};
+use size::Kib;
 use std::collections::{BTreeSet, HashSet};
 use sysinfo::{Genid, Sysinfo};
 use tune::{Blkiotune, Cputune, Memtune};
 use uuid::Uuid;
-use value::{Kib, choices};
+use value::choices;
 
 /// More I/O threads than any host has CPUs.
 pub const MAX_IOTHREADS: u32 = 4096;
