@@ -7,6 +7,7 @@ use crate::lock::lock;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
+use virt_model::xml::shorten;
 
 /// What is in a registry.
 pub(crate) trait Object {
@@ -154,6 +155,12 @@ fn taken_name<T: Object>(name: &str, uuid: Uuid) -> Error {
     T::exists(format!(
         "{kind} '{name}' exists already, with uuid {uuid}; give that uuid to change it, or choose another name"
     ))
+}
+
+/// Refuses a name that looks like another. Those that are there already keep theirs.
+pub(crate) fn check_new_name(what: &str, name: &str) -> Result<()> {
+    let refused = virt_model::xml::check_new_name(name);
+    refused.map_err(|why| Error::InvalidArgument(format!("the name '{}' of a {what} {why}", shorten(name))))
 }
 
 #[cfg(test)]

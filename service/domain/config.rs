@@ -224,7 +224,7 @@ impl Domain {
     pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
         self.short(caller, &verb::RENAME, async {
             let stored = self.stored().ok_or_else(|| self.vanished())?;
-            crate::check_new_name("domain", name)?;
+            crate::registry::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
             self.domains.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(def.clone()).await {

@@ -254,7 +254,7 @@ impl Domain {
         self.takes_snapshots()?;
         // Control characters no snapshot's name may hold, old or new: that is told with the rest of the document.
         if !name.contains(char::is_control) {
-            crate::check_new_name("snapshot", name)?;
+            crate::registry::check_new_name("snapshot", name)?;
         }
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
@@ -338,7 +338,7 @@ impl Domain {
     /// Gives back a snapshot whose record can be read again, also when its disks stand on overlays; refuses any other.
     pub(super) async fn keepable(&self, def: SnapshotDef) -> Result<SnapshotDef> {
         let (name, domain) = (def.name.clone(), self.name());
-        let kept = crate::aside(move || def.write_readable(BEGUN).map(|_| def)).await;
+        let kept = crate::desk::aside(move || def.write_readable(BEGUN).map(|_| def)).await;
         kept.map_err(|why| {
             Error::OperationUnsupported(format!("snapshot '{name}' of domain '{domain}' cannot be kept: {why}"))
         })

@@ -104,7 +104,7 @@ impl Domain {
                 return Err(Error::InvalidArgument(text));
             }
             None => {
-                crate::check_new_name("snapshot", &name)?;
+                crate::registry::check_new_name("snapshot", &name)?;
                 state.snapshots.room_for_another(&state.name)?;
                 state.snapshots.next_order()
             }
