@@ -100,6 +100,17 @@ pub enum Answer {
     Challenge,
 }
 
+impl Answer {
+    /// The word on the bus.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Answer::Yes => "yes",
+            Answer::No => "no",
+            Answer::Challenge => "challenge",
+        }
+    }
+}
+
 /// Decides who may do what: polkit on the system bus, everything to the owner of a session bus.
 #[async_trait]
 pub trait Authority: Send + Sync {

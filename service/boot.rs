@@ -1,6 +1,6 @@
 //! What virtd does when it starts: loads definitions, finds the guests that run, makes whole what was cut off, autostarts.
 
-use crate::domain::{Domain, DomainSeed, FoundGuest, StartOptions};
+use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::registry::Claimed;
 use crate::shared::{Shared, virtd_itself};
@@ -30,7 +30,7 @@ const PLACE: Duration = Duration::from_secs(5);
 
 /// Fills the registry from disk and from the guests that run. What can be told without waiting for any of them is told when
 /// this returns; each machine that is not whole then has its turn taken, and is looked after by itself.
-pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
+pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result<()> {
     let on = shared.clone();
     let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
@@ -45,7 +45,7 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     });
     for stored in definitions {
         let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
-        if let Err(e) = load_definition(shared, stored, kept) {
+        if let Err(e) = load_definition(shared, domains, stored, kept) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
         }
     }
@@ -58,7 +58,7 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
     let mut looked_at = JoinSet::new();
     for (uuid, status) in statuses {
         cut_off.remove(&uuid);
-        let search = match Search::begin(shared, uuid, status, snapshots.remove(&uuid).unwrap_or_default()) {
+        let search = match Search::begin(shared, domains, uuid, status, snapshots.remove(&uuid).unwrap_or_default()) {
             Ok(Some(search)) => search,
             Ok(None) => {
                 shared.forget_guest(uuid).await?;
@@ -66,7 +66,7 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
             }
             Err(e) => {
                 tracing::error!(%uuid, "a guest that may run is left alone: {e}");
-                if let Some(domain) = shared.registry.get(uuid) {
+                if let Some(domain) = domains.get(uuid) {
                     domain.may_run(&e);
                 }
                 continue;
@@ -82,10 +82,10 @@ pub(crate) async fn load(shared: &Arc<Shared>) -> Result<()> {
         });
     }
     let _ = timeout(LOOK, looked_at.join_all()).await;
-    for domain in cut_off.into_iter().filter_map(|uuid| shared.registry.get(uuid)) {
+    for domain in cut_off.into_iter().filter_map(|uuid| domains.get(uuid)) {
         look_after(&domain, &places, async {});
     }
-    for domain in shared.registry.all() {
+    for domain in domains.all() {
         domain.announce();
     }
     Ok(())
@@ -132,14 +132,14 @@ fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
 }
 
 /// Makes a domain of a stored configuration; of one that cannot be used, a broken one that says why.
-fn load_definition(shared: &Arc<Shared>, stored: Stored, snapshots: Loaded) -> Result<()> {
+fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored, snapshots: Loaded) -> Result<()> {
     let Stored { uuid, note, found } = stored;
     let (def, broken) = match found {
         Found::Sound(def) if shared.driver_for(&def.kind).is_none() => {
             let why = format!("no driver serves domains of type '{}' in this virtd", def.kind);
             (DomainDef { kind: def.kind, name: def.name, uuid, ..DomainDef::default() }, Some(why))
         }
-        Found::Sound(def) => match shared.registry.look(uuid, &def.name) {
+        Found::Sound(def) => match domains.look(uuid, &def.name) {
             Ok(_) => (*def, None),
             Err(e) => (DomainDef { kind: def.kind, uuid, ..DomainDef::default() }, Some(e.to_string())),
         },
@@ -152,11 +152,15 @@ fn load_definition(shared: &Arc<Shared>, stored: Stored, snapshots: Loaded) -> R
     let ended = shared.store.ended(uuid).unwrap_or(never);
     let driver = likely_driver(shared, &note, &def.kind)?;
     let mut def = def;
-    if broken.is_some() && (def.name.is_empty() || shared.registry.look(uuid, &def.name).is_err()) {
+    if broken.is_some() && (def.name.is_empty() || domains.look(uuid, &def.name).is_err()) {
         // Nobody knows its name, or another has it.
         def.name = uuid.to_string();
     }
-    enter(shared, DomainSeed { def: Arc::new(def), persistent: true, broken, driver, note, ended, snapshots })?;
+    enter(
+        shared,
+        domains,
+        DomainSeed { def: Arc::new(def), persistent: true, broken, driver, note, ended, snapshots },
+    )?;
     Ok(())
 }
 
@@ -167,12 +171,12 @@ fn likely_driver(shared: &Shared, note: &Note, kind: &str) -> Result<Arc<dyn Dri
 }
 
 /// Registers a domain found on disk.
-fn enter(shared: &Arc<Shared>, birth: DomainSeed) -> Result<Arc<Domain>> {
-    match shared.registry.claim(birth.def.uuid, &birth.def.name, birth.note.owner, usize::MAX)? {
+fn enter(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Result<Arc<Domain>> {
+    match domains.claim(birth.def.uuid, &birth.def.name, birth.note.owner, usize::MAX)? {
         Claimed::Existing(domain) => Ok(domain),
         Claimed::New => {
-            let domain = Domain::new(shared.clone(), birth);
-            shared.registry.insert(domain.clone());
+            let domain = Domain::new(shared, domains, birth);
+            domains.insert(domain.clone());
             Ok(domain)
         }
     }
@@ -194,12 +198,13 @@ impl Search {
     /// is not started beside that. `None`: no guest of it can have outlived the last virtd.
     fn begin(
         shared: &Arc<Shared>,
+        domains: &Arc<Domains>,
         uuid: Uuid,
         status: Option<Result<Status>>,
         snapshots: Loaded,
     ) -> Result<Option<Search>> {
         let noted = status.is_some();
-        let known = shared.registry.get(uuid);
+        let known = domains.get(uuid);
         let stored = known.as_ref().and_then(|domain| domain.stored());
         let status = match status {
             Some(Ok(status)) => status,
@@ -222,7 +227,11 @@ impl Search {
                 let note = Note { owner: status.owner, ..Note::default() };
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
                 let (def, driver) = (live.clone(), driver.clone());
-                enter(shared, DomainSeed { def, persistent: false, broken: None, driver, note, ended, snapshots })?
+                enter(
+                    shared,
+                    domains,
+                    DomainSeed { def, persistent: false, broken: None, driver, note, ended, snapshots },
+                )?
             }
         };
         domain.is_sought(&status, live.clone(), unread);
@@ -333,13 +342,13 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 }
 
 /// Starts what starts with the host, once since the host booted.
-pub(crate) async fn autostart(shared: &Arc<Shared>) -> Result<()> {
+pub(crate) async fn autostart(shared: &Arc<Shared>, domains: &Domains) -> Result<()> {
     let on = shared.clone();
     if !on_disk(move || on.store.first_start_since_boot()).await? {
         return Ok(());
     }
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    for domain in shared.registry.all().into_iter().filter(|domain| domain.facts().autostart) {
+    for domain in domains.all().into_iter().filter(|domain| domain.facts().autostart) {
         let places = places.clone();
         tokio::spawn(async move {
             // First it is found out whether it runs.

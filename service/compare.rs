@@ -1,8 +1,9 @@
 //! Whether a guest would notice if its machine became another one: two documents, read, completed, compared.
 
 use crate::Service;
-use crate::authz::{Action, Caller, Subject};
+use crate::authz::{Caller, Subject};
 use crate::error::{Error, Result};
+use crate::verb;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness, read_pair};
 use virt_model::driver::DriverError;
@@ -13,7 +14,7 @@ impl Service {
     /// host could run them does not matter. Changes nothing.
     /// Errors: `ConfigInvalid` says which of the two is not a valid document.
     pub async fn compare(&self, caller: &Caller, source: &str, target: &str) -> Result<Vec<AbiDifference>> {
-        self.shared.authority.check(caller, Action::Read, &Subject::default()).await?;
+        self.allow(caller, &verb::COMPARE, &Subject::default()).await?;
         let seat = self.shared.desk.seat(caller.uid, &[source, target]).await;
         let (one, other) = (source.to_owned(), target.to_owned());
         let read = seat.work(move || read_pair(&one, &other)).await;

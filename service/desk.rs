@@ -109,7 +109,7 @@ impl Seat {
     /// Does what takes time with documents, when it is its turn. May block.
     pub async fn work<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         let _turn = self.desk.readers.take(&self.uid).await;
-        crate::aside(work).await
+        aside(work).await
     }
 
     /// The document has been read: from here on it may wait for what does not answer. A large one keeps its seat.
@@ -128,6 +128,14 @@ impl Seat {
     /// The caller as one for whom nobody is asked while this seat is kept, if it is the only one of its kind.
     pub fn waits_for_nobody(&self, caller: &Caller) -> Caller {
         Caller { interactive: caller.interactive && !self.is_large(), ..caller.clone() }
+    }
+}
+
+/// Computes on a thread of its own.
+pub(crate) async fn aside<T: Send + 'static>(compute: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(compute).await {
+        Ok(result) => result,
+        Err(panicked) => std::panic::resume_unwind(panicked.into_panic()),
     }
 }
 

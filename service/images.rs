@@ -4,10 +4,8 @@
 //! Two paths are one file if they are the same text, or were last seen to lead to one inode. A file system that does not answer
 //! costs its own machine this second comparison, and nobody else anything.
 
-use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::shared::Shared;
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -57,24 +55,36 @@ pub(crate) enum Fate {
     Removed,
 }
 
-/// Which files paths lead to, as last seen. `None`: somebody looks, and has had no answer yet.
-pub(crate) struct Seen {
+/// All machines of this host, as far as their images are concerned.
+pub(crate) trait Machines: Send + Sync {
+    /// The chains that they need, but for those of the machine `except`: what runs, what is stored, and snapshots.
+    fn chains(&self, except: Option<Uuid>) -> Vec<Chain>;
+
+    /// Of them those of guests that run.
+    fn running_chains(&self) -> Vec<Chain>;
+
+    /// The overlays that snapshots have laid on disks.
+    fn overlays(&self) -> Vec<Overlay>;
+}
+
+/// See the module.
+pub(crate) struct Images {
+    machines: Arc<dyn Machines>,
+    /// Which files paths lead to, as last seen. `None`: somebody looks, and has had no answer yet.
     files: Mutex<HashMap<PathBuf, Option<(u64, u64)>>>,
     looks: Arc<Semaphore>,
 }
 
-impl Default for Seen {
-    fn default() -> Seen {
-        Seen { files: Mutex::default(), looks: Arc::new(Semaphore::new(LOOKS)) }
+impl Images {
+    pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
+        Arc::new(Images { machines, files: Mutex::default(), looks: Arc::new(Semaphore::new(LOOKS)) })
     }
-}
 
-impl Seen {
     /// Looks where paths lead that have not been looked at, and anew at `afresh`. A folder that does not answer keeps its own
     /// thread, and what is in other folders is looked at all the same.
-    async fn look(shared: &Arc<Shared>, known: HashSet<PathBuf>, afresh: &[PathBuf]) {
+    async fn look(self: &Arc<Self>, known: HashSet<PathBuf>, afresh: &[PathBuf]) {
         let new: Vec<PathBuf> = {
-            let files = lock(&shared.seen.files);
+            let files = lock(&self.files);
             known.into_iter().filter(|path| !files.contains_key(path)).collect()
         };
         // What it is asked for comes first.
@@ -83,13 +93,13 @@ impl Seen {
         let folders = Arc::new(Mutex::new(folders));
         let mut looks = JoinSet::new();
         for _ in 0..threads {
-            let Ok(permit) = shared.seen.looks.clone().try_acquire_owned() else { break };
-            let (shared, folders) = (shared.clone(), folders.clone());
+            let Ok(permit) = self.looks.clone().try_acquire_owned() else { break };
+            let (images, folders) = (self.clone(), folders.clone());
             looks.spawn_blocking(move || {
                 let _permit = permit;
                 loop {
                     let Some(paths) = lock(&folders).pop_front() else { return };
-                    paths.into_iter().for_each(|path| shared.seen.look_at(path));
+                    paths.into_iter().for_each(|path| images.look_at(path));
                 }
             });
         }
@@ -133,13 +143,7 @@ fn by_folder(paths: Vec<PathBuf>) -> impl Iterator<Item = Vec<PathBuf>> {
     folders.into_values()
 }
 
-impl Shared {
-    /// The chains of all machines, but for those of `except`.
-    fn chains(&self, except: Option<Uuid>) -> Vec<Chain> {
-        let others = self.registry.all().into_iter().filter(|domain| Some(domain.uuid()) != except);
-        others.flat_map(|domain| domain.chains()).collect()
-    }
-
+impl Images {
     /// Who needs these files as they are, each file with everybody. `except`: a machine that has asked itself.
     pub async fn users_of(
         self: &Arc<Self>,
@@ -150,14 +154,14 @@ impl Shared {
         if files.is_empty() {
             return BTreeMap::new();
         }
-        let chains = self.chains(except);
+        let chains = self.machines.chains(except);
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        Seen::look(self, known, files).await;
+        self.look(known, files).await;
         let mut users: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
         for chain in &chains {
             let first = if fate == Fate::Removed { 0 } else { chain.fixed };
             for file in files {
-                if chain.files.iter().skip(first).any(|needed| self.seen.same(needed, file)) {
+                if chain.files.iter().skip(first).any(|needed| self.same(needed, file)) {
                     let users = users.entry(file.clone()).or_default();
                     if !users.contains(&chain.whose) {
                         users.push(chain.whose.clone());
@@ -186,18 +190,15 @@ impl Shared {
         }
     }
 
-    /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is to `domain` and the machine
-    /// that has it open. Looks at no file.
-    pub fn with_owner_of_lock(&self, domain: &Domain, error: DriverError) -> DriverError {
+    /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is, among the chains of whoever
+    /// was told so, and the machine that has it open. Looks at no file.
+    pub fn with_owner_of_lock(&self, own: impl Fn() -> Vec<Chain>, error: DriverError) -> DriverError {
         let told = |text: String| {
             let Some(image) = locked_image(&text).map(PathBuf::from) else { return text };
-            let holds = |chain: &Chain| chain.files.iter().any(|file| self.seen.same(file, &image));
-            let disk = domain
-                .chains()
-                .into_iter()
-                .find(holds)
-                .map(|chain| format!("{} is of {}, and ", image.display(), chain.whose));
-            let running = self.registry.all().into_iter().flat_map(|other| other.running_chains());
+            let holds = |chain: &Chain| chain.files.iter().any(|file| self.same(file, &image));
+            let disk =
+                own().into_iter().find(holds).map(|chain| format!("{} is of {}, and ", image.display(), chain.whose));
+            let running = self.machines.running_chains().into_iter();
             let owners: Vec<String> = running.filter(holds).map(|chain| chain.whose).collect();
             let owner = match owners.is_empty() {
                 true => "another program has it open (fuser tells which)".to_owned(),
@@ -228,15 +229,14 @@ impl Shared {
 
     /// Writes down, below disks whose document ends sooner, what snapshots have recorded that their overlays stand on.
     pub fn declare(&self, def: &mut Arc<DomainDef>) {
-        if !def.devices.disks.iter().any(|disk| !disk.is_empty() && is_open_ended(disk.backing.as_deref())) {
-            return;
+        if def.devices.disks.iter().any(is_open_ended) {
+            declare_in(def, &self.recorded());
         }
-        declare_in(def, &self.recorded());
     }
 
     /// The overlays that all machines' snapshots have laid on their disks.
     pub fn recorded(&self) -> Vec<Overlay> {
-        self.registry.all().iter().flat_map(|domain| domain.overlays()).collect()
+        self.machines.overlays()
     }
 }
 
@@ -253,10 +253,13 @@ pub(crate) struct Overlay {
     on: BackingStore,
 }
 
-/// The same as [`Shared::declare`] where the records have been gathered.
+/// The same as [`Images::declare`] where the records have been gathered.
 pub(crate) fn declare_in(def: &mut Arc<DomainDef>, recorded: &[Overlay]) {
     for index in 0..def.devices.disks.len() {
         let disk = &def.devices.disks[index];
+        if !is_open_ended(disk) {
+            continue;
+        }
         let mut declared = disk.clone();
         declare(&mut declared, recorded);
         // Only then is it another definition than the one that others share.
@@ -266,8 +269,12 @@ pub(crate) fn declare_in(def: &mut Arc<DomainDef>, recorded: &[Overlay]) {
     }
 }
 
-/// Whether nothing says that the chain ends.
-fn is_open_ended(mut layer: Option<&BackingStore>) -> bool {
+/// Whether nothing says where the chain of a disk ends.
+fn is_open_ended(disk: &Disk) -> bool {
+    if disk.is_empty() {
+        return false;
+    }
+    let mut layer = disk.backing.as_deref();
     while let Some(store) = layer {
         if store.is_end() {
             return false;

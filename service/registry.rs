@@ -1,74 +1,85 @@
-//! Domains by uuid, name and id. Names are claimed before a domain is stored, so two callers cannot both have one.
+//! The objects of one kind by uuid and name. Names are claimed before an object is stored, so two callers cannot both have one.
 //!
-//! The maps are locked under a domain's state, never the other way round.
+//! The maps are locked under an object's state, never the other way round.
 
-use crate::domain::Domain;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
+use virt_model::xml::shorten;
 
-/// See the module.
-#[derive(Default)]
-pub(crate) struct Registry {
-    maps: Mutex<Maps>,
+/// What is in a registry.
+pub(crate) trait Object {
+    /// The word for one of them.
+    const KIND: &str;
+
+    /// Its identity.
+    fn uuid(&self) -> Uuid;
+
+    /// The error of who wants a name or uuid that another has.
+    fn exists(text: String) -> Error;
 }
 
-#[derive(Default)]
-struct Maps {
-    domains: HashMap<Uuid, Arc<Domain>>,
+/// See the module.
+pub(crate) struct Registry<T> {
+    maps: Mutex<Maps<T>>,
+}
+
+struct Maps<T> {
+    objects: HashMap<Uuid, Arc<T>>,
     names: HashMap<String, Uuid>,
-    /// Of domains that are being made: claimed, and not findable yet.
+    /// Of objects that are being made: claimed, and not findable yet.
     claimed: HashSet<Uuid>,
     owned: HashMap<u32, usize>,
 }
 
+impl<T> Default for Registry<T> {
+    fn default() -> Registry<T> {
+        let (objects, names) = (HashMap::new(), HashMap::new());
+        Registry { maps: Mutex::new(Maps { objects, names, claimed: HashSet::new(), owned: HashMap::new() }) }
+    }
+}
+
 /// What a name and uuid were found to mean.
-pub(crate) enum Claimed {
-    /// The domain that has both.
-    Existing(Arc<Domain>),
+pub(crate) enum Claimed<T> {
+    /// The object that has both.
+    Existing(Arc<T>),
     /// Nobody's until now; the caller's to fill or to give back.
     New,
 }
 
-impl Registry {
-    pub fn get(&self, uuid: Uuid) -> Option<Arc<Domain>> {
-        lock(&self.maps).domains.get(&uuid).cloned()
+impl<T: Object> Registry<T> {
+    pub fn get(&self, uuid: Uuid) -> Option<Arc<T>> {
+        lock(&self.maps).objects.get(&uuid).cloned()
     }
 
-    pub fn by_name(&self, name: &str) -> Option<Arc<Domain>> {
+    pub fn by_name(&self, name: &str) -> Option<Arc<T>> {
         let maps = lock(&self.maps);
-        maps.names.get(name).and_then(|uuid| maps.domains.get(uuid)).cloned()
+        maps.names.get(name).and_then(|uuid| maps.objects.get(uuid)).cloned()
     }
 
-    pub fn by_id(&self, id: u32) -> Option<Arc<Domain>> {
-        if id == 0 {
-            return None;
-        }
-        self.all().into_iter().find(|domain| domain.id() == id)
-    }
-
-    pub fn all(&self) -> Vec<Arc<Domain>> {
-        lock(&self.maps).domains.values().cloned().collect()
+    pub fn all(&self) -> Vec<Arc<T>> {
+        lock(&self.maps).objects.values().cloned().collect()
     }
 
     /// Whether name and uuid belong together, changing nothing.
-    pub fn look(&self, uuid: Uuid, name: &str) -> Result<Option<Arc<Domain>>> {
+    pub fn look(&self, uuid: Uuid, name: &str) -> Result<Option<Arc<T>>> {
         let maps = lock(&self.maps);
         maps.look(uuid, name)
     }
 
-    /// Finds the domain, or reserves the name for a new one of `owner`, who may have `limit`.
-    pub fn claim(&self, uuid: Uuid, name: &str, owner: u32, limit: usize) -> Result<Claimed> {
+    /// Finds the object, or reserves the name for a new one of `owner`, who may have `limit`.
+    pub fn claim(&self, uuid: Uuid, name: &str, owner: u32, limit: usize) -> Result<Claimed<T>> {
         let mut maps = lock(&self.maps);
-        if let Some(domain) = maps.look(uuid, name)? {
-            return Ok(Claimed::Existing(domain));
+        if let Some(object) = maps.look(uuid, name)? {
+            return Ok(Claimed::Existing(object));
         }
         let owned = maps.owned.entry(owner).or_default();
         if owner != 0 && *owned >= limit {
             return Err(Error::LimitsExceeded(format!(
-                "user {owner} has {owned} domains, which is the limit; undefine one first"
+                "user {owner} has {owned} {}s, which is the limit; undefine one first",
+                T::KIND
             )));
         }
         *owned += 1;
@@ -77,55 +88,57 @@ impl Registry {
         Ok(Claimed::New)
     }
 
-    /// Makes a claimed domain findable.
-    pub fn insert(&self, domain: Arc<Domain>) {
+    /// Makes a claimed object findable.
+    pub fn insert(&self, object: Arc<T>) {
         let mut maps = lock(&self.maps);
-        maps.claimed.remove(&domain.uuid());
-        maps.domains.insert(domain.uuid(), domain);
+        maps.claimed.remove(&object.uuid());
+        maps.objects.insert(object.uuid(), object);
     }
 
-    /// Reserves a second name for a domain that is about to be renamed.
+    /// Reserves a second name for an object that is about to be renamed.
     pub fn claim_name(&self, uuid: Uuid, name: &str) -> Result<()> {
         let mut maps = lock(&self.maps);
         if let Some(other) = maps.names.get(name) {
-            return Err(taken_name(name, *other));
+            return Err(taken_name::<T>(name, *other));
         }
         maps.names.insert(name.to_owned(), uuid);
         Ok(())
     }
 
-    /// Drops one of the names of a domain.
+    /// Drops one of the names of an object.
     pub fn drop_name(&self, name: &str) {
         lock(&self.maps).names.remove(name);
     }
 
-    /// Forgets a domain.
+    /// Forgets an object.
     pub fn remove(&self, uuid: Uuid, name: &str, owner: u32) {
         let mut maps = lock(&self.maps);
-        maps.domains.remove(&uuid);
+        maps.objects.remove(&uuid);
         maps.claimed.remove(&uuid);
         maps.names.remove(name);
         maps.disown(owner);
     }
 }
 
-impl Maps {
-    fn look(&self, uuid: Uuid, name: &str) -> Result<Option<Arc<Domain>>> {
-        match (self.names.get(name), self.domains.get(&uuid)) {
-            (Some(known), _) if *known != uuid => Err(taken_name(name, *known)),
-            (_, None) if self.claimed.contains(&uuid) => Err(Error::DomainExists(format!(
-                "domain '{}' with uuid {uuid} is just being defined by another call",
+impl<T: Object> Maps<T> {
+    fn look(&self, uuid: Uuid, name: &str) -> Result<Option<Arc<T>>> {
+        match (self.names.get(name), self.objects.get(&uuid)) {
+            (Some(known), _) if *known != uuid => Err(taken_name::<T>(name, *known)),
+            (_, None) if self.claimed.contains(&uuid) => Err(T::exists(format!(
+                "{} '{}' with uuid {uuid} is just being defined by another call",
+                T::KIND,
                 self.name_of(uuid)
             ))),
-            (None, Some(_)) => Err(Error::DomainExists(format!(
-                "uuid {uuid} belongs to domain '{}', not '{name}'; use Rename, or another uuid",
+            (None, Some(_)) => Err(T::exists(format!(
+                "uuid {uuid} belongs to {} '{}', not '{name}'; use Rename, or another uuid",
+                T::KIND,
                 self.name_of(uuid)
             ))),
             (_, found) => Ok(found.cloned()),
         }
     }
 
-    /// As the names say it: to ask the domain would be to lock its state, under which others lock these maps.
+    /// As the names say it: to ask the object would be to lock its state, under which others lock these maps.
     fn name_of(&self, uuid: Uuid) -> &str {
         self.names.iter().find(|(_, of)| **of == uuid).map_or("", |(name, _)| name)
     }
@@ -137,19 +150,27 @@ impl Maps {
     }
 }
 
-fn taken_name(name: &str, uuid: Uuid) -> Error {
-    Error::DomainExists(format!(
-        "domain '{name}' exists already, with uuid {uuid}; give that uuid to change it, or choose another name"
+fn taken_name<T: Object>(name: &str, uuid: Uuid) -> Error {
+    let kind = T::KIND;
+    T::exists(format!(
+        "{kind} '{name}' exists already, with uuid {uuid}; give that uuid to change it, or choose another name"
     ))
+}
+
+/// Refuses a name that looks like another. Those that are there already keep theirs.
+pub(crate) fn check_new_name(what: &str, name: &str) -> Result<()> {
+    let refused = virt_model::xml::check_new_name(name);
+    refused.map_err(|why| Error::InvalidArgument(format!("the name '{}' of a {what} {why}", shorten(name))))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::Domain;
 
     #[test]
     fn a_uuid_is_claimed_under_one_name() {
-        let registry = Registry::default();
+        let registry = Registry::<Domain>::default();
         let uuid = Uuid::from_u128(7);
         assert!(matches!(registry.claim(uuid, "web", 1000, 9), Ok(Claimed::New)));
         for name in ["web", "shop"] {

@@ -1,12 +1,11 @@
-//! What every domain shares with the service: drivers, authority, events, jobs, the registry and the disk.
+//! What every object shares with the service: drivers, authority, events, jobs, images and the disk. It knows no object.
 
 use crate::authz::{Authority, Caller};
 use crate::desk::{Desk, Reading};
 use crate::error::Result;
 use crate::events::Events;
-use crate::images::Seen;
+use crate::images::Images;
 use crate::job::Jobs;
-use crate::registry::Registry;
 use crate::store::{Store, on_disk};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -44,11 +43,9 @@ pub(crate) struct Shared {
     pub callers: Arc<dyn Callers>,
     pub events: Events,
     pub jobs: Arc<Jobs>,
-    pub registry: Registry,
     pub store: Store,
     pub limits: Limits,
-    /// Which files the paths of images lead to.
-    pub seen: Seen,
+    pub images: Arc<Images>,
     pub desk: Arc<Desk>,
     last_id: AtomicU32,
 }
@@ -59,21 +56,20 @@ impl Shared {
         authority: Arc<dyn Authority>,
         callers: Arc<dyn Callers>,
         events: Events,
+        images: Arc<Images>,
         store: Store,
         limits: Limits,
     ) -> Arc<Shared> {
         let jobs = Jobs::new(events.clone(), limits.jobs_per_user, store.last_job());
-        let registry = Registry::default();
         Arc::new(Shared {
             drivers,
             authority,
             callers,
             events,
             jobs,
-            registry,
             store,
             limits,
-            seen: Seen::default(),
+            images,
             desk: Desk::new(limits.reading),
             last_id: AtomicU32::new(0),
         })

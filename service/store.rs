@@ -80,9 +80,6 @@ pub(crate) enum Found {
     },
 }
 
-/// The form that is stored.
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
-
 /// More jobs than a virtd can have begun when it ends: nearly three years of ten a second.
 const JOBS_OF_A_RUN: u64 = 1_000_000_000;
 
@@ -92,7 +89,7 @@ const MAX_FILE: u64 = 64 << 20;
 /// Refuses a configuration that could not be read again where it is shown, stored and given back. To be asked before
 /// anything is begun.
 pub(crate) fn acceptable(def: &DomainDef) -> Result<(), String> {
-    def.write_readable(STORED, Limits::ACCEPTED).map(drop)
+    def.write_readable(Form::STORED, Limits::ACCEPTED).map(drop)
 }
 
 /// Why a domain is shut off, and since when.
@@ -157,7 +154,7 @@ impl Store {
     /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
     /// Nothing is written of one that could not be read again.
     pub fn save_definition(&self, uuid: Uuid, def: &DomainDef, note: &Note) -> Result<()> {
-        let text = def.write_readable(STORED, Limits::STORED).map_err(|why| not_kept(&def.name, &why))?;
+        let text = def.write_readable(Form::STORED, Limits::STORED).map_err(|why| not_kept(&def.name, &why))?;
         self.save_note(uuid, note)?;
         replace(&self.definition(uuid), text.as_bytes())
     }

@@ -157,7 +157,7 @@ fn thread_group(kind: ThreadKind) -> String {
 
 fn limits(def: &DomainDef) -> Limits {
     let (cpu, memory, io) = (def.cputune.as_ref(), def.memtune.as_ref(), def.blkiotune.as_ref());
-    let bytes = |size: Option<virt_model::domain::value::Kib>| size.map(|size| size.0.saturating_mul(1024));
+    let bytes = |size: Option<virt_model::domain::size::Kib>| size.map(|size| size.0.saturating_mul(1024));
     let devices = io.iter().flat_map(|io| &io.devices).map(|device| IoLimits {
         path: PathBuf::from(device.path.as_deref().unwrap_or_default()),
         weight: device.weight,

@@ -17,7 +17,7 @@ async fn with_tpm(house: &House, more: &str) -> Option<DomainDef> {
         return None;
     }
     let def = house.def(POWER_OFF, more).await;
-    let xml = def.write(Form { inactive: true, secure: true, migratable: false });
+    let xml = def.write(Form::STORED);
     Some(house.complete(&xml.replacen("</devices>", TPM, 1)).await)
 }
 
@@ -149,7 +149,7 @@ async fn folders_and_a_network_come_through_the_wall() {
         shared.display()
     );
     let memory = "<memoryBacking><source type='memfd'/><access mode='shared'/></memoryBacking>";
-    let xml = house.def(POWER_OFF, memory).await.write(Form { inactive: true, secure: true, migratable: false });
+    let xml = house.def(POWER_OFF, memory).await.write(Form::STORED);
     let mut guest = house.start(house.complete(&xml.replacen("</devices>", &devices, 1)).await).await;
     guest.serial.says("C00000001").await;
     let beside = beside(&guest.seen);

@@ -10,7 +10,7 @@ use virt_drivers::qemu::plan::Command;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
 
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const STORED: Form = Form::STORED;
 
 /// A small machine; `outside` stands before its devices.
 fn text(machine: &str, outside: &str, devices: &str) -> String {

@@ -10,7 +10,7 @@ use std::process::Command;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::{Condition, Driver};
 
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const STORED: Form = Form::STORED;
 
 /// Tick with more devices.
 async fn tick_with(house: &House, devices: &str, more: &str) -> DomainDef {

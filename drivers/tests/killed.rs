@@ -104,7 +104,7 @@ async fn no_moment_is_too_bad() {
         for when in ["before", "after"] {
             let Some(mut house) = House::system() else { return };
             let moment = format!("{when} {phase}");
-            let form = Form { inactive: true, secure: true, migratable: false };
+            let form = Form::STORED;
             let xml = house.def(POWER_OFF, "").await.write(form);
             let def = house.complete(&xml.replacen("</devices>", &format!("{device}</devices>"), 1)).await;
             let (uuid, disk) = (def.uuid.to_string(), house.path(&format!("{}.qcow2", def.uuid)));

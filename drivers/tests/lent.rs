@@ -108,7 +108,7 @@ async fn files_that_take_the_guests_words_are_made() {
     let Some(house) = House::system() else { return };
     let mut def = house.def(POWER_OFF, "").await;
     let log = house.path("serial.log");
-    let xml = def.write(virt_model::domain::Form { inactive: true, secure: true, migratable: false });
+    let xml = def.write(virt_model::domain::Form::STORED);
     let with_log = format!("<serial type='pty'><log file='{}'/>", log.display());
     assert!(xml.contains("<serial type='pty'>"), "{xml}");
     def = house.complete(&xml.replacen("<serial type='pty'>", &with_log, 1)).await;
@@ -144,7 +144,7 @@ async fn firmware_variables_are_made_for_qemus_user() {
         template.display(),
         vars.display()
     );
-    let xml = def.write(virt_model::domain::Form { inactive: true, secure: true, migratable: false });
+    let xml = def.write(virt_model::domain::Form::STORED);
     def = house.complete(&xml.replacen("</os>", &os, 1)).await;
     for reset_nvram in [false, true] {
         let (launch, _seen) = house.launch(def.clone());

@@ -52,7 +52,7 @@ async fn a_card_in_vlans_of_its_bridge() {
         bridge.0
     );
     let def = house.def(POWER_OFF, "").await;
-    let xml = def.write(Form { inactive: true, secure: true, migratable: false });
+    let xml = def.write(Form::STORED);
     let def = house.complete(&xml.replacen("</devices>", &cable, 1)).await;
     let (launch, seen) = house.launch(def.clone());
     let filters = PathBuf::from(format!("/sys/class/net/{}/bridge/vlan_filtering", bridge.0)).exists();
@@ -91,7 +91,7 @@ async fn a_device_of_ones_own_on_a_bridge() {
         bridge.0
     );
     let def = house.def(POWER_OFF, "").await;
-    let xml = def.write(Form { inactive: true, secure: true, migratable: false });
+    let xml = def.write(Form::STORED);
     let def = house.complete(&xml.replacen("</devices>", &cable, 1)).await;
     let mut guest = house.start(def).await;
     guest.serial.says("C00000001").await;
@@ -148,7 +148,7 @@ async fn a_device_on_one_of_the_hosts_goes_with_the_guest_whoever_was_killed() {
          <bandwidth><outbound average='1000' peak='2000' burst='64'/></bandwidth>"
     );
     let def = house.def(POWER_OFF, "").await;
-    let xml = def.write(Form { inactive: true, secure: true, migratable: false });
+    let xml = def.write(Form::STORED);
     let cards = card("bridge", &more) + &card("bridge", "<mac address='52:54:00:00:00:92'/>") + "</devices>";
     let def = house.complete(&xml.replacen("</devices>", &cards, 1)).await;
     let mut guest = house.start(def).await;
@@ -170,7 +170,7 @@ async fn a_device_on_one_of_the_hosts_goes_with_the_guest_whoever_was_killed() {
         |n: usize| guest.live.devices.interfaces[n].target.as_ref().and_then(|target| target.dev.clone()).unwrap();
     assert_eq!(named(0), name);
     assert!(named(1).starts_with("macvtap") && shown().contains(&format!("{}@", named(1))), "{}", named(1));
-    let stored = guest.live.write(Form { inactive: true, secure: true, migratable: false });
+    let stored = guest.live.write(Form::STORED);
     assert!(stored.contains(&name) && !stored.contains(&named(1)), "a name that was chosen is not kept");
 
     let (guest, _) = house.find(guest, Condition::Running).await.unwrap();

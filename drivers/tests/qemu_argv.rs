@@ -12,7 +12,7 @@ use virt_drivers::qemu::plan::Companion;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
 
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const STORED: Form = Form::STORED;
 
 fn expect(name: &str, actual: &str) {
     if std::env::var_os("UPDATE").is_some() {

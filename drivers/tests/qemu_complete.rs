@@ -12,7 +12,7 @@ use virt_model::device::AddressKind;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
 
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const STORED: Form = Form::STORED;
 
 /// Devices that any PC can have; `{n}` is a letter of its own.
 const DEVICES: &[&str] = &[

@@ -1,6 +1,6 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
-use super::job::finish;
+use super::job::{finish, no_wait};
 use super::{Members, paths, properties, snapshot};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
@@ -238,9 +238,7 @@ pub fn start_options(mut options: Options) -> Result<(StartOptions, bool), Error
         autodestroy: options.flag("autodestroy")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
-    let no_wait = options.flag("no-wait")?;
-    options.end()?;
-    Ok((start, no_wait))
+    Ok((start, no_wait(options)?))
 }
 
 fn mode(mut options: Options) -> Result<ShutdownMode, Error> {

@@ -2,7 +2,7 @@
 
 use super::{Members, paths, properties};
 use crate::bus::answers::no_object;
-use crate::bus::call::{Call, Outcome, signal};
+use crate::bus::call::{Call, Options, Outcome, signal};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
 use crate::bus::wire::Body;
@@ -61,6 +61,13 @@ pub async fn finish(ticket: Ticket, no_wait: bool) -> Result<ObjectPath<'static>
         ticket.done().await?;
     }
     paths::argument(path)
+}
+
+/// The last option of a verb that becomes a job: its caller does not wait for the end.
+pub fn no_wait(mut options: Options) -> Result<bool, Error> {
+    let no_wait = options.flag("no-wait")?;
+    options.end()?;
+    Ok(no_wait)
 }
 
 /// What there is for each member.

@@ -1,6 +1,6 @@
 //! `org.virt.Snapshot`: translation between the bus and a domain's snapshots.
 
-use super::job::finish;
+use super::job::{finish, no_wait};
 use super::{Members, paths, properties};
 use crate::bus::answers::no_object;
 use crate::bus::call::{Call, FlagOrTexts, Options, Outcome};
@@ -114,9 +114,7 @@ pub fn create_options(mut options: Options) -> Result<(CreateOptions, bool), Err
         leave_out: options.texts("leave-out")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
-    let no_wait = options.flag("no-wait")?;
-    options.end()?;
-    Ok((create, no_wait))
+    Ok((create, no_wait(options)?))
 }
 
 fn revert_options(mut options: Options) -> Result<(RevertOptions, bool), Error> {
@@ -132,9 +130,7 @@ fn revert_options(mut options: Options) -> Result<(RevertOptions, bool), Error> 
         },
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
-    let no_wait = options.flag("no-wait")?;
-    options.end()?;
-    Ok((revert, no_wait))
+    Ok((revert, no_wait(options)?))
 }
 
 fn delete_options(mut options: Options) -> Result<(DeleteOptions, bool), Error> {
@@ -144,9 +140,7 @@ fn delete_options(mut options: Options) -> Result<(DeleteOptions, bool), Error> 
         metadata_only: options.flag("metadata-only")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
-    let no_wait = options.flag("no-wait")?;
-    options.end()?;
-    Ok((delete, no_wait))
+    Ok((delete, no_wait(options)?))
 }
 
 type Answer = HashMap<&'static str, Variant<'static>>;

@@ -1,7 +1,8 @@
 //! A machine whose own files cannot be read: it stays on the bus and says why, what runs of it can be stopped, and it can
 //! be defined anew or given up. Nothing else is done to what nobody knows.
 
-use super::{Domain, State};
+use super::Domain;
+use super::state::State;
 use crate::authz::Action;
 use crate::error::{Error, Result};
 use crate::lock::lock;

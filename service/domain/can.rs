@@ -1,7 +1,8 @@
 //! When a verb has a meaning, and `Can`: what a method would answer now, for a program that greys out its buttons.
 
-use super::{Domain, State};
-use crate::authz::{Answer, Caller, Subject};
+use super::Domain;
+use super::state::State;
+use crate::authz::{Caller, Subject};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::verb::{self, Verb, When};
@@ -32,7 +33,7 @@ impl Domain {
     pub async fn can_with_snapshot(&self, caller: &Caller, name: &str, member: &str) -> Result<&'static str> {
         let verb = verb::find("org.virt.Snapshot", verb::SNAPSHOT, member)?;
         self.has_snapshot(name)?;
-        self.can_do(caller, verb, Subject { snapshot_name: Some(name.to_owned()), ..self.subject() }).await
+        self.can_do(caller, verb, self.snapshot_subject(name)).await
     }
 
     async fn can_do(&self, caller: &Caller, verb: &Verb, subject: Subject) -> Result<&'static str> {
@@ -41,17 +42,6 @@ impl Domain {
             return Ok("na");
         }
         Ok(self.shared.authority.can(caller, action, &subject).await.as_str())
-    }
-}
-
-impl Answer {
-    /// The word on the bus.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Answer::Yes => "yes",
-            Answer::No => "no",
-            Answer::Challenge => "challenge",
-        }
     }
 }
 

@@ -36,37 +36,30 @@ pub(super) struct OpenJob {
 }
 
 impl Domain {
-    /// Asks for permission, and says no to a domain that has gone, or whose own files cannot be used.
-    pub(super) async fn allow(&self, caller: &Caller, verb: &Verb) -> Result<()> {
-        match verb.action {
-            Some(action) => self.allow_action(caller, action).await,
-            None => self.still_here(),
-        }
+    /// Asks whether `caller` may do `action`, that of a verb's row or what is needed beside it. Refuses a domain that has gone,
+    /// or whose own files cannot be used. `None` is for everybody.
+    pub(super) async fn allow(&self, caller: &Caller, action: impl Into<Option<Action>>) -> Result<()> {
+        let Some(action) = self.allow_for(caller, action.into(), &self.subject()).await? else { return Ok(()) };
+        lock(&self.state).sound_for(action)
     }
 
-    /// The same for what a verb needs beside the action of its row.
-    pub(super) async fn allow_action(&self, caller: &Caller, action: Action) -> Result<()> {
+    /// The same for the snapshot `name`; of a domain whose own files cannot be used, that is said when its machine is looked at.
+    pub(super) async fn allow_snapshot(
+        &self,
+        caller: &Caller,
+        action: impl Into<Option<Action>>,
+        name: &str,
+    ) -> Result<()> {
+        self.allow_for(caller, action.into(), &self.snapshot_subject(name)).await.map(drop)
+    }
+
+    async fn allow_for(&self, caller: &Caller, action: Option<Action>, subject: &Subject) -> Result<Option<Action>> {
         self.still_here()?;
-        self.shared.authority.check(caller, action, &self.subject()).await?;
-        let state = lock(&self.state);
-        state.still_here()?;
-        state.sound_for(action)
-    }
-
-    /// The same for a verb of a snapshot.
-    pub(super) async fn allow_snapshot(&self, caller: &Caller, verb: &Verb, name: &str) -> Result<()> {
-        match verb.action {
-            Some(action) => self.allow_snapshot_action(caller, action, name).await,
-            None => self.still_here(),
+        if let Some(action) = action {
+            self.shared.authority.check(caller, action, subject).await?;
+            self.still_here()?;
         }
-    }
-
-    /// The same for what a verb of a snapshot needs beside the action of its row.
-    pub(super) async fn allow_snapshot_action(&self, caller: &Caller, action: Action, name: &str) -> Result<()> {
-        self.still_here()?;
-        let subject = Subject { snapshot_name: Some(name.to_owned()), ..self.subject() };
-        self.shared.authority.check(caller, action, &subject).await?;
-        self.still_here()
+        Ok(action)
     }
 
     /// A short verb: its caller waits for the end. `work` has the turn, and the state is one in which the verb has a meaning.
@@ -79,7 +72,7 @@ impl Domain {
         // On the heap: in a debug build each frame would move it once more.
         let work = Box::pin(work);
         self.logged(caller, verb, async {
-            self.allow(caller, verb).await?;
+            self.allow(caller, verb.action).await?;
             let _turn = self.take_turn(verb.word, &CancellationToken::new()).await?;
             if verb.waits_for_recovery() {
                 self.finish_interrupted_soon().await?;
@@ -138,11 +131,7 @@ impl Domain {
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
         let begun = Instant::now();
-        let accepted = work.await;
-        if let Err(e) = &accepted {
-            self.log(caller, verb, begun, Some(e));
-        }
-        accepted
+        work.await.inspect_err(|e| self.log(caller, verb, begun, Some(e)))
     }
 
     pub(crate) fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, failure: Option<&Error>) {

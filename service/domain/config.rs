@@ -1,6 +1,7 @@
 //! The configuration: read, redefine, undefine, rename, autostart, title, description, metadata.
 
-use super::{Domain, PUBLISHED, State};
+use super::Domain;
+use super::state::{PUBLISHED, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::events::Event;
@@ -50,15 +51,12 @@ pub struct UndefineOptions {
 /// How long the removal of what belongs to a guest may keep its end from being told.
 const REMOVAL: Duration = Duration::from_secs(5);
 
-/// The form that is stored.
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
-
 impl Domain {
     /// The configuration: of what runs while it runs, unless `form.inactive` asks for what the next start would use.
     pub async fn xml(&self, caller: &Caller, form: Form) -> Result<String> {
         match form.secure {
-            true => self.allow_action(caller, Action::ReadSecure).await?,
-            false => self.allow(caller, &verb::GET_XML).await?,
+            true => self.allow(caller, Action::ReadSecure).await?,
+            false => self.allow(caller, verb::GET_XML.action).await?,
         }
         let (live, stored) = self.configurations();
         if live.is_none() || form.inactive {
@@ -70,7 +68,7 @@ impl Domain {
 
     /// The metadata element of a namespace: of what runs, or with `config` of what is stored.
     pub async fn metadata(&self, caller: &Caller, uri: &str, affect: Affect) -> Result<String> {
-        self.allow(caller, &verb::GET_METADATA).await?;
+        self.allow(caller, verb::GET_METADATA.action).await?;
         if affect.live && affect.config {
             return Err(Error::InvalidArgument("give 'live' or 'config', not both: one text is returned".to_owned()));
         }
@@ -226,15 +224,15 @@ impl Domain {
     pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
         self.short(caller, &verb::RENAME, async {
             let stored = self.stored().ok_or_else(|| self.vanished())?;
-            crate::check_new_name("domain", name)?;
+            crate::registry::check_new_name("domain", name)?;
             let def = renamed(&stored, name)?;
-            self.shared.registry.claim_name(self.uuid, name)?;
+            self.domains.claim_name(self.uuid, name)?;
             if let Err(e) = self.store(def.clone()).await {
-                self.shared.registry.drop_name(name);
+                self.domains.drop_name(name);
                 return Err(e);
             }
             self.commit_rename(def).await;
-            self.shared.registry.drop_name(&stored.name);
+            self.domains.drop_name(&stored.name);
             Ok(())
         })
         .await
@@ -376,7 +374,7 @@ impl Domain {
     /// Notes the configuration of what runs; a guest that has just ended needs no note.
     pub(super) async fn keep_live(&self, live: &DomainDef) -> Result<()> {
         let Ok(guest) = self.guest() else { return Ok(()) };
-        let (status, text) = (guest.status, live.write(Form { inactive: false, ..STORED }));
+        let (status, text) = (guest.status, live.write(Form::LIVE));
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
@@ -461,7 +459,7 @@ fn refuse_long(what: &str, text: &str) -> Result<()> {
 
 /// Holds what a caller put in to the rules of a document: it must read back as what was meant.
 fn check_text(def: &DomainDef) -> Result<()> {
-    match DomainDef::parse(&def.write(STORED)) {
+    match DomainDef::parse(&def.write(Form::STORED)) {
         Ok(read) if (&read.title, &read.description) != (&def.title, &def.description) => {
             let text = "the text has control characters, which XML cannot hold; leave them out";
             Err(Error::InvalidArgument(text.to_owned()))

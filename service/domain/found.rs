@@ -1,7 +1,10 @@
 //! A guest that outlived the last virtd: sought when virtd starts, then found, or known to have gone. Until then its last
 //! known state is what is published, and whoever wants to change it is told to wait.
 
-use super::{Domain, Guest, Reports, Sought, pause_reason};
+use super::Domain;
+use super::guest::pause_reason;
+use super::reports::Reports;
+use super::state::{Guest, Sought};
 use crate::error::Error;
 use crate::lock::lock;
 use crate::store::{Ended, Status, StatusFile};
@@ -23,21 +26,6 @@ pub(crate) struct FoundGuest {
     /// What was last kept of it.
     pub status: Status,
     pub file: Arc<StatusFile>,
-}
-
-impl Sought {
-    /// Why nothing can be done to a guest that is not found yet.
-    pub(super) fn refusal(&self, name: &str) -> Error {
-        match &self.why {
-            None => Error::Busy {
-                domain: name.to_owned(),
-                job: "the search for its guest, since virtd has started".to_owned(),
-            },
-            Some(why) => Error::OperationInvalid(format!(
-                "domain '{name}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd"
-            )),
-        }
-    }
 }
 
 impl Domain {

@@ -3,40 +3,19 @@
 
 use super::Domain;
 use super::reports::Reports;
-use super::state::State;
+use super::state::{Guest, State};
 use crate::error::Result;
 use crate::lock::lock;
 use crate::log;
 use crate::store::{Ended, StatusFile, on_disk};
 use crate::time::now_usec;
 use std::sync::Arc;
-use tokio::sync::{mpsc, oneshot};
-use virt_model::domain::{DomainDef, LifecycleAction};
-use virt_model::driver::{DriverEvent, Exit, Instance};
+use tokio::sync::oneshot;
+use virt_model::domain::LifecycleAction;
+use virt_model::driver::{DriverEvent, Exit};
 use virt_model::state::{
     Crashed, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped, Suspended,
 };
-
-/// The active half of a domain.
-#[derive(Clone)]
-pub(super) struct Guest {
-    pub(super) id: u32,
-    pub(super) instance: Arc<dyn Instance>,
-    pub(super) live: Arc<DomainDef>,
-    pub(super) status: Arc<StatusFile>,
-    /// Why its end is expected, once it is.
-    pub(super) ending: Option<Stopped>,
-    /// Asks `follow` to say when it has told all that was reported before.
-    pub(super) asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
-}
-
-/// A guest that is sought since virtd started: what was last known of it is published meanwhile.
-pub(super) struct Sought {
-    pub(super) id: u32,
-    pub(super) live: Arc<DomainDef>,
-    /// Why it cannot be found, once that is known: it may run, and is never to be started beside that.
-    pub(super) why: Option<String>,
-}
 
 /// What a hypervisor has reported is told: now it can be told what a verb has done.
 pub(super) struct AllTold<'a>(&'a Domain);

@@ -1,6 +1,8 @@
 //! Start, shutdown, reboot, reset, destroy, suspend, resume.
 
-use super::{Domain, Guest, Reports, State};
+use super::Domain;
+use super::reports::Reports;
+use super::state::{Guest, Starting, State};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::images;
@@ -44,15 +46,12 @@ const UNDER_WAY: Duration = Duration::from_secs(30);
 /// How long a report may take from the driver to what is published.
 const TOLD: Duration = Duration::from_secs(20);
 
-/// The live form, with passwords: what must be found again after a restart of virtd.
-const KEPT: Form = Form { inactive: false, secure: true, migratable: false };
-
 impl Domain {
     /// Starts an inactive domain. Returns when the start is accepted; the ticket answers when its CPUs run (or stand
     /// ready, if `paused`). If it fails, the domain is inactive as before.
     pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartOptions) -> Result<Ticket> {
         self.accepted(caller, &verb::START, async {
-            self.allow(caller, &verb::START).await?;
+            self.allow(caller, verb::START.action).await?;
             self.launch(caller, None, options).await
         })
         .await
@@ -147,7 +146,7 @@ impl Domain {
         cancel: &CancellationToken,
     ) -> Result<()> {
         let mut def = def;
-        self.shared.declare(&mut def);
+        self.shared.images.declare(&mut def);
         self.may_write_disks(&def).await?;
         for finding in self.changed_below(&def).await {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");
@@ -197,7 +196,7 @@ impl Domain {
     async fn may_write_disks(&self, def: &DomainDef) -> Result<()> {
         let deed = format!("cannot start domain '{}'", self.name());
         let written = images::written_by(def);
-        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await
     }
 
     /// What is on disk before there is a guest: with it a start that is cut off can be finished or ended.
@@ -212,7 +211,7 @@ impl Domain {
             reason,
             since_usec: now_usec(),
             autodestroy: options.autodestroy.then(|| caller.bus_name.clone().unwrap_or_default()),
-            live: def.write(KEPT),
+            live: def.write(Form::LIVE),
             record: None,
         }
     }
@@ -228,7 +227,7 @@ impl Domain {
     ) -> Result<()> {
         let mut live = running.live;
         Arc::make_mut(&mut live).id = Some(id);
-        let (file, text, since_usec) = (status.clone(), live.write(KEPT), now_usec());
+        let (file, text, since_usec) = (status.clone(), live.write(Form::LIVE), now_usec());
         let kept = on_disk(move || {
             file.update(|s| {
                 s.live = text;
@@ -359,7 +358,7 @@ impl Domain {
     /// hangs is killed (or, if `graceful`, left: `TimedOut`).
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, graceful: bool) -> Result<()> {
         self.logged(caller, &verb::DESTROY, async {
-            self.allow(caller, &verb::DESTROY).await?;
+            self.allow(caller, verb::DESTROY.action).await?;
             self.applies(&verb::DESTROY)?;
             if let Some(starting) = &lock(&self.state).starting {
                 starting.cancel.cancel();
@@ -450,14 +449,6 @@ impl Drop for Creation {
         lock(&self.0.state).creations -= 1;
         self.0.drop_if_nothing_left();
     }
-}
-
-/// A start under way, or to come of what is under way.
-pub(super) struct Starting {
-    /// Fires when no guest is wanted any more.
-    cancel: CancellationToken,
-    /// The hypervisor has been asked: until it has answered there may be a process.
-    launched: bool,
 }
 
 /// See [`Domain::will_start`].

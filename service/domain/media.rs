@@ -124,7 +124,7 @@ fn asked(def: &DomainDef, target: &str, device: &Element, runs: bool) -> Result<
     let mut read = DomainDef::from_tree(tree).map_err(Error::ConfigInvalid)?;
     read.keep_hidden(&[def]).map_err(Error::ConfigInvalid)?;
     if !runs {
-        read = read.in_form(Form { inactive: true, secure: true, migratable: false });
+        read = read.in_form(Form::STORED);
     }
     let found = read.devices.disks.into_iter().find(|disk| disk.target.dev == target);
     found.ok_or_else(|| Error::ConfigInvalid(vec![Finding::invalid(&device.at, "the disk has no target")]))

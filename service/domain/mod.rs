@@ -1,4 +1,4 @@
-//! `Domain`: its state, and the only reader of what its hypervisor reports (`follow`).
+//! `Domain`: what it is made of, and how a change of its state is told. What is done to it is told by the other files here.
 //!
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
@@ -9,6 +9,7 @@ mod change;
 mod config;
 mod found;
 mod guest;
+mod images;
 mod lifecycle;
 mod media;
 mod reports;
@@ -24,14 +25,13 @@ use crate::authz::Subject;
 use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::facts::DomainFacts;
-use crate::images;
 use crate::lock::lock;
+use crate::registry::{Object, Registry};
 use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
 use crate::turn::Turn;
-use guest::{Guest, Sought, pause_reason};
-use reports::Reports;
-use state::{PUBLISHED, State, describe};
+use snapshots::set::SnapshotSet;
+use state::{State, describe};
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -45,10 +45,26 @@ pub struct Domain {
     owner: u32,
     driver: Arc<dyn Driver>,
     shared: Arc<Shared>,
+    domains: Arc<Domains>,
     turn: Arc<Turn>,
     state: Mutex<State>,
     /// Counts the changes of `state`, for those who wait for one.
     changes: watch::Sender<u64>,
+}
+
+/// All domains of this host.
+pub(crate) type Domains = Registry<Domain>;
+
+impl Object for Domain {
+    const KIND: &str = "domain";
+
+    fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    fn exists(text: String) -> Error {
+        Error::DomainExists(text)
+    }
 }
 
 /// How a new `Domain` comes to be.
@@ -66,7 +82,7 @@ pub(crate) struct DomainSeed {
 }
 
 impl Domain {
-    pub(crate) fn new(shared: Arc<Shared>, birth: DomainSeed) -> Arc<Domain> {
+    pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
         let (uuid, name) = (birth.def.uuid, birth.def.name.clone());
         let facts = DomainFacts {
             name: name.clone(),
@@ -97,7 +113,8 @@ impl Domain {
             uuid,
             owner: birth.note.owner,
             driver: birth.driver,
-            shared,
+            shared: shared.clone(),
+            domains: domains.clone(),
             turn: Arc::default(),
             state: Mutex::new(State {
                 name,
@@ -114,7 +131,7 @@ impl Domain {
                 broken: birth.broken,
                 sought: None,
                 unread: None,
-                snapshots: snapshots::SnapshotSet::new(birth.snapshots),
+                snapshots: SnapshotSet::new(birth.snapshots),
                 muted: None,
                 gone: false,
                 told: false,
@@ -144,41 +161,6 @@ impl Domain {
         lock(&self.state).facts.clone()
     }
 
-    /// The chains of images that it needs: what runs, what is stored, and its snapshots.
-    pub(crate) fn chains(&self) -> Vec<images::Chain> {
-        let state = lock(&self.state);
-        let whose = format!("domain '{}'", state.name);
-        let mut chains = Vec::new();
-        for def in state.guest.iter().map(|guest| &guest.live).chain(&state.stored) {
-            images::chains_of(self.uuid, &whose, def, &mut chains);
-        }
-        state.snapshots.defs().for_each(|def| images::chains_of_snapshot(self.uuid, &state.name, def, &mut chains));
-        chains
-    }
-
-    /// Of them those of the guest that runs.
-    pub(crate) fn running_chains(&self) -> Vec<images::Chain> {
-        let state = lock(&self.state);
-        let mut chains = Vec::new();
-        if let Some(guest) = &state.guest {
-            images::chains_of(self.uuid, &format!("domain '{}'", state.name), &guest.live, &mut chains);
-        }
-        chains
-    }
-
-    /// What the driver said while it was to `deed` this domain. Of an image that is locked it is told who has it.
-    fn driver_failed(&self, deed: &str, error: virt_model::driver::DriverError) -> Error {
-        Error::from_driver(&self.name(), deed, self.shared.with_owner_of_lock(self, error))
-    }
-
-    /// The overlays that its snapshots have laid on its disks.
-    pub(crate) fn overlays(&self) -> Vec<images::Overlay> {
-        let state = lock(&self.state);
-        let mut overlays = Vec::new();
-        state.snapshots.defs().for_each(|def| images::overlays_of(def, &mut overlays));
-        overlays
-    }
-
     /// What polkit is told it is about.
     pub fn subject(&self) -> Subject {
         Subject {
@@ -188,6 +170,11 @@ impl Domain {
             owner: Some(self.owner),
             snapshot_name: None,
         }
+    }
+
+    /// The same of one of its snapshots.
+    fn snapshot_subject(&self, name: &str) -> Subject {
+        Subject { snapshot_name: Some(name.to_owned()), ..self.subject() }
     }
 
     /// A domain may go while somebody waits for it.
@@ -220,7 +207,7 @@ impl Domain {
         }
         if was_there && state.gone {
             // Only now: whoever takes its uuid after it must not be told of before its end is.
-            self.shared.registry.remove(self.uuid, &state.name, self.owner);
+            self.domains.remove(self.uuid, &state.name, self.owner);
         }
         self.changes.send_modify(|n| *n += 1);
     }
@@ -228,7 +215,7 @@ impl Domain {
     /// Makes a new domain findable and tells of it, as one: nothing can be told of it before.
     pub(crate) fn add(self: &Arc<Self>) {
         self.commit_report(|_| {
-            self.shared.registry.insert(self.clone());
+            self.domains.insert(self.clone());
             vec![Lifecycle::Defined(Defined::Added)]
         });
     }

@@ -1,14 +1,15 @@
 //! What a domain is at a moment, and what is published of that. Held for a few lines, never across an await.
 
-use super::guest::{Guest, Sought};
-use super::{lifecycle, snapshots};
+use super::snapshots::set::SnapshotSet;
 use crate::error::{Error, Result};
 use crate::facts::DomainFacts;
-use crate::store::Note;
+use crate::store::{Note, StatusFile};
 use std::sync::Arc;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
-use virt_model::driver::Driver;
-use virt_model::state::{DomainState, StateReason};
+use virt_model::driver::{Driver, Instance};
+use virt_model::state::{DomainState, StateReason, Stopped};
 
 /// What a domain is at a moment.
 pub(super) struct State {
@@ -16,7 +17,7 @@ pub(super) struct State {
     pub(super) stored: Option<Arc<DomainDef>>,
     pub(super) guest: Option<Guest>,
     /// The start under way, or to come of what is under way: there is no guest yet, and soon there may be one.
-    pub(super) starting: Option<lifecycle::Starting>,
+    pub(super) starting: Option<Starting>,
     /// Starts that bring their own definition and have not ended: until then the domain stays, whatever else goes.
     pub(super) creations: usize,
     /// A configuration is on its way to disk: as with `creations`.
@@ -32,7 +33,7 @@ pub(super) struct State {
     pub(super) sought: Option<Sought>,
     /// Why what its guest runs with is not known: what is shown for that only stands for it.
     pub(super) unread: Option<String>,
-    pub(super) snapshots: snapshots::SnapshotSet,
+    pub(super) snapshots: SnapshotSet,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     pub(super) muted: Option<DomainState>,
     /// No longer in the registry.
@@ -41,6 +42,50 @@ pub(super) struct State {
     pub(super) told: bool,
     /// As last published.
     pub(super) facts: Arc<DomainFacts>,
+}
+
+/// The active half of a domain.
+#[derive(Clone)]
+pub(super) struct Guest {
+    pub(super) id: u32,
+    pub(super) instance: Arc<dyn Instance>,
+    pub(super) live: Arc<DomainDef>,
+    pub(super) status: Arc<StatusFile>,
+    /// Why its end is expected, once it is.
+    pub(super) ending: Option<Stopped>,
+    /// Asks `follow` to say when it has told all that was reported before.
+    pub(super) asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
+}
+
+/// A guest that is sought since virtd started: what was last known of it is published meanwhile.
+pub(super) struct Sought {
+    pub(super) id: u32,
+    pub(super) live: Arc<DomainDef>,
+    /// Why it cannot be found, once that is known: it may run, and is never to be started beside that.
+    pub(super) why: Option<String>,
+}
+
+/// A start under way, or to come of what is under way.
+pub(super) struct Starting {
+    /// Fires when no guest is wanted any more.
+    pub(super) cancel: CancellationToken,
+    /// The hypervisor has been asked: until it has answered there may be a process.
+    pub(super) launched: bool,
+}
+
+impl Sought {
+    /// Why nothing can be done to a guest that is not found yet.
+    pub(super) fn refusal(&self, name: &str) -> Error {
+        match &self.why {
+            None => Error::Busy {
+                domain: name.to_owned(),
+                job: "the search for its guest, since virtd has started".to_owned(),
+            },
+            Some(why) => Error::OperationInvalid(format!(
+                "domain '{name}' may run: its guest could not be looked at when virtd started ({why}); mend that and restart virtd"
+            )),
+        }
+    }
 }
 
 impl State {

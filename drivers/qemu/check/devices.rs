@@ -5,13 +5,14 @@ use crate::qemu::capabilities::End;
 use crate::qemu::command::{audio_back_end, date_seconds, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
 use std::collections::BTreeSet;
+use virt_model::device::balloon::BalloonModel;
 use virt_model::device::chardev::CharKind;
 use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
-use virt_model::device::misc::{
-    BalloonModel, InputBus, InputKind, RngKind, VirtioModel, WatchdogAction, WatchdogModel,
-};
+use virt_model::device::input::{InputBus, InputKind};
+use virt_model::device::rng::RngKind;
 use virt_model::device::sound::{AudioKind, SoundModel};
-use virt_model::device::{Graphics, Video};
+use virt_model::device::watchdog::{WatchdogAction, WatchdogModel};
+use virt_model::device::{Graphics, Video, VirtioModel};
 
 const SPICE_REMEDY: &str = "install the package with QEMU's SPICE modules (Debian 12: qemu-system-common, later: qemu-system-modules-spice) or use vnc";
 

@@ -2,9 +2,8 @@
 
 use super::Check;
 use std::collections::BTreeSet;
-use virt_model::device::Filesystem;
 use virt_model::device::filesystem::{AccessMode, FilesystemDriverKind, FilesystemKind};
-use virt_model::device::misc::VirtioModel;
+use virt_model::device::{Filesystem, VirtioModel};
 use virt_model::domain::memory::Sharing;
 
 /// The longest tag that virtiofs and 9p both take.

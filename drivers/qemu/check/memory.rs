@@ -206,7 +206,7 @@ impl Check<'_> {
         }
         if features.ps2.as_ref().is_some_and(|ps2| !ps2.is_on()) {
             self.refuse_if(!self.caps.at_least(7, 0), &place.child("ps2"), "leaving out PS/2 needs QEMU 7.0");
-            let ps2 = |input: &&virt_model::device::Input| input.bus == Some(virt_model::device::misc::InputBus::Ps2);
+            let ps2 = |input: &&virt_model::device::Input| input.bus == Some(virt_model::device::input::InputBus::Ps2);
             let used = self.def.devices.inputs.iter().find(ps2);
             if let Some(input) = used {
                 self.refuse(&input.at, "it is on PS/2, which <ps2 state='off'/> leaves out");

@@ -4,7 +4,7 @@ use super::Check;
 use crate::qemu::command::tpm_device;
 use virt_model::device::Tpm;
 use virt_model::device::chardev::SocketMode;
-use virt_model::device::misc::{TpmKind, TpmModel, TpmSourceKind, TpmVersion};
+use virt_model::device::tpm::{TpmKind, TpmModel, TpmSourceKind, TpmVersion};
 
 impl Check<'_> {
     pub(super) fn tpms(&mut self) {

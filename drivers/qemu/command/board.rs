@@ -1,8 +1,9 @@
-//! What sits on the board beside the usual: IOMMU, USB hubs, panic devices, shared memory, cryptographic accelerators.
+//! What sits on the board beside the usual: IOMMU, watchdogs, USB hubs, panic devices, shared memory, cryptographic accelerators.
 
 use super::args::Props;
 use super::{Builder, id, list, virtio};
 use virt_model::device::board::{CryptoBackendModel, IommuModel, PanicModel, Shmem, ShmemKind, ShmemRole};
+use virt_model::device::watchdog::WatchdogModel;
 use virt_model::device::{AddressKind, Iommu};
 
 /// Where shared memory has its names.
@@ -16,6 +17,20 @@ impl Builder<'_> {
             let props =
                 Props::device(iommu_device(iommu.model)).set("id", id(&iommu.info)).extend(iommu_options(iommu));
             self.args.device(props.extend(self.pci(&iommu.info)));
+        }
+    }
+
+    pub(super) fn watchdogs(&mut self) {
+        let def = self.def;
+        for watchdog in &def.devices.watchdogs {
+            let device = match watchdog.model {
+                WatchdogModel::I6300esb => "i6300esb",
+                WatchdogModel::Ib700 => "ib700",
+                // The chipset's own: switched on in `machine`.
+                _ => continue,
+            };
+            let props = Props::device(device).set("id", id(&watchdog.info)).extend(self.pci(&watchdog.info));
+            self.args.device(props);
         }
     }
 

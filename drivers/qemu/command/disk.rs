@@ -18,9 +18,8 @@ use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::{
     BackingStore, DetectZeroes, Discard, DiskBus, DiskCache, DiskDevice, DiskDriver, DiskKind, Iotune,
 };
-use virt_model::device::misc::VirtioModel;
 use virt_model::device::source::DiskSource;
-use virt_model::device::{AddressKind, ControllerKind, Disk};
+use virt_model::device::{AddressKind, ControllerKind, Disk, VirtioModel};
 use virt_model::domain::DomainDef;
 
 /// The first file descriptor of those for what is thrown away; from 200 on they are virtd's own.

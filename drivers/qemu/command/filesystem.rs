@@ -1,8 +1,7 @@
 //! Folders of the host: by 9p, which QEMU serves itself, or by virtiofs, which a companion does.
 
 use super::args::Props;
-use super::misc::generation;
-use super::{Builder, id, list, virtio};
+use super::{Builder, generation, id, list, virtio};
 use crate::qemu::plan::{Companion, Link, Loss, Role};
 use virt_model::device::Filesystem;
 use virt_model::device::filesystem::{AccessMode, FilesystemBinary, Multidevs};

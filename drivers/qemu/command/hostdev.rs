@@ -6,8 +6,7 @@ use crate::host::usb;
 use crate::qemu::plan::VSOCK_FD;
 use virt_model::device::hostdev::{GuestReset, HostdevKind, HostdevSource};
 use virt_model::device::interface::InterfaceKind;
-use virt_model::device::misc::VirtioModel;
-use virt_model::device::{Hostdev, Vsock};
+use virt_model::device::{Hostdev, VirtioModel, Vsock};
 use virt_model::domain::DomainDef;
 
 /// What vfio's tables and QEMU's own devices need beside the guest's memory, as libvirt has it.

@@ -4,6 +4,7 @@
 
 mod args;
 mod audio;
+mod balloon;
 mod board;
 mod calendar;
 mod chardev;
@@ -13,10 +14,11 @@ mod disk;
 mod filesystem;
 mod graphics;
 mod hostdev;
+mod input;
 mod machine;
 mod memory;
-mod misc;
 mod net;
+mod rng;
 mod source;
 mod sysinfo;
 mod tpm;
@@ -31,7 +33,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskDevice;
-use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
+use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo, VirtioModel};
 use virt_model::domain::DomainDef;
 use virt_model::domain::os::BootDevice;
 use virt_model::xml::Finding;
@@ -45,8 +47,8 @@ pub use cpu::{is_of_the_system, knows_feature};
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
 pub use hostdev::vsock_device;
+pub use input::input_device;
 pub use memory::memory_device;
-pub use misc::input_device;
 pub use net::{by_passt, card_type};
 pub use source::secret_name;
 pub use sysinfo::{has_field, tables};
@@ -332,6 +334,15 @@ fn virtio(driver: &virt_model::device::VirtioDriver) -> Props {
         .maybe("ats", driver.ats)
         .maybe("packed", driver.packed)
         .maybe("page-per-vq", driver.page_per_vq)
+}
+
+/// What of a device's name says which generation of virtio it is.
+fn generation(model: VirtioModel) -> &'static str {
+    match model {
+        VirtioModel::Virtio => "",
+        VirtioModel::Transitional => "-transitional",
+        VirtioModel::NonTransitional => "-non-transitional",
+    }
 }
 
 /// `socket,…` and the like.

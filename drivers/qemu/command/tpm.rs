@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use uuid::Uuid;
 use virt_model::device::Tpm;
-use virt_model::device::misc::{TpmKind, TpmModel, TpmVersion};
+use virt_model::device::tpm::{TpmKind, TpmModel, TpmVersion};
 use virt_model::domain::DomainDef;
 
 /// Where an emulator finds its end of the control channel.

@@ -8,10 +8,12 @@ use virt_model::device::chardev::{ChannelKind, ConsoleKind, SerialKind};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::hostdev::HostdevKind;
+use virt_model::device::input::InputBus;
 use virt_model::device::memory::MemoryModel;
-use virt_model::device::misc::InputBus;
 use virt_model::device::sound::SoundModel;
-use virt_model::device::{Address, AddressKind, Controller, ControllerKind, DeviceInfo, Disk, MemoryDevice, Serial};
+use virt_model::device::{
+    Address, AddressKind, Controller, ControllerKind, DeviceInfo, DeviceKind, DeviceMut, Disk, MemoryDevice,
+};
 use virt_model::domain::DomainDef;
 use virt_model::xml::{Element, Finding, Place};
 
@@ -238,21 +240,34 @@ pub fn memory_slots(def: &mut DomainDef, log: &mut Vec<Finding>) {
     }
 }
 
+/// In which order kinds of devices choose their ports.
+const USB_ORDER: &[DeviceKind] = &[
+    DeviceKind::Disk,
+    DeviceKind::Hub,
+    DeviceKind::Controller,
+    DeviceKind::Input,
+    DeviceKind::Sound,
+    DeviceKind::Redirdev,
+    DeviceKind::Serial,
+    DeviceKind::Hostdev,
+];
+
 fn usb_devices(def: &mut DomainDef) -> impl Iterator<Item = (&mut DeviceInfo, Place)> {
-    let devices = &mut def.devices;
-    let disks =
-        devices.disks.iter_mut().filter(|d| d.target.bus == Some(DiskBus::Usb)).map(|d| (&mut d.info, d.at.clone()));
-    let inputs =
-        devices.inputs.iter_mut().filter(|i| i.bus == Some(InputBus::Usb)).map(|i| (&mut i.info, i.at.clone()));
-    let sounds = devices.sounds.iter_mut().filter(|s| s.model == SoundModel::Usb).map(|s| (&mut s.info, s.at.clone()));
-    let readers = devices.controllers.iter_mut().filter(|c| c.kind == ControllerKind::Ccid);
-    let readers = readers.map(|c| (&mut c.info, c.at.clone()));
-    let serial = |s: &&mut Serial| s.target.as_ref().and_then(|target| target.kind) == Some(SerialKind::Usb);
-    let serials = devices.serials.iter_mut().filter(serial).map(|s| (&mut s.info, s.at.clone()));
-    let redirs = devices.redirdevs.iter_mut().map(|r| (&mut r.info, r.at.clone()));
-    let hubs = devices.hubs.iter_mut().map(|h| (&mut h.info, h.at.clone()));
-    let hosts = devices.hostdevs.iter_mut().filter(|h| h.kind == HostdevKind::Usb).map(|h| (&mut h.info, h.at.clone()));
-    disks.chain(hubs).chain(readers).chain(inputs).chain(sounds).chain(redirs).chain(serials).chain(hosts)
+    let devices = def.devices.all_mut_in(USB_ORDER).into_iter().filter(is_on_usb);
+    devices.map(DeviceMut::into_info).map(|(info, at)| (info, at.clone()))
+}
+
+fn is_on_usb(device: &DeviceMut) -> bool {
+    match device {
+        DeviceMut::Disk(disk) => disk.target.bus == Some(DiskBus::Usb),
+        DeviceMut::Input(input) => input.bus == Some(InputBus::Usb),
+        DeviceMut::Sound(sound) => sound.model == SoundModel::Usb,
+        DeviceMut::Controller(controller) => controller.kind == ControllerKind::Ccid,
+        DeviceMut::Serial(serial) => serial.target.as_ref().and_then(|target| target.kind) == Some(SerialKind::Usb),
+        DeviceMut::Hostdev(device) => device.kind == HostdevKind::Usb,
+        DeviceMut::Redirdev(_) | DeviceMut::Hub(_) => true,
+        _ => false,
+    }
 }
 
 fn kind(info: &DeviceInfo) -> Option<&AddressKind> {

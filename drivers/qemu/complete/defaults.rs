@@ -1,16 +1,19 @@
 //! What libvirt adds to a definition and what depends on the emulator: [`DomainDef::fill_defaults`] has done the rest.
 
 use super::super::capabilities::Capabilities;
+use virt_model::device::balloon::BalloonModel;
 use virt_model::device::chardev::{SerialKind, SerialModel};
 use virt_model::device::display::{GraphicsKind, VideoKind, VideoModel};
+use virt_model::device::input::{InputBus, InputKind};
 use virt_model::device::interface::{InterfaceKind, InterfaceModel};
 use virt_model::device::memory::MemoryModel;
-use virt_model::device::misc::{BalloonModel, InputBus, InputKind, TpmKind, TpmModel, TpmVersion, WatchdogAction};
 use virt_model::device::sound::AudioKind;
+use virt_model::device::tpm::{TpmKind, TpmModel, TpmVersion};
+use virt_model::device::watchdog::WatchdogAction;
 use virt_model::device::{Audio, Input, Interface, Memballoon, Tpm, Video};
 use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::{Cpu, CpuCheck, CpuMatch, CpuMode, CpuModel, Fallback};
-use virt_model::domain::value::Kib;
+use virt_model::domain::size::Kib;
 
 /// Memory comes in whole MiB.
 const MIB_IN_KIB: u64 = 1024;

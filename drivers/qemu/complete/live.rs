@@ -1,6 +1,6 @@
 //! What only a running guest has: every device's name, free ports, where sockets are.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use virt_model::device::address::DriveAddress;
 use virt_model::device::chardev::{ChannelKind, CharKind, SocketMode};
@@ -8,7 +8,9 @@ use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::{ChannelMode, GraphicsKind, ListenKind};
 use virt_model::device::memory::MemoryModel;
-use virt_model::device::{Address, AddressKind, Alias, Controller, ControllerKind, DeviceInfo, Disk, Graphics};
+use virt_model::device::{
+    Address, AddressKind, Alias, Controller, ControllerKind, DeviceKind, DeviceMut, Disk, Graphics,
+};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
@@ -103,62 +105,68 @@ pub fn name_devices(def: &mut DomainDef) {
         info.alias = info.alias.take().filter(Alias::is_user);
     }
     let mut disks = BTreeSet::new();
-    for disk in &mut devices.disks {
-        // Where vdc and sdc are both on virtio, one number would name two.
-        let mut name = disk_name(disk);
-        while !disks.insert(name.clone()) {
-            name += "x";
+    let mut first_serial = None;
+    let mut counts = BTreeMap::new();
+    for device in devices.all_mut() {
+        let (kind, prefix) = (device.kind(), prefix(&device));
+        let count = counts.entry(prefix).or_insert(0_u32);
+        let n = *count;
+        *count += 1;
+        let name = match &device {
+            DeviceMut::Disk(disk) => {
+                // Where vdc and sdc are both on virtio, one number would name two.
+                let mut name = disk_name(disk);
+                while !disks.insert(name.clone()) {
+                    name += "x";
+                }
+                name
+            }
+            DeviceMut::Controller(controller) => controller_name(controller, board),
+            _ => format!("{prefix}{n}"),
+        };
+        let as_serial = matches!(&device, DeviceMut::Console(console) if n == 0 && console.is_serial());
+        let named = first_serial.clone().filter(|_| as_serial).unwrap_or(Alias { name, ..Alias::default() });
+        let alias = device.into_info().0.alias.get_or_insert(named);
+        if kind == DeviceKind::Serial && n == 0 {
+            first_serial = Some(alias.clone());
         }
-        name_it(&mut disk.info, name);
     }
-    for controller in &mut devices.controllers {
-        let name = controller_name(controller, board);
-        name_it(&mut controller.info, name);
-    }
-    devices.interfaces.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("net{n}")));
-    devices.serials.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("serial{n}")));
-    devices.parallels.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("parallel{n}")));
-    let first_serial = devices.serials.first().and_then(|s| s.info.alias.clone());
-    for (n, console) in devices.consoles.iter_mut().enumerate() {
-        match &first_serial {
-            Some(alias) if n == 0 && console.is_serial() => _ = console.info.alias.get_or_insert_with(|| alias.clone()),
-            _ => name_it(&mut console.info, format!("console{n}")),
-        }
-    }
-    devices.channels.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("channel{n}")));
-    devices.inputs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("input{n}")));
-    devices.sounds.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("sound{n}")));
-    devices.videos.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("video{n}")));
-    devices.redirdevs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("redir{n}")));
-    devices.hostdevs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("hostdev{n}")));
-    devices.vsock.iter_mut().for_each(|d| name_it(&mut d.info, "vsock0".to_owned()));
-    devices.tpms.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("tpm{n}")));
-    devices.watchdogs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("watchdog{n}")));
-    devices.memballoon.iter_mut().for_each(|d| name_it(&mut d.info, "balloon0".to_owned()));
-    devices.rngs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("rng{n}")));
-    devices.filesystems.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("fs{n}")));
-    devices.hubs.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("hub{n}")));
-    devices.panics.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("panic{n}")));
-    devices.shmems.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("shmem{n}")));
-    let mut counts = std::collections::BTreeMap::new();
-    for memory in &mut devices.memories {
-        let kind = match memory.model {
+}
+
+/// What the names of such devices begin with; a number follows, except of disks and controllers.
+fn prefix(device: &DeviceMut) -> &'static str {
+    match device {
+        DeviceMut::Disk(_) => "disk",
+        DeviceMut::Controller(_) => "controller",
+        DeviceMut::Filesystem(_) => "fs",
+        DeviceMut::Interface(_) => "net",
+        DeviceMut::Serial(_) => "serial",
+        DeviceMut::Parallel(_) => "parallel",
+        DeviceMut::Console(_) => "console",
+        DeviceMut::Channel(_) => "channel",
+        DeviceMut::Input(_) => "input",
+        DeviceMut::Tpm(_) => "tpm",
+        DeviceMut::Sound(_) => "sound",
+        DeviceMut::Video(_) => "video",
+        DeviceMut::Hostdev(_) => "hostdev",
+        DeviceMut::Redirdev(_) => "redir",
+        DeviceMut::Hub(_) => "hub",
+        DeviceMut::Watchdog(_) => "watchdog",
+        DeviceMut::Memballoon(_) => "balloon",
+        DeviceMut::Rng(_) => "rng",
+        DeviceMut::Panic(_) => "panic",
+        DeviceMut::Shmem(_) => "shmem",
+        DeviceMut::MemoryDevice(memory) => match memory.model {
             MemoryModel::Dimm => "dimm",
             MemoryModel::Nvdimm => "nvdimm",
             MemoryModel::VirtioPmem => "virtiopmem",
             MemoryModel::VirtioMem => "virtiomem",
             MemoryModel::SgxEpc => "epc",
-        };
-        let count = counts.entry(kind).or_insert(0);
-        name_it(&mut memory.info, format!("{kind}{count}"));
-        *count += 1;
+        },
+        DeviceMut::Crypto(_) => "crypto",
+        DeviceMut::Iommu(_) => "iommu",
+        DeviceMut::Vsock(_) => "vsock",
     }
-    devices.cryptos.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("crypto{n}")));
-    devices.iommus.iter_mut().enumerate().for_each(|(n, d)| name_it(&mut d.info, format!("iommu{n}")));
-}
-
-fn name_it(info: &mut DeviceInfo, name: String) {
-    info.alias.get_or_insert_with(|| Alias { name, ..Alias::default() });
 }
 
 fn disk_name(disk: &Disk) -> String {

@@ -8,9 +8,6 @@ use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{Capture, CreatedSnapshot, DiskPart, ExistingSnapshot, MemoryMode};
 
-/// The form in which a definition is written down.
-const KEPT: Form = Form { inactive: true, secure: true, migratable: false };
-
 /// The last note of an operation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(tag = "operation", rename_all = "kebab-case")]
@@ -52,7 +49,7 @@ impl NotedSnapshot {
     pub fn of(snapshot: &ExistingSnapshot) -> NotedSnapshot {
         NotedSnapshot {
             name: snapshot.name.clone(),
-            def: snapshot.def.write(KEPT),
+            def: snapshot.def.write(Form::STORED),
             disks: snapshot.disks.clone(),
             memory: snapshot.memory.clone(),
             record: snapshot.record.clone(),

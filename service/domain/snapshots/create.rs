@@ -147,11 +147,11 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<(Option<String>, Ticket)> {
-        self.allow(caller, &verb::CREATE_SNAPSHOT).await?;
+        self.allow(caller, verb::CREATE_SNAPSHOT.action).await?;
         options.check()?;
         if options.redefine {
             // The configuration in it is one that a revert would make the domain's.
-            self.allow_action(caller, Action::Define).await?;
+            self.allow(caller, Action::Define).await?;
         }
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut doc = seat.read(xml, SnapshotDoc::parse).await.map_err(Error::ConfigInvalid)?;
@@ -170,7 +170,7 @@ impl Domain {
 
     /// Whether one of these files is, or is to be, another machine's.
     fn others_name(&self, files: &[&Path]) -> bool {
-        let others = self.shared.registry.all();
+        let others = self.domains.all();
         others.into_iter().filter(|other| other.uuid != self.uuid).any(|other| {
             let state = lock(&other.state);
             let defs = state.stored.as_deref().into_iter().chain(state.guest.as_ref().map(|guest| &*guest.live));
@@ -191,7 +191,7 @@ impl Domain {
         xml: &str,
         options: CreateOptions,
     ) -> Result<Result<CreateCheck>> {
-        self.allow(caller, &verb::CHECK_CREATE).await?;
+        self.allow(caller, verb::CHECK_CREATE.action).await?;
         let planned = async {
             options.check()?;
             let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
@@ -235,7 +235,7 @@ impl Domain {
         let outline = self.outline(doc, name, options).await?;
         if outline.names_the_hosts(options) || self.others_name(&outline.files()) {
             // That is for those who may name any file in a configuration.
-            self.allow_action(caller, Action::Define).await?;
+            self.allow(caller, Action::Define).await?;
         }
         self.think_through(outline).await
     }
@@ -254,7 +254,7 @@ impl Domain {
         self.takes_snapshots()?;
         // Control characters no snapshot's name may hold, old or new: that is told with the rest of the document.
         if !name.contains(char::is_control) {
-            crate::check_new_name("snapshot", name)?;
+            crate::registry::check_new_name("snapshot", name)?;
         }
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
@@ -332,13 +332,13 @@ impl Domain {
         }
         let deed = format!("cannot take snapshot '{name}' of domain '{}'", self.name());
         let remedy = "take a snapshot with disk-only";
-        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, remedy).await
     }
 
     /// Gives back a snapshot whose record can be read again, also when its disks stand on overlays; refuses any other.
     pub(super) async fn keepable(&self, def: SnapshotDef) -> Result<SnapshotDef> {
         let (name, domain) = (def.name.clone(), self.name());
-        let kept = crate::aside(move || def.write_readable(BEGUN).map(|_| def)).await;
+        let kept = crate::desk::aside(move || def.write_readable(BEGUN).map(|_| def)).await;
         kept.map_err(|why| {
             Error::OperationUnsupported(format!("snapshot '{name}' of domain '{domain}' cannot be kept: {why}"))
         })

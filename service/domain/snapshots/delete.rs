@@ -1,10 +1,11 @@
 //! Deleting snapshots: deepest first, so that what is left is always a tree that holds.
 
 use super::plan::{Plan, told};
-use super::{Domain, DomainJournal, State};
+use super::{Domain, DomainJournal};
 use crate::authz::Caller;
 use crate::domain::config::Update;
 use crate::domain::lifecycle::Creation;
+use crate::domain::state::State;
 use crate::error::{Error, Result};
 use crate::images;
 use crate::job::{Job, Ticket};
@@ -43,7 +44,7 @@ impl Domain {
     ) -> Result<Ticket> {
         self.accepted(caller, &verb::DELETE, async {
             self.snapshot(name)?;
-            self.allow_snapshot(caller, &verb::DELETE, name).await?;
+            self.allow_snapshot(caller, verb::DELETE.action, name).await?;
             self.may_delete(name, options).await?;
             let name = name.to_owned();
             let job = self.change(caller, &verb::DELETE).open(options.cancel_on_disconnect)?;
@@ -63,7 +64,7 @@ impl Domain {
         options: DeleteOptions,
     ) -> Result<(Plan, Option<Error>)> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::CHECK_DELETE, name).await?;
+        self.allow_snapshot(caller, verb::CHECK_DELETE.action, name).await?;
         Ok(self.plan_delete(name, options).await.unwrap_or_else(|refusal| (Plan::default(), Some(refusal))))
     }
 
@@ -105,7 +106,7 @@ impl Domain {
         let deed = format!("cannot delete snapshot '{name}' of domain '{}'", self.name());
         let remedy =
             "make those images whole (qemu-img rebase -b \"\"), undefine what needs them, or delete with metadata-only";
-        self.shared.refuse_in_use(&deed, files, fate, Some(self.uuid), remedy).await
+        self.shared.images.refuse_in_use(&deed, files, fate, Some(self.uuid), remedy).await
     }
 
     /// Which ones go, in order.

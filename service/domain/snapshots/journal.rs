@@ -1,23 +1,20 @@
 //! Where an operation on snapshots tells how far it is: on disk, for the next virtd, and to its job, for people.
 
+use super::Domain;
+use super::set::Open;
 use crate::error::{Error, Result};
 use crate::job::Job;
 use crate::lock::lock;
-use crate::shared::Shared;
 use crate::store::{Deed, Intent, on_disk};
 use async_trait::async_trait;
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
 
-/// An operation that has begun and not ended; whoever finds one with the turn in its hand finds it unfinished.
-pub(super) type Open = Arc<Mutex<Option<Intent>>>;
 /// See the module.
 pub(super) struct DomainJournal {
-    shared: Arc<Shared>,
-    uuid: Uuid,
+    domain: Arc<Domain>,
     intent: Mutex<Intent>,
     open: Open,
     job: Option<Arc<Job>>,
@@ -27,15 +24,14 @@ pub(super) struct DomainJournal {
 impl DomainJournal {
     /// The journal of `deed`, which is done in `job`, or by virtd itself; `cancel` fires when it is to be given up.
     pub fn new(
-        shared: Arc<Shared>,
-        uuid: Uuid,
+        domain: Arc<Domain>,
         deed: Deed,
         open: Open,
         job: Option<Arc<Job>>,
         cancel: CancellationToken,
     ) -> DomainJournal {
         let intent = Mutex::new(Intent { deed, note: None });
-        DomainJournal { shared, uuid, intent, open, job, cancel }
+        DomainJournal { domain, intent, open, job, cancel }
     }
 
     /// Writes the intent down, before anything is changed.
@@ -47,7 +43,7 @@ impl DomainJournal {
     }
 
     async fn keep(&self, intent: Intent) -> Result<()> {
-        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
+        let (shared, uuid, kept) = (self.domain.shared.clone(), self.domain.uuid, intent.clone());
         on_disk(move || shared.store.save_intent(uuid, &kept)).await?;
         *lock(&self.open) = Some(intent);
         Ok(())
@@ -55,7 +51,7 @@ impl DomainJournal {
 
     /// It is done, or undone.
     pub async fn end(&self) -> Result<()> {
-        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let (shared, uuid) = (self.domain.shared.clone(), self.domain.uuid);
         on_disk(move || shared.store.remove_intent(uuid)).await?;
         *lock(&self.open) = None;
         self.step("end");
@@ -65,11 +61,11 @@ impl DomainJournal {
     /// The same after a failure, unless that has left something to be done.
     pub async fn end_after_failure(&self, failure: &DriverError) {
         if let DriverError::HalfDone(_) = failure {
-            tracing::error!(uuid = %self.uuid, %failure, "it is looked after before anything else is done");
+            tracing::error!(uuid = %self.domain.uuid, %failure, "it is looked after before anything else is done");
             return;
         }
         if let Err(error) = self.end().await {
-            tracing::warn!(uuid = %self.uuid, %error, "the next start of virtd looks at this operation again");
+            tracing::warn!(uuid = %self.domain.uuid, %error, "the next start of virtd looks at this operation again");
         }
     }
 }
@@ -92,14 +88,14 @@ impl Journal for DomainJournal {
 
     async fn merging(&self, targets: &[String]) -> Result<(), DriverError> {
         let deed = lock(&self.intent).deed.clone();
-        let domain = self.shared.registry.get(self.uuid).ok_or(DriverError::Gone)?;
-        domain.mark_merging(&deed, targets).await.map_err(|e| DriverError::Storage(e.to_string()))?;
+        self.domain.still_here().map_err(|_| DriverError::Gone)?;
+        self.domain.mark_merging(&deed, targets).await.map_err(|e| DriverError::Storage(e.to_string()))?;
         self.step("marked");
         Ok(())
     }
 
     fn step(&self, what: &str) {
-        tracing::debug!(uuid = %self.uuid, step = what, "snapshots");
+        tracing::debug!(uuid = %self.domain.uuid, step = what, "snapshots");
         #[cfg(debug_assertions)]
         fail_point::reached();
     }

@@ -14,194 +14,31 @@ mod plan;
 mod recover;
 mod redefine;
 mod revert;
+pub(super) mod set;
 
 pub use create::{CreateCheck, CreateOptions};
 pub use delete::DeleteOptions;
 pub use plan::{Force, Plan, RevertOptions};
 
-use super::{Domain, State};
+use super::Domain;
+use super::state::State;
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
-use crate::events::Event;
-use crate::facts::SnapshotFacts;
 use crate::images;
 use crate::job::Job;
 use crate::lock::lock;
-use crate::store::{Loaded, Record, on_disk};
+use crate::store::{Record, on_disk};
 use crate::verb;
 use journal::DomainJournal;
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
-use virt_model::driver::snapshots::{DiskMode, ExistingSnapshot, FileFate, Machine, MemoryMode, Snapshots};
-use virt_model::snapshot::{Node, SnapshotDef, SnapshotTree};
+use virt_model::driver::snapshots::{ExistingSnapshot, FileFate, Machine, Snapshots};
+use virt_model::snapshot::SnapshotDef;
 use virt_model::state::DomainState;
 use virt_model::xml::Finding;
-
-/// The most snapshots of one domain.
-const MOST: usize = 10_000;
-
-/// What a domain keeps of its snapshots.
-#[derive(Debug, Default)]
-pub(super) struct SnapshotSet {
-    tree: SnapshotTree<Arc<Record>>,
-    /// As last told.
-    told: BTreeMap<String, Arc<SnapshotFacts>>,
-    /// What is told is no longer true.
-    stale: bool,
-    /// What has begun and not ended.
-    open: journal::Open,
-    /// Why it is not known what there is, if so.
-    broken: Option<String>,
-}
-
-impl SnapshotSet {
-    /// From what was found on disk.
-    pub(super) fn new(loaded: Loaded) -> SnapshotSet {
-        let node = |record: Record| Node {
-            name: record.name.clone(),
-            parent: record.def.as_ref().ok().and_then(|def| def.parent.clone()),
-            content: Arc::new(record),
-        };
-        let records = loaded.records.into_iter().map(node).collect();
-        let (tree, mended) = SnapshotTree::from_records(records, loaded.current);
-        for name in mended {
-            tracing::warn!(snapshot = name, "its parent is not there; it is a root now");
-        }
-        SnapshotSet {
-            tree,
-            stale: true,
-            open: Arc::new(Mutex::new(loaded.intent)),
-            broken: loaded.broken,
-            ..SnapshotSet::default()
-        }
-    }
-
-    pub(super) fn current(&self) -> Option<&str> {
-        self.tree.current()
-    }
-
-    pub(super) fn count(&self) -> u32 {
-        u32::try_from(self.tree.len()).unwrap_or(u32::MAX)
-    }
-
-    /// Why it is not known what there is, if so.
-    pub(super) fn why_broken(&self) -> Option<String> {
-        self.broken.clone()
-    }
-
-    /// All records are gone; images keep what they hold.
-    pub(super) fn forget(&mut self) {
-        self.broken = None;
-        *self.change() = SnapshotTree::default();
-        *lock(&self.open) = None;
-    }
-
-    /// What those say that can be read.
-    pub(super) fn defs(&self) -> impl Iterator<Item = &SnapshotDef> {
-        self.tree.iter().filter_map(|node| node.content.def.as_ref().ok())
-    }
-
-    fn change(&mut self) -> &mut SnapshotTree<Arc<Record>> {
-        self.stale = true;
-        &mut self.tree
-    }
-
-    fn get(&self, name: &str) -> Option<Arc<Record>> {
-        self.tree.get(name).map(|node| node.content.clone())
-    }
-
-    /// Refuses one more where there are too many for anybody to look through.
-    fn room_for_another(&self, domain: &str) -> Result<()> {
-        if self.tree.len() < MOST {
-            return Ok(());
-        }
-        Err(Error::LimitsExceeded(format!("domain '{domain}' has {MOST} snapshots; delete some first")))
-    }
-
-    fn next_order(&self) -> u64 {
-        self.tree.iter().map(|node| node.content.order).filter(|order| *order < u64::MAX).max().map_or(1, |n| n + 1)
-    }
-
-    /// What is new since it was last told: what is there, and which ones are not any more. Of a domain that has `gone`
-    /// there is none. What others lead to is told before them, and goes after them.
-    pub(super) fn news(&mut self, domain: uuid::Uuid, gone: bool) -> (Vec<Event>, Vec<Event>) {
-        if !std::mem::take(&mut self.stale) && !gone {
-            return Default::default();
-        }
-        let now: Vec<SnapshotFacts> = if gone { Vec::new() } else { self.all_facts(domain) };
-        let (mut new, mut changed) = (Vec::new(), Vec::new());
-        let mut told = BTreeMap::new();
-        for facts in now {
-            let before = self.told.remove(&facts.name);
-            let events = if before.is_none() { &mut new } else { &mut changed };
-            let facts = match before {
-                Some(before) if *before == facts => before,
-                _ => {
-                    let facts = Arc::new(facts);
-                    events.push(Event::Snapshot(facts.clone()));
-                    facts
-                }
-            };
-            told.insert(facts.name.clone(), facts);
-        }
-        new.append(&mut changed);
-        (new, std::mem::replace(&mut self.told, told).into_values().map(Event::SnapshotGone).collect())
-    }
-
-    fn all_facts(&self, domain: uuid::Uuid) -> Vec<SnapshotFacts> {
-        // Once for all of them: to look for each one's children would be to compare all names with all.
-        let mut children: HashMap<&str, Vec<String>> = HashMap::new();
-        for node in self.tree.iter() {
-            children.entry(node.parent.as_deref().unwrap_or_default()).or_default().push(node.name.clone());
-        }
-        let of = |node: &Node<Arc<Record>>| children.get(&*node.name).cloned().unwrap_or_default();
-        self.tree.iter().map(|node| self.facts(domain, node, of(node))).collect()
-    }
-
-    fn facts(&self, domain: uuid::Uuid, node: &Node<Arc<Record>>, children: Vec<String>) -> SnapshotFacts {
-        let def = node.content.def.as_ref();
-        SnapshotFacts {
-            domain,
-            name: node.name.clone(),
-            broken: def.err().cloned().unwrap_or_default(),
-            description: def.ok().and_then(|def| def.description.clone()).unwrap_or_default(),
-            created_usec: node.content.created_usec,
-            state: def.map_or("", |def| def.state.as_str()),
-            parent: node.parent.clone(),
-            children,
-            is_current: self.tree.current() == Some(&node.name),
-            memory: def.map_or("no", |def| memory_word(&def.memory)),
-            disks: def.map(|def| def.disks.iter().map(|disk| told_disk(disk, def)).collect()).unwrap_or_default(),
-        }
-    }
-}
-
-fn memory_word(memory: &MemoryMode) -> &'static str {
-    match memory {
-        MemoryMode::No => "no",
-        MemoryMode::Internal => "internal",
-        MemoryMode::External(_) => "external",
-    }
-}
-
-/// Target, mode and file: of an external disk the overlay, of an internal one the image that holds it.
-fn told_disk(disk: &virt_model::driver::snapshots::DiskPart, def: &SnapshotDef) -> (String, &'static str, String) {
-    let image = || {
-        let disks = def.domain.iter().flat_map(|domain| &domain.devices.disks);
-        let found = disks.filter(|other| other.target.dev == disk.target).find_map(|disk| disk.path());
-        found.unwrap_or_default().to_owned()
-    };
-    let (mode, file) = match &disk.mode {
-        DiskMode::No => ("no", String::new()),
-        DiskMode::Internal => ("internal", image()),
-        DiskMode::External { path, .. } => ("external", path.to_string_lossy().into_owned()),
-        DiskMode::Manual => ("manual", String::new()),
-    };
-    (disk.target.clone(), mode, file)
-}
 
 /// The word for what becomes of a file.
 fn fate(what: FileFate) -> &'static str {
@@ -232,9 +69,9 @@ impl Domain {
     /// A snapshot's document.
     pub async fn snapshot_xml(&self, caller: &Caller, name: &str, secure: bool) -> Result<String> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::SNAPSHOT_XML, name).await?;
+        self.allow_snapshot(caller, verb::SNAPSHOT_XML.action, name).await?;
         if secure {
-            self.allow_snapshot_action(caller, Action::ReadSecure, name).await?;
+            self.allow_snapshot(caller, Action::ReadSecure, name).await?;
         }
         let (mut record, parent) = {
             let state = lock(&self.state);
@@ -296,7 +133,7 @@ impl Domain {
             folder,
         };
         drop(state);
-        self.shared.declare(&mut machine.def);
+        self.shared.images.declare(&mut machine.def);
         Ok(machine)
     }
 
@@ -333,7 +170,7 @@ impl Domain {
 
     /// A snapshot as the driver is to see it.
     fn kept(&self, record: &Record, def: &SnapshotDef, machine: &Machine) -> ExistingSnapshot {
-        self.kept_on(record, def, machine, &self.shared.recorded())
+        self.kept_on(record, def, machine, &self.shared.images.recorded())
     }
 
     /// The same where it is known what snapshots have recorded of overlays.
@@ -363,7 +200,7 @@ impl Domain {
             let others = state.snapshots.tree.iter().filter(|node| node.name != name);
             others.map(|node| node.content.clone()).collect()
         };
-        let recorded = self.shared.recorded();
+        let recorded = self.shared.images.recorded();
         let kept =
             |record: &Arc<Record>| Some(Arc::new(self.kept_on(record, record.def.as_ref().ok()?, machine, &recorded)));
         records.iter().filter_map(kept).collect()
@@ -375,18 +212,18 @@ impl Domain {
     }
 
     /// The journal of what is done in a job.
-    fn journal(&self, deed: crate::store::Deed, job: &Arc<Job>) -> Arc<DomainJournal> {
+    fn journal(self: &Arc<Self>, deed: crate::store::Deed, job: &Arc<Job>) -> Arc<DomainJournal> {
         self.journal_of(deed, Some(job.clone()), job.cancel_token())
     }
 
     fn journal_of(
-        &self,
+        self: &Arc<Self>,
         deed: crate::store::Deed,
         job: Option<Arc<Job>>,
         cancel: &CancellationToken,
     ) -> Arc<DomainJournal> {
         let open = lock(&self.state).snapshots.open.clone();
-        Arc::new(DomainJournal::new(self.shared.clone(), self.uuid, deed, open, job, cancel.clone()))
+        Arc::new(DomainJournal::new(self.clone(), deed, open, job, cancel.clone()))
     }
 
     /// Stores a record.

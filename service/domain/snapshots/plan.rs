@@ -94,7 +94,7 @@ impl Domain {
     /// What a revert would do; an error where it would be refused whatever is forced. Changes nothing.
     pub async fn check_revert(&self, caller: &Caller, name: &str, options: &RevertOptions) -> Result<Result<Plan>> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::CHECK_REVERT, name).await?;
+        self.allow_snapshot(caller, verb::CHECK_REVERT.action, name).await?;
         options.check()?;
         Ok(self.plan_revert(name, options).await.map(|planned| planned.plan))
     }
@@ -198,14 +198,14 @@ impl Domain {
         let written: Vec<PathBuf> = disks.filter_map(|disk| disk.path().map(PathBuf::from)).collect();
         let deed = format!("cannot revert domain '{}' to snapshot '{name}'", self.name());
         let remedy = "make those images whole (qemu-img rebase -b \"\"), or undefine what needs them";
-        self.shared.refuse_in_use(&deed, &written, images::Fate::Written, Some(self.uuid), remedy).await
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, Some(self.uuid), remedy).await
     }
 
     /// Of the files that a revert would remove, those that another machine stands on: they stay.
     async fn needed_elsewhere(&self, files: &[FileChange]) -> Vec<PathBuf> {
         let removed = files.iter().filter(|file| file.what == FileFate::Deleted);
         let removed: Vec<PathBuf> = removed.map(|file| file.path.clone()).collect();
-        self.shared.users_of(&removed, images::Fate::Removed, Some(self.uuid)).await.into_keys().collect()
+        self.shared.images.users_of(&removed, images::Fate::Removed, Some(self.uuid)).await.into_keys().collect()
     }
 
     /// The configuration to go back to is one that can be started here, and all that it needs of the host is there.

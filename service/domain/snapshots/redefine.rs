@@ -1,8 +1,9 @@
 //! Restoring the record of a snapshot from its document: after a backup, a migration, an undefine.
 
 use super::create::refused;
-use super::{CreateOptions, Domain, State};
+use super::{CreateOptions, Domain};
 use crate::authz::{Action, Caller};
+use crate::domain::state::State;
 use crate::error::{Error, Result};
 use crate::job::Ticket;
 use crate::lock::lock;
@@ -29,7 +30,7 @@ impl Domain {
             self.keepable(def.clone()).await?;
         }
         if record.def.as_ref().is_ok_and(|def| machines(def).any(DomainDef::has_native_arguments)) {
-            self.allow_action(caller, Action::Native).await?;
+            self.allow(caller, Action::Native).await?;
         }
         let (name, options) = (record.name.clone(), options.clone());
         let job = self.change(caller, &verb::CREATE_SNAPSHOT).open(false)?;
@@ -103,7 +104,7 @@ impl Domain {
                 return Err(Error::InvalidArgument(text));
             }
             None => {
-                crate::check_new_name("snapshot", &name)?;
+                crate::registry::check_new_name("snapshot", &name)?;
                 state.snapshots.room_for_another(&state.name)?;
                 state.snapshots.next_order()
             }

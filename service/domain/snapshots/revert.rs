@@ -32,7 +32,7 @@ impl Domain {
 
     async fn accept_revert(self: &Arc<Self>, caller: &Caller, name: &str, options: RevertOptions) -> Result<Ticket> {
         self.snapshot(name)?;
-        self.allow_snapshot(caller, &verb::REVERT, name).await?;
+        self.allow_snapshot(caller, verb::REVERT.action, name).await?;
         options.check()?;
         if let Ok((_, SnapshotDef { domain: Some(then), .. })) = self.usable_snapshot(name) {
             self.driver.learn(&then).await;

@@ -1,9 +1,9 @@
 //! What sits on the board beside the usual: `<hub>`, `<panic>`, `<shmem>`, `<crypto>`, `<iommu>`.
 
-use super::DeviceInfo;
-use super::misc::PlainDriver;
+use super::{DeviceInfo, PlainDriver};
 use crate::domain::part::element;
-use crate::domain::value::{choices, scaled};
+use crate::domain::size::scaled;
+use crate::domain::value::choices;
 
 element! {
     /// `<hub>`: more ports on a USB bus.

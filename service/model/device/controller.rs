@@ -2,7 +2,8 @@
 
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
-use crate::domain::value::{Kib, choices};
+use crate::domain::size::Kib;
+use crate::domain::value::choices;
 
 choices! {
     /// The bus it offers.

@@ -1,11 +1,11 @@
 //! `<disk>`: a disk, a CD-ROM drive, a floppy drive, and what lies in it.
 
-use super::misc::VirtioModel;
 use super::source::{Auth, DiskSource, Encryption};
 pub use super::source::{DiskKind, StartupPolicy};
-use super::{DeviceInfo, VirtioDriver};
+use super::{DeviceInfo, VirtioDriver, VirtioModel};
 use crate::domain::part::element;
-use crate::domain::value::{choices, scaled};
+use crate::domain::size::scaled;
+use crate::domain::value::choices;
 use crate::xml::Place;
 use std::path::PathBuf;
 

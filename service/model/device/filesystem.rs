@@ -1,7 +1,6 @@
 //! `<filesystem>`: a folder of the host, shown to the guest.
 
-use super::misc::VirtioModel;
-use super::{DeviceInfo, VirtioDriver};
+use super::{DeviceInfo, VirtioDriver, VirtioModel};
 use crate::domain::part::element;
 use crate::domain::value::choices;
 

@@ -2,8 +2,7 @@
 
 use super::address::read_pci;
 use super::disk::StartupPolicy;
-use super::misc::{PlainDriver, VirtioModel};
-use super::{DeviceInfo, PciAddress, hex};
+use super::{DeviceInfo, PciAddress, PlainDriver, VirtioModel, hex};
 use crate::domain::part::{Part, Rest, element, take_attr};
 use crate::domain::value::{Bool, Value, choices};
 use crate::xml::{Element, Finding, Place};

@@ -3,7 +3,8 @@
 use super::DeviceInfo;
 use crate::domain::memory::Sharing;
 use crate::domain::part::element;
-use crate::domain::value::{CpuSet, Kib, choices};
+use crate::domain::size::Kib;
+use crate::domain::value::{CpuSet, choices};
 use uuid::Uuid;
 
 choices! {

@@ -1,9 +1,12 @@
 //! `<devices>`: one file per element, and what all devices share.
 
 use crate::domain::part::{element, flat};
-use crate::xml::{Element, Place};
+use crate::domain::value::choices;
+use crate::xml::Element;
 
 pub mod address;
+pub mod any;
+pub mod balloon;
 pub mod board;
 pub mod chardev;
 pub mod controller;
@@ -11,13 +14,18 @@ pub mod disk;
 pub mod display;
 pub mod filesystem;
 pub mod hostdev;
+pub mod input;
 pub mod interface;
 pub mod memory;
-pub mod misc;
+pub mod rng;
 pub mod sound;
 pub mod source;
+pub mod tpm;
+pub mod watchdog;
 
 pub use address::{Address, AddressKind, PciAddress};
+pub use any::{Device, DeviceKind, DeviceMut};
+pub use balloon::Memballoon;
 pub use board::{Crypto, Hub, Iommu, Panic, Shmem};
 pub use chardev::{Channel, CharKind, CharSource, Console, Parallel, Redirdev, Redirfilter, Serial};
 pub use controller::{Controller, ControllerKind};
@@ -25,10 +33,13 @@ pub use disk::Disk;
 pub use display::{Graphics, Video};
 pub use filesystem::Filesystem;
 pub use hostdev::{Hostdev, Vsock};
+pub use input::Input;
 pub use interface::Interface;
 pub use memory::MemoryDevice;
-pub use misc::{Input, Memballoon, Rng, Tpm, Watchdog};
+pub use rng::Rng;
 pub use sound::{Audio, Sound};
+pub use tpm::Tpm;
+pub use watchdog::Watchdog;
 
 element! {
     /// `<devices>`. Kinds stand in libvirt's order of output; within a kind, in the document's.
@@ -96,66 +107,6 @@ impl Devices {
     /// Devices of kinds that are kept and not acted upon, e.g. `<lease>`.
     pub fn untyped(&self) -> &[Element] {
         &self.rest.elements
-    }
-
-    /// Name, place and turn of every typed device, with where it stands.
-    pub fn infos(&self) -> Vec<(&DeviceInfo, &Place)> {
-        let mut all = Vec::new();
-        all.extend(self.disks.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.controllers.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.filesystems.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.interfaces.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.serials.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.parallels.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.consoles.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.channels.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.inputs.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.tpms.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.sounds.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.videos.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.hostdevs.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.redirdevs.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.hubs.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.watchdogs.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.memballoon.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.rngs.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.panics.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.shmems.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.memories.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.cryptos.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.iommus.iter().map(|d| (&d.info, &d.at)));
-        all.extend(self.vsock.iter().map(|d| (&d.info, &d.at)));
-        all
-    }
-
-    /// The same, to be changed.
-    pub fn infos_mut(&mut self) -> Vec<&mut DeviceInfo> {
-        let mut all = Vec::new();
-        all.extend(self.disks.iter_mut().map(|d| &mut d.info));
-        all.extend(self.controllers.iter_mut().map(|d| &mut d.info));
-        all.extend(self.filesystems.iter_mut().map(|d| &mut d.info));
-        all.extend(self.interfaces.iter_mut().map(|d| &mut d.info));
-        all.extend(self.serials.iter_mut().map(|d| &mut d.info));
-        all.extend(self.parallels.iter_mut().map(|d| &mut d.info));
-        all.extend(self.consoles.iter_mut().map(|d| &mut d.info));
-        all.extend(self.channels.iter_mut().map(|d| &mut d.info));
-        all.extend(self.inputs.iter_mut().map(|d| &mut d.info));
-        all.extend(self.tpms.iter_mut().map(|d| &mut d.info));
-        all.extend(self.sounds.iter_mut().map(|d| &mut d.info));
-        all.extend(self.videos.iter_mut().map(|d| &mut d.info));
-        all.extend(self.hostdevs.iter_mut().map(|d| &mut d.info));
-        all.extend(self.redirdevs.iter_mut().map(|d| &mut d.info));
-        all.extend(self.hubs.iter_mut().map(|d| &mut d.info));
-        all.extend(self.watchdogs.iter_mut().map(|d| &mut d.info));
-        all.extend(self.memballoon.iter_mut().map(|d| &mut d.info));
-        all.extend(self.rngs.iter_mut().map(|d| &mut d.info));
-        all.extend(self.panics.iter_mut().map(|d| &mut d.info));
-        all.extend(self.shmems.iter_mut().map(|d| &mut d.info));
-        all.extend(self.memories.iter_mut().map(|d| &mut d.info));
-        all.extend(self.cryptos.iter_mut().map(|d| &mut d.info));
-        all.extend(self.iommus.iter_mut().map(|d| &mut d.info));
-        all.extend(self.vsock.iter_mut().map(|d| &mut d.info));
-        all
     }
 
     /// The host's end of every character device that is a device of its own.
@@ -260,6 +211,21 @@ flat! {
         on_off "packed" => packed: Option<bool>,
         /// A notification page for each queue.
         on_off "page_per_vq" => page_per_vq: Option<bool>,
+    }
+}
+
+element! {
+    /// A `<driver>` with nothing but what virtio devices share.
+    pub struct PlainDriver {
+        /// What virtio devices share.
+        flat => virtio: VirtioDriver,
+    }
+}
+
+choices! {
+    /// Which generation of virtio.
+    pub enum VirtioModel {
+        Virtio = "virtio", Transitional = "virtio-transitional", NonTransitional = "virtio-non-transitional",
     }
 }
 

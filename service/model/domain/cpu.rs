@@ -2,7 +2,8 @@
 
 use super::memory::Sharing;
 use super::part::{Flat, element};
-use super::value::{CpuSet, Kib, choices, complain, scaled};
+use super::size::{Kib, scaled};
+use super::value::{CpuSet, choices, complain};
 use crate::xml::{Element, Finding};
 
 choices! {

@@ -7,9 +7,9 @@ use super::cpu::{CpuMatch, CpuMode, Fallback, FeaturePolicy};
 use super::features::HypervMode;
 use super::memory::{Placement, Vcpu};
 use super::os::{Boot, BootDevice, Nvram};
-use super::value::{Kib, Mac};
+use super::size::Kib;
+use super::value::Mac;
 use super::{DomainDef, cpu::Cpu};
-use crate::device::Vsock;
 use crate::device::chardev::{
     ChannelKind, CharKind, Console, ConsoleKind, ConsoleTarget, Serial, SerialKind, SerialTarget,
 };
@@ -17,8 +17,9 @@ use crate::device::controller::{Controller, ControllerModel};
 use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
 use crate::device::display::{Graphics, GraphicsKind, Listen, ListenKind};
 use crate::device::hostdev::HostdevMode;
+use crate::device::input::{InputBus, InputKind};
 use crate::device::interface::{DirectMode, Interface, InterfaceKind, InterfaceMac};
-use crate::device::misc::{InputBus, InputKind, VirtioModel};
+use crate::device::{VirtioModel, Vsock};
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
 

@@ -216,7 +216,7 @@ element! {
 impl Tseg {
     /// In MiB; the error is a sentence.
     pub fn mib(&self) -> Result<u64, String> {
-        let bytes = super::value::scaled(&self.number, self.unit.as_deref().unwrap_or("MiB"))?;
+        let bytes = super::size::scaled(&self.number, self.unit.as_deref().unwrap_or("MiB"))?;
         u64::try_from(bytes >> 20).map_err(|_| format!("{} is more than can be counted", self.number))
     }
 }
@@ -225,6 +225,6 @@ element! {
     /// `<features><tcg>`: of emulation.
     pub struct TcgFeatures {
         /// Memory for translated code.
-        child "tb-cache" => tb_cache: Option<super::value::Kib>,
+        child "tb-cache" => tb_cache: Option<super::size::Kib>,
     }
 }

@@ -2,7 +2,8 @@
 //! `<iothreads>`: how many threads.
 
 use super::part::element;
-use super::value::{CpuSet, Kib, choices};
+use super::size::Kib;
+use super::value::{CpuSet, choices};
 
 element! {
     /// `<memory>`: RAM at boot.
@@ -109,7 +110,7 @@ impl Hugepage {
     /// In KiB; the error is a sentence.
     pub fn kib(&self) -> Result<u64, String> {
         let size = self.size.ok_or("a size is needed")?;
-        let bytes = super::value::scaled(&size.to_string(), self.unit.as_deref().unwrap_or("KiB"))?;
+        let bytes = super::size::scaled(&size.to_string(), self.unit.as_deref().unwrap_or("KiB"))?;
         u64::try_from(bytes / 1024).map_err(|_| "this is more than can be counted".to_owned())
     }
 }

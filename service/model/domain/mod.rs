@@ -22,6 +22,7 @@ pub mod native;
 pub mod os;
 pub mod part;
 mod secrets;
+pub mod size;
 pub mod sysinfo;
 pub mod tune;
 pub mod value;
@@ -39,11 +40,12 @@ use metadata::Metadata;
 use native::NativeArguments;
 use os::Os;
 use part::{Part, element};
+use size::Kib;
 use std::collections::{BTreeSet, HashSet};
 use sysinfo::{Genid, Sysinfo};
 use tune::{Blkiotune, Cputune, Memtune};
 use uuid::Uuid;
-use value::{Kib, choices};
+use value::choices;
 
 /// More I/O threads than any host has CPUs.
 pub const MAX_IOTHREADS: u32 = 4096;
@@ -143,6 +145,13 @@ pub struct Form {
     pub secure: bool,
     /// For another host: without what only this host adds.
     pub migratable: bool,
+}
+
+impl Form {
+    /// What is kept of a configuration: all that it says, secrets included.
+    pub const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+    /// What is kept of a configuration that a guest runs with: its runtime facts, too.
+    pub const LIVE: Form = Form { inactive: false, ..Form::STORED };
 }
 
 /// Something the document says and no typed field holds: kept and shown, not acted upon.
@@ -288,8 +297,7 @@ impl DomainDef {
 
     /// Whether both are the same configuration, runtime facts aside.
     pub fn same_configuration(&self, other: &DomainDef) -> bool {
-        let stored = Form { inactive: true, secure: true, migratable: false };
-        self.write(stored) == other.write(stored)
+        self.write(Form::STORED) == other.write(Form::STORED)
     }
 
     /// Everything that is kept and shown and that no typed field holds, in document order: what a driver must refuse by

@@ -1,7 +1,8 @@
 //! `<cputune>`, `<memtune>`, `<blkiotune>`: what of the host a guest may use.
 
 use super::part::element;
-use super::value::{CpuSet, Kib, choices};
+use super::size::Kib;
+use super::value::{CpuSet, choices};
 
 element! {
     /// `<cputune>`

@@ -137,7 +137,7 @@ impl SnapshotDef {
             }
             root.push(disks);
         }
-        let form = Form { inactive: true, secure, migratable: false };
+        let form = Form { secure, ..Form::STORED };
         for (name, def) in [("domain", &self.domain), ("inactiveDomain", &self.inactive)] {
             if let Some(def) = def {
                 let mut tree = def.tree_in(form);

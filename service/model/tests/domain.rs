@@ -6,8 +6,8 @@
 use std::path::PathBuf;
 use virt_model::domain::{DomainDef, Form};
 
-const FULL: Form = Form { inactive: false, secure: true, migratable: false };
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const FULL: Form = Form::LIVE;
+const STORED: Form = Form::STORED;
 
 fn data() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/domain")

@@ -5,8 +5,8 @@ use virt_model::domain::{DomainDef, Form};
 use virt_model::snapshot::SnapshotDoc;
 use virt_model::xml::Limits;
 
-const FULL: Form = Form { inactive: false, secure: true, migratable: false };
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const FULL: Form = Form::LIVE;
+const STORED: Form = Form::STORED;
 
 fn record(head: &str, domain: &str) -> String {
     format!(

@@ -3,7 +3,7 @@
 use virt_model::domain::{DomainDef, Form};
 
 const SHOWN: Form = Form { inactive: true, secure: false, migratable: false };
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
+const STORED: Form = Form::STORED;
 
 /// One of every kind of secret, each with a word of its own.
 const ALL: &str = "<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>d</name>\

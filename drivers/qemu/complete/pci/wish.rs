@@ -1,17 +1,19 @@
 //! Which devices are PCI devices, and where each would like to be.
 
 use super::super::Board;
+use virt_model::device::balloon::BalloonModel;
 use virt_model::device::board::{IommuModel, PanicModel};
 use virt_model::device::chardev::SerialKind;
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::disk::DiskBus;
 use virt_model::device::display::VideoKind;
 use virt_model::device::hostdev::HostdevKind;
+use virt_model::device::input::InputBus;
 use virt_model::device::interface::InterfaceKind;
 use virt_model::device::memory::MemoryModel;
-use virt_model::device::misc::{BalloonModel, InputBus, VirtioModel, WatchdogModel};
 use virt_model::device::sound::SoundModel;
-use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo};
+use virt_model::device::watchdog::WatchdogModel;
+use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo, DeviceKind, DeviceMut, VirtioModel};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Place;
 
@@ -47,80 +49,83 @@ impl Wish {
     }
 }
 
+/// In which order kinds of devices choose their places: another one would give the guests of today other places.
+const ORDER: &[DeviceKind] = &[
+    DeviceKind::Filesystem,
+    DeviceKind::Interface,
+    DeviceKind::Controller,
+    DeviceKind::Disk,
+    DeviceKind::Video,
+    DeviceKind::Input,
+    DeviceKind::Sound,
+    DeviceKind::Hostdev,
+    DeviceKind::Serial,
+    DeviceKind::Watchdog,
+    DeviceKind::Memballoon,
+    DeviceKind::Rng,
+    DeviceKind::Panic,
+    DeviceKind::Shmem,
+    DeviceKind::MemoryDevice,
+    DeviceKind::Crypto,
+    DeviceKind::Iommu,
+    DeviceKind::Vsock,
+];
+
 /// Calls for every device that sits on PCI (bridges apart), always in the same order.
 pub fn visit(def: &mut DomainDef, board: Board, mut each: impl FnMut(&mut DeviceInfo, Wish, &Place)) {
-    let devices = &mut def.devices;
-    let mut each = |info: &mut DeviceInfo, wish: Option<Wish>, place: &Place| {
+    let mut first_screen = true;
+    for device in def.devices.all_mut_in(ORDER) {
+        let is_first = device.kind() == DeviceKind::Video && std::mem::take(&mut first_screen);
+        let wish = wish(&device, is_first, board);
+        let (info, place) = device.into_info();
         let on_pci = matches!(info.address.as_ref().map(|a| &a.kind), None | Some(AddressKind::Pci(_)));
         if let Some(wish) = wish.filter(|_| on_pci) {
             each(info, wish, place);
         }
-    };
-    for filesystem in &mut devices.filesystems {
-        each(&mut filesystem.info, Some(Wish::Express), &filesystem.at);
     }
-    for interface in &mut devices.interfaces {
-        let handed_over = interface.kind == InterfaceKind::Hostdev;
-        let wish = if handed_over { Some(Wish::Express) } else { interface_wish(interface.model()) };
-        each(&mut interface.info, wish, &interface.at);
-    }
-    for controller in &mut devices.controllers {
-        let wish = controller_wish(controller, board);
-        each(&mut controller.info, wish, &controller.at);
-    }
-    for disk in &mut devices.disks {
-        let old = disk.model == Some(VirtioModel::Transitional);
-        let wish = if old { Wish::Conventional } else { Wish::Express };
-        let wish = (disk.target.bus == Some(DiskBus::Virtio)).then_some(wish);
-        each(&mut disk.info, wish, &disk.at);
-    }
-    for (n, video) in devices.videos.iter_mut().enumerate() {
-        each(&mut video.info, video_wish(video.model.kind, n == 0, board), &video.at);
-    }
-    for input in &mut devices.inputs {
-        let wish = (input.bus == Some(InputBus::Virtio)).then_some(Wish::Express);
-        each(&mut input.info, wish, &input.at);
-    }
-    for sound in &mut devices.sounds {
-        each(&mut sound.info, sound_wish(sound.model, board), &sound.at);
-    }
-    for device in &mut devices.hostdevs {
+}
+
+/// Where a device would like to be; `None`: not on PCI.
+fn wish(device: &DeviceMut, first_screen: bool, board: Board) -> Option<Wish> {
+    match device {
+        DeviceMut::Filesystem(_) | DeviceMut::Rng(_) | DeviceMut::Crypto(_) | DeviceMut::Vsock(_) => {
+            Some(Wish::Express)
+        }
+        DeviceMut::Interface(card) if card.kind == InterfaceKind::Hostdev => Some(Wish::Express),
+        DeviceMut::Interface(card) => interface_wish(card.model()),
+        DeviceMut::Controller(controller) => controller_wish(controller, board),
+        DeviceMut::Disk(disk) => {
+            let old = disk.model == Some(VirtioModel::Transitional);
+            let wish = if old { Wish::Conventional } else { Wish::Express };
+            (disk.target.bus == Some(DiskBus::Virtio)).then_some(wish)
+        }
+        DeviceMut::Video(video) => video_wish(video.model.kind, first_screen, board),
+        DeviceMut::Input(input) => (input.bus == Some(InputBus::Virtio)).then_some(Wish::Express),
+        DeviceMut::Sound(sound) => sound_wish(sound.model, board),
         // A card knows itself whether it is PCI Express, and is content with either behind a root port.
-        each(&mut device.info, (device.kind == HostdevKind::Pci).then_some(Wish::Express), &device.at);
-    }
-    for serial in &mut devices.serials {
-        let pci = serial.target.as_ref().and_then(|t| t.kind) == Some(SerialKind::Pci);
-        each(&mut serial.info, pci.then_some(Wish::Conventional), &serial.at);
-    }
-    for watchdog in &mut devices.watchdogs {
-        let wish = (watchdog.model == WatchdogModel::I6300esb).then_some(Wish::Conventional);
-        each(&mut watchdog.info, wish, &watchdog.at);
-    }
-    if let Some(balloon) = &mut devices.memballoon {
-        let virtio = !matches!(balloon.model, BalloonModel::None | BalloonModel::Xen);
-        each(&mut balloon.info, virtio.then_some(Wish::Express), &balloon.at);
-    }
-    for rng in &mut devices.rngs {
-        each(&mut rng.info, Some(Wish::Express), &rng.at);
-    }
-    for panic in &mut devices.panics {
-        each(&mut panic.info, (panic.model == Some(PanicModel::Pvpanic)).then_some(Wish::Conventional), &panic.at);
-    }
-    for shmem in &mut devices.shmems {
-        each(&mut shmem.info, Some(Wish::Conventional), &shmem.at);
-    }
-    for memory in &mut devices.memories {
-        let virtio = matches!(memory.model, MemoryModel::VirtioMem | MemoryModel::VirtioPmem);
-        each(&mut memory.info, virtio.then_some(Wish::Express), &memory.at);
-    }
-    for crypto in &mut devices.cryptos {
-        each(&mut crypto.info, Some(Wish::Express), &crypto.at);
-    }
-    for iommu in &mut devices.iommus {
-        each(&mut iommu.info, (iommu.model == IommuModel::Virtio).then_some(Wish::Root), &iommu.at);
-    }
-    if let Some(vsock) = &mut devices.vsock {
-        each(&mut vsock.info, Some(Wish::Express), &vsock.at);
+        DeviceMut::Hostdev(card) => (card.kind == HostdevKind::Pci).then_some(Wish::Express),
+        DeviceMut::Serial(serial) => {
+            let pci = serial.target.as_ref().and_then(|t| t.kind) == Some(SerialKind::Pci);
+            pci.then_some(Wish::Conventional)
+        }
+        DeviceMut::Watchdog(dog) => (dog.model == WatchdogModel::I6300esb).then_some(Wish::Conventional),
+        DeviceMut::Memballoon(balloon) => {
+            let virtio = !matches!(balloon.model, BalloonModel::None | BalloonModel::Xen);
+            virtio.then_some(Wish::Express)
+        }
+        DeviceMut::Panic(panic) => (panic.model == Some(PanicModel::Pvpanic)).then_some(Wish::Conventional),
+        DeviceMut::Shmem(_) => Some(Wish::Conventional),
+        DeviceMut::MemoryDevice(memory) => {
+            let virtio = matches!(memory.model, MemoryModel::VirtioMem | MemoryModel::VirtioPmem);
+            virtio.then_some(Wish::Express)
+        }
+        DeviceMut::Iommu(iommu) => (iommu.model == IommuModel::Virtio).then_some(Wish::Root),
+        DeviceMut::Parallel(_)
+        | DeviceMut::Console(_)
+        | DeviceMut::Channel(_)
+        | DeviceMut::Tpm(_)
+        | DeviceMut::Redirdev(_)
+        | DeviceMut::Hub(_) => None,
     }
 }
 

@@ -3,7 +3,7 @@
 
 use crate::device::address::{Address, AddressKind, PciAddress};
 use crate::device::controller::{Controller, ControllerKind, ControllerModel};
-use crate::device::misc::{Input, InputBus, InputKind};
+use crate::device::input::{Input, InputBus, InputKind};
 use crate::domain::part::Part;
 use crate::domain::{DomainDef, Form};
 use crate::xml::Element;

@@ -1,7 +1,8 @@
 //! `table.txt`, read: what is compared, and which spellings of a value are the same.
 
 use crate::domain::format::{Line, lines};
-use crate::domain::value::{CpuSet, Value, scaled};
+use crate::domain::size::scaled;
+use crate::domain::value::{CpuSet, Value};
 use crate::xml::Element;
 use std::collections::HashMap;
 use std::sync::LazyLock;

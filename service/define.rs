@@ -1,0 +1,358 @@
+//! Documents that clients give, until they are domains: read, permitted, completed, checked, and their names claimed.
+
+use crate::Service;
+use crate::authz::{Action, Answer, Caller, Subject};
+use crate::desk::Seat;
+use crate::domain::{Domain, DomainSeed, StartOptions};
+use crate::error::{Error, Result};
+use crate::job::Ticket;
+use crate::log;
+use crate::registry::{Claimed, check_new_name};
+use crate::store::{self, Ended, Note, on_disk};
+use crate::time::now_usec;
+use crate::verb::{self, Verb};
+use std::sync::Arc;
+use std::time::Instant;
+use virt_model::domain::{DomainDef, add_findings};
+use virt_model::driver::{Driver, DriverError};
+use virt_model::state::StateReason;
+use virt_model::xml::{Finding, FindingKind, refusals};
+impl Service {
+    /// Stores a configuration: a new domain, or another configuration for the one with its uuid and name. `validate`
+    /// refuses what could not run on this host. On failure nothing is stored.
+    pub async fn define(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
+        let begun = Instant::now();
+        let result = self.define_inner(caller, xml, validate).await;
+        self.log(caller, &verb::DEFINE, begun, &result);
+        if let Ok(domain) = &result {
+            self.warn_of_frozen(domain.clone());
+        }
+        result
+    }
+
+    /// Writes to the log which disks of a machine that has been defined could not be written, were it started. In the
+    /// background: files are looked at for it.
+    fn warn_of_frozen(&self, domain: Arc<Domain>) {
+        let shared = self.shared.clone();
+        tokio::spawn(async move {
+            let Some(def) = domain.stored() else { return };
+            for finding in shared.images.frozen_in(&def).await {
+                tracing::warn!(uuid = %def.uuid, name = def.name, "{finding}");
+            }
+        });
+    }
+
+    async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
+        let (def, driver, claimed) = self.accept(caller, xml, &[&verb::DEFINE], validate).await?;
+        match claimed {
+            Claimed::Existing(domain) => {
+                domain.redefine(def).await?;
+                Ok(domain)
+            }
+            Claimed::New => {
+                let domain = self.new_domain(caller, driver, def.clone(), true).await?;
+                let (name, uuid) = (def.name.clone(), def.uuid);
+                if let Err(e) = domain.store(def).await {
+                    self.domains.remove(uuid, &name, caller.uid);
+                    return Err(e);
+                }
+                domain.add();
+                Ok(domain)
+            }
+        }
+    }
+
+    /// Starts a transient domain, or the inactive persistent one of that uuid and name with this configuration. The
+    /// ticket answers when it runs; if it does not come to that, a domain that was not there before is not there after.
+    pub async fn create(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
+        let begun = Instant::now();
+        let result = self.create_inner(caller, xml, options).await;
+        if let Err(e) = &result {
+            log::refused(caller, &verb::CREATE, begun, e);
+        }
+        result
+    }
+
+    async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
+        let (def, driver, claimed) = self.accept(caller, xml, &[&verb::CREATE, &verb::START], false).await?;
+        match claimed {
+            Claimed::Existing(domain) => {
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
+            }
+            Claimed::New => {
+                let domain = self.new_domain(caller, driver, def.clone(), false).await?;
+                self.domains.insert(domain.clone());
+                // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
+                let ticket = domain.launch(caller, Some(def), options).await?;
+                Ok((domain, ticket))
+            }
+        }
+    }
+
+    /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
+    pub async fn validate(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
+        self.allow(caller, &verb::VALIDATE, &Subject::default()).await?;
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
+        let seat = seat.read_through().await;
+        let Some(mut def) = def else { return Ok(findings) };
+        let Some(driver) = self.shared.driver_for(&def.kind) else {
+            add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
+            return Ok(findings);
+        };
+        if self.may_name_files(caller, &def, &**driver).await {
+            driver.learn(&def).await;
+        }
+        match driver.complete(&mut def).await {
+            Ok(()) => {}
+            Err(DriverError::Config(found)) => add_findings(&mut findings, found),
+            Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
+        }
+        add_findings(&mut findings, driver.check(&def).await);
+        let mut def = Arc::new(def);
+        self.shared.images.declare(&mut def);
+        if self.may_name_files(caller, &def, &**driver).await {
+            add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
+            add_findings(&mut findings, self.shared.images.frozen_in(&def).await);
+            if let Ok(Some(existing)) = self.domains.look(def.uuid, &def.name) {
+                add_findings(&mut findings, existing.changed_below(&def).await);
+            }
+        }
+        let conflict = self.domains.look(def.uuid, &def.name);
+        let existing = conflict.as_ref().ok().and_then(Option::as_deref);
+        if let (true, Err(finding)) = (existing.is_none(), new_name(&def)) {
+            add_findings(&mut findings, vec![finding]);
+        }
+        // On a copy: what is told of the document is told of it as it was given.
+        if let Err(found) = keep_hidden(&mut DomainDef::clone(&def), existing) {
+            add_findings(&mut findings, found);
+        }
+        // What is refused as it is, is not kept: whether it could be read again then is not worth the room.
+        if findings.iter().all(|finding| finding.kind != FindingKind::Invalid)
+            && let Err(Error::ConfigInvalid(found)) = readable(def, &seat).await
+        {
+            add_findings(&mut findings, found);
+        }
+        if let Err(conflict) = conflict {
+            findings.push(Finding::anywhere(FindingKind::Invalid, "/name", conflict.to_string()));
+        }
+        Ok(findings)
+    }
+
+    /// Whether files that a document names may be looked at for whoever gave it. Asks nobody.
+    async fn may_name_files(&self, caller: &Caller, def: &DomainDef, driver: &dyn Driver) -> bool {
+        let existing = self.domains.look(def.uuid, &def.name).ok().flatten();
+        let subject = existing.map_or_else(|| subject_of(def, driver), |domain| domain.subject());
+        self.may_all(caller, verb::DEFINE.action.as_slice(), &subject).await
+    }
+
+    /// What `start` would run, in the hypervisor's own terms.
+    pub async fn native(&self, caller: &Caller, xml: &str, format: &str) -> Result<Vec<String>> {
+        self.allow(caller, &verb::NATIVE, &Subject::default()).await?;
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let _seat = seat.read_through().await;
+        let driver = self.driver_for(&def.kind)?;
+        if self.may_name_files(caller, &def, &*driver).await {
+            driver.learn(&def).await;
+        }
+        let translated = match driver.complete(&mut def).await {
+            Ok(()) => driver.native(&def, format).await,
+            Err(e) => Err(e),
+        };
+        translated.map_err(|e| match e {
+            DriverError::Unsupported(text) => Error::InvalidArgument(text),
+            e => Error::from_driver(&def.name, "translate", e),
+        })
+    }
+
+    /// Reads a document, asks for permission for all of `verbs`, completes it, and claims its name and uuid.
+    async fn accept(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        verbs: &[&Verb],
+        validate: bool,
+    ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed<Domain>)> {
+        let mut seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let driver = self.driver_for(&def.kind)?;
+        let existing = self.domains.look(def.uuid, &def.name)?;
+        let subject = existing.as_ref().map_or_else(|| subject_of(&def, &*driver), |domain| domain.subject());
+        let native = def.has_native_arguments().then_some(Action::Native);
+        let actions: Vec<Action> = verbs.iter().filter_map(|verb| verb.action).chain(native).collect();
+        if caller.interactive && !self.may_all(caller, &actions, &subject).await {
+            // Somebody is asked, who may take minutes: the document is put away and read again.
+            let uuid = def.uuid;
+            drop((def, seat));
+            self.ask_for_all(caller, &actions, &subject).await?;
+            seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+            def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+            // One without a uuid was given one, of which was spoken.
+            def.uuid = uuid;
+        } else {
+            self.ask_for_all(caller, &actions, &subject).await?;
+        }
+        let seat = seat.read_through().await;
+        if existing.is_none() {
+            new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
+        }
+        keep_hidden(&mut def, existing.as_deref()).map_err(Error::ConfigInvalid)?;
+        driver.learn(&def).await;
+        driver.complete(&mut def).await.map_err(|e| match e {
+            DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
+                Error::ConfigInvalid(findings)
+            }
+            e => Error::from_driver(&def.name, "define", e),
+        })?;
+        let mut def = Arc::new(def);
+        self.shared.images.declare(&mut def);
+        let def = readable(def, &seat).await?;
+        if validate {
+            refuse(driver.check(&def).await)?;
+        }
+        self.look(&*driver, &def).await?;
+        let claimed = self.claim(caller, &def, existing.as_ref())?;
+        Ok((def, driver, claimed))
+    }
+
+    /// Whether a caller may do all of this. Asks nobody.
+    async fn may_all(&self, caller: &Caller, actions: &[Action], subject: &Subject) -> bool {
+        for action in actions {
+            if self.shared.authority.can(caller, *action, subject).await != Answer::Yes {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Asks for permission for all of this; error: the first that is refused.
+    async fn ask_for_all(&self, caller: &Caller, actions: &[Action], subject: &Subject) -> Result<()> {
+        for action in actions {
+            self.shared.authority.check(caller, *action, subject).await?;
+        }
+        Ok(())
+    }
+
+    /// Refuses images that say something else than the definition. Permission to name files has been given.
+    async fn look(&self, driver: &dyn Driver, def: &DomainDef) -> Result<()> {
+        match driver.look(def).await {
+            Ok(findings) => refuse(findings),
+            // It is looked at again when it starts.
+            Err(error) => {
+                tracing::warn!(uuid = %def.uuid, name = def.name, %error, "it is defined without a look at its images");
+                Ok(())
+            }
+        }
+    }
+
+    /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's
+    /// time: what has come or gone meanwhile is another domain, for which it does not hold.
+    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed<Domain>> {
+        let meanwhile = |what: &str| format!("domain '{}' was {what} by another call meanwhile; try again", def.name);
+        match self.domains.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
+            Claimed::Existing(domain) if existing.is_some_and(|known| Arc::ptr_eq(known, &domain)) => {
+                Ok(Claimed::Existing(domain))
+            }
+            Claimed::Existing(_) => Err(Error::DomainExists(meanwhile("defined"))),
+            Claimed::New if existing.is_none() => Ok(Claimed::New),
+            Claimed::New => {
+                self.domains.remove(def.uuid, &def.name, caller.uid);
+                Err(Error::OperationInvalid(meanwhile("removed")))
+            }
+        }
+    }
+
+    /// A domain that is not in the registry yet; its name is claimed.
+    async fn new_domain(
+        &self,
+        caller: &Caller,
+        driver: Arc<dyn Driver>,
+        def: Arc<DomainDef>,
+        persistent: bool,
+    ) -> Result<Arc<Domain>> {
+        let note = Note { owner: caller.uid, ..Note::default() };
+        let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
+        let (shared, uuid) = (self.shared.clone(), def.uuid);
+        // A transient domain of that uuid may have left some.
+        let snapshots = match on_disk(move || shared.store.load_snapshots(uuid)).await {
+            Ok(snapshots) => snapshots,
+            Err(e) => {
+                self.domains.remove(uuid, &def.name, caller.uid);
+                return Err(e);
+            }
+        };
+        Ok(Domain::new(
+            &self.shared,
+            &self.domains,
+            DomainSeed { def, persistent, broken: None, driver, note, ended, snapshots },
+        ))
+    }
+
+    fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {
+        match self.shared.driver_for(kind) {
+            Some(driver) => Ok(driver.clone()),
+            None => Err(Error::ConfigUnsupported(self.no_driver(kind).message)),
+        }
+    }
+
+    fn no_driver(&self, kind: &str) -> Finding {
+        let types: Vec<&str> = self.shared.drivers.iter().flat_map(|driver| driver.types()).copied().collect();
+        Finding {
+            kind: FindingKind::Unsupported,
+            line: 1,
+            column: 1,
+            path: "/@type".to_owned(),
+            message: format!("no driver serves domains of type '{kind}', only {}", types.join(", ")),
+        }
+    }
+
+    fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, result: &Result<Arc<Domain>>) {
+        match result {
+            Ok(domain) => domain.log(caller, verb, begun, None),
+            Err(e) => log::refused(caller, verb, begun, e),
+        }
+    }
+}
+
+/// Refuses what a check found, warnings apart.
+fn refuse(findings: Vec<Finding>) -> Result<()> {
+    refusals(findings).map_err(|found| match &found[..] {
+        [first, ..] if found.iter().all(|finding| finding.kind != FindingKind::Invalid) => {
+            Error::ConfigUnsupported(first.to_string())
+        }
+        _ => Error::ConfigInvalid(found),
+    })
+}
+
+/// What polkit is told of a domain that is about to be defined.
+fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
+    Subject {
+        driver: driver.name().to_owned(),
+        domain_name: def.name.clone(),
+        domain_uuid: Some(def.uuid),
+        owner: None,
+        snapshot_name: None,
+    }
+}
+
+/// Refuses a document whose name looks like another.
+fn new_name(def: &DomainDef) -> Result<(), Finding> {
+    check_new_name("domain", &def.name).map_err(|e| Finding::invalid(&def.at.child("name"), e.to_string()))
+}
+
+/// Puts back what somebody who was not shown all of a domain's configuration means to keep of it.
+fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec<Finding>> {
+    let known = existing.map(Domain::known).unwrap_or_default();
+    def.keep_hidden(&known.iter().map(|def| &**def).collect::<Vec<_>>())
+}
+
+/// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
+async fn readable(def: Arc<DomainDef>, seat: &Seat) -> Result<Arc<DomainDef>> {
+    let readable = seat.work(move || match store::acceptable(&def) {
+        Ok(()) => Ok(def),
+        Err(message) => Err(Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)])),
+    });
+    readable.await
+}

@@ -1,0 +1,87 @@
+//! `Destroy` waits for nobody.
+
+use crate::world::{World, with_snapshot};
+use virt_model::state::DomainState;
+use virt_service::error::Error;
+use virt_service::{CreateOptions, DeleteOptions, Force, RevertOptions, StartOptions};
+
+#[tokio::test]
+async fn destroy_gets_through_a_start_that_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let ticket = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.driver.follows_plan(domain.uuid()).await;
+    domain.destroy(&world.alice(), false).await.unwrap();
+    assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
+    assert_eq!(domain.facts().state, DomainState::Shutoff);
+    assert_eq!(world.told().last().unwrap(), "job cancelled");
+    world.start(&domain).await.expect("as if nothing had been");
+}
+
+#[tokio::test]
+async fn destroy_sees_a_start_though_another_gave_up_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    world.driver.hang_start(domain.uuid());
+    let first = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    let second = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
+    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
+    assert!(second.done().await.is_err());
+    domain.destroy(&world.alice(), false).await.expect("it ends the start under way");
+    assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
+}
+
+#[tokio::test]
+async fn destroy_gets_through_a_revert_whose_new_guest_does_not_come() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = with_snapshot(&world, "web").await;
+    for runs in [true, false] {
+        if !runs {
+            domain.destroy(&world.alice(), false).await.unwrap();
+        }
+        world.driver.hang_start(domain.uuid());
+        let options = RevertOptions { running: true, respawn: true, force: Force::All, ..RevertOptions::default() };
+        let ticket = domain.revert(&world.alice(), "on", options).await.unwrap();
+        world.driver.follows_plan(domain.uuid()).await;
+        domain.destroy(&world.alice(), false).await.unwrap();
+        let ended = ticket.done().await;
+        assert!(matches!(ended, Err(Error::Cancelled(_))), "{ended:?}");
+        assert_eq!(domain.facts().state, DomainState::Shutoff);
+        assert_eq!(world.driver.running(), 0);
+        assert!(!folder.path().join(format!("state/snapshots/{}/.intent", domain.uuid())).exists(), "it is whole");
+        world.start(&domain).await.expect("as if nothing had been");
+    }
+}
+
+#[tokio::test]
+async fn destroy_gets_through_whatever_is_done_to_a_hypervisor_that_hangs() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = with_snapshot(&world, "web").await;
+    for deed in ["create", "revert", "delete"] {
+        let guest = world.driver.guest(domain.uuid()).unwrap();
+        guest.hang(true);
+        let alice = world.alice();
+        let ticket = match deed {
+            "create" => domain.create_snapshot(&alice, "<domainsnapshot/>", CreateOptions::default()).await.unwrap().1,
+            "revert" => {
+                let options = RevertOptions { force: Force::All, ..RevertOptions::default() };
+                domain.revert(&alice, "on", options).await.unwrap()
+            }
+            _ => domain.delete_snapshot(&alice, "on", DeleteOptions::default()).await.unwrap(),
+        };
+        domain.destroy(&alice, false).await.unwrap();
+        assert_eq!(domain.facts().state, DomainState::Shutoff, "{deed}");
+        let _ = ticket.done().await;
+        assert_eq!(
+            (domain.facts().state, world.driver.running()),
+            (DomainState::Shutoff, 0),
+            "{deed}: it does not come back"
+        );
+        world.start(&domain).await.unwrap();
+    }
+}

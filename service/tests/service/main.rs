@@ -1,0 +1,9 @@
+//! The service as its callers see it, a file per story: with the test driver, without a bus and without QEMU.
+
+mod destroy;
+mod documents;
+mod lifecycle;
+mod permission;
+mod restart;
+mod snapshots;
+mod world;
