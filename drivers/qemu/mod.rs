@@ -131,7 +131,7 @@ impl QemuDriver {
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
         let workers = Workers::default();
-        let prober = prober.certified_in(&config.tls_dir).working_with(&workers);
+        let prober = prober.certified_in(&config.tls_dir).with_kvm(config.kvm).working_with(&workers);
         if let Privileges::Drop { ledger: Ok(ledger), .. } = &privileges
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {

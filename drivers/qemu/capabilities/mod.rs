@@ -14,7 +14,7 @@ mod probe;
 mod site;
 
 pub use document::document;
-pub use host::Host;
+pub use host::{Host, KVM};
 pub use site::{End, Site, VHOST_VSOCK, bridge_helper, program};
 
 use super::firmware::{self, Firmware};
@@ -202,6 +202,8 @@ pub struct Prober {
     state_dir: PathBuf,
     tls_dir: PathBuf,
     user: Option<(u32, u32)>,
+    /// Whether KVM is tried.
+    tries_kvm: bool,
     workers: Workers,
     known: Mutex<HashMap<PathBuf, Arc<Slot>>>,
     /// Other ways to write the paths of those known.
@@ -216,10 +218,13 @@ struct Answer {
     when: Instant,
     /// `None` of one that may not be asked.
     stamp: Option<Stamp>,
-    host_kvm: Result<(), String>,
+    host_kvm: HostKvm,
     site: Site,
     outcome: Result<Arc<Capabilities>, DriverError>,
 }
+
+/// Since when the host's half of KVM is as it is; else why there is none.
+type HostKvm = Result<(i64, i64), String>;
 
 /// A binary that has been asked.
 #[derive(Clone, Debug)]
@@ -237,7 +242,7 @@ struct Judged {
     /// Its path without links and dots in its directory, so that a binary has few names to be asked and remembered under.
     /// The last part stays: some programs go by it.
     binary: PathBuf,
-    host_kvm: Result<(), String>,
+    host_kvm: HostKvm,
     site: Site,
 }
 
@@ -266,6 +271,7 @@ impl Prober {
             state_dir: PathBuf::new(),
             tls_dir: PathBuf::new(),
             user,
+            tries_kvm: true,
             workers: Workers::default(),
             known: Mutex::default(),
             spellings: Mutex::default(),
@@ -281,6 +287,11 @@ impl Prober {
     /// The same for a host whose certificates are there.
     pub fn certified_in(self, tls_dir: &Path) -> Self {
         Prober { tls_dir: tls_dir.to_owned(), ..self }
+    }
+
+    /// The same for a host where KVM is used, if it is there, or not used at all.
+    pub fn with_kvm(self, tries_kvm: bool) -> Self {
+        Prober { tries_kvm, ..self }
     }
 
     /// The same with these threads to look at files.
@@ -301,7 +312,7 @@ impl Prober {
             Err(error) => {
                 // Of the system's own nobody needs to be told later, and anybody may have asked for any kind of them.
                 if !is_systems_own(binary) {
-                    let (host_kvm, site, outcome) = (Ok(()), Site::default(), Err(error.clone()));
+                    let (host_kvm, site, outcome) = (Ok((0, 0)), Site::default(), Err(error.clone()));
                     let answer = Answer { when: Instant::now(), stamp: None, host_kvm, site, outcome };
                     *self.slot(binary, binary).lock().await = Some(answer);
                 }
@@ -361,7 +372,7 @@ impl Prober {
         let kept = blocking(move || {
             let mut kept = prober.load(&spelt)?.capabilities;
             prober.add_host(&mut kept);
-            kept.kvm = if kept.kvm_built_in { host::kvm() } else { Err(without_kvm(&spelt)) };
+            kept.kvm = if kept.kvm_built_in { prober.host_kvm().map(drop) } else { Err(without_kvm(&spelt)) };
             kept.site = Site::read(&prober.state_dir, &prober.tls_dir);
             Some(Arc::new(kept))
         });
@@ -393,7 +404,7 @@ impl Prober {
         program: &Arc<Program>,
         binary: &Path,
         stamp: &Stamp,
-        host_kvm: &Result<(), String>,
+        host_kvm: &HostKvm,
     ) -> Result<Capabilities, DriverError> {
         let _place = self.places.acquire().await;
         let (prober, path) = (self.clone(), binary.to_owned());
@@ -418,10 +429,18 @@ impl Prober {
         .await?;
         capabilities.kvm = match host_kvm {
             Err(why) => Err(why.clone()),
-            Ok(()) if !capabilities.kvm_built_in => Err(without_kvm(binary)),
-            Ok(()) => probe::kvm_enabled(program, self.user).await,
+            Ok(_) if !capabilities.kvm_built_in => Err(without_kvm(binary)),
+            Ok(_) => probe::kvm_enabled(program, self.user).await,
         };
         Ok(capabilities)
+    }
+
+    /// Whether the host's half of KVM is there, and is to be used. Blocks.
+    fn host_kvm(&self) -> HostKvm {
+        match self.tries_kvm {
+            true => host::kvm(),
+            false => Err("it is turned off in virtd.toml ([qemu] kvm = \"off\")".to_owned()),
+        }
     }
 
     /// What the host says of itself. Blocks.
@@ -457,7 +476,7 @@ impl Prober {
             modules: modules.collect(),
         };
         let site = Site::read(&self.state_dir, &self.tls_dir);
-        Ok(Judged { program, stamp, binary: spelt, host_kvm: host::kvm(), site })
+        Ok(Judged { program, stamp, binary: spelt, host_kvm: self.host_kvm(), site })
     }
 
     fn cache_file(&self, binary: &Path) -> Option<PathBuf> {
