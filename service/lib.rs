@@ -48,7 +48,7 @@ use tokio::sync::mpsc;
 use uuid::Uuid;
 use verb::Verb;
 use virt_model::domain::{DomainDef, add_findings};
-use virt_model::driver::{Driver, DriverError};
+use virt_model::driver::{Driver, DriverError, MachineChoice};
 use virt_model::state::StateReason;
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -227,6 +227,7 @@ impl Service {
         self.shared.declare(&mut def);
         if self.may_name_files(caller, &def, &**driver).await {
             add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
+            add_findings(&mut findings, unmet(&**driver, &def).await);
             add_findings(&mut findings, self.shared.frozen_in(&def).await);
             if let Ok(Some(existing)) = self.shared.registry.look(def.uuid, &def.name) {
                 add_findings(&mut findings, existing.changed_below(&def).await);
@@ -289,14 +290,31 @@ impl Service {
 
     /// The `<capabilities>` document of a driver.
     pub async fn capabilities(&self, driver: &str) -> Result<String> {
-        let Some(found) = self.shared.driver_named(driver) else {
-            let known = self.drivers().join(", ");
-            return Err(Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(driver))));
+        let told = self.driver_named(driver)?.capabilities().await;
+        told.map_err(|e| Error::HypervisorFailed { what: format!("driver '{driver}'"), why: e.to_string() })
+    }
+
+    /// The `<domainCapabilities>` document of a kind of machine; the first driver's, if none is named.
+    pub async fn domain_capabilities(&self, driver: Option<&str>, wanted: &MachineChoice) -> Result<String> {
+        let found = match driver {
+            Some(name) => self.driver_named(name)?,
+            None => {
+                let first = self.shared.drivers.first();
+                first.ok_or_else(|| Error::OperationUnsupported("this virtd has no drivers".to_owned()))?
+            }
         };
-        found
-            .capabilities()
-            .await
-            .map_err(|e| Error::HypervisorFailed { what: format!("driver '{driver}'"), why: e.to_string() })
+        found.domain_capabilities(wanted).await.map_err(|e| match e {
+            DriverError::NotPossible(why) => Error::ConfigUnsupported(why),
+            DriverError::Unsupported(why) => Error::OperationUnsupported(why),
+            e => Error::HypervisorFailed { what: format!("driver '{}'", found.name()), why: e.to_string() },
+        })
+    }
+
+    fn driver_named(&self, name: &str) -> Result<&Arc<dyn Driver>> {
+        self.shared.driver_named(name).ok_or_else(|| {
+            let known = self.drivers().join(", ");
+            Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(name)))
+        })
     }
 
     /// Cancels a job: one's own, or with permission another's.
@@ -369,6 +387,7 @@ impl Service {
         let def = readable(def, &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
+            refuse(unmet(&*driver, &def).await)?;
         }
         self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
@@ -471,6 +490,12 @@ impl Service {
             Err(e) => log::refused(caller, verb, begun, e),
         }
     }
+}
+
+/// What a machine needs of the host and is not there now. Permission to name files has been given.
+async fn unmet(driver: &dyn Driver, def: &DomainDef) -> Vec<Finding> {
+    let looked = driver.unmet(def).await;
+    looked.unwrap_or_else(|error| vec![Finding::anywhere(FindingKind::Unsupported, "/", error.to_string())])
 }
 
 /// Refuses what a check found, warnings apart.

@@ -32,7 +32,7 @@ use uuid::Uuid;
 use virt_model::driver::DriverError;
 
 /// Raised whenever the questions or their answers' meaning change, so that older cache files are left unread.
-const CACHE_FORMAT: u32 = 2;
+const CACHE_FORMAT: u32 = 3;
 /// The longest answers that are kept, in bytes.
 const MAX_CACHE: u64 = 16 << 20;
 /// Answers kept in memory; with more, those that nobody waits for are forgotten.
@@ -68,6 +68,18 @@ pub struct Capabilities {
     pub chardevs: BTreeSet<String>,
     /// CPU models for `-cpu`.
     pub cpus: Vec<String>,
+    /// Of them, those that QEMU intends to drop.
+    #[serde(default)]
+    pub deprecated_cpus: BTreeSet<String>,
+    /// What keeps a CPU model from being all that it is, where it is emulated.
+    #[serde(default)]
+    pub emulated_blockers: Blockers,
+    /// The same with KVM; empty where that does not work.
+    #[serde(skip)]
+    pub kvm_blockers: Blockers,
+    /// What KVM of this host can tell a guest of Hyper-V, in QEMU's words; `None` where it was not asked.
+    #[serde(skip)]
+    pub kvm_hyperv: Option<BTreeSet<String>>,
     /// CPU features for `-cpu`, and other settings of a CPU that are on or off; empty where the binary does not list them.
     #[serde(default)]
     pub cpu_features: BTreeSet<String>,
@@ -104,6 +116,9 @@ fn kvm_unknown() -> Result<(), String> {
     Err("KVM has not been tried yet".to_owned())
 }
 
+/// Features, by the CPU models that have them and cannot have them here.
+pub type Blockers = BTreeMap<String, BTreeSet<String>>;
+
 /// A board.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -134,6 +149,10 @@ impl Capabilities {
             objects: BTreeSet::new(),
             chardevs: BTreeSet::new(),
             cpus: Vec::new(),
+            deprecated_cpus: BTreeSet::new(),
+            emulated_blockers: Blockers::new(),
+            kvm_blockers: Blockers::new(),
+            kvm_hyperv: None,
             cpu_features: BTreeSet::new(),
             commands: BTreeSet::new(),
             options: BTreeSet::new(),
@@ -152,6 +171,12 @@ impl Capabilities {
     pub fn machine(&self, name: &str) -> Option<&Machine> {
         let own = self.machines.iter().find(|m| m.name == name);
         own.or_else(|| self.machines.iter().find(|m| m.alias.as_deref() == Some(name)))
+    }
+
+    /// The features that a CPU model has and that a guest would not get, with or without KVM.
+    pub fn blockers(&self, kvm: bool, model: &str) -> impl Iterator<Item = &str> {
+        let blockers = if kvm { &self.kvm_blockers } else { &self.emulated_blockers };
+        blockers.get(model).into_iter().flatten().map(String::as_str)
     }
 
     /// Whether there is a device type of this name.
@@ -430,7 +455,13 @@ impl Prober {
         capabilities.kvm = match host_kvm {
             Err(why) => Err(why.clone()),
             Ok(_) if !capabilities.kvm_built_in => Err(without_kvm(binary)),
-            Ok(_) => probe::kvm_enabled(program, self.user).await,
+            Ok(_) => match probe::with_kvm(program, &capabilities.arch, self.user).await {
+                Ok(kvm) => {
+                    (capabilities.kvm_blockers, capabilities.kvm_hyperv) = (kvm.blockers, kvm.hyperv);
+                    Ok(())
+                }
+                Err(why) => Err(why),
+            },
         };
         Ok(capabilities)
     }
