@@ -27,6 +27,8 @@ pub struct DriverConfig {
     pub qemu_user: String,
     /// Their group, if not their own.
     pub qemu_group: Option<String>,
+    /// KVM is used where it works; otherwise `type='kvm'` is refused, whatever works.
+    pub kvm: bool,
     /// Threads that a guest's processes may have beside its vCPUs.
     pub guest_threads: u64,
     /// Bytes that they may use beyond the guest's memory and a quarter of it.
@@ -44,6 +46,7 @@ impl DriverConfig {
             system,
             qemu_user: "virt-qemu".to_owned(),
             qemu_group: None,
+            kvm: true,
             guest_threads: 1024,
             guest_overhead: 2 << 30,
         }

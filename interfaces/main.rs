@@ -18,7 +18,7 @@ use virtd::caller::Callers;
 use virtd::link::Link;
 use virtd::polkit::{Bus, Polkit};
 use virtd::session::OwnerOnly;
-use virtd::settings::{Arguments, Config, Folders, Kind, QemuConfig};
+use virtd::settings::{Arguments, Config, Folders, Kind, QemuConfig, UseKvm};
 use virtd::{End, Server, Serving};
 
 /// How long the bus may take to take the last signals.
@@ -199,6 +199,7 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         system: kind == Kind::System,
         qemu_user: qemu.user,
         qemu_group: qemu.group,
+        kvm: qemu.kvm == UseKvm::Auto,
         guest_threads: qemu.threads,
         guest_overhead: qemu.overhead_mib.saturating_mul(1 << 20),
     }

@@ -89,10 +89,23 @@ pub struct QemuConfig {
     pub user: String,
     /// The group, if not the user's own.
     pub group: Option<String>,
+    /// Whether guests may have KVM.
+    pub kvm: UseKvm,
     /// Threads that a guest's processes may have beside its vCPUs.
     pub threads: u64,
     /// MiB that they may use beyond the guest's memory and a quarter of it.
     pub overhead_mib: u64,
+}
+
+/// Whether guests may have KVM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UseKvm {
+    /// Where KVM and QEMU say that it works.
+    #[default]
+    Auto,
+    /// Never: a machine of `type='kvm'` is refused.
+    Off,
 }
 
 /// How much any user but root may have.
@@ -107,7 +120,7 @@ pub struct LimitsConfig {
 
 impl Default for QemuConfig {
     fn default() -> Self {
-        QemuConfig { user: "virt-qemu".to_owned(), group: None, threads: 1024, overhead_mib: 2048 }
+        QemuConfig { user: "virt-qemu".to_owned(), group: None, kvm: UseKvm::Auto, threads: 1024, overhead_mib: 2048 }
     }
 }
 
@@ -263,10 +276,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("virtd.toml");
         assert_eq!(Config::read(&file).unwrap(), Config::default());
-        std::fs::write(&file, "[qemu]\nuser = \"q\"\n[limits]\njobs-per-user = 3\n").unwrap();
+        std::fs::write(&file, "[qemu]\nuser = \"q\"\nkvm = \"off\"\n[limits]\njobs-per-user = 3\n").unwrap();
         let config = Config::read(&file).unwrap();
-        assert_eq!((config.qemu.user.as_str(), config.qemu.group), ("q", None));
+        assert_eq!((config.qemu.user.as_str(), config.qemu.group, config.qemu.kvm), ("q", None, UseKvm::Off));
         assert_eq!(config.limits.jobs_per_user, 3);
+        std::fs::write(&file, "[qemu]\nkvm = \"on\"\n").unwrap();
+        let error = Config::read(&file).unwrap_err();
+        assert!(error.contains("auto") && error.contains("off"), "{error}");
         std::fs::write(&file, "[limits]\njobs = 3\n").unwrap();
         let error = Config::read(&file).unwrap_err();
         assert!(error.contains("virtd.toml") && error.contains("jobs"), "{error}");

@@ -17,6 +17,7 @@ use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::{Driver, DriverError};
 use virt_model::state::StateReason;
 use virt_model::xml::{Finding, FindingKind, refusals};
+
 impl Service {
     /// Stores a configuration: a new domain, or another configuration for the one with its uuid and name. `validate`
     /// refuses what could not run on this host. On failure nothing is stored.
@@ -114,6 +115,7 @@ impl Service {
         self.shared.images.declare(&mut def);
         if self.may_name_files(caller, &def, &**driver).await {
             add_findings(&mut findings, driver.look(&def).await.unwrap_or_default());
+            add_findings(&mut findings, unmet(&**driver, &def).await);
             add_findings(&mut findings, self.shared.images.frozen_in(&def).await);
             if let Ok(Some(existing)) = self.domains.look(def.uuid, &def.name) {
                 add_findings(&mut findings, existing.changed_below(&def).await);
@@ -211,6 +213,7 @@ impl Service {
         let def = readable(def, &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
+            refuse(unmet(&*driver, &def).await)?;
         }
         self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
@@ -314,6 +317,12 @@ impl Service {
             Err(e) => log::refused(caller, verb, begun, e),
         }
     }
+}
+
+/// What a machine needs of the host and is not there now. Permission to name files has been given.
+async fn unmet(driver: &dyn Driver, def: &DomainDef) -> Vec<Finding> {
+    let looked = driver.unmet(def).await;
+    looked.unwrap_or_else(|error| vec![Finding::anywhere(FindingKind::Unsupported, "/", error.to_string())])
 }
 
 /// Refuses what a check found, warnings apart.

@@ -46,7 +46,7 @@ use store::Store;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use verb::Verb;
-use virt_model::driver::Driver;
+use virt_model::driver::{Driver, DriverError, MachineChoice};
 use virt_model::xml::shorten;
 
 /// What a service needs to know.
@@ -148,14 +148,31 @@ impl Service {
 
     /// The `<capabilities>` document of a driver.
     pub async fn capabilities(&self, driver: &str) -> Result<String> {
-        let Some(found) = self.shared.driver_named(driver) else {
-            let known = self.drivers().join(", ");
-            return Err(Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(driver))));
+        let told = self.driver_named(driver)?.capabilities().await;
+        told.map_err(|e| Error::HypervisorFailed { what: format!("driver '{driver}'"), why: e.to_string() })
+    }
+
+    /// The `<domainCapabilities>` document of a kind of machine; the first driver's, if none is named.
+    pub async fn domain_capabilities(&self, driver: Option<&str>, wanted: &MachineChoice) -> Result<String> {
+        let found = match driver {
+            Some(name) => self.driver_named(name)?,
+            None => {
+                let first = self.shared.drivers.first();
+                first.ok_or_else(|| Error::OperationUnsupported("this virtd has no drivers".to_owned()))?
+            }
         };
-        found
-            .capabilities()
-            .await
-            .map_err(|e| Error::HypervisorFailed { what: format!("driver '{driver}'"), why: e.to_string() })
+        found.domain_capabilities(wanted).await.map_err(|e| match e {
+            DriverError::NotPossible(why) => Error::ConfigUnsupported(why),
+            DriverError::Unsupported(why) => Error::OperationUnsupported(why),
+            e => Error::HypervisorFailed { what: format!("driver '{}'", found.name()), why: e.to_string() },
+        })
+    }
+
+    fn driver_named(&self, name: &str) -> Result<&Arc<dyn Driver>> {
+        self.shared.driver_named(name).ok_or_else(|| {
+            let known = self.drivers().join(", ");
+            Error::InvalidArgument(format!("there is no driver '{}', only {known}", shorten(name)))
+        })
     }
 
     /// Cancels a job: one's own, or with permission another's.

@@ -94,6 +94,7 @@ verbs! {
         LIST = "ListDomains", None, Always, "list";
         JOBS = "GetJobs", None, Always, "list jobs";
         CAPABILITIES = "GetCapabilities", None, Always, "get capabilities";
+        DOMAIN_CAPABILITIES = "GetDomainCapabilities", None, Always, "get domain capabilities";
         MANAGER_CAN = "Can", None, Always, "can";
     }
 

@@ -57,6 +57,26 @@ impl Header {
     }
 }
 
+/// How images of a format begin: so many bytes in, one of these. Formats without such a sign are not here.
+const SIGNS: [(&str, u64, &[&[u8]]); 6] = [
+    ("qcow2", 0, &[b"QFI\xfb\0\0\0\x02", b"QFI\xfb\0\0\0\x03"]),
+    ("qcow", 0, &[b"QFI\xfb\0\0\0\x01"]),
+    ("qed", 0, &[b"QED\0"]),
+    ("vdi", 64, &[b"\x7f\x10\xda\xbe"]),
+    ("vhdx", 0, &[b"vhdxfile"]),
+    ("parallels", 0, &[b"WithoutFreeSpace", b"WithouFreSpacExt"]),
+];
+
+/// Whether what is at `path` bears the sign of a format's images; a format without one, and what is neither a plain file nor
+/// a block device, may be anything. Blocks, where the file system does not answer without end.
+pub fn bears_sign_of(path: &Path, format: &str) -> io::Result<bool> {
+    let Some((_, at, signs)) = SIGNS.iter().find(|(name, ..)| *name == format) else { return Ok(true) };
+    let Some(file) = Found::resolve(path)?.image()? else { return Ok(true) };
+    let mut begins = [0u8; 16];
+    let read = read_some(&file, &mut begins, *at)?;
+    Ok(signs.iter().any(|sign| begins[..read].starts_with(sign)))
+}
+
 /// Of the qcow family. The first version says no formats.
 fn qcow(file: &File) -> io::Result<Header> {
     let mut fixed = [0u8; 104];

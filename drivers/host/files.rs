@@ -14,8 +14,8 @@
 
 use super::acl::through;
 use super::resolve::{Found, Place};
-use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
-use rustix::fs::{chownat, fstat, mkdirat, openat, renameat, renameat_with, statat, unlinkat};
+use rustix::fs::{Access, AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
+use rustix::fs::{accessat, chownat, fstat, mkdirat, openat, renameat, renameat_with, statat, unlinkat};
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
@@ -85,6 +85,13 @@ pub struct Seen {
     pub has_folder: bool,
     /// Bytes that are free there; `None` if that cannot be told.
     pub free: Option<u64>,
+}
+
+/// Whether we could open what is at `path` to be read, or to be read and written; nothing is opened.
+pub fn may_open(path: &Path, write: bool) -> io::Result<()> {
+    let found = Found::resolve(path)?;
+    let wanted = if write { Access::READ_OK | Access::WRITE_OK } else { Access::READ_OK };
+    Ok(accessat(rustix::fs::CWD, through(&found.fd), wanted, AtFlags::EACCESS)?)
 }
 
 /// Opens a plain file to be read; anything else is refused at once.

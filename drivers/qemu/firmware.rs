@@ -114,7 +114,17 @@ impl Firmware {
         matches!(self.mapping, Mapping::Flash { mode: Some(FlashMode::Stateless), .. })
     }
 
-    fn runs_on(&self, arch: &str, machine: &str) -> bool {
+    /// The file that a `<loader>` names to have it.
+    pub fn loader(&self) -> Option<&str> {
+        match &self.mapping {
+            Mapping::Flash { executable, .. } => Some(&executable.filename),
+            Mapping::Memory { filename } => Some(filename),
+            Mapping::Kernel { .. } => None,
+        }
+    }
+
+    /// Whether it is for that machine of an emulator of that architecture (in QEMU's words).
+    pub fn runs_on(&self, arch: &str, machine: &str) -> bool {
         let fits = |pattern: &String| glob(pattern.as_bytes(), machine.as_bytes());
         self.targets.iter().any(|target| target.architecture == arch && target.machines.iter().any(fits))
     }

@@ -14,6 +14,7 @@ pub mod command;
 pub mod companion;
 pub mod complete;
 mod declared;
+mod domain_capabilities;
 mod events;
 mod find;
 #[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
@@ -60,6 +61,7 @@ use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
 use live::Ports;
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -67,7 +69,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
-use virt_model::driver::{DomainEnd, Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Running};
+use virt_model::driver::{
+    DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Running,
+};
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
 /// Drives QEMU on this host.
@@ -85,9 +89,14 @@ struct Inner {
     state_dir: PathBuf,
     /// Who looks at guests' files.
     workers: Workers,
+    /// What machines can have, by kind and name of the machine, and whose capabilities that is of.
+    offers: Arc<tokio::sync::Mutex<Offers>>,
     /// Threads and bytes of a guest, beside what its machine has.
     bounds: (u64, u64),
 }
+
+/// Documents by architecture, kind and machine, each with what it was made of.
+type Offers = HashMap<(String, String, String), (Arc<Capabilities>, String)>;
 
 /// Whom QEMU runs as.
 enum Privileges {
@@ -131,7 +140,7 @@ impl QemuDriver {
         };
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
         let workers = Workers::default();
-        let prober = prober.certified_in(&config.tls_dir).working_with(&workers);
+        let prober = prober.certified_in(&config.tls_dir).with_kvm(config.kvm).working_with(&workers);
         if let Privileges::Drop { ledger: Ok(ledger), .. } = &privileges
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
@@ -142,6 +151,7 @@ impl QemuDriver {
             workers,
             ports: Ports::default(),
             claims: Claims::default(),
+            offers: Arc::default(),
             privileges,
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
@@ -151,6 +161,28 @@ impl QemuDriver {
 
     async fn capabilities_for(&self, def: &DomainDef) -> Arc<Capabilities> {
         self.0.prober.known(&emulator(def).await).await
+    }
+
+    /// What a start needs of the host's files and does not find, as far as that can be told: images always, the rest where
+    /// its command can be built. `restored`: it starts from a snapshot.
+    async fn lacks_files(
+        &self,
+        def: &DomainDef,
+        caps: Arc<Capabilities>,
+        restored: bool,
+    ) -> Result<(Vec<needs::Unmet>, Result<(), Vec<Finding>>), DriverError> {
+        let own = guests_dir(def);
+        let (as_us, mut here) = (matches!(self.0.privileges, Privileges::Ours), def.clone());
+        let errand = Errand::new(def.uuid, "the files of the machine");
+        let looked = self.0.workers.run(errand, move |_| {
+            let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
+            let place = command::Place::now(&own, MONITOR_FD, !as_us);
+            let command = check::checked(&places.written_into(&here), &caps)
+                .and_then(|checked| command::build(checked, &caps, &place));
+            let lacks = needs::unmet(&here, command.as_ref().ok(), &own, restored, as_us);
+            Ok((lacks, command.map(drop)))
+        });
+        looked.await
     }
 
     /// As [`Privileges::user`]; the database of users may be far away.
@@ -275,7 +307,11 @@ impl Driver for QemuDriver {
         let caps = self.capabilities_for(def).await;
         let mut findings = check::check(def, &caps);
         let here = def.clone();
-        let here = blocking(move || hostdev::findings(&here, Path::new(SYSFS)));
+        let here = blocking(move || {
+            let mut found = hostdev::findings(&here, Path::new(SYSFS));
+            found.extend(tap::findings(&here, Path::new(SYSFS)));
+            found
+        });
         findings.extend(here.await.unwrap_or_default());
         if let Err(error) = self.user().await {
             findings.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
@@ -298,17 +334,29 @@ impl Driver for QemuDriver {
         if let Some(why) = &caps.absent {
             return Err(DriverError::Storage(why.clone()));
         }
-        let own = guests_dir(def);
-        let (sandbox, mut here) = (matches!(self.0.privileges, Privileges::Drop { .. }), def.clone());
-        let errand = Errand::new(def.uuid, "the files of the machine");
-        let looked = self.0.workers.run(errand, move |_| {
-            let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
-            let command = check::checked(&places.written_into(&here), &caps)
-                .and_then(|checked| command::build(checked, &caps, &command::Place::now(&own, MONITOR_FD, sandbox)));
-            let needs = needs::Needs::of(&command.map_err(DriverError::Config)?, &own, restored);
-            needs.without(live::media_that_may_be_missing(&here, restored)).are_met()
-        });
-        looked.await
+        let (lacks, command) = self.lacks_files(def, caps, restored).await?;
+        command.map_err(DriverError::Config)?;
+        if let Some(lack) = lacks.into_iter().next() {
+            return Err(lack.error());
+        }
+        // What runs until a revert ends it may have the ports.
+        if restored {
+            return Ok(());
+        }
+        let here = def.clone();
+        let taken = blocking(move || needs::taken_ports(&here)).await?;
+        taken.into_iter().next().map_or(Ok(()), |port| Err(DriverError::Refused(port.message)))
+    }
+
+    async fn unmet(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+        let caps = self.capabilities_for(def).await;
+        // What keeps a command from being built is told by `check`.
+        let (lacks, _) = self.lacks_files(def, caps, false).await?;
+        let tree = def.tree();
+        let mut findings: Vec<Finding> = lacks.into_iter().map(|lack| lack.finding(&tree)).collect();
+        let here = def.clone();
+        findings.extend(blocking(move || needs::taken_ports(&here)).await?);
+        Ok(findings)
     }
 
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError> {
@@ -382,6 +430,44 @@ impl Driver for QemuDriver {
         let caps = self.0.prober.known(&own).await;
         let found: Vec<Arc<Capabilities>> = Some(caps).into_iter().filter(|caps| caps.absent.is_none()).collect();
         Ok(capabilities::document(&host, &found.iter().map(Arc::as_ref).collect::<Vec<_>>()))
+    }
+
+    async fn domain_capabilities(&self, wanted: &MachineChoice) -> Result<String, DriverError> {
+        let arch = wanted.arch.clone().unwrap_or_else(|| std::env::consts::ARCH.to_owned());
+        let known = ["x86_64", "i686"];
+        if !known.contains(&&*arch) {
+            let why = format!("the QEMU driver runs machines of {}, not of '{}'", known.join(" and "), shorten(&arch));
+            return Err(DriverError::NotPossible(why));
+        }
+        let own = arch.clone();
+        let caps = self.0.prober.known(&blocking(move || default_emulator(&own)).await?).await;
+        if let Some(why) = &caps.absent {
+            return Err(DriverError::NotPossible(why.clone()));
+        }
+        let fastest = if caps.kvm.is_ok() { "kvm" } else { "qemu" };
+        let kind = wanted.kind.clone().unwrap_or_else(|| fastest.to_owned());
+        if !self.types().contains(&&*kind) {
+            let why = format!("the QEMU driver runs {}, not '{}'", self.types().join(" and "), shorten(&kind));
+            return Err(DriverError::NotPossible(why));
+        }
+        if let Some(machine) = wanted.machine.as_ref().filter(|machine| caps.machine(machine).is_none()) {
+            let (machine, binary) = (shorten(machine), caps.binary.display());
+            return Err(DriverError::NotPossible(format!("{binary} has no machine '{machine}'")));
+        }
+        // One at a time: each takes a while, and is then known.
+        let mut offers = self.0.offers.clone().lock_owned().await;
+        let machine = wanted.machine.clone();
+        let told = blocking(move || {
+            let offer = domain_capabilities::Offer::new(&caps, &kind, &arch, machine.as_deref())?;
+            let key = (arch.clone(), kind.clone(), offer.machine().to_owned());
+            if let Some((_, document)) = offers.get(&key).filter(|(of, _)| Arc::ptr_eq(of, &caps)) {
+                return Ok(document.clone());
+            }
+            let document = offer.document();
+            offers.insert(key, (caps.clone(), document.clone()));
+            Ok(document)
+        });
+        told.await?
     }
 
     async fn start(&self, launch: Launch) -> Result<Running, DriverError> {

@@ -1,14 +1,37 @@
 //! What a start needs of the host's files, looked at before anything is begun, or ended to make room for it.
 
+use super::check::listeners;
+use super::command::known_format;
+use super::live;
 use super::plan::{Command, Expected, HostFile};
-use crate::host::files::{Seen, What};
+use crate::host::chain::bears_sign_of;
+use crate::host::files::{Seen, What, may_open};
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
+use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
+use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
+use virt_model::xml::{Element, Finding, FindingKind, Place};
 
 /// The paths of a start that must lead somewhere, and what must be there.
 pub struct Needs {
-    there: BTreeMap<PathBuf, Expected>,
+    there: BTreeMap<PathBuf, Need>,
+}
+
+/// What must be at one path.
+struct Need {
+    expected: Expected,
+    write: bool,
+    /// What the definition names: the path itself, or what is made in that folder.
+    named: PathBuf,
+}
+
+/// What is not as a start needs it.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Unmet {
+    named: PathBuf,
+    why: String,
 }
 
 impl Needs {
@@ -19,16 +42,21 @@ impl Needs {
         let variables = command.nvram.as_ref().map(|nvram| &nvram.path);
         let files = command.files.iter().chain(beside);
         let files = files.filter(|file| !file.path.starts_with(own) && Some(&file.path) != variables);
-        let there = files.filter_map(|file| match file.create {
-            true => Some((file.path.parent()?.to_owned(), Expected::Anything)),
-            false => Some((file.path.clone(), file.expected)),
+        let there = files.filter_map(|file| {
+            let need = |expected| Need { expected, write: file.write, named: file.path.clone() };
+            match file.create {
+                true => Some((file.path.parent()?.to_owned(), need(Expected::Anything))),
+                false => Some((file.path.clone(), need(file.expected))),
+            }
         });
-        let mut there: BTreeMap<PathBuf, Expected> = there.collect();
+        let mut there: BTreeMap<PathBuf, Need> = there.collect();
         if let Some(nvram) = command.nvram.as_ref().filter(|_| !restored) {
             // Without a template they are there, or cannot be made; with one, that is there if they are not.
             let template = nvram.template.as_ref().map(|(template, _)| template);
-            let source = if Seen::at(&nvram.path).is_there() { &nvram.path } else { template.unwrap_or(&nvram.path) };
-            there.entry(source.clone()).or_insert(Expected::Image);
+            let own = Seen::at(&nvram.path).is_there();
+            let source = if own { &nvram.path } else { template.unwrap_or(&nvram.path) };
+            let need = Need { expected: Expected::Image, write: own, named: source.clone() };
+            there.entry(source.clone()).or_insert(need);
         }
         Needs { there }
     }
@@ -40,20 +68,123 @@ impl Needs {
         self
     }
 
-    /// Looks at all of them; the error names the first that leads nowhere, or to what cannot be it. Blocks.
-    pub fn are_met(&self) -> Result<(), DriverError> {
-        for (path, expected) in &self.there {
-            let seen = Seen::at(path);
-            if !seen.is_there() && !is_pipe(path) {
-                return Err(DriverError::Storage(format!(
-                    "{} is not there, and the machine needs it; put it back, or take it out of the configuration",
-                    path.display()
-                )));
-            }
-            expected.judge(path, seen.what)?;
-        }
-        Ok(())
+    /// What leads nowhere, or to what cannot be it. `as_us`: whoever runs the guest has our rights, and is lent nothing.
+    /// Blocks.
+    pub fn unmet(&self, as_us: bool) -> Vec<Unmet> {
+        let unmet = |(path, need): (&PathBuf, &Need)| {
+            let why = need.objection(path, as_us)?;
+            Some(Unmet { named: need.named.clone(), why })
+        };
+        self.there.iter().filter_map(unmet).collect()
     }
+}
+
+impl Need {
+    fn objection(&self, path: &Path, as_us: bool) -> Option<String> {
+        let seen = Seen::at(path);
+        if !seen.is_there() && !is_pipe(path) {
+            return Some(format!(
+                "{} is not there, and the machine needs it; put it back, or take it out of the configuration",
+                path.display()
+            ));
+        }
+        if let Err(error) = self.expected.judge(path, seen.what) {
+            return Some(error.to_string());
+        }
+        let opened = as_us && matches!(seen.what, What::Plain | What::Block);
+        let refused = may_open(path, self.write).err().filter(|_| opened)?;
+        let deed = if self.write { "read and written" } else { "read" };
+        Some(format!("{} cannot be {deed} by the user whom the guest runs as: {refused}", path.display()))
+    }
+}
+
+/// What a start of `def` needs of the host's files and does not find: images of its disks, and what else `command` opens.
+/// `own`, `restored`, `as_us`: as above. Blocks.
+pub fn unmet(def: &DomainDef, command: Option<&Command>, own: &Path, restored: bool, as_us: bool) -> Vec<Unmet> {
+    let lenient: BTreeSet<&Path> = live::media_that_may_be_missing(def, restored).collect();
+    let mut unmet = of_images(def, &lenient, as_us);
+    if let Some(command) = command {
+        let others = Needs::of(command, own, restored).without(lenient.into_iter()).unmet(as_us);
+        let told: BTreeSet<PathBuf> = unmet.iter().map(|one| one.named.clone()).collect();
+        unmet.extend(others.into_iter().filter(|one| !told.contains(&one.named)));
+    }
+    unmet
+}
+
+/// The same of the images of disks, and of what lies in drives, whatever else is to be said of the machine.
+fn of_images(def: &DomainDef, lenient: &BTreeSet<&Path>, as_us: bool) -> Vec<Unmet> {
+    let mut unmet = Vec::new();
+    for disk in &def.devices.disks {
+        for (depth, layer) in disk.chain().enumerate() {
+            let Some(path) = layer.path.map(Path::new) else { continue };
+            let write = depth == 0 && !disk.readonly;
+            let need = Need { expected: Expected::Image, write, named: path.to_owned() };
+            let left_out = lenient.contains(path) && !Seen::at(path).is_there();
+            let why = match need.objection(path, as_us) {
+                _ if left_out => None,
+                Some(why) => Some(why),
+                None => other_format(path, layer.format.unwrap_or("raw")),
+            };
+            unmet.extend(
+                why.map(|why| Unmet { named: path.to_owned(), why: format!("disk '{}': {why}", disk.target.dev) }),
+            );
+        }
+    }
+    unmet
+}
+
+/// Why an image that is there is not of that format. What cannot be read is told by who reads it.
+fn other_format(path: &Path, format: &str) -> Option<String> {
+    let format = known_format(format)?;
+    let image = path.display();
+    (bears_sign_of(path, format).ok() == Some(false)).then(|| {
+        format!("{image} is no {format} image ('qemu-img info {image}' says what it is); correct the <driver type='…'>, or the file")
+    })
+}
+
+/// The TCP ports of this host that the machine is to listen on and cannot have now. Blocks.
+pub fn taken_ports(def: &DomainDef) -> Vec<Finding> {
+    let taken = listeners(def).into_iter().filter_map(|listener| {
+        let address: IpAddr = listener.address.parse().ok()?;
+        let error = TcpListener::bind((address, listener.port)).err()?;
+        let (port, whose) = (listener.port, &listener.whose);
+        let why = match error.kind() {
+            ErrorKind::AddrInUse => format!(
+                "{whose}: TCP port {port} of {address} is in use now; end what listens there, or name another port"
+            ),
+            ErrorKind::AddrNotAvailable => format!("{whose}: {address} is no address of this host"),
+            _ => return None,
+        };
+        Some(Finding::warning(&listener.place, why))
+    });
+    taken.collect()
+}
+
+impl Unmet {
+    /// As what keeps a definition from running, where it names the file.
+    pub fn finding(self, tree: &Element) -> Finding {
+        match place_of(tree, &tree.origin, &self.named.to_string_lossy()) {
+            Some(place) => Finding::unsupported(&place, self.why),
+            None => Finding::anywhere(FindingKind::Unsupported, "/", self.why),
+        }
+    }
+
+    /// As what a start fails for.
+    pub fn error(self) -> DriverError {
+        DriverError::Storage(self.why)
+    }
+}
+
+/// Where a definition first says that value, of what a machine is made of.
+fn place_of(element: &Element, at: &Place, value: &str) -> Option<Place> {
+    if let Some(attribute) = element.attributes.iter().find(|attribute| attribute.value == value) {
+        return Some(at.attribute(&attribute.name));
+    }
+    if element.text().trim() == value {
+        return Some(at.clone());
+    }
+    let parts = element.elements().filter(|child| !matches!(&*child.name, "metadata" | "title" | "description"));
+    parts.into_iter().find_map(|child| place_of(child, &child.place_below(at), value))
 }
 
 /// Refuses files that are there and are not what they must be. Blocks.
@@ -102,7 +233,8 @@ mod tests {
         let why = |path: &Path, expected| {
             let file = HostFile { expected, ..file(path.to_owned(), false) };
             let command = Command { files: vec![file.clone()], ..Command::default() };
-            let met = Needs::of(&command, Path::new("/own"), false).are_met().map_err(|e| e.to_string());
+            let unmet = Needs::of(&command, Path::new("/own"), false).unmet(true).into_iter().next();
+            let met = unmet.map_or(Ok(()), |one| Err(one.error().to_string()));
             assert_eq!(are_as_expected(&[file]).map_err(|e| e.to_string()), met);
             met
         };
@@ -131,7 +263,10 @@ mod tests {
             }),
             ..Command::default()
         };
-        let why = |restored| Needs::of(&command, &own, restored).are_met().map_err(|e| e.to_string());
+        let why = |restored| {
+            let unmet = Needs::of(&command, &own, restored).unmet(true).into_iter().next();
+            unmet.map_or(Ok(()), |one| Err(one.error().to_string()))
+        };
         assert!(why(false).unwrap_err().starts_with(&format!("{} is not there", disk.display())));
         std::fs::write(&disk, "").unwrap();
         assert!(why(false).unwrap_err().starts_with(&format!("{} is not there", at("log").display())));

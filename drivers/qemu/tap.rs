@@ -20,10 +20,46 @@ use crate::host::tap::TapPlan;
 use crate::host::workers::blocking;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::process::Command;
+use virt_model::device::Interface;
+use virt_model::device::interface::InterfaceKind;
+use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
+use virt_model::xml::Finding;
 
 /// The helper has nothing to wait for.
 const PATIENCE: Duration = Duration::from_secs(10);
+
+/// The bridges and other network devices of the host that a definition names and that are not there. Everybody may know
+/// which there are. Blocks.
+pub fn findings(def: &DomainDef, sysfs: &Path) -> Vec<Finding> {
+    let missing = |card: &Interface| {
+        let source = card.source.as_ref()?;
+        let (attribute, name) = match card.kind {
+            InterfaceKind::Bridge => ("bridge", source.bridge.as_deref()?),
+            InterfaceKind::Direct => ("dev", source.dev.as_deref()?),
+            _ => return None,
+        };
+        let device = sysfs.join("class/net").join(name);
+        let why = if name.contains('/') || name.is_empty() || name.starts_with('.') {
+            format!("'{name}' is no name of a network device")
+        } else if !device.exists() {
+            let remedy = if attribute == "bridge" {
+                format!("; make it (ip link add {name} type bridge)")
+            } else {
+                String::new()
+            };
+            format!("this host has no network device '{name}'{remedy}")
+        } else if attribute == "bridge" && !device.join("bridge").exists() {
+            format!(
+                "the network device '{name}' is no bridge; use type='direct', or put it into a bridge and name that"
+            )
+        } else {
+            return None;
+        };
+        Some(Finding::unsupported(&source.at.attribute(attribute), why))
+    };
+    def.devices.interfaces.iter().filter_map(missing).collect()
+}
 
 /// Opens what the guest's network card is plugged into; each descriptor with its number in QEMU. It disappears when the last
 /// copies of the descriptors are closed. We make it ourselves where we may; else QEMU's helper does. One that is on a device
@@ -108,6 +144,37 @@ fn receive(socket: &UnixStream) -> Result<OwnedFd, String> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn x9_bridges_that_are_none_are_known_beforehand() {
+        let sysfs = tempfile::tempdir().unwrap();
+        std::fs::create_dir_all(sysfs.path().join("class/net/br0/bridge")).unwrap();
+        std::fs::create_dir_all(sysfs.path().join("class/net/eth0")).unwrap();
+        let card = |kind: &str, attribute: &str, name: &str| {
+            format!("<interface type='{kind}'><source {attribute}='{name}'/></interface>")
+        };
+        let cards = [
+            card("bridge", "bridge", "br0"),
+            card("bridge", "bridge", "br1"),
+            card("bridge", "bridge", "eth0"),
+            card("bridge", "bridge", "../net/br0"),
+            card("direct", "dev", "eth0"),
+            card("direct", "dev", "eth1"),
+        ];
+        let cards = cards.concat();
+        let text = format!("<domain type='qemu'><name>n</name><memory>1</memory><devices>{cards}</devices></domain>");
+        let found = findings(&DomainDef::parse(&text).unwrap(), sysfs.path());
+        let told: Vec<String> = found.iter().map(|one| format!("{}: {}", one.path, one.message)).collect();
+        let is = |n: usize, attribute: &str, why: &str| {
+            let path = format!("/devices/interface[{n}]/source/@{attribute}: ");
+            assert!(told.iter().any(|one| one.starts_with(&path) && one.contains(why)), "{n}: {told:?}");
+        };
+        is(2, "bridge", "no network device 'br1'; make it (ip link add br1 type bridge)");
+        is(3, "bridge", "'eth0' is no bridge");
+        is(4, "bridge", "is no name of a network device");
+        is(6, "dev", "no network device 'eth1'");
+        assert_eq!(told.len(), 4, "{told:?}");
+    }
 
     #[tokio::test]
     async fn a_helper_that_refuses_is_quoted() {

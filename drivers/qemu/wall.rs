@@ -1,5 +1,6 @@
 //! What the processes of a guest find behind their wall, from their command lines and the machine.
 
+use super::capabilities::KVM;
 use super::plan::{Command, Companion, HostFile, Role};
 use crate::host::access::LentFile;
 use crate::host::wall::Wall;
@@ -123,7 +124,7 @@ fn takes_network(def: &DomainDef, args: &[String]) -> bool {
 fn nodes(def: &DomainDef, files: &[HostFile], lent: &[LentFile]) -> Vec<PathBuf> {
     let mut nodes = Vec::new();
     if def.kind == "kvm" {
-        nodes.push("/dev/kvm".into());
+        nodes.push(KVM.into());
     }
     let below = |folder: &str| {
         lent.iter().any(|file| file.path.starts_with(folder)) || files.iter().any(|file| file.path.starts_with(folder))

@@ -9,6 +9,7 @@ use crate::bus::rows::{Facts, Object, Objects};
 use crate::bus::table::Offer;
 use crate::error::Error;
 use std::sync::Arc;
+use virt_model::driver::MachineChoice;
 use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind, shorten};
 use virt_service::facts::DomainFacts;
@@ -45,6 +46,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::NATIVE, domain_to_native)
         .method(&verb::JOBS, get_jobs)
         .method(&verb::CAPABILITIES, get_capabilities)
+        .method(&verb::DOMAIN_CAPABILITIES, get_domain_capabilities)
         .method(&verb::MANAGER_CAN, can)
         .offer(INTERFACE, FIELDS, &[("DomainLifecycle", "ossss")])
 }
@@ -124,6 +126,18 @@ async fn get_capabilities(service: Arc<Service>, call: Call) -> Outcome {
     let body = call.body();
     let driver: &str = call::read(&body)?;
     call.reply(&service.capabilities(driver).await?)
+}
+
+async fn get_domain_capabilities(service: Arc<Service>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let driver = options.text("driver")?;
+    let wanted = MachineChoice {
+        arch: options.text("arch")?,
+        machine: options.text("machine")?,
+        kind: options.text("virttype")?,
+    };
+    options.end()?;
+    call.reply(&service.domain_capabilities(driver.as_deref(), &wanted).await?)
 }
 
 async fn can(service: Arc<Service>, call: Call) -> Outcome {

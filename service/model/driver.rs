@@ -63,11 +63,27 @@ pub trait Driver: Send + Sync {
         Ok(())
     }
 
+    /// What a start of `def` needs of the host and does not find now: files that are not there, cannot be opened, or are images
+    /// of another format, and, as a warning, ports that others have. Looks at files, so it is only for whoever may name
+    /// files of the host. Changes nothing. Errors: `TimedOut` if a file system does not answer.
+    async fn unmet(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
+        let _ = def;
+        Ok(Vec::new())
+    }
+
     /// What `start` would run, in the hypervisor's own terms; `format` is e.g. `qemu-argv`.
     async fn native(&self, def: &DomainDef, format: &str) -> Result<Vec<String>, DriverError>;
 
     /// The `<capabilities>` document of host and driver.
     async fn capabilities(&self) -> Result<String, DriverError>;
+
+    /// The `<domainCapabilities>` document: what machines of one kind can have on this host. No program that a caller could
+    /// choose is run for it. Errors: `NotPossible` where no such machine runs here, `Unsupported` if this driver has no such
+    /// document.
+    async fn domain_capabilities(&self, wanted: &MachineChoice) -> Result<String, DriverError> {
+        let _ = wanted;
+        Err(DriverError::Unsupported(format!("the driver '{}' has no document of what machines can have", self.name())))
+    }
 
     /// What is on disk of this guest alone, outlives its runs and is no disk: firmware variables, the state of a TPM. Of
     /// what cannot be looked at it is told that it is there.
@@ -106,6 +122,17 @@ pub trait Driver: Send + Sync {
     /// for one that has gone; either way its leavings are cleaned up, and a file system that does not answer is left to do
     /// so in the background. `None` is never returned of a guest that may run.
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError>;
+}
+
+/// Which machine is asked about; what is left open is the driver's to choose.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MachineChoice {
+    /// E.g. `x86_64`: the host's own if it is left open.
+    pub arch: Option<String>,
+    /// E.g. `q35`: what a definition gets that names none.
+    pub machine: Option<String>,
+    /// The `<domain type='…'>`: the fastest that runs here.
+    pub kind: Option<String>,
 }
 
 /// How a domain ceases to be.

@@ -1,28 +1,57 @@
-//! Real guests for tests: the boot sector of `tests/guests/tick.S`, run by QEMU without KVM.
+//! Real guests for tests: the boot sector of `tests/guests/tick.S`, run by QEMU without KVM; `kvmtick.S` beside it, run with
+//! KVM; and a Linux.
 
-use super::{Daemon, PATIENCE, have, project_file};
+use super::{Daemon, PATIENCE, have, project_file, skip};
 use rustix::fs::inotify;
 use std::hash::{DefaultHasher, Hash as _, Hasher as _};
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use tokio::io::unix::AsyncFd;
 
 /// A bootable image of tick, made once and kept below `target/`. `None` if tools are missing (and says so).
 pub fn tick_image() -> Option<PathBuf> {
-    if !have(&["qemu-system-x86_64", "qemu-img", "as", "ld"]) {
-        return None;
-    }
+    have(&["qemu-system-x86_64", "qemu-img", "as", "ld"])
+        .then(|| assembled("tick", include_str!("../guests/tick.S"), include_str!("../guests/make-tick")))
+}
+
+/// The guest of that name as its script makes it of its source, kept below `target/`.
+fn assembled(name: &str, source: &str, script: &str) -> PathBuf {
     let mut hasher = DefaultHasher::new();
-    (include_str!("../guests/tick.S"), include_str!("../guests/make-tick")).hash(&mut hasher);
-    let image = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("tick-{:016x}.qcow2", hasher.finish()));
-    if !image.exists() {
+    (source, script).hash(&mut hasher);
+    let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{:016x}", hasher.finish()));
+    if !guest.exists() {
         // Several tests may come here at once: each makes its own, and the last rename stands.
         let own = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap().into_temp_path();
-        let status = Command::new(project_file("tests/guests/make-tick")).arg(&own).status().unwrap();
-        assert!(status.success(), "make-tick failed");
-        own.persist(&image).unwrap();
+        let status = Command::new(project_file(&format!("tests/guests/make-{name}"))).arg(&own).status().unwrap();
+        assert!(status.success(), "make-{name} failed");
+        own.persist(&guest).unwrap();
     }
-    Some(image)
+    guest
+}
+
+/// The firmware that kvmtick starts with.
+const QBOOT: &str = "/usr/share/qemu/qboot.rom";
+
+/// Whether guests can have KVM here: QEMU, run as we are, is asked. Says why if not.
+fn have_kvm() -> bool {
+    if let Err(error) = std::fs::File::options().read(true).write(true).open("/dev/kvm") {
+        skip(&format!("/dev/kvm does not open: {error}"));
+        return false;
+    }
+    let questions = ["qmp_capabilities", "query-kvm", "quit"].map(|verb| format!("{{\"execute\":\"{verb}\"}}\n"));
+    let mut qemu = Command::new("timeout");
+    qemu.args(["60", "qemu-system-x86_64", "-machine", "none,accel=kvm", "-nodefaults", "-S", "-display", "none"]);
+    qemu.args(["-qmp", "stdio"]).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut qemu = qemu.spawn().unwrap();
+    // One that has ended already says why below.
+    let _ = qemu.stdin.take().unwrap().write_all(questions.concat().as_bytes());
+    let told = qemu.wait_with_output().unwrap();
+    let works = String::from_utf8_lossy(&told.stdout).contains("\"enabled\": true");
+    if !works {
+        skip(&format!("QEMU cannot use KVM: {}", String::from_utf8_lossy(&told.stderr).trim()));
+    }
+    works
 }
 
 /// The Linux guest: its kernel and initrd, made once from Debian packages and kept below `target/`. `None` if tools are
@@ -84,6 +113,38 @@ impl Tick {
              <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
              <target dev='vda' bus='virtio'/></disk>\
              <serial type='file'><source path='{}'/><target port='0'/></serial></devices></domain>",
+            disk.display(),
+            serial.display()
+        );
+        Some(Tick { name: name.to_owned(), xml, disk, serial })
+    }
+
+    /// A kvmtick, which runs with KVM: as a tick, but its disk is blank and its boots are those of one process. `None` if
+    /// tools or KVM are missing, for QEMU's user too where `daemon` is on a system bus (and says so).
+    pub fn with_kvm(daemon: &Daemon, name: &str) -> Option<Tick> {
+        if !have(&["qemu-system-x86_64", "qemu-img", "as", "ld", "timeout"]) || !have_kvm() || !daemon.lends_kvm() {
+            return None;
+        }
+        if !Path::new(QBOOT).exists() {
+            skip(&format!("{QBOOT} is not installed"));
+            return None;
+        }
+        let file = |ending: &str| daemon.folder().join(format!("{name}.{ending}"));
+        let (disk, serial, kernel) = (file("qcow2"), file("serial"), file("elf"));
+        let image = assembled("kvmtick", include_str!("../guests/kvmtick.S"), include_str!("../guests/make-kvmtick"));
+        std::fs::copy(image, &kernel).unwrap();
+        std::fs::write(&serial, "").unwrap();
+        let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("1M").status();
+        assert!(made.unwrap().success(), "qemu-img failed");
+        let xml = format!(
+            "<domain type='kvm'><name>{name}</name><memory unit='MiB'>16</memory>\
+             <os><type arch='x86_64' machine='q35'>hvm</type><loader type='rom'>{QBOOT}</loader>\
+             <kernel>{}</kernel></os><features><acpi/></features>\
+             <cpu mode='host-passthrough'><feature policy='disable' name='arch-capabilities'/></cpu><devices>\
+             <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
+             <target dev='vda' bus='virtio'/></disk>\
+             <serial type='file'><source path='{}'/><target port='0'/></serial></devices></domain>",
+            kernel.display(),
             disk.display(),
             serial.display()
         );

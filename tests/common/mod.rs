@@ -290,6 +290,31 @@ impl Daemon {
         }
     }
 
+    /// Whether whoever runs QEMU on this bus may open /dev/kvm; says so if not.
+    pub fn lends_kvm(&self) -> bool {
+        if self.kind == "session" {
+            return true;
+        }
+        let mut test = self.inside("setpriv");
+        test.args([
+            "--reuid=virt-qemu",
+            "--regid=kvm",
+            "--clear-groups",
+            "--",
+            "test",
+            "-r",
+            "/dev/kvm",
+            "-a",
+            "-w",
+            "/dev/kvm",
+        ]);
+        let lent = test.status().unwrap().success();
+        if !lent {
+            skip("group kvm may not open /dev/kvm, and no node that it may open can be made here");
+        }
+        lent
+    }
+
     /// The folder given to `virtd --root`.
     pub fn root(&self) -> PathBuf {
         self.folder.path().join("root")

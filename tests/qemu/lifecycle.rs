@@ -1,6 +1,6 @@
 //! Real guests through the bus: every verb, what it signals, what it refuses.
 
-use crate::common::client::{Client, Domain, Watch, lifecycle_of, options};
+use crate::common::client::{Client, Domain, Refusal, Watch, lifecycle_of, options};
 use crate::common::guest::Tick;
 use crate::common::{Daemon, PATIENCE};
 use futures_util::StreamExt as _;
@@ -161,7 +161,8 @@ async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standi
 #[tokio::test]
 async fn a_hypervisor_that_dies_at_start_has_the_last_word() {
     let Some((_daemon, client, domain, tick)) = tick("dies", "").await else { return };
-    std::fs::write(&tick.disk, "this is no qcow2 image").expect("spoiled");
+    std::fs::write(&tick.disk, [&b"QFI\xfb\0\0\0\x03"[..], &[0; 1024]].concat())
+        .expect("spoiled behind its first bytes");
     let (name, text) = domain.run("Start").await.expect_err("QEMU cannot open that");
     assert_eq!(name, "org.virt.Error.HypervisorFailed");
     assert!(text.contains("'dies'") && text.contains("qcow2"), "{text}");
@@ -180,28 +181,6 @@ async fn a_hypervisor_that_dies_at_start_has_the_last_word() {
     let job = jobs.last().expect("the job stays readable");
     assert_eq!(client.property::<String>(job.as_str(), "org.virt.Job", "State").await, "failed");
     assert_eq!(client.property::<String>(job.as_str(), "org.virt.Job", "ErrorMessage").await, public);
-}
-
-#[tokio::test]
-async fn kvm_is_stored_everywhere_and_runs_only_where_it_can_be_used() {
-    let Some((_daemon, client, _domain, tick)) = tick("kvm", "").await else { return };
-    let xml = tick.xml.replace("type='qemu'", "type='kvm'").replace("<name>kvm", "<name>kvm2");
-    let domain = client.define(&xml).await.expect("stored all the same");
-    let reply = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(domain.xml().await, options([]))).await;
-    let findings: Vec<(String, u32, u32, String)> = reply.expect("a list").body().deserialize().expect("a(suus)");
-    let refused = findings.iter().any(|(severity, _, _, text)| severity == "error" && text.contains("type='kvm'"));
-    let device = std::fs::File::options().read(true).write(true).open("/dev/kvm");
-    assert_eq!(!refused, device.is_ok() && has_vmx_or_svm(), "{findings:?}");
-    if refused {
-        let (name, text) = domain.run("Start").await.expect_err("no KVM");
-        assert_eq!(name, "org.virt.Error.ConfigUnsupported");
-        assert!(text.contains("type='kvm'") && text.contains("type='qemu'"), "{text}");
-    }
-}
-
-fn has_vmx_or_svm() -> bool {
-    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    info.split_whitespace().any(|flag| flag == "vmx" || flag == "svm")
 }
 
 #[tokio::test]
@@ -263,4 +242,51 @@ async fn a_guest_whose_cpus_run_can_be_sent_an_nmi() {
     let (name, why) = domain.bare("InjectNMI").await.expect_err("its CPUs are stopped");
     assert!(name.ends_with("OperationInvalid") && why.contains("resume it first"), "{name}: {why}");
     domain.run("Destroy").await.expect("destroyed");
+}
+
+/// The answer of GetDomainCapabilities.
+async fn offered(client: &Client, wanted: &[(&str, &str)]) -> Result<String, Refusal> {
+    let wanted = options(wanted.iter().map(|(key, value)| (*key, Variant::from(*value))));
+    let told = client.call("/org/virt", "org.virt.Manager.GetDomainCapabilities", &(wanted,)).await;
+    told.map(|reply| reply.body().deserialize::<String>().expect("s"))
+}
+
+#[tokio::test]
+async fn x8_what_a_machine_can_have_is_told_and_agrees_with_validate() {
+    let Some((_daemon, client, domain, tick)) = tick("offer", "").await else { return };
+    let document =
+        offered(&client, &[("virttype", "qemu"), ("machine", "q35"), ("arch", "x86_64")]).await.expect("told");
+    assert!(document.starts_with("<domainCapabilities>") && document.contains("<domain>qemu</domain>"), "{document}");
+    let machine = document.split_once("<machine>").and_then(|(_, rest)| rest.split_once('<')).expect("a machine").0;
+    assert!(
+        domain.xml().await.contains(&format!("machine='{machine}'")),
+        "as a definition with q35 gets it: {machine}"
+    );
+    assert_eq!(
+        offered(&client, &[("virttype", "qemu"), ("machine", machine), ("driver", "qemu")]).await.expect("told"),
+        document
+    );
+    assert!(offered(&client, &[]).await.expect("of what is chosen").contains("<arch>x86_64</arch>"));
+    // A model is usable where ValidateDomain has nothing to say about it.
+    for (usable, model) in [("yes", "qemu64"), ("no", "Skylake-Server")] {
+        assert!(document.contains(&format!("<model usable='{usable}' deprecated='no' vendor='unknown'>{model}<")));
+        let cpu = format!("<cpu mode='custom' match='exact'><model>{model}</model></cpu><devices>");
+        let xml = tick.xml.replace("<devices>", &cpu).replace("<name>offer", "<name>other");
+        let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(&*xml, options([]))).await;
+        let told: Vec<(String, u32, u32, String)> = told.expect("told").body().deserialize().expect("a(suus)");
+        assert_eq!(told.iter().any(|one| one.3.contains(model)), usable == "no", "{model}: {told:?}");
+    }
+    for (wanted, error, why) in [
+        (("virttype", "xen"), "ConfigUnsupported", "not 'xen'"),
+        (("machine", "c64"), "ConfigUnsupported", "no machine 'c64'"),
+        (("arch", "../../bin/sh"), "ConfigUnsupported", "x86_64"),
+        (("driver", "test"), "OperationUnsupported", "test"),
+        (("driver", "xen"), "InvalidArgument", "no driver 'xen'"),
+        (("emulator", "/bin/sh"), "InvalidArgument", "emulator"),
+    ] {
+        let (name, text) = offered(&client, &[wanted]).await.expect_err("not here");
+        assert!(name.ends_with(error) && text.contains(why), "{wanted:?}: {name}: {text}");
+    }
+    let can = client.call("/org/virt", "org.virt.Manager.Can", &"GetDomainCapabilities").await.expect("told");
+    assert_eq!(can.body().deserialize::<String>().expect("s"), "yes");
 }

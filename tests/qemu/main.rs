@@ -1,4 +1,4 @@
-//! The whole daemon with real QEMU guests, without KVM.
+//! The whole daemon with real QEMU guests; without KVM but for those of `kvm.rs`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -7,6 +7,7 @@ mod dead_storage;
 mod hostile_images;
 mod hung;
 mod images_in_use;
+mod kvm;
 mod lifecycle;
 mod media;
 mod missing;

@@ -1,8 +1,12 @@
-//! What the host itself says: its CPU, and whether KVM can work at all.
+//! What the host itself says: its CPU, and whether it has KVM.
 
 use std::collections::BTreeSet;
 use std::fs::OpenOptions;
 use std::io::ErrorKind;
+use std::os::unix::fs::MetadataExt as _;
+
+/// Where the kernel's half of KVM is opened.
+pub const KVM: &str = "/dev/kvm";
 
 /// The host's processor, as the kernel describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -49,14 +53,6 @@ impl Host {
             flags: field("flags").split_whitespace().map(str::to_owned).collect(),
         }
     }
-
-    fn virtualizes(&self) -> Result<(), String> {
-        if self.arch != "x86_64" || self.flags.contains("vmx") || self.flags.contains("svm") {
-            return Ok(());
-        }
-        let place = if self.flags.contains("hypervisor") { ", and this host is itself a virtual machine" } else { "" };
-        Err(format!("this host's CPU offers neither vmx nor svm (hardware virtualization){place}"))
-    }
 }
 
 fn values<'a>(cpuinfo: &'a str, name: &'static str) -> impl Iterator<Item = &'a str> {
@@ -64,15 +60,23 @@ fn values<'a>(cpuinfo: &'a str, name: &'static str) -> impl Iterator<Item = &'a 
     pairs.filter(move |(key, _)| key.trim() == name).map(|(_, value)| value.trim())
 }
 
-/// Whether the host's half of KVM is there: the device opens for reading and writing, and the CPU can virtualize. What
-/// QEMU makes of it is asked of QEMU.
-pub fn kvm() -> Result<(), String> {
-    OpenOptions::new().read(true).write(true).open("/dev/kvm").map_err(|error| match error.kind() {
-        ErrorKind::NotFound => "there is no /dev/kvm (is the kvm module loaded?)".to_owned(),
-        ErrorKind::PermissionDenied => "/dev/kvm may not be opened by this user (is it in group kvm?)".to_owned(),
-        _ => format!("/dev/kvm does not open: {error}"),
-    })?;
-    Host::read().virtualizes()
+/// Whether the host's half of KVM is there: the device opens for reading and writing. The CPU's flags are not asked: KVM
+/// works on hosts whose CPUs show none of hardware virtualization. What QEMU makes of it is asked of QEMU, and again when
+/// the device's rights have changed: the answer is when that was, in seconds and nanoseconds.
+pub fn kvm() -> Result<(i64, i64), String> {
+    let device = OpenOptions::new().read(true).write(true).open(KVM).and_then(|device| device.metadata());
+    device.map(|device| (device.ctime(), device.ctime_nsec())).map_err(|error| why_not(error.kind(), &error))
+}
+
+fn why_not(kind: ErrorKind, error: &impl std::fmt::Display) -> String {
+    match kind {
+        ErrorKind::NotFound => format!(
+            "there is no {KVM} (load the module kvm_intel or kvm_amd, and see that virtualization is on in the firmware's \
+             setup)"
+        ),
+        ErrorKind::PermissionDenied => format!("{KVM} may not be opened by this user (is it in group kvm?)"),
+        _ => format!("{KVM} does not open: {error}"),
+    }
 }
 
 #[cfg(test)]
@@ -87,14 +91,12 @@ mod tests {
         let host = Host::parse(TWO);
         assert_eq!((host.vendor.as_str(), host.cpus, host.topology), ("Intel", 2, (1, 1, 2)));
         assert_eq!(host.online, BTreeSet::from([0, 1]));
-        assert!(host.virtualizes().is_ok());
     }
 
     #[test]
-    fn a_cpu_without_virtualization_says_so() {
-        let mut host = Host::parse(&TWO.replace("vmx", "hypervisor"));
-        host.arch = "x86_64".to_owned();
-        assert!(host.virtualizes().unwrap_err().contains("neither vmx nor svm"));
-        assert!(Host::parse("").virtualizes().is_err());
+    fn a_host_without_kvm_says_what_to_do() {
+        assert!(why_not(ErrorKind::NotFound, &"").contains("load the module"));
+        assert!(why_not(ErrorKind::PermissionDenied, &"").contains("group kvm"));
+        assert!(why_not(ErrorKind::Other, &"out of order").ends_with("/dev/kvm does not open: out of order"));
     }
 }

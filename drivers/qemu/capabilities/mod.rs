@@ -14,7 +14,7 @@ mod probe;
 mod site;
 
 pub use document::document;
-pub use host::Host;
+pub use host::{Host, KVM};
 pub use site::{End, Site, VHOST_VSOCK, bridge_helper, program};
 
 use super::firmware::{self, Firmware};
@@ -32,7 +32,7 @@ use uuid::Uuid;
 use virt_model::driver::DriverError;
 
 /// Raised whenever the questions or their answers' meaning change, so that older cache files are left unread.
-const CACHE_FORMAT: u32 = 2;
+const CACHE_FORMAT: u32 = 3;
 /// The longest answers that are kept, in bytes.
 const MAX_CACHE: u64 = 16 << 20;
 /// Answers kept in memory; with more, those that nobody waits for are forgotten.
@@ -68,6 +68,18 @@ pub struct Capabilities {
     pub chardevs: BTreeSet<String>,
     /// CPU models for `-cpu`.
     pub cpus: Vec<String>,
+    /// Of them, those that QEMU intends to drop.
+    #[serde(default)]
+    pub deprecated_cpus: BTreeSet<String>,
+    /// What keeps a CPU model from being all that it is, where it is emulated.
+    #[serde(default)]
+    pub emulated_blockers: Blockers,
+    /// The same with KVM; empty where that does not work.
+    #[serde(skip)]
+    pub kvm_blockers: Blockers,
+    /// What KVM of this host can tell a guest of Hyper-V, in QEMU's words; `None` where it was not asked.
+    #[serde(skip)]
+    pub kvm_hyperv: Option<BTreeSet<String>>,
     /// CPU features for `-cpu`, and other settings of a CPU that are on or off; empty where the binary does not list them.
     #[serde(default)]
     pub cpu_features: BTreeSet<String>,
@@ -104,6 +116,9 @@ fn kvm_unknown() -> Result<(), String> {
     Err("KVM has not been tried yet".to_owned())
 }
 
+/// Features, by the CPU models that have them and cannot have them here.
+pub type Blockers = BTreeMap<String, BTreeSet<String>>;
+
 /// A board.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Machine {
@@ -134,6 +149,10 @@ impl Capabilities {
             objects: BTreeSet::new(),
             chardevs: BTreeSet::new(),
             cpus: Vec::new(),
+            deprecated_cpus: BTreeSet::new(),
+            emulated_blockers: Blockers::new(),
+            kvm_blockers: Blockers::new(),
+            kvm_hyperv: None,
             cpu_features: BTreeSet::new(),
             commands: BTreeSet::new(),
             options: BTreeSet::new(),
@@ -152,6 +171,12 @@ impl Capabilities {
     pub fn machine(&self, name: &str) -> Option<&Machine> {
         let own = self.machines.iter().find(|m| m.name == name);
         own.or_else(|| self.machines.iter().find(|m| m.alias.as_deref() == Some(name)))
+    }
+
+    /// The features that a CPU model has and that a guest would not get, with or without KVM.
+    pub fn blockers(&self, kvm: bool, model: &str) -> impl Iterator<Item = &str> {
+        let blockers = if kvm { &self.kvm_blockers } else { &self.emulated_blockers };
+        blockers.get(model).into_iter().flatten().map(String::as_str)
     }
 
     /// Whether there is a device type of this name.
@@ -202,6 +227,8 @@ pub struct Prober {
     state_dir: PathBuf,
     tls_dir: PathBuf,
     user: Option<(u32, u32)>,
+    /// Whether KVM is tried.
+    tries_kvm: bool,
     workers: Workers,
     known: Mutex<HashMap<PathBuf, Arc<Slot>>>,
     /// Other ways to write the paths of those known.
@@ -216,10 +243,13 @@ struct Answer {
     when: Instant,
     /// `None` of one that may not be asked.
     stamp: Option<Stamp>,
-    host_kvm: Result<(), String>,
+    host_kvm: HostKvm,
     site: Site,
     outcome: Result<Arc<Capabilities>, DriverError>,
 }
+
+/// Since when the host's half of KVM is as it is; else why there is none.
+type HostKvm = Result<(i64, i64), String>;
 
 /// A binary that has been asked.
 #[derive(Clone, Debug)]
@@ -237,7 +267,7 @@ struct Judged {
     /// Its path without links and dots in its directory, so that a binary has few names to be asked and remembered under.
     /// The last part stays: some programs go by it.
     binary: PathBuf,
-    host_kvm: Result<(), String>,
+    host_kvm: HostKvm,
     site: Site,
 }
 
@@ -266,6 +296,7 @@ impl Prober {
             state_dir: PathBuf::new(),
             tls_dir: PathBuf::new(),
             user,
+            tries_kvm: true,
             workers: Workers::default(),
             known: Mutex::default(),
             spellings: Mutex::default(),
@@ -281,6 +312,11 @@ impl Prober {
     /// The same for a host whose certificates are there.
     pub fn certified_in(self, tls_dir: &Path) -> Self {
         Prober { tls_dir: tls_dir.to_owned(), ..self }
+    }
+
+    /// The same for a host where KVM is used, if it is there, or not used at all.
+    pub fn with_kvm(self, tries_kvm: bool) -> Self {
+        Prober { tries_kvm, ..self }
     }
 
     /// The same with these threads to look at files.
@@ -301,7 +337,7 @@ impl Prober {
             Err(error) => {
                 // Of the system's own nobody needs to be told later, and anybody may have asked for any kind of them.
                 if !is_systems_own(binary) {
-                    let (host_kvm, site, outcome) = (Ok(()), Site::default(), Err(error.clone()));
+                    let (host_kvm, site, outcome) = (Ok((0, 0)), Site::default(), Err(error.clone()));
                     let answer = Answer { when: Instant::now(), stamp: None, host_kvm, site, outcome };
                     *self.slot(binary, binary).lock().await = Some(answer);
                 }
@@ -361,7 +397,7 @@ impl Prober {
         let kept = blocking(move || {
             let mut kept = prober.load(&spelt)?.capabilities;
             prober.add_host(&mut kept);
-            kept.kvm = if kept.kvm_built_in { host::kvm() } else { Err(without_kvm(&spelt)) };
+            kept.kvm = if kept.kvm_built_in { prober.host_kvm().map(drop) } else { Err(without_kvm(&spelt)) };
             kept.site = Site::read(&prober.state_dir, &prober.tls_dir);
             Some(Arc::new(kept))
         });
@@ -393,7 +429,7 @@ impl Prober {
         program: &Arc<Program>,
         binary: &Path,
         stamp: &Stamp,
-        host_kvm: &Result<(), String>,
+        host_kvm: &HostKvm,
     ) -> Result<Capabilities, DriverError> {
         let _place = self.places.acquire().await;
         let (prober, path) = (self.clone(), binary.to_owned());
@@ -418,10 +454,24 @@ impl Prober {
         .await?;
         capabilities.kvm = match host_kvm {
             Err(why) => Err(why.clone()),
-            Ok(()) if !capabilities.kvm_built_in => Err(without_kvm(binary)),
-            Ok(()) => probe::kvm_enabled(program, self.user).await,
+            Ok(_) if !capabilities.kvm_built_in => Err(without_kvm(binary)),
+            Ok(_) => match probe::with_kvm(program, &capabilities.arch, self.user).await {
+                Ok(kvm) => {
+                    (capabilities.kvm_blockers, capabilities.kvm_hyperv) = (kvm.blockers, kvm.hyperv);
+                    Ok(())
+                }
+                Err(why) => Err(why),
+            },
         };
         Ok(capabilities)
+    }
+
+    /// Whether the host's half of KVM is there, and is to be used. Blocks.
+    fn host_kvm(&self) -> HostKvm {
+        match self.tries_kvm {
+            true => host::kvm(),
+            false => Err("it is turned off in virtd.toml ([qemu] kvm = \"off\")".to_owned()),
+        }
     }
 
     /// What the host says of itself. Blocks.
@@ -457,7 +507,7 @@ impl Prober {
             modules: modules.collect(),
         };
         let site = Site::read(&self.state_dir, &self.tls_dir);
-        Ok(Judged { program, stamp, binary: spelt, host_kvm: host::kvm(), site })
+        Ok(Judged { program, stamp, binary: spelt, host_kvm: self.host_kvm(), site })
     }
 
     fn cache_file(&self, binary: &Path) -> Option<PathBuf> {

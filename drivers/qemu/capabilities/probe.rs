@@ -1,7 +1,7 @@
 //! The questions: a QEMU without a machine is started, asked over QMP on its standard streams, and ended. Each time it is
 //! the file that was judged, whatever its name means by then.
 
-use super::{Capabilities, Machine};
+use super::{Blockers, Capabilities, Machine};
 use crate::host::files::Program;
 use crate::host::tool::{Bounds, Rights, tame};
 use serde_json::{Value, json};
@@ -32,19 +32,28 @@ pub async fn ask(program: &Program, binary: &Path, user: Option<(u32, u32)>) -> 
     Ok(capabilities)
 }
 
-/// Whether QEMU itself gets KVM going; else its reason. Only called where the host's half is fine.
-pub async fn kvm_enabled(program: &Program, user: Option<(u32, u32)>) -> Result<(), String> {
+/// What this host's KVM can give to guests.
+pub struct WithKvm {
+    /// As in [`Capabilities::kvm_blockers`].
+    pub blockers: Blockers,
+    /// As in [`Capabilities::kvm_hyperv`].
+    pub hyperv: Option<BTreeSet<String>>,
+}
+
+/// Whether QEMU itself gets KVM going, and what it gives then; else its reason. Only called where the host's half is fine.
+pub async fn with_kvm(program: &Program, arch: &str, user: Option<(u32, u32)>) -> Result<WithKvm, String> {
     let mut session = Session::open(program, "none,accel=kvm", user).map_err(|e| e.to_string())?;
     let answer = timeout(PATIENCE, async {
         session.greeting().await?;
-        session.ask("query-kvm", Value::Null).await
+        let kvm = session.ask("query-kvm", Value::Null).await?;
+        if !matches!((kvm["present"].as_bool(), kvm["enabled"].as_bool()), (Some(true), Some(true))) {
+            return Err("it reports that KVM is not enabled".to_owned());
+        }
+        let cpus = session.ask("query-cpu-definitions", Value::Null).await.unwrap_or_default();
+        Ok(WithKvm { blockers: blockers(&cpus), hyperv: session.hyperv(arch).await })
     });
     let answer = answer.await;
-    let answer = session.close(program.path(), answer).await.map_err(|e| format!("QEMU cannot use KVM: {e}"))?;
-    match (answer["present"].as_bool(), answer["enabled"].as_bool()) {
-        (Some(true), Some(true)) => Ok(()),
-        _ => Err("QEMU reports that KVM is not enabled".to_owned()),
-    }
+    session.close(program.path(), answer).await.map_err(|e| format!("QEMU cannot use KVM: {e}"))
 }
 
 async fn questions(session: &mut Session, binary: &Path) -> Result<Capabilities, String> {
@@ -61,7 +70,11 @@ async fn questions(session: &mut Session, binary: &Path) -> Result<Capabilities,
     caps.objects = names(&session.types("user-creatable").await?);
     caps.chardevs = names(&session.types("chardev").await?).iter().map(|n| n.replacen("chardev-", "", 1)).collect();
     caps.commands = names(&session.ask("query-commands", Value::Null).await?);
-    caps.cpus = session.ask("query-cpu-definitions", Value::Null).await.map(|v| cpus(&v)).unwrap_or_default();
+    let models = session.ask("query-cpu-definitions", Value::Null).await.unwrap_or_default();
+    caps.cpus = cpus(&models);
+    caps.emulated_blockers = blockers(&models);
+    let deprecated = items(&models).filter(|model| model["deprecated"].as_bool() == Some(true));
+    caps.deprecated_cpus = deprecated.map(|model| text(&model["name"])).collect();
     caps.cpu_features = session.features(&caps.arch).await;
     // After the lists of types: those load the modules that add option groups.
     let options = session.ask("query-command-line-options", Value::Null).await?;
@@ -92,6 +105,13 @@ fn cpus(answer: &Value) -> Vec<String> {
     let mut names: Vec<String> = items(answer).map(|c| text(&c["name"])).collect();
     names.sort();
     names
+}
+
+/// What each CPU model has and cannot have here, of those of which that is known.
+fn blockers(answer: &Value) -> Blockers {
+    let lacks = |model: &Value| items(&model["unavailable-features"]).map(text).collect::<BTreeSet<_>>();
+    let blocked = items(answer).map(|model| (text(&model["name"]), lacks(model)));
+    blocked.filter(|(_, lacks)| !lacks.is_empty()).collect()
 }
 
 fn names(answer: &Value) -> BTreeSet<String> {
@@ -169,6 +189,18 @@ impl Session {
         let answer = self.ask("qom-list-properties", json!({"typename": format!("max-{arch}-cpu")})).await;
         let on_or_off = |property: &&Value| property["type"] == "bool";
         answer.map(|list| items(&list).filter(on_or_off).map(|p| text(&p["name"])).collect()).unwrap_or_default()
+    }
+
+    /// What can be told to a guest of Hyper-V. `None` where the binary does not say.
+    async fn hyperv(&mut self, arch: &str) -> Option<BTreeSet<String>> {
+        if !matches!(arch, "x86_64" | "i386") {
+            return None;
+        }
+        let all = json!({"type": "full", "model": {"name": "host", "props": {"hv-passthrough": true}}});
+        let told = self.ask("query-cpu-model-expansion", all).await.ok()?;
+        let told = told["model"]["props"].as_object()?;
+        let known = told.iter().filter(|(name, value)| name.starts_with("hv-") && value.as_bool() == Some(true));
+        Some(known.map(|(name, _)| name.clone()).filter(|name| name != "hv-passthrough").collect())
     }
 
     async fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, String> {

@@ -9,6 +9,7 @@ mod chardev;
 mod devices;
 mod filesystem;
 mod hostdev;
+mod listening;
 mod memory;
 mod net;
 mod place;
@@ -20,6 +21,7 @@ mod table;
 mod tpm;
 mod tune;
 
+pub use listening::listeners;
 pub use table::{Standing, standing};
 
 use super::capabilities::{Capabilities, End};
@@ -54,6 +56,7 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.board();
     check.host_devices();
     check.tpms();
+    check.listening();
     add_findings(&mut check.log, def.contradictions());
     check.log
 }

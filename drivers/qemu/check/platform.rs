@@ -1,12 +1,13 @@
 //! Accelerator, board, firmware, CPU, clock.
 
 use super::Check;
-use crate::qemu::command::{is_of_the_system, knows_feature};
+use crate::qemu::command::{enlightenments, is_exact, is_of_the_system, is_same_feature, knows_feature};
 use crate::qemu::complete::Board;
 use crate::qemu::firmware;
+use virt_model::device::board::PanicModel;
 use virt_model::domain::LifecycleAction;
-use virt_model::domain::clock::{Clock, ClockOffset, TickPolicy, TimerName, TimerTrack};
-use virt_model::domain::cpu::{CpuMatch, CpuMode, FeaturePolicy};
+use virt_model::domain::clock::{Clock, ClockOffset, TickPolicy, Timer, TimerName, TimerTrack};
+use virt_model::domain::cpu::{Cpu, CpuMatch, CpuMode, FeaturePolicy};
 use virt_model::domain::features::Smm;
 use virt_model::domain::memory::Placement;
 use virt_model::domain::os::LoaderKind;
@@ -151,6 +152,8 @@ impl Check<'_> {
                 if !self.caps.cpus.iter().any(|known| known == name) || host_only {
                     let at = cpu.model.as_ref().map_or(&cpu.at, |m| &m.at);
                     self.refuse(at, format!("{} has no CPU model '{name}'", self.caps.binary.display()));
+                } else {
+                    self.blockers(cpu, name);
                 }
             }
             CpuMode::Maximum => {}
@@ -186,7 +189,57 @@ impl Check<'_> {
         }
     }
 
+    /// What this host's KVM cannot tell a guest of Hyper-V, as far as it was asked.
+    fn hyperv(&mut self) {
+        let def = self.def;
+        let Some(known) = self.caps.kvm_hyperv.as_ref().filter(|_| self.kvm) else { return };
+        let lacks = |name: &str| match name {
+            "hv-passthrough" => false,
+            // These are no more than words, where there is any of it.
+            "hv-spinlocks" | "hv-vendor-id" => known.is_empty(),
+            name => !known.contains(name),
+        };
+        let how = |name: &str| format!("KVM of this host has no '{name}': leave it out");
+        if let Some(hyperv) = def.features.as_ref().and_then(|features| features.hyperv.as_ref()) {
+            for (name, _) in enlightenments(hyperv).into_iter().filter(|(name, _)| lacks(name)) {
+                let element = name.trim_start_matches("hv-").replace('-', "_");
+                self.refuse(&hyperv.at.child(&element), how(name));
+            }
+        }
+        let timers = def.clock.iter().flat_map(|clock| &clock.timers);
+        let clock = |timer: &&Timer| timer.name == TimerName::Hypervclock && timer.present == Some(true);
+        for timer in timers.filter(clock).filter(|_| lacks("hv-time")) {
+            self.refuse(&timer.at, how("hv-time"));
+        }
+        let panics = def.devices.panics.iter().filter(|panic| panic.model == Some(PanicModel::Hyperv));
+        for panic in panics.filter(|_| lacks("hv-crash")) {
+            self.refuse(&panic.at.attribute("model"), how("hv-crash"));
+        }
+    }
+
+    /// What a model has that its guest would not get here.
+    fn blockers(&mut self, cpu: &Cpu, model: &str) {
+        let off = |name: &str| {
+            let left_out = |policy| matches!(policy, Some(FeaturePolicy::Disable | FeaturePolicy::Forbid));
+            cpu.features.iter().any(|feature| left_out(feature.policy) && is_same_feature(&feature.name, name))
+        };
+        let lacks: Vec<&str> = self.caps.blockers(self.kvm, model).filter(|name| !off(name)).collect();
+        if lacks.is_empty() {
+            return;
+        }
+        let place = cpu.model.as_ref().map_or(&cpu.at, |model| &model.at);
+        let whose = if self.kvm { "KVM of this host" } else { "emulation" };
+        let lacks = format!("{whose} cannot give a '{model}' all that it has: {}", lacks.join(", "));
+        if is_exact(cpu) {
+            let how = "name another model, or these with policy='disable'";
+            self.refuse(place, format!("{lacks}; {how}"));
+        } else {
+            self.warn_if(true, place, &format!("{lacks}; the guest does not get these"));
+        }
+    }
+
     fn paravirtual(&mut self) {
+        self.hyperv();
         let Some(features) = self.def.features.as_ref().filter(|_| !self.kvm) else { return };
         if let Some(hyperv) = &features.hyperv {
             self.warn_if(true, &hyperv.at, &format!("<hyperv> {NO_EFFECT}"));

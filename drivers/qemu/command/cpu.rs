@@ -11,8 +11,7 @@ use virt_model::domain::features::{Hyperv, HypervMode, State};
 impl Builder<'_> {
     pub(super) fn cpu(&mut self) {
         let mut list = self.model();
-        let exact = |cpu: &Cpu| cpu.check == Some(CpuCheck::Full) || cpu.matching == Some(CpuMatch::Strict);
-        let full = self.def.cpu.as_ref().is_some_and(exact);
+        let full = self.def.cpu.as_ref().is_some_and(is_exact);
         let features = self.def.cpu.iter().flat_map(|cpu| &cpu.features);
         for feature in features.filter(|feature| !is_of_the_system(&feature.name)) {
             let known = knows_feature(self.caps, &feature.name);
@@ -96,15 +95,17 @@ impl Builder<'_> {
         let crashes = self.def.devices.panics.iter().any(|panic| panic.model == Some(PanicModel::Hyperv));
         let list = list.maybe("hv-crash", crashes.then_some("on"));
         match features.and_then(|f| f.hyperv.as_ref()) {
-            Some(hyperv) => enlightenments(hyperv, list),
+            Some(hyperv) => enlightenments(hyperv).into_iter().fold(list, |list, (name, value)| list.set(name, &value)),
             None => list,
         }
     }
 }
 
-fn enlightenments(hyperv: &Hyperv, list: List) -> List {
+/// What a guest is told of Hyper-V, in QEMU's words, each with its value.
+pub fn enlightenments(hyperv: &Hyperv) -> Vec<(&'static str, String)> {
+    let on = || "on".to_owned();
     if hyperv.mode == Some(HypervMode::Passthrough) {
-        return list.set("hv-passthrough", "on");
+        return vec![("hv-passthrough", on())];
     }
     let plain = [
         ("hv-relaxed", &hyperv.relaxed),
@@ -121,23 +122,34 @@ fn enlightenments(hyperv: &Hyperv, list: List) -> List {
         ("hv-emsr-bitmap", &hyperv.emsr_bitmap),
         ("hv-xmm-input", &hyperv.xmm_input),
     ];
-    let list = plain.into_iter().fold(list, |list, (name, state)| {
-        let on = state.as_ref().is_some_and(State::is_on);
-        list.maybe(name, on.then_some("on"))
-    });
-    let flush = hyperv.tlbflush.as_ref().filter(|flush| flush.state != Some(false));
-    let on = |state: Option<&State>| state.is_some_and(State::is_on).then_some("on");
-    let list = list
-        .maybe("hv-tlbflush", flush.map(|_| "on"))
-        .maybe("hv-tlbflush-direct", on(flush.and_then(|flush| flush.direct.as_ref())))
-        .maybe("hv-tlbflush-ext", on(flush.and_then(|flush| flush.extended.as_ref())));
-    let spinlocks = hyperv.spinlocks.as_ref().filter(|s| s.state != Some(false));
-    let list = list.maybe("hv-spinlocks", spinlocks.map(|s| format!("{:#x}", s.retries.unwrap_or(4095))));
-    let stimer = hyperv.stimer.as_ref().filter(|s| s.state != Some(false));
-    let direct = stimer.and_then(|s| s.direct.as_ref()).is_some_and(State::is_on);
-    let list = list.maybe("hv-stimer", stimer.map(|_| "on")).maybe("hv-stimer-direct", direct.then_some("on"));
-    let vendor = hyperv.vendor_id.as_ref().filter(|v| v.state != Some(false));
-    list.maybe("hv-vendor-id", vendor.and_then(|v| v.value.as_deref()))
+    let is_on = |state: Option<&State>| state.is_some_and(State::is_on);
+    let plain = plain.into_iter().filter(|(_, state)| is_on(state.as_ref()));
+    let mut told: Vec<(&'static str, String)> = plain.map(|(name, _)| (name, on())).collect();
+    if let Some(flush) = hyperv.tlbflush.as_ref().filter(|flush| flush.state != Some(false)) {
+        told.push(("hv-tlbflush", on()));
+        told.extend(is_on(flush.direct.as_ref()).then(|| ("hv-tlbflush-direct", on())));
+        told.extend(is_on(flush.extended.as_ref()).then(|| ("hv-tlbflush-ext", on())));
+    }
+    if let Some(spinlocks) = hyperv.spinlocks.as_ref().filter(|spinlocks| spinlocks.state != Some(false)) {
+        told.push(("hv-spinlocks", format!("{:#x}", spinlocks.retries.unwrap_or(4095))));
+    }
+    if let Some(stimer) = hyperv.stimer.as_ref().filter(|stimer| stimer.state != Some(false)) {
+        told.push(("hv-stimer", on()));
+        told.extend(is_on(stimer.direct.as_ref()).then(|| ("hv-stimer-direct", on())));
+    }
+    let vendor = hyperv.vendor_id.as_ref().filter(|vendor| vendor.state != Some(false));
+    told.extend(vendor.and_then(|vendor| Some(("hv-vendor-id", vendor.value.clone()?))));
+    told
+}
+
+/// Whether the guest gets that CPU with all that it has, or does not start.
+pub fn is_exact(cpu: &Cpu) -> bool {
+    cpu.check == Some(CpuCheck::Full) || cpu.matching == Some(CpuMatch::Strict)
+}
+
+/// Whether a definition means that feature, which QEMU calls so.
+pub fn is_same_feature(name: &str, qemus: &str) -> bool {
+    qemu_name(name) == qemus
 }
 
 /// Whether it shows what the guest's system has turned on, so that nobody can ask for it.

@@ -18,7 +18,7 @@ use super::Board;
 use super::buses::target_number;
 
 /// Where a screen listens when the definition does not say.
-const LOCALHOST: &str = "127.0.0.1";
+pub const LOCALHOST: &str = "127.0.0.1";
 
 /// What the caller chooses for a guest that is to start.
 pub struct Chosen<'a> {

@@ -178,13 +178,14 @@ impl Operation {
         }
         let inside = !super::internal_images(&self.machine.def, &request.disks, false).is_empty()
             || self.record(request, survey).nvram == Some(Part::Internal);
-        if inside && may_be_number(name) {
+        let held = self.held_in_images(request, survey).await?;
+        if inside && may_be_number(name, held.iter().flat_map(|(_, inner)| inner)) {
             return Err(cannot(format!(
-                "'{name}' reads like the number of a snapshot in an image, which QEMU and its tools would take for it; \
-                 choose a name with a letter"
+                "'{name}' is the number of a snapshot in an image, or may be one day: QEMU and its tools would take it for \
+                 that; choose a name with a letter, or a date of eight digits"
             )));
         }
-        for (image, inner) in self.held_in_images(request, survey).await? {
+        for (image, inner) in held {
             if inside {
                 unmistakable(name, &image, &inner)?;
             }
@@ -324,8 +325,33 @@ fn by_hand(request: &SnapshotRequest) -> bool {
     request.disks.iter().any(|part| part.mode == DiskMode::Manual)
 }
 
-/// Images number their snapshots from 1 on, one after the other. A time in seconds, as names are that nobody chose, is far
-/// beyond that.
-fn may_be_number(name: &str) -> bool {
-    (1..10).contains(&name.len()) && !name.starts_with('0') && name.bytes().all(|byte| byte.is_ascii_digit())
+/// More snapshots than are taken in one image from now on.
+const MOST_TO_COME: u64 = 1_000_000;
+
+/// Whether an image that holds these has given that number to a snapshot, or may do so: images number their snapshots from 1
+/// on, one after the other. Dates, and times in seconds, as names are that nobody chose, are far beyond that.
+fn may_be_number<'a>(name: &str, held: impl Iterator<Item = &'a InnerSnapshot>) -> bool {
+    let plain = !name.starts_with('0') && name.bytes().all(|byte| byte.is_ascii_digit());
+    let number = name.parse().ok().filter(|_| plain);
+    let last = held.filter_map(|inner| inner.id.parse::<u64>().ok()).max().unwrap_or(0);
+    number.is_some_and(|number: u64| number <= last.saturating_add(MOST_TO_COME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn b1_only_what_an_image_may_count_to_is_a_number() {
+        let inner = |id: &str| InnerSnapshot { id: id.into(), ..InnerSnapshot::default() };
+        let held = [inner("3"), inner("20261127")];
+        let is = |name: &str, held: &[InnerSnapshot]| may_be_number(name, held.iter());
+        for name in ["1", "4", "2026", "123456"] {
+            assert!(is(name, &[]), "{name}");
+        }
+        for name in ["20261128", "1795403655", "007", "", "2026-11-28", "99999999999999999999"] {
+            assert!(!is(name, &held[..1]), "{name}");
+        }
+        assert!(is("20261128", &held), "somebody has made it count so far");
+    }
 }
