@@ -32,7 +32,7 @@ macro_rules! actions {
 
             /// The polkit action.
             pub fn id(self) -> &'static str {
-                match self { $(Action::$name => concat!("org.virt.domain.", $id),)+ }
+                match self { $(Action::$name => $id,)+ }
             }
 
             /// The deed, completing 'Authentication is required to …'.
@@ -45,33 +45,33 @@ macro_rules! actions {
 
 actions! {
     /// Configuration and statistics.
-    Read = "read", "read the configuration of";
+    Read = "org.virt.domain.read", "read the configuration of";
     /// The same with passwords.
-    ReadSecure = "read-secure", "read the passwords of";
+    ReadSecure = "org.virt.domain.read-secure", "read the passwords of";
     /// Store or change a configuration.
-    Define = "define", "define or change";
+    Define = "org.virt.domain.define", "define or change";
     /// Remove a configuration.
-    Delete = "delete", "delete";
+    Delete = "org.virt.domain.delete", "delete";
     /// Start.
-    Start = "start", "start";
+    Start = "org.virt.domain.start", "start";
     /// Shut down, destroy, reboot, reset.
-    Stop = "stop", "stop";
+    Stop = "org.virt.domain.stop", "stop";
     /// Suspend and resume.
-    Suspend = "suspend", "suspend or resume";
+    Suspend = "org.virt.domain.suspend", "suspend or resume";
     /// Save and restore.
-    Save = "save", "save or restore";
+    Save = "org.virt.domain.save", "save or restore";
     /// Create and delete snapshots.
-    Snapshot = "snapshot", "take or delete a snapshot of";
+    Snapshot = "org.virt.domain.snapshot", "take or delete a snapshot of";
     /// Revert to a snapshot.
-    Revert = "revert", "revert";
+    Revert = "org.virt.domain.revert", "revert";
     /// Attach, detach, resize.
-    Device = "device", "change the devices of";
+    Device = "org.virt.domain.device", "change the devices of";
     /// Console, display, screenshot, keys.
-    Console = "console", "use the console of";
+    Console = "org.virt.domain.console", "use the console of";
     /// Raw hypervisor arguments.
-    Native = "native", "give raw hypervisor arguments to";
+    Native = "org.virt.domain.native", "give raw hypervisor arguments to";
     /// Cancel somebody else's job.
-    Job = "job", "cancel a job of";
+    Job = "org.virt.domain.job", "cancel a job of";
 }
 
 /// What an action is about; the details passed to polkit.

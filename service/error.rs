@@ -63,11 +63,11 @@ pub enum Error {
     /// This hypervisor cannot, or this version of virtd.
     #[error("{0}")]
     OperationUnsupported(String),
-    /// Another job has had the domain for as long as we wait.
-    #[error("domain '{domain}' is busy with '{job}'; try again when that has ended, or cancel it")]
+    /// Another job has had the object for as long as we wait.
+    #[error("{object} is busy with '{job}'; try again when that has ended, or cancel it")]
     Busy {
-        /// The domain's name.
-        domain: String,
+        /// What is to be changed: `domain 'web'`.
+        object: String,
         /// The operation that holds it, and its job object if it has one.
         job: String,
     },

@@ -92,9 +92,14 @@ impl Domain {
     }
 
     pub(super) async fn take_turn(&self, word: &str, give_up: &CancellationToken) -> Result<TurnGuard> {
-        let turn = self.turn.take(word, give_up).await.map_err(|job| Error::Busy { domain: self.name(), job })?;
+        let turn = self.turn.take(word, give_up).await.map_err(|job| self.busy_with(job))?;
         self.still_here()?;
         Ok(turn)
+    }
+
+    /// The refusal of who has waited for the turn, or for what is mended first.
+    pub(super) fn busy_with(&self, job: String) -> Error {
+        Error::Busy { object: format!("domain '{}'", self.name()), job }
     }
 
     /// From now on nobody waits for work that was cancelled: those who want the turn are told what has it.

@@ -78,7 +78,7 @@ impl Sought {
     pub(super) fn refusal(&self, name: &str) -> Error {
         match &self.why {
             None => Error::Busy {
-                domain: name.to_owned(),
+                object: format!("domain '{name}'"),
                 job: "the search for its guest, since virtd has started".to_owned(),
             },
             Some(why) => Error::OperationInvalid(format!(

@@ -417,8 +417,8 @@ impl Domain {
         if keep {
             let (name, order) = (def.name.clone(), lock(&self.state).snapshots.next_order());
             let parent = def.parent.clone();
-            let record =
-                Record { name: name.clone(), def: Ok(def), order, created_usec: now_usec(), record: taken.record };
+            let created_usec = within_second(def.created, now_usec());
+            let record = Record { name: name.clone(), def: Ok(def), order, created_usec, record: taken.record };
             self.save_record(record.clone()).await?;
             journal.step("record");
             self.save_current(Some(name.clone())).await?;
@@ -461,6 +461,13 @@ impl Domain {
     pub(super) fn not_taken(&self, name: &str, error: DriverError) -> Error {
         self.driver_failed(&format!("take snapshot '{name}' of"), error)
     }
+}
+
+/// The time of a creation in microseconds: in the second that its document names, however long it took from then to `now_usec`.
+/// So its record can be restored from the document that is shown, with the same time.
+fn within_second(created: u64, now_usec: u64) -> u64 {
+    let second = created.saturating_mul(1_000_000);
+    now_usec.clamp(second, second.saturating_add(999_999))
 }
 
 /// Makes the disks of `def` what they are in `now`, where they were what they are in `before`. Whether any was.
@@ -555,5 +562,12 @@ mod tests {
     fn x6_a_clock_that_is_not_set_gives_names_that_no_image_counts_by() {
         assert_eq!(names_from(0).take(2).collect::<Vec<_>>(), ["1000000000", "1000000001"]);
         assert_eq!(names_from(1_795_403_655).next().as_deref(), Some("1795403655"));
+    }
+
+    #[test]
+    fn a_creation_that_takes_longer_is_of_the_second_in_its_document() {
+        assert_eq!(within_second(7, 7_034_853), 7_034_853);
+        assert_eq!(within_second(7, 8_034_853), 7_999_999);
+        assert_eq!(within_second(7, 6_999_999), 7_000_000, "the clock was set back");
     }
 }

@@ -65,7 +65,7 @@ impl Domain {
             Err(_) => {
                 let what = self.open_intent().map_or("a change", |intent| what_is(&intent.deed));
                 self.left_alone(what);
-                Err(Error::Busy { domain: self.name(), job: finishing(what) })
+                Err(self.busy_with(finishing(what)))
             }
         }
     }
