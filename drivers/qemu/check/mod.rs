@@ -26,7 +26,9 @@ pub use table::{Standing, standing};
 
 use super::capabilities::{Capabilities, End};
 use super::checked::Checked;
-use super::complete::Board;
+use super::command;
+use super::complete::{Board, name_devices};
+use std::path::Path;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::xml::{Finding, FindingKind, Place, refusals};
 
@@ -58,7 +60,17 @@ pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
     check.tpms();
     check.listening();
     add_findings(&mut check.log, def.contradictions());
+    check.devices_there();
     check.log
+}
+
+/// What an argument of `-device` names.
+fn driver_and_id(argument: &str) -> Option<(String, String)> {
+    if let Ok(device) = serde_json::from_str::<serde_json::Value>(argument) {
+        return Some((device["driver"].as_str()?.to_owned(), device["id"].as_str().unwrap_or_default().to_owned()));
+    }
+    let id = argument.split(',').find_map(|word| word.strip_prefix("id="));
+    Some((argument.split(',').next()?.to_owned(), id.unwrap_or_default().to_owned()))
 }
 
 /// A check as it proceeds.
@@ -91,6 +103,34 @@ impl Check<'_> {
     fn warn_if(&mut self, condition: bool, place: &Place, message: &str) {
         if condition {
             self.log.push(Finding::new(FindingKind::Warning, place, message));
+        }
+    }
+
+    /// Whatever is said of it before: this QEMU has every device that its command line would name. (That is built here to be
+    /// looked at, and run by nobody.)
+    fn devices_there(&mut self) {
+        if self.log.iter().any(|finding| finding.kind != FindingKind::Warning) {
+            return;
+        }
+        let nowhere =
+            command::Place { runtime_dir: Path::new("/"), monitor_fd: 0, now: 0, east_of_utc: 0, sandbox: false };
+        // What keeps it from being built is told when it is to be run.
+        let Ok(built) = command::build(Checked::of(self.def), self.caps, &nowhere) else { return };
+        let pairs = built.args.windows(2).filter(|pair| pair[0] == "-device");
+        let named: Vec<(String, String)> = pairs.filter_map(|pair| driver_and_id(&pair[1])).collect();
+        if named.iter().all(|(driver, _)| self.caps.has_device(driver)) {
+            return;
+        }
+        let mut aliased = self.def.clone();
+        name_devices(&mut aliased);
+        for (driver, id) in named {
+            let found = aliased
+                .devices
+                .infos()
+                .into_iter()
+                .find(|(info, _)| info.alias() == Some(&id))
+                .map(|(_, place)| place.clone());
+            self.need_device(&found.unwrap_or_else(|| self.def.devices.at.clone()), &driver);
         }
     }
 

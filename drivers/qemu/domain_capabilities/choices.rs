@@ -394,8 +394,11 @@ fn crypto(model: &str, kind: &str, backend: &str) -> Parts {
     devices(format!("<crypto model='{model}' type='{kind}'><backend model='{backend}'/></crypto>"))
 }
 
+/// An element of the document that is there or not, and what asks for it.
+pub type Feature = (&'static str, fn() -> Parts);
+
 /// What a machine has or has not, in libvirt's order.
-pub const FEATURES: &[(&str, fn() -> Parts)] = &[
+pub const FEATURES: &[Feature] = &[
     ("gic", || features("<gic version='2'/>")),
     ("vmcoreinfo", || features("<vmcoreinfo state='on'/>")),
     ("genid", || top("<genid>43dc0cf8-809b-4adb-9bea-a9abb5f3d90e</genid>")),
