@@ -256,6 +256,15 @@ impl Daemon {
         line.trim().trim_end_matches(" kB").parse().expect("a number")
     }
 
+    /// What virtd has taken of the processors, all its threads together.
+    pub fn processor_time(&self) -> Duration {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.virtd_pid())).expect("it runs");
+        let fields = stat.rsplit(") ").next().expect("fields").split(' ').skip(11).take(2);
+        let ticks: u64 = fields.map(|ticks| ticks.parse::<u64>().expect("a number")).sum();
+        let a_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok().flatten().expect("ticks");
+        Duration::from_millis(ticks * 1000 / a_second.cast_unsigned())
+    }
+
     /// How many descriptors virtd has.
     pub fn descriptors(&self) -> usize {
         std::fs::read_dir(format!("/proc/{}/fd", self.virtd_pid())).expect("it runs").count()
