@@ -109,6 +109,7 @@ verbs! {
         RESUME = "Resume", Some(Suspend), Paused, "resume";
         INJECT_NMI = "InjectNMI", Some(Console), Running, "inject an NMI into";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
+        CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";
         RENAME = "Rename", Some(Define), InactivePersistent, "rename";
         AUTOSTART = "Autostart", Some(Define), Persistent, "set autostart";
         SET_TITLE = "SetTitle", Some(Define), Always, "set title";

@@ -7,12 +7,14 @@ use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
 use crate::error::Error;
+use std::collections::HashMap;
 use std::sync::Arc;
 use virt_model::domain::Form;
 use virt_model::driver::ShutdownMode;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{Affect, Domain, Service, StartOptions, UndefineOptions};
+use zbus::Variant;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Domain";
@@ -62,6 +64,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::SUSPEND, suspend)
         .method(&verb::RESUME, resume)
         .method(&verb::UNDEFINE, undefine)
+        .method(&verb::CHECK_UNDEFINE, check_undefine)
         .method(&verb::RENAME, rename)
         .method(&verb::SET_TITLE, set_title)
         .method(&verb::SET_DESCRIPTION, set_description)
@@ -128,15 +131,27 @@ async fn resume(domain: Arc<Domain>, call: Call) -> Outcome {
 }
 
 async fn undefine(domain: Arc<Domain>, call: Call) -> Outcome {
-    let mut options = call.options()?;
+    domain.undefine(call.caller(), undefine_options(call.options()?)?).await?;
+    call.done()
+}
+
+async fn check_undefine(domain: Arc<Domain>, call: Call) -> Outcome {
+    let checked = domain.check_undefine(call.caller(), undefine_options(call.options()?)?).await?;
+    let verdict = snapshot::verdict(checked.as_ref().err());
+    let removed = checked.unwrap_or_default();
+    let removed: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
+    let answer: HashMap<_, _> = verdict.into_iter().chain([("removed", Variant::from(removed))]).collect();
+    call.reply(&answer)
+}
+
+fn undefine_options(mut options: Options) -> Result<UndefineOptions, Error> {
     let remove = UndefineOptions {
         managed_save: options.flag("managed-save")?,
         snapshots_metadata: options.flag("snapshots-metadata")?,
         nvram: options.flag("nvram")?,
     };
     options.end()?;
-    domain.undefine(call.caller(), remove).await?;
-    call.done()
+    Ok(remove)
 }
 
 async fn rename(domain: Arc<Domain>, call: Call) -> Outcome {

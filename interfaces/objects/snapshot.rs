@@ -149,7 +149,7 @@ type Answer = HashMap<&'static str, Variant<'static>>;
 type Files = Vec<(String, &'static str, u64)>;
 
 /// Whether it is possible, and if not the error and why.
-fn verdict(refusal: Option<&ServiceError>) -> [(&'static str, Variant<'static>); 3] {
+pub fn verdict(refusal: Option<&ServiceError>) -> [(&'static str, Variant<'static>); 3] {
     let error = refusal.map(Error::from);
     let (name, text) = error.map_or_else(Default::default, |error| (error.name, error.text));
     [("possible", Variant::from(refusal.is_none())), ("error", Variant::from(name)), ("reason", Variant::from(text))]

@@ -163,6 +163,15 @@ impl Domain {
         .await
     }
 
+    /// What `undefine` would remove of the host's files with the same options, or why it would be refused. Changes nothing.
+    pub async fn check_undefine(&self, caller: &Caller, options: UndefineOptions) -> Result<Result<Vec<PathBuf>>> {
+        self.allow(caller, verb::CHECK_UNDEFINE.action).await?;
+        let (live, stored) = self.configurations();
+        let Some(stored) = stored else { return Ok(Err(self.vanished())) };
+        let belongings = self.driver.belongings(&stored).await;
+        Ok(self.nothing_bars(live.is_some(), &belongings, options).map(|()| belongings))
+    }
+
     /// Refuses to undefine while there is something that only this domain can use and that is not to go with it, or is in use:
     /// all of that in one sentence.
     fn nothing_bars(&self, active: bool, belongings: &[PathBuf], options: UndefineOptions) -> Result<()> {

@@ -51,7 +51,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 14] = [
+pub const MEMBERS: [&str; 15] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -62,6 +62,7 @@ pub const MEMBERS: [&str; 14] = [
     "Domain.CreateSnapshot",
     "Domain.UpdateDevice",
     "Domain.Undefine",
+    "Domain.CheckUndefine",
     "Snapshot.CheckRevert",
     "Snapshot.Revert",
     "Snapshot.CheckDelete",
@@ -146,7 +147,7 @@ impl Doomed {
                 );
                 domain.call(method, &(medium, none())).await
             }
-            "Domain.Undefine" => domain.call(method, &(with([("nvram", true), ("snapshots-metadata", true)]),)).await,
+            "Domain.Undefine" | "Domain.CheckUndefine" => domain.call(method, &(with([("nvram", true), ("snapshots-metadata", true)]),)).await,
             "Domain.Start" => domain.run(method).await,
             _ if interface == "Snapshot" => self.player.call("s", method, none()).await,
             _ => panic!("{member} is not called here"),

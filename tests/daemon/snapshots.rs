@@ -167,13 +167,40 @@ async fn an_undefine_that_is_refused_names_all_that_stands_in_its_way() {
     player.create("", with([("disk-only", true)])).await.expect("taken");
     let (name, why) = player.domain.run("Undefine").await.expect_err("there is more than the definition");
     assert_eq!(name, "org.virt.Error.OperationInvalid");
+    let told = check_undefine(&player, options([])).await;
+    assert_eq!((told.possible, &told.error, &told.reason, told.removed.len()), (false, &name, &why, 0));
     assert!(why.contains("1 snapshot; pass snapshots-metadata to forget it (") && why.contains("pass nvram"), "{why}");
     player.create("", with([("disk-only", true)])).await.expect("taken");
     let (_, why) = player.domain.call("Undefine", &(with([("nvram", true)]),)).await.expect_err("snapshots");
     assert!(why.contains("2 snapshots; pass snapshots-metadata to forget them (") && !why.contains("nvram"), "{why}");
-    let all = with([("nvram", true), ("snapshots-metadata", true)]);
-    player.domain.call("Undefine", &(all,)).await.expect("undefined");
+    let all = || with([("nvram", true), ("snapshots-metadata", true)]);
+    let told = check_undefine(&player, all()).await;
+    assert!(told.possible && told.error.is_empty() && told.reason.is_empty(), "{}", told.reason);
+    assert_eq!(told.removed, [variables.display().to_string()]);
+    assert!(variables.exists(), "nothing was changed");
+    player.domain.call("Undefine", &(all(),)).await.expect("undefined");
+    assert!(!variables.exists());
     assert!(client.named("web").await.is_err(), "nothing is left of it");
+}
+
+/// What `CheckUndefine` says.
+struct UndefineCheck {
+    possible: bool,
+    error: String,
+    reason: String,
+    removed: Vec<String>,
+}
+
+async fn check_undefine(player: &Player, options: Options<'_>) -> UndefineCheck {
+    let reply = player.domain.call("CheckUndefine", &(options,)).await.expect("told");
+    let mut told: HashMap<String, zbus::OwnedVariant> = reply.body().deserialize().expect("a{sv}");
+    let mut take = |key: &str| told.remove(key).expect(key);
+    UndefineCheck {
+        possible: take("possible").try_into().expect("b"),
+        error: take("error").try_into().expect("s"),
+        reason: take("reason").try_into().expect("s"),
+        removed: take("removed").try_into().expect("as"),
+    }
 }
 
 /// Document, options, error, and a word of its text.
