@@ -147,7 +147,9 @@ impl Doomed {
                 );
                 domain.call(method, &(medium, none())).await
             }
-            "Domain.Undefine" | "Domain.CheckUndefine" => domain.call(method, &(with([("nvram", true), ("snapshots-metadata", true)]),)).await,
+            "Domain.Undefine" | "Domain.CheckUndefine" => {
+                domain.call(method, &(with([("nvram", true), ("snapshots-metadata", true)]),)).await
+            }
             "Domain.Start" => domain.run(method).await,
             _ if interface == "Snapshot" => self.player.call("s", method, none()).await,
             _ => panic!("{member} is not called here"),

@@ -1,6 +1,6 @@
 //! Snapshots through the bus, of guests in memory: the tree and its signals, names, records, refusals, risks.
 
-use crate::common::client::{Client, Domain, lifecycle_of, options};
+use crate::common::client::{Client, Domain, Options, lifecycle_of, options};
 use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, Setup};
 use std::collections::{BTreeMap, HashMap};
