@@ -377,7 +377,9 @@ impl Prober {
             Ok(capabilities) => capabilities,
             Err(error) => {
                 let prober = self.clone();
-                let site = blocking(move || Site::read(&prober.state_dir, &prober.tls_dir)).await.unwrap_or_default();
+                let site = blocking(move || Site::read(&prober.state_dir, &prober.tls_dir, prober.user.is_some()))
+                    .await
+                    .unwrap_or_default();
                 Arc::new(Capabilities { site, ..Capabilities::absent(binary, error.to_string()) })
             }
         }
@@ -398,7 +400,7 @@ impl Prober {
             let mut kept = prober.load(&spelt)?.capabilities;
             prober.add_host(&mut kept);
             kept.kvm = if kept.kvm_built_in { prober.host_kvm().map(drop) } else { Err(without_kvm(&spelt)) };
-            kept.site = Site::read(&prober.state_dir, &prober.tls_dir);
+            kept.site = Site::read(&prober.state_dir, &prober.tls_dir, prober.user.is_some());
             Some(Arc::new(kept))
         });
         kept.await?.ok_or_else(|| {
@@ -506,7 +508,7 @@ impl Prober {
             changed: mtime(stat),
             modules: modules.collect(),
         };
-        let site = Site::read(&self.state_dir, &self.tls_dir);
+        let site = Site::read(&self.state_dir, &self.tls_dir, self.user.is_some());
         Ok(Judged { program, stamp, binary: spelt, host_kvm: self.host_kvm(), site })
     }
 
