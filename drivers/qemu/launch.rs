@@ -2,6 +2,7 @@
 //! undone when a step fails or the start is cancelled.
 
 use super::block::Nodes;
+use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
 use super::companion::{self, Gifts, Living, Recorded};
 use super::events::Guest;
@@ -436,7 +437,7 @@ impl Start {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = blocking(move || {
             if start.user.is_none() {
-                return Ok(wall::in_session(&start.command.args, None));
+                return Ok(wall::in_session(&start.command.all_args(), None));
             }
             let wall = wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
             wall.map_err(|e| unshown("QEMU", &e))
@@ -488,6 +489,18 @@ impl Start {
     async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Arc<Qmp>, Value), DriverError> {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
         let monitor = Arc::new(monitor);
+        if !self.command.nodes.is_empty() {
+            // Servers may be slow to answer, as they may be before a QEMU says hello.
+            let line = Monitor::new(monitor.clone(), reporter.clone());
+            let build = async {
+                for node in &self.command.nodes {
+                    line.patiently("blockdev-add", node.clone()).await?;
+                }
+                line.patiently(BUILD, json!({})).await
+            };
+            let late = || DriverError::Hypervisor(format!("QEMU did not open its disks within {} s", HELLO.as_secs()));
+            timeout(HELLO, build).await.map_err(|_| late())??;
+        }
         if let Some(source) = &self.from {
             source.load(&Monitor::new(monitor.clone(), reporter.clone()), self).await?;
         }
@@ -656,3 +669,7 @@ fn quote(word: &str) -> String {
         false => word.to_owned(),
     }
 }
+
+#[cfg(test)]
+#[path = "launch_tests.rs"]
+mod tests;

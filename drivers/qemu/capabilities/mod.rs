@@ -188,7 +188,16 @@ impl Capabilities {
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         (self.version.0, self.version.1) >= (major, minor)
     }
+
+    /// Whether it can be told of block nodes before it makes the devices that use them; versions before may know the
+    /// command, and not then.
+    pub fn takes_nodes_early(&self) -> bool {
+        self.at_least(7, 2) && self.commands.contains(BUILD)
+    }
 }
+
+/// The command that lets a QEMU make its devices that has waited.
+pub const BUILD: &str = "x-exit-preconfig";
 
 /// Where the system keeps its QEMU.
 const OWN_DIRS: [&str; 2] = ["/usr/bin", "/usr/local/bin"];
