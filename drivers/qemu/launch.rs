@@ -53,7 +53,7 @@ pub const MONITOR_FD: RawFd = 3;
 const HELLO: Duration = Duration::from_secs(60);
 /// How many descriptors a process of a guest may have. A QEMU has four for each queue of a card that the kernel serves, two
 /// for each queue of a disk, a few for each image, and one for each connection that a guest opens by way of it.
-const DESCRIPTORS: u64 = 65_536;
+pub(super) const DESCRIPTORS: u64 = 16_384;
 /// How long files may become that a companion of a guest writes: the state of a TPM, the log of a card. The log of the guest
 /// itself is cut before that.
 const COMPANION_FILE: u64 = 64 << 20;
