@@ -14,6 +14,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -21,10 +22,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 
+/// Seconds of a CPU's time for an image of some megabytes.
+const CONVERSION: u64 = 60;
 /// What the tool may take of the host. A chain that is a loop ends with the files that it may open.
 const BOUNDS: Bounds = Bounds { data: Some(2 << 30), cpu: None, files: Some(1024) };
 /// Of what it says, this many bytes are kept.
 const MOST_SAID: u64 = 16 << 20;
+const NOT_INSTALLED: &str = "qemu-img is not installed (Debian has it in qemu-utils)";
 /// The deed that changes nothing.
 const LOOK: &str = "look at";
 
@@ -272,9 +276,7 @@ impl Images {
             Some(_) => self.wall().within(done).and_then(|done| done),
         };
         let done = done.map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => {
-                DriverError::Unsupported("qemu-img is not installed (Debian has it in qemu-utils)".to_owned())
-            }
+            io::ErrorKind::NotFound => DriverError::Unsupported(NOT_INSTALLED.to_owned()),
             _ => DriverError::Storage(format!("qemu-img: {e}")),
         })?;
         if done.status.success() {
@@ -300,6 +302,31 @@ impl Images {
         files.sort_by_key(|file| file.write);
         Wall { files, ..Wall::default() }
     }
+}
+
+/// Writes a raw image of some megabytes into `to`, which is empty, as qcow2: with the rights of `user`, who must be able to
+/// read the one and to write the other, and behind a wall; with ours, if `None`. The program finds both open, and no other file.
+/// Ends soon after it is told to stop, with an error. Blocks.
+pub fn convert(from: File, to: File, user: Option<&RunAs>, stop: &Stop) -> io::Result<()> {
+    let mut command = Command::new("qemu-img");
+    command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
+    command.env("LC_ALL", "C").stdin(from).stdout(to).stderr(Stdio::piped());
+    tame(&mut command, user.map(Into::into), Bounds { cpu: Some(CONVERSION), ..BOUNDS });
+    // What it has written by then is thrown away.
+    let mut run = || finish(&mut command, stop, false);
+    let done = match user {
+        None => run(),
+        Some(_) => Wall::default().within(run).and_then(|done| done),
+    };
+    let done = done.map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => io::Error::other(NOT_INSTALLED),
+        _ => e,
+    })?;
+    if done.status.success() {
+        return Ok(());
+    }
+    let words = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    Err(io::Error::other(if words.is_empty() { format!("qemu-img: {}", done.status) } else { words }))
 }
 
 fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
@@ -386,5 +413,51 @@ mod tests {
         }
         // Nothing of it is left that would keep the machine.
         workers.run(Errand::new(images.guest, "disk"), |_| Ok(())).await.unwrap();
+    }
+
+    /// A conversion has the rights of whom it is for: root's files are not opened for them.
+    #[test]
+    fn a_conversion_has_no_rights_of_ours() {
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            return eprintln!("SKIPPED: qemu-img is not installed");
+        }
+        let (true, Ok(nobody)) = (nix::unistd::geteuid().is_root(), RunAs::look_up("nobody", None, &[])) else {
+            return eprintln!("SKIPPED: needs root and a user nobody");
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let private = |name: &str| {
+            let mut options = File::options();
+            std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+            options.read(true).write(true).create_new(true).open(at(name)).unwrap()
+        };
+        let (from, to) = (private("from"), private("to"));
+        from.set_len(1 << 20).unwrap();
+        let convert = |user| convert(from.try_clone().unwrap(), to.try_clone().unwrap(), user, &Stop::default());
+        let refused = convert(Some(&nobody)).unwrap_err().to_string();
+        assert!(refused.contains("Permission denied"), "{refused}");
+        assert_eq!(to.metadata().unwrap().len(), 0);
+        for file in [&from, &to] {
+            std::os::unix::fs::fchown(file, Some(nobody.uid), Some(nobody.gid)).unwrap();
+        }
+        convert(Some(&nobody)).unwrap();
+        assert_eq!(std::fs::read(at("to")).unwrap()[..4], *b"QFI\xfb");
+    }
+
+    /// A pipe whose other end nobody opens.
+    #[tokio::test]
+    async fn a_conversion_that_hangs_has_a_limit() {
+        if Command::new("qemu-img").arg("--version").output().is_err() {
+            return eprintln!("SKIPPED: qemu-img is not installed");
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("template");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
+        let from = rustix::fs::open(&pipe, rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK, 0.into());
+        let (from, to) = (File::from(from.unwrap()), tempfile::tempfile().unwrap());
+        let errand = Errand { limit: Duration::from_millis(500), ..Errand::new(Uuid::from_u128(1), "template") };
+        let convert = |stop: &Arc<Stop>| convert(from, to, None, stop).map_err(|e| DriverError::Storage(e.to_string()));
+        let error = Workers::default().run(errand, convert).await.unwrap_err();
+        assert!(matches!(error, DriverError::TimedOut(_)), "{error}");
     }
 }

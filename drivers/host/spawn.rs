@@ -12,6 +12,7 @@
 
 use super::files::Program;
 use super::process::{Identity, kill};
+use super::tool::limit;
 use super::user::RunAs;
 use super::wall::Wall;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -42,6 +43,11 @@ pub struct Plan<'a> {
     pub user: Option<&'a RunAs>,
     /// How many bytes of its memory it may keep from being swapped; as many as we may if `None`.
     pub lock_limit: Option<u64>,
+    /// How many descriptors it may have; as many as we may if `None`.
+    pub descriptors: Option<u64>,
+    /// How long the files that it writes may become, in bytes; beyond that it cannot write to them. As long as ours may if
+    /// `None`.
+    pub file_limit: Option<u64>,
     /// What it finds around it; all that we do if `None`.
     pub wall: Option<&'a Wall>,
     /// It keeps the rights that it has, and may gain more by what it runs.
@@ -89,6 +95,8 @@ struct Prepared {
     gaps: Vec<(RawFd, RawFd)>,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    descriptors: Option<u64>,
+    file_limit: Option<u64>,
     /// It is run by its descriptor; `Some(true)`: an interpreter must be able to open that again.
     by_descriptor: Option<bool>,
     privileged: bool,
@@ -258,6 +266,8 @@ impl Prepared {
             gaps,
             user: plan.user.cloned(),
             lock_limit: plan.lock_limit,
+            descriptors: plan.descriptors,
+            file_limit: plan.file_limit,
             by_descriptor: plan.judged.map(Program::is_script),
             privileged: plan.privileged,
             // SAFETY: getpid has no conditions.
@@ -333,21 +343,24 @@ impl Prepared {
         own && self.gaps.iter().all(close)
     }
 
-    /// Its own session, no signal blocked, none ignored (Rust ignores SIGPIPE).
+    /// Its own session, no signal blocked, none ignored (Rust ignores SIGPIPE) but that of a file that has become too long:
+    /// where that is a log which others fill, the process goes on.
     fn new_session(&self) -> bool {
         // SAFETY: plain system calls on a zeroed set, which is how an empty one looks after sigemptyset.
         unsafe {
             let mut none: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&mut none);
+            let too_long = if self.file_limit.is_some() { libc::SIG_IGN } else { libc::SIG_DFL };
             libc::signal(libc::SIGPIPE, libc::SIG_DFL) != libc::SIG_ERR
+                && libc::signal(libc::SIGXFSZ, too_long) != libc::SIG_ERR
                 && libc::sigprocmask(libc::SIG_SETMASK, &none, ptr::null_mut()) == 0
                 && libc::setsid() != -1
                 && libc::chdir(c"/".as_ptr()) == 0
         }
     }
 
-    /// No core dumps (they would hold the guest's memory), no file for others to read, and of a user of its own no more
-    /// threads than that.
+    /// No core dumps (they would hold the guest's memory), no file for others to read, of a user of its own no more
+    /// threads than that, and what the plan says.
     fn set_limits(&self) -> bool {
         let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
         let threads = libc::rlimit { rlim_cur: THREADS, rlim_max: THREADS };
@@ -358,6 +371,8 @@ impl Prepared {
             libc::setrlimit(libc::RLIMIT_CORE, &none) == 0
                 && (self.user.is_none() || libc::setrlimit(libc::RLIMIT_NPROC, &threads) == 0)
                 && self.lock_limit.is_none_or(|bytes| libc::setrlimit(libc::RLIMIT_MEMLOCK, &locked(bytes)) == 0)
+                && limit(libc::RLIMIT_NOFILE, self.descriptors).is_ok()
+                && limit(libc::RLIMIT_FSIZE, self.file_limit).is_ok()
         }
     }
 

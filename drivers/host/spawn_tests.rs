@@ -15,6 +15,8 @@ fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -
         gifts: vec![(3, gift()), (20, gift())],
         user: None,
         lock_limit: None,
+        descriptors: None,
+        file_limit: None,
         wall: None,
         privileged: false,
     }
@@ -55,6 +57,23 @@ async fn inherits_only_what_it_is_given() {
     assert!(said.starts_with("hello\n0\n1\n2\n20\n3\n4\n/dev/null\n"), "{said}");
     assert!(said.ends_with("\n0\n/\n"), "{said}");
     assert!(!said.contains("HOME="), "{said}");
+}
+
+#[tokio::test]
+async fn descriptors_and_the_length_of_files_are_held_to_what_the_plan_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    let output = tempfile::tempfile().unwrap();
+    let script = "ulimit -Sn; ulimit -Hn; ulimit -f; head -c 8192 /dev/zero > \"$FILE\" || echo refused";
+    let env = [("PATH", "/usr/bin:/bin"), ("FILE", file.to_str().unwrap())].map(|(k, v)| (k.to_owned(), v.to_owned()));
+    let args = shell(script);
+    let plan = Plan { descriptors: Some(99), file_limit: Some(4096), ..plan(&args, &env, &output) };
+    assert_eq!(end(spawn(plan, |_| Ok(())).unwrap()).await, End::Code(0));
+    let said = text(&output);
+    // The shell counts files in blocks of 512 bytes. Who writes too much hears of it, and is not killed.
+    assert!(said.starts_with("99\n99\n8\n"), "{said}");
+    assert!(said.ends_with("refused\n") && said.contains("File too large"), "{said}");
+    assert_eq!(std::fs::metadata(&file).unwrap().len(), 4096);
 }
 
 #[test]

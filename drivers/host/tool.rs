@@ -67,8 +67,8 @@ pub fn tame(command: &mut Command, rights: Option<Rights>, bounds: Bounds) {
     }
 }
 
-/// Lowers a limit, never raises one.
-fn limit(which: libc::__rlimit_resource_t, to: Option<u64>) -> io::Result<()> {
+/// Sets a limit, to no more than we may have ourselves. System calls only.
+pub(super) fn limit(which: libc::__rlimit_resource_t, to: Option<u64>) -> io::Result<()> {
     let Some(to) = to else { return Ok(()) };
     let mut now = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: reads and writes a value on this stack.

@@ -4,10 +4,12 @@
 
 use super::changes::{Change, Claims};
 use super::plan::{Expected, HostFile, Tap};
+use crate::host::files::Program;
 use crate::host::macvtap::{self, Macvtap};
 use crate::host::pci::{Pci, VFIO};
 use crate::host::usb::{self, UsbName};
 use crate::host::vf::{Function, Terms};
+use crate::host::workers::blocking;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -233,8 +235,10 @@ pub fn node(path: PathBuf) -> HostFile {
 
 /// Waits until the host's udev has given new device files their owners: what it does later would undo what is lent.
 pub async fn settle() {
-    let Some(program) = super::capabilities::program("udevadm") else { return };
-    let mut command = Command::new(program);
+    // Only root gives a guest devices of the host.
+    let found = blocking(|| Program::at(&super::capabilities::program("udevadm", true)?, true).ok());
+    let Ok(Some(program)) = found.await else { return };
+    let mut command = Command::from(program.command());
     command.arg("settle").arg(format!("--timeout={}", SETTLED.as_secs()));
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
     // Where no udev runs there is nobody to wait for.

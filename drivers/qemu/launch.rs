@@ -2,6 +2,7 @@
 //! undone when a step fails or the start is cancelled.
 
 use super::block::Nodes;
+use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
 use super::companion::{self, Gifts, Living, Recorded};
 use super::events::Guest;
@@ -50,6 +51,12 @@ use virt_model::driver::{DriverError, EventSink, Recorder};
 pub const MONITOR_FD: RawFd = 3;
 /// How long QEMU may take until it says hello; it has opened its images by then.
 const HELLO: Duration = Duration::from_secs(60);
+/// How many descriptors a process of a guest may have. A QEMU has four for each queue of a card that the kernel serves, two
+/// for each queue of a disk, a few for each image, and one for each connection that a guest opens by way of it.
+pub(super) const DESCRIPTORS: u64 = 16_384;
+/// How long files may become that a companion of a guest writes: the state of a TPM, the log of a card. The log of the guest
+/// itself is cut before that.
+const COMPANION_FILE: u64 = 64 << 20;
 /// How long a killed QEMU may take to be gone.
 const REAP: Duration = Duration::from_secs(10);
 
@@ -149,6 +156,8 @@ struct Job {
     gifts: Gifts,
     user: Option<RunAs>,
     lock_limit: Option<u64>,
+    descriptors: Option<u64>,
+    file_limit: Option<u64>,
     wall: Option<Wall>,
     privileged: bool,
     bounds: Option<(Uuid, Bounds)>,
@@ -192,7 +201,7 @@ impl Start {
             keeper.change(|_| {}).await?;
         }
         let start = self.clone();
-        let mut prepared = self.afar(&self.leavings().own_dir(), move || start.prepare()).await?;
+        let mut prepared = self.afar(&self.leavings().own_dir(), move |stop| start.prepare(stop)).await?;
         made.log = Some(prepared.log.clone());
         let taken = self.take_devices(keeper).await?;
         for (n, tap) in self.command.taps.iter().enumerate() {
@@ -215,14 +224,15 @@ impl Start {
         Ok(Up { instance, devices, links: taken.links.into_values().collect() })
     }
 
-    /// Works on files where that may block. `what` is shown to people if it does not answer.
+    /// Works on files where that may block; `what` is shown to people if it does not answer. The work is told to stop when
+    /// nobody waits for it any more.
     async fn afar<T: Send + 'static>(
         &self,
         what: &Path,
-        work: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
+        work: impl FnOnce(&Stop) -> Result<T, DriverError> + Send + 'static,
     ) -> Result<T, DriverError> {
         let errand = Errand::new(self.uuid, what.display().to_string()).until(&self.cancel);
-        self.workers.run(errand, move |_| work()).await
+        self.workers.run(errand, move |stop| work(stop)).await
     }
 
     fn still_wanted(&self) -> Result<(), DriverError> {
@@ -230,7 +240,7 @@ impl Start {
     }
 
     /// Folders, log, firmware variables, monitor socket. Blocks.
-    fn prepare(&self) -> Result<Prepared, DriverError> {
+    fn prepare(&self, stop: &Stop) -> Result<Prepared, DriverError> {
         let user = self.user.as_ref().map(|(user, _)| user);
         let own = self.leavings().own_dir();
         room::clear(&own);
@@ -243,7 +253,7 @@ impl Start {
         });
         made.map_err(|e| storage(&own, &e))?;
         if let Some(nvram) = &self.command.nvram {
-            make::variables(nvram, self.reset_nvram, user)?;
+            make::variables(nvram, self.reset_nvram, user, stop)?;
             if let Some(user) = user {
                 take_over(&nvram.path, user, &self.state_dir, self.uuid).map_err(|e| storage(&nvram.path, &e))?;
             }
@@ -367,7 +377,10 @@ impl Start {
                     Some(wall.map_err(|e| unshown(&name, &e))?)
                 }
             };
-            let job = self.beside(&companion, prepared.output.clone(), gifts, wall);
+            let (program, wary) = (companion.program.clone(), self.user.is_some());
+            let judged = blocking(move || Program::at(&program, wary)).await?;
+            let judged = judged.map_err(|e| storage(&companion.program, &e))?;
+            let job = self.beside(&companion, prepared.output.clone(), gifts, wall, Arc::new(judged));
             let record = move |process| Recorded { name, process, loss };
             made.companions.push(spawn_companion(keeper, job, record).await?);
             let within = match &companion.role {
@@ -382,7 +395,7 @@ impl Start {
             }
             if let Role::Maker { work, made: what, .. } = companion.role {
                 let wary = self.user.is_some();
-                self.afar(&what.clone(), move || make::rename(&work, &what, wary)).await?;
+                self.afar(&what.clone(), move |_| make::rename(&work, &what, wary)).await?;
             }
             made.companions.pop();
             keeper.change(|record| _ = record.companions.pop()).await?;
@@ -390,18 +403,29 @@ impl Start {
         Ok(())
     }
 
-    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts, wall: Option<Wall>) -> Job {
+    fn beside(
+        &self,
+        companion: &Companion,
+        output: Arc<File>,
+        gifts: Gifts,
+        wall: Option<Wall>,
+        judged: Arc<Program>,
+    ) -> Job {
         let user = self.user.as_ref().map(|(user, _)| user.clone()).filter(|_| !companion.privileged);
         let env = self.environment(&companion.env);
         Job {
             program: companion.program.clone(),
-            judged: None,
+            judged: Some(judged),
             args: companion.args.clone(),
             env,
             output,
             gifts,
             user,
             lock_limit: None,
+            // virtiofsd holds a descriptor for each file that the guest knows of, and writes the guest's files; it says itself
+            // how many it takes, and whoever shares a folder says by that folder how much there is room for.
+            descriptors: Some(DESCRIPTORS).filter(|_| !companion.privileged),
+            file_limit: Some(COMPANION_FILE).filter(|_| !companion.privileged),
             wall,
             privileged: companion.privileged,
             bounds: self.bounds(),
@@ -413,7 +437,7 @@ impl Start {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = blocking(move || {
             if start.user.is_none() {
-                return Ok(wall::in_session(&start.command.args, None));
+                return Ok(wall::in_session(&start.command.all_args(), None));
             }
             let wall = wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
             wall.map_err(|e| unshown("QEMU", &e))
@@ -428,6 +452,9 @@ impl Start {
             gifts: prepared.gifts,
             user: self.user.as_ref().map(|(user, _)| user.clone()),
             lock_limit: self.command.lock_limit,
+            descriptors: Some(DESCRIPTORS),
+            // It writes images, memory in files and dumps, which may have any length: the limit counts for all files alike.
+            file_limit: None,
             wall,
             privileged: false,
             bounds: self.bounds(),
@@ -462,6 +489,18 @@ impl Start {
     async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Arc<Qmp>, Value), DriverError> {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
         let monitor = Arc::new(monitor);
+        if !self.command.nodes.is_empty() {
+            // Servers may be slow to answer, as they may be before a QEMU says hello.
+            let line = Monitor::new(monitor.clone(), reporter.clone());
+            let build = async {
+                for node in &self.command.nodes {
+                    line.patiently("blockdev-add", node.clone()).await?;
+                }
+                line.patiently(BUILD, json!({})).await
+            };
+            let late = || DriverError::Hypervisor(format!("QEMU did not open its disks within {} s", HELLO.as_secs()));
+            timeout(HELLO, build).await.map_err(|_| late())??;
+        }
         if let Some(source) = &self.from {
             source.load(&Monitor::new(monitor.clone(), reporter.clone()), self).await?;
         }
@@ -550,7 +589,7 @@ impl MemorySource {
             }
             MemorySource::File { path, bytes } => {
                 let (file, bytes, wary) = (path.clone(), *bytes, start.user.is_some());
-                let opened = start.afar(path, move || open_memory(&file, bytes, wary)).await?;
+                let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
                 line.read_memory(opened).await
             }
         }
@@ -596,6 +635,8 @@ async fn spawn_one(
             gifts: job.gifts,
             user: job.user.as_ref(),
             lock_limit: job.lock_limit,
+            descriptors: job.descriptors,
+            file_limit: job.file_limit,
             wall: job.wall.as_ref(),
             privileged: job.privileged,
         };
@@ -628,3 +669,7 @@ fn quote(word: &str) -> String {
         false => word.to_owned(),
     }
 }
+
+#[cfg(test)]
+#[path = "launch_tests.rs"]
+mod tests;

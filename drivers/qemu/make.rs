@@ -6,15 +6,16 @@
 use super::plan::Nvram;
 use crate::host::acl::through;
 use crate::host::files::{Plain, Seen, What, open_plain};
+use crate::host::image;
 use crate::host::resolve::Place;
 use crate::host::user::RunAs;
+use crate::host::workers::Stop;
 use rustix::fs::FileType;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::fchown;
 use std::path::Path;
-use std::process::{Command, Stdio};
 use virt_model::driver::DriverError;
 
 /// The largest template of firmware variables; those of real firmware have less than a megabyte.
@@ -91,8 +92,9 @@ pub fn listen(path: &Path, user: Option<&RunAs>) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Makes the firmware's variables from their template, where they are not there or are to be made anew.
-pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), DriverError> {
+/// Makes the firmware's variables from their template, where they are not there or are to be made anew; not if it is told to
+/// stop before.
+pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>, stop: &Stop) -> Result<(), DriverError> {
     let path = &nvram.path;
     let at_path = |e: io::Error| DriverError::Storage(format!("{}: {e}", path.display()));
     if let Some(why) = no_variables(path) {
@@ -110,7 +112,10 @@ pub fn variables(nvram: &Nvram, anew: bool, user: Option<&RunAs>) -> Result<(), 
         .map_err(|e| DriverError::Storage(format!("{}: {e}", template.display())))?;
     match (&**template_format, &*nvram.format) {
         (from_format, format) if from_format == format => put(path, user, |to| copy(from, to)).map_err(at_path),
-        ("raw", "qcow2") => put(path, user, |to| convert(from, to)).map_err(at_path),
+        ("raw", "qcow2") => {
+            stop.check()?;
+            put(path, user, |to| convert(from, to, user, stop)).map_err(at_path)
+        }
         // An image that others may have made is not ours to read.
         (from_format, format) => Err(DriverError::Storage(format!(
             "{}: variables in {format} are not made from a template in {from_format}",
@@ -169,19 +174,13 @@ fn copy(from: Plain, to: &mut File) -> io::Result<()> {
     io::copy(&mut from.take(MAX_TEMPLATE), to).map(drop)
 }
 
-/// Writes the raw image `from` as qcow2.
-fn convert(from: Plain, to: &mut File) -> io::Result<()> {
-    let mut command = Command::new("qemu-img");
-    command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
-    let done = command.stdin(from.into_file()).stdout(to.try_clone()?).stderr(Stdio::piped()).output();
-    let done = done.map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => io::Error::other("qemu-img is not installed (Debian has it in qemu-utils)"),
-        _ => e,
-    })?;
-    if done.status.success() {
-        return Ok(());
-    }
-    Err(io::Error::other(String::from_utf8_lossy(&done.stderr).trim().to_owned()))
+/// Writes the raw image `from` as qcow2, by a program that has the rights of `user`: of the template it gets what is in it.
+fn convert(from: Plain, to: &mut File, user: Option<&RunAs>, stop: &Stop) -> io::Result<()> {
+    let held = rustix::fs::memfd_create("template", rustix::fs::MemfdFlags::CLOEXEC)?;
+    let mut held = File::from(held);
+    copy(from, &mut held)?;
+    user.map_or(Ok(()), |user| fchown(&*to, Some(user.uid), Some(user.gid)))?;
+    image::convert(held, to.try_clone()?, user, stop)
 }
 
 /// Gives what was made another name, over what is there.
@@ -235,14 +234,38 @@ mod tests {
         std::fs::write(at("template"), vec![7; 528 << 10]).unwrap();
         let store = |from: &str| {
             let template = Some((at("template"), from.to_owned()));
-            variables(&Nvram { path: at("store"), format: "qcow2".to_owned(), template }, true, None)
+            variables(&Nvram { path: at("store"), format: "qcow2".to_owned(), template }, true, None, &Stop::default())
         };
         store("raw").unwrap();
         let content = std::fs::read(at("store")).unwrap();
         assert_eq!((&content[..4], &content[24..32]), (&b"QFI\xfb"[..], &(528_u64 << 10).to_be_bytes()[..]));
         let odd =
             Nvram { path: at("raw"), format: "raw".to_owned(), template: Some((at("store"), "qcow2".to_owned())) };
-        assert!(variables(&odd, true, None).unwrap_err().to_string().contains("not made from a template in qcow2"));
+        assert!(
+            variables(&odd, true, None, &Stop::default())
+                .unwrap_err()
+                .to_string()
+                .contains("not made from a template in qcow2")
+        );
+    }
+
+    /// The template may be root's alone, and so may the folder: the program that makes the store of it has the guest's rights.
+    #[test]
+    fn a_store_in_qcow2_belongs_to_the_guest_of_a_system() {
+        use std::os::unix::fs::{MetadataExt, PermissionsExt};
+        let (true, Ok(nobody)) = (nix::unistd::geteuid().is_root(), RunAs::look_up("nobody", None, &[])) else {
+            return eprintln!("SKIPPED: needs root and a user nobody");
+        };
+        let dir = tempfile::tempdir_in("/root").unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("template"), vec![7; 528 << 10]).unwrap();
+        std::fs::set_permissions(at("template"), std::fs::Permissions::from_mode(0o600)).unwrap();
+        let template = Some((at("template"), "raw".to_owned()));
+        let nvram = Nvram { path: at("store"), format: "qcow2".to_owned(), template };
+        variables(&nvram, true, Some(&nobody), &Stop::default()).unwrap();
+        let store = std::fs::metadata(at("store")).unwrap();
+        assert_eq!((store.uid(), store.gid(), store.mode() & 0o777), (nobody.uid, nobody.gid, 0o600));
+        assert_eq!(std::fs::read(at("store")).unwrap()[..4], *b"QFI\xfb");
     }
 
     /// M7.
@@ -254,7 +277,7 @@ mod tests {
         std::fs::write(folder.join("precious"), "").unwrap();
         let nvram = Nvram { path: folder.clone(), format: "raw".to_owned(), template: None };
         for anew in [false, true] {
-            let refused = variables(&nvram, anew, None).unwrap_err().to_string();
+            let refused = variables(&nvram, anew, None, &Stop::default()).unwrap_err().to_string();
             assert!(refused.contains("this is a folder; name a file"), "{refused}");
         }
         assert!(remove_file(&folder, false).is_err());
@@ -329,7 +352,7 @@ mod tests {
         let make = |name: &str| {
             let template = Some((at(name), "raw".to_owned()));
             let nvram = Nvram { path: at("vars/own"), format: "raw".to_owned(), template };
-            variables(&nvram, false, None).map_err(|e| e.to_string())
+            variables(&nvram, false, None, &Stop::default()).map_err(|e| e.to_string())
         };
         // Of the first, nobody ever opens the other end.
         assert!(make("fifo").unwrap_err().contains("fifo: it is no plain file"));

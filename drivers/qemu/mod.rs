@@ -382,7 +382,7 @@ impl Driver for QemuDriver {
         let command = check::checked(&here.await?, &caps)
             .and_then(|checked| command::build(checked, &caps, &place))
             .map_err(DriverError::Config)?;
-        Ok([vec![command.program.to_string_lossy().into_owned()], command.args].concat())
+        Ok([vec![command.program.to_string_lossy().into_owned()], command.all_args()].concat())
     }
 
     async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {

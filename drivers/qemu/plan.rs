@@ -11,6 +11,9 @@ use std::time::Duration;
 /// Where QEMU finds the kernel's half of its vsock open.
 pub const VSOCK_FD: i32 = 10;
 
+/// The argument that lets QEMU wait, before it makes the machine's devices, until it is told to.
+pub const BEFORE_DEVICES: &str = "-preconfig";
+
 /// The first of QEMU's descriptors for companions; the command line's builder counts up from it.
 pub const FIRST_COMPANION_FD: RawFd = 150;
 
@@ -21,6 +24,9 @@ pub struct Command {
     pub program: PathBuf,
     /// Its arguments, without the program's name.
     pub args: Vec<String>,
+    /// Block nodes, lowest first, of which an argument would tell the host's users what may be a token. They are given over
+    /// the monitor before its devices are made; [`BEFORE_DEVICES`] is among the arguments then.
+    pub nodes: Vec<Value>,
     /// Its environment, beyond what every guest gets.
     pub env: Vec<(String, String)>,
     /// What it must be able to open.
@@ -39,6 +45,16 @@ pub struct Command {
     pub companions: Vec<Companion>,
     /// Monitor commands with their arguments, to be given once, in order, before the CPUs first run. May hold passwords.
     pub setup: Vec<(String, Value)>,
+}
+
+impl Command {
+    /// Arguments that make the same machine, those that are not given as such among them. For virtd and whoever asks for them:
+    /// the host's users must not see them.
+    pub fn all_args(&self) -> Vec<String> {
+        let nodes = self.nodes.iter().flat_map(|node| ["-blockdev".to_owned(), node.to_string()]);
+        let given = self.args.iter().filter(|argument| *argument != BEFORE_DEVICES).cloned();
+        nodes.chain(given).collect()
+    }
 }
 
 /// A file or device of the host that the guest's process opens.

@@ -10,6 +10,7 @@
 use super::*;
 use crate::host::files::Program;
 use crate::host::process::Identity;
+use crate::qemu::plan::{Companion, Loss, Role};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
@@ -43,12 +44,17 @@ struct Machine {
     log: PathBuf,
     record: Arc<Disk>,
     cancel: CancellationToken,
-    task: tokio::task::JoinHandle<()>,
+    task: tokio::task::JoinHandle<Option<DriverError>>,
 }
 
 impl Machine {
     /// Starts one that does `task`.
     async fn start(driver: &QemuDriver, dir: &Path, task: Value) -> Machine {
+        Machine::start_beside(driver, dir, task, Vec::new()).await
+    }
+
+    /// Starts one that does `task`, with those companions.
+    async fn start_beside(driver: &QemuDriver, dir: &Path, task: Value, companions: Vec<Companion>) -> Machine {
         let uuid = Uuid::new_v4();
         let (disk, runtime) = (dir.join(format!("{uuid}.img")), dir.join(format!("run-{uuid}")));
         std::fs::write(&disk, vec![0; 1 << 16]).unwrap();
@@ -78,6 +84,7 @@ impl Machine {
         let (mut start, _, ports) = driver.starting(launch, cancel.clone()).await.unwrap();
         start.command.program = std::env::current_exe().unwrap();
         start.program = Arc::new(Program::at(&start.command.program, false).unwrap());
+        start.command.companions = companions;
         start.command.args = ["--exact", "qemu::reach_tests::in_a_guests_place", "--nocapture", "--test-threads=1"]
             .map(str::to_owned)
             .to_vec();
@@ -88,7 +95,7 @@ impl Machine {
         let task = tokio::spawn(async move {
             let _ports = ports;
             // It never says hello.
-            let _ = start.run().await;
+            start.run().await.err()
         });
         Machine { uuid, disk, runtime, log, record, cancel, task }
     }
@@ -111,9 +118,10 @@ impl Machine {
         serde_json::from_value(self.record.0.lock().unwrap()["process"].clone()).unwrap()
     }
 
-    async fn end(self) {
+    /// Ends it; gives why its start failed.
+    async fn end(self) -> Option<DriverError> {
         self.cancel.cancel();
-        self.task.await.unwrap();
+        self.task.await.unwrap()
     }
 }
 
@@ -132,6 +140,11 @@ async fn compare(system: bool) {
     if system && !matches!(nix::unistd::User::from_name("virt-qemu"), Ok(Some(_))) {
         return eprintln!("SKIPPED: there is no user virt-qemu");
     }
+    // Guests inherit no more than we have: the row 'descriptors' is to be theirs.
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).unwrap();
+    assert!(most > launch::DESCRIPTORS, "this host gives its processes {most} descriptors; raise that (ulimit -Hn)");
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let config = DriverConfig { guest_overhead: 192 << 20, ..DriverConfig::below(dir.path(), system) };
@@ -200,6 +213,31 @@ async fn a_taken_over_qemu_reaches_what_the_table_says() {
 #[tokio::test(flavor = "multi_thread")]
 async fn on_a_session_bus_it_reaches_what_the_table_says() {
     compare(false).await;
+}
+
+/// Rule 1 for what runs beside QEMU: root runs nothing that others could have put there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_companion_that_others_can_change_is_not_run() {
+    if !nix::unistd::geteuid().is_root() || !Path::new("/usr/bin/qemu-system-x86_64").exists() {
+        return eprintln!("SKIPPED: needs root and QEMU");
+    }
+    if !matches!(nix::unistd::User::from_name("virt-qemu"), Ok(Some(_))) {
+        return eprintln!("SKIPPED: there is no user virt-qemu");
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), true));
+    let (program, mark) = (dir.path().join("virtiofsd"), dir.path().join("ran"));
+    std::fs::write(&program, format!("#!/bin/sh\necho > {}\n", mark.display())).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o757)).unwrap();
+    let beside = Companion::new("virtiofsd", Role::Beside(Loss::Bear));
+    let companion = Companion { program: program.clone(), privileged: true, ..beside };
+    let machine = Machine::start_beside(&driver, dir.path(), json!({ "do": "stand" }), vec![companion]).await;
+    machine.says("standing").await;
+    let refused = machine.end().await.unwrap().to_string();
+    let why = "can be changed by others than root; install it system-wide";
+    assert!(refused.starts_with(program.to_str().unwrap()) && refused.contains(why), "{refused}");
+    assert!(!mark.exists());
 }
 
 fn abstract_address(name: &str) -> std::os::unix::net::SocketAddr {
@@ -303,6 +341,7 @@ fn rows(task: &Value) -> Vec<(&'static str, Ways<'_>)> {
             ],
         ),
     ];
+    rows.push(("descriptors", vec![way("copies", || copies(TOO_MANY) == TOO_MANY)]));
     rows.extend(host_rows(task));
     rows.extend(kernel_rows());
     // A host's /run, CPUs and memory are not to be tried out where nothing stands in the way.
@@ -512,6 +551,19 @@ fn filling_rows(task: &Value) -> Vec<(&'static str, Ways<'_>)> {
         ("threads", vec![way("processes", || children(5000) == 5000)]),
         ("memory", vec![way("a child", takes_memory)]),
     ]
+}
+
+/// More descriptors than a process may have.
+const TOO_MANY: usize = launch::DESCRIPTORS as usize + 1;
+
+/// Makes up to that many copies of a descriptor, and closes them; how many there were.
+fn copies(most: usize) -> usize {
+    // SAFETY: plain calls; what is closed is what was made.
+    unsafe {
+        let made: Vec<i32> = (0..most).map(|_| libc::dup(0)).take_while(|fd| *fd >= 0).collect();
+        made.iter().for_each(|fd| assert_eq!(libc::close(*fd), 0));
+        made.len()
+    }
 }
 
 /// Makes up to that many processes, which all end with the pipe that they read; how many there were.

@@ -14,7 +14,8 @@ const KNOWN: [&str; 4] = ["/usr", "/proc", "/sys", "/dev/pts"];
 
 /// That of QEMU. `lent` are the files that it was lent, `own` is its own folder. Blocks.
 pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
-    if let Some(socket) = sockets_made(&command.args).into_iter().find(|socket| !socket.starts_with(own)) {
+    let args = command.all_args();
+    if let Some(socket) = sockets_made(&args).into_iter().find(|socket| !socket.starts_with(own)) {
         let why = format!(
             "{}: QEMU makes sockets in the guest's own folder only; leave their path out of the definition",
             socket.display()
@@ -23,11 +24,11 @@ pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path
     }
     let mut wall = Wall {
         programs: vec![command.program.clone()],
-        network: takes_network(def, &command.args),
+        network: takes_network(def, &args),
         kernel: !def.devices.hostdevs.is_empty()
             || def.devices.interfaces.iter().any(|card| card.host_card().is_some()),
         nodes: nodes(def, &command.files, lent),
-        uring: uses_uring(&command.args),
+        uring: uses_uring(&args),
         ..Wall::default()
     };
     let shared = def.devices.filesystems.iter().filter(|shared| !shared.is_virtiofs());
@@ -42,7 +43,7 @@ pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path
     });
     wall.files.extend(named(native, |_| true)?);
     let ends = |kind| matches!(kind, FileType::Socket | FileType::CharacterDevice | FileType::Fifo);
-    wall.files.extend(named(command.args.iter().cloned(), ends)?);
+    wall.files.extend(named(args.into_iter(), ends)?);
     wall.folder(own, true)?;
     // What was judged comes last: it covers what a name means otherwise. What is read and written is written.
     let mut lent = lent.to_vec();

@@ -94,6 +94,9 @@ async fn a_guest_outlives_its_tpm() {
     let Some(def) = with_tpm(&house, "").await else { return };
     let mut guest = house.start(def).await;
     guest.serial.says("C00000001").await;
+    let limits = std::fs::read_to_string(format!("/proc/{}/limits", swtpm(&guest))).unwrap();
+    let files = limits.lines().find_map(|line| line.strip_prefix("Max file size")).unwrap();
+    assert!(files.trim_start().starts_with("67108864 "), "{files}");
     kill(swtpm(&guest));
     guest.serial.says("C00000003").await;
     let (mut guest, condition) = house.find(guest, Condition::Running).await.unwrap();

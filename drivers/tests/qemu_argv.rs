@@ -33,6 +33,7 @@ fn show(command: &Command) -> String {
             _ => lines.push(argument.clone()),
         }
     }
+    lines.extend(command.nodes.iter().map(|node| format!("# before {node}")));
     lines.extend(command.env.iter().map(|(name, value)| format!("# env {name}={value}")));
     for file in &command.files {
         lines.push(format!("# file {} {}", if file.write { "rw" } else { "r" }, file.path.display()));
@@ -71,6 +72,23 @@ fn definitions_become_these_command_lines() {
         expect(&format!("{case}.args"), &show(&command));
         assert_eq!(command, built(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
     }
+}
+
+/// A query of a server may be a token, and everybody on the host can read arguments.
+#[test]
+fn what_a_server_is_asked_with_is_in_no_argument() {
+    let mut caps = caps();
+    let xml = text("servers-kvm.xml");
+    let command = |caps: &_| built(&completed("servers-kvm", DIR, caps), caps, &place(DIR)).unwrap();
+    assert!(xml.contains("query='a=1&amp;b=2'"), "the case has one");
+    let built = command(&caps);
+    assert!(!built.args.iter().any(|argument| argument.contains("a=1&b=2")), "{:?}", built.args);
+    assert!(built.all_args().iter().any(|argument| argument.contains("cd.iso?a=1&b=2")));
+    let names: Vec<&str> = built.nodes.iter().map(|node| node["node-name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["sda-storage", "sda-format"]);
+    caps.version = (7, 1, 0);
+    let older = command(&caps);
+    assert!(older.nodes.is_empty() && !older.args.iter().any(|argument| argument == "-preconfig"));
 }
 
 #[test]

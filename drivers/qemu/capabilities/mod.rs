@@ -188,7 +188,16 @@ impl Capabilities {
     pub fn at_least(&self, major: u32, minor: u32) -> bool {
         (self.version.0, self.version.1) >= (major, minor)
     }
+
+    /// Whether it can be told of block nodes before it makes the devices that use them; versions before may know the
+    /// command, and not then.
+    pub fn takes_nodes_early(&self) -> bool {
+        self.at_least(7, 2) && self.commands.contains(BUILD)
+    }
 }
+
+/// The command that lets a QEMU make its devices that has waited.
+pub const BUILD: &str = "x-exit-preconfig";
 
 /// Where the system keeps its QEMU.
 const OWN_DIRS: [&str; 2] = ["/usr/bin", "/usr/local/bin"];
@@ -377,7 +386,9 @@ impl Prober {
             Ok(capabilities) => capabilities,
             Err(error) => {
                 let prober = self.clone();
-                let site = blocking(move || Site::read(&prober.state_dir, &prober.tls_dir)).await.unwrap_or_default();
+                let site = blocking(move || Site::read(&prober.state_dir, &prober.tls_dir, prober.user.is_some()))
+                    .await
+                    .unwrap_or_default();
                 Arc::new(Capabilities { site, ..Capabilities::absent(binary, error.to_string()) })
             }
         }
@@ -398,7 +409,7 @@ impl Prober {
             let mut kept = prober.load(&spelt)?.capabilities;
             prober.add_host(&mut kept);
             kept.kvm = if kept.kvm_built_in { prober.host_kvm().map(drop) } else { Err(without_kvm(&spelt)) };
-            kept.site = Site::read(&prober.state_dir, &prober.tls_dir);
+            kept.site = Site::read(&prober.state_dir, &prober.tls_dir, prober.user.is_some());
             Some(Arc::new(kept))
         });
         kept.await?.ok_or_else(|| {
@@ -506,7 +517,7 @@ impl Prober {
             changed: mtime(stat),
             modules: modules.collect(),
         };
-        let site = Site::read(&self.state_dir, &self.tls_dir);
+        let site = Site::read(&self.state_dir, &self.tls_dir, self.user.is_some());
         Ok(Judged { program, stamp, binary: spelt, host_kvm: self.host_kvm(), site })
     }
 

@@ -1,6 +1,7 @@
 //! What the host has beside QEMU, and where this virtd keeps what belongs to guests.
 
 use super::MODULE_DIRS;
+use crate::host::files::Program;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
@@ -66,15 +67,15 @@ impl End {
 }
 
 impl Site {
-    /// Looks at this host.
-    pub fn read(state_dir: &Path, tls_dir: &Path) -> Site {
+    /// Looks at this host; `wary` as in [`program`].
+    pub fn read(state_dir: &Path, tls_dir: &Path, wary: bool) -> Site {
         let certificates = std::fs::read_dir(tls_dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
         Site {
             state_dir: state_dir.to_owned(),
-            swtpm: program("swtpm"),
-            swtpm_setup: program("swtpm_setup"),
-            virtiofsd: program("virtiofsd"),
-            passt: program("passt"),
+            swtpm: program("swtpm", wary),
+            swtpm_setup: program("swtpm_setup", wary),
+            virtiofsd: program("virtiofsd", wary),
+            passt: program("passt", wary),
             makes_taps: nix::unistd::geteuid().is_root(),
             vhost_net: Path::new("/dev/vhost-net").exists(),
             vhost_vsock: Path::new(VHOST_VSOCK).exists(),
@@ -110,12 +111,47 @@ fn modules(dir: &Path) -> Vec<String> {
     files.filter_map(|name| Some(name.to_str()?.strip_suffix(".so")?.to_owned())).collect()
 }
 
-/// A helper program of this name, if it is installed.
-pub fn program(name: &str) -> Option<PathBuf> {
-    PROGRAM_DIRS.iter().map(|dir| Path::new(dir).join(name)).find(|path| path.exists())
+/// Where a helper program of this name is, if it is installed. `wary`: as root among others, we run only what nobody else
+/// could have put there. One that others could have is still told where there is no better: whoever runs it judges it again
+/// ([`Program::at`]), and says what is wrong with it.
+pub fn program(name: &str, wary: bool) -> Option<PathBuf> {
+    program_in(&PROGRAM_DIRS.map(Path::new), name, wary)
+}
+
+fn program_in(dirs: &[&Path], name: &str, wary: bool) -> Option<PathBuf> {
+    let there: Vec<PathBuf> = dirs.iter().map(|dir| dir.join(name)).filter(|path| path.exists()).collect();
+    let fit = there.iter().find(|path| Program::at(path, wary).is_ok());
+    fit.or(there.first()).cloned()
 }
 
 /// QEMU's helper for bridges, if it is installed.
 pub fn bridge_helper() -> Option<PathBuf> {
     BRIDGE_HELPERS.iter().map(PathBuf::from).find(|path| path.exists())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_program_that_others_could_have_put_there_is_passed_over() {
+        if !nix::unistd::geteuid().is_root() {
+            return eprintln!("SKIPPED: needs root");
+        }
+        // Nobody else writes on the way to it.
+        let dir = tempfile::tempdir_in("/root").unwrap();
+        let dirs = ["first", "second"].map(|name| dir.path().join(name));
+        for dir in &dirs {
+            std::fs::create_dir(dir).unwrap();
+            std::fs::write(dir.join("swtpm"), "").unwrap();
+            std::fs::set_permissions(dir.join("swtpm"), std::fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        let found = |wary| program_in(&dirs.each_ref().map(PathBuf::as_path), "swtpm", wary);
+        assert_eq!(found(true), Some(dirs[0].join("swtpm")));
+        std::fs::set_permissions(dirs[0].join("swtpm"), std::fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!((found(true), found(false)), (Some(dirs[1].join("swtpm")), Some(dirs[0].join("swtpm"))));
+        std::fs::remove_file(dirs[1].join("swtpm")).unwrap();
+        assert_eq!(found(true), Some(dirs[0].join("swtpm")), "whoever runs it says what is wrong with it");
+    }
 }

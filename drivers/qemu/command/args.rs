@@ -39,6 +39,25 @@ impl Args {
         self.pair("-blockdev", props.to_string());
     }
 
+    /// How many words there are.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Takes out an option with its values, which are JSON, where it stands behind the first `from` words; gives the values in
+    /// order.
+    pub fn take(&mut self, option: &str, from: usize) -> Vec<Value> {
+        let mut rest = self.0.split_off(from.min(self.0.len())).into_iter();
+        let mut taken = Vec::new();
+        while let Some(word) = rest.next() {
+            match word == option {
+                true => taken.extend(rest.next().and_then(|json| serde_json::from_str(&json).ok())),
+                false => self.0.push(word),
+            }
+        }
+        taken
+    }
+
     /// What has been written of an option whose values are JSON, in order.
     pub fn json_of(&self, option: &str) -> Vec<Value> {
         let pairs = self.0.iter().zip(self.0.iter().skip(1)).filter(|(before, _)| *before == option);

@@ -32,7 +32,11 @@ impl Builder<'_> {
             self.throttle_group(&format!("throttle-{}", group.group.as_deref().unwrap_or_default()), group);
         }
         for disk in &def.devices.disks {
+            let before = self.args.len();
             let node = self.disk_nodes(disk, &disk.target.dev);
+            if asks(disk) && self.caps.takes_nodes_early() {
+                self.nodes.extend(self.args.take("-blockdev", before));
+            }
             if disk.transient.is_some() {
                 self.overlay_to_throw_away(&disk.target.dev);
             }
@@ -258,6 +262,13 @@ pub fn overlay_nodes(disk: &Disk, path: &std::path::Path, block: bool, format: &
         .set("file", storage)
         .set("backing", Value::Null);
     [file.extend(cache(driver)).into(), image.into()]
+}
+
+/// Whether something of it is asked of a server with a query, which may be a token.
+fn asks(disk: &Disk) -> bool {
+    let below = std::iter::successors(disk.backing.as_deref(), |layer| layer.backing.as_deref());
+    let sources = below.map(|layer| layer.source.as_ref()).chain([disk.source.as_ref()]);
+    sources.flatten().any(|source| source.query.is_some())
 }
 
 /// Sizes of blocks, and the shape that old systems ask for.

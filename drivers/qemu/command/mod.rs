@@ -26,7 +26,7 @@ mod tpm;
 use super::capabilities::{Capabilities, End};
 use super::checked::Checked;
 use super::complete::{Board, Chosen, go_live};
-use super::plan::{Command, Companion, Expected, FIRST_COMPANION_FD, HostFile, Nvram, Secret, Tap};
+use super::plan::{BEFORE_DEVICES, Command, Companion, Expected, FIRST_COMPANION_FD, HostFile, Nvram, Secret, Tap};
 use args::{Args, List, Props};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
@@ -134,6 +134,7 @@ struct Builder<'a> {
     board: Board,
     kvm: bool,
     args: Args,
+    nodes: Vec<Value>,
     files: Vec<HostFile>,
     nvram: Option<Nvram>,
     taps: Vec<Tap>,
@@ -157,6 +158,7 @@ impl<'a> Builder<'a> {
             board: Board::of(def),
             kvm: def.kind == "kvm",
             args: Args::default(),
+            nodes: Vec::new(),
             files: Vec::new(),
             nvram: None,
             taps: Vec::new(),
@@ -174,6 +176,9 @@ impl<'a> Builder<'a> {
 
     fn finish(mut self) -> Command {
         let mut env = self.env;
+        if !self.nodes.is_empty() {
+            self.args.flag(BEFORE_DEVICES);
+        }
         if let Some(native) = &self.def.native {
             self.args.verbatim(native.arguments.iter().map(|argument| argument.value.clone()));
             env.extend(native.environment.iter().map(|v| (v.name.clone(), v.value.clone().unwrap_or_default())));
@@ -181,6 +186,7 @@ impl<'a> Builder<'a> {
         Command {
             program: self.caps.binary.clone(),
             args: self.args.into_vec(),
+            nodes: self.nodes,
             env,
             files: self.files,
             nvram: self.nvram,
