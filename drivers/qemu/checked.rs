@@ -2,12 +2,12 @@
 
 use virt_model::domain::DomainDef;
 
-/// Only [`super::check::checked`] makes one, and the command line is built of nothing else.
+/// Only [`super::check`] makes one, and the command line is built of nothing else.
 #[derive(Clone, Copy, Debug)]
 pub struct Checked<'a>(&'a DomainDef);
 
 impl<'a> Checked<'a> {
-    /// For [`super::check::checked`] alone.
+    /// For [`super::check`] alone, which builds the command line in one place.
     pub(super) fn of(def: &'a DomainDef) -> Checked<'a> {
         Checked(def)
     }

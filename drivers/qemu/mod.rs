@@ -177,8 +177,7 @@ impl QemuDriver {
         let looked = self.0.workers.run(errand, move |_| {
             let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
             let place = command::Place::now(&own, MONITOR_FD, !as_us);
-            let command = check::checked(&places.written_into(&here), &caps)
-                .and_then(|checked| command::build(checked, &caps, &place));
+            let command = check::checked_command(&places.written_into(&here), &caps, &place);
             let lacks = needs::unmet(&here, command.as_ref().ok(), &own, restored, as_us);
             Ok((lacks, command.map(drop)))
         });
@@ -246,9 +245,7 @@ impl QemuDriver {
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
         let started = usb.written_into(&live);
-        let mut command = check::checked(&started, &caps)
-            .and_then(|checked| command::build(checked, &caps, &place))
-            .map_err(DriverError::Config)?;
+        let mut command = check::checked_command(&started, &caps, &place).map_err(DriverError::Config)?;
         let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
         if let Some(plan::MemorySource::File { .. }) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
@@ -379,9 +376,7 @@ impl Driver for QemuDriver {
             let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
             places.written_into(&here)
         });
-        let command = check::checked(&here.await?, &caps)
-            .and_then(|checked| command::build(checked, &caps, &place))
-            .map_err(DriverError::Config)?;
+        let command = check::checked_command(&here.await?, &caps, &place).map_err(DriverError::Config)?;
         Ok([vec![command.program.to_string_lossy().into_owned()], command.all_args()].concat())
     }
 

@@ -4,7 +4,7 @@ mod qemu;
 
 use qemu::{DIR, caps, message, parse, place};
 use virt_drivers::qemu::capabilities::Capabilities;
-use virt_drivers::qemu::check::check;
+use virt_drivers::qemu::check::{check, checked_command};
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::plan::Command;
 use virt_model::domain::{DomainDef, Form};
@@ -30,7 +30,7 @@ fn completed(machine: &str, outside: &str, devices: &str) -> DomainDef {
 }
 
 fn built(def: &DomainDef, caps: &Capabilities) -> Command {
-    qemu::built(def, caps, &place(DIR))
+    checked_command(def, caps, &place(DIR))
         .unwrap_or_else(|findings| panic!("{}\n{}", message(&findings), def.write(STORED)))
 }
 

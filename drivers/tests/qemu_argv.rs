@@ -4,8 +4,8 @@
 
 mod qemu;
 
-use qemu::{DIR, built, caps, cases, completed, data, message, parse, place, text};
-use virt_drivers::qemu::check::check;
+use qemu::{DIR, caps, cases, completed, data, message, parse, place, text};
+use virt_drivers::qemu::check::{check, checked_command};
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::plan::Command;
 use virt_drivers::qemu::plan::Companion;
@@ -67,10 +67,10 @@ fn definitions_become_these_command_lines() {
     for case in cases() {
         let def = completed(&case, DIR, &caps);
         expect(&format!("{case}.out.xml"), &def.write(STORED));
-        let command =
-            built(&def, &caps, &place(DIR)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+        let command = checked_command(&def, &caps, &place(DIR))
+            .unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
         expect(&format!("{case}.args"), &show(&command));
-        assert_eq!(command, built(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
+        assert_eq!(command, checked_command(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
     }
 }
 
@@ -79,7 +79,7 @@ fn definitions_become_these_command_lines() {
 fn what_a_server_is_asked_with_is_in_no_argument() {
     let mut caps = caps();
     let xml = text("servers-kvm.xml");
-    let command = |caps: &_| built(&completed("servers-kvm", DIR, caps), caps, &place(DIR)).unwrap();
+    let command = |caps: &_| checked_command(&completed("servers-kvm", DIR, caps), caps, &place(DIR)).unwrap();
     assert!(xml.contains("query='a=1&amp;b=2'"), "the case has one");
     let built = command(&caps);
     assert!(!built.args.iter().any(|argument| argument.contains("a=1&b=2")), "{:?}", built.args);

@@ -4,9 +4,9 @@
 mod qemu;
 
 use proptest::prelude::*;
-use qemu::{DIR, built, caps, message, place};
+use qemu::{DIR, caps, message, place};
 use std::collections::HashSet;
-use virt_drivers::qemu::check::check;
+use virt_drivers::qemu::check::{check, checked_command};
 use virt_drivers::qemu::complete::complete;
 use virt_model::device::AddressKind;
 use virt_model::domain::{DomainDef, Form};
@@ -106,6 +106,6 @@ proptest! {
         complete(&mut stored, &caps).unwrap();
         prop_assert_eq!(stored.write(STORED), done.write(STORED));
         let refused = check(&done, &caps).iter().any(|finding| finding.kind != FindingKind::Warning);
-        prop_assert_eq!(built(&done, &caps, &place(DIR)).is_err(), refused);
+        prop_assert_eq!(checked_command(&done, &caps, &place(DIR)).is_err(), refused);
     }
 }

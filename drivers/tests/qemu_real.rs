@@ -3,7 +3,7 @@
 
 mod qemu;
 
-use qemu::{built, cases, completed, message, place, text};
+use qemu::{cases, completed, message, place, text};
 use serde_json::{Value, json};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -16,6 +16,7 @@ use std::time::Duration;
 use virt_drivers::DriverConfig;
 use virt_drivers::qemu::QemuDriver;
 use virt_drivers::qemu::capabilities::{Capabilities, Prober, default_emulator};
+use virt_drivers::qemu::check::checked_command;
 use virt_drivers::qemu::companion::Gifts;
 use virt_drivers::qemu::plan::Role;
 use virt_drivers::qemu::plan::SecretContent;
@@ -226,8 +227,8 @@ async fn this_hosts_qemu_takes_every_command_line() {
             continue;
         }
         make_files(&case, dir.path());
-        let command =
-            built(&def, &caps, &place(folder)).unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
+        let command = checked_command(&def, &caps, &place(folder))
+            .unwrap_or_else(|findings| panic!("{case}: {}", message(&findings)));
         if let Some(nvram) = &command.nvram {
             let (template, from) = nvram.template.as_ref().unwrap();
             std::fs::create_dir_all(nvram.path.parent().unwrap()).unwrap();

@@ -4,15 +4,13 @@ use serde_json::Value;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use virt_drivers::qemu::capabilities::{Capabilities, Site};
-use virt_drivers::qemu::check::{check, checked};
-use virt_drivers::qemu::command::{Place, build};
+use virt_drivers::qemu::check::{check, checked_command};
+use virt_drivers::qemu::command::Place;
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::firmware::{place_variables, read_all};
 use virt_drivers::qemu::plan::Command;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::{Finding, FindingKind};
-
-const STORED: Form = Form { inactive: true, secure: true, migratable: false };
 
 /// A recorded QEMU 7.2 on a host with everything; `data` is `tests/data/qemu`.
 pub fn host(data: &Path) -> Capabilities {
@@ -41,17 +39,17 @@ pub fn holds(text: &str, caps: &Capabilities) {
         return;
     }
     place_variables(&mut def, Path::new("/var/lib/virt/nvram"));
-    let stored = def.write(STORED);
+    let stored = def.write(Form::STORED);
     let mut again = DomainDef::parse(&stored).unwrap_or_else(|findings| panic!("{}\n{stored}", said(&findings)));
     complete(&mut again, caps).unwrap_or_else(|findings| panic!("again: {}\n{stored}", said(&findings)));
-    assert_eq!(again.write(STORED), stored, "completed again");
+    assert_eq!(again.write(Form::STORED), stored, "completed again");
     let findings = check(&def, caps);
     assert_eq!(findings, check(&def, caps));
     let refused = findings.iter().any(|finding| finding.kind != FindingKind::Warning);
-    match checked(&def, caps).and_then(|checked| build(checked, caps, &place())) {
+    match checked_command(&def, caps, &place()) {
         Ok(command) => {
             assert!(!refused, "built in spite of: {}\n{stored}", said(&findings));
-            assert_eq!(checked(&def, caps).and_then(|checked| build(checked, caps, &place())).as_ref(), Ok(&command));
+            assert_eq!(checked_command(&def, caps, &place()).as_ref(), Ok(&command));
             sound(&command, &def);
         }
         Err(why) => assert!(refused, "not built: {}\n{stored}", said(&why)),

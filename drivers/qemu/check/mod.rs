@@ -28,39 +28,38 @@ use super::capabilities::{Capabilities, End};
 use super::checked::Checked;
 use super::command;
 use super::complete::{Board, name_devices};
+use super::plan::Command;
 use std::path::Path;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::xml::{Finding, FindingKind, Place, refusals};
 
-/// Vouches for a definition, for the command line to be built of it. Error: what refuses it.
-pub fn checked<'a>(def: &'a DomainDef, caps: &Capabilities) -> Result<Checked<'a>, Vec<Finding>> {
-    refusals(check(def, caps)).map(|()| Checked::of(def))
+/// The command line of a definition that this QEMU can run; built once, and looked at. Error: what refuses it.
+pub fn checked_command(
+    def: &DomainDef,
+    caps: &Capabilities,
+    place: &command::Place<'_>,
+) -> Result<Command, Vec<Finding>> {
+    let mut check = Check::new(def, caps);
+    check.rules();
+    refusals(std::mem::take(&mut check.log))?;
+    let command = command::build(Checked::of(def), caps, place)?;
+    check.devices_of(&command);
+    refusals(check.log).map(|()| command)
 }
 
 /// Everything that keeps `def` from running as it says; warnings for what runs, but not quite so. Empty: QEMU would be
 /// started. Files are not looked at: that is for `start`, which needs them then.
 pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
-    let mut check = Check { def, caps, board: Board::of(def), kvm: def.kind == "kvm", log: Vec::new() };
-    if let Some(why) = &caps.absent {
-        check.refuse(&def.devices.at.child("emulator"), format!("this emulator cannot be used: {why}"));
+    let mut check = Check::new(def, caps);
+    check.rules();
+    if check.log.iter().any(|finding| finding.kind != FindingKind::Warning) {
         return check.log;
     }
-    table::walk(&mut check);
-    check.platform();
-    check.memory();
-    check.features_of_the_board();
-    check.storage();
-    check.throttling();
-    check.tuning();
-    check.devices();
-    check.places();
-    check.filesystems();
-    check.board();
-    check.host_devices();
-    check.tpms();
-    check.listening();
-    add_findings(&mut check.log, def.contradictions());
-    check.devices_there();
+    let nowhere = command::Place { runtime_dir: Path::new("/"), monitor_fd: 0, now: 0, east_of_utc: 0, sandbox: false };
+    // It is built to be looked at, and run by nobody. What keeps it from being built is told when it is to be run.
+    if let Ok(command) = command::build(Checked::of(def), caps, &nowhere) {
+        check.devices_of(&command);
+    }
     check.log
 }
 
@@ -82,7 +81,36 @@ struct Check<'a> {
     log: Vec<Finding>,
 }
 
+impl<'a> Check<'a> {
+    fn new(def: &'a DomainDef, caps: &'a Capabilities) -> Check<'a> {
+        Check { def, caps, board: Board::of(def), kvm: def.kind == "kvm", log: Vec::new() }
+    }
+}
+
 impl Check<'_> {
+    /// What can be said of the definition alone.
+    fn rules(&mut self) {
+        if let Some(why) = &self.caps.absent {
+            self.refuse(&self.def.devices.at.child("emulator"), format!("this emulator cannot be used: {why}"));
+            return;
+        }
+        table::walk(self);
+        self.platform();
+        self.memory();
+        self.features_of_the_board();
+        self.storage();
+        self.throttling();
+        self.tuning();
+        self.devices();
+        self.places();
+        self.filesystems();
+        self.board();
+        self.host_devices();
+        self.tpms();
+        self.listening();
+        add_findings(&mut self.log, self.def.contradictions());
+    }
+
     fn refuse(&mut self, place: &Place, message: impl Into<String>) {
         self.log.push(Finding::new(FindingKind::Unsupported, place, message));
     }
@@ -106,17 +134,9 @@ impl Check<'_> {
         }
     }
 
-    /// Whatever is said of it before: this QEMU has every device that its command line would name. (That is built here to be
-    /// looked at, and run by nobody.)
-    fn devices_there(&mut self) {
-        if self.log.iter().any(|finding| finding.kind != FindingKind::Warning) {
-            return;
-        }
-        let nowhere =
-            command::Place { runtime_dir: Path::new("/"), monitor_fd: 0, now: 0, east_of_utc: 0, sandbox: false };
-        // What keeps it from being built is told when it is to be run.
-        let Ok(built) = command::build(Checked::of(self.def), self.caps, &nowhere) else { return };
-        let pairs = built.args.windows(2).filter(|pair| pair[0] == "-device");
+    /// Whatever is said of it before: this QEMU has every device that its command line names.
+    fn devices_of(&mut self, command: &Command) {
+        let pairs = command.args.windows(2).filter(|pair| pair[0] == "-device");
         let named: Vec<(String, String)> = pairs.filter_map(|pair| driver_and_id(&pair[1])).collect();
         if named.iter().all(|(driver, _)| self.caps.has_device(driver)) {
             return;

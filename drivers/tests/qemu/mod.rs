@@ -4,11 +4,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use virt_drivers::qemu::capabilities::{Capabilities, Site};
-use virt_drivers::qemu::check::checked;
-use virt_drivers::qemu::command::{Place, build};
+use virt_drivers::qemu::command::Place;
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::firmware::{place_variables, read_all};
-use virt_drivers::qemu::plan::Command;
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
@@ -21,11 +19,6 @@ pub fn data() -> PathBuf {
 
 pub fn text(name: &str) -> String {
     std::fs::read_to_string(data().join(name)).unwrap_or_else(|error| panic!("{name}: {error}"))
-}
-
-/// The command line of a definition that this QEMU can run; else what refuses it.
-pub fn built(def: &DomainDef, caps: &Capabilities, place: &Place) -> Result<Command, Vec<Finding>> {
-    build(checked(def, caps)?, caps, place)
 }
 
 /// The cases, sorted.
