@@ -9,7 +9,7 @@ use uuid::Uuid;
 use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::xml::{Finding, Place};
+use virt_model::xml::{Finding, Place, escape_attribute};
 
 /// An image, and what it is to stand on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -174,7 +174,7 @@ fn disagreement(image: &Image, header: &Header) -> Option<String> {
 
 /// The element that declares what an image stands on.
 fn element(backing: &Path, format: &str) -> String {
-    let text = |text: &str| shown(text).replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;");
+    let text = |text: &str| escape_attribute(&shown(text));
     format!(
         "<backingStore type='file'><format type='{}'/><source file='{}'/><backingStore/></backingStore>",
         text(format),

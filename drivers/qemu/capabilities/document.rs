@@ -2,6 +2,7 @@
 
 use super::{Capabilities, Host, Machine};
 use std::fmt::Write;
+use virt_model::xml::escape_attribute;
 
 /// Writes the document for this host and the emulators that could be asked; in libvirt's words, so that its readers
 /// understand it.
@@ -17,13 +18,13 @@ pub fn document(host: &Host, emulators: &[&Capabilities]) -> String {
 
 fn write_host(out: &mut String, host: &Host) {
     let (sockets, cores, threads) = host.topology;
-    let mut cpu = format!("    <cpu>\n      <arch>{}</arch>\n", escape(&host.arch));
+    let mut cpu = format!("    <cpu>\n      <arch>{}</arch>\n", escape_attribute(&host.arch));
     if !host.vendor.is_empty() {
-        _ = writeln!(cpu, "      <vendor>{}</vendor>", escape(&host.vendor));
+        _ = writeln!(cpu, "      <vendor>{}</vendor>", escape_attribute(&host.vendor));
     }
     _ = writeln!(cpu, "      <topology sockets='{sockets}' dies='1' cores='{cores}' threads='{threads}'/>");
     for flag in &host.flags {
-        _ = writeln!(cpu, "      <feature name='{}'/>", escape(&flag.replace('_', "-")));
+        _ = writeln!(cpu, "      <feature name='{}'/>", escape_attribute(&flag.replace('_', "-")));
     }
     cpu.push_str("    </cpu>\n");
     _ = write!(out, "  <host>\n{cpu}  </host>\n\n");
@@ -35,9 +36,9 @@ fn write_guest(out: &mut String, emulator: &Capabilities) {
         "x86_64" => ("x86_64", 64),
         other => (other, if other.contains("64") { 64 } else { 32 }),
     };
-    _ = writeln!(out, "  <guest>\n    <os_type>hvm</os_type>\n    <arch name='{}'>", escape(arch));
+    _ = writeln!(out, "  <guest>\n    <os_type>hvm</os_type>\n    <arch name='{}'>", escape_attribute(arch));
     _ = writeln!(out, "      <wordsize>{wordsize}</wordsize>");
-    _ = writeln!(out, "      <emulator>{}</emulator>", escape(&emulator.binary.to_string_lossy()));
+    _ = writeln!(out, "      <emulator>{}</emulator>", escape_attribute(&emulator.binary.to_string_lossy()));
     let mut machines: Vec<&Machine> = emulator.machines.iter().collect();
     machines.sort_by_key(|machine| rank(machine));
     machines.into_iter().for_each(|machine| write_machine(out, machine));
@@ -62,15 +63,15 @@ fn rank(machine: &Machine) -> usize {
 
 fn write_machine(out: &mut String, machine: &Machine) {
     let deprecated = if machine.deprecated { " deprecated='yes'" } else { "" };
-    let (max, name) = (machine.max_cpus, escape(&machine.name));
+    let (max, name) = (machine.max_cpus, escape_attribute(&machine.name));
     _ = writeln!(out, "      <machine maxCpus='{max}'{deprecated}>{name}</machine>");
     if let Some(alias) = &machine.alias {
-        _ = writeln!(out, "      <machine canonical='{name}' maxCpus='{max}'{deprecated}>{}</machine>", escape(alias));
+        _ = writeln!(
+            out,
+            "      <machine canonical='{name}' maxCpus='{max}'{deprecated}>{}</machine>",
+            escape_attribute(alias)
+        );
     }
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;")
 }
 
 #[cfg(test)]

@@ -16,7 +16,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::xml::Finding;
+use virt_model::xml::{Finding, escape_attribute, refusals};
 
 /// What a machine of that kind can have.
 pub struct Offer<'a> {
@@ -48,7 +48,7 @@ impl<'a> Offer<'a> {
         let (def, findings) = offer.tried(&Parts::default()).map_err(not_possible)?;
         offer.machine = def.os.kind.machine.unwrap_or_default();
         offer.said = findings.iter().map(|finding| finding.message.clone()).collect();
-        virt_model::xml::refusals(findings).map_err(not_possible)?;
+        refusals(findings).map_err(not_possible)?;
         Ok(offer)
     }
 
@@ -67,7 +67,7 @@ impl<'a> Offer<'a> {
             ("machine", &self.machine),
             ("arch", self.arch),
         ] {
-            _ = writeln!(out, "  <{name}>{}</{name}>", escape(value));
+            _ = writeln!(out, "  <{name}>{}</{name}>", escape_attribute(value));
         }
         _ = writeln!(out, "  <vcpu max='{}'/>", machine.map_or(1, |machine| machine.max_cpus));
         let iothreads = self.takes(&Parts { top: "<iothreads>1</iothreads>".to_owned(), ..Parts::default() });
@@ -94,7 +94,7 @@ impl<'a> Offer<'a> {
         let mut told = BTreeSet::new();
         let known = self.caps.firmware.iter().filter(fits).filter_map(|firmware| firmware.loader());
         for path in known.filter(|path| told.insert(*path)) {
-            _ = writeln!(out, "      <value>{}</value>", escape(path));
+            _ = writeln!(out, "      <value>{}</value>", escape_attribute(path));
         }
         for choice in &choices::LOADER {
             self.write_choice(out, choice, "      ");
@@ -125,14 +125,14 @@ impl<'a> Offer<'a> {
     fn write_model(&self, out: &mut String, name: &str) {
         let blockers: Vec<&str> = self.caps.blockers(self.kind == "kvm", name).collect();
         let deprecated = if self.caps.deprecated_cpus.contains(name) { "yes" } else { "no" };
-        let (usable, name) = (yes_no(blockers.is_empty()), escape(name));
+        let (usable, name) = (yes_no(blockers.is_empty()), escape_attribute(name));
         _ = writeln!(out, "      <model usable='{usable}' deprecated='{deprecated}' vendor='unknown'>{name}</model>");
         if blockers.is_empty() {
             return;
         }
         _ = writeln!(out, "      <blockers model='{name}'>");
         for feature in blockers {
-            _ = writeln!(out, "        <feature name='{}'/>", escape(feature));
+            _ = writeln!(out, "        <feature name='{}'/>", escape_attribute(feature));
         }
         out.push_str("      </blockers>\n");
     }
@@ -174,10 +174,10 @@ impl<'a> Offer<'a> {
 
     /// A machine with that, and what is said of it. Error: it is none.
     fn tried(&self, parts: &Parts) -> Result<(DomainDef, Vec<Finding>), Vec<Finding>> {
-        let (kind, arch) = (self.kind, escape(self.arch));
+        let (kind, arch) = (self.kind, escape_attribute(self.arch));
         let machine = match &*self.machine {
             "" => String::new(),
-            machine => format!(" machine='{}'", escape(machine)),
+            machine => format!(" machine='{}'", escape_attribute(machine)),
         };
         let Parts { os_attributes, os, features, top, devices } = parts;
         let text = format!(
@@ -196,10 +196,6 @@ impl<'a> Offer<'a> {
 
 fn yes_no(yes: bool) -> &'static str {
     if yes { "yes" } else { "no" }
-}
-
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('\'', "&apos;")
 }
 
 #[cfg(test)]
