@@ -21,20 +21,6 @@ async fn destroy_gets_through_a_start_that_hangs() {
 }
 
 #[tokio::test]
-async fn destroy_sees_a_start_though_another_gave_up_waiting() {
-    let folder = tempfile::tempdir().unwrap();
-    let world = World::open(folder.path()).await;
-    let domain = world.define("web").await;
-    world.driver.hang_start(domain.uuid());
-    let first = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
-    let second = domain.start(&world.alice(), StartOptions::default()).await.unwrap();
-    world.service.cancel_job(&world.alice(), second.id).await.unwrap();
-    assert!(second.done().await.is_err());
-    domain.destroy(&world.alice(), false).await.expect("it ends the start under way");
-    assert!(matches!(first.done().await, Err(Error::Cancelled(_))));
-}
-
-#[tokio::test]
 async fn destroy_gets_through_a_revert_whose_new_guest_does_not_come() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
