@@ -1,6 +1,6 @@
 //! What a start needs of the host's files, looked at before anything is begun, or ended to make room for it.
 
-use super::check::listeners;
+use super::check::fixed_ports;
 use super::command::known_format;
 use super::live;
 use super::plan::{Command, Expected, HostFile};
@@ -144,10 +144,10 @@ fn other_format(path: &Path, format: &str) -> Option<String> {
 
 /// The TCP ports of this host that the machine is to listen on and cannot have now. Blocks.
 pub fn taken_ports(def: &DomainDef) -> Vec<Finding> {
-    let taken = listeners(def).into_iter().filter_map(|listener| {
-        let address: IpAddr = listener.address.parse().ok()?;
-        let error = TcpListener::bind((address, listener.port)).err()?;
-        let (port, whose) = (listener.port, &listener.whose);
+    let taken = fixed_ports(def).into_iter().filter_map(|fixed| {
+        let address: IpAddr = fixed.address.parse().ok()?;
+        let error = TcpListener::bind((address, fixed.port)).err()?;
+        let (port, whose) = (fixed.port, &fixed.whose);
         let why = match error.kind() {
             ErrorKind::AddrInUse => format!(
                 "{whose}: TCP port {port} of {address} is in use now; end what listens there, or name another port"
@@ -155,7 +155,7 @@ pub fn taken_ports(def: &DomainDef) -> Vec<Finding> {
             ErrorKind::AddrNotAvailable => format!("{whose}: {address} is no address of this host"),
             _ => return None,
         };
-        Some(Finding::warning(&listener.place, why))
+        Some(Finding::warning(&fixed.place, why))
     });
     taken.collect()
 }

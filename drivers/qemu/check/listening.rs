@@ -9,7 +9,7 @@ use virt_model::domain::DomainDef;
 use virt_model::xml::Place;
 
 /// A port that is fixed by the definition.
-pub struct Listener {
+pub struct FixedPort {
     /// Whose it is, e.g. `graphics 'vnc'`.
     pub whose: String,
     /// As the definition says it, or as it is taken where that says nothing.
@@ -21,7 +21,7 @@ pub struct Listener {
 }
 
 /// All of them, in the order of their devices. Ports that are chosen at the start are not among them.
-pub fn listeners(def: &DomainDef) -> Vec<Listener> {
+pub fn fixed_ports(def: &DomainDef) -> Vec<FixedPort> {
     let mut all = Vec::new();
     for graphics in def.devices.graphics.iter().filter(|graphics| graphics.autoport != Some(true)) {
         let Some(listen) = graphics.listens.first().filter(|listen| listen.kind == ListenKind::Address) else {
@@ -32,7 +32,7 @@ pub fn listeners(def: &DomainDef) -> Vec<Listener> {
         for (attribute, port) in ports {
             let Some(port) = port.and_then(|port| u16::try_from(port).ok()).filter(|port| *port > 0) else { continue };
             let (whose, address) = (format!("graphics '{}'", graphics.kind), address.to_owned());
-            all.push(Listener { whose, address, port, place: graphics.at.attribute(attribute) });
+            all.push(FixedPort { whose, address, port, place: graphics.at.attribute(attribute) });
         }
     }
     let devices = &def.devices;
@@ -46,20 +46,19 @@ pub fn listeners(def: &DomainDef) -> Vec<Listener> {
 }
 
 /// That of a character device, if others come to it.
-fn of_end(device: &str, source: &CharSource) -> Option<Listener> {
+fn of_end(device: &str, source: &CharSource) -> Option<FixedPort> {
     let bound = |mode: Option<SocketMode>| source.kind == CharKind::Tcp && mode == Some(SocketMode::Bind);
     let end = source.sources.iter().find(|end| bound(end.mode))?;
     let port = end.service.as_deref()?.parse().ok().filter(|port| *port > 0)?;
     let address = end.host.as_deref().unwrap_or(LOCALHOST).to_owned();
-    Some(Listener { whose: device.to_owned(), address, port, place: end.at.attribute("service") })
+    Some(FixedPort { whose: device.to_owned(), address, port, place: end.at.attribute("service") })
 }
 
-impl Listener {
+impl FixedPort {
     /// Whether one of them keeps the other from listening.
-    fn collides(&self, other: &Listener) -> bool {
-        let everywhere = |listener: &Listener| {
-            listener.address.is_empty()
-                || listener.address.parse().is_ok_and(|address: IpAddr| address.is_unspecified())
+    fn collides(&self, other: &FixedPort) -> bool {
+        let everywhere = |fixed: &FixedPort| {
+            fixed.address.is_empty() || fixed.address.parse().is_ok_and(|address: IpAddr| address.is_unspecified())
         };
         let same = self.address == other.address || everywhere(self) || everywhere(other);
         self.port == other.port && same
@@ -69,7 +68,7 @@ impl Listener {
 impl Check<'_> {
     /// Refuses that two of a machine listen at one place. (Of its displays alone the model says so, too.)
     pub(super) fn listening(&mut self) {
-        let all = listeners(self.def);
+        let all = fixed_ports(self.def);
         for (n, one) in all.iter().enumerate() {
             if let Some(first) = all[..n].iter().find(|first| first.collides(one)) {
                 let (port, whose) = (one.port, &first.whose);

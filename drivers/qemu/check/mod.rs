@@ -21,7 +21,7 @@ mod table;
 mod tpm;
 mod tune;
 
-pub use listening::listeners;
+pub use listening::fixed_ports;
 pub use table::{Standing, standing};
 
 use super::capabilities::{Capabilities, End};
