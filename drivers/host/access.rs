@@ -76,10 +76,30 @@ impl LentFile {
         Ok(Some(LentFile { path: path.to_owned(), fd: Arc::new(found.fd), write, kind }))
     }
 
+    /// What is at `path`, for a process with our own rights: whatever that means to us, it may mean to it. `None` if nothing is
+    /// there. Errors name no path.
+    pub fn ours(path: &Path, write: bool) -> io::Result<Option<LentFile>> {
+        let fd = match openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()) {
+            Err(rustix::io::Errno::NOENT | rustix::io::Errno::NOTDIR) => return Ok(None),
+            fd => fd?,
+        };
+        let kind = FileType::from_raw_mode(fstat(&fd)?.st_mode);
+        Ok(Some(LentFile { path: path.to_owned(), fd: Arc::new(fd), write, kind }))
+    }
+
     /// Plain file, block device, …
     pub fn kind(&self) -> FileType {
         self.kind
     }
+}
+
+/// Those files, for a process with our own rights, to which nothing is lent; what is not there is left out.
+pub fn ours(wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
+    let find = |want: &Want| {
+        let found = LentFile::ours(&want.path, want.write);
+        found.map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display()))).transpose()
+    };
+    wants.iter().filter_map(find).collect()
 }
 
 /// A file, whatever it is called: its device and its number there.

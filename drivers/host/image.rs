@@ -3,7 +3,7 @@
 //! what an image holds, and nothing that its header names is opened. All functions block, and end soon after [`Images::stop`]
 //! tells them to.
 
-use super::access::{Ledger, LentFile, Want};
+use super::access::{self, Ledger, LentFile, Want};
 use super::resolve::Found;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
@@ -172,6 +172,9 @@ impl Images {
     /// The same, and the running guest finds them so, too.
     pub fn lend_with_guest(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
         let lent = self.lend(images)?;
+        if self.user.is_none() {
+            self.show(&access::ours(&wants(images))?)?;
+        }
         let number = lent.0.as_ref().map(|(_, number, _)| *number);
         let all = self.lent.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let files = all.into_iter().filter(|(holder, _)| Some(*holder) == number).flat_map(|(_, files)| files);
@@ -182,8 +185,10 @@ impl Images {
 
     /// Lends images to the running guest, for as long as it runs.
     pub fn lend_to_guest(&self, images: &[(PathBuf, bool)]) -> Result<(), DriverError> {
-        let Some((user, ledger)) = &self.user else { return Ok(()) };
-        let files = ledger.lend_more(user, self.guest, &wants(images))?;
+        let files = match &self.user {
+            Some((user, ledger)) => ledger.lend_more(user, self.guest, &wants(images))?,
+            None => access::ours(&wants(images))?,
+        };
         self.show(&files)
     }
 

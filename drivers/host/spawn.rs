@@ -5,7 +5,8 @@
 //!   child:           └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
 //! ```
 //!
-//! The wall ([`super::wall`]) is put up in the thread that forks; the child is behind it from its first moment.
+//! The wall ([`super::wall`]) is put up in the thread that forks, or by the child where that is not root's; it is behind it before
+//! anything else.
 //!
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
@@ -14,7 +15,8 @@ use super::files::Program;
 use super::process::{Identity, kill};
 use super::tool::limit;
 use super::user::RunAs;
-use super::wall::Wall;
+use super::wall::{self, Maker, Wall};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
@@ -24,6 +26,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
 use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 /// What to run.
 pub struct Plan<'a> {
@@ -37,7 +40,7 @@ pub struct Plan<'a> {
     pub env: &'a [(String, String)],
     /// Becomes its standard output and error.
     pub output: &'a File,
-    /// Become its descriptors of these numbers, each other than 0, 1, 2, 4, 5 and below 200.
+    /// Become its descriptors of these numbers, each other than 0, 1, 2, 4, 5 and below 198.
     pub gifts: Vec<(RawFd, OwnedFd)>,
     /// Whom it runs as; as we do if `None`.
     pub user: Option<&'a RunAs>,
@@ -73,6 +76,12 @@ const ABOVE: RawFd = 200;
 /// Threads of one user, where no control group holds them: fewer than would be felt by others.
 const THREADS: libc::rlim_t = 4096;
 
+/// How long a child may take from "go" to its program.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What the child says first where its wall could not be made; the rest is why.
+const WALL: u8 = 0xff;
+
 /// Where the child failed, as it says in one byte.
 const STAGES: [&str; 7] = [
     "set up its descriptors",
@@ -100,6 +109,9 @@ struct Prepared {
     /// It is run by its descriptor; `Some(true)`: an interpreter must be able to open that again.
     by_descriptor: Option<bool>,
     privileged: bool,
+    /// Threads of its user are bounded.
+    few_threads: bool,
+    /// Who must be its parent; in a process namespace of its own it has none.
     parent: libc::pid_t,
     /// What `argv` and `envp` point into.
     _strings: Vec<CString>,
@@ -118,18 +130,47 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
     let release = |pid| {
         let child = Child(Some(adopt(pid)?));
         child.with(|spawned| record(&spawned.identity))?;
-        File::from(go).write_all(b"!")?;
-        let mut report = Vec::new();
-        File::from(error).read_to_end(&mut report)?;
-        match report.as_slice() {
-            [] => child.release(),
+        // One that has failed by now says why.
+        let gone = File::from(go).write_all(b"!");
+        match read_report(&mut File::from(error))?.as_slice() {
+            [] => gone.and_then(|()| child.release()),
             report => Err(explain(&program, report)),
         }
     };
     match wall {
         None => release(prepared.fork()?),
+        Some(wall) if wall.maker == Maker::Own => {
+            let forked = wall::fork(wall, move |ready| match ready {
+                Ok(()) => prepared.exec(),
+                Err(why) => prepared.refuse(&why),
+            });
+            release(forked.map_err(|e| unwalled(&program, &e))?)
+        }
         Some(wall) => behind(wall, prepared, &program, release),
     }
+}
+
+/// What the child says until its program runs.
+fn read_report(error: &mut File) -> io::Result<Vec<u8>> {
+    let (mut report, until) = (Vec::new(), Instant::now() + PATIENCE);
+    loop {
+        let left = rustix::event::Timespec::try_from(until.saturating_duration_since(Instant::now()));
+        let mut ready = [PollFd::new(error, PollFlags::IN)];
+        let ready = rustix::io::retry_on_intr(|| poll(&mut ready, left.as_ref().ok()))?;
+        let mut some = [0; 512];
+        match (ready, report.len() < 4096) {
+            (0, _) => return Err(io::Error::new(io::ErrorKind::TimedOut, "its process does not come to run the program")),
+            (_, false) => return Ok(report),
+            _ => match error.read(&mut some)? {
+                0 => return Ok(report),
+                read => report.extend_from_slice(&some[..read]),
+            },
+        }
+    }
+}
+
+fn unwalled(program: &Path, why: &dyn std::fmt::Display) -> io::Error {
+    io::Error::other(format!("{} cannot be walled in: {why}", program.display()))
 }
 
 /// Makes the child behind the wall. The thread that does lives until `release` has returned: until it is told to go, the
@@ -150,9 +191,7 @@ fn behind<T>(
         };
         std::thread::Builder::new().name("wall".into()).spawn_scoped(scope, forking)?;
         let pid = pid.recv().map_err(|_| io::Error::other("the thread behind the wall failed"))?;
-        let released = pid
-            .map_err(|e| io::Error::new(e.kind(), format!("{} cannot be walled in: {e}", program.display())))
-            .and_then(release);
+        let released = pid.map_err(|e| unwalled(program, &e)).and_then(release);
         drop(done);
         released
     })
@@ -194,6 +233,9 @@ impl Drop for Child {
 
 /// What the child reported: a stage and an error number.
 fn explain(program: &Path, report: &[u8]) -> io::Error {
+    if let [WALL, why @ ..] = report {
+        return unwalled(program, &String::from_utf8_lossy(why));
+    }
     let stage = report.first().and_then(|stage| STAGES.get(usize::from(*stage))).unwrap_or(&"start");
     let number = report.get(1..5).and_then(|n| n.try_into().ok()).map(i32::from_ne_bytes);
     let why = number.map_or_else(|| io::Error::other("it was cut off"), io::Error::from_raw_os_error);
@@ -247,13 +289,17 @@ impl Prepared {
             vec![(above(&File::open("/dev/null")?)?, 0), (above(plan.output)?, 1), (above(plan.output)?, 2)];
         places.extend([(go, GO), (error, ERROR)]);
         for (place, gift) in &plan.gifts {
-            if (0..=2).contains(place) || [GO, ERROR, PROGRAM].contains(place) || *place >= ABOVE {
+            if (0..=2).contains(place) || [GO, ERROR].contains(place) || *place >= wall::PTMX {
                 return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("descriptor {place} is taken")));
             }
             places.push((above(gift)?, *place));
         }
         if let Some(judged) = plan.judged {
             places.push((above(&judged.as_fd())?, PROGRAM));
+        }
+        let alone = plan.wall.is_some_and(|wall| wall.maker == Maker::Own);
+        if let Some(terminals) = alone.then(wall::terminals).flatten() {
+            places.push((above(&terminals)?, wall::PTMX));
         }
         places.sort_by_key(|(_, place)| *place);
         let ends = places.iter().map(|(_, place)| place - 1).skip(1).chain([RawFd::MAX]);
@@ -270,8 +316,10 @@ impl Prepared {
             file_limit: plan.file_limit,
             by_descriptor: plan.judged.map(Program::is_script),
             privileged: plan.privileged,
+            // In a user namespace of its own its user's are its own.
+            few_threads: plan.user.is_some() || alone,
             // SAFETY: getpid has no conditions.
-            parent: unsafe { libc::getpid() },
+            parent: if alone { 0 } else { unsafe { libc::getpid() } },
             _strings: args.into_iter().chain(env).collect(),
         })
     }
@@ -313,6 +361,16 @@ impl Prepared {
             }
         };
         self.fail(STAGES.len() - 1)
+    }
+
+    /// Tells that the wall could not be made.
+    fn refuse(&self, why: &io::Error) -> ! {
+        let (text, error) = (why.to_string(), self.places.iter().find(|(_, place)| *place == ERROR));
+        if let Some((error, _)) = error {
+            let _ = rustix::io::write(error, &[&[WALL][..], text.as_bytes()].concat());
+        }
+        // SAFETY: ends this process, and runs nothing.
+        unsafe { libc::_exit(127) }
     }
 
     fn fail(&self, stage: usize) -> ! {
@@ -369,7 +427,7 @@ impl Prepared {
         unsafe {
             libc::umask(0o077);
             libc::setrlimit(libc::RLIMIT_CORE, &none) == 0
-                && (self.user.is_none() || libc::setrlimit(libc::RLIMIT_NPROC, &threads) == 0)
+                && (!self.few_threads || libc::setrlimit(libc::RLIMIT_NPROC, &threads) == 0)
                 && self.lock_limit.is_none_or(|bytes| libc::setrlimit(libc::RLIMIT_MEMLOCK, &locked(bytes)) == 0)
                 && limit(libc::RLIMIT_NOFILE, self.descriptors).is_ok()
                 && limit(libc::RLIMIT_FSIZE, self.file_limit).is_ok()

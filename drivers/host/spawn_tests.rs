@@ -1,6 +1,7 @@
 //! Processes made by hand: what they inherit, and that none is lost.
 
 use super::*;
+use crate::host::access::LentFile;
 use crate::host::process::{End, Process, reap};
 use std::os::unix::net::UnixListener;
 
@@ -146,10 +147,17 @@ async fn runs_as_the_user() {
 /// the part of virtd.
 #[test]
 fn the_waiting_child_dies_with_us() {
+    dies_with_us(None);
+    if !no_own_walls() {
+        dies_with_us(Some(&Wall { maker: Maker::Own, ..Wall::default() }));
+    }
+}
+
+fn dies_with_us(wall: Option<&Wall>) {
     let output = tempfile::tempfile().unwrap();
     let (read, write) = rustix::pipe::pipe().unwrap();
     let args = shell("echo never");
-    let made = plan(&args, &[], &output);
+    let made = Plan { wall, ..plan(&args, &[], &output) };
     // SAFETY: the child does what a single-threaded program may; the test process does not wait for locks it might hold.
     let virtd = unsafe { libc::fork() };
     if virtd == 0 {
@@ -174,4 +182,111 @@ fn the_waiting_child_dies_with_us() {
     // SAFETY: our own child, not yet reaped.
     unsafe { libc::waitpid(virtd, ptr::null_mut(), 0) };
     assert_eq!(text(&output), "");
+}
+
+/// What a shell says behind a wall that needs no root.
+async fn behind_own(wall: Wall, script: &str) -> String {
+    let wall = Wall { maker: Maker::Own, ..wall };
+    let (args, env) = (shell(script), [("PATH".to_owned(), "/usr/bin:/bin".to_owned())]);
+    let output = tempfile::tempfile().unwrap();
+    let spawned = spawn(Plan { wall: Some(&wall), ..plan(&args, &env, &output) }, |_| Ok(())).unwrap();
+    end(spawned).await;
+    text(&output).trim().to_owned()
+}
+
+fn no_own_walls() -> bool {
+    let obstacle = wall::obstacle();
+    if let Some(why) = obstacle {
+        eprintln!("SKIPPED: needs user namespaces: {why}");
+    }
+    obstacle.is_some()
+}
+
+#[tokio::test]
+async fn a_wall_that_needs_no_root_shows_what_was_given() {
+    if no_own_walls() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (given, other) = (dir.path().join("given"), dir.path().join("other"));
+    std::fs::write(&given, "given").unwrap();
+    std::fs::write(&other, "other").unwrap();
+    let files = vec![LentFile::ours(&given, false).unwrap().unwrap()];
+    let script = format!(
+        "echo $$; id -u; cat {given}; echo; echo more 2>&1 > {given} | grep -o Read-only; cat {other} 2>&1 | grep -o 'No such'
+         ls -d /etc/shadow /root /run /tmp /home /proc/sys /dev/kvm 2> /dev/null; ls /proc | grep -c '^[0-9]'
+         ls -l /proc/self/fd/0 | grep -o /dev/null; grep NoNewPrivs /proc/self/status; grep CapBnd /proc/self/status",
+        given = given.display(),
+        other = other.display()
+    );
+    let said = behind_own(Wall { files, ..Wall::default() }, &script).await;
+    let us = nix::unistd::geteuid();
+    let wanted = format!(
+        "1\n{us}\ngiven\nRead-only\nNo such\n/run\n3\n/dev/null\nNoNewPrivs:\t1\nCapBnd:\t0000000000000000"
+    );
+    assert_eq!(said, wanted);
+    assert_eq!(std::fs::read_to_string(&given).unwrap(), "given");
+}
+
+#[tokio::test]
+async fn a_terminal_made_behind_a_wall_that_needs_no_root_is_the_hosts() {
+    if no_own_walls() {
+        return;
+    }
+    let said = behind_own(Wall::default(), "script -qc 'tty; echo written > $(tty)' /dev/null < /dev/null").await;
+    assert!(said.starts_with("/dev/pts/") && said.ends_with("written"), "{said}");
+}
+
+#[tokio::test]
+async fn a_wall_that_cannot_be_made_is_told_and_leaves_no_process() {
+    if no_own_walls() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, "judged").unwrap();
+    let file = LentFile::ours(&path, false).unwrap().unwrap();
+    std::fs::rename(&path, dir.path().join("aside")).unwrap();
+    std::fs::write(&path, "another").unwrap();
+    let wall = Wall { files: vec![file], maker: Maker::Own, ..Wall::default() };
+    let (args, output) = (shell("echo ran"), tempfile::tempfile().unwrap());
+    let mut pid = 0;
+    let recorded = |identity: &Identity| {
+        pid = identity.pid;
+        Ok(())
+    };
+    let error = spawn(Plan { wall: Some(&wall), ..plan(&args, &[], &output) }, recorded).err().unwrap().to_string();
+    let why = format!("/bin/sh cannot be walled in: {}: it was replaced while it was looked at; try again", path.display());
+    assert_eq!(error, why);
+    assert_eq!(text(&output), "");
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+}
+
+#[tokio::test]
+async fn a_process_behind_a_wall_that_needs_no_root_is_shown_more() {
+    if no_own_walls() {
+        return;
+    }
+    let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+    let (first, second, go) = (dir.path().join("first"), dir.path().join("deep/second"), dir.path().join("go"));
+    std::fs::create_dir(dir.path().join("deep")).unwrap();
+    std::fs::write(&first, "old").unwrap();
+    std::fs::write(&second, "second").unwrap();
+    nix::unistd::mkfifo(&go, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let files = [&first, &go].map(|path| LentFile::ours(path, false).unwrap().unwrap()).to_vec();
+    let wall = Wall { files, maker: Maker::Own, ..Wall::default() };
+    let (first_name, second_name, go_name) = (first.display(), second.display(), go.display());
+    let args = shell(&format!("cat {go_name}; cat {first_name}; cat {second_name}; echo -n more >> {first_name}"));
+    let env = [("PATH".to_owned(), "/usr/bin:/bin".to_owned())];
+    let output = tempfile::tempfile().unwrap();
+    let spawned = spawn(Plan { wall: Some(&wall), ..plan(&args, &env, &output) }, |_| Ok(())).unwrap();
+    std::fs::remove_file(&first).unwrap();
+    std::fs::write(&first, "new").unwrap();
+    let shown = |path: &Path, write| LentFile::ours(path, write).unwrap().unwrap();
+    wall::show(spawned.identity.pid, &[shown(&first, true), shown(&second, false)]).unwrap();
+    wall::show(spawned.identity.pid, &[shown(&first, true)]).unwrap();
+    std::fs::write(&go, "gone on, ").unwrap();
+    end(spawned).await;
+    assert_eq!(text(&output), "gone on, newsecond");
+    assert_eq!(std::fs::read_to_string(&first).unwrap(), "newmore");
 }

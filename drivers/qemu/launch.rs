@@ -19,8 +19,8 @@ use super::room;
 use super::snapshot::open_memory;
 use super::takeover::take_over;
 use super::tune::{Bounds, Tuning};
-use super::wall;
-use crate::host::access::{Ledger, LentFile, Want};
+use super::wall::{self, Mason};
+use crate::host::access::{self, Ledger, LentFile, Want};
 use crate::host::files::Program;
 use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
@@ -336,7 +336,7 @@ impl Start {
 
     /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.
     async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<Vec<LentFile>, DriverError> {
-        let Some((user, ledger)) = self.user.clone() else { return Ok(Vec::new()) };
+        let user = self.user.clone();
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
         let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
         let what = wants.first().map(|want| want.path.clone()).unwrap_or_default();
@@ -345,7 +345,10 @@ impl Start {
         let expected: BTreeMap<PathBuf, Expected> =
             self.command.files.iter().map(|file| (file.path.clone(), file.expected)).collect();
         let lend = move |stop: &Arc<Stop>| {
-            let lent = ledger.lend(&user, uuid, &wants)?;
+            let lent = match &user {
+                Some((user, ledger)) => ledger.lend(user, uuid, &wants)?,
+                None => access::ours(&wants)?,
+            };
             // What is judged here is what QEMU gets, whatever had that path before.
             let judge = |file: &LentFile| {
                 let expected = expected.get(&file.path).copied().unwrap_or(Expected::Anything);
@@ -353,7 +356,7 @@ impl Start {
             };
             lent.iter().try_for_each(judge)?;
             // One that was left behind gives back what it got.
-            stop.check().inspect_err(|_| ledger.give_back(uuid))?;
+            stop.check().inspect_err(|_| user.iter().for_each(|(_, ledger)| ledger.give_back(uuid)))?;
             Ok(lent)
         };
         self.workers.run(errand, lend).await
@@ -369,14 +372,12 @@ impl Start {
         for (companion, gifts) in std::mem::take(&mut prepared.companions) {
             self.still_wanted()?;
             let (name, loss) = (companion.name.clone(), companion.loss());
-            let wall = match &self.user {
-                None => Some(wall::in_session(&companion.args, Some(&companion))),
-                Some(_) => {
-                    let (one, lent, own) = (companion.clone(), prepared.lent.clone(), self.leavings().own_dir());
-                    let wall = blocking(move || wall::of_companion(&one, &lent, &own)).await?;
-                    Some(wall.map_err(|e| unshown(&name, &e))?)
-                }
-            };
+            let (start, one, lent) = (self.clone(), companion.clone(), prepared.lent.clone());
+            let wall = blocking(move || {
+                let own = start.leavings().own_dir();
+                wall::of_companion(start.mason(), &one, &lent, &own)
+            });
+            let wall = Some(wall.await?.map_err(|e| unshown(&name, &e))?);
             let (program, wary) = (companion.program.clone(), self.user.is_some());
             let judged = blocking(move || Program::at(&program, wary)).await?;
             let judged = judged.map_err(|e| storage(&companion.program, &e))?;
@@ -432,14 +433,17 @@ impl Start {
         }
     }
 
+    /// Who makes the walls. Blocks.
+    fn mason(&self) -> Mason {
+        if self.user.is_some() { Mason::ROOT } else { Mason::ours() }
+    }
+
     /// Makes QEMU's process.
     async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = blocking(move || {
-            if start.user.is_none() {
-                return Ok(wall::in_session(&start.command.all_args(), None));
-            }
-            let wall = wall::of_qemu(&start.started, &start.command, &lent, &start.leavings().own_dir());
+            let own = start.leavings().own_dir();
+            let wall = wall::of_qemu(start.mason(), &start.started, &start.command, &lent, &own);
             wall.map_err(|e| unshown("QEMU", &e))
         });
         let wall = Some(wall.await??);

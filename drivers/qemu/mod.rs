@@ -47,7 +47,7 @@ mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
-use crate::host::access::Ledger;
+use crate::host::access::{self, Ledger};
 use crate::host::files::{Seen, What};
 use crate::host::resolve::Found;
 use crate::host::uids::{Uids, range_of};
@@ -497,9 +497,11 @@ impl Driver for QemuDriver {
             let what = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
             let lend = move |_: &_| {
                 needs::are_as_expected(&files)?;
-                let Some((user, ledger)) = user else { return Ok(()) };
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
-                let files = ledger.lend_more(&user, guest, &wants)?;
+                let files = match user {
+                    Some((user, ledger)) => ledger.lend_more(&user, guest, &wants)?,
+                    None => access::ours(&wants)?,
+                };
                 let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
                 shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
             };

@@ -3,7 +3,7 @@
 use super::capabilities::KVM;
 use super::plan::{Command, Companion, HostFile, Role};
 use crate::host::access::LentFile;
-use crate::host::wall::Wall;
+use crate::host::wall::{Maker, Wall, obstacle};
 use rustix::fs::FileType;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -12,10 +12,70 @@ use virt_model::domain::DomainDef;
 /// Names in arguments that are there for everybody, or for nobody.
 const KNOWN: [&str; 4] = ["/usr", "/proc", "/sys", "/dev/pts"];
 
+/// By whose rights a wall is made, and with them how what it shows is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mason(Maker);
+
+impl Mason {
+    /// Root, for users of guests.
+    pub const ROOT: Mason = Mason(Maker::Root);
+
+    /// Ourselves, for guests that run as we do; where this host does not let us, guests have the rest of a wall only. The first
+    /// call tries, and says so in the log.
+    pub fn ours() -> Mason {
+        match obstacle() {
+            None => Mason(Maker::Own),
+            Some(why) => {
+                static SAID: std::sync::Once = std::sync::Once::new();
+                SAID.call_once(|| {
+                    tracing::warn!(
+                        "guests of this session see all that its user does, since this host lets nobody but root make user \
+                         namespaces: {why}"
+                    );
+                });
+                Mason(Maker::Nobody)
+            }
+        }
+    }
+
+    /// What is at `path`, with the rights that it has; a link of somebody's leads root only to what is theirs.
+    fn find(self, path: &Path, write: bool) -> io::Result<Option<LentFile>> {
+        match self.0 {
+            Maker::Root => LentFile::unlent(path, write),
+            Maker::Own | Maker::Nobody => LentFile::ours(path, write),
+        }
+    }
+
+    /// What is on the host of those kinds under names in these arguments. It is shown with the rights that it has.
+    fn named(
+        self,
+        arguments: impl Iterator<Item = String>,
+        kinds: impl Fn(FileType) -> bool,
+    ) -> io::Result<Vec<LentFile>> {
+        let mut files = Vec::new();
+        for argument in arguments {
+            for name in paths_in(&argument) {
+                files.extend(self.find(&name, true)?.filter(|file| kinds(file.kind())));
+            }
+        }
+        Ok(files)
+    }
+}
+
 /// That of QEMU. `lent` are the files that it was lent, `own` is its own folder. Blocks.
-pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
+pub fn of_qemu(
+    mason: Mason,
+    def: &DomainDef,
+    command: &Command,
+    lent: &[LentFile],
+    own: &Path,
+) -> io::Result<Wall> {
     let args = command.all_args();
-    if let Some(socket) = sockets_made(&args).into_iter().find(|socket| !socket.starts_with(own)) {
+    if mason == Mason(Maker::Nobody) {
+        return Ok(Wall { maker: Maker::Nobody, uring: uses_uring(&args), ..Wall::default() });
+    }
+    let elsewhere: Vec<PathBuf> = sockets_made(&args).into_iter().filter(|socket| !socket.starts_with(own)).collect();
+    if let (Mason::ROOT, Some(socket)) = (mason, elsewhere.first()) {
         let why = format!(
             "{}: QEMU makes sockets in the guest's own folder only; leave their path out of the definition",
             socket.display()
@@ -29,21 +89,26 @@ pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path
             || def.devices.interfaces.iter().any(|card| card.host_card().is_some()),
         nodes: nodes(def, &command.files, lent),
         uring: uses_uring(&args),
+        maker: mason.0,
         ..Wall::default()
     };
     let shared = def.devices.filesystems.iter().filter(|shared| !shared.is_virtiofs());
     for shared in shared {
         let Some(folder) = shared.folder() else { continue };
-        let found = LentFile::unlent(Path::new(folder), !shared.readonly)?;
+        let found = mason.find(Path::new(folder), !shared.readonly)?;
         wall.files.extend(found.filter(|found| found.kind() == FileType::Directory));
     }
     let native = def.native.iter().flat_map(|native| {
         let arguments = native.arguments.iter().map(|argument| argument.value.clone());
         arguments.chain(native.environment.iter().filter_map(|variable| variable.value.clone()))
     });
-    wall.files.extend(named(native, |_| true)?);
+    wall.files.extend(mason.named(native, |_| true)?);
     let ends = |kind| matches!(kind, FileType::Socket | FileType::CharacterDevice | FileType::Fifo);
-    wall.files.extend(named(args.into_iter(), ends)?);
+    wall.files.extend(mason.named(args.into_iter(), ends)?);
+    // Who names a place of their own for a socket gives the guest that folder.
+    for folder in elsewhere.iter().filter_map(|socket| socket.parent()) {
+        wall.folder(folder, true)?;
+    }
     wall.folder(own, true)?;
     // What was judged comes last: it covers what a name means otherwise. What is read and written is written.
     let mut lent = lent.to_vec();
@@ -53,12 +118,17 @@ pub fn of_qemu(def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path
 }
 
 /// That of a companion. Blocks.
-pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
-    let mut wall = Wall { programs: vec![companion.program.clone()], scratch: true, ..Wall::default() };
+pub fn of_companion(mason: Mason, companion: &Companion, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
+    let shuts_itself_in = companion.needs_network || companion.privileged;
+    if mason != Mason::ROOT && (shuts_itself_in || mason == Mason(Maker::Nobody)) {
+        return Ok(Wall { maker: Maker::Nobody, shuts_itself_in, ..Wall::default() });
+    }
+    let mut wall =
+        Wall { programs: vec![companion.program.clone()], scratch: true, maker: mason.0, ..Wall::default() };
     // passt is the guest's way to the network; it and virtiofsd shut themselves in, for which they ask the kernel more.
     wall.network = companion.needs_network;
     wall.kernel = companion.needs_network || companion.privileged;
-    wall.shuts_itself_in = wall.kernel;
+    wall.shuts_itself_in = shuts_itself_in;
     wall.folder(own, true)?;
     let work = match &companion.role {
         Role::Maker { work, .. } => Some(work),
@@ -67,16 +137,10 @@ pub fn of_companion(companion: &Companion, lent: &[LentFile], own: &Path) -> io:
     for folder in companion.folders.iter().chain(work) {
         wall.folder(folder, true)?;
     }
-    wall.files.extend(named(companion.args.iter().cloned(), |kind| kind == FileType::Directory)?);
+    wall.files.extend(mason.named(companion.args.iter().cloned(), |kind| kind == FileType::Directory)?);
     let own = |file: &&LentFile| companion.files.iter().any(|one| one.path == file.path);
     wall.files.extend(lent.iter().filter(own).cloned());
     Ok(wall)
-}
-
-/// What is left of it on a session bus: nobody may mount there, or be another user.
-pub fn in_session(args: &[String], companion: Option<&Companion>) -> Wall {
-    let shuts_itself_in = companion.is_some_and(|companion| companion.needs_network || companion.privileged);
-    Wall { open: true, shuts_itself_in, uring: uses_uring(args), ..Wall::default() }
 }
 
 /// Sockets that QEMU is told to make by a path.
@@ -137,17 +201,6 @@ fn nodes(def: &DomainDef, files: &[HostFile], lent: &[LentFile]) -> Vec<PathBuf>
         nodes.extend(["/dev/snd".into(), "/dev/dsp".into()]);
     }
     nodes
-}
-
-/// What is on the host of those kinds under names in these arguments. It is shown with the rights that it has.
-fn named(arguments: impl Iterator<Item = String>, kinds: impl Fn(FileType) -> bool) -> io::Result<Vec<LentFile>> {
-    let mut files = Vec::new();
-    for argument in arguments {
-        for name in paths_in(&argument) {
-            files.extend(LentFile::unlent(&name, true)?.filter(|file| kinds(file.kind())));
-        }
-    }
-    Ok(files)
 }
 
 /// The absolute paths in an argument, in QEMU's ways to write them.

@@ -2,7 +2,9 @@
 
 use super::super::access::LentFile;
 use super::sys::{self, Hold};
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatvfs, mkdirat, mknodat, openat2};
+use rustix::fs::{
+    CWD, FileType, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, fstatvfs, mkdirat, mknodat, openat, openat2,
+};
 use rustix::mount::{UnmountFlags, unmount};
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,16 +25,44 @@ pub struct Tree {
     pub folder: bool,
 }
 
+/// How what was judged is found where its mount is made: only a file that was found in a mount namespace can be mounted there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It was found in this namespace: by its descriptor.
+    Held,
+    /// This namespace is a copy of the one it was found in: by its path, and it must be the same file.
+    Copied,
+}
+
+impl Origin {
+    /// A mount of what is behind `fd`, which was found at `path`; with those below it if `deep`.
+    pub fn mount(self, fd: &OwnedFd, path: &Path, deep: bool, hold: Hold) -> io::Result<OwnedFd> {
+        match self {
+            Origin::Held => sys::clone(fd, deep, hold),
+            Origin::Copied => {
+                let found = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+                let (judged, here) = (fstat(fd)?, fstat(&found)?);
+                if (judged.st_dev, judged.st_ino) != (here.st_dev, here.st_ino) {
+                    return Err(io::Error::other("it was replaced while it was looked at; try again"));
+                }
+                // A folder's mounts belong to it: without them what they cover would be seen, which the kernel refuses.
+                let folder = FileType::from_raw_mode(here.st_mode).is_dir();
+                sys::clone(&found, deep || folder, hold)
+            }
+        }
+    }
+}
+
 impl Tree {
-    /// A lent file. Must be made in the namespace that the file was found in.
-    pub fn of(file: &LentFile) -> io::Result<Tree> {
+    /// A lent file.
+    pub fn of(file: &LentFile, origin: Origin) -> io::Result<Tree> {
         let hold = Hold {
             read_only: !file.write,
             no_devices: !matches!(file.kind(), FileType::BlockDevice | FileType::CharacterDevice),
             no_programs: true,
         };
         let named = |e: io::Error| io::Error::new(e.kind(), format!("{}: {e}", file.path.display()));
-        let mount = sys::clone(&*file.fd, false, hold).map_err(named)?;
+        let mount = origin.mount(&file.fd, &file.path, false, hold).map_err(named)?;
         Ok(Tree { mount, at: file.path.clone(), folder: file.kind() == FileType::Directory })
     }
 }
@@ -46,8 +76,13 @@ impl Root {
         sys::put(&tree.mount, &at).map_err(named)
     }
 
+    /// Puts those that are not there yet where they are to be; each is of the file in the same place of `files`.
+    pub fn attach_new(&self, trees: &[Tree], files: &[LentFile]) -> io::Result<()> {
+        trees.iter().zip(files).filter(|(tree, file)| !self.has(&tree.at, file)).try_for_each(|(tree, _)| self.attach(tree))
+    }
+
     /// Whether that very file is at `path`, writable if it is to be written.
-    pub fn has(&self, path: &Path, file: &LentFile) -> bool {
+    fn has(&self, path: &Path, file: &LentFile) -> bool {
         let same = || {
             let there = self.find(path)?;
             let (there, stat) = (fstatvfs(&there)?, fstat(&there)?);
@@ -68,8 +103,13 @@ impl Root {
         if own || tree.folder || FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
             return Ok(());
         }
+        let gone = match unmount(through(&there), UnmountFlags::DETACH) {
+            // Among its processes we are none; then its root is ours.
+            Err(rustix::io::Errno::NOENT) => unmount(&tree.at, UnmountFlags::DETACH),
+            gone => gone,
+        };
         // What lies in a larger mount, e.g. in /usr, is covered.
-        match unmount(through(&there), UnmountFlags::DETACH) {
+        match gone {
             Err(rustix::io::Errno::INVAL) => Ok(()),
             gone => Ok(gone?),
         }

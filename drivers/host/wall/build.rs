@@ -1,8 +1,9 @@
 //! The calling thread goes behind a new wall.
 
-use super::attach::{Root, Tree};
+use super::attach::{Origin, Root, Tree};
 use super::sys::{self, Hold};
-use super::{Folder, Wall};
+use super::unprivileged::PTMX;
+use super::{Folder, Maker, Wall};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, chmodat, fstat, makedev, mkdirat, mknodat, openat, symlinkat};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
@@ -46,26 +47,44 @@ const NETWORK: [&str; 8] = [
 /// Devices that everybody may have.
 const DEVICES: [&str; 6] = ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom", "/dev/pts"];
 /// The maker of terminals. A node of our own: the kernel looks for `pts` beside it, where a mount has nothing beside it.
-const PTMX: (&str, u32, u32) = ("ptmx", 5, 2);
+const TERMINALS: (&str, u32, u32) = ("ptmx", 5, 2);
 
 /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more.
 pub fn enter(wall: &Wall) -> io::Result<()> {
-    let trees = trees(wall)?;
+    let trees = trees(wall, Origin::Held)?;
     let mut flags = CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWIPC;
     flags.set(CloneFlags::CLONE_NEWNET, !wall.network);
     unshare(flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
+    keep_to_itself()?;
+    raise(wall, &trees)
+}
+
+/// Takes this process, which has one thread and all but mounts of its own, behind the wall. On error it is of no use any more.
+pub fn enter_copy(wall: &Wall) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS).map_err(|e| explain("mounts of its own", io::Error::from(e)))?;
+    keep_to_itself()?;
+    let trees = trees(wall, Origin::Copied)?;
+    raise(wall, &trees)
+}
+
+/// What is mounted here from now on is here alone.
+fn keep_to_itself() -> io::Result<()> {
     mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(|e| {
         explain("mounts of its own (in a chroot, mount its folder onto itself first)", io::Error::from(e))
-    })?;
+    })
+}
+
+/// Makes a root of these trees, and goes into it.
+fn raise(wall: &Wall, trees: &[Tree]) -> io::Result<()> {
     let root = new_root().map_err(|e| explain("an empty root", e))?;
-    links(&root).map_err(|e| explain("links", e))?;
+    links(&root, wall.maker).map_err(|e| explain("links", e))?;
     let held = Hold { no_devices: true, no_programs: true, read_only: false };
     if wall.scratch {
         // Before what may be below it.
         let scratch = sys::file_system("tmpfs", SCRATCH, held).map_err(|e| explain("/tmp", e))?;
         root.attach(&Tree { mount: scratch, at: "/tmp".into(), folder: true })?;
     }
-    for tree in &trees {
+    for tree in trees {
         root.attach(tree)?;
     }
     let proc =
@@ -75,12 +94,12 @@ pub fn enter(wall: &Wall) -> io::Result<()> {
     pivot(&root).map_err(|e| explain("a root of its own", e))
 }
 
-fn explain(what: &str, error: io::Error) -> io::Error {
+pub fn explain(what: &str, error: io::Error) -> io::Error {
     io::Error::new(error.kind(), format!("it cannot be given {what}: {error}"))
 }
 
 /// Everything that is to be there, made while paths still mean what they mean to us; what contains others comes first.
-fn trees(wall: &Wall) -> io::Result<Vec<Tree>> {
+fn trees(wall: &Wall, origin: Origin) -> io::Result<Vec<Tree>> {
     let read_only = Hold { read_only: true, no_devices: true, no_programs: false };
     let data = Hold { no_programs: true, ..read_only };
     let mut trees = Vec::new();
@@ -108,11 +127,11 @@ fn trees(wall: &Wall) -> io::Result<Vec<Tree>> {
     }
     for Folder { path, fd, write } in &wall.folders {
         let hold = Hold { read_only: !write, no_devices: true, no_programs: true };
-        let mount = sys::clone(&**fd, true, hold).map_err(|e| explain(&path.display().to_string(), e))?;
+        let mount = origin.mount(fd, path, true, hold).map_err(|e| explain(&path.display().to_string(), e))?;
         trees.push(Tree { mount, at: path.clone(), folder: true });
     }
     for file in &wall.files {
-        trees.push(Tree::of(file)?);
+        trees.push(Tree::of(file, origin)?);
     }
     Ok(trees)
 }
@@ -143,16 +162,21 @@ fn new_root() -> io::Result<Root> {
 }
 
 /// The links that every program expects.
-fn links(root: &Root) -> io::Result<()> {
+fn links(root: &Root, maker: Maker) -> io::Result<()> {
     for path in PROGRAMS {
         if let Ok(target) = std::fs::read_link(path) {
             symlinkat(&target, &root.0, path.trim_start_matches('/'))?;
         }
     }
     let dev = root.place(Path::new("/dev"), true)?;
-    let (ptmx, major, minor) = PTMX;
-    mknodat(&dev, ptmx, FileType::CharacterDevice, Mode::from(0o666), makedev(major, minor))?;
-    chmodat(&dev, ptmx, Mode::from(0o666), AtFlags::empty())?;
+    let (ptmx, major, minor) = TERMINALS;
+    match maker {
+        Maker::Own => symlinkat(format!("/proc/self/fd/{PTMX}"), &dev, ptmx)?,
+        Maker::Root | Maker::Nobody => {
+            mknodat(&dev, ptmx, FileType::CharacterDevice, Mode::from(0o666), makedev(major, minor))?;
+            chmodat(&dev, ptmx, Mode::from(0o666), AtFlags::empty())?;
+        }
+    }
     for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         symlinkat(target, &dev, name)?;
     }

@@ -1,7 +1,7 @@
 //! System calls that nothing behind the wall may make. QEMU's own sandbox does the same for a part of them, later, and not
 //! for its companions.
 
-use super::Wall;
+use super::{Maker, Wall};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     apply_filter,
@@ -111,7 +111,7 @@ fn rules(wall: &Wall) -> Result<[(Rules, i32); 3], seccompiler::BackendError> {
             SeccompRule::new(vec![condition(SeccompCmpOp::MaskedEq(bit), bit)?])
         };
         forbidden.insert(libc::SYS_clone, NEW.iter().map(flag).collect::<Result<_, _>>()?);
-        let families = if wall.network || wall.open { &NETWORK[..] } else { &LOCAL[..] };
+        let families = if wall.network || wall.maker == Maker::Nobody { &NETWORK[..] } else { &LOCAL[..] };
         let others = families.iter().map(|family| condition(SeccompCmpOp::Ne, u64::from(family.cast_unsigned())));
         no_family.insert(libc::SYS_socket, vec![SeccompRule::new(others.collect::<Result<_, _>>()?)?]);
     }

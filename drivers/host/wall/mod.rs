@@ -10,8 +10,9 @@
 //!
 //! On top of it: a filter of system calls ([`calls`]), and Landlock where the kernel has it ([`second`]).
 //!
-//! There is no process namespace: QEMU would be its first process, for which signals mean something else, and `/proc` shows
-//! it no other's processes anyway.
+//! Root's wall has no process namespace: the guest has a user of its own, and `/proc` shows it no other's processes. Who is
+//! not root makes a wall in a user namespace ([`unprivileged`]), where all guests have one user, and each has processes of
+//! its own instead.
 
 mod attach;
 mod build;
@@ -19,6 +20,7 @@ mod calls;
 mod enter;
 mod second;
 mod sys;
+mod unprivileged;
 
 use super::access::LentFile;
 use std::io;
@@ -28,6 +30,7 @@ use std::sync::Arc;
 
 pub use enter::show;
 pub use sys::{Hold, file_system, put};
+pub use unprivileged::{PTMX, fork, obstacle, terminals};
 
 /// What there is within.
 #[derive(Clone, Debug, Default)]
@@ -50,8 +53,20 @@ pub struct Wall {
     pub shuts_itself_in: bool,
     /// It does its I/O by io_uring.
     pub uring: bool,
-    /// It sees what we see, since we may not make it a root of its own; all else of the wall stands.
-    pub open: bool,
+    /// By whose rights it is made.
+    pub maker: Maker,
+}
+
+/// By whose rights a wall is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Maker {
+    /// By root's, in a thread.
+    #[default]
+    Root,
+    /// By our own, whoever we are: in a user namespace, by [`fork`].
+    Own,
+    /// Nobody may make mounts: what is behind it sees what we see; all else of the wall is there.
+    Nobody,
 }
 
 /// A folder of the host's.
@@ -76,12 +91,17 @@ impl Wall {
         })
     }
 
-    /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more.
+    /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more. A wall of
+    /// [`Maker::Own`] is entered by [`fork`].
     pub fn enter(&self) -> io::Result<()> {
-        if !self.open {
+        if self.maker != Maker::Nobody {
             build::enter(self)?;
         }
-        // A second lock, for what has no place in the first: no mount is made after it.
+        self.lock()
+    }
+
+    /// A second lock, for what has no place in the first: no mount is made after it.
+    fn lock(&self) -> io::Result<()> {
         second::lock(self).map_err(|e| io::Error::other(format!("it cannot be held to its files: {e}")))?;
         calls::filter(self).map_err(|e| io::Error::other(format!("system calls cannot be filtered: {e}")))
     }

@@ -1,7 +1,7 @@
 //! A second lock behind the wall, where the kernel has one: Landlock. What is run, made and removed is held to folders, and
 //! signals and abstract sockets reach nobody outside.
 
-use super::Wall;
+use super::{Maker, Wall};
 use super::build::{PROGRAMS, STORES, home_of};
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
@@ -26,7 +26,7 @@ fn changes() -> landlock::BitFlags<AccessFs> {
 /// Locks the calling thread, and what it makes, in; as far as this kernel can. Who shuts themselves in mounts, which nobody
 /// may who is locked so.
 pub fn lock(wall: &Wall) -> Result<(), landlock::RulesetError> {
-    if wall.shuts_itself_in || wall.open {
+    if wall.shuts_itself_in || wall.maker == Maker::Nobody {
         return Ok(());
     }
     let run = AccessFs::Execute;

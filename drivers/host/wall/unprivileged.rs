@@ -1,0 +1,188 @@
+//! Walls that need no root: in a user namespace, of whoever we are.
+//!
+//! ```text
+//!   us ──fork──▶ maker: namespaces of users, processes, IPC, the network ──clone──▶ child of ours: mounts, locks ─▶ work
+//!    ◀── number ───┘ (ends)
+//! ```
+//!
+//! Only a process with one thread may go into a user namespace, so the wall is made between fork and exec. The C library keeps
+//! its heap in order across a fork, and nothing of what is done there takes another lock that a thread of ours might hold.
+
+use super::super::access::LentFile;
+use super::attach::{Origin, Root, Tree};
+use super::build::{self, explain};
+use super::{Maker, Wall};
+use nix::sched::{CloneFlags, setns, unshare};
+use rustix::fs::{CWD, Mode, OFlags, openat};
+use std::convert::Infallible;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{OwnedFd, RawFd};
+use std::sync::OnceLock;
+
+/// The descriptor of the host's maker of terminals, an `O_PATH` one, which a process behind such a wall has: a node of its own
+/// would do nothing there, and a mount of the host's finds no terminals beside it.
+pub const PTMX: RawFd = 198;
+
+/// That descriptor; `None` where there is no such device.
+pub fn terminals() -> Option<OwnedFd> {
+    openat(CWD, "/dev/ptmx", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).ok()
+}
+
+/// What the maker says first: it made the child, whose number follows, or why it did not.
+const MADE: u8 = 0;
+const FAILED: u8 = 1;
+
+/// Makes a process behind the wall, a child of ours and the first of its own process namespace, which does `work`; that is told
+/// whether all of the wall could be made. Threads of ours other than the calling one do not exist there.
+pub fn fork(wall: &Wall, work: impl FnOnce(io::Result<()>) -> Infallible) -> io::Result<libc::pid_t> {
+    let (mut said, say) = pipe()?;
+    // SAFETY: getuid and getgid have no conditions.
+    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    // SAFETY: what the child does is said above; it never returns.
+    let maker = match unsafe { libc::fork() } {
+        -1 => return Err(io::Error::last_os_error()),
+        0 => make(wall, (user, group), (said, say), work),
+        maker => maker,
+    };
+    drop(say);
+    let mut word = [FAILED, 0, 0, 0, 0];
+    let heard = said.read_exact(&mut word);
+    let made = match word {
+        [MADE, number @ ..] if heard.is_ok() => Ok(i32::from_ne_bytes(number)),
+        _ => {
+            let mut why = String::from_utf8_lossy(&word[1..]).into_owned();
+            said.read_to_string(&mut why)?;
+            Err(io::Error::other(why.trim_matches(['\0', ' ']).to_owned()))
+        }
+    };
+    reap(maker);
+    made
+}
+
+/// The maker's whole life, and that of its child.
+fn make(
+    wall: &Wall,
+    (user, group): (libc::uid_t, libc::gid_t),
+    (said, mut say): (File, File),
+    work: impl FnOnce(io::Result<()>) -> Infallible,
+) -> ! {
+    drop(said);
+    // SAFETY: this process has one thread; its child goes on with a copy of all that it has, and does not return from here.
+    let child = namespaces(wall, user, group).and_then(|()| match unsafe {
+        libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
+    } {
+        -1 => Err(io::Error::last_os_error()),
+        child => Ok(child as i32),
+    });
+    let word = match child {
+        Ok(0) => {
+            drop(say);
+            match work(go_behind(wall)) {}
+        }
+        Ok(child) => [&[MADE][..], &child.to_ne_bytes()].concat(),
+        Err(why) => [&[FAILED][..], format!("{why:<4}").as_bytes()].concat(),
+    };
+    let _ = say.write_all(&word);
+    // SAFETY: ends this process, and runs nothing of what its copy of us would have run at an end.
+    unsafe { libc::_exit(0) }
+}
+
+/// Everything of its own but mounts, which need its first process.
+fn namespaces(wall: &Wall, user: libc::uid_t, group: libc::gid_t) -> io::Result<()> {
+    let mut flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC;
+    flags.set(CloneFlags::CLONE_NEWNET, !wall.network);
+    unshare(flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
+    // Whoever is somebody here is the same within; of others there is nobody.
+    let write = |file: &str, text: String| {
+        let written = File::options().write(true).open(format!("/proc/self/{file}"));
+        let written = written.and_then(|mut file| file.write_all(text.as_bytes()));
+        written.map_err(|e| explain(&format!("a user ({file})"), e))
+    };
+    write("setgroups", "deny".to_owned())?;
+    write("uid_map", format!("{user} {user} 1"))?;
+    write("gid_map", format!("{group} {group} 1"))
+}
+
+fn go_behind(wall: &Wall) -> io::Result<()> {
+    build::enter_copy(wall)?;
+    wall.lock()?;
+    give_up_capabilities();
+    Ok(())
+}
+
+/// The next program has none, root's of a user namespace neither.
+fn give_up_capabilities() {
+    // The last of them is not known: the kernel refuses what is beyond it.
+    for right in 0..=63 {
+        // SAFETY: changes a property of this process.
+        unsafe { libc::prctl(libc::PR_CAPBSET_DROP, right, 0, 0, 0) };
+    }
+}
+
+/// Why no such wall can be made on this host, if so; found out once.
+pub fn obstacle() -> Option<&'static str> {
+    static FOUND: OnceLock<Option<String>> = OnceLock::new();
+    let find = || {
+        let wall = Wall { maker: Maker::Own, ..Wall::default() };
+        in_child(|| Ok(()), |work| fork(&wall, |entered| work(entered))).err().map(|e| e.to_string())
+    };
+    FOUND.get_or_init(find).as_deref()
+}
+
+/// As [`super::show`], to a process in a user namespace, whose user and mount namespaces these are.
+pub fn show(user: &OwnedFd, mounts: &OwnedFd, files: &[LentFile]) -> io::Result<()> {
+    let work = || {
+        setns(user, CloneFlags::CLONE_NEWUSER)?;
+        // A copy of our mounts that is its user's: mounts can be made of it, and put where it sees them.
+        unshare(CloneFlags::CLONE_NEWNS)?;
+        let trees = files.iter().map(|file| Tree::of(file, Origin::Copied)).collect::<io::Result<Vec<_>>>()?;
+        setns(mounts, CloneFlags::CLONE_NEWNS)?;
+        let root = Root(openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?);
+        root.attach_new(&trees, files)
+    };
+    // SAFETY: what the child does is said above; it never returns.
+    in_child(work, |work| match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => match work(Ok(())) {},
+        child => Ok(child),
+    })
+}
+
+/// Runs `work` in a process that `fork` makes, unless that says why not, and waits for its end; gives what either failed with.
+fn in_child(
+    work: impl FnOnce() -> io::Result<()>,
+    fork: impl FnOnce(Box<dyn FnOnce(io::Result<()>) -> Infallible + '_>) -> io::Result<libc::pid_t>,
+) -> io::Result<()> {
+    let (mut said, mut say) = pipe()?;
+    let child = {
+        let say = &mut say;
+        fork(Box::new(move |ready| {
+            if let Err(why) = ready.and_then(|()| work()) {
+                let _ = say.write_all(why.to_string().as_bytes());
+            }
+            // SAFETY: ends this process, and runs nothing of what its copy of us would have run at an end.
+            unsafe { libc::_exit(0) }
+        }))?
+    };
+    drop(say);
+    let mut why = String::new();
+    let read = said.read_to_string(&mut why);
+    reap(child);
+    read?;
+    if why.is_empty() { Ok(()) } else { Err(io::Error::other(why)) }
+}
+
+fn pipe() -> io::Result<(File, File)> {
+    let (read, write) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+    Ok((read.into(), write.into()))
+}
+
+/// Waits for the end of a child that is about to end.
+fn reap(child: libc::pid_t) {
+    if let Some(child) = rustix::process::Pid::from_raw(child) {
+        let _ = rustix::io::retry_on_intr(|| {
+            rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty())
+        });
+    }
+}
