@@ -7,7 +7,7 @@ use super::access::{self, Ledger, LentFile, Want};
 use super::resolve::Found;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
-use super::wall::{self, Wall};
+use super::wall::{self, Maker, Wall};
 use super::workers::Stop;
 use rustix::fs::FileType;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -15,7 +15,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -119,14 +120,19 @@ pub struct InnerSnapshot {
 }
 
 /// Files lent for a while, whatever else is lent meanwhile.
-pub struct Lent(Option<(Arc<Ledger>, Uuid, Shelf)>);
+pub struct Lent {
+    /// By whom it is given back, if it is more than shown.
+    ledger: Option<Arc<Ledger>>,
+    holder: Uuid,
+    shelf: Shelf,
+}
 
 impl Drop for Lent {
     fn drop(&mut self) {
-        if let Some((ledger, holder, lent)) = &self.0 {
-            lent.lock().unwrap_or_else(PoisonError::into_inner).retain(|(number, _)| number != holder);
-            ledger.give_back(*holder);
-            ledger.leave(*holder);
+        self.shelf.lock().unwrap_or_else(PoisonError::into_inner).retain(|(number, _)| *number != self.holder);
+        if let Some(ledger) = &self.ledger {
+            ledger.give_back(self.holder);
+            ledger.leave(self.holder);
         }
     }
 }
@@ -161,10 +167,13 @@ impl Images {
 
     /// Lends images to QEMU's user until what is returned is dropped.
     pub fn lend(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
-        let Some((user, ledger)) = &self.user else { return Ok(Lent(None)) };
-        let holder = ledger.join(self.guest);
-        let lent = Lent(Some((ledger.clone(), holder, self.lent.clone())));
-        let files = ledger.lend(user, holder, &wants(images))?;
+        let ledger = self.user.as_ref().map(|(_, ledger)| ledger.clone());
+        let holder = ledger.as_ref().map_or_else(Uuid::new_v4, |ledger| ledger.join(self.guest));
+        let lent = Lent { ledger, holder, shelf: self.lent.clone() };
+        let files = match &self.user {
+            Some((user, ledger)) => ledger.lend(user, holder, &wants(images))?,
+            None => access::ours(&wants(images))?,
+        };
         self.lent.lock().unwrap_or_else(PoisonError::into_inner).push((holder, files));
         Ok(lent)
     }
@@ -172,12 +181,8 @@ impl Images {
     /// The same, and the running guest finds them so, too.
     pub fn lend_with_guest(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
         let lent = self.lend(images)?;
-        if self.user.is_none() {
-            self.show(&access::ours(&wants(images))?)?;
-        }
-        let number = lent.0.as_ref().map(|(_, number, _)| *number);
         let all = self.lent.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let files = all.into_iter().filter(|(holder, _)| Some(*holder) == number).flat_map(|(_, files)| files);
+        let files = all.into_iter().filter(|(holder, _)| *holder == lent.holder).flat_map(|(_, files)| files);
         let named = files.filter(|file| images.iter().any(|(path, _)| *path == file.path));
         self.show(&named.collect::<Vec<_>>())?;
         Ok(lent)
@@ -277,8 +282,13 @@ impl Images {
         self.stop.check()?;
         let mut done = || finish(&mut command, &self.stop, deed != LOOK);
         let done = match &self.user {
-            None => done(),
             Some(_) => self.wall().within(done).and_then(|done| done),
+            None if wall::obstacle().is_some() => done(),
+            None => {
+                let walled = wall_in(&mut command, Wall { maker: Maker::Own, no_processes: true, ..self.wall() });
+                walled
+                    .and_then(|why| finish(&mut command, &self.stop, deed != LOOK).map_err(|e| why.told().unwrap_or(e)))
+            }
         };
         let done = done.map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => DriverError::Unsupported(NOT_INSTALLED.to_owned()),
@@ -353,6 +363,33 @@ fn named(chain: &[(PathBuf, String)]) -> OsString {
     format!("json:{below}").into()
 }
 
+/// What a child says in our memory before it runs its program.
+struct Words(File);
+
+impl Words {
+    /// What it said, if it failed.
+    fn told(&self) -> Option<io::Error> {
+        let (mut text, mut from) = (String::new(), &self.0);
+        let read = from.rewind().and_then(|()| from.read_to_string(&mut text));
+        (read.is_ok() && !text.is_empty()).then(|| io::Error::other(text))
+    }
+}
+
+/// The program will run behind that wall, of our own making; what of it could not be made is told in what is returned.
+fn wall_in(command: &mut Command, wall: Wall) -> io::Result<Words> {
+    let words = File::from(rustix::fs::memfd_create("wall", rustix::fs::MemfdFlags::CLOEXEC)?);
+    let theirs = words.try_clone()?;
+    // SAFETY: what is done between fork and exec is what `wall::fork` says.
+    unsafe {
+        command.pre_exec(move || {
+            wall.enter_process().inspect_err(|why| {
+                let _ = (&theirs).write_all(why.to_string().as_bytes());
+            })
+        });
+    }
+    Ok(Words(words))
+}
+
 /// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order.
 fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output> {
     let mut child = command.spawn()?;
@@ -404,6 +441,7 @@ mod tests {
             let (images, path, begins) = (images.clone(), pipe.clone(), started.clone());
             let look = workers.run(errand, move |stop| {
                 begins.notify_one();
+                let _lent = images.lend(&[(path.clone(), false)])?;
                 images.within(stop).info(&path, "qcow2")
             });
             let cancelling = async {

@@ -159,7 +159,9 @@ fn read_report(error: &mut File) -> io::Result<Vec<u8>> {
         let ready = rustix::io::retry_on_intr(|| poll(&mut ready, left.as_ref().ok()))?;
         let mut some = [0; 512];
         match (ready, report.len() < 4096) {
-            (0, _) => return Err(io::Error::new(io::ErrorKind::TimedOut, "its process does not come to run the program")),
+            (0, _) => {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "its process does not come to run the program"));
+            }
             (_, false) => return Ok(report),
             _ => match error.read(&mut some)? {
                 0 => return Ok(report),

@@ -221,9 +221,8 @@ async fn a_wall_that_needs_no_root_shows_what_was_given() {
     );
     let said = behind_own(Wall { files, ..Wall::default() }, &script).await;
     let us = nix::unistd::geteuid();
-    let wanted = format!(
-        "1\n{us}\ngiven\nRead-only\nNo such\n/run\n3\n/dev/null\nNoNewPrivs:\t1\nCapBnd:\t0000000000000000"
-    );
+    let wanted =
+        format!("1\n{us}\ngiven\nRead-only\nNo such\n/run\n3\n/dev/null\nNoNewPrivs:\t1\nCapBnd:\t0000000000000000");
     assert_eq!(said, wanted);
     assert_eq!(std::fs::read_to_string(&given).unwrap(), "given");
 }
@@ -256,7 +255,8 @@ async fn a_wall_that_cannot_be_made_is_told_and_leaves_no_process() {
         Ok(())
     };
     let error = spawn(Plan { wall: Some(&wall), ..plan(&args, &[], &output) }, recorded).err().unwrap().to_string();
-    let why = format!("/bin/sh cannot be walled in: {}: it was replaced while it was looked at; try again", path.display());
+    let why =
+        format!("/bin/sh cannot be walled in: {}: it was replaced while it was looked at; try again", path.display());
     assert_eq!(error, why);
     assert_eq!(text(&output), "");
     assert!(!Path::new(&format!("/proc/{pid}")).exists());

@@ -21,11 +21,11 @@ use virt_model::driver::DriverError;
 /// The largest template of firmware variables; those of real firmware have less than a megabyte.
 const MAX_TEMPLATE: u64 = 64 << 20;
 
-/// Makes an empty file for QEMU's user to write to, where nothing is: QEMU itself may not be allowed to make it there.
+/// Makes an empty file for `user` (us, if `None`) to write to, where nothing is: behind its wall QEMU has no place to make it.
+/// What is there is left as it is.
 pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
-    let Some(user) = user else { return Ok(()) };
-    match Place::resolve(path, true)?.create(0o640) {
-        Ok(file) => fchown(&file, Some(user.uid), Some(user.gid)),
+    match Place::resolve(path, user.is_some())?.create(0o640) {
+        Ok(file) => user.map_or(Ok(()), |user| fchown(&file, Some(user.uid), Some(user.gid))),
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
         Err(e) => Err(e),
     }

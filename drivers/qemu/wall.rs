@@ -46,6 +46,14 @@ impl Mason {
         }
     }
 
+    /// The folder of what is to be made there: who names a place of their own for it gives the guest that folder. Root's guests
+    /// have none but their own.
+    fn room_for(self, path: &Path) -> io::Result<Option<LentFile>> {
+        let folder = path.parent().filter(|folder| self != Mason::ROOT && folder.parent().is_some());
+        let found = folder.map_or(Ok(None), |folder| self.find(folder, true))?;
+        Ok(found.filter(|found| found.kind() == FileType::Directory))
+    }
+
     /// What is on the host of those kinds under names in these arguments. It is shown with the rights that it has.
     fn named(
         self,
@@ -63,13 +71,7 @@ impl Mason {
 }
 
 /// That of QEMU. `lent` are the files that it was lent, `own` is its own folder. Blocks.
-pub fn of_qemu(
-    mason: Mason,
-    def: &DomainDef,
-    command: &Command,
-    lent: &[LentFile],
-    own: &Path,
-) -> io::Result<Wall> {
+pub fn of_qemu(mason: Mason, def: &DomainDef, command: &Command, lent: &[LentFile], own: &Path) -> io::Result<Wall> {
     let args = command.all_args();
     if mason == Mason(Maker::Nobody) {
         return Ok(Wall { maker: Maker::Nobody, uring: uses_uring(&args), ..Wall::default() });
@@ -102,12 +104,15 @@ pub fn of_qemu(
         let arguments = native.arguments.iter().map(|argument| argument.value.clone());
         arguments.chain(native.environment.iter().filter_map(|variable| variable.value.clone()))
     });
-    wall.files.extend(mason.named(native, |_| true)?);
+    for argument in native {
+        for name in paths_in(&argument) {
+            wall.files.extend(mason.find(&name, true)?.map_or_else(|| mason.room_for(&name), |there| Ok(Some(there)))?);
+        }
+    }
     let ends = |kind| matches!(kind, FileType::Socket | FileType::CharacterDevice | FileType::Fifo);
     wall.files.extend(mason.named(args.into_iter(), ends)?);
-    // Who names a place of their own for a socket gives the guest that folder.
-    for folder in elsewhere.iter().filter_map(|socket| socket.parent()) {
-        wall.folder(folder, true)?;
+    for socket in &elsewhere {
+        wall.files.extend(mason.room_for(socket)?);
     }
     wall.folder(own, true)?;
     // What was judged comes last: it covers what a name means otherwise. What is read and written is written.
@@ -123,8 +128,7 @@ pub fn of_companion(mason: Mason, companion: &Companion, lent: &[LentFile], own:
     if mason != Mason::ROOT && (shuts_itself_in || mason == Mason(Maker::Nobody)) {
         return Ok(Wall { maker: Maker::Nobody, shuts_itself_in, ..Wall::default() });
     }
-    let mut wall =
-        Wall { programs: vec![companion.program.clone()], scratch: true, maker: mason.0, ..Wall::default() };
+    let mut wall = Wall { programs: vec![companion.program.clone()], scratch: true, maker: mason.0, ..Wall::default() };
     // passt is the guest's way to the network; it and virtiofsd shut themselves in, for which they ask the kernel more.
     wall.network = companion.needs_network;
     wall.kernel = companion.needs_network || companion.privileged;

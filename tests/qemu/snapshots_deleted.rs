@@ -17,6 +17,7 @@ const SINCE: u8 = 0x22;
 /// A tick with a second disk, of which a snapshot has been taken and to whose overlay much has been written.
 struct Trial {
     daemon: Daemon,
+    name: String,
     player: Player,
     tick: Tick,
     base: PathBuf,
@@ -46,7 +47,7 @@ impl Trial {
         tick.xml = tick.xml.replacen("<serial", &second, 1);
         let client = Client { connection: daemon.connect().await };
         let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
-        let trial = Trial { daemon, player, tick, base, overlay, mib };
+        let trial = Trial { daemon, name: name.to_owned(), player, tick, base, overlay, mib };
         trial.write(&trial.base, BEFORE, 4);
         let xml = format!(
             "<domainsnapshot><name>one</name><disks><disk name='vdb'><source file='{}'/></disk></disks></domainsnapshot>",
@@ -137,9 +138,18 @@ impl Trial {
         self.player.domain = Domain { client, path: self.player.domain.path.clone() };
     }
 
+    /// QEMU may write the base from now on, which it was shown to be read; virtd does so when it merges.
+    fn base_is_written(&self) {
+        let qemu = self.daemon.qemu_of(&self.name).expect("it runs").to_string();
+        let into = ["--target", &qemu, "--user", "--preserve-credentials", "--mount", "--pid", "--"];
+        let base = self.base.to_string_lossy();
+        run(&self.daemon, "nsenter", &[&into[..], &["mount", "-o", "remount,bind,rw", &base]].concat());
+    }
+
     /// Somebody talks to the guest's QEMU while no virtd does.
     async fn by_hand(&mut self, deeds: impl FnOnce(&mut Monitor)) {
         self.daemon.kill_virtd().await;
+        self.base_is_written();
         let sockets = found(&self.daemon.root(), &|path| path.file_name().is_some_and(|name| name == "monitor.sock"));
         let monitor = UnixStream::connect(&sockets[0]).expect("QEMU listens");
         monitor.set_read_timeout(Some(PATIENCE)).expect("a limit");

@@ -78,7 +78,11 @@ impl Root {
 
     /// Puts those that are not there yet where they are to be; each is of the file in the same place of `files`.
     pub fn attach_new(&self, trees: &[Tree], files: &[LentFile]) -> io::Result<()> {
-        trees.iter().zip(files).filter(|(tree, file)| !self.has(&tree.at, file)).try_for_each(|(tree, _)| self.attach(tree))
+        trees
+            .iter()
+            .zip(files)
+            .filter(|(tree, file)| !self.has(&tree.at, file))
+            .try_for_each(|(tree, _)| self.attach(tree))
     }
 
     /// Whether that very file is at `path`, writable if it is to be written.

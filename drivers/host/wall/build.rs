@@ -69,9 +69,8 @@ pub fn enter_copy(wall: &Wall) -> io::Result<()> {
 
 /// What is mounted here from now on is here alone.
 fn keep_to_itself() -> io::Result<()> {
-    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(|e| {
-        explain("mounts of its own (in a chroot, mount its folder onto itself first)", io::Error::from(e))
-    })
+    mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        .map_err(|e| explain("mounts of its own (in a chroot, mount its folder onto itself first)", io::Error::from(e)))
 }
 
 /// Makes a root of these trees, and goes into it.
@@ -87,10 +86,12 @@ fn raise(wall: &Wall, trees: &[Tree]) -> io::Result<()> {
     for tree in trees {
         root.attach(tree)?;
     }
-    let proc =
-        if wall.kernel { &[("hidepid", "invisible")][..] } else { &[("hidepid", "invisible"), ("subset", "pid")] };
-    let proc = sys::file_system("proc", proc, held).map_err(|e| explain("/proc", e))?;
-    root.attach(&Tree { mount: proc, at: "/proc".into(), folder: true })?;
+    if !wall.no_processes {
+        let only = [("hidepid", "invisible"), ("subset", "pid")];
+        let proc = sys::file_system("proc", if wall.kernel { &only[..1] } else { &only }, held);
+        let proc = proc.map_err(|e| explain("/proc", e))?;
+        root.attach(&Tree { mount: proc, at: "/proc".into(), folder: true })?;
+    }
     pivot(&root).map_err(|e| explain("a root of its own", e))
 }
 

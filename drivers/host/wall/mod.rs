@@ -55,6 +55,8 @@ pub struct Wall {
     pub uring: bool,
     /// By whose rights it is made.
     pub maker: Maker,
+    /// It has no `/proc`: it is among our processes, and nobody but root shows those.
+    pub no_processes: bool,
 }
 
 /// By whose rights a wall is made.
@@ -98,6 +100,12 @@ impl Wall {
             build::enter(self)?;
         }
         self.lock()
+    }
+
+    /// Takes the calling process, which must have one thread, behind a wall of [`Maker::Own`] with `no_processes`. On error it is of
+    /// no use any more.
+    pub fn enter_process(&self) -> io::Result<()> {
+        unprivileged::enter(self)
     }
 
     /// A second lock, for what has no place in the first: no mount is made after it.

@@ -1,8 +1,8 @@
 //! A second lock behind the wall, where the kernel has one: Landlock. What is run, made and removed is held to folders, and
 //! signals and abstract sockets reach nobody outside.
 
-use super::{Maker, Wall};
 use super::build::{PROGRAMS, STORES, home_of};
+use super::{Maker, Wall};
 use landlock::{
     ABI, Access, AccessFs, CompatLevel, Compatible, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
     Scope,

@@ -37,12 +37,10 @@ const FAILED: u8 = 1;
 /// whether all of the wall could be made. Threads of ours other than the calling one do not exist there.
 pub fn fork(wall: &Wall, work: impl FnOnce(io::Result<()>) -> Infallible) -> io::Result<libc::pid_t> {
     let (mut said, say) = pipe()?;
-    // SAFETY: getuid and getgid have no conditions.
-    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
     // SAFETY: what the child does is said above; it never returns.
     let maker = match unsafe { libc::fork() } {
         -1 => return Err(io::Error::last_os_error()),
-        0 => make(wall, (user, group), (said, say), work),
+        0 => make(wall, (said, say), work),
         maker => maker,
     };
     drop(say);
@@ -61,19 +59,14 @@ pub fn fork(wall: &Wall, work: impl FnOnce(io::Result<()>) -> Infallible) -> io:
 }
 
 /// The maker's whole life, and that of its child.
-fn make(
-    wall: &Wall,
-    (user, group): (libc::uid_t, libc::gid_t),
-    (said, mut say): (File, File),
-    work: impl FnOnce(io::Result<()>) -> Infallible,
-) -> ! {
+fn make(wall: &Wall, (said, mut say): (File, File), work: impl FnOnce(io::Result<()>) -> Infallible) -> ! {
     drop(said);
     // SAFETY: this process has one thread; its child goes on with a copy of all that it has, and does not return from here.
-    let child = namespaces(wall, user, group).and_then(|()| match unsafe {
-        libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0)
-    } {
-        -1 => Err(io::Error::last_os_error()),
-        child => Ok(child as i32),
+    let child = namespaces(wall).and_then(|()| {
+        match unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_PARENT | libc::SIGCHLD, 0, 0, 0, 0) } {
+            -1 => Err(io::Error::last_os_error()),
+            child => Ok(child as i32),
+        }
     });
     let word = match child {
         Ok(0) => {
@@ -89,8 +82,11 @@ fn make(
 }
 
 /// Everything of its own but mounts, which need its first process.
-fn namespaces(wall: &Wall, user: libc::uid_t, group: libc::gid_t) -> io::Result<()> {
-    let mut flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWPID | CloneFlags::CLONE_NEWIPC;
+fn namespaces(wall: &Wall) -> io::Result<()> {
+    // SAFETY: they have no conditions.
+    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    let mut flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWIPC;
+    flags.set(CloneFlags::CLONE_NEWPID, !wall.no_processes);
     flags.set(CloneFlags::CLONE_NEWNET, !wall.network);
     unshare(flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
     // Whoever is somebody here is the same within; of others there is nobody.
@@ -102,6 +98,12 @@ fn namespaces(wall: &Wall, user: libc::uid_t, group: libc::gid_t) -> io::Result<
     write("setgroups", "deny".to_owned())?;
     write("uid_map", format!("{user} {user} 1"))?;
     write("gid_map", format!("{group} {group} 1"))
+}
+
+/// Takes the calling process, which has one thread, behind a wall without processes of its own.
+pub fn enter(wall: &Wall) -> io::Result<()> {
+    namespaces(wall)?;
+    go_behind(wall)
 }
 
 fn go_behind(wall: &Wall) -> io::Result<()> {
@@ -181,8 +183,7 @@ fn pipe() -> io::Result<(File, File)> {
 /// Waits for the end of a child that is about to end.
 fn reap(child: libc::pid_t) {
     if let Some(child) = rustix::process::Pid::from_raw(child) {
-        let _ = rustix::io::retry_on_intr(|| {
-            rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty())
-        });
+        let _ =
+            rustix::io::retry_on_intr(|| rustix::process::waitpid(Some(child), rustix::process::WaitOptions::empty()));
     }
 }
