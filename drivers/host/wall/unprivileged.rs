@@ -127,7 +127,7 @@ pub fn obstacle() -> Option<&'static str> {
     static FOUND: OnceLock<Option<String>> = OnceLock::new();
     let find = || {
         let wall = Wall { maker: Maker::Own, ..Wall::default() };
-        in_child(|| Ok(()), |work| fork(&wall, |entered| work(entered))).err().map(|e| e.to_string())
+        in_child(|| Ok(()), |work| fork(&wall, work)).err().map(|e| e.to_string())
     };
     FOUND.get_or_init(find).as_deref()
 }
