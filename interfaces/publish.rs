@@ -237,7 +237,7 @@ mod tests {
     use std::collections::HashMap;
     use virt_model::state::{Defined, DomainState, Started, StateReason, Suspended};
     use virt_service::error::Error as ServiceError;
-    use virt_service::facts::JobState;
+    use virt_service::facts::{ConfigFacts, JobState};
     use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
     fn facts(state: DomainState) -> DomainFacts {
@@ -251,13 +251,15 @@ mod tests {
             since_usec: 1,
             persistent: true,
             autostart: false,
-            title: "a title".into(),
-            description: String::new(),
-            os_type: "hvm".into(),
-            vcpus: 1,
-            maximum_vcpus: 2,
-            memory: 1 << 30,
-            maximum_memory: 1 << 31,
+            config: Arc::new(ConfigFacts {
+                title: "a title".into(),
+                os_type: "hvm".into(),
+                vcpus: 1,
+                maximum_vcpus: 2,
+                memory: 1 << 30,
+                maximum_memory: 1 << 31,
+                ..ConfigFacts::default()
+            }),
             has_managed_save: false,
             config_changed: false,
             current_snapshot: Some("before upgrade".into()),

@@ -2,9 +2,11 @@
 
 use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
+use crate::facts::ConfigFacts;
 use crate::registry::Claimed;
 use crate::shared::{Shared, virtd_itself};
 use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
+use crate::stored::StoredDef;
 use crate::time::now_usec;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -39,8 +41,8 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
         snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
     // Where two have one name, it is whose it was.
     definitions.sort_by_key(|stored| match &stored.found {
-        Found::Sound(def) if def.name == stored.note.name => 0,
-        Found::Sound(_) => 1,
+        Found::Sound { name, .. } if *name == stored.note.name => 0,
+        Found::Sound { .. } => 1,
         Found::Broken { .. } => 2,
     });
     for stored in definitions {
@@ -134,33 +136,35 @@ fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
 /// Makes a domain of a stored configuration; of one that cannot be used, a broken one that says why.
 fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored, snapshots: Loaded) -> Result<()> {
     let Stored { uuid, note, found } = stored;
-    let (def, broken) = match found {
-        Found::Sound(def) if shared.driver_for(&def.kind).is_none() => {
-            let why = format!("no driver serves domains of type '{}' in this virtd", def.kind);
-            (DomainDef { kind: def.kind, name: def.name, uuid, ..DomainDef::default() }, Some(why))
+    let (name, kind, sound) = match found {
+        Found::Sound { name, kind, .. } if shared.driver_for(&kind).is_none() => {
+            let why = format!("no driver serves domains of type '{kind}' in this virtd");
+            (name, kind, Err(why))
         }
-        Found::Sound(def) => match domains.look(uuid, &def.name) {
-            Ok(_) => (*def, None),
-            Err(e) => (DomainDef { kind: def.kind, uuid, ..DomainDef::default() }, Some(e.to_string())),
+        Found::Sound { name, kind, stored } => match domains.look(uuid, &name) {
+            Ok(_) => (name, kind, Ok(*stored)),
+            Err(e) => (String::new(), kind, Err(e.to_string())),
         },
         Found::Broken { why, name, kind } => {
             let name = Some(note.name.clone()).filter(|name| !name.is_empty()).or(name).unwrap_or_default();
-            (DomainDef { kind: kind.unwrap_or_default(), name, uuid, ..DomainDef::default() }, Some(why))
+            (name, kind.unwrap_or_default(), Err(why))
         }
     };
     let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
-    let driver = likely_driver(shared, &note, &def.kind)?;
-    let mut def = def;
-    if broken.is_some() && (def.name.is_empty() || domains.look(uuid, &def.name).is_err()) {
-        // Nobody knows its name, or another has it.
-        def.name = uuid.to_string();
-    }
-    enter(
-        shared,
-        domains,
-        DomainSeed { def: Arc::new(def), persistent: true, broken, driver, note, ended, snapshots },
-    )?;
+    let driver = likely_driver(shared, &note, &kind)?;
+    // Nobody may know its name, or another has it.
+    let nameless = sound.is_err() && (name.is_empty() || domains.look(uuid, &name).is_err());
+    let name = if nameless { uuid.to_string() } else { name };
+    let (stored, broken) = match sound {
+        Ok(stored) => (stored, None),
+        Err(why) => {
+            let def = DomainDef { kind, name: name.clone(), uuid, ..DomainDef::default() };
+            (StoredDef::stand_in(&def), Some(why))
+        }
+    };
+    let (config, stored) = (stored.config.clone(), Some(Arc::new(stored)));
+    enter(shared, domains, DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots })?;
     Ok(())
 }
 
@@ -172,7 +176,7 @@ fn likely_driver(shared: &Shared, note: &Note, kind: &str) -> Result<Arc<dyn Dri
 
 /// Registers a domain found on disk.
 fn enter(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Result<Arc<Domain>> {
-    match domains.claim(birth.def.uuid, &birth.def.name, birth.note.owner, usize::MAX)? {
+    match domains.claim(birth.uuid, &birth.name, birth.note.owner, usize::MAX)? {
         Claimed::Existing(domain) => Ok(domain),
         Claimed::New => {
             let domain = Domain::new(shared, domains, birth);
@@ -205,7 +209,7 @@ impl Search {
     ) -> Result<Option<Search>> {
         let noted = status.is_some();
         let known = domains.get(uuid);
-        let stored = known.as_ref().and_then(|domain| domain.stored());
+        let stored = known.as_ref().map(|domain| domain.stored()).transpose()?.flatten();
         let status = match status {
             Some(Ok(status)) => status,
             unread => {
@@ -226,11 +230,12 @@ impl Search {
             None => {
                 let note = Note { owner: status.owner, ..Note::default() };
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
-                let (def, driver) = (live.clone(), driver.clone());
+                let (name, driver) = (live.name.clone(), driver.clone());
+                let (config, stored, broken) = (Arc::new(ConfigFacts::of(&live)), None, None);
                 enter(
                     shared,
                     domains,
-                    DomainSeed { def, persistent: false, broken: None, driver, note, ended, snapshots },
+                    DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots },
                 )?
             }
         };

@@ -5,10 +5,12 @@ use crate::authz::{Action, Answer, Caller, Subject};
 use crate::desk::Seat;
 use crate::domain::{Domain, DomainSeed, StartOptions};
 use crate::error::{Error, Result};
+use crate::facts::ConfigFacts;
 use crate::job::Ticket;
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
-use crate::store::{self, Ended, Note, on_disk};
+use crate::store::{Ended, Note, on_disk};
+use crate::stored::StoredDef;
 use crate::time::now_usec;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
@@ -16,7 +18,7 @@ use std::time::Instant;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::{Driver, DriverError};
 use virt_model::state::StateReason;
-use virt_model::xml::{Finding, FindingKind, refusals};
+use virt_model::xml::{Finding, FindingKind, Limits, refusals};
 
 impl Service {
     /// Stores a configuration: a new domain, or another configuration for the one with its uuid and name. `validate`
@@ -36,7 +38,7 @@ impl Service {
     fn warn_of_frozen(&self, domain: Arc<Domain>) {
         let shared = self.shared.clone();
         tokio::spawn(async move {
-            let Some(def) = domain.stored() else { return };
+            let Ok(Some(def)) = domain.stored() else { return };
             for finding in shared.images.frozen_in(&def).await {
                 tracing::warn!(uuid = %def.uuid, name = def.name, "{finding}");
             }
@@ -44,17 +46,16 @@ impl Service {
     }
 
     async fn define_inner(&self, caller: &Caller, xml: &str, validate: bool) -> Result<Arc<Domain>> {
-        let (def, driver, claimed) = self.accept(caller, xml, &[&verb::DEFINE], validate).await?;
+        let Accepted { def, stored, driver, claimed } = self.accept(caller, xml, &[&verb::DEFINE], validate).await?;
         match claimed {
             Claimed::Existing(domain) => {
-                domain.redefine(def).await?;
+                domain.redefine(&def, stored).await?;
                 Ok(domain)
             }
             Claimed::New => {
-                let domain = self.new_domain(caller, driver, def.clone(), true).await?;
-                let (name, uuid) = (def.name.clone(), def.uuid);
-                if let Err(e) = domain.store(def).await {
-                    self.domains.remove(uuid, &name, caller.uid);
+                let domain = self.new_domain(caller, driver, &def, Some(stored.clone())).await?;
+                if let Err(e) = domain.store(stored, &def.name).await {
+                    self.domains.remove(def.uuid, &def.name, caller.uid);
                     return Err(e);
                 }
                 domain.add();
@@ -75,14 +76,15 @@ impl Service {
     }
 
     async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let (def, driver, claimed) = self.accept(caller, xml, &[&verb::CREATE, &verb::START], false).await?;
+        let accepted = self.accept(caller, xml, &[&verb::CREATE, &verb::START], false).await?;
+        let Accepted { def, driver, claimed, .. } = accepted;
         match claimed {
             Claimed::Existing(domain) => {
                 let ticket = domain.launch(caller, Some(def), options).await?;
                 Ok((domain, ticket))
             }
             Claimed::New => {
-                let domain = self.new_domain(caller, driver, def.clone(), false).await?;
+                let domain = self.new_domain(caller, driver, &def, None).await?;
                 self.domains.insert(domain.clone());
                 // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
                 let ticket = domain.launch(caller, Some(def), options).await?;
@@ -132,7 +134,7 @@ impl Service {
         }
         // What is refused as it is, is not kept: whether it could be read again then is not worth the room.
         if findings.iter().all(|finding| finding.kind != FindingKind::Invalid)
-            && let Err(Error::ConfigInvalid(found)) = readable(def, &seat).await
+            && let Err(Error::ConfigInvalid(found)) = readable(&def, &seat).await
         {
             add_findings(&mut findings, found);
         }
@@ -170,13 +172,7 @@ impl Service {
     }
 
     /// Reads a document, asks for permission for all of `verbs`, completes it, and claims its name and uuid.
-    async fn accept(
-        &self,
-        caller: &Caller,
-        xml: &str,
-        verbs: &[&Verb],
-        validate: bool,
-    ) -> Result<(Arc<DomainDef>, Arc<dyn Driver>, Claimed<Domain>)> {
+    async fn accept(&self, caller: &Caller, xml: &str, verbs: &[&Verb], validate: bool) -> Result<Accepted> {
         let mut seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let driver = self.driver_for(&def.kind)?;
@@ -210,14 +206,14 @@ impl Service {
         })?;
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
-        let def = readable(def, &seat).await?;
+        let stored = readable(&def, &seat).await?;
         if validate {
             refuse(driver.check(&def).await)?;
             refuse(unmet(&*driver, &def).await)?;
         }
         self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;
-        Ok((def, driver, claimed))
+        Ok(Accepted { def, stored, driver, claimed })
     }
 
     /// Whether a caller may do all of this. Asks nobody.
@@ -272,8 +268,8 @@ impl Service {
         &self,
         caller: &Caller,
         driver: Arc<dyn Driver>,
-        def: Arc<DomainDef>,
-        persistent: bool,
+        def: &DomainDef,
+        stored: Option<Arc<StoredDef>>,
     ) -> Result<Arc<Domain>> {
         let note = Note { owner: caller.uid, ..Note::default() };
         let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
@@ -286,11 +282,10 @@ impl Service {
                 return Err(e);
             }
         };
-        Ok(Domain::new(
-            &self.shared,
-            &self.domains,
-            DomainSeed { def, persistent, broken: None, driver, note, ended, snapshots },
-        ))
+        let config = stored.as_ref().map_or_else(|| Arc::new(ConfigFacts::of(def)), |stored| stored.config.clone());
+        let (name, broken) = (def.name.clone(), None);
+        let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots };
+        Ok(Domain::new(&self.shared, &self.domains, seed))
     }
 
     fn driver_for(&self, kind: &str) -> Result<Arc<dyn Driver>> {
@@ -317,6 +312,16 @@ impl Service {
             Err(e) => log::refused(caller, verb, begun, e),
         }
     }
+}
+
+/// A document that may be a domain's configuration.
+struct Accepted {
+    def: Arc<DomainDef>,
+    /// The same as it would be stored.
+    stored: Arc<StoredDef>,
+    driver: Arc<dyn Driver>,
+    /// Its name and uuid.
+    claimed: Claimed<Domain>,
 }
 
 /// What a machine needs of the host and is not there now. Permission to name files has been given.
@@ -353,15 +358,15 @@ fn new_name(def: &DomainDef) -> Result<(), Finding> {
 
 /// Puts back what somebody who was not shown all of a domain's configuration means to keep of it.
 fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec<Finding>> {
-    let known = existing.map(Domain::known).unwrap_or_default();
+    let known = existing.map_or_else(|| Ok(Vec::new()), Domain::known);
+    let known = known.map_err(|e| vec![Finding::anywhere(FindingKind::Invalid, "/", e.to_string())])?;
     def.keep_hidden(&known.iter().map(|def| &**def).collect::<Vec<_>>())
 }
 
-/// Gives back a configuration that can be read again as it would be stored and shown; refuses any other.
-async fn readable(def: Arc<DomainDef>, seat: &Seat) -> Result<Arc<DomainDef>> {
-    let readable = seat.work(move || match store::acceptable(&def) {
-        Ok(()) => Ok(def),
-        Err(message) => Err(Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)])),
-    });
-    readable.await
+/// The configuration as it is stored; refuses one that could not be read again as it would be stored and shown.
+async fn readable(def: &Arc<DomainDef>, seat: &Seat) -> Result<Arc<StoredDef>> {
+    let def = def.clone();
+    let written = seat.work(move || StoredDef::write(&def, Limits::ACCEPTED)).await;
+    let refused = |message| Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)]);
+    written.map(Arc::new).map_err(refused)
 }

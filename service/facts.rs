@@ -1,7 +1,9 @@
 //! All that is published of each kind of object, at one moment: what the service tells, and the bus shows.
 
 use crate::error::Error;
+use std::sync::Arc;
 use uuid::Uuid;
+use virt_model::domain::DomainDef;
 use virt_model::state::{DomainState, StateReason};
 
 /// All that is published of a domain, at one moment.
@@ -26,19 +28,7 @@ pub struct DomainFacts {
     /// Starts with the host.
     pub autostart: bool,
     /// Of what runs while active.
-    pub title: String,
-    /// Of what runs while active.
-    pub description: String,
-    /// `hvm` and the like.
-    pub os_type: String,
-    /// Present.
-    pub vcpus: u32,
-    /// Possible.
-    pub maximum_vcpus: u32,
-    /// Bytes.
-    pub memory: u64,
-    /// Bytes.
-    pub maximum_memory: u64,
+    pub config: Arc<ConfigFacts>,
     /// A managed save image exists.
     pub has_managed_save: bool,
     /// The stored configuration differs from what runs.
@@ -51,6 +41,48 @@ pub struct DomainFacts {
     pub owner: u32,
     /// Empty, or why its files cannot be used.
     pub broken: String,
+}
+
+/// All that is published of a configuration.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ConfigFacts {
+    /// As much of it as is published.
+    pub title: Box<str>,
+    /// As much of it as is published.
+    pub description: Box<str>,
+    /// `hvm` and the like.
+    pub os_type: Box<str>,
+    /// Present.
+    pub vcpus: u32,
+    /// Possible.
+    pub maximum_vcpus: u32,
+    /// Bytes.
+    pub memory: u64,
+    /// Bytes.
+    pub maximum_memory: u64,
+}
+
+impl ConfigFacts {
+    /// Of a definition.
+    pub fn of(def: &DomainDef) -> ConfigFacts {
+        ConfigFacts {
+            title: published(def.title.as_deref().unwrap_or_default()).into(),
+            description: published(def.description.as_deref().unwrap_or_default()).into(),
+            os_type: def.os_type().into(),
+            vcpus: def.vcpus(),
+            maximum_vcpus: def.maximum_vcpus(),
+            memory: def.current_memory_kib().saturating_mul(1024),
+            maximum_memory: def.memory_kib().saturating_mul(1024),
+        }
+    }
+}
+
+/// How much of a title or description is published, in bytes: a few long ones must not make every listing too large.
+pub(crate) const PUBLISHED: usize = 4096;
+
+/// As much of a text as is published; `GetXML` has all of it.
+pub(crate) fn published(text: &str) -> &str {
+    &text[..text.floor_char_boundary(PUBLISHED)]
 }
 
 /// All that is published of a snapshot, at one moment.

@@ -46,6 +46,15 @@ pub(crate) struct Chain {
     pub fixed: usize,
 }
 
+/// The images of a disk: what is asked of all machines' disks, without the rest of their configurations.
+#[derive(Debug)]
+pub(crate) struct DiskImages {
+    /// The disk's target, e.g. `vda`.
+    pub target: Box<str>,
+    /// From the topmost image down.
+    pub files: Box<[PathBuf]>,
+}
+
 /// What is to become of a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
@@ -312,14 +321,18 @@ fn is_written(disk: &Disk) -> bool {
     !disk.readonly && disk.transient.is_none() && disk.device() != DiskDevice::Cdrom
 }
 
-/// The chains of a configuration; `whose` says whose it is.
-pub(crate) fn chains_of(domain: Uuid, whose: &str, def: &DomainDef, into: &mut Vec<Chain>) {
-    for disk in &def.devices.disks {
-        let files = disk.files();
-        let whose = format!("{whose} (disk '{}')", disk.target.dev);
-        if !files.is_empty() && !into.iter().any(|chain| chain.whose == whose && chain.files == files) {
-            into.push(Chain { domain, whose, files, fixed: 1 });
-        }
+/// The images of each disk of a configuration that has any.
+pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
+    let disks = def.devices.disks.iter();
+    let images = disks.map(|disk| DiskImages { target: (*disk.target.dev).into(), files: disk.files().into() });
+    images.filter(|disk| !disk.files.is_empty())
+}
+
+/// The chain of a disk; `whose` says whose it is.
+pub(crate) fn chains_of(domain: Uuid, whose: &str, disk: &DiskImages, into: &mut Vec<Chain>) {
+    let whose = format!("{whose} (disk '{}')", disk.target);
+    if !into.iter().any(|chain| chain.whose == whose && *chain.files == *disk.files) {
+        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1 });
     }
 }
 

@@ -21,6 +21,7 @@ mod registry;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
+mod stored;
 mod time;
 mod turn;
 pub mod verb;

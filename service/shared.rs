@@ -7,6 +7,7 @@ use crate::events::Events;
 use crate::images::Images;
 use crate::job::Jobs;
 use crate::store::{Store, on_disk};
+use crate::stored::Readings;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use tokio_util::sync::CancellationToken;
@@ -47,6 +48,7 @@ pub(crate) struct Shared {
     pub limits: Limits,
     pub images: Arc<Images>,
     pub desk: Arc<Desk>,
+    pub readings: Readings,
     last_id: AtomicU32,
 }
 
@@ -71,6 +73,7 @@ impl Shared {
             limits,
             images,
             desk: Desk::new(limits.reading),
+            readings: Readings::default(),
             last_id: AtomicU32::new(0),
         })
     }

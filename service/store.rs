@@ -21,6 +21,7 @@ pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::stored::StoredDef;
 use crate::time::now_usec;
 use nix::fcntl::OFlag;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -31,10 +32,10 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
-use virt_model::domain::{DomainDef, Form};
+use virt_model::domain::DomainDef;
 use virt_model::driver::Recorder;
 use virt_model::state::{DomainState, StateReason};
-use virt_model::xml::{Limits, shorten, unreadable};
+use virt_model::xml::{Limits, unreadable};
 
 /// The folders of one virtd.
 #[derive(Clone, Debug)]
@@ -71,7 +72,11 @@ pub(crate) struct Stored {
 /// What a stored configuration says.
 #[derive(Debug)]
 pub(crate) enum Found {
-    Sound(Box<DomainDef>),
+    Sound {
+        name: String,
+        kind: String,
+        stored: Box<StoredDef>,
+    },
     /// Why it cannot be used, and its name and type as far as they can be made out.
     Broken {
         why: String,
@@ -85,12 +90,6 @@ const JOBS_OF_A_RUN: u64 = 1_000_000_000;
 
 /// The largest file of our own that is read, in bytes.
 const MAX_FILE: u64 = 64 << 20;
-
-/// Refuses a configuration that could not be read again where it is shown, stored and given back. To be asked before
-/// anything is begun.
-pub(crate) fn acceptable(def: &DomainDef) -> Result<(), String> {
-    def.write_readable(Form::STORED, Limits::ACCEPTED).map(drop)
-}
 
 /// Why a domain is shut off, and since when.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
@@ -152,11 +151,9 @@ impl Store {
     }
 
     /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
-    /// Nothing is written of one that could not be read again.
-    pub fn save_definition(&self, uuid: Uuid, def: &DomainDef, note: &Note) -> Result<()> {
-        let text = def.write_readable(Form::STORED, Limits::STORED).map_err(|why| not_kept(&def.name, &why))?;
+    pub fn save_definition(&self, uuid: Uuid, stored: &StoredDef, note: &Note) -> Result<()> {
         self.save_note(uuid, note)?;
-        replace(&self.definition(uuid), text.as_bytes())
+        replace(&self.definition(uuid), stored.text().as_bytes())
     }
 
     pub fn save_note(&self, uuid: Uuid, note: &Note) -> Result<()> {
@@ -387,7 +384,10 @@ fn read_definition(path: &Path, uuid: Uuid) -> Found {
     };
     let text = String::from_utf8_lossy(&text);
     match DomainDef::parse_within(&text, Limits::STORED) {
-        Ok(def) if def.uuid == uuid => Found::Sound(Box::new(def)),
+        Ok(def) if def.uuid == uuid => {
+            let stored = Box::new(StoredDef::new(&def, text));
+            Found::Sound { name: def.name, kind: def.kind, stored }
+        }
         Ok(def) => {
             let why = format!("{} holds the domain {}", path.display(), def.uuid);
             Found::Broken { why, name: Some(def.name), kind: Some(def.kind) }
@@ -400,11 +400,6 @@ fn read_definition(path: &Path, uuid: Uuid) -> Found {
             Found::Broken { why, name: name.filter(|name| !name.is_empty()), kind }
         }
     }
-}
-
-/// Why a configuration is not stored.
-fn not_kept(name: &str, why: &str) -> Error {
-    Error::OperationUnsupported(format!("the configuration of domain '{}' is not kept: {why}", shorten(name)))
 }
 
 /// A plain file's content, as far as one of our own is read.

@@ -1,12 +1,14 @@
 //! The configuration: read, redefine, undefine, rename, autostart, title, description, metadata.
 
 use super::Domain;
-use super::state::{PUBLISHED, State};
+use super::state::State;
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::events::Event;
+use crate::facts::PUBLISHED;
 use crate::lock::lock;
 use crate::store::{Note, on_disk};
+use crate::stored::StoredDef;
 use crate::verb::{self, Verb};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -14,7 +16,7 @@ use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::{DomainEnd, DriverError};
 use virt_model::state::{Defined, Lifecycle, Undefined};
-use virt_model::xml::shorten;
+use virt_model::xml::{Limits, shorten};
 
 /// What runs and what is stored.
 pub(super) type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
@@ -58,7 +60,7 @@ impl Domain {
             true => self.allow(caller, Action::ReadSecure).await?,
             false => self.allow(caller, verb::GET_XML.action).await?,
         }
-        let (live, stored) = self.configurations();
+        let (live, stored) = self.configurations()?;
         if live.is_none() || form.inactive {
             self.sound()?;
         }
@@ -72,7 +74,7 @@ impl Domain {
         if affect.live && affect.config {
             return Err(Error::InvalidArgument("give 'live' or 'config', not both: one text is returned".to_owned()));
         }
-        let (live, stored) = self.configurations();
+        let (live, stored) = self.configurations()?;
         if live.is_none() || affect.config {
             self.sound()?;
         }
@@ -91,25 +93,25 @@ impl Domain {
     }
 
     /// Replaces the stored configuration by a completed one of the same uuid and name.
-    pub(crate) async fn redefine(self: &Arc<Self>, def: Arc<DomainDef>) -> Result<()> {
+    pub(crate) async fn redefine(self: &Arc<Self>, def: &DomainDef, stored: Arc<StoredDef>) -> Result<()> {
         let _turn = self.take_turn(verb::DEFINE.word, &tokio_util::sync::CancellationToken::new()).await?;
         if self.sound().is_ok() {
             self.finish_interrupted_soon().await?;
         }
-        self.fits(&def, &self.name())?;
+        self.fits(def, &self.name())?;
         let first = {
             let mut state = lock(&self.state);
             state.still_here()?;
             state.being_stored = true;
             state.stored.is_none()
         };
-        if let Err(e) = self.store(def.clone()).await {
+        if let Err(e) = self.store(stored.clone(), &def.name).await {
             lock(&self.state).being_stored = false;
             self.drop_if_nothing_left();
             return Err(e);
         }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
-        self.all_told().await.commit(|state| state.has_stored(def, told));
+        self.all_told().await.commit(|state| state.has_stored(stored, told));
         Ok(())
     }
 
@@ -135,7 +137,7 @@ impl Domain {
     /// Removes the stored configuration. An active domain goes on as a transient one.
     pub async fn undefine(self: &Arc<Self>, caller: &Caller, options: UndefineOptions) -> Result<()> {
         self.short(caller, &verb::UNDEFINE, async {
-            let (live, stored) = self.configurations();
+            let (live, stored) = self.configurations()?;
             let stored = stored.ok_or_else(|| self.vanished())?;
             let belongings = self.driver.belongings(&stored).await;
             self.nothing_bars(live.is_some(), &belongings, options)?;
@@ -166,7 +168,7 @@ impl Domain {
     /// What `undefine` would remove of the host's files with the same options, or why it would be refused. Changes nothing.
     pub async fn check_undefine(&self, caller: &Caller, options: UndefineOptions) -> Result<Result<Vec<PathBuf>>> {
         self.allow(caller, verb::CHECK_UNDEFINE.action).await?;
-        let (live, stored) = self.configurations();
+        let (live, stored) = self.configurations()?;
         let Some(stored) = stored else { return Ok(Err(self.vanished())) };
         let belongings = self.driver.belongings(&stored).await;
         Ok(self.nothing_bars(live.is_some(), &belongings, options).map(|()| belongings))
@@ -232,28 +234,28 @@ impl Domain {
     /// Gives an inactive, persistent domain another name.
     pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
         self.short(caller, &verb::RENAME, async {
-            let stored = self.stored().ok_or_else(|| self.vanished())?;
+            let def = self.stored()?.ok_or_else(|| self.vanished())?;
             crate::registry::check_new_name("domain", name)?;
-            let def = renamed(&stored, name)?;
+            let stored = self.to_store(renamed(&def, name)?).await?;
             self.domains.claim_name(self.uuid, name)?;
-            if let Err(e) = self.store(def.clone()).await {
+            if let Err(e) = self.store(stored.clone(), name).await {
                 self.domains.drop_name(name);
                 return Err(e);
             }
-            self.commit_rename(def).await;
-            self.domains.drop_name(&stored.name);
+            self.commit_rename(name, stored).await;
+            self.domains.drop_name(&def.name);
             Ok(())
         })
         .await
     }
 
     /// Tells of a rename: the old name goes, the new one comes.
-    async fn commit_rename(&self, def: Arc<DomainDef>) {
+    async fn commit_rename(&self, name: &str, stored: Arc<StoredDef>) {
         let told = self.all_told().await;
         self.shared.events.send(Event::Domain(self.facts(), vec![Lifecycle::Undefined(Undefined::Renamed)]));
         told.commit(|state| {
-            state.name.clone_from(&def.name);
-            state.has_stored(def, Lifecycle::Defined(Defined::Renamed))
+            name.clone_into(&mut state.name);
+            state.has_stored(stored, Lifecycle::Defined(Defined::Renamed))
         });
     }
 
@@ -342,19 +344,23 @@ impl Domain {
         stored: Option<Arc<DomainDef>>,
         update: Update,
     ) -> Result<()> {
+        let stored = match stored {
+            Some(def) => Some((def.name.clone(), self.to_store(def).await?)),
+            None => None,
+        };
         if let Some(live) = &live {
             self.keep_live(live).await?;
         }
-        if let Some(stored) = &stored
-            && let Err(e) = self.store(stored.clone()).await
+        if let Some((name, stored)) = &stored
+            && let Err(e) = self.store(stored.clone(), name).await
         {
-            if let (Some(_), Some(before)) = (&live, self.configurations().0) {
+            if let (Some(_), Some(before)) = (&live, self.live()) {
                 self.keep_live(&before).await.unwrap_or_else(|e| tracing::warn!(uuid = %self.uuid, "{e}"));
             }
             return Err(e);
         }
         self.all_told().await.commit(|state| {
-            let events = state.edited(live, stored);
+            let events = state.edited(live, stored.map(|(_, stored)| stored));
             if update == Update::Whole { events } else { Vec::new() }
         });
         Ok(())
@@ -362,7 +368,7 @@ impl Domain {
 
     /// The definitions a change is for: live, stored.
     pub(super) fn affected(&self, verb: &Verb, affect: Affect) -> Result<Configurations> {
-        let (live, stored) = self.configurations();
+        let (live, stored) = self.configurations()?;
         if affect.live && live.is_none() {
             return Err(self.not_active(&format!("something to {} in what runs", verb.word)));
         }
@@ -373,11 +379,21 @@ impl Domain {
         Ok((live.filter(|_| both || affect.live), stored.filter(|_| both || affect.config)))
     }
 
-    /// Puts a stored configuration on disk.
-    pub(crate) async fn store(&self, def: Arc<DomainDef>) -> Result<()> {
-        let note = Note { name: def.name.clone(), ..lock(&self.state).note(self.owner, &*self.driver) };
+    /// A configuration as it is to be stored. Error: `OperationUnsupported` if it could not be read again.
+    pub(super) async fn to_store(&self, def: Arc<DomainDef>) -> Result<Arc<StoredDef>> {
+        let name = def.name.clone();
+        let written = crate::desk::aside(move || StoredDef::write(&def, Limits::STORED)).await;
+        written.map(Arc::new).map_err(|why| {
+            let name = shorten(&name);
+            Error::OperationUnsupported(format!("the configuration of domain '{name}' is not kept: {why}"))
+        })
+    }
+
+    /// Puts a stored configuration on disk, in which it has this name.
+    pub(crate) async fn store(&self, stored: Arc<StoredDef>, name: &str) -> Result<()> {
+        let note = Note { name: name.to_owned(), ..lock(&self.state).note(self.owner, &*self.driver) };
         let (shared, uuid) = (self.shared.clone(), self.uuid);
-        on_disk(move || shared.store.save_definition(uuid, &def, &note)).await
+        on_disk(move || shared.store.save_definition(uuid, &stored, &note)).await
     }
 
     /// Notes the configuration of what runs; a guest that has just ended needs no note.
@@ -387,21 +403,29 @@ impl Domain {
         on_disk(move || status.update(|s| s.live = text)).await
     }
 
+    /// What runs.
+    pub(super) fn live(&self) -> Option<Arc<DomainDef>> {
+        lock(&self.state).live().cloned()
+    }
+
     /// What is stored.
-    pub(crate) fn stored(&self) -> Option<Arc<DomainDef>> {
-        lock(&self.state).stored.clone()
+    pub(crate) fn stored(&self) -> Result<Option<Arc<DomainDef>>> {
+        Ok(self.configurations()?.1)
     }
 
     /// Its configurations, that first which a new one takes the place of.
-    pub(crate) fn known(&self) -> Vec<Arc<DomainDef>> {
-        let (live, stored) = self.configurations();
-        stored.into_iter().chain(live).collect()
+    pub(crate) fn known(&self) -> Result<Vec<Arc<DomainDef>>> {
+        let (live, stored) = self.configurations()?;
+        Ok(stored.into_iter().chain(live).collect())
     }
 
     /// What runs and what is stored.
-    pub(super) fn configurations(&self) -> Configurations {
-        let state = lock(&self.state);
-        (state.live().cloned(), state.stored.clone())
+    pub(super) fn configurations(&self) -> Result<Configurations> {
+        let (live, stored) = {
+            let state = lock(&self.state);
+            (state.live().cloned(), state.stored.clone())
+        };
+        Ok((live, stored.map(|stored| self.shared.readings.of(&stored)).transpose()?))
     }
 
     fn not_active(&self, what: &str) -> Error {
@@ -424,15 +448,15 @@ impl Domain {
 }
 
 impl State {
-    pub(super) fn has_stored(&mut self, def: Arc<DomainDef>, told: Lifecycle) -> Vec<Lifecycle> {
-        self.stored = Some(def);
+    pub(super) fn has_stored(&mut self, stored: Arc<StoredDef>, told: Lifecycle) -> Vec<Lifecycle> {
+        self.stored = Some(stored);
         self.broken = None;
         self.being_stored = false;
         self.compare_configs();
         vec![told]
     }
 
-    pub(super) fn edited(&mut self, live: Option<Arc<DomainDef>>, stored: Option<Arc<DomainDef>>) -> Vec<Lifecycle> {
+    pub(super) fn edited(&mut self, live: Option<Arc<DomainDef>>, stored: Option<Arc<StoredDef>>) -> Vec<Lifecycle> {
         if let (Some(guest), Some(live)) = (self.guest.as_mut(), live) {
             guest.live = live;
         }

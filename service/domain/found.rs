@@ -58,8 +58,8 @@ impl Domain {
 
     /// The same where nothing is known of the guest, nor can it be looked for.
     pub(crate) fn may_run(&self, why: &Error) {
+        let Ok(Some(live)) = self.stored() else { return };
         let mut state = lock(&self.state);
-        let Some(live) = state.stored.clone() else { return };
         state.sought = Some(Sought { id: 0, live, why: Some(why.to_string()) });
     }
 

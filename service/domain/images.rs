@@ -2,7 +2,7 @@
 
 use super::{Domain, Domains};
 use crate::error::Error;
-use crate::images::{Chain, Machines, Overlay, chains_of, chains_of_snapshot, overlays_of};
+use crate::images::{Chain, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of};
 use crate::lock::lock;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -33,8 +33,11 @@ impl Domain {
         let state = lock(&self.state);
         let whose = format!("domain '{}'", state.name);
         let mut chains = Vec::new();
-        for def in state.guest.iter().map(|guest| &guest.live).chain(&state.stored) {
-            chains_of(self.uuid, &whose, def, &mut chains);
+        if let Some(guest) = &state.guest {
+            images_of(&guest.live).for_each(|disk| chains_of(self.uuid, &whose, &disk, &mut chains));
+        }
+        if let Some(stored) = &state.stored {
+            stored.disks.iter().for_each(|disk| chains_of(self.uuid, &whose, disk, &mut chains));
         }
         state.snapshots.defs().for_each(|def| chains_of_snapshot(self.uuid, &state.name, def, &mut chains));
         chains
@@ -45,7 +48,8 @@ impl Domain {
         let state = lock(&self.state);
         let mut chains = Vec::new();
         if let Some(guest) = &state.guest {
-            chains_of(self.uuid, &format!("domain '{}'", state.name), &guest.live, &mut chains);
+            let whose = format!("domain '{}'", state.name);
+            images_of(&guest.live).for_each(|disk| chains_of(self.uuid, &whose, &disk, &mut chains));
         }
         chains
     }

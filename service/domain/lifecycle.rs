@@ -119,14 +119,20 @@ impl Domain {
     /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
     /// another name by now.
     fn def_to_start(&self, given: Option<&Arc<DomainDef>>) -> Result<Arc<DomainDef>> {
-        let state = lock(&self.state);
-        state.still_here()?;
-        state.is_inactive()?;
-        state.sound()?;
-        match given.or(state.stored.as_ref()) {
-            Some(def) => self.fits(def, &state.name).map(|()| def.clone()),
-            None => Err(Error::NoSuchDomain { what: "name", value: state.name.clone() }),
-        }
+        let (name, stored) = {
+            let state = lock(&self.state);
+            state.still_here()?;
+            state.is_inactive()?;
+            state.sound()?;
+            (state.name.clone(), state.stored.clone())
+        };
+        let def = match (given, stored) {
+            (Some(def), _) => def.clone(),
+            (None, Some(stored)) => self.shared.readings.of(&stored)?,
+            (None, None) => return Err(Error::NoSuchDomain { what: "name", value: name }),
+        };
+        self.fits(&def, &name)?;
+        Ok(def)
     }
 
     /// Refuses what the driver says cannot run here.

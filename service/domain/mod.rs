@@ -24,18 +24,18 @@ pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, Reve
 use crate::authz::Subject;
 use crate::error::{Error, Result};
 use crate::events::Event;
-use crate::facts::DomainFacts;
+use crate::facts::{ConfigFacts, DomainFacts};
 use crate::lock::lock;
 use crate::registry::{Object, Registry};
 use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
+use crate::stored::StoredDef;
 use crate::turn::Turn;
 use snapshots::set::SnapshotSet;
-use state::{State, describe};
+use state::State;
 use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use uuid::Uuid;
-use virt_model::domain::DomainDef;
 use virt_model::driver::Driver;
 use virt_model::state::{Defined, DomainState, Lifecycle};
 
@@ -69,10 +69,13 @@ impl Object for Domain {
 
 /// How a new `Domain` comes to be.
 pub(crate) struct DomainSeed {
-    /// Its configuration; of a transient domain that of its guest, or of the one about to start.
-    pub def: Arc<DomainDef>,
-    pub persistent: bool,
-    /// Why the stored configuration cannot be used; `def` then has only its name, type and uuid.
+    pub uuid: Uuid,
+    pub name: String,
+    /// What is published of its configuration; of a transient domain of that of its guest, or of the one about to start.
+    pub config: Arc<ConfigFacts>,
+    /// Its stored configuration; a transient domain has none.
+    pub stored: Option<Arc<StoredDef>>,
+    /// Why the stored configuration cannot be used; `stored` then has only its name, type and uuid.
     pub broken: Option<String>,
     pub driver: Arc<dyn Driver>,
     pub note: Note,
@@ -83,8 +86,8 @@ pub(crate) struct DomainSeed {
 
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
-        let (uuid, name) = (birth.def.uuid, birth.def.name.clone());
-        let facts = DomainFacts {
+        let (uuid, name) = (birth.uuid, birth.name);
+        let facts = Arc::new(DomainFacts {
             name: name.clone(),
             uuid,
             id: 0,
@@ -92,23 +95,16 @@ impl Domain {
             state: DomainState::Shutoff,
             reason: birth.ended.reason,
             since_usec: birth.ended.since_usec,
-            persistent: birth.persistent,
+            persistent: birth.stored.is_some(),
             autostart: birth.note.autostart,
-            title: String::new(),
-            description: String::new(),
-            os_type: String::new(),
-            vcpus: 0,
-            maximum_vcpus: 0,
-            memory: 0,
-            maximum_memory: 0,
+            config: birth.config,
             has_managed_save: false,
             config_changed: false,
             current_snapshot: None,
             snapshot_count: 0,
             owner: birth.note.owner,
             broken: String::new(),
-        };
-        let facts = Arc::new(describe(&facts, &birth.def));
+        });
         Arc::new(Domain {
             uuid,
             owner: birth.note.owner,
@@ -118,7 +114,7 @@ impl Domain {
             turn: Arc::default(),
             state: Mutex::new(State {
                 name,
-                stored: birth.persistent.then_some(birth.def),
+                stored: birth.stored,
                 guest: None,
                 starting: None,
                 creations: 0,

@@ -2,8 +2,9 @@
 
 use super::snapshots::set::SnapshotSet;
 use crate::error::{Error, Result};
-use crate::facts::DomainFacts;
+use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::store::{Note, StatusFile};
+use crate::stored::StoredDef;
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -14,7 +15,7 @@ use virt_model::state::{DomainState, StateReason, Stopped};
 /// What a domain is at a moment.
 pub(super) struct State {
     pub(super) name: String,
-    pub(super) stored: Option<Arc<DomainDef>>,
+    pub(super) stored: Option<Arc<StoredDef>>,
     pub(super) guest: Option<Guest>,
     /// The start under way, or to come of what is under way: there is no guest yet, and soon there may be one.
     pub(super) starting: Option<Starting>,
@@ -99,10 +100,12 @@ impl State {
 
     /// Computes anew what is published.
     pub(super) fn refresh(&mut self) {
-        let mut facts = match self.live().or(self.stored.as_ref()) {
-            Some(def) => describe(&self.facts, def),
-            None => (*self.facts).clone(),
-        };
+        let mut facts = (*self.facts).clone();
+        match (self.live(), &self.stored) {
+            (Some(live), _) => facts.config = Arc::new(ConfigFacts::of(live)),
+            (None, Some(stored)) => facts.config = stored.config.clone(),
+            (None, None) => {}
+        }
         facts.name.clone_from(&self.name);
         facts.id = self.guest.as_ref().map(|g| g.id).or(self.sought.as_ref().map(|s| s.id)).unwrap_or_default();
         facts.state = self.state;
@@ -113,7 +116,7 @@ impl State {
         facts.config_changed = self.config_changed;
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();
-        facts.broken = shortened(Some(&self.why_broken()));
+        facts.broken = published(&self.why_broken()).to_owned();
         if facts != *self.facts {
             self.facts = Arc::new(facts);
         }
@@ -126,7 +129,7 @@ impl State {
 
     pub(super) fn compare_configs(&mut self) {
         self.config_changed = match (&self.stored, self.live()) {
-            (Some(stored), Some(live)) => !stored.same_configuration(live),
+            (Some(stored), Some(live)) => !stored.says(live),
             _ => false,
         };
     }
@@ -166,28 +169,5 @@ impl State {
 
     pub(super) fn note(&self, owner: u32, driver: &dyn Driver) -> Note {
         Note { owner, autostart: self.autostart, name: self.name.clone(), driver: driver.name().to_owned() }
-    }
-}
-
-/// How much of a title or description is published, in bytes: a few long ones must not make every listing too large.
-pub(crate) const PUBLISHED: usize = 4096;
-
-/// As much of a text as is published; `GetXML` has all of it.
-fn shortened(text: Option<&str>) -> String {
-    let text = text.unwrap_or_default();
-    text[..text.floor_char_boundary(PUBLISHED)].to_owned()
-}
-
-/// The facts that come from a definition.
-pub(super) fn describe(facts: &DomainFacts, def: &DomainDef) -> DomainFacts {
-    DomainFacts {
-        title: shortened(def.title.as_deref()),
-        description: shortened(def.description.as_deref()),
-        os_type: def.os_type().to_owned(),
-        vcpus: def.vcpus(),
-        maximum_vcpus: def.maximum_vcpus(),
-        memory: def.current_memory_kib().saturating_mul(1024),
-        maximum_memory: def.memory_kib().saturating_mul(1024),
-        ..facts.clone()
     }
 }

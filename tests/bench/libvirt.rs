@@ -1,20 +1,34 @@
 //! The same work by libvirt, through libvirt-dbus, on the same bus in the same run: rounds alternate.
+//!
+//! Where libvirt is not to be installed, `LIBVIRT_ROOT` can name a folder with its programs as they would be below `/`:
+//! packages unpacked there by `dpkg -x` (libvirt-daemon, libvirt-daemon-driver-qemu, libvirt-daemon-system, libvirt-dbus,
+//! libvirt-glib-1.0-0, libvirt0, iptables, and what `ldd` misses). It is laid over `/` for libvirt's processes alone.
 
 use crate::bus::{Bench, Result, undefine};
 use crate::common::client::{Domain, options};
-use crate::{beside, percentile};
+use crate::common::memory_of;
+use crate::{beside, line, percentile};
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 use zbus::message::Message;
 
 const ROUNDS: usize = 15;
 /// Domains in the inventory that is listed.
-const MANY: usize = 100;
+const MANY: usize = 500;
 
-/// What runs libvirtd and libvirt-dbus, with folders of their own in memory, as virtd's. KVM is hidden from all in
+/// What runs libvirtd and libvirt-dbus, with folders of their own: what they keep where virtd keeps it, all else in memory. KVM is hidden from all in
 /// the namespace: where /dev/kvm is there and cannot be used, libvirtd hangs on it, or asks QEMU anew at each call.
 const SCRIPT: &str = r#"
 mkdir -p "$1"
+if [ -n "$2" ]; then
+    for folder in usr etc var; do
+        mkdir -p "$1/over/$folder" "$1/work/$folder"
+        mount -t overlay -o "lowerdir=$2/$folder:/$folder,upperdir=$1/over/$folder,workdir=$1/work/$folder" none "/$folder"
+    done
+    echo 'libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin' >> /etc/passwd
+    echo 'libvirt-qemu:x:64055:' >> /etc/group
+fi
 if [ -e /dev/kvm ]; then
     mkdir "$1/dev"
     mount -t tmpfs -o mode=755 none "$1/dev"
@@ -25,36 +39,41 @@ if [ -e /dev/kvm ]; then
     mount --move "$1/dev" /dev
 fi
 mkdir -p /run/libvirt
-for folder in /run/libvirt /etc/libvirt/qemu /var/lib/libvirt /var/cache/libvirt /var/log/libvirt; do mount -t tmpfs none "$folder"; done
+for folder in /run/libvirt /var/cache/libvirt /var/log/libvirt; do mount -t tmpfs none "$folder"; done
+for folder in /etc/libvirt/qemu /var/lib/libvirt; do mkdir -p "$1$folder"; mount --bind "$1$folder" "$folder"; done
 printf '%s\n' 'stdio_handler = "file"' 'user = "root"' 'group = "root"' 'namespaces = []' 'cgroup_controllers = []' \
     'security_driver = "none"' > "$1/qemu.conf"
 mount --bind "$1/qemu.conf" /etc/libvirt/qemu.conf
 printf '%s\n' 'auth_unix_ro = "none"' 'auth_unix_rw = "none"' > "$1/libvirtd.conf"
-libvirtd --daemon --config "$1/libvirtd.conf"
+libvirtd --daemon --config "$1/libvirtd.conf" --pid-file "$1/libvirtd.pid"
 exec libvirt-dbus --session
 "#;
 
 /// A libvirt-dbus on the bus of `bench`; it ends with the bus.
 pub struct Libvirt<'a> {
     bench: &'a Bench,
-    _process: std::process::Child,
+    dbus: std::process::Child,
+    folder: PathBuf,
 }
 
 impl<'a> Libvirt<'a> {
     /// Starts it; `None`, and says so, where it is not installed.
     pub async fn start(bench: &'a Bench) -> Result<Option<Libvirt<'a>>> {
         let folder = bench.daemon.folder().join("libvirt");
+        let root = std::env::var("LIBVIRT_ROOT").unwrap_or_default();
         let installed =
-            ["/usr/sbin/libvirt-dbus", "/usr/sbin/libvirtd"].iter().all(|p| std::path::Path::new(p).exists());
+            ["libvirt-dbus", "libvirtd"].iter().all(|p| Path::new(&format!("{root}/usr/sbin/{p}")).exists());
         if !installed {
-            println!("libvirt-dbus and libvirt-daemon-driver-qemu are not installed: nothing is compared with them");
+            println!(
+                "libvirt-dbus and libvirt-daemon-driver-qemu are not installed, nor below LIBVIRT_ROOT: nothing is compared with them"
+            );
             return Ok(None);
         }
-        let mut command = bench.daemon.inside("sh");
+        let mut command = bench.daemon.inside("unshare");
         let log = std::fs::File::create(bench.daemon.folder().join("libvirt-dbus.log"))?;
-        command.args(["-euc", SCRIPT, "sh"]).arg(&folder).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
-        let process = command.spawn()?;
-        let libvirt = Libvirt { bench, _process: process };
+        command.args(["--mount", "sh", "-euc", SCRIPT, "sh"]).arg(&folder).arg(&root);
+        let dbus = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?;
+        let libvirt = Libvirt { bench, dbus, folder };
         libvirt.appears().await?;
         Ok(Some(libvirt))
     }
@@ -67,6 +86,12 @@ impl<'a> Libvirt<'a> {
             tokio::time::timeout(Duration::from_secs(30), changes.next()).await?;
         }
         Ok(())
+    }
+
+    /// What libvirtd and libvirt-dbus have in memory, in KiB.
+    fn memory_kib(&self) -> Result<[u64; 2]> {
+        let libvirtd = std::fs::read_to_string(self.folder.join("libvirtd.pid"))?.trim().parse()?;
+        Ok([libvirtd, self.dbus.id()].map(|pid| memory_of(pid, "VmRSS:")))
     }
 
     /// The bench that it stands beside.
@@ -117,6 +142,24 @@ fn guest_xml(name: &str) -> String {
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory><vcpu>1</vcpu>\
          <os><type arch='x86_64' machine='q35'>hvm</type></os>\
          <devices><emulator>/usr/bin/qemu-system-x86_64</emulator><serial type='null'/></devices></domain>"
+    )
+}
+
+/// A machine as people have them, with a disk, a card and a display.
+fn machine_xml(name: &str) -> String {
+    format!(
+        "<domain type='qemu'><name>{name}</name><memory unit='MiB'>2048</memory><vcpu>2</vcpu>\
+         <os><type arch='x86_64' machine='q35'>hvm</type><boot dev='hd'/></os><features><acpi/><apic/></features>\
+         <cpu mode='host-model'/><clock offset='utc'/><on_crash>destroy</on_crash><devices>\
+         <emulator>/usr/bin/qemu-system-x86_64</emulator>\
+         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/var/lib/machines/{name}.qcow2'/>\
+         <target dev='vda' bus='virtio'/></disk>\
+         <disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>\
+         <interface type='user'><model type='virtio'/></interface><console type='pty'/>\
+         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+         <input type='tablet' bus='usb'/><graphics type='vnc'/><video><model type='virtio'/></video>\
+         <memballoon model='virtio'/><rng model='virtio'><backend model='random'>/dev/urandom</backend></rng>\
+         </devices></domain>"
     )
 }
 
@@ -182,8 +225,9 @@ where
 /// What a list of machines on a screen needs: name and state of each.
 async fn inventory(libvirt: &Libvirt<'_>) -> Result<()> {
     let [mut define, mut list] = [const { Pair::new() }; 2];
+    let before = (libvirt.bench.daemon.memory_kib(), libvirt.memory_kib()?);
     for number in 0..MANY {
-        let xml = guest_xml(&format!("many-{number}"));
+        let xml = machine_xml(&format!("many-{number}"));
         define.0.push(timed(libvirt.bench.define(&xml)).await.0);
         let (time, defined) = timed(libvirt.define(&xml)).await;
         defined?;
@@ -199,6 +243,11 @@ async fn inventory(libvirt: &Libvirt<'_>) -> Result<()> {
     }
     define.show("Define");
     list.show(&format!("name and state of {MANY} domains"));
+    let after = (libvirt.bench.daemon.memory_kib(), libvirt.memory_kib()?);
+    let each = |before: u64, after: u64| format!("{:.1} KiB", after.saturating_sub(before) as f64 / MANY as f64);
+    line("memory of each of them: virtd", each(before.0, after.0));
+    line("the same: libvirtd", each(before.1[0], after.1[0]));
+    line("the same: libvirt-dbus", each(before.1[1], after.1[1]));
     Ok(())
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
 //! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
-//! dead storage alone.
+//! dead storage alone, `./bench libvirt` beside libvirt, `./bench inventory` ten thousand domains.
 
 mod bus;
 #[path = "../common/mod.rs"]
@@ -19,10 +19,17 @@ use std::time::Duration;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:<58} {:>12} {:>12} {:>7}  wanted", "what (median)", "virtd", "bare", "ratio");
-    if std::env::args().any(|argument| argument == "dead") {
+    let only = |part: &str| std::env::args().any(|argument| argument == part);
+    if only("dead") {
         return dead::beside_dead_storage().await;
     }
+    if only("inventory") {
+        return inventory::ten_thousand().await;
+    }
     let bench = bus::Bench::start(None).await?;
+    if only("libvirt") {
+        return libvirt::compare(&bench).await;
+    }
     guests::start_and_destroy(&bench).await?;
     inventory::read_against_ping(&bench).await?;
     guests::beside_hung_ones(&bench).await?;

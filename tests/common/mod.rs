@@ -48,6 +48,13 @@ pub fn have(programs: &[&str]) -> bool {
     missing.is_none()
 }
 
+/// What the kernel says of a process' memory under this word, in KiB.
+pub fn memory_of(pid: u32, word: &str) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix(word)).expect("a size");
+    line.trim().trim_end_matches(" kB").parse().expect("a number")
+}
+
 /// Whether we are root; says so if not.
 pub fn root() -> bool {
     let root = nix::unistd::geteuid().is_root();
@@ -244,16 +251,12 @@ impl Daemon {
 
     /// What virtd has in memory, in KiB.
     pub fn memory_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("a size");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
+        memory_of(self.virtd_pid(), "VmRSS:")
     }
 
     /// The most that virtd has ever had in memory, in KiB.
     pub fn peak_memory_kib(&self) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.virtd_pid())).expect("it runs");
-        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("a size");
-        line.trim().trim_end_matches(" kB").parse().expect("a number")
+        memory_of(self.virtd_pid(), "VmHWM:")
     }
 
     /// What virtd has taken of the processors, all its threads together.

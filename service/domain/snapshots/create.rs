@@ -173,8 +173,8 @@ impl Domain {
         let others = self.domains.all();
         others.into_iter().filter(|other| other.uuid != self.uuid).any(|other| {
             let state = lock(&other.state);
-            let defs = state.stored.as_deref().into_iter().chain(state.guest.as_ref().map(|guest| &*guest.live));
-            defs.flat_map(images).any(|image| files.contains(&Path::new(image)))
+            let live = state.guest.iter().flat_map(|guest| images(&guest.live).map(Path::new));
+            live.chain(state.stored.iter().flat_map(|stored| stored.images())).any(|image| files.contains(&image))
                 || state.snapshots.tree.iter().any(|node| {
                     node.content
                         .def
@@ -278,6 +278,7 @@ impl Domain {
             let inactive = state.stored.clone().filter(|_| state.guest.is_some());
             (state.snapshots.tree.current().map(str::to_owned), inactive)
         };
+        let inactive = inactive.map(|stored| self.shared.readings.of(&stored)).transpose()?;
         let manual = aligned.disks.iter().any(|disk| disk.mode == DiskMode::Manual);
         let request = SnapshotRequest {
             name: name.to_owned(),
@@ -437,7 +438,7 @@ impl Domain {
 
     /// Both configurations name the disks that the machine stands on now, on disk and here.
     pub(super) async fn stand_on(&self, now: &DomainDef) -> Result<()> {
-        let (live, stored) = self.configurations();
+        let (live, stored) = self.configurations()?;
         let before = live.clone().or(stored.clone());
         let stored = stored.and_then(|stored| {
             let mut stored = DomainDef::clone(&stored);

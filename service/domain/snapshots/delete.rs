@@ -92,7 +92,7 @@ impl Domain {
 
     async fn plan_one(&self, name: &str, deleted_together: &[String], machine: &Machine) -> Result<DeletePlan> {
         let (record, def) = self.usable_snapshot(name)?;
-        let (kept, siblings) = (self.kept(&record, &def, machine), self.siblings(name, deleted_together, machine));
+        let (kept, siblings) = (self.kept(&record, &def, machine), self.siblings(name, deleted_together, machine)?);
         let plan = self.takes_snapshots()?.check_delete(machine, &kept, &siblings).await;
         let plan = plan.map_err(|e| self.not_deleted(name, e))?;
         let gone: Vec<PathBuf> = plan.files.iter().map(|file| file.path.clone()).collect();
@@ -124,15 +124,15 @@ impl Domain {
         Ok(names)
     }
 
-    pub(super) fn siblings(&self, name: &str, deleted_together: &[String], machine: &Machine) -> Siblings {
-        let (live, stored) = self.configurations();
-        Siblings {
+    pub(super) fn siblings(&self, name: &str, deleted_together: &[String], machine: &Machine) -> Result<Siblings> {
+        let stored = if self.live().is_some() { self.stored()? } else { None };
+        Ok(Siblings {
             others: self.others(name, machine),
             unreadable: self.has_unreadable(),
-            stored: stored.filter(|_| live.is_some()),
+            stored,
             keep: Vec::new(),
             deleted_together: deleted_together.iter().filter(|other| *other != name).cloned().collect(),
-        }
+        })
     }
 
     async fn delete_all(self: &Arc<Self>, name: &str, options: DeleteOptions, job: Arc<Job>) -> Result<()> {
@@ -152,7 +152,7 @@ impl Domain {
                 journal.begin().await?;
                 let machine = self.machine().await?;
                 let (record, def) = self.usable_snapshot(one)?;
-                let (kept, siblings) = (self.kept(&record, &def, &machine), self.siblings(one, &names, &machine));
+                let (kept, siblings) = (self.kept(&record, &def, &machine), self.siblings(one, &names, &machine)?);
                 let deleted = self.takes_snapshots()?.delete(&machine, &kept, &siblings, journal.clone()).await;
                 replaced = match deleted {
                     Ok(replaced) => replaced,
@@ -299,7 +299,7 @@ impl Domain {
     }
 
     async fn replace_in_configurations(&self, replaced: &[Replaced]) -> Result<()> {
-        let (live, stored) = self.configurations();
+        let (live, stored) = self.configurations()?;
         let mended = |def: Option<Arc<DomainDef>>| {
             let def = def?;
             let mut mended = DomainDef::clone(&def);

@@ -118,21 +118,22 @@ impl Domain {
     }
 
     fn machine_in(&self, folder: PathBuf) -> Result<Machine> {
-        let state = lock(&self.state);
-        state.still_here()?;
-        if let Some(sought) = &state.sought {
-            return Err(sought.refusal(&state.name));
-        }
-        state.sound()?;
-        let def = state.guest.as_ref().map(|guest| &guest.live).or(state.stored.as_ref());
-        let def = def.ok_or_else(|| Error::NoSuchDomain { what: "name", value: state.name.clone() })?;
-        let mut machine = Machine {
-            def: def.clone(),
-            guest: state.guest.as_ref().map(|guest| guest.instance.clone()),
-            running: matches!(state.state, DomainState::Running | DomainState::Idle),
-            folder,
+        let (guest, running, stored) = {
+            let state = lock(&self.state);
+            state.still_here()?;
+            if let Some(sought) = &state.sought {
+                return Err(sought.refusal(&state.name));
+            }
+            state.sound()?;
+            let running = matches!(state.state, DomainState::Running | DomainState::Idle);
+            (state.guest.clone(), running, state.stored.clone())
         };
-        drop(state);
+        let (def, guest) = match (guest, stored) {
+            (Some(guest), _) => (guest.live, Some(guest.instance)),
+            (None, Some(stored)) => (self.shared.readings.of(&stored)?, None),
+            (None, None) => return Err(Error::NoSuchDomain { what: "name", value: self.name() }),
+        };
+        let mut machine = Machine { def, guest, running, folder };
         self.shared.images.declare(&mut machine.def);
         Ok(machine)
     }

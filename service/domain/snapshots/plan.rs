@@ -182,7 +182,7 @@ impl Domain {
         in_place: bool,
     ) -> Result<(RevertPlan, Vec<PathBuf>)> {
         self.may_bring_back(name, kept).await?;
-        let siblings = self.siblings(name, &[], machine);
+        let siblings = self.siblings(name, &[], machine)?;
         let checked = self.takes_snapshots()?.check_revert(machine, kept, &siblings, in_place).await;
         let mut checked = checked.map_err(|e| self.not_reverted(name, e))?;
         let keep = self.needed_elsewhere(&checked.files).await;

@@ -192,7 +192,7 @@ impl Domain {
         }
         let (_, _, kept) = self.kept_snapshot(name).await?;
         let machine = self.machine().await?;
-        let siblings = self.siblings(name, &[], &machine);
+        let siblings = self.siblings(name, &[], &machine)?;
         let reverted = self.takes_snapshots()?.revert_images(&machine, &kept, &siblings, journal.clone()).await;
         let reverted = reverted.map_err(|e| self.not_reverted(name, e))?;
         self.finish_revert(name, active, false, reverted, journal).await

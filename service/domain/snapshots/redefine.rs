@@ -61,6 +61,7 @@ impl Domain {
     /// The record that a document would restore, held to the rules. Changes nothing.
     pub(super) fn restored(&self, doc: SnapshotDoc, options: &CreateOptions) -> Result<Record> {
         let (mut def, uuid) = doc.clone().without_disks().map_err(Error::ConfigInvalid)?;
+        let known = self.known()?;
         let state = lock(&self.state);
         state.still_here()?;
         let tree = &state.snapshots.tree;
@@ -91,7 +92,7 @@ impl Domain {
         for machine in machines(&def) {
             self.is_of_its_driver(machine, &state.name)?;
         }
-        state.keep_hidden(&mut def).map_err(Error::ConfigInvalid)?;
+        state.keep_hidden(&mut def, &known).map_err(Error::ConfigInvalid)?;
         let order = match tree.get(&name) {
             Some(node) => {
                 if let Ok(before) = &node.content.def {
@@ -116,12 +117,11 @@ impl Domain {
 
 impl State {
     /// Puts back in the configurations of a snapshot what was not shown of them: as its record has it, or without one, as
-    /// the domain has it.
-    fn keep_hidden(&self, def: &mut SnapshotDef) -> Result<(), Vec<Finding>> {
+    /// the domain's configurations `known` have it.
+    fn keep_hidden(&self, def: &mut SnapshotDef, known: &[Arc<DomainDef>]) -> Result<(), Vec<Finding>> {
         let before = self.snapshots.get(&def.name);
         let before = before.as_ref().and_then(|record| record.def.as_ref().ok());
-        let live = self.guest.as_ref().map(|guest| &*guest.live);
-        let of_domain: Vec<&DomainDef> = self.stored.as_deref().into_iter().chain(live).collect();
+        let of_domain: Vec<&DomainDef> = known.iter().map(|def| &**def).collect();
         if let Some(machine) = &mut def.domain {
             Arc::make_mut(machine)
                 .keep_hidden(&as_before(before.and_then(|before| before.domain.as_deref()), &of_domain))?;

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::store::{Deed, Record};
+use crate::stored::StoredDef;
 use crate::time::now_usec;
 use crate::verb;
 use std::path::PathBuf;
@@ -66,7 +67,8 @@ impl Domain {
         if in_place {
             return self.load_in_place(&def, &kept, &machine, active == Some(true), &journal).await;
         }
-        let before = Before { stored: self.configurations().1, record: self.snapshot(&def.name)? };
+        let stored = lock(&self.state).stored.clone();
+        let before = Before { stored, record: self.snapshot(&def.name)? };
         let reverted = match self.bring_images(&kept, &machine, keep, &journal, &job).await {
             Ok(reverted) => reverted,
             Err(e) => {
@@ -115,6 +117,9 @@ impl Domain {
         job: &Job,
     ) -> std::result::Result<Reverted, DriverError> {
         let driver = self.snapshot_driver()?;
+        let off = without_guest(machine);
+        let siblings = self.siblings(&kept.name, &[], &off).map_err(|e| DriverError::Internal(e.to_string()))?;
+        let siblings = Siblings { keep, ..siblings };
         let parked = driver.park(machine, journal.clone()).await?;
         if !parked && job.cancel_token().is_cancelled() {
             return Err(DriverError::Cancelled);
@@ -126,8 +131,6 @@ impl Domain {
             // What runs is lost, should this be given up: only a destroy may want that.
             job.past_return();
         }
-        let off = without_guest(machine);
-        let siblings = Siblings { keep, ..self.siblings(&kept.name, &[], &off) };
         let brought = driver.revert_images(&off, kept, &siblings, journal.clone()).await;
         if brought.is_err() {
             if parked {
@@ -161,7 +164,7 @@ impl Domain {
             let settled = driver.roll_back_revert(machine, reverted).await;
             settled.map_err(|e| Error::from_driver(&self.name(), "take back the revert of", e))?;
             if let Some(stored) = before.stored {
-                self.store(stored).await?;
+                self.store(stored, &self.name()).await?;
             }
             self.save_record(Record::clone(&before.record)).await?;
             let current = lock(&self.state).snapshots.current().map(str::to_owned);
@@ -270,7 +273,7 @@ impl Domain {
 
     /// What the running guest is called and described by is the snapshot's again.
     pub(super) async fn relabel(&self, def: &SnapshotDef) -> Result<()> {
-        let (Some(taken), (Some(mut live), _)) = (def.domain.as_deref(), self.configurations()) else { return Ok(()) };
+        let (Some(taken), Some(mut live)) = (def.domain.as_deref(), self.live()) else { return Ok(()) };
         let labels = Arc::make_mut(&mut live);
         labels.title.clone_from(&taken.title);
         labels.description.clone_from(&taken.description);
@@ -292,8 +295,8 @@ impl Domain {
             self.save_record(record).await?;
             journal.step("record");
         }
-        if let Some(stored) = self.stored_again(&def, &reverted.def) {
-            self.store(stored).await?;
+        if let Some(stored) = self.stored_again(&def, &reverted.def).await? {
+            self.store(stored, &self.name()).await?;
             journal.step("stored");
         }
         self.save_current(Some(def.name.clone())).await?;
@@ -302,19 +305,18 @@ impl Domain {
     }
 
     /// What the next cold start is to use; `None` for a transient domain.
-    fn stored_again(&self, def: &SnapshotDef, stands_on: &DomainDef) -> Option<Arc<DomainDef>> {
+    async fn stored_again(&self, def: &SnapshotDef, stands_on: &DomainDef) -> Result<Option<Arc<StoredDef>>> {
         let name = {
             let state = lock(&self.state);
-            state.stored.as_ref()?;
-            state.name.clone()
+            state.stored.is_some().then(|| state.name.clone())
         };
-        let taken = def.domain.as_ref()?;
+        let (Some(name), Some(taken)) = (name, &def.domain) else { return Ok(None) };
         let mut stored = DomainDef::clone(def.inactive.as_ref().unwrap_or(taken));
         stored.name = name;
         stored.id = None;
         stored.uuid = self.uuid;
         switch_disks(&mut stored, taken, stands_on);
-        Some(Arc::new(stored))
+        self.to_store(Arc::new(stored)).await.map(Some)
     }
 
     pub(super) async fn start_reverted(
@@ -352,12 +354,12 @@ impl Domain {
         journal: &Arc<DomainJournal>,
     ) -> Result<()> {
         let machine = self.machine().await?;
+        let stored = self.stored_again(&def, &reverted.def).await?;
         if let Err(error) = self.takes_snapshots()?.commit_revert(&machine, reverted).await {
             tracing::warn!(uuid = %self.uuid, %error, "what a revert kept aside is still there");
         }
         journal.step("settled");
         journal.end().await?;
-        let stored = self.stored_again(&def, &reverted.def);
         self.all_told().await.commit(|state| {
             let tree = state.snapshots.change();
             tree.set_current(Some(&def.name));
@@ -402,7 +404,7 @@ fn without_guest(machine: &Machine) -> Machine {
 
 /// What was on disk before a revert.
 struct Before {
-    stored: Option<Arc<DomainDef>>,
+    stored: Option<Arc<StoredDef>>,
     record: Arc<Record>,
 }
 

@@ -91,17 +91,17 @@ async fn live_and_stored_configuration_are_changed_apart_and_compared() {
     world.start(&domain).await.unwrap();
     assert!(!domain.facts().config_changed);
     domain.set_title(&alice, "next time", config).await.unwrap();
-    assert_eq!((domain.facts().title.as_str(), domain.facts().config_changed), ("", true));
+    assert_eq!((&*domain.facts().config.title, domain.facts().config_changed), ("", true));
     domain.set_title(&alice, "now", live).await.unwrap();
-    assert_eq!(domain.facts().title, "now");
+    assert_eq!(&*domain.facts().config.title, "now");
     domain.destroy(&alice, false).await.unwrap();
-    assert_eq!((domain.facts().title.as_str(), domain.facts().config_changed), ("next time", false));
+    assert_eq!((&*domain.facts().config.title, domain.facts().config_changed), ("next time", false));
     assert!(matches!(domain.set_title(&alice, "two\nlines", config).await, Err(Error::InvalidArgument(_))));
     let long = "é".repeat(4000);
     assert!(matches!(domain.set_description(&alice, &long, config).await, Err(Error::InvalidArgument(_))));
     let document = xml("long", &format!("<description>{long}</description>"));
     let domain = world.service.define(&alice, &document, false).await.expect("a document may have it");
-    assert_eq!(domain.facts().description.len(), 4096);
+    assert_eq!(domain.facts().config.description.len(), 4096);
     assert!(domain.xml(&alice, Form::default()).await.unwrap().contains(&long));
 }
 
@@ -113,7 +113,7 @@ async fn a_change_of_both_configurations_is_made_whole_or_not_at_all() {
     world.start(&domain).await.unwrap();
     std::fs::rename(folder.path().join("run/status"), folder.path().join("run/elsewhere")).unwrap();
     assert!(domain.set_title(&world.alice(), "new", Affect::default()).await.is_err(), "the live one cannot be kept");
-    assert_eq!(domain.facts().title, "");
+    assert_eq!(&*domain.facts().config.title, "");
     let stored = std::fs::read_to_string(folder.path().join(format!("state/domains/{}.xml", domain.uuid()))).unwrap();
     assert!(!stored.contains("new"), "{stored}");
 }
@@ -129,5 +129,5 @@ async fn names_and_uuids_belong_together() {
     let other = world.service.define(&world.alice(), &xml("db", &uuid), false).await;
     assert!(matches!(other, Err(Error::DomainExists(_))), "the same uuid with another name");
     let update = world.service.define(&world.alice(), &xml("web", &format!("{uuid}<title>T</title>")), false).await;
-    assert_eq!(update.expect("an update").facts().title, "T");
+    assert_eq!(update.expect("an update").facts().config.title.as_ref(), "T");
 }

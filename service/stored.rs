@@ -1,0 +1,160 @@
+//! Stored configurations as they are kept in memory: each as its text, beside the little that is asked of all machines at
+//! once. A machine at rest costs what it says, and not the hundredfold of that which the typed view of it takes.
+//!
+//! Whoever wants the whole of one reads it when that is wanted ([`Readings`]); those who want the same one at a time share it.
+
+use crate::error::{Error, Result};
+use crate::facts::ConfigFacts;
+use crate::images::{DiskImages, images_of};
+use crate::lock::lock;
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, Weak};
+use virt_model::domain::{DomainDef, Form};
+use virt_model::xml::{Limits, unreadable};
+
+/// How many that were read last stay read: a verb looks at a configuration more than once.
+const RECENT: usize = 8;
+
+/// The longest text of which that holds, in bytes.
+const SMALL: usize = 32 << 10;
+
+/// A stored configuration.
+#[derive(Debug)]
+pub(crate) struct StoredDef {
+    /// No other of this virtd has it.
+    number: u64,
+    /// As it stands on disk: with all that is secret, and read once without a refusal.
+    text: Box<str>,
+    /// What is published of it.
+    pub config: Arc<ConfigFacts>,
+    /// The images of each disk.
+    pub disks: Box<[DiskImages]>,
+    /// The file of its firmware variables, if it names one.
+    pub nvram: Option<Box<str>>,
+}
+
+impl StoredDef {
+    /// Of a definition and its text, which has been read as that.
+    pub fn new(def: &DomainDef, text: impl Into<Box<str>>) -> StoredDef {
+        static LAST: AtomicU64 = AtomicU64::new(0);
+        let nvram = def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_deref());
+        StoredDef {
+            number: LAST.fetch_add(1, Ordering::Relaxed),
+            text: text.into(),
+            config: Arc::new(ConfigFacts::of(def)),
+            disks: images_of(def).collect(),
+            nvram: nvram.map(Into::into),
+        }
+    }
+
+    /// Writes a definition down. Error: why its text could not be read again within `limits`.
+    pub fn write(def: &DomainDef, limits: Limits) -> Result<StoredDef, String> {
+        Ok(StoredDef::new(def, def.write_readable(Form::STORED, limits)?))
+    }
+
+    /// What stands for a configuration that cannot be used.
+    pub fn stand_in(def: &DomainDef) -> StoredDef {
+        StoredDef::new(def, def.write(Form::STORED))
+    }
+
+    /// Its text.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Whether it is the configuration `def`, runtime facts aside.
+    pub fn says(&self, def: &DomainDef) -> bool {
+        let other = def.write(Form::STORED);
+        // A file that an earlier virtd has written may say the same in another way.
+        *self.text == *other || self.read().is_ok_and(|own| own.write(Form::STORED) == other)
+    }
+
+    /// The images that it names, those of disks with what they stand on, and its firmware variables.
+    pub fn images(&self) -> impl Iterator<Item = &std::path::Path> {
+        let disks = self.disks.iter().flat_map(|disk| disk.files.iter().map(PathBuf::as_path));
+        disks.chain(self.nvram.as_deref().map(std::path::Path::new))
+    }
+
+    /// Reads the text: what nothing is said against, and of what stands for another what can be read.
+    fn read(&self) -> Result<DomainDef> {
+        let (def, findings) = DomainDef::parse_leniently_within(&self.text, Limits::STORED);
+        // It was read when it came here.
+        def.ok_or_else(|| {
+            Error::Internal(format!("a stored configuration is not read again: {}", unreadable(&findings)))
+        })
+    }
+}
+
+/// The stored configurations that somebody looks at, each read once.
+#[derive(Debug, Default)]
+pub(crate) struct Readings(Mutex<Shelf>);
+
+#[derive(Debug, Default)]
+struct Shelf {
+    /// By their numbers. Of those that nobody has any more only the place is left, until another is read.
+    read: HashMap<u64, Weak<DomainDef>>,
+    /// The last that were read, if they are small.
+    recent: VecDeque<Arc<DomainDef>>,
+}
+
+impl Readings {
+    /// The definition that a stored configuration is. Takes some 100 µs, and more for long texts, if nobody has it now.
+    pub fn of(&self, stored: &StoredDef) -> Result<Arc<DomainDef>> {
+        if let Some(known) = lock(&self.0).read.get(&stored.number).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        let def = Arc::new(stored.read()?);
+        let mut shelf = lock(&self.0);
+        shelf.read.retain(|_, def| def.strong_count() > 0);
+        // Another may have read it meanwhile.
+        if let Some(known) = shelf.read.get(&stored.number).and_then(Weak::upgrade) {
+            return Ok(known);
+        }
+        shelf.read.insert(stored.number, Arc::downgrade(&def));
+        if stored.text.len() <= SMALL {
+            shelf.recent.truncate(RECENT - 1);
+            shelf.recent.push_front(def.clone());
+        }
+        Ok(def)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn stored(name: &str) -> StoredDef {
+        let text = format!(
+            "<domain type='test'><name>{name}</name><uuid>6f1c0d5e-6b1f-4c57-9c0e-0d0c3e6f9c01</uuid><memory>1</memory>\
+             <description>{}</description></domain>",
+            "x".repeat(if name == "long" { SMALL } else { 1 })
+        );
+        let def = DomainDef::parse(&text).expect("a definition");
+        StoredDef::write(&def, Limits::ACCEPTED).expect("one that can be read")
+    }
+
+    #[test]
+    fn who_looks_at_the_same_one_shares_it_and_only_few_small_ones_stay() {
+        let (readings, long) = (Readings::default(), stored("long"));
+        let first = readings.of(&long).expect("read");
+        assert!(Arc::ptr_eq(&first, &readings.of(&long).expect("read")));
+        let gone = Arc::downgrade(&first);
+        drop(first);
+        assert!(gone.upgrade().is_none(), "nobody has it any more");
+        let small: Vec<StoredDef> = (0..2 * RECENT).map(|number| stored(&number.to_string())).collect();
+        let read: Vec<_> = small.iter().map(|one| Arc::downgrade(&readings.of(one).expect("read"))).collect();
+        let kept: Vec<bool> = read.iter().map(|one| one.upgrade().is_some()).collect();
+        assert_eq!(kept, [[false; RECENT], [true; RECENT]].concat());
+        assert_eq!(lock(&readings.0).read.len(), RECENT + 1, "and the places of the others are free");
+    }
+
+    #[test]
+    fn what_is_written_in_another_way_says_the_same() {
+        let text = "<domain type='test'><uuid>6f1c0d5e-6b1f-4c57-9c0e-0d0c3e6f9c01</uuid><name>a</name><memory>1</memory></domain>";
+        let def = DomainDef::parse(text).expect("a definition");
+        assert!(StoredDef::new(&def, text).says(&def));
+        assert!(!stored("b").says(&def));
+    }
+}
