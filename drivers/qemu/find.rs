@@ -90,6 +90,7 @@ impl Search {
             changes: Vec::new(),
             claims: Vec::new(),
             rebooting: false,
+            cpu: None,
         };
         // The next virtd finds it as it finds any other.
         let keeper = Arc::new(Keeper::new(self.found.recorder.clone(), record.clone()));

@@ -25,6 +25,7 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
+use virt_model::domain::cpu::Cpu;
 use virt_model::driver::{DriverError, Exit, Instance, ShutdownMode};
 
 /// How long QEMU may take to end when it is told to.
@@ -175,6 +176,10 @@ impl Instance for QemuInstance {
 
     async fn inject_nmi(&self) -> Result<(), DriverError> {
         self.body.in_turn(self.body.execute("inject-nmi", json!({}))).await.map(drop)
+    }
+
+    fn expanded_cpu(&self) -> Option<Cpu> {
+        self.body.keeper.cpu()
     }
 
     async fn destroy(&self, graceful: bool) -> Result<(), DriverError> {

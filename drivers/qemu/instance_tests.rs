@@ -72,6 +72,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         changes: Vec::new(),
         claims: Vec::new(),
         rebooting: false,
+        cpu: None,
     };
     let instance = QemuInstance::new(Body {
         uuid,

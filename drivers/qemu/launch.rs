@@ -6,6 +6,7 @@ use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
 use super::companion::{self, Gifts, Living, Recorded};
 use super::events::Guest;
+use super::expanded;
 use super::hostdev;
 use super::instance::{Body, Leavings, QemuInstance, join};
 use super::log::Log;
@@ -45,6 +46,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
+use virt_model::domain::cpu::Cpu;
 use virt_model::driver::{DriverError, EventSink, Recorder};
 
 /// The descriptor at which QEMU finds its monitor.
@@ -82,6 +84,8 @@ pub struct Start {
     pub reset_nvram: bool,
     /// What it starts from, if not from power off.
     pub from: Option<MemorySource>,
+    /// The CPU that what it starts from had, which the command gives it again.
+    pub pinned: Option<Cpu>,
     /// See [`Body::ends_on_reboot`].
     pub ends_on_reboot: bool,
     /// Where its threads run and what they may use.
@@ -117,6 +121,9 @@ pub struct Up {
     /// What was made for its cards of `type='direct'`, in their order.
     pub links: Vec<Macvtap>,
 }
+
+/// What a QEMU that is up has told: by its monitor, what `query-chardev` says, and its CPU where that was open.
+type Answers = (Arc<Qmp>, Value, Option<Cpu>);
 
 /// How far it has come.
 #[derive(Default)]
@@ -187,6 +194,7 @@ impl Start {
             changes: Vec::new(),
             claims: Vec::new(),
             rebooting: false,
+            cpu: None,
         }
     }
 
@@ -212,13 +220,14 @@ impl Start {
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone());
-        let (monitor, devices) = tokio::select! {
+        let (monitor, devices, cpu) = tokio::select! {
             up = self.bring_up(&reporter, keeper.process_id()) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
         };
-        keeper.change(|record| record.phase = Phase::Running).await?;
+        let cpu = cpu.map(|cpu| expanded::written(&cpu));
+        keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu)).await?;
         self.still_wanted()?;
         let instance = self.instance(keeper, made, reporter, monitor)?;
         Ok(Up { instance, devices, links: taken.links.into_values().collect() })
@@ -490,7 +499,7 @@ impl Start {
     }
 
     /// From the process to running CPUs.
-    async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<(Arc<Qmp>, Value), DriverError> {
+    async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<Answers, DriverError> {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
         let monitor = Arc::new(monitor);
         if !self.command.nodes.is_empty() {
@@ -514,6 +523,12 @@ impl Start {
         if let Some(pid) = pid.filter(|_| !self.tuning.is_none()) {
             self.tuning.apply(self.uuid, pid, &monitor).await?;
         }
+        let cpu = match &self.pinned {
+            None if expanded::is_open(&self.started) => {
+                expanded::ask(&monitor, &self.command.args, &self.started).await
+            }
+            pinned => pinned.clone(),
+        };
         let devices = monitor.execute("query-chardev", json!({}));
         let devices = if self.paused {
             reporter.guest(Guest::stands);
@@ -522,7 +537,7 @@ impl Start {
             // QEMU is slow to answer at first; once is enough.
             tokio::try_join!(devices, monitor.execute("cont", json!({}))).map(|(devices, _)| devices)
         };
-        Ok((monitor, devices?))
+        Ok((monitor, devices?, cpu))
     }
 
     fn instance(

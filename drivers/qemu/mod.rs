@@ -16,6 +16,7 @@ pub mod complete;
 mod declared;
 mod domain_capabilities;
 mod events;
+mod expanded;
 mod find;
 #[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
 pub mod firmware;
@@ -244,7 +245,11 @@ impl QemuDriver {
         go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, encrypts, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
-        let started = usb.written_into(&live);
+        let mut started = usb.written_into(&live);
+        let pinned = launch.from.as_ref().and_then(|from| from.snapshot.cpu.clone());
+        if let Some(then) = &pinned {
+            started.cpu = Some(command::pinned(started.cpu.as_ref(), then, &caps));
+        }
         let mut command = check::checked_command(&started, &caps, &place).map_err(DriverError::Config)?;
         let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
         if let Some(plan::MemorySource::File { .. }) = &from {
@@ -252,6 +257,7 @@ impl QemuDriver {
         }
         let start = Start {
             from,
+            pinned,
             uuid: live.uuid,
             name: live.name.clone(),
             program,

@@ -9,12 +9,14 @@
 
 use super::changes::Change;
 use super::companion::Recorded;
+use super::expanded;
 use crate::host::process::Identity;
 use crate::host::workers::blocking;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
+use virt_model::domain::cpu::Cpu;
 use virt_model::driver::{DriverError, Recorder};
 
 /// How far a start has come.
@@ -56,6 +58,9 @@ pub struct Record {
     /// The next power-off is half of a reboot.
     #[serde(default)]
     pub rebooting: bool,
+    /// The CPU that QEMU made of what the definition leaves open, as an element.
+    #[serde(default)]
+    pub cpu: Option<String>,
 }
 
 /// The record and its way to disk; writes one at a time, and none any more once it is closed.
@@ -92,6 +97,12 @@ impl Keeper {
     pub fn process_id(&self) -> Option<i32> {
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         record.as_ref()?.process.as_ref().map(|process| process.pid)
+    }
+
+    /// The CPU that QEMU made of what the definition leaves open, if that is known.
+    pub fn cpu(&self) -> Option<Cpu> {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        expanded::read(record.as_ref()?.cpu.as_ref()?)
     }
 
     /// The guest has gone: nothing is written from now on. What is to be undone is returned. Blocks while something is being

@@ -8,6 +8,7 @@ pub mod reports;
 pub mod snapshots;
 
 use crate::domain::DomainDef;
+use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::Finding;
 use async_trait::async_trait;
@@ -246,6 +247,12 @@ pub trait Instance: Any + Send + Sync {
     /// Sends the guest's CPUs a non-maskable interrupt. Returns when it is sent.
     async fn inject_nmi(&self) -> Result<(), DriverError> {
         Err(DriverError::Unsupported("this driver cannot send a non-maskable interrupt".to_owned()))
+    }
+
+    /// The CPU that the guest has, where its definition leaves that to the host and the hypervisor: a named model, and all its
+    /// features. `None` where the definition says it all, or it is not known.
+    fn expanded_cpu(&self) -> Option<Cpu> {
+        None
     }
 
     /// Ends the guest and returns when its process has gone; `Exited` has then been reported. A hypervisor that does not

@@ -236,9 +236,11 @@ fn read_record(path: &Path, name: &str) -> Result<SnapshotDef, String> {
     Ok(def)
 }
 
-/// What we add to a document that is kept.
+/// What we add to a document that is kept: to what another program, or another virtd, has added.
 fn cookie(record: &Record) -> Element {
-    let mut cookie = Element::new("cookie");
+    let theirs = record.def.as_ref().ok().and_then(|def| def.cookie.clone());
+    let mut cookie = theirs.unwrap_or_else(|| Element::new("cookie"));
+    ["order", "created", "record"].into_iter().for_each(|ours| _ = cookie.take_children(ours));
     cookie.push(Element::new("order").with_text(record.order.to_string()));
     cookie.push(Element::new("created").with_text(record.created_usec.to_string()));
     cookie.push(Element::new("record").with_text(record.record.to_string()));

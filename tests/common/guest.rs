@@ -103,20 +103,9 @@ impl Tick {
     /// In `daemon`'s folder; `extra` goes into the XML as it is. `None` if tools are missing.
     pub fn new(daemon: &Daemon, name: &str, extra: &str) -> Option<Tick> {
         let image = tick_image()?;
-        let disk = daemon.folder().join(format!("{name}.qcow2"));
-        let serial = daemon.folder().join(format!("{name}.serial"));
-        std::fs::copy(image, &disk).unwrap();
-        std::fs::write(&serial, "").unwrap();
-        let xml = format!(
-            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>16</memory>\
-             <os><type arch='x86_64' machine='q35'>hvm</type></os><features><acpi/></features>{extra}<devices>\
-             <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
-             <target dev='vda' bus='virtio'/></disk>\
-             <serial type='file'><source path='{}'/><target port='0'/></serial></devices></domain>",
-            disk.display(),
-            serial.display()
-        );
-        Some(Tick { name: name.to_owned(), xml, disk, serial })
+        let tick = Tick::with(daemon, name, "qemu", "", extra);
+        std::fs::copy(image, &tick.disk).unwrap();
+        Some(tick)
     }
 
     /// A kvmtick, which runs with KVM: as a tick, but its disk is blank and its boots are those of one process. `None` if
@@ -129,26 +118,32 @@ impl Tick {
             skip(&format!("{QBOOT} is not installed"));
             return None;
         }
-        let file = |ending: &str| daemon.folder().join(format!("{name}.{ending}"));
-        let (disk, serial, kernel) = (file("qcow2"), file("serial"), file("elf"));
+        let kernel = daemon.folder().join(format!("{name}.elf"));
         let image = assembled("kvmtick", include_str!("../guests/kvmtick.S"), include_str!("../guests/make-kvmtick"));
         std::fs::copy(image, &kernel).unwrap();
-        std::fs::write(&serial, "").unwrap();
-        let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&disk).arg("1M").status();
+        let boots = format!("<loader type='rom'>{QBOOT}</loader><kernel>{}</kernel>", kernel.display());
+        let cpu = "<cpu mode='host-passthrough'><feature policy='disable' name='arch-capabilities'/></cpu>";
+        let tick = Tick::with(daemon, name, "kvm", &boots, cpu);
+        let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&tick.disk).arg("1M").status();
         assert!(made.unwrap().success(), "qemu-img failed");
+        Some(tick)
+    }
+
+    /// One of that kind, whose `<os>` also has `boots`, and which also has `extra`. Its disk is still to be made.
+    fn with(daemon: &Daemon, name: &str, kind: &str, boots: &str, extra: &str) -> Tick {
+        let file = |ending: &str| daemon.folder().join(format!("{name}.{ending}"));
+        let (disk, serial) = (file("qcow2"), file("serial"));
+        std::fs::write(&serial, "").unwrap();
         let xml = format!(
-            "<domain type='kvm'><name>{name}</name><memory unit='MiB'>16</memory>\
-             <os><type arch='x86_64' machine='q35'>hvm</type><loader type='rom'>{QBOOT}</loader>\
-             <kernel>{}</kernel></os><features><acpi/></features>\
-             <cpu mode='host-passthrough'><feature policy='disable' name='arch-capabilities'/></cpu><devices>\
+            "<domain type='{kind}'><name>{name}</name><memory unit='MiB'>16</memory>\
+             <os><type arch='x86_64' machine='q35'>hvm</type>{boots}</os><features><acpi/></features>{extra}<devices>\
              <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/>\
              <target dev='vda' bus='virtio'/></disk>\
              <serial type='file'><source path='{}'/><target port='0'/></serial></devices></domain>",
-            kernel.display(),
             disk.display(),
             serial.display()
         );
-        Some(Tick { name: name.to_owned(), xml, disk, serial })
+        Tick { name: name.to_owned(), xml, disk, serial }
     }
 
     /// The last whole line that it printed, as (counter, boots).

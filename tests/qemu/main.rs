@@ -15,6 +15,7 @@ mod parts;
 mod records;
 mod revert_matrix;
 mod snapshots;
+mod snapshots_cpu;
 mod snapshots_cut_off;
 mod snapshots_deleted;
 mod snapshots_kept;

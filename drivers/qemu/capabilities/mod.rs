@@ -15,6 +15,7 @@ mod site;
 
 pub use document::document;
 pub use host::{Host, KVM};
+pub use probe::plain_features;
 pub use site::{End, Site, VHOST_VSOCK, bridge_helper, program};
 
 use super::firmware::{self, Firmware};
@@ -32,7 +33,7 @@ use uuid::Uuid;
 use virt_model::driver::DriverError;
 
 /// Raised whenever the questions or their answers' meaning change, so that older cache files are left unread.
-const CACHE_FORMAT: u32 = 3;
+const CACHE_FORMAT: u32 = 4;
 /// The longest answers that are kept, in bytes.
 const MAX_CACHE: u64 = 16 << 20;
 /// Answers kept in memory; with more, those that nobody waits for are forgotten.
@@ -83,6 +84,9 @@ pub struct Capabilities {
     /// CPU features for `-cpu`, and other settings of a CPU that are on or off; empty where the binary does not list them.
     #[serde(default)]
     pub cpu_features: BTreeSet<String>,
+    /// Of them, those that a guest can see, each by one name; empty where the binary does not tell.
+    #[serde(default)]
+    pub plain_cpu_features: BTreeSet<String>,
     /// QMP commands.
     pub commands: BTreeSet<String>,
     /// Groups of command line options, e.g. `sandbox`.
@@ -154,6 +158,7 @@ impl Capabilities {
             kvm_blockers: Blockers::new(),
             kvm_hyperv: None,
             cpu_features: BTreeSet::new(),
+            plain_cpu_features: BTreeSet::new(),
             commands: BTreeSet::new(),
             options: BTreeSet::new(),
             audio: BTreeSet::new(),

@@ -76,6 +76,10 @@ async fn questions(session: &mut Session, binary: &Path) -> Result<Capabilities,
     let deprecated = items(&models).filter(|model| model["deprecated"].as_bool() == Some(true));
     caps.deprecated_cpus = deprecated.map(|model| text(&model["name"])).collect();
     caps.cpu_features = session.features(&caps.arch).await;
+    let largest = json!({"type": "static", "model": {"name": "max"}});
+    // Not every architecture has an answer.
+    let largest = session.ask("query-cpu-model-expansion", largest).await.unwrap_or_default();
+    caps.plain_cpu_features = plain_features(&largest).into_iter().flatten().map(|(name, _)| name.to_owned()).collect();
     // After the lists of types: those load the modules that add option groups.
     let options = session.ask("query-command-line-options", Value::Null).await?;
     caps.options = items(&options).map(|o| text(&o["option"])).collect();
@@ -112,6 +116,13 @@ fn blockers(answer: &Value) -> Blockers {
     let lacks = |model: &Value| items(&model["unavailable-features"]).map(text).collect::<BTreeSet<_>>();
     let blocked = items(answer).map(|model| (text(&model["name"]), lacks(model)));
     blocked.filter(|(_, lacks)| !lacks.is_empty()).collect()
+}
+
+/// What QEMU's answer about a model says of its features, each by one name: whether the guest has it. What is no feature of
+/// the CPU is not among them.
+pub fn plain_features(answer: &Value) -> Option<impl Iterator<Item = (&str, bool)>> {
+    let props = answer["model"]["props"].as_object()?;
+    Some(props.iter().filter_map(|(name, value)| Some((name.as_str(), value.as_bool()?))))
 }
 
 fn names(answer: &Value) -> BTreeSet<String> {

@@ -5,7 +5,7 @@ use super::args::{List, on_off};
 use crate::qemu::capabilities::Capabilities;
 use virt_model::device::board::PanicModel;
 use virt_model::domain::clock::TimerName;
-use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuMatch, CpuMode, FeaturePolicy, WidthMode};
+use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuFeature, CpuMatch, CpuMode, FeaturePolicy, WidthMode};
 use virt_model::domain::features::{Hyperv, HypervMode, State};
 
 impl Builder<'_> {
@@ -147,6 +147,29 @@ pub fn is_exact(cpu: &Cpu) -> bool {
     cpu.check == Some(CpuCheck::Full) || cpu.matching == Some(CpuMatch::Strict)
 }
 
+/// The CPU of a guest that is started from memory which was captured with `then`. Of a model that stands for all that can be
+/// had, what is not named was not there; so what is there since is left out.
+pub fn pinned(cpu: Option<&Cpu>, then: &Cpu, caps: &Capabilities) -> Cpu {
+    let mut pinned = cpu.cloned().unwrap_or_default().expanded(then);
+    let model = pinned.model.as_ref().and_then(|model| model.name.as_deref());
+    if !matches!(model, Some("host" | "max")) {
+        return pinned;
+    }
+    let is_named = |name: &String| pinned.features.iter().any(|feature| is_same_feature(&feature.name, name));
+    let since = caps.plain_cpu_features.iter().filter(|name| !FOLLOW_TOPOLOGY.contains(&&***name) && !is_named(name));
+    let without = |name: &String| CpuFeature {
+        policy: Some(FeaturePolicy::Disable),
+        name: name.clone(),
+        ..CpuFeature::default()
+    };
+    let since: Vec<CpuFeature> = since.map(without).collect();
+    pinned.features.extend(since);
+    pinned
+}
+
+/// What QEMU turns on by the number of cores and threads, whatever it is told.
+const FOLLOW_TOPOLOGY: [&str; 2] = ["ht", "cmp-legacy"];
+
 /// Whether a definition means that feature, which QEMU calls so.
 pub fn is_same_feature(name: &str, qemus: &str) -> bool {
     qemu_name(name) == qemus
@@ -174,4 +197,33 @@ fn qemu_name(feature: &str) -> String {
         other => return other.replace('_', "-"),
     };
     name.to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::path::Path;
+    use virt_model::domain::DomainDef;
+
+    fn cpu(text: &str) -> Cpu {
+        let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><vcpu>2</vcpu>{text}</domain>");
+        DomainDef::parse(&text).unwrap().cpu.unwrap()
+    }
+
+    #[test]
+    fn x11_what_a_cpu_that_is_the_largest_has_now_and_had_not_is_left_out() {
+        let mut caps = Capabilities::absent(Path::new("/q"), String::new());
+        caps.plain_cpu_features = ["aes", "ht", "new", "sse4.1"].map(str::to_owned).into();
+        let now = cpu("<cpu mode='host-model'><topology sockets='1' cores='2' threads='1'/></cpu>");
+        let then = cpu("<cpu mode='custom' match='exact' check='full'><model fallback='forbid'>max</model>\
+             <feature policy='require' name='aes'/><feature policy='require' name='sse4_1'/></cpu>");
+        let pinned = pinned(Some(&now), &then, &caps);
+        assert_eq!(pinned.topology.as_ref().map(|topology| topology.cores), Some(2), "the rest is the definition's");
+        let without: Vec<&CpuFeature> =
+            pinned.features.iter().filter(|feature| feature.policy == Some(FeaturePolicy::Disable)).collect();
+        assert_eq!(without.iter().map(|feature| &*feature.name).collect::<Vec<_>>(), ["new"]);
+        // Of a model by name, what is not named is as the model has it.
+        let named = cpu("<cpu mode='custom' match='exact' check='full'><model>Skylake-Client</model></cpu>");
+        assert_eq!(super::pinned(Some(&now), &named, &caps).features.len(), 0);
+    }
 }

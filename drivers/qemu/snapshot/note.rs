@@ -60,7 +60,8 @@ impl NotedSnapshot {
     pub fn read(self) -> Result<ExistingSnapshot, DriverError> {
         let NotedSnapshot { name, def, disks, memory, record } = self;
         let def = Arc::new(DomainDef::parse(&def).map_err(DriverError::Config)?);
-        Ok(ExistingSnapshot { name, memory, disks, merging: BTreeSet::new(), def, record })
+        // What a note is of is made whole, and not started from.
+        Ok(ExistingSnapshot { name, memory, disks, merging: BTreeSet::new(), def, cpu: None, record })
     }
 }
 

@@ -24,7 +24,7 @@ use virt_model::xml::{FindingKind, Limits};
 
 /// What a record may be when it is begun, with room for what is added when it is complete.
 pub(super) const BEGUN: Limits =
-    Limits { size: Limits::ACCEPTED.size - (64 << 10), elements: Limits::ACCEPTED.elements - 64, ..Limits::ACCEPTED };
+    Limits { size: Limits::ACCEPTED.size - (64 << 10), elements: Limits::ACCEPTED.elements - 1024, ..Limits::ACCEPTED };
 
 /// How a snapshot is taken.
 #[derive(Clone, Debug, Default)]
@@ -291,6 +291,7 @@ impl Domain {
             leave_out_nvram: options.leave_out.iter().any(|part| part == "nvram"),
             leave_out_tpm: options.leave_out.iter().any(|part| part == "tpm"),
         };
+        let has_memory = aligned.memory != MemoryMode::No;
         let def = SnapshotDef {
             name: name.to_owned(),
             description: doc.description.clone(),
@@ -305,6 +306,7 @@ impl Domain {
             domain: Some(machine.def.clone()),
             inactive,
             captured: Vec::new(),
+            cpu: machine.guest.as_ref().filter(|_| has_memory).and_then(|guest| guest.expanded_cpu()),
             cookie: None,
         };
         let def = self.keepable(def).await?;
@@ -382,7 +384,7 @@ impl Domain {
     ) -> Result<()> {
         // The domain may have become another while we waited for our turn.
         let Planned { def, request, machine, .. } = self.think_through(self.outline(doc, name, options).await?).await?;
-        let deed = Deed::Create { xml: def.write(true, false), keep: !options.no_metadata, running: machine.running };
+        let deed = Deed::Create { xml: def.write(true, true), keep: !options.no_metadata, running: machine.running };
         let journal = self.journal(deed, &job);
         journal.begin().await?;
         let taken = match self.takes_snapshots()?.create(&machine, &request, journal.clone()).await {

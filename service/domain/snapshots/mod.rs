@@ -190,6 +190,7 @@ impl Domain {
             disks: def.disks.clone(),
             merging: def.merging.clone(),
             def: machine,
+            cpu: def.cpu.clone(),
             record: record.record.clone(),
         }
     }

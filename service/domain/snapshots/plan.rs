@@ -6,10 +6,12 @@ use crate::error::{Error, Result};
 use crate::images;
 use crate::lock::lock;
 use crate::verb;
+use std::borrow::Cow;
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::{AbiDifference, Strictness};
+use virt_model::domain::cpu::Cpu;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     DiskMode, ExistingSnapshot, FileChange, FileFate, Machine, MemoryMode, RevertPlan,
@@ -132,8 +134,8 @@ impl Domain {
             return Err(Error::OperationInvalid(text.to_owned()));
         }
         let to = renamed(taken, &domain_name);
-        let differences = match machine.guest {
-            Some(_) if def.has_memory() => differences(&machine.def, &to),
+        let differences = match &machine.guest {
+            Some(guest) if def.has_memory() => differences(&machine.def, guest.expanded_cpu(), &to, def.cpu.as_ref()),
             _ => Vec::new(),
         };
         let kept = self.kept(&record, &def, &machine);
@@ -158,7 +160,7 @@ impl Domain {
             risks.push(FROZEN_CHANGED);
         }
         if active.is_some() && !in_place {
-            self.would_start(&to).await?;
+            self.would_start(&with_cpu(&to, def.cpu.as_ref().filter(|_| def.has_memory()))).await?;
         }
         let unaccepted = risks.iter().copied().filter(|risk| !options.force.accepts(risk)).collect();
         let plan = Plan {
@@ -300,13 +302,22 @@ pub(super) fn renamed(def: &Arc<DomainDef>, name: &str) -> Arc<DomainDef> {
     def
 }
 
-/// What the guest would notice; generation ids change at every start, so their values say nothing.
-fn differences(now: &DomainDef, to: &DomainDef) -> Vec<AbiDifference> {
-    let mut to = to.clone();
+/// What the guest would notice; generation ids change at every start, so their values say nothing. Where it is known what
+/// CPU it has and had, that is compared, and not what it was made of.
+fn differences(now: &DomainDef, has: Option<Cpu>, to: &DomainDef, had: Option<&Cpu>) -> Vec<AbiDifference> {
+    let both = has.as_ref().zip(had);
+    let (now, mut to) = (with_cpu(now, both.map(|both| both.0)), with_cpu(to, both.map(|both| both.1)).into_owned());
     if to.genid.is_some() && now.genid.is_some() {
         to.genid.clone_from(&now.genid);
     }
     now.compare_abi(&to, Strictness::Running)
+}
+
+/// A machine with the CPU that a hypervisor made of its own, if that is known.
+pub(super) fn with_cpu<'a>(def: &'a DomainDef, made: Option<&Cpu>) -> Cow<'a, DomainDef> {
+    let Some(made) = made else { return Cow::Borrowed(def) };
+    let cpu = def.cpu.clone().unwrap_or_default().expanded(made);
+    Cow::Owned(DomainDef { cpu: Some(cpu), ..def.clone() })
 }
 
 /// Whether the running process has the images open that hold the snapshot.

@@ -1,6 +1,7 @@
 //! Restoring the record of a snapshot from its document: after a backup, a migration, an undefine.
 
 use super::create::refused;
+use super::plan::with_cpu;
 use super::{CreateOptions, Domain};
 use crate::authz::{Action, Caller};
 use crate::domain::state::State;
@@ -158,9 +159,10 @@ fn replaces(before: &SnapshotDef, def: &mut SnapshotDef) -> Result<()> {
     }
     match (&before.domain, &def.domain) {
         (Some(source), Some(target)) => {
-            let mut renamed = DomainDef::clone(target);
+            let both = before.cpu.as_ref().zip(def.cpu.as_ref());
+            let mut renamed = with_cpu(target, both.map(|both| both.1)).into_owned();
             renamed.name.clone_from(&source.name);
-            let differences = source.compare_abi(&renamed, Strictness::Strict);
+            let differences = with_cpu(source, both.map(|both| both.0)).compare_abi(&renamed, Strictness::Strict);
             if !differences.is_empty() {
                 let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
                 let text = format!("snapshot '{name}': {} guest-visible differences: {}", all.len(), all.join("; "));
@@ -173,6 +175,9 @@ fn replaces(before: &SnapshotDef, def: &mut SnapshotDef) -> Result<()> {
     def.merging.extend(before.merging.iter().cloned());
     if def.cookie.is_none() {
         def.cookie.clone_from(&before.cookie);
+    }
+    if def.cpu.is_none() {
+        def.cpu.clone_from(&before.cpu);
     }
     if def.captured.is_empty() {
         def.captured.clone_from(&before.captured);

@@ -63,6 +63,22 @@ element! {
     }
 }
 
+impl Cpu {
+    /// The same with model and features as a hypervisor made them of it: caches, widths, topology and cells stay.
+    pub fn expanded(&self, made: &Cpu) -> Cpu {
+        Cpu {
+            mode: made.mode,
+            matching: made.matching,
+            check: made.check,
+            migratable: made.migratable,
+            model: made.model.clone(),
+            vendor: made.vendor.clone(),
+            features: made.features.clone(),
+            ..self.clone()
+        }
+    }
+}
+
 choices! {
     /// Which caches the guest is told of.
     pub enum CacheMode { Emulate = "emulate", Passthrough = "passthrough", Disable = "disable", }

@@ -14,6 +14,7 @@
 
 use super::{DriverError, Instance};
 use crate::domain::DomainDef;
+use crate::domain::cpu::Cpu;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -260,6 +261,8 @@ pub struct ExistingSnapshot {
     pub merging: BTreeSet<String>,
     /// The machine as it was: the disks' sources are what was frozen.
     pub def: Arc<DomainDef>,
+    /// The CPU that it had, where the definition leaves that open ([`Instance::expanded_cpu`]): it is started with no other.
+    pub cpu: Option<Cpu>,
     /// What the driver kept; null for one that was restored from a document without it.
     pub record: serde_json::Value,
 }

@@ -4,6 +4,7 @@ use super::{Beside, SnapshotDef, SnapshotState, check_name};
 use crate::device::disk::MetadataCache;
 use crate::device::source::SourceHost;
 use crate::domain::DomainDef;
+use crate::domain::cpu::Cpu;
 use crate::domain::part::{Part, Rest, element};
 use crate::domain::value::choices;
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
@@ -37,9 +38,18 @@ element! {
         /// `<firmwareState>`, likewise.
         child "firmwareState" => firmware: Option<FirmwareDoc>,
         /// `<cookie>`, likewise.
-        child "cookie" => cookie: Option<Element>,
+        child "cookie" => cookie: Option<CookieDoc>,
         /// `<active>`: in libvirt's own files.
         leaf "active" => active: Option<String>,
+    }
+}
+
+element! {
+    /// `<cookie>`: what the hypervisor must be told when it starts from the snapshot. What is in it beside the CPU is kept as
+    /// it is, whoever wrote it.
+    pub struct CookieDoc {
+        /// `<cpu>`: what the hypervisor made of the definition's.
+        child "cpu" => cpu: Option<Cpu>,
     }
 }
 
@@ -299,6 +309,7 @@ impl SnapshotDoc {
         let merging = marked.map(|disk| disk.name.clone()).collect();
         let captured = self.firmware.iter().flat_map(captured).collect();
         let uuid = uuid.and_then(|text| Uuid::try_parse(text.trim()).ok());
+        let (cpu, cookie) = self.cookie.map_or((None, None), CookieDoc::parted);
         let def = SnapshotDef {
             name,
             of: uuid.filter(|_| domain.is_none()),
@@ -313,9 +324,19 @@ impl SnapshotDoc {
             domain,
             inactive,
             captured,
-            cookie: self.cookie,
+            cpu,
+            cookie,
         };
         if log.is_empty() { Ok((def, uuid)) } else { Err(log) }
+    }
+}
+
+impl CookieDoc {
+    /// The CPU, and the rest of it as it stands there.
+    fn parted(mut self) -> (Option<Cpu>, Option<Element>) {
+        let cpu = self.cpu.take();
+        let rest = Some(self).filter(|rest| !rest.rest.is_empty()).map(|rest| rest.write("cookie"));
+        (cpu, rest)
     }
 }
 

@@ -13,6 +13,8 @@ pub use align::{Alignment, Request};
 pub use doc::{Capturing, DiskDoc, MemoryDoc, SnapshotDoc};
 pub use tree::{Node, SnapshotTree};
 
+use crate::domain::cpu::Cpu;
+use crate::domain::part::Part as _;
 use crate::domain::{DomainDef, Form};
 use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
 use crate::state::DomainState;
@@ -110,7 +112,10 @@ pub struct SnapshotDef {
     pub inactive: Option<Arc<DomainDef>>,
     /// Where the firmware's variables and the TPM's state are: `nvram` or `tpm`, and how.
     pub captured: Vec<(String, Capture)>,
-    /// What the driver must know of it; opaque to clients.
+    /// The CPU as the hypervisor made it of the definition's, which may stand for another at each start: it is part of the
+    /// cookie, and what the memory is started with again. `None` where the definition says it all, or it is not known.
+    pub cpu: Option<Cpu>,
+    /// What else the driver must know of it; opaque to clients.
     pub cookie: Option<Element>,
 }
 
@@ -155,8 +160,10 @@ impl SnapshotDef {
             self.captured.iter().for_each(|(part, how)| firmware.push(doc::write_capture(part, how)));
             root.push(firmware);
         }
-        if cookie {
-            self.cookie.iter().for_each(|cookie| root.push(cookie.clone()));
+        if cookie && (self.cpu.is_some() || self.cookie.is_some()) {
+            let mut cookie = self.cookie.clone().unwrap_or_else(|| Element::new("cookie"));
+            self.cpu.iter().for_each(|cpu| cookie.push(cpu.write("cpu")));
+            root.push(cookie);
         }
         root.write()
     }

@@ -131,3 +131,21 @@ fn x12_a_record_of_one_that_had_ended_may_have_its_memory() {
     assert!(refused(&record("<state>shutoff</state>\n<memory snapshot='internal'/>")).contains("has no memory"));
     assert!(refused(&record("<state>crashed</state>\n<memory file='/m'/>")).contains("has no memory"));
 }
+
+#[test]
+fn x11_the_cpu_in_a_cookie_is_read_and_what_stands_beside_it_is_kept() {
+    let cookie = "<cookie>\n<cpu mode='custom' match='exact' check='full'>\n<model fallback='forbid'>Skylake-Client</model>\n\
+                  <vendor>Intel</vendor>\n<feature policy='disable' name='hle'/>\n</cpu>\n<slirpHelper/>\n</cookie>";
+    let def = read(&record(&format!("<state>running</state>\n{cookie}"))).expect("libvirt's own");
+    let cpu = def.cpu.as_ref().expect("a CPU");
+    assert_eq!(cpu.model.as_ref().and_then(|model| model.name.as_deref()), Some("Skylake-Client"));
+    assert_eq!(cpu.features.len(), 1);
+    let written = def.write(false, true);
+    for part in ["<slirpHelper/>", "<vendor>Intel</vendor>", "<feature policy='disable' name='hle'/>"] {
+        assert!(written.contains(part), "{part}: {written}");
+    }
+    assert_eq!(read(&written).expect("it is read again"), def);
+    assert!(!def.write(false, false).contains("cookie"), "it is no part of what a check shows");
+    let wrong = record("<state>running</state>\n<cookie><cpu mode='odd'/></cookie>");
+    assert!(refused(&wrong).contains("line 5, column 14: /cookie/cpu/@mode"), "{}", refused(&wrong));
+}
