@@ -2,7 +2,7 @@
 //!
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
 //! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
-//! dead storage alone.
+//! dead storage alone, `./bench start` starts alone.
 
 mod bus;
 #[path = "../common/mod.rs"]
@@ -19,11 +19,18 @@ use std::time::Duration;
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("{:<58} {:>12} {:>12} {:>7}  wanted", "what (median)", "virtd", "bare", "ratio");
-    if std::env::args().any(|argument| argument == "dead") {
+    let asked = |part: &str| std::env::args().any(|argument| argument == part);
+    if asked("dead") {
         return dead::beside_dead_storage().await;
     }
     let bench = bus::Bench::start(None).await?;
-    guests::start_and_destroy(&bench).await?;
+    guests::start_and_destroy(&bench, "").await?;
+    if let Some(walled) = bus::Bench::start_system().await? {
+        guests::start_and_destroy(&walled, ", as a user of its own").await?;
+    }
+    if asked("start") {
+        return Ok(());
+    }
     inventory::read_against_ping(&bench).await?;
     guests::beside_hung_ones(&bench).await?;
     libvirt::compare(&bench).await?;
