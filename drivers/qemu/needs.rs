@@ -1,6 +1,5 @@
 //! What a start needs of the host's files, looked at before anything is begun, or ended to make room for it.
 
-use super::check::fixed_ports;
 use super::command::known_format;
 use super::live;
 use super::plan::{Command, Expected, HostFile};
@@ -11,6 +10,7 @@ use std::io::ErrorKind;
 use std::net::{IpAddr, TcpListener};
 use std::path::{Path, PathBuf};
 use virt_model::domain::DomainDef;
+use virt_model::domain::listening::fixed_ports;
 use virt_model::driver::DriverError;
 use virt_model::xml::{Element, Finding, FindingKind, Place};
 

@@ -1,6 +1,6 @@
 //! virtd on the private bus of the tests, with its runtime folder in memory, as on a real host.
 
-use crate::common::Daemon;
+use crate::common::{Daemon, Setup};
 use crate::common::client::{Client, Domain, options};
 use std::path::Path;
 
@@ -19,7 +19,18 @@ pub struct Bench {
 impl Bench {
     /// Starts both, with the definitions of `stored` (a folder, moved) as virtd's.
     pub async fn start(stored: Option<&Path>) -> Result<Bench> {
-        let mut daemon = Daemon::session_bus().ok_or("there is no private bus")?;
+        Bench::on(Daemon::session_bus().ok_or("there is no private bus")?, stored).await
+    }
+
+    /// The same on a system bus, where guests have walls and users of their own; nothing where there can be none.
+    pub async fn start_system() -> Result<Option<Bench>> {
+        match Daemon::system_bus(Setup::default()) {
+            Some(daemon) => Bench::on(daemon, None).await.map(Some),
+            None => Ok(None),
+        }
+    }
+
+    async fn on(mut daemon: Daemon, stored: Option<&Path>) -> Result<Bench> {
         let state = daemon.root().join("var/lib/virt");
         std::fs::create_dir_all(&state)?;
         if let Some(stored) = stored {

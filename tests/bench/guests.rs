@@ -16,8 +16,8 @@ pub fn xml(name: &str) -> String {
     )
 }
 
-/// `Start` from call to return against QEMU from exec to QMP ready; `Destroy` against SIGTERM to exit.
-pub async fn start_and_destroy(bench: &Bench) -> Result<()> {
+/// `Start` from call to return against QEMU from exec to QMP ready; `Destroy` against SIGTERM to exit. `place` is said of each.
+pub async fn start_and_destroy(bench: &Bench, place: &str) -> Result<()> {
     let domain = bench.define(&xml("bench")).await;
     let argv = native(bench, &domain).await?;
     let (mut start, mut ready, mut destroy, mut end) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -30,8 +30,9 @@ pub async fn start_and_destroy(bench: &Bench) -> Result<()> {
         end.push(raw.end()?);
     }
     let median = |times: &mut Vec<Duration>| percentile(times, 50);
-    row("Start, against QEMU from exec to QMP ready", median(&mut start), median(&mut ready), 1.3);
-    row("Destroy, against SIGTERM to exit", median(&mut destroy), median(&mut end), 3.0);
+    let what = |what: &str| format!("{what}{place}");
+    row(&what("Start, against QEMU from exec to QMP ready"), median(&mut start), median(&mut ready), 1.2);
+    row(&what("Destroy, against SIGTERM to exit"), median(&mut destroy), median(&mut end), 3.0);
     undefine(&domain).await;
     Ok(())
 }

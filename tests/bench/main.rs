@@ -2,7 +2,7 @@
 //!
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
 //! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
-//! dead storage alone, `./bench libvirt` beside libvirt, `./bench inventory` ten thousand domains.
+//! dead storage alone, `./bench start` starts alone, `./bench libvirt` beside libvirt, `./bench inventory` ten thousand domains.
 
 mod bus;
 #[path = "../common/mod.rs"]
@@ -30,7 +30,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     if only("libvirt") {
         return libvirt::compare(&bench).await;
     }
-    guests::start_and_destroy(&bench).await?;
+    guests::start_and_destroy(&bench, "").await?;
+    if let Some(walled) = bus::Bench::start_system().await? {
+        guests::start_and_destroy(&walled, ", as a user of its own").await?;
+    }
+    if only("start") {
+        return Ok(());
+    }
     inventory::read_against_ping(&bench).await?;
     guests::beside_hung_ones(&bench).await?;
     libvirt::compare(&bench).await?;

@@ -9,7 +9,6 @@ mod chardev;
 mod devices;
 mod filesystem;
 mod hostdev;
-mod listening;
 mod memory;
 mod net;
 mod place;
@@ -21,7 +20,6 @@ mod table;
 mod tpm;
 mod tune;
 
-pub use listening::fixed_ports;
 pub use table::{Standing, standing};
 
 use super::capabilities::{Capabilities, End};
@@ -107,7 +105,6 @@ impl Check<'_> {
         self.board();
         self.host_devices();
         self.tpms();
-        self.listening();
         add_findings(&mut self.log, self.def.contradictions());
     }
 

@@ -6,6 +6,7 @@ use crate::qemu::capabilities::End;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, RedirRule, SerialKind, SocketMode};
 use virt_model::device::display::MouseMode;
 use virt_model::device::{AddressKind, CharSource, ControllerKind, DeviceInfo, Redirfilter, Serial};
+use virt_model::domain::listening::LOCALHOST;
 
 impl Builder<'_> {
     pub(super) fn character_devices(&mut self) {
@@ -197,7 +198,7 @@ fn socket_options(list: List, source: &CharSource) -> List {
 fn tcp(list: List, source: &CharSource) -> List {
     let end = source.sources.first();
     let list = list
-        .set("host", end.and_then(|s| s.host.as_deref()).unwrap_or("127.0.0.1"))
+        .set("host", end.and_then(|s| s.host.as_deref()).unwrap_or(LOCALHOST))
         .set("port", end.and_then(|s| s.service.as_deref()).unwrap_or_default());
     let telnet = source.protocol.as_ref().is_some_and(|p| p.kind == CharProtocol::Telnet);
     socket_options(list.maybe("telnet", telnet.then_some("on")), source)

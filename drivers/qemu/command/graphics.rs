@@ -6,6 +6,7 @@ use crate::qemu::capabilities::End;
 use serde_json::json;
 use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, MouseMode, VideoKind};
 use virt_model::device::{Graphics, Video};
+use virt_model::domain::listening::LOCALHOST;
 
 impl Builder<'_> {
     pub(super) fn graphics(&mut self) {
@@ -120,7 +121,7 @@ fn listen_kind(graphics: &Graphics) -> ListenKind {
 /// The address in the form that may be followed by a port.
 fn host(graphics: &Graphics) -> String {
     let listen = graphics.listens.first().and_then(|l| l.address.as_deref());
-    let address = listen.or(graphics.listen.as_deref()).unwrap_or("127.0.0.1");
+    let address = listen.or(graphics.listen.as_deref()).unwrap_or(LOCALHOST);
     if address.contains(':') { format!("[{address}]") } else { address.to_owned() }
 }
 
@@ -132,7 +133,7 @@ fn spice_address(graphics: &Graphics) -> List {
         ListenKind::None => list.set("port", 0),
         _ => {
             let address = graphics.listens.first().and_then(|l| l.address.as_deref());
-            let address = address.or(graphics.listen.as_deref()).unwrap_or("127.0.0.1");
+            let address = address.or(graphics.listen.as_deref()).unwrap_or(LOCALHOST);
             let encrypted = graphics.tls_port.filter(|port| *port > 0);
             let open = graphics.port.filter(|port| *port > 0).or(encrypted.is_none().then_some(0));
             list.maybe("port", open).maybe("tls-port", encrypted).set("addr", address)

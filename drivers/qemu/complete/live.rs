@@ -12,13 +12,11 @@ use virt_model::device::{
     Address, AddressKind, Alias, Controller, ControllerKind, DeviceKind, DeviceMut, Disk, Graphics,
 };
 use virt_model::domain::DomainDef;
+use virt_model::domain::listening::LOCALHOST;
 use virt_model::xml::Finding;
 
 use super::Board;
 use super::buses::target_number;
-
-/// Where a screen listens when the definition does not say.
-pub const LOCALHOST: &str = "127.0.0.1";
 
 /// What the caller chooses for a guest that is to start.
 pub struct Chosen<'a> {

@@ -16,6 +16,7 @@ mod defaults;
 pub mod features;
 mod format;
 mod forms;
+pub mod listening;
 pub mod memory;
 pub mod metadata;
 pub mod native;

@@ -5,8 +5,9 @@ use crate::device::chardev::{CharKind, CharSource, SerialKind, SocketMode};
 use crate::device::disk::DiskBus;
 use crate::device::display::{GraphicsKind, VideoKind};
 use crate::domain::DomainDef;
+use crate::domain::listening::fixed_ports;
 use crate::domain::value::complain;
-use crate::xml::Place;
+use crate::xml::{Finding, Place};
 use std::collections::BTreeSet;
 
 /// Serial ports that a PC has addresses for.
@@ -14,6 +15,7 @@ const ISA_PORTS: usize = 4;
 
 pub(super) fn check(def: &DomainDef, log: &mut Log) {
     screens(def, log);
+    listeners(def, log);
     let devices = &def.devices;
     devices.serials.iter().for_each(|d| one_source("serial", &d.source, log));
     devices.parallels.iter().for_each(|d| one_source("parallel", &d.source, log));
@@ -53,14 +55,20 @@ fn screens(def: &DomainDef, log: &mut Log) {
             "one screen of a guest draws with OpenGL: turn it off for the others (<gl enable='no'/>)",
         );
     }
-    let mut ports = BTreeSet::new();
-    for screen in &def.devices.graphics {
-        let first = screen.listens.first().and_then(|listen| listen.address.clone()).or_else(|| screen.listen.clone());
-        let all = [("port", screen.port), ("tlsPort", screen.tls_port), ("websocket", screen.websocket)];
-        for (name, port) in all.into_iter().filter_map(|(name, port)| Some((name, port.filter(|port| *port > 0)?))) {
-            let again = !ports.insert((first.clone(), port));
-            let message = format!("port {port} is used twice: give another, or -1 to have one chosen");
-            never_if(again && screen.autoport != Some(true), &screen.at.attribute(name), &message, log);
+}
+
+/// No two of a machine listen at one place. A definition whose displays would is refused; one whose other devices would
+/// can be stored, and not started.
+fn listeners(def: &DomainDef, log: &mut Log) {
+    let all = fixed_ports(def);
+    for (n, second) in all.iter().enumerate() {
+        let Some(first) = all[..n].iter().find(|first| first.collides(second)) else { continue };
+        let (port, whose) = (second.port, &first.whose);
+        if first.of_display && second.of_display {
+            complain(log, &second.place, format!("port {port} is used twice: give another, or -1 to have one chosen"));
+        } else {
+            let message = format!("TCP port {port} is what {whose} of this machine listens on: name another");
+            log.push(Finding::unsupported(&second.place, message));
         }
     }
 }
