@@ -210,6 +210,7 @@ impl Service {
         if validate {
             refuse(driver.check(&def).await)?;
             refuse(unmet(&*driver, &def).await)?;
+            refuse(self.shared.images.frozen_in(&def).await)?;
         }
         self.look(&*driver, &def).await?;
         let claimed = self.claim(caller, &def, existing.as_ref())?;

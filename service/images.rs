@@ -230,7 +230,7 @@ impl Images {
         for disk in def.devices.disks.iter().filter(|disk| is_written(disk)) {
             if let Some((path, users)) = disk.path().and_then(|path| Some((path, users.get(Path::new(path))?))) {
                 let text = format!("{path} is what {} stands on, and cannot be written: {FROZEN}", users.join(", "));
-                findings.push(Finding::warning(&disk.at, text));
+                findings.push(Finding::unsupported(&disk.at, text));
             }
         }
         findings

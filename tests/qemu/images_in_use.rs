@@ -145,8 +145,11 @@ async fn a_frozen_file_is_not_written_by_a_machine_that_is_defined_on_it_again()
     }
     let told = client.call("/org/virt", "org.virt.Manager.ValidateDomain", &(&*tick.xml, options([]))).await;
     let told: Vec<(String, u32, u32, String)> = told.expect("told").body().deserialize().expect("findings");
-    let warned = |one: &(String, u32, u32, String)| one.0 == "warning" && one.3.contains("snapshot 's' of domain");
-    assert!(told.iter().any(warned), "{told:?}");
+    let refused = |one: &(String, u32, u32, String)| one.0 == "error" && one.3.contains("snapshot 's' of domain");
+    assert!(told.iter().any(refused), "{told:?}");
+    let again = client.path_from("DefineDomain", &(&*tick.xml, with([("validate", true)]))).await;
+    let (name, why) = again.err().expect("it could not start");
+    assert!(name.ends_with("ConfigUnsupported") && why.contains("snapshot 's' of domain"), "{name}: {why}");
     let (name, why) = player.domain.run("Start").await.expect_err("its disk is frozen");
     assert_eq!(name, "org.virt.Error.InUse", "{why}");
     assert!(why.contains("snapshot 's' of domain 'again'") && why.contains("revert to"), "{why}");
