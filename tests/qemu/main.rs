@@ -22,5 +22,6 @@ mod snapshots_kept;
 mod snapshots_unfinished;
 mod survival;
 mod system;
+mod undefine;
 mod unread;
 mod whole_machine;
