@@ -12,6 +12,7 @@ mod lifecycle;
 mod media;
 mod missing;
 mod parts;
+mod plugged;
 mod records;
 mod revert_matrix;
 mod snapshots;
