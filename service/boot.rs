@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
 use crate::registry::Claimed;
 use crate::shared::{Shared, virtd_itself};
-use crate::store::{Ended, Found, Loaded, Note, Status, Stored, on_disk};
+use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
 use std::collections::{BTreeSet, HashMap};
@@ -84,6 +84,14 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
         });
     }
     let _ = timeout(LOOK, looked_at.join_all()).await;
+    for (uuid, left) in snapshots {
+        // Its definition went before: all that it was to be removed with is gone.
+        if let (Some(Intent { deed: Deed::Undefine { .. }, .. }), None) = (left.intent, domains.get(uuid)) {
+            let on = shared.clone();
+            on_disk(move || on.store.forget_snapshots(uuid)).await?;
+            tracing::warn!(%uuid, "its removal with its storage was cut off: it is undefined, and its storage removed");
+        }
+    }
     for domain in cut_off.into_iter().filter_map(|uuid| domains.get(uuid)) {
         look_after(&domain, &places, async {});
     }
@@ -118,6 +126,7 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
 /// The snapshots of all domains. Those that cannot be read are left alone.
 fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
     let mut all = HashMap::new();
+    shared.store.finish_forgetting();
     for uuid in shared.store.domains_with_snapshots() {
         match shared.store.load_snapshots(uuid) {
             Ok(loaded) => _ = all.insert(uuid, loaded),

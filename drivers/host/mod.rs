@@ -24,6 +24,7 @@ pub mod resolve;
 pub mod secret;
 #[allow(clippy::disallowed_methods, reason = "opens /dev/null")]
 pub mod spawn;
+pub mod storage;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
 pub mod tool;

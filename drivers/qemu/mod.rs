@@ -51,6 +51,7 @@ use crate::DriverConfig;
 use crate::host::access::{self, Ledger};
 use crate::host::files::{Seen, What};
 use crate::host::resolve::Found;
+use crate::host::storage;
 use crate::host::uids::{Uids, range_of};
 use crate::host::user::RunAs;
 use crate::host::workers::blocking;
@@ -71,7 +72,8 @@ use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{
-    DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Running,
+    DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Removable, Running,
+    StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -419,6 +421,18 @@ impl Driver for QemuDriver {
             inner.privileges.forget(machine)
         };
         self.0.workers.run(errand, removed).await
+    }
+
+    async fn storage(&self, def: &DomainDef, files: &[PathBuf]) -> Result<Vec<Removable>, DriverError> {
+        let (files, wary) = (files.to_vec(), matches!(self.0.privileges, Privileges::Drop { .. }));
+        let errand = Errand::new(def.uuid, "the images of the machine");
+        self.0.workers.run(errand, move |_| Ok(files.iter().map(|file| storage::judge(file, wary)).collect())).await
+    }
+
+    async fn remove_storage(&self, def: &DomainDef, file: &StoredFile) -> Result<(), DriverError> {
+        let (file, wary) = (file.clone(), matches!(self.0.privileges, Privileges::Drop { .. }));
+        let errand = Errand::new(def.uuid, file.path.display().to_string()).of(file.bytes);
+        self.0.workers.run(errand, move |_| storage::remove(&file, wary)).await
     }
 
     async fn capabilities(&self) -> Result<String, DriverError> {

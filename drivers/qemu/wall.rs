@@ -79,7 +79,7 @@ pub fn of_qemu(mason: Mason, def: &DomainDef, command: &Command, lent: &[LentFil
     let elsewhere: Vec<PathBuf> = sockets_made(&args).into_iter().filter(|socket| !socket.starts_with(own)).collect();
     if let (Mason::ROOT, Some(socket)) = (mason, elsewhere.first()) {
         let why = format!(
-            "{}: QEMU makes sockets in the guest's own folder only; leave their path out of the definition",
+            "{}: QEMU makes sockets in the guest's own folder only; leave their path out of the definition, or have the other end listen",
             socket.display()
         );
         return Err(io::Error::new(io::ErrorKind::Unsupported, why));
@@ -172,7 +172,7 @@ fn uses_uring(args: &[String]) -> bool {
 /// Whether something in that machine talks to the host's network by QEMU itself, which opened devices do not.
 fn takes_network(def: &DomainDef, args: &[String]) -> bool {
     let value = |option: &str, value: &str| match option {
-        "-netdev" => !value.starts_with("tap,") && !value.contains("addr.type=fd"),
+        "-netdev" => !value.starts_with("tap,") && !value.starts_with("vhost-user,") && !value.contains("addr.type=fd"),
         "-chardev" => value.contains(",host=") || value.contains(",localaddr=") || value.contains(",port="),
         "-vnc" => !value.trim_start_matches("vnc=").starts_with("unix:") && value != "none",
         "-spice" => ["port=", "tls-port="]
@@ -263,6 +263,7 @@ mod tests {
         for (option, value) in [
             ("-netdev", "tap,fd=20,id=hostnet0,vhost=on,vhostfd=21"),
             ("-netdev", "stream,id=hostnet1,server=off,addr.type=fd,addr.str=150"),
+            ("-netdev", "vhost-user,chardev=charnet0,id=hostnet0"),
             ("-chardev", "socket,id=mon,fd=3,server=on,wait=off"),
             ("-vnc", "unix:/guests/vnc.sock"),
             ("-vnc", "vnc=unix:/guests/a=b.sock"),

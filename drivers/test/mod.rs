@@ -22,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
-use virt_model::driver::{Driver, DriverError, Launch, Reconnect, Reconnected, Running};
+use virt_model::driver::{Driver, DriverError, Launch, Reconnect, Reconnected, Removable, Running, StoredFile};
 use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Memory and vCPUs that the host claims to have.
@@ -186,6 +186,16 @@ impl Driver for TestDriver {
         let (looked_at, errand) = (path.clone(), Errand::new(def.uuid, path.display().to_string()));
         let there = self.0.workers.run(errand, move |_| Ok(Seen::at(&looked_at).named)).await;
         if there.unwrap_or(true) { vec![path] } else { Vec::new() }
+    }
+
+    /// They are played, as the images are.
+    async fn storage(&self, _def: &DomainDef, files: &[PathBuf]) -> Result<Vec<Removable>, DriverError> {
+        let played = |path: &PathBuf| Ok(Some(StoredFile { path: path.clone(), identity: (0, 0), bytes: 0 }));
+        Ok(files.iter().map(played).collect())
+    }
+
+    async fn remove_storage(&self, _def: &DomainDef, _file: &StoredFile) -> Result<(), DriverError> {
+        Ok(())
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

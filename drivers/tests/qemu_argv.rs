@@ -479,7 +479,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (device("<interface type='user'><portForward proto='tcp'/></interface>"), "<backend type='passt'/>"),
         (
             device("<interface type='user'><driver queues='2'/></interface>"),
-            "several queues are for virtio cards on a bridge",
+            "several queues are for virtio cards of type='vhostuser'",
         ),
         (device("<interface type='user'><target dev='mine'/></interface>"), "a name of its own only on the system bus"),
         (

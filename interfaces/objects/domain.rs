@@ -13,7 +13,7 @@ use virt_model::domain::Form;
 use virt_model::driver::ShutdownMode;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
-use virt_service::{Affect, Domain, Service, StartOptions, UndefineOptions};
+use virt_service::{Affect, Domain, Service, StartOptions, UndefineCheck, UndefineOptions};
 use zbus::Variant;
 
 /// The interface.
@@ -131,16 +131,19 @@ async fn resume(domain: Arc<Domain>, call: Call) -> Outcome {
 }
 
 async fn undefine(domain: Arc<Domain>, call: Call) -> Outcome {
-    domain.undefine(call.caller(), undefine_options(call.options()?)?).await?;
+    if let Some(ticket) = domain.undefine(call.caller(), undefine_options(call.options()?)?).await? {
+        ticket.done().await?;
+    }
     call.done()
 }
 
 async fn check_undefine(domain: Arc<Domain>, call: Call) -> Outcome {
-    let checked = domain.check_undefine(call.caller(), undefine_options(call.options()?)?).await?;
+    let checked = domain.check_undefine(call.caller(), &undefine_options(call.options()?)?).await?;
     let verdict = snapshot::verdict(checked.as_ref().err());
-    let removed = checked.unwrap_or_default();
+    let UndefineCheck { removed, files } = checked.unwrap_or_default();
     let removed: Vec<String> = removed.iter().map(|path| path.display().to_string()).collect();
-    let answer: HashMap<_, _> = verdict.into_iter().chain([("removed", Variant::from(removed))]).collect();
+    let removal = [("removed", Variant::from(removed)), ("files", Variant::from(files))];
+    let answer: HashMap<_, _> = verdict.into_iter().chain(removal).collect();
     call.reply(&answer)
 }
 
@@ -148,7 +151,9 @@ fn undefine_options(mut options: Options) -> Result<UndefineOptions, Error> {
     let remove = UndefineOptions {
         managed_save: options.flag("managed-save")?,
         snapshots_metadata: options.flag("snapshots-metadata")?,
+        snapshots: options.flag("snapshots")?,
         nvram: options.flag("nvram")?,
+        storage: options.texts("storage")?,
     };
     options.end()?;
     Ok(remove)

@@ -1,4 +1,4 @@
-//! The configuration: read, redefine, undefine, rename, autostart, title, description, metadata.
+//! The configuration: read, redefine, rename, autostart, title, description, metadata.
 
 use super::Domain;
 use super::state::State;
@@ -10,7 +10,6 @@ use crate::lock::lock;
 use crate::store::{Note, on_disk};
 use crate::stored::StoredDef;
 use crate::verb::{self, Verb};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
@@ -37,17 +36,6 @@ pub(super) enum Update {
     Whole,
     /// Part of something else, which is published as that.
     Part,
-}
-
-/// What goes along with a stored configuration.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct UndefineOptions {
-    /// The managed save image.
-    pub managed_save: bool,
-    /// The snapshots' metadata.
-    pub snapshots_metadata: bool,
-    /// The firmware variables and the state of a TPM.
-    pub nvram: bool,
 }
 
 /// How long the removal of what belongs to a guest may keep its end from being told.
@@ -132,88 +120,6 @@ impl Domain {
             return Err(Error::OperationInvalid(text));
         }
         Ok(())
-    }
-
-    /// Removes the stored configuration. An active domain goes on as a transient one.
-    pub async fn undefine(self: &Arc<Self>, caller: &Caller, options: UndefineOptions) -> Result<()> {
-        self.short(caller, &verb::UNDEFINE, async {
-            let (live, stored) = self.configurations()?;
-            let stored = stored.ok_or_else(|| self.vanished())?;
-            let belongings = self.driver.belongings(&stored).await;
-            self.nothing_bars(live.is_some(), &belongings, options)?;
-            // First what may fail, and may be tried again while the configuration still says where it is.
-            if live.is_none() {
-                self.remove_belongings(&stored).await?;
-            }
-            let (shared, uuid) = (self.shared.clone(), self.uuid);
-            on_disk(move || {
-                shared.store.forget_snapshots(uuid)?;
-                shared.store.remove_definition(uuid)
-            })
-            .await?;
-            self.all_told().await.commit(|state| {
-                state.snapshots.forget();
-                state.stored = None;
-                state.broken = None;
-                state.autostart = false;
-                state.config_changed = false;
-                state.leave_if_nothing_left();
-                vec![Lifecycle::Undefined(Undefined::Removed)]
-            });
-            Ok(())
-        })
-        .await
-    }
-
-    /// What `undefine` would remove of the host's files with the same options, or why it would be refused. Changes nothing.
-    pub async fn check_undefine(&self, caller: &Caller, options: UndefineOptions) -> Result<Result<Vec<PathBuf>>> {
-        self.allow(caller, verb::CHECK_UNDEFINE.action).await?;
-        let (live, stored) = self.configurations()?;
-        let Some(stored) = stored else { return Ok(Err(self.vanished())) };
-        let belongings = self.driver.belongings(&stored).await;
-        Ok(self.nothing_bars(live.is_some(), &belongings, options).map(|()| belongings))
-    }
-
-    /// Refuses to undefine while there is something that only this domain can use and that is not to go with it, or is in use:
-    /// all of that in one sentence.
-    fn nothing_bars(&self, active: bool, belongings: &[PathBuf], options: UndefineOptions) -> Result<()> {
-        let (snapshots, broken) = {
-            let state = lock(&self.state);
-            (state.snapshots.count(), state.snapshots.why_broken())
-        };
-        let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
-        let mut bars = Vec::new();
-        if snapshots > 0 && !options.snapshots_metadata {
-            let (s, them) = if snapshots == 1 { ("", "it") } else { ("s", "them") };
-            bars.push(format!(
-                "it has {snapshots} snapshot{s}; pass snapshots-metadata to forget {them} (images keep what they hold)"
-            ));
-        }
-        if let Some(why) = broken.filter(|_| !options.snapshots_metadata) {
-            bars.push(format!("{why}; pass snapshots-metadata to forget its snapshots"));
-        }
-        if !belongings.is_empty() && !options.nvram {
-            bars.push(format!(
-                "it has firmware variables or the state of a TPM in {named}; pass nvram to remove them with it"
-            ));
-        }
-        if !belongings.is_empty() && options.nvram && active {
-            bars.push(format!("it runs and uses {named}; shut it down before they are removed"));
-        }
-        match bars.is_empty() {
-            true => Ok(()),
-            false => {
-                let text = format!("cannot undefine domain '{}': {}", self.name(), bars.join("; and "));
-                Err(Error::OperationInvalid(text))
-            }
-        }
-    }
-
-    /// Removes firmware variables and the state of a TPM, and what else its driver knows to be kept for it, before the
-    /// configuration that names them.
-    async fn remove_belongings(&self, stored: &DomainDef) -> Result<()> {
-        let removed = self.driver.remove_belongings(stored, DomainEnd::Undefined).await;
-        removed.map_err(|e| Error::from_driver(&self.name(), "undefine", e))
     }
 
     /// Removes what goes with the end of a transient domain whose guest `live` was.
@@ -442,7 +348,7 @@ impl Domain {
         ))
     }
 
-    fn vanished(&self) -> Error {
+    pub(super) fn vanished(&self) -> Error {
         Error::NoSuchDomain { what: "name", value: self.name() }
     }
 }

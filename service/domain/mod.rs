@@ -15,11 +15,13 @@ mod media;
 mod reports;
 mod snapshots;
 mod state;
+mod undefine;
 
-pub use config::{Affect, UndefineOptions};
+pub use config::Affect;
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
+pub use undefine::{UndefineCheck, UndefineOptions};
 
 use crate::authz::Subject;
 use crate::error::{Error, Result};

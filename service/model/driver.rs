@@ -13,6 +13,7 @@ use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::Finding;
 use async_trait::async_trait;
 pub use reports::{EventSink, EventStream, reports};
+use serde::{Deserialize, Serialize};
 use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -96,6 +97,21 @@ pub trait Driver: Send + Sync {
         Ok(())
     }
 
+    /// The files of a machine's disks at these paths, as they are now, each as far as it can be removed: a plain file that
+    /// nobody has open. `Ok(None)`: there is nothing. An inner error says why that one cannot be. Changes nothing.
+    /// Errors: `TimedOut` if a file system does not answer; `Unsupported` by a driver whose machines have no files.
+    async fn storage(&self, def: &DomainDef, files: &[PathBuf]) -> Result<Vec<Removable>, DriverError> {
+        let _ = (def, files);
+        Err(DriverError::Unsupported("this driver removes no images".to_owned()))
+    }
+
+    /// Removes one of them. What has its place by now is another file, and stays; so does one that somebody has opened since:
+    /// that is an error.
+    async fn remove_storage(&self, def: &DomainDef, file: &StoredFile) -> Result<(), DriverError> {
+        let _ = def;
+        Err(DriverError::Unsupported(format!("this driver removes no images, and not {}", file.path.display())))
+    }
+
     /// Snapshots, where the driver has them.
     fn snapshots(&self) -> Option<&dyn snapshots::Snapshots> {
         None
@@ -135,6 +151,20 @@ pub struct MachineChoice {
     /// The `<domain type='…'>`: the fastest that runs here.
     pub kind: Option<String>,
 }
+
+/// A file that is to be removed with its machine.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredFile {
+    /// Absolute.
+    pub path: PathBuf,
+    /// Which file it is: the number of its file system, and its own there.
+    pub identity: (u64, u64),
+    /// Its length.
+    pub bytes: u64,
+}
+
+/// A file that can be removed; nothing if there is none, or why it cannot be.
+pub type Removable = Result<Option<StoredFile>, String>;
 
 /// How a domain ceases to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

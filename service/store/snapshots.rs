@@ -15,6 +15,7 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
+use virt_model::driver::StoredFile;
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::{Element, Limits, shorten};
 
@@ -77,6 +78,10 @@ pub(crate) enum Deed {
     Delete {
         name: String,
     },
+    /// The machine itself, with these files.
+    Undefine {
+        storage: Vec<StoredFile>,
+    },
 }
 
 impl Store {
@@ -103,6 +108,17 @@ impl Store {
         let broken = no_intent.or(no_current);
         broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
         Ok(Loaded { records, current, intent, broken })
+    }
+
+    /// Removes what is left of snapshots that were being forgotten.
+    pub fn finish_forgetting(&self) {
+        let entries = fs::read_dir(self.paths.state.join("snapshots")).into_iter().flatten();
+        let gone = entries.filter_map(|entry| Some(entry.ok()?.path()));
+        for folder in gone.filter(|path| path.extension().is_some_and(|ending| ending == "gone")) {
+            if let Err(e) = remove_folder(&folder) {
+                tracing::warn!("{e}");
+            }
+        }
     }
 
     /// Which domains have snapshots on disk.
@@ -159,12 +175,18 @@ impl Store {
         Ok(folder)
     }
 
-    /// Forgets all of a domain's snapshots; images stay as they are.
+    /// Forgets all of a domain's snapshots, in one step; images stay as they are.
     pub fn forget_snapshots(&self, uuid: Uuid) -> Result<()> {
-        let folder = self.snapshots(uuid);
-        match fs::remove_dir_all(&folder) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::from_io("remove", &folder, &e)),
-            _ => Ok(()),
+        let (folder, gone) = (self.snapshots(uuid), self.snapshots(uuid).with_extension("gone"));
+        // What an earlier virtd was killed over.
+        remove_folder(&gone)?;
+        match fs::rename(&folder, &gone) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            renamed => {
+                renamed.map_err(|e| Error::from_io("remove", &folder, &e))?;
+                sync(&self.paths.state.join("snapshots"))?;
+                remove_folder(&gone)
+            }
         }
     }
 
@@ -174,6 +196,18 @@ impl Store {
 
     fn make_snapshots(&self, uuid: Uuid) -> Result<()> {
         make(&self.snapshots(uuid))
+    }
+}
+
+/// What was renamed in a folder stays so.
+fn sync(folder: &Path) -> Result<()> {
+    fs::File::open(folder).and_then(|held| held.sync_all()).map_err(|e| Error::from_io("sync", folder, &e))
+}
+
+fn remove_folder(folder: &Path) -> Result<()> {
+    match fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::from_io("remove", folder, &e)),
+        _ => Ok(()),
     }
 }
 

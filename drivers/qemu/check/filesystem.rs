@@ -79,7 +79,7 @@ impl Check<'_> {
     }
 
     /// Whether other processes can see all of the guest's memory.
-    fn memory_is_shared(&self) -> bool {
+    pub(super) fn memory_is_shared(&self) -> bool {
         let backing = self.def.memory_backing.as_ref();
         let all = backing.and_then(|b| b.access.as_ref()).is_some_and(|access| access.mode == Sharing::Shared);
         let cells = self.def.numa_cells();

@@ -135,12 +135,25 @@ impl Check<'_> {
 
     fn each_vcpu(&mut self) {
         let Some(all) = &self.def.vcpus_each else { return };
-        let online = self.def.vcpus();
+        let (online, plugged) = self.def.vcpus_at_boot();
+        let (count, said) = (online.len(), self.def.vcpus());
+        let why = format!("{count} vCPUs are enabled, and <vcpu current=…> says {said}: make them the same");
+        self.refuse_if(u32::try_from(count) != Ok(said), &all.at, &why);
+        let fixed = online.iter().filter(|n| !plugged.contains(n));
+        let gap = fixed.zip(0..).find(|(n, expected)| *n != expected).map(|(n, _)| *n);
         for vcpu in &all.vcpus {
-            let first = vcpu.id < online;
-            let differs = vcpu.enabled.is_some_and(|enabled| enabled != first);
-            let why = format!("the first {online} vCPUs (<vcpu current=…>) are online at boot, and no others");
-            self.refuse_if(differs, &vcpu.at.attribute("enabled"), &why);
+            let place = vcpu.at.attribute("hotpluggable");
+            let never = vcpu.hotpluggable == Some(false) && !online.contains(&vcpu.id);
+            self.refuse_if(never, &place, "a vCPU that is not enabled is one that can be plugged in");
+            let first = vcpu.id == 0 && vcpu.hotpluggable == Some(true);
+            self.refuse_if(first, &place, "vCPU 0 is the board's: say hotpluggable='no'");
+            let how =
+                "the vCPUs that are not plugged in are the first ones: say hotpluggable='yes', or enable those before";
+            self.refuse_if(gap == Some(vcpu.id), &place, how);
+        }
+        if !plugged.is_empty() {
+            let kind = crate::qemu::command::plugged_cpu(self.def, self.caps);
+            self.need_device(&all.at, &kind);
         }
     }
 

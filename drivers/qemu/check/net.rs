@@ -4,7 +4,7 @@ use super::Check;
 use crate::qemu::command::{by_passt, card_type};
 use std::net::IpAddr;
 use virt_model::device::Interface;
-use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver, Vlan};
+use virt_model::device::interface::{Family, InterfaceDriver, InterfaceKind, NetDriver, SourceMode, Vlan};
 
 /// Queues of one card, and of all cards together: each needs two descriptors of those that QEMU is given.
 const MOST_QUEUES: u32 = 16;
@@ -55,9 +55,11 @@ impl Check<'_> {
             InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
                 self.socket(interface);
             }
+            InterfaceKind::VhostUser => self.switch(interface),
             InterfaceKind::Null => {}
             _ => {
-                let known = "user, bridge, direct, ethernet, hostdev, null, mcast, server, client and udp are";
+                let known =
+                    "user, bridge, direct, ethernet, hostdev, null, mcast, server, client, udp and vhostuser are";
                 self.refuse(
                     &place.attribute("type"),
                     format!("interfaces of type='{kind}' are not supported: {known}"),
@@ -67,6 +69,34 @@ impl Check<'_> {
         self.card(interface);
         self.host_side(interface, host_device);
         self.seated(&interface.info, place);
+    }
+
+    /// A switch in a process of its own.
+    fn switch(&mut self, interface: &Interface) {
+        let place = &interface.at;
+        let source = interface.source.as_ref();
+        let absolute = source.and_then(|source| source.path.as_deref()).is_some_and(|path| path.starts_with('/'));
+        let how = "type='vhostuser' needs <source type='unix' path='/…' mode='client'/>, the socket of the switch";
+        self.refuse_if(!absolute, place, how);
+        let known = source.is_some_and(|source| matches!(source.mode, Some(SourceMode::Client | SourceMode::Server)));
+        let how = "mode='client' if the switch listens, mode='server' if QEMU does";
+        self.refuse_if(absolute && !known, &place.child("source").attribute("mode"), how);
+        if let Some(again) = source.and_then(|source| source.reconnect.as_ref()) {
+            let never = again.enabled == Some(true) && (interface.listens() || again.timeout.is_none_or(|n| n == 0));
+            self.refuse_if(
+                never,
+                &again.at,
+                "<reconnect enabled='yes'> has a timeout in seconds, and is for mode='client'",
+            );
+        }
+        let virtio = interface.model().is_some_and(|model| model.starts_with("virtio"));
+        self.refuse_if(
+            !virtio,
+            &place.child("model"),
+            "only virtio cards are plugged into a switch of type='vhostuser'",
+        );
+        let how = "the switch must see the guest's memory: <memoryBacking> with <access mode='shared'/>";
+        self.refuse_if(!self.memory_is_shared(), place, how);
     }
 
     fn direct(&mut self, interface: &Interface) {
@@ -98,9 +128,17 @@ impl Check<'_> {
                 self.refuse(&address.at, "<source> with an <address> is for type='hostdev'");
             }
         }
-        if let Some(source) = interface.source.as_ref().filter(|_| interface.kind != InterfaceKind::Direct) {
-            self.refuse_if(source.mode.is_some(), &source.at.attribute("mode"), "a mode is for type='direct'");
-        }
+        let Some(source) = &interface.source else { return };
+        let fits = match source.mode {
+            None => true,
+            Some(SourceMode::Client | SourceMode::Server) => interface.kind == InterfaceKind::VhostUser,
+            Some(_) => interface.kind == InterfaceKind::Direct,
+        };
+        let how = "a mode is for type='direct', and 'client' and 'server' for type='vhostuser'";
+        self.refuse_if(!fits, &source.at.attribute("mode"), how);
+        let link = source.link.is_some() || source.path.is_some() || source.reconnect.is_some();
+        let how = "a socket's path is for type='vhostuser'";
+        self.refuse_if(link && interface.kind != InterfaceKind::VhostUser, &source.at, how);
     }
 
     /// A card of the host's. That it is a virtual function is looked at when the guest starts.
@@ -229,9 +267,10 @@ impl Check<'_> {
                 &driver.at.attribute("name"),
                 "there is no /dev/vhost-net (load the module vhost_net), or use name='qemu'",
             );
-            let many = queues && !(virtio && taps && self.caps.site.makes_taps);
-            let how =
-                "several queues are for virtio cards on a bridge, of type='direct' or 'ethernet', on the system bus";
+            let by_switch = interface.kind == InterfaceKind::VhostUser;
+            let many = queues && !(virtio && (by_switch || taps && self.caps.site.makes_taps));
+            let how = "several queues are for virtio cards of type='vhostuser', and on the system bus on a bridge, of \
+                       type='direct' or 'ethernet'";
             self.refuse_if(many, &driver.at.attribute("queues"), how);
             let few = driver.queues.is_some_and(|n| n == 0 || n > MOST_QUEUES);
             self.refuse_if(few, &driver.at.attribute("queues"), "there are 1 to 16 queues");

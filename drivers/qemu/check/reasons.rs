@@ -197,7 +197,6 @@ const REASONS: &[(&str, &[&str])] = &[
             "devices/disk/source/reconnect/@timeout",
             "devices/disk/backingStore/source/reconnect/@enabled",
             "devices/disk/backingStore/source/reconnect/@timeout",
-            "devices/interface/source/reconnect",
             "devices/video/driver/@name",
             "devices/video/model/acceleration/@rendernode",
         ],

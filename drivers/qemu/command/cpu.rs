@@ -4,6 +4,7 @@ use super::Builder;
 use super::args::{List, on_off};
 use crate::qemu::capabilities::Capabilities;
 use virt_model::device::board::PanicModel;
+use virt_model::domain::DomainDef;
 use virt_model::domain::clock::TimerName;
 use virt_model::domain::cpu::{CacheMode, Cpu, CpuCheck, CpuFeature, CpuMatch, CpuMode, FeaturePolicy, WidthMode};
 use virt_model::domain::features::{Hyperv, HypervMode, State};
@@ -58,15 +59,11 @@ impl Builder<'_> {
     }
 
     fn model(&self) -> List {
-        let default = Cpu::default();
-        let cpu = self.def.cpu.as_ref().unwrap_or(&default);
-        let mode = cpu.mode.unwrap_or_default();
-        if mode == CpuMode::Custom {
-            return List::new(cpu.model.as_ref().and_then(|m| m.name.as_deref()).unwrap_or("qemu64"));
-        }
-        // Without KVM there is no host CPU to show; the most that can be emulated is the nearest to it.
-        let model = if self.kvm && mode != CpuMode::Maximum { "host" } else { "max" };
-        List::new(model).maybe_on_off("migratable", cpu.migratable.or((mode == CpuMode::HostModel).then_some(true)))
+        let list = List::new(model_name(self.def));
+        let Some(cpu) = self.def.cpu.as_ref().filter(|cpu| cpu.mode.unwrap_or_default() != CpuMode::Custom) else {
+            return list;
+        };
+        list.maybe_on_off("migratable", cpu.migratable.or((cpu.mode == Some(CpuMode::HostModel)).then_some(true)))
     }
 
     /// What only exists with KVM. (`check` warns where it is asked for without.)
@@ -99,6 +96,23 @@ impl Builder<'_> {
             None => list,
         }
     }
+}
+
+/// QEMU's name of the model.
+fn model_name(def: &DomainDef) -> &str {
+    let cpu = def.cpu.as_ref();
+    match cpu.and_then(|cpu| cpu.mode).unwrap_or_default() {
+        CpuMode::Custom => cpu.and_then(|cpu| cpu.model.as_ref()?.name.as_deref()).unwrap_or("qemu64"),
+        CpuMode::Maximum => "max",
+        // Without KVM there is no host CPU to show; the most that can be emulated is the nearest to it.
+        _ if def.kind == "kvm" => "host",
+        _ => "max",
+    }
+}
+
+/// What is plugged in for a vCPU that the board does not have at boot.
+pub fn plugged_cpu(def: &DomainDef, caps: &Capabilities) -> String {
+    format!("{}-{}-cpu", model_name(def), caps.arch)
 }
 
 /// What a guest is told of Hyper-V, in QEMU's words, each with its value.
@@ -203,7 +217,6 @@ fn qemu_name(feature: &str) -> String {
 mod tests {
     use super::*;
     use std::path::Path;
-    use virt_model::domain::DomainDef;
 
     fn cpu(text: &str) -> Cpu {
         let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><vcpu>2</vcpu>{text}</domain>");

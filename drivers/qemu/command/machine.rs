@@ -109,12 +109,21 @@ impl Builder<'_> {
 
     pub(super) fn resources(&mut self) {
         self.memory();
-        let (online, all) = (self.def.vcpus(), self.def.maximum_vcpus());
+        let ((online, plugged), all) = (self.def.vcpus_at_boot(), self.def.maximum_vcpus());
+        let fixed = online.len() - plugged.len();
         let topology = self.def.cpu.as_ref().and_then(|cpu| cpu.topology.as_ref());
         let (sockets, dies, cores, threads) =
             topology.map_or((all, 1, 1, 1), |t| (t.sockets, t.dies.unwrap_or(1), t.cores, t.threads));
-        let smp = list(&online.to_string()).set("maxcpus", all).set("sockets", sockets).set("dies", dies);
+        let smp = list(&fixed.to_string()).set("maxcpus", all).set("sockets", sockets).set("dies", dies);
         self.args.pair("-smp", smp.set("cores", cores).set("threads", threads));
+        let kind = super::plugged_cpu(self.def, self.caps);
+        for n in plugged {
+            let (dies, cores, threads) = (dies.max(1), cores.max(1), threads.max(1));
+            let (core, die) = (n / threads, n / threads / cores);
+            let props = Props::device(&kind).set("id", format!("vcpu{n}")).set("socket-id", die / dies);
+            let props = props.set("die-id", die % dies).set("core-id", core % cores);
+            self.args.device(props.set("thread-id", n % threads));
+        }
         self.args.pair("-uuid", self.def.uuid.to_string());
         let tseg = self.def.features.as_ref().and_then(|f| f.smm.as_ref()?.tseg.as_ref()?.mib().ok());
         if let Some(mib) = tseg {

@@ -7,7 +7,7 @@ use crate::qemu::plan::{Companion, Link, Loss, Role, Tap};
 use serde_json::json;
 use virt_model::device::Interface;
 use virt_model::device::interface::{
-    BackendKind, DirectMode, Family, InterfaceDriver, InterfaceKind, NativeMode, NetDriver, PortForward, PortRange,
+    BackendKind, Family, InterfaceDriver, InterfaceKind, NativeMode, NetDriver, PortForward, PortRange, SourceMode,
     Transport, TxMode, Vlan, VlanTag,
 };
 
@@ -46,9 +46,29 @@ impl Builder<'_> {
             InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
                 self.args.pair("-netdev", socket(interface).set("id", netdev));
             }
+            InterfaceKind::VhostUser => self.vhost_user(interface, netdev),
             _ => return false,
         }
         true
+    }
+
+    /// A switch in a process of its own, which sees the guest's memory.
+    fn vhost_user(&mut self, interface: &Interface, netdev: &str) {
+        let chardev = format!("char{}", id(&interface.info));
+        let source = interface.source.clone().unwrap_or_default();
+        let path = source.path.unwrap_or_default();
+        let socket = list("socket").set("id", &chardev).set("path", &path);
+        let socket = match interface.listens() {
+            true => socket.set("server", "on"),
+            false => {
+                self.open(&path, true);
+                let again = source.reconnect.filter(|again| again.enabled == Some(true));
+                socket.maybe("reconnect", again.and_then(|again| again.timeout))
+            }
+        };
+        self.args.pair("-chardev", socket);
+        let queues = interface.driver.as_ref().and_then(|driver| driver.queues).filter(|count| *count > 1);
+        self.args.pair("-netdev", list("vhost-user").set("chardev", chardev).maybe("queues", queues).set("id", netdev));
     }
 
     /// A card of the host's. Its hardware address and VLAN are the host's to set.
@@ -189,7 +209,7 @@ fn vlans(vlan: &Vlan) -> Vec<VlanPlan> {
 fn direct(interface: &Interface) -> Option<Direct> {
     let source = interface.source.as_ref().filter(|_| interface.kind == InterfaceKind::Direct)?;
     let mode = match source.mode.unwrap_or_default() {
-        DirectMode::Passthrough => "passthru",
+        SourceMode::Passthrough => "passthru",
         mode => mode.as_str(),
     };
     let mac = interface.mac().map(|mac| mac.to_string()).unwrap_or_default();

@@ -17,7 +17,9 @@ use std::sync::Arc;
 use virt_model::device::disk::BackingStore;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::snapshots::{DeletePlan, DiskMode, Journal as _, Machine, Replaced, Siblings, Unfinished};
+use virt_model::driver::snapshots::{
+    DeletePlan, DiskMode, FileChange, Journal as _, Machine, Replaced, Siblings, Unfinished,
+};
 use virt_model::snapshot::SnapshotDef;
 
 /// What is deleted.
@@ -74,20 +76,35 @@ impl Domain {
 
     async fn plan_delete(&self, name: &str, options: DeleteOptions) -> Result<(Plan, Option<Error>)> {
         let names = self.deleted_together(name, options)?;
-        let (mut files, mut refusal) = (Vec::new(), None);
-        if !options.metadata_only {
-            let machine = self.machine().await?;
-            for one in &names {
-                match self.plan_one(one, &names, &machine).await {
-                    Ok(plan) => {
-                        files.extend(told(&plan.files));
-                        refusal = refusal.or(plan.refused.map(|e| self.not_deleted(one, e)));
-                    }
-                    Err(e) => refusal = refusal.or(Some(e)),
+        if options.metadata_only {
+            return Ok((Plan::default(), None));
+        }
+        let (files, refusals) = self.plan_deletes(&names).await?;
+        Ok((Plan { files: told(&files), ..Plan::default() }, refusals.into_iter().next()))
+    }
+
+    /// What the deletion of all these with their data would do, in this order, and all that it would be refused for.
+    pub(in crate::domain) async fn plan_deletes(&self, names: &[String]) -> Result<(Vec<FileChange>, Vec<Error>)> {
+        let (mut files, mut refusals) = (Vec::new(), Vec::new());
+        let machine = self.machine().await?;
+        for one in names {
+            match self.plan_one(one, names, &machine).await {
+                Ok(plan) => {
+                    files.extend(plan.files);
+                    refusals.extend(plan.refused.map(|e| self.not_deleted(one, e)));
                 }
+                Err(e) => refusals.push(e),
             }
         }
-        Ok((Plan { files, ..Plan::default() }, refusal))
+        Ok((files, refusals))
+    }
+
+    /// All of them, in the order in which they can be deleted one by one.
+    pub(in crate::domain) fn all_deepest_first(&self) -> Vec<String> {
+        let state = lock(&self.state);
+        let tree = &state.snapshots.tree;
+        let roots = tree.iter().filter(|node| node.parent.is_none());
+        roots.flat_map(|root| tree.descendants(&root.name).into_iter().chain([root.name.clone()])).collect()
     }
 
     async fn plan_one(&self, name: &str, deleted_together: &[String], machine: &Machine) -> Result<DeletePlan> {
@@ -137,22 +154,32 @@ impl Domain {
 
     async fn delete_all(self: &Arc<Self>, name: &str, options: DeleteOptions, job: Arc<Job>) -> Result<()> {
         let names = self.deleted_together(name, options)?;
+        self.delete_these(&names, options.metadata_only, &job).await
+    }
+
+    /// Deletes these, one by one: each one that is gone is gone for good.
+    pub(in crate::domain) async fn delete_these(
+        self: &Arc<Self>,
+        names: &[String],
+        metadata_only: bool,
+        job: &Arc<Job>,
+    ) -> Result<()> {
         // A transient domain must not go with its guest while its images are half-way.
         let _stay = Creation::begin(self)?;
-        for one in &names {
+        for one in names {
             if job.cancel_token().is_cancelled() {
                 return Err(Error::Cancelled(format!(
                     "deleting snapshots of '{}' was cancelled; '{one}' and what is above it are still there",
                     self.name()
                 )));
             }
-            let journal = self.journal(Deed::Delete { name: one.clone() }, &job);
+            let journal = self.journal(Deed::Delete { name: one.clone() }, job);
             let mut replaced = Vec::new();
-            if !options.metadata_only {
+            if !metadata_only {
                 journal.begin().await?;
                 let machine = self.machine().await?;
                 let (record, def) = self.usable_snapshot(one)?;
-                let (kept, siblings) = (self.kept(&record, &def, &machine), self.siblings(one, &names, &machine)?);
+                let (kept, siblings) = (self.kept(&record, &def, &machine), self.siblings(one, names, &machine)?);
                 let deleted = self.takes_snapshots()?.delete(&machine, &kept, &siblings, journal.clone()).await;
                 replaced = match deleted {
                     Ok(replaced) => replaced,

@@ -13,7 +13,7 @@ use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
 
 /// See the module.
-pub(super) struct DomainJournal {
+pub(in crate::domain) struct DomainJournal {
     domain: Arc<Domain>,
     intent: Mutex<Intent>,
     open: Open,

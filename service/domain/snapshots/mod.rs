@@ -29,7 +29,8 @@ use crate::job::Job;
 use crate::lock::lock;
 use crate::store::{Record, on_disk};
 use crate::verb;
-use journal::DomainJournal;
+pub(in crate::domain) use journal::DomainJournal;
+pub(in crate::domain) use plan::told;
 use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -214,7 +215,7 @@ impl Domain {
     }
 
     /// The journal of what is done in a job.
-    fn journal(self: &Arc<Self>, deed: crate::store::Deed, job: &Arc<Job>) -> Arc<DomainJournal> {
+    pub(in crate::domain) fn journal(self: &Arc<Self>, deed: crate::store::Deed, job: &Arc<Job>) -> Arc<DomainJournal> {
         self.journal_of(deed, Some(job.clone()), job.cancel_token())
     }
 

@@ -357,6 +357,6 @@ fn events(now: DomainState, active: Option<bool>, in_place: bool, persistent: bo
     events
 }
 
-pub(super) fn told(files: &[FileChange]) -> Vec<(String, &'static str, u64)> {
+pub(in crate::domain) fn told(files: &[FileChange]) -> Vec<(String, &'static str, u64)> {
     files.iter().map(|file| (file.path.to_string_lossy().into_owned(), fate(file.what), file.bytes)).collect()
 }

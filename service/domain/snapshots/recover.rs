@@ -114,6 +114,9 @@ impl Domain {
         let journal = self.journal_of(intent.deed.clone(), None, cancel);
         let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
         let _starts = brings_a_guest.then(|| self.will_start(cancel));
+        if let Deed::Undefine { storage } = intent.deed {
+            return self.finish_undefine(storage, &journal).await;
+        }
         let recovered = match intent.note {
             Some(note) => {
                 let machine = self.machine().await?;
@@ -253,6 +256,7 @@ fn what_is(deed: &Deed) -> &'static str {
         Deed::Create { .. } => "taking a snapshot",
         Deed::Revert { .. } => "a revert",
         Deed::Delete { .. } => "deleting a snapshot",
+        Deed::Undefine { .. } => "its removal with its storage",
     }
 }
 

@@ -1,5 +1,6 @@
 //! `<interface>`: a network card and what its cable is plugged into.
 
+use super::chardev::Reconnect;
 use super::hostdev::HostAddress;
 use super::{DeviceInfo, PciAddress, VirtioDriver};
 use crate::domain::part::element;
@@ -88,6 +89,11 @@ impl Interface {
         address.pci().filter(|_| self.kind == InterfaceKind::Hostdev)
     }
 
+    /// Whether QEMU listens at the socket of `type='vhostuser'`.
+    pub fn listens(&self) -> bool {
+        self.source.as_ref().is_some_and(|source| source.mode == Some(SourceMode::Server))
+    }
+
     /// The hardware address.
     pub fn mac(&self) -> Option<Mac> {
         self.mac.as_ref().map(|mac| mac.address)
@@ -110,13 +116,23 @@ element! {
 }
 
 choices! {
-    /// How cards that share a device of the host's see each other.
-    pub enum DirectMode { Vepa = "vepa", Bridge = "bridge", Private = "private", Passthrough = "passthrough", }
+    /// How cards that share a device of the host's see each other; of `type='vhostuser'`, which end of the socket is QEMU's.
+    pub enum SourceMode {
+        Vepa = "vepa", Bridge = "bridge", Private = "private", Passthrough = "passthrough", Server = "server",
+        Client = "client",
+    }
+}
+
+choices! {
+    /// What the other end of `type='vhostuser'` is reached by.
+    pub enum SwitchLink { Unix = "unix", }
 }
 
 element! {
     /// `<interface><source>`
     pub struct InterfaceSource {
+        /// Of `type='vhostuser'`: what the switch is reached by.
+        attr "type" => link: Option<SwitchLink>,
         /// For `type='network'`: the network's name.
         attr "network" => network: Option<String>,
         /// Runtime: port of the network.
@@ -125,8 +141,10 @@ element! {
         attr "bridge" => bridge: Option<String>,
         /// The host's device: by passt, whose addresses the guest gets; of `type='direct'`, through which its packets go.
         attr "dev" => dev: Option<String>,
-        /// Of `type='direct'`: which packets the host's device passes on.
-        attr "mode" => mode: Option<DirectMode>,
+        /// Of `type='direct'`: which packets the host's device passes on; of `type='vhostuser'`, who listens.
+        attr "mode" => mode: Option<SourceMode>,
+        /// Of `type='vhostuser'`: the socket.
+        attr "path" => path: Option<String>,
         /// Of sockets: where they are.
         attr "address" => address: Option<String>,
         /// Of sockets: their port.
@@ -135,6 +153,8 @@ element! {
         child "address" => place: Option<HostAddress>,
         /// `<local>`: our own end.
         child "local" => local: Option<LocalEnd>,
+        /// `<reconnect>`: of `type='vhostuser'`, whether the switch may come back.
+        child "reconnect" => reconnect: Option<Reconnect>,
     }
 }
 

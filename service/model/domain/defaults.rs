@@ -18,7 +18,7 @@ use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
 use crate::device::display::{Graphics, GraphicsKind, Listen, ListenKind};
 use crate::device::hostdev::HostdevMode;
 use crate::device::input::{InputBus, InputKind};
-use crate::device::interface::{DirectMode, Interface, InterfaceKind, InterfaceMac};
+use crate::device::interface::{Interface, InterfaceKind, InterfaceMac, SourceMode};
 use crate::device::{VirtioModel, Vsock};
 use std::collections::{HashMap, HashSet};
 use uuid::Uuid;
@@ -216,7 +216,7 @@ fn fill_vsock(vsock: &mut Vsock) {
 fn fill_interface(interface: &mut Interface) {
     interface.mac.get_or_insert_with(|| InterfaceMac { address: made_up_mac(), ..InterfaceMac::default() });
     if let (InterfaceKind::Direct, Some(source)) = (interface.kind, &mut interface.source) {
-        source.mode.get_or_insert(DirectMode::Vepa);
+        source.mode.get_or_insert(SourceMode::Vepa);
     }
     if interface.kind == InterfaceKind::Hostdev {
         interface.managed.get_or_insert(false);

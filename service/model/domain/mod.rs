@@ -320,6 +320,19 @@ impl DomainDef {
         self.vcpu.as_ref().and_then(|vcpu| vcpu.current).unwrap_or_else(|| self.maximum_vcpus())
     }
 
+    /// The vCPUs that are there at boot, and of them those that are plugged in then, in their turn; the others are the board's.
+    pub fn vcpus_at_boot(&self) -> (BTreeSet<u32>, Vec<u32>) {
+        let said = |n: u32| self.vcpus_each.iter().flat_map(|all| &all.vcpus).find(move |vcpu| vcpu.id == n);
+        let first = self.vcpus();
+        let online: BTreeSet<u32> = (0..self.maximum_vcpus())
+            .filter(|n| said(*n).and_then(|vcpu| vcpu.enabled).unwrap_or(*n < first))
+            .collect();
+        let is_plugged = |n: &u32| said(*n).and_then(|vcpu| vcpu.hotpluggable) == Some(true);
+        let mut plugged: Vec<u32> = online.iter().copied().filter(is_plugged).collect();
+        plugged.sort_by_key(|n| said(*n).and_then(|vcpu| vcpu.order).unwrap_or(u32::MAX));
+        (online, plugged)
+    }
+
     /// vCPUs that can be plugged in.
     pub fn maximum_vcpus(&self) -> u32 {
         self.vcpu.as_ref().map_or(1, |vcpu| vcpu.count)

@@ -6,4 +6,5 @@ mod lifecycle;
 mod permission;
 mod restart;
 mod snapshots;
+mod undefine;
 mod world;
