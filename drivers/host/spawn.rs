@@ -5,7 +5,8 @@
 //!   child:           └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
 //! ```
 //!
-//! The wall ([`super::wall`]) is put up in the thread that forks; the child is behind it from its first moment.
+//! The wall ([`super::wall`]) is put up in the thread that forks; the child is behind it from its first moment, and in the
+//! control groups that this thread has joined before.
 //!
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
@@ -50,6 +51,9 @@ pub struct Plan<'a> {
     pub file_limit: Option<u64>,
     /// What it finds around it; all that we do if `None`.
     pub wall: Option<&'a Wall>,
+    /// Called by the thread that is to go behind the wall, and makes the process there: what that thread joins, the process is
+    /// in from its first moment. Never called without a wall.
+    pub join: &'a (dyn Fn() + Sync),
     /// It keeps the rights that it has, and may gain more by what it runs.
     pub privileged: bool,
 }
@@ -111,7 +115,7 @@ unsafe impl Send for Prepared {}
 /// Starts the process. `record` is called with its identity, and must have it on disk when it returns, before the
 /// program runs. Blocks until the program runs; the calling thread must live that long. On error there is no process.
 pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<Spawned> {
-    let (program, wall) = (plan.program.to_owned(), plan.wall);
+    let (program, wall, join) = (plan.program.to_owned(), plan.wall, plan.join);
     let (go_child, go) = pipe()?;
     let (error, error_child) = pipe()?;
     let prepared = Prepared::new(plan, go_child, error_child)?;
@@ -128,7 +132,7 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
     };
     match wall {
         None => release(prepared.fork()?),
-        Some(wall) => behind(wall, prepared, &program, release),
+        Some(wall) => behind(wall, join, prepared, &program, release),
     }
 }
 
@@ -136,6 +140,7 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
 /// child dies with it.
 fn behind<T>(
     wall: &Wall,
+    join: &(dyn Fn() + Sync),
     prepared: Prepared,
     program: &Path,
     release: impl FnOnce(libc::pid_t) -> io::Result<T>,
@@ -144,6 +149,7 @@ fn behind<T>(
     let (done, until_done) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let forking = move || {
+            join();
             let forked = wall.enter().and_then(|()| prepared.fork());
             let _ = made.send(forked);
             let _ = until_done.recv();
