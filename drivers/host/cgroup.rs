@@ -73,8 +73,8 @@ pub struct Group {
 enum Version {
     /// Controllers and our place in each.
     One(Vec<(&'static str, PathBuf)>),
-    /// Our place.
-    Two(PathBuf),
+    /// Our place, and whether we have moved aside in it.
+    Two(PathBuf, bool),
 }
 
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "blkio", "pids"];
@@ -93,15 +93,15 @@ impl Trees {
     /// The group called `name`, which may not exist yet.
     pub fn group(&self, name: &str) -> Group {
         let unified = self.mount.join("cgroup.controllers").exists();
-        let version = if unified { Version::Two(self.base()) } else { Version::One(self.controllers()) };
+        let version = if unified { self.base() } else { Version::One(self.controllers()) };
         Group { version, name: name.to_owned() }
     }
 
     /// Our place in the one tree of version 2, or what was before we moved aside.
-    fn base(&self) -> PathBuf {
+    fn base(&self) -> Version {
         let path = self.own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
-        let path = path.strip_suffix("/virtd").unwrap_or(path);
-        self.mount.join(path.trim_start_matches('/'))
+        let before = path.strip_suffix("/virtd");
+        Version::Two(self.mount.join(before.unwrap_or(path).trim_start_matches('/')), before.is_some())
     }
 
     fn controllers(&self) -> Vec<(&'static str, PathBuf)> {
@@ -122,13 +122,28 @@ impl Group {
     pub fn hold(&self, pid: i32, limits: &Limits) -> io::Result<()> {
         match &self.version {
             Version::One(controllers) => self.hold_one(controllers, pid, limits),
-            Version::Two(base) => self.hold_two(base, pid, limits),
+            Version::Two(base, aside) => self.hold_two(base, *aside, pid, limits),
         }
     }
 
     /// Puts the process into the group and bounds what it may take of the host where nobody has said what: threads, of all
     /// processes of the group, and bytes of memory. Errors name what could not be set; what could is.
     pub fn bound(&self, pid: i32, threads: u64, memory: u64) -> io::Result<()> {
+        self.bound_member(("cgroup.procs", pid), threads, memory)
+    }
+
+    /// The same for the calling thread and the processes that it makes from now on, which are never anywhere else: the
+    /// kernel moves a process only once all processors have let go of it, which may take 10 ms. `false`: groups of version 2
+    /// take whole processes, and nothing was done.
+    pub fn bound_thread(&self, threads: u64, memory: u64) -> io::Result<bool> {
+        match &self.version {
+            Version::One(_) => self.bound_member(("tasks", 0), threads, memory).map(|()| true),
+            Version::Two(..) => Ok(false),
+        }
+    }
+
+    /// `member`: in which file of the group it is named, and how.
+    fn bound_member(&self, member: (&str, i32), threads: u64, memory: u64) -> io::Result<()> {
         let bounds =
             [("pids", "pids.max", "pids.max", threads), ("memory", "memory.limit_in_bytes", "memory.max", memory)];
         let mut missed = Vec::new();
@@ -138,15 +153,18 @@ impl Group {
                     let folder = place.join(&self.name);
                     make(&folder)?;
                     write(&folder.join(one), most)?;
-                    write(&folder.join("cgroup.procs"), pid)
+                    write(&folder.join(member.0), member.1)
                 }),
-                Version::Two(base) => self.own_folder(base).and_then(|folder| {
+                Version::Two(base, aside) => self.own_folder(base, *aside).and_then(|folder| {
                     write(&base.join("cgroup.subtree_control"), format!("+{controller}"))?;
-                    write(&folder.join(two), most)?;
-                    write(&folder.join("cgroup.procs"), pid)
+                    write(&folder.join(two), most)
                 }),
             };
             missed.extend(bounded.err().map(|error| error.to_string()));
+        }
+        if let Version::Two(base, _) = &self.version {
+            let within = write(&base.join(&self.name).join(member.0), member.1);
+            missed.extend(within.err().map(|error| error.to_string()));
         }
         if missed.is_empty() { Ok(()) } else { Err(io::Error::other(missed.join("; "))) }
     }
@@ -160,7 +178,7 @@ impl Group {
                 cpu_one(&folder, quota)?;
                 write(&folder.join("tasks"), thread)
             }
-            Version::Two(base) => {
+            Version::Two(base, _) => {
                 let folder = base.join(&self.name).join(name);
                 make(&folder)?;
                 write(&folder.join("cgroup.type"), "threaded")?;
@@ -175,7 +193,7 @@ impl Group {
     pub fn remove(&self) {
         let places = match &self.version {
             Version::One(controllers) => controllers.iter().map(|(_, place)| place.join(&self.name)).collect(),
-            Version::Two(base) => vec![base.join(&self.name)],
+            Version::Two(base, _) => vec![base.join(&self.name)],
         };
         for place in places {
             let inner = fs::read_dir(&place).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -214,8 +232,8 @@ impl Group {
     }
 
     /// The group in the one tree, made; we are aside.
-    fn own_folder(&self, base: &Path) -> io::Result<PathBuf> {
-        if base != Path::new(MOUNT) {
+    fn own_folder(&self, base: &Path, aside: bool) -> io::Result<PathBuf> {
+        if base != Path::new(MOUNT) && !aside {
             let aside = base.join("virtd");
             make(&aside)?;
             write(&aside.join("cgroup.procs"), 0)?;
@@ -225,8 +243,8 @@ impl Group {
         Ok(folder)
     }
 
-    fn hold_two(&self, base: &Path, pid: i32, limits: &Limits) -> io::Result<()> {
-        let folder = self.own_folder(base)?;
+    fn hold_two(&self, base: &Path, aside: bool, pid: i32, limits: &Limits) -> io::Result<()> {
+        let folder = self.own_folder(base, aside)?;
         let cpu = limits.cpu_shares.is_some() || !limits.cpu.is_none();
         let memory = limits.memory.or(limits.memory_soft).or(limits.memory_and_swap).is_some();
         let io = limits.io_weight.is_some() || !limits.io.is_empty();
@@ -388,6 +406,25 @@ mod tests {
             (said(&base.join("guest"), "pids.max"), said(&base.join("guest"), "memory.max")),
             ("7".into(), "9".into())
         );
+    }
+
+    #[test]
+    fn a_thread_is_bounded_with_all_that_it_makes_where_groups_take_threads() {
+        let mount = tempfile::tempdir().unwrap();
+        let at = |path: &str| mount.path().join(path);
+        files(&at("pids/guest"), &["pids.max", "tasks"]);
+        files(&at("memory/guest"), &["memory.limit_in_bytes", "tasks"]);
+        let group = Trees::at(mount.path(), "3:pids:/\n2:memory:/\n").group("guest");
+        assert!(group.bound_thread(1000, 1 << 30).unwrap());
+        for (folder, file, most) in [("pids", "pids.max", 1000), ("memory", "memory.limit_in_bytes", 1 << 30)] {
+            let folder = at(folder).join("guest");
+            assert_eq!((said(&folder, file), said(&folder, "tasks")), (most.to_string(), "0".into()));
+        }
+        let poor = Trees::at(mount.path(), "2:memory:/\n").group("guest");
+        assert!(poor.bound_thread(1, 1).unwrap_err().to_string().contains("no cgroup controller 'pids'"));
+        fs::write(at("cgroup.controllers"), "").unwrap();
+        assert!(!Trees::at(mount.path(), "0::/\n").group("guest").bound_thread(1, 1).unwrap());
+        assert!(!at("guest").exists(), "a whole process is for the other call");
     }
 
     #[test]

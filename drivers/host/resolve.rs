@@ -127,6 +127,8 @@ impl Place {
 /// A path being walked: where we are, and what is still to go.
 struct Walk {
     at: OwnedFd,
+    /// What the kernel said of it when it was opened.
+    stat: Stat,
     parent: Option<Stat>,
     real: PathBuf,
     todo: VecDeque<OsString>,
@@ -140,8 +142,10 @@ impl Walk {
         if !path.is_absolute() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "the path is not absolute"));
         }
+        let (at, stat) = root()?;
         let mut walk = Walk {
-            at: root()?,
+            at,
+            stat,
             parent: None,
             real: "/".into(),
             todo: VecDeque::new(),
@@ -168,7 +172,7 @@ impl Walk {
         while let Some(name) = self.todo.pop_front() {
             self.step(&name)?;
         }
-        let stat = fstat(&self.at)?;
+        let stat = self.stat;
         let planted = self.parent.is_some_and(|dir| {
             let others_write = dir.st_mode & 0o022 != 0;
             others_write || (dir.st_uid != 0 && dir.st_uid != stat.st_uid)
@@ -177,7 +181,7 @@ impl Walk {
     }
 
     fn step(&mut self, name: &OsStr) -> io::Result<()> {
-        let folder = fstat(&self.at)?;
+        let folder = self.stat;
         if self.exposed.is_none() && (folder.st_uid != 0 || folder.st_mode & 0o022 != 0) {
             self.exposed = Some(self.real.clone());
         }
@@ -193,7 +197,7 @@ impl Walk {
             self.real.push(name);
         }
         self.parent = Some(folder);
-        self.at = next;
+        (self.at, self.stat) = (next, stat);
         Ok(())
     }
 
@@ -207,15 +211,17 @@ impl Walk {
         }
         let target = PathBuf::from(OsString::from_vec(readlinkat(link, "", Vec::new())?.into_bytes()));
         if target.is_absolute() {
-            (self.at, self.parent, self.real) = (root()?, None, "/".into());
+            ((self.at, self.stat), self.parent, self.real) = (root()?, None, "/".into());
         }
         self.push(&target);
         Ok(())
     }
 }
 
-fn root() -> io::Result<OwnedFd> {
-    Ok(openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?)
+fn root() -> io::Result<(OwnedFd, Stat)> {
+    let root = openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = fstat(&root)?;
+    Ok((root, stat))
 }
 
 /// Whether the calling thread, by its file system user, may read (and write) the file behind `fd`.

@@ -5,8 +5,8 @@
 //!   child:           └─▶ descriptors, session, limits, user ─▶ wait ─────┴──▶ exec
 //! ```
 //!
-//! The wall ([`super::wall`]) is put up in the thread that forks, or by the child where that is not root's; it is behind it before
-//! anything else.
+//! The wall ([`super::wall`]) is put up in the thread that forks; the child is behind it from its first moment, and in the
+//! control groups that this thread has joined before. Where the wall is not root's the child puts it up, before anything else.
 //!
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
@@ -53,6 +53,9 @@ pub struct Plan<'a> {
     pub file_limit: Option<u64>,
     /// What it finds around it; all that we do if `None`.
     pub wall: Option<&'a Wall>,
+    /// Called by the thread that is to go behind the wall, and makes the process there: what that thread joins, the process is
+    /// in from its first moment. Never called without a wall, nor with one that the process makes itself.
+    pub join: &'a (dyn Fn() + Sync),
     /// It keeps the rights that it has, and may gain more by what it runs.
     pub privileged: bool,
 }
@@ -123,7 +126,7 @@ unsafe impl Send for Prepared {}
 /// Starts the process. `record` is called with its identity, and must have it on disk when it returns, before the
 /// program runs. Blocks until the program runs; the calling thread must live that long. On error there is no process.
 pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -> io::Result<Spawned> {
-    let (program, wall) = (plan.program.to_owned(), plan.wall);
+    let (program, wall, join) = (plan.program.to_owned(), plan.wall, plan.join);
     let (go_child, go) = pipe()?;
     let (error, error_child) = pipe()?;
     let prepared = Prepared::new(plan, go_child, error_child)?;
@@ -146,7 +149,7 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
             });
             release(forked.map_err(|e| unwalled(&program, &e))?)
         }
-        Some(wall) => behind(wall, prepared, &program, release),
+        Some(wall) => behind(wall, join, prepared, &program, release),
     }
 }
 
@@ -179,6 +182,7 @@ fn unwalled(program: &Path, why: &dyn std::fmt::Display) -> io::Error {
 /// child dies with it.
 fn behind<T>(
     wall: &Wall,
+    join: &(dyn Fn() + Sync),
     prepared: Prepared,
     program: &Path,
     release: impl FnOnce(libc::pid_t) -> io::Result<T>,
@@ -187,6 +191,7 @@ fn behind<T>(
     let (done, until_done) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let forking = move || {
+            join();
             let forked = wall.enter().and_then(|()| prepared.fork());
             let _ = made.send(forked);
             let _ = until_done.recv();

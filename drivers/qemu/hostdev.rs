@@ -150,6 +150,12 @@ fn usb_name(device: &Hostdev) -> Option<UsbName> {
     (name != UsbName::default()).then_some(name)
 }
 
+/// Whether a machine has no device of the host's to itself, and none made for it that outlives it.
+pub fn takes_nothing(def: &DomainDef, taps: &[Tap]) -> bool {
+    let named = !pci_devices(def).is_empty() || def.devices.hostdevs.iter().any(|device| device.usb().is_some());
+    !named && taps.iter().all(|tap| tap.plan.direct.is_none())
+}
+
 /// What a start of `def` does before its QEMU runs; or why it cannot. Blocks.
 pub fn plan(def: &DomainDef, sysfs: &Path) -> Result<Plan, DriverError> {
     let pci = Pci::below(sysfs);

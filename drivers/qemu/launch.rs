@@ -9,6 +9,7 @@ use super::events::Guest;
 use super::expanded;
 use super::hostdev;
 use super::instance::{Body, Leavings, QemuInstance, join};
+use super::live;
 use super::log::Log;
 use super::make;
 use super::monitor::Monitor;
@@ -38,7 +39,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
@@ -116,7 +117,7 @@ pub struct Start {
 pub struct Up {
     /// It.
     pub instance: QemuInstance,
-    /// What `query-chardev` says.
+    /// What `query-chardev` says; nothing where no terminal is to be learnt from it.
     pub devices: Value,
     /// What was made for its cards of `type='direct'`, in their order.
     pub links: Vec<Macvtap>,
@@ -320,15 +321,18 @@ impl Start {
 
     /// Takes from the host the devices that the guest has to itself, and makes those that outlive it.
     async fn take_devices(self: &Arc<Self>, keeper: &Arc<Keeper>) -> Result<Taken, DriverError> {
+        if hostdev::takes_nothing(&self.started, &self.command.taps) {
+            return Ok(Taken::default());
+        }
         let start = self.clone();
-        let mut claims = blocking(move || hostdev::claims(&start.started, Path::new(SYSFS))).await?;
-        self.claims.take(self.uuid, &self.name, &claims)?;
-        let start = self.clone();
-        let links =
-            blocking(move || hostdev::links(&start.command.taps, start.uuid, &start.name, &start.claims)).await??;
-        claims.extend(links.values().map(hostdev::link_claim));
-        let start = self.clone();
-        let plan = blocking(move || hostdev::plan(&start.started, Path::new(SYSFS))).await??;
+        let take = move || {
+            let mut claims = hostdev::claims(&start.started, Path::new(SYSFS));
+            start.claims.take(start.uuid, &start.name, &claims)?;
+            let links = hostdev::links(&start.command.taps, start.uuid, &start.name, &start.claims)?;
+            claims.extend(links.values().map(hostdev::link_claim));
+            Ok::<_, DriverError>((claims, links, hostdev::plan(&start.started, Path::new(SYSFS))?))
+        };
+        let (claims, links, plan) = blocking(take).await??;
         let hostdev::Plan { mut changes, files } = plan;
         changes.extend(links.values().cloned().map(Change::Made));
         if claims.is_empty() {
@@ -529,7 +533,12 @@ impl Start {
             }
             pinned => pinned.clone(),
         };
-        let devices = monitor.execute("query-chardev", json!({}));
+        let devices = async {
+            match live::has_terminals(&self.started) {
+                true => monitor.execute("query-chardev", json!({})).await,
+                false => Ok(Value::Null),
+            }
+        };
         let devices = if self.paused {
             reporter.guest(Guest::stands);
             devices.await
@@ -645,6 +654,11 @@ async fn spawn_one(
 ) -> Result<(Identity, Process), DriverError> {
     let (keeper, name) = (keeper.clone(), job.program.display().to_string());
     let spawned = blocking(move || {
+        let joined = AtomicBool::new(false);
+        let join = || {
+            let entered = job.bounds.iter().all(|(guest, bounds)| bounds.enter(*guest));
+            joined.store(entered, Ordering::Release);
+        };
         let plan = Plan {
             program: &job.program,
             judged: job.judged.as_deref(),
@@ -657,12 +671,15 @@ async fn spawn_one(
             descriptors: job.descriptors,
             file_limit: job.file_limit,
             wall: job.wall.as_ref(),
+            join: &join,
             privileged: job.privileged,
         };
         spawn(plan, |identity| {
             keeper.update(|record| change(record, identity.clone()))?;
             // While it waits: it never was without.
-            job.bounds.iter().for_each(|(guest, bounds)| bounds.hold(*guest, identity.pid));
+            if !joined.load(Ordering::Acquire) {
+                job.bounds.iter().for_each(|(guest, bounds)| bounds.hold(*guest, identity.pid));
+            }
             Ok(())
         })
     });

@@ -38,6 +38,7 @@ async fn a_disk_that_no_argument_describes_is_there_when_its_device_is_made() {
     let (events, _reports) = virt_model::driver::reports();
     let (record, cancel) = (Arc::<Disk>::default(), CancellationToken::new());
     let launch = Launch {
+        accepted: Default::default(),
         paused: true,
         reset_nvram: false,
         from: None,

@@ -103,6 +103,15 @@ pub async fn leave_out_missing_media(
     Ok(())
 }
 
+/// Whether the guest has terminals that only `query-chardev` tells.
+pub fn has_terminals(def: &DomainDef) -> bool {
+    let devices = &def.devices;
+    let serials = devices.serials.iter().map(|device| &device.source);
+    let channels = devices.channels.iter().map(|device| &device.source);
+    let consoles = devices.consoles.iter().map(|device| &device.source);
+    serials.chain(channels).chain(consoles).any(|source| source.kind == CharKind::Pty)
+}
+
 /// Puts the terminals that `query-chardev` tells into the definition.
 pub fn set_terminals(live: &mut DomainDef, devices: &Value) {
     let terminals = terminals(devices);

@@ -63,6 +63,7 @@ use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
 use live::Ports;
+use std::any::Any;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -72,8 +73,8 @@ use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{
-    DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Removable, Running,
-    StoredFile,
+    Accepted, DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Removable,
+    Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -96,6 +97,12 @@ struct Inner {
     offers: Arc<tokio::sync::Mutex<Offers>>,
     /// Threads and bytes of a guest, beside what its machine has.
     bounds: (u64, u64),
+}
+
+/// By what a start was accepted: the emulator as it was judged, which is held, and by which parts of the definition it was found.
+struct Judged {
+    by: (Option<String>, Option<String>),
+    asked: Asked,
 }
 
 /// Documents by architecture, kind and machine, each with what it was made of.
@@ -187,18 +194,15 @@ impl QemuDriver {
         looked.await
     }
 
-    /// As [`Privileges::user`]; the database of users may be far away.
-    async fn user(&self) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
-        let inner = self.0.clone();
-        blocking(move || inner.privileges.user()).await?
-    }
-
-    /// As [`Privileges::user_of`]; `process` is its QEMU, if it runs.
+    /// As [`Privileges::user_of`], where it may block: the database of users may be far away. `process` is its QEMU, if it runs.
     async fn user_of(
         &self,
         def: &DomainDef,
         process: Option<i32>,
     ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+        if matches!(self.0.privileges, Privileges::Ours) {
+            return Ok(None);
+        }
         let (inner, machine, kvm) = (self.0.clone(), def.uuid, def.kind == "kvm");
         blocking(move || inner.privileges.user_of(machine, kvm, process)).await?
     }
@@ -222,22 +226,31 @@ impl QemuDriver {
         launch: Launch,
         cancel: CancellationToken,
     ) -> Result<(Start, Arc<DomainDef>, live::Reserved), DriverError> {
+        let judged = launch.accepted.0.and_then(|accepted| accepted.downcast::<Judged>().ok());
+        let judged = judged.filter(|judged| judged.by == names_emulator(&launch.def)).map(|judged| judged.asked);
+        let asked = async {
+            match judged {
+                Some(asked) => Ok(asked),
+                None => self.0.prober.probe(launch.def.uuid, &emulator(&launch.def).await).await,
+            }
+        };
         let user = self.user_of(&launch.def, None).await?;
-        let binary = emulator(&launch.def).await;
         let Asked { capabilities: caps, program } = tokio::select! {
-            asked = self.0.prober.probe(launch.def.uuid, &binary) => asked?,
+            asked = asked => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
         let mut live = DomainDef::clone(&launch.def);
         let restored = launch.from.is_some();
         live::leave_out_missing_media(&mut live, restored, &self.0.workers).await?;
         declared::hold(&self.0.workers, &live).await?;
-        let sought = blocking(move || {
+        let has_none = live.devices.hostdevs.is_empty() && live.devices.vsock.is_none();
+        let seek = move || {
             let places = hostdev::find_usb(&mut live, Path::new(SYSFS), restored).map_err(DriverError::Config)?;
             let vsock = live::open_vsock(&mut live)?;
             Ok::<_, DriverError>((live, places, vsock))
-        });
-        let (mut live, usb, vsock) = sought.await??;
+        };
+        // What a machine has none of is not looked for on the host.
+        let (mut live, usb, vsock) = if has_none { seek()? } else { blocking(seek).await?? };
         let claims = self.0.claims.clone();
         let leavings = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None, claims };
         let own_dir = leavings.own_dir();
@@ -311,16 +324,8 @@ impl Driver for QemuDriver {
     async fn check(&self, def: &DomainDef) -> Vec<Finding> {
         let caps = self.capabilities_for(def).await;
         let mut findings = check::check(def, &caps);
-        let here = def.clone();
-        let here = blocking(move || {
-            let mut found = hostdev::findings(&here, Path::new(SYSFS));
-            found.extend(tap::findings(&here, Path::new(SYSFS)));
-            found
-        });
-        findings.extend(here.await.unwrap_or_default());
-        if let Err(error) = self.user().await {
-            findings.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
-        }
+        let (inner, here) = (self.0.clone(), def.clone());
+        findings.extend(blocking(move || inner.missing_on_host(&here)).await.unwrap_or_default());
         findings
     }
 
@@ -351,6 +356,21 @@ impl Driver for QemuDriver {
         let here = def.clone();
         let taken = blocking(move || needs::taken_ports(&here)).await?;
         taken.into_iter().next().map_or(Ok(()), |port| Err(DriverError::Refused(port.message)))
+    }
+
+    async fn can_start(&self, def: &DomainDef) -> Result<Accepted, DriverError> {
+        let binary = emulator(def).await;
+        let asked = self.0.prober.probe(def.uuid, &binary).await;
+        let caps = match &asked {
+            Ok(asked) => asked.capabilities.clone(),
+            // Why it failed is told by the check.
+            Err(_) => self.0.prober.known(&binary).await,
+        };
+        let (inner, here) = (self.0.clone(), def.clone());
+        let errand = Errand::new(def.uuid, "the files of the machine");
+        self.0.workers.run(errand, move |_| inner.accept(here, &caps)).await?;
+        let judged = asked.map(|asked| Judged { by: names_emulator(def), asked });
+        Ok(Accepted(judged.ok().map(|judged| Box::new(judged) as Box<dyn Any + Send + Sync>)))
     }
 
     async fn unmet(&self, def: &DomainDef) -> Result<Vec<Finding>, DriverError> {
@@ -501,7 +521,7 @@ impl Driver for QemuDriver {
     }
 
     async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
-        let any: &dyn std::any::Any = guest;
+        let any: &dyn Any = guest;
         let ours = any.downcast_ref::<QemuInstance>();
         let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
@@ -547,6 +567,32 @@ impl Driver for QemuDriver {
 }
 
 impl Inner {
+    /// Devices and users of the host that `def` needs and that are not there. Blocks.
+    fn missing_on_host(&self, def: &DomainDef) -> Vec<Finding> {
+        let mut found = hostdev::findings(def, Path::new(SYSFS));
+        found.extend(tap::findings(def, Path::new(SYSFS)));
+        if let Err(error) = self.privileges.user() {
+            found.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
+        }
+        found
+    }
+
+    /// Refuses what a start from power off would be refused for; the command line is built once for all that looks at it. Blocks.
+    fn accept(&self, def: DomainDef, caps: &Capabilities) -> Result<(), DriverError> {
+        let (own, as_us, mut here) = (guests_dir(&def), matches!(self.privileges, Privileges::Ours), def.clone());
+        let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
+        let place = command::Place::now(&own, MONITOR_FD, !as_us);
+        let (mut findings, command) = check::examine(&def, &places.written_into(&here), caps, &place);
+        findings.extend(self.missing_on_host(&def));
+        refusals(findings).map_err(DriverError::Config)?;
+        let command = command.map_err(DriverError::Config)?;
+        if let Some(lack) = needs::unmet(&here, Some(&command), &own, false, as_us).into_iter().next() {
+            return Err(lack.error());
+        }
+        let taken = needs::taken_ports(&def).into_iter().next();
+        taken.map_or(Ok(()), |port| Err(DriverError::Refused(port.message)))
+    }
+
     /// What may be on disk of that guest alone. What an earlier definition of it had made is among it; the folder of a TPM
     /// that a definition names is not: whoever named it may keep more in it.
     fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
@@ -638,6 +684,11 @@ impl Privileges {
 /// Where the sockets of a guest are with the installed virtd; those of another `--root` are known when it starts.
 fn guests_dir(def: &DomainDef) -> PathBuf {
     Path::new("/run/virt/guests").join(def.uuid.to_string()).join("qemu")
+}
+
+/// By what [`emulator`] finds it.
+fn names_emulator(def: &DomainDef) -> (Option<String>, Option<String>) {
+    (def.devices.emulator.clone(), def.os.kind.arch.clone())
 }
 
 async fn emulator(def: &DomainDef) -> PathBuf {

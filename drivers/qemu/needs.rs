@@ -68,6 +68,15 @@ impl Needs {
         self
     }
 
+    /// All but what has been looked at in the same way.
+    fn beside(mut self, looked_at: &Needs) -> Needs {
+        self.there.retain(|path, need| {
+            let other = |one: &Need| (one.expected, one.write) != (need.expected, need.write);
+            looked_at.there.get(path).is_none_or(other)
+        });
+        self
+    }
+
     /// What leads nowhere, or to what cannot be it. `as_us`: whoever runs the guest has our rights, and is lent nothing.
     /// Blocks.
     pub fn unmet(&self, as_us: bool) -> Vec<Unmet> {
@@ -102,18 +111,19 @@ impl Need {
 /// `own`, `restored`, `as_us`: as above. Blocks.
 pub fn unmet(def: &DomainDef, command: Option<&Command>, own: &Path, restored: bool, as_us: bool) -> Vec<Unmet> {
     let lenient: BTreeSet<&Path> = live::media_that_may_be_missing(def, restored).collect();
-    let mut unmet = of_images(def, &lenient, as_us);
+    let (images, mut unmet) = of_images(def, &lenient, as_us);
     if let Some(command) = command {
-        let others = Needs::of(command, own, restored).without(lenient.into_iter()).unmet(as_us);
+        let others = Needs::of(command, own, restored).without(lenient.into_iter()).beside(&images).unmet(as_us);
         let told: BTreeSet<PathBuf> = unmet.iter().map(|one| one.named.clone()).collect();
         unmet.extend(others.into_iter().filter(|one| !told.contains(&one.named)));
     }
     unmet
 }
 
-/// The same of the images of disks, and of what lies in drives, whatever else is to be said of the machine.
-fn of_images(def: &DomainDef, lenient: &BTreeSet<&Path>, as_us: bool) -> Vec<Unmet> {
-    let mut unmet = Vec::new();
+/// The same of the images of disks, and of what lies in drives, whatever else is to be said of the machine; with what was
+/// looked at, and how.
+fn of_images(def: &DomainDef, lenient: &BTreeSet<&Path>, as_us: bool) -> (Needs, Vec<Unmet>) {
+    let (mut there, mut unmet) = (BTreeMap::new(), Vec::new());
     for disk in &def.devices.disks {
         for (depth, layer) in disk.chain().enumerate() {
             let Some(path) = layer.path.map(Path::new) else { continue };
@@ -128,9 +138,10 @@ fn of_images(def: &DomainDef, lenient: &BTreeSet<&Path>, as_us: bool) -> Vec<Unm
             unmet.extend(
                 why.map(|why| Unmet { named: path.to_owned(), why: format!("disk '{}': {why}", disk.target.dev) }),
             );
+            there.insert(path.to_owned(), need);
         }
     }
-    unmet
+    (Needs { there }, unmet)
 }
 
 /// Why an image that is there is not of that format. What cannot be read is told by who reads it.

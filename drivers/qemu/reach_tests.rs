@@ -71,6 +71,7 @@ impl Machine {
         let (events, _) = virt_model::driver::reports();
         let (record, cancel, log) = (Arc::<Disk>::default(), CancellationToken::new(), dir.join(format!("{uuid}.log")));
         let launch = Launch {
+            accepted: Default::default(),
             paused: false,
             reset_nvram: false,
             from: None,

@@ -130,12 +130,26 @@ impl Bounds {
         }
     }
 
+    /// Holds the calling thread, and the processes that it makes from now on, to them; whether it is: where groups take whole
+    /// processes only, that is for [`Bounds::hold`]. Where it cannot be at all, that is said and goes on. Blocks.
+    pub fn enter(self, guest: Uuid) -> bool {
+        let entered = Trees::of_host().group(&group_name(guest)).bound_thread(self.threads, self.memory);
+        entered.unwrap_or_else(|error| {
+            unbounded(guest, &error);
+            true
+        })
+    }
+
     /// Holds a process of the guest to them; where that cannot be, it is said and goes on. Blocks.
     pub fn hold(self, guest: Uuid, pid: i32) {
         if let Err(error) = Trees::of_host().group(&group_name(guest)).bound(pid, self.threads, self.memory) {
-            tracing::warn!(uuid = %guest, %error, "the guest is not bounded in all that it may take of the host");
+            unbounded(guest, &error);
         }
     }
+}
+
+fn unbounded(guest: Uuid, error: &std::io::Error) {
+    tracing::warn!(uuid = %guest, %error, "the guest is not bounded in all that it may take of the host");
 }
 
 /// Removes what a guest that has gone had. Blocks.

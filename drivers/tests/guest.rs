@@ -50,6 +50,29 @@ async fn starts_standing() {
     assert_eq!(seen.reported(), Some(DriverEvent::Exited(Exit::Requested)));
 }
 
+/// The file that was judged when a start was accepted is the one that runs, whatever its path has come to mean.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_start_was_accepted_by_is_what_runs() {
+    let Some(house) = House::session() else { return };
+    let emulator = house.path("qemu-of-this-test");
+    let becomes = |target: &str| {
+        let new = house.path("new");
+        std::os::unix::fs::symlink(target, &new).unwrap();
+        std::fs::rename(&new, &emulator).unwrap();
+    };
+    becomes("/usr/bin/qemu-system-x86_64");
+    let mut def = house.def(POWER_OFF, "").await;
+    def.devices.emulator = Some(emulator.to_string_lossy().into_owned());
+    let accepted = house.driver.can_start(&def).await.unwrap();
+    becomes("/bin/false");
+    let (launch, mut seen) = house.launch(def.clone());
+    let Running { instance, .. } = house.driver.start(Launch { accepted, ..launch }).await.unwrap();
+    instance.destroy(true).await.unwrap();
+    assert_eq!(seen.reported(), Some(DriverEvent::Exited(Exit::Requested)));
+    let refused = house.driver.can_start(&def).await.map(|_| ()).unwrap_err().to_string();
+    assert!(refused.contains("qemu-of-this-test"), "{refused}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn comes_back_from_power_off_by_reset() {
     let Some(house) = House::session() else { return };

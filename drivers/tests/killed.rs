@@ -64,6 +64,7 @@ async fn virtd() {
     let recorder = Deadly { file: dir.join("record"), moment: moment.into(), before: when == "before" };
     let (events, _reports) = reports();
     let launch = Launch {
+        accepted: Default::default(),
         def: std::sync::Arc::new(def),
         paused: false,
         reset_nvram: false,

@@ -28,6 +28,7 @@ fn launch(more: &str) -> (Launch, Reports) {
     );
     let (events, reports) = reports();
     let launch = Launch {
+        accepted: Default::default(),
         def: Arc::new(DomainDef::parse(&xml).unwrap()),
         paused: false,
         reset_nvram: false,
@@ -175,6 +176,7 @@ async fn ten_thousand_guests_are_cheap() {
     for _ in 0..10_000 {
         let (events, reports) = reports();
         let launch = Launch {
+            accepted: Default::default(),
             def: Arc::new(DomainDef { uuid: Uuid::new_v4(), ..DomainDef::clone(&def) }),
             paused: false,
             reset_nvram: false,

@@ -17,9 +17,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::snapshots::StartFrom;
-use virt_model::driver::{DriverError, Launch, Running, ShutdownMode};
+use virt_model::driver::{Accepted, DriverError, Launch, Running, ShutdownMode};
 use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, Stopped, Suspended};
-use virt_model::xml::refusals;
 
 /// How a domain is started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -66,11 +65,13 @@ impl Domain {
     ) -> Result<Ticket> {
         let creation = def.as_ref().map(|_| Creation::begin(self)).transpose()?;
         let change = self.change(caller, &verb::START);
-        let checked = change.has_turn();
-        if checked {
-            self.applies(&verb::START)?;
-            self.can_run(&*self.def_to_start(def.as_ref())?).await?;
-        }
+        let accepted = match change.has_turn() {
+            false => None,
+            true => {
+                self.applies(&verb::START)?;
+                Some(self.can_run(&*self.def_to_start(def.as_ref())?).await?)
+            }
+        };
         let job = change.open(options.cancel_on_disconnect)?;
         let starts = job.has_turn().then(|| self.will_start(job.cancel_token()));
         self.announce_transient();
@@ -81,10 +82,11 @@ impl Domain {
             let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
             // Recovery may have brought another configuration: that is what is started.
             let def = domain.def_to_start(def.as_ref())?;
-            if !checked {
-                domain.can_run(&def).await?;
-            }
-            domain.start_guest(def, &caller, options, Origin::PowerOff, cancel).await
+            let accepted = match accepted {
+                Some(accepted) => accepted,
+                None => domain.can_run(&def).await?,
+            };
+            domain.start_guest(def, &caller, options, Origin::PowerOff(accepted), cancel).await
         }))
     }
 
@@ -135,12 +137,9 @@ impl Domain {
         Ok(def)
     }
 
-    /// Refuses what the driver says cannot run here.
-    async fn can_run(&self, def: &DomainDef) -> Result<()> {
-        self.driver.learn(def).await;
-        let refused = refusals(self.driver.check(def).await);
-        refused.map_err(|found| Error::from_driver(&def.name, "start", DriverError::Config(found)))?;
-        self.driver.has_files(def, false).await.map_err(|e| Error::from_driver(&def.name, "start", e))
+    /// Refuses what the driver says cannot run here; what it has looked at is for the start.
+    async fn can_run(&self, def: &DomainDef) -> Result<Accepted> {
+        self.driver.can_start(def).await.map_err(|e| Error::from_driver(&def.name, "start", e))
     }
 
     pub(super) async fn start_guest(
@@ -158,9 +157,9 @@ impl Domain {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");
         }
         let id = self.shared.next_id();
-        let (told, from) = match origin {
-            Origin::PowerOff => (Told { options, from_snapshot: false }, None),
-            Origin::Snapshot(from) => (Told { options, from_snapshot: true }, from),
+        let (told, from, accepted) = match origin {
+            Origin::PowerOff(accepted) => (Told { options, from_snapshot: false }, None, accepted),
+            Origin::Snapshot(from) => (Told { options, from_snapshot: true }, from, Accepted::default()),
         };
         let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
@@ -169,6 +168,7 @@ impl Domain {
         let asked = def.clone();
         let launch = Launch {
             def,
+            accepted,
             paused: options.paused,
             reset_nvram: options.reset_nvram,
             from: from.map(|from| *from),
@@ -484,8 +484,8 @@ impl State {
 
 /// What a guest is started from.
 pub(super) enum Origin {
-    /// Power off, because somebody asked for it.
-    PowerOff,
+    /// Power off, because somebody asked for it; what the driver has looked at before.
+    PowerOff(Accepted),
     /// A snapshot: its memory, or power off where it has none.
     Snapshot(Option<Box<StartFrom>>),
 }

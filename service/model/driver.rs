@@ -10,7 +10,7 @@ pub mod snapshots;
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
-use crate::xml::Finding;
+use crate::xml::{Finding, refusals};
 use async_trait::async_trait;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
@@ -63,6 +63,16 @@ pub trait Driver: Send + Sync {
     async fn has_files(&self, def: &DomainDef, restored: bool) -> Result<(), DriverError> {
         let _ = (def, restored);
         Ok(())
+    }
+
+    /// What a start of `def`, from power off, would be refused for, as [`Driver::check`] and [`Driver::has_files`] tell it; what
+    /// the programs that it names can do is learnt before. To be asked for whoever may start it, just before that: what was
+    /// looked at is handed on to the start, which need not look again. Changes nothing.
+    async fn can_start(&self, def: &DomainDef) -> Result<Accepted, DriverError> {
+        self.learn(def).await;
+        refusals(self.check(def).await).map_err(DriverError::Config)?;
+        self.has_files(def, false).await?;
+        Ok(Accepted::default())
     }
 
     /// What a start of `def` needs of the host and does not find now: files that are not there, cannot be opened, or are images
@@ -175,10 +185,16 @@ pub enum DomainEnd {
     Transient,
 }
 
+/// What a driver has looked at when a start was accepted, in its own terms; nothing, where it keeps nothing of that.
+#[derive(Default)]
+pub struct Accepted(pub Option<Box<dyn Any + Send + Sync>>);
+
 /// What `start` needs to know.
 pub struct Launch {
     /// The completed definition.
     pub def: Arc<DomainDef>,
+    /// What [`Driver::can_start`] has given for it, if that was asked.
+    pub accepted: Accepted,
     /// Leave the CPUs standing.
     pub paused: bool,
     /// Make the firmware variables anew from their template.

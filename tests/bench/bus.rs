@@ -1,7 +1,7 @@
 //! virtd on the private bus of the tests, with its runtime folder in memory, as on a real host.
 
-use crate::common::{Daemon, Setup};
 use crate::common::client::{Client, Domain, options};
+use crate::common::{Daemon, Setup};
 use std::path::Path;
 
 /// What a benchmark gives.

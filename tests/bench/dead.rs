@@ -1,6 +1,7 @@
 //! Answers beside a file system that never answers, while as many calls wait for it as one user may have at work; and how
-//! soon a virtd that is killed then is there again. Another service on the same bus is called as well: what its calls take
-//! longer is the bus' own, which looks for each reply among all calls that wait for one.
+//! soon a virtd that is killed then is there again. Who measures is a process of its own, as another user's client is: the
+//! one whose calls wait has hundreds of them to look after. It calls another service on the same bus as well: what those calls
+//! take longer is none of virtd's doing.
 
 use crate::bus::Result;
 use crate::common::client::{Client, Domain};
@@ -48,11 +49,11 @@ pub async fn beside_dead_storage() -> Result<()> {
     daemon.kill_virtd().await;
     let alone = starts_within(&mut daemon).await;
 
-    let before = measure(&root, &others).await;
+    let before = measure(&daemon, &others).await?;
     let Some(mut dead) = Dead::mount_over(&daemon, storage) else { return Ok(()) };
     let mut waiting = call_everything(&callers, &machines).await;
     let spent = until_all_wait(&daemon).await;
-    let beside = measure(&root, &others).await;
+    let beside = measure(&daemon, &others).await?;
     while waiting.try_join_next().is_some() {}
     line("Calls on a file system that never answers, unanswered then", waiting.len());
     line("Processor time of virtd until all of them waited", format!("{} ms", spent.as_millis()));
@@ -113,25 +114,57 @@ async fn call_everything(callers: &[Client], machines: &[Doomed]) -> JoinSet<()>
     waiting
 }
 
-async fn measure(root: &Client, [guest, toy]: &[Domain; 2]) -> Measured {
-    let mut measured: Measured = [
-        "Ping of polkitd",
-        "Ping",
-        "GetXML",
-        "Get",
-        "Suspend + Resume (QEMU)",
-        "Suspend + Resume (test driver)",
-        "Start + Destroy (QEMU)",
-    ]
-    .map(|what| (what, Vec::new()))
-    .into();
+/// What is measured, in the order in which [`measure_here`] tells it.
+const MEASURED: [&str; 7] = [
+    "Ping of polkitd",
+    "Ping",
+    "GetXML",
+    "Get",
+    "Suspend + Resume (QEMU)",
+    "Suspend + Resume (test driver)",
+    "Start + Destroy (QEMU)",
+];
+
+/// The argument that makes this program the client that measures; the bus and two machines follow it.
+pub const CLIENT: &str = "client-of";
+
+/// Has it measured by a client that does nothing else.
+async fn measure(daemon: &Daemon, [guest, toy]: &[Domain; 2]) -> Result<Measured> {
+    let mut client = tokio::process::Command::new(std::env::current_exe()?);
+    client.args([CLIENT, &daemon.address(), &guest.path, &toy.path]).kill_on_drop(true);
+    let told = client.stderr(std::process::Stdio::inherit()).output().await?;
+    let mut measured: Measured = MEASURED.map(|what| (what, Vec::new())).into();
+    for line in String::from_utf8(told.stdout)?.lines() {
+        let (at, nanoseconds) = line.split_once(' ').ok_or("the client says something else")?;
+        measured[at.parse::<usize>()?].1.push(Duration::from_nanos(nanoseconds.parse()?));
+    }
+    match told.status.success() && measured.iter().all(|(_, times)| !times.is_empty()) {
+        true => Ok(measured),
+        false => Err(format!("the client that measures has failed: {}", told.status).into()),
+    }
+}
+
+/// Measures as that client, and says for each call which it was and the nanoseconds that it took.
+pub async fn measure_here(arguments: &[String]) -> Result<()> {
+    let [address, machines @ ..] = arguments else { return Err("a bus and two machines".into()) };
+    let root = Client { connection: zbus::connection::Builder::address(address.as_str()).build().await? };
+    let machines: [String; 2] = machines.to_vec().try_into().map_err(|_| "two machines")?;
+    let machines = machines.map(|path| Domain { client: root.clone(), path });
+    for (at, times) in times_of(&root, &machines).await.into_iter().enumerate() {
+        times.iter().for_each(|time| println!("{at} {}", time.as_nanos()));
+    }
+    Ok(())
+}
+
+async fn times_of(root: &Client, [guest, toy]: &[Domain; 2]) -> [Vec<Duration>; MEASURED.len()] {
+    let mut measured = MEASURED.map(|_| Vec::new());
     for machine in [guest, toy] {
         machine.run("Start").await.expect("started");
     }
     for _ in 0..ROUNDS.0 {
         let mut begun = Instant::now();
         let mut took = |at: usize| {
-            measured[at].1.push(begun.elapsed());
+            measured[at].push(begun.elapsed());
             begun = Instant::now();
         };
         let polkit = (Some("org.freedesktop.PolicyKit1"), "/org/freedesktop/PolicyKit1/Authority");
@@ -157,7 +190,7 @@ async fn measure(root: &Client, [guest, toy]: &[Domain; 2]) -> Measured {
         let begun = Instant::now();
         guest.run("Start").await.expect("started");
         guest.run("Destroy").await.expect("destroyed");
-        measured[6].1.push(begun.elapsed());
+        measured[6].push(begun.elapsed());
     }
     measured
 }

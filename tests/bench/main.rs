@@ -18,8 +18,12 @@ use std::time::Duration;
 
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let arguments: Vec<String> = std::env::args().collect();
+    if let Some(at) = arguments.iter().position(|argument| argument == dead::CLIENT) {
+        return dead::measure_here(&arguments[at + 1..]).await;
+    }
     println!("{:<58} {:>12} {:>12} {:>7}  wanted", "what (median)", "virtd", "bare", "ratio");
-    let only = |part: &str| std::env::args().any(|argument| argument == part);
+    let only = |part: &str| arguments.iter().any(|argument| argument == part);
     if only("dead") {
         return dead::beside_dead_storage().await;
     }

@@ -37,28 +37,38 @@ pub fn checked_command(
     caps: &Capabilities,
     place: &command::Place<'_>,
 ) -> Result<Command, Vec<Finding>> {
+    let (findings, command) = examine(def, def, caps, place);
+    refusals(findings)?;
+    command
+}
+
+/// Everything that keeps `def` from running as it says, as [`check`] tells it, and the command line that was looked at for
+/// that: of `started`, which is the same with its USB devices found. Error of the second: what keeps it from being built;
+/// nothing where it was not built, because something is refused.
+pub fn examine(
+    def: &DomainDef,
+    started: &DomainDef,
+    caps: &Capabilities,
+    place: &command::Place<'_>,
+) -> (Vec<Finding>, Result<Command, Vec<Finding>>) {
     let mut check = Check::new(def, caps);
     check.rules();
-    refusals(std::mem::take(&mut check.log))?;
-    let command = command::build(Checked::of(def), caps, place)?;
-    check.devices_of(&command);
-    refusals(check.log).map(|()| command)
+    if check.log.iter().any(|finding| finding.kind != FindingKind::Warning) {
+        return (check.log, Err(Vec::new()));
+    }
+    let command = command::build(Checked::of(started), caps, place);
+    if let Ok(command) = &command {
+        check.devices_of(command);
+    }
+    (check.log, command)
 }
 
 /// Everything that keeps `def` from running as it says; warnings for what runs, but not quite so. Empty: QEMU would be
 /// started. Files are not looked at: that is for `start`, which needs them then.
 pub fn check(def: &DomainDef, caps: &Capabilities) -> Vec<Finding> {
-    let mut check = Check::new(def, caps);
-    check.rules();
-    if check.log.iter().any(|finding| finding.kind != FindingKind::Warning) {
-        return check.log;
-    }
     let nowhere = command::Place { runtime_dir: Path::new("/"), monitor_fd: 0, now: 0, east_of_utc: 0, sandbox: false };
     // It is built to be looked at, and run by nobody. What keeps it from being built is told when it is to be run.
-    if let Ok(command) = command::build(Checked::of(def), caps, &nowhere) {
-        check.devices_of(&command);
-    }
-    check.log
+    examine(def, def, caps, &nowhere).0
 }
 
 /// What an argument of `-device` names.

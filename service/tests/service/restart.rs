@@ -56,6 +56,7 @@ impl Driver for Slow {
         self.goes_on.notified().await;
         let Reconnect { live, runtime_dir, log_file, recorder, events, .. } = found;
         let launch = Launch {
+            accepted: Default::default(),
             def: live,
             paused: true,
             reset_nvram: false,
