@@ -342,7 +342,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
         let fixed = match mode {
             // A merge that has begun makes the frozen file the machine's own again, wherever the rest of it stands.
             DiskMode::External { .. } if def.merging.contains(&disk.target.dev) => 1,
-            DiskMode::External { .. } => 0,
+            DiskMode::External { .. } | DiskMode::Remote { .. } => 0,
             DiskMode::Internal => 1,
             DiskMode::No | DiskMode::Manual => continue,
         };

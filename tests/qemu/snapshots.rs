@@ -356,3 +356,32 @@ async fn a_tree_of_them_comes_and_goes_in_any_order() {
     player.domain.run("Destroy").await.expect("destroyed");
     is_sound(&tick.disk);
 }
+
+#[tokio::test]
+async fn x10_an_overlay_holds_as_much_of_its_tables_in_memory_as_it_is_told() {
+    let Some((daemon, player, tick)) = tick("tables").await else { return };
+    player.domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let cache = |bytes: &str| format!("<metadata_cache><max_size unit='bytes'>{bytes}</max_size></metadata_cache>");
+    let document = |cache: &str| {
+        format!(
+            "<domainsnapshot><name>small</name><disks><disk name='vda' snapshot='external'>\
+             <driver type='qcow2'>{cache}</driver></disk></disks></domainsnapshot>"
+        )
+    };
+    let disk_only = || with([("disk-only", true)]);
+    let (name, why) = player.create(&document(&cache("many")), disk_only()).await.expect_err("no number");
+    assert!(name.ends_with("ConfigInvalid") && why.contains("/disks/disk/driver/metadata_cache"), "{name}: {why}");
+    player.create(&document(&cache("262144")), disk_only()).await.expect("taken");
+    assert!(player.xml("small").await.contains("<max_size unit='bytes'>262144</max_size>"));
+    assert!(player.domain.xml().await.contains("<max_size unit='bytes'>262144</max_size>"));
+    tick.goes_on().await;
+    // The next start says so, too.
+    player.domain.run("Destroy").await.expect("destroyed");
+    player.domain.run("Start").await.expect("started");
+    let process = daemon.qemu_of(&tick.name).expect("it runs");
+    let words = std::fs::read_to_string(format!("/proc/{process}/cmdline")).expect("its arguments");
+    assert!(words.contains("\"cache-size\":262144"), "{words}");
+    tick.goes_on().await;
+    player.domain.run("Destroy").await.expect("destroyed");
+}

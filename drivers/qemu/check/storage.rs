@@ -4,7 +4,9 @@ use super::Check;
 use crate::qemu::command::{disk_device, known_format, scsi_device, usb_device, wwn};
 use crate::qemu::complete::Board;
 use virt_model::device::controller::ControllerModel;
-use virt_model::device::disk::{BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, StartupPolicy};
+use virt_model::device::disk::{
+    BackingStore, DiskBus, DiskCache, DiskDevice, DiskIo, DiskKind, MetadataCache, StartupPolicy,
+};
 use virt_model::device::source::DiskSource;
 use virt_model::device::{AddressKind, Controller, ControllerKind, DeviceInfo, Disk};
 use virt_model::xml::Place;
@@ -115,6 +117,14 @@ impl Check<'_> {
         self.layers(disk.backing.as_deref(), format);
     }
 
+    /// How much of an image's tables is held in memory.
+    fn metadata_cache(&mut self, cache: &MetadataCache, format: &str) {
+        self.refuse_if(format != "qcow2", &cache.at, "only qcow2 images have this");
+        if let Some(Err(why)) = cache.max_size.as_ref().map(|size| size.bytes()) {
+            self.refuse(&cache.at, why);
+        }
+    }
+
     fn layers(&mut self, mut layer: Option<&BackingStore>, above: &str) {
         let mut above = above.to_owned();
         for depth in 0.. {
@@ -142,6 +152,9 @@ impl Check<'_> {
                 return;
             };
             self.format(&format.name, &format.at);
+            if let Some(cache) = &format.metadata_cache {
+                self.metadata_cache(cache, &format.name);
+            }
             self.encryption(store.source.as_ref().and_then(|source| source.encryption.as_ref()), &format.name);
             above.clone_from(&format.name);
             layer = store.backing.as_deref();
@@ -188,13 +201,12 @@ impl Check<'_> {
         let Some(driver) = &disk.driver else { return };
         let qcow2 = driver.format.as_deref() == Some("qcow2");
         let only = "only qcow2 images have this";
-        self.refuse_if(driver.metadata_cache.is_some() && !qcow2, &driver.at.child("metadata_cache"), only);
+        if let Some(cache) = &driver.metadata_cache {
+            self.metadata_cache(cache, driver.format.as_deref().unwrap_or("raw"));
+        }
         self.refuse_if(driver.discard_no_unref.is_some() && !qcow2, &driver.at.attribute("discard_no_unref"), only);
         let newer = driver.discard_no_unref.is_some() && !self.caps.at_least(8, 1);
         self.refuse_if(newer, &driver.at.attribute("discard_no_unref"), "discard_no_unref needs QEMU 8.1");
-        if let Some(Err(why)) = driver.metadata_cache.as_ref().and_then(|c| c.max_size.as_ref()).map(|s| s.bytes()) {
-            self.refuse(&driver.at.child("metadata_cache"), why);
-        }
         let copies = driver.copy_on_read == Some(true) && (disk.readonly || disk.device() != DiskDevice::Disk);
         self.refuse_if(copies, &driver.at.attribute("copy_on_read"), "only a disk that is written copies on read");
         let other = driver.name.as_deref().is_some_and(|name| name != "qemu");

@@ -185,6 +185,8 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/disk/product", ""),
     ("devices/disk/backingStore", "type"),
     ("devices/disk/backingStore/format", "type"),
+    ("devices/disk/backingStore/format/metadata_cache", ""),
+    ("devices/disk/backingStore/format/metadata_cache/max_size", "unit"),
     ("devices/disk/backingStore/source", "file dev protocol name query tls tlsHostname"),
     ("devices/disk/target", "dev bus removable rotation_rate dpofua"),
     ("devices/disk/readonly", ""),

@@ -142,7 +142,8 @@ impl Builder<'_> {
         let key = source.encryption.as_ref().and_then(|encryption| self.passphrase(encryption, &name));
         let image = Props::new("node-name", format!("{name}-format")).set("read-only", true);
         let image = content(image, format, key).set("file", format!("{name}-storage"));
-        self.args.blockdev(with_backing(image, format, below));
+        let cache = layer.format.as_ref().and_then(|format| format.metadata_cache.as_ref()?.bytes());
+        self.args.blockdev(with_backing(image.maybe("cache-size", cache), format, below));
         Some(format!("{name}-format"))
     }
 
@@ -259,6 +260,7 @@ pub fn overlay_nodes(disk: &Disk, path: &std::path::Path, block: bool, format: &
         .maybe("discard", driver.and_then(|d| d.discard).map(|d| d.as_str()))
         .maybe("detect-zeroes", detect_zeroes(driver))
         .extend(cache(driver))
+        .extend(if format == "qcow2" { qcow2_options(driver) } else { Props::default() })
         .set("file", storage)
         .set("backing", Value::Null);
     [file.extend(cache(driver)).into(), image.into()]
@@ -312,7 +314,7 @@ fn content(image: Props, format: &str, key: Option<String>) -> Props {
 }
 
 fn qcow2_options(driver: Option<&DiskDriver>) -> Props {
-    let cache = driver.and_then(|d| d.metadata_cache.as_ref()?.max_size.as_ref()?.bytes().ok());
+    let cache = driver.and_then(|d| d.metadata_cache.as_ref()?.bytes());
     Props::default().maybe("cache-size", cache).maybe("discard-no-unref", driver.and_then(|d| d.discard_no_unref))
 }
 

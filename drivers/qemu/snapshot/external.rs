@@ -12,6 +12,7 @@ use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::Disk;
+use virt_model::device::disk::MetadataCache;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{CreatedSnapshot, DiskMode, Journal, MemoryMode, SnapshotRequest};
@@ -149,6 +150,7 @@ impl Operation {
                 format: format.clone(),
                 base: PathBuf::from(base),
                 base_format: disk.format().unwrap_or("raw").to_owned(),
+                cache: request.caches.get(target).copied(),
                 ours: !request.reuse_external && !block,
             });
         }
@@ -198,10 +200,11 @@ impl Operation {
             for overlay in &note.overlays {
                 let nodes = Nodes::of(body).await?;
                 let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == overlay.target);
-                let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
-                let (below, name) = (nodes.of_disk(disk)?.name.clone(), nodes.free_name(&overlay.target));
+                let mut disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?.clone();
+                overlay.limit_cache(&mut disk);
+                let (below, name) = (nodes.of_disk(&disk)?.name.clone(), nodes.free_name(&overlay.target));
                 for node in
-                    super::super::command::overlay_nodes(disk, &overlay.path, overlay.block, &overlay.format, &name)
+                    super::super::command::overlay_nodes(&disk, &overlay.path, overlay.block, &overlay.format, &name)
                 {
                     let node_name = node["node-name"].as_str().unwrap_or_default().to_owned();
                     body.patiently("blockdev-add", node).await?;
@@ -270,9 +273,19 @@ impl Operation {
         for overlay in overlays {
             for disk in def.devices.disks.iter_mut().filter(|disk| disk.target.dev == overlay.target) {
                 disk.stand_on(&overlay.path, overlay.block, &overlay.format);
+                overlay.limit_cache(disk);
             }
         }
         now
+    }
+}
+
+impl Overlay {
+    /// Has a disk hold as much of this overlay's tables as was asked for.
+    fn limit_cache(&self, disk: &mut Disk) {
+        if let Some(bytes) = self.cache {
+            disk.driver.get_or_insert_default().metadata_cache = Some(MetadataCache::of(bytes));
+        }
     }
 }
 

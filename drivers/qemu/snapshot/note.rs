@@ -107,6 +107,9 @@ pub struct Overlay {
     pub format: String,
     pub base: PathBuf,
     pub base_format: String,
+    /// How much of its tables may be held in memory, in bytes; as of the disk if that is not said.
+    #[serde(default)]
+    pub cache: Option<u64>,
     /// We make it, and remove it if it comes to nothing.
     pub ours: bool,
 }

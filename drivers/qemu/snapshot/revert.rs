@@ -113,9 +113,7 @@ impl Operation {
         siblings: &Siblings,
     ) -> Result<(), DriverError> {
         for other in siblings.others.iter() {
-            for (disk, _) in
-                pairs(&other.def, &other.disks).filter(|(_, p)| matches!(p.mode, DiskMode::External { .. }))
-            {
+            for (disk, _) in pairs(&other.def, &other.disks).filter(|(_, p)| p.mode.is_external()) {
                 let frozen = disk.files();
                 if let Some(image) = images.iter().find(|image| frozen.contains(*image)) {
                     return Err(DriverError::Unsupported(format!(
@@ -410,6 +408,7 @@ impl Operation {
                 format: "qcow2".to_owned(),
                 base_format: disk.format().unwrap_or("raw").to_owned(),
                 base: PathBuf::from(disk.path().unwrap_or_default()),
+                cache: None,
                 ours: true,
             });
         }

@@ -259,12 +259,8 @@ impl Domain {
         let state = self.state_to_capture(options)?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
-        let request = Request { active, disk_only: options.disk_only, live: options.live };
+        let request = Request { active, disk_only: options.disk_only, live: options.live, restored: false };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
-        let not_made = doc.not_made();
-        if !not_made.is_empty() {
-            return Err(refused(not_made));
-        }
         if let Some(why) = aligned.not_in_this_state(request) {
             return Err(Error::OperationUnsupported(format!("domain '{}': {why}", self.name())));
         }
@@ -284,6 +280,7 @@ impl Domain {
             name: name.to_owned(),
             memory: aligned.memory.clone(),
             disks: aligned.disks.clone(),
+            caches: aligned.caches,
             live: options.live,
             quiesce: options.quiesce,
             reuse_external: options.reuse_external,
@@ -488,8 +485,12 @@ pub(super) fn switch_disks(def: &mut DomainDef, before: &DomainDef, now: &Domain
         disk.kind = now.kind;
         disk.source.clone_from(&now.source);
         disk.backing.clone_from(&now.backing);
-        let format = now.format().map(str::to_owned);
-        disk.driver.get_or_insert_default().format = format;
+        let driver = disk.driver.get_or_insert_default();
+        driver.format = now.format().map(str::to_owned);
+        let cache = |disk: &virt_model::device::Disk| disk.driver.as_ref().and_then(|d| d.metadata_cache.clone());
+        if cache(now) != cache(before) {
+            driver.metadata_cache = cache(now);
+        }
         changed = true;
     }
     changed

@@ -360,10 +360,13 @@ fn replace_in(def: &mut DomainDef, replaced: &[Replaced]) {
                 match disk.backing.take() {
                     Some(below) if below.source.is_some() => {
                         let format = below.format.as_ref().map(|format| format.name.clone());
+                        let cache = below.format.as_ref().and_then(|format| format.metadata_cache.clone());
                         disk.kind = below.kind;
                         disk.source = below.source;
                         disk.backing = below.backing;
-                        disk.driver.get_or_insert_default().format = format;
+                        let driver = disk.driver.get_or_insert_default();
+                        driver.format = format;
+                        driver.metadata_cache = cache.or(driver.metadata_cache.take());
                     }
                     _ => {
                         if let Some(source) = &mut disk.source {

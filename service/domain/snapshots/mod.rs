@@ -36,7 +36,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
-use virt_model::driver::snapshots::{ExistingSnapshot, FileFate, Machine, Snapshots};
+use virt_model::driver::snapshots::{DiskMode, DiskPart, ExistingSnapshot, FileFate, Machine, Snapshots};
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::DomainState;
 use virt_model::xml::Finding;
@@ -91,11 +91,21 @@ impl Domain {
         state.snapshots.get(name).ok_or_else(|| state.no_snapshot(name))
     }
 
-    /// The same with what it says; `SnapshotBroken` if that cannot be used.
+    /// The same with what it says; `SnapshotBroken` if that cannot be used, `OperationUnsupported` where it is of what no driver
+    /// here makes.
     fn usable_snapshot(&self, name: &str) -> Result<(Arc<Record>, SnapshotDef)> {
         let record = self.snapshot(name)?;
         match &record.def {
-            Ok(def) => Ok((record.clone(), def.clone())),
+            Ok(def) => {
+                if let Some((target, shown)) = def.disks.iter().find_map(remote) {
+                    return Err(Error::OperationUnsupported(format!(
+                        "snapshot '{name}' of domain '{}': the overlay of disk '{target}' is on a server ({shown}), and is \
+                         neither gone back to nor merged here; delete it with metadata-only",
+                        self.name()
+                    )));
+                }
+                Ok((record.clone(), def.clone()))
+            }
             Err(why) => Err(Error::SnapshotBroken(format!(
                 "snapshot '{name}' of domain '{}' cannot be used: {why}; redefine it, or delete it with metadata-only",
                 self.name()
@@ -238,6 +248,14 @@ impl Domain {
     async fn save_current(&self, name: Option<String>) -> Result<()> {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         on_disk(move || shared.store.save_current_snapshot(uuid, name.as_deref())).await
+    }
+}
+
+/// The disk, and what is shown of its overlay, where that is on a server.
+fn remote(part: &DiskPart) -> Option<(&str, &str)> {
+    match &part.mode {
+        DiskMode::Remote { shown } => Some((&part.target, shown)),
+        _ => None,
     }
 }
 

@@ -194,7 +194,7 @@ fn align(def: &mut SnapshotDef, doc: SnapshotDoc) -> Result<()> {
     };
     let disk_only = def.state == SnapshotState::DiskSnapshot;
     let active = disk_only || def.state.is_online() || def.memory != MemoryMode::No;
-    let request = Request { active, disk_only, live: false };
+    let request = Request { active, disk_only, live: false, restored: true };
     let aligned = Alignment::of(&doc, &def.name, domain, request).map_err(refused)?;
     let disks = &domain.devices.disks;
     let target = |name: &String| {

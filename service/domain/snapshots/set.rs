@@ -172,6 +172,7 @@ fn told_disk(disk: &DiskPart, def: &SnapshotDef) -> (String, &'static str, Strin
         DiskMode::No => ("no", String::new()),
         DiskMode::Internal => ("internal", image()),
         DiskMode::External { path, .. } => ("external", path.to_string_lossy().into_owned()),
+        DiskMode::Remote { shown } => ("external", shown.clone()),
         DiskMode::Manual => ("manual", String::new()),
     };
     (disk.target.clone(), mode, file)

@@ -166,7 +166,11 @@ impl Disk {
     pub fn stand_on(&mut self, overlay: &std::path::Path, block: bool, format: &str) {
         let below = BackingStore {
             kind: Some(self.kind()),
-            format: self.format().map(|name| StoreFormat { name: name.to_owned(), ..StoreFormat::default() }),
+            format: self.format().map(|name| StoreFormat {
+                name: name.to_owned(),
+                metadata_cache: self.driver.as_ref().and_then(|driver| driver.metadata_cache.clone()),
+                ..StoreFormat::default()
+            }),
             source: self.source.take(),
             backing: Some(self.backing.take().unwrap_or_default()),
             ..BackingStore::default()
@@ -176,7 +180,10 @@ impl Disk {
         let path = Some(overlay.to_string_lossy().into_owned());
         let (file, dev) = if block { (None, path) } else { (path, None) };
         self.source = Some(DiskSource { file, dev, ..DiskSource::default() });
-        self.driver.get_or_insert_with(DiskDriver::default).format = Some(format.to_owned());
+        let driver = self.driver.get_or_insert_default();
+        driver.format = Some(format.to_owned());
+        // Other images have no such tables.
+        driver.metadata_cache = driver.metadata_cache.take().filter(|_| format == "qcow2");
     }
 
     /// The image format the document gives.
@@ -240,6 +247,19 @@ element! {
         attr "unit" => unit: Option<String>,
         /// The number.
         need_text => number: String,
+    }
+}
+
+impl MetadataCache {
+    /// So much may be held in memory, in bytes.
+    pub fn of(bytes: u64) -> MetadataCache {
+        let size = CacheSize { unit: Some("bytes".to_owned()), number: bytes.to_string(), ..CacheSize::default() };
+        MetadataCache { max_size: Some(size), ..MetadataCache::default() }
+    }
+
+    /// How much may be held in memory, in bytes, if that is said and can be.
+    pub fn bytes(&self) -> Option<u64> {
+        self.max_size.as_ref()?.bytes().ok()
     }
 }
 
@@ -431,6 +451,8 @@ element! {
     pub struct StoreFormat {
         /// `raw`, `qcow2`
         need "type" => name: String,
+        /// `<metadata_cache>`
+        child "metadata_cache" => metadata_cache: Option<MetadataCache>,
     }
 }
 

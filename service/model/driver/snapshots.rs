@@ -17,7 +17,7 @@ use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
@@ -157,8 +157,21 @@ pub enum DiskMode {
         /// `qcow2` or `qed`.
         format: String,
     },
+    /// Its image is frozen, and an overlay on a server takes the writes. Only records say this, which another program made:
+    /// they are kept, and can be forgotten.
+    Remote {
+        /// What is spoken with the server, and the overlay's name there, for people.
+        shown: String,
+    },
     /// The caller copies it while the guest is held still.
     Manual,
+}
+
+impl DiskMode {
+    /// Whether its image is frozen below an overlay, wherever that is.
+    pub fn is_external(&self) -> bool {
+        matches!(self, DiskMode::External { .. } | DiskMode::Remote { .. })
+    }
 }
 
 /// One disk of a snapshot.
@@ -179,6 +192,8 @@ pub struct SnapshotRequest {
     pub memory: MemoryMode,
     /// Every disk of the machine, in its order.
     pub disks: Vec<DiskPart>,
+    /// How much of the tables of which disk's overlay may be held in memory, in bytes; of others as of the disk.
+    pub caches: BTreeMap<String, u64>,
     /// The guest runs while its memory is written.
     pub live: bool,
     /// File systems are frozen by the agent meanwhile; thawed in every case.

@@ -1,14 +1,14 @@
 //! From what a document asks for to what is done to each disk of the machine: defaults, made-up overlays, and every
 //! combination that cannot be.
 
-use super::doc::{Capturing, DiskDoc, SnapshotDoc, asked_memory, overlay};
+use super::doc::{Capturing, DiskDoc, SnapshotDoc, asked_memory, cache_of, overlay};
 use super::{check_name, unsupported};
 use crate::device::Disk;
 use crate::device::disk::{DiskDevice, DiskKind, SnapshotPolicy};
 use crate::domain::DomainDef;
 use crate::driver::snapshots::{DiskMode, DiskPart, MemoryMode};
 use crate::xml::Finding;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 /// What is asked for, beside the document.
@@ -20,6 +20,8 @@ pub struct Request {
     pub disk_only: bool,
     /// The memory is written while the guest runs.
     pub live: bool,
+    /// Nothing is made: a record is held against its machine.
+    pub restored: bool,
 }
 
 /// What is to be done.
@@ -31,6 +33,8 @@ pub struct Alignment {
     pub disks: Vec<DiskPart>,
     /// Files that the caller named, rather than we.
     pub named: Vec<PathBuf>,
+    /// How much of the tables of which disk's overlay may be held in memory, in bytes.
+    pub caches: BTreeMap<String, u64>,
 }
 
 impl Alignment {
@@ -45,17 +49,24 @@ impl Alignment {
         let external = request.disk_only || matches!(memory, MemoryMode::External(_));
         let default = if external { Capturing::External } else { Capturing::Internal };
         let listed = listed(doc, def, &mut log);
-        let mut named = Vec::new();
-        let mut disks = Vec::new();
+        let (mut named, mut disks, mut caches) = (Vec::new(), Vec::new(), BTreeMap::new());
         for disk in &def.devices.disks {
             let said = listed.iter().find(|(target, _)| *target == disk.target.dev).map(|(_, said)| *said);
             let mode = mode(said, disk, default, name, &mut named, &mut log);
+            if let (DiskMode::Remote { .. }, Some(said), false) = (&mode, said, request.restored) {
+                let message = "overlays on servers are not made here: name a file or a block device of this host's, or copy \
+                               the disk by hand (snapshot='manual')";
+                log.push(Finding::unsupported(&said.at.attribute("type"), message));
+            }
+            if let (DiskMode::External { .. }, Some(said)) = (&mode, said) {
+                caches.extend(cache_of(said, &mut log).map(|bytes| (disk.target.dev.clone(), bytes)));
+            }
             disks.push(DiskPart { target: disk.target.dev.clone(), mode });
         }
         if let MemoryMode::External(file) = &memory {
             named.push(file.clone());
         }
-        let alignment = Alignment { memory, disks, named };
+        let alignment = Alignment { memory, disks, named, caches };
         if log.is_empty() {
             alignment.check(doc, def, request, &mut log);
         }
@@ -74,7 +85,7 @@ impl Alignment {
     /// What does not go together.
     fn check(&self, doc: &SnapshotDoc, def: &DomainDef, request: Request, log: &mut Vec<Finding>) {
         let mut refuse = |path: &str, message: String| log.push(unsupported(path, message));
-        let is_external = |disk: &&DiskPart| matches!(disk.mode, DiskMode::External { .. });
+        let is_external = |disk: &&DiskPart| disk.mode.is_external();
         let is_internal = |disk: &&DiskPart| disk.mode == DiskMode::Internal;
         let external = self.disks.iter().find(is_external);
         let internal = self.disks.iter().find(is_internal);

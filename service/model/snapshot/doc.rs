@@ -1,7 +1,7 @@
 //! The snapshot document: `<domainsnapshot>` as it is read, and how its parts are written.
 
 use super::{Beside, SnapshotDef, SnapshotState, check_name};
-use crate::device::disk::MetadataCache;
+use crate::device::disk::{CacheSize, MetadataCache};
 use crate::device::source::SourceHost;
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
@@ -120,7 +120,7 @@ element! {
     pub struct OverlayDriver {
         /// The overlay's format; `qcow2` if absent.
         attr "type" => format: Option<String>,
-        /// `<metadata_cache>`: of a record, as another program wrote it.
+        /// `<metadata_cache>`: how much of its tables is held in memory.
         child "metadata_cache" => cache: Option<MetadataCache>,
     }
 }
@@ -225,13 +225,6 @@ impl SnapshotDoc {
     /// What it says of overlays beside where they are.
     pub fn kept(&self) -> Vec<Beside> {
         self.disks().iter().filter_map(said_beside).collect()
-    }
-
-    /// What a record may say, and a snapshot that is to be taken may not: it would have no effect.
-    pub fn not_made(&self) -> Vec<Finding> {
-        let caches = self.disks().iter().filter_map(|disk| disk.driver.as_ref()?.cache.as_ref());
-        let message = "how much of an image's tables is held in memory is said in the domain's disk: leave it out here";
-        caches.map(|cache| Finding::unsupported(&cache.at, message)).collect()
     }
 
     /// The disks that it names.
@@ -352,11 +345,16 @@ fn state(said: Option<&Words>, whole: &Place, log: &mut Vec<Finding>) -> Option<
 
 /// What a record says of an overlay beside where it is, as elements of `<driver>` and of `<source>`.
 fn said_beside(disk: &DiskDoc) -> Option<Beside> {
+    if disk.kind == Some(OverlayKind::Network) {
+        let driver = disk.driver.iter().map(|driver| driver.write("driver"));
+        let remote: Vec<Element> = driver.chain(disk.source.iter().map(|source| source.write("source"))).collect();
+        return Some(Beside { disk: disk.name.clone(), driver: Vec::new(), source: Vec::new(), remote });
+    }
     let driver = disk.driver.iter().filter_map(|driver| Some(driver.cache.as_ref()?.write("metadata_cache")));
     let source = disk.source.iter().flat_map(|source| &source.labels).map(|label| label.write("seclabel"));
     let (driver, source): (Vec<_>, Vec<_>) = (driver.collect(), source.collect());
     let said = !driver.is_empty() || !source.is_empty();
-    said.then(|| Beside { disk: disk.name.clone(), driver, source })
+    said.then(|| Beside { disk: disk.name.clone(), driver, source, remote: Vec::new() })
 }
 
 /// Whether it declares a prefix, as it may at the root.
@@ -442,11 +440,7 @@ pub(super) fn overlay(doc: &DiskDoc, log: &mut Vec<Finding>) -> Option<DiskMode>
     let block = match doc.kind {
         None | Some(OverlayKind::File) => false,
         Some(OverlayKind::Block) => true,
-        Some(OverlayKind::Network) => {
-            let message = "overlays on servers are not made or gone back to here: give a file or a block device";
-            log.push(Finding::unsupported(&doc.at.attribute("type"), message));
-            return None;
-        }
+        Some(OverlayKind::Network) => return remote(doc, log),
         Some(kind) => {
             let message = format!("an overlay is a file or a block device, not '{kind}'");
             log.push(Finding::unsupported(&doc.at.attribute("type"), message));
@@ -474,6 +468,39 @@ pub(super) fn overlay(doc: &DiskDoc, log: &mut Vec<Finding>) -> Option<DiskMode>
         log.push(Finding::invalid(&source.at, format!("the overlay '{path}' is given by its absolute path")));
     }
     Some(DiskMode::External { path: PathBuf::from(path), block, format: format.to_owned() })
+}
+
+/// An overlay on a server.
+fn remote(doc: &DiskDoc, log: &mut Vec<Finding>) -> Option<DiskMode> {
+    let source = doc.source.as_ref()?;
+    let Some(protocol) = &source.protocol else {
+        log.push(Finding::invalid(&source.at, "an overlay on a server needs a protocol, and its name there"));
+        return None;
+    };
+    for (name, said) in [("file", &source.file), ("dev", &source.dev)] {
+        if said.is_some() {
+            log.push(Finding::invalid(
+                &source.at.attribute(name),
+                format!("'{name}' is for an overlay of this host's"),
+            ));
+        }
+    }
+    Some(DiskMode::Remote { shown: format!("{protocol}:{}", source.name.as_deref().unwrap_or_default()) })
+}
+
+/// How much of the tables of an overlay may be held in memory, in bytes, if that is said.
+pub(super) fn cache_of(doc: &DiskDoc, log: &mut Vec<Finding>) -> Option<u64> {
+    let driver = doc.driver.as_ref()?;
+    let cache = driver.cache.as_ref()?;
+    if driver.format.as_deref().is_some_and(|format| format != "qcow2") {
+        log.push(Finding::unsupported(&cache.at, "only qcow2 images have this: leave it out"));
+    }
+    match cache.max_size.as_ref().map(CacheSize::bytes) {
+        Some(Ok(bytes)) => return Some(bytes),
+        Some(Err(why)) => log.push(Finding::invalid(&cache.at, why)),
+        None => log.push(Finding::invalid(&cache.at, "a <max_size> is needed")),
+    }
+    None
 }
 
 fn captured(doc: &FirmwareDoc) -> Vec<(String, Capture)> {
@@ -506,6 +533,11 @@ pub(super) fn write_disk(disk: &DiskPart, merging: bool, beside: Option<&Beside>
         DiskMode::No => element.with_attr("snapshot", "no"),
         DiskMode::Internal => element.with_attr("snapshot", "internal"),
         DiskMode::Manual => element.with_attr("snapshot", "manual"),
+        DiskMode::Remote { .. } => {
+            let mut element = element.with_attr("snapshot", "external").with_attr("type", "network");
+            beside.iter().flat_map(|beside| &beside.remote).for_each(|kept| element.push(kept.clone()));
+            element
+        }
         DiskMode::External { path, block, format } => {
             let (kind, attribute) = if *block { ("block", "dev") } else { ("file", "file") };
             let mut element = element.with_attr("snapshot", "external").with_attr("type", kind);

@@ -16,7 +16,7 @@ pub use tree::{Node, SnapshotTree};
 use crate::domain::cpu::Cpu;
 use crate::domain::part::Part as _;
 use crate::domain::{DomainDef, Form};
-use crate::driver::snapshots::{Capture, DiskMode, DiskPart, MemoryMode};
+use crate::driver::snapshots::{Capture, DiskPart, MemoryMode};
 use crate::state::DomainState;
 use crate::xml::{self, Element, Finding, FindingKind, Limits};
 use std::collections::BTreeSet;
@@ -81,6 +81,8 @@ pub struct Beside {
     pub driver: Vec<Element>,
     /// Elements of `<source>`.
     pub source: Vec<Element>,
+    /// All of an overlay that is on a server.
+    pub remote: Vec<Element>,
 }
 
 /// A snapshot, complete.
@@ -185,8 +187,8 @@ impl SnapshotDef {
 
     /// Whether overlays are part of it.
     pub fn is_external(&self) -> bool {
-        let external = |disk: &DiskPart| matches!(disk.mode, DiskMode::External { .. });
-        self.disks.iter().any(external) || matches!(self.memory, MemoryMode::External(_))
+        self.disks.iter().any(|disk: &DiskPart| disk.mode.is_external())
+            || matches!(self.memory, MemoryMode::External(_))
     }
 }
 

@@ -34,7 +34,7 @@ fn machine() -> DomainDef {
 /// What a snapshot of the disks alone of a running machine would be.
 fn aligned(disks: &str) -> Result<Alignment, Vec<Finding>> {
     let doc = SnapshotDoc::parse(&format!("<domainsnapshot><disks>{disks}</disks></domainsnapshot>"))?;
-    let request = Request { active: true, disk_only: true, live: false };
+    let request = Request { active: true, disk_only: true, live: false, restored: false };
     Alignment::of(&doc, "one", &machine(), request)
 }
 
@@ -56,20 +56,43 @@ fn x10_what_is_said_of_an_overlay_is_kept() {
     }
     assert_eq!(read(&written).expect("it is read again"), def);
     assert!(matches!(def.disks[0].mode, DiskMode::External { .. }));
-    // A snapshot that is to be taken says it where it acts.
-    let not_made = SnapshotDoc::parse(&text).expect("a document").not_made();
-    assert!(not_made[0].message.contains("is said in the domain's disk"), "{}", not_made[0]);
+    // One that is to be taken does it.
+    let made = |disk: &str| {
+        aligned(&format!(
+            "<disk name='vda'><driver type='qcow2'>{disk}</driver></disk><disk name='vdb' snapshot='no'/>"
+        ))
+    };
+    let cache = "<metadata_cache><max_size unit='KiB'>64</max_size></metadata_cache>";
+    assert_eq!(made(cache).expect("a cache").caches, [("vda".to_owned(), 65_536)].into());
+    for (wrong, why) in [
+        ("<metadata_cache/>", "a <max_size> is needed"),
+        ("<metadata_cache><max_size unit='ell'>1</max_size></metadata_cache>", "ell"),
+    ] {
+        let found = made(wrong).expect_err(wrong);
+        assert!(found[0].message.contains(why) && found[0].path.contains("metadata_cache"), "{}", found[0]);
+    }
 }
 
 #[test]
-fn x10_an_overlay_on_a_server_is_known_and_refused_by_name() {
-    let text = record(
-        "<state>disk-snapshot</state>\n<disks><disk name='vda' snapshot='external' type='network'>\
-         <source protocol='gluster' name='v/one'><host name='h' port='24007'/></source></disk></disks>",
+fn x10_an_overlay_on_a_server_is_kept_in_a_record_and_refused_where_it_would_be_made() {
+    let disks = "<disks><disk name='vda' snapshot='external' type='network'><driver type='qcow2'/>\
+                 <source protocol='gluster' name='v/one'><host name='h' port='24007'/></source></disk></disks>";
+    let text = record(&format!("<state>disk-snapshot</state>\n{disks}"));
+    let def = read(&text).expect("a record");
+    assert_eq!(def.disks[0].mode, DiskMode::Remote { shown: "gluster:v/one".to_owned() });
+    let written = def.write(false, false);
+    for part in ["type='network'", "protocol='gluster'", "name='v/one'", "<host name='h' port='24007'/>"] {
+        assert!(written.contains(part), "{part}: {written}");
+    }
+    assert_eq!(read(&written).expect("it is read again"), def);
+    let found = aligned(disks.trim_start_matches("<disks>").trim_end_matches("</disks>")).expect_err("none is made");
+    assert!(found[0].message.contains("overlays on servers are not made here: name a file"), "{}", found[0]);
+    assert_eq!(found[0].path, "/disks/disk/@type");
+    let nowhere = record(
+        "<state>disk-snapshot</state>\n<disks><disk name='vda' snapshot='external' type='network'><source name='v'/>\
+         </disk></disks>",
     );
-    let found = refused(&text);
-    assert!(found.contains("line 5, column 8: /disks/disk/@type: overlays on servers are not made"), "{found}");
-    assert!(!found.contains("no attribute") && !found.contains("no element"), "{found}");
+    assert!(refused(&nowhere).contains("needs a protocol"), "{}", refused(&nowhere));
 }
 
 #[test]

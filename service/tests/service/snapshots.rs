@@ -1,10 +1,11 @@
 //! What snapshots and reverts tell of the guest.
 
 use crate::world::{World, take, with_snapshot, xml};
+use virt_model::domain::Form;
 use virt_model::state::DomainState;
 use virt_service::error::Error;
 use virt_service::events::Event;
-use virt_service::{CreateOptions, Force, RevertOptions};
+use virt_service::{CreateOptions, DeleteOptions, Force, RevertOptions};
 
 /// A guest that has panicked has nothing to lose; one that sleeps is never loaded in place.
 #[tokio::test]
@@ -78,4 +79,32 @@ async fn x12_a_machine_that_is_off_is_halted_already() {
     ticket.done().await.unwrap();
     assert!(name.is_some());
     assert_eq!(domain.facts().state, DomainState::Shutoff);
+}
+
+/// As libvirt may have written it: kept and shown, and nothing is done to what is on the server.
+#[tokio::test]
+async fn x10_a_record_of_overlays_on_a_server_can_be_forgotten_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let (domain, alice) = (with_snapshot(&world, "web").await, world.alice());
+    domain.destroy(&alice, false).await.unwrap();
+    let machine = domain.xml(&alice, Form::default()).await.unwrap();
+    let document = format!(
+        "<domainsnapshot><name>far</name><state>disk-snapshot</state><creationTime>1700000000</creationTime>\
+         <disks><disk name='vda' snapshot='external' type='network'><driver type='qcow2'/>\
+         <source protocol='gluster' name='v/one'><host name='h'/></source></disk></disks>{machine}</domainsnapshot>"
+    );
+    let redefine = CreateOptions { redefine: true, ..CreateOptions::default() };
+    domain.create_snapshot(&alice, &document, redefine).await.unwrap().1.done().await.unwrap();
+    let shown = domain.snapshot_xml(&alice, "far", false).await.unwrap();
+    assert!(shown.contains("<source protocol='gluster' name='v/one'>"), "{shown}");
+    let options = DeleteOptions::default();
+    let deleted = domain.delete_snapshot(&alice, "far", options).await.err().map(|error| error.to_string());
+    let reverted = domain.check_revert(&alice, "far", &RevertOptions::default()).await.unwrap();
+    for why in [deleted, reverted.err().map(|error| error.to_string())].map(Option::unwrap_or_default) {
+        let told = ["disk 'vda' is on a server (gluster:v/one)", "delete it with metadata-only"];
+        assert!(told.iter().all(|part| why.contains(part)), "{why}");
+    }
+    let options = DeleteOptions { metadata_only: true, ..options };
+    domain.delete_snapshot(&alice, "far", options).await.unwrap().done().await.unwrap();
 }
