@@ -206,7 +206,9 @@ impl Service {
         })?;
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
-        let stored = readable(&def, &seat).await?;
+        let (stored, read) = readable(&def, &seat).await?;
+        self.shared.readings.keep(&stored, Arc::new(read));
+        let stored = Arc::new(stored);
         if validate {
             refuse(driver.check(&def).await)?;
             refuse(unmet(&*driver, &def).await)?;
@@ -364,10 +366,10 @@ fn keep_hidden(def: &mut DomainDef, existing: Option<&Domain>) -> Result<(), Vec
     def.keep_hidden(&known.iter().map(|def| &**def).collect::<Vec<_>>())
 }
 
-/// The configuration as it is stored; refuses one that could not be read again as it would be stored and shown.
-async fn readable(def: &Arc<DomainDef>, seat: &Seat) -> Result<Arc<StoredDef>> {
+/// The configuration as it is stored, with what is read of it then; refuses one that could not be read again as it would be
+/// stored and shown.
+async fn readable(def: &Arc<DomainDef>, seat: &Seat) -> Result<(StoredDef, DomainDef)> {
     let def = def.clone();
     let written = seat.work(move || StoredDef::write(&def, Limits::ACCEPTED)).await;
-    let refused = |message| Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)]);
-    written.map(Arc::new).map_err(refused)
+    written.map_err(|message| Error::ConfigInvalid(vec![Finding::anywhere(FindingKind::Invalid, "/", message)]))
 }

@@ -15,6 +15,7 @@ pub mod fair;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
+mod lines;
 mod lock;
 pub mod log;
 mod registry;

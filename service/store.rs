@@ -1,4 +1,5 @@
-//! What is kept on disk, and where. Every file is replaced in one step: written beside, synced, renamed, folder synced.
+//! What is kept on disk, and where. Every file is replaced in one step: written beside, synced, renamed, folder synced. What
+//! belongs together in one folder is written together: all are synced, then renamed in order, and the folder is synced once.
 //!
 //! ```text
 //!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
@@ -17,7 +18,7 @@
 
 mod snapshots;
 
-pub(crate) use snapshots::{Deed, Intent, Loaded, Record};
+pub(crate) use snapshots::{Current, Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -152,8 +153,12 @@ impl Store {
 
     /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
     pub fn save_definition(&self, uuid: Uuid, stored: &StoredDef, note: &Note) -> Result<()> {
-        self.save_note(uuid, note)?;
-        replace(&self.definition(uuid), stored.text().as_bytes())
+        let (note, text) = (json(note)?, stored.text());
+        change_all(
+            &self.definitions(),
+            &[(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())],
+            None,
+        )
     }
 
     pub fn save_note(&self, uuid: Uuid, note: &Note) -> Result<()> {
@@ -172,26 +177,31 @@ impl Store {
 
     /// All configurations with their notes. One that cannot be read is logged and left alone, and is among them.
     pub fn load_definitions(&self) -> Result<Vec<Stored>> {
-        let mut found = Vec::new();
-        for uuid in uuids(&self.definitions(), "xml")? {
-            let path = self.definition(uuid);
-            let note = match read_json(&self.note(uuid)) {
-                Ok(note) => note,
-                Err(e) => {
-                    tracing::warn!(%uuid, "{e}; owner and autostart of this domain are lost, root owns it now");
-                    Note::default()
-                }
-            };
-            let definition = read_definition(&path, uuid);
-            if let Found::Broken { why, .. } = &definition {
-                tracing::error!(%uuid, "its stored configuration is left alone: {why}");
-            }
-            found.push(Stored { uuid, note, found: definition });
-        }
+        let uuids = uuids(&self.definitions(), "xml")?;
+        let readers = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = uuids.len().div_ceil(readers).max(1);
+        let found = std::thread::scope(|scope| {
+            let read = |share: &[Uuid]| share.iter().map(|uuid| self.load_definition(*uuid)).collect::<Vec<_>>();
+            let readers: Vec<_> = uuids.chunks(share).map(|share| scope.spawn(move || read(share))).collect();
+            let found = readers.into_iter().map(|reader| reader.join());
+            found.map(|found| found.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))).collect::<Vec<_>>()
+        });
         if let Err(e) = self.remove_lonely_notes() {
             tracing::warn!("{e}");
         }
-        Ok(found)
+        Ok(found.into_iter().flatten().collect())
+    }
+
+    fn load_definition(&self, uuid: Uuid) -> Stored {
+        let note = read_json(&self.note(uuid)).unwrap_or_else(|e| {
+            tracing::warn!(%uuid, "{e}; owner and autostart of this domain are lost, root owns it now");
+            Note::default()
+        });
+        let found = read_definition(&self.definition(uuid), uuid);
+        if let Found::Broken { why, .. } = &found {
+            tracing::error!(%uuid, "its stored configuration is left alone: {why}");
+        }
+        Stored { uuid, note, found }
     }
 
     /// A note without a configuration is what a define or undefine left that was cut off.
@@ -385,7 +395,7 @@ fn read_definition(path: &Path, uuid: Uuid) -> Found {
     let text = String::from_utf8_lossy(&text);
     match DomainDef::parse_within(&text, Limits::STORED) {
         Ok(def) if def.uuid == uuid => {
-            let stored = Box::new(StoredDef::new(&def, text));
+            let stored = Box::new(StoredDef::new(&def, &text));
             Found::Sound { name: def.name, kind: def.kind, stored }
         }
         Ok(def) => {
@@ -423,9 +433,12 @@ fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_slice(&text).map_err(|e| Error::StorageFailed(format!("cannot read {}: {e}", path.display())))
 }
 
+fn json(value: &impl Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec_pretty(value).map_err(|e| Error::Internal(e.to_string()))
+}
+
 fn replace_json(path: &Path, value: &impl Serialize) -> Result<()> {
-    let text = serde_json::to_vec_pretty(value).map_err(|e| Error::Internal(e.to_string()))?;
-    replace(path, &text)
+    replace(path, &json(value)?)
 }
 
 /// How the name of a file begins that has not replaced its predecessor yet.
@@ -452,24 +465,86 @@ pub(crate) async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> Result<T> 
 
 /// Replaces a file in one step, mode 0600.
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
-    let folder = path.parent().unwrap_or(Path::new("/"));
-    let write = || -> io::Result<()> {
-        let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
-        file.write_all(content)?;
-        file.as_file().sync_data()?;
-        file.persist(path).map_err(|e| e.error)?;
-        fs::File::open(folder)?.sync_all()
-    };
-    write().map_err(|e| Error::from_io("write", path, &e))
+    let (folder, name) = (path.parent(), path.file_name().and_then(|name| name.to_str()));
+    let (folder, name) = (folder.unwrap_or(Path::new("/")), name.unwrap_or_default());
+    change_all(folder, &[(name, content)], None)
+}
+
+/// Replaces files of one folder, each in one step and in this order, mode 0600, and then removes `gone`. When this returns, all
+/// of that is on disk: what is written together costs little more than one of it. One that is there already as it is to be
+/// is left alone.
+fn change_all(folder: &Path, files: &[(&str, &[u8])], gone: Option<&str>) -> Result<()> {
+    let failed = |name: &str, e: io::Error| Error::from_io("write", &folder.join(name), &e);
+    let mut written = Vec::new();
+    for (name, content) in files {
+        if read_bytes(&folder.join(name)).is_ok_and(|there| there == *content) {
+            continue;
+        }
+        let write = || {
+            let mut file = tempfile::Builder::new().prefix(UNFINISHED).tempfile_in(folder)?;
+            file.write_all(content)?;
+            Ok(file)
+        };
+        written.push((*name, write().map_err(|e| failed(name, e))?));
+    }
+    for (name, file) in &written {
+        file.as_file().sync_data().map_err(|e| failed(name, e))?;
+    }
+    for (name, file) in written {
+        file.persist(folder.join(name)).map_err(|e| failed(name, e.error))?;
+    }
+    if let Some(gone) = gone {
+        unlink(&folder.join(gone))?;
+    }
+    sync_folder(folder)
+}
+
+fn sync_folder(folder: &Path) -> Result<()> {
+    let synced = fs::File::open(folder).and_then(|folder| folder.sync_all());
+    synced.map_err(|e| Error::from_io("sync the folder", folder, &e))
 }
 
 /// Removes a file; one that is not there is fine.
 fn remove(path: &Path) -> Result<()> {
+    if unlink(path)? { sync_folder(path.parent().unwrap_or(Path::new("/"))) } else { Ok(()) }
+}
+
+/// The same, on disk only with the next change of its folder. Whether it was there.
+fn unlink(path: &Path) -> Result<bool> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(Error::from_io("remove", path, &e)),
-        Err(_) => Ok(()),
-        Ok(()) => fs::File::open(path.parent().unwrap_or(Path::new("/")))
-            .and_then(|folder| folder.sync_all())
-            .map_err(|e| Error::from_io("sync the folder of", path, &e)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        removed => removed.map(|()| true).map_err(|e| Error::from_io("remove", path, &e)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn what_is_there_as_it_is_to_be_is_left_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let at = |name: &str| folder.path().join(name);
+        let inode = |name: &str| fs::metadata(at(name)).expect("it is there").ino();
+        change_all(folder.path(), &[("a", b"1"), ("b", b"1"), ("c", b"1")], None).expect("written");
+        let before = (inode("a"), inode("b"));
+        change_all(folder.path(), &[("a", b"1"), ("b", b"2")], Some("c")).expect("written");
+        assert_eq!(inode("a"), before.0);
+        assert_ne!(inode("b"), before.1);
+        assert_eq!(fs::read(at("b")).expect("it is there"), b"2");
+        assert!(!at("c").exists());
+        change_all(folder.path(), &[], Some("c")).expect("what is not there need not go");
+    }
+
+    #[test]
+    fn what_fails_takes_nothing_away() {
+        let folder = tempfile::tempdir().expect("a folder");
+        change_all(folder.path(), &[("a", b"1")], None).expect("written");
+        let long = "x".repeat(300);
+        assert!(change_all(folder.path(), &[(&long, b"2")], Some("a")).is_err());
+        assert!(folder.path().join("a").exists(), "it goes last");
+        let entries = fs::read_dir(folder.path()).expect("a folder").count();
+        assert_eq!(entries, 1, "and nothing unfinished is left");
     }
 }

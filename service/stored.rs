@@ -1,16 +1,17 @@
 //! Stored configurations as they are kept in memory: each as its text, beside the little that is asked of all machines at
-//! once. A machine at rest costs what it says, and not the hundredfold of that which the typed view of it takes.
+//! once. A machine at rest costs less than what it says (`lines.rs`), and not the hundredfold which the typed view of it takes.
 //!
 //! Whoever wants the whole of one reads it when that is wanted ([`Readings`]); those who want the same one at a time share it.
 
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
 use crate::images::{DiskImages, images_of};
+use crate::lines::Text;
 use crate::lock::lock;
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::{Limits, unreadable};
 
@@ -26,7 +27,11 @@ pub(crate) struct StoredDef {
     /// No other of this virtd has it.
     number: u64,
     /// As it stands on disk: with all that is secret, and read once without a refusal.
-    text: Box<str>,
+    text: Text,
+    /// The length of that, in bytes.
+    bytes: usize,
+    /// Whether there is nothing secret in the text, and nothing that is shown in another way; once that was looked at.
+    plain: OnceLock<bool>,
     /// What is published of it.
     pub config: Arc<ConfigFacts>,
     /// The images of each disk.
@@ -37,38 +42,52 @@ pub(crate) struct StoredDef {
 
 impl StoredDef {
     /// Of a definition and its text, which has been read as that.
-    pub fn new(def: &DomainDef, text: impl Into<Box<str>>) -> StoredDef {
+    pub fn new(def: &DomainDef, text: &str) -> StoredDef {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let nvram = def.os.nvram.as_ref().and_then(|nvram| nvram.path.as_deref());
         StoredDef {
             number: LAST.fetch_add(1, Ordering::Relaxed),
-            text: text.into(),
+            text: Text::new(text),
+            bytes: text.len(),
+            plain: OnceLock::new(),
             config: Arc::new(ConfigFacts::of(def)),
             disks: images_of(def).collect(),
             nvram: nvram.map(Into::into),
         }
     }
 
-    /// Writes a definition down. Error: why its text could not be read again within `limits`.
-    pub fn write(def: &DomainDef, limits: Limits) -> Result<StoredDef, String> {
-        Ok(StoredDef::new(def, def.write_readable(Form::STORED, limits)?))
+    /// Writes a definition down; with what is read when it is read again. Error: why it could not be, within `limits`.
+    pub fn write(def: &DomainDef, limits: Limits) -> Result<(StoredDef, DomainDef), String> {
+        let (text, read) = def.written_and_read(Form::STORED, limits)?;
+        Ok((StoredDef::new(&read, &text), read))
     }
 
     /// What stands for a configuration that cannot be used.
     pub fn stand_in(def: &DomainDef) -> StoredDef {
-        StoredDef::new(def, def.write(Form::STORED))
+        StoredDef::new(def, &def.write(Form::STORED))
     }
 
     /// Its text.
-    pub fn text(&self) -> &str {
-        &self.text
+    pub fn text(&self) -> String {
+        self.text.whole()
+    }
+
+    /// Its document in this form, if it is known to be the text.
+    pub fn shown(&self, form: Form) -> Option<String> {
+        (!form.migratable && self.plain.get() == Some(&true)).then(|| self.text())
+    }
+
+    /// The same where it has been read as `def`.
+    pub fn shown_of(&self, form: Form, def: &DomainDef) -> String {
+        self.plain.get_or_init(|| def.write(Form { inactive: true, ..Form::default() }) == self.text());
+        self.shown(form).unwrap_or_else(|| def.write(form))
     }
 
     /// Whether it is the configuration `def`, runtime facts aside.
     pub fn says(&self, def: &DomainDef) -> bool {
         let other = def.write(Form::STORED);
         // A file that an earlier virtd has written may say the same in another way.
-        *self.text == *other || self.read().is_ok_and(|own| own.write(Form::STORED) == other)
+        self.text() == other || self.read().is_ok_and(|own| own.write(Form::STORED) == other)
     }
 
     /// The images that it names, those of disks with what they stand on, and its firmware variables.
@@ -79,7 +98,7 @@ impl StoredDef {
 
     /// Reads the text: what nothing is said against, and of what stands for another what can be read.
     fn read(&self) -> Result<DomainDef> {
-        let (def, findings) = DomainDef::parse_leniently_within(&self.text, Limits::STORED);
+        let (def, findings) = DomainDef::parse_leniently_within(&self.text(), Limits::STORED);
         // It was read when it came here.
         def.ok_or_else(|| {
             Error::Internal(format!("a stored configuration is not read again: {}", unreadable(&findings)))
@@ -105,19 +124,22 @@ impl Readings {
         if let Some(known) = lock(&self.0).read.get(&stored.number).and_then(Weak::upgrade) {
             return Ok(known);
         }
-        let def = Arc::new(stored.read()?);
+        Ok(self.keep(stored, Arc::new(stored.read()?)))
+    }
+
+    /// Somebody has read it, who may be the second; gives what all have.
+    pub fn keep(&self, stored: &StoredDef, def: Arc<DomainDef>) -> Arc<DomainDef> {
         let mut shelf = lock(&self.0);
         shelf.read.retain(|_, def| def.strong_count() > 0);
-        // Another may have read it meanwhile.
         if let Some(known) = shelf.read.get(&stored.number).and_then(Weak::upgrade) {
-            return Ok(known);
+            return known;
         }
         shelf.read.insert(stored.number, Arc::downgrade(&def));
-        if stored.text.len() <= SMALL {
+        if stored.bytes <= SMALL {
             shelf.recent.truncate(RECENT - 1);
             shelf.recent.push_front(def.clone());
         }
-        Ok(def)
+        def
     }
 }
 
@@ -132,7 +154,7 @@ mod tests {
             "x".repeat(if name == "long" { SMALL } else { 1 })
         );
         let def = DomainDef::parse(&text).expect("a definition");
-        StoredDef::write(&def, Limits::ACCEPTED).expect("one that can be read")
+        StoredDef::write(&def, Limits::ACCEPTED).expect("one that can be read").0
     }
 
     #[test]
@@ -148,6 +170,32 @@ mod tests {
         let kept: Vec<bool> = read.iter().map(|one| one.upgrade().is_some()).collect();
         assert_eq!(kept, [[false; RECENT], [true; RECENT]].concat());
         assert_eq!(lock(&readings.0).read.len(), RECENT + 1, "and the places of the others are free");
+    }
+
+    #[test]
+    fn the_text_is_shown_as_it_is_unless_that_tells_or_hides_something() {
+        let (inactive, secure) = (Form { inactive: true, ..Form::default() }, Form { secure: true, ..Form::default() });
+        let machine = |passwd: &str| {
+            let text = format!(
+                "<domain type='qemu' id='7'><name>a</name><memory>1</memory>\
+                 <devices><graphics type='vnc'{passwd}/></devices></domain>"
+            );
+            let def = DomainDef::parse(&text).expect("a definition");
+            StoredDef::write(&def, Limits::ACCEPTED).expect("one that can be read")
+        };
+        let (stored, def) = machine("");
+        assert_eq!(def.id, None, "nobody reads what is not kept");
+        for form in [Form::default(), inactive, secure, Form::STORED] {
+            assert_eq!(stored.shown_of(form, &def), def.write(form));
+            assert_eq!(stored.shown(form), Some(stored.text()));
+        }
+        assert_eq!(stored.shown(Form { migratable: true, ..Form::default() }), None);
+        let (stored, def) = machine(" passwd='s3cret'");
+        for form in [Form::default(), inactive, secure, Form::STORED] {
+            assert_eq!(stored.shown_of(form, &def), def.write(form));
+            assert_eq!(stored.shown(form), None);
+        }
+        assert!(!stored.shown_of(inactive, &def).contains("s3cret"));
     }
 
     #[test]

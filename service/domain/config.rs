@@ -48,12 +48,22 @@ impl Domain {
             true => self.allow(caller, Action::ReadSecure).await?,
             false => self.allow(caller, verb::GET_XML.action).await?,
         }
-        let (live, stored) = self.configurations()?;
+        let (live, stored) = {
+            let state = lock(&self.state);
+            (state.live().cloned(), state.stored.clone())
+        };
         if live.is_none() || form.inactive {
             self.sound()?;
         }
-        let def = if form.inactive { stored.or(live) } else { live.or(stored) };
-        def.map(|def| def.write(form)).ok_or_else(|| self.vanished())
+        match (live, stored) {
+            (Some(live), None) => Ok(live.write(form)),
+            (Some(live), Some(_)) if !form.inactive => Ok(live.write(form)),
+            (_, Some(stored)) => match stored.shown(form) {
+                Some(text) => Ok(text),
+                None => Ok(stored.shown_of(form, &*self.shared.readings.of(&stored)?)),
+            },
+            (None, None) => Err(self.vanished()),
+        }
     }
 
     /// The metadata element of a namespace: of what runs, or with `config` of what is stored.
@@ -289,10 +299,12 @@ impl Domain {
     pub(super) async fn to_store(&self, def: Arc<DomainDef>) -> Result<Arc<StoredDef>> {
         let name = def.name.clone();
         let written = crate::desk::aside(move || StoredDef::write(&def, Limits::STORED)).await;
-        written.map(Arc::new).map_err(|why| {
+        let (stored, read) = written.map_err(|why| {
             let name = shorten(&name);
             Error::OperationUnsupported(format!("the configuration of domain '{name}' is not kept: {why}"))
-        })
+        })?;
+        self.shared.readings.keep(&stored, Arc::new(read));
+        Ok(Arc::new(stored))
     }
 
     /// Puts a stored configuration on disk, in which it has this name.

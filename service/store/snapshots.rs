@@ -7,7 +7,9 @@
 //!  .files/       what the driver keeps: copies of firmware variables and of TPMs' states
 //! ```
 
-use super::{Store, read_bytes, read_json, remove, remove_unfinished, replace, replace_json};
+use super::{
+    Store, change_all, json, read_bytes, read_json, remove_unfinished, replace, replace_json, sync_folder, unlink,
+};
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use std::fs;
@@ -54,6 +56,10 @@ pub(crate) struct Intent {
     /// The driver's last note; `None`: it has not changed anything.
     pub note: Option<serde_json::Value>,
 }
+
+/// Which snapshot is the current one.
+#[derive(Clone, Debug)]
+pub(crate) struct Current(pub Option<String>);
 
 /// What it is to come to.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -129,19 +135,39 @@ impl Store {
 
     /// Stores a snapshot's record. Nothing is written of one that could not be read again.
     pub fn save_snapshot(&self, uuid: Uuid, record: &Record) -> Result<()> {
-        let Ok(def) = &record.def else { return Ok(()) };
-        self.make_snapshots(uuid)?;
-        let def = SnapshotDef { cookie: Some(cookie(record)), ..def.clone() };
-        let text = def.write_readable(Limits::STORED).map_err(|why| {
-            let name = shorten(&record.name);
-            Error::OperationUnsupported(format!("the record of snapshot '{name}' is not kept: {why}"))
-        })?;
-        replace(&self.snapshots(uuid).join(format!("{}.xml", record.name)), text.as_bytes())
+        self.save_snapshots(uuid, None, std::slice::from_ref(record), None, None)
     }
 
-    /// Removes a snapshot's record.
-    pub fn remove_snapshot(&self, uuid: Uuid, name: &str) -> Result<()> {
-        remove(&self.snapshots(uuid).join(format!("{name}.xml")))
+    /// The same of several, and which one is current; an intent comes to its place before them, and the record `gone` goes
+    /// after them. When this returns all of that is on disk.
+    pub fn save_snapshots(
+        &self,
+        uuid: Uuid,
+        intent: Option<&Intent>,
+        records: &[Record],
+        current: Option<&Current>,
+        gone: Option<&str>,
+    ) -> Result<()> {
+        self.make_snapshots(uuid)?;
+        let mut files: Vec<(String, Vec<u8>)> = Vec::new();
+        if let Some(intent) = intent {
+            files.push((".intent".to_owned(), json(intent)?));
+        }
+        for record in records {
+            let Ok(def) = &record.def else { continue };
+            let def = SnapshotDef { cookie: Some(cookie(record)), ..def.clone() };
+            let text = def.write_readable(Limits::STORED).map_err(|why| {
+                let name = shorten(&record.name);
+                Error::OperationUnsupported(format!("the record of snapshot '{name}' is not kept: {why}"))
+            })?;
+            files.push((format!("{}.xml", record.name), text.into_bytes()));
+        }
+        if let Some(Current(name)) = current {
+            files.push((".current".to_owned(), name.clone().unwrap_or_default().into_bytes()));
+        }
+        let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (&**name, &**content)).collect();
+        let gone = gone.map(|name| format!("{name}.xml"));
+        change_all(&self.snapshots(uuid), &files, gone.as_deref())
     }
 
     /// Notes which one is current.
@@ -162,9 +188,19 @@ impl Store {
         replace_json(&self.snapshots(uuid).join(".intent"), intent)
     }
 
-    /// It is done, or undone.
+    /// It is done, or undone. To be followed by [`Store::sync_snapshots`].
     pub fn remove_intent(&self, uuid: Uuid) -> Result<()> {
-        remove(&self.snapshots(uuid).join(".intent"))
+        unlink(&self.snapshots(uuid).join(".intent")).map(drop)
+    }
+
+    /// What has been removed is removed on disk, too.
+    pub fn sync_snapshots(&self, uuid: Uuid) {
+        let folder = self.snapshots(uuid);
+        if folder.exists()
+            && let Err(error) = sync_folder(&folder)
+        {
+            tracing::warn!(%uuid, %error, "what has ended may be found as cut off, should the host lose its power");
+        }
     }
 
     /// Where the driver keeps what belongs to them; made if it is not there.

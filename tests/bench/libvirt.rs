@@ -15,7 +15,7 @@ use zbus::message::Message;
 
 const ROUNDS: usize = 15;
 /// Domains in the inventory that is listed.
-const MANY: usize = 500;
+const MANY: usize = 1000;
 
 /// What runs libvirtd and libvirt-dbus, with folders of their own: what they keep where virtd keeps it, all else in memory. KVM is hidden from all in
 /// the namespace: where /dev/kvm is there and cannot be used, libvirtd hangs on it, or asks QEMU anew at each call.

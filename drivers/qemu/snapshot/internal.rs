@@ -46,7 +46,7 @@ impl Operation {
         journal.point_of_no_return();
         self.goes_to_its_end();
         note.done = Some(record.clone());
-        journal.note(written(&Note::CreateInternal(note))?).await?;
+        journal.captured(written(&Note::CreateInternal(note))?);
         self.go_on_if_it_can(resume && !request.stay_paused).await;
         journal.step("resumed");
         Ok(taken(record, None))

@@ -158,6 +158,8 @@ impl Journal for Silent {
         Ok(())
     }
 
+    fn captured(&self, _: serde_json::Value) {}
+
     async fn merging(&self, _: &[String]) -> Result<(), DriverError> {
         Ok(())
     }

@@ -7,7 +7,7 @@ use crate::error::{Error, Result};
 use crate::images;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
-use crate::store::{Deed, Record};
+use crate::store::{Current, Deed, Record};
 use crate::time::now_usec;
 use crate::verb;
 use std::path::{Path, PathBuf};
@@ -162,10 +162,23 @@ impl Domain {
             return self.redefine_snapshot(caller, doc, &options).await;
         }
         let name = self.snapshot_name(&doc);
-        self.planned_for(caller, &doc, &name, &options).await?;
+        let change = self.change(caller, &verb::CREATE_SNAPSHOT);
+        let holds = change.has_turn() && self.is_whole();
+        let planned = self.planned_for(caller, &doc, &name, &options).await?;
+        let planned = holds.then_some(planned);
         let (keep, leave) = ((!options.no_metadata).then(|| name.clone()), options.cancel_on_disconnect);
-        let job = self.change(caller, &verb::CREATE_SNAPSHOT).open(leave)?;
-        Ok((keep, job.run(async move |domain, job| domain.take_snapshot(&doc, &name, &options, job).await)))
+        let job = change.open(leave)?;
+        Ok((
+            keep,
+            job.run(async move |domain, job| {
+                let planned = match planned {
+                    Some(planned) => planned,
+                    // The domain may have become another while we waited for our turn.
+                    None => domain.think_through(domain.outline(&doc, &name, &options).await?).await?,
+                };
+                domain.take_snapshot(planned, &options, job).await
+            }),
+        ))
     }
 
     /// Whether one of these files is, or is to be, another machine's.
@@ -372,15 +385,8 @@ impl Domain {
         }
     }
 
-    async fn take_snapshot(
-        self: &Arc<Self>,
-        doc: &SnapshotDoc,
-        name: &str,
-        options: &CreateOptions,
-        job: Arc<Job>,
-    ) -> Result<()> {
-        // The domain may have become another while we waited for our turn.
-        let Planned { def, request, machine, .. } = self.think_through(self.outline(doc, name, options).await?).await?;
+    async fn take_snapshot(self: &Arc<Self>, planned: Planned, options: &CreateOptions, job: Arc<Job>) -> Result<()> {
+        let Planned { def, request, machine, .. } = planned;
         let deed = Deed::Create { xml: def.write(true, true), keep: !options.no_metadata, running: machine.running };
         let journal = self.journal(deed, &job);
         journal.begin().await?;
@@ -388,7 +394,7 @@ impl Domain {
             Ok(taken) => taken,
             Err(e) => {
                 journal.end_after_failure(&e).await;
-                return Err(self.not_taken(name, e));
+                return Err(self.not_taken(&request.name, e));
             }
         };
         self.snapshot_taken(def, taken, !options.no_metadata, &journal).await?;
@@ -419,10 +425,8 @@ impl Domain {
             let parent = def.parent.clone();
             let created_usec = within_second(def.created, now_usec());
             let record = Record { name: name.clone(), def: Ok(def), order, created_usec, record: taken.record };
-            self.save_record(record.clone()).await?;
+            journal.keep_records(vec![record.clone()], Some(Current(Some(name.clone()))), None).await?;
             journal.step("record");
-            self.save_current(Some(name.clone())).await?;
-            journal.step("current");
             journal.end().await?;
             self.all_told().await.commit(|state| {
                 let tree = state.snapshots.change();

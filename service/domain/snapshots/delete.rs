@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::images;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
-use crate::store::{Deed, Record, on_disk};
+use crate::store::{Current, Deed, Record};
 use crate::verb;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,11 +47,15 @@ impl Domain {
         self.accepted(caller, &verb::DELETE, async {
             self.snapshot(name)?;
             self.allow_snapshot(caller, verb::DELETE.action, name).await?;
+            let change = self.change(caller, &verb::DELETE);
+            let checked = change.has_turn() && self.is_whole();
             self.may_delete(name, options).await?;
             let name = name.to_owned();
-            let job = self.change(caller, &verb::DELETE).open(options.cancel_on_disconnect)?;
+            let job = change.open(options.cancel_on_disconnect)?;
             Ok(job.run(async move |domain, job| {
-                domain.may_delete(&name, options).await?;
+                if !checked {
+                    domain.may_delete(&name, options).await?;
+                }
                 domain.delete_all(&name, options, job).await
             }))
         })
@@ -282,19 +286,10 @@ impl Domain {
             let state = lock(&self.state);
             let tree = &state.snapshots.tree;
             let parent = tree.get(name).and_then(|node| node.parent.clone());
-            (tree.current() == Some(name)).then_some(parent)
+            (tree.current() == Some(name)).then_some(Current(parent))
         };
-        for record in &changed {
-            self.save_record(record.clone()).await?;
-            journal.step("another record");
-        }
-        if let Some(current) = &current {
-            self.save_current(current.clone()).await?;
-            journal.step("current");
-        }
-        let (shared, uuid, file) = (self.shared.clone(), self.uuid, name.to_owned());
-        on_disk(move || shared.store.remove_snapshot(uuid, &file)).await?;
-        journal.step("record");
+        journal.keep_records(changed.clone(), current, Some(name.to_owned())).await?;
+        journal.step("records");
         journal.end().await?;
         self.all_told().await.commit(|state| {
             put(state, changed);

@@ -5,8 +5,9 @@ use super::set::Open;
 use crate::error::{Error, Result};
 use crate::job::Job;
 use crate::lock::lock;
-use crate::store::{Deed, Intent, on_disk};
+use crate::store::{Current, Deed, Intent, Record, on_disk};
 use async_trait::async_trait;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
@@ -16,6 +17,8 @@ use virt_model::driver::snapshots::Journal;
 pub(in crate::domain) struct DomainJournal {
     domain: Arc<Domain>,
     intent: Mutex<Intent>,
+    /// The intent is not on disk as it is here.
+    behind: AtomicBool,
     open: Open,
     job: Option<Arc<Job>>,
     cancel: CancellationToken,
@@ -31,29 +34,56 @@ impl DomainJournal {
         cancel: CancellationToken,
     ) -> DomainJournal {
         let intent = Mutex::new(Intent { deed, note: None });
-        DomainJournal { domain, intent, open, job, cancel }
+        DomainJournal { domain, intent, behind: AtomicBool::new(false), open, job, cancel }
     }
 
-    /// Writes the intent down, before anything is changed.
+    /// To be called before anything is changed. A revert may end the guest before the driver notes anything, and so is on disk
+    /// from now on; all else comes there with the driver's first note.
     pub async fn begin(&self) -> Result<()> {
         let intent = lock(&self.intent).clone();
-        self.keep(intent).await?;
-        self.step("intent");
+        if let Deed::Revert { .. } = intent.deed {
+            self.keep(intent).await?;
+        }
+        self.step("begun");
         Ok(())
     }
 
     async fn keep(&self, intent: Intent) -> Result<()> {
         let (shared, uuid, kept) = (self.domain.shared.clone(), self.domain.uuid, intent.clone());
         on_disk(move || shared.store.save_intent(uuid, &kept)).await?;
+        self.behind.store(false, Relaxed);
         *lock(&self.open) = Some(intent);
         Ok(())
     }
 
-    /// It is done, or undone.
+    /// Keeps the records and which one is current, and with them a note that is not kept yet; the record `gone` is removed.
+    pub async fn keep_records(
+        &self,
+        records: Vec<Record>,
+        current: Option<Current>,
+        gone: Option<String>,
+    ) -> Result<()> {
+        let intent = self.behind.load(Relaxed).then(|| lock(&self.intent).clone());
+        let (shared, uuid) = (self.domain.shared.clone(), self.domain.uuid);
+        on_disk(move || {
+            shared.store.save_snapshots(uuid, intent.as_ref(), &records, current.as_ref(), gone.as_deref())
+        })
+        .await?;
+        self.behind.store(false, Relaxed);
+        Ok(())
+    }
+
+    /// It is done, or undone. Should the host lose its power in this moment, that is found and done once more.
     pub async fn end(&self) -> Result<()> {
         let (shared, uuid) = (self.domain.shared.clone(), self.domain.uuid);
         on_disk(move || shared.store.remove_intent(uuid)).await?;
         *lock(&self.open) = None;
+        let shared = self.domain.shared.clone();
+        // Nobody waits for that: it is no news to whoever asked for it.
+        drop(tokio::spawn(on_disk(move || {
+            shared.store.sync_snapshots(uuid);
+            Ok(())
+        })));
         self.step("end");
         Ok(())
     }
@@ -84,6 +114,17 @@ impl Journal for DomainJournal {
         })?;
         self.step("note");
         Ok(())
+    }
+
+    fn captured(&self, note: serde_json::Value) {
+        let intent = {
+            let mut intent = lock(&self.intent);
+            intent.note = Some(note);
+            intent.clone()
+        };
+        self.behind.store(true, Relaxed);
+        *lock(&self.open) = Some(intent);
+        self.step("captured");
     }
 
     async fn merging(&self, targets: &[String]) -> Result<(), DriverError> {

@@ -83,6 +83,11 @@ impl Domain {
         ))
     }
 
+    /// Whether nothing is to be finished first.
+    pub(super) fn is_whole(&self) -> bool {
+        self.open_intent().is_none()
+    }
+
     fn open_intent(&self) -> Option<Intent> {
         let open = lock(&self.state).snapshots.open.clone();
         lock(&open).clone()

@@ -211,9 +211,14 @@ impl DomainDef {
     /// Its text in a form that is kept, which is known to be read again. Error: what stands in the way of that, and what
     /// to do about it.
     pub fn write_readable(&self, form: Form, limits: Limits) -> Result<String, String> {
+        self.written_and_read(form, limits).map(|(text, _)| text)
+    }
+
+    /// The same with what is read of it.
+    pub fn written_and_read(&self, form: Form, limits: Limits) -> Result<(String, DomainDef), String> {
         let text = self.write(form);
         match DomainDef::parse_within(&text, limits) {
-            Ok(_) => Ok(text),
+            Ok(read) => Ok((text, read)),
             Err(findings) => Err(xml::unreadable(&findings)),
         }
     }

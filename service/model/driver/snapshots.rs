@@ -385,6 +385,10 @@ pub trait Journal: Send + Sync {
     /// Keeps a note, durably, in place of the one before. On failure nothing may be changed.
     async fn note(&self, note: serde_json::Value) -> Result<(), DriverError>;
 
+    /// Takes a note in place of the one before which says that the machine is captured: it is kept, durably, in one step with the
+    /// record of the snapshot. What is lost before that, with virtd or the host, is undone by the note before.
+    fn captured(&self, note: serde_json::Value);
+
     /// The frozen files of these disks are about to be written. ExistingSnapshot durably with the snapshot, which can then only be
     /// deleted; on failure nothing may be changed.
     async fn merging(&self, targets: &[String]) -> Result<(), DriverError>;
