@@ -147,7 +147,7 @@ async fn measure(daemon: &Daemon, [guest, toy]: &[Domain; 2]) -> Result<Measured
 /// Measures as that client, and says for each call which it was and the nanoseconds that it took.
 pub async fn measure_here(arguments: &[String]) -> Result<()> {
     let [address, machines @ ..] = arguments else { return Err("a bus and two machines".into()) };
-    let root = Client { connection: zbus::connection::Builder::address(address.as_str())?.build().await? };
+    let root = Client { connection: zbus::connection::Builder::address(address.as_str()).build().await? };
     let machines: [String; 2] = machines.to_vec().try_into().map_err(|_| "two machines")?;
     let machines = machines.map(|path| Domain { client: root.clone(), path });
     for (at, times) in times_of(&root, &machines).await.into_iter().enumerate() {
