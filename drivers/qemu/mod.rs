@@ -220,25 +220,26 @@ impl QemuDriver {
         Ok((instance, live))
     }
 
+    /// What its QEMU can do: as it was judged when the start was accepted, or as it is now.
+    async fn asked_for(&self, launch: &Launch) -> Result<Asked, DriverError> {
+        let judged = launch.accepted.0.as_ref().and_then(|accepted| accepted.downcast_ref::<Judged>());
+        match judged.filter(|judged| judged.by == names_emulator(&launch.def)) {
+            Some(judged) => Ok(judged.asked.clone()),
+            None => self.0.prober.probe(launch.def.uuid, &emulator(&launch.def).await).await,
+        }
+    }
+
     /// A start that has not begun, the machine that it makes, and the ports that are kept free for it meanwhile.
     async fn starting(
         &self,
         launch: Launch,
         cancel: CancellationToken,
     ) -> Result<(Start, Arc<DomainDef>, live::Reserved), DriverError> {
-        let judged = launch.accepted.0.and_then(|accepted| accepted.downcast::<Judged>().ok());
-        let judged = judged.filter(|judged| judged.by == names_emulator(&launch.def)).map(|judged| judged.asked);
-        let asked = async {
-            match judged {
-                Some(asked) => Ok(asked),
-                None => self.0.prober.probe(launch.def.uuid, &emulator(&launch.def).await).await,
-            }
-        };
-        let user = self.user_of(&launch.def, None).await?;
         let Asked { capabilities: caps, program } = tokio::select! {
-            asked = asked => asked?,
+            asked = self.asked_for(&launch) => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
+        let user = self.user_of(&launch.def, None).await?;
         let mut live = DomainDef::clone(&launch.def);
         let restored = launch.from.is_some();
         live::leave_out_missing_media(&mut live, restored, &self.0.workers).await?;
