@@ -173,16 +173,16 @@ impl Tick {
         self.says(|(count, _)| count < counter).await;
     }
 
-    /// Waits until it has booted `boots` times and counts again.
+    /// Waits until it has booted `boots` times and counts again, and its disk knows of that: it writes after each line.
     pub async fn boots_to(&self, boots: u32) {
-        self.says(|(_, booted)| booted >= boots).await;
+        self.says(|(count, booted)| booted >= boots && count >= 2).await;
     }
 
     /// Waits until its last whole line is as wanted.
     async fn says(&self, wanted: impl Fn((u32, u32)) -> bool) {
-        let writes = watched(&self.serial);
+        let (writes, until) = (watched(&self.serial), tokio::time::Instant::now() + PATIENCE);
         while !self.counted().is_some_and(&wanted) {
-            let written = tokio::time::timeout(PATIENCE, writes.readable()).await;
+            let written = tokio::time::timeout_at(until, writes.readable()).await;
             let mut written =
                 written.unwrap_or_else(|_| panic!("{} only said {:?}", self.name, self.counted())).unwrap();
             let _ = written.try_io(|writes| Ok(rustix::io::read(writes, &mut [0; 4096])?));

@@ -37,12 +37,13 @@ impl DomainJournal {
         DomainJournal { domain, intent, behind: AtomicBool::new(false), open, job, cancel }
     }
 
-    /// To be called before anything is changed. A revert may end the guest before the driver notes anything, and so is on disk
-    /// from now on; all else comes there with the driver's first note.
+    /// To be called before anything is changed. A revert may end the guest before the driver notes anything, and an undefine
+    /// removes files without a note: both are on disk from now on. What else there is comes there with the driver's first note.
     pub async fn begin(&self) -> Result<()> {
         let intent = lock(&self.intent).clone();
-        if let Deed::Revert { .. } = intent.deed {
-            self.keep(intent).await?;
+        match intent.deed {
+            Deed::Revert { .. } | Deed::Undefine { .. } => self.keep(intent).await?,
+            Deed::Create { .. } | Deed::Delete { .. } => {}
         }
         self.step("begun");
         Ok(())
