@@ -33,7 +33,7 @@ use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
-use virt_model::domain::DomainDef;
+use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::Recorder;
 use virt_model::state::{DomainState, StateReason};
 use virt_model::xml::{Limits, unreadable};
@@ -228,7 +228,13 @@ impl Store {
 
     /// A status file, not yet written.
     pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        Arc::new(StatusFile { path: self.status(uuid), status: Mutex::new(Some(status)) })
+        Arc::new(StatusFile { path: self.status(uuid), kept: Mutex::new(Some(Kept { status, start: None })) })
+    }
+
+    /// The status of a guest that is being started; [`StatusFile::started`] ends that.
+    pub fn status_file_of_start(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
+        let kept = Kept { status, start: Some(None) };
+        Arc::new(StatusFile { path: self.status(uuid), kept: Mutex::new(Some(kept)) })
     }
 
     /// Makes the driver's folder for one guest. What an earlier guest may have left in it is the driver's to remove.
@@ -333,36 +339,87 @@ impl Store {
 pub(crate) struct StatusFile {
     path: PathBuf,
     /// `None` once the guest has gone.
-    status: Mutex<Option<Status>>,
+    kept: Mutex<Option<Kept>>,
+}
+
+#[derive(Clone, Debug)]
+struct Kept {
+    status: Status,
+    /// While it is being started: the configuration that is written with the driver's next record, which can be read again.
+    start: Option<Option<String>>,
 }
 
 impl StatusFile {
     /// Changes it and writes it. On failure it is as before. Nothing is written of a guest that has gone, nor a
     /// configuration that could not be read again: then the one before it, which could, is what finds the guest.
     pub fn update(&self, change: impl FnOnce(&mut Status)) -> Result<()> {
-        let mut status = lock(&self.status);
-        let Some(mut changed) = status.clone() else { return Ok(()) };
-        let before = changed.live.clone();
-        change(&mut changed);
-        if changed.live != before
-            && let Err(findings) = DomainDef::parse_within(&changed.live, Limits::STORED)
-        {
-            return Err(Error::OperationUnsupported(format!("what runs cannot be kept: {}", unreadable(&findings))));
-        }
-        replace_json(&self.path, &changed)?;
-        *status = Some(changed);
+        self.write(|kept| {
+            let before = kept.status.live.clone();
+            change(&mut kept.status);
+            if kept.status.live == before { Ok(()) } else { can_be_read_again(&kept.status.live) }
+        })
+    }
+
+    /// The guest is up, and runs as `live`: gives since when, in µs since 1970. Writes that only where the driver's last
+    /// record was not written with the same configuration; on failure the file is as before, and the time is now.
+    pub fn started(&self, live: String) -> (u64, Result<()>) {
+        let since_usec = {
+            let mut kept = lock(&self.kept);
+            let Some(kept) = kept.as_mut() else { return (now_usec(), Ok(())) };
+            let said = kept.start.take().flatten();
+            if said.is_some() && kept.status.record.is_some() && kept.status.live == live {
+                return (kept.status.since_usec, Ok(()));
+            }
+            now_usec()
+        };
+        let written = self.update(|status| (status.live, status.since_usec) = (live, since_usec));
+        (since_usec, written)
+    }
+
+    fn write(&self, change: impl FnOnce(&mut Kept) -> Result<()>) -> Result<()> {
+        let mut kept = lock(&self.kept);
+        let Some(mut changed) = kept.clone() else { return Ok(()) };
+        change(&mut changed)?;
+        replace_json(&self.path, &changed.status)?;
+        *kept = Some(changed);
         Ok(())
     }
 
     /// The guest has gone: nothing is written from now on. Blocks while something is being written.
     pub fn close(&self) {
-        lock(&self.status).take();
+        lock(&self.kept).take();
     }
+}
+
+fn can_be_read_again(live: &str) -> Result<()> {
+    let read = DomainDef::parse_within(live, Limits::STORED);
+    let refused =
+        |findings: Vec<_>| Error::OperationUnsupported(format!("what runs cannot be kept: {}", unreadable(&findings)));
+    read.map(drop).map_err(refused)
 }
 
 impl Recorder for StatusFile {
     fn record(&self, record: serde_json::Value) -> io::Result<()> {
-        self.update(|status| status.record = Some(record)).map_err(|e| io::Error::other(e.to_string()))
+        let written = self.write(|kept| {
+            kept.status.record = Some(record);
+            if let Some(said) = &kept.start {
+                kept.status.live = said.clone().unwrap_or_else(|| kept.status.live.clone());
+                kept.status.since_usec = now_usec();
+            }
+            Ok(())
+        });
+        written.map_err(|e| io::Error::other(e.to_string()))
+    }
+
+    fn will_run(&self, live: &DomainDef) {
+        let Some(id) = lock(&self.kept).as_ref().map(|kept| kept.status.id) else { return };
+        let text = DomainDef { id: Some(id), ..live.clone() }.write(Form::LIVE);
+        // What cannot be kept is told when the start has returned.
+        if can_be_read_again(&text).is_ok()
+            && let Some(kept) = lock(&self.kept).as_mut()
+        {
+            kept.start = kept.start.take().map(|_| Some(text));
+        }
     }
 }
 
@@ -546,5 +603,93 @@ mod tests {
         assert!(folder.path().join("a").exists(), "it goes last");
         let entries = fs::read_dir(folder.path()).expect("a folder").count();
         assert_eq!(entries, 1, "and nothing unfinished is left");
+    }
+
+    /// What a guest runs as is on disk with the driver's record, and nothing more is written once it is up.
+    #[test]
+    fn what_a_guest_will_run_as_is_written_with_the_record() {
+        let (folder, file, mut live) = start();
+        live.title = Some("as it runs".into());
+        file.will_run(&live);
+        file.record(1.into()).expect("written");
+        let written = inode(&file);
+        live.id = Some(7);
+        let (since_usec, kept) = file.started(live.write(Form::LIVE));
+        kept.expect("kept");
+        assert_eq!(inode(&file), written, "nothing is written twice");
+        let on_disk = status(&file);
+        assert_eq!((on_disk.live, on_disk.since_usec), (live.write(Form::LIVE), since_usec));
+        assert!(since_usec > 1, "since it is up, and not since it was wanted");
+        // From now on the driver's record changes that alone.
+        file.update(|status| (status.live, status.since_usec) = (live_named("later"), 2)).expect("written");
+        file.record(2.into()).expect("written");
+        let on_disk = status(&file);
+        assert_eq!((on_disk.live, on_disk.since_usec, on_disk.record), (live_named("later"), 2, Some(2.into())));
+        drop(folder);
+    }
+
+    #[test]
+    fn what_a_guest_runs_as_is_written_when_it_is_up_if_it_was_not_said_before() {
+        for said in [None, Some("other"), Some("toy")] {
+            let (folder, file, live) = start();
+            file.record(1.into()).expect("written");
+            // After the last record: it is not on disk.
+            said.iter().for_each(|name| file.will_run(&DomainDef { name: (*name).into(), ..live.clone() }));
+            let (since_usec, kept) = file.started(live_named("toy"));
+            kept.expect("kept");
+            let on_disk = status(&file);
+            assert_eq!((on_disk.live, on_disk.since_usec), (live_named("toy"), since_usec), "{said:?}");
+            drop(folder);
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_read_again_is_not_written() {
+        let (folder, file, live) = start();
+        let mut wrong = live.clone();
+        wrong.name = "a/b\0".into();
+        file.will_run(&wrong);
+        file.record(1.into()).expect("written");
+        assert_eq!(status(&file).live, live.write(Form::LIVE));
+        let (_, kept) = file.started(wrong.write(Form::LIVE));
+        assert!(kept.is_err());
+        assert_eq!(status(&file).live, live.write(Form::LIVE));
+        drop(folder);
+    }
+
+    const XML: &str = "<domain type='test'><name>toy</name><uuid>00000000-0000-0000-0000-000000000001</uuid>\
+                       <memory>65536</memory><os><type>hvm</type></os></domain>";
+
+    /// The status of a guest that is about to be started, since 1 µs.
+    fn start() -> (tempfile::TempDir, Arc<StatusFile>, DomainDef) {
+        let folder = tempfile::tempdir().expect("a folder");
+        let live = DomainDef::parse_within(XML, Limits::STORED).expect("a definition");
+        let status = Status {
+            driver: "test".into(),
+            id: 7,
+            owner: 0,
+            state: DomainState::Running,
+            reason: StateReason::Booted,
+            since_usec: 1,
+            autodestroy: None,
+            live: live.write(Form::LIVE),
+            record: None,
+        };
+        let kept = Mutex::new(Some(Kept { status, start: Some(None) }));
+        let file = Arc::new(StatusFile { path: folder.path().join("status.json"), kept });
+        (folder, file, live)
+    }
+
+    fn live_named(name: &str) -> String {
+        let live = DomainDef::parse_within(XML, Limits::STORED).expect("a definition");
+        DomainDef { id: Some(7), name: name.into(), ..live }.write(Form::LIVE)
+    }
+
+    fn status(file: &StatusFile) -> Status {
+        serde_json::from_slice(&fs::read(&file.path).expect("it is there")).expect("a status")
+    }
+
+    fn inode(file: &StatusFile) -> u64 {
+        fs::metadata(&file.path).expect("it is there").ino()
     }
 }

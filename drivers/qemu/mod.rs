@@ -213,7 +213,11 @@ impl QemuDriver {
         cancel: CancellationToken,
     ) -> Result<(QemuInstance, Arc<DomainDef>), DriverError> {
         let (start, mut live, _ports) = self.starting(launch, cancel).await?;
-        let launch::Up { instance, devices, links } = start.run().await?;
+        let (recorder, will_run) = (start.recorder.clone(), live.clone());
+        // Beside the start, most of which is waiting for QEMU.
+        let said = blocking(move || recorder.will_run(&will_run));
+        let (up, _) = tokio::join!(start.run(), said);
+        let launch::Up { instance, devices, links } = up?;
         let running = Arc::make_mut(&mut live);
         live::set_terminals(running, &devices);
         live::name_links(running, links);

@@ -161,7 +161,7 @@ impl Domain {
             Origin::PowerOff(accepted) => (Told { options, from_snapshot: false }, None, accepted),
             Origin::Snapshot(from) => (Told { options, from_snapshot: true }, from, Accepted::default()),
         };
-        let status = self.shared.store.status_file(self.uuid, self.first_status(id, &def, caller, told));
+        let status = self.shared.store.status_file_of_start(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let runtime_dir = on_disk(move || shared.store.make_runtime_dir(uuid)).await?;
         let (events, reports) = virt_model::driver::reports();
@@ -233,14 +233,10 @@ impl Domain {
     ) -> Result<()> {
         let mut live = running.live;
         Arc::make_mut(&mut live).id = Some(id);
-        let (file, text, since_usec) = (status.clone(), live.write(Form::LIVE), now_usec());
-        let kept = on_disk(move || {
-            file.update(|s| {
-                s.live = text;
-                s.since_usec = since_usec;
-            })
-        });
-        if let Err(e) = kept.await {
+        let (file, text) = (status.clone(), live.write(Form::LIVE));
+        let kept = on_disk(move || Ok(file.started(text))).await;
+        let (since_usec, kept) = kept.unwrap_or_else(|e| (now_usec(), Err(e)));
+        if let Err(e) = kept {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
         let (asks, asked) = mpsc::unbounded_channel();

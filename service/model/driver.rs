@@ -219,6 +219,10 @@ pub trait Recorder: Send + Sync {
     /// Replaces the driver's record, durably, before it returns. A driver records before there is anything to lose: the
     /// first time before the hypervisor can run a single instruction.
     fn record(&self, record: serde_json::Value) -> std::io::Result<()>;
+
+    /// Says as what the guest will run, as far as that is known before it does: that is kept with the next record. Of a start
+    /// only, and at most once; whoever says nothing has it kept when the start has returned. Blocks.
+    fn will_run(&self, _live: &DomainDef) {}
 }
 
 /// What `start` hands back.
