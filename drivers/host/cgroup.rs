@@ -73,8 +73,15 @@ pub struct Group {
 enum Version {
     /// Controllers and our place in each.
     One(Vec<(&'static str, PathBuf)>),
-    /// Our place, and whether we have moved aside in it.
-    Two(PathBuf, bool),
+    /// Our place in the one tree.
+    Two(Unified),
+}
+
+/// Our place in the tree of version 2.
+struct Unified {
+    folder: PathBuf,
+    /// We have moved into a group of our own in it.
+    moved_aside: bool,
 }
 
 const CONTROLLERS: [&str; 4] = ["cpu", "memory", "blkio", "pids"];
@@ -101,7 +108,8 @@ impl Trees {
     fn base(&self) -> Version {
         let path = self.own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
         let before = path.strip_suffix("/virtd");
-        Version::Two(self.mount.join(before.unwrap_or(path).trim_start_matches('/')), before.is_some())
+        let folder = self.mount.join(before.unwrap_or(path).trim_start_matches('/'));
+        Version::Two(Unified { folder, moved_aside: before.is_some() })
     }
 
     fn controllers(&self) -> Vec<(&'static str, PathBuf)> {
@@ -122,7 +130,7 @@ impl Group {
     pub fn hold(&self, pid: i32, limits: &Limits) -> io::Result<()> {
         match &self.version {
             Version::One(controllers) => self.hold_one(controllers, pid, limits),
-            Version::Two(base, aside) => self.hold_two(base, *aside, pid, limits),
+            Version::Two(place) => self.hold_two(place, pid, limits),
         }
     }
 
@@ -138,7 +146,7 @@ impl Group {
     pub fn bound_thread(&self, threads: u64, memory: u64) -> io::Result<bool> {
         match &self.version {
             Version::One(_) => self.bound_member(("tasks", 0), threads, memory).map(|()| true),
-            Version::Two(..) => Ok(false),
+            Version::Two(_) => Ok(false),
         }
     }
 
@@ -155,15 +163,15 @@ impl Group {
                     write(&folder.join(one), most)?;
                     write(&folder.join(member.0), member.1)
                 }),
-                Version::Two(base, aside) => self.own_folder(base, *aside).and_then(|folder| {
-                    write(&base.join("cgroup.subtree_control"), format!("+{controller}"))?;
+                Version::Two(place) => self.own_folder(place).and_then(|folder| {
+                    write(&place.folder.join("cgroup.subtree_control"), format!("+{controller}"))?;
                     write(&folder.join(two), most)
                 }),
             };
             missed.extend(bounded.err().map(|error| error.to_string()));
         }
-        if let Version::Two(base, _) = &self.version {
-            let within = write(&base.join(&self.name).join(member.0), member.1);
+        if let Version::Two(place) = &self.version {
+            let within = write(&place.folder.join(&self.name).join(member.0), member.1);
             missed.extend(within.err().map(|error| error.to_string()));
         }
         if missed.is_empty() { Ok(()) } else { Err(io::Error::other(missed.join("; "))) }
@@ -178,11 +186,11 @@ impl Group {
                 cpu_one(&folder, quota)?;
                 write(&folder.join("tasks"), thread)
             }
-            Version::Two(base, _) => {
-                let folder = base.join(&self.name).join(name);
+            Version::Two(place) => {
+                let folder = place.folder.join(&self.name).join(name);
                 make(&folder)?;
                 write(&folder.join("cgroup.type"), "threaded")?;
-                write(&base.join(&self.name).join("cgroup.subtree_control"), "+cpu")?;
+                write(&place.folder.join(&self.name).join("cgroup.subtree_control"), "+cpu")?;
                 cpu_two(&folder, quota)?;
                 write(&folder.join("cgroup.threads"), thread)
             }
@@ -193,7 +201,7 @@ impl Group {
     pub fn remove(&self) {
         let places = match &self.version {
             Version::One(controllers) => controllers.iter().map(|(_, place)| place.join(&self.name)).collect(),
-            Version::Two(base, _) => vec![base.join(&self.name)],
+            Version::Two(place) => vec![place.folder.join(&self.name)],
         };
         for place in places {
             let inner = fs::read_dir(&place).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -232,25 +240,25 @@ impl Group {
     }
 
     /// The group in the one tree, made; we are aside.
-    fn own_folder(&self, base: &Path, aside: bool) -> io::Result<PathBuf> {
-        if base != Path::new(MOUNT) && !aside {
-            let aside = base.join("virtd");
+    fn own_folder(&self, place: &Unified) -> io::Result<PathBuf> {
+        if place.folder != Path::new(MOUNT) && !place.moved_aside {
+            let aside = place.folder.join("virtd");
             make(&aside)?;
             write(&aside.join("cgroup.procs"), 0)?;
         }
-        let folder = base.join(&self.name);
+        let folder = place.folder.join(&self.name);
         make(&folder)?;
         Ok(folder)
     }
 
-    fn hold_two(&self, base: &Path, aside: bool, pid: i32, limits: &Limits) -> io::Result<()> {
-        let folder = self.own_folder(base, aside)?;
+    fn hold_two(&self, place: &Unified, pid: i32, limits: &Limits) -> io::Result<()> {
+        let folder = self.own_folder(place)?;
         let cpu = limits.cpu_shares.is_some() || !limits.cpu.is_none();
         let memory = limits.memory.or(limits.memory_soft).or(limits.memory_and_swap).is_some();
         let io = limits.io_weight.is_some() || !limits.io.is_empty();
         let wanted = [("+cpu", cpu), ("+memory", memory), ("+io", io)];
         for (controller, _) in wanted.into_iter().filter(|(_, wanted)| *wanted) {
-            write(&base.join("cgroup.subtree_control"), controller)?;
+            write(&place.folder.join("cgroup.subtree_control"), controller)?;
         }
         set(&folder, "cpu.weight", limits.cpu_shares)?;
         cpu_two(&folder, limits.cpu)?;

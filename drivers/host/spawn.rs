@@ -80,7 +80,7 @@ const ABOVE: RawFd = 200;
 const THREADS: libc::rlim_t = 4096;
 
 /// How long a child may take from "go" to its program.
-const PATIENCE: Duration = Duration::from_secs(30);
+const UNTIL_IT_RUNS: Duration = Duration::from_secs(30);
 
 /// What the child says first where its wall could not be made; the rest is why.
 const WALL: u8 = 0xff;
@@ -155,7 +155,7 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
 
 /// What the child says until its program runs.
 fn read_report(error: &mut File) -> io::Result<Vec<u8>> {
-    let (mut report, until) = (Vec::new(), Instant::now() + PATIENCE);
+    let (mut report, until) = (Vec::new(), Instant::now() + UNTIL_IT_RUNS);
     loop {
         let left = rustix::event::Timespec::try_from(until.saturating_duration_since(Instant::now()));
         let mut ready = [PollFd::new(error, PollFlags::IN)];

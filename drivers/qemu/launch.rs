@@ -166,7 +166,6 @@ struct Job {
     lock_limit: Option<u64>,
     descriptors: Option<u64>,
     file_limit: Option<u64>,
-    wall: Option<Wall>,
     privileged: bool,
     bounds: Option<(Uuid, Bounds)>,
 }
@@ -386,17 +385,17 @@ impl Start {
             self.still_wanted()?;
             let (name, loss) = (companion.name.clone(), companion.loss());
             let (start, one, lent) = (self.clone(), companion.clone(), prepared.lent.clone());
-            let wall = blocking(move || {
+            let shown = name.clone();
+            let wall = move || {
                 let own = start.leavings().own_dir();
-                wall::of_companion(start.mason(), &one, &lent, &own)
-            });
-            let wall = Some(wall.await?.map_err(|e| unshown(&name, &e))?);
+                wall::of_companion(start.mason(), &one, &lent, &own).map_err(|e| unshown(&shown, &e))
+            };
             let (program, wary) = (companion.program.clone(), self.user.is_some());
             let judged = blocking(move || Program::at(&program, wary)).await?;
             let judged = judged.map_err(|e| storage(&companion.program, &e))?;
-            let job = self.beside(&companion, prepared.output.clone(), gifts, wall, Arc::new(judged));
+            let job = self.beside(&companion, prepared.output.clone(), gifts, Arc::new(judged));
             let record = move |process| Recorded { name, process, loss };
-            made.companions.push(spawn_companion(keeper, job, record).await?);
+            made.companions.push(spawn_companion(keeper, job, wall, record).await?);
             let within = match &companion.role {
                 Role::Beside(_) => continue,
                 Role::Step { within } | Role::Maker { within, .. } => *within,
@@ -417,14 +416,7 @@ impl Start {
         Ok(())
     }
 
-    fn beside(
-        &self,
-        companion: &Companion,
-        output: Arc<File>,
-        gifts: Gifts,
-        wall: Option<Wall>,
-        judged: Arc<Program>,
-    ) -> Job {
+    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts, judged: Arc<Program>) -> Job {
         let user = self.user.as_ref().map(|(user, _)| user.clone()).filter(|_| !companion.privileged);
         let env = self.environment(&companion.env);
         Job {
@@ -440,7 +432,6 @@ impl Start {
             // how many it takes, and whoever shares a folder says by that folder how much there is room for.
             descriptors: Some(DESCRIPTORS).filter(|_| !companion.privileged),
             file_limit: Some(COMPANION_FILE).filter(|_| !companion.privileged),
-            wall,
             privileged: companion.privileged,
             bounds: self.bounds(),
         }
@@ -454,12 +445,11 @@ impl Start {
     /// Makes QEMU's process.
     async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
         let (start, lent) = (self.clone(), prepared.lent);
-        let wall = blocking(move || {
+        let wall = move || {
             let own = start.leavings().own_dir();
             let wall = wall::of_qemu(start.mason(), &start.started, &start.command, &lent, &own);
             wall.map_err(|e| unshown("QEMU", &e))
-        });
-        let wall = Some(wall.await??);
+        };
         let job = Job {
             program: self.command.program.clone(),
             judged: Some(self.program.clone()),
@@ -472,12 +462,11 @@ impl Start {
             descriptors: Some(DESCRIPTORS),
             // It writes images, memory in files and dumps, which may have any length: the limit counts for all files alike.
             file_limit: None,
-            wall,
             privileged: false,
             bounds: self.bounds(),
         };
         let log_start = prepared.log.start();
-        let (_, process) = spawn_one(keeper, job, move |record, process| {
+        let (_, process) = spawn_one(keeper, job, wall, move |record, process| {
             record.phase = Phase::Spawned;
             record.process = Some(process);
             record.log_start = log_start;
@@ -639,21 +628,24 @@ fn storage(path: &Path, error: &io::Error) -> DriverError {
 async fn spawn_companion(
     keeper: &Arc<Keeper>,
     job: Job,
+    wall: impl FnOnce() -> Result<Wall, DriverError> + Send + 'static,
     record: impl FnOnce(Identity) -> Recorded + Clone + Send + 'static,
 ) -> Result<Living, DriverError> {
     let enter = record.clone();
-    let spawned = spawn_one(keeper, job, move |record, process| record.companions.push(enter(process)));
+    let spawned = spawn_one(keeper, job, wall, move |record, process| record.companions.push(enter(process)));
     spawned.await.map(|(identity, process)| Living { recorded: record(identity), process })
 }
 
-/// Makes a process that is recorded before it runs. Cannot be interrupted; takes moments.
+/// Makes a process behind that wall, which is recorded before it runs. Cannot be interrupted; takes moments.
 async fn spawn_one(
     keeper: &Arc<Keeper>,
     job: Job,
+    wall: impl FnOnce() -> Result<Wall, DriverError> + Send + 'static,
     change: impl FnOnce(&mut Record, Identity) + Send + 'static,
 ) -> Result<(Identity, Process), DriverError> {
     let (keeper, name) = (keeper.clone(), job.program.display().to_string());
     let spawned = blocking(move || {
+        let wall = wall()?;
         let joined = AtomicBool::new(false);
         let join = || {
             let entered = job.bounds.iter().all(|(guest, bounds)| bounds.enter(*guest));
@@ -670,20 +662,21 @@ async fn spawn_one(
             lock_limit: job.lock_limit,
             descriptors: job.descriptors,
             file_limit: job.file_limit,
-            wall: job.wall.as_ref(),
+            wall: Some(&wall),
             join: &join,
             privileged: job.privileged,
         };
-        spawn(plan, |identity| {
+        let spawned = spawn(plan, |identity| {
             keeper.update(|record| change(record, identity.clone()))?;
             // While it waits: it never was without.
             if !joined.load(Ordering::Acquire) {
                 job.bounds.iter().for_each(|(guest, bounds)| bounds.hold(*guest, identity.pid));
             }
             Ok(())
-        })
+        });
+        spawned.map_err(|e| DriverError::Hypervisor(e.to_string()))
     });
-    let Spawned { identity, fd } = spawned.await?.map_err(|e| DriverError::Hypervisor(e.to_string()))?;
+    let Spawned { identity, fd } = spawned.await??;
     let process = Process::new(fd).map_err(|e| DriverError::Internal(format!("cannot watch {name}: {e}")))?;
     Ok((identity, process))
 }

@@ -148,7 +148,12 @@ impl Qmp {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         let _place = self.waiting.enter(id, reply)?;
-        let line = format!("{}\r\n", json!({ "execute": command, "arguments": arguments, "id": id })).into_bytes();
+        let mut words = json!({ "execute": command, "arguments": arguments, "id": id });
+        // QEMU reads its monitor byte by byte.
+        if let Some(words) = words.as_object_mut() {
+            words.retain(|key, value| key != "arguments" || value.as_object().is_none_or(|none| !none.is_empty()));
+        }
+        let line = format!("{words}\r\n").into_bytes();
         let exchange = async {
             self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
             answer.await.map_err(|_| QmpError::Closed)

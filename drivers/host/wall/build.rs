@@ -3,7 +3,7 @@
 use super::attach::{Origin, Root, Tree};
 use super::sys::{self, Hold};
 use super::unprivileged::PTMX;
-use super::{Folder, Maker, Wall};
+use super::{Folder, Wall};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, chmodat, fstat, makedev, mkdirat, mknodat, openat, symlinkat};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, unmount};
@@ -56,7 +56,7 @@ pub fn enter(wall: &Wall) -> io::Result<()> {
     flags.set(CloneFlags::CLONE_NEWNET, !wall.network);
     unshare(flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
     keep_to_itself()?;
-    raise(wall, &trees)
+    raise(wall, &trees, Origin::Held)
 }
 
 /// Takes this process, which has one thread and all but mounts of its own, behind the wall. On error it is of no use any more.
@@ -64,7 +64,7 @@ pub fn enter_copy(wall: &Wall) -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS).map_err(|e| explain("mounts of its own", io::Error::from(e)))?;
     keep_to_itself()?;
     let trees = trees(wall, Origin::Copied)?;
-    raise(wall, &trees)
+    raise(wall, &trees, Origin::Copied)
 }
 
 /// What is mounted here from now on is here alone.
@@ -74,9 +74,9 @@ fn keep_to_itself() -> io::Result<()> {
 }
 
 /// Makes a root of these trees, and goes into it.
-fn raise(wall: &Wall, trees: &[Tree]) -> io::Result<()> {
+fn raise(wall: &Wall, trees: &[Tree], origin: Origin) -> io::Result<()> {
     let root = new_root().map_err(|e| explain("an empty root", e))?;
-    links(&root, wall.maker).map_err(|e| explain("links", e))?;
+    links(&root).and_then(|()| terminal_maker(&root, origin)).map_err(|e| explain("links", e))?;
     let held = Hold { no_devices: true, no_programs: true, read_only: false };
     if wall.scratch {
         // Before what may be below it.
@@ -163,21 +163,13 @@ fn new_root() -> io::Result<Root> {
 }
 
 /// The links that every program expects.
-fn links(root: &Root, maker: Maker) -> io::Result<()> {
+fn links(root: &Root) -> io::Result<()> {
     for path in PROGRAMS {
         if let Ok(target) = std::fs::read_link(path) {
             symlinkat(&target, &root.0, path.trim_start_matches('/'))?;
         }
     }
     let dev = root.place(Path::new("/dev"), true)?;
-    let (ptmx, major, minor) = TERMINALS;
-    match maker {
-        Maker::Own => symlinkat(format!("/proc/self/fd/{PTMX}"), &dev, ptmx)?,
-        Maker::Root | Maker::Nobody => {
-            mknodat(&dev, ptmx, FileType::CharacterDevice, Mode::from(0o666), makedev(major, minor))?;
-            chmodat(&dev, ptmx, Mode::from(0o666), AtFlags::empty())?;
-        }
-    }
     for (name, target) in [("fd", "/proc/self/fd"), ("stdin", "fd/0"), ("stdout", "fd/1"), ("stderr", "fd/2")] {
         symlinkat(target, &dev, name)?;
     }
@@ -188,6 +180,20 @@ fn links(root: &Root, maker: Maker) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// The maker of terminals: root makes a node, and whoever makes a copy of the host's mounts a link to a descriptor of the
+/// host's.
+fn terminal_maker(root: &Root, origin: Origin) -> io::Result<()> {
+    let dev = root.place(Path::new("/dev"), true)?;
+    let (ptmx, major, minor) = TERMINALS;
+    match origin {
+        Origin::Copied => Ok(symlinkat(format!("/proc/self/fd/{PTMX}"), &dev, ptmx)?),
+        Origin::Held => {
+            mknodat(&dev, ptmx, FileType::CharacterDevice, Mode::from(0o666), makedev(major, minor))?;
+            Ok(chmodat(&dev, ptmx, Mode::from(0o666), AtFlags::empty())?)
+        }
+    }
 }
 
 /// Makes it the root; what was the root before goes.

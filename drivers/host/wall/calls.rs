@@ -81,14 +81,34 @@ const NEW: [i32; 7] = [
 const LOCAL: [i32; 1] = [libc::AF_UNIX];
 const NETWORK: [i32; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
 
+/// The kernel's words for an instruction that answers, and for one that goes on that many instructions later.
+const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
+const JUMP: u16 = (libc::BPF_JMP | libc::BPF_JA) as u16;
+
 type Rules = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// Holds the calling thread, and what it makes, to what the wall allows. It gains no privileges any more.
 pub fn filter(wall: &Wall) -> io::Result<()> {
-    for (rules, error) in rules(wall).map_err(io::Error::other)? {
-        apply_filter(&program(rules, error).map_err(io::Error::other)?).map_err(io::Error::other)?;
+    let programs = rules(wall)
+        .and_then(|rules| rules.into_iter().map(|(rules, error)| program(rules, error)).collect::<Result<Vec<_>, _>>());
+    apply_filter(&joined(programs.map_err(io::Error::other)?)).map_err(io::Error::other)
+}
+
+/// One program of several, for the kernel translates each that it is given: what one allows is asked of the next. A call that
+/// one refuses is refused.
+fn joined(programs: Vec<BpfProgram>) -> BpfProgram {
+    let mut joined = BpfProgram::new();
+    for mut next in programs.into_iter().rev() {
+        let end = next.len();
+        for (at, instruction) in next.iter_mut().enumerate().filter(|_| !joined.is_empty()) {
+            if (instruction.code, instruction.k) == (RETURN, libc::SECCOMP_RET_ALLOW) {
+                (instruction.code, instruction.k) = (JUMP, (end - at - 1) as u32);
+            }
+        }
+        next.append(&mut joined);
+        joined = next;
     }
-    Ok(())
+    joined
 }
 
 fn program(rules: Rules, error: i32) -> Result<BpfProgram, seccompiler::BackendError> {

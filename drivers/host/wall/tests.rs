@@ -143,3 +143,28 @@ fn a_name_that_is_bent_while_it_is_lent_leads_nowhere_else_in_200_tries() {
     });
     assert_eq!(std::fs::read_to_string(&target).unwrap(), "untouched");
 }
+
+#[test]
+fn one_filter_holds_all_that_is_refused_each_with_its_error() {
+    if needs_root() {
+        return;
+    }
+    let wall = Wall::default();
+    assert_eq!(sh(&wall, "grep Seccomp_filters: /proc/self/status").split_whitespace().last(), Some("1"));
+    let error = |call: fn() -> libc::c_long| {
+        let made = wall.within(|| (call(), io::Error::last_os_error().raw_os_error())).unwrap();
+        if made.0 == -1 { made.1 } else { None }
+    };
+    // SAFETY: none of these calls takes memory, but for null.
+    unsafe {
+        assert_eq!(error(|| libc::syscall(libc::SYS_io_uring_setup, 1, 0)), Some(libc::ENOSYS));
+        assert_eq!(error(|| libc::syscall(libc::SYS_clone3, 0, 0)), Some(libc::ENOSYS));
+        assert_eq!(error(|| libc::syscall(libc::SYS_bpf, 0, 0, 0)), Some(libc::EPERM));
+        assert_eq!(
+            error(|| libc::syscall(libc::SYS_socket, libc::AF_ALG, libc::SOCK_SEQPACKET, 0)),
+            Some(libc::EAFNOSUPPORT)
+        );
+        assert_eq!(error(|| libc::syscall(libc::SYS_socket, libc::AF_UNIX, libc::SOCK_STREAM, 0)), None);
+        assert_eq!(error(|| libc::syscall(libc::SYS_getpid)), None);
+    }
+}
