@@ -316,7 +316,7 @@ impl Driver for QemuDriver {
 
     async fn learn(&self, def: &DomainDef) {
         // Why it failed is known from now on, and told by whatever needs to know the emulator.
-        let _ = self.0.prober.probe(def.uuid, &emulator(def).await).await;
+        self.0.prober.learn_for(def.uuid, &emulator(def).await).await;
     }
 
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {

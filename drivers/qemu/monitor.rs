@@ -73,10 +73,13 @@ impl Monitor {
         arguments: Value,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
+        let before = self.reporter.heard().jobs;
         self.begin(command, id, arguments).await?;
+        // What takes moments is asked about once, when it says that it has ended.
+        self.news_of(before, journal).await;
         match self.settled(id, journal).await? {
             JobStatus::Ended(ended) => {
-                self.dismiss(id).await;
+                self.forget(id).await;
                 ended.map_err(|why| failed(command, &why))
             }
             _ => Ok(()),
@@ -85,10 +88,26 @@ impl Monitor {
 
     /// Begins a job.
     pub async fn begin(&self, command: &str, id: &str, mut arguments: Value) -> Result<(), DriverError> {
-        // What an earlier virtd left.
-        self.dismiss(id).await;
         arguments["job-id"] = json!(id);
-        self.patiently(command, arguments).await.map(drop)
+        match self.patiently(command, arguments.clone()).await {
+            // What an earlier virtd left has the name.
+            Err(_) if !matches!(self.standing(id, None).await?, JobStatus::Absent) => {
+                self.dismiss(id).await;
+                self.patiently(command, arguments).await.map(drop)
+            }
+            begun => begun.map(drop),
+        }
+    }
+
+    /// Waits until jobs are not as they were when `before` was heard, for a moment; not once it is no longer wanted.
+    async fn news_of(&self, before: u64, journal: Option<&Arc<dyn Journal>>) {
+        let never = CancellationToken::new();
+        let cancelled = journal.map_or(&never, |journal| journal.cancelled());
+        let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+        tokio::select! {
+            _ = tokio::time::timeout(LOOK, news) => {}
+            () = cancelled.cancelled() => {}
+        }
     }
 
     /// Waits until a job has ended, or is ready.
@@ -180,8 +199,13 @@ impl Monitor {
     /// Forgets a job that has ended; one that is not there is fine.
     pub async fn dismiss(&self, id: &str) {
         if matches!(self.standing(id, None).await, Ok(JobStatus::Ended(_))) {
-            let _ = self.patiently("job-dismiss", json!({ "id": id })).await;
+            self.forget(id).await;
         }
+    }
+
+    /// Forgets a job that is known to have ended.
+    async fn forget(&self, id: &str) {
+        let _ = self.patiently("job-dismiss", json!({ "id": id })).await;
     }
 
     /// Writes the guest's memory and device state to a file. The CPUs stand when it is done.

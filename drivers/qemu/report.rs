@@ -39,7 +39,7 @@ pub struct Heard {
     pub resets: u64,
     /// RESUMEs and WAKEUPs.
     pub resumes: u64,
-    /// Jobs and migrations that became something else.
+    /// Jobs and migrations that became something else, and are not just passing through it.
     pub jobs: u64,
     /// Trays that have opened or closed.
     pub trays: u64,
@@ -129,6 +129,7 @@ impl Reporter {
         self.heard.send_modify(|heard| match event.name.as_str() {
             "RESET" => heard.resets += 1,
             "RESUME" | "WAKEUP" => heard.resumes += 1,
+            "JOB_STATUS_CHANGE" if passing(event) => {}
             "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
             "DEVICE_TRAY_MOVED" => heard.trays += 1,
             _ => {}
@@ -143,6 +144,13 @@ impl Reporter {
             None => {}
         }
     }
+}
+
+/// Whether a job goes on by itself from what it has become: nobody waits for that, and it is over when it is asked for.
+fn passing(event: &Event) -> bool {
+    event.data["status"]
+        .as_str()
+        .is_some_and(|status| matches!(status, "created" | "running" | "waiting" | "pending" | "aborting" | "null"))
 }
 
 impl Inner {

@@ -379,6 +379,14 @@ impl Prober {
         outcome.map(|capabilities| Asked { capabilities, program })
     }
 
+    /// The same for whoever asks afterwards. The system's own are not asked now: [`Prober::known`] asks them whenever it is
+    /// wanted.
+    pub async fn learn_for(self: &Arc<Self>, guest: Uuid, binary: &Path) {
+        if !is_systems_own(binary) {
+            let _ = self.probe(guest, binary).await;
+        }
+    }
+
     /// What is known of the binary, for everybody: neither is it run, nor its path followed, unless it is where the system
     /// keeps its QEMU. One of which nothing is known is [`Capabilities::absent`], as one that cannot be asked: enough to
     /// store a definition.

@@ -60,6 +60,10 @@ impl Operation {
         plan: &Plan,
         snapshot: &ExistingSnapshot,
     ) -> Result<(), DriverError> {
+        if plan.deed.merges.is_empty() && plan.leaves.is_empty() {
+            // What is inside images alone stands on nothing.
+            return Ok(());
+        }
         let chains = match &self.body {
             Some(body) => Chains::ask(&body.line()?).await?,
             None => Chains::default(),

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!             guest runs                                   guest is off
-//!  internal   snapshot-save, -load, -delete (jobs)         qemu-img snapshot, image by image
+//!  internal   snapshot-save, -load (jobs), one deletion    qemu-img snapshot, image by image
 //!  external   memory by migration to a file,               qemu-img create, commit, rebase
 //!             disks by one transaction, merge by block-commit
 //!  UEFI       variables in qcow2 as one more image; raw ones are copied
