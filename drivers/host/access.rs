@@ -93,15 +93,6 @@ impl LentFile {
     }
 }
 
-/// Those files, for a process with our own rights, to which nothing is lent; what is not there is left out.
-pub fn ours(wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
-    let find = |want: &Want| {
-        let found = LentFile::ours(&want.path, want.write);
-        found.map_err(|e| DriverError::Storage(format!("{}: {e}", want.path.display()))).transpose()
-    };
-    wants.iter().filter_map(find).collect()
-}
-
 /// A file, whatever it is called: its device and its number there.
 type FileId = (u64, u64);
 

@@ -273,7 +273,8 @@ fn what_is_lent_beside_a_guest_is_each_borrowers_own() {
     let Some(room) = Room::new() else { return };
     let (ledger, guest) = (std::sync::Arc::new(room.ledger()), Uuid::new_v4());
     let (disk, overlay) = (room.file("disk", 0o600), room.file("overlay", 0o600));
-    let images = crate::host::image::Images::new(Some((room.user.clone(), ledger)), guest, None);
+    let images =
+        crate::host::image::Images::new(crate::host::lender::Lender::To(room.user.clone(), ledger), guest, None);
     let merge = images.lend(&[(disk.clone(), true), (overlay.clone(), true)]).unwrap();
     drop(images.lend(&[(disk.clone(), false)]).unwrap());
     assert!(images.lend(&[(room.dir.path().join("none"), true)]).is_err());

@@ -367,6 +367,14 @@ impl Place {
         Ok(unlinkat(self.folder_fd(), self.name(), AtFlags::empty())?)
     }
 
+    /// The same; nothing need be there.
+    pub fn remove_file_if_there(&self) -> io::Result<()> {
+        match self.remove_file() {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            removed => removed,
+        }
+    }
+
     /// Removes what is there: a folder with all that is in it, too.
     pub fn remove_all(&self) -> io::Result<()> {
         if FileType::from_raw_mode(self.stat()?.st_mode) != FileType::Directory {

@@ -1,4 +1,5 @@
 use super::*;
+use crate::host::test_program::script;
 use std::os::unix::fs::{PermissionsExt, chown, lchown, symlink};
 use std::process::Stdio;
 
@@ -12,11 +13,6 @@ fn needs_root() -> bool {
         eprintln!("SKIPPED: needs root");
     }
     !root
-}
-
-fn script(path: &Path, text: &str) {
-    std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
-    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755)).unwrap();
 }
 
 #[test]

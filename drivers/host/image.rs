@@ -3,7 +3,8 @@
 //! what an image holds, and nothing that its header names is opened. All functions block, and end soon after [`Images::stop`]
 //! tells them to.
 
-use super::access::{self, Ledger, LentFile, Want};
+use super::access::{LentFile, Want};
+use super::lender::Lender;
 use super::resolve::Found;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
@@ -39,8 +40,8 @@ type Shelf = Arc<Mutex<Vec<(Uuid, Vec<LentFile>)>>>;
 /// Works on the images of one domain.
 #[derive(Clone)]
 pub struct Images {
-    /// As whom, with the ledger of what is lent to them; as we are if `None`.
-    pub user: Option<(RunAs, Arc<Ledger>)>,
+    /// By whose rights.
+    pub lender: Lender,
     /// Whose images. They are lent under numbers of their own: what the running guest was lent stays lent.
     pub guest: Uuid,
     /// The guest's QEMU, while it runs.
@@ -121,8 +122,7 @@ pub struct InnerSnapshot {
 
 /// Files lent for a while, whatever else is lent meanwhile.
 pub struct Lent {
-    /// By whom it is given back, if it is more than shown.
-    ledger: Option<Arc<Ledger>>,
+    lender: Lender,
     holder: Uuid,
     shelf: Shelf,
 }
@@ -130,10 +130,7 @@ pub struct Lent {
 impl Drop for Lent {
     fn drop(&mut self) {
         self.shelf.lock().unwrap_or_else(PoisonError::into_inner).retain(|(number, _)| *number != self.holder);
-        if let Some(ledger) = &self.ledger {
-            ledger.give_back(self.holder);
-            ledger.leave(self.holder);
-        }
+        self.lender.leave(self.holder);
     }
 }
 
@@ -156,8 +153,8 @@ impl Drop for LentFromAfar {
 
 impl Images {
     /// Those of that guest.
-    pub fn new(user: Option<(RunAs, Arc<Ledger>)>, guest: Uuid, process: Option<i32>) -> Images {
-        Images { user, guest, process, lent: Arc::default(), stop: Arc::default() }
+    pub fn new(lender: Lender, guest: Uuid, process: Option<i32>) -> Images {
+        Images { lender, guest, process, lent: Arc::default(), stop: Arc::default() }
     }
 
     /// The same within an errand that may be stopped.
@@ -167,13 +164,9 @@ impl Images {
 
     /// Lends images to QEMU's user until what is returned is dropped.
     pub fn lend(&self, images: &[(PathBuf, bool)]) -> Result<Lent, DriverError> {
-        let ledger = self.user.as_ref().map(|(_, ledger)| ledger.clone());
-        let holder = ledger.as_ref().map_or_else(Uuid::new_v4, |ledger| ledger.join(self.guest));
-        let lent = Lent { ledger, holder, shelf: self.lent.clone() };
-        let files = match &self.user {
-            Some((user, ledger)) => ledger.lend(user, holder, &wants(images))?,
-            None => access::ours(&wants(images))?,
-        };
+        let holder = self.lender.join(self.guest);
+        let lent = Lent { lender: self.lender.clone(), holder, shelf: self.lent.clone() };
+        let files = self.lender.lend(holder, &wants(images))?;
         self.lent.lock().unwrap_or_else(PoisonError::into_inner).push((holder, files));
         Ok(lent)
     }
@@ -190,11 +183,7 @@ impl Images {
 
     /// Lends images to the running guest, for as long as it runs.
     pub fn lend_to_guest(&self, images: &[(PathBuf, bool)]) -> Result<(), DriverError> {
-        let files = match &self.user {
-            Some((user, ledger)) => ledger.lend_more(user, self.guest, &wants(images))?,
-            None => access::ours(&wants(images))?,
-        };
-        self.show(&files)
+        self.show(&self.lender.lend_more(self.guest, &wants(images))?)
     }
 
     fn show(&self, files: &[LentFile]) -> Result<(), DriverError> {
@@ -278,10 +267,10 @@ impl Images {
         let names: Vec<String> = rest.iter().map(|name| name.to_string_lossy().into_owned()).collect();
         command.args(fixed.into_iter().map(Into::into)).args(rest);
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        tame(&mut command, self.user.as_ref().map(|(user, _)| user.into()), BOUNDS);
+        tame(&mut command, self.lender.user().map(Into::into), BOUNDS);
         self.stop.check()?;
         let mut done = || finish(&mut command, &self.stop, deed != LOOK);
-        let done = match &self.user {
+        let done = match self.lender.user() {
             Some(_) => self.wall().within(done).and_then(|done| done),
             None if wall::obstacle().is_some() => done(),
             None => {
@@ -434,7 +423,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let pipe = dir.path().join("disk");
         rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, 0o600.into(), 0).unwrap();
-        let (workers, images) = (Workers::default(), Images::new(None, Uuid::from_u128(1), None));
+        let (workers, images) = (Workers::default(), Images::new(Lender::Ours, Uuid::from_u128(1), None));
         for (limit, is_cancelled) in [(PATIENCE, true), (Duration::from_millis(500), false)] {
             let (cancel, started) = (CancellationToken::new(), Arc::new(tokio::sync::Notify::new()));
             let errand = Errand { limit, ..Errand::new(images.guest, "disk").until(&cancel) };

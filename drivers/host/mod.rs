@@ -10,6 +10,7 @@ pub(crate) mod chain;
 pub mod files;
 mod handle;
 pub mod image;
+pub mod lender;
 pub(crate) mod lock;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
@@ -27,6 +28,8 @@ pub mod spawn;
 pub mod storage;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod tap;
+#[cfg(test)]
+pub(crate) mod test_program;
 pub mod tool;
 #[allow(clippy::disallowed_methods, reason = "its book is in a folder of ours")]
 pub mod uids;

@@ -3,6 +3,7 @@
 use super::*;
 use crate::host::access::LentFile;
 use crate::host::process::{End, Process, reap};
+use crate::host::test_program::script;
 use std::os::unix::net::UnixListener;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
@@ -109,10 +110,6 @@ fn a_program_that_cannot_run_is_an_error_that_names_it() {
 #[tokio::test]
 async fn runs_the_file_that_was_judged() {
     let dir = tempfile::tempdir().unwrap();
-    let script = |path: &Path, text: &str| {
-        std::fs::write(path, format!("#!/bin/sh\n{text}\n")).unwrap();
-        std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    };
     let path = dir.path().join("qemu");
     script(&path, "echo judged");
     let judged_text = Program::at(&path, false).unwrap();

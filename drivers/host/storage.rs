@@ -9,10 +9,16 @@ use virt_model::driver::{DriverError, Removable, StoredFile};
 
 /// What is at `path`, if it can be removed: a plain file that nobody has open. `wary` as in [`Place::resolve`].
 pub fn judge(path: &Path, wary: bool) -> Removable {
+    Ok(find(path, wary)?.map(|(_, file)| file))
+}
+
+/// The same, with the place where it was judged.
+fn find(path: &Path, wary: bool) -> Result<Option<(Place, StoredFile)>, String> {
     let shown = path.display();
-    let stat = match Place::resolve(path, wary).and_then(|place| place.stat()) {
+    let found = Place::resolve(path, wary).and_then(|place| place.stat().map(|stat| (place, stat)));
+    let (place, stat) = match found {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
-        stat => stat.map_err(|e| format!("{shown}: {e}"))?,
+        found => found.map_err(|e| format!("{shown}: {e}"))?,
     };
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => {}
@@ -23,18 +29,15 @@ pub fn judge(path: &Path, wary: bool) -> Removable {
         return Err(format!("somebody has {shown} open (fuser tells who)"));
     }
     let (identity, bytes) = ((stat.st_dev, stat.st_ino), stat.st_size.unsigned_abs());
-    Ok(Some(StoredFile { path: path.to_owned(), identity, bytes }))
+    Ok(Some((place, StoredFile { path: path.to_owned(), identity, bytes })))
 }
 
 /// Removes it, if it is there and still that file. Errors: it cannot be, or somebody has opened it.
 pub fn remove(file: &StoredFile, wary: bool) -> Result<(), DriverError> {
-    let found = judge(&file.path, wary).map_err(DriverError::Storage)?;
-    if found.is_none_or(|found| found.identity != file.identity) {
-        return Ok(());
-    }
-    match Place::resolve(&file.path, wary).and_then(|place| place.remove_file()) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            Err(DriverError::Storage(format!("{}: {e}", file.path.display())))
+    match find(&file.path, wary).map_err(DriverError::Storage)? {
+        Some((place, found)) if found.identity == file.identity => {
+            let removed = place.remove_file_if_there();
+            removed.map_err(|e| DriverError::Storage(format!("{}: {e}", file.path.display())))
         }
         _ => Ok(()),
     }

@@ -22,8 +22,9 @@ use super::snapshot::open_memory;
 use super::takeover::take_over;
 use super::tune::{Bounds, Tuning};
 use super::wall::{self, Mason};
-use crate::host::access::{self, Ledger, LentFile, Want};
+use crate::host::access::{LentFile, Want};
 use crate::host::files::Program;
+use crate::host::lender::Lender;
 use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
@@ -99,8 +100,8 @@ pub struct Start {
     pub state_dir: PathBuf,
     /// Who looks at files.
     pub workers: Workers,
-    /// Whom QEMU runs as, with the ledger of what is lent to them; as we do if `None`.
-    pub user: Option<(RunAs, Arc<Ledger>)>,
+    /// By whose rights QEMU opens files.
+    pub lender: Lender,
     /// As in `Launch`.
     pub runtime_dir: PathBuf,
     /// As in `Launch`.
@@ -199,12 +200,12 @@ impl Start {
     }
 
     fn leavings(&self) -> Leavings {
-        let ledger = self.user.as_ref().map(|(_, ledger)| ledger.clone());
+        let ledger = self.lender.ledger().cloned();
         Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger, claims: self.claims.clone() }
     }
 
     async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
-        if self.user.is_some() {
+        if self.lender.is_wary() {
             // From here on something may be lent.
             keeper.change(|_| {}).await?;
         }
@@ -250,7 +251,7 @@ impl Start {
 
     /// Folders, log, firmware variables, monitor socket. Blocks.
     fn prepare(&self, stop: &Stop) -> Result<Prepared, DriverError> {
-        let user = self.user.as_ref().map(|(user, _)| user);
+        let user = self.lender.user();
         let own = self.leavings().own_dir();
         room::clear(&own);
         if let Err(error) = make::empty(&self.runtime_dir, user.is_some()) {
@@ -348,7 +349,7 @@ impl Start {
 
     /// Makes the files accessible, `devices` among them. A file system that does not answer cannot keep a start from being cancelled.
     async fn lend(self: &Arc<Self>, devices: Vec<HostFile>) -> Result<Vec<LentFile>, DriverError> {
-        let user = self.user.clone();
+        let lender = self.lender.clone();
         let beside = self.command.companions.iter().filter(|c| !c.privileged).flat_map(|c| &c.files);
         let wants: Vec<Want> = self.command.files.iter().chain(&devices).chain(beside).map(want).collect();
         let what = wants.first().map(|want| want.path.clone()).unwrap_or_default();
@@ -357,10 +358,7 @@ impl Start {
         let expected: BTreeMap<PathBuf, Expected> =
             self.command.files.iter().map(|file| (file.path.clone(), file.expected)).collect();
         let lend = move |stop: &Arc<Stop>| {
-            let lent = match &user {
-                Some((user, ledger)) => ledger.lend(user, uuid, &wants)?,
-                None => access::ours(&wants)?,
-            };
+            let lent = lender.lend(uuid, &wants)?;
             // What is judged here is what QEMU gets, whatever had that path before.
             let judge = |file: &LentFile| {
                 let expected = expected.get(&file.path).copied().unwrap_or(Expected::Anything);
@@ -368,7 +366,7 @@ impl Start {
             };
             lent.iter().try_for_each(judge)?;
             // One that was left behind gives back what it got.
-            stop.check().inspect_err(|_| user.iter().for_each(|(_, ledger)| ledger.give_back(uuid)))?;
+            stop.check().inspect_err(|_| lender.give_back(uuid))?;
             Ok(lent)
         };
         self.workers.run(errand, lend).await
@@ -390,7 +388,7 @@ impl Start {
                 let own = start.leavings().own_dir();
                 wall::of_companion(start.mason(), &one, &lent, &own).map_err(|e| unshown(&shown, &e))
             };
-            let (program, wary) = (companion.program.clone(), self.user.is_some());
+            let (program, wary) = (companion.program.clone(), self.lender.is_wary());
             let judged = blocking(move || Program::at(&program, wary)).await?;
             let judged = judged.map_err(|e| storage(&companion.program, &e))?;
             let job = self.beside(&companion, prepared.output.clone(), gifts, Arc::new(judged));
@@ -407,7 +405,7 @@ impl Start {
                 }
             }
             if let Role::Maker { work, made: what, .. } = companion.role {
-                let wary = self.user.is_some();
+                let wary = self.lender.is_wary();
                 self.afar(&what.clone(), move |_| make::rename(&work, &what, wary)).await?;
             }
             made.companions.pop();
@@ -417,7 +415,7 @@ impl Start {
     }
 
     fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts, judged: Arc<Program>) -> Job {
-        let user = self.user.as_ref().map(|(user, _)| user.clone()).filter(|_| !companion.privileged);
+        let user = self.lender.user().cloned().filter(|_| !companion.privileged);
         let env = self.environment(&companion.env);
         Job {
             program: companion.program.clone(),
@@ -439,7 +437,7 @@ impl Start {
 
     /// Who makes the walls. Blocks.
     fn mason(&self) -> Mason {
-        if self.user.is_some() { Mason::ROOT } else { Mason::ours() }
+        if self.lender.is_wary() { Mason::ROOT } else { Mason::ours() }
     }
 
     /// Makes QEMU's process.
@@ -457,7 +455,7 @@ impl Start {
             env: self.environment(&self.command.env),
             output: prepared.output,
             gifts: prepared.gifts,
-            user: self.user.as_ref().map(|(user, _)| user.clone()),
+            user: self.lender.user().cloned(),
             lock_limit: self.command.lock_limit,
             descriptors: Some(DESCRIPTORS),
             // It writes images, memory in files and dumps, which may have any length: the limit counts for all files alike.
@@ -477,7 +475,7 @@ impl Start {
 
     /// What its processes may take of the host, where they have a user of their own.
     fn bounds(&self) -> Option<(Uuid, Bounds)> {
-        self.user.as_ref().map(|_| (self.uuid, self.bounds))
+        self.lender.user().map(|_| (self.uuid, self.bounds))
     }
 
     /// What each of a guest's processes finds, with what is its own.
@@ -605,7 +603,7 @@ impl MemorySource {
                 line.job("snapshot-load", "virtd-snapshot-load", arguments, None).await
             }
             MemorySource::File { path, bytes } => {
-                let (file, bytes, wary) = (path.clone(), *bytes, start.user.is_some());
+                let (file, bytes, wary) = (path.clone(), *bytes, start.lender.is_wary());
                 let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
                 line.read_memory(opened).await
             }

@@ -48,8 +48,9 @@ mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
-use crate::host::access::{self, Ledger};
+use crate::host::access::Ledger;
 use crate::host::files::{Seen, What};
+use crate::host::lender::Lender;
 use crate::host::resolve::Found;
 use crate::host::storage;
 use crate::host::uids::{Uids, range_of};
@@ -194,17 +195,13 @@ impl QemuDriver {
         looked.await
     }
 
-    /// As [`Privileges::user_of`], where it may block: the database of users may be far away. `process` is its QEMU, if it runs.
-    async fn user_of(
-        &self,
-        def: &DomainDef,
-        process: Option<i32>,
-    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+    /// As [`Privileges::lender`], where it may block: the database of users may be far away. `process` is its QEMU, if it runs.
+    async fn lender(&self, def: &DomainDef, process: Option<i32>) -> Result<Lender, DriverError> {
         if matches!(self.0.privileges, Privileges::Ours) {
-            return Ok(None);
+            return Ok(Lender::Ours);
         }
         let (inner, machine, kvm) = (self.0.clone(), def.uuid, def.kind == "kvm");
-        blocking(move || inner.privileges.user_of(machine, kvm, process)).await?
+        blocking(move || inner.privileges.lender(machine, kvm, process)).await?
     }
 
     async fn make(
@@ -243,7 +240,7 @@ impl QemuDriver {
             asked = self.asked_for(&launch) => asked?,
             () = cancel.cancelled() => return Err(DriverError::Cancelled),
         };
-        let user = self.user_of(&launch.def, None).await?;
+        let lender = self.lender(&launch.def, None).await?;
         let mut live = DomainDef::clone(&launch.def);
         let restored = launch.from.is_some();
         live::leave_out_missing_media(&mut live, restored, &self.0.workers).await?;
@@ -264,7 +261,7 @@ impl QemuDriver {
         let encrypts = caps.site.certificates(capabilities::End::Server).is_ok();
         go_live(&mut live, &mut Chosen { runtime_dir: &own_dir, encrypts, free_port: &mut free_port })
             .map_err(DriverError::Config)?;
-        let place = command::Place::now(&own_dir, MONITOR_FD, user.is_some());
+        let place = command::Place::now(&own_dir, MONITOR_FD, lender.is_wary());
         let mut started = usb.written_into(&live);
         let pinned = launch.from.as_ref().and_then(|from| from.snapshot.cpu.clone());
         if let Some(then) = &pinned {
@@ -293,7 +290,7 @@ impl QemuDriver {
             secrets_dir: self.0.secrets_dir.clone(),
             state_dir: caps.site.state_dir.clone(),
             workers: self.0.workers.clone(),
-            user,
+            lender,
             runtime_dir: launch.runtime_dir,
             log_file: launch.log_file,
             recorder: launch.recorder,
@@ -536,17 +533,14 @@ impl Driver for QemuDriver {
         refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
         declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();
-        let user = self.user_of(def, process).await?;
+        let lender = self.lender(def, process).await?;
         let lend = async |files: Vec<plan::HostFile>| {
             let guest = def.uuid;
             let what = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
             let lend = move |_: &_| {
                 needs::are_as_expected(&files)?;
                 let wants = files.iter().map(launch::want).collect::<Vec<_>>();
-                let files = match user {
-                    Some((user, ledger)) => ledger.lend_more(&user, guest, &wants)?,
-                    None => access::ours(&wants)?,
-                };
+                let files = lender.lend_more(guest, &wants)?;
                 let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
                 shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
             };
@@ -576,7 +570,7 @@ impl Inner {
     fn missing_on_host(&self, def: &DomainDef) -> Vec<Finding> {
         let mut found = hostdev::findings(def, Path::new(SYSFS));
         found.extend(tap::findings(def, Path::new(SYSFS)));
-        if let Err(error) = self.privileges.user() {
+        if let Err(error) = self.privileges.common() {
             found.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
         }
         found
@@ -638,35 +632,30 @@ impl Drop for Delivery {
 }
 
 impl Privileges {
-    /// Whom a guest runs as, and where is noted what they are lent.
-    fn user(&self) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
+    /// By whose rights guests run in common: none has a user of its own yet.
+    fn common(&self) -> Result<Lender, DriverError> {
         match self {
-            Privileges::Ours => Ok(None),
+            Privileges::Ours => Ok(Lender::Ours),
             Privileges::Drop { user, group, ledger, .. } => {
                 let user = RunAs::look_up(user, group.as_deref(), &["kvm"])?;
                 let ledger = ledger.clone().map_err(DriverError::Storage)?;
-                Ok(Some((user, ledger)))
+                Ok(Lender::To(user, ledger))
             }
         }
     }
 
-    /// Whom that machine's guest runs as: a user of its own, which has no name. `kvm`: it opens /dev/kvm. A guest whose
+    /// By whose rights that machine's guest runs: those of a user of its own, which has no name. `kvm`: it opens /dev/kvm. A guest whose
     /// `process` an earlier virtd has started as the user of all guests stays that user's.
-    fn user_of(
-        &self,
-        machine: Uuid,
-        kvm: bool,
-        process: Option<i32>,
-    ) -> Result<Option<(RunAs, Arc<Ledger>)>, DriverError> {
-        let Privileges::Drop { uids, .. } = self else { return Ok(None) };
-        let Some((user, ledger)) = self.user()? else { return Ok(None) };
+    fn lender(&self, machine: Uuid, kvm: bool, process: Option<i32>) -> Result<Lender, DriverError> {
+        let Privileges::Drop { uids, .. } = self else { return Ok(Lender::Ours) };
+        let Lender::To(user, ledger) = self.common()? else { return Ok(Lender::Ours) };
         let owner = process.and_then(|process| Found::resolve(&PathBuf::from(format!("/proc/{process}"))).ok());
         if owner.is_some_and(|owner| owner.stat.st_uid == user.common) {
-            return Ok(Some((user, ledger)));
+            return Ok(Lender::To(user, ledger));
         }
         let uids = uids.as_ref().map_err(|why| DriverError::Unsupported(why.clone()))?;
         let number = uids.of(machine).map_err(|e| DriverError::Storage(format!("a user id for the guest: {e}")))?;
-        Ok(Some((user.with_number(number, if kvm { &[] } else { &["kvm"] }), ledger)))
+        Ok(Lender::To(user.with_number(number, if kvm { &[] } else { &["kvm"] }), ledger))
     }
 
     /// Nothing of that machine is left: its user's number may be another's one day.

@@ -10,6 +10,7 @@
 use super::*;
 use crate::host::files::Program;
 use crate::host::process::Identity;
+use crate::host::test_program;
 use crate::qemu::plan::{Companion, Loss, Role};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -222,7 +223,7 @@ async fn on_a_session_bus_it_reaches_what_the_table_says() {
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let program = dir.path().join("tests");
-    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    test_program::copy_of_ours(&program);
     let mut command = std::process::Command::new(&program);
     command.args(["--exact", "qemu::reach_tests::on_a_session_bus_it_reaches_what_the_table_says", "--nocapture"]);
     let ran = command.uid(NOBODY).gid(NOBODY).current_dir("/").output().unwrap();
@@ -243,7 +244,7 @@ async fn a_companion_that_others_can_change_is_not_run() {
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
     let driver = QemuDriver::new(&DriverConfig::below(dir.path(), true));
     let (program, mark) = (dir.path().join("virtiofsd"), dir.path().join("ran"));
-    std::fs::write(&program, format!("#!/bin/sh\necho > {}\n", mark.display())).unwrap();
+    test_program::script(&program, &format!("echo > {}", mark.display()));
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o757)).unwrap();
     let beside = Companion::new("virtiofsd", Role::Beside(Loss::Bear));
     let companion = Companion { program: program.clone(), privileged: true, ..beside };

@@ -143,7 +143,6 @@ fn receive(socket: &UnixStream) -> Result<OwnedFd, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::unix::fs::PermissionsExt;
 
     #[test]
     fn x9_bridges_that_are_none_are_known_beforehand() {
@@ -180,8 +179,7 @@ mod tests {
     async fn a_helper_that_refuses_is_quoted() {
         let dir = tempfile::tempdir().unwrap();
         let helper = dir.path().join("helper");
-        std::fs::write(&helper, "#!/bin/sh\necho 'access denied by acl file' >&2; exit 1\n").unwrap();
-        std::fs::set_permissions(&helper, std::fs::Permissions::from_mode(0o755)).unwrap();
+        crate::host::test_program::script(&helper, "echo 'access denied by acl file' >&2; exit 1");
         let error = open_with(&helper, "br0").await.unwrap_err().to_string();
         assert!(error.contains("'br0': access denied by acl file (allow the bridge"), "{error}");
     }

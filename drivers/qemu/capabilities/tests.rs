@@ -5,8 +5,7 @@ const GUEST: Uuid = Uuid::from_u128(1);
 
 fn script(dir: &Path, name: &str, text: &str) -> PathBuf {
     let path = dir.join(name);
-    std::fs::write(&path, text).unwrap();
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    crate::host::test_program::script(&path, text);
     path
 }
 
@@ -31,7 +30,7 @@ async fn says_why_a_binary_cannot_be_asked() {
     assert!(missing.contains("none: No such file"), "{missing}");
     let relative = probed(&prober, Path::new("qemu")).await.unwrap_err();
     assert!(relative.contains("not absolute"), "{relative}");
-    let words = script(dir.path(), "words", "#!/bin/sh\necho 'no such machine' >&2; exit 1\n");
+    let words = script(dir.path(), "words", "echo 'no such machine' >&2; exit 1");
     let words = probed(&prober, &words).await.unwrap_err();
     assert!(words.ends_with("no such machine"), "{words}");
     let again = prober.known(&dir.path().join("none")).await;
@@ -41,7 +40,7 @@ async fn says_why_a_binary_cannot_be_asked() {
 #[tokio::test]
 async fn runs_nothing_that_others_could_have_put_there() {
     let dir = tempfile::tempdir().unwrap();
-    let path = script(dir.path(), "qemu", "#!/bin/sh\n");
+    let path = script(dir.path(), "qemu", "");
     let prober = prober(None, Some((65534, 65534)));
     let error = probed(&prober, &path).await.unwrap_err();
     assert!(error.contains("others than root"), "a sticky folder is on the way: {error}");
@@ -59,7 +58,7 @@ async fn a_reader_makes_nothing_run_and_fills_no_cache() {
     let cache = dir.path().join("cache");
     let prober = prober(Some(&cache), None);
     let ran = dir.path().join("ran");
-    let path = script(dir.path(), "qemu", &format!("#!/bin/sh\ntouch {}\nexit 1\n", ran.display()));
+    let path = script(dir.path(), "qemu", &format!("touch {}\nexit 1", ran.display()));
     let own = prober.known(Path::new("/usr/bin/qemu-system-noarch")).await;
     assert!(own.absent.as_ref().is_some_and(|why| why.contains("No such file")), "{:?}", own.absent);
     for named in [&path, Path::new("/nowhere/qemu"), &dir.path().join("sub/../qemu")] {
@@ -77,7 +76,7 @@ async fn a_reader_makes_nothing_run_and_fills_no_cache() {
 async fn what_was_learnt_before_is_told_to_readers() {
     let dir = tempfile::tempdir().unwrap();
     let cache = dir.path().join("cache");
-    let path = script(dir.path(), "qemu", "#!/bin/sh\nexit 1\n");
+    let path = script(dir.path(), "qemu", "exit 1");
     let before = prober(Some(&cache), None);
     let mut file = kept(&before, &path);
     file.capabilities.absent = None;
@@ -96,7 +95,7 @@ async fn other_spellings_of_a_path_are_not_asked_again() {
     let dir = tempfile::tempdir().unwrap();
     let prober = prober(Some(&dir.path().join("cache")), None);
     let asked = dir.path().join("asked");
-    let path = script(dir.path(), "qemu", &format!("#!/bin/sh\necho >> {}\nexit 1\n", asked.display()));
+    let path = script(dir.path(), "qemu", &format!("echo >> {}\nexit 1", asked.display()));
     std::fs::create_dir(dir.path().join("sub")).unwrap();
     prober.save(&path, &kept(&prober, &path)).unwrap();
     for odd in ["sub/../qemu", "sub/../sub/../qemu", ".//qemu"] {
@@ -134,11 +133,11 @@ async fn asks_once_and_remembers() {
 fn a_changed_binary_is_asked_again() {
     let dir = tempfile::tempdir().unwrap();
     let prober = prober(Some(dir.path()), None);
-    let path = script(dir.path(), "qemu", "#!/bin/sh\n");
+    let path = script(dir.path(), "qemu", "");
     let before = kept(&prober, &path);
     prober.save(&path, &before).unwrap();
     assert_eq!(prober.load(&path).unwrap().stamp, prober.judge(&path).unwrap().stamp);
-    script(dir.path(), "qemu", "#!/bin/sh\n# longer\n");
+    script(dir.path(), "qemu", "# longer");
     assert_ne!(prober.load(&path).unwrap().stamp, prober.judge(&path).unwrap().stamp);
 }
 

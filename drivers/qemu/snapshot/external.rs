@@ -77,13 +77,13 @@ impl Operation {
                 journal.step("stopped");
             }
             let (target, shown) = (part.clone(), part.clone());
-            let new_file = move |images: &Arc<Images>| make::new_file(&target, images.user.is_some());
+            let new_file = move |images: &Arc<Images>| make::new_file(&target, images.lender.is_wary());
             let what = file.clone();
             let memory =
                 self.with_images(&what, move |images| new_file(images).map_err(|e| stored(&shown, &e))).await?;
             body.line()?.write_memory(memory, journal).await?;
             let bytes = self.machine.def.memory_kib() << 10;
-            let finish = move |images: &Arc<Images>| finished(&part, &file, images.user.is_some());
+            let finish = move |images: &Arc<Images>| finished(&part, &file, images.lender.is_wary());
             let finished = self.with_images_of(&what, bytes, finish);
             record.memory_bytes = Some(finished.await?);
             journal.step("memory");
@@ -176,7 +176,7 @@ impl Operation {
         let what = overlay.path.clone();
         self.with_images(&what, move |images| {
             if overlay.ours {
-                make_empty(&overlay.path, &overlay.base, images.user.is_some())?;
+                make_empty(&overlay.path, &overlay.base, images.lender.is_wary())?;
             }
             let _lent = images.lend(&[(overlay.base.clone(), false), (overlay.path.clone(), true)])?;
             let size = match size {

@@ -83,7 +83,7 @@ impl Operation {
 
     /// Nothing is there, or something of this machine's, or of QEMU's user.
     fn may_replace(&self, original: &Path, survey: &Survey) -> bool {
-        let Some((user, _)) = &self.images.user else { return true };
+        let Some(user) = self.images.lender.user() else { return true };
         let there = survey.at(original);
         !there.named
             || there.is_there() && [user.uid, user.common].contains(&there.owner)
@@ -101,7 +101,7 @@ impl Operation {
             [record.nvram, record.tpm].into_iter().flatten().filter_map(Part::into_file).collect();
         let Some(what) = memory.iter().chain(&copies).next().cloned() else { return Ok(Vec::new()) };
         self.with_images(&what, move |images| {
-            let memory = memory.filter(|file| open_memory(file, None, images.user.is_some()).is_ok());
+            let memory = memory.filter(|file| open_memory(file, None, images.lender.is_wary()).is_ok());
             let copies = copies.into_iter().filter(|file| Seen::at(file).is_there());
             Ok(memory.into_iter().chain(copies).collect())
         })
@@ -111,7 +111,7 @@ impl Operation {
     /// Holds a file to be one that memory was written to, all of it where it is known how much that was.
     pub(super) async fn check_memory(&self, file: &Path, bytes: Option<u64>) -> Result<(), DriverError> {
         let path = file.to_owned();
-        let opened = self.with_images(file, move |images| open_memory(&path, bytes, images.user.is_some()));
+        let opened = self.with_images(file, move |images| open_memory(&path, bytes, images.lender.is_wary()));
         opened.await.map(drop)
     }
 
@@ -120,7 +120,7 @@ impl Operation {
         let folder = self.machine.folder.clone();
         let Some(what) = files.first().cloned() else { return };
         let removed = self.with_images(&what, move |images| {
-            let wary = images.user.is_some();
+            let wary = images.lender.is_wary();
             for file in files {
                 let ours = file.parent() == Some(&folder);
                 let removed = if ours { make::remove(&file, wary) } else { make::remove_file(&file, wary) };

@@ -59,7 +59,7 @@ impl Operation {
     ) -> Result<(), DriverError> {
         for (from, to) in copies {
             let (what, bytes) = (from.clone(), self.size(&from).await?);
-            self.with_images_of(&what, bytes, move |images| parts::copy(&from, &to, images.user.is_some())).await?;
+            self.with_images_of(&what, bytes, move |images| parts::copy(&from, &to, images.lender.is_wary())).await?;
             journal.step("copied");
         }
         Ok(())

@@ -148,7 +148,7 @@ impl QemuDriver {
             }
         };
         let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
-        let images = Arc::new(Images::new(self.user_of(&machine.def, process).await?, machine.def.uuid, process));
+        let images = Arc::new(Images::new(self.lender(&machine.def, process).await?, machine.def.uuid, process));
         let (state_dir, workers) = (self.0.state_dir.clone(), self.0.workers.clone());
         Ok(Operation { machine: machine.clone(), images, body, state_dir, workers, cancel: Mutex::default() })
     }

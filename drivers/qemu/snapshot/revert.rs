@@ -278,7 +278,7 @@ impl Operation {
         for overlay in &aside.made {
             // Half of it may be there from a time before.
             let path = overlay.path.clone();
-            self.with_images(&overlay.path, move |images| make::remove_file(&path, images.user.is_some())).await?;
+            self.with_images(&overlay.path, move |images| make::remove_file(&path, images.lender.is_wary())).await?;
             self.make_overlay(overlay.clone(), None).await?;
             journal.step("overlay");
         }
@@ -289,7 +289,7 @@ impl Operation {
             };
             let (kept, what) = (kept.clone(), original.clone());
             self.with_images(&what, move |images| {
-                let wary = images.user.is_some();
+                let wary = images.lender.is_wary();
                 if Seen::at(&original).is_there() && !Seen::at(&kept).is_there() {
                     parts::copy(&original, &kept, wary)?;
                 }
@@ -380,7 +380,7 @@ impl Operation {
         for (original, kept) in aside.copies.clone() {
             let what = kept.clone();
             self.with_images(&what, move |images| match Seen::at(&kept).is_there() {
-                true => parts::copy(&kept, &original, images.user.is_some()),
+                true => parts::copy(&kept, &original, images.lender.is_wary()),
                 false => Ok(()),
             })
             .await?;
