@@ -238,8 +238,7 @@ fn is_systems_own(binary: &Path) -> bool {
 /// Asks binaries what they can do, each once. One per driver.
 pub struct Prober {
     cache_dir: Option<PathBuf>,
-    state_dir: PathBuf,
-    tls_dir: PathBuf,
+    site: site::Reader,
     user: Option<(u32, u32)>,
     /// Whether KVM is tried.
     tries_kvm: bool,
@@ -307,8 +306,7 @@ impl Prober {
     pub fn new(cache_dir: Option<PathBuf>, user: Option<(u32, u32)>) -> Self {
         Prober {
             cache_dir,
-            state_dir: PathBuf::new(),
-            tls_dir: PathBuf::new(),
+            site: site::Reader::new(user.is_some()),
             user,
             tries_kvm: true,
             workers: Workers::default(),
@@ -320,12 +318,12 @@ impl Prober {
 
     /// The same for a virtd that keeps there what belongs to guests.
     pub fn keeping_in(self, state_dir: &Path) -> Self {
-        Prober { state_dir: state_dir.to_owned(), ..self }
+        Prober { site: self.site.keeping_in(state_dir), ..self }
     }
 
     /// The same for a host whose certificates are there.
     pub fn certified_in(self, tls_dir: &Path) -> Self {
-        Prober { tls_dir: tls_dir.to_owned(), ..self }
+        Prober { site: self.site.certified_in(tls_dir), ..self }
     }
 
     /// The same for a host where KVM is used, if it is there, or not used at all.
@@ -399,9 +397,7 @@ impl Prober {
             Ok(capabilities) => capabilities,
             Err(error) => {
                 let prober = self.clone();
-                let site = blocking(move || Site::read(&prober.state_dir, &prober.tls_dir, prober.user.is_some()))
-                    .await
-                    .unwrap_or_default();
+                let site = blocking(move || prober.site.read()).await.unwrap_or_default();
                 Arc::new(Capabilities { site, ..Capabilities::absent(binary, error.to_string()) })
             }
         }
@@ -422,7 +418,7 @@ impl Prober {
             let mut kept = prober.load(&spelt)?.capabilities;
             prober.add_host(&mut kept);
             kept.kvm = if kept.kvm_built_in { prober.host_kvm().map(drop) } else { Err(without_kvm(&spelt)) };
-            kept.site = Site::read(&prober.state_dir, &prober.tls_dir, prober.user.is_some());
+            kept.site = prober.site.read();
             Some(Arc::new(kept))
         });
         kept.await?.ok_or_else(|| {
@@ -530,7 +526,7 @@ impl Prober {
             changed: mtime(stat),
             modules: modules.collect(),
         };
-        let site = Site::read(&self.state_dir, &self.tls_dir, self.user.is_some());
+        let site = self.site.read();
         Ok(Judged { program, stamp, binary: spelt, host_kvm: self.host_kvm(), site })
     }
 

@@ -3,7 +3,10 @@
 use super::MODULE_DIRS;
 use crate::host::files::Program;
 use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime};
 
 /// Where programs are looked for.
 const PROGRAM_DIRS: [&str; 6] =
@@ -66,9 +69,64 @@ impl End {
     }
 }
 
+/// A folder's file system tells two changes apart that are this far from each other.
+const TELLS_APART: Duration = Duration::from_secs(2);
+
+/// When a folder was changed last, or that there is none: device, number, and seconds and nanoseconds of the change.
+type Change = Option<(u64, u64, i64, i64)>;
+
+/// Reads what is beside QEMU: again only when one of the folders in which it lies has changed.
+pub struct Reader {
+    state_dir: PathBuf,
+    tls_dir: PathBuf,
+    wary: bool,
+    last: Mutex<Option<(Vec<Change>, Site)>>,
+}
+
+impl Reader {
+    /// For a virtd without folders; `wary` as in [`program`].
+    pub fn new(wary: bool) -> Reader {
+        Reader { state_dir: PathBuf::new(), tls_dir: PathBuf::new(), wary, last: Mutex::default() }
+    }
+
+    /// For one that has that [`Site::state_dir`].
+    pub fn keeping_in(self, state_dir: &Path) -> Reader {
+        Reader { state_dir: state_dir.to_owned(), last: Mutex::default(), ..self }
+    }
+
+    /// For one that has that [`Site::tls_dir`].
+    pub fn certified_in(self, tls_dir: &Path) -> Reader {
+        Reader { tls_dir: tls_dir.to_owned(), last: Mutex::default(), ..self }
+    }
+
+    /// What there is now. A program whose mode has changed in its place may be named as before; whoever runs it judges it
+    /// again. Blocks.
+    pub fn read(&self) -> Site {
+        let folders = || PROGRAM_DIRS.iter().chain(&MODULE_DIRS).map(Path::new).chain([self.tls_dir.as_path()]);
+        let before: Vec<Change> = folders().map(change).collect();
+        let last = || self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, site)) = last().as_ref().filter(|(changes, _)| *changes == before) {
+            return site.clone().with_kernel();
+        }
+        let site = Site::read(&self.state_dir, &self.tls_dir, self.wary);
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        let settled = |change: &Change| {
+            change.is_none_or(|(_, _, seconds, _)| seconds.unsigned_abs() + TELLS_APART.as_secs() < now.as_secs())
+        };
+        // One more change just then would look like this one.
+        *last() = before.iter().all(settled).then(|| (before, site.clone()));
+        site
+    }
+}
+
+fn change(folder: &Path) -> Change {
+    let stat = std::fs::metadata(folder).ok()?;
+    Some((stat.dev(), stat.ino(), stat.ctime(), stat.ctime_nsec()))
+}
+
 impl Site {
     /// Looks at this host; `wary` as in [`program`].
-    pub fn read(state_dir: &Path, tls_dir: &Path, wary: bool) -> Site {
+    fn read(state_dir: &Path, tls_dir: &Path, wary: bool) -> Site {
         let certificates = std::fs::read_dir(tls_dir).into_iter().flatten().flatten().map(|entry| entry.file_name());
         Site {
             state_dir: state_dir.to_owned(),
@@ -77,16 +135,21 @@ impl Site {
             virtiofsd: program("virtiofsd", wary),
             passt: program("passt", wary),
             makes_taps: nix::unistd::geteuid().is_root(),
-            vhost_net: Path::new("/dev/vhost-net").exists(),
-            vhost_vsock: Path::new(VHOST_VSOCK).exists(),
+            vhost_net: false,
+            vhost_vsock: false,
             modules: MODULE_DIRS.iter().flat_map(|dir| modules(Path::new(dir))).collect(),
             tls_dir: tls_dir.to_owned(),
             certificates: certificates.filter_map(|name| name.into_string().ok()).collect(),
         }
+        .with_kernel()
     }
-}
 
-impl Site {
+    /// The same, with what the kernel has now.
+    fn with_kernel(self) -> Site {
+        let (vhost_net, vhost_vsock) = (Path::new("/dev/vhost-net").exists(), Path::new(VHOST_VSOCK).exists());
+        Site { vhost_net, vhost_vsock, ..self }
+    }
+
     /// The files with which that end of an encrypted connection shows who it is. The error names the first that is missing.
     pub fn certificates(&self, end: End) -> Result<Vec<PathBuf>, PathBuf> {
         let own = [format!("{}-cert.pem", end.as_str()), format!("{}-key.pem", end.as_str())];
@@ -133,6 +196,24 @@ pub fn bridge_helper() -> Option<PathBuf> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn what_is_beside_qemu_is_read_again_when_it_has_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let tls = dir.path().join("tls");
+        let reader = Reader::new(false).keeping_in(dir.path()).certified_in(&tls);
+        let has = |name: &str| reader.read().certificates.contains(name);
+        assert!(!has("ca-cert.pem"));
+        std::fs::create_dir(&tls).unwrap();
+        for name in ["ca-cert.pem", "server-cert.pem", "server-key.pem"] {
+            assert!(!has(name));
+            std::fs::write(tls.join(name), "").unwrap();
+            assert!(has(name), "{name}, however soon after the one before");
+        }
+        assert_eq!(reader.read(), Site::read(dir.path(), &tls, false));
+        std::fs::remove_file(tls.join("ca-cert.pem")).unwrap();
+        assert!(!has("ca-cert.pem"));
+    }
 
     #[test]
     fn a_program_that_others_could_have_put_there_is_passed_over() {
