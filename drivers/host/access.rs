@@ -210,30 +210,31 @@ impl Ledger {
     /// Makes every file of `wants` accessible to `user` for `guest`, or none: then the error names the file and the remedy.
     /// What is returned are they and what their headers name, lent or open to the user anyway.
     pub fn lend(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
-        let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
-        for want in wants {
-            survey.collect(want)?;
-        }
-        let needs = survey.needs;
-        let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
-        if lent.is_err() {
-            self.give_back(guest);
-        }
-        lent.map(|()| needs.into_iter().map(Need::file).collect())
+        self.lend_beside(BTreeSet::new(), user, guest, wants)
     }
 
     /// The same for files that a running guest needs in addition: what it was lent before stays so in any case.
     pub fn lend_more(&self, user: &RunAs, guest: Uuid, wants: &[Want]) -> Result<Vec<LentFile>, DriverError> {
+        let before = self.lock().of(guest);
+        self.lend_beside(before, user, guest, wants)
+    }
+
+    /// Lends `wants`; where that fails, all that `guest` was lent is taken back, except `kept`.
+    fn lend_beside(
+        &self,
+        kept: BTreeSet<FileId>,
+        user: &RunAs,
+        guest: Uuid,
+        wants: &[Want],
+    ) -> Result<Vec<LentFile>, DriverError> {
         let mut survey = Survey { ledger: self, user, needs: Vec::new(), seen: BTreeSet::new() };
         for want in wants {
             survey.collect(want)?;
         }
         let needs = survey.needs;
-        let before = self.lock().of(guest);
         let lent = self.enter(user, guest, &needs).and_then(|()| verify(user, &needs));
         if lent.is_err() {
-            let new = |file: &FileId| !before.contains(file);
-            self.take_back(guest, new);
+            self.take_back(guest, |file| !kept.contains(file));
         }
         lent.map(|()| needs.into_iter().map(Need::file).collect())
     }

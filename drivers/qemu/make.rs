@@ -201,7 +201,7 @@ pub fn empty(path: &Path, wary: bool) -> Result<(), DriverError> {
 
 /// Removes a file, never a folder; what is not there is fine.
 pub fn remove_file(path: &Path, wary: bool) -> Result<(), DriverError> {
-    gone(path, Place::resolve(path, wary).and_then(|place| place.remove_file_if_there()))
+    gone(path, Place::resolve(path, wary).and_then(|place| place.remove_file()))
 }
 
 /// Removes a plain file, or a link; leaves alone anything else that a definition may have named.

@@ -32,6 +32,7 @@ mod media;
 mod monitor;
 mod needs;
 pub mod plan;
+mod privileges;
 mod qmp;
 mod record;
 mod report;
@@ -48,13 +49,9 @@ mod unnoted;
 mod wall;
 
 use crate::DriverConfig;
-use crate::host::access::Ledger;
 use crate::host::files::{Seen, What};
 use crate::host::lender::Lender;
-use crate::host::resolve::Found;
 use crate::host::storage;
-use crate::host::uids::{Uids, range_of};
-use crate::host::user::RunAs;
 use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
@@ -64,13 +61,13 @@ use complete::{Chosen, go_live};
 use instance::{Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
 use live::Ports;
+use privileges::Privileges;
 use std::any::Any;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{
@@ -109,50 +106,15 @@ struct Judged {
 /// Documents by architecture, kind and machine, each with what it was made of.
 type Offers = HashMap<(String, String, String), (Arc<Capabilities>, String)>;
 
-/// Whom QEMU runs as.
-enum Privileges {
-    /// As we do.
-    Ours,
-    /// As a user who is looked up at each start: they may be made while virtd runs.
-    Drop {
-        user: String,
-        group: Option<String>,
-        /// Where is noted what guests are lent.
-        ledger: Result<Arc<Ledger>, String>,
-        /// Where is noted whom each guest runs as.
-        uids: Result<Arc<Uids>, String>,
-    },
-}
-
 impl QemuDriver {
     /// A driver for this host. Reads the ledger of lent files; what was lent before the host booted is given back in the
     /// background, where there is a runtime to do it in.
     pub fn new(config: &DriverConfig) -> QemuDriver {
-        let drops = config.system && nix::unistd::geteuid().is_root();
-        let privileges = match drops {
-            false => Privileges::Ours,
-            true => Privileges::Drop {
-                user: config.qemu_user.clone(),
-                group: config.qemu_group.clone(),
-                ledger: Ledger::open(&config.state_dir).map(Arc::new).map_err(|e| {
-                    let why = format!("the ledger of lent files in {}: {e}", config.state_dir.display());
-                    tracing::error!("{why}");
-                    why
-                }),
-                uids: range_of(&config.qemu_user)
-                    .and_then(|range| Uids::open(&config.state_dir, range))
-                    .map(Arc::new)
-                    .map_err(|e| {
-                        let why = format!("user ids for guests: {e}");
-                        tracing::error!("{why}");
-                        why
-                    }),
-            },
-        };
+        let privileges = Privileges::new(config);
         let prober = Prober::new(Some(config.cache_dir.clone()), privileges.to_probe()).keeping_in(&config.state_dir);
         let workers = Workers::default();
         let prober = prober.certified_in(&config.tls_dir).with_kvm(config.kvm).working_with(&workers);
-        if let Privileges::Drop { ledger: Ok(ledger), .. } = &privileges
+        if let Some(ledger) = privileges.ledger()
             && let Ok(runtime) = tokio::runtime::Handle::try_current()
         {
             runtime.spawn(lending::give_back_due(ledger.clone(), workers.clone()));
@@ -183,7 +145,7 @@ impl QemuDriver {
         restored: bool,
     ) -> Result<(Vec<needs::Unmet>, Result<(), Vec<Finding>>), DriverError> {
         let own = guests_dir(def);
-        let (as_us, mut here) = (matches!(self.0.privileges, Privileges::Ours), def.clone());
+        let (as_us, mut here) = (self.0.privileges.are_ours(), def.clone());
         let errand = Errand::new(def.uuid, "the files of the machine");
         let looked = self.0.workers.run(errand, move |_| {
             let places = hostdev::find_usb(&mut here, Path::new(SYSFS), restored).unwrap_or_default();
@@ -195,9 +157,9 @@ impl QemuDriver {
         looked.await
     }
 
-    /// As [`Privileges::lender`], where it may block: the database of users may be far away. `process` is its QEMU, if it runs.
+    /// As [`Privileges::lender`], which may block: the database of users may be far away. `process` is its QEMU, if it runs.
     async fn lender(&self, def: &DomainDef, process: Option<i32>) -> Result<Lender, DriverError> {
-        if matches!(self.0.privileges, Privileges::Ours) {
+        if self.0.privileges.are_ours() {
             return Ok(Lender::Ours);
         }
         let (inner, machine, kvm) = (self.0.clone(), def.uuid, def.kind == "kvm");
@@ -398,7 +360,7 @@ impl Driver for QemuDriver {
             return Err(DriverError::Storage(why.clone()));
         }
         let runtime_dir = guests_dir(def);
-        let sandbox = matches!(self.0.privileges, Privileges::Drop { .. });
+        let sandbox = !self.0.privileges.are_ours();
         let place = command::Place::now(&runtime_dir, MONITOR_FD, sandbox);
         let mut here = def.clone();
         let here = blocking(move || {
@@ -429,7 +391,7 @@ impl Driver for QemuDriver {
             DomainEnd::Transient if kept => return Ok(()),
             DomainEnd::Transient => vec![command::tpm_state(&self.0.state_dir, def.uuid)],
         };
-        let wary = matches!(self.0.privileges, Privileges::Drop { .. });
+        let wary = !self.0.privileges.are_ours();
         let tpm = command::tpm_state(&self.0.state_dir, def.uuid);
         // What a definition names is a plain file, or is not removed.
         let remove = move |path: &PathBuf| match *path == tpm {
@@ -446,13 +408,13 @@ impl Driver for QemuDriver {
     }
 
     async fn storage(&self, def: &DomainDef, files: &[PathBuf]) -> Result<Vec<Removable>, DriverError> {
-        let (files, wary) = (files.to_vec(), matches!(self.0.privileges, Privileges::Drop { .. }));
+        let (files, wary) = (files.to_vec(), !self.0.privileges.are_ours());
         let errand = Errand::new(def.uuid, "the images of the machine");
         self.0.workers.run(errand, move |_| Ok(files.iter().map(|file| storage::judge(file, wary)).collect())).await
     }
 
     async fn remove_storage(&self, def: &DomainDef, file: &StoredFile) -> Result<(), DriverError> {
-        let (file, wary) = (file.clone(), matches!(self.0.privileges, Privileges::Drop { .. }));
+        let (file, wary) = (file.clone(), !self.0.privileges.are_ours());
         let errand = Errand::new(def.uuid, file.path.display().to_string()).of(file.bytes);
         self.0.workers.run(errand, move |_| storage::remove(&file, wary)).await
     }
@@ -554,11 +516,8 @@ impl Driver for QemuDriver {
     }
 
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
-        let ledger = match &self.0.privileges {
-            Privileges::Drop { ledger: Ok(ledger), .. } => Some(ledger.clone()),
-            _ => None,
-        };
         let (uuid, runtime_dir, claims) = (found.live.uuid, found.runtime_dir.clone(), self.0.claims.clone());
+        let ledger = self.0.privileges.ledger().cloned();
         let leavings = Leavings { uuid, runtime_dir, ledger, claims };
         let ends_on_reboot = ends_on_reboot(&found.live);
         find::Search { found, ends_on_reboot, leavings }.run().await
@@ -570,7 +529,7 @@ impl Inner {
     fn missing_on_host(&self, def: &DomainDef) -> Vec<Finding> {
         let mut found = hostdev::findings(def, Path::new(SYSFS));
         found.extend(tap::findings(def, Path::new(SYSFS)));
-        if let Err(error) = self.privileges.common() {
+        if let Err(error) = self.privileges.check() {
             found.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
         }
         found
@@ -578,7 +537,7 @@ impl Inner {
 
     /// Refuses what a start from power off would be refused for; the command line is built once for all that looks at it. Blocks.
     fn accept(&self, def: DomainDef, caps: &Capabilities) -> Result<(), DriverError> {
-        let (own, as_us, mut here) = (guests_dir(&def), matches!(self.privileges, Privileges::Ours), def.clone());
+        let (own, as_us, mut here) = (guests_dir(&def), self.privileges.are_ours(), def.clone());
         let places = hostdev::find_usb(&mut here, Path::new(SYSFS), false).unwrap_or_default();
         let place = command::Place::now(&own, MONITOR_FD, !as_us);
         let (mut findings, command) = check::examine(&def, &places.written_into(&here), caps, &place);
@@ -628,50 +587,6 @@ impl Drop for Delivery {
                 }
             });
         }
-    }
-}
-
-impl Privileges {
-    /// By whose rights guests run in common: none has a user of its own yet.
-    fn common(&self) -> Result<Lender, DriverError> {
-        match self {
-            Privileges::Ours => Ok(Lender::Ours),
-            Privileges::Drop { user, group, ledger, .. } => {
-                let user = RunAs::look_up(user, group.as_deref(), &["kvm"])?;
-                let ledger = ledger.clone().map_err(DriverError::Storage)?;
-                Ok(Lender::To(user, ledger))
-            }
-        }
-    }
-
-    /// By whose rights that machine's guest runs: those of a user of its own, which has no name. `kvm`: it opens /dev/kvm. A guest whose
-    /// `process` an earlier virtd has started as the user of all guests stays that user's.
-    fn lender(&self, machine: Uuid, kvm: bool, process: Option<i32>) -> Result<Lender, DriverError> {
-        let Privileges::Drop { uids, .. } = self else { return Ok(Lender::Ours) };
-        let Lender::To(user, ledger) = self.common()? else { return Ok(Lender::Ours) };
-        let owner = process.and_then(|process| Found::resolve(&PathBuf::from(format!("/proc/{process}"))).ok());
-        if owner.is_some_and(|owner| owner.stat.st_uid == user.common) {
-            return Ok(Lender::To(user, ledger));
-        }
-        let uids = uids.as_ref().map_err(|why| DriverError::Unsupported(why.clone()))?;
-        let number = uids.of(machine).map_err(|e| DriverError::Storage(format!("a user id for the guest: {e}")))?;
-        Ok(Lender::To(user.with_number(number, if kvm { &[] } else { &["kvm"] }), ledger))
-    }
-
-    /// Nothing of that machine is left: its user's number may be another's one day.
-    fn forget(&self, machine: Uuid) -> Result<(), DriverError> {
-        let Privileges::Drop { uids: Ok(uids), .. } = self else { return Ok(()) };
-        uids.free(machine).map_err(|e| DriverError::Storage(format!("user ids of guests: {e}")))
-    }
-
-    /// Whom QEMU runs as while it is asked what it can do: the same user, in the group that opens /dev/kvm; nobody while
-    /// there is no such user.
-    fn to_probe(&self) -> Option<(u32, u32)> {
-        let Privileges::Drop { user, group, .. } = self else { return None };
-        let user = RunAs::look_up(user, group.as_deref(), &[]);
-        let kvm = nix::unistd::Group::from_name("kvm").ok().flatten().map(|group| group.gid.as_raw());
-        const NOBODY: (u32, u32) = (65534, 65534);
-        Some(user.map_or(NOBODY, |user| (user.uid, kvm.unwrap_or(user.gid))))
     }
 }
 
