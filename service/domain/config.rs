@@ -50,14 +50,18 @@ impl Domain {
         }
         let (live, stored) = {
             let state = lock(&self.state);
-            (state.live().cloned(), state.stored.clone())
+            let document = state.guest.as_ref().map(|guest| guest.document.clone()).unwrap_or_default();
+            (state.live().cloned().map(|live| (live, document)), state.stored.clone())
         };
         if live.is_none() || form.inactive {
             self.sound()?;
         }
         match (live, stored) {
-            (Some(live), None) => Ok(live.write(form)),
-            (Some(live), Some(_)) if !form.inactive => Ok(live.write(form)),
+            (Some((live, document)), _) if form == Form::default() => {
+                Ok(document.get_or_init(|| live.write(form)).clone())
+            }
+            (Some((live, _)), None) => Ok(live.write(form)),
+            (Some((live, _)), Some(_)) if !form.inactive => Ok(live.write(form)),
             (_, Some(stored)) => match stored.shown(form) {
                 Some(text) => Ok(text),
                 None => Ok(stored.shown_of(form, &*self.shared.readings.of(&stored)?)),
@@ -376,7 +380,7 @@ impl State {
 
     pub(super) fn edited(&mut self, live: Option<Arc<DomainDef>>, stored: Option<Arc<StoredDef>>) -> Vec<Lifecycle> {
         if let (Some(guest), Some(live)) = (self.guest.as_mut(), live) {
-            guest.live = live;
+            (guest.live, guest.document) = (live, Arc::default());
         }
         let told = match stored {
             Some(stored) => self.has_stored(stored, Lifecycle::Defined(Defined::Updated)),

@@ -240,7 +240,8 @@ impl Domain {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
         let (asks, asked) = mpsc::unbounded_channel();
-        let guest = Guest { id, instance: running.instance, live, status, ending: None, asks };
+        let guest =
+            Guest { id, instance: running.instance, live, document: Arc::default(), status, ending: None, asks };
         self.commit_report(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;

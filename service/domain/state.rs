@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
@@ -51,6 +51,8 @@ pub(super) struct Guest {
     pub(super) id: u32,
     pub(super) instance: Arc<dyn Instance>,
     pub(super) live: Arc<DomainDef>,
+    /// The document that most readers get of it, once one has been given: it costs more than all else of an answer.
+    pub(super) document: Arc<OnceLock<String>>,
     pub(super) status: Arc<StatusFile>,
     /// Why its end is expected, once it is.
     pub(super) ending: Option<Stopped>,

@@ -131,3 +131,25 @@ async fn names_and_uuids_belong_together() {
     let update = world.service.define(&world.alice(), &xml("web", &format!("{uuid}<title>T</title>")), false).await;
     assert_eq!(update.expect("an update").facts().config.title.as_ref(), "T");
 }
+
+#[tokio::test]
+async fn what_runs_is_shown_as_it_is_by_now() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let alice = world.alice();
+    let shown = async |form: Form| domain.xml(&alice, form).await.unwrap();
+    let inactive = Form { inactive: true, ..Form::default() };
+    let both = Affect { live: true, config: true };
+    for title in ["The shop", "The store"] {
+        world.start(&domain).await.unwrap();
+        let before = shown(Form::default()).await;
+        assert!(before.contains(" id='") && !shown(inactive).await.contains(" id='"), "{before}");
+        assert_eq!(before, shown(Form::default()).await);
+        domain.set_title(&alice, title, both).await.unwrap();
+        let after = shown(Form::default()).await;
+        assert!(!before.contains(title) && after.contains(title), "{after}");
+        domain.destroy(&alice, false).await.unwrap();
+        assert_eq!(shown(Form::default()).await, shown(inactive).await);
+    }
+}
