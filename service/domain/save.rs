@@ -220,6 +220,13 @@ impl Domain {
         Ok(format!("'{}' is saved in {}", self.name(), file.display()))
     }
 
+    /// The same of a transient domain that has gone with its guest: only the file is left.
+    pub(super) async fn settle_save(&self, note: Option<serde_json::Value>) -> Result<String> {
+        let Some(note) = note else { return Ok("nothing had been changed".to_owned()) };
+        let settled = self.saves()?.settle_save(self.uuid, note).await;
+        settled.map_err(|e| Error::from_driver(&self.name(), "make whole the save of", e))
+    }
+
     /// Starts this domain, which is off, from what was saved. Returns when that is accepted; on failure it is off as before.
     pub(crate) async fn launch_saved(
         self: &Arc<Self>,

@@ -235,23 +235,40 @@ async fn a_save_that_fails_or_is_refused_leaves_the_guest_running() {
 /// More steps than a save has.
 const STEPS: u32 = 20;
 
+/// What is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victims {
+    Virtd,
+    Qemu,
+    Both,
+}
+
 /// A save in the midst of which virtd or QEMU is killed, at each step there is: the guest runs and there is no file, or it is off
-/// and the file is complete.
-async fn killed_at_every_step(kills_virtd: bool) {
+/// and the file is complete. With both of them a guest is lost whose file is not.
+async fn killed_at_every_step(victims: Victims, transient: bool) {
+    let kills_virtd = victims != Victims::Qemu;
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
     for step in 1..STEPS {
-        let name = format!("cut{}{step}", if kills_virtd { "v" } else { "q" });
+        let name = format!("cut{step}");
         let Some((mut domain, tick)) = another(&daemon, &name).await else { return };
         let file = daemon.folder().join(format!("{name}.save"));
         let qemu = daemon.qemu_of(&tick.name).expect("it runs");
-        let victim = if kills_virtd { daemon.virtd_pid().cast_signed() } else { qemu.as_raw() };
-        daemon.at_step(step, &format!("kill -9 {victim}"));
+        if transient {
+            domain.run("Undefine").await.expect("undefined");
+        }
+        let virtd = daemon.virtd_pid();
+        let killed = match victims {
+            Victims::Virtd => format!("kill -9 {virtd}"),
+            Victims::Qemu => format!("kill -9 {qemu}"),
+            Victims::Both => format!("kill -9 {qemu} {virtd}"),
+        };
+        daemon.at_step(step, &killed);
         let (path, arguments) = (domain.path.clone(), (file.to_str().expect("a text").to_owned(), options([])));
         let mut watch = domain.client.watch().await;
         let done = domain.client.ask(&path, "org.virt.Domain.Save", &arguments).await;
         if !daemon.step_came() {
             assert!(done && step > 6, "a save has fewer steps than thought: {step}");
-            println!("{} killed at each of {} steps", if kills_virtd { "virtd" } else { "QEMU" }, step - 1);
+            println!("{victims:?} killed at each of {} steps", step - 1);
             return;
         }
         if kills_virtd {
@@ -262,9 +279,32 @@ async fn killed_at_every_step(kills_virtd: bool) {
             let last = watch.lifecycle(&domain.path).await;
             assert_eq!(last == "stopped saved", file.exists(), "{last} at {step}");
         }
+        if transient && domain.client.domains().await.is_empty() {
+            let begun = Instant::now();
+            while saved_as(&tick, &name).iter().any(|path| *path != file) && begun.elapsed() < PATIENCE {
+                // virtd tells nobody of a machine of which nothing else is left.
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+            let there = saved_as(&tick, &name);
+            assert!(there.is_empty() || there == [file.clone()], "{there:?} at {step}");
+            assert!(victims == Victims::Both || !there.is_empty(), "it ran, and is lost at {step}");
+            if !there.is_empty() {
+                let domain = restore(&domain.client, &file, &[]).await.expect("what is there is complete");
+                domain.run("Destroy").await.expect("destroyed");
+            }
+            continue;
+        }
         domain.is_looked_after().await;
+        if transient && domain.client.domains().await.is_empty() {
+            assert_eq!(
+                saved_as(&tick, &name),
+                std::slice::from_ref(&file),
+                "it ended as it was looked after, at {step}"
+            );
+            continue;
+        }
         let (state, reason) = domain.state().await;
-        let there = strays(&tick).into_iter().filter(|path| path.to_string_lossy().contains(&name)).collect::<Vec<_>>();
+        let there = saved_as(&tick, &name);
         match state.as_str() {
             "running" => {
                 assert!(there.is_empty(), "it runs, and there is {there:?} at {step}");
@@ -277,21 +317,43 @@ async fn killed_at_every_step(kills_virtd: bool) {
                 tick.goes_on().await;
                 domain.run("Destroy").await.expect("destroyed");
             }
-            "shutoff" => assert!(!kills_virtd, "it ran, and is lost at {step}"),
+            "shutoff" => assert!(victims != Victims::Virtd, "it ran, and is lost at {step}"),
             other => panic!("it is {other} at {step}"),
         }
     }
     panic!("a save has more than {STEPS} steps");
 }
 
+/// What there is of a file of that name and beside it.
+fn saved_as(tick: &Tick, name: &str) -> Vec<PathBuf> {
+    let begins = format!("{name}.save");
+    let is_it = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&begins));
+    strays(tick).into_iter().filter(is_it).collect()
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn virtd_killed_while_it_saves() {
-    killed_at_every_step(true).await;
+    killed_at_every_step(Victims::Virtd, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn virtd_killed_while_it_saves_a_transient_machine() {
+    killed_at_every_step(Victims::Virtd, true).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_killed_at_once() {
+    killed_at_every_step(Victims::Both, false).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_killed_at_once_with_a_transient_machine() {
+    killed_at_every_step(Victims::Both, true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_killed_while_it_is_saved() {
-    killed_at_every_step(false).await;
+    killed_at_every_step(Victims::Qemu, false).await;
 }
 
 /// QEMU of the system bus runs as another user, behind its wall: neither sees the file.

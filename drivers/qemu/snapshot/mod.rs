@@ -42,6 +42,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -152,6 +153,10 @@ impl SavedMachines for QemuDriver {
         journal: Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
         self.operation_for(machine, &journal).await?.save(request, &journal).await
+    }
+
+    async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError> {
+        save::settle(&self.0.workers, machine, note, !matches!(self.0.privileges, Privileges::Ours)).await
     }
 
     async fn read_saved(&self, file: PathBuf) -> Result<SavedState, DriverError> {

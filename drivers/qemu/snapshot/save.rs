@@ -186,15 +186,8 @@ impl Operation {
 
     /// A file that is complete gets its name, if it has it not yet.
     async fn name_saved(&self, note: &Save) -> Result<(), DriverError> {
-        let (part, file) = (note.part.clone(), note.file.clone());
-        self.with_images(&note.file, move |images| {
-            if !Seen::at(&part).named {
-                return Ok(());
-            }
-            check_place(&file, &Seen::at(&file))?;
-            named(&part, &file, images.user.is_some())
-        })
-        .await
+        let note = note.clone();
+        self.with_images(&note.file.clone(), move |images| name(&note, images.user.is_some())).await
     }
 
     async fn undo_save(&self, note: &Save) -> Result<(), DriverError> {
@@ -233,6 +226,36 @@ impl Operation {
     pub(super) async fn is_sent(&self, body: &Body) -> Result<bool, DriverError> {
         Ok(body.patiently("query-status", json!({})).await?["status"] == "postmigrate")
     }
+}
+
+/// A file that is complete gets its name, if it has it not yet. Blocks.
+fn name(note: &Save, wary: bool) -> Result<(), DriverError> {
+    if !Seen::at(&note.part).named {
+        return Ok(());
+    }
+    check_place(&note.file, &Seen::at(&note.file))?;
+    named(&note.part, &note.file, wary)
+}
+
+/// Makes a save whole of which only its note is left. `wary`: as root among others.
+pub async fn settle(
+    workers: &Workers,
+    machine: Uuid,
+    note: serde_json::Value,
+    wary: bool,
+) -> Result<String, DriverError> {
+    let note = serde_json::from_value(note);
+    let note = note.map_err(|e| DriverError::Internal(format!("the note of a save cannot be read: {e}")))?;
+    let Note::Save(note) = note else { return Err(DriverError::Internal("a note of something else".to_owned())) };
+    let errand = Errand::new(machine, note.file.display().to_string());
+    let settled = workers.run(errand, move |_| {
+        let file = note.file.display();
+        match note.complete {
+            true => name(&note, wary).map(|()| format!("it is saved in {file}")),
+            false => make::remove_file(&note.part, wary).map(|()| format!("nothing of {file} is left")),
+        }
+    });
+    settled.await
 }
 
 /// A plain file, or nothing, and its folder is there.

@@ -120,6 +120,11 @@ impl Domain {
         let journal = self.journal_of(intent.deed.clone(), None, cancel);
         let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
         let _starts = brings_a_guest.then(|| self.will_start(cancel));
+        if let (Deed::Save { .. }, Err(_)) = (&intent.deed, self.still_here()) {
+            let story = self.settle_save(intent.note).await?;
+            journal.end().await?;
+            return Ok(story);
+        }
         if let Deed::Undefine { storage } = intent.deed {
             return self.finish_undefine(storage, &journal).await;
         }

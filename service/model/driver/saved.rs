@@ -15,6 +15,7 @@ use std::any::Any;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 /// What a driver can do with saved machines; what was cut off is made whole by [`super::snapshots::Snapshots::recover`].
 #[async_trait]
@@ -31,6 +32,10 @@ pub trait SavedMachines: Send + Sync {
         request: &SaveRequest,
         journal: Arc<dyn Journal>,
     ) -> Result<(), DriverError>;
+
+    /// Makes whole a save that was cut off, from the last note of its journal, where nothing else is left of the machine: what is
+    /// complete gets its name, what is not is removed. Says what was done, for people.
+    async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError>;
 
     /// Opens a file, and holds what it says of the machine, and its length, to what was written. Errors: `Argument` if it is no
     /// saved machine or not whole, `Unsupported` for one of another program, `Storage` if it cannot be read.
