@@ -214,7 +214,11 @@ impl Monitor {
         self.patiently("migrate-set-capabilities", events).await?;
         self.patiently("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 })).await?;
         self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file.into()]).await?;
-        self.patiently("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        if let Err(error) = self.patiently("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await {
+            // Whoever reads at its other end would wait for more.
+            let _ = self.patiently("closefd", json!({ "fdname": CHANNEL })).await;
+            return Err(error);
+        }
         let mut asked_to_stop = false;
         loop {
             let before = self.reporter.heard().jobs;

@@ -84,6 +84,10 @@ pub(crate) enum Deed {
     Delete {
         name: String,
     },
+    /// The machine is saved in this file, and its guest ended.
+    Save {
+        file: PathBuf,
+    },
     /// The machine itself, with these files.
     Undefine {
         storage: Vec<StoredFile>,

@@ -22,6 +22,7 @@ impl Operation {
             Note::Park => self.recover_parked().await,
             Note::Revert(note) => self.recover_revert(note).await,
             Note::Delete(note) => self.recover_delete(note).await,
+            Note::Save(note) => self.recover_save(note).await,
         }
     }
 

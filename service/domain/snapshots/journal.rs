@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
+use virt_model::state::Stopped;
 
 /// See the module.
 pub(in crate::domain) struct DomainJournal {
@@ -43,7 +44,7 @@ impl DomainJournal {
         let intent = lock(&self.intent).clone();
         match intent.deed {
             Deed::Revert { .. } | Deed::Undefine { .. } => self.keep(intent).await?,
-            Deed::Create { .. } | Deed::Delete { .. } => {}
+            Deed::Create { .. } | Deed::Delete { .. } | Deed::Save { .. } => {}
         }
         self.step("begun");
         Ok(())
@@ -148,6 +149,12 @@ impl Journal for DomainJournal {
 
     fn part_done(&self, done: u64, total: u64) {
         self.job.iter().for_each(|job| job.part_done(done, total));
+    }
+
+    fn memory_written(&self) {
+        if let Ok(guest) = self.domain.guest() {
+            self.domain.expect_end(guest.id, Stopped::Saved);
+        }
     }
 
     fn point_of_no_return(&self) {
