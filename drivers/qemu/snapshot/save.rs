@@ -106,7 +106,7 @@ impl Operation {
             body.patiently("stop", json!({})).await?;
             journal.step("stopped");
         }
-        let wary = self.images.user.is_some();
+        let wary = self.images.lender.is_wary();
         let (part, room, text) = (note.part.clone(), at_most(&telling), configuration.clone());
         let begun = self.with_images(&note.part, move |_| {
             let mut file = make::new_file(&part, wary).map_err(|e| stored(&part, &e))?;
@@ -187,13 +187,14 @@ impl Operation {
     /// A file that is complete gets its name, if it has it not yet.
     async fn name_saved(&self, note: &Save) -> Result<(), DriverError> {
         let note = note.clone();
-        self.with_images(&note.file.clone(), move |images| name(&note, images.user.is_some())).await
+        self.with_images(&note.file.clone(), move |images| name(&note, images.lender.is_wary())).await
     }
 
     async fn undo_save(&self, note: &Save) -> Result<(), DriverError> {
         self.goes_to_its_end();
         let part = note.part.clone();
-        let removed = self.with_images(&note.part, move |images| make::remove_file(&part, images.user.is_some())).await;
+        let removed =
+            self.with_images(&note.part, move |images| make::remove_file(&part, images.lender.is_wary())).await;
         self.go_on(self.machine.running || note.resume).await?;
         removed
     }
