@@ -15,6 +15,9 @@ async fn boots_and_powers_off_when_asked() {
     let Some(house) = House::session() else { return };
     let mut guest = house.tick(POWER_OFF).await;
     assert_eq!(guest.seen.record()["phase"], "running");
+    let said = guest.seen.recorder.said().expect("as what it will run was said");
+    assert_eq!(said.devices.disks, guest.live.devices.disks);
+    assert!(said.devices.disks.iter().all(|disk| disk.info.alias.is_some()));
     guest.serial.says("B00000001").await;
     assert_eq!(guest.seen.reported(), None, "a start reports nothing");
     guest.instance.shutdown(ShutdownMode::Default).await.unwrap();
