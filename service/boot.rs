@@ -86,8 +86,8 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     let left_behind: Vec<_> = snapshots.into_iter().map(|(uuid, left)| (uuid, left.intent)).collect();
     for (uuid, intent) in &left_behind {
         // Its guest has ended, and it was transient.
-        if let (Some(Intent { deed: Deed::Save { .. }, note }), None) = (intent, domains.get(*uuid)) {
-            looked_at.spawn(settle_save(shared.clone(), *uuid, note.clone()));
+        if let (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), None) = (intent, domains.get(*uuid)) {
+            looked_at.spawn(settle_save(shared.clone(), *uuid, intent.clone()));
         }
     }
     let _ = timeout(LOOK, looked_at.join_all()).await;
@@ -109,17 +109,17 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
 }
 
 /// Makes whole the save of a machine of which nothing else is left.
-async fn settle_save(shared: Arc<Shared>, uuid: Uuid, note: Option<serde_json::Value>) {
+async fn settle_save(shared: Arc<Shared>, uuid: Uuid, intent: Intent) {
     let settled = async {
         let driver = shared.drivers.iter().find_map(|driver| driver.saved_machines());
-        let story = match (driver, note) {
+        let story = match (driver, intent.note.clone()) {
             (Some(driver), Some(note)) => {
                 driver.settle_save(uuid, note).await.map_err(|e| Error::StorageFailed(e.to_string()))?
             }
             _ => "nothing had been changed".to_owned(),
         };
         let on = shared.clone();
-        on_disk(move || on.store.remove_intent(uuid)).await?;
+        on_disk(move || on.store.remove_this_intent(uuid, &intent)).await?;
         Ok::<_, Error>(story)
     };
     match settled.await {

@@ -57,7 +57,7 @@ impl Service {
             ..StartOptions::default()
         };
         // The file says which: it is as good as a document that was given.
-        let (def, domain) = self.accept_to_start(caller, &xml, &[&verb::CREATE]).await?;
+        let (def, domain) = self.accept_to_start(caller, &xml, &[&verb::RESTORE, &verb::CREATE]).await?;
         let ticket = domain.launch_saved(caller, def, saved, start).await?;
         Ok((domain, ticket))
     }

@@ -82,7 +82,7 @@ pub enum Unusable {
 }
 
 /// A file whose header is still to be written.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Draft {
     stream: u64,
 }

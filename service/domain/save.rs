@@ -147,13 +147,17 @@ impl Domain {
             }
         };
         let standing = lock(&self.state).state == DomainState::Paused;
-        let deed = format!("cannot save domain '{}'", self.name());
-        let replaced = [file.clone()];
-        let remedy = "choose another file";
-        self.shared.images.refuse_in_use(&deed, &replaced, Fate::Removed, None, remedy).await?;
+        self.refuse_to_replace(&file).await?;
         let request = SaveRequest { file, def, paused: then.stands(standing) };
         saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
         Ok(Planned { machine, request })
+    }
+
+    /// Refuses a file that a machine stands on.
+    pub(super) async fn refuse_to_replace(&self, file: &Path) -> Result<()> {
+        let deed = format!("cannot save domain '{}'", self.name());
+        let remedy = "choose another file";
+        self.shared.images.refuse_in_use(&deed, &[file.to_owned()], Fate::Removed, None, remedy).await
     }
 
     /// Refuses `what` where the guest would notice.

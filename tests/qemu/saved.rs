@@ -189,7 +189,7 @@ async fn a_disk_that_has_changed_is_named() {
     let before = std::fs::read(&tick.disk).expect("read");
     let taken = Command::new("qemu-img").args(["snapshot", "-c", "beside"]).arg(&tick.disk).status();
     assert!(taken.expect("qemu-img").success());
-    refused(restore(&client, &file, &[]).await, "OperationInvalid", &["vda", "length", "force-boot"]);
+    refused(restore(&client, &file, &[]).await, "OperationInvalid", &["vda", "length", "without its memory"]);
     std::fs::write(&tick.disk, &before).expect("as it was");
     restore(&client, &file, &[("paused", Variant::from(true))]).await.expect("it is as it was");
     save(&domain, &file, &[]).await.expect("saved");

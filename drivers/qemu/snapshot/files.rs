@@ -205,16 +205,6 @@ pub fn finished(part: &Path, path: &Path, wary: bool) -> Result<u64, DriverError
     done().map_err(|e: io::Error| stored(path, &e))
 }
 
-/// The same of what is on disk already.
-pub fn named(part: &Path, path: &Path, wary: bool) -> Result<(), DriverError> {
-    let done = || {
-        let to = Place::resolve(path, wary)?;
-        Place::resolve(part, wary)?.rename_to(&to)?;
-        to.sync_folder()
-    };
-    done().map_err(|e: io::Error| stored(path, &e))
-}
-
 /// An empty file, where nothing is, or an empty file. Its owner is whose the base is, and not QEMU's user: what an image
 /// names to stand on counts as chosen by its owner.
 pub fn make_empty(path: &Path, base: &Path, wary: bool) -> Result<(), DriverError> {

@@ -20,6 +20,7 @@ mod files;
 mod frozen;
 mod internal;
 mod merge;
+mod naming;
 mod note;
 mod park;
 mod parts;

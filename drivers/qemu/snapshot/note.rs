@@ -121,6 +121,9 @@ pub struct Save {
     /// The file that is written, and the one that it becomes.
     pub part: PathBuf,
     pub file: PathBuf,
+    /// The number of what is written in its file system, once it has been made.
+    #[serde(default)]
+    pub number: Option<u64>,
     /// The CPUs ran, and go on if it comes to nothing.
     pub resume: bool,
     /// It is whole: from here on the machine is saved.

@@ -49,7 +49,7 @@ impl Operation {
     async fn recover_external(&self, note: CreateExternal) -> Result<Recovered, DriverError> {
         if let Some(body) = &self.body {
             // A migration to a file ends with the descriptor's reader, or is given up.
-            let _ = body.patiently("migrate_cancel", serde_json::json!({})).await;
+            body.line()?.end_migration().await?;
         }
         let stands = match (&self.body, &note.complete) {
             (_, None) => false,

@@ -8,10 +8,11 @@
 //!    └── undone: it is removed, the guest goes on ──┘        └── finished: named, if it is not yet; the guest ends
 //! ```
 
+use super::super::expanded;
 use super::super::instance::Body;
-use super::super::{expanded, make};
 use super::external::Quiet;
-use super::files::{RESERVE, beside, check_space, named, stored};
+use super::files::{RESERVE, beside, check_space, stored};
+use super::naming::{Naming, Written};
 use super::note::{Note, Save, written};
 use super::{Operation, cannot, undone};
 use crate::host::files::{Seen, What};
@@ -21,6 +22,7 @@ use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable, pump};
 use crate::host::workers::{Errand, Stop, Workers};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -71,34 +73,50 @@ impl Operation {
         let mut note = Save {
             part: beside(&request.file),
             file: request.file.clone(),
+            number: None,
             resume: self.machine.running,
             complete: false,
         };
         journal.note(written(&Note::Save(note.clone()))?).await?;
         // Whether it comes to its end or goes on as before: that it stood is nobody's business.
         let _quiet = self.body.as_ref().map(Quiet::keep);
-        match self.write_saved(request, &mut note, journal).await {
-            Ok(()) => Ok(()),
-            Err(error) => {
-                if note.complete {
-                    // Or whoever finds that would finish it.
-                    note.complete = false;
-                    let noted = async { journal.note(written(&Note::Save(note.clone()))?).await };
-                    if let Err(why) = noted.await {
-                        return Err(undone(error, Err(why)));
-                    }
+        let begun = match self.begin_saved(request, &mut note, journal).await {
+            Ok(begun) => begun,
+            Err(error) => return Err(undone(error, self.undo_save(&note, None).await)),
+        };
+        let error = match self.write_saved(&mut note, &begun, journal).await {
+            Ok(()) => match self.name_saved(&note, Some(begun.held.clone())).await {
+                Ok(Naming::Named) => {
+                    journal.step("named");
+                    return Ok(());
                 }
-                Err(undone(error, self.undo_save(&note).await))
+                Ok(Naming::Beside(error)) => error,
+                Ok(Naming::Lost) => lost(&note),
+                // It may have its name: only who looks again can tell.
+                Err(error) => {
+                    return Err(DriverError::HalfDone(format!("it may be saved, which shows later: {error}")));
+                }
+            },
+            Err(error) => error,
+        };
+        if note.complete {
+            // Whoever finds the other note looks for what is removed now, and finds that it is not there.
+            note.complete = false;
+            let noted = async { journal.note(written(&Note::Save(note.clone()))?).await };
+            if let Err(why) = noted.await {
+                tracing::warn!(uuid = %self.machine.def.uuid, %why, "a save that is undone is noted as complete");
             }
         }
+        Err(undone(error, self.undo_save(&note, Some(begun.held)).await))
     }
 
-    async fn write_saved(
+    /// Has the guest stand, makes the file beside, and notes which that is.
+    async fn begin_saved(
         &self,
         request: &SaveRequest,
         note: &mut Save,
         journal: &Arc<dyn Journal>,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Begun, DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let configuration = request.def.write(Form::STORED);
         let telling = self.telling(body, request).await?;
@@ -107,19 +125,33 @@ impl Operation {
             journal.step("stopped");
         }
         let wary = self.images.lender.is_wary();
-        let (part, room, text) = (note.part.clone(), at_most(&telling), configuration.clone());
+        let (wanted, part, room) = (note.clone(), note.part.clone(), at_most(&telling));
+        let text = configuration.clone();
         let begun = self.with_images(&note.part, move |_| {
-            let mut file = make::new_file(&part, wary).map_err(|e| stored(&part, &e))?;
+            let mut held = Written::find(&wanted, wary)?;
+            let mut file = held.create()?;
             let draft = Draft::begin(&mut file, &room, &text).map_err(|e| stored(&part, &e))?;
-            Ok((file, draft))
+            Ok((Arc::new(held), file, draft))
         });
-        let (file, draft) = begun.await?;
+        let (held, file, draft) = begun.await?;
         journal.step("file");
-        let moved = self.move_memory(body, &note.part, &file, journal).await?;
+        note.number = held.number();
+        let begun = Begun { held, file, draft, telling, configuration };
+        journal.note(written(&Note::Save(note.clone()))?).await?;
+        Ok(begun)
+    }
+
+    /// Writes all of it, and notes that it is complete; that may be on disk where this fails and the note says it.
+    async fn write_saved(&self, note: &mut Save, begun: &Begun, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+        let body = self.body.as_ref().ok_or(DriverError::Gone)?;
+        let Begun { file, draft, telling, configuration, .. } = begun;
+        let moved = self.move_memory(body, &note.part, file, journal).await?;
         journal.memory_written();
         journal.step("memory");
         let part = note.part.clone();
         let bytes = self.machine.def.memory_kib() << 10;
+        let file = file.try_clone().map_err(|e| stored(&note.part, &e))?;
+        let (draft, telling, configuration) = (draft.clone(), telling.clone(), configuration.clone());
         self.with_images_of(&note.part, bytes, move |_| {
             // QEMU has let go of its images: as they are now they stay.
             let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
@@ -132,13 +164,12 @@ impl Operation {
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
         }
+        // That was asked before all was written, which may be long ago.
+        journal.may_replace(&note.file).await?;
         journal.point_of_no_return();
         self.goes_to_its_end();
         note.complete = true;
-        journal.note(written(&Note::Save(note.clone()))?).await?;
-        self.name_saved(note).await?;
-        journal.step("named");
-        Ok(())
+        journal.note(written(&Note::Save(note.clone()))?).await
     }
 
     /// Has QEMU write its memory into the file, by a pipe. The CPUs stand.
@@ -184,32 +215,49 @@ impl Operation {
         })
     }
 
-    /// A file that is complete gets its name, if it has it not yet.
-    async fn name_saved(&self, note: &Save) -> Result<(), DriverError> {
+    /// A file that is complete gets its name, if it has it not yet. An error says nothing of which name it has then.
+    async fn name_saved(&self, note: &Save, held: Option<Arc<Written>>) -> Result<Naming, DriverError> {
         let note = note.clone();
-        self.with_images(&note.file.clone(), move |images| name(&note, images.lender.is_wary())).await
+        self.with_images(&note.file.clone(), move |images| found(&note, held, images.lender.is_wary())?.name()).await
     }
 
-    async fn undo_save(&self, note: &Save) -> Result<(), DriverError> {
+    async fn undo_save(&self, note: &Save, held: Option<Arc<Written>>) -> Result<(), DriverError> {
         self.goes_to_its_end();
-        let part = note.part.clone();
+        let (what, note) = (note.part.clone(), note.clone());
+        let resume = self.machine.running || note.resume;
         let removed =
-            self.with_images(&note.part, move |images| make::remove_file(&part, images.lender.is_wary())).await;
-        self.go_on(self.machine.running || note.resume).await?;
+            self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await;
+        self.go_on(resume).await?;
         removed
     }
 
     pub(super) async fn recover_save(&self, note: Save) -> Result<Recovered, DriverError> {
-        if note.complete {
-            self.name_saved(&note).await?;
-            return Ok(Recovered::Saved(note.file));
+        let file = note.file.display();
+        if note.complete && !self.has_gone_on().await? {
+            match self.name_saved(&note, None).await? {
+                Naming::Named => return Ok(Recovered::Saved(note.file)),
+                Naming::Beside(error) if self.body.is_none() => return Err(error),
+                Naming::Beside(error) => tracing::warn!(uuid = %self.machine.def.uuid, %error, "its guest goes on"),
+                Naming::Lost if self.body.is_none() => return Ok(Recovered::Undone { story: lost(&note).to_string() }),
+                Naming::Lost => {}
+            }
         }
         if let Some(body) = &self.body {
             // Its memory goes nowhere: whoever took it is no more.
-            let _ = body.patiently("migrate_cancel", json!({})).await;
+            body.line()?.end_migration().await?;
         }
-        self.undo_save(&note).await?;
-        Ok(Recovered::Undone { story: format!("nothing of {} is left", note.file.display()) })
+        self.undo_save(&note, None).await?;
+        Ok(Recovered::Undone { story: format!("nothing of {file} is left") })
+    }
+
+    /// Whether the guest runs: what was saved of it is not what it is any more.
+    async fn has_gone_on(&self) -> Result<bool, DriverError> {
+        let Some(body) = &self.body else { return Ok(false) };
+        match body.patiently("query-status", json!({})).await {
+            Ok(told) => Ok(told["status"] == "running"),
+            Err(DriverError::Gone) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     /// Why the memory of the guest is good for nothing elsewhere, if so.
@@ -229,13 +277,27 @@ impl Operation {
     }
 }
 
-/// A file that is complete gets its name, if it has it not yet. Blocks.
-fn name(note: &Save, wary: bool) -> Result<(), DriverError> {
-    if !Seen::at(&note.part).named {
-        return Ok(());
+/// A file that is being written.
+struct Begun {
+    held: Arc<Written>,
+    file: File,
+    draft: Draft,
+    telling: Telling,
+    configuration: String,
+}
+
+/// What is held of it, or else what its note means now. Blocks.
+fn found(note: &Save, held: Option<Arc<Written>>, wary: bool) -> Result<Arc<Written>, DriverError> {
+    match held {
+        Some(held) => Ok(held),
+        None => Written::find(note, wary).map(Arc::new),
     }
-    check_place(&note.file, &Seen::at(&note.file))?;
-    named(&note.part, &note.file, wary)
+}
+
+/// What was complete is under neither of its names.
+fn lost(note: &Save) -> DriverError {
+    let (part, file) = (note.part.display(), note.file.display());
+    DriverError::Storage(format!("what was saved is neither {part} nor {file}: somebody has moved or removed it"))
 }
 
 /// Makes a save whole of which only its note is left. `wary`: as root among others.
@@ -251,9 +313,14 @@ pub async fn settle(
     let errand = Errand::new(machine, note.file.display().to_string());
     let settled = workers.run(errand, move |_| {
         let file = note.file.display();
+        let found = Written::find(&note, wary)?;
         match note.complete {
-            true => name(&note, wary).map(|()| format!("it is saved in {file}")),
-            false => make::remove_file(&note.part, wary).map(|()| format!("nothing of {file} is left")),
+            true => match found.name()? {
+                Naming::Named => Ok(format!("it is saved in {file}")),
+                Naming::Beside(error) => Err(error),
+                Naming::Lost => Ok(lost(&note).to_string()),
+            },
+            false => found.remove().map(|()| format!("nothing of {file} is left")),
         }
     });
     settled.await
@@ -381,13 +448,19 @@ pub async fn verify(
     let named: Vec<PathBuf> = def.devices.disks.iter().flat_map(|disk| disk.files()).collect();
     let errand = Errand::new(def.uuid, path.display().to_string()).of(saved.length()).until(cancel);
     let looked = workers.run(errand, move |stop| {
+        let mut seen = BTreeSet::new();
         for disk in saved.telling.disks.iter().filter(|disk| named.contains(&disk.path)) {
+            stop.check()?;
+            if !seen.insert(&disk.path) {
+                let (path, twice) = (path.display(), disk.path.display());
+                return Err(DriverError::Argument(format!("{path}: it tells twice how {twice} looked")));
+            }
             let change = disk.look.change(&disk.path).map_err(|e| stored(&disk.path, &e))?;
             if let Some(change) = change {
                 let (target, file, change) = (&disk.target, disk.path.display(), change.as_str());
                 return Err(DriverError::Refused(format!(
                     "disk '{target}' is not as it was when the machine was saved: {file} {change}; put it back as it was, or \
-                     start the machine without its memory (Start with force-boot)"
+                     start the machine anew, without its memory"
                 )));
             }
         }

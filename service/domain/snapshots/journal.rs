@@ -7,6 +7,7 @@ use crate::job::Job;
 use crate::lock::lock;
 use crate::store::{Current, Deed, Intent, Record, on_disk};
 use async_trait::async_trait;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
@@ -155,6 +156,11 @@ impl Journal for DomainJournal {
         if let Ok(guest) = self.domain.guest() {
             self.domain.expect_end(guest.id, Stopped::Saved);
         }
+    }
+
+    async fn may_replace(&self, file: &Path) -> Result<(), DriverError> {
+        let free = self.domain.refuse_to_replace(file).await;
+        free.map_err(|e| DriverError::Refused(e.to_string()))
     }
 
     fn point_of_no_return(&self) {

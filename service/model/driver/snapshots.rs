@@ -18,7 +18,7 @@ use crate::domain::cpu::Cpu;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -406,6 +406,11 @@ pub trait Journal: Send + Sync {
 
     /// All of a guest that is being saved is written: however it ends from here on, unless the save fails, it ends as saved.
     fn memory_written(&self) {}
+
+    /// Refuses to replace a file that a machine stands on by now.
+    async fn may_replace(&self, _file: &Path) -> Result<(), DriverError> {
+        Ok(())
+    }
 
     /// From here on it cannot be cancelled.
     fn point_of_no_return(&self);
