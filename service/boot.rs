@@ -83,10 +83,17 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
             drop(looked);
         });
     }
+    let left_behind: Vec<_> = snapshots.into_iter().map(|(uuid, left)| (uuid, left.intent)).collect();
+    for (uuid, intent) in &left_behind {
+        // Its guest has ended, and it was transient.
+        if let (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), None) = (intent, domains.get(*uuid)) {
+            looked_at.spawn(settle_save(shared.clone(), *uuid, intent.clone()));
+        }
+    }
     let _ = timeout(LOOK, looked_at.join_all()).await;
-    for (uuid, left) in snapshots {
+    for (uuid, intent) in left_behind {
         // Its definition went before: all that it was to be removed with is gone.
-        if let (Some(Intent { deed: Deed::Undefine { .. }, .. }), None) = (left.intent, domains.get(uuid)) {
+        if let (Some(Intent { deed: Deed::Undefine { .. }, .. }), None) = (intent, domains.get(uuid)) {
             let on = shared.clone();
             on_disk(move || on.store.forget_snapshots(uuid)).await?;
             tracing::warn!(%uuid, "its removal with its storage was cut off: it is undefined, and its storage removed");
@@ -99,6 +106,28 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
         domain.announce();
     }
     Ok(())
+}
+
+/// Makes whole the save of a machine of which nothing else is left.
+async fn settle_save(shared: Arc<Shared>, uuid: Uuid, intent: Intent) {
+    let settled = async {
+        let driver = shared.drivers.iter().find_map(|driver| driver.saved_machines());
+        let story = match (driver, intent.note.clone()) {
+            (Some(driver), Some(note)) => {
+                driver.settle_save(uuid, note).await.map_err(|e| Error::StorageFailed(e.to_string()))?
+            }
+            _ => "nothing had been changed".to_owned(),
+        };
+        let on = shared.clone();
+        on_disk(move || on.store.remove_this_intent(uuid, &intent)).await?;
+        Ok::<_, Error>(story)
+    };
+    match settled.await {
+        Ok(story) => tracing::warn!(%uuid, "saving it was cut off: {story}"),
+        Err(error) => {
+            tracing::error!(%uuid, %error, "saving it was cut off, and the next start of virtd looks at it again")
+        }
+    }
 }
 
 /// Does `first`, then makes the domain whole, in a task that has its turn from now on.

@@ -76,21 +76,29 @@ impl Service {
     }
 
     async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let accepted = self.accept(caller, xml, &[&verb::CREATE, &verb::START], false).await?;
-        let Accepted { def, driver, claimed, .. } = accepted;
-        match claimed {
-            Claimed::Existing(domain) => {
-                let ticket = domain.launch(caller, Some(def), options).await?;
-                Ok((domain, ticket))
-            }
+        let (def, domain) = self.accept_to_start(caller, xml, &[&verb::CREATE, &verb::START]).await?;
+        let ticket = domain.launch(caller, Some(def), options).await?;
+        Ok((domain, ticket))
+    }
+
+    /// The domain of a document that is to be started, for whoever may do all of `verbs`: the inactive one of its uuid and name, or
+    /// a new one. Nobody has found that yet, so it is there to be started; if it comes to nothing, it goes by itself.
+    pub(crate) async fn accept_to_start(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        verbs: &[&Verb],
+    ) -> Result<(Arc<DomainDef>, Arc<Domain>)> {
+        let Accepted { def, driver, claimed, .. } = self.accept(caller, xml, verbs, false).await?;
+        let domain = match claimed {
+            Claimed::Existing(domain) => domain,
             Claimed::New => {
                 let domain = self.new_domain(caller, driver, &def, None).await?;
                 self.domains.insert(domain.clone());
-                // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
-                let ticket = domain.launch(caller, Some(def), options).await?;
-                Ok((domain, ticket))
+                domain
             }
-        }
+        };
+        Ok((def, domain))
     }
 
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.

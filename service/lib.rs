@@ -19,6 +19,7 @@ mod lines;
 mod lock;
 pub mod log;
 mod registry;
+mod restore;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
@@ -29,9 +30,10 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, StartOptions, UndefineCheck,
-    UndefineOptions,
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, Resumption, RevertOptions, SaveOptions,
+    StartOptions, UndefineCheck, UndefineOptions,
 };
+pub use restore::RestoreOptions;
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 

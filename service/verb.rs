@@ -39,6 +39,8 @@ pub enum When {
     Running,
     /// The guest's CPUs are stopped, and can go on.
     Paused,
+    /// The guest's CPUs run, or are stopped and can go on from there.
+    RunningOrPaused,
     /// A configuration is stored.
     Persistent,
     /// A configuration is stored, and there is no guest.
@@ -85,6 +87,7 @@ verbs! {
     MANAGER {
         DEFINE = "DefineDomain", Some(Define), Always, "define";
         CREATE = "CreateDomain", Some(Define), Always, "create";
+        RESTORE = "RestoreDomain", Some(Save), Always, "restore";
         VALIDATE = "ValidateDomain", Some(Read), Always, "validate";
         COMPARE = "CompareDomains", Some(Read), Always, "compare";
         NATIVE = "DomainToNative", Some(Read), Always, "translate";
@@ -107,6 +110,7 @@ verbs! {
         DESTROY = "Destroy", Some(Stop), ActiveOrStarting, "destroy";
         SUSPEND = "Suspend", Some(Suspend), Running, "suspend";
         RESUME = "Resume", Some(Suspend), Paused, "resume";
+        SAVE = "Save", Some(Save), RunningOrPaused, "save";
         INJECT_NMI = "InjectNMI", Some(Console), Running, "inject an NMI into";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";

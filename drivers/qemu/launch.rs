@@ -607,6 +607,10 @@ impl MemorySource {
                 let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
                 line.read_memory(opened).await
             }
+            MemorySource::Stream(file) => {
+                let copy = file.try_clone().map_err(|e| DriverError::Internal(format!("a saved machine: {e}")))?;
+                line.read_memory(copy).await
+            }
         }
     }
 }

@@ -70,6 +70,11 @@ impl State {
                 DomainState::Running | DomainState::Idle => Err(self.refusal(verb, "there is nothing to resume")),
                 _ => Err(self.refusal(verb, "reset or destroy it")),
             }),
+            When::RunningOrPaused => self.running().and_then(|_| match self.state {
+                DomainState::Running | DomainState::Idle | DomainState::Paused => Ok(()),
+                DomainState::PmSuspended => Err(self.refusal(verb, "it sleeps; wake it first, or destroy it")),
+                _ => Err(self.refusal(verb, "reset or destroy it")),
+            }),
             When::Persistent => self.is_persistent(verb),
             When::InactivePersistent => {
                 self.is_persistent(verb)?;

@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::saved::SavedState;
 use virt_model::driver::snapshots::StartFrom;
 use virt_model::driver::{Accepted, DriverError, Launch, Running, ShutdownMode};
 use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, Stopped, Suspended};
@@ -120,7 +121,7 @@ impl Domain {
 
     /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
     /// another name by now.
-    fn def_to_start(&self, given: Option<&Arc<DomainDef>>) -> Result<Arc<DomainDef>> {
+    pub(super) fn def_to_start(&self, given: Option<&Arc<DomainDef>>) -> Result<Arc<DomainDef>> {
         let (name, stored) = {
             let state = lock(&self.state);
             state.still_here()?;
@@ -158,8 +159,12 @@ impl Domain {
         }
         let id = self.shared.next_id();
         let (told, from, accepted) = match origin {
-            Origin::PowerOff(accepted) => (Told { options, from_snapshot: false }, None, accepted),
-            Origin::Snapshot(from) => (Told { options, from_snapshot: true }, from, Accepted::default()),
+            Origin::PowerOff(accepted) => (Told { options, how: Started::Booted }, None, accepted),
+            Origin::Snapshot(from) => (Told { options, how: Started::FromSnapshot }, from, Accepted::default()),
+            Origin::Saved(saved) => {
+                let from = Box::new(StartFrom::Saved(*saved));
+                (Told { options, how: Started::Restored }, Some(from), Accepted::default())
+            }
         };
         let status = self.shared.store.status_file_of_start(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
@@ -275,7 +280,7 @@ impl Domain {
     }
 
     /// A transient domain is there from the moment its start is accepted.
-    fn announce_transient(&self) {
+    pub(super) fn announce_transient(&self) {
         let transient = lock(&self.state).stored.is_none();
         if transient {
             self.announce();
@@ -422,7 +427,7 @@ impl Domain {
     }
 
     /// The guest goes on after all.
-    fn expect_no_end(&self, id: u32) {
+    pub(super) fn expect_no_end(&self, id: u32) {
         if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
             guest.ending = None;
         }
@@ -484,37 +489,37 @@ pub(super) enum Origin {
     PowerOff(Accepted),
     /// A snapshot: its memory, or power off where it has none.
     Snapshot(Option<Box<StartFrom>>),
+    /// A saved machine, which has been verified.
+    Saved(Box<SavedState>),
 }
 
 /// What is told of a start.
 #[derive(Clone, Copy)]
 struct Told {
     options: StartOptions,
-    from_snapshot: bool,
+    how: Started,
 }
 
 impl Told {
     fn state(self) -> (DomainState, StateReason) {
         let state = if self.options.paused { DomainState::Paused } else { DomainState::Running };
-        let reason = match self.options.paused {
-            _ if self.from_snapshot => StateReason::FromSnapshot,
-            true => StateReason::User,
-            false => StateReason::Booted,
+        let reason = match (self.how, self.options.paused) {
+            (Started::FromSnapshot, _) => StateReason::FromSnapshot,
+            (Started::Restored, _) => StateReason::Restored,
+            (_, true) => StateReason::User,
+            (_, false) => StateReason::Booted,
         };
         (state, reason)
     }
 
     fn events(self) -> Vec<Lifecycle> {
-        match (self.from_snapshot, self.options.paused) {
-            (false, false) => vec![Lifecycle::Started(Started::Booted)],
-            (false, true) => vec![Lifecycle::Started(Started::Booted), Lifecycle::Suspended(Suspended::Paused)],
-            (true, paused) => {
-                let settled = match paused {
-                    true => Lifecycle::Suspended(Suspended::FromSnapshot),
-                    false => Lifecycle::Resumed(Resumed::FromSnapshot),
-                };
-                vec![Lifecycle::Started(Started::FromSnapshot), settled]
-            }
-        }
+        let settled = match (self.how, self.options.paused) {
+            (Started::FromSnapshot, true) => Some(Lifecycle::Suspended(Suspended::FromSnapshot)),
+            (Started::FromSnapshot, false) => Some(Lifecycle::Resumed(Resumed::FromSnapshot)),
+            (Started::Restored, true) => Some(Lifecycle::Suspended(Suspended::Restored)),
+            (_, true) => Some(Lifecycle::Suspended(Suspended::Paused)),
+            (_, false) => None,
+        };
+        [Lifecycle::Started(self.how)].into_iter().chain(settled).collect()
     }
 }

@@ -13,6 +13,7 @@ mod images;
 mod lifecycle;
 mod media;
 mod reports;
+mod save;
 mod snapshots;
 mod state;
 mod undefine;
@@ -20,6 +21,8 @@ mod undefine;
 pub use config::Affect;
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
+pub(crate) use save::absolute;
+pub use save::{Resumption, SaveOptions};
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
 pub use undefine::{UndefineCheck, UndefineOptions};
 

@@ -5,6 +5,7 @@
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
 pub mod reports;
+pub mod saved;
 pub mod snapshots;
 
 use crate::domain::DomainDef;
@@ -124,6 +125,11 @@ pub trait Driver: Send + Sync {
 
     /// Snapshots, where the driver has them.
     fn snapshots(&self) -> Option<&dyn snapshots::Snapshots> {
+        None
+    }
+
+    /// Machines saved in files, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
+    fn saved_machines(&self) -> Option<&dyn saved::SavedMachines> {
         None
     }
 
@@ -371,6 +377,9 @@ pub enum DriverError {
     /// This hypervisor cannot do it, now or at all.
     #[error("{0}")]
     Unsupported(String),
+    /// What a caller gave is not what is asked for: a file that is none of the kind.
+    #[error("{0}")]
+    Argument(String),
     /// The guest has no agent that answers.
     #[error("{0}")]
     AgentUnavailable(String),

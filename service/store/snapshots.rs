@@ -84,6 +84,10 @@ pub(crate) enum Deed {
     Delete {
         name: String,
     },
+    /// The machine is saved in this file, and its guest ended.
+    Save {
+        file: PathBuf,
+    },
     /// The machine itself, with these files.
     Undefine {
         storage: Vec<StoredFile>,
@@ -191,6 +195,15 @@ impl Store {
     /// It is done, or undone. To be followed by [`Store::sync_snapshots`].
     pub fn remove_intent(&self, uuid: Uuid) -> Result<()> {
         unlink(&self.snapshots(uuid).join(".intent")).map(drop)
+    }
+
+    /// The same if it is that one still: another operation of the same machine may have begun.
+    pub fn remove_this_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
+        let there: Option<Intent> = read_if_there(&self.snapshots(uuid).join(".intent"))?;
+        match there {
+            Some(there) if json(&there)? == json(intent)? => self.remove_intent(uuid),
+            _ => Ok(()),
+        }
     }
 
     /// What has been removed is removed on disk, too.

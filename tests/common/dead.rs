@@ -51,13 +51,15 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 15] = [
+pub const MEMBERS: [&str; 17] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
+    "Manager.RestoreDomain",
     "Manager.CompareDomains",
     "Manager.DomainToNative",
     "Domain.Start",
+    "Domain.Save",
     "Domain.CheckCreateSnapshot",
     "Domain.CreateSnapshot",
     "Domain.UpdateDevice",
@@ -140,6 +142,10 @@ impl Doomed {
                 );
                 domain.call(method, &(overlay, with([("disk-only", true)]))).await
             }
+            "Manager.RestoreDomain" => {
+                domain.client.call("/org/virt", "org.virt.Manager.RestoreDomain", &(file("saved"), none())).await
+            }
+            "Domain.Save" => domain.call(method, &(file("saved"), none())).await,
             "Domain.UpdateDevice" => {
                 let medium = format!(
                     "<disk type='file' device='cdrom'><source file='{}'/><target dev='sda' bus='sata'/><readonly/></disk>",

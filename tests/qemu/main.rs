@@ -15,6 +15,7 @@ mod parts;
 mod plugged;
 mod records;
 mod revert_matrix;
+mod saved;
 mod snapshots;
 mod snapshots_cpu;
 mod snapshots_cut_off;

@@ -7,11 +7,13 @@ use crate::job::Job;
 use crate::lock::lock;
 use crate::store::{Current, Deed, Intent, Record, on_disk};
 use async_trait::async_trait;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
+use virt_model::state::Stopped;
 
 /// See the module.
 pub(in crate::domain) struct DomainJournal {
@@ -43,7 +45,7 @@ impl DomainJournal {
         let intent = lock(&self.intent).clone();
         match intent.deed {
             Deed::Revert { .. } | Deed::Undefine { .. } => self.keep(intent).await?,
-            Deed::Create { .. } | Deed::Delete { .. } => {}
+            Deed::Create { .. } | Deed::Delete { .. } | Deed::Save { .. } => {}
         }
         self.step("begun");
         Ok(())
@@ -148,6 +150,17 @@ impl Journal for DomainJournal {
 
     fn part_done(&self, done: u64, total: u64) {
         self.job.iter().for_each(|job| job.part_done(done, total));
+    }
+
+    fn memory_written(&self) {
+        if let Ok(guest) = self.domain.guest() {
+            self.domain.expect_end(guest.id, Stopped::Saved);
+        }
+    }
+
+    async fn may_replace(&self, file: &Path) -> Result<(), DriverError> {
+        let free = self.domain.refuse_to_replace(file).await;
+        free.map_err(|e| DriverError::Refused(e.to_string()))
     }
 
     fn point_of_no_return(&self) {

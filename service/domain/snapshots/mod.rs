@@ -122,7 +122,7 @@ impl Domain {
     }
 
     /// The machine as the driver is to see it: what runs, or what is stored.
-    async fn machine(&self) -> Result<Machine> {
+    pub(in crate::domain) async fn machine(&self) -> Result<Machine> {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let folder = on_disk(move || shared.store.snapshot_files(uuid)).await?;
         self.machine_in(folder)

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::snapshots::{Journal as _, Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
+use virt_model::state::StateReason;
 use virt_model::xml::Limits;
 
 impl Domain {
@@ -119,6 +120,11 @@ impl Domain {
         let journal = self.journal_of(intent.deed.clone(), None, cancel);
         let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
         let _starts = brings_a_guest.then(|| self.will_start(cancel));
+        if let (Deed::Save { .. }, Err(_)) = (&intent.deed, self.still_here()) {
+            let story = self.settle_save(intent.note).await?;
+            journal.end().await?;
+            return Ok(story);
+        }
         if let Deed::Undefine { storage } = intent.deed {
             return self.finish_undefine(storage, &journal).await;
         }
@@ -170,6 +176,11 @@ impl Domain {
             }
             (Deed::Delete { name }, Recovered::Undeleted(unfinished)) => {
                 Ok(self.deletion_failed(&name, unfinished, journal).await.to_string())
+            }
+            (Deed::Save { .. }, Recovered::Saved(file)) => {
+                let story = self.finish_save(&file).await?;
+                journal.end().await?;
+                Ok(story)
             }
             (_, Recovered::Undone { story }) => {
                 journal.end().await?;
@@ -232,14 +243,14 @@ impl Domain {
                 match self.start_reverted(&caller, &def, kept, &reverted, how, journal.cancelled()).await {
                     Ok(()) => "its guest has been started again",
                     Err(Error::Cancelled(_)) => {
-                        self.is_off().await;
+                        self.is_off(StateReason::FromSnapshot).await;
                         "it is shut off, since nobody wants its guest any more"
                     }
                     Err(e) => return Err(e),
                 }
             }
             (None, Err(_)) => {
-                self.is_off().await;
+                self.is_off(StateReason::FromSnapshot).await;
                 "it is shut off"
             }
         };
@@ -261,6 +272,7 @@ fn what_is(deed: &Deed) -> &'static str {
         Deed::Create { .. } => "taking a snapshot",
         Deed::Revert { .. } => "a revert",
         Deed::Delete { .. } => "deleting a snapshot",
+        Deed::Save { .. } => "saving it",
         Deed::Undefine { .. } => "its removal with its storage",
     }
 }
