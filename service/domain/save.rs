@@ -9,6 +9,7 @@
 //! is left of the file, or the file is complete and the guest off.
 
 use super::Domain;
+use super::change::Change;
 use super::lifecycle::{Creation, Origin, StartOptions};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
@@ -16,7 +17,7 @@ use crate::images::Fate;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::store::Deed;
-use crate::verb;
+use crate::verb::{self, Verb};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
@@ -64,6 +65,15 @@ pub struct SaveOptions {
     pub cancel_on_disconnect: bool,
 }
 
+/// What a save is to come to.
+pub(super) struct Target {
+    pub file: PathBuf,
+    /// It is the managed save.
+    pub managed: bool,
+    /// The configuration that is kept in place of what runs.
+    pub kept: Option<Arc<DomainDef>>,
+}
+
 /// A save that has been thought through.
 struct Planned {
     machine: Machine,
@@ -97,18 +107,31 @@ impl Domain {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
                 None => None,
             };
-            if change.has_turn() {
-                self.applies(&verb::SAVE)?;
-                self.plan_save(file.clone(), kept.clone(), options.then).await?;
-            }
-            let job = change.open(options.cancel_on_disconnect)?;
-            Ok(job.run(async move |domain, job| {
-                domain.applies(&verb::SAVE)?;
-                let planned = domain.plan_save(file, kept, options.then).await?;
-                domain.save_planned(planned, &job).await
-            }))
+            let target = Target { file, managed: false, kept };
+            self.accept_save(change, &verb::SAVE, target, options.then, options.cancel_on_disconnect).await
         })
         .await
+    }
+
+    /// What all saves are from here on, `verb` being which.
+    pub(super) async fn accept_save(
+        self: &Arc<Self>,
+        change: Change,
+        verb: &'static Verb,
+        target: Target,
+        then: Resumption,
+        departs: bool,
+    ) -> Result<Ticket> {
+        if change.has_turn() {
+            self.applies(verb)?;
+            self.plan_save(&target, then).await?;
+        }
+        let job = change.open(departs)?;
+        Ok(job.run(async move |domain, job| {
+            domain.applies(verb)?;
+            let planned = domain.plan_save(&target, then).await?;
+            domain.save_planned(planned, target.managed, &job).await
+        }))
     }
 
     /// The driver's part.
@@ -135,19 +158,20 @@ impl Domain {
     }
 
     /// What a save would be; refuses what cannot be. Changes nothing.
-    async fn plan_save(&self, file: PathBuf, kept: Option<Arc<DomainDef>>, then: Resumption) -> Result<Planned> {
+    async fn plan_save(&self, target: &Target, then: Resumption) -> Result<Planned> {
         let saves = self.saves()?;
         let machine = self.machine().await?;
-        let def = match kept {
+        let def = match &target.kept {
             None => machine.def.clone(),
             Some(kept) => {
-                let differences = machine.def.compare_abi(&kept, Strictness::Running);
+                let differences = machine.def.compare_abi(kept, Strictness::Running);
                 self.same_machine(&differences, "the document given for it")?;
-                kept
+                kept.clone()
             }
         };
         let standing = lock(&self.state).state == DomainState::Paused;
         let deed = format!("cannot save domain '{}'", self.name());
+        let file = target.file.clone();
         let replaced = [file.clone()];
         let remedy = "choose another file";
         self.shared.images.refuse_in_use(&deed, &replaced, Fate::Removed, None, remedy).await?;
@@ -171,12 +195,12 @@ impl Domain {
         Err(Error::AbiIncompatible(text))
     }
 
-    async fn save_planned(self: &Arc<Self>, planned: Planned, job: &Arc<Job>) -> Result<()> {
+    async fn save_planned(self: &Arc<Self>, planned: Planned, managed: bool, job: &Arc<Job>) -> Result<()> {
         let Planned { machine, request } = planned;
         let guest = self.guest()?;
         // A transient domain must not go before the note that it leaves.
         let _stay = Creation::begin(self)?;
-        let journal = self.journal(Deed::Save { file: request.file.clone() }, job);
+        let journal = self.journal(Deed::Save { file: request.file.clone(), managed }, job);
         journal.begin().await?;
         if let Err(e) = self.saves()?.save(&machine, &request, journal.clone()).await {
             self.expect_no_end(guest.id);
@@ -190,7 +214,7 @@ impl Domain {
     }
 
     /// What ended while it was being saved, and as if it had been, is not: there is no file.
-    async fn is_not_saved(&self) {
+    pub(super) async fn is_not_saved(&self) {
         self.all_told().await;
         let told_so = {
             let state = lock(&self.state);
@@ -206,8 +230,7 @@ impl Domain {
         if let Ok(guest) = self.guest() {
             self.end_as(guest, Stopped::Saved).await?;
         }
-        let known = lock(&self.state).reason == StateReason::Saved;
-        if !known {
+        if !lock(&self.state).is_known_as_saved() {
             self.is_off(StateReason::Saved).await;
         }
         Ok(())
@@ -239,7 +262,8 @@ impl Domain {
         let change = self.change(caller, &verb::RESTORE);
         if change.has_turn() {
             self.applies(&verb::START)?;
-            self.can_be_restored(&*self.def_to_start(Some(&def))?).await?;
+            self.refuse_over_managed_save()?;
+            self.can_be_restored(&*self.def_to_start(Some(&def))?, verb::RESTORE.word).await?;
         }
         let job = change.open(options.cancel_on_disconnect)?;
         let starts = job.has_turn().then(|| self.will_start(job.cancel_token()));
@@ -249,37 +273,40 @@ impl Domain {
             let _creation = creation;
             let cancel = job.cancel_token();
             let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
-            domain.start_saved(&caller, def, saved, options, &job).await
+            domain.refuse_over_managed_save()?;
+            domain.start_saved(&caller, def, saved, options, verb::RESTORE.word, &job).await
         }))
     }
 
-    async fn start_saved(
+    /// The start itself, which is called `word`.
+    pub(super) async fn start_saved(
         self: &Arc<Self>,
         caller: &Caller,
         def: Arc<DomainDef>,
         saved: SavedState,
         options: StartOptions,
+        word: &str,
         job: &Arc<Job>,
     ) -> Result<()> {
         let def = self.def_to_start(Some(&def))?;
-        self.can_be_restored(&def).await?;
+        self.can_be_restored(&def, word).await?;
         let progress = {
             let job = job.clone();
             Arc::new(move |done, total| job.progress(done, total))
         };
         let verified = self.saves()?.verify_saved(&saved, &def, progress, job.cancel_token()).await;
-        verified.map_err(|e| Error::from_driver(&def.name, verb::RESTORE.word, e))?;
+        verified.map_err(|e| Error::from_driver(&def.name, word, e))?;
         self.start_guest(def, caller, options, Origin::Saved(Box::new(saved)), job.cancel_token()).await
     }
 
     /// Refuses what cannot run here with what was saved.
-    async fn can_be_restored(&self, def: &DomainDef) -> Result<()> {
+    async fn can_be_restored(&self, def: &DomainDef, word: &str) -> Result<()> {
         let able = match refusals(self.driver.check(def).await) {
             Ok(()) => self.driver.has_files(def, true).await,
             Err(findings) => Err(DriverError::Config(
                 findings.into_iter().filter(|finding| finding.kind != FindingKind::Warning).collect(),
             )),
         };
-        able.map_err(|e| Error::from_driver(&def.name, verb::RESTORE.word, e))
+        able.map_err(|e| Error::from_driver(&def.name, word, e))
     }
 }
