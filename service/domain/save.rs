@@ -13,7 +13,7 @@ use super::change::Change;
 use super::lifecycle::{Creation, Origin, StartOptions};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
-use crate::images::Fate;
+use crate::images::{Fate, written_by};
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::store::Deed;
@@ -290,6 +290,7 @@ impl Domain {
     ) -> Result<()> {
         let def = self.def_to_start(Some(&def))?;
         self.can_be_restored(&def, word).await?;
+        self.refuse_frozen_since(&def, word).await?;
         let progress = {
             let job = job.clone();
             Arc::new(move |done, total| job.progress(done, total))
@@ -297,6 +298,23 @@ impl Domain {
         let verified = self.saves()?.verify_saved(&saved, &def, progress, job.cancel_token()).await;
         verified.map_err(|e| Error::from_driver(&def.name, word, e))?;
         self.start_guest(def, caller, options, Origin::Saved(Box::new(saved)), job.cancel_token()).await
+    }
+
+    /// Refuses a machine of whose disks a snapshot of its own has frozen one since it was saved: it would go on writing that.
+    async fn refuse_frozen_since(&self, def: &Arc<DomainDef>, word: &str) -> Result<()> {
+        let (images, mut def) = (&self.shared.images, def.clone());
+        images.declare(&mut def);
+        let written = written_by(&def);
+        let others = images.users_of(&written, Fate::Written, Some(self.uuid)).await;
+        let all = images.users_of(&written, Fate::Written, None).await;
+        let Some((file, users)) = all.into_iter().find(|(file, _)| !others.contains_key(file)) else { return Ok(()) };
+        let disk = def.devices.disks.iter().find(|disk| disk.files().contains(&file));
+        let (name, target) = (&def.name, disk.map_or("", |disk| &disk.target.dev));
+        let (file, users) = (file.display(), users.join(", "));
+        Err(Error::OperationInvalid(format!(
+            "cannot {word} domain '{name}': disk '{target}' is not as it was when the machine was saved: {file} is what {users} \
+             stands on by now; delete that snapshot, or start the machine without its memory (Start with force-boot)"
+        )))
     }
 
     /// Refuses what cannot run here with what was saved.

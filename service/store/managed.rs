@@ -5,6 +5,7 @@ use super::{Store, remove, unlink, uuids};
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::PathBuf;
 use uuid::Uuid;
 
@@ -35,8 +36,13 @@ impl Store {
     /// `unfinished`.
     pub fn load_managed_saves(&self, unfinished: &BTreeSet<Uuid>) -> Result<BTreeSet<Uuid>> {
         let folder = self.managed_saves();
-        let failed = |e: std::io::Error| Error::from_io("read", &folder, &e);
-        for entry in fs::read_dir(&folder).map_err(failed)? {
+        let failed = |e: io::Error| Error::from_io("read", &folder, &e);
+        let entries = match fs::read_dir(&folder) {
+            // It cannot be made where nothing can be written.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(BTreeSet::new()),
+            entries => entries.map_err(failed)?,
+        };
+        for entry in entries {
             let path = entry.map_err(failed)?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
             let left_of = name.split_once(&format!(".{ENDING}.")).and_then(|(uuid, _)| Uuid::try_parse(uuid).ok());
@@ -76,5 +82,7 @@ mod tests {
         store.remove_managed_save(whole).expect("removed");
         assert_eq!(store.managed_save_bytes(whole), None);
         store.remove_managed_save(whole).expect("what is not there need not go");
+        fs::remove_dir_all(at("state/saved")).expect("removed");
+        assert_eq!(store.load_managed_saves(&BTreeSet::new()).expect("none"), BTreeSet::new());
     }
 }

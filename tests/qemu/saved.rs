@@ -268,7 +268,6 @@ async fn killed_at_every_step(victims: Victims, saved: Saved) {
             true => managed_file(&daemon, &uuid),
             false => daemon.folder().join(format!("{name}.save")),
         };
-        let saved_as = || saved_as(&file);
         let qemu = daemon.qemu_of(&tick.name).expect("it runs");
         if transient {
             domain.run("Undefine").await.expect("undefined");
@@ -282,12 +281,10 @@ async fn killed_at_every_step(victims: Victims, saved: Saved) {
         daemon.at_step(step, &killed);
         let path = domain.path.clone();
         let mut watch = domain.client.watch().await;
+        let (text, none) = (file.to_str().expect("a text"), options([]));
         let done = match managed {
-            true => domain.client.ask(&path, "org.virt.Domain.ManagedSave", &(options([]),)).await,
-            false => {
-                let arguments = (file.to_str().expect("a text"), options([]));
-                domain.client.ask(&path, "org.virt.Domain.Save", &arguments).await
-            }
+            true => domain.client.ask(&path, "org.virt.Domain.ManagedSave", &(none,)).await,
+            false => domain.client.ask(&path, "org.virt.Domain.Save", &(text, none)).await,
         };
         if !daemon.step_came() {
             assert!(done && step > 6, "a save has fewer steps than thought: {step}");
@@ -303,52 +300,65 @@ async fn killed_at_every_step(victims: Victims, saved: Saved) {
             assert_eq!(last == "stopped saved", file.exists(), "{last} at {step}");
         }
         if transient && domain.client.domains().await.is_empty() {
-            let begun = Instant::now();
-            while saved_as().iter().any(|path| *path != file) && begun.elapsed() < PATIENCE {
-                // virtd tells nobody of a machine of which nothing else is left.
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            let there = saved_as();
-            assert!(there.is_empty() || there == [file.clone()], "{there:?} at {step}");
-            assert!(victims == Victims::Both || !there.is_empty(), "it ran, and is lost at {step}");
-            if !there.is_empty() {
-                let domain = restore(&domain.client, &file, &[]).await.expect("what is there is complete");
-                domain.run("Destroy").await.expect("destroyed");
-            }
+            let there = left_of_transient(&domain.client, &file).await;
+            assert!(victims == Victims::Both || there, "it ran, and is lost at {step}");
             continue;
         }
         domain.is_looked_after().await;
         if transient && domain.client.domains().await.is_empty() {
-            assert_eq!(saved_as(), std::slice::from_ref(&file), "it ended as it was looked after, at {step}");
+            assert_eq!(saved_as(&file), std::slice::from_ref(&file), "it ended as it was looked after, at {step}");
             continue;
         }
-        let (state, reason) = domain.state().await;
-        let there = saved_as();
-        let has: bool = domain.property("HasManagedSave").await;
-        assert_eq!(has, managed && !there.is_empty(), "{state} with {there:?} at {step}");
-        match state.as_str() {
-            "running" => {
-                assert!(there.is_empty(), "it runs, and there is {there:?} at {step}");
-                tick.goes_on().await;
-                domain.run("Destroy").await.expect("destroyed");
-            }
-            "shutoff" if !there.is_empty() => {
-                assert_eq!((&*reason, &there[..]), ("saved", std::slice::from_ref(&file)), "at {step}");
-                match managed {
-                    true => drop(domain.run("Start").await.expect("what is there is complete")),
-                    false => drop(restore(&domain.client, &file, &[]).await.expect("what is there is complete")),
-                }
-                tick.goes_on().await;
-                domain.run("Destroy").await.expect("destroyed");
-            }
-            "shutoff" => {
-                assert!(victims != Victims::Virtd, "it ran, and is lost at {step}");
-                assert_ne!(reason, "saved", "at {step}");
-            }
-            other => panic!("it is {other} at {step}"),
-        }
+        runs_or_is_saved(&domain, &tick, &file, (victims, saved, step)).await;
     }
     panic!("a save has more than {STEPS} steps");
+}
+
+/// Whether a transient machine of which nothing else is left has a file, from which it comes back; there is nothing beside.
+async fn left_of_transient(client: &Client, file: &Path) -> bool {
+    let begun = Instant::now();
+    while saved_as(file).iter().any(|path| *path != file) && begun.elapsed() < PATIENCE {
+        // virtd tells nobody of such a machine.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let there = saved_as(file);
+    assert!(there.is_empty() || there == [file], "{there:?}");
+    if !there.is_empty() {
+        let domain = restore(client, file, &[]).await.expect("what is there is complete");
+        domain.run("Destroy").await.expect("destroyed");
+    }
+    !there.is_empty()
+}
+
+/// A machine whose save was cut off runs, and there is no file; or it is off, and goes on from a complete one. Then it is ended.
+async fn runs_or_is_saved(domain: &Domain, tick: &Tick, file: &Path, cut: (Victims, Saved, u32)) {
+    let (victims, saved, step) = cut;
+    let managed = saved == Saved::Managed;
+    let (state, reason) = domain.state().await;
+    let there = saved_as(file);
+    let has: bool = domain.property("HasManagedSave").await;
+    assert_eq!(has, managed && !there.is_empty(), "{state} with {there:?} at {step}");
+    match state.as_str() {
+        "running" => {
+            assert!(there.is_empty(), "it runs, and there is {there:?} at {step}");
+            tick.goes_on().await;
+            domain.run("Destroy").await.expect("destroyed");
+        }
+        "shutoff" if !there.is_empty() => {
+            assert_eq!((&*reason, &there[..]), ("saved", &[file.to_owned()][..]), "at {step}");
+            match managed {
+                true => drop(domain.run("Start").await.expect("what is there is complete")),
+                false => drop(restore(&domain.client, file, &[]).await.expect("what is there is complete")),
+            }
+            tick.goes_on().await;
+            domain.run("Destroy").await.expect("destroyed");
+        }
+        "shutoff" => {
+            assert!(victims != Victims::Virtd, "it ran, and is lost at {step}");
+            assert_ne!(reason, "saved", "at {step}");
+        }
+        other => panic!("it is {other} at {step}"),
+    }
 }
 
 /// What there is of a file of that name and beside it.
@@ -585,6 +595,13 @@ async fn a_managed_save_that_cannot_be_loaded_is_named_and_kept() {
     assert!(taken.expect("qemu-img").success());
     refused(domain.run("Start").await, "OperationInvalid", &["vda", "force-boot"]);
     assert_eq!(domain.state().await, ("shutoff".into(), "saved".into()));
+    // So has one that a snapshot has frozen.
+    std::fs::write(&tick.disk, &disk).expect("as it was");
+    let player = Player { domain: domain.clone() };
+    let outside = options([("name", Variant::from("outside")), ("disk-only", Variant::from(true))]);
+    player.create("", outside).await.expect("taken");
+    refused(domain.run("Start").await, "OperationInvalid", &["vda", "outside", "force-boot"]);
+    player.call("outside", "Delete", options([])).await.expect("deleted");
     // As the disk was, it is as good as before; what was written to it since, only a boot can go with.
     std::fs::write(&tick.disk, &disk).expect("as it was");
     domain.call("Start", &(options([("paused", Variant::from(true))]),)).await.expect("started");
