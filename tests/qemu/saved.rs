@@ -566,7 +566,9 @@ async fn what_does_not_go_with_a_managed_save_is_refused() {
     domain.call("Undefine", &(with_it(),)).await.expect("undefined");
     assert!(!kept.exists() && client.domains().await.is_empty());
     // A transient machine would leave nobody who could go on from it.
-    let domain = restore(&client, &file, &[]).await.expect("restored");
+    let domain = client.define(&xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    domain.run("Undefine").await.expect("undefined");
     refused(managed_save(&domain, &[]).await, "OperationInvalid", &["transient"]);
     assert_eq!(can(&domain, "ManagedSave").await, "na");
     domain.run("Destroy").await.expect("destroyed");
