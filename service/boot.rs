@@ -39,6 +39,11 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
     let mut cut_off: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
+    let unfinished = |loaded: &Loaded| loaded.intent.is_some() || loaded.broken.is_some();
+    let unfinished: BTreeSet<Uuid> =
+        snapshots.iter().filter(|(_, loaded)| unfinished(loaded)).map(|(uuid, _)| *uuid).collect();
+    let on = shared.clone();
+    let saved = on_disk(move || on.store.load_managed_saves(&unfinished)).await?;
     // Where two have one name, it is whose it was.
     definitions.sort_by_key(|stored| match &stored.found {
         Found::Sound { name, .. } if *name == stored.note.name => 0,
@@ -47,7 +52,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     });
     for stored in definitions {
         let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
-        if let Err(e) = load_definition(shared, domains, stored, kept) {
+        if let Err(e) = load_definition(shared, domains, stored, kept, saved.contains(&uuid)) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
         }
     }
@@ -172,7 +177,13 @@ fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
 }
 
 /// Makes a domain of a stored configuration; of one that cannot be used, a broken one that says why.
-fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored, snapshots: Loaded) -> Result<()> {
+fn load_definition(
+    shared: &Arc<Shared>,
+    domains: &Arc<Domains>,
+    stored: Stored,
+    snapshots: Loaded,
+    managed_save: bool,
+) -> Result<()> {
     let Stored { uuid, note, found } = stored;
     let (name, kind, sound) = match found {
         Found::Sound { name, kind, .. } if shared.driver_for(&kind).is_none() => {
@@ -188,7 +199,8 @@ fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored,
             (name, kind.unwrap_or_default(), Err(why))
         }
     };
-    let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
+    let reason = if managed_save { StateReason::Saved } else { StateReason::Unknown };
+    let never = Ended { reason, since_usec: now_usec() };
     let ended = shared.store.ended(uuid).unwrap_or(never);
     let driver = likely_driver(shared, &note, &kind)?;
     // Nobody may know its name, or another has it.
@@ -202,7 +214,8 @@ fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored,
         }
     };
     let (config, stored) = (stored.config.clone(), Some(Arc::new(stored)));
-    enter(shared, domains, DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots })?;
+    let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+    enter(shared, domains, seed)?;
     Ok(())
 }
 
@@ -270,11 +283,10 @@ impl Search {
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
                 let (name, driver) = (live.name.clone(), driver.clone());
                 let (config, stored, broken) = (Arc::new(ConfigFacts::of(&live)), None, None);
-                enter(
-                    shared,
-                    domains,
-                    DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots },
-                )?
+                let managed_save = false;
+                let seed =
+                    DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+                enter(shared, domains, seed)?
             }
         };
         domain.is_sought(&status, live.clone(), unread);

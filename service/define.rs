@@ -294,8 +294,8 @@ impl Service {
             }
         };
         let config = stored.as_ref().map_or_else(|| Arc::new(ConfigFacts::of(def)), |stored| stored.config.clone());
-        let (name, broken) = (def.name.clone(), None);
-        let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots };
+        let (name, broken, managed_save) = (def.name.clone(), None, false);
+        let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
         Ok(Domain::new(&self.shared, &self.domains, seed))
     }
 

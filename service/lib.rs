@@ -30,8 +30,8 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, Resumption, RevertOptions, SaveOptions,
-    StartOptions, UndefineCheck, UndefineOptions,
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, ManagedSaveOptions, Plan, Resumption,
+    RevertOptions, SaveOptions, StartOptions, UndefineCheck, UndefineOptions,
 };
 pub use restore::RestoreOptions;
 pub use shared::{Callers, Limits};

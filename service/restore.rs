@@ -126,7 +126,7 @@ impl Service {
 }
 
 /// Why a file is not taken for a saved machine.
-fn unread(error: DriverError) -> Error {
+pub(crate) fn unread(error: DriverError) -> Error {
     match error {
         DriverError::Argument(why) => Error::InvalidArgument(why),
         DriverError::Unsupported(why) => Error::OperationUnsupported(why),

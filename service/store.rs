@@ -6,6 +6,7 @@
 //!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first); and what is to be known of a
 //!                                 configuration that cannot be read: name, driver
 //!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
+//!  <state>/saved/<uuid>.virtsave  a domain's managed save, which its driver writes and reads: see `store/managed.rs`
 //!  <state>/runs                   how often virtd has been started: no job's number is used again
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
@@ -16,6 +17,7 @@
 //!
 //! What could not be read again is not written: whoever stores a document learns here that the reader would refuse it.
 
+mod managed;
 mod snapshots;
 
 pub(crate) use snapshots::{Current, Deed, Intent, Loaded, Record};
@@ -130,6 +132,7 @@ impl Store {
         for (folder, mode) in [
             (store.definitions(), 0o700),
             (store.paths.state.join("snapshots"), 0o711),
+            (store.managed_saves(), 0o700),
             (store.paths.runtime.join("status"), 0o700),
             (store.paths.runtime.join("ended"), 0o700),
             (store.paths.runtime.join("guests"), 0o711),

@@ -26,7 +26,7 @@ use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, S
 pub struct StartOptions {
     /// Leave the CPUs standing.
     pub paused: bool,
-    /// Boot even if there is a managed save image.
+    /// Boot even if there is a managed save, which is dropped.
     pub force_boot: bool,
     /// Make the firmware variables anew.
     pub reset_nvram: bool,
@@ -70,7 +70,11 @@ impl Domain {
             false => None,
             true => {
                 self.applies(&verb::START)?;
-                Some(self.can_run(&*self.def_to_start(def.as_ref())?).await?)
+                let boots = self.def_to_start(def.as_ref())?;
+                match self.goes_on_from(def.is_some(), options)? {
+                    Some(file) => self.can_go_on_from(&file).await.map(|()| None)?,
+                    None => Some(self.can_run(&boots).await?),
+                }
             }
         };
         let job = change.open(options.cancel_on_disconnect)?;
@@ -81,12 +85,18 @@ impl Domain {
             let _creation = creation;
             let cancel = job.cancel_token();
             let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
-            // Recovery may have brought another configuration: that is what is started.
-            let def = domain.def_to_start(def.as_ref())?;
+            // Recovery may have brought another configuration, or saved it: that is what is started.
+            let boots = domain.def_to_start(def.as_ref())?;
+            if let Some(file) = domain.goes_on_from(def.is_some(), options)? {
+                return domain.start_managed(&caller, &file, options, &job).await;
+            }
+            let def = boots;
             let accepted = match accepted {
                 Some(accepted) => accepted,
                 None => domain.can_run(&def).await?,
             };
+            // Before it can write to the disks that the memory of then belongs to.
+            domain.drop_managed_save().await?;
             domain.start_guest(def, &caller, options, Origin::PowerOff(accepted), cancel).await
         }))
     }
@@ -244,12 +254,14 @@ impl Domain {
         if let Err(e) = kept {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
+        self.managed_save_is_used().await;
         let (asks, asked) = mpsc::unbounded_channel();
         let guest = Guest { id, instance: running.instance, live, status, ending: None, asks };
         self.commit_report(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
             state.starting = None;
+            state.managed_save = false;
             state.guest = Some(guest);
             state.compare_configs();
             told.events()

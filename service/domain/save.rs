@@ -9,14 +9,15 @@
 //! is left of the file, or the file is complete and the guest off.
 
 use super::Domain;
+use super::change::Change;
 use super::lifecycle::{Creation, Origin, StartOptions};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
-use crate::images::Fate;
+use crate::images::{Fate, written_by};
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::store::Deed;
-use crate::verb;
+use crate::verb::{self, Verb};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
@@ -64,6 +65,15 @@ pub struct SaveOptions {
     pub cancel_on_disconnect: bool,
 }
 
+/// What a save is to come to.
+pub(super) struct Target {
+    pub file: PathBuf,
+    /// It is the managed save.
+    pub managed: bool,
+    /// The configuration that is kept in place of what runs.
+    pub kept: Option<Arc<DomainDef>>,
+}
+
 /// A save that has been thought through.
 struct Planned {
     machine: Machine,
@@ -97,18 +107,31 @@ impl Domain {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
                 None => None,
             };
-            if change.has_turn() {
-                self.applies(&verb::SAVE)?;
-                self.plan_save(file.clone(), kept.clone(), options.then).await?;
-            }
-            let job = change.open(options.cancel_on_disconnect)?;
-            Ok(job.run(async move |domain, job| {
-                domain.applies(&verb::SAVE)?;
-                let planned = domain.plan_save(file, kept, options.then).await?;
-                domain.save_planned(planned, &job).await
-            }))
+            let target = Target { file, managed: false, kept };
+            self.accept_save(change, &verb::SAVE, target, options.then, options.cancel_on_disconnect).await
         })
         .await
+    }
+
+    /// What all saves are from here on, `verb` being which.
+    pub(super) async fn accept_save(
+        self: &Arc<Self>,
+        change: Change,
+        verb: &'static Verb,
+        target: Target,
+        then: Resumption,
+        departs: bool,
+    ) -> Result<Ticket> {
+        if change.has_turn() {
+            self.applies(verb)?;
+            self.plan_save(&target, then).await?;
+        }
+        let job = change.open(departs)?;
+        Ok(job.run(async move |domain, job| {
+            domain.applies(verb)?;
+            let planned = domain.plan_save(&target, then).await?;
+            domain.save_planned(planned, target.managed, &job).await
+        }))
     }
 
     /// The driver's part.
@@ -135,18 +158,19 @@ impl Domain {
     }
 
     /// What a save would be; refuses what cannot be. Changes nothing.
-    async fn plan_save(&self, file: PathBuf, kept: Option<Arc<DomainDef>>, then: Resumption) -> Result<Planned> {
+    async fn plan_save(&self, target: &Target, then: Resumption) -> Result<Planned> {
         let saves = self.saves()?;
         let machine = self.machine().await?;
-        let def = match kept {
+        let def = match &target.kept {
             None => machine.def.clone(),
             Some(kept) => {
-                let differences = machine.def.compare_abi(&kept, Strictness::Running);
+                let differences = machine.def.compare_abi(kept, Strictness::Running);
                 self.same_machine(&differences, "the document given for it")?;
-                kept
+                kept.clone()
             }
         };
         let standing = lock(&self.state).state == DomainState::Paused;
+        let file = target.file.clone();
         self.refuse_to_replace(&file).await?;
         let request = SaveRequest { file, def, paused: then.stands(standing) };
         saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
@@ -175,12 +199,12 @@ impl Domain {
         Err(Error::AbiIncompatible(text))
     }
 
-    async fn save_planned(self: &Arc<Self>, planned: Planned, job: &Arc<Job>) -> Result<()> {
+    async fn save_planned(self: &Arc<Self>, planned: Planned, managed: bool, job: &Arc<Job>) -> Result<()> {
         let Planned { machine, request } = planned;
         let guest = self.guest()?;
         // A transient domain must not go before the note that it leaves.
         let _stay = Creation::begin(self)?;
-        let journal = self.journal(Deed::Save { file: request.file.clone() }, job);
+        let journal = self.journal(Deed::Save { file: request.file.clone(), managed }, job);
         journal.begin().await?;
         if let Err(e) = self.saves()?.save(&machine, &request, journal.clone()).await {
             self.expect_no_end(guest.id);
@@ -194,7 +218,7 @@ impl Domain {
     }
 
     /// What ended while it was being saved, and as if it had been, is not: there is no file.
-    async fn is_not_saved(&self) {
+    pub(super) async fn is_not_saved(&self) {
         self.all_told().await;
         let told_so = {
             let state = lock(&self.state);
@@ -210,8 +234,7 @@ impl Domain {
         if let Ok(guest) = self.guest() {
             self.end_as(guest, Stopped::Saved).await?;
         }
-        let known = lock(&self.state).reason == StateReason::Saved;
-        if !known {
+        if !lock(&self.state).is_known_as_saved() {
             self.is_off(StateReason::Saved).await;
         }
         Ok(())
@@ -243,7 +266,8 @@ impl Domain {
         let change = self.change(caller, &verb::RESTORE);
         if change.has_turn() {
             self.applies(&verb::START)?;
-            self.can_be_restored(&*self.def_to_start(Some(&def))?).await?;
+            self.refuse_over_managed_save()?;
+            self.can_be_restored(&*self.def_to_start(Some(&def))?, verb::RESTORE.word).await?;
         }
         let job = change.open(options.cancel_on_disconnect)?;
         let starts = job.has_turn().then(|| self.will_start(job.cancel_token()));
@@ -253,37 +277,58 @@ impl Domain {
             let _creation = creation;
             let cancel = job.cancel_token();
             let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
-            domain.start_saved(&caller, def, saved, options, &job).await
+            domain.refuse_over_managed_save()?;
+            domain.start_saved(&caller, def, saved, options, verb::RESTORE.word, &job).await
         }))
     }
 
-    async fn start_saved(
+    /// The start itself, which is called `word`.
+    pub(super) async fn start_saved(
         self: &Arc<Self>,
         caller: &Caller,
         def: Arc<DomainDef>,
         saved: SavedState,
         options: StartOptions,
+        word: &str,
         job: &Arc<Job>,
     ) -> Result<()> {
         let def = self.def_to_start(Some(&def))?;
-        self.can_be_restored(&def).await?;
+        self.can_be_restored(&def, word).await?;
+        self.refuse_frozen_since(&def, word).await?;
         let progress = {
             let job = job.clone();
             Arc::new(move |done, total| job.progress(done, total))
         };
         let verified = self.saves()?.verify_saved(&saved, &def, progress, job.cancel_token()).await;
-        verified.map_err(|e| Error::from_driver(&def.name, verb::RESTORE.word, e))?;
+        verified.map_err(|e| Error::from_driver(&def.name, word, e))?;
         self.start_guest(def, caller, options, Origin::Saved(Box::new(saved)), job.cancel_token()).await
     }
 
+    /// Refuses a machine of whose disks a snapshot of its own has frozen one since it was saved: it would go on writing that.
+    async fn refuse_frozen_since(&self, def: &Arc<DomainDef>, word: &str) -> Result<()> {
+        let (images, mut def) = (&self.shared.images, def.clone());
+        images.declare(&mut def);
+        let written = written_by(&def);
+        let others = images.users_of(&written, Fate::Written, Some(self.uuid)).await;
+        let all = images.users_of(&written, Fate::Written, None).await;
+        let Some((file, users)) = all.into_iter().find(|(file, _)| !others.contains_key(file)) else { return Ok(()) };
+        let disk = def.devices.disks.iter().find(|disk| disk.files().contains(&file));
+        let (name, target) = (&def.name, disk.map_or("", |disk| &disk.target.dev));
+        let (file, users) = (file.display(), users.join(", "));
+        Err(Error::OperationInvalid(format!(
+            "cannot {word} domain '{name}': disk '{target}' is not as it was when the machine was saved: {file} is what {users} \
+             stands on by now; delete that snapshot, or start the machine without its memory (Start with force-boot)"
+        )))
+    }
+
     /// Refuses what cannot run here with what was saved.
-    async fn can_be_restored(&self, def: &DomainDef) -> Result<()> {
+    async fn can_be_restored(&self, def: &DomainDef, word: &str) -> Result<()> {
         let able = match refusals(self.driver.check(def).await) {
             Ok(()) => self.driver.has_files(def, true).await,
             Err(findings) => Err(DriverError::Config(
                 findings.into_iter().filter(|finding| finding.kind != FindingKind::Warning).collect(),
             )),
         };
-        able.map_err(|e| Error::from_driver(&def.name, verb::RESTORE.word, e))
+        able.map_err(|e| Error::from_driver(&def.name, word, e))
     }
 }

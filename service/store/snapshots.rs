@@ -87,6 +87,9 @@ pub(crate) enum Deed {
     /// The machine is saved in this file, and its guest ended.
     Save {
         file: PathBuf,
+        /// It is its managed save.
+        #[serde(default)]
+        managed: bool,
     },
     /// The machine itself, with these files.
     Undefine {

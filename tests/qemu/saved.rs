@@ -1,14 +1,16 @@
 //! Real guests that are saved in files and restored from them.
 
-use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::client::{Client, Domain, Refusal, Watch, options};
 use crate::common::guest::Tick;
+use crate::common::snapshots::Player;
 use crate::common::users::ALICE;
 use crate::common::{Daemon, PATIENCE, Setup};
+use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
-use zbus::{OwnedObjectPath, Variant};
+use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
 /// A daemon, a client of it and a tick guest that runs.
 async fn ticking(name: &str) -> Option<(Daemon, Domain, Tick)> {
@@ -243,15 +245,29 @@ enum Victims {
     Both,
 }
 
+/// What is saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Saved {
+    Persistent,
+    Transient,
+    /// For its next start.
+    Managed,
+}
+
 /// A save in the midst of which virtd or QEMU is killed, at each step there is: the guest runs and there is no file, or it is off
 /// and the file is complete. With both of them a guest is lost whose file is not.
-async fn killed_at_every_step(victims: Victims, transient: bool) {
+async fn killed_at_every_step(victims: Victims, saved: Saved) {
     let kills_virtd = victims != Victims::Qemu;
+    let (transient, managed) = (saved == Saved::Transient, saved == Saved::Managed);
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
     for step in 1..STEPS {
         let name = format!("cut{step}");
         let Some((mut domain, tick)) = another(&daemon, &name).await else { return };
-        let file = daemon.folder().join(format!("{name}.save"));
+        let uuid: String = domain.property("UUID").await;
+        let file = match managed {
+            true => managed_file(&daemon, &uuid),
+            false => daemon.folder().join(format!("{name}.save")),
+        };
         let qemu = daemon.qemu_of(&tick.name).expect("it runs");
         if transient {
             domain.run("Undefine").await.expect("undefined");
@@ -263,12 +279,16 @@ async fn killed_at_every_step(victims: Victims, transient: bool) {
             Victims::Both => format!("kill -9 {qemu} {virtd}"),
         };
         daemon.at_step(step, &killed);
-        let (path, arguments) = (domain.path.clone(), (file.to_str().expect("a text").to_owned(), options([])));
+        let path = domain.path.clone();
         let mut watch = domain.client.watch().await;
-        let done = domain.client.ask(&path, "org.virt.Domain.Save", &arguments).await;
+        let (text, none) = (file.to_str().expect("a text"), options([]));
+        let done = match managed {
+            true => domain.client.ask(&path, "org.virt.Domain.ManagedSave", &(none,)).await,
+            false => domain.client.ask(&path, "org.virt.Domain.Save", &(text, none)).await,
+        };
         if !daemon.step_came() {
             assert!(done && step > 6, "a save has fewer steps than thought: {step}");
-            println!("{victims:?} killed at each of {} steps", step - 1);
+            println!("{victims:?} killed at each of {} steps, {saved:?}", step - 1);
             return;
         }
         if kills_virtd {
@@ -280,80 +300,99 @@ async fn killed_at_every_step(victims: Victims, transient: bool) {
             assert_eq!(last == "stopped saved", file.exists(), "{last} at {step}");
         }
         if transient && domain.client.domains().await.is_empty() {
-            let begun = Instant::now();
-            while saved_as(&tick, &name).iter().any(|path| *path != file) && begun.elapsed() < PATIENCE {
-                // virtd tells nobody of a machine of which nothing else is left.
-                tokio::time::sleep(Duration::from_millis(2)).await;
-            }
-            let there = saved_as(&tick, &name);
-            assert!(there.is_empty() || there == [file.clone()], "{there:?} at {step}");
-            assert!(victims == Victims::Both || !there.is_empty(), "it ran, and is lost at {step}");
-            if !there.is_empty() {
-                let domain = restore(&domain.client, &file, &[]).await.expect("what is there is complete");
-                domain.run("Destroy").await.expect("destroyed");
-            }
+            let there = left_of_transient(&domain.client, &file).await;
+            assert!(victims == Victims::Both || there, "it ran, and is lost at {step}");
             continue;
         }
         domain.is_looked_after().await;
         if transient && domain.client.domains().await.is_empty() {
-            assert_eq!(
-                saved_as(&tick, &name),
-                std::slice::from_ref(&file),
-                "it ended as it was looked after, at {step}"
-            );
+            assert_eq!(saved_as(&file), std::slice::from_ref(&file), "it ended as it was looked after, at {step}");
             continue;
         }
-        let (state, reason) = domain.state().await;
-        let there = saved_as(&tick, &name);
-        match state.as_str() {
-            "running" => {
-                assert!(there.is_empty(), "it runs, and there is {there:?} at {step}");
-                tick.goes_on().await;
-                domain.run("Destroy").await.expect("destroyed");
-            }
-            "shutoff" if !there.is_empty() => {
-                assert_eq!((&*reason, &there[..]), ("saved", std::slice::from_ref(&file)), "at {step}");
-                restore(&domain.client, &file, &[]).await.expect("what is there is complete");
-                tick.goes_on().await;
-                domain.run("Destroy").await.expect("destroyed");
-            }
-            "shutoff" => assert!(victims != Victims::Virtd, "it ran, and is lost at {step}"),
-            other => panic!("it is {other} at {step}"),
-        }
+        runs_or_is_saved(&domain, &tick, &file, (victims, saved, step)).await;
     }
     panic!("a save has more than {STEPS} steps");
 }
 
+/// Whether a transient machine of which nothing else is left has a file, from which it comes back; there is nothing beside.
+async fn left_of_transient(client: &Client, file: &Path) -> bool {
+    let begun = Instant::now();
+    while saved_as(file).iter().any(|path| *path != file) && begun.elapsed() < PATIENCE {
+        // virtd tells nobody of such a machine.
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+    let there = saved_as(file);
+    assert!(there.is_empty() || there == [file], "{there:?}");
+    if !there.is_empty() {
+        let domain = restore(client, file, &[]).await.expect("what is there is complete");
+        domain.run("Destroy").await.expect("destroyed");
+    }
+    !there.is_empty()
+}
+
+/// A machine whose save was cut off runs, and there is no file; or it is off, and goes on from a complete one. Then it is ended.
+async fn runs_or_is_saved(domain: &Domain, tick: &Tick, file: &Path, cut: (Victims, Saved, u32)) {
+    let (victims, saved, step) = cut;
+    let managed = saved == Saved::Managed;
+    let (state, reason) = domain.state().await;
+    let there = saved_as(file);
+    let has: bool = domain.property("HasManagedSave").await;
+    assert_eq!(has, managed && !there.is_empty(), "{state} with {there:?} at {step}");
+    match state.as_str() {
+        "running" => {
+            assert!(there.is_empty(), "it runs, and there is {there:?} at {step}");
+            tick.goes_on().await;
+            domain.run("Destroy").await.expect("destroyed");
+        }
+        "shutoff" if !there.is_empty() => {
+            assert_eq!((&*reason, &there[..]), ("saved", &[file.to_owned()][..]), "at {step}");
+            match managed {
+                true => drop(domain.run("Start").await.expect("what is there is complete")),
+                false => drop(restore(&domain.client, file, &[]).await.expect("what is there is complete")),
+            }
+            tick.goes_on().await;
+            domain.run("Destroy").await.expect("destroyed");
+        }
+        "shutoff" => {
+            assert!(victims != Victims::Virtd, "it ran, and is lost at {step}");
+            assert_ne!(reason, "saved", "at {step}");
+        }
+        other => panic!("it is {other} at {step}"),
+    }
+}
+
 /// What there is of a file of that name and beside it.
-fn saved_as(tick: &Tick, name: &str) -> Vec<PathBuf> {
-    let begins = format!("{name}.save");
-    let is_it = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&begins));
-    strays(tick).into_iter().filter(is_it).collect()
+fn saved_as(file: &Path) -> Vec<PathBuf> {
+    let begins = file.file_name().expect("a name").to_string_lossy();
+    let entries = std::fs::read_dir(file.parent().expect("a folder")).expect("a folder");
+    let names = entries.map(|entry| entry.expect("an entry").path());
+    let is_it = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&*begins));
+    names.filter(is_it).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn virtd_killed_while_it_saves() {
-    killed_at_every_step(Victims::Virtd, false).await;
+    killed_at_every_step(Victims::Virtd, Saved::Persistent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn virtd_killed_while_it_saves_a_transient_machine() {
-    killed_at_every_step(Victims::Virtd, true).await;
+    killed_at_every_step(Victims::Virtd, Saved::Transient).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn both_killed_at_once() {
-    killed_at_every_step(Victims::Both, false).await;
+    killed_at_every_step(Victims::Both, Saved::Persistent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn both_killed_at_once_with_a_transient_machine() {
-    killed_at_every_step(Victims::Both, true).await;
+    killed_at_every_step(Victims::Both, Saved::Transient).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_killed_while_it_is_saved() {
-    killed_at_every_step(Victims::Qemu, false).await;
+    killed_at_every_step(Victims::Qemu, Saved::Persistent).await;
 }
 
 /// QEMU of the system bus runs as another user, behind its wall: neither sees the file.
@@ -401,4 +440,302 @@ async fn a_full_disk_leaves_the_guest_running_and_no_file() {
     refused(save(&domain, &file, &[]).await, "NoSpace", &["MiB are needed"]);
     domain.run("Destroy").await.expect("destroyed");
     assert_eq!(watch.lifecycle(&domain.path).await, "stopped destroyed", "nothing else was told");
+}
+
+/// Where virtd keeps the managed save of a machine.
+fn managed_file(daemon: &Daemon, uuid: &str) -> PathBuf {
+    daemon.root().join(format!("var/lib/virt/saved/{uuid}.virtsave"))
+}
+
+async fn managed_save(domain: &Domain, how: &[(&'static str, Variant<'_>)]) -> Result<(), Refusal> {
+    let how = how.iter().map(|(key, value)| (*key, value.try_clone().expect("no descriptor")));
+    domain.call("ManagedSave", &(options(how),)).await.map(drop)
+}
+
+async fn has_managed_save(domain: &Domain) -> bool {
+    domain.property("HasManagedSave").await
+}
+
+async fn can(domain: &Domain, method: &str) -> String {
+    domain.call("Can", &(method,)).await.expect("told").body().deserialize().expect("a text")
+}
+
+/// What comes with the next change of the domain's state: `State` and, if that changes, `HasManagedSave`.
+async fn next_state(watch: &mut Watch, path: &str) -> (String, Option<bool>) {
+    loop {
+        let message = watch.next().await;
+        let header = message.header();
+        if header.member().is_none_or(|it| it != "PropertiesChanged") || header.path().is_none_or(|it| it != path) {
+            continue;
+        }
+        let (_, mut values, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            message.body().deserialize().expect("sa{sv}as");
+        let Some(state) = values.remove("State") else { continue };
+        let has = values.remove("HasManagedSave").map(|has| bool::try_from(has).expect("b"));
+        return (state.try_into().expect("s"), has);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_next_start_goes_on_from_a_managed_save() {
+    let Some((daemon, domain, tick)) = ticking("managed").await else { return };
+    let file = managed_file(&daemon, &domain.property::<String>("UUID").await);
+    let (mut told, mut watch) = (domain.client.watch().await, domain.client.watch().await);
+    assert_eq!(
+        (can(&domain, "ManagedSave").await, can(&domain, "ManagedSaveRemove").await),
+        ("yes".into(), "na".into())
+    );
+    managed_save(&domain, &[]).await.expect("saved");
+    assert_eq!(watch.lifecycle(&domain.path).await, "stopped saved");
+    assert_eq!(next_state(&mut told, &domain.path).await, ("shutoff".into(), Some(true)), "in one");
+    assert_eq!(domain.state().await, ("shutoff".into(), "saved".into()));
+    assert_eq!(std::fs::metadata(&file).expect("it is there").mode() & 0o7777, 0o600);
+    assert_eq!(saved_as(&file), std::slice::from_ref(&file), "nothing else is there");
+    let kept: String = domain.run("GetManagedSaveXML").await.expect("told").body().deserialize().expect("s");
+    assert!(kept.contains("<name>managed</name>") && kept.contains("managed.qcow2"), "{kept}");
+    assert_eq!(
+        (can(&domain, "ManagedSave").await, can(&domain, "ManagedSaveRemove").await),
+        ("na".into(), "yes".into())
+    );
+    let (before, boots) = tick.counted().expect("it counted");
+
+    domain.run("Start").await.expect("started");
+    assert_eq!(watch.lifecycle(&domain.path).await, "started restored");
+    assert_eq!(next_state(&mut told, &domain.path).await, ("running".into(), Some(false)), "in one");
+    assert_eq!(domain.state().await, ("running".into(), "restored".into()));
+    tick.counts_to(before + 2).await;
+    assert_eq!(tick.counted().expect("it counts").1, boots, "it has not booted");
+    assert_eq!(saved_as(&file), Vec::<PathBuf>::new(), "it is used up");
+    for verb in ["GetManagedSaveXML", "ManagedSaveRemove"] {
+        let done = if verb == "ManagedSaveRemove" { domain.bare(verb).await } else { domain.run(verb).await };
+        refused(done, "OperationInvalid", &["managed save"]);
+    }
+    // What its CPUs do is as was wanted; what is wanted of the start is added.
+    let flag = |key: &'static str| (key, Variant::from(true));
+    refused(managed_save(&domain, &[flag("paused"), flag("running")]).await, "InvalidArgument", &["paused", "running"]);
+    for unknown in ["compression", "bypass-cache", "xml"] {
+        refused(managed_save(&domain, &[flag(unknown)]).await, "InvalidArgument", &[unknown]);
+    }
+    managed_save(&domain, &[flag("paused")]).await.expect("saved");
+    domain.run("Start").await.expect("started");
+    managed_save(&domain, &[flag("running")]).await.expect("one that stands is saved, too");
+    domain.call("Start", &(options([flag("paused")]),)).await.expect("started");
+    managed_save(&domain, &[flag("running")]).await.expect("saved");
+    domain.run("Start").await.expect("started");
+    tick.goes_on().await;
+    domain.run("Destroy").await.expect("destroyed");
+    let told = ["started restored", "suspended restored", "stopped saved"];
+    let wanted = ["stopped saved"].into_iter().chain(told).chain(told).chain(["started restored", "stopped destroyed"]);
+    assert_eq!(watch.until(&domain.path, "stopped destroyed").await, wanted.collect::<Vec<_>>());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_go_with_a_managed_save_is_refused() {
+    let Some((daemon, domain, tick)) = ticking("beside").await else { return };
+    let client = domain.client.clone();
+    let uuid: String = domain.property("UUID").await;
+    let kept = managed_file(&daemon, &uuid);
+    let file = daemon.folder().join("beside.save");
+    save(&domain, &file, &[]).await.expect("saved");
+    assert!(!has_managed_save(&domain).await, "that is not virtd's to keep");
+    restore(&client, &file, &[]).await.expect("restored");
+    managed_save(&domain, &[]).await.expect("saved");
+    assert!(has_managed_save(&domain).await);
+    refused(restore(&client, &file, &[]).await, "OperationInvalid", &["managed save", "ManagedSaveRemove"]);
+    let xml = tick.xml.replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
+    let created = client.call("/org/virt", "org.virt.Manager.CreateDomain", &(&xml, options([]))).await;
+    refused(created, "OperationInvalid", &["managed save", "Start"]);
+    refused(domain.call("Rename", &("other", options([]))).await, "OperationInvalid", &["managed save"]);
+    let anew = domain.call("Start", &(options([("reset-nvram", Variant::from(true))]),)).await;
+    refused(anew, "OperationInvalid", &["reset-nvram", "force-boot"]);
+    refused(domain.run("Undefine").await, "OperationInvalid", &["managed-save"]);
+    let with_it = || options([("managed-save", Variant::from(true))]);
+    let told = domain.call("CheckUndefine", &(with_it(),)).await.expect("told");
+    let told: HashMap<String, OwnedVariant> = told.body().deserialize().expect("a{sv}");
+    let removed: Vec<String> = told["removed"].clone().try_into().expect("as");
+    assert_eq!(removed, [kept.to_str().expect("a text")]);
+    assert!(kept.exists() && has_managed_save(&domain).await, "nothing of that has changed anything");
+
+    domain.bare("ManagedSaveRemove").await.expect("removed");
+    assert!(!kept.exists() && !has_managed_save(&domain).await);
+    let mut watch = client.watch().await;
+    domain.run("Start").await.expect("started");
+    assert_eq!(watch.lifecycle(&domain.path).await, "started booted");
+    tick.counts_to(3).await;
+    managed_save(&domain, &[]).await.expect("saved");
+    domain.call("Undefine", &(with_it(),)).await.expect("undefined");
+    assert!(!kept.exists() && client.domains().await.is_empty());
+    // A transient machine would leave nobody who could go on from it.
+    let domain = client.define(&xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    domain.run("Undefine").await.expect("undefined");
+    refused(managed_save(&domain, &[]).await, "OperationInvalid", &["transient"]);
+    assert_eq!(can(&domain, "ManagedSave").await, "na");
+    domain.run("Destroy").await.expect("destroyed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_managed_save_that_cannot_be_loaded_is_named_and_kept() {
+    let Some((daemon, domain, tick)) = ticking("kept").await else { return };
+    let file = managed_file(&daemon, &domain.property::<String>("UUID").await);
+    let shown = file.to_str().expect("a text");
+    managed_save(&domain, &[]).await.expect("saved");
+    let (whole, disk) = (std::fs::read(&file).expect("read"), std::fs::read(&tick.disk).expect("read"));
+    let mut watch = domain.client.watch().await;
+    let mut changed = whole.clone();
+    let last = changed.len() - 100;
+    changed[last] ^= 1;
+    for (bytes, word) in [(&whole[..whole.len() - 1], "cut off"), (&changed[..], "changed"), (b"no", "no machine")] {
+        std::fs::write(&file, bytes).expect("written");
+        refused(domain.run("Start").await, "InvalidArgument", &[shown, word, "force-boot"]);
+        assert!(has_managed_save(&domain).await && std::fs::read(&file).expect("read") == bytes, "it is kept");
+    }
+    std::fs::remove_file(&file).expect("removed");
+    refused(domain.run("Start").await, "StorageFailed", &[shown, "force-boot"]);
+    std::fs::write(&file, &whole).expect("as it was");
+    let taken = Command::new("qemu-img").args(["snapshot", "-c", "beside"]).arg(&tick.disk).status();
+    assert!(taken.expect("qemu-img").success());
+    refused(domain.run("Start").await, "OperationInvalid", &["vda", "force-boot"]);
+    assert_eq!(domain.state().await, ("shutoff".into(), "saved".into()));
+    // So has one that a snapshot has frozen.
+    std::fs::write(&tick.disk, &disk).expect("as it was");
+    let player = Player { domain: domain.clone() };
+    let outside = options([("name", Variant::from("outside")), ("disk-only", Variant::from(true))]);
+    player.create("", outside).await.expect("taken");
+    refused(domain.run("Start").await, "OperationInvalid", &["vda", "outside", "force-boot"]);
+    player.call("outside", "Delete", options([])).await.expect("deleted");
+    // As the disk was, it is as good as before; what was written to it since, only a boot can go with.
+    std::fs::write(&tick.disk, &disk).expect("as it was");
+    domain.call("Start", &(options([("paused", Variant::from(true))]),)).await.expect("started");
+    assert_eq!(watch.lifecycle(&domain.path).await, "started restored", "and nothing was told before");
+    managed_save(&domain, &[]).await.expect("saved");
+    let taken = Command::new("qemu-img").args(["snapshot", "-c", "beside"]).arg(&tick.disk).status();
+    assert!(taken.expect("qemu-img").success());
+    let mut watch = domain.client.watch().await;
+    domain.call("Start", &(options([("force-boot", Variant::from(true))]),)).await.expect("booted");
+    assert_eq!(watch.lifecycle(&domain.path).await, "started booted");
+    assert!(!file.exists() && !has_managed_save(&domain).await);
+    domain.run("Destroy").await.expect("destroyed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_machine_that_starts_with_the_host_goes_on_from_its_managed_save() {
+    let Some((mut daemon, domain, tick)) = ticking("host").await else { return };
+    let file = managed_file(&daemon, &domain.property::<String>("UUID").await);
+    let autostart = ("org.virt.Domain", "Autostart", Variant::from(true));
+    domain.client.call(&domain.path, "org.freedesktop.DBus.Properties.Set", &autostart).await.expect("set");
+    managed_save(&domain, &[]).await.expect("saved");
+    let (before, boots) = tick.counted().expect("it counted");
+    // What the host knew since it booted is gone.
+    daemon.kill_virtd().await;
+    std::fs::remove_dir_all(daemon.root().join("run/virt")).expect("removed");
+    daemon.start_virtd().await;
+    tick.counts_to(before + 2).await;
+    assert_eq!(tick.counted().expect("it counts").1, boots, "it has not booted");
+    let domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path };
+    domain.is_looked_after().await;
+    assert_eq!(domain.state().await, ("running".into(), "restored".into()));
+    assert!(!file.exists() && !has_managed_save(&domain).await);
+    domain.run("Destroy").await.expect("destroyed");
+}
+
+/// virtd may be killed after the guest runs and before its file is gone; and while the machine is off, which changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_virtd_that_finds_a_guest_beside_its_managed_save_removes_that() {
+    let Some((mut daemon, domain, tick)) = ticking("found").await else { return };
+    let file = managed_file(&daemon, &domain.property::<String>("UUID").await);
+    let again = async |daemon: &Daemon| Domain {
+        client: Client { connection: daemon.connect().await },
+        path: domain.path.clone(),
+    };
+    managed_save(&domain, &[]).await.expect("saved");
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    let later = again(&daemon).await;
+    assert!(has_managed_save(&later).await, "it is found again");
+    assert_eq!(later.state().await, ("shutoff".into(), "saved".into()));
+    let kept = std::fs::read(&file).expect("read");
+    later.run("Start").await.expect("started");
+    tick.goes_on().await;
+    daemon.kill_virtd().await;
+    std::fs::write(&file, kept).expect("as if it had not gone yet");
+    daemon.start_virtd().await;
+    let later = again(&daemon).await;
+    assert_eq!(later.state().await, ("running".into(), "restored".into()));
+    assert!(!file.exists() && !has_managed_save(&later).await);
+    tick.goes_on().await;
+    later.run("Destroy").await.expect("destroyed");
+    assert!(!has_managed_save(&later).await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revert_removes_a_managed_save() {
+    let Some((daemon, domain, tick)) = ticking("reverted").await else { return };
+    let file = managed_file(&daemon, &domain.property::<String>("UUID").await);
+    let player = Player { domain: domain.clone() };
+    player.take("running").await;
+    domain.run("Destroy").await.expect("destroyed");
+    player.take("off").await;
+    for (name, after) in [("off", "shutoff"), ("running", "running")] {
+        if domain.property::<String>("State").await == "shutoff" {
+            domain.run("Start").await.expect("started");
+            tick.counts_to(3).await;
+        }
+        managed_save(&domain, &[]).await.expect("saved");
+        let told = player.check(name, "CheckRevert", options([])).await;
+        let files: Vec<(String, String, u64)> = told["files"].clone().try_into().expect("a(sst)");
+        let bytes = std::fs::metadata(&file).expect("it is there").len();
+        let goes = (file.to_str().expect("a text").to_owned(), "deleted".to_owned(), bytes);
+        assert!(files.contains(&goes), "{name}: {files:?}");
+        if name == "off" {
+            refused(player.call(name, "Revert", options([])).await, "RevertRisky", &["managed-save"]);
+            assert!(file.exists() && has_managed_save(&domain).await);
+            let force = options([("force", Variant::from(vec!["managed-save"]))]);
+            player.call(name, "Revert", force).await.expect("reverted");
+        } else {
+            player.call(name, "Revert", options([])).await.expect("its memory takes the place of what was saved");
+        }
+        assert_eq!(domain.property::<String>("State").await, after);
+        assert!(!file.exists() && !has_managed_save(&domain).await, "{name}");
+    }
+    domain.run("Destroy").await.expect("destroyed");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn virtd_killed_while_it_saves_for_the_next_start() {
+    killed_at_every_step(Victims::Virtd, Saved::Managed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn both_killed_at_once_with_a_managed_save() {
+    killed_at_every_step(Victims::Both, Saved::Managed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_killed_while_it_is_saved_for_the_next_start() {
+    killed_at_every_step(Victims::Qemu, Saved::Managed).await;
+}
+
+/// Whoever may not save may not do so for the next start either; the configuration of then is read as today's is.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_the_system_bus_a_managed_save_needs_no_right_to_define() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let Some((domain, tick)) = another(&daemon, "wallsaved").await else { return };
+    let file = managed_file(&daemon, &domain.property::<String>("UUID").await);
+    let stranger = Client { connection: daemon.connect_as(&ALICE).await };
+    let theirs = Domain { client: stranger.clone(), path: domain.path.clone() };
+    let (name, text) = managed_save(&theirs, &[]).await.expect_err("denied");
+    assert!(text.contains("org.virt.domain.save"), "{name}: {text}");
+    managed_save(&domain, &[]).await.expect("saved");
+    let made = std::fs::metadata(&file).expect("it is there");
+    assert_eq!((made.mode() & 0o7777, made.uid()), (0o600, 0));
+    let (name, text) = theirs.bare("ManagedSaveRemove").await.expect_err("denied");
+    assert!(text.contains("org.virt.domain.save"), "{name}: {text}");
+    let secret = ("secure", Variant::from(true));
+    let (name, text) = theirs.call("GetManagedSaveXML", &(options([secret]),)).await.expect_err("denied");
+    assert!(text.contains("org.virt.domain.read-secure"), "{name}: {text}");
+    domain.run("Start").await.expect("started");
+    tick.goes_on().await;
+    assert!(!file.exists());
+    domain.run("Destroy").await.expect("destroyed");
 }

@@ -182,7 +182,10 @@ impl Domain {
                 journal.end().await?;
                 Ok(story)
             }
-            (_, Recovered::Undone { story }) => {
+            (deed, Recovered::Undone { story }) => {
+                if let Deed::Save { .. } = deed {
+                    self.is_not_saved().await;
+                }
                 journal.end().await?;
                 Ok(story)
             }

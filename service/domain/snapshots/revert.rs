@@ -342,6 +342,7 @@ impl Domain {
         self.all_told().await.commit(|state| {
             state.reason = reason;
             state.since_usec = since_usec;
+            state.is_saved_or_not(reason);
             Vec::new()
         });
     }
@@ -359,8 +360,11 @@ impl Domain {
             tracing::warn!(uuid = %self.uuid, %error, "what a revert kept aside is still there");
         }
         journal.step("settled");
+        // It would bring old memory to other disks.
+        self.remove_managed_save_file().await?;
         journal.end().await?;
         self.all_told().await.commit(|state| {
+            state.managed_save = false;
             let tree = state.snapshots.change();
             tree.set_current(Some(&def.name));
             if let Some(content) = tree.content_mut(&def.name) {
