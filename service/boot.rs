@@ -4,7 +4,7 @@ use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
 use crate::registry::Claimed;
-use crate::shared::{Shared, virtd_itself};
+use crate::shared::{AGAIN, Shared, virtd_itself};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
@@ -92,7 +92,10 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     for (uuid, intent) in &left_behind {
         // Its guest has ended, and it was transient.
         if let (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), None) = (intent, domains.get(*uuid)) {
-            looked_at.spawn(settle_save(shared.clone(), *uuid, intent.clone()));
+            let (looked, is_looked_at) = oneshot::channel::<()>();
+            looked_at.spawn(async move { drop(is_looked_at.await) });
+            shared.is_unsettled(*uuid, true);
+            tokio::spawn(settle_save(shared.clone(), *uuid, intent.clone(), looked));
         }
     }
     let _ = timeout(LOOK, looked_at.join_all()).await;
@@ -113,26 +116,31 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     Ok(())
 }
 
-/// Makes whole the save of a machine of which nothing else is left.
-async fn settle_save(shared: Arc<Shared>, uuid: Uuid, intent: Intent) {
-    let settled = async {
-        let driver = shared.drivers.iter().find_map(|driver| driver.saved_machines());
-        let story = match (driver, intent.note.clone()) {
-            (Some(driver), Some(note)) => {
-                driver.settle_save(uuid, note).await.map_err(|e| Error::StorageFailed(e.to_string()))?
-            }
-            _ => "nothing had been changed".to_owned(),
-        };
-        let on = shared.clone();
-        on_disk(move || on.store.remove_this_intent(uuid, &intent)).await?;
-        Ok::<_, Error>(story)
-    };
-    match settled.await {
-        Ok(story) => tracing::warn!(%uuid, "saving it was cut off: {story}"),
-        Err(error) => {
-            tracing::error!(%uuid, %error, "saving it was cut off, and the next start of virtd looks at it again")
-        }
+/// Makes whole the save of a machine of which nothing else is left, however often that has to be tried; nothing else is begun with
+/// its uuid before. `looked` is dropped after the first time.
+async fn settle_save(shared: Arc<Shared>, uuid: Uuid, intent: Intent, looked: oneshot::Sender<()>) {
+    let (mut pause, mut looked) = (AGAIN.0, Some(looked));
+    while let Err(error) = settle_save_now(&shared, uuid, &intent).await {
+        tracing::error!(%uuid, %error, "saving it was cut off, and it is not known yet what came of that: it is looked at again");
+        looked.take();
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(AGAIN.1);
     }
+    shared.is_unsettled(uuid, false);
+}
+
+async fn settle_save_now(shared: &Arc<Shared>, uuid: Uuid, intent: &Intent) -> Result<()> {
+    let driver = shared.drivers.iter().find_map(|driver| driver.saved_machines());
+    let story = match (driver, intent.note.clone()) {
+        (Some(driver), Some(note)) => {
+            driver.settle_save(uuid, note).await.map_err(|e| Error::StorageFailed(e.to_string()))?
+        }
+        _ => "nothing had been changed".to_owned(),
+    };
+    let on = shared.clone();
+    on_disk(move || on.store.remove_intent(uuid)).await?;
+    tracing::warn!(%uuid, "saving it was cut off: {story}");
+    Ok(())
 }
 
 /// Does `first`, then makes the domain whole, in a task that has its turn from now on.
@@ -146,7 +154,9 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
         let work = async {
             first.await;
             // The log has it by then.
-            let _ = domain.finish_interrupted().await;
+            if domain.finish_interrupted().await.is_err() {
+                domain.looks_again(None);
+            }
         };
         let mut work = std::pin::pin!(work);
         if timeout(PLACE, &mut work).await.is_err() {
@@ -199,9 +209,7 @@ fn load_definition(
             (name, kind.unwrap_or_default(), Err(why))
         }
     };
-    let reason = if managed_save { StateReason::Saved } else { StateReason::Unknown };
-    let never = Ended { reason, since_usec: now_usec() };
-    let ended = shared.store.ended(uuid).unwrap_or(never);
+    let ended = shared.store.ended(uuid).unwrap_or_else(|| Ended::never(managed_save));
     let driver = likely_driver(shared, &note, &kind)?;
     // Nobody may know its name, or another has it.
     let nameless = sound.is_err() && (name.is_empty() || domains.look(uuid, &name).is_err());

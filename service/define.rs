@@ -11,13 +11,11 @@ use crate::log;
 use crate::registry::{Claimed, check_new_name};
 use crate::store::{Ended, Note, on_disk};
 use crate::stored::StoredDef;
-use crate::time::now_usec;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
 use std::time::Instant;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::{Driver, DriverError};
-use virt_model::state::StateReason;
 use virt_model::xml::{Finding, FindingKind, Limits, refusals};
 
 impl Service {
@@ -223,6 +221,9 @@ impl Service {
             refuse(self.shared.images.frozen_in(&def).await)?;
         }
         self.look(&*driver, &def).await?;
+        if existing.is_none() {
+            self.shared.is_settled(def.uuid).await?;
+        }
         let claimed = self.claim(caller, &def, existing.as_ref())?;
         Ok(Accepted { def, stored, driver, claimed })
     }
@@ -283,18 +284,25 @@ impl Service {
         stored: Option<Arc<StoredDef>>,
     ) -> Result<Arc<Domain>> {
         let note = Note { owner: caller.uid, ..Note::default() };
-        let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
-        let (shared, uuid) = (self.shared.clone(), def.uuid);
-        // A transient domain of that uuid may have left some.
-        let snapshots = match on_disk(move || shared.store.load_snapshots(uuid)).await {
-            Ok(snapshots) => snapshots,
+        let (shared, uuid, stays) = (self.shared.clone(), def.uuid, stored.is_some());
+        // A domain of that uuid may have left some.
+        let left = move || {
+            let saved = stays && shared.store.managed_save_bytes(uuid).is_some();
+            Ok((shared.store.load_snapshots(uuid)?, saved))
+        };
+        let (snapshots, managed_save) = match on_disk(left).await {
+            Ok(left) => left,
             Err(e) => {
                 self.domains.remove(uuid, &def.name, caller.uid);
                 return Err(e);
             }
         };
         let config = stored.as_ref().map_or_else(|| Arc::new(ConfigFacts::of(def)), |stored| stored.config.clone());
-        let (name, broken, managed_save) = (def.name.clone(), None, false);
+        let (name, broken) = (def.name.clone(), None);
+        if managed_save {
+            tracing::warn!(%uuid, name, "there is a managed save of it already, of an earlier domain: its next start goes on from that");
+        }
+        let ended = Ended::never(managed_save);
         let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
         Ok(Domain::new(&self.shared, &self.domains, seed))
     }

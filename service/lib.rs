@@ -11,6 +11,8 @@ mod domain;
 pub mod error;
 pub mod events;
 pub mod facts;
+#[allow(clippy::disallowed_methods, reason = "its files are those of tests")]
+mod fail_point;
 pub mod fair;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;

@@ -101,6 +101,14 @@ pub(crate) struct Ended {
     pub since_usec: u64,
 }
 
+impl Ended {
+    /// Of one that has not run since the host booted; `managed_save`: it has one.
+    pub fn never(managed_save: bool) -> Ended {
+        let reason = if managed_save { StateReason::Saved } else { StateReason::Unknown };
+        Ended { reason, since_usec: now_usec() }
+    }
+}
+
 /// What is known of a running guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Status {
@@ -231,13 +239,17 @@ impl Store {
 
     /// A status file, not yet written.
     pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        Arc::new(StatusFile { path: self.status(uuid), kept: Mutex::new(Some(Kept { status, start: None })) })
+        self.status_file_as(uuid, Kept { status, start: None })
     }
 
     /// The status of a guest that is being started; [`StatusFile::started`] ends that.
     pub fn status_file_of_start(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        let kept = Kept { status, start: Some(None) };
-        Arc::new(StatusFile { path: self.status(uuid), kept: Mutex::new(Some(kept)) })
+        self.status_file_as(uuid, Kept { status, start: Some(None) })
+    }
+
+    fn status_file_as(&self, uuid: Uuid, kept: Kept) -> Arc<StatusFile> {
+        let (path, saved) = (self.status(uuid), self.managed_save(uuid));
+        Arc::new(StatusFile { path, saved, kept: Mutex::new(Some(kept)) })
     }
 
     /// Makes the driver's folder for one guest. What an earlier guest may have left in it is the driver's to remove.
@@ -341,6 +353,8 @@ impl Store {
 #[derive(Debug)]
 pub(crate) struct StatusFile {
     path: PathBuf,
+    /// Its managed save, if there is one.
+    saved: PathBuf,
     /// `None` once the guest has gone.
     kept: Mutex<Option<Kept>>,
 }
@@ -402,6 +416,12 @@ fn can_be_read_again(live: &str) -> Result<()> {
 }
 
 impl Recorder for StatusFile {
+    fn goes_on(&self) -> io::Result<()> {
+        managed::is_used(&self.saved).map_err(|e| io::Error::other(e.to_string()))?;
+        managed::step_of_start(&self.saved);
+        Ok(())
+    }
+
     fn record(&self, record: serde_json::Value) -> io::Result<()> {
         let written = self.write(|kept| {
             kept.status.record = Some(record);
@@ -411,6 +431,7 @@ impl Recorder for StatusFile {
             }
             Ok(())
         });
+        managed::step_of_start(&self.saved);
         written.map_err(|e| io::Error::other(e.to_string()))
     }
 
@@ -679,7 +700,11 @@ mod tests {
             record: None,
         };
         let kept = Mutex::new(Some(Kept { status, start: Some(None) }));
-        let file = Arc::new(StatusFile { path: folder.path().join("status.json"), kept });
+        let file = Arc::new(StatusFile {
+            path: folder.path().join("status.json"),
+            saved: folder.path().join("0.virtsave"),
+            kept,
+        });
         (folder, file, live)
     }
 

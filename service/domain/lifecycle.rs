@@ -350,7 +350,11 @@ impl Domain {
 
     /// Lets the CPUs go on. Returns when they run.
     pub async fn resume(self: &Arc<Self>, caller: &Caller) -> Result<()> {
-        self.short(caller, &verb::RESUME, async { self.resume_guest(&self.guest()?).await }).await
+        self.short(caller, &verb::RESUME, async {
+            self.takes_back_save().await?;
+            self.resume_guest(&self.guest()?).await
+        })
+        .await
     }
 
     async fn resume_guest(&self, guest: &Guest) -> Result<()> {

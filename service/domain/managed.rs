@@ -2,12 +2,13 @@
 //!
 //! ```text
 //!  ManagedSave  as Save, to <state>/saved/<uuid>.virtsave ─▶ told with `stopped saved`
-//!  Start        what the file says ─▶ its checksum, the disks ─▶ start, from it ─▶ the file goes ─▶ `started restored`
+//!  Start        what the file says ─▶ its checksum, the disks ─▶ loaded ─▶ marked as used ─▶ the guest goes on ─▶ the file goes
+//!               ─▶ `started restored`
 //!  dropped by   Start with force-boot, ManagedSaveRemove, a revert, Undefine with managed-save
 //! ```
 //!
-//! A file that cannot be loaded stays, and is named to whoever wanted that. A guest that is there has gone on from it: a virtd
-//! that finds one beside its file was cut off before that went.
+//! A file that cannot be loaded stays, and is named to whoever wanted that. Before its guest can run an instruction it is marked
+//! (`store/managed.rs`), and from then on it is no managed save any more, whoever is killed: no guest goes on from it twice.
 
 use super::Domain;
 use super::lifecycle::StartOptions;
@@ -132,7 +133,25 @@ impl Domain {
             let options = StartOptions { paused: options.paused || saved.paused, ..options };
             self.start_saved(caller, Arc::new(def), saved, options, word, job).await
         };
-        started.await.map_err(|error| kept(file, error))
+        match started.await {
+            Ok(()) => Ok(()),
+            Err(error) if self.has_gone_on().await => Err(used_up(file, error)),
+            Err(error) => Err(kept(file, error)),
+        }
+    }
+
+    /// A start has failed that may have brought a guest to run from the managed save: then that is forgotten.
+    async fn has_gone_on(&self) -> bool {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let used = on_disk(move || Ok(shared.store.managed_save_is_used(uuid))).await.unwrap_or(false);
+        if used {
+            self.managed_save_is_used().await;
+            self.all_told().await.commit(|state| {
+                state.managed_save = false;
+                Vec::new()
+            });
+        }
+        used
     }
 
     /// Removes the file of the managed save, if there is one, and tells that there is none any more. On failure both are as before.
@@ -161,7 +180,7 @@ impl Domain {
     pub(super) async fn managed_save_is_used(&self) {
         if let Err(e) = self.remove_managed_save_file().await {
             let (uuid, name) = (self.uuid, self.name());
-            tracing::error!(%uuid, name, "{e}; its guest has gone on from there, and it is to be removed before that ends");
+            tracing::error!(%uuid, name, "{e}; its guest has gone on from there, and it is not used again");
         }
     }
 
@@ -210,17 +229,31 @@ impl State {
     }
 }
 
+/// The failure of a start from `file`, which may have come so far that the guest ran.
+fn used_up(file: &Path, error: Error) -> Error {
+    let file = file.display();
+    retold(error, |text| {
+        format!(
+            "{text}; its guest may have run for a moment, so its managed save {file} is not used again, and Start boots it"
+        )
+    })
+}
+
 /// The failure of a start from `file`, which is there still.
 fn kept(file: &Path, error: Error) -> Error {
     let file = file.display();
-    let told = |text: String| {
+    retold(error, |text: String| {
         let named = if text.contains(&*file.to_string()) { String::new() } else { format!(" {file}") };
         match text.contains("force-boot") {
             true if named.is_empty() => text,
             true => format!("{text}; its managed save{named} is kept"),
             false => format!("{text}; its managed save{named} is kept, and Start with force-boot drops it"),
         }
-    };
+    })
+}
+
+/// The same failure in other words.
+fn retold(error: Error, told: impl Fn(String) -> String) -> Error {
     match error {
         Error::InvalidArgument(text) => Error::InvalidArgument(told(text)),
         Error::OperationInvalid(text) => Error::OperationInvalid(told(text)),

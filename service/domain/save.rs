@@ -13,10 +13,10 @@ use super::change::Change;
 use super::lifecycle::{Creation, Origin, StartOptions};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
-use crate::images::{Fate, written_by};
+use crate::images::{Fate, Taken, written_by};
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
-use crate::store::Deed;
+use crate::store::{Deed, Intent};
 use crate::verb::{self, Verb};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -184,6 +184,28 @@ impl Domain {
         self.shared.images.refuse_in_use(&deed, &[file.to_owned()], Fate::Removed, None, remedy).await
     }
 
+    /// From now on nobody else saves in that file, until the result is dropped.
+    async fn take_target(&self, file: &Path) -> Result<Taken> {
+        let whose = format!("the save of domain '{}', which is under way,", self.name());
+        let taken = self.shared.images.take(file, whose).await;
+        taken.map_err(|by| {
+            let (name, file) = (self.name(), file.display());
+            Error::InUse(format!("cannot save domain '{name}': {file} is what {by} writes; choose another file"))
+        })
+    }
+
+    /// A guest that stands because its save is half done is to go on: what was written is of no use from then on. That is on disk
+    /// before it runs; whoever makes the save whole removes the file.
+    pub(super) async fn takes_back_save(&self) -> Result<()> {
+        let (Some(Intent { deed: deed @ Deed::Save { .. }, note: Some(note) }), Ok(_)) =
+            (self.open_intent(), self.guest())
+        else {
+            return Ok(());
+        };
+        let note = self.saves()?.taken_back(note).map_err(|e| self.driver_failed(verb::RESUME.word, e))?;
+        self.keep_intent(Intent { deed, note: Some(note) }).await
+    }
+
     /// Refuses `what` where the guest would notice.
     pub(super) fn same_machine(
         &self,
@@ -204,12 +226,15 @@ impl Domain {
         let guest = self.guest()?;
         // A transient domain must not go before the note that it leaves.
         let _stay = Creation::begin(self)?;
+        let target = self.take_target(&request.file).await?;
         let journal = self.journal(Deed::Save { file: request.file.clone(), managed }, job);
         journal.begin().await?;
         if let Err(e) = self.saves()?.save(&machine, &request, journal.clone()).await {
             self.expect_no_end(guest.id);
             self.is_not_saved().await;
             journal.end_after_failure(&e).await;
+            // If it is half done.
+            self.looks_again(Some(target));
             return Err(self.driver_failed("save", e));
         }
         self.end_saved().await?;

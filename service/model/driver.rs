@@ -229,6 +229,13 @@ pub trait Recorder: Send + Sync {
     /// Says as what the guest will run, as far as that is known before it does: that is kept with the next record. Of a start
     /// only, and at most once; whoever says nothing has it kept when the start has returned. Blocks.
     fn will_run(&self, _live: &DomainDef) {}
+
+    /// Keeps, durably, that the guest goes on from the saved machine that it is started from: what was saved is used up from then
+    /// on, whatever becomes of this guest. To be called when that has been loaded, and before the first instruction; once more by
+    /// whoever finds such a guest and cannot tell whether that was done. On failure the guest must not go on. Blocks.
+    fn goes_on(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// What `start` hands back.

@@ -1,16 +1,44 @@
 //! The managed saves of domains on disk, in `<state>/saved/`: one file each, which is there when it is complete. The drivers
 //! write and read them; what is beside one belongs to a save that is under way, or was cut off.
+//!
+//! ```text
+//!  <uuid>.virtsave        the next start goes on from it; a start that is cut off while it is loaded leaves it
+//!  <uuid>.virtsave.used   a guest goes on from it, or did: it has this name before the first instruction, and is never used again
+//! ```
 
-use super::{Store, remove, unlink, uuids};
+use super::{Store, remove, sync_folder, unlink, uuids};
 use crate::error::{Error, Result};
 use std::collections::BTreeSet;
 use std::fs;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use uuid::Uuid;
 
 /// How the names of such files end.
 const ENDING: &str = "virtsave";
+/// How they end once a guest goes on from them.
+const USED: &str = "virtsave.used";
+
+/// A guest goes on from this one, if it is there: on disk when this returns.
+pub(super) fn is_used(file: &Path) -> Result<()> {
+    match fs::rename(file, file.with_extension(USED)) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        renamed => {
+            renamed.map_err(|e| Error::from_io("rename", file, &e))?;
+            sync_folder(file.parent().unwrap_or(file)).inspect_err(|_| {
+                // Nobody goes on from it now: it is as good as before.
+                let _ = fs::rename(file.with_extension(USED), file);
+            })
+        }
+    }
+}
+
+/// A step of a start from this one, for tests; others have none.
+pub(super) fn step_of_start(file: &Path) {
+    if cfg!(debug_assertions) && (file.exists() || file.with_extension(USED).exists()) {
+        crate::fail_point::reached();
+    }
+}
 
 impl Store {
     pub(super) fn managed_saves(&self) -> PathBuf {
@@ -22,9 +50,16 @@ impl Store {
         self.managed_saves().join(format!("{uuid}.{ENDING}"))
     }
 
-    /// Removes it; one that is not there is fine.
+    /// Removes it, and one that is used; what is not there is fine.
     pub fn remove_managed_save(&self, uuid: Uuid) -> Result<()> {
-        remove(&self.managed_save(uuid))
+        let file = self.managed_save(uuid);
+        remove(&file.with_extension(USED))?;
+        remove(&file)
+    }
+
+    /// Whether a guest has gone on from it, and it is there still.
+    pub fn managed_save_is_used(&self, uuid: Uuid) -> bool {
+        fs::symlink_metadata(self.managed_save(uuid).with_extension(USED)).is_ok()
     }
 
     /// Its length in bytes; `None` if it is not there.
@@ -32,8 +67,8 @@ impl Store {
         fs::symlink_metadata(self.managed_save(uuid)).ok().map(|about| about.len())
     }
 
-    /// Which domains have one. Removes what saves left beside them that nobody will finish: those of all domains but
-    /// `unfinished`.
+    /// Which domains have one. Removes those that are used, and what saves left beside that nobody will finish: those of all
+    /// domains but `unfinished`.
     pub fn load_managed_saves(&self, unfinished: &BTreeSet<Uuid>) -> Result<BTreeSet<Uuid>> {
         let folder = self.managed_saves();
         let failed = |e: io::Error| Error::from_io("read", &folder, &e);
@@ -45,6 +80,18 @@ impl Store {
         for entry in entries {
             let path = entry.map_err(failed)?.path();
             let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            if name.ends_with(&format!(".{USED}")) {
+                match unlink(&path) {
+                    Ok(_) => tracing::warn!(
+                        "{}: a guest has gone on from what was saved in it, so it is not used again, and removed",
+                        path.display()
+                    ),
+                    Err(e) => {
+                        tracing::error!("{e}; a guest has gone on from what was saved in it, and it is not used again")
+                    }
+                }
+                continue;
+            }
             let left_of = name.split_once(&format!(".{ENDING}.")).and_then(|(uuid, _)| Uuid::try_parse(uuid).ok());
             if left_of.is_some_and(|uuid| !unfinished.contains(&uuid)) {
                 match unlink(&path) {

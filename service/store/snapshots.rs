@@ -200,15 +200,6 @@ impl Store {
         unlink(&self.snapshots(uuid).join(".intent")).map(drop)
     }
 
-    /// The same if it is that one still: another operation of the same machine may have begun.
-    pub fn remove_this_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
-        let there: Option<Intent> = read_if_there(&self.snapshots(uuid).join(".intent"))?;
-        match there {
-            Some(there) if json(&there)? == json(intent)? => self.remove_intent(uuid),
-            _ => Ok(()),
-        }
-    }
-
     /// What has been removed is removed on disk, too.
     pub fn sync_snapshots(&self, uuid: Uuid) {
         let folder = self.snapshots(uuid);

@@ -16,6 +16,7 @@ mod plugged;
 mod records;
 mod revert_matrix;
 mod saved;
+mod saved_unfinished;
 mod snapshots;
 mod snapshots_cpu;
 mod snapshots_cut_off;

@@ -13,13 +13,13 @@ use std::time::{Duration, Instant};
 use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
 /// A daemon, a client of it and a tick guest that runs.
-async fn ticking(name: &str) -> Option<(Daemon, Domain, Tick)> {
+pub async fn ticking(name: &str) -> Option<(Daemon, Domain, Tick)> {
     let daemon = Daemon::on_session_bus().await?;
     let (domain, tick) = another(&daemon, name).await?;
     Some((daemon, domain, tick))
 }
 
-async fn another(daemon: &Daemon, name: &str) -> Option<(Domain, Tick)> {
+pub async fn another(daemon: &Daemon, name: &str) -> Option<(Domain, Tick)> {
     let tick = Tick::new(daemon, name, "")?;
     let client = Client { connection: daemon.connect().await };
     let domain = client.define(&tick.xml).await.expect("defined");
@@ -28,12 +28,12 @@ async fn another(daemon: &Daemon, name: &str) -> Option<(Domain, Tick)> {
     Some((domain, tick))
 }
 
-async fn save(domain: &Domain, file: &Path, how: &[(&'static str, Variant<'_>)]) -> Result<(), Refusal> {
+pub async fn save(domain: &Domain, file: &Path, how: &[(&'static str, Variant<'_>)]) -> Result<(), Refusal> {
     let how = how.iter().map(|(key, value)| (*key, value.try_clone().expect("no descriptor")));
     domain.call("Save", &(file.to_str().expect("a text"), options(how))).await.map(drop)
 }
 
-async fn restore(client: &Client, file: &Path, how: &[(&'static str, Variant<'_>)]) -> Result<Domain, Refusal> {
+pub async fn restore(client: &Client, file: &Path, how: &[(&'static str, Variant<'_>)]) -> Result<Domain, Refusal> {
     let how = how.iter().map(|(key, value)| (*key, value.try_clone().expect("no descriptor")));
     let arguments = (file.to_str().expect("a text"), options(how));
     let reply = client.call("/org/virt", "org.virt.Manager.RestoreDomain", &arguments).await?;
@@ -41,7 +41,7 @@ async fn restore(client: &Client, file: &Path, how: &[(&'static str, Variant<'_>
     Ok(Domain { client: client.clone(), path: path.to_string() })
 }
 
-fn refused<T>(done: Result<T, Refusal>, name: &str, words: &[&str]) {
+pub fn refused<T>(done: Result<T, Refusal>, name: &str, words: &[&str]) {
     let (got, text) = done.err().unwrap_or_else(|| panic!("it was done, and not {name}"));
     assert_eq!(got, format!("org.virt.Error.{name}"), "{text}");
     for word in words {
@@ -239,7 +239,7 @@ const STEPS: u32 = 20;
 
 /// What is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Victims {
+pub enum Victims {
     Virtd,
     Qemu,
     Both,
@@ -362,7 +362,7 @@ async fn runs_or_is_saved(domain: &Domain, tick: &Tick, file: &Path, cut: (Victi
 }
 
 /// What there is of a file of that name and beside it.
-fn saved_as(file: &Path) -> Vec<PathBuf> {
+pub fn saved_as(file: &Path) -> Vec<PathBuf> {
     let begins = file.file_name().expect("a name").to_string_lossy();
     let entries = std::fs::read_dir(file.parent().expect("a folder")).expect("a folder");
     let names = entries.map(|entry| entry.expect("an entry").path());
@@ -443,16 +443,16 @@ async fn a_full_disk_leaves_the_guest_running_and_no_file() {
 }
 
 /// Where virtd keeps the managed save of a machine.
-fn managed_file(daemon: &Daemon, uuid: &str) -> PathBuf {
+pub fn managed_file(daemon: &Daemon, uuid: &str) -> PathBuf {
     daemon.root().join(format!("var/lib/virt/saved/{uuid}.virtsave"))
 }
 
-async fn managed_save(domain: &Domain, how: &[(&'static str, Variant<'_>)]) -> Result<(), Refusal> {
+pub async fn managed_save(domain: &Domain, how: &[(&'static str, Variant<'_>)]) -> Result<(), Refusal> {
     let how = how.iter().map(|(key, value)| (*key, value.try_clone().expect("no descriptor")));
     domain.call("ManagedSave", &(options(how),)).await.map(drop)
 }
 
-async fn has_managed_save(domain: &Domain) -> bool {
+pub async fn has_managed_save(domain: &Domain) -> bool {
     domain.property("HasManagedSave").await
 }
 

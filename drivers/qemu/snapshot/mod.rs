@@ -24,6 +24,7 @@ mod naming;
 mod note;
 mod park;
 mod parts;
+mod pipe;
 mod recover;
 mod revert;
 mod save;
@@ -154,6 +155,10 @@ impl SavedMachines for QemuDriver {
         journal: Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
         self.operation_for(machine, &journal).await?.save(request, &journal).await
+    }
+
+    fn taken_back(&self, note: serde_json::Value) -> Result<serde_json::Value, DriverError> {
+        save::taken_back(note)
     }
 
     async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError> {

@@ -4,7 +4,7 @@
 //! is killed, there is a file beside the wanted one that has no header yet, or a complete one.
 //!
 //! ```text
-//!  note ─▶ stop ─▶ file beside, pipe: memory ─▶ header ─▶ note: complete ─▶ its name ─▶ (the service ends the guest)
+//!  note ─▶ file beside ─▶ stop ─▶ pipe: memory ─▶ header ─▶ note: complete ─▶ its name ─▶ (the service ends the guest)
 //!    └── undone: it is removed, the guest goes on ──┘        └── finished: named, if it is not yet; the guest ends
 //! ```
 
@@ -18,25 +18,23 @@ use super::{Operation, cannot, undone};
 use crate::host::files::{Seen, What};
 use crate::host::look::Look;
 use crate::host::resolve::Found;
-use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable, pump};
-use crate::host::workers::{Errand, Stop, Workers};
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable};
+use crate::host::workers::{Errand, Workers};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::DriverError;
 use virt_model::driver::saved::{SaveRequest, SavedState};
 use virt_model::driver::snapshots::{Journal, Recovered};
-
-/// What the pipe between QEMU and us is to hold, in bytes; less will do.
-const PIPE: usize = 1 << 20;
+use virt_model::driver::{DriverError, DriverEvent};
+use virt_model::state::Suspended;
 
 impl Operation {
     /// Refuses a machine that cannot be saved, and a file that cannot be made.
@@ -79,10 +77,10 @@ impl Operation {
         };
         journal.note(written(&Note::Save(note.clone()))?).await?;
         // Whether it comes to its end or goes on as before: that it stood is nobody's business.
-        let _quiet = self.body.as_ref().map(Quiet::keep);
+        let quiet = self.body.as_ref().map(Quiet::keep);
         let begun = match self.begin_saved(request, &mut note, journal).await {
             Ok(begun) => begun,
-            Err(error) => return Err(undone(error, self.undo_save(&note, None).await)),
+            Err(error) => return Err(undone(error, self.undo_save(&note, None, quiet).await)),
         };
         let error = match self.write_saved(&mut note, &begun, journal).await {
             Ok(()) => match self.name_saved(&note, Some(begun.held.clone())).await {
@@ -93,9 +91,7 @@ impl Operation {
                 Ok(Naming::Beside(error)) => error,
                 Ok(Naming::Lost) => lost(&note),
                 // It may have its name: only who looks again can tell.
-                Err(error) => {
-                    return Err(DriverError::HalfDone(format!("it may be saved, which shows later: {error}")));
-                }
+                Err(error) => return Err(self.stands_half_done(&error, quiet)),
             },
             Err(error) => error,
         };
@@ -107,10 +103,22 @@ impl Operation {
                 tracing::warn!(uuid = %self.machine.def.uuid, %why, "a save that is undone is noted as complete");
             }
         }
-        Err(undone(error, self.undo_save(&note, Some(begun.held)).await))
+        Err(undone(error, self.undo_save(&note, Some(begun.held), quiet).await))
     }
 
-    /// Has the guest stand, makes the file beside, and notes which that is.
+    /// What was written is complete, and whether it has its name is not known: the guest stands for so long, and that is told.
+    fn stands_half_done(&self, error: &DriverError, quiet: Option<Quiet>) -> DriverError {
+        drop(quiet);
+        if let Some(body) = self.body.as_ref().filter(|_| self.machine.running) {
+            body.reporter.settle(|_| Some(DriverEvent::Suspended(Suspended::Paused)));
+        }
+        DriverError::HalfDone(format!(
+            "all of it is written, and it is not known yet whether it is named ({error}): that is looked at again and again; until \
+             then the guest stands, and if it is resumed, it goes on and what was written is removed"
+        ))
+    }
+
+    /// Makes the file beside, notes which that is, and has the guest stand.
     async fn begin_saved(
         &self,
         request: &SaveRequest,
@@ -120,10 +128,6 @@ impl Operation {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let configuration = request.def.write(Form::STORED);
         let telling = self.telling(body, request).await?;
-        if self.machine.running {
-            body.patiently("stop", json!({})).await?;
-            journal.step("stopped");
-        }
         let wary = self.images.lender.is_wary();
         let (wanted, part, room) = (note.clone(), note.part.clone(), at_most(&telling));
         let text = configuration.clone();
@@ -138,6 +142,10 @@ impl Operation {
         note.number = held.number();
         let begun = Begun { held, file, draft, telling, configuration };
         journal.note(written(&Note::Save(note.clone()))?).await?;
+        if self.machine.running {
+            body.patiently("stop", json!({})).await?;
+            journal.step("stopped");
+        }
         Ok(begun)
     }
 
@@ -145,21 +153,21 @@ impl Operation {
     async fn write_saved(&self, note: &mut Save, begun: &Begun, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let Begun { file, draft, telling, configuration, .. } = begun;
-        let moved = self.move_memory(body, &note.part, file, journal).await?;
+        let moved = self.move_memory(body, (file, &note.file), note.resume, journal).await?;
         journal.memory_written();
         journal.step("memory");
         let part = note.part.clone();
         let bytes = self.machine.def.memory_kib() << 10;
         let file = file.try_clone().map_err(|e| stored(&note.part, &e))?;
         let (draft, telling, configuration) = (draft.clone(), telling.clone(), configuration.clone());
-        self.with_images_of(&note.part, bytes, move |_| {
+        let finished = self.with_images_of(&note.part, bytes, move |_| {
             // QEMU has let go of its images: as they are now they stay.
             let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
             let disks = looked.into_iter().flatten().collect();
             let telling = Telling { disks, ..telling };
             draft.finish(&file, &telling, &configuration, moved).map_err(|e| stored(&part, &e))
-        })
-        .await?;
+        });
+        self.unless_cancelled(finished, note.resume, journal).await?;
         journal.step("complete");
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
@@ -172,30 +180,21 @@ impl Operation {
         journal.note(written(&Note::Save(note.clone()))?).await
     }
 
-    /// Has QEMU write its memory into the file, by a pipe. The CPUs stand.
-    async fn move_memory(
+    /// Waits for work on files. Where that is cancelled the guest goes on at once, if it is to, whenever the file system answers.
+    async fn unless_cancelled<T>(
         &self,
-        body: &Body,
-        part: &Path,
-        file: &File,
+        work: impl Future<Output = Result<T, DriverError>>,
+        resume: bool,
         journal: &Arc<dyn Journal>,
-    ) -> Result<crate::host::saved::Written, DriverError> {
-        let pipe = |e: io::Error| DriverError::Internal(format!("no pipe for QEMU's memory: {e}"));
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| pipe(e.into()))?;
-        // An unprivileged user may have had all that they may have.
-        let _ = fcntl_setpipe_size(&write, PIPE);
-        let (mut from, mut to) = (File::from(read), file.try_clone().map_err(pipe)?);
-        let (what, bytes) = (part.to_owned(), self.machine.def.memory_kib() << 10);
-        let errand = Errand::new(self.machine.def.uuid, part.display().to_string()).of(bytes);
-        // It ends with QEMU's end of the pipe, whoever closes that.
-        let pumped = self.workers.run(errand, move |stop| pump_until(&mut from, &mut to, &what, stop));
-        let (pumped, sent) = tokio::join!(pumped, async { body.line()?.write_memory(write.into(), journal).await });
-        match (pumped, sent) {
-            (Ok(moved), Ok(())) => Ok(moved),
-            // QEMU only sees that nobody reads any more.
-            (Err(why), Err(DriverError::Hypervisor(_)) | Ok(())) => Err(why),
-            (_, Err(why)) => Err(why),
+    ) -> Result<T, DriverError> {
+        let mut work = pin!(work);
+        tokio::select! {
+            done = &mut work => return done,
+            () = journal.cancelled().cancelled() => {}
         }
+        self.go_on(resume).await?;
+        let _ = work.await;
+        Err(DriverError::Cancelled)
     }
 
     /// What is told of the machine, its disks not looked at yet.
@@ -221,14 +220,20 @@ impl Operation {
         self.with_images(&note.file.clone(), move |images| found(&note, held, images.lender.is_wary())?.name()).await
     }
 
-    async fn undo_save(&self, note: &Save, held: Option<Arc<Written>>) -> Result<(), DriverError> {
+    /// Lets the guest go on, if it ran, and then removes what was written: that may be where nobody answers.
+    async fn undo_save(
+        &self,
+        note: &Save,
+        held: Option<Arc<Written>>,
+        quiet: Option<Quiet>,
+    ) -> Result<(), DriverError> {
         self.goes_to_its_end();
+        let gone_on = self.go_on(self.machine.running || note.resume).await;
+        drop(quiet);
         let (what, note) = (note.part.clone(), note.clone());
-        let resume = self.machine.running || note.resume;
         let removed =
             self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await;
-        self.go_on(resume).await?;
-        removed
+        gone_on.and(removed)
     }
 
     pub(super) async fn recover_save(&self, note: Save) -> Result<Recovered, DriverError> {
@@ -246,7 +251,7 @@ impl Operation {
             // Its memory goes nowhere: whoever took it is no more.
             body.line()?.end_migration().await?;
         }
-        self.undo_save(&note, None).await?;
+        self.undo_save(&note, None, None).await?;
         Ok(Recovered::Undone { story: format!("nothing of {file} is left") })
     }
 
@@ -300,6 +305,15 @@ fn lost(note: &Save) -> DriverError {
     DriverError::Storage(format!("what was saved is neither {part} nor {file}: somebody has moved or removed it"))
 }
 
+/// The note of a save whose guest is to go on: what was written is of no use from then on, complete or not.
+pub fn taken_back(note: serde_json::Value) -> Result<serde_json::Value, DriverError> {
+    match serde_json::from_value(note) {
+        Ok(Note::Save(note)) => written(&Note::Save(Save { complete: false, ..note })),
+        Ok(_) => Err(DriverError::Internal("a note of something else".to_owned())),
+        Err(e) => Err(DriverError::Internal(format!("the note of a save cannot be read: {e}"))),
+    }
+}
+
 /// Makes a save whole of which only its note is left. `wary`: as root among others.
 pub async fn settle(
     workers: &Workers,
@@ -338,33 +352,6 @@ fn check_place(file: &Path, there: &Seen) -> Result<(), DriverError> {
             Err(DriverError::Argument(format!("{shown} is no plain file, and is not replaced; choose another file")))
         }
     }
-}
-
-/// Moves memory on until it ends, or nobody wants it any more.
-fn pump_until(
-    from: &mut File,
-    to: &mut File,
-    what: &Path,
-    stop: &Stop,
-) -> Result<crate::host::saved::Written, DriverError> {
-    enum Why {
-        Io(io::Error),
-        Stopped(DriverError),
-    }
-    impl From<io::Error> for Why {
-        fn from(error: io::Error) -> Why {
-            Why::Io(error)
-        }
-    }
-    pump(from, to, |_| stop.check().map_err(Why::Stopped)).map_err(|why| match why {
-        Why::Stopped(error) => error,
-        Why::Io(error) => match error.kind() {
-            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-                DriverError::NoSpace(format!("{}: {error}", what.display()))
-            }
-            _ => stored(what, &error),
-        },
-    })
 }
 
 /// The longest that may come to be told of a machine.

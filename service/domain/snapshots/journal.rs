@@ -3,6 +3,7 @@
 use super::Domain;
 use super::set::Open;
 use crate::error::{Error, Result};
+use crate::fail_point;
 use crate::job::Job;
 use crate::lock::lock;
 use crate::store::{Current, Deed, Intent, Record, on_disk};
@@ -140,7 +141,6 @@ impl Journal for DomainJournal {
 
     fn step(&self, what: &str) {
         tracing::debug!(uuid = %self.domain.uuid, step = what, "snapshots");
-        #[cfg(debug_assertions)]
         fail_point::reached();
     }
 
@@ -169,27 +169,5 @@ impl Journal for DomainJournal {
 
     fn cancelled(&self) -> &CancellationToken {
         &self.cancel
-    }
-}
-
-/// For tests: something happens at a certain step. Not in release builds.
-///
-/// `VIRTD_AT_STEP` in the environment names a file: a number, a blank, and a shell command. Each step counts the number
-/// down; at the last one the file is removed and the command is run.
-#[cfg(debug_assertions)]
-mod fail_point {
-    use std::fs;
-
-    pub fn reached() {
-        let Some(file) = std::env::var_os("VIRTD_AT_STEP") else { return };
-        let Ok(plan) = fs::read_to_string(&file) else { return };
-        let Some((number, command)) = plan.split_once(' ') else { return };
-        let left = number.parse::<u32>().unwrap_or(0).saturating_sub(1);
-        if left > 0 {
-            let _ = fs::write(&file, format!("{left} {command}"));
-            return;
-        }
-        let _ = fs::remove_file(&file);
-        let _ = std::process::Command::new("/bin/sh").args(["-c", command]).status();
     }
 }

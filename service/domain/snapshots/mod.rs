@@ -8,7 +8,6 @@
 
 mod create;
 mod delete;
-#[allow(clippy::disallowed_methods, reason = "its steps for tests are files of the tests")]
 mod journal;
 mod plan;
 mod recover;

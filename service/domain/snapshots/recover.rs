@@ -2,9 +2,11 @@
 
 use super::{Domain, DomainJournal, ExistingSnapshot};
 use crate::domain::StartOptions;
+use crate::domain::lifecycle::Creation;
 use crate::error::{Error, Result};
+use crate::images::Taken;
 use crate::lock::lock;
-use crate::shared::virtd_itself;
+use crate::shared::{AGAIN, virtd_itself};
 use crate::store::{Deed, Intent, Record, on_disk};
 use crate::turn::{GRACE, PATIENCE};
 use std::sync::Arc;
@@ -89,9 +91,38 @@ impl Domain {
         self.open_intent().is_none()
     }
 
-    fn open_intent(&self) -> Option<Intent> {
+    pub(in crate::domain) fn open_intent(&self) -> Option<Intent> {
         let open = lock(&self.state).snapshots.open.clone();
         lock(&open).clone()
+    }
+
+    /// What is begun is meant otherwise from now on: on disk first. For who has the turn.
+    pub(in crate::domain) async fn keep_intent(&self, intent: Intent) -> Result<()> {
+        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
+        on_disk(move || shared.store.save_intent(uuid, &kept)).await?;
+        *lock(&lock(&self.state).snapshots.open) = Some(intent);
+        Ok(())
+    }
+
+    /// If a save is half done, because something on the host does not answer, it is tried again and again to make it whole, whatever
+    /// else is done meanwhile. Until then `target` stays taken, and the domain is there, even a transient one whose guest ends.
+    pub(crate) fn looks_again(self: &Arc<Self>, target: Option<Taken>) {
+        let saves = |domain: &Domain| matches!(domain.open_intent(), Some(Intent { deed: Deed::Save { .. }, .. }));
+        let (Ok(stay), true) = (Creation::begin(self), saves(self)) else { return };
+        let (domain, mut pause) = (self.clone(), AGAIN.0);
+        tokio::spawn(async move {
+            while saves(&domain) {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN.1);
+                let what = finishing("saving it");
+                // Whoever has the turn sees to it first, or only stops the guest or lets it go on.
+                if let Some(_turn) = domain.turn.try_take(&what, &CancellationToken::new()) {
+                    // The log has it by then.
+                    let _ = domain.finish_interrupted().await;
+                }
+            }
+            drop((stay, target));
+        });
     }
 
     /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
@@ -103,11 +134,9 @@ impl Domain {
         if self.guest().is_ok() {
             return;
         }
-        let intent = Intent { deed: Deed::Revert { name, active: None, in_place, ran }, note };
-        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
-        match on_disk(move || shared.store.save_intent(uuid, &kept)).await {
-            Ok(()) => *lock(&open) = Some(intent),
-            Err(error) => tracing::warn!(%uuid, %error, "what is finished later may bring the guest back"),
+        let kept = self.keep_intent(Intent { deed: Deed::Revert { name, active: None, in_place, ran }, note });
+        if let Err(error) = kept.await {
+            tracing::warn!(uuid = %self.uuid, %error, "what is finished later may bring the guest back");
         }
     }
 
@@ -120,7 +149,7 @@ impl Domain {
         let journal = self.journal_of(intent.deed.clone(), None, cancel);
         let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
         let _starts = brings_a_guest.then(|| self.will_start(cancel));
-        if let (Deed::Save { .. }, Err(_)) = (&intent.deed, self.still_here()) {
+        if let (Deed::Save { .. }, true) = (&intent.deed, self.is_only_stayed_for()) {
             let story = self.settle_save(intent.note).await?;
             journal.end().await?;
             return Ok(story);
@@ -140,6 +169,12 @@ impl Domain {
             None => Recovered::Undone { story: "nothing had been changed".to_owned() },
         };
         self.follow_up(intent.deed, recovered, &journal).await
+    }
+
+    /// Whether nothing is left of it, and it is there, if at all, only until what was begun is whole.
+    fn is_only_stayed_for(&self) -> bool {
+        let state = lock(&self.state);
+        state.gone || state.stored.is_none() && state.live().is_none()
     }
 
     async fn follow_up(
