@@ -149,6 +149,7 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
         return tracing::error!(uuid = %domain.uuid(), "it is looked after already");
     };
     let (domain, places) = (domain.clone(), places.clone());
+    let stays = domain.stays_until_saved();
     tokio::spawn(async move {
         let place = places.acquire_owned().await;
         let work = async {
@@ -163,7 +164,7 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
             drop(place);
             work.await;
         }
-        drop(turn);
+        drop((turn, stays));
     });
 }
 

@@ -19,5 +19,7 @@ pub(crate) fn reached() {
         return;
     }
     let _ = fs::remove_file(&file);
-    let _ = std::process::Command::new("/bin/sh").args(["-c", command]).status();
+    // It may wait for something: what else is to be done by this thread goes on.
+    let run = || std::process::Command::new("/bin/sh").args(["-c", command]).status();
+    let _ = tokio::task::block_in_place(run);
 }

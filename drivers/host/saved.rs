@@ -6,6 +6,7 @@
 //!   read: header, telling and configuration, held to their checksum ─▶ verify: the stream, to its own ─▶ stream
 //! ```
 
+use super::workers::ClosedAside;
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::hash::Hasher;
@@ -103,7 +104,7 @@ pub struct Saved {
     pub telling: Telling,
     /// Its configuration: a `<domain>` with all that is secret.
     pub configuration: String,
-    file: File,
+    file: ClosedAside,
     stream: u64,
     written: Written,
 }
@@ -210,7 +211,7 @@ impl Saved {
         let telling = serde_json::from_slice(&texts)
             .map_err(|e| Unusable::Wrong(format!("what it tells of the machine cannot be read: {e}")))?;
         let configuration = String::from_utf8(configuration).map_err(|_| wrong("its configuration is no text"))?;
-        Ok(Saved { telling, configuration, file, stream, written })
+        Ok(Saved { telling, configuration, file: ClosedAside::of(file), stream, written })
     }
 
     /// How long the stream is, in bytes.
@@ -225,7 +226,7 @@ impl Saved {
         while at < self.written.length {
             go_on(at)?;
             let most = piece.len().min(usize::try_from(self.written.length - at).unwrap_or(usize::MAX));
-            let read = self.file.read_at(&mut piece[..most], self.stream + at);
+            let read = self.file.get().and_then(|file| file.read_at(&mut piece[..most], self.stream + at));
             let got = match read {
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
                 got => got.map_err(Unusable::Io)?,
@@ -244,7 +245,7 @@ impl Saved {
 
     /// The file, standing where the stream begins. All that are given share one place in it: it is to be read once.
     pub fn stream(&self) -> io::Result<File> {
-        let mut file = self.file.try_clone()?;
+        let mut file = self.file.get()?.try_clone()?;
         file.seek(SeekFrom::Start(self.stream))?;
         Ok(file)
     }

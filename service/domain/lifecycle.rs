@@ -456,7 +456,7 @@ impl Domain {
 
 /// The start of a transient domain, from its acceptance to its end: as long as it is under way, the domain is there. One
 /// whose guest did not come to be is nothing.
-pub(super) struct Creation(Arc<Domain>);
+pub(crate) struct Creation(Arc<Domain>);
 
 impl Creation {
     pub(super) fn begin(domain: &Arc<Domain>) -> Result<Creation> {

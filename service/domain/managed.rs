@@ -17,6 +17,7 @@ use super::state::State;
 use crate::authz::{Action, Caller};
 use crate::desk;
 use crate::error::{Error, Result};
+use crate::fail_point;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::restore::unread;
@@ -131,6 +132,7 @@ impl Domain {
             let word = verb::START.word;
             self.driver.complete(&mut def).await.map_err(|e| self.driver_failed(word, e))?;
             let options = StartOptions { paused: options.paused || saved.paused, ..options };
+            fail_point::reached();
             self.start_saved(caller, Arc::new(def), saved, options, word, job).await
         };
         match started.await {
@@ -178,6 +180,10 @@ impl Domain {
 
     /// The same once a guest has gone on from it, or has been booted instead, and is there in any case.
     pub(super) async fn managed_save_is_used(&self) {
+        if !lock(&self.state).managed_save {
+            return;
+        }
+        fail_point::reached();
         if let Err(e) = self.remove_managed_save_file().await {
             let (uuid, name) = (self.uuid, self.name());
             tracing::error!(%uuid, name, "{e}; its guest has gone on from there, and it is not used again");

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use zbus::Message;
 
 /// A mounted file system whose server reads no question. When it is dropped all who wait get an error.
@@ -174,6 +174,13 @@ pub struct Fading {
     shared: Arc<(Mutex<Answering>, Condvar)>,
 }
 
+impl Drop for Fading {
+    /// Nobody who waits for it could end.
+    fn drop(&mut self) {
+        self.answers();
+    }
+}
+
 #[derive(Default)]
 struct Answering {
     /// It answers nothing.
@@ -231,7 +238,7 @@ impl Fading {
 
     /// It answers again, first of all who waits.
     pub fn answers(&self) {
-        self.shared.0.lock().unwrap().stopped = false;
+        self.shared.0.lock().unwrap_or_else(PoisonError::into_inner).stopped = false;
         self.shared.1.notify_all();
     }
 

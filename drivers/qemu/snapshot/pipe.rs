@@ -7,7 +7,7 @@ use super::super::instance::Body;
 use super::files::stored;
 use super::{Operation, lock};
 use crate::host::saved::{Written, pump};
-use crate::host::workers::{Errand, PATIENCE, Stop};
+use crate::host::workers::{ClosedAside, Errand, PATIENCE, Stop};
 use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
 use std::fs::File;
 use std::io::{self, Read, Write};
@@ -82,7 +82,7 @@ impl Operation {
     pub(super) async fn move_memory(
         &self,
         body: &Body,
-        (part, shown): (&File, &Path),
+        (part, shown): (&Arc<ClosedAside>, &Path),
         resume: bool,
         journal: &Arc<dyn Journal>,
     ) -> Result<Written, DriverError> {
@@ -90,14 +90,15 @@ impl Operation {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| pipe(e.into()))?;
         // An unprivileged user may have had all that they may have.
         let _ = fcntl_setpipe_size(&write, PIPE);
-        let (outlet, file) = (Arc::new(Outlet::of(File::from(read))), part.try_clone().map_err(pipe)?);
+        let (outlet, file) = (Arc::new(Outlet::of(File::from(read))), part.clone());
         // It has no limit in time but that each piece comes to its end, and QEMU its own.
         let unwanted = CancellationToken::new();
         let errand = Errand::new(self.machine.def.uuid, shown.display().to_string());
         let errand = Errand { limit: Duration::MAX, ..errand.until(&unwanted) };
         let (moves, what) = (outlet.clone(), shown.to_owned());
         let pumped = self.workers.run(errand, move |stop| {
-            let moved = pump_until(&moves, file, &what, stop);
+            let moved = file.get().map_err(|e| stored(&what, &e));
+            let moved = moved.and_then(|file| pump_until(&moves, file, &what, stop));
             moves.close();
             moved
         });

@@ -19,7 +19,7 @@ use crate::host::files::{Seen, What};
 use crate::host::look::Look;
 use crate::host::resolve::Found;
 use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable};
-use crate::host::workers::{Errand, Workers};
+use crate::host::workers::{ClosedAside, Errand, Workers};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -135,7 +135,7 @@ impl Operation {
             let mut held = Written::find(&wanted, wary)?;
             let mut file = held.create()?;
             let draft = Draft::begin(&mut file, &room, &text).map_err(|e| stored(&part, &e))?;
-            Ok((Arc::new(held), file, draft))
+            Ok((Arc::new(held), Arc::new(ClosedAside::of(file)), draft))
         });
         let (held, file, draft) = begun.await?;
         journal.step("file");
@@ -158,14 +158,15 @@ impl Operation {
         journal.step("memory");
         let part = note.part.clone();
         let bytes = self.machine.def.memory_kib() << 10;
-        let file = file.try_clone().map_err(|e| stored(&note.part, &e))?;
-        let (draft, telling, configuration) = (draft.clone(), telling.clone(), configuration.clone());
+        let (file, draft, telling, configuration) =
+            (file.clone(), draft.clone(), telling.clone(), configuration.clone());
         let finished = self.with_images_of(&note.part, bytes, move |_| {
             // QEMU has let go of its images: as they are now they stay.
             let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
             let disks = looked.into_iter().flatten().collect();
             let telling = Telling { disks, ..telling };
-            draft.finish(&file, &telling, &configuration, moved).map_err(|e| stored(&part, &e))
+            let finish = || draft.finish(file.get()?, &telling, &configuration, moved);
+            finish().map_err(|e| stored(&part, &e))
         });
         self.unless_cancelled(finished, note.resume, journal).await?;
         journal.step("complete");
@@ -285,7 +286,7 @@ impl Operation {
 /// A file that is being written.
 struct Begun {
     held: Arc<Written>,
-    file: File,
+    file: Arc<ClosedAside>,
     draft: Draft,
     telling: Telling,
     configuration: String,

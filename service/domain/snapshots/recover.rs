@@ -104,14 +104,24 @@ impl Domain {
         Ok(())
     }
 
+    /// Whether a save of it has begun and is not whole.
+    fn is_being_saved(&self) -> bool {
+        matches!(self.open_intent(), Some(Intent { deed: Deed::Save { .. }, .. }))
+    }
+
+    /// If a save of it is not whole, the domain is there until the result is dropped, even a transient one without a guest: nothing
+    /// else begins with its uuid.
+    pub(crate) fn stays_until_saved(self: &Arc<Self>) -> Option<Creation> {
+        Creation::begin(self).ok().filter(|_| self.is_being_saved())
+    }
+
     /// If a save is half done, because something on the host does not answer, it is tried again and again to make it whole, whatever
     /// else is done meanwhile. Until then `target` stays taken, and the domain is there, even a transient one whose guest ends.
     pub(crate) fn looks_again(self: &Arc<Self>, target: Option<Taken>) {
-        let saves = |domain: &Domain| matches!(domain.open_intent(), Some(Intent { deed: Deed::Save { .. }, .. }));
-        let (Ok(stay), true) = (Creation::begin(self), saves(self)) else { return };
+        let Some(stay) = self.stays_until_saved() else { return };
         let (domain, mut pause) = (self.clone(), AGAIN.0);
         tokio::spawn(async move {
-            while saves(&domain) {
+            while domain.is_being_saved() {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(AGAIN.1);
                 let what = finishing("saving it");
