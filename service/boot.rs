@@ -4,7 +4,7 @@ use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
 use crate::registry::Claimed;
-use crate::shared::{Shared, virtd_itself};
+use crate::shared::{AGAIN, Shared, virtd_itself};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
@@ -39,6 +39,11 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
     let mut cut_off: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
+    let unfinished = |loaded: &Loaded| loaded.intent.is_some() || loaded.broken.is_some();
+    let unfinished: BTreeSet<Uuid> =
+        snapshots.iter().filter(|(_, loaded)| unfinished(loaded)).map(|(uuid, _)| *uuid).collect();
+    let on = shared.clone();
+    let saved = on_disk(move || on.store.load_managed_saves(&unfinished)).await?;
     // Where two have one name, it is whose it was.
     definitions.sort_by_key(|stored| match &stored.found {
         Found::Sound { name, .. } if *name == stored.note.name => 0,
@@ -47,7 +52,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     });
     for stored in definitions {
         let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
-        if let Err(e) = load_definition(shared, domains, stored, kept) {
+        if let Err(e) = load_definition(shared, domains, stored, kept, saved.contains(&uuid)) {
             tracing::error!(%uuid, "its stored configuration is left alone: {e}");
         }
     }
@@ -83,10 +88,20 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
             drop(looked);
         });
     }
+    let left_behind: Vec<_> = snapshots.into_iter().map(|(uuid, left)| (uuid, left.intent)).collect();
+    for (uuid, intent) in &left_behind {
+        // Its guest has ended, and it was transient.
+        if let (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), None) = (intent, domains.get(*uuid)) {
+            let (looked, is_looked_at) = oneshot::channel::<()>();
+            looked_at.spawn(async move { drop(is_looked_at.await) });
+            shared.is_unsettled(*uuid, true);
+            tokio::spawn(settle_save(shared.clone(), *uuid, intent.clone(), looked));
+        }
+    }
     let _ = timeout(LOOK, looked_at.join_all()).await;
-    for (uuid, left) in snapshots {
+    for (uuid, intent) in left_behind {
         // Its definition went before: all that it was to be removed with is gone.
-        if let (Some(Intent { deed: Deed::Undefine { .. }, .. }), None) = (left.intent, domains.get(uuid)) {
+        if let (Some(Intent { deed: Deed::Undefine { .. }, .. }), None) = (intent, domains.get(uuid)) {
             let on = shared.clone();
             on_disk(move || on.store.forget_snapshots(uuid)).await?;
             tracing::warn!(%uuid, "its removal with its storage was cut off: it is undefined, and its storage removed");
@@ -101,25 +116,55 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     Ok(())
 }
 
+/// Makes whole the save of a machine of which nothing else is left, however often that has to be tried; nothing else is begun with
+/// its uuid before. `looked` is dropped after the first time.
+async fn settle_save(shared: Arc<Shared>, uuid: Uuid, intent: Intent, looked: oneshot::Sender<()>) {
+    let (mut pause, mut looked) = (AGAIN.0, Some(looked));
+    while let Err(error) = settle_save_now(&shared, uuid, &intent).await {
+        tracing::error!(%uuid, %error, "saving it was cut off, and it is not known yet what came of that: it is looked at again");
+        looked.take();
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(AGAIN.1);
+    }
+    shared.is_unsettled(uuid, false);
+}
+
+async fn settle_save_now(shared: &Arc<Shared>, uuid: Uuid, intent: &Intent) -> Result<()> {
+    let driver = shared.drivers.iter().find_map(|driver| driver.saved_machines());
+    let story = match (driver, intent.note.clone()) {
+        (Some(driver), Some(note)) => {
+            driver.settle_save(uuid, note).await.map_err(|e| Error::StorageFailed(e.to_string()))?
+        }
+        _ => "nothing had been changed".to_owned(),
+    };
+    let on = shared.clone();
+    on_disk(move || on.store.remove_intent(uuid)).await?;
+    tracing::warn!(%uuid, "saving it was cut off: {story}");
+    Ok(())
+}
+
 /// Does `first`, then makes the domain whole, in a task that has its turn from now on.
 fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<Output = ()> + Send + 'static) {
     let Some(turn) = domain.turn_to_recover(&CancellationToken::new()) else {
         return tracing::error!(uuid = %domain.uuid(), "it is looked after already");
     };
     let (domain, places) = (domain.clone(), places.clone());
+    let stays = domain.stays_until_saved();
     tokio::spawn(async move {
         let place = places.acquire_owned().await;
         let work = async {
             first.await;
             // The log has it by then.
-            let _ = domain.finish_interrupted().await;
+            if domain.finish_interrupted().await.is_err() {
+                domain.looks_again(None);
+            }
         };
         let mut work = std::pin::pin!(work);
         if timeout(PLACE, &mut work).await.is_err() {
             drop(place);
             work.await;
         }
-        drop(turn);
+        drop((turn, stays));
     });
 }
 
@@ -143,7 +188,13 @@ fn load_snapshots(shared: &Shared) -> Result<HashMap<Uuid, Loaded>> {
 }
 
 /// Makes a domain of a stored configuration; of one that cannot be used, a broken one that says why.
-fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored, snapshots: Loaded) -> Result<()> {
+fn load_definition(
+    shared: &Arc<Shared>,
+    domains: &Arc<Domains>,
+    stored: Stored,
+    snapshots: Loaded,
+    managed_save: bool,
+) -> Result<()> {
     let Stored { uuid, note, found } = stored;
     let (name, kind, sound) = match found {
         Found::Sound { name, kind, .. } if shared.driver_for(&kind).is_none() => {
@@ -159,8 +210,7 @@ fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored,
             (name, kind.unwrap_or_default(), Err(why))
         }
     };
-    let never = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
-    let ended = shared.store.ended(uuid).unwrap_or(never);
+    let ended = shared.store.ended(uuid).unwrap_or_else(|| Ended::never(managed_save));
     let driver = likely_driver(shared, &note, &kind)?;
     // Nobody may know its name, or another has it.
     let nameless = sound.is_err() && (name.is_empty() || domains.look(uuid, &name).is_err());
@@ -173,7 +223,8 @@ fn load_definition(shared: &Arc<Shared>, domains: &Arc<Domains>, stored: Stored,
         }
     };
     let (config, stored) = (stored.config.clone(), Some(Arc::new(stored)));
-    enter(shared, domains, DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots })?;
+    let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+    enter(shared, domains, seed)?;
     Ok(())
 }
 
@@ -241,11 +292,10 @@ impl Search {
                 let ended = Ended { reason: status.reason, since_usec: status.since_usec };
                 let (name, driver) = (live.name.clone(), driver.clone());
                 let (config, stored, broken) = (Arc::new(ConfigFacts::of(&live)), None, None);
-                enter(
-                    shared,
-                    domains,
-                    DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots },
-                )?
+                let managed_save = false;
+                let seed =
+                    DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
+                enter(shared, domains, seed)?
             }
         };
         domain.is_sought(&status, live.clone(), unread);

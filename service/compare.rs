@@ -29,7 +29,7 @@ impl Service {
     }
 
     /// As the driver for its type completes it; `None` if there is none, or it cannot on this host.
-    async fn completed(&self, side: &str, def: &DomainDef) -> Result<Option<DomainDef>> {
+    pub(crate) async fn completed(&self, side: &str, def: &DomainDef) -> Result<Option<DomainDef>> {
         let Some(driver) = self.shared.driver_for(&def.kind) else { return Ok(None) };
         let mut completed = def.clone();
         match driver.complete(&mut completed).await {

@@ -11,13 +11,11 @@ use crate::log;
 use crate::registry::{Claimed, check_new_name};
 use crate::store::{Ended, Note, on_disk};
 use crate::stored::StoredDef;
-use crate::time::now_usec;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
 use std::time::Instant;
 use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::{Driver, DriverError};
-use virt_model::state::StateReason;
 use virt_model::xml::{Finding, FindingKind, Limits, refusals};
 
 impl Service {
@@ -76,21 +74,29 @@ impl Service {
     }
 
     async fn create_inner(&self, caller: &Caller, xml: &str, options: StartOptions) -> Result<(Arc<Domain>, Ticket)> {
-        let accepted = self.accept(caller, xml, &[&verb::CREATE, &verb::START], false).await?;
-        let Accepted { def, driver, claimed, .. } = accepted;
-        match claimed {
-            Claimed::Existing(domain) => {
-                let ticket = domain.launch(caller, Some(def), options).await?;
-                Ok((domain, ticket))
-            }
+        let (def, domain) = self.accept_to_start(caller, xml, &[&verb::CREATE, &verb::START]).await?;
+        let ticket = domain.launch(caller, Some(def), options).await?;
+        Ok((domain, ticket))
+    }
+
+    /// The domain of a document that is to be started, for whoever may do all of `verbs`: the inactive one of its uuid and name, or
+    /// a new one. Nobody has found that yet, so it is there to be started; if it comes to nothing, it goes by itself.
+    pub(crate) async fn accept_to_start(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        verbs: &[&Verb],
+    ) -> Result<(Arc<DomainDef>, Arc<Domain>)> {
+        let Accepted { def, driver, claimed, .. } = self.accept(caller, xml, verbs, false).await?;
+        let domain = match claimed {
+            Claimed::Existing(domain) => domain,
             Claimed::New => {
                 let domain = self.new_domain(caller, driver, &def, None).await?;
                 self.domains.insert(domain.clone());
-                // Nobody has found it yet, so it is there to be started; if it comes to nothing, it goes by itself.
-                let ticket = domain.launch(caller, Some(def), options).await?;
-                Ok((domain, ticket))
+                domain
             }
-        }
+        };
+        Ok((def, domain))
     }
 
     /// Everything that `define` would refuse and everything that could not run on this host. Changes nothing.
@@ -215,6 +221,9 @@ impl Service {
             refuse(self.shared.images.frozen_in(&def).await)?;
         }
         self.look(&*driver, &def).await?;
+        if existing.is_none() {
+            self.shared.is_settled(def.uuid).await?;
+        }
         let claimed = self.claim(caller, &def, existing.as_ref())?;
         Ok(Accepted { def, stored, driver, claimed })
     }
@@ -275,11 +284,14 @@ impl Service {
         stored: Option<Arc<StoredDef>>,
     ) -> Result<Arc<Domain>> {
         let note = Note { owner: caller.uid, ..Note::default() };
-        let ended = Ended { reason: StateReason::Unknown, since_usec: now_usec() };
-        let (shared, uuid) = (self.shared.clone(), def.uuid);
-        // A transient domain of that uuid may have left some.
-        let snapshots = match on_disk(move || shared.store.load_snapshots(uuid)).await {
-            Ok(snapshots) => snapshots,
+        let (shared, uuid, stays) = (self.shared.clone(), def.uuid, stored.is_some());
+        // A domain of that uuid may have left some.
+        let left = move || {
+            let saved = stays && shared.store.managed_save_bytes(uuid).is_some();
+            Ok((shared.store.load_snapshots(uuid)?, saved))
+        };
+        let (snapshots, managed_save) = match on_disk(left).await {
+            Ok(left) => left,
             Err(e) => {
                 self.domains.remove(uuid, &def.name, caller.uid);
                 return Err(e);
@@ -287,7 +299,11 @@ impl Service {
         };
         let config = stored.as_ref().map_or_else(|| Arc::new(ConfigFacts::of(def)), |stored| stored.config.clone());
         let (name, broken) = (def.name.clone(), None);
-        let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, snapshots };
+        if managed_save {
+            tracing::warn!(%uuid, name, "there is a managed save of it already, of an earlier domain: its next start goes on from that");
+        }
+        let ended = Ended::never(managed_save);
+        let seed = DomainSeed { uuid, name, config, stored, broken, driver, note, ended, managed_save, snapshots };
         Ok(Domain::new(&self.shared, &self.domains, seed))
     }
 

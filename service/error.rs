@@ -141,6 +141,7 @@ impl Error {
             }
             DriverError::Config(_) | DriverError::NotPossible(_) => Error::ConfigUnsupported(text),
             DriverError::Unsupported(_) => Error::OperationUnsupported(text),
+            DriverError::Argument(_) => Error::InvalidArgument(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
             DriverError::Hypervisor(why) => {
                 let why = why.lines().collect::<Vec<_>>().join("; ");

@@ -82,11 +82,42 @@ pub(crate) struct Images {
     /// Which files paths lead to, as last seen. `None`: somebody looks, and has had no answer yet.
     files: Mutex<HashMap<PathBuf, Option<(u64, u64)>>>,
     looks: Arc<Semaphore>,
+    /// Files that are about to be written by what is under way, and by what.
+    taken: Mutex<Vec<(PathBuf, String)>>,
+}
+
+/// A file that nobody else writes while this lives.
+pub(crate) struct Taken(Arc<Images>, PathBuf);
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        lock(&self.0.taken).retain(|(file, _)| *file != self.1);
+    }
 }
 
 impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
-        Arc::new(Images { machines, files: Mutex::default(), looks: Arc::new(Semaphore::new(LOOKS)) })
+        let looks = Arc::new(Semaphore::new(LOOKS));
+        Arc::new(Images { machines, files: Mutex::default(), looks, taken: Mutex::default() })
+    }
+
+    /// Takes a file, which need not be there, to write it: until the result is dropped `whose` is named to whoever else would take
+    /// it, or start a machine on it. Error: whose it is already.
+    pub async fn take(self: &Arc<Self>, file: &Path, whose: String) -> Result<Taken, String> {
+        let folder = file.parent().unwrap_or(file);
+        self.look(HashSet::new(), &[file.to_owned(), folder.to_owned()]).await;
+        let mut taken = lock(&self.taken);
+        if let Some((_, whose)) = taken.iter().find(|(other, _)| self.same_place(other, file)) {
+            return Err(whose.clone());
+        }
+        taken.push((file.to_owned(), whose));
+        Ok(Taken(self.clone(), file.to_owned()))
+    }
+
+    /// Whether two paths are one file, or one name in one folder.
+    fn same_place(&self, one: &Path, other: &Path) -> bool {
+        let folders = || one.parent().zip(other.parent()).is_some_and(|(one, other)| self.same(one, other));
+        self.same(one, other) || one.file_name() == other.file_name() && folders()
     }
 
     /// Looks where paths lead that have not been looked at, and anew at `afresh`. A folder that does not answer keeps its own
@@ -175,6 +206,13 @@ impl Images {
                     if !users.contains(&chain.whose) {
                         users.push(chain.whose.clone());
                     }
+                }
+            }
+        }
+        if fate == Fate::Written {
+            for (taken, whose) in lock(&self.taken).iter() {
+                for file in files.iter().filter(|file| self.same_place(taken, file)) {
+                    users.entry(file.clone()).or_default().push(whose.clone());
                 }
             }
         }

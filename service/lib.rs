@@ -11,6 +11,8 @@ mod domain;
 pub mod error;
 pub mod events;
 pub mod facts;
+#[allow(clippy::disallowed_methods, reason = "its files are those of tests")]
+mod fail_point;
 pub mod fair;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
@@ -19,6 +21,7 @@ mod lines;
 mod lock;
 pub mod log;
 mod registry;
+mod restore;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
@@ -29,9 +32,10 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, Plan, RevertOptions, StartOptions, UndefineCheck,
-    UndefineOptions,
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, ManagedSaveOptions, Plan, Resumption,
+    RevertOptions, SaveOptions, StartOptions, UndefineCheck, UndefineOptions,
 };
+pub use restore::RestoreOptions;
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 

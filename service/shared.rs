@@ -2,14 +2,18 @@
 
 use crate::authz::{Authority, Caller};
 use crate::desk::{Desk, Reading};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::images::Images;
 use crate::job::Jobs;
 use crate::store::{Store, on_disk};
 use crate::stored::Readings;
+use crate::turn::PATIENCE;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
@@ -19,6 +23,9 @@ pub trait Callers: Send + Sync {
     /// Fires when the owner of a unique bus name has left; at once if it is not there.
     fn watch(&self, bus_name: &str) -> CancellationToken;
 }
+
+/// How long between two attempts to make whole what is half done, at first and at most.
+pub(crate) const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
 /// How much any user but root may have.
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +56,8 @@ pub(crate) struct Shared {
     pub images: Arc<Images>,
     pub desk: Arc<Desk>,
     pub readings: Readings,
+    /// Machines of which nothing is left but a save that was cut off, and is not whole yet.
+    unsettled: watch::Sender<BTreeSet<Uuid>>,
     last_id: AtomicU32,
 }
 
@@ -74,6 +83,7 @@ impl Shared {
             images,
             desk: Desk::new(limits.reading),
             readings: Readings::default(),
+            unsettled: watch::Sender::default(),
             last_id: AtomicU32::new(0),
         })
     }
@@ -86,6 +96,24 @@ impl Shared {
     /// The driver of that name.
     pub fn driver_named(&self, name: &str) -> Option<&Arc<dyn Driver>> {
         self.drivers.iter().find(|d| d.name() == name)
+    }
+
+    /// Of this machine only a save is left that was cut off; or it is whole now.
+    pub fn is_unsettled(&self, uuid: Uuid, unsettled: bool) {
+        self.unsettled.send_modify(|all| _ = if unsettled { all.insert(uuid) } else { all.remove(&uuid) });
+    }
+
+    /// Waits until no save of that machine is to be made whole, for as long as for a turn. Error: `Busy` then.
+    pub async fn is_settled(&self, uuid: Uuid) -> Result<()> {
+        let mut unsettled = self.unsettled.subscribe();
+        let settled = unsettled.wait_for(|all| !all.contains(&uuid));
+        match tokio::time::timeout(PATIENCE, settled).await {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::Busy {
+                object: format!("the domain {uuid}"),
+                job: "finishing saving it that was cut off".to_owned(),
+            }),
+        }
     }
 
     /// Removes what is on disk of a guest that has gone.

@@ -6,6 +6,7 @@
 //!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first); and what is to be known of a
 //!                                 configuration that cannot be read: name, driver
 //!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
+//!  <state>/saved/<uuid>.virtsave  a domain's managed save, which its driver writes and reads: see `store/managed.rs`
 //!  <state>/runs                   how often virtd has been started: no job's number is used again
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
@@ -16,6 +17,7 @@
 //!
 //! What could not be read again is not written: whoever stores a document learns here that the reader would refuse it.
 
+mod managed;
 mod snapshots;
 
 pub(crate) use snapshots::{Current, Deed, Intent, Loaded, Record};
@@ -99,6 +101,14 @@ pub(crate) struct Ended {
     pub since_usec: u64,
 }
 
+impl Ended {
+    /// Of one that has not run since the host booted; `managed_save`: it has one.
+    pub fn never(managed_save: bool) -> Ended {
+        let reason = if managed_save { StateReason::Saved } else { StateReason::Unknown };
+        Ended { reason, since_usec: now_usec() }
+    }
+}
+
 /// What is known of a running guest.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Status {
@@ -130,6 +140,7 @@ impl Store {
         for (folder, mode) in [
             (store.definitions(), 0o700),
             (store.paths.state.join("snapshots"), 0o711),
+            (store.managed_saves(), 0o700),
             (store.paths.runtime.join("status"), 0o700),
             (store.paths.runtime.join("ended"), 0o700),
             (store.paths.runtime.join("guests"), 0o711),
@@ -228,13 +239,17 @@ impl Store {
 
     /// A status file, not yet written.
     pub fn status_file(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        Arc::new(StatusFile { path: self.status(uuid), kept: Mutex::new(Some(Kept { status, start: None })) })
+        self.status_file_as(uuid, Kept { status, start: None })
     }
 
     /// The status of a guest that is being started; [`StatusFile::started`] ends that.
     pub fn status_file_of_start(&self, uuid: Uuid, status: Status) -> Arc<StatusFile> {
-        let kept = Kept { status, start: Some(None) };
-        Arc::new(StatusFile { path: self.status(uuid), kept: Mutex::new(Some(kept)) })
+        self.status_file_as(uuid, Kept { status, start: Some(None) })
+    }
+
+    fn status_file_as(&self, uuid: Uuid, kept: Kept) -> Arc<StatusFile> {
+        let (path, saved) = (self.status(uuid), self.managed_save(uuid));
+        Arc::new(StatusFile { path, saved, kept: Mutex::new(Some(kept)) })
     }
 
     /// Makes the driver's folder for one guest. What an earlier guest may have left in it is the driver's to remove.
@@ -338,6 +353,8 @@ impl Store {
 #[derive(Debug)]
 pub(crate) struct StatusFile {
     path: PathBuf,
+    /// Its managed save, if there is one.
+    saved: PathBuf,
     /// `None` once the guest has gone.
     kept: Mutex<Option<Kept>>,
 }
@@ -399,6 +416,12 @@ fn can_be_read_again(live: &str) -> Result<()> {
 }
 
 impl Recorder for StatusFile {
+    fn goes_on(&self) -> io::Result<()> {
+        managed::is_used(&self.saved).map_err(|e| io::Error::other(e.to_string()))?;
+        managed::step_of_start(&self.saved);
+        Ok(())
+    }
+
     fn record(&self, record: serde_json::Value) -> io::Result<()> {
         let written = self.write(|kept| {
             kept.status.record = Some(record);
@@ -408,6 +431,7 @@ impl Recorder for StatusFile {
             }
             Ok(())
         });
+        managed::step_of_start(&self.saved);
         written.map_err(|e| io::Error::other(e.to_string()))
     }
 
@@ -676,7 +700,11 @@ mod tests {
             record: None,
         };
         let kept = Mutex::new(Some(Kept { status, start: Some(None) }));
-        let file = Arc::new(StatusFile { path: folder.path().join("status.json"), kept });
+        let file = Arc::new(StatusFile {
+            path: folder.path().join("status.json"),
+            saved: folder.path().join("0.virtsave"),
+            kept,
+        });
         (folder, file, live)
     }
 

@@ -39,6 +39,12 @@ pub enum When {
     Running,
     /// The guest's CPUs are stopped, and can go on.
     Paused,
+    /// The guest's CPUs run, or are stopped and can go on from there.
+    RunningOrPaused,
+    /// The same, and a configuration is stored.
+    RunningOrPausedPersistent,
+    /// There is a managed save: the next start goes on from it.
+    ManagedSaved,
     /// A configuration is stored.
     Persistent,
     /// A configuration is stored, and there is no guest.
@@ -85,6 +91,7 @@ verbs! {
     MANAGER {
         DEFINE = "DefineDomain", Some(Define), Always, "define";
         CREATE = "CreateDomain", Some(Define), Always, "create";
+        RESTORE = "RestoreDomain", Some(Save), Always, "restore";
         VALIDATE = "ValidateDomain", Some(Read), Always, "validate";
         COMPARE = "CompareDomains", Some(Read), Always, "compare";
         NATIVE = "DomainToNative", Some(Read), Always, "translate";
@@ -107,6 +114,10 @@ verbs! {
         DESTROY = "Destroy", Some(Stop), ActiveOrStarting, "destroy";
         SUSPEND = "Suspend", Some(Suspend), Running, "suspend";
         RESUME = "Resume", Some(Suspend), Paused, "resume";
+        SAVE = "Save", Some(Save), RunningOrPaused, "save";
+        MANAGED_SAVE = "ManagedSave", Some(Save), RunningOrPausedPersistent, "save";
+        MANAGED_SAVE_REMOVE = "ManagedSaveRemove", Some(Save), ManagedSaved, "remove the managed save of";
+        MANAGED_SAVE_XML = "GetManagedSaveXML", Some(Read), ManagedSaved, "get XML of the managed save of";
         INJECT_NMI = "InjectNMI", Some(Console), Running, "inject an NMI into";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";

@@ -12,6 +12,7 @@ mod handle;
 pub mod image;
 pub mod lender;
 pub(crate) mod lock;
+pub mod look;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
 #[allow(clippy::disallowed_methods, reason = "folders of ours")]
@@ -21,6 +22,7 @@ pub mod pci;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod process;
 pub mod resolve;
+pub mod saved;
 #[allow(clippy::disallowed_methods, reason = "the administrator's folder; links and pipes are refused there")]
 pub mod secret;
 #[allow(clippy::disallowed_methods, reason = "opens /dev/null")]

@@ -290,6 +290,33 @@ fn failed(errand: &Errand) -> DriverError {
     DriverError::Internal(format!("{}: the work on it was cut off", errand.what))
 }
 
+/// A file that is closed in a thread of its own: that may wait for a file system as long as a write does.
+#[derive(Debug)]
+pub struct ClosedAside(Option<std::fs::File>);
+
+impl ClosedAside {
+    /// Of a file that is open.
+    pub fn of(file: std::fs::File) -> ClosedAside {
+        ClosedAside(Some(file))
+    }
+
+    /// The file.
+    pub fn get(&self) -> std::io::Result<&std::fs::File> {
+        self.0.as_ref().ok_or_else(|| std::io::ErrorKind::NotFound.into())
+    }
+}
+
+impl Drop for ClosedAside {
+    fn drop(&mut self) {
+        let Some(file) = self.0.take() else { return };
+        if let Err(error) =
+            std::thread::Builder::new().name("close".to_owned()).stack_size(STACK).spawn(move || drop(file))
+        {
+            tracing::warn!(%error, "no thread to close a file in");
+        }
+    }
+}
+
 /// Runs what blocks where it may: in a thread of its own, within the runtime. The runtime's own pool is for what always ends.
 pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, DriverError> {
     let (hand_over, done) = tokio::sync::oneshot::channel();

@@ -27,6 +27,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
 use virt_model::driver::{Condition, DriverError, Reconnect, Reconnected};
+use virt_model::state::Suspended;
 
 /// How long a monitor may take to answer before virtd goes on without it.
 const CONTACT: Duration = Duration::from_secs(2);
@@ -135,7 +136,7 @@ impl Search {
             contact = caller.call(CONTACT) => contact,
             _ = process.ended() => return self.gone(&companions, record.changes).await,
         };
-        let rebooting = record.rebooting;
+        let (rebooting, loaded) = (record.rebooting, record.phase == Phase::Loaded);
         let body = self.body(record, process, companions, reporter.clone());
         let (monitor, status) = match contact {
             Ok(contact) => contact,
@@ -152,6 +153,7 @@ impl Search {
         };
         *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));
         reporter.found(status, false);
+        let status = if loaded { self.goes_on(&body, status).await } else { status };
         let instance = QemuInstance::new(body);
         if self.ends_on_reboot {
             // The last virtd may have been killed in the midst of a reset.
@@ -166,6 +168,28 @@ impl Search {
             status
         };
         Ok(Some(Reconnected { instance: Arc::new(instance), condition }))
+    }
+
+    /// The last virtd was cut off between loading what was saved of it and hearing that it goes on.
+    async fn goes_on(&self, body: &Body, status: Condition) -> Condition {
+        let on = async {
+            super::launch::goes_on(self.found.recorder.clone()).await?;
+            // It stands as it was loaded, or went on and has stopped since: it was to run, and nobody has told it otherwise.
+            let stands =
+                matches!(status, Condition::Suspended(Suspended::Paused)) && self.found.last == Condition::Running;
+            if stands {
+                body.reporter.be_quiet(true);
+                let gone_on = body.execute("cont", json!({})).await;
+                body.reporter.be_quiet(false);
+                gone_on?;
+            }
+            body.keeper.change(|record| record.phase = Phase::Running).await?;
+            Ok::<_, DriverError>(if stands { Condition::Running } else { status })
+        };
+        on.await.unwrap_or_else(|error| {
+            tracing::error!(uuid = %body.uuid, %error, "its guest was loaded from what was saved of it, and does not go on");
+            status
+        })
     }
 
     fn body(&self, record: Record, process: Process, companions: Vec<Living>, reporter: Arc<Reporter>) -> Body {
@@ -200,7 +224,7 @@ fn open(record: &Record) -> std::io::Result<(Option<OwnedFd>, Vec<Living>)> {
     }
     let Some(fd) = qemu else { return Ok((None, companions)) };
     let uuid = record.uuid;
-    if record.phase != Phase::Running {
+    if !matches!(record.phase, Phase::Loaded | Phase::Running) {
         tracing::info!(%uuid, "its start was cut off; its QEMU is ended");
     } else {
         lost.iter().for_each(|lost| tracing::error!(%uuid, "{} ended while virtd was away", lost.name));

@@ -222,7 +222,7 @@ impl Start {
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
         let reporter = Reporter::new(Guest::starting(), self.events.clone());
         let (monitor, devices, cpu) = tokio::select! {
-            up = self.bring_up(&reporter, keeper.process_id()) => up?,
+            up = self.bring_up(&reporter, keeper) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
             () = self.cancel.cancelled() => return Err(DriverError::Cancelled),
             why = lost_companion(&made.companions, process) => return Err(why),
@@ -490,7 +490,7 @@ impl Start {
     }
 
     /// From the process to running CPUs.
-    async fn bring_up(&self, reporter: &Arc<Reporter>, pid: Option<i32>) -> Result<Answers, DriverError> {
+    async fn bring_up(&self, reporter: &Arc<Reporter>, keeper: &Arc<Keeper>) -> Result<Answers, DriverError> {
         let monitor = Qmp::connect(&self.leavings().monitor(), reporter.ears(), HELLO).await?;
         let monitor = Arc::new(monitor);
         if !self.command.nodes.is_empty() {
@@ -511,7 +511,7 @@ impl Start {
         for (command, arguments) in &self.command.setup {
             monitor.execute(command, arguments.clone()).await?;
         }
-        if let Some(pid) = pid.filter(|_| !self.tuning.is_none()) {
+        if let Some(pid) = keeper.process_id().filter(|_| !self.tuning.is_none()) {
             self.tuning.apply(self.uuid, pid, &monitor).await?;
         }
         let cpu = match &self.pinned {
@@ -520,6 +520,9 @@ impl Start {
             }
             pinned => pinned.clone(),
         };
+        if let Some(MemorySource::Stream(_)) = &self.from {
+            self.is_loaded(keeper, cpu.as_ref()).await?;
+        }
         let devices = async {
             match live::has_terminals(&self.started) {
                 true => monitor.execute("query-chardev", json!({})).await,
@@ -534,6 +537,14 @@ impl Start {
             tokio::try_join!(devices, monitor.execute("cont", json!({}))).map(|(devices, _)| devices)
         };
         Ok((monitor, devices?, cpu))
+    }
+
+    /// It holds what was saved of the guest: whoever finds it from now on lets it go on, and nobody starts from that again.
+    async fn is_loaded(&self, keeper: &Arc<Keeper>, cpu: Option<&Cpu>) -> Result<(), DriverError> {
+        self.still_wanted()?;
+        let cpu = cpu.map(expanded::written);
+        keeper.change(|record| (record.phase, record.cpu) = (Phase::Loaded, cpu)).await?;
+        goes_on(self.recorder.clone()).await
     }
 
     fn instance(
@@ -607,8 +618,18 @@ impl MemorySource {
                 let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
                 line.read_memory(opened).await
             }
+            MemorySource::Stream(file) => {
+                let copy = file.try_clone().map_err(|e| DriverError::Internal(format!("a saved machine: {e}")))?;
+                line.read_memory(copy).await
+            }
         }
     }
+}
+
+/// Has it kept that a guest goes on from what was saved of it, before it does.
+pub async fn goes_on(recorder: Arc<dyn Recorder>) -> Result<(), DriverError> {
+    let kept = blocking(move || recorder.goes_on()).await?;
+    kept.map_err(|e| DriverError::Storage(format!("that the guest goes on cannot be kept, so it does not: {e}")))
 }
 
 pub fn want(file: &HostFile) -> Want {

@@ -69,6 +69,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::{
     Accepted, DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Removable,
@@ -225,13 +226,13 @@ impl QemuDriver {
             .map_err(DriverError::Config)?;
         let place = command::Place::now(&own_dir, MONITOR_FD, lender.is_wary());
         let mut started = usb.written_into(&live);
-        let pinned = launch.from.as_ref().and_then(|from| from.snapshot.cpu.clone());
+        let pinned = launch.from.as_ref().and_then(|from| from.cpu().cloned());
         if let Some(then) = &pinned {
             started.cpu = Some(command::pinned(started.cpu.as_ref(), then, &caps));
         }
         let mut command = check::checked_command(&started, &caps, &place).map_err(DriverError::Config)?;
-        let from = launch.from.map(|from| snapshot::source(&from.snapshot)).transpose()?;
-        if let Some(plan::MemorySource::File { .. }) = &from {
+        let from = launch.from.map(snapshot::source).transpose()?;
+        if let Some(plan::MemorySource::File { .. } | plan::MemorySource::Stream(_)) = &from {
             command.args.extend(["-incoming".to_owned(), "defer".to_owned()]);
         }
         let start = Start {
@@ -512,6 +513,10 @@ impl Driver for QemuDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn saved_machines(&self) -> Option<&dyn SavedMachines> {
         Some(self)
     }
 

@@ -3,6 +3,7 @@
 use super::instance::Body;
 use super::qmp::Qmp;
 use super::report::Reporter;
+use crate::host::workers::PATIENCE;
 use serde_json::{Value, json};
 use std::fs::File;
 use std::os::fd::OwnedFd;
@@ -208,13 +209,49 @@ impl Monitor {
         let _ = self.patiently("job-dismiss", json!({ "id": id })).await;
     }
 
+    /// Gives up a migration that may be under way, and waits until QEMU has ended it, one way or the other: before that it lets
+    /// no guest go on. Error: `TimedOut` where it does not end.
+    pub async fn end_migration(&self) -> Result<(), DriverError> {
+        // In its last moments it cannot be cancelled, and ends by itself.
+        match self.patiently("migrate_cancel", json!({})).await {
+            Err(DriverError::Gone) => return Ok(()),
+            Err(error) => {
+                tracing::warn!(%error, "a migration that nobody wants is not given up, and its end is waited for")
+            }
+            Ok(_) => {}
+        }
+        let ended = async {
+            loop {
+                let before = self.reporter.heard().jobs;
+                let told = match self.patiently("query-migrate", json!({})).await {
+                    Err(DriverError::Gone) => return Ok(()),
+                    told => told?,
+                };
+                match told["status"].as_str() {
+                    None | Some("none" | "completed" | "cancelled" | "failed") => return Ok(()),
+                    Some(_) => {}
+                }
+                let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+                let _ = tokio::time::timeout(LOOK, news).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, ended).await {
+            Ok(ended) => ended,
+            Err(_) => Err(DriverError::TimedOut("QEMU does not end a migration that was given up".to_owned())),
+        }
+    }
+
     /// Writes the guest's memory and device state to a file. The CPUs stand when it is done.
     pub async fn write_memory(&self, file: File, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.patiently("migrate-set-capabilities", events).await?;
         self.patiently("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 })).await?;
         self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file.into()]).await?;
-        self.patiently("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
+        if let Err(error) = self.patiently("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await {
+            // Whoever reads at its other end would wait for more.
+            let _ = self.patiently("closefd", json!({ "fdname": CHANNEL })).await;
+            return Err(error);
+        }
         let mut asked_to_stop = false;
         loop {
             let before = self.reporter.heard().jobs;

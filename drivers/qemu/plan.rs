@@ -4,6 +4,7 @@
 use crate::host::tap::TapPlan;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -215,4 +216,6 @@ pub enum MemorySource {
         /// Its length.
         bytes: Option<u64>,
     },
+    /// From a file that is open, and stands where they begin.
+    Stream(File),
 }

@@ -1,11 +1,12 @@
 //! What is kept on disk to find a QEMU again, and when.
 //!
 //! ```text
-//!   starting ──────▶ spawned ──────▶ running
-//!   before anything  before QEMU     CPUs run, or stand as asked
-//!   is lent or made  runs
+//!   starting ──────▶ spawned ──────▶ loaded ───────────▶ running
+//!   before anything  before QEMU     from a saved        CPUs run, or stand as asked
+//!   is lent or made  runs            machine only
 //! ```
-//! A guest whose record does not say `running` was cut off in its start: the next virtd ends it.
+//! A guest whose record says neither `loaded` nor `running` was cut off in its start: the next virtd ends it. One that is `loaded` may
+//! have gone on from what was saved of it, which is not used again: the next virtd lets it go on.
 
 use super::changes::Change;
 use super::companion::Recorded;
@@ -27,6 +28,8 @@ pub enum Phase {
     Starting,
     /// There is a process.
     Spawned,
+    /// It holds what was saved of the guest, which goes on from there with the next command.
+    Loaded,
     /// The guest is up.
     Running,
 }

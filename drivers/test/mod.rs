@@ -121,6 +121,10 @@ impl Driver for TestDriver {
         &["test"]
     }
 
+    fn lacks(&self) -> &'static [&'static str] {
+        &["Save", "ManagedSave"]
+    }
+
     async fn complete(&self, _def: &mut DomainDef) -> Result<(), DriverError> {
         Ok(())
     }

@@ -13,7 +13,9 @@ use virt_model::domain::Form;
 use virt_model::driver::ShutdownMode;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
-use virt_service::{Affect, Domain, Service, StartOptions, UndefineCheck, UndefineOptions};
+use virt_service::{
+    Affect, Domain, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions, UndefineCheck, UndefineOptions,
+};
 use zbus::Variant;
 
 /// The interface.
@@ -63,6 +65,10 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::DESTROY, destroy)
         .method(&verb::SUSPEND, suspend)
         .method(&verb::RESUME, resume)
+        .method(&verb::SAVE, save)
+        .method(&verb::MANAGED_SAVE, managed_save)
+        .method(&verb::MANAGED_SAVE_REMOVE, remove_managed_save)
+        .method(&verb::MANAGED_SAVE_XML, managed_save_xml)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
         .method(&verb::RENAME, rename)
@@ -128,6 +134,47 @@ async fn suspend(domain: Arc<Domain>, call: Call) -> Outcome {
 async fn resume(domain: Arc<Domain>, call: Call) -> Outcome {
     domain.resume(call.caller()).await?;
     call.done()
+}
+
+async fn save(domain: Arc<Domain>, call: Call) -> Outcome {
+    let body = call.body();
+    let (file, mut options): (&str, Options) = call::read(&body)?;
+    let save = SaveOptions {
+        then: resumption(&mut options)?,
+        xml: options.text("xml")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let ticket = domain.save(call.caller(), file, save).await?;
+    call.reply(&finish(ticket, no_wait).await?)
+}
+
+async fn managed_save(domain: Arc<Domain>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let save = ManagedSaveOptions {
+        then: resumption(&mut options)?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let ticket = domain.managed_save(call.caller(), save).await?;
+    call.reply(&finish(ticket, no_wait).await?)
+}
+
+async fn remove_managed_save(domain: Arc<Domain>, call: Call) -> Outcome {
+    domain.remove_managed_save(call.caller()).await?;
+    call.done()
+}
+
+async fn managed_save_xml(domain: Arc<Domain>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let secure = options.flag("secure")?;
+    options.end()?;
+    call.reply(&domain.managed_save_xml(call.caller(), secure).await?)
+}
+
+/// What is wanted of a guest's CPUs once it has been restored.
+pub fn resumption(options: &mut Options) -> Result<Resumption, Error> {
+    Ok(Resumption { paused: options.flag("paused")?, running: options.flag("running")? })
 }
 
 async fn undefine(domain: Arc<Domain>, call: Call) -> Outcome {

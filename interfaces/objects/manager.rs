@@ -1,7 +1,7 @@
 //! `org.virt.Manager`: look up, list, define, create.
 
-use super::domain::start_options;
-use super::job::finish;
+use super::domain::{resumption, start_options};
+use super::job::{finish, no_wait};
 use super::{Members, paths, properties};
 use crate::bus::answers::ROOT;
 use crate::bus::call::{self, Call, Options, Outcome};
@@ -14,7 +14,7 @@ use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind, shorten};
 use virt_service::facts::DomainFacts;
 use virt_service::verb;
-use virt_service::{Domain, Service};
+use virt_service::{Domain, RestoreOptions, Service};
 use zbus::ObjectPath;
 
 /// The interface.
@@ -37,6 +37,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
     Members::new(service, |service, _| Ok(service.clone()))
         .method(&verb::DEFINE, define_domain)
         .method(&verb::CREATE, create_domain)
+        .method(&verb::RESTORE, restore_domain)
         .method(&verb::GET_DOMAIN, get_domain)
         .method(&verb::GET_BY_NAME, get_domain_by_name)
         .method(&verb::GET_BY_ID, get_domain_by_id)
@@ -65,6 +66,19 @@ async fn create_domain(service: Arc<Service>, call: Call) -> Outcome {
     let (xml, options): (&str, Options) = call::read(&body)?;
     let (options, no_wait) = start_options(options)?;
     let (domain, ticket) = service.create(call.caller(), xml, options).await?;
+    call.reply(&(path(&domain)?, finish(ticket, no_wait).await?))
+}
+
+async fn restore_domain(service: Arc<Service>, call: Call) -> Outcome {
+    let body = call.body();
+    let (file, mut options): (&str, Options) = call::read(&body)?;
+    let restore = RestoreOptions {
+        then: resumption(&mut options)?,
+        xml: options.text("xml")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let (domain, ticket) = service.restore(call.caller(), file, restore).await?;
     call.reply(&(path(&domain)?, finish(ticket, no_wait).await?))
 }
 

@@ -50,7 +50,11 @@ impl Domain {
 impl State {
     /// Refuses a verb that has no meaning now; says what to do first.
     pub(super) fn applies(&self, verb: &Verb) -> Result<()> {
-        match verb.when {
+        self.applies_in(verb, verb.when)
+    }
+
+    fn applies_in(&self, verb: &Verb, when: When) -> Result<()> {
+        match when {
             When::Always | When::Snapshots => Ok(()),
             When::Inactive => self.is_inactive().and_then(|()| match self.starting {
                 None => Ok(()),
@@ -70,6 +74,16 @@ impl State {
                 DomainState::Running | DomainState::Idle => Err(self.refusal(verb, "there is nothing to resume")),
                 _ => Err(self.refusal(verb, "reset or destroy it")),
             }),
+            When::RunningOrPaused => self.running().and_then(|_| match self.state {
+                DomainState::Running | DomainState::Idle | DomainState::Paused => Ok(()),
+                DomainState::PmSuspended => Err(self.refusal(verb, "it sleeps; wake it first, or destroy it")),
+                _ => Err(self.refusal(verb, "reset or destroy it")),
+            }),
+            When::RunningOrPausedPersistent => {
+                self.applies_in(verb, When::RunningOrPaused)?;
+                self.is_persistent(verb)
+            }
+            When::ManagedSaved => self.has_managed_save(),
             When::Persistent => self.is_persistent(verb),
             When::InactivePersistent => {
                 self.is_persistent(verb)?;

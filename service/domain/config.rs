@@ -154,6 +154,7 @@ impl Domain {
     /// Gives an inactive, persistent domain another name.
     pub async fn rename(self: &Arc<Self>, caller: &Caller, name: &str) -> Result<()> {
         self.short(caller, &verb::RENAME, async {
+            lock(&self.state).renames_no_managed_save()?;
             let def = self.stored()?.ok_or_else(|| self.vanished())?;
             crate::registry::check_new_name("domain", name)?;
             let stored = self.to_store(renamed(&def, name)?).await?;

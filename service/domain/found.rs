@@ -98,7 +98,11 @@ impl Domain {
         let guest = Guest { id: status.id, instance, live, document: Arc::default(), status: file, ending: None, asks };
         let (now, reason) = found_as(condition, status.state, status.reason);
         let since_usec = if now == status.state { status.since_usec } else { now_usec() };
+        if !lock(&self.state).snapshots.saves_for_next_start() {
+            self.managed_save_is_used().await;
+        }
         self.commit_report(|state| {
+            state.managed_save = false;
             // Whoever was told its last known state is told what has become of it.
             let news = state.told.then(|| became(condition, state.state)).flatten();
             state.guest = Some(guest.clone());

@@ -214,6 +214,7 @@ fn verdict(ending: Option<Stopped>, exit: &Exit) -> (Stopped, StateReason) {
     match (ending, exit) {
         (Some(Stopped::Destroyed), _) | (None, Exit::Requested) => (Stopped::Destroyed, StateReason::Destroyed),
         (Some(Stopped::Crashed), _) => (Stopped::Crashed, StateReason::Crashed),
+        (Some(Stopped::Saved), _) => (Stopped::Saved, StateReason::Saved),
         (Some(Stopped::FromSnapshot), _) => (Stopped::FromSnapshot, StateReason::FromSnapshot),
         (Some(_), _) | (None, Exit::Orderly) => (Stopped::Shutdown, StateReason::Shutdown),
         (None, Exit::Died(_)) => (Stopped::Failed, StateReason::Crashed),

@@ -16,6 +16,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::saved::SavedState;
 use virt_model::driver::snapshots::StartFrom;
 use virt_model::driver::{Accepted, DriverError, Launch, Running, ShutdownMode};
 use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, Stopped, Suspended};
@@ -25,7 +26,7 @@ use virt_model::state::{DomainState, Lifecycle, Resumed, Started, StateReason, S
 pub struct StartOptions {
     /// Leave the CPUs standing.
     pub paused: bool,
-    /// Boot even if there is a managed save image.
+    /// Boot even if there is a managed save, which is dropped.
     pub force_boot: bool,
     /// Make the firmware variables anew.
     pub reset_nvram: bool,
@@ -69,7 +70,11 @@ impl Domain {
             false => None,
             true => {
                 self.applies(&verb::START)?;
-                Some(self.can_run(&*self.def_to_start(def.as_ref())?).await?)
+                let boots = self.def_to_start(def.as_ref())?;
+                match self.goes_on_from(def.is_some(), options)? {
+                    Some(file) => self.can_go_on_from(&file).await.map(|()| None)?,
+                    None => Some(self.can_run(&boots).await?),
+                }
             }
         };
         let job = change.open(options.cancel_on_disconnect)?;
@@ -80,12 +85,18 @@ impl Domain {
             let _creation = creation;
             let cancel = job.cancel_token();
             let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
-            // Recovery may have brought another configuration: that is what is started.
-            let def = domain.def_to_start(def.as_ref())?;
+            // Recovery may have brought another configuration, or saved it: that is what is started.
+            let boots = domain.def_to_start(def.as_ref())?;
+            if let Some(file) = domain.goes_on_from(def.is_some(), options)? {
+                return domain.start_managed(&caller, &file, options, &job).await;
+            }
+            let def = boots;
             let accepted = match accepted {
                 Some(accepted) => accepted,
                 None => domain.can_run(&def).await?,
             };
+            // Before it can write to the disks that the memory of then belongs to.
+            domain.drop_managed_save().await?;
             domain.start_guest(def, &caller, options, Origin::PowerOff(accepted), cancel).await
         }))
     }
@@ -120,7 +131,7 @@ impl Domain {
 
     /// What a start now would run. Errors: `OperationInvalid` if it runs or is another driver's, `DomainExists` if it has
     /// another name by now.
-    fn def_to_start(&self, given: Option<&Arc<DomainDef>>) -> Result<Arc<DomainDef>> {
+    pub(super) fn def_to_start(&self, given: Option<&Arc<DomainDef>>) -> Result<Arc<DomainDef>> {
         let (name, stored) = {
             let state = lock(&self.state);
             state.still_here()?;
@@ -158,8 +169,12 @@ impl Domain {
         }
         let id = self.shared.next_id();
         let (told, from, accepted) = match origin {
-            Origin::PowerOff(accepted) => (Told { options, from_snapshot: false }, None, accepted),
-            Origin::Snapshot(from) => (Told { options, from_snapshot: true }, from, Accepted::default()),
+            Origin::PowerOff(accepted) => (Told { options, how: Started::Booted }, None, accepted),
+            Origin::Snapshot(from) => (Told { options, how: Started::FromSnapshot }, from, Accepted::default()),
+            Origin::Saved(saved) => {
+                let from = Box::new(StartFrom::Saved(*saved));
+                (Told { options, how: Started::Restored }, Some(from), Accepted::default())
+            }
         };
         let status = self.shared.store.status_file_of_start(self.uuid, self.first_status(id, &def, caller, told));
         let (shared, uuid) = (self.shared.clone(), self.uuid);
@@ -239,6 +254,7 @@ impl Domain {
         if let Err(e) = kept {
             tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd its terminals and ports will be missing in GetXML");
         }
+        self.managed_save_is_used().await;
         let (asks, asked) = mpsc::unbounded_channel();
         let guest =
             Guest { id, instance: running.instance, live, document: Arc::default(), status, ending: None, asks };
@@ -246,6 +262,7 @@ impl Domain {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
             state.starting = None;
+            state.managed_save = false;
             state.guest = Some(guest);
             state.compare_configs();
             told.events()
@@ -276,7 +293,7 @@ impl Domain {
     }
 
     /// A transient domain is there from the moment its start is accepted.
-    fn announce_transient(&self) {
+    pub(super) fn announce_transient(&self) {
         let transient = lock(&self.state).stored.is_none();
         if transient {
             self.announce();
@@ -334,7 +351,11 @@ impl Domain {
 
     /// Lets the CPUs go on. Returns when they run.
     pub async fn resume(self: &Arc<Self>, caller: &Caller) -> Result<()> {
-        self.short(caller, &verb::RESUME, async { self.resume_guest(&self.guest()?).await }).await
+        self.short(caller, &verb::RESUME, async {
+            self.takes_back_save().await?;
+            self.resume_guest(&self.guest()?).await
+        })
+        .await
     }
 
     async fn resume_guest(&self, guest: &Guest) -> Result<()> {
@@ -423,7 +444,7 @@ impl Domain {
     }
 
     /// The guest goes on after all.
-    fn expect_no_end(&self, id: u32) {
+    pub(super) fn expect_no_end(&self, id: u32) {
         if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
             guest.ending = None;
         }
@@ -436,7 +457,7 @@ impl Domain {
 
 /// The start of a transient domain, from its acceptance to its end: as long as it is under way, the domain is there. One
 /// whose guest did not come to be is nothing.
-pub(super) struct Creation(Arc<Domain>);
+pub(crate) struct Creation(Arc<Domain>);
 
 impl Creation {
     pub(super) fn begin(domain: &Arc<Domain>) -> Result<Creation> {
@@ -485,37 +506,37 @@ pub(super) enum Origin {
     PowerOff(Accepted),
     /// A snapshot: its memory, or power off where it has none.
     Snapshot(Option<Box<StartFrom>>),
+    /// A saved machine, which has been verified.
+    Saved(Box<SavedState>),
 }
 
 /// What is told of a start.
 #[derive(Clone, Copy)]
 struct Told {
     options: StartOptions,
-    from_snapshot: bool,
+    how: Started,
 }
 
 impl Told {
     fn state(self) -> (DomainState, StateReason) {
         let state = if self.options.paused { DomainState::Paused } else { DomainState::Running };
-        let reason = match self.options.paused {
-            _ if self.from_snapshot => StateReason::FromSnapshot,
-            true => StateReason::User,
-            false => StateReason::Booted,
+        let reason = match (self.how, self.options.paused) {
+            (Started::FromSnapshot, _) => StateReason::FromSnapshot,
+            (Started::Restored, _) => StateReason::Restored,
+            (_, true) => StateReason::User,
+            (_, false) => StateReason::Booted,
         };
         (state, reason)
     }
 
     fn events(self) -> Vec<Lifecycle> {
-        match (self.from_snapshot, self.options.paused) {
-            (false, false) => vec![Lifecycle::Started(Started::Booted)],
-            (false, true) => vec![Lifecycle::Started(Started::Booted), Lifecycle::Suspended(Suspended::Paused)],
-            (true, paused) => {
-                let settled = match paused {
-                    true => Lifecycle::Suspended(Suspended::FromSnapshot),
-                    false => Lifecycle::Resumed(Resumed::FromSnapshot),
-                };
-                vec![Lifecycle::Started(Started::FromSnapshot), settled]
-            }
-        }
+        let settled = match (self.how, self.options.paused) {
+            (Started::FromSnapshot, true) => Some(Lifecycle::Suspended(Suspended::FromSnapshot)),
+            (Started::FromSnapshot, false) => Some(Lifecycle::Resumed(Resumed::FromSnapshot)),
+            (Started::Restored, true) => Some(Lifecycle::Suspended(Suspended::Restored)),
+            (_, true) => Some(Lifecycle::Suspended(Suspended::Paused)),
+            (_, false) => None,
+        };
+        [Lifecycle::Started(self.how)].into_iter().chain(settled).collect()
     }
 }

@@ -11,8 +11,10 @@ mod found;
 mod guest;
 mod images;
 mod lifecycle;
+mod managed;
 mod media;
 mod reports;
+mod save;
 mod snapshots;
 mod state;
 mod undefine;
@@ -20,6 +22,9 @@ mod undefine;
 pub use config::Affect;
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
+pub use managed::ManagedSaveOptions;
+pub(crate) use save::absolute;
+pub use save::{Resumption, SaveOptions};
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
 pub use undefine::{UndefineCheck, UndefineOptions};
 
@@ -82,6 +87,8 @@ pub(crate) struct DomainSeed {
     pub driver: Arc<dyn Driver>,
     pub note: Note,
     pub ended: Ended,
+    /// It has a managed save.
+    pub managed_save: bool,
     /// What was found of its snapshots.
     pub snapshots: Loaded,
 }
@@ -100,7 +107,7 @@ impl Domain {
             persistent: birth.stored.is_some(),
             autostart: birth.note.autostart,
             config: birth.config,
-            has_managed_save: false,
+            has_managed_save: birth.managed_save,
             config_changed: false,
             current_snapshot: None,
             snapshot_count: 0,
@@ -125,6 +132,7 @@ impl Domain {
                 reason: birth.ended.reason,
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
+                managed_save: birth.managed_save,
                 config_changed: false,
                 broken: birth.broken,
                 sought: None,

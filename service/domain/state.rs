@@ -27,6 +27,8 @@ pub(super) struct State {
     pub(super) reason: StateReason,
     pub(super) since_usec: u64,
     pub(super) autostart: bool,
+    /// It has a managed save: the next start goes on from that.
+    pub(super) managed_save: bool,
     pub(super) config_changed: bool,
     /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
     pub(super) broken: Option<String>,
@@ -97,7 +99,20 @@ impl State {
         (self.guest, self.sought, self.unread) = (None, None, None);
         (self.state, self.reason, self.since_usec) = (DomainState::Shutoff, reason, since_usec);
         self.config_changed = false;
+        self.is_saved_or_not(reason);
         self.leave_if_nothing_left();
+    }
+
+    /// It is off for that reason: if a managed save of it was under way, there is one now, or not.
+    pub(super) fn is_saved_or_not(&mut self, reason: StateReason) {
+        if self.snapshots.saves_for_next_start() {
+            self.managed_save = reason == StateReason::Saved;
+        }
+    }
+
+    /// Whether it is told already that a save under way has come to its end.
+    pub(super) fn is_known_as_saved(&self) -> bool {
+        self.reason == StateReason::Saved && (self.managed_save || !self.snapshots.saves_for_next_start())
     }
 
     /// Computes anew what is published.
@@ -115,6 +130,7 @@ impl State {
         facts.since_usec = self.since_usec;
         facts.persistent = self.stored.is_some();
         facts.autostart = self.autostart;
+        facts.has_managed_save = self.managed_save;
         facts.config_changed = self.config_changed;
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();

@@ -31,7 +31,7 @@ use virt_model::state::{Lifecycle, Undefined};
 /// What goes along with a stored configuration.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UndefineOptions {
-    /// The managed save image.
+    /// The managed save.
     pub managed_save: bool,
     /// The snapshots' metadata.
     pub snapshots_metadata: bool,
@@ -56,6 +56,7 @@ pub struct UndefineCheck {
 struct Planned {
     stored: Arc<DomainDef>,
     belongings: Vec<PathBuf>,
+    managed_save: Option<PathBuf>,
     /// In the order in which they are deleted.
     snapshots: Vec<String>,
     /// What becomes of the snapshots' files.
@@ -91,6 +92,7 @@ impl Domain {
             let planned = self.plan_undefine(&options).await?;
             // First what may fail, and may be tried again while the configuration still says where it is.
             self.remove_belongings(&planned.stored).await?;
+            self.drop_managed_save().await?;
             let (shared, uuid) = (self.shared.clone(), self.uuid);
             on_disk(move || {
                 shared.store.forget_snapshots(uuid)?;
@@ -153,6 +155,7 @@ impl Domain {
     /// The storage is gone: what remains. On failure the intent stays, and whoever takes the turn next finishes it.
     async fn remove_all_but_files(self: &Arc<Self>, stored: &DomainDef, journal: &DomainJournal) -> Result<()> {
         self.remove_belongings(stored).await?;
+        self.drop_managed_save().await?;
         journal.step("belongings");
         // The intent lies among the records, and goes last.
         let (shared, uuid) = (self.shared.clone(), self.uuid);
@@ -212,7 +215,8 @@ impl Domain {
             let files: Vec<FileChange> =
                 planned.files.into_iter().chain(planned.storage.into_iter().map(deleted)).collect();
             let gone = files.iter().filter(|file| file.what != FileFate::Created).map(|file| file.path.clone());
-            UndefineCheck { removed: planned.belongings.into_iter().chain(gone).collect(), files: told(&files) }
+            let own = planned.belongings.into_iter().chain(planned.managed_save);
+            UndefineCheck { removed: own.chain(gone).collect(), files: told(&files) }
         }))
     }
 
@@ -224,7 +228,9 @@ impl Domain {
         let stored = stored.ok_or_else(|| self.vanished())?;
         let belongings = self.driver.belongings(&stored).await;
         let mut bars = self.bars(live.is_some(), &belongings, options);
-        let mut planned = Planned { stored, belongings, snapshots: Vec::new(), files: Vec::new(), storage: Vec::new() };
+        let managed_save = self.managed_save_file().await.map(|file| file.path);
+        let (snapshots, files, storage) = (Vec::new(), Vec::new(), Vec::new());
+        let mut planned = Planned { stored, belongings, managed_save, snapshots, files, storage };
         if options.is_long() && live.is_some() {
             bars.push(
                 "it runs and stands on its disks; shut it down before they, or snapshots in them, are removed".into(),
@@ -251,9 +257,9 @@ impl Domain {
 
     /// What stands in the way by what is known of it alone.
     fn bars(&self, active: bool, belongings: &[PathBuf], options: &UndefineOptions) -> Vec<String> {
-        let (snapshots, broken) = {
+        let (snapshots, broken, saved) = {
             let state = lock(&self.state);
-            (state.snapshots.count(), state.snapshots.why_broken())
+            (state.snapshots.count(), state.snapshots.why_broken(), state.managed_save)
         };
         let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
         let mut bars = Vec::new();
@@ -266,6 +272,9 @@ impl Domain {
         }
         if let Some(why) = broken.filter(|_| !options.snapshots_metadata) {
             bars.push(format!("{why}; pass snapshots-metadata to forget its snapshots"));
+        }
+        if saved && !options.managed_save {
+            bars.push("it has a managed save; pass managed-save to remove it with it".to_owned());
         }
         if !belongings.is_empty() && !options.nvram {
             bars.push(format!(

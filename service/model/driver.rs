@@ -5,6 +5,7 @@
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
 pub mod reports;
+pub mod saved;
 pub mod snapshots;
 
 use crate::domain::DomainDef;
@@ -127,6 +128,11 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// Machines saved in files, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
+    fn saved_machines(&self) -> Option<&dyn saved::SavedMachines> {
+        None
+    }
+
     /// Starts a guest with its CPUs running (or standing, if [`Launch::paused`]). Returns once that is so. On failure, or
     /// when [`Launch::cancel`] fires (then [`DriverError::Cancelled`]), no trace of the guest is left: no process,
     /// no runtime file, no permission given away. A start emits neither `Resumed` nor `Suspended`.
@@ -223,6 +229,13 @@ pub trait Recorder: Send + Sync {
     /// Says as what the guest will run, as far as that is known before it does: that is kept with the next record. Of a start
     /// only, and at most once; whoever says nothing has it kept when the start has returned. Blocks.
     fn will_run(&self, _live: &DomainDef) {}
+
+    /// Keeps, durably, that the guest goes on from the saved machine that it is started from: what was saved is used up from then
+    /// on, whatever becomes of this guest. To be called when that has been loaded, and before the first instruction; once more by
+    /// whoever finds such a guest and cannot tell whether that was done. On failure the guest must not go on. Blocks.
+    fn goes_on(&self) -> std::io::Result<()> {
+        Ok(())
+    }
 }
 
 /// What `start` hands back.
@@ -371,6 +384,9 @@ pub enum DriverError {
     /// This hypervisor cannot do it, now or at all.
     #[error("{0}")]
     Unsupported(String),
+    /// What a caller gave is not what is asked for: a file that is none of the kind.
+    #[error("{0}")]
+    Argument(String),
     /// The guest has no agent that answers.
     #[error("{0}")]
     AgentUnavailable(String),

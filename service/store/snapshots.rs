@@ -84,6 +84,13 @@ pub(crate) enum Deed {
     Delete {
         name: String,
     },
+    /// The machine is saved in this file, and its guest ended.
+    Save {
+        file: PathBuf,
+        /// It is its managed save.
+        #[serde(default)]
+        managed: bool,
+    },
     /// The machine itself, with these files.
     Undefine {
         storage: Vec<StoredFile>,

@@ -15,6 +15,8 @@ mod parts;
 mod plugged;
 mod records;
 mod revert_matrix;
+mod saved;
+mod saved_unfinished;
 mod snapshots;
 mod snapshots_cpu;
 mod snapshots_cut_off;

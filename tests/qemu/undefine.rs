@@ -174,7 +174,7 @@ async fn virtd_killed_while_a_machine_goes_with_its_storage() {
         }
         assert!(client.named(&name).await.is_err(), "step {step}: it is still there");
         assert_eq!(beside(&tick.disk), Vec::<PathBuf>::new(), "step {step}");
-        let state = daemon.root().join("virt");
+        let state = daemon.root().join("var/lib/virt");
         let left = [state.join(format!("snapshots/{uuid}")), state.join(format!("domains/{uuid}.xml"))];
         assert!(left.iter().all(|path| !path.exists()), "step {step}: {left:?}");
         if !came {

@@ -1,7 +1,6 @@
 //! Taking a snapshot.
 
 use super::super::declared;
-use super::super::hostdev;
 use super::super::instance::Body;
 use super::agent::{Agent, socket};
 use super::external::check_overlay;
@@ -112,14 +111,8 @@ impl Operation {
         let Some(body) = &self.body else { return Ok(()) };
         self.nobody_else_works().await?;
         if request.memory != MemoryMode::No {
-            if let Some(why) = hostdev::keeps_memory_here(def) {
+            if let Some(why) = self.keeps_memory(body).await? {
                 return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
-            }
-            let told = body.patiently("query-migrate", json!({})).await?;
-            let blockers: Vec<&str> =
-                told["blocked-reasons"].as_array().into_iter().flatten().filter_map(|why| why.as_str()).collect();
-            if !blockers.is_empty() {
-                return Err(DriverError::Refused(format!("its memory cannot be captured: {}", blockers.join("; "))));
             }
             self.can_send_memory(body, request).await?;
         }
@@ -134,14 +127,13 @@ impl Operation {
         if !matches!(request.memory, MemoryMode::External(_)) {
             return Ok(());
         }
-        let status = body.patiently("query-status", json!({})).await?;
-        match status["status"].as_str() {
-            Some("postmigrate") => Err(DriverError::Refused(
+        match self.is_sent(body).await? {
+            true => Err(DriverError::Refused(
                 "its memory has been written to a file already, and it has been paused since: resume it for a moment, or \
                  take the snapshot with disk-only"
                     .to_owned(),
             )),
-            _ => Ok(()),
+            false => Ok(()),
         }
     }
 

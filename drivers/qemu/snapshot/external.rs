@@ -313,10 +313,10 @@ pub(super) fn check_overlay(
 }
 
 /// While it lives, nobody is told that a guest stops and goes on.
-struct Quiet(Arc<Body>);
+pub(super) struct Quiet(Arc<Body>);
 
 impl Quiet {
-    fn keep(body: &Arc<Body>) -> Quiet {
+    pub(super) fn keep(body: &Arc<Body>) -> Quiet {
         body.reporter.be_quiet(true);
         Quiet(body.clone())
     }

@@ -20,18 +20,22 @@ mod files;
 mod frozen;
 mod internal;
 mod merge;
+mod naming;
 mod note;
 mod park;
 mod parts;
+mod pipe;
 mod recover;
 mod revert;
+mod save;
 mod survey;
 
 pub use files::open_memory;
+pub use save::stream as saved_stream;
 
-use super::QemuDriver;
 use super::instance::{Body, QemuInstance};
 use super::plan::MemorySource;
+use super::{Privileges, QemuDriver};
 use crate::host::image::Images;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
@@ -40,12 +44,14 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
+use virt_model::driver::saved::{SaveRequest, SavedMachines, SavedState};
 use virt_model::driver::snapshots::{
     CreatePlan, CreatedSnapshot, DeletePlan, DiskMode, DiskPart, ExistingSnapshot, Journal, Machine, MemoryMode,
-    Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, Unfinished,
+    Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, StartFrom, Unfinished,
 };
 
 #[async_trait]
@@ -133,6 +139,45 @@ impl Snapshots for QemuDriver {
 
     async fn changed_since_frozen(&self, machine: &Machine, files: Vec<PathBuf>) -> Result<Vec<PathBuf>, DriverError> {
         self.operation(machine).await?.changed_since_frozen(files).await
+    }
+}
+
+#[async_trait]
+impl SavedMachines for QemuDriver {
+    async fn check_save(&self, machine: &Machine, request: &SaveRequest) -> Result<(), DriverError> {
+        self.operation(machine).await?.check_save(request).await
+    }
+
+    async fn save(
+        &self,
+        machine: &Machine,
+        request: &SaveRequest,
+        journal: Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        self.operation_for(machine, &journal).await?.save(request, &journal).await
+    }
+
+    fn taken_back(&self, note: serde_json::Value) -> Result<serde_json::Value, DriverError> {
+        save::taken_back(note)
+    }
+
+    async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError> {
+        save::settle(&self.0.workers, machine, note, !matches!(self.0.privileges, Privileges::Ours)).await
+    }
+
+    async fn read_saved(&self, file: PathBuf) -> Result<SavedState, DriverError> {
+        save::read(&self.0.workers, file, !matches!(self.0.privileges, Privileges::Ours)).await
+    }
+
+    async fn verify_saved(
+        &self,
+        saved: &SavedState,
+        def: &DomainDef,
+        progress: Arc<dyn Fn(u64, u64) + Send + Sync>,
+        cancel: &CancellationToken,
+    ) -> Result<(), DriverError> {
+        let caps = self.capabilities_for(def).await;
+        save::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
     }
 }
 
@@ -242,8 +287,12 @@ fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Where the memory of a snapshot is that a guest is started from.
-pub fn source(snapshot: &ExistingSnapshot) -> Result<MemorySource, DriverError> {
+/// Where the memory is that a guest is started from.
+pub fn source(from: StartFrom) -> Result<MemorySource, DriverError> {
+    let snapshot = match &from {
+        StartFrom::Snapshot(snapshot) => snapshot,
+        StartFrom::Saved(saved) => return saved_stream(saved).map(MemorySource::Stream),
+    };
     match &snapshot.memory {
         MemoryMode::No => Err(DriverError::Internal("a snapshot without memory cannot be loaded".to_owned())),
         MemoryMode::External(file) => {

@@ -31,6 +31,8 @@ pub enum Note {
     Revert(Revert),
     /// Data is being removed.
     Delete(Delete),
+    /// The machine is being saved.
+    Save(Save),
 }
 
 /// A snapshot, as far as it is needed.
@@ -112,6 +114,20 @@ pub struct Overlay {
     pub cache: Option<u64>,
     /// We make it, and remove it if it comes to nothing.
     pub ours: bool,
+}
+
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Save {
+    /// The file that is written, and the one that it becomes.
+    pub part: PathBuf,
+    pub file: PathBuf,
+    /// The number of what is written in its file system, once it has been made.
+    #[serde(default)]
+    pub number: Option<u64>,
+    /// The CPUs ran, and go on if it comes to nothing.
+    pub resume: bool,
+    /// It is whole: from here on the machine is saved.
+    pub complete: bool,
 }
 
 /// What is kept with a snapshot.

@@ -22,6 +22,7 @@ impl Operation {
             Note::Park => self.recover_parked().await,
             Note::Revert(note) => self.recover_revert(note).await,
             Note::Delete(note) => self.recover_delete(note).await,
+            Note::Save(note) => self.recover_save(note).await,
         }
     }
 
@@ -48,7 +49,7 @@ impl Operation {
     async fn recover_external(&self, note: CreateExternal) -> Result<Recovered, DriverError> {
         if let Some(body) = &self.body {
             // A migration to a file ends with the descriptor's reader, or is given up.
-            let _ = body.patiently("migrate_cancel", serde_json::json!({})).await;
+            body.line()?.end_migration().await?;
         }
         let stands = match (&self.body, &note.complete) {
             (_, None) => false,

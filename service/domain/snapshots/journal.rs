@@ -3,15 +3,18 @@
 use super::Domain;
 use super::set::Open;
 use crate::error::{Error, Result};
+use crate::fail_point;
 use crate::job::Job;
 use crate::lock::lock;
 use crate::store::{Current, Deed, Intent, Record, on_disk};
 use async_trait::async_trait;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
+use virt_model::state::Stopped;
 
 /// See the module.
 pub(in crate::domain) struct DomainJournal {
@@ -43,7 +46,7 @@ impl DomainJournal {
         let intent = lock(&self.intent).clone();
         match intent.deed {
             Deed::Revert { .. } | Deed::Undefine { .. } => self.keep(intent).await?,
-            Deed::Create { .. } | Deed::Delete { .. } => {}
+            Deed::Create { .. } | Deed::Delete { .. } | Deed::Save { .. } => {}
         }
         self.step("begun");
         Ok(())
@@ -138,7 +141,6 @@ impl Journal for DomainJournal {
 
     fn step(&self, what: &str) {
         tracing::debug!(uuid = %self.domain.uuid, step = what, "snapshots");
-        #[cfg(debug_assertions)]
         fail_point::reached();
     }
 
@@ -150,33 +152,22 @@ impl Journal for DomainJournal {
         self.job.iter().for_each(|job| job.part_done(done, total));
     }
 
+    fn memory_written(&self) {
+        if let Ok(guest) = self.domain.guest() {
+            self.domain.expect_end(guest.id, Stopped::Saved);
+        }
+    }
+
+    async fn may_replace(&self, file: &Path) -> Result<(), DriverError> {
+        let free = self.domain.refuse_to_replace(file).await;
+        free.map_err(|e| DriverError::Refused(e.to_string()))
+    }
+
     fn point_of_no_return(&self) {
         self.job.iter().for_each(|job| job.past_return());
     }
 
     fn cancelled(&self) -> &CancellationToken {
         &self.cancel
-    }
-}
-
-/// For tests: something happens at a certain step. Not in release builds.
-///
-/// `VIRTD_AT_STEP` in the environment names a file: a number, a blank, and a shell command. Each step counts the number
-/// down; at the last one the file is removed and the command is run.
-#[cfg(debug_assertions)]
-mod fail_point {
-    use std::fs;
-
-    pub fn reached() {
-        let Some(file) = std::env::var_os("VIRTD_AT_STEP") else { return };
-        let Ok(plan) = fs::read_to_string(&file) else { return };
-        let Some((number, command)) = plan.split_once(' ') else { return };
-        let left = number.parse::<u32>().unwrap_or(0).saturating_sub(1);
-        if left > 0 {
-            let _ = fs::write(&file, format!("{left} {command}"));
-            return;
-        }
-        let _ = fs::remove_file(&file);
-        let _ = std::process::Command::new("/bin/sh").args(["-c", command]).status();
     }
 }

@@ -8,7 +8,6 @@
 
 mod create;
 mod delete;
-#[allow(clippy::disallowed_methods, reason = "its steps for tests are files of the tests")]
 mod journal;
 mod plan;
 mod recover;
@@ -122,7 +121,7 @@ impl Domain {
     }
 
     /// The machine as the driver is to see it: what runs, or what is stored.
-    async fn machine(&self) -> Result<Machine> {
+    pub(in crate::domain) async fn machine(&self) -> Result<Machine> {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
         let folder = on_disk(move || shared.store.snapshot_files(uuid)).await?;
         self.machine_in(folder)

@@ -114,7 +114,7 @@ impl Domain {
         let machine = self.machine().await?;
         let (domain_name, now, persistent, saved) = {
             let state = lock(&self.state);
-            (state.name.clone(), state.state, state.stored.is_some(), state.facts.has_managed_save)
+            (state.name.clone(), state.state, state.stored.is_some(), state.managed_save)
         };
         let Some(taken) = def.domain.as_ref() else {
             let text = format!("'{name}' holds no configuration; redefine it with a full domain");
@@ -155,7 +155,8 @@ impl Domain {
         if saved && !def.has_memory() {
             risks.push(MANAGED_SAVE);
         }
-        let (checked, keep) = self.check_images(name, &kept, &machine, in_place).await?;
+        let (mut checked, keep) = self.check_images(name, &kept, &machine, in_place).await?;
+        checked.files.extend(self.managed_save_file().await);
         if !checked.changed.is_empty() {
             risks.push(FROZEN_CHANGED);
         }

@@ -2,15 +2,18 @@
 
 use super::{Domain, DomainJournal, ExistingSnapshot};
 use crate::domain::StartOptions;
+use crate::domain::lifecycle::Creation;
 use crate::error::{Error, Result};
+use crate::images::Taken;
 use crate::lock::lock;
-use crate::shared::virtd_itself;
+use crate::shared::{AGAIN, virtd_itself};
 use crate::store::{Deed, Intent, Record, on_disk};
 use crate::turn::{GRACE, PATIENCE};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::snapshots::{Journal as _, Recovered, Reverted};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
+use virt_model::state::StateReason;
 use virt_model::xml::Limits;
 
 impl Domain {
@@ -88,9 +91,48 @@ impl Domain {
         self.open_intent().is_none()
     }
 
-    fn open_intent(&self) -> Option<Intent> {
+    pub(in crate::domain) fn open_intent(&self) -> Option<Intent> {
         let open = lock(&self.state).snapshots.open.clone();
         lock(&open).clone()
+    }
+
+    /// What is begun is meant otherwise from now on: on disk first. For who has the turn.
+    pub(in crate::domain) async fn keep_intent(&self, intent: Intent) -> Result<()> {
+        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
+        on_disk(move || shared.store.save_intent(uuid, &kept)).await?;
+        *lock(&lock(&self.state).snapshots.open) = Some(intent);
+        Ok(())
+    }
+
+    /// Whether a save of it has begun and is not whole.
+    fn is_being_saved(&self) -> bool {
+        matches!(self.open_intent(), Some(Intent { deed: Deed::Save { .. }, .. }))
+    }
+
+    /// If a save of it is not whole, the domain is there until the result is dropped, even a transient one without a guest: nothing
+    /// else begins with its uuid.
+    pub(crate) fn stays_until_saved(self: &Arc<Self>) -> Option<Creation> {
+        Creation::begin(self).ok().filter(|_| self.is_being_saved())
+    }
+
+    /// If a save is half done, because something on the host does not answer, it is tried again and again to make it whole, whatever
+    /// else is done meanwhile. Until then `target` stays taken, and the domain is there, even a transient one whose guest ends.
+    pub(crate) fn looks_again(self: &Arc<Self>, target: Option<Taken>) {
+        let Some(stay) = self.stays_until_saved() else { return };
+        let (domain, mut pause) = (self.clone(), AGAIN.0);
+        tokio::spawn(async move {
+            while domain.is_being_saved() {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN.1);
+                let what = finishing("saving it");
+                // Whoever has the turn sees to it first, or only stops the guest or lets it go on.
+                if let Some(_turn) = domain.turn.try_take(&what, &CancellationToken::new()) {
+                    // The log has it by then.
+                    let _ = domain.finish_interrupted().await;
+                }
+            }
+            drop((stay, target));
+        });
     }
 
     /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
@@ -102,11 +144,9 @@ impl Domain {
         if self.guest().is_ok() {
             return;
         }
-        let intent = Intent { deed: Deed::Revert { name, active: None, in_place, ran }, note };
-        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, intent.clone());
-        match on_disk(move || shared.store.save_intent(uuid, &kept)).await {
-            Ok(()) => *lock(&open) = Some(intent),
-            Err(error) => tracing::warn!(%uuid, %error, "what is finished later may bring the guest back"),
+        let kept = self.keep_intent(Intent { deed: Deed::Revert { name, active: None, in_place, ran }, note });
+        if let Err(error) = kept.await {
+            tracing::warn!(uuid = %self.uuid, %error, "what is finished later may bring the guest back");
         }
     }
 
@@ -119,6 +159,11 @@ impl Domain {
         let journal = self.journal_of(intent.deed.clone(), None, cancel);
         let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
         let _starts = brings_a_guest.then(|| self.will_start(cancel));
+        if let (Deed::Save { .. }, true) = (&intent.deed, self.is_only_stayed_for()) {
+            let story = self.settle_save(intent.note).await?;
+            journal.end().await?;
+            return Ok(story);
+        }
         if let Deed::Undefine { storage } = intent.deed {
             return self.finish_undefine(storage, &journal).await;
         }
@@ -134,6 +179,12 @@ impl Domain {
             None => Recovered::Undone { story: "nothing had been changed".to_owned() },
         };
         self.follow_up(intent.deed, recovered, &journal).await
+    }
+
+    /// Whether nothing is left of it, and it is there, if at all, only until what was begun is whole.
+    fn is_only_stayed_for(&self) -> bool {
+        let state = lock(&self.state);
+        state.gone || state.stored.is_none() && state.live().is_none()
     }
 
     async fn follow_up(
@@ -171,7 +222,15 @@ impl Domain {
             (Deed::Delete { name }, Recovered::Undeleted(unfinished)) => {
                 Ok(self.deletion_failed(&name, unfinished, journal).await.to_string())
             }
-            (_, Recovered::Undone { story }) => {
+            (Deed::Save { .. }, Recovered::Saved(file)) => {
+                let story = self.finish_save(&file).await?;
+                journal.end().await?;
+                Ok(story)
+            }
+            (deed, Recovered::Undone { story }) => {
+                if let Deed::Save { .. } = deed {
+                    self.is_not_saved().await;
+                }
                 journal.end().await?;
                 Ok(story)
             }
@@ -232,14 +291,14 @@ impl Domain {
                 match self.start_reverted(&caller, &def, kept, &reverted, how, journal.cancelled()).await {
                     Ok(()) => "its guest has been started again",
                     Err(Error::Cancelled(_)) => {
-                        self.is_off().await;
+                        self.is_off(StateReason::FromSnapshot).await;
                         "it is shut off, since nobody wants its guest any more"
                     }
                     Err(e) => return Err(e),
                 }
             }
             (None, Err(_)) => {
-                self.is_off().await;
+                self.is_off(StateReason::FromSnapshot).await;
                 "it is shut off"
             }
         };
@@ -261,6 +320,7 @@ fn what_is(deed: &Deed) -> &'static str {
         Deed::Create { .. } => "taking a snapshot",
         Deed::Revert { .. } => "a revert",
         Deed::Delete { .. } => "deleting a snapshot",
+        Deed::Save { .. } => "saving it",
         Deed::Undefine { .. } => "its removal with its storage",
     }
 }

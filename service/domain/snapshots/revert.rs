@@ -89,7 +89,7 @@ impl Domain {
                     self.start_reverted(caller, &def, kept, &reverted, how, job.cancel_token()).await?;
                     journal.step("started");
                 }
-                None => self.is_off().await,
+                None => self.is_off(StateReason::FromSnapshot).await,
             }
             Ok(def)
         };
@@ -328,7 +328,7 @@ impl Domain {
         options: StartOptions,
         cancel: &CancellationToken,
     ) -> Result<()> {
-        let from = def.has_memory().then_some(StartFrom { snapshot: kept });
+        let from = def.has_memory().then_some(StartFrom::Snapshot(kept));
         let live = renamed(&reverted.def, &self.name());
         let origin = Origin::Snapshot(from.map(Box::new));
         // Boxed: a start is large, and this lies deep in what may already be one.
@@ -336,12 +336,13 @@ impl Domain {
     }
 
     /// It was shut off before, or its guest has been ended for this.
-    pub(super) async fn is_off(&self) {
+    pub(in crate::domain) async fn is_off(&self, reason: StateReason) {
         let since_usec = now_usec();
-        self.forget_guest(None, StateReason::FromSnapshot, since_usec).await;
+        self.forget_guest(None, reason, since_usec).await;
         self.all_told().await.commit(|state| {
-            state.reason = StateReason::FromSnapshot;
+            state.reason = reason;
             state.since_usec = since_usec;
+            state.is_saved_or_not(reason);
             Vec::new()
         });
     }
@@ -359,8 +360,11 @@ impl Domain {
             tracing::warn!(uuid = %self.uuid, %error, "what a revert kept aside is still there");
         }
         journal.step("settled");
+        // It would bring old memory to other disks.
+        self.remove_managed_save_file().await?;
         journal.end().await?;
         self.all_told().await.commit(|state| {
+            state.managed_save = false;
             let tree = state.snapshots.change();
             tree.set_current(Some(&def.name));
             if let Some(content) = tree.content_mut(&def.name) {

@@ -4,7 +4,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::facts::SnapshotFacts;
 use crate::lock::lock;
-use crate::store::{Intent, Loaded, Record};
+use crate::store::{Deed, Intent, Loaded, Record};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
@@ -64,6 +64,11 @@ impl SnapshotSet {
     /// Why it is not known what there is, if so.
     pub(in crate::domain) fn why_broken(&self) -> Option<String> {
         self.broken.clone()
+    }
+
+    /// Whether what has begun and not ended is a managed save.
+    pub(in crate::domain) fn saves_for_next_start(&self) -> bool {
+        matches!(&*lock(&self.open), Some(Intent { deed: Deed::Save { managed: true, .. }, .. }))
     }
 
     /// All records are gone; images keep what they hold.

@@ -18,7 +18,7 @@ use crate::domain::cpu::Cpu;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 
@@ -377,6 +377,8 @@ pub enum Recovered {
     Deleted(Vec<Replaced>),
     /// A deletion that cannot be brought to its end now.
     Undeleted(Unfinished),
+    /// The machine is saved, in this file; its guest, if it is there still, is to end.
+    Saved(PathBuf),
 }
 
 /// Where an operation tells how far it is.
@@ -402,6 +404,14 @@ pub trait Journal: Send + Sync {
     /// How much of it is done, of `total`, where that is not counted in bytes.
     fn part_done(&self, done: u64, total: u64);
 
+    /// All of a guest that is being saved is written: however it ends from here on, unless the save fails, it ends as saved.
+    fn memory_written(&self) {}
+
+    /// Refuses to replace a file that a machine stands on by now.
+    async fn may_replace(&self, _file: &Path) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     /// From here on it cannot be cancelled.
     fn point_of_no_return(&self);
 
@@ -410,8 +420,20 @@ pub trait Journal: Send + Sync {
 }
 
 /// What a guest starts from, other than power off.
-#[derive(Clone, Debug)]
-pub struct StartFrom {
+pub enum StartFrom {
     /// The snapshot whose memory is loaded; its images have been reverted.
-    pub snapshot: ExistingSnapshot,
+    Snapshot(ExistingSnapshot),
+    /// A saved machine, which has been held to its checksums.
+    Saved(super::saved::SavedState),
+}
+
+impl StartFrom {
+    /// The CPU that the guest had, where its definition leaves that open ([`Instance::expanded_cpu`]): it is started with no
+    /// other.
+    pub fn cpu(&self) -> Option<&Cpu> {
+        match self {
+            StartFrom::Snapshot(snapshot) => snapshot.cpu.as_ref(),
+            StartFrom::Saved(saved) => saved.cpu.as_ref(),
+        }
+    }
 }

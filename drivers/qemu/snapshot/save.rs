@@ -1,0 +1,488 @@
+//! Saving a machine in a file of the format in [`crate::host::saved`], and opening one again.
+//!
+//! QEMU never has the file: it writes its stream into a pipe, and a thread of the machine's moves that on, counting. So whatever
+//! is killed, there is a file beside the wanted one that has no header yet, or a complete one.
+//!
+//! ```text
+//!  note ─▶ file beside ─▶ stop ─▶ pipe: memory ─▶ header ─▶ note: complete ─▶ its name ─▶ (the service ends the guest)
+//!    └── undone: it is removed, the guest goes on ──┘        └── finished: named, if it is not yet; the guest ends
+//! ```
+
+use super::super::expanded;
+use super::super::instance::Body;
+use super::external::Quiet;
+use super::files::{RESERVE, beside, check_space, stored};
+use super::naming::{Naming, Written};
+use super::note::{Note, Save, written};
+use super::{Operation, cannot, undone};
+use crate::host::files::{Seen, What};
+use crate::host::look::Look;
+use crate::host::resolve::Found;
+use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable};
+use crate::host::workers::{ClosedAside, Errand, Workers};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::saved::{SaveRequest, SavedState};
+use virt_model::driver::snapshots::{Journal, Recovered};
+use virt_model::driver::{DriverError, DriverEvent};
+use virt_model::state::Suspended;
+
+impl Operation {
+    /// Refuses a machine that cannot be saved, and a file that cannot be made.
+    pub(super) async fn check_save(&self, request: &SaveRequest) -> Result<(), DriverError> {
+        let Some(body) = &self.body else { return Err(DriverError::Gone) };
+        let disks = &self.machine.def.devices.disks;
+        if let Some(disk) = disks.iter().find(|disk| disk.transient.is_some()) {
+            let target = &disk.target.dev;
+            return Err(cannot(format!(
+                "disk '{target}' throws away what is written to it, and nothing that could be restored would be left"
+            )));
+        }
+        self.nobody_else_works().await?;
+        if let Some(why) = self.keeps_memory(body).await? {
+            return Err(DriverError::Refused(format!("its memory cannot be saved: {why}")));
+        }
+        if self.is_sent(body).await? {
+            return Err(DriverError::Refused(
+                "its memory has been written to a file already, and it has been paused since: resume it for a moment"
+                    .to_owned(),
+            ));
+        }
+        let (file, least) = (request.file.clone(), (self.machine.def.memory_kib() << 10) / 64 + RESERVE);
+        self.with_images(&request.file, move |_| {
+            let there = Seen::at(&file);
+            check_place(&file, &there)?;
+            check_space(&file, &there, least)
+        })
+        .await
+    }
+
+    /// Saves it. The guest stands afterwards, and nobody has been told.
+    pub(super) async fn save(&self, request: &SaveRequest, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+        let mut note = Save {
+            part: beside(&request.file),
+            file: request.file.clone(),
+            number: None,
+            resume: self.machine.running,
+            complete: false,
+        };
+        journal.note(written(&Note::Save(note.clone()))?).await?;
+        // Whether it comes to its end or goes on as before: that it stood is nobody's business.
+        let quiet = self.body.as_ref().map(Quiet::keep);
+        let begun = match self.begin_saved(request, &mut note, journal).await {
+            Ok(begun) => begun,
+            Err(error) => return Err(undone(error, self.undo_save(&note, None, quiet).await)),
+        };
+        let error = match self.write_saved(&mut note, &begun, journal).await {
+            Ok(()) => match self.name_saved(&note, Some(begun.held.clone())).await {
+                Ok(Naming::Named) => {
+                    journal.step("named");
+                    return Ok(());
+                }
+                Ok(Naming::Beside(error)) => error,
+                Ok(Naming::Lost) => lost(&note),
+                // It may have its name: only who looks again can tell.
+                Err(error) => return Err(self.stands_half_done(&error, quiet)),
+            },
+            Err(error) => error,
+        };
+        if note.complete {
+            // Whoever finds the other note looks for what is removed now, and finds that it is not there.
+            note.complete = false;
+            let noted = async { journal.note(written(&Note::Save(note.clone()))?).await };
+            if let Err(why) = noted.await {
+                tracing::warn!(uuid = %self.machine.def.uuid, %why, "a save that is undone is noted as complete");
+            }
+        }
+        Err(undone(error, self.undo_save(&note, Some(begun.held), quiet).await))
+    }
+
+    /// What was written is complete, and whether it has its name is not known: the guest stands for so long, and that is told.
+    fn stands_half_done(&self, error: &DriverError, quiet: Option<Quiet>) -> DriverError {
+        drop(quiet);
+        if let Some(body) = self.body.as_ref().filter(|_| self.machine.running) {
+            body.reporter.settle(|_| Some(DriverEvent::Suspended(Suspended::Paused)));
+        }
+        DriverError::HalfDone(format!(
+            "all of it is written, and it is not known yet whether it is named ({error}): that is looked at again and again; until \
+             then the guest stands, and if it is resumed, it goes on and what was written is removed"
+        ))
+    }
+
+    /// Makes the file beside, notes which that is, and has the guest stand.
+    async fn begin_saved(
+        &self,
+        request: &SaveRequest,
+        note: &mut Save,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<Begun, DriverError> {
+        let body = self.body.as_ref().ok_or(DriverError::Gone)?;
+        let configuration = request.def.write(Form::STORED);
+        let telling = self.telling(body, request).await?;
+        let wary = self.images.lender.is_wary();
+        let (wanted, part, room) = (note.clone(), note.part.clone(), at_most(&telling));
+        let text = configuration.clone();
+        let begun = self.with_images(&note.part, move |_| {
+            let mut held = Written::find(&wanted, wary)?;
+            let mut file = held.create()?;
+            let draft = Draft::begin(&mut file, &room, &text).map_err(|e| stored(&part, &e))?;
+            Ok((Arc::new(held), Arc::new(ClosedAside::of(file)), draft))
+        });
+        let (held, file, draft) = begun.await?;
+        journal.step("file");
+        note.number = held.number();
+        let begun = Begun { held, file, draft, telling, configuration };
+        journal.note(written(&Note::Save(note.clone()))?).await?;
+        if self.machine.running {
+            body.patiently("stop", json!({})).await?;
+            journal.step("stopped");
+        }
+        Ok(begun)
+    }
+
+    /// Writes all of it, and notes that it is complete; that may be on disk where this fails and the note says it.
+    async fn write_saved(&self, note: &mut Save, begun: &Begun, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+        let body = self.body.as_ref().ok_or(DriverError::Gone)?;
+        let Begun { file, draft, telling, configuration, .. } = begun;
+        let moved = self.move_memory(body, (file, &note.file), note.resume, journal).await?;
+        journal.memory_written();
+        journal.step("memory");
+        let part = note.part.clone();
+        let bytes = self.machine.def.memory_kib() << 10;
+        let (file, draft, telling, configuration) =
+            (file.clone(), draft.clone(), telling.clone(), configuration.clone());
+        let finished = self.with_images_of(&note.part, bytes, move |_| {
+            // QEMU has let go of its images: as they are now they stay.
+            let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
+            let disks = looked.into_iter().flatten().collect();
+            let telling = Telling { disks, ..telling };
+            let finish = || draft.finish(file.get()?, &telling, &configuration, moved);
+            finish().map_err(|e| stored(&part, &e))
+        });
+        self.unless_cancelled(finished, note.resume, journal).await?;
+        journal.step("complete");
+        if journal.cancelled().is_cancelled() {
+            return Err(DriverError::Cancelled);
+        }
+        // That was asked before all was written, which may be long ago.
+        journal.may_replace(&note.file).await?;
+        journal.point_of_no_return();
+        self.goes_to_its_end();
+        note.complete = true;
+        journal.note(written(&Note::Save(note.clone()))?).await
+    }
+
+    /// Waits for work on files. Where that is cancelled the guest goes on at once, if it is to, whenever the file system answers.
+    async fn unless_cancelled<T>(
+        &self,
+        work: impl Future<Output = Result<T, DriverError>>,
+        resume: bool,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<T, DriverError> {
+        let mut work = pin!(work);
+        tokio::select! {
+            done = &mut work => return done,
+            () = journal.cancelled().cancelled() => {}
+        }
+        self.go_on(resume).await?;
+        let _ = work.await;
+        Err(DriverError::Cancelled)
+    }
+
+    /// What is told of the machine, its disks not looked at yet.
+    async fn telling(&self, body: &Body, request: &SaveRequest) -> Result<Telling, DriverError> {
+        let told = body.patiently("query-version", json!({})).await?;
+        let number = |part: &str| u32::try_from(told["qemu"][part].as_u64().unwrap_or(0)).unwrap_or(0);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let disks = self.machine.def.devices.disks.iter();
+        let files = disks.flat_map(|disk| disk.files().into_iter().map(|path| (disk.target.dev.clone(), path)));
+        Ok(Telling {
+            driver: "qemu".to_owned(),
+            version: (number("major"), number("minor"), number("micro")),
+            saved_usec: u64::try_from(now.as_micros()).unwrap_or(u64::MAX),
+            paused: request.paused,
+            cpu: body.keeper.cpu().map(|cpu| expanded::written(&cpu)),
+            disks: files.map(|(target, path)| DiskLook { target, path, look: Look::LONGEST }).collect(),
+        })
+    }
+
+    /// A file that is complete gets its name, if it has it not yet. An error says nothing of which name it has then.
+    async fn name_saved(&self, note: &Save, held: Option<Arc<Written>>) -> Result<Naming, DriverError> {
+        let note = note.clone();
+        self.with_images(&note.file.clone(), move |images| found(&note, held, images.lender.is_wary())?.name()).await
+    }
+
+    /// Lets the guest go on, if it ran, and then removes what was written: that may be where nobody answers.
+    async fn undo_save(
+        &self,
+        note: &Save,
+        held: Option<Arc<Written>>,
+        quiet: Option<Quiet>,
+    ) -> Result<(), DriverError> {
+        self.goes_to_its_end();
+        let gone_on = self.go_on(self.machine.running || note.resume).await;
+        drop(quiet);
+        let (what, note) = (note.part.clone(), note.clone());
+        let removed =
+            self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await;
+        gone_on.and(removed)
+    }
+
+    pub(super) async fn recover_save(&self, note: Save) -> Result<Recovered, DriverError> {
+        let file = note.file.display();
+        if note.complete && !self.has_gone_on().await? {
+            match self.name_saved(&note, None).await? {
+                Naming::Named => return Ok(Recovered::Saved(note.file)),
+                Naming::Beside(error) if self.body.is_none() => return Err(error),
+                Naming::Beside(error) => tracing::warn!(uuid = %self.machine.def.uuid, %error, "its guest goes on"),
+                Naming::Lost if self.body.is_none() => return Ok(Recovered::Undone { story: lost(&note).to_string() }),
+                Naming::Lost => {}
+            }
+        }
+        if let Some(body) = &self.body {
+            // Its memory goes nowhere: whoever took it is no more.
+            body.line()?.end_migration().await?;
+        }
+        self.undo_save(&note, None, None).await?;
+        Ok(Recovered::Undone { story: format!("nothing of {file} is left") })
+    }
+
+    /// Whether the guest runs: what was saved of it is not what it is any more.
+    async fn has_gone_on(&self) -> Result<bool, DriverError> {
+        let Some(body) = &self.body else { return Ok(false) };
+        match body.patiently("query-status", json!({})).await {
+            Ok(told) => Ok(told["status"] == "running"),
+            Err(DriverError::Gone) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Why the memory of the guest is good for nothing elsewhere, if so.
+    pub(super) async fn keeps_memory(&self, body: &Body) -> Result<Option<String>, DriverError> {
+        if let Some(why) = super::super::hostdev::keeps_memory_here(&self.machine.def) {
+            return Ok(Some(why));
+        }
+        let told = body.patiently("query-migrate", json!({})).await?;
+        let blockers: Vec<&str> =
+            told["blocked-reasons"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        Ok((!blockers.is_empty()).then(|| blockers.join("; ")))
+    }
+
+    /// Whether its memory has been written to a file, and its guest has not gone on since: QEMU does not write it again.
+    pub(super) async fn is_sent(&self, body: &Body) -> Result<bool, DriverError> {
+        Ok(body.patiently("query-status", json!({})).await?["status"] == "postmigrate")
+    }
+}
+
+/// A file that is being written.
+struct Begun {
+    held: Arc<Written>,
+    file: Arc<ClosedAside>,
+    draft: Draft,
+    telling: Telling,
+    configuration: String,
+}
+
+/// What is held of it, or else what its note means now. Blocks.
+fn found(note: &Save, held: Option<Arc<Written>>, wary: bool) -> Result<Arc<Written>, DriverError> {
+    match held {
+        Some(held) => Ok(held),
+        None => Written::find(note, wary).map(Arc::new),
+    }
+}
+
+/// What was complete is under neither of its names.
+fn lost(note: &Save) -> DriverError {
+    let (part, file) = (note.part.display(), note.file.display());
+    DriverError::Storage(format!("what was saved is neither {part} nor {file}: somebody has moved or removed it"))
+}
+
+/// The note of a save whose guest is to go on: what was written is of no use from then on, complete or not.
+pub fn taken_back(note: serde_json::Value) -> Result<serde_json::Value, DriverError> {
+    match serde_json::from_value(note) {
+        Ok(Note::Save(note)) => written(&Note::Save(Save { complete: false, ..note })),
+        Ok(_) => Err(DriverError::Internal("a note of something else".to_owned())),
+        Err(e) => Err(DriverError::Internal(format!("the note of a save cannot be read: {e}"))),
+    }
+}
+
+/// Makes a save whole of which only its note is left. `wary`: as root among others.
+pub async fn settle(
+    workers: &Workers,
+    machine: Uuid,
+    note: serde_json::Value,
+    wary: bool,
+) -> Result<String, DriverError> {
+    let note = serde_json::from_value(note);
+    let note = note.map_err(|e| DriverError::Internal(format!("the note of a save cannot be read: {e}")))?;
+    let Note::Save(note) = note else { return Err(DriverError::Internal("a note of something else".to_owned())) };
+    let errand = Errand::new(machine, note.file.display().to_string());
+    let settled = workers.run(errand, move |_| {
+        let file = note.file.display();
+        let found = Written::find(&note, wary)?;
+        match note.complete {
+            true => match found.name()? {
+                Naming::Named => Ok(format!("it is saved in {file}")),
+                Naming::Beside(error) => Err(error),
+                Naming::Lost => Ok(lost(&note).to_string()),
+            },
+            false => found.remove().map(|()| format!("nothing of {file} is left")),
+        }
+    });
+    settled.await
+}
+
+/// A plain file, or nothing, and its folder is there.
+fn check_place(file: &Path, there: &Seen) -> Result<(), DriverError> {
+    let shown = file.display();
+    match there.what {
+        What::Plain => Ok(()),
+        What::Nothing if there.has_folder => Ok(()),
+        What::Nothing => Err(DriverError::Storage(format!("{shown}: the folder that it is to be in is not there"))),
+        What::Folder => Err(DriverError::Argument(format!("{shown} is a folder; name a file in it"))),
+        What::Block | What::Other => {
+            Err(DriverError::Argument(format!("{shown} is no plain file, and is not replaced; choose another file")))
+        }
+    }
+}
+
+/// The longest that may come to be told of a machine.
+fn at_most(telling: &Telling) -> Telling {
+    let longest = |disk: &DiskLook| DiskLook { look: Look::LONGEST, ..disk.clone() };
+    Telling { disks: telling.disks.iter().map(longest).collect(), ..telling.clone() }
+}
+
+/// A disk's file as it is now. A name that leads to no file and no device any more is not told of.
+fn looked(disk: DiskLook) -> Result<Option<DiskLook>, DriverError> {
+    match Look::at(&disk.path) {
+        Ok(look) => Ok(look.map(|look| DiskLook { look, ..disk })),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(stored(&disk.path, &e)),
+    }
+}
+
+/// Opens a file and reads what it says of the machine. `wary`: as root among others.
+pub async fn read(workers: &Workers, path: PathBuf, wary: bool) -> Result<SavedState, DriverError> {
+    let (shown, file) = (path.display().to_string(), path.clone());
+    // Whose it is, is not known before it is read: nobody else's work waits for it.
+    let errand = Errand::new(Uuid::new_v4(), shown.clone());
+    let saved = workers.run(errand, move |_| {
+        let opened = Found::resolve(&file).and_then(|found| found.plain(wary));
+        let opened = opened.map_err(|e| stored(&file, &e))?;
+        Saved::read(opened.into_file()).map_err(|why| unusable(&file, why))
+    });
+    let saved = saved.await?;
+    if saved.telling.driver != "qemu" {
+        let driver = &saved.telling.driver;
+        return Err(DriverError::Argument(format!("{shown}: it was saved by the driver '{driver}', and not by QEMU")));
+    }
+    let cpu = match &saved.telling.cpu {
+        None => None,
+        Some(text) => {
+            let unread = || DriverError::Argument(format!("{shown}: the CPU that it had cannot be read"));
+            Some(expanded::read(text).ok_or_else(unread)?)
+        }
+    };
+    Ok(SavedState {
+        file: path,
+        configuration: saved.configuration.clone(),
+        paused: saved.telling.paused,
+        cpu,
+        held: Arc::new(saved),
+    })
+}
+
+/// What is held of it.
+fn held(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
+    let held = state.held.clone().downcast::<Saved>();
+    held.map_err(|_| DriverError::Internal("a saved machine of another driver".to_owned()))
+}
+
+/// The stream, to be loaded.
+pub fn stream(state: &SavedState) -> Result<File, DriverError> {
+    held(state)?.stream().map_err(|e| stored(&state.file, &e))
+}
+
+/// Holds it to what was written, to the QEMU of that version that is to load it, and the disks to how they looked.
+pub async fn verify(
+    workers: &Workers,
+    state: &SavedState,
+    def: &DomainDef,
+    version: (u32, u32, u32),
+    progress: Arc<dyn Fn(u64, u64) + Send + Sync>,
+    cancel: &CancellationToken,
+) -> Result<(), DriverError> {
+    let (saved, path) = (held(state)?, state.file.clone());
+    let wrote = saved.telling.version;
+    if (wrote.0, wrote.1) > (version.0, version.1) {
+        return Err(DriverError::Argument(format!(
+            "{}: it was saved by QEMU {}.{} on another host or before, and what is here is QEMU {}.{}, which may not read it",
+            path.display(),
+            wrote.0,
+            wrote.1,
+            version.0,
+            version.1
+        )));
+    }
+    let named: Vec<PathBuf> = def.devices.disks.iter().flat_map(|disk| disk.files()).collect();
+    let errand = Errand::new(def.uuid, path.display().to_string()).of(saved.length()).until(cancel);
+    let looked = workers.run(errand, move |stop| {
+        let mut seen = BTreeSet::new();
+        for disk in saved.telling.disks.iter().filter(|disk| named.contains(&disk.path)) {
+            stop.check()?;
+            if !seen.insert(&disk.path) {
+                let (path, twice) = (path.display(), disk.path.display());
+                return Err(DriverError::Argument(format!("{path}: it tells twice how {twice} looked")));
+            }
+            let change = disk.look.change(&disk.path).map_err(|e| stored(&disk.path, &e))?;
+            if let Some(change) = change {
+                let (target, file, change) = (&disk.target, disk.path.display(), change.as_str());
+                return Err(DriverError::Refused(format!(
+                    "disk '{target}' is not as it was when the machine was saved: {file} {change}; put it back as it was, or \
+                     start the machine anew, without its memory"
+                )));
+            }
+        }
+        let total = saved.length();
+        saved
+            .verify::<Interrupted>(|done| {
+                progress(done, total);
+                stop.check().map_err(Interrupted::Stopped)
+            })
+            .map_err(|why| match why {
+                Interrupted::Stopped(error) => error,
+                Interrupted::Wrong(why) => unusable(&path, why),
+            })
+    });
+    looked.await
+}
+
+/// Why the reading of a stream ended early.
+enum Interrupted {
+    Stopped(DriverError),
+    Wrong(Unusable),
+}
+
+impl From<Unusable> for Interrupted {
+    fn from(why: Unusable) -> Interrupted {
+        Interrupted::Wrong(why)
+    }
+}
+
+fn unusable(path: &Path, why: Unusable) -> DriverError {
+    let text = format!("{}: {why}", path.display());
+    match why {
+        Unusable::Wrong(_) => DriverError::Argument(text),
+        Unusable::Foreign(_) => DriverError::Unsupported(text),
+        Unusable::Io(_) => DriverError::Storage(text),
+    }
+}

@@ -1,0 +1,359 @@
+//! Saving: memory and configuration go to a file, and the guest ends. Restoring: a guest that starts from such a file.
+//!
+//! ```text
+//!  save     permission ─▶ checks ─▶ job: note on disk ─▶ driver: the file is complete, the guest stands ─▶ it ends ─▶ note gone
+//!  restore  permission ─▶ driver: what the file says ─▶ a domain of that ─▶ job: its checksum, its disks ─▶ start, from it
+//! ```
+//!
+//! What is killed meanwhile is made whole as an operation on snapshots is (`snapshots/recover.rs`): the guest goes on and nothing
+//! is left of the file, or the file is complete and the guest off.
+
+use super::Domain;
+use super::change::Change;
+use super::lifecycle::{Creation, Origin, StartOptions};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::images::{Fate, Taken, written_by};
+use crate::job::{Job, Ticket};
+use crate::lock::lock;
+use crate::store::{Deed, Intent};
+use crate::verb::{self, Verb};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virt_model::domain::DomainDef;
+use virt_model::domain::abi::Strictness;
+use virt_model::driver::DriverError;
+use virt_model::driver::saved::{SaveRequest, SavedMachines, SavedState};
+use virt_model::driver::snapshots::{Journal as _, Machine};
+use virt_model::state::{DomainState, StateReason, Stopped};
+use virt_model::xml::{FindingKind, refusals, shorten};
+
+/// What is wanted of a guest's CPUs once it has been restored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Resumption {
+    /// They are to stand.
+    pub paused: bool,
+    /// They are to run.
+    pub running: bool,
+}
+
+impl Resumption {
+    /// Refuses both at once.
+    pub(crate) fn check(self) -> Result<()> {
+        match self.paused && self.running {
+            true => {
+                Err(Error::InvalidArgument("'paused' and 'running' exclude each other: give one of them".to_owned()))
+            }
+            false => Ok(()),
+        }
+    }
+
+    /// Whether they are to stand, where they do `otherwise` if nothing is wanted.
+    pub(crate) fn stands(self, otherwise: bool) -> bool {
+        self.paused || otherwise && !self.running
+    }
+}
+
+/// How a domain is saved.
+#[derive(Clone, Debug, Default)]
+pub struct SaveOptions {
+    /// What its CPUs do when it is restored: what they do now, if neither is wanted.
+    pub then: Resumption,
+    /// The configuration that is kept, in place of what runs; no guest would notice.
+    pub xml: Option<String>,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+/// What a save is to come to.
+pub(super) struct Target {
+    pub file: PathBuf,
+    /// It is the managed save.
+    pub managed: bool,
+    /// The configuration that is kept in place of what runs.
+    pub kept: Option<Arc<DomainDef>>,
+}
+
+/// A save that has been thought through.
+struct Planned {
+    machine: Machine,
+    request: SaveRequest,
+}
+
+/// An absolute path that a caller gave.
+pub(crate) fn absolute(file: &str) -> Result<PathBuf> {
+    let path = Path::new(file);
+    match path.is_absolute() && path.file_name().is_some() && !file.ends_with('/') && !file.contains('\0') {
+        true => Ok(path.to_owned()),
+        false if file.is_empty() => {
+            Err(Error::InvalidArgument("the file is missing: give its absolute path".to_owned()))
+        }
+        false => Err(Error::InvalidArgument(format!("'{}' is not the absolute path of a file", shorten(file)))),
+    }
+}
+
+impl Domain {
+    /// Saves the guest in a file, and ends it. Returns when that is accepted; the ticket answers when the guest has ended. On
+    /// failure it goes on as before, and nothing is left of the file.
+    pub async fn save(self: &Arc<Self>, caller: &Caller, file: &str, options: SaveOptions) -> Result<Ticket> {
+        self.accepted(caller, &verb::SAVE, async {
+            self.allow(caller, verb::SAVE.action).await?;
+            options.then.check()?;
+            let file = absolute(file)?;
+            // It names any file of the host, as a configuration does.
+            self.allow(caller, Action::Define).await?;
+            let change = self.change(caller, &verb::SAVE);
+            let kept = match &options.xml {
+                Some(xml) => Some(self.read_to_keep(caller, xml).await?),
+                None => None,
+            };
+            let target = Target { file, managed: false, kept };
+            self.accept_save(change, &verb::SAVE, target, options.then, options.cancel_on_disconnect).await
+        })
+        .await
+    }
+
+    /// What all saves are from here on, `verb` being which.
+    pub(super) async fn accept_save(
+        self: &Arc<Self>,
+        change: Change,
+        verb: &'static Verb,
+        target: Target,
+        then: Resumption,
+        departs: bool,
+    ) -> Result<Ticket> {
+        if change.has_turn() {
+            self.applies(verb)?;
+            self.plan_save(&target, then).await?;
+        }
+        let job = change.open(departs)?;
+        Ok(job.run(async move |domain, job| {
+            domain.applies(verb)?;
+            let planned = domain.plan_save(&target, then).await?;
+            domain.save_planned(planned, target.managed, &job).await
+        }))
+    }
+
+    /// The driver's part.
+    pub(super) fn saves(&self) -> Result<&dyn SavedMachines> {
+        self.driver.saved_machines().ok_or_else(|| {
+            let (name, driver) = (self.name(), self.driver.name());
+            Error::OperationUnsupported(format!("domain '{name}': the driver '{driver}' cannot save machines"))
+        })
+    }
+
+    /// A document that is to be kept in place of what runs: completed, and held against that by [`Domain::plan_save`].
+    async fn read_to_keep(&self, caller: &Caller, xml: &str) -> Result<Arc<DomainDef>> {
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let _seat = seat.read_through().await;
+        let known = self.known()?;
+        let known: Vec<&DomainDef> = known.iter().map(|def| &**def).collect();
+        def.keep_hidden(&known).map_err(Error::ConfigInvalid)?;
+        if def.has_native_arguments() {
+            self.allow(caller, Action::Native).await?;
+        }
+        self.driver.complete(&mut def).await.map_err(|e| self.driver_failed("save", e))?;
+        Ok(Arc::new(def))
+    }
+
+    /// What a save would be; refuses what cannot be. Changes nothing.
+    async fn plan_save(&self, target: &Target, then: Resumption) -> Result<Planned> {
+        let saves = self.saves()?;
+        let machine = self.machine().await?;
+        let def = match &target.kept {
+            None => machine.def.clone(),
+            Some(kept) => {
+                let differences = machine.def.compare_abi(kept, Strictness::Running);
+                self.same_machine(&differences, "the document given for it")?;
+                kept.clone()
+            }
+        };
+        let standing = lock(&self.state).state == DomainState::Paused;
+        let file = target.file.clone();
+        self.refuse_to_replace(&file).await?;
+        let request = SaveRequest { file, def, paused: then.stands(standing) };
+        saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
+        Ok(Planned { machine, request })
+    }
+
+    /// Refuses a file that a machine stands on.
+    pub(super) async fn refuse_to_replace(&self, file: &Path) -> Result<()> {
+        let deed = format!("cannot save domain '{}'", self.name());
+        let remedy = "choose another file";
+        self.shared.images.refuse_in_use(&deed, &[file.to_owned()], Fate::Removed, None, remedy).await
+    }
+
+    /// From now on nobody else saves in that file, until the result is dropped.
+    async fn take_target(&self, file: &Path) -> Result<Taken> {
+        let whose = format!("the save of domain '{}', which is under way,", self.name());
+        let taken = self.shared.images.take(file, whose).await;
+        taken.map_err(|by| {
+            let (name, file) = (self.name(), file.display());
+            Error::InUse(format!("cannot save domain '{name}': {file} is what {by} writes; choose another file"))
+        })
+    }
+
+    /// A guest that stands because its save is half done is to go on: what was written is of no use from then on. That is on disk
+    /// before it runs; whoever makes the save whole removes the file.
+    pub(super) async fn takes_back_save(&self) -> Result<()> {
+        let (Some(Intent { deed: deed @ Deed::Save { .. }, note: Some(note) }), Ok(_)) =
+            (self.open_intent(), self.guest())
+        else {
+            return Ok(());
+        };
+        let note = self.saves()?.taken_back(note).map_err(|e| self.driver_failed(verb::RESUME.word, e))?;
+        self.keep_intent(Intent { deed, note: Some(note) }).await
+    }
+
+    /// Refuses `what` where the guest would notice.
+    pub(super) fn same_machine(
+        &self,
+        differences: &[virt_model::domain::abi::AbiDifference],
+        what: &str,
+    ) -> Result<()> {
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
+        let (name, count, all) = (self.name(), all.len(), all.join("; "));
+        let text = format!("domain '{name}': in {what} the guest would notice {count} differences: {all}");
+        Err(Error::AbiIncompatible(text))
+    }
+
+    async fn save_planned(self: &Arc<Self>, planned: Planned, managed: bool, job: &Arc<Job>) -> Result<()> {
+        let Planned { machine, request } = planned;
+        let guest = self.guest()?;
+        // A transient domain must not go before the note that it leaves.
+        let _stay = Creation::begin(self)?;
+        let target = self.take_target(&request.file).await?;
+        let journal = self.journal(Deed::Save { file: request.file.clone(), managed }, job);
+        journal.begin().await?;
+        if let Err(e) = self.saves()?.save(&machine, &request, journal.clone()).await {
+            self.expect_no_end(guest.id);
+            self.is_not_saved().await;
+            journal.end_after_failure(&e).await;
+            // If it is half done.
+            self.looks_again(Some(target));
+            return Err(self.driver_failed("save", e));
+        }
+        self.end_saved().await?;
+        journal.step("ended");
+        journal.end().await
+    }
+
+    /// What ended while it was being saved, and as if it had been, is not: there is no file.
+    pub(super) async fn is_not_saved(&self) {
+        self.all_told().await;
+        let told_so = {
+            let state = lock(&self.state);
+            state.guest.is_none() && state.reason == StateReason::Saved
+        };
+        if told_so {
+            self.is_off(StateReason::Failed).await;
+        }
+    }
+
+    /// The file is complete: the guest, if it is there still, is to go; it may have ended in any way.
+    async fn end_saved(self: &Arc<Self>) -> Result<()> {
+        if let Ok(guest) = self.guest() {
+            self.end_as(guest, Stopped::Saved).await?;
+        }
+        if !lock(&self.state).is_known_as_saved() {
+            self.is_off(StateReason::Saved).await;
+        }
+        Ok(())
+    }
+
+    /// The same where it was cut off.
+    pub(super) async fn finish_save(self: &Arc<Self>, file: &Path) -> Result<String> {
+        let _stay = Creation::begin(self)?;
+        self.end_saved().await?;
+        Ok(format!("'{}' is saved in {}", self.name(), file.display()))
+    }
+
+    /// The same of a transient domain that has gone with its guest: only the file is left.
+    pub(super) async fn settle_save(&self, note: Option<serde_json::Value>) -> Result<String> {
+        let Some(note) = note else { return Ok("nothing had been changed".to_owned()) };
+        let settled = self.saves()?.settle_save(self.uuid, note).await;
+        settled.map_err(|e| Error::from_driver(&self.name(), "make whole the save of", e))
+    }
+
+    /// Starts this domain, which is off, from what was saved. Returns when that is accepted; on failure it is off as before.
+    pub(crate) async fn launch_saved(
+        self: &Arc<Self>,
+        caller: &Caller,
+        def: Arc<DomainDef>,
+        saved: SavedState,
+        options: StartOptions,
+    ) -> Result<Ticket> {
+        let creation = Creation::begin(self)?;
+        let change = self.change(caller, &verb::RESTORE);
+        if change.has_turn() {
+            self.applies(&verb::START)?;
+            self.refuse_over_managed_save()?;
+            self.can_be_restored(&*self.def_to_start(Some(&def))?, verb::RESTORE.word).await?;
+        }
+        let job = change.open(options.cancel_on_disconnect)?;
+        let starts = job.has_turn().then(|| self.will_start(job.cancel_token()));
+        self.announce_transient();
+        let caller = caller.clone();
+        Ok(job.run(async move |domain, job| {
+            let _creation = creation;
+            let cancel = job.cancel_token();
+            let _starts = starts.unwrap_or_else(|| domain.will_start(cancel));
+            domain.refuse_over_managed_save()?;
+            domain.start_saved(&caller, def, saved, options, verb::RESTORE.word, &job).await
+        }))
+    }
+
+    /// The start itself, which is called `word`.
+    pub(super) async fn start_saved(
+        self: &Arc<Self>,
+        caller: &Caller,
+        def: Arc<DomainDef>,
+        saved: SavedState,
+        options: StartOptions,
+        word: &str,
+        job: &Arc<Job>,
+    ) -> Result<()> {
+        let def = self.def_to_start(Some(&def))?;
+        self.can_be_restored(&def, word).await?;
+        self.refuse_frozen_since(&def, word).await?;
+        let progress = {
+            let job = job.clone();
+            Arc::new(move |done, total| job.progress(done, total))
+        };
+        let verified = self.saves()?.verify_saved(&saved, &def, progress, job.cancel_token()).await;
+        verified.map_err(|e| Error::from_driver(&def.name, word, e))?;
+        self.start_guest(def, caller, options, Origin::Saved(Box::new(saved)), job.cancel_token()).await
+    }
+
+    /// Refuses a machine of whose disks a snapshot of its own has frozen one since it was saved: it would go on writing that.
+    async fn refuse_frozen_since(&self, def: &Arc<DomainDef>, word: &str) -> Result<()> {
+        let (images, mut def) = (&self.shared.images, def.clone());
+        images.declare(&mut def);
+        let written = written_by(&def);
+        let others = images.users_of(&written, Fate::Written, Some(self.uuid)).await;
+        let all = images.users_of(&written, Fate::Written, None).await;
+        let Some((file, users)) = all.into_iter().find(|(file, _)| !others.contains_key(file)) else { return Ok(()) };
+        let disk = def.devices.disks.iter().find(|disk| disk.files().contains(&file));
+        let (name, target) = (&def.name, disk.map_or("", |disk| &disk.target.dev));
+        let (file, users) = (file.display(), users.join(", "));
+        Err(Error::OperationInvalid(format!(
+            "cannot {word} domain '{name}': disk '{target}' is not as it was when the machine was saved: {file} is what {users} \
+             stands on by now; delete that snapshot, or start the machine without its memory (Start with force-boot)"
+        )))
+    }
+
+    /// Refuses what cannot run here with what was saved.
+    async fn can_be_restored(&self, def: &DomainDef, word: &str) -> Result<()> {
+        let able = match refusals(self.driver.check(def).await) {
+            Ok(()) => self.driver.has_files(def, true).await,
+            Err(findings) => Err(DriverError::Config(
+                findings.into_iter().filter(|finding| finding.kind != FindingKind::Warning).collect(),
+            )),
+        };
+        able.map_err(|e| Error::from_driver(&def.name, word, e))
+    }
+}

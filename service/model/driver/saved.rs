@@ -1,0 +1,84 @@
+//! Machines that are saved in a file, memory and configuration, and restored from it: what a driver does for that.
+//!
+//! ```text
+//!  save     check ─▶ save ─▶ the file is complete, the guest stands ─▶ the service ends it
+//!  restore  read ─▶ the service knows whose it is ─▶ verify ─▶ start, from that
+//!  killed   Snapshots::recover: the journal's last note ─▶ saved, or the guest goes on and nothing is left of the file
+//! ```
+
+use super::DriverError;
+use super::snapshots::{Journal, Machine};
+use crate::domain::DomainDef;
+use crate::domain::cpu::Cpu;
+use async_trait::async_trait;
+use std::any::Any;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+/// What a driver can do with saved machines; what was cut off is made whole by [`super::snapshots::Snapshots::recover`].
+#[async_trait]
+pub trait SavedMachines: Send + Sync {
+    /// Refuses what `save` would refuse before it changes anything. Changes nothing.
+    async fn check_save(&self, machine: &Machine, request: &SaveRequest) -> Result<(), DriverError>;
+
+    /// Writes memory and configuration to a file that is there when it is complete and on disk, and not before, in place of a
+    /// plain file of that name. Then the guest stands, and is only good to be ended; nothing is reported of that. On failure, or
+    /// when the journal is cancelled, no file is left that it made, and the guest runs if it ran.
+    async fn save(
+        &self,
+        machine: &Machine,
+        request: &SaveRequest,
+        journal: Arc<dyn Journal>,
+    ) -> Result<(), DriverError>;
+
+    /// What the last note of a save that is half done becomes before its guest is let go on: from then on what was written is of
+    /// no use, complete or not, and whoever makes the save whole removes it. Changes nothing by itself.
+    fn taken_back(&self, note: serde_json::Value) -> Result<serde_json::Value, DriverError>;
+
+    /// Makes whole a save that was cut off, from the last note of its journal, where nothing else is left of the machine: what is
+    /// complete gets its name, what is not is removed. Says what was done, for people.
+    async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError>;
+
+    /// Opens a file, and holds what it says of the machine, and its length, to what was written. Errors: `Argument` if it is no
+    /// saved machine or not whole, `Unsupported` for one of another program, `Storage` if it cannot be read.
+    async fn read_saved(&self, file: PathBuf) -> Result<SavedState, DriverError>;
+
+    /// Holds the memory in it to its checksum, what wrote it to what is here, and the disks of `def` that it names to how they
+    /// looked. `progress` is told bytes, done and in all. Errors: `Argument` if it has been changed or was written by what cannot be
+    /// read here, `Refused` names a disk that has changed.
+    async fn verify_saved(
+        &self,
+        saved: &SavedState,
+        def: &DomainDef,
+        progress: Arc<dyn Fn(u64, u64) + Send + Sync>,
+        cancel: &CancellationToken,
+    ) -> Result<(), DriverError>;
+}
+
+/// A machine that is to be saved.
+#[derive(Clone, Debug)]
+pub struct SaveRequest {
+    /// The file: absolute.
+    pub file: PathBuf,
+    /// The configuration that is kept in it.
+    pub def: Arc<DomainDef>,
+    /// Its CPUs are to stand when it has been restored.
+    pub paused: bool,
+}
+
+/// A saved machine, whose file is open.
+#[derive(Clone)]
+pub struct SavedState {
+    /// Where it was found.
+    pub file: PathBuf,
+    /// Its configuration: a `<domain>` with all that is secret.
+    pub configuration: String,
+    /// Whether its CPUs are to stand.
+    pub paused: bool,
+    /// The CPU that the guest had, where the configuration leaves that open.
+    pub cpu: Option<Cpu>,
+    /// What the driver holds of it.
+    pub held: Arc<dyn Any + Send + Sync>,
+}

@@ -1,0 +1,137 @@
+//! Domains that come from files in which machines were saved.
+
+use crate::Service;
+use crate::authz::{Action, Caller, Subject};
+use crate::domain::{Domain, Resumption, StartOptions, absolute};
+use crate::error::{Error, Result};
+use crate::job::Ticket;
+use crate::log;
+use crate::verb;
+use std::sync::Arc;
+use std::time::Instant;
+use virt_model::domain::abi::Strictness;
+use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::DriverError;
+use virt_model::driver::saved::{SavedMachines, SavedState};
+
+/// How a machine is restored.
+#[derive(Clone, Debug, Default)]
+pub struct RestoreOptions {
+    /// What its CPUs do: as was wanted when it was saved, if neither is wanted.
+    pub then: Resumption,
+    /// The configuration that it is to have, in place of the saved one; no guest would notice.
+    pub xml: Option<String>,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+impl Service {
+    /// Starts the machine that was saved in a file: the domain of its uuid, or a transient one. Returns when that is accepted; the
+    /// ticket answers when it runs, or stands ready. The file stays; on failure a domain that was not there before is not there
+    /// after.
+    pub async fn restore(&self, caller: &Caller, file: &str, options: RestoreOptions) -> Result<(Arc<Domain>, Ticket)> {
+        let begun = Instant::now();
+        let result = self.restore_inner(caller, file, options).await;
+        if let Err(e) = &result {
+            log::refused(caller, &verb::RESTORE, begun, e);
+        }
+        result
+    }
+
+    async fn restore_inner(
+        &self,
+        caller: &Caller,
+        file: &str,
+        options: RestoreOptions,
+    ) -> Result<(Arc<Domain>, Ticket)> {
+        self.allow(caller, &verb::RESTORE, &Subject::default()).await?;
+        options.then.check()?;
+        let file = absolute(file)?;
+        // Files of the host are looked at for whoever may name them in a configuration.
+        self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
+        let saved = self.saves()?.read_saved(file).await.map_err(unread)?;
+        let xml = self.configuration_of(caller, &saved, options.xml.as_deref()).await?;
+        let start = StartOptions {
+            paused: options.then.stands(saved.paused),
+            cancel_on_disconnect: options.cancel_on_disconnect,
+            ..StartOptions::default()
+        };
+        // The file says which: it is as good as a document that was given.
+        let (def, domain) = self.accept_to_start(caller, &xml, &[&verb::RESTORE, &verb::CREATE]).await?;
+        let ticket = domain.launch_saved(caller, def, saved, start).await?;
+        Ok((domain, ticket))
+    }
+
+    fn saves(&self) -> Result<&dyn SavedMachines> {
+        let found = self.shared.drivers.iter().find_map(|driver| driver.saved_machines());
+        found.ok_or_else(|| Error::OperationUnsupported("no driver of this virtd saves machines".to_owned()))
+    }
+
+    /// The configuration that the machine is to have: the saved one or, if no guest would notice, `given`; by the name that the
+    /// domain has today.
+    async fn configuration_of(&self, caller: &Caller, saved: &SavedState, given: Option<&str>) -> Result<String> {
+        let text = &saved.configuration;
+        let invalid = |e: &dyn std::fmt::Display| {
+            Error::InvalidArgument(format!("{}: the configuration in it cannot be used: {e}", saved.file.display()))
+        };
+        let seat = self.shared.desk.seat(caller.uid, &[text]).await;
+        let read = seat.read(text, DomainDef::parse).await;
+        let kept = read.map_err(|findings| invalid(&Error::ConfigInvalid(findings)))?;
+        drop(seat);
+        let today = self.get(kept.uuid).map(|domain| domain.name());
+        let mut def = match given {
+            None => kept,
+            Some(given) => {
+                let seat = self.shared.desk.seat(caller.uid, &[given]).await;
+                let mut def = seat.read(given, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
+                drop(seat);
+                def.keep_hidden(&[&kept]).map_err(Error::ConfigInvalid)?;
+                self.hold_alike(&kept, &mut def, today.as_deref()).await?;
+                def
+            }
+        };
+        if let Some(today) = today {
+            def.name = today;
+        }
+        Ok(def.write(Form::STORED))
+    }
+
+    /// Refuses a configuration in which the guest that was saved would notice something; a name that the domain has today is none.
+    async fn hold_alike(&self, kept: &DomainDef, given: &mut DomainDef, today: Option<&str>) -> Result<()> {
+        let (Some(source), Some(target)) =
+            (self.completed("saved", kept).await?, self.completed("given", given).await?)
+        else {
+            return Err(Error::ConfigUnsupported(format!(
+                "no driver here completes domain '{}', so what it was cannot be held against the document",
+                kept.name
+            )));
+        };
+        let mut target = target;
+        if today == Some(target.name.as_str()) {
+            target.name.clone_from(&source.name);
+        }
+        let differences = source.compare_abi(&target, Strictness::Strict);
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
+        let text = format!(
+            "cannot restore domain '{}' with the document given for it: the guest would notice {} differences: {}",
+            kept.name,
+            all.len(),
+            all.join("; ")
+        );
+        Err(Error::AbiIncompatible(text))
+    }
+}
+
+/// Why a file is not taken for a saved machine.
+pub(crate) fn unread(error: DriverError) -> Error {
+    match error {
+        DriverError::Argument(why) => Error::InvalidArgument(why),
+        DriverError::Unsupported(why) => Error::OperationUnsupported(why),
+        DriverError::Storage(why) => Error::StorageFailed(why),
+        DriverError::TimedOut(why) => Error::TimedOut(why),
+        other => Error::Internal(other.to_string()),
+    }
+}
