@@ -33,9 +33,10 @@ mod survey;
 pub use files::open_memory;
 pub use save::stream as saved_stream;
 
+use super::QemuDriver;
+use super::block::Nodes;
 use super::instance::{Body, QemuInstance};
 use super::plan::MemorySource;
-use super::{Privileges, QemuDriver};
 use crate::host::image::Images;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
@@ -162,11 +163,11 @@ impl SavedMachines for QemuDriver {
     }
 
     async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError> {
-        save::settle(&self.0.workers, machine, note, !matches!(self.0.privileges, Privileges::Ours)).await
+        save::settle(&self.0.workers, machine, note, !self.0.privileges.are_ours()).await
     }
 
     async fn read_saved(&self, file: PathBuf) -> Result<SavedState, DriverError> {
-        save::read(&self.0.workers, file, !matches!(self.0.privileges, Privileges::Ours)).await
+        save::read(&self.0.workers, file, !self.0.privileges.are_ours()).await
     }
 
     async fn verify_saved(
@@ -229,6 +230,14 @@ impl Operation {
         let target = &disk.target.dev;
         let how = "take snapshots of it with disk-only, and while it is off";
         Err(cannot(format!("disk '{target}' throws away what is written to it, which excludes {what}: {how}")))
+    }
+
+    /// The block nodes of the guest, if it runs.
+    async fn nodes(&self) -> Result<Option<Nodes>, DriverError> {
+        match &self.body {
+            Some(body) => Nodes::of(body).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// From here on it is not given up any more: what is under way is undone, or goes to its end.
