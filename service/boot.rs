@@ -89,7 +89,26 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
         });
     }
     let left_behind: Vec<_> = snapshots.into_iter().map(|(uuid, left)| (uuid, left.intent)).collect();
-    for (uuid, intent) in &left_behind {
+    settle_saves(shared, domains, &left_behind, &mut looked_at);
+    let _ = timeout(LOOK, looked_at.join_all()).await;
+    finish_removals(shared, domains, left_behind).await?;
+    for domain in cut_off.into_iter().filter_map(|uuid| domains.get(uuid)) {
+        look_after(&domain, &places, async {});
+    }
+    for domain in domains.all() {
+        domain.announce();
+    }
+    Ok(())
+}
+
+/// Of the machines of which nothing is left but what was cut off: makes whole those saves.
+fn settle_saves(
+    shared: &Arc<Shared>,
+    domains: &Domains,
+    left_behind: &[(Uuid, Option<Intent>)],
+    looked_at: &mut JoinSet<()>,
+) {
+    for (uuid, intent) in left_behind {
         // Its guest has ended, and it was transient.
         if let (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), None) = (intent, domains.get(*uuid)) {
             let (looked, is_looked_at) = oneshot::channel::<()>();
@@ -98,7 +117,14 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
             tokio::spawn(settle_save(shared.clone(), *uuid, intent.clone(), looked));
         }
     }
-    let _ = timeout(LOOK, looked_at.join_all()).await;
+}
+
+/// Of the same machines: forgets those that were being removed with their storage.
+async fn finish_removals(
+    shared: &Arc<Shared>,
+    domains: &Domains,
+    left_behind: Vec<(Uuid, Option<Intent>)>,
+) -> Result<()> {
     for (uuid, intent) in left_behind {
         // Its definition went before: all that it was to be removed with is gone.
         if let (Some(Intent { deed: Deed::Undefine { .. }, .. }), None) = (intent, domains.get(uuid)) {
@@ -106,12 +132,6 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
             on_disk(move || on.store.forget_snapshots(uuid)).await?;
             tracing::warn!(%uuid, "its removal with its storage was cut off: it is undefined, and its storage removed");
         }
-    }
-    for domain in cut_off.into_iter().filter_map(|uuid| domains.get(uuid)) {
-        look_after(&domain, &places, async {});
-    }
-    for domain in domains.all() {
-        domain.announce();
     }
     Ok(())
 }

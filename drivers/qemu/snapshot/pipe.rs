@@ -104,15 +104,34 @@ impl Operation {
         });
         let mut pumped = pin!(pumped);
         let mut sent = pin!(async { body.line()?.write_memory(write.into(), journal).await });
-        let why = tokio::select! {
-            (pumped, sent) = async { tokio::join!(&mut pumped, &mut sent) } => return why_not(pumped, sent),
-            () = journal.cancelled().cancelled() => DriverError::Cancelled,
-            () = outlet.until_stuck(PATIENCE, LOOK) => stuck(shown),
+        let (mut moved, mut written) = (None, None);
+        let why = loop {
+            if let (Some(_), Some(_)) = (&moved, &written) {
+                break None;
+            }
+            tokio::select! {
+                done = &mut pumped, if moved.is_none() => moved = Some(done),
+                done = &mut sent, if written.is_none() => written = Some(done),
+                () = journal.cancelled().cancelled() => break Some(DriverError::Cancelled),
+                () = outlet.until_stuck(PATIENCE, LOOK) => break Some(stuck(shown)),
+            }
         };
-        outlet.close();
-        self.let_go(body, resume).await?;
-        unwanted.cancel();
-        let _ = pumped.await;
+        let why = match (why, moved, written) {
+            (None, Some(moved), Some(written)) => return why_not(moved, written),
+            (why, moved, written) => {
+                outlet.close();
+                // It ends with QEMU's write, and what is asked next waits for its answer.
+                if written.is_none() {
+                    let _ = sent.await;
+                }
+                self.let_go(body, resume).await?;
+                unwanted.cancel();
+                if moved.is_none() {
+                    let _ = pumped.await;
+                }
+                why.unwrap_or(DriverError::Cancelled)
+            }
+        };
         Err(why)
     }
 
