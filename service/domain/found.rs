@@ -95,7 +95,16 @@ impl Domain {
     pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: EventStream) {
         let FoundGuest { instance, live, condition, status, file } = found;
         let (asks, asked) = mpsc::unbounded_channel();
-        let guest = Guest { id: status.id, instance, live, document: Arc::default(), status: file, ending: None, asks };
+        let guest = Guest {
+            id: status.id,
+            instance,
+            live,
+            document: Arc::default(),
+            status: file,
+            ending: None,
+            saved: false,
+            asks,
+        };
         let (now, reason) = found_as(condition, status.state, status.reason);
         let since_usec = if now == status.state { status.since_usec } else { now_usec() };
         if !lock(&self.state).snapshots.saves_for_next_start() {

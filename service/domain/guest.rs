@@ -156,6 +156,21 @@ impl Domain {
         }
     }
 
+    /// The same where somebody ends it: one whose save is not complete does not end as saved.
+    pub(super) fn expect_destruction(&self, id: u32) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
+            let unsaved = guest.ending == Some(Stopped::Saved) && !guest.saved;
+            guest.ending = guest.ending.filter(|_| !unsaved).or(Some(Stopped::Destroyed));
+        }
+    }
+
+    /// From here on its save comes to its end, whoever ends it.
+    pub(super) fn is_past_saving(&self, id: u32) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
+            guest.saved = true;
+        }
+    }
+
     /// The one place where a guest ends, however it came to that.
     pub(super) async fn became_inactive(self: &Arc<Self>, id: u32, exit: &Exit) {
         let Some(guest) = self.guest().ok().filter(|g| g.id == id) else { return };

@@ -256,8 +256,16 @@ impl Domain {
         }
         self.managed_save_is_used().await;
         let (asks, asked) = mpsc::unbounded_channel();
-        let guest =
-            Guest { id, instance: running.instance, live, document: Arc::default(), status, ending: None, asks };
+        let guest = Guest {
+            id,
+            instance: running.instance,
+            live,
+            document: Arc::default(),
+            status,
+            ending: None,
+            saved: false,
+            asks,
+        };
         self.commit_report(|state| {
             (state.state, state.reason) = told.state();
             state.since_usec = since_usec;
@@ -343,6 +351,7 @@ impl Domain {
     pub async fn suspend(self: &Arc<Self>, caller: &Caller) -> Result<()> {
         self.short(caller, &verb::SUSPEND, async {
             let guest = self.guest()?;
+            self.takes_back_save(false).await?;
             guest.instance.suspend().await.map_err(|e| self.failed(verb::SUSPEND.word, e))?;
             self.sees(&guest, verb::SUSPEND.word, |s| s.state != DomainState::Running).await
         })
@@ -352,7 +361,7 @@ impl Domain {
     /// Lets the CPUs go on. Returns when they run.
     pub async fn resume(self: &Arc<Self>, caller: &Caller) -> Result<()> {
         self.short(caller, &verb::RESUME, async {
-            self.takes_back_save().await?;
+            self.takes_back_save(true).await?;
             self.resume_guest(&self.guest()?).await
         })
         .await
@@ -425,12 +434,16 @@ impl Domain {
     /// Ends a guest and waits until that is told, in these words.
     pub(super) async fn end_as(self: &Arc<Self>, guest: Guest, why: Stopped) -> Result<()> {
         self.expect_end(guest.id, why);
-        self.end(guest, false).await
+        self.end_as_expected(guest, false).await
     }
 
     /// Ends a guest and waits until that is told.
     async fn end(self: &Arc<Self>, guest: Guest, graceful: bool) -> Result<()> {
-        self.expect_end(guest.id, Stopped::Destroyed);
+        self.expect_destruction(guest.id);
+        self.end_as_expected(guest, graceful).await
+    }
+
+    async fn end_as_expected(self: &Arc<Self>, guest: Guest, graceful: bool) -> Result<()> {
         match guest.instance.destroy(graceful).await {
             Ok(()) | Err(DriverError::Gone) => {
                 self.until(|s| !s.runs(guest.id)).await;
@@ -446,7 +459,7 @@ impl Domain {
     /// The guest goes on after all.
     pub(super) fn expect_no_end(&self, id: u32) {
         if let Some(guest) = lock(&self.state).guest.as_mut().filter(|g| g.id == id) {
-            guest.ending = None;
+            (guest.ending, guest.saved) = (None, false);
         }
     }
 

@@ -194,16 +194,30 @@ impl Domain {
         })
     }
 
-    /// A guest that stands because its save is half done is to go on: what was written is of no use from then on. That is on disk
-    /// before it runs; whoever makes the save whole removes the file.
-    pub(super) async fn takes_back_save(&self) -> Result<()> {
-        let (Some(Intent { deed: deed @ Deed::Save { .. }, note: Some(note) }), Ok(_)) =
-            (self.open_intent(), self.guest())
-        else {
-            return Ok(());
-        };
-        let note = self.saves()?.taken_back(note).map_err(|e| self.driver_failed(verb::RESUME.word, e))?;
-        self.keep_intent(Intent { deed, note: Some(note) }).await
+    /// A guest whose save is half done is to go on, or is stopped by whoever may: what was written is of no use from then on, and
+    /// only if it `resumes` is it let go on once more by whoever makes the save whole. That is on disk before it runs.
+    pub(super) async fn takes_back_save(&self, resumes: bool) -> Result<()> {
+        match (self.open_intent(), self.guest()) {
+            (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), Ok(_)) => {
+                self.keep_intent(self.taken_back(intent, resumes)?).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn taken_back(&self, intent: Intent, resumes: bool) -> Result<Intent> {
+        let Intent { deed, note } = intent;
+        let note = note.map(|note| self.saves()?.taken_back(note, resumes).map_err(|e| self.driver_failed("save", e)));
+        Ok(Intent { deed, note: note.transpose()? })
+    }
+
+    /// Has on disk what is meant to become of a save that is half done, before it is made whole: what the last attempt has written
+    /// may not be there. One whose guest runs is taken back.
+    pub(super) async fn keep_save(&self, intent: Intent) -> Result<Intent> {
+        let runs = lock(&self.state).state == DomainState::Running;
+        let intent = if runs { self.taken_back(intent, false)? } else { intent };
+        self.keep_intent(intent.clone()).await?;
+        Ok(intent)
     }
 
     /// Refuses `what` where the guest would notice.

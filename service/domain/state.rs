@@ -58,6 +58,8 @@ pub(super) struct Guest {
     pub(super) status: Arc<StatusFile>,
     /// Why its end is expected, once it is.
     pub(super) ending: Option<Stopped>,
+    /// All that is saved of it is written, and is not taken back.
+    pub(super) saved: bool,
     /// Asks `follow` to say when it has told all that was reported before.
     pub(super) asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
 }

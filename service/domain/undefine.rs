@@ -273,6 +273,10 @@ impl Domain {
         if let Some(why) = broken.filter(|_| !options.snapshots_metadata) {
             bars.push(format!("{why}; pass snapshots-metadata to forget its snapshots"));
         }
+        if self.is_being_saved() {
+            let remedy = "resume it, or wait until its storage answers";
+            bars.push(format!("it is being saved, and that would be forgotten before it is whole; {remedy}"));
+        }
         if saved && !options.managed_save {
             bars.push("it has a managed save; pass managed-save to remove it with it".to_owned());
         }

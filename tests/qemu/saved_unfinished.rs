@@ -14,6 +14,8 @@ use zbus::{OwnedObjectPath, Variant};
 
 /// Steps of a save: its file is complete, and that is noted.
 const NOTED: u32 = 8;
+/// Its memory is written, and the rest of the file is not.
+const WRITTEN: u32 = 6;
 /// The guest stands, and its memory is about to be written.
 const STANDS: u32 = 5;
 
@@ -166,6 +168,55 @@ async fn what_happens_to_the_file_of_a_save_leaves_the_guest_running() {
     tick.goes_on().await;
     assert_eq!(saved_as(&file), Vec::<PathBuf>::new());
     domain.run("Destroy").await.expect("destroyed");
+}
+
+/// What is complete can neither be named nor removed, and virtd was killed: as long as that is so nobody lets the guest go on but
+/// whoever takes the save back, and nobody does so twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_stands_while_what_was_saved_of_it_may_still_be_named() {
+    let Some((mut daemon, domain, tick)) = ticking("stuck").await else { return };
+    let folder = daemon.folder().join("stuck");
+    std::fs::create_dir(&folder).expect("made");
+    let (file, shown) = (folder.join("stuck.save"), folder.display());
+    let read_only = format!("mount --bind {shown} {shown} && mount -o remount,bind,ro {shown}");
+    daemon.at_step(NOTED, &format!("{read_only}; kill -9 {}", daemon.virtd_pid()));
+    let (text, none) = (file.to_str().expect("a text"), options([]));
+    domain.client.ask(&domain.path, "org.virt.Domain.Save", &(text, none)).await;
+    assert!(daemon.step_came());
+    daemon.virtd_died().await;
+    daemon.start_virtd().await;
+    let domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path };
+    until("it is not tried", || daemon.log().contains("is still half done")).await;
+    assert_eq!(domain.state().await.0, "paused");
+    refused(domain.run("Undefine").await, "OperationInvalid", &["being saved"]);
+    domain.bare("Resume").await.expect("it goes on, and was not saved");
+    tick.goes_on().await;
+    assert_eq!(saved_as(&file).len(), 1, "it cannot be removed");
+    domain.bare("Suspend").await.expect("suspended");
+    assert!(daemon.inside("umount").arg(&folder).status().expect("umount").success());
+    until("what was written stays", || saved_as(&file).is_empty()).await;
+    timeout(PATIENCE, domain.is_looked_after()).await.expect("it is whole");
+    assert_eq!(domain.state().await.0, "paused", "whoever has stopped it lets it go on");
+    domain.bare("Resume").await.expect("resumed");
+    tick.goes_on().await;
+    domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(domain.state().await, ("shutoff".into(), "destroyed".into()));
+}
+
+/// It is ended while the file gets its end: it was not saved.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_is_destroyed_before_its_save_is_complete_is_not_saved() {
+    let Some((daemon, domain, _tick)) = ticking("ended").await else { return };
+    let file = daemon.folder().join("ended.save");
+    let mut watch = domain.client.watch().await;
+    let (job, go) = held_at(&daemon, WRITTEN, &domain, &file).await;
+    domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(watch.lifecycle(&domain.path).await, "stopped destroyed");
+    std::fs::write(&go, "").expect("written");
+    let (state, message) = job_ends(&domain.client, &job).await;
+    assert_ne!(state, "succeeded", "{message}");
+    assert_eq!(saved_as(&file), Vec::<PathBuf>::new());
+    assert_eq!(domain.state().await, ("shutoff".into(), "destroyed".into()));
 }
 
 /// Finding 7.

@@ -158,8 +158,8 @@ impl SavedMachines for QemuDriver {
         self.operation_for(machine, &journal).await?.save(request, &journal).await
     }
 
-    fn taken_back(&self, note: serde_json::Value) -> Result<serde_json::Value, DriverError> {
-        save::taken_back(note)
+    fn taken_back(&self, note: serde_json::Value, resumes: bool) -> Result<serde_json::Value, DriverError> {
+        save::taken_back(note, resumes)
     }
 
     async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError> {

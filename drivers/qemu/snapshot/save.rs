@@ -80,7 +80,7 @@ impl Operation {
         let quiet = self.body.as_ref().map(Quiet::keep);
         let begun = match self.begin_saved(request, &mut note, journal).await {
             Ok(begun) => begun,
-            Err(error) => return Err(undone(error, self.undo_save(&note, None, quiet).await)),
+            Err(error) => return Err(undone(error, self.undo_save(&note, None, quiet, Some(journal)).await)),
         };
         let error = match self.write_saved(&mut note, &begun, journal).await {
             Ok(()) => match self.name_saved(&note, Some(begun.held.clone())).await {
@@ -100,10 +100,13 @@ impl Operation {
             note.complete = false;
             let noted = async { journal.note(written(&Note::Save(note.clone()))?).await };
             if let Err(why) = noted.await {
-                tracing::warn!(uuid = %self.machine.def.uuid, %why, "a save that is undone is noted as complete");
+                // What may be noted as complete must not be there any more when the guest goes on: nobody goes on from it too.
+                if self.remove_saved(&note, Some(begun.held.clone())).await.is_err() {
+                    return Err(self.stands_half_done(&why, quiet));
+                }
             }
         }
-        Err(undone(error, self.undo_save(&note, Some(begun.held), quiet).await))
+        Err(undone(error, self.undo_save(&note, Some(begun.held), quiet, Some(journal)).await))
     }
 
     /// What was written is complete, and whether it has its name is not known: the guest stands for so long, and that is told.
@@ -193,6 +196,7 @@ impl Operation {
             done = &mut work => return done,
             () = journal.cancelled().cancelled() => {}
         }
+        journal.save_given_up();
         self.go_on(resume).await?;
         let _ = work.await;
         Err(DriverError::Cancelled)
@@ -221,29 +225,39 @@ impl Operation {
         self.with_images(&note.file.clone(), move |images| found(&note, held, images.lender.is_wary())?.name()).await
     }
 
-    /// Lets the guest go on, if it ran, and then removes what was written: that may be where nobody answers.
+    /// Lets the guest go on, if it ran, and then removes what was written: that may be where nobody answers. Not for what may be
+    /// noted as complete.
     async fn undo_save(
         &self,
         note: &Save,
         held: Option<Arc<Written>>,
         quiet: Option<Quiet>,
+        journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
         self.goes_to_its_end();
+        journal.iter().for_each(|journal| journal.save_given_up());
         let gone_on = self.go_on(self.machine.running || note.resume).await;
         drop(quiet);
-        let (what, note) = (note.part.clone(), note.clone());
-        let removed =
-            self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await;
-        gone_on.and(removed)
+        gone_on.and(self.remove_saved(note, held).await)
     }
 
+    /// Removes what was written, wherever it is.
+    async fn remove_saved(&self, note: &Save, held: Option<Arc<Written>>) -> Result<(), DriverError> {
+        let (what, note) = (note.part.clone(), note.clone());
+        self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await
+    }
+
+    /// What is complete is named, or removed before its guest goes on: as long as it is neither, the guest stands.
     pub(super) async fn recover_save(&self, note: Save) -> Result<Recovered, DriverError> {
         let file = note.file.display();
         if note.complete && !self.has_gone_on().await? {
             match self.name_saved(&note, None).await? {
                 Naming::Named => return Ok(Recovered::Saved(note.file)),
                 Naming::Beside(error) if self.body.is_none() => return Err(error),
-                Naming::Beside(error) => tracing::warn!(uuid = %self.machine.def.uuid, %error, "its guest goes on"),
+                Naming::Beside(error) => {
+                    self.remove_saved(&note, None).await?;
+                    tracing::warn!(uuid = %self.machine.def.uuid, %error, "its guest goes on");
+                }
                 Naming::Lost if self.body.is_none() => return Ok(Recovered::Undone { story: lost(&note).to_string() }),
                 Naming::Lost => {}
             }
@@ -252,7 +266,7 @@ impl Operation {
             // Its memory goes nowhere: whoever took it is no more.
             body.line()?.end_migration().await?;
         }
-        self.undo_save(&note, None, None).await?;
+        self.undo_save(&note, None, None, None).await?;
         Ok(Recovered::Undone { story: format!("nothing of {file} is left") })
     }
 
@@ -306,10 +320,11 @@ fn lost(note: &Save) -> DriverError {
     DriverError::Storage(format!("what was saved is neither {part} nor {file}: somebody has moved or removed it"))
 }
 
-/// The note of a save whose guest is to go on: what was written is of no use from then on, complete or not.
-pub fn taken_back(note: serde_json::Value) -> Result<serde_json::Value, DriverError> {
+/// The note of a save whose guest is to go on, or has: what was written is of no use from then on, complete or not. `resumes`:
+/// whoever makes it whole lets the guest go on.
+pub fn taken_back(note: serde_json::Value, resumes: bool) -> Result<serde_json::Value, DriverError> {
     match serde_json::from_value(note) {
-        Ok(Note::Save(note)) => written(&Note::Save(Save { complete: false, ..note })),
+        Ok(Note::Save(note)) => written(&Note::Save(Save { complete: false, resume: resumes, ..note })),
         Ok(_) => Err(DriverError::Internal("a note of something else".to_owned())),
         Err(e) => Err(DriverError::Internal(format!("the note of a save cannot be read: {e}"))),
     }

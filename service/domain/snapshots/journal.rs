@@ -158,6 +158,12 @@ impl Journal for DomainJournal {
         }
     }
 
+    fn save_given_up(&self) {
+        if let Ok(guest) = self.domain.guest() {
+            self.domain.expect_no_end(guest.id);
+        }
+    }
+
     async fn may_replace(&self, file: &Path) -> Result<(), DriverError> {
         let free = self.domain.refuse_to_replace(file).await;
         free.map_err(|e| DriverError::Refused(e.to_string()))
@@ -165,6 +171,9 @@ impl Journal for DomainJournal {
 
     fn point_of_no_return(&self) {
         self.job.iter().for_each(|job| job.past_return());
+        if let (Deed::Save { .. }, Ok(guest)) = (&lock(&self.intent).deed, self.domain.guest()) {
+            self.domain.is_past_saving(guest.id);
+        }
     }
 
     fn cancelled(&self) -> &CancellationToken {

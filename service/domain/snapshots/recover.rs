@@ -105,7 +105,7 @@ impl Domain {
     }
 
     /// Whether a save of it has begun and is not whole.
-    fn is_being_saved(&self) -> bool {
+    pub(in crate::domain) fn is_being_saved(&self) -> bool {
         matches!(self.open_intent(), Some(Intent { deed: Deed::Save { .. }, .. }))
     }
 
@@ -167,7 +167,11 @@ impl Domain {
         if let Deed::Undefine { storage } = intent.deed {
             return self.finish_undefine(storage, &journal).await;
         }
-        let recovered = match intent.note {
+        let note = match intent.deed {
+            Deed::Save { .. } => self.keep_save(intent.clone()).await?.note,
+            _ => intent.note,
+        };
+        let recovered = match note {
             Some(note) => {
                 let machine = self.machine().await?;
                 let recovered = self.takes_snapshots()?.recover(&machine, note).await;

@@ -34,8 +34,9 @@ pub trait SavedMachines: Send + Sync {
     ) -> Result<(), DriverError>;
 
     /// What the last note of a save that is half done becomes before its guest is let go on: from then on what was written is of
-    /// no use, complete or not, and whoever makes the save whole removes it. Changes nothing by itself.
-    fn taken_back(&self, note: serde_json::Value) -> Result<serde_json::Value, DriverError>;
+    /// no use, complete or not, and whoever makes the save whole removes it; whether that one lets the guest go on is said by
+    /// `resumes`. Changes nothing by itself.
+    fn taken_back(&self, note: serde_json::Value, resumes: bool) -> Result<serde_json::Value, DriverError>;
 
     /// Makes whole a save that was cut off, from the last note of its journal, where nothing else is left of the machine: what is
     /// complete gets its name, what is not is removed. Says what was done, for people.

@@ -407,6 +407,9 @@ pub trait Journal: Send + Sync {
     /// All of a guest that is being saved is written: however it ends from here on, unless the save fails, it ends as saved.
     fn memory_written(&self) {}
 
+    /// A guest that was being saved is about to go on: however it ends from here on, it does not end as saved.
+    fn save_given_up(&self) {}
+
     /// Refuses to replace a file that a machine stands on by now.
     async fn may_replace(&self, _file: &Path) -> Result<(), DriverError> {
         Ok(())
