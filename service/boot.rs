@@ -352,8 +352,8 @@ impl Search {
                 .map_err(|e| Error::from_driver(&live.name, "find", e))?,
         };
         match found {
-            Some(Reconnected { instance, condition }) => {
-                domain.adopt(FoundGuest { instance, live, condition, status, file }, reports).await;
+            Some(Reconnected { instance, condition, unmarked }) => {
+                domain.adopt(FoundGuest { instance, live, condition, unmarked, status, file }, reports).await;
                 tracing::info!(%uuid, name = domain.name(), ?condition, "found its guest");
             }
             None => {

@@ -12,6 +12,8 @@
 //! - Of what has a seat, two of a user and as many in all as there are CPUs are being read, where that may block. One user
 //!   never has all CPUs, unless there is but one.
 //!
+//! A document in a file is read from there by a few at a time, before it is known how large it is ([`Desk::reads_file`]).
+//!
 //! Nobody keeps a seat while a person is asked for a password: [`Seat::waits_for_nobody`].
 
 use crate::authz::Caller;
@@ -41,6 +43,8 @@ impl Default for Reading {
     }
 }
 
+/// Files with documents in them that are there at once: in all, and of one user.
+const FILES: (usize, usize) = (4, 2);
 /// What a small document may take while it is dealt with, in bytes.
 const SMALL: usize = 512 << 10;
 /// How often a document's text is there while it is dealt with: as given, as read, as it would be kept.
@@ -57,6 +61,7 @@ pub(crate) struct Desk {
     small: Arc<FairPlaces<u32>>,
     large: Arc<FairPlaces<u32>>,
     dealt_with: Arc<FairPlaces<u32>>,
+    files: Arc<FairPlaces<u32>>,
 }
 
 /// A place at the desk. Given back on drop.
@@ -76,7 +81,14 @@ impl Desk {
             small: FairPlaces::new(seats, each),
             large: FairPlaces::new(1, 1),
             dealt_with: FairPlaces::new(limits.dealt_with.0, limits.dealt_with.1),
+            files: FairPlaces::new(FILES.0, FILES.1),
         })
+    }
+
+    /// Waits until a user may have a file read that holds a document, of which nobody knows the size before. To be kept as long as
+    /// what was read is there; a seat may be taken meanwhile, and never the other way round.
+    pub async fn reads_file(&self, uid: u32) -> FairPlace<u32> {
+        self.files.take(&uid).await
     }
 
     /// Waits for a seat for documents of a user.
@@ -219,6 +231,20 @@ mod tests {
         let mut third = Box::pin(desk.seat(1, &["<a/>"]));
         assert!(now(&mut third).await.is_none());
         assert!(now(&mut Box::pin(desk.seat(2, &["<a/>"]))).await.is_some());
+    }
+
+    /// However many files are to be read, a few are there, and one user's never are all of them.
+    #[tokio::test]
+    async fn a_few_files_are_there_at_once() {
+        let desk = Desk::new(LIMITS);
+        let (first, _second) = (desk.reads_file(1).await, desk.reads_file(1).await);
+        let mut third = Box::pin(desk.reads_file(1));
+        assert!(now(&mut third).await.is_none());
+        let _others = (desk.reads_file(2).await, desk.reads_file(3).await);
+        let mut fifth = Box::pin(desk.reads_file(4));
+        assert!(now(&mut fifth).await.is_none());
+        drop(first);
+        assert!(now(&mut fifth).await.is_some() || now(&mut third).await.is_some());
     }
 
     async fn now<T>(future: &mut (impl Future<Output = T> + Unpin)) -> Option<T> {

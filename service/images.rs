@@ -114,6 +114,15 @@ impl Images {
         Ok(Taken(self.clone(), file.to_owned()))
     }
 
+    /// The one of these folders that a file, which need not be there, would be in or below, by whatever name.
+    pub async fn is_below(self: &Arc<Self>, file: &Path, folders: &[PathBuf]) -> Option<PathBuf> {
+        let above: Vec<&Path> = file.ancestors().skip(1).collect();
+        let named = above.iter().map(|folder| folder.to_path_buf());
+        self.look(HashSet::new(), &named.chain(folders.iter().cloned()).collect::<Vec<_>>()).await;
+        let same = |folder: &&PathBuf| above.iter().any(|above| self.same(above, folder));
+        folders.iter().find(same).cloned()
+    }
+
     /// Whether two paths are one file, or one name in one folder.
     fn same_place(&self, one: &Path, other: &Path) -> bool {
         let folders = || one.parent().zip(other.parent()).is_some_and(|(one, other)| self.same(one, other));

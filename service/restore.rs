@@ -49,8 +49,11 @@ impl Service {
         let file = absolute(file)?;
         // Files of the host are looked at for whoever may name them in a configuration.
         self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
-        let saved = self.saves()?.read_saved(file).await.map_err(unread)?;
-        let xml = self.configuration_of(caller, &saved, options.xml.as_deref()).await?;
+        let place = self.shared.desk.reads_file(caller.uid).await;
+        let (saved, text) = self.saves()?.read_saved(file, None).await.map_err(unread)?;
+        let kept = self.configuration_in(caller, &saved, text).await?;
+        drop(place);
+        let xml = self.configuration_of(caller, kept, options.xml.as_deref()).await?;
         let start = StartOptions {
             paused: options.then.stands(saved.paused),
             cancel_on_disconnect: options.cancel_on_disconnect,
@@ -67,17 +70,19 @@ impl Service {
         found.ok_or_else(|| Error::OperationUnsupported("no driver of this virtd saves machines".to_owned()))
     }
 
-    /// The configuration that the machine is to have: the saved one or, if no guest would notice, `given`; by the name that the
-    /// domain has today.
-    async fn configuration_of(&self, caller: &Caller, saved: &SavedState, given: Option<&str>) -> Result<String> {
-        let text = &saved.configuration;
+    /// The configuration that was saved, of its `text`.
+    async fn configuration_in(&self, caller: &Caller, saved: &SavedState, text: String) -> Result<DomainDef> {
         let invalid = |e: &dyn std::fmt::Display| {
             Error::InvalidArgument(format!("{}: the configuration in it cannot be used: {e}", saved.file.display()))
         };
-        let seat = self.shared.desk.seat(caller.uid, &[text]).await;
-        let read = seat.read(text, DomainDef::parse).await;
-        let kept = read.map_err(|findings| invalid(&Error::ConfigInvalid(findings)))?;
-        drop(seat);
+        let seat = self.shared.desk.seat(caller.uid, &[&text]).await;
+        let read = seat.work(move || DomainDef::parse(&text)).await;
+        read.map_err(|findings| invalid(&Error::ConfigInvalid(findings)))
+    }
+
+    /// The configuration that the machine is to have: the saved one (`kept`) or, if no guest would notice, `given`; by the name
+    /// that the domain has today.
+    async fn configuration_of(&self, caller: &Caller, kept: DomainDef, given: Option<&str>) -> Result<String> {
         let today = self.get(kept.uuid).map(|domain| domain.name());
         let mut def = match given {
             None => kept,

@@ -34,6 +34,7 @@ use std::io::{self, Read as _, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use tokio::sync::watch;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::Recorder;
@@ -162,6 +163,11 @@ impl Store {
         Ok(store)
     }
 
+    /// The folders in which nobody else makes files: of what is kept, those first that are in another.
+    pub fn own_folders(&self) -> Vec<PathBuf> {
+        vec![self.managed_saves(), self.definitions(), self.paths.state.join("snapshots"), self.paths.state.clone()]
+    }
+
     /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
     pub fn save_definition(&self, uuid: Uuid, stored: &StoredDef, note: &Note) -> Result<()> {
         let (note, text) = (json(note)?, stored.text());
@@ -249,7 +255,7 @@ impl Store {
 
     fn status_file_as(&self, uuid: Uuid, kept: Kept) -> Arc<StatusFile> {
         let (path, saved) = (self.status(uuid), self.managed_save(uuid));
-        Arc::new(StatusFile { path, saved, kept: Mutex::new(Some(kept)) })
+        Arc::new(StatusFile { path, saved, kept: Mutex::new(Some(kept)), marked: watch::Sender::default() })
     }
 
     /// Makes the driver's folder for one guest. What an earlier guest may have left in it is the driver's to remove.
@@ -357,6 +363,8 @@ pub(crate) struct StatusFile {
     saved: PathBuf,
     /// `None` once the guest has gone.
     kept: Mutex<Option<Kept>>,
+    /// Its guest goes on from its managed save, which is kept.
+    marked: watch::Sender<bool>,
 }
 
 #[derive(Clone, Debug)]
@@ -402,9 +410,15 @@ impl StatusFile {
         Ok(())
     }
 
-    /// The guest has gone: nothing is written from now on. Blocks while something is being written.
+    /// The guest has gone: nothing is written from now on, nor is its managed save marked as used. Blocks while something is being
+    /// written.
     pub fn close(&self) {
         lock(&self.kept).take();
+    }
+
+    /// Whether it has been kept that its guest goes on from its managed save; and, in time, that it has been.
+    pub fn marked(&self) -> watch::Receiver<bool> {
+        self.marked.subscribe()
     }
 }
 
@@ -417,7 +431,15 @@ fn can_be_read_again(live: &str) -> Result<()> {
 
 impl Recorder for StatusFile {
     fn goes_on(&self) -> io::Result<()> {
-        managed::is_used(&self.saved).map_err(|e| io::Error::other(e.to_string()))?;
+        {
+            // Whoever has closed it knows from then on what has become of the managed save.
+            let kept = lock(&self.kept);
+            if kept.is_none() {
+                return Err(io::Error::other("its start has been given up"));
+            }
+            managed::is_used(&self.saved).map_err(|e| io::Error::other(e.to_string()))?;
+        }
+        self.marked.send_replace(true);
         managed::step_of_start(&self.saved);
         Ok(())
     }
@@ -667,6 +689,22 @@ mod tests {
         }
     }
 
+    /// A start that is given up may still be about to mark its managed save: what is found then stays so.
+    #[test]
+    fn nothing_is_marked_for_a_start_that_has_been_given_up() {
+        let (folder, file, _) = start();
+        fs::write(&file.saved, b"saved").expect("written");
+        file.close();
+        assert!(file.goes_on().is_err());
+        assert!(file.saved.exists() && !*file.marked().borrow());
+        drop(folder);
+        let (folder, file, _) = start();
+        fs::write(&file.saved, b"saved").expect("written");
+        file.goes_on().expect("it is wanted");
+        assert!(!file.saved.exists() && *file.marked().borrow());
+        drop(folder);
+    }
+
     #[test]
     fn what_could_not_be_read_again_is_not_written() {
         let (folder, file, live) = start();
@@ -704,6 +742,7 @@ mod tests {
             path: folder.path().join("status.json"),
             saved: folder.path().join("0.virtsave"),
             kept,
+            marked: watch::Sender::default(),
         });
         (folder, file, live)
     }

@@ -244,10 +244,10 @@ impl Saved {
     }
 
     /// The file, standing where the stream begins. All that are given share one place in it: it is to be read once.
-    pub fn stream(&self) -> io::Result<File> {
-        let mut file = self.file.get()?.try_clone()?;
-        file.seek(SeekFrom::Start(self.stream))?;
-        Ok(file)
+    pub fn stream(&self) -> io::Result<ClosedAside> {
+        let copy = ClosedAside::of(self.file.get()?.try_clone()?);
+        copy.get()?.seek(SeekFrom::Start(self.stream))?;
+        Ok(copy)
     }
 }
 

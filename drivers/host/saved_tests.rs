@@ -57,7 +57,7 @@ fn what_is_written_is_read_again() {
     saved.verify::<Unusable>(|_| Ok(())).unwrap();
     for _ in 0..2 {
         let mut again = Vec::new();
-        saved.stream().unwrap().read_to_end(&mut again).unwrap();
+        saved.stream().unwrap().get().unwrap().read_to_end(&mut again).unwrap();
         assert_eq!(again, stream);
     }
 }
@@ -71,7 +71,7 @@ fn the_oldest_file_is_read() {
     assert_eq!(saved.telling, telling());
     assert_eq!(saved.configuration, CONFIGURATION);
     let mut stream = String::new();
-    saved.stream().unwrap().read_to_string(&mut stream).unwrap();
+    saved.stream().unwrap().get().unwrap().read_to_string(&mut stream).unwrap();
     assert_eq!(stream, "QEVM: a stream that no QEMU has written");
     assert_eq!(bytes_of(&written(stream.as_bytes())), oldest, "and it is what is written today");
 }

@@ -26,7 +26,7 @@ use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
-use virt_model::driver::{Condition, DriverError, Reconnect, Reconnected};
+use virt_model::driver::{Condition, DriverError, Reconnect, Reconnected, Recorder};
 use virt_model::state::Suspended;
 
 /// How long a monitor may take to answer before virtd goes on without it.
@@ -136,7 +136,9 @@ impl Search {
             contact = caller.call(CONTACT) => contact,
             _ = process.ended() => return self.gone(&companions, record.changes).await,
         };
-        let (rebooting, loaded) = (record.rebooting, record.phase == Phase::Loaded);
+        let rebooting = record.rebooting;
+        let loaded = (record.phase == Phase::Loaded)
+            .then(|| Loaded { recorder: self.found.recorder.clone(), last: self.found.last });
         let body = self.body(record, process, companions, reporter.clone());
         let (monitor, status) = match contact {
             Ok(contact) => contact,
@@ -147,13 +149,22 @@ impl Search {
                     return self.gone(&body.companions, changes).await;
                 }
                 tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
-                let instance = QemuInstance::new(body).with_task(|body| seek(body, caller));
-                return Ok(Some(Reconnected { instance: Arc::new(instance), condition: self.found.last }));
+                return Ok(Some(sought(body, caller, loaded, self.found.last)));
             }
+        };
+        let status = match &loaded {
+            None => status,
+            Some(loaded) => match loaded.goes_on(&body, &monitor, status).await {
+                Ok(status) => status,
+                Err(error) => {
+                    reporter.found(status, false);
+                    body.is_withheld(&error);
+                    return Ok(Some(sought(body, caller, Some(loaded.clone()), status)));
+                }
+            },
         };
         *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));
         reporter.found(status, false);
-        let status = if loaded { self.goes_on(&body, status).await } else { status };
         let instance = QemuInstance::new(body);
         if self.ends_on_reboot {
             // The last virtd may have been killed in the midst of a reset.
@@ -167,29 +178,7 @@ impl Search {
         } else {
             status
         };
-        Ok(Some(Reconnected { instance: Arc::new(instance), condition }))
-    }
-
-    /// The last virtd was cut off between loading what was saved of it and hearing that it goes on.
-    async fn goes_on(&self, body: &Body, status: Condition) -> Condition {
-        let on = async {
-            super::launch::goes_on(self.found.recorder.clone()).await?;
-            // It stands as it was loaded, or went on and has stopped since: it was to run, and nobody has told it otherwise.
-            let stands =
-                matches!(status, Condition::Suspended(Suspended::Paused)) && self.found.last == Condition::Running;
-            if stands {
-                body.reporter.be_quiet(true);
-                let gone_on = body.execute("cont", json!({})).await;
-                body.reporter.be_quiet(false);
-                gone_on?;
-            }
-            body.keeper.change(|record| record.phase = Phase::Running).await?;
-            Ok::<_, DriverError>(if stands { Condition::Running } else { status })
-        };
-        on.await.unwrap_or_else(|error| {
-            tracing::error!(uuid = %body.uuid, %error, "its guest was loaded from what was saved of it, and does not go on");
-            status
-        })
+        Ok(Some(Reconnected { instance: Arc::new(instance), condition, unmarked: false }))
     }
 
     fn body(&self, record: Record, process: Process, companions: Vec<Living>, reporter: Arc<Reporter>) -> Body {
@@ -208,6 +197,7 @@ impl Search {
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
             settling: Mutex::default(),
+            withheld: Mutex::default(),
         }
     }
 }
@@ -270,11 +260,67 @@ impl Caller {
     }
 }
 
-/// Calls a monitor until it answers, then tells what the guest does.
-async fn seek(body: Arc<Body>, caller: Caller) {
+/// A guest of which the last virtd was cut off between loading what was saved of it and hearing that it goes on.
+#[derive(Clone)]
+struct Loaded {
+    recorder: Arc<dyn Recorder>,
+    /// What it did when last seen, or was to do.
+    last: Condition,
+}
+
+impl Loaded {
+    /// Lets it go on from where it was loaded, once it is kept that it does; nobody else has its monitor yet. Says what it does then.
+    /// Error: that cannot be kept, so it is as it was found.
+    async fn goes_on(&self, body: &Body, monitor: &Qmp, status: Condition) -> Result<Condition, DriverError> {
+        super::launch::goes_on(self.recorder.clone()).await?;
+        let on = async {
+            // It stands as it was loaded, or went on and has stopped since: it was to run, and nobody has told it otherwise.
+            let stands = matches!(status, Condition::Suspended(Suspended::Paused)) && self.last == Condition::Running;
+            if stands {
+                monitor.execute("cont", json!({})).await?;
+            }
+            Ok::<_, DriverError>(if stands { Condition::Running } else { status })
+        };
+        let status = on.await.unwrap_or_else(|error| {
+            tracing::error!(uuid = %body.uuid, %error, "its guest was loaded from what was saved of it, and does not go on");
+            status
+        });
+        if let Err(error) = body.keeper.change(|record| record.phase = Phase::Running).await {
+            tracing::warn!(uuid = %body.uuid, %error, "the next virtd takes its guest for one that was loaded just now");
+        }
+        Ok(status)
+    }
+}
+
+impl Body {
+    /// Its monitor answers, and is not used until it is kept that its guest goes on.
+    fn is_withheld(&self, error: &DriverError) {
+        let why = format!(
+            "its guest was loaded from what was saved of it, and stands: {error}; this is tried again and again"
+        );
+        tracing::error!(uuid = %self.uuid, "{why}");
+        *self.withheld.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+    }
+}
+
+/// A guest that does this as far as is known, and whose monitor cannot be used yet: that is sought on.
+fn sought(body: Body, caller: Caller, loaded: Option<Loaded>, condition: Condition) -> Reconnected {
+    let unmarked = loaded.is_some();
+    let instance = QemuInstance::new(body).with_task(|body| seek(body, caller, loaded));
+    Reconnected { instance: Arc::new(instance), condition, unmarked }
+}
+
+/// Calls a monitor until it answers and may be used, then tells what the guest does.
+async fn seek(body: Arc<Body>, caller: Caller, loaded: Option<Loaded>) {
     let mut pause = PAUSES.0;
     loop {
-        match caller.call(PATIENCE).await {
+        let called = async {
+            let (monitor, condition) = caller.call(PATIENCE).await?;
+            let Some(loaded) = &loaded else { return Ok((monitor, condition)) };
+            let on = loaded.goes_on(&body, &monitor, condition).await;
+            on.map(|condition| (monitor, condition)).inspect_err(|error| body.is_withheld(error))
+        };
+        match called.await {
             Ok((monitor, condition)) => {
                 tracing::info!(uuid = %body.uuid, "QEMU answers again");
                 *body.monitor.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(monitor));

@@ -62,6 +62,8 @@ pub struct Body {
     pub lost: Mutex<Option<String>>,
     /// Its monitor; `None` while it does not answer.
     pub monitor: Mutex<Option<Arc<Qmp>>>,
+    /// Why its monitor is not used though it answers.
+    pub withheld: Mutex<Option<String>>,
     /// What it is heard doing.
     pub reporter: Arc<Reporter>,
     /// What is kept of it on disk.
@@ -199,7 +201,10 @@ impl Body {
             return Err(DriverError::Gone);
         }
         let monitor = self.monitor.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        monitor.ok_or_else(|| DriverError::TimedOut("QEMU does not answer on its monitor".into()))
+        monitor.ok_or_else(|| {
+            let withheld = self.withheld.lock().unwrap_or_else(PoisonError::into_inner).clone();
+            DriverError::TimedOut(withheld.unwrap_or_else(|| "QEMU does not answer on its monitor".to_owned()))
+        })
     }
 
     /// Does one change to the CPUs when its turn comes. Waiting for the turn counts as time QEMU took.

@@ -32,7 +32,7 @@ use crate::host::spawn::{Plan, Spawned, spawn};
 use crate::host::user::RunAs;
 use crate::host::wall::Wall;
 use crate::host::workers::blocking;
-use crate::host::workers::{Errand, Stop, Workers};
+use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -570,6 +570,7 @@ impl Start {
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
             settling: Mutex::default(),
+            withheld: Mutex::default(),
         }))
     }
 
@@ -616,10 +617,10 @@ impl MemorySource {
             MemorySource::File { path, bytes } => {
                 let (file, bytes, wary) = (path.clone(), *bytes, start.lender.is_wary());
                 let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
-                line.read_memory(opened).await
+                line.read_memory(ClosedAside::of(opened)).await
             }
-            MemorySource::Stream(file) => {
-                let copy = file.try_clone().map_err(|e| DriverError::Internal(format!("a saved machine: {e}")))?;
+            MemorySource::Stream(saved) => {
+                let copy = saved.stream().map_err(|e| DriverError::Internal(format!("a saved machine: {e}")))?;
                 line.read_memory(copy).await
             }
         }

@@ -3,10 +3,8 @@
 use super::instance::Body;
 use super::qmp::Qmp;
 use super::report::Reporter;
-use crate::host::workers::PATIENCE;
+use crate::host::workers::{ClosedAside, PATIENCE};
 use serde_json::{Value, json};
-use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -62,7 +60,7 @@ impl Monitor {
         self.with_fds(command, arguments, Vec::new()).await
     }
 
-    async fn with_fds(&self, command: &str, arguments: Value, fds: Vec<OwnedFd>) -> Result<Value, DriverError> {
+    async fn with_fds(&self, command: &str, arguments: Value, fds: Vec<ClosedAside>) -> Result<Value, DriverError> {
         self.monitor.execute_with(command, arguments, fds, DEAF).await.map_err(DriverError::from)
     }
 
@@ -246,11 +244,11 @@ impl Monitor {
     }
 
     /// Writes the guest's memory and device state to a file. The CPUs stand when it is done.
-    pub async fn write_memory(&self, file: File, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+    pub async fn write_memory(&self, file: ClosedAside, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.patiently("migrate-set-capabilities", events).await?;
         self.patiently("migrate-set-parameters", json!({ "max-bandwidth": 1u64 << 40 })).await?;
-        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file.into()]).await?;
+        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file]).await?;
         if let Err(error) = self.patiently("migrate", json!({ "uri": format!("fd:{CHANNEL}") })).await {
             // Whoever reads at its other end would wait for more.
             let _ = self.patiently("closefd", json!({ "fdname": CHANNEL })).await;
@@ -284,10 +282,10 @@ impl Monitor {
     }
 
     /// Loads memory and device state from a file into a QEMU that waits for it. The CPUs stand then.
-    pub async fn read_memory(&self, file: File) -> Result<(), DriverError> {
+    pub async fn read_memory(&self, file: ClosedAside) -> Result<(), DriverError> {
         let events = json!({ "capabilities": [{ "capability": "events", "state": true }] });
         self.patiently("migrate-set-capabilities", events).await?;
-        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file.into()]).await?;
+        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file]).await?;
         self.patiently("migrate-incoming", json!({ "uri": format!("fd:{CHANNEL}") })).await?;
         loop {
             let before = self.reporter.heard().jobs;

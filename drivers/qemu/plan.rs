@@ -1,12 +1,13 @@
 //! What is to be run for a guest, and what must be so before: plain data. The command line is built of a definition
 //! ([`super::command`]), and made true by a start ([`super::launch`]).
 
+use crate::host::saved::Saved;
 use crate::host::tap::TapPlan;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use std::fs::File;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Where QEMU finds the kernel's half of its vsock open.
@@ -216,6 +217,6 @@ pub enum MemorySource {
         /// Its length.
         bytes: Option<u64>,
     },
-    /// From a file that is open, and stands where they begin.
-    Stream(File),
+    /// From a saved machine, whose file is open.
+    Stream(Arc<Saved>),
 }

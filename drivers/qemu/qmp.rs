@@ -12,12 +12,13 @@
 //! lines that are no JSON in all. Whoever goes beyond that is no QEMU, and the connection is given up, as at the end of the
 //! stream: every caller is told, and the listener hears why.
 
+use crate::host::workers::ClosedAside;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::io::IoSlice;
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -96,7 +97,7 @@ pub struct Qmp {
 /// A line on its way out.
 struct Outgoing {
     line: Vec<u8>,
-    fds: Vec<OwnedFd>,
+    fds: Vec<ClosedAside>,
 }
 
 /// Callers by id; `None` once the stream has ended.
@@ -142,7 +143,7 @@ impl Qmp {
         &self,
         command: &str,
         arguments: Value,
-        fds: Vec<OwnedFd>,
+        fds: Vec<ClosedAside>,
         within: Duration,
     ) -> Result<Value, QmpError> {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
@@ -285,8 +286,8 @@ async fn write_lines(socket: OwnedWriteHalf, mut outgoing: mpsc::Receiver<Outgoi
 }
 
 /// Sends what fits; the descriptors go with the first byte.
-fn send(stream: &UnixStream, bytes: &[u8], fds: &[OwnedFd]) -> rustix::io::Result<usize> {
-    let borrowed: Vec<_> = fds.iter().take(MAX_FDS).map(AsFd::as_fd).collect();
+fn send(stream: &UnixStream, bytes: &[u8], fds: &[ClosedAside]) -> rustix::io::Result<usize> {
+    let borrowed: Vec<_> = fds.iter().take(MAX_FDS).filter_map(|fd| Some(fd.get().ok()?.as_fd())).collect();
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     if !borrowed.is_empty() {

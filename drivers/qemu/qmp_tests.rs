@@ -2,7 +2,7 @@
 
 use super::*;
 use std::io::Read;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines as TokioLines};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 
@@ -228,7 +228,12 @@ async fn descriptors_go_with_their_command() {
     std::io::Write::write_all(&mut file, b"through the wire").unwrap();
     let sent = OwnedFd::from(file);
     assert!(sent.as_raw_fd() > 2);
-    let ours = qmp.execute_with("getfd", json!({ "fdname": "x" }), vec![sent], Duration::from_millis(300));
+    let ours = qmp.execute_with(
+        "getfd",
+        json!({ "fdname": "x" }),
+        vec![ClosedAside::of(sent.into())],
+        Duration::from_millis(300),
+    );
     let play = async {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let stream: &UnixStream = fake.out.as_ref();

@@ -2,7 +2,7 @@
 
 mod fixture;
 
-use fixture::{House, POWER_OFF, exists};
+use fixture::{Guest, House, POWER_OFF, exists};
 use serde_json::json;
 use std::time::{Duration, Instant};
 use virt_model::driver::*;
@@ -129,6 +129,49 @@ async fn a_hung_guest_is_held_and_heard_when_it_answers() {
     assert_eq!(guest.seen.report().await, DriverEvent::Resumed);
     guest.instance.suspend().await.unwrap();
     assert_eq!(guest.seen.reported(), Some(DriverEvent::Suspended(Suspended::Paused)));
+    guest.destroy().await;
+}
+
+/// As a virtd leaves a guest that is killed once what was saved of it has been loaded.
+async fn loaded(guest: &mut Guest) {
+    guest.serial.says("C00000001").await;
+    guest.instance.suspend().await.unwrap();
+    let mut record = guest.seen.record();
+    record["phase"] = json!("loaded");
+    guest.seen.recorder().record(record).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loaded_guest_runs_once_that_is_kept_and_not_before() {
+    let Some(mut house) = House::session() else { return };
+    let mut guest = house.tick(POWER_OFF).await;
+    loaded(&mut guest).await;
+    guest.seen.recorder().is_full(true);
+    let (mut guest, condition) = house.find(guest, Condition::Running).await.unwrap();
+    assert_eq!(condition, PAUSED);
+    let refused = guest.instance.resume().await.unwrap_err().to_string();
+    assert!(refused.contains("stands: that the guest goes on cannot be kept"), "{refused}");
+    assert_eq!((guest.seen.reported(), guest.seen.recorder().marked()), (None, false));
+    guest.seen.recorder().is_full(false);
+    assert_eq!(guest.seen.report().await, DriverEvent::Resumed);
+    assert!(guest.seen.recorder().marked());
+    assert_eq!(guest.seen.record()["phase"], "running");
+    guest.serial.says("C00000003").await;
+    guest.destroy().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_loaded_guest_that_is_hung_goes_on_when_it_answers() {
+    let Some(mut house) = House::session() else { return };
+    let mut guest = house.tick(POWER_OFF).await;
+    loaded(&mut guest).await;
+    guest.signal(libc::SIGSTOP);
+    let (mut guest, condition) = house.find(guest, Condition::Running).await.unwrap();
+    assert_eq!((condition, guest.seen.recorder().marked()), (Condition::Running, false));
+    guest.signal(libc::SIGCONT);
+    guest.serial.says("C00000003").await;
+    assert!(guest.seen.recorder().marked());
+    assert_eq!(guest.seen.reported(), None, "it was taken to run");
     guest.destroy().await;
 }
 

@@ -11,7 +11,7 @@ use crate::store::{Ended, Status, StatusFile};
 use crate::time::now_usec;
 use crate::turn::TurnGuard;
 use std::sync::Arc;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Condition, Driver, EventStream, Instance};
@@ -23,6 +23,8 @@ pub(crate) struct FoundGuest {
     pub live: Arc<DomainDef>,
     /// What it does now.
     pub condition: Condition,
+    /// It is not kept yet that it goes on from its managed save.
+    pub unmarked: bool,
     /// What was last kept of it.
     pub status: Status,
     pub file: Arc<StatusFile>,
@@ -93,7 +95,8 @@ impl Domain {
 
     /// Makes a guest that was found running this domain's.
     pub(crate) async fn adopt(self: &Arc<Self>, found: FoundGuest, reports: EventStream) {
-        let FoundGuest { instance, live, condition, status, file } = found;
+        let FoundGuest { instance, live, condition, unmarked, status, file } = found;
+        let marked = file.marked();
         let (asks, asked) = mpsc::unbounded_channel();
         let guest = Guest {
             id: status.id,
@@ -107,11 +110,13 @@ impl Domain {
         };
         let (now, reason) = found_as(condition, status.state, status.reason);
         let since_usec = if now == status.state { status.since_usec } else { now_usec() };
-        if !lock(&self.state).snapshots.saves_for_next_start() {
+        // What it is to go on from is there still, and is kept: until that is marked.
+        let unmarked = unmarked && !*marked.borrow() && lock(&self.state).managed_save;
+        if !unmarked && !lock(&self.state).snapshots.saves_for_next_start() {
             self.managed_save_is_used().await;
         }
         self.commit_report(|state| {
-            state.managed_save = false;
+            state.managed_save = unmarked;
             // Whoever was told its last known state is told what has become of it.
             let news = state.told.then(|| became(condition, state.state)).flatten();
             state.guest = Some(guest.clone());
@@ -133,7 +138,26 @@ impl Domain {
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
             _ => {}
         }
+        if unmarked {
+            tokio::spawn(self.clone().is_marked_later(guest.id, marked));
+        }
         tokio::spawn(self.clone().follow(guest.id, Reports::new(reports, asked)));
+    }
+
+    /// The guest `id` stands, and goes on from its managed save once that is marked: then that is forgotten. Where it ends before, its
+    /// managed save stays.
+    async fn is_marked_later(self: Arc<Self>, id: u32, mut marked: watch::Receiver<bool>) {
+        tokio::select! {
+            _ = marked.wait_for(|marked| *marked) => {}
+            () = self.until(|state| !state.runs(id)) => {}
+        }
+        if *marked.borrow() {
+            self.managed_save_is_used().await;
+            self.all_told().await.commit(|state| {
+                state.managed_save = false;
+                Vec::new()
+            });
+        }
     }
 }
 

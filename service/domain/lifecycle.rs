@@ -72,7 +72,7 @@ impl Domain {
                 self.applies(&verb::START)?;
                 let boots = self.def_to_start(def.as_ref())?;
                 match self.goes_on_from(def.is_some(), options)? {
-                    Some(file) => self.can_go_on_from(&file).await.map(|()| None)?,
+                    Some(file) => self.can_go_on_from(caller, &file).await.map(|()| None)?,
                     None => Some(self.can_run(&boots).await?),
                 }
             }
@@ -200,7 +200,15 @@ impl Domain {
         match started {
             Ok(running) => self.became_active(id, running, status, told, caller, reports).await,
             Err(e) => {
-                status.close();
+                // What marks the managed save may not have come to its end where the start was given up: it is waited for, and
+                // nothing is marked afterwards.
+                let closed = on_disk(move || {
+                    status.close();
+                    Ok(())
+                });
+                if let Err(e) = closed.await {
+                    tracing::warn!(%uuid, "{e}");
+                }
                 self.forget_transient(&asked).await;
                 let forgotten = self.shared.forget_guest(uuid).await;
                 self.is_launched(false, cancel)?;

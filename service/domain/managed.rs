@@ -15,7 +15,7 @@ use super::lifecycle::StartOptions;
 use super::save::{Resumption, Target};
 use super::state::State;
 use crate::authz::{Action, Caller};
-use crate::desk;
+use crate::desk::Seat;
 use crate::error::{Error, Result};
 use crate::fail_point;
 use crate::job::{Job, Ticket};
@@ -66,8 +66,8 @@ impl Domain {
             false => self.allow(caller, verb::MANAGED_SAVE_XML.action).await?,
         }
         self.applies(&verb::MANAGED_SAVE_XML)?;
-        let (_, def) = self.read_managed_save().await?;
-        Ok(def.write(Form { inactive: true, secure, migratable: false }))
+        let (_, def, seat) = self.read_managed_save(caller.uid).await?;
+        Ok(seat.work(move || def.write(Form { inactive: true, secure, migratable: false })).await)
     }
 
     /// The file that a start with these options goes on from; `None`: it boots. `given`: it brings a configuration. Errors:
@@ -95,24 +95,29 @@ impl Domain {
         lock(&self.state).refuse_over_managed_save(true)
     }
 
-    /// What the file says, and the configuration in it.
-    pub(super) async fn read_managed_save(&self) -> Result<(SavedState, DomainDef)> {
-        let saved = self.saves()?.read_saved(self.shared.store.managed_save(self.uuid)).await.map_err(unread)?;
-        let text = saved.configuration.clone();
-        let read = desk::aside(move || DomainDef::parse_within(&text, Limits::STORED)).await;
+    /// What the file says, and the configuration in it, read for that user: with the seat that is to be kept as long as it is
+    /// dealt with for them.
+    async fn read_managed_save(&self, uid: u32) -> Result<(SavedState, DomainDef, Seat)> {
+        let desk = &self.shared.desk;
+        let place = desk.reads_file(uid).await;
+        let file = self.shared.store.managed_save(self.uuid);
+        let (saved, text) = self.saves()?.read_saved(file, Some(self.uuid)).await.map_err(unread)?;
+        let seat = desk.seat(uid, &[&text]).await;
+        let read = seat.work(move || DomainDef::parse_within(&text, Limits::STORED)).await;
+        drop(place);
         let invalid = |why: &str| Error::InvalidArgument(format!("{}: {why}", saved.file.display()));
         let def = read.map_err(|findings| {
             invalid(&format!("the configuration in it cannot be used: {}", unreadable(&findings)))
         })?;
         match def.uuid == self.uuid {
-            true => Ok((saved, def)),
+            true => Ok((saved, def, seat)),
             false => Err(invalid(&format!("it holds the domain {}", def.uuid))),
         }
     }
 
     /// Refuses a file from which no start can go on: what is wrong with it is said before the start is accepted.
-    pub(super) async fn can_go_on_from(&self, file: &Path) -> Result<()> {
-        self.read_managed_save().await.map(drop).map_err(|error| kept(file, error))
+    pub(super) async fn can_go_on_from(&self, caller: &Caller, file: &Path) -> Result<()> {
+        self.read_managed_save(caller.uid).await.map(drop).map_err(|error| kept(file, error))
     }
 
     /// Starts this domain from its managed save, `file`. On failure it is off, and the file stays.
@@ -124,7 +129,7 @@ impl Domain {
         job: &Arc<Job>,
     ) -> Result<()> {
         let started = async {
-            let (saved, mut def) = self.read_managed_save().await?;
+            let (saved, mut def, _) = self.read_managed_save(caller.uid).await?;
             let name = self.name();
             self.is_of_its_driver(&def, &name)?;
             def.name = name;

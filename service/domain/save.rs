@@ -12,6 +12,7 @@ use super::Domain;
 use super::change::Change;
 use super::lifecycle::{Creation, Origin, StartOptions};
 use crate::authz::{Action, Caller};
+use crate::desk::aside;
 use crate::error::{Error, Result};
 use crate::images::{Fate, Taken, written_by};
 use crate::job::{Job, Ticket};
@@ -20,13 +21,13 @@ use crate::store::{Deed, Intent};
 use crate::verb::{self, Verb};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use virt_model::domain::DomainDef;
 use virt_model::domain::abi::Strictness;
+use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
 use virt_model::driver::saved::{SaveRequest, SavedMachines, SavedState};
 use virt_model::driver::snapshots::{Journal as _, Machine};
 use virt_model::state::{DomainState, StateReason, Stopped};
-use virt_model::xml::{FindingKind, refusals, shorten};
+use virt_model::xml::{FindingKind, Limits, refusals, shorten};
 
 /// What is wanted of a guest's CPUs once it has been restored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,6 +103,7 @@ impl Domain {
             let file = absolute(file)?;
             // It names any file of the host, as a configuration does.
             self.allow(caller, Action::Define).await?;
+            self.not_among_ours(&file).await?;
             let change = self.change(caller, &verb::SAVE);
             let kept = match &options.xml {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
@@ -169,12 +171,40 @@ impl Domain {
                 kept.clone()
             }
         };
+        self.can_be_read_again(&def, target.managed).await?;
         let standing = lock(&self.state).state == DomainState::Paused;
         let file = target.file.clone();
         self.refuse_to_replace(&file).await?;
         let request = SaveRequest { file, def, paused: then.stands(standing) };
         saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
         Ok(Planned { machine, request })
+    }
+
+    /// Refuses a configuration that whoever starts from the file would not take.
+    async fn can_be_read_again(&self, def: &Arc<DomainDef>, managed: bool) -> Result<()> {
+        let limits = if managed { Limits::STORED } else { Limits::ACCEPTED };
+        let kept = def.clone();
+        let readable = aside(move || kept.write_readable(Form::STORED, limits).map(drop)).await;
+        readable.map_err(|why| {
+            let remedy = if managed { "" } else { "; keep it by ManagedSave, or give a smaller one (xml)" };
+            Error::OperationUnsupported(format!(
+                "cannot save domain '{}': its configuration could not be read again: {why}{remedy}",
+                self.name()
+            ))
+        })
+    }
+
+    /// Refuses a file in virtd's own folders: it would take the place of what is kept there.
+    async fn not_among_ours(&self, file: &Path) -> Result<()> {
+        let ours = self.shared.store.own_folders();
+        match self.shared.images.is_below(file, &ours).await {
+            None => Ok(()),
+            Some(folder) => Err(Error::InvalidArgument(format!(
+                "{}: {} is virtd's own folder; choose a file elsewhere, or let virtd keep it there (ManagedSave)",
+                file.display(),
+                folder.display()
+            ))),
+        }
     }
 
     /// Refuses a file that a machine stands on.

@@ -276,6 +276,9 @@ pub struct Reconnected {
     pub instance: Arc<dyn Instance>,
     /// What it does now, asked of the hypervisor.
     pub condition: Condition,
+    /// It was loaded from what was saved of it, and it is not kept yet that it goes on ([`Recorder::goes_on`]): the driver sees to
+    /// that, and lets it run no instruction before.
+    pub unmarked: bool,
 }
 
 /// What a guest is found doing.

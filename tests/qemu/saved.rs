@@ -139,7 +139,12 @@ async fn what_is_no_saved_machine_is_refused_before_a_process_is_made() {
     let client = domain.client.clone();
     let at = |name: &str| daemon.folder().join(name);
     let file = at("files.save");
+    let kept = daemon.root().join("var/lib/virt/saved");
+    std::os::unix::fs::symlink(&kept, at("other")).expect("linked");
     for (path, name, word) in [
+        (kept.join("of-another.virtsave"), "InvalidArgument", "virtd's own folder"),
+        (at("other").join("of-another.virtsave"), "InvalidArgument", "virtd's own folder"),
+        (daemon.root().join("var/lib/virt/own.save"), "InvalidArgument", "virtd's own folder"),
         (daemon.folder().to_owned(), "InvalidArgument", "folder"),
         (PathBuf::from("/dev/null"), "InvalidArgument", "no plain file"),
         (PathBuf::from("relative"), "InvalidArgument", "absolute"),

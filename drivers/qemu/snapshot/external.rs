@@ -7,6 +7,7 @@ use super::note::{CreateExternal, Note, Overlay, Part, Record, taken, written};
 use super::{Image, Operation, cannot, pairs, parts, undone};
 use crate::host::files::{Seen, What};
 use crate::host::image::Images;
+use crate::host::workers::ClosedAside;
 use crate::qemu::block::Nodes;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -81,7 +82,7 @@ impl Operation {
             let what = file.clone();
             let memory =
                 self.with_images(&what, move |images| new_file(images).map_err(|e| stored(&shown, &e))).await?;
-            body.line()?.write_memory(memory, journal).await?;
+            body.line()?.write_memory(ClosedAside::of(memory), journal).await?;
             let bytes = self.machine.def.memory_kib() << 10;
             let finish = move |images: &Arc<Images>| finished(&part, &file, images.lender.is_wary());
             let finished = self.with_images_of(&what, bytes, finish);

@@ -166,8 +166,8 @@ impl SavedMachines for QemuDriver {
         save::settle(&self.0.workers, machine, note, !self.0.privileges.are_ours()).await
     }
 
-    async fn read_saved(&self, file: PathBuf) -> Result<SavedState, DriverError> {
-        save::read(&self.0.workers, file, !self.0.privileges.are_ours()).await
+    async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError> {
+        save::read(&self.0.workers, file, machine, !self.0.privileges.are_ours()).await
     }
 
     async fn verify_saved(

@@ -4,6 +4,7 @@
 use super::Operation;
 use super::note::Note;
 use super::note::written;
+use crate::host::workers::ClosedAside;
 use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 use std::sync::Arc;
@@ -30,7 +31,7 @@ impl Operation {
             // Nobody needs what is sent.
             let nowhere = rustix::fs::open("/dev/null", OFlags::WRONLY | OFlags::CLOEXEC, Mode::empty());
             let nowhere = nowhere.map_err(|e| DriverError::Storage(format!("/dev/null: {e}")))?;
-            body.line()?.write_memory(nowhere.into(), journal).await
+            body.line()?.write_memory(ClosedAside::of(nowhere.into()), journal).await
         };
         match sent.await {
             Ok(()) => {

@@ -103,7 +103,7 @@ impl Operation {
             moved
         });
         let mut pumped = pin!(pumped);
-        let mut sent = pin!(async { body.line()?.write_memory(write.into(), journal).await });
+        let mut sent = pin!(async { body.line()?.write_memory(ClosedAside::of(write.into()), journal).await });
         let (mut moved, mut written) = (None, None);
         let why = loop {
             if let (Some(_), Some(_)) = (&moved, &written) {

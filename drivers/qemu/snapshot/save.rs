@@ -22,7 +22,6 @@ use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable};
 use crate::host::workers::{ClosedAside, Errand, Workers};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::pin::pin;
@@ -385,35 +384,38 @@ fn looked(disk: DiskLook) -> Result<Option<DiskLook>, DriverError> {
     }
 }
 
-/// Opens a file and reads what it says of the machine. `wary`: as root among others.
-pub async fn read(workers: &Workers, path: PathBuf, wary: bool) -> Result<SavedState, DriverError> {
-    let (shown, file) = (path.display().to_string(), path.clone());
-    // Whose it is, is not known before it is read: nobody else's work waits for it.
-    let errand = Errand::new(Uuid::new_v4(), shown.clone());
-    let saved = workers.run(errand, move |_| {
-        let opened = Found::resolve(&file).and_then(|found| found.plain(wary));
-        let opened = opened.map_err(|e| stored(&file, &e))?;
-        Saved::read(opened.into_file()).map_err(|why| unusable(&file, why))
-    });
-    let saved = saved.await?;
-    if saved.telling.driver != "qemu" {
-        let driver = &saved.telling.driver;
-        return Err(DriverError::Argument(format!("{shown}: it was saved by the driver '{driver}', and not by QEMU")));
-    }
-    let cpu = match &saved.telling.cpu {
-        None => None,
-        Some(text) => {
-            let unread = || DriverError::Argument(format!("{shown}: the CPU that it had cannot be read"));
-            Some(expanded::read(text).ok_or_else(unread)?)
+/// Opens a file and reads what it says of the machine, and its configuration. `machine`: whose it is, if that is known; `wary`: as
+/// root among others.
+pub async fn read(
+    workers: &Workers,
+    path: PathBuf,
+    machine: Option<Uuid>,
+    wary: bool,
+) -> Result<(SavedState, String), DriverError> {
+    let shown = path.display().to_string();
+    // Where it is not known whose it is before it is read, nobody else's work waits for it.
+    let errand = Errand::new(machine.unwrap_or_else(Uuid::new_v4), shown.clone());
+    let read = workers.run(errand, move |_| {
+        let opened = Found::resolve(&path).and_then(|found| found.plain(wary));
+        let opened = opened.map_err(|e| stored(&path, &e))?;
+        let mut saved = Saved::read(opened.into_file()).map_err(|why| unusable(&path, why))?;
+        if saved.telling.driver != "qemu" {
+            let driver = &saved.telling.driver;
+            let text = format!("{shown}: it was saved by the driver '{driver}', and not by QEMU");
+            return Err(DriverError::Argument(text));
         }
-    };
-    Ok(SavedState {
-        file: path,
-        configuration: saved.configuration.clone(),
-        paused: saved.telling.paused,
-        cpu,
-        held: Arc::new(saved),
-    })
+        let cpu = match saved.telling.cpu.take() {
+            None => None,
+            Some(text) => {
+                let unread = || DriverError::Argument(format!("{shown}: the CPU that it had cannot be read"));
+                Some(expanded::read(&text).ok_or_else(unread)?)
+            }
+        };
+        let configuration = std::mem::take(&mut saved.configuration);
+        let state = SavedState { file: path, paused: saved.telling.paused, cpu, held: Arc::new(saved) };
+        Ok((state, configuration))
+    });
+    read.await
 }
 
 /// What is held of it.
@@ -423,8 +425,8 @@ fn held(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
 }
 
 /// The stream, to be loaded.
-pub fn stream(state: &SavedState) -> Result<File, DriverError> {
-    held(state)?.stream().map_err(|e| stored(&state.file, &e))
+pub fn stream(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
+    held(state)
 }
 
 /// Holds it to what was written, to the QEMU of that version that is to load it, and the disks to how they looked.

@@ -42,9 +42,11 @@ pub trait SavedMachines: Send + Sync {
     /// complete gets its name, what is not is removed. Says what was done, for people.
     async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError>;
 
-    /// Opens a file, and holds what it says of the machine, and its length, to what was written. Errors: `Argument` if it is no
+    /// Opens a file, and holds what it says of the machine, and its length, to what was written. Beside that it gives its
+    /// configuration: a `<domain>` with all that is secret, as long as the file says, so whoever asks bounds how many are there.
+    /// `machine`: whose file it is, if that is known before. Errors: `Argument` if it is no
     /// saved machine or not whole, `Unsupported` for one of another program, `Storage` if it cannot be read.
-    async fn read_saved(&self, file: PathBuf) -> Result<SavedState, DriverError>;
+    async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError>;
 
     /// Holds the memory in it to its checksum, what wrote it to what is here, and the disks of `def` that it names to how they
     /// looked. `progress` is told bytes, done and in all. Errors: `Argument` if it has been changed or was written by what cannot be
@@ -74,8 +76,6 @@ pub struct SaveRequest {
 pub struct SavedState {
     /// Where it was found.
     pub file: PathBuf,
-    /// Its configuration: a `<domain>` with all that is secret.
-    pub configuration: String,
     /// Whether its CPUs are to stand.
     pub paused: bool,
     /// The CPU that the guest had, where the configuration leaves that open.

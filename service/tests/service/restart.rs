@@ -68,7 +68,7 @@ impl Driver for Slow {
             cancel: CancellationToken::new(),
         };
         let Running { instance, .. } = self.inner.start(launch).await?;
-        Ok(Some(Reconnected { instance, condition: Condition::Suspended(Suspended::Paused) }))
+        Ok(Some(Reconnected { instance, condition: Condition::Suspended(Suspended::Paused), unmarked: false }))
     }
 }
 
