@@ -104,10 +104,11 @@ impl Service {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
             return Ok(findings);
         };
-        if self.may_name_files(caller, &def, &**driver).await {
-            driver.learn(&def).await;
-        }
-        match driver.complete(&mut def).await {
+        let completed = match self.may_name_files(caller, &def, &**driver).await {
+            true => driver.learn_and_complete(&mut def).await,
+            false => driver.complete(&mut def).await,
+        };
+        match completed {
             Ok(()) => {}
             Err(DriverError::Config(found)) => add_findings(&mut findings, found),
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
@@ -158,10 +159,11 @@ impl Service {
         let mut def = seat.read(xml, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
         let _seat = seat.read_through().await;
         let driver = self.driver_for(&def.kind)?;
-        if self.may_name_files(caller, &def, &*driver).await {
-            driver.learn(&def).await;
-        }
-        let translated = match driver.complete(&mut def).await {
+        let completed = match self.may_name_files(caller, &def, &*driver).await {
+            true => driver.learn_and_complete(&mut def).await,
+            false => driver.complete(&mut def).await,
+        };
+        let translated = match completed {
             Ok(()) => driver.native(&def, format).await,
             Err(e) => Err(e),
         };
@@ -197,8 +199,7 @@ impl Service {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
         }
         keep_hidden(&mut def, existing.as_deref()).map_err(Error::ConfigInvalid)?;
-        driver.learn(&def).await;
-        driver.complete(&mut def).await.map_err(|e| match e {
+        driver.learn_and_complete(&mut def).await.map_err(|e| match e {
             DriverError::Config(findings) if findings.iter().all(|f| f.kind == FindingKind::Invalid) => {
                 Error::ConfigInvalid(findings)
             }

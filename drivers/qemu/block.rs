@@ -25,7 +25,7 @@ pub struct Node {
 }
 
 /// All nodes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Nodes(pub Vec<Node>);
 
 impl Nodes {
@@ -105,6 +105,23 @@ pub fn unmistakable(name: &str, image: &Path, inner: &[InnerSnapshot]) -> Result
             other.name
         ))),
     }
+}
+
+/// Deletes a snapshot inside the images of these nodes, from the last on.
+pub async fn delete_snapshot(line: &Monitor, name: &str, mut nodes: Vec<String>) -> Result<(), DriverError> {
+    while let Some(node) = nodes.last() {
+        // One answer, where a job takes three. It is refused for what is not the top of its chain: jobs know that as well.
+        let arguments = json!({ "device": node, "name": name });
+        match line.patiently("blockdev-snapshot-delete-internal-sync", arguments).await {
+            Ok(_) => nodes.truncate(nodes.len() - 1),
+            Err(DriverError::Hypervisor(_)) => {
+                let arguments = json!({ "tag": name, "devices": nodes });
+                return line.job("snapshot-delete", "virtd-snapshot-delete", arguments, None).await;
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// QEMU tells a file by its name, or by all its options where those were given.

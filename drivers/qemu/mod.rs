@@ -136,6 +136,17 @@ impl QemuDriver {
         self.0.prober.known(&emulator(def).await).await
     }
 
+    /// The same for whoever may define machines: the emulator is asked, if need be.
+    async fn learnt_for(&self, def: &DomainDef) -> Arc<Capabilities> {
+        self.0.prober.learn_of(def.uuid, &emulator(def).await).await
+    }
+
+    fn complete_for(&self, def: &mut DomainDef, caps: &Capabilities) -> Result<(), DriverError> {
+        complete::complete(def, caps).map_err(DriverError::Config)?;
+        firmware::place_variables(def, &self.0.state_dir);
+        Ok(())
+    }
+
     /// What a start needs of the host's files and does not find, as far as that can be told: images always, the rest where
     /// its command can be built. `restored`: it starts from a snapshot.
     async fn lacks_files(
@@ -275,14 +286,17 @@ impl Driver for QemuDriver {
 
     async fn learn(&self, def: &DomainDef) {
         // Why it failed is known from now on, and told by whatever needs to know the emulator.
-        self.0.prober.learn_for(def.uuid, &emulator(def).await).await;
+        self.learnt_for(def).await;
     }
 
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
-        complete::complete(def, &caps).map_err(DriverError::Config)?;
-        firmware::place_variables(def, &self.0.state_dir);
-        Ok(())
+        self.complete_for(def, &caps)
+    }
+
+    async fn learn_and_complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
+        let caps = self.learnt_for(def).await;
+        self.complete_for(def, &caps)
     }
 
     async fn check(&self, def: &DomainDef) -> Vec<Finding> {
@@ -490,8 +504,7 @@ impl Driver for QemuDriver {
         let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
-        self.learn(def).await;
-        let caps = self.capabilities_for(def).await;
+        let caps = self.learnt_for(def).await;
         refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
         declared::hold(&self.0.workers, def).await?;
         let process = body.keeper.process_id();

@@ -76,8 +76,7 @@ impl Monitor {
         let before = self.reporter.heard().jobs;
         self.begin(command, id, arguments).await?;
         // What takes moments is asked about once, when it says that it has ended.
-        self.news_of(before, journal).await;
-        match self.settled(id, journal).await? {
+        match self.settled_since(Some(before), id, journal).await? {
             JobStatus::Ended(ended) => {
                 self.forget(id).await;
                 ended.map_err(|why| failed(command, &why))
@@ -99,33 +98,38 @@ impl Monitor {
         }
     }
 
-    /// Waits until jobs are not as they were when `before` was heard, for a moment; not once it is no longer wanted.
-    async fn news_of(&self, before: u64, journal: Option<&Arc<dyn Journal>>) {
-        let never = CancellationToken::new();
-        let cancelled = journal.map_or(&never, |journal| journal.cancelled());
-        let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
-        tokio::select! {
-            _ = tokio::time::timeout(LOOK, news) => {}
-            () = cancelled.cancelled() => {}
-        }
-    }
-
     /// Waits until a job has ended, or is ready.
     pub async fn settled(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<JobStatus, DriverError> {
+        self.settled_since(None, id, journal).await
+    }
+
+    /// The same for one that has just begun, when so many changes of jobs had been `heard`: it is asked about only when there
+    /// has been another, or none for a while.
+    async fn settled_since(
+        &self,
+        mut heard: Option<u64>,
+        id: &str,
+        journal: Option<&Arc<dyn Journal>>,
+    ) -> Result<JobStatus, DriverError> {
         let never = CancellationToken::new();
         let cancelled = journal.map_or(&never, |journal| journal.cancelled());
         let mut asked_to_stop = false;
         loop {
-            let before = self.reporter.heard().jobs;
-            match self.standing(id, journal).await? {
-                JobStatus::Running => {}
-                standing if !asked_to_stop => return Ok(standing),
-                _ => {
-                    // Or the next one of that name would be taken for it.
-                    self.dismiss(id).await;
-                    return Err(DriverError::Cancelled);
+            let before = match heard.take() {
+                Some(before) => before,
+                None => {
+                    let before = self.reporter.heard().jobs;
+                    match self.standing(id, journal).await? {
+                        JobStatus::Running => before,
+                        standing if !asked_to_stop => return Ok(standing),
+                        _ => {
+                            // Or the next one of that name would be taken for it.
+                            self.dismiss(id).await;
+                            return Err(DriverError::Cancelled);
+                        }
+                    }
                 }
-            }
+            };
             let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
             tokio::select! {
                 _ = tokio::time::timeout(LOOK, news) => {}
@@ -203,9 +207,9 @@ impl Monitor {
         }
     }
 
-    /// Forgets a job that is known to have ended.
+    /// Forgets a job that is known to have ended. Its name is free for whatever is begun from now on.
     async fn forget(&self, id: &str) {
-        let _ = self.patiently("job-dismiss", json!({ "id": id })).await;
+        self.monitor.tell("job-dismiss", json!({ "id": id })).await;
     }
 
     /// Writes the guest's memory and device state to a file. The CPUs stand when it is done.
@@ -275,3 +279,7 @@ pub fn failed(command: &str, why: &str) -> DriverError {
     let text = format!("{command}: {why}");
     if is_full(why) { DriverError::NoSpace(text) } else { DriverError::Hypervisor(text) }
 }
+
+#[cfg(test)]
+#[path = "monitor_tests.rs"]
+mod tests;

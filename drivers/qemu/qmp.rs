@@ -148,12 +148,7 @@ impl Qmp {
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let (reply, answer) = oneshot::channel();
         let _place = self.waiting.enter(id, reply)?;
-        let mut words = json!({ "execute": command, "arguments": arguments, "id": id });
-        // QEMU reads its monitor byte by byte.
-        if let Some(words) = words.as_object_mut() {
-            words.retain(|key, value| key != "arguments" || value.as_object().is_none_or(|none| !none.is_empty()));
-        }
-        let line = format!("{words}\r\n").into_bytes();
+        let line = line(command, arguments, id);
         let exchange = async {
             self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
             answer.await.map_err(|_| QmpError::Closed)
@@ -161,6 +156,24 @@ impl Qmp {
         let reply = timeout(within, exchange).await.map_err(|_| QmpError::TimedOut(command.to_owned()))??;
         result(command, reply)
     }
+
+    /// Gives a command whose answer nobody waits for: QEMU does it before all that is given afterwards.
+    pub async fn tell(&self, command: &str, arguments: Value) {
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        let line = line(command, arguments, id);
+        // Where the stream has ended, all who wait are told that.
+        let _ = timeout(COMMAND_TIMEOUT, self.queue.send(Outgoing { line, fds: Vec::new() })).await;
+    }
+}
+
+/// A command as it is sent.
+fn line(command: &str, arguments: Value, id: u64) -> Vec<u8> {
+    let mut words = json!({ "execute": command, "id": id });
+    // QEMU reads its monitor byte by byte: nothing is said of none.
+    if arguments.as_object().is_none_or(|arguments| !arguments.is_empty()) {
+        words["arguments"] = arguments;
+    }
+    format!("{words}\r\n").into_bytes()
 }
 
 impl Drop for Qmp {

@@ -259,3 +259,41 @@ async fn dropping_the_connection_closes_it() {
     drop(qmp);
     assert_eq!(fake.commands.next_line().await.unwrap(), None);
 }
+
+#[tokio::test]
+async fn nothing_is_said_of_no_arguments() {
+    let (qmp, mut fake, _heard) = pair().await;
+    let play = async {
+        let mut lines = Vec::new();
+        for _ in 0..3 {
+            let line = fake.commands.next_line().await.unwrap().expect("a command");
+            let command: Value = serde_json::from_str(&line).unwrap();
+            fake.answer(command["id"].as_u64().unwrap(), json!({})).await;
+            lines.push(command.get("arguments").cloned());
+        }
+        lines
+    };
+    let asked = async {
+        qmp.execute("none", json!({})).await.unwrap();
+        qmp.execute("some", json!({ "none": {} })).await.unwrap();
+        qmp.tell("none", json!({})).await;
+    };
+    let ((), arguments) = tokio::join!(asked, play);
+    assert_eq!(arguments, [None, Some(json!({ "none": {} })), None]);
+}
+
+#[tokio::test]
+async fn what_is_told_is_sent_before_what_is_asked_and_its_answer_is_nobodys() {
+    let (qmp, mut fake, _heard) = pair().await;
+    qmp.tell("told", json!({})).await;
+    let play = async {
+        let (told, a) = fake.hear().await;
+        let (asked, b) = fake.hear().await;
+        fake.answer(a, json!("told")).await;
+        fake.answer(b, json!("asked")).await;
+        (told, asked)
+    };
+    let (answer, heard) = tokio::join!(qmp.execute("asked", json!({})), play);
+    assert_eq!(answer.unwrap(), json!("asked"));
+    assert_eq!(heard, ("told".to_owned(), "asked".to_owned()));
+}

@@ -32,8 +32,7 @@ impl Domain {
             let live = live.map(|def| with_medium(&name, &def, &device, true)).transpose()?;
             let mut stored = stored.map(|def| with_medium(&name, &def, &device, false)).transpose()?;
             if let Some((stored, _)) = &mut stored {
-                self.driver.learn(stored).await;
-                let completed = self.driver.complete(stored).await;
+                let completed = self.driver.learn_and_complete(stored).await;
                 completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
             }
             if let Some((def, target)) = &live {

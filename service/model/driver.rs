@@ -46,6 +46,12 @@ pub trait Driver: Send + Sync {
     /// is there. Errors are [`DriverError::Config`], and `def` is then to be thrown away.
     async fn complete(&self, def: &mut DomainDef) -> Result<(), DriverError>;
 
+    /// The same for whoever may define machines: [`Driver::learn`] is done first.
+    async fn learn_and_complete(&self, def: &mut DomainDef) -> Result<(), DriverError> {
+        self.learn(def).await;
+        self.complete(def).await
+    }
+
     /// Everything in `def` that this driver on this host could not run now, in document order. Empty: `start` would go
     /// as far as the hypervisor. Changes nothing.
     async fn check(&self, def: &DomainDef) -> Vec<Finding>;

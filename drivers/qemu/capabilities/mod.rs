@@ -377,22 +377,27 @@ impl Prober {
         outcome.map(|capabilities| Asked { capabilities, program })
     }
 
-    /// The same for whoever asks afterwards. The system's own are not asked now: [`Prober::known`] asks them whenever it is
-    /// wanted.
-    pub async fn learn_for(self: &Arc<Self>, guest: Uuid, binary: &Path) {
-        if !is_systems_own(binary) {
-            let _ = self.probe(guest, binary).await;
-        }
+    /// The same where a binary that cannot be asked is [`Capabilities::absent`]: enough to store a definition.
+    pub async fn learn_of(self: &Arc<Self>, guest: Uuid, binary: &Path) -> Arc<Capabilities> {
+        let asked = self.probe(guest, binary).await;
+        self.or_absent(binary, asked.map(|asked| asked.capabilities)).await
     }
 
     /// What is known of the binary, for everybody: neither is it run, nor its path followed, unless it is where the system
-    /// keeps its QEMU. One of which nothing is known is [`Capabilities::absent`], as one that cannot be asked: enough to
-    /// store a definition.
+    /// keeps its QEMU. One of which nothing is known is as one that cannot be asked.
     pub async fn known(self: &Arc<Self>, binary: &Path) -> Arc<Capabilities> {
         let known = match is_systems_own(binary) {
             true => self.probe(Uuid::nil(), binary).await.map(|asked| asked.capabilities),
             false => self.remembered(binary).await,
         };
+        self.or_absent(binary, known).await
+    }
+
+    async fn or_absent(
+        self: &Arc<Self>,
+        binary: &Path,
+        known: Result<Arc<Capabilities>, DriverError>,
+    ) -> Arc<Capabilities> {
         match known {
             Ok(capabilities) => capabilities,
             Err(error) => {

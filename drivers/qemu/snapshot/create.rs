@@ -23,11 +23,14 @@ use virt_model::driver::snapshots::{
 
 impl Operation {
     pub(super) async fn check_create(&self, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
-        self.check_machine(request).await?;
-        self.check_chains(request).await?;
-        let survey = self.survey(self.concerned(request)).await?;
-        self.check_names(request, &survey).await?;
-        self.check_way_back(request, &survey).await?;
+        let (able, nodes) = tokio::join!(self.check_machine(request), self.nodes());
+        able?;
+        let nodes = nodes?;
+        let (chains, survey) = tokio::join!(self.check_chains(request), self.survey(self.concerned(request)));
+        chains?;
+        let survey = survey?;
+        self.check_names(request, &survey, nodes.as_ref()).await?;
+        self.check_way_back(request, &survey, nodes.as_ref()).await?;
         self.decide_create(request, &survey)
     }
 
@@ -110,12 +113,19 @@ impl Operation {
             ));
         }
         let Some(body) = &self.body else { return Ok(()) };
-        self.nobody_else_works().await?;
+        let migration = async {
+            match request.memory {
+                MemoryMode::No => Ok(json!({})),
+                _ => body.patiently("query-migrate", json!({})).await,
+            }
+        };
+        let (alone, told) = tokio::join!(self.nobody_else_works(), migration);
+        alone?;
         if request.memory != MemoryMode::No {
             if let Some(why) = hostdev::keeps_memory_here(def) {
                 return Err(DriverError::Refused(format!("its memory cannot be captured: {why}; use disk-only")));
             }
-            let told = body.patiently("query-migrate", json!({})).await?;
+            let told = told?;
             let blockers: Vec<&str> =
                 told["blocked-reasons"].as_array().into_iter().flatten().filter_map(|why| why.as_str()).collect();
             if !blockers.is_empty() {
@@ -164,21 +174,31 @@ impl Operation {
     }
 
     /// What is taken inside images can be gone back to.
-    async fn check_way_back(&self, request: &SnapshotRequest, survey: &Survey) -> Result<(), DriverError> {
+    async fn check_way_back(
+        &self,
+        request: &SnapshotRequest,
+        survey: &Survey,
+        nodes: Option<&Nodes>,
+    ) -> Result<(), DriverError> {
         let with_nvram = self.record(request, survey).nvram == Some(Part::Internal);
         let images = super::internal_images(&self.machine.def, &request.disks, with_nvram);
-        self.hold_no_bitmaps(&images).await
+        self.hold_no_bitmaps(&images, nodes).await
     }
 
     /// A name that an image holds already would be two snapshots' afterwards.
-    async fn check_names(&self, request: &SnapshotRequest, survey: &Survey) -> Result<(), DriverError> {
+    async fn check_names(
+        &self,
+        request: &SnapshotRequest,
+        survey: &Survey,
+        nodes: Option<&Nodes>,
+    ) -> Result<(), DriverError> {
         let name = &request.name;
         if name.starts_with(UNDO) {
             return Err(cannot(format!("a snapshot's name cannot begin with '{UNDO}', which names what reverts keep")));
         }
         let inside = !super::internal_images(&self.machine.def, &request.disks, false).is_empty()
             || self.record(request, survey).nvram == Some(Part::Internal);
-        let held = self.held_in_images(request, survey).await?;
+        let held = self.held_in_images(request, survey, nodes).await?;
         if inside && may_be_number(name, held.iter().flat_map(|(_, inner)| inner)) {
             return Err(cannot(format!(
                 "'{name}' is the number of a snapshot in an image, or may be one day: QEMU and its tools would take it for \
@@ -204,11 +224,11 @@ impl Operation {
         &self,
         request: &SnapshotRequest,
         survey: &Survey,
+        nodes: Option<&Nodes>,
     ) -> Result<Vec<(Image, Vec<InnerSnapshot>)>, DriverError> {
         let images = super::internal_images(&self.machine.def, &request.disks, true);
-        match &self.body {
-            Some(body) => {
-                let nodes = Nodes::of(body).await?;
+        match nodes {
+            Some(nodes) => {
                 let inner = |image: &Image| nodes.image(image, "qcow2").map(|node| node.snapshots.clone());
                 Ok(images.iter().filter_map(|image| Some((image.clone(), inner(image)?))).collect())
             }

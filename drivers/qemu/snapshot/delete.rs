@@ -1,5 +1,6 @@
 //! Deleting a snapshot: what is inside images is removed, overlays are merged into what they stand on.
 
+use super::internal::BeforeForgetting;
 use super::note::NotedSnapshot;
 use super::note::record_of;
 use super::note::written;
@@ -225,7 +226,11 @@ impl Operation {
         let plan = self.deletion(snapshot, siblings).await?;
         self.may_be_done(&plan, snapshot).await?;
         let mut deed = plan.deed;
-        journal.note(written(&Note::Delete(deed.clone()))?).await?;
+        let images = self.held_images(snapshot, &record_of(snapshot));
+        // That is looked at while the note comes to disk.
+        let (noted, known) =
+            tokio::join!(journal.note(written(&Note::Delete(deed.clone()))?), self.before_forgetting(&images));
+        noted?;
         // Half a merge cannot be taken back: it goes to its end, or it is not begun.
         journal.point_of_no_return();
         self.goes_to_its_end();
@@ -235,17 +240,19 @@ impl Operation {
         if !deed.merges.is_empty() {
             journal.merging(&targets(&deed)).await?;
         }
-        self.carry_out(snapshot, &mut deed, Some(journal)).await
+        self.carry_out(snapshot, &mut deed, Some(known), Some(journal)).await
     }
 
-    /// Every step can be done again. What has been merged when one fails is merged for good.
+    /// Every step can be done again. What has been merged when one fails is merged for good. `known`: what has been looked at
+    /// already.
     pub(super) async fn carry_out(
         &self,
         snapshot: &ExistingSnapshot,
         deed: &mut Delete,
+        known: Option<BeforeForgetting>,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<Vec<Replaced>, Unfinished> {
-        let done = self.work_off(snapshot, deed, journal).await;
+        let done = self.work_off(snapshot, deed, known, journal).await;
         let merged = deed.merges.iter().filter(|merge| deed.merged.contains(&merge.target));
         let replaced = merged.map(|merge| Replaced {
             target: merge.target.clone(),
@@ -264,11 +271,16 @@ impl Operation {
         &self,
         snapshot: &ExistingSnapshot,
         deed: &mut Delete,
+        known: Option<BeforeForgetting>,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
         let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
         let images = self.held_images(snapshot, &record_of(snapshot));
-        self.forget_in_images(&snapshot.name, &images, true).await?;
+        let known = match known {
+            Some(known) => known,
+            None => self.before_forgetting(&images).await,
+        };
+        self.forget_as_known(&snapshot.name, &images, true, known).await?;
         step("forgotten");
         for merge in deed.merges.clone() {
             self.merge(&merge, snapshot, deed, journal).await?;

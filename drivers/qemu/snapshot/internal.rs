@@ -4,12 +4,20 @@ use super::super::instance::Body;
 use super::note::{CreateInternal, Note, Part, taken, written};
 use super::{Image, Operation, parts, undone};
 use crate::host::image::Images;
-use crate::qemu::block::Nodes;
+use crate::qemu::block::{Nodes, delete_snapshot};
 use serde_json::json;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{CreatedSnapshot, Journal, SnapshotRequest};
+
+/// What is known before a snapshot is removed from images.
+pub(super) struct BeforeForgetting {
+    /// Those of the images that are noted as frozen, and look as they did then.
+    frozen: Vec<PathBuf>,
+    /// What the guest has open, if it runs.
+    nodes: Result<Option<Nodes>, DriverError>,
+}
 
 impl Operation {
     /// All of it inside the images.
@@ -31,11 +39,16 @@ impl Operation {
             copies: copies.iter().map(|(_, to)| to.clone()).collect(),
             done: None,
         };
-        journal.note(written(&Note::CreateInternal(note.clone()))?).await?;
+        // QEMU answers while the note comes to disk.
+        let (noted, nodes) = tokio::join!(journal.note(written(&Note::CreateInternal(note.clone()))?), self.nodes());
+        noted?;
+        let nodes = nodes?;
         let captured = async {
             self.copy_all(copies, journal).await?;
-            match &self.body {
-                Some(body) => self.save_in_images(body, request, &images, journal).await?,
+            match self.body.as_ref().zip(nodes.as_ref()) {
+                Some((body, nodes)) => {
+                    self.save_in_images(body, request, nodes.of_images(&images)?, journal).await?;
+                }
                 None => self.take_in_images(request, &images, journal).await?,
             }
             if journal.cancelled().is_cancelled() { Err(DriverError::Cancelled) } else { Ok(()) }
@@ -69,14 +82,13 @@ impl Operation {
         &self,
         body: &Arc<Body>,
         request: &SnapshotRequest,
-        images: &[Image],
+        nodes: Vec<String>,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
         if self.machine.running {
             body.patiently("stop", json!({})).await?;
             journal.step("stopped");
         }
-        let nodes = Nodes::of(body).await?.of_images(images)?;
         let arguments = json!({ "tag": request.name, "vmstate": nodes.first(), "devices": nodes });
         body.line()?.job("snapshot-save", "virtd-snapshot-save", arguments, Some(journal)).await?;
         journal.step("saved");
@@ -113,6 +125,12 @@ impl Operation {
         removed.and(resumed)
     }
 
+    /// What is to be known before a snapshot is removed from images. Changes nothing.
+    pub(super) async fn before_forgetting(&self, images: &[Image]) -> BeforeForgetting {
+        let (frozen, nodes) = tokio::join!(self.still_frozen(images), self.nodes());
+        BeforeForgetting { frozen, nodes }
+    }
+
     /// Removes a snapshot from images, wherever it is.
     pub(super) async fn forget_in_images(
         &self,
@@ -120,17 +138,38 @@ impl Operation {
         images: &[Image],
         must_be_open: bool,
     ) -> Result<(), DriverError> {
-        let frozen = self.still_frozen(images).await;
-        let forgotten = self.forget_wherever(name, images, must_be_open).await;
+        let before = self.before_forgetting(images).await;
+        self.forget_as_known(name, images, must_be_open, before).await
+    }
+
+    /// The same where that is known.
+    pub(super) async fn forget_as_known(
+        &self,
+        name: &str,
+        images: &[Image],
+        must_be_open: bool,
+        BeforeForgetting { frozen, nodes }: BeforeForgetting,
+    ) -> Result<(), DriverError> {
+        let forgotten = self.forget_wherever(name, images, must_be_open, nodes).await;
         if !frozen.is_empty() {
             self.note_frozen(frozen).await;
         }
         forgotten
     }
 
-    async fn forget_wherever(&self, name: &str, images: &[Image], must_be_open: bool) -> Result<(), DriverError> {
+    async fn forget_wherever(
+        &self,
+        name: &str,
+        images: &[Image],
+        must_be_open: bool,
+        nodes: Result<Option<Nodes>, DriverError>,
+    ) -> Result<(), DriverError> {
         if let Some(body) = &self.body {
-            match self.forget_in_guest(body, name, images, must_be_open).await {
+            let forgotten = match nodes {
+                Ok(nodes) => self.forget_in_guest(body, &nodes.unwrap_or_default(), name, images, must_be_open).await,
+                Err(error) => Err(error),
+            };
+            match forgotten {
                 Err(DriverError::Gone) if body.is_gone_soon().await => {}
                 done => return done,
             }
@@ -146,11 +185,11 @@ impl Operation {
     async fn forget_in_guest(
         &self,
         body: &Body,
+        nodes: &Nodes,
         name: &str,
         images: &[Image],
         must_be_open: bool,
     ) -> Result<(), DriverError> {
-        let nodes = Nodes::of(body).await?;
         let mut holders = Vec::new();
         for image in images {
             match nodes.image(image, "qcow2") {
@@ -165,19 +204,6 @@ impl Operation {
                 None => {}
             }
         }
-        let line = body.line()?;
-        while let Some(holder) = holders.last() {
-            // One answer, where a job takes three. It is refused for what is not the top of its chain: jobs know that as well.
-            let arguments = json!({ "device": holder, "name": name });
-            match line.patiently("blockdev-snapshot-delete-internal-sync", arguments).await {
-                Ok(_) => holders.truncate(holders.len() - 1),
-                Err(DriverError::Hypervisor(_)) => {
-                    let arguments = json!({ "tag": name, "devices": holders });
-                    return line.job("snapshot-delete", "virtd-snapshot-delete", arguments, None).await;
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        Ok(())
+        delete_snapshot(&body.line()?, name, holders).await
     }
 }

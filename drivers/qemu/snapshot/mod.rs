@@ -30,6 +30,7 @@ mod survey;
 pub use files::open_memory;
 
 use super::QemuDriver;
+use super::block::Nodes;
 use super::instance::{Body, QemuInstance};
 use super::plan::MemorySource;
 use crate::host::image::Images;
@@ -184,6 +185,14 @@ impl Operation {
         let target = &disk.target.dev;
         let how = "take snapshots of it with disk-only, and while it is off";
         Err(cannot(format!("disk '{target}' throws away what is written to it, which excludes {what}: {how}")))
+    }
+
+    /// The block nodes of the guest, if it runs.
+    async fn nodes(&self) -> Result<Option<Nodes>, DriverError> {
+        match &self.body {
+            Some(body) => Nodes::of(body).await.map(Some),
+            None => Ok(None),
+        }
     }
 
     /// From here on it is not given up any more: what is under way is undone, or goes to its end.

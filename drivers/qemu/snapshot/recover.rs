@@ -136,7 +136,7 @@ impl Operation {
 
     async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
         let snapshot = note.snapshot.clone().read()?;
-        let carried_out = self.carry_out(&snapshot, &mut note, None).await;
+        let carried_out = self.carry_out(&snapshot, &mut note, None, None).await;
         self.go_on(note.resume).await?;
         Ok(match carried_out {
             Ok(replaced) => Recovered::Deleted(replaced),

@@ -42,9 +42,10 @@ impl Operation {
         let images = self.held_images(snapshot, &record);
         self.not_frozen(snapshot, &images, siblings)?;
         self.check_held(snapshot, &images).await?;
-        self.hold_no_bitmaps(&images).await?;
-        if let Some(body) = self.body.as_ref().filter(|_| in_place) {
-            Nodes::of(body).await?.of_images(&images)?;
+        let nodes = self.nodes().await?;
+        self.hold_no_bitmaps(&images, nodes.as_ref()).await?;
+        if let Some(nodes) = nodes.filter(|_| in_place) {
+            nodes.of_images(&images)?;
         }
         if let MemoryMode::External(file) = &snapshot.memory {
             self.check_memory(file, record.memory_bytes).await?;
@@ -129,12 +130,8 @@ impl Operation {
     }
 
     /// Refuses images that could not be brought to a snapshot inside them for the bitmaps that they hold.
-    pub(super) async fn hold_no_bitmaps(&self, images: &[Image]) -> Result<(), DriverError> {
-        let nodes = match &self.body {
-            Some(body) => Some(Nodes::of(body).await?),
-            None => None,
-        };
-        let open = |image: &Image| nodes.as_ref().and_then(|nodes| nodes.image(image, "qcow2"));
+    pub(super) async fn hold_no_bitmaps(&self, images: &[Image], nodes: Option<&Nodes>) -> Result<(), DriverError> {
+        let open = |image: &Image| nodes.and_then(|nodes| nodes.image(image, "qcow2"));
         for image in images {
             open(image).map_or(Ok(()), |node| without_bitmaps(image, &node.bitmaps))?;
         }
