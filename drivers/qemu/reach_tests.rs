@@ -20,6 +20,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Mutex;
 use std::time::Duration;
+use uuid::Uuid;
 use virt_model::driver::Recorder;
 
 /// What tells the process in a guest's place what to do.
