@@ -30,13 +30,13 @@ async fn until(what: &str, so: impl Fn() -> bool) {
 
 /// A save that waits at that step until the result is given back its file.
 async fn held_at(daemon: &Daemon, step: u32, domain: &Domain, file: &Path) -> (OwnedObjectPath, PathBuf) {
-    let go = daemon.folder().join("go");
-    let _ = std::fs::remove_file(&go);
-    daemon.at_step(step, &format!("until [ -e {} ]; do sleep 0.02; done", go.display()));
+    let (held, go) = (daemon.folder().join("held"), daemon.folder().join("go"));
+    let _ = (std::fs::remove_file(&held), std::fs::remove_file(&go));
+    daemon.at_step(step, &format!("touch {}; until [ -e {} ]; do sleep 0.02; done", held.display(), go.display()));
     let arguments = (file.to_str().expect("a text"), options([("no-wait", Variant::from(true))]));
     let reply = domain.call("Save", &arguments).await.expect("accepted");
-    let plan = daemon.folder().join("at-step");
-    until("the step does not come", || !plan.exists()).await;
+    // Not only begun: a process that is being made closes what virtd has open, and waits for a file system that has stopped.
+    until("the step does not come", || held.exists()).await;
     (reply.body().deserialize().expect("o"), go)
 }
 
