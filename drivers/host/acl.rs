@@ -130,7 +130,7 @@ impl Acl {
 
 /// The file behind a descriptor that is only a place, by a path that nobody can bend.
 pub fn through(fd: &impl AsFd) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd()))
+    PathBuf::from(format!("/proc/thread-self/fd/{}", fd.as_fd().as_raw_fd()))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@
 //! these are. Nothing here waits for a pipe's other end. File systems may not answer: see [`super::workers`].
 
 use super::acl::through;
+use super::apart::apart;
 use super::resolve::{Found, Place};
 use rustix::fs::{Access, AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
 use rustix::fs::{accessat, chownat, fstat, mkdirat, openat, renameat, renameat_with, statat, unlinkat};
@@ -106,7 +107,7 @@ impl Found {
             return Ok(None);
         }
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
-        Ok(Some(openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?.into()))
+        Ok(Some(apart(openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?)?.into()))
     }
 
     /// Opens it to be read, if it is a plain file. `wary`: and whoever named it may have it read.
@@ -118,7 +119,7 @@ impl Found {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no plain file"));
         }
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let file = openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?;
+        let file = apart(openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty())?)?;
         Ok(Plain { stat: fstat(&file)?, file: file.into() })
     }
 
@@ -151,13 +152,10 @@ impl Found {
         }
         let mut start = [0; 2];
         // One that may be run and not read is no script.
-        let readable = openat(
-            rustix::fs::CWD,
-            through(&self.fd),
-            OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
-            Mode::empty(),
-        );
-        let script = readable.is_ok_and(|file| File::from(file).read_exact(&mut start).is_ok()) && start == *b"#!";
+        let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        let readable = openat(rustix::fs::CWD, through(&self.fd), flags, Mode::empty()).map_err(io::Error::from);
+        let script = readable.and_then(apart).is_ok_and(|file| File::from(file).read_exact(&mut start).is_ok())
+            && start == *b"#!";
         Ok(Program { fd: self.fd, path: path.to_owned(), stat: self.stat, script })
     }
 }
@@ -310,7 +308,7 @@ impl Place {
     /// Makes a file, where nothing is; not even a link.
     pub fn create(&self, mode: u32) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        Ok(openat(self.folder_fd(), self.name(), flags, Mode::from_raw_mode(mode))?.into())
+        Ok(apart(openat(self.folder_fd(), self.name(), flags, Mode::from_raw_mode(mode))?)?.into())
     }
 
     /// Makes a folder, where nothing is, and holds it: an empty one of ours, whatever somebody may have put in its place.

@@ -4,6 +4,7 @@
 //! tells them to.
 
 use super::access::{LentFile, Want};
+use super::apart;
 use super::lender::Lender;
 use super::resolve::Found;
 use super::tool::{Bounds, tame};
@@ -11,7 +12,7 @@ use super::user::RunAs;
 use super::wall::{self, Maker, Wall};
 use super::workers::Stop;
 use rustix::fs::FileType;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use std::ffi::OsString;
@@ -269,14 +270,16 @@ impl Images {
         command.env("LC_ALL", "C").stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         tame(&mut command, self.lender.user().map(Into::into), BOUNDS);
         self.stop.check()?;
-        let mut done = || finish(&mut command, &self.stop, deed != LOOK);
+        let writes = deed != LOOK;
         let done = match self.lender.user() {
-            Some(_) => self.wall().within(done).and_then(|done| done),
-            None if wall::obstacle().is_some() => done(),
+            Some(_) => self.wall().within(|| finish(&mut command, &self.stop, writes)),
+            None if wall::obstacle().is_some() => apart::without(|| finish(&mut command, &self.stop, writes)),
             None => {
                 let walled = wall_in(&mut command, Wall { maker: Maker::Own, no_processes: true, ..self.wall() });
-                walled
-                    .and_then(|why| finish(&mut command, &self.stop, deed != LOOK).map_err(|e| why.told().unwrap_or(e)))
+                walled.and_then(|why| {
+                    let done = apart::without(|| finish(&mut command, &self.stop, writes));
+                    done.map_err(|e| why.told().unwrap_or(e))
+                })
             }
         };
         let done = done.map_err(|e| match e.kind() {
@@ -311,16 +314,18 @@ impl Images {
 /// Writes a raw image of some megabytes into `to`, which is empty, as qcow2: with the rights of `user`, who must be able to
 /// read the one and to write the other, and behind a wall; with ours, if `None`. The program finds both open, and no other file.
 /// Ends soon after it is told to stop, with an error. Blocks.
-pub fn convert(from: File, to: File, user: Option<&RunAs>, stop: &Stop) -> io::Result<()> {
-    let mut command = Command::new("qemu-img");
-    command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
-    command.env("LC_ALL", "C").stdin(from).stdout(to).stderr(Stdio::piped());
-    tame(&mut command, user.map(Into::into), Bounds { cpu: Some(CONVERSION), ..BOUNDS });
-    // What it has written by then is thrown away.
-    let mut run = || finish(&mut command, stop, false);
+pub fn convert(from: &File, to: &File, user: Option<&RunAs>, stop: &Stop) -> io::Result<()> {
+    let run = || {
+        let mut command = Command::new("qemu-img");
+        command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
+        command.env("LC_ALL", "C").stdin(apart::fetch(from)?).stdout(apart::fetch(to)?).stderr(Stdio::piped());
+        tame(&mut command, user.map(Into::into), Bounds { cpu: Some(CONVERSION), ..BOUNDS });
+        // What it has written by then is thrown away.
+        finish(&mut command, stop, false)
+    };
     let done = match user {
-        None => run(),
-        Some(_) => Wall::default().within(run).and_then(|done| done),
+        None => apart::without(run),
+        Some(_) => Wall::default().within(run),
     };
     let done = done.map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => io::Error::other(NOT_INSTALLED),
@@ -379,19 +384,13 @@ fn wall_in(command: &mut Command, wall: Wall) -> io::Result<Words> {
     Ok(Words(words))
 }
 
-/// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order.
+/// Runs it to its end, or until it is told to stop; `writes`: it is given time then to end in order. In a thread without guests'
+/// files.
+#[allow(clippy::disallowed_methods, reason = "without guests' files")]
 fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output> {
     let mut child = command.spawn()?;
-    // Not reaped yet, so the number is still the child's.
-    let held = pidfd_open(Pid::from_child(&child), PidfdFlags::empty());
-    let watched = match held {
-        Ok(held) => stop.watch(held, writes),
-        Err(e) => {
-            let _ = child.kill();
-            let _ = child.wait();
-            return Err(e.into());
-        }
-    };
+    let pid = Pid::from_child(&child);
+    let watched = stop.watch(pid, writes);
     let said = |stream: Option<Box<dyn Read + Send>>| {
         let mut said = Vec::new();
         stream.map_or(Ok(0), |stream| stream.take(MOST_SAID).read_to_end(&mut said)).map(|_| said)
@@ -402,9 +401,11 @@ fn finish(command: &mut Command, stop: &Stop, writes: bool) -> io::Result<Output
         let stdout = said(out.map(|stream| Box::new(stream) as _));
         (stdout, words.join().unwrap_or_else(|_| Ok(Vec::new())))
     });
-    let status = child.wait()?;
+    // Until it is reaped the number is its own.
+    let ended = waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOWAIT);
     drop(watched);
-    Ok(Output { status, stdout: stdout?, stderr: stderr? })
+    ended?;
+    Ok(Output { status: child.wait()?, stdout: stdout?, stderr: stderr? })
 }
 
 #[cfg(test)]
@@ -465,7 +466,7 @@ mod tests {
         };
         let (from, to) = (private("from"), private("to"));
         from.set_len(1 << 20).unwrap();
-        let convert = |user| convert(from.try_clone().unwrap(), to.try_clone().unwrap(), user, &Stop::default());
+        let convert = |user| convert(&from, &to, user, &Stop::default());
         let refused = convert(Some(&nobody)).unwrap_err().to_string();
         assert!(refused.contains("Permission denied"), "{refused}");
         assert_eq!(to.metadata().unwrap().len(), 0);
@@ -488,7 +489,8 @@ mod tests {
         let from = rustix::fs::open(&pipe, rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::NONBLOCK, 0.into());
         let (from, to) = (File::from(from.unwrap()), tempfile::tempfile().unwrap());
         let errand = Errand { limit: Duration::from_millis(500), ..Errand::new(Uuid::from_u128(1), "template") };
-        let convert = |stop: &Arc<Stop>| convert(from, to, None, stop).map_err(|e| DriverError::Storage(e.to_string()));
+        let convert =
+            move |stop: &Arc<Stop>| convert(&from, &to, None, stop).map_err(|e| DriverError::Storage(e.to_string()));
         let error = Workers::default().run(errand, convert).await.unwrap_err();
         assert!(matches!(error, DriverError::TimedOut(_)), "{error}");
     }

@@ -3,6 +3,7 @@
 #[allow(clippy::disallowed_methods, reason = "its ledger is in a folder of ours")]
 pub mod access;
 pub(crate) mod acl;
+pub mod apart;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod cgroup;
 #[allow(clippy::disallowed_methods, reason = "opens what has been found, by its descriptor")]

@@ -11,12 +11,14 @@
 //! Until "go" the child dies with us: the kernel kills it, and a closed pipe ends it. From "go" on the record says who it
 //! is. So at every moment a virtd that is killed leaves either no process or one that the next virtd can find.
 
+use super::apart;
 use super::files::Program;
 use super::process::{Identity, kill};
 use super::tool::limit;
 use super::user::RunAs;
 use super::wall::{self, Maker, Wall};
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
@@ -140,17 +142,21 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
             report => Err(explain(&program, report)),
         }
     };
-    match wall {
-        None => release(prepared.fork()?),
+    let fork = |prepared: &Prepared| match wall {
+        None => prepared.fork(),
         Some(wall) if wall.maker == Maker::Own => {
-            let forked = wall::fork(wall, move |ready| match ready {
+            let forked = wall::fork(wall, |ready| match ready {
                 Ok(()) => prepared.exec(),
                 Err(why) => prepared.refuse(&why),
             });
-            release(forked.map_err(|e| unwalled(&program, &e))?)
+            forked.map_err(|e| unwalled(&program, &e))
         }
-        Some(wall) => behind(wall, join, prepared, &program, release),
-    }
+        Some(wall) => {
+            join();
+            wall.enter().and_then(|()| prepared.fork()).map_err(|e| unwalled(&program, &e))
+        }
+    };
+    made(prepared, fork, release)
 }
 
 /// What the child says until its program runs.
@@ -178,27 +184,32 @@ fn unwalled(program: &Path, why: &dyn std::fmt::Display) -> io::Error {
     io::Error::other(format!("{} cannot be walled in: {why}", program.display()))
 }
 
-/// Makes the child behind the wall. The thread that does lives until `release` has returned: until it is told to go, the
-/// child dies with it.
-fn behind<T>(
-    wall: &Wall,
-    join: &(dyn Fn() + Sync),
+/// Makes the child in a thread without guests' files. That lives until `release` has returned: until it is told to go, the child
+/// dies with it.
+fn made<T>(
     prepared: Prepared,
-    program: &Path,
+    fork: impl FnOnce(&Prepared) -> io::Result<libc::pid_t> + Send,
     release: impl FnOnce(libc::pid_t) -> io::Result<T>,
 ) -> io::Result<T> {
-    let (made, pid) = mpsc::channel();
+    let (made, is_made) = mpsc::channel();
     let (done, until_done) = mpsc::channel::<()>();
     std::thread::scope(|scope| {
         let forking = move || {
-            join();
-            let forked = wall.enter().and_then(|()| prepared.fork());
-            let _ = made.send(forked);
+            let forked = apart::leave().and_then(|left| {
+                let forked = fork(&prepared);
+                // The child's ends of its pipes are its own.
+                left.let_go();
+                forked
+            });
+            // What it was given is closed where it was opened.
+            let _ = made.send((forked, prepared));
             let _ = until_done.recv();
         };
-        std::thread::Builder::new().name("wall".into()).spawn_scoped(scope, forking)?;
-        let pid = pid.recv().map_err(|_| io::Error::other("the thread behind the wall failed"))?;
-        let released = pid.map_err(|e| unwalled(program, &e)).and_then(release);
+        std::thread::Builder::new().name("maker".into()).spawn_scoped(scope, forking)?;
+        let failed = |_| io::Error::other("the thread that makes a process failed");
+        let (pid, given) = is_made.recv().map_err(failed)?;
+        drop(given);
+        let released = pid.and_then(release);
         drop(done);
         released
     })
@@ -263,7 +274,11 @@ fn above(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
     unsafe {
         match libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) {
             -1 => Err(none_left(&io::Error::last_os_error())),
-            copy => Ok(OwnedFd::from_raw_fd(copy)),
+            copy => {
+                let copy = OwnedFd::from_raw_fd(copy);
+                // From there on no process would have it.
+                if copy.as_raw_fd() < apart::first() { Ok(copy) } else { Err(none_left(&Errno::MFILE.into())) }
+            }
         }
     }
 }
@@ -331,8 +346,8 @@ impl Prepared {
         })
     }
 
-    /// Makes the child; in us, what it needed is gone when this returns.
-    fn fork(self) -> io::Result<libc::pid_t> {
+    /// Makes the child.
+    fn fork(&self) -> io::Result<libc::pid_t> {
         // SAFETY: the child calls only `Prepared::exec`, which does system calls on memory prepared here and never returns.
         match unsafe { libc::fork() } {
             -1 => Err(io::Error::last_os_error()),

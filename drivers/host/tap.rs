@@ -1,6 +1,7 @@
 //! Network devices of the host whose other end is a guest: made by us, plugged into a bridge, and gone with the last copy of
 //! their descriptors. Needs the right to administer the host's network.
 
+use super::apart;
 use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -251,7 +252,7 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     let path = "/usr/sbin:/usr/bin:/sbin:/bin";
     let mut command = Command::new(program);
     let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let done = done.output().map_err(|e| match e.kind() {
+    let done = apart::without(|| done.output()).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => {
             io::Error::other(format!("this needs the program {program} (Debian has it in iproute2)"))
         }

@@ -1,10 +1,15 @@
 //! Programs that virtd runs to learn or to change something, and waits for: with the rights of whoever they work for, no
 //! way to more, and no more of the host than they need.
 
+use super::apart;
+use super::process::{End, Process};
 use super::user::RunAs;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
+use tokio::net::unix::pipe::{Receiver, Sender, pipe};
 
 /// Whose rights a tool has.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,6 +82,51 @@ pub(super) fn limit(which: libc::__rlimit_resource_t, to: Option<u64>) -> io::Re
         let to = to.min(now.rlim_max);
         done(libc::setrlimit(which, &libc::rlimit { rlim_cur: to, rlim_max: to }))
     }
+}
+
+/// A program that works for us, and is killed when this is dropped before it has ended. Must be made within the runtime.
+pub struct Tool(Option<Process>);
+
+impl Tool {
+    /// Starts it. Its streams are none, or open already ([`ear`], [`mouth`]); our copies of its ends are closed.
+    pub fn start(mut command: Command) -> io::Result<Tool> {
+        let pid = Pid::from_child(&apart::start(&mut command)?);
+        // Not reaped yet, so the number is still the child's.
+        let held = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from).and_then(Process::new);
+        if held.is_err() {
+            let _ = (kill_process(pid, Signal::KILL), waitpid(Some(pid), WaitOptions::empty()));
+        }
+        held.map(|process| Tool(Some(process)))
+    }
+
+    /// Waits for its end; whether it was a good one.
+    pub async fn succeeds(mut self) -> bool {
+        let Some(process) = &self.0 else { return false };
+        let end = process.ended().await;
+        self.0 = None;
+        end == End::Code(0)
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        if let Some(process) = self.0.take() {
+            let _ = process.signal(Signal::KILL);
+            tokio::spawn(async move { process.ended().await });
+        }
+    }
+}
+
+/// A pipe for what a program says: the end that we read, and its own.
+pub fn ear() -> io::Result<(Receiver, OwnedFd)> {
+    let (theirs, ours) = pipe()?;
+    Ok((ours, theirs.into_blocking_fd()?))
+}
+
+/// A pipe for what a program is told: the end that we write to, and its own.
+pub fn mouth() -> io::Result<(Sender, OwnedFd)> {
+    let (ours, theirs) = pipe()?;
+    Ok((ours, theirs.into_blocking_fd()?))
 }
 
 fn done(result: libc::c_int) -> io::Result<()> {

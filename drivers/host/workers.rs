@@ -9,9 +9,8 @@
 //!                                               └─ limit or cancel ─▶ its tool is killed ─▶ its result, or it is left behind
 //! ```
 
-use rustix::process::{Signal, pidfd_send_signal};
+use rustix::process::{Pid, Signal, kill_process};
 use std::collections::HashMap;
-use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -72,7 +71,7 @@ pub struct Stop(Mutex<Stopping>);
 struct Stopping {
     level: Level,
     /// The tool that runs, and whether it writes.
-    tool: Option<(OwnedFd, bool)>,
+    tool: Option<(Pid, bool)>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -242,11 +241,11 @@ impl Stop {
         if self.lock().level == Level::No { Ok(()) } else { Err(DriverError::Cancelled) }
     }
 
-    /// Lets the tool that runs be killed when the errand is to stop; until what is returned is dropped. `writes`: it is
-    /// given time to end in order.
-    pub fn watch(&self, pidfd: OwnedFd, writes: bool) -> Watched<'_> {
+    /// Lets the tool that runs be killed when the errand is to stop; until what is returned is dropped, and that must be before the
+    /// tool is reaped. `writes`: it is given time to end in order.
+    pub fn watch(&self, tool: Pid, writes: bool) -> Watched<'_> {
         let mut stopping = self.lock();
-        stopping.tool = Some((pidfd, writes));
+        stopping.tool = Some((tool, writes));
         stopping.kill();
         Watched(self)
     }
@@ -264,10 +263,10 @@ impl Stop {
 
 impl Stopping {
     fn kill(&self) {
-        if let Some((pidfd, writes)) = &self.tool
+        if let Some((tool, writes)) = self.tool
             && (self.level == Level::Forced || self.level == Level::Asked && !writes)
         {
-            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+            let _ = kill_process(tool, Signal::KILL);
         }
     }
 }
@@ -332,6 +331,7 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::process::{WaitId, WaitIdOptions, waitid};
     use std::sync::mpsc;
 
     fn errand(guest: u128, limit: Duration) -> Errand {
@@ -392,10 +392,11 @@ mod tests {
         let (started, begun) = oneshot::channel();
         let work = move |stop: &Arc<Stop>| {
             let mut child = std::process::Command::new("sleep").arg("3600").spawn().map_err(|_| DriverError::Gone)?;
-            let pid = rustix::process::Pid::from_child(&child);
-            let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty());
-            let _watched = stop.watch(pidfd.map_err(|_| DriverError::Gone)?, false);
+            let watched = stop.watch(Pid::from_child(&child), false);
             let _ = started.send(());
+            let ended = WaitIdOptions::EXITED | WaitIdOptions::NOWAIT;
+            waitid(WaitId::Pid(Pid::from_child(&child)), ended).map_err(|_| DriverError::Gone)?;
+            drop(watched);
             child.wait().map_err(|_| DriverError::Gone)?;
             Err::<(), _>(DriverError::Storage("killed".into()))
         };

@@ -7,6 +7,7 @@ use super::plan::{Expected, HostFile, Tap};
 use crate::host::files::Program;
 use crate::host::macvtap::{self, Macvtap};
 use crate::host::pci::{Pci, VFIO};
+use crate::host::tool::Tool;
 use crate::host::usb::{self, UsbName};
 use crate::host::vf::{Function, Terms};
 use crate::host::workers::blocking;
@@ -14,7 +15,6 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
-use tokio::process::Command;
 use tokio::time::timeout;
 use uuid::Uuid;
 use virt_model::device::disk::StartupPolicy;
@@ -244,11 +244,13 @@ pub async fn settle() {
     // Only root gives a guest devices of the host.
     let found = blocking(|| Program::at(&super::capabilities::program("udevadm", true)?, true).ok());
     let Ok(Some(program)) = found.await else { return };
-    let mut command = Command::from(program.command());
+    let mut command = program.command();
     command.arg("settle").arg(format!("--timeout={}", SETTLED.as_secs()));
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     // Where no udev runs there is nobody to wait for.
-    let _ = timeout(SETTLED, command.status()).await;
+    if let Ok(tool) = Tool::start(command) {
+        let _ = timeout(SETTLED, tool.succeeds()).await;
+    }
 }
 
 #[cfg(test)]

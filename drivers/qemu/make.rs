@@ -163,7 +163,11 @@ pub fn replace(place: &Place, fill: impl FnOnce(&mut File) -> io::Result<()>) ->
     {
         return Err(io::Error::new(io::ErrorKind::AlreadyExists, "something that is no plain file is there"));
     }
-    let mut new = tempfile::NamedTempFile::new_in(through(place.folder_fd()))?;
+    let folder = through(place.folder_fd());
+    let mut new = tempfile::Builder::new().make_in(&folder, |path| {
+        let name = path.file_name().unwrap_or_default();
+        Place::in_folder(place.folder_fd().try_clone()?, name).create(0o600)
+    })?;
     fill(new.as_file_mut())?;
     new.as_file().sync_all()?;
     new.persist(place.path())?;
@@ -180,7 +184,7 @@ fn convert(from: Plain, to: &mut File, user: Option<&RunAs>, stop: &Stop) -> io:
     let mut held = File::from(held);
     copy(from, &mut held)?;
     user.map_or(Ok(()), |user| fchown(&*to, Some(user.uid), Some(user.gid)))?;
-    image::convert(held, to.try_clone()?, user, stop)
+    image::convert(&held, to, user, stop)
 }
 
 /// Gives what was made another name, over what is there.

@@ -9,7 +9,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::capabilities::bridge_helper;
@@ -17,9 +17,10 @@ use super::companion::Gifts;
 use super::plan::Tap;
 use crate::host::macvtap::Macvtap;
 use crate::host::tap::TapPlan;
+use crate::host::tool::{Tool, ear};
 use crate::host::workers::blocking;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use tokio::process::Command;
+use tokio::io::AsyncReadExt;
 use virt_model::device::Interface;
 use virt_model::device::interface::InterfaceKind;
 use virt_model::domain::DomainDef;
@@ -112,14 +113,20 @@ async fn open_with(helper: &Path, bridge: &str) -> Result<OwnedFd, DriverError> 
     rustix::io::fcntl_setfd(&theirs, rustix::io::FdFlags::empty()).map_err(|e| failed(e.to_string()))?;
     let mut command = Command::new(helper);
     command.arg("--use-vnet").arg(format!("--fd={}", theirs.as_raw_fd())).arg(format!("--br={bridge}"));
-    command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped()).kill_on_drop(true);
-    let child = command.spawn().map_err(|e| failed(format!("{}: {e}", helper.display())))?;
+    let (mut errors, stderr) = ear().map_err(|e| failed(e.to_string()))?;
+    command.env_clear().stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+    let tool = Tool::start(command).map_err(|e| failed(format!("{}: {e}", helper.display())))?;
     drop(theirs);
-    let output = tokio::time::timeout(PATIENCE, child.wait_with_output()).await;
-    let output = output.map_err(|_| failed("its helper did not answer in time".to_owned()))?;
-    let output = output.map_err(|e| failed(e.to_string()))?;
-    if !output.status.success() {
-        let words = String::from_utf8_lossy(&output.stderr);
+    let said = async {
+        let mut words = Vec::new();
+        errors.read_to_end(&mut words).await?;
+        Ok::<_, std::io::Error>((tool.succeeds().await, words))
+    };
+    let said = tokio::time::timeout(PATIENCE, said).await;
+    let said = said.map_err(|_| failed("its helper did not answer in time".to_owned()))?;
+    let (succeeded, words) = said.map_err(|e| failed(e.to_string()))?;
+    if !succeeded {
+        let words = String::from_utf8_lossy(&words);
         let words = words.trim();
         let hint = if words.contains("acl") { " (allow the bridge in /etc/qemu/bridge.conf)" } else { "" };
         return Err(failed(format!("{words}{hint}")));

@@ -23,6 +23,7 @@ mod sys;
 mod unprivileged;
 
 use super::access::LentFile;
+use super::apart;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
@@ -83,14 +84,10 @@ pub struct Folder {
 }
 
 impl Wall {
-    /// Runs `work` in a thread behind the wall; processes it makes are there, too. Needs root. Blocks. Errors say what of
-    /// the wall could not be made.
-    pub fn within<T: Send>(&self, work: impl FnOnce() -> T + Send) -> io::Result<T> {
-        std::thread::scope(|scope| {
-            let thread = std::thread::Builder::new().name("wall".into());
-            let thread = thread.spawn_scoped(scope, || self.enter().map(|()| work()))?;
-            thread.join().map_err(|_| io::Error::other("the thread behind the wall failed"))?
-        })
+    /// Runs `work` in a thread behind the wall; processes it makes are there, too. It is one of [`apart::without`]. Needs root.
+    /// Blocks. Errors say what of the wall could not be made.
+    pub fn within<T: Send>(&self, work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+        apart::without(|| self.enter().and_then(|()| work()))
     }
 
     /// Takes the calling thread, and no other, behind the wall. On error the thread is of no use any more. A wall of

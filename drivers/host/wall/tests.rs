@@ -13,7 +13,7 @@ fn needs_root() -> bool {
 
 /// What a shell behind the wall says.
 fn sh(wall: &Wall, script: &str) -> String {
-    let output = wall.within(|| Command::new("/bin/sh").args(["-c", script]).output().unwrap()).unwrap();
+    let output = wall.within(|| Command::new("/bin/sh").args(["-c", script]).output()).unwrap();
     String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).trim().to_owned()
 }
 
@@ -71,20 +71,18 @@ fn a_running_process_is_shown_more_and_what_was_replaced() {
     std::fs::write(&second, "second").unwrap();
     let wall = Wall { files: vec![file(&first, false)], ..Wall::default() };
     let script = format!("read line; cat {}; cat {}; echo -n more >> {0}", first.display(), second.display());
-    let mut child = wall
-        .within(|| {
-            let mut command = Command::new("/bin/sh");
-            command.args(["-c", &script]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
-            command.spawn().unwrap()
-        })
-        .unwrap();
+    let ((its_input, input), (mut output, its_output)) = (io::pipe().unwrap(), io::pipe().unwrap());
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", &script]).stdin(its_input).stdout(its_output);
+    let mut child = wall.within(|| command.spawn()).unwrap();
+    drop(command);
     std::fs::remove_file(&first).unwrap();
     std::fs::write(&first, "new").unwrap();
     show(child.id() as i32, &[file(&first, true), file(&second, false)]).unwrap();
     show(child.id() as i32, &[file(&first, true)]).unwrap();
-    drop(child.stdin.take());
-    let said = child.wait_with_output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&said.stdout), "newsecond");
+    drop(input);
+    assert_eq!(io::read_to_string(&mut output).unwrap(), "newsecond");
+    child.wait().unwrap();
     assert_eq!(std::fs::read_to_string(&first).unwrap(), "newmore");
 }
 
@@ -152,7 +150,7 @@ fn one_filter_holds_all_that_is_refused_each_with_its_error() {
     let wall = Wall::default();
     assert_eq!(sh(&wall, "grep Seccomp_filters: /proc/self/status").split_whitespace().last(), Some("1"));
     let error = |call: fn() -> libc::c_long| {
-        let made = wall.within(|| (call(), io::Error::last_os_error().raw_os_error())).unwrap();
+        let made = wall.within(|| Ok((call(), io::Error::last_os_error().raw_os_error()))).unwrap();
         if made.0 == -1 { made.1 } else { None }
     };
     // SAFETY: none of these calls takes memory, but for null.

@@ -3,14 +3,14 @@
 
 use super::{Blockers, Capabilities, Machine};
 use crate::host::files::Program;
-use crate::host::tool::{Bounds, Rights, tame};
+use crate::host::tool::{Bounds, Rights, Tool, ear, mouth, tame};
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use tokio::net::unix::pipe::{Receiver, Sender};
 use tokio::time::timeout;
 use virt_model::driver::DriverError;
 
@@ -141,9 +141,16 @@ fn text(value: &Value) -> String {
 async fn audio_backends(program: &Program, user: Option<(u32, u32)>) -> BTreeSet<String> {
     let mut command = command(program, user);
     command.args(["-audiodev", "help"]).stdin(Stdio::null()).stderr(Stdio::null());
-    match timeout(PATIENCE, command.output()).await {
-        Ok(Ok(output)) if output.status.success() => {
-            let listing = String::from_utf8_lossy(&output.stdout).into_owned();
+    let said = async {
+        let (mut output, theirs) = ear()?;
+        command.stdout(theirs);
+        let (tool, mut said) = (Tool::start(command)?, Vec::new());
+        output.read_to_end(&mut said).await?;
+        Ok::<_, std::io::Error>((tool.succeeds().await, said))
+    };
+    match timeout(PATIENCE, said).await {
+        Ok(Ok((true, said))) => {
+            let listing = String::from_utf8_lossy(&said).into_owned();
             listing.lines().skip(1).map(|line| line.trim().to_owned()).filter(|name| !name.is_empty()).collect()
         }
         _ => BTreeSet::new(),
@@ -155,16 +162,15 @@ fn command(program: &Program, user: Option<(u32, u32)>) -> Command {
     let mut command = program.command();
     command.env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C");
     tame(&mut command, user.map(|(uid, gid)| Rights::of_group(uid, gid)), BOUNDS);
-    let mut command = Command::from(command);
-    command.kill_on_drop(true);
     command
 }
 
 /// A QEMU that is being asked.
 struct Session {
-    child: Child,
-    input: ChildStdin,
-    output: Lines<BufReader<ChildStdout>>,
+    tool: Tool,
+    input: Sender,
+    output: Lines<BufReader<Receiver>>,
+    errors: Receiver,
 }
 
 impl Session {
@@ -174,12 +180,13 @@ impl Session {
         let mut command = command(program, user);
         command.args(["-machine", machine, "-nodefaults", "-no-user-config", "-S", "-display", "none"]);
         command.args(["-monitor", "none", "-qmp", "stdio"]);
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut child = command.spawn().map_err(|e| failed(e.to_string()))?;
-        match (child.stdin.take(), child.stdout.take()) {
-            (Some(input), Some(output)) => Ok(Session { child, input, output: BufReader::new(output).lines() }),
-            _ => Err(failed("no standard streams".to_owned())),
-        }
+        let begin = || {
+            let ((input, stdin), (output, stdout), (errors, stderr)) = (mouth()?, ear()?, ear()?);
+            command.stdin(stdin).stdout(stdout).stderr(stderr);
+            let tool = Tool::start(command)?;
+            Ok::<_, std::io::Error>(Session { tool, input, output: BufReader::new(output).lines(), errors })
+        };
+        begin().map_err(|e| failed(e.to_string()))
     }
 
     async fn greeting(&mut self) -> Result<Value, String> {
@@ -240,34 +247,31 @@ impl Session {
 
     /// Ends and reaps the process whatever came of it; a failure gets the process's last words.
     async fn close<T>(
-        mut self,
+        self,
         binary: &Path,
         answer: Result<Result<T, String>, tokio::time::error::Elapsed>,
     ) -> Result<T, DriverError> {
         // It may be one that outlives a closed stream; nothing of value is lost by force.
-        let killed = self.child.kill().await;
-        if let Err(error) = killed {
-            tracing::debug!(binary = %binary.display(), %error, "the probed process had already gone");
-        }
+        let Session { tool, errors, .. } = self;
+        drop(tool);
         match answer {
             Ok(Ok(value)) => Ok(value),
-            Ok(Err(why)) => Err(DriverError::Hypervisor(self.last_words(binary, &why).await)),
+            Ok(Err(why)) => Err(DriverError::Hypervisor(last_words(errors, binary, &why).await)),
             Err(_) => Err(DriverError::TimedOut(format!("{} did not answer within {PATIENCE:?}", binary.display()))),
         }
     }
+}
 
-    async fn last_words(&mut self, binary: &Path, why: &str) -> String {
-        let mut words = Vec::new();
-        if let Some(stderr) = self.child.stderr.take() {
-            let read = async { stderr.take(LAST_WORDS).read_to_end(&mut words).await };
-            // A grandchild may hold the stream open; then what has come so far has to do.
-            if timeout(Duration::from_secs(1), read).await.is_err() {
-                tracing::debug!(binary = %binary.display(), "its error stream stays open");
-            }
-        }
-        let words = String::from_utf8_lossy(&words);
-        let words = words.trim().lines().last().unwrap_or_default();
-        let colon = if words.is_empty() { "" } else { ": " };
-        format!("{} cannot be used: {why}{colon}{words}", binary.display())
+/// Why a program cannot be used, with what it has said of it last.
+async fn last_words(errors: Receiver, binary: &Path, why: &str) -> String {
+    let mut words = Vec::new();
+    let read = async { errors.take(LAST_WORDS).read_to_end(&mut words).await };
+    // A grandchild may hold the stream open; then what has come so far has to do.
+    if timeout(Duration::from_secs(1), read).await.is_err() {
+        tracing::debug!(binary = %binary.display(), "its error stream stays open");
     }
+    let words = String::from_utf8_lossy(&words);
+    let words = words.trim().lines().last().unwrap_or_default();
+    let colon = if words.is_empty() { "" } else { ": " };
+    format!("{} cannot be used: {why}{colon}{words}", binary.display())
 }

@@ -1,0 +1,132 @@
+//! Guests' files among virtd's descriptors, apart from all others.
+//!
+//! A new process has a copy of each descriptor of whoever makes it, and closes them before its program runs. Closing a file may
+//! wait for its file system, as one of a network does that has still to write. So a file that virtd has open for one machine, on
+//! storage that is dead, would keep every other machine from being started.
+//!
+//! ```text
+//!   virtd's table    0 ── sockets, logs, O_PATH … ──┬─ first() ── guests' files ──▶
+//!   of a thread      0 ── the same ─────────────────┘ ─▶ fork: the process has none of them
+//! ```
+//!
+//! Whatever opens guests' files gives them a high number ([`apart`]), and whatever makes processes does that in a thread with a
+//! table of its own, which ends below those ([`without`], [`leave`]). Only for the moment between the two system calls of
+//! [`apart`] has a file a low number.
+
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::process::{Child, Command};
+use std::sync::OnceLock;
+
+/// Descriptors of virtd's own there are at most so many; fewer where it may have fewer in all.
+const MOST_OWN: u64 = 1 << 15;
+
+/// The first number of guests' files: half of what we may have when it is first asked.
+pub fn first() -> RawFd {
+    static FIRST: OnceLock<RawFd> = OnceLock::new();
+    *FIRST.get_or_init(|| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        RawFd::try_from(limit.map_or(MOST_OWN, |limit| (limit / 2).min(MOST_OWN))).unwrap_or(RawFd::MAX)
+    })
+}
+
+/// The same file under a high number. Blocks, as closing it may.
+pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl makes a new descriptor, which nothing else owns.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, first()) } {
+        -1 => Err(io::Error::last_os_error()),
+        copy => Ok(unsafe { OwnedFd::from_raw_fd(copy) }),
+    }
+}
+
+/// From now on the calling thread, which must not be the only one, has a table of its own, without guests' files. What it opens
+/// is its own; what others have opened before it may use, and must not close for them.
+pub fn leave() -> io::Result<Left> {
+    const UNSHARE: libc::c_uint = 1 << 1;
+    // SAFETY: the files above stay open in the table that the thread leaves.
+    match unsafe { libc::syscall(libc::SYS_close_range, first(), libc::c_uint::MAX, UNSHARE) } {
+        0 => Ok(Left(PhantomData)),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// A thread that has a table of its own.
+pub struct Left(PhantomData<*const ()>);
+
+impl Left {
+    /// Closes all that the thread has: what a process that it has made holds is that process's alone now.
+    pub fn let_go(self) {
+        // SAFETY: closes descriptors of this thread's own table; their owners have them in another one.
+        unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+    }
+}
+
+/// Runs `work`, which makes processes, in a thread that has left. Blocks. Descriptors that it makes must not come back.
+pub fn without<T: Send>(work: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("maker".into());
+        let thread = thread.spawn_scoped(scope, || leave().and_then(|_left| work()))?;
+        thread.join().map_err(|_| io::Error::other("the thread that makes a process failed"))?
+    })
+}
+
+/// Starts a program whose streams are none, or open already: pipes that this made (`Stdio::piped`) would be lost.
+#[allow(clippy::disallowed_methods, reason = "without guests' files")]
+pub fn start(command: &mut Command) -> io::Result<Child> {
+    without(|| command.spawn())
+}
+
+/// A copy of one of virtd's files for a thread that has left. It is that thread's, and must be dropped by it.
+pub fn fetch(file: &impl AsFd) -> io::Result<OwnedFd> {
+    let us = pidfd_open(getpid(), PidfdFlags::empty())?;
+    Ok(pidfd_getfd(us, file.as_fd().as_raw_fd(), PidfdGetfdFlags::empty())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::io::{Read, Write};
+    use std::process::Stdio;
+
+    fn guests_file() -> File {
+        apart(tempfile::tempfile().unwrap().into()).unwrap().into()
+    }
+
+    fn numbers(command: &mut Command) -> Vec<RawFd> {
+        let listed = without(|| command.args(["/proc/self/fd"]).stdin(Stdio::null()).output()).unwrap();
+        String::from_utf8(listed.stdout).unwrap().lines().map(|line| line.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_made_has_no_file_of_guests() {
+        let file = guests_file();
+        assert!(file.as_raw_fd() >= first());
+        // Also what is not closed by exec.
+        rustix::io::fcntl_setfd(&file, rustix::io::FdFlags::empty()).unwrap();
+        let has = numbers(&mut Command::new("ls"));
+        assert!(has.contains(&1) && has.iter().all(|number| *number < first()), "{has:?}");
+        assert!(rustix::io::fcntl_getfd(&file).is_ok(), "it is open here");
+    }
+
+    /// What another thread has in hand is neither closed nor waited for.
+    #[test]
+    fn a_thread_that_has_left_uses_what_is_open_and_closes_its_own() {
+        let (mut file, low) = (guests_file(), tempfile::tempfile().unwrap());
+        let copied = without(|| {
+            assert!(rustix::io::fcntl_getfd(&file).is_err(), "it is not there");
+            rustix::io::fcntl_getfd(&low)?;
+            File::from(fetch(&file)?).write_all(b"from there")?;
+            leave()?.let_go();
+            Ok(rustix::io::fcntl_getfd(&low).is_err())
+        });
+        assert!(copied.unwrap(), "it had let go");
+        rustix::io::fcntl_getfd(&low).unwrap();
+        let mut text = String::new();
+        std::io::Seek::rewind(&mut file).unwrap();
+        file.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "from there");
+    }
+}
