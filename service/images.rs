@@ -114,13 +114,21 @@ impl Images {
         Ok(Taken(self.clone(), file.to_owned()))
     }
 
-    /// The one of these folders that a file, which need not be there, would be in or below, by whatever name.
-    pub async fn is_below(self: &Arc<Self>, file: &Path, folders: &[PathBuf]) -> Option<PathBuf> {
+    /// Refuses a file, which need not be there, that would be in or below one of these folders of virtd's own, by whatever name: it
+    /// would take the place of what is kept there.
+    pub async fn refuse_below(self: &Arc<Self>, file: &Path, folders: &[PathBuf]) -> Result<()> {
         let above: Vec<&Path> = file.ancestors().skip(1).collect();
         let named = above.iter().map(|folder| folder.to_path_buf());
         self.look(HashSet::new(), &named.chain(folders.iter().cloned()).collect::<Vec<_>>()).await;
         let same = |folder: &&PathBuf| above.iter().any(|above| self.same(above, folder));
-        folders.iter().find(same).cloned()
+        match folders.iter().find(same) {
+            None => Ok(()),
+            Some(folder) => Err(Error::InvalidArgument(format!(
+                "{}: {} is virtd's own folder; choose a file elsewhere, or let virtd keep it there (ManagedSave)",
+                file.display(),
+                folder.display()
+            ))),
+        }
     }
 
     /// Whether two paths are one file, or one name in one folder.

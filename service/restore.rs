@@ -1,7 +1,8 @@
-//! Domains that come from files in which machines were saved.
+//! Files in which machines were saved: domains that come from them, and the configurations in them.
 
 use crate::Service;
 use crate::authz::{Action, Caller, Subject};
+use crate::desk::aside;
 use crate::domain::{Domain, Resumption, StartOptions, absolute};
 use crate::error::{Error, Result};
 use crate::job::Ticket;
@@ -13,6 +14,7 @@ use virt_model::domain::abi::Strictness;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
 use virt_model::driver::saved::{SavedMachines, SavedState};
+use virt_model::xml::Limits;
 
 /// How a machine is restored.
 #[derive(Clone, Debug, Default)]
@@ -46,14 +48,8 @@ impl Service {
     ) -> Result<(Arc<Domain>, Ticket)> {
         self.allow(caller, &verb::RESTORE, &Subject::default()).await?;
         options.then.check()?;
-        let file = absolute(file)?;
-        // Files of the host are looked at for whoever may name them in a configuration.
-        self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
-        let place = self.shared.desk.reads_file(caller.uid).await;
-        let (saved, text) = self.saves()?.read_saved(file, None).await.map_err(unread)?;
-        let kept = self.configuration_in(caller, &saved, text).await?;
-        drop(place);
-        let xml = self.configuration_of(caller, kept, options.xml.as_deref()).await?;
+        let (saved, kept) = self.read_saved(caller, file).await?;
+        let xml = self.configuration_of(caller, kept, options.xml.as_deref(), "restore").await?.write(Form::STORED);
         let start = StartOptions {
             paused: options.then.stands(saved.paused),
             cancel_on_disconnect: options.cancel_on_disconnect,
@@ -63,6 +59,66 @@ impl Service {
         let (def, domain) = self.accept_to_start(caller, &xml, &[&verb::RESTORE, &verb::CREATE]).await?;
         let ticket = domain.launch_saved(caller, def, saved, start).await?;
         Ok((domain, ticket))
+    }
+
+    /// The configuration in a file in which a machine was saved; with `secure` all that is secret in it.
+    pub async fn saved_xml(&self, caller: &Caller, file: &str, secure: bool) -> Result<String> {
+        self.allow(caller, &verb::SAVED_XML, &Subject::default()).await?;
+        if secure {
+            self.shared.authority.check(caller, Action::ReadSecure, &Subject::default()).await?;
+        }
+        let (_, kept) = self.read_saved(caller, file).await?;
+        let seat = self.shared.desk.seat(caller.uid, &[]).await;
+        Ok(seat.work(move || kept.write(Form { inactive: true, secure, migratable: false })).await)
+    }
+
+    /// Has the machine in a file come back with another configuration, in which no guest would notice anything; what `xml` leaves
+    /// out of what is secret stays. Returns when the file is on disk; on failure it is as it was.
+    pub async fn set_saved_xml(&self, caller: &Caller, file: &str, xml: &str) -> Result<()> {
+        let begun = Instant::now();
+        let result = self.set_saved_xml_inner(caller, file, xml).await;
+        if let Err(e) = &result {
+            log::refused(caller, &verb::SET_SAVED_XML, begun, e);
+        }
+        result
+    }
+
+    async fn set_saved_xml_inner(&self, caller: &Caller, file: &str, xml: &str) -> Result<()> {
+        self.allow(caller, &verb::SET_SAVED_XML, &Subject::default()).await?;
+        self.shared.images.refuse_below(&absolute(file)?, &self.shared.store.own_folders()).await?;
+        let (saved, kept) = self.read_saved(caller, file).await?;
+        let (file, uuid) = (saved.file.clone(), kept.uuid);
+        let taken =
+            self.shared.images.take(&file, format!("a change of the configuration in {}", file.display())).await;
+        let _taken = taken.map_err(|by| {
+            let file = file.display();
+            Error::InUse(format!("{file} is what {by} writes; wait until that has ended, and try again"))
+        })?;
+        let def = self.configuration_of(caller, kept, Some(xml), "save").await?;
+        if def.has_native_arguments() {
+            self.shared.authority.check(caller, Action::Native, &Subject::default()).await?;
+        }
+        let text = aside(move || def.write_readable(Form::STORED, Limits::ACCEPTED)).await.map_err(|why| {
+            Error::OperationUnsupported(format!(
+                "{}: the configuration could not be read again: {why}; give a smaller one",
+                saved.file.display()
+            ))
+        })?;
+        self.saves()?.reconfigure_saved(&saved, text).await.map_err(unread)?;
+        tracing::info!(%uuid, caller_uid = caller.uid, "{} has another configuration", file.display());
+        Ok(())
+    }
+
+    /// What a file says of the machine that was saved in it, and its configuration, for a caller who may do what is to be done.
+    async fn read_saved(&self, caller: &Caller, file: &str) -> Result<(SavedState, DomainDef)> {
+        let file = absolute(file)?;
+        // Files of the host are looked at for whoever may name them in a configuration.
+        self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
+        let place = self.shared.desk.reads_file(caller.uid).await;
+        let (saved, text) = self.saves()?.read_saved(file, None).await.map_err(unread)?;
+        let kept = self.configuration_in(caller, &saved, text).await?;
+        drop(place);
+        Ok((saved, kept))
     }
 
     fn saves(&self) -> Result<&dyn SavedMachines> {
@@ -81,8 +137,14 @@ impl Service {
     }
 
     /// The configuration that the machine is to have: the saved one (`kept`) or, if no guest would notice, `given`; by the name
-    /// that the domain has today.
-    async fn configuration_of(&self, caller: &Caller, kept: DomainDef, given: Option<&str>) -> Result<String> {
+    /// that the domain has today. `word`: what is to be done with it.
+    async fn configuration_of(
+        &self,
+        caller: &Caller,
+        kept: DomainDef,
+        given: Option<&str>,
+        word: &str,
+    ) -> Result<DomainDef> {
         let today = self.get(kept.uuid).map(|domain| domain.name());
         let mut def = match given {
             None => kept,
@@ -91,18 +153,18 @@ impl Service {
                 let mut def = seat.read(given, DomainDef::parse).await.map_err(Error::ConfigInvalid)?;
                 drop(seat);
                 def.keep_hidden(&[&kept]).map_err(Error::ConfigInvalid)?;
-                self.hold_alike(&kept, &mut def, today.as_deref()).await?;
+                self.hold_alike(&kept, &mut def, today.as_deref(), word).await?;
                 def
             }
         };
         if let Some(today) = today {
             def.name = today;
         }
-        Ok(def.write(Form::STORED))
+        Ok(def)
     }
 
     /// Refuses a configuration in which the guest that was saved would notice something; a name that the domain has today is none.
-    async fn hold_alike(&self, kept: &DomainDef, given: &mut DomainDef, today: Option<&str>) -> Result<()> {
+    async fn hold_alike(&self, kept: &DomainDef, given: &mut DomainDef, today: Option<&str>, word: &str) -> Result<()> {
         let (Some(source), Some(target)) =
             (self.completed("saved", kept).await?, self.completed("given", given).await?)
         else {
@@ -121,7 +183,7 @@ impl Service {
         }
         let all: Vec<String> = differences.iter().map(ToString::to_string).collect();
         let text = format!(
-            "cannot restore domain '{}' with the document given for it: the guest would notice {} differences: {}",
+            "cannot {word} domain '{}' with the document given for it: the guest would notice {} differences: {}",
             kept.name,
             all.len(),
             all.join("; ")
@@ -137,6 +199,8 @@ pub(crate) fn unread(error: DriverError) -> Error {
         DriverError::Unsupported(why) => Error::OperationUnsupported(why),
         DriverError::Storage(why) => Error::StorageFailed(why),
         DriverError::TimedOut(why) => Error::TimedOut(why),
+        DriverError::NoSpace(why) => Error::NoSpace(why),
+        DriverError::Refused(why) => Error::OperationInvalid(why),
         other => Error::Internal(other.to_string()),
     }
 }

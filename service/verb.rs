@@ -92,6 +92,8 @@ verbs! {
         DEFINE = "DefineDomain", Some(Define), Always, "define";
         CREATE = "CreateDomain", Some(Define), Always, "create";
         RESTORE = "RestoreDomain", Some(Save), Always, "restore";
+        SAVED_XML = "GetSavedXML", Some(Read), Always, "get XML of what is saved";
+        SET_SAVED_XML = "SetSavedXML", Some(Save), Always, "set XML of what is saved";
         VALIDATE = "ValidateDomain", Some(Read), Always, "validate";
         COMPARE = "CompareDomains", Some(Read), Always, "compare";
         NATIVE = "DomainToNative", Some(Read), Always, "translate";

@@ -16,7 +16,8 @@ use super::acl::through;
 use super::apart::apart;
 use super::resolve::{Found, Place};
 use rustix::fs::{Access, AtFlags, Dir, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
-use rustix::fs::{accessat, chownat, fstat, mkdirat, openat, renameat, renameat_with, statat, unlinkat};
+use rustix::fs::{accessat, chownat, fstat, linkat, mkdirat, openat, renameat, renameat_with, statat, unlinkat};
+use rustix::io::Errno;
 use std::ffi::{CString, OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
@@ -309,6 +310,21 @@ impl Place {
     pub fn create(&self, mode: u32) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         Ok(apart(openat(self.folder_fd(), self.name(), flags, Mode::from_raw_mode(mode))?)?.into())
+    }
+
+    /// Makes a file without a name in the same folder; `None` where its file system has none such.
+    pub fn create_unnamed(&self, mode: u32) -> io::Result<Option<File>> {
+        let flags = OFlags::RDWR | OFlags::TMPFILE | OFlags::CLOEXEC;
+        match openat(self.folder_fd(), ".", flags, Mode::from_raw_mode(mode)) {
+            Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::NOENT) => Ok(None),
+            made => Ok(Some(apart(made?)?.into())),
+        }
+    }
+
+    /// Gives a file that has no name this one, where nothing is.
+    pub fn name_file(&self, file: &File) -> io::Result<()> {
+        let (from, to) = (through(file), self.folder_fd());
+        Ok(linkat(rustix::fs::CWD, from, to, self.name(), AtFlags::SYMLINK_FOLLOW)?)
     }
 
     /// Makes a folder, where nothing is, and holds it: an empty one of ours, whatever somebody may have put in its place.

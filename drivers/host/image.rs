@@ -315,18 +315,18 @@ impl Images {
 /// read the one and to write the other, and behind a wall; with ours, if `None`. The program finds both open, and no other file.
 /// Ends soon after it is told to stop, with an error. Blocks.
 pub fn convert(from: &File, to: &File, user: Option<&RunAs>, stop: &Stop) -> io::Result<()> {
-    let run = || {
+    let done = apart::without(|| {
         let mut command = Command::new("qemu-img");
         command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
         command.env("LC_ALL", "C").stdin(apart::fetch(from)?).stdout(apart::fetch(to)?).stderr(Stdio::piped());
         tame(&mut command, user.map(Into::into), Bounds { cpu: Some(CONVERSION), ..BOUNDS });
+        if user.is_some() {
+            // From there nothing is fetched any more.
+            Wall::default().enter()?;
+        }
         // What it has written by then is thrown away.
         finish(&mut command, stop, false)
-    };
-    let done = match user {
-        None => apart::without(run),
-        Some(_) => Wall::default().within(run),
-    };
+    });
     let done = done.map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => io::Error::other(NOT_INSTALLED),
         _ => e,

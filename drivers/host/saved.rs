@@ -7,6 +7,7 @@
 //! ```
 
 use super::workers::ClosedAside;
+use rustix::fs::{Stat, fstat};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::hash::Hasher;
@@ -112,7 +113,7 @@ pub struct Saved {
 impl Draft {
     /// Leaves room for all that comes before the stream, in a file that is empty, and stands there. `telling` is the longest that
     /// may be told.
-    pub fn begin(file: &mut File, telling: &Telling, configuration: &str) -> io::Result<Draft> {
+    pub fn begin(file: &mut impl Seek, telling: &Telling, configuration: &str) -> io::Result<Draft> {
         let texts = serde_json::to_vec(telling)?.len() + configuration.len();
         let stream = (HEADER as u64 + texts as u64).next_multiple_of(ALIGNMENT);
         file.seek(SeekFrom::Start(stream))?;
@@ -219,6 +220,33 @@ impl Saved {
         self.written.length
     }
 
+    /// How long the file is, in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.stream + self.written.length
+    }
+
+    /// What the kernel says of the file.
+    pub fn stat(&self) -> io::Result<Stat> {
+        Ok(fstat(self.file.get()?)?)
+    }
+
+    /// Writes the same machine with another configuration into a file that is empty. The stream is held to its checksum; `go_on` is
+    /// asked as in [`pump`]. On failure what is in that file is no saved machine.
+    pub fn copy_with<E: From<io::Error> + From<Unusable>>(
+        &self,
+        to: &File,
+        configuration: &str,
+        go_on: impl FnMut(u64) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let (mut to, mut from) = (to, Stream { saved: self, at: 0 });
+        let draft = Draft::begin(&mut to, &self.telling, configuration)?;
+        let copied = pump(&mut from, &mut to, go_on)?;
+        if copied != self.written {
+            return Err(wrong("the memory in it has been changed").into());
+        }
+        Ok(draft.finish(to, &self.telling, configuration, copied)?)
+    }
+
     /// Reads the stream to its end and holds it to its checksum. `go_on` is asked between any two pieces, with how many bytes
     /// have been read.
     pub fn verify<E: From<Unusable>>(&self, mut go_on: impl FnMut(u64) -> Result<(), E>) -> Result<(), E> {
@@ -248,6 +276,22 @@ impl Saved {
         let copy = ClosedAside::of(self.file.get()?.try_clone()?);
         copy.get()?.seek(SeekFrom::Start(self.stream))?;
         Ok(copy)
+    }
+}
+
+/// The stream in a file, which another reader of that file does not move.
+struct Stream<'a> {
+    saved: &'a Saved,
+    at: u64,
+}
+
+impl Read for Stream<'_> {
+    fn read(&mut self, piece: &mut [u8]) -> io::Result<usize> {
+        let left = usize::try_from(self.saved.written.length - self.at).unwrap_or(usize::MAX);
+        let most = piece.len().min(left);
+        let got = self.saved.file.get()?.read_at(&mut piece[..most], self.saved.stream + self.at)?;
+        self.at += got as u64;
+        Ok(got)
     }
 }
 

@@ -38,6 +38,8 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::DEFINE, define_domain)
         .method(&verb::CREATE, create_domain)
         .method(&verb::RESTORE, restore_domain)
+        .method(&verb::SAVED_XML, get_saved_xml)
+        .method(&verb::SET_SAVED_XML, set_saved_xml)
         .method(&verb::GET_DOMAIN, get_domain)
         .method(&verb::GET_BY_NAME, get_domain_by_name)
         .method(&verb::GET_BY_ID, get_domain_by_id)
@@ -80,6 +82,22 @@ async fn restore_domain(service: Arc<Service>, call: Call) -> Outcome {
     let no_wait = no_wait(options)?;
     let (domain, ticket) = service.restore(call.caller(), file, restore).await?;
     call.reply(&(path(&domain)?, finish(ticket, no_wait).await?))
+}
+
+async fn get_saved_xml(service: Arc<Service>, call: Call) -> Outcome {
+    let body = call.body();
+    let (file, mut options): (&str, Options) = call::read(&body)?;
+    let secure = options.flag("secure")?;
+    options.end()?;
+    call.reply(&service.saved_xml(call.caller(), file, secure).await?)
+}
+
+async fn set_saved_xml(service: Arc<Service>, call: Call) -> Outcome {
+    let body = call.body();
+    let (file, xml, options): (&str, &str, Options) = call::read(&body)?;
+    options.end()?;
+    service.set_saved_xml(call.caller(), file, xml).await?;
+    call.done()
 }
 
 async fn get_domain(service: Arc<Service>, call: Call) -> Outcome {

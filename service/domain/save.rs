@@ -103,7 +103,7 @@ impl Domain {
             let file = absolute(file)?;
             // It names any file of the host, as a configuration does.
             self.allow(caller, Action::Define).await?;
-            self.not_among_ours(&file).await?;
+            self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
             let change = self.change(caller, &verb::SAVE);
             let kept = match &options.xml {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
@@ -192,19 +192,6 @@ impl Domain {
                 self.name()
             ))
         })
-    }
-
-    /// Refuses a file in virtd's own folders: it would take the place of what is kept there.
-    async fn not_among_ours(&self, file: &Path) -> Result<()> {
-        let ours = self.shared.store.own_folders();
-        match self.shared.images.is_below(file, &ours).await {
-            None => Ok(()),
-            Some(folder) => Err(Error::InvalidArgument(format!(
-                "{}: {} is virtd's own folder; choose a file elsewhere, or let virtd keep it there (ManagedSave)",
-                file.display(),
-                folder.display()
-            ))),
-        }
     }
 
     /// Refuses a file that a machine stands on.

@@ -54,11 +54,13 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 18] = [
+pub const MEMBERS: [&str; 20] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
     "Manager.RestoreDomain",
+    "Manager.GetSavedXML",
+    "Manager.SetSavedXML",
     "Manager.CompareDomains",
     "Manager.DomainToNative",
     "Domain.Start",
@@ -148,6 +150,13 @@ impl Doomed {
             }
             "Manager.RestoreDomain" => {
                 domain.client.call("/org/virt", "org.virt.Manager.RestoreDomain", &(file("saved"), none())).await
+            }
+            "Manager.GetSavedXML" => {
+                domain.client.call("/org/virt", "org.virt.Manager.GetSavedXML", &(file("saved"), none())).await
+            }
+            "Manager.SetSavedXML" => {
+                let asked = (file("saved"), &self.xml, none());
+                domain.client.call("/org/virt", "org.virt.Manager.SetSavedXML", &asked).await
             }
             "Domain.Save" => domain.call(method, &(file("saved"), none())).await,
             "Domain.UpdateDevice" => {

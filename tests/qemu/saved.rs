@@ -41,6 +41,18 @@ pub async fn restore(client: &Client, file: &Path, how: &[(&'static str, Variant
     Ok(Domain { client: client.clone(), path: path.to_string() })
 }
 
+async fn saved_xml(client: &Client, file: &Path, secure: bool) -> Result<String, Refusal> {
+    let how = options([("secure", Variant::from(secure))]);
+    let arguments = (file.to_str().expect("a text"), how);
+    let reply = client.call("/org/virt", "org.virt.Manager.GetSavedXML", &arguments).await?;
+    Ok(reply.body().deserialize().expect("s"))
+}
+
+async fn set_saved_xml(client: &Client, file: &Path, xml: &str) -> Result<(), Refusal> {
+    let arguments = (file.to_str().expect("a text"), xml, options([]));
+    client.call("/org/virt", "org.virt.Manager.SetSavedXML", &arguments).await.map(drop)
+}
+
 pub fn refused<T>(done: Result<T, Refusal>, name: &str, words: &[&str]) {
     let (got, text) = done.err().unwrap_or_else(|| panic!("it was done, and not {name}"));
     assert_eq!(got, format!("org.virt.Error.{name}"), "{text}");
@@ -404,7 +416,13 @@ async fn qemu_killed_while_it_is_saved() {
 #[tokio::test(flavor = "multi_thread")]
 async fn on_the_system_bus_only_root_has_the_file() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let Some((domain, tick)) = another(&daemon, "walled").await else { return };
+    let secret = "<graphics type='vnc' port='-1' autoport='yes' passwd='hidden'/></devices>";
+    let Some(tick) = Tick::new(&daemon, "walled", "") else { return };
+    let client = Client { connection: daemon.connect().await };
+    let xml = tick.xml.replace("</devices>", secret);
+    let domain = client.define(&xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    tick.counts_to(3).await;
     let file = daemon.folder().join("walled.save");
     save(&domain, &file, &[]).await.expect("saved");
     let made = std::fs::metadata(&file).expect("it is there");
@@ -415,11 +433,45 @@ async fn on_the_system_bus_only_root_has_the_file() {
     let stranger = Client { connection: daemon.connect_as(&ALICE).await };
     let theirs = Domain { client: stranger.clone(), path: domain.path.clone() };
     for path in [&file, &daemon.folder().join("none")] {
-        for denied in [save(&theirs, path, &[]).await, restore(&stranger, path, &[]).await.map(drop)] {
+        for denied in [
+            save(&theirs, path, &[]).await,
+            restore(&stranger, path, &[]).await.map(drop),
+            set_saved_xml(&stranger, path, "<domain/>").await,
+        ] {
             let (name, text) = denied.expect_err("denied");
             assert!(text.contains("org.virt.domain.save"), "{name}: {text}");
         }
+        for (secure, right) in [(false, "define"), (true, "read-secure")] {
+            let (name, text) = saved_xml(&stranger, path, secure).await.expect_err("denied");
+            assert!(text.contains(&format!("org.virt.domain.{right}")), "{name}: {text}");
+        }
     }
+    save(&domain, &file, &[]).await.expect("saved");
+    the_configuration_in_a_file_is_replaced(&domain, &tick, &file).await;
+}
+
+/// Of a machine that is off by now.
+async fn the_configuration_in_a_file_is_replaced(domain: &Domain, tick: &Tick, file: &Path) {
+    let client = &domain.client;
+    let shown = saved_xml(client, file, false).await.expect("read");
+    assert!(!shown.contains("hidden") && shown.contains("<name>walled</name>"), "{shown}");
+    let whole = std::fs::read(file).expect("read");
+    let larger = shown.replace("<memory unit='KiB'>16384", "<memory unit='KiB'>32768");
+    refused(set_saved_xml(client, file, &larger).await, "AbiIncompatible", &["save", "memory"]);
+    refused(set_saved_xml(client, file, "<domain").await, "ConfigInvalid", &[]);
+    let kept = file.with_file_name("root/var/lib/virt/saved/none.virtsave");
+    refused(set_saved_xml(client, &kept, &shown).await, "InvalidArgument", &["virtd's own folder"]);
+    assert!(std::fs::read(file).expect("read") == whole, "what is refused changes nothing");
+    let titled = shown.replace("<memory ", "<title>of then</title><memory ");
+    set_saved_xml(client, file, &titled).await.expect("replaced");
+    let now = saved_xml(client, file, true).await.expect("read");
+    assert!(now.contains("<title>of then</title>") && now.contains("passwd='hidden'"), "{now}");
+    let made = std::fs::metadata(file).expect("it is there");
+    assert_eq!((made.mode() & 0o7777, made.uid()), (0o600, 0));
+    assert_eq!(saved_as(file), [file.to_owned()], "and nothing beside it");
+    restore(client, file, &[]).await.expect("restored");
+    assert!(domain.xml().await.contains("<title>of then</title>"), "what runs has it");
+    tick.goes_on().await;
     domain.run("Destroy").await.expect("destroyed");
 }
 

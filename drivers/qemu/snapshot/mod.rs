@@ -25,6 +25,7 @@ mod note;
 mod park;
 mod parts;
 mod pipe;
+mod reconfigure;
 mod recover;
 mod revert;
 mod save;
@@ -168,6 +169,10 @@ impl SavedMachines for QemuDriver {
 
     async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError> {
         save::read(&self.0.workers, file, machine, !self.0.privileges.are_ours()).await
+    }
+
+    async fn reconfigure_saved(&self, saved: &SavedState, configuration: String) -> Result<(), DriverError> {
+        reconfigure::reconfigure(&self.0.workers, saved, configuration, !self.0.privileges.are_ours()).await
     }
 
     async fn verify_saved(

@@ -404,11 +404,11 @@ pub async fn read(
             let text = format!("{shown}: it was saved by the driver '{driver}', and not by QEMU");
             return Err(DriverError::Argument(text));
         }
-        let cpu = match saved.telling.cpu.take() {
+        let cpu = match &saved.telling.cpu {
             None => None,
             Some(text) => {
                 let unread = || DriverError::Argument(format!("{shown}: the CPU that it had cannot be read"));
-                Some(expanded::read(&text).ok_or_else(unread)?)
+                Some(expanded::read(text).ok_or_else(unread)?)
             }
         };
         let configuration = std::mem::take(&mut saved.configuration);
@@ -419,7 +419,7 @@ pub async fn read(
 }
 
 /// What is held of it.
-fn held(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
+pub fn held(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
     let held = state.held.clone().downcast::<Saved>();
     held.map_err(|_| DriverError::Internal("a saved machine of another driver".to_owned()))
 }
@@ -475,18 +475,31 @@ pub async fn verify(
                 progress(done, total);
                 stop.check().map_err(Interrupted::Stopped)
             })
-            .map_err(|why| match why {
-                Interrupted::Stopped(error) => error,
-                Interrupted::Wrong(why) => unusable(&path, why),
-            })
+            .map_err(|why| interrupted(why, &path))
     });
     looked.await
 }
 
 /// Why the reading of a stream ended early.
-enum Interrupted {
+pub enum Interrupted {
+    /// It was told to, or something else than the file is at fault.
     Stopped(DriverError),
+    /// The file is.
     Wrong(Unusable),
+}
+
+/// The same for people.
+pub fn interrupted(why: Interrupted, path: &Path) -> DriverError {
+    match why {
+        Interrupted::Stopped(error) => error,
+        Interrupted::Wrong(why) => unusable(path, why),
+    }
+}
+
+impl From<io::Error> for Interrupted {
+    fn from(error: io::Error) -> Interrupted {
+        Interrupted::Wrong(Unusable::Io(error))
+    }
 }
 
 impl From<Unusable> for Interrupted {

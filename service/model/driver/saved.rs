@@ -48,6 +48,10 @@ pub trait SavedMachines: Send + Sync {
     /// saved machine or not whole, `Unsupported` for one of another program, `Storage` if it cannot be read.
     async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError>;
 
+    /// Puts another `configuration` in the place of the one in that file, which is a copy with all else as it was, and has that on
+    /// disk. On failure the file is as it was. Errors as of `read_saved`; `Refused` if another file has come to be there.
+    async fn reconfigure_saved(&self, saved: &SavedState, configuration: String) -> Result<(), DriverError>;
+
     /// Holds the memory in it to its checksum, what wrote it to what is here, and the disks of `def` that it names to how they
     /// looked. `progress` is told bytes, done and in all. Errors: `Argument` if it has been changed or was written by what cannot be
     /// read here, `Refused` names a disk that has changed.
