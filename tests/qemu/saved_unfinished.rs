@@ -40,6 +40,15 @@ async fn held_at(daemon: &Daemon, step: u32, domain: &Domain, file: &Path) -> (O
     (reply.body().deserialize().expect("o"), go)
 }
 
+/// A save in which `command` is run when all is written and noted, which kills virtd.
+async fn cut_off(daemon: &mut Daemon, domain: &Domain, file: &Path, command: &str) {
+    daemon.at_step(NOTED, command);
+    let (text, none) = (file.to_str().expect("a text"), options([]));
+    domain.client.ask(&domain.path, "org.virt.Domain.Save", &(text, none)).await;
+    assert!(daemon.step_came());
+    daemon.virtd_died().await;
+}
+
 async fn job_ends(client: &Client, job: &OwnedObjectPath) -> (String, String) {
     let begun = Instant::now();
     loop {
@@ -162,11 +171,8 @@ async fn what_happens_to_the_file_of_a_save_leaves_the_guest_running() {
     assert_eq!(watch.lifecycle(&domain.path).await, "suspended paused", "nothing was told of all that");
     domain.bare("Resume").await.expect("resumed");
     // The same where virtd is killed then: the next one finds neither of its names.
-    daemon.at_step(NOTED, &format!("rm {part}; kill -9 {}", daemon.virtd_pid()));
-    let (text, none) = (file.to_str().expect("a text"), options([]));
-    domain.client.ask(&domain.path, "org.virt.Domain.Save", &(text, none)).await;
-    assert!(daemon.step_came());
-    daemon.virtd_died().await;
+    let killed = format!("rm {part}; kill -9 {}", daemon.virtd_pid());
+    cut_off(&mut daemon, &domain, &file, &killed).await;
     daemon.start_virtd().await;
     let domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path };
     assert_eq!(domain.state().await.0, "running");
@@ -184,11 +190,8 @@ async fn a_guest_stands_while_what_was_saved_of_it_may_still_be_named() {
     std::fs::create_dir(&folder).expect("made");
     let (file, shown) = (folder.join("stuck.save"), folder.display());
     let read_only = format!("mount --bind {shown} {shown} && mount -o remount,bind,ro {shown}");
-    daemon.at_step(NOTED, &format!("{read_only}; kill -9 {}", daemon.virtd_pid()));
-    let (text, none) = (file.to_str().expect("a text"), options([]));
-    domain.client.ask(&domain.path, "org.virt.Domain.Save", &(text, none)).await;
-    assert!(daemon.step_came());
-    daemon.virtd_died().await;
+    let killed = format!("{read_only}; kill -9 {}", daemon.virtd_pid());
+    cut_off(&mut daemon, &domain, &file, &killed).await;
     daemon.start_virtd().await;
     let domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path };
     until("it is not tried", || daemon.log().contains("is still half done")).await;
@@ -253,10 +256,8 @@ async fn a_uuid_is_not_used_again_before_its_save_is_whole() {
     let (file, uuid) = (storage.join("left.save"), domain.property::<String>("UUID").await);
     domain.run("Undefine").await.expect("undefined");
     let qemu = daemon.qemu_of(&tick.name).expect("it runs");
-    daemon.at_step(NOTED, &format!("kill -9 {qemu} {}", daemon.virtd_pid()));
-    let (text, none) = (file.to_str().expect("a text"), options([]));
-    domain.client.ask(&domain.path, "org.virt.Domain.Save", &(text, none)).await;
-    daemon.virtd_died().await;
+    let killed = format!("kill -9 {qemu} {}", daemon.virtd_pid());
+    cut_off(&mut daemon, &domain, &file, &killed).await;
     let Some(mut dead) = Dead::mount_over(&daemon, storage.clone()) else { return };
     daemon.start_virtd_with(&[]).await;
     let client = Client { connection: daemon.connect().await };

@@ -240,16 +240,16 @@ impl Operation {
         if !deed.merges.is_empty() {
             journal.merging(&targets(&deed)).await?;
         }
-        self.carry_out(snapshot, &mut deed, Some(known), Some(journal)).await
+        self.carry_out(snapshot, &mut deed, known, Some(journal)).await
     }
 
-    /// Every step can be done again. What has been merged when one fails is merged for good. `known`: what has been looked at
-    /// already.
+    /// Every step can be done again. What has been merged when one fails is merged for good. `known`: what was looked at
+    /// before.
     pub(super) async fn carry_out(
         &self,
         snapshot: &ExistingSnapshot,
         deed: &mut Delete,
-        known: Option<BeforeForgetting>,
+        known: BeforeForgetting,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<Vec<Replaced>, Unfinished> {
         let done = self.work_off(snapshot, deed, known, journal).await;
@@ -271,15 +271,11 @@ impl Operation {
         &self,
         snapshot: &ExistingSnapshot,
         deed: &mut Delete,
-        known: Option<BeforeForgetting>,
+        known: BeforeForgetting,
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
         let step = |what: &str| journal.iter().for_each(|journal| journal.step(what));
         let images = self.held_images(snapshot, &record_of(snapshot));
-        let known = match known {
-            Some(known) => known,
-            None => self.before_forgetting(&images).await,
-        };
         self.forget_as_known(&snapshot.name, &images, true, known).await?;
         step("forgotten");
         for merge in deed.merges.clone() {

@@ -33,7 +33,7 @@ impl Operation {
     }
 
     /// What was kept with a snapshot, without copies that are not ours.
-    pub(super) fn record_of(&self, snapshot: &ExistingSnapshot) -> Record {
+    pub(super) fn own_record_of(&self, snapshot: &ExistingSnapshot) -> Record {
         let mut record = record_of(snapshot);
         for (part, kept) in [("nvram", &mut record.nvram), ("tpm", &mut record.tpm)] {
             kept.take_if(|kept| !self.is_own(&snapshot.name, part, kept));
@@ -92,7 +92,7 @@ impl Operation {
 
     /// What goes with a snapshot beside its disks, as far as it is there.
     pub(super) async fn leavings(&self, snapshot: &ExistingSnapshot) -> Result<Vec<PathBuf>, DriverError> {
-        let record = self.record_of(snapshot);
+        let record = self.own_record_of(snapshot);
         let memory = match &snapshot.memory {
             MemoryMode::External(file) => Some(file.clone()),
             _ => None,

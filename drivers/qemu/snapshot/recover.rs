@@ -126,7 +126,7 @@ impl Operation {
             return self.recover_parked().await;
         }
         let snapshot = note.snapshot.clone().read()?;
-        let record = self.record_of(&snapshot);
+        let record = self.own_record_of(&snapshot);
         if self.body.is_none() {
             self.bring_back(&snapshot, &record, &mut note, &silent()).await?;
         }
@@ -137,7 +137,8 @@ impl Operation {
 
     async fn recover_delete(&self, mut note: Delete) -> Result<Recovered, DriverError> {
         let snapshot = note.snapshot.clone().read()?;
-        let carried_out = self.carry_out(&snapshot, &mut note, None, None).await;
+        let known = self.before_forgetting(&self.held_images(&snapshot, &record_of(&snapshot))).await;
+        let carried_out = self.carry_out(&snapshot, &mut note, known, None).await;
         self.go_on(note.resume).await?;
         Ok(match carried_out {
             Ok(replaced) => Recovered::Deleted(replaced),

@@ -196,7 +196,7 @@ impl Operation {
         siblings: &Siblings,
         journal: &Arc<dyn Journal>,
     ) -> Result<Reverted, DriverError> {
-        let record = self.record_of(snapshot);
+        let record = self.own_record_of(snapshot);
         let images = self.held_images(snapshot, &record);
         let mut aside = Aside {
             strays: self.strays(&images).await?,
