@@ -133,9 +133,8 @@ impl Domain {
             let name = self.name();
             self.is_of_its_driver(&def, &name)?;
             def.name = name;
-            self.driver.learn(&def).await;
             let word = verb::START.word;
-            self.driver.complete(&mut def).await.map_err(|e| self.driver_failed(word, e))?;
+            self.driver.learn_and_complete(&mut def).await.map_err(|e| self.driver_failed(word, e))?;
             let options = StartOptions { paused: options.paused || saved.paused, ..options };
             fail_point::reached();
             self.start_saved(caller, Arc::new(def), saved, options, word, job).await
