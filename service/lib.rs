@@ -33,7 +33,7 @@ pub mod verb;
 pub use desk::Reading;
 pub use domain::{
     Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, ManagedSaveOptions, Plan, Resumption,
-    RevertOptions, SaveOptions, StartOptions, UndefineCheck, UndefineOptions,
+    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
 };
 pub use restore::RestoreOptions;
 pub use shared::{Callers, Limits};

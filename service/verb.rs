@@ -129,6 +129,7 @@ verbs! {
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";
+        GET_STATS = "GetStats", Some(Read), Always, "get statistics of";
         CREATE_SNAPSHOT = "CreateSnapshot", Some(Snapshot), Snapshots, "snapshot-create";
         CHECK_CREATE = "CheckCreateSnapshot", Some(Read), Snapshots, "check";
         LIST_SNAPSHOTS = "ListSnapshots", None, Always, "list snapshots";
