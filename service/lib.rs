@@ -22,6 +22,7 @@ mod lock;
 pub mod log;
 mod registry;
 mod restore;
+mod scrape;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
@@ -36,6 +37,7 @@ pub use domain::{
     RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
 };
 pub use restore::RestoreOptions;
+pub use scrape::{MachineStats, Scrape};
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 

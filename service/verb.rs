@@ -102,6 +102,7 @@ verbs! {
         JOBS = "GetJobs", None, Always, "list jobs";
         CAPABILITIES = "GetCapabilities", None, Always, "get capabilities";
         DOMAIN_CAPABILITIES = "GetDomainCapabilities", None, Always, "get domain capabilities";
+        OPEN_METRICS = "OpenMetrics", None, Always, "read metrics";
         MANAGER_CAN = "Can", None, Always, "can";
     }
 

@@ -39,23 +39,36 @@ const STATE: &str = "state";
 pub struct StatsOptions {
     state: bool,
     groups: Vec<StatGroup>,
+    /// Sizes of the disks of a machine that is off are wanted, too.
+    at_rest: bool,
 }
 
 impl Default for StatsOptions {
     /// Those that cost next to nothing.
     fn default() -> StatsOptions {
         let costly = |group: &StatGroup| *group == StatGroup::Iothreads;
-        StatsOptions { state: true, groups: StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect() }
+        let groups = StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect();
+        StatsOptions { state: true, groups, at_rest: true }
     }
 }
 
 impl StatsOptions {
+    /// The same of a guest; of a machine that is off its state alone.
+    pub(crate) fn while_it_runs() -> StatsOptions {
+        StatsOptions { at_rest: false, ..StatsOptions::default() }
+    }
+
+    /// What a machine does, and no numbers.
+    pub(crate) fn state() -> StatsOptions {
+        StatsOptions { state: true, groups: Vec::new(), at_rest: false }
+    }
+
     /// Those of these words; of none, what is usual. Error: `InvalidArgument` for a word that is no group's.
     pub fn named(words: &[String]) -> Result<StatsOptions> {
         if words.is_empty() {
             return Ok(StatsOptions::default());
         }
-        let mut wanted = StatsOptions { state: false, groups: Vec::new() };
+        let mut wanted = StatsOptions { state: false, groups: Vec::new(), at_rest: true };
         for word in words {
             match StatGroup::ALL.iter().find(|group| group.as_str() == word) {
                 Some(group) if wanted.groups.contains(group) => {}
@@ -105,7 +118,9 @@ impl Domain {
         let mut stats = Stats { sampled_at_usec: now, state: wanted.state.then_some(state), groups: Vec::new() };
         let (sampled, groups) = match active {
             true => (self.sampled_guest(), wanted.groups.clone()),
-            false if wanted.groups.contains(&StatGroup::Disks) => (self.sampled_at_rest()?, vec![StatGroup::Disks]),
+            false if wanted.at_rest && wanted.groups.contains(&StatGroup::Disks) => {
+                (self.sampled_at_rest()?, vec![StatGroup::Disks])
+            }
             false => (None, Vec::new()),
         };
         let Some(sampled) = sampled else { return Ok(stats) };
@@ -258,7 +273,7 @@ mod tests {
         assert_eq!(StatsOptions::named(&[]).unwrap(), StatsOptions::default());
         let named =
             |words: &[&str]| StatsOptions::named(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
-        let some = StatsOptions { state: true, groups: vec![StatGroup::Disks, StatGroup::Cpu] };
+        let some = StatsOptions { state: true, groups: vec![StatGroup::Disks, StatGroup::Cpu], at_rest: true };
         assert_eq!(named(&["disks", "state", "cpu", "disks"]).unwrap(), some);
         let why = named(&["cpu", "gpu"]).unwrap_err().to_string();
         let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads";

@@ -1,14 +1,16 @@
 //! Statistics as clients get them, of the test driver's machines.
 
-use crate::common::client::{Client, options};
+use crate::common::client::{Client, Refusal, options};
 use crate::common::stats::{SIZES, TRAFFIC, VCPU, shaped, stats_of};
 use crate::common::users::{ADMIN, BOB};
-use crate::common::{Daemon, Setup};
+use crate::common::{Daemon, PATIENCE, Setup};
+use std::io::Read as _;
 use zbus::Variant;
+use zbus::wire::OwnedFd;
 
 const MACHINE: &str = "<domain type='test'><name>web</name><memory>65536</memory><vcpu current='1'>2</vcpu>\
      <os><type>hvm</type></os><devices><disk type='file'><source file='/web.img'/><target dev='vda'/></disk>\
-     <interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/><target dev='vnet0'/></interface>\
+     <interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/><target dev='card0'/></interface>\
      </devices></domain>";
 
 #[tokio::test]
@@ -69,4 +71,88 @@ async fn what_is_no_group_or_option_is_refused_and_who_may_not_read_is_told_noth
     let (name, _) = stats_of(&seen_by(&BOB).await, &[]).await.expect_err("the rule says no");
     assert_eq!(name, "org.freedesktop.DBus.Error.AccessDenied");
     stats_of(&seen_by(&ADMIN).await, &[]).await.expect("everybody else may read");
+}
+
+/// The pipe of a scrape.
+async fn scrape(client: &Client) -> Result<std::fs::File, Refusal> {
+    let reply = client.call("/org/virt", "org.virt.Manager.OpenMetrics", &(options([]),)).await?;
+    let pipe: OwnedFd = reply.body().deserialize().expect("h");
+    Ok(std::fs::File::from(std::os::fd::OwnedFd::from(pipe)))
+}
+
+/// What is read from it.
+async fn read(mut pipe: std::fs::File) -> String {
+    let read = tokio::task::spawn_blocking(move || {
+        let mut text = String::new();
+        pipe.read_to_string(&mut text).map(|_| text)
+    });
+    tokio::time::timeout(PATIENCE, read).await.expect("an end").expect("read").expect("a text")
+}
+
+#[tokio::test]
+async fn a_scrape_has_the_machines_that_its_reader_may_read() {
+    let rules = "polkit.addRule(function(action, subject) { if (action.id == 'org.virt.domain.read' && \
+                 action.lookup('domain_name') == 'web' && subject.user == 'virt-bob') { return polkit.Result.NO; } });";
+    let Some(daemon) = Daemon::on_system_bus(Setup { rules: rules.to_owned(), ..Setup::default() }).await else {
+        return;
+    };
+    let root = Client { connection: daemon.connect().await };
+    let web = root.define(MACHINE).await.expect("defined");
+    root.define(&MACHINE.replace("<name>web<", "<name>mail<").replace(":01'", ":02'")).await.expect("defined");
+    web.run("Start").await.expect("started");
+    let text = read(scrape(&root).await.expect("a pipe")).await;
+    assert!(text.ends_with("\n# EOF\n"), "{text}");
+    let uuid = web.property::<String>("UUID").await;
+    let labels = format!("{{name=\"web\",uuid=\"{uuid}\"");
+    for line in [
+        format!("\nvirt_domain_state{labels},state=\"running\"}} 1\n"),
+        format!("\nvirt_domain_cpu_seconds_total{labels}}} "),
+        format!("\nvirt_domain_memory_rss_bytes{labels}}} {}\n", 32 << 20),
+        format!("\nvirt_domain_disk_read_bytes_total{labels},target=\"vda\"}} "),
+        format!("\nvirt_domain_disk_written_bytes_total{labels},target=\"vda\"}} "),
+        format!("\nvirt_domain_interface_received_bytes_total{labels},target=\"card0\"}} "),
+    ] {
+        assert!(text.contains(&line), "{line} is not in\n{text}");
+    }
+    let off = text.lines().filter(|line| line.contains("name=\"mail\""));
+    assert_eq!(
+        off.map(|line| line.split('{').next().unwrap_or_default()).collect::<Vec<_>>(),
+        ["virt_domain_state", "virt_domain_sampled_timestamp_seconds"]
+    );
+
+    let bob = Client { connection: daemon.connect_as(&BOB).await };
+    let text = read(scrape(&bob).await.expect("a pipe")).await;
+    assert!(text.contains("name=\"mail\"") && !text.contains("web") && text.ends_with("# EOF\n"), "{text}");
+    let unknown = options([("all", Variant::from(true))]);
+    let unknown = root.call("/org/virt", "org.virt.Manager.OpenMetrics", &(unknown,)).await;
+    assert_eq!(unknown.expect_err("no such option").0, "org.virt.Error.InvalidArgument");
+}
+
+#[tokio::test]
+async fn who_does_not_read_has_few_pipes_and_keeps_nobody_else_from_any() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let root = Client { connection: daemon.connect().await };
+    // More of them than a pipe holds.
+    for number in 0..40 {
+        let xml = MACHINE.replace("<name>web<", &format!("<name>web{number}<"));
+        root.define(&xml).await.expect("defined").run("Start").await.expect("started");
+    }
+    let bob = Client { connection: daemon.connect_as(&BOB).await };
+    let unread = [scrape(&bob).await.expect("one"), scrape(&bob).await.expect("two")];
+    let (name, why) = scrape(&bob).await.expect_err("a third");
+    assert_eq!(name, "org.freedesktop.DBus.Error.LimitsExceeded", "{why}");
+    let text = read(scrape(&root).await.expect("another user's")).await;
+    assert!(text.len() > 64 << 10 && text.ends_with("# EOF\n"), "{}", text.len());
+    drop(unread);
+    let freed = async {
+        loop {
+            match scrape(&bob).await {
+                Ok(pipe) => return pipe,
+                // Whoever writes is told of the reader's end by the kernel.
+                Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+            }
+        }
+    };
+    let freed = tokio::time::timeout(PATIENCE, freed).await.expect("they are given back");
+    assert!(read(freed).await.ends_with("# EOF\n"));
 }
