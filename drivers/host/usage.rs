@@ -25,13 +25,13 @@ pub fn of_process(pid: i32) -> io::Result<ProcessUsage> {
 /// What threads of a process have run, and waited to run, by the numbers that the process itself calls them by; without those that
 /// have ended. The same holds for its process.
 pub fn of_threads(pid: i32, ids: &[i32]) -> BTreeMap<i32, ThreadStats> {
-    let ours = ours(pid);
+    let ours = our_numbers(pid);
     let known = ids.iter().filter_map(|id| Some((*id, *ours.as_ref().map_or(Some(id), |ours| ours.get(id))?)));
     known.filter_map(|(id, thread)| Some((id, of_thread(pid, thread).ok()?))).collect()
 }
 
-/// Our numbers of a process' threads by its own, where it has a namespace of its own; `None`: they are the same.
-fn ours(pid: i32) -> Option<BTreeMap<i32, i32>> {
+/// Our numbers of a process' threads by its own, where it lives in a namespace of its own; `None`: they are the same.
+pub fn our_numbers(pid: i32) -> Option<BTreeMap<i32, i32>> {
     let own = |folder: &Path| own_number(&fs::read_to_string(folder.join("status")).ok()?);
     let process = PathBuf::from(format!("/proc/{pid}"));
     if own(&process).is_none_or(|number| number == pid) {
