@@ -10,6 +10,7 @@ pub mod error;
 pub mod link;
 #[allow(clippy::disallowed_methods, reason = "its own standard error")]
 pub mod log;
+mod metrics;
 mod objects;
 pub mod polkit;
 mod publish;

@@ -22,6 +22,7 @@ mod lock;
 pub mod log;
 mod registry;
 mod restore;
+mod scrape;
 mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
@@ -33,9 +34,10 @@ pub mod verb;
 pub use desk::Reading;
 pub use domain::{
     Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, ManagedSaveOptions, Plan, Resumption,
-    RevertOptions, SaveOptions, StartOptions, UndefineCheck, UndefineOptions,
+    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
 };
 pub use restore::RestoreOptions;
+pub use scrape::{MachineStats, Scrape};
 pub use shared::{Callers, Limits};
 pub use store::Paths;
 

@@ -4,8 +4,10 @@ use crate::authz::{Authority, Caller};
 use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
 use crate::events::Events;
+use crate::fair::FairPlaces;
 use crate::images::Images;
 use crate::job::Jobs;
+use crate::scrape::SCRAPES;
 use crate::store::{Store, on_disk};
 use crate::stored::Readings;
 use crate::turn::PATIENCE;
@@ -55,6 +57,8 @@ pub(crate) struct Shared {
     pub limits: Limits,
     pub images: Arc<Images>,
     pub desk: Arc<Desk>,
+    /// Scrapes that are there.
+    pub scrapes: Arc<FairPlaces<u32>>,
     pub readings: Readings,
     /// Machines of which nothing is left but a save that was cut off, and is not whole yet.
     unsettled: watch::Sender<BTreeSet<Uuid>>,
@@ -82,6 +86,7 @@ impl Shared {
             limits,
             images,
             desk: Desk::new(limits.reading),
+            scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             readings: Readings::default(),
             unsettled: watch::Sender::default(),
             last_id: AtomicU32::new(0),

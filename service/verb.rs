@@ -104,6 +104,7 @@ verbs! {
         JOBS = "GetJobs", None, Always, "list jobs";
         CAPABILITIES = "GetCapabilities", None, Always, "get capabilities";
         DOMAIN_CAPABILITIES = "GetDomainCapabilities", None, Always, "get domain capabilities";
+        OPEN_METRICS = "OpenMetrics", None, Always, "read metrics";
         MANAGER_CAN = "Can", None, Always, "can";
     }
 
@@ -131,6 +132,7 @@ verbs! {
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";
+        GET_STATS = "GetStats", Some(Read), Always, "get statistics of";
         CREATE_SNAPSHOT = "CreateSnapshot", Some(Snapshot), Snapshots, "snapshot-create";
         CHECK_CREATE = "CheckCreateSnapshot", Some(Read), Snapshots, "check";
         LIST_SNAPSHOTS = "ListSnapshots", None, Always, "list snapshots";

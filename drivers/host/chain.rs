@@ -77,6 +77,18 @@ pub fn bears_sign_of(path: &Path, format: &str) -> io::Result<bool> {
     Ok(signs.iter().any(|sign| begins[..read].starts_with(sign)))
 }
 
+/// What a guest sees of the image at `path`, in bytes, where its header says that; `None` for what is no such image. Blocks, where
+/// the file system does not answer without end.
+pub fn virtual_size(path: &Path, format: &str) -> io::Result<Option<u64>> {
+    if format != "qcow2" {
+        return Ok(None);
+    }
+    let Some(file) = Found::resolve(path)?.image()? else { return Ok(None) };
+    let mut fixed = [0u8; 32];
+    let whole = read_some(&file, &mut fixed, 0)? == fixed.len() && fixed.starts_with(b"QFI\xfb");
+    Ok(whole.then(|| be64(&fixed, 24)))
+}
+
 /// Of the qcow family. The first version says no formats.
 fn qcow(file: &File) -> io::Result<Header> {
     let mut fixed = [0u8; 104];

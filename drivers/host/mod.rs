@@ -36,6 +36,8 @@ pub(crate) mod test_program;
 pub mod tool;
 #[allow(clippy::disallowed_methods, reason = "its book is in a folder of ours")]
 pub mod uids;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys and /proc")]
+pub mod usage;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod usb;
 pub mod user;

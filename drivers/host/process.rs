@@ -101,6 +101,11 @@ impl Process {
         }
     }
 
+    /// Whether it has ended: until then its number is its own.
+    pub fn has_ended(&self) -> bool {
+        wait_for_end(&self.0.get_ref().0, 0)
+    }
+
     /// Waits until it has ended, and reaps it if it is our child.
     pub async fn ended(&self) -> End {
         // An error can only mean that the runtime is being shut down.

@@ -18,6 +18,10 @@ pub struct Node {
     pub file: PathBuf,
     /// What the guest sees, in bytes.
     pub virtual_size: u64,
+    /// What it takes on the host's storage, in bytes, where that can be told.
+    pub allocated: Option<u64>,
+    /// The offset whose first writing is told; 0: none.
+    pub write_threshold: u64,
     /// Snapshots in it.
     pub snapshots: Vec<InnerSnapshot>,
     /// Names of bitmaps that tell what has been written.
@@ -46,6 +50,8 @@ impl Nodes {
                 driver: text("drv"),
                 file: file_of(&text("file")),
                 virtual_size: node["image"]["virtual-size"].as_u64().unwrap_or_default(),
+                allocated: node["image"]["actual-size"].as_u64(),
+                write_threshold: node["write_threshold"].as_u64().unwrap_or_default(),
                 snapshots: serde_json::from_value(inner).unwrap_or_default(),
                 bitmaps: bitmaps.filter_map(|bitmap| Some(bitmap["name"].as_str()?.to_owned())).collect(),
             }

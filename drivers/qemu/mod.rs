@@ -38,6 +38,7 @@ mod record;
 mod report;
 mod room;
 mod snapshot;
+mod stats;
 #[allow(clippy::disallowed_methods, reason = "goes through a folder by its descriptor, and our own state")]
 mod takeover;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
@@ -58,7 +59,7 @@ use async_trait::async_trait;
 use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
 use changes::{Claims, SYSFS};
 use complete::{Chosen, go_live};
-use instance::{Leavings, QemuInstance};
+use instance::{Body, Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
 use live::Ports;
 use privileges::Privileges;
@@ -71,6 +72,7 @@ use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
+use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
     Accepted, DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Removable,
     Running, StoredFile,
@@ -500,9 +502,7 @@ impl Driver for QemuDriver {
     }
 
     async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
-        let any: &dyn Any = guest;
-        let ours = any.downcast_ref::<QemuInstance>();
-        let body = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body().clone();
+        let body = our_body(guest)?;
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
         let caps = self.learnt_for(def).await;
@@ -522,7 +522,19 @@ impl Driver for QemuDriver {
             };
             self.0.workers.run(Errand::new(guest, what), lend).await
         };
-        media::change(&body, disk, |name| command::medium(def, &caps, disk, name), lend).await
+        media::change(body, disk, |name| command::medium(def, &caps, disk, name), lend).await
+    }
+
+    async fn stats(
+        &self,
+        def: &DomainDef,
+        guest: Option<&dyn Instance>,
+        asked: StatQuestion,
+    ) -> Result<GroupStats, DriverError> {
+        match guest {
+            Some(guest) => stats::of_guest(our_body(guest)?, def, asked.group).await,
+            None => stats::at_rest(&self.0.workers, def, asked).await,
+        }
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
@@ -624,6 +636,13 @@ async fn emulator(def: &DomainDef) -> PathBuf {
     }
     let arch = def.os.kind.arch.as_deref().unwrap_or(std::env::consts::ARCH).to_owned();
     blocking(move || default_emulator(&arch)).await.unwrap_or_default()
+}
+
+/// The guest, as this driver's.
+fn our_body(guest: &dyn Instance) -> Result<&Arc<Body>, DriverError> {
+    let any: &dyn Any = guest;
+    let ours = any.downcast_ref::<QemuInstance>();
+    Ok(ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.body())
 }
 
 /// Whether QEMU is told to power off where the guest reboots.

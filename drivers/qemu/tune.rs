@@ -2,6 +2,7 @@
 
 use super::qmp::Qmp;
 use crate::host::cgroup::{IoLimits, Limits, Quota, Trees};
+use crate::host::usage;
 use crate::host::workers::blocking;
 use nix::sched::{CpuSet as Mask, sched_getaffinity, sched_setaffinity};
 use nix::unistd::Pid;
@@ -87,6 +88,14 @@ impl Tuning {
         let group = Trees::of_host().group(&group_name(guest));
         if self.needs_group() {
             group.hold(pid, &self.limits).map_err(|e| failed("limits cannot be set", &e))?;
+        }
+        // QEMU tells them by the numbers that they have behind its wall.
+        if let Some(ours) = usage::our_numbers(pid) {
+            for (_, id) in &mut threads {
+                let gone =
+                    || DriverError::Hypervisor(format!("QEMU names a thread that it does not have, number {id}"));
+                *id = *ours.get(id).ok_or_else(gone)?;
+            }
         }
         let named: BTreeSet<i32> = threads.iter().map(|(_, id)| *id).collect();
         let others = all_threads(pid).into_iter().filter(|id| !named.contains(id));

@@ -79,6 +79,11 @@ impl GuestControl {
         self.0.asked()
     }
 
+    /// How often its hypervisor was asked for a group of numbers.
+    pub fn samples(&self) -> u32 {
+        self.0.samples()
+    }
+
     /// How often its machine was reset, or it rebooted.
     pub fn resets(&self) -> u32 {
         self.0.resets()

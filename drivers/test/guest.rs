@@ -11,6 +11,8 @@
 use super::lock;
 use async_trait::async_trait;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
@@ -22,6 +24,9 @@ pub struct Machine {
     /// Whether the hypervisor listens.
     listening: watch::Sender<bool>,
     ends_on_reboot: bool,
+    begun: Instant,
+    /// How often it was asked for numbers.
+    samples: AtomicU32,
 }
 
 struct State {
@@ -63,6 +68,8 @@ impl Machine {
             state: Mutex::new(State { mode, sink: Some(sink), deaf: false, asked: None, resets: 0 }),
             listening: watch::Sender::new(true),
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
+            begun: Instant::now(),
+            samples: AtomicU32::new(0),
         }
     }
 
@@ -84,6 +91,20 @@ impl Machine {
 
     pub fn resets(&self) -> u32 {
         lock(&self.state).resets
+    }
+
+    /// How long it has been there.
+    pub fn age(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// Counts that it was asked for numbers.
+    pub fn is_sampled(&self) {
+        self.samples.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn samples(&self) -> u32 {
+        self.samples.load(Ordering::Relaxed)
     }
 
     /// The guest powers off, or reboots where that ends it.
@@ -134,7 +155,7 @@ impl Machine {
     }
 
     /// Waits while the hypervisor does not listen, as long as QEMU's driver would.
-    async fn listens(&self) -> Result<(), DriverError> {
+    pub async fn listens(&self) -> Result<(), DriverError> {
         let mut listening = self.listening.subscribe();
         let heard = tokio::time::timeout(super::control::PATIENCE, listening.wait_for(|listening| *listening)).await;
         match heard {

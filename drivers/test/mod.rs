@@ -7,6 +7,7 @@
 mod control;
 mod guest;
 mod snapshots;
+mod stats;
 
 pub use control::GuestControl;
 pub use guest::Asked;
@@ -15,6 +16,7 @@ use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
 use guest::{Machine, TestInstance};
+use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -22,7 +24,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
-use virt_model::driver::{Driver, DriverError, Launch, Reconnect, Reconnected, Removable, Running, StoredFile};
+use virt_model::driver::stats::{GroupStats, StatQuestion};
+use virt_model::driver::{
+    Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Removable, Running, StoredFile,
+};
 use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Memory and vCPUs that the host claims to have.
@@ -200,6 +205,19 @@ impl Driver for TestDriver {
 
     async fn remove_storage(&self, _def: &DomainDef, _file: &StoredFile) -> Result<(), DriverError> {
         Ok(())
+    }
+
+    async fn stats(
+        &self,
+        def: &DomainDef,
+        guest: Option<&dyn Instance>,
+        asked: StatQuestion,
+    ) -> Result<GroupStats, DriverError> {
+        let Some(guest) = guest else { return Ok(stats::at_rest(def)) };
+        let any: &dyn Any = guest;
+        let ours = any.downcast_ref::<TestInstance>();
+        let ours = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?;
+        stats::of_guest(&ours.0, def, asked.group).await
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

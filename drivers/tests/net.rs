@@ -7,6 +7,7 @@ use fixture::{House, POWER_OFF};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use virt_model::domain::Form;
+use virt_model::driver::stats::{GroupStats, StatGroup, StatQuestion};
 use virt_model::driver::{Condition, Driver};
 
 /// A bridge that goes with the test.
@@ -106,6 +107,18 @@ async fn a_device_of_ones_own_on_a_bridge() {
     let shaped = Command::new("tc").args(["class", "show", "dev", &name]).output().unwrap();
     let shaped = String::from_utf8_lossy(&shaped.stdout).into_owned();
     assert!(shaped.contains("rate 8Mbit ceil 16Mbit"), "{shaped}");
+
+    // The host announces itself at the bridge, to a guest that takes nothing.
+    let asked = StatQuestion { group: StatGroup::Interfaces, may_open: false };
+    let counted = |file: &str| said(&format!("statistics/{file}")).parse::<u64>().unwrap();
+    let sent_before = counted("tx_packets") + counted("tx_dropped");
+    let told = house.driver.stats(&guest.live, Some(&*guest.instance), asked).await.unwrap();
+    let GroupStats::Interfaces(cards) = told else { panic!("{told:?}") };
+    assert_eq!((cards.len(), cards[0].target.as_deref()), (1, Some(&*name)));
+    let (received, sent) = cards[0].traffic.unwrap();
+    let sent_after = counted("tx_packets") + counted("tx_dropped");
+    assert!((sent_before..=sent_after).contains(&(received.packets + received.drops)), "{received:?}");
+    assert_eq!(sent.packets, 0, "it has no system that could send");
 
     guest.destroy().await;
     assert!(!device.exists(), "it goes with the guest");

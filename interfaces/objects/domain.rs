@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
-use super::{Members, paths, properties, snapshot};
+use super::{Members, paths, properties, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -14,7 +14,8 @@ use virt_model::driver::ShutdownMode;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{
-    Affect, Domain, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions, UndefineCheck, UndefineOptions,
+    Affect, Domain, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions, StatsOptions, UndefineCheck,
+    UndefineOptions,
 };
 use zbus::Variant;
 
@@ -82,6 +83,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::GET_SNAPSHOT, get_snapshot)
         .method(&verb::GET_XML, get_xml)
         .method(&verb::GET_METADATA, get_metadata)
+        .method(&verb::GET_STATS, get_stats)
         .method(&verb::CAN, can)
         .setter(&verb::AUTOSTART, set_autostart);
     let ask = |members: Members<_>, (verb, ask): &'static (&'static Verb, Ask)| {
@@ -251,6 +253,14 @@ async fn get_xml(domain: Arc<Domain>, call: Call) -> Outcome {
 async fn get_metadata(domain: Arc<Domain>, call: Call) -> Outcome {
     let (uri, options): (String, Options) = call.read()?;
     call.reply(&domain.metadata(call.caller(), &uri, affect(options)?).await?)
+}
+
+async fn get_stats(domain: Arc<Domain>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let groups = options.texts("groups")?;
+    options.end()?;
+    let told = domain.stats(call.caller(), &StatsOptions::named(&groups)?).await?;
+    call.reply(&stats::told(&told))
 }
 
 async fn update_device(domain: Arc<Domain>, call: Call) -> Outcome {

@@ -8,7 +8,9 @@ use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
 use crate::bus::table::Offer;
 use crate::error::Error;
+use crate::metrics;
 use std::sync::Arc;
+use tokio::net::unix::pipe;
 use virt_model::driver::MachineChoice;
 use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind, shorten};
@@ -16,6 +18,7 @@ use virt_service::facts::DomainFacts;
 use virt_service::verb;
 use virt_service::{Domain, RestoreOptions, Service};
 use zbus::ObjectPath;
+use zbus::wire::Fd;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Manager";
@@ -50,6 +53,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::JOBS, get_jobs)
         .method(&verb::CAPABILITIES, get_capabilities)
         .method(&verb::DOMAIN_CAPABILITIES, get_domain_capabilities)
+        .method(&verb::OPEN_METRICS, open_metrics)
         .method(&verb::MANAGER_CAN, can)
         .offer(INTERFACE, FIELDS, &[("DomainLifecycle", "ossss")])
 }
@@ -170,6 +174,16 @@ async fn get_domain_capabilities(service: Arc<Service>, call: Call) -> Outcome {
     };
     options.end()?;
     call.reply(&service.domain_capabilities(driver.as_deref(), &wanted).await?)
+}
+
+async fn open_metrics(service: Arc<Service>, call: Call) -> Outcome {
+    call.options()?.end()?;
+    let scrape = service.scrape(call.caller()).await?;
+    let failed = |error: std::io::Error| Error::internal(format!("there is no pipe to be had: {error}"));
+    let (ours, theirs) = pipe::pipe().map_err(failed)?;
+    let theirs = theirs.into_blocking_fd().map_err(failed)?;
+    tokio::spawn(metrics::hand_over(scrape, ours));
+    call.reply(&Fd::from(theirs))
 }
 
 async fn can(service: Arc<Service>, call: Call) -> Outcome {

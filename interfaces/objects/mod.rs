@@ -5,6 +5,7 @@ pub mod job;
 pub mod manager;
 pub mod paths;
 pub mod snapshot;
+mod stats;
 
 use crate::bus::call::{Call, Handler, Outcome};
 use crate::bus::table::Offer;

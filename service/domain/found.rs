@@ -103,6 +103,7 @@ impl Domain {
             instance,
             live,
             document: Arc::default(),
+            sampler: Arc::default(),
             status: file,
             ending: None,
             saved: false,

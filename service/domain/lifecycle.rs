@@ -269,6 +269,7 @@ impl Domain {
             instance: running.instance,
             live,
             document: Arc::default(),
+            sampler: Arc::default(),
             status,
             ending: None,
             saved: false,

@@ -17,6 +17,7 @@ mod reports;
 mod save;
 mod snapshots;
 mod state;
+mod stats;
 mod undefine;
 
 pub use config::Affect;
@@ -26,6 +27,7 @@ pub use managed::ManagedSaveOptions;
 pub(crate) use save::absolute;
 pub use save::{Resumption, SaveOptions};
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
+pub use stats::{Stats, StatsOptions};
 pub use undefine::{UndefineCheck, UndefineOptions};
 
 use crate::authz::Subject;
@@ -136,6 +138,7 @@ impl Domain {
                 config_changed: false,
                 broken: birth.broken,
                 sought: None,
+                measured: None,
                 unread: None,
                 snapshots: SnapshotSet::new(birth.snapshots),
                 muted: None,

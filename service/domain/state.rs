@@ -1,6 +1,7 @@
 //! What a domain is at a moment, and what is published of that. Held for a few lines, never across an await.
 
 use super::snapshots::set::SnapshotSet;
+use super::stats::{Measured, Sampler};
 use crate::error::{Error, Result};
 use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::store::{Note, StatusFile};
@@ -34,6 +35,8 @@ pub(super) struct State {
     pub(super) broken: Option<String>,
     /// A guest that ran when virtd was last here, and is not found again yet.
     pub(super) sought: Option<Sought>,
+    /// What was last measured of it while it was off.
+    pub(super) measured: Option<Measured>,
     /// Why what its guest runs with is not known: what is shown for that only stands for it.
     pub(super) unread: Option<String>,
     pub(super) snapshots: SnapshotSet,
@@ -55,6 +58,8 @@ pub(super) struct Guest {
     pub(super) live: Arc<DomainDef>,
     /// The document that most readers get of it, once one has been given: it costs more than all else of an answer.
     pub(super) document: Arc<OnceLock<String>>,
+    /// What is last known of what it uses.
+    pub(super) sampler: Arc<Sampler>,
     pub(super) status: Arc<StatusFile>,
     /// Why its end is expected, once it is.
     pub(super) ending: Option<Stopped>,

@@ -7,6 +7,7 @@
 pub mod reports;
 pub mod saved;
 pub mod snapshots;
+pub mod stats;
 
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
@@ -149,6 +150,19 @@ pub trait Driver: Send + Sync {
     async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
         let _ = (guest, def);
         Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
+    }
+
+    /// A group of numbers of a machine: of its guest, or with `None` of one that is off, which has those of its disks only. May
+    /// take as long as the hypervisor or the storage does: who asks waits for less, and others share the answer. Changes nothing.
+    /// Errors: `Gone` if the guest has ended; `TimedOut` where nothing answers.
+    async fn stats(
+        &self,
+        def: &DomainDef,
+        guest: Option<&dyn Instance>,
+        asked: stats::StatQuestion,
+    ) -> Result<stats::GroupStats, DriverError> {
+        let _ = (def, guest, asked);
+        Err(DriverError::Unsupported(format!("the driver '{}' has no statistics", self.name())))
     }
 
     /// Whether its guests go on without virtd.

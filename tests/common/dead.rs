@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 20] = [
+pub const MEMBERS: [&str; 21] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -66,6 +66,7 @@ pub const MEMBERS: [&str; 20] = [
     "Domain.Start",
     "Domain.Save",
     "Domain.ManagedSave",
+    "Domain.GetStats",
     "Domain.CheckCreateSnapshot",
     "Domain.CreateSnapshot",
     "Domain.UpdateDevice",
@@ -169,7 +170,7 @@ impl Doomed {
             "Domain.Undefine" | "Domain.CheckUndefine" => {
                 domain.call(method, &(with([("nvram", true), ("snapshots-metadata", true)]),)).await
             }
-            "Domain.Start" | "Domain.ManagedSave" => domain.run(method).await,
+            "Domain.Start" | "Domain.ManagedSave" | "Domain.GetStats" => domain.run(method).await,
             _ if interface == "Snapshot" => self.player.call("s", method, none()).await,
             _ => panic!("{member} is not called here"),
         }

@@ -16,6 +16,7 @@ pub mod dead;
 pub mod deaf;
 pub mod guest;
 pub mod snapshots;
+pub mod stats;
 pub mod users;
 pub mod watchdog;
 

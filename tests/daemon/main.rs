@@ -15,5 +15,6 @@ mod rules;
 mod snapshots;
 mod soak;
 mod startup;
+mod stats;
 mod stranger;
 mod truth;

@@ -290,3 +290,23 @@ async fn x8_what_a_machine_can_have_is_told_and_agrees_with_validate() {
     let can = client.call("/org/virt", "org.virt.Manager.Can", &"GetDomainCapabilities").await.expect("told");
     assert_eq!(can.body().deserialize::<String>().expect("s"), "yes");
 }
+
+/// QEMU behind a wall calls its threads by numbers of its own.
+#[tokio::test]
+async fn a_vcpu_is_bound_to_its_cpu_of_the_host_and_everything_else_to_another() {
+    let last = std::thread::available_parallelism().map_or(0, |all| all.get() - 1).to_string();
+    let bound = format!("<cputune><vcpupin vcpu='0' cpuset='{last}'/><emulatorpin cpuset='0'/></cputune>");
+    let Some((daemon, _, domain, tick)) = tick("bound", &bound).await else { return };
+    domain.run("Start").await.expect("started");
+    let qemu = daemon.qemu_of(&tick.name).expect("it runs");
+    let mut cpus = std::collections::BTreeMap::new();
+    for thread in std::fs::read_dir(format!("/proc/{qemu}/task")).expect("its threads").flatten() {
+        // Some of its threads live for moments.
+        let Ok(status) = std::fs::read_to_string(thread.path().join("status")) else { continue };
+        let word = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).expect(key).trim().to_owned();
+        cpus.entry(word("Name:").starts_with("CPU 0/")).or_insert_with(Vec::new).push(word("Cpus_allowed_list:"));
+    }
+    assert_eq!(cpus[&true], [last]);
+    assert!(cpus[&false].iter().all(|allowed| allowed == "0"), "{cpus:?}");
+    domain.run("Destroy").await.expect("destroyed");
+}

@@ -23,6 +23,7 @@ mod snapshots_cut_off;
 mod snapshots_deleted;
 mod snapshots_kept;
 mod snapshots_unfinished;
+mod stats;
 mod survival;
 mod system;
 mod undefine;

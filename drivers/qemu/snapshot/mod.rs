@@ -34,14 +34,13 @@ mod survey;
 pub use files::open_memory;
 pub use save::stream as saved_stream;
 
-use super::QemuDriver;
 use super::block::Nodes;
-use super::instance::{Body, QemuInstance};
+use super::instance::Body;
 use super::plan::MemorySource;
+use super::{QemuDriver, our_body};
 use crate::host::image::Images;
 use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -191,12 +190,7 @@ impl QemuDriver {
     async fn operation(&self, machine: &Machine) -> Result<Operation, DriverError> {
         let body = match &machine.guest {
             None => None,
-            Some(guest) => {
-                let any: &dyn Any = guest.as_ref();
-                let ours = any.downcast_ref::<QemuInstance>();
-                let ours = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?;
-                Some(ours.body().clone())
-            }
+            Some(guest) => Some(our_body(guest.as_ref())?.clone()),
         };
         let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
         let images = Arc::new(Images::new(self.lender(&machine.def, process).await?, machine.def.uuid, process));

@@ -6,5 +6,6 @@ mod lifecycle;
 mod permission;
 mod restart;
 mod snapshots;
+mod stats;
 mod undefine;
 mod world;

@@ -1,0 +1,316 @@
+//! What a guest uses and does: asked of the kernel where that knows, else of QEMU; and how large the images of a machine are that is
+//! off.
+
+use super::block::Nodes;
+use super::command::known_format;
+use super::instance::Body;
+use crate::host::chain;
+use crate::host::files::{Seen, What};
+use crate::host::usage;
+use crate::host::workers::{Errand, Workers};
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use virt_model::device::balloon::BalloonModel;
+use virt_model::device::disk::DiskKind;
+use virt_model::device::{Disk, Interface};
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::stats::{
+    DiskStats, DiskTraffic, GroupStats, GuestMemory, InterfaceStats, IothreadStats, MemoryStats, StatGroup,
+    StatQuestion, ThreadStats, Transfers, VcpuStats,
+};
+
+/// A group of numbers of a running guest, whose definition is `def`.
+pub async fn of_guest(body: &Arc<Body>, def: &DomainDef, group: StatGroup) -> Result<GroupStats, DriverError> {
+    match group {
+        StatGroup::Cpu => Ok(GroupStats::Cpu(process(body).await?.cpu)),
+        StatGroup::Memory => memory(body, def).await.map(GroupStats::Memory),
+        StatGroup::Vcpus => vcpus(body, def).await.map(GroupStats::Vcpus),
+        StatGroup::Disks => disks(body, def).await.map(GroupStats::Disks),
+        StatGroup::Interfaces => interfaces(def).await.map(GroupStats::Interfaces),
+        StatGroup::Iothreads => iothreads(body).await.map(GroupStats::Iothreads),
+    }
+}
+
+/// The sizes of the disks of a machine that is off. Errors: `TimedOut` if a file system does not answer.
+pub async fn at_rest(workers: &Workers, def: &DomainDef, asked: StatQuestion) -> Result<GroupStats, DriverError> {
+    if asked.group != StatGroup::Disks {
+        return Err(DriverError::Refused("only the sizes of its disks are known while it is off".to_owned()));
+    }
+    let images: Vec<_> = def.devices.disks.iter().map(|disk| (disk.target.dev.clone(), image_of(disk))).collect();
+    let measure =
+        move |_: &_| Ok(images.into_iter().map(|(target, image)| measured(target, image, asked.may_open)).collect());
+    workers.run(Errand::new(def.uuid, "the images of the machine"), measure).await.map(GroupStats::Disks)
+}
+
+/// The file of a disk and its format, where it is one of this host.
+fn image_of(disk: &Disk) -> Option<(PathBuf, String)> {
+    let local = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
+    let path = disk.path().filter(|path| local && !path.is_empty())?;
+    let format = disk.format().unwrap_or("raw");
+    Some((path.into(), known_format(format).unwrap_or(format).to_owned()))
+}
+
+/// The size of one image. `may_open`: so that its header is read. Blocks.
+fn measured(target: String, image: Option<(PathBuf, String)>, may_open: bool) -> DiskStats {
+    let none = DiskStats { target, ..DiskStats::default() };
+    let Some((path, format)) = image else { return none };
+    let seen = Seen::at(&path);
+    // How long a device is only tells whoever opens it.
+    if seen.what != What::Plain {
+        return none;
+    }
+    let capacity = match format.as_str() {
+        "raw" => Some(seen.length),
+        _ if may_open => chain::virtual_size(&path, &format).unwrap_or_default(),
+        _ => None,
+    };
+    DiskStats { capacity, allocation: Some(seen.allocated), physical: Some(seen.length), ..none }
+}
+
+/// Does what asks the kernel alone, which answers at once.
+async fn look<T: Send + 'static>(
+    look: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
+) -> Result<T, DriverError> {
+    let looked = tokio::task::spawn_blocking(look).await;
+    looked.unwrap_or_else(|error| Err(DriverError::Internal(format!("the look at the guest was cut off: {error}"))))
+}
+
+/// The number of the guest's process. Its number is its own as long as it has not ended.
+fn process_id(body: &Body) -> Result<i32, DriverError> {
+    body.keeper.process_id().ok_or(DriverError::Gone)
+}
+
+async fn process(body: &Arc<Body>) -> Result<usage::ProcessUsage, DriverError> {
+    let (body, pid) = (body.clone(), process_id(body)?);
+    look(move || {
+        let used = usage::of_process(pid);
+        if body.process.has_ended() {
+            return Err(DriverError::Gone);
+        }
+        used.map_err(|error| DriverError::Internal(format!("its process cannot be looked at: {error}")))
+    })
+    .await
+}
+
+/// What threads of the guest have run, by their number; without those that have ended.
+async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, ThreadStats>, DriverError> {
+    let (body, pid) = (body.clone(), process_id(body)?);
+    look(move || {
+        let used = usage::of_threads(pid, &ids);
+        if body.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) }
+    })
+    .await
+}
+
+async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
+    let told = body.patiently("query-cpus-fast", json!({})).await?;
+    let by_number: BTreeMap<u32, i32> = numbered(&told, |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
+    let used = threads(body, by_number.values().copied().collect()).await?;
+    let thread = |number: u32| by_number.get(&number).and_then(|id| used.get(id)).copied();
+    let all = (0..def.maximum_vcpus()).chain(by_number.keys().copied().filter(|n| *n >= def.maximum_vcpus()));
+    Ok(all.map(|number| VcpuStats { number, thread: thread(number) }).collect())
+}
+
+async fn iothreads(body: &Arc<Body>) -> Result<Vec<IothreadStats>, DriverError> {
+    let told = body.patiently("query-iothreads", json!({})).await?;
+    let by_number: BTreeMap<u32, i32> =
+        numbered(&told, |one| one["id"].as_str()?.strip_prefix("iothread")?.parse().ok());
+    let used = threads(body, by_number.values().copied().collect()).await?;
+    let stats = |(number, id): (u32, i32)| Some(IothreadStats { number, thread: *used.get(&id)? });
+    Ok(by_number.into_iter().filter_map(stats).collect())
+}
+
+/// QEMU's threads of a kind, by the number that `number` finds in what is told of each.
+fn numbered(told: &Value, number: impl Fn(&Value) -> Option<u32>) -> BTreeMap<u32, i32> {
+    let all = told.as_array().into_iter().flatten();
+    all.filter_map(|one| Some((number(one)?, i32::try_from(one["thread-id"].as_i64()?).ok()?))).collect()
+}
+
+async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, DriverError> {
+    let rss = process(body).await?.resident;
+    let balloon = def.devices.memballoon.as_ref();
+    let balloon = balloon.filter(|one| !matches!(one.model, BalloonModel::None | BalloonModel::Xen));
+    let Some(alias) = balloon.and_then(|balloon| balloon.info.alias()) else {
+        return Ok(MemoryStats { actual: def.memory_kib().saturating_mul(1024), rss, guest: None });
+    };
+    let asked = json!({ "path": format!("/machine/peripheral/{alias}"), "property": "guest-stats" });
+    let (now, said) = tokio::join!(body.patiently("query-balloon", json!({})), body.patiently("qom-get", asked));
+    let actual = now?["actual"].as_u64().unwrap_or_default();
+    Ok(MemoryStats { actual, rss, guest: guest_memory(&said?) })
+}
+
+/// What a guest has said of its memory, if it has.
+fn guest_memory(said: &Value) -> Option<GuestMemory> {
+    let said_at_usec = said["last-update"].as_u64().filter(|at| *at > 0)?.saturating_mul(1_000_000);
+    // What it does not say is as large as can be.
+    let number = |key: &str| said["stats"][key].as_u64().filter(|number| *number != u64::MAX);
+    Some(GuestMemory {
+        said_at_usec,
+        available: number("stat-total-memory"),
+        unused: number("stat-free-memory"),
+        usable: number("stat-available-memory"),
+        swap_in: number("stat-swap-in"),
+        swap_out: number("stat-swap-out"),
+        major_faults: number("stat-major-faults"),
+        minor_faults: number("stat-minor-faults"),
+        disk_caches: number("stat-disk-caches"),
+    })
+}
+
+async fn disks(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<DiskStats>, DriverError> {
+    let (told, nodes) = tokio::join!(body.patiently("query-blockstats", json!({})), Nodes::of(body));
+    let (told, nodes) = (told?, nodes?);
+    Ok(def.devices.disks.iter().map(|disk| disk_of(disk, &told, &nodes)).collect())
+}
+
+/// What QEMU tells of one disk.
+fn disk_of(disk: &Disk, told: &Value, nodes: &Nodes) -> DiskStats {
+    let none = DiskStats { target: disk.target.dev.clone(), ..DiskStats::default() };
+    let alias = disk.info.alias().unwrap_or_default();
+    // Of what is virtio the path is told of the device's inner part.
+    let is_it = |one: &&Value| one["qdev"].as_str().is_some_and(|device| device.split('/').any(|part| part == alias));
+    let Some(device) = told.as_array().into_iter().flatten().find(is_it) else { return none };
+    let top = device["node-name"].as_str().and_then(|name| nodes.0.iter().find(|node| node.name == name));
+    // The node that has the image's file open; above it are its format and filters, which name the same file.
+    let storage = top.and_then(|top| {
+        let is_storage = |driver: &str| matches!(driver, "file" | "host_device" | "host_cdrom");
+        nodes.0.iter().find(|node| is_storage(&node.driver) && node.file == top.file)
+    });
+    let threshold = [top, storage].into_iter().flatten().map(|node| node.write_threshold).max().unwrap_or(0);
+    DiskStats {
+        traffic: Some(traffic(&device["stats"], threshold)),
+        capacity: top.map(|top| top.virtual_size),
+        allocation: top.and_then(|top| top.allocated),
+        physical: storage.map(|storage| storage.virtual_size),
+        ..none
+    }
+}
+
+fn traffic(told: &Value, threshold: u64) -> DiskTraffic {
+    let number = |key: &str| told[key].as_u64().unwrap_or_default();
+    let transfers = |way: &str| Transfers {
+        requests: number(&format!("{way}_operations")),
+        bytes: number(&format!("{way}_bytes")),
+        time_usec: number(&format!("{way}_total_time_ns")) / 1000,
+    };
+    let failed = ["rd", "wr", "flush", "unmap"].map(|way| number(&format!("failed_{way}_operations")));
+    DiskTraffic {
+        read: transfers("rd"),
+        write: transfers("wr"),
+        flush_requests: number("flush_operations"),
+        flush_usec: number("flush_total_time_ns") / 1000,
+        errors: failed.iter().sum(),
+        threshold,
+    }
+}
+
+async fn interfaces(def: &DomainDef) -> Result<Vec<InterfaceStats>, DriverError> {
+    let link = |card: &Interface| card.target.as_ref().and_then(|target| target.dev.clone());
+    let cards: Vec<_> = def.devices.interfaces.iter().map(|card| (card.mac(), link(card))).collect();
+    look(move || {
+        let counted = |(mac, target): (_, Option<String>)| {
+            let traffic = target.as_deref().and_then(usage::of_link);
+            InterfaceStats { mac, target, traffic }
+        };
+        Ok(cards.into_iter().map(counted).collect())
+    })
+    .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qemu::block::Node;
+    use std::os::unix::fs::MetadataExt as _;
+    use std::path::Path;
+
+    fn disk(alias: &str, target: &str, file: &str) -> Disk {
+        let xml = format!(
+            "<domain type='qemu'><name>n</name><memory>1</memory><os><type>hvm</type></os><devices><disk type='file'>\
+             <source file='{file}'/><target dev='{target}'/><alias name='{alias}'/></disk></devices></domain>"
+        );
+        DomainDef::parse(&xml).unwrap().devices.disks.remove(0)
+    }
+
+    fn node(name: &str, driver: &str, sizes: (u64, u64), write_threshold: u64) -> Node {
+        Node {
+            name: name.into(),
+            driver: driver.into(),
+            file: "/a".into(),
+            virtual_size: sizes.0,
+            allocated: Some(sizes.1),
+            write_threshold,
+            snapshots: Vec::new(),
+            bitmaps: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_disk_is_found_by_its_device_and_its_sizes_by_its_nodes() {
+        let told = json!([
+            { "qdev": "/machine/peripheral/virtio-disk10/virtio-backend", "node-name": "b", "stats": {} },
+            { "qdev": "/machine/peripheral/virtio-disk1/virtio-backend", "node-name": "vda-format", "stats": {
+                "rd_operations": 1, "rd_bytes": 2, "rd_total_time_ns": 3000, "wr_operations": 4, "wr_bytes": 5,
+                "wr_total_time_ns": 6000, "flush_operations": 7, "flush_total_time_ns": 8000,
+                "failed_rd_operations": 9, "failed_wr_operations": 10, "failed_flush_operations": 11,
+                "failed_unmap_operations": 12,
+            } },
+            { "qdev": "sata0-0-0", "stats": {} },
+        ]);
+        let nodes = Nodes(vec![
+            node("vda-storage", "file", (100, 90), 50),
+            node("vda-format", "qcow2", (1000, 80), 0),
+            node("b", "raw", (3, 3), 0),
+        ]);
+        let traffic = DiskTraffic {
+            read: Transfers { requests: 1, bytes: 2, time_usec: 3 },
+            write: Transfers { requests: 4, bytes: 5, time_usec: 6 },
+            flush_requests: 7,
+            flush_usec: 8,
+            errors: 42,
+            threshold: 50,
+        };
+        let whole = DiskStats {
+            target: "vda".into(),
+            traffic: Some(traffic),
+            capacity: Some(1000),
+            allocation: Some(80),
+            physical: Some(100),
+        };
+        assert_eq!(disk_of(&disk("virtio-disk1", "vda", "/a"), &told, &nodes), whole);
+        let empty = DiskStats { target: "sda".into(), traffic: Some(DiskTraffic::default()), ..DiskStats::default() };
+        assert_eq!(disk_of(&disk("sata0-0-0", "sda", "/b"), &told, &nodes), empty);
+        let unknown = DiskStats { target: "vdb".into(), ..DiskStats::default() };
+        assert_eq!(disk_of(&disk("virtio-disk2", "vdb", "/c"), &told, &nodes), unknown);
+    }
+
+    #[test]
+    fn what_a_guest_does_not_say_of_its_memory_is_not_told() {
+        let nothing = json!({ "last-update": 0, "stats": { "stat-free-memory": u64::MAX } });
+        assert_eq!(guest_memory(&nothing), None);
+        let some = json!({ "last-update": 2, "stats": { "stat-free-memory": 7, "stat-swap-in": u64::MAX } });
+        let known = GuestMemory { said_at_usec: 2_000_000, unused: Some(7), ..GuestMemory::default() };
+        assert_eq!(guest_memory(&some), Some(known));
+    }
+
+    #[test]
+    fn an_image_at_rest_is_measured_and_opened_for_those_only_who_may_have_that() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut header = b"QFI\xfb\0\0\0\x03".to_vec();
+        header.resize(24, 0);
+        header.extend(7_340_032u64.to_be_bytes());
+        std::fs::write(&file, &header).unwrap();
+        let allocation = Some(std::fs::metadata(&file).unwrap().blocks() * 512);
+        let image = |format: &str| Some((file.path().to_owned(), format.to_owned()));
+        let known = DiskStats { target: "vda".into(), allocation, physical: Some(32), ..DiskStats::default() };
+        let with = |capacity| DiskStats { capacity, ..known.clone() };
+        assert_eq!(measured("vda".into(), image("qcow2"), true), with(Some(7_340_032)));
+        assert_eq!(measured("vda".into(), image("qcow2"), false), with(None));
+        assert_eq!(measured("vda".into(), image("raw"), false), with(Some(32)));
+        let missing = Some((Path::new("/nowhere/at all").to_owned(), "raw".to_owned()));
+        assert_eq!(measured("vda".into(), missing, true), DiskStats { target: "vda".into(), ..DiskStats::default() });
+    }
+}

@@ -1,0 +1,327 @@
+//! Statistics: numbers of a machine at a moment, which cost whoever asks a moment only.
+//!
+//! ```text
+//!  ask ─▶ each group: is it being sampled? ──no──▶ a task asks the driver ─▶ what is last known
+//!                            └─ yes: wait for that one      (as long as it takes)      ▲
+//!  ask ◀── what is last known, after PATIENCE at the latest ───────────────────────────┘
+//! ```
+//!
+//! A group of a guest is sampled by one task at a time, whoever asks, and nothing is sampled when nobody does. A hypervisor that
+//! does not answer keeps the one task, and who asks gets what it last answered with the time of that.
+
+use super::Domain;
+use crate::authz::{Action, Answer, Caller};
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::stored::StoredDef;
+use crate::time::now_usec;
+use crate::verb;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
+use virt_model::domain::DomainDef;
+use virt_model::driver::stats::{GroupStats, StatGroup, StatQuestion};
+use virt_model::driver::{DriverError, Instance};
+use virt_model::state::{DomainState, StateReason};
+use virt_model::xml::shorten;
+
+/// How long an answer is waited for, from when it was first asked for; a healthy hypervisor needs some milliseconds.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long one is waited for that is overdue: the hypervisor may just have come back.
+const GRACE: Duration = Duration::from_millis(50);
+/// The word of the one group that no driver is asked for.
+const STATE: &str = "state";
+
+/// The groups that are wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatsOptions {
+    state: bool,
+    groups: Vec<StatGroup>,
+    /// Sizes of the disks of a machine that is off are wanted, too.
+    at_rest: bool,
+}
+
+impl Default for StatsOptions {
+    /// Those that cost next to nothing.
+    fn default() -> StatsOptions {
+        let costly = |group: &StatGroup| *group == StatGroup::Iothreads;
+        let groups = StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect();
+        StatsOptions { state: true, groups, at_rest: true }
+    }
+}
+
+impl StatsOptions {
+    /// The same of a guest; of a machine that is off its state alone.
+    pub(crate) fn while_it_runs() -> StatsOptions {
+        StatsOptions { at_rest: false, ..StatsOptions::default() }
+    }
+
+    /// What a machine does, and no numbers.
+    pub(crate) fn state() -> StatsOptions {
+        StatsOptions { state: true, groups: Vec::new(), at_rest: false }
+    }
+
+    /// Those of these words; of none, what is usual. Error: `InvalidArgument` for a word that is no group's.
+    pub fn named(words: &[String]) -> Result<StatsOptions> {
+        if words.is_empty() {
+            return Ok(StatsOptions::default());
+        }
+        let mut wanted = StatsOptions { state: false, groups: Vec::new(), at_rest: true };
+        for word in words {
+            match StatGroup::ALL.iter().find(|group| group.as_str() == word) {
+                Some(group) if wanted.groups.contains(group) => {}
+                Some(group) => wanted.groups.push(*group),
+                None if word == STATE => wanted.state = true,
+                None => {
+                    let known: Vec<&str> =
+                        [STATE].into_iter().chain(StatGroup::ALL.iter().map(|group| group.as_str())).collect();
+                    let text = format!("there is no group '{}'; there are {}", shorten(word), known.join(", "));
+                    return Err(Error::InvalidArgument(text));
+                }
+            }
+        }
+        Ok(wanted)
+    }
+}
+
+/// Numbers of a machine. A group that is not known, or that a machine does not have while it is off, is not there.
+#[derive(Clone, Debug)]
+pub struct Stats {
+    /// Nothing in it is older than this, in microseconds since the epoch.
+    pub sampled_at_usec: u64,
+    /// What it does, and why.
+    pub state: Option<(DomainState, StateReason)>,
+    /// The groups.
+    pub groups: Vec<Arc<GroupStats>>,
+}
+
+/// Whose numbers are asked for.
+struct Sampled {
+    def: Arc<DomainDef>,
+    instance: Option<Arc<dyn Instance>>,
+    sampler: Arc<Sampler>,
+}
+
+impl Domain {
+    /// Numbers of the machine. Never waits for a hypervisor or a storage that does not answer: of what that would tell, the last is
+    /// told that is known. Errors: those of the driver, where it answers that it cannot.
+    pub async fn stats(&self, caller: &Caller, wanted: &StatsOptions) -> Result<Stats> {
+        self.allow(caller, verb::GET_STATS.action).await?;
+        self.applies(&verb::GET_STATS)?;
+        let now = now_usec();
+        let (state, active) = {
+            let state = lock(&self.state);
+            ((state.state, state.reason), state.live().is_some())
+        };
+        let mut stats = Stats { sampled_at_usec: now, state: wanted.state.then_some(state), groups: Vec::new() };
+        let (sampled, groups) = match active {
+            true => (self.sampled_guest(), wanted.groups.clone()),
+            false if wanted.at_rest && wanted.groups.contains(&StatGroup::Disks) => {
+                (self.sampled_at_rest()?, vec![StatGroup::Disks])
+            }
+            false => (None, Vec::new()),
+        };
+        let Some(sampled) = sampled else { return Ok(stats) };
+        let may_open = sampled.instance.is_none()
+            && self.shared.authority.can(caller, Action::Define, &self.subject()).await == Answer::Yes;
+        let asked: Vec<_> = groups
+            .into_iter()
+            .map(|group| self.begin_sampling(&sampled, StatQuestion { group, may_open }, now))
+            .collect();
+        for running in asked {
+            let told = sampled.sampler.told(running).await;
+            let told = told.map_err(|error| Error::from_driver(&self.name(), verb::GET_STATS.word, error))?;
+            let Some(sample) = told else { continue };
+            stats.sampled_at_usec = stats.sampled_at_usec.min(sample.at_usec);
+            stats.groups.push(sample.numbers);
+        }
+        Ok(stats)
+    }
+
+    /// Its guest; one that is still sought has no numbers.
+    fn sampled_guest(&self) -> Option<Sampled> {
+        let state = lock(&self.state);
+        let guest = state.guest.as_ref()?;
+        let (def, instance, sampler) = (guest.live.clone(), guest.instance.clone(), guest.sampler.clone());
+        Some(Sampled { def, instance: Some(instance), sampler })
+    }
+
+    /// The machine that is stored, if its configuration can be read.
+    fn sampled_at_rest(&self) -> Result<Option<Sampled>> {
+        let (stored, sampler) = {
+            let mut state = lock(&self.state);
+            let (Some(stored), None) = (state.stored.clone(), &state.broken) else { return Ok(None) };
+            let of_this = |measured: &&Measured| Arc::ptr_eq(&measured.of, &stored);
+            let known = state.measured.as_ref().filter(of_this).map(|measured| measured.sampler.clone());
+            let sampler = known.unwrap_or_default();
+            state.measured = Some(Measured { of: stored.clone(), sampler: sampler.clone() });
+            (stored, sampler)
+        };
+        let def = self.shared.readings.of(&stored)?;
+        Ok(Some(Sampled { def, instance: None, sampler }))
+    }
+
+    fn begin_sampling(&self, sampled: &Sampled, question: StatQuestion, now: u64) -> (StatQuestion, Running) {
+        let (driver, def, instance) = (self.driver.clone(), sampled.def.clone(), sampled.instance.clone());
+        let ask = || async move { driver.stats(&def, instance.as_deref(), question).await };
+        (question, sampled.sampler.begin(question, now, ask))
+    }
+}
+
+/// What was last known of a machine that is off.
+pub(super) struct Measured {
+    /// The configuration that it is about.
+    of: Arc<StoredDef>,
+    sampler: Arc<Sampler>,
+}
+
+/// What is last known of a guest, and what is being asked.
+#[derive(Default)]
+pub(super) struct Sampler(Mutex<HashMap<StatQuestion, Slot>>);
+
+#[derive(Default)]
+struct Slot {
+    last: Option<Sample>,
+    /// Why the last attempt brought nothing.
+    failure: Option<DriverError>,
+    running: Option<Running>,
+}
+
+/// Numbers with the time at which they were asked for.
+#[derive(Clone)]
+struct Sample {
+    at_usec: u64,
+    numbers: Arc<GroupStats>,
+}
+
+/// An attempt.
+#[derive(Clone)]
+struct Running {
+    since: Instant,
+    /// Closed when it has ended.
+    ended: watch::Receiver<()>,
+}
+
+impl Sampler {
+    /// The attempt that is under way, or a new one. At most one is, however many ask.
+    fn begin<F>(self: &Arc<Self>, question: StatQuestion, at_usec: u64, ask: impl FnOnce() -> F) -> Running
+    where
+        F: Future<Output = Result<GroupStats, DriverError>> + Send + 'static,
+    {
+        let mut slots = lock(&self.0);
+        let slot = slots.entry(question).or_default();
+        if let Some(running) = slot.running.as_ref().filter(|running| running.ended.has_changed().is_ok()) {
+            return running.clone();
+        }
+        let (ending, ended) = watch::channel(());
+        let running = Running { since: Instant::now(), ended };
+        slot.running = Some(running.clone());
+        let (sampler, asking) = (self.clone(), ask());
+        tokio::spawn(async move {
+            let told = asking.await;
+            let mut slots = lock(&sampler.0);
+            let slot = slots.entry(question).or_default();
+            match told {
+                Ok(numbers) => {
+                    slot.last = Some(Sample { at_usec, numbers: Arc::new(numbers) });
+                    slot.failure = None;
+                }
+                Err(error) => slot.failure = Some(error),
+            }
+            slot.running = None;
+            drop(ending);
+        });
+        running
+    }
+
+    /// What is known when an attempt has ended, or has been waited for long enough. Errors: what the driver says that is neither
+    /// that the guest has ended nor that nothing answers.
+    async fn told(&self, (question, running): (StatQuestion, Running)) -> Result<Option<Sample>, DriverError> {
+        let Running { since, mut ended } = running;
+        // Its end is the only news there is.
+        let _ = timeout_at((since + PATIENCE).max(Instant::now() + GRACE), ended.changed()).await;
+        let slots = lock(&self.0);
+        let Some(slot) = slots.get(&question) else { return Ok(None) };
+        match &slot.failure {
+            None | Some(DriverError::TimedOut(_) | DriverError::Gone) => Ok(slot.last.clone()),
+            Some(failure) => Err(failure.clone()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+    use tokio::sync::Notify;
+    use virt_model::driver::stats::CpuStats;
+
+    const CPU: StatQuestion = StatQuestion { group: StatGroup::Cpu, may_open: false };
+
+    fn numbers(user_usec: u64) -> GroupStats {
+        GroupStats::Cpu(CpuStats { user_usec, system_usec: 0 })
+    }
+
+    async fn told(sampler: &Sampler, running: Running) -> Option<(u64, GroupStats)> {
+        sampler.told((CPU, running)).await.unwrap().map(|sample| (sample.at_usec, (*sample.numbers).clone()))
+    }
+
+    #[test]
+    fn groups_are_known_by_their_words() {
+        assert_eq!(StatsOptions::named(&[]).unwrap(), StatsOptions::default());
+        let named =
+            |words: &[&str]| StatsOptions::named(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
+        let some = StatsOptions { state: true, groups: vec![StatGroup::Disks, StatGroup::Cpu], at_rest: true };
+        assert_eq!(named(&["disks", "state", "cpu", "disks"]).unwrap(), some);
+        let why = named(&["cpu", "gpu"]).unwrap_err().to_string();
+        let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads";
+        assert_eq!(why, format!("there is no group 'gpu'; there are {known}"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_attempt_serves_all_and_the_last_answer_stands_while_none_comes() {
+        let (sampler, go, begun) = (Arc::new(Sampler::default()), Arc::new(Notify::new()), Arc::new(AtomicU32::new(0)));
+        let ask = |at| {
+            let (go, begun) = (go.clone(), begun.clone());
+            let asking = || async move {
+                begun.fetch_add(1, Ordering::Relaxed);
+                go.notified().await;
+                Ok(numbers(at))
+            };
+            sampler.begin(CPU, at, asking)
+        };
+        let (one, two) = (ask(1), ask(2));
+        go.notify_one();
+        let both = tokio::join!(told(&sampler, one), told(&sampler, two));
+        assert_eq!(both, (Some((1, numbers(1))), Some((1, numbers(1)))), "both have the first one's");
+        assert_eq!(begun.load(Ordering::Relaxed), 1);
+
+        let before = Instant::now();
+        let hung = ask(3);
+        assert_eq!(told(&sampler, hung).await, Some((1, numbers(1))));
+        assert_eq!(before.elapsed().as_secs(), PATIENCE.as_secs());
+        assert_eq!(told(&sampler, ask(4)).await, Some((1, numbers(1))), "nobody waits that long again");
+        assert_eq!(before.elapsed().as_secs(), PATIENCE.as_secs());
+        assert_eq!(begun.load(Ordering::Relaxed), 2);
+
+        let waits = ask(5);
+        go.notify_one();
+        waits.clone().ended.changed().await.unwrap_err();
+        assert_eq!(told(&sampler, waits).await, Some((3, numbers(3))), "when it was asked for");
+    }
+
+    #[tokio::test]
+    async fn an_attempt_that_fails_is_told_and_one_that_is_cut_off_keeps_nobody_waiting() {
+        let sampler = Arc::new(Sampler::default());
+        let fails = |error: DriverError| sampler.begin(CPU, 1, || async move { Err(error) });
+        let refused = sampler.told((CPU, fails(DriverError::Refused("no".into())))).await.map(drop);
+        assert!(matches!(refused, Err(DriverError::Refused(_))));
+        assert_eq!(told(&sampler, fails(DriverError::Gone)).await, None);
+        let panics = sampler.begin(CPU, 1, || async { panic!("as a driver must not") });
+        assert_eq!(told(&sampler, panics).await, None);
+        let next = sampler.begin(CPU, 2, || async { Ok(numbers(2)) });
+        assert_eq!(told(&sampler, next).await, Some((2, numbers(2))));
+    }
+}

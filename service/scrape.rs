@@ -1,0 +1,78 @@
+//! Numbers of all machines at once, for whoever collects them.
+//!
+//! One that hangs keeps nobody waiting longer than its own moment (`domain/stats.rs`), and many are looked at together. What was
+//! collected stays as long as it takes to hand it over; so only few do that at a time.
+
+use crate::Service;
+use crate::authz::Caller;
+use crate::domain::{Domain, Stats, StatsOptions};
+use crate::error::{Error, Result};
+use crate::fair::FairPlace;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+/// Scrapes that are there at once: in all, and of one user.
+pub(crate) const SCRAPES: (usize, usize) = (16, 2);
+/// Machines that are looked at together.
+const TOGETHER: usize = 64;
+
+/// Numbers of one machine.
+#[derive(Clone, Debug)]
+pub struct MachineStats {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// The numbers.
+    pub stats: Stats,
+}
+
+/// Numbers of many. While it is there, it counts as one of its user's.
+#[derive(Debug)]
+pub struct Scrape {
+    /// By name.
+    pub machines: Vec<MachineStats>,
+    _place: FairPlace<u32>,
+}
+
+impl Service {
+    /// Numbers of all machines that `caller` may read; nobody is asked for a password, and no file of the host is looked at: of a
+    /// machine that is off its state is told. Error: `LimitsExceeded` if the user has too many that are not handed over.
+    pub async fn scrape(&self, caller: &Caller) -> Result<Scrape> {
+        // A free place is had at once.
+        let place = timeout(Duration::ZERO, self.shared.scrapes.take(&caller.uid)).await.map_err(|_| {
+            let text = format!("{} scrapes of yours, or {} of all users, are not read yet", SCRAPES.1, SCRAPES.0);
+            Error::LimitsExceeded(format!("{text}: read them first"))
+        })?;
+        let caller = Caller { interactive: false, ..caller.clone() };
+        let mut domains = self.domains.all().into_iter();
+        let (mut under_way, mut machines) = (JoinSet::new(), Vec::new());
+        loop {
+            while under_way.len() < TOGETHER
+                && let Some(domain) = domains.next()
+            {
+                under_way.spawn(numbers_of(domain, caller.clone()));
+            }
+            let Some(done) = under_way.join_next().await else { break };
+            machines.extend(done.ok().flatten());
+        }
+        machines.sort_by(|one: &MachineStats, other| one.name.cmp(&other.name));
+        Ok(Scrape { machines, _place: place })
+    }
+}
+
+/// Numbers of a machine, unless the caller may not read it, or it has just gone. Of one whose driver has none its state is told.
+async fn numbers_of(domain: Arc<Domain>, caller: Caller) -> Option<MachineStats> {
+    let stats = match domain.stats(&caller, &StatsOptions::while_it_runs()).await {
+        Err(Error::AccessDenied(_) | Error::InteractionRequired(_)) => return None,
+        Err(error) => {
+            tracing::debug!(uuid = %domain.uuid(), %error, "no numbers of it");
+            domain.stats(&caller, &StatsOptions::state()).await.ok()?
+        }
+        Ok(stats) => stats,
+    };
+    Some(MachineStats { name: domain.name(), uuid: domain.uuid(), stats })
+}

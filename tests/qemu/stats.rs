@@ -1,0 +1,86 @@
+//! Statistics of real guests, of those, too, whose QEMU does nothing any more.
+
+use crate::common::client::{Client, Domain};
+use crate::common::guest::Tick;
+use crate::common::stats::{SIZES, TRAFFIC, Told, VCPU, shaped, stats_of};
+use crate::common::{Daemon, PATIENCE};
+use nix::sys::signal::{Signal, kill};
+use std::os::unix::fs::MetadataExt as _;
+use std::time::{Duration, Instant};
+
+/// How long an answer may take where QEMU gives none: less than a command of its monitor is waited for.
+const SOON: Duration = Duration::from_secs(10);
+
+async fn told(domain: &Domain) -> Told {
+    let told = tokio::time::timeout(SOON, stats_of(domain, &[])).await;
+    told.expect("an answer that waits for nobody").expect("told")
+}
+
+/// Waits until the numbers are as wanted: a busy host may give those of before.
+async fn until(domain: &Domain, what: &str, wanted: impl Fn(&Told) -> bool) -> Told {
+    let begun = Instant::now();
+    loop {
+        let now = told(domain).await;
+        if wanted(&now) {
+            return now;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{what}: {now:?}");
+        // The guest goes on by itself.
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
+async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let Some(mut tick) = Tick::new(&daemon, "counted", "<iothreads>1</iothreads>") else { return };
+    tick.xml =
+        tick.xml.replace("<devices>", "<devices><interface type='user'><mac address='52:54:00:00:00:01'/></interface>");
+    let domain = Client { connection: daemon.connect().await }.define(&tick.xml).await.expect("defined");
+
+    let off = told(&domain).await;
+    assert_eq!(off.groups().into_iter().collect::<Vec<_>>(), ["disks", "state"]);
+    assert_eq!(off.shape("disks", 0), shaped(SIZES));
+    let image = std::fs::metadata(&tick.disk).expect("its image");
+    let sizes = |told: &Told| ["capacity", "physical", "allocation"].map(|key| told.number("disks", 0, key));
+    let [capacity, physical, allocation] = sizes(&off);
+    assert_eq!((physical, allocation), (image.len(), image.blocks() * 512));
+
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let all = ["cpu", "disks", "interfaces", "memory", "state", "vcpus"];
+    let first = until(&domain, "all groups", |now| now.groups().into_iter().eq(all)).await;
+    assert_eq!(first.shape("disks", 0), shaped(&format!("{SIZES} {TRAFFIC}")));
+    assert_eq!(first.shape("vcpus", 0), shaped(VCPU));
+    assert_eq!(first.shape("interfaces", 0), shaped("mac s target s"), "nobody counts for type user");
+    assert_eq!((sizes(&first)[0], first.number("memory", 0, "actual")), (capacity, 16 << 20));
+    assert!(first.number("disks", 0, "read-bytes") >= 512, "it has booted from there: {first:?}");
+    assert!(first.number("memory", 0, "rss") > 1 << 20, "{first:?}");
+    let moving = [("cpu", "time-usec"), ("vcpus", "time-usec"), ("disks", "write-requests"), ("disks", "write-bytes")];
+    let later = until(&domain, "what moves", |now| {
+        moving.iter().all(|(group, key)| now.number(group, 0, key) > first.number(group, 0, key))
+    });
+    let later = later.await;
+    assert!(later.sampled_at() > first.sampled_at());
+    let io = stats_of(&domain, &["iothreads"]).await.expect("told");
+    assert_eq!(io.shape("iothreads", 0), shaped("number u time-usec t wait-usec t"));
+
+    let qemu = daemon.qemu_of(&tick.name).expect("it runs");
+    let last = told(&domain).await;
+    kill(qemu, Signal::SIGSTOP).expect("stopped");
+    let many = futures_util::future::join_all((0..20).map(|_| told(&domain))).await;
+    for hung in many {
+        assert_eq!(hung.sampled_at(), last.sampled_at());
+        assert!(hung.groups().into_iter().eq(all), "{hung:?}");
+        assert_eq!(hung.number("disks", 0, "write-requests"), last.number("disks", 0, "write-requests"));
+    }
+    let host = stats_of(&domain, &["state", "cpu"]).await.expect("told");
+    assert!(host.sampled_at() > last.sampled_at(), "what the kernel counts is told as it is now");
+    kill(qemu, Signal::SIGCONT).expect("let go");
+    until(&domain, "what QEMU tells again", |now| {
+        now.number("disks", 0, "write-requests") > last.number("disks", 0, "write-requests")
+    })
+    .await;
+    domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(told(&domain).await.groups().into_iter().collect::<Vec<_>>(), ["disks", "state"]);
+}
