@@ -145,7 +145,7 @@ impl Bus {
     /// A call has come in.
     fn take(self: &Arc<Self>, call: Message) {
         let standing = self.gate.meet(sender(&call.header()));
-        if !call.data().fds().is_empty() {
+        if socket::brought_descriptors(&call) || !call.data().fds().is_empty() {
             // Waiting calls would keep them open, and there are fewer of them than there may be calls.
             return match standing {
                 Standing::Held => {}

@@ -6,19 +6,21 @@
 //! - The body of a message beyond [`LARGEST`] is read away piece by piece. What is left of it, its header, comes in as a
 //!   message without a body, marked ([`is_cut`]), for the dispatcher to refuse.
 //! - At most [`QUEUED`] bytes lie between socket and dispatcher; nothing is read while there is no room.
-//! - Descriptors are never taken. The connection says at its beginning that it takes none, so a bus refuses a call that
-//!   carries some, in words to its sender; what comes even so the kernel closes, as plain reads have no place for it.
-//!   So no sender can use up our descriptors, and no message can fail to come in for want of one.
+//! - Descriptors that come are never taken: the kernel closes them, as plain reads have no place for them. So no sender can
+//!   use up our descriptors, and no message can fail to come in for want of one. A message that came with some is marked
+//!   ([`brought_descriptors`]), for the dispatcher to refuse.
 //!
 //! And all it writes goes through [`Writer`]: a bus that has taken nothing for [`STALLED`] is left, for [`Intake::stalled`]
-//! to tell.
+//! to tell. Descriptors go out with the first byte of their message.
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::io::{self, IoSlice};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::{AsyncReadExt, BufReader, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::Notify;
@@ -41,10 +43,19 @@ pub const STALLED: Duration = Duration::from_secs(10);
 const PRIMARY: usize = 16;
 /// The mark, in the byte of flags: a bit that the specification gives no meaning. Nobody else can set it.
 const CUT: u8 = 0x80;
+/// Another such mark.
+const BROUGHT: u8 = 0x40;
+/// Descriptors that can go with one message.
+const MOST_SENT: usize = 16;
 
 /// Whether the body of this message was too large to be read.
 pub fn is_cut(message: &Message) -> bool {
     message.primary_header().flags().bits() & CUT != 0
+}
+
+/// Whether descriptors came with this message. They are closed.
+pub fn brought_descriptors(message: &Message) -> bool {
+    message.primary_header().flags().bits() & BROUGHT != 0
 }
 
 /// What socket and dispatcher of a connection know of each other.
@@ -164,7 +175,20 @@ impl ReadHalf for Reader {
                 continue;
             }
             self.fill(&mut head, header, already).await?;
-            head[2] &= !CUT;
+            head[2] &= !(CUT | BROUGHT);
+            match descriptors_at(&head) {
+                Ok(None) => {}
+                Ok(Some(number)) => {
+                    let brought = head[number..number + 4].iter().any(|byte| *byte != 0);
+                    head[number..number + 4].fill(0);
+                    head[2] |= if brought { BROUGHT } else { 0 };
+                }
+                Err(Unreadable) => {
+                    tracing::debug!("a message with a field in its header that no known one is like was passed over");
+                    self.skip(body, already).await?;
+                    continue;
+                }
+            }
             if body > LARGEST {
                 self.skip(body, already).await?;
                 head[2] |= CUT;
@@ -181,6 +205,11 @@ impl ReadHalf for Reader {
 
     async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
         self.socket.recvmsg(buffer).await
+    }
+
+    /// Without that, the other end would take none either.
+    fn can_pass_unix_fd(&self) -> bool {
+        true
     }
 
     async fn peer_credentials(&mut self) -> io::Result<ConnectionCredentials> {
@@ -225,6 +254,40 @@ fn lengths(primary: &[u8]) -> (usize, usize) {
     ((PRIMARY + number(12)).next_multiple_of(8), number(4))
 }
 
+/// A field of a header has a type that no field of the specification has, so what follows cannot be told.
+struct Unreadable;
+
+/// Where in a header stands how many descriptors the message has; `None`: nowhere.
+fn descriptors_at(head: &[u8]) -> Result<Option<usize>, Unreadable> {
+    const UNIX_FDS: u8 = 9;
+    let number = |at: usize| {
+        let bytes = head.get(at..at + 4)?.try_into().ok()?;
+        let number = if head[0] == b'B' { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
+        usize::try_from(number).ok()
+    };
+    let end = number(12).map_or(0, |length| PRIMARY + length);
+    let mut at = PRIMARY;
+    while let Some([code, signature, kind, _]) = head.get(at..at + 4).filter(|_| at < end) {
+        if *signature != 1 {
+            return Err(Unreadable);
+        }
+        at += 4;
+        let after = match kind {
+            b'u' if *code == UNIX_FDS => return Ok((at + 4 <= head.len()).then_some(at)),
+            b'y' => Some(at + 1),
+            b'n' | b'q' => Some(at + 2),
+            b'b' | b'i' | b'u' | b'h' => Some(at + 4),
+            b'x' | b't' | b'd' => Some(at.next_multiple_of(8) + 8),
+            b's' | b'o' => number(at).map(|length| at + 4 + length + 1),
+            b'g' => head.get(at).map(|length| at + 1 + usize::from(*length) + 1),
+            _ => return Err(Unreadable),
+        };
+        let Some(after) = after else { break };
+        at = after.next_multiple_of(8);
+    }
+    Ok(None)
+}
+
 /// The half that is written.
 #[derive(Debug)]
 pub struct Writer {
@@ -240,24 +303,30 @@ impl WriteHalf for Writer {
     }
 
     async fn send_messages(&mut self, messages: &[Message]) -> zbus::Result<()> {
-        let mut slices: Vec<_> = messages.iter().map(|message| IoSlice::new(message.data())).collect();
-        let mut rest = &mut slices[..];
-        while !rest.is_empty() {
-            let count = self.write(rest).await?;
-            IoSlice::advance_slices(&mut rest, count);
+        // Descriptors go with the first byte of a write, so a message that has some begins one.
+        for together in messages.chunk_by(|_, next| next.data().fds().is_empty()) {
+            let mut fds: Vec<_> = together[0].data().fds().iter().map(|fd| fd.as_fd()).collect();
+            let mut slices: Vec<_> = together.iter().map(|message| IoSlice::new(message.data())).collect();
+            let mut rest = &mut slices[..];
+            while !rest.is_empty() {
+                let count = self.write(rest, &fds).await?;
+                fds.clear();
+                IoSlice::advance_slices(&mut rest, count);
+            }
         }
         Ok(())
     }
 
     async fn sendmsg(&mut self, buffer: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
-        if !fds.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "this connection carries no descriptors"));
-        }
-        self.write(&[IoSlice::new(buffer)]).await
+        self.write(&[IoSlice::new(buffer)], fds).await
     }
 
     async fn close(&mut self) -> io::Result<()> {
         self.shut()
+    }
+
+    fn can_pass_unix_fd(&self) -> bool {
+        true
     }
 
     async fn peer_credentials(&mut self) -> io::Result<ConnectionCredentials> {
@@ -267,8 +336,9 @@ impl WriteHalf for Writer {
 
 impl Writer {
     /// Writes something. When that takes too long, the connection ends.
-    async fn write(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
-        let writing = self.socket.write_vectored(slices);
+    async fn write(&mut self, slices: &[IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+        let socket: &UnixStream = self.socket.as_ref();
+        let writing = socket.async_io(Interest::WRITABLE, || send(socket, slices, fds));
         let Some(patience) = self.patience else { return writing.await };
         match tokio::time::timeout(patience, writing).await {
             Ok(Ok(0)) => Err(io::ErrorKind::WriteZero.into()),
@@ -286,6 +356,17 @@ impl Writer {
         let stream: &UnixStream = self.socket.as_ref();
         Ok(nix::sys::socket::shutdown(stream.as_raw_fd(), nix::sys::socket::Shutdown::Both)?)
     }
+}
+
+/// Sends what fits; the descriptors go with the first byte.
+fn send(socket: &UnixStream, slices: &[IoSlice<'_>], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_SENT))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(fds)) {
+        let text = format!("more than {MOST_SENT} descriptors for one message");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
+    Ok(sendmsg(socket, slices, &mut ancillary, SendFlags::NOSIGNAL | SendFlags::DONTWAIT)?)
 }
 
 fn credentials(stream: &UnixStream) -> io::Result<ConnectionCredentials> {
