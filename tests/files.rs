@@ -92,7 +92,7 @@ fn bus_policies_name_every_interface() {
 }
 
 /// Qt's D-Bus knows these types by itself.
-const KNOWN_TO_QT: &[&str] = &["s", "o", "b", "u", "i", "t", "x", "d", "v", "as", "ao", "ay"];
+const KNOWN_TO_QT: &[&str] = &["s", "o", "b", "u", "i", "t", "x", "d", "h", "v", "as", "ao", "ay"];
 
 #[test]
 fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
