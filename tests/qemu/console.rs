@@ -182,7 +182,7 @@ async fn keys_are_pressed(domain: &Domain, guest: &Tick) {
 
 #[tokio::test]
 async fn a_person_looks_at_a_machine_opens_its_displays_and_presses_its_keys() {
-    let Some(daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
     let Some((domain, guest)) = with_devices(&daemon, "sits", DISPLAYS).await else { return };
     pictures_are_taken(&domain).await;
     displays_are_opened(&domain, &guest.name).await;
@@ -210,6 +210,14 @@ async fn a_person_looks_at_a_machine_opens_its_displays_and_presses_its_keys() {
     }
     let after = daemon.descriptors();
     assert!(after < before + 8, "{before} descriptors have become {after}");
+
+    // Another virtd finds the machine as it is.
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    size_of(&mut screenshot(&domain, &[]).await.expect("a picture"));
+    assert_eq!(vnc_offers(open(&domain, 0, false).await.expect("opened")), [2]);
+    press(&domain, "linux", &[48]).await.expect("pressed");
+    guest.prints(|printed| printed.ends_with("30\nb0\n")).await;
     domain.run("Destroy").await.expect("destroyed");
 }
 
