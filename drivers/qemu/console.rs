@@ -1,8 +1,8 @@
-//! A person at a running QEMU: pictures of its screens, connections to its displays, keys.
+//! A person at a running QEMU: pictures of its screens, connections to its displays and channels, keys.
 //!
 //! ```text
 //!  picture:  file in memory ──add-fd──▶ QEMU draws into it ──▶ sealed, and cut to what is a picture
-//!  display:  a pair of sockets ──getfd, add_client──▶ QEMU has one end, whoever asked the other
+//!  display, channel:  a pair of sockets ──getfd, add_client──▶ QEMU has one end, whoever asked the other
 //! ```
 //!
 //! QEMU may have been taken over by its guest. What it writes into a picture is its own memory, as any other that it takes; a
@@ -10,6 +10,7 @@
 
 use super::instance::Body;
 use super::qmp::COMMAND_TIMEOUT;
+use super::snapshot::agent::CHANNEL as AGENT;
 use crate::host::acl::through;
 use crate::host::workers::{ClosedAside, blocking};
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, openat};
@@ -19,10 +20,12 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt as _;
+use std::path::Path;
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 use uuid::Uuid;
 use virt_model::device::Graphics;
+use virt_model::device::chardev::Channel;
 use virt_model::device::display::GraphicsKind;
 use virt_model::driver::{DriverError, Screen};
 
@@ -60,17 +63,42 @@ impl Body {
     /// Connects whoever asked to a display.
     pub async fn open_graphics(&self, graphics: &Graphics, skip_auth: bool) -> Result<OwnedFd, DriverError> {
         let protocol = protocol(graphics.kind)?;
+        self.add_client(json!({ "protocol": protocol, "skipauth": skip_auth })).await
+    }
+
+    /// Connects whoever asked to a channel whose socket is in the guest's own folder, for want of another place: that socket is
+    /// left alone, as QEMU could put anything there. Error: `Refused` while somebody else is connected.
+    pub async fn open_channel(&self, channel: &Channel) -> Result<OwnedFd, DriverError> {
+        let own = channel.source.path().is_some_and(|path| Path::new(path).starts_with(self.leavings.own_dir()));
+        if !own {
+            let text = format!("it is of type='{}' with a place of its own; connect there", channel.source.kind);
+            return Err(DriverError::Unsupported(text));
+        }
+        if channel.target.name.as_deref() == Some(AGENT) {
+            return Err(DriverError::Unsupported("virtd itself speaks to the guest agent".to_owned()));
+        }
+        let back_end = format!("char{}", channel.info.alias().unwrap_or_default());
+        self.add_client(json!({ "protocol": back_end })).await.map_err(|error| match error {
+            DriverError::Hypervisor(why) if why.contains("failed to add client") => {
+                DriverError::Refused("another client".to_owned())
+            }
+            other => other,
+        })
+    }
+
+    /// Gives QEMU one end of a pair of sockets, for what `arguments` name.
+    async fn add_client(&self, mut arguments: Value) -> Result<OwnedFd, DriverError> {
         let monitor = self.monitor()?;
         let pair = socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None);
         let (ours, theirs) = pair.map_err(|e| no_room(e.into()))?;
-        let name = format!("virtd-display-{}", Uuid::new_v4());
+        let name = format!("virtd-client-{}", Uuid::new_v4());
+        arguments["fdname"] = json!(name);
         let opened = timeout(COMMAND_TIMEOUT, async {
             let end = vec![ClosedAside::of(theirs.into())];
             monitor.execute_with("getfd", json!({ "fdname": name }), end, COMMAND_TIMEOUT).await?;
-            let arguments = json!({ "protocol": protocol, "fdname": name, "skipauth": skip_auth });
             monitor.execute("add_client", arguments).await
         });
-        let late = |_| DriverError::TimedOut("QEMU did not take a client for its display in time".to_owned());
+        let late = |_| DriverError::TimedOut("QEMU did not take a client in time".to_owned());
         let opened = opened.await.map_err(late).and_then(|opened| Ok(opened?));
         if opened.is_err() {
             monitor.tell("closefd", json!({ "fdname": name })).await;

@@ -27,6 +27,7 @@ use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
 use virt_model::device::Graphics;
+use virt_model::device::chardev::Channel;
 use virt_model::domain::cpu::Cpu;
 use virt_model::driver::{DriverError, Exit, Instance, Screen, ShutdownMode};
 
@@ -194,6 +195,10 @@ impl Instance for QemuInstance {
 
     async fn open_graphics(&self, graphics: &Graphics, skip_auth: bool) -> Result<OwnedFd, DriverError> {
         self.body.open_graphics(graphics, skip_auth).await
+    }
+
+    async fn open_channel(&self, channel: &Channel) -> Result<OwnedFd, DriverError> {
+        self.body.open_channel(channel).await
     }
 
     async fn send_keys(&self, keys: &[u8], hold: Option<Duration>) -> Result<(), DriverError> {

@@ -72,6 +72,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::MANAGED_SAVE_XML, managed_save_xml)
         .method(&verb::SCREENSHOT, screenshot)
         .method(&verb::OPEN_GRAPHICS, open_graphics)
+        .method(&verb::OPEN_CHANNEL, open_channel)
         .method(&verb::SEND_KEY, send_key)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
@@ -194,6 +195,13 @@ async fn open_graphics(domain: Arc<Domain>, call: Call) -> Outcome {
     let skip_auth = options.flag("skip-auth")?;
     options.end()?;
     let connection = domain.open_graphics(call.caller(), index, skip_auth).await?;
+    call.reply(&Fd::from(connection))
+}
+
+async fn open_channel(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (name, options): (String, Options) = call.read()?;
+    options.end()?;
+    let connection = domain.open_channel(call.caller(), &name).await?;
     call.reply(&Fd::from(connection))
 }
 

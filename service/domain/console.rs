@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::time::Duration;
 use virt_model::device::display::VideoKind;
 use virt_model::domain::DomainDef;
-use virt_model::driver::Screen;
+use virt_model::driver::{DriverError, Screen};
 use virt_model::keys::Codeset;
 use virt_model::xml::shorten;
 
@@ -47,6 +47,26 @@ impl Domain {
             let wanted = wanted.ok_or_else(|| self.has_no("graphics", index, all.len()))?;
             let opened = guest.instance.open_graphics(wanted, skip_auth).await;
             opened.map_err(|e| Error::from_driver(&self.name(), verb::OPEN_GRAPHICS.word, e))
+        })
+        .await
+    }
+
+    /// A connection to the host's end of the channel of that name.
+    /// Errors: `NoSuchDevice` if there is none, `Busy` while another client has it, `OperationUnsupported` for one that others
+    /// serve.
+    pub async fn open_channel(&self, caller: &Caller, name: &str) -> Result<OwnedFd> {
+        self.beside(caller, &verb::OPEN_CHANNEL, async {
+            let guest = self.guest()?;
+            let channel = guest.live.devices.channels.iter().find(|one| one.target.name.as_deref() == Some(name));
+            let channel = channel.ok_or_else(|| {
+                Error::NoSuchDevice(format!("domain '{}' has no channel '{}'", self.name(), shorten(name)))
+            })?;
+            guest.instance.open_channel(channel).await.map_err(|error| match error {
+                DriverError::Refused(job) => {
+                    Error::Busy { object: format!("channel '{name}' of domain '{}'", self.name()), job }
+                }
+                other => Error::from_driver(&self.name(), &format!("open channel '{name}' of"), other),
+            })
         })
         .await
     }

@@ -9,6 +9,7 @@ pub mod saved;
 pub mod snapshots;
 
 use crate::device::Graphics;
+use crate::device::chardev::Channel;
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
@@ -338,6 +339,12 @@ pub trait Instance: Any + Send + Sync {
     /// Error: `Unsupported` if no client can be connected to that one.
     async fn open_graphics(&self, _graphics: &Graphics, _skip_auth: bool) -> Result<OwnedFd, DriverError> {
         Err(DriverError::Unsupported("this driver cannot open displays".to_owned()))
+    }
+
+    /// A connection to the host's end of a channel of the live definition. Errors: `Unsupported` if no client can be connected to
+    /// that one, `Refused` while another is.
+    async fn open_channel(&self, _channel: &Channel) -> Result<OwnedFd, DriverError> {
+        Err(DriverError::Unsupported("this driver cannot open channels".to_owned()))
     }
 
     /// Presses keys all at once, by their numbers ([`crate::keys`]), and lets them go after `hold`, or as it does by itself. Returns

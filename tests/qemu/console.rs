@@ -18,7 +18,10 @@ const SOON: Duration = Duration::from_secs(10);
 
 const DISPLAYS: &str = "<graphics type='vnc' passwd='secret'><listen type='none'/></graphics>\
                         <graphics type='dbus' p2p='yes'/><graphics type='spice'><listen type='none'/></graphics>\
-                        <video><model type='vga'/></video><video><model type='virtio' heads='2'/></video>";
+                        <video><model type='vga'/></video><video><model type='virtio' heads='2'/></video>\
+                        <channel type='unix'><target type='virtio' name='org.test.0'/></channel>\
+                        <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+                        <channel type='spicevmc'><target type='virtio' name='com.redhat.spice.0'/></channel>";
 
 /// A machine with these devices that runs and prints what its keyboard sends.
 async fn with_devices(daemon: &Daemon, name: &str, devices: &str) -> Option<(Domain, Tick)> {
@@ -150,6 +153,30 @@ async fn displays_are_opened(domain: &Domain, name: &str) {
     refused(domain.call("OpenGraphics", &(0u32, unknown)).await, "InvalidArgument", "tls");
 }
 
+/// A channel has one client at a time, and is free as soon as that has gone.
+async fn a_channel_is_opened(domain: &Domain) {
+    let open = async |name: &str| {
+        let reply = domain.call("OpenChannel", &(name, options([]))).await?;
+        let fd = reply.body().deserialize::<zbus::wire::OwnedFd>().expect("h");
+        Ok::<_, Refusal>(UnixStream::from(OwnedFd::from(fd)))
+    };
+    for _ in 0..20 {
+        let mut first = open("org.test.0").await.expect("opened");
+        refused(
+            open("org.test.0").await,
+            "Busy",
+            "channel 'org.test.0' of domain 'sits' is busy with 'another client'",
+        );
+        first.set_nonblocking(true).expect("set");
+        let nothing =
+            first.read(&mut [0]).expect_err("QEMU has its other end, and nobody in the guest has said anything");
+        assert_eq!(nothing.kind(), std::io::ErrorKind::WouldBlock);
+    }
+    refused(open("org.test.1").await, "NoSuchDevice", "'org.test.1'");
+    refused(open("org.qemu.guest_agent.0").await, "OperationUnsupported", "guest agent");
+    refused(open("com.redhat.spice.0").await, "OperationUnsupported", "spicevmc");
+}
+
 /// The key A by its code in each codeset, and two keys at once, one of which has a prefix.
 async fn keys_are_pressed(domain: &Domain, guest: &Tick) {
     let mut expected = "ready\n".to_owned();
@@ -187,6 +214,7 @@ async fn a_person_looks_at_a_machine_opens_its_displays_and_presses_its_keys() {
     pictures_are_taken(&domain).await;
     displays_are_opened(&domain, &guest.name).await;
     keys_are_pressed(&domain, &guest).await;
+    a_channel_is_opened(&domain).await;
     refused(domain.bare("Wakeup").await, "OperationInvalid", "does not sleep");
 
     let seen_by =
@@ -196,6 +224,8 @@ async fn a_person_looks_at_a_machine_opens_its_displays_and_presses_its_keys() {
         refused(answer, "InteractiveAuthorizationRequired", "org.virt.domain.console");
         assert_eq!(can(&theirs, member).await, "challenge");
     }
+    let theirs_open = theirs.call("OpenChannel", &("org.test.0", options([]))).await;
+    refused(theirs_open, "InteractiveAuthorizationRequired", "org.virt.domain.console");
     refused(theirs.bare("Wakeup").await, "InteractiveAuthorizationRequired", "org.virt.domain.console");
     // Who may sit at the console is asked for the password by the display, as everybody is.
     let operated = seen_by(&OPERATOR).await;
