@@ -50,6 +50,9 @@ struct VirtSnapshotDisk {
 };
 using VirtSnapshotDisks = QList<VirtSnapshotDisk>;
 
+/// The keys of Domain.SendKey, as codes of its codeset.
+using VirtKeyCodes = QList<uint>;
+
 Q_DECLARE_METATYPE(VirtListedDomain)
 Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
@@ -130,6 +133,7 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtDifferences>();
     qDBusRegisterMetaType<VirtSnapshotDisk>();
     qDBusRegisterMetaType<VirtSnapshotDisks>();
+    qDBusRegisterMetaType<VirtKeyCodes>();
 }
 
 #endif

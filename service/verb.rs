@@ -39,6 +39,8 @@ pub enum When {
     Running,
     /// The guest's CPUs are stopped, and can go on.
     Paused,
+    /// The guest sleeps.
+    Asleep,
     /// The guest's CPUs run, or are stopped and can go on from there.
     RunningOrPaused,
     /// The same, and a configuration is stored.
@@ -58,7 +60,7 @@ pub type Ask = for<'a> fn(&'a dyn Instance) -> BoxFuture<'a, Result<(), DriverEr
 
 /// The verbs that are no more than a question to the hypervisor, without arguments. Whoever adds one adds a row above and
 /// one here, the method to `Instance` and to the introspection data, and to the drivers that can.
-pub const ASKS: &[(&Verb, Ask)] = &[(&INJECT_NMI, |guest| guest.inject_nmi())];
+pub const ASKS: &[(&Verb, Ask)] = &[(&INJECT_NMI, |guest| guest.inject_nmi()), (&WAKEUP, |guest| guest.wake_up())];
 
 impl Verb {
     /// Whether it may change something.
@@ -122,6 +124,11 @@ verbs! {
         MANAGED_SAVE_REMOVE = "ManagedSaveRemove", Some(Save), ManagedSaved, "remove the managed save of";
         MANAGED_SAVE_XML = "GetManagedSaveXML", Some(Read), ManagedSaved, "get XML of the managed save of";
         INJECT_NMI = "InjectNMI", Some(Console), Running, "inject an NMI into";
+        WAKEUP = "Wakeup", Some(Console), Asleep, "wake";
+        SCREENSHOT = "Screenshot", Some(Console), Active, "take a screenshot of";
+        OPEN_GRAPHICS = "OpenGraphics", Some(Console), Active, "open the display of";
+        OPEN_CHANNEL = "OpenChannel", Some(Console), Active, "open a channel of";
+        SEND_KEY = "SendKey", Some(Console), Running, "send keys to";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";
         RENAME = "Rename", Some(Define), InactivePersistent, "rename";

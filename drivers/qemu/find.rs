@@ -196,6 +196,7 @@ impl Search {
             requested: AtomicBool::new(false),
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
+            drawing: tokio::sync::Mutex::default(),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }

@@ -17,6 +17,7 @@ use crate::host::workers::blocking;
 use async_trait::async_trait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -25,8 +26,10 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
+use virt_model::device::Graphics;
+use virt_model::device::chardev::Channel;
 use virt_model::domain::cpu::Cpu;
-use virt_model::driver::{DriverError, Exit, Instance, ShutdownMode};
+use virt_model::driver::{DriverError, Exit, Instance, Screen, ShutdownMode};
 
 /// How long QEMU may take to end when it is told to.
 const TERM_PATIENCE: Duration = Duration::from_secs(3);
@@ -80,6 +83,8 @@ pub struct Body {
     pub gone: watch::Sender<bool>,
     /// One change to the CPUs at a time.
     pub turn: tokio::sync::Mutex<()>,
+    /// One picture of its screens at a time.
+    pub drawing: tokio::sync::Mutex<()>,
     /// Waits for the firmware to be done with a reset of ours.
     pub settling: Mutex<Option<AbortHandle>>,
 }
@@ -180,6 +185,26 @@ impl Instance for QemuInstance {
         self.body.in_turn(self.body.execute("inject-nmi", json!({}))).await.map(drop)
     }
 
+    async fn wake_up(&self) -> Result<(), DriverError> {
+        self.body.in_turn(self.body.wake_up()).await
+    }
+
+    async fn screenshot(&self, screen: &Screen) -> Result<OwnedFd, DriverError> {
+        self.body.screenshot(screen).await
+    }
+
+    async fn open_graphics(&self, graphics: &Graphics, skip_auth: bool) -> Result<OwnedFd, DriverError> {
+        self.body.open_graphics(graphics, skip_auth).await
+    }
+
+    async fn open_channel(&self, channel: &Channel) -> Result<OwnedFd, DriverError> {
+        self.body.open_channel(channel).await
+    }
+
+    async fn send_keys(&self, keys: &[u8], hold: Option<Duration>) -> Result<(), DriverError> {
+        self.body.send_keys(keys, hold).await
+    }
+
     fn expanded_cpu(&self) -> Option<Cpu> {
         self.body.keeper.cpu()
     }
@@ -233,7 +258,7 @@ impl Body {
         pressed.map(drop)
     }
 
-    async fn resume(&self) -> Result<(), DriverError> {
+    pub async fn resume(&self) -> Result<(), DriverError> {
         if !self.reporter.guest(|guest| guest.is_asleep()) {
             return self.execute("cont", json!({})).await.map(drop);
         }

@@ -88,6 +88,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         requested: AtomicBool::new(false),
         gone: watch::Sender::new(false),
         turn: tokio::sync::Mutex::default(),
+        drawing: tokio::sync::Mutex::default(),
         settling: Mutex::default(),
         withheld: Mutex::default(),
     });

@@ -569,6 +569,7 @@ impl Start {
             requested: AtomicBool::new(false),
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
+            drawing: tokio::sync::Mutex::default(),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }))

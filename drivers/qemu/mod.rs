@@ -13,6 +13,7 @@ pub mod checked;
 pub mod command;
 pub mod companion;
 pub mod complete;
+mod console;
 mod declared;
 mod domain_capabilities;
 mod events;

@@ -238,6 +238,12 @@ impl Instance for TestInstance {
         self.0.ask(ShutdownMode::Default, Asked::Interrupted).await
     }
 
+    async fn wake_up(&self) -> Result<(), DriverError> {
+        self.0.listens().await?;
+        self.0.wake();
+        Ok(())
+    }
+
     async fn suspend(&self) -> Result<(), DriverError> {
         self.0.listens().await?;
         self.0.stop(Suspended::Paused);

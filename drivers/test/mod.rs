@@ -127,7 +127,7 @@ impl Driver for TestDriver {
     }
 
     fn lacks(&self) -> &'static [&'static str] {
-        &["Save", "ManagedSave"]
+        &["Save", "ManagedSave", "Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
     }
 
     async fn complete(&self, _def: &mut DomainDef) -> Result<(), DriverError> {

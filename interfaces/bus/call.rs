@@ -190,6 +190,11 @@ impl Options {
         self.take(key, "s, a string", |value| value.downcast_ref::<&str>().ok().map(str::to_owned))
     }
 
+    /// A number of type `u`, if given.
+    pub fn number(&mut self, key: &'static str) -> Result<Option<u32>, Error> {
+        self.take(key, "u, a number", |value| value.downcast_ref::<u32>().ok())
+    }
+
     /// Texts; none if not given.
     pub fn texts(&mut self, key: &'static str) -> Result<Vec<String>, Error> {
         let read = |value: &OwnedVariant| value.try_clone().ok().and_then(|value| Vec::<String>::try_from(value).ok());

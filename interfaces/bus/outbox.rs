@@ -101,7 +101,7 @@ impl Outbox {
     /// is lost, as with any connection that ends.
     pub async fn write_to(&self, connection: &Connection) {
         loop {
-            let (batch, bytes) = self.batch();
+            let (mut batch, bytes) = self.batch();
             if batch.is_empty() {
                 if self.lock().closed {
                     return;
@@ -109,7 +109,13 @@ impl Outbox {
                 self.filled.notified().await;
                 continue;
             }
-            if let Err(error) = connection.send_all(&batch).await {
+            let mut sent = connection.send_all(&batch).await;
+            if matches!(sent, Err(zbus::Error::Unsupported)) {
+                tracing::warn!("the bus passes no descriptors on; an answer with one is lost");
+                batch.retain(|message| message.data().fds().is_empty());
+                sent = connection.send_all(&batch).await;
+            }
+            if let Err(error) = sent {
                 tracing::debug!(%error, "connection cannot be written to");
                 return self.close();
             }

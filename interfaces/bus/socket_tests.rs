@@ -171,6 +171,24 @@ async fn descriptors_go_out_with_their_message() {
     assert_eq!(std::io::Read::read(&mut of_one[0], &mut [0]).unwrap(), 0, "whoever had it has let go");
 }
 
+/// Who says nothing of descriptors at the beginning takes none: that costs an answer that has one, and no other.
+#[tokio::test]
+async fn an_answer_with_a_descriptor_is_lost_where_none_can_be_sent() {
+    let (ours, mut theirs, _intake) = connected(None).await;
+    let outbox = Arc::new(crate::bus::outbox::Outbox::default());
+    let (with, mut pipes) = call_with_pipes(1);
+    let without = [call(5), call(6)];
+    [without[0].clone(), with, without[1].clone()].into_iter().for_each(|message| outbox.push(message));
+    let (writing, connection) = (outbox.clone(), zbus::Connection::from(&ours));
+    let writing = tokio::spawn(async move { writing.write_to(&connection).await });
+    let mut came = vec![0; without.iter().map(|message| message.data().len()).sum()];
+    theirs.read_exact(&mut came).await.unwrap();
+    assert!(came.starts_with(without[0].data()) && came.ends_with(without[1].data()));
+    assert_eq!(std::io::Read::read(&mut pipes[0], &mut [0]).unwrap(), 0, "it is closed");
+    outbox.close();
+    writing.await.unwrap();
+}
+
 #[tokio::test]
 async fn a_message_that_brought_descriptors_is_told_from_others() {
     let (mut ours, theirs, _intake) = connected_to_another().await;

@@ -18,6 +18,7 @@ use virt_service::{
     UndefineOptions,
 };
 use zbus::Variant;
+use zbus::wire::Fd;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Domain";
@@ -70,6 +71,10 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::MANAGED_SAVE, managed_save)
         .method(&verb::MANAGED_SAVE_REMOVE, remove_managed_save)
         .method(&verb::MANAGED_SAVE_XML, managed_save_xml)
+        .method(&verb::SCREENSHOT, screenshot)
+        .method(&verb::OPEN_GRAPHICS, open_graphics)
+        .method(&verb::OPEN_CHANNEL, open_channel)
+        .method(&verb::SEND_KEY, send_key)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
         .method(&verb::RENAME, rename)
@@ -177,6 +182,35 @@ async fn managed_save_xml(domain: Arc<Domain>, call: Call) -> Outcome {
 /// What is wanted of a guest's CPUs once it has been restored.
 pub fn resumption(options: &mut Options) -> Result<Resumption, Error> {
     Ok(Resumption { paused: options.flag("paused")?, running: options.flag("running")? })
+}
+
+async fn screenshot(domain: Arc<Domain>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let screen = options.number("screen")?.unwrap_or(0);
+    options.end()?;
+    let picture = domain.screenshot(call.caller(), screen).await?;
+    call.reply(&(Fd::from(picture), "image/png"))
+}
+
+async fn open_graphics(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (index, mut options): (u32, Options) = call.read()?;
+    let skip_auth = options.flag("skip-auth")?;
+    options.end()?;
+    let connection = domain.open_graphics(call.caller(), index, skip_auth).await?;
+    call.reply(&Fd::from(connection))
+}
+
+async fn open_channel(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (name, options): (String, Options) = call.read()?;
+    options.end()?;
+    let connection = domain.open_channel(call.caller(), &name).await?;
+    call.reply(&Fd::from(connection))
+}
+
+async fn send_key(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (codeset, hold_usec, keys): (String, u64, Vec<u32>) = call.read()?;
+    domain.send_key(call.caller(), &codeset, hold_usec, &keys).await?;
+    call.done()
 }
 
 async fn undefine(domain: Arc<Domain>, call: Call) -> Outcome {

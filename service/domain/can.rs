@@ -74,6 +74,10 @@ impl State {
                 DomainState::Running | DomainState::Idle => Err(self.refusal(verb, "there is nothing to resume")),
                 _ => Err(self.refusal(verb, "reset or destroy it")),
             }),
+            When::Asleep => self.running().and_then(|_| match self.state {
+                DomainState::PmSuspended => Ok(()),
+                _ => Err(self.refusal(verb, "it does not sleep")),
+            }),
             When::RunningOrPaused => self.running().and_then(|_| match self.state {
                 DomainState::Running | DomainState::Idle | DomainState::Paused => Ok(()),
                 DomainState::PmSuspended => Err(self.refusal(verb, "it sleeps; wake it first, or destroy it")),

@@ -2,6 +2,7 @@
 //! is read from their rows (`verb.rs`).
 //!
 //! ```text
+//!  beside: permission ─▶ state ─▶ work ─▶ log
 //!  short:  permission ─▶ turn ─▶ recovery ─▶ state ─▶ work ─▶ log
 //!  job:    permission ─▶ turn, if it is free ─▶ record of the job ─▶ the caller's reply, or its wait for the end
 //!                                                       └─▶ turn ─▶ recovery ─▶ work ─▶ log ─▶ end of the job
@@ -60,6 +61,23 @@ impl Domain {
             self.still_here()?;
         }
         Ok(action)
+    }
+
+    /// A verb that changes nothing that others could be at: it goes on beside whatever is done to the domain, and keeps nobody
+    /// waiting. The state was one in which the verb has a meaning; `work` must bear that it is another meanwhile.
+    pub(super) async fn beside<T>(
+        &self,
+        caller: &Caller,
+        verb: &Verb,
+        work: impl Future<Output = Result<T>>,
+    ) -> Result<T> {
+        let work = Box::pin(work);
+        self.logged(caller, verb, async {
+            self.allow(caller, verb.action).await?;
+            self.applies(verb)?;
+            work.await
+        })
+        .await
     }
 
     /// A short verb: its caller waits for the end. `work` has the turn, and the state is one in which the verb has a meaning.

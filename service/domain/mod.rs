@@ -7,6 +7,7 @@ mod broken;
 mod can;
 mod change;
 mod config;
+mod console;
 mod found;
 mod guest;
 mod images;

@@ -9,6 +9,8 @@ pub mod saved;
 pub mod snapshots;
 pub mod stats;
 
+use crate::device::Graphics;
+use crate::device::chardev::Channel;
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
@@ -17,8 +19,10 @@ use async_trait::async_trait;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 /// A hypervisor that can run domains.
@@ -335,6 +339,34 @@ pub trait Instance: Any + Send + Sync {
         Err(DriverError::Unsupported("this driver cannot send a non-maskable interrupt".to_owned()))
     }
 
+    /// Wakes a guest that sleeps; reports `Woken`. Returns when it is awake. Error: `Refused` if it does not sleep.
+    async fn wake_up(&self) -> Result<(), DriverError> {
+        Err(DriverError::Unsupported("this driver cannot wake guests".to_owned()))
+    }
+
+    /// A picture of what a screen shows, a PNG file in memory that stands at its beginning and that nobody can change any more.
+    async fn screenshot(&self, _screen: &Screen) -> Result<OwnedFd, DriverError> {
+        Err(DriverError::Unsupported("this driver cannot take screenshots".to_owned()))
+    }
+
+    /// A connection to the display that a `<graphics>` of the live definition offers. With `skip_auth` it asks for no password.
+    /// Error: `Unsupported` if no client can be connected to that one.
+    async fn open_graphics(&self, _graphics: &Graphics, _skip_auth: bool) -> Result<OwnedFd, DriverError> {
+        Err(DriverError::Unsupported("this driver cannot open displays".to_owned()))
+    }
+
+    /// A connection to the host's end of a channel of the live definition. Errors: `Unsupported` if no client can be connected to
+    /// that one, `Refused` while another is.
+    async fn open_channel(&self, _channel: &Channel) -> Result<OwnedFd, DriverError> {
+        Err(DriverError::Unsupported("this driver cannot open channels".to_owned()))
+    }
+
+    /// Presses keys all at once, by their numbers ([`crate::keys`]), and lets them go after `hold`, or as it does by itself. Returns
+    /// when they are pressed.
+    async fn send_keys(&self, _keys: &[u8], _hold: Option<Duration>) -> Result<(), DriverError> {
+        Err(DriverError::Unsupported("this driver cannot send keys".to_owned()))
+    }
+
     /// The CPU that the guest has, where its definition leaves that to the host and the hypervisor: a named model, and all its
     /// features. `None` where the definition says it all, or it is not known.
     fn expanded_cpu(&self) -> Option<Cpu> {
@@ -345,6 +377,15 @@ pub trait Instance: Any + Send + Sync {
     /// listen is killed, unless `graceful`: then [`DriverError::TimedOut`] and the guest is as before. Works whatever
     /// else hangs.
     async fn destroy(&self, graceful: bool) -> Result<(), DriverError>;
+}
+
+/// One of a guest's screens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Screen {
+    /// The alias of the card that draws it.
+    pub card: String,
+    /// Which of the card's it is, from 0 on.
+    pub head: u32,
 }
 
 /// How a guest is asked.

@@ -12,19 +12,26 @@ use tokio::io::unix::AsyncFd;
 /// A bootable image of tick, made once and kept below `target/`. `None` if tools are missing (and says so).
 pub fn tick_image() -> Option<PathBuf> {
     have(&["qemu-system-x86_64", "qemu-img", "as", "ld"])
-        .then(|| assembled("tick", include_str!("../guests/tick.S"), include_str!("../guests/make-tick")))
+        .then(|| assembled("tick", "tick", include_str!("../guests/tick.S"), include_str!("../guests/make-tick")))
 }
 
-/// The guest of that name as its script makes it of its source, kept below `target/`.
-fn assembled(name: &str, source: &str, script: &str) -> PathBuf {
+/// A bootable image of keys, which prints what its keyboard says. `None` if tools are missing (and says so).
+fn keys_image() -> Option<PathBuf> {
+    have(&["qemu-system-x86_64", "qemu-img", "as", "ld"])
+        .then(|| assembled("keys", "tick", include_str!("../guests/keys.S"), include_str!("../guests/make-tick")))
+}
+
+/// The guest of that name as the script `make-MAKER` makes it of its source, kept below `target/`.
+fn assembled(name: &str, maker: &str, source: &str, script: &str) -> PathBuf {
     let mut hasher = DefaultHasher::new();
     (source, script).hash(&mut hasher);
     let guest = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("{name}-{:016x}", hasher.finish()));
     if !guest.exists() {
         // Several tests may come here at once: each makes its own, and the last rename stands.
         let own = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap().into_temp_path();
-        let status = Command::new(project_file(&format!("tests/guests/make-{name}"))).arg(&own).status().unwrap();
-        assert!(status.success(), "make-{name} failed");
+        let status =
+            Command::new(project_file(&format!("tests/guests/make-{maker}"))).arg(&own).arg(name).status().unwrap();
+        assert!(status.success(), "make-{maker} failed");
         own.persist(&guest).unwrap();
     }
     guest
@@ -108,6 +115,15 @@ impl Tick {
         Some(tick)
     }
 
+    /// A keys, which has these devices, too, and prints each byte that its keyboard sends.
+    pub fn keys(daemon: &Daemon, name: &str, devices: &str) -> Option<Tick> {
+        let image = keys_image()?;
+        let mut guest = Tick::with(daemon, name, "qemu", "", "");
+        guest.xml = guest.xml.replace("</devices>", &format!("{devices}</devices>"));
+        std::fs::copy(image, &guest.disk).unwrap();
+        Some(guest)
+    }
+
     /// A kvmtick, which runs with KVM: as a tick, but its disk is blank and its boots are those of one process. `None` if
     /// tools or KVM are missing, for QEMU's user too where `daemon` is on a system bus (and says so).
     pub fn with_kvm(daemon: &Daemon, name: &str) -> Option<Tick> {
@@ -119,7 +135,12 @@ impl Tick {
             return None;
         }
         let kernel = daemon.folder().join(format!("{name}.elf"));
-        let image = assembled("kvmtick", include_str!("../guests/kvmtick.S"), include_str!("../guests/make-kvmtick"));
+        let image = assembled(
+            "kvmtick",
+            "kvmtick",
+            include_str!("../guests/kvmtick.S"),
+            include_str!("../guests/make-kvmtick"),
+        );
         std::fs::copy(image, &kernel).unwrap();
         let boots = format!("<loader type='rom'>{QBOOT}</loader><kernel>{}</kernel>", kernel.display());
         let cpu = "<cpu mode='host-passthrough'><feature policy='disable' name='arch-capabilities'/></cpu>";
@@ -180,11 +201,20 @@ impl Tick {
 
     /// Waits until its last whole line is as wanted.
     async fn says(&self, wanted: impl Fn((u32, u32)) -> bool) {
+        self.prints(|_| self.counted().is_some_and(&wanted)).await;
+    }
+
+    /// Waits until all that it has printed is as wanted.
+    pub async fn prints(&self, wanted: impl Fn(&str) -> bool) {
         let (writes, until) = (watched(&self.serial), tokio::time::Instant::now() + PATIENCE);
-        while !self.counted().is_some_and(&wanted) {
+        let printed = || std::fs::read_to_string(&self.serial).unwrap_or_default();
+        while !wanted(&printed()) {
             let written = tokio::time::timeout_at(until, writes.readable()).await;
-            let mut written =
-                written.unwrap_or_else(|_| panic!("{} only said {:?}", self.name, self.counted())).unwrap();
+            let mut written = written.unwrap_or_else(|_| {
+                let told = printed();
+                panic!("{} said last {:?}", self.name, told.lines().rev().take(8).collect::<Vec<_>>())
+            });
+            let written = written.as_mut().unwrap();
             let _ = written.try_io(|writes| Ok(rustix::io::read(writes, &mut [0; 4096])?));
         }
     }

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod console;
 mod dead_storage;
 mod hostile_images;
 mod hung;

@@ -10,7 +10,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 
 /// The name of the agent's channel.
-const CHANNEL: &str = "org.qemu.guest_agent.0";
+pub const CHANNEL: &str = "org.qemu.guest_agent.0";
 /// How long an agent may take to say that it is there.
 const HELLO: Duration = Duration::from_secs(5);
 /// How long it may take to freeze: every file system is written out first.

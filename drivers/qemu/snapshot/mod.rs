@@ -11,7 +11,7 @@
 //!
 //! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
 
-mod agent;
+pub mod agent;
 mod chain;
 mod create;
 mod delete;

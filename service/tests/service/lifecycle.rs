@@ -5,7 +5,7 @@ use virt_model::driver::{DriverError, ShutdownMode};
 use virt_model::state::DomainState;
 use virt_service::error::Error;
 use virt_service::facts::JobState;
-use virt_service::{StartOptions, UndefineOptions};
+use virt_service::{StartOptions, UndefineOptions, verb};
 
 #[tokio::test]
 async fn a_life_is_told_in_order_each_thing_once() {
@@ -106,6 +106,28 @@ async fn every_way_a_guest_ends_has_its_words() {
     world.driver.guest(domain.uuid()).unwrap().fall_asleep();
     world.until("pmsuspended memory").await;
     world.driver.guest(domain.uuid()).unwrap().wake();
+    world.until("started wakeup").await;
+    assert_eq!(domain.facts().state, DomainState::Running);
+}
+
+#[tokio::test]
+async fn only_a_guest_that_sleeps_is_woken() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut world = World::open(folder.path()).await;
+    let domain = world.define("web").await;
+    let (verb, ask) = verb::ASKS.iter().find(|(verb, _)| **verb == verb::WAKEUP).unwrap();
+    let alice = world.alice();
+    let wake = async || domain.ask(&alice, verb, *ask).await;
+    assert!(matches!(wake().await, Err(Error::OperationInvalid(text)) if text.contains("start it first")));
+    world.start(&domain).await.unwrap();
+    assert!(matches!(wake().await, Err(Error::OperationInvalid(text)) if text.contains("does not sleep")));
+    domain.suspend(&alice).await.unwrap();
+    assert!(matches!(wake().await, Err(Error::OperationInvalid(text)) if text.contains("does not sleep")));
+    domain.resume(&alice).await.unwrap();
+    world.driver.guest(domain.uuid()).unwrap().fall_asleep();
+    world.until("pmsuspended memory").await;
+    assert_eq!(domain.can(&alice, "Wakeup").await.unwrap(), "yes");
+    wake().await.expect("it sleeps");
     world.until("started wakeup").await;
     assert_eq!(domain.facts().state, DomainState::Running);
 }
