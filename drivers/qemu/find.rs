@@ -9,6 +9,7 @@ use super::companion::{Living, end_all};
 use super::events::{Guest, condition};
 use super::instance::{Body, CLEARING, Leavings, QemuInstance};
 use super::log::Log;
+use super::peer;
 use super::plan::Loss;
 use super::qmp::{Qmp, QmpError};
 use super::record::{Keeper, Phase, Record};
@@ -22,7 +23,6 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
-use tokio::net::UnixStream;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
@@ -241,12 +241,7 @@ impl Caller {
     async fn call(&self, within: Duration) -> Result<(Qmp, Condition), DriverError> {
         let call = async {
             self.reporter.hold();
-            let stream = UnixStream::connect(&self.path).await;
-            let stream = stream.map_err(|e| DriverError::Hypervisor(format!("{}: {e}", self.path.display())))?;
-            let peer = stream.peer_cred().ok().and_then(|peer| peer.pid());
-            if peer != Some(self.pid) {
-                return Err(DriverError::Internal("another process listens where its monitor was".into()));
-            }
+            let stream = peer::connect(&self.path, self.pid).await?;
             let monitor = Qmp::negotiate(stream, self.reporter.ears(), within).await?;
             let known = monitor.execute("query-uuid", json!({})).await?;
             if known.get("UUID").and_then(Value::as_str) != Some(&self.uuid.to_string()) {

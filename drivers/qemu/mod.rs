@@ -32,6 +32,7 @@ mod make;
 mod media;
 mod monitor;
 mod needs;
+mod peer;
 pub mod plan;
 mod privileges;
 mod qmp;

@@ -1,5 +1,6 @@
 //! The guest's agent, as far as it is needed here: it freezes file systems and thaws them.
 
+use crate::qemu::peer;
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -30,10 +31,10 @@ pub fn socket(def: &DomainDef) -> Option<PathBuf> {
 }
 
 impl Agent {
-    /// Reaches the agent, and makes sure that what it says is an answer to what is asked.
-    pub async fn connect(path: &Path) -> Result<Agent, DriverError> {
-        let stream = UnixStream::connect(path).await;
-        let stream = stream.map_err(|e| DriverError::AgentUnavailable(format!("{}: {e}", path.display())))?;
+    /// Reaches the agent by way of the guest's process `pid`, and makes sure that what it says is an answer to what is asked.
+    pub async fn connect(path: &Path, pid: i32) -> Result<Agent, DriverError> {
+        let stream = peer::connect(path, pid).await;
+        let stream = stream.map_err(|e| DriverError::AgentUnavailable(e.to_string()))?;
         let mut agent = Agent(BufReader::new(stream));
         let number = u32::from(std::process::id() as u16) << 8 | 0x5a;
         let hello = async {

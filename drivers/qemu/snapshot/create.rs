@@ -310,7 +310,8 @@ impl Operation {
                     .to_owned(),
             )
         })?;
-        Agent::connect(&socket).await
+        let pid = self.body.as_ref().and_then(|body| body.keeper.process_id()).ok_or(DriverError::Gone)?;
+        Agent::connect(&socket, pid).await
     }
 
     /// Lets the CPUs run, if they are to and there are any; those of a guest that has ended are past that.
