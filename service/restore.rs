@@ -85,6 +85,8 @@ impl Service {
 
     async fn set_saved_xml_inner(&self, caller: &Caller, file: &str, xml: &str) -> Result<()> {
         self.allow(caller, &verb::SET_SAVED_XML, &Subject::default()).await?;
+        // Before a path is followed for whoever may not name it.
+        self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
         self.shared.images.refuse_below(&absolute(file)?, &self.shared.store.own_folders()).await?;
         let (saved, kept) = self.read_saved(caller, file).await?;
         let (file, uuid) = (saved.file.clone(), kept.uuid);

@@ -28,7 +28,9 @@ pub fn first() -> RawFd {
     static FIRST: OnceLock<RawFd> = OnceLock::new();
     *FIRST.get_or_init(|| {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        RawFd::try_from(limit.map_or(MOST_OWN, |limit| (limit / 2).min(MOST_OWN))).unwrap_or(RawFd::MAX)
+        let half = limit.map_or(MOST_OWN, |limit| (limit / 2).min(MOST_OWN));
+        // Kernels copy whole words of the table, and would close what is beyond.
+        RawFd::try_from(half & !63).unwrap_or(RawFd::MAX)
     })
 }
 
@@ -44,11 +46,32 @@ pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
 /// From now on the calling thread, which must not be the only one, has a table of its own, without guests' files. What it opens
 /// is its own; what others have opened before it may use, and must not close for them.
 pub fn leave() -> io::Result<Left> {
+    is_room()?;
     const UNSHARE: libc::c_uint = 1 << 1;
     // SAFETY: the files above stay open in the table that the thread leaves.
     match unsafe { libc::syscall(libc::SYS_close_range, first(), libc::c_uint::MAX, UNSHARE) } {
         0 => Ok(Left(PhantomData)),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Refuses where virtd's own descriptors have come among those of guests' files: no process would have them.
+fn is_room() -> io::Result<()> {
+    // SAFETY: fcntl makes a new descriptor, which nothing else owns.
+    let free = match unsafe { libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, 0) } {
+        -1 => return Err(none_left(&io::Error::last_os_error())),
+        free => unsafe { OwnedFd::from_raw_fd(free) },
+    };
+    if free.as_raw_fd() < first() { Ok(()) } else { Err(none_left(&rustix::io::Errno::MFILE.into())) }
+}
+
+/// Why there is no descriptor for a new process: its places are above those, or there is none at all.
+pub fn none_left(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(libc::EINVAL | libc::EMFILE) => io::Error::other(
+            "virtd has as many open files as it may have; end some guests, or raise LimitNOFILE= of its unit",
+        ),
+        _ => io::Error::new(error.kind(), error.to_string()),
     }
 }
 

@@ -273,23 +273,13 @@ fn above(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
     // SAFETY: fcntl makes a new descriptor, which nothing else owns.
     unsafe {
         match libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) {
-            -1 => Err(none_left(&io::Error::last_os_error())),
+            -1 => Err(apart::none_left(&io::Error::last_os_error())),
             copy => {
                 let copy = OwnedFd::from_raw_fd(copy);
                 // From there on no process would have it.
-                if copy.as_raw_fd() < apart::first() { Ok(copy) } else { Err(none_left(&Errno::MFILE.into())) }
+                if copy.as_raw_fd() < apart::first() { Ok(copy) } else { Err(apart::none_left(&Errno::MFILE.into())) }
             }
         }
-    }
-}
-
-/// Why there is no descriptor for a new process: its places are above those, or there is none at all.
-fn none_left(error: &io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(libc::EINVAL | libc::EMFILE) => io::Error::other(
-            "virtd has as many open files as it may have; end some guests, or raise LimitNOFILE= of its unit",
-        ),
-        _ => io::Error::new(error.kind(), error.to_string()),
     }
 }
 

@@ -534,7 +534,7 @@ impl Driver for QemuDriver {
         asked: StatQuestion,
     ) -> Result<GroupStats, DriverError> {
         match guest {
-            Some(guest) => stats::of_guest(our_body(guest)?, def, asked.group).await,
+            Some(guest) => stats::of_guest(&self.0.workers, our_body(guest)?, def, asked.group).await,
             None => stats::at_rest(&self.0.workers, def, asked).await,
         }
     }

@@ -10,6 +10,7 @@ use crate::host::usage;
 use crate::host::workers::{Errand, Workers};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::device::balloon::BalloonModel;
@@ -22,15 +23,20 @@ use virt_model::driver::stats::{
     StatQuestion, ThreadStats, Transfers, VcpuStats,
 };
 
-/// A group of numbers of a running guest, whose definition is `def`.
-pub async fn of_guest(body: &Arc<Body>, def: &DomainDef, group: StatGroup) -> Result<GroupStats, DriverError> {
+/// A group of numbers of a running guest, whose definition is `def`. Errors: `TimedOut` where QEMU or a file system does not answer.
+pub async fn of_guest(
+    workers: &Workers,
+    body: &Arc<Body>,
+    def: &DomainDef,
+    group: StatGroup,
+) -> Result<GroupStats, DriverError> {
     match group {
         StatGroup::Cpu => Ok(GroupStats::Cpu(process(body).await?.cpu)),
         StatGroup::Memory => memory(body, def).await.map(GroupStats::Memory),
         StatGroup::Vcpus => vcpus(body, def).await.map(GroupStats::Vcpus),
-        StatGroup::Disks => disks(body, def).await.map(GroupStats::Disks),
+        StatGroup::Disks => disks(workers, body, def).await.map(GroupStats::Disks),
         StatGroup::Interfaces => interfaces(def).await.map(GroupStats::Interfaces),
-        StatGroup::Iothreads => iothreads(body).await.map(GroupStats::Iothreads),
+        StatGroup::Iothreads => iothreads(body, def).await.map(GroupStats::Iothreads),
     }
 }
 
@@ -107,26 +113,27 @@ async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, Thread
 
 async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
     let told = body.patiently("query-cpus-fast", json!({})).await?;
-    let by_number: BTreeMap<u32, i32> = numbered(&told, |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
+    let by_number = numbered(&told, 0..def.maximum_vcpus(), |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
     let used = threads(body, by_number.values().copied().collect()).await?;
     let thread = |number: u32| by_number.get(&number).and_then(|id| used.get(id)).copied();
-    let all = (0..def.maximum_vcpus()).chain(by_number.keys().copied().filter(|n| *n >= def.maximum_vcpus()));
-    Ok(all.map(|number| VcpuStats { number, thread: thread(number) }).collect())
+    Ok((0..def.maximum_vcpus()).map(|number| VcpuStats { number, thread: thread(number) }).collect())
 }
 
-async fn iothreads(body: &Arc<Body>) -> Result<Vec<IothreadStats>, DriverError> {
+async fn iothreads(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<IothreadStats>, DriverError> {
     let told = body.patiently("query-iothreads", json!({})).await?;
-    let by_number: BTreeMap<u32, i32> =
-        numbered(&told, |one| one["id"].as_str()?.strip_prefix("iothread")?.parse().ok());
+    let known = 1..def.iothreads.unwrap_or(0).saturating_add(1);
+    let by_number = numbered(&told, known, |one| one["id"].as_str()?.strip_prefix("iothread")?.parse().ok());
     let used = threads(body, by_number.values().copied().collect()).await?;
     let stats = |(number, id): (u32, i32)| Some(IothreadStats { number, thread: *used.get(&id)? });
     Ok(by_number.into_iter().filter_map(stats).collect())
 }
 
-/// QEMU's threads of a kind, by the number that `number` finds in what is told of each.
-fn numbered(told: &Value, number: impl Fn(&Value) -> Option<u32>) -> BTreeMap<u32, i32> {
+/// QEMU's threads of a kind, by the number that `number` finds in what is told of each. What the definition has none of (`known`)
+/// is not listened to: a QEMU that was taken over may tell of any number.
+fn numbered(told: &Value, known: Range<u32>, number: impl Fn(&Value) -> Option<u32>) -> BTreeMap<u32, i32> {
     let all = told.as_array().into_iter().flatten();
-    all.filter_map(|one| Some((number(one)?, i32::try_from(one["thread-id"].as_i64()?).ok()?))).collect()
+    let all = all.filter_map(|one| Some((number(one)?, i32::try_from(one["thread-id"].as_i64()?).ok()?)));
+    all.filter(|(number, _)| known.contains(number)).collect()
 }
 
 async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, DriverError> {
@@ -160,10 +167,26 @@ fn guest_memory(said: &Value) -> Option<GuestMemory> {
     })
 }
 
-async fn disks(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<DiskStats>, DriverError> {
+async fn disks(workers: &Workers, body: &Arc<Body>, def: &DomainDef) -> Result<Vec<DiskStats>, DriverError> {
+    answer(workers, def).await?;
     let (told, nodes) = tokio::join!(body.patiently("query-blockstats", json!({})), Nodes::of(body));
     let (told, nodes) = (told?, nodes?);
     Ok(def.devices.disks.iter().map(|disk| disk_of(disk, &told, &nodes)).collect())
+}
+
+/// Makes sure that the storage of all images answers. QEMU looks at each of them when it is asked for their sizes, and its guest
+/// would stand as long as one does not answer. Errors: `TimedOut`.
+async fn answer(workers: &Workers, def: &DomainDef) -> Result<(), DriverError> {
+    let local = def.devices.disks.iter().filter(|disk| matches!(disk.kind(), DiskKind::File | DiskKind::Block));
+    let files: Vec<PathBuf> = local.flat_map(|disk| disk.files()).collect();
+    if files.is_empty() {
+        return Ok(());
+    }
+    let look = move |_: &_| {
+        files.iter().for_each(|file| drop(Seen::at(file)));
+        Ok(())
+    };
+    workers.run(Errand::new(def.uuid, "the images of the machine"), look).await
 }
 
 /// What QEMU tells of one disk.
@@ -285,6 +308,15 @@ mod tests {
         assert_eq!(disk_of(&disk("sata0-0-0", "sda", "/b"), &told, &nodes), empty);
         let unknown = DiskStats { target: "vdb".into(), ..DiskStats::default() };
         assert_eq!(disk_of(&disk("virtio-disk2", "vdb", "/c"), &told, &nodes), unknown);
+    }
+
+    #[test]
+    fn threads_that_the_definition_does_not_have_are_not_listened_to() {
+        let told =
+            json!([{ "n": 1, "thread-id": 11 }, { "n": 0, "thread-id": 10 }, { "n": 2, "thread-id": 12 }, { "n": 1 }]);
+        let number = |one: &Value| u32::try_from(one["n"].as_u64()?).ok();
+        assert_eq!(numbered(&told, 0..2, number), BTreeMap::from([(0, 10), (1, 11)]));
+        assert_eq!(numbered(&told, 1..1, number), BTreeMap::new());
     }
 
     #[test]

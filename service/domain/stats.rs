@@ -33,12 +33,16 @@ const PATIENCE: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_millis(50);
 /// The word of the one group that no driver is asked for.
 const STATE: &str = "state";
+/// The words of groups that there are to be.
+const NOT_TAKEN: [&str; 2] = ["dirty-rate", "perf"];
 
 /// The groups that are wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StatsOptions {
     state: bool,
     groups: Vec<StatGroup>,
+    /// They were not named: what cannot be had is left out.
+    usual: bool,
     /// Sizes of the disks of a machine that is off are wanted, too.
     at_rest: bool,
 }
@@ -48,7 +52,7 @@ impl Default for StatsOptions {
     fn default() -> StatsOptions {
         let costly = |group: &StatGroup| *group == StatGroup::Iothreads;
         let groups = StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect();
-        StatsOptions { state: true, groups, at_rest: true }
+        StatsOptions { state: true, groups, usual: true, at_rest: true }
     }
 }
 
@@ -60,7 +64,7 @@ impl StatsOptions {
 
     /// What a machine does, and no numbers.
     pub(crate) fn state() -> StatsOptions {
-        StatsOptions { state: true, groups: Vec::new(), at_rest: false }
+        StatsOptions { state: true, groups: Vec::new(), usual: false, at_rest: false }
     }
 
     /// Those of these words; of none, what is usual. Error: `InvalidArgument` for a word that is no group's.
@@ -68,12 +72,15 @@ impl StatsOptions {
         if words.is_empty() {
             return Ok(StatsOptions::default());
         }
-        let mut wanted = StatsOptions { state: false, groups: Vec::new(), at_rest: true };
+        let mut wanted = StatsOptions { state: false, groups: Vec::new(), usual: false, at_rest: true };
         for word in words {
             match StatGroup::ALL.iter().find(|group| group.as_str() == word) {
                 Some(group) if wanted.groups.contains(group) => {}
                 Some(group) => wanted.groups.push(*group),
                 None if word == STATE => wanted.state = true,
+                None if NOT_TAKEN.contains(&&**word) => {
+                    return Err(Error::OperationUnsupported(format!("no numbers of the group '{word}' are taken yet")));
+                }
                 None => {
                     let known: Vec<&str> =
                         [STATE].into_iter().chain(StatGroup::ALL.iter().map(|group| group.as_str())).collect();
@@ -125,6 +132,7 @@ impl Domain {
         };
         let Some(sampled) = sampled else { return Ok(stats) };
         let may_open = sampled.instance.is_none()
+            && has_headers(&sampled.def)
             && self.shared.authority.can(caller, Action::Define, &self.subject()).await == Answer::Yes;
         let asked: Vec<_> = groups
             .into_iter()
@@ -132,7 +140,13 @@ impl Domain {
             .collect();
         for running in asked {
             let told = sampled.sampler.told(running).await;
-            let told = told.map_err(|error| Error::from_driver(&self.name(), verb::GET_STATS.word, error))?;
+            let told = match told {
+                Err(error) if wanted.usual => {
+                    tracing::debug!(uuid = %self.uuid, %error, "a group of numbers is left out");
+                    continue;
+                }
+                told => told.map_err(|error| Error::from_driver(&self.name(), verb::GET_STATS.word, error))?,
+            };
             let Some(sample) = told else { continue };
             stats.sampled_at_usec = stats.sampled_at_usec.min(sample.at_usec);
             stats.groups.push(sample.numbers);
@@ -168,6 +182,11 @@ impl Domain {
         let ask = || async move { driver.stats(&def, instance.as_deref(), question).await };
         (question, sampled.sampler.begin(question, now, ask))
     }
+}
+
+/// An image has its capacity in its header.
+fn has_headers(def: &DomainDef) -> bool {
+    def.devices.disks.iter().any(|disk| disk.format().is_some_and(|format| format != "raw"))
 }
 
 /// What was last known of a machine that is off.
@@ -218,6 +237,8 @@ impl Sampler {
         let (ending, ended) = watch::channel(());
         let running = Running { since: Instant::now(), ended };
         slot.running = Some(running.clone());
+        // What is told meanwhile is what was last known.
+        slot.failure = None;
         let (sampler, asking) = (self.clone(), ask());
         tokio::spawn(async move {
             let told = asking.await;
@@ -273,7 +294,8 @@ mod tests {
         assert_eq!(StatsOptions::named(&[]).unwrap(), StatsOptions::default());
         let named =
             |words: &[&str]| StatsOptions::named(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
-        let some = StatsOptions { state: true, groups: vec![StatGroup::Disks, StatGroup::Cpu], at_rest: true };
+        let groups = vec![StatGroup::Disks, StatGroup::Cpu];
+        let some = StatsOptions { state: true, groups, usual: false, at_rest: true };
         assert_eq!(named(&["disks", "state", "cpu", "disks"]).unwrap(), some);
         let why = named(&["cpu", "gpu"]).unwrap_err().to_string();
         let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads";
@@ -319,6 +341,15 @@ mod tests {
         let refused = sampler.told((CPU, fails(DriverError::Refused("no".into())))).await.map(drop);
         assert!(matches!(refused, Err(DriverError::Refused(_))));
         assert_eq!(told(&sampler, fails(DriverError::Gone)).await, None);
+        let known = sampler.begin(CPU, 1, || async { Ok(numbers(1)) });
+        assert_eq!(told(&sampler, known).await, Some((1, numbers(1))));
+        let again = sampler.told((CPU, fails(DriverError::Refused("no".into())))).await.map(drop);
+        assert!(again.is_err(), "it is told though there are older numbers");
+        tokio::time::pause();
+        let hung = sampler.begin(CPU, 2, std::future::pending);
+        assert_eq!(told(&sampler, hung).await, Some((1, numbers(1))), "an old failure is not");
+        tokio::time::resume();
+        let sampler = Arc::new(Sampler::default());
         let panics = sampler.begin(CPU, 1, || async { panic!("as a driver must not") });
         assert_eq!(told(&sampler, panics).await, None);
         let next = sampler.begin(CPU, 2, || async { Ok(numbers(2)) });

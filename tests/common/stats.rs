@@ -20,6 +20,18 @@ pub async fn stats_of(domain: &Domain, groups: &[&str]) -> Result<Told, Refusal>
     Ok(Told(reply.body().deserialize().expect("a{sv}")))
 }
 
+/// The same once all of these groups are in it: a busy host may leave one out.
+pub async fn stats_with(domain: &Domain, groups: &[&str], wanted: &[&str]) -> Told {
+    let begun = std::time::Instant::now();
+    loop {
+        let told = stats_of(domain, groups).await.expect("told");
+        if wanted.iter().all(|group| told.groups().contains(group)) {
+            return told;
+        }
+        assert!(begun.elapsed() < super::PATIENCE, "{wanted:?} are not all in {told:?}");
+    }
+}
+
 fn dictionaries(value: &OwnedVariant) -> Vec<Dictionary> {
     let value = value.try_clone().expect("no descriptor");
     match value.value_signature().to_string().as_str() {

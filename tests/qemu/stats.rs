@@ -2,7 +2,7 @@
 
 use crate::common::client::{Client, Domain};
 use crate::common::guest::Tick;
-use crate::common::stats::{SIZES, TRAFFIC, Told, VCPU, shaped, stats_of};
+use crate::common::stats::{SIZES, TRAFFIC, Told, VCPU, shaped, stats_of, stats_with};
 use crate::common::{Daemon, PATIENCE};
 use nix::sys::signal::{Signal, kill};
 use std::os::unix::fs::MetadataExt as _;
@@ -38,7 +38,7 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
         tick.xml.replace("<devices>", "<devices><interface type='user'><mac address='52:54:00:00:00:01'/></interface>");
     let domain = Client { connection: daemon.connect().await }.define(&tick.xml).await.expect("defined");
 
-    let off = told(&domain).await;
+    let off = stats_with(&domain, &[], &["disks"]).await;
     assert_eq!(off.groups().into_iter().collect::<Vec<_>>(), ["disks", "state"]);
     assert_eq!(off.shape("disks", 0), shaped(SIZES));
     let image = std::fs::metadata(&tick.disk).expect("its image");
@@ -62,11 +62,14 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     });
     let later = later.await;
     assert!(later.sampled_at() > first.sampled_at());
-    let io = stats_of(&domain, &["iothreads"]).await.expect("told");
+    let io = stats_with(&domain, &["iothreads"], &["iothreads"]).await;
     assert_eq!(io.shape("iothreads", 0), shaped("number u time-usec t wait-usec t"));
 
     let qemu = daemon.qemu_of(&tick.name).expect("it runs");
-    let last = told(&domain).await;
+    // All of it as it is now: an answer that came late would come between.
+    let since = later.sampled_at();
+    let last =
+        until(&domain, "all groups anew", |now| now.groups().into_iter().eq(all) && now.sampled_at() > since).await;
     kill(qemu, Signal::SIGSTOP).expect("stopped");
     let many = futures_util::future::join_all((0..20).map(|_| told(&domain))).await;
     for hung in many {
@@ -82,5 +85,6 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     })
     .await;
     domain.run("Destroy").await.expect("destroyed");
-    assert_eq!(told(&domain).await.groups().into_iter().collect::<Vec<_>>(), ["disks", "state"]);
+    let off = stats_with(&domain, &[], &["disks"]).await;
+    assert_eq!(off.groups().into_iter().collect::<Vec<_>>(), ["disks", "state"]);
 }

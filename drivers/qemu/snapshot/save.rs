@@ -513,6 +513,9 @@ fn unusable(path: &Path, why: Unusable) -> DriverError {
     match why {
         Unusable::Wrong(_) => DriverError::Argument(text),
         Unusable::Foreign(_) => DriverError::Unsupported(text),
+        Unusable::Io(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
+            DriverError::NoSpace(text)
+        }
         Unusable::Io(_) => DriverError::Storage(text),
     }
 }
