@@ -119,8 +119,7 @@ impl Qmp {
             let mut lines = Lines::new(read);
             greeting(&mut lines).await?;
             let qmp = Qmp::run(lines, write, listener);
-            // What is asked next is done after that, or refused where that is.
-            qmp.tell("qmp_capabilities", json!({})).await;
+            qmp.execute("qmp_capabilities", json!({})).await?;
             Ok(qmp)
         };
         timeout(within, hello).await.unwrap_or_else(|_| Err(QmpError::TimedOut("greeting".into())))
