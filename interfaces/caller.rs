@@ -3,6 +3,7 @@
 //! Unique names are never given twice while a bus lives. The dispatcher hears of every name that leaves, in order with
 //! the calls, and says so here; nothing is kept of a name that has left.
 
+use crate::bus::gate::Backlog;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -16,8 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(25);
 /// What a client has not read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reading {
-    /// The bus keeps so many bytes for it.
-    Left(usize),
+    /// The bus keeps so much for it.
+    Left(Backlog),
     /// The bus did not say, this time.
     NotNow,
     /// This bus does not say such things.
@@ -64,10 +65,10 @@ impl Callers {
         reply.and_then(|reply| reply.body().deserialize()).inspect_err(|error| tracing::debug!(name, %error)).ok()
     }
 
-    /// How many bytes the bus keeps for a client that has not read them.
+    /// How much the bus keeps for a client that has not read it.
     pub async fn reading(&self, name: &str) -> Reading {
         match self.unread(name).await {
-            Ok(bytes) => Reading::Left(bytes),
+            Ok(left) => Reading::Left(left),
             Err(error) => {
                 let never = is_not_offered(&error);
                 if never && !self.warned.swap(true, Ordering::Relaxed) {
@@ -79,7 +80,7 @@ impl Callers {
         }
     }
 
-    async fn unread(&self, name: &str) -> zbus::Result<usize> {
+    async fn unread(&self, name: &str) -> zbus::Result<Backlog> {
         let connection = self.connection();
         let call = connection.call_method(
             Some("org.freedesktop.DBus"),
@@ -91,8 +92,11 @@ impl Callers {
         let reply = within(call).await?;
         let body = reply.body();
         let stats: HashMap<&str, zbus::Variant<'_>> = body.deserialize()?;
-        let bytes = stats.get("OutgoingBytes").and_then(|value| value.downcast_ref::<u32>().ok());
-        bytes.map(|bytes| bytes as usize).ok_or(zbus::Error::MissingField)
+        let count = |key: &str| {
+            let count = stats.get(key).and_then(|value| value.downcast_ref::<u32>().ok());
+            count.map(|count| count as usize).ok_or(zbus::Error::MissingField)
+        };
+        Ok(Backlog { bytes: count("OutgoingBytes")?, descriptors: count("OutgoingFDs")? })
     }
 
     /// A client has left.

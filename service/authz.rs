@@ -56,7 +56,7 @@ actions! {
     Start = "org.virt.domain.start", "start";
     /// Shut down, destroy, reboot, reset.
     Stop = "org.virt.domain.stop", "stop";
-    /// Suspend and resume.
+    /// Suspend, resume and wake.
     Suspend = "org.virt.domain.suspend", "suspend or resume";
     /// Save and restore.
     Save = "org.virt.domain.save", "save or restore";

@@ -124,7 +124,7 @@ verbs! {
         MANAGED_SAVE_REMOVE = "ManagedSaveRemove", Some(Save), ManagedSaved, "remove the managed save of";
         MANAGED_SAVE_XML = "GetManagedSaveXML", Some(Read), ManagedSaved, "get XML of the managed save of";
         INJECT_NMI = "InjectNMI", Some(Console), Running, "inject an NMI into";
-        WAKEUP = "Wakeup", Some(Console), Asleep, "wake";
+        WAKEUP = "Wakeup", Some(Suspend), Asleep, "wake";
         SCREENSHOT = "Screenshot", Some(Console), Active, "take a screenshot of";
         OPEN_GRAPHICS = "OpenGraphics", Some(Console), Active, "open the display of";
         OPEN_CHANNEL = "OpenChannel", Some(Console), Active, "open a channel of";

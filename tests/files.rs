@@ -131,6 +131,23 @@ fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
     }
 }
 
+/// Of two rules the later one counts: what lets an interface through must not let descriptors through.
+#[test]
+fn bus_policies_let_no_descriptors_through() {
+    for (file, contexts) in [("dbus-policy/org.virt.conf", 1), ("dbus-policy/org.virt-private.conf", 2)] {
+        let text = read(file);
+        let document = parse(&text);
+        let policies = document.descendants().filter(|node| node.has_tag_name("policy"));
+        let sends = policies.filter(|policy| policy.children().any(|rule| rule.has_attribute("send_interface")));
+        let last: Vec<_> = sends.filter_map(|policy| policy.children().rfind(|rule| rule.is_element())).collect();
+        assert_eq!(last.len(), contexts, "{file}");
+        for rule in last {
+            let says = (rule.attribute("send_destination"), rule.attribute("min_fds"));
+            assert!(rule.has_tag_name("deny") && says == (Some("org.virt"), Some("1")), "{file}: {rule:?}");
+        }
+    }
+}
+
 /// A rule without a destination would open other services on the bus.
 #[test]
 fn bus_policies_never_speak_of_other_services() {

@@ -9,7 +9,7 @@
 //! picture of more than [`LARGEST`] bytes is not handed on, and none that QEMU could still change.
 
 use super::instance::Body;
-use super::qmp::COMMAND_TIMEOUT;
+use super::qmp::{COMMAND_TIMEOUT, QmpError};
 use super::snapshot::agent::CHANNEL as AGENT;
 use crate::host::acl::through;
 use crate::host::workers::{ClosedAside, blocking};
@@ -106,14 +106,26 @@ impl Body {
         opened.map(|_| ours)
     }
 
-    /// Presses keys, by their numbers. Returns when they are pressed.
+    /// Presses keys, by their numbers, of one call at a time: QEMU keeps those that wait in a line, which it works off even if
+    /// nobody waits for it any more. Returns when they are pressed. Error: `TimedOut`, after which they may be pressed still.
     pub async fn send_keys(&self, keys: &[u8], hold: Option<Duration>) -> Result<(), DriverError> {
         let keys: Vec<Value> = keys.iter().map(|key| json!({ "type": "number", "data": key })).collect();
         let mut arguments = json!({ "keys": keys });
         if let Some(hold) = hold {
             arguments["hold-time"] = json!(u64::try_from(hold.as_millis()).unwrap_or(u64::MAX).max(1));
         }
-        self.execute("send-key", arguments).await.map(drop)
+        let within = Instant::now() + COMMAND_TIMEOUT;
+        let turn = timeout_at(within, self.pressing.lock()).await;
+        let _pressing = turn.map_err(|_| {
+            DriverError::TimedOut("an earlier send-key is not done yet; the keys of this one were not sent".to_owned())
+        })?;
+        let monitor = self.monitor()?;
+        match timeout_at(within, monitor.execute("send-key", arguments)).await {
+            Ok(Err(QmpError::TimedOut(_))) | Err(_) => Err(DriverError::TimedOut(
+                "QEMU did not answer send-key in time; the keys may still be pressed when it does".to_owned(),
+            )),
+            Ok(sent) => Ok(sent.map(drop)?),
+        }
     }
 
     /// Wakes a guest that sleeps. Returns when it is awake.
@@ -142,6 +154,10 @@ fn no_room(error: io::Error) -> DriverError {
 }
 
 /// A picture in the making.
+///
+/// Its memory is the guest's: QEMU wrote it, so the kernel charges it to the guest's control group for as long as whoever
+/// asked keeps the descriptor. It is not copied into memory of virtd's, since nobody bounds how many pictures are kept, and
+/// for how long: in the guest's group they cost the machine of which the caller may use the console, in virtd's all of them.
 struct Picture(OwnedFd);
 
 impl Picture {

@@ -197,6 +197,7 @@ impl Search {
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
             drawing: tokio::sync::Mutex::default(),
+            pressing: tokio::sync::Mutex::default(),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }

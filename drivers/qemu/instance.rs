@@ -85,6 +85,8 @@ pub struct Body {
     pub turn: tokio::sync::Mutex<()>,
     /// One picture of its screens at a time.
     pub drawing: tokio::sync::Mutex<()>,
+    /// Keys of one call at a time.
+    pub pressing: tokio::sync::Mutex<()>,
     /// Waits for the firmware to be done with a reset of ours.
     pub settling: Mutex<Option<AbortHandle>>,
 }

@@ -89,6 +89,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         gone: watch::Sender::new(false),
         turn: tokio::sync::Mutex::default(),
         drawing: tokio::sync::Mutex::default(),
+        pressing: tokio::sync::Mutex::default(),
         settling: Mutex::default(),
         withheld: Mutex::default(),
     });

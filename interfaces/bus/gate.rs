@@ -16,6 +16,10 @@
 //! has more unread than its share, is looked at by the dispatcher; while it does not read, its calls wait here, the quick
 //! ones too. Should its queue fill up even so, its calls are dropped without an answer, which it would not read. What it
 //! was answered counts as unread until the bus says otherwise.
+//!
+//! **Descriptors.** A bus counts those that it keeps for clients against us, too, and dbus-daemon reads nothing more from us
+//! while it has 64 ([`Descriptors`] is how many we let it have). An answer with one waits for its place, and other calls of
+//! its sender do not; whoever was sent one is looked at until it has read it.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
@@ -47,7 +51,7 @@ pub struct Limits {
     pub unread: Option<Unread>,
 }
 
-/// How many bytes of answers may be unread.
+/// How much of our answers may be unread.
 #[derive(Clone, Copy, Debug)]
 pub struct Unread {
     /// By one sender, before its reading is looked at.
@@ -57,11 +61,40 @@ pub struct Unread {
     /// In all, of which no user has more than it leaves to others. One of the largest answers can come on top: that which
     /// is being made. It is little, as a busy bus takes some KiB of ours at a time, and who reads waits behind who does not.
     pub in_all: usize,
+    /// The same of descriptors.
+    pub descriptors: Descriptors,
+}
+
+/// How many descriptors may be unread.
+#[derive(Clone, Copy, Debug)]
+pub struct Descriptors {
+    /// By one sender.
+    pub of_sender: usize,
+    /// By all senders of one user.
+    pub of_user: usize,
+    /// In all, of which no user has more than it leaves to others. Half of what dbus-daemon takes from one connection
+    /// (`max_incoming_unix_fds`, 64 on a system bus) before it stops reading from it.
+    pub in_all: usize,
+}
+
+/// What the bus keeps for a client that has not read it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Backlog {
+    /// Bytes of messages.
+    pub bytes: usize,
+    /// Descriptors that go with them.
+    pub descriptors: usize,
 }
 
 impl Default for Unread {
     fn default() -> Unread {
-        Unread { of_sender: 1 << 20, of_stranger: 256 << 10, in_all: 4 << 20 }
+        Unread { of_sender: 1 << 20, of_stranger: 256 << 10, in_all: 4 << 20, descriptors: Descriptors::default() }
+    }
+}
+
+impl Default for Descriptors {
+    fn default() -> Descriptors {
+        Descriptors { of_sender: 4, of_user: 8, in_all: 32 }
     }
 }
 
@@ -136,6 +169,8 @@ struct State {
     bytes: usize,
     /// Of answers.
     unread: usize,
+    /// Of answers that are unread.
+    descriptors: usize,
 }
 
 #[derive(Debug, Default)]
@@ -148,6 +183,11 @@ struct Sender {
     bytes: usize,
     unread: usize,
     held: bool,
+    descriptors: usize,
+    /// Of these, those that it was sent since it was last looked at.
+    descriptors_since: usize,
+    /// Somebody looks whether it reads.
+    watched: bool,
 }
 
 #[derive(Debug, Default)]
@@ -156,6 +196,7 @@ struct User {
     waiting: usize,
     bytes: usize,
     unread: usize,
+    descriptors: usize,
 }
 
 impl Gate {
@@ -310,7 +351,7 @@ impl Gate {
         let own = if line.uid.is_some() { limit.of_sender } else { limit.of_stranger };
         let begins = !line.held && (line.unread > own || user.unread > limit.in_all.saturating_sub(*unread));
         line.held |= begins;
-        begins
+        begins && !std::mem::replace(&mut line.watched, true)
     }
 
     /// Whether a sender's answers wait until it has read. One that has left may be answered: nobody keeps that.
@@ -318,23 +359,68 @@ impl Gate {
         self.lock().senders.get(sender).is_some_and(|line| line.held)
     }
 
-    /// Of a held sender the bus keeps so many bytes. True: that will do, its calls go on.
-    pub fn drained(&self, sender: &str, left: usize) -> bool {
-        let Some(limit) = self.limits.unread else { return true };
+    /// Whether a sender may be answered with so many descriptors. True: they count from now on; answer, and then see whether
+    /// it reads ([`Gate::is_to_be_watched`]). False: it, or its user, has to read first.
+    pub fn takes_descriptors(&self, sender: &str, count: usize) -> bool {
+        let Some(Unread { descriptors: limit, .. }) = self.limits.unread else { return true };
         let mut state = self.lock();
-        let State { senders, users, unread, .. } = &mut *state;
+        let State { senders, users, descriptors, .. } = &mut *state;
         let Some(line) = senders.get_mut(sender) else { return true };
         let user = users.entry(line.uid).or_default();
-        user.unread = (user.unread + left).saturating_sub(line.unread);
-        *unread = (*unread + left).saturating_sub(line.unread);
-        line.unread = left;
-        line.held = left > limit.of_sender / 2 || user.unread > limit.in_all.saturating_sub(*unread);
-        let (uid, goes_on) = (line.uid, !line.held);
+        let share = limit.of_user.min(limit.in_all.saturating_sub(*descriptors));
+        let takes = line.descriptors < limit.of_sender && user.descriptors < share;
+        if takes {
+            line.descriptors += count;
+            line.descriptors_since += count;
+            user.descriptors += count;
+            *descriptors += count;
+        }
+        let uid = line.uid;
         state.release(uid, |_| ());
-        goes_on
+        takes
     }
 
-    /// What a held sender may have unread, by what it was answered.
+    /// Whether somebody must see whether a sender, which was sent descriptors, reads them; said once.
+    pub fn is_to_be_watched(&self, sender: &str) -> bool {
+        let mut state = self.lock();
+        let line = state.senders.get_mut(sender).filter(|line| line.descriptors > 0);
+        line.is_some_and(|line| !std::mem::replace(&mut line.watched, true))
+    }
+
+    /// A watched sender is about to be looked at: how many descriptors it may have unread, by what it was sent.
+    pub fn looks_at(&self, sender: &str) -> usize {
+        let mut state = self.lock();
+        let line = state.senders.get_mut(sender);
+        line.map_or(0, |line| {
+            line.descriptors_since = 0;
+            line.descriptors
+        })
+    }
+
+    /// Of a watched sender the bus keeps so much. True: that will do, its calls go on, and it is watched no more.
+    pub fn drained(&self, sender: &str, left: Backlog) -> bool {
+        let Some(limit) = self.limits.unread else { return true };
+        let mut state = self.lock();
+        let State { senders, users, unread, descriptors, .. } = &mut *state;
+        let Some(line) = senders.get_mut(sender) else { return true };
+        let user = users.entry(line.uid).or_default();
+        user.unread = (user.unread + left.bytes).saturating_sub(line.unread);
+        *unread = (*unread + left.bytes).saturating_sub(line.unread);
+        line.unread = left.bytes;
+        // Whether the bus had those already that were sent while it was asked, nobody knows.
+        let kept = left.descriptors + line.descriptors_since;
+        user.descriptors = (user.descriptors + kept).saturating_sub(line.descriptors);
+        *descriptors = (*descriptors + kept).saturating_sub(line.descriptors);
+        line.descriptors = kept;
+        let too_much = left.bytes > limit.of_sender / 2 || user.unread > limit.in_all.saturating_sub(*unread);
+        line.held &= too_much;
+        line.watched = line.held || kept > 0;
+        let (uid, done) = (line.uid, !line.watched);
+        state.release(uid, |_| ());
+        done
+    }
+
+    /// How many bytes a watched sender may have unread, by what it was answered.
     pub fn unread(&self, sender: &str) -> usize {
         self.lock().senders.get(sender).map_or(0, |line| line.unread)
     }
@@ -371,11 +457,13 @@ impl State {
         }
         line.uid = Some(uid);
         let (waiting, bytes, unread) = (line.waiting.len(), line.bytes, line.unread);
+        let descriptors = line.descriptors;
         let user = self.users.entry(Some(uid)).or_default();
         user.waiting += waiting;
         user.bytes += bytes;
         user.unread += unread;
-        self.release(None, |user| user.give_back(waiting, bytes, unread));
+        user.descriptors += descriptors;
+        self.release(None, |user| user.give_back(waiting, bytes, Backlog { bytes: unread, descriptors }));
     }
 
     /// Drops a sender and its queue; its calls at work stay counted.
@@ -386,7 +474,9 @@ impl State {
         let waiting: usize = line.waiting.iter().map(|message| message.data().len() + OVERHEAD).sum();
         self.bytes = self.bytes.saturating_sub(waiting);
         self.unread = self.unread.saturating_sub(line.unread);
-        self.release(line.uid, |user| user.give_back(line.waiting.len(), waiting, line.unread));
+        self.descriptors = self.descriptors.saturating_sub(line.descriptors);
+        let unread = Backlog { bytes: line.unread, descriptors: line.descriptors };
+        self.release(line.uid, |user| user.give_back(line.waiting.len(), waiting, unread));
         line.waiting.into()
     }
 
@@ -394,8 +484,8 @@ impl State {
     fn release(&mut self, uid: Option<u32>, give_back: impl FnOnce(&mut User)) {
         if let Entry::Occupied(mut user) = self.users.entry(uid) {
             give_back(user.get_mut());
-            let User { running, waiting, unread, .. } = user.get();
-            if (*running, *waiting, *unread) == (0, 0, 0) {
+            let User { running, waiting, unread, descriptors, .. } = user.get();
+            if (*running, *waiting, *unread, *descriptors) == (0, 0, 0, 0) {
                 user.remove();
             }
         }
@@ -403,10 +493,11 @@ impl State {
 }
 
 impl User {
-    fn give_back(&mut self, waiting: usize, bytes: usize, unread: usize) {
+    fn give_back(&mut self, waiting: usize, bytes: usize, unread: Backlog) {
         self.waiting = self.waiting.saturating_sub(waiting);
         self.bytes = self.bytes.saturating_sub(bytes);
-        self.unread = self.unread.saturating_sub(unread);
+        self.unread = self.unread.saturating_sub(unread.bytes);
+        self.descriptors = self.descriptors.saturating_sub(unread.descriptors);
     }
 }
 
@@ -484,13 +575,14 @@ mod tests {
         gate.admit("a", call());
         gate.identified("a", Some(1));
         gate.answered("a", 100);
+        assert!(gate.takes_descriptors("a", 1));
         let work = gate.next().unwrap();
         while gate.admit("a", call()) == Admission::Queued {}
         gate.left("a");
         assert!(gate.next().is_none() && work.departed.is_cancelled());
         gate.ended("a", work.uid, work.message.data().len());
         let state = gate.lock();
-        assert_eq!((state.bytes, state.unread, state.running), (0, 0, 0));
+        assert_eq!((state.bytes, state.unread, state.descriptors, state.running), (0, 0, 0, 0));
         assert_eq!((state.users.len(), state.turns.len(), state.senders.len()), (0, 0, 0));
         drop(state);
         assert_eq!(gate.admit("b", call()), Admission::Stranger);
@@ -543,8 +635,51 @@ mod tests {
     }
 
     fn unread(of_sender: usize, in_all: usize) -> Limits {
-        let unread = Unread { of_sender, of_stranger: of_sender, in_all };
+        let unread = Unread { of_sender, of_stranger: of_sender, in_all, ..Unread::default() };
         Limits { unread: Some(unread), waiting: 1, ..Limits::default() }
+    }
+
+    fn kept(bytes: usize, descriptors: usize) -> Backlog {
+        Backlog { bytes, descriptors }
+    }
+
+    /// So many descriptors, one by one, until a sender gets no more.
+    fn sent_descriptors(gate: &Gate, sender: &str, uid: u32) -> usize {
+        gate.meet(sender);
+        gate.identified(sender, Some(uid));
+        (0..100).find(|_| !gate.takes_descriptors(sender, 1)).unwrap()
+    }
+
+    #[test]
+    fn descriptors_that_are_unread_are_bounded_of_senders_of_users_and_in_all() {
+        let gate = gate(unread(1 << 20, 4 << 20));
+        let Descriptors { of_sender, of_user, in_all } = Descriptors::default();
+        assert_eq!(sent_descriptors(&gate, "a", 1), of_sender);
+        assert!(gate.is_to_be_watched("a") && !gate.is_to_be_watched("a"), "it is looked at once");
+        assert!(!gate.is_held("a"), "what brings no descriptor goes on");
+        assert_eq!((sent_descriptors(&gate, "b", 1), sent_descriptors(&gate, "c", 1)), (of_user - of_sender, 0));
+        let others: usize = (2..40).map(|uid| sent_descriptors(&gate, &uid.to_string(), uid)).sum();
+        assert!(others + of_user > in_all / 2 && others + of_user <= in_all, "{others}");
+        assert!(gate.lock().descriptors <= in_all);
+    }
+
+    #[test]
+    fn who_has_read_its_descriptors_gets_more_and_so_does_its_user() {
+        let gate = gate(unread(1 << 20, 4 << 20));
+        assert_eq!((sent_descriptors(&gate, "a", 1), sent_descriptors(&gate, "b", 1)), (4, 4));
+        assert!(gate.is_to_be_watched("a"));
+        assert_eq!(gate.looks_at("a"), 4);
+        assert!(!gate.drained("a", kept(0, 3)), "it is looked at until it has read them all");
+        assert_eq!((sent_descriptors(&gate, "c", 1), sent_descriptors(&gate, "a", 1)), (1, 0));
+        assert_eq!(gate.looks_at("a"), 3);
+        assert!(gate.drained("a", Backlog::default()));
+        // One that is sent while the bus is asked is not forgotten.
+        gate.looks_at("a");
+        assert!(gate.takes_descriptors("a", 1));
+        assert!(!gate.drained("a", Backlog::default()));
+        assert_eq!(gate.looks_at("a"), 1);
+        assert!(gate.drained("a", Backlog::default()) && !gate.is_to_be_watched("a"));
+        assert_eq!(gate.lock().descriptors, 5, "of the others");
     }
 
     #[test]
@@ -560,7 +695,7 @@ mod tests {
         gate.identified("a", Some(1));
         assert!(gate.next().is_none());
         assert_eq!(gate.admit("a", call()), Admission::Dropped);
-        assert!(!gate.drained("a", 1500) && gate.drained("a", 100));
+        assert!(!gate.drained("a", kept(1500, 0)) && gate.drained("a", kept(100, 0)));
         assert!(gate.next().is_some() && !gate.is_held("a"));
     }
 
@@ -578,9 +713,9 @@ mod tests {
         assert!(!answer("b", 2), "another user's senders go on");
         // The connections that were not held are, with their next answer.
         assert!(answer("a0", 1));
-        assert!(!gate.drained("a0", 51 << 10), "it has read nothing");
+        assert!(!gate.drained("a0", kept(51 << 10, 0)), "it has read nothing");
         for number in (0..=held.unwrap()).rev() {
-            gate.drained(&format!("a{number}"), 0);
+            gate.drained(&format!("a{number}"), Backlog::default());
         }
         assert!(!gate.is_held("a0") && gate.lock().unread < 60 << 10);
     }
@@ -593,7 +728,7 @@ mod tests {
         gate.meet("a");
         assert!(gate.answered("a", 5000) && gate.is_to_be_asked_for("a") && !gate.is_to_be_asked_for("a"));
         gate.identified("a", Some(1));
-        assert!(gate.drained("a", 5000));
+        assert!(gate.drained("a", kept(5000, 0)));
         assert!(!gate.answered("a", 5000));
     }
 }

@@ -29,7 +29,7 @@ use crate::error::Error;
 use answers::{ROOT, fits, is_standard, no_object, unknown_property};
 use call::{Call, Handler, Outcome, Reply, refusal};
 use futures_util::{FutureExt, StreamExt};
-use gate::{Admission, Gate, Limits, Standing, Work};
+use gate::{Admission, Backlog, Gate, Limits, Standing, Work};
 use outbox::Outbox;
 use rows::Rows;
 use socket::Intake;
@@ -50,8 +50,11 @@ const LARGE_ANSWERS: usize = 1;
 /// as the time before.
 const LOOK_AGAIN: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(4));
 
-/// What a client is taken to have read between two looks, in bytes, on a bus that cannot tell.
-const READ_UNSEEN: usize = 256 << 10;
+/// What a client is taken to have read between two looks, on a bus that cannot tell.
+const READ_UNSEEN: Backlog = Backlog { bytes: 256 << 10, descriptors: 4 };
+
+/// How long an answer with descriptors waits for its caller, or its caller's user, to read those that were sent before.
+const DESCRIPTORS_WAIT: Duration = Duration::from_secs(10);
 
 /// Who is at the other end of a connection.
 #[derive(Debug)]
@@ -223,6 +226,7 @@ impl Bus {
             Err(error) => Err(error),
         };
         match outcome {
+            Ok(Reply::Ready(reply)) if !reply.data().fds().is_empty() => self.hand_over(work, reply).await,
             Ok(Reply::Ready(reply)) if reply.data().len() < outbox::LARGE => {
                 self.reads(work).await;
                 self.answer(call, Ok(reply));
@@ -239,11 +243,34 @@ impl Bus {
         }
     }
 
+    /// Answers with descriptors, as soon as not too many are unread.
+    async fn hand_over(self: &Arc<Self>, work: &Work, reply: Message) {
+        let (call, count) = (&work.message, reply.data().fds().len());
+        let waited = tokio::time::timeout(DESCRIPTORS_WAIT, async {
+            self.reads(work).await;
+            self.until_drained(work, || self.gate.takes_descriptors(&work.sender, count)).await;
+        });
+        if waited.await.is_err() {
+            let text =
+                "too many descriptors that this client or others of its user were sent are unread; read the answers";
+            return self.refuse(call, &Error::limits(text));
+        }
+        self.answer(call, Ok(reply));
+        if self.gate.is_to_be_watched(&work.sender) {
+            self.watch_reading(work.sender.to_string());
+        }
+    }
+
     /// Waits until the caller has read what it was answered before, or has left.
     async fn reads(&self, work: &Work) {
+        self.until_drained(work, || !self.gate.is_held(&work.sender)).await;
+    }
+
+    /// Waits until somebody has read so much that `enough`, or until the caller has left or the connection has ended.
+    async fn until_drained(&self, work: &Work, enough: impl Fn() -> bool) {
         loop {
             let drained = self.drained.notified();
-            if !self.gate.is_held(&work.sender) || self.outbox.is_closed() {
+            if enough() || self.outbox.is_closed() {
                 return;
             }
             tokio::select! {
@@ -422,7 +449,8 @@ impl Bus {
         }
     }
 
-    /// Lets a held sender go on once it has read enough. What cannot be found out, it has not read.
+    /// Lets a held sender go on once it has read enough, and answers with descriptors once there are fewer. What cannot be
+    /// found out, it has not read.
     fn watch_reading(self: &Arc<Self>, sender: String) {
         let Who::Bus(callers) = &self.who else { return };
         let (bus, callers) = (self.clone(), callers.clone());
@@ -432,16 +460,28 @@ impl Bus {
         tokio::spawn(async move {
             let mut pause = LOOK_AGAIN.0;
             while !bus.outbox.is_closed() {
-                let left = match callers.reading(&sender).await {
-                    Reading::Left(bytes) => bytes,
-                    Reading::NotNow => bus.gate.unread(&sender),
-                    Reading::Never => bus.gate.unread(&sender).saturating_sub(READ_UNSEEN),
+                let descriptors = bus.gate.looks_at(&sender);
+                // What the bus does not have yet, it cannot count.
+                bus.outbox.sent_so_far().await;
+                let reading = callers.reading(&sender).await;
+                let bytes = bus.gate.unread(&sender);
+                let left = match reading {
+                    Reading::Left(left) => left,
+                    Reading::NotNow => Backlog { bytes, descriptors },
+                    Reading::Never => Backlog {
+                        bytes: bytes.saturating_sub(READ_UNSEEN.bytes),
+                        descriptors: descriptors.saturating_sub(READ_UNSEEN.descriptors),
+                    },
                 };
-                if bus.gate.drained(&sender, left) {
+                let done = bus.gate.drained(&sender, left);
+                bus.drained.notify_waiters();
+                if done {
                     break;
                 }
+                bus.start_next();
                 tokio::time::sleep(pause).await;
-                pause = LOOK_AGAIN.1.min(2 * pause);
+                let reads = left.descriptors < descriptors;
+                pause = if reads { LOOK_AGAIN.0 } else { LOOK_AGAIN.1.min(2 * pause) };
             }
             bus.drained.notify_waiters();
             bus.start_next();

@@ -32,6 +32,9 @@ struct Queue {
     messages: VecDeque<Message>,
     bytes: usize,
     closed: bool,
+    /// Messages that were ever put in, and those of them that are written.
+    pushed: u64,
+    written: u64,
 }
 
 impl Outbox {
@@ -42,6 +45,7 @@ impl Outbox {
             return;
         }
         queue.bytes += message.data().len();
+        queue.pushed += 1;
         queue.messages.push_back(message);
         drop(queue);
         self.filled.notify_one();
@@ -78,6 +82,19 @@ impl Outbox {
         }
     }
 
+    /// Waits until what is here now is sent, whatever comes behind it, or nobody there to send to.
+    pub async fn sent_so_far(&self) {
+        let last = self.lock().pushed;
+        loop {
+            let emptied = self.emptied.notified();
+            let Queue { closed, written, .. } = *self.lock();
+            if closed || written >= last {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
     /// Whether so much lies unread that the peer must be given up.
     pub fn is_lost(&self) -> bool {
         self.lock().bytes > LOST
@@ -102,6 +119,7 @@ impl Outbox {
     pub async fn write_to(&self, connection: &Connection) {
         loop {
             let (mut batch, bytes) = self.batch();
+            let messages = batch.len() as u64;
             if batch.is_empty() {
                 if self.lock().closed {
                     return;
@@ -122,6 +140,7 @@ impl Outbox {
             drop(batch);
             let mut queue = self.lock();
             queue.bytes = queue.bytes.saturating_sub(bytes);
+            queue.written += messages;
             drop(queue);
             self.emptied.notify_waiters();
         }

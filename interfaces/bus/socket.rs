@@ -8,7 +8,8 @@
 //! - At most [`QUEUED`] bytes lie between socket and dispatcher; nothing is read while there is no room.
 //! - Descriptors that come are never taken: the kernel closes them, as plain reads have no place for them. So no sender can
 //!   use up our descriptors, and no message can fail to come in for want of one. A message that came with some is marked
-//!   ([`brought_descriptors`]), for the dispatcher to refuse.
+//!   ([`brought_descriptors`]), for the dispatcher to refuse. The bus policy lets none through to us; this is for a bus
+//!   that has another, and for peers.
 //!
 //! And all it writes goes through [`Writer`]: a bus that has taken nothing for [`STALLED`] is left, for [`Intake::stalled`]
 //! to tell. Descriptors go out with the first byte of their message.

@@ -16,7 +16,7 @@ use virt_model::xml::shorten;
 /// So many keys are pressed at once at most.
 const MOST_KEYS: usize = 16;
 /// So long are keys held at most.
-const LONGEST_HOLD: Duration = Duration::from_secs(60);
+const LONGEST_HOLD: Duration = Duration::from_secs(5);
 
 impl Domain {
     /// A picture of what one of the screens shows, a PNG file in memory that nobody can change any more, from its beginning.
@@ -72,8 +72,9 @@ impl Domain {
     }
 
     /// Presses keys all at once and lets them go after a while (0: as long as the hypervisor does by itself). Returns when they
-    /// are pressed.
-    /// Errors: `InvalidArgument` for a codeset or a code that there is not, and for too many keys or too long.
+    /// are pressed; a second call waits until those of the first are.
+    /// Errors: `InvalidArgument` for a codeset or a code that there is not, and for too many keys or too long; `TimedOut` if
+    /// the hypervisor does not answer, after which they may be pressed still.
     pub async fn send_key(&self, caller: &Caller, codeset: &str, hold_usec: u64, keys: &[u32]) -> Result<()> {
         self.beside(caller, &verb::SEND_KEY, async {
             let (keys, hold) = (pressed(codeset, keys)?, hold(hold_usec)?);
@@ -146,7 +147,7 @@ mod tests {
         assert!(refused("linux", &[30; MOST_KEYS + 1]).contains("not 17"));
         assert_eq!(hold(0).unwrap(), None);
         assert_eq!(hold(1500).unwrap(), Some(Duration::from_micros(1500)));
-        assert!(hold(u64::MAX).unwrap_err().to_string().contains("60000000"));
+        assert!(hold(u64::MAX).unwrap_err().to_string().contains("5000000"));
     }
 
     #[test]

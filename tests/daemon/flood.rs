@@ -2,7 +2,7 @@
 
 use crate::common::client::{Client, options};
 use crate::common::deaf::{Deaf, call};
-use crate::common::users::{ALICE, BOB};
+use crate::common::users::{ALICE, BOB, User};
 use crate::common::{Daemon, PATIENCE, Setup, read_project_file};
 use std::time::{Duration, Instant};
 use zbus::message::Flags;
@@ -124,7 +124,64 @@ async fn twenty_callers_that_read_no_listings() {
     drop(deaf);
 }
 
-/// H1: descriptors that no member takes never get to us, so nobody can use up ours.
+fn open_metrics() -> Message {
+    call("/org/virt", "org.virt.Manager", "OpenMetrics").build(&options([])).unwrap()
+}
+
+/// How many descriptors the bus keeps for clients of a user that do not read them.
+async fn unread_descriptors(root: &Connection, user: &User) -> u32 {
+    let bus = zbus::fdo::DBusProxy::new(root).await.unwrap();
+    let mut all = 0;
+    for name in bus.list_names().await.unwrap() {
+        let of_user = bus.get_connection_unix_user(name.clone().into()).await.is_ok_and(|uid| uid == user.uid);
+        if of_user && name.starts_with(':') {
+            let (service, interface) = ("org.freedesktop.DBus", Some("org.freedesktop.DBus.Debug.Stats"));
+            let path = "/org/freedesktop/DBus";
+            let stats = root.call_method(Some(service), path, interface, "GetConnectionStats", &name.as_str()).await;
+            let stats = stats.unwrap();
+            let body = stats.body();
+            let stats: std::collections::HashMap<&str, zbus::Variant<'_>> = body.deserialize().unwrap();
+            all += stats["OutgoingFDs"].downcast_ref::<u32>().unwrap();
+        }
+    }
+    all
+}
+
+/// A bus reads nothing more from whoever has sent 64 descriptors that it still keeps for others.
+#[tokio::test(flavor = "multi_thread")]
+async fn callers_that_do_not_read_the_descriptors_they_asked_for() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let (root, bob) = (daemon.connect().await, daemon.connect_as(&BOB).await);
+    let mut deaf: Vec<_> = (0..3).map(|_| Deaf::connect(&daemon, &ALICE)).collect();
+    // Some hundred answers lie in a socket before the bus keeps any.
+    let flood = tokio::task::spawn_blocking(move || {
+        deaf.iter_mut().for_each(|one| assert_eq!(one.flood(550, open_metrics), 550));
+        deaf
+    });
+    let deaf = tokio::time::timeout(PATIENCE, flood).await.expect("the bus takes all of it").unwrap();
+    let client = Client { connection: bob.clone() };
+    let (begun, mut most, mut rounds) = (Instant::now(), 0, 0);
+    // As much as a user may have, and a hundred answers to another beside it.
+    while most < 8 || rounds < 100 {
+        assert!(begun.elapsed() < 3 * PATIENCE, "after {rounds} rounds the bus keeps no more than {most}");
+        most = most.max(unread_descriptors(&root, &ALICE).await);
+        tokio::time::timeout(PATIENCE, answers(&bob)).await.expect("others are answered");
+        let none = options([]);
+        let opened = client.call("/org/virt", "org.virt.Manager.OpenMetrics", &none);
+        tokio::time::timeout(PATIENCE, opened).await.expect("others are answered").expect("with descriptors, too");
+        rounds += 1;
+    }
+    assert_eq!(most, 8, "of a user");
+    assert!(!connected_anew(&daemon), "the bus had too much of ours");
+    drop(deaf);
+    // Whoever reads has as many as it likes.
+    let alice = Client { connection: daemon.connect_as(&ALICE).await };
+    for _ in 0..20 {
+        alice.call("/org/virt", "org.virt.Manager.OpenMetrics", &options([])).await.expect("it reads");
+    }
+}
+
+/// H1: descriptors that no member takes never get to us: the bus refuses them, so nobody can use up ours.
 #[tokio::test(flavor = "multi_thread")]
 async fn callers_that_send_descriptors() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };

@@ -201,7 +201,7 @@ async fn keys_are_pressed(domain: &Domain, guest: &Tick) {
     refused(press(domain, "linux", &[30, 9999]).await, "InvalidArgument", "9999");
     refused(press(domain, "qwerty", &[30]).await, "InvalidArgument", "'qwerty'");
     refused(press(domain, "linux", &[]).await, "InvalidArgument", "1 to 16 keys");
-    refused(domain.call("SendKey", &("linux", u64::MAX, &[30u32][..])).await, "InvalidArgument", "60000000");
+    refused(domain.call("SendKey", &("linux", u64::MAX, &[30u32][..])).await, "InvalidArgument", "5000000");
     press(domain, "usb", &[4]).await.expect("pressed");
     expected += "1e\n9e\n";
     guest.prints(|printed| printed == expected).await;
@@ -226,7 +226,7 @@ async fn a_person_looks_at_a_machine_opens_its_displays_and_presses_its_keys() {
     }
     let theirs_open = theirs.call("OpenChannel", &("org.test.0", options([]))).await;
     refused(theirs_open, "InteractiveAuthorizationRequired", "org.virt.domain.console");
-    refused(theirs.bare("Wakeup").await, "InteractiveAuthorizationRequired", "org.virt.domain.console");
+    refused(theirs.bare("Wakeup").await, "InteractiveAuthorizationRequired", "org.virt.domain.suspend");
     // Who may sit at the console is asked for the password by the display, as everybody is.
     let operated = seen_by(&OPERATOR).await;
     assert_eq!(vnc_offers(open(&operated, 0, false).await.expect("opened")), [2]);
@@ -238,8 +238,16 @@ async fn a_person_looks_at_a_machine_opens_its_displays_and_presses_its_keys() {
         screenshot(&domain, &[]).await.expect("a picture");
         open(&domain, 0, false).await.expect("opened");
     }
-    let after = daemon.descriptors();
-    assert!(after < before + 8, "{before} descriptors have become {after}");
+    // What went to QEMU is closed by threads of their own.
+    let begun = Instant::now();
+    loop {
+        let after = daemon.descriptors();
+        if after < before + 8 {
+            break;
+        }
+        assert!(begun.elapsed() < PATIENCE, "{before} descriptors have become {after}");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
 
     // Another virtd finds the machine as it is.
     daemon.kill_virtd().await;
@@ -268,7 +276,7 @@ async fn a_machine_without_a_screen_or_with_a_qemu_that_hangs_says_so_and_keeps_
     let qemu = daemon.qemu_of("hung").expect("it runs");
     signal(qemu, nix::sys::signal::Signal::SIGSTOP);
     let begun = Instant::now();
-    let (answers, ()) = tokio::join!(each(&hung), async {
+    let (answers, second, ()) = tokio::join!(each(&hung), press(&hung, "linux", &[31]), async {
         for _ in 0..3 {
             tokio::time::timeout(SOON, hung.xml()).await.expect("a read of the same machine does not wait");
             let pressed = tokio::time::timeout(SOON, press(&other, "linux", &[30])).await;
@@ -279,6 +287,7 @@ async fn a_machine_without_a_screen_or_with_a_qemu_that_hangs_says_so_and_keeps_
     for ((_, answer), word) in answers.into_iter().zip(["screen", "display", "send-key"]) {
         refused(answer, "TimedOut", word);
     }
+    refused(second, "TimedOut", "send-key");
     signal(qemu, nix::sys::signal::Signal::SIGCONT);
     size_of(&mut screenshot(&hung, &[]).await.expect("a picture"));
     assert_eq!(vnc_offers(open(&hung, 0, false).await.expect("opened")), [1]);
