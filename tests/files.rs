@@ -4,6 +4,7 @@ use clap::CommandFactory as _;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use virt_service::authz::Action;
+use virtd::bus::table::FILES;
 use virtd::settings::{Arguments, Config};
 
 fn project_file(path: &str) -> PathBuf {
@@ -131,19 +132,47 @@ fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
     }
 }
 
-/// Of two rules the later one counts: what lets an interface through must not let descriptors through.
+/// The methods that say in their files that their options may give descriptors.
+fn takes_descriptors() -> BTreeSet<(String, String)> {
+    let files = FILES.iter().map(|file| parse(file));
+    let methods = files.flat_map(|document| {
+        let methods = document.descendants().filter(|node| node.has_tag_name("method"));
+        let takes = methods.filter(|method| {
+            let annotated =
+                |node: &roxmltree::Node<'_, '_>| node.attribute("name") == Some("org.virt.TakesDescriptors");
+            method.children().any(|node| annotated(&node))
+        });
+        let named = |node: roxmltree::Node<'_, '_>| node.attribute("name").unwrap().to_owned();
+        takes.map(|method| (named(method.parent().unwrap()), named(method))).collect::<Vec<_>>()
+    });
+    methods.collect()
+}
+
+/// Of two rules the later one counts: what lets an interface through must not let descriptors through, but for the methods that
+/// take some.
 #[test]
-fn bus_policies_let_no_descriptors_through() {
+fn bus_policies_let_descriptors_through_to_those_who_take_them_and_to_no_others() {
+    let takes = takes_descriptors();
     for (file, contexts) in [("dbus-policy/org.virt.conf", 1), ("dbus-policy/org.virt-private.conf", 2)] {
         let text = read(file);
         let document = parse(&text);
         let policies = document.descendants().filter(|node| node.has_tag_name("policy"));
         let sends = policies.filter(|policy| policy.children().any(|rule| rule.has_attribute("send_interface")));
-        let last: Vec<_> = sends.filter_map(|policy| policy.children().rfind(|rule| rule.is_element())).collect();
-        assert_eq!(last.len(), contexts, "{file}");
-        for rule in last {
-            let says = (rule.attribute("send_destination"), rule.attribute("min_fds"));
-            assert!(rule.has_tag_name("deny") && says == (Some("org.virt"), Some("1")), "{file}: {rule:?}");
+        let sends: Vec<_> = sends.collect();
+        assert_eq!(sends.len(), contexts, "{file}");
+        for policy in sends {
+            let rules: Vec<_> = policy.children().filter(|node| node.is_element()).collect();
+            let denial = rules.iter().position(|rule| {
+                let says = (rule.attribute("send_destination"), rule.attribute("min_fds"));
+                rule.has_tag_name("deny") && says == (Some("org.virt"), Some("1"))
+            });
+            let behind = &rules[denial.expect("descriptors are denied") + 1..];
+            let let_through = behind.iter().map(|rule| {
+                assert!(rule.has_tag_name("allow"), "{file}: {rule:?}");
+                let says = |name: &str| rule.attribute(name).unwrap_or_default().to_owned();
+                (says("send_interface"), says("send_member"))
+            });
+            assert_eq!(let_through.collect::<BTreeSet<_>>(), takes, "{file}");
         }
     }
 }

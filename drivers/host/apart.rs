@@ -11,14 +11,17 @@
 //!
 //! Whatever opens guests' files gives them a high number ([`apart`]), and whatever makes processes does that in a thread with a
 //! table of its own, which ends below those ([`without`], [`leave`]). Only for the moment between the two system calls of
-//! [`apart`] has a file a low number.
+//! [`apart`] has a file a low number. Files that clients send have none while a process is made ([`arrive`]): a client may have
+//! made the file system, and could wait for that moment.
 
+use rustix::fs::{Mode, OFlags};
+use rustix::io::{DupFlags, fcntl_dupfd_cloexec};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
 /// Descriptors of virtd's own there are at most so many; fewer where it may have fewer in all.
 const MOST_OWN: u64 = 1 << 15;
@@ -36,10 +39,67 @@ pub fn first() -> RawFd {
 
 /// The same file under a high number. Blocks, as closing it may.
 pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl makes a new descriptor, which nothing else owns.
-    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_DUPFD_CLOEXEC, first()) } {
-        -1 => Err(io::Error::last_os_error()),
-        copy => Ok(unsafe { OwnedFd::from_raw_fd(copy) }),
+    Ok(fcntl_dupfd_cloexec(file, first())?)
+}
+
+/// Read by whoever has strangers' files under low numbers, written by whoever copies those for a process.
+static LOW: RwLock<()> = RwLock::new(());
+
+/// Takes in descriptors that others sent, by `receive`, and gives them high numbers. No process is made before that is done, so
+/// `receive` must not wait. Blocks for a moment; it waits for no file system.
+pub fn arrive<T>(receive: impl FnOnce() -> io::Result<(T, Vec<OwnedFd>)>) -> io::Result<(T, io::Result<Vec<OwnedFd>>)> {
+    // In the place of a file, for a moment; closing it waits for nobody.
+    let nothing = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    let _held = LOW.read().unwrap_or_else(PoisonError::into_inner);
+    let (received, low) = receive()?;
+    let high = low.iter().map(|file| Ok(fcntl_dupfd_cloexec(file, first())?)).collect();
+    vacate(low, nothing);
+    Ok((received, high))
+}
+
+/// Closes a file in a thread that nobody waits for, and then runs `then`. Where no thread is to be had it stays open, since
+/// whoever waited for it might wait for ever.
+pub fn close(file: OwnedFd, then: impl FnOnce() + Send + 'static) {
+    let file = std::mem::ManuallyDrop::new(file);
+    let close = move || {
+        drop(std::mem::ManuallyDrop::into_inner(file));
+        then();
+    };
+    if let Err(error) = closer().spawn(close) {
+        tracing::warn!(%error, "a file of a client stays open: there is no thread to close it in");
+    }
+}
+
+/// A thread that closes a file and no more.
+fn closer() -> std::thread::Builder {
+    std::thread::Builder::new().name("closer".into()).stack_size(64 << 10)
+}
+
+/// Takes files from their numbers. What their file systems have to do then is waited for by threads that nobody waits for.
+fn vacate(files: Vec<OwnedFd>, nothing: OwnedFd) {
+    let nothing = Arc::new(nothing);
+    // What is no more than a path has nothing to be waited for, and is closed here.
+    let waits = |file: &OwnedFd| rustix::fs::fcntl_getfl(file).is_ok_and(|flags| !flags.contains(OFlags::PATH));
+    let numbers: Vec<RawFd> = files.into_iter().filter(waits).map(OwnedFd::into_raw_fd).collect();
+    for &number in &numbers {
+        let nothing = nothing.clone();
+        let replace = move || {
+            // SAFETY: the number is that of a file which was given up above, and nothing else closes it before it is replaced.
+            let mut place = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
+            let _ = rustix::io::dup3(&nothing, &mut place, DupFlags::CLOEXEC);
+        };
+        // Where no thread is to be had, this one waits for the file system.
+        if let Err(error) = closer().spawn(replace.clone()) {
+            tracing::warn!(%error, "no thread to close a file in");
+            replace();
+        }
+    }
+    for number in numbers {
+        // SAFETY: the number is ours until it is closed here; it has been replaced by then.
+        let place = unsafe { OwnedFd::from_raw_fd(number) };
+        while waits(&place) {
+            std::thread::yield_now();
+        }
     }
 }
 
@@ -48,6 +108,7 @@ pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
 pub fn leave() -> io::Result<Left> {
     is_room()?;
     const UNSHARE: libc::c_uint = 1 << 1;
+    let _alone = LOW.write().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the files above stay open in the table that the thread leaves.
     match unsafe { libc::syscall(libc::SYS_close_range, first(), libc::c_uint::MAX, UNSHARE) } {
         0 => Ok(Left(PhantomData)),
@@ -57,11 +118,7 @@ pub fn leave() -> io::Result<Left> {
 
 /// Refuses where virtd's own descriptors have come among those of guests' files: no process would have them.
 fn is_room() -> io::Result<()> {
-    // SAFETY: fcntl makes a new descriptor, which nothing else owns.
-    let free = match unsafe { libc::fcntl(libc::STDERR_FILENO, libc::F_DUPFD_CLOEXEC, 0) } {
-        -1 => return Err(none_left(&io::Error::last_os_error())),
-        free => unsafe { OwnedFd::from_raw_fd(free) },
-    };
+    let free = fcntl_dupfd_cloexec(io::stderr(), 0).map_err(|error| none_left(&error.into()))?;
     if free.as_raw_fd() < first() { Ok(()) } else { Err(none_left(&rustix::io::Errno::MFILE.into())) }
 }
 
@@ -132,6 +189,23 @@ mod tests {
         let has = numbers(&mut Command::new("ls"));
         assert!(has.contains(&1) && has.iter().all(|number| *number < first()), "{has:?}");
         assert!(rustix::io::fcntl_getfd(&file).is_ok(), "it is open here");
+    }
+
+    #[test]
+    fn what_arrives_has_a_high_number_and_leaves_none_behind() {
+        let (mut ear, mouth) = std::io::pipe().unwrap();
+        let path = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let low = [mouth.as_raw_fd(), path.as_raw_fd()];
+        let (said, files) = arrive(|| Ok(("here", vec![mouth.into(), path]))).unwrap();
+        let files = files.unwrap();
+        assert!(said == "here" && files.len() == 2 && files.iter().all(|file| file.as_raw_fd() >= first()));
+        assert!(numbers(&mut Command::new("ls")).iter().all(|number| !low.contains(number)), "no process has one");
+        let mut files = files.into_iter();
+        File::from(files.next().unwrap()).write_all(b"there").unwrap();
+        let mut heard = String::new();
+        ear.read_to_string(&mut heard).unwrap();
+        assert_eq!(heard, "there", "nobody else has that end");
+        assert!(arrive(|| Err::<((), _), _>(io::ErrorKind::WouldBlock.into())).is_err());
     }
 
     /// What another thread has in hand is neither closed nor waited for.

@@ -18,12 +18,12 @@ use super::tool::limit;
 use super::user::RunAs;
 use super::wall::{self, Maker, Wall};
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr;
@@ -269,18 +269,10 @@ fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((above(&read)?, above(&write)?))
 }
 
-fn above(fd: &impl AsRawFd) -> io::Result<OwnedFd> {
-    // SAFETY: fcntl makes a new descriptor, which nothing else owns.
-    unsafe {
-        match libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, ABOVE) {
-            -1 => Err(apart::none_left(&io::Error::last_os_error())),
-            copy => {
-                let copy = OwnedFd::from_raw_fd(copy);
-                // From there on no process would have it.
-                if copy.as_raw_fd() < apart::first() { Ok(copy) } else { Err(apart::none_left(&Errno::MFILE.into())) }
-            }
-        }
-    }
+fn above(fd: &impl AsFd) -> io::Result<OwnedFd> {
+    let copy = fcntl_dupfd_cloexec(fd, ABOVE).map_err(|error| apart::none_left(&error.into()))?;
+    // From there on no process would have it.
+    if copy.as_raw_fd() < apart::first() { Ok(copy) } else { Err(apart::none_left(&Errno::MFILE.into())) }
 }
 
 fn string(bytes: &OsStr) -> io::Result<CString> {

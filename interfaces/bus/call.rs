@@ -1,6 +1,7 @@
 //! One call as a handler sees it: who calls, what was sent, how to answer.
 
 use super::rows::Objects;
+use super::source::which;
 use super::wire;
 use crate::error::Error;
 use futures_util::FutureExt;
@@ -9,13 +10,14 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use std::collections::HashMap;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use virt_model::domain::nearest;
+use virt_model::driver::GivenFile;
 use virt_model::xml::shorten;
 use virt_service::authz::Caller;
 use virt_service::events::Events;
 use zbus::message::{Body, Header};
-use zbus::wire::Endian;
+use zbus::wire::{Endian, Fd};
 use zbus::{DynamicType, Message, OwnedVariant, Signature, Type};
 
 /// A call whose member and signature have been checked.
@@ -24,6 +26,8 @@ pub struct Call {
     message: Message,
     caller: Caller,
     path: Arc<str>,
+    /// What it has brought and nobody has taken, in the places that its message gives them.
+    files: Mutex<Vec<Option<GivenFile>>>,
 }
 
 /// An answer.
@@ -86,9 +90,9 @@ impl fmt::Debug for Handler {
 }
 
 impl Call {
-    /// A call by `caller` to the object at `path`.
-    pub fn new(message: Message, caller: Caller, path: Arc<str>) -> Call {
-        Call { message, caller, path }
+    /// A call by `caller` to the object at `path`, with the files that it has brought.
+    pub fn new(message: Message, caller: Caller, path: Arc<str>, files: Vec<GivenFile>) -> Call {
+        Call { message, caller, path, files: Mutex::new(files.into_iter().map(Some).collect()) }
     }
 
     /// Who calls.
@@ -114,6 +118,29 @@ impl Call {
     /// What was sent, where that is options alone.
     pub fn options(&self) -> Result<Options, Error> {
         self.read()
+    }
+
+    /// The file that an option gives, if given.
+    pub fn file(&self, options: &mut Options, key: &'static str) -> Result<Option<GivenFile>, Error> {
+        let read = |value: &OwnedVariant| value.downcast_ref::<Fd<'_>>().ok().and_then(which);
+        let place = options.take(key, "h, a descriptor", read)?;
+        place.map(|place| self.take_file(key, place)).transpose()
+    }
+
+    /// The files that an option gives, in its order; none if not given.
+    pub fn files(&self, options: &mut Options, key: &'static str) -> Result<Vec<GivenFile>, Error> {
+        let read = |value: &OwnedVariant| {
+            let files = Vec::<Fd<'_>>::try_from(value.try_clone().ok()?).ok()?;
+            files.into_iter().map(which).collect::<Option<Vec<_>>>()
+        };
+        let places = options.take(key, "ah, descriptors", read)?.unwrap_or_default();
+        places.into_iter().map(|place| self.take_file(key, place)).collect()
+    }
+
+    fn take_file(&self, key: &str, place: usize) -> Result<GivenFile, Error> {
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let file = files.get_mut(place).and_then(Option::take);
+        file.ok_or_else(|| Error::argument(format!("option '{key}' names a descriptor that is used already")))
     }
 
     /// The value that a property is to be set to. Its type has been checked.

@@ -19,12 +19,14 @@
 //!
 //! **Descriptors.** A bus counts those that it keeps for clients against us, too, and dbus-daemon reads nothing more from us
 //! while it has 64 ([`Descriptors`] is how many we let it have). An answer with one waits for its place, and other calls of
-//! its sender do not; whoever was sent one is looked at until it has read it.
+//! its sender do not; whoever was sent one is looked at until it has read it. And those that calls bring to us are taken in
+//! only where [`Gate::brings`] has places for them, which they have until they are closed.
 
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
+use virt_model::driver::GivenFile;
 use zbus::Message;
 
 /// What a message costs beside its bytes.
@@ -49,6 +51,8 @@ pub struct Limits {
     pub bytes_in_all: usize,
     /// How much may be unread; `None`: it is not looked at.
     pub unread: Option<Unread>,
+    /// Descriptors that calls have brought, and that are open here.
+    pub brought: Descriptors,
 }
 
 /// How much of our answers may be unread.
@@ -65,16 +69,23 @@ pub struct Unread {
     pub descriptors: Descriptors,
 }
 
-/// How many descriptors may be unread.
+/// How many descriptors there may be.
 #[derive(Clone, Copy, Debug)]
 pub struct Descriptors {
-    /// By one sender.
+    /// Of one sender.
     pub of_sender: usize,
-    /// By all senders of one user.
+    /// Of all senders of one user.
     pub of_user: usize,
-    /// In all, of which no user has more than it leaves to others. Half of what dbus-daemon takes from one connection
-    /// (`max_incoming_unix_fds`, 64 on a system bus) before it stops reading from it.
+    /// In all, of which no user has more than it leaves to others.
     pub in_all: usize,
+}
+
+impl Descriptors {
+    /// Those that may be unread: half of what dbus-daemon takes from one connection (`max_incoming_unix_fds`, 64 on a system
+    /// bus) before it stops reading from it.
+    const UNREAD: Descriptors = Descriptors { of_sender: 4, of_user: 8, in_all: 32 };
+    /// Those that may be here: of one sender as many as dbus-daemon lets a message have.
+    const BROUGHT: Descriptors = Descriptors { of_sender: 16, of_user: 32, in_all: 128 };
 }
 
 /// What the bus keeps for a client that has not read it.
@@ -88,13 +99,7 @@ pub struct Backlog {
 
 impl Default for Unread {
     fn default() -> Unread {
-        Unread { of_sender: 1 << 20, of_stranger: 256 << 10, in_all: 4 << 20, descriptors: Descriptors::default() }
-    }
-}
-
-impl Default for Descriptors {
-    fn default() -> Descriptors {
-        Descriptors { of_sender: 4, of_user: 8, in_all: 32 }
+        Unread { of_sender: 1 << 20, of_stranger: 256 << 10, in_all: 4 << 20, descriptors: Descriptors::UNREAD }
     }
 }
 
@@ -109,7 +114,23 @@ impl Default for Limits {
             running_in_all: 2048,
             bytes_in_all: 32 << 20,
             unread: None,
+            brought: Descriptors::BROUGHT,
         }
+    }
+}
+
+/// A call with the files that it has brought.
+#[derive(Debug)]
+pub struct Incoming {
+    /// The call.
+    pub message: Message,
+    /// The files.
+    pub files: Vec<GivenFile>,
+}
+
+impl From<Message> for Incoming {
+    fn from(message: Message) -> Incoming {
+        Incoming { message, files: Vec::new() }
     }
 }
 
@@ -142,6 +163,8 @@ pub enum Standing {
 pub struct Work {
     /// The call.
     pub message: Message,
+    /// The files that it has brought.
+    pub files: Vec<GivenFile>,
     /// Its sender.
     pub sender: Arc<str>,
     /// Its sender's user.
@@ -150,11 +173,24 @@ pub struct Work {
     pub departed: CancellationToken,
 }
 
-/// The gate.
-#[derive(Debug, Default)]
+/// The gate; all its copies are one.
+#[derive(Clone, Debug, Default)]
 pub struct Gate {
     limits: Limits,
-    state: Mutex<State>,
+    state: Arc<Mutex<State>>,
+}
+
+/// The place of a descriptor that a call has brought; given back when it is dropped.
+#[derive(Debug)]
+pub struct Place {
+    number: u64,
+    state: Arc<Mutex<State>>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).brought.remove(&self.number);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -171,6 +207,10 @@ struct State {
     unread: usize,
     /// Of answers that are unread.
     descriptors: usize,
+    /// Descriptors that calls have brought, each with whose it is as far as that is known.
+    brought: HashMap<u64, (Arc<str>, Option<u32>)>,
+    /// The number of the last of these.
+    last_brought: u64,
 }
 
 #[derive(Debug, Default)]
@@ -179,7 +219,7 @@ struct Sender {
     uid: Option<u32>,
     asked: bool,
     running: usize,
-    waiting: VecDeque<Message>,
+    waiting: VecDeque<Incoming>,
     bytes: usize,
     unread: usize,
     held: bool,
@@ -202,16 +242,17 @@ struct User {
 impl Gate {
     /// A gate with these limits.
     pub fn new(limits: Limits) -> Gate {
-        Gate { limits, state: Mutex::default() }
+        Gate { limits, state: Arc::default() }
     }
 
     /// Takes a call in, or not.
-    pub fn admit(&self, sender: &str, message: Message) -> Admission {
+    pub fn admit(&self, sender: &str, call: impl Into<Incoming>) -> Admission {
+        let call = call.into();
         let mut state = self.lock();
         let State { senders, users, turns, bytes, .. } = &mut *state;
         let name: Arc<str> = senders.get_key_value(sender).map_or_else(|| sender.into(), |(name, _)| name.clone());
         let line = senders.entry(name.clone()).or_default();
-        let cost = message.data().len() + OVERHEAD;
+        let cost = call.message.data().len() + OVERHEAD;
         match self.refusal(line, users.get(&line.uid).unwrap_or(&User::default()), *bytes, cost) {
             Some(_) if line.held => return Admission::Dropped,
             Some(why) => return Admission::Refused(why),
@@ -221,7 +262,7 @@ impl Gate {
         if line.waiting.is_empty() {
             turns.push_back(name);
         }
-        line.waiting.push_back(message);
+        line.waiting.push_back(call);
         line.bytes += cost;
         user.waiting += 1;
         user.bytes += cost;
@@ -257,7 +298,7 @@ impl Gate {
     }
 
     /// A sender's user is now known; or cannot be, and its calls are forgotten and returned.
-    pub fn identified(&self, sender: &str, uid: Option<u32>) -> Vec<Message> {
+    pub fn identified(&self, sender: &str, uid: Option<u32>) -> Vec<Incoming> {
         let mut state = self.lock();
         match uid {
             Some(uid) => {
@@ -380,6 +421,29 @@ impl Gate {
         takes
     }
 
+    /// A call of a sender brings so many descriptors: places for all of them, or none. Those whose user is not known yet are of
+    /// one user.
+    pub fn brings(&self, sender: &str, count: usize) -> Option<Vec<Place>> {
+        let limit = self.limits.brought;
+        let mut state = self.lock();
+        let line = state.senders.get_key_value(sender);
+        let uid = line.and_then(|(_, line)| line.uid);
+        let name = line.map_or_else(|| sender.into(), |(name, _)| name.clone());
+        let of_sender = state.brought.values().filter(|(of, _)| **of == *sender).count();
+        let of_user = state.brought.values().filter(|(_, known)| *known == uid).count();
+        let left = limit.in_all.saturating_sub(state.brought.len() + count);
+        if of_sender + count > limit.of_sender || of_user + count > limit.of_user.min(left) {
+            return None;
+        }
+        let places = (0..count).map(|_| {
+            state.last_brought += 1;
+            let number = state.last_brought;
+            state.brought.insert(number, (name.clone(), uid));
+            Place { number, state: self.state.clone() }
+        });
+        Some(places.collect())
+    }
+
     /// Whether somebody must see whether a sender, which was sent descriptors, reads them; said once.
     pub fn is_to_be_watched(&self, sender: &str) -> bool {
         let mut state = self.lock();
@@ -441,12 +505,12 @@ impl State {
         if line.held || !share {
             return None;
         }
-        let message = line.waiting.pop_front()?;
+        let Incoming { message, files } = line.waiting.pop_front()?;
         line.running += 1;
         user.running += 1;
         user.waiting -= 1;
         self.running += 1;
-        Some(Work { message, sender: sender.clone(), uid, departed: line.departed.clone() })
+        Some(Work { message, files, sender: sender.clone(), uid, departed: line.departed.clone() })
     }
 
     /// What a sender has counted for a stranger's counts for its user.
@@ -456,6 +520,9 @@ impl State {
             return;
         }
         line.uid = Some(uid);
+        for (_, known) in self.brought.values_mut().filter(|(of, _)| **of == *sender) {
+            *known = Some(uid);
+        }
         let (waiting, bytes, unread) = (line.waiting.len(), line.bytes, line.unread);
         let descriptors = line.descriptors;
         let user = self.users.entry(Some(uid)).or_default();
@@ -467,11 +534,11 @@ impl State {
     }
 
     /// Drops a sender and its queue; its calls at work stay counted.
-    fn forget(&mut self, sender: &str) -> Vec<Message> {
+    fn forget(&mut self, sender: &str) -> Vec<Incoming> {
         let Some(line) = self.senders.remove(sender) else { return Vec::new() };
         line.departed.cancel();
         self.turns.retain(|name| **name != *sender);
-        let waiting: usize = line.waiting.iter().map(|message| message.data().len() + OVERHEAD).sum();
+        let waiting: usize = line.waiting.iter().map(|call| call.message.data().len() + OVERHEAD).sum();
         self.bytes = self.bytes.saturating_sub(waiting);
         self.unread = self.unread.saturating_sub(line.unread);
         self.descriptors = self.descriptors.saturating_sub(line.descriptors);
@@ -643,6 +710,38 @@ mod tests {
         Backlog { bytes, descriptors }
     }
 
+    #[test]
+    fn descriptors_that_are_brought_are_bounded_of_senders_of_users_and_in_all() {
+        let gate = gate(Limits::default());
+        let Descriptors { of_sender, of_user, in_all } = Descriptors::BROUGHT;
+        let known = |sender: &str, uid| {
+            gate.admit(sender, call());
+            gate.identified(sender, Some(uid));
+        };
+        assert!(gate.brings("a", of_sender + 1).is_none());
+        let mut held = gate.brings("a", of_sender).unwrap();
+        assert!(gate.brings("a", 1).is_none(), "these are a's");
+        held.extend(gate.brings("b", of_user - of_sender).unwrap());
+        assert!(gate.brings("c", 1).is_none(), "whose user is not known is of one user");
+        known("a", 1);
+        held.extend(gate.brings("c", of_sender).unwrap());
+        known("d", 1);
+        held.extend(gate.brings("d", of_user - of_sender).unwrap());
+        assert!(gate.brings("d", 1).is_none());
+        for uid in 2..6 {
+            known(&uid.to_string(), uid);
+            held.extend((0..of_sender).map_while(|_| gate.brings(&uid.to_string(), 1)).flatten());
+        }
+        assert!(held.len() > in_all / 2 && held.len() < in_all, "{}", held.len());
+        known("e", 50);
+        assert_eq!(gate.brings("e", 1).map(|places| places.len()), Some(1), "others leave some");
+        // Who has left still has them, until they are closed.
+        gate.left("d");
+        assert_eq!(gate.lock().brought.len(), held.len());
+        held.clear();
+        assert!(gate.lock().brought.is_empty() && gate.brings("d", of_sender).is_some());
+    }
+
     /// So many descriptors, one by one, until a sender gets no more.
     fn sent_descriptors(gate: &Gate, sender: &str, uid: u32) -> usize {
         gate.meet(sender);
@@ -653,7 +752,7 @@ mod tests {
     #[test]
     fn descriptors_that_are_unread_are_bounded_of_senders_of_users_and_in_all() {
         let gate = gate(unread(1 << 20, 4 << 20));
-        let Descriptors { of_sender, of_user, in_all } = Descriptors::default();
+        let Descriptors { of_sender, of_user, in_all } = Descriptors::UNREAD;
         assert_eq!(sent_descriptors(&gate, "a", 1), of_sender);
         assert!(gate.is_to_be_watched("a") && !gate.is_to_be_watched("a"), "it is looked at once");
         assert!(!gate.is_held("a"), "what brings no descriptor goes on");

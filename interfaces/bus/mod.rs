@@ -18,9 +18,11 @@
 pub mod answers;
 pub mod call;
 pub mod gate;
+mod header;
 pub mod outbox;
 pub mod rows;
 pub mod socket;
+pub mod source;
 pub mod table;
 pub mod wire;
 
@@ -29,7 +31,7 @@ use crate::error::Error;
 use answers::{ROOT, fits, is_standard, no_object, unknown_property};
 use call::{Call, Handler, Outcome, Reply, refusal};
 use futures_util::{FutureExt, StreamExt};
-use gate::{Admission, Backlog, Gate, Limits, Standing, Work};
+use gate::{Admission, Backlog, Gate, Incoming, Limits, Standing, Work};
 use outbox::Outbox;
 use rows::Rows;
 use socket::Intake;
@@ -38,6 +40,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use table::{Interface, Table};
 use tokio::sync::Notify;
+use virt_model::driver::GivenFile;
 use virt_service::authz::Caller;
 use virt_service::fair::{FairPlace, FairPlaces};
 use zbus::message::{Flags, Header, Type};
@@ -121,7 +124,10 @@ impl Bus {
     /// connection to it is made then: what they asked for goes on, and its answers are lost.
     pub async fn run(self: Arc<Self>, mut stream: MessageStream) {
         let connection = Connection::from(&stream);
-        self.intake.begin();
+        let (table, gate) = (self.table.clone(), self.gate.clone());
+        self.intake.begin(Box::new(move |call| {
+            table.takes_files(call.interface, call.member).then(|| gate.brings(call.sender, call.descriptors)).flatten()
+        }));
         let outbox = self.outbox.clone();
         let writer = tokio::spawn(async move { outbox.write_to(&connection).await });
         while let Some(Ok(message)) = stream.next().await {
@@ -148,35 +154,54 @@ impl Bus {
     /// A call has come in.
     fn take(self: &Arc<Self>, call: Message) {
         let standing = self.gate.meet(sender(&call.header()));
-        if socket::brought_descriptors(&call) || !call.data().fds().is_empty() {
-            // Waiting calls would keep them open, and there are fewer of them than there may be calls.
-            return match standing {
-                Standing::Held => {}
-                _ => self.refuse(&call, &Error::invalid_args("no method takes file descriptors")),
-            };
+        let files = self.intake.files(&call);
+        if files.is_none() && (socket::brought_descriptors(&call) || !call.data().fds().is_empty()) {
+            return self.refuse_files(&call, standing);
         }
+        let call = Incoming { message: call, files: files.unwrap_or_default() };
         match standing {
             Standing::Held => return self.admit(call),
             // It would be refused, or be a look that nobody wants the answer of; a flood should cost no more than this.
-            Standing::Full if !wants_reply(&call) => return,
+            Standing::Full if !wants_reply(&call.message) => return,
             Standing::Free | Standing::Full => {}
         }
-        match self.understand(&call) {
-            Ok(Deed::Look(look)) => self.look(&call, look),
-            Ok(Deed::Survey(_)) if !wants_reply(&call) => {}
+        match self.understand(&call.message) {
+            Ok(Deed::Look(look)) => self.look(&call.message, look),
+            Ok(Deed::Survey(_)) if !wants_reply(&call.message) => {}
             Ok(Deed::Survey(_) | Deed::Run(_)) => self.admit(call),
-            Err(error) => self.refuse(&call, &error),
+            Err(error) => self.refuse(&call.message, &error),
         }
     }
 
-    /// Puts a call in its sender's queue.
-    fn admit(self: &Arc<Self>, call: Message) {
+    /// Refuses a call whose descriptors were not taken. One that has no use for them is refused as well: they were not sent for
+    /// nothing.
+    fn refuse_files(self: &Arc<Self>, call: &Message, standing: Standing) {
+        if standing == Standing::Held {
+            return;
+        }
         let header = call.header();
-        let sender = sender(&header).to_owned();
-        match self.gate.admit(&sender, call.clone()) {
+        let known = names(&header).is_ok_and(|(_, interface, member)| self.table.takes_files(interface, member));
+        if !known {
+            return self.refuse(call, &Error::invalid_args("this method takes no file descriptors"));
+        }
+        let sender = sender(&header);
+        // Who is known has places of its own.
+        if self.gate.is_to_be_asked_for(sender) {
+            self.identify(sender.to_owned());
+        }
+        let text = "the descriptors of this call were not taken: too many that this client or others of its user sent are \
+                    open, or virtd has too many files open; wait for answers, and call again";
+        self.refuse(call, &Error::limits(text));
+    }
+
+    /// Puts a call in its sender's queue.
+    fn admit(self: &Arc<Self>, call: Incoming) {
+        let message = call.message.clone();
+        let sender = sender(&message.header()).to_owned();
+        match self.gate.admit(&sender, call) {
             Admission::Queued => self.start_next(),
             Admission::Stranger => self.identify(sender),
-            Admission::Refused(why) => self.refuse(&call, &Error::limits(why)),
+            Admission::Refused(why) => self.refuse(&message, &Error::limits(why)),
             Admission::Dropped => tracing::debug!(sender, "a call was dropped: its sender does not read"),
         }
     }
@@ -194,7 +219,7 @@ impl Bus {
         tokio::spawn(async move {
             let uid = callers.uid(&sender).await;
             for call in bus.gate.identified(&sender, uid) {
-                bus.refuse(&call, &Error::failed("the bus does not say who sent this call"));
+                bus.refuse(&call.message, &Error::failed("the bus does not say who sent this call"));
             }
             bus.start_next();
         });
@@ -208,8 +233,9 @@ impl Bus {
     }
 
     /// Does what a call asks for, answers, and makes room for the next.
-    async fn work(self: Arc<Self>, work: Work) {
-        let done = AssertUnwindSafe(self.perform(&work)).catch_unwind().await;
+    async fn work(self: Arc<Self>, mut work: Work) {
+        let files = std::mem::take(&mut work.files);
+        let done = AssertUnwindSafe(self.perform(&work, files)).catch_unwind().await;
         if done.is_err() {
             self.refuse(&work.message, &Error::internal("a bug in virtd ended this call; its log has more"));
         }
@@ -217,12 +243,12 @@ impl Bus {
         self.start_next();
     }
 
-    async fn perform(self: &Arc<Self>, work: &Work) {
+    async fn perform(self: &Arc<Self>, work: &Work, files: Vec<GivenFile>) {
         let call = &work.message;
         let outcome = match self.understand(call) {
             Ok(Deed::Look(look)) => return self.look(call, look),
             Ok(Deed::Survey(look)) => self.survey(call, look),
-            Ok(Deed::Run(handler)) => handler.run(self.call(work)).await,
+            Ok(Deed::Run(handler)) => handler.run(self.call(work, files)).await,
             Err(error) => Err(error),
         };
         match outcome {
@@ -297,7 +323,7 @@ impl Bus {
     }
 
     /// A call as its handler sees it.
-    fn call(&self, work: &Work) -> Call {
+    fn call(&self, work: &Work, files: Vec<GivenFile>) -> Call {
         let header = work.message.header();
         let caller = Caller {
             bus_name: matches!(self.who, Who::Bus(_)).then(|| work.sender.to_string()),
@@ -306,7 +332,7 @@ impl Bus {
             departed: work.departed.clone(),
         };
         let path = header.path().map_or("", |path| path.as_str()).into();
-        Call::new(work.message.clone(), caller, path)
+        Call::new(work.message.clone(), caller, path, files)
     }
 
     /// Which member is called, with what it takes; nothing is done yet.

@@ -6,25 +6,34 @@
 //! - The body of a message beyond [`LARGEST`] is read away piece by piece. What is left of it, its header, comes in as a
 //!   message without a body, marked ([`is_cut`]), for the dispatcher to refuse.
 //! - At most [`QUEUED`] bytes lie between socket and dispatcher; nothing is read while there is no room.
-//! - Descriptors that come are never taken: the kernel closes them, as plain reads have no place for them. So no sender can
-//!   use up our descriptors, and no message can fail to come in for want of one. A message that came with some is marked
-//!   ([`brought_descriptors`]), for the dispatcher to refuse. The bus policy lets none through to us; this is for a bus
-//!   that has another, and for peers.
+//! - Descriptors are taken with calls of members that have a use for them, if the gate has places for them ([`Admits`]): so
+//!   what lies at the socket is looked at before it is read. The others are never ours: the kernel closes them, as plain reads
+//!   have no place for them. So no sender can use up our descriptors, and no message can fail to come in for want of one. A
+//!   message that came with some is marked ([`brought_descriptors`]), for the dispatcher to refuse unless it has them
+//!   ([`Intake::files`]). The bus policy lets none through with other calls; this is for a bus that has another, and for peers.
+//! - In the message stand other descriptors for those that came ([`which`](super::source::which)): messages are dropped where nobody may wait, as
+//!   whoever closes a file of a client may have to.
 //!
 //! And all it writes goes through [`Writer`]: a bus that has taken nothing for [`STALLED`] is left, for [`Intake::stalled`]
 //! to tell. Descriptors go out with the first byte of their message.
 
+use super::gate::Place;
+use super::header::{Fields, Heading, PRIMARY, lengths};
+use super::source::{Source, stand_ins};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use std::collections::VecDeque;
+use std::fmt;
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use tokio::io::{AsyncReadExt, BufReader, Interest};
+use tokio::io::Interest;
 use tokio::net::UnixStream;
-use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::Notify;
+use virt_model::driver::GivenFile;
 use zbus::Message;
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
 use zbus::export::async_trait::async_trait;
@@ -37,41 +46,66 @@ const LONGEST_HEADER: usize = 64 << 10;
 /// Bytes that may lie between socket and dispatcher; a larger message lies there alone.
 const QUEUED: usize = 4 << 20;
 /// How much is read at a time, in bytes: of small messages many, so that we are not slower than who sends them.
-const PIECE: usize = 64 << 10;
+pub(super) const PIECE: usize = 64 << 10;
 /// How long a bus may take nothing of what is written.
 pub const STALLED: Duration = Duration::from_secs(10);
-/// A message's first part, of which its whole length can be told.
-const PRIMARY: usize = 16;
 /// The mark, in the byte of flags: a bit that the specification gives no meaning. Nobody else can set it.
 const CUT: u8 = 0x80;
 /// Another such mark.
 const BROUGHT: u8 = 0x40;
-/// Descriptors that can go with one message.
-const MOST_SENT: usize = 16;
+/// A third: what was brought is here.
+const TAKEN: u8 = 0x20;
+/// Descriptors that can go with one message, either way.
+pub(super) const MOST_SENT: usize = 16;
 
 /// Whether the body of this message was too large to be read.
 pub fn is_cut(message: &Message) -> bool {
     message.primary_header().flags().bits() & CUT != 0
 }
 
-/// Whether descriptors came with this message. They are closed.
+/// Whether descriptors came with this message. They are closed, unless [`Intake::files`] has them.
 pub fn brought_descriptors(message: &Message) -> bool {
     message.primary_header().flags().bits() & BROUGHT != 0
 }
 
+/// Gives the descriptors of a call places, all of them or none.
+pub type Admits = Box<dyn Fn(Heading<'_>) -> Option<Vec<Place>> + Send + Sync>;
+
 /// What socket and dispatcher of a connection know of each other.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Intake {
     /// Bytes between the two; `None` while nobody takes them, and so nothing lies there.
     queued: Mutex<Option<usize>>,
     taken: Notify,
     stalled: AtomicBool,
+    /// Who may bring descriptors; nobody, while nothing is there.
+    admits: Mutex<Option<Admits>>,
+    /// What was brought by each message that lies between the two and is marked so.
+    files: Mutex<VecDeque<Vec<GivenFile>>>,
+}
+
+impl fmt::Debug for Intake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Intake").field("queued", &self.queued).finish_non_exhaustive()
+    }
 }
 
 impl Intake {
-    /// The dispatcher takes messages from now on.
-    pub fn begin(&self) {
+    /// The dispatcher takes messages from now on, and descriptors with those that `admits` says.
+    pub fn begin(&self, admits: Admits) {
+        *self.admits.lock().unwrap_or_else(PoisonError::into_inner) = Some(admits);
         *self.lock() = Some(0);
+    }
+
+    /// The files that a message has brought, if they are here; to be asked once for each message, in their order.
+    pub fn files(&self, message: &Message) -> Option<Vec<GivenFile>> {
+        let here = message.primary_header().flags().bits() & TAKEN != 0;
+        here.then(|| self.files.lock().unwrap_or_else(PoisonError::into_inner).pop_front()).flatten()
+    }
+
+    pub(super) fn admit(&self, call: Heading<'_>) -> Option<Vec<Place>> {
+        let admits = self.admits.lock().unwrap_or_else(PoisonError::into_inner);
+        admits.as_ref().and_then(|admits| admits(call)).filter(|places| places.len() == call.descriptors)
     }
 
     /// The dispatcher has taken a message of so many bytes.
@@ -84,6 +118,8 @@ impl Intake {
 
     /// The dispatcher takes no more.
     pub fn end(&self) {
+        *self.admits.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).clear();
         *self.lock() = None;
         self.taken.notify_waiters();
     }
@@ -135,26 +171,15 @@ impl Socket for Measured {
 
     fn split(self) -> Split<Reader, Writer> {
         let (read, write) = self.stream.into_split();
-        let reader = Reader { socket: Plain(BufReader::with_capacity(PIECE, read)), intake: self.intake.clone() };
+        let reader = Reader { socket: Source::new(read, self.intake.clone()), intake: self.intake.clone() };
         Split::new(reader, Writer { socket: write, intake: self.intake, patience: self.patience })
-    }
-}
-
-/// Bytes, as they come.
-#[derive(Debug)]
-struct Plain(BufReader<OwnedReadHalf>);
-
-#[async_trait]
-impl ReadHalf for Plain {
-    async fn recvmsg(&mut self, buffer: &mut [u8]) -> io::Result<(usize, Vec<OwnedFd>)> {
-        Ok((self.0.read(buffer).await?, Vec::new()))
     }
 }
 
 /// The half that is read.
 #[derive(Debug)]
 pub struct Reader {
-    socket: Plain,
+    socket: Source,
     intake: Arc<Intake>,
 }
 
@@ -168,26 +193,32 @@ impl ReadHalf for Reader {
     ) -> zbus::Result<Message> {
         loop {
             let mut head = Vec::with_capacity(512);
+            self.socket.left = already.is_empty().then_some(0);
             self.fill(&mut head, PRIMARY, already).await?;
+            let brought = self.socket.files.take();
             let (header, body) = lengths(&head);
+            self.socket.left = (header - PRIMARY + body).checked_sub(already.len());
             if header > LONGEST_HEADER {
                 tracing::debug!(header, "a message with too long a header was passed over");
                 self.skip(header - PRIMARY + body, already).await?;
                 continue;
             }
             self.fill(&mut head, header, already).await?;
-            head[2] &= !(CUT | BROUGHT);
-            match descriptors_at(&head) {
-                Ok(None) => {}
-                Ok(Some(number)) => {
-                    let brought = head[number..number + 4].iter().any(|byte| *byte != 0);
-                    head[number..number + 4].fill(0);
-                    head[2] |= if brought { BROUGHT } else { 0 };
-                }
-                Err(Unreadable) => {
-                    tracing::debug!("a message with a field in its header that no known one is like was passed over");
-                    self.skip(body, already).await?;
-                    continue;
+            head[2] &= !(CUT | BROUGHT | TAKEN);
+            let Ok(fields) = Fields::of(&head) else {
+                tracing::debug!("a message with a field in its header that no known one is like was passed over");
+                self.skip(body, already).await?;
+                continue;
+            };
+            if let (count @ 1.., at) = (fields.call.descriptors, fields.descriptors_at) {
+                head[2] |= BROUGHT;
+                match brought.filter(|files| files.len() == count && body <= LARGEST).zip(stand_ins(count).ok()) {
+                    Some((files, stand_ins)) => {
+                        head[2] |= TAKEN;
+                        fds.extend(stand_ins);
+                        self.intake.files.lock().unwrap_or_else(PoisonError::into_inner).push_back(files);
+                    }
+                    None => head[at..at + 4].fill(0),
                 }
             }
             if body > LARGEST {
@@ -214,7 +245,7 @@ impl ReadHalf for Reader {
     }
 
     async fn peer_credentials(&mut self) -> io::Result<ConnectionCredentials> {
-        credentials(self.socket.0.get_ref().as_ref())
+        credentials(self.socket.socket.as_ref())
     }
 }
 
@@ -223,9 +254,14 @@ impl Reader {
     async fn fill(&mut self, head: &mut Vec<u8>, length: usize, already: &mut Vec<u8>) -> io::Result<()> {
         let known = already.len().min(length - head.len());
         head.extend(already.drain(..known));
-        let from = head.len();
+        let mut from = head.len();
         head.resize(length, 0);
-        self.socket.0.read_exact(&mut head[from..]).await?;
+        while from < length {
+            match self.socket.read(&mut head[from..]).await? {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                count => from += count,
+            }
+        }
         Ok(())
     }
 
@@ -235,7 +271,7 @@ impl Reader {
         let mut piece = vec![0; length.min(PIECE)];
         while length > 0 {
             let room = piece.len().min(length);
-            let count = self.socket.0.read(&mut piece[..room]).await?;
+            let count = self.socket.read(&mut piece[..room]).await?;
             if count == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
@@ -243,50 +279,6 @@ impl Reader {
         }
         Ok(())
     }
-}
-
-/// How long header (with what fills it up to the body) and body of a message are, of which this is the first part.
-fn lengths(primary: &[u8]) -> (usize, usize) {
-    let number = |at: usize| {
-        let bytes = [primary[at], primary[at + 1], primary[at + 2], primary[at + 3]];
-        let number = if primary[0] == b'B' { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
-        number as usize
-    };
-    ((PRIMARY + number(12)).next_multiple_of(8), number(4))
-}
-
-/// A field of a header has a type that no field of the specification has, so what follows cannot be told.
-struct Unreadable;
-
-/// Where in a header stands how many descriptors the message has; `None`: nowhere.
-fn descriptors_at(head: &[u8]) -> Result<Option<usize>, Unreadable> {
-    const UNIX_FDS: u8 = 9;
-    let number = |at: usize| {
-        let bytes = head.get(at..at + 4)?.try_into().ok()?;
-        let number = if head[0] == b'B' { u32::from_be_bytes(bytes) } else { u32::from_le_bytes(bytes) };
-        usize::try_from(number).ok()
-    };
-    let end = number(12).map_or(0, |length| PRIMARY + length);
-    let mut at = PRIMARY;
-    while let Some([code, signature, kind, _]) = head.get(at..at + 4).filter(|_| at < end) {
-        if *signature != 1 {
-            return Err(Unreadable);
-        }
-        at += 4;
-        let after = match kind {
-            b'u' if *code == UNIX_FDS => return Ok((at + 4 <= head.len()).then_some(at)),
-            b'y' => Some(at + 1),
-            b'n' | b'q' => Some(at + 2),
-            b'b' | b'i' | b'u' | b'h' => Some(at + 4),
-            b'x' | b't' | b'd' => Some(at.next_multiple_of(8) + 8),
-            b's' | b'o' => number(at).map(|length| at + 4 + length + 1),
-            b'g' => head.get(at).map(|length| at + 1 + usize::from(*length) + 1),
-            _ => return Err(Unreadable),
-        };
-        let Some(after) = after else { break };
-        at = after.next_multiple_of(8);
-    }
-    Ok(None)
 }
 
 /// The half that is written.

@@ -1,8 +1,11 @@
 //! The socket with a peer that writes what it likes.
 
+use super::super::gate::{Gate, Limits};
+use super::super::header::Unreadable;
+use super::super::source::which;
 use super::*;
 use futures_util::StreamExt;
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use zbus::connection::Builder;
 use zbus::{Guid, MessageStream};
 
@@ -13,7 +16,7 @@ async fn connected(patience: Option<Duration>) -> (MessageStream, UnixStream, Ar
     let socket = Measured::new(ours, intake.clone(), patience);
     let server = Builder::socket(socket).server(Guid::generate()).p2p().build_message_stream();
     let (stream, theirs) = tokio::join!(server, super::super::tests::shake_hands(theirs));
-    intake.begin();
+    intake.begin(Box::new(|_| None));
     (stream.unwrap(), theirs, intake)
 }
 
@@ -133,7 +136,7 @@ async fn connected_to_another() -> (MessageStream, MessageStream, Arc<Intake>) {
     let server = Builder::socket(socket).server(Guid::generate()).p2p().build_message_stream();
     let client = Builder::unix_stream(theirs.into_std().unwrap()).p2p().build_message_stream();
     let (server, client) = tokio::join!(server, client);
-    intake.begin();
+    intake.begin(Box::new(|_| None));
     (server.unwrap(), client.unwrap(), intake)
 }
 
@@ -205,6 +208,79 @@ async fn a_message_that_brought_descriptors_is_told_from_others() {
     }
 }
 
+/// What a call has brought, each file with what is read of it once nobody else can write there.
+fn read_files(intake: &Intake, call: &Message, writes: Vec<std::io::PipeReader>) -> Vec<u8> {
+    let files = intake.files(call).unwrap();
+    let names: Vec<zbus::wire::OwnedFd> = call.body().deserialize().unwrap();
+    assert!(files.len() == names.len() && files.len() == writes.len());
+    for (number, name) in names.into_iter().enumerate() {
+        let file = &files[which(OwnedFd::from(name)).unwrap()];
+        let own = file.as_fd().try_clone_to_owned().unwrap();
+        std::io::Write::write_all(&mut std::fs::File::from(own), &[number as u8]).unwrap();
+    }
+    drop(files);
+    writes.into_iter().flat_map(|pipe| std::io::Read::bytes(pipe).map(Result::unwrap)).collect()
+}
+
+#[tokio::test]
+async fn descriptors_of_a_call_that_may_bring_them_are_taken_and_no_others() {
+    let (mut ours, theirs, intake) = connected_to_another().await;
+    let gate = Gate::new(Limits::default());
+    let places = gate.clone();
+    let admits =
+        move |call: Heading<'_>| (call.member == "Call").then(|| places.brings("a", call.descriptors)).flatten();
+    intake.begin(Box::new(admits));
+    let ((two, of_two), (three, of_three)) = (call_with_pipes(2), call_with_pipes(3));
+    let other = Message::method_call("/", "Other").interface("a.b");
+    let (held, ear) = std::io::pipe().map(|(ear, mouth)| (mouth, ear)).unwrap();
+    let other = other.build(&vec![zbus::wire::OwnedFd::from(OwnedFd::from(held))]).unwrap();
+    // A large one is read past the buffer, up to the one that brings something.
+    let all = [call(7), two, call(3 << 20), other, three, call(1)];
+    let connection = zbus::Connection::from(&theirs);
+    let sending = tokio::spawn(async move { connection.send_all(&all).await });
+    let mut came = Vec::new();
+    for brings in [false, true, false, true, true, false] {
+        let message = next(&mut ours).await;
+        assert_eq!(brought_descriptors(&message), brings);
+        intake.taken(message.data().len());
+        came.push(message);
+    }
+    sending.await.unwrap().unwrap();
+    assert!(intake.files(&came[0]).is_none());
+    assert_eq!(read_files(&intake, &came[1], of_two), [0, 1]);
+    assert!(intake.files(&came[3]).is_none() && came[3].data().fds().is_empty(), "nobody wanted these");
+    assert_eq!(std::io::read_to_string(ear).unwrap(), "", "they are closed");
+    assert_eq!(read_files(&intake, &came[4], of_three), [0, 1, 2]);
+}
+
+#[tokio::test]
+async fn who_has_too_many_open_brings_no_more() {
+    let (mut ours, theirs, intake) = connected_to_another().await;
+    let gate = Gate::new(Limits::default());
+    let places = gate.clone();
+    intake.begin(Box::new(move |call| places.brings("a", call.descriptors)));
+    let connection = zbus::Connection::from(&theirs);
+    let ((first, of_first), (second, of_second)) = (call_with_pipes(16), call_with_pipes(1));
+    connection.send_all(&[first, second]).await.unwrap();
+    let (first, second) = (next(&mut ours).await, next(&mut ours).await);
+    assert!(intake.files(&second).is_none() && brought_descriptors(&second) && second.data().fds().is_empty());
+    let files = intake.files(&first).unwrap();
+    drop(of_second);
+    drop(files);
+    // They are closed in threads of their own.
+    for pipe in of_first {
+        assert_eq!(std::io::read_to_string(pipe).unwrap(), "");
+    }
+    while gate.brings("a", 16).is_none() {
+        tokio::task::yield_now().await;
+    }
+    let (third, of_third) = call_with_pipes(16);
+    connection.send(&third).await.unwrap();
+    drop(third);
+    let third = next(&mut ours).await;
+    assert_eq!(read_files(&intake, &third, of_third).len(), 16);
+}
+
 /// A header with these fields before that of the descriptors, in the order of bytes that it says.
 fn header(order: u8, fields: &[&[u8]]) -> Vec<u8> {
     let number = |number: u32| if order == b'B' { number.to_be_bytes() } else { number.to_le_bytes() };
@@ -225,20 +301,23 @@ fn what_a_header_says_of_descriptors_is_found_behind_fields_of_any_kind() {
     let signature = b"\x08\x01g\0\x02ah\0";
     let wide = [&b"\x63\x01t\0\0\0\0\0"[..], &[9; 8]].concat();
     let fds = b"\x09\x01u\0\x02\0\0\0";
-    let found = |fields: &[&[u8]]| descriptors_at(&header(b'l', fields)).map_err(|_| "passed over");
-    assert_eq!(found(&[&path, signature]), Ok(None));
-    assert_eq!(found(&[fds]), Ok(Some(20)));
-    let head = header(b'l', &[&path, signature, &wide, fds]);
-    let at = descriptors_at(&head).ok().flatten().unwrap();
-    assert_eq!(head[at..at + 4], [2, 0, 0, 0]);
+    let member = [&b"\x03\x01s\0"[..], &[4, 0, 0, 0], b"Call\0"].concat();
+    let found = |fields: &[&[u8]]| Fields::of(&header(b'l', fields)).map(|found| found.call.descriptors);
+    assert_eq!(found(&[&path, signature]), Ok(0));
+    assert_eq!(found(&[fds]), Ok(2));
+    let head = header(b'l', &[&path, signature, &wide, &member, fds]);
+    let fields = Fields::of(&head).unwrap();
+    assert_eq!(head[fields.descriptors_at..][..4], [2, 0, 0, 0]);
+    assert_eq!(fields.call, Heading { member: "Call", descriptors: 2, ..Heading::default() });
     let path = [&b"\x01\x01o\0"[..], &[0, 0, 0, 1], b"/\0"].concat();
-    assert!(matches!(descriptors_at(&header(b'B', &[&path, fds])), Ok(Some(_))));
+    assert_eq!(Fields::of(&header(b'B', &[&path, b"\x09\x01u\0\0\0\0\x02"])).unwrap().call.descriptors, 2);
     // Nothing in a header that does not hold what it says is read beyond its end.
     for cut in PRIMARY..head.len() {
-        assert!(descriptors_at(&head[..cut]).is_ok_and(|at| at.is_none_or(|at| at + 4 <= cut)));
+        let fields = Fields::of(&head[..cut]).unwrap();
+        assert!(fields.call.descriptors == 0 || fields.descriptors_at + 4 <= cut);
     }
-    assert_eq!(found(&[b"\x63\x01v\0\x01u\0\0\0\0\0\0", fds]), Err("passed over"));
-    assert_eq!(found(&[b"\x63\x02as\0\0\0\0\0\0\0\0", fds]), Err("passed over"));
+    assert_eq!(found(&[b"\x63\x01v\0\x01u\0\0\0\0\0\0", fds]), Err(Unreadable));
+    assert_eq!(found(&[b"\x63\x02as\0\0\0\0\0\0\0\0", fds]), Err(Unreadable));
 }
 
 #[tokio::test]

@@ -20,6 +20,9 @@ pub const FILES: [&str; 4] = [
 /// The interfaces that every object has, or every tree.
 pub const STANDARD: &str = include_str!("standard.xml");
 
+/// The annotation of methods whose options may give descriptors; the bus policy names the same ones.
+const TAKES_FILES: &str = "org.virt.TakesDescriptors";
+
 /// One interface.
 #[derive(Debug)]
 pub struct Interface {
@@ -42,6 +45,8 @@ pub struct Method {
     pub takes: Signature,
     /// The same as text, for messages.
     pub takes_text: String,
+    /// Its options may give descriptors.
+    pub takes_files: bool,
     /// Runs it; `None` for what the dispatcher answers itself.
     pub handler: Option<Handler>,
 }
@@ -97,6 +102,11 @@ impl Table {
     /// One interface.
     pub fn get(&self, name: &str) -> Option<&Interface> {
         self.0.get(name)
+    }
+
+    /// Whether the options of a method may give descriptors.
+    pub fn takes_files(&self, interface: &str, method: &str) -> bool {
+        self.get(interface).and_then(|interface| interface.methods.get(method)).is_some_and(|method| method.takes_files)
     }
 }
 
@@ -185,7 +195,8 @@ fn interface(parsed: &zbus_xml::Interface<'_>, text: &str) -> Result<Interface, 
 fn method(parsed: &zbus_xml::Method<'_>) -> Result<Method, String> {
     let takes_text = types(parsed.args().iter().filter(|arg| arg.direction() != Some(ArgDirection::Out)));
     let takes = Signature::try_from(takes_text.as_str()).map_err(|error| format!("{}: {error}", parsed.name()))?;
-    Ok(Method { takes, takes_text, handler: None })
+    let takes_files = parsed.annotations().iter().any(|one| (one.name(), one.value()) == (TAKES_FILES, "true"));
+    Ok(Method { takes, takes_text, takes_files, handler: None })
 }
 
 fn types<'a>(args: impl Iterator<Item = &'a zbus_xml::Arg<'a>>) -> String {
@@ -211,6 +222,12 @@ mod tests {
                 interfaces.insert(interface.name.clone(), interface);
             }
             Table(interfaces)
+        }
+
+        /// The options of a method may give descriptors from now on.
+        pub fn let_take_files(&mut self, interface: &str, method: &str) {
+            let method = self.0.get_mut(interface).and_then(|interface| interface.methods.get_mut(method));
+            method.unwrap().takes_files = true;
         }
     }
 

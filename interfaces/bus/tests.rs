@@ -315,3 +315,61 @@ async fn file_descriptors_are_not_kept() {
     let name = reply.header().error_name().map(ToString::to_string);
     assert_eq!(name.as_deref(), Some("org.freedesktop.DBus.Error.InvalidArgs"));
 }
+
+/// Options that give a file, or several.
+fn gives<T: Into<Variant<'static>>>(key: &str, file: T) -> HashMap<&str, Variant<'static>> {
+    HashMap::from([(key, file.into())])
+}
+
+#[tokio::test]
+async fn files_come_to_the_method_that_takes_them_and_are_closed_behind_it() {
+    let (ours, theirs) = tokio::net::UnixStream::pair().unwrap();
+    let ways = Ways::default();
+    let socket = socket::Measured::new(ours, ways.intake.clone(), None);
+    let server = Builder::socket(socket).server(Guid::generate()).p2p().build_message_stream();
+    let client = Builder::unix_stream(theirs.into_std().unwrap()).p2p().build();
+    let (stream, client) = tokio::join!(server, client);
+    let write = |call: Call| async move {
+        let mut options = call.options()?;
+        let (one, more) = (call.file(&mut options, "fd")?, call.files(&mut options, "fds")?);
+        options.end()?;
+        for (number, file) in one.into_iter().chain(more).enumerate() {
+            let mut file = std::fs::File::from(std::os::fd::AsFd::as_fd(&file).try_clone_to_owned().unwrap());
+            std::io::Write::write_all(&mut file, &[b'0' + number as u8]).unwrap();
+        }
+        call.done()
+    };
+    let mut table = Table::run_by(write);
+    table.let_take_files(DOMAIN, "Start");
+    let rows = Arc::new(Rows::default());
+    domains(&rows, 1);
+    let bus = Bus::new(Arc::new(table), rows.clone(), ways, Who::Peer(1000), Limits::default());
+    tokio::spawn(bus.clone().run(stream.unwrap()));
+    let pair = Pair { client: client.unwrap(), rows, bus };
+    let path = format!("/org/virt/domain/_{:032}", 0);
+    let pipe =
+        || std::io::pipe().map(|(ear, mouth)| (ear, zbus::wire::OwnedFd::from(std::os::fd::OwnedFd::from(mouth))));
+
+    let (ear, mouth) = pipe().unwrap();
+    pair.call(&path, Some(DOMAIN), "Start", &gives("fd", zbus::wire::Fd::from(mouth))).await.unwrap();
+    assert_eq!(std::io::read_to_string(ear).unwrap(), "0");
+    let (ears, mouths): (Vec<_>, Vec<_>) = (0..3).map(|_| pipe().unwrap()).unzip();
+    let mouths: Vec<_> = mouths.into_iter().map(zbus::wire::Fd::from).collect();
+    pair.call(&path, Some(DOMAIN), "Start", &gives("fds", mouths)).await.unwrap();
+    let heard: Vec<_> = ears.into_iter().map(|ear| std::io::read_to_string(ear).unwrap()).collect();
+    assert_eq!(heard, ["0", "1", "2"]);
+
+    // Another type, an unknown key, and a method that takes none: each is closed all the same.
+    for (member, options, refusal) in [
+        ("Start", "fds", "org.virt.Error.InvalidArgument"),
+        ("Start", "none", "org.virt.Error.InvalidArgument"),
+        ("Shutdown", "fd", "org.freedesktop.DBus.Error.InvalidArgs"),
+    ] {
+        let (ear, mouth) = pipe().unwrap();
+        let options = gives(options, zbus::wire::Fd::from(mouth));
+        let why = pair.refusal(&path, Some(DOMAIN), member, &options).await;
+        assert_eq!(why, refusal, "{member}");
+        drop(options);
+        assert_eq!(std::io::read_to_string(ear).unwrap(), "");
+    }
+}

@@ -4,6 +4,7 @@
 //! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
+pub mod given;
 pub mod reports;
 pub mod saved;
 pub mod snapshots;
@@ -16,6 +17,7 @@ use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::{Finding, refusals};
 use async_trait::async_trait;
+pub use given::GivenFile;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
 use std::any::Any;
