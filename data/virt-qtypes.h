@@ -53,10 +53,18 @@ using VirtSnapshotDisks = QList<VirtSnapshotDisk>;
 /// The keys of Domain.SendKey, as codes of its codeset.
 using VirtKeyCodes = QList<uint>;
 
+/// One machine of StatsSubscription.Stats, with what Domain.GetStats gives of it.
+struct VirtMachineStats {
+    QDBusObjectPath domain;
+    QVariantMap values;
+};
+using VirtMachinesStats = QList<VirtMachineStats>;
+
 Q_DECLARE_METATYPE(VirtListedDomain)
 Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
 Q_DECLARE_METATYPE(VirtSnapshotDisk)
+Q_DECLARE_METATYPE(VirtMachineStats)
 
 inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedDomain &one)
 {
@@ -122,6 +130,22 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtSnapshotDisk
     return in;
 }
 
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtMachineStats &one)
+{
+    out.beginStructure();
+    out << one.domain << one.values;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtMachineStats &one)
+{
+    in.beginStructure();
+    in >> one.domain >> one.values;
+    in.endStructure();
+    return in;
+}
+
 /// Makes the types above known to Qt's D-Bus.
 inline void virtRegisterTypes()
 {
@@ -134,6 +158,8 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtSnapshotDisk>();
     qDBusRegisterMetaType<VirtSnapshotDisks>();
     qDBusRegisterMetaType<VirtKeyCodes>();
+    qDBusRegisterMetaType<VirtMachineStats>();
+    qDBusRegisterMetaType<VirtMachinesStats>();
 }
 
 #endif

@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Ways, Who};
 use caller::Callers;
-use objects::{domain, job, manager, snapshot};
+use objects::{domain, job, manager, snapshot, subscription};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -56,6 +56,7 @@ impl Server {
             domain::offer(service),
             snapshot::offer(service),
             job::offer(service),
+            subscription::offer(service),
         ])?;
         let publisher = Publisher::new(&service.drivers());
         let (publishing, mute) = (publisher.clone(), CancellationToken::new());

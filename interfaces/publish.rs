@@ -4,7 +4,7 @@
 //!  Event::Domain     new: InterfacesAdded ─▶ Lifecycle ─▶ DomainLifecycle      else: PropertiesChanged ─▶ the same
 //!  Event::DomainGone PropertiesChanged ─▶ Lifecycle ─▶ DomainLifecycle ─▶ InterfacesRemoved
 //!  Event::Snapshot   new: InterfacesAdded      else: PropertiesChanged      Event::SnapshotGone  InterfacesRemoved
-//!  Event::Job        the same with Finished
+//!  Event::Job        the same with Finished      Event::Subscription, SubscriptionGone  added and removed
 //!  Event::Flush      answered: all that came before is queued in front of whatever is sent from now on
 //! ```
 //!
@@ -16,7 +16,7 @@ use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
 use crate::bus::wire::Body;
 use crate::error::Error;
-use crate::objects::{domain, job, manager, paths, snapshot};
+use crate::objects::{domain, job, manager, paths, snapshot, subscription};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
@@ -92,6 +92,13 @@ impl Publisher {
             }
             Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
             Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &paths::job(id))?.into_iter().collect())),
+            Event::Subscription(number) => {
+                self.change(|objects| Ok(placed(objects, subscription::object(number))?.into_iter().collect()));
+            }
+            Event::SubscriptionGone(number) => {
+                let path = paths::subscription(number);
+                self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
+            }
             Event::Flush(done) => drop(done.send(())),
         }
     }

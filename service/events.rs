@@ -26,6 +26,10 @@ pub enum Event {
     Job(Arc<JobFacts>),
     /// A job's record was dropped.
     JobGone(u64),
+    /// A client has begun to listen to statistics, under this number.
+    Subscription(u64),
+    /// It has ended.
+    SubscriptionGone(u64),
     /// Everything before it has been sent when this is answered.
     Flush(oneshot::Sender<()>),
 }

@@ -27,6 +27,7 @@ mod shared;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 mod stored;
+mod subscribe;
 mod time;
 mod turn;
 pub mod verb;
@@ -40,6 +41,7 @@ pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
 pub use shared::{Callers, Limits};
 pub use store::Paths;
+pub use subscribe::{SubscribeOptions, Subscription};
 
 use authz::{Authority, Caller, Subject};
 use domain::Domains;

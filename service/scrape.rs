@@ -47,32 +47,35 @@ impl Service {
             let text = format!("{} scrapes of yours, or {} of all users, are not read yet", SCRAPES.1, SCRAPES.0);
             Error::LimitsExceeded(format!("{text}: read them first"))
         })?;
-        let caller = Caller { interactive: false, ..caller.clone() };
-        let mut domains = self.domains.all().into_iter();
-        let (mut under_way, mut machines) = (JoinSet::new(), Vec::new());
-        loop {
-            while under_way.len() < TOGETHER
-                && let Some(domain) = domains.next()
-            {
-                under_way.spawn(numbers_of(domain, caller.clone()));
-            }
-            let Some(done) = under_way.join_next().await else { break };
-            machines.extend(done.ok().flatten());
-        }
-        machines.sort_by(|one: &MachineStats, other| one.name.cmp(&other.name));
+        let wanted = StatsOptions::default().while_it_runs();
+        let mut machines = numbers_of_many(self.domains.all(), caller, &wanted).await;
+        machines.sort_by(|one, other| one.name.cmp(&other.name));
         Ok(Scrape { machines, _place: place })
     }
 }
 
-/// Numbers of a machine, unless the caller may not read it, or it has just gone. Of one whose driver has none its state is told.
-async fn numbers_of(domain: Arc<Domain>, caller: Caller) -> Option<MachineStats> {
-    let stats = match domain.stats(&caller, &StatsOptions::while_it_runs()).await {
-        Err(Error::AccessDenied(_) | Error::InteractionRequired(_)) => return None,
-        Err(error) => {
-            tracing::debug!(uuid = %domain.uuid(), %error, "no numbers of it");
-            domain.stats(&caller, &StatsOptions::state()).await.ok()?
+/// Numbers of machines, many at a time; nobody is asked for a password. One that the caller may not read, or that has just gone,
+/// is left out.
+pub(crate) async fn numbers_of_many(
+    domains: Vec<Arc<Domain>>,
+    caller: &Caller,
+    wanted: &StatsOptions,
+) -> Vec<MachineStats> {
+    let caller = Caller { interactive: false, ..caller.clone() };
+    let mut domains = domains.into_iter();
+    let (mut under_way, mut machines) = (JoinSet::new(), Vec::new());
+    loop {
+        while under_way.len() < TOGETHER
+            && let Some(domain) = domains.next()
+        {
+            under_way.spawn(numbers_of(domain, caller.clone(), wanted.clone()));
         }
-        Ok(stats) => stats,
-    };
+        let Some(done) = under_way.join_next().await else { return machines };
+        machines.extend(done.ok().flatten());
+    }
+}
+
+async fn numbers_of(domain: Arc<Domain>, caller: Caller, wanted: StatsOptions) -> Option<MachineStats> {
+    let stats = domain.stats(&caller, &wanted).await.ok()?;
     Some(MachineStats { name: domain.name(), uuid: domain.uuid(), stats })
 }

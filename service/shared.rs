@@ -10,6 +10,7 @@ use crate::job::Jobs;
 use crate::scrape::SCRAPES;
 use crate::store::{Store, on_disk};
 use crate::stored::Readings;
+use crate::subscribe::{SUBSCRIPTIONS, Subscriptions};
 use crate::turn::PATIENCE;
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -59,6 +60,9 @@ pub(crate) struct Shared {
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
+    /// Subscriptions to statistics, and how many there may be.
+    pub subscriptions: Subscriptions,
+    pub subscription_places: Arc<FairPlaces<u32>>,
     pub readings: Readings,
     /// Machines of which nothing is left but a save that was cut off, and is not whole yet.
     unsettled: watch::Sender<BTreeSet<Uuid>>,
@@ -87,6 +91,8 @@ impl Shared {
             images,
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
+            subscriptions: Subscriptions::default(),
+            subscription_places: FairPlaces::new(SUBSCRIPTIONS.0, SUBSCRIPTIONS.1),
             readings: Readings::default(),
             unsettled: watch::Sender::default(),
             last_id: AtomicU32::new(0),

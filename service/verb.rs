@@ -107,6 +107,7 @@ verbs! {
         CAPABILITIES = "GetCapabilities", None, Always, "get capabilities";
         DOMAIN_CAPABILITIES = "GetDomainCapabilities", None, Always, "get domain capabilities";
         OPEN_METRICS = "OpenMetrics", None, Always, "read metrics";
+        SUBSCRIBE_STATS = "SubscribeStats", None, Always, "subscribe to statistics";
         MANAGER_CAN = "Can", None, Always, "can";
     }
 
@@ -160,6 +161,11 @@ verbs! {
     /// `org.virt.Job`
     JOB {
         CANCEL = "Cancel", Some(Job), Always, "cancel job";
+    }
+
+    /// `org.virt.StatsSubscription`
+    SUBSCRIPTION {
+        CLOSE = "Close", None, Always, "close";
     }
 }
 

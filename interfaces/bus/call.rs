@@ -1,5 +1,6 @@
 //! One call as a handler sees it: who calls, what was sent, how to answer.
 
+use super::Line;
 use super::rows::Objects;
 use super::source::which;
 use super::wire;
@@ -18,7 +19,7 @@ use virt_service::authz::Caller;
 use virt_service::events::Events;
 use zbus::message::{Body, Header};
 use zbus::wire::{Endian, Fd};
-use zbus::{DynamicType, Message, OwnedVariant, Signature, Type};
+use zbus::{DynamicType, Message, ObjectPath, OwnedVariant, Signature, Type};
 
 /// A call whose member and signature have been checked.
 #[derive(Debug)]
@@ -28,6 +29,7 @@ pub struct Call {
     path: Arc<str>,
     /// What it has brought and nobody has taken, in the places that its message gives them.
     files: Mutex<Vec<Option<GivenFile>>>,
+    line: Option<Line>,
 }
 
 /// An answer.
@@ -92,7 +94,17 @@ impl fmt::Debug for Handler {
 impl Call {
     /// A call by `caller` to the object at `path`, with the files that it has brought.
     pub fn new(message: Message, caller: Caller, path: Arc<str>, files: Vec<GivenFile>) -> Call {
-        Call { message, caller, path, files: Mutex::new(files.into_iter().map(Some).collect()) }
+        Call { message, caller, path, files: Mutex::new(files.into_iter().map(Some).collect()), line: None }
+    }
+
+    /// The same, whose caller can be told more later.
+    pub fn on(self, line: Line) -> Call {
+        Call { line: Some(line), ..self }
+    }
+
+    /// The way to the caller, for what it is to be told after the answer.
+    pub fn line(&self) -> Option<Line> {
+        self.line.clone()
     }
 
     /// Who calls.
@@ -220,6 +232,20 @@ impl Options {
     /// A number of type `u`, if given.
     pub fn number(&mut self, key: &'static str) -> Result<Option<u32>, Error> {
         self.take(key, "u, a number", |value| value.downcast_ref::<u32>().ok())
+    }
+
+    /// A number of type `t`, if given.
+    pub fn large_number(&mut self, key: &'static str) -> Result<Option<u64>, Error> {
+        self.take(key, "t, a number", |value| value.downcast_ref::<u64>().ok())
+    }
+
+    /// Paths of objects; none if not given.
+    pub fn paths(&mut self, key: &'static str) -> Result<Vec<String>, Error> {
+        let read = |value: &OwnedVariant| {
+            let paths = Vec::<ObjectPath<'_>>::try_from(value.try_clone().ok()?).ok()?;
+            Some(paths.iter().map(ToString::to_string).collect())
+        };
+        Ok(self.take(key, "ao, paths of objects", read)?.unwrap_or_default())
     }
 
     /// Texts; none if not given.

@@ -36,7 +36,7 @@ use outbox::Outbox;
 use rows::Rows;
 use socket::Intake;
 use std::panic::AssertUnwindSafe;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use table::{Interface, Table};
 use tokio::sync::Notify;
@@ -89,6 +89,44 @@ pub struct Ways {
     pub intake: Arc<Intake>,
     /// What goes out.
     pub outbox: Arc<Outbox>,
+}
+
+/// The way to one client, for what it is told beside answers.
+#[derive(Clone, Debug)]
+pub struct Line {
+    bus: Weak<Bus>,
+    sender: Arc<str>,
+    uid: u32,
+}
+
+impl Line {
+    /// A signal for that client alone; a single peer needs no address.
+    pub fn addressed<'m>(&self, signal: zbus::message::Builder<'m>) -> zbus::message::Builder<'m> {
+        if self.sender.is_empty() { signal } else { signal.destination(self.sender.to_string()) }
+    }
+
+    /// Tells it something, in its turn among large answers; leaves that out while it does not read what it was told before. False:
+    /// the connection has ended.
+    pub async fn tell(&self, signal: Message) -> bool {
+        let Some(bus) = self.bus.upgrade() else { return false };
+        let size = signal.data().len();
+        let _place = match size < outbox::LARGE {
+            true => None,
+            false => {
+                let place = bus.large_answers.take(&self.uid).await;
+                bus.outbox.room_for_large().await;
+                Some(place)
+            }
+        };
+        if bus.gate.is_held(&self.sender) || bus.outbox.is_full() {
+            return !bus.outbox.is_closed();
+        }
+        bus.outbox.push(signal);
+        if bus.gate.answered(&self.sender, size) {
+            bus.watch_reading(self.sender.to_string());
+        }
+        !bus.outbox.is_closed()
+    }
 }
 
 /// What a call comes to, once it is understood.
@@ -323,7 +361,7 @@ impl Bus {
     }
 
     /// A call as its handler sees it.
-    fn call(&self, work: &Work, files: Vec<GivenFile>) -> Call {
+    fn call(self: &Arc<Self>, work: &Work, files: Vec<GivenFile>) -> Call {
         let header = work.message.header();
         let caller = Caller {
             bus_name: matches!(self.who, Who::Bus(_)).then(|| work.sender.to_string()),
@@ -332,7 +370,8 @@ impl Bus {
             departed: work.departed.clone(),
         };
         let path = header.path().map_or("", |path| path.as_str()).into();
-        Call::new(work.message.clone(), caller, path, files)
+        let line = Line { bus: Arc::downgrade(self), sender: work.sender.clone(), uid: work.uid };
+        Call::new(work.message.clone(), caller, path, files).on(line)
     }
 
     /// Which member is called, with what it takes; nothing is done yet.

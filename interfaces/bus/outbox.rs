@@ -100,6 +100,11 @@ impl Outbox {
         self.lock().bytes > LOST
     }
 
+    /// Whether there is no room.
+    pub fn is_full(&self) -> bool {
+        !self.has_less_than(FULL)
+    }
+
     /// Whether nothing is sent any more.
     pub fn is_closed(&self) -> bool {
         self.lock().closed

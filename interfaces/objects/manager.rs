@@ -2,7 +2,7 @@
 
 use super::domain::{resumption, start_options};
 use super::job::{finish, no_wait};
-use super::{Members, paths, properties};
+use super::{Members, paths, properties, subscription};
 use crate::bus::answers::ROOT;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object, Objects};
@@ -10,13 +10,14 @@ use crate::bus::table::Offer;
 use crate::error::Error;
 use crate::metrics;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::net::unix::pipe;
 use virt_model::driver::MachineChoice;
 use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind, shorten};
 use virt_service::facts::DomainFacts;
 use virt_service::verb;
-use virt_service::{Domain, RestoreOptions, Service};
+use virt_service::{Domain, RestoreOptions, Service, StatsOptions, SubscribeOptions};
 use zbus::ObjectPath;
 use zbus::wire::Fd;
 
@@ -54,6 +55,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::CAPABILITIES, get_capabilities)
         .method(&verb::DOMAIN_CAPABILITIES, get_domain_capabilities)
         .method(&verb::OPEN_METRICS, open_metrics)
+        .method(&verb::SUBSCRIBE_STATS, subscribe_stats)
         .method(&verb::MANAGER_CAN, can)
         .offer(INTERFACE, FIELDS, &[("DomainLifecycle", "ossss")])
 }
@@ -184,6 +186,28 @@ async fn open_metrics(service: Arc<Service>, call: Call) -> Outcome {
     let theirs = theirs.into_blocking_fd().map_err(failed)?;
     tokio::spawn(metrics::hand_over(scrape, ours));
     call.reply(&Fd::from(theirs))
+}
+
+async fn subscribe_stats(service: Arc<Service>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let mut wanted = SubscribeOptions::default();
+    if let Some(usec) = options.large_number("interval-usec")? {
+        wanted.interval = Duration::from_micros(usec);
+    }
+    wanted.groups = StatsOptions::named(&options.texts("groups")?)?;
+    let named = options.paths("domains")?;
+    options.end()?;
+    let unknown = |path: &str| virt_service::error::Error::NoSuchDomain { what: "path", value: shorten(path) };
+    let uuids = named.iter().map(|path| paths::uuid(path).ok_or_else(|| unknown(path)));
+    wanted.domains = uuids.collect::<Result<_, _>>()?;
+    let begun = service.subscribe(call.caller(), wanted).await?;
+    // The object is there when its path is known.
+    service.events().flush().await;
+    let reply = call.reply(&paths::argument(paths::subscription(begun.number()))?);
+    if let Some(line) = call.line() {
+        tokio::spawn(subscription::run(begun, line));
+    }
+    reply
 }
 
 async fn can(service: Arc<Service>, call: Call) -> Outcome {

@@ -6,6 +6,7 @@ pub mod manager;
 pub mod paths;
 pub mod snapshot;
 mod stats;
+pub mod subscription;
 
 use crate::bus::call::{Call, Handler, Outcome};
 use crate::bus::table::Offer;
@@ -94,6 +95,7 @@ mod tests {
             ("org.virt.Domain", verb::DOMAIN),
             ("org.virt.Snapshot", verb::SNAPSHOT),
             ("org.virt.Job", verb::JOB),
+            ("org.virt.StatsSubscription", verb::SUBSCRIPTION),
         ];
         for document in crate::bus::table::FILES {
             for interface in zbus_xml::Node::try_from(document).unwrap().interfaces() {

@@ -8,6 +8,7 @@ use zbus::ObjectPath;
 const DOMAINS: &str = "/org/virt/domain/_";
 const SNAPSHOTS: &str = "/snapshot/";
 const JOBS: &str = "/org/virt/job/";
+const SUBSCRIPTIONS: &str = "/org/virt/stats/";
 
 /// The path of a domain: its uuid with `-` written as `_`.
 pub fn domain(uuid: Uuid) -> String {
@@ -46,6 +47,16 @@ pub fn job_number(path: &str) -> Option<u64> {
     path.strip_prefix(JOBS)?.parse().ok()
 }
 
+/// The path of a subscription to statistics.
+pub fn subscription(number: u64) -> String {
+    format!("{SUBSCRIPTIONS}{number}")
+}
+
+/// The number of the subscription at a path.
+pub fn subscription_number(path: &str) -> Option<u64> {
+    path.strip_prefix(SUBSCRIPTIONS)?.parse().ok()
+}
+
 /// A path that was made here, as an argument of a reply.
 pub fn argument(path: String) -> Result<ObjectPath<'static>, Error> {
     ObjectPath::try_from(path).map_err(|error| Error::internal(error.to_string()))
@@ -63,5 +74,6 @@ mod tests {
         assert_eq!(uuid("/org/virt/domain/_x"), None);
         assert_eq!(snapshot_name(&snapshot(id, "a b")), Some((id, "a b".to_owned())));
         assert_eq!(job_number(&job(7)), Some(7));
+        assert_eq!((subscription_number(&subscription(7)), subscription_number(&job(7))), (Some(7), None));
     }
 }

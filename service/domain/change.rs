@@ -39,7 +39,7 @@ pub(super) struct OpenJob {
 impl Domain {
     /// Asks whether `caller` may do `action`, that of a verb's row or what is needed beside it. Refuses a domain that has gone,
     /// or whose own files cannot be used. `None` is for everybody.
-    pub(super) async fn allow(&self, caller: &Caller, action: impl Into<Option<Action>>) -> Result<()> {
+    pub(crate) async fn allow(&self, caller: &Caller, action: impl Into<Option<Action>>) -> Result<()> {
         let Some(action) = self.allow_for(caller, action.into(), &self.subject()).await? else { return Ok(()) };
         lock(&self.state).sound_for(action)
     }

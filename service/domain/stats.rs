@@ -45,6 +45,10 @@ pub struct StatsOptions {
     usual: bool,
     /// Sizes of the disks of a machine that is off are wanted, too.
     at_rest: bool,
+    /// Numbers that are no older will do.
+    recent: Duration,
+    /// How long an answer is waited for.
+    patience: Duration,
 }
 
 impl Default for StatsOptions {
@@ -52,19 +56,29 @@ impl Default for StatsOptions {
     fn default() -> StatsOptions {
         let costly = |group: &StatGroup| *group == StatGroup::Iothreads;
         let groups = StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect();
-        StatsOptions { state: true, groups, usual: true, at_rest: true }
+        StatsOptions { groups, ..StatsOptions::NONE }
     }
 }
 
 impl StatsOptions {
-    /// The same of a guest; of a machine that is off its state alone.
-    pub(crate) fn while_it_runs() -> StatsOptions {
-        StatsOptions { at_rest: false, ..StatsOptions::default() }
+    const NONE: StatsOptions = StatsOptions {
+        state: true,
+        groups: Vec::new(),
+        usual: true,
+        at_rest: true,
+        recent: Duration::ZERO,
+        patience: PATIENCE,
+    };
+
+    /// The same of a guest; of a machine that is off its state alone. What cannot be had is left out.
+    pub(crate) fn while_it_runs(self) -> StatsOptions {
+        StatsOptions { at_rest: false, usual: true, ..self }
     }
 
-    /// What a machine does, and no numbers.
-    pub(crate) fn state() -> StatsOptions {
-        StatsOptions { state: true, groups: Vec::new(), usual: false, at_rest: false }
+    /// The same, asked for again and again: what was sampled lately for somebody else will do, and what is not answered by the
+    /// next time is not waited for.
+    pub(crate) fn each(self, interval: Duration) -> StatsOptions {
+        StatsOptions { recent: interval / 4, patience: PATIENCE.min(interval / 2), ..self }
     }
 
     /// Those of these words; of none, what is usual. Error: `InvalidArgument` for a word that is no group's.
@@ -72,7 +86,7 @@ impl StatsOptions {
         if words.is_empty() {
             return Ok(StatsOptions::default());
         }
-        let mut wanted = StatsOptions { state: false, groups: Vec::new(), usual: false, at_rest: true };
+        let mut wanted = StatsOptions { state: false, usual: false, ..StatsOptions::NONE };
         for word in words {
             match StatGroup::ALL.iter().find(|group| group.as_str() == word) {
                 Some(group) if wanted.groups.contains(group) => {}
@@ -136,10 +150,10 @@ impl Domain {
             && self.shared.authority.can(caller, Action::Define, &self.subject()).await == Answer::Yes;
         let asked: Vec<_> = groups
             .into_iter()
-            .map(|group| self.begin_sampling(&sampled, StatQuestion { group, may_open }, now))
+            .map(|group| self.begin_sampling(&sampled, StatQuestion { group, may_open }, now, wanted.recent))
             .collect();
         for running in asked {
-            let told = sampled.sampler.told(running).await;
+            let told = sampled.sampler.told(running, wanted.patience).await;
             let told = match told {
                 Err(error) if wanted.usual => {
                     tracing::debug!(uuid = %self.uuid, %error, "a group of numbers is left out");
@@ -177,10 +191,16 @@ impl Domain {
         Ok(Some(Sampled { def, instance: None, sampler }))
     }
 
-    fn begin_sampling(&self, sampled: &Sampled, question: StatQuestion, now: u64) -> (StatQuestion, Running) {
+    fn begin_sampling(
+        &self,
+        sampled: &Sampled,
+        question: StatQuestion,
+        now: u64,
+        recent: Duration,
+    ) -> (StatQuestion, Running) {
         let (driver, def, instance) = (self.driver.clone(), sampled.def.clone(), sampled.instance.clone());
         let ask = || async move { driver.stats(&def, instance.as_deref(), question).await };
-        (question, sampled.sampler.begin(question, now, ask))
+        (question, sampled.sampler.begin(question, now, recent, ask))
     }
 }
 
@@ -224,13 +244,24 @@ struct Running {
 }
 
 impl Sampler {
-    /// The attempt that is under way, or a new one. At most one is, however many ask.
-    fn begin<F>(self: &Arc<Self>, question: StatQuestion, at_usec: u64, ask: impl FnOnce() -> F) -> Running
+    /// The attempt that is under way, one that has brought numbers which are recent enough, or a new one. At most one is under
+    /// way, however many ask.
+    fn begin<F>(
+        self: &Arc<Self>,
+        question: StatQuestion,
+        at_usec: u64,
+        recent: Duration,
+        ask: impl FnOnce() -> F,
+    ) -> Running
     where
         F: Future<Output = Result<GroupStats, DriverError>> + Send + 'static,
     {
         let mut slots = lock(&self.0);
         let slot = slots.entry(question).or_default();
+        let age = slot.last.as_ref().and_then(|last| at_usec.checked_sub(last.at_usec)).map(Duration::from_micros);
+        if slot.running.is_none() && slot.failure.is_none() && age.is_some_and(|age| age < recent) {
+            return Running { since: Instant::now(), ended: watch::channel(()).1 };
+        }
         if let Some(running) = slot.running.as_ref().filter(|running| running.ended.has_changed().is_ok()) {
             return running.clone();
         }
@@ -245,10 +276,7 @@ impl Sampler {
             let mut slots = lock(&sampler.0);
             let slot = slots.entry(question).or_default();
             match told {
-                Ok(numbers) => {
-                    slot.last = Some(Sample { at_usec, numbers: Arc::new(numbers) });
-                    slot.failure = None;
-                }
+                Ok(numbers) => slot.last = Some(Sample { at_usec, numbers: Arc::new(numbers) }),
                 Err(error) => slot.failure = Some(error),
             }
             slot.running = None;
@@ -259,10 +287,14 @@ impl Sampler {
 
     /// What is known when an attempt has ended, or has been waited for long enough. Errors: what the driver says that is neither
     /// that the guest has ended nor that nothing answers.
-    async fn told(&self, (question, running): (StatQuestion, Running)) -> Result<Option<Sample>, DriverError> {
+    async fn told(
+        &self,
+        (question, running): (StatQuestion, Running),
+        patience: Duration,
+    ) -> Result<Option<Sample>, DriverError> {
         let Running { since, mut ended } = running;
         // Its end is the only news there is.
-        let _ = timeout_at((since + PATIENCE).max(Instant::now() + GRACE), ended.changed()).await;
+        let _ = timeout_at((since + patience).max(Instant::now() + GRACE), ended.changed()).await;
         let slots = lock(&self.0);
         let Some(slot) = slots.get(&question) else { return Ok(None) };
         match &slot.failure {
@@ -286,7 +318,7 @@ mod tests {
     }
 
     async fn told(sampler: &Sampler, running: Running) -> Option<(u64, GroupStats)> {
-        sampler.told((CPU, running)).await.unwrap().map(|sample| (sample.at_usec, (*sample.numbers).clone()))
+        sampler.told((CPU, running), PATIENCE).await.unwrap().map(|sample| (sample.at_usec, (*sample.numbers).clone()))
     }
 
     #[test]
@@ -295,7 +327,7 @@ mod tests {
         let named =
             |words: &[&str]| StatsOptions::named(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         let groups = vec![StatGroup::Disks, StatGroup::Cpu];
-        let some = StatsOptions { state: true, groups, usual: false, at_rest: true };
+        let some = StatsOptions { groups, usual: false, ..StatsOptions::NONE };
         assert_eq!(named(&["disks", "state", "cpu", "disks"]).unwrap(), some);
         let why = named(&["cpu", "gpu"]).unwrap_err().to_string();
         let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads";
@@ -312,7 +344,7 @@ mod tests {
                 go.notified().await;
                 Ok(numbers(at))
             };
-            sampler.begin(CPU, at, asking)
+            sampler.begin(CPU, at, Duration::ZERO, asking)
         };
         let (one, two) = (ask(1), ask(2));
         go.notify_one();
@@ -335,24 +367,45 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_is_recent_is_told_again_and_what_failed_is_asked_again() {
+        let sampler = Arc::new(Sampler::default());
+        let recent = Duration::from_micros(10);
+        let begun = AtomicU32::new(0);
+        let ask = |at: u64, answer: Result<GroupStats, DriverError>| {
+            let counted = || {
+                begun.fetch_add(1, Ordering::Relaxed);
+                async move { answer }
+            };
+            sampler.begin(CPU, at, recent, counted)
+        };
+        assert_eq!(told(&sampler, ask(100, Ok(numbers(1)))).await, Some((100, numbers(1))));
+        assert_eq!(told(&sampler, ask(109, Ok(numbers(2)))).await, Some((100, numbers(1))));
+        assert_eq!(begun.load(Ordering::Relaxed), 1);
+        assert_eq!(told(&sampler, ask(110, Err(DriverError::Gone))).await, Some((100, numbers(1))));
+        assert_eq!(told(&sampler, ask(105, Ok(numbers(3)))).await, Some((105, numbers(3))), "the last attempt failed");
+        assert_eq!(told(&sampler, ask(90, Ok(numbers(4)))).await, Some((90, numbers(4))), "the clock was set back");
+        assert_eq!(begun.load(Ordering::Relaxed), 4);
+    }
+
+    #[tokio::test]
     async fn an_attempt_that_fails_is_told_and_one_that_is_cut_off_keeps_nobody_waiting() {
         let sampler = Arc::new(Sampler::default());
-        let fails = |error: DriverError| sampler.begin(CPU, 1, || async move { Err(error) });
-        let refused = sampler.told((CPU, fails(DriverError::Refused("no".into())))).await.map(drop);
+        let fails = |error: DriverError| sampler.begin(CPU, 1, Duration::ZERO, || async move { Err(error) });
+        let refused = sampler.told((CPU, fails(DriverError::Refused("no".into()))), PATIENCE).await.map(drop);
         assert!(matches!(refused, Err(DriverError::Refused(_))));
         assert_eq!(told(&sampler, fails(DriverError::Gone)).await, None);
-        let known = sampler.begin(CPU, 1, || async { Ok(numbers(1)) });
+        let known = sampler.begin(CPU, 1, Duration::ZERO, || async { Ok(numbers(1)) });
         assert_eq!(told(&sampler, known).await, Some((1, numbers(1))));
-        let again = sampler.told((CPU, fails(DriverError::Refused("no".into())))).await.map(drop);
+        let again = sampler.told((CPU, fails(DriverError::Refused("no".into()))), PATIENCE).await.map(drop);
         assert!(again.is_err(), "it is told though there are older numbers");
         tokio::time::pause();
-        let hung = sampler.begin(CPU, 2, std::future::pending);
+        let hung = sampler.begin(CPU, 2, Duration::ZERO, std::future::pending);
         assert_eq!(told(&sampler, hung).await, Some((1, numbers(1))), "an old failure is not");
         tokio::time::resume();
         let sampler = Arc::new(Sampler::default());
-        let panics = sampler.begin(CPU, 1, || async { panic!("as a driver must not") });
+        let panics = sampler.begin(CPU, 1, Duration::ZERO, || async { panic!("as a driver must not") });
         assert_eq!(told(&sampler, panics).await, None);
-        let next = sampler.begin(CPU, 2, || async { Ok(numbers(2)) });
+        let next = sampler.begin(CPU, 2, Duration::ZERO, || async { Ok(numbers(2)) });
         assert_eq!(told(&sampler, next).await, Some((2, numbers(2))));
     }
 }

@@ -11,6 +11,7 @@ const INTERFACES: &[&str] = &[
     "org.virt.Domain",
     "org.virt.Snapshot",
     "org.virt.Job",
+    "org.virt.StatsSubscription",
     "org.freedesktop.DBus.Properties",
     "org.freedesktop.DBus.ObjectManager",
     "org.freedesktop.DBus.Introspectable",

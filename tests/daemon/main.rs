@@ -17,4 +17,5 @@ mod soak;
 mod startup;
 mod stats;
 mod stranger;
+mod subscribed;
 mod truth;

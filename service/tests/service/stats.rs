@@ -4,7 +4,7 @@ use crate::world::{World, xml};
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::driver::stats::GroupStats;
-use virt_service::{Domain, Stats, StatsOptions};
+use virt_service::{Domain, MachineStats, Stats, StatsOptions, SubscribeOptions};
 
 async fn told(world: &World, domain: &Arc<Domain>, groups: &[&str]) -> Stats {
     let groups: Vec<String> = groups.iter().map(|group| (*group).to_owned()).collect();
@@ -57,4 +57,30 @@ async fn a_hung_hypervisor_is_asked_once_and_what_was_known_is_told_with_its_tim
     let host = tokio::time::timeout(Duration::from_secs(60), host).await.expect("it is told");
     assert!(host.sampled_at_usec > known.sampled_at_usec, "{host:?}");
     guest.hang(false);
+}
+
+#[tokio::test]
+async fn who_listens_at_one_interval_shares_what_is_sampled() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let domain = world.service.define(&world.alice(), &xml("web", ""), false).await.expect("defined");
+    world.start(&domain).await.expect("started");
+    let guest = world.driver.guest(domain.uuid()).expect("it runs");
+    let groups = StatsOptions::named(&["cpu".to_owned()]).unwrap();
+    let wanted = SubscribeOptions { interval: Duration::from_secs(2), groups, ..SubscribeOptions::default() };
+    let mut one = world.service.subscribe(&world.alice(), wanted.clone()).await.expect("begun");
+    let mut two = world.service.subscribe(&world.alice(), wanted).await.expect("begun");
+    assert_eq!(guest.samples(), 0, "no moment has come");
+    let (first, second) = tokio::join!(one.next(), two.next());
+    let told = |moment: Option<(u64, Vec<MachineStats>)>| {
+        let (_, machines) = moment.expect("it is open");
+        assert_eq!(machines.len(), 1);
+        (machines[0].stats.sampled_at_usec, machines[0].stats.groups.clone())
+    };
+    assert_eq!(told(first).1, told(second).1);
+    assert_eq!(guest.samples(), 1, "one for both");
+    world.service.unsubscribe(&world.alice(), one.number()).expect("closed");
+    assert!(one.next().await.is_none());
+    drop(one);
+    assert!(world.service.unsubscribe(&world.alice(), two.number() + 1).is_err());
 }
