@@ -410,7 +410,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
 pub(crate) fn overlays_of(def: &SnapshotDef, into: &mut Vec<Overlay>) {
     for (disk, mode) in parts(def) {
         let DiskMode::External { path, .. } = mode else { continue };
-        let format = disk.format().unwrap_or("raw").to_owned();
+        let format = disk.meant_format().to_owned();
         let on = BackingStore {
             kind: Some(disk.kind()),
             format: Some(StoreFormat { name: format, ..StoreFormat::default() }),

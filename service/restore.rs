@@ -8,6 +8,7 @@ use crate::error::{Error, Result};
 use crate::job::Ticket;
 use crate::log;
 use crate::verb;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 use virt_model::domain::abi::Strictness;
@@ -48,7 +49,7 @@ impl Service {
     ) -> Result<(Arc<Domain>, Ticket)> {
         self.allow(caller, &verb::RESTORE, &Subject::default()).await?;
         options.then.check()?;
-        let (saved, kept) = self.read_saved(caller, file).await?;
+        let (saved, kept) = self.read_saved(caller, self.may_name(caller, file).await?).await?;
         let xml = self.configuration_of(caller, kept, options.xml.as_deref(), "restore").await?.write(Form::STORED);
         let start = StartOptions {
             paused: options.then.stands(saved.paused),
@@ -67,7 +68,7 @@ impl Service {
         if secure {
             self.shared.authority.check(caller, Action::ReadSecure, &Subject::default()).await?;
         }
-        let (_, kept) = self.read_saved(caller, file).await?;
+        let (_, kept) = self.read_saved(caller, self.may_name(caller, file).await?).await?;
         let seat = self.shared.desk.seat(caller.uid, &[]).await;
         Ok(seat.work(move || kept.write(Form { inactive: true, secure, migratable: false })).await)
     }
@@ -85,9 +86,8 @@ impl Service {
 
     async fn set_saved_xml_inner(&self, caller: &Caller, file: &str, xml: &str) -> Result<()> {
         self.allow(caller, &verb::SET_SAVED_XML, &Subject::default()).await?;
-        // Before a path is followed for whoever may not name it.
-        self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
-        self.shared.images.refuse_below(&absolute(file)?, &self.shared.store.own_folders()).await?;
+        let file = self.may_name(caller, file).await?;
+        self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
         let (saved, kept) = self.read_saved(caller, file).await?;
         let (file, uuid) = (saved.file.clone(), kept.uuid);
         let taken =
@@ -111,11 +111,15 @@ impl Service {
         Ok(())
     }
 
-    /// What a file says of the machine that was saved in it, and its configuration, for a caller who may do what is to be done.
-    async fn read_saved(&self, caller: &Caller, file: &str) -> Result<(SavedState, DomainDef)> {
+    /// The path of a file of the host, before anything looks there, for a caller who may name such files in a configuration.
+    async fn may_name(&self, caller: &Caller, file: &str) -> Result<PathBuf> {
         let file = absolute(file)?;
-        // Files of the host are looked at for whoever may name them in a configuration.
         self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
+        Ok(file)
+    }
+
+    /// What a file says of the machine that was saved in it, and its configuration, for a caller who may name it.
+    async fn read_saved(&self, caller: &Caller, file: PathBuf) -> Result<(SavedState, DomainDef)> {
         let place = self.shared.desk.reads_file(caller.uid).await;
         let (saved, text) = self.saves()?.read_saved(file, None).await.map_err(unread)?;
         let kept = self.configuration_in(caller, &saved, text).await?;

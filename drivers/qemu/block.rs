@@ -66,7 +66,7 @@ impl Nodes {
 
     /// The node of what lies in a drive.
     pub fn of_disk(&self, disk: &Disk) -> Result<&Node, DriverError> {
-        let (path, format) = (disk.path().unwrap_or_default(), disk.format().unwrap_or("raw"));
+        let (path, format) = (disk.path().unwrap_or_default(), disk.meant_format());
         self.image(Path::new(path), format).ok_or_else(|| {
             let target = &disk.target.dev;
             DriverError::Refused(format!("disk '{target}': the running guest does not have {path} open as {format}"))

@@ -55,7 +55,7 @@ pub async fn at_rest(workers: &Workers, def: &DomainDef, asked: StatQuestion) ->
 fn image_of(disk: &Disk) -> Option<(PathBuf, String)> {
     let local = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
     let path = disk.path().filter(|path| local && !path.is_empty())?;
-    let format = disk.format().unwrap_or("raw");
+    let format = disk.meant_format();
     Some((path.into(), known_format(format).unwrap_or(format).to_owned()))
 }
 

@@ -206,7 +206,7 @@ impl Domain {
 
 /// An image has its capacity in its header.
 fn has_headers(def: &DomainDef) -> bool {
-    def.devices.disks.iter().any(|disk| disk.format().is_some_and(|format| format != "raw"))
+    def.devices.disks.iter().any(|disk| disk.meant_format() != "raw")
 }
 
 /// What was last known of a machine that is off.

@@ -23,7 +23,8 @@ async fn close(client: &Client, path: &str) -> Result<Message, Refusal> {
     client.call(path, &format!("{SUBSCRIPTION}.Close"), &()).await
 }
 
-type Values = HashMap<String, HashMap<String, OwnedVariant>>;
+type Numbers = HashMap<String, OwnedVariant>;
+type Values = HashMap<String, Numbers>;
 
 /// The next moment that somebody is told, with the path of whom.
 async fn moment(watch: &mut Watch) -> (String, u64, Values) {
@@ -32,7 +33,7 @@ async fn moment(watch: &mut Watch) -> (String, u64, Values) {
         let header = message.header();
         if header.member().is_some_and(|member| member == "Stats") {
             let path = header.path().expect("a path").to_string();
-            let (when, values): (u64, Vec<(OwnedObjectPath, HashMap<String, OwnedVariant>)>) =
+            let (when, values): (u64, Vec<(OwnedObjectPath, Numbers)>) =
                 message.body().deserialize().expect("ta(oa{sv})");
             return (path, when, values.into_iter().map(|(path, numbers)| (path.to_string(), numbers)).collect());
         }
@@ -133,7 +134,7 @@ async fn what_cannot_be_listened_to_is_refused_and_nobody_has_too_many() {
     let mut of_bob = bob.watch().await;
     let quick = subscribe(&bob, &[("interval-usec", Variant::from(SHORTEST))]).await.expect("begun");
     let (_, _, told) = moment(&mut of_bob).await;
-    assert_eq!(told.into_keys().collect::<Vec<_>>(), [mail.path.clone()], "the rule hides the other");
+    assert!(told.len() == 1 && told.contains_key(&mail.path), "the rule hides the other: {told:?}");
     close(&bob, &quick).await.expect("closed");
     until_gone(&mut of_bob, &quick).await;
 

@@ -102,7 +102,7 @@ impl Check<'_> {
                 self.refuse(&place, format!("disks of type='{kind}' are not supported: 'file', 'block', 'network' are"))
             }
         }
-        self.encryption(disk.encryption(), disk.format().unwrap_or("raw"));
+        self.encryption(disk.encryption(), disk.meant_format());
         let removable = matches!(disk.device(), DiskDevice::Cdrom | DiskDevice::Floppy);
         self.refuse_if(disk.is_empty() && !removable, &disk.at, "a disk needs a <source>; only drives can be empty");
         if let Some(source) = &disk.source {
@@ -111,7 +111,7 @@ impl Check<'_> {
             self.refuse_if(lenient && !removable, &source.at.attribute("startupPolicy"), how);
         }
         self.absolute(disk.path(), &disk.at);
-        let format = disk.format().unwrap_or("raw");
+        let format = disk.meant_format();
         let place = disk.driver.as_ref().map_or_else(|| disk.at.clone(), |d| d.at.attribute("type"));
         self.format(format, &place);
         self.layers(disk.backing.as_deref(), format);

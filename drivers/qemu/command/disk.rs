@@ -50,7 +50,7 @@ impl Builder<'_> {
         let source = disk.source.as_ref().filter(|_| !disk.is_empty())?;
         let driver = disk.driver.as_ref();
         let backing = self.backing_nodes(disk.backing.as_deref(), name, 1);
-        let format = disk.format().unwrap_or("raw");
+        let format = disk.meant_format();
         let read_only = disk.readonly || disk.device() == DiskDevice::Cdrom;
         if let Some(path) = disk.path() {
             match disk.kind() {

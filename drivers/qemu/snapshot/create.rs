@@ -157,7 +157,7 @@ impl Operation {
                     whose: format!("disk '{}'", part.target),
                     path: path.clone(),
                     format: format.clone(),
-                    below: declared::Below::File(base.into(), disk.format().unwrap_or("raw").to_owned()),
+                    below: declared::Below::File(base.into(), disk.meant_format().to_owned()),
                     at: disk.at.clone(),
                 });
             }

@@ -65,7 +65,7 @@ impl Operation {
         let reverts: Vec<PathBuf> = self.own_reverts(snapshot).await.into_iter().map(|(file, _)| file).collect();
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
-            let (base, base_format) = (PathBuf::from(disk.path().unwrap_or_default()), disk.format().unwrap_or("raw"));
+            let (base, base_format) = (PathBuf::from(disk.path().unwrap_or_default()), disk.meant_format());
             // What it made, and what reverts to it have made.
             let on_base = |file: &&PathBuf| standing.iter().any(|one| one.file == **file && one.on == base);
             let mut overlays = vec![(path.clone(), format.clone())];

@@ -150,7 +150,7 @@ impl Operation {
                 block: *block,
                 format: format.clone(),
                 base: PathBuf::from(base),
-                base_format: disk.format().unwrap_or("raw").to_owned(),
+                base_format: disk.meant_format().to_owned(),
                 cache: request.caches.get(target).copied(),
                 ours: !request.reuse_external && !block,
             });

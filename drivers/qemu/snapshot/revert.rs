@@ -403,7 +403,7 @@ impl Operation {
                 path: first.clone(),
                 block: false,
                 format: "qcow2".to_owned(),
-                base_format: disk.format().unwrap_or("raw").to_owned(),
+                base_format: disk.meant_format().to_owned(),
                 base: PathBuf::from(disk.path().unwrap_or_default()),
                 cache: None,
                 ours: true,

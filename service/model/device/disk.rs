@@ -190,6 +190,11 @@ impl Disk {
     pub fn format(&self) -> Option<&str> {
         self.driver.as_ref()?.format.as_deref()
     }
+
+    /// The image format that is meant.
+    pub fn meant_format(&self) -> &str {
+        self.format().unwrap_or("raw")
+    }
 }
 
 element! {

@@ -128,7 +128,7 @@ impl Alignment {
     /// All writable disks hold it, or none: else they would be of different times afterwards.
     fn check_internal(&self, def: &DomainDef, log: &mut Vec<Finding>) {
         for (part, disk) in self.disks.iter().zip(&def.devices.disks).filter(|(_, disk)| is_writable(disk)) {
-            let (target, format) = (&part.target, disk.format().unwrap_or("raw"));
+            let (target, format) = (&part.target, disk.meant_format());
             let why = match part.mode {
                 DiskMode::Internal if disk.kind() == DiskKind::Network => {
                     format!("disk '{target}' is on a server and cannot hold an internal snapshot; use disk-only")
