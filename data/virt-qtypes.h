@@ -50,6 +50,21 @@ struct VirtSnapshotDisk {
 };
 using VirtSnapshotDisks = QList<VirtSnapshotDisk>;
 
+/// An address with the length of its prefix, 0 if that is not known.
+struct VirtAddress {
+    QString address;
+    uint prefix = 0;
+};
+
+/// One card of Domain.GetInterfaceAddresses; a text is empty where there is none.
+struct VirtInterfaceAddress {
+    QString name;
+    QString mac;
+    QString target;
+    QList<VirtAddress> addresses;
+};
+using VirtInterfaceAddresses = QList<VirtInterfaceAddress>;
+
 /// The keys of Domain.SendKey, as codes of its codeset.
 using VirtKeyCodes = QList<uint>;
 
@@ -65,6 +80,8 @@ Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
 Q_DECLARE_METATYPE(VirtSnapshotDisk)
 Q_DECLARE_METATYPE(VirtMachineStats)
+Q_DECLARE_METATYPE(VirtAddress)
+Q_DECLARE_METATYPE(VirtInterfaceAddress)
 
 inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedDomain &one)
 {
@@ -130,6 +147,38 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtSnapshotDisk
     return in;
 }
 
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtAddress &one)
+{
+    out.beginStructure();
+    out << one.address << one.prefix;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtAddress &one)
+{
+    in.beginStructure();
+    in >> one.address >> one.prefix;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtInterfaceAddress &one)
+{
+    out.beginStructure();
+    out << one.name << one.mac << one.target << one.addresses;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtInterfaceAddress &one)
+{
+    in.beginStructure();
+    in >> one.name >> one.mac >> one.target >> one.addresses;
+    in.endStructure();
+    return in;
+}
+
 inline QDBusArgument &operator<<(QDBusArgument &out, const VirtMachineStats &one)
 {
     out.beginStructure();
@@ -157,6 +206,10 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtDifferences>();
     qDBusRegisterMetaType<VirtSnapshotDisk>();
     qDBusRegisterMetaType<VirtSnapshotDisks>();
+    qDBusRegisterMetaType<VirtAddress>();
+    qDBusRegisterMetaType<QList<VirtAddress>>();
+    qDBusRegisterMetaType<VirtInterfaceAddress>();
+    qDBusRegisterMetaType<VirtInterfaceAddresses>();
     qDBusRegisterMetaType<VirtKeyCodes>();
     qDBusRegisterMetaType<VirtMachineStats>();
     qDBusRegisterMetaType<VirtMachinesStats>();

@@ -2,6 +2,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
+pub mod agent;
 pub mod host;
 pub mod qemu;
 pub mod test;

@@ -78,6 +78,7 @@ pub fn name(error: &ServiceError) -> &'static str {
         ServiceError::Cancelled(_) => "org.virt.Error.Cancelled",
         ServiceError::TimedOut(_) => "org.virt.Error.TimedOut",
         ServiceError::AgentUnavailable(_) => "org.virt.Error.AgentUnavailable",
+        ServiceError::AgentFailed(_) => "org.virt.Error.AgentFailed",
         ServiceError::HypervisorFailed { .. } => "org.virt.Error.HypervisorFailed",
         ServiceError::StorageFailed(_) => "org.virt.Error.StorageFailed",
         ServiceError::NoSpace(_) => "org.virt.Error.NoSpace",

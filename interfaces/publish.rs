@@ -268,6 +268,7 @@ mod tests {
                 ..ConfigFacts::default()
             }),
             has_managed_save: false,
+            agent_connected: false,
             config_changed: false,
             current_snapshot: Some("before upgrade".into()),
             snapshot_count: 1,
@@ -343,7 +344,7 @@ mod tests {
         let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
         assert_eq!(path.as_str(), paths::domain(Uuid::from_u128(7)));
         let all = &interfaces[domain::INTERFACE];
-        assert_eq!(all.len(), 23);
+        assert_eq!(all.len(), 24);
         let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
         assert_eq!(*all["CurrentSnapshot"], Variant::from(zbus::ObjectPath::try_from(snapshot).unwrap()));
     }

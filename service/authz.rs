@@ -68,6 +68,8 @@ actions! {
     Device = "org.virt.domain.device", "change the devices of";
     /// Console, display, screenshot, keys.
     Console = "org.virt.domain.console", "use the console of";
+    /// What its agent does inside the guest: commands, passwords, files, the clock.
+    Agent = "org.virt.domain.agent", "act inside";
     /// Open a display without its password.
     SkipAuth = "org.virt.domain.skip-auth", "bypass the display password of";
     /// Raw hypervisor arguments.

@@ -80,6 +80,9 @@ pub enum Error {
     /// No guest agent.
     #[error("{0}")]
     AgentUnavailable(String),
+    /// The guest agent's own error, with its class.
+    #[error("{0}")]
+    AgentFailed(String),
     /// The hypervisor failed.
     #[error("{what}: {why}")]
     HypervisorFailed {
@@ -143,6 +146,7 @@ impl Error {
             DriverError::Unsupported(_) => Error::OperationUnsupported(text),
             DriverError::Argument(_) => Error::InvalidArgument(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
+            DriverError::AgentFailed { .. } => Error::AgentFailed(text),
             DriverError::Hypervisor(why) => {
                 let why = why.lines().collect::<Vec<_>>().join("; ");
                 Error::HypervisorFailed { what: format!("cannot {deed} domain '{name}'"), why }

@@ -31,6 +31,8 @@ pub struct DomainFacts {
     pub config: Arc<ConfigFacts>,
     /// A managed save image exists.
     pub has_managed_save: bool,
+    /// An agent has its port open inside the guest.
+    pub agent_connected: bool,
     /// The stored configuration differs from what runs.
     pub config_changed: bool,
     /// Name of the current snapshot.

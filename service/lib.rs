@@ -34,8 +34,8 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, ManagedSaveOptions, Plan, Resumption,
-    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, InterfaceAddresses, ManagedSaveOptions, Plan,
+    Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
@@ -54,6 +54,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use store::Store;
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 use uuid::Uuid;
 use verb::Verb;
 use virt_model::driver::{Driver, DriverError, MachineChoice};
@@ -204,8 +205,13 @@ impl Service {
         }
     }
 
-    /// Lets jobs under way end, for a while. Guests go on.
+    /// Lets jobs under way end, for a while, and thaws what clients have had frozen. Guests go on.
     pub async fn close(&self) {
+        let mut thawing = JoinSet::new();
+        for domain in self.domains.all() {
+            thawing.spawn(async move { domain.thaws_at_the_end().await });
+        }
+        thawing.join_all().await;
         if tokio::time::timeout(CLOSING, self.shared.jobs.idle()).await.is_err() {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }

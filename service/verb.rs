@@ -130,6 +130,16 @@ verbs! {
         OPEN_GRAPHICS = "OpenGraphics", Some(Console), Active, "open the display of";
         OPEN_CHANNEL = "OpenChannel", Some(Console), Active, "open a channel of";
         SEND_KEY = "SendKey", Some(Console), Running, "send keys to";
+        AGENT_COMMAND = "AgentCommand", Some(Agent), Running, "give a command to the agent of";
+        GET_ADDRESSES = "GetInterfaceAddresses", Some(Read), Active, "get addresses of";
+        GET_GUEST_INFO = "GetGuestInfo", Some(Read), Running, "get information from the guest of";
+        GET_TIME = "GetTime", Some(Read), Running, "get the time of";
+        SET_TIME = "SetTime", Some(Agent), Running, "set the time of";
+        SET_USER_PASSWORD = "SetUserPassword", Some(Agent), Running, "set a user's password in";
+        FREEZE = "FreezeFilesystems", Some(Agent), Running, "freeze file systems of";
+        THAW = "ThawFilesystems", Some(Agent), Running, "thaw file systems of";
+        TRIM = "TrimFilesystems", Some(Agent), Running, "trim file systems of";
+        SUSPEND_GUEST = "SuspendGuest", Some(Suspend), Running, "put to sleep the guest of";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";
         RENAME = "Rename", Some(Define), InactivePersistent, "rename";

@@ -16,6 +16,8 @@ pub(crate) mod lock;
 pub mod look;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod macvtap;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /proc")]
+pub mod neighbours;
 #[allow(clippy::disallowed_methods, reason = "folders of ours")]
 pub(crate) mod own_file;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]

@@ -10,7 +10,7 @@
 
 use super::instance::Body;
 use super::qmp::{COMMAND_TIMEOUT, QmpError};
-use super::snapshot::agent::CHANNEL as AGENT;
+use crate::agent::CHANNEL as AGENT;
 use crate::host::acl::through;
 use crate::host::workers::{ClosedAside, blocking};
 use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, openat};

@@ -4,6 +4,7 @@
 //! One that lives and does not answer is held all the same: it can be destroyed, and its monitor is sought until it
 //! answers.
 
+use super::agent::{self, Port};
 use super::changes::Change;
 use super::companion::{Living, end_all};
 use super::events::{Guest, condition};
@@ -91,6 +92,7 @@ impl Search {
             changes: Vec::new(),
             claims: Vec::new(),
             rebooting: false,
+            frozen: false,
             cpu: None,
         };
         // The next virtd finds it as it finds any other.
@@ -125,7 +127,7 @@ impl Search {
         }
         let mut guest = Guest::found(self.found.last);
         guest.expect_reboot(record.rebooting);
-        let reporter = Reporter::new(guest, self.found.events.clone());
+        let reporter = Reporter::new(guest, self.found.events.clone(), agent::device(&self.found.live));
         let caller = Caller {
             path: record.monitor.clone(),
             pid: record.process.as_ref().map_or(0, |identity| identity.pid),
@@ -196,6 +198,7 @@ impl Search {
             requested: AtomicBool::new(false),
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
+            agent: Port::of(&self.found.live),
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
             settling: Mutex::default(),
@@ -250,6 +253,12 @@ impl Caller {
             }
             let status = monitor.execute("query-status", json!({})).await?;
             let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
+            if let Some(back_end) = self.reporter.agent_back_end() {
+                let all = monitor.execute("query-chardev", json!({})).await?;
+                let all = all.as_array().map(Vec::as_slice).unwrap_or_default();
+                let port = all.iter().find(|one| one["label"] == *back_end);
+                self.reporter.agent_found(port.is_some_and(|port| port["frontend-open"] == true));
+            }
             Ok((monitor, condition(status)))
         };
         let late = || DriverError::from(QmpError::TimedOut("hello".into()));

@@ -3,6 +3,7 @@
 //! Whatever ends the process, `watch` sees it by the pidfd: it waits for the monitor's last events, gives back what the
 //! guest had, and reports `Exited` as the last thing.
 
+use super::agent::{self, Port};
 use super::changes::{Change, Claims, SYSFS, undo};
 use super::companion::{GRACE, Living, end_all, how};
 use super::log::Log;
@@ -11,6 +12,7 @@ use super::plan::Loss;
 use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::record::Keeper;
 use super::report::Reporter;
+use crate::agent::{Agent, PowerChange};
 use crate::host::access::Ledger;
 use crate::host::process::{End, Process};
 use crate::host::workers::blocking;
@@ -28,7 +30,9 @@ use tokio::time::timeout;
 use uuid::Uuid;
 use virt_model::device::Graphics;
 use virt_model::device::chardev::Channel;
+use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::Cpu;
+use virt_model::driver::agent::{CardAddresses, GuestAgent};
 use virt_model::driver::{DriverError, Exit, Instance, Screen, ShutdownMode};
 
 /// How long QEMU may take to end when it is told to.
@@ -83,6 +87,8 @@ pub struct Body {
     pub gone: watch::Sender<bool>,
     /// One change to the CPUs at a time.
     pub turn: tokio::sync::Mutex<()>,
+    /// The agent in the guest.
+    pub agent: Port,
     /// One picture of its screens at a time.
     pub drawing: tokio::sync::Mutex<()>,
     /// Keys of one call at a time.
@@ -164,11 +170,11 @@ impl Drop for QemuInstance {
 #[async_trait]
 impl Instance for QemuInstance {
     async fn shutdown(&self, mode: ShutdownMode) -> Result<(), DriverError> {
-        self.body.press_power_button(mode, false).await
+        self.body.change_power(mode, PowerChange::Off).await
     }
 
     async fn reboot(&self, mode: ShutdownMode) -> Result<(), DriverError> {
-        self.body.press_power_button(mode, true).await
+        self.body.change_power(mode, PowerChange::Reboot).await
     }
 
     async fn reset(&self) -> Result<(), DriverError> {
@@ -207,6 +213,18 @@ impl Instance for QemuInstance {
         self.body.send_keys(keys, hold).await
     }
 
+    fn agent_connected(&self) -> bool {
+        self.body.reporter.agent_is_connected() == Some(true)
+    }
+
+    fn agent(&self) -> Result<Arc<dyn GuestAgent>, DriverError> {
+        Ok(Arc::new(Agent(self.body.clone())))
+    }
+
+    async fn neighbours(&self, live: &DomainDef) -> Result<Vec<CardAddresses>, DriverError> {
+        agent::neighbours(live).await
+    }
+
     fn expanded_cpu(&self) -> Option<Cpu> {
         self.body.keeper.cpu()
     }
@@ -241,10 +259,23 @@ impl Body {
         work.await
     }
 
-    async fn press_power_button(&self, mode: ShutdownMode, reboot: bool) -> Result<(), DriverError> {
-        if mode == ShutdownMode::Agent {
-            return Err(DriverError::Unsupported("this driver does not speak to guest agents yet".into()));
+    /// Has the guest power off or reboot, by its agent or its power button.
+    async fn change_power(self: &Arc<Self>, mode: ShutdownMode, what: PowerChange) -> Result<(), DriverError> {
+        let connected = self.reporter.agent_is_connected() == Some(true);
+        match mode {
+            ShutdownMode::Agent => return self.agent_changes_power(what, false).await,
+            ShutdownMode::Default if connected => match self.agent_changes_power(what, true).await {
+                Err(error @ DriverError::Storage(_)) => return Err(error),
+                Err(error) => tracing::debug!(uuid = %self.uuid, %error, "the guest is asked by its power button"),
+                Ok(()) => return Ok(()),
+            },
+            ShutdownMode::Default | ShutdownMode::Acpi => {}
         }
+        self.press_power_button(what == PowerChange::Reboot).await
+    }
+
+    /// The next power-off is to be a reboot, or is not any more; returns what was so before.
+    pub async fn expect_reboot(&self, reboot: bool) -> Result<bool, DriverError> {
         let before = self.reporter.guest(|guest| {
             let before = guest.reboot_expected();
             guest.expect_reboot(reboot);
@@ -253,6 +284,11 @@ impl Body {
         if before != reboot {
             self.keeper.change(move |record| record.rebooting = reboot).await?;
         }
+        Ok(before)
+    }
+
+    async fn press_power_button(&self, reboot: bool) -> Result<(), DriverError> {
+        let before = self.expect_reboot(reboot).await?;
         let pressed = self.execute("system_powerdown", json!({})).await;
         if pressed.is_err() {
             self.reporter.guest(|guest| guest.expect_reboot(before));

@@ -53,7 +53,7 @@ async fn guest(program: &str) -> (QemuInstance, Peer, EventStream, i32) {
 async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Peer, EventStream, i32) {
     let (identity, process) = process(program);
     let (sink, reports) = reports();
-    let reporter = Reporter::new(Guest::found(Condition::Running), sink);
+    let reporter = Reporter::new(Guest::found(Condition::Running), sink, None);
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut peer = BufReader::new(theirs);
     peer.get_mut().write_all(b"{\"QMP\": {}}\n").await.unwrap();
@@ -72,6 +72,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         changes: Vec::new(),
         claims: Vec::new(),
         rebooting: false,
+        frozen: false,
         cpu: None,
     };
     let instance = QemuInstance::new(Body {
@@ -88,6 +89,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         requested: AtomicBool::new(false),
         gone: watch::Sender::new(false),
         turn: tokio::sync::Mutex::default(),
+        agent: Port::default(),
         drawing: tokio::sync::Mutex::default(),
         pressing: tokio::sync::Mutex::default(),
         settling: Mutex::default(),

@@ -1,6 +1,7 @@
 //! Starting a QEMU: everything it needs, its companions, then the process, then its monitor, then its CPUs; and all of it
 //! undone when a step fails or the start is cancelled.
 
+use super::agent::{self, Port};
 use super::block::Nodes;
 use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
@@ -195,6 +196,7 @@ impl Start {
             changes: Vec::new(),
             claims: Vec::new(),
             rebooting: false,
+            frozen: false,
             cpu: None,
         }
     }
@@ -220,7 +222,7 @@ impl Start {
         self.companions(keeper, &mut prepared, made).await?;
         self.still_wanted()?;
         let process = made.process.insert(self.spawn_qemu(keeper, prepared).await?);
-        let reporter = Reporter::new(Guest::starting(), self.events.clone());
+        let reporter = Reporter::new(Guest::starting(), self.events.clone(), agent::device(&self.started));
         let (monitor, devices, cpu) = tokio::select! {
             up = self.bring_up(&reporter, keeper) => up?,
             _ = process.ended() => return Err(DriverError::Gone),
@@ -569,6 +571,7 @@ impl Start {
             requested: AtomicBool::new(false),
             gone: watch::Sender::new(false),
             turn: tokio::sync::Mutex::default(),
+            agent: Port::of(&self.started),
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
             settling: Mutex::default(),

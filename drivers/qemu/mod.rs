@@ -5,6 +5,7 @@
 //!   record ────────────────find──────────────────────────────▶        "
 //! ```
 
+mod agent;
 mod block;
 pub mod capabilities;
 mod changes;

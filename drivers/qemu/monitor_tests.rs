@@ -73,7 +73,7 @@ async fn qemu(turns: Vec<Turn>) -> (Monitor, JoinHandle<Vec<Value>>) {
         assert_eq!(line, "", "nothing more is asked");
         heard.split_off(1)
     });
-    let reporter = Reporter::new(Guest::found(Condition::Running), reports().0);
+    let reporter = Reporter::new(Guest::found(Condition::Running), reports().0, None);
     let monitor = Qmp::negotiate(ours, reporter.ears(), LIMIT).await.expect("negotiated");
     (Monitor::new(Arc::new(monitor), reporter), played)
 }

@@ -61,6 +61,9 @@ pub struct Record {
     /// The next power-off is half of a reboot.
     #[serde(default)]
     pub rebooting: bool,
+    /// A client has had file systems of the guest frozen, and they are to be thawed.
+    #[serde(default)]
+    pub frozen: bool,
     /// The CPU that QEMU made of what the definition leaves open, as an element.
     #[serde(default)]
     pub cpu: Option<String>,
@@ -100,6 +103,12 @@ impl Keeper {
     pub fn process_id(&self) -> Option<i32> {
         let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
         record.as_ref()?.process.as_ref().map(|process| process.pid)
+    }
+
+    /// Whether a client has had file systems of the guest frozen.
+    pub fn is_frozen(&self) -> bool {
+        let record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        record.as_ref().is_some_and(|record| record.frozen)
     }
 
     /// The CPU that QEMU made of what the definition leaves open, if that is known.

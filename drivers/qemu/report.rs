@@ -26,10 +26,19 @@ struct Inner {
     sink: Option<EventSink>,
     /// Events since the connection, while it is not known what the guest does.
     held: Option<Vec<Event>>,
+    agent: AgentPort,
     /// Stops and starts of the CPUs are ours, and of no interest to anybody.
     quiet: bool,
     /// Why its monitor was given up, though it was there.
     given_up: Option<String>,
+}
+
+/// The port of the guest's agent.
+struct AgentPort {
+    /// QEMU's name of its device; `None`: there is none.
+    device: Option<String>,
+    /// Whether it is open inside, if that is known.
+    open: Option<bool>,
 }
 
 /// What has been heard so far.
@@ -41,6 +50,8 @@ pub struct Heard {
     pub resumes: u64,
     /// Jobs and migrations that became something else, and are not just passing through it.
     pub jobs: u64,
+    /// Times that the agent's port was opened or closed.
+    pub ports: u64,
     /// Trays that have opened or closed.
     pub trays: u64,
     /// The monitor has been lost.
@@ -48,9 +59,10 @@ pub struct Heard {
 }
 
 impl Reporter {
-    /// Reports on `guest` to `sink`.
-    pub fn new(guest: Guest, sink: EventSink) -> Arc<Self> {
-        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None, quiet: false, given_up: None });
+    /// Reports on `guest` to `sink`; `agent` is QEMU's name of the device that is the port of its agent.
+    pub fn new(guest: Guest, sink: EventSink, agent: Option<String>) -> Arc<Self> {
+        let agent = AgentPort { device: agent, open: Some(false) };
+        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None, agent, quiet: false, given_up: None });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
 
@@ -61,7 +73,29 @@ impl Reporter {
 
     /// Holds events back until [`Reporter::found`] says what the guest does.
     pub fn hold(&self) {
-        self.lock().held = Some(Vec::new());
+        let mut inner = self.lock();
+        inner.held = Some(Vec::new());
+        if inner.agent.device.is_some() {
+            inner.agent.open = None;
+        }
+    }
+
+    /// QEMU's name of the back end of the agent's port, if there is one.
+    pub fn agent_back_end(&self) -> Option<String> {
+        self.lock().agent.device.as_ref().map(|device| format!("char{device}"))
+    }
+
+    /// Whether an agent has its port open inside the guest, if that is known.
+    pub fn agent_is_connected(&self) -> Option<bool> {
+        self.lock().agent.open
+    }
+
+    /// QEMU was asked whether the agent's port is open: it is told what was so before all events that are still to be heard.
+    pub fn agent_found(&self, open: bool) {
+        let mut inner = self.lock();
+        if inner.agent.open.is_none() {
+            inner.agent_is(open);
+        }
     }
 
     /// The guest was just asked what it does; what was held back is heard now. `aloud`: a difference is reported.
@@ -120,6 +154,10 @@ impl Reporter {
 
     fn hear(&self, event: &Event) {
         let mut inner = self.lock();
+        let port = event.name == "VSERPORT_CHANGE" && inner.agent.device.as_deref() == event.data["id"].as_str();
+        if port && inner.agent.device.is_some() {
+            inner.agent_is(event.data["open"] == true);
+        }
         match &mut inner.held {
             Some(held) if held.len() < MAX_HELD => held.push(event.clone()),
             Some(_) => {}
@@ -131,6 +169,7 @@ impl Reporter {
             "RESUME" | "WAKEUP" => heard.resumes += 1,
             "JOB_STATUS_CHANGE" if passing(event) => {}
             "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
+            _ if port => heard.ports += 1,
             "DEVICE_TRAY_MOVED" => heard.trays += 1,
             _ => {}
         });
@@ -154,6 +193,13 @@ fn passing(event: &Event) -> bool {
 }
 
 impl Inner {
+    fn agent_is(&mut self, open: bool) {
+        if self.agent.open != Some(open) {
+            self.agent.open = Some(open);
+            self.send(Some(DriverEvent::AgentChanged));
+        }
+    }
+
     fn send(&mut self, event: Option<DriverEvent>) {
         if let (Some(sink), Some(event)) = (&self.sink, event) {
             sink.send(event);

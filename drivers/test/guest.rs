@@ -9,12 +9,14 @@
 //! ```
 
 use super::lock;
+use crate::agent::{self, Agent, PowerChange, Turns, change_power};
 use async_trait::async_trait;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::agent::GuestAgent;
 use virt_model::driver::{DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
 use virt_model::state::{PmSuspended, ShutdownBy, Suspended};
 
@@ -27,6 +29,23 @@ pub struct Machine {
     begun: Instant,
     /// How often it was asked for numbers.
     samples: AtomicU32,
+    agent: TestAgent,
+}
+
+/// What there is of its agent.
+struct TestAgent {
+    /// The guest has a port for one.
+    has_port: bool,
+    turns: Turns,
+    /// The guest's name for itself, and its cards.
+    name: String,
+    macs: Vec<String>,
+    /// How many file systems are frozen.
+    frozen: Mutex<usize>,
+    /// It is kept that some are to be thawed.
+    kept_frozen: AtomicBool,
+    /// By how many nanoseconds its clock was set ahead.
+    clock_ahead: AtomicI64,
 }
 
 struct State {
@@ -70,6 +89,15 @@ impl Machine {
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
             begun: Instant::now(),
             samples: AtomicU32::new(0),
+            agent: TestAgent {
+                has_port: agent::channel(def).is_some(),
+                turns: Turns::default(),
+                name: def.name.clone(),
+                macs: def.devices.interfaces.iter().filter_map(|card| Some(card.mac()?.to_string())).collect(),
+                frozen: Mutex::default(),
+                kept_frozen: AtomicBool::new(false),
+                clock_ahead: AtomicI64::new(0),
+            },
         }
     }
 
@@ -165,11 +193,80 @@ impl Machine {
         }
     }
 
-    async fn ask(&self, mode: ShutdownMode, what: Asked) -> Result<(), DriverError> {
-        if mode == ShutdownMode::Agent {
-            return Err(DriverError::Unsupported("guests of the test driver have no agent".into()));
+    pub fn has_agent(&self) -> bool {
+        self.agent.has_port
+    }
+
+    /// Whether its agent is there: as long as the guest has not ended, whether its CPUs run or stand.
+    pub fn agent_is_connected(&self) -> bool {
+        self.agent.has_port && matches!(lock(&self.state).mode, Mode::Running | Mode::Standing | Mode::Asleep)
+    }
+
+    pub fn runs(&self) -> bool {
+        lock(&self.state).mode == Mode::Running
+    }
+
+    pub fn turns(&self) -> &Turns {
+        &self.agent.turns
+    }
+
+    pub fn name(&self) -> &str {
+        &self.agent.name
+    }
+
+    pub fn macs(&self) -> &[String] {
+        &self.agent.macs
+    }
+
+    pub fn frozen(&self) -> usize {
+        *lock(&self.agent.frozen)
+    }
+
+    /// So many file systems are frozen from now on.
+    pub fn freeze(&self, count: usize) -> usize {
+        *lock(&self.agent.frozen) = count;
+        count
+    }
+
+    pub fn kept_frozen(&self) -> bool {
+        self.agent.kept_frozen.load(Ordering::SeqCst)
+    }
+
+    pub fn set_kept_frozen(&self, frozen: bool) {
+        self.agent.kept_frozen.store(frozen, Ordering::SeqCst);
+    }
+
+    pub fn clock_ahead(&self) -> i64 {
+        self.agent.clock_ahead.load(Ordering::SeqCst)
+    }
+
+    pub fn set_clock_ahead(&self, nanoseconds: i64) {
+        self.agent.clock_ahead.store(nanoseconds, Ordering::SeqCst);
+    }
+
+    async fn change_power(self: &Arc<Self>, mode: ShutdownMode, what: PowerChange) -> Result<(), DriverError> {
+        let by_agent = mode == ShutdownMode::Agent || mode == ShutdownMode::Default && self.agent_is_connected();
+        if by_agent {
+            match change_power(self, what, mode == ShutdownMode::Default).await {
+                Err(_) if mode == ShutdownMode::Default => {}
+                done => return done,
+            }
         }
+        let asked = match what {
+            PowerChange::Off => Asked::Shutdown,
+            PowerChange::Reboot => Asked::Reboot,
+        };
+        self.ask(asked).await
+    }
+
+    async fn ask(&self, what: Asked) -> Result<(), DriverError> {
         self.listens().await?;
+        self.is_asked(what);
+        Ok(())
+    }
+
+    /// The guest is asked, and does it or not.
+    pub fn is_asked(&self, what: Asked) {
         let mut state = lock(&self.state);
         state.asked = Some(what);
         match what {
@@ -179,7 +276,6 @@ impl Machine {
             Asked::Reboot => state.resets += 1,
             Asked::Interrupted => {}
         }
-        Ok(())
     }
 }
 
@@ -210,16 +306,16 @@ impl State {
 }
 
 /// What the service holds of a guest.
-pub struct TestInstance(pub std::sync::Arc<Machine>);
+pub struct TestInstance(pub Arc<Machine>);
 
 #[async_trait]
 impl Instance for TestInstance {
     async fn shutdown(&self, mode: ShutdownMode) -> Result<(), DriverError> {
-        self.0.ask(mode, Asked::Shutdown).await
+        self.0.change_power(mode, PowerChange::Off).await
     }
 
     async fn reboot(&self, mode: ShutdownMode) -> Result<(), DriverError> {
-        self.0.ask(mode, Asked::Reboot).await
+        self.0.change_power(mode, PowerChange::Reboot).await
     }
 
     async fn reset(&self) -> Result<(), DriverError> {
@@ -235,7 +331,15 @@ impl Instance for TestInstance {
     }
 
     async fn inject_nmi(&self) -> Result<(), DriverError> {
-        self.0.ask(ShutdownMode::Default, Asked::Interrupted).await
+        self.0.ask(Asked::Interrupted).await
+    }
+
+    fn agent_connected(&self) -> bool {
+        self.0.agent_is_connected()
+    }
+
+    fn agent(&self) -> Result<Arc<dyn GuestAgent>, DriverError> {
+        Ok(Arc::new(Agent(self.0.clone())))
     }
 
     async fn wake_up(&self) -> Result<(), DriverError> {

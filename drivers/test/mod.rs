@@ -4,6 +4,7 @@
 //! A guest that is asked to power off does so at once, unless [`GuestControl`] told it not to: that is how tests make
 //! guests crash, hang, ignore what they are asked, and die.
 
+mod agent;
 mod control;
 mod guest;
 mod snapshots;

@@ -155,7 +155,7 @@ async fn a_guest_that_ignores_its_button_runs_on_and_is_destroyed() {
     guest.instance.shutdown(ShutdownMode::Default).await.unwrap();
     guest.serial.says("C00000003").await;
     assert_eq!(guest.seen.reported(), None);
-    assert!(matches!(guest.instance.shutdown(ShutdownMode::Agent).await, Err(DriverError::Unsupported(_))));
+    assert!(matches!(guest.instance.shutdown(ShutdownMode::Agent).await, Err(DriverError::AgentUnavailable(_))));
     guest.destroy().await;
 }
 

@@ -235,8 +235,8 @@ impl Options {
     }
 
     /// A number of type `t`, if given.
-    pub fn large_number(&mut self, key: &'static str) -> Result<Option<u64>, Error> {
-        self.take(key, "t, a number", |value| value.downcast_ref::<u64>().ok())
+    pub fn long(&mut self, key: &'static str) -> Result<Option<u64>, Error> {
+        self.take(key, "t, a long number", |value| value.downcast_ref::<u64>().ok())
     }
 
     /// Paths of objects; none if not given.

@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
-use super::{Members, paths, properties, snapshot, stats};
+use super::{Members, agent, paths, properties, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use virt_model::domain::Form;
 use virt_model::driver::ShutdownMode;
+use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{
@@ -43,6 +44,7 @@ properties! {
         "Memory" = U64(f.config.memory);
         "MaximumMemory" = U64(f.config.maximum_memory);
         "HasManagedSave" = Bool(f.has_managed_save);
+        "AgentConnected" = Bool(f.agent_connected);
         "ConfigChanged" = Bool(f.config_changed);
         "CurrentSnapshot" = Path(&paths::snapshot_or_none(f.uuid, f.current_snapshot.as_deref()));
         "SnapshotCount" = U32(f.snapshot_count);
@@ -75,6 +77,16 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::OPEN_GRAPHICS, open_graphics)
         .method(&verb::OPEN_CHANNEL, open_channel)
         .method(&verb::SEND_KEY, send_key)
+        .method(&verb::AGENT_COMMAND, agent::command)
+        .method(&verb::GET_ADDRESSES, agent::addresses)
+        .method(&verb::GET_GUEST_INFO, agent::info)
+        .method(&verb::GET_TIME, agent::time)
+        .method(&verb::SET_TIME, agent::set_time)
+        .method(&verb::SET_USER_PASSWORD, agent::set_user_password)
+        .method(&verb::FREEZE, agent::freeze)
+        .method(&verb::THAW, agent::thaw)
+        .method(&verb::TRIM, agent::trim)
+        .method(&verb::SUSPEND_GUEST, agent::suspend_guest)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
         .method(&verb::RENAME, rename)
@@ -354,10 +366,13 @@ pub fn start_options(mut options: Options) -> Result<(StartOptions, bool), Error
 
 fn mode(mut options: Options) -> Result<ShutdownMode, Error> {
     let mode = match options.text("mode")?.as_deref() {
-        None => ShutdownMode::Default,
+        None | Some("default") => ShutdownMode::Default,
         Some("acpi") => ShutdownMode::Acpi,
         Some("agent") => ShutdownMode::Agent,
-        Some(other) => return Err(Error::argument(format!("option 'mode' is 'acpi' or 'agent', not '{other}'"))),
+        Some(other) => {
+            let text = format!("option 'mode' is 'default', 'agent' or 'acpi', not '{}'", shorten(other));
+            return Err(Error::argument(text));
+        }
     };
     options.end()?;
     Ok(mode)

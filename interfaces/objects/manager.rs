@@ -191,7 +191,7 @@ async fn open_metrics(service: Arc<Service>, call: Call) -> Outcome {
 async fn subscribe_stats(service: Arc<Service>, call: Call) -> Outcome {
     let mut options = call.options()?;
     let mut wanted = SubscribeOptions::default();
-    if let Some(usec) = options.large_number("interval-usec")? {
+    if let Some(usec) = options.long("interval-usec")? {
         wanted.interval = Duration::from_micros(usec);
     }
     wanted.groups = StatsOptions::named(&options.texts("groups")?)?;

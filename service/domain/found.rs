@@ -129,6 +129,7 @@ impl Domain {
             news.into_iter().collect()
         });
         self.keep_status(guest.id, now, reason, since_usec).await;
+        self.thaws_as_found(&guest);
         match status.autodestroy.as_deref() {
             None => {}
             Some("") => self.end_when_gone(guest.id, departed()),
@@ -163,7 +164,7 @@ impl Domain {
 }
 
 /// The token of a caller who has gone.
-fn departed() -> CancellationToken {
+pub(super) fn departed() -> CancellationToken {
     let token = CancellationToken::new();
     token.cancel();
     token

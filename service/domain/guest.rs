@@ -70,6 +70,7 @@ impl Domain {
                 }
                 DriverEvent::PoweredOff { by, rebooting } => self.powered_off(id, by, rebooting).await,
                 DriverEvent::Panicked => self.panicked(id).await,
+                DriverEvent::AgentChanged => self.agent_changed(),
                 DriverEvent::Exited(exit) => return self.became_inactive(id, &exit).await,
             }
         }

@@ -3,6 +3,7 @@
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
+mod agent;
 mod broken;
 mod can;
 mod change;
@@ -21,6 +22,7 @@ mod state;
 mod stats;
 mod undefine;
 
+pub use agent::InterfaceAddresses;
 pub use config::Affect;
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
@@ -111,6 +113,7 @@ impl Domain {
             autostart: birth.note.autostart,
             config: birth.config,
             has_managed_save: birth.managed_save,
+            agent_connected: false,
             config_changed: false,
             current_snapshot: None,
             snapshot_count: 0,
@@ -141,6 +144,7 @@ impl Domain {
                 sought: None,
                 measured: None,
                 unread: None,
+                thawed: None,
                 snapshots: SnapshotSet::new(birth.snapshots),
                 muted: None,
                 gone: false,

@@ -39,6 +39,8 @@ pub(super) struct State {
     pub(super) measured: Option<Measured>,
     /// Why what its guest runs with is not known: what is shown for that only stands for it.
     pub(super) unread: Option<String>,
+    /// A client has had file systems of its guest frozen: fires when they are thawed.
+    pub(super) thawed: Option<CancellationToken>,
     pub(super) snapshots: SnapshotSet,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     pub(super) muted: Option<DomainState>,
@@ -103,7 +105,7 @@ impl Sought {
 impl State {
     /// Its guest has gone, and none is sought any more.
     pub(super) fn has_ended(&mut self, reason: StateReason, since_usec: u64) {
-        (self.guest, self.sought, self.unread) = (None, None, None);
+        (self.guest, self.sought, self.unread, self.thawed) = (None, None, None, None);
         (self.state, self.reason, self.since_usec) = (DomainState::Shutoff, reason, since_usec);
         self.config_changed = false;
         self.is_saved_or_not(reason);
@@ -138,6 +140,7 @@ impl State {
         facts.persistent = self.stored.is_some();
         facts.autostart = self.autostart;
         facts.has_managed_save = self.managed_save;
+        facts.agent_connected = self.guest.as_ref().is_some_and(|guest| guest.instance.agent_connected());
         facts.config_changed = self.config_changed;
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();

@@ -4,6 +4,7 @@
 //! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
+pub mod agent;
 pub mod given;
 pub mod reports;
 pub mod saved;
@@ -369,6 +370,21 @@ pub trait Instance: Any + Send + Sync {
         Err(DriverError::Unsupported("this driver cannot send keys".to_owned()))
     }
 
+    /// Whether an agent has its port open inside the guest, as far as is known.
+    fn agent_connected(&self) -> bool {
+        false
+    }
+
+    /// The guest's agent. Error: `AgentUnavailable` if the guest has no port for one.
+    fn agent(&self) -> Result<Arc<dyn agent::GuestAgent>, DriverError> {
+        Err(DriverError::Unsupported("this driver does not speak to guest agents".to_owned()))
+    }
+
+    /// What the host's neighbours tell of the addresses of its cards, whose live definition is `live`.
+    async fn neighbours(&self, _live: &DomainDef) -> Result<Vec<agent::CardAddresses>, DriverError> {
+        Ok(Vec::new())
+    }
+
     /// The CPU that the guest has, where its definition leaves that to the host and the hypervisor: a named model, and all its
     /// features. `None` where the definition says it all, or it is not known.
     fn expanded_cpu(&self) -> Option<Cpu> {
@@ -393,7 +409,7 @@ pub struct Screen {
 /// How a guest is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ShutdownMode {
-    /// Whatever the driver thinks best.
+    /// The guest agent, if it answers soon; else the ACPI power button.
     Default,
     /// The ACPI power button.
     Acpi,
@@ -422,6 +438,8 @@ pub enum DriverEvent {
     },
     /// The guest panicked and stands still; the service decides by `on_crash`.
     Panicked,
+    /// [`Instance::agent_connected`] says something else now.
+    AgentChanged,
     /// The process has gone. Always the last report, exactly once.
     Exited(Exit),
 }
@@ -456,6 +474,14 @@ pub enum DriverError {
     /// The guest has no agent that answers.
     #[error("{0}")]
     AgentUnavailable(String),
+    /// The guest's agent refused or failed.
+    #[error("the guest agent says {class}: {text}")]
+    AgentFailed {
+        /// The class of its error, e.g. `CommandNotFound`.
+        class: String,
+        /// Its own words.
+        text: String,
+    },
     /// The hypervisor refused or failed; ends with its own last words.
     #[error("{0}")]
     Hypervisor(String),

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod agent;
 mod bus_objects;
 mod bus_policy;
 mod bus_prompt;

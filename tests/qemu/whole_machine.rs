@@ -1,15 +1,15 @@
 //! A Linux guest with UEFI variables, a TPM and an agent: a snapshot holds all of it, and a revert brings all of it back
 //! together. The guest itself says what it finds: the variable that it wrote last, and what its PCR has become.
 
-use crate::common::client::{Client, options};
+use crate::common::client::{Client, Domain, options};
 use crate::common::guest::lin_files;
 use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, have, skip};
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
-use zbus::Variant;
+use std::time::{Duration, SystemTime};
+use zbus::{OwnedVariant, Variant};
 
 /// It boots slowly without KVM.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -97,9 +97,45 @@ fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> Stri
     )
 }
 
+/// The agent is there, and says what is so.
+async fn agent_answers(domain: &Domain) {
+    let connected = async { while !domain.property::<bool>("AgentConnected").await {} };
+    tokio::time::timeout(PATIENCE, connected).await.expect("an agent");
+    let groups: &[&str] = &["os", "hostname"];
+    let info = domain.call("GetGuestInfo", &(groups, options([]))).await.expect("told");
+    let info: HashMap<String, OwnedVariant> = info.body().deserialize().expect("a{sv}");
+    let os = HashMap::<String, OwnedVariant>::try_from(info["os"].try_clone().expect("no descriptor")).expect("a{sv}");
+    assert_eq!(os["machine"].downcast_ref::<&str>().expect("s"), "x86_64");
+    assert!(!info["hostname"].downcast_ref::<&str>().expect("s").is_empty());
+    let all: &[&str] = &[];
+    let all = domain.call("GetGuestInfo", &(all, options([]))).await.expect("told");
+    let all: HashMap<String, OwnedVariant> = all.body().deserialize().expect("a{sv}");
+    assert!(all.contains_key("os") && all.contains_key("interfaces"), "{all:?}");
+
+    let ping = domain.call("AgentCommand", &("{\"execute\": \"guest-ping\"}", options([]))).await.expect("answered");
+    assert_eq!(ping.body().deserialize::<&str>().expect("s"), "{\"return\": {}}");
+    let (name, why) =
+        domain.call("AgentCommand", &("{\"execute\": \"guest-fly\"}", options([]))).await.expect_err("no such command");
+    assert!(name.ends_with("AgentFailed") && why.contains("CommandNotFound"), "{name}: {why}");
+
+    let time = domain.bare("GetTime").await.expect("told").body().deserialize::<u64>().expect("t");
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after it").as_micros() as u64;
+    assert!(time.abs_diff(now) < 24 * 3600 * 1_000_000, "{time}");
+    // It has no program for its agent that would set the clock.
+    let (name, why) = domain.call("SetTime", &(time, options([]))).await.expect_err("it cannot");
+    assert!(name.ends_with("AgentFailed"), "{name}: {why}");
+    // What it has mounted cannot be frozen; a freeze of nothing is none.
+    let none: &[&str] = &[];
+    for _ in 0..2 {
+        let frozen = domain.call("FreezeFilesystems", &(none, options([]))).await.expect("frozen");
+        assert_eq!(frozen.body().deserialize::<u32>().expect("u"), 0);
+    }
+    domain.run("ThawFilesystems").await.expect("thawed");
+}
+
 #[tokio::test]
 async fn variables_tpm_memory_and_disk_go_back_together() {
-    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
     if !have(&["swtpm", "swtpm_setup", "qemu-img"]) {
         return;
     }
@@ -118,6 +154,7 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     player.domain.run("Start").await.expect("started");
     let mut lin = Lin { serial, pcrs: HashMap::new(), seen: 0 };
     lin.counts(|count| count >= 4).await;
+    agent_answers(&player.domain).await;
 
     // All inside: memory with the TPM in it, the disk, the variables' own image.
     player.take("whole").await;
@@ -146,7 +183,18 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     lin.counts(|count| count < taken + 5).await;
     lin.counts(|count| count >= taken + 6).await;
 
-    player.domain.run("Destroy").await.expect("destroyed");
+    // Its agent is there as it was, for the next virtd, too; and ends it.
+    agent_answers(&player.domain).await;
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    player.domain.is_looked_after().await;
+    assert!(player.domain.property::<bool>("AgentConnected").await, "it is known at once");
+    agent_answers(&player.domain).await;
+    let mut watch = client.watch().await;
+    player.domain.call("Shutdown", &(options([("mode", Variant::from("agent"))]),)).await.expect("asked");
+    let ended = watch.until(&player.domain.path, "stopped shutdown").await;
+    assert_eq!(ended, ["shutdown guest", "stopped shutdown"]);
+    assert!(!player.domain.property::<bool>("AgentConnected").await);
     let nvram = options([("nvram", Variant::from(true)), ("snapshots-metadata", Variant::from(true))]);
     player.domain.call("Undefine", &(nvram,)).await.expect("undefined");
 }

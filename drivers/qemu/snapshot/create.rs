@@ -2,13 +2,14 @@
 
 use super::super::declared;
 use super::super::instance::Body;
-use super::agent::{Agent, socket};
 use super::external::check_overlay;
 use super::files::{OVERLAY, RESERVE, check_free_place, check_space};
 use super::note::{Part, Record};
 use super::revert::UNDO;
 use super::survey::Survey;
 use super::{Image, Operation, cannot, pairs, parts};
+use crate::agent::talk::HELLO;
+use crate::agent::{Line, Terms, refuse_if_frozen};
 use crate::host::image::InnerSnapshot;
 use crate::qemu::block::{Nodes, unmistakable};
 use serde_json::json;
@@ -127,7 +128,9 @@ impl Operation {
             self.can_send_memory(body, request).await?;
         }
         if request.quiesce {
-            self.agent().await?;
+            let line = self.agent()?;
+            refuse_if_frozen(line)?;
+            line.talk(Terms::within(HELLO)).await?;
         }
         Ok(())
     }
@@ -302,16 +305,9 @@ impl Operation {
         }
     }
 
-    pub(super) async fn agent(&self) -> Result<Agent, DriverError> {
-        let socket = socket(&self.machine.def).ok_or_else(|| {
-            DriverError::AgentUnavailable(
-                "the domain has no channel for a guest agent: add <channel type='unix'> with the target \
-                 org.qemu.guest_agent.0"
-                    .to_owned(),
-            )
-        })?;
-        let pid = self.body.as_ref().and_then(|body| body.keeper.process_id()).ok_or(DriverError::Gone)?;
-        Agent::connect(&socket, pid).await
+    /// The way to the guest's agent.
+    pub(super) fn agent(&self) -> Result<&Arc<Body>, DriverError> {
+        self.body.as_ref().ok_or(DriverError::Gone)
     }
 
     /// Lets the CPUs run, if they are to and there are any; those of a guest that has ended are past that.

@@ -5,6 +5,7 @@ use super::super::make;
 use super::files::{beside, check_free_place, finished, make_empty, stored};
 use super::note::{CreateExternal, Note, Overlay, Part, Record, taken, written};
 use super::{Image, Operation, cannot, pairs, parts, undone};
+use crate::agent;
 use crate::host::files::{Seen, What};
 use crate::host::image::Images;
 use crate::host::workers::ClosedAside;
@@ -69,7 +70,7 @@ impl Operation {
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
         if request.quiesce {
-            self.agent().await?.freeze().await?;
+            agent::freeze(self.agent()?).await?;
             journal.step("frozen");
         }
         if let (Some(body), Some((part, file))) = (&self.body, note.memory.clone()) {
@@ -250,8 +251,8 @@ impl Operation {
         if !note.frozen {
             return;
         }
-        let thawed = match self.agent().await {
-            Ok(mut agent) => agent.thaw().await,
+        let thawed = match self.agent() {
+            Ok(line) => agent::thaw(line).await,
             Err(error) => Err(error),
         };
         if let Err(error) = thawed {

@@ -11,7 +11,6 @@
 //!
 //! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
 
-pub mod agent;
 mod chain;
 mod create;
 mod delete;

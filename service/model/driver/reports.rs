@@ -127,11 +127,19 @@ impl Line {
 
 impl State {
     fn take(&mut self, event: DriverEvent) {
+        if event == DriverEvent::AgentChanged {
+            // Of the agent what is so when it is told is told: once is enough, and takes no other's place.
+            if !self.waiting.contains(&event) {
+                self.waiting.push_back(event);
+            }
+            return;
+        }
         if matches!(event, DriverEvent::Exited(_)) && self.waiting.len() >= MOST / 2 {
             self.waiting.clear();
         } else if self.waiting.len() >= MOST {
-            self.waiting.pop_back();
-            if self.waiting.back() == Some(&event) {
+            let last = |waiting: &VecDeque<_>| waiting.iter().rposition(|one| *one != DriverEvent::AgentChanged);
+            last(&self.waiting).and_then(|last| self.waiting.remove(last));
+            if last(&self.waiting).is_some_and(|last| self.waiting[last] == event) {
                 return;
             }
         }
@@ -174,6 +182,18 @@ mod tests {
         let told: Vec<_> = std::iter::from_fn(|| stream.try_recv().ok()).collect();
         assert_eq!(told, all);
         assert_eq!(stream.try_recv(), Err(TryRecvError::Disconnected));
+    }
+
+    #[test]
+    fn the_agent_takes_no_other_reports_place() {
+        let (sink, mut stream) = reports();
+        for _ in 0..1000 {
+            assert!(sink.send(STOP) && sink.send(DriverEvent::AgentChanged) && sink.send(GO));
+        }
+        (0..1000).for_each(|_| assert!(sink.send(DriverEvent::AgentChanged)));
+        let told: Vec<_> = std::iter::from_fn(|| stream.try_recv().ok()).collect();
+        assert_eq!(told.iter().filter(|event| **event == DriverEvent::AgentChanged).count(), 1);
+        assert!(told.len() <= MOST + 1 && told.last() == Some(&GO), "{told:?}");
     }
 
     /// M1: nobody waits for a flood of reports to see that the guest has ended.

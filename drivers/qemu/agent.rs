@@ -1,0 +1,93 @@
+//! The agent in the guest of a running QEMU: where it is reached, whether it is there, and what is kept of what it was asked.
+
+use super::instance::Body;
+use super::peer;
+use crate::agent::{Line, PowerChange, Talk, Terms, Turns, change_power, channel, no_channel, not_connected};
+use crate::host::neighbours;
+use crate::host::workers::blocking;
+use async_trait::async_trait;
+use std::path::PathBuf;
+use std::sync::Arc;
+use virt_model::device::chardev::CharKind;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::agent::CardAddresses;
+
+/// Where the agent of one guest is reached.
+#[derive(Debug, Default)]
+pub struct Port {
+    /// Its socket; none if the guest has no port for an agent.
+    socket: Option<PathBuf>,
+    turns: Turns,
+}
+
+impl Port {
+    /// That of a live definition.
+    pub fn of(live: &DomainDef) -> Port {
+        let unix = channel(live).filter(|channel| channel.source.kind == CharKind::Unix);
+        Port { socket: unix.and_then(|channel| channel.source.path().map(PathBuf::from)), turns: Turns::default() }
+    }
+}
+
+/// What QEMU calls the device of the agent's port.
+pub fn device(live: &DomainDef) -> Option<String> {
+    channel(live)?.info.alias().map(str::to_owned)
+}
+
+/// What the host's neighbours tell of the cards of a machine.
+pub async fn neighbours(live: &DomainDef) -> Result<Vec<CardAddresses>, DriverError> {
+    let known = blocking(neighbours::known).await?;
+    let known =
+        known.map_err(|error| DriverError::Internal(format!("the host's neighbours cannot be told: {error}")))?;
+    let cards = live.devices.interfaces.iter().filter_map(|card| card.mac()).map(|mac| CardAddresses {
+        name: String::new(),
+        mac: mac.to_string(),
+        addresses: known.iter().filter(|(of, _)| *of == mac).map(|(_, address)| (address.to_string(), 0)).collect(),
+    });
+    Ok(cards.filter(|card| !card.addresses.is_empty()).collect())
+}
+
+#[async_trait]
+impl Line for Arc<Body> {
+    async fn talk(&self, terms: Terms) -> Result<Talk, DriverError> {
+        let socket = self.agent.socket.as_ref().ok_or_else(no_channel)?;
+        if *self.gone.borrow() {
+            return Err(DriverError::Gone);
+        }
+        // Where nobody knows, as QEMU's monitor does not answer, its agent may.
+        if self.reporter.agent_is_connected() == Some(false) {
+            return Err(not_connected());
+        }
+        let pid = self.keeper.process_id().ok_or(DriverError::Gone)?;
+        let reach = async {
+            let stream = peer::connect(socket, pid).await;
+            stream.map_err(|error| DriverError::AgentUnavailable(error.to_string()))
+        };
+        Talk::begin(&self.agent.turns, reach, terms).await
+    }
+
+    async fn hangs_up(&self) {
+        let before = self.reporter.heard().ports;
+        self.reporter.until(|heard| heard.closed || heard.ports > before).await;
+    }
+
+    fn is_frozen(&self) -> bool {
+        self.keeper.is_frozen()
+    }
+
+    async fn keep_frozen(&self, frozen: bool) -> Result<(), DriverError> {
+        self.keeper.change(move |record| record.frozen = frozen).await
+    }
+}
+
+impl Body {
+    /// Has the agent power off or reboot the guest. `soon`: it is given up soon, as there is another way.
+    pub async fn agent_changes_power(self: &Arc<Self>, what: PowerChange, soon: bool) -> Result<(), DriverError> {
+        if self.agent.socket.is_none() {
+            return Err(no_channel());
+        }
+        // The guest does it by itself: what it was asked by ACPI before is past.
+        self.expect_reboot(false).await?;
+        change_power(self, what, soon).await
+    }
+}

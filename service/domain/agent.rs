@@ -1,0 +1,311 @@
+//! What the agent in a guest is asked. Whoever waits for one waits for it alone: nothing that is done to the machine does, but what
+//! freezes and thaws file systems, which a snapshot may be about to do.
+//!
+//! ```text
+//!  FreezeFilesystems ─▶ kept that it is frozen ─▶ frozen ─▶ ThawFilesystems, or its caller leaves, or virtd ends ─▶ thawed
+//!                                                                            └─ the next virtd finds it kept ──────────┘
+//! ```
+
+use super::Domain;
+use super::found::departed;
+use super::state::Guest;
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::verb::{self, Verb};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Sleep};
+use virt_model::xml::shorten;
+
+/// The longest command for an agent, in bytes.
+const LONGEST_COMMAND: usize = 1 << 20;
+/// How long an agent may take for a command, if nothing else is said.
+const USUAL: Duration = Duration::from_secs(20);
+/// How long it may take at most.
+const LONGEST_WAIT: Duration = Duration::from_secs(600);
+/// So many mount points are named at most.
+const MOST_MOUNTPOINTS: usize = 64;
+/// The longest mount point, user's name or password, in bytes.
+const LONGEST_TEXT: usize = 4096;
+/// How long virtd waits, when it ends, until file systems are thawed.
+const LAST_THAW: Duration = Duration::from_secs(5);
+
+/// The network cards of a guest as somebody knows them: the guest's name of one, its hardware address, the host's end, addresses
+/// with the lengths of their prefixes.
+pub type InterfaceAddresses = Vec<(String, String, String, Vec<(String, u32)>)>;
+
+impl Domain {
+    /// Gives the agent a command in its own protocol, and returns what it answers.
+    /// Errors: `InvalidArgument` for one that is none, or too long; `AgentFailed` with the agent's own error.
+    pub async fn agent_command(&self, caller: &Caller, command: &str, timeout_usec: Option<u64>) -> Result<String> {
+        let verb = &verb::AGENT_COMMAND;
+        self.beside(caller, verb, async {
+            if command.len() > LONGEST_COMMAND {
+                let text = format!("a command for an agent has at most {LONGEST_COMMAND} bytes, not {}", command.len());
+                return Err(Error::InvalidArgument(text));
+            }
+            let within = patience(timeout_usec)?;
+            self.told(verb, self.agent(verb)?.command(command, within).await)
+        })
+        .await
+    }
+
+    /// The addresses of its cards, as its agent, the host's neighbours or a network's leases tell them.
+    /// Error: `InvalidArgument` for another source.
+    pub async fn interface_addresses(&self, caller: &Caller, source: &str) -> Result<InterfaceAddresses> {
+        let verb = &verb::GET_ADDRESSES;
+        self.beside(caller, verb, async {
+            let guest = self.guest()?;
+            let cards = match source {
+                "agent" => self.told(verb, self.agent(verb)?.addresses().await)?,
+                "arp" => self.told(verb, guest.instance.neighbours(&guest.live).await)?,
+                // There is no network of virtd's own that could lease any.
+                "lease" => Vec::new(),
+                other => {
+                    let text = format!("there is no source '{}'; there are agent, arp, lease", shorten(other));
+                    return Err(Error::InvalidArgument(text));
+                }
+            };
+            Ok(with_targets(&guest.live, cards))
+        })
+        .await
+    }
+
+    /// What the agent tells of its guest, by groups; of none named, all that it can.
+    /// Error: `InvalidArgument` for a word that is no group's.
+    pub async fn guest_info(&self, caller: &Caller, groups: &[String]) -> Result<GuestFacts> {
+        let verb = &verb::GET_GUEST_INFO;
+        self.beside(caller, verb, async {
+            let groups = named(groups)?;
+            self.told(verb, self.agent(verb)?.info(&groups).await)
+        })
+        .await
+    }
+
+    /// What the guest's clock says, in microseconds since the epoch.
+    pub async fn guest_time(&self, caller: &Caller) -> Result<u64> {
+        let verb = &verb::GET_TIME;
+        self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.time().await) }).await
+    }
+
+    /// Sets the guest's clock, in microseconds since the epoch; `None`: to that of the machine.
+    pub async fn set_guest_time(&self, caller: &Caller, usec: Option<u64>) -> Result<()> {
+        let verb = &verb::SET_TIME;
+        self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.set_time(usec).await) }).await
+    }
+
+    /// Sets the password of one of the guest's users; `crypted`: what is given is its hash.
+    pub async fn set_user_password(&self, caller: &Caller, user: &str, password: &str, crypted: bool) -> Result<()> {
+        let verb = &verb::SET_USER_PASSWORD;
+        self.beside(caller, verb, async {
+            if user.is_empty() || user.len() > LONGEST_TEXT || password.len() > LONGEST_TEXT {
+                let text =
+                    format!("a user has a name, and neither that nor the password more than {LONGEST_TEXT} bytes");
+                return Err(Error::InvalidArgument(text));
+            }
+            self.told(verb, self.agent(verb)?.set_password(user, password, crypted).await)
+        })
+        .await
+    }
+
+    /// Freezes the guest's file systems, those mounted there or all, until they are thawed or the caller leaves the bus; says how
+    /// many. Error: `OperationInvalid` while some are frozen.
+    pub async fn freeze(self: &Arc<Self>, caller: &Caller, mountpoints: Vec<String>) -> Result<u32> {
+        let verb = &verb::FREEZE;
+        self.short(caller, verb, async {
+            if mountpoints.len() > MOST_MOUNTPOINTS || mountpoints.iter().any(|place| place.len() > LONGEST_TEXT) {
+                let text = format!("{MOST_MOUNTPOINTS} mount points of {LONGEST_TEXT} bytes are named at most");
+                return Err(Error::InvalidArgument(text));
+            }
+            let (domain, guest, until) = (self.clone(), self.guest()?, caller.departed.clone());
+            // In a task: a caller that leaves meanwhile leaves nothing frozen.
+            let freezing = tokio::spawn(async move { domain.freeze_until(guest, &mountpoints, until).await });
+            freezing.await.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+        })
+        .await
+    }
+
+    /// Thaws them; says how many.
+    pub async fn thaw(self: &Arc<Self>, caller: &Caller) -> Result<u32> {
+        let verb = &verb::THAW;
+        self.short(caller, verb, async {
+            let thawed = self.told(verb, self.agent(verb)?.thaw().await)?;
+            self.is_thawed();
+            Ok(thawed)
+        })
+        .await
+    }
+
+    /// Gives back to the storage what the guest's file systems do not use, in pieces of that many bytes at least; says of how many
+    /// file systems.
+    pub async fn trim(&self, caller: &Caller, minimum: u64) -> Result<u32> {
+        let verb = &verb::TRIM;
+        self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.trim(minimum).await) }).await
+    }
+
+    /// Asks the guest to sleep. Returns when it has been asked. Error: `InvalidArgument` for another target.
+    pub async fn suspend_guest(&self, caller: &Caller, target: &str) -> Result<()> {
+        let verb = &verb::SUSPEND_GUEST;
+        self.beside(caller, verb, async {
+            let how = match target {
+                "mem" => Sleep::Memory,
+                "disk" => Sleep::Disk,
+                "hybrid" => Sleep::Hybrid,
+                other => {
+                    let text = format!("a guest sleeps in mem, disk or hybrid, not in '{}'", shorten(other));
+                    return Err(Error::InvalidArgument(text));
+                }
+            };
+            self.told(verb, self.agent(verb)?.sleep(how).await)
+        })
+        .await
+    }
+
+    /// Its hypervisor says that its agent has come or gone.
+    pub(super) fn agent_changed(&self) {
+        self.commit_report(|_| Vec::new());
+    }
+
+    /// Thaws what is frozen of a guest that was found: whoever had it frozen is gone with the virtd that they asked.
+    pub(super) fn thaws_as_found(self: &Arc<Self>, guest: &Guest) {
+        if let Ok(agent) = guest.instance.agent()
+            && agent.is_frozen()
+        {
+            self.thaws_when(guest.id, agent, departed());
+        }
+    }
+
+    /// Thaws what is frozen, as virtd ends; the next one does, where that takes too long.
+    pub(crate) async fn thaws_at_the_end(&self) {
+        let frozen = lock(&self.state).thawed.is_some();
+        if let Some(agent) = self.guest().ok().and_then(|guest| guest.instance.agent().ok()).filter(|_| frozen) {
+            match tokio::time::timeout(LAST_THAW, agent.thaw()).await {
+                Ok(Ok(_)) => self.is_thawed(),
+                _ => tracing::warn!(uuid = %self.uuid, "its file systems stay frozen until virtd runs again"),
+            }
+        }
+    }
+
+    async fn freeze_until(
+        self: Arc<Self>,
+        guest: Guest,
+        mountpoints: &[String],
+        caller: CancellationToken,
+    ) -> Result<u32> {
+        let verb = &verb::FREEZE;
+        let agent = self.told(verb, guest.instance.agent())?;
+        let frozen = agent.freeze(mountpoints).await;
+        let ours = !matches!(frozen, Err(DriverError::Refused(_))) && agent.is_frozen();
+        if ours {
+            // What was begun and did not come to its end is undone.
+            let until = if frozen.is_ok() { caller } else { departed() };
+            self.thaws_when(guest.id, agent, until);
+        }
+        self.told(verb, frozen)
+    }
+
+    /// Thaws the guest `id` when its caller has departed, if nobody does before.
+    fn thaws_when(self: &Arc<Self>, id: u32, agent: Arc<dyn GuestAgent>, departed: CancellationToken) {
+        let thawed = CancellationToken::new();
+        lock(&self.state).thawed = Some(thawed.clone());
+        let domain = self.clone();
+        tokio::spawn(async move {
+            let left = async {
+                departed.cancelled().await;
+                tracing::info!(uuid = %domain.uuid, name = domain.name(), "its file systems are thawed, as nobody is left who would");
+                match agent.thaw_at_last().await {
+                    Ok(()) => domain.is_thawed(),
+                    Err(error) => tracing::debug!(uuid = %domain.uuid, %error, "nothing is thawed any more"),
+                }
+            };
+            tokio::select! {
+                _ = thawed.run_until_cancelled(left) => {}
+                () = domain.until(|state| !state.runs(id)) => {}
+            }
+        });
+    }
+
+    fn is_thawed(&self) {
+        if let Some(thawed) = lock(&self.state).thawed.take() {
+            thawed.cancel();
+        }
+    }
+
+    fn agent(&self, verb: &Verb) -> Result<Arc<dyn GuestAgent>> {
+        self.told(verb, self.guest()?.instance.agent())
+    }
+
+    fn told<T>(&self, verb: &Verb, told: std::result::Result<T, DriverError>) -> Result<T> {
+        told.map_err(|error| Error::from_driver(&self.name(), verb.word, error))
+    }
+}
+
+/// Each card with the host's end of it, by its hardware address.
+fn with_targets(live: &DomainDef, cards: Vec<CardAddresses>) -> InterfaceAddresses {
+    let target = |mac: &str| {
+        let card = live.devices.interfaces.iter().find(|card| card.mac().is_some_and(|own| own.to_string() == mac))?;
+        card.target.as_ref()?.dev.clone()
+    };
+    let each = cards.into_iter().map(|card| {
+        let target = target(&card.mac).unwrap_or_default();
+        (card.name, card.mac, target, card.addresses)
+    });
+    each.collect()
+}
+
+/// How long an agent may take.
+fn patience(usec: Option<u64>) -> Result<Duration> {
+    let within = usec.map_or(USUAL, Duration::from_micros);
+    if within.is_zero() || within > LONGEST_WAIT {
+        let most = LONGEST_WAIT.as_micros();
+        return Err(Error::InvalidArgument(format!("timeout-usec is 1 to {most}, not {}", within.as_micros())));
+    }
+    Ok(within)
+}
+
+/// The groups of these words.
+fn named(words: &[String]) -> Result<Vec<InfoGroup>> {
+    let mut groups = Vec::new();
+    for word in words {
+        match InfoGroup::ALL.iter().find(|group| group.as_str() == word) {
+            Some(group) if groups.contains(group) => {}
+            Some(group) => groups.push(*group),
+            None => {
+                let known: Vec<_> = InfoGroup::ALL.iter().map(|group| group.as_str()).collect();
+                let text = format!("there is no group '{}'; there are {}", shorten(word), known.join(", "));
+                return Err(Error::InvalidArgument(text));
+            }
+        }
+    }
+    Ok(groups)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn groups_and_times_are_what_they_can_be() {
+        let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        assert_eq!(named(&words(&["time-zone", "os", "os"])).unwrap(), [InfoGroup::TimeZone, InfoGroup::Os]);
+        let why = named(&words(&["os", "colour"])).unwrap_err().to_string();
+        let known = "os, hostname, users, time-zone, file-systems, disks, interfaces, load";
+        assert_eq!(why, format!("there is no group 'colour'; there are {known}"));
+        assert_eq!((patience(None).unwrap(), patience(Some(7)).unwrap()), (USUAL, Duration::from_micros(7)));
+        assert!(patience(Some(0)).is_err() && patience(Some(600_000_001)).is_err());
+    }
+
+    #[test]
+    fn a_card_is_known_by_its_hardware_address() {
+        let text = "<domain type='test'><name>d</name><memory>1</memory><devices><interface type='bridge'>\
+                    <mac address='52:54:00:00:00:01'/><source bridge='b'/><target dev='tap0'/></interface></devices></domain>";
+        let live = DomainDef::parse(text).expect("a machine");
+        let card = |mac: &str| CardAddresses { mac: mac.to_owned(), ..CardAddresses::default() };
+        let told = with_targets(&live, vec![card("52:54:00:00:00:01"), card("52:54:00:00:00:02"), card("")]);
+        assert_eq!(told.iter().map(|one| one.2.as_str()).collect::<Vec<_>>(), ["tap0", "", ""]);
+    }
+}

@@ -1,0 +1,218 @@
+//! The agent in a guest as clients reach it: that of the test driver's machines, which speaks the protocol of real ones.
+
+use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::users::BOB;
+use crate::common::{Daemon, PATIENCE, Setup};
+use serde::Serialize;
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+use zbus::wire::DynamicType;
+use zbus::{Message, OwnedVariant, Variant};
+
+const MACHINE: &str = "<domain type='test'><name>web</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+     <interface type='bridge'><mac address='52:54:00:00:00:01'/><source bridge='br0'/><target dev='card0'/></interface>\
+     <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>";
+
+type Addresses = Vec<(String, String, String, Vec<(String, u32)>)>;
+
+fn refused<T>(answer: Result<T, Refusal>, error: &str, word: &str) {
+    let Err((name, text)) = answer else { panic!("it is not refused for {word}") };
+    assert!(name.ends_with(error) && text.contains(word), "{name}: {text}");
+}
+
+async fn told<T, B>(domain: &Domain, member: &str, asked: &B) -> Result<T, Refusal>
+where
+    T: serde::de::DeserializeOwned + zbus::Type,
+    B: Serialize + DynamicType,
+{
+    Ok(domain.call(member, asked).await?.body().deserialize().expect(member))
+}
+
+async fn freeze(domain: &Domain, places: &[&str]) -> Result<u32, Refusal> {
+    told(domain, "FreezeFilesystems", &(places, options([]))).await
+}
+
+async fn thaw(domain: &Domain) -> Result<u32, Refusal> {
+    told(domain, "ThawFilesystems", &(options([]),)).await
+}
+
+async fn command(domain: &Domain, text: &str) -> Result<String, Refusal> {
+    told(domain, "AgentCommand", &(text, options([]))).await
+}
+
+async fn info(domain: &Domain, groups: &[&str]) -> Result<HashMap<String, OwnedVariant>, Refusal> {
+    told(domain, "GetGuestInfo", &(groups, options([]))).await
+}
+
+/// A machine of that document that runs.
+async fn running(client: &Client, xml: &str) -> Domain {
+    let domain = client.define(xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    domain
+}
+
+#[tokio::test]
+async fn an_agent_tells_and_does_what_it_is_asked() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(MACHINE).await.expect("defined");
+    assert!(!domain.property::<bool>("AgentConnected").await);
+    refused(command(&domain, "{\"execute\":\"guest-ping\"}").await, "OperationInvalid", "start it first");
+    domain.run("Start").await.expect("started");
+    assert!(domain.property::<bool>("AgentConnected").await);
+
+    assert_eq!(command(&domain, "{\"execute\":\"guest-ping\"}").await.expect("told"), "{\"return\":{}}");
+    refused(command(&domain, "{\"execute\":\"guest-fly\"}").await, "Error.AgentFailed", "CommandNotFound");
+    refused(command(&domain, "ping").await, "InvalidArgument", "JSON");
+    let long = format!("{{\"execute\":\"{}\"}}", "x".repeat(1 << 20));
+    refused(command(&domain, &long).await, "InvalidArgument", "1048576");
+    for (key, value) in [("timeout-usec", Variant::from(0u64)), ("timeout-usec", Variant::from(u64::MAX))] {
+        let wanted = ("{\"execute\":\"guest-ping\"}", options([(key, value)]));
+        refused(domain.call("AgentCommand", &wanted).await, "InvalidArgument", "600000000");
+    }
+
+    let all = info(&domain, &[]).await.expect("told");
+    let mut groups: Vec<_> = all.keys().map(String::as_str).collect();
+    groups.sort_unstable();
+    assert_eq!(groups, ["file-systems", "hostname", "interfaces", "os", "time-zone", "users"]);
+    let types = |key: &str| all[key].value_signature().to_string();
+    assert_eq!(["hostname", "os", "users", "interfaces"].map(types), ["s", "a{sv}", "aa{sv}", "aa{sv}"]);
+    let some = info(&domain, &["hostname"]).await.expect("told");
+    assert_eq!((some.len(), some["hostname"].downcast_ref::<&str>().expect("s")), (1, "web"));
+    refused(info(&domain, &["load"]).await, "AgentFailed", "guest-get-load");
+    refused(info(&domain, &["colour"]).await, "InvalidArgument", "file-systems");
+
+    let addresses =
+        async |source: &str| told::<Addresses, _>(&domain, "GetInterfaceAddresses", &(source, options([]))).await;
+    let text = |text: &str| text.to_owned();
+    let card = (text("eth0"), text("52:54:00:00:00:01"), text("card0"), vec![(text("192.0.2.1"), 24)]);
+    assert_eq!(addresses("agent").await.expect("told"), [card]);
+    assert_eq!((addresses("arp").await, addresses("lease").await), (Ok(Vec::new()), Ok(Vec::new())));
+    refused(addresses("dns").await, "InvalidArgument", "agent, arp, lease");
+
+    let time = async || told::<u64, _>(&domain, "GetTime", &()).await.expect("told");
+    let now = || SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after it").as_micros() as u64;
+    let (year, close) = (365 * 24 * 3600 * 1_000_000u64, 60_000_000);
+    domain.call("SetTime", &(now() + year, options([]))).await.expect("set");
+    assert!(time().await.abs_diff(now() + year) < close);
+    domain.call("SetTime", &(7u64, options([("sync", Variant::from(true))]))).await.expect("set");
+    assert!(time().await.abs_diff(now()) < close);
+    refused(domain.call("SetTime", &(u64::MAX, options([]))).await, "InvalidArgument", "clock");
+
+    domain.call("SetUserPassword", &("test", "new", options([("crypted", Variant::from(false))]))).await.expect("set");
+    refused(domain.call("SetUserPassword", &("none", "new", options([]))).await, "AgentFailed", "only the user test");
+    refused(domain.call("SetUserPassword", &("", "new", options([]))).await, "InvalidArgument", "name");
+    assert_eq!(told(&domain, "TrimFilesystems", &(options([]),)).await, Ok(2u32));
+    for member in ["TrimFilesystems", "ThawFilesystems"] {
+        let unknown = domain.call(member, &(options([("fast", Variant::from(true))]),)).await;
+        refused(unknown, "InvalidArgument", "'fast'");
+    }
+
+    refused(domain.call("SuspendGuest", &("bed", options([]))).await, "InvalidArgument", "hybrid");
+    refused(domain.call("SuspendGuest", &("disk", options([]))).await, "AgentFailed", "guest-suspend-disk");
+    domain.call("SuspendGuest", &("mem", options([]))).await.expect("asked");
+    assert_eq!(domain.state().await.0, "pmsuspended");
+    refused(command(&domain, "{\"execute\":\"guest-ping\"}").await, "OperationInvalid", "wake it first");
+    domain.bare("Wakeup").await.expect("woken");
+}
+
+#[tokio::test]
+async fn a_guest_ends_by_its_agent_and_its_property_with_it() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = client.define(MACHINE).await.expect("defined");
+    let mode = |mode: &str| (options([("mode", Variant::from(mode.to_owned()))]),);
+    for how in ["agent", "default", "acpi"] {
+        domain.run("Start").await.expect("started");
+        domain.call("Reboot", &mode(how)).await.expect("asked");
+        domain.call("Shutdown", &mode(how)).await.expect("asked");
+        let off = async { while domain.property::<bool>("Active").await {} };
+        tokio::time::timeout(PATIENCE, off).await.expect(how);
+        assert!(!domain.property::<bool>("AgentConnected").await);
+    }
+    refused(domain.call("Shutdown", &mode("axe")).await, "InvalidArgument", "'axe'");
+    let bare = MACHINE.replace("<name>web<", "<name>bare<").replace("org.qemu.guest_agent.0", "org.test.0");
+    let bare = running(&client, &bare.replace("52:54:00:00:00:01", "52:54:00:00:00:02")).await;
+    assert!(!bare.property::<bool>("AgentConnected").await);
+    refused(bare.call("Shutdown", &mode("agent")).await, "AgentUnavailable", "org.qemu.guest_agent.0");
+    refused(command(&bare, "{\"execute\":\"guest-ping\"}").await, "AgentUnavailable", "org.qemu.guest_agent.0");
+    bare.call("Shutdown", &mode("default")).await.expect("by its button");
+}
+
+#[tokio::test]
+async fn a_freeze_ends_with_its_caller() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = running(&client, MACHINE).await;
+    assert_eq!(freeze(&domain, &["/home", "/none"]).await, Ok(1));
+    refused(freeze(&domain, &[]).await, "OperationInvalid", "thaw them first");
+    refused(info(&domain, &["hostname"]).await, "AgentFailed", "frozen");
+    assert_eq!((thaw(&domain).await, thaw(&domain).await), (Ok(1), Ok(0)));
+    assert_eq!(freeze(&domain, &["/none"]).await, Ok(0), "what is not there is not frozen");
+    assert_eq!(freeze(&domain, &[]).await, Ok(2));
+
+    // Somebody else may thaw, too, and then it is not theirs any more.
+    let other = Client { connection: daemon.connect().await };
+    let theirs = other.named("web").await.expect("there");
+    assert_eq!((thaw(&theirs).await, freeze(&theirs, &[]).await), (Ok(2), Ok(2)));
+    refused(freeze(&domain, &[]).await, "OperationInvalid", "thaw them first");
+    other.connection.close().await.expect("closed");
+    let thawed = async {
+        loop {
+            match freeze(&domain, &[]).await {
+                Ok(count) => return count,
+                Err((name, text)) => assert!(name.ends_with("OperationInvalid"), "{name}: {text}"),
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, thawed).await, Ok(2), "it is thawed, and frozen by us now");
+    // The end of the guest is the end of it, too.
+    domain.run("Destroy").await.expect("destroyed");
+    domain.run("Start").await.expect("started");
+    assert_eq!(freeze(&domain, &[]).await, Ok(2));
+}
+
+/// Each member, called in a way that would do.
+async fn each(domain: &Domain) -> Vec<(&'static str, Result<Message, Refusal>)> {
+    let none = || options([]);
+    vec![
+        ("GetInterfaceAddresses", domain.call("GetInterfaceAddresses", &("agent", none())).await),
+        ("GetGuestInfo", domain.call("GetGuestInfo", &(&["os"][..], none())).await),
+        ("GetTime", domain.bare("GetTime").await),
+        ("SuspendGuest", domain.call("SuspendGuest", &("nowhere", none())).await),
+        ("AgentCommand", domain.call("AgentCommand", &("{\"execute\":\"guest-ping\"}", none())).await),
+        ("SetTime", domain.call("SetTime", &(1u64, none())).await),
+        ("SetUserPassword", domain.call("SetUserPassword", &("test", "secret", none())).await),
+        ("FreezeFilesystems", domain.call("FreezeFilesystems", &(&["/none"][..], none())).await),
+        ("ThawFilesystems", domain.run("ThawFilesystems").await),
+        ("TrimFilesystems", domain.run("TrimFilesystems").await),
+    ]
+}
+
+#[tokio::test]
+async fn who_may_read_asks_and_who_may_act_inside_has_it_done() {
+    let rules = "polkit.addRule(function(action, subject) { if (subject.user == 'virt-bob' && \
+                 action.id == 'org.virt.domain.read') { return polkit.Result.NO; } });";
+    let Some(daemon) = Daemon::on_system_bus(Setup { rules: rules.to_owned(), ..Setup::default() }).await else {
+        return;
+    };
+    let domain = running(&Client { connection: daemon.connect().await }, MACHINE).await;
+    let bob = Client { connection: daemon.connect_as(&BOB).await };
+    for (member, answer) in each(&bob.named("web").await.expect("it is there for all")).await {
+        let (error, action) = match member {
+            "GetInterfaceAddresses" | "GetGuestInfo" | "GetTime" => ("AccessDenied", "org.virt.domain.read"),
+            "SuspendGuest" => ("InteractiveAuthorizationRequired", "org.virt.domain.suspend"),
+            _ => ("InteractiveAuthorizationRequired", "org.virt.domain.agent"),
+        };
+        refused(answer, error, action);
+    }
+    for (member, answer) in each(&domain).await {
+        match member {
+            "SuspendGuest" => refused(answer, "InvalidArgument", "nowhere"),
+            _ => drop(answer.expect(member)),
+        }
+    }
+    let log = daemon.log();
+    assert!(!log.contains("secret") && !log.contains("guest-ping"), "{log}");
+}
