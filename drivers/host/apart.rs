@@ -46,14 +46,18 @@ pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
 static LOW: RwLock<()> = RwLock::new(());
 
 /// Takes in descriptors that others sent, by `receive`, and gives them high numbers. No process is made before that is done, so
-/// `receive` must not wait. Blocks for a moment; it waits for no file system.
-pub fn arrive<T>(receive: impl FnOnce() -> io::Result<(T, Vec<OwnedFd>)>) -> io::Result<(T, io::Result<Vec<OwnedFd>>)> {
+/// `receive` must not wait. Blocks for a moment; it waits for no file system. Of each, what `held` gives for it is dropped when
+/// its file system has nothing more to do for the low number.
+pub fn arrive<T, H: Send + 'static>(
+    receive: impl FnOnce() -> io::Result<(T, Vec<OwnedFd>)>,
+    held: impl Fn(usize) -> H,
+) -> io::Result<(T, io::Result<Vec<OwnedFd>>)> {
     // In the place of a file, for a moment; closing it waits for nobody.
     let nothing = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    let _held = LOW.read().unwrap_or_else(PoisonError::into_inner);
+    let _shared = LOW.read().unwrap_or_else(PoisonError::into_inner);
     let (received, low) = receive()?;
     let high = low.iter().map(|file| Ok(fcntl_dupfd_cloexec(file, first())?)).collect();
-    vacate(low, nothing);
+    vacate(low, nothing, held);
     Ok((received, high))
 }
 
@@ -76,25 +80,31 @@ fn closer() -> std::thread::Builder {
 }
 
 /// Takes files from their numbers. What their file systems have to do then is waited for by threads that nobody waits for.
-fn vacate(files: Vec<OwnedFd>, nothing: OwnedFd) {
+fn vacate<H: Send + 'static>(files: Vec<OwnedFd>, nothing: OwnedFd, held: impl Fn(usize) -> H) {
     let nothing = Arc::new(nothing);
     // What is no more than a path has nothing to be waited for, and is closed here.
     let waits = |file: &OwnedFd| rustix::fs::fcntl_getfl(file).is_ok_and(|flags| !flags.contains(OFlags::PATH));
-    let numbers: Vec<RawFd> = files.into_iter().filter(waits).map(OwnedFd::into_raw_fd).collect();
-    for &number in &numbers {
-        let nothing = nothing.clone();
+    let numbers = files.into_iter().enumerate().filter(|(_, file)| waits(file));
+    let numbers: Vec<(usize, RawFd)> = numbers.map(|(at, file)| (at, file.into_raw_fd())).collect();
+    for &(at, number) in &numbers {
+        let (nothing, held) = (nothing.clone(), held(at));
         let replace = move || {
             // SAFETY: the number is that of a file which was given up above, and nothing else closes it before it is replaced.
             let mut place = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
             let _ = rustix::io::dup3(&nothing, &mut place, DupFlags::CLOEXEC);
         };
-        // Where no thread is to be had, this one waits for the file system.
-        if let Err(error) = closer().spawn(replace.clone()) {
-            tracing::warn!(%error, "no thread to close a file in");
+        let again = replace.clone();
+        let waiting = move || {
             replace();
+            drop(held);
+        };
+        // Where no thread is to be had, this one waits for the file system.
+        if let Err(error) = closer().spawn(waiting) {
+            tracing::warn!(%error, "no thread to close a file in");
+            again();
         }
     }
-    for number in numbers {
+    for (_, number) in numbers {
         // SAFETY: the number is ours until it is closed here; it has been replaced by then.
         let place = unsafe { OwnedFd::from_raw_fd(number) };
         while waits(&place) {
@@ -196,7 +206,7 @@ mod tests {
         let (mut ear, mouth) = std::io::pipe().unwrap();
         let path = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let low = [mouth.as_raw_fd(), path.as_raw_fd()];
-        let (said, files) = arrive(|| Ok(("here", vec![mouth.into(), path]))).unwrap();
+        let (said, files) = arrive(|| Ok(("here", vec![mouth.into(), path])), |_| ()).unwrap();
         let files = files.unwrap();
         assert!(said == "here" && files.len() == 2 && files.iter().all(|file| file.as_raw_fd() >= first()));
         assert!(numbers(&mut Command::new("ls")).iter().all(|number| !low.contains(number)), "no process has one");
@@ -205,7 +215,7 @@ mod tests {
         let mut heard = String::new();
         ear.read_to_string(&mut heard).unwrap();
         assert_eq!(heard, "there", "nobody else has that end");
-        assert!(arrive(|| Err::<((), _), _>(io::ErrorKind::WouldBlock.into())).is_err());
+        assert!(arrive(|| Err::<((), _), _>(io::ErrorKind::WouldBlock.into()), |_| ()).is_err());
     }
 
     /// What another thread has in hand is neither closed nor waited for.

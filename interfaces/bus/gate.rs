@@ -22,11 +22,11 @@
 //! its sender do not; whoever was sent one is looked at until it has read it. And those that calls bring to us are taken in
 //! only where [`Gate::brings`] has places for them, which they have until they are closed.
 
+use super::source::Brought;
 use std::collections::VecDeque;
 use std::collections::hash_map::{Entry, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio_util::sync::CancellationToken;
-use virt_model::driver::GivenFile;
 use zbus::Message;
 
 /// What a message costs beside its bytes.
@@ -124,13 +124,13 @@ impl Default for Limits {
 pub struct Incoming {
     /// The call.
     pub message: Message,
-    /// The files.
-    pub files: Vec<GivenFile>,
+    /// The files, if it has brought some.
+    pub brought: Option<Brought>,
 }
 
 impl From<Message> for Incoming {
     fn from(message: Message) -> Incoming {
-        Incoming { message, files: Vec::new() }
+        Incoming { message, brought: None }
     }
 }
 
@@ -164,7 +164,7 @@ pub struct Work {
     /// The call.
     pub message: Message,
     /// The files that it has brought.
-    pub files: Vec<GivenFile>,
+    pub brought: Option<Brought>,
     /// Its sender.
     pub sender: Arc<str>,
     /// Its sender's user.
@@ -350,16 +350,19 @@ impl Gate {
 
     /// A sender has left: its queue goes. What is at work ends by itself.
     pub fn left(&self, sender: &str) {
-        self.lock().forget(sender);
+        // What its calls have brought gives its places back behind the lock.
+        let forgotten = self.lock().forget(sender);
+        drop(forgotten);
     }
 
     /// The connection has ended.
     pub fn all_left(&self) {
-        let mut state = self.lock();
-        let senders: Vec<_> = state.senders.keys().cloned().collect();
-        for sender in senders {
-            state.forget(&sender);
-        }
+        let forgotten: Vec<_> = {
+            let mut state = self.lock();
+            let senders: Vec<_> = state.senders.keys().cloned().collect();
+            senders.iter().flat_map(|sender| state.forget(sender)).collect()
+        };
+        drop(forgotten);
     }
 
     /// A sender is there, since a call of it has just been read. How it stands.
@@ -505,12 +508,12 @@ impl State {
         if line.held || !share {
             return None;
         }
-        let Incoming { message, files } = line.waiting.pop_front()?;
+        let Incoming { message, brought } = line.waiting.pop_front()?;
         line.running += 1;
         user.running += 1;
         user.waiting -= 1;
         self.running += 1;
-        Some(Work { message, files, sender: sender.clone(), uid, departed: line.departed.clone() })
+        Some(Work { message, brought, sender: sender.clone(), uid, departed: line.departed.clone() })
     }
 
     /// What a sender has counted for a stranger's counts for its user.
@@ -740,6 +743,24 @@ mod tests {
         assert_eq!(gate.lock().brought.len(), held.len());
         held.clear();
         assert!(gate.lock().brought.is_empty() && gate.brings("d", of_sender).is_some());
+    }
+
+    #[test]
+    fn who_leaves_with_calls_that_wait_gives_their_places_back() {
+        let gate = gate(Limits::default());
+        let brings = |sender: &str| {
+            let places = gate.brings(sender, 2).unwrap().into_iter().map(Arc::new).collect();
+            let brought = Some(Brought { files: Vec::new(), places });
+            gate.admit(sender, Incoming { message: call(), brought });
+        };
+        ["a", "b", "c"].into_iter().for_each(brings);
+        assert_eq!(gate.lock().brought.len(), 6);
+        gate.left("a");
+        assert_eq!(gate.lock().brought.len(), 4);
+        drop(gate.identified("b", None));
+        assert_eq!(gate.lock().brought.len(), 2);
+        gate.all_left();
+        assert!(gate.lock().brought.is_empty());
     }
 
     /// So many descriptors, one by one, until a sender gets no more.

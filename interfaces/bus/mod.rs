@@ -192,11 +192,11 @@ impl Bus {
     /// A call has come in.
     fn take(self: &Arc<Self>, call: Message) {
         let standing = self.gate.meet(sender(&call.header()));
-        let files = self.intake.files(&call);
-        if files.is_none() && (socket::brought_descriptors(&call) || !call.data().fds().is_empty()) {
+        let brought = self.intake.files(&call);
+        if brought.is_none() && (socket::brought_descriptors(&call) || !call.data().fds().is_empty()) {
             return self.refuse_files(&call, standing);
         }
-        let call = Incoming { message: call, files: files.unwrap_or_default() };
+        let call = Incoming { message: call, brought };
         match standing {
             Standing::Held => return self.admit(call),
             // It would be refused, or be a look that nobody wants the answer of; a flood should cost no more than this.
@@ -272,7 +272,7 @@ impl Bus {
 
     /// Does what a call asks for, answers, and makes room for the next.
     async fn work(self: Arc<Self>, mut work: Work) {
-        let files = std::mem::take(&mut work.files);
+        let files = work.brought.as_mut().map(|brought| std::mem::take(&mut brought.files)).unwrap_or_default();
         let done = AssertUnwindSafe(self.perform(&work, files)).catch_unwind().await;
         if done.is_err() {
             self.refuse(&work.message, &Error::internal("a bug in virtd ended this call; its log has more"));

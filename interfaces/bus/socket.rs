@@ -19,7 +19,7 @@
 
 use super::gate::Place;
 use super::header::{Fields, Heading, PRIMARY, lengths};
-use super::source::{Source, stand_ins};
+use super::source::{Brought, Source, stand_ins};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use std::collections::VecDeque;
 use std::fmt;
@@ -33,7 +33,6 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::Notify;
-use virt_model::driver::GivenFile;
 use zbus::Message;
 use zbus::connection::socket::{ReadHalf, Socket, Split, WriteHalf};
 use zbus::export::async_trait::async_trait;
@@ -81,7 +80,7 @@ pub struct Intake {
     /// Who may bring descriptors; nobody, while nothing is there.
     admits: Mutex<Option<Admits>>,
     /// What was brought by each message that lies between the two and is marked so.
-    files: Mutex<VecDeque<Vec<GivenFile>>>,
+    files: Mutex<VecDeque<Brought>>,
 }
 
 impl fmt::Debug for Intake {
@@ -98,7 +97,7 @@ impl Intake {
     }
 
     /// The files that a message has brought, if they are here; to be asked once for each message, in their order.
-    pub fn files(&self, message: &Message) -> Option<Vec<GivenFile>> {
+    pub fn files(&self, message: &Message) -> Option<Brought> {
         let here = message.primary_header().flags().bits() & TAKEN != 0;
         here.then(|| self.files.lock().unwrap_or_else(PoisonError::into_inner).pop_front()).flatten()
     }
@@ -212,11 +211,14 @@ impl ReadHalf for Reader {
             };
             if let (count @ 1.., at) = (fields.call.descriptors, fields.descriptors_at) {
                 head[2] |= BROUGHT;
-                match brought.filter(|files| files.len() == count && body <= LARGEST).zip(stand_ins(count).ok()) {
-                    Some((files, stand_ins)) => {
+                match brought
+                    .filter(|brought| brought.files.len() == count && body <= LARGEST)
+                    .zip(stand_ins(count).ok())
+                {
+                    Some((brought, stand_ins)) => {
                         head[2] |= TAKEN;
                         fds.extend(stand_ins);
-                        self.intake.files.lock().unwrap_or_else(PoisonError::into_inner).push_back(files);
+                        self.intake.files.lock().unwrap_or_else(PoisonError::into_inner).push_back(brought);
                     }
                     None => head[at..at + 4].fill(0),
                 }

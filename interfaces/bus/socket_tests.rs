@@ -210,7 +210,7 @@ async fn a_message_that_brought_descriptors_is_told_from_others() {
 
 /// What a call has brought, each file with what is read of it once nobody else can write there.
 fn read_files(intake: &Intake, call: &Message, writes: Vec<std::io::PipeReader>) -> Vec<u8> {
-    let files = intake.files(call).unwrap();
+    let Brought { files, .. } = intake.files(call).unwrap();
     let names: Vec<zbus::wire::OwnedFd> = call.body().deserialize().unwrap();
     assert!(files.len() == names.len() && files.len() == writes.len());
     for (number, name) in names.into_iter().enumerate() {
@@ -264,9 +264,9 @@ async fn who_has_too_many_open_brings_no_more() {
     connection.send_all(&[first, second]).await.unwrap();
     let (first, second) = (next(&mut ours).await, next(&mut ours).await);
     assert!(intake.files(&second).is_none() && brought_descriptors(&second) && second.data().fds().is_empty());
-    let files = intake.files(&first).unwrap();
+    let brought = intake.files(&first).unwrap();
     drop(of_second);
-    drop(files);
+    drop(brought);
     // They are closed in threads of their own.
     for pipe in of_first {
         assert_eq!(std::io::read_to_string(pipe).unwrap(), "");

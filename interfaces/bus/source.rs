@@ -37,7 +37,17 @@ pub struct Source {
     /// How much of the message that is being read is still to be handed out; `None`: that is not known.
     pub left: Option<usize>,
     /// The files of the message that begins where the buffer does.
-    pub files: Option<Vec<GivenFile>>,
+    pub files: Option<Brought>,
+}
+
+/// What a call has brought.
+#[derive(Debug)]
+pub struct Brought {
+    /// Its files.
+    pub files: Vec<GivenFile>,
+    /// Their places: each is given back when its file is closed and this has been dropped, too, as what stands for the files in the
+    /// message is there until then.
+    pub places: Vec<Arc<Place>>,
 }
 
 /// What is to be read, of what lies at the socket.
@@ -85,12 +95,19 @@ impl Source {
         let buffer = &mut self.buffer;
         let peek = || Ok(recv(socket, &mut **buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.1);
         let there = socket.async_io(Interest::READABLE, peek).await?;
-        let count = match next_step(&self.buffer[..there], self.left, |call| self.intake.admit(call)) {
-            Step::Bytes(count) => recv(socket, &mut self.buffer[..count], RecvFlags::DONTWAIT)?.1,
-            Step::Call(count, places) => {
-                let (bytes, files) = with_files(socket, count, places).await?;
+        let (most, places) = match next_step(&self.buffer[..there], self.left, |call| self.intake.admit(call)) {
+            Step::Bytes(most) => (most, None),
+            Step::Call(most, places) => (most, Some(places)),
+        };
+        let received = match places {
+            Some(places) => with_files(socket, most, places).await?,
+            None => None,
+        };
+        let count = match received {
+            None => recv(socket, &mut self.buffer[..most], RecvFlags::DONTWAIT)?.1,
+            Some((bytes, brought)) => {
                 self.buffer[..bytes.len()].copy_from_slice(&bytes);
-                self.files = files;
+                self.files = brought;
                 bytes.len()
             }
         };
@@ -121,30 +138,38 @@ fn next_step(there: &[u8], left: Option<usize>, admit: impl Fn(Heading<'_>) -> O
     Step::Bytes(if at == 0 { there.len() } else { at.min(there.len()) })
 }
 
-/// The first bytes of a call with the files that come with them; no files, where not all of them can be had.
+/// The first bytes of a call with the files that come with them; no files, where not all of them can be had. `None`: there is no
+/// way to take any now, and nothing is read.
 async fn with_files(
     socket: &UnixStream,
     most: usize,
     places: Vec<Place>,
-) -> io::Result<(Vec<u8>, Option<Vec<GivenFile>>)> {
-    let socket = socket.as_fd().try_clone_to_owned()?;
+) -> io::Result<Option<(Vec<u8>, Option<Brought>)>> {
     let (received, receiving) = oneshot::channel();
-    let receive = move || {
-        let _ = received.send(apart::arrive(|| receive(&socket, most)));
-    };
-    std::thread::Builder::new().name("receiver".into()).spawn(receive)?;
+    let places: Vec<_> = places.into_iter().map(Arc::new).collect();
+    let held = places.clone();
+    let begun = socket.as_fd().try_clone_to_owned().and_then(|socket| {
+        let receive = move || {
+            let _ = received.send(apart::arrive(|| receive(&socket, most), |at| held.get(at).cloned()));
+        };
+        std::thread::Builder::new().name("receiver".into()).spawn(receive)
+    });
+    if let Err(error) = begun {
+        tracing::warn!(%error, "the files of a call cannot be taken");
+        return Ok(None);
+    }
     let (bytes, files) = receiving.await.map_err(|_| io::Error::other("the thread that receives files failed"))??;
     let files = files.unwrap_or_else(|error| {
         tracing::warn!(%error, "the files of a call could not be taken");
         Vec::new()
     });
     let all = files.len() == places.len();
-    let files = files
-        .into_iter()
-        .zip(places)
-        .map(|(file, place)| GivenFile::new(file, move |file| apart::close(file, move || drop(place))));
-    let files: Vec<_> = files.collect();
-    Ok((bytes, all.then_some(files)))
+    let files = files.into_iter().zip(&places).map(|(file, place)| {
+        let place = place.clone();
+        GivenFile::new(file, move |file| apart::close(file, move || drop(place)))
+    });
+    let brought = Brought { files: files.collect(), places };
+    Ok(Some((bytes, all.then_some(brought))))
 }
 
 /// Receives bytes with their descriptors.
