@@ -124,6 +124,11 @@ async fn agent_answers(domain: &Domain) {
     // It has no program for its agent that would set the clock.
     let (name, why) = domain.call("SetTime", &(time, options([]))).await.expect_err("it cannot");
     assert!(name.ends_with("AgentFailed"), "{name}: {why}");
+    for (argv, status) in [(&["/bin/busybox", "true"][..], 0), (&["/bin/busybox", "sh", "-c", "exit $A"][..], 7)] {
+        let env = options([("env", Variant::from(vec!["A=7".to_owned()]))]);
+        let ended = domain.call("GuestExec", &(argv, env)).await.expect("run");
+        assert_eq!(ended.body().deserialize::<(i32, zbus::ObjectPath<'_>)>().expect("io").0, status);
+    }
     // What it has mounted cannot be frozen; a freeze of nothing is none.
     let none: &[&str] = &[];
     for _ in 0..2 {
