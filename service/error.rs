@@ -162,12 +162,16 @@ impl Error {
         }
     }
 
-    /// The same for everybody: without what the hypervisor itself said.
+    /// The same for everybody: without what the hypervisor or the guest's agent itself said.
     pub fn public(&self) -> Error {
         match self {
             Error::HypervisorFailed { what, .. } => {
                 let why = "its hypervisor failed; its own words are told to who asked, and stand in its log".to_owned();
                 Error::HypervisorFailed { what: what.clone(), why }
+            }
+            Error::AgentFailed(_) => {
+                let text = "the guest agent failed; its own words are told to who asked".to_owned();
+                Error::AgentFailed(text)
             }
             other => other.clone(),
         }

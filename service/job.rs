@@ -123,6 +123,13 @@ impl Jobs {
         Ok(())
     }
 
+    /// Asks all jobs of an operation to stop.
+    pub(crate) fn cancel_all(&self, operation: &str) {
+        let table = lock(&self.table);
+        let all = table.entries.values().filter(|entry| entry.facts.operation == operation);
+        all.for_each(|entry| entry.cancel.cancel());
+    }
+
     /// Waits until no job is under way.
     pub async fn idle(&self) {
         let mut unfinished = self.unfinished.subscribe();

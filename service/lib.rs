@@ -34,8 +34,9 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, InterfaceAddresses, ManagedSaveOptions, Plan,
-    Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, ExecOptions, Force, InterfaceAddresses,
+    ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck,
+    UndefineOptions,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
@@ -205,8 +206,9 @@ impl Service {
         }
     }
 
-    /// Lets jobs under way end, for a while, and thaws what clients have had frozen. Guests go on.
+    /// Lets jobs under way end, for a while (not those that wait for guests' programs), and thaws what clients have had frozen. Guests go on.
     pub async fn close(&self) {
+        self.shared.jobs.cancel_all(verb::GUEST_EXEC.word);
         let mut thawing = JoinSet::new();
         for domain in self.domains.all() {
             thawing.spawn(async move { domain.thaws_at_the_end().await });

@@ -139,6 +139,7 @@ verbs! {
         FREEZE = "FreezeFilesystems", Some(Agent), Running, "freeze file systems of";
         THAW = "ThawFilesystems", Some(Agent), Running, "thaw file systems of";
         TRIM = "TrimFilesystems", Some(Agent), Running, "trim file systems of";
+        GUEST_EXEC = "GuestExec", Some(Agent), Running, "guest-exec";
         SUSPEND_GUEST = "SuspendGuest", Some(Suspend), Running, "put to sleep the guest of";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";

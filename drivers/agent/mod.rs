@@ -32,6 +32,8 @@ const TRIM: Duration = Duration::from_secs(300);
 const SOON: Duration = Duration::from_secs(2);
 /// How long it is waited until file systems are tried to be thawed again: at first, and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
+/// How often it is looked whether a program has ended: at first, and at last.
+const LOOKS: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
 /// How long the failure of what answers only when it fails is waited for.
 const FAILURE: Duration = Duration::from_secs(5);
 
@@ -212,6 +214,35 @@ impl<L: Line> GuestAgent for Agent<L> {
     async fn trim(&self, minimum: u64) -> Result<u32, DriverError> {
         let arguments = json!({ "minimum": i64::try_from(minimum).unwrap_or(i64::MAX) });
         Ok(told::trimmed(&self.ask("guest-fstrim", arguments, TRIM).await?))
+    }
+
+    async fn exec(&self, argv: &[String], env: &[String]) -> Result<u64, DriverError> {
+        let Some((program, rest)) = argv.split_first() else {
+            return Err(DriverError::Argument("there is no program to be run".to_owned()));
+        };
+        let mut arguments = json!({ "path": program, "arg": rest });
+        if !env.is_empty() {
+            arguments["env"] = json!(env);
+        }
+        let begun = self.ask("guest-exec", arguments, USUAL).await?;
+        let unknown = || DriverError::AgentUnavailable("the guest agent does not say what it has begun".to_owned());
+        begun["pid"].as_u64().ok_or_else(unknown)
+    }
+
+    async fn exit_status(&self, process: u64) -> Result<i32, DriverError> {
+        let mut pause = LOOKS.0;
+        loop {
+            match self.ask("guest-exec-status", json!({ "pid": process }), USUAL).await {
+                Ok(told) if told["exited"] == true => return Ok(told::exit_status(&told)),
+                Ok(_) | Err(DriverError::TimedOut(_)) => {}
+                // While file systems are frozen an agent says nothing of it.
+                Err(DriverError::AgentFailed { .. }) if self.0.is_frozen() => {}
+                Err(error) => return Err(error),
+            }
+            // An agent tells of no end by itself.
+            sleep(pause).await;
+            pause = (pause * 2).min(LOOKS.1);
+        }
     }
 
     async fn sleep(&self, how: Sleep) -> Result<(), DriverError> {

@@ -49,11 +49,19 @@ async fn guest(program: &str) -> (QemuInstance, Peer, EventStream, i32) {
     guest_with(program, Vec::new()).await
 }
 
+/// What such a guest has: a port for an agent, of which nobody listens.
+fn machine() -> DomainDef {
+    let channel = "<channel type='unix'><source mode='bind' path='/nowhere/agent.sock'/>\
+                   <target type='virtio' name='org.qemu.guest_agent.0'/><alias name='channel0'/></channel>";
+    let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{channel}</devices></domain>");
+    DomainDef::parse(&text).unwrap()
+}
+
 /// A guest on such a process, with companions.
 async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Peer, EventStream, i32) {
     let (identity, process) = process(program);
     let (sink, reports) = reports();
-    let reporter = Reporter::new(Guest::found(Condition::Running), sink, None);
+    let reporter = Reporter::new(Guest::found(Condition::Running), sink, agent::device(&machine()));
     let (ours, theirs) = UnixStream::pair().unwrap();
     let mut peer = BufReader::new(theirs);
     peer.get_mut().write_all(b"{\"QMP\": {}}\n").await.unwrap();
@@ -89,7 +97,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         requested: AtomicBool::new(false),
         gone: watch::Sender::new(false),
         turn: tokio::sync::Mutex::default(),
-        agent: Port::default(),
+        agent: Port::of(&machine()),
         drawing: tokio::sync::Mutex::default(),
         pressing: tokio::sync::Mutex::default(),
         settling: Mutex::default(),
@@ -207,6 +215,42 @@ async fn a_reboot_that_qemu_refuses_is_told_as_a_power_off() {
     asked.unwrap();
     assert!(matches!(reports.recv().await, Some(DriverEvent::PoweredOff { rebooting: false, .. })));
     instance.destroy(true).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_guest_whose_agent_does_not_answer_is_asked_by_its_power_button() {
+    let (instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let port = |id: &str, open: bool| {
+        json!({ "event": "VSERPORT_CHANGE", "data": { "id": id, "open": open } }).to_string() + "\n"
+    };
+    let unavailable = |asked: Result<(), DriverError>| matches!(asked, Err(DriverError::AgentUnavailable(_)));
+    assert!(!instance.agent_connected() && unavailable(instance.shutdown(ShutdownMode::Agent).await));
+    // Another port is none of the agent's; what is so already is no news.
+    let events = [port("channel1", true), port("channel0", true), port("channel0", true), port("channel0", false)];
+    peer.get_mut().write_all(events[..3].concat().as_bytes()).await.unwrap();
+    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    assert!(instance.agent_connected() && unavailable(instance.shutdown(ShutdownMode::Agent).await));
+    let pressed = async {
+        let mut line = String::new();
+        peer.read_line(&mut line).await.unwrap();
+        let asked: Value = serde_json::from_str(&line).unwrap();
+        assert_eq!(asked["execute"], "system_powerdown");
+        let reply = json!({ "return": {}, "id": asked["id"] });
+        peer.get_mut().write_all(format!("{reply}\n{}", events[3]).as_bytes()).await.unwrap();
+    };
+    let (asked, ()) = tokio::join!(instance.shutdown(ShutdownMode::Default), pressed);
+    asked.unwrap();
+    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    assert!(!instance.agent_connected());
+    // While QEMU is looked for anew nobody knows, until it is asked; what it tells by itself is newer than that.
+    let reporter = instance.body.reporter.clone();
+    reporter.hold();
+    assert_eq!(reporter.agent_is_connected(), None);
+    peer.get_mut().write_all(port("channel0", true).as_bytes()).await.unwrap();
+    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    reporter.agent_found(false);
+    assert!(instance.agent_connected());
+    instance.destroy(false).await.unwrap();
 }
 
 #[tokio::test]

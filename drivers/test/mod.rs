@@ -52,6 +52,13 @@ struct Inner {
     workers: Workers,
 }
 
+/// The guest, as this driver's.
+fn our_machine(guest: &dyn Instance) -> Result<Arc<Machine>, DriverError> {
+    let any: &dyn Any = guest;
+    let ours = any.downcast_ref::<TestInstance>();
+    Ok(ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.0.clone())
+}
+
 /// What a test wants of the next start of a domain.
 enum Plan {
     /// It waits to be cancelled, or let go.
@@ -215,10 +222,7 @@ impl Driver for TestDriver {
         asked: StatQuestion,
     ) -> Result<GroupStats, DriverError> {
         let Some(guest) = guest else { return Ok(stats::at_rest(def)) };
-        let any: &dyn Any = guest;
-        let ours = any.downcast_ref::<TestInstance>();
-        let ours = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?;
-        stats::of_guest(&ours.0, def, asked.group).await
+        stats::of_guest(&*our_machine(guest)?, def, asked.group).await
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {

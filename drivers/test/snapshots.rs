@@ -1,6 +1,9 @@
 //! Snapshots of guests in memory: names that images would hold, and nothing in them.
 
-use super::{TestDriver, lock};
+use super::guest;
+use super::{TestDriver, lock, our_machine};
+use crate::agent::talk::HELLO;
+use crate::agent::{self, Line, Terms};
 use async_trait::async_trait;
 use serde_json::json;
 use std::path::{Path, PathBuf};
@@ -11,11 +14,18 @@ use virt_model::driver::snapshots::{
     MemoryMode, Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, Unfinished,
 };
 
+/// The way to the agent of its guest.
+fn line(machine: &Machine) -> Result<Arc<guest::Machine>, DriverError> {
+    machine.guest.as_deref().map_or(Err(DriverError::Gone), our_machine)
+}
+
 #[async_trait]
 impl Snapshots for TestDriver {
     async fn check_create(&self, machine: &Machine, request: &SnapshotRequest) -> Result<CreatePlan, DriverError> {
         if request.quiesce {
-            return Err(DriverError::AgentUnavailable("guests of the test driver have no agent".to_owned()));
+            let line = line(machine)?;
+            agent::refuse_if_frozen(&line)?;
+            line.talk(Terms::within(HELLO)).await?;
         }
         if lock(&self.0.images).get(&machine.def.uuid).is_some_and(|names| names.contains(&request.name)) {
             let text = format!("the images hold a snapshot '{}' already", request.name);
@@ -40,6 +50,9 @@ impl Snapshots for TestDriver {
         journal: Arc<dyn Journal>,
     ) -> Result<CreatedSnapshot, DriverError> {
         journal.note(json!({ "create": request.name })).await?;
+        if request.quiesce {
+            agent::freeze(&line(machine)?).await?;
+        }
         let pauses = machine.running && request.memory != MemoryMode::No;
         if let Some(guest) = machine.guest.as_ref().filter(|_| pauses) {
             guest.suspend().await?;
@@ -51,6 +64,9 @@ impl Snapshots for TestDriver {
         }
         if let Some(guest) = machine.guest.as_ref().filter(|_| pauses && (cancelled || !request.stay_paused)) {
             guest.resume().await?;
+        }
+        if request.quiesce {
+            agent::thaw(&line(machine)?).await?;
         }
         if cancelled {
             return Err(DriverError::Cancelled);

@@ -1,10 +1,11 @@
 //! What the agent in a guest is asked, of `org.virt.Domain`.
 
+use super::job::{finish, no_wait};
 use crate::bus::call::{self, Call, Options, Outcome};
 use std::collections::HashMap;
 use std::sync::Arc;
 use virt_model::driver::agent::{GuestFact, GuestFacts};
-use virt_service::Domain;
+use virt_service::{Domain, ExecOptions};
 use zbus::Variant;
 
 /// `AgentCommand`
@@ -73,6 +74,22 @@ pub async fn trim(domain: Arc<Domain>, call: Call) -> Outcome {
     let minimum = options.long("minimum-bytes")?.unwrap_or(0);
     options.end()?;
     call.reply(&domain.trim(call.caller(), minimum).await?)
+}
+
+/// `GuestExec`
+pub async fn exec(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (argv, mut options): (Vec<String>, Options) = call.read()?;
+    let wanted = ExecOptions {
+        argv,
+        env: options.texts("env")?,
+        timeout_usec: options.long("timeout-usec")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let (ticket, status) = domain.guest_exec(call.caller(), wanted).await?;
+    let job = finish(ticket, no_wait).await?;
+    let status = if no_wait { None } else { status.get().copied() };
+    call.reply(&(status.unwrap_or(-1), job))
 }
 
 /// `SuspendGuest`

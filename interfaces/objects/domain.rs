@@ -86,6 +86,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::FREEZE, agent::freeze)
         .method(&verb::THAW, agent::thaw)
         .method(&verb::TRIM, agent::trim)
+        .method(&verb::GUEST_EXEC, agent::exec)
         .method(&verb::SUSPEND_GUEST, agent::suspend_guest)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)

@@ -7,14 +7,16 @@
 //! ```
 
 use super::Domain;
+use super::change::cancel_when_gone;
 use super::found::departed;
 use super::state::Guest;
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::job::Ticket;
 use crate::lock::lock;
 use crate::verb::{self, Verb};
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -27,6 +29,9 @@ const LONGEST_COMMAND: usize = 1 << 20;
 const USUAL: Duration = Duration::from_secs(20);
 /// How long it may take at most.
 const LONGEST_WAIT: Duration = Duration::from_secs(600);
+/// So many words a program is run with at most, its environment among it, and so many bytes.
+const MOST_WORDS: usize = 1024;
+const LONGEST_COMMAND_LINE: usize = 128 << 10;
 /// So many mount points are named at most.
 const MOST_MOUNTPOINTS: usize = 64;
 /// The longest mount point, user's name or password, in bytes.
@@ -147,6 +152,48 @@ impl Domain {
         self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.trim(minimum).await) }).await
     }
 
+    /// Runs a program in the guest. A job, which ends with the program; it is not ended with the job, as agents have no way to do so.
+    /// The ticket comes with its exit status, which is there when the job has succeeded.
+    pub async fn guest_exec(
+        self: &Arc<Self>,
+        caller: &Caller,
+        options: ExecOptions,
+    ) -> Result<(Ticket, Arc<OnceLock<i32>>)> {
+        let verb = &verb::GUEST_EXEC;
+        self.accepted(caller, verb, async {
+            self.allow(caller, verb.action).await?;
+            self.applies(verb)?;
+            options.check()?;
+            let agent = self.agent(verb)?;
+            let cancel = CancellationToken::new();
+            let (job, ticket) = self.shared.jobs.open(caller, self.uuid, verb.word, cancel.clone())?;
+            if options.cancel_on_disconnect {
+                cancel_when_gone(caller, &cancel);
+            }
+            let status = Arc::new(OnceLock::new());
+            let (domain, caller, ended) = (self.clone(), caller.clone(), status.clone());
+            tokio::spawn(async move {
+                let begun = Instant::now();
+                job.running();
+                let run = async {
+                    let process = agent.exec(&options.argv, &options.env).await?;
+                    agent.exit_status(process).await
+                };
+                let cancelled = job.cancel_token().clone();
+                let result = match cancelled.run_until_cancelled(within(options.timeout_usec, run)).await {
+                    Some(status) => domain.told(verb, status).map(|status| _ = ended.set(status)),
+                    None => {
+                        Err(Error::Cancelled("nobody waits for the guest's program any more; it goes on".to_owned()))
+                    }
+                };
+                domain.log(&caller, verb, begun, result.as_ref().err());
+                job.finish(result);
+            });
+            Ok((ticket, status))
+        })
+        .await
+    }
+
     /// Asks the guest to sleep. Returns when it has been asked. Error: `InvalidArgument` for another target.
     pub async fn suspend_guest(&self, caller: &Caller, target: &str) -> Result<()> {
         let verb = &verb::SUSPEND_GUEST;
@@ -257,6 +304,50 @@ fn with_targets(live: &DomainDef, cards: Vec<CardAddresses>) -> InterfaceAddress
     each.collect()
 }
 
+/// What is to be run in a guest, and how.
+#[derive(Clone, Debug, Default)]
+pub struct ExecOptions {
+    /// The program and its arguments.
+    pub argv: Vec<String>,
+    /// Its environment, each as `NAME=value`; none: that of the agent.
+    pub env: Vec<String>,
+    /// How long it is waited for; not given: as long as it takes.
+    pub timeout_usec: Option<u64>,
+    /// It is not waited for any more when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+impl ExecOptions {
+    fn check(&self) -> Result<()> {
+        let refuse = |why: String| Err(Error::InvalidArgument(why));
+        if self.argv.first().is_none_or(String::is_empty) {
+            return refuse("there is no program to be run".to_owned());
+        }
+        if let Some(word) = self.env.iter().find(|word| word.find('=').is_none_or(|at| at == 0)) {
+            return refuse(format!("env has a NAME=value each, not '{}'", shorten(word)));
+        }
+        let words = || self.argv.iter().chain(&self.env);
+        if words().count() > MOST_WORDS || words().map(String::len).sum::<usize>() > LONGEST_COMMAND_LINE {
+            let most = format!("{MOST_WORDS} words and {LONGEST_COMMAND_LINE} bytes");
+            return refuse(format!("a program is run with at most {most}, its environment among it"));
+        }
+        if self.timeout_usec == Some(0) {
+            return refuse("timeout-usec is at least 1".to_owned());
+        }
+        Ok(())
+    }
+}
+
+/// Waits for a program, for so long at most.
+async fn within<T>(
+    usec: Option<u64>,
+    run: impl Future<Output = std::result::Result<T, DriverError>>,
+) -> std::result::Result<T, DriverError> {
+    let Some(usec) = usec else { return run.await };
+    let late = |_| Err(DriverError::TimedOut("the program has not ended in time, and goes on".to_owned()));
+    tokio::time::timeout(Duration::from_micros(usec), run).await.unwrap_or_else(late)
+}
+
 /// How long an agent may take.
 fn patience(usec: Option<u64>) -> Result<Duration> {
     let within = usec.map_or(USUAL, Duration::from_micros);
@@ -297,6 +388,28 @@ mod tests {
         assert_eq!(why, format!("there is no group 'colour'; there are {known}"));
         assert_eq!((patience(None).unwrap(), patience(Some(7)).unwrap()), (USUAL, Duration::from_micros(7)));
         assert!(patience(Some(0)).is_err() && patience(Some(600_000_001)).is_err());
+    }
+
+    #[test]
+    fn a_program_is_run_with_what_it_can_be() {
+        let options = |argv: &[&str], env: &[&str]| {
+            let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
+            ExecOptions { argv: words(argv), env: words(env), ..ExecOptions::default() }
+        };
+        options(&["/bin/true", ""], &["A=", "B=c=d"]).check().expect("it can");
+        let long = "x".repeat(LONGEST_COMMAND_LINE);
+        for (options, word) in [
+            (options(&[], &[]), "no program"),
+            (options(&[""], &[]), "no program"),
+            (options(&["a"], &["=b"]), "'=b'"),
+            (options(&["a"], &["b"]), "'b'"),
+            (options(&["a", &long], &[]), "131072"),
+            (options(&["a"; MOST_WORDS + 1], &[]), "1024"),
+            (ExecOptions { timeout_usec: Some(0), ..options(&["a"], &[]) }, "timeout-usec"),
+        ] {
+            let why = options.check().expect_err(word).to_string();
+            assert!(why.contains(word), "{why}");
+        }
     }
 
     #[test]

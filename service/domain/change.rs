@@ -255,7 +255,7 @@ impl OpenJob {
 }
 
 /// Fires `cancel` when the caller leaves; ends with the job.
-fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
+pub(super) fn cancel_when_gone(caller: &Caller, cancel: &CancellationToken) {
     let (departed, cancel) = (caller.departed.clone(), cancel.clone());
     tokio::spawn(async move {
         if cancel.run_until_cancelled(departed.cancelled()).await.is_some() {

@@ -22,7 +22,7 @@ mod state;
 mod stats;
 mod undefine;
 
-pub use agent::InterfaceAddresses;
+pub use agent::{ExecOptions, InterfaceAddresses};
 pub use config::Affect;
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;

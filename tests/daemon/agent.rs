@@ -173,6 +173,69 @@ async fn a_freeze_ends_with_its_caller() {
     assert_eq!(freeze(&domain, &[]).await, Ok(2));
 }
 
+#[tokio::test]
+async fn a_snapshot_is_taken_of_file_systems_that_nobody_else_has_frozen() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let disk = "<devices><disk type='file'><source file='/images/web.qcow2'/><target dev='vda'/></disk>";
+    let domain = running(&client, &MACHINE.replace("<devices>", disk)).await;
+    let take = async |name: &str| {
+        let quiesce = options([("disk-only", Variant::from(true)), ("quiesce", Variant::from(true))]);
+        let document = format!("<domainsnapshot><name>{name}</name></domainsnapshot>");
+        domain.call("CreateSnapshot", &(document.as_str(), quiesce)).await
+    };
+    take("one").await.expect("taken");
+    assert_eq!(freeze(&domain, &[]).await, Ok(2), "it was thawed");
+    refused(take("two").await, "OperationInvalid", "thaw them first");
+    assert_eq!(thaw(&domain).await, Ok(2), "that has thawed nothing");
+    take("two").await.expect("taken");
+}
+
+#[tokio::test]
+async fn a_program_in_the_guest_is_a_job() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = running(&client, MACHINE).await;
+    let exec = async |argv: &[&str], wanted: &[(&str, Variant<'_>)]| {
+        let wanted = options(wanted.iter().map(|(key, value)| (*key, value.try_clone().expect("no descriptor"))));
+        told::<(i32, zbus::OwnedObjectPath), _>(&domain, "GuestExec", &(argv, wanted)).await
+    };
+    let state = async |job: &str| client.property::<String>(job, "org.virt.Job", "State").await;
+    let env = ("env", Variant::from(vec!["A=b".to_owned()]));
+    let (status, job) = exec(&["/bin/false", "x"], &[env]).await.expect("run");
+    assert_eq!((status, state(job.as_str()).await.as_str()), (1, "succeeded"));
+    assert_eq!(client.property::<String>(job.as_str(), "org.virt.Job", "Operation").await, "guest-exec");
+    refused(exec(&["/bin/fly"], &[]).await, "AgentFailed", "no such program");
+    refused(exec(&[], &[]).await, "InvalidArgument", "no program");
+    refused(exec(&["/bin/true"], &[("env", Variant::from(vec!["A".to_owned()]))]).await, "InvalidArgument", "'A'");
+    refused(exec(&["/bin/true"], &[("stdout", Variant::from(1u32))]).await, "InvalidArgument", "'stdout'");
+    refused(exec(&["/bin/sleep"], &[("timeout-usec", Variant::from(1000u64))]).await, "TimedOut", "goes on");
+
+    // What others read of a job is no word of the guest's.
+    let jobs = client.call("/org/virt", "org.virt.Manager.GetJobs", &()).await.expect("told");
+    let jobs: Vec<zbus::OwnedObjectPath> = jobs.body().deserialize().expect("ao");
+    for job in &jobs {
+        let text = client.property::<String>(job.as_str(), "org.virt.Job", "ErrorMessage").await;
+        assert!(!text.contains("no such program"), "{text}");
+    }
+
+    let (status, job) = exec(&["/bin/sleep"], &[("no-wait", Variant::from(true))]).await.expect("accepted");
+    assert_eq!(status, -1);
+    // It keeps nobody from the machine.
+    domain.bare("Suspend").await.expect("suspended");
+    domain.bare("Resume").await.expect("resumed");
+    assert_eq!(command(&domain, "{\"execute\":\"guest-ping\"}").await.expect("told"), "{\"return\":{}}");
+    let mut watch = client.watch().await;
+    client.call(job.as_str(), "org.virt.Job.Cancel", &()).await.expect("cancelled");
+    loop {
+        let message = watch.next().await;
+        if message.header().member().is_some_and(|member| member == "Finished") {
+            break;
+        }
+    }
+    assert_eq!(state(job.as_str()).await, "cancelled");
+}
+
 /// Each member, called in a way that would do.
 async fn each(domain: &Domain) -> Vec<(&'static str, Result<Message, Refusal>)> {
     let none = || options([]);
@@ -182,6 +245,7 @@ async fn each(domain: &Domain) -> Vec<(&'static str, Result<Message, Refusal>)> 
         ("GetTime", domain.bare("GetTime").await),
         ("SuspendGuest", domain.call("SuspendGuest", &("nowhere", none())).await),
         ("AgentCommand", domain.call("AgentCommand", &("{\"execute\":\"guest-ping\"}", none())).await),
+        ("GuestExec", domain.call("GuestExec", &(&["true"][..], none())).await),
         ("SetTime", domain.call("SetTime", &(1u64, none())).await),
         ("SetUserPassword", domain.call("SetUserPassword", &("test", "secret", none())).await),
         ("FreezeFilesystems", domain.call("FreezeFilesystems", &(&["/none"][..], none())).await),

@@ -1,7 +1,7 @@
 //! A Linux guest with UEFI variables, a TPM and an agent: a snapshot holds all of it, and a revert brings all of it back
 //! together. The guest itself says what it finds: the variable that it wrote last, and what its PCR has become.
 
-use crate::common::client::{Client, Domain, options};
+use crate::common::client::{Client, Domain, Refusal, options};
 use crate::common::guest::lin_files;
 use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, have, skip};
@@ -13,6 +13,8 @@ use zbus::{OwnedVariant, Variant};
 
 /// It boots slowly without KVM.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+const DAY_USEC: u64 = 24 * 3600 * 1_000_000;
 
 struct Lin {
     serial: PathBuf,
@@ -105,12 +107,12 @@ async fn agent_answers(domain: &Domain) {
     let info = domain.call("GetGuestInfo", &(groups, options([]))).await.expect("told");
     let info: HashMap<String, OwnedVariant> = info.body().deserialize().expect("a{sv}");
     let os = HashMap::<String, OwnedVariant>::try_from(info["os"].try_clone().expect("no descriptor")).expect("a{sv}");
-    assert_eq!(os["machine"].downcast_ref::<&str>().expect("s"), "x86_64");
-    assert!(!info["hostname"].downcast_ref::<&str>().expect("s").is_empty());
+    let text = |value: &OwnedVariant| value.downcast_ref::<&str>().expect("s").to_owned();
+    assert_eq!([text(&os["machine"]), text(&os["id"]), text(&info["hostname"])], ["x86_64", "lin", "lin"]);
     let all: &[&str] = &[];
     let all = domain.call("GetGuestInfo", &(all, options([]))).await.expect("told");
     let all: HashMap<String, OwnedVariant> = all.body().deserialize().expect("a{sv}");
-    assert!(all.contains_key("os") && all.contains_key("interfaces"), "{all:?}");
+    assert!(all.contains_key("os") && all.contains_key("interfaces") && all.contains_key("file-systems"), "{all:?}");
 
     let ping = domain.call("AgentCommand", &("{\"execute\": \"guest-ping\"}", options([]))).await.expect("answered");
     assert_eq!(ping.body().deserialize::<&str>().expect("s"), "{\"return\": {}}");
@@ -118,19 +120,29 @@ async fn agent_answers(domain: &Domain) {
         domain.call("AgentCommand", &("{\"execute\": \"guest-fly\"}", options([]))).await.expect_err("no such command");
     assert!(name.ends_with("AgentFailed") && why.contains("CommandNotFound"), "{name}: {why}");
 
-    let time = domain.bare("GetTime").await.expect("told").body().deserialize::<u64>().expect("t");
     let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).expect("after it").as_micros() as u64;
-    assert!(time.abs_diff(now) < 24 * 3600 * 1_000_000, "{time}");
-    // It has no program for its agent that would set the clock.
-    let (name, why) = domain.call("SetTime", &(time, options([]))).await.expect_err("it cannot");
-    assert!(name.ends_with("AgentFailed"), "{name}: {why}");
-    // What it has mounted cannot be frozen; a freeze of nothing is none.
-    let none: &[&str] = &[];
-    for _ in 0..2 {
-        let frozen = domain.call("FreezeFilesystems", &(none, options([]))).await.expect("frozen");
-        assert_eq!(frozen.body().deserialize::<u32>().expect("u"), 0);
+    for wanted in [now + 400 * DAY_USEC, now] {
+        domain.call("SetTime", &(wanted, options([]))).await.expect("set");
+        let time = domain.bare("GetTime").await.expect("told").body().deserialize::<u64>().expect("t");
+        assert!(time.abs_diff(wanted) < DAY_USEC, "{time} is not {wanted}");
     }
-    domain.run("ThawFilesystems").await.expect("thawed");
+    for (argv, status) in [(&["/bin/busybox", "true"][..], 0), (&["/bin/busybox", "sh", "-c", "exit $A"][..], 7)] {
+        let env = options([("env", Variant::from(vec!["A=7".to_owned()]))]);
+        let ended = domain.call("GuestExec", &(argv, env)).await.expect("run");
+        assert_eq!(ended.body().deserialize::<(i32, zbus::ObjectPath<'_>)>().expect("io").0, status);
+    }
+    // A freeze of nothing is none.
+    assert_eq!(freeze(domain, &["/none"]).await, Ok(0));
+    assert_eq!(freeze(domain, &[]).await, Ok(1));
+    let (name, why) = freeze(domain, &[]).await.expect_err("it is frozen");
+    assert!(name.ends_with("OperationInvalid") && why.contains("thaw them first"), "{name}: {why}");
+    let thawed = domain.run("ThawFilesystems").await.expect("thawed");
+    assert_eq!(thawed.body().deserialize::<u32>().expect("u"), 1);
+}
+
+async fn freeze(domain: &Domain, places: &[&str]) -> Result<u32, Refusal> {
+    let frozen = domain.call("FreezeFilesystems", &(places, options([]))).await?;
+    Ok(frozen.body().deserialize().expect("u"))
 }
 
 #[tokio::test]
@@ -185,10 +197,23 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
 
     // Its agent is there as it was, for the next virtd, too; and ends it.
     agent_answers(&player.domain).await;
+    assert_eq!(freeze(&player.domain, &[]).await, Ok(1));
     daemon.kill_virtd().await;
     daemon.start_virtd().await;
     player.domain.is_looked_after().await;
     assert!(player.domain.property::<bool>("AgentConnected").await, "it is known at once");
+    // What was frozen for somebody who is not there any more, virtd thaws, and then it can be frozen again.
+    let thawed = async {
+        loop {
+            match freeze(&player.domain, &[]).await {
+                Ok(count) => return count,
+                Err((name, why)) => assert!(name.ends_with("OperationInvalid"), "{name}: {why}"),
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    assert_eq!(tokio::time::timeout(PATIENCE, thawed).await, Ok(1));
+    player.domain.run("ThawFilesystems").await.expect("thawed");
     agent_answers(&player.domain).await;
     let mut watch = client.watch().await;
     player.domain.call("Shutdown", &(options([("mode", Variant::from("agent"))]),)).await.expect("asked");

@@ -141,6 +141,12 @@ pub trait GuestAgent: Send + Sync {
     /// Gives back what file systems do not use, in pieces of that many bytes at least; says of how many.
     async fn trim(&self, minimum: u64) -> Result<u32, DriverError>;
 
+    /// Runs a program in the guest, with this environment if one is given; its number. Returns when it runs.
+    async fn exec(&self, argv: &[String], env: &[String]) -> Result<u64, DriverError>;
+
+    /// Waits for the end of such a program, and says how it ended: its exit status, or 128 and the number of the signal.
+    async fn exit_status(&self, process: u64) -> Result<i32, DriverError>;
+
     /// Puts the guest to sleep. Returns when it has been asked.
     async fn sleep(&self, how: Sleep) -> Result<(), DriverError>;
 }
