@@ -6,6 +6,8 @@ pub mod talk;
 mod told;
 
 #[cfg(test)]
+mod freeze_tests;
+#[cfg(test)]
 mod talk_tests;
 
 pub use talk::{Talk, Terms, Turns};
@@ -28,7 +30,7 @@ const USUAL: Duration = Duration::from_secs(20);
 pub const FREEZE: Duration = Duration::from_secs(60);
 /// How long it may take to trim.
 const TRIM: Duration = Duration::from_secs(300);
-/// How long an agent may take to be heard of, where there is another way.
+/// How long an agent may take to be heard of, where there is another way, or it is asked again.
 const SOON: Duration = Duration::from_secs(2);
 /// How long it is waited until file systems are tried to be thawed again: at first, and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(60));
@@ -61,8 +63,8 @@ pub trait Line: Send + Sync {
     /// Begins to talk.
     async fn talk(&self, terms: Terms) -> Result<Talk, DriverError>;
 
-    /// Returns when the agent opens or closes its port, or the guest's end is near.
-    async fn hangs_up(&self);
+    /// Returns when the agent may have been cut off, so that nothing more is to be heard of it: its guest sleeps, is reset, or ends.
+    async fn is_cut_off(&self);
 
     /// Whether a client has had file systems frozen.
     fn is_frozen(&self) -> bool;
@@ -90,10 +92,15 @@ pub async fn change_power(line: &impl Line, what: PowerChange, soon: bool) -> Re
         PowerChange::Reboot => "reboot",
     };
     let terms = Terms::within(USUAL);
-    let talk = line.talk(if soon { terms.soon(SOON) } else { terms }).await?;
+    tell(line, if soon { terms.soon(SOON) } else { terms }, "guest-shutdown", json!({ "mode": mode })).await
+}
+
+/// Tells an agent to do what it answers only if it fails, and waits until that is known.
+async fn tell(line: &impl Line, terms: Terms, command: &str, arguments: Value) -> Result<(), DriverError> {
+    let talk = line.talk(terms).await?;
     tokio::select! {
-        done = talk.tell("guest-shutdown", json!({ "mode": mode }), FAILURE) => done,
-        () = line.hangs_up() => Ok(()),
+        done = talk.tell(command, arguments, FAILURE) => done,
+        () = line.is_cut_off() => Ok(()),
     }
 }
 
@@ -110,7 +117,7 @@ pub async fn thaw(line: &impl Line) -> Result<u32, DriverError> {
 }
 
 /// Refuses to freeze what is frozen.
-pub fn refuse_if_frozen(line: &impl Line) -> Result<(), DriverError> {
+fn refuse_if_frozen(line: &impl Line) -> Result<(), DriverError> {
     match line.is_frozen() {
         true => Err(DriverError::Refused("its file systems are frozen already: thaw them first".to_owned())),
         false => Ok(()),
@@ -118,6 +125,12 @@ pub fn refuse_if_frozen(line: &impl Line) -> Result<(), DriverError> {
 }
 
 impl<L: Line> Agent<L> {
+    /// Who else wants to talk waits longer than this does.
+    async fn status_of(&self, process: u64) -> Result<Value, DriverError> {
+        let mut talk = self.0.talk(Terms::within(SOON).soon(SOON)).await?;
+        talk.ask("guest-exec-status", json!({ "pid": process })).await
+    }
+
     async fn ask(&self, command: &str, arguments: Value, within: Duration) -> Result<Value, DriverError> {
         self.0.talk(Terms::within(within)).await?.ask(command, arguments).await
     }
@@ -232,9 +245,10 @@ impl<L: Line> GuestAgent for Agent<L> {
     async fn exit_status(&self, process: u64) -> Result<i32, DriverError> {
         let mut pause = LOOKS.0;
         loop {
-            match self.ask("guest-exec-status", json!({ "pid": process }), USUAL).await {
+            match self.status_of(process).await {
                 Ok(told) if told["exited"] == true => return Ok(told::exit_status(&told)),
-                Ok(_) | Err(DriverError::TimedOut(_)) => {}
+                // A guest that stands answers when it goes on.
+                Ok(_) | Err(DriverError::TimedOut(_) | DriverError::AgentUnavailable(_)) => {}
                 // While file systems are frozen an agent says nothing of it.
                 Err(DriverError::AgentFailed { .. }) if self.0.is_frozen() => {}
                 Err(error) => return Err(error),
@@ -251,6 +265,6 @@ impl<L: Line> GuestAgent for Agent<L> {
             Sleep::Disk => "guest-suspend-disk",
             Sleep::Hybrid => "guest-suspend-hybrid",
         };
-        self.0.talk(Terms::within(USUAL)).await?.tell(command, json!({}), FAILURE).await
+        tell(&self.0, Terms::within(USUAL), command, json!({})).await
     }
 }

@@ -66,9 +66,9 @@ impl Line for Arc<Body> {
         Talk::begin(&self.agent.turns, reach, terms).await
     }
 
-    async fn hangs_up(&self) {
-        let before = self.reporter.heard().ports;
-        self.reporter.until(|heard| heard.closed || heard.ports > before).await;
+    async fn is_cut_off(&self) {
+        let before = self.reporter.heard().cuts;
+        self.reporter.until(|heard| heard.closed || heard.cuts > before).await;
     }
 
     fn is_frozen(&self) -> bool {

@@ -50,8 +50,8 @@ pub struct Heard {
     pub resumes: u64,
     /// Jobs and migrations that became something else, and are not just passing through it.
     pub jobs: u64,
-    /// Times that the agent's port was opened or closed.
-    pub ports: u64,
+    /// Times that the agent may have been cut off: its port was opened or closed, or the guest was reset, slept or powered off.
+    pub cuts: u64,
     /// Trays that have opened or closed.
     pub trays: u64,
     /// The monitor has been lost.
@@ -164,12 +164,13 @@ impl Reporter {
             None => self.take(&mut inner, event),
         }
         drop(inner);
+        let cut = port || matches!(event.name.as_str(), "RESET" | "SHUTDOWN" | "SUSPEND" | "SUSPEND_DISK");
+        self.heard.send_modify(|heard| heard.cuts += u64::from(cut));
         self.heard.send_modify(|heard| match event.name.as_str() {
             "RESET" => heard.resets += 1,
             "RESUME" | "WAKEUP" => heard.resumes += 1,
             "JOB_STATUS_CHANGE" if passing(event) => {}
             "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
-            _ if port => heard.ports += 1,
             "DEVICE_TRAY_MOVED" => heard.trays += 1,
             _ => {}
         });

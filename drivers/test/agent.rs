@@ -2,6 +2,7 @@
 //! where the definition has a channel for it, as long as the guest runs.
 
 use super::guest::{Asked, Machine};
+use crate::agent::talk::HELLO;
 use crate::agent::{Line, Talk, Terms, no_channel, not_connected};
 use async_trait::async_trait;
 use serde_json::{Value, json};
@@ -46,8 +47,8 @@ impl Line for Arc<Machine> {
         Talk::begin(self.turns(), reach, terms).await
     }
 
-    async fn hangs_up(&self) {
-        // It does all it is asked before it answers.
+    async fn is_cut_off(&self) {
+        // It hangs up itself.
         std::future::pending().await
     }
 
@@ -71,9 +72,10 @@ async fn serve(machine: Arc<Machine>, stream: UnixStream) {
             Ok(0) | Err(_) => return,
             Ok(_) => {}
         }
-        // A guest that stands still says nothing.
-        if machine.listens().await.is_err() || !machine.runs() {
-            continue;
+        // A guest that sleeps or has powered off hears nothing; one that stands answers when it goes on.
+        let on = tokio::time::timeout(2 * HELLO, machine.goes_on());
+        if machine.listens().await.is_err() || on.await != Ok(true) {
+            return;
         }
         let text = line.strip_prefix(b"\xff").unwrap_or(&line);
         let request: Value = serde_json::from_slice(text).unwrap_or_default();

@@ -51,6 +51,8 @@ struct TestAgent {
 struct State {
     mode: Mode,
     sink: Option<EventSink>,
+    /// Tells of what the sink is told.
+    changes: watch::Sender<()>,
     /// The guest does nothing about its power button.
     deaf: bool,
     /// What it was last asked.
@@ -84,7 +86,14 @@ impl Machine {
     pub fn new(paused: bool, def: &DomainDef, sink: EventSink) -> Self {
         let mode = if paused { Mode::Standing } else { Mode::Running };
         Machine {
-            state: Mutex::new(State { mode, sink: Some(sink), deaf: false, asked: None, resets: 0 }),
+            state: Mutex::new(State {
+                mode,
+                sink: Some(sink),
+                changes: watch::Sender::new(()),
+                deaf: false,
+                asked: None,
+                resets: 0,
+            }),
             listening: watch::Sender::new(true),
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
             begun: Instant::now(),
@@ -202,8 +211,18 @@ impl Machine {
         self.agent.has_port && matches!(lock(&self.state).mode, Mode::Running | Mode::Standing | Mode::Asleep)
     }
 
-    pub fn runs(&self) -> bool {
-        lock(&self.state).mode == Mode::Running
+    /// Waits while its CPUs stand; whether they run then.
+    pub async fn goes_on(&self) -> bool {
+        let mut changes = lock(&self.state).changes.subscribe();
+        loop {
+            let mode = lock(&self.state).mode;
+            if mode != Mode::Standing {
+                return mode == Mode::Running;
+            }
+            if changes.changed().await.is_err() {
+                return false;
+            }
+        }
     }
 
     pub fn turns(&self) -> &Turns {
@@ -284,6 +303,7 @@ impl State {
         if let Some(sink) = &self.sink {
             sink.send(event);
         }
+        self.changes.send_replace(());
     }
 
     fn become_(&mut self, mode: Mode, event: DriverEvent) {

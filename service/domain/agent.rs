@@ -207,9 +207,25 @@ impl Domain {
                     return Err(Error::InvalidArgument(text));
                 }
             };
-            self.told(verb, self.agent(verb)?.sleep(how).await)
+            self.told(verb, self.agent(verb)?.sleep(how).await)?;
+            // One that sleeps already is told to.
+            self.all_told().await;
+            Ok(())
         })
         .await
+    }
+
+    /// Refuses to freeze what is frozen, and to keep the memory of such a guest: nobody would thaw what goes on from that.
+    pub(super) fn is_not_frozen(&self) -> Result<()> {
+        let frozen =
+            self.guest().ok().and_then(|guest| guest.instance.agent().ok()).is_some_and(|agent| agent.is_frozen());
+        match frozen {
+            true => Err(Error::OperationInvalid(format!(
+                "file systems of domain '{}' are frozen: thaw them first (ThawFilesystems)",
+                self.name()
+            ))),
+            false => Ok(()),
+        }
     }
 
     /// Its hypervisor says that its agent has come or gone.

@@ -163,6 +163,7 @@ impl Domain {
     async fn plan_save(&self, target: &Target, then: Resumption) -> Result<Planned> {
         let saves = self.saves()?;
         let machine = self.machine().await?;
+        self.is_not_frozen()?;
         let def = match &target.kept {
             None => machine.def.clone(),
             Some(kept) => {

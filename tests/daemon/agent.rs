@@ -177,7 +177,8 @@ async fn a_freeze_ends_with_its_caller() {
 async fn a_snapshot_is_taken_of_file_systems_that_nobody_else_has_frozen() {
     let Some(daemon) = Daemon::on_session_bus().await else { return };
     let client = Client { connection: daemon.connect().await };
-    let disk = "<devices><disk type='file'><source file='/images/web.qcow2'/><target dev='vda'/></disk>";
+    let disk =
+        "<devices><disk type='file'><driver type='qcow2'/><source file='/images/web.qcow2'/><target dev='vda'/></disk>";
     let domain = running(&client, &MACHINE.replace("<devices>", disk)).await;
     let take = async |name: &str| {
         let quiesce = options([("disk-only", Variant::from(true)), ("quiesce", Variant::from(true))]);
@@ -187,6 +188,8 @@ async fn a_snapshot_is_taken_of_file_systems_that_nobody_else_has_frozen() {
     take("one").await.expect("taken");
     assert_eq!(freeze(&domain, &[]).await, Ok(2), "it was thawed");
     refused(take("two").await, "OperationInvalid", "thaw them first");
+    let memory = domain.call("CreateSnapshot", &("<domainsnapshot/>", options([]))).await;
+    refused(memory, "OperationInvalid", "thaw them first");
     assert_eq!(thaw(&domain).await, Ok(2), "that has thawed nothing");
     take("two").await.expect("taken");
 }

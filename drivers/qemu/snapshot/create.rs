@@ -9,7 +9,7 @@ use super::revert::UNDO;
 use super::survey::Survey;
 use super::{Image, Operation, cannot, pairs, parts};
 use crate::agent::talk::HELLO;
-use crate::agent::{Line, Terms, refuse_if_frozen};
+use crate::agent::{Line, Terms};
 use crate::host::image::InnerSnapshot;
 use crate::qemu::block::{Nodes, unmistakable};
 use serde_json::json;
@@ -128,9 +128,7 @@ impl Operation {
             self.can_send_memory(body, request).await?;
         }
         if request.quiesce {
-            let line = self.agent()?;
-            refuse_if_frozen(line)?;
-            line.talk(Terms::within(HELLO)).await?;
+            self.agent()?.talk(Terms::within(HELLO)).await?;
         }
         Ok(())
     }

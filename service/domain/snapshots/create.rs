@@ -327,6 +327,9 @@ impl Domain {
     async fn think_through(&self, outline: Outline) -> Result<Planned> {
         let Outline { def, request, machine, .. } = outline;
         self.may_write_images(&request.name, &machine, &request).await?;
+        if request.quiesce || request.memory != MemoryMode::No {
+            self.is_not_frozen()?;
+        }
         let checked = self.takes_snapshots()?.check_create(&machine, &request).await;
         let plan = checked.map_err(|e| self.not_taken(&request.name, e))?;
         Ok(Planned { def, request, plan, machine })
