@@ -11,6 +11,7 @@ use super::instance::{Body, CLEARING, Leavings, QemuInstance};
 use super::log::Log;
 use super::peer;
 use super::plan::Loss;
+use super::plug;
 use super::qmp::{Qmp, QmpError};
 use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
@@ -130,6 +131,7 @@ impl Search {
             path: record.monitor.clone(),
             pid: record.process.as_ref().map_or(0, |identity| identity.pid),
             uuid: record.uuid,
+            devices: plug::that_can_go(&self.found.live),
             reporter: reporter.clone(),
         };
         let contact = tokio::select! {
@@ -234,6 +236,8 @@ struct Caller {
     path: PathBuf,
     pid: i32,
     uuid: Uuid,
+    /// Those that it had when last seen, and may have let go of since.
+    devices: Vec<String>,
     reporter: Arc<Reporter>,
 }
 
@@ -250,6 +254,7 @@ impl Caller {
             }
             let status = monitor.execute("query-status", json!({})).await?;
             let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
+            self.reporter.have_gone(plug::missing(&monitor, &self.devices).await?);
             Ok((monitor, condition(status)))
         };
         let late = || DriverError::from(QmpError::TimedOut("hello".into()));

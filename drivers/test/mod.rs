@@ -14,6 +14,7 @@ pub use guest::Asked;
 
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers};
+use crate::qemu::complete::{name_devices, name_new_devices};
 use async_trait::async_trait;
 use guest::{Machine, TestInstance};
 use std::any::Any;
@@ -21,6 +22,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
@@ -186,7 +188,53 @@ impl Driver for TestDriver {
             guests.retain(|_, machine| machine.strong_count() > 0);
         }
         guests.insert(uuid, Arc::downgrade(&machine));
-        Ok(Running { instance: Arc::new(TestInstance(machine)), live: launch.def })
+        let mut live = launch.def;
+        name_devices(Arc::make_mut(&mut live));
+        Ok(Running { instance: Arc::new(TestInstance(machine)), live })
+    }
+
+    async fn change_medium(&self, guest: &dyn Instance, _def: &DomainDef, _target: &str) -> Result<(), DriverError> {
+        machine_of(guest)?.listens().await
+    }
+
+    /// A machine that is played has room for all that has a name.
+    async fn place_device(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+    ) -> Result<String, DriverError> {
+        machine_of(guest)?.listens().await?;
+        name_new_devices(def);
+        let known: BTreeSet<&str> = before.devices.infos().into_iter().filter_map(|(info, _)| info.alias()).collect();
+        let mut names = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias());
+        let new = names.rfind(|alias| !known.contains(alias)).map(str::to_owned);
+        new.ok_or_else(|| DriverError::Unsupported("it has no name".to_owned()))
+    }
+
+    async fn attach_device(
+        &self,
+        guest: &dyn Instance,
+        _before: &DomainDef,
+        _def: &mut DomainDef,
+        _alias: &str,
+    ) -> Result<(), DriverError> {
+        machine_of(guest)?.listens().await
+    }
+
+    /// A guest that is paused keeps its devices until it goes on.
+    async fn detach_device(
+        &self,
+        guest: &dyn Instance,
+        _def: &DomainDef,
+        alias: &str,
+        patience: Duration,
+    ) -> Result<(), DriverError> {
+        machine_of(guest)?.detach(alias, patience).await
+    }
+
+    async fn is_detached(&self, guest: &dyn Instance, _def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
+        Ok(machine_of(guest)?.has_let_go(alias))
     }
 
     async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {
@@ -214,10 +262,7 @@ impl Driver for TestDriver {
         asked: StatQuestion,
     ) -> Result<GroupStats, DriverError> {
         let Some(guest) = guest else { return Ok(stats::at_rest(def)) };
-        let any: &dyn Any = guest;
-        let ours = any.downcast_ref::<TestInstance>();
-        let ours = ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?;
-        stats::of_guest(&ours.0, def, asked.group).await
+        stats::of_guest(machine_of(guest)?, def, asked.group).await
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
@@ -231,6 +276,13 @@ impl Driver for TestDriver {
     async fn reconnect(&self, _found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
         Ok(None)
     }
+}
+
+/// The guest, as this driver's.
+fn machine_of(guest: &dyn Instance) -> Result<&Arc<Machine>, DriverError> {
+    let any: &dyn Any = guest;
+    let ours = any.downcast_ref::<TestInstance>();
+    Ok(&ours.ok_or_else(|| DriverError::Internal("a guest of another driver".to_owned()))?.0)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

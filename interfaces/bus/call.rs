@@ -195,6 +195,11 @@ impl Options {
         self.take(key, "u, a number", |value| value.downcast_ref::<u32>().ok())
     }
 
+    /// A number of type `t`, if given.
+    pub fn long(&mut self, key: &'static str) -> Result<Option<u64>, Error> {
+        self.take(key, "t, a number of 64 bits", |value| value.downcast_ref::<u64>().ok())
+    }
+
     /// Texts; none if not given.
     pub fn texts(&mut self, key: &'static str) -> Result<Vec<String>, Error> {
         let read = |value: &OwnedVariant| value.try_clone().ok().and_then(|value| Vec::<String>::try_from(value).ok());

@@ -8,6 +8,7 @@ mod can;
 mod change;
 mod config;
 mod console;
+mod devices;
 mod found;
 mod guest;
 mod images;
@@ -22,6 +23,7 @@ mod stats;
 mod undefine;
 
 pub use config::Affect;
+pub use devices::{LETTING_GO, Wanted};
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
 pub use managed::ManagedSaveOptions;
