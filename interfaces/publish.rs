@@ -4,7 +4,8 @@
 //!  Event::Domain     new: InterfacesAdded ─▶ Lifecycle ─▶ DomainLifecycle      else: PropertiesChanged ─▶ the same
 //!  Event::DomainGone PropertiesChanged ─▶ Lifecycle ─▶ DomainLifecycle ─▶ InterfacesRemoved
 //!  Event::Snapshot   new: InterfacesAdded      else: PropertiesChanged      Event::SnapshotGone  InterfacesRemoved
-//!  Event::Job        the same with Finished      Event::Subscription, SubscriptionGone  added and removed
+//!  Event::Device     DeviceAdded and the like      Event::Job  the same with Finished
+//!  Event::Subscription, SubscriptionGone   added and removed
 //!  Event::Flush      answered: all that came before is queued in front of whatever is sent from now on
 //! ```
 //!
@@ -20,6 +21,7 @@ use crate::objects::{domain, job, manager, paths, snapshot, subscription};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
+use virt_model::driver::DeviceEvent;
 use virt_model::state::{Lifecycle, Undefined};
 use virt_service::events::Event;
 use virt_service::facts::DomainFacts;
@@ -90,6 +92,7 @@ impl Publisher {
                 let path = paths::snapshot(facts.domain, &facts.name);
                 self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
             }
+            Event::Device(domain, event) => self.change(|objects| device(objects, domain, &event)),
             Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
             Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &paths::job(id))?.into_iter().collect())),
             Event::Subscription(number) => {
@@ -231,6 +234,24 @@ fn lifecycle(facts: &DomainFacts, old_name: Option<&str>, event: Lifecycle) -> R
         signal(&path, domain::INTERFACE, "Lifecycle", "ss", &own)?,
         signal("/org/virt", manager::INTERFACE, "DomainLifecycle", "ossss", &all)?,
     ])
+}
+
+/// What happened to a device, on the domain.
+fn device(objects: &Objects, domain: Uuid, event: &DeviceEvent) -> Result<Vec<Message>, Error> {
+    let path = paths::domain(domain);
+    if objects.get(&path).is_none() {
+        return Ok(Vec::new());
+    }
+    let (member, texts) = match event {
+        DeviceEvent::Added { alias } => ("DeviceAdded", vec![&**alias]),
+        DeviceEvent::Removed { alias } => ("DeviceRemoved", vec![&**alias]),
+        DeviceEvent::RemovalFailed { alias } => ("DeviceRemovalFailed", vec![&**alias]),
+        DeviceEvent::MediumChanged { target, reason } => ("MediumChanged", vec![&**target, reason.as_str()]),
+    };
+    let mut body = Body::with_capacity(128);
+    texts.iter().for_each(|text| body.text(text));
+    let signature = ["", "s", "ss"].get(texts.len()).copied().unwrap_or_default();
+    Ok(vec![signal(&path, domain::INTERFACE, member, signature, &body)?])
 }
 
 fn name_of(objects: &Objects, uuid: Uuid) -> Option<String> {

@@ -9,6 +9,8 @@
 use crate::facts::{DomainFacts, JobFacts, SnapshotFacts};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
+use uuid::Uuid;
+use virt_model::driver::DeviceEvent;
 use virt_model::state::Lifecycle;
 
 /// One change.
@@ -22,6 +24,8 @@ pub enum Event {
     Domain(Arc<DomainFacts>, Vec<Lifecycle>),
     /// A domain has ceased to exist, after these last events.
     DomainGone(Arc<DomainFacts>, Vec<Lifecycle>),
+    /// Something has happened to a device of a domain.
+    Device(Uuid, DeviceEvent),
     /// A job is new or changed; `finished` in its state is told once.
     Job(Arc<JobFacts>),
     /// A job's record was dropped.

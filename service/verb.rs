@@ -148,6 +148,9 @@ verbs! {
         SET_TITLE = "SetTitle", Some(Define), Always, "set title";
         SET_DESCRIPTION = "SetDescription", Some(Define), Always, "set description";
         SET_METADATA = "SetMetadata", Some(Define), Always, "set metadata";
+        ATTACH_DEVICE = "AttachDevice", Some(Device), Always, "attach device";
+        DETACH_DEVICE = "DetachDevice", Some(Device), Always, "detach device";
+        DETACH_DEVICE_ALIAS = "DetachDeviceAlias", Some(Device), Always, "detach device";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";

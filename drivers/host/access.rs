@@ -244,6 +244,14 @@ impl Ledger {
         self.take_back(guest, |_| true);
     }
 
+    /// The same of these files alone, unless they are `kept` under another name.
+    pub fn give_back_these(&self, guest: Uuid, paths: &[PathBuf], kept: &BTreeSet<PathBuf>) {
+        let file = |path: &PathBuf| Found::resolve(path).ok().map(|found| (found.stat.st_dev, found.stat.st_ino));
+        let kept: BTreeSet<FileId> = kept.iter().filter_map(file).collect();
+        let these: BTreeSet<FileId> = paths.iter().filter_map(file).filter(|file| !kept.contains(file)).collect();
+        self.take_back(guest, |file| these.contains(file));
+    }
+
     fn take_back(&self, guest: Uuid, which: impl Fn(&FileId) -> bool) {
         let mut files = Vec::new();
         for loan in self.lock().loans.iter_mut().filter(|loan| which(&loan.file())) {

@@ -12,6 +12,7 @@ use super::instance::{Body, CLEARING, Leavings, QemuInstance};
 use super::log::Log;
 use super::peer;
 use super::plan::Loss;
+use super::plug;
 use super::qmp::{Qmp, QmpError};
 use super::record::{Keeper, Phase, Record};
 use super::report::Reporter;
@@ -132,6 +133,7 @@ impl Search {
             path: record.monitor.clone(),
             pid: record.process.as_ref().map_or(0, |identity| identity.pid),
             uuid: record.uuid,
+            devices: plug::that_can_go(&self.found.live),
             reporter: reporter.clone(),
         };
         let contact = tokio::select! {
@@ -237,6 +239,8 @@ struct Caller {
     path: PathBuf,
     pid: i32,
     uuid: Uuid,
+    /// Those that it had when last seen, and may have let go of since.
+    devices: Vec<String>,
     reporter: Arc<Reporter>,
 }
 
@@ -259,6 +263,7 @@ impl Caller {
                 let port = all.iter().find(|one| one["label"] == *back_end);
                 self.reporter.agent_found(port.is_some_and(|port| port["frontend-open"] == true));
             }
+            self.reporter.have_gone(plug::missing(&monitor, &self.devices).await?);
             Ok((monitor, condition(status)))
         };
         let late = || DriverError::from(QmpError::TimedOut("hello".into()));

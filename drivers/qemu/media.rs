@@ -142,21 +142,25 @@ impl Drive<'_> {
         })
     }
 
-    /// Closes nodes that nothing uses; what is in use stays. A node can be closed once none stands on it.
-    async fn close(&self, mut nodes: Vec<String>) {
-        loop {
-            let count = nodes.len();
-            let mut left = Vec::new();
-            for node in nodes {
-                if self.tell("blockdev-del", json!({ "node-name": node })).await.is_err() {
-                    left.push(node);
-                }
+    async fn close(&self, nodes: Vec<String>) {
+        close(self.body, nodes).await;
+    }
+}
+
+/// Closes nodes that nothing uses; what is in use stays. A node can be closed once none stands on it.
+pub async fn close(body: &Body, mut nodes: Vec<String>) {
+    loop {
+        let count = nodes.len();
+        let mut left = Vec::new();
+        for node in nodes {
+            if body.patiently("blockdev-del", json!({ "node-name": node })).await.is_err() {
+                left.push(node);
             }
-            if left.is_empty() || left.len() == count {
-                return;
-            }
-            nodes = left;
         }
+        if left.is_empty() || left.len() == count {
+            return;
+        }
+        nodes = left;
     }
 }
 

@@ -35,6 +35,7 @@ mod monitor;
 mod needs;
 mod peer;
 pub mod plan;
+mod plug;
 mod privileges;
 mod qmp;
 mod record;
@@ -70,6 +71,7 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::{DomainDef, LifecycleAction};
@@ -511,21 +513,41 @@ impl Driver for QemuDriver {
         let caps = self.learnt_for(def).await;
         refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
         declared::hold(&self.0.workers, def).await?;
-        let process = body.keeper.process_id();
-        let lender = self.lender(def, process).await?;
-        let lend = async |files: Vec<plan::HostFile>| {
-            let guest = def.uuid;
-            let what = files.first().map(|file| file.path.display().to_string()).unwrap_or_default();
-            let lend = move |_: &_| {
-                needs::are_as_expected(&files)?;
-                let wants = files.iter().map(launch::want).collect::<Vec<_>>();
-                let files = lender.lend_more(guest, &wants)?;
-                let shown = process.map_or(Ok(()), |process| crate::host::wall::show(process, &files));
-                shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
-            };
-            self.0.workers.run(Errand::new(guest, what), lend).await
-        };
+        let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await;
         media::change(body, disk, |name| command::medium(def, &caps, disk, name), lend).await
+    }
+
+    async fn place_device(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+    ) -> Result<String, DriverError> {
+        self.place_one(our_body(guest)?, before, def).await
+    }
+
+    async fn attach_device(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+        alias: &str,
+    ) -> Result<(), DriverError> {
+        self.plug(our_body(guest)?, before, def, alias).await
+    }
+
+    async fn detach_device(
+        &self,
+        guest: &dyn Instance,
+        def: &DomainDef,
+        alias: &str,
+        patience: Duration,
+    ) -> Result<(), DriverError> {
+        self.unplug(our_body(guest)?, def, alias, patience).await
+    }
+
+    async fn is_detached(&self, guest: &dyn Instance, def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
+        self.has_gone(our_body(guest)?, def, alias).await
     }
 
     async fn stats(

@@ -4,12 +4,14 @@ use super::events::{Guest, Outcome};
 use super::qmp::{Event, Listener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
-use virt_model::driver::{Condition, DriverEvent, EventSink, Exit};
+use virt_model::driver::{Condition, DeviceEvent, DriverEvent, EventSink, Exit};
 use virt_model::state::Suspended;
 
 /// Events kept while it is not known what the guest does. A guest that causes more meanwhile loses the later ones, and
 /// its condition is asked for anyway.
 const MAX_HELD: usize = 1024;
+/// The longest name of a device that is passed on.
+const LONGEST_NAME: usize = 256;
 
 /// The one who reports.
 pub struct Reporter {
@@ -31,6 +33,15 @@ struct Inner {
     quiet: bool,
     /// Why its monitor was given up, though it was there.
     given_up: Option<String>,
+    /// The device that the guest is asked to let go of.
+    leaving: Option<Leaving>,
+}
+
+/// A device on its way out, while somebody waits for that.
+struct Leaving {
+    alias: String,
+    /// Whether it has gone; the guest may refuse.
+    gone: Option<bool>,
 }
 
 /// The port of the guest's agent.
@@ -54,6 +65,8 @@ pub struct Heard {
     pub cuts: u64,
     /// Trays that have opened or closed.
     pub trays: u64,
+    /// Devices that have gone, or were not let go of.
+    pub devices: u64,
     /// The monitor has been lost.
     pub closed: bool,
 }
@@ -62,7 +75,15 @@ impl Reporter {
     /// Reports on `guest` to `sink`; `agent` is QEMU's name of the device that is the port of its agent.
     pub fn new(guest: Guest, sink: EventSink, agent: Option<String>) -> Arc<Self> {
         let agent = AgentPort { device: agent, open: Some(false) };
-        let inner = Mutex::new(Inner { guest, sink: Some(sink), held: None, agent, quiet: false, given_up: None });
+        let inner = Mutex::new(Inner {
+            guest,
+            sink: Some(sink),
+            held: None,
+            agent,
+            quiet: false,
+            given_up: None,
+            leaving: None,
+        });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
 
@@ -137,6 +158,18 @@ impl Reporter {
         self.lock().given_up.clone()
     }
 
+    /// Somebody waits for that device to go, as long as what is returned is kept: until then its end is no report.
+    pub fn awaits(self: &Arc<Self>, alias: &str) -> Awaited {
+        self.lock().leaving = Some(Leaving { alias: alias.to_owned(), gone: None });
+        Awaited(self.clone())
+    }
+
+    /// Reports devices of which it was found that they have gone.
+    pub fn have_gone(&self, aliases: Vec<String>) {
+        let mut inner = self.lock();
+        aliases.into_iter().for_each(|alias| inner.send(Some(DriverEvent::DeviceGone(alias))));
+    }
+
     /// What has been heard so far.
     pub fn heard(&self) -> Heard {
         *self.heard.borrow()
@@ -172,11 +205,13 @@ impl Reporter {
             "JOB_STATUS_CHANGE" if passing(event) => {}
             "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
             "DEVICE_TRAY_MOVED" => heard.trays += 1,
+            "DEVICE_DELETED" | "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR" => heard.devices += 1,
             _ => {}
         });
     }
 
     fn take(&self, inner: &mut Inner, event: &Event) {
+        inner.device(event);
         match inner.guest.take(event) {
             Some(Outcome::Report(DriverEvent::Suspended(Suspended::Paused) | DriverEvent::Resumed)) if inner.quiet => {}
             Some(Outcome::Report(report)) => inner.send(Some(report)),
@@ -194,6 +229,23 @@ fn passing(event: &Event) -> bool {
 }
 
 impl Inner {
+    /// What is said of a device: to who waits for it, else to everybody.
+    fn device(&mut self, event: &Event) {
+        let gone = match event.name.as_str() {
+            "DEVICE_DELETED" => true,
+            "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR" => false,
+            _ => return,
+        };
+        // Parts of devices have no name; and nobody gives a device one of such a length.
+        let alias = event.data["device"].as_str().filter(|alias| alias.len() <= LONGEST_NAME);
+        let Some(alias) = alias.map(str::to_owned) else { return };
+        match self.leaving.as_mut().filter(|leaving| leaving.alias == alias) {
+            Some(leaving) => _ = leaving.gone.get_or_insert(gone),
+            None if gone => self.send(Some(DriverEvent::DeviceGone(alias))),
+            None => self.send(Some(DriverEvent::Device(DeviceEvent::RemovalFailed { alias }))),
+        }
+    }
+
     fn agent_is(&mut self, open: bool) {
         if self.agent.open != Some(open) {
             self.agent.open = Some(open);
@@ -204,6 +256,36 @@ impl Inner {
     fn send(&mut self, event: Option<DriverEvent>) {
         if let (Some(sink), Some(event)) = (&self.sink, event) {
             sink.send(event);
+        }
+    }
+}
+
+/// Somebody waits for a device to go.
+pub struct Awaited(Arc<Reporter>);
+
+impl Awaited {
+    /// Whether it has gone, once that is known: `Some(false)` if the guest refused.
+    pub fn gone(&self) -> Option<bool> {
+        self.0.lock().leaving.as_ref().and_then(|leaving| leaving.gone)
+    }
+
+    /// Waits until that is known, or nothing is heard any more.
+    pub async fn settled(&self) -> Option<bool> {
+        self.0.until(|heard| heard.closed || self.gone().is_some()).await;
+        self.gone()
+    }
+
+    /// Nobody waits any more. What has come of it since is who waited's to know, and is not reported.
+    pub fn taken(self) -> Option<bool> {
+        self.0.lock().leaving.take().and_then(|leaving| leaving.gone)
+    }
+}
+
+impl Drop for Awaited {
+    fn drop(&mut self) {
+        let mut inner = self.0.lock();
+        if let Some(Leaving { alias, gone: Some(true) }) = inner.leaving.take() {
+            inner.send(Some(DriverEvent::DeviceGone(alias)));
         }
     }
 }

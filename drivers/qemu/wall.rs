@@ -171,6 +171,14 @@ fn uses_uring(args: &[String]) -> bool {
 
 /// Whether something in that machine talks to the host's network by QEMU itself, which opened devices do not.
 fn takes_network(def: &DomainDef, args: &[String]) -> bool {
+    let native = def.native.as_ref().is_some_and(|native| !native.arguments.is_empty());
+    // An adapter that is plugged in again is heard of over the network of the host.
+    let plugged = !def.devices.hostdevs.is_empty();
+    native || plugged || reach_the_network(args)
+}
+
+/// Whether what these arguments make is reached by the network of the host.
+pub fn reach_the_network(args: &[String]) -> bool {
     let value = |option: &str, value: &str| match option {
         "-netdev" => !value.starts_with("tap,") && !value.starts_with("vhost-user,") && !value.contains("addr.type=fd"),
         "-chardev" => value.contains(",host=") || value.contains(",localaddr=") || value.contains(",port="),
@@ -183,10 +191,7 @@ fn takes_network(def: &DomainDef, args: &[String]) -> bool {
         }
         _ => false,
     };
-    let native = def.native.as_ref().is_some_and(|native| !native.arguments.is_empty());
-    // An adapter that is plugged in again is heard of over the network of the host.
-    let plugged = !def.devices.hostdevs.is_empty();
-    native || plugged || args.windows(2).any(|pair| value(&pair[0], &pair[1]))
+    args.windows(2).any(|pair| value(&pair[0], &pair[1]))
 }
 
 /// Devices with rights of their own.

@@ -11,6 +11,7 @@
 use super::lock;
 use crate::agent::{self, Agent, PowerChange, Turns, change_power};
 use async_trait::async_trait;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -29,6 +30,8 @@ pub struct Machine {
     begun: Instant,
     /// How often it was asked for numbers.
     samples: AtomicU32,
+    /// Counts devices that it has let go of.
+    let_go: watch::Sender<u32>,
     agent: TestAgent,
 }
 
@@ -59,6 +62,8 @@ struct State {
     asked: Option<Asked>,
     /// How often its machine was reset.
     resets: u32,
+    /// Devices that it is to let go of, when it runs; of each, whether somebody waits for that.
+    leaving: BTreeMap<String, bool>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,11 +98,13 @@ impl Machine {
                 deaf: false,
                 asked: None,
                 resets: 0,
+                leaving: BTreeMap::new(),
             }),
             listening: watch::Sender::new(true),
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
             begun: Instant::now(),
             samples: AtomicU32::new(0),
+            let_go: watch::Sender::new(0),
             agent: TestAgent {
                 has_port: agent::channel(def).is_some(),
                 turns: Turns::default(),
@@ -108,6 +115,51 @@ impl Machine {
                 clock_ahead: AtomicI64::new(0),
             },
         }
+    }
+
+    /// Asks the guest to let go of a device: at once if it runs, else when it runs again.
+    pub async fn detach(&self, alias: &str, patience: Duration) -> Result<(), DriverError> {
+        self.listens().await?;
+        let mut let_go = self.let_go.subscribe();
+        {
+            let mut state = lock(&self.state);
+            if state.mode == Mode::Running {
+                state.leaving.remove(alias);
+                return Ok(());
+            }
+            state.leaving.insert(alias.to_owned(), true);
+        }
+        let gone = || !lock(&self.state).leaving.contains_key(alias);
+        let _ = tokio::time::timeout(patience, let_go.wait_for(|_| gone() || !self.lives())).await;
+        if !self.lives() {
+            return Err(DriverError::Gone);
+        }
+        match lock(&self.state).leaving.get_mut(alias) {
+            None => Ok(()),
+            Some(awaited) => {
+                *awaited = false;
+                Err(DriverError::TimedOut(format!("the guest did not let go of '{alias}' in time, and has it still")))
+            }
+        }
+    }
+
+    /// Whether the guest has let go of a device that it was asked for.
+    pub fn has_let_go(&self, alias: &str) -> bool {
+        !lock(&self.state).leaving.contains_key(alias)
+    }
+
+    /// It runs again, and does what it was asked meanwhile.
+    fn lets_go(&self) {
+        let mut state = lock(&self.state);
+        if state.mode == Mode::Running {
+            for (alias, awaited) in std::mem::take(&mut state.leaving) {
+                if !awaited {
+                    state.tell(DriverEvent::DeviceGone(alias));
+                }
+            }
+        }
+        drop(state);
+        self.let_go.send_modify(|count| *count += 1);
     }
 
     pub fn lives(&self) -> bool {
@@ -189,6 +241,7 @@ impl Machine {
 
     pub fn end(&self, exit: Exit) {
         lock(&self.state).end(exit);
+        self.lets_go();
     }
 
     /// Waits while the hypervisor does not listen, as long as QEMU's driver would.
@@ -200,6 +253,17 @@ impl Machine {
             Ok(_) => Err(DriverError::Gone),
             Err(_) => Err(DriverError::TimedOut("the hypervisor did not answer in time".into())),
         }
+    }
+
+    fn resume(&self) -> Result<(), DriverError> {
+        let mut state = lock(&self.state);
+        match state.mode {
+            Mode::Standing => state.become_(Mode::Running, DriverEvent::Resumed),
+            Mode::Asleep => state.become_(Mode::Running, DriverEvent::Woken),
+            Mode::PoweredOff => return Err(DriverError::Hypervisor("the machine must be reset first".into())),
+            _ => {}
+        }
+        Ok(())
     }
 
     pub fn has_agent(&self) -> bool {
@@ -376,14 +440,9 @@ impl Instance for TestInstance {
 
     async fn resume(&self) -> Result<(), DriverError> {
         self.0.listens().await?;
-        let mut state = lock(&self.0.state);
-        match state.mode {
-            Mode::Standing => state.become_(Mode::Running, DriverEvent::Resumed),
-            Mode::Asleep => state.become_(Mode::Running, DriverEvent::Woken),
-            Mode::PoweredOff => return Err(DriverError::Hypervisor("the machine must be reset first".into())),
-            _ => {}
-        }
-        Ok(())
+        let resumed = self.0.resume();
+        self.0.lets_go();
+        resumed
     }
 
     async fn destroy(&self, graceful: bool) -> Result<(), DriverError> {

@@ -15,6 +15,7 @@ pub use guest::Asked;
 
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers};
+use crate::qemu::complete::{name_devices, name_new_devices};
 use async_trait::async_trait;
 use guest::{Machine, TestInstance};
 use std::any::Any;
@@ -22,6 +23,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
@@ -194,7 +196,53 @@ impl Driver for TestDriver {
             guests.retain(|_, machine| machine.strong_count() > 0);
         }
         guests.insert(uuid, Arc::downgrade(&machine));
-        Ok(Running { instance: Arc::new(TestInstance(machine)), live: launch.def })
+        let mut live = launch.def;
+        name_devices(Arc::make_mut(&mut live));
+        Ok(Running { instance: Arc::new(TestInstance(machine)), live })
+    }
+
+    async fn change_medium(&self, guest: &dyn Instance, _def: &DomainDef, _target: &str) -> Result<(), DriverError> {
+        our_machine(guest)?.listens().await
+    }
+
+    /// A machine that is played has room for all that has a name.
+    async fn place_device(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+    ) -> Result<String, DriverError> {
+        our_machine(guest)?.listens().await?;
+        name_new_devices(def);
+        let known: BTreeSet<&str> = before.devices.infos().into_iter().filter_map(|(info, _)| info.alias()).collect();
+        let mut names = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias());
+        let new = names.rfind(|alias| !known.contains(alias)).map(str::to_owned);
+        new.ok_or_else(|| DriverError::Unsupported("it has no name".to_owned()))
+    }
+
+    async fn attach_device(
+        &self,
+        guest: &dyn Instance,
+        _before: &DomainDef,
+        _def: &mut DomainDef,
+        _alias: &str,
+    ) -> Result<(), DriverError> {
+        our_machine(guest)?.listens().await
+    }
+
+    /// A guest that is paused keeps its devices until it goes on.
+    async fn detach_device(
+        &self,
+        guest: &dyn Instance,
+        _def: &DomainDef,
+        alias: &str,
+        patience: Duration,
+    ) -> Result<(), DriverError> {
+        our_machine(guest)?.detach(alias, patience).await
+    }
+
+    async fn is_detached(&self, guest: &dyn Instance, _def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
+        Ok(our_machine(guest)?.has_let_go(alias))
     }
 
     async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {

@@ -6,20 +6,25 @@ use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
 use crate::bus::table::Offer;
+use crate::bus::wire::Field;
 use crate::error::Error;
 use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 use virt_model::domain::Form;
 use virt_model::driver::ShutdownMode;
 use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{
-    Affect, Domain, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions, StatsOptions, UndefineCheck,
-    UndefineOptions,
+    Affect, Domain, LETTING_GO, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions, StatsOptions,
+    UndefineCheck, UndefineOptions, Wanted,
 };
 use zbus::Variant;
 use zbus::wire::Fd;
+
+/// The longest that a caller may have virtd wait for a guest to let go of a device: the domain has one change at a time.
+const LONGEST_WAIT: Duration = Duration::from_secs(300);
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Domain";
@@ -59,6 +64,15 @@ pub fn object(facts: &Arc<DomainFacts>) -> Object {
     Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Domain(facts.clone()) }
 }
 
+/// Signals and their types.
+const SIGNALS: &[Field] = &[
+    ("Lifecycle", "ss"),
+    ("DeviceAdded", "s"),
+    ("DeviceRemoved", "s"),
+    ("DeviceRemovalFailed", "s"),
+    ("MediumChanged", "ss"),
+];
+
 /// What there is for each member.
 pub fn offer(service: &Arc<Service>) -> Offer {
     let members = Members::new(service, find)
@@ -94,6 +108,9 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::SET_TITLE, set_title)
         .method(&verb::SET_DESCRIPTION, set_description)
         .method(&verb::SET_METADATA, set_metadata)
+        .method(&verb::ATTACH_DEVICE, attach_device)
+        .method(&verb::DETACH_DEVICE, detach_device)
+        .method(&verb::DETACH_DEVICE_ALIAS, detach_device_alias)
         .method(&verb::UPDATE_DEVICE, update_device)
         .method(&verb::CREATE_SNAPSHOT, create_snapshot)
         .method(&verb::CHECK_CREATE, check_create_snapshot)
@@ -110,7 +127,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
             call.done()
         })
     };
-    verb::ASKS.iter().fold(members, ask).offer(INTERFACE, FIELDS, &[("Lifecycle", "ss")])
+    verb::ASKS.iter().fold(members, ask).offer(INTERFACE, FIELDS, SIGNALS)
 }
 
 fn find(service: &Arc<Service>, call: &Call) -> Result<Arc<Domain>, Error> {
@@ -308,6 +325,37 @@ async fn get_stats(domain: Arc<Domain>, call: Call) -> Outcome {
     options.end()?;
     let told = domain.stats(call.caller(), &StatsOptions::named(&groups)?).await?;
     call.reply(&stats::told(&told))
+}
+
+async fn attach_device(domain: Arc<Domain>, call: Call) -> Outcome {
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
+    call.reply(&domain.attach_device(call.caller(), xml, affect(options)?).await?)
+}
+
+async fn detach_device(domain: Arc<Domain>, call: Call) -> Outcome {
+    let body = call.body();
+    let (xml, options): (&str, Options) = call::read(&body)?;
+    let (affect, patience) = detachment(options)?;
+    domain.detach_device(call.caller(), &verb::DETACH_DEVICE, Wanted::Like(xml), affect, patience).await?;
+    call.done()
+}
+
+async fn detach_device_alias(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (alias, options): (String, Options) = call.read()?;
+    let (affect, patience) = detachment(options)?;
+    domain.detach_device(call.caller(), &verb::DETACH_DEVICE_ALIAS, Wanted::Named(&alias), affect, patience).await?;
+    call.done()
+}
+
+/// Which configurations lose a device, and how long its guest may take.
+fn detachment(mut options: Options) -> Result<(Affect, Duration), Error> {
+    let patience = options.long("timeout-usec")?.map_or(LETTING_GO, Duration::from_micros);
+    if patience > LONGEST_WAIT {
+        let most = LONGEST_WAIT.as_micros();
+        return Err(Error::argument(format!("option 'timeout-usec' is at most {most}")));
+    }
+    Ok((affect(options)?, patience))
 }
 
 async fn update_device(domain: Arc<Domain>, call: Call) -> Outcome {

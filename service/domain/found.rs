@@ -10,6 +10,7 @@ use crate::lock::lock;
 use crate::store::{Ended, Status, StatusFile};
 use crate::time::now_usec;
 use crate::turn::TurnGuard;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -107,6 +108,8 @@ impl Domain {
             status: file,
             ending: None,
             saved: false,
+            leaving: BTreeMap::new(),
+            looked_after: BTreeSet::new(),
             asks,
         };
         let (now, reason) = found_as(condition, status.state, status.reason);

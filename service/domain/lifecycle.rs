@@ -11,6 +11,7 @@ use crate::lock::lock;
 use crate::store::{Status, StatusFile, on_disk};
 use crate::time::now_usec;
 use crate::verb::{self, Ask, Verb};
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -273,6 +274,8 @@ impl Domain {
             status,
             ending: None,
             saved: false,
+            leaving: BTreeMap::new(),
+            looked_after: BTreeSet::new(),
             asks,
         };
         self.commit_report(|state| {

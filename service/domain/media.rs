@@ -8,6 +8,7 @@ use crate::verb;
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::DiskDevice;
+use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::{self, Element, Finding, shorten};
@@ -127,26 +128,6 @@ fn asked(def: &DomainDef, target: &str, device: &Element, runs: bool) -> Result<
     }
     let found = read.devices.disks.into_iter().find(|disk| disk.target.dev == target);
     found.ok_or_else(|| Error::ConfigInvalid(vec![Finding::invalid(&device.at, "the disk has no target")]))
-}
-
-/// What the first says and the second does not: the first such element or attribute.
-fn first_not_in(asked: &Element, there: &Element) -> Option<String> {
-    let attribute = asked.attributes.iter().find(|asked| there.attr(&asked.name) != Some(&*asked.value));
-    if let Some(attribute) = attribute {
-        return Some(format!("{}='{}' of <{}>", attribute.name, shorten(&attribute.value), asked.name));
-    }
-    if asked.elements().next().is_none() && asked.text() != there.text() {
-        return Some(format!("'{}' in <{}>", shorten(&asked.text()), asked.name));
-    }
-    asked.elements().find_map(|child| {
-        let same = there.elements().filter(|there| there.name == child.name);
-        let found: Vec<_> = same.map(|there| first_not_in(child, there)).collect();
-        match &found[..] {
-            [] => Some(format!("<{}>", child.name)),
-            differences if differences.iter().any(Option::is_none) => None,
-            [first, ..] => first.clone(),
-        }
-    })
 }
 
 #[cfg(test)]

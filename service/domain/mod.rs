@@ -9,6 +9,7 @@ mod can;
 mod change;
 mod config;
 mod console;
+mod devices;
 mod found;
 mod guest;
 mod images;
@@ -24,6 +25,7 @@ mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
 pub use config::Affect;
+pub use devices::{LETTING_GO, Wanted};
 pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
 pub use managed::ManagedSaveOptions;

@@ -6,12 +6,14 @@ use crate::error::{Error, Result};
 use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Driver, Instance};
 use virt_model::state::{DomainState, StateReason, Stopped};
+use virt_model::xml::Element;
 
 /// What a domain is at a moment.
 pub(super) struct State {
@@ -67,6 +69,10 @@ pub(super) struct Guest {
     pub(super) ending: Option<Stopped>,
     /// All that is saved of it is written, and is not taken back.
     pub(super) saved: bool,
+    /// Devices that it is asked to let go of, with what then goes from what is stored, too.
+    pub(super) leaving: BTreeMap<String, Option<Element>>,
+    /// Devices that have gone and are just being looked after.
+    pub(super) looked_after: BTreeSet<String>,
     /// Asks `follow` to say when it has told all that was reported before.
     pub(super) asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
 }

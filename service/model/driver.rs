@@ -5,6 +5,7 @@
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
 pub mod agent;
+pub mod devices;
 pub mod given;
 pub mod reports;
 pub mod saved;
@@ -18,6 +19,7 @@ use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::{Finding, refusals};
 use async_trait::async_trait;
+pub use devices::{DeviceEvent, MediumChange};
 pub use given::GivenFile;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
@@ -157,6 +159,53 @@ pub trait Driver: Send + Sync {
     async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
         let _ = (guest, def);
         Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
+    }
+
+    /// Gives the device that `def` has more than `before`, which `guest` runs with, its place and its name, which is returned; with
+    /// it may come a controller that it sits on. Changes nothing on the host.
+    /// Errors: `Unsupported` and `Refused` name what cannot be plugged into a machine that runs, or has no place there.
+    async fn place_device(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+    ) -> Result<String, DriverError> {
+        let _ = (guest, before, def);
+        Err(DriverError::Unsupported("this driver plugs nothing into guests that run".to_owned()))
+    }
+
+    /// Plugs in the device of that name, as `def` says it with all that [`Driver::place_device`] has added to `before`. What is
+    /// known of it only then, a terminal say, is written into `def`. On failure the guest does not have it.
+    async fn attach_device(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+        alias: &str,
+    ) -> Result<(), DriverError> {
+        let _ = (guest, before, def);
+        Err(DriverError::Unsupported(format!("this driver cannot plug in '{alias}'")))
+    }
+
+    /// Asks the guest to let go of the device of that name, waits until it has, and takes away what the device had of the host's.
+    /// Errors: `TimedOut` after `patience`, `Refused` if the guest refuses; it has the device still. If it lets go of it later,
+    /// that is reported ([`DriverEvent::DeviceGone`]).
+    async fn detach_device(
+        &self,
+        guest: &dyn Instance,
+        def: &DomainDef,
+        alias: &str,
+        patience: Duration,
+    ) -> Result<(), DriverError> {
+        let _ = (guest, def, patience);
+        Err(DriverError::Unsupported(format!("this driver cannot unplug '{alias}'")))
+    }
+
+    /// Whether the guest does not have that device of `def` any more; then what it had of the host's is taken away, if that is
+    /// not done yet.
+    async fn is_detached(&self, guest: &dyn Instance, def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
+        let _ = (guest, def, alias);
+        Ok(false)
     }
 
     /// A group of numbers of a machine: of its guest, or with `None` of one that is off, which has those of its disks only. May
@@ -440,6 +489,10 @@ pub enum DriverEvent {
     Panicked,
     /// [`Instance::agent_connected`] says something else now.
     AgentChanged,
+    /// The guest has let go of the device of that name, which nobody waits for; see [`Driver::is_detached`].
+    DeviceGone(String),
+    /// Something else has happened to a device.
+    Device(DeviceEvent),
     /// The process has gone. Always the last report, exactly once.
     Exited(Exit),
 }

@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 21] = [
+pub const MEMBERS: [&str; 22] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -69,6 +69,7 @@ pub const MEMBERS: [&str; 21] = [
     "Domain.GetStats",
     "Domain.CheckCreateSnapshot",
     "Domain.CreateSnapshot",
+    "Domain.AttachDevice",
     "Domain.UpdateDevice",
     "Domain.Undefine",
     "Domain.CheckUndefine",
@@ -160,6 +161,13 @@ impl Doomed {
                 domain.client.call("/org/virt", "org.virt.Manager.SetSavedXML", &asked).await
             }
             "Domain.Save" => domain.call(method, &(file("saved"), none())).await,
+            "Domain.AttachDevice" => {
+                let disk = format!(
+                    "<disk type='file'><source file='{}'/><target dev='vdb' bus='virtio'/></disk>",
+                    file("other.img")
+                );
+                domain.call(method, &(disk, none())).await
+            }
             "Domain.UpdateDevice" => {
                 let medium = format!(
                     "<disk type='file' device='cdrom'><source file='{}'/><target dev='sda' bus='sata'/><readonly/></disk>",

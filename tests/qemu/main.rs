@@ -6,6 +6,7 @@ mod common;
 mod console;
 mod dead_storage;
 mod hostile_images;
+mod hotplug;
 mod hung;
 mod images_in_use;
 mod kvm;

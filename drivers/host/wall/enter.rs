@@ -28,6 +28,11 @@ pub fn show(pid: i32, files: &[LentFile]) -> io::Result<()> {
     })
 }
 
+/// Whether the process has a network of its own. Blocks.
+pub fn has_own_network(pid: i32) -> io::Result<bool> {
+    Ok(foreign(pid, "net")?.is_some())
+}
+
 /// That namespace of the process, if it is not ours, and the process is still there.
 fn foreign(pid: i32, kind: &str) -> io::Result<Option<OwnedFd>> {
     let theirs = match File::open(Path::new("/proc").join(pid.to_string()).join("ns").join(kind)) {

@@ -29,7 +29,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use enter::show;
+pub use enter::{has_own_network, show};
 pub use sys::{Hold, file_system, put};
 pub use unprivileged::{PTMX, fork, obstacle, terminals};
 

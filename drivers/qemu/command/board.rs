@@ -4,7 +4,7 @@ use super::args::Props;
 use super::{Builder, id, list, virtio};
 use virt_model::device::board::{CryptoBackendModel, IommuModel, PanicModel, Shmem, ShmemKind, ShmemRole};
 use virt_model::device::watchdog::WatchdogModel;
-use virt_model::device::{AddressKind, Iommu};
+use virt_model::device::{AddressKind, Iommu, Watchdog};
 
 /// Where shared memory has its names.
 const SHARED: &str = "/dev/shm";
@@ -23,15 +23,19 @@ impl Builder<'_> {
     pub(super) fn watchdogs(&mut self) {
         let def = self.def;
         for watchdog in &def.devices.watchdogs {
-            let device = match watchdog.model {
-                WatchdogModel::I6300esb => "i6300esb",
-                WatchdogModel::Ib700 => "ib700",
-                // The chipset's own: switched on in `machine`.
-                _ => continue,
-            };
-            let props = Props::device(device).set("id", id(&watchdog.info)).extend(self.pci(&watchdog.info));
-            self.args.device(props);
+            self.watchdog(watchdog);
         }
+    }
+
+    pub(super) fn watchdog(&mut self, watchdog: &Watchdog) {
+        let device = match watchdog.model {
+            WatchdogModel::I6300esb => "i6300esb",
+            WatchdogModel::Ib700 => "ib700",
+            // The chipset's own: switched on in `machine`.
+            _ => return,
+        };
+        let props = Props::device(device).set("id", id(&watchdog.info)).extend(self.pci(&watchdog.info));
+        self.args.device(props);
     }
 
     pub(super) fn hubs(&mut self) {

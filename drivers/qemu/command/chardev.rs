@@ -5,16 +5,14 @@ use super::{Builder, id, list, turn};
 use crate::qemu::capabilities::End;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, RedirRule, SerialKind, SocketMode};
 use virt_model::device::display::MouseMode;
-use virt_model::device::{AddressKind, CharSource, ControllerKind, DeviceInfo, Redirfilter, Serial};
+use virt_model::device::{AddressKind, Channel, CharSource, ControllerKind, DeviceInfo, Redirdev, Redirfilter, Serial};
 use virt_model::domain::listening::LOCALHOST;
 
 impl Builder<'_> {
     pub(super) fn character_devices(&mut self) {
         let def = self.def;
         for serial in &def.devices.serials {
-            let chardev = self.back_end(&serial.source, id(&serial.info), None);
-            let props = self.serial(serial, chardev);
-            self.args.device(props);
+            self.serial_port(serial);
         }
         for parallel in &def.devices.parallels {
             let chardev = self.back_end_as(&parallel.source, id(&parallel.info), None, "parallel");
@@ -23,15 +21,25 @@ impl Builder<'_> {
             self.args.device(props.maybe("index", port));
         }
         for channel in def.devices.channels.iter().filter(|c| c.target.kind == ChannelKind::Virtio) {
-            let chardev = self.back_end(&channel.source, id(&channel.info), Some("vdagent"));
-            let props = self.port("virtserialport", &channel.info, chardev);
-            self.args.device(props.maybe("name", channel.target.name.as_deref()));
+            self.channel(channel);
         }
         for console in def.devices.consoles.iter().filter(|c| !c.is_serial()) {
             let chardev = self.back_end(&console.source, id(&console.info), None);
             let props = self.port("virtconsole", &console.info, chardev);
             self.args.device(props);
         }
+    }
+
+    pub(super) fn serial_port(&mut self, serial: &Serial) {
+        let chardev = self.back_end(&serial.source, id(&serial.info), None);
+        let props = self.serial(serial, chardev);
+        self.args.device(props);
+    }
+
+    pub(super) fn channel(&mut self, channel: &Channel) {
+        let chardev = self.back_end(&channel.source, id(&channel.info), Some("vdagent"));
+        let props = self.port("virtserialport", &channel.info, chardev);
+        self.args.device(props.maybe("name", channel.target.name.as_deref()));
     }
 
     /// A reader at the screen of a person, over SPICE.
@@ -49,15 +57,17 @@ impl Builder<'_> {
     pub(super) fn redirections(&mut self) {
         let def = self.def;
         for redirection in &def.devices.redirdevs {
-            let chardev = self.back_end(&redirection.source, id(&redirection.info), Some("usbredir"));
-            let props = Props::device("usb-redir").set("chardev", chardev).set("id", id(&redirection.info));
-            let props = props.maybe(
-                "filter",
-                def.devices.redirfilter.as_ref().filter(|filter| !filter.rules.is_empty()).map(filter),
-            );
-            let props = turn(props, self.boot_index(&redirection.info)).extend(self.usb(&redirection.info));
-            self.args.device(props);
+            self.redirection(redirection);
         }
+    }
+
+    pub(super) fn redirection(&mut self, redirection: &Redirdev) {
+        let chardev = self.back_end(&redirection.source, id(&redirection.info), Some("usbredir"));
+        let props = Props::device("usb-redir").set("chardev", chardev).set("id", id(&redirection.info));
+        let rules = self.def.devices.redirfilter.as_ref().filter(|filter| !filter.rules.is_empty());
+        let props = props.maybe("filter", rules.map(filter));
+        let props = turn(props, self.boot_index(&redirection.info)).extend(self.usb(&redirection.info));
+        self.args.device(props);
     }
 
     fn serial(&self, serial: &Serial, chardev: String) -> Props {

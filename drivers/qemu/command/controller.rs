@@ -61,7 +61,7 @@ impl Builder<'_> {
             .extend(self.pci(&bridge.info))
     }
 
-    fn controller_device(&self, controller: &Controller) -> Option<Props> {
+    pub(super) fn controller_device(&self, controller: &Controller) -> Option<Props> {
         let device = match controller.kind {
             ControllerKind::Ccid => {
                 let props = Props::device("usb-ccid").set("id", id(&controller.info));

@@ -45,6 +45,13 @@ impl Builder<'_> {
         }
     }
 
+    /// One that is plugged into a running guest: what of it nobody may see goes by the monitor anyway.
+    pub(super) fn plugged_disk(&mut self, disk: &Disk) {
+        let node = self.disk_nodes(disk, &disk.target.dev);
+        let props = self.disk_device(disk, node);
+        self.args.device(props);
+    }
+
     /// The nodes of the medium, if there is one, their names begun by `name`; gives the topmost.
     fn disk_nodes(&mut self, disk: &Disk, name: &str) -> Option<String> {
         let source = disk.source.as_ref().filter(|_| !disk.is_empty())?;

@@ -16,14 +16,18 @@ impl Builder<'_> {
     pub(super) fn host_devices(&mut self) {
         let def = self.def;
         for device in &def.devices.hostdevs {
-            let index = self.boot_index(&device.info);
-            let props = match device.kind {
-                HostdevKind::Pci => self.pci_device(device, index),
-                HostdevKind::Usb => self.usb_device(device, index),
-                _ => continue,
-            };
-            self.args.device(props);
+            self.host_device(device);
         }
+    }
+
+    pub(super) fn host_device(&mut self, device: &Hostdev) {
+        let index = self.boot_index(&device.info);
+        let props = match device.kind {
+            HostdevKind::Pci => self.pci_device(device, index),
+            HostdevKind::Usb => self.usb_device(device, index),
+            _ => return,
+        };
+        self.args.device(props);
     }
 
     fn pci_device(&self, device: &Hostdev, index: Option<u32>) -> Props {

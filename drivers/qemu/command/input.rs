@@ -9,18 +9,22 @@ impl Builder<'_> {
     pub(super) fn inputs(&mut self) {
         let def = self.def;
         for input in &def.devices.inputs {
-            let path = input.source.as_ref().and_then(|source| source.path());
-            path.iter().for_each(|path| self.open(path, true));
-            if input.kind == InputKind::Evdev {
-                self.event_device(input);
-                continue;
-            }
-            let Some(device) = input_device(input) else { continue };
-            let place = if input.bus == Some(InputBus::Usb) { self.usb(&input.info) } else { self.pci(&input.info) };
-            let shared = input.driver.as_ref().map(|driver| virtio(&driver.virtio)).unwrap_or_default();
-            let props = Props::device(device).set("id", id(&input.info)).maybe("evdev", path);
-            self.args.device(props.extend(shared).extend(place));
+            self.input(input);
         }
+    }
+
+    pub(super) fn input(&mut self, input: &Input) {
+        let path = input.source.as_ref().and_then(|source| source.path());
+        path.iter().for_each(|path| self.open(path, true));
+        if input.kind == InputKind::Evdev {
+            self.event_device(input);
+            return;
+        }
+        let Some(device) = input_device(input) else { return };
+        let place = if input.bus == Some(InputBus::Usb) { self.usb(&input.info) } else { self.pci(&input.info) };
+        let shared = input.driver.as_ref().map(|driver| virtio(&driver.virtio)).unwrap_or_default();
+        let props = Props::device(device).set("id", id(&input.info)).maybe("evdev", path);
+        self.args.device(props.extend(shared).extend(place));
     }
 
     /// A device of the host's, grabbed for the guest; no device that the guest could tell from its own.

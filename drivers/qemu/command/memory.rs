@@ -137,7 +137,7 @@ impl Builder<'_> {
         }
     }
 
-    fn memory_device(&mut self, device: &MemoryDevice) {
+    pub(super) fn memory_device(&mut self, device: &MemoryDevice) {
         let name = id(&device.info);
         let memory = format!("mem{name}");
         let source = device.source.as_ref();

@@ -20,18 +20,22 @@ const CABLE: i32 = 3;
 impl Builder<'_> {
     pub(super) fn interfaces(&mut self) {
         let def = self.def;
-        for (n, interface) in def.devices.interfaces.iter().enumerate() {
-            if interface.kind == InterfaceKind::Hostdev {
-                self.host_card(interface);
-                continue;
-            }
-            let netdev = format!("hostnet{n}");
-            let plugged = self.netdev(interface, &netdev);
-            let props = self.card(interface, plugged.then_some(netdev));
-            self.args.device(props);
-            if !interface.link_up() {
-                self.setup.push(("set_link".to_owned(), json!({"name": id(&interface.info), "up": false})));
-            }
+        for interface in &def.devices.interfaces {
+            self.interface(interface);
+        }
+    }
+
+    pub(super) fn interface(&mut self, interface: &Interface) {
+        if interface.kind == InterfaceKind::Hostdev {
+            self.host_card(interface);
+            return;
+        }
+        let netdev = format!("host{}", id(&interface.info));
+        let plugged = self.netdev(interface, &netdev);
+        let props = self.card(interface, plugged.then_some(netdev));
+        self.args.device(props);
+        if !interface.link_up() {
+            self.setup.push(("set_link".to_owned(), json!({"name": id(&interface.info), "up": false})));
         }
     }
 

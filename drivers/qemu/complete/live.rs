@@ -9,7 +9,7 @@ use virt_model::device::disk::DiskBus;
 use virt_model::device::display::{ChannelMode, GraphicsKind, ListenKind};
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::{
-    Address, AddressKind, Alias, Controller, ControllerKind, DeviceKind, DeviceMut, Disk, Graphics,
+    Address, AddressKind, Alias, Controller, ControllerKind, DeviceInfo, DeviceKind, DeviceMut, Disk, Graphics,
 };
 use virt_model::domain::DomainDef;
 use virt_model::domain::listening::LOCALHOST;
@@ -97,12 +97,18 @@ fn screen(graphics: &mut Graphics, n: usize, chosen: &mut Chosen, taken: &mut BT
 
 /// Names every device, as libvirt would. Names that users gave stay; others in a document are of a guest that ran once.
 pub fn name_devices(def: &mut DomainDef) {
-    let board = Board::of(def);
-    let devices = &mut def.devices;
-    for info in devices.infos_mut() {
+    for info in def.devices.infos_mut() {
         info.alias = info.alias.take().filter(Alias::is_user);
     }
-    let mut disks = BTreeSet::new();
+    name_new_devices(def);
+}
+
+/// Names those that have no name, so that no two have the same; where none has one, as libvirt would.
+pub fn name_new_devices(def: &mut DomainDef) {
+    let board = Board::of(def);
+    let devices = &mut def.devices;
+    let named = |info: &DeviceInfo| info.alias().map(str::to_owned);
+    let mut taken: BTreeSet<String> = devices.infos().into_iter().filter_map(|(info, _)| named(info)).collect();
     let mut first_serial = None;
     let mut counts = BTreeMap::new();
     for device in devices.all_mut() {
@@ -110,21 +116,24 @@ pub fn name_devices(def: &mut DomainDef) {
         let count = counts.entry(prefix).or_insert(0_u32);
         let n = *count;
         *count += 1;
-        let name = match &device {
+        let as_serial = matches!(&device, DeviceMut::Console(console) if n == 0 && console.is_serial());
+        let same = first_serial.clone().filter(|_| as_serial);
+        let choose = || match &device {
             DeviceMut::Disk(disk) => {
                 // Where vdc and sdc are both on virtio, one number would name two.
                 let mut name = disk_name(disk);
-                while !disks.insert(name.clone()) {
+                while taken.contains(&name) {
                     name += "x";
                 }
                 name
             }
             DeviceMut::Controller(controller) => controller_name(controller, board),
-            _ => format!("{prefix}{n}"),
+            // One before it may have been unplugged.
+            _ => (n..).map(|n| format!("{prefix}{n}")).find(|name| !taken.contains(name)).unwrap_or_default(),
         };
-        let as_serial = matches!(&device, DeviceMut::Console(console) if n == 0 && console.is_serial());
-        let named = first_serial.clone().filter(|_| as_serial).unwrap_or(Alias { name, ..Alias::default() });
-        let alias = device.into_info().0.alias.get_or_insert(named);
+        let name = Alias { name: choose(), ..Alias::default() };
+        let alias = device.into_info().0.alias.get_or_insert(same.unwrap_or(name));
+        taken.insert(alias.name.clone());
         if kind == DeviceKind::Serial && n == 0 {
             first_serial = Some(alias.clone());
         }

@@ -14,7 +14,7 @@ mod defaults;
 mod live;
 mod pci;
 
-pub use live::{Chosen, go_live, name_devices};
+pub use live::{Chosen, go_live, name_devices, name_new_devices};
 
 use super::capabilities::Capabilities;
 use super::firmware;

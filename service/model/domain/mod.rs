@@ -20,6 +20,7 @@ pub mod listening;
 pub mod memory;
 pub mod metadata;
 pub mod native;
+pub mod one_device;
 pub mod os;
 pub mod part;
 mod secrets;

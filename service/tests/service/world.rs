@@ -105,6 +105,7 @@ impl World {
                 Event::Domain(facts, events) => story(&facts, &events, ""),
                 Event::DomainGone(facts, events) => story(&facts, &events, " gone"),
                 Event::Job(facts) => format!("job {}", facts.state.as_str()),
+                Event::Device(_, event) => format!("{event:?}"),
                 _ => continue,
             });
         }

@@ -1,0 +1,330 @@
+//! Devices plugged into and out of a machine: what runs, what is stored, or both.
+//!
+//! ```text
+//!  attach: placed and checked ─▶ in the guest's record ─▶ plugged in ─▶ stored ─▶ told
+//!  detach: the guest is asked ─▶ it has let go ─▶ configurations ─▶ told        (else nothing changes until it does)
+//! ```
+//!
+//! The record names a device before the hypervisor is asked for it, so whoever finds the guest knows what it was lent; what the
+//! guest then turns out not to have is reported as gone ([`Domain::device_has_gone`]).
+
+use super::config::Update;
+use super::{Affect, Domain};
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::events::Event;
+use crate::fail_point;
+use crate::images;
+use crate::lock::lock;
+use crate::verb::{self, Verb};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::one_device::{DeviceSpot, alias_of};
+use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::{DeviceEvent, DriverError};
+use virt_model::xml::{self, Element, FindingKind, shorten};
+
+/// How long a guest may take to let go of a device, unless its caller says otherwise.
+pub const LETTING_GO: Duration = Duration::from_secs(30);
+
+/// Which device is meant.
+#[derive(Clone, Copy, Debug)]
+pub enum Wanted<'a> {
+    /// The one that this element describes.
+    Like(&'a str),
+    /// The one of that name.
+    Named(&'a str),
+}
+
+/// A definition with one device more, and that device's name.
+struct Placed {
+    def: Arc<DomainDef>,
+    alias: String,
+}
+
+impl Domain {
+    /// Plugs in a device, in all configurations that `affect` means, or none. Gives its name in what runs, or the one that the
+    /// document gives it.
+    /// Errors: `OperationUnsupported` and `OperationInvalid` name what cannot be plugged, or has no place.
+    pub async fn attach_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<String> {
+        self.short(caller, &verb::ATTACH_DEVICE, async {
+            let mut device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
+            // Of a document that was shown of another guest, or of this one earlier, its name means nothing.
+            let named =
+                device.take_child("alias").filter(|alias| alias.attr("name").is_some_and(|n| n.starts_with("ua-")));
+            named.into_iter().for_each(|alias| device.push(alias));
+            let (live, stored) = self.affected(&verb::ATTACH_DEVICE, affect)?;
+            let placed = match &live {
+                Some(live) => Some(self.place(live, &device).await?),
+                None => None,
+            };
+            let stored = match stored {
+                Some(def) => Some(self.stored_with(&def, &device, placed.as_ref()).await?),
+                None => None,
+            };
+            let (Some(before), Some(placed)) = (live, placed) else {
+                self.put_configurations(None, stored, Update::Whole).await?;
+                return Ok(alias_of(&device).unwrap_or_default().to_owned());
+            };
+            let alias = placed.alias.clone();
+            let live = self.plug(&before, placed).await?;
+            fail_point::reached();
+            if let Err(error) = self.put_configurations(Some(live.clone()), stored, Update::Whole).await {
+                // The guest has it, whatever cannot be written.
+                self.put_configurations(Some(live), None, Update::Whole).await?;
+                self.tell_device(DeviceEvent::Added { alias });
+                return Err(error);
+            }
+            self.tell_device(DeviceEvent::Added { alias: alias.clone() });
+            Ok(alias)
+        })
+        .await
+    }
+
+    /// What runs with one device more, which has its place and may be plugged in.
+    async fn place(&self, before: &Arc<DomainDef>, device: &Element) -> Result<Placed> {
+        let name = self.name();
+        let mut def = with_device(before, device)?;
+        let guest = self.guest()?;
+        let placed = self.driver.place_device(guest.instance.as_ref(), before, &mut def).await;
+        let alias = placed.map_err(|e| Error::from_driver(&name, "plug a device into", e))?;
+        let mut def = Arc::new(def);
+        self.shared.images.declare(&mut def);
+        let mut alone = DomainDef::clone(&def);
+        alone.devices.disks.retain(|disk| disk.info.alias() == Some(&alias));
+        let deed = format!("cannot plug '{alias}' into domain '{name}'");
+        let written = images::written_by(&alone);
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
+        Ok(Placed { def, alias })
+    }
+
+    /// The stored configuration with that device; where it is plugged in, too, it is the same one.
+    async fn stored_with(&self, def: &DomainDef, device: &Element, placed: Option<&Placed>) -> Result<Arc<DomainDef>> {
+        let there = placed.and_then(|placed| placed.def.device_at(&placed.def.spot_of(&placed.alias)?, Form::LIVE));
+        let mut same = device.clone();
+        let kept = |part: &&Element| ["mac", "address"].contains(&&*part.name) && device.child(&part.name).is_none();
+        there.iter().flat_map(Element::elements).filter(kept).for_each(|part| same.push(part.clone()));
+        match self.completed_with(def, &same).await {
+            Ok(def) => Ok(Arc::new(def)),
+            // What is stored may have something else in that place.
+            Err(_) if same.child("address").is_some() && device.child("address").is_none() => {
+                same.take_child("address");
+                self.completed_with(def, &same).await.map(Arc::new)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn completed_with(&self, def: &DomainDef, device: &Element) -> Result<DomainDef> {
+        let mut def = with_device(def, device)?.in_form(Form::STORED);
+        let completed = self.driver.learn_and_complete(&mut def).await;
+        completed.map_err(|e| Error::from_driver(&self.name(), "add a device to", e))?;
+        let mut found = def.contradictions();
+        found.retain(|finding| finding.kind == FindingKind::Invalid);
+        if found.is_empty() { Ok(def) } else { Err(Error::ConfigInvalid(found)) }
+    }
+
+    /// Plugs it in; gives what runs then. On failure what is kept of what runs is as before.
+    async fn plug(&self, before: &Arc<DomainDef>, placed: Placed) -> Result<Arc<DomainDef>> {
+        let Placed { mut def, alias } = placed;
+        let guest = self.guest()?;
+        fail_point::reached();
+        self.keep_live(&def).await?;
+        fail_point::reached();
+        let live = Arc::make_mut(&mut def);
+        match self.driver.attach_device(guest.instance.as_ref(), before, live, &alias).await {
+            Ok(()) => Ok(def),
+            Err(error) => {
+                // Whether a hypervisor that does not answer has it is found out when it answers another virtd.
+                if !matches!(error, DriverError::TimedOut(_))
+                    && let Err(e) = self.keep_live(before).await
+                {
+                    tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd '{alias}' is told as gone");
+                }
+                Err(self.driver_failed(&format!("plug '{alias}' into"), error))
+            }
+        }
+    }
+
+    /// Unplugs a device, from all configurations that `affect` means; returns when the guest has let go of it.
+    /// Errors: `NoSuchDevice`; `OperationInvalid` if the guest refuses; `TimedOut` if it does not let go within `patience`: then
+    /// it has it still, and configurations follow when it does.
+    pub async fn detach_device(
+        self: &Arc<Self>,
+        caller: &Caller,
+        verb: &'static Verb,
+        wanted: Wanted<'_>,
+        affect: Affect,
+        patience: Duration,
+    ) -> Result<()> {
+        self.short(caller, verb, async {
+            let (live, stored) = self.affected(verb, affect)?;
+            let element = match wanted {
+                Wanted::Like(text) => xml::read(text, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?,
+                Wanted::Named(alias) => self.named(alias, live.as_deref(), stored.as_deref())?,
+            };
+            // Where it is open which configuration is meant, it goes from those that have it.
+            let open = !affect.live && !affect.config;
+            let has = |def: &DomainDef| def.device_like(&element) != Err(0);
+            let live = live.filter(|live| !open || has(live) || !stored.as_deref().is_some_and(has));
+            let leaving = live.as_ref().map(|live| self.leaving(live, &element)).transpose()?;
+            // What is stored knows no names but those that people gave: it is the device that runs.
+            let of_stored = match (&live, &leaving) {
+                (Some(live), Some((_, spot))) => live.device_at(spot, Form::STORED).unwrap_or(element),
+                _ => element,
+            };
+            let missing = |def: &DomainDef| def.device_like(&of_stored) == Err(0);
+            let stored = stored.filter(|stored| !(open && leaving.is_some() && missing(stored)));
+            let kept = stored.as_deref().map(|def| self.stored_without(def, &of_stored)).transpose()?;
+            let Some((alias, _)) = leaving else {
+                return self.put_configurations(None, kept, Update::Whole).await;
+            };
+            self.unplug(&alias, kept.is_some().then_some(of_stored), patience).await?;
+            fail_point::reached();
+            self.has_let_go(&alias).await
+        })
+        .await
+    }
+
+    /// Asks the guest, and waits for it. `stored`: the device that then goes from what is stored, too, whenever that is.
+    async fn unplug(&self, alias: &str, stored: Option<Element>, patience: Duration) -> Result<()> {
+        let guest = self.guest()?;
+        self.will_go(guest.id, alias, stored);
+        let done = self.driver.detach_device(guest.instance.as_ref(), &guest.live, alias, patience).await;
+        done.map_err(|error| {
+            if !matches!(error, DriverError::TimedOut(_)) {
+                self.stays(guest.id, alias);
+            }
+            if matches!(error, DriverError::Refused(_)) {
+                self.tell_device(DeviceEvent::RemovalFailed { alias: alias.to_owned() });
+            }
+            Error::from_driver(&self.name(), &format!("unplug '{alias}' from"), error)
+        })
+    }
+
+    /// The device is no more: it goes from the configurations, and that is told.
+    async fn has_let_go(&self, alias: &str) -> Result<()> {
+        let guest = self.guest()?;
+        let live = guest.live.without_devices(|_, element| alias_of(element) == Some(alias));
+        let live = live.map_err(Error::ConfigInvalid)?;
+        let wanted = self.stays(guest.id, alias);
+        let stored = match (wanted.flatten(), self.stored()?) {
+            // Whoever took it out of what is stored meanwhile has done what was wanted.
+            (Some(element), Some(def)) => self.stored_without(&def, &element).ok(),
+            _ => None,
+        };
+        self.put_configurations(Some(Arc::new(live)), stored, Update::Whole).await?;
+        self.tell_device(DeviceEvent::Removed { alias: alias.to_owned() });
+        Ok(())
+    }
+
+    /// The hypervisor says that a device has gone, which nobody waits for.
+    pub(super) async fn device_has_gone(self: Arc<Self>, id: u32, alias: String) {
+        let has_it = |domain: &Domain| {
+            let guest = domain.guest().ok().filter(|guest| guest.id == id);
+            guest.filter(|guest| guest.live.devices.infos().iter().any(|(info, _)| info.alias() == Some(&alias)))
+        };
+        if has_it(&self).is_none() || !self.begins_to_look(id, &alias) {
+            return;
+        }
+        let word = "look after a device that has gone from";
+        let turn = loop {
+            match self.take_turn(word, &CancellationToken::new()).await {
+                Ok(turn) => break Some(turn),
+                Err(Error::Busy { .. }) if has_it(&self).is_some() => {}
+                Err(_) => break None,
+            }
+        };
+        self.has_looked(id, &alias);
+        let (Some(_turn), Some(guest)) = (turn, has_it(&self)) else { return };
+        let told = match self.driver.is_detached(guest.instance.as_ref(), &guest.live, &alias).await {
+            Ok(false) => Ok(()),
+            Ok(true) => self.has_let_go(&alias).await,
+            Err(error) => Err(Error::from_driver(&self.name(), &format!("look after '{alias}' of"), error)),
+        };
+        match told {
+            Ok(()) => tracing::info!(uuid = %self.uuid, name = self.name(), "its guest has let go of '{alias}'"),
+            Err(error) => {
+                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML shows '{alias}', and it has gone")
+            }
+        }
+    }
+
+    /// Tells of a device; of what was done to it in the configurations it is told before.
+    pub(super) fn tell_device(&self, event: DeviceEvent) {
+        self.shared.events.send(Event::Device(self.uuid, event));
+    }
+
+    /// Where the device stands in what runs that an element means, and its name.
+    fn leaving(&self, live: &DomainDef, element: &Element) -> Result<(String, DeviceSpot)> {
+        let spot = self.spot(live, element)?;
+        let there = live.device_at(&spot, Form::LIVE);
+        let alias = there.as_ref().and_then(alias_of).map(str::to_owned);
+        let alias = alias.ok_or_else(|| {
+            let (name, element) = (self.name(), &spot.element);
+            Error::OperationUnsupported(format!("domain '{name}': a <{element}> stays as long as the machine runs"))
+        })?;
+        Ok((alias, spot))
+    }
+
+    fn stored_without(&self, def: &DomainDef, element: &Element) -> Result<Arc<DomainDef>> {
+        let gone = self.spot(def, element)?;
+        let without = def.without_devices(|spot, _| *spot == gone);
+        Ok(Arc::new(without.map_err(Error::ConfigInvalid)?))
+    }
+
+    fn spot(&self, def: &DomainDef, element: &Element) -> Result<DeviceSpot> {
+        def.device_like(element).map_err(|count| {
+            let (domain, what) = (self.name(), shorten(&element.name));
+            match count {
+                0 => Error::NoSuchDevice(format!("domain '{domain}' has no such <{what}>")),
+                count => Error::OperationInvalid(format!(
+                    "domain '{domain}' has {count} <{what}> that are so; say which by its alias or address"
+                )),
+            }
+        })
+    }
+
+    /// The element of the device of that name, in what runs or else in what is stored.
+    fn named(&self, alias: &str, live: Option<&DomainDef>, stored: Option<&DomainDef>) -> Result<Element> {
+        let found = live.or(stored).and_then(|def| def.device_at(&def.spot_of(alias)?, Form::LIVE));
+        found.ok_or_else(|| Error::NoSuchDevice(format!("domain '{}' has no device '{}'", self.name(), shorten(alias))))
+    }
+
+    /// The guest is asked to let go of a device, which then goes from what is stored, too, if it is given.
+    fn will_go(&self, id: u32, alias: &str, stored: Option<Element>) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
+            guest.leaving.insert(alias.to_owned(), stored);
+        }
+    }
+
+    /// Nothing is to come of that any more. Gives what was to go from what is stored.
+    fn stays(&self, id: u32, alias: &str) -> Option<Option<Element>> {
+        lock(&self.state).guest.as_mut().filter(|guest| guest.id == id)?.leaving.remove(alias)
+    }
+
+    /// Whether nobody looks after that device yet: a hypervisor may say as often as it likes that it has gone.
+    fn begins_to_look(&self, id: u32, alias: &str) -> bool {
+        let mut state = lock(&self.state);
+        let guest = state.guest.as_mut().filter(|guest| guest.id == id);
+        guest.is_some_and(|guest| guest.looked_after.insert(alias.to_owned()))
+    }
+
+    fn has_looked(&self, id: u32, alias: &str) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
+            guest.looked_after.remove(alias);
+        }
+    }
+}
+
+/// The definition with one device more, as the document says it: of a kind that a machine has, and not of another's.
+fn with_device(def: &DomainDef, device: &Element) -> Result<DomainDef> {
+    let count = |def: &DomainDef| def.devices.infos().len();
+    let with = def.with_device(device.clone()).map_err(Error::ConfigInvalid)?;
+    if count(&with) > count(def) {
+        return Ok(with);
+    }
+    let (name, what) = (&def.name, shorten(&device.name));
+    Err(Error::OperationUnsupported(format!("domain '{name}': a <{what}> is no device that can be plugged in")))
+}

@@ -1,0 +1,120 @@
+//! Devices plugged in and out, as clients see it, of the test driver's machines.
+
+use crate::common::client::{Client, Domain, Refusal, Watch, options};
+use crate::common::snapshots::with;
+use crate::common::users::ADMIN;
+use crate::common::{Daemon, Setup};
+use zbus::Variant;
+
+const MACHINE: &str = "<domain type='test'><name>web</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+     <disk type='file'><source file='/web.img'/><target dev='vda' bus='virtio'/></disk></devices></domain>";
+const DISK: &str = "<disk type='file'><source file='/more.img'/><target dev='vdb' bus='virtio'/></disk>";
+const CARD: &str = "<interface type='bridge'><source bridge='br0'/><model type='virtio'/></interface>";
+
+async fn attach(domain: &Domain, xml: &str, flags: &[(&str, bool)]) -> Result<String, Refusal> {
+    let reply = domain.call("AttachDevice", &(xml, with(flags.iter().copied()))).await?;
+    Ok(reply.body().deserialize().expect("s"))
+}
+
+async fn detach(domain: &Domain, xml: &str, flags: &[(&str, bool)]) -> Result<(), Refusal> {
+    domain.call("DetachDevice", &(xml, with(flags.iter().copied()))).await.map(drop)
+}
+
+async fn stored(domain: &Domain) -> String {
+    domain.call("GetXML", &(with([("inactive", true)]),)).await.expect("told").body().deserialize().expect("s")
+}
+
+/// The next signal of a device, with its arguments; what else is told of the domain comes before it, as `seen`.
+async fn told(watch: &mut Watch, seen: &mut Vec<String>) -> (String, String) {
+    loop {
+        let message = watch.next().await;
+        let member = message.header().member().expect("a signal").to_string();
+        if member.starts_with("Device") {
+            return (member, message.body().deserialize::<String>().expect("s"));
+        }
+        seen.push(member);
+    }
+}
+
+fn refused(answer: Result<impl std::fmt::Debug, Refusal>, error: &str, word: &str) {
+    let (name, text) = answer.expect_err(error);
+    assert!(name == format!("org.virt.Error.{error}") && text.contains(word), "{name}: {text}");
+}
+
+#[tokio::test]
+async fn a_device_comes_and_goes_in_what_runs_in_what_is_stored_or_both() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(MACHINE).await.expect("defined");
+    // What is off has only what is stored.
+    assert_eq!(attach(&domain, DISK, &[]).await.expect("stored"), "");
+    assert!(stored(&domain).await.contains("vdb"));
+    detach(&domain, "<disk><target dev='vdb'/></disk>", &[("config", true)]).await.expect("taken out");
+    assert!(!stored(&domain).await.contains("vdb"));
+    refused(attach(&domain, DISK, &[("live", true)]).await, "OperationInvalid", "start it first");
+
+    domain.run("Start").await.expect("started");
+    let (mut watch, mut seen) = (domain.client.watch().await, Vec::new());
+    assert_eq!(attach(&domain, DISK, &[("live", true)]).await.expect("plugged in"), "virtio-disk1");
+    assert_eq!(told(&mut watch, &mut seen).await, ("DeviceAdded".to_owned(), "virtio-disk1".to_owned()));
+    assert_eq!(seen, ["PropertiesChanged"], "ConfigChanged is told before");
+    assert!(domain.xml().await.contains("vdb") && !stored(&domain).await.contains("vdb"));
+    assert!(domain.property::<bool>("ConfigChanged").await);
+
+    // In both it is the same card.
+    let card = attach(&domain, CARD, &[("live", true), ("config", true)]).await.expect("in both");
+    assert_eq!(told(&mut watch, &mut seen).await, ("DeviceAdded".to_owned(), card.clone()));
+    let mac = |xml: &str| xml.split("<mac address='").nth(1).map(|rest| rest[..17].to_owned()).expect("an address");
+    assert_eq!(mac(&domain.xml().await), mac(&stored(&domain).await));
+
+    // Where it is left open, it goes from where it is.
+    domain.call("DetachDeviceAlias", &("virtio-disk1", options([]))).await.expect("gone");
+    assert_eq!(told(&mut watch, &mut seen).await, ("DeviceRemoved".to_owned(), "virtio-disk1".to_owned()));
+    domain.call("DetachDeviceAlias", &(&*card, options([]))).await.expect("gone from both");
+    assert_eq!(told(&mut watch, &mut seen).await, ("DeviceRemoved".to_owned(), card));
+    assert!(!domain.xml().await.contains("<interface") && !stored(&domain).await.contains("<interface"));
+    assert!(!domain.property::<bool>("ConfigChanged").await);
+}
+
+#[tokio::test]
+async fn a_guest_that_lets_go_later_is_followed() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(MACHINE).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    attach(&domain, DISK, &[]).await.expect("in both");
+    domain.bare("Suspend").await.expect("paused");
+    let (mut watch, mut seen) = (domain.client.watch().await, Vec::new());
+    let soon = options([("timeout-usec", Variant::from(1000_u64))]);
+    let target = "<disk><target dev='vdb'/></disk>";
+    refused(domain.call("DetachDevice", &(target, soon)).await, "TimedOut", "'virtio-disk1'");
+    assert!(domain.xml().await.contains("vdb") && stored(&domain).await.contains("vdb"), "nothing has changed");
+    domain.bare("Resume").await.expect("it goes on");
+    assert_eq!(told(&mut watch, &mut seen).await, ("DeviceRemoved".to_owned(), "virtio-disk1".to_owned()));
+    assert!(!domain.xml().await.contains("vdb") && !stored(&domain).await.contains("vdb"), "both follow");
+}
+
+#[tokio::test]
+async fn what_is_refused_changes_nothing() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(MACHINE).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    let before = (domain.xml().await, stored(&domain).await);
+    refused(attach(&domain, "<disk", &[]).await, "ConfigInvalid", "");
+    refused(attach(&domain, "<graphics type='vnc'/>", &[]).await, "OperationUnsupported", "<graphics>");
+    let twice = "<disk type='file'><source file='/b'/><target dev='vda' bus='virtio'/></disk>";
+    refused(attach(&domain, twice, &[]).await, "ConfigInvalid", "vda");
+    refused(attach(&domain, DISK, &[("slow", true)]).await, "InvalidArgument", "slow");
+    refused(detach(&domain, "<disk><target dev='vdz'/></disk>", &[]).await, "NoSuchDevice", "<disk>");
+    refused(domain.call("DetachDeviceAlias", &("net7", options([]))).await, "NoSuchDevice", "'net7'");
+    let long = options([("timeout-usec", Variant::from(u64::MAX))]);
+    refused(domain.call("DetachDeviceAlias", &("virtio-disk0", long)).await, "InvalidArgument", "timeout-usec");
+    assert_eq!(before, (domain.xml().await, stored(&domain).await));
+
+    let stranger = Domain { client: Client { connection: daemon.connect_as(&ADMIN).await }, path: domain.path.clone() };
+    for (name, _) in [
+        attach(&stranger, DISK, &[]).await.expect_err("nobody has allowed it"),
+        detach(&stranger, "<disk><target dev='vda'/></disk>", &[]).await.expect_err("nor this"),
+    ] {
+        assert!(name.starts_with("org.freedesktop.DBus.Error."), "{name}");
+    }
+    assert_eq!(before, (domain.xml().await, stored(&domain).await));
+}

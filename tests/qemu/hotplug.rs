@@ -1,0 +1,251 @@
+//! Devices plugged into and out of guests that run: what QEMU has is what the configuration says, whoever dies.
+
+use crate::common::Daemon;
+use crate::common::client::{Client, Domain, Refusal, Watch, options};
+use crate::common::guest::Tick;
+use crate::common::snapshots::with;
+use serde_json::Value;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use zbus::Variant;
+
+struct Machine {
+    daemon: Daemon,
+    tick: Tick,
+    domain: Domain,
+}
+
+impl Machine {
+    async fn started(name: &str, board: &str) -> Option<Machine> {
+        let daemon = Daemon::on_system_bus(crate::common::Setup::default()).await?;
+        let mut tick = Tick::new(&daemon, name, "")?;
+        tick.xml = tick.xml.replace("machine='q35'", &format!("machine='{board}'"));
+        let client = Client { connection: daemon.connect().await };
+        let domain = client.define(&tick.xml).await.expect("defined");
+        domain.run("Start").await.expect("started");
+        tick.counts_to(2).await;
+        Some(Machine { daemon, tick, domain })
+    }
+
+    /// An image that only root may read.
+    fn image(&self, name: &str) -> PathBuf {
+        use std::os::unix::fs::PermissionsExt as _;
+        let path = self.daemon.folder().join(name);
+        std::fs::File::create(&path).and_then(|file| file.set_len(1 << 20)).expect("made");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("set");
+        path
+    }
+
+    async fn attach(&self, xml: &str) -> Result<String, Refusal> {
+        let reply = self.domain.call("AttachDevice", &(xml, with([("live", true)]))).await?;
+        Ok(reply.body().deserialize().expect("s"))
+    }
+
+    async fn detach(&self, alias: &str, usec: u64) -> Result<(), Refusal> {
+        let how = options([("timeout-usec", Variant::from(usec)), ("live", Variant::from(true))]);
+        self.domain.call("DetachDeviceAlias", &(alias, how)).await.map(drop)
+    }
+
+    fn has_open(&self, file: &Path) -> bool {
+        let pid = self.daemon.qemu_of(&self.tick.name).expect("it runs");
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).expect("its files");
+        files.flatten().any(|open| std::fs::read_link(open.path()).is_ok_and(|link| link == file))
+    }
+
+    /// Whether a file is lent to somebody: it has an entry of its own in its access control list.
+    fn is_lent(&self, file: &Path) -> bool {
+        rustix::fs::getxattr(file, "system.posix_acl_access", &mut [0u8; 0][..]).is_ok()
+    }
+
+    /// What QEMU says while nobody else listens to it.
+    fn asks_qemu(&self, questions: &[&str]) -> Vec<Value> {
+        let guests = std::fs::read_dir(self.daemon.root().join("run/virt/guests")).expect("its folder");
+        let socket = guests.flatten().map(|guest| guest.path().join("monitor.sock")).next().expect("a guest");
+        let mut line = UnixStream::connect(socket).expect("its monitor");
+        line.set_read_timeout(Some(crate::common::PATIENCE)).expect("a limit");
+        let mut lines = BufReader::new(line.try_clone().expect("a copy")).lines();
+        let mut ask = |question: &str| {
+            line.write_all(question.as_bytes()).expect("asked");
+            loop {
+                let told: Value = serde_json::from_str(&lines.next().expect("a line").expect("read")).expect("JSON");
+                if told.get("return").is_some() || told.get("error").is_some() {
+                    return told;
+                }
+            }
+        };
+        ask("{\"execute\":\"qmp_capabilities\"}\n");
+        questions.iter().map(|question| ask(&format!("{question}\n"))).collect()
+    }
+}
+
+const LIST: &str = "{\"execute\":\"qom-list\",\"arguments\":{\"path\":\"/machine/peripheral\"}}";
+const NODES: &str = "{\"execute\":\"query-named-block-nodes\",\"arguments\":{\"flat\":true}}";
+const BACK_ENDS: &str = "{\"execute\":\"query-chardev\"}";
+const OBJECTS: &str = "{\"execute\":\"qom-list\",\"arguments\":{\"path\":\"/objects\"}}";
+
+/// Texts under that key, of the answer's list.
+fn texts(told: &Value, key: &str) -> Vec<String> {
+    let list = told["return"].as_array().into_iter().flatten();
+    list.filter_map(|one| one[key].as_str().map(str::to_owned)).collect()
+}
+
+async fn next_device(watch: &mut Watch) -> (String, String) {
+    loop {
+        let message = watch.next().await;
+        let member = message.header().member().expect("a signal").to_string();
+        if member.starts_with("Device") {
+            return (member, message.body().deserialize::<String>().expect("s"));
+        }
+    }
+}
+
+fn disk(image: &Path, target: &str, bus: &str) -> String {
+    format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'/><target dev='{target}' bus='{bus}'/></disk>",
+        image.display()
+    )
+}
+
+fn refused(answer: Result<impl std::fmt::Debug, Refusal>, error: &str, word: &str) {
+    let (name, text) = answer.expect_err(error);
+    assert!(name == format!("org.virt.Error.{error}") && text.contains(word), "{name}: {text}");
+}
+
+#[tokio::test]
+async fn devices_come_and_go_and_what_they_stand_on_with_them() {
+    let Some(mut machine) = Machine::started("plugs", "pc").await else { return };
+    let [one, two, three] = ["one.img", "two.img", "three.img"].map(|name| machine.image(name));
+    let mut watch = machine.domain.client.watch().await;
+
+    // The first SCSI disk brings its controller along.
+    let scsi = machine.attach(&disk(&one, "sda", "scsi")).await.expect("a SCSI disk");
+    assert_eq!(next_device(&mut watch).await, ("DeviceAdded".to_owned(), scsi.clone()));
+    assert!(machine.has_open(&one) && machine.is_lent(&one));
+    let usb = machine.attach(&disk(&two, "sdb", "usb")).await.expect("a stick");
+    let virtio = machine.attach(&disk(&three, "vdz", "virtio")).await.expect("a virtio disk");
+    let rng = "<rng model='virtio'><backend model='builtin'/></rng>";
+    let rng = machine.attach(rng).await.expect("an rng");
+    let tablet = machine.attach("<input type='tablet' bus='usb'/>").await.expect("a tablet");
+    let channel = "<channel type='unix'><target type='virtio' name='org.test.0'/></channel>";
+    let channel = machine.attach(channel).await.expect("a channel");
+    let serial = "<serial type='pty'><target type='usb-serial'/></serial>";
+    let serial = machine.attach(serial).await.expect("a serial port");
+    let xml = machine.domain.xml().await;
+    assert!(xml.contains("/dev/pts/"), "its terminal is known: {xml}");
+    let all = [&scsi, &usb, &virtio, &rng, &tablet, &channel, &serial];
+    assert!(all.iter().all(|alias| xml.contains(&format!("<alias name='{alias}'/>"))), "{all:?}: {xml}");
+
+    // A person talks to the channel as to one that was there at the start.
+    machine.domain.call("OpenChannel", &("org.test.0", options([]))).await.expect("opened");
+
+    // This guest is firmware and a boot sector: it answers no request to let go of a PCI device.
+    refused(machine.detach(&virtio, 50_000).await, "TimedOut", &virtio);
+    assert!(machine.has_open(&three) && machine.is_lent(&three) && machine.domain.xml().await.contains("vdz"));
+    for alias in [&scsi, &usb, &tablet, &channel, &serial] {
+        machine.detach(alias, 20_000_000).await.unwrap_or_else(|error| panic!("{alias}: {error:?}"));
+        let told = loop {
+            match next_device(&mut watch).await {
+                (member, _) if member == "DeviceAdded" => {}
+                told => break told,
+            }
+        };
+        assert_eq!(told, ("DeviceRemoved".to_owned(), alias.clone()));
+    }
+    let xml = machine.domain.xml().await;
+    assert!(!xml.contains("one.img") && !xml.contains("two.img") && !xml.contains("org.test.0"), "{xml}");
+    assert!(!machine.has_open(&one) && !machine.has_open(&two) && machine.has_open(&three));
+    assert!(!machine.is_lent(&one) && !machine.is_lent(&two), "what it has no more is given back");
+    machine.tick.goes_on().await;
+
+    machine.daemon.kill_virtd().await;
+    let told = machine.asks_qemu(&[LIST, NODES, BACK_ENDS, OBJECTS]);
+    let devices = texts(&told[0], "name");
+    assert!(devices.contains(&virtio) && devices.contains(&rng), "{devices:?}");
+    for gone in [&scsi, &usb, &tablet, &channel, &serial] {
+        assert!(!devices.contains(gone), "{devices:?}");
+        assert!(!texts(&told[2], "label").contains(&format!("char{gone}")), "{:?}", told[2]);
+    }
+    let nodes = texts(&told[1], "node-name");
+    assert!(nodes.iter().any(|node| node.starts_with("vdz-")), "{nodes:?}");
+    assert!(!nodes.iter().any(|node| node.starts_with("sda-") || node.starts_with("sdb-")), "{nodes:?}");
+    assert!(texts(&told[3], "name").contains(&format!("obj{rng}")), "{:?}", told[3]);
+    machine.daemon.start_virtd().await;
+    machine.domain.is_looked_after().await;
+    assert!(machine.domain.xml().await.contains("vdz"), "another virtd finds it there");
+    machine.domain.run("Destroy").await.expect("destroyed");
+    assert!(!machine.is_lent(&three));
+}
+
+#[tokio::test]
+async fn what_cannot_be_plugged_is_named_and_changes_nothing() {
+    let Some(machine) = Machine::started("unplugged", "q35").await else { return };
+    let image = machine.image("some.img");
+    let before = machine.domain.xml().await;
+    refused(machine.attach(&disk(&image, "hda", "sata")).await, "OperationUnsupported", "use bus 'virtio'");
+    refused(machine.attach("<sound model='ich9'/>").await, "OperationUnsupported", "part of the board");
+    let rooted = "<rng model='virtio'><backend model='builtin'/><address type='pci' bus='0' slot='9'/></rng>";
+    refused(machine.attach(rooted).await, "OperationUnsupported", "root of PCI Express");
+    let missing = machine.daemon.folder().join("missing.img");
+    refused(machine.attach(&disk(&missing, "vdb", "virtio")).await, "StorageFailed", "missing.img");
+    refused(
+        machine.attach("<interface type='user'><model type='virtio'/></interface>").await,
+        "OperationUnsupported",
+        "network of the host",
+    );
+    refused(machine.detach("virtio-disk7", 1).await, "NoSuchDevice", "virtio-disk7");
+    assert_eq!(machine.domain.xml().await, before);
+    assert!(!machine.is_lent(&image));
+
+    // A board has so many ports and no more.
+    let rng = "<rng model='virtio'><backend model='builtin'/></rng>";
+    let mut plugged = 0;
+    let full = loop {
+        match machine.attach(rng).await {
+            Ok(_) if plugged < 16 => plugged += 1,
+            answer => break answer,
+        }
+    };
+    refused(full, "OperationInvalid", "no free place");
+    assert!(plugged >= 4, "{plugged} devices were plugged in");
+    machine.domain.run("Destroy").await.expect("destroyed");
+}
+
+/// Steps of plugging in: before and after the record names the device, when it is there, and what follows on disk.
+const STEPS: u32 = 12;
+
+#[tokio::test]
+async fn whoever_dies_while_a_device_is_plugged_in_or_out_it_is_there_or_it_is_not() {
+    let Some(mut machine) = Machine::started("killed-plug", "pc").await else { return };
+    let image = machine.image("stick.img");
+    let (mut attached, mut detached) = (false, false);
+    for step in 1..STEPS {
+        let kill = format!("kill -9 {}", machine.daemon.virtd_pid());
+        machine.daemon.at_step(step, &kill);
+        let plugged = machine.domain.xml().await.contains("stick.img");
+        let done = match plugged {
+            false => machine.attach(&disk(&image, "sdb", "usb")).await.is_ok(),
+            true => machine.detach("usb-disk1", 20_000_000).await.is_ok(),
+        };
+        assert!(done != machine.daemon.step_came(), "step {step}: it is done, or virtd is dead");
+        if done {
+            *(if plugged { &mut detached } else { &mut attached }) = true;
+            continue;
+        }
+        machine.daemon.virtd_died().await;
+        let there = texts(&machine.asks_qemu(&[LIST])[0], "name").contains(&"usb-disk1".to_owned());
+        machine.daemon.start_virtd().await;
+        machine.domain = machine.domain.client.named("killed-plug").await.expect("found");
+        machine.domain.is_looked_after().await;
+        let mut said = machine.domain.xml().await.contains("stick.img");
+        while said != there {
+            // It is told when it has been looked after.
+            tokio::task::yield_now().await;
+            said = machine.domain.xml().await.contains("stick.img");
+        }
+        assert_eq!((machine.has_open(&image), machine.is_lent(&image)), (there, there), "step {step}");
+    }
+    assert!(attached && detached, "there are fewer steps than {STEPS}");
+    machine.tick.goes_on().await;
+    machine.domain.run("Destroy").await.expect("destroyed");
+}
