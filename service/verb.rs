@@ -128,6 +128,7 @@ verbs! {
         SCREENSHOT = "Screenshot", Some(Console), Active, "take a screenshot of";
         OPEN_GRAPHICS = "OpenGraphics", Some(Console), Active, "open the display of";
         OPEN_CHANNEL = "OpenChannel", Some(Console), Active, "open a channel of";
+        OPEN_CONSOLE = "OpenConsole", Some(Console), Active, "open a console of";
         SEND_KEY = "SendKey", Some(Console), Running, "send keys to";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";

@@ -6,6 +6,7 @@
 
 use super::changes::Change;
 use super::companion::{Living, end_all};
+use super::consoles::Consoles;
 use super::events::{Guest, condition};
 use super::instance::{Body, CLEARING, Leavings, QemuInstance};
 use super::log::Log;
@@ -198,6 +199,7 @@ impl Search {
             turn: tokio::sync::Mutex::default(),
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
+            consoles: Consoles::of(&self.found.live, &self.leavings),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }

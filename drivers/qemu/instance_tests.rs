@@ -90,6 +90,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         turn: tokio::sync::Mutex::default(),
         drawing: tokio::sync::Mutex::default(),
         pressing: tokio::sync::Mutex::default(),
+        consoles: Consoles::default(),
         settling: Mutex::default(),
         withheld: Mutex::default(),
     });

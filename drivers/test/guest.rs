@@ -1,4 +1,4 @@
-//! A guest in memory: one lock, no task.
+//! A guest in memory: one lock, and no task but those of who is at its consoles.
 //!
 //! ```text
 //!   Running ◀──resume/suspend──▶ Standing ◀──reset── PoweredOff, Panicked
@@ -8,14 +8,18 @@
 //!   any ──destroy, die──▶ Gone
 //! ```
 
+use super::consoles::Consoles;
 use super::lock;
 use async_trait::async_trait;
+use std::os::fd::OwnedFd;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use virt_model::device::CharSource;
 use virt_model::domain::{DomainDef, LifecycleAction};
-use virt_model::driver::{DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
+use virt_model::driver::{ConsoleOptions, DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
 use virt_model::state::{PmSuspended, ShutdownBy, Suspended};
 
 /// A guest.
@@ -27,6 +31,9 @@ pub struct Machine {
     begun: Instant,
     /// How often it was asked for numbers.
     samples: AtomicU32,
+    consoles: Consoles,
+    /// Fires when it has ended.
+    ended: CancellationToken,
 }
 
 struct State {
@@ -70,6 +77,8 @@ impl Machine {
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
             begun: Instant::now(),
             samples: AtomicU32::new(0),
+            consoles: Consoles::default(),
+            ended: CancellationToken::new(),
         }
     }
 
@@ -152,6 +161,7 @@ impl Machine {
 
     pub fn end(&self, exit: Exit) {
         lock(&self.state).end(exit);
+        self.ended.cancel();
     }
 
     /// Waits while the hypervisor does not listen, as long as QEMU's driver would.
@@ -242,6 +252,15 @@ impl Instance for TestInstance {
         self.0.listens().await?;
         self.0.wake();
         Ok(())
+    }
+
+    async fn open_console(
+        &self,
+        alias: &str,
+        _source: &CharSource,
+        options: ConsoleOptions,
+    ) -> Result<OwnedFd, DriverError> {
+        self.0.consoles.open(alias, options, self.0.ended.clone()).await
     }
 
     async fn suspend(&self) -> Result<(), DriverError> {

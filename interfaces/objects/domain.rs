@@ -10,7 +10,7 @@ use crate::error::Error;
 use std::collections::HashMap;
 use std::sync::Arc;
 use virt_model::domain::Form;
-use virt_model::driver::ShutdownMode;
+use virt_model::driver::{ConsoleOptions, ShutdownMode};
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{
@@ -74,6 +74,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::SCREENSHOT, screenshot)
         .method(&verb::OPEN_GRAPHICS, open_graphics)
         .method(&verb::OPEN_CHANNEL, open_channel)
+        .method(&verb::OPEN_CONSOLE, open_console)
         .method(&verb::SEND_KEY, send_key)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
@@ -204,6 +205,14 @@ async fn open_channel(domain: Arc<Domain>, call: Call) -> Outcome {
     let (name, options): (String, Options) = call.read()?;
     options.end()?;
     let connection = domain.open_channel(call.caller(), &name).await?;
+    call.reply(&Fd::from(connection))
+}
+
+async fn open_console(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (device, mut options): (String, Options) = call.read()?;
+    let wanted = ConsoleOptions { log: options.flag("log")?, force: options.flag("force")? };
+    options.end()?;
+    let connection = domain.open_console(call.caller(), &device, wanted).await?;
     call.reply(&Fd::from(connection))
 }
 

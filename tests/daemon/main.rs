@@ -6,6 +6,7 @@ mod common;
 mod bus_objects;
 mod bus_policy;
 mod bus_prompt;
+mod console;
 mod documents;
 mod flood;
 mod journal;
