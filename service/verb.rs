@@ -129,6 +129,7 @@ verbs! {
         SCREENSHOT = "Screenshot", Some(Console), Active, "take a screenshot of";
         OPEN_GRAPHICS = "OpenGraphics", Some(Console), Active, "open the display of";
         OPEN_CHANNEL = "OpenChannel", Some(Console), Active, "open a channel of";
+        OPEN_CONSOLE = "OpenConsole", Some(Console), Active, "open a console of";
         SEND_KEY = "SendKey", Some(Console), Running, "send keys to";
         AGENT_COMMAND = "AgentCommand", Some(Agent), Running, "give a command to the agent of";
         GET_ADDRESSES = "GetInterfaceAddresses", Some(Read), Active, "get addresses of";

@@ -8,6 +8,7 @@ pub mod apart;
 pub mod cgroup;
 #[allow(clippy::disallowed_methods, reason = "opens what has been found, by its descriptor")]
 pub(crate) mod chain;
+pub mod console;
 pub mod files;
 mod handle;
 pub mod image;

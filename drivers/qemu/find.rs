@@ -7,6 +7,7 @@
 use super::agent::{self, Port};
 use super::changes::Change;
 use super::companion::{Living, end_all};
+use super::consoles::Consoles;
 use super::events::{Guest, condition};
 use super::instance::{Body, CLEARING, Leavings, QemuInstance};
 use super::log::Log;
@@ -203,6 +204,7 @@ impl Search {
             agent: Port::of(&self.found.live),
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
+            consoles: Consoles::of(&self.found.live, &self.leavings),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }

@@ -6,6 +6,7 @@
 use super::agent::{self, Port};
 use super::changes::{Change, Claims, SYSFS, undo};
 use super::companion::{GRACE, Living, end_all, how};
+use super::consoles::Consoles;
 use super::log::Log;
 use super::make;
 use super::plan::Loss;
@@ -28,12 +29,12 @@ use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio::time::timeout;
 use uuid::Uuid;
-use virt_model::device::Graphics;
 use virt_model::device::chardev::Channel;
+use virt_model::device::{CharSource, Graphics};
 use virt_model::domain::DomainDef;
 use virt_model::domain::cpu::Cpu;
 use virt_model::driver::agent::{CardAddresses, GuestAgent};
-use virt_model::driver::{DriverError, Exit, Instance, Screen, ShutdownMode};
+use virt_model::driver::{ConsoleOptions, DriverError, Exit, Instance, Screen, ShutdownMode};
 
 /// How long QEMU may take to end when it is told to.
 const TERM_PATIENCE: Duration = Duration::from_secs(3);
@@ -93,6 +94,8 @@ pub struct Body {
     pub drawing: tokio::sync::Mutex<()>,
     /// Keys of one call at a time.
     pub pressing: tokio::sync::Mutex<()>,
+    /// What its consoles say, and who is there.
+    pub consoles: Consoles,
     /// Waits for the firmware to be done with a reset of ours.
     pub settling: Mutex<Option<AbortHandle>>,
 }
@@ -144,7 +147,9 @@ impl QemuInstance {
         let watching = tokio::spawn(watch(body.clone())).abort_handle();
         let guards = (0..body.companions.len()).map(|which| tokio::spawn(guard(body.clone(), which)).abort_handle());
         let bounding = tokio::spawn(bound_log(body.clone())).abort_handle();
-        QemuInstance { tasks: guards.chain([watching, bounding]).collect(), body }
+        let transcripts = body.consoles.transcripts().cloned();
+        let shortening = transcripts.map(|one| tokio::spawn(async move { one.stay_short().await }).abort_handle());
+        QemuInstance { tasks: guards.chain([watching, bounding]).chain(shortening).collect(), body }
     }
 
     /// What is shared with the tasks.
@@ -207,6 +212,15 @@ impl Instance for QemuInstance {
 
     async fn open_channel(&self, channel: &Channel) -> Result<OwnedFd, DriverError> {
         self.body.open_channel(channel).await
+    }
+
+    async fn open_console(
+        &self,
+        alias: &str,
+        source: &CharSource,
+        options: ConsoleOptions,
+    ) -> Result<OwnedFd, DriverError> {
+        self.body.open_console(alias, source, options).await
     }
 
     async fn send_keys(&self, keys: &[u8], hold: Option<Duration>) -> Result<(), DriverError> {

@@ -100,6 +100,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         agent: Port::of(&machine()),
         drawing: tokio::sync::Mutex::default(),
         pressing: tokio::sync::Mutex::default(),
+        consoles: Consoles::default(),
         settling: Mutex::default(),
         withheld: Mutex::default(),
     });

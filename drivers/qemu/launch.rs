@@ -6,6 +6,7 @@ use super::block::Nodes;
 use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
 use super::companion::{self, Gifts, Living, Recorded};
+use super::consoles::Consoles;
 use super::events::Guest;
 use super::expanded;
 use super::hostdev;
@@ -574,6 +575,7 @@ impl Start {
             agent: Port::of(&self.started),
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
+            consoles: Consoles::of(&self.started, &self.leavings()),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }))

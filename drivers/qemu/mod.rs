@@ -15,6 +15,7 @@ pub mod command;
 pub mod companion;
 pub mod complete;
 mod console;
+mod consoles;
 mod declared;
 mod domain_capabilities;
 mod events;

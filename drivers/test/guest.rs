@@ -1,4 +1,4 @@
-//! A guest in memory: one lock, no task.
+//! A guest in memory: one lock, and no task but those of who is at its consoles.
 //!
 //! ```text
 //!   Running ◀──resume/suspend──▶ Standing ◀──reset── PoweredOff, Panicked
@@ -8,17 +8,21 @@
 //!   any ──destroy, die──▶ Gone
 //! ```
 
+use super::consoles::Consoles;
 use super::lock;
 use crate::agent::{self, Agent, PowerChange, Turns, change_power};
 use async_trait::async_trait;
 use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+use virt_model::device::CharSource;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::agent::GuestAgent;
-use virt_model::driver::{DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
+use virt_model::driver::{ConsoleOptions, DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
 use virt_model::state::{PmSuspended, ShutdownBy, Suspended};
 
 /// A guest.
@@ -30,6 +34,9 @@ pub struct Machine {
     begun: Instant,
     /// How often it was asked for numbers.
     samples: AtomicU32,
+    consoles: Consoles,
+    /// Fires when it has ended.
+    ended: CancellationToken,
     /// Counts devices that it has let go of.
     let_go: watch::Sender<u32>,
     agent: TestAgent,
@@ -104,6 +111,8 @@ impl Machine {
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
             begun: Instant::now(),
             samples: AtomicU32::new(0),
+            consoles: Consoles::default(),
+            ended: CancellationToken::new(),
             let_go: watch::Sender::new(0),
             agent: TestAgent {
                 has_port: agent::channel(def).is_some(),
@@ -241,6 +250,7 @@ impl Machine {
 
     pub fn end(&self, exit: Exit) {
         lock(&self.state).end(exit);
+        self.ended.cancel();
         self.lets_go();
     }
 
@@ -430,6 +440,15 @@ impl Instance for TestInstance {
         self.0.listens().await?;
         self.0.wake();
         Ok(())
+    }
+
+    async fn open_console(
+        &self,
+        alias: &str,
+        _source: &CharSource,
+        options: ConsoleOptions,
+    ) -> Result<OwnedFd, DriverError> {
+        self.0.consoles.open(alias, options, self.0.ended.clone()).await
     }
 
     async fn suspend(&self) -> Result<(), DriverError> {

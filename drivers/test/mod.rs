@@ -1,10 +1,11 @@
-//! A hypervisor held in memory, for `<domain type='test'>`: no process, no file, no task, but seen from the service it
+//! A hypervisor held in memory, for `<domain type='test'>`: no process, no file, but seen from the service it
 //! behaves as QEMU does. Its guests end with virtd.
 //!
 //! A guest that is asked to power off does so at once, unless [`GuestControl`] told it not to: that is how tests make
 //! guests crash, hang, ignore what they are asked, and die.
 
 mod agent;
+mod consoles;
 mod control;
 mod guest;
 mod snapshots;

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::Form;
-use virt_model::driver::ShutdownMode;
+use virt_model::driver::{ConsoleOptions, ShutdownMode};
 use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
@@ -90,6 +90,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::SCREENSHOT, screenshot)
         .method(&verb::OPEN_GRAPHICS, open_graphics)
         .method(&verb::OPEN_CHANNEL, open_channel)
+        .method(&verb::OPEN_CONSOLE, open_console)
         .method(&verb::SEND_KEY, send_key)
         .method(&verb::AGENT_COMMAND, agent::command)
         .method(&verb::GET_ADDRESSES, agent::addresses)
@@ -234,6 +235,14 @@ async fn open_channel(domain: Arc<Domain>, call: Call) -> Outcome {
     let (name, options): (String, Options) = call.read()?;
     options.end()?;
     let connection = domain.open_channel(call.caller(), &name).await?;
+    call.reply(&Fd::from(connection))
+}
+
+async fn open_console(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (device, mut options): (String, Options) = call.read()?;
+    let wanted = ConsoleOptions { log: options.flag("log")?, force: options.flag("force")? };
+    options.end()?;
+    let connection = domain.open_console(call.caller(), &device, wanted).await?;
     call.reply(&Fd::from(connection))
 }
 

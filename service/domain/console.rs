@@ -7,9 +7,11 @@ use crate::error::{Error, Result};
 use crate::verb;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
+use virt_model::device::CharSource;
+use virt_model::device::chardev::CharKind;
 use virt_model::device::display::VideoKind;
 use virt_model::domain::DomainDef;
-use virt_model::driver::{DriverError, Screen};
+use virt_model::driver::{ConsoleOptions, DriverError, Screen};
 use virt_model::keys::Codeset;
 use virt_model::xml::shorten;
 
@@ -71,6 +73,32 @@ impl Domain {
         .await
     }
 
+    /// A connection to a serial port or console, by its alias; with an empty one to the first serial port or, for want of any, to
+    /// the first console.
+    /// Errors: `NoSuchDevice` if there is none, `OperationUnsupported` where what is said goes to another place, `Busy` while
+    /// another client is there.
+    pub async fn open_console(&self, caller: &Caller, device: &str, options: ConsoleOptions) -> Result<OwnedFd> {
+        self.beside(caller, &verb::OPEN_CONSOLE, async {
+            let guest = self.guest()?;
+            let (alias, source) = console(&guest.live, device).ok_or_else(|| {
+                let which = if device.is_empty() { String::new() } else { format!(" '{}'", shorten(device)) };
+                Error::NoSuchDevice(format!("domain '{}' has no serial port or console{which}", self.name()))
+            })?;
+            let failed = |error| match error {
+                DriverError::Refused(job) => {
+                    Error::Busy { object: format!("console '{alias}' of domain '{}'", self.name()), job }
+                }
+                other => Error::from_driver(&self.name(), &format!("open console '{alias}' of"), other),
+            };
+            if source.kind != CharKind::Pty {
+                let text = format!("it is of type='{}' with a place of its own; look there", source.kind);
+                return Err(failed(DriverError::Unsupported(text)));
+            }
+            guest.instance.open_console(alias, source, options).await.map_err(failed)
+        })
+        .await
+    }
+
     /// Presses keys all at once and lets them go after a while (0: as long as the hypervisor does by itself). Returns when they
     /// are pressed; a second call waits until those of the first are.
     /// Errors: `InvalidArgument` for a codeset or a code that there is not, and for too many keys or too long; `TimedOut` if
@@ -103,6 +131,15 @@ fn screens(def: &DomainDef) -> Vec<Screen> {
         (0..heads).map(move |head| Screen { card: card.clone(), head })
     });
     each.collect()
+}
+
+/// The serial port or console of that alias, or the first of all; a console that is a serial port goes by that one's alias.
+fn console<'d>(def: &'d DomainDef, device: &str) -> Option<(&'d str, &'d CharSource)> {
+    let serials = def.devices.serials.iter().map(|serial| (&serial.info, &serial.source));
+    let consoles = def.devices.consoles.iter().filter(|console| !console.is_serial());
+    let all = serials.chain(consoles.map(|console| (&console.info, &console.source)));
+    let mut all = all.map(|(info, source)| (info.alias().unwrap_or_default(), source));
+    all.find(|(alias, _)| device.is_empty() || *alias == device)
 }
 
 /// The numbers of the keys that have these codes.
@@ -148,6 +185,27 @@ mod tests {
         assert_eq!(hold(0).unwrap(), None);
         assert_eq!(hold(1500).unwrap(), Some(Duration::from_micros(1500)));
         assert!(hold(u64::MAX).unwrap_err().to_string().contains("5000000"));
+    }
+
+    #[test]
+    fn a_console_is_found_by_its_alias_and_the_first_without() {
+        let of = |devices: &str, device: &str| {
+            let text =
+                format!("<domain type='test'><name>d</name><memory>1</memory><devices>{devices}</devices></domain>");
+            let def = DomainDef::parse(&text).expect("a machine");
+            console(&def, device).map(|(alias, source)| (alias.to_owned(), source.kind))
+        };
+        let virtio = "<console type='pty'><target type='virtio'/><alias name='console1'/></console>";
+        let both = "<serial type='file'><source path='/a'/><alias name='serial0'/></serial>\
+                    <console type='file'><target type='serial'/><alias name='serial0'/></console>";
+        let both = [both, virtio].concat();
+        for first in ["", "serial0"] {
+            assert_eq!(of(&both, first), Some(("serial0".to_owned(), CharKind::File)));
+        }
+        assert_eq!(of(&both, "console1"), Some(("console1".to_owned(), CharKind::Pty)));
+        assert_eq!(of(virtio, ""), Some(("console1".to_owned(), CharKind::Pty)));
+        assert_eq!(of(&both, "console0"), None);
+        assert_eq!(of("", ""), None);
     }
 
     #[test]

@@ -12,8 +12,8 @@ pub mod saved;
 pub mod snapshots;
 pub mod stats;
 
-use crate::device::Graphics;
 use crate::device::chardev::Channel;
+use crate::device::{CharSource, Graphics};
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
@@ -413,6 +413,18 @@ pub trait Instance: Any + Send + Sync {
         Err(DriverError::Unsupported("this driver cannot open channels".to_owned()))
     }
 
+    /// A connection to a console of the live definition, whose host's end is a terminal: what the guest says there, and what it
+    /// is told. Errors: `Unsupported` if no client can be connected to that one, or nothing is kept of it that `options` ask for;
+    /// `Refused` while another client is there.
+    async fn open_console(
+        &self,
+        _alias: &str,
+        _source: &CharSource,
+        _options: ConsoleOptions,
+    ) -> Result<OwnedFd, DriverError> {
+        Err(DriverError::Unsupported("this driver cannot open consoles".to_owned()))
+    }
+
     /// Presses keys all at once, by their numbers ([`crate::keys`]), and lets them go after `hold`, or as it does by itself. Returns
     /// when they are pressed.
     async fn send_keys(&self, _keys: &[u8], _hold: Option<Duration>) -> Result<(), DriverError> {
@@ -444,6 +456,15 @@ pub trait Instance: Any + Send + Sync {
     /// listen is killed, unless `graceful`: then [`DriverError::TimedOut`] and the guest is as before. Works whatever
     /// else hangs.
     async fn destroy(&self, graceful: bool) -> Result<(), DriverError>;
+}
+
+/// How a console is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConsoleOptions {
+    /// What was kept of it comes first.
+    pub log: bool,
+    /// A client that is there is put out.
+    pub force: bool,
 }
 
 /// One of a guest's screens.

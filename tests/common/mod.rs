@@ -12,6 +12,8 @@
 #![allow(dead_code)] // each test binary uses a part
 
 pub mod client;
+#[allow(dead_code, reason = "not every test sits at a console")]
+pub mod console;
 pub mod dead;
 pub mod deaf;
 pub mod guest;

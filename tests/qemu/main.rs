@@ -19,6 +19,7 @@ mod records;
 mod revert_matrix;
 mod saved;
 mod saved_unfinished;
+mod serial;
 mod snapshots;
 mod snapshots_cpu;
 mod snapshots_cut_off;

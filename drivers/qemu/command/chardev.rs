@@ -3,6 +3,8 @@
 use super::args::{List, Props};
 use super::{Builder, id, list, turn};
 use crate::qemu::capabilities::End;
+use crate::qemu::consoles::transcript;
+use std::path::PathBuf;
 use virt_model::device::chardev::{ChannelKind, CharKind, CharProtocol, RedirRule, SerialKind, SocketMode};
 use virt_model::device::display::MouseMode;
 use virt_model::device::{AddressKind, Channel, CharSource, ControllerKind, DeviceInfo, Redirdev, Redirfilter, Serial};
@@ -12,10 +14,11 @@ impl Builder<'_> {
     pub(super) fn character_devices(&mut self) {
         let def = self.def;
         for serial in &def.devices.serials {
-            self.serial_port(serial);
+            let chardev = self.console_end(&serial.source, id(&serial.info));
+            self.serial_port(serial, chardev);
         }
         for parallel in &def.devices.parallels {
-            let chardev = self.back_end_as(&parallel.source, id(&parallel.info), None, "parallel");
+            let chardev = self.back_end_as(&parallel.source, id(&parallel.info), None, "parallel", None);
             let port = parallel.target.as_ref().and_then(|target| target.port);
             let props = Props::device("isa-parallel").set("chardev", chardev).set("id", id(&parallel.info));
             self.args.device(props.maybe("index", port));
@@ -24,14 +27,14 @@ impl Builder<'_> {
             self.channel(channel);
         }
         for console in def.devices.consoles.iter().filter(|c| !c.is_serial()) {
-            let chardev = self.back_end(&console.source, id(&console.info), None);
+            let chardev = self.console_end(&console.source, id(&console.info));
             let props = self.port("virtconsole", &console.info, chardev);
             self.args.device(props);
         }
     }
 
-    pub(super) fn serial_port(&mut self, serial: &Serial) {
-        let chardev = self.back_end(&serial.source, id(&serial.info), None);
+    /// A port whose other end is `chardev`.
+    pub(super) fn serial_port(&mut self, serial: &Serial, chardev: String) {
         let props = self.serial(serial, chardev);
         self.args.device(props);
     }
@@ -102,11 +105,24 @@ impl Builder<'_> {
 
     /// The host's side; gives its name. `spice_name`: what SPICE clients call such a device.
     pub(super) fn back_end(&mut self, source: &CharSource, device: &str, spice_name: Option<&str>) -> String {
-        self.back_end_as(source, device, spice_name, "serial")
+        self.back_end_as(source, device, spice_name, "serial", None)
     }
 
-    /// The same; a device of the host's is opened as one of that kind.
-    fn back_end_as(&mut self, source: &CharSource, device: &str, spice_name: Option<&str>, port: &str) -> String {
+    /// The same for what says something to people, which is kept.
+    fn console_end(&mut self, source: &CharSource, device: &str) -> String {
+        let kept = transcript(self.place.runtime_dir, device, source);
+        self.back_end_as(source, device, None, "serial", kept)
+    }
+
+    /// The same; a device of the host's is opened as one of that kind, and what comes is kept there.
+    fn back_end_as(
+        &mut self,
+        source: &CharSource,
+        device: &str,
+        spice_name: Option<&str>,
+        port: &str,
+        kept: Option<PathBuf>,
+    ) -> String {
         let name = format!("char{device}");
         let start = |kind: &str| list(kind).set("id", &name);
         let path = source.path().unwrap_or_default();
@@ -142,8 +158,14 @@ impl Builder<'_> {
         if let Some(log) = log {
             self.output(&log.file);
         }
-        let back_end = back_end.maybe("logfile", log.map(|log| &log.file));
-        self.args.pair("-chardev", back_end.maybe_on_off("logappend", log.and_then(|log| log.append)));
+        let back_end = match &kept {
+            // QEMU makes it, in the guest's own folder.
+            Some(kept) => back_end.set("logfile", kept.display()).set("logappend", "on"),
+            None => back_end
+                .maybe("logfile", log.map(|log| &log.file))
+                .maybe_on_off("logappend", log.and_then(|log| log.append)),
+        };
+        self.args.pair("-chardev", back_end);
         name
     }
 }

@@ -102,7 +102,11 @@ pub fn one_device(def: &DomainDef, caps: &Capabilities, place: &Place<'_>, alias
         Device::Rng(rng) => builder.rng(rng),
         Device::Input(input) => builder.input(input),
         Device::Channel(channel) => builder.channel(channel),
-        Device::Serial(serial) => builder.serial_port(serial),
+        // What it says is kept of those only that the guest was started with.
+        Device::Serial(serial) => {
+            let chardev = builder.back_end(&serial.source, super::id(&serial.info), None);
+            builder.serial_port(serial, chardev);
+        }
         Device::Redirdev(redirection) => builder.redirection(redirection),
         Device::Controller(controller) => {
             let props = builder.controller_device(controller);

@@ -1,0 +1,189 @@
+//! The consoles of a running QEMU whose other end is a terminal: what they say stands in a file that QEMU appends to (its
+//! `logfile`), in the guest's own folder, and whoever types does so by the terminal.
+//!
+//! QEMU drops what it says to a terminal that nobody has open. One that is open it waits for; so virtd opens it only while a
+//! client is there, and reads it. QEMU may have been taken over by its guest: both the file and the terminal are held against
+//! what they must be, whatever stands in their places.
+
+use super::instance::{Body, Leavings};
+use crate::host::console::{BEHIND, Clients, Talk, Transcript};
+use crate::host::workers::blocking;
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat, stat};
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use virt_model::device::CharSource;
+use virt_model::device::chardev::CharKind;
+use virt_model::domain::DomainDef;
+use virt_model::driver::{ConsoleOptions, DriverError};
+
+/// The first major number of the terminals of `/dev/pts`, and how many there are.
+const TERMINALS: (u32, u32) = (136, 8);
+
+/// Where QEMU keeps what that console says, below the guest's own folder; `None` for one that is no terminal, or that has a
+/// place of its own for that: QEMU has one for each.
+pub fn transcript(own_dir: &Path, alias: &str, source: &CharSource) -> Option<PathBuf> {
+    let ours = source.kind == CharKind::Pty && source.log.is_none() && !alias.contains('/');
+    ours.then(|| own_dir.join(format!("{alias}.said")))
+}
+
+/// Those of a guest.
+#[derive(Default)]
+pub struct Consoles {
+    /// By the alias of the device.
+    transcripts: HashMap<String, Arc<Transcript>>,
+    clients: Clients,
+}
+
+impl Consoles {
+    /// Those of a QEMU that runs. One that an earlier virtd started may keep no transcripts.
+    pub fn of(live: &DomainDef, leavings: &Leavings) -> Consoles {
+        let (devices, own_dir) = (&live.devices, leavings.own_dir());
+        let serials = devices.serials.iter().map(|serial| (&serial.info, &serial.source));
+        let consoles = devices.consoles.iter().filter(|console| !console.is_serial());
+        let all = serials.chain(consoles.map(|console| (&console.info, &console.source)));
+        let kept = all.filter_map(|(info, source)| {
+            let alias = info.alias()?;
+            let opened = Transcript::open(&transcript(&own_dir, alias, source)?, BEHIND);
+            let opened = opened.inspect_err(|error| {
+                tracing::info!(uuid = %live.uuid, %error, "what {alias} says is not kept");
+            });
+            Some((alias.to_owned(), Arc::new(opened.ok()?)))
+        });
+        Consoles { transcripts: kept.collect(), clients: Clients::default() }
+    }
+
+    /// What its consoles say.
+    pub fn transcripts(&self) -> impl Iterator<Item = &Arc<Transcript>> {
+        self.transcripts.values()
+    }
+}
+
+impl Body {
+    /// Connects whoever asked to a console. Error: `Refused` while another client is there.
+    pub async fn open_console(
+        &self,
+        alias: &str,
+        source: &CharSource,
+        options: ConsoleOptions,
+    ) -> Result<OwnedFd, DriverError> {
+        if *self.gone.borrow() {
+            return Err(DriverError::Gone);
+        }
+        let transcript = self.consoles.transcripts.get(alias).cloned();
+        if options.log && transcript.is_none() {
+            let why = match &source.log {
+                Some(_) => {
+                    "what it says is kept in the <log file> of its own; read that file, or open it without 'log'"
+                }
+                None => {
+                    "nothing is kept of what it says, as an earlier virtd started this guest; open it without 'log', or \
+                     start the guest anew"
+                }
+            };
+            return Err(DriverError::Unsupported(why.to_owned()));
+        }
+        let path = source.path().map(PathBuf::from);
+        let path = path.ok_or_else(|| DriverError::Internal("its terminal is not known".to_owned()))?;
+        let admitted = self.consoles.clients.admit(alias, options.force).await.map_err(|e| no_console(&e))?;
+        let (client, admitted) = admitted.ok_or_else(|| DriverError::Refused("another client".to_owned()))?;
+        let own_dir = self.leavings.own_dir();
+        let line = blocking(move || terminal(&path, &own_dir)).await?.map_err(|e| no_console(&e))?;
+        let talk = Talk::new(admitted, line, transcript, options.log).map_err(|e| no_console(&e))?;
+        let mut gone = self.gone.subscribe();
+        tokio::spawn(talk.run(async move {
+            // That nobody is left who could say so is the end as well.
+            let _ = gone.wait_for(|gone| *gone).await;
+        }));
+        Ok(client)
+    }
+}
+
+fn no_console(error: &io::Error) -> DriverError {
+    DriverError::Hypervisor(format!("its terminal cannot be opened: {error}"))
+}
+
+/// Opens the terminal at `path`, which must belong to whom the guest's own folder belongs: its number may be another's by
+/// now. Nothing that goes through it is changed by the kernel. Blocks.
+fn terminal(path: &Path, own_dir: &Path) -> io::Result<OwnedFd> {
+    let other = |why: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{} {why}", path.display()));
+    if path.parent() != Some(Path::new("/dev/pts")) {
+        return Err(other("is no terminal of a program"));
+    }
+    let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let line = openat(CWD, path, flags, Mode::empty())?;
+    let (is, owner) = (fstat(&line)?, stat(own_dir)?.st_uid);
+    let (first, count) = TERMINALS;
+    let major = rustix::fs::major(is.st_rdev);
+    if FileType::from_raw_mode(is.st_mode) != FileType::CharacterDevice || !(first..first + count).contains(&major) {
+        return Err(other("is no terminal of a program"));
+    }
+    if is.st_uid != owner {
+        return Err(other("is not the guest's any more"));
+    }
+    // SAFETY: the structure is plain numbers, and is filled by tcgetattr before it is used.
+    let set = unsafe {
+        // What was said to those who were here before, and is unread, is told to nobody.
+        libc::tcflush(line.as_raw_fd(), libc::TCIFLUSH);
+        let mut modes: libc::termios = std::mem::zeroed();
+        match libc::tcgetattr(line.as_raw_fd(), &raw mut modes) {
+            0 => {
+                libc::cfmakeraw(&raw mut modes);
+                libc::tcsetattr(line.as_raw_fd(), libc::TCSANOW, &raw const modes)
+            }
+            failed => failed,
+        }
+    };
+    if set == 0 { Ok(line) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read as _, Write as _};
+
+    #[test]
+    fn a_terminal_is_opened_raw_and_nothing_else_is_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut master = std::fs::File::options().read(true).write(true).open("/dev/ptmx").unwrap();
+        let mut number: libc::c_int = 0;
+        // SAFETY: both calls are given the number that they read or fill.
+        unsafe {
+            assert_eq!(libc::ioctl(master.as_raw_fd(), libc::TIOCSPTLCK, &raw const number), 0);
+            assert_eq!(libc::ioctl(master.as_raw_fd(), libc::TIOCGPTN, &raw mut number), 0);
+        }
+        let name = PathBuf::from(format!("/dev/pts/{number}"));
+        let mut line = std::fs::File::from(terminal(&name, dir.path()).unwrap());
+        line.write_all(b"a\nb\x03").unwrap();
+        let mut read = [0; 4];
+        master.read_exact(&mut read).unwrap();
+        assert_eq!(&read, b"a\nb\x03");
+        master.write_all(b"c\rd").unwrap();
+        line.read_exact(&mut read[..3]).unwrap();
+        assert_eq!(&read[..3], b"c\rd");
+
+        for path in ["/dev/null", "/dev/ptmx", "/dev/pts/ptmx", "/dev/pts/../null", "/dev/pts/none", "/etc/passwd"] {
+            assert!(terminal(Path::new(path), dir.path()).is_err(), "{path}");
+        }
+        if nix::unistd::geteuid().is_root() {
+            std::os::unix::fs::chown(dir.path(), Some(12345), None).unwrap();
+            let refused = terminal(&name, dir.path()).unwrap_err().to_string();
+            assert!(refused.contains("is not the guest's any more"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn qemu_keeps_what_terminals_say_that_have_no_log_of_their_own() {
+        let kept = |alias: &str, kind, log: bool| {
+            let log = log.then(|| virt_model::device::chardev::Log { file: "/log".to_owned(), ..Default::default() });
+            let path = transcript(Path::new("/own"), alias, &CharSource { log, ..CharSource::new(kind) });
+            path.map(|path| path.display().to_string())
+        };
+        assert_eq!(kept("serial0", CharKind::Pty, false).as_deref(), Some("/own/serial0.said"));
+        assert_eq!(kept("serial0", CharKind::Pty, true), None);
+        assert_eq!(kept("serial0", CharKind::File, false), None);
+        assert_eq!(kept("ua-/../x", CharKind::Pty, false), None);
+    }
+}
