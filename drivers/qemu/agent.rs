@@ -10,8 +10,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::device::chardev::CharKind;
 use virt_model::domain::DomainDef;
-use virt_model::driver::DriverError;
 use virt_model::driver::agent::CardAddresses;
+use virt_model::driver::{DriverError, ShutdownMode};
 
 /// Where the agent of one guest is reached.
 #[derive(Debug, Default)]
@@ -81,8 +81,23 @@ impl Line for Arc<Body> {
 }
 
 impl Body {
+    /// Has the guest power off or reboot, by its agent or its power button.
+    pub async fn change_power(self: &Arc<Self>, mode: ShutdownMode, what: PowerChange) -> Result<(), DriverError> {
+        let connected = self.reporter.agent_is_connected() == Some(true);
+        match mode {
+            ShutdownMode::Agent => return self.agent_changes_power(what, false).await,
+            ShutdownMode::Default if connected => match self.agent_changes_power(what, true).await {
+                Err(error @ DriverError::Storage(_)) => return Err(error),
+                Err(error) => tracing::debug!(uuid = %self.uuid, %error, "the guest is asked by its power button"),
+                Ok(()) => return Ok(()),
+            },
+            ShutdownMode::Default | ShutdownMode::Acpi => {}
+        }
+        self.press_power_button(what == PowerChange::Reboot).await
+    }
+
     /// Has the agent power off or reboot the guest. `soon`: it is given up soon, as there is another way.
-    pub async fn agent_changes_power(self: &Arc<Self>, what: PowerChange, soon: bool) -> Result<(), DriverError> {
+    async fn agent_changes_power(self: &Arc<Self>, what: PowerChange, soon: bool) -> Result<(), DriverError> {
         if self.agent.socket.is_none() {
             return Err(no_channel());
         }

@@ -273,21 +273,6 @@ impl Body {
         work.await
     }
 
-    /// Has the guest power off or reboot, by its agent or its power button.
-    async fn change_power(self: &Arc<Self>, mode: ShutdownMode, what: PowerChange) -> Result<(), DriverError> {
-        let connected = self.reporter.agent_is_connected() == Some(true);
-        match mode {
-            ShutdownMode::Agent => return self.agent_changes_power(what, false).await,
-            ShutdownMode::Default if connected => match self.agent_changes_power(what, true).await {
-                Err(error @ DriverError::Storage(_)) => return Err(error),
-                Err(error) => tracing::debug!(uuid = %self.uuid, %error, "the guest is asked by its power button"),
-                Ok(()) => return Ok(()),
-            },
-            ShutdownMode::Default | ShutdownMode::Acpi => {}
-        }
-        self.press_power_button(what == PowerChange::Reboot).await
-    }
-
     /// The next power-off is to be a reboot, or is not any more; returns what was so before.
     pub async fn expect_reboot(&self, reboot: bool) -> Result<bool, DriverError> {
         let before = self.reporter.guest(|guest| {
@@ -301,7 +286,7 @@ impl Body {
         Ok(before)
     }
 
-    async fn press_power_button(&self, reboot: bool) -> Result<(), DriverError> {
+    pub async fn press_power_button(&self, reboot: bool) -> Result<(), DriverError> {
         let before = self.expect_reboot(reboot).await?;
         let pressed = self.execute("system_powerdown", json!({})).await;
         if pressed.is_err() {

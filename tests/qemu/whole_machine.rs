@@ -216,6 +216,12 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     player.domain.run("ThawFilesystems").await.expect("thawed");
     agent_answers(&player.domain).await;
     let mut watch = client.watch().await;
+    player.domain.call("SuspendGuest", &("mem", options([]))).await.expect("asked");
+    assert_eq!(watch.lifecycle(&player.domain.path).await, "pmsuspended memory");
+    player.domain.bare("Wakeup").await.expect("woken");
+    assert_eq!(watch.lifecycle(&player.domain.path).await, "started wakeup");
+    let now = lin.counts(|_| true).await;
+    lin.counts(|count| count >= now + 3).await;
     player.domain.call("Shutdown", &(options([("mode", Variant::from("agent"))]),)).await.expect("asked");
     let ended = watch.until(&player.domain.path, "stopped shutdown").await;
     assert_eq!(ended, ["shutdown guest", "stopped shutdown"]);
