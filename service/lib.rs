@@ -33,8 +33,8 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, Force, ManagedSaveOptions, Plan, Resumption,
-    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
+    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, DumpOptions, Force, ManagedSaveOptions, Plan,
+    Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};

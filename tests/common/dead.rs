@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 21] = [
+pub const MEMBERS: [&str; 22] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -65,6 +65,7 @@ pub const MEMBERS: [&str; 21] = [
     "Manager.DomainToNative",
     "Domain.Start",
     "Domain.Save",
+    "Domain.CoreDump",
     "Domain.ManagedSave",
     "Domain.GetStats",
     "Domain.CheckCreateSnapshot",
@@ -160,6 +161,7 @@ impl Doomed {
                 domain.client.call("/org/virt", "org.virt.Manager.SetSavedXML", &asked).await
             }
             "Domain.Save" => domain.call(method, &(file("saved"), none())).await,
+            "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
             "Domain.UpdateDevice" => {
                 let medium = format!(
                     "<disk type='file' device='cdrom'><source file='{}'/><target dev='sda' bus='sata'/><readonly/></disk>",
