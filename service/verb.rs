@@ -121,6 +121,7 @@ verbs! {
         SUSPEND = "Suspend", Some(Suspend), Running, "suspend";
         RESUME = "Resume", Some(Suspend), Paused, "resume";
         SAVE = "Save", Some(Save), RunningOrPaused, "save";
+        CORE_DUMP = "CoreDump", Some(Save), RunningOrPaused, "dump";
         MANAGED_SAVE = "ManagedSave", Some(Save), RunningOrPausedPersistent, "save";
         MANAGED_SAVE_REMOVE = "ManagedSaveRemove", Some(Save), ManagedSaved, "remove the managed save of";
         MANAGED_SAVE_XML = "GetManagedSaveXML", Some(Read), ManagedSaved, "get XML of the managed save of";

@@ -138,7 +138,7 @@ impl Driver for TestDriver {
     }
 
     fn lacks(&self) -> &'static [&'static str] {
-        &["Save", "ManagedSave", "Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
+        &["Save", "CoreDump", "ManagedSave", "Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
     }
 
     async fn complete(&self, _def: &mut DomainDef) -> Result<(), DriverError> {

@@ -17,8 +17,8 @@ use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{
-    Affect, Domain, LETTING_GO, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions, StatsOptions,
-    UndefineCheck, UndefineOptions, Wanted,
+    Affect, Domain, DumpOptions, LETTING_GO, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions,
+    StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 use zbus::Variant;
 use zbus::wire::Fd;
@@ -84,6 +84,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::SUSPEND, suspend)
         .method(&verb::RESUME, resume)
         .method(&verb::SAVE, save)
+        .method(&verb::CORE_DUMP, core_dump)
         .method(&verb::MANAGED_SAVE, managed_save)
         .method(&verb::MANAGED_SAVE_REMOVE, remove_managed_save)
         .method(&verb::MANAGED_SAVE_XML, managed_save_xml)
@@ -184,6 +185,21 @@ async fn save(domain: Arc<Domain>, call: Call) -> Outcome {
     };
     let no_wait = no_wait(options)?;
     let ticket = domain.save(call.caller(), file, save).await?;
+    call.reply(&finish(ticket, no_wait).await?)
+}
+
+async fn core_dump(domain: Arc<Domain>, call: Call) -> Outcome {
+    let body = call.body();
+    let (file, mut options): (&str, Options) = call::read(&body)?;
+    let dump = DumpOptions {
+        crash: options.flag("crash")?,
+        reset: options.flag("reset")?,
+        memory_only: options.flag("memory-only")? | options.text("format")?.is_some(),
+        live: options.flag("live")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let ticket = domain.core_dump(call.caller(), file, dump).await?;
     call.reply(&finish(ticket, no_wait).await?)
 }
 

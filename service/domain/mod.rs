@@ -30,7 +30,7 @@ pub(crate) use found::FoundGuest;
 pub use lifecycle::StartOptions;
 pub use managed::ManagedSaveOptions;
 pub(crate) use save::absolute;
-pub use save::{Resumption, SaveOptions};
+pub use save::{DumpOptions, Resumption, SaveOptions};
 pub use snapshots::{CreateCheck, CreateOptions, DeleteOptions, Force, Plan, RevertOptions};
 pub use stats::{Stats, StatsOptions};
 pub use undefine::{UndefineCheck, UndefineOptions};

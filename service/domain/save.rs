@@ -66,11 +66,28 @@ pub struct SaveOptions {
     pub cancel_on_disconnect: bool,
 }
 
+/// What becomes of a domain that is dumped. Unless one of these is wanted it goes on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct DumpOptions {
+    /// It ends as crashed.
+    pub crash: bool,
+    /// It is reset.
+    pub reset: bool,
+    /// Of its memory alone, in a format of its own.
+    pub memory_only: bool,
+    /// It is to run meanwhile.
+    pub live: bool,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
 /// What a save is to come to.
 pub(super) struct Target {
     pub file: PathBuf,
     /// It is the managed save.
     pub managed: bool,
+    /// The guest does not end: it is a dump.
+    pub dump: bool,
     /// The configuration that is kept in place of what runs.
     pub kept: Option<Arc<DomainDef>>,
 }
@@ -109,10 +126,69 @@ impl Domain {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
                 None => None,
             };
-            let target = Target { file, managed: false, kept };
+            let target = Target { file, managed: false, dump: false, kept };
             self.accept_save(change, &verb::SAVE, target, options.then, options.cancel_on_disconnect).await
         })
         .await
+    }
+
+    /// Writes the guest in a file as [`Domain::save`] does, and lets it go on, or has become of it what is wanted. Returns when that
+    /// is accepted; the ticket answers when the file is complete and that has been done.
+    pub async fn core_dump(self: &Arc<Self>, caller: &Caller, file: &str, options: DumpOptions) -> Result<Ticket> {
+        self.accepted(caller, &verb::CORE_DUMP, async {
+            self.allow(caller, verb::CORE_DUMP.action).await?;
+            if options.crash && options.reset {
+                let text = "'crash' and 'reset' exclude each other: give one of them";
+                return Err(Error::InvalidArgument(text.to_owned()));
+            }
+            let cannot = match options {
+                DumpOptions { memory_only: true, .. } => {
+                    Some("memory alone ('memory-only', 'format') is not dumped yet")
+                }
+                DumpOptions { live: true, .. } => {
+                    Some("a guest that runs meanwhile ('live') would leave no machine to go on with")
+                }
+                _ => None,
+            };
+            if let Some(why) = cannot {
+                let text = format!("cannot dump domain '{}': {why}; leave that option out", self.name());
+                return Err(Error::OperationUnsupported(text));
+            }
+            let file = absolute(file)?;
+            // It names any file of the host, as a configuration does.
+            self.allow(caller, Action::Define).await?;
+            if options.crash || options.reset {
+                self.allow(caller, Action::Stop).await?;
+            }
+            self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
+            let change = self.change(caller, &verb::CORE_DUMP);
+            let target = Target { file, managed: false, dump: true, kept: None };
+            if change.has_turn() {
+                self.applies(&verb::CORE_DUMP)?;
+                self.plan_save(&target, Resumption::default()).await?;
+            }
+            let job = change.open(options.cancel_on_disconnect)?;
+            Ok(job.run(async move |domain, job| {
+                domain.applies(&verb::CORE_DUMP)?;
+                let planned = domain.plan_save(&target, Resumption::default()).await?;
+                domain.save_planned(planned, &target, &job).await?;
+                domain.after_dump(options).await
+            }))
+        })
+        .await
+    }
+
+    /// What is wanted of a guest that has been dumped. It may have ended meanwhile, which is as well.
+    async fn after_dump(self: &Arc<Self>, wanted: DumpOptions) -> Result<()> {
+        let Ok(guest) = self.guest() else { return Ok(()) };
+        match wanted {
+            DumpOptions { crash: true, .. } => self.end_as(guest, Stopped::Crashed).await,
+            DumpOptions { reset: true, .. } => {
+                let reset = guest.instance.reset().await;
+                reset.map_err(|e| self.driver_failed("reset after its dump", e))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// What all saves are from here on, `verb` being which.
@@ -132,7 +208,7 @@ impl Domain {
         Ok(job.run(async move |domain, job| {
             domain.applies(verb)?;
             let planned = domain.plan_save(&target, then).await?;
-            domain.save_planned(planned, target.managed, &job).await
+            domain.save_planned(planned, &target, &job).await
         }))
     }
 
@@ -176,7 +252,7 @@ impl Domain {
         let standing = lock(&self.state).state == DomainState::Paused;
         let file = target.file.clone();
         self.refuse_to_replace(&file).await?;
-        let request = SaveRequest { file, def, paused: then.stands(standing) };
+        let request = SaveRequest { file, def, paused: then.stands(standing), goes_on: target.dump };
         saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
         Ok(Planned { machine, request })
     }
@@ -253,13 +329,14 @@ impl Domain {
         Err(Error::AbiIncompatible(text))
     }
 
-    async fn save_planned(self: &Arc<Self>, planned: Planned, managed: bool, job: &Arc<Job>) -> Result<()> {
+    async fn save_planned(self: &Arc<Self>, planned: Planned, wanted: &Target, job: &Arc<Job>) -> Result<()> {
         let Planned { machine, request } = planned;
+        let (managed, dump) = (wanted.managed, wanted.dump);
         let guest = self.guest()?;
         // A transient domain must not go before the note that it leaves.
         let _stay = Creation::begin(self)?;
         let target = self.take_target(&request.file).await?;
-        let journal = self.journal(Deed::Save { file: request.file.clone(), managed }, job);
+        let journal = self.journal(Deed::Save { file: request.file.clone(), managed, dump }, job);
         journal.begin().await?;
         if let Err(e) = self.saves()?.save(&machine, &request, journal.clone()).await {
             self.expect_no_end(guest.id);
@@ -269,7 +346,9 @@ impl Domain {
             self.looks_again(Some(target));
             return Err(self.driver_failed("save", e));
         }
-        self.end_saved().await?;
+        if !dump {
+            self.end_saved().await?;
+        }
         journal.step("ended");
         journal.end().await
     }

@@ -90,6 +90,9 @@ pub(crate) enum Deed {
         /// It is its managed save.
         #[serde(default)]
         managed: bool,
+        /// It is a dump: the guest does not end.
+        #[serde(default)]
+        dump: bool,
     },
     /// The machine itself, with these files.
     Undefine {

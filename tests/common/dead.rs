@@ -65,6 +65,7 @@ pub const MEMBERS: [&str; 22] = [
     "Manager.DomainToNative",
     "Domain.Start",
     "Domain.Save",
+    "Domain.CoreDump",
     "Domain.ManagedSave",
     "Domain.GetStats",
     "Domain.CheckCreateSnapshot",
@@ -168,6 +169,7 @@ impl Doomed {
                 );
                 domain.call(method, &(disk, none())).await
             }
+            "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
             "Domain.UpdateDevice" => {
                 let medium = format!(
                     "<disk type='file' device='cdrom'><source file='{}'/><target dev='sda' bus='sata'/><readonly/></disk>",

@@ -5,6 +5,7 @@ mod common;
 
 mod console;
 mod dead_storage;
+mod dumped;
 mod hostile_images;
 mod hotplug;
 mod hung;

@@ -41,7 +41,7 @@ pub async fn restore(client: &Client, file: &Path, how: &[(&'static str, Variant
     Ok(Domain { client: client.clone(), path: path.to_string() })
 }
 
-async fn saved_xml(client: &Client, file: &Path, secure: bool) -> Result<String, Refusal> {
+pub async fn saved_xml(client: &Client, file: &Path, secure: bool) -> Result<String, Refusal> {
     let how = options([("secure", Variant::from(secure))]);
     let arguments = (file.to_str().expect("a text"), how);
     let reply = client.call("/org/virt", "org.virt.Manager.GetSavedXML", &arguments).await?;

@@ -128,6 +128,9 @@ pub struct Save {
     pub resume: bool,
     /// It is whole: from here on the machine is saved.
     pub complete: bool,
+    /// The guest has gone on by then: what is whole stays, whatever the guest does.
+    #[serde(default)]
+    pub goes_on: bool,
 }
 
 /// What is kept with a snapshot.

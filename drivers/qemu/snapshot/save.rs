@@ -73,6 +73,7 @@ impl Operation {
             number: None,
             resume: self.machine.running,
             complete: false,
+            goes_on: request.goes_on,
         };
         journal.note(written(&Note::Save(note.clone()))?).await?;
         // Whether it comes to its end or goes on as before: that it stood is nobody's business.
@@ -90,6 +91,7 @@ impl Operation {
                 Ok(Naming::Beside(error)) => error,
                 Ok(Naming::Lost) => lost(&note),
                 // It may have its name: only who looks again can tell.
+                Err(error) if note.goes_on => return Err(named_later(&error)),
                 Err(error) => return Err(self.stands_half_done(&error, quiet)),
             },
             Err(error) => error,
@@ -101,7 +103,7 @@ impl Operation {
             if let Err(why) = noted.await {
                 // What may be noted as complete must not be there any more when the guest goes on: nobody goes on from it too.
                 if self.remove_saved(&note, Some(begun.held.clone())).await.is_err() {
-                    return Err(self.stands_half_done(&why, quiet));
+                    return Err(if note.goes_on { named_later(&why) } else { self.stands_half_done(&why, quiet) });
                 }
             }
         }
@@ -156,7 +158,10 @@ impl Operation {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         let Begun { file, draft, telling, configuration, .. } = begun;
         let moved = self.move_memory(body, (file, &note.file), note.resume, journal).await?;
-        journal.memory_written();
+        match note.goes_on {
+            true => self.go_on(note.resume).await?,
+            false => journal.memory_written(),
+        }
         journal.step("memory");
         let part = note.part.clone();
         let bytes = self.machine.def.memory_kib() << 10;
@@ -249,7 +254,7 @@ impl Operation {
     /// What is complete is named, or removed before its guest goes on: as long as it is neither, the guest stands.
     pub(super) async fn recover_save(&self, note: Save) -> Result<Recovered, DriverError> {
         let file = note.file.display();
-        if note.complete && !self.has_gone_on().await? {
+        if note.complete && (note.goes_on || !self.has_gone_on().await?) {
             match self.name_saved(&note, None).await? {
                 Naming::Named => return Ok(Recovered::Saved(note.file)),
                 Naming::Beside(error) if self.body.is_none() => return Err(error),
@@ -319,11 +324,22 @@ fn lost(note: &Save) -> DriverError {
     DriverError::Storage(format!("what was saved is neither {part} nor {file}: somebody has moved or removed it"))
 }
 
-/// The note of a save whose guest is to go on, or has: what was written is of no use from then on, complete or not. `resumes`:
-/// whoever makes it whole lets the guest go on.
+/// A dump is complete, its guest goes on, and whether it has its name is not known.
+fn named_later(error: &DriverError) -> DriverError {
+    DriverError::HalfDone(format!(
+        "all of it is written, and the guest goes on; it is not known yet whether it is named ({error}): that is looked at again \
+         and again"
+    ))
+}
+
+/// The note of a save whose guest is to go on, or has: what was written is of no use from then on, complete or not; but for a
+/// dump, which is complete whatever the guest does. `resumes`: whoever makes it whole lets the guest go on.
 pub fn taken_back(note: serde_json::Value, resumes: bool) -> Result<serde_json::Value, DriverError> {
     match serde_json::from_value(note) {
-        Ok(Note::Save(note)) => written(&Note::Save(Save { complete: false, resume: resumes, ..note })),
+        Ok(Note::Save(note)) => {
+            let complete = note.complete && note.goes_on;
+            written(&Note::Save(Save { complete, resume: resumes, ..note }))
+        }
         Ok(_) => Err(DriverError::Internal("a note of something else".to_owned())),
         Err(e) => Err(DriverError::Internal(format!("the note of a save cannot be read: {e}"))),
     }

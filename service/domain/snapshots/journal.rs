@@ -171,7 +171,7 @@ impl Journal for DomainJournal {
 
     fn point_of_no_return(&self) {
         self.job.iter().for_each(|job| job.past_return());
-        if let (Deed::Save { .. }, Ok(guest)) = (&lock(&self.intent).deed, self.domain.guest()) {
+        if let (Deed::Save { dump: false, .. }, Ok(guest)) = (&lock(&self.intent).deed, self.domain.guest()) {
             self.domain.is_past_saving(guest.id);
         }
     }

@@ -226,6 +226,10 @@ impl Domain {
             (Deed::Delete { name }, Recovered::Undeleted(unfinished)) => {
                 Ok(self.deletion_failed(&name, unfinished, journal).await.to_string())
             }
+            (Deed::Save { dump: true, .. }, Recovered::Saved(file)) => {
+                journal.end().await?;
+                Ok(format!("'{}' is dumped in {}", self.name(), file.display()))
+            }
             (Deed::Save { .. }, Recovered::Saved(file)) => {
                 let story = self.finish_save(&file).await?;
                 journal.end().await?;

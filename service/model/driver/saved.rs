@@ -73,6 +73,8 @@ pub struct SaveRequest {
     pub def: Arc<DomainDef>,
     /// Its CPUs are to stand when it has been restored.
     pub paused: bool,
+    /// It goes on, if its CPUs ran, as soon as its memory is written, and does not end: the file is a dump.
+    pub goes_on: bool,
 }
 
 /// A saved machine, whose file is open.

@@ -1,0 +1,140 @@
+//! Real guests that are dumped in files and go on.
+
+use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::guest::Tick;
+use crate::common::{Daemon, PATIENCE};
+use crate::saved::{Victims, another, refused, restore, saved_as, saved_xml, ticking};
+use std::path::Path;
+use std::time::Instant;
+use zbus::Variant;
+
+/// More steps than a dump has.
+const STEPS: u32 = 20;
+
+async fn dump(domain: &Domain, file: &Path, how: &[&'static str]) -> Result<(), Refusal> {
+    let how = options(how.iter().map(|key| (*key, Variant::from(true))));
+    domain.call("CoreDump", &(file.to_str().expect("a text"), how)).await.map(drop)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_goes_on_that_is_dumped_and_nothing_is_told_of_it() {
+    let Some((daemon, domain, tick)) = ticking("dumped").await else { return };
+    let client = domain.client.clone();
+    let file = daemon.folder().join("dumped.dump");
+    std::fs::write(&file, "what was there before").expect("written");
+    let mut watch = client.watch().await;
+    dump(&domain, &file, &[]).await.expect("dumped");
+    assert_eq!(domain.state().await, ("running".into(), "booted".into()));
+    tick.goes_on().await;
+    assert!(saved_xml(&client, &file, false).await.expect("it is a saved machine").contains("<name>dumped</name>"));
+    // Again, and again the guest's memory can be written.
+    dump(&domain, &file, &[]).await.expect("dumped");
+    assert_eq!(saved_as(&file), std::slice::from_ref(&file), "nothing else is left");
+    tick.goes_on().await;
+    domain.bare("Suspend").await.expect("suspended");
+    assert_eq!(watch.lifecycle(&domain.path).await, "suspended paused", "nothing was told before");
+    refused(restore(&client, &file, &[]).await, "OperationInvalid", &["active"]);
+    domain.bare("Resume").await.expect("resumed");
+    assert_eq!(watch.lifecycle(&domain.path).await, "resumed unpaused");
+
+    // One that stands stands on, and is there again from its file, whose disks nobody has written.
+    domain.bare("Suspend").await.expect("suspended");
+    dump(&domain, &file, &[]).await.expect("dumped");
+    assert_eq!(domain.state().await, ("paused".into(), "user".into()));
+    let (before, boots) = tick.counted().expect("it counted");
+    domain.run("Destroy").await.expect("destroyed");
+    restore(&client, &file, &[("running", Variant::from(true))]).await.expect("restored");
+    tick.counts_to(before + 2).await;
+    assert_eq!(tick.counted().expect("it counts").1, boots, "it has not booted");
+    // By now it has.
+    domain.run("Destroy").await.expect("destroyed");
+    refused(restore(&client, &file, &[]).await, "OperationInvalid", &["vda"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_is_dumped_is_reset_or_ends_as_is_wanted() {
+    let Some((daemon, domain, tick)) = ticking("crashes").await else { return };
+    let file = daemon.folder().join("crashes.dump");
+    refused(dump(&domain, &file, &["crash", "reset"]).await, "InvalidArgument", &["'crash' and 'reset'"]);
+    refused(dump(&domain, &file, &["memory-only"]).await, "OperationUnsupported", &["memory-only"]);
+    refused(dump(&domain, &file, &["live"]).await, "OperationUnsupported", &["live"]);
+    refused(dump(&domain, &file, &["alive"]).await, "InvalidArgument", &["live"]);
+    refused(dump(&domain, Path::new("relative"), &[]).await, "InvalidArgument", &["absolute"]);
+    refused(dump(&domain, &tick.disk, &[]).await, "InUse", &["crashes"]);
+    assert!(saved_as(&file).is_empty(), "nothing is left of what was refused");
+    let boots = tick.counted().expect("it counts").1;
+    let mut watch = domain.client.watch().await;
+    dump(&domain, &file, &["reset"]).await.expect("dumped");
+    tick.boots_to(boots + 1).await;
+    dump(&domain, &file, &["crash"]).await.expect("dumped");
+    assert_eq!(watch.lifecycle(&domain.path).await, "stopped crashed", "and nothing before");
+    assert_eq!(domain.state().await, ("shutoff".into(), "crashed".into()));
+    saved_xml(&domain.client, &file, false).await.expect("it is kept");
+    refused(dump(&domain, &file, &[]).await, "OperationInvalid", &["start it first"]);
+}
+
+/// A dump in the midst of which virtd or QEMU is killed, at each step there is: the file is complete or there is none, and the
+/// guest runs unless it was killed itself.
+async fn killed_at_every_step(victims: Victims) {
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    let mut was_there = false;
+    for step in 1..STEPS {
+        let name = format!("dump{step}");
+        let Some((mut domain, tick)) = another(&daemon, &name).await else { return };
+        let file = daemon.folder().join(format!("{name}.dump"));
+        let qemu = daemon.qemu_of(&tick.name).expect("it runs");
+        let killed = match victims {
+            Victims::Virtd => format!("kill -9 {}", daemon.virtd_pid()),
+            _ => format!("kill -9 {qemu}"),
+        };
+        daemon.at_step(step, &killed);
+        let path = domain.path.clone();
+        let arguments = (file.to_str().expect("a text"), options([]));
+        let done = domain.client.ask(&path, "org.virt.Domain.CoreDump", &arguments).await;
+        if !daemon.step_came() {
+            assert!(done && was_there && step > 6, "a dump has fewer steps than thought: {step}");
+            return;
+        }
+        if victims == Victims::Virtd {
+            daemon.virtd_died().await;
+            daemon.start_virtd().await;
+            domain = Domain { client: Client { connection: daemon.connect().await }, path };
+        }
+        domain.is_looked_after().await;
+        let there = saved_as(&file);
+        assert!(there.is_empty() || there == [file.clone()], "{there:?} at {step}");
+        assert!(!was_there || !there.is_empty(), "it had been complete before {step}");
+        was_there = !there.is_empty();
+        if was_there {
+            saved_xml(&domain.client, &file, false).await.expect("what is there is complete");
+        }
+        is_as_it_was(&domain, &tick, victims, step).await;
+    }
+    panic!("a dump has more than {STEPS} steps");
+}
+
+/// The guest goes on, or has been killed. Then it is ended.
+async fn is_as_it_was(domain: &Domain, tick: &Tick, victims: Victims, step: u32) {
+    if victims == Victims::Virtd {
+        assert_eq!(domain.state().await.0, "running", "at {step}");
+        tick.goes_on().await;
+        domain.run("Destroy").await.expect("destroyed");
+        return;
+    }
+    let begun = Instant::now();
+    while domain.state().await.0 != "shutoff" {
+        assert!(begun.elapsed() < PATIENCE, "it was killed at {step}");
+        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+    }
+    assert_ne!(domain.state().await.1, "saved", "at {step}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn virtd_killed_while_it_dumps() {
+    killed_at_every_step(Victims::Virtd).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn qemu_killed_while_it_is_dumped() {
+    killed_at_every_step(Victims::Qemu).await;
+}
