@@ -308,6 +308,10 @@ impl Instance for TestInstance {
         self.0.ask(ShutdownMode::Default, Asked::Interrupted).await
     }
 
+    async fn set_link(&self, _card: &str, _up: bool) -> Result<(), DriverError> {
+        self.0.listens().await
+    }
+
     async fn wake_up(&self) -> Result<(), DriverError> {
         self.0.listens().await?;
         self.0.wake();

@@ -71,7 +71,8 @@ impl Domain {
                 DriverEvent::PoweredOff { by, rebooting } => self.powered_off(id, by, rebooting).await,
                 DriverEvent::Panicked => self.panicked(id).await,
                 DriverEvent::DeviceGone(alias) => drop(tokio::spawn(self.clone().device_has_gone(id, alias))),
-                DriverEvent::Device(event) => self.tell_device(event),
+                DriverEvent::TrayOpened(alias) => self.tray_opened(&alias),
+                DriverEvent::Device(event) => self.device_reported(event),
                 DriverEvent::Exited(exit) => return self.became_inactive(id, &exit).await,
             }
         }

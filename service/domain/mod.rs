@@ -13,6 +13,7 @@ mod found;
 mod guest;
 mod images;
 mod lifecycle;
+mod link;
 mod managed;
 mod media;
 mod reports;
