@@ -243,6 +243,15 @@ fn device(objects: &Objects, domain: Uuid, event: &DeviceEvent) -> Result<Vec<Me
         return Ok(Vec::new());
     }
     let (member, texts) = match event {
+        DeviceEvent::BalloonChanged { bytes } => {
+            let mut body = Body::with_capacity(16);
+            body.aligned(&bytes.to_le_bytes());
+            return Ok(vec![signal(&path, domain::INTERFACE, "BalloonChanged", "t", &body)?]);
+        }
+        DeviceEvent::IoError { target, action, reason } => {
+            ("DiskIoError", vec![&**target, action.as_str(), reason.as_str()])
+        }
+        DeviceEvent::WatchdogFired { action } => ("WatchdogFired", vec![&**action]),
         DeviceEvent::Added { alias } => ("DeviceAdded", vec![&**alias]),
         DeviceEvent::Removed { alias } => ("DeviceRemoved", vec![&**alias]),
         DeviceEvent::RemovalFailed { alias } => ("DeviceRemovalFailed", vec![&**alias]),
@@ -250,7 +259,7 @@ fn device(objects: &Objects, domain: Uuid, event: &DeviceEvent) -> Result<Vec<Me
     };
     let mut body = Body::with_capacity(128);
     texts.iter().for_each(|text| body.text(text));
-    let signature = ["", "s", "ss"].get(texts.len()).copied().unwrap_or_default();
+    let signature = ["", "s", "ss", "sss"].get(texts.len()).copied().unwrap_or_default();
     Ok(vec![signal(&path, domain::INTERFACE, member, signature, &body)?])
 }
 

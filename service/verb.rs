@@ -153,6 +153,8 @@ verbs! {
         ATTACH_DEVICE = "AttachDevice", Some(Device), Always, "attach device";
         DETACH_DEVICE = "DetachDevice", Some(Device), Always, "detach device";
         DETACH_DEVICE_ALIAS = "DetachDeviceAlias", Some(Device), Always, "detach device";
+        CHANGE_MEDIUM = "ChangeMedium", Some(Device), Always, "change the medium in";
+        SET_LINK = "SetLink", Some(Device), Always, "set the link of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";

@@ -294,7 +294,7 @@ async fn x7_a_tray_that_the_guest_closes_meanwhile_is_opened_again() {
             peer.get_mut().write_all(format!("{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
         }
     };
-    let change = crate::qemu::media::change(&instance.body, &drive, |_| None, async |_| Ok(()));
+    let change = crate::qemu::media::change(&instance.body, &drive, Default::default(), |_| None, async |_| Ok(()));
     let (changed, ()) = tokio::join!(change, script);
     changed.unwrap();
     drop(peer);

@@ -7,7 +7,7 @@ use super::plan::HostFile;
 use serde_json::{Value, json};
 use std::time::Duration;
 use virt_model::device::Disk;
-use virt_model::driver::DriverError;
+use virt_model::driver::{DriverError, MediumExchange};
 
 /// How long a guest may take to let go of its tray.
 const TRAY: Duration = Duration::from_secs(10);
@@ -18,10 +18,12 @@ const TRAY: Duration = Duration::from_secs(10);
 pub async fn change(
     body: &Body,
     disk: &Disk,
+    how: MediumExchange,
     medium: impl FnOnce(&str) -> Option<Medium>,
     lend: impl AsyncFnOnce(Vec<HostFile>) -> Result<(), DriverError>,
 ) -> Result<(), DriverError> {
-    let drive = Drive { body, id: disk.info.alias().unwrap_or_default() };
+    let drive = Drive { body, id: disk.info.alias().unwrap_or_default(), how };
+    let _ours = body.reporter.moves_tray(drive.id);
     let nodes = Nodes::of(body).await?;
     let before = drive.medium().await?;
     let mut added = Vec::new();
@@ -55,6 +57,7 @@ struct Drive<'a> {
     body: &'a Body,
     /// The device's.
     id: &'a str,
+    how: MediumExchange,
 }
 
 impl Drive<'_> {
@@ -127,10 +130,10 @@ impl Drive<'_> {
 
     /// A guest may have locked the tray; it is told that somebody wants it open, and then has a while.
     async fn open_tray(&self) -> Result<(), DriverError> {
-        let opened = tokio::time::timeout(TRAY, async {
+        let opened = tokio::time::timeout(self.how.patience.unwrap_or(TRAY), async {
             loop {
                 let before = self.body.reporter.heard().trays;
-                match self.tell("blockdev-open-tray", json!({ "id": self.id })).await {
+                match self.tell("blockdev-open-tray", json!({ "id": self.id, "force": self.how.force })).await {
                     Err(DriverError::Hypervisor(why)) if why.contains("locked") => {}
                     done => return done.map(drop),
                 }
@@ -138,7 +141,8 @@ impl Drive<'_> {
             }
         });
         opened.await.unwrap_or_else(|_| {
-            Err(DriverError::Refused("the guest keeps the drive's tray locked; let it eject the medium".to_owned()))
+            let why = "the guest keeps the drive's tray locked; let it eject the medium, or use 'force'".to_owned();
+            Err(if self.how.patience.is_some() { DriverError::TimedOut(why) } else { DriverError::Refused(why) })
         })
     }
 

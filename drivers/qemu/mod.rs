@@ -80,8 +80,8 @@ use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Accepted, DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, Reconnect, Reconnected, Removable,
-    Running, StoredFile,
+    Accepted, DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, MediumExchange, Reconnect, Reconnected,
+    Removable, Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -507,7 +507,13 @@ impl Driver for QemuDriver {
         made?.accept()
     }
 
-    async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
+    async fn change_medium(
+        &self,
+        guest: &dyn Instance,
+        def: &DomainDef,
+        target: &str,
+        how: MediumExchange,
+    ) -> Result<(), DriverError> {
         let body = our_body(guest)?;
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
@@ -515,7 +521,7 @@ impl Driver for QemuDriver {
         refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
         declared::hold(&self.0.workers, def).await?;
         let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await;
-        media::change(body, disk, |name| command::medium(def, &caps, disk, name), lend).await
+        media::change(body, disk, how, |name| command::medium(def, &caps, disk, name), lend).await
     }
 
     async fn place_device(

@@ -4,7 +4,7 @@ use super::events::{Guest, Outcome};
 use super::qmp::{Event, Listener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
-use virt_model::driver::{Condition, DeviceEvent, DriverEvent, EventSink, Exit};
+use virt_model::driver::{Condition, DeviceEvent, DriverEvent, EventSink, Exit, IoAction, IoFailure};
 use virt_model::state::Suspended;
 
 /// Events kept while it is not known what the guest does. A guest that causes more meanwhile loses the later ones, and
@@ -35,6 +35,8 @@ struct Inner {
     given_up: Option<String>,
     /// The device that the guest is asked to let go of.
     leaving: Option<Leaving>,
+    /// The drive whose tray we move.
+    moving: Option<String>,
 }
 
 /// A device on its way out, while somebody waits for that.
@@ -83,6 +85,7 @@ impl Reporter {
             quiet: false,
             given_up: None,
             leaving: None,
+            moving: None,
         });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
@@ -164,6 +167,12 @@ impl Reporter {
         Awaited(self.clone())
     }
 
+    /// From now on it is us who move the tray of that drive, as long as what is returned is kept.
+    pub fn moves_tray(self: &Arc<Self>, drive: &str) -> TrayMoved {
+        self.lock().moving = Some(drive.to_owned());
+        TrayMoved(self.clone())
+    }
+
     /// Reports devices of which it was found that they have gone.
     pub fn have_gone(&self, aliases: Vec<String>) {
         let mut inner = self.lock();
@@ -231,6 +240,15 @@ fn passing(event: &Event) -> bool {
 impl Inner {
     /// What is said of a device: to who waits for it, else to everybody.
     fn device(&mut self, event: &Event) {
+        if event.name == "DEVICE_TRAY_MOVED" {
+            let drive = event.data["id"].as_str().filter(|drive| drive.len() <= LONGEST_NAME);
+            let theirs = drive.filter(|drive| self.moving.as_deref() != Some(drive) && event.data["tray-open"] == true);
+            theirs.into_iter().for_each(|drive| self.send(Some(DriverEvent::TrayOpened(drive.to_owned()))));
+            return;
+        }
+        if let Some(told) = told_of_device(event) {
+            self.send(Some(DriverEvent::Device(told)));
+        }
         let gone = match event.name.as_str() {
             "DEVICE_DELETED" => true,
             "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR" => false,
@@ -257,6 +275,34 @@ impl Inner {
         if let (Some(sink), Some(event)) = (&self.sink, event) {
             sink.send(event);
         }
+    }
+}
+
+/// What is passed on as it comes.
+fn told_of_device(event: &Event) -> Option<DeviceEvent> {
+    let word = |key: &str| event.data[key].as_str().filter(|word| word.len() <= LONGEST_NAME).unwrap_or_default();
+    match event.name.as_str() {
+        "BLOCK_IO_ERROR" => {
+            let action = match word("action") {
+                "stop" => IoAction::Pause,
+                "report" => IoAction::Report,
+                _ => IoAction::None,
+            };
+            let reason = if event.data["nospace"] == true { IoFailure::NoSpace } else { IoFailure::Failed };
+            Some(DeviceEvent::IoError { target: word("node-name").to_owned(), action, reason })
+        }
+        "WATCHDOG" => Some(DeviceEvent::WatchdogFired { action: word("action").to_owned() }),
+        "BALLOON_CHANGE" => Some(DeviceEvent::BalloonChanged { bytes: event.data["actual"].as_u64()? }),
+        _ => None,
+    }
+}
+
+/// We move a tray.
+pub struct TrayMoved(Arc<Reporter>);
+
+impl Drop for TrayMoved {
+    fn drop(&mut self) {
+        self.0.lock().moving = None;
     }
 }
 
@@ -301,5 +347,88 @@ impl Listener for Ears {
     fn closed(&mut self, why: Option<&str>) {
         self.0.lock().given_up = why.map(str::to_owned);
         self.0.heard.send_modify(|heard| heard.closed = true);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+    use virt_model::driver::{MediumChange, reports};
+
+    fn event(name: &str, data: serde_json::Value) -> Event {
+        Event { name: name.to_owned(), data }
+    }
+
+    fn reporter() -> (Arc<Reporter>, virt_model::driver::EventStream) {
+        let (sink, stream) = reports();
+        (Reporter::new(Guest::found(Condition::Running), sink, None), stream)
+    }
+
+    #[tokio::test]
+    async fn a_device_that_somebody_waits_for_is_theirs_and_any_other_is_reported() {
+        let (reporter, mut stream) = reporter();
+        let deleted = |alias: &str| event("DEVICE_DELETED", json!({ "device": alias, "path": "/x" }));
+        let awaited = reporter.awaits("net1");
+        reporter.hear(&event("DEVICE_DELETED", json!({ "path": "/x/virtio-backend" })));
+        reporter.hear(&deleted("net0"));
+        assert_eq!(stream.try_recv(), Ok(DriverEvent::DeviceGone("net0".to_owned())));
+        assert_eq!(awaited.gone(), None);
+        reporter.hear(&deleted("net1"));
+        assert_eq!(awaited.settled().await, Some(true));
+        assert_eq!(awaited.taken(), Some(true));
+        assert!(stream.is_empty(), "who waited tells of it");
+
+        // The guest refuses.
+        let awaited = reporter.awaits("net2");
+        reporter.hear(&event("DEVICE_UNPLUG_GUEST_ERROR", json!({ "device": "net2", "path": "/x" })));
+        assert_eq!(awaited.settled().await, Some(false));
+        // Whoever waited has left; then it went.
+        drop(awaited);
+        reporter.hear(&event("DEVICE_UNPLUG_GUEST_ERROR", json!({ "device": "net2", "path": "/x" })));
+        let refused = DeviceEvent::RemovalFailed { alias: "net2".to_owned() };
+        assert_eq!(stream.try_recv(), Ok(DriverEvent::Device(refused)));
+        let awaited = reporter.awaits("net3");
+        reporter.hear(&deleted("net3"));
+        drop(awaited);
+        assert_eq!(stream.try_recv(), Ok(DriverEvent::DeviceGone("net3".to_owned())), "nobody took it");
+        reporter.hear(&deleted(&"x".repeat(LONGEST_NAME + 1)));
+        assert!(stream.is_empty(), "no device has such a name");
+    }
+
+    #[test]
+    fn a_tray_that_the_guest_opens_is_told_and_one_that_we_move_is_not() {
+        let (reporter, mut stream) = reporter();
+        let moved =
+            |open: bool| event("DEVICE_TRAY_MOVED", json!({ "device": "", "id": "sata0-0-0", "tray-open": open }));
+        let ours = reporter.moves_tray("sata0-0-0");
+        reporter.hear(&moved(true));
+        reporter.hear(&moved(false));
+        drop(ours);
+        assert!(stream.is_empty());
+        reporter.hear(&moved(true));
+        reporter.hear(&moved(false));
+        assert_eq!(stream.try_recv(), Ok(DriverEvent::TrayOpened("sata0-0-0".to_owned())));
+        assert!(stream.is_empty());
+        assert_eq!(MediumChange::GuestEjected.as_str(), "guest-ejected");
+    }
+
+    #[test]
+    fn what_befalls_disks_watchdog_and_balloon_is_told() {
+        let (reporter, mut stream) = reporter();
+        let error = json!({ "device": "", "node-name": "vda-format", "operation": "write", "action": "report",
+            "nospace": true, "reason": "No space left on device" });
+        reporter.hear(&event("BLOCK_IO_ERROR", error));
+        reporter.hear(&event("WATCHDOG", json!({ "action": "none" })));
+        reporter.hear(&event("BALLOON_CHANGE", json!({ "actual": 1 << 30 })));
+        let (action, reason) = (IoAction::Report, IoFailure::NoSpace);
+        let told = [
+            DeviceEvent::IoError { target: "vda-format".to_owned(), action, reason },
+            DeviceEvent::WatchdogFired { action: "none".to_owned() },
+            DeviceEvent::BalloonChanged { bytes: 1 << 30 },
+        ];
+        for event in told {
+            assert_eq!(stream.try_recv(), Ok(DriverEvent::Device(event)));
+        }
     }
 }

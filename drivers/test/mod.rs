@@ -30,7 +30,7 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Driver, DriverError, Instance, Launch, Reconnect, Reconnected, Removable, Running, StoredFile,
+    Driver, DriverError, Instance, Launch, MediumExchange, Reconnect, Reconnected, Removable, Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, shorten};
 
@@ -202,7 +202,13 @@ impl Driver for TestDriver {
         Ok(Running { instance: Arc::new(TestInstance(machine)), live })
     }
 
-    async fn change_medium(&self, guest: &dyn Instance, _def: &DomainDef, _target: &str) -> Result<(), DriverError> {
+    async fn change_medium(
+        &self,
+        guest: &dyn Instance,
+        _def: &DomainDef,
+        _target: &str,
+        _how: MediumExchange,
+    ) -> Result<(), DriverError> {
         our_machine(guest)?.listens().await
     }
 

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::Form;
-use virt_model::driver::{ConsoleOptions, ShutdownMode};
+use virt_model::driver::{ConsoleOptions, MediumExchange, ShutdownMode};
 use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
@@ -71,6 +71,9 @@ const SIGNALS: &[Field] = &[
     ("DeviceRemoved", "s"),
     ("DeviceRemovalFailed", "s"),
     ("MediumChanged", "ss"),
+    ("DiskIoError", "sss"),
+    ("WatchdogFired", "s"),
+    ("BalloonChanged", "t"),
 ];
 
 /// What there is for each member.
@@ -113,6 +116,8 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::ATTACH_DEVICE, attach_device)
         .method(&verb::DETACH_DEVICE, detach_device)
         .method(&verb::DETACH_DEVICE_ALIAS, detach_device_alias)
+        .method(&verb::CHANGE_MEDIUM, change_medium)
+        .method(&verb::SET_LINK, set_link)
         .method(&verb::UPDATE_DEVICE, update_device)
         .method(&verb::CREATE_SNAPSHOT, create_snapshot)
         .method(&verb::CHECK_CREATE, check_create_snapshot)
@@ -375,12 +380,31 @@ async fn detach_device_alias(domain: Arc<Domain>, call: Call) -> Outcome {
 
 /// Which configurations lose a device, and how long its guest may take.
 fn detachment(mut options: Options) -> Result<(Affect, Duration), Error> {
-    let patience = options.long("timeout-usec")?.map_or(LETTING_GO, Duration::from_micros);
-    if patience > LONGEST_WAIT {
+    let patience = patience(&mut options)?.unwrap_or(LETTING_GO);
+    Ok((affect(options)?, patience))
+}
+
+/// How long a guest may take, if the caller says so.
+fn patience(options: &mut Options) -> Result<Option<Duration>, Error> {
+    let patience = options.long("timeout-usec")?.map(Duration::from_micros);
+    if patience > Some(LONGEST_WAIT) {
         let most = LONGEST_WAIT.as_micros();
         return Err(Error::argument(format!("option 'timeout-usec' is at most {most}")));
     }
-    Ok((affect(options)?, patience))
+    Ok(patience)
+}
+
+async fn change_medium(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (target, file, mut options): (String, String, Options) = call.read()?;
+    let how = MediumExchange { force: options.flag("force")?, patience: patience(&mut options)? };
+    domain.change_file(call.caller(), &target, &file, affect(options)?, how).await?;
+    call.done()
+}
+
+async fn set_link(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (card, up, options): (String, bool, Options) = call.read()?;
+    domain.set_link(call.caller(), &card, up, affect(options)?).await?;
+    call.done()
 }
 
 async fn update_device(domain: Arc<Domain>, call: Call) -> Outcome {

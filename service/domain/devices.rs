@@ -256,6 +256,20 @@ impl Domain {
         self.shared.events.send(Event::Device(self.uuid, event));
     }
 
+    /// What the hypervisor reports of a device; of an image it knows the node's name alone, which begins with the disk's target.
+    pub(super) fn device_reported(&self, event: DeviceEvent) {
+        let event = match event {
+            DeviceEvent::IoError { target: node, action, reason } => {
+                let Some(live) = self.live() else { return };
+                let of = |target: &str| node.strip_prefix(target).is_some_and(|rest| rest.starts_with('-'));
+                let Some(disk) = live.devices.disks.iter().find(|disk| of(&disk.target.dev)) else { return };
+                DeviceEvent::IoError { target: disk.target.dev.clone(), action, reason }
+            }
+            other => other,
+        };
+        self.tell_device(event);
+    }
+
     /// Where the device stands in what runs that an element means, and its name.
     fn leaving(&self, live: &DomainDef, element: &Element) -> Result<(String, DeviceSpot)> {
         let spot = self.spot(live, element)?;
@@ -321,7 +335,8 @@ impl Domain {
 /// The definition with one device more, as the document says it: of a kind that a machine has, and not of another's.
 fn with_device(def: &DomainDef, device: &Element) -> Result<DomainDef> {
     let count = |def: &DomainDef| def.devices.infos().len();
-    let with = def.with_device(device.clone()).map_err(Error::ConfigInvalid)?;
+    let mut with = def.with_device(device.clone()).map_err(Error::ConfigInvalid)?;
+    with.keep_hidden(&[def]).map_err(Error::ConfigInvalid)?;
     if count(&with) > count(def) {
         return Ok(with);
     }

@@ -1,67 +1,128 @@
 //! What lies in a drive: changed while the guest runs, in what is stored, or both.
 
 use super::config::Update;
-use super::{Affect, Domain};
+use super::{Affect, Domain, absolute};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
-use crate::verb;
+use crate::verb::{self, Verb};
 use std::sync::Arc;
 use virt_model::device::Disk;
-use virt_model::device::disk::DiskDevice;
+use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::{DeviceEvent, MediumChange, MediumExchange};
 use virt_model::xml::{self, Element, Finding, shorten};
 
 impl Domain {
-    /// Changes the medium of a CD-ROM or floppy drive to that of the given `<disk>`, whose target says which drive is
-    /// meant; without a source the drive is emptied. All configurations that `affect` means, or none.
-    /// Errors: `NoSuchDevice`, `OperationUnsupported` where more than the medium would change.
+    /// Changes a device to the given element: the medium of the CD-ROM or floppy drive that its target names, which without a
+    /// source is emptied, or the link of a network card. All configurations that `affect` means, or none.
+    /// Errors: `NoSuchDevice`, `OperationUnsupported` where more would change.
     pub async fn update_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<()> {
         self.short(caller, &verb::UPDATE_DEVICE, async {
             let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
-            if device.name != "disk" {
-                return Err(Error::OperationUnsupported(format!(
-                    "domain '{}': only the media of drives (<disk>) can be updated yet, not a <{}>",
+            match &*device.name {
+                "disk" => self.put_medium(&verb::UPDATE_DEVICE, &device, affect, MediumExchange::default()).await,
+                "interface" => self.update_card(&device, affect).await,
+                other => Err(Error::OperationUnsupported(format!(
+                    "domain '{}': only the media of drives (<disk>) and the links of network cards (<interface>) can be \
+                     updated yet, not a <{}>",
                     self.name(),
-                    shorten(&device.name)
-                )));
+                    shorten(other)
+                ))),
             }
-            let (live, stored) = self.affected(&verb::UPDATE_DEVICE, affect)?;
-            let before = live.clone();
-            let name = self.name();
-            let live = live.map(|def| with_medium(&name, &def, &device, true)).transpose()?;
-            let mut stored = stored.map(|def| with_medium(&name, &def, &device, false)).transpose()?;
-            if let Some((stored, _)) = &mut stored {
-                let completed = self.driver.learn_and_complete(stored).await;
-                completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
-            }
-            if let Some((def, target)) = &live {
-                self.change_medium(def, target).await?;
-            }
-            let (live, target) = live.unzip();
-            let put = self.put_configurations(live.map(Arc::new), stored.map(|(def, _)| Arc::new(def)), Update::Whole);
-            if let Err(error) = put.await {
-                self.put_back_medium(before.as_deref(), target.as_deref()).await;
-                return Err(error);
-            }
-            Ok(())
         })
         .await
     }
 
-    async fn change_medium(&self, def: &DomainDef, target: &str) -> Result<()> {
+    /// Puts a file, by its absolute path, into the drive `target`; an empty path takes the medium out. What is below `/dev` is a
+    /// drive or disk of the host's.
+    /// Errors: `OperationInvalid` or, if the caller has said how long, `TimedOut`, where the guest keeps its tray locked.
+    pub async fn change_file(
+        self: &Arc<Self>,
+        caller: &Caller,
+        target: &str,
+        file: &str,
+        affect: Affect,
+        how: MediumExchange,
+    ) -> Result<()> {
+        self.short(caller, &verb::CHANGE_MEDIUM, async {
+            let (live, stored) = self.affected(&verb::CHANGE_MEDIUM, affect)?;
+            let def = live.or(stored).ok_or_else(|| self.vanished())?;
+            let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
+            let disk = disk.ok_or_else(|| {
+                Error::NoSuchDevice(format!("domain '{}' has no disk '{}'", self.name(), shorten(target)))
+            })?;
+            let kind = if file.starts_with("/dev/") { DiskKind::Block } else { DiskKind::File };
+            let mut device = Element::new("disk").with_attr("type", kind.as_str());
+            device.set_attr("device", disk.device().as_str());
+            if !file.is_empty() {
+                absolute(file)?;
+                let attribute = if kind == DiskKind::Block { "dev" } else { "file" };
+                device.push(Element::new("source").with_attr(attribute, file));
+            }
+            device.push(Element::new("target").with_attr("dev", target));
+            self.put_medium(&verb::CHANGE_MEDIUM, &device, affect, how).await
+        })
+        .await
+    }
+
+    /// Puts what an element says into the drive that it means, and tells that.
+    async fn put_medium(
+        &self,
+        verb: &'static Verb,
+        device: &Element,
+        affect: Affect,
+        how: MediumExchange,
+    ) -> Result<()> {
+        let (live, stored) = self.affected(verb, affect)?;
+        let before = live.clone();
+        let name = self.name();
+        let live = live.map(|def| with_medium(&name, &def, device, true)).transpose()?;
+        let mut stored = stored.map(|def| with_medium(&name, &def, device, false)).transpose()?;
+        if let Some((stored, _)) = &mut stored {
+            let completed = self.driver.learn_and_complete(stored).await;
+            completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
+        }
+        if let Some((def, target)) = &live {
+            self.change_medium(def, target, how).await?;
+        }
+        let (live, target) = live.unzip();
+        let is_empty = |def: &DomainDef| {
+            def.devices.disks.iter().any(|disk| Some(&disk.target.dev) == target.as_ref() && disk.is_empty())
+        };
+        let reason = if live.as_ref().is_some_and(is_empty) { MediumChange::Ejected } else { MediumChange::Changed };
+        let put = self.put_configurations(live.map(Arc::new), stored.map(|(def, _)| Arc::new(def)), Update::Whole);
+        if let Err(error) = put.await {
+            self.put_back_medium(before.as_deref(), target.as_deref()).await;
+            return Err(error);
+        }
+        target.into_iter().for_each(|target| self.tell_device(DeviceEvent::MediumChanged { target, reason }));
+        Ok(())
+    }
+
+    async fn change_medium(&self, def: &DomainDef, target: &str, how: MediumExchange) -> Result<()> {
         let guest = self.guest()?;
-        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target).await;
+        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target, how).await;
         changed.map_err(|e| Error::from_driver(&self.name(), &format!("change the medium in '{target}' of"), e))
     }
 
     /// What could not be written down is not to be in the drive, either.
     async fn put_back_medium(&self, before: Option<&DomainDef>, target: Option<&str>) {
         let (Some(before), Some(target)) = (before, target) else { return };
-        let back = async { self.change_medium(before, target).await };
+        let back = async { self.change_medium(before, target, MediumExchange::default()).await };
         if let Err(error) = back.await {
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell what lies in '{target}'");
+        }
+    }
+
+    /// The guest itself has opened the tray of a drive: what lay in it, it does not have any more.
+    pub(super) fn tray_opened(&self, alias: &str) {
+        let Some(live) = self.live() else { return };
+        let drive = live.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias) && !disk.is_empty());
+        if let Some(drive) = drive {
+            let target = drive.target.dev.clone();
+            self.tell_device(DeviceEvent::MediumChanged { target, reason: MediumChange::GuestEjected });
         }
     }
 }

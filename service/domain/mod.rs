@@ -14,6 +14,7 @@ mod found;
 mod guest;
 mod images;
 mod lifecycle;
+mod link;
 mod managed;
 mod media;
 mod reports;

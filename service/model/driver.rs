@@ -19,7 +19,7 @@ use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::{Finding, refusals};
 use async_trait::async_trait;
-pub use devices::{DeviceEvent, MediumChange};
+pub use devices::{DeviceEvent, IoAction, IoFailure, MediumChange, MediumExchange};
 pub use given::GivenFile;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
@@ -156,8 +156,14 @@ pub trait Driver: Send + Sync {
 
     /// Changes what lies in the drive `target` of a running guest to what `def` says. On failure the drive holds what it
     /// held.
-    async fn change_medium(&self, guest: &dyn Instance, def: &DomainDef, target: &str) -> Result<(), DriverError> {
-        let _ = (guest, def);
+    async fn change_medium(
+        &self,
+        guest: &dyn Instance,
+        def: &DomainDef,
+        target: &str,
+        how: MediumExchange,
+    ) -> Result<(), DriverError> {
+        let _ = (guest, def, how);
         Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
     }
 
@@ -391,6 +397,11 @@ pub trait Instance: Any + Send + Sync {
         Err(DriverError::Unsupported("this driver cannot send a non-maskable interrupt".to_owned()))
     }
 
+    /// Plugs the cable of a network card in, or pulls it out. Returns when the guest can see it.
+    async fn set_link(&self, card: &str, _up: bool) -> Result<(), DriverError> {
+        Err(DriverError::Unsupported(format!("this driver cannot pull out the cable of '{card}'")))
+    }
+
     /// Wakes a guest that sleeps; reports `Woken`. Returns when it is awake. Error: `Refused` if it does not sleep.
     async fn wake_up(&self) -> Result<(), DriverError> {
         Err(DriverError::Unsupported("this driver cannot wake guests".to_owned()))
@@ -512,10 +523,19 @@ pub enum DriverEvent {
     AgentChanged,
     /// The guest has let go of the device of that name, which nobody waits for; see [`Driver::is_detached`].
     DeviceGone(String),
+    /// The guest itself has opened the tray of the drive of that name.
+    TrayOpened(String),
     /// Something else has happened to a device.
     Device(DeviceEvent),
     /// The process has gone. Always the last report, exactly once.
     Exited(Exit),
+}
+
+impl DriverEvent {
+    /// Whether it says nothing of what the guest does: where too much is said, it is what is left out.
+    pub fn is_of_a_device(&self) -> bool {
+        matches!(self, DriverEvent::DeviceGone(_) | DriverEvent::TrayOpened(_) | DriverEvent::Device(_))
+    }
 }
 
 /// How a guest's process ended.

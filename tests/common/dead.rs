@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 23] = [
+pub const MEMBERS: [&str; 24] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -71,6 +71,7 @@ pub const MEMBERS: [&str; 23] = [
     "Domain.CheckCreateSnapshot",
     "Domain.CreateSnapshot",
     "Domain.AttachDevice",
+    "Domain.ChangeMedium",
     "Domain.UpdateDevice",
     "Domain.Undefine",
     "Domain.CheckUndefine",
@@ -162,6 +163,7 @@ impl Doomed {
                 domain.client.call("/org/virt", "org.virt.Manager.SetSavedXML", &asked).await
             }
             "Domain.Save" => domain.call(method, &(file("saved"), none())).await,
+            "Domain.ChangeMedium" => domain.call(method, &("sda", file("other.iso"), none())).await,
             "Domain.AttachDevice" => {
                 let disk = format!(
                     "<disk type='file'><source file='{}'/><target dev='vdb' bus='virtio'/></disk>",

@@ -93,6 +93,47 @@ async fn a_guest_that_lets_go_later_is_followed() {
 }
 
 #[tokio::test]
+async fn media_and_cables_are_changed_without_a_document() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let devices = "<disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk>\
+         <interface type='bridge'><mac address='52:54:00:00:00:0A'/><source bridge='br0'/></interface></devices>";
+    let machine = MACHINE.replace("</devices>", devices);
+    let domain = Client { connection: daemon.connect().await }.define(&machine).await.expect("defined");
+    domain.call("ChangeMedium", &("sda", "/one.iso", options([]))).await.expect("changed while it is off");
+    assert!(stored(&domain).await.contains("/one.iso"));
+    domain.run("Start").await.expect("started");
+    let mut watch = domain.client.watch().await;
+    let mut medium = async || loop {
+        let message = watch.next().await;
+        if message.header().member().is_some_and(|member| member == "MediumChanged") {
+            return message.body().deserialize::<(String, String)>().expect("ss");
+        }
+    };
+    domain.call("ChangeMedium", &("sda", "/two.iso", with([("live", true)]))).await.expect("changed in what runs");
+    assert_eq!(medium().await, ("sda".to_owned(), "changed".to_owned()));
+    assert!(domain.xml().await.contains("/two.iso") && stored(&domain).await.contains("/one.iso"));
+    domain.call("ChangeMedium", &("sda", "", with([("force", true)]))).await.expect("taken out of both");
+    assert_eq!(medium().await, ("sda".to_owned(), "ejected".to_owned()));
+    assert!(!domain.xml().await.contains(".iso") && !stored(&domain).await.contains(".iso"));
+    refused(domain.call("ChangeMedium", &("sdz", "/a", options([]))).await, "NoSuchDevice", "sdz");
+    refused(domain.call("ChangeMedium", &("vda", "/a", options([]))).await, "OperationUnsupported", "vda");
+    refused(domain.call("ChangeMedium", &("sda", "a.iso", options([]))).await, "InvalidArgument", "'a.iso'");
+    refused(domain.call("ChangeMedium", &("sda", "", with([("hard", true)]))).await, "InvalidArgument", "hard");
+
+    let down = "<link state='down'/>";
+    domain.call("SetLink", &("52:54:00:00:00:0a", false, with([("live", true)]))).await.expect("by its address");
+    assert!(domain.xml().await.contains(down) && !stored(&domain).await.contains(down));
+    domain.call("SetLink", &("net0", false, options([]))).await.expect("by its alias, in both");
+    assert!(domain.xml().await.contains(down) && stored(&domain).await.contains(down));
+    let up = "<interface type='bridge'><mac address='52:54:00:00:00:0a'/><link state='up'/></interface>";
+    domain.call("UpdateDevice", &(up, options([]))).await.expect("by a document");
+    assert!(!domain.xml().await.contains(down) && !stored(&domain).await.contains(down));
+    refused(domain.call("SetLink", &("net9", true, options([]))).await, "NoSuchDevice", "'net9'");
+    let other = "<interface type='bridge'><mac address='52:54:00:00:00:0a'/><source bridge='br1'/></interface>";
+    refused(domain.call("UpdateDevice", &(other, options([]))).await, "OperationUnsupported", "bridge='br1'");
+}
+
+#[tokio::test]
 async fn what_is_refused_changes_nothing() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
     let domain = Client { connection: daemon.connect().await }.define(MACHINE).await.expect("defined");

@@ -131,6 +131,17 @@ async fn devices_come_and_go_and_what_they_stand_on_with_them() {
     let channel = machine.attach(channel).await.expect("a channel");
     let serial = "<serial type='pty'><target type='usb-serial'/></serial>";
     let serial = machine.attach(serial).await.expect("a serial port");
+    // A card whose cable virtd hands to QEMU; it can be pulled out.
+    match Path::new("/dev/net/tun").exists() {
+        true => {
+            let card = "<interface type='ethernet'><model type='virtio'/></interface>";
+            let card = machine.attach(card).await.expect("a card");
+            machine.domain.call("SetLink", &(&*card, false, with([("live", true)]))).await.expect("pulled out");
+            assert!(machine.domain.xml().await.contains("<link state='down'/>"));
+            refused(machine.detach(&card, 1).await, "TimedOut", &card);
+        }
+        false => crate::common::skip("there is no /dev/net/tun"),
+    }
     let xml = machine.domain.xml().await;
     assert!(xml.contains("/dev/pts/"), "its terminal is known: {xml}");
     let all = [&scsi, &usb, &virtio, &rng, &tablet, &channel, &serial];

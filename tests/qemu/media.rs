@@ -81,6 +81,14 @@ async fn a_medium_is_changed_in_what_runs_in_what_is_stored_or_both() {
     assert_eq!(watch.lifecycle(&machine.domain.path).await, "defined updated", "once: the first one was live only");
     assert!(machine.has_open(&floppy));
 
+    // The same without a document.
+    let put = machine.domain.call("ChangeMedium", &("sda", one.to_string_lossy(), with([("live", true)]))).await;
+    put.expect("changed by its path");
+    assert!(machine.has_open(&one) && !machine.has_open(&two));
+    let put = machine.domain.call("ChangeMedium", &("sda", two.to_string_lossy(), with([("force", true)]))).await;
+    put.expect("and back, in both");
+    assert!(machine.has_open(&two) && !machine.has_open(&one));
+
     // Another virtd finds the drives as they are.
     machine.daemon.kill_virtd().await;
     machine.daemon.start_virtd().await;
@@ -115,8 +123,8 @@ async fn what_is_refused_changes_nothing() {
         "<disk type='file' device='cdrom'><driver name='qemu' cache='none'/><target dev='sda' bus='sata'/></disk>";
     let (name, text) = machine.domain.call("UpdateDevice", &(cached, options([]))).await.expect_err("not its medium");
     assert!(name.ends_with("OperationUnsupported") && text.contains("cache='none' of <driver>"), "{name}: {text}");
-    let card = ("<interface type='user'/>", options([]));
-    let (name, _) = machine.domain.call("UpdateDevice", &card).await.expect_err("a card is no medium");
+    let noise = ("<sound model='ich9'/>", options([]));
+    let (name, _) = machine.domain.call("UpdateDevice", &noise).await.expect_err("a sound card is no medium");
     assert_eq!(name, "org.virt.Error.OperationUnsupported");
     let (name, _) = machine.domain.call("UpdateDevice", &("<disk", options([]))).await.expect_err("no document");
     assert_eq!(name, "org.virt.Error.ConfigInvalid");

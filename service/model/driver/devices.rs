@@ -1,6 +1,7 @@
 //! What befalls single devices of a running guest, as clients are told it.
 
 use crate::domain::value::choices;
+use std::time::Duration;
 
 /// What has happened to a device.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +28,48 @@ pub enum DeviceEvent {
         /// How that came about.
         reason: MediumChange,
     },
+    /// An image could not be read or written.
+    IoError {
+        /// The disk's target; a driver may say a name that begins with that and a hyphen.
+        target: String,
+        /// What the hypervisor does about it.
+        action: IoAction,
+        /// Why it failed.
+        reason: IoFailure,
+    },
+    /// The guest has not reset its watchdog in time.
+    WatchdogFired {
+        /// What follows, in the hypervisor's word.
+        action: String,
+    },
+    /// The balloon has another size: what the guest has of its memory, in bytes.
+    BalloonChanged {
+        /// How many.
+        bytes: u64,
+    },
+}
+
+choices! {
+    /// What is done about an image that could not be read or written.
+    pub enum IoAction {
+        None = "none", Pause = "pause", Report = "report",
+    }
+}
+
+choices! {
+    /// Why an image could not be read or written.
+    pub enum IoFailure {
+        Failed = "failed", NoSpace = "no-space",
+    }
+}
+
+/// How a medium is exchanged.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MediumExchange {
+    /// The tray is opened even where the guest has locked it.
+    pub force: bool,
+    /// How long a guest may keep its tray locked, if the caller says so: after it `TimedOut`, not `Refused`.
+    pub patience: Option<Duration>,
 }
 
 choices! {

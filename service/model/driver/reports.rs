@@ -2,7 +2,8 @@
 //!
 //! A guest can stop and start as often as it likes, and one that has taken over its hypervisor can report what it likes. So
 //! what waits here is bounded: beyond [`MOST`] the last of it gives way to what comes, and what then is said twice is said
-//! once. What the guest does now is always the last thing told, and its end overtakes all that came before.
+//! once; of devices nothing more is told then. What the guest does now is always the last thing told of it, and its end overtakes
+//! all that came before.
 
 use super::DriverEvent;
 use std::collections::VecDeque;
@@ -137,6 +138,9 @@ impl State {
         if matches!(event, DriverEvent::Exited(_)) && self.waiting.len() >= MOST / 2 {
             self.waiting.clear();
         } else if self.waiting.len() >= MOST {
+            if event.is_of_a_device() {
+                return;
+            }
             let last = |waiting: &VecDeque<_>| waiting.iter().rposition(|one| *one != DriverEvent::AgentChanged);
             last(&self.waiting).and_then(|last| self.waiting.remove(last));
             if last(&self.waiting).is_some_and(|last| self.waiting[last] == event) {
@@ -214,5 +218,25 @@ mod tests {
         let (sink, stream) = reports();
         drop(stream);
         assert!(!sink.send(GO));
+    }
+
+    /// What befalls devices takes the place of nothing that the guest does.
+    #[test]
+    fn a_flood_of_device_reports_hides_no_state() {
+        let (sink, mut stream) = reports();
+        let ejected = || DriverEvent::TrayOpened("sata0-0-0".to_owned());
+        for _ in 0..MOST - 1 {
+            sink.send(ejected());
+        }
+        sink.send(STOP);
+        for _ in 0..1000 {
+            sink.send(ejected());
+        }
+        assert_eq!(stream.len(), MOST);
+        let mut last = None;
+        while let Ok(event) = stream.try_recv() {
+            last = Some(event);
+        }
+        assert_eq!(last, Some(STOP));
     }
 }
