@@ -19,7 +19,7 @@ use rustix::io::{DupFlags, fcntl_dupfd_cloexec};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use std::io;
 use std::marker::PhantomData;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
 use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 
@@ -39,6 +39,11 @@ pub fn first() -> RawFd {
 
 /// The same file under a high number. Blocks, as closing it may.
 pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
+    Ok(fcntl_dupfd_cloexec(file, first())?)
+}
+
+/// Another descriptor of a file that is open elsewhere, under a high number. Waits for nobody.
+pub fn copy(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
     Ok(fcntl_dupfd_cloexec(file, first())?)
 }
 

@@ -48,12 +48,17 @@ impl Header {
             found => found?,
         };
         let Some(file) = found.image()? else { return Ok(None) };
-        let header = match format {
-            "qed" => qed(&file),
-            "vmdk" => vmdk(&file),
-            _ => qcow(&file),
-        };
-        header.map(Some)
+        Header::of(&file, format).map(Some)
+    }
+
+    /// The same of one that is open.
+    pub fn of(file: &File, format: &str) -> io::Result<Header> {
+        match format {
+            "qed" => qed(file),
+            "vmdk" => vmdk(file),
+            "qcow" | "qcow2" => qcow(file),
+            _ => Ok(Header::default()),
+        }
     }
 }
 
@@ -70,10 +75,18 @@ const SIGNS: [(&str, u64, &[&[u8]]); 6] = [
 /// Whether what is at `path` bears the sign of a format's images; a format without one, and what is neither a plain file nor
 /// a block device, may be anything. Blocks, where the file system does not answer without end.
 pub fn bears_sign_of(path: &Path, format: &str) -> io::Result<bool> {
-    let Some((_, at, signs)) = SIGNS.iter().find(|(name, ..)| *name == format) else { return Ok(true) };
+    if !SIGNS.iter().any(|(name, ..)| *name == format) {
+        return Ok(true);
+    }
     let Some(file) = Found::resolve(path)?.image()? else { return Ok(true) };
+    is_of_format(&file, format)
+}
+
+/// The same of an image that is open.
+pub fn is_of_format(file: &File, format: &str) -> io::Result<bool> {
+    let Some((_, at, signs)) = SIGNS.iter().find(|(name, ..)| *name == format) else { return Ok(true) };
     let mut begins = [0u8; 16];
-    let read = read_some(&file, &mut begins, *at)?;
+    let read = read_some(file, &mut begins, *at)?;
     Ok(signs.iter().any(|sign| begins[..read].starts_with(sign)))
 }
 

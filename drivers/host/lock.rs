@@ -1,6 +1,8 @@
 //! Whether an image is in use, by the locks that QEMU and its tools take on what they open.
 
+use super::apart::apart;
 use super::resolve::Found;
+use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::path::Path;
@@ -8,14 +10,33 @@ use std::path::Path;
 /// The bytes on which QEMU locks what it does, and what it lets others do: a hundred for each.
 const FIRST: i64 = 100;
 const BYTES: i64 = 200;
+/// Of them the one that says that it writes.
+const WRITES: i64 = 1;
 
 /// Whether anybody has the image at `path` open, or what they read through it. Takes no lock. Blocks.
 pub fn is_open(path: &Path) -> io::Result<bool> {
     let Some(file) = Found::resolve(path)?.image()? else { return Ok(false) };
+    is_locked(&file, FIRST, BYTES)
+}
+
+/// Whether anybody has an image open that a client has open, too, and gives: somebody who writes it, and where it is to be
+/// `written`, anybody at all. Locks belong to what descriptors are copies of, so that it is opened anew to see them; where that
+/// cannot be done, what the descriptor itself sees has to do. Takes no lock. Blocks.
+pub fn is_held(file: &File, written: bool) -> io::Result<bool> {
+    #[allow(clippy::disallowed_methods, reason = "in a worker, and no path is followed: it is what is open already")]
+    let anew = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let (first, bytes) = if written { (FIRST, BYTES) } else { (FIRST + WRITES, 1) };
+    match anew {
+        Ok(anew) => is_locked(&File::from(apart(anew.into())?), first, bytes),
+        Err(_) => is_locked(file, first, bytes),
+    }
+}
+
+fn is_locked(file: &File, first: i64, bytes: i64) -> io::Result<bool> {
     // SAFETY: all zeroes are a value of this plain struct.
     let mut asked: libc::flock = unsafe { std::mem::zeroed() };
     (asked.l_type, asked.l_whence) = (libc::F_WRLCK as i16, libc::SEEK_SET as i16);
-    (asked.l_start, asked.l_len) = (FIRST, BYTES);
+    (asked.l_start, asked.l_len) = (first, bytes);
     // SAFETY: the descriptor is open, and the struct lives as long as the call.
     match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &mut asked) } {
         0 => Ok(asked.l_type != libc::F_UNLCK as i16),

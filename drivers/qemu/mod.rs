@@ -23,6 +23,7 @@ mod expanded;
 mod find;
 #[allow(clippy::disallowed_methods, reason = "the descriptors of this host's distribution")]
 pub mod firmware;
+pub mod given;
 mod hostdev;
 mod instance;
 mod launch;
@@ -75,13 +76,15 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::device::Disk;
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Accepted, DomainEnd, Driver, DriverError, Instance, Launch, MachineChoice, MediumExchange, Reconnect, Reconnected,
-    Removable, Running, StoredFile,
+    Accepted, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch, MachineChoice, MediumExchange, Reconnect,
+    Reconnected, Removable, Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -513,15 +516,29 @@ impl Driver for QemuDriver {
         def: &DomainDef,
         target: &str,
         how: MediumExchange,
+        image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
         let body = our_body(guest)?;
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
         let caps = self.learnt_for(def).await;
-        refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
+        refusals(check::check(&given::as_shown(def), &caps)).map_err(DriverError::Config)?;
         declared::hold(&self.0.workers, def).await?;
+        let has = given::GivenImage::of(disk);
+        if let Some(image) = image {
+            given::hand_over(body, disk, &image).await?;
+        }
         let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await;
-        media::change(body, disk, how, |name| command::medium(def, &caps, disk, name), lend).await
+        let changed = media::change(body, disk, how, |name| command::medium(def, &caps, disk, name), lend).await;
+        match &changed {
+            Ok(()) => given::take_back(body, target, has).await,
+            Err(_) => given::take_back_this(body, has).await,
+        }
+        changed
+    }
+
+    async fn judge_image(&self, machine: Uuid, disk: &Disk, image: &Arc<GivenFile>) -> Result<String, DriverError> {
+        given::judge(&self.0.workers, machine, disk, image).await
     }
 
     async fn place_device(
@@ -539,8 +556,9 @@ impl Driver for QemuDriver {
         before: &DomainDef,
         def: &mut DomainDef,
         alias: &str,
+        image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
-        self.plug(our_body(guest)?, before, def, alias).await
+        self.plug(our_body(guest)?, before, def, alias, image).await
     }
 
     async fn detach_device(

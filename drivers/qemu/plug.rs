@@ -12,6 +12,7 @@ use super::block::Nodes;
 use super::capabilities::Capabilities;
 use super::command::{self, OneDevice, Step, fd_name, keeps_its_place};
 use super::complete::{Board, name_new_devices};
+use super::given::{self, GivenImage};
 use super::instance::Body;
 use super::launch::{self, MONITOR_FD};
 use super::plan::{HostFile, SecretContent};
@@ -30,7 +31,7 @@ use virt_model::device::chardev::{CharKind, SocketMode};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::{Channel, ControllerKind, Device};
 use virt_model::domain::DomainDef;
-use virt_model::driver::DriverError;
+use virt_model::driver::{DriverError, GivenFile};
 use virt_model::xml::{Finding, refusals};
 
 /// Where QEMU has devices by their names.
@@ -54,7 +55,7 @@ impl QemuDriver {
         for channel in &mut def.devices.channels {
             give_socket(channel, &new.alias, &own)?;
         }
-        refusals(check::check(def, &caps)).map_err(DriverError::Config)?;
+        refusals(check::check(&given::as_shown(def), &caps)).map_err(DriverError::Config)?;
         let (inner, with, without) = (self.0.clone(), def.clone(), before.clone());
         let missing = blocking(move || {
             let known: Vec<String> = inner.missing_on_host(&without).into_iter().map(|one| one.message).collect();
@@ -91,6 +92,7 @@ impl QemuDriver {
         before: &DomainDef,
         def: &mut DomainDef,
         alias: &str,
+        image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
         let caps = self.learnt_for(def).await;
         declared::hold(&self.0.workers, def).await?;
@@ -99,12 +101,23 @@ impl QemuDriver {
         let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
         self.lend_to(body, def, files.clone()).await?;
         let mut done = Vec::new();
-        let plugged = self.do_steps(body, parts, &mut done).await;
-        if let Err(error) = plugged {
+        let disk = def.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias));
+        let given = async {
+            match disk.zip(image) {
+                Some((disk, image)) => given::hand_over(body, disk, &image).await,
+                None => Ok(()),
+            }
+        };
+        let plugged = async {
+            given.await?;
+            self.do_steps(body, parts, &mut done).await
+        };
+        if let Err(error) = plugged.await {
             for (command, arguments) in done.into_iter().rev() {
                 let undone = body.patiently(command, arguments).await;
                 undone.err().iter().for_each(|e| tracing::warn!(uuid = %body.uuid, "{command}: {e}"));
             }
+            given::take_back_this(body, disk.and_then(GivenImage::of)).await;
             self.give_back(body, before, files).await;
             return Err(refused(alias, error));
         }
@@ -199,7 +212,9 @@ impl QemuDriver {
         let Some(ledger) = self.0.privileges.ledger().cloned() else { return };
         let caps = self.learnt_for(rest).await;
         let own = body.leavings.own_dir();
-        let Ok(needed) = check::checked_command(rest, &caps, &command::Place::now(&own, MONITOR_FD, true)) else {
+        let Ok(needed) =
+            check::checked_command(&given::as_shown(rest), &caps, &command::Place::now(&own, MONITOR_FD, true))
+        else {
             return;
         };
         let beside = needed.companions.iter().flat_map(|companion| &companion.files);
@@ -278,6 +293,7 @@ impl QemuDriver {
             let nodes = Nodes::of(body).await.unwrap_or_default();
             let nodes = nodes.0.into_iter().map(|node| node.name).filter(|name| name.starts_with(&prefix));
             media::close(body, nodes.collect()).await;
+            given::take_back(body, &disk.target.dev, None).await;
         }
         let undo = part.steps.iter().rev().filter_map(|step| step.undo.clone());
         for (command, arguments) in undo.filter(|(command, _)| !matches!(*command, "device_del" | "blockdev-del")) {

@@ -17,6 +17,7 @@ pub use guest::Asked;
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers};
 use crate::qemu::complete::{name_devices, name_new_devices};
+use crate::qemu::given;
 use async_trait::async_trait;
 use guest::{Machine, TestInstance};
 use std::any::Any;
@@ -26,11 +27,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use uuid::Uuid;
+use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Driver, DriverError, Instance, Launch, MediumExchange, Reconnect, Reconnected, Removable, Running, StoredFile,
+    Driver, DriverError, GivenFile, Instance, Launch, MediumExchange, Reconnect, Reconnected, Removable, Running,
+    StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, shorten};
 
@@ -154,6 +157,9 @@ impl Driver for TestDriver {
         if def.maximum_vcpus() > CPUS {
             findings.push(finding("/vcpu", format!("this host has no more than {CPUS} CPUs")));
         }
+        if def.devices.disks.iter().any(Disk::is_given) {
+            findings.push(finding("/devices/disk/source/@fdgroup", given::NOT_STORED.to_owned()));
+        }
         if def.has_native_arguments() {
             findings.push(finding("/qemu:commandline", "the test driver runs no program to give arguments to".into()));
         }
@@ -208,6 +214,7 @@ impl Driver for TestDriver {
         _def: &DomainDef,
         _target: &str,
         _how: MediumExchange,
+        _image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
         our_machine(guest)?.listens().await
     }
@@ -233,8 +240,14 @@ impl Driver for TestDriver {
         _before: &DomainDef,
         _def: &mut DomainDef,
         _alias: &str,
+        _image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
         our_machine(guest)?.listens().await
+    }
+
+    /// It is judged as if it were to be used, and then let go of.
+    async fn judge_image(&self, machine: Uuid, disk: &Disk, image: &Arc<GivenFile>) -> Result<String, DriverError> {
+        given::judge(&self.0.workers, machine, disk, image).await
     }
 
     /// A guest that is paused keeps its devices until it goes on.

@@ -359,8 +359,9 @@ async fn get_stats(domain: Arc<Domain>, call: Call) -> Outcome {
 
 async fn attach_device(domain: Arc<Domain>, call: Call) -> Outcome {
     let body = call.body();
-    let (xml, options): (&str, Options) = call::read(&body)?;
-    call.reply(&domain.attach_device(call.caller(), xml, affect(options)?).await?)
+    let (xml, mut options): (&str, Options) = call::read(&body)?;
+    let images = call.files(&mut options, "fds")?;
+    call.reply(&domain.attach_device(call.caller(), xml, affect(options)?, images).await?)
 }
 
 async fn detach_device(domain: Arc<Domain>, call: Call) -> Outcome {
@@ -397,7 +398,8 @@ fn patience(options: &mut Options) -> Result<Option<Duration>, Error> {
 async fn change_medium(domain: Arc<Domain>, call: Call) -> Outcome {
     let (target, file, mut options): (String, String, Options) = call.read()?;
     let how = MediumExchange { force: options.flag("force")?, patience: patience(&mut options)? };
-    domain.change_file(call.caller(), &target, &file, affect(options)?, how).await?;
+    let image = call.file(&mut options, "fd")?;
+    domain.change_file(call.caller(), &target, &file, affect(options)?, how, image).await?;
     call.done()
 }
 

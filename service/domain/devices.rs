@@ -9,7 +9,7 @@
 //! guest then turns out not to have is reported as gone ([`Domain::device_has_gone`]).
 
 use super::config::Update;
-use super::{Affect, Domain};
+use super::{Affect, Domain, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::events::Event;
@@ -22,7 +22,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::one_device::{DeviceSpot, alias_of};
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::{DeviceEvent, DriverError};
+use virt_model::driver::{DeviceEvent, DriverError, GivenFile};
 use virt_model::xml::{self, Element, FindingKind, shorten};
 
 /// How long a guest may take to let go of a device, unless its caller says otherwise.
@@ -46,17 +46,26 @@ struct Placed {
 impl Domain {
     /// Plugs in a device, in all configurations that `affect` means, or none. Gives its name in what runs, or the one that the
     /// document gives it.
+    /// `images`: what the caller has open itself for it, then in what runs alone.
     /// Errors: `OperationUnsupported` and `OperationInvalid` name what cannot be plugged, or has no place.
-    pub async fn attach_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<String> {
+    pub async fn attach_device(
+        self: &Arc<Self>,
+        caller: &Caller,
+        xml: &str,
+        affect: Affect,
+        images: Vec<GivenFile>,
+    ) -> Result<String> {
+        let (affect, image) = given::one(affect, images)?;
         self.short(caller, &verb::ATTACH_DEVICE, async {
             let mut device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
             // Of a document that was shown of another guest, or of this one earlier, its name means nothing.
             let named =
                 device.take_child("alias").filter(|alias| alias.attr("name").is_some_and(|n| n.starts_with("ua-")));
             named.into_iter().for_each(|alias| device.push(alias));
+            given::names_none(&self.name(), &device)?;
             let (live, stored) = self.affected(&verb::ATTACH_DEVICE, affect)?;
             let placed = match &live {
-                Some(live) => Some(self.place(live, &device).await?),
+                Some(live) => Some(self.place(live, &device, image.as_ref()).await?),
                 None => None,
             };
             let stored = match stored {
@@ -68,7 +77,7 @@ impl Domain {
                 return Ok(alias_of(&device).unwrap_or_default().to_owned());
             };
             let alias = placed.alias.clone();
-            let live = self.plug(&before, placed).await?;
+            let live = self.plug(&before, placed, image).await?;
             fail_point::reached();
             if let Err(error) = self.put_configurations(Some(live.clone()), stored, Update::Whole).await {
                 // The guest has it, whatever cannot be written.
@@ -83,9 +92,13 @@ impl Domain {
     }
 
     /// What runs with one device more, which has its place and may be plugged in.
-    async fn place(&self, before: &Arc<DomainDef>, device: &Element) -> Result<Placed> {
+    async fn place(&self, before: &Arc<DomainDef>, device: &Element, image: Option<&Arc<GivenFile>>) -> Result<Placed> {
         let name = self.name();
         let mut def = with_device(before, device)?;
+        if let Some(image) = image {
+            let disk = def.devices.disks.last_mut().filter(|_| device.name == "disk");
+            self.take_given(disk.ok_or_else(|| given::of_no_disk(&name, device))?, image).await?;
+        }
         let guest = self.guest()?;
         let placed = self.driver.place_device(guest.instance.as_ref(), before, &mut def).await;
         let alias = placed.map_err(|e| Error::from_driver(&name, "plug a device into", e))?;
@@ -126,14 +139,19 @@ impl Domain {
     }
 
     /// Plugs it in; gives what runs then. On failure what is kept of what runs is as before.
-    async fn plug(&self, before: &Arc<DomainDef>, placed: Placed) -> Result<Arc<DomainDef>> {
+    async fn plug(
+        &self,
+        before: &Arc<DomainDef>,
+        placed: Placed,
+        image: Option<Arc<GivenFile>>,
+    ) -> Result<Arc<DomainDef>> {
         let Placed { mut def, alias } = placed;
         let guest = self.guest()?;
         fail_point::reached();
         self.keep_live(&def).await?;
         fail_point::reached();
         let live = Arc::make_mut(&mut def);
-        match self.driver.attach_device(guest.instance.as_ref(), before, live, &alias).await {
+        match self.driver.attach_device(guest.instance.as_ref(), before, live, &alias, image).await {
             Ok(()) => Ok(def),
             Err(error) => {
                 // Whether a hypervisor that does not answer has it is found out when it answers another virtd.

@@ -1,11 +1,14 @@
 //! What domains say of the images that they need: for those who are about to write one (`crate::images`).
 
 use super::{Domain, Domains};
-use crate::error::Error;
+use crate::error::{Error, Result};
 use crate::images::{Chain, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of};
 use crate::lock::lock;
+use std::sync::Arc;
 use uuid::Uuid;
-use virt_model::driver::DriverError;
+use virt_model::device::Disk;
+use virt_model::device::disk::{DiskDevice, DiskKind};
+use virt_model::driver::{DriverError, GivenFile};
 
 impl Machines for Domains {
     fn chains(&self, except: Option<Uuid>) -> Vec<Chain> {
@@ -26,6 +29,42 @@ impl Domain {
     /// What the driver said while it was to `deed` this domain. Of an image that is locked it is told who has it.
     pub(super) fn driver_failed(&self, deed: &str, error: DriverError) -> Error {
         Error::from_driver(&self.name(), deed, self.shared.images.with_owner_of_lock(|| self.chains(), error))
+    }
+
+    /// Refuses what would have to open an image again that a client has given to its guest by descriptor.
+    pub(super) fn opens_no_given_image(&self, deed: &str) -> Result<()> {
+        let live = self.live();
+        let given = live.iter().flat_map(|live| &live.devices.disks).find(|disk| disk.is_given());
+        let Some(disk) = given else { return Ok(()) };
+        let (name, target) = (self.name(), &disk.target.dev);
+        Err(Error::OperationUnsupported(format!(
+            "cannot {deed} domain '{name}': the image of disk '{target}' was given by descriptor, and nobody could open it \
+             again; unplug the disk first, or take the medium out"
+        )))
+    }
+
+    /// Has an image that a client gives judged for that disk of its guest, which from then on is known by it.
+    pub(super) async fn take_given(&self, disk: &mut Disk, image: &Arc<GivenFile>) -> Result<()> {
+        let target = disk.target.dev.clone();
+        let refuse = |why: &str| {
+            let name = self.name();
+            Err(Error::InvalidArgument(format!("domain '{name}', disk '{target}': a descriptor {why}")))
+        };
+        if !matches!(disk.kind(), DiskKind::File | DiskKind::Block) || disk.path().is_none() {
+            return refuse(
+                "is of an image: give its <source file='…'/>, which is shown, or <source dev='…'/> of a block device",
+            );
+        }
+        if !matches!(disk.device(), DiskDevice::Disk | DiskDevice::Cdrom) {
+            return refuse("is of a disk or a CD-ROM");
+        }
+        if disk.backing.as_ref().is_some_and(|store| !store.is_end()) {
+            return refuse("is of one image, which stands on no other: make it whole with 'qemu-img convert'");
+        }
+        let judged = self.driver.judge_image(self.uuid, disk, image).await;
+        let given = judged.map_err(|e| Error::from_driver(&self.name(), &format!("give '{target}' an image in"), e))?;
+        disk.source.get_or_insert_default().given = Some(given);
+        Ok(())
     }
 
     /// The chains of images that it needs: what runs, what is stored, and its snapshots.

@@ -1,7 +1,7 @@
 //! What lies in a drive: changed while the guest runs, in what is stored, or both.
 
 use super::config::Update;
-use super::{Affect, Domain, absolute};
+use super::{Affect, Domain, absolute, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::verb::{self, Verb};
@@ -11,7 +11,7 @@ use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::{DeviceEvent, MediumChange, MediumExchange};
+use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange};
 use virt_model::xml::{self, Element, Finding, shorten};
 
 impl Domain {
@@ -22,7 +22,7 @@ impl Domain {
         self.short(caller, &verb::UPDATE_DEVICE, async {
             let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
             match &*device.name {
-                "disk" => self.put_medium(&verb::UPDATE_DEVICE, &device, affect, MediumExchange::default()).await,
+                "disk" => self.put_medium(&verb::UPDATE_DEVICE, &device, affect, MediumExchange::default(), None).await,
                 "interface" => self.update_card(&device, affect).await,
                 other => Err(Error::OperationUnsupported(format!(
                     "domain '{}': only the media of drives (<disk>) and the links of network cards (<interface>) can be \
@@ -45,7 +45,13 @@ impl Domain {
         file: &str,
         affect: Affect,
         how: MediumExchange,
+        image: Option<GivenFile>,
     ) -> Result<()> {
+        let (affect, image) = given::one(affect, image.into_iter().collect())?;
+        if image.is_some() && file.is_empty() {
+            let text = "a descriptor is of an image: give the path that is shown for it";
+            return Err(Error::InvalidArgument(text.to_owned()));
+        }
         self.short(caller, &verb::CHANGE_MEDIUM, async {
             let (live, stored) = self.affected(&verb::CHANGE_MEDIUM, affect)?;
             let def = live.or(stored).ok_or_else(|| self.vanished())?;
@@ -62,7 +68,7 @@ impl Domain {
                 device.push(Element::new("source").with_attr(attribute, file));
             }
             device.push(Element::new("target").with_attr("dev", target));
-            self.put_medium(&verb::CHANGE_MEDIUM, &device, affect, how).await
+            self.put_medium(&verb::CHANGE_MEDIUM, &device, affect, how, image).await
         })
         .await
     }
@@ -74,18 +80,24 @@ impl Domain {
         device: &Element,
         affect: Affect,
         how: MediumExchange,
+        image: Option<Arc<GivenFile>>,
     ) -> Result<()> {
         let (live, stored) = self.affected(verb, affect)?;
         let before = live.clone();
         let name = self.name();
-        let live = live.map(|def| with_medium(&name, &def, device, true)).transpose()?;
+        given::names_none(&name, device)?;
+        let mut live = live.map(|def| with_medium(&name, &def, device, true)).transpose()?;
+        if let (Some((def, target)), Some(image)) = (&mut live, &image) {
+            let drive = def.devices.disks.iter_mut().find(|disk| disk.target.dev == *target);
+            self.take_given(drive.ok_or_else(|| self.vanished())?, image).await?;
+        }
         let mut stored = stored.map(|def| with_medium(&name, &def, device, false)).transpose()?;
         if let Some((stored, _)) = &mut stored {
             let completed = self.driver.learn_and_complete(stored).await;
             completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
         }
         if let Some((def, target)) = &live {
-            self.change_medium(def, target, how).await?;
+            self.change_medium(def, target, how, image).await?;
         }
         let (live, target) = live.unzip();
         let is_empty = |def: &DomainDef| {
@@ -101,16 +113,29 @@ impl Domain {
         Ok(())
     }
 
-    async fn change_medium(&self, def: &DomainDef, target: &str, how: MediumExchange) -> Result<()> {
+    async fn change_medium(
+        &self,
+        def: &DomainDef,
+        target: &str,
+        how: MediumExchange,
+        image: Option<Arc<GivenFile>>,
+    ) -> Result<()> {
         let guest = self.guest()?;
-        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target, how).await;
+        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target, how, image).await;
         changed.map_err(|e| Error::from_driver(&self.name(), &format!("change the medium in '{target}' of"), e))
     }
 
     /// What could not be written down is not to be in the drive, either.
     async fn put_back_medium(&self, before: Option<&DomainDef>, target: Option<&str>) {
         let (Some(before), Some(target)) = (before, target) else { return };
-        let back = async { self.change_medium(before, target, MediumExchange::default()).await };
+        let mut before = before.clone();
+        // What was given is closed by then: the drive is left empty.
+        let given = before.devices.disks.iter_mut().filter(|disk| disk.target.dev == target && disk.is_given());
+        let had_given = given.map(|disk| disk.source = None).count() > 0;
+        let back = async {
+            self.change_medium(&before, target, MediumExchange::default(), None).await?;
+            if had_given { Err(Error::Internal("what lay in it was given by descriptor".to_owned())) } else { Ok(()) }
+        };
         if let Err(error) = back.await {
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell what lies in '{target}'");
         }

@@ -11,6 +11,7 @@ mod config;
 mod console;
 mod devices;
 mod found;
+mod given;
 mod guest;
 mod images;
 mod lifecycle;

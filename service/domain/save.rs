@@ -240,6 +240,7 @@ impl Domain {
         let saves = self.saves()?;
         let machine = self.machine().await?;
         self.is_not_frozen()?;
+        self.opens_no_given_image(if target.dump { "dump" } else { "save" })?;
         let def = match &target.kept {
             None => machine.def.clone(),
             Some(kept) => {

@@ -13,7 +13,7 @@ pub mod snapshots;
 pub mod stats;
 
 use crate::device::chardev::Channel;
-use crate::device::{CharSource, Graphics};
+use crate::device::{CharSource, Disk, Graphics};
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
@@ -29,6 +29,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 /// A hypervisor that can run domains.
 #[async_trait]
@@ -154,16 +155,26 @@ pub trait Driver: Send + Sync {
     /// no runtime file, no permission given away. A start emits neither `Resumed` nor `Suspended`.
     async fn start(&self, launch: Launch) -> Result<Running, DriverError>;
 
-    /// Changes what lies in the drive `target` of a running guest to what `def` says. On failure the drive holds what it
-    /// held.
+    /// Judges an image that a client has given by descriptor for a disk of that machine's guest, and gives the name by which the guest is to
+    /// know it ([`DiskSource`](crate::device::source::DiskSource), `given`). Changes nothing.
+    /// Errors: `Argument` for what is no image that such a disk can have; `Refused` if somebody else has it open.
+    async fn judge_image(&self, machine: Uuid, disk: &Disk, image: &Arc<GivenFile>) -> Result<String, DriverError> {
+        let _ = (machine, image);
+        let target = &disk.target.dev;
+        Err(DriverError::Unsupported(format!("this driver takes no image by descriptor for '{target}'")))
+    }
+
+    /// Changes what lies in the drive `target` of a running guest to what `def` says: to `image`, if that has been given. On
+    /// failure the drive holds what it held.
     async fn change_medium(
         &self,
         guest: &dyn Instance,
         def: &DomainDef,
         target: &str,
         how: MediumExchange,
+        image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
-        let _ = (guest, def, how);
+        let _ = (guest, def, how, image);
         Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
     }
 
@@ -181,15 +192,17 @@ pub trait Driver: Send + Sync {
     }
 
     /// Plugs in the device of that name, as `def` says it with all that [`Driver::place_device`] has added to `before`. What is
-    /// known of it only then, a terminal say, is written into `def`. On failure the guest does not have it.
+    /// known of it only then, a terminal say, is written into `def`. `image` is the disk's, if a client has given it and it has
+    /// been judged. On failure the guest does not have it.
     async fn attach_device(
         &self,
         guest: &dyn Instance,
         before: &DomainDef,
         def: &mut DomainDef,
         alias: &str,
+        image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
-        let _ = (guest, before, def);
+        let _ = (guest, before, def, image);
         Err(DriverError::Unsupported(format!("this driver cannot plug in '{alias}'")))
     }
 

@@ -17,6 +17,12 @@ pub fn options<'a>(pairs: impl IntoIterator<Item = (&'a str, Variant<'a>)>) -> O
     pairs.into_iter().collect()
 }
 
+/// A descriptor among options.
+pub fn descriptor(file: &std::fs::File) -> zbus::wire::Fd<'static> {
+    let file = std::os::fd::OwnedFd::from(file.try_clone().expect("a copy"));
+    zbus::wire::Fd::from(zbus::wire::OwnedFd::from(file))
+}
+
 /// A client of virtd.
 #[derive(Clone)]
 pub struct Client {

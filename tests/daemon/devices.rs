@@ -1,6 +1,6 @@
 //! Devices plugged in and out, as clients see it, of the test driver's machines.
 
-use crate::common::client::{Client, Domain, Refusal, Watch, options};
+use crate::common::client::{Client, Domain, Options, Refusal, Watch, descriptor, options};
 use crate::common::snapshots::with;
 use crate::common::users::ADMIN;
 use crate::common::{Daemon, Setup};
@@ -158,4 +158,79 @@ async fn what_is_refused_changes_nothing() {
         assert!(name.starts_with("org.freedesktop.DBus.Error."), "{name}");
     }
     assert_eq!(before, (domain.xml().await, stored(&domain).await));
+}
+
+/// Images that are given by descriptor.
+fn given<'a>(files: &[&std::fs::File], flags: &[(&'a str, bool)]) -> Options<'a> {
+    let files: Vec<_> = files.iter().map(|file| descriptor(file)).collect();
+    let flags = flags.iter().map(|(key, value)| (*key, Variant::from(*value)));
+    options(flags.chain([("fds", Variant::from(files))]))
+}
+
+#[tokio::test]
+async fn an_image_is_given_by_descriptor_to_what_runs_and_to_nothing_else() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let drive = "<disk type='file' device='cdrom'><target dev='sda' bus='sata'/><readonly/></disk></devices>";
+    let machine = MACHINE.replace("</devices>", drive);
+    let domain = Client { connection: daemon.connect().await }.define(&machine).await.expect("defined");
+    let image = daemon.folder().join("image");
+    std::fs::write(&image, [0; 4096]).expect("written");
+    let open = |write: bool| std::fs::OpenOptions::new().read(true).write(write).open(&image).expect("opened");
+    let (read, write) = (open(false), open(true));
+    let attach = async |xml: &str, options: Options<'_>| domain.call("AttachDevice", &(xml, options)).await;
+    refused(attach(DISK, given(&[&write], &[])).await, "OperationInvalid", "start it first");
+    domain.run("Start").await.expect("started");
+    let before = (domain.xml().await, stored(&domain).await);
+
+    refused(attach(DISK, given(&[&write], &[("config", true)])).await, "InvalidArgument", "'config'");
+    refused(attach(DISK, given(&[&write, &read], &[])).await, "InvalidArgument", "2 descriptors");
+    refused(attach(CARD, given(&[&write], &[])).await, "InvalidArgument", "<interface>");
+    refused(attach(DISK, given(&[&read], &[])).await, "InvalidArgument", "<readonly/>");
+    let pipe =
+        std::io::pipe().map(|(_, mouth)| std::fs::File::from(std::os::fd::OwnedFd::from(mouth))).expect("a pipe");
+    refused(attach(DISK, given(&[&pipe], &[])).await, "InvalidArgument", "cannot be read");
+    let folder = std::fs::File::open(daemon.folder()).expect("opened");
+    let shown = DISK.replace("</disk>", "<readonly/></disk>");
+    refused(attach(&shown, given(&[&folder], &[])).await, "InvalidArgument", "no regular file");
+    let other = DISK.replace("<target", "<driver type='qcow2'/><target");
+    refused(attach(&other, given(&[&write], &[])).await, "InvalidArgument", "no qcow2 image");
+    let chain = DISK.replace(
+        "</disk>",
+        "<backingStore type='file'><format type='raw'/><source file='/base'/></backingStore></disk>",
+    );
+    refused(attach(&chain, given(&[&write], &[])).await, "InvalidArgument", "one image");
+    let named = DISK.replace("/more.img'", "/more.img' fdgroup='1-rw'");
+    refused(attach(&named, given(&[&write], &[])).await, "InvalidArgument", "'fdgroup'");
+    refused(attach(&named, options([])).await, "InvalidArgument", "'fdgroup'");
+    assert_eq!(before, (domain.xml().await, stored(&domain).await));
+
+    attach(DISK, given(&[&write], &[])).await.expect("plugged in");
+    let live = domain.xml().await;
+    assert!(live.contains("/more.img' fdgroup='") && stored(&domain).await == before.1, "{live}");
+    let snapshot = domain.call("CreateSnapshot", &("", options([]))).await;
+    refused(snapshot, "OperationUnsupported", "'vdb' was given by descriptor");
+    // What is shown of it is no configuration.
+    let other = live.replace("<name>web<", "<name>other<");
+    let other = other
+        .split("<uuid>")
+        .zip([0, 1])
+        .map(|(part, n)| if n == 0 { part } else { &part[part.find("</uuid>").expect("its end") + 7..] });
+    let other = domain.client.define(&other.collect::<String>()).await.expect("stored");
+    let (name, text) = other.run("Start").await.expect_err("nothing to start it with");
+    assert!(text.contains("by descriptor"), "{name}: {text}");
+
+    let fd = |file: &std::fs::File, more: &[(&'static str, bool)]| {
+        let more: Vec<_> = more.iter().map(|(key, value)| (*key, Variant::from(*value))).collect();
+        options(more.into_iter().chain([("fd", Variant::from(descriptor(file)))]))
+    };
+    let change = async |file: &str, options: Options<'_>| domain.call("ChangeMedium", &("sda", file, options)).await;
+    refused(change("", fd(&read, &[])).await, "InvalidArgument", "the path that is shown");
+    refused(change("/a.iso", fd(&read, &[("config", true)])).await, "InvalidArgument", "'config'");
+    refused(change("/a.iso", fd(&folder, &[])).await, "InvalidArgument", "no regular file");
+    change("/a.iso", fd(&read, &[])).await.expect("changed");
+    assert!(domain.xml().await.contains("/a.iso' fdgroup='") && stored(&domain).await == before.1);
+    change("", with([("live", true)])).await.expect("taken out");
+    detach(&domain, "<disk><target dev='vdb'/></disk>", &[("live", true)]).await.expect("unplugged");
+    let live = domain.xml().await;
+    assert!(!live.contains("fdgroup") && !live.contains("vdb") && stored(&domain).await == before.1, "{live}");
 }

@@ -1,9 +1,10 @@
 //! Devices plugged into and out of guests that run: what QEMU has is what the configuration says, whoever dies.
 
 use crate::common::Daemon;
-use crate::common::client::{Client, Domain, Refusal, Watch, options};
+use crate::common::client::{Client, Domain, Refusal, Watch, descriptor, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::with;
+use crate::common::users::ALICE;
 use serde_json::Value;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::net::UnixStream;
@@ -259,4 +260,100 @@ async fn whoever_dies_while_a_device_is_plugged_in_or_out_it_is_there_or_it_is_n
     assert!(attached && detached, "there are fewer steps than {STEPS}");
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
+}
+
+/// Somebody's image in a home of their own: QEMU's user cannot follow its path.
+fn in_a_home(machine: &Machine, name: &str) -> PathBuf {
+    use std::os::unix::fs::{PermissionsExt as _, chown};
+    let home = machine.daemon.folder().join(format!("home-of-{name}"));
+    std::fs::create_dir(&home).expect("made");
+    let path = home.join(name);
+    std::fs::File::create(&path).and_then(|file| file.set_len(3 << 20)).expect("made");
+    for (path, mode) in [(&home, 0o700), (&path, 0o600)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).expect("set");
+        chown(path, Some(ALICE.uid), Some(ALICE.uid)).expect("given away");
+    }
+    path
+}
+
+/// Whose a file is, what others may do with it, and whether it is lent.
+fn standing(machine: &Machine, file: &Path) -> (u32, u32, u32, bool) {
+    use std::os::unix::fs::MetadataExt as _;
+    let found = std::fs::metadata(file).expect("there");
+    (found.uid(), found.gid(), found.mode(), machine.is_lent(file))
+}
+
+const SETS: &str = "{\"execute\":\"query-fdsets\"}";
+
+#[tokio::test]
+async fn an_image_that_is_given_by_descriptor_is_read_by_it_alone() {
+    let Some(mut machine) = Machine::started("given", "pc").await else { return };
+    let drive = "<disk type='file' device='cdrom'><target dev='sdc' bus='scsi'/><readonly/></disk>";
+    machine.attach(drive).await.expect("an empty drive");
+    let (stick, medium) = (in_a_home(&machine, "stick.img"), in_a_home(&machine, "medium.iso"));
+    let before = (standing(&machine, &stick), standing(&machine, stick.parent().expect("a home")));
+    let open = |path: &Path, write: bool| std::fs::OpenOptions::new().read(true).write(write).open(path).expect("open");
+    let give = async |machine: &Machine, xml: &str, file: &std::fs::File| {
+        let options = options([("fds", Variant::from(vec![descriptor(file)]))]);
+        machine
+            .domain
+            .call("AttachDevice", &(xml, options))
+            .await
+            .map(|reply| reply.body().deserialize::<String>().expect("s"))
+    };
+    let file = open(&stick, true);
+    let alias = give(&machine, &disk(&stick, "sdb", "usb"), &file).await.expect("a stick");
+    // The guest that has it is the only one, even by the same descriptor.
+    refused(give(&machine, &disk(&stick, "sdd", "usb"), &file).await, "OperationInvalid", "open elsewhere");
+    drop(file);
+    let iso = options([("fd", Variant::from(descriptor(&open(&medium, false))))]);
+    machine.domain.call("ChangeMedium", &("sdc", medium.to_str().expect("a path"), iso)).await.expect("changed");
+    assert!(machine.has_open(&stick) && machine.has_open(&medium));
+    let after = (standing(&machine, &stick), standing(&machine, stick.parent().expect("a home")));
+    assert_eq!(before, after, "nothing is lent, and nothing given away");
+    // What virtd had of them is closed by threads that nobody waits for.
+    let own = format!("/proc/{}/fd", machine.daemon.virtd_pid());
+    let has = |link: PathBuf| link == stick || link == medium;
+    while std::fs::read_dir(&own)
+        .expect("its files")
+        .flatten()
+        .any(|open| std::fs::read_link(open.path()).is_ok_and(has))
+    {
+        tokio::task::yield_now().await;
+    }
+    let shown = machine.domain.xml().await;
+    assert!(shown.contains("stick.img' fdgroup='") && shown.contains("medium.iso' fdgroup='"), "{shown}");
+
+    // It can be neither saved nor captured; and it goes on with another virtd.
+    let save = machine.daemon.folder().join("whole.save");
+    let save = machine.domain.call("Save", &(save.to_str().expect("a path"), options([]))).await;
+    refused(save, "OperationUnsupported", "'sdc'");
+    refused(machine.domain.call("CreateSnapshot", &("", options([]))).await, "OperationUnsupported", "'sdc'");
+    machine.daemon.kill_virtd().await;
+    let told = machine.asks_qemu(&[NODES, SETS]);
+    let node =
+        |name: &str| told[0]["return"].as_array().into_iter().flatten().find(|node| node["node-name"] == name).cloned();
+    let storage = node("sdb-storage").expect("its node");
+    let file = storage["file"].as_str().expect("a name");
+    assert!(file.starts_with("/dev/fdset/") && storage["ro"] == false, "{storage}");
+    assert_eq!(storage["image"]["virtual-size"], 3 << 20, "QEMU reads it");
+    assert_eq!(told[1]["return"].as_array().map(Vec::len), Some(2), "{}", told[1]);
+    machine.daemon.start_virtd().await;
+    machine.domain.is_looked_after().await;
+    assert_eq!(machine.domain.xml().await, shown);
+    assert!(machine.has_open(&stick) && machine.has_open(&medium));
+
+    // Another device beside it, and then it goes.
+    let rng = machine.attach("<rng model='virtio'><backend model='builtin'/></rng>").await.expect("an rng");
+    assert!(machine.domain.xml().await.contains(&rng));
+    machine.detach(&alias, 20_000_000).await.expect("unplugged");
+    machine.domain.call("ChangeMedium", &("sdc", "", with([("live", true)]))).await.expect("taken out");
+    assert!(!machine.has_open(&stick) && !machine.has_open(&medium));
+    let after = (standing(&machine, &stick), standing(&machine, stick.parent().expect("a home")));
+    assert_eq!(before, after);
+    // What has been taken back can be given again.
+    give(&machine, &disk(&stick, "sdb", "usb"), &open(&stick, true)).await.expect("the stick again");
+    machine.tick.goes_on().await;
+    machine.domain.run("Destroy").await.expect("destroyed");
+    assert_eq!(before.0, standing(&machine, &stick));
 }

@@ -146,6 +146,7 @@ const REASONS: &[(&str, &[&str])] = &[
         ],
     ),
     ("every transient disk has its image for itself", &["devices/disk/transient/@shareBacking"]),
+    (crate::qemu::given::NOT_STORED, &["devices/disk/source/@fdgroup", "devices/disk/backingStore/source/@fdgroup"]),
     (
         "there are no storage pools here: give the path with type='file' or 'block'",
         &[

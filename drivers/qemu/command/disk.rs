@@ -12,6 +12,7 @@ use super::args::Props;
 use super::{Builder, id, turn, virtio};
 use crate::qemu::capabilities::Capabilities;
 use crate::qemu::complete::Board;
+use crate::qemu::given::GivenImage;
 use serde_json::{Value, json};
 use virt_model::device::address::DriveAddress;
 use virt_model::device::controller::ControllerModel;
@@ -68,10 +69,15 @@ impl Builder<'_> {
         let removable = disk.device() == DiskDevice::Cdrom;
         // Who may ask is said beside the source or in it.
         let source = DiskSource { auth: disk.auth().cloned(), ..source.clone() };
-        let storage = self.storage_node(&source, disk.kind(), name, removable);
+        let given = GivenImage::of(disk);
+        let storage = match given {
+            // QEMU looks for a descriptor of just that mode: it cannot begin with one that reads, and go on with one that writes.
+            Some(image) => given_node(image, disk.kind(), name),
+            None => self.storage_node(&source, disk.kind(), name, removable).set("auto-read-only", true),
+        };
         let local = disk.kind() != DiskKind::Network;
         let aio = driver.and_then(|d| d.io).filter(|_| local).map(|io| io.as_str());
-        let storage = storage.set("auto-read-only", true).set("discard", "unmap").maybe("aio", aio);
+        let storage = storage.set("discard", "unmap").maybe("aio", aio);
         self.args.blockdev(storage.extend(cache(driver)));
         let key = disk.encryption().and_then(|encryption| self.passphrase(encryption, name));
         let image = Props::new("node-name", format!("{name}-format"))
@@ -271,6 +277,14 @@ pub fn overlay_nodes(disk: &Disk, path: &std::path::Path, block: bool, format: &
         .set("file", storage)
         .set("backing", Value::Null);
     [file.extend(cache(driver)).into(), image.into()]
+}
+
+/// The node of an image that a client has given by descriptor.
+fn given_node(image: GivenImage, kind: DiskKind, name: &str) -> Props {
+    Props::new("driver", if kind == DiskKind::Block { "host_device" } else { "file" })
+        .set("filename", image.file_name())
+        .set("node-name", format!("{name}-storage"))
+        .set("read-only", !image.writable)
 }
 
 /// Whether something of it is asked of a server with a query, which may be a token.

@@ -270,6 +270,7 @@ impl Domain {
             crate::registry::check_new_name("snapshot", name)?;
         }
         let state = self.state_to_capture(options)?;
+        self.opens_no_given_image("take a snapshot of")?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live, restored: false };

@@ -111,6 +111,7 @@ impl Domain {
                  in has been written to; delete it again to finish the merge"
             )));
         }
+        self.opens_no_given_image("revert")?;
         let machine = self.machine().await?;
         let (domain_name, now, persistent, saved) = {
             let state = lock(&self.state);

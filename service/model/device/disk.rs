@@ -126,7 +126,12 @@ impl Disk {
         self.kind.unwrap_or_default()
     }
 
-    /// The file or block device, if there is one.
+    /// Whether a client has given its image by descriptor: nobody else can open that again.
+    pub fn is_given(&self) -> bool {
+        self.source.as_ref().is_some_and(|source| source.given.is_some())
+    }
+
+    /// The file or block device, if there is one that can be opened.
     pub fn path(&self) -> Option<&str> {
         self.source.as_ref()?.path(self.kind())
     }

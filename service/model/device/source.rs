@@ -29,6 +29,8 @@ element! {
     pub struct DiskSource {
         /// For `type='file'`.
         attr "file" => file: Option<String>,
+        /// Runtime: under what the hypervisor has an image that a client has given by descriptor. The path is for people then.
+        attr "fdgroup" => given: Option<String>,
         /// For `type='block'`.
         attr "dev" => dev: Option<String>,
         /// For `type='network'`: what the server speaks.
@@ -73,8 +75,11 @@ element! {
 }
 
 impl DiskSource {
-    /// The path on the host.
+    /// The path on the host; `None` of what was given by descriptor, whatever is shown as its path.
     pub fn path(&self, kind: DiskKind) -> Option<&str> {
+        if self.given.is_some() {
+            return None;
+        }
         let path = match kind {
             DiskKind::File => self.file.as_deref(),
             DiskKind::Block => self.dev.as_deref(),

@@ -343,7 +343,8 @@ fn check_disk(disk: &Disk, bus: DiskBus, log: &mut Log) {
         _ => {}
     }
     let wants_source = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
-    if wants_source && matches!(device, DiskDevice::Disk | DiskDevice::Lun) && disk.path().is_none() {
+    if wants_source && matches!(device, DiskDevice::Disk | DiskDevice::Lun) && disk.path().is_none() && !disk.is_given()
+    {
         let attribute = if disk.kind() == DiskKind::File { "file" } else { "dev" };
         complain(log, &disk.at, format!("a {device} needs <source {attribute}='…'/>"));
     }
