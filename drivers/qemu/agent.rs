@@ -71,6 +71,11 @@ impl Line for Arc<Body> {
         self.reporter.until(|heard| heard.closed || heard.cuts > before).await;
     }
 
+    async fn has_ended(&self) {
+        // Where nobody is left to tell, it has.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
+    }
+
     fn is_frozen(&self) -> bool {
         self.keeper.is_frozen()
     }

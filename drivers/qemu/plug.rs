@@ -17,6 +17,7 @@ use super::launch::{self, MONITOR_FD};
 use super::plan::{HostFile, SecretContent};
 use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::{QemuDriver, check, declared, live, make, media, needs, tap};
+use crate::base64;
 use crate::host::secret;
 use crate::host::wall;
 use crate::host::workers::{ClosedAside, Errand, blocking};
@@ -477,31 +478,6 @@ fn say_secret(content: &SecretContent, folder: &Path, as_it_is: bool) -> Result<
     };
     match as_it_is {
         true => String::from_utf8(bytes).map_err(|_| DriverError::Storage("a secret is not in base64".to_owned())),
-        false => Ok(base64(&bytes)),
-    }
-}
-
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let at = |n: usize| u32::from(chunk.get(n).copied().unwrap_or(0));
-        let bits = at(0) << 16 | at(1) << 8 | at(2);
-        for n in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * n) & 63) as usize];
-            text.push(if n > chunk.len() { '=' } else { char::from(digit) });
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn secrets_are_said_in_base64() {
-        let said = ["", "f", "fo", "foo", "foob", "\u{ff}"].map(|text| base64(text.as_bytes()));
-        assert_eq!(said, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "w78="]);
+        false => Ok(base64::encode(&bytes)),
     }
 }
