@@ -100,8 +100,11 @@ impl QemuDriver {
         let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
         self.lend_to(body, def, files.clone()).await?;
         let mut done = Vec::new();
+        // The guest may open an agent's port before QEMU has answered.
+        body.has_agent_of(def);
         let plugged = self.do_steps(body, parts, &mut done).await;
         if let Err(error) = plugged {
+            body.has_agent_of(before);
             for (command, arguments) in done.into_iter().rev() {
                 let undone = ask(body, command, arguments).await;
                 undone.err().iter().for_each(|e| tracing::warn!(uuid = %body.uuid, "{command}: {e}"));
@@ -309,6 +312,7 @@ impl QemuDriver {
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
+            body.has_agent_of(&rest);
             self.give_back(body, &rest, part.files).await;
         }
     }

@@ -113,6 +113,15 @@ impl Reporter {
         self.lock().agent.device.as_ref().map(|device| format!("char{device}"))
     }
 
+    /// From now on that is QEMU's name of the device of the agent's port. Nobody has a new one open yet.
+    pub fn agent_is_at(&self, device: Option<String>) {
+        let mut inner = self.lock();
+        if inner.agent.device != device {
+            inner.agent.device = device;
+            inner.agent_is(false);
+        }
+    }
+
     /// Whether an agent has its port open inside the guest, if that is known.
     pub fn agent_is_connected(&self) -> Option<bool> {
         self.lock().agent.open
