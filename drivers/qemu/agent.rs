@@ -8,6 +8,7 @@ use crate::host::workers::blocking;
 use async_trait::async_trait;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use tokio::net::UnixStream;
 use virt_model::device::chardev::CharKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::agent::CardAddresses;
@@ -19,12 +20,14 @@ pub struct Port {
     /// Its socket; none if the guest has no port for an agent.
     socket: Mutex<Option<PathBuf>>,
     turns: Turns,
+    /// Held by whoever follows the socket's path.
+    reaching: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Port {
     /// That of a live definition.
     pub fn of(live: &DomainDef) -> Port {
-        Port { socket: Mutex::new(socket(live)), turns: Turns::default() }
+        Port { socket: Mutex::new(socket(live)), ..Port::default() }
     }
 
     fn socket(&self) -> Option<PathBuf> {
@@ -72,7 +75,15 @@ impl Line for Arc<Body> {
         }
         let pid = self.keeper.process_id().ok_or(DriverError::Gone)?;
         let reach = async {
-            let stream = peer::connect(&socket, pid).await;
+            // The path is the definition's, and its file system may not answer: one thread of this guest waits for that.
+            let alone = self.agent.reaching.clone().lock_owned().await;
+            let path = socket.clone();
+            let reached = blocking(move || {
+                let reached = peer::reach(&path);
+                drop(alone);
+                reached
+            });
+            let stream = peer::is_of(&socket, pid, reached.await?.and_then(UnixStream::from_std));
             stream.map_err(|error| DriverError::AgentUnavailable(error.to_string()))
         };
         Talk::begin(&self.agent.turns, reach, terms).await

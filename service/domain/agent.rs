@@ -66,7 +66,10 @@ impl Domain {
         self.beside(caller, verb, async {
             let guest = self.guest()?;
             let cards = match source {
-                "agent" => self.told(verb, self.agent(verb)?.addresses().await)?,
+                "agent" => {
+                    let _place = guest.agent_readers.take(&caller.uid).await;
+                    self.told(verb, self.agent(verb)?.addresses().await)?
+                }
                 "arp" => self.told(verb, guest.instance.neighbours(&guest.live).await)?,
                 // There is no network of virtd's own that could lease any.
                 "lease" => Vec::new(),
@@ -86,6 +89,7 @@ impl Domain {
         let verb = &verb::GET_GUEST_INFO;
         self.beside(caller, verb, async {
             let groups = named(groups)?;
+            let _place = self.guest()?.agent_readers.take(&caller.uid).await;
             self.told(verb, self.agent(verb)?.info(&groups).await)
         })
         .await
@@ -94,7 +98,11 @@ impl Domain {
     /// What the guest's clock says, in microseconds since the epoch.
     pub async fn guest_time(&self, caller: &Caller) -> Result<u64> {
         let verb = &verb::GET_TIME;
-        self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.time().await) }).await
+        self.beside(caller, verb, async {
+            let _place = self.guest()?.agent_readers.take(&caller.uid).await;
+            self.told(verb, self.agent(verb)?.time().await)
+        })
+        .await
     }
 
     /// Sets the guest's clock, in microseconds since the epoch; `None`: to that of the machine.
