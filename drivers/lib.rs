@@ -3,6 +3,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 pub mod agent;
+pub mod base64;
 pub mod host;
 pub mod qemu;
 pub mod test;

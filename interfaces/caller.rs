@@ -99,6 +99,16 @@ impl Callers {
         Ok(Backlog { bytes: count("OutgoingBytes")?, descriptors: count("OutgoingFDs")? })
     }
 
+    /// Fires when a client has left, by whichever connection that is heard. `heard`: what the dispatcher of a call of it has heard.
+    pub fn departure(&self, name: &str, heard: &CancellationToken) -> CancellationToken {
+        let token = self.lock().entry(name.to_owned()).or_default().clone();
+        // It had left before the token was there.
+        if heard.is_cancelled() {
+            self.left(name);
+        }
+        token
+    }
+
     /// A client has left.
     pub fn left(&self, name: &str) {
         if let Some(token) = self.lock().remove(name) {

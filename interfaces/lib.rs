@@ -22,7 +22,7 @@ use bus::gate::{Limits, Unread};
 use bus::outbox::Outbox;
 use bus::socket::Intake;
 use bus::table::Table;
-use bus::{Bus, Ways, Who};
+use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
 use objects::{domain, job, manager, snapshot, subscription};
 use publish::{Listener, Publisher};
@@ -45,6 +45,8 @@ pub struct Server {
     publisher: Arc<Publisher>,
     /// Fires when nothing is published any more.
     mute: CancellationToken,
+    /// Who serves the bus.
+    current: Current,
 }
 
 impl Server {
@@ -66,14 +68,14 @@ impl Server {
             publishing.run(events).await;
         });
         service.events().flush().await;
-        Ok(Server { table: Arc::new(table), publisher, mute })
+        Ok(Server { table: Arc::new(table), publisher, mute, current: Current::default() })
     }
 
     /// Serves the clients of a bus; ends with the connection, whose socket is measured by `intake`. The name is the
     /// caller's to request, once this runs.
     pub fn serve_bus(&self, connection: &Connection, intake: Arc<Intake>, callers: Callers) -> Serving {
         let limits = Limits { unread: Some(Unread::default()), ..Limits::default() };
-        let ways = Ways { intake, ..Ways::default() };
+        let ways = Ways { intake, current: self.current.clone(), ..Ways::default() };
         self.serve(MessageStream::from(connection), None, ways, Who::Bus(callers), limits)
     }
 

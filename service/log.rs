@@ -19,9 +19,14 @@ pub const FAILED: &str = "virt_service::failed";
 /// The target of what happened to a guest.
 pub const GUEST: &str = "virt_service::guest";
 
+/// What a verb does, without the word behind which its machine would be named: that stands in front.
+fn deed(verb: &Verb) -> &'static str {
+    verb.word.strip_suffix(" of").unwrap_or(verb.word)
+}
+
 /// A caller's verb was done to a machine.
 pub(crate) fn done(uuid: Uuid, name: &str, caller: &Caller, verb: &Verb, begun: Instant) {
-    let (caller_uid, action, duration_ms) = (caller.uid, verb.word, millis(begun));
+    let (caller_uid, action, duration_ms) = (caller.uid, deed(verb), millis(begun));
     tracing::info!(
         target: DONE, %uuid, name, caller_uid, action, duration_ms,
         "domain {name:?}: {action} by uid {caller_uid}: done in {duration_ms} ms"
@@ -30,7 +35,7 @@ pub(crate) fn done(uuid: Uuid, name: &str, caller: &Caller, verb: &Verb, begun: 
 
 /// A caller's verb was not done to a machine.
 pub(crate) fn failed(uuid: Uuid, name: &str, caller: &Caller, verb: &Verb, begun: Instant, error: &Error) {
-    let (caller_uid, action, duration_ms, error) = (caller.uid, verb.word, millis(begun), error.public());
+    let (caller_uid, action, duration_ms, error) = (caller.uid, deed(verb), millis(begun), error.public());
     tracing::warn!(
         target: FAILED, %uuid, name, caller_uid, action, duration_ms,
         "domain {name:?}: {action} by uid {caller_uid}: failed in {duration_ms} ms: {error}"
@@ -39,7 +44,7 @@ pub(crate) fn failed(uuid: Uuid, name: &str, caller: &Caller, verb: &Verb, begun
 
 /// A caller's verb came to no machine.
 pub(crate) fn refused(caller: &Caller, verb: &Verb, begun: Instant, error: &Error) {
-    let (caller_uid, action, duration_ms, error) = (caller.uid, verb.word, millis(begun), error.public());
+    let (caller_uid, action, duration_ms, error) = (caller.uid, deed(verb), millis(begun), error.public());
     tracing::warn!(
         target: FAILED, caller_uid, action, duration_ms,
         "{action} by uid {caller_uid}: failed in {duration_ms} ms: {error}"

@@ -12,7 +12,7 @@ use crate::fair::FairPlace;
 use crate::lock::lock;
 use crate::scrape::{MachineStats, numbers_of_many};
 use crate::time::now_usec;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval_at, timeout};
@@ -92,8 +92,9 @@ impl Service {
                 self.get(*uuid).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: uuid.to_string() })?;
             domain.allow(caller, Some(Action::Read)).await?;
         }
+        let domains: BTreeSet<Uuid> = options.domains.iter().copied().collect();
         let groups = options.groups.while_it_runs().each(options.interval);
-        let options = SubscribeOptions { groups, ..options };
+        let options = SubscribeOptions { groups, domains: domains.into_iter().collect(), ..options };
         let closed = caller.departed.child_token();
         let number = {
             let mut open = lock(&self.shared.subscriptions.0);

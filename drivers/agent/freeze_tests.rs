@@ -1,6 +1,7 @@
-//! What becomes of a freeze whose agent refuses, freezes nothing, says nothing, or is not there when it is to thaw.
+//! What becomes of a freeze whose agent refuses, freezes nothing, says nothing, or is not there when it is to thaw; and of programs.
 
 use super::{Agent, Line, Talk, Terms, Turns};
+use crate::base64;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::collections::VecDeque;
@@ -9,8 +10,8 @@ use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
-use virt_model::driver::DriverError;
-use virt_model::driver::agent::GuestAgent;
+use virt_model::driver::agent::{GuestAgent, Program};
+use virt_model::driver::{DriverError, GivenFile};
 
 /// What the agent does in one talk, when it is asked for more than its name.
 enum Does {
@@ -56,6 +57,10 @@ impl Line for Arc<Fake> {
     }
 
     async fn is_cut_off(&self) {
+        std::future::pending().await
+    }
+
+    async fn has_ended(&self) {
         std::future::pending().await
     }
 
@@ -113,13 +118,50 @@ async fn what_may_be_frozen_is_thawed_at_last() {
     assert!(matches!(gone.thaw_at_last().await, Err(DriverError::Gone)), "it ends with its guest");
 }
 
+/// What an agent says of a program that runs, and of one that has ended.
+fn runs() -> Does {
+    Does::Says(json!({ "return": { "exited": false } }))
+}
+
+fn begun() -> Does {
+    Does::Says(json!({ "return": { "pid": 7 } }))
+}
+
+fn program(stdout: Option<GivenFile>) -> Program {
+    Program { argv: vec!["/bin/x".to_owned()], stdout, ..Program::default() }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_program_is_looked_after_until_it_has_ended_however_long_the_agent_is_away() {
-    let runs = || Does::Says(json!({ "return": { "exited": false } }));
     let ended = Does::Says(json!({ "return": { "exited": true, "exitcode": 4 } }));
-    let (agent, _) = agent([Does::Says(json!({ "return": { "pid": 7 } })), runs(), Does::IsNotThere, runs(), ended]);
-    let words = ["/bin/x".to_owned()];
-    let process = agent.exec(&words, &[]).await.unwrap();
-    assert_eq!((process, agent.exit_status(process).await.unwrap()), (7, 4));
-    assert!(matches!(agent.exit_status(process).await, Err(DriverError::Gone)));
+    let (agent, _) = agent([begun(), runs(), Does::IsNotThere, runs(), ended, begun(), runs()]);
+    assert_eq!(agent.run(program(None)).await.unwrap(), 4);
+    assert!(matches!(agent.run(program(None)).await, Err(DriverError::Gone)));
+}
+
+#[tokio::test]
+async fn what_a_program_prints_may_be_long_and_is_not_cut_off_in_silence() {
+    const MOST: usize = 16 << 20;
+    let said = |bytes: usize, truncated: bool| {
+        let printed = base64::encode(&vec![b'x'; bytes]);
+        Does::Says(
+            json!({ "return": { "exited": true, "exitcode": 3, "out-data": printed, "out-truncated": truncated } }),
+        )
+    };
+    for (said, wanted, is_all) in [
+        (said(3, false), 3, true),
+        (said(1 << 20, false), 1 << 20, true),
+        (said(3, true), 3, false),
+        (said(MOST + 1, false), MOST, false),
+    ] {
+        let (ear, mouth) = std::io::pipe().unwrap();
+        let reading = std::thread::spawn(move || std::io::read_to_string(ear).unwrap().len());
+        let (agent, _) = agent([begun(), runs(), said]);
+        let ended = agent.run(program(Some(GivenFile::new(mouth.into(), drop)))).await;
+        assert_eq!(reading.join().unwrap(), wanted);
+        match ended {
+            Ok(status) => assert!(is_all && status == 3),
+            Err(error) => assert!(!is_all && error.to_string().contains("stdout is cut off"), "{error}"),
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! QEMU's guest agent, as it is spoken to whoever connects a guest with the host: one talk at a time, and what it tells taken for
 //! what somebody in the guest may have made up.
 
-pub mod base64;
+mod exec;
 pub mod talk;
 mod told;
 
@@ -12,6 +12,7 @@ mod talk_tests;
 
 pub use talk::{Talk, Terms, Turns};
 
+use crate::base64;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::time::Duration;
@@ -19,7 +20,7 @@ use tokio::time::sleep;
 use virt_model::device::chardev::Channel;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Sleep};
+use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Program, Sleep};
 
 /// The name of the agent's channel.
 pub const CHANNEL: &str = "org.qemu.guest_agent.0";
@@ -65,6 +66,9 @@ pub trait Line: Send + Sync {
 
     /// Returns when the agent may have been cut off, so that nothing more is to be heard of it: its guest sleeps, is reset, or ends.
     async fn is_cut_off(&self);
+
+    /// Returns when the guest has ended.
+    async fn has_ended(&self);
 
     /// Whether a client has had file systems frozen.
     fn is_frozen(&self) -> bool;
@@ -125,12 +129,6 @@ fn refuse_if_frozen(line: &impl Line) -> Result<(), DriverError> {
 }
 
 impl<L: Line> Agent<L> {
-    /// Who else wants to talk waits longer than this does.
-    async fn status_of(&self, process: u64) -> Result<Value, DriverError> {
-        let mut talk = self.0.talk(Terms::within(SOON).soon(SOON)).await?;
-        talk.ask("guest-exec-status", json!({ "pid": process })).await
-    }
-
     async fn ask(&self, command: &str, arguments: Value, within: Duration) -> Result<Value, DriverError> {
         self.0.talk(Terms::within(within)).await?.ask(command, arguments).await
     }
@@ -229,34 +227,8 @@ impl<L: Line> GuestAgent for Agent<L> {
         Ok(told::trimmed(&self.ask("guest-fstrim", arguments, TRIM).await?))
     }
 
-    async fn exec(&self, argv: &[String], env: &[String]) -> Result<u64, DriverError> {
-        let Some((program, rest)) = argv.split_first() else {
-            return Err(DriverError::Argument("there is no program to be run".to_owned()));
-        };
-        let mut arguments = json!({ "path": program, "arg": rest });
-        if !env.is_empty() {
-            arguments["env"] = json!(env);
-        }
-        let begun = self.ask("guest-exec", arguments, USUAL).await?;
-        let unknown = || DriverError::AgentUnavailable("the guest agent does not say what it has begun".to_owned());
-        begun["pid"].as_u64().ok_or_else(unknown)
-    }
-
-    async fn exit_status(&self, process: u64) -> Result<i32, DriverError> {
-        let mut pause = LOOKS.0;
-        loop {
-            match self.status_of(process).await {
-                Ok(told) if told["exited"] == true => return Ok(told::exit_status(&told)),
-                // A guest that stands answers when it goes on.
-                Ok(_) | Err(DriverError::TimedOut(_) | DriverError::AgentUnavailable(_)) => {}
-                // While file systems are frozen an agent says nothing of it.
-                Err(DriverError::AgentFailed { .. }) if self.0.is_frozen() => {}
-                Err(error) => return Err(error),
-            }
-            // An agent tells of no end by itself.
-            sleep(pause).await;
-            pause = (pause * 2).min(LOOKS.1);
-        }
+    async fn run(&self, program: Program) -> Result<i32, DriverError> {
+        self.run_program(program).await
     }
 
     async fn sleep(&self, how: Sleep) -> Result<(), DriverError> {

@@ -8,6 +8,7 @@
 //! begins anew and hears nothing of it.
 
 use super::told;
+use crate::host::workers::blocking;
 use serde::Deserialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
 use serde_json::{Value, json};
@@ -15,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use tokio::sync::{Mutex, OwnedMutexGuard, watch};
+use tokio::sync::{Mutex, OwnedMutexGuard, Semaphore, SemaphorePermit, watch};
 use tokio::time::{Instant, timeout_at};
 use virt_model::driver::DriverError;
 use virt_model::xml::shorten;
@@ -26,6 +27,8 @@ pub const HELLO: Duration = Duration::from_secs(5);
 const LONGEST: u64 = 4 << 20;
 /// The same where it is understood: that takes a multiple of it.
 const LONGEST_TOLD: u64 = 1 << 20;
+/// So many answers that are longer are heard or kept at once, of all guests.
+static ROOM: Semaphore = Semaphore::const_new(1);
 /// The end of whatever half line is left of an earlier talk, in both directions.
 const SENTINEL: u8 = 0xff;
 
@@ -72,6 +75,24 @@ pub struct Talk {
     /// Counts those who cannot wait for its end.
     urgent: watch::Receiver<u32>,
     _turn: OwnedMutexGuard<()>,
+}
+
+/// The room that a long answer takes, while it is held.
+pub type Room = Option<SemaphorePermit<'static>>;
+
+/// How much is listened to.
+struct Ear {
+    /// In bytes.
+    left: u64,
+    /// So much more once there is room for that.
+    more: u64,
+    room: Room,
+}
+
+impl Ear {
+    fn of(left: u64) -> Ear {
+        Ear { left, more: 0, room: None }
+    }
 }
 
 /// Somebody who cannot wait, for as long as they do.
@@ -163,9 +184,9 @@ impl Talk {
         let number = number();
         let sync = json!({ "execute": "guest-sync-delimited", "arguments": { "id": number } }).to_string();
         self.send(&[&[SENTINEL], sync.as_bytes()].concat()).await?;
-        let mut left = LONGEST;
+        let mut ear = Ear::of(LONGEST);
         loop {
-            let line = self.line(&mut left).await?;
+            let line = self.line(&mut ear).await?;
             let Some(end) = line.iter().rposition(|byte| *byte == SENTINEL) else { continue };
             if answer::<u64>(&line[end + 1..]).is_some_and(|answer| answer.value == Some(number)) {
                 return Ok(());
@@ -176,16 +197,36 @@ impl Talk {
     /// Asks; returns what it returns. Error: `TimedOut`, after which the talk is of no use.
     pub async fn ask(&mut self, command: &str, arguments: Value) -> Result<Value, DriverError> {
         let line = json!({ "execute": command, "arguments": arguments }).to_string();
-        let line = self.exchange(command, &line, LONGEST_TOLD, |line| answer::<Value>(line).is_some()).await?;
+        let mut ear = Ear::of(LONGEST_TOLD);
+        let line = self.exchange(command, &line, &mut ear, |line| answer::<Value>(line).is_some()).await?;
         let told = answer::<Value>(&line).ok_or_else(silent)?;
         told.result()
+    }
+
+    /// Asks what may be answered at length, up to so many bytes; returns what it returns, with the room that it takes. The talk is
+    /// at its end.
+    pub async fn ask_at_length<T: DeserializeOwned + Send + 'static>(
+        mut self,
+        command: &str,
+        arguments: Value,
+        longest: u64,
+    ) -> Result<(T, Room), DriverError> {
+        let line = json!({ "execute": command, "arguments": arguments }).to_string();
+        let mut ear = Ear { more: longest.saturating_sub(LONGEST_TOLD), ..Ear::of(LONGEST_TOLD) };
+        // What is long is read once, and not by the runtime.
+        let is_answer = |line: &[u8]| line.len() as u64 > LONGEST_TOLD || answer::<T>(line).is_some();
+        let line = self.exchange(command, &line, &mut ear, is_answer).await?;
+        drop(self);
+        let read = move || answer::<T>(&line);
+        let told = if ear.room.is_some() { blocking(read).await? } else { read() };
+        Ok((told.ok_or_else(silent)?.result()?, ear.room))
     }
 
     /// Asks what a client asks; returns the whole answer as it is.
     pub async fn hand_on(&mut self, command: &Command) -> Result<String, DriverError> {
         // What is only handed on is not understood: nothing is made of it, however deep it is.
         let is_answer = |line: &[u8]| str::from_utf8(line).is_ok() && answer::<IgnoredAny>(line).is_some();
-        let line = self.exchange(&command.name, &command.line, LONGEST, is_answer).await?;
+        let line = self.exchange(&command.name, &command.line, &mut Ear::of(LONGEST), is_answer).await?;
         answer::<IgnoredAny>(&line).ok_or_else(silent)?.result()?;
         let text = String::from_utf8(line).map_err(|_| silent())?;
         Ok(text.trim().to_owned())
@@ -202,10 +243,10 @@ impl Talk {
         let until = self.until.min(Instant::now() + patience);
         let heard = timeout_at(until, async {
             self.send(lines.map(|line| line.to_string()).join("\n").as_bytes()).await?;
-            let mut left = LONGEST_TOLD;
+            let mut ear = Ear::of(LONGEST_TOLD);
             loop {
                 // One that has gone does what it was asked.
-                let Ok(line) = self.line(&mut left).await else { return Ok(()) };
+                let Ok(line) = self.line(&mut ear).await else { return Ok(()) };
                 match answer::<Value>(&line) {
                     Some(Answer { error: Some(failure), .. }) => return Err(failure.told()),
                     Some(Answer { value: Some(value), .. }) if value == json!(next) => return Ok(()),
@@ -221,7 +262,7 @@ impl Talk {
         &mut self,
         command: &str,
         request: &str,
-        longest: u64,
+        ear: &mut Ear,
         is_answer: impl Fn(&[u8]) -> bool,
     ) -> Result<Vec<u8>, DriverError> {
         let late = |_| {
@@ -229,7 +270,7 @@ impl Talk {
             Err(DriverError::TimedOut(text))
         };
         let mut urgent = self.urgent.clone();
-        let (until, exchange) = (self.until, self.exchange_alone(request, longest, is_answer));
+        let (until, exchange) = (self.until, self.exchange_alone(request, ear, is_answer));
         tokio::select! {
             answer = timeout_at(until, exchange) => answer.unwrap_or_else(late),
             Ok(_) = urgent.wait_for(|waiting| *waiting > 0) => {
@@ -242,13 +283,12 @@ impl Talk {
     async fn exchange_alone(
         &mut self,
         request: &str,
-        longest: u64,
+        ear: &mut Ear,
         is_answer: impl Fn(&[u8]) -> bool,
     ) -> Result<Vec<u8>, DriverError> {
         self.send(request.as_bytes()).await?;
-        let mut left = longest;
         loop {
-            let line = self.line(&mut left).await?;
+            let line = self.line(ear).await?;
             if is_answer(&line) {
                 return Ok(line);
             }
@@ -260,19 +300,25 @@ impl Talk {
         sent.map_err(|e| gone(format!("the guest agent cannot be asked: {e}")))
     }
 
-    /// The next line; `left` bytes are listened to at most.
-    async fn line(&mut self, left: &mut u64) -> Result<Vec<u8>, DriverError> {
+    /// The next line.
+    async fn line(&mut self, ear: &mut Ear) -> Result<Vec<u8>, DriverError> {
         let mut line = Vec::new();
-        let read = (&mut self.stream).take(*left).read_until(b'\n', &mut line).await;
-        *left -= read.map_err(|e| gone(format!("the guest agent cannot be heard: {e}")))? as u64;
-        match (line.last(), *left) {
-            (Some(b'\n'), _) => Ok(line),
-            (_, 0) => Err(gone(
-                "the guest agent says more than is listened to, and no answer: look after qemu-guest-agent in the guest"
-                    .to_owned(),
-            )),
-            (None, _) => Err(gone("the guest agent has gone".to_owned())),
-            (Some(_), _) => Err(gone("the guest agent has gone in the midst of an answer".to_owned())),
+        loop {
+            let read = (&mut self.stream).take(ear.left).read_until(b'\n', &mut line).await;
+            ear.left -= read.map_err(|e| gone(format!("the guest agent cannot be heard: {e}")))? as u64;
+            match (line.last(), ear.left) {
+                (Some(b'\n'), _) => return Ok(line),
+                (_, 0) if ear.more > 0 => {
+                    ear.room = ROOM.acquire().await.ok();
+                    ear.left = std::mem::take(&mut ear.more);
+                }
+                (_, 0) => {
+                    let text = "the guest agent says more than is listened to, and no answer: look after qemu-guest-agent in the guest";
+                    return Err(gone(text.to_owned()));
+                }
+                (None, _) => return Err(gone("the guest agent has gone".to_owned())),
+                (Some(_), _) => return Err(gone("the guest agent has gone in the midst of an answer".to_owned())),
+            }
         }
     }
 }

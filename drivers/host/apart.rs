@@ -16,12 +16,15 @@
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::{DupFlags, fcntl_dupfd_cloexec};
+use rustix::net::sockopt::set_socket_linger;
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 use std::io;
 use std::marker::PhantomData;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::process::{Child, Command};
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{OnceLock, PoisonError, RwLock};
 
 /// Descriptors of virtd's own there are at most so many; fewer where it may have fewer in all.
 const MOST_OWN: u64 = 1 << 15;
@@ -50,66 +53,95 @@ pub fn copy(file: BorrowedFd<'_>) -> io::Result<OwnedFd> {
 /// Read by whoever has strangers' files under low numbers, written by whoever copies those for a process.
 static LOW: RwLock<()> = RwLock::new(());
 
-/// Takes in descriptors that others sent, by `receive`, and gives them high numbers. No process is made before that is done, so
-/// `receive` must not wait. Blocks for a moment; it waits for no file system. Of each, what `held` gives for it is dropped when
-/// its file system has nothing more to do for the low number.
+/// What stands in the place of a file for a moment; closing it waits for nobody.
+static NOTHING: OnceLock<OwnedFd> = OnceLock::new();
+
+/// Threads that close files of strangers, each for as long as its file system takes.
+static CLOSERS: AtomicUsize = AtomicUsize::new(0);
+/// So many of them there may be for files that nobody wanted.
+const SPARE_CLOSERS: usize = 256;
+
+/// Whether so many files that nobody wants can be received and closed.
+pub fn can_spare(files: usize) -> bool {
+    CLOSERS.load(Ordering::Relaxed) + 2 * files <= SPARE_CLOSERS
+}
+
+/// Gets ready for [`arrive`]. On failure nothing is to be received.
+pub fn expects() -> io::Result<()> {
+    if NOTHING.get().is_none() {
+        let nothing = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let _ = NOTHING.set(nothing);
+    }
+    Ok(())
+}
+
+/// Takes in descriptors that others sent, by `receive`, and gives them high numbers: all of them, or none where they cannot have
+/// one. No process is made before that is done, so `receive` must not wait. Blocks for a moment; it waits for no file system. Of
+/// each, what `held` gives for it is dropped when its file system has nothing more to do for the low number.
 pub fn arrive<T, H: Send + 'static>(
     receive: impl FnOnce() -> io::Result<(T, Vec<OwnedFd>)>,
     held: impl Fn(usize) -> H,
 ) -> io::Result<(T, io::Result<Vec<OwnedFd>>)> {
-    // In the place of a file, for a moment; closing it waits for nobody.
-    let nothing = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    expects()?;
     let _shared = LOW.read().unwrap_or_else(PoisonError::into_inner);
     let (received, low) = receive()?;
-    let high = low.iter().map(|file| Ok(fcntl_dupfd_cloexec(file, first())?)).collect();
-    vacate(low, nothing, held);
-    Ok((received, high))
+    let (mut high, mut failure) = (Vec::new(), None);
+    for file in &low {
+        // Who sent it may have wanted its end to take time. What is no socket has none of that.
+        let _ = set_socket_linger(file, None);
+        match fcntl_dupfd_cloexec(file, first()) {
+            Ok(copy) => high.push(copy),
+            Err(error) => failure = failure.or(Some(error)),
+        }
+    }
+    vacate(low, held);
+    let Some(failure) = failure else { return Ok((received, Ok(high))) };
+    high.into_iter().for_each(|file| close(file, || ()));
+    Ok((received, Err(failure.into())))
 }
 
-/// Closes a file in a thread that nobody waits for, and then runs `then`. Where no thread is to be had it stays open, since
-/// whoever waited for it might wait for ever.
+/// Closes a file in a thread that nobody waits for, and then runs `then`. Where no thread is to be had it stays open and `then` is
+/// not run, since whoever waited for it might wait for ever.
 pub fn close(file: OwnedFd, then: impl FnOnce() + Send + 'static) {
-    let file = std::mem::ManuallyDrop::new(file);
-    let close = move || {
-        drop(std::mem::ManuallyDrop::into_inner(file));
+    in_closer(move || {
+        drop(file);
         then();
+    });
+}
+
+/// Runs what closes a file in a thread of its own; where there is none, all that it has stays open. Whether it runs.
+fn in_closer(close: impl FnOnce() + Send + 'static) -> bool {
+    let close = ManuallyDrop::new(close);
+    CLOSERS.fetch_add(1, Ordering::Relaxed);
+    let closing = move || {
+        ManuallyDrop::into_inner(close)();
+        CLOSERS.fetch_sub(1, Ordering::Relaxed);
     };
-    if let Err(error) = closer().spawn(close) {
+    let begun = std::thread::Builder::new().name("closer".into()).stack_size(64 << 10).spawn(closing);
+    if let Err(error) = &begun {
         tracing::warn!(%error, "a file of a client stays open: there is no thread to close it in");
     }
-}
-
-/// A thread that closes a file and no more.
-fn closer() -> std::thread::Builder {
-    std::thread::Builder::new().name("closer".into()).stack_size(64 << 10)
+    begun.is_ok()
 }
 
 /// Takes files from their numbers. What their file systems have to do then is waited for by threads that nobody waits for.
-fn vacate<H: Send + 'static>(files: Vec<OwnedFd>, nothing: OwnedFd, held: impl Fn(usize) -> H) {
-    let nothing = Arc::new(nothing);
+fn vacate<H: Send + 'static>(files: Vec<OwnedFd>, held: impl Fn(usize) -> H) {
     // What is no more than a path has nothing to be waited for, and is closed here.
     let waits = |file: &OwnedFd| rustix::fs::fcntl_getfl(file).is_ok_and(|flags| !flags.contains(OFlags::PATH));
-    let numbers = files.into_iter().enumerate().filter(|(_, file)| waits(file));
-    let numbers: Vec<(usize, RawFd)> = numbers.map(|(at, file)| (at, file.into_raw_fd())).collect();
-    for &(at, number) in &numbers {
-        let (nothing, held) = (nothing.clone(), held(at));
-        let replace = move || {
-            // SAFETY: the number is that of a file which was given up above, and nothing else closes it before it is replaced.
-            let mut place = std::mem::ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
-            let _ = rustix::io::dup3(&nothing, &mut place, DupFlags::CLOEXEC);
-        };
-        let again = replace.clone();
-        let waiting = move || {
-            replace();
-            drop(held);
-        };
-        // Where no thread is to be had, this one waits for the file system.
-        if let Err(error) = closer().spawn(waiting) {
-            tracing::warn!(%error, "no thread to close a file in");
-            again();
-        }
-    }
-    for (_, number) in numbers {
+    let files = files.into_iter().enumerate().filter(|(_, file)| waits(file));
+    let vacated: Vec<RawFd> = files
+        .filter_map(|(at, file)| {
+            let (number, held) = (file.into_raw_fd(), held(at));
+            let replace = move || {
+                // SAFETY: the number is that of a file which was given up above, and nothing closes it before it is replaced.
+                let mut place = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
+                let replaced = NOTHING.get().map(|nothing| rustix::io::dup3(nothing, &mut place, DupFlags::CLOEXEC));
+                drop((replaced, held));
+            };
+            in_closer(replace).then_some(number)
+        })
+        .collect();
+    for number in vacated {
         // SAFETY: the number is ours until it is closed here; it has been replaced by then.
         let place = unsafe { OwnedFd::from_raw_fd(number) };
         while waits(&place) {

@@ -7,7 +7,8 @@ use crate::host::neighbours;
 use crate::host::workers::blocking;
 use async_trait::async_trait;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::net::UnixStream;
 use virt_model::device::chardev::CharKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::agent::CardAddresses;
@@ -17,16 +18,30 @@ use virt_model::driver::{DriverError, ShutdownMode};
 #[derive(Debug, Default)]
 pub struct Port {
     /// Its socket; none if the guest has no port for an agent.
-    socket: Option<PathBuf>,
+    socket: Mutex<Option<PathBuf>>,
     turns: Turns,
+    /// Held by whoever follows the socket's path.
+    reaching: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Port {
     /// That of a live definition.
     pub fn of(live: &DomainDef) -> Port {
-        let unix = channel(live).filter(|channel| channel.source.kind == CharKind::Unix);
-        Port { socket: unix.and_then(|channel| channel.source.path().map(PathBuf::from)), turns: Turns::default() }
+        Port { socket: Mutex::new(socket(live)), ..Port::default() }
     }
+
+    fn socket(&self) -> Option<PathBuf> {
+        self.socket.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn is_of(&self, live: &DomainDef) {
+        *self.socket.lock().unwrap_or_else(PoisonError::into_inner) = socket(live);
+    }
+}
+
+fn socket(live: &DomainDef) -> Option<PathBuf> {
+    let unix = channel(live).filter(|channel| channel.source.kind == CharKind::Unix);
+    unix.and_then(|channel| channel.source.path().map(PathBuf::from))
 }
 
 /// What QEMU calls the device of the agent's port.
@@ -50,7 +65,7 @@ pub async fn neighbours(live: &DomainDef) -> Result<Vec<CardAddresses>, DriverEr
 #[async_trait]
 impl Line for Arc<Body> {
     async fn talk(&self, terms: Terms) -> Result<Talk, DriverError> {
-        let socket = self.agent.socket.as_ref().ok_or_else(no_channel)?;
+        let socket = self.agent.socket().ok_or_else(no_channel)?;
         if *self.gone.borrow() {
             return Err(DriverError::Gone);
         }
@@ -60,7 +75,15 @@ impl Line for Arc<Body> {
         }
         let pid = self.keeper.process_id().ok_or(DriverError::Gone)?;
         let reach = async {
-            let stream = peer::connect(socket, pid).await;
+            // The path is the definition's, and its file system may not answer: one thread of this guest waits for that.
+            let alone = self.agent.reaching.clone().lock_owned().await;
+            let path = socket.clone();
+            let reached = blocking(move || {
+                let reached = peer::reach(&path);
+                drop(alone);
+                reached
+            });
+            let stream = peer::is_of(&socket, pid, reached.await?.and_then(UnixStream::from_std));
             stream.map_err(|error| DriverError::AgentUnavailable(error.to_string()))
         };
         Talk::begin(&self.agent.turns, reach, terms).await
@@ -69,6 +92,11 @@ impl Line for Arc<Body> {
     async fn is_cut_off(&self) {
         let before = self.reporter.heard().cuts;
         self.reporter.until(|heard| heard.closed || heard.cuts > before).await;
+    }
+
+    async fn has_ended(&self) {
+        // Where nobody is left to tell, it has.
+        let _ = self.gone.subscribe().wait_for(|gone| *gone).await;
     }
 
     fn is_frozen(&self) -> bool {
@@ -81,6 +109,12 @@ impl Line for Arc<Body> {
 }
 
 impl Body {
+    /// The machine has become that, which may have another port for an agent, or none any more.
+    pub fn has_agent_of(&self, live: &DomainDef) {
+        self.agent.is_of(live);
+        self.reporter.agent_is_at(device(live));
+    }
+
     /// Has the guest power off or reboot, by its agent or its power button.
     pub async fn change_power(self: &Arc<Self>, mode: ShutdownMode, what: PowerChange) -> Result<(), DriverError> {
         let connected = self.reporter.agent_is_connected() == Some(true);
@@ -98,7 +132,7 @@ impl Body {
 
     /// Has the agent power off or reboot the guest. `soon`: it is given up soon, as there is another way.
     async fn agent_changes_power(self: &Arc<Self>, what: PowerChange, soon: bool) -> Result<(), DriverError> {
-        if self.agent.socket.is_none() {
+        if self.agent.socket().is_none() {
             return Err(no_channel());
         }
         // The guest does it by itself: what it was asked by ACPI before is past.

@@ -255,6 +255,29 @@ async fn a_guest_whose_agent_does_not_answer_is_asked_by_its_power_button() {
 }
 
 #[tokio::test]
+async fn an_agents_port_is_known_while_it_is_plugged_in() {
+    let (instance, mut peer, mut reports, _) = guest("exec sleep 1000").await;
+    let opened = json!({ "event": "VSERPORT_CHANGE", "data": { "id": "channel0", "open": true } }).to_string() + "\n";
+    let (with, without) = (machine(), DomainDef { devices: Default::default(), ..machine() });
+    let asked = async || instance.shutdown(ShutdownMode::Agent).await.unwrap_err().to_string();
+    let body = &instance.body;
+    body.has_agent_of(&with);
+    assert!(asked().await.contains("no guest agent is connected"));
+    body.has_agent_of(&without);
+    assert!(asked().await.contains("no channel"));
+    body.has_agent_of(&with);
+    peer.get_mut().write_all(opened.as_bytes()).await.unwrap();
+    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    // Another device changes nothing about it.
+    body.has_agent_of(&with);
+    assert!(instance.agent_connected());
+    body.has_agent_of(&without);
+    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    assert!(!instance.agent_connected() && asked().await.contains("no channel"));
+    instance.destroy(false).await.unwrap();
+}
+
+#[tokio::test]
 async fn dropping_an_instance_leaves_the_guest_alone() {
     let (instance, _peer, mut reports, pid) = guest("exec sleep 1000").await;
     let (body, log) = (instance.body.clone(), instance.body.log.clone());

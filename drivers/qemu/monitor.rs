@@ -1,4 +1,4 @@
-//! QEMU's long work: jobs and migration to a file, awaited by events, cancelled when nobody wants them any more.
+//! QEMU's long work: jobs, migration to a file and dumps of memory, awaited by events, cancelled when nobody wants them any more.
 
 use super::instance::Body;
 use super::qmp::Qmp;
@@ -17,6 +17,8 @@ const DEAF: Duration = Duration::from_secs(3600);
 const LOOK: Duration = Duration::from_millis(250);
 /// What memory is called while it goes through a descriptor.
 const CHANNEL: &str = "virtd-memory";
+/// What a guest does while QEMU dumps its memory, and goes on by itself.
+const DUMPING: &str = "save-vm";
 
 /// How a job stands.
 #[derive(Debug, PartialEq, Eq)]
@@ -278,6 +280,73 @@ impl Monitor {
                     self.patiently("migrate_cancel", json!({})).await?;
                 }
             }
+        }
+    }
+
+    /// Writes the guest's memory alone to a file, in that format. QEMU has the CPUs stand for it, and lets them go on by itself:
+    /// see [`Monitor::end_dump`]. It is given up by who reads at the other end: then it fails.
+    pub async fn dump_memory(
+        &self,
+        format: &str,
+        file: ClosedAside,
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        let begun = self.reporter.heard().jobs;
+        self.reporter.why_dump_failed();
+        self.with_fds("getfd", json!({ "fdname": CHANNEL }), vec![file]).await?;
+        let protocol = format!("fd:{CHANNEL}");
+        let how = json!({ "paging": false, "protocol": protocol, "detach": true, "format": format });
+        if let Err(error) = self.patiently("dump-guest-memory", how).await {
+            // Whoever reads at its other end would wait for more. QEMU may have closed it itself.
+            let _ = self.patiently("closefd", json!({ "fdname": CHANNEL })).await;
+            return Err(error);
+        }
+        journal.step("dumping");
+        loop {
+            let before = self.reporter.heard().jobs;
+            let told = self.patiently("query-dump", json!({})).await?;
+            let number = |key: &str| told[key].as_u64().unwrap_or_default();
+            journal.progress(number("completed"), number("total"));
+            match told["status"].as_str().unwrap_or_default() {
+                "completed" => return Ok(()),
+                "active" => {}
+                _ => {
+                    // Only the event says why, and it comes a little later.
+                    let said = self.reporter.until(|heard| heard.closed || heard.jobs > begun);
+                    let _ = tokio::time::timeout(LOOK, said).await;
+                    let why = self.reporter.why_dump_failed();
+                    return Err(failed(
+                        "dump-guest-memory",
+                        why.as_deref().unwrap_or("the memory could not be written"),
+                    ));
+                }
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            let _ = tokio::time::timeout(LOOK, news).await;
+        }
+    }
+
+    /// Waits until QEMU has ended a dump of memory that may be under way, as it does by itself once nobody reads any more, and has
+    /// let its guest go on, if that ran. Error: `TimedOut` where it does not end.
+    pub async fn end_dump(&self) -> Result<(), DriverError> {
+        let ended = async {
+            loop {
+                let before = self.reporter.heard();
+                let dump = self.patiently("query-dump", json!({})).await?;
+                let guest = self.patiently("query-status", json!({})).await?;
+                if dump["status"] != "active" && guest["status"] != DUMPING {
+                    return Ok(());
+                }
+                let news = self
+                    .reporter
+                    .until(|heard| heard.closed || heard.jobs > before.jobs || heard.resumes > before.resumes);
+                let _ = tokio::time::timeout(LOOK, news).await;
+            }
+        };
+        match tokio::time::timeout(PATIENCE, ended).await {
+            Ok(Err(DriverError::Gone)) => Ok(()),
+            Ok(ended) => ended,
+            Err(_) => Err(DriverError::TimedOut("QEMU does not end a dump that was given up".to_owned())),
         }
     }
 

@@ -214,3 +214,25 @@ async fn a_snapshot_that_one_command_does_not_delete_is_deleted_by_a_job_in_what
     assert_eq!(given[1], json!({ "device": "b", "name": "s" }));
     assert_eq!(given[2], json!({ "tag": "s", "devices": ["a", "b"], "job-id": "virtd-snapshot-delete" }));
 }
+
+#[tokio::test]
+async fn a_dump_has_ended_when_its_guest_has_gone_on() {
+    let (dump, guest) = (
+        |status: &str| json!({ "return": { "status": status, "completed": 1, "total": 2 } }),
+        |status: &str| json!({ "return": { "status": status } }),
+    );
+    let (line, played) = qemu(vec![
+        ("query-dump", dump("active"), &[]),
+        ("query-status", guest("save-vm"), &["concluded"]),
+        ("query-dump", dump("failed"), &[]),
+        ("query-status", guest("save-vm"), &["concluded"]),
+        ("query-dump", dump("failed"), &[]),
+        ("query-status", guest("running"), &[]),
+        ("query-version", done(), &[]),
+    ])
+    .await;
+    tokio::time::timeout(LIMIT, line.end_dump()).await.expect("it ends").expect("it has ended");
+    line.patiently("query-version", json!({})).await.expect("answered");
+    drop(line);
+    tokio::time::timeout(LIMIT, played).await.expect("it hangs up").expect("as it was to be");
+}

@@ -18,6 +18,7 @@ use super::launch::{self, MONITOR_FD};
 use super::plan::{HostFile, SecretContent};
 use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::{QemuDriver, check, declared, live, make, media, needs, tap};
+use crate::base64;
 use crate::host::secret;
 use crate::host::wall;
 use crate::host::workers::{ClosedAside, Errand, blocking};
@@ -108,13 +109,16 @@ impl QemuDriver {
                 None => Ok(()),
             }
         };
+        // The guest may open an agent's port before QEMU has answered.
+        body.has_agent_of(def);
         let plugged = async {
             given.await?;
             self.do_steps(body, parts, &mut done).await
         };
         if let Err(error) = plugged.await {
+            body.has_agent_of(before);
             for (command, arguments) in done.into_iter().rev() {
-                let undone = body.patiently(command, arguments).await;
+                let undone = ask(body, command, arguments).await;
                 undone.err().iter().for_each(|e| tracing::warn!(uuid = %body.uuid, "{command}: {e}"));
             }
             given::take_back_this(body, disk.and_then(GivenImage::of)).await;
@@ -122,7 +126,7 @@ impl QemuDriver {
             return Err(refused(alias, error));
         }
         if live::has_terminals(def) {
-            let devices = body.patiently("query-chardev", json!({})).await.unwrap_or_default();
+            let devices = ask(body, "query-chardev", json!({})).await.unwrap_or_default();
             live::set_terminals(def, &devices);
         }
         Ok(())
@@ -181,7 +185,11 @@ impl QemuDriver {
                 said.into_iter().for_each(|said| _ = said.remove("file"));
                 (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
             }
-            body.patiently(command, arguments).await?;
+            match command {
+                // It opens what may lie on slow storage.
+                "blockdev-add" => body.patiently(command, arguments).await?,
+                _ => ask(body, command, arguments).await?,
+            };
             done.extend(undo);
         }
         Ok(())
@@ -247,26 +255,35 @@ impl QemuDriver {
         }
         serves_nobody(def, alias)?;
         let awaited = body.reporter.awaits(alias);
-        let there = match body.patiently("device_del", json!({ "id": alias })).await {
-            Ok(_) => true,
-            Err(DriverError::Hypervisor(why)) if why.contains("not found") => false,
-            // It was asked before.
-            Err(DriverError::Hypervisor(why)) if why.contains("in the process of unplug") => true,
-            Err(error) => return Err(refused(alias, error)),
-        };
-        if there {
-            let settled = timeout(patience, awaited.settled()).await;
-            match awaited.taken().or(settled.ok().flatten()) {
-                Some(true) => {}
-                Some(false) => return Err(DriverError::Refused(format!("the guest refuses to let go of '{alias}'"))),
-                None if body.monitor().is_err() => return Err(DriverError::Gone),
-                None => {
-                    let seconds = patience.as_secs_f64();
-                    return Err(DriverError::TimedOut(format!(
-                        "the guest did not let go of '{alias}' within {seconds} s, and has it still; it may let go later, \
-                         which is told by DeviceRemoved"
-                    )));
+        let mut answered = false;
+        let goes = async {
+            let asked = body.patiently("device_del", json!({ "id": alias })).await;
+            answered = true;
+            match asked {
+                Ok(_) => Ok(awaited.settled().await),
+                Err(DriverError::Hypervisor(why)) if why.contains("not found") => Ok(Some(true)),
+                // It was asked before.
+                Err(DriverError::Hypervisor(why)) if why.contains("in the process of unplug") => {
+                    Ok(awaited.settled().await)
                 }
+                Err(error) => Err(refused(alias, error)),
+            }
+        };
+        // QEMU may be deaf, so that its answer is waited for no longer than the guest.
+        let settled = timeout(patience, goes).await.unwrap_or(Ok(None))?;
+        match awaited.taken().or(settled) {
+            Some(true) => {}
+            Some(false) => return Err(DriverError::Refused(format!("the guest refuses to let go of '{alias}'"))),
+            None if body.monitor().is_err() => return Err(DriverError::Gone),
+            None => {
+                let seconds = patience.as_secs_f64();
+                let what = match answered {
+                    true => format!("the guest did not let go of '{alias}' within {seconds} s, and has it still"),
+                    false => format!("QEMU did not answer within {seconds} s, and '{alias}' is in the guest still"),
+                };
+                return Err(DriverError::TimedOut(format!(
+                    "{what}; it may let go later, which is told by DeviceRemoved"
+                )));
             }
         }
         self.take_away(body, def, alias).await;
@@ -290,28 +307,41 @@ impl QemuDriver {
         let Ok(part) = command::one_device(def, &caps, &place, alias) else { return };
         if let Some(disk) = def.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias)) {
             let prefix = format!("{}-", disk.target.dev);
-            let nodes = Nodes::of(body).await.unwrap_or_default();
-            let nodes = nodes.0.into_iter().map(|node| node.name).filter(|name| name.starts_with(&prefix));
-            media::close(body, nodes.collect()).await;
-            given::take_back(body, &disk.target.dev, None).await;
+            let close = async {
+                let nodes = Nodes::of(body).await.unwrap_or_default();
+                let nodes = nodes.0.into_iter().map(|node| node.name).filter(|name| name.starts_with(&prefix));
+                media::close(body, nodes.collect()).await;
+                given::take_back(body, &disk.target.dev, None).await;
+            };
+            if timeout(COMMAND_TIMEOUT, close).await.is_err() {
+                tracing::warn!(uuid = %body.uuid, "QEMU is slow to close the images of '{alias}'; they may stay open");
+            }
         }
         let undo = part.steps.iter().rev().filter_map(|step| step.undo.clone());
         for (command, arguments) in undo.filter(|(command, _)| !matches!(*command, "device_del" | "blockdev-del")) {
-            if let Err(error) = body.patiently(command, arguments).await {
-                tracing::debug!(uuid = %body.uuid, alias, %error, "something that a device stood on stays");
+            let Err(error) = ask(body, command, arguments).await else { continue };
+            tracing::debug!(uuid = %body.uuid, alias, %error, "something that a device stood on stays");
+            if matches!(error, DriverError::TimedOut(_)) {
+                break;
             }
         }
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
+            body.has_agent_of(&rest);
             self.give_back(body, &rest, part.files).await;
         }
     }
 }
 
+/// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.
+async fn ask(body: &Body, command: &str, arguments: Value) -> Result<Value, DriverError> {
+    Ok(body.monitor()?.execute(command, arguments).await?)
+}
+
 /// The names that QEMU has there.
 async fn names_at(body: &Body, path: &str) -> Result<BTreeSet<String>, DriverError> {
-    Ok(names_in(&body.patiently("qom-list", json!({ "path": path })).await?))
+    Ok(names_in(&ask(body, "qom-list", json!({ "path": path })).await?))
 }
 
 fn names_in(told: &Value) -> BTreeSet<String> {
@@ -493,31 +523,6 @@ fn say_secret(content: &SecretContent, folder: &Path, as_it_is: bool) -> Result<
     };
     match as_it_is {
         true => String::from_utf8(bytes).map_err(|_| DriverError::Storage("a secret is not in base64".to_owned())),
-        false => Ok(base64(&bytes)),
-    }
-}
-
-fn base64(bytes: &[u8]) -> String {
-    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let mut text = String::with_capacity(bytes.len().div_ceil(3) * 4);
-    for chunk in bytes.chunks(3) {
-        let at = |n: usize| u32::from(chunk.get(n).copied().unwrap_or(0));
-        let bits = at(0) << 16 | at(1) << 8 | at(2);
-        for n in 0..4 {
-            let digit = DIGITS[(bits >> (18 - 6 * n) & 63) as usize];
-            text.push(if n > chunk.len() { '=' } else { char::from(digit) });
-        }
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn secrets_are_said_in_base64() {
-        let said = ["", "f", "fo", "foo", "foob", "\u{ff}"].map(|text| base64(text.as_bytes()));
-        assert_eq!(said, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "w78="]);
+        false => Ok(base64::encode(&bytes)),
     }
 }

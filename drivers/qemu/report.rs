@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use virt_model::driver::{Condition, DeviceEvent, DriverEvent, EventSink, Exit, IoAction, IoFailure};
 use virt_model::state::Suspended;
+use virt_model::xml::shorten;
 
 /// Events kept while it is not known what the guest does. A guest that causes more meanwhile loses the later ones, and
 /// its condition is asked for anyway.
@@ -37,6 +38,8 @@ struct Inner {
     leaving: Option<Leaving>,
     /// The drive whose tray we move.
     moving: Option<String>,
+    /// Why the last dump of memory has failed.
+    dump_failed: Option<String>,
 }
 
 /// A device on its way out, while somebody waits for that.
@@ -61,7 +64,7 @@ pub struct Heard {
     pub resets: u64,
     /// RESUMEs and WAKEUPs.
     pub resumes: u64,
-    /// Jobs and migrations that became something else, and are not just passing through it.
+    /// Jobs and migrations that became something else, and are not just passing through it; dumps of memory that ended.
     pub jobs: u64,
     /// Times that the agent may have been cut off: its port was opened or closed, or the guest was reset, slept or powered off.
     pub cuts: u64,
@@ -86,6 +89,7 @@ impl Reporter {
             given_up: None,
             leaving: None,
             moving: None,
+            dump_failed: None,
         });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
@@ -107,6 +111,15 @@ impl Reporter {
     /// QEMU's name of the back end of the agent's port, if there is one.
     pub fn agent_back_end(&self) -> Option<String> {
         self.lock().agent.device.as_ref().map(|device| format!("char{device}"))
+    }
+
+    /// From now on that is QEMU's name of the device of the agent's port. Nobody has a new one open yet.
+    pub fn agent_is_at(&self, device: Option<String>) {
+        let mut inner = self.lock();
+        if inner.agent.device != device {
+            inner.agent.device = device;
+            inner.agent_is(false);
+        }
     }
 
     /// Whether an agent has its port open inside the guest, if that is known.
@@ -179,6 +192,11 @@ impl Reporter {
         aliases.into_iter().for_each(|alias| inner.send(Some(DriverEvent::DeviceGone(alias))));
     }
 
+    /// Why the last dump of memory has failed, if QEMU has said it since this was asked.
+    pub fn why_dump_failed(&self) -> Option<String> {
+        self.lock().dump_failed.take()
+    }
+
     /// What has been heard so far.
     pub fn heard(&self) -> Heard {
         *self.heard.borrow()
@@ -200,6 +218,9 @@ impl Reporter {
         if port && inner.agent.device.is_some() {
             inner.agent_is(event.data["open"] == true);
         }
+        if event.name == "DUMP_COMPLETED" {
+            inner.dump_failed = event.data["error"].as_str().map(shorten);
+        }
         match &mut inner.held {
             Some(held) if held.len() < MAX_HELD => held.push(event.clone()),
             Some(_) => {}
@@ -212,7 +233,7 @@ impl Reporter {
             "RESET" => heard.resets += 1,
             "RESUME" | "WAKEUP" => heard.resumes += 1,
             "JOB_STATUS_CHANGE" if passing(event) => {}
-            "JOB_STATUS_CHANGE" | "MIGRATION" => heard.jobs += 1,
+            "JOB_STATUS_CHANGE" | "MIGRATION" | "DUMP_COMPLETED" => heard.jobs += 1,
             "DEVICE_TRAY_MOVED" => heard.trays += 1,
             "DEVICE_DELETED" | "DEVICE_UNPLUG_GUEST_ERROR" | "MEM_UNPLUG_ERROR" => heard.devices += 1,
             _ => {}

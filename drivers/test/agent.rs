@@ -4,6 +4,7 @@
 use super::guest::{Asked, Machine};
 use crate::agent::talk::HELLO;
 use crate::agent::{Line, Talk, Terms, no_channel, not_connected};
+use crate::base64;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -15,8 +16,10 @@ use virt_model::driver::DriverError;
 /// File systems that such a guest has.
 const MOUNTED: [&str; 2] = ["/", "/home"];
 
-/// Programs that such a guest has. What they are run for is of no interest: each ends with its place here, but the last.
-const PROGRAMS: [&str; 3] = ["true", "false", "sleep"];
+/// Programs that such a guest has, which print nothing: each ends with its place here, but the last.
+const SILENT: [&str; 3] = ["true", "false", "sleep"];
+/// What programs have printed is kept of so many.
+const KEPT: usize = 64;
 
 /// What an agent answers.
 enum Answer {
@@ -50,6 +53,10 @@ impl Line for Arc<Machine> {
     async fn is_cut_off(&self) {
         // It hangs up itself.
         std::future::pending().await
+    }
+
+    async fn has_ended(&self) {
+        self.has_gone().await;
     }
 
     fn is_frozen(&self) -> bool {
@@ -124,16 +131,18 @@ fn answer(machine: &Machine, command: &str, arguments: &Value) -> Answer {
             machine.freeze(0);
             json!(frozen)
         }
-        "guest-exec" => {
-            let path = arguments["path"].as_str().unwrap_or_default();
-            match PROGRAMS.iter().position(|program| Some(*program) == path.rsplit('/').next()) {
-                Some(number) => json!({ "pid": number }),
-                None => return Answer::Error("GenericError", "there is no such program".to_owned()),
-            }
-        }
+        "guest-exec" => match begin(machine, arguments) {
+            Some(number) => json!({ "pid": number }),
+            None => return Answer::Error("GenericError", "there is no such program".to_owned()),
+        },
         "guest-exec-status" => match arguments["pid"].as_u64() {
             // It sleeps for ever.
             Some(2) => json!({ "exited": false }),
+            Some(number) if number > 2 => match machine.printed().remove(&number) {
+                Some(printed) if printed.is_empty() => json!({ "exited": true, "exitcode": 0 }),
+                Some(printed) => json!({ "exited": true, "exitcode": 0, "out-data": base64::encode(&printed) }),
+                None => return Answer::Error("GenericError", "there is no such process".to_owned()),
+            },
             status => json!({ "exited": true, "exitcode": status }),
         },
         "guest-fstrim" => json!({ "paths": MOUNTED.map(|place| json!({ "path": place, "trimmed": 0 })) }),
@@ -147,6 +156,27 @@ fn answer(machine: &Machine, command: &str, arguments: &Value) -> Answer {
         }
         _ => return Answer::Error("CommandNotFound", format!("The command {command} has not been found")),
     })
+}
+
+/// Runs a program, if there is one of that name; its number. What `echo` and `cat` print is there at once.
+fn begin(machine: &Machine, arguments: &Value) -> Option<u64> {
+    let name = arguments["path"].as_str()?.rsplit('/').next()?;
+    let printed = match name {
+        "echo" => {
+            let words = arguments["arg"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let words: Vec<_> = words.iter().filter_map(Value::as_str).collect();
+            (words.join(" ") + "\n").into_bytes()
+        }
+        "cat" => base64::decode(arguments["input-data"].as_str().unwrap_or_default(), usize::MAX)?.0,
+        silent => return SILENT.iter().position(|program| *program == silent).map(|number| number as u64),
+    };
+    let mut kept = machine.printed();
+    let number = kept.last_key_value().map_or(3, |(last, _)| last + 1);
+    kept.insert(number, if arguments["capture-output"] == true { printed } else { Vec::new() });
+    if kept.len() > KEPT {
+        kept.pop_first();
+    }
+    Some(number)
 }
 
 /// Its cards, with an address for each.

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -56,6 +56,8 @@ struct TestAgent {
     kept_frozen: AtomicBool,
     /// By how many nanoseconds its clock was set ahead.
     clock_ahead: AtomicI64,
+    /// What programs have printed of whose end the agent was not asked yet, by their numbers.
+    printed: Mutex<BTreeMap<u64, Vec<u8>>>,
 }
 
 struct State {
@@ -122,6 +124,7 @@ impl Machine {
                 frozen: Mutex::default(),
                 kept_frozen: AtomicBool::new(false),
                 clock_ahead: AtomicI64::new(0),
+                printed: Mutex::default(),
             },
         }
     }
@@ -319,6 +322,16 @@ impl Machine {
     pub fn freeze(&self, count: usize) -> usize {
         *lock(&self.agent.frozen) = count;
         count
+    }
+
+    /// What programs have printed.
+    pub fn printed(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
+        lock(&self.agent.printed)
+    }
+
+    /// Returns when it has ended.
+    pub async fn has_gone(&self) {
+        self.ended.cancelled().await;
     }
 
     pub fn kept_frozen(&self) -> bool {

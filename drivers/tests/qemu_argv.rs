@@ -5,8 +5,12 @@
 mod qemu;
 
 use qemu::{DIR, caps, cases, completed, data, message, parse, place, text};
+
+use serde_json::Value;
+use std::collections::BTreeSet;
 use virt_drivers::qemu::check::{check, checked_command};
-use virt_drivers::qemu::complete::complete;
+use virt_drivers::qemu::command::{Step, keeps_its_place, one_device};
+use virt_drivers::qemu::complete::{Chosen, complete, go_live};
 use virt_drivers::qemu::plan::Command;
 use virt_drivers::qemu::plan::Companion;
 use virt_model::domain::{DomainDef, Form};
@@ -72,6 +76,34 @@ fn definitions_become_these_command_lines() {
         expect(&format!("{case}.args"), &show(&command));
         assert_eq!(command, checked_command(&def, &caps, &place(DIR)).unwrap(), "{case}: the same again");
     }
+}
+
+/// The devices that virtd looks for by their names where it finds a guest are those that a start gives these names, and those
+/// that would be plugged in under them.
+#[test]
+fn a_device_that_can_go_is_there_by_its_name() {
+    let caps = caps();
+    let mut plugged = 0;
+    for case in cases() {
+        let mut def = completed(&case, DIR, &caps);
+        go_live(&mut def, &mut Chosen { runtime_dir: DIR.as_ref(), encrypts: true, free_port: &mut |_, _| true })
+            .unwrap();
+        let command = checked_command(&def, &caps, &place(DIR)).unwrap_or_else(|f| panic!("{case}: {}", message(&f)));
+        let words = command.args.iter().filter(|word| word.starts_with('{'));
+        let named =
+            words.filter_map(|word| serde_json::from_str::<Value>(word).ok()).filter(|one| one["driver"].is_string());
+        let there: BTreeSet<String> = named.filter_map(|one| Some(one["id"].as_str()?.to_owned())).collect();
+        for device in def.devices.all().into_iter().filter(|device| keeps_its_place(device).is_none()) {
+            let alias = device.info().0.alias().unwrap_or_else(|| panic!("{case}: a device without a name"));
+            assert!(there.contains(alias), "{case}: QEMU has no '{alias}'");
+            if let Ok(one) = one_device(&def, &caps, &place(DIR), alias) {
+                let plugs = |step: &Step| step.command == "device_add" && step.arguments["id"] == alias;
+                assert!(one.steps.iter().any(plugs), "{case}: '{alias}' would not be plugged in");
+                plugged += 1;
+            }
+        }
+    }
+    assert!(plugged > 50, "{plugged}");
 }
 
 /// A query of a server may be a token, and everybody on the host can read arguments.

@@ -36,10 +36,11 @@ use outbox::Outbox;
 use rows::Rows;
 use socket::Intake;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 use table::{Interface, Table};
 use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
 use virt_model::driver::GivenFile;
 use virt_service::authz::Caller;
 use virt_service::fair::{FairPlace, FairPlaces};
@@ -75,6 +76,7 @@ pub struct Bus {
     rows: Arc<Rows>,
     intake: Arc<Intake>,
     outbox: Arc<Outbox>,
+    current: Current,
     gate: Gate,
     who: Who,
     large_answers: Arc<FairPlaces<u32>>,
@@ -89,14 +91,20 @@ pub struct Ways {
     pub intake: Arc<Intake>,
     /// What goes out.
     pub outbox: Arc<Outbox>,
+    /// Who serves there.
+    pub current: Current,
 }
+
+/// The one that serves a bus now: another takes its place when the connection is made anew.
+pub type Current = Arc<Mutex<Weak<Bus>>>;
 
 /// The way to one client, for what it is told beside answers.
 #[derive(Clone, Debug)]
 pub struct Line {
-    bus: Weak<Bus>,
+    current: Current,
     sender: Arc<str>,
     uid: u32,
+    departed: CancellationToken,
 }
 
 impl Line {
@@ -105,27 +113,49 @@ impl Line {
         if self.sender.is_empty() { signal } else { signal.destination(self.sender.to_string()) }
     }
 
-    /// Tells it something, in its turn among large answers; leaves that out while it does not read what it was told before. False:
-    /// the connection has ended.
-    pub async fn tell(&self, signal: Message) -> bool {
-        let Some(bus) = self.bus.upgrade() else { return false };
-        let size = signal.data().len();
-        let _place = match size < outbox::LARGE {
-            true => None,
-            false => {
+    /// Tells it something, unless it does not read what it was told before, or nobody is connected. `large`: it may be, and is made
+    /// in its turn among large answers.
+    pub async fn tell(&self, large: bool, make: impl FnOnce() -> Result<Message, Error>) -> Result<(), Error> {
+        let Some(bus) = self.bus() else { return Ok(()) };
+        let _place = match large {
+            true => {
                 let place = bus.large_answers.take(&self.uid).await;
                 bus.outbox.room_for_large().await;
                 Some(place)
             }
+            false => None,
         };
-        if bus.gate.is_held(&self.sender) || bus.outbox.is_full() {
-            return !bus.outbox.is_closed();
+        // By another connection than it called by, it is not known yet.
+        bus.gate.meet(&self.sender);
+        if self.departed.is_cancelled()
+            || bus.gate.is_held(&self.sender)
+            || bus.outbox.is_full()
+            || bus.outbox.is_closed()
+        {
+            return Ok(());
         }
+        let signal = make()?;
+        let size = signal.data().len();
+        fits(size)?;
         bus.outbox.push(signal);
         if bus.gate.answered(&self.sender, size) {
             bus.watch_reading(self.sender.to_string());
         }
-        !bus.outbox.is_closed()
+        Ok(())
+    }
+
+    /// There is nothing more to tell.
+    pub fn end(self) {
+        // It may have been met after it had left.
+        if self.departed.is_cancelled()
+            && let Some(bus) = self.bus()
+        {
+            bus.gate.left(&self.sender);
+        }
+    }
+
+    fn bus(&self) -> Option<Arc<Bus>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).upgrade()
     }
 }
 
@@ -153,9 +183,12 @@ enum Look {
 impl Bus {
     /// A way in for one connection.
     pub fn new(table: Arc<Table>, rows: Arc<Rows>, ways: Ways, who: Who, limits: Limits) -> Arc<Bus> {
-        let Ways { intake, outbox } = ways;
+        let Ways { intake, outbox, current } = ways;
         let (gate, large_answers) = (Gate::new(limits), FairPlaces::new(LARGE_ANSWERS, LARGE_ANSWERS));
-        Arc::new(Bus { table, rows, intake, outbox, gate, who, large_answers, drained: Notify::new() })
+        let drained = Notify::new();
+        let bus = Arc::new(Bus { table, rows, intake, outbox, current, gate, who, large_answers, drained });
+        *bus.current.lock().unwrap_or_else(PoisonError::into_inner) = Arc::downgrade(&bus);
+        bus
     }
 
     /// Serves until the connection ends. Then all clients have left; unless the bus took nothing any more, since another
@@ -367,10 +400,14 @@ impl Bus {
             bus_name: matches!(self.who, Who::Bus(_)).then(|| work.sender.to_string()),
             uid: work.uid,
             interactive: header.primary().flags().contains(Flags::ALLOW_INTERACTIVE_AUTH),
-            departed: work.departed.clone(),
+            departed: match &self.who {
+                Who::Bus(callers) => callers.departure(&work.sender, &work.departed),
+                Who::Peer(_) => work.departed.clone(),
+            },
         };
         let path = header.path().map_or("", |path| path.as_str()).into();
-        let line = Line { bus: Arc::downgrade(self), sender: work.sender.clone(), uid: work.uid };
+        let (current, departed) = (self.current.clone(), caller.departed.clone());
+        let line = Line { current, sender: work.sender.clone(), uid: work.uid, departed };
         Call::new(work.message.clone(), caller, path, files).on(line)
     }
 
@@ -563,8 +600,9 @@ impl Bus {
         }
         let body = signal.body();
         if let Ok((name, _, "")) = body.deserialize::<(&str, &str, &str)>() {
-            callers.left(name);
+            // In this order: see `Callers::departure`.
             self.gate.left(name);
+            callers.left(name);
             self.drained.notify_waiters();
             self.start_next();
         }

@@ -55,8 +55,9 @@ pub struct Brought {
 enum Step {
     /// So many bytes, and no descriptor.
     Bytes(usize),
-    /// So many bytes of a message that begins there, with its descriptors.
-    Call(usize, Vec<Place>),
+    /// So many bytes of a message that begins there, with its descriptors: as many as are said, and their places, unless nobody
+    /// wants them.
+    WithFiles(usize, usize, Option<Vec<Place>>),
 }
 
 impl Source {
@@ -95,13 +96,15 @@ impl Source {
         let buffer = &mut self.buffer;
         let peek = || Ok(recv(socket, &mut **buffer, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.1);
         let there = socket.async_io(Interest::READABLE, peek).await?;
-        let (most, places) = match next_step(&self.buffer[..there], self.left, |call| self.intake.admit(call)) {
+        let step = next_step(&self.buffer[..there], self.left, |call| self.intake.admit(call));
+        let (most, received) = match step {
             Step::Bytes(most) => (most, None),
-            Step::Call(most, places) => (most, Some(places)),
-        };
-        let received = match places {
-            Some(places) => with_files(socket, most, places).await?,
-            None => None,
+            Step::WithFiles(most, _, Some(places)) => (most, with_files(socket, most, places).await?),
+            // The kernel would close them in this thread, which would wait for whatever that takes.
+            Step::WithFiles(most, count, None) if apart::can_spare(count) => {
+                (most, with_files(socket, most, Vec::new()).await?.map(|(bytes, _)| (bytes, None)))
+            }
+            Step::WithFiles(most, ..) => (most, None),
         };
         let count = match received {
             None => recv(socket, &mut self.buffer[..most], RecvFlags::DONTWAIT)?.1,
@@ -129,9 +132,8 @@ fn next_step(there: &[u8], left: Option<usize>, admit: impl Fn(Heading<'_>) -> O
                 break;
             }
             let is_call = head[1] == 1;
-            if let Some(places) = is_call.then(|| admit(fields.call)).flatten() {
-                return Step::Call(header, places);
-            }
+            let places = is_call.then(|| admit(fields.call)).flatten();
+            return Step::WithFiles(header, fields.call.descriptors, places);
         }
         at += header + body;
     }
@@ -148,7 +150,7 @@ async fn with_files(
     let (received, receiving) = oneshot::channel();
     let places: Vec<_> = places.into_iter().map(Arc::new).collect();
     let held = places.clone();
-    let begun = socket.as_fd().try_clone_to_owned().and_then(|socket| {
+    let begun = apart::expects().and_then(|()| socket.as_fd().try_clone_to_owned()).and_then(|socket| {
         let receive = move || {
             let _ = received.send(apart::arrive(|| receive(&socket, most), |at| held.get(at).cloned()));
         };
@@ -163,13 +165,17 @@ async fn with_files(
         tracing::warn!(%error, "the files of a call could not be taken");
         Vec::new()
     });
-    let all = files.len() == places.len();
+    if files.len() != places.len() {
+        // Not all came, or a peer that counts wrongly has sent more.
+        files.into_iter().for_each(|file| apart::close(file, || ()));
+        return Ok(Some((bytes, None)));
+    }
     let files = files.into_iter().zip(&places).map(|(file, place)| {
         let place = place.clone();
         GivenFile::new(file, move |file| apart::close(file, move || drop(place)))
     });
     let brought = Brought { files: files.collect(), places };
-    Ok(Some((bytes, all.then_some(brought))))
+    Ok(Some((bytes, Some(brought))))
 }
 
 /// Receives bytes with their descriptors.

@@ -4,7 +4,7 @@ use super::job::{finish, no_wait};
 use crate::bus::call::{self, Call, Options, Outcome};
 use std::collections::HashMap;
 use std::sync::Arc;
-use virt_model::driver::agent::{GuestFact, GuestFacts};
+use virt_model::driver::agent::{GuestFact, GuestFacts, Program};
 use virt_service::{Domain, ExecOptions};
 use zbus::Variant;
 
@@ -79,9 +79,15 @@ pub async fn trim(domain: Arc<Domain>, call: Call) -> Outcome {
 /// `GuestExec`
 pub async fn exec(domain: Arc<Domain>, call: Call) -> Outcome {
     let (argv, mut options): (Vec<String>, Options) = call.read()?;
-    let wanted = ExecOptions {
+    let program = Program {
         argv,
         env: options.texts("env")?,
+        stdin: call.file(&mut options, "stdin")?,
+        stdout: call.file(&mut options, "stdout")?,
+        stderr: call.file(&mut options, "stderr")?,
+    };
+    let wanted = ExecOptions {
+        program,
         timeout_usec: options.long("timeout-usec")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };

@@ -12,6 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::Form;
+use virt_model::driver::saved::MemoryFormat;
 use virt_model::driver::{ConsoleOptions, MediumExchange, ShutdownMode};
 use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
@@ -199,13 +200,24 @@ async fn core_dump(domain: Arc<Domain>, call: Call) -> Outcome {
     let dump = DumpOptions {
         crash: options.flag("crash")?,
         reset: options.flag("reset")?,
-        memory_only: options.flag("memory-only")? | options.text("format")?.is_some(),
+        memory_only: memory_format(&mut options)?,
         live: options.flag("live")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
     let no_wait = no_wait(options)?;
     let ticket = domain.core_dump(call.caller(), file, dump).await?;
     call.reply(&finish(ticket, no_wait).await?)
+}
+
+/// How memory alone is to be dumped; `None`: not alone.
+fn memory_format(options: &mut Options) -> Result<Option<MemoryFormat>, Error> {
+    let alone = options.flag("memory-only")?;
+    let Some(word) = options.text("format")? else { return Ok(alone.then_some(MemoryFormat::Elf)) };
+    let format = MemoryFormat::parse(&word).ok_or_else(|| {
+        let all = MemoryFormat::ALL.map(MemoryFormat::as_str).join(", ");
+        Error::argument(format!("'format' is '{}', which is none of {all}", shorten(&word)))
+    });
+    format.map(Some)
 }
 
 async fn managed_save(domain: Arc<Domain>, call: Call) -> Outcome {

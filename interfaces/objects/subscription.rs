@@ -40,21 +40,25 @@ async fn close((service, number): Found, call: Call) -> Outcome {
     call.done()
 }
 
-/// Tells the numbers of each moment, until the subscription ends or nobody is there to tell.
+/// So many machines are told in one signal; of more, there are several of one moment.
+const TOGETHER: usize = 256;
+/// With more than so many it may be a large one.
+const FEW: usize = 16;
+
+/// Tells the numbers of each moment, until the subscription ends.
 pub async fn run(mut subscription: Subscription, line: Line) {
     let path = paths::subscription(subscription.number());
     while let Some((when, machines)) = subscription.next().await {
-        let told = match signal(&path, &line, when, &machines) {
-            Ok(signal) => line.tell(signal).await,
-            Err(error) => {
-                tracing::error!(%error, path, "statistics could not be told");
-                true
+        // Of no machines, too: it is told that there are none.
+        let parts = machines.chunks(TOGETHER).chain(machines.is_empty().then_some(&machines[..]));
+        for part in parts {
+            let made = line.tell(part.len() > FEW, || signal(&path, &line, when, part)).await;
+            if let Err(error) = made {
+                tracing::warn!(%error, path, "statistics could not be told");
             }
-        };
-        if !told {
-            return;
         }
     }
+    line.end();
 }
 
 fn signal(path: &str, line: &Line, when: u64, machines: &[MachineStats]) -> Result<Message, Error> {

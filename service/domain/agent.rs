@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Sleep};
+use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Program, Sleep};
 use virt_model::xml::shorten;
 
 /// The longest command for an agent, in bytes.
@@ -66,7 +66,10 @@ impl Domain {
         self.beside(caller, verb, async {
             let guest = self.guest()?;
             let cards = match source {
-                "agent" => self.told(verb, self.agent(verb)?.addresses().await)?,
+                "agent" => {
+                    let _place = guest.agent_readers.take(&caller.uid).await;
+                    self.told(verb, self.agent(verb)?.addresses().await)?
+                }
                 "arp" => self.told(verb, guest.instance.neighbours(&guest.live).await)?,
                 // There is no network of virtd's own that could lease any.
                 "lease" => Vec::new(),
@@ -86,6 +89,7 @@ impl Domain {
         let verb = &verb::GET_GUEST_INFO;
         self.beside(caller, verb, async {
             let groups = named(groups)?;
+            let _place = self.guest()?.agent_readers.take(&caller.uid).await;
             self.told(verb, self.agent(verb)?.info(&groups).await)
         })
         .await
@@ -94,7 +98,11 @@ impl Domain {
     /// What the guest's clock says, in microseconds since the epoch.
     pub async fn guest_time(&self, caller: &Caller) -> Result<u64> {
         let verb = &verb::GET_TIME;
-        self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.time().await) }).await
+        self.beside(caller, verb, async {
+            let _place = self.guest()?.agent_readers.take(&caller.uid).await;
+            self.told(verb, self.agent(verb)?.time().await)
+        })
+        .await
     }
 
     /// Sets the guest's clock, in microseconds since the epoch; `None`: to that of the machine.
@@ -152,7 +160,7 @@ impl Domain {
         self.beside(caller, verb, async { self.told(verb, self.agent(verb)?.trim(minimum).await) }).await
     }
 
-    /// Runs a program in the guest. A job, which ends with the program; it is not ended with the job, as agents have no way to do so.
+    /// Runs a program in the guest. A job, which ends with the program, when what it printed has been written; it is not ended with the job, as agents have no way to do so.
     /// The ticket comes with its exit status, which is there when the job has succeeded.
     pub async fn guest_exec(
         self: &Arc<Self>,
@@ -175,16 +183,13 @@ impl Domain {
             tokio::spawn(async move {
                 let begun = Instant::now();
                 job.running();
-                let run = async {
-                    let process = agent.exec(&options.argv, &options.env).await?;
-                    agent.exit_status(process).await
-                };
+                let run = within(options.timeout_usec, agent.run(options.program));
                 let cancelled = job.cancel_token().clone();
-                let result = match cancelled.run_until_cancelled(within(options.timeout_usec, run)).await {
+                let result = match cancelled.run_until_cancelled(run).await {
                     Some(status) => domain.told(verb, status).map(|status| _ = ended.set(status)),
-                    None => {
-                        Err(Error::Cancelled("nobody waits for the guest's program any more; it goes on".to_owned()))
-                    }
+                    None => Err(Error::Cancelled(
+                        "nobody waits for the guest's program any more; if it runs it goes on".to_owned(),
+                    )),
                 };
                 domain.log(&caller, verb, begun, result.as_ref().err());
                 job.finish(result);
@@ -321,12 +326,10 @@ fn with_targets(live: &DomainDef, cards: Vec<CardAddresses>) -> InterfaceAddress
 }
 
 /// What is to be run in a guest, and how.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct ExecOptions {
-    /// The program and its arguments.
-    pub argv: Vec<String>,
-    /// Its environment, each as `NAME=value`; none: that of the agent.
-    pub env: Vec<String>,
+    /// The program.
+    pub program: Program,
     /// How long it is waited for; not given: as long as it takes.
     pub timeout_usec: Option<u64>,
     /// It is not waited for any more when the caller leaves the bus.
@@ -336,13 +339,14 @@ pub struct ExecOptions {
 impl ExecOptions {
     fn check(&self) -> Result<()> {
         let refuse = |why: String| Err(Error::InvalidArgument(why));
-        if self.argv.first().is_none_or(String::is_empty) {
+        let Program { argv, env, .. } = &self.program;
+        if argv.first().is_none_or(String::is_empty) {
             return refuse("there is no program to be run".to_owned());
         }
-        if let Some(word) = self.env.iter().find(|word| word.find('=').is_none_or(|at| at == 0)) {
+        if let Some(word) = env.iter().find(|word| word.find('=').is_none_or(|at| at == 0)) {
             return refuse(format!("env has a NAME=value each, not '{}'", shorten(word)));
         }
-        let words = || self.argv.iter().chain(&self.env);
+        let words = || argv.iter().chain(env);
         if words().count() > MOST_WORDS || words().map(String::len).sum::<usize>() > LONGEST_COMMAND_LINE {
             let most = format!("{MOST_WORDS} words and {LONGEST_COMMAND_LINE} bytes");
             return refuse(format!("a program is run with at most {most}, its environment among it"));
@@ -360,7 +364,8 @@ async fn within<T>(
     run: impl Future<Output = std::result::Result<T, DriverError>>,
 ) -> std::result::Result<T, DriverError> {
     let Some(usec) = usec else { return run.await };
-    let late = |_| Err(DriverError::TimedOut("the program has not ended in time, and goes on".to_owned()));
+    let late =
+        |_| Err(DriverError::TimedOut("the program has not come to its end in time; if it runs it goes on".to_owned()));
     tokio::time::timeout(Duration::from_micros(usec), run).await.unwrap_or_else(late)
 }
 
@@ -410,7 +415,8 @@ mod tests {
     fn a_program_is_run_with_what_it_can_be() {
         let options = |argv: &[&str], env: &[&str]| {
             let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
-            ExecOptions { argv: words(argv), env: words(env), ..ExecOptions::default() }
+            let program = Program { argv: words(argv), env: words(env), ..Program::default() };
+            ExecOptions { program, ..ExecOptions::default() }
         };
         options(&["/bin/true", ""], &["A=", "B=c=d"]).check().expect("it can");
         let long = "x".repeat(LONGEST_COMMAND_LINE);

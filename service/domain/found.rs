@@ -6,6 +6,7 @@ use super::guest::pause_reason;
 use super::reports::Reports;
 use super::state::{Guest, Sought};
 use crate::error::Error;
+use crate::fair::FairPlaces;
 use crate::lock::lock;
 use crate::store::{Ended, Status, StatusFile};
 use crate::time::now_usec;
@@ -105,6 +106,7 @@ impl Domain {
             live,
             document: Arc::default(),
             sampler: Arc::default(),
+            agent_readers: FairPlaces::new(1, 1),
             status: file,
             ending: None,
             saved: false,

@@ -5,6 +5,7 @@ use super::reports::Reports;
 use super::state::{Guest, Starting, State};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::fair::FairPlaces;
 use crate::images;
 use crate::job::Ticket;
 use crate::lock::lock;
@@ -271,6 +272,7 @@ impl Domain {
             live,
             document: Arc::default(),
             sampler: Arc::default(),
+            agent_readers: FairPlaces::new(1, 1),
             status,
             ending: None,
             saved: false,

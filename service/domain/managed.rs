@@ -47,8 +47,13 @@ impl Domain {
             self.allow(caller, verb::MANAGED_SAVE.action).await?;
             options.then.check()?;
             let change = self.change(caller, &verb::MANAGED_SAVE);
-            let target =
-                Target { file: self.shared.store.managed_save(self.uuid), managed: true, dump: false, kept: None };
+            let target = Target {
+                file: self.shared.store.managed_save(self.uuid),
+                managed: true,
+                dump: false,
+                memory_only: None,
+                kept: None,
+            };
             self.accept_save(change, &verb::MANAGED_SAVE, target, options.then, options.cancel_on_disconnect).await
         })
         .await

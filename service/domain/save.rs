@@ -24,7 +24,7 @@ use std::sync::Arc;
 use virt_model::domain::abi::Strictness;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::DriverError;
-use virt_model::driver::saved::{SaveRequest, SavedMachines, SavedState};
+use virt_model::driver::saved::{MemoryFormat, SaveRequest, SavedMachines, SavedState};
 use virt_model::driver::snapshots::{Journal as _, Machine};
 use virt_model::state::{DomainState, StateReason, Stopped};
 use virt_model::xml::{FindingKind, Limits, refusals, shorten};
@@ -73,8 +73,8 @@ pub struct DumpOptions {
     pub crash: bool,
     /// It is reset.
     pub reset: bool,
-    /// Of its memory alone, in a format of its own.
-    pub memory_only: bool,
+    /// Of its memory alone, in that format.
+    pub memory_only: Option<MemoryFormat>,
     /// It is to run meanwhile.
     pub live: bool,
     /// Cancel when the caller leaves the bus.
@@ -88,6 +88,8 @@ pub(super) struct Target {
     pub managed: bool,
     /// The guest does not end: it is a dump.
     pub dump: bool,
+    /// Its memory alone is written, in that format.
+    pub memory_only: Option<MemoryFormat>,
     /// The configuration that is kept in place of what runs.
     pub kept: Option<Arc<DomainDef>>,
 }
@@ -126,7 +128,7 @@ impl Domain {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
                 None => None,
             };
-            let target = Target { file, managed: false, dump: false, kept };
+            let target = Target { file, managed: false, dump: false, memory_only: None, kept };
             self.accept_save(change, &verb::SAVE, target, options.then, options.cancel_on_disconnect).await
         })
         .await
@@ -141,16 +143,13 @@ impl Domain {
                 let text = "'crash' and 'reset' exclude each other: give one of them";
                 return Err(Error::InvalidArgument(text.to_owned()));
             }
-            let cannot = match options {
-                DumpOptions { memory_only: true, .. } => {
-                    Some("memory alone ('memory-only', 'format') is not dumped yet")
-                }
-                DumpOptions { live: true, .. } => {
-                    Some("a guest that runs meanwhile ('live') would leave no machine to go on with")
-                }
-                _ => None,
-            };
-            if let Some(why) = cannot {
+            if options.live {
+                let why = match options.memory_only {
+                    Some(_) => {
+                        "what is written of the memory of a guest that runs meanwhile ('live') would not fit together"
+                    }
+                    None => "a guest that runs meanwhile ('live') would leave no machine to go on with",
+                };
                 let text = format!("cannot dump domain '{}': {why}; leave that option out", self.name());
                 return Err(Error::OperationUnsupported(text));
             }
@@ -162,7 +161,7 @@ impl Domain {
             }
             self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
             let change = self.change(caller, &verb::CORE_DUMP);
-            let target = Target { file, managed: false, dump: true, kept: None };
+            let target = Target { file, managed: false, dump: true, memory_only: options.memory_only, kept: None };
             if change.has_turn() {
                 self.applies(&verb::CORE_DUMP)?;
                 self.plan_save(&target, Resumption::default()).await?;
@@ -239,8 +238,11 @@ impl Domain {
     async fn plan_save(&self, target: &Target, then: Resumption) -> Result<Planned> {
         let saves = self.saves()?;
         let machine = self.machine().await?;
-        self.is_not_frozen()?;
-        self.opens_no_given_image(if target.dump { "dump" } else { "save" })?;
+        // A dump of memory alone opens no image.
+        if target.memory_only.is_none() {
+            self.is_not_frozen()?;
+            self.opens_no_given_image(if target.dump { "dump" } else { "save" })?;
+        }
         let def = match &target.kept {
             None => machine.def.clone(),
             Some(kept) => {
@@ -249,11 +251,14 @@ impl Domain {
                 kept.clone()
             }
         };
-        self.can_be_read_again(&def, target.managed).await?;
+        if target.memory_only.is_none() {
+            self.can_be_read_again(&def, target.managed).await?;
+        }
         let standing = lock(&self.state).state == DomainState::Paused;
         let file = target.file.clone();
         self.refuse_to_replace(&file).await?;
-        let request = SaveRequest { file, def, paused: then.stands(standing), goes_on: target.dump };
+        let (paused, goes_on, memory_only) = (then.stands(standing), target.dump, target.memory_only);
+        let request = SaveRequest { file, def, paused, goes_on, memory_only };
         saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
         Ok(Planned { machine, request })
     }

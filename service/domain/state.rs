@@ -4,6 +4,7 @@ use super::snapshots::set::SnapshotSet;
 use super::stats::{Measured, Sampler};
 use crate::error::{Error, Result};
 use crate::facts::{ConfigFacts, DomainFacts, published};
+use crate::fair::FairPlaces;
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
 use std::collections::{BTreeMap, BTreeSet};
@@ -64,6 +65,8 @@ pub(super) struct Guest {
     pub(super) document: Arc<OnceLock<String>>,
     /// What is last known of what it uses.
     pub(super) sampler: Arc<Sampler>,
+    /// The place of those who only read what its agent tells: they wait for each other, and keep others waiting for one of them.
+    pub(super) agent_readers: Arc<FairPlaces<u32>>,
     pub(super) status: Arc<StatusFile>,
     /// Why its end is expected, once it is.
     pub(super) ending: Option<Stopped>,

@@ -5,6 +5,8 @@ use crate::common::users::BOB;
 use crate::common::{Daemon, PATIENCE, Setup};
 use serde::Serialize;
 use std::collections::HashMap;
+use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::time::{Duration, SystemTime};
 use zbus::wire::DynamicType;
 use zbus::{Message, OwnedVariant, Variant};
@@ -211,7 +213,7 @@ async fn a_program_in_the_guest_is_a_job() {
     refused(exec(&["/bin/fly"], &[]).await, "AgentFailed", "no such program");
     refused(exec(&[], &[]).await, "InvalidArgument", "no program");
     refused(exec(&["/bin/true"], &[("env", Variant::from(vec!["A".to_owned()]))]).await, "InvalidArgument", "'A'");
-    refused(exec(&["/bin/true"], &[("stdout", Variant::from(1u32))]).await, "InvalidArgument", "'stdout'");
+    refused(exec(&["/bin/true"], &[("stdout", Variant::from(1u32))]).await, "InvalidArgument", "h, a descriptor");
     refused(exec(&["/bin/sleep"], &[("timeout-usec", Variant::from(1000u64))]).await, "TimedOut", "goes on");
 
     // What others read of a job is no word of the guest's.
@@ -237,6 +239,117 @@ async fn a_program_in_the_guest_is_a_job() {
         }
     }
     assert_eq!(state(job.as_str()).await, "cancelled");
+}
+
+/// A descriptor as an option.
+fn file(of: impl Into<OwnedFd>) -> Variant<'static> {
+    Variant::from(zbus::wire::Fd::from(zbus::wire::OwnedFd::from(of.into())))
+}
+
+/// A pipe that holds that and no more.
+fn holds(bytes: &[u8]) -> std::io::PipeReader {
+    let (ear, mut mouth) = std::io::pipe().expect("a pipe");
+    mouth.write_all(bytes).expect("written");
+    ear
+}
+
+/// What comes out of a pipe until its end.
+async fn hears(ear: std::io::PipeReader) -> String {
+    let heard = tokio::task::spawn_blocking(move || std::io::read_to_string(ear).expect("text"));
+    tokio::time::timeout(PATIENCE, heard).await.expect("an end").expect("heard")
+}
+
+#[tokio::test]
+async fn a_program_reads_and_prints_by_descriptors_of_its_caller() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = running(&client, MACHINE).await;
+    let exec = async |argv: &[&str], wanted: Vec<(&'static str, Variant<'static>)>| {
+        told::<(i32, zbus::OwnedObjectPath), _>(&domain, "GuestExec", &(argv, options(wanted))).await
+    };
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    let (complaints, complains) = std::io::pipe().expect("a pipe");
+    let all = vec![("stdin", file(holds(b"through"))), ("stdout", file(mouth)), ("stderr", file(complains))];
+    assert_eq!(exec(&["/bin/cat"], all).await.expect("run").0, 0);
+    assert_eq!((hears(ear).await.as_str(), hears(complaints).await.as_str()), ("through", ""));
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    let accepted = exec(&["echo", "a", "b"], vec![("stdout", file(mouth)), ("no-wait", Variant::from(true))]).await;
+    assert_eq!((accepted.expect("accepted").0, hears(ear).await.as_str()), (-1, "a b\n"));
+    let written = daemon.folder().join("printed");
+    let printed = std::fs::File::create(&written).expect("made");
+    assert_eq!(exec(&["echo", "kept"], vec![("stdout", file(printed))]).await.expect("run").0, 0);
+    assert_eq!(std::fs::read_to_string(&written).expect("there"), "kept\n");
+
+    // Who has closed its end wants nothing; that is no failure of the program's.
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    drop(ear);
+    assert_eq!(exec(&["echo"], vec![("stdout", file(mouth))]).await.expect("run").0, 0);
+
+    let folder = || file(std::fs::File::open("/").expect("there"));
+    refused(exec(&["cat"], vec![("stdin", folder())]).await, "InvalidArgument", "Is a directory");
+    refused(exec(&["cat"], vec![("stdout", folder())]).await, "InvalidArgument", "reading alone");
+    let (socket, _other) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    refused(
+        exec(&["cat"], vec![("stderr", file(socket))]).await,
+        "InvalidArgument",
+        "stderr is of no use: it is a socket",
+    );
+    let zero = file(std::fs::File::open("/dev/zero").expect("there"));
+    refused(exec(&["cat"], vec![("stdin", zero)]).await, "InvalidArgument", "1048576");
+    let (_ear, mouth) = std::io::pipe().expect("a pipe");
+    refused(exec(&["cat"], vec![("stdin", file(mouth))]).await, "InvalidArgument", "writing alone");
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    refused(exec(&["fly"], vec![("stdout", file(mouth))]).await, "AgentFailed", "no such program");
+    assert_eq!(hears(ear).await, "", "it is closed all the same");
+}
+
+/// What is said of a job that has ended.
+const ENDED: [&str; 3] = ["succeeded", "failed", "cancelled"];
+
+#[tokio::test]
+async fn who_neither_writes_nor_reads_keeps_nobody_waiting_and_is_given_up() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let domain = running(&client, MACHINE).await;
+    let begin = async |wanted: Vec<(&'static str, Variant<'static>)>| {
+        let wanted = options(wanted.into_iter().chain([("no-wait", Variant::from(true))]));
+        let begun = told::<(i32, zbus::OwnedObjectPath), _>(&domain, "GuestExec", &(&["cat"][..], wanted)).await;
+        begun.expect("accepted").1
+    };
+    let state = async |job: &str| client.property::<String>(job, "org.virt.Job", "State").await;
+    let much = daemon.folder().join("much");
+    std::fs::write(&much, vec![b'x'; 1 << 20]).expect("written");
+    let (mut unread, mouth) = std::io::pipe().expect("a pipe");
+    let much = file(std::fs::File::open(&much).expect("there"));
+    let prints = begin(vec![("stdin", much), ("stdout", file(mouth))]).await;
+    let (ear, mut unwritten) = std::io::pipe().expect("a pipe");
+    let reads = begin(vec![("stdin", file(ear))]).await;
+
+    // It is being written, so the agent is nobody's.
+    let first = tokio::task::spawn_blocking(move || unread.read_exact(&mut [0]).map(|()| unread));
+    let unread = tokio::time::timeout(PATIENCE, first).await.expect("in time").expect("read").expect("a byte");
+    assert_eq!(command(&domain, "{\"execute\":\"guest-ping\"}").await.expect("told"), "{\"return\":{}}");
+    for job in [&prints, &reads] {
+        assert!(!ENDED.contains(&state(job.as_str()).await.as_str()));
+        let mut watch = client.watch().await;
+        client.call(job.as_str(), "org.virt.Job.Cancel", &()).await.expect("cancelled");
+        while watch.next().await.header().member().is_none_or(|member| member != "Finished") {}
+        assert_eq!(state(job.as_str()).await, "cancelled");
+    }
+    // What was not taken is no more, and nobody has the other end.
+    assert!(hears(unread).await.len() < 1 << 20);
+    let broken = tokio::task::spawn_blocking(move || while unwritten.write_all(b"x").is_ok() {});
+    tokio::time::timeout(PATIENCE, broken).await.expect("closed").expect("written");
+
+    // The end of the guest is the end of it, too.
+    let (ear, _unwritten) = std::io::pipe().expect("a pipe");
+    let reads = begin(vec![("stdin", file(ear))]).await;
+    let mut watch = client.watch().await;
+    domain.run("Destroy").await.expect("destroyed");
+    while !ENDED.contains(&state(reads.as_str()).await.as_str()) {
+        watch.next().await;
+    }
+    assert_eq!(state(reads.as_str()).await, "failed");
 }
 
 /// Each member, called in a way that would do.

@@ -4,6 +4,7 @@ use crate::common::client::{Client, options};
 use crate::common::deaf::{Deaf, call};
 use crate::common::users::{ALICE, BOB, User};
 use crate::common::{Daemon, PATIENCE, Setup, read_project_file};
+use crate::subscribed::{moment, subscribe, until_gone};
 use std::time::{Duration, Instant};
 use zbus::message::Flags;
 use zbus::{Connection, Message};
@@ -243,6 +244,10 @@ async fn a_listener_that_does_not_read_costs_a_connection_and_no_more() {
     let xml = "<domain type='test'><name>web</name><memory>65536</memory><os><type>hvm</type></os></domain>";
     let domain = root.define(xml).await.expect("defined");
     domain.run("Start").await.expect("started");
+    let (stays, leaves) = (daemon.connect_as(&BOB).await, daemon.connect_as(&BOB).await);
+    let [stays, leaves] = [stays, leaves].map(|connection| Client { connection });
+    let kept = subscribe(&stays, &[]).await.expect("begun");
+    let left = subscribe(&leaves, &[]).await.expect("begun");
     let mut deaf = Deaf::connect(&daemon, &ALICE);
     deaf.listen();
     let mut changes = 0;
@@ -261,6 +266,12 @@ async fn a_listener_that_does_not_read_costs_a_connection_and_no_more() {
         assert!(Instant::now() < deadline, "the name is not taken again");
     }
     assert_eq!(root.named("web").await.expect("there").state().await.0, "running");
+    // Who had begun something by the former connection has it still, until it leaves.
+    let mut told = stays.watch().await;
+    assert_eq!(moment(&mut told).await.0, kept);
+    leaves.connection.close().await.expect("left");
+    until_gone(&mut told, &left).await;
+    drop(told);
     println!("a new connection after {changes} changes");
     // The listener has all that the bus keeps for it; from now on it costs nothing.
     for number in 0..1000 {

@@ -5,6 +5,7 @@ use crate::common::guest::Tick;
 use crate::common::snapshots::Player;
 use crate::common::users::ALICE;
 use crate::common::{Daemon, PATIENCE, Setup};
+use crate::dumped::dump_memory;
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -486,6 +487,15 @@ async fn a_full_disk_leaves_the_guest_running_and_no_file() {
     let (file, filler) = (room.join("full.save"), room.join("filler"));
     let fill = format!("dd if=/dev/zero of={} bs=64k 2>/dev/null", filler.display());
     let mut watch = domain.client.watch().await;
+    // When all has been checked and the file has been made: QEMU's dump of its memory fails in its midst.
+    daemon.at_step(3, &fill);
+    refused(dump_memory(&domain, &file, "elf", &[]).await, "NoSpace", &["full.save"]);
+    assert!(daemon.step_came());
+    tick.goes_on().await;
+    let left = daemon.inside("ls").arg("-A").arg(&room).output().expect("ls");
+    assert_eq!(String::from_utf8_lossy(&left.stdout).trim(), "filler", "nothing is left");
+    refused(dump_memory(&domain, &file, "elf", &[]).await, "NoSpace", &["MiB are needed"]);
+    assert!(daemon.inside("rm").arg(&filler).status().expect("rm").success());
     // When all has been checked and the guest stands.
     daemon.at_step(4, &fill);
     refused(save(&domain, &file, &[]).await, "NoSpace", &["full.save"]);

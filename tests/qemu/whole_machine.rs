@@ -6,6 +6,8 @@ use crate::common::guest::lin_files;
 use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, have, skip};
 use std::collections::HashMap;
+use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -131,6 +133,16 @@ async fn agent_answers(domain: &Domain) {
         let ended = domain.call("GuestExec", &(argv, env)).await.expect("run");
         assert_eq!(ended.body().deserialize::<(i32, zbus::ObjectPath<'_>)>().expect("io").0, status);
     }
+    let (read, mut write) = std::io::pipe().expect("a pipe");
+    write.write_all(b"through the guest\n").expect("written");
+    drop(write);
+    let (printed, prints) = std::io::pipe().expect("a pipe");
+    let file = |of: OwnedFd| Variant::from(zbus::wire::Fd::from(zbus::wire::OwnedFd::from(of)));
+    let files = options([("stdin", file(read.into())), ("stdout", file(prints.into()))]);
+    let ended = domain.call("GuestExec", &(&["/bin/busybox", "cat"][..], files)).await.expect("run");
+    assert_eq!(ended.body().deserialize::<(i32, zbus::ObjectPath<'_>)>().expect("io").0, 0);
+    let printed = tokio::task::spawn_blocking(move || std::io::read_to_string(printed).expect("text"));
+    assert_eq!(printed.await.expect("read"), "through the guest\n");
     // A freeze of nothing is none.
     assert_eq!(freeze(domain, &["/none"]).await, Ok(0));
     assert_eq!(freeze(domain, &[]).await, Ok(1));

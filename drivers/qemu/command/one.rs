@@ -1,7 +1,7 @@
 //! One device of a running guest: what QEMU is told over its monitor for it, made of the same arguments as at a start, so that
 //! a machine is the same whether a device was there at its start or came later.
 
-use super::{Builder, Place, monitor_words};
+use super::{Builder, Place, monitor_words, usb_device};
 use crate::qemu::capabilities::Capabilities;
 use crate::qemu::plan::{HostFile, SecretContent, Tap};
 use serde_json::{Value, json};
@@ -76,7 +76,10 @@ pub fn keeps_its_place(device: &Device) -> Option<&'static str> {
         Device::Redirdev(_) => None,
         Device::Controller(controller) => match controller.kind {
             ControllerKind::Scsi | ControllerKind::VirtioSerial => None,
-            ControllerKind::Usb if controller.master.is_none() => None,
+            ControllerKind::Usb if controller.master.is_none() => match controller.model.and_then(usb_device) {
+                Some(_) => None,
+                None => Some("QEMU has no device for it"),
+            },
             ControllerKind::Pci => Some("bridges and root ports are part of the board"),
             _ => Some(BOARD),
         },

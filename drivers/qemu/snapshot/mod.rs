@@ -14,6 +14,7 @@
 mod chain;
 mod create;
 mod delete;
+mod dump;
 mod external;
 mod files;
 mod frozen;

@@ -131,6 +131,9 @@ pub struct Save {
     /// The guest has gone on by then: what is whole stays, whatever the guest does.
     #[serde(default)]
     pub goes_on: bool,
+    /// Of its memory alone: QEMU has its guest stand and go on by itself.
+    #[serde(default)]
+    pub memory_only: bool,
 }
 
 /// What is kept with a snapshot.

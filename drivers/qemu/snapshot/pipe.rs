@@ -17,12 +17,22 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
+use virt_model::driver::saved::MemoryFormat;
 use virt_model::driver::snapshots::Journal;
 
 /// What the pipe between QEMU and us is to hold, in bytes; less will do.
 const PIPE: usize = 1 << 20;
 /// How often it is looked whether the file still takes what it is given.
 const LOOK: Duration = Duration::from_secs(1);
+
+/// What QEMU writes.
+#[derive(Clone, Copy)]
+pub(super) enum Stream {
+    /// Memory and devices. The CPUs stand; where it is given up they go on, if they are to (`resume`).
+    Machine { resume: bool },
+    /// Memory alone, for which QEMU has them stand, and go on, by itself.
+    Memory(MemoryFormat),
+}
 
 /// The end of the pipe that is read, until somebody closes it.
 struct Outlet {
@@ -77,13 +87,13 @@ impl<W: Write> Write for Sink<'_, W> {
 }
 
 impl Operation {
-    /// Has QEMU write its memory into `part`, which becomes `shown`. The CPUs stand; where it is given up, because it is cancelled
-    /// or the file takes nothing any more, they go on before this returns if they are to (`resume`).
+    /// Has QEMU write its memory into `part`, which becomes `shown`. Where it is given up, because it is cancelled or the file takes
+    /// nothing any more, the CPUs go on before this returns, if they are to.
     pub(super) async fn move_memory(
         &self,
         body: &Body,
         (part, shown): (&Arc<ClosedAside>, &Path),
-        resume: bool,
+        stream: Stream,
         journal: &Arc<dyn Journal>,
     ) -> Result<Written, DriverError> {
         let pipe = |e: io::Error| DriverError::Internal(format!("no pipe for QEMU's memory: {e}"));
@@ -103,7 +113,13 @@ impl Operation {
             moved
         });
         let mut pumped = pin!(pumped);
-        let mut sent = pin!(async { body.line()?.write_memory(ClosedAside::of(write.into()), journal).await });
+        let mut sent = pin!(async {
+            let (line, end) = (body.line()?, ClosedAside::of(write.into()));
+            match stream {
+                Stream::Machine { .. } => line.write_memory(end, journal).await,
+                Stream::Memory(format) => line.dump_memory(format.as_str(), end, journal).await,
+            }
+        });
         let (mut moved, mut written) = (None, None);
         let why = loop {
             if let (Some(_), Some(_)) = (&moved, &written) {
@@ -124,7 +140,7 @@ impl Operation {
                 if written.is_none() {
                     let _ = sent.await;
                 }
-                self.let_go(body, resume).await?;
+                self.let_go(body, stream).await?;
                 unwanted.cancel();
                 if moved.is_none() {
                     let _ = pumped.await;
@@ -136,9 +152,14 @@ impl Operation {
     }
 
     /// Has QEMU end what nobody reads any more, and its guest go on.
-    async fn let_go(&self, body: &Body, resume: bool) -> Result<(), DriverError> {
-        body.line()?.end_migration().await?;
-        self.go_on(resume).await
+    async fn let_go(&self, body: &Body, stream: Stream) -> Result<(), DriverError> {
+        match stream {
+            Stream::Machine { resume } => {
+                body.line()?.end_migration().await?;
+                self.go_on(resume).await
+            }
+            Stream::Memory(_) => self.dump_ends().await,
+        }
     }
 }
 

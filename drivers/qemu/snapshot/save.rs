@@ -14,6 +14,7 @@ use super::external::Quiet;
 use super::files::{RESERVE, beside, check_space, stored};
 use super::naming::{Naming, Written};
 use super::note::{Note, Save, written};
+use super::pipe::Stream;
 use super::{Operation, cannot, undone};
 use crate::host::files::{Seen, What};
 use crate::host::look::Look;
@@ -30,7 +31,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::saved::{SaveRequest, SavedState};
+use virt_model::driver::saved::{MemoryFormat, SaveRequest, SavedState};
 use virt_model::driver::snapshots::{Journal, Recovered};
 use virt_model::driver::{DriverError, DriverEvent};
 use virt_model::state::Suspended;
@@ -39,6 +40,9 @@ impl Operation {
     /// Refuses a machine that cannot be saved, and a file that cannot be made.
     pub(super) async fn check_save(&self, request: &SaveRequest) -> Result<(), DriverError> {
         let Some(body) = &self.body else { return Err(DriverError::Gone) };
+        if let Some(format) = request.memory_only {
+            return self.check_dump(body, request, format).await;
+        }
         let disks = &self.machine.def.devices.disks;
         if let Some(disk) = disks.iter().find(|disk| disk.transient.is_some()) {
             let target = &disk.target.dev;
@@ -56,7 +60,12 @@ impl Operation {
                     .to_owned(),
             ));
         }
-        let (file, least) = (request.file.clone(), (self.machine.def.memory_kib() << 10) / 64 + RESERVE);
+        self.has_place(request, (self.machine.def.memory_kib() << 10) / 64).await
+    }
+
+    /// Refuses a file that cannot be made, or where there is no room for so many bytes.
+    pub(super) async fn has_place(&self, request: &SaveRequest, bytes: u64) -> Result<(), DriverError> {
+        let (file, least) = (request.file.clone(), bytes.saturating_add(RESERVE));
         self.with_images(&request.file, move |_| {
             let there = Seen::at(&file);
             check_place(&file, &there)?;
@@ -74,11 +83,16 @@ impl Operation {
             resume: self.machine.running,
             complete: false,
             goes_on: request.goes_on,
+            memory_only: request.memory_only.is_some(),
         };
         journal.note(written(&Note::Save(note.clone()))?).await?;
         // Whether it comes to its end or goes on as before: that it stood is nobody's business.
         let quiet = self.body.as_ref().map(Quiet::keep);
-        let begun = match self.begin_saved(request, &mut note, journal).await {
+        let begun = match request.memory_only {
+            None => self.begin_saved(request, &mut note, journal).await,
+            Some(format) => self.begin_dump(format, &mut note, journal).await,
+        };
+        let begun = match begun {
             Ok(begun) => begun,
             Err(error) => return Err(undone(error, self.undo_save(&note, None, quiet, Some(journal)).await)),
         };
@@ -144,7 +158,7 @@ impl Operation {
         let (held, file, draft) = begun.await?;
         journal.step("file");
         note.number = held.number();
-        let begun = Begun { held, file, draft, telling, configuration };
+        let begun = Begun { held, file, content: Content::Machine { draft, telling, configuration } };
         journal.note(written(&Note::Save(note.clone()))?).await?;
         if self.machine.running {
             body.patiently("stop", json!({})).await?;
@@ -156,26 +170,13 @@ impl Operation {
     /// Writes all of it, and notes that it is complete; that may be on disk where this fails and the note says it.
     async fn write_saved(&self, note: &mut Save, begun: &Begun, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
-        let Begun { file, draft, telling, configuration, .. } = begun;
-        let moved = self.move_memory(body, (file, &note.file), note.resume, journal).await?;
-        match note.goes_on {
-            true => self.go_on(note.resume).await?,
-            false => journal.memory_written(),
+        match &begun.content {
+            Content::Machine { draft, telling, configuration } => {
+                let parts = (&begun.file, draft, telling, &**configuration);
+                self.write_machine(body, note, parts, journal).await?;
+            }
+            Content::Memory(format) => self.write_dump(body, note, &begun.file, *format, journal).await?,
         }
-        journal.step("memory");
-        let part = note.part.clone();
-        let bytes = self.machine.def.memory_kib() << 10;
-        let (file, draft, telling, configuration) =
-            (file.clone(), draft.clone(), telling.clone(), configuration.clone());
-        let finished = self.with_images_of(&note.part, bytes, move |_| {
-            // QEMU has let go of its images: as they are now they stay.
-            let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
-            let disks = looked.into_iter().flatten().collect();
-            let telling = Telling { disks, ..telling };
-            let finish = || draft.finish(file.get()?, &telling, &configuration, moved);
-            finish().map_err(|e| stored(&part, &e))
-        });
-        self.unless_cancelled(finished, note.resume, journal).await?;
         journal.step("complete");
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
@@ -188,8 +189,38 @@ impl Operation {
         journal.note(written(&Note::Save(note.clone()))?).await
     }
 
+    /// Writes memory and devices behind the header, and that.
+    async fn write_machine(
+        &self,
+        body: &Body,
+        note: &Save,
+        (file, draft, telling, configuration): (&Arc<ClosedAside>, &Draft, &Telling, &str),
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
+        let stream = Stream::Machine { resume: note.resume };
+        let moved = self.move_memory(body, (file, &note.file), stream, journal).await?;
+        match note.goes_on {
+            true => self.go_on(note.resume).await?,
+            false => journal.memory_written(),
+        }
+        journal.step("memory");
+        let part = note.part.clone();
+        let bytes = self.machine.def.memory_kib() << 10;
+        let (file, draft, telling, configuration) =
+            (file.clone(), draft.clone(), telling.clone(), configuration.to_owned());
+        let finished = self.with_images_of(&note.part, bytes, move |_| {
+            // QEMU has let go of its images: as they are now they stay.
+            let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
+            let disks = looked.into_iter().flatten().collect();
+            let telling = Telling { disks, ..telling };
+            let finish = || draft.finish(file.get()?, &telling, &configuration, moved);
+            finish().map_err(|e| stored(&part, &e))
+        });
+        self.unless_cancelled(finished, note.resume, journal).await
+    }
+
     /// Waits for work on files. Where that is cancelled the guest goes on at once, if it is to, whenever the file system answers.
-    async fn unless_cancelled<T>(
+    pub(super) async fn unless_cancelled<T>(
         &self,
         work: impl Future<Output = Result<T, DriverError>>,
         resume: bool,
@@ -240,7 +271,10 @@ impl Operation {
     ) -> Result<(), DriverError> {
         self.goes_to_its_end();
         journal.iter().for_each(|journal| journal.save_given_up());
-        let gone_on = self.go_on(self.machine.running || note.resume).await;
+        let gone_on = match note.memory_only {
+            true => self.dump_ends().await,
+            false => self.go_on(self.machine.running || note.resume).await,
+        };
         drop(quiet);
         gone_on.and(self.remove_saved(note, held).await)
     }
@@ -266,7 +300,7 @@ impl Operation {
                 Naming::Lost => {}
             }
         }
-        if let Some(body) = &self.body {
+        if let Some(body) = self.body.as_ref().filter(|_| !note.memory_only) {
             // Its memory goes nowhere: whoever took it is no more.
             body.line()?.end_migration().await?;
         }
@@ -302,12 +336,18 @@ impl Operation {
 }
 
 /// A file that is being written.
-struct Begun {
-    held: Arc<Written>,
-    file: Arc<ClosedAside>,
-    draft: Draft,
-    telling: Telling,
-    configuration: String,
+pub(super) struct Begun {
+    pub held: Arc<Written>,
+    pub file: Arc<ClosedAside>,
+    pub content: Content,
+}
+
+/// What is to be in it.
+pub(super) enum Content {
+    /// The machine: what comes before its stream.
+    Machine { draft: Draft, telling: Telling, configuration: String },
+    /// Its memory alone.
+    Memory(MemoryFormat),
 }
 
 /// What is held of it, or else what its note means now. Blocks.

@@ -1,7 +1,7 @@
 //! The agent that runs in a guest: what [`super::Instance::agent`] gives. Whatever an agent says, somebody in the guest may have made
 //! up: a driver hands on no more of it than is bounded in size and number, and texts without characters that deceive.
 
-use super::DriverError;
+use super::{DriverError, GivenFile};
 use async_trait::async_trait;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -103,6 +103,21 @@ pub enum Sleep {
     Hybrid,
 }
 
+/// A program that is run in a guest.
+#[derive(Debug, Default)]
+pub struct Program {
+    /// Its file and its arguments.
+    pub argv: Vec<String>,
+    /// Its environment, each as `NAME=value`; none: that of the agent.
+    pub env: Vec<String>,
+    /// What it reads, to its end; nothing if not given.
+    pub stdin: Option<GivenFile>,
+    /// Gets what it prints; kept nowhere if not given.
+    pub stdout: Option<GivenFile>,
+    /// Gets what it complains of; kept nowhere if not given.
+    pub stderr: Option<GivenFile>,
+}
+
 /// A guest's agent. Errors of all: `AgentUnavailable` if none answers, `AgentFailed` with its own words, `TimedOut` if it takes too
 /// long, after which it may still do what it was asked. One is asked one thing at a time; who waits for that waits a few seconds.
 #[async_trait]
@@ -141,11 +156,10 @@ pub trait GuestAgent: Send + Sync {
     /// Gives back what file systems do not use, in pieces of that many bytes at least; says of how many.
     async fn trim(&self, minimum: u64) -> Result<u32, DriverError>;
 
-    /// Runs a program in the guest, with this environment if one is given; its number. Returns when it runs.
-    async fn exec(&self, argv: &[String], env: &[String]) -> Result<u64, DriverError>;
-
-    /// Waits for the end of such a program, and says how it ended: its exit status, or 128 and the number of the signal.
-    async fn exit_status(&self, process: u64) -> Result<i32, DriverError>;
+    /// Runs a program in the guest, and waits for its end and until what it has printed is written. Says how it ended: its exit
+    /// status, or 128 and the number of the signal. Nothing is run if its input cannot be read. Who does not wait any more leaves it
+    /// running.
+    async fn run(&self, program: Program) -> Result<i32, DriverError>;
 
     /// Puts the guest to sleep. Returns when it has been asked.
     async fn sleep(&self, how: Sleep) -> Result<(), DriverError>;

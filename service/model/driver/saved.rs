@@ -1,4 +1,5 @@
-//! Machines that are saved in a file, memory and configuration, and restored from it: what a driver does for that.
+//! Machines that are saved in a file, memory and configuration, and restored from it; and memory alone, for who debugs: what a
+//! driver does for that.
 //!
 //! ```text
 //!  save     check ─▶ save ─▶ the file is complete, the guest stands ─▶ the service ends it
@@ -75,6 +76,50 @@ pub struct SaveRequest {
     pub paused: bool,
     /// It goes on, if its CPUs ran, as soon as its memory is written, and does not end: the file is a dump.
     pub goes_on: bool,
+    /// Its memory alone is written, in that format; nothing is restored from it. Only of one that goes on.
+    pub memory_only: Option<MemoryFormat>,
+}
+
+/// How memory alone is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MemoryFormat {
+    /// As an ELF core file: all of it.
+    Elf,
+    /// As kdump does, each page packed by zlib.
+    KdumpZlib,
+    /// The same by LZO.
+    KdumpLzo,
+    /// The same by snappy.
+    KdumpSnappy,
+    /// As Windows does, of a Windows that helps.
+    WinDmp,
+}
+
+impl MemoryFormat {
+    /// All of them.
+    pub const ALL: [MemoryFormat; 5] = [
+        MemoryFormat::Elf,
+        MemoryFormat::KdumpZlib,
+        MemoryFormat::KdumpLzo,
+        MemoryFormat::KdumpSnappy,
+        MemoryFormat::WinDmp,
+    ];
+
+    /// What it is called.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            MemoryFormat::Elf => "elf",
+            MemoryFormat::KdumpZlib => "kdump-zlib",
+            MemoryFormat::KdumpLzo => "kdump-lzo",
+            MemoryFormat::KdumpSnappy => "kdump-snappy",
+            MemoryFormat::WinDmp => "win-dmp",
+        }
+    }
+
+    /// The one that is called so.
+    pub fn parse(word: &str) -> Option<MemoryFormat> {
+        MemoryFormat::ALL.into_iter().find(|format| format.as_str() == word)
+    }
 }
 
 /// A saved machine, whose file is open.

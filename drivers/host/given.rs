@@ -1,0 +1,284 @@
+//! Files that clients have given, read and written in threads of their own, as each may keep one waiting for ever. Whoever waits
+//! for that can stop at any time; a thread that hangs keeps the file, and with it the place that its client has for one.
+//!
+//! Clients have opened these files, and virtd is not to lend them its rights: files of the kernel's look at who writes, and sockets
+//! tell it. So such a thread has no capabilities, and no socket is written to.
+
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::OFlags;
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::sync::{oneshot, watch};
+use tokio::time::{sleep, timeout};
+use virt_model::driver::GivenFile;
+
+/// So much is read at once, in bytes.
+const PIECE: usize = 64 << 10;
+/// So much is written at once: a pipe that takes anything takes that, and keeps nobody waiting.
+const TAKEN: usize = 4096;
+/// How long a file that says it is ready and is not is left alone.
+const NOT_READY: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
+/// The stack of such a thread.
+const STACK: usize = 128 << 10;
+
+/// What a file is given for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// To be read.
+    Read,
+    /// To be written.
+    Write,
+}
+
+/// How long a client may leave unread what is written for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Patience {
+    /// Until something more is taken.
+    pub next: Duration,
+    /// Until all is.
+    pub all: Duration,
+}
+
+/// Whether the file can be of that use, so far as it can be told without waiting.
+pub fn check(file: &GivenFile, what_for: Use) -> io::Result<()> {
+    let flags = rustix::fs::fcntl_getfl(file)?;
+    let mode = flags & OFlags::RWMODE;
+    let (other, text) = match what_for {
+        Use::Read => (OFlags::WRONLY, "it is open for writing alone"),
+        Use::Write => (OFlags::RDONLY, "it is open for reading alone"),
+    };
+    if flags.contains(OFlags::PATH) {
+        return Err(io::Error::other("it is no more than a path"));
+    }
+    if mode == other {
+        return Err(io::Error::other(text));
+    }
+    if what_for == Use::Write && rustix::net::sockopt::socket_type(file).is_ok() {
+        return Err(io::Error::other("it is a socket: give a pipe or a file"));
+    }
+    Ok(())
+}
+
+/// Reads a file to its end; `None`: it has more than `most` bytes. Waits for as long as that takes.
+pub async fn read_all(file: GivenFile, most: usize) -> io::Result<Option<Vec<u8>>> {
+    let (stop, stopped) = stop()?;
+    let (told, read) = oneshot::channel();
+    let work = move || {
+        let result = without_rights().and_then(|()| read_blocking(&file, most, &stopped));
+        drop(file);
+        let _ = told.send(result);
+    };
+    in_a_thread("stdin", work)?;
+    let read = read.await;
+    drop(stop);
+    read.map_err(|_| io::Error::other("the thread that reads it failed"))?
+}
+
+/// Writes all that, and closes the file. Error: `TimedOut` if its reader does not take it.
+pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> io::Result<()> {
+    let (stop, stopped) = stop()?;
+    let (told, written) = oneshot::channel();
+    let (progress, mut taken) = watch::channel(());
+    let work = move || {
+        let result = without_rights().and_then(|()| write_blocking(&file, &bytes, &stopped, &progress));
+        drop(file);
+        let _ = told.send(result);
+    };
+    in_a_thread("stdout", work)?;
+    let nothing_is_taken = async {
+        while let Ok(more) = timeout(patience.next, taken.changed()).await {
+            if more.is_err() {
+                // The thread tells how it has ended.
+                std::future::pending::<()>().await;
+            }
+        }
+    };
+    let result = tokio::select! {
+        biased;
+        written = written => written.map_err(|_| io::Error::other("the thread that writes it failed"))?,
+        () = nothing_is_taken => Err(io::ErrorKind::TimedOut.into()),
+        () = sleep(patience.all) => Err(io::ErrorKind::TimedOut.into()),
+    };
+    drop(stop);
+    result
+}
+
+/// Tells a thread that nobody waits for it any more, when it is dropped.
+struct Stop(Arc<OwnedFd>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
+    }
+}
+
+fn stop() -> io::Result<(Stop, Arc<OwnedFd>)> {
+    let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
+    Ok((Stop(event.clone()), event))
+}
+
+fn in_a_thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    std::thread::Builder::new().name(name.to_owned()).stack_size(STACK).spawn(work).map(drop)
+}
+
+/// Takes all capabilities from the calling thread, and from it alone.
+fn without_rights() -> io::Result<()> {
+    let none = CapabilitySet::empty();
+    Ok(set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?)
+}
+
+fn read_blocking(file: &GivenFile, most: usize, stopped: &OwnedFd) -> io::Result<Option<Vec<u8>>> {
+    let (mut all, mut piece) = (Vec::new(), vec![0; PIECE]);
+    loop {
+        wait(file, PollFlags::IN, stopped)?;
+        match rustix::io::read(file, &mut piece) {
+            Ok(0) => return Ok(Some(all)),
+            Ok(count) if count > most - all.len() => return Ok(None),
+            Ok(count) => all.extend_from_slice(&piece[..count]),
+            Err(Errno::AGAIN | Errno::INTR) => leave_alone(stopped)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn write_blocking(file: &GivenFile, bytes: &[u8], stopped: &OwnedFd, progress: &watch::Sender<()>) -> io::Result<()> {
+    let mut left = bytes;
+    while !left.is_empty() {
+        wait(file, PollFlags::OUT, stopped)?;
+        match rustix::io::write(file, &left[..left.len().min(TAKEN)]) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => {
+                left = &left[count..];
+                progress.send_replace(());
+            }
+            Err(Errno::AGAIN | Errno::INTR) => leave_alone(stopped)?,
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the file is ready. Error: `Interrupted` when nobody waits any more.
+fn wait(file: &GivenFile, ready: PollFlags, stopped: &OwnedFd) -> io::Result<()> {
+    let mut both = [PollFd::from_borrowed_fd(file.as_fd(), ready), PollFd::new(stopped, PollFlags::IN)];
+    poll_for(&mut both, None)?;
+    if both[1].revents().is_empty() { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+}
+
+fn leave_alone(stopped: &OwnedFd) -> io::Result<()> {
+    let mut one = [PollFd::new(stopped, PollFlags::IN)];
+    poll_for(&mut one, Some(&NOT_READY))?;
+    if one[0].revents().is_empty() { Ok(()) } else { Err(io::ErrorKind::Interrupted.into()) }
+}
+
+fn poll_for(files: &mut [PollFd<'_>], at_most: Option<&Timespec>) -> io::Result<()> {
+    loop {
+        match poll(files, at_most) {
+            Err(Errno::INTR) => {}
+            done => return Ok(done.map(drop)?),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::sync::mpsc;
+
+    const LONG: Patience = Patience { next: Duration::from_secs(3600), all: Duration::from_secs(3600) };
+
+    /// The file as a client's, and what hears of its end.
+    fn given(file: impl Into<OwnedFd>) -> (GivenFile, mpsc::Receiver<()>) {
+        let (closed, hears) = mpsc::channel();
+        let close = move |file| {
+            drop(file);
+            let _ = closed.send(());
+        };
+        (GivenFile::new(file.into(), close), hears)
+    }
+
+    #[tokio::test]
+    async fn all_is_read_and_no_more_than_is_wanted() {
+        let (ear, mut mouth) = std::io::pipe().unwrap();
+        mouth.write_all(b"there").unwrap();
+        drop(mouth);
+        assert_eq!(read_all(given(ear).0, 5).await.unwrap().unwrap(), b"there");
+        let zero = || given(std::fs::File::open("/dev/zero").unwrap());
+        assert_eq!(read_all(zero().0, 1 << 20).await.unwrap(), None);
+        let folder = given(std::fs::File::open("/").unwrap()).0;
+        let why = read_all(folder, 5).await.unwrap_err();
+        assert_eq!(why.kind(), io::ErrorKind::IsADirectory);
+    }
+
+    #[tokio::test]
+    async fn a_file_is_closed_when_nobody_waits_for_it_any_more() {
+        let (ear, _mouth) = std::io::pipe().unwrap();
+        let (file, closed) = given(ear);
+        let mut reading = Box::pin(read_all(file, 5));
+        assert!(futures_util::poll!(&mut reading).is_pending());
+        drop(reading);
+        closed.recv().expect("closed");
+        let (_ear, mouth) = std::io::pipe().unwrap();
+        let (file, closed) = given(mouth);
+        let mut writing = Box::pin(write_all(file, vec![7; 1 << 20], LONG));
+        assert!(futures_util::poll!(&mut writing).is_pending());
+        drop(writing);
+        closed.recv().expect("closed");
+    }
+
+    #[tokio::test]
+    async fn a_reader_gets_all_or_is_given_up() {
+        let (ear, mouth) = std::io::pipe().unwrap();
+        let reading = std::thread::spawn(move || std::io::read_to_string(ear).unwrap().len());
+        write_all(given(mouth).0, vec![b'x'; 1 << 20], LONG).await.unwrap();
+        assert_eq!(reading.join().unwrap(), 1 << 20, "it has seen the end");
+
+        let (ear, mouth) = std::io::pipe().unwrap();
+        drop(ear);
+        let why = write_all(given(mouth).0, vec![7], LONG).await.unwrap_err();
+        assert_eq!(why.kind(), io::ErrorKind::BrokenPipe);
+
+        let short = Duration::from_millis(10);
+        for patience in [Patience { next: short, ..LONG }, Patience { all: short, ..LONG }] {
+            let (_ear, mouth) = std::io::pipe().unwrap();
+            let (file, closed) = given(mouth);
+            let why = write_all(file, vec![7; 1 << 20], patience).await.unwrap_err();
+            assert_eq!(why.kind(), io::ErrorKind::TimedOut);
+            closed.recv().expect("closed");
+        }
+    }
+
+    #[test]
+    fn what_is_of_no_use_is_told_at_once() {
+        let (ear, mouth) = std::io::pipe().unwrap();
+        let path = rustix::fs::open("/", OFlags::PATH | OFlags::CLOEXEC, rustix::fs::Mode::empty()).unwrap();
+        let (socket, _other) = std::os::unix::net::UnixStream::pair().unwrap();
+        let [ear, mouth, path, socket] =
+            [ear.into(), mouth.into(), path, socket.into()].map(|file: OwnedFd| given(file).0);
+        let why = |file, what_for| check(file, what_for).err().map(|error| error.to_string()).unwrap_or_default();
+        for (file, reads, writes) in [
+            (&ear, "", "for reading alone"),
+            (&mouth, "for writing alone", ""),
+            (&path, "a path", "a path"),
+            (&socket, "", "a socket"),
+        ] {
+            for (what_for, word) in [(Use::Read, reads), (Use::Write, writes)] {
+                let why = why(file, what_for);
+                assert_eq!((why.is_empty(), why.contains(word)), (word.is_empty(), true), "{why}");
+            }
+        }
+    }
+
+    /// The kernel's own files look at who writes them.
+    #[tokio::test]
+    async fn a_file_is_written_without_our_rights() {
+        let score = std::fs::File::options().write(true).open("/proc/self/oom_score_adj").unwrap();
+        let why = write_all(given(score).0, b"-999".to_vec(), LONG).await.unwrap_err();
+        assert_eq!(why.kind(), io::ErrorKind::PermissionDenied);
+    }
+}
