@@ -126,6 +126,12 @@ impl Clients {
         Ok(Some((theirs, admitted)))
     }
 
+    /// There is no such console any more; whoever has it is cut off.
+    pub fn forget(&self, console: &str) {
+        let client = self.all().remove(console);
+        client.iter().for_each(|client| client.end.cancel());
+    }
+
     fn all(&self) -> MutexGuard<'_, HashMap<String, Client>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
