@@ -230,11 +230,12 @@ impl Driver for TestDriver {
     async fn attach_device(
         &self,
         guest: &dyn Instance,
-        _before: &DomainDef,
-        _def: &mut DomainDef,
+        before: &DomainDef,
+        def: &mut DomainDef,
         _alias: &str,
     ) -> Result<(), DriverError> {
-        our_machine(guest)?.listens().await
+        let plugged = our_machine(guest)?.listens().await;
+        plugged.inspect_err(|_| def.clone_from(before))
     }
 
     /// A guest that is paused keeps its devices until it goes on.
