@@ -44,9 +44,15 @@ impl Consoles {
         let serials = devices.serials.iter().map(|serial| (&serial.info, &serial.source));
         let consoles = devices.consoles.iter().filter(|console| !console.is_serial());
         let all = serials.chain(consoles.map(|console| (&console.info, &console.source)));
-        let kept = all.filter_map(|(info, source)| {
+        let files = all.filter_map(|(info, source)| {
             let alias = info.alias()?;
-            let opened = Transcript::open(&transcript(&own_dir, alias, source)?, BEHIND);
+            Some((alias, transcript(&own_dir, alias, source)?))
+        });
+        let files: Vec<(&str, PathBuf)> = files.collect();
+        // All of them lie in one folder that is not large.
+        let behind = BEHIND / u64::try_from(files.len()).unwrap_or(u64::MAX).max(1);
+        let kept = files.into_iter().filter_map(|(alias, file)| {
+            let opened = Transcript::open(&file, behind);
             let opened = opened.inspect_err(|error| {
                 tracing::info!(uuid = %live.uuid, %error, "what {alias} says is not kept");
             });
