@@ -244,12 +244,18 @@ impl Ledger {
         self.take_back(guest, |_| true);
     }
 
-    /// The same of these files alone, unless they are `kept` under another name.
+    /// The same of these files alone, unless they are `kept` under another name. What is kept and lent under its own name is
+    /// another file and not looked at: its storage may not answer.
     pub fn give_back_these(&self, guest: Uuid, paths: &[PathBuf], kept: &BTreeSet<PathBuf>) {
         let file = |path: &PathBuf| Found::resolve(path).ok().map(|found| (found.stat.st_dev, found.stat.st_ino));
-        let kept: BTreeSet<FileId> = kept.iter().filter_map(file).collect();
-        let these: BTreeSet<FileId> = paths.iter().filter_map(file).filter(|file| !kept.contains(file)).collect();
-        self.take_back(guest, |file| these.contains(file));
+        let these: BTreeSet<FileId> = paths.iter().filter_map(file).collect();
+        let others: BTreeSet<PathBuf> = {
+            let books = self.lock();
+            let others = books.loans.iter().filter(|loan| loan.holders.contains_key(&guest));
+            others.filter(|loan| !these.contains(&loan.file())).map(|loan| loan.path.clone()).collect()
+        };
+        let kept: BTreeSet<FileId> = kept.difference(&others).filter_map(file).collect();
+        self.take_back(guest, |file| these.contains(file) && !kept.contains(file));
     }
 
     fn take_back(&self, guest: Uuid, which: impl Fn(&FileId) -> bool) {

@@ -348,3 +348,20 @@ fn what_an_earlier_virtd_had_lent_to_the_common_user_is_given_back() {
     ledger.give_back(guest);
     assert!(!room.may(&disk, false));
 }
+
+#[test]
+fn what_stays_lent_under_its_own_name_is_not_looked_at_for_what_is_given_back() {
+    let Some(room) = Room::new() else { return };
+    let (ledger, guest) = (room.ledger(), Uuid::new_v4());
+    let (disk, other, link) = (room.file("disk", 0o600), room.file("other", 0o600), room.dir.path().join("link"));
+    symlink(&disk, &link).unwrap();
+    ledger.lend(&room.user, guest, &[write(&disk), write(&other)]).unwrap();
+    ledger.give_back_these(guest, std::slice::from_ref(&disk), &[other.clone(), link].into());
+    assert!(room.may(&disk, true), "it is kept under another name");
+    // Whoever looked there would find the first one.
+    std::fs::rename(&other, room.dir.path().join("moved")).unwrap();
+    symlink(&disk, &other).unwrap();
+    ledger.give_back_these(guest, std::slice::from_ref(&disk), &[other].into());
+    assert!(!room.may(&disk, false) && room.may(&room.dir.path().join("moved"), true));
+    ledger.give_back(guest);
+}

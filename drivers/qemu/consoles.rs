@@ -8,12 +8,12 @@
 use super::instance::{Body, Leavings};
 use crate::host::console::{BEHIND, Clients, Talk, Transcript};
 use crate::host::workers::blocking;
-use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat, stat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat, stat, unlink};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virt_model::device::CharSource;
 use virt_model::device::chardev::CharKind;
 use virt_model::domain::DomainDef;
@@ -33,7 +33,7 @@ pub fn transcript(own_dir: &Path, alias: &str, source: &CharSource) -> Option<Pa
 #[derive(Default)]
 pub struct Consoles {
     /// By the alias of the device.
-    transcripts: HashMap<String, Arc<Transcript>>,
+    transcripts: Mutex<HashMap<String, Arc<Transcript>>>,
     clients: Clients,
 }
 
@@ -44,20 +44,41 @@ impl Consoles {
         let serials = devices.serials.iter().map(|serial| (&serial.info, &serial.source));
         let consoles = devices.consoles.iter().filter(|console| !console.is_serial());
         let all = serials.chain(consoles.map(|console| (&console.info, &console.source)));
-        let kept = all.filter_map(|(info, source)| {
+        let files = all.filter_map(|(info, source)| {
             let alias = info.alias()?;
-            let opened = Transcript::open(&transcript(&own_dir, alias, source)?, BEHIND);
+            Some((alias, transcript(&own_dir, alias, source)?))
+        });
+        let files: Vec<(&str, PathBuf)> = files.collect();
+        // All of them lie in one folder that is not large.
+        let behind = BEHIND / u64::try_from(files.len()).unwrap_or(u64::MAX).max(1);
+        let kept = files.into_iter().filter_map(|(alias, file)| {
+            let opened = Transcript::open(&file, behind);
             let opened = opened.inspect_err(|error| {
                 tracing::info!(uuid = %live.uuid, %error, "what {alias} says is not kept");
             });
             Some((alias.to_owned(), Arc::new(opened.ok()?)))
         });
-        Consoles { transcripts: kept.collect(), clients: Clients::default() }
+        Consoles { transcripts: Mutex::new(kept.collect()), clients: Clients::default() }
     }
 
     /// What its consoles say.
-    pub fn transcripts(&self) -> impl Iterator<Item = &Arc<Transcript>> {
-        self.transcripts.values()
+    pub fn transcripts(&self) -> Vec<Arc<Transcript>> {
+        self.kept().values().cloned().collect()
+    }
+
+    /// That device has gone: what it said is nobody's any more, and the next one of its name is another. Blocks.
+    pub fn forget(&self, alias: &str, own_dir: &Path) {
+        self.clients.forget(alias);
+        let kept = self.kept().remove(alias);
+        if kept.is_some()
+            && let Err(error) = unlink(own_dir.join(format!("{alias}.said")))
+        {
+            tracing::warn!(%error, "what '{alias}' said stays until the guest ends");
+        }
+    }
+
+    fn kept(&self) -> MutexGuard<'_, HashMap<String, Arc<Transcript>>> {
+        self.transcripts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -72,15 +93,15 @@ impl Body {
         if *self.gone.borrow() {
             return Err(DriverError::Gone);
         }
-        let transcript = self.consoles.transcripts.get(alias).cloned();
+        let transcript = self.consoles.kept().get(alias).cloned();
         if options.log && transcript.is_none() {
             let why = match &source.log {
                 Some(_) => {
                     "what it says is kept in the <log file> of its own; read that file, or open it without 'log'"
                 }
                 None => {
-                    "nothing is kept of what it says, as an earlier virtd started this guest; open it without 'log', or \
-                     start the guest anew"
+                    "nothing is kept of what it says, as it was plugged in while the guest ran, or an earlier virtd started \
+                     the guest; open it without 'log', or start the guest anew"
                 }
             };
             return Err(DriverError::Unsupported(why.to_owned()));
@@ -172,6 +193,20 @@ mod tests {
             let refused = terminal(&name, dir.path()).unwrap_err().to_string();
             assert!(refused.contains("is not the guest's any more"), "{refused}");
         }
+    }
+
+    #[test]
+    fn what_a_device_said_that_has_gone_is_not_shown_of_the_next_one_of_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let said = dir.path().join("serial1.said");
+        std::fs::write(&said, "booted").unwrap();
+        let consoles = Consoles::default();
+        let kept = Arc::new(Transcript::open(&said, BEHIND).unwrap());
+        consoles.kept().insert("serial1".to_owned(), kept);
+        consoles.forget("serial0", dir.path());
+        assert_eq!(consoles.transcripts().len(), 1);
+        consoles.forget("serial1", dir.path());
+        assert!(consoles.transcripts().is_empty() && !said.exists());
     }
 
     #[test]

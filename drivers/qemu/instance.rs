@@ -147,7 +147,7 @@ impl QemuInstance {
         let watching = tokio::spawn(watch(body.clone())).abort_handle();
         let guards = (0..body.companions.len()).map(|which| tokio::spawn(guard(body.clone(), which)).abort_handle());
         let bounding = tokio::spawn(bound_log(body.clone())).abort_handle();
-        let transcripts = body.consoles.transcripts().cloned();
+        let transcripts = body.consoles.transcripts().into_iter();
         let shortening = transcripts.map(|one| tokio::spawn(async move { one.stay_short().await }).abort_handle());
         QemuInstance { tasks: guards.chain([watching, bounding]).chain(shortening).collect(), body }
     }

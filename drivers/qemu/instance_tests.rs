@@ -1,10 +1,12 @@
 //! Instances on a process that is not QEMU and a monitor whose other end is ours: what real ones do too seldom.
 
 use super::*;
+use crate::DriverConfig;
 use crate::host::process::Identity;
 use crate::qemu::companion::Recorded;
 use crate::qemu::events::Guest;
 use crate::qemu::record::{Phase, Record};
+use crate::qemu::{QemuDriver, plug};
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -322,4 +324,43 @@ async fn x7_a_tray_that_the_guest_closes_meanwhile_is_opened_again() {
     changed.unwrap();
     drop(peer);
     assert!(reports.recv().await.is_some(), "the process without its monitor ends");
+}
+
+fn with_devices(devices: &str) -> DomainDef {
+    let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{devices}</devices></domain>");
+    DomainDef::parse(&text).unwrap()
+}
+
+const RNG: &str = "<rng model='virtio'><backend model='random'>/dev/urandom</backend><alias name='rng0'/></rng>";
+
+#[tokio::test]
+async fn whoever_unplugs_waits_for_a_deaf_qemu_no_longer_than_said() {
+    let (instance, _peer, _reports, _) = guest("exec sleep 1000").await;
+    let dir = tempfile::tempdir().unwrap();
+    let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
+    let done = driver.unplug(instance.body(), &with_devices(RNG), "rng0", Duration::from_millis(1)).await;
+    assert!(matches!(&done, Err(DriverError::TimedOut(why)) if why.contains("QEMU did not answer")), "{done:?}");
+}
+
+#[tokio::test]
+async fn what_a_deaf_qemu_was_told_is_taken_back_when_it_hears_again() {
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let done = vec![("object-del", json!({ "id": "rng" })), ("device_del", json!({ "id": "rng0" }))];
+    plug::take_back(instance.body(), done, &DriverError::TimedOut(String::new())).await;
+    for command in ["device_del", "object-del"] {
+        let mut line = String::new();
+        peer.read_line(&mut line).await.unwrap();
+        assert_eq!(serde_json::from_str::<Value>(&line).unwrap()["execute"], command);
+    }
+}
+
+#[tokio::test]
+async fn a_controller_that_cannot_be_taken_back_stays_in_what_runs() {
+    let (instance, mut peer, _reports, _) = guest("exec sleep 1000").await;
+    let controller = "<controller type='scsi' index='0' model='virtio-scsi'><alias name='scsi0'/></controller>";
+    let (before, mut def) = (with_devices(""), with_devices(&format!("{controller}{RNG}")));
+    let there = "\"return\": [{ \"name\": \"scsi0\", \"type\": \"child<virtio-scsi-pci>\" }]";
+    tokio::join!(plug::leave_what_stays(instance.body(), &before, &mut def), answer(&mut peer, "", there));
+    let aliases: Vec<_> = def.devices.infos().into_iter().filter_map(|(info, _)| info.alias()).collect();
+    assert_eq!(aliases, ["scsi0"]);
 }

@@ -103,26 +103,23 @@ impl QemuDriver {
         self.lend_to(body, def, files.clone()).await?;
         let mut done = Vec::new();
         let disk = def.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias));
-        let given = async {
-            match disk.zip(image) {
-                Some((disk, image)) => given::hand_over(body, disk, &image).await,
-                None => Ok(()),
-            }
-        };
+        let given = disk.and_then(GivenImage::of);
         // The guest may open an agent's port before QEMU has answered.
         body.has_agent_of(def);
         let plugged = async {
-            given.await?;
-            self.do_steps(body, parts, &mut done).await
+            if let Some((disk, image)) = disk.zip(image) {
+                given::hand_over(body, disk, &image).await?;
+            }
+            self.do_steps(body, def, parts, &mut done).await
         };
         if let Err(error) = plugged.await {
             body.has_agent_of(before);
-            for (command, arguments) in done.into_iter().rev() {
-                let undone = ask(body, command, arguments).await;
-                undone.err().iter().for_each(|e| tracing::warn!(uuid = %body.uuid, "{command}: {e}"));
+            take_back(body, done, &error).await;
+            given::take_back_this(body, given).await;
+            if !matches!(error, DriverError::TimedOut(_)) {
+                leave_what_stays(body, before, def).await;
             }
-            given::take_back_this(body, disk.and_then(GivenImage::of)).await;
-            self.give_back(body, before, files).await;
+            self.give_back(body, def, files).await;
             return Err(refused(alias, error));
         }
         if live::has_terminals(def) {
@@ -136,22 +133,27 @@ impl QemuDriver {
     async fn do_steps(
         &self,
         body: &Arc<Body>,
+        def: &DomainDef,
         parts: Vec<OneDevice>,
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<(), DriverError> {
-        let there = names_at(body, OBJECTS).await?;
-        for part in parts {
+        let mut shared = names_at(body, OBJECTS).await?;
+        shared.retain(|object| is_shared(def, object));
+        for OneDevice { steps, taps, .. } in parts {
             let mut given = Vec::new();
-            for plan in &part.taps {
-                for (number, fd) in tap::open(plan, None).await? {
-                    let name = fd_name(number);
-                    let monitor = body.monitor()?;
-                    let fd = vec![ClosedAside::of(fd.into())];
-                    monitor.execute_with("getfd", json!({ "fdname": name }), fd, COMMAND_TIMEOUT).await?;
-                    given.push(name);
+            let told = async {
+                for plan in &taps {
+                    for (number, fd) in tap::open(plan, None).await? {
+                        let name = fd_name(number);
+                        given.push(name.clone());
+                        let fd = vec![ClosedAside::of(fd.into())];
+                        let getfd = body.monitor()?;
+                        getfd.execute_with("getfd", json!({ "fdname": name }), fd, COMMAND_TIMEOUT).await?;
+                    }
                 }
-            }
-            let told = self.tell(body, part.steps, &there, done).await;
+                self.tell(body, steps, &shared, done).await
+            };
+            let told: Result<(), DriverError> = told.await;
             if told.is_err()
                 && let Ok(monitor) = body.monitor()
             {
@@ -169,12 +171,12 @@ impl QemuDriver {
         &self,
         body: &Arc<Body>,
         steps: Vec<Step>,
-        there: &BTreeSet<String>,
+        shared: &BTreeSet<String>,
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<(), DriverError> {
         for Step { command, mut arguments, undo, secret } in steps {
-            // Groups that share limits may be there.
-            if command == "object-add" && arguments["id"].as_str().is_some_and(|id| there.contains(id)) {
+            let group = command == "object-add" && arguments["qom-type"] == "throttle-group";
+            if group && arguments["id"].as_str().is_some_and(|id| shared.contains(id)) {
                 continue;
             }
             if let Some(content) = secret {
@@ -185,12 +187,16 @@ impl QemuDriver {
                 said.into_iter().for_each(|said| _ = said.remove("file"));
                 (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
             }
-            match command {
+            let told = match command {
                 // It opens what may lie on slow storage.
-                "blockdev-add" => body.patiently(command, arguments).await?,
-                _ => ask(body, command, arguments).await?,
+                "blockdev-add" => body.patiently(command, arguments).await,
+                _ => ask(body, command, arguments).await,
             };
-            done.extend(undo);
+            // QEMU may do it when it answers again.
+            if matches!(told, Ok(_) | Err(DriverError::TimedOut(_))) {
+                done.extend(undo);
+            }
+            told?;
         }
         Ok(())
     }
@@ -325,6 +331,10 @@ impl QemuDriver {
                 break;
             }
         }
+        let (console, name, dir) = (body.clone(), alias.to_owned(), own.clone());
+        if let Err(error) = blocking(move || console.consoles.forget(&name, &dir)).await {
+            tracing::warn!(uuid = %body.uuid, %error, "what '{alias}' said stays until the guest ends");
+        }
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
@@ -332,6 +342,47 @@ impl QemuDriver {
             self.give_back(body, &rest, part.files).await;
         }
     }
+}
+
+/// Takes back what was done. Of a QEMU that is deaf no answer is waited for: it does what it was told when it hears again.
+pub(super) async fn take_back(body: &Body, done: Vec<(&'static str, Value)>, why: &DriverError) {
+    let mut deaf = matches!(why, DriverError::TimedOut(_));
+    for (command, arguments) in done.into_iter().rev() {
+        if deaf {
+            let Ok(monitor) = body.monitor() else { return };
+            monitor.tell(command, arguments).await;
+        } else if let Err(error) = ask(body, command, arguments).await {
+            tracing::warn!(uuid = %body.uuid, "{command}: {error}");
+            deaf = matches!(error, DriverError::TimedOut(_));
+        }
+    }
+}
+
+/// Makes of `def` what the guest has: what it had `before`, and what QEMU has still of what was to come, as a guest without
+/// an operating system lets go of nothing. A QEMU that does not answer may have all of it.
+pub(super) async fn leave_what_stays(body: &Body, before: &DomainDef, def: &mut DomainDef) {
+    let there = match names_at(body, DEVICES).await {
+        Ok(there) => there,
+        Err(DriverError::Gone) => return def.clone_from(before),
+        Err(_) => return,
+    };
+    let known: BTreeSet<&str> = before.devices.infos().into_iter().filter_map(|(info, _)| info.alias()).collect();
+    let gone = |alias: &str| !known.contains(alias) && !there.contains(alias);
+    match def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element).is_some_and(gone)) {
+        Ok(rest) => *def = rest,
+        Err(_) => def.clone_from(before),
+    }
+}
+
+/// Whether that is the object with limits that several disks share, so that it may be there.
+fn is_shared(def: &DomainDef, object: &str) -> bool {
+    let disks = def.devices.disks.iter();
+    let mut groups = disks.flat_map(|disk| {
+        let own = disk.iotune.as_ref().and_then(|tune| tune.group.as_deref());
+        let filters = disk.throttle_filters.iter().flat_map(|filters| &filters.filters);
+        own.into_iter().chain(filters.map(|filter| &*filter.group))
+    });
+    groups.any(|group| object.strip_prefix("throttle-") == Some(group))
 }
 
 /// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.
@@ -524,5 +575,31 @@ fn say_secret(content: &SecretContent, folder: &Path, as_it_is: bool) -> Result<
     match as_it_is {
         true => String::from_utf8(bytes).map_err(|_| DriverError::Storage("a secret is not in base64".to_owned())),
         false => Ok(base64::encode(&bytes)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_limits_that_several_disks_share_may_be_there_already() {
+        let disk = |target: &str, group: &str| {
+            format!(
+                "<disk type='file'><source file='/{target}'/><target dev='{target}' bus='virtio'/>\
+                 <iotune><total_iops_sec>9</total_iops_sec>{group}</iotune></disk>"
+            )
+        };
+        let disks = disk("vda", "<group_name>slow</group_name>") + &disk("vdb", "");
+        let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{disks}</devices></domain>");
+        let def = DomainDef::parse(&text).unwrap();
+        let shared = ["throttle-slow", "throttle-vdb", "slow", "vda-key"].map(|object| is_shared(&def, object));
+        assert_eq!(shared, [true, false, false, false]);
+    }
+
+    #[test]
+    fn secrets_are_said_in_base64() {
+        let said = ["", "f", "fo", "foo", "foob", "\u{ff}"].map(|text| base64::encode(text.as_bytes()));
+        assert_eq!(said, ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "w78="]);
     }
 }

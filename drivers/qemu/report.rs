@@ -279,7 +279,8 @@ impl Inner {
         let alias = event.data["device"].as_str().filter(|alias| alias.len() <= LONGEST_NAME);
         let Some(alias) = alias.map(str::to_owned) else { return };
         match self.leaving.as_mut().filter(|leaving| leaving.alias == alias) {
-            Some(leaving) => _ = leaving.gone.get_or_insert(gone),
+            // One that has refused may let go all the same.
+            Some(leaving) => leaving.gone = Some(gone || leaving.gone == Some(true)),
             None if gone => self.send(Some(DriverEvent::DeviceGone(alias))),
             None => self.send(Some(DriverEvent::Device(DeviceEvent::RemovalFailed { alias }))),
         }
@@ -404,6 +405,11 @@ mod tests {
         let awaited = reporter.awaits("net2");
         reporter.hear(&event("DEVICE_UNPLUG_GUEST_ERROR", json!({ "device": "net2", "path": "/x" })));
         assert_eq!(awaited.settled().await, Some(false));
+        reporter.hear(&deleted("net2"));
+        reporter.hear(&event("DEVICE_UNPLUG_GUEST_ERROR", json!({ "device": "net2", "path": "/x" })));
+        assert_eq!(awaited.taken(), Some(true), "it has let go all the same");
+        let awaited = reporter.awaits("net2");
+        reporter.hear(&event("DEVICE_UNPLUG_GUEST_ERROR", json!({ "device": "net2", "path": "/x" })));
         // Whoever waited has left; then it went.
         drop(awaited);
         reporter.hear(&event("DEVICE_UNPLUG_GUEST_ERROR", json!({ "device": "net2", "path": "/x" })));

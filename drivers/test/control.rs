@@ -3,7 +3,7 @@
 use super::guest::{Asked, Machine};
 use std::sync::Arc;
 use std::time::Duration;
-use virt_model::driver::Exit;
+use virt_model::driver::{DriverEvent, Exit};
 use virt_model::state::{ShutdownBy, Suspended};
 
 /// How long a hypervisor that does not listen is waited for.
@@ -60,6 +60,11 @@ impl GuestControl {
     /// From now on the hypervisor answers nothing (or does again), as a process under SIGSTOP: only `destroy` works.
     pub fn hang(&self, hang: bool) {
         self.0.set_listening(!hang);
+    }
+
+    /// The hypervisor reports that, whether it is so or not.
+    pub fn report(&self, event: DriverEvent) {
+        self.0.report(event);
     }
 
     /// The hypervisor dies.

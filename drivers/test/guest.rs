@@ -230,6 +230,10 @@ impl Machine {
     }
 
     /// The CPUs stop for a reason of their own.
+    pub fn report(&self, event: DriverEvent) {
+        lock(&self.state).tell(event);
+    }
+
     pub fn stop(&self, why: Suspended) {
         let mut state = lock(&self.state);
         if state.mode == Mode::Running {

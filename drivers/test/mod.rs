@@ -237,12 +237,13 @@ impl Driver for TestDriver {
     async fn attach_device(
         &self,
         guest: &dyn Instance,
-        _before: &DomainDef,
-        _def: &mut DomainDef,
+        before: &DomainDef,
+        def: &mut DomainDef,
         _alias: &str,
         _image: Option<Arc<GivenFile>>,
     ) -> Result<(), DriverError> {
-        our_machine(guest)?.listens().await
+        let plugged = our_machine(guest)?.listens().await;
+        plugged.inspect_err(|_| def.clone_from(before))
     }
 
     /// It is judged as if it were to be used, and then let go of.

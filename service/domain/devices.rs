@@ -9,6 +9,7 @@
 //! guest then turns out not to have is reported as gone ([`Domain::device_has_gone`]).
 
 use super::config::Update;
+use super::state::Guest;
 use super::{Affect, Domain, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
@@ -17,6 +18,7 @@ use crate::fail_point;
 use crate::images;
 use crate::lock::lock;
 use crate::verb::{self, Verb};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
@@ -44,8 +46,9 @@ struct Placed {
 }
 
 impl Domain {
-    /// Plugs in a device, in all configurations that `affect` means, or none. Gives its name in what runs, or the one that the
-    /// document gives it.
+    /// Plugs in a device, in all configurations that `affect` means. Gives its name in what runs, or the one that the document
+    /// gives it. On failure none of them changes, but that what runs says what the guest has: a device that cannot be stored,
+    /// or a controller that came with one that was refused and cannot be taken back.
     /// `images`: what the caller has open itself for it, then in what runs alone.
     /// Errors: `OperationUnsupported` and `OperationInvalid` name what cannot be plugged, or has no place.
     pub async fn attach_device(
@@ -138,9 +141,9 @@ impl Domain {
         if found.is_empty() { Ok(def) } else { Err(Error::ConfigInvalid(found)) }
     }
 
-    /// Plugs it in; gives what runs then. On failure what is kept of what runs is as before.
+    /// Plugs it in; gives what runs then. On failure what runs is as before, with what of it could not be taken back.
     async fn plug(
-        &self,
+        self: &Arc<Self>,
         before: &Arc<DomainDef>,
         placed: Placed,
         image: Option<Arc<GivenFile>>,
@@ -156,13 +159,28 @@ impl Domain {
             Err(error) => {
                 // Whether a hypervisor that does not answer has it is found out when it answers another virtd.
                 if !matches!(error, DriverError::TimedOut(_))
-                    && let Err(e) = self.keep_live(before).await
+                    && let Err(e) = self.keep_what_stays(&guest, before, def).await
                 {
                     tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd '{alias}' is told as gone");
                 }
                 Err(self.driver_failed(&format!("plug '{alias}' into"), error))
             }
         }
+    }
+
+    /// Keeps what the guest has after a device was refused: what it had, and what could not be taken back.
+    async fn keep_what_stays(self: &Arc<Self>, guest: &Guest, before: &DomainDef, def: Arc<DomainDef>) -> Result<()> {
+        let known: BTreeSet<_> = before.devices.infos().into_iter().map(|(info, _)| info.alias()).collect();
+        let stays =
+            def.devices.infos().into_iter().map(|(info, _)| info.alias()).filter(|alias| !known.contains(alias));
+        let stays: Vec<String> = stays.flatten().map(str::to_owned).collect();
+        if stays.is_empty() {
+            return self.keep_live(before).await;
+        }
+        self.put_configurations(Some(def), None, Update::Whole).await?;
+        // The guest may let go of it at any moment, and have done so by now.
+        stays.into_iter().for_each(|alias| drop(tokio::spawn(self.clone().device_has_gone(guest.id, alias))));
+        Ok(())
     }
 
     /// Unplugs a device, from all configurations that `affect` means; returns when the guest has let go of it.
@@ -232,9 +250,14 @@ impl Domain {
             (Some(element), Some(def)) => self.stored_without(&def, &element).ok(),
             _ => None,
         };
-        self.put_configurations(Some(Arc::new(live)), stored, Update::Whole).await?;
+        let live = Arc::new(live);
+        let put = self.put_configurations(Some(live.clone()), stored, Update::Whole).await;
+        if put.is_err() {
+            // The guest does not have it, whatever cannot be written.
+            self.put_configurations(Some(live), None, Update::Whole).await?;
+        }
         self.tell_device(DeviceEvent::Removed { alias: alias.to_owned() });
-        Ok(())
+        put
     }
 
     /// The hypervisor says that a device has gone, which nobody waits for.
@@ -257,14 +280,14 @@ impl Domain {
         self.has_looked(id, &alias);
         let (Some(_turn), Some(guest)) = (turn, has_it(&self)) else { return };
         let told = match self.driver.is_detached(guest.instance.as_ref(), &guest.live, &alias).await {
-            Ok(false) => Ok(()),
+            Ok(false) => return,
             Ok(true) => self.has_let_go(&alias).await,
             Err(error) => Err(Error::from_driver(&self.name(), &format!("look after '{alias}' of"), error)),
         };
         match told {
             Ok(()) => tracing::info!(uuid = %self.uuid, name = self.name(), "its guest has let go of '{alias}'"),
             Err(error) => {
-                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML shows '{alias}', and it has gone")
+                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "'{alias}' has gone, and the configurations do not follow")
             }
         }
     }
@@ -282,6 +305,14 @@ impl Domain {
                 let of = |target: &str| node.strip_prefix(target).is_some_and(|rest| rest.starts_with('-'));
                 let Some(disk) = live.devices.disks.iter().find(|disk| of(&disk.target.dev)) else { return };
                 DeviceEvent::IoError { target: disk.target.dev.clone(), action, reason }
+            }
+            // A guest can say so as often as it likes: that counts once, and if it was asked.
+            DeviceEvent::RemovalFailed { alias } => {
+                let Some(guest) = self.guest().ok() else { return };
+                if self.stays(guest.id, &alias).is_none() {
+                    return;
+                }
+                DeviceEvent::RemovalFailed { alias }
             }
             other => other,
         };

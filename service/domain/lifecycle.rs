@@ -277,6 +277,7 @@ impl Domain {
             ending: None,
             saved: false,
             leaving: BTreeMap::new(),
+            ejected: BTreeSet::new(),
             looked_after: BTreeSet::new(),
             asks,
         };

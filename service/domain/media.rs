@@ -4,6 +4,7 @@ use super::config::Update;
 use super::{Affect, Domain, absolute, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::verb::{self, Verb};
 use std::sync::Arc;
 use virt_model::device::Disk;
@@ -109,6 +110,9 @@ impl Domain {
             self.put_back_medium(before.as_deref(), target.as_deref()).await;
             return Err(error);
         }
+        if let (Some(target), Some(guest)) = (&target, lock(&self.state).guest.as_mut()) {
+            guest.ejected.remove(target);
+        }
         target.into_iter().for_each(|target| self.tell_device(DeviceEvent::MediumChanged { target, reason }));
         Ok(())
     }
@@ -141,12 +145,18 @@ impl Domain {
         }
     }
 
-    /// The guest itself has opened the tray of a drive: what lay in it, it does not have any more.
+    /// The guest itself has opened the tray of a drive: what lay in it, it does not have any more. That is told once, until
+    /// another medium is put in.
     pub(super) fn tray_opened(&self, alias: &str) {
         let Some(live) = self.live() else { return };
         let drive = live.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias) && !disk.is_empty());
         if let Some(drive) = drive {
             let target = drive.target.dev.clone();
+            // It may open and close it as often as it likes.
+            let news = lock(&self.state).guest.as_mut().is_some_and(|guest| guest.ejected.insert(target.clone()));
+            if !news {
+                return;
+            }
             self.tell_device(DeviceEvent::MediumChanged { target, reason: MediumChange::GuestEjected });
         }
     }

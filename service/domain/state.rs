@@ -74,6 +74,8 @@ pub(super) struct Guest {
     pub(super) saved: bool,
     /// Devices that it is asked to let go of, with what then goes from what is stored, too.
     pub(super) leaving: BTreeMap<String, Option<Element>>,
+    /// Drives of which it was told that the guest has opened them, with what still lies in them.
+    pub(super) ejected: BTreeSet<String>,
     /// Devices that have gone and are just being looked after.
     pub(super) looked_after: BTreeSet<String>,
     /// Asks `follow` to say when it has told all that was reported before.

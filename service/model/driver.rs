@@ -193,7 +193,8 @@ pub trait Driver: Send + Sync {
 
     /// Plugs in the device of that name, as `def` says it with all that [`Driver::place_device`] has added to `before`. What is
     /// known of it only then, a terminal say, is written into `def`. `image` is the disk's, if a client has given it and it has
-    /// been judged. On failure the guest does not have it.
+    /// been judged. On failure `def` is what the guest has then: `before`, with what could not be taken back; after `TimedOut` it
+    /// is what the guest may have.
     async fn attach_device(
         &self,
         guest: &dyn Instance,

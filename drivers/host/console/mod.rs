@@ -26,7 +26,8 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-/// A client that is so many bytes behind what a console says loses what is before them: of a file that is the guest's own.
+/// A client that is so many bytes behind what a console says loses what is before them: of a file that is the guest's own,
+/// shared by all its consoles.
 pub const BEHIND: u64 = 4 << 20;
 /// The same of one that is in virtd's memory.
 pub const BEHIND_IN_MEMORY: u64 = 256 << 10;
@@ -124,6 +125,12 @@ impl Clients {
             before.ended.cancelled().await;
         }
         Ok(Some((theirs, admitted)))
+    }
+
+    /// There is no such console any more; whoever has it is cut off.
+    pub fn forget(&self, console: &str) {
+        let client = self.all().remove(console);
+        client.iter().for_each(|client| client.end.cancel());
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<String, Client>> {

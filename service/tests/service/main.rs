@@ -1,6 +1,7 @@
 //! The service as its callers see it, a file per story: with the test driver, without a bus and without QEMU.
 
 mod destroy;
+mod devices;
 mod documents;
 mod lifecycle;
 mod permission;
