@@ -41,7 +41,7 @@ async fn a_guest_that_opens_its_tray_again_and_again_is_told_of_once() {
     opens();
     assert_eq!(told_of_devices(&mut world, &domain).await, [""; 0]);
     let (affect, how) = (Affect::default(), MediumExchange::default());
-    domain.change_file(&world.alice(), "sda", "/b.iso", affect, how).await.unwrap();
+    domain.change_file(&world.alice(), "sda", "/b.iso", affect, how, None).await.unwrap();
     opens();
     let told = told_of_devices(&mut world, &domain).await;
     assert!(told.len() == 2 && told[1].contains("GuestEjected"), "another medium: {told:?}");
