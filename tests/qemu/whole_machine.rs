@@ -234,6 +234,8 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     assert_eq!(watch.lifecycle(&player.domain.path).await, "started wakeup");
     let now = lin.counts(|_| true).await;
     lin.counts(|count| count >= now + 3).await;
+    // A guest that wakes opens the port anew.
+    agent_answers(&player.domain).await;
     player.domain.call("Shutdown", &(options([("mode", Variant::from("agent"))]),)).await.expect("asked");
     let ended = watch.until(&player.domain.path, "stopped shutdown").await;
     assert_eq!(ended, ["shutdown guest", "stopped shutdown"]);
