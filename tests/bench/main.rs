@@ -2,7 +2,8 @@
 //!
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
 //! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
-//! dead storage alone, `./bench start` starts alone, `./bench libvirt` beside libvirt, `./bench inventory` ten thousand domains.
+//! dead storage alone, `./bench start` starts alone, `./bench libvirt` beside libvirt, `./bench inventory` ten thousand domains,
+//! `./bench listen` what listening to statistics costs.
 
 mod bus;
 #[path = "../common/mod.rs"]
@@ -11,6 +12,7 @@ mod dead;
 mod guests;
 mod inventory;
 mod libvirt;
+mod listen;
 mod raw;
 mod snapshots;
 
@@ -34,6 +36,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     if only("libvirt") {
         return libvirt::compare(&bench).await;
     }
+    if only("listen") {
+        return listen::to_statistics(&bench).await;
+    }
     guests::start_and_destroy(&bench, "").await?;
     if let Some(walled) = bus::Bench::start_system().await? {
         guests::start_and_destroy(&walled, ", as a user of its own").await?;
@@ -43,6 +48,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     inventory::read_against_ping(&bench).await?;
     guests::beside_hung_ones(&bench).await?;
+    listen::to_statistics(&bench).await?;
     libvirt::compare(&bench).await?;
     drop(bench);
     dead::beside_dead_storage().await?;
