@@ -2,7 +2,7 @@
 //!
 //! Where libvirt is not to be installed, `LIBVIRT_ROOT` can name a folder with its programs as they would be below `/`:
 //! packages unpacked there by `dpkg -x` (libvirt-daemon, libvirt-daemon-driver-qemu, libvirt-daemon-system, libvirt-dbus,
-//! libvirt-glib-1.0-0, libvirt0, iptables, and what `ldd` misses). It is laid over `/` for libvirt's processes alone.
+//! libvirt-glib-1.0-0, libvirt0, python3-libvirt, iptables, and what `ldd` misses). It is laid over `/` for libvirt's processes alone.
 
 use crate::bus::{Bench, Result, undefine};
 use crate::common::client::{Domain, options};
@@ -74,7 +74,10 @@ impl<'a> Libvirt<'a> {
         command.args(["--mount", "sh", "-euc", SCRIPT, "sh"]).arg(&folder).arg(&root);
         let dbus = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?;
         let libvirt = Libvirt { bench, dbus, folder };
-        libvirt.appears().await?;
+        if let Err(error) = libvirt.appears().await {
+            let said = std::fs::read_to_string(bench.daemon.folder().join("libvirt-dbus.log"))?;
+            return Err(format!("libvirt-dbus does not come up: {error}: {said}").into());
+        }
         Ok(Some(libvirt))
     }
 
@@ -97,6 +100,13 @@ impl<'a> Libvirt<'a> {
     /// The bench that it stands beside.
     pub fn bench(&self) -> &Bench {
         self.bench
+    }
+
+    /// A command that sees its sockets and, where it is unpacked, its programs.
+    pub fn inside(&self, program: &str) -> std::process::Command {
+        let mut command = self.bench.daemon.inside("nsenter");
+        command.args(["--mount", "--target", &self.dbus.id().to_string(), "--", program]);
+        command
     }
 
     /// Calls a method of any of its objects.
@@ -126,7 +136,7 @@ impl<'a> Libvirt<'a> {
 /// Compares what both can do.
 pub async fn compare(bench: &Bench) -> Result<()> {
     let Some(libvirt) = Libvirt::start(bench).await? else { return Ok(()) };
-    println!("\n{:<58} {:>12} {:>12} {:>7}", "the same by libvirt-dbus (median)", "virtd", "libvirt-dbus", "ratio");
+    heading();
     let ours = bench.define(&guest_xml("ours")).await;
     // The first call waits until libvirt knows what QEMU can do.
     let theirs = libvirt.define(&guest_xml("theirs")).await?;
@@ -134,7 +144,19 @@ pub async fn compare(bench: &Bench) -> Result<()> {
     libvirt.domain(&theirs, "Undefine", &(0_u32,)).await?;
     undefine(&ours).await;
     crate::snapshots::compare(&libvirt).await?;
+    crate::running::compare(&libvirt).await?;
     inventory(&libvirt).await
+}
+
+/// Compares what is done with guests that run.
+pub async fn compare_running(bench: &Bench) -> Result<()> {
+    let Some(libvirt) = Libvirt::start(bench).await? else { return Ok(()) };
+    heading();
+    crate::running::compare(&libvirt).await
+}
+
+fn heading() {
+    println!("\n{:<58} {:>12} {:>12} {:>7}", "the same by libvirt-dbus (median)", "virtd", "libvirt-dbus", "ratio");
 }
 
 fn guest_xml(name: &str) -> String {

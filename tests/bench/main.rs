@@ -2,8 +2,8 @@
 //!
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
 //! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
-//! dead storage alone, `./bench start` starts alone, `./bench libvirt` beside libvirt, `./bench inventory` ten thousand domains,
-//! `./bench listen` what listening to statistics costs.
+//! dead storage alone, `./bench start` starts alone, `./bench libvirt` beside libvirt, `./bench running` the part of it
+//! that is done with guests that run, `./bench inventory` ten thousand domains, `./bench listen` what listening to statistics costs.
 
 mod bus;
 #[path = "../common/mod.rs"]
@@ -14,6 +14,7 @@ mod inventory;
 mod libvirt;
 mod listen;
 mod raw;
+mod running;
 mod snapshots;
 
 use std::time::Duration;
@@ -35,6 +36,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let bench = bus::Bench::start(None).await?;
     if only("libvirt") {
         return libvirt::compare(&bench).await;
+    }
+    if only("running") {
+        return libvirt::compare_running(&bench).await;
     }
     if only("listen") {
         return listen::to_statistics(&bench).await;
