@@ -31,11 +31,11 @@ pub async fn of_guest(
     group: StatGroup,
 ) -> Result<GroupStats, DriverError> {
     match group {
-        StatGroup::Cpu => Ok(GroupStats::Cpu(process(body).await?.cpu)),
+        StatGroup::Cpu => Ok(GroupStats::Cpu(process(body)?.cpu)),
         StatGroup::Memory => memory(body, def).await.map(GroupStats::Memory),
         StatGroup::Vcpus => vcpus(body, def).await.map(GroupStats::Vcpus),
         StatGroup::Disks => disks(workers, body, def).await.map(GroupStats::Disks),
-        StatGroup::Interfaces => interfaces(def).await.map(GroupStats::Interfaces),
+        StatGroup::Interfaces => Ok(GroupStats::Interfaces(interfaces(def))),
         StatGroup::Iothreads => iothreads(body, def).await.map(GroupStats::Iothreads),
     }
 }
@@ -76,39 +76,29 @@ fn measured(target: String, image: Option<(PathBuf, String)>, may_open: bool) ->
     DiskStats { capacity, allocation: Some(seen.allocated), physical: Some(seen.length), ..none }
 }
 
-/// Does what asks the kernel alone, which answers at once.
-async fn look<T: Send + 'static>(
-    look: impl FnOnce() -> Result<T, DriverError> + Send + 'static,
-) -> Result<T, DriverError> {
-    let looked = tokio::task::spawn_blocking(look).await;
-    looked.unwrap_or_else(|error| Err(DriverError::Internal(format!("the look at the guest was cut off: {error}"))))
-}
-
 /// The number of the guest's process. Its number is its own as long as it has not ended.
 fn process_id(body: &Body) -> Result<i32, DriverError> {
     body.keeper.process_id().ok_or(DriverError::Gone)
 }
 
-async fn process(body: &Arc<Body>) -> Result<usage::ProcessUsage, DriverError> {
-    let (body, pid) = (body.clone(), process_id(body)?);
-    look(move || {
-        let used = usage::of_process(pid);
-        if body.process.has_ended() {
-            return Err(DriverError::Gone);
-        }
-        used.map_err(|error| DriverError::Internal(format!("its process cannot be looked at: {error}")))
-    })
-    .await
+/// What its process uses: one file of the kernel's, which answers in less time than another thread needs to begin.
+fn process(body: &Body) -> Result<usage::ProcessUsage, DriverError> {
+    let used = usage::of_process(process_id(body)?);
+    if body.process.has_ended() {
+        return Err(DriverError::Gone);
+    }
+    used.map_err(|error| DriverError::Internal(format!("its process cannot be looked at: {error}")))
 }
 
-/// What threads of the guest have run, by their number; without those that have ended.
+/// What threads of the guest have run, by their number; without those that have ended. There may be hundreds of them, so their files
+/// are read where that may take its time.
 async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, ThreadStats>, DriverError> {
     let (body, pid) = (body.clone(), process_id(body)?);
-    look(move || {
+    let look = tokio::task::spawn_blocking(move || {
         let used = usage::of_threads(pid, &ids);
         if body.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) }
-    })
-    .await
+    });
+    look.await.unwrap_or_else(|error| Err(DriverError::Internal(format!("the look at the guest was cut off: {error}"))))
 }
 
 async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
@@ -137,7 +127,7 @@ fn numbered(told: &Value, known: Range<u32>, number: impl Fn(&Value) -> Option<u
 }
 
 async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, DriverError> {
-    let rss = process(body).await?.resident;
+    let rss = process(body)?.resident;
     let balloon = def.devices.memballoon.as_ref();
     let balloon = balloon.filter(|one| !matches!(one.model, BalloonModel::None | BalloonModel::Xen));
     let Some(alias) = balloon.and_then(|balloon| balloon.info.alias()) else {
@@ -230,17 +220,13 @@ fn traffic(told: &Value, threshold: u64) -> DiskTraffic {
     }
 }
 
-async fn interfaces(def: &DomainDef) -> Result<Vec<InterfaceStats>, DriverError> {
-    let link = |card: &Interface| card.target.as_ref().and_then(|target| target.dev.clone());
-    let cards: Vec<_> = def.devices.interfaces.iter().map(|card| (card.mac(), link(card))).collect();
-    look(move || {
-        let counted = |(mac, target): (_, Option<String>)| {
-            let traffic = target.as_deref().and_then(usage::of_link);
-            InterfaceStats { mac, target, traffic }
-        };
-        Ok(cards.into_iter().map(counted).collect())
-    })
-    .await
+fn interfaces(def: &DomainDef) -> Vec<InterfaceStats> {
+    let counted = |card: &Interface| {
+        let target = card.target.as_ref().and_then(|target| target.dev.clone());
+        let traffic = target.as_deref().and_then(usage::of_link);
+        InterfaceStats { mac: card.mac(), target, traffic }
+    };
+    def.devices.interfaces.iter().map(counted).collect()
 }
 
 #[cfg(test)]

@@ -29,8 +29,6 @@ use virt_model::xml::shorten;
 
 /// How long an answer is waited for, from when it was first asked for; a healthy hypervisor needs some milliseconds.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How long one is waited for that is overdue: the hypervisor may just have come back.
-const GRACE: Duration = Duration::from_millis(50);
 /// The word of the one group that no driver is asked for.
 const STATE: &str = "state";
 /// The words of groups that there are to be.
@@ -293,8 +291,8 @@ impl Sampler {
         patience: Duration,
     ) -> Result<Option<Sample>, DriverError> {
         let Running { since, mut ended } = running;
-        // Its end is the only news there is.
-        let _ = timeout_at((since + patience).max(Instant::now() + GRACE), ended.changed()).await;
+        // Its end is the only news there is. One that is overdue is not waited for: who asks next is told what it brings.
+        let _ = timeout_at(since + patience, ended.changed()).await;
         let slots = lock(&self.0);
         let Some(slot) = slots.get(&question) else { return Ok(None) };
         match &slot.failure {

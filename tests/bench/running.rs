@@ -5,6 +5,7 @@ use crate::common::client::{Domain, options};
 use crate::common::console::Console;
 use crate::common::guest::Tick;
 use crate::libvirt::{Libvirt, Pair, timed};
+use crate::{percentile, row};
 use futures_util::future::join_all;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -16,6 +17,8 @@ const SAVED: (u64, u64) = (256, 200);
 const WATCHED: usize = 20;
 /// A disk on this can be taken out while firmware alone runs in the guest.
 const CONTROLLER: &str = "<controller type='scsi' model='virtio-scsi'/>";
+/// What runs and what is stored, as virtd does it unless it is told otherwise.
+const LIVE_AND_CONFIG: u32 = 3;
 /// libvirt-dbus cannot open a console: how long libvirt's own library takes, in seconds, a line each.
 const CONSOLE: &str = "
 import libvirt, sys, time
@@ -152,7 +155,7 @@ async fn plugged(libvirt: &Libvirt<'_>) -> Result<()> {
             let (time, done) = timed(twins.ours.call(method, &(&ours, options([])))).await;
             done.map_err(|e| format!("{e:?}"))?;
             times.0.push(time);
-            let (time, done) = timed(libvirt.domain(&twins.theirs, method, &(&theirs, 1_u32))).await;
+            let (time, done) = timed(libvirt.domain(&twins.theirs, method, &(&theirs, LIVE_AND_CONFIG))).await;
             done?;
             times.1.push(time);
         }
@@ -212,23 +215,38 @@ async fn watched(libvirt: &Libvirt<'_>) -> Result<()> {
     }
     let mut all = Pair::new();
     for _ in 0..20 {
-        let ours = join_all(twins.iter().map(|twin| twin.ours.run("GetStats")));
-        let (time, answers) = timed(ours).await;
-        for answer in answers {
-            answer.map_err(|e| format!("{e:?}"))?;
-        }
-        all.0.push(time);
+        all.0.push(asked_of_all(&twins).await?);
         let body = (0_u32, 0_u32);
         let theirs = libvirt.call("/org/libvirt/QEMU", "org.libvirt.Connect", "GetAllDomainStats", &body);
         let (time, answer) = timed(theirs).await;
         answer?;
         all.1.push(time);
     }
+    let well = percentile(&mut all.0, 50);
     all.show(&format!("Statistics of {WATCHED} guests"));
+    let hung = daemon.qemu_of("watched-0-ours").ok_or("QEMU not found")?;
+    nix::sys::signal::kill(hung, nix::sys::signal::Signal::SIGSTOP)?;
+    // Whoever asks first finds out.
+    asked_of_all(&twins).await?;
+    let mut beside = Vec::new();
+    for _ in 0..20 {
+        beside.push(asked_of_all(&twins).await?);
+    }
+    row("virtd: the same while one of them hangs, against before", percentile(&mut beside, 50), well, 1.2);
+    nix::sys::signal::kill(hung, nix::sys::signal::Signal::SIGCONT)?;
     for twin in twins {
         twin.end(libvirt).await?;
     }
     Ok(())
+}
+
+/// How long it takes until all have answered that are asked at once.
+async fn asked_of_all(twins: &[Twins]) -> Result<Duration> {
+    let (time, answers) = timed(join_all(twins.iter().map(|twin| twin.ours.run("GetStats")))).await;
+    for answer in answers {
+        answer.map_err(|e| format!("{e:?}"))?;
+    }
+    Ok(time)
 }
 
 /// A disk that nothing boots from.
