@@ -155,6 +155,9 @@ verbs! {
         DETACH_DEVICE_ALIAS = "DetachDeviceAlias", Some(Device), Always, "detach device";
         CHANGE_MEDIUM = "ChangeMedium", Some(Device), Always, "change the medium in";
         SET_LINK = "SetLink", Some(Device), Always, "set the link of";
+        SET_VCPUS = "SetVCPUs", Some(Device), Always, "set the vCPUs of";
+        SET_MEMORY = "SetMemory", Some(Device), Always, "set the memory of";
+        SET_MEMORY_STATS_PERIOD = "SetMemoryStatsPeriod", Some(Device), Always, "set the period of memory statistics of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";

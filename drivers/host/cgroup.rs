@@ -181,7 +181,10 @@ impl Group {
     pub fn hold_thread(&self, name: &str, thread: i32, quota: Quota) -> io::Result<()> {
         match &self.version {
             Version::One(controllers) => {
-                let folder = place(controllers, "cpu")?.join(&self.name).join(name);
+                let guest = place(controllers, "cpu")?.join(&self.name);
+                let folder = guest.join(name);
+                // Where nothing is said of the whole guest its group is not there yet.
+                make(&guest)?;
                 make(&folder)?;
                 cpu_one(&folder, quota)?;
                 write(&folder.join("tasks"), thread)

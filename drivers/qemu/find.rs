@@ -4,6 +4,7 @@
 //! One that lives and does not answer is held all the same: it can be destroyed, and its monitor is sought until it
 //! answers.
 
+use super::adjust::vcpus;
 use super::agent::{self, Port};
 use super::changes::Change;
 use super::companion::{Living, end_all};
@@ -29,6 +30,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 use uuid::Uuid;
+use virt_model::domain::DomainDef;
 use virt_model::driver::{Condition, DriverError, Reconnect, Reconnected, Recorder};
 use virt_model::state::Suspended;
 
@@ -136,6 +138,7 @@ impl Search {
             uuid: record.uuid,
             devices: plug::that_can_go(&self.found.live),
             reporter: reporter.clone(),
+            live: self.found.live.clone(),
         };
         let contact = tokio::select! {
             contact = caller.call(CONTACT) => contact,
@@ -244,6 +247,8 @@ struct Caller {
     /// Those that it had when last seen, and may have let go of since.
     devices: Vec<String>,
     reporter: Arc<Reporter>,
+    /// As it ran when last seen.
+    live: Arc<DomainDef>,
 }
 
 impl Caller {
@@ -266,6 +271,12 @@ impl Caller {
                 self.reporter.agent_found(port.is_some_and(|port| port["frontend-open"] == true));
             }
             self.reporter.have_gone(plug::missing(&monitor, &self.devices).await?);
+            // Some may have come or gone when the last virtd was cut off.
+            if self.live.maximum_vcpus() > 1
+                && vcpus::present_by(&monitor, &self.live).await? != self.live.vcpus_at_boot().0
+            {
+                self.reporter.has_other_vcpus();
+            }
             Ok((monitor, condition(status)))
         };
         let late = || DriverError::from(QmpError::TimedOut("hello".into()));

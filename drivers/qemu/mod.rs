@@ -5,6 +5,7 @@
 //!   record ────────────────find──────────────────────────────▶        "
 //! ```
 
+mod adjust;
 mod agent;
 mod block;
 pub mod capabilities;
@@ -83,8 +84,8 @@ use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Accepted, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch, MachineChoice, MediumExchange, Reconnect,
-    Reconnected, Removable, Running, StoredFile,
+    Accepted, Adjustment, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch, MachineChoice, MediumExchange,
+    Reconnect, Reconnected, Removable, Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -573,6 +574,20 @@ impl Driver for QemuDriver {
 
     async fn is_detached(&self, guest: &dyn Instance, def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
         self.has_gone(our_body(guest)?, def, alias).await
+    }
+
+    async fn adjust(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+        what: &Adjustment,
+    ) -> Result<(), DriverError> {
+        self.adjust_guest(our_body(guest)?, before, def, what).await
+    }
+
+    async fn look_at(&self, guest: &dyn Instance, def: &mut DomainDef, what: &Adjustment) -> Result<(), DriverError> {
+        self.look_at_guest(our_body(guest)?, def, what).await
     }
 
     async fn stats(

@@ -260,38 +260,7 @@ impl QemuDriver {
             return Err(DriverError::Unsupported(format!("'{alias}' stays as long as the machine runs: {why}")));
         }
         serves_nobody(def, alias)?;
-        let awaited = body.reporter.awaits(alias);
-        let mut answered = false;
-        let goes = async {
-            let asked = body.patiently("device_del", json!({ "id": alias })).await;
-            answered = true;
-            match asked {
-                Ok(_) => Ok(awaited.settled().await),
-                Err(DriverError::Hypervisor(why)) if why.contains("not found") => Ok(Some(true)),
-                // It was asked before.
-                Err(DriverError::Hypervisor(why)) if why.contains("in the process of unplug") => {
-                    Ok(awaited.settled().await)
-                }
-                Err(error) => Err(refused(alias, error)),
-            }
-        };
-        // QEMU may be deaf, so that its answer is waited for no longer than the guest.
-        let settled = timeout(patience, goes).await.unwrap_or(Ok(None))?;
-        match awaited.taken().or(settled) {
-            Some(true) => {}
-            Some(false) => return Err(DriverError::Refused(format!("the guest refuses to let go of '{alias}'"))),
-            None if body.monitor().is_err() => return Err(DriverError::Gone),
-            None => {
-                let seconds = patience.as_secs_f64();
-                let what = match answered {
-                    true => format!("the guest did not let go of '{alias}' within {seconds} s, and has it still"),
-                    false => format!("QEMU did not answer within {seconds} s, and '{alias}' is in the guest still"),
-                };
-                return Err(DriverError::TimedOut(format!(
-                    "{what}; it may let go later, which is told by DeviceRemoved"
-                )));
-            }
-        }
+        body.lets_go(alias, patience).await?;
         self.take_away(body, def, alias).await;
         Ok(())
     }
@@ -340,6 +309,43 @@ impl QemuDriver {
         {
             body.has_agent_of(&rest);
             self.give_back(body, &rest, part.files).await;
+        }
+    }
+}
+
+impl Body {
+    /// Asks the guest to let go of what QEMU has under that name, and waits until it has. Errors as of
+    /// [`virt_model::driver::Driver::detach_device`].
+    pub(super) async fn lets_go(&self, alias: &str, patience: Duration) -> Result<(), DriverError> {
+        let awaited = self.reporter.awaits(alias);
+        let mut answered = false;
+        let goes = async {
+            let asked = self.patiently("device_del", json!({ "id": alias })).await;
+            answered = true;
+            match asked {
+                Ok(_) => Ok(awaited.settled().await),
+                Err(DriverError::Hypervisor(why)) if why.contains("not found") => Ok(Some(true)),
+                // It was asked before.
+                Err(DriverError::Hypervisor(why)) if why.contains("in the process of unplug") => {
+                    Ok(awaited.settled().await)
+                }
+                Err(error) => Err(refused(alias, error)),
+            }
+        };
+        // QEMU may be deaf, so that its answer is waited for no longer than the guest.
+        let settled = timeout(patience, goes).await.unwrap_or(Ok(None))?;
+        match awaited.taken().or(settled) {
+            Some(true) => Ok(()),
+            Some(false) => Err(DriverError::Refused(format!("the guest refuses to let go of '{alias}'"))),
+            None if self.monitor().is_err() => Err(DriverError::Gone),
+            None => {
+                let seconds = patience.as_secs_f64();
+                let what = match answered {
+                    true => format!("the guest did not let go of '{alias}' within {seconds} s, and has it still"),
+                    false => format!("QEMU did not answer within {seconds} s, and '{alias}' is in the guest still"),
+                };
+                Err(DriverError::TimedOut(format!("{what}; it may let go later, which is told then")))
+            }
         }
     }
 }

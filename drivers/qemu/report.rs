@@ -1,5 +1,6 @@
 //! From the monitor to the service: keeps what the guest does, and reports what changes, in order.
 
+use super::command::is_vcpu;
 use super::events::{Guest, Outcome};
 use super::qmp::{Event, Listener};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -189,7 +190,12 @@ impl Reporter {
     /// Reports devices of which it was found that they have gone.
     pub fn have_gone(&self, aliases: Vec<String>) {
         let mut inner = self.lock();
-        aliases.into_iter().for_each(|alias| inner.send(Some(DriverEvent::DeviceGone(alias))));
+        aliases.into_iter().for_each(|alias| inner.send(Some(gone(alias))));
+    }
+
+    /// Reports that the guest has other vCPUs than it was known to have.
+    pub fn has_other_vcpus(&self) {
+        self.lock().send(Some(DriverEvent::VcpusChanged));
     }
 
     /// Why the last dump of memory has failed, if QEMU has said it since this was asked.
@@ -281,7 +287,7 @@ impl Inner {
         match self.leaving.as_mut().filter(|leaving| leaving.alias == alias) {
             // One that has refused may let go all the same.
             Some(leaving) => leaving.gone = Some(gone || leaving.gone == Some(true)),
-            None if gone => self.send(Some(DriverEvent::DeviceGone(alias))),
+            None if gone => self.send(Some(self::gone(alias))),
             None => self.send(Some(DriverEvent::Device(DeviceEvent::RemovalFailed { alias }))),
         }
     }
@@ -298,6 +304,11 @@ impl Inner {
             sink.send(event);
         }
     }
+}
+
+/// What is reported of what has gone.
+fn gone(alias: String) -> DriverEvent {
+    if is_vcpu(&alias) { DriverEvent::VcpusChanged } else { DriverEvent::DeviceGone(alias) }
 }
 
 /// What is passed on as it comes.
@@ -353,7 +364,7 @@ impl Drop for Awaited {
     fn drop(&mut self) {
         let mut inner = self.0.lock();
         if let Some(Leaving { alias, gone: Some(true) }) = inner.leaving.take() {
-            inner.send(Some(DriverEvent::DeviceGone(alias)));
+            inner.send(Some(gone(alias)));
         }
     }
 }

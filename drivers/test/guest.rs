@@ -11,8 +11,9 @@
 use super::consoles::Consoles;
 use super::lock;
 use crate::agent::{self, Agent, PowerChange, Turns, change_power};
+use crate::qemu::command::{is_vcpu, vcpu_name};
 use async_trait::async_trait;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -71,6 +72,8 @@ struct State {
     asked: Option<Asked>,
     /// How often its machine was reset.
     resets: u32,
+    /// The numbers of its vCPUs.
+    vcpus: BTreeSet<u32>,
     /// Devices that it is to let go of, when it runs; of each, whether somebody waits for that.
     leaving: BTreeMap<String, bool>,
 }
@@ -107,6 +110,7 @@ impl Machine {
                 deaf: false,
                 asked: None,
                 resets: 0,
+                vcpus: def.vcpus_at_boot().0,
                 leaving: BTreeMap::new(),
             }),
             listening: watch::Sender::new(true),
@@ -165,13 +169,23 @@ impl Machine {
         let mut state = lock(&self.state);
         if state.mode == Mode::Running {
             for (alias, awaited) in std::mem::take(&mut state.leaving) {
-                if !awaited {
-                    state.tell(DriverEvent::DeviceGone(alias));
+                match is_vcpu(&alias) {
+                    _ if awaited => {}
+                    true => {
+                        state.vcpus.retain(|number| vcpu_name(*number) != alias);
+                        state.tell(DriverEvent::VcpusChanged);
+                    }
+                    false => state.tell(DriverEvent::DeviceGone(alias)),
                 }
             }
         }
         drop(state);
         self.let_go.send_modify(|count| *count += 1);
+    }
+
+    /// Looks at or changes which vCPUs it has.
+    pub fn with_vcpus<T>(&self, work: impl FnOnce(&mut BTreeSet<u32>) -> T) -> T {
+        work(&mut lock(&self.state).vcpus)
     }
 
     pub fn lives(&self) -> bool {

@@ -4,6 +4,7 @@
 //! A guest that is asked to power off does so at once, unless [`GuestControl`] told it not to: that is how tests make
 //! guests crash, hang, ignore what they are asked, and die.
 
+mod adjust;
 mod agent;
 mod consoles;
 mod control;
@@ -32,8 +33,8 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Driver, DriverError, GivenFile, Instance, Launch, MediumExchange, Reconnect, Reconnected, Removable, Running,
-    StoredFile,
+    Adjustment, Driver, DriverError, GivenFile, Instance, Launch, MediumExchange, Reconnect, Reconnected, Removable,
+    Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, shorten};
 
@@ -264,6 +265,29 @@ impl Driver for TestDriver {
 
     async fn is_detached(&self, guest: &dyn Instance, _def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
         Ok(our_machine(guest)?.has_let_go(alias))
+    }
+
+    async fn adjust(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+        what: &Adjustment,
+    ) -> Result<(), DriverError> {
+        let machine = our_machine(guest)?;
+        let adjusted = machine.adjust(before, def, what).await;
+        if adjusted.is_err() {
+            def.clone_from(before);
+            machine.tell_vcpus(def);
+        }
+        adjusted
+    }
+
+    async fn look_at(&self, guest: &dyn Instance, def: &mut DomainDef, _what: &Adjustment) -> Result<(), DriverError> {
+        let machine = our_machine(guest)?;
+        machine.listens().await?;
+        machine.tell_vcpus(def);
+        Ok(())
     }
 
     async fn belongings(&self, def: &DomainDef) -> Vec<PathBuf> {

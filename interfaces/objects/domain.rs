@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
-use super::{Members, agent, paths, properties, snapshot, stats};
+use super::{Members, adjust, agent, paths, properties, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -119,6 +119,9 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::DETACH_DEVICE_ALIAS, detach_device_alias)
         .method(&verb::CHANGE_MEDIUM, change_medium)
         .method(&verb::SET_LINK, set_link)
+        .method(&verb::SET_VCPUS, adjust::set_vcpus)
+        .method(&verb::SET_MEMORY, adjust::set_memory)
+        .method(&verb::SET_MEMORY_STATS_PERIOD, adjust::set_memory_stats_period)
         .method(&verb::UPDATE_DEVICE, update_device)
         .method(&verb::CREATE_SNAPSHOT, create_snapshot)
         .method(&verb::CHECK_CREATE, check_create_snapshot)
@@ -398,7 +401,7 @@ fn detachment(mut options: Options) -> Result<(Affect, Duration), Error> {
 }
 
 /// How long a guest may take, if the caller says so.
-fn patience(options: &mut Options) -> Result<Option<Duration>, Error> {
+pub fn patience(options: &mut Options) -> Result<Option<Duration>, Error> {
     let patience = options.long("timeout-usec")?.map(Duration::from_micros);
     if patience > Some(LONGEST_WAIT) {
         let most = LONGEST_WAIT.as_micros();
@@ -490,7 +493,7 @@ fn mode(mut options: Options) -> Result<ShutdownMode, Error> {
     Ok(mode)
 }
 
-fn affect(mut options: Options) -> Result<Affect, Error> {
+pub fn affect(mut options: Options) -> Result<Affect, Error> {
     let affect = Affect { live: options.flag("live")?, config: options.flag("config")? };
     options.end()?;
     Ok(affect)

@@ -1,5 +1,6 @@
 //! The objects on the bus: for each kind its properties, its members and its paths. A file a kind; what they share is here.
 
+mod adjust;
 mod agent;
 pub mod domain;
 pub mod job;

@@ -368,13 +368,13 @@ impl Domain {
     }
 
     /// Whether nobody looks after that device yet: a hypervisor may say as often as it likes that it has gone.
-    fn begins_to_look(&self, id: u32, alias: &str) -> bool {
+    pub(super) fn begins_to_look(&self, id: u32, alias: &str) -> bool {
         let mut state = lock(&self.state);
         let guest = state.guest.as_mut().filter(|guest| guest.id == id);
         guest.is_some_and(|guest| guest.looked_after.insert(alias.to_owned()))
     }
 
-    fn has_looked(&self, id: u32, alias: &str) {
+    pub(super) fn has_looked(&self, id: u32, alias: &str) {
         if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
             guest.looked_after.remove(alias);
         }

@@ -72,6 +72,7 @@ impl Domain {
                 DriverEvent::Panicked => self.panicked(id).await,
                 DriverEvent::AgentChanged => self.agent_changed(),
                 DriverEvent::DeviceGone(alias) => drop(tokio::spawn(self.clone().device_has_gone(id, alias))),
+                DriverEvent::VcpusChanged => drop(tokio::spawn(self.clone().vcpus_have_changed(id))),
                 DriverEvent::TrayOpened(alias) => self.tray_opened(&alias),
                 DriverEvent::Device(event) => self.device_reported(event),
                 DriverEvent::Exited(exit) => return self.became_inactive(id, &exit).await,

@@ -3,6 +3,7 @@
 //! Two locks with two meanings: `state` is held for a few lines and never across an await; the turn is the right to
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
+mod adjust;
 mod agent;
 mod broken;
 mod can;

@@ -4,6 +4,7 @@
 //! a guest and reports what befalls it. Everything a driver reports of one guest comes through one channel, in the order
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
+pub mod adjust;
 pub mod agent;
 pub mod devices;
 pub mod given;
@@ -18,6 +19,7 @@ use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::{Finding, refusals};
+pub use adjust::Adjustment;
 use async_trait::async_trait;
 pub use devices::{DeviceEvent, IoAction, IoFailure, MediumChange, MediumExchange};
 pub use given::GivenFile;
@@ -226,6 +228,27 @@ pub trait Driver: Send + Sync {
     async fn is_detached(&self, guest: &dyn Instance, def: &DomainDef, alias: &str) -> Result<bool, DriverError> {
         let _ = (guest, def, alias);
         Ok(false)
+    }
+
+    /// Has the guest follow `def`, which is other than `before`, what it runs with, in what is named. On failure `def` is what the
+    /// guest has then: `before`, but that some vCPUs may have come or gone.
+    /// Errors: `Unsupported` names what cannot change while this machine runs; `TimedOut` if the guest keeps vCPUs: it may let go
+    /// of them later, which is reported ([`DriverEvent::VcpusChanged`]).
+    async fn adjust(
+        &self,
+        guest: &dyn Instance,
+        before: &DomainDef,
+        def: &mut DomainDef,
+        what: &Adjustment,
+    ) -> Result<(), DriverError> {
+        let _ = (guest, before, def);
+        Err(DriverError::Unsupported(format!("this driver cannot change {what} while the guest runs")))
+    }
+
+    /// Writes into `def`, what the guest runs with, what is so in truth of what is named.
+    async fn look_at(&self, guest: &dyn Instance, def: &mut DomainDef, what: &Adjustment) -> Result<(), DriverError> {
+        let _ = (guest, def);
+        Err(DriverError::Unsupported(format!("this driver cannot tell {what} of a guest that runs")))
     }
 
     /// A group of numbers of a machine: of its guest, or with `None` of one that is off, which has those of its disks only. May
@@ -537,6 +560,8 @@ pub enum DriverEvent {
     AgentChanged,
     /// The guest has let go of the device of that name, which nobody waits for; see [`Driver::is_detached`].
     DeviceGone(String),
+    /// vCPUs have come or gone, which nobody waits for: [`Driver::look_at`] tells which there are.
+    VcpusChanged,
     /// The guest itself has opened the tray of the drive of that name.
     TrayOpened(String),
     /// Something else has happened to a device.
@@ -548,7 +573,13 @@ pub enum DriverEvent {
 impl DriverEvent {
     /// Whether it says nothing of what the guest does: where too much is said, it is what is left out.
     pub fn is_of_a_device(&self) -> bool {
-        matches!(self, DriverEvent::DeviceGone(_) | DriverEvent::TrayOpened(_) | DriverEvent::Device(_))
+        matches!(
+            self,
+            DriverEvent::DeviceGone(_)
+                | DriverEvent::VcpusChanged
+                | DriverEvent::TrayOpened(_)
+                | DriverEvent::Device(_)
+        )
     }
 }
 

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod adjust;
 mod agent;
 mod bus_objects;
 mod bus_policy;

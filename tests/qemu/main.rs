@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod adjusted;
 mod console;
 mod dead_storage;
 mod dumped;

@@ -115,6 +115,25 @@ pub fn plugged_cpu(def: &DomainDef, caps: &Capabilities) -> String {
     format!("{}-{}-cpu", model_name(def), caps.arch)
 }
 
+/// QEMU's name of a vCPU that is plugged in.
+pub fn vcpu_name(number: u32) -> String {
+    format!("vcpu{number}")
+}
+
+/// Whether that is QEMU's name of a vCPU.
+pub fn is_vcpu(name: &str) -> bool {
+    name.strip_prefix("vcpu").is_some_and(|number| number.parse::<u32>().is_ok())
+}
+
+/// Where the vCPU of that number sits, in QEMU's words.
+pub fn vcpu_place(def: &DomainDef, number: u32) -> [(&'static str, u32); 4] {
+    let topology = def.cpu.as_ref().and_then(|cpu| cpu.topology.as_ref());
+    let (dies, cores, threads) =
+        topology.map_or((1, 1, 1), |t| (t.dies.unwrap_or(1).max(1), t.cores.max(1), t.threads.max(1)));
+    let (core, die) = (number / threads, number / threads / cores);
+    [("socket-id", die / dies), ("die-id", die % dies), ("core-id", core % cores), ("thread-id", number % threads)]
+}
+
 /// What a guest is told of Hyper-V, in QEMU's words, each with its value.
 pub fn enlightenments(hyperv: &Hyperv) -> Vec<(&'static str, String)> {
     let on = || "on".to_owned();

@@ -2,6 +2,7 @@
 
 use super::args::{List, Props, on_off};
 use super::calendar::date;
+use super::cpu::{vcpu_name, vcpu_place};
 use super::disk::with_backing;
 use super::memory::RAM;
 use super::{Builder, list};
@@ -118,11 +119,8 @@ impl Builder<'_> {
         self.args.pair("-smp", smp.set("cores", cores).set("threads", threads));
         let kind = super::plugged_cpu(self.def, self.caps);
         for n in plugged {
-            let (dies, cores, threads) = (dies.max(1), cores.max(1), threads.max(1));
-            let (core, die) = (n / threads, n / threads / cores);
-            let props = Props::device(&kind).set("id", format!("vcpu{n}")).set("socket-id", die / dies);
-            let props = props.set("die-id", die % dies).set("core-id", core % cores);
-            self.args.device(props.set("thread-id", n % threads));
+            let props = Props::device(&kind).set("id", vcpu_name(n));
+            self.args.device(vcpu_place(self.def, n).into_iter().fold(props, |props, (key, n)| props.set(key, n)));
         }
         self.args.pair("-uuid", self.def.uuid.to_string());
         let tseg = self.def.features.as_ref().and_then(|f| f.smm.as_ref()?.tseg.as_ref()?.mib().ok());

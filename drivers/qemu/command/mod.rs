@@ -45,7 +45,10 @@ pub use board::{iommu_device, shmem_kind};
 pub use calendar::seconds as date_seconds;
 pub use chardev::{serial_device, usb_number, usb_version};
 pub use controller::{scsi_device, usb_device};
-pub use cpu::{enlightenments, is_exact, is_of_the_system, is_same_feature, knows_feature, pinned, plugged_cpu};
+pub use cpu::{
+    enlightenments, is_exact, is_of_the_system, is_same_feature, is_vcpu, knows_feature, pinned, plugged_cpu,
+    vcpu_name, vcpu_place,
+};
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
 pub use hostdev::vsock_device;

@@ -28,6 +28,7 @@ pub mod size;
 pub mod sysinfo;
 pub mod tune;
 pub mod value;
+mod vcpus;
 
 pub use format::{nearest, vocabulary};
 

@@ -1,0 +1,338 @@
+//! What changes on a machine without plugging: its vCPUs, memory, and what else [`Adjustment`] names, in what runs, what is stored,
+//! or both.
+//!
+//! ```text
+//!  new configurations ─▶ checked as definitions are ─▶ the guest follows ─▶ both on disk, then told
+//!                                                           └─ a failure leaves all as before, but for vCPUs that have come or gone
+//! ```
+
+use super::config::Update;
+use super::state::Guest;
+use super::{Affect, Domain};
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::fail_point;
+use crate::lock::lock;
+use crate::verb::{self, Verb};
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use virt_model::device::balloon::{BalloonModel, BalloonStats};
+use virt_model::domain::DomainDef;
+use virt_model::domain::size::Kib;
+use virt_model::driver::Adjustment;
+use virt_model::xml::Element;
+
+/// Under which name it is kept that vCPUs are asked for: no device has one with a blank in it.
+const VCPUS_LEAVING: &str = "its vCPUs";
+
+/// What runs, and what it is to become.
+pub(super) struct LiveChange {
+    pub(super) before: Arc<DomainDef>,
+    pub(super) after: DomainDef,
+    /// What the guest is to follow in.
+    pub(super) what: Vec<Adjustment>,
+}
+
+impl Domain {
+    /// Gives the guest so many bytes of its memory, or, as `maximum`, makes that the memory of the machine when it starts next.
+    /// Returns when the balloon has been asked. Error: `InvalidArgument` names the maximum.
+    pub async fn set_memory(
+        self: &Arc<Self>,
+        caller: &Caller,
+        bytes: u64,
+        maximum: bool,
+        affect: Affect,
+    ) -> Result<()> {
+        let affect = of_stored("memory", maximum, affect)?;
+        let kib = bytes.div_ceil(1024);
+        self.adjust(caller, &verb::SET_MEMORY, affect, Adjustment::Memory, |def, runs| match maximum {
+            true => set_maximum_memory(def, kib),
+            false => {
+                let most = def.memory_kib();
+                if kib == 0 || kib > most {
+                    let most = most.saturating_mul(1024);
+                    return Err(Error::InvalidArgument(format!(
+                        "domain '{}': {bytes} bytes of memory; there can be 1 to {most} ('maximum' changes that)",
+                        def.name
+                    )));
+                }
+                if runs {
+                    has_balloon(def)?;
+                }
+                def.current_memory = Some(Kib(kib));
+                Ok(())
+            }
+        })
+        .await
+    }
+
+    /// Has the guest tell of its memory at that interval, in seconds; 0: never.
+    pub async fn set_memory_stats_period(
+        self: &Arc<Self>,
+        caller: &Caller,
+        seconds: u32,
+        affect: Affect,
+    ) -> Result<()> {
+        self.adjust(caller, &verb::SET_MEMORY_STATS_PERIOD, affect, Adjustment::MemoryStats, |def, _| {
+            has_balloon(def)?;
+            let balloon = def.devices.memballoon.as_mut().ok_or_else(|| no_balloon(&def.name))?;
+            balloon.stats = (seconds > 0).then(|| BalloonStats { period: seconds, ..BalloonStats::default() });
+            Ok(())
+        })
+        .await
+    }
+
+    /// Plugs vCPUs in or out until there are so many, or, as `maximum`, makes that the most that there can be when it starts next.
+    /// Errors: `InvalidArgument` names the maximum; `TimedOut` if the guest does not let go within `patience`: then it may later,
+    /// and configurations follow.
+    pub async fn set_vcpus(
+        self: &Arc<Self>,
+        caller: &Caller,
+        count: u32,
+        maximum: bool,
+        affect: Affect,
+        patience: Duration,
+    ) -> Result<()> {
+        let affect = of_stored("number of vCPUs", maximum, affect)?;
+        self.short(caller, &verb::SET_VCPUS, async {
+            let (before, before_stored) = self.affected(&verb::SET_VCPUS, affect)?;
+            let change = |def: &Arc<DomainDef>, runs: bool| {
+                let mut def = DomainDef::clone(def);
+                with_vcpus(&mut def, count, maximum, runs).map(|()| def)
+            };
+            let mut after = before.as_ref().map(|def| change(def, true)).transpose()?;
+            let mut stored = before_stored.as_ref().map(|def| change(def, false)).transpose()?;
+            let as_stored = self.stored()?;
+            if let (Some(after), Some(before)) = (&mut after, &before) {
+                if as_stored.is_none_or(|stored| stored.vcpus_each.is_none()) {
+                    after.forget_plain_vcpus();
+                }
+                // Where both were the same they stay so: what can be unplugged now can be after the next start.
+                if let (Some(stored), Some(before_stored)) = (&mut stored, &before_stored)
+                    && (before.vcpus_at_boot(), before.maximum_vcpus())
+                        == (before_stored.vcpus_at_boot(), before_stored.maximum_vcpus())
+                {
+                    (stored.vcpu, stored.vcpus_each) = (after.vcpu.clone(), after.vcpus_each.clone());
+                }
+            }
+            let live = before.zip(after);
+            let what = vec![Adjustment::Vcpus(patience)];
+            let live = live.map(|(before, after)| LiveChange { before, after, what });
+            let stored = before_stored.zip(stored);
+            if let (Some(_), Ok(guest)) = (&live, self.guest()) {
+                self.vcpus_will_be(guest.id, stored.is_some().then_some(count));
+            }
+            let done = self.put_checked(&verb::SET_VCPUS, live, stored).await;
+            if let (Ok(guest), false) = (self.guest(), matches!(done, Err(Error::TimedOut(_)))) {
+                self.vcpus_will_be(guest.id, None);
+            }
+            done
+        })
+        .await
+    }
+
+    /// The frame of what changes one thing: `edit` makes it of a configuration, and is told whether that is what runs.
+    pub(super) async fn adjust(
+        self: &Arc<Self>,
+        caller: &Caller,
+        verb: &'static Verb,
+        affect: Affect,
+        what: Adjustment,
+        edit: impl Fn(&mut DomainDef, bool) -> Result<()> + Send + Sync,
+    ) -> Result<()> {
+        self.short(caller, verb, async {
+            let (live, stored) = self.affected(verb, affect)?;
+            let edited = |def: &Arc<DomainDef>, runs: bool| {
+                let mut def = DomainDef::clone(def);
+                edit(&mut def, runs).map(|()| def)
+            };
+            let live = live.map(|before| {
+                let after = edited(&before, true)?;
+                Ok::<_, Error>(LiveChange { before, after, what: vec![what.clone()] })
+            });
+            let stored = stored.map(|def| edited(&def, false).map(|after| (def, after))).transpose()?;
+            self.put_checked(verb, live.transpose()?, stored).await
+        })
+        .await
+    }
+
+    /// Holds new configurations to what definitions are held to, has the guest follow, and puts them in the place of the old ones.
+    pub(super) async fn put_checked(
+        &self,
+        verb: &'static Verb,
+        live: Option<LiveChange>,
+        stored: Option<(Arc<DomainDef>, DomainDef)>,
+    ) -> Result<()> {
+        if let Some(live) = &live {
+            self.is_no_worse(&live.before, &live.after).await?;
+        }
+        if let Some((before, after)) = &stored {
+            self.is_no_worse(before, after).await?;
+        }
+        let stored = stored.map(|(_, after)| Arc::new(after));
+        let Some(LiveChange { before, mut after, what }) = live else {
+            return self.put_configurations(None, stored, Update::Whole).await;
+        };
+        let guest = self.guest()?;
+        fail_point::reached();
+        for (done, one) in what.iter().enumerate() {
+            let followed = self.driver.adjust(guest.instance.as_ref(), &before, &mut after, one).await;
+            if let Err(error) = followed {
+                self.undo(&guest, &before, &after, &what[..done]).await;
+                if matches!(one, Adjustment::Vcpus(_)) && after.vcpus_at_boot() != before.vcpus_at_boot() {
+                    self.put_configurations(Some(Arc::new(after)), None, Update::Whole).await?;
+                }
+                return Err(self.driver_failed(verb.word, error));
+            }
+        }
+        fail_point::reached();
+        let put = self.put_configurations(Some(Arc::new(after.clone())), stored, Update::Whole).await;
+        if put.is_err() {
+            self.undo(&guest, &before, &after, &what).await;
+        }
+        put
+    }
+
+    /// The guest is to be again as it was `before`.
+    async fn undo(&self, guest: &Guest, before: &DomainDef, after: &DomainDef, what: &[Adjustment]) {
+        for one in what.iter().rev() {
+            let back = self.driver.adjust(guest.instance.as_ref(), after, &mut before.clone(), one).await;
+            if let Err(error) = back {
+                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell {one}");
+            }
+        }
+    }
+
+    /// Refuses what says more against a configuration than there was before.
+    async fn is_no_worse(&self, before: &DomainDef, after: &DomainDef) -> Result<()> {
+        let said = async |def: &DomainDef| {
+            let found = def.contradictions().into_iter().chain(self.driver.check(def).await);
+            found.map(|finding| (finding.path, finding.message)).collect::<BTreeSet<_>>()
+        };
+        let known = said(before).await;
+        let new: Vec<String> = said(after).await.difference(&known).map(|(_, message)| message.clone()).collect();
+        match new.is_empty() {
+            true => Ok(()),
+            false => Err(Error::InvalidArgument(format!("domain '{}': {}", self.name(), new.join("; ")))),
+        }
+    }
+
+    /// The hypervisor says that vCPUs have come or gone, which nobody waits for.
+    pub(super) async fn vcpus_have_changed(self: Arc<Self>, id: u32) {
+        let is_there = |domain: &Domain| domain.guest().ok().filter(|guest| guest.id == id);
+        if is_there(&self).is_none() || !self.begins_to_look(id, VCPUS_LEAVING) {
+            return;
+        }
+        let word = "look after vCPUs that have gone from";
+        let turn = loop {
+            match self.take_turn(word, &CancellationToken::new()).await {
+                Ok(turn) => break Some(turn),
+                Err(Error::Busy { .. }) if is_there(&self).is_some() => {}
+                Err(_) => break None,
+            }
+        };
+        self.has_looked(id, VCPUS_LEAVING);
+        let (Some(_turn), Some(guest)) = (turn, is_there(&self)) else { return };
+        if let Err(error) = self.follow_vcpus(&guest).await {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "its vCPUs have changed, and the configurations do not follow");
+        }
+    }
+
+    async fn follow_vcpus(&self, guest: &Guest) -> Result<()> {
+        let mut live = DomainDef::clone(&guest.live);
+        let looked = self.driver.look_at(guest.instance.as_ref(), &mut live, &Adjustment::Vcpus(Duration::ZERO)).await;
+        looked.map_err(|error| self.driver_failed("look at the vCPUs of", error))?;
+        if live.vcpus_at_boot() == guest.live.vcpus_at_boot() {
+            return Ok(());
+        }
+        let wanted = self.vcpus_wanted(guest.id).filter(|wanted| *wanted == live.vcpus());
+        let stored = match (wanted, self.stored()?) {
+            (Some(wanted), Some(def)) => {
+                self.vcpus_will_be(guest.id, None);
+                let mut def = DomainDef::clone(&def);
+                // Whoever has changed the maximum meanwhile has said what is to be.
+                (wanted <= def.maximum_vcpus()).then(|| def.set_vcpus(wanted, false).map(|()| Arc::new(def)).ok())
+            }
+            _ => None,
+        };
+        self.put_configurations(Some(Arc::new(live)), stored.flatten(), Update::Whole).await
+    }
+
+    /// How many vCPUs the guest is to have when it has let go of others, and what is stored then, too; or nothing is to come of it.
+    fn vcpus_will_be(&self, id: u32, count: Option<u32>) {
+        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
+            match count {
+                Some(count) => {
+                    let wanted = Element::new("vcpu").with_attr("current", count.to_string());
+                    guest.leaving.insert(VCPUS_LEAVING.to_owned(), Some(wanted));
+                }
+                None => drop(guest.leaving.remove(VCPUS_LEAVING)),
+            }
+        }
+    }
+
+    fn vcpus_wanted(&self, id: u32) -> Option<u32> {
+        let state = lock(&self.state);
+        let guest = state.guest.as_ref().filter(|guest| guest.id == id)?;
+        guest.leaving.get(VCPUS_LEAVING)?.as_ref()?.attr("current")?.parse().ok()
+    }
+}
+
+/// A maximum is of what is stored.
+fn of_stored(what: &str, maximum: bool, affect: Affect) -> Result<Affect> {
+    match (maximum, affect.live) {
+        (true, true) => Err(Error::InvalidArgument(format!(
+            "'maximum' is of what is stored, not 'live': the largest {what} stays as long as the machine runs"
+        ))),
+        (true, false) => Ok(Affect { live: false, config: true }),
+        (false, _) => Ok(affect),
+    }
+}
+
+fn with_vcpus(def: &mut DomainDef, count: u32, maximum: bool, runs: bool) -> Result<()> {
+    let (name, most) = (def.name.clone(), def.maximum_vcpus());
+    if count == 0 || !maximum && count > most {
+        let most = if maximum { String::new() } else { format!(" to {most} ('maximum' changes that)") };
+        let least = if maximum { "at least " } else { "" };
+        return Err(Error::InvalidArgument(format!("domain '{name}': {count} vCPUs; there can be {least}1{most}")));
+    }
+    if maximum {
+        def.set_maximum_vcpus(count);
+        return Ok(());
+    }
+    def.set_vcpus(count, runs).map_err(|board| {
+        Error::OperationUnsupported(format!(
+            "domain '{name}': {board} of its vCPUs were there at its start and stay as long as it runs"
+        ))
+    })
+}
+
+fn set_maximum_memory(def: &mut DomainDef, kib: u64) -> Result<()> {
+    let name = def.name.clone();
+    let (cells, devices) = (def.numa_cells().len(), def.memory_devices_kib());
+    if cells > 0 {
+        return Err(Error::OperationUnsupported(format!(
+            "domain '{name}': its memory is that of its NUMA cells; define it with others"
+        )));
+    }
+    if kib <= devices {
+        let least = devices.saturating_mul(1024);
+        return Err(Error::InvalidArgument(format!("domain '{name}': it needs more than {least} bytes of memory")));
+    }
+    def.memory.get_or_insert_default().size = Kib(kib);
+    def.current_memory = def.current_memory.map(|now| now.min(Kib(kib)));
+    Ok(())
+}
+
+fn has_balloon(def: &DomainDef) -> Result<()> {
+    let none = def.devices.memballoon.as_ref().is_some_and(|balloon| balloon.model == BalloonModel::None);
+    if none { Err(no_balloon(&def.name)) } else { Ok(()) }
+}
+
+fn no_balloon(name: &str) -> Error {
+    Error::OperationUnsupported(format!(
+        "domain '{name}' has no <memballoon>, by which its guest would give memory back"
+    ))
+}

@@ -1,0 +1,25 @@
+//! What of a machine can change while it runs, without anything being plugged.
+
+use std::fmt;
+use std::time::Duration;
+
+/// One such thing; which values it is to have stands in the definition.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Adjustment {
+    /// How much of its memory the guest has: `<currentMemory>`.
+    Memory,
+    /// Which vCPUs there are, and how long a guest may take to let go of those that go.
+    Vcpus(Duration),
+    /// How often the guest tells of its memory: `<memballoon><stats>`.
+    MemoryStats,
+}
+
+impl fmt::Display for Adjustment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Adjustment::Memory => f.write_str("the memory that it has"),
+            Adjustment::Vcpus(_) => f.write_str("its vCPUs"),
+            Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
+        }
+    }
+}
