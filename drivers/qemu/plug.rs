@@ -123,7 +123,7 @@ impl QemuDriver {
             return Err(refused(alias, error));
         }
         if live::has_terminals(def) {
-            let devices = ask(body, "query-chardev", json!({})).await.unwrap_or_default();
+            let devices = body.ask("query-chardev", json!({})).await.unwrap_or_default();
             live::set_terminals(def, &devices);
         }
         Ok(())
@@ -190,7 +190,7 @@ impl QemuDriver {
             let told = match command {
                 // It opens what may lie on slow storage.
                 "blockdev-add" => body.patiently(command, arguments).await,
-                _ => ask(body, command, arguments).await,
+                _ => body.ask(command, arguments).await,
             };
             // QEMU may do it when it answers again.
             if matches!(told, Ok(_) | Err(DriverError::TimedOut(_))) {
@@ -325,7 +325,7 @@ impl QemuDriver {
         }
         let undo = part.steps.iter().rev().filter_map(|step| step.undo.clone());
         for (command, arguments) in undo.filter(|(command, _)| !matches!(*command, "device_del" | "blockdev-del")) {
-            let Err(error) = ask(body, command, arguments).await else { continue };
+            let Err(error) = body.ask(command, arguments).await else { continue };
             tracing::debug!(uuid = %body.uuid, alias, %error, "something that a device stood on stays");
             if matches!(error, DriverError::TimedOut(_)) {
                 break;
@@ -351,7 +351,7 @@ pub(super) async fn take_back(body: &Body, done: Vec<(&'static str, Value)>, why
         if deaf {
             let Ok(monitor) = body.monitor() else { return };
             monitor.tell(command, arguments).await;
-        } else if let Err(error) = ask(body, command, arguments).await {
+        } else if let Err(error) = body.ask(command, arguments).await {
             tracing::warn!(uuid = %body.uuid, "{command}: {error}");
             deaf = matches!(error, DriverError::TimedOut(_));
         }
@@ -385,14 +385,9 @@ fn is_shared(def: &DomainDef, object: &str) -> bool {
     groups.any(|group| object.strip_prefix("throttle-") == Some(group))
 }
 
-/// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.
-async fn ask(body: &Body, command: &str, arguments: Value) -> Result<Value, DriverError> {
-    Ok(body.monitor()?.execute(command, arguments).await?)
-}
-
 /// The names that QEMU has there.
 async fn names_at(body: &Body, path: &str) -> Result<BTreeSet<String>, DriverError> {
-    Ok(names_in(&ask(body, "qom-list", json!({ "path": path })).await?))
+    Ok(names_in(&body.ask("qom-list", json!({ "path": path })).await?))
 }
 
 fn names_in(told: &Value) -> BTreeSet<String> {
