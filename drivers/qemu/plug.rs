@@ -102,7 +102,7 @@ impl QemuDriver {
         let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
         self.lend_to(body, def, files.clone()).await?;
         let mut done = Vec::new();
-        let disk = def.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias));
+        let disk = def.disk_named(alias);
         let given = disk.and_then(GivenImage::of);
         // The guest may open an agent's port before QEMU has answered.
         body.has_agent_of(def);
@@ -254,9 +254,7 @@ impl QemuDriver {
         alias: &str,
         patience: Duration,
     ) -> Result<(), DriverError> {
-        let all = def.devices.all();
-        let device = all.into_iter().find(|device| device.info().0.alias() == Some(alias));
-        if let Some(why) = device.as_ref().and_then(keeps_its_place) {
+        if let Some(why) = def.device_named(alias).as_ref().and_then(keeps_its_place) {
             return Err(DriverError::Unsupported(format!("'{alias}' stays as long as the machine runs: {why}")));
         }
         serves_nobody(def, alias)?;
@@ -311,7 +309,7 @@ impl QemuDriver {
         let own = body.leavings.own_dir();
         let place = command::Place::now(&own, MONITOR_FD, false);
         let Ok(part) = command::one_device(def, &caps, &place, alias) else { return };
-        if let Some(disk) = def.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias)) {
+        if let Some(disk) = def.disk_named(alias) {
             let prefix = format!("{}-", disk.target.dev);
             let close = async {
                 let nodes = Nodes::of(body).await.unwrap_or_default();
@@ -503,9 +501,7 @@ fn can_be_plugged(def: &DomainDef, device: &Device, asked: bool) -> Result<(), D
 /// Refuses to take away a controller on which something sits.
 fn serves_nobody(def: &DomainDef, alias: &str) -> Result<(), DriverError> {
     use virt_model::device::AddressKind;
-    let Some(controller) = def.devices.controllers.iter().find(|one| one.info.alias() == Some(alias)) else {
-        return Ok(());
-    };
+    let Some(Device::Controller(controller)) = def.device_named(alias) else { return Ok(()) };
     let index = controller.index();
     let sits = |device: &Device| match (controller.kind, device.info().0.address.as_ref().map(|address| &address.kind))
     {

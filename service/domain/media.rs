@@ -149,7 +149,7 @@ impl Domain {
     /// another medium is put in.
     pub(super) fn tray_opened(&self, alias: &str) {
         let Some(live) = self.live() else { return };
-        let drive = live.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias) && !disk.is_empty());
+        let drive = live.disk_named(alias).filter(|disk| !disk.is_empty());
         if let Some(drive) = drive {
             let target = drive.target.dev.clone();
             // It may open and close it as often as it likes.

@@ -92,9 +92,7 @@ pub fn keeps_its_place(device: &Device) -> Option<&'static str> {
 
 /// What is told of the device of that name. Error: why it cannot be plugged.
 pub fn one_device(def: &DomainDef, caps: &Capabilities, place: &Place<'_>, alias: &str) -> Result<OneDevice, String> {
-    let all = def.devices.all();
-    let device = all.into_iter().find(|device| device.info().0.alias() == Some(alias));
-    let device = device.ok_or_else(|| format!("there is no device '{alias}'"))?;
+    let device = def.device_named(alias).ok_or_else(|| format!("there is no device '{alias}'"))?;
     if let Some(why) = keeps_its_place(&device) {
         return Err(why.to_owned());
     }

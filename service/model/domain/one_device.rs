@@ -1,6 +1,7 @@
 //! One device of a machine as an element: put in, found again, taken out.
 
 use super::{DomainDef, Form};
+use crate::device::{Device, Disk};
 use crate::xml::{Element, Finding, Node, shorten};
 
 /// Where a device stands: the how-manieth of those whose elements have that name.
@@ -51,6 +52,19 @@ impl DomainDef {
         let tree = self.tree_in(form);
         let devices = tree.child("devices")?;
         devices.elements().filter(|element| element.name == spot.element).nth(spot.nth).cloned()
+    }
+
+    /// The device of that name.
+    pub fn device_named(&self, alias: &str) -> Option<Device<'_>> {
+        self.devices.all().into_iter().find(|device| device.info().0.alias() == Some(alias))
+    }
+
+    /// The same, if it is a disk.
+    pub fn disk_named(&self, alias: &str) -> Option<&Disk> {
+        match self.device_named(alias)? {
+            Device::Disk(disk) => Some(disk),
+            _ => None,
+        }
     }
 
     /// Where the device of that name stands.
