@@ -26,13 +26,12 @@ use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::time::timeout;
 use virt_model::device::chardev::{CharKind, SocketMode};
 use virt_model::device::controller::ControllerModel;
 use virt_model::device::{Channel, ControllerKind, Device};
 use virt_model::domain::DomainDef;
-use virt_model::driver::{DriverError, GivenFile};
+use virt_model::driver::{Attachment, Detachment, DriverError};
 use virt_model::xml::{Finding, refusals};
 
 /// Where QEMU has devices by their names.
@@ -86,14 +85,12 @@ impl QemuDriver {
         }
     }
 
-    /// Plugs in the device of that name, with the controllers that it brings.
+    /// Plugs in a device, with the controllers that it brings.
     pub(super) async fn plug(
         &self,
         body: &Arc<Body>,
-        before: &DomainDef,
         def: &mut DomainDef,
-        alias: &str,
-        image: Option<Arc<GivenFile>>,
+        Attachment { before, alias, image }: Attachment<'_>,
     ) -> Result<(), DriverError> {
         let caps = self.learnt_for(def).await;
         declared::hold(&self.0.workers, def).await?;
@@ -108,7 +105,7 @@ impl QemuDriver {
         body.has_agent_of(def);
         let plugged = async {
             if let Some((disk, image)) = disk.zip(image) {
-                given::hand_over(body, disk, &image).await?;
+                given::hand_over(body, disk, image).await?;
             }
             self.do_steps(body, def, parts, &mut done).await
         };
@@ -250,9 +247,7 @@ impl QemuDriver {
     pub(super) async fn unplug(
         &self,
         body: &Arc<Body>,
-        def: &DomainDef,
-        alias: &str,
-        patience: Duration,
+        Detachment { def, alias, patience }: Detachment<'_>,
     ) -> Result<(), DriverError> {
         if let Some(why) = def.device_named(alias).as_ref().and_then(keeps_its_place) {
             return Err(DriverError::Unsupported(format!("'{alias}' stays as long as the machine runs: {why}")));

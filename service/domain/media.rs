@@ -12,7 +12,7 @@ use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange};
+use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange, NewMedium};
 use virt_model::xml::{self, Element, Finding, shorten};
 
 impl Domain {
@@ -125,7 +125,8 @@ impl Domain {
         image: Option<Arc<GivenFile>>,
     ) -> Result<()> {
         let guest = self.guest()?;
-        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target, how, image).await;
+        let medium = NewMedium { def, target, how, image: image.as_ref() };
+        let changed = self.driver.change_medium(guest.instance.as_ref(), medium).await;
         changed.map_err(|e| Error::from_driver(&self.name(), &format!("change the medium in '{target}' of"), e))
     }
 
