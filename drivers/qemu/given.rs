@@ -42,7 +42,7 @@ pub struct GivenImage {
 
 impl GivenImage {
     /// One that QEMU does not have yet. QEMU reads the number as an int.
-    fn new(writable: bool) -> GivenImage {
+    pub fn new(writable: bool) -> GivenImage {
         GivenImage { set: Uuid::new_v4().as_u128() as u32 >> 2 | 1 << 30, writable }
     }
 
@@ -181,7 +181,7 @@ fn sets_of(told: &Value, target: &str) -> Vec<u32> {
 }
 
 /// What QEMU keeps beside a set.
-fn whose(target: &str) -> String {
+pub fn whose(target: &str) -> String {
     format!("virtd: disk {target}")
 }
 

@@ -88,7 +88,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
     let instance = QemuInstance::new(Body {
         uuid,
         process,
-        companions,
+        companions: Companions::of(companions),
         lost: Mutex::default(),
         monitor: Mutex::new(Some(Arc::new(monitor))),
         reporter,

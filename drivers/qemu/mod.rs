@@ -6,6 +6,7 @@
 //! ```
 
 mod agent;
+mod beside;
 mod block;
 pub mod capabilities;
 mod changes;
@@ -521,7 +522,7 @@ impl Driver for QemuDriver {
         if let Some(image) = image {
             given::hand_over(body, disk, image).await?;
         }
-        let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await;
+        let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await.map(drop);
         let changed = media::change(body, disk, how, |name| command::medium(def, &caps, disk, name), lend).await;
         match &changed {
             Ok(()) => given::take_back(body, target, has).await,

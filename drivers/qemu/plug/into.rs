@@ -3,12 +3,13 @@
 use super::place::{New, controllers_beside};
 use super::{DEVICES, OBJECTS, names_at, refused};
 use crate::base64;
+use crate::host::access::LentFile;
 use crate::host::secret;
 use crate::host::workers::{ClosedAside, blocking};
 use crate::qemu::command::{OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
 use crate::qemu::instance::Body;
-use crate::qemu::plan::{HostFile, SecretContent};
+use crate::qemu::plan::{Companion, HostFile, SecretContent};
 use crate::qemu::qmp::COMMAND_TIMEOUT;
 use crate::qemu::{QemuDriver, declared, live, tap};
 use serde_json::{Value, json};
@@ -31,7 +32,11 @@ impl QemuDriver {
         let new = New { alias: alias.to_owned(), controllers: controllers_beside(before, def, alias) };
         let parts = new.parts(def, &caps, &body.leavings.own_dir())?;
         let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
-        self.lend_to(body, def, files.clone()).await?;
+        let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
+        let lent = self.lend_to(body, def, files.clone()).await?;
+        if def.memory_kib() > before.memory_kib() {
+            self.has_more_memory(body, def).await?;
+        }
         let mut done = Vec::new();
         let disk = def.disk_named(alias);
         let given = disk.and_then(GivenImage::of);
@@ -41,12 +46,13 @@ impl QemuDriver {
             if let Some((disk, image)) = disk.zip(image) {
                 given::hand_over(body, disk, image).await?;
             }
-            self.do_steps(body, def, parts, &mut done).await
+            self.do_steps(body, def, (parts, lent), &mut done).await
         };
         if let Err(error) = plugged.await {
             body.has_agent_of(before);
             take_back(body, done, &error).await;
             given::take_back_this(body, given).await;
+            self.end_beside(body, &beside).await;
             if !matches!(error, DriverError::TimedOut(_)) {
                 leave_what_stays(body, before, def).await;
             }
@@ -65,22 +71,30 @@ impl QemuDriver {
         &self,
         body: &Arc<Body>,
         def: &DomainDef,
-        parts: Vec<OneDevice>,
+        (parts, lent): (Vec<OneDevice>, Vec<LentFile>),
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<(), DriverError> {
         let mut shared = names_at(body, OBJECTS).await?;
         shared.retain(|object| is_shared(def, object));
-        for OneDevice { steps, taps, .. } in parts {
+        for OneDevice { steps, taps, companions, scratch, .. } in parts {
             let mut given = Vec::new();
             let told = async {
+                let mut gifts = Vec::new();
+                for companion in &companions {
+                    gifts.extend(self.start_beside(body, def, companion, &lent).await?);
+                }
                 for plan in &taps {
-                    for (number, fd) in tap::open(plan, None).await? {
-                        let name = fd_name(number);
-                        given.push(name.clone());
-                        let fd = vec![ClosedAside::of(fd.into())];
-                        let getfd = body.monitor()?;
-                        getfd.execute_with("getfd", json!({ "fdname": name }), fd, COMMAND_TIMEOUT).await?;
-                    }
+                    gifts.extend(tap::open(plan, None).await?);
+                }
+                for (number, fd) in gifts {
+                    let name = fd_name(number);
+                    given.push(name.clone());
+                    let fd = vec![ClosedAside::of(fd.into())];
+                    let getfd = body.monitor()?;
+                    getfd.execute_with("getfd", json!({ "fdname": name }), fd, COMMAND_TIMEOUT).await?;
+                }
+                for (set, target) in scratch {
+                    self.give_scratch(body, def, (set, &target), done).await?;
                 }
                 self.tell(body, steps, &shared, done).await
             };

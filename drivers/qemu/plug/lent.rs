@@ -1,5 +1,6 @@
 //! Files that a device needs are lent to a guest that runs, and given back.
 
+use crate::host::access::LentFile;
 use crate::host::wall;
 use crate::host::workers::Errand;
 use crate::qemu::command;
@@ -14,13 +15,13 @@ use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 
 impl QemuDriver {
-    /// Makes files accessible to a running guest in addition to what it has.
+    /// Makes files accessible to a running guest in addition to what it has; gives them.
     pub(in crate::qemu) async fn lend_to(
         &self,
         body: &Body,
         def: &DomainDef,
         files: Vec<HostFile>,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Vec<LentFile>, DriverError> {
         let process = body.keeper.process_id();
         let lender = self.lender(def, process).await?;
         let guest = def.uuid;
@@ -34,7 +35,8 @@ impl QemuDriver {
             let wants = files.iter().map(launch::want).collect::<Vec<_>>();
             let files = lender.lend_more(guest, &wants)?;
             let shown = process.map_or(Ok(()), |process| wall::show(process, &files));
-            shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))
+            shown.map_err(|e| DriverError::Storage(format!("the guest cannot be shown a file: {e}")))?;
+            Ok(files)
         };
         self.0.workers.run(Errand::new(guest, what), lend).await
     }

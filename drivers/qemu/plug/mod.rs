@@ -8,6 +8,7 @@
 //! What QEMU is told is made of the arguments of a start (`command/one.rs`). Who finds a guest asks QEMU which devices it has: what
 //! is not there any more, or has never come to be, is reported as gone, and then taken away with all that it stood on.
 
+mod beside;
 mod into;
 mod lent;
 mod out;

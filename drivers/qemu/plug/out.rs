@@ -3,7 +3,7 @@
 use super::{DEVICES, names_at, refused};
 use crate::host::workers::blocking;
 use crate::qemu::block::Nodes;
-use crate::qemu::command::{self, keeps_its_place};
+use crate::qemu::command::{self, never_leaves};
 use crate::qemu::given;
 use crate::qemu::instance::Body;
 use crate::qemu::launch::MONITOR_FD;
@@ -23,7 +23,7 @@ impl QemuDriver {
         body: &Arc<Body>,
         Detachment { def, alias, patience }: Detachment<'_>,
     ) -> Result<(), DriverError> {
-        if let Some(why) = def.device_named(alias).as_ref().and_then(keeps_its_place) {
+        if let Some(why) = def.device_named(alias).as_ref().and_then(never_leaves) {
             return Err(DriverError::Unsupported(format!("'{alias}' stays as long as the machine runs: {why}")));
         }
         serves_nobody(def, alias)?;
@@ -107,6 +107,7 @@ impl QemuDriver {
         if let Err(error) = blocking(move || console.consoles.forget(&name, &dir)).await {
             tracing::warn!(uuid = %body.uuid, %error, "what '{alias}' said stays until the guest ends");
         }
+        self.end_beside(body, &part.companions).await;
         if let Ok(rest) =
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {

@@ -25,6 +25,7 @@ mod note;
 mod park;
 mod parts;
 mod pipe;
+mod reading;
 mod reconfigure;
 mod recover;
 mod revert;
@@ -32,7 +33,7 @@ mod save;
 mod survey;
 
 pub use files::open_memory;
-pub use save::stream as saved_stream;
+pub use reading::stream as saved_stream;
 
 use super::block::Nodes;
 use super::instance::Body;
@@ -167,7 +168,7 @@ impl SavedMachines for QemuDriver {
     }
 
     async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError> {
-        save::read(&self.0.workers, file, machine, !self.0.privileges.are_ours()).await
+        reading::read(&self.0.workers, file, machine, !self.0.privileges.are_ours()).await
     }
 
     async fn reconfigure_saved(&self, saved: &SavedState, configuration: String) -> Result<(), DriverError> {
@@ -182,7 +183,7 @@ impl SavedMachines for QemuDriver {
         cancel: &CancellationToken,
     ) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
-        save::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
+        reading::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
     }
 }
 
