@@ -597,6 +597,7 @@ impl MemorySource {
                 let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
                 line.read_memory(ClosedAside::of(opened)).await
             }
+            MemorySource::Stream(saved) if !saved.is_plain() => start.pour(saved, line).await,
             MemorySource::Stream(saved) => {
                 let copy = saved.stream().map_err(|e| DriverError::Internal(format!("a saved machine: {e}")))?;
                 line.read_memory(copy).await

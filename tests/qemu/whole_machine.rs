@@ -186,7 +186,8 @@ async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
         )
     };
     // The guest finds a device when it has looked, and can read it a moment after it has a name.
-    let comes = "i=0; while ! head -c 1 /dev/vdb > /dev/null 2>&1 && [ $i -lt 400 ]; do usleep 50000; i=$((i+1)); done; ";
+    let comes =
+        "i=0; while ! head -c 1 /dev/vdb > /dev/null 2>&1 && [ $i -lt 400 ]; do usleep 50000; i=$((i+1)); done; ";
     let first = format!("{comes} head -c 10 /dev/vdb");
     let alias = attach(&disk("", "vdb")).await;
     assert_eq!(inside(domain, &first).await, "plugged in");

@@ -2,34 +2,46 @@
 
 use super::super::expanded;
 use super::files::stored;
+use crate::host::apart;
 use crate::host::resolve::Found;
 use crate::host::saved::{Saved, Unusable};
 use crate::host::workers::{Errand, Workers};
+use rustix::fs::{FileType, OFlags, SeekFrom, fcntl_getfl, fstat, seek};
 use std::collections::BTreeSet;
 use std::io;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
-use virt_model::driver::DriverError;
-use virt_model::driver::saved::SavedState;
+use virt_model::driver::saved::{GIVEN, SavedFile, SavedState};
+use virt_model::driver::{DriverError, GivenFile};
 
 /// Opens a file and reads what it says of the machine, and its configuration. `machine`: whose it is, if that is known; `wary`: as
 /// root among others.
 pub async fn read(
     workers: &Workers,
-    path: PathBuf,
+    from: SavedFile,
     machine: Option<Uuid>,
     wary: bool,
 ) -> Result<(SavedState, String), DriverError> {
+    let path = match &from {
+        SavedFile::At(path) => path.clone(),
+        SavedFile::Given(_) => PathBuf::from(GIVEN),
+    };
     let shown = path.display().to_string();
     // Where it is not known whose it is before it is read, nobody else's work waits for it.
     let errand = Errand::new(machine.unwrap_or_else(Uuid::new_v4), shown.clone());
     let read = workers.run(errand, move |_| {
-        let opened = Found::resolve(&path).and_then(|found| found.plain(wary));
-        let opened = opened.map_err(|e| stored(&path, &e))?;
-        let mut saved = Saved::read(opened.into_file()).map_err(|why| unusable(&path, why))?;
+        let saved = match from {
+            SavedFile::Given(given) => opened(&given)?,
+            SavedFile::At(_) => {
+                let opened = Found::resolve(&path).and_then(|found| found.plain(wary));
+                Saved::read(opened.map_err(|e| stored(&path, &e))?.into_file())
+            }
+        };
+        let mut saved = saved.map_err(|why| unusable(&path, why))?;
         if saved.telling.driver != "qemu" {
             let driver = &saved.telling.driver;
             let text = format!("{shown}: it was saved by the driver '{driver}', and not by QEMU");
@@ -47,6 +59,23 @@ pub async fn read(
         Ok((state, configuration))
     });
     read.await
+}
+
+/// What a client has given, from where it stands on. Blocks, where its file system does not answer without end.
+fn opened(given: &GivenFile) -> Result<Result<Saved, Unusable>, DriverError> {
+    let refuse = |why: &str| Err(DriverError::Argument(format!("{GIVEN} {why}")));
+    let failed = |e: io::Error| DriverError::Argument(format!("{GIVEN} cannot be used: {e}"));
+    let flags = fcntl_getfl(given).map_err(|e| failed(e.into()))?;
+    if flags.contains(OFlags::PATH) || flags & OFlags::RWMODE == OFlags::WRONLY {
+        return refuse("cannot be read; open it for reading");
+    }
+    let stat = fstat(given).map_err(|e| failed(e.into()))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return refuse("is no regular file: what was saved is read twice, first to hold it to its checksum");
+    }
+    let base = seek(given, SeekFrom::Current(0)).map_err(|e| failed(e.into()))?;
+    let file = apart::copy(given.as_fd()).map_err(failed)?;
+    Ok(Saved::read_given(file.into(), base))
 }
 
 /// What is held of it.
