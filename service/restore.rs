@@ -3,7 +3,7 @@
 use crate::Service;
 use crate::authz::{Action, Caller, Subject};
 use crate::desk::aside;
-use crate::domain::{Domain, Resumption, StartOptions, absolute};
+use crate::domain::{Domain, Resumption, StartOptions, absolute, path_or_given};
 use crate::error::{Error, Result};
 use crate::job::Ticket;
 use crate::log;
@@ -13,8 +13,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use virt_model::domain::abi::Strictness;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::DriverError;
-use virt_model::driver::saved::{SavedMachines, SavedState};
+use virt_model::driver::saved::{SavedFile, SavedMachines, SavedState};
+use virt_model::driver::{DriverError, GivenFile};
 use virt_model::xml::Limits;
 
 /// How a machine is restored.
@@ -24,6 +24,8 @@ pub struct RestoreOptions {
     pub then: Resumption,
     /// The configuration that it is to have, in place of the saved one; no guest would notice.
     pub xml: Option<String>,
+    /// What the caller has open and the machine was saved in, in place of a file by its path.
+    pub given: Option<Arc<GivenFile>>,
     /// Cancel when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
 }
@@ -49,7 +51,15 @@ impl Service {
     ) -> Result<(Arc<Domain>, Ticket)> {
         self.allow(caller, &verb::RESTORE, &Subject::default()).await?;
         options.then.check()?;
-        let (saved, kept) = self.read_saved(caller, self.may_name(caller, file).await?).await?;
+        let from = match options.given {
+            None => SavedFile::At(self.may_name(caller, file).await?),
+            Some(given) => {
+                path_or_given(file, true)?;
+                self.shared.authority.check(caller, Action::Define, &Subject::default()).await?;
+                SavedFile::Given(given)
+            }
+        };
+        let (saved, kept) = self.read_saved(caller, from).await?;
         let xml = self.configuration_of(caller, kept, options.xml.as_deref(), "restore").await?.write(Form::STORED);
         let start = StartOptions {
             paused: options.then.stands(saved.paused),
@@ -68,7 +78,8 @@ impl Service {
         if secure {
             self.shared.authority.check(caller, Action::ReadSecure, &Subject::default()).await?;
         }
-        let (_, kept) = self.read_saved(caller, self.may_name(caller, file).await?).await?;
+        let file = self.may_name(caller, file).await?;
+        let (_, kept) = self.read_saved(caller, SavedFile::At(file)).await?;
         let seat = self.shared.desk.seat(caller.uid, &[]).await;
         Ok(seat.work(move || kept.write(Form { inactive: true, secure, migratable: false })).await)
     }
@@ -88,7 +99,7 @@ impl Service {
         self.allow(caller, &verb::SET_SAVED_XML, &Subject::default()).await?;
         let file = self.may_name(caller, file).await?;
         self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
-        let (saved, kept) = self.read_saved(caller, file).await?;
+        let (saved, kept) = self.read_saved(caller, SavedFile::At(file)).await?;
         let (file, uuid) = (saved.file.clone(), kept.uuid);
         let taken =
             self.shared.images.take(&file, format!("a change of the configuration in {}", file.display())).await;
@@ -119,9 +130,9 @@ impl Service {
     }
 
     /// What a file says of the machine that was saved in it, and its configuration, for a caller who may name it.
-    async fn read_saved(&self, caller: &Caller, file: PathBuf) -> Result<(SavedState, DomainDef)> {
+    async fn read_saved(&self, caller: &Caller, from: SavedFile) -> Result<(SavedState, DomainDef)> {
         let place = self.shared.desk.reads_file(caller.uid).await;
-        let (saved, text) = self.saves()?.read_saved(file, None).await.map_err(unread)?;
+        let (saved, text) = self.saves()?.read_saved(from, None).await.map_err(unread)?;
         let kept = self.configuration_in(caller, &saved, text).await?;
         drop(place);
         Ok((saved, kept))

@@ -137,7 +137,12 @@ impl Group {
     /// Puts the process into the group and bounds what it may take of the host where nobody has said what: threads, of all
     /// processes of the group, and bytes of memory. Errors name what could not be set; what could is.
     pub fn bound(&self, pid: i32, threads: u64, memory: u64) -> io::Result<()> {
-        self.bound_member(("cgroup.procs", pid), threads, memory)
+        self.bound_member(Some(("cgroup.procs", pid)), threads, memory)
+    }
+
+    /// Holds those that are in it already to other bounds.
+    pub fn bound_anew(&self, threads: u64, memory: u64) -> io::Result<()> {
+        self.bound_member(None, threads, memory)
     }
 
     /// The same for the calling thread and the processes that it makes from now on, which are never anywhere else: the
@@ -145,13 +150,13 @@ impl Group {
     /// take whole processes, and nothing was done.
     pub fn bound_thread(&self, threads: u64, memory: u64) -> io::Result<bool> {
         match &self.version {
-            Version::One(_) => self.bound_member(("tasks", 0), threads, memory).map(|()| true),
+            Version::One(_) => self.bound_member(Some(("tasks", 0)), threads, memory).map(|()| true),
             Version::Two(_) => Ok(false),
         }
     }
 
-    /// `member`: in which file of the group it is named, and how.
-    fn bound_member(&self, member: (&str, i32), threads: u64, memory: u64) -> io::Result<()> {
+    /// `member`: in which file of the group it is named, and how; `None` is nobody more.
+    fn bound_member(&self, member: Option<(&str, i32)>, threads: u64, memory: u64) -> io::Result<()> {
         let bounds =
             [("pids", "pids.max", "pids.max", threads), ("memory", "memory.limit_in_bytes", "memory.max", memory)];
         let mut missed = Vec::new();
@@ -161,7 +166,7 @@ impl Group {
                     let folder = place.join(&self.name);
                     make(&folder)?;
                     write(&folder.join(one), most)?;
-                    write(&folder.join(member.0), member.1)
+                    member.map_or(Ok(()), |(file, member)| write(&folder.join(file), member))
                 }),
                 Version::Two(place) => self.own_folder(place).and_then(|folder| {
                     write(&place.folder.join("cgroup.subtree_control"), format!("+{controller}"))?;
@@ -170,8 +175,8 @@ impl Group {
             };
             missed.extend(bounded.err().map(|error| error.to_string()));
         }
-        if let Version::Two(place) = &self.version {
-            let within = write(&place.folder.join(&self.name).join(member.0), member.1);
+        if let (Version::Two(place), Some((file, member))) = (&self.version, member) {
+            let within = write(&place.folder.join(&self.name).join(file), member);
             missed.extend(within.err().map(|error| error.to_string()));
         }
         if missed.is_empty() { Ok(()) } else { Err(io::Error::other(missed.join("; "))) }

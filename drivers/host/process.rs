@@ -44,6 +44,14 @@ pub enum End {
     Unknown,
 }
 
+/// Lets a process keep that many bytes of its memory in place.
+pub fn may_lock(pid: i32, bytes: u64) -> io::Result<()> {
+    use rustix::process::{Pid, Resource, Rlimit, prlimit};
+    let most = Some(bytes).filter(|bytes| *bytes != libc::RLIM_INFINITY);
+    prlimit(Pid::from_raw(pid), Resource::Memlock, Rlimit { current: most, maximum: most })?;
+    Ok(())
+}
+
 impl Identity {
     /// The identity of `pid`, which must be a process that cannot have been replaced: a child not yet reaped.
     pub fn of(pid: i32) -> io::Result<Identity> {

@@ -62,6 +62,50 @@ fn what_is_written_is_read_again() {
     }
 }
 
+/// What is written into a pipe, with that stream.
+fn tailed(stream: &[u8]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let nothing_yet = Telling { disks: Vec::new(), ..telling() };
+    Draft::announce(&mut bytes, &nothing_yet, CONFIGURATION, false).unwrap();
+    let moved = pump::<io::Error>(&mut &*stream, &mut bytes, |_| Ok(())).unwrap();
+    write_tail(&mut bytes, &telling().disks, moved).unwrap();
+    bytes
+}
+
+#[test]
+fn what_went_through_a_pipe_says_at_its_end_what_it_is() {
+    let whole = tailed(b"a stream");
+    let saved = Saved::read(holding(&whole)).unwrap();
+    saved.verify::<Unusable>(|_| Ok(())).unwrap();
+    assert_eq!((&saved.telling, saved.length()), (&telling(), 8));
+    let mut poured = Vec::new();
+    saved.pour::<io::Error>(&mut poured, |_| Ok(())).unwrap();
+    assert_eq!(poured, b"a stream");
+    let stream = whole.len() - TAIL.1 - serde_json::to_vec(&telling().disks).unwrap().len() - 8;
+    for at in stream..whole.len() {
+        let mut changed = whole.clone();
+        changed[at] ^= 0x10;
+        assert!(objection(&changed).is_some(), "byte {at}");
+        assert!(objection(&whole[..at]).is_some(), "{at} bytes");
+    }
+    assert!(objection(&[&whole[..], b"more"].concat()).unwrap().contains("its end is missing"));
+}
+
+#[test]
+fn it_may_begin_anywhere_in_what_a_client_has_given() {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(b"what the client has before").unwrap();
+    let base = file.stream_position().unwrap();
+    let draft = Draft::begin_at(base, &telling(), CONFIGURATION, true).unwrap();
+    file.write_all_at(b"a stream", draft.stream_at()).unwrap();
+    let moved = pump::<io::Error>(&mut &b"a stream"[..], &mut io::sink(), |_| Ok(())).unwrap();
+    draft.finish(&file, &telling(), CONFIGURATION, moved).unwrap();
+    assert!(Saved::read(file.try_clone().unwrap()).is_err());
+    let saved = Saved::read_given(file, base).unwrap();
+    saved.verify::<Unusable>(|_| Ok(())).unwrap();
+    assert!(saved.is_packed() && !saved.is_plain());
+}
+
 /// The oldest file of the format that there is: whatever is written later, it is read.
 #[test]
 fn the_oldest_file_is_read() {

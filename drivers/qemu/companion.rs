@@ -16,10 +16,12 @@ use crate::host::user::RunAs;
 use futures_util::future::{join_all, select_all};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
+use std::borrow::Borrow;
 use std::io;
 use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use tokio::time::timeout;
 use uuid::Uuid;
@@ -49,6 +51,53 @@ pub struct Living {
     pub recorded: Recorded,
     /// Its process.
     pub process: Process,
+}
+
+/// Those of one guest; `None` once they are to end with it.
+#[derive(Default)]
+pub struct Companions(Mutex<Option<Vec<Arc<Living>>>>);
+
+impl Companions {
+    /// These.
+    pub fn of(living: Vec<Living>) -> Companions {
+        Companions(Mutex::new(Some(living.into_iter().map(Arc::new).collect())))
+    }
+
+    /// All of them.
+    pub fn all(&self) -> Vec<Arc<Living>> {
+        self.lock().clone().unwrap_or_default()
+    }
+
+    /// The same, to end them with their guest: there are to be no more.
+    pub fn close(&self) -> Vec<Arc<Living>> {
+        self.lock().take().unwrap_or_default()
+    }
+
+    /// One more; it is given back if its guest has gone.
+    pub fn add(&self, living: Living) -> Result<Arc<Living>, Living> {
+        let mut all = self.lock();
+        let Some(all) = all.as_mut() else { return Err(living) };
+        let living = Arc::new(living);
+        all.push(living.clone());
+        Ok(living)
+    }
+
+    /// The one of that name is the guest's no more: its end is no loss.
+    pub fn take(&self, name: &str) -> Option<Arc<Living>> {
+        let mut all = self.lock();
+        let all = all.as_mut()?;
+        let which = all.iter().position(|living| living.recorded.name == name)?;
+        Some(all.remove(which))
+    }
+
+    /// Whether it is the guest's still.
+    pub fn has(&self, living: &Arc<Living>) -> bool {
+        self.lock().iter().flatten().any(|one| Arc::ptr_eq(one, living))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Arc<Living>>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Descriptors on their way to a process, each with the number it will have there.
@@ -160,8 +209,8 @@ pub async fn first_lost(companions: &[Living]) -> String {
 }
 
 /// Ends and reaps all of them, and what they have started themselves.
-pub async fn end_all(companions: &[Living]) {
-    join_all(companions.iter().map(end)).await;
+pub async fn end_all<L: Borrow<Living>>(companions: &[L]) {
+    join_all(companions.iter().map(|living| end(living.borrow()))).await;
 }
 
 async fn end(living: &Living) {

@@ -7,7 +7,7 @@
 use super::adjust::vcpus;
 use super::agent::{self, Port};
 use super::changes::Change;
-use super::companion::{Living, end_all};
+use super::companion::{Companions, Living, end_all};
 use super::consoles::Consoles;
 use super::events::{Guest, condition};
 use super::instance::{Body, CLEARING, Leavings, QemuInstance};
@@ -22,6 +22,7 @@ use super::unnoted;
 use crate::host::process::{Identity, Process, kill};
 use crate::host::workers::blocking;
 use serde_json::{Value, json};
+use std::borrow::Borrow;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicBool;
@@ -62,7 +63,7 @@ impl Search {
                 tracing::error!(uuid = %self.leavings.uuid, %error, "the guest's record cannot be read; its monitor is looked at");
                 match self.unnoted().await? {
                     Some(record) => record,
-                    None => return self.gone(&[], Vec::new()).await,
+                    None => return self.gone::<Living>(&[], Vec::new()).await,
                 }
             }
         };
@@ -108,7 +109,11 @@ impl Search {
     }
 
     /// Cleans up after a guest that has gone. A file system that does not answer keeps nobody from learning that.
-    async fn gone(self, companions: &[Living], changes: Vec<Change>) -> Result<Option<Reconnected>, DriverError> {
+    async fn gone<L: Borrow<Living>>(
+        self,
+        companions: &[L],
+        changes: Vec<Change>,
+    ) -> Result<Option<Reconnected>, DriverError> {
         end_all(companions).await;
         let leavings = self.leavings.clone();
         match timeout(CLEARING, blocking(move || leavings.clear(&changes))).await {
@@ -154,7 +159,7 @@ impl Search {
                 // One that is just dying closes its monitor first.
                 if timeout(DYING, body.process.ended()).await.is_ok() {
                     let changes = body.keeper.close();
-                    return self.gone(&body.companions, changes).await;
+                    return self.gone(&body.companions.close(), changes).await;
                 }
                 tracing::warn!(uuid = %body.uuid, %error, "QEMU runs and does not answer; its monitor is sought on");
                 return Ok(Some(sought(body, caller, loaded, self.found.last)));
@@ -193,7 +198,7 @@ impl Search {
         Body {
             uuid: record.uuid,
             process,
-            companions,
+            companions: Companions::of(companions),
             lost: Mutex::default(),
             monitor: Mutex::new(None),
             reporter,

@@ -42,7 +42,7 @@ pub struct GivenImage {
 
 impl GivenImage {
     /// One that QEMU does not have yet. QEMU reads the number as an int.
-    fn new(writable: bool) -> GivenImage {
+    pub fn new(writable: bool) -> GivenImage {
         GivenImage { set: Uuid::new_v4().as_u128() as u32 >> 2 | 1 << 30, writable }
     }
 
@@ -158,9 +158,9 @@ pub async fn hand_over(body: &Body, disk: &Disk, image: &GivenFile) -> Result<()
 
 /// Has QEMU close what was given for a disk, but for `kept`. What a node has open goes with that.
 pub async fn take_back(body: &Body, target: &str, kept: Option<GivenImage>) {
-    let told = body.patiently("query-fdsets", json!({})).await.unwrap_or_default();
+    let told = body.ask("query-fdsets", json!({})).await.unwrap_or_default();
     for set in sets_of(&told, target).into_iter().filter(|set| kept.is_none_or(|kept| kept.set != *set)) {
-        if let Err(error) = body.patiently("remove-fd", json!({ "fdset-id": set })).await {
+        if let Err(error) = body.ask("remove-fd", json!({ "fdset-id": set })).await {
             tracing::warn!(uuid = %body.uuid, target, %error, "an image that was given stays open until the guest ends");
         }
     }
@@ -181,7 +181,7 @@ fn sets_of(told: &Value, target: &str) -> Vec<u32> {
 }
 
 /// What QEMU keeps beside a set.
-fn whose(target: &str) -> String {
+pub fn whose(target: &str) -> String {
     format!("virtd: disk {target}")
 }
 

@@ -5,7 +5,7 @@
 
 use super::agent::{self, Port};
 use super::changes::{Change, Claims, SYSFS, undo};
-use super::companion::{GRACE, Living, end_all, how};
+use super::companion::{Companions, GRACE, Living, end_all, how};
 use super::consoles::Consoles;
 use super::log::Log;
 use super::make;
@@ -65,7 +65,7 @@ pub struct Body {
     /// Its process.
     pub process: Process,
     /// What runs beside it.
-    pub companions: Vec<Living>,
+    pub companions: Companions,
     /// Why it was ended: a companion it cannot be without has gone, or its monitor was given up.
     pub lost: Mutex<Option<String>>,
     /// Its monitor; `None` while it does not answer.
@@ -145,7 +145,8 @@ impl QemuInstance {
     pub fn new(body: Body) -> Self {
         let body = Arc::new(body);
         let watching = tokio::spawn(watch(body.clone())).abort_handle();
-        let guards = (0..body.companions.len()).map(|which| tokio::spawn(guard(body.clone(), which)).abort_handle());
+        let beside = body.companions.all().into_iter();
+        let guards = beside.map(|living| tokio::spawn(guard(Arc::downgrade(&body), living)).abort_handle());
         let bounding = tokio::spawn(bound_log(body.clone())).abort_handle();
         let transcripts = body.consoles.transcripts().into_iter();
         let shortening = transcripts.map(|one| tokio::spawn(async move { one.stay_short().await }).abort_handle());
@@ -479,9 +480,9 @@ async fn bound_log(body: Arc<Body>) {
 }
 
 /// Watches a companion for as long as the guest runs.
-async fn guard(body: Arc<Body>, which: usize) {
-    let Some(companion) = body.companions.get(which) else { return };
+pub async fn guard(body: Weak<Body>, companion: Arc<Living>) {
     let end = companion.process.ended().await;
+    let Some(body) = body.upgrade().filter(|body| body.companions.has(&companion)) else { return };
     if timeout(GRACE, body.process.ended()).await.is_ok() {
         return;
     }
@@ -516,7 +517,7 @@ async fn watch(body: Arc<Body>) {
         // What it said last is still in the socket.
         let _ = timeout(LAST_EVENTS, body.reporter.until(|heard| heard.closed)).await;
     }
-    end_all(&body.companions).await;
+    end_all(&body.companions.close()).await;
     let (leavings, keeper) = (body.leavings.clone(), body.keeper.clone());
     let clearing = blocking(move || {
         leavings.clear(&keeper.close());

@@ -13,7 +13,7 @@ use std::path::Path;
 use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
-use virt_model::driver::{Condition, DriverEvent, EventStream, Recorder, reports};
+use virt_model::driver::{Condition, Detachment, DriverEvent, EventStream, Recorder, reports};
 
 struct Nowhere;
 
@@ -88,7 +88,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
     let instance = QemuInstance::new(Body {
         uuid,
         process,
-        companions,
+        companions: Companions::of(companions),
         lost: Mutex::default(),
         monitor: Mutex::new(Some(Arc::new(monitor))),
         reporter,
@@ -338,7 +338,8 @@ async fn whoever_unplugs_waits_for_a_deaf_qemu_no_longer_than_said() {
     let (instance, _peer, _reports, _) = guest("exec sleep 1000").await;
     let dir = tempfile::tempdir().unwrap();
     let driver = QemuDriver::new(&DriverConfig::below(dir.path(), false));
-    let done = driver.unplug(instance.body(), &with_devices(RNG), "rng0", Duration::from_millis(1)).await;
+    let device = Detachment { def: &with_devices(RNG), alias: "rng0", patience: Duration::from_millis(1) };
+    let done = driver.unplug(instance.body(), device).await;
     assert!(matches!(&done, Err(DriverError::TimedOut(why)) if why.contains("QEMU did not answer")), "{done:?}");
 }
 

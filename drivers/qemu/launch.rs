@@ -2,10 +2,11 @@
 //! undone when a step fails or the start is cancelled.
 
 use super::agent::{self, Port};
+use super::beside::{self, Side};
 use super::block::Nodes;
 use super::capabilities::BUILD;
 use super::changes::{Change, Claims, SYSFS};
-use super::companion::{self, Gifts, Living, Recorded};
+use super::companion::{self, Companions, Gifts, Living, Recorded};
 use super::consoles::Consoles;
 use super::events::Guest;
 use super::expanded;
@@ -23,7 +24,7 @@ use super::room;
 use super::snapshot::open_memory;
 use super::takeover::take_over;
 use super::tune::{Bounds, Tuning};
-use super::wall::{self, Mason};
+use super::wall;
 use crate::host::access::{LentFile, Want};
 use crate::host::files::Program;
 use crate::host::lender::Lender;
@@ -62,7 +63,7 @@ const HELLO: Duration = Duration::from_secs(60);
 pub(super) const DESCRIPTORS: u64 = 16_384;
 /// How long files may become that a companion of a guest writes: the state of a TPM, the log of a card. The log of the guest
 /// itself is cut before that.
-const COMPANION_FILE: u64 = 64 << 20;
+pub(super) const COMPANION_FILE: u64 = 64 << 20;
 /// How long a killed QEMU may take to be gone.
 const REAP: Duration = Duration::from_secs(10);
 
@@ -157,20 +158,31 @@ struct Prepared {
 }
 
 /// A process that is to be made.
-struct Job {
-    program: PathBuf,
+pub struct Job {
+    /// The program, an absolute path.
+    pub program: PathBuf,
     /// The file itself, where it was judged; else what the path means.
-    judged: Option<Arc<Program>>,
-    args: Vec<String>,
-    env: Vec<(String, String)>,
-    output: Arc<File>,
-    gifts: Gifts,
-    user: Option<RunAs>,
-    lock_limit: Option<u64>,
-    descriptors: Option<u64>,
-    file_limit: Option<u64>,
-    privileged: bool,
-    bounds: Option<(Uuid, Bounds)>,
+    pub judged: Option<Arc<Program>>,
+    /// Without the program's name.
+    pub args: Vec<String>,
+    /// All of it.
+    pub env: Vec<(String, String)>,
+    /// What it prints goes there.
+    pub output: Arc<File>,
+    /// What it finds open.
+    pub gifts: Gifts,
+    /// As whom it runs, if not as we do.
+    pub user: Option<RunAs>,
+    /// Bytes that it may keep from being swapped.
+    pub lock_limit: Option<u64>,
+    /// How many it may have.
+    pub descriptors: Option<u64>,
+    /// How long files may become that it writes.
+    pub file_limit: Option<u64>,
+    /// It runs as virtd does.
+    pub privileged: bool,
+    /// What its guest may take of the host.
+    pub bounds: Option<(Uuid, Bounds)>,
 }
 
 impl Start {
@@ -382,21 +394,17 @@ impl Start {
         prepared: &mut Prepared,
         made: &mut Made,
     ) -> Result<(), DriverError> {
+        let side = Arc::new(Side {
+            uuid: self.uuid,
+            lender: self.lender.clone(),
+            own: self.leavings().own_dir(),
+            bounds: self.bounds,
+            output: prepared.output.clone(),
+        });
         for (companion, gifts) in std::mem::take(&mut prepared.companions) {
             self.still_wanted()?;
-            let (name, loss) = (companion.name.clone(), companion.loss());
-            let (start, one, lent) = (self.clone(), companion.clone(), prepared.lent.clone());
-            let shown = name.clone();
-            let wall = move || {
-                let own = start.leavings().own_dir();
-                wall::of_companion(start.mason(), &one, &lent, &own).map_err(|e| unshown(&shown, &e))
-            };
-            let (program, wary) = (companion.program.clone(), self.lender.is_wary());
-            let judged = blocking(move || Program::at(&program, wary)).await?;
-            let judged = judged.map_err(|e| storage(&companion.program, &e))?;
-            let job = self.beside(&companion, prepared.output.clone(), gifts, Arc::new(judged));
-            let record = move |process| Recorded { name, process, loss };
-            made.companions.push(spawn_companion(keeper, job, wall, record).await?);
+            let living = side.start(keeper, &companion, gifts, prepared.lent.clone()).await?;
+            made.companions.push(living);
             let within = match &companion.role {
                 Role::Beside(_) => continue,
                 Role::Step { within } | Role::Maker { within, .. } => *within,
@@ -417,45 +425,19 @@ impl Start {
         Ok(())
     }
 
-    fn beside(&self, companion: &Companion, output: Arc<File>, gifts: Gifts, judged: Arc<Program>) -> Job {
-        let user = self.lender.user().cloned().filter(|_| !companion.privileged);
-        let env = self.environment(&companion.env);
-        Job {
-            program: companion.program.clone(),
-            judged: Some(judged),
-            args: companion.args.clone(),
-            env,
-            output,
-            gifts,
-            user,
-            lock_limit: None,
-            // virtiofsd holds a descriptor for each file that the guest knows of, and writes the guest's files; it says itself
-            // how many it takes, and whoever shares a folder says by that folder how much there is room for.
-            descriptors: Some(DESCRIPTORS).filter(|_| !companion.privileged),
-            file_limit: Some(COMPANION_FILE).filter(|_| !companion.privileged),
-            privileged: companion.privileged,
-            bounds: self.bounds(),
-        }
-    }
-
-    /// Who makes the walls. Blocks.
-    fn mason(&self) -> Mason {
-        if self.lender.is_wary() { Mason::ROOT } else { Mason::ours() }
-    }
-
     /// Makes QEMU's process.
     async fn spawn_qemu(self: &Arc<Self>, keeper: &Arc<Keeper>, prepared: Prepared) -> Result<Process, DriverError> {
         let (start, lent) = (self.clone(), prepared.lent);
         let wall = move || {
             let own = start.leavings().own_dir();
-            let wall = wall::of_qemu(start.mason(), &start.started, &start.command, &lent, &own);
+            let wall = wall::of_qemu(beside::mason(&start.lender), &start.started, &start.command, &lent, &own);
             wall.map_err(|e| unshown("QEMU", &e))
         };
         let job = Job {
             program: self.command.program.clone(),
             judged: Some(self.program.clone()),
             args: self.command.args.clone(),
-            env: self.environment(&self.command.env),
+            env: beside::environment(&self.leavings().own_dir(), &self.command.env),
             output: prepared.output,
             gifts: prepared.gifts,
             user: self.lender.user().cloned(),
@@ -479,17 +461,6 @@ impl Start {
     /// What its processes may take of the host, where they have a user of their own.
     fn bounds(&self) -> Option<(Uuid, Bounds)> {
         self.lender.user().map(|_| (self.uuid, self.bounds))
-    }
-
-    /// What each of a guest's processes finds, with what is its own.
-    fn environment(&self, own: &[(String, String)]) -> Vec<(String, String)> {
-        let home = self.leavings().own_dir().to_string_lossy().into_owned();
-        let base =
-            [("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"), ("LC_ALL", "C"), ("HOME", &home), ("XDG_RUNTIME_DIR", &home)];
-        let mut env: Vec<(String, String)> = base.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        env.retain(|(key, _)| !own.iter().any(|(name, _)| name == key));
-        env.extend(own.iter().cloned());
-        env
     }
 
     /// From the process to running CPUs.
@@ -562,7 +533,7 @@ impl Start {
             uuid: self.uuid,
             log: made.log.clone().ok_or_else(lost)?,
             process: made.process.take().ok_or_else(lost)?,
-            companions: std::mem::take(&mut made.companions),
+            companions: Companions::of(std::mem::take(&mut made.companions)),
             lost: Mutex::default(),
             monitor: Mutex::new(Some(monitor)),
             reporter,
@@ -626,6 +597,7 @@ impl MemorySource {
                 let opened = start.afar(path, move |_| open_memory(&file, bytes, wary)).await?;
                 line.read_memory(ClosedAside::of(opened)).await
             }
+            MemorySource::Stream(saved) if !saved.is_plain() => start.pour(saved, line).await,
             MemorySource::Stream(saved) => {
                 let copy = saved.stream().map_err(|e| DriverError::Internal(format!("a saved machine: {e}")))?;
                 line.read_memory(copy).await
@@ -644,15 +616,15 @@ pub fn want(file: &HostFile) -> Want {
     Want { path: file.path.clone(), write: file.write, device: file.device }
 }
 
-fn unshown(whom: &str, error: &io::Error) -> DriverError {
+pub fn unshown(whom: &str, error: &io::Error) -> DriverError {
     DriverError::Storage(format!("{whom} cannot be shown what it needs: {error}"))
 }
 
-fn storage(path: &Path, error: &io::Error) -> DriverError {
+pub fn storage(path: &Path, error: &io::Error) -> DriverError {
     DriverError::Storage(format!("{}: {error}", path.display()))
 }
 
-async fn spawn_companion(
+pub async fn spawn_companion(
     keeper: &Arc<Keeper>,
     job: Job,
     wall: impl FnOnce() -> Result<Wall, DriverError> + Send + 'static,

@@ -47,6 +47,11 @@ impl Log {
         Log { path: path.to_owned(), start, file: file.ok().map(Arc::new) }
     }
 
+    /// The file, for one more process to append to; `None` if it is not there.
+    pub fn output(&self) -> Option<Arc<File>> {
+        self.file.clone()
+    }
+
     /// Whether more was printed than is to be kept while a guest runs.
     pub fn is_too_long(&self) -> bool {
         let size = self.file.as_ref().and_then(|file| file.metadata().ok()).map(|meta| meta.len());

@@ -62,7 +62,7 @@ struct Drive<'a> {
 
 impl Drive<'_> {
     async fn tell(&self, verb: &str, arguments: Value) -> Result<Value, DriverError> {
-        self.body.patiently(verb, arguments).await
+        self.body.ask(verb, arguments).await
     }
 
     /// The node of what lies in it.
@@ -83,7 +83,8 @@ impl Drive<'_> {
         }
         for node in nodes {
             let name = node["node-name"].as_str().unwrap_or_default().to_owned();
-            self.tell("blockdev-add", node).await?;
+            // It opens what may lie on slow storage.
+            self.body.patiently("blockdev-add", node).await?;
             added.push(name);
         }
         Ok(())
@@ -157,7 +158,7 @@ pub async fn close(body: &Body, mut nodes: Vec<String>) {
         let count = nodes.len();
         let mut left = Vec::new();
         for node in nodes {
-            if body.patiently("blockdev-del", json!({ "node-name": node })).await.is_err() {
+            if body.ask("blockdev-del", json!({ "node-name": node })).await.is_err() {
                 left.push(node);
             }
         }

@@ -7,6 +7,7 @@
 
 mod adjust;
 mod agent;
+mod beside;
 mod block;
 pub mod capabilities;
 mod changes;
@@ -74,7 +75,6 @@ use std::any::Any;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
@@ -84,8 +84,8 @@ use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Accepted, Adjustment, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch, MachineChoice, MediumExchange,
-    Reconnect, Reconnected, Removable, Running, StoredFile,
+    Accepted, Adjustment, Attachment, Detachment, DomainEnd, Driver, DriverError, GivenFile, Instance, Launch,
+    MachineChoice, NewMedium, Reconnect, Reconnected, Removable, Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, refusals, shorten};
 
@@ -511,14 +511,8 @@ impl Driver for QemuDriver {
         made?.accept()
     }
 
-    async fn change_medium(
-        &self,
-        guest: &dyn Instance,
-        def: &DomainDef,
-        target: &str,
-        how: MediumExchange,
-        image: Option<Arc<GivenFile>>,
-    ) -> Result<(), DriverError> {
+    async fn change_medium(&self, guest: &dyn Instance, medium: NewMedium<'_>) -> Result<(), DriverError> {
+        let NewMedium { def, target, how, image } = medium;
         let body = our_body(guest)?;
         let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
@@ -527,9 +521,9 @@ impl Driver for QemuDriver {
         declared::hold(&self.0.workers, def).await?;
         let has = given::GivenImage::of(disk);
         if let Some(image) = image {
-            given::hand_over(body, disk, &image).await?;
+            given::hand_over(body, disk, image).await?;
         }
-        let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await;
+        let lend = async |files: Vec<plan::HostFile>| self.lend_to(body, def, files).await.map(drop);
         let changed = media::change(body, disk, how, |name| command::medium(def, &caps, disk, name), lend).await;
         match &changed {
             Ok(()) => given::take_back(body, target, has).await,
@@ -554,22 +548,14 @@ impl Driver for QemuDriver {
     async fn attach_device(
         &self,
         guest: &dyn Instance,
-        before: &DomainDef,
         def: &mut DomainDef,
-        alias: &str,
-        image: Option<Arc<GivenFile>>,
+        device: Attachment<'_>,
     ) -> Result<(), DriverError> {
-        self.plug(our_body(guest)?, before, def, alias, image).await
+        self.plug(our_body(guest)?, def, device).await
     }
 
-    async fn detach_device(
-        &self,
-        guest: &dyn Instance,
-        def: &DomainDef,
-        alias: &str,
-        patience: Duration,
-    ) -> Result<(), DriverError> {
-        self.unplug(our_body(guest)?, def, alias, patience).await
+    async fn detach_device(&self, guest: &dyn Instance, device: Detachment<'_>) -> Result<(), DriverError> {
+        self.unplug(our_body(guest)?, device).await
     }
 
     async fn is_detached(&self, guest: &dyn Instance, def: &DomainDef, alias: &str) -> Result<bool, DriverError> {

@@ -49,6 +49,11 @@ impl Body {
     pub async fn patiently(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
         self.line()?.patiently(command, arguments).await
     }
+
+    /// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.
+    pub async fn ask(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
+        Ok(self.monitor()?.execute(command, arguments).await?)
+    }
 }
 
 impl Monitor {

@@ -149,6 +149,13 @@ impl Bounds {
         })
     }
 
+    /// Holds those to them that are held already: the machine has got more. Blocks.
+    pub fn hold_anew(self, guest: Uuid) {
+        if let Err(error) = Trees::of_host().group(&group_name(guest)).bound_anew(self.threads, self.memory) {
+            unbounded(guest, &error);
+        }
+    }
+
     /// Holds a process of the guest to them; where that cannot be, it is said and goes on. Blocks.
     pub fn hold(self, guest: Uuid, pid: i32) {
         if let Err(error) = Trees::of_host().group(&group_name(guest)).bound(pid, self.threads, self.memory) {

@@ -26,15 +26,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
-    Adjustment, Driver, DriverError, GivenFile, Instance, Launch, MediumExchange, Reconnect, Reconnected, Removable,
-    Running, StoredFile,
+    Adjustment, Attachment, Detachment, Driver, DriverError, GivenFile, Instance, Launch, NewMedium, Reconnect,
+    Reconnected, Removable, Running, StoredFile,
 };
 use virt_model::xml::{Finding, FindingKind, shorten};
 
@@ -209,14 +208,7 @@ impl Driver for TestDriver {
         Ok(Running { instance: Arc::new(TestInstance(machine)), live })
     }
 
-    async fn change_medium(
-        &self,
-        guest: &dyn Instance,
-        _def: &DomainDef,
-        _target: &str,
-        _how: MediumExchange,
-        _image: Option<Arc<GivenFile>>,
-    ) -> Result<(), DriverError> {
+    async fn change_medium(&self, guest: &dyn Instance, _medium: NewMedium<'_>) -> Result<(), DriverError> {
         our_machine(guest)?.listens().await
     }
 
@@ -238,13 +230,11 @@ impl Driver for TestDriver {
     async fn attach_device(
         &self,
         guest: &dyn Instance,
-        before: &DomainDef,
         def: &mut DomainDef,
-        _alias: &str,
-        _image: Option<Arc<GivenFile>>,
+        device: Attachment<'_>,
     ) -> Result<(), DriverError> {
         let plugged = our_machine(guest)?.listens().await;
-        plugged.inspect_err(|_| def.clone_from(before))
+        plugged.inspect_err(|_| def.clone_from(device.before))
     }
 
     /// It is judged as if it were to be used, and then let go of.
@@ -253,14 +243,8 @@ impl Driver for TestDriver {
     }
 
     /// A guest that is paused keeps its devices until it goes on.
-    async fn detach_device(
-        &self,
-        guest: &dyn Instance,
-        _def: &DomainDef,
-        alias: &str,
-        patience: Duration,
-    ) -> Result<(), DriverError> {
-        our_machine(guest)?.detach(alias, patience).await
+    async fn detach_device(&self, guest: &dyn Instance, device: Detachment<'_>) -> Result<(), DriverError> {
+        our_machine(guest)?.detach(device.alias, device.patience).await
     }
 
     async fn is_detached(&self, guest: &dyn Instance, _def: &DomainDef, alias: &str) -> Result<bool, DriverError> {

@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 use virt_model::domain::Form;
-use virt_model::driver::saved::MemoryFormat;
+use virt_model::driver::saved::{Compression, MemoryFormat};
 use virt_model::driver::{ConsoleOptions, MediumExchange, ShutdownMode};
 use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
@@ -190,6 +190,9 @@ async fn save(domain: Arc<Domain>, call: Call) -> Outcome {
     let save = SaveOptions {
         then: resumption(&mut options)?,
         xml: options.text("xml")?,
+        given: call.file(&mut options, "fd")?.map(Arc::new),
+        compression: compression(&mut options)?,
+        bypass_cache: options.flag("bypass-cache")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
     let no_wait = no_wait(options)?;
@@ -205,11 +208,19 @@ async fn core_dump(domain: Arc<Domain>, call: Call) -> Outcome {
         reset: options.flag("reset")?,
         memory_only: memory_format(&mut options)?,
         live: options.flag("live")?,
+        given: call.file(&mut options, "fd")?.map(Arc::new),
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
     let no_wait = no_wait(options)?;
     let ticket = domain.core_dump(call.caller(), file, dump).await?;
     call.reply(&finish(ticket, no_wait).await?)
+}
+
+/// How a machine's memory is to be packed in its file.
+fn compression(options: &mut Options) -> Result<Compression, Error> {
+    let Some(word) = options.text("compression")? else { return Ok(Compression::None) };
+    Compression::parse(&word)
+        .ok_or_else(|| Error::argument(format!("'compression' is '{}', which is none of none, zstd", shorten(&word))))
 }
 
 /// How memory alone is to be dumped; `None`: not alone.
@@ -227,6 +238,8 @@ async fn managed_save(domain: Arc<Domain>, call: Call) -> Outcome {
     let mut options = call.options()?;
     let save = ManagedSaveOptions {
         then: resumption(&mut options)?,
+        compression: compression(&mut options)?,
+        bypass_cache: options.flag("bypass-cache")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
     let no_wait = no_wait(options)?;

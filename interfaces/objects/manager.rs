@@ -83,6 +83,7 @@ async fn restore_domain(service: Arc<Service>, call: Call) -> Outcome {
     let restore = RestoreOptions {
         then: resumption(&mut options)?,
         xml: options.text("xml")?,
+        given: call.file(&mut options, "fd")?.map(Arc::new),
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
     };
     let no_wait = no_wait(options)?;

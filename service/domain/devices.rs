@@ -24,7 +24,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::one_device::{DeviceSpot, alias_of};
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::{DeviceEvent, DriverError, GivenFile};
+use virt_model::driver::{Attachment, Detachment, DeviceEvent, DriverError, GivenFile};
 use virt_model::xml::{self, Element, FindingKind, shorten};
 
 /// How long a guest may take to let go of a device, unless its caller says otherwise.
@@ -154,7 +154,8 @@ impl Domain {
         self.keep_live(&def).await?;
         fail_point::reached();
         let live = Arc::make_mut(&mut def);
-        match self.driver.attach_device(guest.instance.as_ref(), before, live, &alias, image).await {
+        let device = Attachment { before, alias: &alias, image: image.as_ref() };
+        match self.driver.attach_device(guest.instance.as_ref(), live, device).await {
             Ok(()) => Ok(def),
             Err(error) => {
                 // Whether a hypervisor that does not answer has it is found out when it answers another virtd.
@@ -227,7 +228,8 @@ impl Domain {
     async fn unplug(&self, alias: &str, stored: Option<Element>, patience: Duration) -> Result<()> {
         let guest = self.guest()?;
         self.will_go(guest.id, alias, stored);
-        let done = self.driver.detach_device(guest.instance.as_ref(), &guest.live, alias, patience).await;
+        let device = Detachment { def: &guest.live, alias, patience };
+        let done = self.driver.detach_device(guest.instance.as_ref(), device).await;
         done.map_err(|error| {
             if !matches!(error, DriverError::TimedOut(_)) {
                 self.stays(guest.id, alias);

@@ -26,7 +26,7 @@ use crate::verb;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::saved::SavedState;
+use virt_model::driver::saved::{Compression, SavedFile, SavedState};
 use virt_model::driver::snapshots::{FileChange, FileFate};
 use virt_model::xml::{Limits, unreadable};
 
@@ -35,6 +35,10 @@ use virt_model::xml::{Limits, unreadable};
 pub struct ManagedSaveOptions {
     /// What its CPUs do then: what they do now, if neither is wanted.
     pub then: Resumption,
+    /// How its memory is packed.
+    pub compression: Compression,
+    /// It goes past the page cache.
+    pub bypass_cache: bool,
     /// Cancel when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
 }
@@ -49,6 +53,9 @@ impl Domain {
             let change = self.change(caller, &verb::MANAGED_SAVE);
             let target = Target {
                 file: self.shared.store.managed_save(self.uuid),
+                given: None,
+                compression: options.compression,
+                bypass_cache: options.bypass_cache,
                 managed: true,
                 dump: false,
                 memory_only: None,
@@ -107,7 +114,7 @@ impl Domain {
         let desk = &self.shared.desk;
         let place = desk.reads_file(uid).await;
         let file = self.shared.store.managed_save(self.uuid);
-        let (saved, text) = self.saves()?.read_saved(file, Some(self.uuid)).await.map_err(unread)?;
+        let (saved, text) = self.saves()?.read_saved(SavedFile::At(file), Some(self.uuid)).await.map_err(unread)?;
         let seat = desk.seat(uid, &[&text]).await;
         let read = seat.work(move || DomainDef::parse_within(&text, Limits::STORED)).await;
         drop(place);

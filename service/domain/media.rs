@@ -12,7 +12,7 @@ use virt_model::device::disk::{DiskDevice, DiskKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange};
+use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange, NewMedium};
 use virt_model::xml::{self, Element, Finding, shorten};
 
 impl Domain {
@@ -125,7 +125,8 @@ impl Domain {
         image: Option<Arc<GivenFile>>,
     ) -> Result<()> {
         let guest = self.guest()?;
-        let changed = self.driver.change_medium(guest.instance.as_ref(), def, target, how, image).await;
+        let medium = NewMedium { def, target, how, image: image.as_ref() };
+        let changed = self.driver.change_medium(guest.instance.as_ref(), medium).await;
         changed.map_err(|e| Error::from_driver(&self.name(), &format!("change the medium in '{target}' of"), e))
     }
 
@@ -149,7 +150,7 @@ impl Domain {
     /// another medium is put in.
     pub(super) fn tray_opened(&self, alias: &str) {
         let Some(live) = self.live() else { return };
-        let drive = live.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias) && !disk.is_empty());
+        let drive = live.disk_named(alias).filter(|disk| !disk.is_empty());
         if let Some(drive) = drive {
             let target = drive.target.dev.clone();
             // It may open and close it as often as it likes.

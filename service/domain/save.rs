@@ -23,9 +23,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::abi::Strictness;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::DriverError;
-use virt_model::driver::saved::{MemoryFormat, SaveRequest, SavedMachines, SavedState};
+use virt_model::driver::saved::{Compression, GIVEN, MemoryFormat, SaveRequest, SavedMachines, SavedState};
 use virt_model::driver::snapshots::{Journal as _, Machine};
+use virt_model::driver::{DriverError, GivenFile};
 use virt_model::state::{DomainState, StateReason, Stopped};
 use virt_model::xml::{FindingKind, Limits, refusals, shorten};
 
@@ -62,12 +62,18 @@ pub struct SaveOptions {
     pub then: Resumption,
     /// The configuration that is kept, in place of what runs; no guest would notice.
     pub xml: Option<String>,
+    /// What the caller has open, to be written in place of a file by its path.
+    pub given: Option<Arc<GivenFile>>,
+    /// How its memory is packed.
+    pub compression: Compression,
+    /// It goes past the page cache.
+    pub bypass_cache: bool,
     /// Cancel when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
 }
 
 /// What becomes of a domain that is dumped. Unless one of these is wanted it goes on.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct DumpOptions {
     /// It ends as crashed.
     pub crash: bool,
@@ -77,6 +83,8 @@ pub struct DumpOptions {
     pub memory_only: Option<MemoryFormat>,
     /// It is to run meanwhile.
     pub live: bool,
+    /// What the caller has open, to be written in place of a file by its path.
+    pub given: Option<Arc<GivenFile>>,
     /// Cancel when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
 }
@@ -84,6 +92,10 @@ pub struct DumpOptions {
 /// What a save is to come to.
 pub(super) struct Target {
     pub file: PathBuf,
+    /// Written instead.
+    pub given: Option<Arc<GivenFile>>,
+    pub compression: Compression,
+    pub bypass_cache: bool,
     /// It is the managed save.
     pub managed: bool,
     /// The guest does not end: it is a dump.
@@ -112,6 +124,17 @@ pub(crate) fn absolute(file: &str) -> Result<PathBuf> {
     }
 }
 
+/// The path that a caller gave, or what is shown of what they gave by descriptor.
+pub(crate) fn path_or_given(file: &str, given: bool) -> Result<PathBuf> {
+    match given {
+        false => absolute(file),
+        true if file.is_empty() => Ok(PathBuf::from(GIVEN)),
+        true => Err(Error::InvalidArgument(
+            "a path and a descriptor ('fd') exclude each other: give an empty path, or no descriptor".to_owned(),
+        )),
+    }
+}
+
 impl Domain {
     /// Saves the guest in a file, and ends it. Returns when that is accepted; the ticket answers when the guest has ended. On
     /// failure it goes on as before, and nothing is left of the file.
@@ -119,16 +142,15 @@ impl Domain {
         self.accepted(caller, &verb::SAVE, async {
             self.allow(caller, verb::SAVE.action).await?;
             options.then.check()?;
-            let file = absolute(file)?;
-            // It names any file of the host, as a configuration does.
-            self.allow(caller, Action::Define).await?;
-            self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
+            let file = self.may_write(caller, file, options.given.is_some()).await?;
             let change = self.change(caller, &verb::SAVE);
             let kept = match &options.xml {
                 Some(xml) => Some(self.read_to_keep(caller, xml).await?),
                 None => None,
             };
-            let target = Target { file, managed: false, dump: false, memory_only: None, kept };
+            let SaveOptions { given, compression, bypass_cache, .. } = options;
+            let target =
+                Target { file, given, compression, bypass_cache, managed: false, dump: false, memory_only: None, kept };
             self.accept_save(change, &verb::SAVE, target, options.then, options.cancel_on_disconnect).await
         })
         .await
@@ -153,15 +175,21 @@ impl Domain {
                 let text = format!("cannot dump domain '{}': {why}; leave that option out", self.name());
                 return Err(Error::OperationUnsupported(text));
             }
-            let file = absolute(file)?;
-            // It names any file of the host, as a configuration does.
-            self.allow(caller, Action::Define).await?;
+            let file = self.may_write(caller, file, options.given.is_some()).await?;
             if options.crash || options.reset {
                 self.allow(caller, Action::Stop).await?;
             }
-            self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
             let change = self.change(caller, &verb::CORE_DUMP);
-            let target = Target { file, managed: false, dump: true, memory_only: options.memory_only, kept: None };
+            let target = Target {
+                file,
+                given: options.given.clone(),
+                compression: Compression::None,
+                bypass_cache: false,
+                managed: false,
+                dump: true,
+                memory_only: options.memory_only,
+                kept: None,
+            };
             if change.has_turn() {
                 self.applies(&verb::CORE_DUMP)?;
                 self.plan_save(&target, Resumption::default()).await?;
@@ -175,6 +203,18 @@ impl Domain {
             }))
         })
         .await
+    }
+
+    /// Where a caller has a machine written who may save it. A path names any file of the host, as a configuration does; what is
+    /// given by descriptor is read by whoever gave it, with all that is secret.
+    async fn may_write(&self, caller: &Caller, file: &str, given: bool) -> Result<PathBuf> {
+        let file = path_or_given(file, given)?;
+        self.allow(caller, Action::Define).await?;
+        match given {
+            true => self.allow(caller, Action::ReadSecure).await?,
+            false => self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?,
+        }
+        Ok(file)
     }
 
     /// What is wanted of a guest that has been dumped. It may have ended meanwhile, which is as well.
@@ -256,9 +296,12 @@ impl Domain {
         }
         let standing = lock(&self.state).state == DomainState::Paused;
         let file = target.file.clone();
-        self.refuse_to_replace(&file).await?;
+        if target.given.is_none() {
+            self.refuse_to_replace(&file).await?;
+        }
         let (paused, goes_on, memory_only) = (then.stands(standing), target.dump, target.memory_only);
-        let request = SaveRequest { file, def, paused, goes_on, memory_only };
+        let (given, compression, bypass_cache) = (target.given.clone(), target.compression, target.bypass_cache);
+        let request = SaveRequest { file, given, compression, bypass_cache, def, paused, goes_on, memory_only };
         saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
         Ok(Planned { machine, request })
     }
@@ -341,7 +384,10 @@ impl Domain {
         let guest = self.guest()?;
         // A transient domain must not go before the note that it leaves.
         let _stay = Creation::begin(self)?;
-        let target = self.take_target(&request.file).await?;
+        let target = match request.given {
+            Some(_) => None,
+            None => Some(self.take_target(&request.file).await?),
+        };
         let journal = self.journal(Deed::Save { file: request.file.clone(), managed, dump }, job);
         journal.begin().await?;
         if let Err(e) = self.saves()?.save(&machine, &request, journal.clone()).await {
@@ -349,7 +395,7 @@ impl Domain {
             self.is_not_saved().await;
             journal.end_after_failure(&e).await;
             // If it is half done.
-            self.looks_again(Some(target));
+            self.looks_again(target);
             return Err(self.driver_failed("save", e));
         }
         if !dump {

@@ -21,7 +21,7 @@ use crate::state::{PmSuspended, ShutdownBy, Suspended};
 use crate::xml::{Finding, refusals};
 pub use adjust::Adjustment;
 use async_trait::async_trait;
-pub use devices::{DeviceEvent, IoAction, IoFailure, MediumChange, MediumExchange};
+pub use devices::{Attachment, Detachment, DeviceEvent, IoAction, IoFailure, MediumChange, MediumExchange, NewMedium};
 pub use given::GivenFile;
 pub use reports::{EventSink, EventStream, reports};
 use serde::{Deserialize, Serialize};
@@ -166,18 +166,11 @@ pub trait Driver: Send + Sync {
         Err(DriverError::Unsupported(format!("this driver takes no image by descriptor for '{target}'")))
     }
 
-    /// Changes what lies in the drive `target` of a running guest to what `def` says: to `image`, if that has been given. On
+    /// Changes what lies in a drive of a running guest to what its definition says, or to the image that has been given. On
     /// failure the drive holds what it held.
-    async fn change_medium(
-        &self,
-        guest: &dyn Instance,
-        def: &DomainDef,
-        target: &str,
-        how: MediumExchange,
-        image: Option<Arc<GivenFile>>,
-    ) -> Result<(), DriverError> {
-        let _ = (guest, def, how, image);
-        Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{target}'")))
+    async fn change_medium(&self, guest: &dyn Instance, medium: NewMedium<'_>) -> Result<(), DriverError> {
+        let _ = guest;
+        Err(DriverError::Unsupported(format!("this driver cannot change the medium in '{}'", medium.target)))
     }
 
     /// Gives the device that `def` has more than `before`, which `guest` runs with, its place and its name, which is returned; with
@@ -194,33 +187,24 @@ pub trait Driver: Send + Sync {
     }
 
     /// Plugs in the device of that name, as `def` says it with all that [`Driver::place_device`] has added to `before`. What is
-    /// known of it only then, a terminal say, is written into `def`. `image` is the disk's, if a client has given it and it has
-    /// been judged. On failure `def` is what the guest has then: `before`, with what could not be taken back; after `TimedOut` it
-    /// is what the guest may have.
+    /// known of it only then, a terminal say, is written into `def`. On failure `def` is what the guest has then: `before`, with
+    /// what could not be taken back; after `TimedOut` it is what the guest may have.
     async fn attach_device(
         &self,
         guest: &dyn Instance,
-        before: &DomainDef,
         def: &mut DomainDef,
-        alias: &str,
-        image: Option<Arc<GivenFile>>,
+        device: Attachment<'_>,
     ) -> Result<(), DriverError> {
-        let _ = (guest, before, def, image);
-        Err(DriverError::Unsupported(format!("this driver cannot plug in '{alias}'")))
+        let _ = (guest, def);
+        Err(DriverError::Unsupported(format!("this driver cannot plug in '{}'", device.alias)))
     }
 
-    /// Asks the guest to let go of the device of that name, waits until it has, and takes away what the device had of the host's.
+    /// Asks the guest to let go of a device, waits until it has, and takes away what the device had of the host's.
     /// Errors: `TimedOut` after `patience`, `Refused` if the guest refuses; it has the device still. If it lets go of it later,
     /// that is reported ([`DriverEvent::DeviceGone`]).
-    async fn detach_device(
-        &self,
-        guest: &dyn Instance,
-        def: &DomainDef,
-        alias: &str,
-        patience: Duration,
-    ) -> Result<(), DriverError> {
-        let _ = (guest, def, patience);
-        Err(DriverError::Unsupported(format!("this driver cannot unplug '{alias}'")))
+    async fn detach_device(&self, guest: &dyn Instance, device: Detachment<'_>) -> Result<(), DriverError> {
+        let _ = guest;
+        Err(DriverError::Unsupported(format!("this driver cannot unplug '{}'", device.alias)))
     }
 
     /// Whether the guest does not have that device of `def` any more; then what it had of the host's is taken away, if that is

@@ -19,8 +19,12 @@ struct Machine {
 
 impl Machine {
     async fn started(name: &str, board: &str) -> Option<Machine> {
+        Machine::started_with(name, board, "").await
+    }
+
+    async fn started_with(name: &str, board: &str, more: &str) -> Option<Machine> {
         let daemon = Daemon::on_system_bus(crate::common::Setup::default()).await?;
-        let mut tick = Tick::new(&daemon, name, "")?;
+        let mut tick = Tick::new(&daemon, name, more)?;
         tick.xml = tick.xml.replace("machine='q35'", &format!("machine='{board}'"));
         let client = Client { connection: daemon.connect().await };
         let domain = client.define(&tick.xml).await.expect("defined");
@@ -220,6 +224,58 @@ async fn what_cannot_be_plugged_is_named_and_changes_nothing() {
     };
     refused(full, "OperationInvalid", "no free place");
     assert!(plugged >= 4, "{plugged} devices were plugged in");
+    machine.domain.run("Destroy").await.expect("destroyed");
+}
+
+const DIMMS: &str = "{\"execute\":\"query-memory-devices\"}";
+
+#[tokio::test]
+async fn memory_a_watchdog_and_what_runs_beside_a_guest_come_while_it_runs() {
+    let more = "<maxMemory slots='2' unit='MiB'>1024</maxMemory><memoryBacking><access mode='shared'/></memoryBacking>";
+    let Some(mut machine) = Machine::started_with("grows", "pc", more).await else { return };
+    let before: u64 = machine.domain.property("Memory").await;
+    let dimm = |mib: u64| format!("<memory model='dimm'><target><size unit='MiB'>{mib}</size></target></memory>");
+    refused(machine.attach(&dimm(4096)).await, "ConfigUnsupported", "<maxMemory>");
+    let alias = machine.attach(&dimm(128)).await.expect("memory");
+    assert_eq!(machine.domain.property::<u64>("Memory").await, before + (128 << 20));
+    refused(machine.detach(&alias, 1).await, "OperationUnsupported", &alias);
+    let dog = machine.attach("<watchdog model='i6300esb' action='pause'/>").await.expect("a watchdog");
+    refused(machine.attach("<watchdog model='itco'/>").await, "OperationUnsupported", "board");
+
+    // A folder, by a program that runs as long as the guest has it; it outlives virtd.
+    let shared = machine.daemon.folder().join("shared");
+    std::fs::create_dir(&shared).expect("made");
+    let folder = |driver: &str| {
+        let dir = shared.display();
+        format!("<filesystem type='mount'>{driver}<source dir='{dir}'/><target dir='shared'/></filesystem>")
+    };
+    refused(machine.attach(&folder("")).await, "OperationUnsupported", "virtiofs");
+    let has_folder = Path::new("/usr/lib/qemu/virtiofsd").exists();
+    match has_folder {
+        true => _ = machine.attach(&folder("<driver type='virtiofs'/>")).await.expect("a folder"),
+        false => crate::common::skip("there is no virtiofsd"),
+    }
+    let image = machine.image("thrown.img");
+    let thrown = disk(&image, "sdb", "usb").replace("</disk>", "<transient/></disk>");
+    let thrown = machine.attach(&thrown).await.expect("a disk that is thrown away");
+    machine.tick.goes_on().await;
+    let shown = machine.domain.xml().await;
+    machine.daemon.kill_virtd().await;
+    let told = machine.asks_qemu(&[DIMMS, LIST, NODES, SETS]);
+    assert_eq!(told[0]["return"][0]["data"]["id"], *alias, "{}", told[0]);
+    assert!(texts(&told[1], "name").contains(&dog), "{}", told[1]);
+    assert!(texts(&told[2], "node-name").contains(&"sdb-transient".to_owned()), "{}", told[2]);
+    assert_eq!(told[3]["return"].as_array().map(Vec::len), Some(1), "{}", told[3]);
+    machine.daemon.start_virtd().await;
+    machine.domain.is_looked_after().await;
+    assert_eq!(machine.domain.xml().await, shown);
+    machine.detach(&thrown, 20_000_000).await.expect("unplugged");
+    machine.daemon.kill_virtd().await;
+    let told = machine.asks_qemu(&[NODES, SETS]);
+    assert!(!texts(&told[0], "node-name").iter().any(|node| node.starts_with("sdb-")), "{}", told[0]);
+    assert_eq!(told[1]["return"].as_array().map(Vec::len), Some(0), "{}", told[1]);
+    machine.daemon.start_virtd().await;
+    machine.domain.is_looked_after().await;
     machine.domain.run("Destroy").await.expect("destroyed");
 }
 

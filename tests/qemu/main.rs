@@ -20,6 +20,7 @@ mod plugged;
 mod records;
 mod revert_matrix;
 mod saved;
+mod saved_given;
 mod saved_unfinished;
 mod serial;
 mod snapshots;

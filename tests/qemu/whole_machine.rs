@@ -84,7 +84,8 @@ impl Lin {
 fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> String {
     let (disk, serial) = (folder.join(format!("{name}.qcow2")), folder.join(format!("{name}.serial")));
     format!(
-        "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><os firmware='efi'>\
+        "<domain type='qemu'><name>{name}</name><maxMemory slots='2' unit='MiB'>1024</maxMemory>\
+         <memory unit='MiB'>256</memory><memoryBacking><access mode='shared'/></memoryBacking><os firmware='efi'>\
          <firmware><feature enabled='no' name='secure-boot'/></firmware>\
          <type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>\
          <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr</cmdline></os>\
@@ -150,6 +151,93 @@ async fn agent_answers(domain: &Domain) {
     assert!(name.ends_with("OperationInvalid") && why.contains("thaw them first"), "{name}: {why}");
     let thawed = domain.run("ThawFilesystems").await.expect("thawed");
     assert_eq!(thawed.body().deserialize::<u32>().expect("u"), 1);
+}
+
+/// What a shell in the guest prints.
+async fn inside(domain: &Domain, script: &str) -> String {
+    let (printed, prints) = std::io::pipe().expect("a pipe");
+    let prints = Variant::from(zbus::wire::Fd::from(zbus::wire::OwnedFd::from(OwnedFd::from(prints))));
+    let argv: &[&str] = &["/bin/busybox", "sh", "-c", script];
+    let ended = domain.call("GuestExec", &(argv, options([("stdout", prints)]))).await.expect("run");
+    assert_eq!(ended.body().deserialize::<(i32, zbus::ObjectPath<'_>)>().expect("io").0, 0, "{script}");
+    let text = tokio::task::spawn_blocking(move || std::io::read_to_string(printed).expect("text"));
+    text.await.expect("read").trim().to_owned()
+}
+
+/// A disk, memory, a shared folder and a card come while it runs, it has them, and all but the memory go again.
+async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
+    let attach = async |xml: &str| {
+        let reply = domain.call("AttachDevice", &(xml, with([("live", true)]))).await;
+        let reply = reply.unwrap_or_else(|error| panic!("{xml}: {error:?}"));
+        reply.body().deserialize::<String>().expect("s")
+    };
+    let detach = async |alias: &str| {
+        let gone = domain.call("DetachDeviceAlias", &(alias, with([("live", true)]))).await;
+        gone.unwrap_or_else(|error| panic!("{alias}: {error:?}"));
+    };
+    let image = daemon.folder().join("plugged.img");
+    let mut sectors = b"plugged in".to_vec();
+    sectors.resize(1 << 20, 0);
+    std::fs::write(&image, sectors).expect("written");
+    let disk = |rest: &str, target: &str| {
+        let image = image.display();
+        format!(
+            "<disk type='file'><driver name='qemu' type='raw'/><source file='{image}'/><target dev='{target}' bus='virtio'/>{rest}</disk>"
+        )
+    };
+    // The guest finds a device when it has looked, and can read it a moment after it has a name.
+    let comes =
+        "i=0; while ! head -c 1 /dev/vdb > /dev/null 2>&1 && [ $i -lt 400 ]; do usleep 50000; i=$((i+1)); done; ";
+    let first = format!("{comes} head -c 10 /dev/vdb");
+    let alias = attach(&disk("", "vdb")).await;
+    assert_eq!(inside(domain, &first).await, "plugged in");
+    detach(&alias).await;
+    assert_eq!(inside(domain, "ls /dev/vdb 2>/dev/null || echo none").await, "none");
+    // What is written to this one is thrown away.
+    let alias = attach(&disk("<transient/>", "vdb")).await;
+    let over = format!("{comes} echo written-over > /dev/vdb; sync; head -c 12 /dev/vdb");
+    assert_eq!(inside(domain, &over).await, "written-over");
+    detach(&alias).await;
+    assert!(std::fs::read(&image).expect("read").starts_with(b"plugged in"));
+
+    let memory: u64 = domain.property("Memory").await;
+    let total = "grep MemTotal /proc/meminfo | tr -dc 0-9";
+    let before: u64 = inside(domain, total).await.parse().expect("a number");
+    let alias = attach("<memory model='dimm'><target><size unit='MiB'>256</size></target></memory>").await;
+    assert_eq!(domain.property::<u64>("Memory").await, memory * 2);
+    let online = format!(
+        "i=0; while [ $({total}) -le {before} ] && [ $i -lt 400 ]; do for m in /sys/devices/system/memory/memory*/state; \
+         do echo online > $m 2>/dev/null; done; usleep 50000; i=$((i+1)); done; {total}"
+    );
+    let after: u64 = inside(domain, &online).await.parse().expect("a number");
+    assert!(after >= before + 200 * 1024, "{before} KiB have become {after}");
+    let (name, why) =
+        domain.call("DetachDeviceAlias", &(&*alias, with([("live", true)]))).await.expect_err("memory stays");
+    assert!(name.ends_with("OperationUnsupported") && why.contains(&alias), "{name}: {why}");
+
+    let shared = daemon.folder().join("shared");
+    std::fs::create_dir(&shared).expect("made");
+    std::fs::write(shared.join("note"), "of the host\n").expect("written");
+    if Path::new("/usr/lib/qemu/virtiofsd").exists() {
+        let folder = format!(
+            "<filesystem type='mount'><driver type='virtiofs'/><source dir='{}'/><target dir='shared'/></filesystem>",
+            shared.display()
+        );
+        // Twice: what the first one had is free again.
+        for _ in 0..2 {
+            let alias = attach(&folder).await;
+            let mount = "mkdir -p /run/shared; i=0; while ! mount -t virtiofs shared /run/shared 2>/dev/null && [ $i -lt 400 ]; \
+                         do usleep 50000; i=$((i+1)); done; cat /run/shared/note; umount /run/shared";
+            assert_eq!(inside(domain, mount).await, "of the host");
+            detach(&alias).await;
+        }
+    } else {
+        skip("there is no virtiofsd");
+    }
+    if have(&["passt"]) {
+        let alias = attach("<interface type='user'><backend type='passt'/><model type='virtio'/></interface>").await;
+        detach(&alias).await;
+    }
 }
 
 async fn freeze(domain: &Domain, places: &[&str]) -> Result<u32, Refusal> {
@@ -227,6 +315,7 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     assert_eq!(tokio::time::timeout(PATIENCE, thawed).await, Ok(1));
     player.domain.run("ThawFilesystems").await.expect("thawed");
     agent_answers(&player.domain).await;
+    devices_come_and_go(&daemon, &player.domain).await;
     let mut watch = client.watch().await;
     player.domain.call("SuspendGuest", &("mem", options([]))).await.expect("asked");
     assert_eq!(watch.lifecycle(&player.domain.path).await, "pmsuspended memory");

@@ -26,6 +26,23 @@ use virt_model::domain::DomainDef;
 /// The first file descriptor of those for what is thrown away; from 200 on they are virtd's own.
 const FIRST_SCRATCH_FD: i32 = 180;
 
+/// What is laid over the image of a disk that is plugged in, and thrown away.
+pub struct Overlay {
+    /// The set of descriptors that its file is in.
+    pub set: u32,
+    /// What QEMU is told of it.
+    pub arguments: Value,
+}
+
+fn overlay(name: &str, file: &str) -> Value {
+    json!({
+        "node-name": format!("{name}-format"),
+        "snapshot-file": file,
+        "snapshot-node-name": format!("{name}-transient"),
+        "format": "qcow2",
+    })
+}
+
 impl Builder<'_> {
     pub(super) fn disks(&mut self) {
         let def = self.def;
@@ -48,7 +65,20 @@ impl Builder<'_> {
 
     /// One that is plugged into a running guest: what of it nobody may see goes by the monitor anyway.
     pub(super) fn plugged_disk(&mut self, disk: &Disk) {
-        let node = self.disk_nodes(disk, &disk.target.dev);
+        let name = &*disk.target.dev;
+        let mut node = self.disk_nodes(disk, name);
+        if let (Some(_), Some(top)) = (&disk.transient, &mut node) {
+            // QEMU keeps an overlay only for what is above it, and the device is to come later.
+            if *top == format!("{name}-format") {
+                let whole = format!("{name}-whole");
+                let props = Props::new("driver", "raw").set("node-name", &*whole).set("file", std::mem::take(top));
+                self.args.blockdev(props);
+                *top = whole;
+            }
+            let set = GivenImage::new(true).set;
+            let arguments = overlay(name, &format!("/dev/fdset/{set}"));
+            self.overlays.push((name.to_owned(), Overlay { set, arguments }));
+        }
         let props = self.disk_device(disk, node);
         self.args.device(props);
     }
@@ -95,12 +125,7 @@ impl Builder<'_> {
     fn overlay_to_throw_away(&mut self, name: &str) {
         let fd = self.scratch.len().try_into().map_or(FIRST_SCRATCH_FD, |n: i32| FIRST_SCRATCH_FD + n);
         self.scratch.push(fd);
-        let arguments = json!({
-            "node-name": format!("{name}-format"),
-            "snapshot-file": format!("/dev/fd/{fd}"),
-            "snapshot-node-name": format!("{name}-transient"),
-            "format": "qcow2",
-        });
+        let arguments = overlay(name, &format!("/dev/fd/{fd}"));
         self.setup.push(("blockdev-snapshot-sync".to_owned(), arguments));
     }
 

@@ -42,7 +42,7 @@ impl Builder<'_> {
         self.front(filesystem, props.set("mount_tag", &*filesystem.target.tag));
     }
 
-    fn virtiofs(&mut self, filesystem: &Filesystem) {
+    pub(super) fn virtiofs(&mut self, filesystem: &Filesystem) {
         let name = id(&filesystem.info);
         let back_end = format!("chr-vu-{name}");
         let given = filesystem.source.as_ref().and_then(|source| source.socket.clone());

@@ -13,10 +13,18 @@ use virt_model::device::ControllerKind;
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::sound::SoundModel;
 use virt_model::device::watchdog::{WatchdogAction, WatchdogModel};
-use virt_model::domain::LifecycleAction;
 use virt_model::domain::clock::{ClockBasis, ClockOffset, TickPolicy, Timer, TimerName, TimerTrack};
 use virt_model::domain::features::{IoapicDriver, Smm, State};
 use virt_model::domain::os::{AcpiTableKind, LoaderKind};
+use virt_model::domain::{DomainDef, LifecycleAction};
+
+/// What follows where the guest's watchdogs bite; `None` if it has none.
+pub fn watchdog_action(def: &DomainDef) -> Option<&'static str> {
+    def.devices.watchdogs.first().map(|watchdog| match watchdog.action.unwrap_or_default() {
+        WatchdogAction::Dump => "pause",
+        other => other.as_str(),
+    })
+}
 
 impl Builder<'_> {
     pub(super) fn machine(&mut self) {
@@ -235,10 +243,7 @@ impl Builder<'_> {
     /// What QEMU does by itself; everything that ends a guest is left standing for the service to decide.
     fn actions(&mut self) {
         let reboot = if self.def.on_reboot == LifecycleAction::Restart { "reset" } else { "shutdown" };
-        let watchdog = self.def.devices.watchdogs.first().map(|w| match w.action.unwrap_or_default() {
-            WatchdogAction::Dump => "pause",
-            other => other.as_str(),
-        });
+        let watchdog = watchdog_action(self.def);
         let actions = List::default().set("reboot", reboot).set("shutdown", "pause").set("panic", "pause");
         self.args.pair("-action", actions.maybe("watchdog", watchdog));
         if self.def.devices.watchdogs.iter().any(|w| w.model == WatchdogModel::Itco) {

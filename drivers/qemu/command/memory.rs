@@ -97,7 +97,8 @@ impl Builder<'_> {
             == Some(MemorySourceKind::Memfd);
         let kind = match &make.path {
             Some(_) => "memory-backend-file",
-            None if memfd || make.page_kib.is_some() => "memory-backend-memfd",
+            // Whoever shares it gets it by a descriptor.
+            None if memfd || make.page_kib.is_some() || make.shared == Some(true) => "memory-backend-memfd",
             None => "memory-backend-ram",
         };
         let props = Props::new("qom-type", kind).set("id", name).set("size", kib.saturating_mul(1024));

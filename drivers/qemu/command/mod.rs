@@ -51,11 +51,13 @@ pub use cpu::{
 };
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
 pub use graphics::card as video_card;
+pub use hostdev::lock_limit;
 pub use hostdev::vsock_device;
 pub use input::input_device;
+pub use machine::watchdog_action;
 pub use memory::memory_device;
 pub use net::{by_passt, card_type};
-pub use one::{OneDevice, Step, fd_name, keeps_its_place, one_device};
+pub use one::{OneDevice, Step, fd_name, keeps_its_place, never_leaves, one_device};
 pub use source::secret_name;
 pub use sysinfo::{has_field, tables};
 pub use tpm::{tpm_device, tpm_state, tpm_state_of};
@@ -147,6 +149,8 @@ struct Builder<'a> {
     tap_fds_used: i32,
     secrets: Vec<Secret>,
     scratch: Vec<i32>,
+    /// By the targets of their disks.
+    overlays: Vec<(String, disk::Overlay)>,
     throttle_groups: BTreeSet<String>,
     companions: Vec<Companion>,
     companion_fds: i32,
@@ -171,6 +175,7 @@ impl<'a> Builder<'a> {
             tap_fds_used: 0,
             secrets: Vec::new(),
             scratch: Vec::new(),
+            overlays: Vec::new(),
             throttle_groups: BTreeSet::new(),
             companions: Vec::new(),
             companion_fds: 0,

@@ -70,6 +70,14 @@ pub fn netdev(list: &str, given: impl Fn(i32) -> String) -> Value {
                 said.insert("ipv6-prefixlen".to_owned(), Value::from(length.parse::<u64>().unwrap_or(64)));
                 continue;
             }
+            "addr.type" => {
+                said.insert("addr".to_owned(), json!({ "type": word }));
+                continue;
+            }
+            "addr.str" => {
+                said["addr"]["str"] = Value::from(word.parse().map_or_else(|_| word.clone(), &given));
+                continue;
+            }
             _ => Value::from(word.as_str()),
         };
         said.insert(key.clone(), value);
@@ -128,6 +136,9 @@ mod tests {
         let all = json!({ "type": "tap", "fds": "given20:given21", "id": "hostnet1", "vhost": true,
             "vhostfds": "given22:given23", "sndbuf": 4096 });
         assert_eq!(said, all);
+        let said = netdev("stream,id=hostnet2,server=off,addr.type=fd,addr.str=150", name);
+        let addr = json!({ "type": "fd", "str": "given150" });
+        assert_eq!(said, json!({ "type": "stream", "id": "hostnet2", "server": false, "addr": addr }));
         let said = netdev("user,id=hostnet0,net=10.1.0.0/16,ipv6-net=fd00::/64", name);
         let all = json!({ "type": "user", "id": "hostnet0", "net": "10.1.0.0/16", "ipv6-prefix": "fd00::",
             "ipv6-prefixlen": 64 });

@@ -3,12 +3,14 @@
 
 use super::{Builder, Place, monitor_words, usb_device};
 use crate::qemu::capabilities::Capabilities;
-use crate::qemu::plan::{HostFile, SecretContent, Tap};
+use crate::qemu::plan::{Companion, HostFile, SecretContent, Tap};
 use serde_json::{Value, json};
 use virt_model::device::chardev::{ChannelKind, SerialKind};
 use virt_model::device::disk::{DiskBus, DiskDevice};
 use virt_model::device::input::{InputBus, InputKind};
 use virt_model::device::interface::InterfaceKind;
+use virt_model::device::memory::MemoryModel;
+use virt_model::device::watchdog::WatchdogModel;
 use virt_model::device::{ControllerKind, Device};
 use virt_model::domain::DomainDef;
 
@@ -20,6 +22,10 @@ pub struct OneDevice {
     pub files: Vec<HostFile>,
     /// Network devices that it is given before, each by [`fd_name`].
     pub taps: Vec<Tap>,
+    /// Sets of descriptors, each with a file without a name in it for what is written to the disk of that target.
+    pub scratch: Vec<(u32, String)>,
+    /// What runs beside it from before it is plugged in until it has gone.
+    pub companions: Vec<Companion>,
     /// Whether something of it is reached by the network of the host.
     pub by_network: bool,
 }
@@ -48,15 +54,14 @@ pub fn keeps_its_place(device: &Device) -> Option<&'static str> {
     match device {
         Device::Disk(disk) => match disk.target.bus {
             _ if disk.device() == DiskDevice::Floppy => Some("floppy drives are part of the board"),
-            Some(DiskBus::Virtio | DiskBus::Scsi | DiskBus::Usb) if disk.transient.is_some() => {
-                Some("what a <transient/> disk throws away is made at a start")
-            }
             Some(DiskBus::Virtio | DiskBus::Scsi | DiskBus::Usb) => None,
             _ => Some("disks on this bus cannot be plugged; use bus 'virtio', 'scsi' or 'usb'"),
         },
         Device::Interface(card) => match card.kind {
-            InterfaceKind::Hostdev | InterfaceKind::Direct | InterfaceKind::VhostUser => Some(OFF),
-            _ if super::by_passt(card) => Some("a passt is started with its machine"),
+            InterfaceKind::Hostdev | InterfaceKind::Direct => Some(OFF),
+            InterfaceKind::VhostUser if card.listens() => {
+                Some("QEMU would wait for the switch, and its guest with it: have the switch listen (mode='client')")
+            }
             _ => None,
         },
         Device::Rng(_) => None,
@@ -83,18 +88,39 @@ pub fn keeps_its_place(device: &Device) -> Option<&'static str> {
             ControllerKind::Pci => Some("bridges and root ports are part of the board"),
             _ => Some(BOARD),
         },
-        Device::Watchdog(_) | Device::Memballoon(_) | Device::Hostdev(_) => Some(OFF),
-        Device::MemoryDevice(_) | Device::Filesystem(_) | Device::Shmem(_) | Device::Crypto(_) => Some(OFF),
+        Device::Watchdog(watchdog) => match watchdog.model {
+            WatchdogModel::I6300esb => None,
+            _ => Some(BOARD),
+        },
+        Device::MemoryDevice(memory) => match memory.model {
+            MemoryModel::Dimm | MemoryModel::VirtioMem => None,
+            _ => Some(OFF),
+        },
+        Device::Filesystem(shared) => match shared.is_virtiofs() {
+            true => None,
+            false => Some("QEMU shares folders by 9p from its start on only; use <driver type='virtiofs'/>"),
+        },
+        Device::Memballoon(_) | Device::Hostdev(_) | Device::Shmem(_) | Device::Crypto(_) => Some(OFF),
         Device::Vsock(_) | Device::Iommu(_) | Device::Panic(_) | Device::Tpm(_) | Device::Hub(_) => Some(OFF),
         Device::Sound(_) | Device::Video(_) | Device::Parallel(_) | Device::Console(_) => Some(BOARD),
     }
 }
 
+/// Why a device that can be plugged in, or was there at the start, cannot be unplugged; nothing if it can.
+pub fn never_leaves(device: &Device) -> Option<&'static str> {
+    match device {
+        // QEMU 7.2 lost its process when more was plugged in after a DIMM had gone, and has no virtio-mem that goes.
+        Device::MemoryDevice(_) => Some(
+            "QEMU does not survive it when memory has gone, or cannot do it; have the guest give back what it does not need \
+             (SetMemory), or take it out of the stored configuration",
+        ),
+        device => keeps_its_place(device),
+    }
+}
+
 /// What is told of the device of that name. Error: why it cannot be plugged.
 pub fn one_device(def: &DomainDef, caps: &Capabilities, place: &Place<'_>, alias: &str) -> Result<OneDevice, String> {
-    let all = def.devices.all();
-    let device = all.into_iter().find(|device| device.info().0.alias() == Some(alias));
-    let device = device.ok_or_else(|| format!("there is no device '{alias}'"))?;
+    let device = def.device_named(alias).ok_or_else(|| format!("there is no device '{alias}'"))?;
     if let Some(why) = keeps_its_place(&device) {
         return Err(why.to_owned());
     }
@@ -111,6 +137,9 @@ pub fn one_device(def: &DomainDef, caps: &Capabilities, place: &Place<'_>, alias
             builder.serial_port(serial, chardev);
         }
         Device::Redirdev(redirection) => builder.redirection(redirection),
+        Device::Watchdog(watchdog) => builder.watchdog(watchdog),
+        Device::MemoryDevice(memory) => builder.memory_device(memory),
+        Device::Filesystem(shared) => builder.virtiofs(shared),
         Device::Controller(controller) => {
             let props = builder.controller_device(controller);
             props.into_iter().for_each(|props| builder.args.device(props));
@@ -119,14 +148,16 @@ pub fn one_device(def: &DomainDef, caps: &Capabilities, place: &Place<'_>, alias
     }
     let rom = device.info().0.rom.as_ref().and_then(|rom| rom.file.as_deref());
     rom.into_iter().for_each(|file| builder.read_whole(file));
-    if !builder.companions.is_empty() || !builder.scratch.is_empty() {
-        return Err("what it needs beside it is started with the machine".to_owned());
+    let mut told = told(builder)?;
+    if let (Device::Watchdog(_), Some(action)) = (device, super::watchdog_action(def)) {
+        let arguments = json!({ "watchdog": action });
+        told.steps.insert(0, Step { command: "set-action", arguments, undo: None, secret: None });
     }
-    told(builder)
+    Ok(told)
 }
 
 fn told(builder: Builder<'_>) -> Result<OneDevice, String> {
-    let Builder { args, files, taps, secrets, setup, .. } = builder;
+    let Builder { args, files, taps, secrets, setup, companions, overlays, .. } = builder;
     let words = args.into_vec();
     let by_network = crate::qemu::wall::reach_the_network(&words);
     let mut words = words.into_iter();
@@ -151,10 +182,18 @@ fn told(builder: Builder<'_>) -> Result<OneDevice, String> {
         let secret = secrets.iter().find(of_file).map(|secret| secret.content.clone());
         steps.push(Step { command, arguments, undo, secret });
     }
+    let mut scratch = Vec::new();
+    for (target, overlay) in overlays {
+        let before = steps.iter().position(|step| step.command == "device_add").unwrap_or(steps.len());
+        // It goes with what is above it.
+        let (command, arguments) = ("blockdev-snapshot-sync", overlay.arguments);
+        steps.insert(before, Step { command, arguments, undo: None, secret: None });
+        scratch.push((overlay.set, target));
+    }
     let set = |(command, arguments): (String, Value)| match command.as_str() {
         "set_link" => Ok(Step { command: "set_link", arguments, undo: None, secret: None }),
         other => Err(format!("{other} is said at a start only")),
     };
     steps.extend(setup.into_iter().map(set).collect::<Result<Vec<_>, _>>()?);
-    Ok(OneDevice { steps, files, taps, by_network })
+    Ok(OneDevice { steps, files, taps, scratch, companions, by_network })
 }

@@ -11,11 +11,10 @@
 use super::super::instance::Body;
 use super::Operation;
 use super::files::stored;
-use super::naming::Written;
 use super::note::{Note, Save, written};
+use super::out::Out;
 use super::pipe::Stream;
-use super::save::{Begun, Content};
-use crate::host::workers::ClosedAside;
+use super::save::{Begun, Content, begin};
 use serde_json::json;
 use std::sync::Arc;
 use virt_model::domain::features::State;
@@ -60,21 +59,17 @@ impl Operation {
     /// Makes the file beside, and notes which that is.
     pub(super) async fn begin_dump(
         &self,
+        request: &SaveRequest,
         format: MemoryFormat,
         note: &mut Save,
         journal: &Arc<dyn Journal>,
     ) -> Result<Begun, DriverError> {
-        let (wanted, wary) = (note.clone(), self.images.lender.is_wary());
-        let begun = self.with_images(&note.part, move |_| {
-            let mut held = Written::find(&wanted, wary)?;
-            let file = held.create()?;
-            Ok((Arc::new(held), Arc::new(ClosedAside::of(file))))
-        });
-        let (held, file) = begun.await?;
+        let (wanted, wants, wary) = (note.clone(), request.clone(), self.images.lender.is_wary());
+        let (held, out) = self.with_images(&note.part, move |_| begin(&wanted, &wants, wary)).await?;
         journal.step("file");
-        note.number = held.number();
+        note.number = held.as_ref().and_then(|held| held.number());
         journal.note(written(&Note::Save(note.clone()))?).await?;
-        Ok(Begun { held, file, content: Content::Memory(format) })
+        Ok(Begun { held, out, content: Content::Memory(format) })
     }
 
     /// Writes the memory, and has it on disk. The guest has gone on by then.
@@ -82,11 +77,13 @@ impl Operation {
         &self,
         body: &Body,
         note: &Save,
-        file: &Arc<ClosedAside>,
+        out: &Out,
         format: MemoryFormat,
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
-        let moved = self.move_memory(body, (file, &note.file), Stream::Memory(format), journal).await;
+        let moved = self
+            .move_memory(body, (out, out.base().unwrap_or(0), &note.file), Stream::Memory(format), None, journal)
+            .await;
         let moved = moved.map_err(|error| match error {
             // It looks at what the guest has said before it writes anything.
             DriverError::Hypervisor(why) if format == MemoryFormat::WinDmp => DriverError::Unsupported(format!(
@@ -96,10 +93,8 @@ impl Operation {
         })?;
         self.dump_ends().await?;
         journal.step("memory");
-        let (file, part) = (file.clone(), note.part.clone());
-        let synced = self.with_images_of(&note.part, moved.length, move |_| {
-            file.get().and_then(|file| file.sync_all()).map_err(|e| stored(&part, &e))
-        });
+        let (out, part) = (out.clone(), note.part.clone());
+        let synced = self.with_images_of(&note.part, moved.length, move |_| out.sync().map_err(|e| stored(&part, &e)));
         self.unless_cancelled(synced, false, journal).await
     }
 

@@ -22,9 +22,12 @@ mod internal;
 mod merge;
 mod naming;
 mod note;
+mod out;
+mod packed;
 mod park;
 mod parts;
 mod pipe;
+mod reading;
 mod reconfigure;
 mod recover;
 mod revert;
@@ -32,7 +35,7 @@ mod save;
 mod survey;
 
 pub use files::open_memory;
-pub use save::stream as saved_stream;
+pub use reading::stream as saved_stream;
 
 use super::block::Nodes;
 use super::instance::Body;
@@ -49,7 +52,7 @@ use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::saved::{SaveRequest, SavedMachines, SavedState};
+use virt_model::driver::saved::{SaveRequest, SavedFile, SavedMachines, SavedState};
 use virt_model::driver::snapshots::{
     CreatePlan, CreatedSnapshot, DeletePlan, DiskMode, DiskPart, ExistingSnapshot, Journal, Machine, MemoryMode,
     Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, StartFrom, Unfinished,
@@ -166,8 +169,8 @@ impl SavedMachines for QemuDriver {
         save::settle(&self.0.workers, machine, note, !self.0.privileges.are_ours()).await
     }
 
-    async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError> {
-        save::read(&self.0.workers, file, machine, !self.0.privileges.are_ours()).await
+    async fn read_saved(&self, from: SavedFile, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError> {
+        reading::read(&self.0.workers, from, machine, !self.0.privileges.are_ours()).await
     }
 
     async fn reconfigure_saved(&self, saved: &SavedState, configuration: String) -> Result<(), DriverError> {
@@ -182,7 +185,7 @@ impl SavedMachines for QemuDriver {
         cancel: &CancellationToken,
     ) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
-        save::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
+        reading::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
     }
 }
 

@@ -131,6 +131,9 @@ pub struct Save {
     /// The guest has gone on by then: what is whole stays, whatever the guest does.
     #[serde(default)]
     pub goes_on: bool,
+    /// A client has given the file by descriptor: it has no name, and only whoever has it open reaches it.
+    #[serde(default)]
+    pub given: bool,
     /// Of its memory alone: QEMU has its guest stand and go on by itself.
     #[serde(default)]
     pub memory_only: bool,

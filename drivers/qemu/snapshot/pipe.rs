@@ -5,10 +5,12 @@
 
 use super::super::instance::Body;
 use super::files::stored;
+use super::out::Out;
+use super::packed::{self, Zstd};
 use super::{Operation, lock};
 use crate::host::saved::{Written, pump};
 use crate::host::workers::{ClosedAside, Errand, PATIENCE, Stop};
-use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+use rustix::pipe::fcntl_setpipe_size;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::path::Path;
@@ -87,28 +89,35 @@ impl<W: Write> Write for Sink<'_, W> {
 }
 
 impl Operation {
-    /// Has QEMU write its memory into `part`, which becomes `shown`. Where it is given up, because it is cancelled or the file takes
+    /// Has QEMU write its memory into `out` from `at` on, which is called `shown`, packed if it is to be. Where it is given up, because it is cancelled or the file takes
     /// nothing any more, the CPUs go on before this returns, if they are to.
     pub(super) async fn move_memory(
         &self,
         body: &Body,
-        (part, shown): (&Arc<ClosedAside>, &Path),
+        (out, at, shown): (&Out, u64, &Path),
         stream: Stream,
+        zstd: Option<Zstd>,
         journal: &Arc<dyn Journal>,
     ) -> Result<Written, DriverError> {
-        let pipe = |e: io::Error| DriverError::Internal(format!("no pipe for QEMU's memory: {e}"));
-        let (read, write) = pipe_with(PipeFlags::CLOEXEC).map_err(|e| pipe(e.into()))?;
+        let (read, write) = packed::ends()?;
         // An unprivileged user may have had all that they may have.
         let _ = fcntl_setpipe_size(&write, PIPE);
-        let (outlet, file) = (Arc::new(Outlet::of(File::from(read))), part.clone());
+        let (read, packer) = match zstd {
+            None => (read, None),
+            Some(zstd) => {
+                let (ready, to) = packed::ends()?;
+                (ready, Some(zstd.start(false, read, to)?))
+            }
+        };
+        let (outlet, out) = (Arc::new(Outlet::of(File::from(read))), out.clone());
         // It has no limit in time but that each piece comes to its end, and QEMU its own.
         let unwanted = CancellationToken::new();
         let errand = Errand::new(self.machine.def.uuid, shown.display().to_string());
         let errand = Errand { limit: Duration::MAX, ..errand.until(&unwanted) };
         let (moves, what) = (outlet.clone(), shown.to_owned());
         let pumped = self.workers.run(errand, move |stop| {
-            let moved = file.get().map_err(|e| stored(&what, &e));
-            let moved = moved.and_then(|file| pump_until(&moves, file, &what, stop));
+            let writer = out.writer(at, stop).map_err(|e| stored(&what, &e));
+            let moved = writer.and_then(|to| pump_until(&moves, to, &what, stop));
             moves.close();
             moved
         });
@@ -133,9 +142,20 @@ impl Operation {
             }
         };
         let why = match (why, moved, written) {
-            (None, Some(moved), Some(written)) => return why_not(moved, written),
+            (None, Some(moved), Some(written)) => {
+                let packed = match packer {
+                    None => true,
+                    Some(packer) => packer.succeeds().await,
+                };
+                return why_not(moved, written).and_then(|moved| match packed {
+                    true => Ok(moved),
+                    false => Err(DriverError::Hypervisor("zstd could not pack the memory".to_owned())),
+                });
+            }
             (why, moved, written) => {
                 outlet.close();
+                // QEMU writes to that one, which may hold much that nobody reads.
+                drop(packer);
                 // It ends with QEMU's write, and what is asked next waits for its answer.
                 if written.is_none() {
                     let _ = sent.await;

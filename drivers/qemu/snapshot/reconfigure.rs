@@ -3,7 +3,7 @@
 //! The copy has no name until it is whole, where its file system knows such files: so a virtd that is killed leaves nothing of it.
 
 use super::files::{RESERVE, beside, check_space, stored};
-use super::save::{Interrupted, held, interrupted};
+use super::reading::{Interrupted, held, interrupted};
 use crate::host::files::Seen;
 use crate::host::resolve::Place;
 use crate::host::saved::Saved;

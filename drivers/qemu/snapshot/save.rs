@@ -1,4 +1,4 @@
-//! Saving a machine in a file of the format in [`crate::host::saved`], and opening one again.
+//! Saving a machine in a file of the format in [`crate::host::saved`].
 //!
 //! QEMU never has the file: it writes its stream into a pipe, and a thread of the machine's moves that on, counting. So whatever
 //! is killed, there is a file beside the wanted one that has no header yet, or a complete one.
@@ -14,24 +14,23 @@ use super::external::Quiet;
 use super::files::{RESERVE, beside, check_space, stored};
 use super::naming::{Naming, Written};
 use super::note::{Note, Save, written};
+use super::out::Out;
+use super::packed::Zstd;
 use super::pipe::Stream;
 use super::{Operation, cannot, undone};
 use crate::host::files::{Seen, What};
 use crate::host::look::Look;
-use crate::host::resolve::Found;
-use crate::host::saved::{DiskLook, Draft, Saved, Telling, Unusable};
-use crate::host::workers::{ClosedAside, Errand, Workers};
+use crate::host::saved::{DiskLook, Draft, Telling, write_tail};
+use crate::host::workers::{Errand, Workers};
 use serde_json::{Value, json};
-use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::saved::{MemoryFormat, SaveRequest, SavedState};
+use virt_model::domain::Form;
+use virt_model::driver::saved::{Compression, GIVEN, MemoryFormat, SaveRequest};
 use virt_model::driver::snapshots::{Journal, Recovered};
 use virt_model::driver::{DriverError, DriverEvent};
 use virt_model::state::Suspended;
@@ -60,11 +59,16 @@ impl Operation {
                     .to_owned(),
             ));
         }
+        self.packer(request).await?;
         self.has_place(request, (self.machine.def.memory_kib() << 10) / 64).await
     }
 
     /// Refuses a file that cannot be made, or where there is no room for so many bytes.
     pub(super) async fn has_place(&self, request: &SaveRequest, bytes: u64) -> Result<(), DriverError> {
+        if let Some(given) = request.given.clone() {
+            let judge = move |_: &_| Out::given(&given, false).map(drop);
+            return self.with_images(&request.file, judge).await;
+        }
         let (file, least) = (request.file.clone(), bytes.saturating_add(RESERVE));
         self.with_images(&request.file, move |_| {
             let there = Seen::at(&file);
@@ -72,6 +76,14 @@ impl Operation {
             check_space(&file, &there, least)
         })
         .await
+    }
+
+    /// What packs the memory, if it is to be packed.
+    async fn packer(&self, request: &SaveRequest) -> Result<Option<Zstd>, DriverError> {
+        match request.compression {
+            Compression::None => Ok(None),
+            Compression::Zstd => Zstd::find(&self.images.lender).await.map(Some),
+        }
     }
 
     /// Saves it. The guest stands afterwards, and nobody has been told.
@@ -84,20 +96,22 @@ impl Operation {
             complete: false,
             goes_on: request.goes_on,
             memory_only: request.memory_only.is_some(),
+            given: request.given.is_some(),
         };
+        let zstd = self.packer(request).await?;
         journal.note(written(&Note::Save(note.clone()))?).await?;
         // Whether it comes to its end or goes on as before: that it stood is nobody's business.
         let quiet = self.body.as_ref().map(Quiet::keep);
         let begun = match request.memory_only {
             None => self.begin_saved(request, &mut note, journal).await,
-            Some(format) => self.begin_dump(format, &mut note, journal).await,
+            Some(format) => self.begin_dump(request, format, &mut note, journal).await,
         };
         let begun = match begun {
             Ok(begun) => begun,
             Err(error) => return Err(undone(error, self.undo_save(&note, None, quiet, Some(journal)).await)),
         };
-        let error = match self.write_saved(&mut note, &begun, journal).await {
-            Ok(()) => match self.name_saved(&note, Some(begun.held.clone())).await {
+        let error = match self.write_saved(&mut note, (&begun, zstd), journal).await {
+            Ok(()) => match self.name_saved(&note, begun.held.clone()).await {
                 Ok(Naming::Named) => {
                     journal.step("named");
                     return Ok(());
@@ -116,12 +130,21 @@ impl Operation {
             let noted = async { journal.note(written(&Note::Save(note.clone()))?).await };
             if let Err(why) = noted.await {
                 // What may be noted as complete must not be there any more when the guest goes on: nobody goes on from it too.
-                if self.remove_saved(&note, Some(begun.held.clone())).await.is_err() {
+                if self.remove_saved(&note, begun.held.clone()).await.is_err() {
                     return Err(if note.goes_on { named_later(&why) } else { self.stands_half_done(&why, quiet) });
                 }
             }
         }
-        Err(undone(error, self.undo_save(&note, Some(begun.held), quiet, Some(journal)).await))
+        let undo = self.undo_save(&note, begun.held, quiet, Some(journal)).await;
+        // What a client has given is to be nothing that looks like a part of a machine.
+        let emptied =
+            self.with_images(&note.file, move |_| begun.out.empty().map_err(|e| stored(Path::new(GIVEN), &e)));
+        if note.given
+            && let Err(error) = emptied.await
+        {
+            tracing::debug!(uuid = %self.machine.def.uuid, %error, "what was begun stays in a file of a client");
+        }
+        Err(undone(error, undo))
     }
 
     /// What was written is complete, and whether it has its name is not known: the guest stands for so long, and that is told.
@@ -147,18 +170,18 @@ impl Operation {
         let configuration = request.def.write(Form::STORED);
         let telling = self.telling(body, request).await?;
         let wary = self.images.lender.is_wary();
-        let (wanted, part, room) = (note.clone(), note.part.clone(), at_most(&telling));
-        let text = configuration.clone();
+        let (part, room, text) = (note.part.clone(), at_most(&telling), configuration.clone());
+        let (wanted, wants) = (note.clone(), request.clone());
         let begun = self.with_images(&note.part, move |_| {
-            let mut held = Written::find(&wanted, wary)?;
-            let mut file = held.create()?;
-            let draft = Draft::begin(&mut file, &room, &text).map_err(|e| stored(&part, &e))?;
-            Ok((Arc::new(held), Arc::new(ClosedAside::of(file)), draft))
+            let (held, out) = begin(&wanted, &wants, wary)?;
+            let packed = wants.compression == Compression::Zstd;
+            let draft = out.base().map(|base| Draft::begin_at(base, &room, &text, packed)).transpose();
+            Ok((held, out, draft.map_err(|e| stored(&part, &e))?))
         });
-        let (held, file, draft) = begun.await?;
+        let (held, out, draft) = begun.await?;
         journal.step("file");
-        note.number = held.number();
-        let begun = Begun { held, file, content: Content::Machine { draft, telling, configuration } };
+        note.number = held.as_ref().and_then(|held| held.number());
+        let begun = Begun { held, out, content: Content::Machine { draft, telling, configuration } };
         journal.note(written(&Note::Save(note.clone()))?).await?;
         if self.machine.running {
             body.patiently("stop", json!({})).await?;
@@ -168,21 +191,28 @@ impl Operation {
     }
 
     /// Writes all of it, and notes that it is complete; that may be on disk where this fails and the note says it.
-    async fn write_saved(&self, note: &mut Save, begun: &Begun, journal: &Arc<dyn Journal>) -> Result<(), DriverError> {
+    async fn write_saved(
+        &self,
+        note: &mut Save,
+        (begun, zstd): (&Begun, Option<Zstd>),
+        journal: &Arc<dyn Journal>,
+    ) -> Result<(), DriverError> {
         let body = self.body.as_ref().ok_or(DriverError::Gone)?;
         match &begun.content {
             Content::Machine { draft, telling, configuration } => {
-                let parts = (&begun.file, draft, telling, &**configuration);
-                self.write_machine(body, note, parts, journal).await?;
+                let parts = (&begun.out, draft.as_ref(), telling, &**configuration);
+                self.write_machine(body, note, (parts, zstd), journal).await?;
             }
-            Content::Memory(format) => self.write_dump(body, note, &begun.file, *format, journal).await?,
+            Content::Memory(format) => self.write_dump(body, note, &begun.out, *format, journal).await?,
         }
         journal.step("complete");
         if journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
         }
         // That was asked before all was written, which may be long ago.
-        journal.may_replace(&note.file).await?;
+        if !note.given {
+            journal.may_replace(&note.file).await?;
+        }
         journal.point_of_no_return();
         self.goes_to_its_end();
         note.complete = true;
@@ -194,11 +224,22 @@ impl Operation {
         &self,
         body: &Body,
         note: &Save,
-        (file, draft, telling, configuration): (&Arc<ClosedAside>, &Draft, &Telling, &str),
+        ((out, draft, telling, configuration), zstd): (Parts<'_>, Option<Zstd>),
         journal: &Arc<dyn Journal>,
     ) -> Result<(), DriverError> {
         let stream = Stream::Machine { resume: note.resume };
-        let moved = self.move_memory(body, (file, &note.file), stream, journal).await?;
+        if draft.is_none() {
+            let (out, telling, text, packed) = (out.clone(), telling.clone(), configuration.to_owned(), zstd.is_some());
+            let announced = self.with_images(&note.file, move |images| {
+                // Of disks it is told at the end, when QEMU has let go of them.
+                let telling = Telling { disks: Vec::new(), ..telling };
+                let mut to = out.writer(0, &images.stop).map_err(|e| stored(Path::new(GIVEN), &e))?;
+                Draft::announce(&mut to, &telling, &text, packed).map_err(|e| stored(Path::new(GIVEN), &e))
+            });
+            self.unless_cancelled(announced, note.resume, journal).await?;
+        }
+        let at = draft.map_or(0, Draft::stream_at);
+        let moved = self.move_memory(body, (out, at, &note.file), stream, zstd, journal).await?;
         match note.goes_on {
             true => self.go_on(note.resume).await?,
             false => journal.memory_written(),
@@ -206,14 +247,19 @@ impl Operation {
         journal.step("memory");
         let part = note.part.clone();
         let bytes = self.machine.def.memory_kib() << 10;
-        let (file, draft, telling, configuration) =
-            (file.clone(), draft.clone(), telling.clone(), configuration.to_owned());
-        let finished = self.with_images_of(&note.part, bytes, move |_| {
+        let (out, draft, telling, configuration) =
+            (out.clone(), draft.cloned(), telling.clone(), configuration.to_owned());
+        let finished = self.with_images_of(&note.part, bytes, move |images| {
             // QEMU has let go of its images: as they are now they stay.
             let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
             let disks = looked.into_iter().flatten().collect();
             let telling = Telling { disks, ..telling };
-            let finish = || draft.finish(file.get()?, &telling, &configuration, moved);
+            let finish = || match draft {
+                Some(draft) => {
+                    draft.finish(out.file.get()?, &telling, &configuration, moved).and_then(|()| out.leave())
+                }
+                None => write_tail(&mut out.writer(0, &images.stop)?, &telling.disks, moved),
+            };
             finish().map_err(|e| stored(&part, &e))
         });
         self.unless_cancelled(finished, note.resume, journal).await
@@ -256,6 +302,9 @@ impl Operation {
 
     /// A file that is complete gets its name, if it has it not yet. An error says nothing of which name it has then.
     async fn name_saved(&self, note: &Save, held: Option<Arc<Written>>) -> Result<Naming, DriverError> {
+        if note.given {
+            return Ok(Naming::Named);
+        }
         let note = note.clone();
         self.with_images(&note.file.clone(), move |images| found(&note, held, images.lender.is_wary())?.name()).await
     }
@@ -281,6 +330,9 @@ impl Operation {
 
     /// Removes what was written, wherever it is.
     async fn remove_saved(&self, note: &Save, held: Option<Arc<Written>>) -> Result<(), DriverError> {
+        if note.given {
+            return Ok(());
+        }
         let (what, note) = (note.part.clone(), note.clone());
         self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await
     }
@@ -335,17 +387,37 @@ impl Operation {
     }
 }
 
+/// What is written to, what comes before the stream where that can be gone back in, and what is told.
+type Parts<'a> = (&'a Out, Option<&'a Draft>, &'a Telling, &'a str);
+
+/// Makes the file beside, or takes what was given: what is behind its beginning is lost from then on. Blocks.
+pub(super) fn begin(
+    note: &Save,
+    request: &SaveRequest,
+    wary: bool,
+) -> Result<(Option<Arc<Written>>, Out), DriverError> {
+    if let Some(given) = &request.given {
+        let out = Out::given(given, request.bypass_cache)?;
+        out.empty().map_err(|e| stored(Path::new(GIVEN), &e))?;
+        return Ok((None, out));
+    }
+    let mut held = Written::find(note, wary)?;
+    let out = Out::made(held.create()?, request.bypass_cache);
+    Ok((Some(Arc::new(held)), out))
+}
+
 /// A file that is being written.
 pub(super) struct Begun {
-    pub held: Arc<Written>,
-    pub file: Arc<ClosedAside>,
+    /// Its names; a client's file has none.
+    pub held: Option<Arc<Written>>,
+    pub out: Out,
     pub content: Content,
 }
 
 /// What is to be in it.
 pub(super) enum Content {
-    /// The machine: what comes before its stream.
-    Machine { draft: Draft, telling: Telling, configuration: String },
+    /// The machine: what comes before its stream. What cannot be gone back in has no draft.
+    Machine { draft: Option<Draft>, telling: Telling, configuration: String },
     /// Its memory alone.
     Memory(MemoryFormat),
 }
@@ -398,6 +470,10 @@ pub async fn settle(
     let errand = Errand::new(machine, note.file.display().to_string());
     let settled = workers.run(errand, move |_| {
         let file = note.file.display();
+        if note.given {
+            let told = if note.complete { "it is saved in" } else { "it is not saved whole in" };
+            return Ok(format!("{told} {file}"));
+        }
         let found = Written::find(&note, wary)?;
         match note.complete {
             true => match found.name()? {
@@ -437,141 +513,5 @@ fn looked(disk: DiskLook) -> Result<Option<DiskLook>, DriverError> {
         Ok(look) => Ok(look.map(|look| DiskLook { look, ..disk })),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
         Err(e) => Err(stored(&disk.path, &e)),
-    }
-}
-
-/// Opens a file and reads what it says of the machine, and its configuration. `machine`: whose it is, if that is known; `wary`: as
-/// root among others.
-pub async fn read(
-    workers: &Workers,
-    path: PathBuf,
-    machine: Option<Uuid>,
-    wary: bool,
-) -> Result<(SavedState, String), DriverError> {
-    let shown = path.display().to_string();
-    // Where it is not known whose it is before it is read, nobody else's work waits for it.
-    let errand = Errand::new(machine.unwrap_or_else(Uuid::new_v4), shown.clone());
-    let read = workers.run(errand, move |_| {
-        let opened = Found::resolve(&path).and_then(|found| found.plain(wary));
-        let opened = opened.map_err(|e| stored(&path, &e))?;
-        let mut saved = Saved::read(opened.into_file()).map_err(|why| unusable(&path, why))?;
-        if saved.telling.driver != "qemu" {
-            let driver = &saved.telling.driver;
-            let text = format!("{shown}: it was saved by the driver '{driver}', and not by QEMU");
-            return Err(DriverError::Argument(text));
-        }
-        let cpu = match &saved.telling.cpu {
-            None => None,
-            Some(text) => {
-                let unread = || DriverError::Argument(format!("{shown}: the CPU that it had cannot be read"));
-                Some(expanded::read(text).ok_or_else(unread)?)
-            }
-        };
-        let configuration = std::mem::take(&mut saved.configuration);
-        let state = SavedState { file: path, paused: saved.telling.paused, cpu, held: Arc::new(saved) };
-        Ok((state, configuration))
-    });
-    read.await
-}
-
-/// What is held of it.
-pub fn held(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
-    let held = state.held.clone().downcast::<Saved>();
-    held.map_err(|_| DriverError::Internal("a saved machine of another driver".to_owned()))
-}
-
-/// The stream, to be loaded.
-pub fn stream(state: &SavedState) -> Result<Arc<Saved>, DriverError> {
-    held(state)
-}
-
-/// Holds it to what was written, to the QEMU of that version that is to load it, and the disks to how they looked.
-pub async fn verify(
-    workers: &Workers,
-    state: &SavedState,
-    def: &DomainDef,
-    version: (u32, u32, u32),
-    progress: Arc<dyn Fn(u64, u64) + Send + Sync>,
-    cancel: &CancellationToken,
-) -> Result<(), DriverError> {
-    let (saved, path) = (held(state)?, state.file.clone());
-    let wrote = saved.telling.version;
-    if (wrote.0, wrote.1) > (version.0, version.1) {
-        return Err(DriverError::Argument(format!(
-            "{}: it was saved by QEMU {}.{} on another host or before, and what is here is QEMU {}.{}, which may not read it",
-            path.display(),
-            wrote.0,
-            wrote.1,
-            version.0,
-            version.1
-        )));
-    }
-    let named: Vec<PathBuf> = def.devices.disks.iter().flat_map(|disk| disk.files()).collect();
-    let errand = Errand::new(def.uuid, path.display().to_string()).of(saved.length()).until(cancel);
-    let looked = workers.run(errand, move |stop| {
-        let mut seen = BTreeSet::new();
-        for disk in saved.telling.disks.iter().filter(|disk| named.contains(&disk.path)) {
-            stop.check()?;
-            if !seen.insert(&disk.path) {
-                let (path, twice) = (path.display(), disk.path.display());
-                return Err(DriverError::Argument(format!("{path}: it tells twice how {twice} looked")));
-            }
-            let change = disk.look.change(&disk.path).map_err(|e| stored(&disk.path, &e))?;
-            if let Some(change) = change {
-                let (target, file, change) = (&disk.target, disk.path.display(), change.as_str());
-                return Err(DriverError::Refused(format!(
-                    "disk '{target}' is not as it was when the machine was saved: {file} {change}; put it back as it was, or \
-                     start the machine anew, without its memory"
-                )));
-            }
-        }
-        let total = saved.length();
-        saved
-            .verify::<Interrupted>(|done| {
-                progress(done, total);
-                stop.check().map_err(Interrupted::Stopped)
-            })
-            .map_err(|why| interrupted(why, &path))
-    });
-    looked.await
-}
-
-/// Why the reading of a stream ended early.
-pub enum Interrupted {
-    /// It was told to, or something else than the file is at fault.
-    Stopped(DriverError),
-    /// The file is.
-    Wrong(Unusable),
-}
-
-/// The same for people.
-pub fn interrupted(why: Interrupted, path: &Path) -> DriverError {
-    match why {
-        Interrupted::Stopped(error) => error,
-        Interrupted::Wrong(why) => unusable(path, why),
-    }
-}
-
-impl From<io::Error> for Interrupted {
-    fn from(error: io::Error) -> Interrupted {
-        Interrupted::Wrong(Unusable::Io(error))
-    }
-}
-
-impl From<Unusable> for Interrupted {
-    fn from(why: Unusable) -> Interrupted {
-        Interrupted::Wrong(why)
-    }
-}
-
-fn unusable(path: &Path, why: Unusable) -> DriverError {
-    let text = format!("{}: {why}", path.display());
-    match why {
-        Unusable::Wrong(_) => DriverError::Argument(text),
-        Unusable::Foreign(_) => DriverError::Unsupported(text),
-        Unusable::Io(e) if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) => {
-            DriverError::NoSpace(text)
-        }
-        Unusable::Io(_) => DriverError::Storage(text),
     }
 }

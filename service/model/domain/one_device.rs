@@ -1,6 +1,7 @@
 //! One device of a machine as an element: put in, found again, taken out.
 
 use super::{DomainDef, Form};
+use crate::device::{Device, Disk};
 use crate::xml::{Element, Finding, Node, shorten};
 
 /// Where a device stands: the how-manieth of those whose elements have that name.
@@ -13,8 +14,8 @@ pub struct DeviceSpot {
 }
 
 impl DomainDef {
-    /// The definition with one device more, the last of its kind. Everything wrong is reported, what contradicts the rest of
-    /// the machine among it.
+    /// The definition with one device more, the last of its kind; memory among the devices is counted in `<memory>`. Everything
+    /// wrong is reported, what contradicts the rest of the machine among it.
     pub fn with_device(&self, device: Element) -> Result<DomainDef, Vec<Finding>> {
         let mut tree = self.tree();
         let devices = tree.elements_mut().find(|element| element.name == "devices");
@@ -28,10 +29,11 @@ impl DomainDef {
         }
         let mut def = DomainDef::from_tree(tree)?;
         def.fill_defaults();
+        def.counts_memory_devices_of(self);
         Ok(def)
     }
 
-    /// The definition without devices that `goes` is true of.
+    /// The definition without devices that `goes` is true of, and the memory among them.
     /// Errors: the rest is none that can be read.
     pub fn without_devices(&self, goes: impl Fn(&DeviceSpot, &Element) -> bool) -> Result<DomainDef, Vec<Finding>> {
         let mut tree = self.tree();
@@ -43,7 +45,17 @@ impl DomainDef {
                 _ => true,
             });
         }
-        DomainDef::from_kept_tree(tree)
+        let mut def = DomainDef::from_kept_tree(tree)?;
+        def.counts_memory_devices_of(self);
+        Ok(def)
+    }
+
+    /// What boots stays as it was `before`, whatever memory has come or gone with devices.
+    fn counts_memory_devices_of(&mut self, before: &DomainDef) {
+        let (had, has) = (before.memory_devices_kib(), self.memory_devices_kib());
+        let counted = |kib: u64| kib.saturating_sub(had).saturating_add(has);
+        let counted_in = [self.memory.as_mut().map(|memory| &mut memory.size), self.current_memory.as_mut()];
+        counted_in.into_iter().flatten().for_each(|size| size.0 = counted(size.0));
     }
 
     /// The device that stands there, as an element in that form.
@@ -51,6 +63,19 @@ impl DomainDef {
         let tree = self.tree_in(form);
         let devices = tree.child("devices")?;
         devices.elements().filter(|element| element.name == spot.element).nth(spot.nth).cloned()
+    }
+
+    /// The device of that name.
+    pub fn device_named(&self, alias: &str) -> Option<Device<'_>> {
+        self.devices.all().into_iter().find(|device| device.info().0.alias() == Some(alias))
+    }
+
+    /// The same, if it is a disk.
+    pub fn disk_named(&self, alias: &str) -> Option<&Disk> {
+        match self.device_named(alias)? {
+            Device::Disk(disk) => Some(disk),
+            _ => None,
+        }
     }
 
     /// Where the device of that name stands.
@@ -179,6 +204,12 @@ mod tests {
         assert_eq!(with.spot_of("rng1"), Some(spot("rng", 1)));
         let without = with.without_devices(|spot, _| *spot == self::spot("rng", 1)).expect("the rest");
         assert_eq!(without.write(Form::LIVE), before.write(Form::LIVE));
+        let dimm =
+            xml::read("<memory model='dimm'><target><size unit='KiB'>4096</size></target></memory>", &[]).expect("one");
+        let more = def.with_device(dimm).expect("no contradiction");
+        assert_eq!((more.memory_kib(), more.initial_memory_kib()), (before.memory_kib() + 4096, before.memory_kib()));
+        let less = more.without_devices(|spot, _| spot.element == "memory").expect("the rest");
+        assert_eq!(less.write(Form::LIVE), before.write(Form::LIVE));
         let twice = xml::read("<disk type='file'><source file='/b'/><target dev='vda'/></disk>", &[]).expect("one");
         assert!(def.with_device(twice).is_err(), "two disks of one name");
     }

@@ -1,7 +1,45 @@
 //! What befalls single devices of a running guest, as clients are told it.
 
+use super::GivenFile;
+use crate::domain::DomainDef;
 use crate::domain::value::choices;
+use std::sync::Arc;
 use std::time::Duration;
+
+/// A device that is to be plugged into a running guest.
+#[derive(Clone, Copy, Debug)]
+pub struct Attachment<'a> {
+    /// What the guest runs with.
+    pub before: &'a DomainDef,
+    /// The device's name.
+    pub alias: &'a str,
+    /// The disk's image, if a client has given it and it has been judged.
+    pub image: Option<&'a Arc<GivenFile>>,
+}
+
+/// A device that a running guest is to let go of.
+#[derive(Clone, Copy, Debug)]
+pub struct Detachment<'a> {
+    /// What the guest runs with.
+    pub def: &'a DomainDef,
+    /// The device's name.
+    pub alias: &'a str,
+    /// How long the guest may take.
+    pub patience: Duration,
+}
+
+/// What is to lie in a drive of a running guest.
+#[derive(Clone, Copy, Debug)]
+pub struct NewMedium<'a> {
+    /// The machine as it is to be.
+    pub def: &'a DomainDef,
+    /// The drive's target.
+    pub target: &'a str,
+    /// How it is exchanged.
+    pub how: MediumExchange,
+    /// The medium, if a client has given it and it has been judged.
+    pub image: Option<&'a Arc<GivenFile>>,
+}
 
 /// What has happened to a device.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,8 +7,8 @@
 //!  killed   Snapshots::recover: the journal's last note ─▶ saved, or the guest goes on and nothing is left of the file
 //! ```
 
-use super::DriverError;
 use super::snapshots::{Journal, Machine};
+use super::{DriverError, GivenFile};
 use crate::domain::DomainDef;
 use crate::domain::cpu::Cpu;
 use async_trait::async_trait;
@@ -47,7 +47,7 @@ pub trait SavedMachines: Send + Sync {
     /// configuration: a `<domain>` with all that is secret, as long as the file says, so whoever asks bounds how many are there.
     /// `machine`: whose file it is, if that is known before. Errors: `Argument` if it is no
     /// saved machine or not whole, `Unsupported` for one of another program, `Storage` if it cannot be read.
-    async fn read_saved(&self, file: PathBuf, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError>;
+    async fn read_saved(&self, from: SavedFile, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError>;
 
     /// Puts another `configuration` in the place of the one in that file, which is a copy with all else as it was, and has that on
     /// disk. On failure the file is as it was. Errors as of `read_saved`; `Refused` if another file has come to be there.
@@ -65,11 +65,50 @@ pub trait SavedMachines: Send + Sync {
     ) -> Result<(), DriverError>;
 }
 
+/// What is shown as the name of what a client has given by descriptor.
+pub const GIVEN: &str = "what was given by descriptor";
+
+/// Where a machine was saved.
+#[derive(Clone, Debug)]
+pub enum SavedFile {
+    /// In the file of that path, absolute.
+    At(PathBuf),
+    /// In what a client has open: from where it stands on.
+    Given(Arc<GivenFile>),
+}
+
+/// How a machine's memory is packed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compression {
+    /// It is not.
+    #[default]
+    None,
+    /// By zstd.
+    Zstd,
+}
+
+impl Compression {
+    /// The one that is called so.
+    pub fn parse(word: &str) -> Option<Compression> {
+        match word {
+            "none" => Some(Compression::None),
+            "zstd" => Some(Compression::Zstd),
+            _ => None,
+        }
+    }
+}
+
 /// A machine that is to be saved.
 #[derive(Clone, Debug)]
 pub struct SaveRequest {
-    /// The file: absolute.
+    /// The file: absolute, or what is shown of one that is given.
     pub file: PathBuf,
+    /// What a client has open, to be written instead.
+    pub given: Option<Arc<GivenFile>>,
+    /// How its memory is packed.
+    pub compression: Compression,
+    /// It goes past the page cache.
+    pub bypass_cache: bool,
     /// The configuration that is kept in it.
     pub def: Arc<DomainDef>,
     /// Its CPUs are to stand when it has been restored.

@@ -1,0 +1,221 @@
+//! A device is plugged in: QEMU is told one thing after the other, and what was done is taken back where one of them fails.
+
+use super::place::{New, controllers_beside};
+use super::{DEVICES, OBJECTS, names_at, refused};
+use crate::base64;
+use crate::host::access::LentFile;
+use crate::host::secret;
+use crate::host::workers::{ClosedAside, blocking};
+use crate::qemu::command::{OneDevice, Step, fd_name};
+use crate::qemu::given::{self, GivenImage};
+use crate::qemu::instance::Body;
+use crate::qemu::plan::{Companion, HostFile, SecretContent};
+use crate::qemu::qmp::COMMAND_TIMEOUT;
+use crate::qemu::{QemuDriver, declared, live, tap};
+use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Arc;
+use virt_model::domain::DomainDef;
+use virt_model::driver::{Attachment, DriverError};
+
+impl QemuDriver {
+    /// Plugs in a device, with the controllers that it brings.
+    pub(in crate::qemu) async fn plug(
+        &self,
+        body: &Arc<Body>,
+        def: &mut DomainDef,
+        Attachment { before, alias, image }: Attachment<'_>,
+    ) -> Result<(), DriverError> {
+        let caps = self.learnt_for(def).await;
+        declared::hold(&self.0.workers, def).await?;
+        let new = New { alias: alias.to_owned(), controllers: controllers_beside(before, def, alias) };
+        let parts = new.parts(def, &caps, &body.leavings.own_dir())?;
+        let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
+        let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
+        let lent = self.lend_to(body, def, files.clone()).await?;
+        if def.memory_kib() > before.memory_kib() {
+            self.has_more_memory(body, def).await?;
+        }
+        let mut done = Vec::new();
+        let disk = def.disk_named(alias);
+        let given = disk.and_then(GivenImage::of);
+        // The guest may open an agent's port before QEMU has answered.
+        body.has_agent_of(def);
+        let plugged = async {
+            if let Some((disk, image)) = disk.zip(image) {
+                given::hand_over(body, disk, image).await?;
+            }
+            self.do_steps(body, def, (parts, lent), &mut done).await
+        };
+        if let Err(error) = plugged.await {
+            body.has_agent_of(before);
+            take_back(body, done, &error).await;
+            given::take_back_this(body, given).await;
+            self.end_beside(body, &beside).await;
+            if !matches!(error, DriverError::TimedOut(_)) {
+                leave_what_stays(body, before, def).await;
+            }
+            self.give_back(body, def, files).await;
+            return Err(refused(alias, error));
+        }
+        if live::has_terminals(def) {
+            let devices = body.ask("query-chardev", json!({})).await.unwrap_or_default();
+            live::set_terminals(def, &devices);
+        }
+        Ok(())
+    }
+
+    /// Does what QEMU is told; what takes it back again is in `done`, on failure too.
+    async fn do_steps(
+        &self,
+        body: &Arc<Body>,
+        def: &DomainDef,
+        (parts, lent): (Vec<OneDevice>, Vec<LentFile>),
+        done: &mut Vec<(&'static str, Value)>,
+    ) -> Result<(), DriverError> {
+        let mut shared = names_at(body, OBJECTS).await?;
+        shared.retain(|object| is_shared(def, object));
+        for OneDevice { steps, taps, companions, scratch, .. } in parts {
+            let mut given = Vec::new();
+            let told = async {
+                let mut gifts = Vec::new();
+                for companion in &companions {
+                    gifts.extend(self.start_beside(body, def, companion, &lent).await?);
+                }
+                for plan in &taps {
+                    gifts.extend(tap::open(plan, None).await?);
+                }
+                for (number, fd) in gifts {
+                    let name = fd_name(number);
+                    given.push(name.clone());
+                    let fd = vec![ClosedAside::of(fd.into())];
+                    let getfd = body.monitor()?;
+                    getfd.execute_with("getfd", json!({ "fdname": name }), fd, COMMAND_TIMEOUT).await?;
+                }
+                for (set, target) in scratch {
+                    self.give_scratch(body, def, (set, &target), done).await?;
+                }
+                self.tell(body, steps, &shared, done).await
+            };
+            let told: Result<(), DriverError> = told.await;
+            if told.is_err()
+                && let Ok(monitor) = body.monitor()
+            {
+                // Those that QEMU has not taken up.
+                for name in given {
+                    monitor.tell("closefd", json!({ "fdname": name })).await;
+                }
+            }
+            told?;
+        }
+        Ok(())
+    }
+
+    async fn tell(
+        &self,
+        body: &Arc<Body>,
+        steps: Vec<Step>,
+        shared: &BTreeSet<String>,
+        done: &mut Vec<(&'static str, Value)>,
+    ) -> Result<(), DriverError> {
+        for Step { command, mut arguments, undo, secret } in steps {
+            let group = command == "object-add" && arguments["qom-type"] == "throttle-group";
+            if group && arguments["id"].as_str().is_some_and(|id| shared.contains(id)) {
+                continue;
+            }
+            if let Some(content) = secret {
+                let folder = self.0.secrets_dir.clone();
+                let as_it_is = arguments["format"] == "base64";
+                let data = blocking(move || say_secret(&content, &folder, as_it_is)).await??;
+                let said = arguments.as_object_mut();
+                said.into_iter().for_each(|said| _ = said.remove("file"));
+                (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
+            }
+            let told = match command {
+                // It opens what may lie on slow storage.
+                "blockdev-add" => body.patiently(command, arguments).await,
+                _ => body.ask(command, arguments).await,
+            };
+            // QEMU may do it when it answers again.
+            if matches!(told, Ok(_) | Err(DriverError::TimedOut(_))) {
+                done.extend(undo);
+            }
+            told?;
+        }
+        Ok(())
+    }
+}
+
+/// Takes back what was done. Of a QEMU that is deaf no answer is waited for: it does what it was told when it hears again.
+pub async fn take_back(body: &Body, done: Vec<(&'static str, Value)>, why: &DriverError) {
+    let mut deaf = matches!(why, DriverError::TimedOut(_));
+    for (command, arguments) in done.into_iter().rev() {
+        if deaf {
+            let Ok(monitor) = body.monitor() else { return };
+            monitor.tell(command, arguments).await;
+        } else if let Err(error) = body.ask(command, arguments).await {
+            tracing::warn!(uuid = %body.uuid, "{command}: {error}");
+            deaf = matches!(error, DriverError::TimedOut(_));
+        }
+    }
+}
+
+/// Makes of `def` what the guest has: what it had `before`, and what QEMU has still of what was to come, as a guest without
+/// an operating system lets go of nothing. A QEMU that does not answer may have all of it.
+pub async fn leave_what_stays(body: &Body, before: &DomainDef, def: &mut DomainDef) {
+    let there = match names_at(body, DEVICES).await {
+        Ok(there) => there,
+        Err(DriverError::Gone) => return def.clone_from(before),
+        Err(_) => return,
+    };
+    let known: BTreeSet<&str> = before.devices.infos().into_iter().filter_map(|(info, _)| info.alias()).collect();
+    let gone = |alias: &str| !known.contains(alias) && !there.contains(alias);
+    match def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element).is_some_and(gone)) {
+        Ok(rest) => *def = rest,
+        Err(_) => def.clone_from(before),
+    }
+}
+
+/// Whether that is the object with limits that several disks share, so that it may be there.
+fn is_shared(def: &DomainDef, object: &str) -> bool {
+    let disks = def.devices.disks.iter();
+    let mut groups = disks.flat_map(|disk| {
+        let own = disk.iotune.as_ref().and_then(|tune| tune.group.as_deref());
+        let filters = disk.throttle_filters.iter().flat_map(|filters| &filters.filters);
+        own.into_iter().chain(filters.map(|filter| &*filter.group))
+    });
+    groups.any(|group| object.strip_prefix("throttle-") == Some(group))
+}
+
+/// A secret in base64. `as_it_is`: it is said so already.
+fn say_secret(content: &SecretContent, folder: &Path, as_it_is: bool) -> Result<String, DriverError> {
+    let bytes = match content {
+        SecretContent::Kept(name) => secret::read(folder, name)?,
+        SecretContent::Said(text) => text.clone().into_bytes(),
+    };
+    match as_it_is {
+        true => String::from_utf8(bytes).map_err(|_| DriverError::Storage("a secret is not in base64".to_owned())),
+        false => Ok(base64::encode(&bytes)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_limits_that_several_disks_share_may_be_there_already() {
+        let disk = |target: &str, group: &str| {
+            format!(
+                "<disk type='file'><source file='/{target}'/><target dev='{target}' bus='virtio'/>\
+                 <iotune><total_iops_sec>9</total_iops_sec>{group}</iotune></disk>"
+            )
+        };
+        let disks = disk("vda", "<group_name>slow</group_name>") + &disk("vdb", "");
+        let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{disks}</devices></domain>");
+        let def = DomainDef::parse(&text).unwrap();
+        let shared = ["throttle-slow", "throttle-vdb", "slow", "vda-key"].map(|object| is_shared(&def, object));
+        assert_eq!(shared, [true, false, false, false]);
+    }
+}
