@@ -1,6 +1,7 @@
 //! The objects on the bus: for each kind its properties, its members and its paths. A file a kind; what they share is here.
 
 mod agent;
+pub mod checkpoint;
 pub mod domain;
 pub mod job;
 pub mod manager;
@@ -95,6 +96,7 @@ mod tests {
             ("org.virt.Manager", verb::MANAGER),
             ("org.virt.Domain", verb::DOMAIN),
             ("org.virt.Snapshot", verb::SNAPSHOT),
+            ("org.virt.Checkpoint", verb::CHECKPOINT),
             ("org.virt.Job", verb::JOB),
             ("org.virt.StatsSubscription", verb::SUBSCRIPTION),
         ];

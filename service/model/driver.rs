@@ -5,6 +5,7 @@
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
 pub mod agent;
+pub mod checkpoints;
 pub mod devices;
 pub mod given;
 pub mod reports;
@@ -142,6 +143,11 @@ pub trait Driver: Send + Sync {
 
     /// Snapshots, where the driver has them.
     fn snapshots(&self) -> Option<&dyn snapshots::Snapshots> {
+        None
+    }
+
+    /// Checkpoints, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
+    fn checkpoints(&self) -> Option<&dyn checkpoints::Checkpoints> {
         None
     }
 

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod checkpoints;
 mod console;
 mod dead_storage;
 mod dumped;
