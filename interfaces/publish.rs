@@ -327,6 +327,7 @@ mod tests {
             bytes_done: 0,
             bytes_total: 0,
             cancellable: true,
+            ready: false,
             requester_uid: 1000,
             error: failed.then(|| ServiceError::Internal("it broke".into())),
         })

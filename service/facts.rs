@@ -185,6 +185,8 @@ pub struct JobFacts {
     pub bytes_total: u64,
     /// Whether `Cancel` would be heard.
     pub cancellable: bool,
+    /// Whether `Finish` would be heard.
+    pub ready: bool,
     /// Who asked for it.
     pub requester_uid: u32,
     /// Why it failed or was cancelled.

@@ -189,6 +189,7 @@ verbs! {
     /// `org.virt.Job`
     JOB {
         CANCEL = "Cancel", Some(Job), Always, "cancel job";
+        FINISH = "Finish", Some(Job), Always, "finish job";
     }
 
     /// `org.virt.StatsSubscription`
