@@ -64,6 +64,8 @@ pub fn name(error: &ServiceError) -> &'static str {
         ServiceError::DomainExists(_) => "org.virt.Error.DomainExists",
         ServiceError::SnapshotExists(_) => "org.virt.Error.SnapshotExists",
         ServiceError::NoSuchSnapshot { .. } => "org.virt.Error.NoSuchSnapshot",
+        ServiceError::CheckpointExists(_) => "org.virt.Error.CheckpointExists",
+        ServiceError::NoSuchCheckpoint { .. } => "org.virt.Error.NoSuchCheckpoint",
         ServiceError::NoSuchDevice(_) => "org.virt.Error.NoSuchDevice",
         ServiceError::SnapshotBroken(_) => "org.virt.Error.SnapshotBroken",
         ServiceError::AbiIncompatible(_) => "org.virt.Error.AbiIncompatible",

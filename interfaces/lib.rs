@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{domain, job, manager, snapshot, subscription};
+use objects::{checkpoint, domain, job, manager, snapshot, subscription};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -57,6 +57,7 @@ impl Server {
             manager::offer(service),
             domain::offer(service),
             snapshot::offer(service),
+            checkpoint::offer(service),
             job::offer(service),
             subscription::offer(service),
         ])?;

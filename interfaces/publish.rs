@@ -4,6 +4,7 @@
 //!  Event::Domain     new: InterfacesAdded ─▶ Lifecycle ─▶ DomainLifecycle      else: PropertiesChanged ─▶ the same
 //!  Event::DomainGone PropertiesChanged ─▶ Lifecycle ─▶ DomainLifecycle ─▶ InterfacesRemoved
 //!  Event::Snapshot   new: InterfacesAdded      else: PropertiesChanged      Event::SnapshotGone  InterfacesRemoved
+//!  Event::Checkpoint, CheckpointGone   as those of snapshots
 //!  Event::Device     DeviceAdded and the like      Event::Job  the same with Finished
 //!  Event::Subscription, SubscriptionGone   added and removed
 //!  Event::Flush      answered: all that came before is queued in front of whatever is sent from now on
@@ -17,7 +18,7 @@ use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
 use crate::bus::wire::Body;
 use crate::error::Error;
-use crate::objects::{domain, job, manager, paths, snapshot, subscription};
+use crate::objects::{checkpoint, domain, job, manager, paths, snapshot, subscription};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
@@ -90,6 +91,13 @@ impl Publisher {
             }
             Event::SnapshotGone(facts) => {
                 let path = paths::snapshot(facts.domain, &facts.name);
+                self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
+            }
+            Event::Checkpoint(facts) => {
+                self.change(|objects| Ok(placed(objects, checkpoint::object(&facts))?.into_iter().collect()));
+            }
+            Event::CheckpointGone(facts) => {
+                let path = paths::checkpoint(facts.domain, &facts.name);
                 self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
             }
             Event::Device(domain, event) => self.change(|objects| device(objects, domain, &event)),
@@ -319,6 +327,7 @@ mod tests {
             bytes_done: 0,
             bytes_total: 0,
             cancellable: true,
+            ready: false,
             requester_uid: 1000,
             error: failed.then(|| ServiceError::Internal("it broke".into())),
         })

@@ -74,8 +74,8 @@ actions! {
     SkipAuth = "org.virt.domain.skip-auth", "bypass the display password of";
     /// Raw hypervisor arguments.
     Native = "org.virt.domain.native", "give raw hypervisor arguments to";
-    /// Cancel somebody else's job.
-    Job = "org.virt.domain.job", "cancel a job of";
+    /// Cancel or finish somebody else's job.
+    Job = "org.virt.domain.job", "cancel or finish a job of";
 }
 
 /// What an action is about; the details passed to polkit.

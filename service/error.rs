@@ -33,6 +33,17 @@ pub enum Error {
         /// What was looked for.
         snapshot: String,
     },
+    /// The domain has a checkpoint of that name, or one of its images such a bitmap.
+    #[error("{0}")]
+    CheckpointExists(String),
+    /// The domain has no checkpoint of that name.
+    #[error("domain '{domain}' has no checkpoint '{checkpoint}'")]
+    NoSuchCheckpoint {
+        /// The domain's name.
+        domain: String,
+        /// What was looked for.
+        checkpoint: String,
+    },
     /// The domain has no such device.
     #[error("{0}")]
     NoSuchDevice(String),

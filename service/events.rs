@@ -6,7 +6,7 @@
 //! domain's events is the order of its changes. [`Events::flush`] returns when everything sent before it has been
 //! published: that is how a reply waits for its signals.
 
-use crate::facts::{DomainFacts, JobFacts, SnapshotFacts};
+use crate::facts::{CheckpointFacts, DomainFacts, JobFacts, SnapshotFacts};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
@@ -20,6 +20,10 @@ pub enum Event {
     Snapshot(Arc<SnapshotFacts>),
     /// A snapshot is no more.
     SnapshotGone(Arc<SnapshotFacts>),
+    /// A checkpoint is new or changed.
+    Checkpoint(Arc<CheckpointFacts>),
+    /// A checkpoint is no more.
+    CheckpointGone(Arc<CheckpointFacts>),
     /// A domain is new or changed: all its facts now, and what happened, in order. Told as one.
     Domain(Arc<DomainFacts>, Vec<Lifecycle>),
     /// A domain has ceased to exist, after these last events.

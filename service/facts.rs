@@ -114,6 +114,23 @@ pub struct SnapshotFacts {
     pub disks: Vec<(String, &'static str, String)>,
 }
 
+/// All that is published of a checkpoint, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct CheckpointFacts {
+    /// Whose it is.
+    pub domain: Uuid,
+    /// Unique among the domain's.
+    pub name: String,
+    /// Microseconds since the epoch.
+    pub created_usec: u64,
+    /// The checkpoint before it.
+    pub parent: Option<String>,
+    /// Those after it.
+    pub children: Vec<String>,
+    /// Empty, or why what it has kept is not to be trusted.
+    pub broken: String,
+}
+
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobState {
@@ -168,6 +185,8 @@ pub struct JobFacts {
     pub bytes_total: u64,
     /// Whether `Cancel` would be heard.
     pub cancellable: bool,
+    /// Whether `Finish` would be heard.
+    pub ready: bool,
     /// Who asked for it.
     pub requester_uid: u32,
     /// Why it failed or was cancelled.

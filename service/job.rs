@@ -5,6 +5,9 @@
 //!  waiting ──▶ running ──▶ succeeded | failed | cancelled ──(10 min, or 32 younger ones)──▶ forgotten
 //!     └─────────────────────────────▶ failed (Busy) | cancelled
 //! ```
+//!
+//! Work that goes on until somebody finishes it says that it is [ready](Job::ready), and waits until [that is asked
+//! for](Job::finish_token).
 
 use crate::authz::Caller;
 use crate::error::{Error, Result};
@@ -47,6 +50,10 @@ struct Table {
 struct Entry {
     facts: JobFacts,
     cancel: CancellationToken,
+    /// Fires when work that is ready is to be finished.
+    finish: CancellationToken,
+    /// Fires when it has ended.
+    over: CancellationToken,
 }
 
 impl Jobs {
@@ -74,6 +81,28 @@ impl Jobs {
                 caller.uid
             )));
         }
+        Ok(self.enter(&mut table, caller.uid, domain, operation, cancel))
+    }
+
+    /// Begins the record of work that was found under way, which the user `uid` asked an earlier virtd for: no limit holds it up.
+    pub fn open_again(
+        self: &Arc<Self>,
+        uid: u32,
+        domain: Uuid,
+        operation: &'static str,
+        cancel: CancellationToken,
+    ) -> (Job, Ticket) {
+        self.enter(&mut lock(&self.table), uid, domain, operation, cancel)
+    }
+
+    fn enter(
+        self: &Arc<Self>,
+        table: &mut Table,
+        uid: u32,
+        domain: Uuid,
+        operation: &'static str,
+        cancel: CancellationToken,
+    ) -> (Job, Ticket) {
         table.last += 1;
         let id = table.last;
         let facts = JobFacts {
@@ -86,14 +115,17 @@ impl Jobs {
             bytes_done: 0,
             bytes_total: 0,
             cancellable: true,
-            requester_uid: caller.uid,
+            ready: false,
+            requester_uid: uid,
             error: None,
         };
         self.events.send(Event::Job(Arc::new(facts.clone())));
         self.unfinished.send_modify(|n| *n += 1);
-        table.entries.insert(id, Entry { facts, cancel: cancel.clone() });
+        let (finish, over) = (CancellationToken::new(), CancellationToken::new());
+        table.entries.insert(id, Entry { facts, cancel: cancel.clone(), finish: finish.clone(), over });
         let (outcome, wait) = oneshot::channel();
-        Ok((Job { id, jobs: self.clone(), cancel, outcome: Mutex::new(Some(outcome)) }, Ticket { id, outcome: wait }))
+        let job = Job { id, jobs: self.clone(), cancel, finish, outcome: Mutex::new(Some(outcome)) };
+        (job, Ticket { id, outcome: wait })
     }
 
     /// Their numbers, oldest first.
@@ -119,6 +151,36 @@ impl Jobs {
                 return Err(Error::OperationInvalid(text));
             }
             None => return Err(Error::OperationInvalid(format!("there is no job {id}"))),
+        }
+        Ok(())
+    }
+
+    /// Asks a job that is ready to finish, and waits for its end if `wait`.
+    /// Errors: `OperationInvalid` if it is not ready, what it failed with.
+    pub async fn ask_to_finish(&self, id: u64, wait: bool) -> Result<()> {
+        let over = match lock(&self.table).entries.get(&id) {
+            Some(e) if e.facts.ready => {
+                e.finish.cancel();
+                e.over.clone()
+            }
+            Some(e) if e.facts.state.is_final() => {
+                let text = format!("job {id} ({}) has ended; there is nothing to finish", e.facts.operation);
+                return Err(Error::OperationInvalid(text));
+            }
+            Some(e) => {
+                let text = format!(
+                    "job {id} ({}) is not ready to be finished: wait until its property Ready is true, which it never is where \
+                     work ends by itself",
+                    e.facts.operation
+                );
+                return Err(Error::OperationInvalid(text));
+            }
+            None => return Err(Error::OperationInvalid(format!("there is no job {id}"))),
+        };
+        if wait {
+            over.cancelled().await;
+            // It may be forgotten by now, if many others have ended since.
+            return self.facts(id).and_then(|facts| facts.error).map_or(Ok(()), Err);
         }
         Ok(())
     }
@@ -206,6 +268,7 @@ pub struct Job {
     id: u64,
     jobs: Arc<Jobs>,
     cancel: CancellationToken,
+    finish: CancellationToken,
     outcome: Mutex<Option<oneshot::Sender<Result<()>>>>,
 }
 
@@ -218,6 +281,16 @@ impl Job {
     /// Fires when the job is to stop.
     pub fn cancel_token(&self) -> &CancellationToken {
         &self.cancel
+    }
+
+    /// Fires when the work, which has been [ready](Job::ready), is to be finished.
+    pub fn finish_token(&self) -> &CancellationToken {
+        &self.finish
+    }
+
+    /// It has come so far that it waits for somebody to finish it.
+    pub fn ready(&self) {
+        self.jobs.change(self.id, |facts| facts.ready = !facts.state.is_final());
     }
 
     /// What those who wait for the domain are told has it.
@@ -268,14 +341,16 @@ impl Job {
                 Err(Error::Cancelled(_)) => JobState::Cancelled,
                 Err(_) => JobState::Failed,
             };
-            facts.cancellable = false;
+            (facts.cancellable, facts.ready) = (false, false);
             // Everybody reads it: who asked is told more by the ticket.
             facts.error = result.as_ref().err().map(Error::public);
             if result.is_ok() {
                 facts.progress = 1.0;
             }
         });
+        let over = lock(&self.jobs.table).entries.get(&self.id).map(|entry| entry.over.clone());
         let _ = outcome.send(result);
+        over.inspect(CancellationToken::cancel);
         // Ends the tasks that would still cancel it.
         self.cancel.cancel();
         self.jobs.ended(self.id);
@@ -379,6 +454,40 @@ mod tests {
         ));
         one.0.finish(Ok(()));
         jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("room again");
+    }
+
+    #[tokio::test]
+    async fn a_job_is_finished_when_it_is_ready_and_never_before() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 2, 0);
+        let (job, ticket) = jobs.open(&root(), Uuid::nil(), "block-copy", CancellationToken::new()).expect("opened");
+        let id = ticket.id;
+        assert!(matches!(jobs.ask_to_finish(id, false).await, Err(Error::OperationInvalid(_))));
+        assert!(!job.finish_token().is_cancelled());
+        job.running();
+        job.ready();
+        assert!(jobs.facts(id).expect("there").ready);
+        jobs.ask_to_finish(id, false).await.expect("asked");
+        assert!(job.finish_token().is_cancelled());
+        let waits = tokio::spawn({
+            let jobs = jobs.clone();
+            async move { jobs.ask_to_finish(id, true).await }
+        });
+        tokio::task::yield_now().await;
+        job.finish(Err(Error::StorageFailed("no room".to_owned())));
+        assert!(matches!(waits.await.expect("no panic"), Err(Error::StorageFailed(_))));
+        let facts = jobs.facts(id).expect("kept");
+        assert_eq!((facts.ready, facts.state), (false, JobState::Failed));
+        assert!(matches!(jobs.ask_to_finish(id, true).await, Err(Error::OperationInvalid(_))));
+    }
+
+    #[tokio::test]
+    async fn work_that_was_found_is_its_users_again_and_held_up_by_no_limit() {
+        let (events, _reader) = Events::channel();
+        let jobs = Jobs::new(events, 0, 6);
+        let (job, _ticket) = jobs.open_again(1000, Uuid::nil(), "block-copy", CancellationToken::new());
+        let facts = jobs.facts(job.id()).expect("there");
+        assert_eq!((facts.id, facts.requester_uid, facts.state), (7, 1000, JobState::Waiting));
     }
 
     #[tokio::test]

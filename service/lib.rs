@@ -34,9 +34,9 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, DumpOptions, ExecOptions, Force, InterfaceAddresses,
-    LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions,
-    UndefineCheck, UndefineOptions, Wanted,
+    Affect, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain, DumpOptions, ExecOptions, Force,
+    InterfaceAddresses, LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions,
+    Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
@@ -189,20 +189,36 @@ impl Service {
 
     /// Cancels a job: one's own, or with permission another's.
     pub async fn cancel_job(&self, caller: &Caller, id: u64) -> Result<()> {
+        self.with_job(caller, &verb::CANCEL, id, async { self.shared.jobs.cancel(id) }).await
+    }
+
+    /// Has a job that is ready finished, one's own or with permission another's; waits for its end if `wait`.
+    pub async fn finish_job(&self, caller: &Caller, id: u64, wait: bool) -> Result<()> {
+        self.with_job(caller, &verb::FINISH, id, self.shared.jobs.ask_to_finish(id, wait)).await
+    }
+
+    /// Does `work` with a job, for whoever has asked for it or may have others' jobs.
+    async fn with_job(
+        &self,
+        caller: &Caller,
+        verb: &verb::Verb,
+        id: u64,
+        work: impl Future<Output = Result<()>>,
+    ) -> Result<()> {
         let Some(facts) = self.shared.jobs.facts(id) else {
             return Err(Error::OperationInvalid(format!("there is no job {id}; it may have ended a while ago")));
         };
         let domain = self.get(facts.domain);
-        let cancel = async {
+        let allowed = async {
             if facts.requester_uid != caller.uid {
                 let subject = domain.as_ref().map(|domain| domain.subject()).unwrap_or_default();
-                self.allow(caller, &verb::CANCEL, &subject).await?;
+                self.allow(caller, verb, &subject).await?;
             }
-            self.shared.jobs.cancel(id)
+            work.await
         };
         match &domain {
-            Some(domain) => domain.logged(caller, &verb::CANCEL, cancel).await,
-            None => cancel.await,
+            Some(domain) => domain.logged(caller, verb, allowed).await,
+            None => allowed.await,
         }
     }
 

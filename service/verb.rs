@@ -166,7 +166,17 @@ verbs! {
         CHECK_CREATE = "CheckCreateSnapshot", Some(Read), Snapshots, "check";
         LIST_SNAPSHOTS = "ListSnapshots", None, Always, "list snapshots";
         GET_SNAPSHOT = "GetSnapshot", None, Always, "get snapshot";
+        CREATE_CHECKPOINT = "CreateCheckpoint", Some(Snapshot), RunningOrPaused, "create a checkpoint of";
+        LIST_CHECKPOINTS = "ListCheckpoints", Some(Read), Always, "list checkpoints of";
+        GET_CHECKPOINT = "GetCheckpoint", Some(Read), Always, "get a checkpoint of";
         CAN = "Can", None, Always, "can";
+    }
+
+    /// `org.virt.Checkpoint`
+    CHECKPOINT {
+        DELETE_CHECKPOINT = "Delete", Some(Snapshot), Always, "delete a checkpoint of";
+        CHECKPOINT_XML = "GetXML", Some(Read), Always, "get XML of a checkpoint of";
+        CHECKPOINT_CAN = "Can", None, Always, "can";
     }
 
     /// `org.virt.Snapshot`
@@ -182,6 +192,7 @@ verbs! {
     /// `org.virt.Job`
     JOB {
         CANCEL = "Cancel", Some(Job), Always, "cancel job";
+        FINISH = "Finish", Some(Job), Always, "finish job";
     }
 
     /// `org.virt.StatsSubscription`

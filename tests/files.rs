@@ -100,7 +100,7 @@ fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
     const NAME: &str = "org.qtproject.QtDBus.QtTypeName";
     let header = read("data/virt-qtypes.h");
     let mut named = BTreeSet::new();
-    for interface in ["Manager", "Domain", "Snapshot", "Job", "StatsSubscription"] {
+    for interface in ["Manager", "Domain", "Snapshot", "Checkpoint", "Job", "StatsSubscription"] {
         let file = read(&format!("data/interfaces/org.virt.{interface}.xml"));
         let document = parse(&file);
         let mut expect = |member: roxmltree::Node<'_, '_>, key: &str, of: &str| {

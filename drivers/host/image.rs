@@ -15,6 +15,7 @@ use rustix::fs::FileType;
 use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
@@ -24,6 +25,7 @@ use std::process::{Command, Output, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
+use virt_model::driver::checkpoints::BitmapState;
 
 /// Seconds of a CPU's time for an image of some megabytes.
 const CONVERSION: u64 = 60;
@@ -88,23 +90,36 @@ struct Qcow2Data {
 #[derive(Clone, Debug, Deserialize)]
 struct Bitmap {
     name: String,
+    #[serde(default)]
+    flags: Vec<String>,
 }
 
 impl ImageInfo {
-    /// The names of bitmaps in it, which tell backups what has been written.
-    pub fn bitmaps(&self) -> Vec<String> {
-        self.format_specific.data.bitmaps.iter().map(|bitmap| bitmap.name.clone()).collect()
+    /// The bitmaps in it, which tell backups what has been written.
+    pub fn bitmaps(&self) -> Bitmaps {
+        let state = |bitmap: &Bitmap| {
+            let is = |flag: &str| bitmap.flags.iter().any(|one| one == flag);
+            match (is("in-use"), is("auto")) {
+                (true, _) => BitmapState::Inconsistent,
+                (false, false) => BitmapState::Idle,
+                (false, true) => BitmapState::Sound,
+            }
+        };
+        self.format_specific.data.bitmaps.iter().map(|bitmap| (bitmap.name.clone(), state(bitmap))).collect()
     }
 }
 
+/// The bitmaps of an image by their names.
+pub type Bitmaps = BTreeMap<String, BitmapState>;
+
 /// Refuses to bring an image with bitmaps to a snapshot inside it: neither QEMU nor its tools do that, for what the bitmaps say
 /// would not be true any more.
-pub fn without_bitmaps(path: &Path, bitmaps: &[String]) -> Result<(), DriverError> {
-    let Some(bitmap) = bitmaps.first() else { return Ok(()) };
+pub fn without_bitmaps(path: &Path, bitmaps: &Bitmaps) -> Result<(), DriverError> {
+    let Some(bitmap) = bitmaps.keys().next() else { return Ok(()) };
     let path = path.display();
     Err(DriverError::Refused(format!(
-        "{path} holds the dirty bitmap '{bitmap}', and an image that holds one cannot be brought to a snapshot inside it; shut \
-         the guest down, and remove it with 'qemu-img bitmap --remove {path} {bitmap}'"
+        "{path} holds the dirty bitmap '{bitmap}', and an image that holds one cannot be brought to a snapshot inside it; delete \
+         the checkpoint that it is of, or shut the guest down and remove it with 'qemu-img bitmap --remove {path} {bitmap}'"
     )))
 }
 
@@ -222,6 +237,25 @@ impl Images {
             return Ok(());
         }
         self.snapshot("delete a snapshot in", "-d", path, name)
+    }
+
+    /// From now on a bitmap in the image tells what is written to it.
+    pub fn add_bitmap(&self, path: &Path, name: &str) -> Result<(), DriverError> {
+        self.bitmap("keep a bitmap in", "--add", path, name)
+    }
+
+    /// Removes a bitmap from an image; one that is not there is fine.
+    pub fn remove_bitmap(&self, path: &Path, name: &str) -> Result<(), DriverError> {
+        match self.info(path, "qcow2")?.bitmaps().contains_key(name) {
+            true => self.bitmap("remove a bitmap from", "--remove", path, name),
+            false => Ok(()),
+        }
+    }
+
+    fn bitmap(&self, deed: &str, option: &str, path: &Path, name: &str) -> Result<(), DriverError> {
+        // What the image stands on has no part in it. A name may begin with a dash.
+        let named = named(&[(path.to_owned(), "qcow2".to_owned())]);
+        self.run(deed, path, ["bitmap", option, "--"], [named, name.into()]).map(drop)
     }
 
     fn snapshot(&self, deed: &str, option: &str, path: &Path, name: &str) -> Result<(), DriverError> {

@@ -2,11 +2,12 @@
 
 use super::instance::Body;
 use super::monitor::Monitor;
-use crate::host::image::InnerSnapshot;
+use crate::host::image::{Bitmaps, InnerSnapshot};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 use virt_model::device::Disk;
 use virt_model::driver::DriverError;
+use virt_model::driver::checkpoints::BitmapState;
 
 /// A node.
 #[derive(Clone, Debug)]
@@ -24,8 +25,8 @@ pub struct Node {
     pub write_threshold: u64,
     /// Snapshots in it.
     pub snapshots: Vec<InnerSnapshot>,
-    /// Names of bitmaps that tell what has been written.
-    pub bitmaps: Vec<String>,
+    /// Bitmaps that tell what has been written.
+    pub bitmaps: Bitmaps,
 }
 
 /// All nodes.
@@ -45,6 +46,7 @@ impl Nodes {
             let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
             let inner = node["image"]["snapshots"].clone();
             let bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
+            let bitmap = |told: &Value| Some((told["name"].as_str()?.to_owned(), bitmap_state(told)));
             Node {
                 name: text("node-name"),
                 driver: text("drv"),
@@ -53,7 +55,7 @@ impl Nodes {
                 allocated: node["image"]["actual-size"].as_u64(),
                 write_threshold: node["write_threshold"].as_u64().unwrap_or_default(),
                 snapshots: serde_json::from_value(inner).unwrap_or_default(),
-                bitmaps: bitmaps.filter_map(|bitmap| Some(bitmap["name"].as_str()?.to_owned())).collect(),
+                bitmaps: bitmaps.filter_map(bitmap).collect(),
             }
         });
         Ok(Nodes(nodes.collect()))
@@ -97,6 +99,16 @@ impl Nodes {
         let name = |number: usize| format!("{target}-o{number}-");
         let number = (1..).find(|number| !taken(&name(*number))).unwrap_or_default();
         format!("{target}-o{number}")
+    }
+}
+
+/// How a bitmap stands of which QEMU tells that. What is not in the image is lost with the process.
+fn bitmap_state(told: &Value) -> BitmapState {
+    let is = |key: &str| told[key].as_bool().unwrap_or_default();
+    match is("inconsistent") {
+        true => BitmapState::Inconsistent,
+        false if is("recording") && is("persistent") => BitmapState::Sound,
+        false => BitmapState::Idle,
     }
 }
 

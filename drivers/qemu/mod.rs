@@ -80,6 +80,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
@@ -589,6 +590,10 @@ impl Driver for QemuDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn checkpoints(&self) -> Option<&dyn Checkpoints> {
         Some(self)
     }
 

@@ -253,7 +253,7 @@ mod tests {
             allocated: Some(sizes.1),
             write_threshold,
             snapshots: Vec::new(),
-            bitmaps: Vec::new(),
+            bitmaps: Default::default(),
         }
     }
 

@@ -8,6 +8,7 @@
 //!   any ──destroy, die──▶ Gone
 //! ```
 
+use super::checkpoints::Tracked;
 use super::consoles::Consoles;
 use super::lock;
 use crate::agent::{self, Agent, PowerChange, Turns, change_power};
@@ -41,6 +42,8 @@ pub struct Machine {
     /// Counts devices that it has let go of.
     let_go: watch::Sender<u32>,
     agent: TestAgent,
+    /// The bitmaps in its images.
+    tracked: Arc<Tracked>,
 }
 
 /// What there is of its agent.
@@ -100,7 +103,7 @@ pub enum Asked {
 }
 
 impl Machine {
-    pub fn new(paused: bool, def: &DomainDef, sink: EventSink) -> Self {
+    pub fn new(paused: bool, def: &DomainDef, sink: EventSink, tracked: Arc<Tracked>) -> Self {
         let mode = if paused { Mode::Standing } else { Mode::Running };
         Machine {
             state: Mutex::new(State {
@@ -119,6 +122,7 @@ impl Machine {
             samples: AtomicU32::new(0),
             consoles: Consoles::default(),
             ended: CancellationToken::new(),
+            tracked,
             let_go: watch::Sender::new(0),
             agent: TestAgent {
                 has_port: agent::channel(def).is_some(),
@@ -270,6 +274,9 @@ impl Machine {
     }
 
     pub fn end(&self, exit: Exit) {
+        if matches!(exit, Exit::Died(_)) && self.lives() {
+            self.tracked.are_in_doubt();
+        }
         lock(&self.state).end(exit);
         self.ended.cancel();
         self.lets_go();

@@ -6,6 +6,7 @@
 
 mod adjust;
 mod agent;
+mod checkpoints;
 mod consoles;
 mod control;
 mod guest;
@@ -20,6 +21,7 @@ use crate::host::workers::{Errand, Workers};
 use crate::qemu::complete::{name_devices, name_new_devices};
 use crate::qemu::given;
 use async_trait::async_trait;
+use checkpoints::Tracked;
 use guest::{Machine, TestInstance};
 use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
@@ -29,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
+use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
@@ -55,6 +58,8 @@ struct Inner {
     followed: tokio::sync::Notify,
     /// The snapshots that a domain's images hold.
     images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
+    /// The bitmaps in a domain's images.
+    tracked: Mutex<HashMap<Uuid, Arc<Tracked>>>,
     workers: Workers,
 }
 
@@ -113,6 +118,11 @@ impl TestDriver {
     /// How many guests run.
     pub fn running(&self) -> usize {
         lock(&self.0.guests).values().filter_map(Weak::upgrade).filter(|machine| machine.lives()).count()
+    }
+
+    /// The bitmaps in that domain's images.
+    fn tracked(&self, uuid: Uuid) -> Arc<Tracked> {
+        lock(&self.0.tracked).entry(uuid).or_default().clone()
     }
 
     async fn follow_plan(&self, launch: &Launch) -> Result<(), DriverError> {
@@ -197,7 +207,7 @@ impl Driver for TestDriver {
         let recorded = recorded.map_err(|e| DriverError::Internal(e.to_string()))?;
         recorded.map_err(|e| DriverError::Storage(format!("the guest's record cannot be written: {e}")))?;
         self.follow_plan(&launch).await?;
-        let machine = Arc::new(Machine::new(launch.paused, &launch.def, launch.events));
+        let machine = Arc::new(Machine::new(launch.paused, &launch.def, launch.events, self.tracked(uuid)));
         let mut guests = lock(&self.0.guests);
         if guests.len() > 64 && guests.len() == guests.capacity() {
             guests.retain(|_, machine| machine.strong_count() > 0);
@@ -303,6 +313,10 @@ impl Driver for TestDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn checkpoints(&self) -> Option<&dyn Checkpoints> {
         Some(self)
     }
 

@@ -75,6 +75,7 @@ impl Snapshots for TestDriver {
         let mut switched = false;
         for (disk, part) in def.devices.disks.iter_mut().zip(&request.disks) {
             if let Some(path) = overlay(&part.mode) {
+                self.tracked(machine.def.uuid).go_on(Path::new(disk.path().unwrap_or_default()), path);
                 disk.stand_on(path, false, "qcow2");
                 switched = true;
             }

@@ -10,10 +10,11 @@ use zbus::Signature;
 use zbus_xml::ArgDirection;
 
 /// The interfaces of virtd, as installed.
-pub const FILES: [&str; 5] = [
+pub const FILES: [&str; 6] = [
     include_str!("../../data/interfaces/org.virt.Manager.xml"),
     include_str!("../../data/interfaces/org.virt.Domain.xml"),
     include_str!("../../data/interfaces/org.virt.Snapshot.xml"),
+    include_str!("../../data/interfaces/org.virt.Checkpoint.xml"),
     include_str!("../../data/interfaces/org.virt.Job.xml"),
     include_str!("../../data/interfaces/org.virt.StatsSubscription.xml"),
 ];

@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
-use super::{Members, adjust, agent, paths, properties, snapshot, stats};
+use super::{Members, adjust, agent, checkpoint, paths, properties, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -127,6 +127,9 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::CHECK_CREATE, check_create_snapshot)
         .method(&verb::LIST_SNAPSHOTS, list_snapshots)
         .method(&verb::GET_SNAPSHOT, get_snapshot)
+        .method(&verb::CREATE_CHECKPOINT, checkpoint::create)
+        .method(&verb::LIST_CHECKPOINTS, checkpoint::list)
+        .method(&verb::GET_CHECKPOINT, checkpoint::get)
         .method(&verb::GET_XML, get_xml)
         .method(&verb::GET_METADATA, get_metadata)
         .method(&verb::GET_STATS, get_stats)
@@ -323,6 +326,7 @@ fn undefine_options(mut options: Options) -> Result<UndefineOptions, Error> {
         managed_save: options.flag("managed-save")?,
         snapshots_metadata: options.flag("snapshots-metadata")?,
         snapshots: options.flag("snapshots")?,
+        checkpoints_metadata: options.flag("checkpoints-metadata")?,
         nvram: options.flag("nvram")?,
         storage: options.texts("storage")?,
     };

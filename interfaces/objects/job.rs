@@ -27,6 +27,7 @@ properties! {
         "BytesDone" = U64(f.bytes_done);
         "BytesTotal" = U64(f.bytes_total);
         "Cancellable" = Bool(f.cancellable);
+        "Ready" = Bool(f.ready);
         "RequesterUid" = U32(f.requester_uid);
         "ErrorName" = Str(error(f).0);
         "ErrorMessage" = Str(&error(f).1);
@@ -72,7 +73,11 @@ pub fn no_wait(mut options: Options) -> Result<bool, Error> {
 
 /// What there is for each member.
 pub fn offer(service: &Arc<Service>) -> Offer {
-    Members::new(service, find).method(&verb::CANCEL, cancel).offer(INTERFACE, FIELDS, &[("Finished", "bss")])
+    Members::new(service, find).method(&verb::CANCEL, cancel).method(&verb::FINISH, finish_work).offer(
+        INTERFACE,
+        FIELDS,
+        &[("Finished", "bss")],
+    )
 }
 
 /// The service, and the number of a job that it may have.
@@ -85,6 +90,12 @@ fn find(service: &Arc<Service>, call: &Call) -> Result<Found, Error> {
 
 async fn cancel((service, id): Found, call: Call) -> Outcome {
     service.cancel_job(call.caller(), id).await?;
+    call.done()
+}
+
+async fn finish_work((service, id): Found, call: Call) -> Outcome {
+    let no_wait = no_wait(call.options()?)?;
+    service.finish_job(call.caller(), id, !no_wait).await?;
     call.done()
 }
 

@@ -2,6 +2,7 @@
 
 mod adjust;
 mod agent;
+pub mod checkpoint;
 pub mod domain;
 pub mod job;
 pub mod manager;
@@ -96,6 +97,7 @@ mod tests {
             ("org.virt.Manager", verb::MANAGER),
             ("org.virt.Domain", verb::DOMAIN),
             ("org.virt.Snapshot", verb::SNAPSHOT),
+            ("org.virt.Checkpoint", verb::CHECKPOINT),
             ("org.virt.Job", verb::JOB),
             ("org.virt.StatsSubscription", verb::SUBSCRIPTION),
         ];

@@ -7,6 +7,7 @@ use zbus::ObjectPath;
 
 const DOMAINS: &str = "/org/virt/domain/_";
 const SNAPSHOTS: &str = "/snapshot/";
+const CHECKPOINTS: &str = "/checkpoint/";
 const JOBS: &str = "/org/virt/job/";
 const SUBSCRIPTIONS: &str = "/org/virt/stats/";
 
@@ -35,6 +36,17 @@ pub fn snapshot_name(path: &str) -> Option<(Uuid, String)> {
 /// The path of a domain's snapshot; `/` for none.
 pub fn snapshot_or_none(domain: Uuid, name: Option<&str>) -> String {
     name.map_or_else(|| "/".to_owned(), |name| snapshot(domain, name))
+}
+
+/// The path of a domain's checkpoint.
+pub fn checkpoint(domain_uuid: Uuid, name: &str) -> String {
+    format!("{}{CHECKPOINTS}{}", domain(domain_uuid), escape(name))
+}
+
+/// The uuid of the domain, and the name of its checkpoint, at a path.
+pub fn checkpoint_name(path: &str) -> Option<(Uuid, String)> {
+    let (domain, label) = path.split_once(CHECKPOINTS)?;
+    Some((uuid(domain)?, unescape(label)?))
 }
 
 /// The path of a job's object.
@@ -73,6 +85,8 @@ mod tests {
         assert_eq!(uuid(&domain(id)), Some(id));
         assert_eq!(uuid("/org/virt/domain/_x"), None);
         assert_eq!(snapshot_name(&snapshot(id, "a b")), Some((id, "a b".to_owned())));
+        assert_eq!(checkpoint_name(&checkpoint(id, "a b")), Some((id, "a b".to_owned())));
+        assert_eq!((snapshot_name(&checkpoint(id, "a")), checkpoint_name(&snapshot(id, "a"))), (None, None));
         assert_eq!(job_number(&job(7)), Some(7));
         assert_eq!((subscription_number(&subscription(7)), subscription_number(&job(7))), (Some(7), None));
     }

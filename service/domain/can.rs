@@ -37,6 +37,13 @@ impl Domain {
         self.can_do(caller, verb, self.snapshot_subject(name), *verb != verb::DELETE).await
     }
 
+    /// The same for a method of the checkpoint `name`.
+    pub async fn can_with_checkpoint(&self, caller: &Caller, name: &str, member: &str) -> Result<&'static str> {
+        let verb = verb::find("org.virt.Checkpoint", verb::CHECKPOINT, member)?;
+        self.checkpoint(name)?;
+        self.can_do(caller, verb, self.subject(), true).await
+    }
+
     /// `soundly`: only with a domain whose own files can be read.
     async fn can_do(&self, caller: &Caller, verb: &Verb, subject: Subject, soundly: bool) -> Result<&'static str> {
         let Some(action) = verb.action else { return Ok("yes") };

@@ -78,7 +78,7 @@ impl Domain {
 
     /// Its guest ended while virtd was away; or, if nothing was `noted` of one, before that. A domain of which nothing is left
     /// goes with it.
-    pub(crate) async fn ended_unseen(&self, noted: bool) {
+    pub(crate) async fn ended_unseen(self: &Arc<Self>, noted: bool) {
         let now =
             Ended { reason: if noted { StateReason::Daemon } else { StateReason::Unknown }, since_usec: now_usec() };
         let before = self.shared.store.ended(self.uuid).filter(|_| !noted);
@@ -93,6 +93,7 @@ impl Domain {
             // Whoever was told that it runs is told of its end.
             if state.told { vec![Lifecycle::Stopped(Stopped::Failed)] } else { Vec::new() }
         });
+        self.looks_at_checkpoints();
     }
 
     /// Makes a guest that was found running this domain's.
@@ -150,6 +151,7 @@ impl Domain {
             tokio::spawn(self.clone().is_marked_later(guest.id, marked));
         }
         tokio::spawn(self.clone().follow(guest.id, Reports::new(reports, asked)));
+        self.looks_at_checkpoints();
     }
 
     /// The guest `id` stands, and goes on from its managed save once that is marked: then that is forgotten. Where it ends before, its

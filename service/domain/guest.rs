@@ -187,6 +187,7 @@ impl Domain {
             state.has_ended(reason, since_usec);
             vec![Lifecycle::Stopped(stopped)]
         });
+        self.looks_at_checkpoints();
         let name = self.name();
         log::guest(self.uuid, &name, Lifecycle::Stopped(stopped));
         if let Exit::Died(words) = exit {

@@ -291,6 +291,7 @@ impl Domain {
             told.events()
         });
         tokio::spawn(self.clone().follow(id, Reports::new(reports, asked)));
+        self.looks_at_checkpoints();
         if told.options.autodestroy {
             self.end_when_gone(id, caller.departed.clone());
         }

@@ -8,6 +8,7 @@ mod agent;
 mod broken;
 mod can;
 mod change;
+mod checkpoints;
 mod config;
 mod console;
 mod devices;
@@ -27,6 +28,7 @@ mod stats;
 mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
+pub use checkpoints::DeleteCheckpoint;
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
 pub(crate) use found::FoundGuest;
@@ -48,6 +50,7 @@ use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
 use crate::stored::StoredDef;
 use crate::turn::Turn;
+use checkpoints::CheckpointSet;
 use snapshots::set::SnapshotSet;
 use state::State;
 use std::sync::{Arc, Mutex};
@@ -105,7 +108,8 @@ pub(crate) struct DomainSeed {
 
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
-        let (uuid, name) = (birth.uuid, birth.name);
+        let (uuid, name, mut kept) = (birth.uuid, birth.name, birth.snapshots);
+        let checkpoints = CheckpointSet::new(std::mem::take(&mut kept.checkpoints));
         let facts = Arc::new(DomainFacts {
             name: name.clone(),
             uuid,
@@ -150,7 +154,8 @@ impl Domain {
                 measured: None,
                 unread: None,
                 thawed: None,
-                snapshots: SnapshotSet::new(birth.snapshots),
+                snapshots: SnapshotSet::new(kept),
+                checkpoints,
                 muted: None,
                 gone: false,
                 told: false,
@@ -213,8 +218,9 @@ impl Domain {
         let facts = state.facts.clone();
         if was_told || !state.gone {
             let gone = state.gone;
-            let (there, lost) = state.snapshots.news(self.uuid, gone);
-            // A snapshot is told before the domain that names it, and goes after it does not; but a new domain is told
+            let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);
+            state.checkpoints.news(self.uuid, gone, &mut there, &mut lost);
+            // A snapshot or checkpoint is told before the domain that names it, and goes after it does not; but a new domain is told
             // before its snapshots, and goes after them.
             let order = match (was_told, gone) {
                 (_, true) => [lost, vec![Event::DomainGone(facts, events)], there],

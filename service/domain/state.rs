@@ -1,5 +1,6 @@
 //! What a domain is at a moment, and what is published of that. Held for a few lines, never across an await.
 
+use super::checkpoints::CheckpointSet;
 use super::snapshots::set::SnapshotSet;
 use super::stats::{Measured, Sampler};
 use crate::error::{Error, Result};
@@ -45,6 +46,7 @@ pub(super) struct State {
     /// A client has had file systems of its guest frozen: fires when they are thawed.
     pub(super) thawed: Option<CancellationToken>,
     pub(super) snapshots: SnapshotSet,
+    pub(super) checkpoints: CheckpointSet,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     pub(super) muted: Option<DomainState>,
     /// No longer in the registry.

@@ -37,6 +37,8 @@ pub struct UndefineOptions {
     pub snapshots_metadata: bool,
     /// The snapshots with their data.
     pub snapshots: bool,
+    /// The checkpoints' metadata.
+    pub checkpoints_metadata: bool,
     /// The firmware variables and the state of a TPM.
     pub nvram: bool,
     /// Images: targets of disks, or files of theirs.
@@ -193,6 +195,7 @@ impl Domain {
     async fn is_undefined(&self) {
         self.all_told().await.commit(|state| {
             state.snapshots.forget();
+            state.checkpoints.forget();
             state.stored = None;
             state.broken = None;
             state.autostart = false;
@@ -257,9 +260,10 @@ impl Domain {
 
     /// What stands in the way by what is known of it alone.
     fn bars(&self, active: bool, belongings: &[PathBuf], options: &UndefineOptions) -> Vec<String> {
-        let (snapshots, broken, saved) = {
+        let (snapshots, checkpoints, broken, saved) = {
             let state = lock(&self.state);
-            (state.snapshots.count(), state.snapshots.why_broken(), state.managed_save)
+            let checkpoints = state.checkpoints.all().len();
+            (state.snapshots.count(), checkpoints, state.snapshots.why_broken(), state.managed_save)
         };
         let named = belongings.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" and ");
         let mut bars = Vec::new();
@@ -268,6 +272,13 @@ impl Domain {
             bars.push(format!(
                 "it has {snapshots} snapshot{s}; pass snapshots-metadata to forget {them} (images keep what they hold), or \
                  snapshots to remove {them} with what they hold"
+            ));
+        }
+        if checkpoints > 0 && !options.checkpoints_metadata {
+            let (s, them) = if checkpoints == 1 { ("", "it") } else { ("s", "them") };
+            bars.push(format!(
+                "it has {checkpoints} checkpoint{s}; pass checkpoints-metadata to forget {them} (bitmaps stay in images), or \
+                 delete {them} first"
             ));
         }
         if let Some(why) = broken.filter(|_| !options.snapshots_metadata) {

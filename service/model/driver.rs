@@ -6,6 +6,7 @@
 
 pub mod adjust;
 pub mod agent;
+pub mod checkpoints;
 pub mod devices;
 pub mod given;
 pub mod reports;
@@ -144,6 +145,11 @@ pub trait Driver: Send + Sync {
 
     /// Snapshots, where the driver has them.
     fn snapshots(&self) -> Option<&dyn snapshots::Snapshots> {
+        None
+    }
+
+    /// Checkpoints, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
+    fn checkpoints(&self) -> Option<&dyn checkpoints::Checkpoints> {
         None
     }
 

@@ -3,6 +3,7 @@
 //! ```text
 //!  <name>.xml    the document, with passwords and the driver's record in its <cookie>
 //!  .current      the name of the current one
+//!  .checkpoints/ <name>.json, one a checkpoint
 //!  .intent       an operation under way: written before its first change, removed after its last
 //!  .files/       what the driver keeps: copies of firmware variables and of TPMs' states
 //! ```
@@ -17,9 +18,13 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
+use virt_model::checkpoint::CheckpointDef;
 use virt_model::driver::StoredFile;
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::{Element, Limits, shorten};
+
+/// The folder of the records of checkpoints.
+const CHECKPOINTS: &str = ".checkpoints";
 
 /// A record as it was found.
 #[derive(Clone, Debug)]
@@ -43,6 +48,8 @@ pub(crate) struct Loaded {
     pub records: Vec<Record>,
     /// The current one.
     pub current: Option<String>,
+    /// Its checkpoints, in the order of their creation.
+    pub checkpoints: Vec<CheckpointDef>,
     /// What was cut off.
     pub intent: Option<Intent>,
     /// Why it is not known what there is, if so: nothing is then done to the machine's images.
@@ -94,6 +101,14 @@ pub(crate) enum Deed {
         #[serde(default)]
         dump: bool,
     },
+    /// Bitmaps are to tell what is written from a moment on.
+    Checkpoint {
+        def: CheckpointDef,
+    },
+    /// They are to go.
+    DeleteCheckpoint {
+        name: String,
+    },
     /// The machine itself, with these files.
     Undefine {
         storage: Vec<StoredFile>,
@@ -113,6 +128,7 @@ impl Store {
         }
         let mut records: Vec<Record> = entries.filter_map(|entry| record(entry.ok()?.path())).collect();
         records.sort_by(|a, b| (a.order, a.created_usec, &a.name).cmp(&(b.order, b.created_usec, &b.name)));
+        let checkpoints = checkpoints(&folder.join(CHECKPOINTS));
         let (current, no_current) = match current(&folder.join(".current")) {
             Ok(current) => (current, None),
             Err(e) => (None, Some(format!("which of its snapshots is current is not known: {e}"))),
@@ -123,7 +139,7 @@ impl Store {
         };
         let broken = no_intent.or(no_current);
         broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
-        Ok(Loaded { records, current, intent, broken })
+        Ok(Loaded { records, current, checkpoints, intent, broken })
     }
 
     /// Removes what is left of snapshots that were being forgotten.
@@ -178,6 +194,26 @@ impl Store {
         let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (&**name, &**content)).collect();
         let gone = gone.map(|name| format!("{name}.xml"));
         change_all(&self.snapshots(uuid), &files, gone.as_deref())
+    }
+
+    /// Stores the records of checkpoints.
+    pub fn save_checkpoints(&self, uuid: Uuid, records: &[CheckpointDef]) -> Result<()> {
+        self.make_snapshots(uuid)?;
+        let folder = self.snapshots(uuid).join(CHECKPOINTS);
+        make(&folder)?;
+        let content = |record: &CheckpointDef| Ok((format!("{}.json", record.name), json(record)?));
+        let files = records.iter().map(content).collect::<Result<Vec<_>>>()?;
+        let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (&**name, &**content)).collect();
+        change_all(&folder, &files, None)
+    }
+
+    /// Removes the record of a checkpoint.
+    pub fn remove_checkpoint(&self, uuid: Uuid, name: &str) -> Result<()> {
+        let folder = self.snapshots(uuid).join(CHECKPOINTS);
+        match unlink(&folder.join(format!("{name}.json")))? {
+            true => sync_folder(&folder),
+            false => Ok(()),
+        }
     }
 
     /// Notes which one is current.
@@ -243,6 +279,24 @@ impl Store {
     fn make_snapshots(&self, uuid: Uuid) -> Result<()> {
         make(&self.snapshots(uuid))
     }
+}
+
+/// The records in a folder of checkpoints, in the order of their creation. Of one that cannot be read its name is known.
+fn checkpoints(folder: &Path) -> Vec<CheckpointDef> {
+    let entries = fs::read_dir(folder).into_iter().flatten();
+    let mut all: Vec<CheckpointDef> = entries.filter_map(|entry| checkpoint(&entry.ok()?.path())).collect();
+    all.sort_by(|a, b| (a.order, &a.name).cmp(&(b.order, &b.name)));
+    all
+}
+
+fn checkpoint(path: &Path) -> Option<CheckpointDef> {
+    let name = path.file_name()?.to_str()?.strip_suffix(".json").filter(|name| !name.starts_with('.'))?.to_owned();
+    let unread = |why: String| CheckpointDef { name: name.clone(), broken: Some(why), ..CheckpointDef::default() };
+    Some(match read_json::<CheckpointDef>(path) {
+        Ok(def) if def.name == name => def,
+        Ok(def) => unread(format!("{} holds a checkpoint named '{}'", path.display(), shorten(&def.name))),
+        Err(e) => unread(format!("its record cannot be read: {e}")),
+    })
 }
 
 /// What was renamed in a folder stays so.

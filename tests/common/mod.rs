@@ -11,6 +11,7 @@
 
 #![allow(dead_code)] // each test binary uses a part
 
+pub mod checkpoints;
 pub mod client;
 #[allow(dead_code, reason = "not every test sits at a console")]
 pub mod console;

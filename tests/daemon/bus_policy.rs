@@ -10,6 +10,7 @@ const INTERFACES: &[&str] = &[
     "org.virt.Manager",
     "org.virt.Domain",
     "org.virt.Snapshot",
+    "org.virt.Checkpoint",
     "org.virt.Job",
     "org.virt.StatsSubscription",
     "org.freedesktop.DBus.Properties",

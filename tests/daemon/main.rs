@@ -8,6 +8,7 @@ mod agent;
 mod bus_objects;
 mod bus_policy;
 mod bus_prompt;
+mod checkpoints;
 mod console;
 mod devices;
 mod documents;

@@ -2,6 +2,7 @@
 
 use super::super::instance::Body;
 use super::super::make;
+use super::checkpoints::{go_on_with, sound};
 use super::files::{beside, check_free_place, finished, make_empty, stored};
 use super::note::{CreateExternal, Note, Overlay, Part, Record, taken, written};
 use super::{Image, Operation, cannot, pairs, parts, undone};
@@ -168,9 +169,24 @@ impl Operation {
         for overlay in &note.overlays {
             let known = nodes.as_ref().and_then(|nodes| nodes.image(&overlay.base, &overlay.base_format));
             self.make_overlay(overlay.clone(), known.map(|node| node.virtual_size)).await?;
+            if self.body.is_none() {
+                self.keep_bitmaps(overlay.clone()).await?;
+            }
             journal.step("overlay");
         }
         Ok(())
+    }
+
+    /// The overlay of a machine that is off goes on with the bitmaps of its base.
+    async fn keep_bitmaps(&self, overlay: Overlay) -> Result<(), DriverError> {
+        if (&*overlay.format, &*overlay.base_format) != ("qcow2", "qcow2") {
+            return Ok(());
+        }
+        self.with_lent(vec![(overlay.base.clone(), false), (overlay.path.clone(), true)], move |images| {
+            let held = images.info(&overlay.base, "qcow2")?.bitmaps();
+            sound(&held).try_for_each(|bitmap| images.add_bitmap(&overlay.path, bitmap))
+        })
+        .await
     }
 
     /// Makes one overlay; `size` if it is known.
@@ -204,7 +220,7 @@ impl Operation {
                 let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == overlay.target);
                 let mut disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?.clone();
                 overlay.limit_cache(&mut disk);
-                let (below, name) = (nodes.of_disk(&disk)?.name.clone(), nodes.free_name(&overlay.target));
+                let (below, name) = (nodes.of_disk(&disk)?, nodes.free_name(&overlay.target));
                 for node in
                     super::super::command::overlay_nodes(&disk, &overlay.path, overlay.block, &overlay.format, &name)
                 {
@@ -212,8 +228,11 @@ impl Operation {
                     body.patiently("blockdev-add", node).await?;
                     added.push(node_name);
                 }
-                let data = json!({ "node": below, "overlay": format!("{name}-format") });
-                actions.push(json!({ "type": "blockdev-snapshot", "data": data }));
+                let top = format!("{name}-format");
+                actions.push(json!({ "type": "blockdev-snapshot", "data": { "node": below.name, "overlay": top } }));
+                if overlay.format == "qcow2" {
+                    actions.extend(go_on_with(below, &top));
+                }
             }
             if inner_variables {
                 let nodes = Nodes::of(body).await?;

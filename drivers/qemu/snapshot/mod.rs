@@ -12,6 +12,7 @@
 //! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
 
 mod chain;
+mod checkpoints;
 mod create;
 mod delete;
 mod dump;

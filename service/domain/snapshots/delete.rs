@@ -296,6 +296,9 @@ impl Domain {
             state.snapshots.change().remove(name);
             Vec::new()
         });
+        if !replaced.is_empty() {
+            self.looks_at_checkpoints();
+        }
         Ok(())
     }
 

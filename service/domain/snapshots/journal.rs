@@ -40,12 +40,15 @@ impl DomainJournal {
         DomainJournal { domain, intent, behind: AtomicBool::new(false), open, job, cancel }
     }
 
-    /// To be called before anything is changed. A revert may end the guest before the driver notes anything, and an undefine
-    /// removes files without a note: both are on disk from now on. What else there is comes there with the driver's first note.
+    /// To be called before anything is changed. A revert may end the guest before the driver notes anything, an undefine
+    /// removes files without a note, and checkpoints have none at all: these are on disk from now on. What else there is comes there
+    /// with the driver's first note.
     pub async fn begin(&self) -> Result<()> {
         let intent = lock(&self.intent).clone();
         match intent.deed {
-            Deed::Revert { .. } | Deed::Undefine { .. } => self.keep(intent).await?,
+            Deed::Revert { .. } | Deed::Undefine { .. } | Deed::Checkpoint { .. } | Deed::DeleteCheckpoint { .. } => {
+                self.keep(intent).await?
+            }
             Deed::Create { .. } | Deed::Delete { .. } | Deed::Save { .. } => {}
         }
         self.step("begun");

@@ -228,7 +228,7 @@ impl Domain {
         self.journal_of(deed, Some(job.clone()), job.cancel_token())
     }
 
-    fn journal_of(
+    pub(in crate::domain) fn journal_of(
         self: &Arc<Self>,
         deed: crate::store::Deed,
         job: Option<Arc<Job>>,

@@ -167,6 +167,11 @@ impl Domain {
         if let Deed::Undefine { storage } = intent.deed {
             return self.finish_undefine(storage, &journal).await;
         }
+        match intent.deed {
+            Deed::Checkpoint { def } => return self.finish_checkpoint(def, &journal).await,
+            Deed::DeleteCheckpoint { name } => return self.finish_deleting_checkpoint(&name, &journal).await,
+            _ => {}
+        }
         let note = match intent.deed {
             Deed::Save { .. } => self.keep_save(intent.clone()).await?.note,
             _ => intent.note,
@@ -329,6 +334,8 @@ fn what_is(deed: &Deed) -> &'static str {
         Deed::Revert { .. } => "a revert",
         Deed::Delete { .. } => "deleting a snapshot",
         Deed::Save { .. } => "saving it",
+        Deed::Checkpoint { .. } => "a checkpoint",
+        Deed::DeleteCheckpoint { .. } => "deleting a checkpoint",
         Deed::Undefine { .. } => "its removal with its storage",
     }
 }

@@ -362,6 +362,8 @@ impl Domain {
         journal.step("settled");
         // It would bring old memory to other disks.
         self.remove_managed_save_file().await?;
+        let back = format!("the machine was brought back to snapshot '{}' since, which no bitmap tells", def.name);
+        self.breaks_checkpoints(&back).await?;
         journal.end().await?;
         self.all_told().await.commit(|state| {
             state.managed_save = false;

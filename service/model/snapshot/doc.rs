@@ -233,23 +233,23 @@ impl SnapshotDoc {
     }
 
     fn refuse_unknown(&self, log: &mut Vec<Finding>) {
-        [&self.named, &self.state, &self.created].into_iter().flatten().for_each(|part| unknown(&part.rest, log));
+        [&self.named, &self.state, &self.created].into_iter().flatten().for_each(|part| unknown_here(&part.rest, log));
         let attributes = self.rest.attributes.iter().filter(|attribute| !is_declaration(attribute)).cloned().collect();
-        unknown(&Rest { attributes, elements: self.rest.elements.clone() }, log);
-        self.parent.iter().for_each(|part| unknown(&part.rest, log));
-        self.memory.iter().for_each(|part| unknown(&part.rest, log));
-        self.disks.iter().for_each(|part| unknown(&part.rest, log));
+        unknown_here(&Rest { attributes, elements: self.rest.elements.clone() }, log);
+        self.parent.iter().for_each(|part| unknown_here(&part.rest, log));
+        self.memory.iter().for_each(|part| unknown_here(&part.rest, log));
+        self.disks.iter().for_each(|part| unknown_here(&part.rest, log));
         for disk in self.disks() {
-            unknown(&disk.rest, log);
-            disk.driver.iter().for_each(|part| unknown(&part.rest, log));
-            disk.driver.iter().filter_map(|part| part.cache.as_ref()).for_each(|part| unknown(&part.rest, log));
-            disk.source.iter().for_each(|part| unknown(&part.rest, log));
-            disk.source.iter().flat_map(|part| &part.labels).for_each(|part| unknown(&part.rest, log));
-            disk.source.iter().flat_map(|part| &part.hosts).for_each(|part| unknown(&part.rest, log));
+            unknown_here(&disk.rest, log);
+            disk.driver.iter().for_each(|part| unknown_here(&part.rest, log));
+            disk.driver.iter().filter_map(|part| part.cache.as_ref()).for_each(|part| unknown_here(&part.rest, log));
+            disk.source.iter().for_each(|part| unknown_here(&part.rest, log));
+            disk.source.iter().flat_map(|part| &part.labels).for_each(|part| unknown_here(&part.rest, log));
+            disk.source.iter().flat_map(|part| &part.hosts).for_each(|part| unknown_here(&part.rest, log));
         }
         if let Some(firmware) = &self.firmware {
-            unknown(&firmware.rest, log);
-            [&firmware.nvram, &firmware.tpm].into_iter().flatten().for_each(|part| unknown(&part.rest, log));
+            unknown_here(&firmware.rest, log);
+            [&firmware.nvram, &firmware.tpm].into_iter().flatten().for_each(|part| unknown_here(&part.rest, log));
         }
     }
 
@@ -362,15 +362,17 @@ fn is_declaration(attribute: &Attribute) -> bool {
     attribute.name.starts_with("xmlns:")
 }
 
-fn unknown(rest: &Rest, log: &mut Vec<Finding>) {
+fn unknown_here(rest: &Rest, log: &mut Vec<Finding>) {
+    unknown("snapshot", rest, log);
+}
+
+/// Refuses what no document of a `what` has.
+pub(crate) fn unknown(what: &str, rest: &Rest, log: &mut Vec<Finding>) {
     for element in &rest.elements {
-        log.push(Finding::invalid(
-            &element.at,
-            format!("<{}> is no element of a snapshot document here", element.name),
-        ));
+        log.push(Finding::invalid(&element.at, format!("<{}> is no element of a {what} document here", element.name)));
     }
     for attribute in &rest.attributes {
-        let message = format!("'{}' is no attribute of a snapshot document here", attribute.name);
+        let message = format!("'{}' is no attribute of a {what} document here", attribute.name);
         log.push(Finding::invalid(&attribute.place(), message));
     }
 }

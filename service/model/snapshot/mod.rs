@@ -10,7 +10,8 @@ mod doc;
 mod tree;
 
 pub use align::{Alignment, Request};
-pub use doc::{Capturing, DiskDoc, MemoryDoc, SnapshotDoc};
+pub(crate) use doc::unknown;
+pub use doc::{Capturing, DiskDoc, MemoryDoc, ParentDoc, SnapshotDoc};
 pub use tree::{Node, SnapshotTree};
 
 use crate::domain::cpu::Cpu;
@@ -194,21 +195,26 @@ impl SnapshotDef {
 
 /// Refuses what cannot be a snapshot's name, before anything is done. The error is a sentence.
 pub fn check_name(name: &str) -> Result<(), String> {
+    check_name_of("snapshot", name)
+}
+
+/// The same for what is kept as snapshots are, and called `what`.
+pub fn check_name_of(what: &str, name: &str) -> Result<(), String> {
     let shown = crate::xml::shorten(name);
     if name.is_empty() {
-        return Err("a snapshot's name may not be empty".to_owned());
+        return Err(format!("a {what}'s name may not be empty"));
     }
     if name.contains('/') {
-        return Err(format!("snapshot name '{shown}' may not contain '/'"));
+        return Err(format!("{what} name '{shown}' may not contain '/'"));
     }
     if name.starts_with('.') {
-        return Err(format!("snapshot name '{shown}' may not begin with '.'"));
+        return Err(format!("{what} name '{shown}' may not begin with '.'"));
     }
     if name.chars().any(char::is_control) {
-        return Err(format!("snapshot name '{shown}' may not contain control characters"));
+        return Err(format!("{what} name '{shown}' may not contain control characters"));
     }
     if name.len() > MAX_NAME {
-        return Err(format!("snapshot name '{shown}' may not be longer than {MAX_NAME} bytes, and has {}", name.len()));
+        return Err(format!("{what} name '{shown}' may not be longer than {MAX_NAME} bytes, and has {}", name.len()));
     }
     Ok(())
 }

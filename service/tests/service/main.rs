@@ -1,5 +1,6 @@
 //! The service as its callers see it, a file per story: with the test driver, without a bus and without QEMU.
 
+mod checkpoints;
 mod destroy;
 mod devices;
 mod documents;

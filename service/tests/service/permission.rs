@@ -31,7 +31,7 @@ async fn nothing_changes_without_permission_and_the_subject_is_named() {
 }
 
 #[tokio::test]
-async fn a_job_of_another_user_is_cancelled_with_permission_only() {
+async fn a_job_of_another_user_is_cancelled_or_finished_with_permission_only() {
     let folder = tempfile::tempdir().unwrap();
     let world = World::open(folder.path()).await;
     let domain = world.define("web").await;
@@ -41,6 +41,9 @@ async fn a_job_of_another_user_is_cancelled_with_permission_only() {
     world.notary.refuses.store(true, Ordering::Relaxed);
     assert!(matches!(world.service.cancel_job(&bob, ticket.id).await, Err(Error::AccessDenied(_))));
     assert_eq!(world.notary.asked.lock().unwrap().last().unwrap().0, Action::Job);
+    assert!(matches!(world.service.finish_job(&bob, ticket.id, false).await, Err(Error::AccessDenied(_))));
+    let early = world.service.finish_job(&world.alice(), ticket.id, false).await;
+    assert!(matches!(early, Err(Error::OperationInvalid(_))), "its own needs none, but a start is never ready");
     world.service.cancel_job(&world.alice(), ticket.id).await.expect("one's own needs none");
 }
 
