@@ -4,6 +4,7 @@
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
 mod agent;
+mod apply;
 mod broken;
 mod can;
 mod change;
@@ -26,6 +27,7 @@ mod stats;
 mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
+pub use apply::{ApplyOptions, POWERING_OFF};
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
 pub(crate) use found::FoundGuest;
@@ -116,11 +118,15 @@ impl Domain {
             persistent: birth.stored.is_some(),
             autostart: birth.note.autostart,
             config: birth.config,
+            stored: None,
             has_managed_save: birth.managed_save,
             agent_connected: false,
-            config_changed: false,
+            open_channels: Box::default(),
+            lacks: birth.driver.lacks(),
+            pending: Arc::default(),
             current_snapshot: None,
             snapshot_count: 0,
+            snapshots: Arc::default(),
             owner: birth.note.owner,
             broken: String::new(),
         });
@@ -143,7 +149,7 @@ impl Domain {
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 managed_save: birth.managed_save,
-                config_changed: false,
+                pending: Arc::default(),
                 broken: birth.broken,
                 sought: None,
                 measured: None,
@@ -153,6 +159,7 @@ impl Domain {
                 muted: None,
                 gone: false,
                 told: false,
+                running: None,
                 facts,
             }),
             changes: watch::channel(0).0,
