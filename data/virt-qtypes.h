@@ -75,7 +75,18 @@ struct VirtMachineStats {
 };
 using VirtMachinesStats = QList<VirtMachineStats>;
 
+/// The sizes of Domain.BlockInfo, in bytes; 0 is not known.
+struct VirtDiskSizes {
+    qulonglong capacity = 0;
+    qulonglong allocation = 0;
+    qulonglong physical = 0;
+};
+
+/// The devices of Domain.Disks and the like, a dictionary each.
+using VirtDevices = QList<QVariantMap>;
+
 Q_DECLARE_METATYPE(VirtListedDomain)
+Q_DECLARE_METATYPE(VirtDiskSizes)
 Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
 Q_DECLARE_METATYPE(VirtSnapshotDisk)
@@ -195,6 +206,22 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtMachineStats
     return in;
 }
 
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtDiskSizes &one)
+{
+    out.beginStructure();
+    out << one.capacity << one.allocation << one.physical;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtDiskSizes &one)
+{
+    in.beginStructure();
+    in >> one.capacity >> one.allocation >> one.physical;
+    in.endStructure();
+    return in;
+}
+
 /// Makes the types above known to Qt's D-Bus.
 inline void virtRegisterTypes()
 {
@@ -213,6 +240,8 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtKeyCodes>();
     qDBusRegisterMetaType<VirtMachineStats>();
     qDBusRegisterMetaType<VirtMachinesStats>();
+    qDBusRegisterMetaType<VirtDiskSizes>();
+    qDBusRegisterMetaType<VirtDevices>();
 }
 
 #endif

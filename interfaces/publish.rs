@@ -16,7 +16,7 @@
 use crate::bus::call::signal;
 use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
-use crate::bus::wire::Body;
+use crate::bus::wire::{Body, Extent};
 use crate::error::Error;
 use crate::objects::{checkpoint, domain, job, manager, paths, snapshot, subscription};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -199,7 +199,7 @@ fn placed(objects: &mut Objects, object: Object) -> Result<Option<Message>, Erro
 fn added(object: &Object) -> Result<Message, Error> {
     let mut body = Body::with_capacity(1024);
     body.text(&object.path);
-    object.interfaces(&mut body);
+    object.interfaces(Extent::Whole, &mut body);
     signal("/org/virt", "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", &body)
 }
 
@@ -307,9 +307,13 @@ mod tests {
             }),
             has_managed_save: false,
             agent_connected: false,
-            config_changed: false,
+            open_channels: Box::default(),
+            lacks: &[],
+            stored: None,
+            pending: Arc::default(),
             current_snapshot: Some("before upgrade".into()),
             snapshot_count: 1,
+            snapshots: Arc::new(["before upgrade".to_owned()]),
             owner: 1000,
             broken: String::new(),
         }
@@ -383,7 +387,7 @@ mod tests {
         let (path, interfaces): (OwnedObjectPath, Interfaces) = body.deserialize().unwrap();
         assert_eq!(path.as_str(), paths::domain(Uuid::from_u128(7)));
         let all = &interfaces[domain::INTERFACE];
-        assert_eq!(all.len(), 24);
+        assert_eq!(all.len(), 36);
         let snapshot = format!("{}/snapshot/before_20upgrade", path.as_str());
         assert_eq!(*all["CurrentSnapshot"], Variant::from(zbus::ObjectPath::try_from(snapshot).unwrap()));
     }

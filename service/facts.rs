@@ -1,9 +1,11 @@
 //! All that is published of each kind of object, at one moment: what the service tells, and the bus shows.
 
 use crate::error::Error;
+use crate::shown::Shown;
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
+use virt_model::domain::abi::AbiDifference;
 use virt_model::state::{DomainState, StateReason};
 
 /// All that is published of a domain, at one moment.
@@ -29,16 +31,24 @@ pub struct DomainFacts {
     pub autostart: bool,
     /// Of what runs while active.
     pub config: Arc<ConfigFacts>,
+    /// Of what is stored, where that is not `config`.
+    pub stored: Option<Arc<ConfigFacts>>,
     /// A managed save image exists.
     pub has_managed_save: bool,
     /// An agent has its port open inside the guest.
     pub agent_connected: bool,
-    /// The stored configuration differs from what runs.
-    pub config_changed: bool,
+    /// Which channels of what runs are open inside the guest, by their numbers from 0.
+    pub open_channels: Box<[usize]>,
+    /// The members that its driver cannot do.
+    pub lacks: &'static [&'static str],
+    /// What the stored configuration says otherwise than what runs.
+    pub pending: Arc<[AbiDifference]>,
     /// Name of the current snapshot.
     pub current_snapshot: Option<String>,
     /// Number of snapshots.
     pub snapshot_count: u32,
+    /// The names of all snapshots, in the order in which they are listed.
+    pub snapshots: Arc<[String]>,
     /// The uid that defined it.
     pub owner: u32,
     /// Empty, or why its files cannot be used.
@@ -62,6 +72,15 @@ pub struct ConfigFacts {
     pub memory: u64,
     /// Bytes.
     pub maximum_memory: u64,
+    /// What is shown of its devices.
+    pub shown: Shown,
+}
+
+impl DomainFacts {
+    /// The stored configuration differs from what runs.
+    pub fn config_changed(&self) -> bool {
+        !self.pending.is_empty()
+    }
 }
 
 impl ConfigFacts {
@@ -75,6 +94,7 @@ impl ConfigFacts {
             maximum_vcpus: def.maximum_vcpus(),
             memory: def.current_memory_kib().saturating_mul(1024),
             maximum_memory: def.memory_kib().saturating_mul(1024),
+            shown: Shown::of(def),
         }
     }
 }

@@ -24,6 +24,7 @@ mod registry;
 mod restore;
 mod scrape;
 mod shared;
+pub mod shown;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 mod stored;
@@ -34,9 +35,9 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain, DumpOptions, ExecOptions, Force,
-    InterfaceAddresses, LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions,
-    Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
+    Affect, ApplyOptions, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain, DumpOptions,
+    ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions, POWERING_OFF, Plan, Resumption,
+    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};

@@ -12,6 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
+use virt_model::domain::abi::AbiDifference;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::{Limits, unreadable};
 
@@ -83,11 +84,13 @@ impl StoredDef {
         self.shown(form).unwrap_or_else(|| def.write(form))
     }
 
-    /// Whether it is the configuration `def`, runtime facts aside.
-    pub fn says(&self, def: &DomainDef) -> bool {
-        let other = def.write(Form::STORED);
+    /// What it says otherwise than `running`, runtime facts aside.
+    pub fn pending(&self, running: &DomainDef) -> Vec<AbiDifference> {
+        if self.text() == running.write(Form::STORED) {
+            return Vec::new();
+        }
         // A file that an earlier virtd has written may say the same in another way.
-        self.text() == other || self.read().is_ok_and(|own| own.write(Form::STORED) == other)
+        self.read().map(|own| running.pending_changes(&own)).unwrap_or_default()
     }
 
     /// The images that it names, those of disks with what they stand on, and its firmware variables.
@@ -202,7 +205,7 @@ mod tests {
     fn what_is_written_in_another_way_says_the_same() {
         let text = "<domain type='test'><uuid>6f1c0d5e-6b1f-4c57-9c0e-0d0c3e6f9c01</uuid><name>a</name><memory>1</memory></domain>";
         let def = DomainDef::parse(text).expect("a definition");
-        assert!(StoredDef::new(&def, text).says(&def));
-        assert!(!stored("b").says(&def));
+        assert_eq!(StoredDef::new(&def, text).pending(&def), []);
+        assert!(!stored("b").pending(&def).is_empty());
     }
 }

@@ -51,6 +51,8 @@ pub enum When {
     Persistent,
     /// A configuration is stored, and there is no guest.
     InactivePersistent,
+    /// The guest's CPUs run, and what is stored is not what runs.
+    Pending,
     /// Its driver takes snapshots.
     Snapshots,
 }
@@ -143,6 +145,7 @@ verbs! {
         TRIM = "TrimFilesystems", Some(Agent), Running, "trim file systems of";
         GUEST_EXEC = "GuestExec", Some(Agent), Running, "guest-exec";
         SUSPEND_GUEST = "SuspendGuest", Some(Suspend), Running, "put to sleep the guest of";
+        APPLY_PENDING = "ApplyPending", Some(Stop), Pending, "apply-pending";
         UNDEFINE = "Undefine", Some(Delete), Persistent, "undefine";
         CHECK_UNDEFINE = "CheckUndefine", Some(Read), Persistent, "check";
         RENAME = "Rename", Some(Define), InactivePersistent, "rename";
@@ -162,6 +165,7 @@ verbs! {
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";
         GET_STATS = "GetStats", Some(Read), Always, "get statistics of";
+        BLOCK_INFO = "BlockInfo", Some(Read), Always, "get the size of a disk of";
         CREATE_SNAPSHOT = "CreateSnapshot", Some(Snapshot), Snapshots, "snapshot-create";
         CHECK_CREATE = "CheckCreateSnapshot", Some(Read), Snapshots, "check";
         LIST_SNAPSHOTS = "ListSnapshots", None, Always, "list snapshots";

@@ -109,10 +109,11 @@ impl Line for Arc<Body> {
 }
 
 impl Body {
-    /// The machine has become that, which may have another port for an agent, or none any more.
+    /// The machine has become that, which may have other channels, another one for an agent among them.
     pub fn has_agent_of(&self, live: &DomainDef) {
         self.agent.is_of(live);
         self.reporter.agent_is_at(device(live));
+        self.reporter.ports_are(&live.devices.channels.iter().filter_map(|channel| channel.info.alias()).collect());
     }
 
     /// Has the guest power off or reboot, by its agent or its power button.

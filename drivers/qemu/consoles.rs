@@ -40,13 +40,10 @@ pub struct Consoles {
 impl Consoles {
     /// Those of a QEMU that runs. One that an earlier virtd started may keep no transcripts.
     pub fn of(live: &DomainDef, leavings: &Leavings) -> Consoles {
-        let (devices, own_dir) = (&live.devices, leavings.own_dir());
-        let serials = devices.serials.iter().map(|serial| (&serial.info, &serial.source));
-        let consoles = devices.consoles.iter().filter(|console| !console.is_serial());
-        let all = serials.chain(consoles.map(|console| (&console.info, &console.source)));
-        let files = all.filter_map(|(info, source)| {
-            let alias = info.alias()?;
-            Some((alias, transcript(&own_dir, alias, source)?))
+        let own_dir = leavings.own_dir();
+        let files = live.devices.all_consoles().filter_map(|console| {
+            let alias = console.info.alias()?;
+            Some((alias, transcript(&own_dir, alias, console.source)?))
         });
         let files: Vec<(&str, PathBuf)> = files.collect();
         // All of them lie in one folder that is not large.

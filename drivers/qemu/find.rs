@@ -142,6 +142,7 @@ impl Search {
             pid: record.process.as_ref().map_or(0, |identity| identity.pid),
             uuid: record.uuid,
             devices: plug::that_can_go(&self.found.live),
+            has_ports: !self.found.live.devices.channels.is_empty(),
             reporter: reporter.clone(),
             live: self.found.live.clone(),
         };
@@ -251,6 +252,8 @@ struct Caller {
     uuid: Uuid,
     /// Those that it had when last seen, and may have let go of since.
     devices: Vec<String>,
+    /// Whether there are channels, which something in the guest may have open.
+    has_ports: bool,
     reporter: Arc<Reporter>,
     /// As it ran when last seen.
     live: Arc<DomainDef>,
@@ -269,11 +272,15 @@ impl Caller {
             }
             let status = monitor.execute("query-status", json!({})).await?;
             let status = status.get("status").and_then(Value::as_str).unwrap_or_default();
-            if let Some(back_end) = self.reporter.agent_back_end() {
+            if self.has_ports {
                 let all = monitor.execute("query-chardev", json!({})).await?;
                 let all = all.as_array().map(Vec::as_slice).unwrap_or_default();
-                let port = all.iter().find(|one| one["label"] == *back_end);
-                self.reporter.agent_found(port.is_some_and(|port| port["frontend-open"] == true));
+                let open = all.iter().filter(|one| one["frontend-open"] == true);
+                // Each back end is called as its device.
+                let open = open.filter_map(|one| one["label"].as_str()?.strip_prefix("char"));
+                let open: Vec<String> = open.map(str::to_owned).collect();
+                self.reporter.agent_found(|device| open.iter().any(|port| port == device));
+                self.reporter.ports_found(open);
             }
             self.reporter.have_gone(plug::missing(&monitor, &self.devices).await?);
             // Some may have come or gone when the last virtd was cut off.

@@ -236,6 +236,10 @@ impl Instance for QemuInstance {
         self.body.reporter.agent_is_connected() == Some(true)
     }
 
+    fn is_open(&self, channel: &Channel) -> bool {
+        channel.info.alias().is_some_and(|alias| self.body.reporter.is_open(alias))
+    }
+
     fn agent(&self) -> Result<Arc<dyn GuestAgent>, DriverError> {
         Ok(Arc::new(Agent(self.body.clone())))
     }

@@ -230,8 +230,12 @@ async fn a_guest_whose_agent_does_not_answer_is_asked_by_its_power_button() {
     assert!(!instance.agent_connected() && unavailable(instance.shutdown(ShutdownMode::Agent).await));
     // Another port is none of the agent's; what is so already is no news.
     let events = [port("channel1", true), port("channel0", true), port("channel0", true), port("channel0", false)];
-    peer.get_mut().write_all(events[..3].concat().as_bytes()).await.unwrap();
-    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    peer.get_mut().write_all(events[0].as_bytes()).await.unwrap();
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
+    let open = |device: &str| instance.body.reporter.is_open(device);
+    assert!(!instance.agent_connected() && open("channel1") && !open("channel0"));
+    peer.get_mut().write_all(events[1..3].concat().as_bytes()).await.unwrap();
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
     assert!(instance.agent_connected() && unavailable(instance.shutdown(ShutdownMode::Agent).await));
     let pressed = async {
         let mut line = String::new();
@@ -243,16 +247,21 @@ async fn a_guest_whose_agent_does_not_answer_is_asked_by_its_power_button() {
     };
     let (asked, ()) = tokio::join!(instance.shutdown(ShutdownMode::Default), pressed);
     asked.unwrap();
-    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
     assert!(!instance.agent_connected());
     // While QEMU is looked for anew nobody knows, until it is asked; what it tells by itself is newer than that.
     let reporter = instance.body.reporter.clone();
     reporter.hold();
     assert_eq!(reporter.agent_is_connected(), None);
     peer.get_mut().write_all(port("channel0", true).as_bytes()).await.unwrap();
-    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
-    reporter.agent_found(false);
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
+    reporter.agent_found(|_| false);
     assert!(instance.agent_connected());
+    // Of which nothing was heard since is as it was found.
+    assert!(reporter.is_open("channel0") && reporter.is_open("channel1"));
+    reporter.ports_found(["channel2".to_owned()]);
+    assert!(reporter.is_open("channel0") && !reporter.is_open("channel1") && reporter.is_open("channel2"));
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
     instance.destroy(false).await.unwrap();
 }
 
@@ -269,12 +278,12 @@ async fn an_agents_port_is_known_while_it_is_plugged_in() {
     assert!(asked().await.contains("no channel"));
     body.has_agent_of(&with);
     peer.get_mut().write_all(opened.as_bytes()).await.unwrap();
-    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
     // Another device changes nothing about it.
     body.has_agent_of(&with);
     assert!(instance.agent_connected());
     body.has_agent_of(&without);
-    assert_eq!(reports.recv().await, Some(DriverEvent::AgentChanged));
+    assert_eq!(reports.recv().await, Some(DriverEvent::PortsChanged));
     assert!(!instance.agent_connected() && asked().await.contains("no channel"));
     instance.destroy(false).await.unwrap();
 }

@@ -3,6 +3,7 @@
 use super::command::is_vcpu;
 use super::events::{Guest, Outcome};
 use super::qmp::{Event, Listener};
+use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{Notify, watch};
 use virt_model::driver::{Condition, DeviceEvent, DriverEvent, EventSink, Exit, IoAction, IoFailure};
@@ -14,6 +15,8 @@ use virt_model::xml::shorten;
 const MAX_HELD: usize = 1024;
 /// The longest name of a device that is passed on.
 const LONGEST_NAME: usize = 256;
+/// More ports than any machine has.
+const MOST_PORTS: usize = 4096;
 
 /// The one who reports.
 pub struct Reporter {
@@ -31,6 +34,10 @@ struct Inner {
     /// Events since the connection, while it is not known what the guest does.
     held: Option<Vec<Event>>,
     agent: AgentPort,
+    /// The devices of the ports that are open inside the guest, as far as is known.
+    open_ports: BTreeSet<String>,
+    /// Those of which something was heard since the connection; as `held`.
+    fresh_ports: Option<BTreeSet<String>>,
     /// Stops and starts of the CPUs are ours, and of no interest to anybody.
     quiet: bool,
     /// Why its monitor was given up, though it was there.
@@ -86,6 +93,8 @@ impl Reporter {
             sink: Some(sink),
             held: None,
             agent,
+            open_ports: BTreeSet::new(),
+            fresh_ports: None,
             quiet: false,
             given_up: None,
             leaving: None,
@@ -104,14 +113,10 @@ impl Reporter {
     pub fn hold(&self) {
         let mut inner = self.lock();
         inner.held = Some(Vec::new());
+        inner.fresh_ports = Some(BTreeSet::new());
         if inner.agent.device.is_some() {
             inner.agent.open = None;
         }
-    }
-
-    /// QEMU's name of the back end of the agent's port, if there is one.
-    pub fn agent_back_end(&self) -> Option<String> {
-        self.lock().agent.device.as_ref().map(|device| format!("char{device}"))
     }
 
     /// From now on that is QEMU's name of the device of the agent's port. Nobody has a new one open yet.
@@ -123,16 +128,43 @@ impl Reporter {
         }
     }
 
+    /// The guest has no other ports than those devices. Nobody has a new one open yet.
+    pub fn ports_are(&self, devices: &BTreeSet<&str>) {
+        let mut inner = self.lock();
+        let before = inner.open_ports.len();
+        inner.open_ports.retain(|port| devices.contains(&**port));
+        if inner.open_ports.len() != before {
+            inner.send(Some(DriverEvent::PortsChanged));
+        }
+    }
+
+    /// QEMU was asked which ports are open: those of which something was heard meanwhile are as that said.
+    pub fn ports_found(&self, open: impl IntoIterator<Item = String>) {
+        let mut inner = self.lock();
+        let fresh = inner.fresh_ports.take().unwrap_or_default();
+        let heard = inner.open_ports.iter().filter(|port| fresh.contains(*port)).cloned();
+        let found = open.into_iter().filter(|port| !fresh.contains(port)).take(MOST_PORTS);
+        let now = heard.collect::<BTreeSet<_>>().into_iter().chain(found).collect();
+        if std::mem::replace(&mut inner.open_ports, now) != inner.open_ports {
+            inner.send(Some(DriverEvent::PortsChanged));
+        }
+    }
+
+    /// Whether the port of that device is open inside the guest, as far as is known.
+    pub fn is_open(&self, device: &str) -> bool {
+        self.lock().open_ports.contains(device)
+    }
+
     /// Whether an agent has its port open inside the guest, if that is known.
     pub fn agent_is_connected(&self) -> Option<bool> {
         self.lock().agent.open
     }
 
     /// QEMU was asked whether the agent's port is open: it is told what was so before all events that are still to be heard.
-    pub fn agent_found(&self, open: bool) {
+    pub fn agent_found(&self, is_open: impl FnOnce(&str) -> bool) {
         let mut inner = self.lock();
-        if inner.agent.open.is_none() {
-            inner.agent_is(open);
+        if let (None, Some(device)) = (inner.agent.open, inner.agent.device.clone()) {
+            inner.agent_is(is_open(&device));
         }
     }
 
@@ -220,6 +252,7 @@ impl Reporter {
 
     fn hear(&self, event: &Event) {
         let mut inner = self.lock();
+        inner.port(event);
         let port = event.name == "VSERPORT_CHANGE" && inner.agent.device.as_deref() == event.data["id"].as_str();
         if port && inner.agent.device.is_some() {
             inner.agent_is(event.data["open"] == true);
@@ -292,10 +325,26 @@ impl Inner {
         }
     }
 
+    /// A port has been opened or closed.
+    fn port(&mut self, event: &Event) {
+        let device = event.data["id"].as_str().filter(|device| device.len() <= LONGEST_NAME);
+        let Some(device) = device.filter(|_| event.name == "VSERPORT_CHANGE") else { return };
+        if let Some(fresh) = self.fresh_ports.as_mut().filter(|fresh| fresh.len() < MOST_PORTS) {
+            fresh.insert(device.to_owned());
+        }
+        let changed = match event.data["open"] == true {
+            true => self.open_ports.len() < MOST_PORTS && self.open_ports.insert(device.to_owned()),
+            false => self.open_ports.remove(device),
+        };
+        if changed {
+            self.send(Some(DriverEvent::PortsChanged));
+        }
+    }
+
     fn agent_is(&mut self, open: bool) {
         if self.agent.open != Some(open) {
             self.agent.open = Some(open);
-            self.send(Some(DriverEvent::AgentChanged));
+            self.send(Some(DriverEvent::PortsChanged));
         }
     }
 

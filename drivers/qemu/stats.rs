@@ -13,15 +13,20 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use virt_model::device::balloon::BalloonModel;
 use virt_model::device::disk::DiskKind;
 use virt_model::device::{Disk, Interface};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::stats::{
-    DiskStats, DiskTraffic, GroupStats, GuestMemory, InterfaceStats, IothreadStats, MemoryStats, StatGroup,
-    StatQuestion, ThreadStats, Transfers, VcpuStats,
+    DirtyRateStats, DiskStats, DiskTraffic, GroupStats, GuestMemory, InterfaceStats, IothreadStats, MemoryStats,
+    StatGroup, StatQuestion, ThreadStats, Transfers, VcpuStats,
 };
+
+/// How long QEMU looks on how the guest writes its memory, and how often it is asked whether it has, ten times in that.
+const LOOKED_ON: Duration = Duration::from_secs(1);
+const LOOKS: u32 = 50;
 
 /// A group of numbers of a running guest, whose definition is `def`. Errors: `TimedOut` where QEMU or a file system does not answer.
 pub async fn of_guest(
@@ -37,6 +42,7 @@ pub async fn of_guest(
         StatGroup::Disks => disks(workers, body, def).await.map(GroupStats::Disks),
         StatGroup::Interfaces => Ok(GroupStats::Interfaces(interfaces(def))),
         StatGroup::Iothreads => iothreads(body, def).await.map(GroupStats::Iothreads),
+        StatGroup::DirtyRate => dirty_rate(body).await.map(GroupStats::DirtyRate),
     }
 }
 
@@ -124,6 +130,38 @@ fn numbered(told: &Value, known: Range<u32>, number: impl Fn(&Value) -> Option<u
     let all = told.as_array().into_iter().flatten();
     let all = all.filter_map(|one| Some((number(one)?, i32::try_from(one["thread-id"].as_i64()?).ok()?)));
     all.filter(|(number, _)| known.contains(number)).collect()
+}
+
+/// Has QEMU look on how the guest writes its memory: it compares a sample of the pages. That it is done is told by nobody.
+async fn dirty_rate(body: &Arc<Body>) -> Result<DirtyRateStats, DriverError> {
+    let begun = body.patiently("calc-dirty-rate", json!({ "calc-time": LOOKED_ON.as_secs() })).await;
+    let mut told = body.patiently("query-dirty-rate", json!({})).await?;
+    // One that an earlier virtd has begun will do.
+    if told["status"] != "measuring" {
+        begun?;
+    }
+    for _ in 0..LOOKS {
+        if let Some(measured) = measured_rate(&told) {
+            return measured;
+        }
+        tokio::time::sleep(LOOKED_ON / 10).await;
+        told = body.patiently("query-dirty-rate", json!({})).await?;
+    }
+    Err(DriverError::TimedOut("QEMU did not say in time how quickly the guest writes its memory".to_owned()))
+}
+
+/// What QEMU tells, if it has looked on. Error: it could not, as it takes no samples of little memory.
+fn measured_rate(told: &Value) -> Option<Result<DirtyRateStats, DriverError>> {
+    let rate = told["dirty-rate"].as_i64().filter(|_| told["status"] == "measured")?;
+    let seconds = told["calc-time"].as_u64().unwrap_or_default();
+    let Ok(rate) = u64::try_from(rate) else {
+        let text = "QEMU tells of no memory below 128 MiB how quickly it is written".to_owned();
+        return Some(Err(DriverError::Unsupported(text)));
+    };
+    Some(Ok(DirtyRateStats {
+        bytes_per_second: rate.saturating_mul(1 << 20),
+        period_usec: seconds.saturating_mul(1_000_000),
+    }))
 }
 
 async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, DriverError> {
@@ -312,6 +350,18 @@ mod tests {
         let some = json!({ "last-update": 2, "stats": { "stat-free-memory": 7, "stat-swap-in": u64::MAX } });
         let known = GuestMemory { said_at_usec: 2_000_000, unused: Some(7), ..GuestMemory::default() };
         assert_eq!(guest_memory(&some), Some(known));
+    }
+
+    #[test]
+    fn a_rate_is_told_when_it_is_measured() {
+        let told = |status: &str, rate: i64| {
+            measured_rate(&json!({ "status": status, "start-time": 5, "calc-time": 1, "dirty-rate": rate }))
+        };
+        let rate = DirtyRateStats { bytes_per_second: 3 << 20, period_usec: 1_000_000 };
+        assert_eq!(told("measured", 3).and_then(Result::ok), Some(rate));
+        assert!(matches!(told("measured", -1), Some(Err(DriverError::Unsupported(_)))));
+        assert!(told("measuring", 3).is_none());
+        assert!(measured_rate(&json!({ "status": "unstarted", "start-time": 0, "calc-time": 0 })).is_none());
     }
 
     #[test]

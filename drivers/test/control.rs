@@ -62,6 +62,11 @@ impl GuestControl {
         self.0.set_listening(!hang);
     }
 
+    /// A program in the guest opens the channel of that name, or closes it.
+    pub fn open_channel(&self, name: &str, open: bool) {
+        self.0.open(name, open);
+    }
+
     /// The hypervisor reports that, whether it is so or not.
     pub fn report(&self, event: DriverEvent) {
         self.0.report(event);

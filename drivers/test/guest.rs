@@ -21,7 +21,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
-use virt_model::device::CharSource;
+use virt_model::device::{Channel, CharSource};
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::agent::GuestAgent;
 use virt_model::driver::{ConsoleOptions, DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
@@ -79,6 +79,8 @@ struct State {
     vcpus: BTreeSet<u32>,
     /// Devices that it is to let go of, when it runs; of each, whether somebody waits for that.
     leaving: BTreeMap<String, bool>,
+    /// The names of the channels that programs in it have open.
+    open: BTreeSet<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -115,6 +117,7 @@ impl Machine {
                 resets: 0,
                 vcpus: def.vcpus_at_boot().0,
                 leaving: BTreeMap::new(),
+                open: BTreeSet::new(),
             }),
             listening: watch::Sender::new(true),
             ends_on_reboot: def.on_reboot != LifecycleAction::Restart,
@@ -313,6 +316,22 @@ impl Machine {
         self.agent.has_port && matches!(lock(&self.state).mode, Mode::Running | Mode::Standing | Mode::Asleep)
     }
 
+    /// Whether a program in it has that channel open; that of its agent is open while that is there.
+    pub fn is_open(&self, channel: &Channel) -> bool {
+        let name = channel.target.name.as_deref().unwrap_or_default();
+        name == agent::CHANNEL && self.agent_is_connected() || lock(&self.state).open.contains(name)
+    }
+
+    /// A program in it opens the channel of that name, or closes it.
+    pub fn open(&self, name: &str, open: bool) {
+        let mut state = lock(&self.state);
+        match open {
+            true => _ = state.open.insert(name.to_owned()),
+            false => _ = state.open.remove(name),
+        }
+        state.tell(DriverEvent::PortsChanged);
+    }
+
     /// Waits while its CPUs stand; whether they run then.
     pub async fn goes_on(&self) -> bool {
         let mut changes = lock(&self.state).changes.subscribe();
@@ -468,6 +487,10 @@ impl Instance for TestInstance {
 
     fn agent_connected(&self) -> bool {
         self.0.agent_is_connected()
+    }
+
+    fn is_open(&self, channel: &Channel) -> bool {
+        self.0.is_open(channel)
     }
 
     fn agent(&self) -> Result<Arc<dyn GuestAgent>, DriverError> {

@@ -3,7 +3,7 @@
 use super::call::encoded_reply;
 use super::rows::{Object, Objects};
 use super::table::Table;
-use super::wire::Body;
+use super::wire::{Body, Extent};
 use crate::error::Error;
 use std::fmt::Write as _;
 use std::sync::OnceLock;
@@ -32,28 +32,41 @@ pub fn get_all(call: &Message, objects: &Objects, path: &str) -> Result<Message,
     let body = call.body();
     let interface: &str = arguments(body.deserialize())?;
     // An empty name means every interface; the standard ones have no properties.
-    let entries: &[u8] = match interface {
-        "" => objects.get(path).ok_or_else(|| no_object(path))?.row.entries(),
-        _ if is_standard(interface) => &[],
-        _ => object(objects, path, interface)?.row.entries(),
+    let object = match interface {
+        "" => Some(&**objects.get(path).ok_or_else(|| no_object(path))?),
+        _ if is_standard(interface) => None,
+        _ => Some(object(objects, path, interface)?),
     };
-    let mut all = Body::with_capacity(entries.len() + 8);
-    all.array(8, |body| body.aligned(entries));
+    let mut all = Body::with_capacity(2048);
+    all.array(8, |body| object.iter().for_each(|object| object.row.entries(Extent::Whole, body)));
+    fits(all.bytes().len())?;
     encoded_reply(&call.header(), "a{sv}", &all)
 }
 
-/// ObjectManager.GetManagedObjects
+/// ObjectManager.GetManagedObjects. Where they are too many for one answer with all that they have, it has no long properties.
 pub fn managed_objects(call: &Message, objects: &Objects) -> Result<Message, Error> {
+    let mut all = listed(objects, Extent::Whole);
+    if all.bytes().len() > LARGEST {
+        all = listed(objects, Extent::Short);
+    }
+    fits(all.bytes().len())?;
+    encoded_reply(&call.header(), "a{oa{sa{sv}}}", &all)
+}
+
+/// All objects, as long as they fit: the one that does not is the last.
+fn listed(objects: &Objects, extent: Extent) -> Body {
     let mut all = Body::default();
     all.array(8, |body| {
         for object in objects.below(ROOT) {
+            if body.bytes().len() > LARGEST {
+                break;
+            }
             body.align(8);
             body.text(&object.path);
-            object.interfaces(body);
+            object.interfaces(extent, body);
         }
     });
-    fits(all.bytes().len())?;
-    encoded_reply(&call.header(), "a{oa{sa{sv}}}", &all)
+    all
 }
 
 /// Introspectable.Introspect: what the object has, and the names of its children.

@@ -6,7 +6,7 @@
 //! then hears of changes never ends up with the older one. Answers that take milliseconds are made beside the lock
 //! from a copy, and made again should something have changed meanwhile.
 
-use super::wire::{Body, Row};
+use super::wire::{Body, Extent, Row};
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -46,12 +46,12 @@ impl Object {
         if let Facts::Domain(facts) = &self.facts { Some(facts) } else { None }
     }
 
-    /// Its interfaces with all properties, `a{sa{sv}}`.
-    pub fn interfaces(&self, body: &mut Body) {
+    /// Its interfaces with their properties, `a{sa{sv}}`.
+    pub fn interfaces(&self, extent: Extent, body: &mut Body) {
         body.array(8, |body| {
             body.align(8);
             body.text(self.interface);
-            body.array(8, |body| body.aligned(self.row.entries()));
+            body.array(8, |body| self.row.entries(extent, body));
         });
     }
 }

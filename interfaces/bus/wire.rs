@@ -4,7 +4,8 @@
 //! row is those entries one after the other: `GetAll`, `GetManagedObjects` and `PropertiesChanged` copy them, a single
 //! `Get` copies the value out of one. All is little-endian, and the messages say so.
 
-use std::fmt::Write as _;
+use std::fmt::{Debug, Write as _};
+use std::sync::Arc;
 
 /// A property's value.
 #[derive(Clone, Copy, Debug)]
@@ -150,13 +151,31 @@ impl Body {
 /// A property: its name and the type of its value.
 pub type Field = (&'static str, &'static str);
 
-/// What is published of one object: all its properties, encoded. Never changed, only replaced.
+/// Long properties, which are kept as the service keeps them, and encoded whenever they are read.
+pub trait Long: Debug + Send + Sync {
+    /// Writes the value of one of them.
+    fn put(&self, property: &str, body: &mut Body);
+}
+
+/// Which properties of a row are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// All.
+    Whole,
+    /// All but long ones.
+    Short,
+}
+
+/// What is published of one object: all its properties, encoded but for long ones. Never changed, only replaced.
 #[derive(Clone, Debug)]
 pub struct Row {
+    /// The encoded ones first.
     fields: &'static [Field],
     entries: Box<[u8]>,
     /// Where each entry ends.
     ends: Box<[u32]>,
+    /// What the others are written of.
+    long: Option<Arc<dyn Long>>,
 }
 
 impl Row {
@@ -171,18 +190,41 @@ impl Row {
             body.variant(value);
             ends.push(body.0.len() as u32);
         }
-        Row { fields, entries: body.0.into(), ends: ends.into() }
+        Row { fields, entries: body.0.into(), ends: ends.into(), long: None }
     }
 
-    /// All entries, as they stand in an `a{sv}`.
-    pub fn entries(&self) -> &[u8] {
-        &self.entries
+    /// The same with long properties: the fields for which there are no values.
+    pub fn with_long(fields: &'static [Field], values: &[Value<'_>], long: Arc<dyn Long>) -> Row {
+        let encoded = &fields[..values.len()];
+        Row { fields, long: Some(long), ..Row::new(encoded, values) }
+    }
+
+    /// Its entries, as they stand in an `a{sv}`.
+    pub fn entries(&self, extent: Extent, body: &mut Body) {
+        body.aligned(&self.entries);
+        if extent == Extent::Whole {
+            (self.ends.len()..self.fields.len()).for_each(|index| self.long_entry(index, body));
+        }
+    }
+
+    fn long_entry(&self, index: usize, body: &mut Body) {
+        let (name, signature) = self.fields[index];
+        body.align(8);
+        body.text(name);
+        body.signature(signature);
+        self.long.iter().for_each(|long| long.put(name, body));
     }
 
     /// The body of an answer to `Get`: one `v`.
     pub fn variant(&self, name: &str) -> Option<Body> {
         let index = self.fields.iter().position(|field| field.0 == name)?;
         let (name, signature) = self.fields[index];
+        if index >= self.ends.len() {
+            let mut body = Body::default();
+            body.signature(signature);
+            self.long.iter().for_each(|long| long.put(name, &mut body));
+            return Some(body);
+        }
         let entry = self.entry(index);
         let value_at = 4 + name.len() + 1 + 1 + signature.len() + 1;
         let alignment = if matches!(signature, "t" | "d") { 8 } else { 4 };
@@ -202,9 +244,18 @@ impl Row {
     /// The entries of `self` that differ from those of `old`, as they stand in an `a{sv}`; empty if none does.
     pub fn changes(&self, old: &Row) -> Body {
         let mut body = Body::default();
-        for index in 0..self.fields.len() {
+        for index in 0..self.ends.len() {
             if self.entry(index) != old.entry(index) {
                 body.aligned(self.entry(index));
+            }
+        }
+        let same = self.long.as_ref().zip(old.long.as_ref()).is_none_or(|(new, old)| Arc::ptr_eq(new, old));
+        for index in (self.ends.len()..self.fields.len()).filter(|_| !same) {
+            let (mut new, mut before) = (Body::default(), Body::default());
+            self.long_entry(index, &mut new);
+            old.long_entry(index, &mut before);
+            if new.bytes() != before.bytes() {
+                body.aligned(new.bytes());
             }
         }
         body
@@ -294,7 +345,7 @@ mod tests {
     #[test]
     fn entries_read_back_as_a_dictionary() {
         let mut body = Body::default();
-        body.array(8, |body| body.aligned(row(7, "web").entries()));
+        body.array(8, |body| row(7, "web").entries(Extent::Whole, body));
         let all: HashMap<String, OwnedVariant> = decode(body.bytes());
         assert_eq!(all.len(), FIELDS.len());
         assert_eq!(*all["Flag"], Variant::from(true));
@@ -329,6 +380,43 @@ mod tests {
         names.sort();
         assert_eq!(names, ["Count", "Name"]);
         assert!(new.changes(&new).bytes().is_empty());
+    }
+
+    #[derive(Debug)]
+    struct Numbers(Vec<u32>);
+
+    impl Long for Numbers {
+        fn put(&self, property: &str, body: &mut Body) {
+            match property {
+                "Numbers" => body.array(4, |body| self.0.iter().for_each(|number| body.u32(*number))),
+                _ => body.text("always"),
+            }
+        }
+    }
+
+    #[test]
+    fn long_properties_read_as_all_others() {
+        const FIELDS: &[Field] = &[("Count", "u"), ("Numbers", "au"), ("Other", "s")];
+        let row =
+            |count, numbers: &[u32]| Row::with_long(FIELDS, &[Value::U32(count)], Arc::new(Numbers(numbers.to_vec())));
+        let read = |fill: &dyn Fn(&mut Body)| {
+            let mut body = Body::default();
+            body.array(8, |body| fill(body));
+            let all: HashMap<String, OwnedVariant> = decode(body.bytes());
+            let mut names: Vec<_> = all.into_iter().collect();
+            names.sort_by(|one, other| one.0.cmp(&other.0));
+            names
+        };
+        let (old, new) = (row(1, &[1]), row(2, &[1, 2]));
+        let whole = read(&|body| new.entries(Extent::Whole, body));
+        assert_eq!(whole.iter().map(|(name, _)| &**name).collect::<Vec<_>>(), ["Count", "Numbers", "Other"]);
+        assert_eq!(*whole[1].1, Variant::from(vec![1_u32, 2]));
+        assert_eq!(read(&|body| new.entries(Extent::Short, body)).len(), 1);
+        let changed = read(&|body| body.aligned(new.changes(&old).bytes()));
+        assert_eq!(changed, whole[..2]);
+        assert!(new.changes(&row(2, &[1, 2])).bytes().is_empty() && new.changes(&new).bytes().is_empty());
+        let one: OwnedVariant = decode(new.variant("Numbers").unwrap().bytes());
+        assert_eq!(*one, Variant::from(vec![1_u32, 2]));
     }
 
     #[test]

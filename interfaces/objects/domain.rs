@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
-use super::{Members, adjust, agent, checkpoint, paths, properties, snapshot, stats};
+use super::{Members, adjust, agent, checkpoint, long_properties, paths, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -18,8 +18,8 @@ use virt_model::xml::shorten;
 use virt_service::facts::DomainFacts;
 use virt_service::verb::{self, Ask, Verb};
 use virt_service::{
-    Affect, Domain, DumpOptions, LETTING_GO, ManagedSaveOptions, Resumption, SaveOptions, Service, StartOptions,
-    StatsOptions, UndefineCheck, UndefineOptions, Wanted,
+    Affect, ApplyOptions, Domain, DumpOptions, LETTING_GO, ManagedSaveOptions, POWERING_OFF, Resumption, SaveOptions,
+    Service, StartOptions, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 use zbus::Variant;
 use zbus::wire::Fd;
@@ -30,7 +30,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(300);
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Domain";
 
-properties! {
+long_properties! {
     f: DomainFacts {
         "Name" = Str(&f.name);
         "UUID" = Str(&f.uuid.to_string());
@@ -51,11 +51,24 @@ properties! {
         "MaximumMemory" = U64(f.config.maximum_memory);
         "HasManagedSave" = Bool(f.has_managed_save);
         "AgentConnected" = Bool(f.agent_connected);
-        "ConfigChanged" = Bool(f.config_changed);
+        "ConfigChanged" = Bool(f.config_changed());
         "CurrentSnapshot" = Path(&paths::snapshot_or_none(f.uuid, f.current_snapshot.as_deref()));
         "SnapshotCount" = U32(f.snapshot_count);
         "Owner" = U32(f.owner);
         "Broken" = Str(&f.broken);
+    } {
+        "Disks": "aa{sv}";
+        "Interfaces": "aa{sv}";
+        "Graphics": "aa{sv}";
+        "Consoles": "aa{sv}";
+        "Channels": "aa{sv}";
+        "HostDevices": "aa{sv}";
+        "Firmware": "a{sv}";
+        "TPM": "a{sv}";
+        "OperatingSystem": "s";
+        "BootOrder": "as";
+        "Snapshots": "ao";
+        "PendingChanges": "a(sss)";
     }
 }
 
@@ -108,6 +121,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::TRIM, agent::trim)
         .method(&verb::GUEST_EXEC, agent::exec)
         .method(&verb::SUSPEND_GUEST, agent::suspend_guest)
+        .method(&verb::APPLY_PENDING, apply_pending)
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
         .method(&verb::RENAME, rename)
@@ -133,6 +147,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::GET_XML, get_xml)
         .method(&verb::GET_METADATA, get_metadata)
         .method(&verb::GET_STATS, get_stats)
+        .method(&verb::BLOCK_INFO, block_info)
         .method(&verb::CAN, can)
         .setter(&verb::AUTOSTART, set_autostart);
     let ask = |members: Members<_>, (verb, ask): &'static (&'static Verb, Ask)| {
@@ -304,6 +319,17 @@ async fn send_key(domain: Arc<Domain>, call: Call) -> Outcome {
     call.done()
 }
 
+async fn apply_pending(domain: Arc<Domain>, call: Call) -> Outcome {
+    let mut options = call.options()?;
+    let apply = ApplyOptions {
+        patience: patience(&mut options)?.unwrap_or(POWERING_OFF),
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let ticket = domain.apply_pending(call.caller(), apply).await?;
+    call.reply(&finish(ticket, no_wait).await?)
+}
+
 async fn undefine(domain: Arc<Domain>, call: Call) -> Outcome {
     if let Some(ticket) = domain.undefine(call.caller(), undefine_options(call.options()?)?).await? {
         ticket.done().await?;
@@ -387,6 +413,14 @@ async fn get_stats(domain: Arc<Domain>, call: Call) -> Outcome {
     options.end()?;
     let told = domain.stats(call.caller(), &StatsOptions::named(&groups)?).await?;
     call.reply(&stats::told(&told))
+}
+
+async fn block_info(domain: Arc<Domain>, call: Call) -> Outcome {
+    let target: String = call.read()?;
+    let disk = domain.block_info(call.caller(), &target).await?;
+    let known = |size: Option<u64>| size.unwrap_or(0);
+    // One structure.
+    call.reply(&((known(disk.capacity), known(disk.allocation), known(disk.physical)),))
 }
 
 async fn attach_device(domain: Arc<Domain>, call: Call) -> Outcome {

@@ -3,6 +3,7 @@
 mod adjust;
 mod agent;
 pub mod checkpoint;
+mod devices;
 pub mod domain;
 pub mod job;
 pub mod manager;
@@ -31,6 +32,21 @@ macro_rules! properties {
     };
 }
 pub(crate) use properties;
+
+/// The same with long properties behind them, of which a line gives the type; what is published writes their values.
+macro_rules! long_properties {
+    ($facts:ident: $type:ty { $($name:literal = $kind:ident($value:expr);)+ } { $($long:literal: $long_type:literal;)+ }) => {
+        /// The properties and their types.
+        pub const FIELDS: &[$crate::bus::wire::Field] =
+            &[$(($name, $crate::bus::wire::kind::$kind),)+ $(($long, $long_type),)+];
+
+        fn row($facts: &std::sync::Arc<$type>) -> $crate::bus::wire::Row {
+            let values = [$($crate::bus::wire::Value::$kind($value)),+];
+            $crate::bus::wire::Row::with_long(FIELDS, &values, $facts.clone())
+        }
+    };
+}
+pub(crate) use long_properties;
 
 /// The members of one kind of object in the making. `find` gives the object that a call is for, or says that there is none.
 pub struct Members<T> {

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use virt_model::driver::stats::{
-    CpuStats, DiskStats, GroupStats, InterfaceStats, IothreadStats, MemoryStats, Packets, ThreadStats, Transfers,
-    VcpuStats,
+    CpuStats, DirtyRateStats, DiskStats, GroupStats, InterfaceStats, IothreadStats, MemoryStats, Packets, ThreadStats,
+    Transfers, VcpuStats,
 };
 use virt_service::Stats;
 use zbus::Variant;
@@ -31,6 +31,7 @@ fn named(group: &GroupStats) -> (&'static str, Variant<'static>) {
         GroupStats::Disks(all) => ("disks", each(all, disk)),
         GroupStats::Interfaces(all) => ("interfaces", each(all, interface)),
         GroupStats::Iothreads(all) => ("iothreads", each(all, iothread)),
+        GroupStats::DirtyRate(stats) => ("dirty-rate", Variant::from(numbers(dirty_rate(stats)))),
     }
 }
 
@@ -66,6 +67,10 @@ fn memory(stats: &MemoryStats) -> impl Iterator<Item = (&'static str, u64)> {
         ("last-update", stats.guest.map(|guest| guest.said_at_usec)),
     ]);
     [("actual", stats.actual), ("rss", stats.rss)].into_iter().chain(guest)
+}
+
+fn dirty_rate(stats: &DirtyRateStats) -> [(&'static str, u64); 2] {
+    [("bytes-per-second", stats.bytes_per_second), ("period-usec", stats.period_usec)]
 }
 
 fn thread(stats: &ThreadStats) -> [(&'static str, Variant<'static>); 2] {

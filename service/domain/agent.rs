@@ -233,8 +233,8 @@ impl Domain {
         }
     }
 
-    /// Its hypervisor says that its agent has come or gone.
-    pub(super) fn agent_changed(&self) {
+    /// Its hypervisor says that a channel was opened or closed, that of its agent perhaps.
+    pub(super) fn ports_changed(&self) {
         self.commit_report(|_| Vec::new());
     }
 

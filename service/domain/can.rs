@@ -96,6 +96,17 @@ impl State {
             }
             When::ManagedSaved => self.has_managed_save(),
             When::Persistent => self.is_persistent(verb),
+            When::Pending => {
+                self.applies_in(verb, When::Running)?;
+                match self.pending.is_empty() {
+                    false => Ok(()),
+                    true => {
+                        let text =
+                            format!("nothing is pending for domain '{}': what is stored is what runs", self.name);
+                        Err(Error::OperationInvalid(text))
+                    }
+                }
+            }
             When::InactivePersistent => {
                 self.is_persistent(verb)?;
                 match self.live() {

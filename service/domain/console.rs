@@ -135,10 +135,7 @@ fn screens(def: &DomainDef) -> Vec<Screen> {
 
 /// The serial port or console of that alias, or the first of all; a console that is a serial port goes by that one's alias.
 fn console<'d>(def: &'d DomainDef, device: &str) -> Option<(&'d str, &'d CharSource)> {
-    let serials = def.devices.serials.iter().map(|serial| (&serial.info, &serial.source));
-    let consoles = def.devices.consoles.iter().filter(|console| !console.is_serial());
-    let all = serials.chain(consoles.map(|console| (&console.info, &console.source)));
-    let mut all = all.map(|(info, source)| (info.alias().unwrap_or_default(), source));
+    let mut all = def.devices.all_consoles().map(|one| (one.info.alias().unwrap_or_default(), one.source));
     all.find(|(alias, _)| device.is_empty() || *alias == device)
 }
 

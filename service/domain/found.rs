@@ -110,6 +110,7 @@ impl Domain {
             agent_readers: FairPlaces::new(1, 1),
             status: file,
             ending: None,
+            ends_by_powering_off: false,
             saved: false,
             leaving: BTreeMap::new(),
             ejected: BTreeSet::new(),

@@ -70,7 +70,7 @@ impl Domain {
                 }
                 DriverEvent::PoweredOff { by, rebooting } => self.powered_off(id, by, rebooting).await,
                 DriverEvent::Panicked => self.panicked(id).await,
-                DriverEvent::AgentChanged => self.agent_changed(),
+                DriverEvent::PortsChanged => self.ports_changed(),
                 DriverEvent::DeviceGone(alias) => drop(tokio::spawn(self.clone().device_has_gone(id, alias))),
                 DriverEvent::VcpusChanged => drop(tokio::spawn(self.clone().vcpus_have_changed(id))),
                 DriverEvent::TrayOpened(alias) => self.tray_opened(&alias),
@@ -118,7 +118,11 @@ impl Domain {
     pub(super) async fn powered_off(self: &Arc<Self>, id: u32, by: ShutdownBy, rebooting: bool) {
         self.note(id, DomainState::Shutdown, StateReason::User, Lifecycle::Shutdown(by)).await;
         let Ok(guest) = self.guest() else { return };
-        let action = if rebooting { guest.live.on_reboot } else { guest.live.on_poweroff };
+        let action = match rebooting {
+            true => guest.live.on_reboot,
+            false if guest.ends_by_powering_off => LifecycleAction::Destroy,
+            false => guest.live.on_poweroff,
+        };
         self.act_on_end(guest, action, Stopped::Shutdown);
     }
 

@@ -5,6 +5,7 @@
 
 mod adjust;
 mod agent;
+mod apply;
 mod broken;
 mod can;
 mod change;
@@ -28,6 +29,7 @@ mod stats;
 mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
+pub use apply::{ApplyOptions, POWERING_OFF};
 pub use checkpoints::DeleteCheckpoint;
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
@@ -121,11 +123,15 @@ impl Domain {
             persistent: birth.stored.is_some(),
             autostart: birth.note.autostart,
             config: birth.config,
+            stored: None,
             has_managed_save: birth.managed_save,
             agent_connected: false,
-            config_changed: false,
+            open_channels: Box::default(),
+            lacks: birth.driver.lacks(),
+            pending: Arc::default(),
             current_snapshot: None,
             snapshot_count: 0,
+            snapshots: Arc::default(),
             owner: birth.note.owner,
             broken: String::new(),
         });
@@ -148,7 +154,7 @@ impl Domain {
                 since_usec: birth.ended.since_usec,
                 autostart: birth.note.autostart,
                 managed_save: birth.managed_save,
-                config_changed: false,
+                pending: Arc::default(),
                 broken: birth.broken,
                 sought: None,
                 measured: None,
@@ -159,6 +165,7 @@ impl Domain {
                 muted: None,
                 gone: false,
                 told: false,
+                running: None,
                 facts,
             }),
             changes: watch::channel(0).0,

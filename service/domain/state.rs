@@ -13,6 +13,7 @@ use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
+use virt_model::domain::abi::AbiDifference;
 use virt_model::driver::{Driver, Instance};
 use virt_model::state::{DomainState, StateReason, Stopped};
 use virt_model::xml::Element;
@@ -34,7 +35,8 @@ pub(super) struct State {
     pub(super) autostart: bool,
     /// It has a managed save: the next start goes on from that.
     pub(super) managed_save: bool,
-    pub(super) config_changed: bool,
+    /// What its stored configuration says otherwise than what runs.
+    pub(super) pending: Arc<[AbiDifference]>,
     /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
     pub(super) broken: Option<String>,
     /// A guest that ran when virtd was last here, and is not found again yet.
@@ -53,6 +55,8 @@ pub(super) struct State {
     pub(super) gone: bool,
     /// Anybody was told that it exists.
     pub(super) told: bool,
+    /// What is published of what runs, and of which definition that is.
+    pub(super) running: Option<(Arc<DomainDef>, Arc<ConfigFacts>)>,
     /// As last published.
     pub(super) facts: Arc<DomainFacts>,
 }
@@ -72,6 +76,8 @@ pub(super) struct Guest {
     pub(super) status: Arc<StatusFile>,
     /// Why its end is expected, once it is.
     pub(super) ending: Option<Stopped>,
+    /// It ends when it powers off, whatever its configuration says of that.
+    pub(super) ends_by_powering_off: bool,
     /// All that is saved of it is written, and is not taken back.
     pub(super) saved: bool,
     /// Devices that it is asked to let go of, with what then goes from what is stored, too.
@@ -100,6 +106,14 @@ pub(super) struct Starting {
     pub(super) launched: bool,
 }
 
+impl Guest {
+    /// The channels that something in the guest has open, by their numbers.
+    fn open_channels(&self) -> Box<[usize]> {
+        let all = self.live.devices.channels.iter().enumerate();
+        all.filter(|(_, channel)| self.instance.is_open(channel)).map(|(number, _)| number).collect()
+    }
+}
+
 impl Sought {
     /// Why nothing can be done to a guest that is not found yet.
     pub(super) fn refusal(&self, name: &str) -> Error {
@@ -120,7 +134,7 @@ impl State {
     pub(super) fn has_ended(&mut self, reason: StateReason, since_usec: u64) {
         (self.guest, self.sought, self.unread, self.thawed) = (None, None, None, None);
         (self.state, self.reason, self.since_usec) = (DomainState::Shutoff, reason, since_usec);
-        self.config_changed = false;
+        self.pending = Arc::default();
         self.is_saved_or_not(reason);
         self.leave_if_nothing_left();
     }
@@ -140,9 +154,11 @@ impl State {
     /// Computes anew what is published.
     pub(super) fn refresh(&mut self) {
         let mut facts = (*self.facts).clone();
-        match (self.live(), &self.stored) {
-            (Some(live), _) => facts.config = Arc::new(ConfigFacts::of(live)),
-            (None, Some(stored)) => facts.config = stored.config.clone(),
+        self.running_facts();
+        let stored = self.stored.as_ref().map(|stored| &stored.config);
+        match (&self.running, stored) {
+            (Some((_, running)), stored) => (facts.config, facts.stored) = (running.clone(), stored.cloned()),
+            (None, Some(stored)) => (facts.config, facts.stored) = (stored.clone(), None),
             (None, None) => {}
         }
         facts.name.clone_from(&self.name);
@@ -154,12 +170,27 @@ impl State {
         facts.autostart = self.autostart;
         facts.has_managed_save = self.managed_save;
         facts.agent_connected = self.guest.as_ref().is_some_and(|guest| guest.instance.agent_connected());
-        facts.config_changed = self.config_changed;
+        facts.open_channels = self.guest.as_ref().map(Guest::open_channels).unwrap_or_default();
+        facts.pending = self.pending.clone();
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();
+        if self.snapshots.is_stale() {
+            facts.snapshots = self.snapshots.names();
+        }
         facts.broken = published(&self.why_broken()).to_owned();
         if facts != *self.facts {
             self.facts = Arc::new(facts);
+        }
+    }
+
+    /// Has `running` be of what runs, which is read once.
+    fn running_facts(&mut self) {
+        let Some(live) = self.live() else {
+            self.running = None;
+            return;
+        };
+        if !self.running.as_ref().is_some_and(|(of, _)| Arc::ptr_eq(of, live)) {
+            self.running = Some((live.clone(), Arc::new(ConfigFacts::of(live))));
         }
     }
 
@@ -169,9 +200,9 @@ impl State {
     }
 
     pub(super) fn compare_configs(&mut self) {
-        self.config_changed = match (&self.stored, self.live()) {
-            (Some(stored), Some(live)) => !stored.says(live),
-            _ => false,
+        self.pending = match (&self.stored, self.live()) {
+            (Some(stored), Some(live)) => stored.pending(live).into(),
+            _ => Arc::default(),
         };
     }
 

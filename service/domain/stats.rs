@@ -15,14 +15,14 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::stored::StoredDef;
 use crate::time::now_usec;
-use crate::verb;
+use crate::verb::{self, Verb};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout_at};
 use virt_model::domain::DomainDef;
-use virt_model::driver::stats::{GroupStats, StatGroup, StatQuestion};
+use virt_model::driver::stats::{DiskStats, GroupStats, StatGroup, StatQuestion};
 use virt_model::driver::{DriverError, Instance};
 use virt_model::state::{DomainState, StateReason};
 use virt_model::xml::shorten;
@@ -32,7 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(1);
 /// The word of the one group that no driver is asked for.
 const STATE: &str = "state";
 /// The words of groups that there are to be.
-const NOT_TAKEN: [&str; 2] = ["dirty-rate", "perf"];
+const NOT_TAKEN: [&str; 1] = ["perf"];
+/// How much longer than others a group is waited for whose numbers take as long as it is looked on.
+const LOOKED_ON: Duration = Duration::from_secs(2);
 
 /// The groups that are wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,7 +54,7 @@ pub struct StatsOptions {
 impl Default for StatsOptions {
     /// Those that cost next to nothing.
     fn default() -> StatsOptions {
-        let costly = |group: &StatGroup| *group == StatGroup::Iothreads;
+        let costly = |group: &StatGroup| matches!(group, StatGroup::Iothreads | StatGroup::DirtyRate);
         let groups = StatGroup::ALL.iter().copied().filter(|group| !costly(group)).collect();
         StatsOptions { groups, ..StatsOptions::NONE }
     }
@@ -127,8 +129,34 @@ impl Domain {
     /// Numbers of the machine. Never waits for a hypervisor or a storage that does not answer: of what that would tell, the last is
     /// told that is known. Errors: those of the driver, where it answers that it cannot.
     pub async fn stats(&self, caller: &Caller, wanted: &StatsOptions) -> Result<Stats> {
-        self.allow(caller, verb::GET_STATS.action).await?;
-        self.applies(&verb::GET_STATS)?;
+        self.numbers(caller, &verb::GET_STATS, wanted).await
+    }
+
+    /// How large a disk is; what is not known is 0, as all is of an empty drive. Errors: `NoSuchDevice` if it has no such disk,
+    /// `TimedOut` if its storage or its hypervisor does not answer, and nothing is known from before.
+    pub async fn block_info(&self, caller: &Caller, target: &str) -> Result<DiskStats> {
+        let wanted = StatsOptions { state: false, groups: vec![StatGroup::Disks], usual: false, ..StatsOptions::NONE };
+        let told = self.numbers(caller, &verb::BLOCK_INFO, &wanted).await?;
+        let (live, stored) = self.configurations()?;
+        let there = live.or(stored).is_some_and(|def| def.devices.disks.iter().any(|disk| disk.target.dev == target));
+        if !there {
+            let text = format!("domain '{}' has no disk '{}'", self.name(), shorten(target));
+            return Err(Error::NoSuchDevice(text));
+        }
+        let disks = told.groups.iter().find_map(|group| match &**group {
+            GroupStats::Disks(disks) => Some(disks),
+            _ => None,
+        });
+        let disk = disks.and_then(|disks| disks.iter().find(|disk| disk.target == target));
+        disk.cloned().ok_or_else(|| {
+            let text = format!("the storage of disk '{target}' of domain '{}' does not answer", self.name());
+            Error::TimedOut(text)
+        })
+    }
+
+    async fn numbers(&self, caller: &Caller, verb: &Verb, wanted: &StatsOptions) -> Result<Stats> {
+        self.allow(caller, verb.action).await?;
+        self.applies(verb)?;
         let now = now_usec();
         let (state, active) = {
             let state = lock(&self.state);
@@ -151,13 +179,15 @@ impl Domain {
             .map(|group| self.begin_sampling(&sampled, StatQuestion { group, may_open }, now, wanted.recent))
             .collect();
         for running in asked {
-            let told = sampled.sampler.told(running, wanted.patience).await;
+            let looked_on = running.0.group == StatGroup::DirtyRate && wanted.patience == PATIENCE;
+            let patience = wanted.patience + if looked_on { LOOKED_ON } else { Duration::ZERO };
+            let told = sampled.sampler.told(running, patience).await;
             let told = match told {
                 Err(error) if wanted.usual => {
                     tracing::debug!(uuid = %self.uuid, %error, "a group of numbers is left out");
                     continue;
                 }
-                told => told.map_err(|error| Error::from_driver(&self.name(), verb::GET_STATS.word, error))?,
+                told => told.map_err(|error| Error::from_driver(&self.name(), verb.word, error))?,
             };
             let Some(sample) = told else { continue };
             stats.sampled_at_usec = stats.sampled_at_usec.min(sample.at_usec);
@@ -328,7 +358,7 @@ mod tests {
         let some = StatsOptions { groups, usual: false, ..StatsOptions::NONE };
         assert_eq!(named(&["disks", "state", "cpu", "disks"]).unwrap(), some);
         let why = named(&["cpu", "gpu"]).unwrap_err().to_string();
-        let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads";
+        let known = "state, cpu, memory, vcpus, disks, interfaces, iothreads, dirty-rate";
         assert_eq!(why, format!("there is no group 'gpu'; there are {known}"));
     }
 

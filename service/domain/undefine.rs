@@ -199,7 +199,7 @@ impl Domain {
             state.stored = None;
             state.broken = None;
             state.autostart = false;
-            state.config_changed = false;
+            state.pending = Arc::default();
             state.leave_if_nothing_left();
             vec![Lifecycle::Undefined(Undefined::Removed)]
         });

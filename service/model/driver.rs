@@ -474,6 +474,11 @@ pub trait Instance: Any + Send + Sync {
         false
     }
 
+    /// Whether something in the guest has a channel of the live definition open, as far as is known.
+    fn is_open(&self, _channel: &Channel) -> bool {
+        false
+    }
+
     /// The guest's agent. Error: `AgentUnavailable` if the guest has no port for one.
     fn agent(&self) -> Result<Arc<dyn agent::GuestAgent>, DriverError> {
         Err(DriverError::Unsupported("this driver does not speak to guest agents".to_owned()))
@@ -546,8 +551,8 @@ pub enum DriverEvent {
     },
     /// The guest panicked and stands still; the service decides by `on_crash`.
     Panicked,
-    /// [`Instance::agent_connected`] says something else now.
-    AgentChanged,
+    /// [`Instance::agent_connected`] or [`Instance::is_open`] says something else now.
+    PortsChanged,
     /// The guest has let go of the device of that name, which nobody waits for; see [`Driver::is_detached`].
     DeviceGone(String),
     /// vCPUs have come or gone, which nobody waits for: [`Driver::look_at`] tells which there are.

@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 24] = [
+pub const MEMBERS: [&str; 25] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -68,6 +68,7 @@ pub const MEMBERS: [&str; 24] = [
     "Domain.CoreDump",
     "Domain.ManagedSave",
     "Domain.GetStats",
+    "Domain.BlockInfo",
     "Domain.CheckCreateSnapshot",
     "Domain.CreateSnapshot",
     "Domain.AttachDevice",
@@ -171,6 +172,7 @@ impl Doomed {
                 );
                 domain.call(method, &(disk, none())).await
             }
+            "Domain.BlockInfo" => domain.call(method, &"vda").await,
             "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
             "Domain.UpdateDevice" => {
                 let medium = format!(

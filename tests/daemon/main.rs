@@ -17,6 +17,7 @@ mod journal;
 mod permission;
 mod records;
 mod rules;
+mod shown;
 mod snapshots;
 mod soak;
 mod startup;

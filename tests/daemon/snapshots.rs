@@ -66,7 +66,7 @@ async fn the_tree_is_told_as_it_grows_and_shrinks() {
     assert_eq!(player.take("before upgrade").await, player.path("before upgrade"));
     player.take("after").await;
     let signals = told(&mut watch, &player).await;
-    let both = format!("{web} CurrentSnapshot SnapshotCount");
+    let both = format!("{web} CurrentSnapshot SnapshotCount Snapshots");
     assert_eq!(
         signals,
         [
@@ -92,7 +92,10 @@ async fn the_tree_is_told_as_it_grows_and_shrinks() {
 
     player.call("before upgrade", "Delete", options([])).await.expect("deleted");
     let signals = told(&mut watch, &player).await;
-    assert_eq!(signals, ["after Parent", &format!("{web} SnapshotCount"), "InterfacesRemoved before_20upgrade"]);
+    assert_eq!(
+        signals,
+        ["after Parent", &format!("{web} SnapshotCount Snapshots"), "InterfacesRemoved before_20upgrade"]
+    );
     assert_eq!(player.get::<ObjectPath<'static>>("after", "Parent").await.as_str(), "/");
     let (name, why) = player.call("before upgrade", "GetXML", options([])).await.expect_err("gone");
     assert_eq!(name, "org.freedesktop.DBus.Error.UnknownObject", "{why}");

@@ -11,6 +11,12 @@ use std::time::{Duration, Instant};
 /// How long an answer may take where QEMU gives none: less than a command of its monitor is waited for.
 const SOON: Duration = Duration::from_secs(10);
 
+/// Capacity, allocation and length of the first disk.
+async fn block_info(domain: &Domain) -> (u64, u64, u64) {
+    let told = domain.call("BlockInfo", &"vda").await.expect("told");
+    told.body().deserialize::<((u64, u64, u64),)>().expect("(ttt)").0
+}
+
 async fn told(domain: &Domain) -> Told {
     let told = tokio::time::timeout(SOON, stats_of(domain, &[])).await;
     told.expect("an answer that waits for nobody").expect("told")
@@ -36,6 +42,8 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     let Some(mut tick) = Tick::new(&daemon, "counted", "<iothreads>1</iothreads>") else { return };
     tick.xml =
         tick.xml.replace("<devices>", "<devices><interface type='user'><mac address='52:54:00:00:00:01'/></interface>");
+    // QEMU looks on at no less how memory is written.
+    tick.xml = tick.xml.replace("<memory unit='MiB'>16<", "<memory unit='MiB'>192<");
     let domain = Client { connection: daemon.connect().await }.define(&tick.xml).await.expect("defined");
 
     let off = stats_with(&domain, &[], &["disks"]).await;
@@ -45,6 +53,7 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     let sizes = |told: &Told| ["capacity", "physical", "allocation"].map(|key| told.number("disks", 0, key));
     let [capacity, physical, allocation] = sizes(&off);
     assert_eq!((physical, allocation), (image.len(), image.blocks() * 512));
+    assert_eq!(block_info(&domain).await, (capacity, allocation, physical));
 
     domain.run("Start").await.expect("started");
     tick.counts_to(2).await;
@@ -53,7 +62,7 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     assert_eq!(first.shape("disks", 0), shaped(&format!("{SIZES} {TRAFFIC}")));
     assert_eq!(first.shape("vcpus", 0), shaped(VCPU));
     assert_eq!(first.shape("interfaces", 0), shaped("mac s target s"), "nobody counts for type user");
-    assert_eq!((sizes(&first)[0], first.number("memory", 0, "actual")), (capacity, 16 << 20));
+    assert_eq!((sizes(&first)[0], first.number("memory", 0, "actual")), (capacity, 192 << 20));
     assert!(first.number("disks", 0, "read-bytes") >= 512, "it has booted from there: {first:?}");
     assert!(first.number("memory", 0, "rss") > 1 << 20, "{first:?}");
     let moving = [("cpu", "time-usec"), ("vcpus", "time-usec"), ("disks", "write-requests"), ("disks", "write-bytes")];
@@ -64,6 +73,12 @@ async fn numbers_of_a_guest_move_and_of_a_hung_one_the_last_are_told() {
     assert!(later.sampled_at() > first.sampled_at());
     let io = stats_with(&domain, &["iothreads"], &["iothreads"]).await;
     assert_eq!(io.shape("iothreads", 0), shaped("number u time-usec t wait-usec t"));
+    let rate = stats_with(&domain, &["dirty-rate"], &["dirty-rate"]).await;
+    assert_eq!(rate.shape("dirty-rate", 0), shaped("bytes-per-second t period-usec t"));
+    assert_eq!(rate.number("dirty-rate", 0, "period-usec"), 1_000_000);
+    assert_eq!(block_info(&domain).await.0, capacity);
+    let pending: Vec<(String, String, String)> = domain.property("PendingChanges").await;
+    assert_eq!(pending, [], "what a start decides is no change");
 
     let qemu = daemon.qemu_of(&tick.name).expect("it runs");
     // All of it as it is now: an answer that came late would come between.

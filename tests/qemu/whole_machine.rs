@@ -102,10 +102,21 @@ fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> Stri
     )
 }
 
+/// Whether its channel is shown as one that a program in the guest has open.
+async fn channel_is_open(domain: &Domain) -> bool {
+    let channels = domain.property::<Vec<HashMap<String, OwnedVariant>>>("Channels").await;
+    let running = channels.iter().find(|channel| *channel["stored"] == Variant::from(false)).expect("it runs");
+    assert!(
+        *running["name"] == Variant::from("org.qemu.guest_agent.0") && *running["alias"] == Variant::from("channel0")
+    );
+    *running["connected"] == Variant::from(true)
+}
+
 /// The agent is there, and says what is so.
 async fn agent_answers(domain: &Domain) {
     let connected = async { while !domain.property::<bool>("AgentConnected").await {} };
     tokio::time::timeout(PATIENCE, connected).await.expect("an agent");
+    assert!(channel_is_open(domain).await);
     let groups: &[&str] = &["os", "hostname"];
     let info = domain.call("GetGuestInfo", &(groups, options([]))).await.expect("told");
     let info: HashMap<String, OwnedVariant> = info.body().deserialize().expect("a{sv}");
@@ -302,6 +313,11 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     daemon.start_virtd().await;
     player.domain.is_looked_after().await;
     assert!(player.domain.property::<bool>("AgentConnected").await, "it is known at once");
+    assert!(channel_is_open(&player.domain).await);
+    let firmware: HashMap<String, OwnedVariant> = player.domain.property("Firmware").await;
+    let tpm: HashMap<String, OwnedVariant> = player.domain.property("TPM").await;
+    assert_eq!((&*firmware["type"], &*firmware["secure-boot"]), (&Variant::from("efi"), &Variant::from(false)));
+    assert_eq!((&*tpm["model"], &*tpm["version"]), (&Variant::from("tpm-tis"), &Variant::from("2.0")));
     // What was frozen for somebody who is not there any more, virtd thaws, and then it can be frozen again.
     let thawed = async {
         loop {

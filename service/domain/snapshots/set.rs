@@ -61,6 +61,16 @@ impl SnapshotSet {
         u32::try_from(self.tree.len()).unwrap_or(u32::MAX)
     }
 
+    /// Whether there are others than when they were last told.
+    pub(in crate::domain) fn is_stale(&self) -> bool {
+        self.stale
+    }
+
+    /// The names of all, in the order in which they are listed.
+    pub(in crate::domain) fn names(&self) -> Arc<[String]> {
+        self.tree.iter().map(|node| node.name.clone()).collect()
+    }
+
     /// Why it is not known what there is, if so.
     pub(in crate::domain) fn why_broken(&self) -> Option<String> {
         self.broken.clone()

@@ -1,7 +1,7 @@
 //! Character devices: `<serial>`, `<console>`, `<channel>`, `<redirdev>`. They share what is at the host's end.
 
-use super::DeviceInfo;
 use super::display::{Clipboard, Mouse};
+use super::{DeviceInfo, Devices};
 use crate::domain::part::{element, flat};
 use crate::domain::value::choices;
 
@@ -209,6 +209,34 @@ impl Console {
     pub fn is_serial(&self) -> bool {
         let kind = self.target.as_ref().and_then(|target| target.kind);
         matches!(kind, None | Some(ConsoleKind::Serial))
+    }
+}
+
+/// What a person can type at.
+#[derive(Clone, Copy, Debug)]
+pub struct AnyConsole<'a> {
+    /// Name and place.
+    pub info: &'a DeviceInfo,
+    /// The host's end.
+    pub source: &'a CharSource,
+    /// Which of its kind, from 0, if that is said.
+    pub port: Option<u32>,
+}
+
+impl Devices {
+    /// Every serial port and every console, but for consoles that are serial ports under another name.
+    pub fn all_consoles(&self) -> impl Iterator<Item = AnyConsole<'_>> {
+        let serials = self.serials.iter().map(|serial| AnyConsole {
+            info: &serial.info,
+            source: &serial.source,
+            port: serial.target.as_ref().and_then(|target| target.port),
+        });
+        let consoles = self.consoles.iter().filter(|console| !console.is_serial()).map(|console| AnyConsole {
+            info: &console.info,
+            source: &console.source,
+            port: console.target.as_ref().and_then(|target| target.port),
+        });
+        serials.chain(consoles)
     }
 }
 

@@ -12,7 +12,7 @@ use super::DomainDef;
 use crate::device::disk::{BackingStore, Disk};
 use crate::device::display::Graphics;
 use crate::device::source::{DiskSource, SourceHost};
-use crate::xml::{Element, Finding, Place};
+use crate::xml::{Attribute, Element, Finding, Node, Place};
 use std::collections::{HashMap, HashSet};
 
 /// Shorter values are no secrets, and would black out every other word.
@@ -37,7 +37,52 @@ struct Value<'a> {
     text: &'a mut String,
 }
 
+/// Numbers for secrets: the same for the same, over several definitions.
+#[derive(Debug, Default)]
+pub(super) struct Numbers(HashMap<String, usize>);
+
+impl Numbers {
+    /// Puts its number in place of a secret. An empty one is none.
+    fn hide(&mut self, secret: &mut String) {
+        if !secret.is_empty() {
+            let next = self.0.len() + 1;
+            let number = *self.0.entry(std::mem::take(secret)).or_insert(next);
+            *secret = format!("[hidden, {number}]");
+        }
+    }
+
+    /// The same for what is only kept; in `cookies` for all that is said.
+    fn hide_in_tree(&mut self, element: &mut Element, cookies: bool) {
+        let cookies = cookies || element.name == "cookies";
+        let secret = |attribute: &&mut Attribute| cookies || attribute.name == "query";
+        element.attributes.iter_mut().filter(secret).for_each(|attribute| self.hide(&mut attribute.value));
+        for node in &mut element.nodes {
+            match node {
+                Node::Element(child) => self.hide_in_tree(child, cookies),
+                Node::Text(text) if cookies => self.hide(text),
+                _ => {}
+            }
+        }
+    }
+}
+
 impl DomainDef {
+    /// Puts numbers in the places of all that is secret.
+    pub(super) fn number_secrets(&mut self, numbers: &mut Numbers) {
+        for display in &mut self.devices.graphics {
+            display.passwd.iter_mut().chain(&mut display.passwd_valid_to).for_each(|secret| numbers.hide(secret));
+        }
+        self.each_source(|source| {
+            for cookie in source.cookies.iter_mut().flat_map(|cookies| &mut cookies.cookies) {
+                cookie.value.iter_mut().chain([&mut cookie.name]).for_each(|secret| numbers.hide(secret));
+            }
+        });
+        self.values().into_iter().for_each(|value| numbers.hide(value.text));
+        for disk in &mut self.devices.disks {
+            disk.rest.elements.iter_mut().for_each(|element| numbers.hide_in_tree(element, false));
+        }
+    }
+
     /// Takes out, or writes as hidden, all that is secret.
     pub(super) fn hide_secrets(&mut self) {
         self.devices.graphics.iter_mut().for_each(forget_password);

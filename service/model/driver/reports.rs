@@ -128,8 +128,8 @@ impl Line {
 
 impl State {
     fn take(&mut self, event: DriverEvent) {
-        if event == DriverEvent::AgentChanged {
-            // Of the agent what is so when it is told is told: once is enough, and takes no other's place.
+        if event == DriverEvent::PortsChanged {
+            // Of ports what is so when it is told is told: once is enough, and takes no other's place.
             if !self.waiting.contains(&event) {
                 self.waiting.push_back(event);
             }
@@ -141,7 +141,7 @@ impl State {
             if event.is_of_a_device() {
                 return;
             }
-            let last = |waiting: &VecDeque<_>| waiting.iter().rposition(|one| *one != DriverEvent::AgentChanged);
+            let last = |waiting: &VecDeque<_>| waiting.iter().rposition(|one| *one != DriverEvent::PortsChanged);
             last(&self.waiting).and_then(|last| self.waiting.remove(last));
             if last(&self.waiting).is_some_and(|last| self.waiting[last] == event) {
                 return;
@@ -192,11 +192,11 @@ mod tests {
     fn the_agent_takes_no_other_reports_place() {
         let (sink, mut stream) = reports();
         for _ in 0..1000 {
-            assert!(sink.send(STOP) && sink.send(DriverEvent::AgentChanged) && sink.send(GO));
+            assert!(sink.send(STOP) && sink.send(DriverEvent::PortsChanged) && sink.send(GO));
         }
-        (0..1000).for_each(|_| assert!(sink.send(DriverEvent::AgentChanged)));
+        (0..1000).for_each(|_| assert!(sink.send(DriverEvent::PortsChanged)));
         let told: Vec<_> = std::iter::from_fn(|| stream.try_recv().ok()).collect();
-        assert_eq!(told.iter().filter(|event| **event == DriverEvent::AgentChanged).count(), 1);
+        assert_eq!(told.iter().filter(|event| **event == DriverEvent::PortsChanged).count(), 1);
         assert!(told.len() <= MOST + 1 && told.last() == Some(&GO), "{told:?}");
     }
 

@@ -18,6 +18,8 @@ pub enum StatGroup {
     Interfaces,
     /// Each I/O thread.
     Iothreads,
+    /// How quickly the guest writes its memory.
+    DirtyRate,
 }
 
 impl StatGroup {
@@ -29,6 +31,7 @@ impl StatGroup {
         StatGroup::Disks,
         StatGroup::Interfaces,
         StatGroup::Iothreads,
+        StatGroup::DirtyRate,
     ];
 
     /// Its word on the bus.
@@ -40,6 +43,7 @@ impl StatGroup {
             StatGroup::Disks => "disks",
             StatGroup::Interfaces => "interfaces",
             StatGroup::Iothreads => "iothreads",
+            StatGroup::DirtyRate => "dirty-rate",
         }
     }
 }
@@ -69,6 +73,8 @@ pub enum GroupStats {
     Interfaces(Vec<InterfaceStats>),
     /// Each I/O thread, in their order.
     Iothreads(Vec<IothreadStats>),
+    /// How quickly the guest writes its memory.
+    DirtyRate(DirtyRateStats),
 }
 
 /// CPU time that the guest has taken of the host.
@@ -199,6 +205,15 @@ pub struct Packets {
     pub errors: u64,
     /// Those that were dropped.
     pub drops: u64,
+}
+
+/// How quickly a guest writes its memory: as much as a copy of it has to follow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DirtyRateStats {
+    /// Of different pages, as far as the hypervisor's grain tells.
+    pub bytes_per_second: u64,
+    /// For how long it was looked on.
+    pub period_usec: u64,
 }
 
 /// An I/O thread.

@@ -165,6 +165,14 @@ impl Node {
         }
     }
 
+    /// What it is to the letter, if it is that.
+    pub fn as_verbatim(&self) -> Option<&str> {
+        match self {
+            Node::Verbatim(text) => Some(text),
+            _ => None,
+        }
+    }
+
     /// As [`Node::as_element`], by value.
     pub fn into_element(self) -> Option<Element> {
         match self {

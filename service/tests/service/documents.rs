@@ -89,13 +89,13 @@ async fn live_and_stored_configuration_are_changed_apart_and_compared() {
     let (live, config) = (Affect { live: true, config: false }, Affect { live: false, config: true });
     assert!(matches!(domain.set_title(&alice, "x", live).await, Err(Error::OperationInvalid(_))), "it is off");
     world.start(&domain).await.unwrap();
-    assert!(!domain.facts().config_changed);
+    assert!(!domain.facts().config_changed());
     domain.set_title(&alice, "next time", config).await.unwrap();
-    assert_eq!((&*domain.facts().config.title, domain.facts().config_changed), ("", true));
+    assert_eq!((&*domain.facts().config.title, domain.facts().config_changed()), ("", true));
     domain.set_title(&alice, "now", live).await.unwrap();
     assert_eq!(&*domain.facts().config.title, "now");
     domain.destroy(&alice, false).await.unwrap();
-    assert_eq!((&*domain.facts().config.title, domain.facts().config_changed), ("next time", false));
+    assert_eq!((&*domain.facts().config.title, domain.facts().config_changed()), ("next time", false));
     assert!(matches!(domain.set_title(&alice, "two\nlines", config).await, Err(Error::InvalidArgument(_))));
     let long = "é".repeat(4000);
     assert!(matches!(domain.set_description(&alice, &long, config).await, Err(Error::InvalidArgument(_))));

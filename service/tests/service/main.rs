@@ -5,6 +5,7 @@ mod destroy;
 mod devices;
 mod documents;
 mod lifecycle;
+mod pending;
 mod permission;
 mod restart;
 mod snapshots;

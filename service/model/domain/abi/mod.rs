@@ -10,6 +10,7 @@
 //! typed and merely kept elements look the same, so neither kind can be forgotten. What the table does not name may differ.
 
 mod open;
+mod pending;
 mod plain;
 mod table;
 mod walk;

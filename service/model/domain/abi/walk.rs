@@ -20,10 +20,10 @@ struct Walk {
 }
 
 /// One element on both sides; at least on one.
-struct Match<'a> {
-    step: String,
-    source: Option<&'a Element>,
-    target: Option<&'a Element>,
+pub struct Match<'a> {
+    pub step: String,
+    pub source: Option<&'a Element>,
+    pub target: Option<&'a Element>,
 }
 
 impl Walk {
@@ -77,7 +77,7 @@ fn is_virtio(device: &Element) -> bool {
 }
 
 /// Children of that kind, each with its like.
-fn matches<'a>(rule: &Rule, source: Option<&'a Element>, target: Option<&'a Element>) -> Vec<Match<'a>> {
+pub fn matches<'a>(rule: &Rule, source: Option<&'a Element>, target: Option<&'a Element>) -> Vec<Match<'a>> {
     let all = |side: Option<&'a Element>| -> Vec<&'a Element> {
         side.into_iter().flat_map(Element::elements).filter(|e| e.name == rule.name).collect()
     };
@@ -130,7 +130,7 @@ fn likes(rule: &Rule, source: &[&Element], target: &[&Element]) -> Vec<Option<us
 }
 
 /// The identity as it stands in paths; empty if the element has none.
-fn known_by(identity: &[Identity], element: &Element) -> String {
+pub fn known_by(identity: &[Identity], element: &Element) -> String {
     let said = identity.iter().filter_map(|part| {
         let (attribute, way) = part.steps.split_last()?;
         let at = way.iter().try_fold(element, |element, step| child(element, step))?;
