@@ -35,8 +35,8 @@ pub mod verb;
 pub use desk::Reading;
 pub use domain::{
     Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, DumpOptions, ExecOptions, Force, InterfaceAddresses,
-    LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions,
-    UndefineCheck, UndefineOptions, Wanted,
+    LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats,
+    StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};

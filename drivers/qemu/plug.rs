@@ -20,6 +20,7 @@ use super::qmp::{COMMAND_TIMEOUT, Qmp};
 use super::{QemuDriver, check, declared, live, make, media, needs, tap};
 use crate::base64;
 use crate::host::secret;
+use crate::host::tap::name_of;
 use crate::host::wall;
 use crate::host::workers::{ClosedAside, Errand, blocking};
 use serde_json::{Value, json};
@@ -112,15 +113,22 @@ impl QemuDriver {
             }
             self.do_steps(body, def, parts, &mut done).await
         };
-        if let Err(error) = plugged.await {
-            body.has_agent_of(before);
-            take_back(body, done, &error).await;
-            given::take_back_this(body, given).await;
-            if !matches!(error, DriverError::TimedOut(_)) {
-                leave_what_stays(body, before, def).await;
+        let link = match plugged.await {
+            Ok(link) => link,
+            Err(error) => {
+                body.has_agent_of(before);
+                take_back(body, done, &error).await;
+                given::take_back_this(body, given).await;
+                if !matches!(error, DriverError::TimedOut(_)) {
+                    leave_what_stays(body, before, def).await;
+                }
+                self.give_back(body, def, files).await;
+                return Err(refused(alias, error));
             }
-            self.give_back(body, def, files).await;
-            return Err(refused(alias, error));
+        };
+        let card = def.devices.interfaces.iter_mut().find(|card| card.info.alias() == Some(alias));
+        if let (Some(card), Some(link)) = (card, link) {
+            card.target.get_or_insert_default().dev = Some(link);
         }
         if live::has_terminals(def) {
             let devices = ask(body, "query-chardev", json!({})).await.unwrap_or_default();
@@ -129,14 +137,16 @@ impl QemuDriver {
         Ok(())
     }
 
-    /// Does what QEMU is told; what takes it back again is in `done`, on failure too.
+    /// Does what QEMU is told; what takes it back again is in `done`, on failure too. Gives the name of the network device that was
+    /// made for it.
     async fn do_steps(
         &self,
         body: &Arc<Body>,
         def: &DomainDef,
         parts: Vec<OneDevice>,
         done: &mut Vec<(&'static str, Value)>,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Option<String>, DriverError> {
+        let mut link = None;
         let mut shared = names_at(body, OBJECTS).await?;
         shared.retain(|object| is_shared(def, object));
         for OneDevice { steps, taps, .. } in parts {
@@ -144,6 +154,7 @@ impl QemuDriver {
             let told = async {
                 for plan in &taps {
                     for (number, fd) in tap::open(plan, None).await? {
+                        link = link.take().or_else(|| name_of(&fd));
                         let name = fd_name(number);
                         given.push(name.clone());
                         let fd = vec![ClosedAside::of(fd.into())];
@@ -164,7 +175,7 @@ impl QemuDriver {
             }
             told?;
         }
-        Ok(())
+        Ok(link)
     }
 
     async fn tell(
