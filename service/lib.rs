@@ -37,7 +37,7 @@ pub use desk::Reading;
 pub use domain::{
     Affect, ApplyOptions, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain, DumpOptions,
     ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions, POWERING_OFF, Plan, Resumption,
-    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
+    RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};

@@ -161,6 +161,14 @@ verbs! {
         SET_VCPUS = "SetVCPUs", Some(Device), Always, "set the vCPUs of";
         SET_MEMORY = "SetMemory", Some(Device), Always, "set the memory of";
         SET_MEMORY_STATS_PERIOD = "SetMemoryStatsPeriod", Some(Device), Always, "set the period of memory statistics of";
+        SET_BLOCK_THROTTLE = "SetBlockThrottle", Some(Device), Always, "limit a disk of";
+        GET_BLOCK_THROTTLE = "GetBlockThrottle", Some(Read), Always, "get the limits of a disk of";
+        SET_BANDWIDTH = "SetInterfaceBandwidth", Some(Device), Always, "limit a network card of";
+        GET_BANDWIDTH = "GetInterfaceBandwidth", Some(Read), Always, "get the limits of a network card of";
+        SET_SCHEDULER = "SetSchedulerParameters", Some(Device), Always, "limit the CPU time of";
+        GET_SCHEDULER = "GetSchedulerParameters", Some(Read), Always, "get the limits of CPU time of";
+        SET_MEMORY_PARAMETERS = "SetMemoryParameters", Some(Device), Always, "limit the host's memory of";
+        GET_MEMORY_PARAMETERS = "GetMemoryParameters", Some(Read), Always, "get the limits of the host's memory of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";

@@ -11,6 +11,11 @@ use std::path::{Path, PathBuf};
 /// Where the kernel shows them.
 const MOUNT: &str = "/sys/fs/cgroup";
 
+/// As much memory as a group can be allowed: the kernel takes it for no limit.
+pub const UNLIMITED: u64 = 9_223_372_036_854_771_712;
+/// How long a period is where nothing is said.
+const USUAL_PERIOD: u64 = 100_000;
+
 /// What a group may use. Sizes in bytes, times in microseconds.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Limits {
@@ -43,6 +48,14 @@ impl Quota {
     /// Whether nothing is said.
     pub fn is_none(self) -> bool {
         self == Quota::default()
+    }
+
+    /// The same, where what `before` says and this does not is as the kernel has it by itself.
+    pub fn lifting(self, before: Quota) -> Quota {
+        Quota {
+            period_us: self.period_us.or(before.period_us.map(|_| USUAL_PERIOD)),
+            quota_us: self.quota_us.or(before.quota_us.map(|_| -1)),
+        }
     }
 }
 
@@ -102,6 +115,11 @@ impl Trees {
         let unified = self.mount.join("cgroup.controllers").exists();
         let version = if unified { self.base() } else { Version::One(self.controllers()) };
         Group { version, name: name.to_owned() }
+    }
+
+    /// What the weight of a group is where nothing is said.
+    pub fn usual_shares(&self) -> u64 {
+        if self.mount.join("cgroup.controllers").exists() { 100 } else { 1024 }
     }
 
     /// Our place in the one tree of version 2, or what was before we moved aside.
@@ -205,6 +223,58 @@ impl Group {
         }
     }
 
+    /// To what the kernel holds the group, of what is said in `said`; I/O is left out.
+    pub fn read(&self, said: &Limits) -> io::Result<Limits> {
+        let from = |controller: &str, files: [&str; 2]| match &self.version {
+            Version::One(controllers) => read_number(&place(controllers, controller)?.join(&self.name), files[0]),
+            Version::Two(place) => read_number(&place.folder.join(&self.name), files[1]),
+        };
+        let number =
+            |said: Option<u64>, controller: &str, files: [&str; 2]| said.map(|_| from(controller, files)).transpose();
+        let mut read = Limits {
+            cpu_shares: number(said.cpu_shares, "cpu", ["cpu.shares", "cpu.weight"])?,
+            cpu: if said.cpu.is_none() { said.cpu } else { self.read_quota(Path::new(""), said.cpu)? },
+            memory: number(said.memory, "memory", ["memory.limit_in_bytes", "memory.max"])?,
+            memory_soft: number(said.memory_soft, "memory", ["memory.soft_limit_in_bytes", "memory.high"])?,
+            memory_and_swap: number(
+                said.memory_and_swap,
+                "memory",
+                ["memory.memsw.limit_in_bytes", "memory.swap.max"],
+            )?,
+            ..Limits::default()
+        };
+        if matches!(self.version, Version::Two(_)) {
+            // There swap is counted by itself.
+            read.memory_and_swap = read.memory_and_swap.map(|swap| swap.saturating_add(read.memory.unwrap_or(0)));
+        }
+        Ok(read)
+    }
+
+    /// To what the kernel holds one thread, of what is said. Error: `NotFound` if there is no such group.
+    pub fn read_thread(&self, name: &str, said: Quota) -> io::Result<Quota> {
+        self.read_quota(Path::new(name), said)
+    }
+
+    fn read_quota(&self, inner: &Path, said: Quota) -> io::Result<Quota> {
+        let (period, quota) = match &self.version {
+            Version::One(controllers) => {
+                let folder = place(controllers, "cpu")?.join(&self.name).join(inner);
+                (read_text(&folder, "cpu.cfs_period_us")?, read_text(&folder, "cpu.cfs_quota_us")?)
+            }
+            Version::Two(place) => {
+                let text = read_text(&place.folder.join(&self.name).join(inner), "cpu.max")?;
+                let (quota, period) = text.split_once(' ').unwrap_or((&text, ""));
+                (period.to_owned(), quota.to_owned())
+            }
+        };
+        // Version 2 says `max`, which is no number.
+        let quota = quota.parse().unwrap_or(-1);
+        Ok(Quota {
+            period_us: said.period_us.and_then(|_| period.parse().ok()),
+            quota_us: said.quota_us.map(|_| quota),
+        })
+    }
+
     /// Removes the group and those of its threads. A group that is not there, or that is still used, is left.
     pub fn remove(&self) {
         let places = match &self.version {
@@ -232,6 +302,8 @@ impl Group {
         }
         if limits.memory.or(limits.memory_soft).or(limits.memory_and_swap).is_some() {
             let memory = folder("memory")?;
+            // That of both is never less: it makes room for what may be more than before.
+            set(&memory, "memory.memsw.limit_in_bytes", limits.memory_and_swap.map(|_| -1))?;
             set(&memory, "memory.limit_in_bytes", limits.memory)?;
             set(&memory, "memory.soft_limit_in_bytes", limits.memory_soft)?;
             set(&memory, "memory.memsw.limit_in_bytes", limits.memory_and_swap)?;
@@ -338,6 +410,21 @@ fn make(folder: &Path) -> io::Result<()> {
 
 fn set(folder: &Path, file: &str, value: Option<impl std::fmt::Display>) -> io::Result<()> {
     value.map_or(Ok(()), |value| write(&folder.join(file), value))
+}
+
+fn read_text(folder: &Path, file: &str) -> io::Result<String> {
+    let file = folder.join(file);
+    let text = fs::read_to_string(&file).map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+    Ok(text.trim().to_owned())
+}
+
+fn read_number(folder: &Path, file: &str) -> io::Result<u64> {
+    let text = read_text(folder, file)?;
+    if text == "max" {
+        Ok(UNLIMITED)
+    } else {
+        text.parse().map_err(|_| io::Error::other(format!("{file} says '{text}'")))
+    }
 }
 
 fn write(file: &Path, value: impl std::fmt::Display) -> io::Result<()> {

@@ -133,6 +133,13 @@ pub(super) fn to_tap(device: &OwnedFd, name: &str, several: bool) -> io::Result<
     Ok(request.name())
 }
 
+/// The name of the network device whose other end that is; nothing if it is no such end.
+pub fn name_of(end: &OwnedFd) -> Option<String> {
+    let mut request = Request::named("").ok()?;
+    ioctl(end.as_raw_fd(), libc::TUNGETIFF as libc::c_ulong, &mut request).ok()?;
+    Some(request.name())
+}
+
 fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
     let socket = socket.as_raw_fd();
@@ -226,20 +233,70 @@ fn ioctl(fd: RawFd, number: libc::c_ulong, request: &mut Request) -> io::Result<
 
 /// Limits what leaves the host by the device (with `leaving`), or what comes in.
 pub(super) fn limit(name: &str, rate: Rate, leaving: bool) -> io::Result<()> {
-    let (average, burst) =
-        (format!("{}kbps", rate.average), format!("{}kb", rate.burst.unwrap_or(rate.average.max(64))));
-    let peak = format!("{}kbps", rate.peak.unwrap_or(rate.average));
     if leaving {
         run("tc", &["qdisc", "replace", "dev", name, "root", "handle", "1:", "htb", "default", "1"])?;
-        let class = ["class", "replace", "dev", name, "parent", "1:", "classid", "1:1", "htb"];
-        return run("tc", &[&class[..], &["rate", &average, "ceil", &peak, "burst", &burst]].concat());
+        return limit_class(name, rate);
     }
+    let (average, burst) = words(rate);
     run("tc", &["qdisc", "add", "dev", name, "ingress"])?;
     let filter = ["filter", "add", "dev", name, "parent", "ffff:", "protocol", "all", "u32", "match", "u32", "0", "0"];
     run(
         "tc",
         &[&filter[..], &["police", "rate", &average, "burst", &burst, "mtu", "64kb", "drop", "flowid", ":1"]].concat(),
     )
+}
+
+fn limit_class(name: &str, rate: Rate) -> io::Result<()> {
+    let (average, burst) = words(rate);
+    let peak = format!("{}kbps", rate.peak.unwrap_or(rate.average));
+    let class = ["class", "replace", "dev", name, "parent", "1:", "classid", "1:1", "htb"];
+    run("tc", &[&class[..], &["rate", &average, "ceil", &peak, "burst", &burst]].concat())
+}
+
+/// Average and burst as tc reads them.
+fn words(rate: Rate) -> (String, String) {
+    (format!("{}kbps", rate.average), format!("{}kb", rate.burst.unwrap_or(rate.average.max(64))))
+}
+
+/// Has a device that may be limited already be limited so, or not at all.
+pub fn change_limit(name: &str, rate: Option<Rate>, leaving: bool) -> io::Result<()> {
+    let (discipline, at) = if leaving { ("htb", "root") } else { ("ingress", "ingress") };
+    let is_there = said(&["qdisc", "show", "dev", name])?.split_whitespace().any(|word| word == discipline);
+    match rate {
+        Some(rate) if leaving && is_there => limit_class(name, rate),
+        rate => {
+            if is_there {
+                run("tc", &["qdisc", "del", "dev", name, at])?;
+            }
+            rate.map_or(Ok(()), |rate| limit(name, rate, leaving))
+        }
+    }
+}
+
+/// How a device is limited, as the kernel says it: peak and burst have values, too, where nothing was said of them.
+pub fn limit_of(name: &str, leaving: bool) -> io::Result<Option<Rate>> {
+    let told = match leaving {
+        true => said(&["class", "show", "dev", name])?,
+        false => said(&["filter", "show", "dev", name, "parent", "ffff:"])?,
+    };
+    let after = |word: &str| told.split_whitespace().skip_while(|one| *one != word).nth(1);
+    let speed =
+        |word: &str| after(word).and_then(|text| scaled(text.strip_suffix("bit")?, 1000)).map(|bits| bits / 8000);
+    let size = |word: &str| {
+        after(word).and_then(|text| scaled(text.strip_suffix('b')?, 1024)).map(|bytes| bytes.div_ceil(1024))
+    };
+    Ok(speed("rate").map(|average| Rate { average, peak: speed("ceil"), burst: size("burst") }))
+}
+
+/// A number with a unit of `kilo`, as tc writes it.
+fn scaled(text: &str, kilo: u64) -> Option<u64> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let power = ["", "K", "M", "G", "T"].iter().position(|unit| *unit == &text[digits.len()..])?;
+    digits.parse::<u64>().ok()?.checked_mul(kilo.checked_pow(power.try_into().ok()?)?)
+}
+
+fn said(args: &[&str]) -> io::Result<String> {
+    Ok(String::from_utf8_lossy(&output("tc", args)?).into_owned())
 }
 
 /// Runs a program that changes the host's network.
@@ -263,4 +320,18 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     }
     let words = String::from_utf8_lossy(&done.stderr);
     Err(io::Error::other(format!("{program} {}: {}", args.join(" "), words.trim())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_read_as_tc_writes_them() {
+        assert_eq!(
+            (scaled("8008K", 1000), scaled("16M", 1000), scaled("640", 1000)),
+            (Some(8_008_000), Some(16_000_000), Some(640))
+        );
+        assert_eq!((scaled("65K", 1024), scaled("x", 1024), scaled("1Q", 1024)), (Some(65 * 1024), None, None));
+    }
 }

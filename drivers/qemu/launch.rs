@@ -32,6 +32,7 @@ use crate::host::macvtap::Macvtap;
 use crate::host::process::{Identity, Process};
 use crate::host::secret;
 use crate::host::spawn::{Plan, Spawned, spawn};
+use crate::host::tap::name_of;
 use crate::host::user::RunAs;
 use crate::host::wall::Wall;
 use crate::host::workers::blocking;
@@ -123,8 +124,8 @@ pub struct Up {
     pub instance: QemuInstance,
     /// What `query-chardev` says; nothing where no terminal is to be learnt from it.
     pub devices: Value,
-    /// What was made for its cards of `type='direct'`, in their order.
-    pub links: Vec<Macvtap>,
+    /// The names of the network devices that are its cards' ends on the host, in the order of the cards that have one.
+    pub links: Vec<String>,
 }
 
 /// What a QEMU that is up has told: by its monitor, what `query-chardev` says, and its CPU where that was open.
@@ -228,8 +229,11 @@ impl Start {
         let mut prepared = self.afar(&self.leavings().own_dir(), move |stop| start.prepare(stop)).await?;
         made.log = Some(prepared.log.clone());
         let taken = self.take_devices(keeper).await?;
+        let mut links = Vec::new();
         for (n, tap) in self.command.taps.iter().enumerate() {
-            prepared.gifts.extend(super::tap::open(tap, taken.links.get(&n)).await?);
+            let ends = super::tap::open(tap, taken.links.get(&n)).await?;
+            links.push(ends.first().and_then(|(_, end)| name_of(end)).unwrap_or_default());
+            prepared.gifts.extend(ends);
         }
         prepared.lent = self.lend(taken.files).await?;
         self.companions(keeper, &mut prepared, made).await?;
@@ -246,7 +250,7 @@ impl Start {
         keeper.change(|record| (record.phase, record.cpu) = (Phase::Running, cpu)).await?;
         self.still_wanted()?;
         let instance = self.instance(keeper, made, reporter, monitor)?;
-        Ok(Up { instance, devices, links: taken.links.into_values().collect() })
+        Ok(Up { instance, devices, links })
     }
 
     /// Works on files where that may block; `what` is shown to people if it does not answer. The work is told to stop when

@@ -1,8 +1,8 @@
 //! What a running guest has and its definition does not say: TCP ports, terminals.
 
 use super::capabilities::VHOST_VSOCK;
+use super::command::has_tap;
 use crate::host::files::Seen;
-use crate::host::macvtap::Macvtap;
 use crate::host::workers::{Errand, Workers};
 use serde_json::Value;
 use std::collections::{BTreeSet, HashMap};
@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use virt_model::device::chardev::{CharKind, CharSource};
 use virt_model::device::disk::StartupPolicy;
-use virt_model::device::interface::InterfaceKind;
+
 use virt_model::device::source::DiskSource;
 use virt_model::device::{CharSource as Source, DeviceInfo, Disk};
 use virt_model::domain::DomainDef;
@@ -130,11 +130,11 @@ pub fn set_terminals(live: &mut DomainDef, devices: &Value) {
     }
 }
 
-/// Writes down the host's end of every card that goes out by a device of the host's.
-pub fn name_links(live: &mut DomainDef, links: Vec<Macvtap>) {
-    let cards = live.devices.interfaces.iter_mut().filter(|card| card.kind == InterfaceKind::Direct);
-    for (card, link) in cards.zip(links) {
-        card.target.get_or_insert_default().dev = Some(link.name);
+/// Writes down the names of the network devices that are cards' ends on the host, in the order of the cards that have one.
+pub fn name_links(live: &mut DomainDef, links: Vec<String>) {
+    let cards = live.devices.interfaces.iter_mut().filter(|card| has_tap(card));
+    for (card, link) in cards.zip(links).filter(|(_, link)| !link.is_empty()) {
+        card.target.get_or_insert_default().dev = Some(link);
     }
 }
 

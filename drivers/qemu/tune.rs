@@ -1,7 +1,7 @@
 //! Where a guest's threads run and what they may use: set between the monitor's hello and the first instruction.
 
 use super::qmp::Qmp;
-use crate::host::cgroup::{IoLimits, Limits, Quota, Trees};
+use crate::host::cgroup::{IoLimits, Limits, Quota, Trees, UNLIMITED};
 use crate::host::usage;
 use crate::host::workers::blocking;
 use nix::sched::{CpuSet as Mask, sched_getaffinity, sched_setaffinity};
@@ -65,6 +65,31 @@ impl Tuning {
     /// Whether nothing is asked for.
     pub fn is_none(&self) -> bool {
         *self == Tuning::default()
+    }
+
+    /// What of it limits what is used, without where threads run and how.
+    pub fn limits_alone(mut self) -> Tuning {
+        self.threads.values_mut().for_each(|care| *care = Care { quota: care.quota, ..Care::default() });
+        self.threads.retain(|_, care| !care.quota.is_none());
+        (self.limits.io_weight, self.limits.io) = (None, Vec::new());
+        self
+    }
+
+    /// The same, where what `before` limits and this does not is lifted: of memory to what the guest is held to anyway.
+    /// `shares`: the weight of groups of which nothing is said.
+    pub fn lifting(mut self, before: &Tuning, bounds: Bounds, shares: u64) -> Tuning {
+        let (now, then) = (&mut self.limits, &before.limits);
+        let lifted = |now: &mut Option<u64>, then: Option<u64>, usual: u64| *now = now.or(then.map(|_| usual));
+        lifted(&mut now.cpu_shares, then.cpu_shares, shares);
+        lifted(&mut now.memory, then.memory, bounds.memory);
+        lifted(&mut now.memory_soft, then.memory_soft, UNLIMITED);
+        lifted(&mut now.memory_and_swap, then.memory_and_swap, UNLIMITED);
+        now.cpu = now.cpu.lifting(then.cpu);
+        for (kind, care) in &before.threads {
+            let own = self.threads.entry(*kind).or_default();
+            own.quota = own.quota.lifting(care.quota);
+        }
+        self
     }
 
     fn needs_group(&self) -> bool {
@@ -173,11 +198,13 @@ pub fn clear(guest: Uuid) {
     Trees::of_host().group(&group_name(guest)).remove();
 }
 
-fn group_name(guest: Uuid) -> String {
+/// The name of a guest's control group.
+pub fn group_name(guest: Uuid) -> String {
     format!("virt-{guest}")
 }
 
-fn thread_group(kind: ThreadKind) -> String {
+/// The name of a thread's group in that of its guest.
+pub fn thread_group(kind: ThreadKind) -> String {
     match kind {
         ThreadKind::Emulator => "emulator".to_owned(),
         ThreadKind::Vcpu(n) => format!("vcpu{n}"),

@@ -33,7 +33,7 @@ impl Machine {
                 }
                 Ok(())
             }
-            Adjustment::MemoryStats => Ok(()),
+            Adjustment::MemoryStats | Adjustment::Limits | Adjustment::Throttle(_) | Adjustment::Bandwidth(_) => Ok(()),
         }
     }
 

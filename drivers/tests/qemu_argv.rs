@@ -364,7 +364,6 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (disk("<encryption format='qcow'><secret type='passphrase' usage='x'/></encryption>"), "format='luks'"),
         (disk("<encryption format='luks'/>"), "needs one <secret>"),
         (disk("<encryption format='luks'><secret usage=''/></encryption>"), "makes a file's name"),
-        (disk("<iotune><total_iops_sec>1</total_iops_sec><read_iops_sec>1</read_iops_sec></iotune>"), "not for both"),
         (disk("<blockio logical_block_size='1000'/>"), "a power of two from 512"),
         (disk("<vendor>ACME</vendor>"), "only scsi disks"),
         (disk("<transient/><readonly/>"), "only a disk that is written"),

@@ -239,6 +239,11 @@ impl Options {
         self.take(key, "t, a long number", |value| value.downcast_ref::<u64>().ok())
     }
 
+    /// A number of type `x`, if given.
+    pub fn signed(&mut self, key: &'static str) -> Result<Option<i64>, Error> {
+        self.take(key, "x, a long number that may be negative", |value| value.downcast_ref::<i64>().ok())
+    }
+
     /// Paths of objects; none if not given.
     pub fn paths(&mut self, key: &'static str) -> Result<Vec<String>, Error> {
         let read = |value: &OwnedVariant| {

@@ -55,7 +55,7 @@ impl Domain {
         let running = self.live().and_then(|live| find(&live, card).and_then(|card| Some(card.mac()?.to_string())));
         let changed = |mut def: Arc<DomainDef>, known: &str| {
             let cards = &mut Arc::make_mut(&mut def).devices.interfaces;
-            let found = cards.iter_mut().find(|one| is_it(one, known)).ok_or_else(|| {
+            let found = cards.iter_mut().find(|one| one.is_known_as(known)).ok_or_else(|| {
                 Error::NoSuchDevice(format!("domain '{}' has no network card '{}'", self.name(), shorten(card)))
             })?;
             match &mut found.link {
@@ -83,12 +83,6 @@ impl Domain {
     }
 }
 
-fn find<'a>(def: &'a DomainDef, card: &str) -> Option<&'a Interface> {
-    def.devices.interfaces.iter().find(|one| is_it(one, card))
-}
-
-fn is_it(card: &Interface, known: &str) -> bool {
-    let target = card.target.as_ref().and_then(|target| target.dev.as_deref());
-    card.mac().is_some_and(|mac| mac.to_string().eq_ignore_ascii_case(known))
-        || [card.info.alias(), target].contains(&Some(known))
+pub(super) fn find<'a>(def: &'a DomainDef, card: &str) -> Option<&'a Interface> {
+    def.devices.interfaces.iter().find(|one| one.is_known_as(card))
 }

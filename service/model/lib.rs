@@ -7,6 +7,7 @@ pub mod device;
 pub mod domain;
 pub mod driver;
 pub mod keys;
+pub mod setting;
 pub mod snapshot;
 pub mod state;
 pub mod xml;

@@ -153,3 +153,117 @@ async fn vcpus_come_and_go_and_both_configurations_follow() {
     set(2, maximum()).await.expect("for the next start");
     assert_eq!(domain.property::<u32>("MaximumVCPUs").await, 8, "what runs keeps its own");
 }
+
+const LIMITED: &str = "<domain type='test'><name>limited</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+     <disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/></disk>\
+     <disk type='file'><source file='/b.img'/><target dev='vdb' bus='virtio'/></disk>\
+     <interface type='bridge'><mac address='52:54:00:00:00:0a'/><source bridge='br0'/></interface></devices></domain>";
+
+/// Values as numbers, whatever their type.
+fn numbers(reply: &zbus::Message) -> Vec<(String, i128)> {
+    let values: HashMap<String, OwnedVariant> = reply.body().deserialize().expect("a{sv}");
+    let number = |value: &OwnedVariant| match value.downcast_ref::<u64>() {
+        Ok(number) => i128::from(number),
+        Err(_) => i128::from(value.downcast_ref::<i64>().expect("x")),
+    };
+    let mut all: Vec<(String, i128)> = values.iter().map(|(key, value)| (key.clone(), number(value))).collect();
+    all.sort();
+    all
+}
+
+fn number<'a>(number: u64) -> Variant<'a> {
+    Variant::from(number)
+}
+
+#[tokio::test]
+async fn disks_are_limited_by_typed_keys() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(LIMITED).await.expect("defined");
+    let set = async |values: &[(&'static str, u64)], how: Options<'_>| {
+        let values = options(values.iter().map(|(key, value)| (*key, number(*value))));
+        domain.call("SetBlockThrottle", &("vda", values, how)).await
+    };
+    let get = async |how: Options<'_>| numbers(&domain.call("GetBlockThrottle", &("vda", how)).await.expect("told"));
+    assert_eq!(get(options([])).await, []);
+    set(&[("read-bytes-per-second", 4096)], options([])).await.expect("of what is stored");
+    assert!(stored(&domain).await.contains("<read_bytes_sec>4096</read_bytes_sec>"));
+    domain.run("Start").await.expect("started");
+    let more = [("read-bytes-per-second-maximum", 8192), ("read-bytes-per-second-maximum-usec", 2_000_000)];
+    set(&more, live()).await.expect("a burst");
+    let told = get(options([])).await;
+    let burst = [("read-bytes-per-second", 4096), more[0], more[1]].map(|(key, n)| (key.to_owned(), i128::from(n)));
+    assert_eq!(told, burst, "what runs");
+    assert_eq!(get(config()).await, burst[..1], "what is stored");
+    assert!(domain.property::<bool>("ConfigChanged").await);
+    refused(set(&[("total-bytes-per-second", 1)], live()).await, "InvalidArgument", "not for both");
+    refused(set(&[("read-bytes-per-second", 9000)], live()).await, "InvalidArgument", "at least 9000");
+    refused(set(&[("read-bytes", 1)], live()).await, "InvalidArgument", "'read-bytes'");
+    refused(set(&[("group", 1)], live()).await, "InvalidArgument", "type s");
+    let half = ("read-bytes-per-second-maximum-usec", 1_500_000);
+    refused(set(&[half], live()).await, "InvalidArgument", "whole seconds");
+    assert_eq!(get(options([])).await, burst, "what is refused changes nothing");
+    let all = burst.map(|(key, _)| key);
+    let lift: Vec<(&str, Variant<'_>)> = all.iter().map(|key| (key.as_str(), number(0))).collect();
+    domain.call("SetBlockThrottle", &("vda", options(lift), options([]))).await.expect("lifted in both");
+    assert_eq!((get(live()).await, get(config()).await), (Vec::new(), Vec::new()));
+
+    // A group has the same limits for all of its disks.
+    let group = || ("group", Variant::from("slow"));
+    let both = options([group(), ("total-requests-per-second", number(9))]);
+    domain.call("SetBlockThrottle", &("vda", both, live())).await.expect("a group");
+    domain.call("SetBlockThrottle", &("vdb", options([group()]), live())).await.expect("it joins");
+    let seven = options([("total-requests-per-second", number(7))]);
+    domain.call("SetBlockThrottle", &("vdb", seven, live())).await.expect("of both");
+    let told = domain.call("GetBlockThrottle", &("vda", live())).await.expect("told");
+    let told: HashMap<String, OwnedVariant> = told.body().deserialize().expect("a{sv}");
+    assert_eq!(told["total-requests-per-second"].downcast_ref::<u64>(), Ok(7));
+    assert_eq!(told["group"].downcast_ref::<&str>(), Ok("slow"));
+    refused(domain.call("GetBlockThrottle", &("vdz", options([]))).await, "NoSuchDevice", "'vdz'");
+    refused(domain.call("SetBlockThrottle", &("vdz", options([]), options([]))).await, "NoSuchDevice", "'vdz'");
+    let both = with([("live", true), ("config", true)]);
+    refused(domain.call("GetBlockThrottle", &("vda", both)).await, "InvalidArgument", "'live' or 'config'");
+}
+
+#[tokio::test]
+async fn time_memory_and_cards_are_limited_by_typed_keys() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(LIMITED).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    let pairs = |all: &[(&str, i128)]| all.iter().map(|(key, n)| ((*key).to_owned(), *n)).collect::<Vec<_>>();
+    let get = async |member: &str, how: Options<'_>| numbers(&domain.call(member, &(how,)).await.expect("told"));
+    let time = options([("cpu-shares", number(512)), ("vcpu-quota-usec", Variant::from(-1_i64))]);
+    domain.call("SetSchedulerParameters", &(time, options([]))).await.expect("in both");
+    let told = pairs(&[("cpu-shares", 512), ("vcpu-quota-usec", -1)]);
+    assert_eq!(
+        (get("GetSchedulerParameters", live()).await, get("GetSchedulerParameters", config()).await),
+        (told.clone(), told)
+    );
+    assert!(stored(&domain).await.contains("<shares>512</shares>") && !domain.property::<bool>("ConfigChanged").await);
+    let lifted = options([("cpu-shares", number(0)), ("vcpu-quota-usec", Variant::from(0_i64))]);
+    domain.call("SetSchedulerParameters", &(lifted, live())).await.expect("lifted");
+    assert!(!domain.xml().await.contains("<cputune>") && stored(&domain).await.contains("<cputune>"));
+    let wrong = options([("vcpu-quota-usec", number(1))]);
+    refused(domain.call("SetSchedulerParameters", &(wrong, live())).await, "InvalidArgument", "type x");
+
+    let memory = options([("hard-limit", number(256 * MIB)), ("soft-limit", number(128 * MIB))]);
+    domain.call("SetMemoryParameters", &(memory, live())).await.expect("limited");
+    let told = pairs(&[("hard-limit", 256 << 20), ("soft-limit", 128 << 20)]);
+    assert_eq!(get("GetMemoryParameters", options([])).await, told);
+    assert_eq!(get("GetMemoryParameters", config()).await, []);
+
+    let known = "52:54:00:00:00:0a";
+    let card =
+        async |how: Options<'_>| numbers(&domain.call("GetInterfaceBandwidth", &("net0", how)).await.expect("told"));
+    let rates =
+        options([("inbound-average", number(1000)), ("outbound-average", number(9)), ("outbound-burst", number(64))]);
+    domain.call("SetInterfaceBandwidth", &("net0", rates, options([]))).await.expect("in both, by what runs calls it");
+    let told = pairs(&[("inbound-average", 1000), ("outbound-average", 9), ("outbound-burst", 64)]);
+    assert_eq!((card(live()).await, card(config()).await), (told.clone(), told));
+    assert!(stored(&domain).await.contains("<inbound average='1000'/>"));
+    let lifted = options([("outbound-average", number(0))]);
+    domain.call("SetInterfaceBandwidth", &(known, lifted, options([]))).await.expect("that direction is lifted");
+    assert!(!stored(&domain).await.contains("<outbound"));
+    let floor = options([("inbound-floor", number(1))]);
+    refused(domain.call("SetInterfaceBandwidth", &(known, floor, live())).await, "InvalidArgument", "virtual network");
+    refused(domain.call("GetInterfaceBandwidth", &("net7", options([]))).await, "NoSuchDevice", "'net7'");
+}

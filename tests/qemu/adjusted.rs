@@ -1,14 +1,16 @@
 //! What changes on a guest that runs without anything being plugged: QEMU and the kernel say the same as the configuration.
 
 use crate::common::Daemon;
-use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::client::{Client, Domain, Options, Refusal, options};
 use crate::common::guest::Tick;
 use crate::common::snapshots::with;
 use serde_json::Value;
+use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use zbus::{Message, OwnedVariant, Variant};
 
 const MIB: u64 = 1 << 20;
 
@@ -80,6 +82,14 @@ fn has_groups() -> bool {
     std::fs::create_dir(place).and_then(|()| std::fs::remove_dir(place)).is_ok()
 }
 
+fn has_taps() -> bool {
+    let there = Path::new("/dev/net/tun").exists();
+    if !there {
+        crate::common::skip("there is no /dev/net/tun");
+    }
+    there
+}
+
 fn refused(answer: Result<impl std::fmt::Debug, Refusal>, error: &str, word: &str) {
     let (name, text) = answer.expect_err(error);
     assert!(name == format!("org.virt.Error.{error}") && text.contains(word), "{name}: {text}");
@@ -94,10 +104,22 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
     let Some(daemon) = Daemon::on_system_bus(crate::common::Setup::default()).await else { return };
     let quota = if has_groups() { "<period>100000</period><quota>50000</quota>" } else { "" };
     let tune = format!("<vcpu current='1'>3</vcpu><cputune>{quota}<vcpupin vcpu='1' cpuset='0'/></cputune>");
-    let Some(tick) = Tick::new(&daemon, "adjusts", &tune) else { return };
+    let Some(mut tick) = Tick::new(&daemon, "adjusts", &tune) else { return };
+    let image = daemon.folder().join("second.img");
+    std::fs::File::create(&image).and_then(|file| file.set_len(1 << 20)).expect("made");
+    let slow = "<iotune><read_iops_sec>50</read_iops_sec><group_name>slow</group_name></iotune>";
+    let disk = format!(
+        "<disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vdb' bus='virtio'/>{slow}</disk>",
+        image.display()
+    );
+    let card = if has_taps() { "<interface type='ethernet'><model type='virtio'/></interface>" } else { "" };
+    tick.xml = tick.xml.replace("</devices>", &format!("{disk}{card}</devices>"));
     let mut machine = Machine::started(daemon, tick).await;
     vcpus_are_plugged(&mut machine).await;
     the_balloon_is_asked(&machine).await;
+    disks_are_limited(&machine).await;
+    time_and_memory_are_limited(&machine).await;
+    a_card_is_limited(&machine).await;
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
 }
@@ -160,4 +182,144 @@ async fn the_balloon_is_asked(machine: &Machine) {
     });
     assert_eq!(machine.asks_qemu("qom-get", period), 7);
     refused(machine.domain.call("SetMemory", &(17 * MIB, options([]))).await, "InvalidArgument", "16777216");
+}
+
+/// The numbers of an answer.
+fn numbers(reply: &Message) -> HashMap<String, u64> {
+    let values: HashMap<String, OwnedVariant> = reply.body().deserialize().expect("a{sv}");
+    values.into_iter().filter_map(|(key, value)| Some((key, value.downcast_ref::<u64>().ok()?))).collect()
+}
+
+fn values<'a>(pairs: &[(&'a str, u64)]) -> Options<'a> {
+    options(pairs.iter().map(|(key, value)| (*key, Variant::from(*value))))
+}
+
+async fn disks_are_limited(machine: &Machine) {
+    let live = || with([("live", true)]);
+    let set = async |target: &str, values: Options<'_>| {
+        machine.domain.call("SetBlockThrottle", &(target, values, live())).await
+    };
+    let get =
+        async |target: &str| numbers(&machine.domain.call("GetBlockThrottle", &(target, live())).await.expect("told"));
+    let limits = |group: &str| {
+        let path = format!("/objects/throttle-{group}");
+        machine.asks_qemu("qom-get", serde_json::json!({ "path": path, "property": "limits" }))
+    };
+    // One that was started without limits.
+    assert_eq!(get("vda").await, HashMap::new());
+    let burst = [("read-bytes-per-second", 1 << 20), ("read-bytes-per-second-maximum", 1 << 21)];
+    set("vda", values(&burst)).await.expect("limited");
+    assert_eq!(get("vda").await.len(), 3, "a burst has a length, too");
+    assert_eq!(
+        (&limits("vda")["bps-read"], &limits("vda")["bps-read-max"]),
+        (&Value::from(1 << 20), &Value::from(1 << 21))
+    );
+    let drives = machine.asks_qemu("query-block", serde_json::json!({}));
+    let tops: Vec<&str> =
+        drives.as_array().into_iter().flatten().filter_map(|one| one["inserted"]["node-name"].as_str()).collect();
+    assert!(tops.contains(&"vda-throttle") && tops.contains(&"vdb-throttle"), "{tops:?}");
+    machine.tick.goes_on().await;
+    refused(set("vda", values(&[("total-bytes-per-second", 1)])).await, "InvalidArgument", "not for both");
+    // One that was started with limits, which it shares from now on.
+    set("vdb", values(&[("write-requests-per-second", 60)])).await.expect("one more");
+    assert_eq!((&limits("slow")["iops-read"], &limits("slow")["iops-write"]), (&Value::from(50), &Value::from(60)));
+    set("vda", options([("group", Variant::from("slow"))])).await.expect("it joins");
+    let shared = HashMap::from(
+        [("read-requests-per-second", 50), ("write-requests-per-second", 60)].map(|(key, n)| (key.to_owned(), n)),
+    );
+    assert_eq!((get("vda").await, get("vdb").await), (shared.clone(), shared));
+    let objects = machine.asks_qemu("qom-list", serde_json::json!({ "path": "/objects" }));
+    assert!(!names(&objects).contains(&"throttle-vda"), "{objects}");
+    let alone = options([("group", Variant::from("")), ("read-requests-per-second", Variant::from(0_u64))]);
+    set("vda", alone).await.expect("it leaves");
+    assert_eq!((get("vda").await.len(), get("vdb").await.len()), (1, 2));
+    assert_eq!((&limits("vda")["iops-read"], &limits("vda")["iops-write"]), (&Value::from(0), &Value::from(60)));
+    machine.tick.goes_on().await;
+}
+
+async fn time_and_memory_are_limited(machine: &Machine) {
+    let both = || with([("live", true), ("config", true)]);
+    let live = || with([("live", true)]);
+    let time = options([("cpu-shares", Variant::from(512_u64)), ("vcpu-quota-usec", Variant::from(30_000_i64))]);
+    if !has_groups() {
+        let refusal = machine.domain.call("SetSchedulerParameters", &(time, live())).await;
+        return refused(refusal, "OperationUnsupported", "Delegate=yes");
+    }
+    machine.domain.call("SetSchedulerParameters", &(time, both())).await.expect("limited");
+    let says = |files: [&str; 2]| machine.group_says(files).expect("a group");
+    assert_eq!(says(["cpu.shares", "cpu.weight"]), "512");
+    for vcpu in ["vcpu0", "vcpu1"] {
+        let files = ["cpu.cfs_quota_us", "cpu.max"].map(|file| format!("{vcpu}/{file}"));
+        assert!(says([&files[0], &files[1]]).starts_with("30000"), "{vcpu}");
+    }
+    let get = async |member: &str| machine.domain.call(member, &(live(),)).await.expect("told");
+    let told: HashMap<String, OwnedVariant> = get("GetSchedulerParameters").await.body().deserialize().expect("a{sv}");
+    assert_eq!(told["cpu-shares"].downcast_ref::<u64>(), Ok(512));
+    assert_eq!(told["vcpu-quota-usec"].downcast_ref::<i64>(), Ok(30_000));
+    assert_eq!(told["vcpu-period-usec"].downcast_ref::<u64>(), Ok(100_000));
+    assert!(machine.domain.xml().await.contains("<shares>512</shares>"));
+    refused(
+        machine.domain.call("SetSchedulerParameters", &(values(&[("cpu-shares", 1)]), live())).await,
+        "InvalidArgument",
+        "2 to 10000",
+    );
+    let lifted = options([("cpu-shares", Variant::from(0_u64)), ("vcpu-quota-usec", Variant::from(0_i64))]);
+    machine.domain.call("SetSchedulerParameters", &(lifted, both())).await.expect("lifted");
+    assert!(["1024", "100"].contains(&&*says(["cpu.shares", "cpu.weight"])));
+    let quota = says(["vcpu0/cpu.cfs_quota_us", "vcpu0/cpu.max"]);
+    assert!(quota == "-1" || quota.starts_with("max"), "{quota}");
+
+    let memory = ["memory.limit_in_bytes", "memory.max"];
+    let bound = says(memory);
+    machine.domain.call("SetMemoryParameters", &(values(&[("hard-limit", 2 << 30)]), both())).await.expect("limited");
+    assert_eq!(says(memory), (2_u64 << 30).to_string());
+    assert_eq!(numbers(&get("GetMemoryParameters").await), HashMap::from([("hard-limit".to_owned(), 2 << 30)]));
+    let small = values(&[("hard-limit", MIB)]);
+    refused(machine.domain.call("SetMemoryParameters", &(small, live())).await, "InvalidArgument", "would be killed");
+    machine.domain.call("SetMemoryParameters", &(values(&[("hard-limit", 0)]), both())).await.expect("lifted");
+    assert_eq!(says(memory), bound, "to what it is held anyway");
+    machine.tick.goes_on().await;
+}
+
+async fn a_card_is_limited(machine: &Machine) {
+    if !has_taps() {
+        return;
+    }
+    let live = || with([("live", true)]);
+    let set = async |pairs: &[(&str, u64)]| {
+        machine.domain.call("SetInterfaceBandwidth", &("net0", values(pairs), live())).await
+    };
+    let get = async || numbers(&machine.domain.call("GetInterfaceBandwidth", &("net0", live())).await.expect("told"));
+    let xml = machine.domain.xml().await;
+    let device = xml.split("<target dev='v").find_map(|rest| rest.strip_prefix("net")).expect("a name");
+    let device = format!("vnet{}", device.split('\'').next().expect("a number"));
+    let class = || {
+        let told = std::process::Command::new("tc").args(["class", "show", "dev", &device]).output().expect("tc");
+        String::from_utf8_lossy(&told.stdout).into_owned()
+    };
+    assert_eq!(get().await, HashMap::new());
+    let pairs = [("inbound-average", 1001), ("inbound-peak", 2003), ("inbound-burst", 65)];
+    set(&pairs).await.expect("limited");
+    assert!(class().contains("rate 8008Kbit ceil 16024Kbit burst 65Kb"), "{}", class());
+    assert_eq!(get().await, pairs.iter().map(|(key, n)| ((*key).to_owned(), *n)).collect());
+    set(&[("inbound-average", 500), ("inbound-peak", 0)]).await.expect("changed");
+    assert!(class().contains("rate 4Mbit ceil 4Mbit burst 65Kb"), "{}", class());
+    assert_eq!(get().await.len(), 2);
+    assert!(machine.domain.xml().await.contains("<inbound average='500' burst='65'/>"));
+    // What somebody else has made of it is what is told.
+    let words = [
+        "class", "replace", "dev", &device, "parent", "1:", "classid", "1:1", "htb", "rate", "80kbps", "burst", "65kb",
+    ];
+    assert!(std::process::Command::new("tc").args(words).status().expect("tc").success());
+    assert_eq!(get().await["inbound-average"], 80);
+    set(&[("inbound-average", 0)]).await.expect("lifted");
+    assert_eq!((class(), get().await), (String::new(), HashMap::new()));
+    // Packets of the guest are counted by an action that not every kernel has.
+    match set(&[("outbound-average", 700), ("outbound-burst", 64)]).await {
+        Ok(_) => assert_eq!(get().await["outbound-average"], 700),
+        Err((name, text)) => {
+            assert!(name.ends_with("HypervisorFailed") && text.contains(&device), "{name}: {text}");
+            assert!(!machine.domain.xml().await.contains("<bandwidth>"), "what fails changes nothing");
+        }
+    }
 }

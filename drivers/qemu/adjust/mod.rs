@@ -1,10 +1,14 @@
 //! What changes on a guest that runs without anything being plugged ([`Adjustment`]): asked of QEMU or of the kernel, and read back
 //! from there.
 
+mod bandwidth;
+mod limits;
+mod throttle;
 pub mod vcpus;
 
 use super::QemuDriver;
 use super::instance::Body;
+use super::tune::Bounds;
 use serde_json::json;
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
@@ -22,6 +26,12 @@ impl QemuDriver {
         match what {
             Adjustment::Memory => ask_balloon(body, def).await,
             Adjustment::MemoryStats => set_stats_period(body, def).await,
+            Adjustment::Limits => {
+                let bounds = Bounds::of(def, self.0.bounds.0, self.0.bounds.1);
+                limits::adjust(body, before, def, bounds).await
+            }
+            Adjustment::Throttle(target) => throttle::adjust(body, before, def, target).await,
+            Adjustment::Bandwidth(card) => bandwidth::adjust(before, def, card).await,
             Adjustment::Vcpus(patience) => self.adjust_vcpus(body, before, def, *patience).await,
         }
     }
@@ -39,6 +49,9 @@ impl QemuDriver {
                 def.set_online_vcpus(&present);
                 Ok(())
             }
+            Adjustment::Limits => limits::look(body, def).await,
+            Adjustment::Throttle(target) => throttle::look(body, def, target).await,
+            Adjustment::Bandwidth(card) => bandwidth::look(def, card).await,
             Adjustment::Memory | Adjustment::MemoryStats => {
                 Err(DriverError::Unsupported(format!("{what} stands in its statistics")))
             }
@@ -65,4 +78,12 @@ async fn set_stats_period(body: &Body, def: &DomainDef) -> Result<(), DriverErro
 fn balloon(def: &DomainDef) -> Result<&str, DriverError> {
     let name = def.devices.memballoon.as_ref().and_then(|balloon| balloon.info.alias());
     name.ok_or_else(|| DriverError::Unsupported("it has no balloon that QEMU knows by a name".to_owned()))
+}
+
+/// What QEMU refuses of values is told as a refusal of those, not as a failure of its own.
+fn own_word(error: DriverError) -> DriverError {
+    match error {
+        DriverError::Hypervisor(why) => DriverError::Unsupported(why),
+        other => other,
+    }
 }

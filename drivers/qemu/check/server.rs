@@ -147,17 +147,6 @@ impl Check<'_> {
         }
         for tune in shared.chain(def.devices.disks.iter().filter_map(|disk| disk.iotune.as_ref())) {
             let limits = tune.limits();
-            for (name, whole, parts) in [
-                ("bytes", tune.bytes, [tune.bytes_read, tune.bytes_written]),
-                ("iops", tune.ops, [tune.ops_read, tune.ops_written]),
-                ("bytes_max", tune.bytes_max, [tune.bytes_read_max, tune.bytes_written_max]),
-                ("iops_max", tune.ops_max, [tune.ops_read_max, tune.ops_written_max]),
-            ] {
-                let set = |limit: Option<u64>| limit.is_some_and(|limit| limit > 0);
-                let both = set(whole) && parts.into_iter().any(set);
-                let how = format!("a limit of {name} is for all or for reads and writes, not for both");
-                self.refuse_if(both, &tune.at, &how);
-            }
             let Some(group) = &tune.group else { continue };
             let word = group.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'));
             self.refuse_if(

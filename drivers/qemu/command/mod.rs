@@ -56,7 +56,7 @@ pub use hostdev::vsock_device;
 pub use input::input_device;
 pub use machine::watchdog_action;
 pub use memory::memory_device;
-pub use net::{by_passt, card_type};
+pub use net::{by_passt, card_type, has_tap};
 pub use one::{OneDevice, Step, fd_name, keeps_its_place, never_leaves, one_device};
 pub use source::secret_name;
 pub use sysinfo::{has_field, tables};

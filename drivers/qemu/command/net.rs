@@ -44,9 +44,7 @@ impl Builder<'_> {
         match interface.kind {
             InterfaceKind::User if by_passt(interface) => self.passt(interface, netdev),
             InterfaceKind::User => self.slirp(interface, netdev),
-            InterfaceKind::Bridge | InterfaceKind::Network | InterfaceKind::Ethernet | InterfaceKind::Direct => {
-                self.tap(interface, netdev);
-            }
+            _ if has_tap(interface) => self.tap(interface, netdev),
             InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
                 self.args.pair("-netdev", socket(interface).set("id", netdev));
             }
@@ -171,6 +169,12 @@ impl Builder<'_> {
             .maybe("mac", interface.mac().map(|mac| mac.to_string()));
         turn(props, self.boot_index(&interface.info)).extend(self.pci(&interface.info))
     }
+}
+
+/// Whether its end on the host is a network device that QEMU has open.
+pub fn has_tap(interface: &Interface) -> bool {
+    use InterfaceKind::{Bridge, Direct, Ethernet, Network};
+    matches!(interface.kind, Bridge | Network | Ethernet | Direct)
 }
 
 /// Whether passt is the network of a guest without one.

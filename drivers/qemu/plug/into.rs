@@ -5,6 +5,7 @@ use super::{DEVICES, OBJECTS, names_at, refused};
 use crate::base64;
 use crate::host::access::LentFile;
 use crate::host::secret;
+use crate::host::tap::name_of;
 use crate::host::workers::{ClosedAside, blocking};
 use crate::qemu::command::{OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
@@ -48,16 +49,23 @@ impl QemuDriver {
             }
             self.do_steps(body, def, (parts, lent), &mut done).await
         };
-        if let Err(error) = plugged.await {
-            body.has_agent_of(before);
-            take_back(body, done, &error).await;
-            given::take_back_this(body, given).await;
-            self.end_beside(body, &beside).await;
-            if !matches!(error, DriverError::TimedOut(_)) {
-                leave_what_stays(body, before, def).await;
+        let link = match plugged.await {
+            Ok(link) => link,
+            Err(error) => {
+                body.has_agent_of(before);
+                take_back(body, done, &error).await;
+                given::take_back_this(body, given).await;
+                self.end_beside(body, &beside).await;
+                if !matches!(error, DriverError::TimedOut(_)) {
+                    leave_what_stays(body, before, def).await;
+                }
+                self.give_back(body, def, files).await;
+                return Err(refused(alias, error));
             }
-            self.give_back(body, def, files).await;
-            return Err(refused(alias, error));
+        };
+        let card = def.devices.interfaces.iter_mut().find(|card| card.info.alias() == Some(alias));
+        if let (Some(card), Some(link)) = (card, link) {
+            card.target.get_or_insert_default().dev = Some(link);
         }
         if live::has_terminals(def) {
             let devices = body.ask("query-chardev", json!({})).await.unwrap_or_default();
@@ -66,14 +74,16 @@ impl QemuDriver {
         Ok(())
     }
 
-    /// Does what QEMU is told; what takes it back again is in `done`, on failure too.
+    /// Does what QEMU is told; what takes it back again is in `done`, on failure too. Gives the name of the network device that was
+    /// made for it.
     async fn do_steps(
         &self,
         body: &Arc<Body>,
         def: &DomainDef,
         (parts, lent): (Vec<OneDevice>, Vec<LentFile>),
         done: &mut Vec<(&'static str, Value)>,
-    ) -> Result<(), DriverError> {
+    ) -> Result<Option<String>, DriverError> {
+        let mut link = None;
         let mut shared = names_at(body, OBJECTS).await?;
         shared.retain(|object| is_shared(def, object));
         for OneDevice { steps, taps, companions, scratch, .. } in parts {
@@ -84,7 +94,9 @@ impl QemuDriver {
                     gifts.extend(self.start_beside(body, def, companion, &lent).await?);
                 }
                 for plan in &taps {
-                    gifts.extend(tap::open(plan, None).await?);
+                    let opened = tap::open(plan, None).await?;
+                    link = link.take().or_else(|| opened.iter().find_map(|(_, fd)| name_of(fd)));
+                    gifts.extend(opened);
                 }
                 for (number, fd) in gifts {
                     let name = fd_name(number);
@@ -109,7 +121,7 @@ impl QemuDriver {
             }
             told?;
         }
-        Ok(())
+        Ok(link)
     }
 
     async fn tell(

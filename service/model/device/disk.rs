@@ -358,31 +358,53 @@ element! {
     }
 }
 
+/// Where a limit stands.
+type Limit = fn(&mut Iotune) -> &mut Option<u64>;
+
+/// All limits, with QEMU's and libvirt's words for them.
+const LIMITS: [(&str, Limit); 19] = [
+    ("bps-total", |tune| &mut tune.bytes),
+    ("bps-read", |tune| &mut tune.bytes_read),
+    ("bps-write", |tune| &mut tune.bytes_written),
+    ("iops-total", |tune| &mut tune.ops),
+    ("iops-read", |tune| &mut tune.ops_read),
+    ("iops-write", |tune| &mut tune.ops_written),
+    ("bps-total-max", |tune| &mut tune.bytes_max),
+    ("bps-read-max", |tune| &mut tune.bytes_read_max),
+    ("bps-write-max", |tune| &mut tune.bytes_written_max),
+    ("iops-total-max", |tune| &mut tune.ops_max),
+    ("iops-read-max", |tune| &mut tune.ops_read_max),
+    ("iops-write-max", |tune| &mut tune.ops_written_max),
+    ("iops-size", |tune| &mut tune.ops_size),
+    ("bps-total-max-length", |tune| &mut tune.bytes_max_s),
+    ("bps-read-max-length", |tune| &mut tune.bytes_read_max_s),
+    ("bps-write-max-length", |tune| &mut tune.bytes_written_max_s),
+    ("iops-total-max-length", |tune| &mut tune.ops_max_s),
+    ("iops-read-max-length", |tune| &mut tune.ops_read_max_s),
+    ("iops-write-max-length", |tune| &mut tune.ops_written_max_s),
+];
+
 impl Iotune {
-    /// All limits, with QEMU's and libvirt's words for them.
+    /// The limits that are said, with QEMU's and libvirt's words for them.
     pub fn limits(&self) -> Vec<(&'static str, u64)> {
-        let all = [
-            ("bps-total", self.bytes),
-            ("bps-read", self.bytes_read),
-            ("bps-write", self.bytes_written),
-            ("iops-total", self.ops),
-            ("iops-read", self.ops_read),
-            ("iops-write", self.ops_written),
-            ("bps-total-max", self.bytes_max),
-            ("bps-read-max", self.bytes_read_max),
-            ("bps-write-max", self.bytes_written_max),
-            ("iops-total-max", self.ops_max),
-            ("iops-read-max", self.ops_read_max),
-            ("iops-write-max", self.ops_written_max),
-            ("iops-size", self.ops_size),
-            ("bps-total-max-length", self.bytes_max_s),
-            ("bps-read-max-length", self.bytes_read_max_s),
-            ("bps-write-max-length", self.bytes_written_max_s),
-            ("iops-total-max-length", self.ops_max_s),
-            ("iops-read-max-length", self.ops_read_max_s),
-            ("iops-write-max-length", self.ops_written_max_s),
-        ];
-        all.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+        self.all_limits().into_iter().filter_map(|(name, value)| Some((name, value?))).collect()
+    }
+
+    /// All limits, whether they are said or not.
+    pub fn all_limits(&self) -> Vec<(&'static str, Option<u64>)> {
+        let mut own = self.clone();
+        LIMITS.iter().map(|(name, field)| (*name, *field(&mut own))).collect()
+    }
+
+    /// Has `value` say each limit, by its word.
+    pub fn set_limits(&mut self, mut value: impl FnMut(&'static str, Option<u64>) -> Option<u64>) {
+        LIMITS.iter().for_each(|(name, field)| *field(self) = value(name, *field(self)));
+    }
+
+    /// Makes its limits those of another; which group it is in stays.
+    pub fn copy_limits(&mut self, other: &Iotune) {
+        let group = self.group.take();
+        *self = Iotune { group, ..other.clone() };
     }
 }
 

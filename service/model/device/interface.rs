@@ -94,6 +94,13 @@ impl Interface {
         self.source.as_ref().is_some_and(|source| source.mode == Some(SourceMode::Server))
     }
 
+    /// Whether that is its hardware address, its name on the host, or its alias.
+    pub fn is_known_as(&self, known: &str) -> bool {
+        let target = self.target.as_ref().and_then(|target| target.dev.as_deref());
+        self.mac().is_some_and(|mac| mac.to_string().eq_ignore_ascii_case(known))
+            || [self.info.alias(), target].contains(&Some(known))
+    }
+
     /// The hardware address.
     pub fn mac(&self) -> Option<Mac> {
         self.mac.as_ref().map(|mac| mac.address)

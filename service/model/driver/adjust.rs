@@ -12,6 +12,12 @@ pub enum Adjustment {
     Vcpus(Duration),
     /// How often the guest tells of its memory: `<memballoon><stats>`.
     MemoryStats,
+    /// What of the host's CPU time and memory it may use: `<cputune>` but for where threads run, `<memtune>`.
+    Limits,
+    /// How much I/O the disk of that target may do, with all that share that: `<iotune>`.
+    Throttle(String),
+    /// How much may pass the network card that is known by that: `<bandwidth>`.
+    Bandwidth(String),
 }
 
 impl fmt::Display for Adjustment {
@@ -19,6 +25,9 @@ impl fmt::Display for Adjustment {
         match self {
             Adjustment::Memory => f.write_str("the memory that it has"),
             Adjustment::Vcpus(_) => f.write_str("its vCPUs"),
+            Adjustment::Limits => f.write_str("what it may use of the host"),
+            Adjustment::Throttle(target) => write!(f, "the limits of disk '{target}'"),
+            Adjustment::Bandwidth(card) => write!(f, "the limits of network card '{card}'"),
             Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
         }
     }

@@ -161,6 +161,12 @@ fn what_cannot_be_is_refused_by_name() {
         ("", "<controller type='usb' index='0'/><controller type='usb' index='0'/>", "the usb controller 0"),
         ("", "<memballoon model='virtio'/><memballoon model='none'/>", "a second <memballoon>"),
         ("", "<vsock/><vsock/>", "a second <vsock>"),
+        (
+            "",
+            "<disk><source file='/a'/><target dev='vda'/><iotune><total_iops_sec>1</total_iops_sec>\
+             <read_iops_sec>1</read_iops_sec></iotune></disk>",
+            "not for both",
+        ),
         ("", "<hostdev/>", "needs the attribute 'type'"),
         ("", "<hostdev type='usb'><source><vendor id='0x10000'/></source></hostdev>", "from 0 to 65535"),
         ("", "<hostdev type='pci'><source><address bus='6' slot='32'/></source></hostdev>", "a PCI slot is at most 31"),

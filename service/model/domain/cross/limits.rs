@@ -11,7 +11,10 @@ pub(super) fn check(def: &DomainDef, log: &mut Log) {
     thread_pools(def, log);
     let groups = def.throttle_groups.iter().flat_map(|groups| &groups.groups);
     let tunes = groups.chain(def.devices.disks.iter().filter_map(|disk| disk.iotune.as_ref()));
-    tunes.for_each(|tune| bursts(tune, log));
+    tunes.for_each(|tune| {
+        bursts(tune, log);
+        of_all_or_parts(tune, log);
+    });
     blocks(def, log);
     memory(def, log);
     forwarded_ports(def, log);
@@ -58,6 +61,21 @@ fn bursts(tune: &Iotune, log: &mut Log) {
     let counted = [tune.ops, tune.ops_read, tune.ops_written].into_iter().any(|limit| set(limit).is_some());
     let message = "it says how operations are counted: add <total_iops_sec>, or leave it out";
     never_if(set(tune.ops_size).is_some() && !counted, &tune.at.child("size_iops_sec"), message, log);
+}
+
+/// A limit is for all, or for reads and for writes.
+fn of_all_or_parts(tune: &Iotune, log: &mut Log) {
+    for (name, whole, parts) in [
+        ("bytes", tune.bytes, [tune.bytes_read, tune.bytes_written]),
+        ("iops", tune.ops, [tune.ops_read, tune.ops_written]),
+        ("bytes_max", tune.bytes_max, [tune.bytes_read_max, tune.bytes_written_max]),
+        ("iops_max", tune.ops_max, [tune.ops_read_max, tune.ops_written_max]),
+    ] {
+        let set = |limit: Option<u64>| limit.is_some_and(|limit| limit > 0);
+        let both = set(whole) && parts.into_iter().any(set);
+        let how = format!("a limit of {name} is for all or for reads and writes, not for both");
+        never_if(both, &tune.at, &how, log);
+    }
 }
 
 fn blocks(def: &DomainDef, log: &mut Log) {

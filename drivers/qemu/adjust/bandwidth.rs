@@ -1,0 +1,112 @@
+//! What passes a guest's network card: shaped at the host's end by the kernel, as at a start.
+
+use crate::host::tap::{Rate, change_limit, limit_of};
+use crate::host::workers::blocking;
+use virt_model::device::Interface;
+use virt_model::device::interface::{self, InterfaceKind};
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+
+/// What is on its way to the guest, and from it.
+const DIRECTIONS: [bool; 2] = [true, false];
+
+/// Has the kernel hold the card that is known by that to what `def` says.
+pub async fn adjust(before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
+    let (card, was) = (card_of(def, known)?, card_of(before, known)?);
+    let (device, direct) = (device_of(card)?, card.kind == InterfaceKind::Direct);
+    let changes = DIRECTIONS.map(|to_guest| (to_guest, rate_of(was, to_guest), rate_of(card, to_guest)));
+    let changes: Vec<_> = changes.into_iter().filter(|(_, old, new)| old != new).collect();
+    blocking(move || {
+        // What is on its way to a guest without a bridge comes in at the host's end.
+        let change = |to_guest: bool, rate: Option<Rate>| change_limit(&device, rate, to_guest != direct);
+        for (done, (to_guest, old, new)) in changes.iter().enumerate() {
+            if let Err(error) = change(*to_guest, *new) {
+                let undone =
+                    [(*to_guest, *old)].into_iter().chain(changes[..done].iter().map(|(to, old, _)| (*to, *old)));
+                for (to_guest, old) in undone {
+                    change(to_guest, old)
+                        .unwrap_or_else(|error| tracing::warn!(%error, "a limit of a network card stays"));
+                }
+                let what = format!("the network device '{device}' cannot be limited: {error}");
+                return Err(DriverError::Hypervisor(what));
+            }
+        }
+        Ok(())
+    })
+    .await?
+}
+
+/// Writes into `def` to what the kernel holds the card.
+pub async fn look(def: &mut DomainDef, known: &str) -> Result<(), DriverError> {
+    let card = card_of(def, known)?;
+    let direct = card.kind == InterfaceKind::Direct;
+    // Where nothing is said nothing is held, whatever the host's end is.
+    let said = DIRECTIONS.map(|to_guest| rate_of(card, to_guest));
+    if said == [None, None] {
+        return Ok(());
+    }
+    let device = device_of(card)?;
+    let held = blocking(move || DIRECTIONS.map(|to_guest| limit_of(&device, to_guest != direct)));
+    let held = held.await?.into_iter().collect::<Result<Vec<_>, _>>();
+    let held =
+        held.map_err(|e| DriverError::Hypervisor(format!("the limits of a network card cannot be read: {e}")))?;
+    let Some(card) = def.devices.interfaces.iter_mut().find(|card| card.is_known_as(known)) else { return Ok(()) };
+    let limits = card.bandwidth.get_or_insert_default();
+    for ((to_guest, held), said) in DIRECTIONS.into_iter().zip(held).zip(said) {
+        let direction = if to_guest { &mut limits.inbound } else { &mut limits.outbound };
+        *direction = held.map(|held| as_said(held, said));
+    }
+    Ok(())
+}
+
+/// What the kernel holds it to, in the words of the definition: it keeps and tells less than it is given, and peaks and bursts that
+/// are not said have values, too.
+fn as_said(held: Rate, said: Option<Rate>) -> interface::Rate {
+    let near =
+        |held: u64, said: Option<u64>| said.filter(|said| held.abs_diff(*said) <= *said / 100 + 1).unwrap_or(held);
+    let average = near(held.average, said.map(|said| said.average));
+    let more = |held: Option<u64>, said: Option<u64>, usual: u64| {
+        held.map(|held| near(held, said)).filter(|held| said.is_some() || held.abs_diff(usual) > usual / 100 + 1)
+    };
+    interface::Rate {
+        average: Some(average),
+        peak: more(held.peak, said.and_then(|said| said.peak), average),
+        burst: more(held.burst, said.and_then(|said| said.burst), average.max(64)),
+        ..interface::Rate::default()
+    }
+}
+
+fn card_of<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface, DriverError> {
+    let card = def.devices.interfaces.iter().find(|card| card.is_known_as(known));
+    card.ok_or_else(|| DriverError::Internal("a network card is lost".to_owned()))
+}
+
+/// The host's end.
+fn device_of(card: &Interface) -> Result<String, DriverError> {
+    let ours = matches!(card.kind, InterfaceKind::Bridge | InterfaceKind::Direct | InterfaceKind::Ethernet);
+    let name = card.target.as_ref().and_then(|target| target.dev.clone()).filter(|_| ours);
+    name.ok_or_else(|| {
+        DriverError::Unsupported("its host's end has no name: it is no network device of virtd's".to_owned())
+    })
+}
+
+fn rate_of(card: &Interface, to_guest: bool) -> Option<Rate> {
+    let limits = card.bandwidth.as_ref()?;
+    let rate = if to_guest { limits.inbound.as_ref()? } else { limits.outbound.as_ref()? };
+    Some(Rate { average: rate.average?, peak: rate.peak, burst: rate.burst })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_rounds_is_told_as_it_was_said() {
+        let rate = |average: u64, peak: u64, burst: u64| Rate { average, peak: Some(peak), burst: Some(burst) };
+        let said = Rate { average: 1_234_567, peak: None, burst: Some(99) };
+        let told = as_said(rate(1_234_500, 1_234_500, 100), Some(said));
+        assert_eq!((told.average, told.peak, told.burst), (Some(1_234_567), None, Some(99)));
+        let told = as_said(rate(500, 900, 64), Some(Rate { average: 1000, peak: None, burst: None }));
+        assert_eq!((told.average, told.peak, told.burst), (Some(500), Some(900), Some(64)), "somebody else's doing");
+    }
+}
