@@ -146,3 +146,50 @@ fn object<'a>(objects: &'a Objects, path: &str, interface: &str) -> Result<&'a O
 fn arguments<T>(read: zbus::Result<T>) -> Result<T, Error> {
     read.map_err(|error| Error::invalid_args(format!("the arguments cannot be read: {error}")))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bus::rows::Facts;
+    use crate::bus::wire::{Long, Row, Value};
+    use std::collections::HashMap;
+    use std::sync::Arc;
+    use zbus::{OwnedObjectPath, OwnedVariant};
+
+    #[derive(Debug)]
+    struct Large;
+
+    impl Long for Large {
+        fn put(&self, _: &str, body: &mut Body) {
+            body.text(&"x".repeat(1 << 20));
+        }
+    }
+
+    /// The properties of each object that are listed, of so many.
+    fn listed_of(count: usize) -> Vec<Vec<String>> {
+        let mut objects = Objects::default();
+        for number in 0..count {
+            let row = Row::with_long(&[("Count", "u"), ("Text", "s")], &[Value::U32(1)], Arc::new(Large));
+            let path = format!("/org/virt/domain/_{number}").into();
+            objects.put(Object { path, interface: "org.virt.Domain", row, facts: Facts::Fixed });
+        }
+        let call = Message::method_call("/org/virt", "GetManagedObjects").build(&()).unwrap();
+        let answer = managed_objects(&call, &objects).unwrap();
+        type Interfaces = HashMap<String, HashMap<String, OwnedVariant>>;
+        let all: HashMap<OwnedObjectPath, Interfaces> = answer.body().deserialize().unwrap();
+        let names = |interfaces: Interfaces| interfaces.into_values().flat_map(HashMap::into_keys).collect();
+        all.into_values()
+            .map(names)
+            .map(|mut names: Vec<String>| {
+                names.sort();
+                names
+            })
+            .collect()
+    }
+
+    #[test]
+    fn what_is_long_is_left_out_of_a_listing_that_would_be_too_large() {
+        assert_eq!(listed_of(2), vec![vec!["Count", "Text"]; 2]);
+        assert_eq!(listed_of(LARGEST >> 20), vec![vec!["Count"]; LARGEST >> 20]);
+    }
+}

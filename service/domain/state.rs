@@ -154,15 +154,18 @@ impl State {
     /// Computes anew what is published.
     pub(super) fn refresh(&mut self) {
         let mut facts = (*self.facts).clone();
+        facts.id = self.guest.as_ref().map(|g| g.id).or(self.sought.as_ref().map(|s| s.id)).unwrap_or_default();
         self.running_facts();
         let stored = self.stored.as_ref().map(|stored| &stored.config);
         match (&self.running, stored) {
-            (Some((_, running)), stored) => (facts.config, facts.stored) = (running.clone(), stored.cloned()),
+            // A guest without a number only may run, with what is stored.
+            (Some((_, running)), stored) => {
+                (facts.config, facts.stored) = (running.clone(), stored.filter(|_| facts.id != 0).cloned());
+            }
             (None, Some(stored)) => (facts.config, facts.stored) = (stored.clone(), None),
             (None, None) => {}
         }
         facts.name.clone_from(&self.name);
-        facts.id = self.guest.as_ref().map(|g| g.id).or(self.sought.as_ref().map(|s| s.id)).unwrap_or_default();
         facts.state = self.state;
         facts.reason = self.reason;
         facts.since_usec = self.since_usec;

@@ -1,5 +1,6 @@
 //! `HostDevices`, `Firmware`, `TPM`, `OperatingSystem` and `BootOrder`.
 
+use super::osinfo;
 use super::pack::{Entry, Key};
 use virt_model::device::{Device, Hostdev, Tpm};
 use virt_model::domain::DomainDef;
@@ -47,12 +48,13 @@ pub(super) fn tpm(tpm: &Tpm) -> Entry {
         .text(Key::Version, tpm.backend.version.map(|version| version.as_str()))
 }
 
-/// What a tool has noted that is in the machine, by its URI.
+/// What a tool has noted that is in the machine: its short name, or its URI where that is not known here.
 pub(super) fn operating_system(def: &DomainDef) -> Option<Entry> {
     let noted = def.metadata(LIBOSINFO)?;
     let noted = virt_model::xml::read(&noted, &[]).ok()?;
     let id = noted.elements().find_map(|os| os.attr("id").filter(|_| os.name.rsplit(':').next() == Some("os")))?;
-    Some(Entry::default().text(Key::Name, Some(id)))
+    let short = osinfo::short_id(id);
+    Some(Entry::default().text(Key::Name, short.as_deref().or(Some(id))))
 }
 
 /// Targets, hardware addresses and, of others, aliases, where devices have an order of their own; else the classes of devices.

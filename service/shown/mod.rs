@@ -7,6 +7,7 @@ mod consoles;
 mod disks;
 mod interfaces;
 mod machine;
+mod osinfo;
 mod pack;
 
 pub use pack::Said;

@@ -155,6 +155,19 @@ async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standi
     domain.bare("Reset").await.expect("it stands and can be reset");
     tick.boots_to(4).await;
     assert_eq!(domain.state().await.0, "running");
+
+    // Whatever it is to do by itself, it goes where what is pending is to be applied.
+    let config = options([("config", Variant::from(true))]);
+    domain.call("SetTitle", &("next", config)).await.expect("set");
+    let pending: Vec<(String, String, String)> = domain.property("PendingChanges").await;
+    let title = ("/title".to_owned(), String::new(), "next".to_owned());
+    assert_eq!(pending, [title], "and nothing that a start decides");
+    domain.run("ApplyPending").await.expect("applied");
+    tick.boots_to(5).await;
+    let events = watch.until(&domain.path, "started booted").await;
+    let last = events.iter().rev().take(3).rev().map(String::as_str).collect::<Vec<_>>();
+    assert_eq!(last, ["shutdown guest", "stopped shutdown", "started booted"]);
+    assert!(!domain.property::<bool>("ConfigChanged").await);
     domain.run("Destroy").await.expect("destroyed");
 }
 
