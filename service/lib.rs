@@ -34,9 +34,9 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteOptions, Domain, DumpOptions, ExecOptions, Force, InterfaceAddresses,
-    LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions,
-    UndefineCheck, UndefineOptions, Wanted,
+    Affect, BlockJobOptions, CreateCheck, CreateOptions, DeleteOptions, Domain, DumpOptions, ExecOptions, Force,
+    InterfaceAddresses, LETTING_GO, ManagedSaveOptions, Plan, ResizeOptions, Resumption, RevertOptions, SaveOptions,
+    StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};

@@ -156,6 +156,10 @@ verbs! {
         CHANGE_MEDIUM = "ChangeMedium", Some(Device), Always, "change the medium in";
         SET_LINK = "SetLink", Some(Device), Always, "set the link of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
+        BLOCK_RESIZE = "BlockResize", Some(Device), Always, "block-resize";
+        BLOCK_PULL = "BlockPull", Some(Device), RunningOrPaused, "block-pull";
+        BLOCK_COMMIT = "BlockCommit", Some(Device), RunningOrPaused, "block-commit";
+        BLOCK_COPY = "BlockCopy", Some(Device), RunningOrPaused, "block-copy";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";
         GET_STATS = "GetStats", Some(Read), Always, "get statistics of";

@@ -79,6 +79,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
@@ -588,6 +589,10 @@ impl Driver for QemuDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn block_jobs(&self) -> Option<&dyn BlockJobs> {
         Some(self)
     }
 

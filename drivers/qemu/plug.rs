@@ -119,7 +119,7 @@ impl QemuDriver {
             if !matches!(error, DriverError::TimedOut(_)) {
                 leave_what_stays(body, before, def).await;
             }
-            self.give_back(body, def, files).await;
+            self.give_back(body, def, files.into_iter().map(|file| file.path).collect()).await;
             return Err(refused(alias, error));
         }
         if live::has_terminals(def) {
@@ -222,7 +222,7 @@ impl QemuDriver {
     }
 
     /// Gives back files that nothing else in `rest` needs. A file system that does not answer keeps them lent until the end.
-    async fn give_back(&self, body: &Body, rest: &DomainDef, files: Vec<HostFile>) {
+    pub(super) async fn give_back(&self, body: &Body, rest: &DomainDef, files: Vec<PathBuf>) {
         let Some(ledger) = self.0.privileges.ledger().cloned() else { return };
         let caps = self.learnt_for(rest).await;
         let own = body.leavings.own_dir();
@@ -233,8 +233,7 @@ impl QemuDriver {
         };
         let beside = needed.companions.iter().flat_map(|companion| &companion.files);
         let needed: BTreeSet<PathBuf> = needed.files.iter().chain(beside).map(|file| file.path.clone()).collect();
-        let free: Vec<PathBuf> =
-            files.into_iter().map(|file| file.path).filter(|path| !needed.contains(path)).collect();
+        let free: Vec<PathBuf> = files.into_iter().filter(|path| !needed.contains(path)).collect();
         let Some(first) = free.first() else { return };
         let (errand, guest) = (Errand::new(rest.uuid, first.display().to_string()), rest.uuid);
         let given = self.0.workers.run(errand, move |_| {
@@ -339,7 +338,7 @@ impl QemuDriver {
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
             body.has_agent_of(&rest);
-            self.give_back(body, &rest, part.files).await;
+            self.give_back(body, &rest, part.files.into_iter().map(|file| file.path).collect()).await;
         }
     }
 }

@@ -5,6 +5,7 @@
 //! guests crash, hang, ignore what they are asked, and die.
 
 mod agent;
+mod block_jobs;
 mod consoles;
 mod control;
 mod guest;
@@ -29,6 +30,7 @@ use std::time::Duration;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
+use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
@@ -55,6 +57,10 @@ struct Inner {
     followed: tokio::sync::Notify,
     /// The snapshots that a domain's images hold.
     images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
+    /// What is done to disks, by machine and target.
+    block_jobs: Mutex<HashMap<(Uuid, String), block_jobs::PlayedJob>>,
+    /// Sizes of disks that have been given another one.
+    sizes: Mutex<HashMap<(Uuid, String), u64>>,
     workers: Workers,
 }
 
@@ -290,11 +296,21 @@ impl Driver for TestDriver {
         guest: Option<&dyn Instance>,
         asked: StatQuestion,
     ) -> Result<GroupStats, DriverError> {
-        let Some(guest) = guest else { return Ok(stats::at_rest(def)) };
-        stats::of_guest(&*our_machine(guest)?, def, asked.group).await
+        let mut told = match guest {
+            Some(guest) => stats::of_guest(&*our_machine(guest)?, def, asked.group).await?,
+            None => stats::at_rest(def),
+        };
+        if let GroupStats::Disks(disks) = &mut told {
+            disks.iter_mut().for_each(|disk| disk.capacity = self.resized(def.uuid, &disk.target).or(disk.capacity));
+        }
+        Ok(told)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn block_jobs(&self) -> Option<&dyn BlockJobs> {
         Some(self)
     }
 

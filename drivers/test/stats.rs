@@ -9,7 +9,7 @@ use virt_model::driver::stats::{
 };
 
 /// What each disk holds, and what its image takes.
-const CAPACITY: u64 = 1 << 30;
+pub const CAPACITY: u64 = 1 << 30;
 const ALLOCATION: u64 = 1 << 20;
 
 /// What the host counts is told at once; for everything else the hypervisor must listen.

@@ -1,6 +1,7 @@
 //! The objects on the bus: for each kind its properties, its members and its paths. A file a kind; what they share is here.
 
 mod agent;
+mod disks;
 pub mod domain;
 pub mod job;
 pub mod manager;

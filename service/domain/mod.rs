@@ -4,6 +4,7 @@
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
 mod agent;
+mod block_jobs;
 mod broken;
 mod can;
 mod change;
@@ -26,6 +27,7 @@ mod stats;
 mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
+pub use block_jobs::{BlockJobOptions, ResizeOptions};
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
 pub(crate) use found::FoundGuest;
@@ -47,6 +49,8 @@ use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
 use crate::stored::StoredDef;
 use crate::turn::Turn;
+use block_jobs::BlockEntry;
+use lifecycle::Creation;
 use snapshots::set::SnapshotSet;
 use state::State;
 use std::sync::{Arc, Mutex};
@@ -63,6 +67,8 @@ pub struct Domain {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     turn: Arc<Turn>,
+    /// Held while records of block jobs are written.
+    block_records: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     /// Counts the changes of `state`, for those who wait for one.
     changes: watch::Sender<u64>,
@@ -105,6 +111,9 @@ pub(crate) struct DomainSeed {
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
         let (uuid, name) = (birth.uuid, birth.name);
+        let block_jobs = birth.snapshots.block_jobs.iter();
+        let block_jobs =
+            block_jobs.map(|(target, record)| (target.clone(), BlockEntry::found(record.clone()))).collect();
         let facts = Arc::new(DomainFacts {
             name: name.clone(),
             uuid,
@@ -131,6 +140,7 @@ impl Domain {
             shared: shared.clone(),
             domains: domains.clone(),
             turn: Arc::default(),
+            block_records: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 name,
                 stored: birth.stored,
@@ -149,6 +159,7 @@ impl Domain {
                 measured: None,
                 unread: None,
                 thawed: None,
+                block_jobs,
                 snapshots: SnapshotSet::new(birth.snapshots),
                 muted: None,
                 gone: false,

@@ -5,6 +5,7 @@
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
 pub mod agent;
+pub mod block_jobs;
 pub mod devices;
 pub mod given;
 pub mod reports;
@@ -147,6 +148,11 @@ pub trait Driver: Send + Sync {
 
     /// Machines saved in files, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
     fn saved_machines(&self) -> Option<&dyn saved::SavedMachines> {
+        None
+    }
+
+    /// Work on the disks of guests that run, where the driver can do it.
+    fn block_jobs(&self) -> Option<&dyn block_jobs::BlockJobs> {
         None
     }
 

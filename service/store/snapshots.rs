@@ -3,6 +3,7 @@
 //! ```text
 //!  <name>.xml    the document, with passwords and the driver's record in its <cookie>
 //!  .current      the name of the current one
+//!  .jobs         block jobs under way
 //!  .intent       an operation under way: written before its first change, removed after its last
 //!  .files/       what the driver keeps: copies of firmware variables and of TPMs' states
 //! ```
@@ -12,12 +13,14 @@ use super::{
 };
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::driver::StoredFile;
+use virt_model::driver::block_jobs::{BlockJob, BlockStage};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::{Element, Limits, shorten};
 
@@ -45,8 +48,19 @@ pub(crate) struct Loaded {
     pub current: Option<String>,
     /// What was cut off.
     pub intent: Option<Intent>,
+    /// Block jobs that had begun and not ended, by their disks.
+    pub block_jobs: BTreeMap<String, BlockRecord>,
     /// Why it is not known what there is, if so: nothing is then done to the machine's images.
     pub broken: Option<String>,
+}
+
+/// A block job under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct BlockRecord {
+    pub job: BlockJob,
+    /// Who has asked for it.
+    pub uid: u32,
+    pub stage: BlockStage,
 }
 
 /// An operation under way.
@@ -121,9 +135,13 @@ impl Store {
             Ok(intent) => (intent, None),
             Err(e) => (None, Some(format!("an operation on its snapshots that was cut off cannot be finished: {e}"))),
         };
-        let broken = no_intent.or(no_current);
+        let (block_jobs, no_jobs) = match read_if_there(&folder.join(".jobs")) {
+            Ok(jobs) => (jobs.unwrap_or_default(), None),
+            Err(e) => (BTreeMap::new(), Some(format!("block jobs of it cannot be taken up again: {e}"))),
+        };
+        let broken = no_intent.or(no_current).or(no_jobs);
         broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
-        Ok(Loaded { records, current, intent, broken })
+        Ok(Loaded { records, current, intent, block_jobs, broken })
     }
 
     /// Removes what is left of snapshots that were being forgotten.
@@ -196,6 +214,16 @@ impl Store {
     pub fn save_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
         self.make_snapshots(uuid)?;
         replace_json(&self.snapshots(uuid).join(".intent"), intent)
+    }
+
+    /// Keeps which block jobs are under way.
+    pub fn save_block_jobs(&self, uuid: Uuid, jobs: &BTreeMap<String, BlockRecord>) -> Result<()> {
+        let file = self.snapshots(uuid).join(".jobs");
+        if jobs.is_empty() {
+            return unlink(&file).map(drop);
+        }
+        self.make_snapshots(uuid)?;
+        replace_json(&file, jobs)
     }
 
     /// It is done, or undone. To be followed by [`Store::sync_snapshots`].

@@ -4,6 +4,7 @@
 mod common;
 
 mod agent;
+mod block_jobs;
 mod bus_objects;
 mod bus_policy;
 mod bus_prompt;

@@ -5,6 +5,8 @@ mod common;
 
 mod console;
 mod dead_storage;
+mod disks_cut_off;
+mod disks_moved;
 mod dumped;
 mod hostile_images;
 mod hotplug;
