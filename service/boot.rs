@@ -37,8 +37,9 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
+    let cut_off = |loaded: &Loaded| loaded.intent.is_some() || !loaded.block_jobs.is_empty();
     let mut cut_off: BTreeSet<Uuid> =
-        snapshots.iter().filter(|(_, loaded)| loaded.intent.is_some()).map(|(uuid, _)| *uuid).collect();
+        snapshots.iter().filter(|(_, loaded)| cut_off(loaded)).map(|(uuid, _)| *uuid).collect();
     let unfinished = |loaded: &Loaded| loaded.intent.is_some() || loaded.broken.is_some();
     let unfinished: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| unfinished(loaded)).map(|(uuid, _)| *uuid).collect();

@@ -44,6 +44,8 @@ pub(crate) struct Chain {
     pub files: Vec<PathBuf>,
     /// The first that must stay as it is, and with it all below.
     pub fixed: usize,
+    /// It is what a snapshot needs.
+    pub snapshot: bool,
 }
 
 /// The images of a disk: what is asked of all machines' disks, without the rest of their configurations.
@@ -254,6 +256,31 @@ impl Images {
         }
     }
 
+    /// Refuses to change files that are in one of the chains that count, wherever they are in it.
+    pub async fn refuse_in_chains(
+        self: &Arc<Self>,
+        deed: &str,
+        files: &[PathBuf],
+        counts: impl Fn(&Chain) -> bool,
+        remedy: &str,
+    ) -> Result<()> {
+        let chains = self.machines.chains(None);
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        self.look(known, files).await;
+        let in_chain = |chain: &&Chain| chain.files.iter().any(|one| files.iter().any(|file| self.same(one, file)));
+        let mut users: Vec<&str> = Vec::new();
+        let of_one = chains.iter().filter(|chain| counts(chain)).filter(in_chain).map(|chain| &*chain.whose);
+        of_one.for_each(|whose| {
+            if !users.contains(&whose) {
+                users.push(whose)
+            }
+        });
+        match users.is_empty() {
+            true => Ok(()),
+            false => Err(Error::InUse(format!("{deed}: {} needs its layers as they are; {remedy}", users.join(", ")))),
+        }
+    }
+
     /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is, among the chains of whoever
     /// was told so, and the machine that has it open. Looks at no file.
     pub fn with_owner_of_lock(&self, own: impl Fn() -> Vec<Chain>, error: DriverError) -> DriverError {
@@ -387,7 +414,7 @@ pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
 pub(crate) fn chains_of(domain: Uuid, whose: &str, disk: &DiskImages, into: &mut Vec<Chain>) {
     let whose = format!("{whose} (disk '{}')", disk.target);
     if !into.iter().any(|chain| chain.whose == whose && *chain.files == *disk.files) {
-        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1 });
+        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1, snapshot: false });
     }
 }
 
@@ -402,7 +429,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
             DiskMode::No | DiskMode::Manual => continue,
         };
         let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
-        into.push(Chain { domain, whose, files: disk.files(), fixed });
+        into.push(Chain { domain, whose, files: disk.files(), fixed, snapshot: true });
     }
 }
 

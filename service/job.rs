@@ -52,8 +52,12 @@ struct Entry {
     cancel: CancellationToken,
     /// Fires when work that is ready is to be finished.
     finish: CancellationToken,
+    /// Fires when it is ready, or has ended.
+    settled: CancellationToken,
     /// Fires when it has ended.
     over: CancellationToken,
+    /// Nobody waits for it when virtd ends: the next one finds it again.
+    outlives_virtd: bool,
 }
 
 impl Jobs {
@@ -121,11 +125,14 @@ impl Jobs {
         };
         self.events.send(Event::Job(Arc::new(facts.clone())));
         self.unfinished.send_modify(|n| *n += 1);
-        let (finish, over) = (CancellationToken::new(), CancellationToken::new());
-        table.entries.insert(id, Entry { facts, cancel: cancel.clone(), finish: finish.clone(), over });
+        let [finish, settled, over] = std::array::from_fn(|_| CancellationToken::new());
+        let (own_cancel, own_finish, own_settled) = (cancel.clone(), finish.clone(), settled.clone());
+        let entry =
+            Entry { facts, cancel: own_cancel, finish: own_finish, settled: own_settled, over, outlives_virtd: false };
+        table.entries.insert(id, entry);
         let (outcome, wait) = oneshot::channel();
         let job = Job { id, jobs: self.clone(), cancel, finish, outcome: Mutex::new(Some(outcome)) };
-        (job, Ticket { id, outcome: wait })
+        (job, Ticket { id, settled, outcome: wait })
     }
 
     /// Their numbers, oldest first.
@@ -226,7 +233,8 @@ impl Jobs {
     }
 
     fn ended(self: &Arc<Self>, id: u64) {
-        self.unfinished.send_modify(|n| *n -= 1);
+        let outlives = lock(&self.table).entries.get(&id).is_some_and(|entry| entry.outlives_virtd);
+        self.unfinished.send_modify(|n| *n -= usize::from(!outlives));
         let (oldest, first) = {
             let mut table = lock(&self.table);
             table.ended.push_back((id, Instant::now()));
@@ -291,6 +299,16 @@ impl Job {
     /// It has come so far that it waits for somebody to finish it.
     pub fn ready(&self) {
         self.jobs.change(self.id, |facts| facts.ready = !facts.state.is_final());
+        lock(&self.jobs.table).entries.get(&self.id).inspect(|entry| entry.settled.cancel());
+    }
+
+    /// From here on nobody waits for it when virtd ends: the next virtd finds it again.
+    pub fn outlives_virtd(&self) {
+        let mut table = lock(&self.jobs.table);
+        let entry = table.entries.get_mut(&self.id).filter(|entry| !entry.facts.state.is_final());
+        if entry.is_some_and(|entry| !std::mem::replace(&mut entry.outlives_virtd, true)) {
+            self.jobs.unfinished.send_modify(|n| *n -= 1);
+        }
     }
 
     /// What those who wait for the domain are told has it.
@@ -348,9 +366,11 @@ impl Job {
                 facts.progress = 1.0;
             }
         });
-        let over = lock(&self.jobs.table).entries.get(&self.id).map(|entry| entry.over.clone());
         let _ = outcome.send(result);
-        over.inspect(CancellationToken::cancel);
+        lock(&self.jobs.table).entries.get(&self.id).inspect(|entry| {
+            entry.over.cancel();
+            entry.settled.cancel();
+        });
         // Ends the tasks that would still cancel it.
         self.cancel.cancel();
         self.jobs.ended(self.id);
@@ -368,6 +388,7 @@ impl Drop for Job {
 pub struct Ticket {
     /// The job's number.
     pub id: u64,
+    settled: CancellationToken,
     outcome: oneshot::Receiver<Result<()>>,
 }
 
@@ -375,6 +396,16 @@ impl Ticket {
     /// Waits for the end. Dropping the ticket does not stop the job.
     pub async fn done(self) -> Result<()> {
         self.outcome.await.unwrap_or_else(|_| Err(Error::Internal("the job vanished".to_owned())))
+    }
+
+    /// Waits until it is ready, or has ended.
+    pub async fn ready_or_done(mut self) -> Result<()> {
+        self.settled.cancelled().await;
+        match self.outcome.try_recv() {
+            Ok(result) => result,
+            Err(oneshot::error::TryRecvError::Empty) => Ok(()),
+            Err(oneshot::error::TryRecvError::Closed) => self.done().await,
+        }
     }
 }
 

@@ -35,9 +35,10 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, ApplyOptions, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain, DumpOptions,
-    ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions, POWERING_OFF, Plan, Resumption,
-    RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
+    Affect, ApplyOptions, BlockJobOptions, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain,
+    DumpOptions, ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions, POWERING_OFF, Plan,
+    ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats, StatsOptions,
+    UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};

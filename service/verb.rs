@@ -170,6 +170,10 @@ verbs! {
         SET_MEMORY_PARAMETERS = "SetMemoryParameters", Some(Device), Always, "limit the host's memory of";
         GET_MEMORY_PARAMETERS = "GetMemoryParameters", Some(Read), Always, "get the limits of the host's memory of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
+        BLOCK_RESIZE = "BlockResize", Some(Device), Always, "block-resize";
+        BLOCK_PULL = "BlockPull", Some(Device), RunningOrPaused, "block-pull";
+        BLOCK_COMMIT = "BlockCommit", Some(Device), RunningOrPaused, "block-commit";
+        BLOCK_COPY = "BlockCopy", Some(Device), RunningOrPaused, "block-copy";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";
         GET_STATS = "GetStats", Some(Read), Always, "get statistics of";

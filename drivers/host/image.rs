@@ -290,6 +290,25 @@ impl Images {
         self.run("rebase", overlay, fixed, [base.into(), overlay.into()]).map(drop)
     }
 
+    /// Says in an image that it stands on nothing.
+    pub fn stand_alone(&self, image: &Path, format: &str) -> Result<(), DriverError> {
+        let fixed = ["rebase", "-q", "-u", "-f", format, "-b", ""];
+        self.run("rebase", image, fixed, [image.into()]).map(drop)
+    }
+
+    /// Makes an image of `size` bytes, which stands on nothing, in a file that is there and empty.
+    pub fn create(&self, path: &Path, format: &str, size: u64) -> Result<(), DriverError> {
+        let fixed = ["create", "-q", "-f", format];
+        self.run("make", path, fixed, [path.into(), size.to_string().into()]).map(drop)
+    }
+
+    /// Gives the topmost image of a chain another size. `chain`: each file with its format.
+    pub fn resize(&self, chain: &[(PathBuf, String)], size: u64, shrink: bool) -> Result<(), DriverError> {
+        let image = chain.first().map_or(Path::new("/"), |(path, _)| path);
+        let fixed: &[&str] = if shrink { &["resize", "-q", "--shrink"] } else { &["resize", "-q"] };
+        self.run("resize", image, fixed, [named(chain), size.to_string().into()]).map(drop)
+    }
+
     fn run(
         &self,
         deed: &str,

@@ -7,7 +7,7 @@ use super::plan::Nvram;
 use crate::host::acl::through;
 use crate::host::files::{Plain, Seen, What, open_plain};
 use crate::host::image;
-use crate::host::resolve::Place;
+use crate::host::resolve::{Found, Place};
 use crate::host::user::RunAs;
 use crate::host::workers::Stop;
 use rustix::fs::FileType;
@@ -35,6 +35,17 @@ pub fn output(path: &Path, user: Option<&RunAs>) -> io::Result<()> {
 pub fn new_file(path: &Path, wary: bool) -> io::Result<File> {
     // Where a link is, something is.
     Place::resolve(path, wary)?.create(0o600)
+}
+
+/// The same for an image that is to be used as one that is there, and so is its owner's: what an image names to stand on counts as
+/// chosen by its owner, who is not QEMU's user.
+pub fn image_beside(path: &Path, like: &Path, wary: bool) -> io::Result<()> {
+    let file = new_file(path, wary)?;
+    if wary {
+        let like = Found::resolve(like)?.stat;
+        fchown(&file, Some(like.st_uid), Some(like.st_gid))?;
+    }
+    Ok(())
 }
 
 /// An empty file without a name, in that folder of ours, for `user` (us, if `None`) to write to.

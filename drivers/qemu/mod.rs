@@ -80,6 +80,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
@@ -594,6 +595,10 @@ impl Driver for QemuDriver {
     }
 
     fn checkpoints(&self) -> Option<&dyn Checkpoints> {
+        Some(self)
+    }
+
+    fn block_jobs(&self) -> Option<&dyn BlockJobs> {
         Some(self)
     }
 

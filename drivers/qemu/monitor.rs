@@ -179,23 +179,68 @@ impl Monitor {
 
     /// How a job stands now.
     pub async fn standing(&self, id: &str, journal: Option<&Arc<dyn Journal>>) -> Result<JobStatus, DriverError> {
-        let jobs = self.patiently("query-jobs", json!({})).await?;
-        let found = jobs.as_array().into_iter().flatten().find(|job| job["id"] == id);
-        let Some(job) = found else { return Ok(JobStatus::Absent) };
+        let Some(job) = self.told_of(id).await? else { return Ok(JobStatus::Absent) };
         if let Some(journal) = journal {
-            let number = |key: &str| job[key].as_u64().unwrap_or_default();
-            let (done, total) = (number("current-progress"), number("total-progress"));
+            let (done, total) = progress_in(&job);
             // Those of snapshots inside images count steps.
             match job["type"].as_str().is_some_and(|of| of.starts_with("snapshot-")) {
                 true => journal.part_done(done, total),
                 false => journal.progress(done, total),
             }
         }
-        Ok(match job["status"].as_str().unwrap_or_default() {
-            "concluded" => JobStatus::Ended(job["error"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))),
-            "ready" | "standby" | "pending" => JobStatus::Ready,
-            _ => JobStatus::Running,
-        })
+        Ok(status_in(&job))
+    }
+
+    /// The same with the progress that it has made: what is done, and all.
+    pub async fn progress_of(&self, id: &str) -> Result<(JobStatus, u64, u64), DriverError> {
+        let Some(job) = self.told_of(id).await? else { return Ok((JobStatus::Absent, 0, 0)) };
+        let (done, total) = progress_in(&job);
+        Ok((status_in(&job), done, total))
+    }
+
+    async fn told_of(&self, id: &str) -> Result<Option<Value>, DriverError> {
+        let jobs = self.patiently("query-jobs", json!({})).await?;
+        Ok(jobs.as_array().into_iter().flatten().find(|job| job["id"] == id).cloned())
+    }
+
+    /// Why a block job has failed that QEMU does not know any more.
+    pub fn why_block_job_failed(&self, id: &str) -> Option<String> {
+        self.reporter.why_block_job_failed(id)
+    }
+
+    /// How many changes of jobs have been heard.
+    pub fn jobs_heard(&self) -> u64 {
+        self.reporter.heard().jobs
+    }
+
+    /// Waits until there has been another change of a job, or QEMU has gone; `look`: or its progress is worth to be asked for.
+    pub async fn news_of_jobs(&self, before: u64, look: bool) {
+        let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+        match look {
+            true => _ = tokio::time::timeout(LOOK, news).await,
+            false => news.await,
+        }
+    }
+
+    /// Has a job that writes to two images, whose guest stands, change over to the second once both hold the `same`; that is written
+    /// down then, and the job has ended.
+    pub async fn change_over(
+        &self,
+        id: &str,
+        same: impl AsyncFnOnce() -> Result<(), DriverError>,
+    ) -> Result<Result<(), String>, DriverError> {
+        // What the guest wrote last goes over now.
+        loop {
+            let jobs = self.patiently("query-block-jobs", json!({})).await?;
+            let found = jobs.as_array().into_iter().flatten().find(|job| job["device"] == id);
+            if found.is_none_or(|job| job["offset"] == job["len"]) {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        same().await?;
+        self.patiently("block-job-complete", json!({ "device": id })).await?;
+        self.ended(id).await
     }
 
     /// Ends a job that is of no use any more, and forgets it.
@@ -376,6 +421,19 @@ impl Monitor {
             let _ = tokio::time::timeout(LOOK, news).await;
         }
     }
+}
+
+fn status_in(job: &Value) -> JobStatus {
+    match job["status"].as_str().unwrap_or_default() {
+        "concluded" => JobStatus::Ended(job["error"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))),
+        "ready" | "standby" | "pending" => JobStatus::Ready,
+        _ => JobStatus::Running,
+    }
+}
+
+fn progress_in(job: &Value) -> (u64, u64) {
+    let number = |key: &str| job[key].as_u64().unwrap_or_default();
+    (number("current-progress"), number("total-progress"))
 }
 
 /// Whether it was for want of room.

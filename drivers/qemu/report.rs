@@ -48,6 +48,8 @@ struct Inner {
     moving: Option<String>,
     /// Why the last dump of memory has failed.
     dump_failed: Option<String>,
+    /// The block job that failed last, and why.
+    block_job_failed: Option<(String, String)>,
 }
 
 /// A device on its way out, while somebody waits for that.
@@ -100,6 +102,7 @@ impl Reporter {
             leaving: None,
             moving: None,
             dump_failed: None,
+            block_job_failed: None,
         });
         Arc::new(Reporter { inner, heard: watch::Sender::default(), reboot: Notify::new() })
     }
@@ -235,6 +238,11 @@ impl Reporter {
         self.lock().dump_failed.take()
     }
 
+    /// Why the block job of that name has failed, if QEMU has said it since this was asked.
+    pub fn why_block_job_failed(&self, id: &str) -> Option<String> {
+        self.lock().block_job_failed.take_if(|(failed, _)| failed == id).map(|(_, why)| why)
+    }
+
     /// What has been heard so far.
     pub fn heard(&self) -> Heard {
         *self.heard.borrow()
@@ -256,6 +264,11 @@ impl Reporter {
         let port = event.name == "VSERPORT_CHANGE" && inner.agent.device.as_deref() == event.data["id"].as_str();
         if port && inner.agent.device.is_some() {
             inner.agent_is(event.data["open"] == true);
+        }
+        if let ("BLOCK_JOB_COMPLETED", Some(id), Some(why)) =
+            (event.name.as_str(), event.data["device"].as_str(), event.data["error"].as_str())
+        {
+            inner.block_job_failed = Some((shorten(id), shorten(why)));
         }
         if event.name == "DUMP_COMPLETED" {
             inner.dump_failed = event.data["error"].as_str().map(shorten);
@@ -290,11 +303,14 @@ impl Reporter {
     }
 }
 
+/// How block jobs are called that virtd concludes.
+pub const BLOCK_JOB: &str = "virtd-block-";
+
 /// Whether a job goes on by itself from what it has become: nobody waits for that, and it is over when it is asked for.
 fn passing(event: &Event) -> bool {
-    event.data["status"]
-        .as_str()
-        .is_some_and(|status| matches!(status, "created" | "running" | "waiting" | "pending" | "aborting" | "null"))
+    let ours_to_finish = event.data["id"].as_str().is_some_and(|id| id.starts_with(BLOCK_JOB));
+    let status = event.data["status"].as_str().filter(|status| *status != "pending" || !ours_to_finish);
+    status.is_some_and(|status| matches!(status, "created" | "running" | "waiting" | "pending" | "aborting" | "null"))
 }
 
 impl Inner {

@@ -21,6 +21,8 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::device::CharSource;
 use virt_model::device::{Channel, CharSource};
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::agent::GuestAgent;
@@ -29,6 +31,8 @@ use virt_model::state::{PmSuspended, ShutdownBy, Suspended};
 
 /// A guest.
 pub struct Machine {
+    /// Whose guest it is.
+    pub uuid: Uuid,
     state: Mutex<State>,
     /// Whether the hypervisor listens.
     listening: watch::Sender<bool>,
@@ -108,6 +112,7 @@ impl Machine {
     pub fn new(paused: bool, def: &DomainDef, sink: EventSink, tracked: Arc<Tracked>) -> Self {
         let mode = if paused { Mode::Standing } else { Mode::Running };
         Machine {
+            uuid: def.uuid,
             state: Mutex::new(State {
                 mode,
                 sink: Some(sink),

@@ -6,6 +6,7 @@
 
 mod adjust;
 mod agent;
+mod block_jobs;
 mod checkpoints;
 mod consoles;
 mod control;
@@ -31,6 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
+use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
@@ -60,6 +62,10 @@ struct Inner {
     images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
     /// The bitmaps in a domain's images.
     tracked: Mutex<HashMap<Uuid, Arc<Tracked>>>,
+    /// What is done to disks, by machine and target.
+    block_jobs: Mutex<HashMap<(Uuid, String), block_jobs::PlayedJob>>,
+    /// Sizes of disks that have been given another one.
+    sizes: Mutex<HashMap<(Uuid, String), u64>>,
     workers: Workers,
 }
 
@@ -308,8 +314,14 @@ impl Driver for TestDriver {
         guest: Option<&dyn Instance>,
         asked: StatQuestion,
     ) -> Result<GroupStats, DriverError> {
-        let Some(guest) = guest else { return Ok(stats::at_rest(def)) };
-        stats::of_guest(&*our_machine(guest)?, def, asked.group).await
+        let mut told = match guest {
+            Some(guest) => stats::of_guest(&*our_machine(guest)?, def, asked.group).await?,
+            None => stats::at_rest(def),
+        };
+        if let GroupStats::Disks(disks) = &mut told {
+            disks.iter_mut().for_each(|disk| disk.capacity = self.resized(def.uuid, &disk.target).or(disk.capacity));
+        }
+        Ok(told)
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
@@ -317,6 +329,10 @@ impl Driver for TestDriver {
     }
 
     fn checkpoints(&self) -> Option<&dyn Checkpoints> {
+        Some(self)
+    }
+
+    fn block_jobs(&self) -> Option<&dyn BlockJobs> {
         Some(self)
     }
 

@@ -1,7 +1,7 @@
 //! `org.virt.Domain`: translation between the bus and the service's domains.
 
 use super::job::{finish, no_wait};
-use super::{Members, adjust, agent, checkpoint, long_properties, paths, snapshot, stats};
+use super::{Members, adjust, agent, checkpoint, disks, long_properties, paths, snapshot, stats};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Object};
@@ -132,6 +132,10 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::DETACH_DEVICE, detach_device)
         .method(&verb::DETACH_DEVICE_ALIAS, detach_device_alias)
         .method(&verb::CHANGE_MEDIUM, change_medium)
+        .method(&verb::BLOCK_RESIZE, disks::resize)
+        .method(&verb::BLOCK_PULL, disks::pull)
+        .method(&verb::BLOCK_COMMIT, disks::commit)
+        .method(&verb::BLOCK_COPY, disks::copy)
         .method(&verb::SET_LINK, set_link)
         .method(&verb::SET_VCPUS, adjust::set_vcpus)
         .method(&verb::SET_MEMORY, adjust::set_memory)

@@ -64,6 +64,15 @@ pub async fn finish(ticket: Ticket, no_wait: bool) -> Result<ObjectPath<'static>
     paths::argument(path)
 }
 
+/// The same for work that waits to be finished: that is waited for.
+pub async fn finish_or_ready(ticket: Ticket, no_wait: bool) -> Result<ObjectPath<'static>, Error> {
+    let path = paths::job(ticket.id);
+    if !no_wait {
+        ticket.ready_or_done().await?;
+    }
+    paths::argument(path)
+}
+
 /// The last option of a verb that becomes a job: its caller does not wait for the end.
 pub fn no_wait(mut options: Options) -> Result<bool, Error> {
     let no_wait = options.flag("no-wait")?;

@@ -4,6 +4,7 @@ mod adjust;
 mod agent;
 pub mod checkpoint;
 mod devices;
+mod disks;
 pub mod domain;
 pub mod job;
 pub mod manager;

@@ -6,6 +6,7 @@
 //!  short:  permission ─▶ turn ─▶ recovery ─▶ state ─▶ work ─▶ log
 //!  job:    permission ─▶ turn, if it is free ─▶ record of the job ─▶ the caller's reply, or its wait for the end
 //!                                                       └─▶ turn ─▶ recovery ─▶ work ─▶ log ─▶ end of the job
+//!                                                           (what begins and goes on gives the turn back in between)
 //! ```
 
 use super::Domain;
@@ -184,9 +185,10 @@ impl Change {
 
     /// What it waits for may never answer. A job that is cancelled ends soon all the same: the work goes on by itself, to be
     /// undone when it is answered, and the turn is not free before that has ended.
-    async fn run<F>(self, job: &Arc<Job>, work: impl FnOnce(Arc<Domain>, Arc<Job>) -> F) -> Result<()>
+    async fn run<F, T>(self, job: &Arc<Job>, work: impl FnOnce(Arc<Domain>, Arc<Job>) -> F) -> Result<T>
     where
-        F: Future<Output = Result<()>> + Send + 'static,
+        F: Future<Output = Result<T>> + Send + 'static,
+        T: Send + 'static,
     {
         let Change { domain, verb, turn, .. } = self;
         let cancelled = || Error::Cancelled(format!("the {} of domain '{}' was cancelled", verb.word, domain.name()));
@@ -247,6 +249,33 @@ impl OpenJob {
             let (begun, domain, caller, verb) =
                 (Instant::now(), change.domain.clone(), change.caller.clone(), change.verb);
             let result = change.run(&job, work).await;
+            domain.log(&caller, verb, begun, result.as_ref().err());
+            job.finish_shared(result);
+        });
+        ticket
+    }
+}
+
+impl OpenJob {
+    /// The same where the turn is given back when `begin` is done, and `rest` follows what goes on from there.
+    pub fn run_beyond<F, G, T>(
+        self,
+        begin: impl FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static,
+        rest: impl FnOnce(Arc<Domain>, Arc<Job>, T) -> G + Send + 'static,
+    ) -> Ticket
+    where
+        F: Future<Output = Result<T>> + Send + 'static,
+        G: Future<Output = Result<()>> + Send + 'static,
+        T: Send + 'static,
+    {
+        let OpenJob { change, job, ticket } = self;
+        tokio::spawn(async move {
+            let (begun, domain, caller, verb) =
+                (Instant::now(), change.domain.clone(), change.caller.clone(), change.verb);
+            let result = match change.run(&job, begin).await {
+                Ok(begun) => rest(domain.clone(), job.clone(), begun).await,
+                Err(error) => Err(error),
+            };
             domain.log(&caller, verb, begun, result.as_ref().err());
             job.finish_shared(result);
         });

@@ -15,7 +15,7 @@ use std::time::Duration;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::{DomainEnd, DriverError};
 use virt_model::state::{Defined, Lifecycle, Undefined};
-use virt_model::xml::{Limits, shorten};
+use virt_model::xml::{Element, Limits, shorten};
 
 /// What runs and what is stored.
 pub(super) type Configurations = (Option<Arc<DomainDef>>, Option<Arc<DomainDef>>);
@@ -51,7 +51,8 @@ impl Domain {
         let (live, stored) = {
             let state = lock(&self.state);
             let document = state.guest.as_ref().map(|guest| guest.document.clone()).unwrap_or_default();
-            (state.live().cloned().map(|live| (live, document)), state.stored.clone())
+            let mirrors = Domain::mirrors(&state.block_jobs);
+            (state.live().map(|live| (with_mirrors(live, mirrors), document)), state.stored.clone())
         };
         if live.is_none() || form.inactive {
             self.sound()?;
@@ -390,6 +391,19 @@ impl State {
         self.compare_configs();
         told
     }
+}
+
+/// What runs, with what block jobs write beside its disks.
+fn with_mirrors(live: &Arc<DomainDef>, mirrors: Vec<(String, Element)>) -> Arc<DomainDef> {
+    let mut shown = live.clone();
+    for (target, mirror) in mirrors {
+        let disks = &mut Arc::make_mut(&mut shown).devices.disks;
+        disks
+            .iter_mut()
+            .filter(|disk| disk.target.dev == target)
+            .for_each(|disk| disk.rest.elements.push(mirror.clone()));
+    }
+    shown
 }
 
 /// The definition under another name, which is held to the rules a document's name is held to.

@@ -206,6 +206,11 @@ impl Domain {
             let has = |def: &DomainDef| def.device_like(&element) != Err(0);
             let live = live.filter(|live| !open || has(live) || !stored.as_deref().is_some_and(has));
             let leaving = live.as_ref().map(|live| self.leaving(live, &element)).transpose()?;
+            let disks = live.iter().flat_map(|live| &live.devices.disks);
+            let named = |alias: &str| disks.clone().find(|disk| disk.info.alias() == Some(alias));
+            if let Some(disk) = leaving.as_ref().and_then(|(alias, _)| named(alias)) {
+                self.disks_are_idle(Some(&disk.target.dev))?;
+            }
             // What is stored knows no names but those that people gave: it is the device that runs.
             let of_stored = match (&live, &leaving) {
                 (Some(live), Some((_, spot))) => live.device_at(spot, Form::STORED).unwrap_or(element),

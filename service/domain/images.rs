@@ -8,6 +8,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
+use virt_model::driver::block_jobs::BlockWork;
 use virt_model::driver::{DriverError, GivenFile};
 
 impl Machines for Domains {
@@ -79,6 +80,19 @@ impl Domain {
             stored.disks.iter().for_each(|disk| chains_of(self.uuid, &whose, disk, &mut chains));
         }
         state.snapshots.defs().for_each(|def| chains_of_snapshot(self.uuid, &state.name, def, &mut chains));
+        for entry in state.block_jobs.values() {
+            let job = &entry.record.job;
+            if let BlockWork::Copy { to, .. } = &job.work {
+                let whose = format!("the copy of disk '{}' of {whose}", job.target);
+                chains.push(Chain {
+                    domain: self.uuid,
+                    whose,
+                    files: vec![to.path.clone()],
+                    fixed: 0,
+                    snapshot: false,
+                });
+            }
+        }
         chains
     }
 

@@ -98,6 +98,7 @@ impl Domain {
             completed.map_err(|e| Error::from_driver(&self.name(), "update a device of", e))?;
         }
         if let Some((def, target)) = &live {
+            self.disks_are_idle(Some(target))?;
             self.change_medium(def, target, how, image).await?;
         }
         let (live, target) = live.unzip();

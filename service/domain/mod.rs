@@ -6,6 +6,7 @@
 mod adjust;
 mod agent;
 mod apply;
+mod block_jobs;
 mod broken;
 mod can;
 mod change;
@@ -31,6 +32,7 @@ mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
 pub use apply::{ApplyOptions, POWERING_OFF};
+pub use block_jobs::{BlockJobOptions, ResizeOptions};
 pub use checkpoints::DeleteCheckpoint;
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
@@ -54,7 +56,9 @@ use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
 use crate::stored::StoredDef;
 use crate::turn::Turn;
+use block_jobs::BlockEntry;
 use checkpoints::CheckpointSet;
+use lifecycle::Creation;
 use snapshots::set::SnapshotSet;
 use state::State;
 use std::sync::{Arc, Mutex};
@@ -71,6 +75,8 @@ pub struct Domain {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     turn: Arc<Turn>,
+    /// Held while records of block jobs are written.
+    block_records: tokio::sync::Mutex<()>,
     state: Mutex<State>,
     /// Counts the changes of `state`, for those who wait for one.
     changes: watch::Sender<u64>,
@@ -114,6 +120,9 @@ impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
         let (uuid, name, mut kept) = (birth.uuid, birth.name, birth.snapshots);
         let checkpoints = CheckpointSet::new(std::mem::take(&mut kept.checkpoints));
+        let block_jobs = kept.block_jobs.iter();
+        let block_jobs =
+            block_jobs.map(|(target, record)| (target.clone(), BlockEntry::found(record.clone()))).collect();
         let facts = Arc::new(DomainFacts {
             name: name.clone(),
             uuid,
@@ -144,6 +153,7 @@ impl Domain {
             shared: shared.clone(),
             domains: domains.clone(),
             turn: Arc::default(),
+            block_records: tokio::sync::Mutex::default(),
             state: Mutex::new(State {
                 name,
                 stored: birth.stored,
@@ -164,6 +174,7 @@ impl Domain {
                 thawed: None,
                 snapshots: SnapshotSet::new(kept),
                 checkpoints,
+                block_jobs,
                 muted: None,
                 gone: false,
                 told: false,

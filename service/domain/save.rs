@@ -282,6 +282,7 @@ impl Domain {
         if target.memory_only.is_none() {
             self.is_not_frozen()?;
             self.opens_no_given_image(if target.dump { "dump" } else { "save" })?;
+            self.disks_are_idle(None)?;
         }
         let def = match &target.kept {
             None => machine.def.clone(),

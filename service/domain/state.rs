@@ -1,5 +1,6 @@
 //! What a domain is at a moment, and what is published of that. Held for a few lines, never across an await.
 
+use super::block_jobs::BlockEntry;
 use super::checkpoints::CheckpointSet;
 use super::snapshots::set::SnapshotSet;
 use super::stats::{Measured, Sampler};
@@ -47,6 +48,8 @@ pub(super) struct State {
     pub(super) unread: Option<String>,
     /// A client has had file systems of its guest frozen: fires when they are thawed.
     pub(super) thawed: Option<CancellationToken>,
+    /// Block jobs that have begun and not ended, by their disks.
+    pub(super) block_jobs: BTreeMap<String, BlockEntry>,
     pub(super) snapshots: SnapshotSet,
     pub(super) checkpoints: CheckpointSet,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.

@@ -6,6 +6,7 @@
 
 pub mod adjust;
 pub mod agent;
+pub mod block_jobs;
 pub mod checkpoints;
 pub mod devices;
 pub mod given;
@@ -155,6 +156,11 @@ pub trait Driver: Send + Sync {
 
     /// Machines saved in files, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
     fn saved_machines(&self) -> Option<&dyn saved::SavedMachines> {
+        None
+    }
+
+    /// Work on the disks of guests that run, where the driver can do it.
+    fn block_jobs(&self) -> Option<&dyn block_jobs::BlockJobs> {
         None
     }
 

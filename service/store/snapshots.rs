@@ -4,6 +4,7 @@
 //!  <name>.xml    the document, with passwords and the driver's record in its <cookie>
 //!  .current      the name of the current one
 //!  .checkpoints/ <name>.json, one a checkpoint
+//!  .jobs         block jobs under way
 //!  .intent       an operation under way: written before its first change, removed after its last
 //!  .files/       what the driver keeps: copies of firmware variables and of TPMs' states
 //! ```
@@ -13,6 +14,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
@@ -20,6 +22,7 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::checkpoint::CheckpointDef;
 use virt_model::driver::StoredFile;
+use virt_model::driver::block_jobs::{BlockJob, BlockStage};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::{Element, Limits, shorten};
 
@@ -52,8 +55,19 @@ pub(crate) struct Loaded {
     pub checkpoints: Vec<CheckpointDef>,
     /// What was cut off.
     pub intent: Option<Intent>,
+    /// Block jobs that had begun and not ended, by their disks.
+    pub block_jobs: BTreeMap<String, BlockRecord>,
     /// Why it is not known what there is, if so: nothing is then done to the machine's images.
     pub broken: Option<String>,
+}
+
+/// A block job under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct BlockRecord {
+    pub job: BlockJob,
+    /// Who has asked for it.
+    pub uid: u32,
+    pub stage: BlockStage,
 }
 
 /// An operation under way.
@@ -137,9 +151,13 @@ impl Store {
             Ok(intent) => (intent, None),
             Err(e) => (None, Some(format!("an operation on its snapshots that was cut off cannot be finished: {e}"))),
         };
-        let broken = no_intent.or(no_current);
+        let (block_jobs, no_jobs) = match read_if_there(&folder.join(".jobs")) {
+            Ok(jobs) => (jobs.unwrap_or_default(), None),
+            Err(e) => (BTreeMap::new(), Some(format!("block jobs of it cannot be taken up again: {e}"))),
+        };
+        let broken = no_intent.or(no_current).or(no_jobs);
         broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
-        Ok(Loaded { records, current, checkpoints, intent, broken })
+        Ok(Loaded { records, current, checkpoints, intent, block_jobs, broken })
     }
 
     /// Removes what is left of snapshots that were being forgotten.
@@ -232,6 +250,16 @@ impl Store {
     pub fn save_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
         self.make_snapshots(uuid)?;
         replace_json(&self.snapshots(uuid).join(".intent"), intent)
+    }
+
+    /// Keeps which block jobs are under way.
+    pub fn save_block_jobs(&self, uuid: Uuid, jobs: &BTreeMap<String, BlockRecord>) -> Result<()> {
+        let file = self.snapshots(uuid).join(".jobs");
+        if jobs.is_empty() {
+            return unlink(&file).map(drop);
+        }
+        self.make_snapshots(uuid)?;
+        replace_json(&file, jobs)
     }
 
     /// It is done, or undone. To be followed by [`Store::sync_snapshots`].

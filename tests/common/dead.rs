@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 25] = [
+pub const MEMBERS: [&str; 29] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -73,6 +73,10 @@ pub const MEMBERS: [&str; 25] = [
     "Domain.CreateSnapshot",
     "Domain.AttachDevice",
     "Domain.ChangeMedium",
+    "Domain.BlockResize",
+    "Domain.BlockPull",
+    "Domain.BlockCommit",
+    "Domain.BlockCopy",
     "Domain.UpdateDevice",
     "Domain.Undefine",
     "Domain.CheckUndefine",
@@ -173,6 +177,13 @@ impl Doomed {
                 domain.call(method, &(disk, none())).await
             }
             "Domain.BlockInfo" => domain.call(method, &"vda").await,
+            "Domain.BlockResize" => domain.call(method, &("vda", 1u64 << 30, none())).await,
+            "Domain.BlockPull" => domain.call(method, &("vda", "", none())).await,
+            "Domain.BlockCommit" => domain.call(method, &("vda", "", "", none())).await,
+            "Domain.BlockCopy" => {
+                let copy = format!("<disk type='file'><source file='{}'/></disk>", file("copy.img"));
+                domain.call(method, &("vda", copy, none())).await
+            }
             "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
             "Domain.UpdateDevice" => {
                 let medium = format!(

@@ -7,6 +7,8 @@ mod adjusted;
 mod checkpoints;
 mod console;
 mod dead_storage;
+mod disks_cut_off;
+mod disks_moved;
 mod dumped;
 mod hostile_images;
 mod hotplug;

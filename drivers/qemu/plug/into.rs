@@ -59,7 +59,7 @@ impl QemuDriver {
                 if !matches!(error, DriverError::TimedOut(_)) {
                     leave_what_stays(body, before, def).await;
                 }
-                self.give_back(body, def, files).await;
+                self.give_back(body, def, files.into_iter().map(|file| file.path).collect()).await;
                 return Err(refused(alias, error));
             }
         };

@@ -42,7 +42,7 @@ impl QemuDriver {
     }
 
     /// Gives back files that nothing else in `rest` needs. A file system that does not answer keeps them lent until the end.
-    pub(super) async fn give_back(&self, body: &Body, rest: &DomainDef, files: Vec<HostFile>) {
+    pub(in crate::qemu) async fn give_back(&self, body: &Body, rest: &DomainDef, files: Vec<PathBuf>) {
         let Some(ledger) = self.0.privileges.ledger().cloned() else { return };
         let caps = self.learnt_for(rest).await;
         let own = body.leavings.own_dir();
@@ -53,8 +53,7 @@ impl QemuDriver {
         };
         let beside = needed.companions.iter().flat_map(|companion| &companion.files);
         let needed: BTreeSet<PathBuf> = needed.files.iter().chain(beside).map(|file| file.path.clone()).collect();
-        let free: Vec<PathBuf> =
-            files.into_iter().map(|file| file.path).filter(|path| !needed.contains(path)).collect();
+        let free: Vec<PathBuf> = files.into_iter().filter(|path| !needed.contains(path)).collect();
         let Some(first) = free.first() else { return };
         let (errand, guest) = (Errand::new(rest.uuid, first.display().to_string()), rest.uuid);
         let given = self.0.workers.run(errand, move |_| {

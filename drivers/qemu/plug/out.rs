@@ -82,7 +82,7 @@ impl QemuDriver {
             def.without_devices(|_, element| virt_model::domain::one_device::alias_of(element) == Some(alias))
         {
             body.has_agent_of(&rest);
-            self.give_back(body, &rest, part.files).await;
+            self.give_back(body, &rest, part.files.into_iter().map(|file| file.path).collect()).await;
         }
     }
 }

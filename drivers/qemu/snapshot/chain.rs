@@ -162,7 +162,10 @@ impl Operation {
         let jobs = body.patiently("query-block-jobs", json!({})).await?;
         let at_work = jobs.as_array().into_iter().flatten().filter(|job| job["status"] != "concluded");
         let names = at_work.filter_map(|job| job["device"].as_str());
-        match names.into_iter().find(|name| !name.starts_with(OWN_JOB)) {
+        // Block jobs of ours are refused by name before that, as far as they are of the same disk.
+        let others =
+            names.filter(|name| !name.starts_with(OWN_JOB) && !name.starts_with(crate::qemu::report::BLOCK_JOB));
+        match others.into_iter().next() {
             Some(other) => Err(DriverError::Refused(format!("the job '{other}' works on a disk; wait for its end"))),
             None => Ok(()),
         }

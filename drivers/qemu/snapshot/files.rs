@@ -6,11 +6,11 @@ use super::note::{Part, Record};
 use super::survey::Survey;
 use super::{Operation, cannot};
 use crate::host::files::{Seen, What, open_plain};
-use crate::host::resolve::{Found, Place};
+use crate::host::resolve::Place;
 use rustix::fs::FileType;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, fchown};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -205,17 +205,9 @@ pub fn finished(part: &Path, path: &Path, wary: bool) -> Result<u64, DriverError
     done().map_err(|e: io::Error| stored(path, &e))
 }
 
-/// An empty file, where nothing is, or an empty file. Its owner is whose the base is, and not QEMU's user: what an image
-/// names to stand on counts as chosen by its owner.
+/// An empty file, where nothing is, or an empty file. Its owner is whose the base is.
 pub fn make_empty(path: &Path, base: &Path, wary: bool) -> Result<(), DriverError> {
-    let made = make::new_file(path, wary).and_then(|file| match wary {
-        true => {
-            let base = Found::resolve(base)?.stat;
-            fchown(&file, Some(base.st_uid), Some(base.st_gid))
-        }
-        false => Ok(()),
-    });
-    match made {
+    match make::image_beside(path, base, wary) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_empty(path, wary) => Ok(()),
         made => made.map_err(|e| stored(path, &e)),
     }

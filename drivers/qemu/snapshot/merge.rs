@@ -179,19 +179,8 @@ impl Operation {
                 noted(deed, journal).await?;
                 body.patiently("stop", json!({})).await?;
             }
-            // What the guest wrote last goes over now.
             let line = body.line()?;
-            loop {
-                let jobs = line.patiently("query-block-jobs", json!({})).await?;
-                let found = jobs.as_array().into_iter().flatten().find(|job| job["device"] == id);
-                if found.is_none_or(|job| job["offset"] == job["len"]) {
-                    break;
-                }
-                tokio::task::yield_now().await;
-            }
-            note_synced(merge, deed, journal).await?;
-            line.patiently("block-job-complete", json!({ "device": id })).await?;
-            let ended = line.ended(id).await?;
+            let ended = line.change_over(id, async || note_synced(merge, deed, journal).await).await?;
             line.dismiss(id).await;
             ended.map_err(|why| not_merged(merge, &why))?;
             // The guest stands on the base, whatever else may fail.

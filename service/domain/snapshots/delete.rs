@@ -90,6 +90,7 @@ impl Domain {
     /// What the deletion of all these with their data would do, in this order, and all that it would be refused for.
     pub(in crate::domain) async fn plan_deletes(&self, names: &[String]) -> Result<(Vec<FileChange>, Vec<Error>)> {
         let (mut files, mut refusals) = (Vec::new(), Vec::new());
+        refusals.extend(self.disks_are_idle(None).err());
         let machine = self.machine().await?;
         for one in names {
             match self.plan_one(one, names, &machine).await {
@@ -354,25 +355,13 @@ fn replace_in(def: &mut DomainDef, replaced: &[Replaced]) {
     for one in replaced {
         for disk in def.devices.disks.iter_mut().filter(|disk| disk.target.dev == one.target) {
             if disk.path().map(Path::new) == Some(&one.gone) {
-                // The image below takes its place, with all that is below that.
-                match disk.backing.take() {
-                    Some(below) if below.source.is_some() => {
-                        let format = below.format.as_ref().map(|format| format.name.clone());
-                        let cache = below.format.as_ref().and_then(|format| format.metadata_cache.clone());
-                        disk.kind = below.kind;
-                        disk.source = below.source;
-                        disk.backing = below.backing;
-                        let driver = disk.driver.get_or_insert_default();
-                        driver.format = format;
-                        driver.metadata_cache = cache.or(driver.metadata_cache.take());
+                if !disk.give_way() {
+                    disk.backing = None;
+                    if let Some(source) = &mut disk.source {
+                        source.file = Some(one.by.to_string_lossy().into_owned());
                     }
-                    _ => {
-                        if let Some(source) = &mut disk.source {
-                            source.file = Some(one.by.to_string_lossy().into_owned());
-                        }
-                        if let Some(format) = &one.format {
-                            disk.driver.get_or_insert_default().format = Some(format.clone());
-                        }
+                    if let Some(format) = &one.format {
+                        disk.driver.get_or_insert_default().format = Some(format.clone());
                     }
                 }
                 continue;

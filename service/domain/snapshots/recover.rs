@@ -24,6 +24,7 @@ impl Domain {
     /// What it waits for may never answer. Whoever is asked to give up the turn does not wait on then: the work goes on by
     /// itself, and the turn is not free before that has ended.
     pub(crate) async fn finish_interrupted(self: &Arc<Self>) -> Result<()> {
+        self.looks_after_block_jobs().await?;
         let Some(intent) = self.open_intent() else { return Ok(()) };
         let what = what_is(&intent.deed);
         let nobody = || Error::Internal(format!("{what} is finished only by who has the turn"));
@@ -87,8 +88,8 @@ impl Domain {
     }
 
     /// Whether nothing is to be finished first.
-    pub(super) fn is_whole(&self) -> bool {
-        self.open_intent().is_none()
+    pub(in crate::domain) fn is_whole(&self) -> bool {
+        self.open_intent().is_none() && lock(&self.state).block_jobs.values().all(|entry| entry.follower.is_some())
     }
 
     pub(in crate::domain) fn open_intent(&self) -> Option<Intent> {

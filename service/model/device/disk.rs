@@ -191,6 +191,45 @@ impl Disk {
         driver.metadata_cache = driver.metadata_cache.take().filter(|_| format == "qcow2");
     }
 
+    /// The image below takes its place, with all that is below that. `false`: nothing that is told is below it.
+    pub fn give_way(&mut self) -> bool {
+        let Some(below) = self.backing.take_if(|below| below.source.is_some()) else { return false };
+        let format = below.format.as_ref().map(|format| format.name.clone());
+        let cache = below.format.as_ref().and_then(|format| format.metadata_cache.clone());
+        self.kind = below.kind;
+        self.source = below.source;
+        self.backing = below.backing;
+        let driver = self.driver.get_or_insert_default();
+        driver.format = format;
+        driver.metadata_cache = cache.or(driver.metadata_cache.take());
+        true
+    }
+
+    /// So many of the layers below it are no more, from that one on; 1 is the first below its own image.
+    pub fn lose_layers(&mut self, first: usize, count: usize) {
+        let mut place = &mut self.backing;
+        for _ in 1..first {
+            let Some(store) = place else { return };
+            place = &mut store.backing;
+        }
+        for _ in 0..count {
+            let Some(gone) = place.take() else { return };
+            *place = gone.backing;
+        }
+    }
+
+    /// Has it stand on what another disk stands on.
+    pub fn take_images_of(&mut self, other: &Disk) {
+        (self.kind, self.source, self.backing) = (other.kind, other.source.clone(), other.backing.clone());
+        let (format, cache) = other
+            .driver
+            .as_ref()
+            .map(|driver| (driver.format.clone(), driver.metadata_cache.clone()))
+            .unwrap_or_default();
+        let driver = self.driver.get_or_insert_default();
+        (driver.format, driver.metadata_cache) = (format, cache);
+    }
+
     /// The image format the document gives.
     pub fn format(&self) -> Option<&str> {
         self.driver.as_ref()?.format.as_deref()

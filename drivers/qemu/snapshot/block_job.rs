@@ -1,0 +1,535 @@
+//! Block jobs: QEMU copies, merges or fills up the images of one disk while the guest runs. What all of them end with is the same:
+//! the guest stands for a moment, until both what the disk stood on and what it is to stand on hold the same, that is written down, and
+//! QEMU changes over. So whatever is killed, one of the two is right, and the record says which.
+//!
+//! ```text
+//!  pull    block-stream        pending ─▶ job-finalize
+//!  commit  block-commit        pending ─▶ job-finalize, or, of what the guest writes, ready ─▶ block-job-complete
+//!  copy    blockdev-mirror     ready ─▶ block-job-complete
+//! ```
+//!
+//! QEMU keeps a job until it is finalized or completed, so that another virtd finds it; which images the disk stands on tells how it
+//! ended.
+
+use super::super::instance::Body;
+use super::super::{QemuDriver, command, make, media, our_body};
+use super::chain::Chains;
+use super::files::stored;
+use super::{Operation, cannot};
+use crate::host::files::{Seen, What};
+use crate::host::image::LentFromAfar;
+use crate::qemu::block::Nodes;
+use crate::qemu::monitor::{JobStatus, Monitor};
+use crate::qemu::report::BLOCK_JOB;
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::sync::Arc;
+use virt_model::device::Disk;
+use virt_model::driver::block_jobs::{
+    BlockJob, BlockJobs, BlockNotes, BlockStage, BlockStanding, BlockWork, Held, ImageLayer,
+};
+use virt_model::driver::snapshots::Machine;
+use virt_model::driver::{DriverError, Instance};
+
+fn id_of(job: &BlockJob) -> String {
+    format!("{BLOCK_JOB}{}", job.target)
+}
+
+#[async_trait]
+impl BlockJobs for QemuDriver {
+    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<(), DriverError> {
+        self.operation(machine).await?.check_block_job(job).await
+    }
+
+    async fn begin_block_job(
+        &self,
+        machine: &Machine,
+        job: &BlockJob,
+        notes: &dyn BlockNotes,
+    ) -> Result<Held, DriverError> {
+        let operation = self.operation(machine).await?;
+        let held = operation.lend_for(job).await?;
+        let nodes = match &job.work {
+            BlockWork::Copy { to, makes, .. } => {
+                if *makes {
+                    operation.make_copy(job, to, notes).await?;
+                }
+                let disk = operation.disk_after(job)?;
+                let caps = self.learnt_for(&machine.def).await;
+                let name = Nodes::of(operation.body()?).await?.free_name(&job.target);
+                let medium = command::medium(&machine.def, &caps, &disk, &name);
+                medium.map(|medium| medium.nodes).unwrap_or_default().into_iter().filter(is_image).collect()
+            }
+            _ => Vec::new(),
+        };
+        operation.begin_block_job(job, nodes, notes).await?;
+        Ok(held)
+    }
+
+    async fn take_up_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<Held, DriverError> {
+        self.operation(machine).await?.lend_for(job).await
+    }
+
+    async fn follow_block_job(
+        &self,
+        guest: &dyn Instance,
+        job: &BlockJob,
+        ready: bool,
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+    ) -> Result<BlockStanding, DriverError> {
+        our_body(guest)?.line()?.follow(&id_of(job), ready, progress).await
+    }
+
+    async fn conclude_block_job(
+        &self,
+        machine: &Machine,
+        job: &BlockJob,
+        notes: &dyn BlockNotes,
+    ) -> Result<(), DriverError> {
+        self.operation(machine).await?.conclude_block_job(job, notes).await
+    }
+
+    async fn cancel_block_job(&self, guest: &dyn Instance, job: &BlockJob) -> Result<(), DriverError> {
+        our_body(guest)?.line()?.give_up(&id_of(job)).await;
+        Ok(())
+    }
+
+    async fn settle_block_job(&self, machine: &Machine, job: &BlockJob, same: bool) -> Result<bool, DriverError> {
+        self.operation(machine).await?.settle_block_job(job, same).await
+    }
+
+    async fn clean_up_block_job(
+        &self,
+        machine: &Machine,
+        job: &BlockJob,
+        done: bool,
+        made: bool,
+        remove: Vec<PathBuf>,
+    ) {
+        let cleaned = async {
+            let operation = self.operation(machine).await?;
+            let closed = operation.close_unused(job, done).await;
+            if let (Some(body), Ok(unused)) = (&operation.body, &closed) {
+                self.give_back(body, &machine.def, unused.clone()).await;
+            }
+            // Whoever still has one of them open is not harmed.
+            operation.remove_unused(job, done, made, remove).await;
+            match closed {
+                Err(DriverError::Gone) => Ok(()),
+                closed => closed.map(drop),
+            }
+        };
+        if let Err(error) = cleaned.await {
+            tracing::warn!(uuid = %machine.def.uuid, target = job.target, %error, "something of a block job is still there");
+        }
+    }
+
+    async fn resize_disk(&self, machine: &Machine, target: &str, size: u64, shrink: bool) -> Result<(), DriverError> {
+        self.operation(machine).await?.resize_disk(target, size, shrink).await
+    }
+}
+
+/// Whether a node reads an image, and is none of those that stand above it: they stay.
+fn is_image(node: &Value) -> bool {
+    let name = node["node-name"].as_str().unwrap_or_default();
+    name.ends_with("-storage") || name.ends_with("-format")
+}
+
+impl Operation {
+    fn body(&self) -> Result<&Arc<Body>, DriverError> {
+        self.body.as_ref().ok_or(DriverError::Gone)
+    }
+
+    fn disk(&self, target: &str) -> Result<&Disk, DriverError> {
+        let found = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == target);
+        found.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))
+    }
+
+    /// The disk as it is to be, for the node that its copy is written by.
+    fn disk_after(&self, job: &BlockJob) -> Result<Disk, DriverError> {
+        let mut disk = self.disk(&job.target)?.clone();
+        job.apply_to(&mut disk);
+        Ok(disk)
+    }
+
+    /// Refuses what would lose something, or what QEMU has not open as it is recorded.
+    async fn check_block_job(&self, job: &BlockJob) -> Result<(), DriverError> {
+        let body = self.body()?;
+        self.nobody_else_works().await?;
+        let nodes = Nodes::of(body).await?;
+        for layer in &job.chain {
+            self.node_of(&nodes, job, layer)?;
+        }
+        let target = &job.target;
+        let touched: Vec<&ImageLayer> = match &job.work {
+            BlockWork::Pull { .. } => job.chain.iter().take(1).collect(),
+            BlockWork::Commit { .. } => job.left().iter().collect(),
+            BlockWork::Copy { .. } => Vec::new(),
+        };
+        for layer in touched {
+            let node = nodes.image(&layer.path, &layer.format);
+            if let Some(inner) = node.and_then(|node| node.snapshots.first()) {
+                return Err(DriverError::Refused(format!(
+                    "disk '{target}': {} holds the snapshot '{}', which would be lost; delete it first",
+                    layer.path.display(),
+                    inner.name
+                )));
+            }
+        }
+        // Only what stays the guest's own image keeps them.
+        let loses: &[ImageLayer] = if matches!(job.work, BlockWork::Pull { .. }) { &[] } else { job.left() };
+        for layer in loses {
+            if let Some(bitmap) = nodes.image(&layer.path, &layer.format).and_then(|node| node.bitmaps.first()) {
+                return Err(DriverError::Refused(format!(
+                    "disk '{target}': {} holds the dirty bitmap '{bitmap}' of a checkpoint, which would not be true any more; \
+                     delete it first",
+                    layer.path.display()
+                )));
+            }
+        }
+        match &job.work {
+            BlockWork::Pull { .. } if job.chain[0].format != "qcow2" && job.chain[0].format != "qed" => {
+                Err(cannot(format!("disk '{target}': an image in {} stands on nothing", job.chain[0].format)))
+            }
+            BlockWork::Copy { to, block, makes } => self.check_copy(job, to, *block, *makes, &nodes).await,
+            _ => Ok(()),
+        }
+    }
+
+    async fn check_copy(
+        &self,
+        job: &BlockJob,
+        to: &ImageLayer,
+        block: bool,
+        makes: bool,
+        nodes: &Nodes,
+    ) -> Result<(), DriverError> {
+        let (target, shown) = (&job.target, to.path.display());
+        let there = self.survey([to.path.clone()]).await?.at(&to.path);
+        let is_one = match there.what {
+            What::Block => block,
+            What::Plain => !block,
+            _ => false,
+        };
+        if makes {
+            return match there.named {
+                true => Err(DriverError::Refused(format!(
+                    "disk '{target}': {shown} is there already; choose another file, or reuse-external"
+                ))),
+                false if block => Err(cannot(format!("disk '{target}': there is no block device {shown}"))),
+                false if !there.has_folder => {
+                    Err(cannot(format!("disk '{target}': {shown} would be in a folder that is not there")))
+                }
+                false => Ok(()),
+            };
+        }
+        if !is_one {
+            let what = if block { "block device" } else { "file" };
+            return Err(cannot(format!("disk '{target}': {shown} is no {what} to be copied into")));
+        }
+        let (image, format) = (to.path.clone(), to.format.clone());
+        let told = self.with_lent(vec![(image.clone(), false)], move |images| images.info(&image, &format)).await?;
+        let size = self.node_of(nodes, job, &job.chain[0])?.virtual_size;
+        if told.full_backing_filename.is_some() {
+            return Err(DriverError::Refused(format!(
+                "disk '{target}': {shown} stands on another image, and a copy stands on none"
+            )));
+        }
+        match told.virtual_size == size {
+            true => Ok(()),
+            false => Err(DriverError::Refused(format!(
+                "disk '{target}': {shown} has {} bytes, and the disk has {size}; a copy has the same size",
+                told.virtual_size
+            ))),
+        }
+    }
+
+    /// The node that reads a layer.
+    fn node_of<'a>(
+        &self,
+        nodes: &'a Nodes,
+        job: &BlockJob,
+        layer: &ImageLayer,
+    ) -> Result<&'a crate::qemu::block::Node, DriverError> {
+        nodes.image(&layer.path, &layer.format).ok_or_else(|| {
+            let (target, path, format) = (&job.target, layer.path.display(), &layer.format);
+            DriverError::Refused(format!("disk '{target}': the running guest does not have {path} open as {format}"))
+        })
+    }
+
+    /// What the guest may write for a while, or from now on.
+    async fn lend_for(&self, job: &BlockJob) -> Result<Held, DriverError> {
+        let mut files: Vec<PathBuf> = Vec::new();
+        if let BlockWork::Commit { top, base, .. } = &job.work {
+            files.push(job.chain[*base].path.clone());
+            // The header of what stands on them says on what it stands then.
+            files.extend(top.checked_sub(1).map(|above| job.chain[above].path.clone()));
+        }
+        let Some(what) = files.first().cloned() else { return Ok(Held::default()) };
+        let files: Vec<(PathBuf, bool)> = files.into_iter().map(|file| (file, true)).collect();
+        let lent = self.with_images(&what, move |images| images.lend_with_guest(&files)).await?;
+        Ok(Held(Some(Box::new(LentFromAfar::from(lent)))))
+    }
+
+    /// An image of the disk's size, in a file that nothing was before.
+    async fn make_copy(&self, job: &BlockJob, to: &ImageLayer, notes: &dyn BlockNotes) -> Result<(), DriverError> {
+        let nodes = Nodes::of(self.body()?).await?;
+        let size = self.node_of(&nodes, job, &job.chain[0])?.virtual_size;
+        let (path, owned_as) = (to.path.clone(), job.chain[0].path.clone());
+        self.with_images(&to.path, move |images| {
+            make::image_beside(&path, &owned_as, images.lender.is_wary()).map_err(|e| stored(&path, &e))
+        })
+        .await?;
+        notes.step("empty");
+        notes.keep(BlockStage { made: true, ..notes.stage() }).await?;
+        let to = to.clone();
+        self.with_lent(vec![(to.path.clone(), true)], move |images| images.create(&to.path, &to.format, size)).await?;
+        notes.step("made");
+        Ok(())
+    }
+
+    async fn begin_block_job(
+        &self,
+        job: &BlockJob,
+        added: Vec<Value>,
+        notes: &dyn BlockNotes,
+    ) -> Result<(), DriverError> {
+        let body = self.body()?;
+        let (line, nodes, id) = (body.line()?, Nodes::of(body).await?, id_of(job));
+        let node = |place: usize| Ok::<_, DriverError>(self.node_of(&nodes, job, &job.chain[place])?.name.clone());
+        let mut arguments = json!({ "auto-dismiss": false, "device": node(0)? });
+        if job.bandwidth > 0 {
+            arguments["speed"] = json!(job.bandwidth);
+        }
+        let command = match &job.work {
+            BlockWork::Pull { base } => {
+                arguments["auto-finalize"] = json!(false);
+                // QEMU 7.2 ends over a question after its nodes while one that has concluded is not dismissed.
+                arguments["auto-dismiss"] = json!(true);
+                if let Some(base) = base {
+                    arguments["base-node"] = json!(node(*base)?);
+                    arguments["backing-file"] = json!(job.chain[*base].path);
+                }
+                "block-stream"
+            }
+            BlockWork::Commit { top, base, .. } => {
+                arguments["base-node"] = json!(node(*base)?);
+                if *top > 0 {
+                    arguments["auto-finalize"] = json!(false);
+                    arguments["top-node"] = json!(node(*top)?);
+                    arguments["backing-file"] = json!(job.chain[*base].path);
+                }
+                "block-commit"
+            }
+            BlockWork::Copy { to, .. } => {
+                let files = vec![(to.path.clone(), true)];
+                self.with_images(&to.path, move |images| images.lend_to_guest(&files)).await?;
+                for node in &added {
+                    body.patiently("blockdev-add", node.clone()).await?;
+                }
+                notes.step("open");
+                let format = added.iter().filter_map(|node| node["node-name"].as_str());
+                arguments["target"] = json!(format.into_iter().find(|name| name.ends_with("-format")));
+                arguments["sync"] = json!("full");
+                "blockdev-mirror"
+            }
+        };
+        line.begin(command, &id, arguments).await?;
+        notes.step("begun");
+        Ok(())
+    }
+
+    /// Changes over while the guest stands.
+    async fn conclude_block_job(&self, job: &BlockJob, notes: &dyn BlockNotes) -> Result<(), DriverError> {
+        let body = self.body()?;
+        let (runs, line, id) = (self.machine.running, body.line()?, id_of(job));
+        // Of a guest that another virtd has had stand for it, it is told that it goes on.
+        let resume = runs || notes.stage().resume;
+        body.reporter.be_quiet(runs);
+        let changed = async {
+            notes.keep(BlockStage { resume, ..notes.stage() }).await?;
+            // What was written is in the images then, also of a guest that stands already.
+            body.patiently("stop", json!({})).await?;
+            notes.step("stopped");
+            let same = async || notes.keep(BlockStage { same: true, ..notes.stage() }).await;
+            let ended = match job.waits_to_be_finished() {
+                true => line.change_over(&id, same).await?,
+                false => {
+                    same().await?;
+                    line.patiently("job-finalize", json!({ "id": id })).await?;
+                    line.ended(&id).await?
+                }
+            };
+            notes.step("changed over");
+            ended.map_err(|why| DriverError::Storage(format!("disk '{}': {why}", job.target)))
+        };
+        let changed = changed.await;
+        if !matches!(changed, Ok(()) | Err(DriverError::Gone)) {
+            // It goes on with what it has, and that is what counts again.
+            let _ = notes.keep(BlockStage { same: false, ..notes.stage() }).await;
+        }
+        let resumed = if resume { body.patiently("cont", json!({})).await.map(drop) } else { Ok(()) };
+        body.reporter.be_quiet(false);
+        let noted = match resumed {
+            Ok(()) => notes.keep(BlockStage { resume: false, ..notes.stage() }).await,
+            Err(_) => Ok(()),
+        };
+        changed.and(resumed).and(noted)
+    }
+
+    /// Whether the disk stands on what it was to stand on.
+    async fn settle_block_job(&self, job: &BlockJob, same: bool) -> Result<bool, DriverError> {
+        if let Some(body) = &self.body {
+            match self.settle_live(body, job).await {
+                Err(DriverError::Gone) if body.is_gone_soon().await => {}
+                settled => return settled,
+            }
+        }
+        if !same {
+            return Ok(false);
+        }
+        let (overlay, base) = match &job.work {
+            BlockWork::Pull { base } => (&job.chain[0], base.map(|base| &job.chain[base])),
+            BlockWork::Commit { top, base, .. } if *top > 0 => (&job.chain[top - 1], Some(&job.chain[*base])),
+            _ => return Ok(true),
+        };
+        let (overlay, base) = (overlay.clone(), base.cloned());
+        self.with_lent(vec![(overlay.path.clone(), true)], move |images| match base {
+            Some(base) => images.rebase(&overlay.path, &overlay.format, &base.path, &base.format),
+            None => images.stand_alone(&overlay.path, &overlay.format),
+        })
+        .await?;
+        Ok(true)
+    }
+
+    async fn settle_live(&self, body: &Arc<Body>, job: &BlockJob) -> Result<bool, DriverError> {
+        let (line, id) = (body.line()?, id_of(job));
+        if matches!(line.standing(&id, None).await?, JobStatus::Running | JobStatus::Ready) {
+            line.give_up(&id).await;
+        }
+        let chains = Chains::ask(&line).await?;
+        let left: Vec<PathBuf> = job.left().iter().take(1).map(|layer| layer.path.clone()).collect();
+        Ok(self.in_chains(&chains, &left).await?.is_empty())
+    }
+
+    /// Has the guest's QEMU close what it does not need any more; these files.
+    async fn close_unused(&self, job: &BlockJob, done: bool) -> Result<Vec<PathBuf>, DriverError> {
+        let unused: Vec<PathBuf> = match &job.work {
+            _ if done => job.left().iter().map(|layer| layer.path.clone()).collect(),
+            BlockWork::Copy { to, .. } => vec![to.path.clone()],
+            _ => Vec::new(),
+        };
+        let Some(body) = &self.body else { return Ok(unused) };
+        let prefix = format!("{}-", job.target);
+        let nodes = Nodes::of(body).await?.0.into_iter();
+        let ours = nodes.filter(|node| node.name.starts_with(&prefix) && unused.contains(&node.file));
+        media::close(body, ours.map(|node| node.name).collect()).await;
+        if let (true, BlockWork::Commit { top: 0, base, .. }) = (done, &job.work) {
+            // It is what the guest writes from now on.
+            let files = vec![(job.chain[*base].path.clone(), true)];
+            let what = job.chain[*base].path.clone();
+            self.with_images(&what, move |images| images.lend_to_guest(&files)).await?;
+        }
+        body.line()?.dismiss(&id_of(job)).await;
+        Ok(unused)
+    }
+
+    async fn remove_unused(&self, job: &BlockJob, done: bool, made: bool, mut remove: Vec<PathBuf>) {
+        if let (false, BlockWork::Copy { to, makes: true, .. }) = (done, &job.work) {
+            // One that was cut off before it could be said that it is made is empty.
+            let path = to.path.clone();
+            let empty = self.with_images(&to.path, move |_| {
+                let there = Seen::at(&path);
+                Ok(there.what == What::Plain && there.length == 0)
+            });
+            if made || empty.await.unwrap_or(false) {
+                remove.push(to.path.clone());
+            }
+        }
+        self.remove_files(remove).await;
+    }
+
+    async fn resize_disk(&self, target: &str, size: u64, shrink: bool) -> Result<(), DriverError> {
+        let disk = self.disk(target)?;
+        let format = disk.meant_format();
+        if !matches!(format, "raw" | "qcow2" | "qed") {
+            return Err(DriverError::Unsupported(format!("disk '{target}': an image in {format} has one size")));
+        }
+        if matches!(disk.kind(), virt_model::device::disk::DiskKind::Block) && format == "raw" {
+            let path = disk.path().unwrap_or_default();
+            return Err(DriverError::Unsupported(format!(
+                "disk '{target}': {path} is a device of the host's, of one size"
+            )));
+        }
+        let smaller = |now: u64| {
+            DriverError::Argument(format!(
+                "disk '{target}' has {now} bytes, and would lose what is at its end: give 'shrink' if that is meant"
+            ))
+        };
+        let Some(body) = &self.body else { return self.resize_image(disk, size, shrink, smaller).await };
+        let now = Nodes::of(body).await?.of_disk(disk)?.virtual_size;
+        if size < now && !shrink {
+            return Err(smaller(now));
+        }
+        let told = body.patiently("query-block", json!({})).await?;
+        let mut drives = told.as_array().into_iter().flatten();
+        // What stands above the image learns of it so, too.
+        let top = drives.find(|drive| is_drive_of(drive, disk)).map(|drive| drive["inserted"]["node-name"].clone());
+        let top = top.ok_or_else(|| DriverError::Refused(format!("the running guest has no drive '{target}'")))?;
+        body.patiently("block_resize", json!({ "node-name": top, "size": size })).await.map(drop)
+    }
+
+    async fn resize_image(
+        &self,
+        disk: &Disk,
+        size: u64,
+        shrink: bool,
+        smaller: impl Fn(u64) -> DriverError,
+    ) -> Result<(), DriverError> {
+        let chain: Vec<(PathBuf, String)> = disk
+            .chain()
+            .filter_map(|layer| Some((PathBuf::from(layer.path?), layer.format.unwrap_or("raw").to_owned())))
+            .collect();
+        let files = chain.iter().enumerate().map(|(place, (path, _))| (path.clone(), place == 0)).collect();
+        let (path, format) = chain[0].clone();
+        let now = self.with_lent(vec![(path.clone(), false)], move |images| images.info(&path, &format)).await?;
+        if size < now.virtual_size && !shrink {
+            return Err(smaller(now.virtual_size));
+        }
+        self.with_lent(files, move |images| images.resize(&chain, size, shrink)).await
+    }
+}
+
+/// Whether what QEMU tells of a drive is of that disk.
+fn is_drive_of(drive: &Value, disk: &Disk) -> bool {
+    let alias = disk.info.alias().unwrap_or_default();
+    let device = drive["qdev"].as_str().unwrap_or_default();
+    let inside = device.strip_prefix("/machine/peripheral/").and_then(|rest| rest.split('/').next());
+    !alias.is_empty() && (device == alias || inside == Some(alias))
+}
+
+impl Monitor {
+    /// Waits until a job is ready to be concluded, or, if it has been `ready`, until it is so no more.
+    async fn follow(
+        &self,
+        id: &str,
+        ready: bool,
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+    ) -> Result<BlockStanding, DriverError> {
+        loop {
+            let before = self.jobs_heard();
+            let (standing, done, total) = self.progress_of(id).await?;
+            progress(done, total);
+            match standing {
+                JobStatus::Running if !ready => self.news_of_jobs(before, true).await,
+                // Nothing moves but what the guest writes: that is told by events alone.
+                JobStatus::Running | JobStatus::Ready if ready => self.news_of_jobs(before, false).await,
+                JobStatus::Running => {}
+                JobStatus::Ready => return Ok(BlockStanding::Ready),
+                JobStatus::Ended(ended) => return Ok(BlockStanding::Ended(ended.err())),
+                JobStatus::Absent => return Ok(BlockStanding::Ended(self.why_block_job_failed(id))),
+            }
+        }
+    }
+}

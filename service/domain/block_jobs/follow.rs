@@ -1,0 +1,297 @@
+//! A block job that has begun, to its end: followed without the turn, concluded or given up with it. What nobody follows, because
+//! virtd or the guest has ended, is taken up again or settled.
+
+use super::{BlockEntry, Creation, Domain};
+use crate::authz::Caller;
+use crate::domain::config::Update;
+use crate::domain::state::Guest;
+use crate::error::{Error, Result};
+use crate::fail_point;
+use crate::job::Job;
+use crate::lock::lock;
+use crate::turn::{GRACE, TurnGuard};
+use crate::verb::{self, Verb};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio_util::sync::CancellationToken;
+use virt_model::domain::DomainDef;
+use virt_model::driver::DriverError;
+use virt_model::driver::block_jobs::{BlockJob, BlockNotes as _, BlockStanding, Held};
+use virt_model::driver::snapshots::Machine;
+
+/// A block job that has begun.
+pub(super) struct Followed {
+    pub job: BlockJob,
+    /// What ran then.
+    pub live: Arc<DomainDef>,
+    pub guest: Guest,
+    pub held: Held,
+    pub _stay: Creation,
+}
+
+/// Why nobody goes on following.
+enum Seen {
+    /// It is to be concluded.
+    ToConclude,
+    Cancelled,
+    Ended(DriverError),
+}
+
+impl Domain {
+    /// Follows a block job to its end. One that is cancelled ends soon, whatever does not answer: then it is given up in the background.
+    pub(super) async fn follow_block_job(self: &Arc<Self>, followed: Followed, job: Arc<Job>) -> Result<()> {
+        job.outlives_virtd();
+        let what = self.of_disk(&followed.job);
+        let mut work = tokio::spawn(self.clone().follow_to_the_end(followed, job.clone()));
+        let given_up = async {
+            job.cancel_token().cancelled().await;
+            tokio::time::sleep(GRACE).await;
+            if !job.can_be_cancelled() {
+                std::future::pending::<()>().await;
+            }
+        };
+        tokio::select! {
+            done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
+            () = given_up => Err(Error::Cancelled(format!(
+                "{what} was cancelled, and its hypervisor or its storage does not answer: it is given up when it does, and nothing \
+                 else is done with that disk before"
+            ))),
+        }
+    }
+
+    async fn follow_to_the_end(self: Arc<Self>, followed: Followed, job: Arc<Job>) -> Result<()> {
+        let Followed { job: block, live, guest, held, _stay } = followed;
+        let seen = self.see_it_through(&block, &guest, &job).await;
+        let seen = match seen {
+            Seen::Cancelled => {
+                // The turn may be somebody else's for a while: what it costs ends now.
+                let cancelled = self.block_jobs()?.cancel_block_job(guest.instance.as_ref(), &block).await;
+                cancelled.err().filter(|e| !matches!(e, DriverError::Gone)).map_or(Seen::Cancelled, Seen::Ended)
+            }
+            seen => seen,
+        };
+        let _turn = self.turn_for_its_end(&block).await?;
+        let why = match seen {
+            Seen::ToConclude if job.cancel_token().is_cancelled() => DriverError::Cancelled,
+            Seen::ToConclude => {
+                job.past_return();
+                match self.conclude_block_job(&block).await {
+                    Ok(()) => DriverError::Internal("its images were not changed over".to_owned()),
+                    Err(error) => error,
+                }
+            }
+            Seen::Cancelled => DriverError::Cancelled,
+            Seen::Ended(error) => error,
+        };
+        let done = self.settle_block_job(&block, Some(live)).await;
+        drop(held);
+        self.all_told().await;
+        match done {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(match why {
+                DriverError::Cancelled => Error::Cancelled(format!("{} was cancelled", self.of_disk(&block))),
+                why => self.driver_failed(block.operation(), why),
+            }),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until there is something to be done about it.
+    async fn see_it_through(&self, block: &BlockJob, guest: &Guest, job: &Arc<Job>) -> Seen {
+        let driver = match self.driver.block_jobs() {
+            Some(driver) => driver,
+            None => return Seen::Ended(DriverError::Gone),
+        };
+        let cancel = job.cancel_token();
+        let progress = |done, total| job.progress(done, total);
+        let guest = guest.instance.as_ref();
+        let told = tokio::select! {
+            biased;
+            () = cancel.cancelled() => return Seen::Cancelled,
+            told = driver.follow_block_job(guest, block, false, &progress) => told,
+        };
+        match told {
+            Ok(BlockStanding::Ready) => {}
+            Ok(BlockStanding::Ended(why)) => return Seen::Ended(failure(why)),
+            Err(error) => return Seen::Ended(error),
+        }
+        let finishing = self.block_entry(&block.target).is_some_and(|entry| entry.record.stage.finishing);
+        if !block.waits_to_be_finished() || finishing {
+            return Seen::ToConclude;
+        }
+        if let Some(entry) = lock(&self.state).block_jobs.get_mut(&block.target) {
+            entry.ready = true;
+        }
+        self.changes_in_document();
+        job.ready();
+        tokio::select! {
+            biased;
+            () = cancel.cancelled() => Seen::Cancelled,
+            () = job.finish_token().cancelled() => Seen::ToConclude,
+            told = driver.follow_block_job(guest, block, true, &progress) => match told {
+                Ok(BlockStanding::Ended(why)) => Seen::Ended(failure(why)),
+                Ok(BlockStanding::Ready) => Seen::ToConclude,
+                Err(error) => Seen::Ended(error),
+            },
+        }
+    }
+
+    /// The turn, however long others have it.
+    async fn turn_for_its_end(&self, block: &BlockJob) -> Result<TurnGuard> {
+        let word = format!("the end of a {}", block.operation());
+        loop {
+            match self.take_turn(&word, &CancellationToken::new()).await {
+                Err(Error::Busy { .. }) => {}
+                turn => return turn,
+            }
+        }
+    }
+
+    async fn conclude_block_job(self: &Arc<Self>, block: &BlockJob) -> Result<(), DriverError> {
+        let notes = self.block_notes(&block.target);
+        if self.block_entry(&block.target).is_none() || self.guest().is_err() {
+            return Err(DriverError::Gone);
+        }
+        notes.keep(virt_model::driver::block_jobs::BlockStage { finishing: true, ..notes.stage() }).await?;
+        let machine = self.machine().await.map_err(|e| DriverError::Refused(e.to_string()))?;
+        let driver = self.driver.block_jobs().ok_or(DriverError::Gone)?;
+        driver.conclude_block_job(&machine, block, &*notes).await
+    }
+
+    /// Which images count is seen, the configurations follow, and what is of no use goes. `live`: what ran, if nothing is left of the
+    /// machine. Says whether the disk stands on what it was to stand on. For who has the turn; repeatable.
+    pub(super) async fn settle_block_job(
+        self: &Arc<Self>,
+        block: &BlockJob,
+        live: Option<Arc<DomainDef>>,
+    ) -> Result<bool> {
+        // Whoever had the turn before may have seen to it.
+        let Some(entry) = self.block_entry(&block.target) else {
+            return Err(Error::OperationInvalid(format!("{}: its guest has ended", self.of_disk(block))));
+        };
+        let stage = entry.record.stage;
+        let driver = self.block_jobs()?;
+        let machine = self.machine_or(live.clone()).await?;
+        let done = driver.settle_block_job(&machine, block, stage.same).await;
+        let done = done.map_err(|e| self.driver_failed(&format!("settle the {} of", block.operation()), e))?;
+        fail_point::reached();
+        if done {
+            self.configurations_follow(block).await?;
+            fail_point::reached();
+        }
+        if let (true, Ok(guest)) = (stage.resume, self.guest()) {
+            // It was stopped for this alone.
+            let resumed = guest.instance.resume().await;
+            resumed
+                .or_else(|e| if matches!(e, DriverError::Gone) { Ok(()) } else { Err(e) })
+                .map_err(|e| self.driver_failed("resume", e))?;
+        }
+        let remove = if done { self.to_be_removed(&Arc::new(block.clone())).await } else { Vec::new() };
+        let machine = self.machine_or(live).await?;
+        driver.clean_up_block_job(&machine, block, done, stage.made, remove).await;
+        fail_point::reached();
+        self.forget_block_job(&block.target).await?;
+        fail_point::reached();
+        Ok(done)
+    }
+
+    /// The machine; of one of which nothing is left what it was.
+    async fn machine_or(&self, live: Option<Arc<DomainDef>>) -> Result<Machine> {
+        match (self.machine().await, live) {
+            (Err(Error::NoSuchDomain { .. }), Some(def)) => {
+                Ok(Machine { def, guest: None, running: false, folder: PathBuf::new() })
+            }
+            (machine, _) => machine,
+        }
+    }
+
+    /// What runs and what is stored name what the disk stands on now.
+    async fn configurations_follow(&self, block: &BlockJob) -> Result<()> {
+        let (live, stored) = self.configurations()?;
+        let follow = |def: Option<Arc<DomainDef>>| {
+            let before = def?;
+            let mut declared = before.clone();
+            self.shared.images.declare(&mut declared);
+            let index = declared.devices.disks.iter().position(|disk| block.is_about(disk))?;
+            let mut disk = declared.devices.disks[index].clone();
+            block.apply_to(&mut disk);
+            let mut after = DomainDef::clone(&before);
+            after.devices.disks[index].take_images_of(&disk);
+            Some(Arc::new(after))
+        };
+        self.put_configurations(follow(live), follow(stored), Update::Part).await
+    }
+
+    /// Sees to block jobs that nobody follows: with the guest they are taken up again, without it they are settled. For who has the
+    /// turn, before anything that an image or a configuration in two minds would be the worse for.
+    pub(in crate::domain) async fn looks_after_block_jobs(self: &Arc<Self>) -> Result<()> {
+        let (entries, guest) = {
+            let state = lock(&self.state);
+            if state.block_jobs.is_empty() || state.sought.is_some() {
+                return Ok(());
+            }
+            (state.block_jobs.values().cloned().collect::<Vec<_>>(), state.guest.clone())
+        };
+        for entry in entries {
+            let block = entry.record.job.clone();
+            match &guest {
+                Some(guest) if entry.follower.is_none_or(|(_, of)| of != guest.id) => {
+                    self.take_up(entry, guest.clone()).await?;
+                }
+                Some(_) => {}
+                None => {
+                    let done = self.settle_block_job(&block, None).await?;
+                    let story =
+                        if done { "its disk stands on what it was to stand on" } else { "its disk is as before" };
+                    tracing::warn!(uuid = %self.uuid, name = self.name(), "{} was cut off: {story}", self.of_disk(&block));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The guest is there, and its block job, as far as it has come: it is a job again.
+    async fn take_up(self: &Arc<Self>, entry: BlockEntry, guest: Guest) -> Result<()> {
+        let block = entry.record.job.clone();
+        let (caller, verb) = (crate::shared::virtd_itself(), verb_of(&block));
+        let machine = self.machine().await?;
+        let held = self.block_jobs()?.take_up_block_job(&machine, &block).await.unwrap_or_else(|error| {
+            tracing::warn!(uuid = %self.uuid, %error, "an image may not be accessible to the end of its block job");
+            Held::default()
+        });
+        let stay = Creation::begin(self)?;
+        let cancel = CancellationToken::new();
+        let (job, _) = self.shared.jobs.open_again(entry.record.uid, self.uuid, verb.word, cancel);
+        if let Some(entry) = lock(&self.state).block_jobs.get_mut(&block.target) {
+            (entry.follower, entry.ready) = (Some((job.id(), guest.id)), false);
+        }
+        self.changes_in_document();
+        tracing::info!(uuid = %self.uuid, name = self.name(), "{} goes on as job {}", self.of_disk(&block), job.id());
+        let followed = Followed { job: block, live: machine.def, guest, held, _stay: stay };
+        tokio::spawn(self.clone().goes_on(caller, verb, followed, Arc::new(job)));
+        Ok(())
+    }
+
+    async fn goes_on(self: Arc<Self>, caller: Caller, verb: &'static Verb, followed: Followed, job: Arc<Job>) {
+        let begun = Instant::now();
+        job.running();
+        let result = self.follow_block_job(followed, job.clone()).await;
+        self.log(&caller, verb, begun, result.as_ref().err());
+        job.finish_shared(result);
+    }
+}
+
+fn verb_of(block: &BlockJob) -> &'static Verb {
+    let all = [&verb::BLOCK_PULL, &verb::BLOCK_COMMIT, &verb::BLOCK_COPY];
+    all.into_iter().find(|verb| verb.word == block.operation()).unwrap_or(&verb::BLOCK_COPY)
+}
+
+/// Why it ended, in the hypervisor's words.
+fn failure(why: Option<String>) -> DriverError {
+    match why {
+        Some(why) if why.contains("No space left") => DriverError::NoSpace(why),
+        Some(why) => DriverError::Hypervisor(why),
+        None => DriverError::Refused("somebody else has ended it".to_owned()),
+    }
+}
