@@ -22,7 +22,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use virt_model::device::CharSource;
 use virt_model::device::{Channel, CharSource};
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::agent::GuestAgent;

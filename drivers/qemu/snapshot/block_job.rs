@@ -180,7 +180,7 @@ impl Operation {
         // Only what stays the guest's own image keeps them.
         let loses: &[ImageLayer] = if matches!(job.work, BlockWork::Pull { .. }) { &[] } else { job.left() };
         for layer in loses {
-            if let Some(bitmap) = nodes.image(&layer.path, &layer.format).and_then(|node| node.bitmaps.first()) {
+            if let Some(bitmap) = nodes.image(&layer.path, &layer.format).and_then(|node| node.bitmaps.keys().next()) {
                 return Err(DriverError::Refused(format!(
                     "disk '{target}': {} holds the dirty bitmap '{bitmap}' of a checkpoint, which would not be true any more; \
                      delete it first",
