@@ -8,6 +8,7 @@ mod agent;
 mod consoles;
 mod control;
 mod guest;
+mod saved;
 mod snapshots;
 mod stats;
 
@@ -15,7 +16,7 @@ pub use control::GuestControl;
 pub use guest::Asked;
 
 use crate::host::files::Seen;
-use crate::host::workers::{Errand, Workers};
+use crate::host::workers::{Errand, Workers, blocking};
 use crate::qemu::complete::{name_devices, name_new_devices};
 use crate::qemu::given;
 use async_trait::async_trait;
@@ -28,7 +29,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
-use virt_model::driver::snapshots::Snapshots;
+use virt_model::driver::saved::SavedMachines;
+use virt_model::driver::snapshots::{Snapshots, StartFrom};
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
     Attachment, Detachment, Driver, DriverError, GivenFile, Instance, Launch, NewMedium, Reconnect, Reconnected,
@@ -140,7 +142,7 @@ impl Driver for TestDriver {
     }
 
     fn lacks(&self) -> &'static [&'static str] {
-        &["Save", "CoreDump", "ManagedSave", "Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
+        &["Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
     }
 
     async fn complete(&self, _def: &mut DomainDef) -> Result<(), DriverError> {
@@ -196,6 +198,11 @@ impl Driver for TestDriver {
         let recorded = recorded.map_err(|e| DriverError::Internal(e.to_string()))?;
         recorded.map_err(|e| DriverError::Storage(format!("the guest's record cannot be written: {e}")))?;
         self.follow_plan(&launch).await?;
+        if let Some(StartFrom::Saved(_)) = &launch.from {
+            let recorder = launch.recorder.clone();
+            let kept = blocking(move || recorder.goes_on()).await?;
+            kept.map_err(|e| DriverError::Storage(format!("that the guest goes on cannot be kept: {e}")))?;
+        }
         let machine = Arc::new(Machine::new(launch.paused, &launch.def, launch.events));
         let mut guests = lock(&self.0.guests);
         if guests.len() > 64 && guests.len() == guests.capacity() {
@@ -279,6 +286,10 @@ impl Driver for TestDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn saved_machines(&self) -> Option<&dyn SavedMachines> {
         Some(self)
     }
 

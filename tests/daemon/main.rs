@@ -15,6 +15,7 @@ mod journal;
 mod permission;
 mod records;
 mod rules;
+mod saved;
 mod snapshots;
 mod soak;
 mod startup;
