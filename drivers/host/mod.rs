@@ -20,6 +20,7 @@ pub mod look;
 pub mod macvtap;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /proc")]
 pub mod neighbours;
+pub mod out;
 #[allow(clippy::disallowed_methods, reason = "folders of ours")]
 pub(crate) mod own_file;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]

@@ -144,6 +144,16 @@ impl Machine {
         }
     }
 
+    /// Has the CPUs stand or go on, of which nothing is told.
+    pub fn stand_still(&self, stands: bool) {
+        let mut state = lock(&self.state);
+        match (state.mode, stands) {
+            (Mode::Running, true) => state.mode = Mode::Standing,
+            (Mode::Standing, false) => state.mode = Mode::Running,
+            _ => {}
+        }
+    }
+
     /// Asks the guest to let go of a device: at once if it runs, else when it runs again.
     pub async fn detach(&self, alias: &str, patience: Duration) -> Result<(), DriverError> {
         self.listens().await?;

@@ -11,6 +11,7 @@ mod checkpoints;
 mod consoles;
 mod control;
 mod guest;
+mod saved;
 mod snapshots;
 mod stats;
 
@@ -18,7 +19,7 @@ pub use control::GuestControl;
 pub use guest::Asked;
 
 use crate::host::files::Seen;
-use crate::host::workers::{Errand, Workers};
+use crate::host::workers::{Errand, Workers, blocking};
 use crate::qemu::complete::{name_devices, name_new_devices};
 use crate::qemu::given;
 use async_trait::async_trait;
@@ -34,7 +35,8 @@ use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
-use virt_model::driver::snapshots::Snapshots;
+use virt_model::driver::saved::SavedMachines;
+use virt_model::driver::snapshots::{Snapshots, StartFrom};
 use virt_model::driver::stats::{GroupStats, StatQuestion};
 use virt_model::driver::{
     Adjustment, Attachment, Detachment, Driver, DriverError, GivenFile, Instance, Launch, NewMedium, Reconnect,
@@ -157,7 +159,7 @@ impl Driver for TestDriver {
     }
 
     fn lacks(&self) -> &'static [&'static str] {
-        &["Save", "CoreDump", "ManagedSave", "Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
+        &["Screenshot", "OpenGraphics", "OpenChannel", "SendKey"]
     }
 
     async fn complete(&self, _def: &mut DomainDef) -> Result<(), DriverError> {
@@ -213,6 +215,11 @@ impl Driver for TestDriver {
         let recorded = recorded.map_err(|e| DriverError::Internal(e.to_string()))?;
         recorded.map_err(|e| DriverError::Storage(format!("the guest's record cannot be written: {e}")))?;
         self.follow_plan(&launch).await?;
+        if let Some(StartFrom::Saved(_)) = &launch.from {
+            let recorder = launch.recorder.clone();
+            let kept = blocking(move || recorder.goes_on()).await?;
+            kept.map_err(|e| DriverError::Storage(format!("that the guest goes on cannot be kept: {e}")))?;
+        }
         let machine = Arc::new(Machine::new(launch.paused, &launch.def, launch.events, self.tracked(uuid)));
         let mut guests = lock(&self.0.guests);
         if guests.len() > 64 && guests.len() == guests.capacity() {
@@ -333,6 +340,10 @@ impl Driver for TestDriver {
     }
 
     fn block_jobs(&self) -> Option<&dyn BlockJobs> {
+        Some(self)
+    }
+
+    fn saved_machines(&self) -> Option<&dyn SavedMachines> {
         Some(self)
     }
 

@@ -170,10 +170,13 @@ impl Snapshots for TestDriver {
         Ok(replaced.collect())
     }
 
-    async fn recover(&self, machine: &Machine, _: serde_json::Value) -> Result<Recovered, DriverError> {
+    async fn recover(&self, machine: &Machine, note: serde_json::Value) -> Result<Recovered, DriverError> {
         let hangs = lock(&self.0.recoveries).remove(&machine.def.uuid);
         if let Some(notice) = hangs {
             notice.notified().await;
+        }
+        if let Some(recovered) = self.recover_save(machine.def.uuid, note).await {
+            return recovered;
         }
         Ok(Recovered::Undone { story: "a guest in memory ends with virtd, and so does what was done to it".to_owned() })
     }

@@ -18,6 +18,7 @@ mod journal;
 mod permission;
 mod records;
 mod rules;
+mod saved;
 mod shown;
 mod snapshots;
 mod soak;

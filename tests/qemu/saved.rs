@@ -580,7 +580,7 @@ async fn the_next_start_goes_on_from_a_managed_save() {
     // What its CPUs do is as was wanted; what is wanted of the start is added.
     let flag = |key: &'static str| (key, Variant::from(true));
     refused(managed_save(&domain, &[flag("paused"), flag("running")]).await, "InvalidArgument", &["paused", "running"]);
-    for unknown in ["compression", "bypass-cache", "xml"] {
+    for unknown in ["compression", "live", "xml"] {
         refused(managed_save(&domain, &[flag(unknown)]).await, "InvalidArgument", &[unknown]);
     }
     managed_save(&domain, &[flag("paused")]).await.expect("saved");

@@ -2,6 +2,7 @@
 
 use crate::common::client::{Client, Domain, Refusal, descriptor, options};
 use crate::common::guest::Tick;
+use crate::common::snapshots::with;
 use crate::common::{Daemon, Setup, have};
 use crate::saved::{refused, restore, saved_xml};
 use std::fs::File;
@@ -39,11 +40,16 @@ fn pipe() -> (File, tokio::task::JoinHandle<Vec<u8>>) {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_is_saved_in_what_its_client_has_open_and_comes_from_there() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
-    let Some(tick) = Tick::new(&daemon, "given-save", "") else { return };
+    let grows = "<maxMemory slots='2' unit='MiB'>512</maxMemory>";
+    let Some(tick) = Tick::new(&daemon, "given-save", grows) else { return };
     let client = Client { connection: daemon.connect().await };
     let domain = client.define(&tick.xml).await.expect("defined");
     domain.run("Start").await.expect("started");
     tick.counts_to(3).await;
+    // What came while it runs is saved with it.
+    let dimm = "<memory model='dimm'><target><size unit='MiB'>64</size></target></memory>";
+    domain.call("AttachDevice", &(dimm, with([("live", true)]))).await.expect("memory");
+    let memory: u64 = domain.property("Memory").await;
     let path = daemon.folder().join("mine");
     let open = || File::options().read(true).write(true).create(true).truncate(false).open(&path).expect("open");
 
@@ -76,6 +82,7 @@ async fn a_machine_is_saved_in_what_its_client_has_open_and_comes_from_there() {
     restore_given(&client, &file).await.expect("restored");
     tick.counts_to(before + 2).await;
     assert_eq!(tick.counted().expect("it counts").1, boots, "it has not booted");
+    assert_eq!(domain.property::<u64>("Memory").await, memory);
     let mut begun = String::new();
     open().take(base).read_to_string(&mut begun).expect("read");
     assert_eq!(begun, "what the client has before");

@@ -24,7 +24,6 @@ mod internal;
 mod merge;
 mod naming;
 mod note;
-mod out;
 mod packed;
 mod park;
 mod parts;

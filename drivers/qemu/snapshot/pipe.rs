@@ -5,9 +5,9 @@
 
 use super::super::instance::Body;
 use super::files::stored;
-use super::out::Out;
 use super::packed::{self, Zstd};
 use super::{Operation, lock};
+use crate::host::out::Out;
 use crate::host::saved::{Written, pump};
 use crate::host::workers::{ClosedAside, Errand, PATIENCE, Stop};
 use rustix::pipe::fcntl_setpipe_size;

@@ -42,11 +42,6 @@ pub async fn read(
             }
         };
         let mut saved = saved.map_err(|why| unusable(&path, why))?;
-        if saved.telling.driver != "qemu" {
-            let driver = &saved.telling.driver;
-            let text = format!("{shown}: it was saved by the driver '{driver}', and not by QEMU");
-            return Err(DriverError::Argument(text));
-        }
         let cpu = match &saved.telling.cpu {
             None => None,
             Some(text) => {
@@ -99,6 +94,11 @@ pub async fn verify(
     cancel: &CancellationToken,
 ) -> Result<(), DriverError> {
     let (saved, path) = (held(state)?, state.file.clone());
+    if saved.telling.driver != "qemu" {
+        let (path, driver) = (path.display(), &saved.telling.driver);
+        let text = format!("{path}: it was saved by the driver '{driver}', and not by QEMU");
+        return Err(DriverError::Argument(text));
+    }
     let wrote = saved.telling.version;
     if (wrote.0, wrote.1) > (version.0, version.1) {
         return Err(DriverError::Argument(format!(

@@ -1,11 +1,11 @@
 //! Where a machine is written that is saved: a file beside its name, or what a client has open and gives by descriptor.
 //!
 //! What is given is written by that descriptor alone. A regular file begins where the descriptor stands, and loses what is behind;
-//! a pipe cannot be gone back in, so that what is known last follows at its end (`host/saved.rs`). Whoever is killed leaves nothing
+//! a pipe cannot be gone back in, so that what is known last follows at its end (`saved.rs`). Whoever is killed leaves nothing
 //! there that begins as a saved machine does, but for a pipe, whose reader sees that the end is missing.
 
-use crate::host::apart;
-use crate::host::workers::{ClosedAside, Stop};
+use super::apart;
+use super::workers::{ClosedAside, Stop};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Advice, FileType, Mode, OFlags, SeekFrom, fadvise, fcntl_getfl, fstat, seek};
 use std::fs::File;
@@ -21,7 +21,7 @@ const WINDOW: u64 = 8 << 20;
 
 /// What is written to.
 #[derive(Clone)]
-pub(super) struct Out {
+pub struct Out {
     /// The file.
     pub file: Arc<ClosedAside>,
     way: Way,
