@@ -114,4 +114,12 @@ fn however_much_is_different_little_is_told() {
     };
     let found = machine(&many("a")).pending_changes(&machine(&many("b")));
     assert!(found.len() == 2 && found.iter().all(|one| one.source.len() == 4096 && one.target.len() == 4096));
+    let disk = |number: usize| {
+        let name = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j"].map(str::to_owned);
+        let target: String = [number / 100, number / 10 % 10, number % 10].iter().map(|digit| &*name[*digit]).collect();
+        format!("<disk type='file'><source file='/a'/><target dev='vd{target}' bus='virtio'/></disk>")
+    };
+    let found = machine(&devices("")).pending_changes(&machine(&devices(&(0..900).map(disk).collect::<String>())));
+    let bytes: usize = found.iter().map(|one| one.path.len() + one.source.len() + one.target.len()).sum();
+    assert!(found.len() > 100 && bytes <= 64 << 10, "{} in {bytes} bytes", found.len());
 }

@@ -52,12 +52,10 @@ impl Side {
 
     /// A device of `tree` as it is shown, in one line.
     fn line(&self, device: &Element) -> String {
-        let devices = |tree: &'_ Element| tree.child("devices").cloned().unwrap_or_default();
         let mut all = self.tree.child("devices").into_iter().flat_map(Element::elements);
         let number = all.position(|one| std::ptr::eq(one, device));
-        let shown = devices(&self.shown);
-        let text = number.and_then(|number| shown.elements().nth(number)).map(Element::write).unwrap_or_default();
-        text.lines().map(str::trim).collect()
+        let shown = self.shown.child("devices").zip(number).and_then(|(all, number)| all.elements().nth(number));
+        shown.map(Element::write).unwrap_or_default().lines().map(str::trim).collect()
     }
 }
 
@@ -105,6 +103,9 @@ impl Walk<'_> {
         running: Option<&Element>,
         stored: Option<&Element>,
     ) {
+        if self.bytes > MOST {
+            return;
+        }
         let path = format!("{parent}/{step}");
         let says_nothing = |element: &Element| element.attributes.is_empty() && element.nodes.is_empty();
         match (running, stored) {
