@@ -166,6 +166,7 @@ verbs! {
         GET_SCHEDULER = "GetSchedulerParameters", Some(Read), Always, "get the limits of CPU time of";
         SET_MEMORY_PARAMETERS = "SetMemoryParameters", Some(Device), Always, "limit the host's memory of";
         GET_MEMORY_PARAMETERS = "GetMemoryParameters", Some(Read), Always, "get the limits of the host's memory of";
+        SET_GRAPHICS_PASSWORD = "SetGraphicsPassword", Some(Console), Always, "set a display's password of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         GET_METADATA = "GetMetadata", Some(Read), Always, "get metadata";
         GET_XML = "GetXML", Some(Read), Always, "get XML";

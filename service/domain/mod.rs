@@ -26,6 +26,7 @@ mod snapshots;
 mod state;
 mod stats;
 mod undefine;
+mod update;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
 pub use config::Affect;
