@@ -19,6 +19,7 @@ use crate::bus::rows::{Object, Objects, Rows};
 use crate::bus::wire::{Body, Extent};
 use crate::error::Error;
 use crate::objects::{checkpoint, domain, job, manager, paths, snapshot, subscription};
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
@@ -27,7 +28,7 @@ use virt_model::state::{Lifecycle, Undefined};
 use virt_service::events::Event;
 use virt_service::facts::DomainFacts;
 use virt_service::facts::JobFacts;
-use zbus::{Connection, Message};
+use zbus::{Connection, Message, Variant};
 
 /// How many events are taken up at once.
 const BATCH: usize = 256;
@@ -256,6 +257,15 @@ fn device(objects: &Objects, domain: Uuid, event: &DeviceEvent) -> Result<Vec<Me
             body.aligned(&bytes.to_le_bytes());
             return Ok(vec![signal(&path, domain::INTERFACE, "BalloonChanged", "t", &body)?]);
         }
+        DeviceEvent::MemoryFailure { recipient, action, action_required, recursive } => {
+            let flags = HashMap::from([
+                ("action-required", Variant::from(*action_required)),
+                ("recursive", Variant::from(*recursive)),
+            ]);
+            let told = Message::signal(&*path, domain::INTERFACE, "MemoryFailure").build(&(recipient, action, flags));
+            let told = told.map_err(|error| Error::internal(format!("a signal could not be made: {error}")))?;
+            return Ok(vec![told]);
+        }
         DeviceEvent::IoError { target, action, reason } => {
             ("DiskIoError", vec![&**target, action.as_str(), reason.as_str()])
         }
@@ -279,7 +289,6 @@ fn name_of(objects: &Objects, uuid: Uuid) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::collections::HashMap;
     use virt_model::state::{Defined, DomainState, Started, StateReason, Suspended};
     use virt_service::error::Error as ServiceError;
     use virt_service::facts::{ConfigFacts, JobState};

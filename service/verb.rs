@@ -169,6 +169,7 @@ verbs! {
         GET_SCHEDULER = "GetSchedulerParameters", Some(Read), Always, "get the limits of CPU time of";
         SET_MEMORY_PARAMETERS = "SetMemoryParameters", Some(Device), Always, "limit the host's memory of";
         GET_MEMORY_PARAMETERS = "GetMemoryParameters", Some(Read), Always, "get the limits of the host's memory of";
+        SET_GRAPHICS_PASSWORD = "SetGraphicsPassword", Some(Console), Always, "set a display's password of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
         BLOCK_RESIZE = "BlockResize", Some(Device), Always, "block-resize";
         BLOCK_PULL = "BlockPull", Some(Device), RunningOrPaused, "block-pull";

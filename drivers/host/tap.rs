@@ -147,6 +147,22 @@ fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
         let mut request = Request::named(name)?.with(i32::try_from(mtu).unwrap_or(i32::MAX).to_ne_bytes());
         ioctl(socket, libc::SIOCSIFMTU as libc::c_ulong, &mut request)?;
     }
+    plug_in(name, plan, socket)?;
+    let mut request = Request::named(name)?;
+    ioctl(socket, libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
+    let flags = i16::from_ne_bytes([request.value[0], request.value[1]]) | libc::IFF_UP as i16;
+    ioctl(socket, libc::SIOCSIFFLAGS as libc::c_ulong, &mut request.with(flags.to_ne_bytes()))
+}
+
+/// Plugs a device into another bridge than the one that it is in, as a start does.
+pub fn change_plug(name: &str, plan: &TapPlan) -> io::Result<()> {
+    run("ip", &["link", "set", "dev", name, "nomaster"])?;
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    plug_in(name, plan, socket.as_raw_fd())
+}
+
+/// Plugs a device into its bridge, if it is for one, and sets what the bridge has for it.
+fn plug_in(name: &str, plan: &TapPlan, socket: RawFd) -> io::Result<()> {
     if let Some(bridge) = &plan.bridge {
         let index = std::ffi::CString::new(name).map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         // SAFETY: the name ends with a zero.
@@ -163,10 +179,7 @@ fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
             join_vlans(name, bridge, &plan.vlans)?;
         }
     }
-    let mut request = Request::named(name)?;
-    ioctl(socket, libc::SIOCGIFFLAGS as libc::c_ulong, &mut request)?;
-    let flags = i16::from_ne_bytes([request.value[0], request.value[1]]) | libc::IFF_UP as i16;
-    ioctl(socket, libc::SIOCSIFFLAGS as libc::c_ulong, &mut request.with(flags.to_ne_bytes()))
+    Ok(())
 }
 
 /// Adds a device to a bridge; not among libc's constants.

@@ -199,10 +199,6 @@ impl Instance for QemuInstance {
         self.body.in_turn(self.body.execute("inject-nmi", json!({}))).await.map(drop)
     }
 
-    async fn set_link(&self, card: &str, up: bool) -> Result<(), DriverError> {
-        self.body.execute("set_link", json!({ "name": card, "up": up })).await.map(drop)
-    }
-
     async fn wake_up(&self) -> Result<(), DriverError> {
         self.body.in_turn(self.body.wake_up()).await
     }

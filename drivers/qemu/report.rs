@@ -390,6 +390,12 @@ fn told_of_device(event: &Event) -> Option<DeviceEvent> {
             Some(DeviceEvent::IoError { target: word("node-name").to_owned(), action, reason })
         }
         "WATCHDOG" => Some(DeviceEvent::WatchdogFired { action: word("action").to_owned() }),
+        "MEMORY_FAILURE" => Some(DeviceEvent::MemoryFailure {
+            recipient: word("recipient").to_owned(),
+            action: word("action").to_owned(),
+            action_required: event.data["flags"]["action-required"] == true,
+            recursive: event.data["flags"]["recursive"] == true,
+        }),
         "BALLOON_CHANGE" => Some(DeviceEvent::BalloonChanged { bytes: event.data["actual"].as_u64()? }),
         _ => None,
     }
@@ -523,11 +529,20 @@ mod tests {
             "nospace": true, "reason": "No space left on device" });
         reporter.hear(&event("BLOCK_IO_ERROR", error));
         reporter.hear(&event("WATCHDOG", json!({ "action": "none" })));
+        let flags = json!({ "action-required": true, "recursive": false });
+        let failure = json!({ "recipient": "guest", "action": "inject", "flags": flags });
+        reporter.hear(&event("MEMORY_FAILURE", failure));
         reporter.hear(&event("BALLOON_CHANGE", json!({ "actual": 1 << 30 })));
         let (action, reason) = (IoAction::Report, IoFailure::NoSpace);
         let told = [
             DeviceEvent::IoError { target: "vda-format".to_owned(), action, reason },
             DeviceEvent::WatchdogFired { action: "none".to_owned() },
+            DeviceEvent::MemoryFailure {
+                recipient: "guest".to_owned(),
+                action: "inject".to_owned(),
+                action_required: true,
+                recursive: false,
+            },
             DeviceEvent::BalloonChanged { bytes: 1 << 30 },
         ];
         for event in told {

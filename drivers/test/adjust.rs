@@ -33,7 +33,13 @@ impl Machine {
                 }
                 Ok(())
             }
-            Adjustment::MemoryStats | Adjustment::Limits | Adjustment::Throttle(_) | Adjustment::Bandwidth(_) => Ok(()),
+            Adjustment::MemoryStats
+            | Adjustment::Limits
+            | Adjustment::Throttle(_)
+            | Adjustment::Link(_)
+            | Adjustment::Bridge(_)
+            | Adjustment::Password(..)
+            | Adjustment::Bandwidth(_) => Ok(()),
         }
     }
 

@@ -511,10 +511,6 @@ impl Instance for TestInstance {
         Ok(Arc::new(Agent(self.0.clone())))
     }
 
-    async fn set_link(&self, _card: &str, _up: bool) -> Result<(), DriverError> {
-        self.0.listens().await
-    }
-
     async fn wake_up(&self) -> Result<(), DriverError> {
         self.0.listens().await?;
         self.0.wake();

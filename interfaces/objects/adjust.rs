@@ -5,7 +5,10 @@ use crate::bus::call::{Call, Options, Outcome};
 use crate::error::Error;
 use std::collections::HashMap;
 use std::sync::Arc;
+use virt_model::device::display::Connected;
+use virt_model::domain::value::Value as _;
 use virt_model::setting::{SettingKind, SettingValue, Settings};
+use virt_model::xml::shorten;
 use virt_service::{Domain, LETTING_GO, SettingsOf};
 use zbus::Variant;
 
@@ -110,4 +113,18 @@ fn settings(of: &SettingsOf, mut values: Options) -> Result<Settings, Error> {
     }
     values.end()?;
     Ok(given)
+}
+
+/// `SetGraphicsPassword`
+pub async fn set_graphics_password(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (index, password, mut options): (u32, String, Options) = call.read()?;
+    let until = options.long("valid-until-usec")?;
+    let connected = options.text("connected")?.map(|word| {
+        Connected::from_text(&word).map_err(|expected| {
+            Error::argument(format!("option 'connected' is '{}', and not {expected}", shorten(&word)))
+        })
+    });
+    let connected = connected.transpose()?;
+    domain.set_graphics_password(call.caller(), index, &password, until, connected, affect(options)?).await?;
+    call.done()
 }

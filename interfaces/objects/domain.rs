@@ -87,6 +87,7 @@ const SIGNALS: &[Field] = &[
     ("MediumChanged", "ss"),
     ("DiskIoError", "sss"),
     ("WatchdogFired", "s"),
+    ("MemoryFailure", "ssa{sv}"),
     ("BalloonChanged", "t"),
 ];
 
@@ -148,6 +149,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::GET_SCHEDULER, adjust::scheduler)
         .method(&verb::SET_MEMORY_PARAMETERS, adjust::set_memory_parameters)
         .method(&verb::GET_MEMORY_PARAMETERS, adjust::memory_parameters)
+        .method(&verb::SET_GRAPHICS_PASSWORD, adjust::set_graphics_password)
         .method(&verb::UPDATE_DEVICE, update_device)
         .method(&verb::CREATE_SNAPSHOT, create_snapshot)
         .method(&verb::CHECK_CREATE, check_create_snapshot)

@@ -18,7 +18,9 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio_util::sync::CancellationToken;
+use virt_model::calendar;
 use virt_model::device::balloon::{BalloonModel, BalloonStats};
+use virt_model::device::display::{Connected, GraphicsKind};
 use virt_model::domain::DomainDef;
 use virt_model::domain::size::Kib;
 use virt_model::driver::Adjustment;
@@ -129,6 +131,48 @@ impl Domain {
                 self.vcpus_will_be(guest.id, None);
             }
             done
+        })
+        .await
+    }
+
+    /// Gives the display that the `<graphics>` of this index offers another password, good for ever or to that time, in
+    /// microseconds since the epoch. `connected`: what becomes of who is there, if it runs.
+    /// Errors: `NoSuchDevice`; `OperationUnsupported` for a display that asks for no password.
+    pub async fn set_graphics_password(
+        self: &Arc<Self>,
+        caller: &Caller,
+        index: u32,
+        password: &str,
+        until_usec: Option<u64>,
+        connected: Option<Connected>,
+        affect: Affect,
+    ) -> Result<()> {
+        if password.is_empty() {
+            return Err(Error::InvalidArgument("an empty password would let nobody in: give one".to_owned()));
+        }
+        let until = until_usec.map(|usec| calendar::date(i64::try_from(usec / 1_000_000).unwrap_or(i64::MAX)));
+        let number = usize::try_from(index).unwrap_or(usize::MAX);
+        let what = Adjustment::Password(number, connected);
+        self.adjust(caller, &verb::SET_GRAPHICS_PASSWORD, affect, what, |def, runs| {
+            let (name, count) = (def.name.clone(), def.devices.graphics.len());
+            let graphics = def.devices.graphics.get_mut(number).ok_or_else(|| self.has_no("graphics", index, count))?;
+            let refuse =
+                |why: &str| Err(Error::OperationUnsupported(format!("domain '{name}', graphics {index}: {why}")));
+            if !matches!(graphics.kind, GraphicsKind::Vnc | GraphicsKind::Spice) {
+                return refuse("only VNC and SPICE ask for a password");
+            }
+            if runs && graphics.passwd.is_none() {
+                return refuse(
+                    "it was started without a password, and asks for none as long as it runs; 'config' sets one",
+                );
+            }
+            if !runs && connected.is_some() && (affect.config && !affect.live || self.live().is_none()) {
+                let why = "'connected' is of who is there: what is stored has nobody";
+                return Err(Error::InvalidArgument(format!("domain '{name}': {why}")));
+            }
+            graphics.passwd = Some(password.to_owned());
+            graphics.passwd_valid_to.clone_from(&until);
+            Ok(())
         })
         .await
     }

@@ -112,7 +112,7 @@ impl Domain {
         .await
     }
 
-    fn has_no(&self, what: &str, index: u32, count: usize) -> Error {
+    pub(super) fn has_no(&self, what: &str, index: u32, count: usize) -> Error {
         let there = match count {
             0 => "it has none".to_owned(),
             1 => "it has one, number 0".to_owned(),

@@ -13,29 +13,9 @@ use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part as _;
 use virt_model::domain::{DomainDef, Form};
 use virt_model::driver::{DeviceEvent, GivenFile, MediumChange, MediumExchange, NewMedium};
-use virt_model::xml::{self, Element, Finding, shorten};
+use virt_model::xml::{Element, Finding, shorten};
 
 impl Domain {
-    /// Changes a device to the given element: the medium of the CD-ROM or floppy drive that its target names, which without a
-    /// source is emptied, or the link of a network card. All configurations that `affect` means, or none.
-    /// Errors: `NoSuchDevice`, `OperationUnsupported` where more would change.
-    pub async fn update_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<()> {
-        self.short(caller, &verb::UPDATE_DEVICE, async {
-            let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
-            match &*device.name {
-                "disk" => self.put_medium(&verb::UPDATE_DEVICE, &device, affect, MediumExchange::default(), None).await,
-                "interface" => self.update_card(&device, affect).await,
-                other => Err(Error::OperationUnsupported(format!(
-                    "domain '{}': only the media of drives (<disk>) and the links of network cards (<interface>) can be \
-                     updated yet, not a <{}>",
-                    self.name(),
-                    shorten(other)
-                ))),
-            }
-        })
-        .await
-    }
-
     /// Puts a file, by its absolute path, into the drive `target`; an empty path takes the medium out. What is below `/dev` is a
     /// drive or disk of the host's.
     /// Errors: `OperationInvalid` or, if the caller has said how long, `TimedOut`, where the guest keeps its tray locked.
@@ -75,7 +55,7 @@ impl Domain {
     }
 
     /// Puts what an element says into the drive that it means, and tells that.
-    async fn put_medium(
+    pub(super) async fn put_medium(
         &self,
         verb: &'static Verb,
         device: &Element,
@@ -231,6 +211,7 @@ fn asked(def: &DomainDef, target: &str, device: &Element, runs: bool) -> Result<
 #[cfg(test)]
 mod tests {
     use super::*;
+    use virt_model::xml;
 
     fn machine(drive: &str) -> DomainDef {
         let text = format!("<domain type='qemu'><name>d</name><memory>1</memory><devices>{drive}</devices></domain>");

@@ -29,6 +29,7 @@ mod snapshots;
 mod state;
 mod stats;
 mod undefine;
+mod update;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
 pub use apply::{ApplyOptions, POWERING_OFF};

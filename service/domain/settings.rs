@@ -7,8 +7,8 @@ use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::verb::{self, Verb};
 use std::sync::Arc;
+use virt_model::device::Disk;
 use virt_model::device::disk::Iotune;
-use virt_model::device::{Disk, Interface};
 use virt_model::domain::DomainDef;
 use virt_model::domain::part::Part;
 use virt_model::driver::Adjustment;
@@ -60,11 +60,7 @@ impl SettingsOf {
     /// The same, as another configuration knows it.
     fn known_by(&self, running: Option<&DomainDef>) -> SettingsOf {
         match self {
-            // What is stored knows neither alias nor name: it is the card of that address.
-            SettingsOf::Card(known) => {
-                let address = running.and_then(|def| link::find(def, known)?.mac()).map(|mac| mac.to_string());
-                SettingsOf::Card(address.unwrap_or_else(|| known.clone()))
-            }
+            SettingsOf::Card(known) => SettingsOf::Card(link::known_by(known, running)),
             other => other.clone(),
         }
     }
@@ -87,11 +83,8 @@ impl SettingsOf {
                 Ok(())
             }
             SettingsOf::Card(known) => {
-                find_card(def, known)?;
-                let card = def.devices.interfaces.iter_mut().find(|card| card.is_known_as(known));
-                card.map_or(Ok(()), |card| {
-                    said(edit(&mut card.bandwidth, "bandwidth", |to| setting::apply_bandwidth(to, given)))
-                })
+                let card = link::find_mut(def, known)?;
+                said(edit(&mut card.bandwidth, "bandwidth", |to| setting::apply_bandwidth(to, given)))
             }
         }
     }
@@ -104,7 +97,7 @@ impl SettingsOf {
                 find_disk(def, target)?.iotune.as_ref().map(|tune| setting::read(THROTTLE, tune))
             }
             SettingsOf::Card(known) => {
-                find_card(def, known)?.bandwidth.as_ref().map(|limits| setting::read(BANDWIDTH, limits))
+                link::find(def, known)?.bandwidth.as_ref().map(|limits| setting::read(BANDWIDTH, limits))
             }
         }
         .unwrap_or_default())
@@ -166,14 +159,9 @@ fn edit<T: Part + Default>(
     Ok(())
 }
 
-fn find_disk<'a>(def: &'a DomainDef, target: &str) -> Result<&'a Disk> {
+pub(super) fn find_disk<'a>(def: &'a DomainDef, target: &str) -> Result<&'a Disk> {
     let disk = def.devices.disks.iter().find(|disk| disk.target.dev == target);
     disk.ok_or_else(|| Error::NoSuchDevice(format!("domain '{}' has no disk '{}'", def.name, shorten(target))))
-}
-
-fn find_card<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface> {
-    link::find(def, known)
-        .ok_or_else(|| Error::NoSuchDevice(format!("domain '{}' has no network card '{}'", def.name, shorten(known))))
 }
 
 /// The limits of the group that a disk is to join, if others are in it.
@@ -189,7 +177,7 @@ fn joined(def: &DomainDef, target: &str, given: &Settings) -> Option<Iotune> {
 }
 
 /// Those are the limits of a disk from now on, and of all that share them with it.
-fn share(def: &mut DomainDef, target: &str, tune: Option<Iotune>) {
+pub(super) fn share(def: &mut DomainDef, target: &str, tune: Option<Iotune>) {
     let group = tune.as_ref().and_then(|tune| tune.group.clone());
     if let (Some(tune), Some(group)) = (&tune, &group) {
         let named = def.throttle_groups.iter_mut().flat_map(|groups| &mut groups.groups);

@@ -430,11 +430,6 @@ pub trait Instance: Any + Send + Sync {
         Err(DriverError::Unsupported("this driver cannot send a non-maskable interrupt".to_owned()))
     }
 
-    /// Plugs the cable of a network card in, or pulls it out. Returns when the guest can see it.
-    async fn set_link(&self, card: &str, _up: bool) -> Result<(), DriverError> {
-        Err(DriverError::Unsupported(format!("this driver cannot pull out the cable of '{card}'")))
-    }
-
     /// Wakes a guest that sleeps; reports `Woken`. Returns when it is awake. Error: `Refused` if it does not sleep.
     async fn wake_up(&self) -> Result<(), DriverError> {
         Err(DriverError::Unsupported("this driver cannot wake guests".to_owned()))

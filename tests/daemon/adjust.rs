@@ -267,3 +267,86 @@ async fn time_memory_and_cards_are_limited_by_typed_keys() {
     refused(domain.call("SetInterfaceBandwidth", &(known, floor, live())).await, "InvalidArgument", "virtual network");
     refused(domain.call("GetInterfaceBandwidth", &("net7", options([]))).await, "NoSuchDevice", "'net7'");
 }
+
+const SHOWN: &str = "<domain type='test'><name>shown</name><memory>65536</memory><os><type>hvm</type></os><devices>\
+     <disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/></disk>\
+     <interface type='bridge'><mac address='52:54:00:00:00:0a'/><source bridge='br0'/></interface>\
+     <graphics type='vnc' port='-1' autoport='yes' passwd='first'/><graphics type='dbus' p2p='yes'/>\
+     <memballoon model='virtio'/></devices></domain>";
+
+async fn with_secrets(domain: &Domain, inactive: bool) -> String {
+    let form = with([("secure", true), ("inactive", inactive)]);
+    domain.call("GetXML", &(form,)).await.expect("told").body().deserialize().expect("s")
+}
+
+#[tokio::test]
+async fn a_display_gets_another_password_which_nobody_is_shown() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(SHOWN).await.expect("defined");
+    let set =
+        async |index: u32, word: &str, how: Options<'_>| domain.call("SetGraphicsPassword", &(index, word, how)).await;
+    let keep = || options([("connected", Variant::from("keep"))]);
+    refused(set(0, "s3cret", keep()).await, "InvalidArgument", "nobody");
+    domain.run("Start").await.expect("started");
+    let until = ("valid-until-usec", Variant::from(1_795_403_655_500_000_u64));
+    set(0, "s3cret", options([until, ("live", Variant::from(true))])).await.expect("set");
+    let said = "passwd='s3cret' passwdValidTo='2026-11-23T03:14:15'";
+    assert!(with_secrets(&domain, false).await.contains(said) && with_secrets(&domain, true).await.contains("'first'"));
+    assert!(!domain.xml().await.contains("s3cret"));
+    set(0, "0ther", keep()).await.expect("in both");
+    for inactive in [false, true] {
+        let xml = with_secrets(&domain, inactive).await;
+        assert!(xml.contains("passwd='0ther'") && !xml.contains("passwdValidTo"), "{xml}");
+    }
+    refused(set(0, "", options([])).await, "InvalidArgument", "empty");
+    refused(set(1, "s3cret", options([])).await, "OperationUnsupported", "VNC and SPICE");
+    let error = set(7, "s3cret", options([])).await.expect_err("no such display");
+    assert!(error.0 == "org.virt.Error.NoSuchDevice" && !error.1.contains("s3cret"), "{error:?}");
+    let wrong = options([("connected", Variant::from("perhaps"))]);
+    refused(set(0, "s3cret", wrong).await, "InvalidArgument", "'perhaps'");
+}
+
+#[tokio::test]
+async fn a_document_changes_of_a_device_what_can_change() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = Client { connection: daemon.connect().await }.define(SHOWN).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    let update = async |xml: &str, how: Options<'_>| domain.call("UpdateDevice", &(xml, how)).await;
+    let disk = |more: &str| format!("<disk type='file'>{more}<target dev='vda'/></disk>");
+    let slow = "<iotune><total_iops_sec>7</total_iops_sec></iotune>";
+    update(&disk(slow), live()).await.expect("limited");
+    let words = "<total_iops_sec>7</total_iops_sec>";
+    assert!(domain.xml().await.contains(words) && !stored(&domain).await.contains("<iotune>"));
+    update(&disk("<source file='/a.img' startupPolicy='optional'/>"), options([])).await.expect("in both");
+    assert!(domain.xml().await.contains(words), "what is not said stays");
+    assert!(stored(&domain).await.contains("startupPolicy='optional'"));
+    refused(update(&disk("<source file='/b.img'/>"), options([])).await, "OperationUnsupported", "/b.img");
+    let both = "<iotune><total_iops_sec>7</total_iops_sec><read_iops_sec>7</read_iops_sec></iotune>";
+    refused(update(&disk(both), options([])).await, "InvalidArgument", "not for both");
+
+    let card = |more: &str| format!("<interface type='bridge'><mac address='52:54:00:00:00:0A'/>{more}</interface>");
+    let all = "<source bridge='br7'/><link state='down'/><bandwidth><inbound average='9'/></bandwidth>";
+    update(&card(all), options([])).await.expect("all of them");
+    for xml in [domain.xml().await, stored(&domain).await] {
+        let has = ["bridge='br7'", "state='down'", "<inbound average='9'/>"].map(|word| xml.contains(word));
+        assert_eq!(has, [true; 3], "{xml}");
+    }
+    update(&card("<bandwidth/>"), options([])).await.expect("lifted, and the link is up");
+    assert!(!stored(&domain).await.contains("<bandwidth>") && !stored(&domain).await.contains("'down'"));
+    refused(update(&card("<filterref filter='clean'/>"), options([])).await, "OperationUnsupported", "<filterref>");
+
+    update("<graphics type='vnc' passwd='n3w'/>", options([])).await.expect("another password");
+    assert!(
+        with_secrets(&domain, true).await.contains("'n3w'") && with_secrets(&domain, false).await.contains("'n3w'")
+    );
+    refused(
+        update("<graphics type='vnc' listen='0.0.0.0'/>", live()).await,
+        "OperationUnsupported",
+        "listen='0.0.0.0'",
+    );
+    refused(update("<graphics type='spice'/>", options([])).await, "NoSuchDevice", "<graphics>");
+    update("<memballoon model='virtio'><stats period='3'/></memballoon>", options([])).await.expect("a period");
+    assert!(domain.xml().await.contains("period='3'") && stored(&domain).await.contains("period='3'"));
+    refused(update("<memballoon model='xen'/>", options([])).await, "OperationUnsupported", "model='xen'");
+    refused(update("<sound model='ich9'/>", options([])).await, "OperationUnsupported", "<sound>");
+}

@@ -130,7 +130,10 @@ async fn media_and_cables_are_changed_without_a_document() {
     assert!(!domain.xml().await.contains(down) && !stored(&domain).await.contains(down));
     refused(domain.call("SetLink", &("net9", true, options([]))).await, "NoSuchDevice", "'net9'");
     let other = "<interface type='bridge'><mac address='52:54:00:00:00:0a'/><source bridge='br1'/></interface>";
-    refused(domain.call("UpdateDevice", &(other, options([]))).await, "OperationUnsupported", "bridge='br1'");
+    domain.call("UpdateDevice", &(other, with([("live", true)]))).await.expect("plugged into another bridge");
+    assert!(domain.xml().await.contains("bridge='br1'") && stored(&domain).await.contains("bridge='br0'"));
+    let other = other.replace("<source", "<model type='e1000'/><source");
+    refused(domain.call("UpdateDevice", &(other, options([]))).await, "OperationUnsupported", "<model>");
 }
 
 #[tokio::test]

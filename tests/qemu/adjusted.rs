@@ -82,6 +82,24 @@ fn has_groups() -> bool {
     std::fs::create_dir(place).and_then(|()| std::fs::remove_dir(place)).is_ok()
 }
 
+/// A bridge of the host's that goes with the test.
+struct Bridge(String);
+
+impl Bridge {
+    fn make(letter: &str) -> Bridge {
+        let name = format!("va{letter}{}", std::process::id() % 1_000_000);
+        let made = std::process::Command::new("ip").args(["link", "add", &name, "type", "bridge"]).status();
+        assert!(made.expect("ip").success());
+        Bridge(name)
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        std::process::Command::new("ip").args(["link", "del", &self.0]).status().ok();
+    }
+}
+
 fn has_taps() -> bool {
     let there = Path::new("/dev/net/tun").exists();
     if !there {
@@ -112,14 +130,22 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
         "<disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vdb' bus='virtio'/>{slow}</disk>",
         image.display()
     );
-    let card = if has_taps() { "<interface type='ethernet'><model type='virtio'/></interface>" } else { "" };
-    tick.xml = tick.xml.replace("</devices>", &format!("{disk}{card}</devices>"));
+    let bridges = has_taps().then(|| ["a", "b"].map(Bridge::make));
+    let card = bridges.as_ref().map(|[one, _]| {
+        format!("<interface type='bridge'><source bridge='{}'/><model type='virtio'/></interface>", one.0)
+    });
+    let screen = "<graphics type='vnc' passwd='first'><listen type='none'/></graphics>";
+    let more = format!("{disk}{}{screen}</devices>", card.unwrap_or_default());
+    tick.xml = tick.xml.replace("</devices>", &more);
     let mut machine = Machine::started(daemon, tick).await;
     vcpus_are_plugged(&mut machine).await;
     the_balloon_is_asked(&machine).await;
     disks_are_limited(&machine).await;
     time_and_memory_are_limited(&machine).await;
-    a_card_is_limited(&machine).await;
+    if let Some([_, other]) = &bridges {
+        a_card_is_limited_and_plugged_elsewhere(&machine, other).await;
+    }
+    a_display_has_another_password(&machine).await;
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
 }
@@ -281,10 +307,21 @@ async fn time_and_memory_are_limited(machine: &Machine) {
     machine.tick.goes_on().await;
 }
 
-async fn a_card_is_limited(machine: &Machine) {
-    if !has_taps() {
-        return;
-    }
+async fn a_display_has_another_password(machine: &Machine) {
+    let until = options([("valid-until-usec", Variant::from(1_795_403_655_000_000_u64))]);
+    machine.domain.call("SetGraphicsPassword", &(0_u32, "s3cret", until)).await.expect("set");
+    machine.domain.call("SetGraphicsPassword", &(0_u32, "0ther", options([]))).await.expect("good for ever again");
+    let put_out = options([("connected", Variant::from("disconnect")), ("live", Variant::from(true))]);
+    let put_out = machine.domain.call("SetGraphicsPassword", &(0_u32, "third", put_out)).await;
+    refused(put_out, "OperationUnsupported", "connected");
+    let long = machine.domain.call("SetGraphicsPassword", &(0_u32, "nine chars", options([]))).await;
+    refused(long, "InvalidArgument", "at most 8");
+    let secure = with([("secure", true)]);
+    let xml: String = machine.domain.call("GetXML", &(secure,)).await.expect("told").body().deserialize().expect("s");
+    assert!(xml.contains("passwd='0ther'"), "what is refused changes nothing: {xml}");
+}
+
+async fn a_card_is_limited_and_plugged_elsewhere(machine: &Machine, other: &Bridge) {
     let live = || with([("live", true)]);
     let set = async |pairs: &[(&str, u64)]| {
         machine.domain.call("SetInterfaceBandwidth", &("net0", values(pairs), live())).await
@@ -314,6 +351,16 @@ async fn a_card_is_limited(machine: &Machine) {
     assert_eq!(get().await["inbound-average"], 80);
     set(&[("inbound-average", 0)]).await.expect("lifted");
     assert_eq!((class(), get().await), (String::new(), HashMap::new()));
+    let address = xml.split("<mac address='").nth(1).and_then(|rest| rest.get(..17)).expect("its address");
+    let update = |what: &str| format!("<interface type='bridge'><mac address='{address}'/>{what}</interface>");
+    let elsewhere = update(&format!("<source bridge='{}'/><link state='down'/>", other.0));
+    machine.domain.call("UpdateDevice", &(elsewhere, live())).await.expect("plugged elsewhere, and pulled out");
+    let master = std::fs::read_link(format!("/sys/class/net/{device}/master")).expect("a bridge");
+    assert_eq!(master.file_name().and_then(|name| name.to_str()), Some(&*other.0));
+    assert!(machine.domain.xml().await.contains("<link state='down'/>"));
+    let nowhere = update("<source bridge='no-such-bridge'/>");
+    refused(machine.domain.call("UpdateDevice", &(nowhere, live())).await, "InvalidArgument", "no-such-bridge");
+    assert!(machine.domain.xml().await.contains(&other.0));
     // Packets of the guest are counted by an action that not every kernel has.
     match set(&[("outbound-average", 700), ("outbound-burst", 64)]).await {
         Ok(_) => assert_eq!(get().await["outbound-average"], 700),

@@ -1,7 +1,8 @@
 //! What passes a guest's network card: shaped at the host's end by the kernel, as at a start.
 
-use crate::host::tap::{Rate, change_limit, limit_of};
+use crate::host::tap::{Rate, change_limit, change_plug, limit_of};
 use crate::host::workers::blocking;
+use crate::qemu::command::tap_plan;
 use virt_model::device::Interface;
 use virt_model::device::interface::{self, InterfaceKind};
 use virt_model::domain::DomainDef;
@@ -34,6 +35,25 @@ pub async fn adjust(before: &DomainDef, def: &DomainDef, known: &str) -> Result<
         Ok(())
     })
     .await?
+}
+
+/// Plugs the cable of the card into the bridge that `def` says.
+pub async fn change_bridge(before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
+    let (card, was) = (card_of(def, known)?, card_of(before, known)?);
+    let device = device_of(card)?;
+    if !nix::unistd::geteuid().is_root() {
+        let why = "its host's end was made by QEMU's helper: only virtd on the system bus plugs it into another bridge";
+        return Err(DriverError::Unsupported(why.to_owned()));
+    }
+    let (new, old) = (tap_plan(card, 1), tap_plan(was, 1));
+    let plugged = blocking(move || {
+        change_plug(&device, &new).inspect_err(|_| {
+            if let Err(error) = change_plug(&device, &old) {
+                tracing::error!(%error, "'{device}' is in no bridge any more");
+            }
+        })
+    });
+    plugged.await?.map_err(|e| DriverError::Hypervisor(format!("a network card cannot be plugged elsewhere: {e}")))
 }
 
 /// Writes into `def` to what the kernel holds the card.
@@ -76,7 +96,8 @@ fn as_said(held: Rate, said: Option<Rate>) -> interface::Rate {
     }
 }
 
-fn card_of<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface, DriverError> {
+/// The card that is known by that.
+pub fn card_of<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface, DriverError> {
     let card = def.devices.interfaces.iter().find(|card| card.is_known_as(known));
     card.ok_or_else(|| DriverError::Internal("a network card is lost".to_owned()))
 }

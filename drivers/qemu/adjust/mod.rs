@@ -7,10 +7,13 @@ mod throttle;
 pub mod vcpus;
 
 use super::QemuDriver;
+use super::command::password_commands;
 use super::instance::Body;
 use super::tune::Bounds;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
+use virt_model::device::Interface;
+use virt_model::device::display::Connected;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Adjustment, DriverError};
 
@@ -32,6 +35,9 @@ impl QemuDriver {
             }
             Adjustment::Throttle(target) => throttle::adjust(body, before, def, target).await,
             Adjustment::Bandwidth(card) => bandwidth::adjust(before, def, card).await,
+            Adjustment::Bridge(card) => bandwidth::change_bridge(before, def, card).await,
+            Adjustment::Link(card) => set_link(body, bandwidth::card_of(def, card)?).await,
+            Adjustment::Password(index, connected) => set_password(body, before, def, *index, *connected).await,
             Adjustment::Vcpus(patience) => self.adjust_vcpus(body, before, def, *patience).await,
         }
     }
@@ -52,11 +58,51 @@ impl QemuDriver {
             Adjustment::Limits => limits::look(body, def).await,
             Adjustment::Throttle(target) => throttle::look(body, def, target).await,
             Adjustment::Bandwidth(card) => bandwidth::look(def, card).await,
-            Adjustment::Memory | Adjustment::MemoryStats => {
-                Err(DriverError::Unsupported(format!("{what} stands in its statistics")))
-            }
+            // What is so of them QEMU does not tell, or tells in its statistics.
+            Adjustment::Memory
+            | Adjustment::MemoryStats
+            | Adjustment::Link(_)
+            | Adjustment::Bridge(_)
+            | Adjustment::Password(..) => Ok(()),
         }
     }
+}
+
+async fn set_link(body: &Body, card: &Interface) -> Result<(), DriverError> {
+    let arguments = json!({ "name": card.info.alias().unwrap_or_default(), "up": card.link_up() });
+    body.execute("set_link", arguments).await.map(drop)
+}
+
+/// Gives a display another password; one that was good for a time only is good for ever where nothing is said.
+async fn set_password(
+    body: &Body,
+    before: &DomainDef,
+    def: &DomainDef,
+    index: usize,
+    connected: Option<Connected>,
+) -> Result<(), DriverError> {
+    let commands = |def: &DomainDef, connected: Option<Connected>| {
+        let Some(graphics) = def.devices.graphics.get(index) else { return Vec::new() };
+        let mut commands = password_commands(graphics, connected.or(graphics.connected));
+        if commands.len() == 1 {
+            let arguments = json!({ "protocol": graphics.kind.as_str(), "time": "never" });
+            commands.push(("expire_password".to_owned(), arguments));
+        }
+        commands
+    };
+    let tell = async |commands: Vec<(String, Value)>| {
+        for (command, arguments) in commands {
+            body.execute(&command, arguments).await.map_err(own_word)?;
+        }
+        Ok::<_, DriverError>(())
+    };
+    let told = tell(commands(def, connected)).await;
+    if told.is_err()
+        && let Err(error) = tell(commands(before, None)).await
+    {
+        tracing::warn!(uuid = %body.uuid, %error, "a display may have its new password");
+    }
+    told
 }
 
 /// Asks the guest for memory, or to take it back; it does that in its time.

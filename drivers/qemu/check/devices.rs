@@ -2,9 +2,10 @@
 
 use super::Check;
 use crate::qemu::capabilities::End;
-use crate::qemu::command::{audio_back_end, date_seconds, input_device, sound_card, video_card};
+use crate::qemu::command::{audio_back_end, input_device, sound_card, video_card};
 use crate::qemu::complete::Board;
 use std::collections::BTreeSet;
+use virt_model::calendar;
 use virt_model::device::balloon::BalloonModel;
 use virt_model::device::chardev::CharKind;
 use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, VideoBackend, VideoKind};
@@ -50,7 +51,7 @@ impl Check<'_> {
                 screens.iter().take(n).any(|g| matches!(g.kind, GraphicsKind::Dbus | GraphicsKind::EglHeadless));
             self.refuse_if(bare && drawn, &graphics.at, "egl-headless and dbus exclude each other");
             let until = graphics.passwd_valid_to.as_deref();
-            let odd = until.is_some_and(|until| date_seconds(until).is_none());
+            let odd = until.is_some_and(|until| calendar::seconds(until).is_none());
             let how = "this is a time in UTC such as 2026-12-31T23:59:59";
             self.refuse_if(odd, &graphics.at.attribute("passwdValidTo"), how);
             let idle = until.is_some() && graphics.passwd.is_none();

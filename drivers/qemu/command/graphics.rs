@@ -1,9 +1,10 @@
 //! Screens for people, and cards for the guest to draw on.
 
 use super::args::{List, Props, on_off};
-use super::{Builder, calendar, id, list, virtio};
+use super::{Builder, id, list, virtio};
 use crate::qemu::capabilities::End;
-use serde_json::json;
+use serde_json::{Value, json};
+use virt_model::calendar;
 use virt_model::device::display::{ChannelMode, Connected, GraphicsKind, ListenKind, MouseMode, VideoKind};
 use virt_model::device::{Graphics, Video};
 use virt_model::domain::listening::LOCALHOST;
@@ -56,7 +57,7 @@ impl Builder<'_> {
             .maybe("share", graphics.share_policy.map(|policy| policy.as_str()))
             .maybe("audiodev", self.audiodev(graphics.audio.as_ref()));
         self.args.pair("-vnc", vnc);
-        self.password("vnc", graphics);
+        self.setup.extend(password_commands(graphics, graphics.connected));
     }
 
     fn spice(&mut self, graphics: &Graphics) {
@@ -85,22 +86,7 @@ impl Builder<'_> {
         if let Some(node) = gl.and_then(|gl| gl.rendernode.as_deref()) {
             self.open(node, true);
         }
-        self.password("spice", graphics);
-    }
-
-    /// Passwords go over the monitor: arguments can be read by everybody on the host.
-    fn password(&mut self, protocol: &str, graphics: &Graphics) {
-        let Some(password) = &graphics.passwd else { return };
-        let mut arguments = json!({"protocol": protocol, "password": password});
-        if let Some(connected) = graphics.connected.filter(|c| *c != Connected::Keep) {
-            arguments["connected"] = json!(connected.as_str());
-        }
-        self.setup.push(("set_password".to_owned(), arguments));
-        let until = graphics.passwd_valid_to.as_deref().and_then(calendar::seconds);
-        if let Some(until) = until {
-            let arguments = json!({"protocol": protocol, "time": until.to_string()});
-            self.setup.push(("expire_password".to_owned(), arguments));
-        }
+        self.setup.extend(password_commands(graphics, graphics.connected));
     }
 
     pub(super) fn videos(&mut self) {
@@ -112,6 +98,23 @@ impl Builder<'_> {
             self.args.device(props.extend(driver).extend(self.pci(&video.info)));
         }
     }
+}
+
+/// What QEMU is told of the password of a display, and of who is there. Passwords go over the monitor: arguments can be read by
+/// everybody on the host.
+pub fn password_commands(graphics: &Graphics, connected: Option<Connected>) -> Vec<(String, Value)> {
+    let Some(password) = &graphics.passwd else { return Vec::new() };
+    let protocol = graphics.kind.as_str();
+    let mut arguments = json!({"protocol": protocol, "password": password});
+    if let Some(connected) = connected.filter(|c| *c != Connected::Keep) {
+        arguments["connected"] = json!(connected.as_str());
+    }
+    let mut commands = vec![("set_password".to_owned(), arguments)];
+    if let Some(until) = graphics.passwd_valid_to.as_deref().and_then(calendar::seconds) {
+        let arguments = json!({"protocol": protocol, "time": until.to_string()});
+        commands.push(("expire_password".to_owned(), arguments));
+    }
+    commands
 }
 
 fn listen_kind(graphics: &Graphics) -> ListenKind {

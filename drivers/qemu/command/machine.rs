@@ -1,7 +1,6 @@
 //! Board, firmware, memory, clock, and how the process presents itself.
 
 use super::args::{List, Props, on_off};
-use super::calendar::date;
 use super::cpu::{vcpu_name, vcpu_place};
 use super::disk::with_backing;
 use super::memory::RAM;
@@ -9,6 +8,7 @@ use super::{Builder, list};
 use crate::qemu::complete::Board;
 use crate::qemu::plan::Nvram;
 use std::path::PathBuf;
+use virt_model::calendar::date;
 use virt_model::device::ControllerKind;
 use virt_model::device::memory::MemoryModel;
 use virt_model::device::sound::SoundModel;

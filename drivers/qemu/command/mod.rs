@@ -6,7 +6,6 @@ mod args;
 mod audio;
 mod balloon;
 mod board;
-mod calendar;
 mod chardev;
 mod controller;
 mod cpu;
@@ -42,7 +41,6 @@ use virt_model::xml::Finding;
 
 pub use audio::{back_end as audio_back_end, card as sound_card};
 pub use board::{iommu_device, shmem_kind};
-pub use calendar::seconds as date_seconds;
 pub use chardev::{serial_device, usb_number, usb_version};
 pub use controller::{scsi_device, usb_device};
 pub use cpu::{
@@ -50,13 +48,13 @@ pub use cpu::{
     vcpu_name, vcpu_place,
 };
 pub use disk::{Medium, device_type as disk_device, has_backing, known_format, medium, overlay_nodes, wwn};
-pub use graphics::card as video_card;
+pub use graphics::{card as video_card, password_commands};
 pub use hostdev::lock_limit;
 pub use hostdev::vsock_device;
 pub use input::input_device;
 pub use machine::watchdog_action;
 pub use memory::memory_device;
-pub use net::{by_passt, card_type, has_tap};
+pub use net::{by_passt, card_type, has_tap, tap_plan};
 pub use one::{OneDevice, Step, fd_name, keeps_its_place, never_leaves, one_device};
 pub use source::secret_name;
 pub use sysinfo::{has_field, tables};

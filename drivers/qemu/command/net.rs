@@ -182,7 +182,8 @@ pub fn by_passt(interface: &Interface) -> bool {
     interface.backend.as_ref().and_then(|backend| backend.kind) == Some(BackendKind::Passt)
 }
 
-fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
+/// The network device that is a card's end on the host.
+pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
     let target = interface.target.as_ref();
     let rate = |rate: Option<&virt_model::device::interface::Rate>| {
         let rate = rate?;

@@ -1,5 +1,6 @@
 //! What of a machine can change while it runs, without anything being plugged.
 
+use crate::device::display::Connected;
 use std::fmt;
 use std::time::Duration;
 
@@ -16,6 +17,12 @@ pub enum Adjustment {
     Limits,
     /// How much I/O the disk of that target may do, with all that share that: `<iotune>`.
     Throttle(String),
+    /// Whether the cable of the network card is plugged in that is known by that.
+    Link(String),
+    /// Into which bridge the cable of the network card is plugged that is known by that.
+    Bridge(String),
+    /// The password of the display of that number, how long it is good, and what becomes of who is there, if that is said.
+    Password(usize, Option<Connected>),
     /// How much may pass the network card that is known by that: `<bandwidth>`.
     Bandwidth(String),
 }
@@ -27,6 +34,9 @@ impl fmt::Display for Adjustment {
             Adjustment::Vcpus(_) => f.write_str("its vCPUs"),
             Adjustment::Limits => f.write_str("what it may use of the host"),
             Adjustment::Throttle(target) => write!(f, "the limits of disk '{target}'"),
+            Adjustment::Link(card) => write!(f, "the link of network card '{card}'"),
+            Adjustment::Bridge(card) => write!(f, "the bridge of network card '{card}'"),
+            Adjustment::Password(index, _) => write!(f, "the password of graphics {index}"),
             Adjustment::Bandwidth(card) => write!(f, "the limits of network card '{card}'"),
             Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
         }

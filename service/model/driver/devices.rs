@@ -80,6 +80,17 @@ pub enum DeviceEvent {
         /// What follows, in the hypervisor's word.
         action: String,
     },
+    /// Memory of the host has failed.
+    MemoryFailure {
+        /// Whose it was, in the hypervisor's word.
+        recipient: String,
+        /// What follows, in its word.
+        action: String,
+        /// The guest must do something about it at once.
+        action_required: bool,
+        /// It befell what was just dealing with another one.
+        recursive: bool,
+    },
     /// The balloon has another size: what the guest has of its memory, in bytes.
     BalloonChanged {
         /// How many.
