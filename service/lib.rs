@@ -34,9 +34,9 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain, DumpOptions, ExecOptions, Force,
-    InterfaceAddresses, LETTING_GO, ManagedSaveOptions, Plan, Resumption, RevertOptions, SaveOptions, StartOptions,
-    Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
+    Affect, BackupOptions, BackupTicket, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain,
+    DumpOptions, ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions, Plan, Resumption,
+    RevertOptions, SaveOptions, StartOptions, Stats, StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
@@ -72,6 +72,9 @@ pub struct Settings {
 
 /// How long `close` waits for jobs under way.
 const CLOSING: Duration = Duration::from_secs(10);
+
+/// Operations that the next virtd goes on with, and that this one does not wait for.
+const OUTLIVE: [&str; 1] = [verb::BACKUP_BEGIN.word];
 
 /// All domains of one host.
 pub struct Service {
@@ -230,7 +233,7 @@ impl Service {
             thawing.spawn(async move { domain.thaws_at_the_end().await });
         }
         thawing.join_all().await;
-        if tokio::time::timeout(CLOSING, self.shared.jobs.idle()).await.is_err() {
+        if tokio::time::timeout(CLOSING, self.shared.jobs.idle(&OUTLIVE)).await.is_err() {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }
     }

@@ -79,6 +79,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::backup::Backups;
 use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::saved::SavedMachines;
 use virt_model::driver::snapshots::Snapshots;
@@ -593,6 +594,10 @@ impl Driver for QemuDriver {
     }
 
     fn checkpoints(&self) -> Option<&dyn Checkpoints> {
+        Some(self)
+    }
+
+    fn backups(&self) -> Option<&dyn Backups> {
         Some(self)
     }
 

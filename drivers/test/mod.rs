@@ -5,10 +5,12 @@
 //! guests crash, hang, ignore what they are asked, and die.
 
 mod agent;
+mod backup;
 mod checkpoints;
 mod consoles;
 mod control;
 mod guest;
+mod nbd;
 mod snapshots;
 mod stats;
 
@@ -28,9 +30,11 @@ use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
+use virt_model::driver::backup::Backups;
 use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::snapshots::Snapshots;
 use virt_model::driver::stats::{GroupStats, StatQuestion};
@@ -60,6 +64,8 @@ struct Inner {
     images: Mutex<HashMap<Uuid, BTreeSet<String>>>,
     /// The bitmaps in a domain's images.
     tracked: Mutex<HashMap<Uuid, Arc<Tracked>>>,
+    /// Domains that are backed up, each with what ends its readers.
+    backups: Mutex<HashMap<Uuid, CancellationToken>>,
     workers: Workers,
 }
 
@@ -305,6 +311,10 @@ impl Driver for TestDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn backups(&self) -> Option<&dyn Backups> {
         Some(self)
     }
 

@@ -4,6 +4,7 @@
 //! change. What is published is computed while `state` is held, so the order of events is the order of changes.
 
 mod agent;
+mod backup;
 mod broken;
 mod can;
 mod change;
@@ -27,6 +28,7 @@ mod stats;
 mod undefine;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
+pub use backup::{BackupOptions, BackupTicket};
 pub use checkpoints::DeleteCheckpoint;
 pub use config::Affect;
 pub use devices::{LETTING_GO, Wanted};
@@ -49,6 +51,7 @@ use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
 use crate::stored::StoredDef;
 use crate::turn::Turn;
+use backup::CurrentBackup;
 use checkpoints::CheckpointSet;
 use snapshots::set::SnapshotSet;
 use state::State;
@@ -108,6 +111,7 @@ pub(crate) struct DomainSeed {
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
         let (uuid, name, mut kept) = (birth.uuid, birth.name, birth.snapshots);
+        let backup = kept.backup.as_ref().map(CurrentBackup::found);
         let checkpoints = CheckpointSet::new(std::mem::take(&mut kept.checkpoints));
         let facts = Arc::new(DomainFacts {
             name: name.clone(),
@@ -155,6 +159,7 @@ impl Domain {
                 thawed: None,
                 snapshots: SnapshotSet::new(kept),
                 checkpoints,
+                backup,
                 muted: None,
                 gone: false,
                 told: false,

@@ -5,6 +5,7 @@
 //! in which it happened, with [`DriverEvent::Exited`] last, exactly once.
 
 pub mod agent;
+pub mod backup;
 pub mod checkpoints;
 pub mod devices;
 pub mod given;
@@ -148,6 +149,11 @@ pub trait Driver: Send + Sync {
 
     /// Checkpoints, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
     fn checkpoints(&self) -> Option<&dyn checkpoints::Checkpoints> {
+        None
+    }
+
+    /// Backups, where the driver has them. One that does has checkpoints, too.
+    fn backups(&self) -> Option<&dyn backup::Backups> {
         None
     }
 

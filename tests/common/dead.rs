@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 24] = [
+pub const MEMBERS: [&str; 25] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -65,6 +65,7 @@ pub const MEMBERS: [&str; 24] = [
     "Manager.DomainToNative",
     "Domain.Start",
     "Domain.Save",
+    "Domain.BackupBegin",
     "Domain.CoreDump",
     "Domain.ManagedSave",
     "Domain.GetStats",
@@ -170,6 +171,13 @@ impl Doomed {
                     file("other.img")
                 );
                 domain.call(method, &(disk, none())).await
+            }
+            "Domain.BackupBegin" => {
+                let backup = format!(
+                    "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+                    file("backup")
+                );
+                domain.call(method, &(backup, "", none())).await
             }
             "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
             "Domain.UpdateDevice" => {

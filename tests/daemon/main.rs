@@ -4,6 +4,7 @@
 mod common;
 
 mod agent;
+mod backups;
 mod bus_objects;
 mod bus_policy;
 mod bus_prompt;

@@ -3,6 +3,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod backups;
 mod checkpoints;
 mod console;
 mod dead_storage;
