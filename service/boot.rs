@@ -37,7 +37,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
-    let cut_off = |loaded: &Loaded| loaded.intent.is_some() || !loaded.block_jobs.is_empty();
+    let cut_off = |loaded: &Loaded| loaded.intent.is_some() || !loaded.block_jobs.is_empty() || loaded.backup.is_some();
     let mut cut_off: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| cut_off(loaded)).map(|(uuid, _)| *uuid).collect();
     let unfinished = |loaded: &Loaded| loaded.intent.is_some() || loaded.broken.is_some();
@@ -179,6 +179,7 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
             if domain.finish_interrupted().await.is_err() {
                 domain.looks_again(None);
             }
+            domain.takes_up_backup().await;
         };
         let mut work = std::pin::pin!(work);
         if timeout(PLACE, &mut work).await.is_err() {

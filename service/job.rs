@@ -199,10 +199,15 @@ impl Jobs {
         all.for_each(|entry| entry.cancel.cancel());
     }
 
-    /// Waits until no job is under way.
-    pub async fn idle(&self) {
+    /// Waits until no job is under way, but for those of the operations that `outlive` this virtd.
+    pub async fn idle(&self, outlive: &[&str]) {
         let mut unfinished = self.unfinished.subscribe();
-        let _ = unfinished.wait_for(|n| *n == 0).await;
+        let waits = |entry: &Entry| !entry.facts.state.is_final() && !outlive.contains(&entry.facts.operation);
+        while lock(&self.table).entries.values().any(waits) {
+            if unfinished.changed().await.is_err() {
+                return;
+            }
+        }
     }
 
     /// How far it has come, in bytes or in something else.

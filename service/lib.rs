@@ -35,10 +35,10 @@ pub mod verb;
 
 pub use desk::Reading;
 pub use domain::{
-    Affect, ApplyOptions, BlockJobOptions, CreateCheck, CreateOptions, DeleteCheckpoint, DeleteOptions, Domain,
-    DumpOptions, ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions, POWERING_OFF, Plan,
-    ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats, StatsOptions,
-    UndefineCheck, UndefineOptions, Wanted,
+    Affect, ApplyOptions, BackupOptions, BackupTicket, BlockJobOptions, CreateCheck, CreateOptions, DeleteCheckpoint,
+    DeleteOptions, Domain, DumpOptions, ExecOptions, Force, InterfaceAddresses, LETTING_GO, ManagedSaveOptions,
+    POWERING_OFF, Plan, ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats,
+    StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
@@ -74,6 +74,9 @@ pub struct Settings {
 
 /// How long `close` waits for jobs under way.
 const CLOSING: Duration = Duration::from_secs(10);
+
+/// Operations that the next virtd goes on with, and that this one does not wait for.
+const OUTLIVE: [&str; 1] = [verb::BACKUP_BEGIN.word];
 
 /// All domains of one host.
 pub struct Service {
@@ -232,7 +235,7 @@ impl Service {
             thawing.spawn(async move { domain.thaws_at_the_end().await });
         }
         thawing.join_all().await;
-        if tokio::time::timeout(CLOSING, self.shared.jobs.idle()).await.is_err() {
+        if tokio::time::timeout(CLOSING, self.shared.jobs.idle(&OUTLIVE)).await.is_err() {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }
     }

@@ -20,7 +20,7 @@
 mod managed;
 mod snapshots;
 
-pub(crate) use snapshots::{BlockRecord, Current, Deed, Intent, Loaded, Record};
+pub(crate) use snapshots::{Backup, BlockRecord, Current, Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
 use crate::lock::lock;

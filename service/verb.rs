@@ -184,6 +184,8 @@ verbs! {
         LIST_SNAPSHOTS = "ListSnapshots", None, Always, "list snapshots";
         GET_SNAPSHOT = "GetSnapshot", None, Always, "get snapshot";
         CREATE_CHECKPOINT = "CreateCheckpoint", Some(Snapshot), RunningOrPaused, "create a checkpoint of";
+        BACKUP_BEGIN = "BackupBegin", Some(Snapshot), RunningOrPaused, "backup";
+        OPEN_BACKUP = "OpenBackup", Some(Snapshot), Active, "open the backup of";
         LIST_CHECKPOINTS = "ListCheckpoints", Some(Read), Always, "list checkpoints of";
         GET_CHECKPOINT = "GetCheckpoint", Some(Read), Always, "get a checkpoint of";
         CAN = "Can", None, Always, "can";

@@ -2,6 +2,8 @@
 
 use super::access::{Ledger, LentFile, Want};
 use super::user::RunAs;
+use std::collections::BTreeSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
@@ -58,6 +60,11 @@ impl Lender {
     /// Takes back what `guest` was lent; see [`Ledger::give_back`]. Blocks.
     pub fn give_back(&self, guest: Uuid) {
         self.ledger().into_iter().for_each(|ledger| ledger.give_back(guest));
+    }
+
+    /// The same of these files alone. Blocks.
+    pub fn give_back_these(&self, guest: Uuid, paths: &[PathBuf]) {
+        self.ledger().into_iter().for_each(|ledger| ledger.give_back_these(guest, paths, &BTreeSet::new()));
     }
 
     /// A number for somebody who borrows for `guest` beside the guest itself, until they leave.

@@ -80,6 +80,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::{DomainDef, LifecycleAction};
+use virt_model::driver::backup::Backups;
 use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::saved::SavedMachines;
@@ -599,6 +600,10 @@ impl Driver for QemuDriver {
     }
 
     fn block_jobs(&self) -> Option<&dyn BlockJobs> {
+        Some(self)
+    }
+
+    fn backups(&self) -> Option<&dyn Backups> {
         Some(self)
     }
 

@@ -71,6 +71,44 @@ impl Monitor {
         self.monitor.execute_with(command, arguments, fds, DEAF).await.map_err(DriverError::from)
     }
 
+    /// Gives a command a file, as [`Monitor::patiently`] does without.
+    pub async fn give(&self, command: &str, arguments: Value, file: ClosedAside) -> Result<Value, DriverError> {
+        self.with_fds(command, arguments, vec![file]).await
+    }
+
+    /// Waits until all these jobs have ended well. `progress` is told how far they are together. Error: the first that fails, or
+    /// `Cancelled`; the others are at work then.
+    pub async fn all_ended(
+        &self,
+        command: &str,
+        ids: &[String],
+        progress: &(dyn Fn(u64, u64) + Send + Sync),
+        cancel: &CancellationToken,
+    ) -> Result<(), DriverError> {
+        loop {
+            let before = self.reporter.heard().jobs;
+            let told = self.patiently("query-jobs", json!({})).await?;
+            let ours = |job: &&Value| ids.iter().any(|id| job["id"] == **id);
+            let jobs: Vec<&Value> = told.as_array().into_iter().flatten().filter(ours).collect();
+            let sum = |key: &str| jobs.iter().filter_map(|job| job[key].as_u64()).sum();
+            progress(sum("current-progress"), sum("total-progress"));
+            if let Some(why) = jobs.iter().find_map(|job| job["error"].as_str()) {
+                return Err(failed(command, why));
+            }
+            if jobs.len() < ids.len() {
+                return Err(failed(command, "a job has ended, and nobody knows how"));
+            }
+            if jobs.iter().all(|job| job["status"] == "concluded") {
+                return Ok(());
+            }
+            let news = self.reporter.until(|heard| heard.closed || heard.jobs > before);
+            tokio::select! {
+                _ = tokio::time::timeout(LOOK, news) => {}
+                () = cancel.cancelled() => return Err(DriverError::Cancelled),
+            }
+        }
+    }
+
     /// Runs a job to its end. `journal`: where progress goes, and whether it is still wanted.
     pub async fn job(
         &self,

@@ -6,11 +6,13 @@
 
 mod adjust;
 mod agent;
+mod backup;
 mod block_jobs;
 mod checkpoints;
 mod consoles;
 mod control;
 mod guest;
+mod nbd;
 mod saved;
 mod snapshots;
 mod stats;
@@ -30,9 +32,12 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
+use virt_model::driver::backup::Backups;
 use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
 use virt_model::driver::saved::SavedMachines;
@@ -68,6 +73,8 @@ struct Inner {
     block_jobs: Mutex<HashMap<(Uuid, String), block_jobs::PlayedJob>>,
     /// Sizes of disks that have been given another one.
     sizes: Mutex<HashMap<(Uuid, String), u64>>,
+    /// Domains that are backed up, each with what ends its readers.
+    backups: Mutex<HashMap<Uuid, CancellationToken>>,
     workers: Workers,
 }
 
@@ -332,6 +339,10 @@ impl Driver for TestDriver {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
+        Some(self)
+    }
+
+    fn backups(&self) -> Option<&dyn Backups> {
         Some(self)
     }
 

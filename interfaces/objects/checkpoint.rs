@@ -1,5 +1,6 @@
-//! `org.virt.Checkpoint`: translation between the bus and a domain's checkpoints.
+//! `org.virt.Checkpoint`: translation between the bus and a domain's checkpoints, and the backups that are made since them.
 
+use super::job::no_wait;
 use super::{Members, paths, properties};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
@@ -9,7 +10,8 @@ use crate::error::Error;
 use std::sync::Arc;
 use virt_service::facts::CheckpointFacts;
 use virt_service::verb;
-use virt_service::{DeleteCheckpoint, Domain, Service};
+use virt_service::{BackupOptions, BackupTicket, DeleteCheckpoint, Domain, Service};
+use zbus::wire::Fd;
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Checkpoint";
@@ -55,6 +57,32 @@ pub async fn create(domain: Arc<Domain>, call: Call) -> Outcome {
     options.end()?;
     let name = domain.create_checkpoint(call.caller(), xml).await?;
     call.reply(&paths::argument(paths::checkpoint(domain.uuid(), &name))?)
+}
+
+/// `Domain.BackupBegin`
+pub async fn backup_begin(domain: Arc<Domain>, call: Call) -> Outcome {
+    let body = call.body();
+    let (xml, checkpoint, mut options): (&str, &str, Options) = call::read(&body)?;
+    let how = BackupOptions {
+        bandwidth: options.long("bandwidth")?.unwrap_or_default(),
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    };
+    let no_wait = no_wait(options)?;
+    let BackupTicket { ticket, ready } = domain.begin_backup(call.caller(), (xml, checkpoint), how).await?;
+    let job = paths::job(ticket.id);
+    // One that can be read is not waited for any longer.
+    if !no_wait && ready.await.is_err() {
+        ticket.done().await?;
+    }
+    call.reply(&paths::argument(job)?)
+}
+
+/// `Domain.OpenBackup`
+pub async fn open_backup(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (target, options): (String, Options) = call.read()?;
+    options.end()?;
+    let connection = domain.open_backup(call.caller(), &target).await?;
+    call.reply(&Fd::from(connection))
 }
 
 /// `Domain.ListCheckpoints`

@@ -156,6 +156,8 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::LIST_SNAPSHOTS, list_snapshots)
         .method(&verb::GET_SNAPSHOT, get_snapshot)
         .method(&verb::CREATE_CHECKPOINT, checkpoint::create)
+        .method(&verb::BACKUP_BEGIN, checkpoint::backup_begin)
+        .method(&verb::OPEN_BACKUP, checkpoint::open_backup)
         .method(&verb::LIST_CHECKPOINTS, checkpoint::list)
         .method(&verb::GET_CHECKPOINT, checkpoint::get)
         .method(&verb::GET_XML, get_xml)

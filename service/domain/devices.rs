@@ -232,6 +232,8 @@ impl Domain {
     /// Asks the guest, and waits for it. `stored`: the device that then goes from what is stored, too, whenever that is.
     async fn unplug(&self, alias: &str, stored: Option<Element>, patience: Duration) -> Result<()> {
         let guest = self.guest()?;
+        let disk = guest.live.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias));
+        disk.map_or(Ok(()), |disk| lock(&self.state).disk_is_not_backed_up(&disk.target.dev))?;
         self.will_go(guest.id, alias, stored);
         let device = Detachment { def: &guest.live, alias, patience };
         let done = self.driver.detach_device(guest.instance.as_ref(), device).await;

@@ -6,6 +6,7 @@
 mod adjust;
 mod agent;
 mod apply;
+mod backup;
 mod block_jobs;
 mod broken;
 mod can;
@@ -33,6 +34,7 @@ mod update;
 
 pub use agent::{ExecOptions, InterfaceAddresses};
 pub use apply::{ApplyOptions, POWERING_OFF};
+pub use backup::{BackupOptions, BackupTicket};
 pub use block_jobs::{BlockJobOptions, ResizeOptions};
 pub use checkpoints::DeleteCheckpoint;
 pub use config::Affect;
@@ -57,6 +59,7 @@ use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
 use crate::stored::StoredDef;
 use crate::turn::Turn;
+use backup::CurrentBackup;
 use block_jobs::BlockEntry;
 use checkpoints::CheckpointSet;
 use lifecycle::Creation;
@@ -120,6 +123,7 @@ pub(crate) struct DomainSeed {
 impl Domain {
     pub(crate) fn new(shared: &Arc<Shared>, domains: &Arc<Domains>, birth: DomainSeed) -> Arc<Domain> {
         let (uuid, name, mut kept) = (birth.uuid, birth.name, birth.snapshots);
+        let backup = kept.backup.as_ref().map(CurrentBackup::found);
         let checkpoints = CheckpointSet::new(std::mem::take(&mut kept.checkpoints));
         let block_jobs = kept.block_jobs.iter();
         let block_jobs =
@@ -176,6 +180,7 @@ impl Domain {
                 snapshots: SnapshotSet::new(kept),
                 checkpoints,
                 block_jobs,
+                backup,
                 muted: None,
                 gone: false,
                 told: false,

@@ -281,6 +281,7 @@ impl Domain {
         // A dump of memory alone opens no image.
         if target.memory_only.is_none() {
             self.is_not_frozen()?;
+            self.is_not_backed_up()?;
             self.opens_no_given_image(if target.dump { "dump" } else { "save" })?;
             self.disks_are_idle(None)?;
         }

@@ -1,5 +1,6 @@
 //! What a domain is at a moment, and what is published of that. Held for a few lines, never across an await.
 
+use super::backup::CurrentBackup;
 use super::block_jobs::BlockEntry;
 use super::checkpoints::CheckpointSet;
 use super::snapshots::set::SnapshotSet;
@@ -52,6 +53,8 @@ pub(super) struct State {
     pub(super) block_jobs: BTreeMap<String, BlockEntry>,
     pub(super) snapshots: SnapshotSet,
     pub(super) checkpoints: CheckpointSet,
+    /// The backup under way.
+    pub(super) backup: Option<CurrentBackup>,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     pub(super) muted: Option<DomainState>,
     /// No longer in the registry.

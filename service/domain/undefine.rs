@@ -288,6 +288,9 @@ impl Domain {
             let remedy = "resume it, or wait until its storage answers";
             bars.push(format!("it is being saved, and that would be forgotten before it is whole; {remedy}"));
         }
+        if let Err(why) = self.is_not_backed_up() {
+            bars.push(why.to_string());
+        }
         if saved && !options.managed_save {
             bars.push("it has a managed save; pass managed-save to remove it with it".to_owned());
         }

@@ -6,6 +6,7 @@
 
 pub mod adjust;
 pub mod agent;
+pub mod backup;
 pub mod block_jobs;
 pub mod checkpoints;
 pub mod devices;
@@ -151,6 +152,11 @@ pub trait Driver: Send + Sync {
 
     /// Checkpoints, where the driver has them. One that does has snapshots, too: what was cut off is made whole there.
     fn checkpoints(&self) -> Option<&dyn checkpoints::Checkpoints> {
+        None
+    }
+
+    /// Backups, where the driver has them. One that does has checkpoints, too.
+    fn backups(&self) -> Option<&dyn backup::Backups> {
         None
     }
 

@@ -2,6 +2,7 @@
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
+pub mod backup;
 pub mod calendar;
 pub mod checkpoint;
 pub mod device;

@@ -3,6 +3,7 @@
 //! ```text
 //!  <name>.xml    the document, with passwords and the driver's record in its <cookie>
 //!  .current      the name of the current one
+//!  .backup       a backup under way: who asked for it, and what it is
 //!  .checkpoints/ <name>.json, one a checkpoint
 //!  .jobs         block jobs under way
 //!  .intent       an operation under way: written before its first change, removed after its last
@@ -22,12 +23,16 @@ use std::path::{Path, PathBuf};
 use uuid::Uuid;
 use virt_model::checkpoint::CheckpointDef;
 use virt_model::driver::StoredFile;
+use virt_model::driver::backup::BackupRequest;
 use virt_model::driver::block_jobs::{BlockJob, BlockStage};
 use virt_model::snapshot::{SnapshotDef, SnapshotDoc};
 use virt_model::xml::{Element, Limits, shorten};
 
 /// The folder of the records of checkpoints.
 const CHECKPOINTS: &str = ".checkpoints";
+
+/// The file of a backup under way.
+const BACKUP: &str = ".backup";
 
 /// A record as it was found.
 #[derive(Clone, Debug)]
@@ -53,6 +58,8 @@ pub(crate) struct Loaded {
     pub current: Option<String>,
     /// Its checkpoints, in the order of their creation.
     pub checkpoints: Vec<CheckpointDef>,
+    /// A backup that an earlier virtd had begun.
+    pub backup: Option<Backup>,
     /// What was cut off.
     pub intent: Option<Intent>,
     /// Block jobs that had begun and not ended, by their disks.
@@ -76,6 +83,21 @@ pub(crate) struct Intent {
     pub deed: Deed,
     /// The driver's last note; `None`: it has not changed anything.
     pub note: Option<serde_json::Value>,
+}
+
+/// A backup under way.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Backup {
+    pub request: BackupRequest,
+    /// Who asked for it.
+    pub uid: u32,
+    /// The hypervisor is at it; before that nothing of it is to be left.
+    pub begun: bool,
+    /// All of a push is written.
+    #[serde(default)]
+    pub complete: bool,
+    /// The checkpoint that is created with it.
+    pub checkpoint: Option<CheckpointDef>,
 }
 
 /// Which snapshot is the current one.
@@ -157,7 +179,11 @@ impl Store {
         };
         let broken = no_intent.or(no_current).or(no_jobs);
         broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
-        Ok(Loaded { records, current, checkpoints, intent, block_jobs, broken })
+        let backup = read_if_there(&folder.join(BACKUP)).unwrap_or_else(|error| {
+            tracing::error!(%uuid, %error, "a backup that was under way is left alone");
+            None
+        });
+        Ok(Loaded { records, current, checkpoints, backup, intent, block_jobs, broken })
     }
 
     /// Removes what is left of snapshots that were being forgotten.
@@ -229,6 +255,26 @@ impl Store {
     pub fn remove_checkpoint(&self, uuid: Uuid, name: &str) -> Result<()> {
         let folder = self.snapshots(uuid).join(CHECKPOINTS);
         match unlink(&folder.join(format!("{name}.json")))? {
+            true => sync_folder(&folder),
+            false => Ok(()),
+        }
+    }
+
+    /// Notes that a backup is under way, or how far it is.
+    pub fn save_backup(&self, uuid: Uuid, backup: &Backup) -> Result<()> {
+        self.make_snapshots(uuid)?;
+        replace_json(&self.snapshots(uuid).join(BACKUP), backup)
+    }
+
+    /// The backup that is under way, if one is.
+    pub fn backup(&self, uuid: Uuid) -> Result<Option<Backup>> {
+        read_if_there(&self.snapshots(uuid).join(BACKUP))
+    }
+
+    /// It is no more.
+    pub fn remove_backup(&self, uuid: Uuid) -> Result<()> {
+        let folder = self.snapshots(uuid);
+        match unlink(&folder.join(BACKUP))? {
             true => sync_folder(&folder),
             false => Ok(()),
         }

@@ -54,7 +54,7 @@ impl Dead {
 
 /// Members that are given the path of a file, alone or in a document, or imply the files of the machine or the snapshot whose
 /// they are.
-pub const MEMBERS: [&str; 29] = [
+pub const MEMBERS: [&str; 30] = [
     "Manager.ValidateDomain",
     "Manager.DefineDomain",
     "Manager.CreateDomain",
@@ -65,6 +65,7 @@ pub const MEMBERS: [&str; 29] = [
     "Manager.DomainToNative",
     "Domain.Start",
     "Domain.Save",
+    "Domain.BackupBegin",
     "Domain.CoreDump",
     "Domain.ManagedSave",
     "Domain.GetStats",
@@ -183,6 +184,13 @@ impl Doomed {
             "Domain.BlockCopy" => {
                 let copy = format!("<disk type='file'><source file='{}'/></disk>", file("copy.img"));
                 domain.call(method, &("vda", copy, none())).await
+            }
+            "Domain.BackupBegin" => {
+                let backup = format!(
+                    "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
+                    file("backup")
+                );
+                domain.call(method, &(backup, "", none())).await
             }
             "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
             "Domain.UpdateDevice" => {

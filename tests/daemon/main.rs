@@ -5,6 +5,7 @@ mod common;
 
 mod adjust;
 mod agent;
+mod backups;
 mod block_jobs;
 mod bus_objects;
 mod bus_policy;

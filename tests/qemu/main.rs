@@ -4,6 +4,7 @@
 mod common;
 
 mod adjusted;
+mod backups;
 mod checkpoints;
 mod console;
 mod dead_storage;

@@ -11,6 +11,7 @@
 //!
 //! `note.rs` says what is written down before each change, `recover.rs` what is made of it.
 
+mod backup;
 mod block_job;
 mod chain;
 mod checkpoints;

@@ -124,6 +124,13 @@ impl Domain {
         Ok(())
     }
 
+    /// The same for one that was made with something else, which is noted elsewhere.
+    pub(super) async fn add_checkpoint(self: &Arc<Self>, def: CheckpointDef) -> Result<()> {
+        self.save_checkpoints(vec![def.clone()]).await?;
+        self.has_checkpoint_now(def).await;
+        Ok(())
+    }
+
     /// It is on disk; a guest that has ended before anybody knew of it is looked at, too.
     async fn has_checkpoint_now(self: &Arc<Self>, def: CheckpointDef) {
         self.all_told().await.commit(|state| {
@@ -199,11 +206,23 @@ impl Domain {
         on_disk(move || shared.store.remove_checkpoint(uuid, &gone)).await?;
         journal.step("record");
         journal.end().await?;
+        self.has_no_checkpoint(name).await;
+        Ok(())
+    }
+
+    /// Its record goes, and with it the checkpoint.
+    pub(super) async fn drop_checkpoint(&self, name: &str) -> Result<()> {
+        let (shared, uuid, gone) = (self.shared.clone(), self.uuid, name.to_owned());
+        on_disk(move || shared.store.remove_checkpoint(uuid, &gone)).await?;
+        self.has_no_checkpoint(name).await;
+        Ok(())
+    }
+
+    async fn has_no_checkpoint(&self, name: &str) {
         self.all_told().await.commit(|state| {
             state.checkpoints.remove(name);
             Vec::new()
         });
-        Ok(())
     }
 
     /// A deletion that was cut off is done once more.

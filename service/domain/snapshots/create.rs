@@ -272,6 +272,7 @@ impl Domain {
         let state = self.state_to_capture(options)?;
         self.opens_no_given_image("take a snapshot of")?;
         self.disks_are_idle(None)?;
+        self.is_not_backed_up()?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
         let request = Request { active, disk_only: options.disk_only, live: options.live, restored: false };

@@ -83,6 +83,7 @@ impl Domain {
         if options.metadata_only {
             return Ok((Plan::default(), None));
         }
+        self.is_not_backed_up()?;
         let (files, refusals) = self.plan_deletes(&names).await?;
         Ok((Plan { files: told(&files), ..Plan::default() }, refusals.into_iter().next()))
     }

@@ -113,6 +113,7 @@ impl Domain {
         }
         self.opens_no_given_image("revert")?;
         self.disks_are_idle(None)?;
+        self.is_not_backed_up()?;
         let machine = self.machine().await?;
         let (domain_name, now, persistent, saved) = {
             let state = lock(&self.state);

@@ -110,7 +110,8 @@ fn is_named(disk: &Disk, name: &str) -> bool {
     disk.target.dev == name || disk.path() == Some(name)
 }
 
-fn can_be_written(disk: &Disk) -> bool {
+/// Whether the guest writes to it.
+pub(crate) fn can_be_written(disk: &Disk) -> bool {
     !disk.readonly && !disk.is_empty() && matches!(disk.device(), DiskDevice::Disk | DiskDevice::Lun)
 }
 

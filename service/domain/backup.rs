@@ -1,0 +1,430 @@
+//! Backups of running machines: what their disks held at one moment.
+//!
+//! ```text
+//!  plan ─▶ job ─▶ turn ─▶ plan again ─▶ record on disk ─▶ driver begins ─▶ checkpoint ─▶ record: begun ─▶ the turn is free
+//!        push: written to its end; pull: ready, read by OpenBackup, until Finish ─▶ driver ends ─▶ record gone
+//! ```
+//!
+//! A virtd that finds a record goes on with what is begun, as a job again, or takes away what is not, or whose guest has gone.
+
+use super::Domain;
+use super::save::absolute;
+use super::state::State;
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::fail_point;
+use crate::images::Fate;
+use crate::job::{Job, Ticket};
+use crate::lock::lock;
+use crate::store::{Backup, on_disk};
+use crate::time::now_usec;
+use crate::verb;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use virt_model::backup::BackupDoc;
+use virt_model::checkpoint::{CheckpointDef, CheckpointDoc};
+use virt_model::driver::DriverError;
+use virt_model::driver::backup::{BackupRequest, Backups};
+use virt_model::driver::snapshots::Machine;
+use virt_model::xml::shorten;
+
+/// How a backup is made.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct BackupOptions {
+    /// Bytes a second at most, for each disk of a push; 0: as fast as it can be.
+    pub bandwidth: u64,
+    /// Cancel when the caller leaves the bus.
+    pub cancel_on_disconnect: bool,
+}
+
+/// A backup that was accepted.
+#[derive(Debug)]
+pub struct BackupTicket {
+    /// Answers when it has ended.
+    pub ticket: Ticket,
+    /// Answers before that when it can be read; one that is written never can.
+    pub ready: oneshot::Receiver<()>,
+}
+
+/// What a backup is of a machine at a moment.
+pub(super) struct CurrentBackup {
+    request: Arc<BackupRequest>,
+    /// What has it, for those who are refused.
+    label: String,
+    /// It can be read.
+    open: bool,
+}
+
+/// A backup that has been thought through.
+struct Planned {
+    machine: Machine,
+    request: BackupRequest,
+    checkpoint: Option<CheckpointDef>,
+    /// Files that the caller named.
+    named: Vec<PathBuf>,
+}
+
+impl CurrentBackup {
+    /// One that an earlier virtd has begun, and that is looked after soon.
+    pub(super) fn found(backup: &Backup) -> CurrentBackup {
+        let label = "a backup that an earlier virtd began".to_owned();
+        CurrentBackup { request: Arc::new(backup.request.clone()), label, open: false }
+    }
+
+    fn names(&self, target: &str) -> bool {
+        self.request.disks.iter().any(|disk| disk.target == target)
+    }
+}
+
+impl State {
+    /// Refuses what a backup stands in the way of, for as long as it is under way.
+    pub(super) fn is_not_backed_up(&self) -> Result<()> {
+        match &self.backup {
+            None => Ok(()),
+            Some(backup) => Err(Error::Busy { object: format!("domain '{}'", self.name), job: backup.label.clone() }),
+        }
+    }
+
+    /// The same for what is done to one disk.
+    pub(super) fn disk_is_not_backed_up(&self, target: &str) -> Result<()> {
+        match &self.backup {
+            Some(backup) if backup.names(target) => Err(Error::Busy {
+                object: format!("disk '{target}' of domain '{}'", self.name),
+                job: backup.label.clone(),
+            }),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Domain {
+    /// Refuses what a backup stands in the way of.
+    pub(super) fn is_not_backed_up(&self) -> Result<()> {
+        lock(&self.state).is_not_backed_up()
+    }
+
+    /// Backs up the running guest's disks as they are at one moment. Returns when that is accepted.
+    pub async fn begin_backup(
+        self: &Arc<Self>,
+        caller: &Caller,
+        (xml, checkpoint_xml): (&str, &str),
+        options: BackupOptions,
+    ) -> Result<BackupTicket> {
+        let verb = &verb::BACKUP_BEGIN;
+        self.accepted(caller, verb, async {
+            self.allow(caller, verb.action).await?;
+            let seat = self.shared.desk.seat(caller.uid, &[xml, checkpoint_xml]).await;
+            let doc = seat.read(xml, BackupDoc::parse).await.map_err(Error::ConfigInvalid)?;
+            let checkpoint = match checkpoint_xml {
+                "" => None,
+                xml => Some(seat.read(xml, CheckpointDoc::parse).await.map_err(Error::ConfigInvalid)?),
+            };
+            drop(seat);
+            let change = self.change(caller, verb);
+            self.applies(verb)?;
+            // It changes nothing, but for checkpoints that turn out to be broken; the turn is needed for that alone.
+            let planned = self.plan_backup(&doc, checkpoint.as_ref(), options, change.has_turn()).await?;
+            if !planned.named.is_empty() {
+                // They name any file of the host, as a configuration does.
+                self.allow(caller, Action::Define).await?;
+            }
+            for file in &planned.named {
+                absolute(&file.display().to_string())?;
+                self.shared.images.refuse_below(file, &self.shared.store.own_folders()).await?;
+            }
+            let (tell, ready) = oneshot::channel();
+            let (job, uid) = (change.open(options.cancel_on_disconnect)?, caller.uid);
+            let ticket = job.run_beyond(async move |domain, job| {
+                domain.applies(verb)?;
+                let planned = domain.plan_backup(&doc, checkpoint.as_ref(), options, true).await?;
+                domain.begins_backup(planned, uid, job, Some(tell)).await
+            });
+            Ok(BackupTicket { ticket, ready })
+        })
+        .await
+    }
+
+    /// The driver's part.
+    fn backs_up(&self) -> Result<&dyn Backups> {
+        self.driver.backups().ok_or_else(|| {
+            let (name, driver) = (self.name(), self.driver.name());
+            Error::OperationUnsupported(format!("domain '{name}': the driver '{driver}' makes no backups"))
+        })
+    }
+
+    /// What a backup would be; refuses what cannot be. With `turn` it is looked whether the checkpoint can be trusted.
+    async fn plan_backup(
+        &self,
+        doc: &BackupDoc,
+        checkpoint: Option<&CheckpointDoc>,
+        options: BackupOptions,
+        turn: bool,
+    ) -> Result<Planned> {
+        let driver = self.backs_up()?;
+        self.is_not_backed_up()?;
+        if turn {
+            self.look_at_checkpoints().await?;
+        }
+        let machine = self.machine().await?;
+        let since = doc.since().map(|name| self.checkpoint(name)).transpose()?;
+        if let Some((name, why)) = since.as_ref().and_then(|since| Some((&since.name, since.broken.as_ref()?))) {
+            return Err(Error::OperationInvalid(format!(
+                "cannot back up domain '{}' since checkpoint '{name}', which is broken: {why}; make a full backup, and delete \
+                 the checkpoint",
+                self.name()
+            )));
+        }
+        let called = (now_usec() / 1_000_000).to_string();
+        let aligned = doc.align(&machine.def, since.as_deref(), &called).map_err(Error::ConfigInvalid)?;
+        if aligned.pull && options.bandwidth > 0 {
+            let text = "'bandwidth' is for what virtd writes; who reads a pull decides how fast";
+            return Err(Error::InvalidArgument(text.to_owned()));
+        }
+        let checkpoint = match checkpoint {
+            Some(doc) => Some(self.plan_checkpoint(doc, &machine).await?),
+            None => None,
+        };
+        let files: Vec<PathBuf> = aligned.disks.iter().map(|disk| disk.file.clone()).collect();
+        let deed = format!("cannot back up domain '{}'", self.name());
+        self.shared.images.refuse_in_use(&deed, &files, Fate::Removed, None, "choose another file").await?;
+        let request = BackupRequest {
+            pull: aligned.pull,
+            disks: aligned.disks,
+            checkpoint: checkpoint.as_ref().map(|def| def.tracked.clone()).unwrap_or_default(),
+            bandwidth: options.bandwidth,
+        };
+        driver.check_backup(&machine, &request).await.map_err(|e| self.not_backed_up(e))?;
+        Ok(Planned { machine, request, checkpoint, named: aligned.named })
+    }
+
+    fn not_backed_up(&self, error: DriverError) -> Error {
+        match error {
+            DriverError::SnapshotExists(text) => Error::CheckpointExists(text),
+            error => self.driver_failed("back up", error),
+        }
+    }
+
+    /// Begins it, for who has the turn. What is returned is the rest of it, which needs no turn.
+    async fn begins_backup(
+        self: &Arc<Self>,
+        planned: Planned,
+        uid: u32,
+        job: Arc<Job>,
+        tell: Option<oneshot::Sender<()>>,
+    ) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
+        let Planned { machine, request, checkpoint, .. } = planned;
+        let mut backup =
+            Backup { request: request.clone(), uid, begun: false, complete: false, checkpoint: checkpoint.clone() };
+        self.keep_backup(&backup).await?;
+        lock(&self.state).backup =
+            Some(CurrentBackup { request: Arc::new(request), label: job.label(verb::BACKUP_BEGIN.word), open: false });
+        let begun = async {
+            self.backs_up()?.begin_backup(&machine, &backup.request).await.map_err(|e| self.not_backed_up(e))?;
+            fail_point::reached();
+            if job.cancel_token().is_cancelled() {
+                return Err(Error::Cancelled(format!("the backup of domain '{}' was cancelled", self.name())));
+            }
+            if let Some(def) = checkpoint {
+                self.add_checkpoint(def).await?;
+            }
+            backup.begun = true;
+            self.keep_backup(&backup).await
+        };
+        if let Err(error) = begun.await {
+            backup.begun = false;
+            self.undo_backup(&machine, &backup).await;
+            return Err(error);
+        }
+        let domain = self.clone();
+        Ok(async move { domain.goes_on_with_backup(machine, backup, &job, tell).await })
+    }
+
+    /// Waits for its end, and takes away what is of no use then.
+    async fn goes_on_with_backup(
+        self: Arc<Self>,
+        machine: Machine,
+        mut backup: Backup,
+        job: &Arc<Job>,
+        tell: Option<oneshot::Sender<()>>,
+    ) -> Result<()> {
+        let id = self.id();
+        let done = match backup.request.pull {
+            true => self.is_read(id, job, tell).await,
+            false => {
+                let progress = {
+                    let job = job.clone();
+                    Arc::new(move |done, total| job.progress(done, total))
+                };
+                let copied =
+                    self.backs_up()?.copy_backup(&machine, &backup.request, progress, job.cancel_token()).await;
+                match copied {
+                    Ok(()) => {
+                        backup.complete = true;
+                        self.keep_backup(&backup).await
+                    }
+                    Err(error) => Err(self.not_backed_up(error)),
+                }
+            }
+        };
+        self.ends_backup(machine, &backup.request, done.is_ok()).await?;
+        done
+    }
+
+    /// It can be read, until somebody finishes it.
+    async fn is_read(&self, id: u32, job: &Arc<Job>, tell: Option<oneshot::Sender<()>>) -> Result<()> {
+        if let Some(backup) = lock(&self.state).backup.as_mut() {
+            backup.open = true;
+        }
+        job.ready();
+        // Whoever waited for that may have gone.
+        let _ = tell.map(|tell| tell.send(()));
+        let name = self.name();
+        tokio::select! {
+            () = job.finish_token().cancelled() => Ok(()),
+            () = job.cancel_token().cancelled() => {
+                Err(Error::Cancelled(format!("the backup of domain '{name}' was cancelled")))
+            }
+            () = self.until(|state| !state.runs(id)) => {
+                let text = format!("the backup of domain '{name}' was not finished: its guest has ended");
+                Err(Error::OperationInvalid(text))
+            }
+        }
+    }
+
+    /// Nothing of it is left but what is complete.
+    async fn ends_backup(&self, machine: Machine, request: &BackupRequest, complete: bool) -> Result<()> {
+        let alive = machine.guest.is_some() && self.guest().is_ok();
+        let machine = if alive { machine } else { Machine { guest: None, running: false, ..machine } };
+        let mut ended = self.backs_up()?.end_backup(&machine, request, complete).await;
+        if let (Err(DriverError::Gone), true) = (&ended, alive) {
+            // It has ended meanwhile: what is left is files.
+            let machine = Machine { guest: None, running: false, ..machine };
+            ended = self.backs_up()?.end_backup(&machine, request, complete).await;
+        }
+        fail_point::reached();
+        match ended {
+            Ok(()) => self.forget_backup().await,
+            // Its record stays: the next virtd looks at what is left.
+            Err(error) => {
+                lock(&self.state).backup = None;
+                Err(self.driver_failed("end the backup of", error))
+            }
+        }
+    }
+
+    /// One that did not begin, or was cut off before that was written down.
+    async fn undo_backup(&self, machine: &Machine, backup: &Backup) {
+        let undone = async {
+            if let Some(def) = &backup.checkpoint {
+                let driver = self.takes_checkpoints()?;
+                let gone = driver.delete_checkpoint(machine, &def.tracked).await;
+                if let Err(error) = gone
+                    && !matches!(error, DriverError::Gone)
+                {
+                    return Err(self.driver_failed("undo the backup of", error));
+                }
+                self.drop_checkpoint(&def.name).await?;
+            }
+            self.ends_backup(machine.clone(), &backup.request, false).await
+        };
+        if let Err(error) = undone.await {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "something of a backup that did not begin is left");
+            lock(&self.state).backup = None;
+        }
+    }
+
+    /// A connection to the backup of a disk, by its target or the name that it was given.
+    pub async fn open_backup(&self, caller: &Caller, target: &str) -> Result<OwnedFd> {
+        self.beside(caller, &verb::OPEN_BACKUP, async {
+            let (open, request) = {
+                let state = lock(&self.state);
+                let backup = state.backup.as_ref().filter(|backup| backup.request.pull);
+                let Some(backup) = backup else {
+                    let text =
+                        format!("domain '{}' has no backup that could be read; begin one with mode='pull'", state.name);
+                    return Err(Error::OperationInvalid(text));
+                };
+                (backup.open, backup.request.clone())
+            };
+            if !open {
+                let text = format!("the backup of domain '{}' is not ready yet", self.name());
+                return Err(Error::OperationInvalid(text));
+            }
+            let disk = request.disks.iter().find(|disk| disk.target == target || disk.export == target);
+            let disk = disk.ok_or_else(|| {
+                Error::NoSuchDevice(format!("the backup of domain '{}' has no disk '{}'", self.name(), shorten(target)))
+            })?;
+            let machine = self.machine().await?;
+            let opened = self.backs_up()?.open_backup(&machine, disk).await;
+            opened.map_err(|e| self.driver_failed(verb::OPEN_BACKUP.word, e))
+        })
+        .await
+    }
+
+    /// What an earlier virtd has begun goes on as a job, or is taken away. For who has the turn, when it is known whether the guest
+    /// runs.
+    pub(crate) async fn takes_up_backup(self: &Arc<Self>) {
+        if lock(&self.state).backup.is_none() {
+            return;
+        }
+        if let Err(error) = self.take_up_backup().await {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "a backup that was cut off is left alone");
+            lock(&self.state).backup = None;
+        }
+    }
+
+    async fn take_up_backup(self: &Arc<Self>) -> Result<()> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let Some(backup) = on_disk(move || shared.store.backup(uuid)).await? else {
+            lock(&self.state).backup = None;
+            return Ok(());
+        };
+        let (machine, name) = (self.machine().await?, self.name());
+        if backup.complete {
+            self.ends_backup(machine, &backup.request, true).await?;
+            tracing::info!(%uuid, name, "a backup that was cut off is complete");
+            return Ok(());
+        }
+        let begun = backup.begun && machine.guest.is_some();
+        if !begun
+            || !self.backs_up()?.is_backed_up(&machine, &backup.request).await.map_err(|e| self.not_backed_up(e))?
+        {
+            match backup.begun {
+                true => self.ends_backup(machine, &backup.request, false).await?,
+                false => self.undo_backup(&machine, &backup).await,
+            }
+            tracing::warn!(%uuid, name, "a backup was cut off: nothing is left of it");
+            return Ok(());
+        }
+        let cancel = CancellationToken::new();
+        let (job, _) = self.shared.jobs.open_again(backup.uid, uuid, verb::BACKUP_BEGIN.word, cancel);
+        let (job, request) = (Arc::new(job), Arc::new(backup.request.clone()));
+        let label = job.label(verb::BACKUP_BEGIN.word);
+        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false });
+        job.running();
+        tracing::info!(%uuid, name, "a backup goes on that an earlier virtd began");
+        let domain = self.clone();
+        tokio::spawn(async move {
+            let done = domain.goes_on_with_backup(machine, backup, &job, None).await;
+            job.finish_shared(done);
+        });
+        Ok(())
+    }
+
+    async fn keep_backup(&self, backup: &Backup) -> Result<()> {
+        let (shared, uuid, kept) = (self.shared.clone(), self.uuid, backup.clone());
+        on_disk(move || shared.store.save_backup(uuid, &kept)).await?;
+        fail_point::reached();
+        Ok(())
+    }
+
+    async fn forget_backup(&self) -> Result<()> {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        let forgotten = on_disk(move || shared.store.remove_backup(uuid)).await;
+        lock(&self.state).backup = None;
+        forgotten
+    }
+}
