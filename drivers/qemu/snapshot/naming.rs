@@ -142,7 +142,16 @@ mod tests {
 
     fn note(folder: &Path) -> Save {
         let (part, file) = (folder.join("web.save.virtd-1"), folder.join("web.save"));
-        Save { part, file, number: None, resume: true, complete: false, goes_on: false, memory_only: false }
+        Save {
+            part,
+            file,
+            number: None,
+            resume: true,
+            complete: false,
+            goes_on: false,
+            given: false,
+            memory_only: false,
+        }
     }
 
     /// One that is made, as its note says it afterwards.
