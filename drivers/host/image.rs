@@ -239,11 +239,6 @@ impl Images {
         self.snapshot("delete a snapshot in", "-d", path, name)
     }
 
-    /// Makes an image of `size` bytes that holds nothing, in a file that is there and empty.
-    pub fn create(&self, path: &Path, format: &str, size: u64) -> Result<(), DriverError> {
-        self.run("make", path, ["create", "-q", "-f", format], [path.into(), size.to_string().into()]).map(drop)
-    }
-
     /// From now on a bitmap in the image tells what is written to it.
     pub fn add_bitmap(&self, path: &Path, name: &str) -> Result<(), DriverError> {
         self.bitmap("keep a bitmap in", "--add", path, name)

@@ -137,11 +137,12 @@ impl Domain {
             }
             let (tell, ready) = oneshot::channel();
             let (job, uid) = (change.open(options.cancel_on_disconnect)?, caller.uid);
-            let ticket = job.run_beyond(async move |domain, job| {
+            let begin = async move |domain: Arc<Domain>, job| {
                 domain.applies(verb)?;
                 let planned = domain.plan_backup(&doc, checkpoint.as_ref(), options, true).await?;
                 domain.begins_backup(planned, uid, job, Some(tell)).await
-            });
+            };
+            let ticket = job.run_beyond(begin, async |_, _, rest| rest.await);
             Ok(BackupTicket { ticket, ready })
         })
         .await

@@ -17,7 +17,7 @@ use crate::lock::lock;
 use crate::log;
 use crate::turn::{GRACE, TurnGuard};
 use crate::verb::Verb;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -237,35 +237,6 @@ impl OpenJob {
     /// Fires when the job is to end.
     pub fn cancel_token(&self) -> &CancellationToken {
         &self.change.cancel
-    }
-
-    /// Does `begin` when its turn has come, and then, without the turn, what that gives.
-    pub fn run_beyond<F, G>(self, begin: impl FnOnce(Arc<Domain>, Arc<Job>) -> F + Send + 'static) -> Ticket
-    where
-        F: Future<Output = Result<G>> + Send + 'static,
-        G: Future<Output = Result<()>> + Send + 'static,
-    {
-        let OpenJob { change, job, ticket } = self;
-        tokio::spawn(async move {
-            let (since, domain, caller, verb) =
-                (Instant::now(), change.domain.clone(), change.caller.clone(), change.verb);
-            let rest = Arc::new(Mutex::new(None));
-            let kept = rest.clone();
-            let begun = async move |domain, job| {
-                let rest = begin(domain, job).await?;
-                *lock(&kept) = Some(rest);
-                Ok(())
-            };
-            let begun = change.run(&job, begun).await;
-            let rest = lock(&rest).take();
-            let result = match (begun, rest) {
-                (Ok(()), Some(rest)) => rest.await,
-                (begun, _) => begun,
-            };
-            domain.log(&caller, verb, since, result.as_ref().err());
-            job.finish_shared(result);
-        });
-        ticket
     }
 
     /// Does `work` when its turn has come; whatever `work` has taken along is dropped before the job ends.
