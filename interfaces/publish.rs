@@ -248,6 +248,13 @@ fn device(objects: &Objects, domain: Uuid, event: &DeviceEvent) -> Result<Vec<Me
             body.aligned(&bytes.to_le_bytes());
             return Ok(vec![signal(&path, domain::INTERFACE, "BalloonChanged", "t", &body)?]);
         }
+        DeviceEvent::WrittenBeyond { target, threshold, excess } => {
+            let mut body = Body::with_capacity(64);
+            body.text(target);
+            body.aligned(&threshold.to_le_bytes());
+            body.aligned(&excess.to_le_bytes());
+            return Ok(vec![signal(&path, domain::INTERFACE, "BlockThreshold", "stt", &body)?]);
+        }
         DeviceEvent::IoError { target, action, reason } => {
             ("DiskIoError", vec![&**target, action.as_str(), reason.as_str()])
         }

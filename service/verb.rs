@@ -156,6 +156,7 @@ verbs! {
         CHANGE_MEDIUM = "ChangeMedium", Some(Device), Always, "change the medium in";
         SET_LINK = "SetLink", Some(Device), Always, "set the link of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
+        SET_BLOCK_THRESHOLD = "SetBlockThreshold", Some(Device), Active, "watch a disk of";
         BLOCK_RESIZE = "BlockResize", Some(Device), Always, "block-resize";
         BLOCK_PULL = "BlockPull", Some(Device), RunningOrPaused, "block-pull";
         BLOCK_COMMIT = "BlockCommit", Some(Device), RunningOrPaused, "block-commit";

@@ -10,7 +10,7 @@ use virt_model::driver::stats::{
 
 /// What each disk holds, and what its image takes.
 pub const CAPACITY: u64 = 1 << 30;
-const ALLOCATION: u64 = 1 << 20;
+pub const ALLOCATION: u64 = 1 << 20;
 
 /// What the host counts is told at once; for everything else the hypervisor must listen.
 pub async fn of_guest(machine: &Machine, def: &DomainDef, group: StatGroup) -> Result<GroupStats, DriverError> {
