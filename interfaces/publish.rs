@@ -266,6 +266,13 @@ fn device(objects: &Objects, domain: Uuid, event: &DeviceEvent) -> Result<Vec<Me
             let told = told.map_err(|error| Error::internal(format!("a signal could not be made: {error}")))?;
             return Ok(vec![told]);
         }
+        DeviceEvent::WrittenBeyond { target, threshold, excess } => {
+            let mut body = Body::with_capacity(64);
+            body.text(target);
+            body.aligned(&threshold.to_le_bytes());
+            body.aligned(&excess.to_le_bytes());
+            return Ok(vec![signal(&path, domain::INTERFACE, "BlockThreshold", "stt", &body)?]);
+        }
         DeviceEvent::IoError { target, action, reason } => {
             ("DiskIoError", vec![&**target, action.as_str(), reason.as_str()])
         }

@@ -199,15 +199,10 @@ impl Jobs {
         all.for_each(|entry| entry.cancel.cancel());
     }
 
-    /// Waits until no job is under way, but for those of the operations that `outlive` this virtd.
-    pub async fn idle(&self, outlive: &[&str]) {
+    /// Waits until no job is under way, but for those that outlive this virtd.
+    pub async fn idle(&self) {
         let mut unfinished = self.unfinished.subscribe();
-        let waits = |entry: &Entry| !entry.facts.state.is_final() && !outlive.contains(&entry.facts.operation);
-        while lock(&self.table).entries.values().any(waits) {
-            if unfinished.changed().await.is_err() {
-                return;
-            }
-        }
+        let _ = unfinished.wait_for(|n| *n == 0).await;
     }
 
     /// How far it has come, in bytes or in something else.

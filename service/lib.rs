@@ -75,9 +75,6 @@ pub struct Settings {
 /// How long `close` waits for jobs under way.
 const CLOSING: Duration = Duration::from_secs(10);
 
-/// Operations that the next virtd goes on with, and that this one does not wait for.
-const OUTLIVE: [&str; 1] = [verb::BACKUP_BEGIN.word];
-
 /// All domains of one host.
 pub struct Service {
     shared: Arc<Shared>,
@@ -235,7 +232,7 @@ impl Service {
             thawing.spawn(async move { domain.thaws_at_the_end().await });
         }
         thawing.join_all().await;
-        if tokio::time::timeout(CLOSING, self.shared.jobs.idle(&OUTLIVE)).await.is_err() {
+        if tokio::time::timeout(CLOSING, self.shared.jobs.idle()).await.is_err() {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }
     }

@@ -171,6 +171,7 @@ verbs! {
         GET_MEMORY_PARAMETERS = "GetMemoryParameters", Some(Read), Always, "get the limits of the host's memory of";
         SET_GRAPHICS_PASSWORD = "SetGraphicsPassword", Some(Console), Always, "set a display's password of";
         UPDATE_DEVICE = "UpdateDevice", Some(Device), Always, "update device";
+        SET_BLOCK_THRESHOLD = "SetBlockThreshold", Some(Device), Active, "watch a disk of";
         BLOCK_RESIZE = "BlockResize", Some(Device), Always, "block-resize";
         BLOCK_PULL = "BlockPull", Some(Device), RunningOrPaused, "block-pull";
         BLOCK_COMMIT = "BlockCommit", Some(Device), RunningOrPaused, "block-commit";

@@ -389,6 +389,11 @@ fn told_of_device(event: &Event) -> Option<DeviceEvent> {
             let reason = if event.data["nospace"] == true { IoFailure::NoSpace } else { IoFailure::Failed };
             Some(DeviceEvent::IoError { target: word("node-name").to_owned(), action, reason })
         }
+        "BLOCK_WRITE_THRESHOLD" => Some(DeviceEvent::WrittenBeyond {
+            target: word("node-name").to_owned(),
+            threshold: event.data["write-threshold"].as_u64()?,
+            excess: event.data["amount-exceeded"].as_u64()?,
+        }),
         "WATCHDOG" => Some(DeviceEvent::WatchdogFired { action: word("action").to_owned() }),
         "MEMORY_FAILURE" => Some(DeviceEvent::MemoryFailure {
             recipient: word("recipient").to_owned(),

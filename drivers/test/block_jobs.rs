@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
 use uuid::Uuid;
+use virt_model::device::Disk;
 use virt_model::driver::block_jobs::{BlockJob, BlockJobs, BlockNotes, BlockStage, BlockStanding, Held};
 use virt_model::driver::snapshots::Machine;
-use virt_model::driver::{DriverError, Instance};
+use virt_model::driver::{DeviceEvent, DriverError, Instance};
 
 /// How much each job would move.
 const TOTAL: u64 = 64 << 20;
@@ -35,6 +36,11 @@ impl TestDriver {
 
     fn forget_played(&self, machine: Uuid, job: &BlockJob) {
         lock(&self.0.block_jobs).remove(&(machine, job.target.clone()));
+    }
+
+    /// The offset of a disk whose first writing is told.
+    pub(super) fn threshold(&self, machine: Uuid, target: &str) -> u64 {
+        lock(&self.0.thresholds).get(&(machine, target.to_owned())).copied().unwrap_or_default()
     }
 
     /// What a disk holds that has been given another size.
@@ -123,6 +129,19 @@ impl BlockJobs for TestDriver {
 
     async fn clean_up_block_job(&self, machine: &Machine, job: &BlockJob, _: bool, _: bool, _: Vec<PathBuf>) {
         self.forget_played(machine.def.uuid, job);
+    }
+
+    /// An offset that is not beyond what each image takes has been written already.
+    async fn set_write_threshold(&self, guest: &dyn Instance, disk: &Disk, threshold: u64) -> Result<(), DriverError> {
+        let guest = our_machine(guest)?;
+        guest.listens().await?;
+        let (key, target) = ((guest.uuid, disk.target.dev.clone()), disk.target.dev.clone());
+        let excess = stats::ALLOCATION.checked_sub(threshold).filter(|_| threshold > 0);
+        lock(&self.0.thresholds).insert(key, if excess.is_some() { 0 } else { threshold });
+        if let Some(excess) = excess {
+            guest.tells_of_device(DeviceEvent::WrittenBeyond { target: format!("{target}-played"), threshold, excess });
+        }
+        Ok(())
     }
 
     async fn resize_disk(&self, machine: &Machine, target: &str, size: u64, shrink: bool) -> Result<(), DriverError> {

@@ -25,7 +25,9 @@ use uuid::Uuid;
 use virt_model::device::{Channel, CharSource};
 use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::agent::GuestAgent;
-use virt_model::driver::{ConsoleOptions, DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode};
+use virt_model::driver::{
+    ConsoleOptions, DeviceEvent, DriverError, DriverEvent, EventSink, Exit, Instance, ShutdownMode,
+};
 use virt_model::state::{PmSuspended, ShutdownBy, Suspended};
 
 /// A guest.
@@ -385,6 +387,11 @@ impl Machine {
     /// What programs have printed.
     pub fn printed(&self) -> MutexGuard<'_, BTreeMap<u64, Vec<u8>>> {
         lock(&self.agent.printed)
+    }
+
+    /// Something has happened to a device.
+    pub fn tells_of_device(&self, event: DeviceEvent) {
+        lock(&self.state).tell(DriverEvent::Device(event));
     }
 
     /// Returns when it has ended.

@@ -70,6 +70,8 @@ struct Inner {
     tracked: Mutex<HashMap<Uuid, Arc<Tracked>>>,
     /// What is done to disks, by machine and target.
     block_jobs: Mutex<HashMap<(Uuid, String), block_jobs::PlayedJob>>,
+    /// Offsets of disks whose first writing is told.
+    thresholds: Mutex<HashMap<(Uuid, String), u64>>,
     /// Sizes of disks that have been given another one.
     sizes: Mutex<HashMap<(Uuid, String), u64>>,
     /// Domains that are backed up, each with what ends its readers.
@@ -332,7 +334,11 @@ impl Driver for TestDriver {
             None => stats::at_rest(def),
         };
         if let GroupStats::Disks(disks) = &mut told {
-            disks.iter_mut().for_each(|disk| disk.capacity = self.resized(def.uuid, &disk.target).or(disk.capacity));
+            for disk in disks.iter_mut() {
+                disk.capacity = self.resized(def.uuid, &disk.target).or(disk.capacity);
+                let threshold = self.threshold(def.uuid, &disk.target);
+                disk.traffic.iter_mut().for_each(|traffic| traffic.threshold = threshold);
+            }
         }
         Ok(told)
     }

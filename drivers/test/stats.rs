@@ -10,7 +10,7 @@ use virt_model::driver::stats::{
 
 /// What each disk holds, and what its image takes.
 pub const CAPACITY: u64 = 1 << 30;
-const ALLOCATION: u64 = 1 << 20;
+pub const ALLOCATION: u64 = 1 << 20;
 /// What each guest writes of its memory in a second.
 const DIRTIED: u64 = 1 << 20;
 

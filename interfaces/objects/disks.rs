@@ -16,6 +16,14 @@ pub async fn resize(domain: Arc<Domain>, call: Call) -> Outcome {
     call.reply(&finish(ticket, no_wait).await?)
 }
 
+/// `SetBlockThreshold`
+pub async fn set_threshold(domain: Arc<Domain>, call: Call) -> Outcome {
+    let (target, threshold, options): (String, u64, Options) = call.read()?;
+    options.end()?;
+    domain.set_block_threshold(call.caller(), &target, threshold).await?;
+    call.done()
+}
+
 /// `BlockPull`
 pub async fn pull(domain: Arc<Domain>, call: Call) -> Outcome {
     let (target, base, options): (String, String, Options) = call.read()?;

@@ -86,6 +86,7 @@ const SIGNALS: &[Field] = &[
     ("DeviceRemovalFailed", "s"),
     ("MediumChanged", "ss"),
     ("DiskIoError", "sss"),
+    ("BlockThreshold", "stt"),
     ("WatchdogFired", "s"),
     ("MemoryFailure", "ssa{sv}"),
     ("BalloonChanged", "t"),
@@ -133,6 +134,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::DETACH_DEVICE, detach_device)
         .method(&verb::DETACH_DEVICE_ALIAS, detach_device_alias)
         .method(&verb::CHANGE_MEDIUM, change_medium)
+        .method(&verb::SET_BLOCK_THRESHOLD, disks::set_threshold)
         .method(&verb::BLOCK_RESIZE, disks::resize)
         .method(&verb::BLOCK_PULL, disks::pull)
         .method(&verb::BLOCK_COMMIT, disks::commit)

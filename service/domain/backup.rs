@@ -251,6 +251,7 @@ impl Domain {
         job: &Arc<Job>,
         tell: Option<oneshot::Sender<()>>,
     ) -> Result<()> {
+        job.outlives_virtd();
         let id = self.id();
         let done = match backup.request.pull {
             true => self.is_read(id, job, tell).await,

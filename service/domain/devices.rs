@@ -308,12 +308,19 @@ impl Domain {
 
     /// What the hypervisor reports of a device; of an image it knows the node's name alone, which begins with the disk's target.
     pub(super) fn device_reported(&self, event: DeviceEvent) {
+        let disk_of = |node: &str| {
+            let live = self.live()?;
+            let of = |target: &str| node.strip_prefix(target).is_some_and(|rest| rest.starts_with('-'));
+            live.devices.disks.iter().map(|disk| &disk.target.dev).find(|target| of(target)).cloned()
+        };
         let event = match event {
             DeviceEvent::IoError { target: node, action, reason } => {
-                let Some(live) = self.live() else { return };
-                let of = |target: &str| node.strip_prefix(target).is_some_and(|rest| rest.starts_with('-'));
-                let Some(disk) = live.devices.disks.iter().find(|disk| of(&disk.target.dev)) else { return };
-                DeviceEvent::IoError { target: disk.target.dev.clone(), action, reason }
+                let Some(target) = disk_of(&node) else { return };
+                DeviceEvent::IoError { target, action, reason }
+            }
+            DeviceEvent::WrittenBeyond { target: node, threshold, excess } => {
+                let Some(target) = disk_of(&node) else { return };
+                DeviceEvent::WrittenBeyond { target, threshold, excess }
             }
             // A guest can say so as often as it likes: that counts once, and if it was asked.
             DeviceEvent::RemovalFailed { alias } => {

@@ -216,3 +216,35 @@ async fn what_cannot_be_moved_or_resized_is_refused_by_name() {
     refused(commit("", "").await, "InUse", "snapshot 'frozen'");
     refused(call("BlockPull", "vda", "").await, "InUse", "snapshot 'frozen'");
 }
+
+/// What statistics tell of the first disk.
+async fn threshold(domain: &Domain) -> u64 {
+    let told = domain.call("GetStats", &(options([("groups", Variant::from(vec!["disks"]))]),)).await.expect("told");
+    let mut told: std::collections::HashMap<String, zbus::OwnedVariant> = told.body().deserialize().expect("a{sv}");
+    let disks: Vec<std::collections::HashMap<String, zbus::OwnedVariant>> =
+        told.remove("disks").expect("disks").try_into().expect("aa{sv}");
+    u64::try_from(disks[0]["threshold"].try_clone().expect("a number")).expect("t")
+}
+
+#[tokio::test]
+async fn writing_beyond_a_threshold_is_told_once() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = machine(&daemon).await;
+    let set =
+        async |target: &str, threshold: u64| domain.call("SetBlockThreshold", &(target, threshold, options([]))).await;
+    set("vda", 1 << 30).await.expect("set");
+    assert_eq!(threshold(&domain).await, 1 << 30);
+    let mut watch = domain.client.watch().await;
+    set("vda", 1 << 19).await.expect("set");
+    let told = loop {
+        let signal = watch.next().await;
+        if signal.header().member().is_some_and(|member| member == "BlockThreshold") {
+            break signal.body().deserialize::<(String, u64, u64)>().expect("stt");
+        }
+    };
+    assert_eq!(told, ("vda".to_owned(), 1 << 19, 1 << 19));
+    assert_eq!(threshold(&domain).await, 0);
+    refused(set("vdz", 1).await, "NoSuchDevice", "vdz");
+    domain.run("Destroy").await.expect("destroyed");
+    refused(set("vda", 1).await, "OperationInvalid", "start it first");
+}

@@ -148,6 +148,7 @@ async fn the_images_of_a_running_guest_are_resized_committed_copied_and_pulled()
     tick.goes_on().await;
 
     what_it_writes_is_committed(&moved, &overlay).await;
+    what_it_writes_is_told(&moved).await;
     let (count, boots) = tick.counted().expect("it counts");
     domain.run("Destroy").await.expect("destroyed");
     domain.run("Start").await.expect("it starts from what is stored");
@@ -209,6 +210,20 @@ async fn it_is_copied(moved: &Moved) -> PathBuf {
     assert_eq!(before.map(|(_, boots)| boots), moved.tick.counted().map(|(_, boots)| boots));
     assert!(moved.top.exists() && base.exists());
     copy
+}
+
+/// The guest writes on and on, and beyond what it had written before.
+async fn what_it_writes_is_told(moved: &Moved) {
+    let mut watch = moved.domain.client.watch().await;
+    moved.domain.call("SetBlockThreshold", &("vda", 512u64, options([]))).await.expect("set");
+    loop {
+        let signal = watch.next().await;
+        if signal.header().member().is_some_and(|member| member == "BlockThreshold") {
+            let (target, threshold, excess): (String, u64, u64) = signal.body().deserialize().expect("stt");
+            assert!((target.as_str(), threshold) == ("vda", 512) && excess > 0);
+            return;
+        }
+    }
 }
 
 async fn what_it_writes_is_committed(moved: &Moved, below: &Path) {

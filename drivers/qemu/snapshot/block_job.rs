@@ -125,6 +125,16 @@ impl BlockJobs for QemuDriver {
         }
     }
 
+    async fn set_write_threshold(&self, guest: &dyn Instance, disk: &Disk, threshold: u64) -> Result<(), DriverError> {
+        let body = our_body(guest)?;
+        let nodes = Nodes::of(body).await?;
+        let image = nodes.of_disk(disk)?;
+        // What is below the format is written at offsets of the file.
+        let storage = format!("{}-storage", image.name.strip_suffix("-format").unwrap_or(&image.name));
+        let set = json!({ "node-name": storage, "write-threshold": threshold });
+        body.patiently("block-set-write-threshold", set).await.map(drop)
+    }
+
     async fn resize_disk(&self, machine: &Machine, target: &str, size: u64, shrink: bool) -> Result<(), DriverError> {
         self.operation(machine).await?.resize_disk(target, size, shrink).await
     }

@@ -29,7 +29,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use virt_model::driver::DriverError;
 use virt_model::driver::block_jobs::{BlockJob, BlockJobs, BlockNotes, BlockStage};
-use virt_model::xml::Element;
+use virt_model::xml::{Element, shorten};
 
 /// A block job that has begun and not ended.
 #[derive(Clone, Debug)]
@@ -220,6 +220,20 @@ impl Domain {
 
     fn block_entry(&self, target: &str) -> Option<BlockEntry> {
         lock(&self.state).block_jobs.get(target).cloned()
+    }
+
+    /// Has the first writing of a disk's image beyond that offset told, once; 0: none.
+    pub async fn set_block_threshold(&self, caller: &Caller, target: &str, threshold: u64) -> Result<()> {
+        self.beside(caller, &verb::SET_BLOCK_THRESHOLD, async {
+            let guest = self.guest()?;
+            let disk = guest.live.devices.disks.iter().find(|disk| disk.target.dev == target);
+            let disk = disk.ok_or_else(|| {
+                Error::NoSuchDevice(format!("domain '{}' has no disk '{}'", self.name(), shorten(target)))
+            })?;
+            let set = self.block_jobs()?.set_write_threshold(guest.instance.as_ref(), disk, threshold).await;
+            set.map_err(|e| Error::from_driver(&self.name(), &format!("watch disk '{target}' of"), e))
+        })
+        .await
     }
 
     /// Gives a disk another size, in bytes; the ticket answers when that is done.

@@ -155,6 +155,11 @@ pub trait BlockJobs: Send + Sync {
     /// Repeatable.
     async fn clean_up_block_job(&self, machine: &Machine, job: &BlockJob, done: bool, made: bool, remove: Vec<PathBuf>);
 
+    /// The first writing of a disk's image beyond that offset is told, once ([`DeviceEvent::WrittenBeyond`]); 0: none is.
+    ///
+    /// [`DeviceEvent::WrittenBeyond`]: super::DeviceEvent::WrittenBeyond
+    async fn set_write_threshold(&self, guest: &dyn Instance, disk: &Disk, threshold: u64) -> Result<(), DriverError>;
+
     /// Gives a disk another size, in bytes, while its guest runs or, without one, in its image. Returns when that is so.
     /// Errors: `Argument` if it would be smaller and is not to `shrink`; `Unsupported` where such an image has one size.
     async fn resize_disk(&self, machine: &Machine, target: &str, size: u64, shrink: bool) -> Result<(), DriverError>;

@@ -75,6 +75,15 @@ pub enum DeviceEvent {
         /// Why it failed.
         reason: IoFailure,
     },
+    /// An image has been written beyond the offset that was to be told of.
+    WrittenBeyond {
+        /// The disk's target; a driver may say a name that begins with that and a hyphen.
+        target: String,
+        /// That offset.
+        threshold: u64,
+        /// By how many bytes.
+        excess: u64,
+    },
     /// The guest has not reset its watchdog in time.
     WatchdogFired {
         /// What follows, in the hypervisor's word.
