@@ -5,8 +5,12 @@ use super::apart;
 use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+/// How many seconds a program has that looks at the host's network or changes it: some milliseconds are usual.
+const LIMIT: u32 = 20;
 
 /// A device to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -322,6 +326,13 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     let path = "/usr/sbin:/usr/bin:/sbin:/bin";
     let mut command = Command::new(program);
     let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: a system call only. The alarm goes on in the program, and ends it.
+    unsafe {
+        done.pre_exec(|| {
+            libc::alarm(LIMIT);
+            Ok(())
+        });
+    }
     let done = apart::without(|| done.output()).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => {
             io::Error::other(format!("this needs the program {program} (Debian has it in iproute2)"))
@@ -330,6 +341,9 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     })?;
     if done.status.success() {
         return Ok(done.stdout);
+    }
+    if done.status.signal() == Some(libc::SIGALRM) {
+        return Err(io::Error::other(format!("{program} {}: it takes more than {LIMIT} s", args.join(" "))));
     }
     let words = String::from_utf8_lossy(&done.stderr);
     Err(io::Error::other(format!("{program} {}: {}", args.join(" "), words.trim())))
