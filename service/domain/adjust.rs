@@ -209,6 +209,12 @@ impl Domain {
         live: Option<LiveChange>,
         stored: Option<(Arc<DomainDef>, DomainDef)>,
     ) -> Result<()> {
+        for one in live.iter().flat_map(|live| &live.what) {
+            // Limits are put into the graph of nodes that a job works on.
+            if let Adjustment::Throttle(target) = one {
+                self.disks_are_idle(Some(target))?;
+            }
+        }
         if let Some(live) = &live {
             self.is_no_worse(&live.before, &live.after).await?;
         }
