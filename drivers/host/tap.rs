@@ -3,7 +3,7 @@
 
 use super::apart;
 use rustix::fs::{Mode, OFlags};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
@@ -142,6 +142,22 @@ pub fn name_of(end: &OwnedFd) -> Option<String> {
     let mut request = Request::named("").ok()?;
     ioctl(end.as_raw_fd(), libc::TUNGETIFF as libc::c_ulong, &mut request).ok()?;
     Some(request.name())
+}
+
+/// Whether a process has the other end of the network device open: a device that nobody has any more goes, and its name may be the
+/// next one's. Blocks.
+pub fn is_held(name: &str, pid: i32) -> io::Result<bool> {
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // Where it is told it is told at once; of other files the process makes it as long as it likes.
+        let (mut told, file) = (Vec::new(), std::fs::File::open(entry?.path()));
+        if file.and_then(|file| file.take(1024).read_to_end(&mut told)).is_err() {
+            continue;
+        }
+        if String::from_utf8_lossy(&told).lines().any(|line| line.strip_prefix("iff:").map(str::trim) == Some(name)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
