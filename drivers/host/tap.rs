@@ -3,10 +3,14 @@
 
 use super::apart;
 use rustix::fs::{Mode, OFlags};
-use std::io;
+use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+
+/// How many seconds a program has that looks at the host's network or changes it: some milliseconds are usual.
+const LIMIT: u32 = 20;
 
 /// A device to be made.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -138,6 +142,22 @@ pub fn name_of(end: &OwnedFd) -> Option<String> {
     let mut request = Request::named("").ok()?;
     ioctl(end.as_raw_fd(), libc::TUNGETIFF as libc::c_ulong, &mut request).ok()?;
     Some(request.name())
+}
+
+/// Whether a process has the other end of the network device open: a device that nobody has any more goes, and its name may be the
+/// next one's. Blocks.
+pub fn is_held(name: &str, pid: i32) -> io::Result<bool> {
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // Where it is told it is told at once; of other files the process makes it as long as it likes.
+        let (mut told, file) = (Vec::new(), std::fs::File::open(entry?.path()));
+        if file.and_then(|file| file.take(1024).read_to_end(&mut told)).is_err() {
+            continue;
+        }
+        if String::from_utf8_lossy(&told).lines().any(|line| line.strip_prefix("iff:").map(str::trim) == Some(name)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn set_up(name: &str, plan: &TapPlan) -> io::Result<()> {
@@ -322,6 +342,13 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     let path = "/usr/sbin:/usr/bin:/sbin:/bin";
     let mut command = Command::new(program);
     let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // SAFETY: a system call only. The alarm goes on in the program, and ends it.
+    unsafe {
+        done.pre_exec(|| {
+            libc::alarm(LIMIT);
+            Ok(())
+        });
+    }
     let done = apart::without(|| done.output()).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => {
             io::Error::other(format!("this needs the program {program} (Debian has it in iproute2)"))
@@ -330,6 +357,9 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     })?;
     if done.status.success() {
         return Ok(done.stdout);
+    }
+    if done.status.signal() == Some(libc::SIGALRM) {
+        return Err(io::Error::other(format!("{program} {}: it takes more than {LIMIT} s", args.join(" "))));
     }
     let words = String::from_utf8_lossy(&done.stderr);
     Err(io::Error::other(format!("{program} {}: {}", args.join(" "), words.trim())))

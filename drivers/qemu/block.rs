@@ -63,7 +63,9 @@ impl Nodes {
 
     /// The node that reads an image in its format.
     pub fn image(&self, path: &Path, format: &str) -> Option<&Node> {
-        self.0.iter().find(|node| node.driver == format && node.file == path)
+        // What is on no file of the host is told without one, and is none of those.
+        let named = !path.as_os_str().is_empty();
+        self.0.iter().find(|node| named && node.driver == format && node.file == path)
     }
 
     /// The node of what lies in a drive.
@@ -100,6 +102,21 @@ impl Nodes {
         let number = (1..).find(|number| !taken(&name(*number))).unwrap_or_default();
         format!("{target}-o{number}")
     }
+}
+
+/// The node that a filter stands on now.
+pub async fn below(body: &Body, filter: &str) -> Result<String, DriverError> {
+    let graph = body.execute("x-debug-query-block-graph", json!({})).await?;
+    child(&graph, filter)
+        .ok_or_else(|| DriverError::Hypervisor(format!("QEMU does not tell on what '{filter}' stands")))
+}
+
+fn child(graph: &Value, filter: &str) -> Option<String> {
+    let nodes = || graph["nodes"].as_array().into_iter().flatten().filter(|node| node["type"] == "block-driver");
+    let number = &nodes().find(|node| node["name"] == filter)?["id"];
+    let mut edges = graph["edges"].as_array()?.iter();
+    let edge = edges.find(|edge| edge["parent"] == *number && edge["name"] == "file")?;
+    nodes().find(|node| node["id"] == edge["child"])?["name"].as_str().map(str::to_owned)
 }
 
 /// How a bitmap stands of which QEMU tells that. What is not in the image is lost with the process.
@@ -163,6 +180,31 @@ mod tests {
         assert_eq!(file_of("/a/b"), Path::new("/a/b"));
         let options = r#"json:{"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"/a,b"}}"#;
         assert_eq!(file_of(options), Path::new("/a,b"));
+    }
+
+    #[test]
+    fn what_a_filter_stands_on_is_found_by_the_graph_and_no_image_by_no_name() {
+        let node = |id: u64, kind: &str, name: &str| json!({ "id": id, "type": kind, "name": name });
+        let edge = |parent: u64, child: u64, name: &str| json!({ "parent": parent, "child": child, "name": name });
+        let graph = json!({
+            "nodes": [node(1, "block-backend", ""), node(2, "block-driver", "vda-throttle"),
+                node(3, "block-driver", "vda-format"), node(4, "block-driver", "vda-storage")],
+            "edges": [edge(1, 2, "root"), edge(2, 3, "file"), edge(3, 4, "file")],
+        });
+        let below = |name: &str| child(&graph, name);
+        assert_eq!(below("vda-throttle").as_deref(), Some("vda-format"));
+        assert_eq!((below("vda-storage"), below("vdb-throttle"), below("")), (None, None, None));
+        let node = Node {
+            name: "vdb-format".to_owned(),
+            driver: "raw".to_owned(),
+            file: PathBuf::new(),
+            virtual_size: 0,
+            allocated: None,
+            write_threshold: 0,
+            snapshots: Vec::new(),
+            bitmaps: Bitmaps::default(),
+        };
+        assert!(Nodes(vec![node]).image(Path::new(""), "raw").is_none());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Where a guest's threads run and what they may use: set between the monitor's hello and the first instruction.
 
 use super::qmp::Qmp;
-use crate::host::cgroup::{IoLimits, Limits, Quota, Trees, UNLIMITED};
+use crate::host::cgroup::{Group, IoLimits, Limits, Quota, Trees, UNLIMITED};
 use crate::host::usage;
 use crate::host::workers::blocking;
 use nix::sched::{CpuSet as Mask, sched_getaffinity, sched_setaffinity};
@@ -44,6 +44,22 @@ pub struct Care {
     pub scheduling: Option<(Policy, i32)>,
     /// CPU time.
     pub quota: Quota,
+}
+
+impl Care {
+    fn set(&self, group: &Group, kind: ThreadKind, id: i32) -> Result<(), DriverError> {
+        if let Some(cpus) = &self.cpus {
+            pin(id, cpus)?;
+        }
+        if let Some((policy, priority)) = self.scheduling {
+            schedule(id, policy, priority)?;
+        }
+        if !self.quota.is_none() {
+            let limited = group.hold_thread(&thread_group(kind), id, self.quota);
+            limited.map_err(|e| failed("the CPU time of a thread cannot be limited", &e))?;
+        }
+        Ok(())
+    }
 }
 
 impl Tuning {
@@ -127,15 +143,10 @@ impl Tuning {
         threads.extend(others.map(|id| (ThreadKind::Emulator, id)));
         for (kind, id) in threads {
             let Some(care) = self.threads.get(&kind) else { continue };
-            if let Some(cpus) = &care.cpus {
-                pin(id, cpus)?;
-            }
-            if let Some((policy, priority)) = care.scheduling {
-                schedule(id, policy, priority)?;
-            }
-            if !care.quota.is_none() {
-                let limited = group.hold_thread(&thread_group(kind), id, care.quota);
-                limited.map_err(|e| failed("the CPU time of a thread cannot be limited", &e))?;
+            match care.set(&group, kind, id) {
+                // QEMU's pool has threads that end when they have nothing to do.
+                Err(_) if kind == ThreadKind::Emulator && !all_threads(pid).contains(&id) => {}
+                set => set?,
             }
         }
         Ok(())

@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 use virt_model::calendar;
 use virt_model::device::balloon::{BalloonModel, BalloonStats};
 use virt_model::device::display::{Connected, GraphicsKind};
-use virt_model::domain::DomainDef;
 use virt_model::domain::size::Kib;
+use virt_model::domain::{DomainDef, MAX_VCPUS};
 use virt_model::driver::Adjustment;
 use virt_model::xml::Element;
 
@@ -209,6 +209,12 @@ impl Domain {
         live: Option<LiveChange>,
         stored: Option<(Arc<DomainDef>, DomainDef)>,
     ) -> Result<()> {
+        for one in live.iter().flat_map(|live| &live.what) {
+            // Limits are put into the graph of nodes that a job works on.
+            if let Adjustment::Throttle(target) = one {
+                self.disks_are_idle(Some(target))?;
+            }
+        }
         if let Some(live) = &live {
             self.is_no_worse(&live.before, &live.after).await?;
         }
@@ -336,11 +342,12 @@ fn of_stored(what: &str, maximum: bool, affect: Affect) -> Result<Affect> {
 }
 
 fn with_vcpus(def: &mut DomainDef, count: u32, maximum: bool, runs: bool) -> Result<()> {
-    let (name, most) = (def.name.clone(), def.maximum_vcpus());
-    if count == 0 || !maximum && count > most {
-        let most = if maximum { String::new() } else { format!(" to {most} ('maximum' changes that)") };
-        let least = if maximum { "at least " } else { "" };
-        return Err(Error::InvalidArgument(format!("domain '{name}': {count} vCPUs; there can be {least}1{most}")));
+    let (name, most) = (def.name.clone(), if maximum { MAX_VCPUS } else { def.maximum_vcpus() });
+    if count == 0 || count > most {
+        let remedy = if maximum { "" } else { " ('maximum' changes that)" };
+        return Err(Error::InvalidArgument(format!(
+            "domain '{name}': {count} vCPUs; there can be 1 to {most}{remedy}"
+        )));
     }
     if maximum {
         def.set_maximum_vcpus(count);

@@ -272,6 +272,7 @@ impl Domain {
             live,
             document: Arc::default(),
             sampler: Arc::default(),
+            looks: Arc::default(),
             agent_readers: FairPlaces::new(1, 1),
             status,
             ending: None,

@@ -2,18 +2,26 @@
 //! runs, what is stored, or both; read from the kernel or the hypervisor while the machine runs.
 
 use super::link;
+use super::state::Guest;
 use super::{Affect, Domain};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::verb::{self, Verb};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use tokio::sync::watch;
+use tokio::time::{Instant, timeout_at};
 use virt_model::device::Disk;
 use virt_model::device::disk::Iotune;
 use virt_model::domain::DomainDef;
 use virt_model::domain::part::Part;
-use virt_model::driver::Adjustment;
+use virt_model::driver::{Adjustment, DriverError};
 use virt_model::setting::{self, BANDWIDTH, MEMORY, SCHEDULER, SettingKind, Settings, THROTTLE};
 use virt_model::xml::shorten;
+
+/// How long whoever asks waits for the kernel or the hypervisor.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Of what the settings are.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -132,10 +140,8 @@ impl Domain {
                 (Some(live), _) => {
                     // A wrong name is refused before anything is asked.
                     of.read(&live)?;
-                    let (guest, mut live) = (self.guest()?, DomainDef::clone(&live));
-                    let looked = self.driver.look_at(guest.instance.as_ref(), &mut live, &of.adjustment()).await;
-                    looked.map_err(|error| self.driver_failed(verb.word, error))?;
-                    of.read(&live)
+                    let looked = self.looked_at(&self.guest()?, of.adjustment()).await;
+                    of.read(&*looked.map_err(|error| self.driver_failed(verb.word, error))?)
                 }
                 (None, Some(stored)) => of.known_by(self.live().as_deref()).read(&stored),
                 (None, None) => Err(self.vanished()),
@@ -144,6 +150,59 @@ impl Domain {
         .await
     }
 }
+
+impl Domain {
+    /// With what the guest runs, as it is in truth of what is named. One look at a time is under way, and whoever asks for the same
+    /// has its answer: it may be a program that is run for it, and everybody may ask.
+    async fn looked_at(&self, guest: &Guest, what: Adjustment) -> Result<Arc<DomainDef>, DriverError> {
+        let until = Instant::now() + PATIENCE;
+        loop {
+            let (mut answer, is_ours) = self.begin_to_look(guest, &what);
+            let wanted = timeout_at(until, answer.wait_for(Option::is_some)).await;
+            let Ok(told) = wanted else {
+                return Err(DriverError::TimedOut(format!("{what} cannot be read: nothing answers")));
+            };
+            if is_ours {
+                let told = told.ok().and_then(|told| told.clone());
+                return told.unwrap_or_else(|| Err(DriverError::Internal(format!("{what} cannot be read"))));
+            }
+        }
+    }
+
+    /// The look that is under way, or a new one; whether it is at what is wanted.
+    fn begin_to_look(&self, guest: &Guest, what: &Adjustment) -> (watch::Receiver<Option<Looked>>, bool) {
+        let mut looks = lock(&guest.looks.0);
+        // Its end is told by an answer, or by nobody being left who could give one.
+        let goes_on = |look: &&Look| look.answer.has_changed().is_ok() && look.answer.borrow().is_none();
+        if let Some(look) = looks.as_ref().filter(goes_on) {
+            let is_ours = look.what == *what && Arc::ptr_eq(&look.of, &guest.live);
+            return (look.answer.clone(), is_ours);
+        }
+        let (tell, answer) = watch::channel(None);
+        *looks = Some(Look { of: guest.live.clone(), what: what.clone(), answer: answer.clone() });
+        let (driver, instance, what) = (self.driver.clone(), guest.instance.clone(), what.clone());
+        let (mut def, all) = (DomainDef::clone(&guest.live), guest.looks.clone());
+        tokio::spawn(async move {
+            let looked = driver.look_at(instance.as_ref(), &mut def, &what).await;
+            *lock(&all.0) = None;
+            tell.send_replace(Some(looked.map(|()| Arc::new(def))));
+        });
+        (answer, true)
+    }
+}
+
+/// The look at a guest that is under way.
+#[derive(Default)]
+pub(super) struct Looks(Mutex<Option<Look>>);
+
+struct Look {
+    /// With what the guest ran when it was begun: what it says of another configuration is nobody's answer.
+    of: Arc<DomainDef>,
+    what: Adjustment,
+    answer: watch::Receiver<Option<Looked>>,
+}
+
+type Looked = Result<Arc<DomainDef>, DriverError>;
 
 /// Changes a part of the definition, which is left out where it says nothing.
 fn edit<T: Part + Default>(

@@ -3,6 +3,7 @@
 use super::backup::CurrentBackup;
 use super::block_jobs::BlockEntry;
 use super::checkpoints::CheckpointSet;
+use super::settings::Looks;
 use super::snapshots::set::SnapshotSet;
 use super::stats::{Measured, Sampler};
 use crate::error::{Error, Result};
@@ -77,6 +78,8 @@ pub(super) struct Guest {
     pub(super) document: Arc<OnceLock<String>>,
     /// What is last known of what it uses.
     pub(super) sampler: Arc<Sampler>,
+    /// What is being read of what it is held to.
+    pub(super) looks: Arc<Looks>,
     /// The place of those who only read what its agent tells: they wait for each other, and keep others waiting for one of them.
     pub(super) agent_readers: Arc<FairPlaces<u32>>,
     pub(super) status: Arc<StatusFile>,

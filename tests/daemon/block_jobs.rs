@@ -149,6 +149,8 @@ async fn while_it_runs_what_would_get_in_its_way_is_refused_and_all_else_goes_on
     refused(domain.call("CreateSnapshot", &snapshot).await, "Busy", &named);
     refused(domain.call("BlockPull", &("vda", "", options([]))).await, "Busy", &named);
     refused(domain.call("BlockResize", &("vda", 1u64 << 31, options([]))).await, "Busy", &named);
+    let limit = options([("read-bytes-per-second", Variant::from(4096_u64))]);
+    refused(domain.call("SetBlockThrottle", &("vda", limit, with([("live", true)]))).await, "Busy", &named);
     let disk = "<disk type='file'><target dev='vda' bus='virtio'/></disk>";
     refused(domain.call("DetachDevice", &(disk, with([("live", true)]))).await, "Busy", &named);
     let again = Job::of(&domain, "BlockCopy", &("vdb", COPY, options([]))).await;

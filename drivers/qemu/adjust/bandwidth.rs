@@ -1,8 +1,9 @@
 //! What passes a guest's network card: shaped at the host's end by the kernel, as at a start.
 
-use crate::host::tap::{Rate, change_limit, change_plug, limit_of};
+use crate::host::tap::{Rate, change_limit, change_plug, is_held, limit_of};
 use crate::host::workers::blocking;
 use crate::qemu::command::tap_plan;
+use crate::qemu::instance::Body;
 use virt_model::device::Interface;
 use virt_model::device::interface::{self, InterfaceKind};
 use virt_model::domain::DomainDef;
@@ -12,9 +13,9 @@ use virt_model::driver::DriverError;
 const DIRECTIONS: [bool; 2] = [true, false];
 
 /// Has the kernel hold the card that is known by that to what `def` says.
-pub async fn adjust(before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
+pub async fn adjust(body: &Body, before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
     let (card, was) = (card_of(def, known)?, card_of(before, known)?);
-    let (device, direct) = (device_of(card)?, card.kind == InterfaceKind::Direct);
+    let (device, direct) = (device_of(body, card).await?, card.kind == InterfaceKind::Direct);
     let changes = DIRECTIONS.map(|to_guest| (to_guest, rate_of(was, to_guest), rate_of(card, to_guest)));
     let changes: Vec<_> = changes.into_iter().filter(|(_, old, new)| old != new).collect();
     blocking(move || {
@@ -38,9 +39,9 @@ pub async fn adjust(before: &DomainDef, def: &DomainDef, known: &str) -> Result<
 }
 
 /// Plugs the cable of the card into the bridge that `def` says.
-pub async fn change_bridge(before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
+pub async fn change_bridge(body: &Body, before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
     let (card, was) = (card_of(def, known)?, card_of(before, known)?);
-    let device = device_of(card)?;
+    let device = device_of(body, card).await?;
     if !nix::unistd::geteuid().is_root() {
         let why = "its host's end was made by QEMU's helper: only virtd on the system bus plugs it into another bridge";
         return Err(DriverError::Unsupported(why.to_owned()));
@@ -57,7 +58,7 @@ pub async fn change_bridge(before: &DomainDef, def: &DomainDef, known: &str) -> 
 }
 
 /// Writes into `def` to what the kernel holds the card.
-pub async fn look(def: &mut DomainDef, known: &str) -> Result<(), DriverError> {
+pub async fn look(body: &Body, def: &mut DomainDef, known: &str) -> Result<(), DriverError> {
     let card = card_of(def, known)?;
     let direct = card.kind == InterfaceKind::Direct;
     // Where nothing is said nothing is held, whatever the host's end is.
@@ -65,7 +66,7 @@ pub async fn look(def: &mut DomainDef, known: &str) -> Result<(), DriverError> {
     if said == [None, None] {
         return Ok(());
     }
-    let device = device_of(card)?;
+    let device = device_of(body, card).await?;
     let held = blocking(move || DIRECTIONS.map(|to_guest| limit_of(&device, to_guest != direct)));
     let held = held.await?.into_iter().collect::<Result<Vec<_>, _>>();
     let held =
@@ -102,13 +103,27 @@ pub fn card_of<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface, Dri
     card.ok_or_else(|| DriverError::Internal("a network card is lost".to_owned()))
 }
 
-/// The host's end.
-fn device_of(card: &Interface) -> Result<String, DriverError> {
+/// The host's end, as long as it is this guest's: a QEMU that has closed it has given its name to the next.
+async fn device_of(body: &Body, card: &Interface) -> Result<String, DriverError> {
     let ours = matches!(card.kind, InterfaceKind::Bridge | InterfaceKind::Direct | InterfaceKind::Ethernet);
     let name = card.target.as_ref().and_then(|target| target.dev.clone()).filter(|_| ours);
-    name.ok_or_else(|| {
+    let name = name.ok_or_else(|| {
         DriverError::Unsupported("its host's end has no name: it is no network device of virtd's".to_owned())
-    })
+    })?;
+    // One without a bridge stays until virtd removes it.
+    if card.kind == InterfaceKind::Direct {
+        return Ok(name);
+    }
+    let (device, pid) = (name.clone(), body.keeper.process_id().ok_or(DriverError::Gone)?);
+    match blocking(move || is_held(&device, pid)).await? {
+        Ok(true) => Ok(name),
+        Ok(false) => Err(DriverError::Refused(format!(
+            "its QEMU does not have the network device '{name}' any more; detach the card and attach it again"
+        ))),
+        Err(e) => {
+            Err(DriverError::Hypervisor(format!("whether QEMU has the network device '{name}' cannot be told: {e}")))
+        }
+    }
 }
 
 fn rate_of(card: &Interface, to_guest: bool) -> Option<Rate> {

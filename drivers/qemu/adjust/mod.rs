@@ -34,8 +34,8 @@ impl QemuDriver {
                 limits::adjust(body, before, def, bounds).await
             }
             Adjustment::Throttle(target) => throttle::adjust(body, before, def, target).await,
-            Adjustment::Bandwidth(card) => bandwidth::adjust(before, def, card).await,
-            Adjustment::Bridge(card) => bandwidth::change_bridge(before, def, card).await,
+            Adjustment::Bandwidth(card) => bandwidth::adjust(body, before, def, card).await,
+            Adjustment::Bridge(card) => bandwidth::change_bridge(body, before, def, card).await,
             Adjustment::Link(card) => set_link(body, bandwidth::card_of(def, card)?).await,
             Adjustment::Password(index, connected) => set_password(body, before, def, *index, *connected).await,
             Adjustment::Vcpus(patience) => self.adjust_vcpus(body, before, def, *patience).await,
@@ -57,7 +57,7 @@ impl QemuDriver {
             }
             Adjustment::Limits => limits::look(body, def).await,
             Adjustment::Throttle(target) => throttle::look(body, def, target).await,
-            Adjustment::Bandwidth(card) => bandwidth::look(def, card).await,
+            Adjustment::Bandwidth(card) => bandwidth::look(body, def, card).await,
             // What is so of them QEMU does not tell, or tells in its statistics.
             Adjustment::Memory
             | Adjustment::MemoryStats

@@ -2,7 +2,7 @@
 //! a node. A disk that was started without one gets it when it is limited first, and keeps it.
 
 use super::own_word;
-use crate::qemu::block::Nodes;
+use crate::qemu::block::{Nodes, below};
 use crate::qemu::instance::Body;
 use serde_json::{Value, json};
 use virt_model::device::Disk;
@@ -124,9 +124,8 @@ async fn put_before(body: &Body, disk: &Disk, group: &str) -> Result<(), DriverE
         }
         return put.map(drop).map_err(own_word);
     }
-    let copies = format!("{begin}-cor");
-    let below = if there(&copies) { &copies } else { &nodes.of_disk(disk)?.name };
-    body.execute("blockdev-reopen", json!({ "options": [node(below)] })).await.map(drop).map_err(own_word)
+    let below = below(body, &throttle).await?;
+    body.execute("blockdev-reopen", json!({ "options": [node(&below)] })).await.map(drop).map_err(own_word)
 }
 
 #[cfg(test)]

@@ -94,7 +94,8 @@ fn is_of(slot: &Value, def: &DomainDef, number: u32) -> bool {
     place.into_iter().all(|(key, value)| slot["props"][key].as_u64().unwrap_or_default() == u64::from(value))
 }
 
-/// The vCPUs that the guest has. Numbers that the definition has none of are not listened to.
+/// The vCPUs that the guest has: those of its board at least, whatever QEMU says. Numbers that the definition has none of are not
+/// listened to.
 pub async fn present(body: &Body, def: &DomainDef) -> Result<BTreeSet<u32>, DriverError> {
     present_by(&*body.monitor()?, def).await
 }
@@ -102,8 +103,14 @@ pub async fn present(body: &Body, def: &DomainDef) -> Result<BTreeSet<u32>, Driv
 /// The same, of whom that monitor is.
 pub async fn present_by(monitor: &Qmp, def: &DomainDef) -> Result<BTreeSet<u32>, DriverError> {
     let told = monitor.execute("query-cpus-fast", json!({})).await?;
+    Ok(there(&told, def))
+}
+
+fn there(told: &Value, def: &DomainDef) -> BTreeSet<u32> {
     let numbers = told.as_array().into_iter().flatten().filter_map(|cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
-    Ok(numbers.filter(|number| *number < def.maximum_vcpus()).collect())
+    let (mut board, plugged) = def.vcpus_at_boot();
+    board.retain(|number| !plugged.contains(number));
+    numbers.filter(|number| *number < def.maximum_vcpus()).chain(board).collect()
 }
 
 #[cfg(test)]
@@ -118,5 +125,15 @@ mod tests {
         let slot = |socket: u32, core: u32, thread: u32| json!({ "props": { "socket-id": socket, "core-id": core, "thread-id": thread }, "vcpus-count": 1 });
         assert!(is_of(&slot(0, 0, 0), &def, 0) && is_of(&slot(0, 1, 1), &def, 3) && is_of(&slot(1, 0, 1), &def, 5));
         assert!(!is_of(&slot(1, 0, 1), &def, 1));
+    }
+
+    #[test]
+    fn the_boards_vcpus_are_there_whatever_qemu_says() {
+        let text = "<domain type='qemu'><name>d</name><memory>1</memory><vcpu current='2'>4</vcpu></domain>";
+        let mut def = DomainDef::parse(text).expect("a machine");
+        def.set_vcpus(3, true).expect("one more");
+        let told = |numbers: &[u32]| numbers.iter().map(|n| json!({ "cpu-index": n })).collect::<Value>();
+        assert_eq!(there(&told(&[2, 7]), &def), BTreeSet::from([0, 1, 2]));
+        assert_eq!(there(&told(&[0, 1]), &def), BTreeSet::from([0, 1]), "what was plugged in may have gone");
     }
 }

@@ -10,7 +10,7 @@ use crate::qemu::instance::{Body, guard};
 use crate::qemu::launch::storage;
 use crate::qemu::plan::{Companion, Link};
 use crate::qemu::qmp::COMMAND_TIMEOUT;
-use crate::qemu::tune::Bounds;
+use crate::qemu::tune::{Bounds, Tuning};
 use crate::qemu::{QemuDriver, command, given, make};
 use serde_json::{Value, json};
 use std::sync::Arc;
@@ -89,9 +89,10 @@ impl QemuDriver {
         Ok(())
     }
 
-    /// Lets the guest's processes have what its machine has more, as a start would.
+    /// Lets the guest's processes have what its machine has more, as a start would: its own limit stays what it is.
     pub(super) async fn has_more_memory(&self, body: &Body, def: &DomainDef) -> Result<(), DriverError> {
         let bounds = Bounds::of(def, self.0.bounds.0, self.0.bounds.1);
+        let bounds = Bounds { memory: Tuning::of(def).limits.memory.unwrap_or(bounds.memory), ..bounds };
         let (apart, guest) = (!self.0.privileges.are_ours(), body.uuid);
         let locked = command::lock_limit(def).zip(body.keeper.process_id());
         let allowed = blocking(move || {

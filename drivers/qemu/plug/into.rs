@@ -35,7 +35,8 @@ impl QemuDriver {
         let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
         let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
         let lent = self.lend_to(body, def, files.clone()).await?;
-        if def.memory_kib() > before.memory_kib() {
+        let wanted_kib = def.memory_kib();
+        if wanted_kib > before.memory_kib() {
             self.has_more_memory(body, def).await?;
         }
         let mut done = Vec::new();
@@ -58,6 +59,11 @@ impl QemuDriver {
                 self.end_beside(body, &beside).await;
                 if !matches!(error, DriverError::TimedOut(_)) {
                     leave_what_stays(body, before, def).await;
+                    if wanted_kib > def.memory_kib()
+                        && let Err(error) = self.has_more_memory(body, def).await
+                    {
+                        tracing::warn!(uuid = %body.uuid, %error, "it may have the memory of a device that it did not get");
+                    }
                 }
                 self.give_back(body, def, files.into_iter().map(|file| file.path).collect()).await;
                 return Err(refused(alias, error));

@@ -60,6 +60,11 @@ impl QemuDriver {
                 let nodes = nodes.0.into_iter().map(|node| node.name).filter(|name| name.starts_with(&prefix));
                 media::close(body, nodes.collect()).await;
                 given::take_back(body, &disk.target.dev, None).await;
+                // Limits that were lifted are said nowhere, and would stand in the way of the next disk of that name.
+                let own = json!({ "id": format!("throttle-{}", disk.target.dev) });
+                if let Err(error) = body.ask("object-del", own).await {
+                    tracing::debug!(uuid = %body.uuid, alias, %error, "it has no limits of its own");
+                }
             };
             if timeout(COMMAND_TIMEOUT, close).await.is_err() {
                 tracing::warn!(uuid = %body.uuid, "QEMU is slow to close the images of '{alias}'; they may stay open");

@@ -17,7 +17,7 @@ use std::collections::{HashMap, HashSet};
 use std::hash::Hash;
 
 /// As many as can be counted in a CPU set.
-const MAX_VCPUS: u32 = 16_384;
+pub const MAX_VCPUS: u32 = 16_384;
 /// The longest file name.
 const MAX_NAME: usize = 255;
 

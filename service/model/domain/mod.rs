@@ -30,6 +30,7 @@ pub mod tune;
 pub mod value;
 mod vcpus;
 
+pub use checks::MAX_VCPUS;
 pub use format::{nearest, vocabulary};
 
 use crate::device::Devices;
@@ -331,7 +332,8 @@ impl DomainDef {
     pub fn vcpus_at_boot(&self) -> (BTreeSet<u32>, Vec<u32>) {
         let said = |n: u32| self.vcpus_each.iter().flat_map(|all| &all.vcpus).find(move |vcpu| vcpu.id == n);
         let first = self.vcpus();
-        let online: BTreeSet<u32> = (0..self.maximum_vcpus())
+        // A definition that is only being checked may say any number.
+        let online: BTreeSet<u32> = (0..self.maximum_vcpus().min(MAX_VCPUS))
             .filter(|n| said(*n).and_then(|vcpu| vcpu.enabled).unwrap_or(*n < first))
             .collect();
         let is_plugged = |n: &u32| said(*n).and_then(|vcpu| vcpu.hotpluggable) == Some(true);

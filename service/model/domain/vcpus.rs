@@ -58,11 +58,10 @@ impl DomainDef {
     pub fn set_maximum_vcpus(&mut self, count: u32) {
         let online = self.vcpus().min(count);
         self.vcpu.get_or_insert_with(|| Vcpu { count: 1, ..Vcpu::default() }).count = count;
-        if let Some(all) = &mut self.vcpus_each {
-            all.vcpus.retain(|vcpu| vcpu.id < count);
-        }
-        let listed = u32::try_from(self.vcpus_at_boot().0.len()).unwrap_or(u32::MAX);
-        self.say_online(if self.vcpus_each.is_some() { listed } else { online });
+        let Some(all) = &mut self.vcpus_each else { return self.say_online(online) };
+        all.vcpus.retain(|vcpu| vcpu.id < count);
+        let listed = self.vcpus_at_boot().0.len();
+        self.say_online(u32::try_from(listed).unwrap_or(u32::MAX));
     }
 
     fn say_online(&mut self, count: u32) {
@@ -74,6 +73,7 @@ impl DomainDef {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::domain::MAX_VCPUS;
 
     fn machine(vcpus: &str) -> DomainDef {
         let text = format!("<domain type='test'><name>d</name><memory>1</memory>{vcpus}</domain>");
@@ -129,5 +129,11 @@ mod tests {
         let mut def = machine("");
         def.set_maximum_vcpus(3);
         assert_eq!((def.vcpus(), def.maximum_vcpus()), (1, 3));
+    }
+
+    #[test]
+    fn what_says_far_too_many_is_not_counted_out() {
+        let def = machine(&format!("<vcpu>{}</vcpu>", u32::MAX));
+        assert_eq!(def.vcpus_at_boot().0.len(), MAX_VCPUS as usize);
     }
 }
