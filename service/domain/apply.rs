@@ -20,6 +20,9 @@ use virt_model::xml::refusals;
 /// How long a guest may take to power off, unless the caller says otherwise.
 pub const POWERING_OFF: Duration = Duration::from_secs(60);
 
+/// How long the hypervisor of a guest that has powered off may take to go.
+const GOING: Duration = Duration::from_secs(30);
+
 /// How pending changes are applied.
 #[derive(Clone, Copy, Debug)]
 pub struct ApplyOptions {
@@ -74,18 +77,39 @@ impl Domain {
         };
         let done = tokio::select! {
             () = job.cancel_token().cancelled() => Err(cancelled()),
-            ended = tokio::time::timeout(patience, ended) => ended.unwrap_or_else(|_| Err(self.stays_on(patience))),
+            ended = tokio::time::timeout(patience, ended) => match ended {
+                Ok(ended) => ended,
+                // It has powered off just now, and its hypervisor goes.
+                Err(_) if !self.ends_by_powering_off(guest.id, false) => {
+                    let gone = self.until(|state| !state.runs(guest.id));
+                    let gone = async { tokio::time::timeout(GOING, gone).await.map_err(|_| self.stays_there()) };
+                    tokio::select! {
+                        () = job.cancel_token().cancelled() => Err(cancelled()),
+                        gone = gone => gone,
+                    }
+                }
+                Err(_) => Err(self.stays_on(patience)),
+            },
         };
         self.ends_by_powering_off(guest.id, false);
         // Somebody may have ended it, and wants no other.
         if job.cancel_token().is_cancelled() { Err(cancelled()) } else { done }
     }
 
-    /// Whether the guest `id` ends when it powers off, whatever its configuration says.
-    fn ends_by_powering_off(&self, id: u32, ends: bool) {
-        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
-            guest.ends_by_powering_off = ends;
-        }
+    /// Whether the guest `id` ends when it powers off, whatever its configuration says. Returns whether it stays until then: one
+    /// that ends already is not changed by it.
+    fn ends_by_powering_off(&self, id: u32, ends: bool) -> bool {
+        let mut state = lock(&self.state);
+        let Some(guest) = state.guest.as_mut().filter(|guest| guest.id == id) else { return false };
+        guest.ends_by_powering_off = ends;
+        guest.ending.is_none()
+    }
+
+    fn stays_there(&self) -> Error {
+        let name = self.name();
+        Error::TimedOut(format!(
+            "the guest of domain '{name}' has powered off, and its hypervisor does not go: destroy it, and start it then"
+        ))
     }
 
     fn stays_on(&self, patience: Duration) -> Error {

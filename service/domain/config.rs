@@ -384,12 +384,13 @@ impl State {
         if let (Some(guest), Some(live)) = (self.guest.as_mut(), live) {
             (guest.live, guest.document) = (live, Arc::default());
         }
-        let told = match stored {
+        match stored {
             Some(stored) => self.has_stored(stored, Lifecycle::Defined(Defined::Updated)),
-            None => Vec::new(),
-        };
-        self.compare_configs();
-        told
+            None => {
+                self.compare_configs();
+                Vec::new()
+            }
+        }
     }
 }
 

@@ -187,7 +187,7 @@ impl State {
         facts.current_snapshot = self.snapshots.current().map(str::to_owned);
         facts.snapshot_count = self.snapshots.count();
         if self.snapshots.is_stale() {
-            facts.snapshots = self.snapshots.names();
+            facts.snapshots = self.snapshots.newest();
         }
         facts.broken = published(&self.why_broken()).to_owned();
         if facts != *self.facts {

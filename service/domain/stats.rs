@@ -35,6 +35,8 @@ const STATE: &str = "state";
 const NOT_TAKEN: [&str; 1] = ["perf"];
 /// How much longer than others a group is waited for whose numbers take as long as it is looked on.
 const LOOKED_ON: Duration = Duration::from_secs(2);
+/// How old such numbers may always be: whoever may read asks for them, and looking on costs the guest time.
+const LOOKED_ON_LATELY: Duration = Duration::from_secs(10);
 
 /// The groups that are wanted.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -176,7 +178,11 @@ impl Domain {
             && self.shared.authority.can(caller, Action::Define, &self.subject()).await == Answer::Yes;
         let asked: Vec<_> = groups
             .into_iter()
-            .map(|group| self.begin_sampling(&sampled, StatQuestion { group, may_open }, now, wanted.recent))
+            .map(|group| {
+                let lately = if group == StatGroup::DirtyRate { LOOKED_ON_LATELY } else { Duration::ZERO };
+                let recent = wanted.recent.max(lately);
+                self.begin_sampling(&sampled, StatQuestion { group, may_open }, now, recent)
+            })
             .collect();
         for running in asked {
             let looked_on = running.0.group == StatGroup::DirtyRate && wanted.patience == PATIENCE;

@@ -9,7 +9,7 @@ use virt_model::xml;
 /// Where distributions keep it.
 const SYSTEMS: &str = "/usr/share/osinfo/os";
 
-/// The most names that are remembered: more than there are systems.
+/// The most names that are remembered: more than there are systems. Each is as short as the name of a file.
 const MOST: usize = 4096;
 
 /// The largest file that is read, in bytes.
@@ -20,10 +20,11 @@ static KNOWN: LazyLock<Mutex<HashMap<String, Option<String>>>> = LazyLock::new(M
 
 /// The short name of a system, if it is known here.
 pub(super) fn short_id(uri: &str) -> Option<String> {
+    let file = file_of(Path::new(SYSTEMS), uri)?;
     if let Some(known) = lock(&KNOWN).get(uri) {
         return known.clone();
     }
-    let found = look_up(Path::new(SYSTEMS), uri);
+    let found = look_up(&file, uri);
     let mut known = lock(&KNOWN);
     if known.len() < MOST {
         known.insert(uri.to_owned(), found.clone());
@@ -33,10 +34,9 @@ pub(super) fn short_id(uri: &str) -> Option<String> {
 
 /// Looks into the one file that would have it.
 #[allow(clippy::disallowed_methods, reason = "files of this host that every program reads")]
-fn look_up(systems: &Path, uri: &str) -> Option<String> {
-    let file = file_of(systems, uri)?;
-    let is_small = std::fs::metadata(&file).is_ok_and(|data| data.is_file() && data.len() <= LARGEST);
-    let text = is_small.then(|| std::fs::read_to_string(&file).ok())??;
+fn look_up(file: &Path, uri: &str) -> Option<String> {
+    let is_small = std::fs::metadata(file).is_ok_and(|data| data.is_file() && data.len() <= LARGEST);
+    let text = is_small.then(|| std::fs::read_to_string(file).ok())??;
     let root = xml::read(&text, &[]).ok()?;
     let system = root.elements().find(|os| os.name == "os" && os.attr("id") == Some(uri))?;
     Some(system.child("short-id")?.text().trim().to_owned()).filter(|name| !name.is_empty())
@@ -64,7 +64,7 @@ mod tests {
         let uri = "http://example.org/example/1.2";
         let system = format!("<libosinfo><os id='{uri}'><short-id>example1.2</short-id></os></libosinfo>");
         std::fs::write(folder.path().join("example.org/example-1.2.xml"), system).expect("written");
-        let of = |uri: &str| look_up(folder.path(), uri);
+        let of = |uri: &str| look_up(&file_of(folder.path(), uri)?, uri);
         assert_eq!(of(uri).as_deref(), Some("example1.2"));
         assert_eq!(of("http://example.org/example/1.3"), None);
         for other in
@@ -73,5 +73,14 @@ mod tests {
             assert_eq!(of(other), None, "{other}");
         }
         assert_eq!(file_of(Path::new("/db"), "http://a.b/.hidden"), None);
+    }
+
+    #[test]
+    fn what_cannot_be_in_the_database_is_not_remembered() {
+        let long = format!("http://example.org/{}", "x".repeat(1 << 20));
+        for uri in [&*long, "of nobody", "http://example.org/a b"] {
+            assert_eq!(short_id(uri), None);
+            assert!(!lock(&KNOWN).contains_key(uri), "{}", &uri[..9]);
+        }
     }
 }

@@ -175,6 +175,12 @@ async fn inside(domain: &Domain, script: &str) -> String {
     text.await.expect("read").trim().to_owned()
 }
 
+/// Waits inside for a command to succeed, for as long as the guest may take for anything, and does `between` meanwhile.
+fn waits_for(command: &str, between: &str) -> String {
+    let looks = PATIENCE.as_millis() / 50;
+    format!("i=0; while ! {command} && [ $i -lt {looks} ]; do {between}usleep 50000; i=$((i+1)); done;")
+}
+
 /// A disk, memory, a shared folder and a card come while it runs, it has them, and all but the memory go again.
 async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
     let attach = async |xml: &str| {
@@ -197,8 +203,7 @@ async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
         )
     };
     // The guest finds a device when it has looked, and can read it a moment after it has a name.
-    let comes =
-        "i=0; while ! head -c 1 /dev/vdb > /dev/null 2>&1 && [ $i -lt 400 ]; do usleep 50000; i=$((i+1)); done; ";
+    let comes = waits_for("head -c 1 /dev/vdb > /dev/null 2>&1", "");
     let first = format!("{comes} head -c 10 /dev/vdb");
     let alias = attach(&disk("", "vdb")).await;
     assert_eq!(inside(domain, &first).await, "plugged in");
@@ -216,10 +221,8 @@ async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
     let before: u64 = inside(domain, total).await.parse().expect("a number");
     let alias = attach("<memory model='dimm'><target><size unit='MiB'>256</size></target></memory>").await;
     assert_eq!(domain.property::<u64>("Memory").await, memory * 2);
-    let online = format!(
-        "i=0; while [ $({total}) -le {before} ] && [ $i -lt 400 ]; do for m in /sys/devices/system/memory/memory*/state; \
-         do echo online > $m 2>/dev/null; done; usleep 50000; i=$((i+1)); done; {total}"
-    );
+    let bring = "for m in /sys/devices/system/memory/memory*/state; do echo online > $m 2>/dev/null; done; ";
+    let online = format!("{} {total}", waits_for(&format!("[ $({total}) -gt {before} ]"), bring));
     let after: u64 = inside(domain, &online).await.parse().expect("a number");
     assert!(after >= before + 200 * 1024, "{before} KiB have become {after}");
     let (name, why) =
@@ -237,9 +240,9 @@ async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
         // Twice: what the first one had is free again.
         for _ in 0..2 {
             let alias = attach(&folder).await;
-            let mount = "mkdir -p /run/shared; i=0; while ! mount -t virtiofs shared /run/shared 2>/dev/null && [ $i -lt 400 ]; \
-                         do usleep 50000; i=$((i+1)); done; cat /run/shared/note; umount /run/shared";
-            assert_eq!(inside(domain, mount).await, "of the host");
+            let mounted = waits_for("mount -t virtiofs shared /run/shared 2>/dev/null", "");
+            let mount = format!("mkdir -p /run/shared; {mounted} cat /run/shared/note; umount /run/shared");
+            assert_eq!(inside(domain, &mount).await, "of the host");
             detach(&alias).await;
         }
     } else {

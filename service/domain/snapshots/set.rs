@@ -17,6 +17,9 @@ pub(super) type Open = Arc<Mutex<Option<Intent>>>;
 /// The most snapshots of one domain.
 const MOST: usize = 10_000;
 
+/// The most that a property tells of: each change of it goes to everybody who listens.
+const MOST_TOLD: usize = 1_000;
+
 /// What a domain keeps of its snapshots.
 #[derive(Debug, Default)]
 pub(in crate::domain) struct SnapshotSet {
@@ -66,9 +69,9 @@ impl SnapshotSet {
         self.stale
     }
 
-    /// The names of all, in the order in which they are listed.
-    pub(in crate::domain) fn names(&self) -> Arc<[String]> {
-        self.tree.iter().map(|node| node.name.clone()).collect()
+    /// The names of the newest, in the order in which they are listed.
+    pub(in crate::domain) fn newest(&self) -> Arc<[String]> {
+        self.tree.iter().skip(self.tree.len().saturating_sub(MOST_TOLD)).map(|node| node.name.clone()).collect()
     }
 
     /// Why it is not known what there is, if so.
