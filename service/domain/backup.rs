@@ -166,6 +166,9 @@ impl Domain {
     ) -> Result<Planned> {
         let driver = self.backs_up()?;
         self.is_not_backed_up()?;
+        if options.bandwidth > i64::MAX.cast_unsigned() {
+            return Err(Error::InvalidArgument("'bandwidth' is more bytes a second than can be counted".to_owned()));
+        }
         if turn {
             self.look_at_checkpoints().await?;
         }
@@ -184,6 +187,7 @@ impl Domain {
             let text = "'bandwidth' is for what virtd writes; who reads a pull decides how fast";
             return Err(Error::InvalidArgument(text.to_owned()));
         }
+        aligned.disks.iter().try_for_each(|disk| self.has_no_block_job(Some(&disk.target)))?;
         let checkpoint = match checkpoint {
             Some(doc) => Some(self.plan_checkpoint(doc, &machine).await?),
             None => None,

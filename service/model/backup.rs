@@ -4,13 +4,12 @@
 //!  XML ─read─▶ BackupDoc ─align with the machine─▶ disks of a BackupRequest
 //! ```
 
-use crate::checkpoint::{CheckpointDef, can_be_written, of_machine};
+use crate::checkpoint::{CheckpointDef, can_be_written, check_new_name_of, of_machine};
 use crate::device::Disk;
 use crate::domain::DomainDef;
 use crate::domain::part::{Part as _, Rest, element};
 use crate::domain::value::choices;
 use crate::driver::backup::BackedUpDisk;
-use crate::snapshot::check_name_of;
 use crate::xml::{self, Element, Finding, FindingKind, Limits};
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -244,7 +243,7 @@ impl BackupDiskDoc {
             log.push(Finding::invalid(&self.at, "what the guest overwrites is kept as qcow2"));
         }
         for (what, name) in [("export", &self.export), ("bitmap", &self.bitmap)] {
-            if let Some(Err(why)) = name.as_deref().map(|name| check_name_of(what, name)) {
+            if let Some(Err(why)) = name.as_deref().map(|name| check_new_name_of(what, name)) {
                 log.push(Finding::invalid(&self.at, why));
             }
         }

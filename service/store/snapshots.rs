@@ -164,7 +164,10 @@ impl Store {
         }
         let mut records: Vec<Record> = entries.filter_map(|entry| record(entry.ok()?.path())).collect();
         records.sort_by(|a, b| (a.order, a.created_usec, &a.name).cmp(&(b.order, b.created_usec, &b.name)));
-        let checkpoints = checkpoints(&folder.join(CHECKPOINTS));
+        let (checkpoints, no_checkpoints) = match checkpoints(&folder.join(CHECKPOINTS)) {
+            Ok(checkpoints) => (checkpoints, None),
+            Err(e) => (Vec::new(), Some(format!("which checkpoints it has is not known: {e}"))),
+        };
         let (current, no_current) = match current(&folder.join(".current")) {
             Ok(current) => (current, None),
             Err(e) => (None, Some(format!("which of its snapshots is current is not known: {e}"))),
@@ -177,7 +180,7 @@ impl Store {
             Ok(jobs) => (jobs.unwrap_or_default(), None),
             Err(e) => (BTreeMap::new(), Some(format!("block jobs of it cannot be taken up again: {e}"))),
         };
-        let broken = no_intent.or(no_current).or(no_jobs);
+        let broken = no_intent.or(no_current).or(no_jobs).or(no_checkpoints);
         broken.iter().for_each(|why| tracing::error!(%uuid, "{why}"));
         let backup = read_if_there(&folder.join(BACKUP)).unwrap_or_else(|error| {
             tracing::error!(%uuid, %error, "a backup that was under way is left alone");
@@ -356,11 +359,15 @@ impl Store {
 }
 
 /// The records in a folder of checkpoints, in the order of their creation. Of one that cannot be read its name is known.
-fn checkpoints(folder: &Path) -> Vec<CheckpointDef> {
-    let entries = fs::read_dir(folder).into_iter().flatten();
-    let mut all: Vec<CheckpointDef> = entries.filter_map(|entry| checkpoint(&entry.ok()?.path())).collect();
+fn checkpoints(folder: &Path) -> Result<Vec<CheckpointDef>> {
+    let failed = |e: io::Error| Error::from_io("read", folder, &e);
+    let entries = match fs::read_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(failed)?.collect::<io::Result<Vec<_>>>().map_err(failed)?,
+    };
+    let mut all: Vec<CheckpointDef> = entries.iter().filter_map(|entry| checkpoint(&entry.path())).collect();
     all.sort_by(|a, b| (a.order, &a.name).cmp(&(b.order, &b.name)));
-    all
+    Ok(all)
 }
 
 fn checkpoint(path: &Path) -> Option<CheckpointDef> {

@@ -49,6 +49,8 @@ async fn a_push_ends_by_itself_and_a_pull_is_finished() {
     let busy = format!("backup (job {number})");
     refused(begin(&domain, "", "", options([])).await, "Busy", &busy);
     refused(domain.call("CreateSnapshot", &("", options([]))).await, "Busy", &busy);
+    refused(domain.call("BlockPull", &("vda", "", options([]))).await, "Busy", &busy);
+    refused(domain.call("BlockResize", &("vda", 1u64 << 31, options([]))).await, "Busy", &busy);
     let alias = "<disk type='file'><target dev='vda' bus='virtio'/></disk>";
     refused(domain.call("DetachDevice", &(alias, with([("live", true)]))).await, "Busy", "'vda'");
     refused(domain.call("OpenBackup", &("vdb", options([]))).await, "NoSuchDevice", "vdb");

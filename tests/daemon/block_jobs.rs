@@ -153,6 +153,9 @@ async fn while_it_runs_what_would_get_in_its_way_is_refused_and_all_else_goes_on
     refused(domain.call("SetBlockThrottle", &("vda", limit, with([("live", true)]))).await, "Busy", &named);
     let disk = "<disk type='file'><target dev='vda' bus='virtio'/></disk>";
     refused(domain.call("DetachDevice", &(disk, with([("live", true)]))).await, "Busy", &named);
+    let one = "<domaincheckpoint><disks><disk name='vda'/></disks></domaincheckpoint>";
+    refused(domain.call("CreateCheckpoint", &(one, options([]))).await, "Busy", &named);
+    refused(domain.call("BackupBegin", &("", "", options([]))).await, "Busy", &named);
     let again = Job::of(&domain, "BlockCopy", &("vdb", COPY, options([]))).await;
     refused(again.map(|job| job.path), "InUse", "the copy of disk 'vda' of domain 'web'");
     for method in ["Suspend", "Resume"] {

@@ -116,6 +116,7 @@ async fn what_cannot_be_a_checkpoint_is_refused_by_name() {
     let cases = [
         ("<domaincheckpoint><name>there</name></domaincheckpoint>".to_owned(), "CheckpointExists", "'there'"),
         (disk("name='vda' bitmap='there'"), "CheckpointExists", "of checkpoint 'there'"),
+        (disk("name='vda' bitmap='a&#x200b;'"), "ConfigInvalid", "U+200B"),
         (disk("name='sda'"), "ConfigInvalid", "checkpoint='no'"),
         (disk("name='vdz'"), "ConfigInvalid", "vdz"),
         (disk("name='vda' bitmap='a/b'"), "ConfigInvalid", "'/'"),
@@ -147,6 +148,9 @@ async fn a_revert_breaks_them_and_an_overlay_does_not() {
     player.create(overlay, with([("disk-only", true)])).await.expect("taken");
     create(&domain, "two").await.expect("created, which has all looked at");
     assert_eq!(get::<String>(&domain, "one", "Broken").await, "");
+    let pull = domain.call("BlockPull", &("vda", "", options([]))).await;
+    let (error, why) = pull.expect_err("a bitmap would go");
+    assert!(error.ends_with("OperationInvalid") && why.contains("'one'"), "{error}: {why}");
     let mut watch = domain.client.watch().await;
     player.call("s", "Revert", with([("force", true)])).await.expect("reverted");
     for name in ["one", "two"] {

@@ -179,6 +179,8 @@ impl Domain {
         if done {
             self.configurations_follow(block).await?;
             fail_point::reached();
+            // Layers have gone, and bitmaps with them.
+            self.looks_at_checkpoints();
         }
         if let (true, Ok(guest)) = (stage.resume, self.guest()) {
             // It was stopped for this alone.

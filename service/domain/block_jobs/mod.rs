@@ -158,8 +158,14 @@ impl Domain {
         Ok(Followed { job: block, live: machine.def, guest, held, _stay: stay })
     }
 
-    /// Refuses what would get in the way of a block job: of the disk `target`, or of any. `deed` begins the sentence.
+    /// Refuses what would get in the way of a block job or a backup of the disk `target`, or of a block job of any.
     pub(super) fn disks_are_idle(&self, target: Option<&str>) -> Result<()> {
+        self.has_no_block_job(target)?;
+        target.map_or(Ok(()), |target| lock(&self.state).disk_is_not_backed_up(target))
+    }
+
+    /// The same for what goes on beside a backup.
+    pub(super) fn has_no_block_job(&self, target: Option<&str>) -> Result<()> {
         let state = lock(&self.state);
         let mut jobs = state.block_jobs.values();
         let Some(entry) = jobs.find(|entry| target.is_none_or(|target| entry.record.job.target == target)) else {

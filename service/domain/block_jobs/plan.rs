@@ -4,11 +4,13 @@ use super::Domain;
 use crate::domain::absolute;
 use crate::error::{Error, Result};
 use crate::images::{Chain, FROZEN, Fate, Taken};
+use crate::lock::lock;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::DiskDevice;
 use virt_model::driver::block_jobs::{BlockJob, BlockWork, ImageLayer};
+use virt_model::driver::checkpoints::TrackedDisk;
 use virt_model::driver::snapshots::Machine;
 use virt_model::xml::{self, Element, shorten};
 
@@ -67,6 +69,7 @@ impl Domain {
         };
         let job = BlockJob { target: target.to_owned(), chain, work, bandwidth: options.bandwidth };
         self.nobody_stands_on(&job).await?;
+        self.keeps_checkpoints(&job)?;
         let able = driver.check_block_job(&machine, &job).await;
         able.map_err(|e| self.driver_failed(job.operation(), e))?;
         Ok(Planned { machine, job })
@@ -255,6 +258,26 @@ impl Domain {
             _ => chain.domain != self.uuid || chain.snapshot || !is_above(chain, job),
         };
         self.shared.images.refuse_in_chains(&deed, &files, counts, remedy).await
+    }
+
+    /// Refuses a pull of layers whose bitmaps a checkpoint needs: they go with the layers, and nothing else tells what was written
+    /// to those. Of commits and copies the driver looks at all bitmaps.
+    fn keeps_checkpoints(&self, job: &BlockJob) -> Result<()> {
+        let (BlockWork::Pull { .. }, Some(top)) = (&job.work, job.chain.first()) else { return Ok(()) };
+        let state = lock(&self.state);
+        let of_layers = |tracked: &TrackedDisk| tracked.target == job.target && tracked.began != top.path;
+        let mut sound = state.checkpoints.all().iter().filter(|def| def.broken.is_none());
+        match sound.find(|def| def.tracked.iter().any(of_layers)) {
+            None => Ok(()),
+            Some(def) => Err(Error::OperationInvalid(format!(
+                "cannot {} disk '{}' of domain '{}': checkpoint '{}' needs the bitmaps in the layers that would go; delete it \
+                 first",
+                job.operation(),
+                job.target,
+                state.name,
+                def.name
+            ))),
+        }
     }
 
     /// From now on nobody else writes what is written, until the result is dropped: by then the record tells.

@@ -81,6 +81,7 @@ impl Domain {
         check_name_of("checkpoint", &name).map_err(Error::InvalidArgument)?;
         check_new_name("checkpoint", &name)?;
         let def = CheckpointDef::of(doc, &name, &machine.def).map_err(Error::ConfigInvalid)?;
+        self.has_no_block_jobs_on(&def.tracked)?;
         let order = {
             let state = lock(&self.state);
             state.checkpoints.room_for_another(&state.name)?;
@@ -106,6 +107,11 @@ impl Domain {
             e => self.driver_failed(verb::CREATE_CHECKPOINT.word, e),
         })?;
         Ok(CheckpointDef { created_usec, order, ..def })
+    }
+
+    /// A block job may take layers out of a disk, and bitmaps with them.
+    fn has_no_block_jobs_on(&self, tracked: &[TrackedDisk]) -> Result<()> {
+        tracked.iter().try_for_each(|disk| self.has_no_block_job(Some(&disk.target)))
     }
 
     /// The time in seconds, or the next that is free.
@@ -174,6 +180,7 @@ impl Domain {
             if how.metadata_only {
                 return self.forget_checkpoint(name, &journal).await;
             }
+            self.has_no_block_jobs_on(&def.tracked)?;
             let machine = self.machine().await?;
             self.may_write_bitmaps(&def, &machine).await?;
             journal.begin().await?;

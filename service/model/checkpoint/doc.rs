@@ -66,7 +66,7 @@ impl CheckpointDoc {
             if disk.tracking == Some(Tracking::No) && disk.bitmap.is_some() {
                 log.push(Finding::invalid(&disk.at, "checkpoint='no' has no bitmap"));
             }
-            let named = disk.bitmap.as_deref().map_or(Ok(()), |name| check_name_of("bitmap", name));
+            let named = disk.bitmap.as_deref().map_or(Ok(()), |name| check_new_name_of("bitmap", name));
             if let Err(why) = named {
                 log.push(Finding::invalid(&disk.at.attribute("bitmap"), why));
             }
@@ -84,6 +84,12 @@ impl CheckpointDoc {
     pub fn disks(&self) -> &[CheckpointDiskDoc] {
         self.disks.as_ref().map_or(&[], |disks| &disks.disks)
     }
+}
+
+/// A name that can be one, and that nobody takes for another.
+pub(crate) fn check_new_name_of(what: &str, name: &str) -> Result<(), String> {
+    check_name_of(what, name)?;
+    xml::check_new_name(name).map_err(|why| format!("the name '{}' of a {what} {why}", xml::shorten(name)))
 }
 
 fn unknown(rest: &Rest, log: &mut Vec<Finding>) {

@@ -6,6 +6,7 @@
 
 mod doc;
 
+pub(crate) use doc::check_new_name_of;
 pub use doc::{CheckpointDiskDoc, CheckpointDoc};
 
 use crate::device::Disk;
