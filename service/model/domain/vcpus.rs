@@ -133,7 +133,10 @@ mod tests {
 
     #[test]
     fn what_says_far_too_many_is_not_counted_out() {
-        let def = machine(&format!("<vcpu>{}</vcpu>", u32::MAX));
+        let mut def = machine("<vcpu>4</vcpu>");
+        def.set_maximum_vcpus(u32::MAX);
+        assert_eq!((def.vcpus(), def.vcpus_at_boot().0.len()), (4, 4));
+        def.say_online(u32::MAX);
         assert_eq!(def.vcpus_at_boot().0.len(), MAX_VCPUS as usize);
     }
 }
