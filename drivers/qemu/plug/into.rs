@@ -35,8 +35,11 @@ impl QemuDriver {
         let files: Vec<HostFile> = parts.iter().flat_map(|part| part.files.clone()).collect();
         let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
         let lent = self.lend_to(body, def, files.clone()).await?;
-        if def.memory_kib() > before.memory_kib() {
-            self.has_more_memory(body, def).await?;
+        if def.memory_kib() > before.memory_kib()
+            && let Err(error) = self.has_more_memory(body, def).await
+        {
+            self.give_back(body, before, files.into_iter().map(|file| file.path).collect()).await;
+            return Err(error);
         }
         let mut done = Vec::new();
         let disk = def.disk_named(alias);
@@ -55,8 +58,9 @@ impl QemuDriver {
                 body.has_agent_of(before);
                 take_back(body, done, &error).await;
                 given::take_back_this(body, given).await;
-                self.end_beside(body, &beside).await;
+                // A QEMU that does not answer may have the device, and stays with what that needs.
                 if !matches!(error, DriverError::TimedOut(_)) {
+                    self.end_beside(body, &beside).await;
                     leave_what_stays(body, before, def).await;
                 }
                 self.give_back(body, def, files.into_iter().map(|file| file.path).collect()).await;
