@@ -192,6 +192,9 @@ impl SavedMachines for QemuDriver {
         cancel: &CancellationToken,
     ) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
+        if reading::held(saved)?.is_packed() {
+            packed::Zstd::find(&self.lender(def, None).await?).await?;
+        }
         reading::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
     }
 }
