@@ -96,6 +96,14 @@ impl Out {
         })
     }
 
+    /// Has on disk what has been written so far to a client's file, so that what is left is done soon. Blocks.
+    pub fn settle(&self) -> io::Result<()> {
+        match self.way {
+            Way::File { given: true, .. } => self.file.get()?.sync_data(),
+            _ => Ok(()),
+        }
+    }
+
     /// It is complete and on disk: a client's descriptor stands at its end, and nothing of it stays in the page cache that is to
     /// go past it. Blocks.
     pub fn leave(&self) -> io::Result<()> {
@@ -154,11 +162,12 @@ impl Write for Waiting<'_> {
     fn write(&mut self, piece: &[u8]) -> io::Result<usize> {
         let mut file = self.file;
         loop {
+            // Whoever was told to stop writes nothing more: what is missing then may be all that keeps it from being whole.
+            self.stop.check().map_err(io::Error::other)?;
             match file.write(piece) {
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => {}
                 done => return done,
             }
-            self.stop.check().map_err(io::Error::other)?;
             let soon = Timespec { tv_sec: 1, tv_nsec: 0 };
             match poll(&mut [PollFd::new(file, PollFlags::OUT)], Some(&soon)) {
                 Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -335,13 +335,17 @@ impl Saved {
         !self.packed && !self.given
     }
 
-    /// Moves the stream on to its end; `go_on` is asked as in [`pump`].
-    pub fn pour<E: From<io::Error>>(
+    /// Moves the stream on to its end, and holds it to its checksum once more: it may have been changed since it was verified.
+    /// `go_on` is asked as in [`pump`].
+    pub fn pour<E: From<io::Error> + From<Unusable>>(
         &self,
         to: &mut impl Write,
         go_on: impl FnMut(u64) -> Result<(), E>,
     ) -> Result<(), E> {
-        pump(&mut Stream { saved: self, at: 0 }, to, go_on).map(drop)
+        match pump(&mut Stream { saved: self, at: 0 }, to, go_on)? == self.written {
+            true => Ok(()),
+            false => Err(wrong("the memory in it has been changed").into()),
+        }
     }
 
     /// How long the file is, in bytes.

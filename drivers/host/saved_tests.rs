@@ -79,7 +79,7 @@ fn what_went_through_a_pipe_says_at_its_end_what_it_is() {
     saved.verify::<Unusable>(|_| Ok(())).unwrap();
     assert_eq!((&saved.telling, saved.length()), (&telling(), 8));
     let mut poured = Vec::new();
-    saved.pour::<io::Error>(&mut poured, |_| Ok(())).unwrap();
+    saved.pour::<Unusable>(&mut poured, |_| Ok(())).unwrap();
     assert_eq!(poured, b"a stream");
     let stream = whole.len() - TAIL.1 - serde_json::to_vec(&telling().disks).unwrap().len() - 8;
     for at in stream..whole.len() {
@@ -101,9 +101,13 @@ fn it_may_begin_anywhere_in_what_a_client_has_given() {
     let moved = pump::<io::Error>(&mut &b"a stream"[..], &mut io::sink(), |_| Ok(())).unwrap();
     draft.finish(&file, &telling(), CONFIGURATION, moved).unwrap();
     assert!(Saved::read(file.try_clone().unwrap()).is_err());
-    let saved = Saved::read_given(file, base).unwrap();
+    let saved = Saved::read_given(file.try_clone().unwrap(), base).unwrap();
     saved.verify::<Unusable>(|_| Ok(())).unwrap();
     assert!(saved.is_packed() && !saved.is_plain());
+    // Whoever has it open may change it after that.
+    saved.pour::<Unusable>(&mut io::sink(), |_| Ok(())).unwrap();
+    file.write_all_at(b"b", saved.stream).unwrap();
+    assert!(matches!(saved.pour(&mut io::sink(), |_| Ok(())), Err(Unusable::Wrong(_))));
 }
 
 /// The oldest file of the format that there is: whatever is written later, it is read.

@@ -111,6 +111,8 @@ struct Inner {
     offers: Arc<tokio::sync::Mutex<Offers>>,
     /// Threads and bytes of a guest, beside what its machine has.
     bounds: (u64, u64),
+    /// What clients have given to be written, and is not settled.
+    sealing: snapshot::Sealing,
 }
 
 /// By what a start was accepted: the emulator as it was judged, which is held, and by which parts of the definition it was found.
@@ -145,6 +147,7 @@ impl QemuDriver {
             secrets_dir: config.secrets_dir.clone(),
             state_dir: config.state_dir.clone(),
             bounds: (config.guest_threads, config.guest_overhead),
+            sealing: snapshot::Sealing::default(),
         }))
     }
 

@@ -205,14 +205,15 @@ impl Domain {
         .await
     }
 
-    /// Where a caller has a machine written who may save it. A path names any file of the host, as a configuration does; what is
-    /// given by descriptor is read by whoever gave it, with all that is secret.
+    /// Where a caller has a machine written who may save it. A path names any file of the host, as a configuration does, and needs
+    /// what that needs; what is given by descriptor is read by whoever gave it, with all that is secret.
     async fn may_write(&self, caller: &Caller, file: &str, given: bool) -> Result<PathBuf> {
         let file = path_or_given(file, given)?;
-        self.allow(caller, Action::Define).await?;
-        match given {
-            true => self.allow(caller, Action::ReadSecure).await?,
-            false => self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?,
+        if given {
+            self.allow(caller, Action::ReadSecure).await?;
+        } else {
+            self.allow(caller, Action::Define).await?;
+            self.shared.images.refuse_below(&file, &self.shared.store.own_folders()).await?;
         }
         Ok(file)
     }

@@ -75,10 +75,10 @@ async fn x5_a_card_is_plugged_into_a_switch_in_a_process_of_its_own() {
     };
     let socket = daemon.folder().join("switch.sock");
     let card = format!(
-        "<interface type='vhostuser'><source type='unix' path='{}' mode='client'/><model type='virtio'/></interface><serial",
+        "<interface type='vhostuser'><source type='unix' path='{}' mode='client'/><model type='virtio'/></interface>",
         socket.display()
     );
-    tick.xml = tick.xml.replacen("<serial", &card, 1);
+    tick.xml = tick.xml.replacen("<serial", &format!("{card}<serial"), 1);
     let client = Client { connection: daemon.connect().await };
     let player = Player { domain: client.define(&tick.xml).await.expect("defined") };
     let (_, why) = player.domain.run("Start").await.expect_err("nobody listens there");
@@ -107,4 +107,27 @@ async fn x5_a_card_is_plugged_into_a_switch_in_a_process_of_its_own() {
     });
     assert!(gone.await.expect("told"), "the cable is pulled out at the end");
     plays.join().expect("it played");
+    std::fs::remove_file(&socket).expect("removed");
+    comes_while_a_guest_runs(&daemon, &client, &card, &socket).await;
+}
+
+/// The same card, plugged into a guest that runs.
+async fn comes_while_a_guest_runs(daemon: &Daemon, client: &Client, card: &str, socket: &Path) {
+    let shared = "<memoryBacking><access mode='shared'/></memoryBacking>";
+    let Some(tick) = Tick::new(daemon, "switched-later", shared) else { return };
+    let domain = client.define(&tick.xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    let attach = async |xml: &str| domain.call("AttachDevice", &(xml, with([("live", true)]))).await;
+    let (_, why) = attach(card).await.expect_err("nobody listens there");
+    assert!(why.contains("switch.sock"), "{why}");
+    let (error, why) = attach(&card.replace("client", "server")).await.expect_err("it would be waited for");
+    assert!(error.ends_with("OperationUnsupported") && why.contains("mode='client'"), "{error}: {why}");
+    let listener = UnixListener::bind(socket).expect("a socket");
+    let (tell, told) = mpsc::channel();
+    let plays = std::thread::spawn(move || switch(listener.accept().expect("a card").0, &tell));
+    attach(card).await.expect("plugged in");
+    assert!(told.try_iter().any(|asked| asked == SET_OWNER));
+    tick.goes_on().await;
+    domain.run("Destroy").await.expect("destroyed");
+    tokio::task::spawn_blocking(|| plays.join().expect("it played")).await.expect("joined");
 }

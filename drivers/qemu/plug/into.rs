@@ -36,8 +36,11 @@ impl QemuDriver {
         let beside: Vec<Companion> = parts.iter().flat_map(|part| part.companions.clone()).collect();
         let lent = self.lend_to(body, def, files.clone()).await?;
         let wanted_kib = def.memory_kib();
-        if wanted_kib > before.memory_kib() {
-            self.has_more_memory(body, def).await?;
+        if wanted_kib > before.memory_kib()
+            && let Err(error) = self.has_more_memory(body, def).await
+        {
+            self.give_back(body, before, files.into_iter().map(|file| file.path).collect()).await;
+            return Err(error);
         }
         let mut done = Vec::new();
         let disk = def.disk_named(alias);
@@ -56,8 +59,9 @@ impl QemuDriver {
                 body.has_agent_of(before);
                 take_back(body, done, &error).await;
                 given::take_back_this(body, given).await;
-                self.end_beside(body, &beside).await;
+                // A QEMU that does not answer may have the device, and stays with what that needs.
                 if !matches!(error, DriverError::TimedOut(_)) {
+                    self.end_beside(body, &beside).await;
                     leave_what_stays(body, before, def).await;
                     if wanted_kib > def.memory_kib()
                         && let Err(error) = self.has_more_memory(body, def).await

@@ -34,10 +34,12 @@ mod reconfigure;
 mod recover;
 mod revert;
 mod save;
+mod seal;
 mod survey;
 
 pub use files::open_memory;
 pub use reading::stream as saved_stream;
+pub use seal::Sealing;
 
 use super::block::Nodes;
 use super::instance::Body;
@@ -168,7 +170,10 @@ impl SavedMachines for QemuDriver {
     }
 
     async fn settle_save(&self, machine: Uuid, note: serde_json::Value) -> Result<String, DriverError> {
-        save::settle(&self.0.workers, machine, note, !self.0.privileges.are_ours()).await
+        let settled = save::settle(&self.0.workers, machine, note, !self.0.privileges.are_ours()).await?;
+        // Its guest is no more.
+        lock(&self.0.sealing).remove(&machine);
+        Ok(settled)
     }
 
     async fn read_saved(&self, from: SavedFile, machine: Option<Uuid>) -> Result<(SavedState, String), DriverError> {
@@ -187,6 +192,9 @@ impl SavedMachines for QemuDriver {
         cancel: &CancellationToken,
     ) -> Result<(), DriverError> {
         let caps = self.capabilities_for(def).await;
+        if reading::held(saved)?.is_packed() {
+            packed::Zstd::find(&self.lender(def, None).await?).await?;
+        }
         reading::verify(&self.0.workers, saved, def, caps.version, progress, cancel).await
     }
 }
@@ -200,7 +208,8 @@ impl QemuDriver {
         let process = body.as_ref().and_then(|body: &Arc<Body>| body.keeper.process_id());
         let images = Arc::new(Images::new(self.lender(&machine.def, process).await?, machine.def.uuid, process));
         let (state_dir, workers) = (self.0.state_dir.clone(), self.0.workers.clone());
-        Ok(Operation { machine: machine.clone(), images, body, state_dir, workers, cancel: Mutex::default() })
+        let (machine, sealing) = (machine.clone(), self.0.sealing.clone());
+        Ok(Operation { machine, images, body, state_dir, workers, sealing, cancel: Mutex::default() })
     }
 
     /// The same, until its journal says that it is no longer wanted.
@@ -219,6 +228,7 @@ struct Operation {
     body: Option<Arc<Body>>,
     state_dir: PathBuf,
     workers: Workers,
+    sealing: Sealing,
     /// Fires when what is done next is no longer wanted.
     cancel: Mutex<CancellationToken>,
 }

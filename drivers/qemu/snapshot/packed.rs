@@ -84,6 +84,8 @@ impl Start {
         let loaded = line.read_memory(ClosedAside::of(read.into()));
         let (poured, loaded) = tokio::join!(poured, loaded);
         match (loaded, poured) {
+            // It is not what was verified.
+            (Ok(()) | Err(DriverError::Hypervisor(_)), Err(why @ DriverError::Argument(_))) => Err(why),
             // QEMU reads no further than it needs.
             (Ok(()), _) => Ok(()),
             (Err(DriverError::Hypervisor(_)), Err(why @ DriverError::TimedOut(_))) => Err(why),

@@ -9,10 +9,12 @@ use super::packed::{self, Zstd};
 use super::{Operation, lock};
 use crate::host::out::Out;
 use crate::host::saved::{Written, pump};
+use crate::host::tool::Tool;
 use crate::host::workers::{ClosedAside, Errand, PATIENCE, Stop};
 use rustix::pipe::fcntl_setpipe_size;
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
@@ -99,16 +101,7 @@ impl Operation {
         zstd: Option<Zstd>,
         journal: &Arc<dyn Journal>,
     ) -> Result<Written, DriverError> {
-        let (read, write) = packed::ends()?;
-        // An unprivileged user may have had all that they may have.
-        let _ = fcntl_setpipe_size(&write, PIPE);
-        let (read, packer) = match zstd {
-            None => (read, None),
-            Some(zstd) => {
-                let (ready, to) = packed::ends()?;
-                (ready, Some(zstd.start(false, read, to)?))
-            }
-        };
+        let (read, write, packer) = way(zstd)?;
         let (outlet, out) = (Arc::new(Outlet::of(File::from(read))), out.clone());
         // It has no limit in time but that each piece comes to its end, and QEMU its own.
         let unwanted = CancellationToken::new();
@@ -142,16 +135,7 @@ impl Operation {
             }
         };
         let why = match (why, moved, written) {
-            (None, Some(moved), Some(written)) => {
-                let packed = match packer {
-                    None => true,
-                    Some(packer) => packer.succeeds().await,
-                };
-                return why_not(moved, written).and_then(|moved| match packed {
-                    true => Ok(moved),
-                    false => Err(DriverError::Hypervisor("zstd could not pack the memory".to_owned())),
-                });
-            }
+            (None, Some(moved), Some(written)) => return is_packed(packer, why_not(moved, written)).await,
             (why, moved, written) => {
                 outlet.close();
                 // QEMU writes to that one, which may hold much that nobody reads.
@@ -180,6 +164,25 @@ impl Operation {
             }
             Stream::Memory(_) => self.dump_ends().await,
         }
+    }
+}
+
+/// The end that we read, the one that QEMU writes to, and who packs what goes through.
+fn way(zstd: Option<Zstd>) -> Result<(OwnedFd, OwnedFd, Option<Tool>), DriverError> {
+    let (read, write) = packed::ends()?;
+    // An unprivileged user may have had all that they may have.
+    let _ = fcntl_setpipe_size(&write, PIPE);
+    let Some(zstd) = zstd else { return Ok((read, write, None)) };
+    let (ready, to) = packed::ends()?;
+    Ok((ready, write, Some(zstd.start(false, read, to)?)))
+}
+
+/// What has been moved is whole only if who packs it has come to its end.
+async fn is_packed(packer: Option<Tool>, moved: Result<Written, DriverError>) -> Result<Written, DriverError> {
+    let Some(packer) = packer else { return moved };
+    match packer.succeeds().await {
+        true => moved,
+        false => moved.and(Err(DriverError::Hypervisor("zstd could not pack the memory".to_owned()))),
     }
 }
 

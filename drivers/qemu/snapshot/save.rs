@@ -135,6 +135,9 @@ impl Operation {
                 }
             }
         }
+        if let Err(why) = self.unseal().await {
+            return Err(self.stands_half_done(&why, quiet));
+        }
         let undo = self.undo_save(&note, begun.held, quiet, Some(journal)).await;
         // What a client has given is to be nothing that looks like a part of a machine.
         let emptied =
@@ -154,7 +157,7 @@ impl Operation {
             body.reporter.settle(|_| Some(DriverEvent::Suspended(Suspended::Paused)));
         }
         DriverError::HalfDone(format!(
-            "all of it is written, and it is not known yet whether it is named ({error}): that is looked at again and again; until \
+            "all of it is written, and it is not known yet whether it stays ({error}): that is looked at again and again; until \
              then the guest stands, and if it is resumed, it goes on and what was written is removed"
         ))
     }
@@ -206,7 +209,8 @@ impl Operation {
             Content::Memory(format) => self.write_dump(body, note, &begun.out, *format, journal).await?,
         }
         journal.step("complete");
-        if journal.cancelled().is_cancelled() {
+        let sealing = self.is_sealing();
+        if !sealing && journal.cancelled().is_cancelled() {
             return Err(DriverError::Cancelled);
         }
         // That was asked before all was written, which may be long ago.
@@ -216,7 +220,16 @@ impl Operation {
         journal.point_of_no_return();
         self.goes_to_its_end();
         note.complete = true;
-        journal.note(written(&Note::Save(note.clone()))?).await
+        let noted = journal.note(written(&Note::Save(note.clone()))?).await;
+        match noted {
+            // Whoever reads has all of it, and nothing takes that back.
+            Err(error) if sealing && begun.out.base().is_none() => {
+                tracing::warn!(uuid = %self.machine.def.uuid, %error, "it is saved in a pipe, and that cannot be noted");
+            }
+            noted => noted?,
+        }
+        self.is_sealed();
+        Ok(())
     }
 
     /// Writes memory and devices behind the header, and that.
@@ -249,11 +262,16 @@ impl Operation {
         let bytes = self.machine.def.memory_kib() << 10;
         let (out, draft, telling, configuration) =
             (out.clone(), draft.cloned(), telling.clone(), configuration.to_owned());
-        let finished = self.with_images_of(&note.part, bytes, move |images| {
+        let (to, shown) = (out.clone(), part.clone());
+        let settled = self.with_images_of(&note.part, bytes, move |_| {
             // QEMU has let go of its images: as they are now they stay.
             let looked = telling.disks.into_iter().map(looked).collect::<Result<Vec<_>, DriverError>>()?;
-            let disks = looked.into_iter().flatten().collect();
-            let telling = Telling { disks, ..telling };
+            to.settle().map_err(|e| stored(&shown, &e))?;
+            Ok(Telling { disks: looked.into_iter().flatten().collect(), ..telling })
+        });
+        let telling = self.unless_cancelled(settled, note.resume, journal).await?;
+        let last = out.clone();
+        let finished = self.with_images_of(&note.part, bytes, move |images| {
             let finish = || match draft {
                 Some(draft) => {
                     draft.finish(out.file.get()?, &telling, &configuration, moved).and_then(|()| out.leave())
@@ -262,6 +280,10 @@ impl Operation {
             };
             finish().map_err(|e| stored(&part, &e))
         });
+        if note.given && !note.goes_on {
+            self.seal(&last, journal)?;
+            return finished.await;
+        }
         self.unless_cancelled(finished, note.resume, journal).await
     }
 
@@ -319,6 +341,7 @@ impl Operation {
         journal: Option<&Arc<dyn Journal>>,
     ) -> Result<(), DriverError> {
         self.goes_to_its_end();
+        self.unseal().await?;
         journal.iter().for_each(|journal| journal.save_given_up());
         let gone_on = match note.memory_only {
             true => self.dump_ends().await,
@@ -331,7 +354,7 @@ impl Operation {
     /// Removes what was written, wherever it is.
     async fn remove_saved(&self, note: &Save, held: Option<Arc<Written>>) -> Result<(), DriverError> {
         if note.given {
-            return Ok(());
+            return self.unseal().await;
         }
         let (what, note) = (note.part.clone(), note.clone());
         self.with_images(&what, move |images| found(&note, held, images.lender.is_wary())?.remove()).await
