@@ -195,3 +195,25 @@ fn told_disk(disk: &DiskPart, def: &SnapshotDef) -> (String, &'static str, Strin
     };
     (disk.target.clone(), mode, file)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_more_than_a_property_tells_the_newest_are_told() {
+        let record = |order: u64| Record {
+            name: format!("s{order}"),
+            def: Err("not read".to_owned()),
+            order,
+            created_usec: order,
+            record: serde_json::Value::Null,
+        };
+        let of =
+            |many: u64| SnapshotSet::new(Loaded { records: (1..=many).map(record).collect(), ..Loaded::default() });
+        assert_eq!(*of(2).newest(), ["s1", "s2"]);
+        let (set, told) = (of(1_003), of(1_003).newest());
+        assert_eq!((set.count(), told.len()), (1_003, MOST_TOLD));
+        assert_eq!([&*told[0], &*told[999]], ["s4", "s1003"]);
+    }
+}
