@@ -261,7 +261,7 @@ impl Monitor {
     }
 
     /// Has a job that writes to two images, whose guest stands, change over to the second once both hold the `same`; that is written
-    /// down then, and the job has ended.
+    /// down then, and the job has ended. The inner error: it is certain that it has not.
     pub async fn change_over(
         &self,
         id: &str,
@@ -277,8 +277,11 @@ impl Monitor {
             tokio::task::yield_now().await;
         }
         same().await?;
-        self.patiently("block-job-complete", json!({ "device": id })).await?;
-        self.ended(id).await
+        match self.patiently("block-job-complete", json!({ "device": id })).await {
+            Ok(_) => self.ended(id).await,
+            Err(DriverError::Hypervisor(why)) => Ok(Err(why)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Ends a job that is of no use any more, and forgets it.

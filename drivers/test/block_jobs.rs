@@ -121,8 +121,16 @@ impl BlockJobs for TestDriver {
         }
     }
 
-    async fn clean_up_block_job(&self, machine: &Machine, job: &BlockJob, _: bool, _: bool, _: Vec<PathBuf>) {
+    async fn clean_up_block_job(
+        &self,
+        machine: &Machine,
+        job: &BlockJob,
+        _: bool,
+        _: BlockStage,
+        _: Vec<PathBuf>,
+    ) -> Result<(), DriverError> {
         self.forget_played(machine.def.uuid, job);
+        Ok(())
     }
 
     async fn resize_disk(&self, machine: &Machine, target: &str, size: u64, shrink: bool) -> Result<(), DriverError> {
