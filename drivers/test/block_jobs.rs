@@ -100,11 +100,11 @@ impl BlockJobs for TestDriver {
         machine: &Machine,
         job: &BlockJob,
         notes: &dyn BlockNotes,
-    ) -> Result<(), DriverError> {
+    ) -> Result<bool, DriverError> {
         guest_of(machine)?.listens().await?;
         notes.keep(BlockStage { same: true, ..notes.stage() }).await?;
         self.played(machine.def.uuid, job, |played| played.done = true);
-        Ok(())
+        Ok(true)
     }
 
     async fn cancel_block_job(&self, guest: &dyn Instance, job: &BlockJob) -> Result<(), DriverError> {

@@ -32,6 +32,9 @@ use virt_model::driver::block_jobs::{
 use virt_model::driver::snapshots::Machine;
 use virt_model::driver::{DriverError, Instance};
 
+/// So many bytes are not copied in a moment.
+const MUCH: u64 = 16 << 20;
+
 fn id_of(job: &BlockJob) -> String {
     format!("{BLOCK_JOB}{}", job.target)
 }
@@ -86,7 +89,7 @@ impl BlockJobs for QemuDriver {
         machine: &Machine,
         job: &BlockJob,
         notes: &dyn BlockNotes,
-    ) -> Result<(), DriverError> {
+    ) -> Result<bool, DriverError> {
         self.operation(machine).await?.conclude_block_job(job, notes).await
     }
 
@@ -355,9 +358,13 @@ impl Operation {
     }
 
     /// Changes over while the guest stands.
-    async fn conclude_block_job(&self, job: &BlockJob, notes: &dyn BlockNotes) -> Result<(), DriverError> {
+    async fn conclude_block_job(&self, job: &BlockJob, notes: &dyn BlockNotes) -> Result<bool, DriverError> {
         let body = self.body()?;
         let (runs, line, id) = (self.machine.running, body.line()?, id_of(job));
+        if job.waits_to_be_finished() && line.behind(&id).await? > MUCH {
+            return Ok(false);
+        }
+        let mut late = false;
         // Of a guest that another virtd has had stand for it, it is told that it goes on.
         let resume = runs || notes.stage().resume;
         body.reporter.be_quiet(runs);
@@ -368,6 +375,10 @@ impl Operation {
             notes.step("stopped");
             let same = async || notes.keep(BlockStage { same: true, ..notes.stage() }).await;
             let ended = match job.waits_to_be_finished() {
+                true if !line.has_gone_over(&id).await? => {
+                    late = true;
+                    return Ok(Ok(()));
+                }
                 true => line.change_over(&id, same).await?,
                 false => {
                     same().await?;
@@ -383,12 +394,12 @@ impl Operation {
         };
         let changed: Result<Result<(), DriverError>, DriverError> = changed.await;
         let goes_on_as_before = match &changed {
-            Ok(Ok(())) => false,
+            Ok(Ok(())) => late,
             Ok(Err(_)) => true,
             // What QEMU has been told then it may still do: which images count is seen later, and until then it stands.
             Err(_) if notes.stage().same => {
                 body.reporter.be_quiet(false);
-                return changed.and_then(|ended| ended);
+                return changed.and_then(|ended| ended).map(|()| false);
             }
             Err(_) => true,
         };
@@ -398,7 +409,7 @@ impl Operation {
             if let Err(error) = notes.keep(BlockStage { same: false, ..notes.stage() }).await {
                 tracing::warn!(target = job.target, %error, "the guest stands until that can be written down");
                 body.reporter.be_quiet(false);
-                return changed;
+                return changed.and(Err(error));
             }
         }
         let resumed = if resume { body.patiently("cont", json!({})).await.map(drop) } else { Ok(()) };
@@ -407,7 +418,7 @@ impl Operation {
             Ok(()) => notes.keep(BlockStage { resume: false, ..notes.stage() }).await,
             Err(_) => Ok(()),
         };
-        changed.and(resumed).and(noted)
+        changed.and(resumed).and(noted).map(|()| !late)
     }
 
     /// Whether the disk stands on what it was to stand on.

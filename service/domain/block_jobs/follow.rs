@@ -1,7 +1,7 @@
 //! A block job that has begun, to its end: followed without the turn, concluded or given up with it. What nobody follows, because
 //! virtd or the guest has ended, is taken up again or settled.
 
-use super::{BlockEntry, Creation, Domain};
+use super::{BlockEntry, Creation, Domain, Notes};
 use crate::authz::Caller;
 use crate::domain::config::Update;
 use crate::domain::state::Guest;
@@ -63,36 +63,48 @@ impl Domain {
 
     async fn follow_to_the_end(self: Arc<Self>, followed: Followed, job: Arc<Job>) -> Result<()> {
         let Followed { job: block, live, guest, held, _stay } = followed;
-        let seen = self.see_it_through(&block, &guest, &job).await;
-        let seen = match seen {
-            Seen::Cancelled => {
-                // The turn may be somebody else's for a while: what it costs ends now.
-                let cancelled = self.block_jobs()?.cancel_block_job(guest.instance.as_ref(), &block).await;
-                cancelled.err().filter(|e| !matches!(e, DriverError::Gone)).map_or(Seen::Cancelled, Seen::Ended)
-            }
-            seen => seen,
-        };
-        let _turn = self.turn_for_its_end(&block).await?;
-        if self.block_entry(&block.target).and_then(|entry| entry.follower).is_none_or(|(number, _)| number != job.id())
-        {
-            // Whoever had the turn before has seen to it, and there may be a newer one of that disk.
-            return Err(self.has_been_settled(&block));
-        }
-        let why = match seen {
-            Seen::ToConclude if job.cancel_token().is_cancelled() => DriverError::Cancelled,
-            Seen::ToConclude => {
-                job.past_return();
-                match self.conclude_block_job(&block).await {
-                    Ok(()) => DriverError::Internal("its images were not changed over".to_owned()),
-                    Err(error) => error,
+        let (turn, why) = loop {
+            let seen = self.see_it_through(&block, &guest, &job).await;
+            let seen = match seen {
+                Seen::Cancelled => {
+                    // The turn may be somebody else's for a while: what it costs ends now.
+                    let cancelled = self.block_jobs()?.cancel_block_job(guest.instance.as_ref(), &block).await;
+                    cancelled.err().filter(|e| !matches!(e, DriverError::Gone)).map_or(Seen::Cancelled, Seen::Ended)
                 }
+                seen => seen,
+            };
+            let turn = self.turn_for_its_end(&block).await?;
+            if self
+                .block_entry(&block.target)
+                .and_then(|entry| entry.follower)
+                .is_none_or(|(number, _)| number != job.id())
+            {
+                // Whoever had the turn before has seen to it, and there may be a newer one of that disk.
+                return Err(self.has_been_settled(&block));
             }
-            Seen::Cancelled => DriverError::Cancelled,
-            Seen::Ended(error) => error,
+            let why = match seen {
+                Seen::ToConclude if job.cancel_token().is_cancelled() => DriverError::Cancelled,
+                Seen::ToConclude => {
+                    match self.conclude_block_job(&block, &job).await {
+                        Ok(true) => DriverError::Internal("its images were not changed over".to_owned()),
+                        Ok(false) => {
+                            // The guest writes too much; others have the turn until it is tried again.
+                            drop(turn);
+                            let _ = tokio::time::timeout(AGAIN.0, job.cancel_token().cancelled()).await;
+                            continue;
+                        }
+                        Err(error) => error,
+                    }
+                }
+                Seen::Cancelled => DriverError::Cancelled,
+                Seen::Ended(error) => error,
+            };
+            break (turn, why);
         };
         let done = self.settle_or_try_again(&block, Some(live)).await;
         drop(held);
         self.all_told().await;
+        drop(turn);
         match done {
             Ok(true) => Ok(()),
             Ok(false) => Err(match why {
@@ -154,15 +166,16 @@ impl Domain {
         }
     }
 
-    async fn conclude_block_job(self: &Arc<Self>, block: &BlockJob) -> Result<(), DriverError> {
-        let notes = self.block_notes(&block.target);
+    async fn conclude_block_job(self: &Arc<Self>, block: &BlockJob, job: &Arc<Job>) -> Result<bool, DriverError> {
+        let (domain, target) = (self.clone(), block.target.clone());
+        let notes = Notes { domain, target, job: Some(job.clone()) };
         if self.block_entry(&block.target).is_none() || self.guest().is_err() {
             return Err(DriverError::Gone);
         }
         notes.keep(BlockStage { finishing: true, ..notes.stage() }).await?;
         let machine = self.machine().await.map_err(|e| DriverError::Refused(e.to_string()))?;
         let driver = self.driver.block_jobs().ok_or(DriverError::Gone)?;
-        driver.conclude_block_job(&machine, block, &*notes).await
+        driver.conclude_block_job(&machine, block, &notes).await
     }
 
     /// Which images count is seen, the configurations follow, and what is of no use goes. `live`: what ran, if nothing is left of the
@@ -185,7 +198,7 @@ impl Domain {
             fail_point::reached();
         }
         let (notes, unkept) = (self.block_notes(&block.target), |e| self.driver_failed(block.operation(), e));
-        if !done && stage.same {
+        if !done && (stage.same || stage.resume) {
             // What it had counts again: that is written down before anything new is written there.
             notes.keep(BlockStage { same: false, ..stage }).await.map_err(unkept)?;
         }

@@ -229,7 +229,7 @@ impl Domain {
     }
 
     fn block_notes(self: &Arc<Self>, target: &str) -> Arc<Notes> {
-        Arc::new(Notes { domain: self.clone(), target: target.to_owned() })
+        Arc::new(Notes { domain: self.clone(), target: target.to_owned(), job: None })
     }
 
     fn block_entry(&self, target: &str) -> Option<BlockEntry> {
@@ -267,12 +267,23 @@ impl Domain {
 pub(super) struct Notes {
     domain: Arc<Domain>,
     target: String,
+    /// Whose end is written down here: from then on that both images hold the same it cannot be cancelled.
+    job: Option<Arc<Job>>,
 }
 
 #[async_trait]
 impl BlockNotes for Notes {
     async fn keep(&self, stage: BlockStage) -> Result<(), DriverError> {
         let Some(mut entry) = self.domain.block_entry(&self.target) else { return Err(DriverError::Gone) };
+        if stage.same
+            && !entry.record.stage.same
+            && let Some(job) = &self.job
+        {
+            job.past_return();
+            if job.cancel_token().is_cancelled() {
+                return Err(DriverError::Cancelled);
+            }
+        }
         entry.record.stage = stage;
         let kept = self.domain.keep_block_job(entry).await;
         kept.map_err(|e| match e {

@@ -139,13 +139,14 @@ pub trait BlockJobs: Send + Sync {
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<BlockStanding, DriverError>;
 
-    /// Does the last step of one that is ready, while the guest stands still for a moment. On failure it goes on as before.
+    /// Does the last step of one that is ready, while the guest stands still for a moment. On failure it goes on as before. `false`:
+    /// the guest writes more than can be copied in a moment; both go on as before, and it is to be tried again.
     async fn conclude_block_job(
         &self,
         machine: &Machine,
         job: &BlockJob,
         notes: &dyn BlockNotes,
-    ) -> Result<(), DriverError>;
+    ) -> Result<bool, DriverError>;
 
     /// Ends it, if it has not ended, without its last step.
     async fn cancel_block_job(&self, guest: &dyn Instance, job: &BlockJob) -> Result<(), DriverError>;
