@@ -6,7 +6,7 @@ use super::report::Reporter;
 use crate::host::workers::{ClosedAside, PATIENCE};
 use serde_json::{Value, json};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::Journal;
@@ -15,6 +15,10 @@ use virt_model::driver::snapshots::Journal;
 const DEAF: Duration = Duration::from_secs(3600);
 /// How often progress is asked for.
 const LOOK: Duration = Duration::from_millis(250);
+/// How long a guest stands at the most for what it wrote last to be copied.
+const STANDING: Duration = Duration::from_secs(10);
+/// How often it is asked whether that is so.
+const MOMENT: Duration = Duration::from_millis(5);
 /// What memory is called while it goes through a descriptor.
 const CHANNEL: &str = "virtd-memory";
 /// What a guest does while QEMU dumps its memory, and goes on by itself.
@@ -260,25 +264,40 @@ impl Monitor {
         }
     }
 
-    /// Has a job that writes to two images, whose guest stands, change over to the second once both hold the `same`; that is written
-    /// down then, and the job has ended.
+    /// How many bytes the second image of a job that writes to two is behind the first.
+    pub async fn behind(&self, id: &str) -> Result<u64, DriverError> {
+        let jobs = self.patiently("query-block-jobs", json!({})).await?;
+        let found = jobs.as_array().into_iter().flatten().find(|job| job["device"] == id);
+        let number = |key: &str| found.and_then(|job| job[key].as_u64()).unwrap_or_default();
+        Ok(number("len").saturating_sub(number("offset")))
+    }
+
+    /// Whether what the guest, which stands, wrote last has gone over in time.
+    pub async fn has_gone_over(&self, id: &str) -> Result<bool, DriverError> {
+        let begun = Instant::now();
+        while self.behind(id).await? > 0 {
+            if begun.elapsed() > STANDING {
+                return Ok(false);
+            }
+            // No event tells of it.
+            tokio::time::sleep(MOMENT).await;
+        }
+        Ok(true)
+    }
+
+    /// Has a job that writes to two images which hold the `same`, whose guest stands, change over to the second; that is written
+    /// down before, and the job has ended then. The inner error: it is certain that it has not.
     pub async fn change_over(
         &self,
         id: &str,
         same: impl AsyncFnOnce() -> Result<(), DriverError>,
     ) -> Result<Result<(), String>, DriverError> {
-        // What the guest wrote last goes over now.
-        loop {
-            let jobs = self.patiently("query-block-jobs", json!({})).await?;
-            let found = jobs.as_array().into_iter().flatten().find(|job| job["device"] == id);
-            if found.is_none_or(|job| job["offset"] == job["len"]) {
-                break;
-            }
-            tokio::task::yield_now().await;
-        }
         same().await?;
-        self.patiently("block-job-complete", json!({ "device": id })).await?;
-        self.ended(id).await
+        match self.patiently("block-job-complete", json!({ "device": id })).await {
+            Ok(_) => self.ended(id).await,
+            Err(DriverError::Hypervisor(why)) => Ok(Err(why)),
+            Err(error) => Err(error),
+        }
     }
 
     /// Ends a job that is of no use any more, and forgets it.

@@ -106,11 +106,11 @@ impl BlockJobs for TestDriver {
         machine: &Machine,
         job: &BlockJob,
         notes: &dyn BlockNotes,
-    ) -> Result<(), DriverError> {
+    ) -> Result<bool, DriverError> {
         guest_of(machine)?.listens().await?;
         notes.keep(BlockStage { same: true, ..notes.stage() }).await?;
         self.played(machine.def.uuid, job, |played| played.done = true);
-        Ok(())
+        Ok(true)
     }
 
     async fn cancel_block_job(&self, guest: &dyn Instance, job: &BlockJob) -> Result<(), DriverError> {
@@ -127,8 +127,16 @@ impl BlockJobs for TestDriver {
         }
     }
 
-    async fn clean_up_block_job(&self, machine: &Machine, job: &BlockJob, _: bool, _: bool, _: Vec<PathBuf>) {
+    async fn clean_up_block_job(
+        &self,
+        machine: &Machine,
+        job: &BlockJob,
+        _: bool,
+        _: BlockStage,
+        _: Vec<PathBuf>,
+    ) -> Result<(), DriverError> {
         self.forget_played(machine.def.uuid, job);
+        Ok(())
     }
 
     /// An offset that is not beyond what each image takes has been written already.

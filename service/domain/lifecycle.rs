@@ -379,6 +379,7 @@ impl Domain {
     /// Lets the CPUs go on. Returns when they run.
     pub async fn resume(self: &Arc<Self>, caller: &Caller) -> Result<()> {
         self.short(caller, &verb::RESUME, async {
+            self.knows_its_images()?;
             self.takes_back_save(true).await?;
             self.resume_guest(&self.guest()?).await
         })

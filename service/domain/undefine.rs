@@ -291,6 +291,9 @@ impl Domain {
         if let Err(why) = self.is_not_backed_up() {
             bars.push(why.to_string());
         }
+        if let Err(why) = self.disks_are_idle(None) {
+            bars.push(why.to_string());
+        }
         if saved && !options.managed_save {
             bars.push("it has a managed save; pass managed-save to remove it with it".to_owned());
         }

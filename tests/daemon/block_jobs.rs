@@ -165,6 +165,7 @@ async fn while_it_runs_what_would_get_in_its_way_is_refused_and_all_else_goes_on
     domain.call("AttachDevice", &(more, with([("live", true)]))).await.expect("plugged in");
     domain.call("DetachDevice", &(more, with([("live", true)]))).await.expect("unplugged");
     Job::of(&domain, "BlockResize", &("vdb", 2u64 << 30, options([]))).await.expect("resized");
+    refused(domain.call("Undefine", &(options([]),)).await, "OperationInvalid", &named);
     domain.run("Destroy").await.expect("destroyed");
     job.comes_to("State", "failed").await;
     assert_eq!(job.get::<String>("ErrorName").await, "org.virt.Error.OperationInvalid");
@@ -186,6 +187,7 @@ async fn what_cannot_be_moved_or_resized_is_refused_by_name() {
     resize("vda", 1 << 30, with([("shrink", true)])).await.expect("that was meant");
     refused(resize("vda", 1000, options([])).await, "InvalidArgument", "512");
     refused(resize("vda", 0, options([])).await, "InvalidArgument", "512");
+    refused(resize("vda", 1 << 63, options([])).await, "InvalidArgument", "no more than");
     refused(resize("sda", 1 << 30, options([])).await, "OperationUnsupported", "'sda' is no hard disk");
     refused(resize("vdz", 1 << 30, options([])).await, "NoSuchDevice", "vdz");
     refused(resize("vda", 1 << 30, with([("smaller", true)])).await, "InvalidArgument", "smaller");
@@ -215,6 +217,8 @@ async fn what_cannot_be_moved_or_resized_is_refused_by_name() {
     ] {
         refused(call("BlockCopy", "vda", xml).await, error, word);
     }
+    let fast = options([("bandwidth", Variant::from(u64::MAX))]);
+    refused(domain.call("BlockPull", &("vda", "", fast)).await, "InvalidArgument", "'bandwidth'");
     let snapshot =
         "<domainsnapshot><name>frozen</name><disks><disk name='vdb' snapshot='no'/></disks></domainsnapshot>";
     domain.call("CreateSnapshot", &(snapshot, with([("disk-only", true)]))).await.expect("taken");

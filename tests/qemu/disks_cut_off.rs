@@ -94,7 +94,7 @@ impl Trial {
         for job in jobs.iter().map(|job| job.as_str()) {
             assert!(client.property::<String>(job, JOB, "Operation").await.starts_with("block-"));
             assert_eq!(client.property::<OwnedObjectPath>(job, JOB, "Domain").await.as_str(), self.domain.path);
-            while client.property::<String>(job, JOB, "State").await == "running" {
+            while ["waiting", "running"].contains(&&*client.property::<String>(job, JOB, "State").await) {
                 match client.property::<bool>(job, JOB, "Ready").await {
                     true => {
                         client.call(job, &format!("{JOB}.Finish"), &(options([]),)).await.map(drop).expect("finished")

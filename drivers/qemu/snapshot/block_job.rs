@@ -13,7 +13,7 @@
 
 use super::super::instance::Body;
 use super::super::{QemuDriver, command, make, media, our_body};
-use super::chain::Chains;
+use super::chain::chain;
 use super::files::stored;
 use super::{Operation, cannot};
 use crate::host::files::{Seen, What};
@@ -23,7 +23,7 @@ use crate::qemu::monitor::{JobStatus, Monitor};
 use crate::qemu::report::BLOCK_JOB;
 use async_trait::async_trait;
 use serde_json::{Value, json};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::driver::block_jobs::{
@@ -31,6 +31,9 @@ use virt_model::driver::block_jobs::{
 };
 use virt_model::driver::snapshots::Machine;
 use virt_model::driver::{DriverError, Instance};
+
+/// So many bytes are not copied in a moment.
+const MUCH: u64 = 16 << 20;
 
 fn id_of(job: &BlockJob) -> String {
     format!("{BLOCK_JOB}{}", job.target)
@@ -86,7 +89,7 @@ impl BlockJobs for QemuDriver {
         machine: &Machine,
         job: &BlockJob,
         notes: &dyn BlockNotes,
-    ) -> Result<(), DriverError> {
+    ) -> Result<bool, DriverError> {
         self.operation(machine).await?.conclude_block_job(job, notes).await
     }
 
@@ -104,24 +107,19 @@ impl BlockJobs for QemuDriver {
         machine: &Machine,
         job: &BlockJob,
         done: bool,
-        made: bool,
+        stage: BlockStage,
         remove: Vec<PathBuf>,
-    ) {
-        let cleaned = async {
-            let operation = self.operation(machine).await?;
-            let closed = operation.close_unused(job, done).await;
-            if let (Some(body), Ok(unused)) = (&operation.body, &closed) {
-                self.give_back(body, &machine.def, unused.clone()).await;
-            }
-            // Whoever still has one of them open is not harmed.
-            operation.remove_unused(job, done, made, remove).await;
-            match closed {
-                Err(DriverError::Gone) => Ok(()),
-                closed => closed.map(drop),
-            }
-        };
-        if let Err(error) = cleaned.await {
-            tracing::warn!(uuid = %machine.def.uuid, target = job.target, %error, "something of a block job is still there");
+    ) -> Result<(), DriverError> {
+        let operation = self.operation(machine).await?;
+        let closed = operation.close_unused(job, done).await;
+        if let (Some(body), Ok(unused)) = (&operation.body, &closed) {
+            self.give_back(body, &machine.def, unused.clone()).await;
+        }
+        // Whoever still has one of them open is not harmed.
+        operation.remove_unused(job, done, stage, remove).await?;
+        match closed {
+            Err(DriverError::Gone) => Ok(()),
+            closed => closed.map(drop),
         }
     }
 
@@ -198,6 +196,14 @@ impl Operation {
                 )));
             }
         }
+        if let BlockWork::Commit { delete: true, .. } = job.work {
+            let files = paths(job.left());
+            let survey = self.survey(files.clone()).await?;
+            if let Some(odd) = files.iter().find(|file| survey.at(file).what != What::Plain) {
+                let odd = odd.display();
+                return Err(cannot(format!("disk '{target}': {odd} is no plain file, and stays: leave out 'delete'")));
+            }
+        }
         match &job.work {
             BlockWork::Pull { .. } if job.chain[0].format != "qcow2" && job.chain[0].format != "qed" => {
                 Err(cannot(format!("disk '{target}': an image in {} stands on nothing", job.chain[0].format)))
@@ -255,14 +261,17 @@ impl Operation {
         }
     }
 
-    /// The node that reads a layer.
+    /// The node that reads a layer; of what several disks stand on, this one's.
     fn node_of<'a>(
         &self,
         nodes: &'a Nodes,
         job: &BlockJob,
         layer: &ImageLayer,
     ) -> Result<&'a crate::qemu::block::Node, DriverError> {
-        nodes.image(&layer.path, &layer.format).ok_or_else(|| {
+        let prefix = format!("{}-", job.target);
+        let reads = |node: &&crate::qemu::block::Node| node.driver == layer.format && node.file == layer.path;
+        let own = nodes.0.iter().filter(reads).find(|node| node.name.starts_with(&prefix));
+        own.or_else(|| nodes.image(&layer.path, &layer.format)).ok_or_else(|| {
             let (target, path, format) = (&job.target, layer.path.display(), &layer.format);
             DriverError::Refused(format!("disk '{target}': the running guest does not have {path} open as {format}"))
         })
@@ -287,10 +296,18 @@ impl Operation {
         let nodes = Nodes::of(self.body()?).await?;
         let size = self.node_of(&nodes, job, &job.chain[0])?.virtual_size;
         let (path, owned_as) = (to.path.clone(), job.chain[0].path.clone());
-        self.with_images(&to.path, move |images| {
-            make::image_beside(&path, &owned_as, images.lender.is_wary()).map_err(|e| stored(&path, &e))
-        })
-        .await?;
+        notes.keep(BlockStage { making: true, ..notes.stage() }).await?;
+        let made = self.with_images(&to.path, move |images| {
+            match make::image_beside(&path, &owned_as, images.lender.is_wary()) {
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+                made => made.map(|()| true).map_err(|e| stored(&path, &e)),
+            }
+        });
+        if !made.await? {
+            notes.keep(BlockStage { making: false, ..notes.stage() }).await?;
+            let (target, shown) = (&job.target, to.path.display());
+            return Err(DriverError::Refused(format!("disk '{target}': {shown} has just been made by somebody else")));
+        }
         notes.step("empty");
         notes.keep(BlockStage { made: true, ..notes.stage() }).await?;
         let to = to.clone();
@@ -351,9 +368,13 @@ impl Operation {
     }
 
     /// Changes over while the guest stands.
-    async fn conclude_block_job(&self, job: &BlockJob, notes: &dyn BlockNotes) -> Result<(), DriverError> {
+    async fn conclude_block_job(&self, job: &BlockJob, notes: &dyn BlockNotes) -> Result<bool, DriverError> {
         let body = self.body()?;
         let (runs, line, id) = (self.machine.running, body.line()?, id_of(job));
+        if job.waits_to_be_finished() && line.behind(&id).await? > MUCH {
+            return Ok(false);
+        }
+        let mut late = false;
         // Of a guest that another virtd has had stand for it, it is told that it goes on.
         let resume = runs || notes.stage().resume;
         body.reporter.be_quiet(runs);
@@ -364,20 +385,42 @@ impl Operation {
             notes.step("stopped");
             let same = async || notes.keep(BlockStage { same: true, ..notes.stage() }).await;
             let ended = match job.waits_to_be_finished() {
+                true if !line.has_gone_over(&id).await? => {
+                    late = true;
+                    return Ok(Ok(()));
+                }
                 true => line.change_over(&id, same).await?,
                 false => {
                     same().await?;
-                    line.patiently("job-finalize", json!({ "id": id })).await?;
-                    line.ended(&id).await?
+                    match line.patiently("job-finalize", json!({ "id": id })).await {
+                        Ok(_) => line.ended(&id).await?,
+                        Err(DriverError::Hypervisor(why)) => Err(why),
+                        Err(error) => return Err(error),
+                    }
                 }
             };
             notes.step("changed over");
-            ended.map_err(|why| DriverError::Storage(format!("disk '{}': {why}", job.target)))
+            Ok(ended.map_err(|why| DriverError::Storage(format!("disk '{}': {why}", job.target))))
         };
-        let changed = changed.await;
-        if !matches!(changed, Ok(()) | Err(DriverError::Gone)) {
-            // It goes on with what it has, and that is what counts again.
-            let _ = notes.keep(BlockStage { same: false, ..notes.stage() }).await;
+        let changed: Result<Result<(), DriverError>, DriverError> = changed.await;
+        let goes_on_as_before = match &changed {
+            Ok(Ok(())) => late,
+            Ok(Err(_)) => true,
+            // What QEMU has been told then it may still do: which images count is seen later, and until then it stands.
+            Err(_) if notes.stage().same => {
+                body.reporter.be_quiet(false);
+                return changed.and_then(|ended| ended).map(|()| false);
+            }
+            Err(_) => true,
+        };
+        let changed = changed.and_then(|ended| ended);
+        if goes_on_as_before && !matches!(changed, Err(DriverError::Gone)) {
+            // What it has counts again: that is written down before anything new is written there.
+            if let Err(error) = notes.keep(BlockStage { same: false, ..notes.stage() }).await {
+                tracing::warn!(target = job.target, %error, "the guest stands until that can be written down");
+                body.reporter.be_quiet(false);
+                return changed.and(Err(error));
+            }
         }
         let resumed = if resume { body.patiently("cont", json!({})).await.map(drop) } else { Ok(()) };
         body.reporter.be_quiet(false);
@@ -385,7 +428,7 @@ impl Operation {
             Ok(()) => notes.keep(BlockStage { resume: false, ..notes.stage() }).await,
             Err(_) => Ok(()),
         };
-        changed.and(resumed).and(noted)
+        changed.and(resumed).and(noted).map(|()| !late)
     }
 
     /// Whether the disk stands on what it was to stand on.
@@ -393,7 +436,10 @@ impl Operation {
         if let Some(body) = &self.body {
             match self.settle_live(body, job).await {
                 Err(DriverError::Gone) if body.is_gone_soon().await => {}
-                settled => return settled,
+                Ok(Some(done)) => return Ok(done),
+                // The guest has let go of the disk: what is recorded tells, as where there is no guest.
+                Ok(None) => {}
+                Err(error) => return Err(error),
             }
         }
         if !same {
@@ -413,14 +459,35 @@ impl Operation {
         Ok(true)
     }
 
-    async fn settle_live(&self, body: &Arc<Body>, job: &BlockJob) -> Result<bool, DriverError> {
-        let (line, id) = (body.line()?, id_of(job));
-        if matches!(line.standing(&id, None).await?, JobStatus::Running | JobStatus::Ready) {
+    /// Ends the job if it has not ended, and sees on what the disk stands. `None`: the guest has no such disk any more.
+    async fn settle_live(&self, body: &Arc<Body>, job: &BlockJob) -> Result<Option<bool>, DriverError> {
+        let (line, id, target) = (body.line()?, id_of(job), &job.target);
+        let at_work = |status| matches!(status, JobStatus::Running | JobStatus::Ready);
+        if at_work(line.standing(&id, None).await?) {
             line.give_up(&id).await;
+            if at_work(line.standing(&id, None).await?) {
+                return Err(DriverError::Storage(format!("disk '{target}': QEMU does not end the job '{id}'")));
+            }
         }
-        let chains = Chains::ask(&line).await?;
-        let left: Vec<PathBuf> = job.left().iter().take(1).map(|layer| layer.path.clone()).collect();
-        Ok(self.in_chains(&chains, &left).await?.is_empty())
+        let (before, after) = (paths(&job.chain), paths(job.chain_after()));
+        let is_its = |disk: &&Disk| disk.target.dev == *target && [&before, &after].contains(&&disk.files());
+        let Some(disk) = self.machine.def.devices.disks.iter().find(is_its) else { return Ok(None) };
+        let told = line.patiently("query-block", json!({})).await?;
+        let drive = told.as_array().into_iter().flatten().find(|drive| is_drive_of(drive, disk));
+        let Some(drive) = drive else { return Ok(None) };
+        let mut seen = chain(&drive["inserted"]["image"]);
+        // Throttles are told as what they stand above.
+        seen.retain(|file| !file.as_os_str().is_empty());
+        seen.dedup();
+        if let Some(done) = stands(&seen, &before, &after, |one, other| one == other) {
+            return Ok(Some(done));
+        }
+        let survey = self.survey(seen.iter().chain(&before).chain(&after).cloned()).await?;
+        let done = stands(&seen, &before, &after, |one, other| survey.same(one, other));
+        done.map(Some).ok_or_else(|| {
+            let seen = seen.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
+            DriverError::Storage(format!("disk '{target}' stands on {seen}, which is nothing that is recorded of it"))
+        })
     }
 
     /// Has the guest's QEMU close what it does not need any more; these files.
@@ -445,19 +512,35 @@ impl Operation {
         Ok(unused)
     }
 
-    async fn remove_unused(&self, job: &BlockJob, done: bool, made: bool, mut remove: Vec<PathBuf>) {
+    /// What cannot be removed stays, and that is in the log; error: the host's storage does not answer.
+    async fn remove_unused(
+        &self,
+        job: &BlockJob,
+        done: bool,
+        stage: BlockStage,
+        mut remove: Vec<PathBuf>,
+    ) -> Result<(), DriverError> {
         if let (false, BlockWork::Copy { to, makes: true, .. }) = (done, &job.work) {
             // One that was cut off before it could be said that it is made is empty.
-            let path = to.path.clone();
+            let (path, making) = (to.path.clone(), stage.making);
             let empty = self.with_images(&to.path, move |_| {
                 let there = Seen::at(&path);
-                Ok(there.what == What::Plain && there.length == 0)
+                Ok(making && there.what == What::Plain && there.length == 0)
             });
-            if made || empty.await.unwrap_or(false) {
+            if stage.made || empty.await? {
                 remove.push(to.path.clone());
             }
         }
-        self.remove_files(remove).await;
+        let Some(what) = remove.first().cloned() else { return Ok(()) };
+        self.with_images(&what, move |images| {
+            for file in remove {
+                if let Err(error) = make::remove_plain(&file, images.lender.is_wary()) {
+                    tracing::warn!(%error, "a file of no use is still there");
+                }
+            }
+            Ok(())
+        })
+        .await
     }
 
     async fn resize_disk(&self, target: &str, size: u64, shrink: bool) -> Result<(), DriverError> {
@@ -517,6 +600,25 @@ fn is_drive_of(drive: &Value, disk: &Disk) -> bool {
     let device = drive["qdev"].as_str().unwrap_or_default();
     let inside = device.strip_prefix("/machine/peripheral/").and_then(|rest| rest.split('/').next());
     !alias.is_empty() && (device == alias || inside == Some(alias))
+}
+
+fn paths<'a>(layers: impl IntoIterator<Item = &'a ImageLayer>) -> Vec<PathBuf> {
+    layers.into_iter().map(|layer| layer.path.clone()).collect()
+}
+
+/// Whether what is seen is `after`; `None`: nor is it `before`.
+fn stands(
+    seen: &[PathBuf],
+    before: &[PathBuf],
+    after: &[PathBuf],
+    same: impl Fn(&Path, &Path) -> bool,
+) -> Option<bool> {
+    let is =
+        |chain: &[PathBuf]| seen.len() == chain.len() && seen.iter().zip(chain).all(|(one, other)| same(one, other));
+    match is(after) {
+        true => Some(true),
+        false => is(before).then_some(false),
+    }
 }
 
 impl Monitor {

@@ -37,7 +37,8 @@ impl Chains {
     }
 }
 
-fn chain(mut image: &Value) -> Vec<PathBuf> {
+/// The files that a drive's image stands on, its own first.
+pub fn chain(mut image: &Value) -> Vec<PathBuf> {
     let mut files = Vec::new();
     while let Some(file) = image["filename"].as_str() {
         files.push(file_of(file));

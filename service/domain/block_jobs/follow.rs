@@ -1,7 +1,7 @@
 //! A block job that has begun, to its end: followed without the turn, concluded or given up with it. What nobody follows, because
 //! virtd or the guest has ended, is taken up again or settled.
 
-use super::{BlockEntry, Creation, Domain};
+use super::{BlockEntry, Creation, Domain, Notes};
 use crate::authz::Caller;
 use crate::domain::config::Update;
 use crate::domain::state::Guest;
@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::fail_point;
 use crate::job::Job;
 use crate::lock::lock;
+use crate::shared::AGAIN;
 use crate::turn::{GRACE, TurnGuard};
 use crate::verb::{self, Verb};
 use std::path::PathBuf;
@@ -17,7 +18,7 @@ use std::time::Instant;
 use tokio_util::sync::CancellationToken;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
-use virt_model::driver::block_jobs::{BlockJob, BlockNotes as _, BlockStanding, Held};
+use virt_model::driver::block_jobs::{BlockJob, BlockNotes as _, BlockStage, BlockStanding, Held};
 use virt_model::driver::snapshots::Machine;
 
 /// A block job that has begun.
@@ -54,39 +55,56 @@ impl Domain {
         tokio::select! {
             done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
             () = given_up => Err(Error::Cancelled(format!(
-                "{what} was cancelled, and its hypervisor or its storage does not answer: it is given up when it does, and nothing \
-                 else is done with that disk before"
+                "{what} was cancelled, and another change of the domain is under way, or its hypervisor or its storage does not \
+                 answer: it is given up after that, and nothing else is done with that disk before"
             ))),
         }
     }
 
     async fn follow_to_the_end(self: Arc<Self>, followed: Followed, job: Arc<Job>) -> Result<()> {
         let Followed { job: block, live, guest, held, _stay } = followed;
-        let seen = self.see_it_through(&block, &guest, &job).await;
-        let seen = match seen {
-            Seen::Cancelled => {
-                // The turn may be somebody else's for a while: what it costs ends now.
-                let cancelled = self.block_jobs()?.cancel_block_job(guest.instance.as_ref(), &block).await;
-                cancelled.err().filter(|e| !matches!(e, DriverError::Gone)).map_or(Seen::Cancelled, Seen::Ended)
-            }
-            seen => seen,
-        };
-        let _turn = self.turn_for_its_end(&block).await?;
-        let why = match seen {
-            Seen::ToConclude if job.cancel_token().is_cancelled() => DriverError::Cancelled,
-            Seen::ToConclude => {
-                job.past_return();
-                match self.conclude_block_job(&block).await {
-                    Ok(()) => DriverError::Internal("its images were not changed over".to_owned()),
-                    Err(error) => error,
+        let (turn, why) = loop {
+            let seen = self.see_it_through(&block, &guest, &job).await;
+            let seen = match seen {
+                Seen::Cancelled => {
+                    // The turn may be somebody else's for a while: what it costs ends now.
+                    let cancelled = self.block_jobs()?.cancel_block_job(guest.instance.as_ref(), &block).await;
+                    cancelled.err().filter(|e| !matches!(e, DriverError::Gone)).map_or(Seen::Cancelled, Seen::Ended)
                 }
+                seen => seen,
+            };
+            let turn = self.turn_for_its_end(&block).await?;
+            if self
+                .block_entry(&block.target)
+                .and_then(|entry| entry.follower)
+                .is_none_or(|(number, _)| number != job.id())
+            {
+                // Whoever had the turn before has seen to it, and there may be a newer one of that disk.
+                return Err(self.has_been_settled(&block));
             }
-            Seen::Cancelled => DriverError::Cancelled,
-            Seen::Ended(error) => error,
+            let why = match seen {
+                Seen::ToConclude if job.cancel_token().is_cancelled() => DriverError::Cancelled,
+                Seen::ToConclude => {
+                    match self.conclude_block_job(&block, &job).await {
+                        Ok(true) => DriverError::Internal("its images were not changed over".to_owned()),
+                        Ok(false) => {
+                            // The guest writes too much; others have the turn until it is tried again.
+                            drop(turn);
+                            let _ = tokio::time::timeout(AGAIN.0, job.cancel_token().cancelled()).await;
+                            continue;
+                        }
+                        Err(error) => error,
+                    }
+                }
+                Seen::Cancelled => DriverError::Cancelled,
+                Seen::Ended(error) => error,
+            };
+            break (turn, why);
         };
-        let done = self.settle_block_job(&block, Some(live)).await;
+        let done = self.settle_or_try_again(&block, Some(live)).await;
         drop(held);
         self.all_told().await;
+        drop(turn);
         match done {
             Ok(true) => Ok(()),
             Ok(false) => Err(match why {
@@ -148,15 +166,16 @@ impl Domain {
         }
     }
 
-    async fn conclude_block_job(self: &Arc<Self>, block: &BlockJob) -> Result<(), DriverError> {
-        let notes = self.block_notes(&block.target);
+    async fn conclude_block_job(self: &Arc<Self>, block: &BlockJob, job: &Arc<Job>) -> Result<bool, DriverError> {
+        let (domain, target) = (self.clone(), block.target.clone());
+        let notes = Notes { domain, target, job: Some(job.clone()) };
         if self.block_entry(&block.target).is_none() || self.guest().is_err() {
             return Err(DriverError::Gone);
         }
-        notes.keep(virt_model::driver::block_jobs::BlockStage { finishing: true, ..notes.stage() }).await?;
+        notes.keep(BlockStage { finishing: true, ..notes.stage() }).await?;
         let machine = self.machine().await.map_err(|e| DriverError::Refused(e.to_string()))?;
         let driver = self.driver.block_jobs().ok_or(DriverError::Gone)?;
-        driver.conclude_block_job(&machine, block, &*notes).await
+        driver.conclude_block_job(&machine, block, &notes).await
     }
 
     /// Which images count is seen, the configurations follow, and what is of no use goes. `live`: what ran, if nothing is left of the
@@ -167,9 +186,7 @@ impl Domain {
         live: Option<Arc<DomainDef>>,
     ) -> Result<bool> {
         // Whoever had the turn before may have seen to it.
-        let Some(entry) = self.block_entry(&block.target) else {
-            return Err(Error::OperationInvalid(format!("{}: its guest has ended", self.of_disk(block))));
-        };
+        let Some(entry) = self.block_entry(&block.target) else { return Err(self.has_been_settled(block)) };
         let stage = entry.record.stage;
         let driver = self.block_jobs()?;
         let machine = self.machine_or(live.clone()).await?;
@@ -182,20 +199,76 @@ impl Domain {
             // Layers have gone, and bitmaps with them.
             self.looks_at_checkpoints();
         }
+        let (notes, unkept) = (self.block_notes(&block.target), |e| self.driver_failed(block.operation(), e));
+        if !done && (stage.same || stage.resume) {
+            // What it had counts again: that is written down before anything new is written there.
+            notes.keep(BlockStage { same: false, ..stage }).await.map_err(unkept)?;
+        }
         if let (true, Ok(guest)) = (stage.resume, self.guest()) {
             // It was stopped for this alone.
             let resumed = guest.instance.resume().await;
             resumed
                 .or_else(|e| if matches!(e, DriverError::Gone) { Ok(()) } else { Err(e) })
                 .map_err(|e| self.driver_failed("resume", e))?;
+            notes.keep(BlockStage { resume: false, ..notes.stage() }).await.map_err(unkept)?;
         }
         let remove = if done { self.to_be_removed(&Arc::new(block.clone())).await } else { Vec::new() };
         let machine = self.machine_or(live).await?;
-        driver.clean_up_block_job(&machine, block, done, stage.made, remove).await;
+        let cleaned = driver.clean_up_block_job(&machine, block, done, stage, remove).await;
+        cleaned.map_err(|e| self.driver_failed(&format!("clean up after the {} of", block.operation()), e))?;
         fail_point::reached();
         self.forget_block_job(&block.target).await?;
         fail_point::reached();
         Ok(done)
+    }
+
+    fn has_been_settled(&self, block: &BlockJob) -> Error {
+        Error::OperationInvalid(format!("{}: its guest has ended", self.of_disk(block)))
+    }
+
+    /// The same; what cannot be done now is tried again and again, whatever else is done meanwhile.
+    pub(super) async fn settle_or_try_again(
+        self: &Arc<Self>,
+        block: &BlockJob,
+        live: Option<Arc<DomainDef>>,
+    ) -> Result<bool> {
+        let done = self.settle_block_job(block, live.clone()).await;
+        if done.is_err()
+            && let Some(entry) = lock(&self.state).block_jobs.get_mut(&block.target)
+        {
+            (entry.follower, entry.ready, entry.to_settle) = (None, false, true);
+        }
+        if done.is_err() {
+            self.changes_in_document();
+            self.settles_later(block, live);
+        }
+        done
+    }
+
+    fn settles_later(self: &Arc<Self>, block: &BlockJob, live: Option<Arc<DomainDef>>) {
+        let Ok(stay) = Creation::begin(self) else { return };
+        let (domain, block, mut pause) = (self.clone(), block.clone(), AGAIN.0);
+        let word = format!("the end of a {}", block.operation());
+        tokio::spawn(async move {
+            let is_left = || {
+                let entry = domain.block_entry(&block.target);
+                entry.is_some_and(|entry| entry.to_settle && entry.record.job == block)
+            };
+            while is_left() {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN.1);
+                let Some(_turn) = domain.turn.try_take(&word, &CancellationToken::new()) else { continue };
+                if !is_left() {
+                    break;
+                }
+                let (uuid, what) = (domain.uuid, domain.of_disk(&block));
+                match domain.settle_block_job(&block, live.clone()).await {
+                    Ok(_) => tracing::info!(%uuid, "{what} has come to its end"),
+                    Err(error) => tracing::warn!(%uuid, %error, "{what} is still not at its end"),
+                }
+            }
+            drop(stay);
+        });
     }
 
     /// The machine; of one of which nothing is left what it was.
@@ -238,6 +311,7 @@ impl Domain {
         for entry in entries {
             let block = entry.record.job.clone();
             match &guest {
+                Some(_) if entry.to_settle => {}
                 Some(guest) if entry.follower.is_none_or(|(_, of)| of != guest.id) => {
                     self.take_up(entry, guest.clone()).await?;
                 }

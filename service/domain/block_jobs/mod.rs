@@ -38,12 +38,14 @@ pub(super) struct BlockEntry {
     /// Who follows it: the job's number, and the guest.
     pub(super) follower: Option<(u64, u32)>,
     pub(super) ready: bool,
+    /// It has come to its end, and what is left to be done then could not be done yet: that is tried again by itself.
+    pub(super) to_settle: bool,
 }
 
 impl BlockEntry {
     /// As it was found.
     pub(super) fn found(record: BlockRecord) -> BlockEntry {
-        BlockEntry { record, follower: None, ready: false }
+        BlockEntry { record, follower: None, ready: false, to_settle: false }
     }
 }
 
@@ -138,13 +140,13 @@ impl Domain {
         let stay = Creation::begin(self)?;
         let record = BlockRecord { job: block.clone(), uid, stage: BlockStage::default() };
         let follower = Some((job.id(), guest.id));
-        self.keep_block_job(BlockEntry { record, follower, ready: false }).await?;
+        self.keep_block_job(BlockEntry { record, follower, ready: false, to_settle: false }).await?;
         fail_point::reached();
         let begun = self.block_jobs()?.begin_block_job(&machine, &block, &*self.block_notes(target)).await;
         let held = match begun {
             Ok(held) if !job.cancel_token().is_cancelled() => held,
             begun => {
-                let undone = self.settle_block_job(&block, None).await;
+                let undone = self.settle_or_try_again(&block, Some(machine.def)).await;
                 let error = begun.err().unwrap_or(DriverError::Cancelled);
                 undone.unwrap_or_else(|e| {
                     tracing::error!(uuid = %self.uuid, target, error = %e, "what was begun of a block job is still there");
@@ -177,6 +179,18 @@ impl Domain {
             None => format!("{} that was cut off", job.operation()),
         };
         Err(Error::Busy { object: format!("disk '{}' of domain '{}'", job.target, state.name), job: job_name })
+    }
+
+    /// A guest that may stand for the end of a block job does not go on before it is known which images count.
+    pub(super) fn knows_its_images(&self) -> Result<()> {
+        let unsettled = {
+            let state = lock(&self.state);
+            let mut entries = state.block_jobs.values();
+            entries
+                .find(|entry| entry.to_settle && entry.record.stage.same)
+                .map(|entry| entry.record.job.target.clone())
+        };
+        unsettled.map_or(Ok(()), |target| self.disks_are_idle(Some(&target)))
     }
 
     /// What is shown in the configuration of what runs of the images that block jobs write.
@@ -221,7 +235,7 @@ impl Domain {
     }
 
     fn block_notes(self: &Arc<Self>, target: &str) -> Arc<Notes> {
-        Arc::new(Notes { domain: self.clone(), target: target.to_owned() })
+        Arc::new(Notes { domain: self.clone(), target: target.to_owned(), job: None })
     }
 
     fn block_entry(&self, target: &str) -> Option<BlockEntry> {
@@ -273,12 +287,23 @@ impl Domain {
 pub(super) struct Notes {
     domain: Arc<Domain>,
     target: String,
+    /// Whose end is written down here: from then on that both images hold the same it cannot be cancelled.
+    job: Option<Arc<Job>>,
 }
 
 #[async_trait]
 impl BlockNotes for Notes {
     async fn keep(&self, stage: BlockStage) -> Result<(), DriverError> {
         let Some(mut entry) = self.domain.block_entry(&self.target) else { return Err(DriverError::Gone) };
+        if stage.same
+            && !entry.record.stage.same
+            && let Some(job) = &self.job
+        {
+            job.past_return();
+            if job.cancel_token().is_cancelled() {
+                return Err(DriverError::Cancelled);
+            }
+        }
         entry.record.stage = stage;
         let kept = self.domain.keep_block_job(entry).await;
         kept.map_err(|e| match e {

@@ -14,6 +14,9 @@ use virt_model::driver::checkpoints::TrackedDisk;
 use virt_model::driver::snapshots::Machine;
 use virt_model::xml::{self, Element, shorten};
 
+/// The largest number of bytes that images and hypervisors know.
+const MOST: u64 = i64::MAX as u64;
+
 /// How a block job is done.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BlockJobOptions {
@@ -58,9 +61,17 @@ impl Domain {
         options: BlockJobOptions,
     ) -> Result<Planned> {
         let driver = self.block_jobs()?;
+        if options.bandwidth > MOST {
+            let text = format!(
+                "'bandwidth' {}: no more than {MOST} bytes a second can be told; 0 is no limit",
+                options.bandwidth
+            );
+            return Err(Error::InvalidArgument(text));
+        }
         let machine = self.machine().await?;
         let disk = self.disk_of(&machine, target)?.clone();
         self.disks_are_idle(Some(target))?;
+        self.is_not_leaving(&disk)?;
         let chain = self.chain_of(&disk)?;
         let work = match asked {
             Asked::Pull { base } => self.pull(&disk, &chain, base)?,
@@ -75,10 +86,24 @@ impl Domain {
         Ok(Planned { machine, job })
     }
 
+    /// The guest may let go of what it has been asked for at any time.
+    fn is_not_leaving(&self, disk: &Disk) -> Result<()> {
+        let state = lock(&self.state);
+        let leaving =
+            state.guest.as_ref().zip(disk.info.alias()).is_some_and(|(guest, alias)| guest.leaving.contains_key(alias));
+        match leaving {
+            false => Ok(()),
+            true => Err(Error::OperationInvalid(format!(
+                "domain '{}': disk '{}' is being unplugged: the guest was asked to let go of it",
+                state.name, disk.target.dev
+            ))),
+        }
+    }
+
     pub(super) async fn plan_resize(&self, target: &str, size: u64) -> Result<Machine> {
         self.block_jobs()?;
-        if size == 0 || !size.is_multiple_of(512) {
-            let text = format!("a disk of {size} bytes: give a multiple of 512, and more than 0");
+        if size == 0 || size > MOST || !size.is_multiple_of(512) {
+            let text = format!("a disk of {size} bytes: give a multiple of 512, more than 0 and no more than {MOST}");
             return Err(Error::InvalidArgument(text));
         }
         let machine = self.machine().await?;

@@ -24,7 +24,7 @@ impl Domain {
     /// What it waits for may never answer. Whoever is asked to give up the turn does not wait on then: the work goes on by
     /// itself, and the turn is not free before that has ended.
     pub(crate) async fn finish_interrupted(self: &Arc<Self>) -> Result<()> {
-        self.looks_after_block_jobs().await?;
+        self.sees_to_block_jobs().await?;
         let Some(intent) = self.open_intent() else { return Ok(()) };
         let what = what_is(&intent.deed);
         let nobody = || Error::Internal(format!("{what} is finished only by who has the turn"));
@@ -60,6 +60,30 @@ impl Domain {
                 self.name()
             ))
         })
+    }
+
+    /// Block jobs that nobody follows are part of that, and end no sooner.
+    async fn sees_to_block_jobs(self: &Arc<Self>) -> Result<()> {
+        if lock(&self.state).block_jobs.is_empty() {
+            return Ok(());
+        }
+        let what = "work on its disks";
+        let nobody = || Error::Internal(format!("{what} is finished only by who has the turn"));
+        let (turn, give_up) = self.turn.share().ok_or_else(nobody)?;
+        let domain = self.clone();
+        let mut work = tokio::spawn(async move {
+            let done = domain.looks_after_block_jobs().await;
+            drop(turn);
+            done
+        });
+        let given_up = async {
+            give_up.cancelled().await;
+            tokio::time::sleep(GRACE).await;
+        };
+        tokio::select! {
+            done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
+            () = given_up => Err(self.left_alone(what)),
+        }
     }
 
     /// The same for a verb whose caller waits for the answer: not for longer than for the turn.

@@ -73,6 +73,9 @@ pub enum BlockWork {
 /// How far the end of a block job has come, as it is recorded.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BlockStage {
+    /// The image that is copied into is being made: what is there and empty is ours.
+    #[serde(default)]
+    pub making: bool,
     /// The image that is copied into has been made.
     pub made: bool,
     /// It is to be finished as soon as it is ready.
@@ -136,13 +139,14 @@ pub trait BlockJobs: Send + Sync {
         progress: &(dyn Fn(u64, u64) + Send + Sync),
     ) -> Result<BlockStanding, DriverError>;
 
-    /// Does the last step of one that is ready, while the guest stands still for a moment. On failure it goes on as before.
+    /// Does the last step of one that is ready, while the guest stands still for a moment. On failure it goes on as before. `false`:
+    /// the guest writes more than can be copied in a moment; both go on as before, and it is to be tried again.
     async fn conclude_block_job(
         &self,
         machine: &Machine,
         job: &BlockJob,
         notes: &dyn BlockNotes,
-    ) -> Result<(), DriverError>;
+    ) -> Result<bool, DriverError>;
 
     /// Ends it, if it has not ended, without its last step.
     async fn cancel_block_job(&self, guest: &dyn Instance, job: &BlockJob) -> Result<(), DriverError>;
@@ -151,9 +155,16 @@ pub trait BlockJobs: Send + Sync {
     /// Repeatable.
     async fn settle_block_job(&self, machine: &Machine, job: &BlockJob, same: bool) -> Result<bool, DriverError>;
 
-    /// Leaves nothing of it that is of no use: of one that is not `done`, the image that has been `made` for it; and these files.
-    /// Repeatable.
-    async fn clean_up_block_job(&self, machine: &Machine, job: &BlockJob, done: bool, made: bool, remove: Vec<PathBuf>);
+    /// Leaves nothing of it that is of no use: of one that is not `done`, the image that has been made for it; and these files.
+    /// Repeatable, and to be repeated on failure.
+    async fn clean_up_block_job(
+        &self,
+        machine: &Machine,
+        job: &BlockJob,
+        done: bool,
+        stage: BlockStage,
+        remove: Vec<PathBuf>,
+    ) -> Result<(), DriverError>;
 
     /// The first writing of a disk's image beyond that offset is told, once ([`DeviceEvent::WrittenBeyond`]); 0: none is.
     ///
@@ -187,6 +198,16 @@ impl BlockJob {
             BlockWork::Pull { base } => &chain[1..base.unwrap_or(chain.len())],
             BlockWork::Commit { top, base, .. } => &chain[*top..*base],
             BlockWork::Copy { .. } => chain,
+        }
+    }
+
+    /// What the disk stands on afterwards, from the topmost image down.
+    pub fn chain_after(&self) -> Vec<&ImageLayer> {
+        let chain = &self.chain;
+        match &self.work {
+            BlockWork::Pull { base } => chain[..1].iter().chain(&chain[base.unwrap_or(chain.len())..]).collect(),
+            BlockWork::Commit { top, base, .. } => chain[..*top].iter().chain(&chain[*base..]).collect(),
+            BlockWork::Copy { to, .. } => vec![to],
         }
     }
 
@@ -278,6 +299,7 @@ mod tests {
         let left: Vec<String> = job.left().iter().map(|layer| layer.path.display().to_string()).collect();
         let files: Vec<String> = disk.files().iter().map(|file| file.display().to_string()).collect();
         assert!(!left.iter().any(|gone| files.contains(gone)), "{left:?} {files:?}");
+        assert!(job.chain_after().into_iter().map(|layer| &layer.path).eq(&disk.files()));
         format!("{} without {}", files.join(" "), left.join(" "))
     }
 
