@@ -166,6 +166,7 @@ impl Error {
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),
             DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
+            DriverError::TooMany(_) => Error::LimitsExceeded(text),
             DriverError::Refused(_) => Error::OperationInvalid(text),
             DriverError::Gone => Error::OperationInvalid(format!("cannot {deed} domain '{name}': it has just ended")),
             DriverError::Cancelled => Error::Cancelled(format!("the attempt to {deed} domain '{name}' was cancelled")),

@@ -94,7 +94,8 @@ impl Monitor {
             let told = self.patiently("query-jobs", json!({})).await?;
             let ours = |job: &&Value| ids.iter().any(|id| job["id"] == **id);
             let jobs: Vec<&Value> = told.as_array().into_iter().flatten().filter(ours).collect();
-            let sum = |key: &str| jobs.iter().filter_map(|job| job[key].as_u64()).sum();
+            // These are QEMU's numbers, and may be any.
+            let sum = |key: &str| jobs.iter().filter_map(|job| job[key].as_u64()).fold(0, u64::saturating_add);
             progress(sum("current-progress"), sum("total-progress"));
             if let Some(why) = jobs.iter().find_map(|job| job["error"].as_str()) {
                 return Err(failed(command, why));

@@ -6,6 +6,7 @@ use async_trait::async_trait;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::DriverError;
 use virt_model::driver::backup::{BackedUpDisk, BackupRequest, Backups};
@@ -17,15 +18,38 @@ const LENGTH: usize = 1 << 20;
 /// So much of it, from its beginning on, has been written since any checkpoint.
 const WRITTEN: u32 = 1 << 16;
 
+/// How many readers there may be of one backup at once.
+const READERS: usize = 64;
+
+/// Those who read a backup.
+#[derive(Clone)]
+pub(super) struct Readers {
+    /// Ends them all.
+    ends: CancellationToken,
+    /// For those who may still come.
+    places: Arc<Semaphore>,
+}
+
+impl Default for Readers {
+    fn default() -> Readers {
+        Readers { ends: CancellationToken::new(), places: Arc::new(Semaphore::new(READERS)) }
+    }
+}
+
 #[async_trait]
 impl Backups for TestDriver {
     async fn check_backup(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError> {
         self.check_create_checkpoint(machine, &request.checkpoint).await
     }
 
+    async fn make_backup_files(&self, _machine: &Machine, _request: &BackupRequest) -> Result<(), DriverError> {
+        // Nothing is written.
+        Ok(())
+    }
+
     async fn begin_backup(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError> {
         self.create_checkpoint(machine, &request.checkpoint).await?;
-        lock(&self.0.backups).insert(machine.def.uuid, CancellationToken::new());
+        lock(&self.0.backups).insert(machine.def.uuid, Readers::default());
         Ok(())
     }
 
@@ -52,7 +76,11 @@ impl Backups for TestDriver {
     }
 
     async fn open_backup(&self, machine: &Machine, disk: &BackedUpDisk) -> Result<OwnedFd, DriverError> {
-        let ends = lock(&self.0.backups).get(&machine.def.uuid).cloned().ok_or(DriverError::Gone)?;
+        let readers = lock(&self.0.backups).get(&machine.def.uuid).cloned().ok_or(DriverError::Gone)?;
+        let place = readers.places.try_acquire_owned().map_err(|_| {
+            DriverError::Refused(format!("the backup has {READERS} readers already; close some of their connections"))
+        })?;
+        let ends = readers.ends;
         let failed = |e: std::io::Error| DriverError::Internal(format!("no connection: {e}"));
         let (client, server) = UnixStream::pair().map_err(failed)?;
         server.set_nonblocking(true).map_err(failed)?;
@@ -62,6 +90,7 @@ impl Backups for TestDriver {
         let bitmap = disk.since.as_ref().map(|_| (disk.bitmap.clone(), WRITTEN));
         let export = Export { name: disk.export.clone(), content, bitmap };
         tokio::spawn(async move {
+            let _place = place;
             tokio::select! {
                 // A client may leave, or speak nonsense, at any time.
                 _ = serve(server, &export) => {}
@@ -77,8 +106,8 @@ impl Backups for TestDriver {
         _request: &BackupRequest,
         _complete: bool,
     ) -> Result<(), DriverError> {
-        if let Some(ends) = lock(&self.0.backups).remove(&machine.def.uuid) {
-            ends.cancel();
+        if let Some(readers) = lock(&self.0.backups).remove(&machine.def.uuid) {
+            readers.ends.cancel();
         }
         Ok(())
     }

@@ -32,7 +32,6 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
@@ -74,8 +73,8 @@ struct Inner {
     thresholds: Mutex<HashMap<(Uuid, String), u64>>,
     /// Sizes of disks that have been given another one.
     sizes: Mutex<HashMap<(Uuid, String), u64>>,
-    /// Domains that are backed up, each with what ends its readers.
-    backups: Mutex<HashMap<Uuid, CancellationToken>>,
+    /// Domains that are backed up, each with its readers.
+    backups: Mutex<HashMap<Uuid, backup::Readers>>,
     workers: Workers,
 }
 

@@ -226,6 +226,13 @@ impl Domain {
         self.keep_backup(&backup).await?;
         lock(&self.state).backup =
             Some(CurrentBackup { request: Arc::new(request), label: job.label(verb::BACKUP_BEGIN.word), open: false });
+        if let Err(error) = self.backs_up()?.make_backup_files(&machine, &backup.request).await {
+            // Whatever is at those places is somebody else's.
+            if let Err(error) = self.forget_backup().await {
+                tracing::error!(uuid = %self.uuid, name = self.name(), %error, "the record of a backup that did not begin is left");
+            }
+            return Err(self.not_backed_up(error));
+        }
         let begun = async {
             self.backs_up()?.begin_backup(&machine, &backup.request).await.map_err(|e| self.not_backed_up(e))?;
             fail_point::reached();

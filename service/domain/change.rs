@@ -17,8 +17,10 @@ use crate::lock::lock;
 use crate::log;
 use crate::turn::{GRACE, TurnGuard};
 use crate::verb::Verb;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Instant;
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 /// A verb that is accepted, and whose job is to be begun.
@@ -272,14 +274,45 @@ impl OpenJob {
         tokio::spawn(async move {
             let (begun, domain, caller, verb) =
                 (Instant::now(), change.domain.clone(), change.caller.clone(), change.verb);
-            let result = match change.run(&job, begin).await {
-                Ok(begun) => rest(domain.clone(), job.clone(), begun).await,
+            let begins = move |domain: Arc<Domain>, job: Arc<Job>| {
+                let begun = begin(domain.clone(), job.clone());
+                async move {
+                    let begun = begun.await?;
+                    Ok(Rest(Some(Box::pin(rest(domain, job, begun)))))
+                }
+            };
+            let result = match change.run(&job, begins).await {
+                Ok(rest) => rest.done().await,
                 Err(error) => Err(error),
             };
             domain.log(&caller, verb, begun, result.as_ref().err());
             job.finish_shared(result);
         });
         ticket
+    }
+}
+
+/// What follows what has begun. It is done even if nobody waits for it any more: a job that was cancelled, and ended before its
+/// work had begun, leaves nothing that goes on without it.
+struct Rest(Option<Pin<Box<dyn Future<Output = Result<()>> + Send>>>);
+
+impl Rest {
+    async fn done(mut self) -> Result<()> {
+        match self.0.take() {
+            Some(rest) => rest.await,
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        let (Some(rest), Ok(runtime)) = (self.0.take(), Handle::try_current()) else { return };
+        runtime.spawn(async move {
+            if let Err(error) = rest.await {
+                tracing::info!(%error, "what had begun when nobody waited for it any more has ended");
+            }
+        });
     }
 }
 

@@ -6,6 +6,7 @@
 
 use crate::checkpoint::{CheckpointDef, can_be_written, check_new_name_of, of_machine};
 use crate::device::Disk;
+use crate::device::disk::DiskKind;
 use crate::domain::DomainDef;
 use crate::domain::part::{Part as _, Rest, element};
 use crate::domain::value::choices;
@@ -187,6 +188,11 @@ impl BackupDoc {
             let (file, by_caller) = of.file();
             if by_caller {
                 named.push(file.clone());
+            } else if disk.kind() == DiskKind::Block {
+                // What is beside a device lies in the host's memory.
+                let element = if self.pulls() { "<scratch>" } else { "<target>" };
+                refuse(format!("disk '{target}' is a device of the host's: say with {element} which file is written"));
+                continue;
             }
             let format = of.format();
             if !self.pulls() && since.is_some() && format != BackupFormat::Qcow2 {
@@ -303,7 +309,8 @@ mod tests {
         <disk type='file'><driver type='qcow2'/><source file='/i/a.qcow2'/><target dev='vda'/></disk>\
         <disk type='file'><driver type='raw'/><source file='/i/b'/><target dev='vdb'/></disk>\
         <disk type='file'><driver type='qcow2'/><source file='/i/c'><encryption format='luks'/></source><target dev='vdc'/>\
-        <readonly/></disk><disk type='file' device='cdrom'><target dev='sda'/></disk></devices></domain>";
+        <readonly/></disk><disk type='block'><source dev='/dev/d'/><target dev='vdd'/><readonly/></disk>\
+        <disk type='file' device='cdrom'><target dev='sda'/></disk></devices></domain>";
 
     fn aligned(xml: &str) -> Result<AlignedBackup, String> {
         let machine = DomainDef::parse(MACHINE).unwrap();
@@ -336,6 +343,7 @@ mod tests {
             ("<domainbackup mode='pull'><server transport='tcp'/></domainbackup>".to_owned(), "OpenBackup"),
             (disk("<disk name='sda'/>"), "'sda' is empty"),
             (disk("<disk name='vdc'/>"), "'vdc' is encrypted"),
+            (disk("<disk name='vdd'/>"), "'vdd' is a device"),
             (disk("<disk name='vdz'/>"), "no disk 'vdz'"),
             (disk("<disk name='vda'/><disk name='/i/a.qcow2'/>"), "twice"),
             (disk("<disk name='vda'><scratch file='/s'/></disk>"), "<target>"),

@@ -638,6 +638,9 @@ pub enum DriverError {
     /// An image already holds a snapshot of that name.
     #[error("{0}")]
     SnapshotExists(String),
+    /// It would be more than can be looked after.
+    #[error("{0}")]
+    TooMany(String),
     /// Not in the state that guest or images are in; says what to do.
     #[error("{0}")]
     Refused(String),

@@ -145,12 +145,15 @@ async fn a_revert_breaks_them_and_an_overlay_does_not() {
     create(&domain, "one").await.expect("created");
     let overlay = "<domainsnapshot><name>s</name><disks><disk name='vda' snapshot='external'>\
                    <source file='/images/over.qcow2'/></disk></disks></domainsnapshot>";
-    player.create(overlay, with([("disk-only", true)])).await.expect("taken");
-    create(&domain, "two").await.expect("created, which has all looked at");
-    assert_eq!(get::<String>(&domain, "one", "Broken").await, "");
+    let unkept = overlay.replace("over", "unkept");
+    let how = with([("disk-only", true), ("no-metadata", true)]);
+    domain.call("CreateSnapshot", &(unkept, how)).await.expect("taken");
     let pull = domain.call("BlockPull", &("vda", "", options([]))).await;
     let (error, why) = pull.expect_err("a bitmap would go");
     assert!(error.ends_with("OperationInvalid") && why.contains("'one'"), "{error}: {why}");
+    player.create(overlay, with([("disk-only", true)])).await.expect("taken");
+    create(&domain, "two").await.expect("created, which has all looked at");
+    assert_eq!(get::<String>(&domain, "one", "Broken").await, "");
     let mut watch = domain.client.watch().await;
     player.call("s", "Revert", with([("force", true)])).await.expect("reverted");
     for name in ["one", "two"] {

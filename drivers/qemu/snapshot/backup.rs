@@ -10,9 +10,10 @@
 
 use super::super::media;
 use super::checkpoints::add_bitmap;
-use super::files::{make_empty, stored};
+use super::files::stored;
 use super::{Operation, cannot};
-use crate::host::files::What;
+use crate::host::files::{What, open_plain};
+use crate::host::image::Images;
 use crate::host::workers::{ClosedAside, blocking};
 use crate::qemu::QemuDriver;
 use crate::qemu::block::{Node, Nodes};
@@ -43,6 +44,10 @@ impl Backups for QemuDriver {
         self.operation(machine).await?.check_backup(request).await
     }
 
+    async fn make_backup_files(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError> {
+        self.operation(machine).await?.make_backup_files(request).await
+    }
+
     async fn begin_backup(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError> {
         self.operation(machine).await?.begin_backup(request).await
     }
@@ -56,7 +61,9 @@ impl Backups for QemuDriver {
     ) -> Result<(), DriverError> {
         let operation = self.operation(machine).await?;
         let jobs: Vec<String> = request.disks.iter().map(job).collect();
-        operation.running()?.line()?.all_ended("blockdev-backup", &jobs, &*progress, cancel).await
+        operation.running()?.line()?.all_ended("blockdev-backup", &jobs, &*progress, cancel).await?;
+        *super::lock(&operation.cancel) = cancel.clone();
+        operation.close_copies(request).await
     }
 
     async fn is_backed_up(&self, machine: &Machine, request: &BackupRequest) -> Result<bool, DriverError> {
@@ -144,11 +151,6 @@ impl Operation {
     async fn begin_backup(&self, request: &BackupRequest) -> Result<(), DriverError> {
         let body = self.running()?;
         let nodes = Nodes::of(body).await?;
-        for disk in &request.disks {
-            let of = self.backed_up(&disk.target)?;
-            let (size, base) = (nodes.of_disk(of)?.virtual_size, PathBuf::from(of.path().unwrap_or_default()));
-            self.make_backup_file(disk.clone(), base, size).await?;
-        }
         let files: Vec<(PathBuf, bool)> = request.disks.iter().map(|disk| (disk.file.clone(), true)).collect();
         if let Some((what, _)) = files.first().cloned() {
             self.with_images(&what, move |images| images.lend_to_guest(&files)).await?;
@@ -175,15 +177,61 @@ impl Operation {
         Ok(())
     }
 
-    /// A new file of the size of the disk, whose owner is the image's.
-    async fn make_backup_file(&self, disk: BackedUpDisk, base: PathBuf, size: u64) -> Result<(), DriverError> {
-        let what = disk.file.clone();
-        self.with_images(&what, move |images| {
-            make_empty(&disk.file, &base, images.lender.is_wary())?;
-            let _lent = images.lend(&[(disk.file.clone(), true)])?;
-            images.create(&disk.file, &disk.format, size)
-        })
-        .await
+    async fn make_backup_files(&self, request: &BackupRequest) -> Result<(), DriverError> {
+        let nodes = Nodes::of(self.running()?).await?;
+        let mut ours = Vec::new();
+        let made = async {
+            for disk in &request.disks {
+                let of = self.backed_up(&disk.target)?;
+                let (size, base) = (nodes.of_disk(of)?.virtual_size, PathBuf::from(of.path().unwrap_or_default()));
+                self.make_backup_file(disk, base, size, &mut ours).await?;
+            }
+            Ok(())
+        };
+        let made = made.await;
+        if made.is_err() {
+            self.remove_files(ours).await;
+        }
+        made
+    }
+
+    /// A new file of the size of the disk, whose owner is the image's; among `ours` as soon as it is.
+    async fn make_backup_file(
+        &self,
+        disk: &BackedUpDisk,
+        base: PathBuf,
+        size: u64,
+        ours: &mut Vec<PathBuf>,
+    ) -> Result<(), DriverError> {
+        let (file, format) = (disk.file.clone(), disk.format.clone());
+        let empty = move |images: &Arc<Images>| {
+            make::image_beside(&file, &base, images.lender.is_wary()).map_err(|e| stored(&file, &e))
+        };
+        self.with_images(&disk.file, empty).await?;
+        ours.push(disk.file.clone());
+        let file = disk.file.clone();
+        self.with_lent(vec![(file.clone(), true)], move |images| images.create(&file, &format, size)).await
+    }
+
+    /// QEMU keeps some of what it writes to an image for itself until it closes it, and the host some more: only then a copy
+    /// outlives them.
+    async fn close_copies(&self, request: &BackupRequest) -> Result<(), DriverError> {
+        let body = self.running()?;
+        media::close(body, our_nodes(request)).await;
+        let nodes = Nodes::of(body).await?;
+        for disk in &request.disks {
+            if nodes.0.iter().any(|node| node.name == node_of(disk)) {
+                let file = disk.file.display();
+                return Err(DriverError::Hypervisor(format!("QEMU does not close the backup {file}")));
+            }
+            let (size, file) = (nodes.of_disk(self.backed_up(&disk.target)?)?.virtual_size, disk.file.clone());
+            let sync = move |images: &Arc<Images>| {
+                let opened = open_plain(&file, images.lender.is_wary());
+                opened.and_then(|opened| opened.into_file().sync_all()).map_err(|e| stored(&file, &e))
+            };
+            self.with_images_of(&disk.file, size, sync).await?;
+        }
+        Ok(())
     }
 
     /// What makes one bitmap of those that the layers of a disk have kept since a checkpoint: parts of the transaction.
@@ -276,8 +324,7 @@ impl Operation {
         for disk in &request.disks {
             line.give_up(&job(disk)).await;
         }
-        let ours = request.disks.iter().flat_map(|disk| [node_of(disk), format!("{}-file", node_of(disk))]);
-        media::close(body, ours.collect()).await;
+        media::close(body, our_nodes(request)).await;
         let nodes = Nodes::of(body).await?;
         for disk in request.disks.iter().filter(|disk| disk.since.is_some()) {
             let Ok(node) = self.backed_up(&disk.target).and_then(|of| nodes.of_disk(of)) else { continue };
@@ -304,6 +351,11 @@ fn export(disk: &BackedUpDisk) -> String {
 /// The node of what is written.
 fn node_of(disk: &BackedUpDisk) -> String {
     format!("backup-{}", disk.target)
+}
+
+/// Those of all files that are written, each before the one that it stands on.
+fn our_nodes(request: &BackupRequest) -> Vec<String> {
+    request.disks.iter().flat_map(|disk| [node_of(disk), format!("{}-file", node_of(disk))]).collect()
 }
 
 /// The nodes of a file that is written: of a scratch with what it stands `on`.

@@ -4,10 +4,10 @@
 //! and what is doubtful of one is doubtful of that one alone. An overlay that is laid on an image gets the same bitmaps in the
 //! same moment: what has been written since is what they tell together.
 
-use super::{Operation, cannot};
+use super::{Operation, cannot, pairs};
 use crate::host::image::Bitmaps;
 use crate::qemu::QemuDriver;
-use crate::qemu::block::Node;
+use crate::qemu::block::{Node, Nodes};
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -16,7 +16,10 @@ use virt_model::checkpoint::of_machine;
 use virt_model::device::Disk;
 use virt_model::driver::DriverError;
 use virt_model::driver::checkpoints::{BitmapState, Checkpoints, TrackedDisk};
-use virt_model::driver::snapshots::Machine;
+use virt_model::driver::snapshots::{DiskMode, Machine, SnapshotRequest};
+
+/// What QEMU may tell of bitmaps, in bytes: a part of the longest line that is read.
+const MOST_TOLD: usize = 1 << 20;
 
 #[async_trait]
 impl Checkpoints for QemuDriver {
@@ -59,6 +62,7 @@ impl Operation {
     /// What has the running guest keep bitmaps, as parts of one transaction. Refuses names that an image has already.
     pub(super) async fn bitmaps_to_add(&self, disks: &[TrackedDisk]) -> Result<Vec<Value>, DriverError> {
         let nodes = self.nodes().await?.ok_or(DriverError::Gone)?;
+        room_for_bitmaps(nodes.0.iter().map(|node| &node.bitmaps), disks.iter().map(|tracked| &tracked.bitmap))?;
         let action = |tracked: &TrackedDisk| {
             let (target, bitmap) = (&tracked.target, &tracked.bitmap);
             let disk = of_machine(&self.machine.def, target);
@@ -110,11 +114,38 @@ impl Operation {
             .await
     }
 
+    /// Refuses overlays that would go on with more bitmaps than there may be.
+    pub(super) async fn overlays_have_room(
+        &self,
+        request: &SnapshotRequest,
+        nodes: Option<&Nodes>,
+    ) -> Result<(), DriverError> {
+        let def = &self.machine.def;
+        let keeps = |mode: &DiskMode| matches!(mode, DiskMode::External { format, .. } if format == "qcow2");
+        let bases = pairs(def, &request.disks).filter(|(_, part)| keeps(&part.mode));
+        let bases = bases.filter_map(|(disk, _)| disk.path().map(PathBuf::from)).collect();
+        let held = self.bitmaps_of(nodes, bases).await?;
+        let new: Vec<&String> = held.values().flat_map(sound).collect();
+        if new.is_empty() {
+            return Ok(());
+        }
+        let all = self.bitmaps_of(nodes, def.devices.disks.iter().flat_map(Disk::files).collect()).await?;
+        room_for_bitmaps(all.values(), new.into_iter())
+    }
+
     /// The bitmaps that these files hold. What is no qcow2 image holds none.
-    async fn bitmaps_in(&self, mut files: Vec<PathBuf>) -> Result<BTreeMap<PathBuf, Bitmaps>, DriverError> {
-        if let Some(nodes) = self.nodes().await? {
-            let held = nodes.0.into_iter().filter(|node| node.driver == "qcow2" && files.contains(&node.file));
-            return Ok(held.map(|node| (node.file, node.bitmaps)).collect());
+    async fn bitmaps_in(&self, files: Vec<PathBuf>) -> Result<BTreeMap<PathBuf, Bitmaps>, DriverError> {
+        self.bitmaps_of(self.nodes().await?.as_ref(), files).await
+    }
+
+    async fn bitmaps_of(
+        &self,
+        nodes: Option<&Nodes>,
+        mut files: Vec<PathBuf>,
+    ) -> Result<BTreeMap<PathBuf, Bitmaps>, DriverError> {
+        if let Some(nodes) = nodes {
+            let held = nodes.0.iter().filter(|node| node.driver == "qcow2" && files.contains(&node.file));
+            return Ok(held.map(|node| (node.file.clone(), node.bitmaps.clone())).collect());
         }
         let layers = self.machine.def.devices.disks.iter().flat_map(Disk::chain);
         let qcow2: Vec<PathBuf> = layers
@@ -124,6 +155,9 @@ impl Operation {
         files.retain(|file| qcow2.contains(file));
         files.sort();
         files.dedup();
+        if files.is_empty() {
+            return Ok(BTreeMap::new());
+        }
         let lent = files.iter().map(|file| (file.clone(), false)).collect();
         self.with_lent(lent, move |tools| {
             files.into_iter().map(|file| tools.info(&file, "qcow2").map(|info| (file, info.bitmaps()))).collect()
@@ -142,7 +176,47 @@ pub(super) fn go_on_with(below: &Node, overlay: &str) -> Vec<Value> {
     sound(&below.bitmaps).map(|bitmap| add_bitmap(overlay, bitmap)).collect()
 }
 
+/// Refuses bitmaps of which QEMU would have more to tell than is listened to: each layer of each disk has its own, and all are
+/// told with each look at the images.
+fn room_for_bitmaps<'a>(
+    held: impl Iterator<Item = &'a Bitmaps>,
+    new: impl Iterator<Item = &'a String>,
+) -> Result<(), DriverError> {
+    let told: usize = held.flat_map(Bitmaps::keys).chain(new).map(|name| told_of(name)).sum();
+    match told <= MOST_TOLD {
+        true => Ok(()),
+        false => Err(DriverError::TooMany(
+            "the layers of its disks would hold too many bitmaps; delete checkpoints, or merge layers, first"
+                .to_owned(),
+        )),
+    }
+}
+
+/// How long it is, at the most, what QEMU tells of a bitmap.
+fn told_of(name: &str) -> usize {
+    // What is not ASCII is told by its numbers.
+    let length = |c: char| if c.is_ascii() { 2 } else { 6 * c.len_utf16() };
+    160 + name.chars().map(length).sum::<usize>()
+}
+
 /// The names of those that can be trusted.
 pub(super) fn sound(bitmaps: &Bitmaps) -> impl Iterator<Item = &String> {
     bitmaps.iter().filter(|(_, state)| **state == BitmapState::Sound).map(|(name, _)| name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bitmaps_of_all_layers_have_room_or_are_refused() {
+        let layer = |name: &str| (0..256).map(|n| (format!("{name}{n}"), BitmapState::Sound)).collect::<Bitmaps>();
+        let (short, long) = (layer("b"), layer(&"\u{1f600}".repeat(60)));
+        let one = "one".to_owned();
+        let room = |held: &[&Bitmaps]| room_for_bitmaps(held.iter().copied(), std::iter::once(&one));
+        assert!(room(&[]).is_ok() && room(&[&short; 10]).is_ok() && room(&[&long]).is_ok());
+        for held in [&[&short; 30][..], &[&long; 6]] {
+            assert!(matches!(room(held), Err(DriverError::TooMany(_))));
+        }
+    }
 }

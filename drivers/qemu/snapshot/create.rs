@@ -31,6 +31,7 @@ impl Operation {
         let survey = survey?;
         self.check_names(request, &survey, nodes.as_ref()).await?;
         self.check_way_back(request, &survey, nodes.as_ref()).await?;
+        self.overlays_have_room(request, nodes.as_ref()).await?;
         self.decide_create(request, &survey)
     }
 

@@ -182,11 +182,15 @@ impl Operation {
         if (&*overlay.format, &*overlay.base_format) != ("qcow2", "qcow2") {
             return Ok(());
         }
-        self.with_lent(vec![(overlay.base.clone(), false), (overlay.path.clone(), true)], move |images| {
-            let held = images.info(&overlay.base, "qcow2")?.bitmaps();
-            sound(&held).try_for_each(|bitmap| images.add_bitmap(&overlay.path, bitmap))
-        })
-        .await
+        let Overlay { base, path, .. } = overlay;
+        let lent = vec![(base.clone(), false)];
+        let held = self.with_lent(lent, move |images| Ok(images.info(&base, "qcow2")?.bitmaps())).await?;
+        // Each is a program's run: many would take longer than one errand may.
+        for bitmap in sound(&held).cloned() {
+            let overlay = path.clone();
+            self.with_lent(vec![(path.clone(), true)], move |images| images.add_bitmap(&overlay, &bitmap)).await?;
+        }
+        Ok(())
     }
 
     /// Makes one overlay; `size` if it is known.

@@ -1,8 +1,8 @@
 //! The contract for backups: what the guest's disks held at one moment, written to files, or read by whoever is connected.
 //!
 //! ```text
-//!  begin_backup ─▶ push: copy_backup, to its end ─┐
-//!               └▶ pull: open_backup, any number ─┴▶ end_backup
+//!  make_backup_files ─▶ begin_backup ─▶ push: copy_backup, to its end ─┐
+//!                                    └▶ pull: open_backup, any number ─┴▶ end_backup
 //!  virtd killed   is_backed_up ─▶ goes on as it was, or end_backup
 //! ```
 
@@ -22,11 +22,15 @@ pub trait Backups: Send + Sync {
     /// Refuses what [`Backups::begin_backup`] would refuse before it changes anything. Changes nothing.
     async fn check_backup(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError>;
 
+    /// Makes the files that are written, where nothing is. After a failure none is there that it made, and what somebody else
+    /// has made meanwhile is left alone.
+    async fn make_backup_files(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError>;
+
     /// Begins a backup of this moment, and with it the checkpoint that was asked for. What a failure leaves is taken away by
     /// [`Backups::end_backup`].
     async fn begin_backup(&self, machine: &Machine, request: &BackupRequest) -> Result<(), DriverError>;
 
-    /// Waits until all is written. `progress` is told how many bytes of how many. Error: `Cancelled` if `cancel` has fired.
+    /// Waits until all is written, and on the host's storage. `progress` is told how many bytes of how many. Error: `Cancelled` if `cancel` has fired.
     async fn copy_backup(
         &self,
         machine: &Machine,
