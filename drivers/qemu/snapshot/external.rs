@@ -186,8 +186,8 @@ impl Operation {
         let lent = vec![(base.clone(), false)];
         let held = self.with_lent(lent, move |images| Ok(images.info(&base, "qcow2")?.bitmaps())).await?;
         // Each is a program's run: many would take longer than one errand may.
-        for bitmap in sound(&held).cloned() {
-            let overlay = path.clone();
+        for bitmap in sound(&held) {
+            let (overlay, bitmap) = (path.clone(), bitmap.clone());
             self.with_lent(vec![(path.clone(), true)], move |images| images.add_bitmap(&overlay, &bitmap)).await?;
         }
         Ok(())
