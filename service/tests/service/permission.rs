@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use virt_drivers::test::Asked;
 use virt_model::domain::Form;
+use virt_model::driver::GivenFile;
 use virt_service::authz::{Action, Caller};
 use virt_service::error::Error;
-use virt_service::{CreateOptions, StartOptions, UndefineOptions, verb};
+use virt_service::{CreateOptions, SaveOptions, StartOptions, UndefineOptions, verb};
 
 #[tokio::test]
 async fn nothing_changes_without_permission_and_the_subject_is_named() {
@@ -172,6 +173,22 @@ async fn m8_files_that_are_not_called_after_ones_own_images_need_permission_to_d
         }
         let asked: Vec<Action> = world.notary.asked.lock().unwrap().iter().map(|(action, _)| *action).collect();
         assert_eq!(asked.contains(&Action::Define), needs, "{name}: {asked:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_machine_is_saved_by_descriptor_by_who_may_read_its_secrets_and_by_path_by_who_may_define() {
+    let folder = tempfile::tempdir().unwrap();
+    let world = World::open(folder.path()).await;
+    let web = world.define("web").await;
+    let (_ear, mouth) = std::io::pipe().unwrap();
+    let given = Some(Arc::new(GivenFile::new(mouth.into(), drop)));
+    for (file, given, right) in [("", given, Action::ReadSecure), ("/pool/web.save", None, Action::Define)] {
+        world.notary.asked.lock().unwrap().clear();
+        let options = SaveOptions { given, ..SaveOptions::default() };
+        web.save(&world.alice(), file, options).await.expect_err("it is off");
+        let asked: Vec<Action> = world.notary.asked.lock().unwrap().iter().map(|(action, _)| *action).collect();
+        assert_eq!(asked, [Action::Save, right]);
     }
 }
 
