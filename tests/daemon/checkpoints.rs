@@ -145,7 +145,7 @@ async fn a_revert_breaks_them_and_an_overlay_does_not() {
     create(&domain, "one").await.expect("created");
     let overlay = "<domainsnapshot><name>s</name><disks><disk name='vda' snapshot='external'>\
                    <source file='/images/over.qcow2'/></disk></disks></domainsnapshot>";
-    let unkept = overlay.replace("over", "unkept");
+    let unkept = overlay.replace("over", "unkept").replace("<name>s<", "<name>unkept<");
     let how = with([("disk-only", true), ("no-metadata", true)]);
     domain.call("CreateSnapshot", &(unkept, how)).await.expect("taken");
     let pull = domain.call("BlockPull", &("vda", "", options([]))).await;
