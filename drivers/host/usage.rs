@@ -22,12 +22,22 @@ pub fn of_process(pid: i32) -> io::Result<ProcessUsage> {
     process_of(&String::from_utf8_lossy(&stat), units).ok_or_else(|| unexpected("/proc/PID/stat"))
 }
 
+/// Our numbers of a process' threads by its own, as they were when they were last needed.
+pub type ThreadNumbers = BTreeMap<i32, i32>;
+
 /// What threads of a process have run, and waited to run, by the numbers that the process itself calls them by; without those that
-/// have ended. The same holds for its process.
-pub fn of_threads(pid: i32, ids: &[i32]) -> BTreeMap<i32, ThreadStats> {
-    let ours = our_numbers(pid);
-    let known = ids.iter().filter_map(|id| Some((*id, *ours.as_ref().map_or(Some(id), |ours| ours.get(id))?)));
-    known.filter_map(|(id, thread)| Some((id, of_thread(pid, thread).ok()?))).collect()
+/// have ended. The same holds for its process. What is `known` of their numbers is looked up anew where it does not do.
+pub fn of_threads(pid: i32, ids: &[i32], known: &mut ThreadNumbers) -> BTreeMap<i32, ThreadStats> {
+    let read = |known: &ThreadNumbers| -> BTreeMap<i32, ThreadStats> {
+        let threads = ids.iter().filter_map(|id| Some((*id, of_thread(pid, *known.get(id)?).ok()?)));
+        threads.collect()
+    };
+    let found = read(known);
+    if found.len() == ids.len() {
+        return found;
+    }
+    *known = our_numbers(pid).unwrap_or_else(|| ids.iter().map(|id| (*id, *id)).collect());
+    read(known)
 }
 
 /// Our numbers of a process' threads by its own, where it lives in a namespace of its own; `None`: they are the same.
@@ -143,7 +153,7 @@ mod tests {
         let pid = std::process::id().try_into().unwrap();
         assert!(of_process(pid).unwrap().resident > 0);
         let thread = rustix::thread::gettid().as_raw_nonzero().get();
-        let found = of_threads(pid, &[thread, 0]);
+        let found = of_threads(pid, &[thread, 0], &mut ThreadNumbers::new());
         assert!(found.len() == 1 && !found[&thread].sleeps, "it runs this: {found:?}");
     }
 

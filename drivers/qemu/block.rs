@@ -29,6 +29,9 @@ pub struct Node {
     pub bitmaps: Bitmaps,
 }
 
+/// How QEMU is asked for all of them.
+const ALL: (&str, fn() -> Value) = ("query-named-block-nodes", || json!({ "flat": true }));
+
 /// All nodes.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes(pub Vec<Node>);
@@ -41,7 +44,16 @@ impl Nodes {
 
     /// Asks QEMU.
     pub async fn ask(line: &Monitor) -> Result<Nodes, DriverError> {
-        let told = line.patiently("query-named-block-nodes", json!({ "flat": true })).await?;
+        Ok(Nodes::told(&line.patiently(ALL.0, ALL.1()).await?))
+    }
+
+    /// Those of a running guest as they were when something last changed: names, files and what the guest sees hold, what
+    /// they take on the host's storage does not.
+    pub async fn known(body: &Body) -> Result<Nodes, DriverError> {
+        Ok(Nodes::told(&*body.known(ALL.0, ALL.1()).await?))
+    }
+
+    fn told(told: &Value) -> Nodes {
         let nodes = told.as_array().into_iter().flatten().map(|node| {
             let text = |key: &str| node[key].as_str().unwrap_or_default().to_owned();
             let inner = node["image"]["snapshots"].clone();
@@ -58,7 +70,7 @@ impl Nodes {
                 bitmaps: bitmaps.filter_map(bitmap).collect(),
             }
         });
-        Ok(Nodes(nodes.collect()))
+        Nodes(nodes.collect())
     }
 
     /// The node that reads an image in its format.

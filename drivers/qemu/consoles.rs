@@ -2,11 +2,11 @@
 //! `logfile`), in the guest's own folder, and whoever types does so by the terminal.
 //!
 //! QEMU drops what it says to a terminal that nobody has open. One that is open it waits for; so virtd opens it only while a
-//! client is there, and reads it. QEMU may have been taken over by its guest: both the file and the terminal are held against
+//! client is there, and for a moment after it (`Lines`), and reads it. QEMU may have been taken over by its guest: both the file and the terminal are held against
 //! what they must be, whatever stands in their places.
 
 use super::instance::{Body, Leavings};
-use crate::host::console::{BEHIND, Clients, Talk, Transcript};
+use crate::host::console::{BEHIND, Clients, Lines, Talk, Transcript, stream};
 use crate::host::workers::blocking;
 use rustix::fs::{CWD, FileType, Mode, OFlags, fstat, openat, stat, unlink};
 use std::collections::HashMap;
@@ -35,6 +35,7 @@ pub struct Consoles {
     /// By the alias of the device.
     transcripts: Mutex<HashMap<String, Arc<Transcript>>>,
     clients: Clients,
+    lines: Lines,
 }
 
 impl Consoles {
@@ -55,7 +56,7 @@ impl Consoles {
             });
             Some((alias.to_owned(), Arc::new(opened.ok()?)))
         });
-        Consoles { transcripts: Mutex::new(kept.collect()), clients: Clients::default() }
+        Consoles { transcripts: Mutex::new(kept.collect()), ..Consoles::default() }
     }
 
     /// What its consoles say.
@@ -66,6 +67,7 @@ impl Consoles {
     /// That device has gone: what it said is nobody's any more, and the next one of its name is another. Blocks.
     pub fn forget(&self, alias: &str, own_dir: &Path) {
         self.clients.forget(alias);
+        self.lines.forget(alias);
         let kept = self.kept().remove(alias);
         if kept.is_some()
             && let Err(error) = unlink(own_dir.join(format!("{alias}.said")))
@@ -107,14 +109,23 @@ impl Body {
         let path = path.ok_or_else(|| DriverError::Internal("its terminal is not known".to_owned()))?;
         let admitted = self.consoles.clients.admit(alias, options.force).await.map_err(|e| no_console(&e))?;
         let (client, admitted) = admitted.ok_or_else(|| DriverError::Refused("another client".to_owned()))?;
-        let own_dir = self.leavings.own_dir();
-        let line = blocking(move || terminal(&path, &own_dir)).await?.map_err(|e| no_console(&e))?;
+        let lines = self.consoles.lines.clone();
+        let line = match lines.take(alias).await {
+            Some(line) => line,
+            None => {
+                let own_dir = self.leavings.own_dir();
+                let opened = blocking(move || terminal(&path, &own_dir)).await?;
+                Arc::new(opened.and_then(stream).map_err(|e| no_console(&e))?)
+            }
+        };
         let talk = Talk::new(admitted, line, transcript, options.log).map_err(|e| no_console(&e))?;
         let mut gone = self.gone.subscribe();
-        tokio::spawn(talk.run(async move {
+        let gone = async move {
             // That nobody is left who could say so is the end as well.
             let _ = gone.wait_for(|gone| *gone).await;
-        }));
+        };
+        let alias = alias.to_owned();
+        tokio::spawn(talk.run(gone, move |line| lines.keep(&alias, line)));
         Ok(client)
     }
 }

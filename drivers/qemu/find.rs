@@ -214,6 +214,7 @@ impl Search {
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
             consoles: Consoles::of(&self.found.live, &self.leavings),
+            threads: Mutex::default(),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }

@@ -16,6 +16,7 @@ use super::report::Reporter;
 use crate::agent::{Agent, PowerChange};
 use crate::host::access::Ledger;
 use crate::host::process::{End, Process};
+use crate::host::usage::ThreadNumbers;
 use crate::host::workers::blocking;
 use async_trait::async_trait;
 use rustix::process::Signal;
@@ -96,6 +97,8 @@ pub struct Body {
     pub pressing: tokio::sync::Mutex<()>,
     /// What its consoles say, and who is there.
     pub consoles: Consoles,
+    /// What its threads are called outside its namespace.
+    pub threads: Mutex<ThreadNumbers>,
     /// Waits for the firmware to be done with a reset of ours.
     pub settling: Mutex<Option<AbortHandle>>,
 }

@@ -103,6 +103,7 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         drawing: tokio::sync::Mutex::default(),
         pressing: tokio::sync::Mutex::default(),
         consoles: Consoles::default(),
+        threads: Mutex::default(),
         settling: Mutex::default(),
         withheld: Mutex::default(),
     });

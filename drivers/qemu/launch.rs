@@ -551,6 +551,7 @@ impl Start {
             drawing: tokio::sync::Mutex::default(),
             pressing: tokio::sync::Mutex::default(),
             consoles: Consoles::of(&self.started, &self.leavings()),
+            threads: Mutex::default(),
             settling: Mutex::default(),
             withheld: Mutex::default(),
         }))

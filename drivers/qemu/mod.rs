@@ -28,6 +28,7 @@ pub mod firmware;
 pub mod given;
 mod hostdev;
 mod instance;
+mod known;
 mod launch;
 mod lending;
 mod live;

@@ -54,6 +54,11 @@ impl Body {
         self.line()?.patiently(command, arguments).await
     }
 
+    /// What QEMU says to a question, or has said while nothing has changed since.
+    pub async fn known(&self, question: &str, arguments: Value) -> Result<Arc<Value>, DriverError> {
+        Ok(self.monitor()?.known(question, arguments, DEAF).await?)
+    }
+
     /// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.
     pub async fn ask(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
         Ok(self.monitor()?.execute(command, arguments).await?)

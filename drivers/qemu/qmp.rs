@@ -12,6 +12,7 @@
 //! lines that are no JSON in all. Whoever goes beyond that is no QEMU, and the connection is given up, as at the end of the
 //! stream: every caller is told, and the listener hears why.
 
+use super::known::Known;
 use crate::host::workers::ClosedAside;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
@@ -90,6 +91,7 @@ pub trait Listener: Send + 'static {
 pub struct Qmp {
     queue: mpsc::Sender<Outgoing>,
     waiting: Arc<Waiting>,
+    known: Arc<Known>,
     next: AtomicU64,
     reader: AbortHandle,
 }
@@ -127,10 +129,11 @@ impl Qmp {
 
     fn run(lines: Lines, write: OwnedWriteHalf, listener: impl Listener) -> Qmp {
         let waiting = Arc::new(Waiting(Mutex::new(Some(HashMap::new()))));
+        let known = Arc::<Known>::default();
         let (queue, outgoing) = mpsc::channel(QUEUE);
         tokio::spawn(write_lines(write, outgoing));
-        let reader = tokio::spawn(read_lines(lines, waiting.clone(), listener)).abort_handle();
-        Qmp { queue, waiting, next: AtomicU64::new(1), reader }
+        let reader = tokio::spawn(read_lines(lines, waiting.clone(), known.clone(), listener)).abort_handle();
+        Qmp { queue, waiting, known, next: AtomicU64::new(1), reader }
     }
 
     /// Runs a command and returns its `return`.
@@ -154,16 +157,47 @@ impl Qmp {
             self.queue.send(Outgoing { line, fds }).await.map_err(|_| QmpError::Closed)?;
             answer.await.map_err(|_| QmpError::Closed)
         };
+        let changes = (!Known::is_question(command)).then(|| Change::begin(&self.known));
         let reply = timeout(within, exchange).await.map_err(|_| QmpError::TimedOut(command.to_owned()))??;
+        drop(changes);
         result(command, reply)
+    }
+
+    /// What QEMU says to a question, or has said while nothing changed that it was told or reports ([`Known`]).
+    pub async fn known(&self, question: &str, arguments: Value, within: Duration) -> Result<Arc<Value>, QmpError> {
+        let name = format!("{question} {arguments}");
+        if let Some(answer) = self.known.answer(&name) {
+            return Ok(answer);
+        }
+        let changes = self.known.changes();
+        let answer = Arc::new(self.execute_with(question, arguments, Vec::new(), within).await?);
+        self.known.keep(name, changes, answer.clone());
+        Ok(answer)
     }
 
     /// Gives a command whose answer nobody waits for: QEMU does it before all that is given afterwards.
     pub async fn tell(&self, command: &str, arguments: Value) {
+        let _changes = Change::begin(&self.known);
         let id = self.next.fetch_add(1, Ordering::Relaxed);
         let line = line(command, arguments, id);
         // Where the stream has ended, all who wait are told that.
         let _ = timeout(COMMAND_TIMEOUT, self.queue.send(Outgoing { line, fds: Vec::new() })).await;
+    }
+}
+
+/// A command that may change something: what was known before it is sent, or while it is done, does not hold any more.
+struct Change<'a>(&'a Known);
+
+impl<'a> Change<'a> {
+    fn begin(known: &'a Known) -> Self {
+        known.changed();
+        Change(known)
+    }
+}
+
+impl Drop for Change<'_> {
+    fn drop(&mut self) {
+        self.0.changed();
     }
 }
 
@@ -230,7 +264,7 @@ async fn greeting(lines: &mut Lines) -> Result<(), QmpError> {
 }
 
 /// Reads to the end, then tells everyone.
-async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, mut listener: impl Listener) {
+async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, known: Arc<Known>, mut listener: impl Listener) {
     let (mut garbage, mut read, mut since) = (0, 0, Instant::now());
     let why = loop {
         let line = match lines.next().await {
@@ -238,7 +272,7 @@ async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, mut listener: impl 
             Err(why) => break why,
         };
         match serde_json::from_slice::<Value>(&line) {
-            Ok(message) => take(message, &waiting, &mut listener),
+            Ok(message) => take(message, &waiting, &known, &mut listener),
             Err(error) if garbage == 0 => {
                 garbage += 1;
                 tracing::warn!(%error, "a line from QEMU is not JSON; more of them are not told of");
@@ -257,16 +291,21 @@ async fn read_lines(mut lines: Lines, waiting: Arc<Waiting>, mut listener: impl 
     listener.closed(why.as_deref());
 }
 
-fn take(mut message: Value, waiting: &Waiting, listener: &mut impl Listener) {
+fn take(mut message: Value, waiting: &Waiting, known: &Known, listener: &mut impl Listener) {
     if let Some(name) = message.get("event").and_then(Value::as_str).map(str::to_owned) {
         let data = message.get_mut("data").map(Value::take).unwrap_or_default();
+        known.changed();
         tracing::trace!(%name, %data, "event");
         return listener.event(Event { name, data });
     }
     match message.get("id").and_then(Value::as_u64).and_then(|id| waiting.leave(id)) {
         // The caller may have gone this very moment: then nobody wants to know.
         Some(reply) => drop(reply.send(message)),
-        None => tracing::debug!("a reply from QEMU that nobody waits for"),
+        None => {
+            // It may be that of a change which was given up.
+            known.changed();
+            tracing::debug!("a reply from QEMU that nobody waits for");
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! What a guest uses and does: asked of the kernel where that knows, else of QEMU; and how large the images of a machine are that is
 //! off.
 
-use super::block::Nodes;
+use super::block::{Node, Nodes};
 use super::command::known_format;
 use super::instance::Body;
 use crate::host::chain;
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 use virt_model::device::balloon::BalloonModel;
 use virt_model::device::disk::DiskKind;
@@ -27,6 +27,8 @@ use virt_model::driver::stats::{
 /// How long QEMU looks on how the guest writes its memory, and how often it is asked whether it has, ten times in that.
 const LOOKED_ON: Duration = Duration::from_secs(1);
 const LOOKS: u32 = 50;
+/// So many threads are few.
+const FEW_THREADS: usize = 8;
 
 /// A group of numbers of a running guest, whose definition is `def`. Errors: `TimedOut` where QEMU or a file system does not answer.
 pub async fn of_guest(
@@ -96,19 +98,24 @@ fn process(body: &Body) -> Result<usage::ProcessUsage, DriverError> {
     used.map_err(|error| DriverError::Internal(format!("its process cannot be looked at: {error}")))
 }
 
-/// What threads of the guest have run, by their number; without those that have ended. There may be hundreds of them, so their files
-/// are read where that may take its time.
+/// What threads of the guest have run, by their number; without those that have ended. There may be hundreds of them: the files of
+/// many are read where that may take its time, those of a few in less time than another thread needs to begin.
 async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, ThreadStats>, DriverError> {
-    let (body, pid) = (body.clone(), process_id(body)?);
-    let look = tokio::task::spawn_blocking(move || {
-        let used = usage::of_threads(pid, &ids);
-        if body.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) }
-    });
+    let (pid, few) = (process_id(body)?, ids.len() <= FEW_THREADS);
+    let of = body.clone();
+    let look = move || {
+        let used = usage::of_threads(pid, &ids, &mut of.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        if of.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) }
+    };
+    if few {
+        return look();
+    }
+    let look = tokio::task::spawn_blocking(look);
     look.await.unwrap_or_else(|error| Err(DriverError::Internal(format!("the look at the guest was cut off: {error}"))))
 }
 
 async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
-    let told = body.patiently("query-cpus-fast", json!({})).await?;
+    let told = body.known("query-cpus-fast", json!({})).await?;
     let by_number = numbered(&told, 0..def.maximum_vcpus(), |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
     let used = threads(body, by_number.values().copied().collect()).await?;
     let thread = |number: u32| by_number.get(&number).and_then(|id| used.get(id)).copied();
@@ -168,13 +175,17 @@ async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, Driver
     let rss = process(body)?.resident;
     let balloon = def.devices.memballoon.as_ref();
     let balloon = balloon.filter(|one| !matches!(one.model, BalloonModel::None | BalloonModel::Xen));
-    let Some(alias) = balloon.and_then(|balloon| balloon.info.alias()) else {
+    let Some((balloon, alias)) = balloon.and_then(|balloon| Some((balloon, balloon.info.alias()?))) else {
         return Ok(MemoryStats { actual: def.memory_kib().saturating_mul(1024), rss, guest: None });
     };
+    // Of changes QEMU tells; what the guest says it only says where it is asked to, every so often.
+    let now = body.known("query-balloon", json!({})).await?;
+    let actual = now["actual"].as_u64().unwrap_or_default();
+    if balloon.stats.as_ref().is_none_or(|stats| stats.period == 0) {
+        return Ok(MemoryStats { actual, rss, guest: None });
+    }
     let asked = json!({ "path": format!("/machine/peripheral/{alias}"), "property": "guest-stats" });
-    let (now, said) = tokio::join!(body.patiently("query-balloon", json!({})), body.patiently("qom-get", asked));
-    let actual = now?["actual"].as_u64().unwrap_or_default();
-    Ok(MemoryStats { actual, rss, guest: guest_memory(&said?) })
+    Ok(MemoryStats { actual, rss, guest: guest_memory(&body.patiently("qom-get", asked).await?) })
 }
 
 /// What a guest has said of its memory, if it has.
@@ -196,47 +207,76 @@ fn guest_memory(said: &Value) -> Option<GuestMemory> {
 }
 
 async fn disks(workers: &Workers, body: &Arc<Body>, def: &DomainDef) -> Result<Vec<DiskStats>, DriverError> {
-    answer(workers, def).await?;
-    let (told, nodes) = tokio::join!(body.patiently("query-blockstats", json!({})), Nodes::of(body));
-    let (told, nodes) = (told?, nodes?);
-    Ok(def.devices.disks.iter().map(|disk| disk_of(disk, &told, &nodes)).collect())
+    let seen = seen(workers, def).await?;
+    let (told, nodes) = tokio::join!(body.patiently("query-blockstats", json!({})), Nodes::known(body));
+    let (told, mut nodes) = (told?, nodes?);
+    if def.devices.disks.iter().any(|disk| Told::of(disk, &told, &nodes).is_to_be_asked(&seen)) {
+        nodes = Nodes::of(body).await?;
+    }
+    Ok(def.devices.disks.iter().map(|disk| Told::of(disk, &told, &nodes).stats(disk, &seen)).collect())
 }
 
-/// Makes sure that the storage of all images answers. QEMU looks at each of them when it is asked for their sizes, and its guest
-/// would stand as long as one does not answer. Errors: `TimedOut`.
-async fn answer(workers: &Workers, def: &DomainDef) -> Result<(), DriverError> {
+/// The files of all images, which also tells whether their storage answers. QEMU looks at each of them when it is asked for their
+/// sizes, and its guest would stand as long as one does not answer. Errors: `TimedOut`.
+async fn seen(workers: &Workers, def: &DomainDef) -> Result<BTreeMap<PathBuf, Seen>, DriverError> {
     let local = def.devices.disks.iter().filter(|disk| matches!(disk.kind(), DiskKind::File | DiskKind::Block));
     let files: Vec<PathBuf> = local.flat_map(|disk| disk.files()).collect();
     if files.is_empty() {
-        return Ok(());
+        return Ok(BTreeMap::new());
     }
-    let look = move |_: &_| {
-        files.iter().for_each(|file| drop(Seen::at(file)));
-        Ok(())
-    };
+    let look = move |_: &_| Ok(files.into_iter().map(|file| (file.clone(), Seen::at(&file))).collect());
     workers.run(Errand::new(def.uuid, "the images of the machine"), look).await
 }
 
 /// What QEMU tells of one disk.
-fn disk_of(disk: &Disk, told: &Value, nodes: &Nodes) -> DiskStats {
-    let none = DiskStats { target: disk.target.dev.clone(), ..DiskStats::default() };
-    let alias = disk.info.alias().unwrap_or_default();
-    // Of what is virtio the path is told of the device's inner part.
-    let is_it = |one: &&Value| one["qdev"].as_str().is_some_and(|device| device.split('/').any(|part| part == alias));
-    let Some(device) = told.as_array().into_iter().flatten().find(is_it) else { return none };
-    let top = device["node-name"].as_str().and_then(|name| nodes.0.iter().find(|node| node.name == name));
-    // The node that has the image's file open; above it are its format and filters, which name the same file.
-    let storage = top.and_then(|top| {
-        let is_storage = |driver: &str| matches!(driver, "file" | "host_device" | "host_cdrom");
-        nodes.0.iter().find(|node| is_storage(&node.driver) && node.file == top.file)
-    });
-    let threshold = [top, storage].into_iter().flatten().map(|node| node.write_threshold).max().unwrap_or(0);
-    DiskStats {
-        traffic: Some(traffic(&device["stats"], threshold)),
-        capacity: top.map(|top| top.virtual_size),
-        allocation: top.and_then(|top| top.allocated),
-        physical: storage.map(|storage| storage.virtual_size),
-        ..none
+#[derive(Default)]
+struct Told<'a> {
+    /// It is there.
+    stats: Option<&'a Value>,
+    /// The node that its device reads by name, and that node.
+    name: Option<&'a str>,
+    top: Option<&'a Node>,
+    /// The node that has the image's file open; above it are its format and filters, which name the same file.
+    storage: Option<&'a Node>,
+}
+
+impl<'a> Told<'a> {
+    fn of(disk: &Disk, told: &'a Value, nodes: &'a Nodes) -> Told<'a> {
+        let alias = disk.info.alias().unwrap_or_default();
+        // Of what is virtio the path is told of the device's inner part.
+        let is_it =
+            |one: &&Value| one["qdev"].as_str().is_some_and(|device| device.split('/').any(|part| part == alias));
+        let Some(device) = told.as_array().into_iter().flatten().find(is_it) else { return Told::default() };
+        let name = device["node-name"].as_str();
+        let top = name.and_then(|name| nodes.0.iter().find(|node| node.name == name));
+        let storage = top.and_then(|top| {
+            let is_storage = |driver: &str| matches!(driver, "file" | "host_device" | "host_cdrom");
+            nodes.0.iter().find(|node| is_storage(&node.driver) && node.file == top.file)
+        });
+        Told { stats: Some(&device["stats"]), name, top, storage }
+    }
+
+    /// Its file, where the kernel tells of that what QEMU would.
+    fn seen<'s>(&self, seen: &'s BTreeMap<PathBuf, Seen>) -> Option<&'s Seen> {
+        let storage = self.storage.filter(|storage| storage.driver == "file")?;
+        seen.get(&storage.file).filter(|seen| seen.what == What::Plain)
+    }
+
+    /// How large it is only QEMU knows, and not by what it said before.
+    fn is_to_be_asked(&self, seen: &BTreeMap<PathBuf, Seen>) -> bool {
+        self.name.is_some() && self.seen(seen).is_none()
+    }
+
+    fn stats(self, disk: &Disk, seen: &BTreeMap<PathBuf, Seen>) -> DiskStats {
+        let threshold = [self.top, self.storage].into_iter().flatten().map(|node| node.write_threshold).max();
+        let file = self.seen(seen);
+        DiskStats {
+            target: disk.target.dev.clone(),
+            traffic: self.stats.map(|stats| traffic(stats, threshold.unwrap_or(0))),
+            capacity: self.top.map(|top| top.virtual_size),
+            allocation: file.map(|file| file.allocated).or(self.top.and_then(|top| top.allocated)),
+            physical: file.map(|file| file.length).or(self.storage.map(|storage| storage.virtual_size)),
+        }
     }
 }
 
@@ -270,7 +310,6 @@ fn interfaces(def: &DomainDef) -> Vec<InterfaceStats> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::qemu::block::Node;
     use std::os::unix::fs::MetadataExt as _;
     use std::path::Path;
 
@@ -293,6 +332,10 @@ mod tests {
             snapshots: Vec::new(),
             bitmaps: Default::default(),
         }
+    }
+
+    fn told_of(disk: &Disk, told: &Value, nodes: &Nodes, seen: &BTreeMap<PathBuf, Seen>) -> DiskStats {
+        Told::of(disk, told, nodes).stats(disk, seen)
     }
 
     #[test]
@@ -327,11 +370,26 @@ mod tests {
             allocation: Some(80),
             physical: Some(100),
         };
-        assert_eq!(disk_of(&disk("virtio-disk1", "vda", "/a"), &told, &nodes), whole);
+        assert_eq!(told_of(&disk("virtio-disk1", "vda", "/a"), &told, &nodes, &BTreeMap::new()), whole);
         let empty = DiskStats { target: "sda".into(), traffic: Some(DiskTraffic::default()), ..DiskStats::default() };
-        assert_eq!(disk_of(&disk("sata0-0-0", "sda", "/b"), &told, &nodes), empty);
+        assert_eq!(told_of(&disk("sata0-0-0", "sda", "/b"), &told, &nodes, &BTreeMap::new()), empty);
         let unknown = DiskStats { target: "vdb".into(), ..DiskStats::default() };
-        assert_eq!(disk_of(&disk("virtio-disk2", "vdb", "/c"), &told, &nodes), unknown);
+        assert_eq!(told_of(&disk("virtio-disk2", "vdb", "/c"), &told, &nodes, &BTreeMap::new()), unknown);
+    }
+
+    #[test]
+    fn qemu_is_asked_again_of_those_disks_only_whose_size_the_kernel_does_not_tell() {
+        let told = json!([{ "qdev": "d", "node-name": "top", "stats": {} }, { "qdev": "empty", "stats": {} }]);
+        let nodes = |storage: &str| Nodes(vec![node("top", "qcow2", (9, 9), 0), node("below", storage, (8, 8), 0)]);
+        let file = Seen { what: What::Plain, length: 20, allocated: 10, ..Seen::nothing(Path::new("/a")) };
+        let (seen, unseen) = (BTreeMap::from([(PathBuf::from("/a"), file)]), BTreeMap::new());
+        let asked =
+            |alias: &str, nodes: &Nodes, seen| Told::of(&disk(alias, "vda", "/a"), &told, nodes).is_to_be_asked(seen);
+        assert!(!asked("d", &nodes("file"), &seen) && !asked("empty", &nodes("file"), &seen));
+        assert!(asked("d", &nodes("host_device"), &seen) && asked("d", &nodes("file"), &unseen));
+        assert!(asked("d", &Nodes::default(), &seen), "what was put in since");
+        let stats = told_of(&disk("d", "vda", "/a"), &told, &nodes("file"), &seen);
+        assert_eq!((stats.capacity, stats.allocation, stats.physical), (Some(9), Some(10), Some(20)));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The consoles of guests in memory: each says that its guest has booted, and then whatever it is told.
 
 use super::lock;
-use crate::host::console::{BEHIND_IN_MEMORY, Clients, Talk, Transcript};
+use crate::host::console::{BEHIND_IN_MEMORY, Clients, Talk, Transcript, stream};
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -37,9 +37,10 @@ impl Consoles {
         let (line, guests) = UnixStream::pair().map_err(failed)?;
         let ready = line.set_nonblocking(true).and_then(|()| guests.set_nonblocking(true));
         let guests = ready.and_then(|()| tokio::net::UnixStream::from_std(guests)).map_err(failed)?;
-        let talk = Talk::new(admitted, line.into(), Some(transcript.clone()), options.log).map_err(failed)?;
+        let line = Arc::new(stream(line.into()).map_err(failed)?);
+        let talk = Talk::new(admitted, line, Some(transcript.clone()), options.log).map_err(failed)?;
         tokio::spawn(echo(guests, transcript));
-        tokio::spawn(talk.run(async move { ended.cancelled().await }));
+        tokio::spawn(talk.run(async move { ended.cancelled().await }, drop));
         Ok(client)
     }
 

@@ -8,10 +8,12 @@
 //!
 //! Where the hypervisor writes no transcript, what comes by the line is put into one of virtd's own while a client is there.
 
+mod lines;
 mod next_write;
 mod talk;
 mod transcript;
 
+pub use lines::Lines;
 pub use talk::Talk;
 pub use transcript::Transcript;
 
@@ -36,10 +38,10 @@ pub const BEHIND_IN_MEMORY: u64 = 256 << 10;
 const LEAVING: Duration = Duration::from_millis(500);
 
 /// A descriptor that does not block, in the runtime.
-type Stream = AsyncFd<OwnedFd>;
+pub type Stream = AsyncFd<OwnedFd>;
 
-/// That of `fd`, which does not block.
-fn stream(fd: OwnedFd) -> io::Result<Stream> {
+/// That of `fd`, which does not block. Within the runtime.
+pub fn stream(fd: OwnedFd) -> io::Result<Stream> {
     let interest = Interest::READABLE | Interest::WRITABLE;
     // SAFETY: the descriptor is owned by the wrapper, lives as long, and is always the same one.
     unsafe { AsyncFd::register_with_interest(fd, interest) }.map_err(|e| io::Error::other(e.to_string()))

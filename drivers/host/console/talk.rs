@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 
 /// What a console says a byte at a time is gathered for so long.
 const GATHER: Duration = Duration::from_millis(4);
-/// Of a client that typed and left, the line stays open for so long: a hypervisor looks once a second whether it is.
+/// What a client typed that has left is waited for so long, where the guest does not take it.
 const LINGER: Duration = Duration::from_secs(2);
 /// How long a client may take to read the rest when the guest has ended.
 const LAST_WORDS: Duration = Duration::from_secs(10);
@@ -26,7 +26,7 @@ const BLOCK: usize = 16 << 10;
 pub struct Talk {
     client: Admitted,
     /// Where it types.
-    line: Stream,
+    line: Arc<Stream>,
     transcript: Arc<Transcript>,
     /// What comes by the line is put into the transcript, which is this talk's alone.
     records: bool,
@@ -37,9 +37,14 @@ pub struct Talk {
 }
 
 impl Talk {
-    /// That of a client at the console which ends at `line` (a descriptor that does not block). Its transcript is what the
-    /// hypervisor writes; without, what comes by the line. `log`: what was kept comes first. Within the runtime.
-    pub fn new(client: Admitted, line: OwnedFd, transcript: Option<Arc<Transcript>>, log: bool) -> io::Result<Talk> {
+    /// That of a client at the console which ends at `line`. Its transcript is what the hypervisor writes; without, what
+    /// comes by the line. `log`: what was kept comes first.
+    pub fn new(
+        client: Admitted,
+        line: Arc<Stream>,
+        transcript: Option<Arc<Transcript>>,
+        log: bool,
+    ) -> io::Result<Talk> {
         let records = transcript.is_none();
         let transcript = match transcript {
             Some(transcript) => transcript,
@@ -47,11 +52,12 @@ impl Talk {
         };
         let at = if log { transcript.shown_from()? } else { transcript.end()? };
         transcript.is_read_to(Some(at));
-        Ok(Talk { client, line: super::stream(line)?, transcript, records, at, is_typing: AtomicBool::new(false) })
+        Ok(Talk { client, line, transcript, records, at, is_typing: AtomicBool::new(false) })
     }
 
-    /// Goes on to its end. `gone` returns when the guest has ended, and all is in the transcript that it said.
-    pub async fn run(self, gone: impl Future<Output = ()>) {
+    /// Goes on to its end. `gone` returns when the guest has ended, and all is in the transcript that it said. `leave` gets
+    /// the line, before anybody else can have the console.
+    pub async fn run(self, gone: impl Future<Output = ()>, leave: impl FnOnce(Arc<Stream>)) {
         let over = CancellationToken::new();
         let guest_ends = async {
             gone.await;
@@ -79,6 +85,7 @@ impl Talk {
             () = self.drains() => {}
             () = short => {}
         }
+        leave(self.line.clone());
     }
 
     /// Tells the client what the console says. Error: it has left.
@@ -110,33 +117,24 @@ impl Talk {
     /// Types what the client says. Ends when it has left and all of that is on its way.
     async fn hears(&self) {
         let typing = async {
-            let (mut block, mut typed) = (vec![0; BLOCK], false);
-            while let Ok(1..) = self.types(&mut block).await {
-                typed = true;
-            }
-            typed
+            let mut block = vec![0; BLOCK];
+            while let Ok(1..) = self.types(&mut block).await {}
         };
         let left = async {
             // The end of what it says is not that of what it hears.
             while !is_closed(&self.client.socket) {
-                let Ok(mut ready) = self.client.socket.writable().await else { return };
+                let Ok(mut ready) = self.client.socket.writable().await else { break };
                 ready.clear_ready();
             }
             self.client.left.cancel();
         };
         let patience = async {
-            left.await;
+            self.client.left.cancelled().await;
             sleep(LINGER).await;
         };
-        let left_after = async {
-            let typed = typing.await;
-            if typed || !is_closed(&self.client.socket) {
-                std::future::pending::<()>().await;
-            }
-        };
         tokio::select! {
+            _ = futures_util::future::join(typing, left) => {}
             () = patience => {}
-            () = left_after => {}
         }
     }
 
@@ -164,17 +162,22 @@ impl Talk {
 
     /// Reads what comes by the line, so that it does not fill. Never ends.
     async fn drains(&self) {
-        let mut block = vec![0; BLOCK];
-        while let Ok(count @ 1..) = take(&self.line, |fd| rustix::io::read(fd, &mut *block)).await {
-            if self.records && self.transcript.append(&block[..count]).is_err() {
-                break;
-            }
-            // A line holds hundreds of kilobytes, so what comes a byte at a time may wait.
-            if count < SLOW {
-                sleep(GATHER).await;
-            }
-        }
+        drain(&self.line, |bytes| !self.records || self.transcript.append(bytes).is_ok()).await;
         std::future::pending::<()>().await;
+    }
+}
+
+/// Reads what comes by a line until it ends, or `heard` is false.
+pub(super) async fn drain(line: &Stream, heard: impl Fn(&[u8]) -> bool) {
+    let mut block = vec![0; BLOCK];
+    while let Ok(count @ 1..) = take(line, |fd| rustix::io::read(fd, &mut *block)).await {
+        if !heard(&block[..count]) {
+            return;
+        }
+        // A line holds hundreds of kilobytes, so what comes a byte at a time may wait.
+        if count < SLOW {
+            sleep(GATHER).await;
+        }
     }
 }
 
