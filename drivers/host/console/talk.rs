@@ -97,6 +97,10 @@ impl Talk {
             if !bytes.is_empty() {
                 put(&self.client.socket, bytes, |fd, bytes| send(fd, bytes, SendFlags::NOSIGNAL)).await?;
                 self.transcript.is_read_to(Some(at));
+                // The answer to a key is told at once, and what follows it is gathered.
+                if bytes.len() < SLOW && !ended {
+                    sleep(GATHER).await;
+                }
                 continue;
             }
             let written = self.transcript.next_write();
@@ -108,9 +112,8 @@ impl Talk {
             }
             tokio::select! {
                 () = written.done() => {}
-                () = over.cancelled() => continue,
+                () = over.cancelled() => {}
             }
-            sleep(GATHER).await;
         }
     }
 

@@ -42,6 +42,13 @@ pub struct Step {
     pub secret: Option<SecretContent>,
 }
 
+impl Step {
+    /// Whether it makes an object with limits, which several disks may share.
+    pub fn is_of_limits(&self) -> bool {
+        self.command == "object-add" && self.arguments["qom-type"] == "throttle-group"
+    }
+}
+
 /// Under which name QEMU's monitor is given a descriptor that at a start would have that number.
 pub fn fd_name(fd: i32) -> String {
     format!("virtd-plugged-{fd}")

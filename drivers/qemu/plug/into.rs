@@ -94,7 +94,10 @@ impl QemuDriver {
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<Option<String>, DriverError> {
         let mut link = None;
-        let mut shared = names_at(body, OBJECTS).await?;
+        let mut shared = match parts.iter().flat_map(|part| &part.steps).any(Step::is_of_limits) {
+            true => names_at(body, OBJECTS).await?,
+            false => BTreeSet::new(),
+        };
         shared.retain(|object| is_shared(def, object));
         for OneDevice { steps, taps, companions, scratch, .. } in parts {
             let mut given = Vec::new();
@@ -141,11 +144,11 @@ impl QemuDriver {
         shared: &BTreeSet<String>,
         done: &mut Vec<(&'static str, Value)>,
     ) -> Result<(), DriverError> {
-        for Step { command, mut arguments, undo, secret } in steps {
-            let group = command == "object-add" && arguments["qom-type"] == "throttle-group";
-            if group && arguments["id"].as_str().is_some_and(|id| shared.contains(id)) {
+        for step in steps {
+            if step.is_of_limits() && step.arguments["id"].as_str().is_some_and(|id| shared.contains(id)) {
                 continue;
             }
+            let Step { command, mut arguments, undo, secret } = step;
             if let Some(content) = secret {
                 let folder = self.0.secrets_dir.clone();
                 let as_it_is = arguments["format"] == "base64";
