@@ -3,6 +3,7 @@
 
 use super::Domain;
 use super::guest::pause_reason;
+use super::leaving::leaving_of;
 use super::reports::Reports;
 use super::state::{Guest, Sought};
 use crate::error::Error;
@@ -11,7 +12,7 @@ use crate::lock::lock;
 use crate::store::{Ended, Status, StatusFile};
 use crate::time::now_usec;
 use crate::turn::TurnGuard;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -113,7 +114,7 @@ impl Domain {
             ending: None,
             ends_by_powering_off: false,
             saved: false,
-            leaving: BTreeMap::new(),
+            leaving: leaving_of(&status.leaving),
             ejected: BTreeSet::new(),
             looked_after: BTreeSet::new(),
             asks,
@@ -154,6 +155,8 @@ impl Domain {
         }
         tokio::spawn(self.clone().follow(guest.id, Reports::new(reports, asked)));
         self.looks_at_checkpoints();
+        Box::pin(self.adjusted_as_found(&guest)).await;
+        Box::pin(self.leaves_as_found(&guest)).await;
     }
 
     /// The guest `id` stands, and goes on from its managed save once that is marked: then that is forgotten. Where it ends before, its

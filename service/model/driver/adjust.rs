@@ -1,11 +1,12 @@
 //! What of a machine can change while it runs, without anything being plugged.
 
 use crate::device::display::Connected;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
 /// One such thing; which values it is to have stands in the definition.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Adjustment {
     /// How much of its memory the guest has: `<currentMemory>`.
     Memory,
@@ -22,7 +23,7 @@ pub enum Adjustment {
     /// Into which bridge the cable of the network card is plugged that is known by that.
     Bridge(String),
     /// The password of the display of that number, how long it is good, and what becomes of who is there, if that is said.
-    Password(usize, Option<Connected>),
+    Password(usize, #[serde(skip)] Option<Connected>),
     /// How much may pass the network card that is known by that: `<bandwidth>`.
     Bandwidth(String),
 }
