@@ -16,7 +16,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use virt_model::domain::DomainDef;
+use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{Condition, Driver, EventStream, Instance};
 use virt_model::state::{Crashed, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped};
 
@@ -112,7 +112,7 @@ impl Domain {
             agent_readers: FairPlaces::new(1, 1),
             status: file,
             ending: None,
-            ends_by_powering_off: false,
+            ends_by_powering_off: self.is_being_applied(status.id),
             saved: false,
             leaving: leaving_of(&status.leaving),
             ejected: BTreeSet::new(),
@@ -146,7 +146,11 @@ impl Domain {
             Some(bus_name) => self.end_when_gone(guest.id, self.shared.callers.watch(bus_name)),
         }
         match condition {
-            Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
+            Condition::PoweredOff => {
+                let ends = guest.ends_by_powering_off;
+                let action = if ends { LifecycleAction::Destroy } else { guest.live.on_poweroff };
+                self.act_on_end(guest.clone(), action, Stopped::Shutdown);
+            }
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
             _ => {}
         }
