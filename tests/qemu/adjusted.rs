@@ -134,7 +134,7 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
     let card = bridges.as_ref().map(|[one, _]| {
         format!("<interface type='bridge'><source bridge='{}'/><model type='virtio'/></interface>", one.0)
     });
-    let screen = "<graphics type='vnc' passwd='first'><listen type='none'/></graphics>";
+    let screen = "<graphics type='vnc' port='-1' autoport='yes' passwd='first'/>";
     let more = format!("{disk}{}{screen}</devices>", card.unwrap_or_default());
     tick.xml = tick.xml.replace("</devices>", &more);
     let mut machine = Machine::started(daemon, tick).await;
@@ -146,6 +146,7 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
         a_card_is_limited_and_plugged_elsewhere(&machine, other).await;
     }
     a_display_has_another_password(&machine).await;
+    a_display_listens_elsewhere(&machine).await;
     what_was_cut_off_is_undone(&mut machine, bridges.as_ref()).await;
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
@@ -303,6 +304,21 @@ async fn time_and_memory_are_limited(machine: &Machine) {
     machine.tick.goes_on().await;
 }
 
+async fn a_display_listens_elsewhere(machine: &Machine) {
+    let live = || with([("live", true)]);
+    let listens = || machine.asks_qemu("query-vnc", serde_json::json!({}))["host"].as_str().map(str::to_owned);
+    assert_eq!(listens().as_deref(), Some("127.0.0.1"));
+    let at = |address: &str| format!("<graphics type='vnc' listen='{address}'/>");
+    machine.domain.call("UpdateDevice", &(at("127.0.0.2"), live())).await.expect("elsewhere");
+    assert_eq!(listens().as_deref(), Some("127.0.0.2"));
+    assert!(machine.domain.xml().await.contains("<listen type='address' address='127.0.0.2'/>"));
+    // That is an address of no host's here.
+    refused(machine.domain.call("UpdateDevice", &(at("203.0.113.7"), live())).await, "OperationUnsupported", "bind");
+    assert_eq!(listens().as_deref(), Some("127.0.0.2"), "it is where it was");
+    let timed = "<graphics type='vnc' passwdValidTo='2031-01-02T03:04:05'/>";
+    machine.domain.call("UpdateDevice", &(timed, live())).await.expect("the password that it has, for a time");
+}
+
 /// In `put_checked`: the guest has followed, and no configuration says so yet.
 const FOLLOWED: u32 = 3;
 
@@ -334,6 +350,12 @@ async fn what_was_cut_off_is_undone(machine: &mut Machine, bridges: Option<&[Bri
     is_found_again(machine).await;
     cut_off(machine, "SetGraphicsPassword", &(0_u32, "cut0ff", live())).await;
     is_found_again(machine).await;
+
+    let listens = |machine: &Machine| machine.asks_qemu("query-vnc", serde_json::json!({}))["host"].clone();
+    cut_off(machine, "UpdateDevice", &("<graphics type='vnc' listen='127.0.0.3'/>", live())).await;
+    assert_eq!(listens(machine), "127.0.0.3");
+    is_found_again(machine).await;
+    assert_eq!(listens(machine), "127.0.0.2");
 
     if has_groups() {
         let shares = ["cpu.shares", "cpu.weight"];

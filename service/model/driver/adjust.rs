@@ -24,6 +24,8 @@ pub enum Adjustment {
     Bridge(String),
     /// The password of the display of that number, how long it is good, and what becomes of who is there, if that is said.
     Password(usize, #[serde(skip)] Option<Connected>),
+    /// At which address the display of that number listens.
+    Listen(usize),
     /// How much may pass the network card that is known by that: `<bandwidth>`.
     Bandwidth(String),
 }
@@ -38,6 +40,7 @@ impl fmt::Display for Adjustment {
             Adjustment::Link(card) => write!(f, "the link of network card '{card}'"),
             Adjustment::Bridge(card) => write!(f, "the bridge of network card '{card}'"),
             Adjustment::Password(index, _) => write!(f, "the password of graphics {index}"),
+            Adjustment::Listen(index) => write!(f, "where graphics {index} listens"),
             Adjustment::Bandwidth(card) => write!(f, "the limits of network card '{card}'"),
             Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
         }
