@@ -8,7 +8,7 @@ use crate::shared::{AGAIN, Shared, virtd_itself};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{Semaphore, oneshot};
@@ -384,6 +384,8 @@ fn unreadable(shared: &Shared, known: Option<&Domain>) -> Option<Status> {
         since_usec: now_usec(),
         autodestroy: None,
         live: String::new(),
+        leaving: BTreeMap::new(),
+        adjusting: None,
         record: Some(serde_json::Value::Null),
     })
 }

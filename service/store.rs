@@ -40,7 +40,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::watch;
 use uuid::Uuid;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::Recorder;
+use virt_model::driver::{Adjustment, Recorder};
 use virt_model::state::{DomainState, StateReason};
 use virt_model::xml::{Limits, unreadable};
 
@@ -126,8 +126,23 @@ pub(crate) struct Status {
     pub autodestroy: Option<String>,
     /// The live configuration, with passwords.
     pub live: String,
+    /// What the guest was asked to let go of, by its name, and the element that then goes from what is stored, too.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub leaving: BTreeMap<String, Option<String>>,
+    /// What is being changed on it without being plugged: until `live` says so, or it is as before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adjusting: Option<Adjusting>,
     /// The driver's own; absent until the driver has something to lose.
     pub record: Option<serde_json::Value>,
+}
+
+/// What is being changed on a guest.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Adjusting {
+    /// The live configuration as it is to be, with passwords.
+    pub after: String,
+    /// In what the guest is to follow.
+    pub what: Vec<Adjustment>,
 }
 
 /// See the module.
@@ -363,6 +378,11 @@ impl StatusFile {
             change(&mut kept.status);
             if kept.status.live == before { Ok(()) } else { can_be_read_again(&kept.status.live) }
         })
+    }
+
+    /// What is being changed on the guest.
+    pub fn adjusting(&self) -> Option<Adjusting> {
+        lock(&self.kept).as_ref().and_then(|kept| kept.status.adjusting.clone())
     }
 
     /// The guest is up, and runs as `live`: gives since when, in µs since 1970. Writes that only where the driver's last
@@ -715,6 +735,8 @@ mod tests {
             since_usec: 1,
             autodestroy: None,
             live: live.write(Form::LIVE),
+            leaving: BTreeMap::new(),
+            adjusting: None,
             record: None,
         };
         let kept = Mutex::new(Some(Kept { status, start: Some(None) }));

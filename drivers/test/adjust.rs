@@ -39,6 +39,7 @@ impl Machine {
             | Adjustment::Link(_)
             | Adjustment::Bridge(_)
             | Adjustment::Password(..)
+            | Adjustment::Listen(_)
             | Adjustment::Bandwidth(_) => Ok(()),
         }
     }

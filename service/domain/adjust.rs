@@ -2,9 +2,12 @@
 //! or both.
 //!
 //! ```text
-//!  new configurations ─▶ checked as definitions are ─▶ the guest follows ─▶ both on disk, then told
-//!                                                           └─ a failure leaves all as before, but for vCPUs that have come or gone
+//!  new configurations ─▶ checked as definitions are ─▶ noted ─▶ the guest follows ─▶ both on disk, then told
+//!                                                                   └─ a failure leaves all as before, but for vCPUs that have come or gone
 //! ```
+//!
+//! Whoever finds the note with a guest undoes what it names, so that the guest is as its configuration says; of vCPUs it is looked
+//! which there are.
 
 use super::config::Update;
 use super::state::Guest;
@@ -12,7 +15,7 @@ use super::{Affect, Domain};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::fail_point;
-use crate::lock::lock;
+use crate::store::{Adjusting, on_disk};
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -22,12 +25,12 @@ use virt_model::calendar;
 use virt_model::device::balloon::{BalloonModel, BalloonStats};
 use virt_model::device::display::{Connected, GraphicsKind};
 use virt_model::domain::size::Kib;
-use virt_model::domain::{DomainDef, MAX_VCPUS};
-use virt_model::driver::Adjustment;
-use virt_model::xml::Element;
+use virt_model::domain::{DomainDef, Form, MAX_VCPUS};
+use virt_model::driver::{Adjustment, DriverError};
+use virt_model::xml::{Element, Limits};
 
 /// Under which name it is kept that vCPUs are asked for: no device has one with a blank in it.
-const VCPUS_LEAVING: &str = "its vCPUs";
+pub(super) const VCPUS_LEAVING: &str = "its vCPUs";
 
 /// What runs, and what it is to become.
 pub(super) struct LiveChange {
@@ -124,11 +127,17 @@ impl Domain {
             let live = live.map(|(before, after)| LiveChange { before, after, what });
             let stored = before_stored.zip(stored);
             if let (Some(_), Ok(guest)) = (&live, self.guest()) {
-                self.vcpus_will_be(guest.id, stored.is_some().then_some(count));
+                match stored.is_some() {
+                    true => {
+                        let wanted = Element::new("vcpu").with_attr("current", count.to_string());
+                        self.will_go(guest.id, VCPUS_LEAVING, Some(wanted)).await?;
+                    }
+                    false => _ = self.stays(guest.id, VCPUS_LEAVING).await,
+                }
             }
             let done = self.put_checked(&verb::SET_VCPUS, live, stored).await;
             if let (Ok(guest), false) = (self.guest(), matches!(done, Err(Error::TimedOut(_)))) {
-                self.vcpus_will_be(guest.id, None);
+                self.stays(guest.id, VCPUS_LEAVING).await;
             }
             done
         })
@@ -226,11 +235,19 @@ impl Domain {
             return self.put_configurations(None, stored, Update::Whole).await;
         };
         let guest = self.guest()?;
+        // On the heap: in a debug build each frame would hold it once more.
+        Box::pin(self.undo_what_is_noted(&guest)).await?;
+        fail_point::reached();
+        note(&guest, Adjusting::of(&after, &what)).await?;
         fail_point::reached();
         for (done, one) in what.iter().enumerate() {
             let followed = self.driver.adjust(guest.instance.as_ref(), &before, &mut after, one).await;
             if let Err(error) = followed {
-                self.undo(&guest, &before, &after, &what[..done]).await;
+                // A hypervisor that does not answer may still do it: the note says so.
+                let undone = Box::pin(self.undo(&guest, &before, &after, &what[..done])).await;
+                if undone.is_ok() && !matches!(error, DriverError::TimedOut(_)) {
+                    self.is_as_kept(&guest).await;
+                }
                 if matches!(one, Adjustment::Vcpus(_)) && after.vcpus_at_boot() != before.vcpus_at_boot() {
                     self.put_configurations(Some(Arc::new(after)), None, Update::Whole).await?;
                 }
@@ -238,21 +255,60 @@ impl Domain {
             }
         }
         fail_point::reached();
-        let put = self.put_configurations(Some(Arc::new(after.clone())), stored, Update::Whole).await;
-        if put.is_err() {
-            self.undo(&guest, &before, &after, &what).await;
+        let put = Box::pin(self.put_configurations(Some(Arc::new(after.clone())), stored, Update::Whole)).await;
+        if put.is_ok() || Box::pin(self.undo(&guest, &before, &after, &what)).await.is_ok() {
+            self.is_as_kept(&guest).await;
         }
         put
     }
 
-    /// The guest is to be again as it was `before`.
-    async fn undo(&self, guest: &Guest, before: &DomainDef, after: &DomainDef, what: &[Adjustment]) {
+    /// Of a guest that was found: undoes what the last virtd was changing on it. For who has the turn.
+    pub(super) async fn adjusted_as_found(&self, guest: &Guest) {
+        if let Err(error) = self.undo_what_is_noted(guest).await {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "that is done before anything else is changed on it");
+        }
+    }
+
+    async fn undo_what_is_noted(&self, guest: &Guest) -> Result<()> {
+        let Some(Adjusting { after, what }) = guest.status.adjusting() else { return Ok(()) };
+        let after = DomainDef::parse_leniently_within(&after, Limits::STORED).0.filter(|after| after.uuid == self.uuid);
+        // What cannot be read was written by a virtd that knew more.
+        if let Some(after) = after {
+            let named: Vec<_> = what.iter().map(ToString::to_string).collect();
+            self.undo(guest, &guest.live, &after, &what)
+                .await
+                .map_err(|e| self.driver_failed("undo a change of", e))?;
+            tracing::warn!(uuid = %self.uuid, name = self.name(), "a change of {} was cut off, and is undone", named.join(", "));
+        }
+        note(guest, None).await
+    }
+
+    /// The guest is as its configuration says.
+    async fn is_as_kept(&self, guest: &Guest) {
+        if let Err(error) = note(guest, None).await {
+            tracing::warn!(uuid = %self.uuid, %error, "the next virtd, or the next change, takes what was changed last for cut off");
+        }
+    }
+
+    /// The guest is to be again as it was `before`, as far as it can be. Error: its hypervisor does not answer.
+    async fn undo(
+        &self,
+        guest: &Guest,
+        before: &DomainDef,
+        after: &DomainDef,
+        what: &[Adjustment],
+    ) -> std::result::Result<(), DriverError> {
+        let mut undone = Ok(());
         for one in what.iter().rev() {
             let back = self.driver.adjust(guest.instance.as_ref(), after, &mut before.clone(), one).await;
             if let Err(error) = back {
                 tracing::error!(uuid = %self.uuid, name = self.name(), %error, "GetXML does not tell {one}");
+                if matches!(error, DriverError::TimedOut(_)) {
+                    undone = Err(error);
+                }
             }
         }
+        undone
     }
 
     /// Refuses what says more against a configuration than there was before.
@@ -290,43 +346,49 @@ impl Domain {
         }
     }
 
-    async fn follow_vcpus(&self, guest: &Guest) -> Result<()> {
+    async fn follow_vcpus(self: &Arc<Self>, guest: &Guest) -> Result<()> {
         let mut live = DomainDef::clone(&guest.live);
         let looked = self.driver.look_at(guest.instance.as_ref(), &mut live, &Adjustment::Vcpus(Duration::ZERO)).await;
         looked.map_err(|error| self.driver_failed("look at the vCPUs of", error))?;
-        if live.vcpus_at_boot() == guest.live.vcpus_at_boot() {
+        let wanted = self.vcpus_wanted(guest.id).filter(|wanted| *wanted == live.vcpus());
+        // Where they are as wanted already, virtd was killed before that was stored.
+        if live.vcpus_at_boot() == guest.live.vcpus_at_boot() && wanted.is_none() {
             return Ok(());
         }
-        let wanted = self.vcpus_wanted(guest.id).filter(|wanted| *wanted == live.vcpus());
         let stored = match (wanted, self.stored()?) {
             (Some(wanted), Some(def)) => {
-                self.vcpus_will_be(guest.id, None);
                 let mut def = DomainDef::clone(&def);
                 // Whoever has changed the maximum meanwhile has said what is to be.
                 (wanted <= def.maximum_vcpus()).then(|| def.set_vcpus(wanted, false).map(|()| Arc::new(def)).ok())
             }
             _ => None,
         };
-        self.put_configurations(Some(Arc::new(live)), stored.flatten(), Update::Whole).await
-    }
-
-    /// How many vCPUs the guest is to have when it has let go of others, and what is stored then, too; or nothing is to come of it.
-    fn vcpus_will_be(&self, id: u32, count: Option<u32>) {
-        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
-            match count {
-                Some(count) => {
-                    let wanted = Element::new("vcpu").with_attr("current", count.to_string());
-                    guest.leaving.insert(VCPUS_LEAVING.to_owned(), Some(wanted));
-                }
-                None => drop(guest.leaving.remove(VCPUS_LEAVING)),
-            }
+        self.put_configurations(Some(Arc::new(live)), stored.flatten(), Update::Whole).await?;
+        if wanted.is_some() {
+            self.stays(guest.id, VCPUS_LEAVING).await;
         }
+        Ok(())
     }
 
     fn vcpus_wanted(&self, id: u32) -> Option<u32> {
-        let state = lock(&self.state);
-        let guest = state.guest.as_ref().filter(|guest| guest.id == id)?;
-        guest.leaving.get(VCPUS_LEAVING)?.as_ref()?.attr("current")?.parse().ok()
+        self.stored_that_goes(id, VCPUS_LEAVING)?.attr("current")?.parse().ok()
+    }
+}
+
+/// Notes with the guest what is about to be changed on it, or that nothing is any more.
+async fn note(guest: &Guest, adjusting: Option<Adjusting>) -> Result<()> {
+    let status = guest.status.clone();
+    if adjusting.is_none() && status.adjusting().is_none() {
+        return Ok(());
+    }
+    on_disk(move || status.update(|status| status.adjusting = adjusting)).await
+}
+
+impl Adjusting {
+    /// Nothing for vCPUs: which there are is looked up.
+    fn of(after: &DomainDef, what: &[Adjustment]) -> Option<Adjusting> {
+        let what: Vec<_> = what.iter().filter(|one| !matches!(one, Adjustment::Vcpus(_))).cloned().collect();
+        (!what.is_empty()).then(|| Adjusting { after: after.write(Form::LIVE), what })
     }
 }
 

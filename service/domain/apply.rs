@@ -2,19 +2,30 @@
 //!
 //! A guest that does not power off in time runs on, and nothing has changed. What its stored configuration needs of the host is
 //! looked at before it is asked. Whoever destroys it meanwhile, or cancels the job, gets no new guest.
+//!
+//! It is an intent as those on snapshots are: where virtd is killed meanwhile, the next one waits for the guest as long as the caller
+//! wanted to, and starts the machine if it has powered off; unless the host itself has been started anew since.
 
 use super::Domain;
 use super::lifecycle::{Origin, StartOptions};
+use super::snapshots::DomainJournal;
 use super::state::Guest;
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::fail_point;
 use crate::images;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
+use crate::shared::virtd_itself;
+use crate::store::{Deed, Intent};
+use crate::time::now_usec;
 use crate::verb;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
+use virt_model::driver::snapshots::Journal as _;
 use virt_model::driver::{DriverError, ShutdownMode};
+use virt_model::state::{DomainState, StateReason};
 use virt_model::xml::refusals;
 
 /// How long a guest may take to power off, unless the caller says otherwise.
@@ -56,19 +67,72 @@ impl Domain {
         let (guest, cancel) = (self.guest()?, job.cancel_token());
         // From here on whoever wants no guest says so to this job.
         let _starts = self.will_start(cancel);
-        self.powers_off(&guest, patience, job).await?;
+        let until_usec = now_usec().saturating_add(u64::try_from(patience.as_micros()).unwrap_or(u64::MAX));
+        let journal = self.journal_of(Deed::Apply { id: guest.id, until_usec }, None, cancel);
+        journal.begin().await?;
+        let done = async {
+            self.powers_off(&guest, patience, cancel).await?;
+            fail_point::reached();
+            self.starts_anew(caller, cancel).await
+        };
+        let done = done.await;
+        if let Err(error) = journal.end().await {
+            tracing::warn!(uuid = %self.uuid, %error, "the next virtd looks at this new start again");
+        }
+        done
+    }
+
+    async fn starts_anew(self: &Arc<Self>, caller: &Caller, cancel: &CancellationToken) -> Result<()> {
         let def = self.def_to_start(None)?;
         let checked = self.driver.can_start(&def).await;
         let accepted = checked.map_err(|e| Error::from_driver(&self.name(), "start", e))?;
         self.start_guest(def, caller, StartOptions::default(), Origin::PowerOff(accepted), cancel).await
     }
 
+    /// Goes on with what the last virtd had begun, for the guest `id`. Whatever comes of it, nothing is left to be done: a machine that
+    /// cannot be started is off.
+    pub(super) async fn finish_apply(
+        self: &Arc<Self>,
+        id: u32,
+        until_usec: u64,
+        journal: &Arc<DomainJournal>,
+    ) -> Result<String> {
+        let cancel = journal.cancelled();
+        let done = async {
+            if let Ok(guest) = self.guest() {
+                if guest.id != id {
+                    return Ok("it had been started".to_owned());
+                }
+                let left = Duration::from_micros(until_usec.saturating_sub(now_usec()));
+                self.powers_off(&guest, left, cancel).await?;
+            }
+            // What is known of how a guest ended does not outlive the host's own end.
+            if self.shared.store.ended(self.uuid).is_none() {
+                return Ok("the host has been started anew since, and it stays off".to_owned());
+            }
+            if lock(&self.state).reason == StateReason::Destroyed {
+                return Ok("its guest has been destroyed, and it stays off".to_owned());
+            }
+            self.starts_anew(&virtd_itself(), cancel).await?;
+            Ok("its guest had powered off, and it has been started".to_owned())
+        };
+        let done: Result<String> = done.await;
+        journal.end().await?;
+        Ok(done.unwrap_or_else(|error| error.to_string()))
+    }
+
+    /// Whether the guest `id` was to power off for that, when virtd was last here.
+    pub(super) fn is_being_applied(&self, id: u32) -> bool {
+        matches!(self.open_intent(), Some(Intent { deed: Deed::Apply { id: guest, .. }, .. }) if guest == id)
+    }
+
     /// Has the guest power off, and waits until it has ended. Error: it runs on.
-    async fn powers_off(&self, guest: &Guest, patience: Duration, job: &Job) -> Result<()> {
+    async fn powers_off(&self, guest: &Guest, patience: Duration, cancel: &CancellationToken) -> Result<()> {
         let cancelled = || Error::Cancelled(format!("starting domain '{}' anew was cancelled", self.name()));
         self.ends_by_powering_off(guest.id, true);
         let ended = async {
-            let asked = guest.instance.shutdown(ShutdownMode::Default).await;
+            let is_off = lock(&self.state).state == DomainState::Shutdown;
+            let asked = if is_off { Ok(()) } else { guest.instance.shutdown(ShutdownMode::Default).await };
             match asked {
                 Ok(()) | Err(DriverError::Gone) => self.until(|state| !state.runs(guest.id)).await,
                 Err(e) => return Err(Error::from_driver(&self.name(), verb::SHUTDOWN.word, e)),
@@ -76,7 +140,7 @@ impl Domain {
             Ok(())
         };
         let done = tokio::select! {
-            () = job.cancel_token().cancelled() => Err(cancelled()),
+            () = cancel.cancelled() => Err(cancelled()),
             ended = tokio::time::timeout(patience, ended) => match ended {
                 Ok(ended) => ended,
                 // It has powered off just now, and its hypervisor goes.
@@ -84,7 +148,7 @@ impl Domain {
                     let gone = self.until(|state| !state.runs(guest.id));
                     let gone = async { tokio::time::timeout(GOING, gone).await.map_err(|_| self.stays_there()) };
                     tokio::select! {
-                        () = job.cancel_token().cancelled() => Err(cancelled()),
+                        () = cancel.cancelled() => Err(cancelled()),
                         gone = gone => gone,
                     }
                 }
@@ -93,7 +157,7 @@ impl Domain {
         };
         self.ends_by_powering_off(guest.id, false);
         // Somebody may have ended it, and wants no other.
-        if job.cancel_token().is_cancelled() { Err(cancelled()) } else { done }
+        if cancel.is_cancelled() { Err(cancelled()) } else { done }
     }
 
     /// Whether the guest `id` ends when it powers off, whatever its configuration says. Returns whether it stays until then: one

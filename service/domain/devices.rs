@@ -230,31 +230,30 @@ impl Domain {
     }
 
     /// Asks the guest, and waits for it. `stored`: the device that then goes from what is stored, too, whenever that is.
-    async fn unplug(&self, alias: &str, stored: Option<Element>, patience: Duration) -> Result<()> {
+    async fn unplug(self: &Arc<Self>, alias: &str, stored: Option<Element>, patience: Duration) -> Result<()> {
         let guest = self.guest()?;
         let disk = guest.live.devices.disks.iter().find(|disk| disk.info.alias() == Some(alias));
         disk.map_or(Ok(()), |disk| lock(&self.state).disk_is_not_backed_up(&disk.target.dev))?;
-        self.will_go(guest.id, alias, stored);
+        self.will_go(guest.id, alias, stored).await?;
+        fail_point::reached();
         let device = Detachment { def: &guest.live, alias, patience };
         let done = self.driver.detach_device(guest.instance.as_ref(), device).await;
-        done.map_err(|error| {
-            if !matches!(error, DriverError::TimedOut(_)) {
-                self.stays(guest.id, alias);
-            }
-            if matches!(error, DriverError::Refused(_)) {
-                self.tell_device(DeviceEvent::RemovalFailed { alias: alias.to_owned() });
-            }
-            Error::from_driver(&self.name(), &format!("unplug '{alias}' from"), error)
-        })
+        let Err(error) = done else { return Ok(()) };
+        if !matches!(error, DriverError::TimedOut(_)) {
+            self.stays(guest.id, alias).await;
+        }
+        if matches!(error, DriverError::Refused(_)) {
+            self.tell_device(DeviceEvent::RemovalFailed { alias: alias.to_owned() });
+        }
+        Err(Error::from_driver(&self.name(), &format!("unplug '{alias}' from"), error))
     }
 
     /// The device is no more: it goes from the configurations, and that is told.
-    async fn has_let_go(&self, alias: &str) -> Result<()> {
+    async fn has_let_go(self: &Arc<Self>, alias: &str) -> Result<()> {
         let guest = self.guest()?;
         let live = guest.live.without_devices(|_, element| alias_of(element) == Some(alias));
         let live = live.map_err(Error::ConfigInvalid)?;
-        let wanted = self.stays(guest.id, alias);
-        let stored = match (wanted.flatten(), self.stored()?) {
+        let stored = match (self.stored_that_goes(guest.id, alias), self.stored()?) {
             // Whoever took it out of what is stored meanwhile has done what was wanted.
             (Some(element), Some(def)) => self.stored_without(&def, &element).ok(),
             _ => None,
@@ -265,6 +264,7 @@ impl Domain {
             // The guest does not have it, whatever cannot be written.
             self.put_configurations(Some(live), None, Update::Whole).await?;
         }
+        self.stays(guest.id, alias).await;
         self.tell_device(DeviceEvent::Removed { alias: alias.to_owned() });
         put
     }
@@ -307,7 +307,7 @@ impl Domain {
     }
 
     /// What the hypervisor reports of a device; of an image it knows the node's name alone, which begins with the disk's target.
-    pub(super) fn device_reported(&self, event: DeviceEvent) {
+    pub(super) async fn device_reported(self: &Arc<Self>, event: DeviceEvent) {
         let disk_of = |node: &str| {
             let live = self.live()?;
             let of = |target: &str| node.strip_prefix(target).is_some_and(|rest| rest.starts_with('-'));
@@ -325,7 +325,7 @@ impl Domain {
             // A guest can say so as often as it likes: that counts once, and if it was asked.
             DeviceEvent::RemovalFailed { alias } => {
                 let Some(guest) = self.guest().ok() else { return };
-                if self.stays(guest.id, &alias).is_none() {
+                if !self.stays(guest.id, &alias).await {
                     return;
                 }
                 DeviceEvent::RemovalFailed { alias }
@@ -347,7 +347,7 @@ impl Domain {
         Ok((alias, spot))
     }
 
-    fn stored_without(&self, def: &DomainDef, element: &Element) -> Result<Arc<DomainDef>> {
+    pub(super) fn stored_without(&self, def: &DomainDef, element: &Element) -> Result<Arc<DomainDef>> {
         let gone = self.spot(def, element)?;
         let without = def.without_devices(|spot, _| *spot == gone);
         Ok(Arc::new(without.map_err(Error::ConfigInvalid)?))
@@ -369,18 +369,6 @@ impl Domain {
     fn named(&self, alias: &str, live: Option<&DomainDef>, stored: Option<&DomainDef>) -> Result<Element> {
         let found = live.or(stored).and_then(|def| def.device_at(&def.spot_of(alias)?, Form::LIVE));
         found.ok_or_else(|| Error::NoSuchDevice(format!("domain '{}' has no device '{}'", self.name(), shorten(alias))))
-    }
-
-    /// The guest is asked to let go of a device, which then goes from what is stored, too, if it is given.
-    fn will_go(&self, id: u32, alias: &str, stored: Option<Element>) {
-        if let Some(guest) = lock(&self.state).guest.as_mut().filter(|guest| guest.id == id) {
-            guest.leaving.insert(alias.to_owned(), stored);
-        }
-    }
-
-    /// Nothing is to come of that any more. Gives what was to go from what is stored.
-    fn stays(&self, id: u32, alias: &str) -> Option<Option<Element>> {
-        lock(&self.state).guest.as_mut().filter(|guest| guest.id == id)?.leaving.remove(alias)
     }
 
     /// Whether nobody looks after that device yet: a hypervisor may say as often as it likes that it has gone.

@@ -3,6 +3,7 @@
 
 use super::Domain;
 use super::guest::pause_reason;
+use super::leaving::leaving_of;
 use super::reports::Reports;
 use super::state::{Guest, Sought};
 use crate::error::Error;
@@ -11,11 +12,11 @@ use crate::lock::lock;
 use crate::store::{Ended, Status, StatusFile};
 use crate::time::now_usec;
 use crate::turn::TurnGuard;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
-use virt_model::domain::DomainDef;
+use virt_model::domain::{DomainDef, LifecycleAction};
 use virt_model::driver::{Condition, Driver, EventStream, Instance};
 use virt_model::state::{Crashed, DomainState, Lifecycle, Resumed, ShutdownBy, Started, StateReason, Stopped};
 
@@ -111,9 +112,9 @@ impl Domain {
             agent_readers: FairPlaces::new(1, 1),
             status: file,
             ending: None,
-            ends_by_powering_off: false,
+            ends_by_powering_off: self.is_being_applied(status.id),
             saved: false,
-            leaving: BTreeMap::new(),
+            leaving: leaving_of(&status.leaving),
             ejected: BTreeSet::new(),
             looked_after: BTreeSet::new(),
             asks,
@@ -145,7 +146,11 @@ impl Domain {
             Some(bus_name) => self.end_when_gone(guest.id, self.shared.callers.watch(bus_name)),
         }
         match condition {
-            Condition::PoweredOff => self.act_on_end(guest.clone(), guest.live.on_poweroff, Stopped::Shutdown),
+            Condition::PoweredOff => {
+                let ends = guest.ends_by_powering_off;
+                let action = if ends { LifecycleAction::Destroy } else { guest.live.on_poweroff };
+                self.act_on_end(guest.clone(), action, Stopped::Shutdown);
+            }
             Condition::Panicked => self.act_on_end(guest.clone(), guest.live.on_crash, Stopped::Crashed),
             _ => {}
         }
@@ -154,6 +159,8 @@ impl Domain {
         }
         tokio::spawn(self.clone().follow(guest.id, Reports::new(reports, asked)));
         self.looks_at_checkpoints();
+        Box::pin(self.adjusted_as_found(&guest)).await;
+        Box::pin(self.leaves_as_found(&guest)).await;
     }
 
     /// The guest `id` stands, and goes on from its managed save once that is marked: then that is forgotten. Where it ends before, its

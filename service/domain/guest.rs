@@ -74,7 +74,7 @@ impl Domain {
                 DriverEvent::DeviceGone(alias) => drop(tokio::spawn(self.clone().device_has_gone(id, alias))),
                 DriverEvent::VcpusChanged => drop(tokio::spawn(self.clone().vcpus_have_changed(id))),
                 DriverEvent::TrayOpened(alias) => self.tray_opened(&alias),
-                DriverEvent::Device(event) => self.device_reported(event),
+                DriverEvent::Device(event) => self.device_reported(event).await,
                 DriverEvent::Exited(exit) => return self.became_inactive(id, &exit).await,
             }
         }

@@ -243,6 +243,8 @@ impl Domain {
             since_usec: now_usec(),
             autodestroy: options.autodestroy.then(|| caller.bus_name.clone().unwrap_or_default()),
             live: def.write(Form::LIVE),
+            leaving: BTreeMap::new(),
+            adjusting: None,
             record: None,
         }
     }

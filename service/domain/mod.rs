@@ -19,6 +19,7 @@ mod found;
 mod given;
 mod guest;
 mod images;
+mod leaving;
 mod lifecycle;
 mod link;
 mod managed;

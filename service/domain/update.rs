@@ -6,10 +6,11 @@ use super::{Affect, Domain, link, settings};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::verb;
+use std::net::IpAddr;
 use std::sync::Arc;
 use virt_model::device::balloon::BalloonStats;
 use virt_model::device::disk::{DiskDevice, Iotune, StartupPolicy};
-use virt_model::device::display::{Connected, Graphics, GraphicsKind};
+use virt_model::device::display::{Connected, Graphics, GraphicsKind, ListenKind};
 use virt_model::device::interface::Bandwidth;
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part;
@@ -93,7 +94,11 @@ impl DeviceChange {
             "interface" => DeviceChange::card(def, &mut rest, &mut log)?,
             "graphics" => {
                 let said = Box::new(Graphics::read(device.clone(), &mut log));
-                ["passwd", "passwdValidTo", "connected"].into_iter().for_each(|name| _ = rest.take_attr(name));
+                ["passwd", "passwdValidTo", "connected", "listen"]
+                    .into_iter()
+                    .for_each(|name| _ = rest.take_attr(name));
+                let listens = rest.elements_mut().filter(|element| element.name == "listen");
+                listens.for_each(|listen| _ = listen.take_attr("address"));
                 DeviceChange::Display { kind: said.kind, said }
             }
             "memballoon" => {
@@ -178,7 +183,9 @@ impl DeviceChange {
         match self {
             DeviceChange::Disk { .. } => "<iotune>, the startupPolicy and the medium of a drive",
             DeviceChange::Card { .. } => "<link>, <bandwidth> and the bridge",
-            DeviceChange::Display { .. } => "the password (passwd, passwdValidTo, connected)",
+            DeviceChange::Display { .. } => {
+                "the password (passwd, passwdValidTo, connected) and the address of <listen>"
+            }
             DeviceChange::Balloon { .. } => "the period of <stats>",
         }
     }
@@ -220,7 +227,12 @@ impl DeviceChange {
             DeviceChange::Display { kind, said } => {
                 let nth = def.devices.graphics.iter().position(|one| one.kind == *kind);
                 let nth = nth.ok_or_else(|| none("graphics"))?;
-                if change_display(&mut def.devices.graphics[nth], said, runs, &name)? {
+                let display = &mut def.devices.graphics[nth];
+                if let Some(address) = said.listen_address().filter(|said| display.listen_address() != Some(said)) {
+                    listens_on(display, address, &name)?;
+                    what.push(Adjustment::Listen(nth));
+                }
+                if change_display(display, said, runs, &name)? {
                     what.push(Adjustment::Password(nth, said.connected));
                 }
             }
@@ -238,20 +250,44 @@ impl DeviceChange {
 
 /// Whether it is told of its password again.
 fn change_display(display: &mut Graphics, said: &Graphics, runs: bool, name: &str) -> Result<bool> {
-    let Some(password) = said.passwd.as_ref().filter(|password| !password.is_empty()) else {
-        // One that is not shown is not said, and stays with its time.
-        return Ok(false);
-    };
-    if runs && display.passwd.is_none() {
-        let why = "it was started without a password, and asks for none as long as it runs";
-        return Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
-    }
-    display.passwd = Some(password.clone());
-    display.passwd_valid_to.clone_from(&said.passwd_valid_to);
-    if said.connected.is_some_and(|connected| connected != Connected::Keep) || display.connected.is_some() {
+    let password = said.passwd.as_ref().filter(|password| !password.is_empty());
+    if said.connected.is_some_and(|connected| connected != Connected::Keep)
+        || display.connected.is_some() && (password.is_some() || said.connected.is_some())
+    {
         display.connected = said.connected;
     }
+    // One that is not shown is not said, and stays; with its time, unless that is said.
+    if password.is_none() && said.passwd_valid_to.is_none() {
+        return Ok(false);
+    }
+    let refuse = |why: &str| Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
+    match (password, &display.passwd) {
+        (Some(_), None) if runs => {
+            return refuse("it was started without a password, and asks for none as long as it runs");
+        }
+        (None, None) => return refuse("it has no password that passwdValidTo could be of; give one (passwd)"),
+        (Some(password), _) => display.passwd = Some(password.clone()),
+        (None, Some(_)) => {}
+    }
+    display.passwd_valid_to.clone_from(&said.passwd_valid_to);
     Ok(true)
+}
+
+/// Has a display listen on another address, if it listens on one.
+fn listens_on(display: &mut Graphics, address: &str, name: &str) -> Result<()> {
+    if display.listen_kind() != ListenKind::Address {
+        let why = "it listens on no address; define it anew to have it do so when it starts next";
+        return Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
+    }
+    // A name of the host's network would be looked up by whoever listens.
+    if address.parse::<IpAddr>().is_err() {
+        let address = shorten(address);
+        return Err(Error::InvalidArgument(format!(
+            "domain '{name}', <graphics>: '{address}' is not an IP address to listen on"
+        )));
+    }
+    display.set_listen_address(address);
+    Ok(())
 }
 
 /// A word as it stands in a document.

@@ -145,6 +145,11 @@ pub(crate) enum Deed {
     DeleteCheckpoint {
         name: String,
     },
+    /// This guest powers off, by that time, and another is started with what is stored.
+    Apply {
+        id: u32,
+        until_usec: u64,
+    },
     /// The machine itself, with these files.
     Undefine {
         storage: Vec<StoredFile>,

@@ -341,11 +341,19 @@ async fn a_document_changes_of_a_device_what_can_change() {
     assert!(
         with_secrets(&domain, true).await.contains("'n3w'") && with_secrets(&domain, false).await.contains("'n3w'")
     );
-    refused(
-        update("<graphics type='vnc' listen='0.0.0.0'/>", live()).await,
-        "OperationUnsupported",
-        "listen='0.0.0.0'",
-    );
+    // The time alone is of the password that it has.
+    update("<graphics type='vnc' passwdValidTo='2031-01-02T03:04:05'/>", live()).await.expect("for a time");
+    let (runs, kept) = (with_secrets(&domain, false).await, with_secrets(&domain, true).await);
+    assert!(runs.contains("passwd='n3w' passwdValidTo='2031-01-02T03:04:05'"), "{runs}");
+    assert!(!kept.contains("passwdValidTo"), "{kept}");
+    let timed = "<graphics type='dbus' p2p='yes' passwdValidTo='2031-01-02T03:04:05'/>";
+    refused(update(timed, options([])).await, "OperationUnsupported", "no password");
+    update("<graphics type='vnc' listen='0.0.0.0'/>", live()).await.expect("elsewhere");
+    assert!(domain.xml().await.contains("listen='0.0.0.0'") && !stored(&domain).await.contains("0.0.0.0"));
+    let named = "<graphics type='vnc'><listen type='address' address='example.org'/></graphics>";
+    refused(update(named, live()).await, "InvalidArgument", "example.org");
+    let socket = "<graphics type='vnc' socket='/tmp/vnc'/>";
+    refused(update(socket, live()).await, "OperationUnsupported", "socket='/tmp/vnc'");
     refused(update("<graphics type='spice'/>", options([])).await, "NoSuchDevice", "<graphics>");
     update("<memballoon model='virtio'><stats period='3'/></memballoon>", options([])).await.expect("a period");
     assert!(domain.xml().await.contains("period='3'") && stored(&domain).await.contains("period='3'"));

@@ -134,7 +134,7 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
     let card = bridges.as_ref().map(|[one, _]| {
         format!("<interface type='bridge'><source bridge='{}'/><model type='virtio'/></interface>", one.0)
     });
-    let screen = "<graphics type='vnc' passwd='first'><listen type='none'/></graphics>";
+    let screen = "<graphics type='vnc' port='-1' autoport='yes' passwd='first'/>";
     let more = format!("{disk}{}{screen}</devices>", card.unwrap_or_default());
     tick.xml = tick.xml.replace("</devices>", &more);
     let mut machine = Machine::started(daemon, tick).await;
@@ -146,6 +146,8 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
         a_card_is_limited_and_plugged_elsewhere(&machine, other).await;
     }
     a_display_has_another_password(&machine).await;
+    a_display_listens_elsewhere(&machine).await;
+    what_was_cut_off_is_undone(&mut machine, bridges.as_ref()).await;
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
 }
@@ -200,13 +202,8 @@ async fn the_balloon_is_asked(machine: &Machine) {
     machine.domain.call("SetMemory", &(12 * MIB, options([]))).await.expect("asked");
     assert_eq!(machine.domain.property::<u64>("Memory").await, 12 * MIB);
     assert!(machine.domain.xml().await.contains("<currentMemory unit='KiB'>12288</currentMemory>"));
-    let devices = machine.asks_qemu("qom-list", serde_json::json!({ "path": "/machine/peripheral" }));
-    let balloon = names(&devices).into_iter().find(|name| name.starts_with("balloon")).expect("a balloon").to_owned();
     machine.domain.call("SetMemoryStatsPeriod", &(7_u32, options([]))).await.expect("set");
-    let period = serde_json::json!({
-        "path": format!("/machine/peripheral/{balloon}"), "property": "guest-stats-polling-interval"
-    });
-    assert_eq!(machine.asks_qemu("qom-get", period), 7);
+    assert_eq!(stats_period(machine), 7);
     refused(machine.domain.call("SetMemory", &(17 * MIB, options([]))).await, "InvalidArgument", "16777216");
 }
 
@@ -307,6 +304,128 @@ async fn time_and_memory_are_limited(machine: &Machine) {
     machine.tick.goes_on().await;
 }
 
+async fn a_display_listens_elsewhere(machine: &Machine) {
+    let live = || with([("live", true)]);
+    let listens = || machine.asks_qemu("query-vnc", serde_json::json!({}))["host"].as_str().map(str::to_owned);
+    assert_eq!(listens().as_deref(), Some("127.0.0.1"));
+    let at = |address: &str| format!("<graphics type='vnc' listen='{address}'/>");
+    machine.domain.call("UpdateDevice", &(at("127.0.0.2"), live())).await.expect("elsewhere");
+    assert_eq!(listens().as_deref(), Some("127.0.0.2"));
+    assert!(machine.domain.xml().await.contains("<listen type='address' address='127.0.0.2'/>"));
+    // That is an address of no host's here.
+    refused(machine.domain.call("UpdateDevice", &(at("203.0.113.7"), live())).await, "OperationUnsupported", "bind");
+    assert_eq!(listens().as_deref(), Some("127.0.0.2"), "it is where it was");
+    let timed = "<graphics type='vnc' passwdValidTo='2031-01-02T03:04:05'/>";
+    machine.domain.call("UpdateDevice", &(timed, live())).await.expect("the password that it has, for a time");
+}
+
+/// In `put_checked`: the guest has followed, and no configuration says so yet.
+const FOLLOWED: u32 = 3;
+
+/// virtd is killed in the midst of each kind of change: the next one has the guest be as its configuration says, which is as before.
+async fn what_was_cut_off_is_undone(machine: &mut Machine, bridges: Option<&[Bridge; 2]>) {
+    let live = || with([("live", true)]);
+    let group = |machine: &Machine| {
+        let path = "/objects/throttle-slow";
+        machine.asks_qemu("qom-get", serde_json::json!({ "path": path, "property": "limits" }))["iops-read"].clone()
+    };
+    let secret = async |machine: &Machine| -> String {
+        let secure = with([("secure", true)]);
+        machine.domain.call("GetXML", &(secure,)).await.expect("told").body().deserialize().expect("s")
+    };
+    let before = secret(machine).await;
+
+    cut_off(machine, "SetBlockThrottle", &("vdb", values(&[("read-requests-per-second", 77)]), live())).await;
+    assert_eq!(group(machine), 77, "QEMU had followed");
+    is_found_again(machine).await;
+    assert_eq!(group(machine), 50);
+
+    cut_off(machine, "SetMemoryStatsPeriod", &(9_u32, live())).await;
+    assert_eq!(stats_period(machine), 9);
+    is_found_again(machine).await;
+    assert_eq!(stats_period(machine), 7);
+
+    // What QEMU tells nobody again is at least told it again.
+    cut_off(machine, "SetMemory", &(10 * MIB, live())).await;
+    is_found_again(machine).await;
+    cut_off(machine, "SetGraphicsPassword", &(0_u32, "cut0ff", live())).await;
+    is_found_again(machine).await;
+
+    let listens = |machine: &Machine| machine.asks_qemu("query-vnc", serde_json::json!({}))["host"].clone();
+    cut_off(machine, "UpdateDevice", &("<graphics type='vnc' listen='127.0.0.3'/>", live())).await;
+    assert_eq!(listens(machine), "127.0.0.3");
+    is_found_again(machine).await;
+    assert_eq!(listens(machine), "127.0.0.2");
+
+    if has_groups() {
+        let shares = ["cpu.shares", "cpu.weight"];
+        let held = machine.group_says(shares);
+        cut_off(machine, "SetSchedulerParameters", &(values(&[("cpu-shares", 300)]), live())).await;
+        assert_eq!(machine.group_says(shares).as_deref(), Some("300"));
+        is_found_again(machine).await;
+        assert_eq!(machine.group_says(shares), held);
+    }
+    if let Some([one, other]) = bridges {
+        let device = host_end(&before);
+        cut_off(machine, "SetInterfaceBandwidth", &("net0", values(&[("inbound-average", 900)]), live())).await;
+        assert!(class_of(&device).contains("rate 7200Kbit"), "{}", class_of(&device));
+        is_found_again(machine).await;
+        assert_eq!(class_of(&device), "");
+        let address = before.split("<mac address='").nth(1).and_then(|rest| rest.get(..17)).expect("its address");
+        let back = format!(
+            "<interface type='bridge'><mac address='{address}'/><source bridge='{}'/><link state='down'/></interface>",
+            one.0
+        );
+        cut_off(machine, "UpdateDevice", &(back, live())).await;
+        let master = || std::fs::read_link(format!("/sys/class/net/{device}/master")).expect("a bridge");
+        assert!(master().ends_with(&one.0), "{:?}", master());
+        is_found_again(machine).await;
+        assert!(master().ends_with(&other.0), "{:?}", master());
+    }
+    assert_eq!(secret(machine).await, before);
+    // What is done then stays done.
+    machine.domain.call("SetMemoryStatsPeriod", &(8_u32, live())).await.expect("set");
+    machine.daemon.kill_virtd().await;
+    is_found_again(machine).await;
+    assert_eq!(stats_period(machine), 8);
+}
+
+/// Has virtd be killed when the guest has followed, and nobody has written that down.
+async fn cut_off<B>(machine: &mut Machine, member: &str, body: &B)
+where
+    B: serde::Serialize + zbus::DynamicType + std::fmt::Debug,
+{
+    machine.daemon.at_step(FOLLOWED, &format!("kill -9 {}", machine.daemon.virtd_pid()));
+    let answer = machine.domain.call(member, body).await;
+    assert!(answer.is_err() && machine.daemon.step_came(), "{member} {body:?}: {answer:?}");
+    machine.daemon.virtd_died().await;
+}
+
+async fn is_found_again(machine: &mut Machine) {
+    machine.daemon.start_virtd().await;
+    machine.domain = machine.domain.client.named(&machine.tick.name).await.expect("found");
+    machine.domain.is_looked_after().await;
+}
+
+fn stats_period(machine: &Machine) -> Value {
+    let devices = machine.asks_qemu("qom-list", serde_json::json!({ "path": "/machine/peripheral" }));
+    let balloon = names(&devices).into_iter().find(|name| name.starts_with("balloon")).expect("a balloon").to_owned();
+    let path = format!("/machine/peripheral/{balloon}");
+    machine.asks_qemu("qom-get", serde_json::json!({ "path": path, "property": "guest-stats-polling-interval" }))
+}
+
+/// The network device of the host's that its card is plugged into.
+fn host_end(xml: &str) -> String {
+    let number = xml.split("<target dev='v").find_map(|rest| rest.strip_prefix("net")).expect("a name");
+    format!("vnet{}", number.split('\'').next().expect("a number"))
+}
+
+/// What tc says of it.
+fn class_of(device: &str) -> String {
+    let told = std::process::Command::new("tc").args(["class", "show", "dev", device]).output().expect("tc");
+    String::from_utf8_lossy(&told.stdout).into_owned()
+}
+
 async fn a_display_has_another_password(machine: &Machine) {
     let until = options([("valid-until-usec", Variant::from(1_795_403_655_000_000_u64))]);
     machine.domain.call("SetGraphicsPassword", &(0_u32, "s3cret", until)).await.expect("set");
@@ -328,12 +447,8 @@ async fn a_card_is_limited_and_plugged_elsewhere(machine: &Machine, other: &Brid
     };
     let get = async || numbers(&machine.domain.call("GetInterfaceBandwidth", &("net0", live())).await.expect("told"));
     let xml = machine.domain.xml().await;
-    let device = xml.split("<target dev='v").find_map(|rest| rest.strip_prefix("net")).expect("a name");
-    let device = format!("vnet{}", device.split('\'').next().expect("a number"));
-    let class = || {
-        let told = std::process::Command::new("tc").args(["class", "show", "dev", &device]).output().expect("tc");
-        String::from_utf8_lossy(&told.stdout).into_owned()
-    };
+    let device = host_end(&xml);
+    let class = || class_of(&device);
     assert_eq!(get().await, HashMap::new());
     let pairs = [("inbound-average", 1001), ("inbound-peak", 2003), ("inbound-burst", 65)];
     set(&pairs).await.expect("limited");

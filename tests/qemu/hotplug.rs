@@ -189,8 +189,36 @@ async fn devices_come_and_go_and_what_they_stand_on_with_them() {
     machine.daemon.start_virtd().await;
     machine.domain.is_looked_after().await;
     assert!(machine.domain.xml().await.contains("vdz"), "another virtd finds it there");
+    what_lets_go_late_goes_from_what_is_stored(&mut machine).await;
     machine.domain.run("Destroy").await.expect("destroyed");
     assert!(!machine.is_lent(&three));
+}
+
+/// A device in both configurations that the guest was asked for in vain goes from both when it lets go, whichever virtd asked.
+async fn what_lets_go_late_goes_from_what_is_stored(machine: &mut Machine) {
+    let late = machine.image("late.img");
+    let both = || with([("live", true), ("config", true)]);
+    let reply = machine.domain.call("AttachDevice", &(disk(&late, "vdy", "virtio"), both())).await.expect("in both");
+    let alias: String = reply.body().deserialize().expect("s");
+    let stored = async |machine: &Machine| -> String {
+        let reply = machine.domain.call("GetXML", &(with([("inactive", true)]),)).await.expect("told");
+        reply.body().deserialize().expect("s")
+    };
+    let mut how = both();
+    how.insert("timeout-usec", Variant::from(50_000_u64));
+    refused(machine.domain.call("DetachDeviceAlias", &(&*alias, how)).await, "TimedOut", &alias);
+    assert!(machine.domain.xml().await.contains("late.img") && stored(machine).await.contains("late.img"));
+    machine.daemon.kill_virtd().await;
+    machine.daemon.start_virtd().await;
+    machine.domain.is_looked_after().await;
+    assert!(machine.domain.xml().await.contains("late.img") && stored(machine).await.contains("late.img"));
+    // A board takes what it was asked for when it is reset.
+    let mut watch = machine.domain.client.watch().await;
+    machine.domain.bare("Reset").await.expect("reset");
+    while next_device(&mut watch).await != ("DeviceRemoved".to_owned(), alias.clone()) {}
+    assert!(!machine.domain.xml().await.contains("late.img") && !stored(machine).await.contains("late.img"));
+    assert!(!machine.has_open(&late) && !machine.is_lent(&late));
+    machine.tick.goes_on().await;
 }
 
 #[tokio::test]

@@ -129,7 +129,7 @@ async fn reset_boots_again_in_the_same_process() {
 
 #[tokio::test]
 async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standing() {
-    let Some((_daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else {
+    let Some((mut daemon, client, domain, tick)) = tick("back", "<on_poweroff>restart</on_poweroff>").await else {
         return;
     };
     let mut watch = client.watch().await;
@@ -168,8 +168,30 @@ async fn on_poweroff_restart_brings_the_guest_back_and_preserve_leaves_it_standi
     let last = events.iter().rev().take(3).rev().map(String::as_str).collect::<Vec<_>>();
     assert_eq!(last, ["shutdown guest", "stopped shutdown", "started booted"]);
     assert!(!domain.property::<bool>("ConfigChanged").await);
+    drop(watch);
+
+    // Whoever is killed before the guest is asked, or when it has powered off, the machine comes with what is stored.
+    for (step, title) in [(ASKING, "third"), (POWERED_OFF, "fourth")] {
+        domain.call("SetTitle", &(title, options([("config", Variant::from(true))]))).await.expect("set");
+        daemon.at_step(step, &format!("kill -9 {}", daemon.virtd_pid()));
+        domain.run("ApplyPending").await.expect_err("virtd is killed");
+        daemon.virtd_died().await;
+        assert!(daemon.step_came() && (daemon.qemu_of("back").is_some() == (step == ASKING)), "step {step}");
+        daemon.start_virtd().await;
+        domain.is_looked_after().await;
+        assert_eq!(
+            (domain.state().await.0, domain.property::<String>("Title").await),
+            ("running".into(), title.into())
+        );
+        assert!(!domain.property::<bool>("ConfigChanged").await);
+        tick.boots_to(step + 5).await;
+    }
     domain.run("Destroy").await.expect("destroyed");
 }
+
+/// Steps of `ApplyPending`: its intent is on disk and nobody has asked the guest, which has then powered off.
+const ASKING: u32 = 1;
+const POWERED_OFF: u32 = 2;
 
 #[tokio::test]
 async fn a_hypervisor_that_dies_at_start_has_the_last_word() {

@@ -3,6 +3,7 @@
 
 mod bandwidth;
 mod limits;
+mod listen;
 mod throttle;
 pub mod vcpus;
 
@@ -37,6 +38,7 @@ impl QemuDriver {
             Adjustment::Bandwidth(card) => bandwidth::adjust(body, before, def, card).await,
             Adjustment::Bridge(card) => bandwidth::change_bridge(body, before, def, card).await,
             Adjustment::Link(card) => set_link(body, bandwidth::card_of(def, card)?).await,
+            Adjustment::Listen(index) => listen::adjust(body, before, def, *index).await,
             Adjustment::Password(index, connected) => set_password(body, before, def, *index, *connected).await,
             Adjustment::Vcpus(patience) => self.adjust_vcpus(body, before, def, *patience).await,
         }
@@ -63,6 +65,7 @@ impl QemuDriver {
             | Adjustment::MemoryStats
             | Adjustment::Link(_)
             | Adjustment::Bridge(_)
+            | Adjustment::Listen(_)
             | Adjustment::Password(..) => Ok(()),
         }
     }

@@ -41,14 +41,16 @@ impl DomainJournal {
     }
 
     /// To be called before anything is changed. A revert may end the guest before the driver notes anything, an undefine
-    /// removes files without a note, and checkpoints have none at all: these are on disk from now on. What else there is comes there
+    /// removes files without a note, and checkpoints and new starts have none at all: these are on disk from now on. What else there is comes there
     /// with the driver's first note.
     pub async fn begin(&self) -> Result<()> {
         let intent = lock(&self.intent).clone();
         match intent.deed {
-            Deed::Revert { .. } | Deed::Undefine { .. } | Deed::Checkpoint { .. } | Deed::DeleteCheckpoint { .. } => {
-                self.keep(intent).await?
-            }
+            Deed::Revert { .. }
+            | Deed::Undefine { .. }
+            | Deed::Apply { .. }
+            | Deed::Checkpoint { .. }
+            | Deed::DeleteCheckpoint { .. } => self.keep(intent).await?,
             Deed::Create { .. } | Deed::Delete { .. } | Deed::Save { .. } => {}
         }
         self.step("begun");

@@ -162,13 +162,19 @@ impl Domain {
 
     /// Somebody has asked for the end of the guest, and there is none: whatever is still to be finished is not to bring one.
     /// For who has the turn.
-    pub(in crate::domain) async fn wants_no_guest(&self) {
+    pub(in crate::domain) async fn wants_no_guest(self: &Arc<Self>) {
         let open = lock(&self.state).snapshots.open.clone();
         let intent = lock(&open).clone();
-        let Some(Intent { deed: Deed::Revert { name, active: Some(_), in_place, ran }, note }) = intent else { return };
         if self.guest().is_ok() {
             return;
         }
+        if let Some(Intent { deed: deed @ Deed::Apply { .. }, .. }) = intent {
+            if let Err(error) = self.journal_of(deed, None, &CancellationToken::new()).end().await {
+                tracing::warn!(uuid = %self.uuid, %error, "the next virtd may start it anew");
+            }
+            return;
+        }
+        let Some(Intent { deed: Deed::Revert { name, active: Some(_), in_place, ran }, note }) = intent else { return };
         let kept = self.keep_intent(Intent { deed: Deed::Revert { name, active: None, in_place, ran }, note });
         if let Err(error) = kept.await {
             tracing::warn!(uuid = %self.uuid, %error, "what is finished later may bring the guest back");
@@ -182,7 +188,7 @@ impl Domain {
         cancel: &CancellationToken,
     ) -> Result<String> {
         let journal = self.journal_of(intent.deed.clone(), None, cancel);
-        let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. });
+        let brings_a_guest = matches!(intent.deed, Deed::Revert { active: Some(_), .. } | Deed::Apply { .. });
         let _starts = brings_a_guest.then(|| self.will_start(cancel));
         if let (Deed::Save { .. }, true) = (&intent.deed, self.is_only_stayed_for()) {
             let story = self.settle_save(intent.note).await?;
@@ -193,6 +199,7 @@ impl Domain {
             return self.finish_undefine(storage, &journal).await;
         }
         match intent.deed {
+            Deed::Apply { id, until_usec } => return self.finish_apply(id, until_usec, &journal).await,
             Deed::Checkpoint { def } => return self.finish_checkpoint(def, &journal).await,
             Deed::DeleteCheckpoint { name } => return self.finish_deleting_checkpoint(&name, &journal).await,
             _ => {}
@@ -362,6 +369,7 @@ fn what_is(deed: &Deed) -> &'static str {
         Deed::Checkpoint { .. } => "a checkpoint",
         Deed::DeleteCheckpoint { .. } => "deleting a checkpoint",
         Deed::Undefine { .. } => "its removal with its storage",
+        Deed::Apply { .. } => "a new start with what is stored",
     }
 }
 

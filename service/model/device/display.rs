@@ -100,6 +100,25 @@ element! {
     }
 }
 
+impl Graphics {
+    /// What it listens on: of an address, also where none is said.
+    pub fn listen_kind(&self) -> ListenKind {
+        let unsaid = if self.socket.is_some() { ListenKind::Socket } else { ListenKind::Address };
+        self.listens.first().map_or(unsaid, |listen| listen.kind)
+    }
+
+    /// The address that it is said to listen on.
+    pub fn listen_address(&self) -> Option<&str> {
+        self.listens.first().and_then(|listen| listen.address.as_deref()).or(self.listen.as_deref())
+    }
+
+    /// Has it listen on another address.
+    pub fn set_listen_address(&mut self, address: &str) {
+        self.listen = Some(address.to_owned());
+        self.listens.iter_mut().take(1).for_each(|listen| listen.address = Some(address.to_owned()));
+    }
+}
+
 element! {
     /// `<listen>`
     pub struct Listen {

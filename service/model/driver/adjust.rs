@@ -1,11 +1,12 @@
 //! What of a machine can change while it runs, without anything being plugged.
 
 use crate::device::display::Connected;
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::time::Duration;
 
 /// One such thing; which values it is to have stands in the definition.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Adjustment {
     /// How much of its memory the guest has: `<currentMemory>`.
     Memory,
@@ -22,7 +23,9 @@ pub enum Adjustment {
     /// Into which bridge the cable of the network card is plugged that is known by that.
     Bridge(String),
     /// The password of the display of that number, how long it is good, and what becomes of who is there, if that is said.
-    Password(usize, Option<Connected>),
+    Password(usize, #[serde(skip)] Option<Connected>),
+    /// At which address the display of that number listens.
+    Listen(usize),
     /// How much may pass the network card that is known by that: `<bandwidth>`.
     Bandwidth(String),
 }
@@ -37,6 +40,7 @@ impl fmt::Display for Adjustment {
             Adjustment::Link(card) => write!(f, "the link of network card '{card}'"),
             Adjustment::Bridge(card) => write!(f, "the bridge of network card '{card}'"),
             Adjustment::Password(index, _) => write!(f, "the password of graphics {index}"),
+            Adjustment::Listen(index) => write!(f, "where graphics {index} listens"),
             Adjustment::Bandwidth(card) => write!(f, "the limits of network card '{card}'"),
             Adjustment::MemoryStats => f.write_str("how often it tells of its memory"),
         }

@@ -1,8 +1,11 @@
 //! What is stored is applied to what runs, and what programs in the guest have open is told.
 
+use crate::restart::Slow;
 use crate::world::{World, xml};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
+use virt_drivers::test::TestDriver;
 use virt_model::driver::DriverError;
 use virt_model::state::{DomainState, StateReason};
 use virt_service::error::Error;
@@ -68,6 +71,64 @@ async fn a_guest_that_does_not_listen_runs_on_and_whoever_ends_it_gets_no_other(
     assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
     assert_eq!((domain.facts().state, domain.facts().reason), (DomainState::Shutoff, StateReason::Destroyed));
     world.start(&domain).await.expect("it is as any other");
+}
+
+/// virtd was killed while a guest was to power off, so that it starts with another title: what another one makes of it. The host is
+/// the same, unless it `booted` meanwhile.
+async fn cut_off(folder: &Path, booted: bool) -> (World, Arc<Domain>) {
+    let world = World::open(folder).await;
+    let domain = pending(&world, "").await;
+    let (uuid, id) = (domain.uuid(), domain.id());
+    drop((domain, world));
+    let snapshots = folder.join(format!("state/snapshots/{uuid}"));
+    std::fs::create_dir_all(&snapshots).unwrap();
+    let intent = format!(r#"{{ "deed": {{ "Apply": {{ "id": {id}, "until_usec": {} }} }}, "note": null }}"#, u64::MAX);
+    std::fs::write(snapshots.join(".intent"), intent).unwrap();
+    if booted {
+        std::fs::remove_dir_all(folder.join("run")).unwrap();
+    }
+    let driver = TestDriver::default();
+    let finds = Arc::new(Slow { inner: driver.clone(), goes_on: tokio::sync::Notify::new() });
+    let world = match booted {
+        true => World::open(folder).await,
+        false => World::served_by(folder, finds.clone(), driver).await,
+    };
+    finds.goes_on.notify_one();
+    let domain = world.service.get(uuid).unwrap();
+    (world, domain)
+}
+
+#[tokio::test]
+async fn another_virtd_goes_on_with_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut world, domain) = cut_off(folder.path(), false).await;
+    // It is found standing, and powers off when it goes on.
+    world.until("web paused: suspended paused").await;
+    tokio::time::pause();
+    let busy = domain.set_title(&world.alice(), "other", CONFIG).await;
+    assert!(matches!(busy, Err(Error::Busy { .. })), "{busy:?}");
+    tokio::time::resume();
+    world.driver.guest(domain.uuid()).expect("it is found").power_off();
+    world.until("web running: started booted").await;
+    assert_eq!(&*domain.facts().config.title, "next");
+    domain.set_title(&world.alice(), "after", Affect::default()).await.expect("nothing is left to be done");
+    let intent = folder.path().join(format!("state/snapshots/{}/.intent", domain.uuid()));
+    assert!(!intent.exists());
+}
+
+#[tokio::test]
+async fn another_virtd_starts_nothing_that_was_destroyed_or_ended_with_the_host() {
+    let folder = tempfile::tempdir().unwrap();
+    let (mut world, domain) = cut_off(folder.path(), false).await;
+    world.until("web paused: suspended paused").await;
+    domain.destroy(&world.alice(), false).await.expect("destroyed");
+    domain.set_title(&world.alice(), "after", CONFIG).await.expect("nothing is left to be done");
+    assert_eq!((domain.facts().state, domain.facts().reason), (DomainState::Shutoff, StateReason::Destroyed));
+
+    let folder = tempfile::tempdir().unwrap();
+    let (world, domain) = cut_off(folder.path(), true).await;
+    domain.set_title(&world.alice(), "after", CONFIG).await.expect("nothing is left to be done");
+    assert_eq!(domain.facts().state, DomainState::Shutoff);
 }
 
 #[tokio::test]

@@ -13,9 +13,9 @@ use virt_service::error::Error;
 use virt_service::{Affect, StartOptions, UndefineOptions};
 
 /// A driver whose guests have stopped when they are found again, which takes until it is let go on.
-struct Slow {
-    inner: TestDriver,
-    goes_on: tokio::sync::Notify,
+pub struct Slow {
+    pub inner: TestDriver,
+    pub goes_on: tokio::sync::Notify,
 }
 
 #[async_trait]
