@@ -15,6 +15,8 @@ pub mod checkpoints;
 pub mod client;
 #[allow(dead_code, reason = "not every test sits at a console")]
 pub mod console;
+#[allow(dead_code, reason = "most tests cut nothing off")]
+pub mod cut_off;
 pub mod dead;
 pub mod deaf;
 pub mod guest;

@@ -3,9 +3,10 @@
 use crate::common::Daemon;
 use crate::common::checkpoints::{breaks, create, get, list};
 use crate::common::client::{Client, Domain, Options, Refusal, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::Player;
-use crate::saved::{Victims, refused};
+use crate::saved::refused;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -333,15 +334,12 @@ async fn ready_to_cancel(domain: &Domain, job: &str) {
 /// is left.
 async fn killed_at_every_step(victims: Victims, mode: &str) {
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    let mut went_on = false;
-    for step in 1..STEPS {
+    let mut steps = Steps::of(mode, victims, 4..STEPS);
+    loop {
+        let step = steps.next();
         let Some(mut backed) = Backed::start(&daemon, &format!("cut{step}")).await else { return };
         let mut watch = backed.domain.client.watch().await;
-        let victim = match victims {
-            Victims::Virtd => daemon.virtd_pid().to_string(),
-            _ => daemon.qemu_of(&backed.tick.name).expect("it runs").to_string(),
-        };
-        daemon.at_step(step, &format!("kill -9 {victim}"));
+        steps.kill(&daemon, &backed.tick.name);
         let (path, xml) = (backed.domain.path.clone(), format!("<domainbackup mode='{mode}'/>"));
         let begun = backed.domain.client.ask(&path, "org.virt.Domain.BackupBegin", &(&xml, ONE, options([]))).await;
         if begun
@@ -350,18 +348,14 @@ async fn killed_at_every_step(victims: Victims, mode: &str) {
         {
             backed.domain.client.ask(&job, "org.virt.Job.Finish", &(options([]),)).await;
         }
-        if !daemon.step_came() {
-            assert!(begun && (went_on || victims != Victims::Virtd) && step > 4, "fewer steps than thought: {step}");
+        if !steps.came(&mut daemon, &mut backed.domain, begun).await {
             return;
         }
         if victims == Victims::Virtd {
-            daemon.virtd_died().await;
-            daemon.start_virtd().await;
-            backed.domain = Domain { client: Client { connection: daemon.connect().await }, path };
             let domain = &backed.domain;
             domain.is_looked_after().await;
             let is_there = !jobs(domain).await.is_empty();
-            went_on |= is_there || !list(domain).await.is_empty();
+            steps.is_done(is_there || !list(domain).await.is_empty());
             if mode == "pull" && is_there {
                 finish(domain, &ready_job(domain).await.expect("it goes on")).await.expect("finished");
             }
@@ -387,7 +381,6 @@ async fn killed_at_every_step(victims: Victims, mode: &str) {
         }
         let _ = backed.domain.run("Destroy").await;
     }
-    panic!("a backup has more than {STEPS} steps");
 }
 
 async fn jobs(domain: &Domain) -> Vec<String> {
