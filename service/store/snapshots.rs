@@ -75,6 +75,9 @@ pub(crate) struct BlockRecord {
     /// Who has asked for it.
     pub uid: u32,
     pub stage: BlockStage,
+    /// The files that are to be removed at its end, as they were when it began.
+    #[serde(default)]
+    pub removes: Vec<StoredFile>,
 }
 
 /// An operation under way.

@@ -18,6 +18,7 @@ use super::files::stored;
 use super::{Operation, cannot};
 use crate::host::files::{Seen, What};
 use crate::host::image::LentFromAfar;
+use crate::host::storage;
 use crate::qemu::block::Nodes;
 use crate::qemu::monitor::{JobStatus, Monitor};
 use crate::qemu::report::BLOCK_JOB;
@@ -30,7 +31,7 @@ use virt_model::driver::block_jobs::{
     BlockJob, BlockJobs, BlockNotes, BlockStage, BlockStanding, BlockWork, Held, ImageLayer,
 };
 use virt_model::driver::snapshots::Machine;
-use virt_model::driver::{DriverError, Instance};
+use virt_model::driver::{DriverError, Instance, StoredFile};
 
 /// So many bytes are not copied in a moment.
 const MUCH: u64 = 16 << 20;
@@ -41,7 +42,7 @@ fn id_of(job: &BlockJob) -> String {
 
 #[async_trait]
 impl BlockJobs for QemuDriver {
-    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<(), DriverError> {
+    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
         self.operation(machine).await?.check_block_job(job).await
     }
 
@@ -108,7 +109,7 @@ impl BlockJobs for QemuDriver {
         job: &BlockJob,
         done: bool,
         stage: BlockStage,
-        remove: Vec<PathBuf>,
+        remove: Vec<StoredFile>,
     ) -> Result<(), DriverError> {
         let operation = self.operation(machine).await?;
         let closed = operation.close_unused(job, done).await;
@@ -162,7 +163,7 @@ impl Operation {
     }
 
     /// Refuses what would lose something, or what QEMU has not open as it is recorded.
-    async fn check_block_job(&self, job: &BlockJob) -> Result<(), DriverError> {
+    async fn check_block_job(&self, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
         let body = self.body()?;
         self.nobody_else_works().await?;
         let nodes = Nodes::of(body).await?;
@@ -196,21 +197,31 @@ impl Operation {
                 )));
             }
         }
-        if let BlockWork::Commit { delete: true, .. } = job.work {
-            let files = paths(job.left());
-            let survey = self.survey(files.clone()).await?;
-            if let Some(odd) = files.iter().find(|file| survey.at(file).what != What::Plain) {
-                let odd = odd.display();
-                return Err(cannot(format!("disk '{target}': {odd} is no plain file, and stays: leave out 'delete'")));
-            }
-        }
         match &job.work {
             BlockWork::Pull { .. } if job.chain[0].format != "qcow2" && job.chain[0].format != "qed" => {
                 Err(cannot(format!("disk '{target}': an image in {} stands on nothing", job.chain[0].format)))
             }
-            BlockWork::Copy { to, block, makes } => self.check_copy(job, to, *block, *makes, &nodes).await,
-            _ => Ok(()),
+            BlockWork::Copy { to, block, makes } => {
+                self.check_copy(job, to, *block, *makes, &nodes).await.map(|()| Vec::new())
+            }
+            BlockWork::Commit { delete: true, .. } => self.to_be_removed(job).await,
+            _ => Ok(Vec::new()),
         }
+    }
+
+    /// The layers that a commit leaves, as they are now. Refuses what could not be removed.
+    async fn to_be_removed(&self, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
+        let (target, files) = (job.target.clone(), paths(job.left()));
+        let Some(what) = files.first().cloned() else { return Ok(Vec::new()) };
+        self.with_images(&what, move |images| {
+            let judged = |file: &PathBuf| match storage::judge_open(file, images.lender.is_wary()) {
+                Ok(Some(judged)) => Ok(judged),
+                Ok(None) => Err(cannot(format!("disk '{target}': {} has no name any more", file.display()))),
+                Err(why) => Err(cannot(format!("disk '{target}': {why}; or leave out 'delete', and it stays"))),
+            };
+            files.iter().map(judged).collect()
+        })
+        .await
     }
 
     async fn check_copy(
@@ -518,8 +529,9 @@ impl Operation {
         job: &BlockJob,
         done: bool,
         stage: BlockStage,
-        mut remove: Vec<PathBuf>,
+        remove: Vec<StoredFile>,
     ) -> Result<(), DriverError> {
+        let mut copy = None;
         if let (false, BlockWork::Copy { to, makes: true, .. }) = (done, &job.work) {
             // One that was cut off before it could be said that it is made is empty.
             let (path, making) = (to.path.clone(), stage.making);
@@ -528,15 +540,17 @@ impl Operation {
                 Ok(making && there.what == What::Plain && there.length == 0)
             });
             if stage.made || empty.await? {
-                remove.push(to.path.clone());
+                copy = Some(to.path.clone());
             }
         }
-        let Some(what) = remove.first().cloned() else { return Ok(()) };
+        let Some(what) = copy.clone().or_else(|| Some(remove.first()?.path.clone())) else { return Ok(()) };
         self.with_images(&what, move |images| {
-            for file in remove {
-                if let Err(error) = make::remove_plain(&file, images.lender.is_wary()) {
-                    tracing::warn!(%error, "a file of no use is still there");
-                }
+            let wary = images.lender.is_wary();
+            let copies = copy.iter().map(|file| make::remove_plain(file, wary));
+            for error in
+                copies.chain(remove.iter().map(|file| storage::remove_open(file, wary))).filter_map(Result::err)
+            {
+                tracing::warn!(%error, "a file of no use is still there");
             }
             Ok(())
         })

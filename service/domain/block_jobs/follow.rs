@@ -187,7 +187,7 @@ impl Domain {
     ) -> Result<bool> {
         // Whoever had the turn before may have seen to it.
         let Some(entry) = self.block_entry(&block.target) else { return Err(self.has_been_settled(block)) };
-        let stage = entry.record.stage;
+        let (stage, removes) = (entry.record.stage, entry.record.removes);
         let driver = self.block_jobs()?;
         let machine = self.machine_or(live.clone()).await?;
         let done = driver.settle_block_job(&machine, block, stage.same).await;
@@ -212,7 +212,7 @@ impl Domain {
                 .map_err(|e| self.driver_failed("resume", e))?;
             notes.keep(BlockStage { resume: false, ..notes.stage() }).await.map_err(unkept)?;
         }
-        let remove = if done { self.to_be_removed(&Arc::new(block.clone())).await } else { Vec::new() };
+        let remove = if done { self.to_be_removed(removes).await } else { Vec::new() };
         let machine = self.machine_or(live).await?;
         let cleaned = driver.clean_up_block_job(&machine, block, done, stage, remove).await;
         cleaned.map_err(|e| self.driver_failed(&format!("clean up after the {} of", block.operation()), e))?;
