@@ -128,9 +128,7 @@ impl BlockJobs for QemuDriver {
         let body = our_body(guest)?;
         let nodes = Nodes::of(body).await?;
         let image = nodes.of_disk(disk)?;
-        // What is below the format is written at offsets of the file.
-        let storage = format!("{}-storage", image.name.strip_suffix("-format").unwrap_or(&image.name));
-        let set = json!({ "node-name": storage, "write-threshold": threshold });
+        let set = json!({ "node-name": storage_of(&image.name), "write-threshold": threshold });
         body.patiently("block-set-write-threshold", set).await.map(drop)
     }
 
@@ -183,17 +181,6 @@ impl Operation {
                     "disk '{target}': {} holds the snapshot '{}', which would be lost; delete it first",
                     layer.path.display(),
                     inner.name
-                )));
-            }
-        }
-        // Only what stays the guest's own image keeps them.
-        let loses: &[ImageLayer] = if matches!(job.work, BlockWork::Pull { .. }) { &[] } else { job.left() };
-        for layer in loses {
-            if let Some(bitmap) = nodes.image(&layer.path, &layer.format).and_then(|node| node.bitmaps.keys().next()) {
-                return Err(DriverError::Refused(format!(
-                    "disk '{target}': {} holds the dirty bitmap '{bitmap}' of a checkpoint, which would not be true any more; \
-                     delete it first",
-                    layer.path.display()
                 )));
             }
         }
@@ -336,12 +323,15 @@ impl Operation {
         let body = self.body()?;
         let (line, nodes, id) = (body.line()?, Nodes::of(body).await?, id_of(job));
         let node = |place: usize| Ok::<_, DriverError>(self.node_of(&nodes, job, &job.chain[place])?.name.clone());
-        let mut arguments = json!({ "auto-dismiss": false, "device": node(0)? });
+        // What limits the disk stands above its image, and stays there.
+        let top = top_of(&line, self.disk(&job.target)?).await?;
+        let mut arguments = json!({ "auto-dismiss": false, "device": top });
         if job.bandwidth > 0 {
             arguments["speed"] = json!(job.bandwidth);
         }
         let command = match &job.work {
             BlockWork::Pull { base } => {
+                arguments["device"] = json!(node(0)?);
                 arguments["auto-finalize"] = json!(false);
                 // QEMU 7.2 ends over a question after its nodes while one that has concluded is not dismissed.
                 arguments["auto-dismiss"] = json!(true);
@@ -353,9 +343,9 @@ impl Operation {
             }
             BlockWork::Commit { top, base, .. } => {
                 arguments["base-node"] = json!(node(*base)?);
+                arguments["top-node"] = json!(node(*top)?);
                 if *top > 0 {
                     arguments["auto-finalize"] = json!(false);
-                    arguments["top-node"] = json!(node(*top)?);
                     arguments["backing-file"] = json!(job.chain[*base].path);
                 }
                 "block-commit"
@@ -370,6 +360,7 @@ impl Operation {
                 let format = added.iter().filter_map(|node| node["node-name"].as_str());
                 arguments["target"] = json!(format.into_iter().find(|name| name.ends_with("-format")));
                 arguments["sync"] = json!("full");
+                arguments["replaces"] = json!(node(0)?);
                 "blockdev-mirror"
             }
         };
@@ -400,7 +391,10 @@ impl Operation {
                     late = true;
                     return Ok(Ok(()));
                 }
-                true => line.change_over(&id, same).await?,
+                true => {
+                    self.takes_threshold_along(job).await;
+                    line.change_over(&id, same).await?
+                }
                 false => {
                     same().await?;
                     match line.patiently("job-finalize", json!({ "id": id })).await {
@@ -440,6 +434,24 @@ impl Operation {
             Err(_) => Ok(()),
         };
         changed.and(resumed).and(noted).map(|()| !late)
+    }
+
+    /// Writing beyond an offset is told of the image that the guest writes from now on.
+    async fn takes_threshold_along(&self, job: &BlockJob) {
+        let moved = async {
+            let (body, after) = (self.body()?, job.chain_after());
+            let nodes = Nodes::of(body).await?;
+            let storage = storage_of(&self.node_of(&nodes, job, &job.chain[0])?.name);
+            let threshold = nodes.0.iter().find(|node| node.name == storage).map_or(0, |node| node.write_threshold);
+            let Some(after) = after.first().filter(|_| threshold > 0) else { return Ok(()) };
+            let storage = storage_of(&self.node_of(&nodes, job, after)?.name);
+            let set = json!({ "node-name": storage, "write-threshold": threshold });
+            body.patiently("block-set-write-threshold", set).await.map(drop)
+        };
+        let moved: Result<(), DriverError> = moved.await;
+        if let Err(error) = moved {
+            tracing::warn!(target = job.target, %error, "the threshold of the disk is lost with its image: set it again");
+        }
     }
 
     /// Whether the disk stands on what it was to stand on.
@@ -486,10 +498,7 @@ impl Operation {
         let told = line.patiently("query-block", json!({})).await?;
         let drive = told.as_array().into_iter().flatten().find(|drive| is_drive_of(drive, disk));
         let Some(drive) = drive else { return Ok(None) };
-        let mut seen = chain(&drive["inserted"]["image"]);
-        // Throttles are told as what they stand above.
-        seen.retain(|file| !file.as_os_str().is_empty());
-        seen.dedup();
+        let seen = chain(&drive["inserted"]["image"]);
         if let Some(done) = stands(&seen, &before, &after, |one, other| one == other) {
             return Ok(Some(done));
         }
@@ -579,11 +588,8 @@ impl Operation {
         if size < now && !shrink {
             return Err(smaller(now));
         }
-        let told = body.patiently("query-block", json!({})).await?;
-        let mut drives = told.as_array().into_iter().flatten();
         // What stands above the image learns of it so, too.
-        let top = drives.find(|drive| is_drive_of(drive, disk)).map(|drive| drive["inserted"]["node-name"].clone());
-        let top = top.ok_or_else(|| DriverError::Refused(format!("the running guest has no drive '{target}'")))?;
+        let top = top_of(&body.line()?, disk).await?;
         body.patiently("block_resize", json!({ "node-name": top, "size": size })).await.map(drop)
     }
 
@@ -606,6 +612,20 @@ impl Operation {
         }
         self.with_lent(files, move |images| images.resize(&chain, size, shrink)).await
     }
+}
+
+/// The node below that of an image's format, which is written at offsets of the file.
+fn storage_of(image: &str) -> String {
+    format!("{}-storage", image.strip_suffix("-format").unwrap_or(image))
+}
+
+/// The node that the drive of a disk reads: that of its image, or of what stands above it.
+pub(super) async fn top_of(line: &Monitor, disk: &Disk) -> Result<String, DriverError> {
+    let told = line.patiently("query-block", json!({})).await?;
+    let drive = told.as_array().into_iter().flatten().find(|drive| is_drive_of(drive, disk));
+    let top = drive.and_then(|drive| drive["inserted"]["node-name"].as_str());
+    let target = &disk.target.dev;
+    top.map(str::to_owned).ok_or_else(|| DriverError::Refused(format!("the running guest has no drive '{target}'")))
 }
 
 /// Whether what QEMU tells of a drive is of that disk.

@@ -131,7 +131,7 @@ impl Domain {
         };
         match told {
             Ok(BlockStanding::Ready) => {}
-            Ok(BlockStanding::Ended(why)) => return Seen::Ended(failure(why)),
+            Ok(BlockStanding::Ended(why)) => return Seen::Ended(failure(block, why)),
             Err(error) => return Seen::Ended(error),
         }
         let finishing = self.block_entry(&block.target).is_some_and(|entry| entry.record.stage.finishing);
@@ -148,7 +148,7 @@ impl Domain {
             () = cancel.cancelled() => Seen::Cancelled,
             () = job.finish_token().cancelled() => Seen::ToConclude,
             told = driver.follow_block_job(guest, block, true, &progress) => match told {
-                Ok(BlockStanding::Ended(why)) => Seen::Ended(failure(why)),
+                Ok(BlockStanding::Ended(why)) => Seen::Ended(failure(block, why)),
                 Ok(BlockStanding::Ready) => Seen::ToConclude,
                 Err(error) => Seen::Ended(error),
             },
@@ -364,9 +364,11 @@ fn verb_of(block: &BlockJob) -> &'static Verb {
 }
 
 /// Why it ended, in the hypervisor's words.
-fn failure(why: Option<String>) -> DriverError {
+fn failure(block: &BlockJob, why: Option<String>) -> DriverError {
     match why {
-        Some(why) if why.contains("No space left") => DriverError::NoSpace(why),
+        Some(why) if why.contains("No space left") => {
+            DriverError::NoSpace(format!("disk '{}': {why}, where its new image is", block.target))
+        }
         Some(why) => DriverError::Hypervisor(why),
         None => DriverError::Refused("somebody else has ended it".to_owned()),
     }

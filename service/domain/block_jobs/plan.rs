@@ -287,12 +287,11 @@ impl Domain {
         self.shared.images.refuse_in_chains(&deed, &files, counts, remedy).await
     }
 
-    /// Refuses a pull of layers whose bitmaps a checkpoint needs: they go with the layers, and nothing else tells what was written
-    /// to those. Of commits and copies the driver looks at all bitmaps.
+    /// Refuses to leave layers whose bitmaps a checkpoint needs: nothing else tells what was written to those. What a checkpoint that
+    /// was deleted has left in frozen layers does not count.
     fn keeps_checkpoints(&self, job: &BlockJob) -> Result<()> {
-        let (BlockWork::Pull { .. }, Some(top)) = (&job.work, job.chain.first()) else { return Ok(()) };
         let state = lock(&self.state);
-        let of_layers = |tracked: &TrackedDisk| tracked.target == job.target && tracked.began != top.path;
+        let of_layers = |tracked: &TrackedDisk| tracked.target == job.target && needs(&tracked.began, job);
         let mut sound = state.checkpoints.all().iter().filter(|def| def.broken.is_none());
         match sound.find(|def| def.tracked.iter().any(of_layers)) {
             None => Ok(()),
@@ -338,4 +337,16 @@ fn is_above(chain: &Chain, job: &BlockJob) -> bool {
     let BlockWork::Commit { base, .. } = &job.work else { return false };
     let own = job.chain.iter().take(base + 1).map(|layer| &layer.path);
     chain.files.iter().take(base + 1).eq(own)
+}
+
+/// Whether a checkpoint that began in that layer has bitmaps in one that the disk does not stand on afterwards.
+fn needs(began: &Path, job: &BlockJob) -> bool {
+    // All layers from the topmost down to that have them; of one that is none of its layers nobody knows.
+    let deepest = job.chain.iter().position(|layer| layer.path == began).unwrap_or(job.chain.len());
+    let first_left = match &job.work {
+        BlockWork::Pull { .. } => 1,
+        BlockWork::Commit { top, .. } => *top,
+        BlockWork::Copy { .. } => 0,
+    };
+    deepest >= first_left
 }
