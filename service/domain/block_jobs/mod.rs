@@ -138,7 +138,8 @@ impl Domain {
         let guest = self.guest()?;
         // A transient domain is there until it is settled.
         let stay = Creation::begin(self)?;
-        let record = BlockRecord { job: block.clone(), uid, stage: BlockStage::default(), removes };
+        let driver = self.driver.name().to_owned();
+        let record = BlockRecord { job: block.clone(), uid, stage: BlockStage::default(), removes, driver };
         let follower = Some((job.id(), guest.id));
         self.keep_block_job(BlockEntry { record, follower, ready: false, to_settle: false }).await?;
         fail_point::reached();
