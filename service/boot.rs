@@ -3,6 +3,7 @@
 use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
+use crate::left_behind;
 use crate::registry::Claimed;
 use crate::shared::{AGAIN, Shared, virtd_itself};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
@@ -88,6 +89,14 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
             search.run().await;
             drop(looked);
         });
+    }
+    for (uuid, left) in &snapshots {
+        // Its guest has ended, and it was transient.
+        if domains.get(*uuid).is_none() && (left.backup.is_some() || !left.block_jobs.is_empty()) {
+            let (looked, is_looked_at) = oneshot::channel::<()>();
+            looked_at.spawn(async move { drop(is_looked_at.await) });
+            left_behind::settle(shared, *uuid, Some(looked));
+        }
     }
     let left_behind: Vec<_> = snapshots.into_iter().map(|(uuid, left)| (uuid, left.intent)).collect();
     settle_saves(shared, domains, &left_behind, &mut looked_at);
@@ -360,7 +369,14 @@ impl Search {
             }
             None => {
                 tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
+                // What it leaves of work on its disks is seen to before anything new has its uuid.
+                let leaves = domain.has_work_on_disks();
+                shared.is_unsettled(uuid, leaves);
                 domain.ended_unseen(noted).await;
+                match leaves && domain.has_gone() {
+                    true => left_behind::settle(&shared, uuid, None),
+                    false => shared.is_unsettled(uuid, false),
+                }
             }
         }
         Ok(())

@@ -18,6 +18,7 @@ mod frames;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
+mod left_behind;
 mod lines;
 mod lock;
 pub mod log;

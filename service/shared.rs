@@ -64,7 +64,7 @@ pub(crate) struct Shared {
     pub subscriptions: Subscriptions,
     pub subscription_places: Arc<FairPlaces<u32>>,
     pub readings: Readings,
-    /// Machines of which nothing is left but a save that was cut off, and is not whole yet.
+    /// Machines of which nothing is left but something that was cut off, and is not whole yet.
     unsettled: watch::Sender<BTreeSet<Uuid>>,
     last_id: AtomicU32,
 }
@@ -109,12 +109,12 @@ impl Shared {
         self.drivers.iter().find(|d| d.name() == name)
     }
 
-    /// Of this machine only a save is left that was cut off; or it is whole now.
+    /// Of this machine only something is left that was cut off; or that is whole now.
     pub fn is_unsettled(&self, uuid: Uuid, unsettled: bool) {
         self.unsettled.send_modify(|all| _ = if unsettled { all.insert(uuid) } else { all.remove(&uuid) });
     }
 
-    /// Waits until no save of that machine is to be made whole, for as long as for a turn. Error: `Busy` then.
+    /// Waits until nothing of that machine is to be made whole, for as long as for a turn. Error: `Busy` then.
     pub async fn is_settled(&self, uuid: Uuid) -> Result<()> {
         let mut unsettled = self.unsettled.subscribe();
         let settled = unsettled.wait_for(|all| !all.contains(&uuid));
@@ -122,7 +122,7 @@ impl Shared {
             Ok(_) => Ok(()),
             Err(_) => Err(Error::Busy {
                 object: format!("the domain {uuid}"),
-                job: "finishing saving it that was cut off".to_owned(),
+                job: "finishing what was cut off with it".to_owned(),
             }),
         }
     }

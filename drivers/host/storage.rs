@@ -12,8 +12,23 @@ pub fn judge(path: &Path, wary: bool) -> Removable {
     Ok(find(path, wary)?.map(|(_, file)| file))
 }
 
-/// The same, with the place where it was judged.
+/// The same of a file that its machine has open.
+pub fn judge_open(path: &Path, wary: bool) -> Removable {
+    Ok(see(path, wary)?.map(|(_, file)| file))
+}
+
+/// As [`judge`], with the place where it was judged.
 fn find(path: &Path, wary: bool) -> Result<Option<(Place, StoredFile)>, String> {
+    let Some(found) = see(path, wary)? else { return Ok(None) };
+    let shown = path.display();
+    if is_open(path).map_err(|e| format!("{shown}: {e}"))? {
+        return Err(format!("somebody has {shown} open (fuser tells who)"));
+    }
+    Ok(Some(found))
+}
+
+/// A plain file, whoever has it open.
+fn see(path: &Path, wary: bool) -> Result<Option<(Place, StoredFile)>, String> {
     let shown = path.display();
     let found = Place::resolve(path, wary).and_then(|place| place.stat().map(|stat| (place, stat)));
     let (place, stat) = match found {
@@ -25,21 +40,31 @@ fn find(path: &Path, wary: bool) -> Result<Option<(Place, StoredFile)>, String> 
         FileType::Symlink => return Err(format!("{shown} is a link: name the file that it leads to")),
         _ => return Err(format!("{shown} is no plain file: remove it by hand")),
     }
-    if is_open(path).map_err(|e| format!("{shown}: {e}"))? {
-        return Err(format!("somebody has {shown} open (fuser tells who)"));
-    }
     let (identity, bytes) = ((stat.st_dev, stat.st_ino), stat.st_size.unsigned_abs());
     Ok(Some((place, StoredFile { path: path.to_owned(), identity, bytes })))
 }
 
 /// Removes it, if it is there and still that file. Errors: it cannot be, or somebody has opened it.
 pub fn remove(file: &StoredFile, wary: bool) -> Result<(), DriverError> {
-    match find(&file.path, wary).map_err(DriverError::Storage)? {
+    remove_found(find(&file.path, wary), file)
+}
+
+/// The same, whoever still has it open: they are not harmed.
+pub fn remove_open(file: &StoredFile, wary: bool) -> Result<(), DriverError> {
+    remove_found(see(&file.path, wary), file)
+}
+
+fn remove_found(found: Result<Option<(Place, StoredFile)>, String>, file: &StoredFile) -> Result<(), DriverError> {
+    let shown = file.path.display();
+    match found.map_err(DriverError::Storage)? {
         Some((place, found)) if found.identity == file.identity => {
-            let removed = place.remove_file_if_there();
-            removed.map_err(|e| DriverError::Storage(format!("{}: {e}", file.path.display())))
+            place.remove_file_if_there().map_err(|e| DriverError::Storage(format!("{shown}: {e}")))
         }
-        _ => Ok(()),
+        Some(_) => {
+            tracing::warn!("{shown} is another file by now, and is not removed");
+            Ok(())
+        }
+        None => Ok(()),
     }
 }
 

@@ -102,8 +102,8 @@ impl Monitor {
             // These are QEMU's numbers, and may be any.
             let sum = |key: &str| jobs.iter().filter_map(|job| job[key].as_u64()).fold(0, u64::saturating_add);
             progress(sum("current-progress"), sum("total-progress"));
-            if let Some(why) = jobs.iter().find_map(|job| job["error"].as_str()) {
-                return Err(failed(command, why));
+            if let Some((id, why)) = jobs.iter().find_map(|job| Some((job["id"].as_str()?, job["error"].as_str()?))) {
+                return Err(failed(command, &format!("the job '{id}': {why}")));
             }
             if jobs.len() < ids.len() {
                 return Err(failed(command, "a job has ended, and nobody knows how"));

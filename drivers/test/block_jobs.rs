@@ -3,7 +3,6 @@
 use super::guest::Machine as Played;
 use super::{TestDriver, lock, our_machine, stats};
 use async_trait::async_trait;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::time::Instant;
@@ -11,7 +10,7 @@ use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::driver::block_jobs::{BlockJob, BlockJobs, BlockNotes, BlockStage, BlockStanding, Held};
 use virt_model::driver::snapshots::Machine;
-use virt_model::driver::{DeviceEvent, DriverError, Instance};
+use virt_model::driver::{DeviceEvent, DriverError, Instance, StoredFile};
 
 /// How much each job would move.
 const TOTAL: u64 = 64 << 20;
@@ -51,8 +50,9 @@ impl TestDriver {
 
 #[async_trait]
 impl BlockJobs for TestDriver {
-    async fn check_block_job(&self, machine: &Machine, _: &BlockJob) -> Result<(), DriverError> {
-        guest_of(machine)?.listens().await
+    async fn check_block_job(&self, machine: &Machine, _: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
+        guest_of(machine)?.listens().await?;
+        Ok(Vec::new())
     }
 
     async fn begin_block_job(
@@ -133,7 +133,7 @@ impl BlockJobs for TestDriver {
         job: &BlockJob,
         _: bool,
         _: BlockStage,
-        _: Vec<PathBuf>,
+        _: Vec<StoredFile>,
     ) -> Result<(), DriverError> {
         self.forget_played(machine.def.uuid, job);
         Ok(())

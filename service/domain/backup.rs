@@ -7,9 +7,9 @@
 //!
 //! A virtd that finds a record goes on with what is begun, as a job again, or takes away what is not, or whose guest has gone.
 
-use super::Domain;
 use super::save::absolute;
 use super::state::State;
+use super::{Creation, Domain};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::fail_point;
@@ -17,6 +17,7 @@ use crate::frames::Changeable as _;
 use crate::images::Fate;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
+use crate::shared::AGAIN;
 use crate::store::{Backup, on_disk};
 use crate::time::now_usec;
 use crate::verb;
@@ -222,8 +223,14 @@ impl Domain {
         tell: Option<oneshot::Sender<()>>,
     ) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
         let Planned { machine, request, checkpoint, .. } = planned;
-        let mut backup =
-            Backup { request: request.clone(), uid, begun: false, complete: false, checkpoint: checkpoint.clone() };
+        let mut backup = Backup {
+            request: request.clone(),
+            uid,
+            begun: false,
+            complete: false,
+            checkpoint: checkpoint.clone(),
+            driver: self.driver.name().to_owned(),
+        };
         self.keep_backup(&backup).await?;
         lock(&self.state).backup =
             Some(CurrentBackup { request: Arc::new(request), label: job.label(verb::BACKUP_BEGIN.word), open: false });
@@ -231,6 +238,7 @@ impl Domain {
             // Whatever is at those places is somebody else's.
             if let Err(error) = self.forget_backup().await {
                 tracing::error!(uuid = %self.uuid, name = self.name(), %error, "the record of a backup that did not begin is left");
+                self.ends_backup_later(None);
             }
             return Err(self.not_backed_up(error));
         }
@@ -248,7 +256,8 @@ impl Domain {
         };
         if let Err(error) = begun.await {
             backup.begun = false;
-            self.undo_backup(&machine, &backup).await;
+            // The log has it where that fails.
+            let _ = self.ends_or_tries_again(machine, backup, false).await;
             return Err(error);
         }
         let domain = self.clone();
@@ -283,7 +292,7 @@ impl Domain {
                 }
             }
         };
-        self.ends_backup(machine, &backup.request, done.is_ok()).await?;
+        self.ends_or_tries_again(machine, backup, done.is_ok()).await?;
         done
     }
 
@@ -308,8 +317,52 @@ impl Domain {
         }
     }
 
-    /// Nothing of it is left but what is complete.
-    async fn ends_backup(&self, machine: Machine, request: &BackupRequest, complete: bool) -> Result<()> {
+    /// Nothing of it is left but what is complete. What cannot be done now is tried again and again, and no other backup is begun before.
+    async fn ends_or_tries_again(self: &Arc<Self>, machine: Machine, backup: Backup, complete: bool) -> Result<()> {
+        let ended = self.ends_backup(&machine, &backup, complete).await;
+        if let Err(error) = &ended {
+            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "something of a backup is left");
+            self.ends_backup_later(Some((machine, backup, complete)));
+        }
+        ended
+    }
+
+    /// `left`: what is to be ended; if nothing, only the record is to go.
+    fn ends_backup_later(self: &Arc<Self>, left: Option<(Machine, Backup, bool)>) {
+        if let Some(backup) = lock(&self.state).backup.as_mut() {
+            (backup.open, backup.label) = (false, "the end of a backup, which is tried again and again".to_owned());
+        }
+        // Of a machine that has gone, the next virtd finds the record.
+        let Ok(stay) = Creation::begin(self) else { return };
+        let (domain, mut pause) = (self.clone(), AGAIN.0);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN.1);
+                let ended = match &left {
+                    Some((machine, backup, complete)) => domain.ends_backup(machine, backup, *complete).await,
+                    None => domain.forget_backup().await,
+                };
+                let (uuid, name) = (domain.uuid, domain.name());
+                match ended {
+                    Ok(()) => break tracing::info!(%uuid, name, "nothing of the backup is left to be done"),
+                    Err(error) => tracing::warn!(%uuid, name, %error, "something of a backup is still left"),
+                }
+            }
+            drop(stay);
+        });
+    }
+
+    /// See [`Domain::ends_or_tries_again`]. Of one that did not begin, or was cut off before that was written down, the checkpoint goes,
+    /// too. Repeatable.
+    async fn ends_backup(&self, machine: &Machine, backup: &Backup, complete: bool) -> Result<()> {
+        if let (false, Some(def)) = (backup.begun, &backup.checkpoint) {
+            let gone = self.takes_checkpoints()?.delete_checkpoint(machine, &def.tracked).await;
+            gone.or_else(|e| if matches!(e, DriverError::Gone) { Ok(()) } else { Err(e) })
+                .map_err(|e| self.driver_failed("undo the backup of", e))?;
+            self.drop_checkpoint(&def.name).await?;
+        }
+        let (machine, request) = (machine.clone(), &backup.request);
         let alive = machine.guest.is_some() && self.guest().is_ok();
         let machine = if alive { machine } else { Machine { guest: None, running: false, ..machine } };
         let mut ended = self.backs_up()?.end_backup(&machine, request, complete).await;
@@ -319,35 +372,8 @@ impl Domain {
             ended = self.backs_up()?.end_backup(&machine, request, complete).await;
         }
         fail_point::reached();
-        match ended {
-            Ok(()) => self.forget_backup().await,
-            // Its record stays: the next virtd looks at what is left.
-            Err(error) => {
-                lock(&self.state).backup = None;
-                Err(self.driver_failed("end the backup of", error))
-            }
-        }
-    }
-
-    /// One that did not begin, or was cut off before that was written down.
-    async fn undo_backup(&self, machine: &Machine, backup: &Backup) {
-        let undone = async {
-            if let Some(def) = &backup.checkpoint {
-                let driver = self.takes_checkpoints()?;
-                let gone = driver.delete_checkpoint(machine, &def.tracked).await;
-                if let Err(error) = gone
-                    && !matches!(error, DriverError::Gone)
-                {
-                    return Err(self.driver_failed("undo the backup of", error));
-                }
-                self.drop_checkpoint(&def.name).await?;
-            }
-            self.ends_backup(machine.clone(), &backup.request, false).await
-        };
-        if let Err(error) = undone.await {
-            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "something of a backup that did not begin is left");
-            lock(&self.state).backup = None;
-        }
+        ended.map_err(|e| self.driver_failed("end the backup of", e))?;
+        self.forget_backup().await
     }
 
     /// A connection to the backup of a disk, by its target or the name that it was given.
@@ -381,13 +407,25 @@ impl Domain {
     /// What an earlier virtd has begun goes on as a job, or is taken away. For who has the turn, when it is known whether the guest
     /// runs.
     pub(crate) async fn takes_up_backup(self: &Arc<Self>) {
-        if lock(&self.state).backup.is_none() {
+        let is_cut_off = |state: &State| state.backup.is_some() && !state.gone;
+        if !is_cut_off(&lock(&self.state)) {
             return;
         }
-        if let Err(error) = self.take_up_backup().await {
-            tracing::error!(uuid = %self.uuid, name = self.name(), %error, "a backup that was cut off is left alone");
-            lock(&self.state).backup = None;
-        }
+        let Err(error) = self.take_up_backup().await else { return };
+        tracing::error!(uuid = %self.uuid, name = self.name(), %error, "a backup that was cut off is looked at again");
+        let Ok(stay) = Creation::begin(self) else { return };
+        let (domain, mut pause) = (self.clone(), AGAIN.0);
+        tokio::spawn(async move {
+            while is_cut_off(&lock(&domain.state)) {
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(AGAIN.1);
+                let turn = domain.turn.try_take("a backup that was cut off", &CancellationToken::new());
+                if turn.is_some() && domain.take_up_backup().await.is_ok() {
+                    break;
+                }
+            }
+            drop(stay);
+        });
     }
 
     async fn take_up_backup(self: &Arc<Self>) -> Result<()> {
@@ -398,19 +436,22 @@ impl Domain {
         };
         let (machine, name) = (self.machine().await?, self.name());
         if backup.complete {
-            self.ends_backup(machine, &backup.request, true).await?;
-            tracing::info!(%uuid, name, "a backup that was cut off is complete");
+            if self.ends_or_tries_again(machine, backup, true).await.is_ok() {
+                tracing::info!(%uuid, name, "a backup that was cut off is complete");
+            }
             return Ok(());
         }
-        let begun = backup.begun && machine.guest.is_some();
-        if !begun
-            || !self.backs_up()?.is_backed_up(&machine, &backup.request).await.map_err(|e| self.not_backed_up(e))?
-        {
-            match backup.begun {
-                true => self.ends_backup(machine, &backup.request, false).await?,
-                false => self.undo_backup(&machine, &backup).await,
+        let goes_on = match backup.begun && machine.guest.is_some() {
+            true => match self.backs_up()?.is_backed_up(&machine, &backup.request).await {
+                Err(DriverError::Gone) => false,
+                told => told.map_err(|e| self.not_backed_up(e))?,
+            },
+            false => false,
+        };
+        if !goes_on {
+            if self.ends_or_tries_again(machine, backup, false).await.is_ok() {
+                tracing::warn!(%uuid, name, "a backup was cut off: nothing is left of it");
             }
-            tracing::warn!(%uuid, name, "a backup was cut off: nothing is left of it");
             return Ok(());
         }
         let cancel = CancellationToken::new();
@@ -437,8 +478,8 @@ impl Domain {
 
     async fn forget_backup(&self) -> Result<()> {
         let (shared, uuid) = (self.shared.clone(), self.uuid);
-        let forgotten = on_disk(move || shared.store.remove_backup(uuid)).await;
+        on_disk(move || shared.store.remove_backup(uuid)).await?;
         lock(&self.state).backup = None;
-        forgotten
+        Ok(())
     }
 }

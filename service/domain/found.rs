@@ -39,6 +39,17 @@ impl Domain {
         self.turn.try_take("recovery, since virtd has started", cancel)
     }
 
+    /// Whether it has a backup, or work on its disks, that was under way.
+    pub(crate) fn has_work_on_disks(&self) -> bool {
+        let state = lock(&self.state);
+        state.backup.is_some() || !state.block_jobs.is_empty()
+    }
+
+    /// Whether nothing is left of it.
+    pub(crate) fn has_gone(&self) -> bool {
+        lock(&self.state).gone
+    }
+
     /// Whose it is.
     pub(crate) fn driver(&self) -> &Arc<dyn Driver> {
         &self.driver

@@ -4,7 +4,7 @@
 //!  XML ─read─▶ BackupDoc ─align with the machine─▶ disks of a BackupRequest
 //! ```
 
-use crate::checkpoint::{CheckpointDef, can_be_written, check_new_name_of, of_machine};
+use crate::checkpoint::{CheckpointDef, can_be_written, check_named, check_new_name_of, is_named};
 use crate::device::Disk;
 use crate::device::disk::DiskKind;
 use crate::domain::DomainDef;
@@ -149,22 +149,11 @@ impl BackupDoc {
         called: &str,
     ) -> Result<AlignedBackup, Vec<Finding>> {
         let (mut disks, mut named, mut log): (Vec<BackedUpDisk>, Vec<PathBuf>, Vec<Finding>) = Default::default();
-        let (mut seen, mut exports, mut files) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::new());
-        for asked in self.disks() {
-            match of_machine(machine, &asked.name) {
-                None => log.push(Finding::invalid(&asked.at, format!("the machine has no disk '{}'", asked.name))),
-                Some(disk) if !seen.insert(&disk.target.dev) => {
-                    log.push(Finding::invalid(&asked.at, format!("disk '{}' is named twice", disk.target.dev)));
-                }
-                Some(_) => {}
-            }
-        }
+        let (mut exports, mut files) = (BTreeSet::new(), BTreeSet::new());
+        check_named(machine, self.disks().iter().map(|asked| (&asked.at, asked.name.as_str())), &mut log);
         for disk in &machine.devices.disks {
             let target = &disk.target.dev;
-            let asked = self
-                .disks()
-                .iter()
-                .find(|asked| of_machine(machine, &asked.name).is_some_and(|one| one.target.dev == *target));
+            let asked = self.disks().iter().find(|asked| is_named(disk, &asked.name));
             let wanted = match asked {
                 Some(asked) => asked.backup != Some(false),
                 None => self.disks().is_empty() && can_be_written(disk),

@@ -34,6 +34,9 @@ const CHECKPOINTS: &str = ".checkpoints";
 /// The file of a backup under way.
 const BACKUP: &str = ".backup";
 
+/// The file of block jobs under way.
+const JOBS: &str = ".jobs";
+
 /// A record as it was found.
 #[derive(Clone, Debug)]
 pub(crate) struct Record {
@@ -75,6 +78,12 @@ pub(crate) struct BlockRecord {
     /// Who has asked for it.
     pub uid: u32,
     pub stage: BlockStage,
+    /// The files that are to be removed at its end, as they were when it began.
+    #[serde(default)]
+    pub removes: Vec<StoredFile>,
+    /// Whose its machine is.
+    #[serde(default)]
+    pub driver: String,
 }
 
 /// An operation under way.
@@ -98,6 +107,9 @@ pub(crate) struct Backup {
     pub complete: bool,
     /// The checkpoint that is created with it.
     pub checkpoint: Option<CheckpointDef>,
+    /// Whose its machine is.
+    #[serde(default)]
+    pub driver: String,
 }
 
 /// Which snapshot is the current one.
@@ -181,8 +193,8 @@ impl Store {
             Ok(intent) => (intent, None),
             Err(e) => (None, Some(format!("an operation on its snapshots that was cut off cannot be finished: {e}"))),
         };
-        let (block_jobs, no_jobs) = match read_if_there(&folder.join(".jobs")) {
-            Ok(jobs) => (jobs.unwrap_or_default(), None),
+        let (block_jobs, no_jobs) = match self.block_jobs(uuid) {
+            Ok(jobs) => (jobs, None),
             Err(e) => (BTreeMap::new(), Some(format!("block jobs of it cannot be taken up again: {e}"))),
         };
         let broken = no_intent.or(no_current).or(no_jobs).or(no_checkpoints);
@@ -306,9 +318,14 @@ impl Store {
         replace_json(&self.snapshots(uuid).join(".intent"), intent)
     }
 
+    /// The block jobs that are under way, by their disks.
+    pub fn block_jobs(&self, uuid: Uuid) -> Result<BTreeMap<String, BlockRecord>> {
+        read_if_there(&self.snapshots(uuid).join(JOBS)).map(Option::unwrap_or_default)
+    }
+
     /// Keeps which block jobs are under way.
     pub fn save_block_jobs(&self, uuid: Uuid, jobs: &BTreeMap<String, BlockRecord>) -> Result<()> {
-        let file = self.snapshots(uuid).join(".jobs");
+        let file = self.snapshots(uuid).join(JOBS);
         if jobs.is_empty() {
             return unlink(&file).map(drop);
         }

@@ -152,6 +152,14 @@ impl Domain {
         {}
     }
 
+    /// Waits until it is off.
+    pub async fn is_off(&self) {
+        let mut watch = self.client.watch().await;
+        while self.state().await.0 != "shutoff" {
+            watch.next().await;
+        }
+    }
+
     /// Its configuration.
     pub async fn xml(&self) -> String {
         self.run("GetXML").await.expect("GetXML").body().deserialize().expect("a string")

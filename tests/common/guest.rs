@@ -219,3 +219,24 @@ impl Tick {
         }
     }
 }
+
+/// A block device, for a while: a loop device over a file.
+pub struct LoopDevice(pub PathBuf);
+
+impl LoopDevice {
+    /// `None` where there are none (and says so).
+    pub fn of(file: &Path) -> Option<LoopDevice> {
+        let made = Command::new("losetup").args(["--find", "--show"]).arg(file).output();
+        let Some(made) = made.ok().filter(|made| made.status.success()) else {
+            skip("no loop device to be had");
+            return None;
+        };
+        Some(LoopDevice(PathBuf::from(String::from_utf8_lossy(&made.stdout).trim())))
+    }
+}
+
+impl Drop for LoopDevice {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
+    }
+}

@@ -15,6 +15,8 @@ pub mod checkpoints;
 pub mod client;
 #[allow(dead_code, reason = "not every test sits at a console")]
 pub mod console;
+#[allow(dead_code, reason = "most tests cut nothing off")]
+pub mod cut_off;
 pub mod dead;
 pub mod deaf;
 pub mod guest;
@@ -211,6 +213,27 @@ impl Daemon {
     /// SIGKILLs virtd and waits until it has gone. Guests stay.
     pub async fn kill_virtd(&mut self) {
         self.virtd.take().expect("no virtd to kill").kill().await.unwrap();
+    }
+
+    /// What the QEMU of the only guest answers on its monitor while no virtd has it.
+    pub fn asks_qemu(&self, questions: &[&str]) -> Vec<serde_json::Value> {
+        let guests = std::fs::read_dir(self.root().join("run/virt/guests")).expect("its folder");
+        let socket = guests.flatten().map(|guest| guest.path().join("monitor.sock")).next().expect("a guest");
+        let mut line = std::os::unix::net::UnixStream::connect(socket).expect("its monitor");
+        line.set_read_timeout(Some(PATIENCE)).expect("a limit");
+        let mut lines = BufReader::new(line.try_clone().expect("a copy")).lines();
+        let mut ask = |question: &str| {
+            line.write_all(question.as_bytes()).expect("asked");
+            loop {
+                let told: serde_json::Value =
+                    serde_json::from_str(&lines.next().expect("a line").expect("read")).expect("JSON");
+                if told.get("return").is_some() || told.get("error").is_some() {
+                    return told;
+                }
+            }
+        };
+        ask("{\"execute\":\"qmp_capabilities\"}\n");
+        questions.iter().map(|question| ask(&format!("{question}\n"))).collect()
     }
 
     /// Runs a shell command at the `number`-th step of what is done to snapshots from now on.

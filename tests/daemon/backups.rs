@@ -1,9 +1,9 @@
 //! Backups through the bus, of guests in memory: jobs, refusals, and what they create beside.
 
-use crate::common::Daemon;
 use crate::common::checkpoints::{get, list};
 use crate::common::client::{Client, Domain, Options, Refusal, options};
 use crate::common::snapshots::with;
+use crate::common::{Daemon, PATIENCE};
 use std::io::Read as _;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -86,6 +86,34 @@ async fn a_push_ends_by_itself_and_a_pull_is_finished() {
     while job::<String>(&domain, &pushed, "State").await != "cancelled" {
         watch.next().await;
     }
+}
+
+/// What cannot be ended at once is tried again, and keeps others from beginning: its record would be lost.
+#[tokio::test]
+async fn an_end_that_fails_is_tried_again() {
+    let Some(daemon) = Daemon::on_session_bus().await else { return };
+    let domain = started(&daemon).await;
+    let pulled = begin(&domain, PULL, "", options([])).await.expect("ready");
+    let uuid: String = domain.property("UUID").await;
+    let record = daemon.root().join("var/lib/virt/snapshots").join(uuid).join(".backup");
+    std::fs::remove_file(&record).expect("it is there");
+    std::fs::create_dir(&record).expect("in its place");
+    let finished = domain.client.call(&pulled, "org.virt.Job.Finish", &(options([]),)).await;
+    refused(finished, "StorageFailed", ".backup");
+    refused(begin(&domain, PULL, "", options([])).await, "Busy", "tried again");
+    refused(domain.call("OpenBackup", &("vda", options([]))).await, "OperationInvalid", "not ready");
+    std::fs::remove_dir(&record).expect("it is there");
+    let begun = std::time::Instant::now();
+    let again = loop {
+        match begin(&domain, PULL, "", options([])).await {
+            Err((error, _)) if error.ends_with("Busy") && begun.elapsed() < PATIENCE => {
+                // That it has ended is told to nobody.
+                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+            }
+            begun => break begun.expect("ready"),
+        }
+    };
+    domain.client.call(&again, "org.virt.Job.Finish", &(options([]),)).await.expect("finished");
 }
 
 #[tokio::test]

@@ -1,12 +1,16 @@
 //! Backups of real guests that write all the time: what is read, or written, is what the disks held at one moment.
 
-use crate::common::Daemon;
 use crate::common::checkpoints::{breaks, create, get, list};
 use crate::common::client::{Client, Domain, Options, Refusal, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::Player;
-use crate::saved::{Victims, refused};
+use crate::common::users::ADMIN;
+use crate::common::{Daemon, Setup};
+use crate::saved::refused;
+use crate::system::lent;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use zbus::{OwnedObjectPath, Variant};
@@ -16,25 +20,25 @@ const STEPS: u32 = 20;
 const ONE: &str = "<domaincheckpoint><name>one</name></domaincheckpoint>";
 const TWO: &str = "<domaincheckpoint><name>two</name></domaincheckpoint>";
 
-fn run(program: &str, arguments: &[&str]) -> String {
+pub fn run(program: &str, arguments: &[&str]) -> String {
     let done = Command::new(program).args(arguments).output().expect("it runs");
     assert!(done.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
     String::from_utf8(done.stdout).expect("UTF-8")
 }
 
-fn text(path: &Path) -> &str {
+pub fn text(path: &Path) -> &str {
     path.to_str().expect("a text")
 }
 
 /// A tick with a second disk of some megabytes with something in them.
-struct Backed {
-    domain: Domain,
-    tick: Tick,
-    disks: [PathBuf; 2],
+pub struct Backed {
+    pub domain: Domain,
+    pub tick: Tick,
+    pub disks: [PathBuf; 2],
 }
 
 impl Backed {
-    async fn start(daemon: &Daemon, name: &str) -> Option<Backed> {
+    pub async fn start(daemon: &Daemon, name: &str) -> Option<Backed> {
         let mut tick = Tick::new(daemon, name, "")?;
         let other = daemon.folder().join(format!("{name}.b.qcow2"));
         run("qemu-img", &["create", "-q", "-f", "qcow2", text(&other), "16M"]);
@@ -72,7 +76,7 @@ impl Backed {
     }
 }
 
-async fn begin(domain: &Domain, xml: &str, checkpoint: &str, how: Options<'_>) -> Result<String, Refusal> {
+pub async fn begin(domain: &Domain, xml: &str, checkpoint: &str, how: Options<'_>) -> Result<String, Refusal> {
     let reply = domain.call("BackupBegin", &(xml, checkpoint, how)).await?;
     Ok(reply.body().deserialize::<OwnedObjectPath>().expect("o").to_string())
 }
@@ -81,12 +85,16 @@ async fn finish(domain: &Domain, job: &str) -> Result<(), Refusal> {
     domain.client.call(job, "org.virt.Job.Finish", &(options([]),)).await.map(drop)
 }
 
-async fn job_is<T: TryFrom<zbus::OwnedVariant, Error: std::fmt::Debug>>(domain: &Domain, job: &str, what: &str) -> T {
+pub async fn job_is<T: TryFrom<zbus::OwnedVariant, Error: std::fmt::Debug>>(
+    domain: &Domain,
+    job: &str,
+    what: &str,
+) -> T {
     domain.client.property(job, "org.virt.Job", what).await
 }
 
 /// Files that a backup may have left beside an image.
-fn beside(backed: &Backed) -> Vec<PathBuf> {
+pub fn beside(backed: &Backed) -> Vec<PathBuf> {
     let folder = backed.disks[0].parent().expect("a folder");
     let all = std::fs::read_dir(folder).expect("there").flatten().map(|entry| entry.path());
     let mut left: Vec<PathBuf> =
@@ -249,7 +257,7 @@ async fn ready_job(domain: &Domain) -> Option<String> {
 }
 
 /// Waits for the end of a job, which is to be that.
-async fn ends(domain: &Domain, job: &str, state: &str) {
+pub async fn ends(domain: &Domain, job: &str, state: &str) {
     let mut watch = domain.client.watch().await;
     loop {
         let now: String = job_is(domain, job, "State").await;
@@ -321,8 +329,38 @@ async fn what_is_pushed_is_what_the_disks_held() {
     assert_same(&raw(&a), &full[0], "what was complete");
 }
 
+/// QEMU is behind its wall, and has the scratch for as long as there is one; who reads has a connection, and nothing else.
+#[tokio::test(flavor = "multi_thread")]
+async fn on_the_system_bus_a_backup_is_read_from_behind_the_wall() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::with_example_rules()).await else { return };
+    let Some(tick) = Tick::new(&daemon, "wall", "") else { return };
+    let client = Client { connection: daemon.connect_as(&ADMIN).await };
+    let domain = client.define(&tick.xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    domain.bare("Suspend").await.expect("suspended");
+    let raw = tick.disk.with_extension("held");
+    run("qemu-img", &["convert", "-U", "-f", "qcow2", "-O", "raw", text(&tick.disk), text(&raw)]);
+    let job = begin(&domain, "<domainbackup mode='pull'/>", "", options([])).await.expect("ready");
+    domain.bare("Resume").await.expect("resumed");
+    tick.goes_on().await;
+    let backed = Backed { domain: domain.clone(), disks: [tick.disk.clone(), tick.disk.clone()], tick };
+    let scratch = beside(&backed);
+    assert_eq!(scratch.len(), 1, "{scratch:?}");
+    let (image, made) = (std::fs::metadata(&backed.tick.disk), std::fs::metadata(&scratch[0]));
+    assert_eq!(made.expect("there").uid(), image.expect("there").uid());
+    assert!(lent(&scratch[0]) && lent(&backed.tick.disk), "to QEMU's user");
+    let bridge = Bridge::to(&domain, "vda", daemon.folder());
+    assert_same(&bridge.read("vda").await, &std::fs::read(&raw).expect("read"), "vda");
+    finish(&domain, &job).await.expect("finished");
+    assert_eq!(beside(&backed).len(), 0);
+    assert!(lent(&backed.tick.disk), "it runs on");
+    backed.tick.goes_on().await;
+    domain.run("Destroy").await.expect("destroyed");
+}
+
 /// Waits until a job is at work.
-async fn ready_to_cancel(domain: &Domain, job: &str) {
+pub async fn ready_to_cancel(domain: &Domain, job: &str) {
     let mut watch = domain.client.watch().await;
     while job_is::<u64>(domain, job, "BytesTotal").await == 0 {
         watch.next().await;
@@ -333,15 +371,12 @@ async fn ready_to_cancel(domain: &Domain, job: &str) {
 /// is left.
 async fn killed_at_every_step(victims: Victims, mode: &str) {
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    let mut went_on = false;
-    for step in 1..STEPS {
+    let mut steps = Steps::of(mode, victims, 4..STEPS);
+    loop {
+        let step = steps.next();
         let Some(mut backed) = Backed::start(&daemon, &format!("cut{step}")).await else { return };
         let mut watch = backed.domain.client.watch().await;
-        let victim = match victims {
-            Victims::Virtd => daemon.virtd_pid().to_string(),
-            _ => daemon.qemu_of(&backed.tick.name).expect("it runs").to_string(),
-        };
-        daemon.at_step(step, &format!("kill -9 {victim}"));
+        steps.kill(&daemon, &backed.tick.name);
         let (path, xml) = (backed.domain.path.clone(), format!("<domainbackup mode='{mode}'/>"));
         let begun = backed.domain.client.ask(&path, "org.virt.Domain.BackupBegin", &(&xml, ONE, options([]))).await;
         if begun
@@ -350,18 +385,14 @@ async fn killed_at_every_step(victims: Victims, mode: &str) {
         {
             backed.domain.client.ask(&job, "org.virt.Job.Finish", &(options([]),)).await;
         }
-        if !daemon.step_came() {
-            assert!(begun && (went_on || victims != Victims::Virtd) && step > 4, "fewer steps than thought: {step}");
+        if !steps.came(&mut daemon, &mut backed.domain, begun).await {
             return;
         }
         if victims == Victims::Virtd {
-            daemon.virtd_died().await;
-            daemon.start_virtd().await;
-            backed.domain = Domain { client: Client { connection: daemon.connect().await }, path };
             let domain = &backed.domain;
             domain.is_looked_after().await;
             let is_there = !jobs(domain).await.is_empty();
-            went_on |= is_there || !list(domain).await.is_empty();
+            steps.is_done(is_there || !list(domain).await.is_empty());
             if mode == "pull" && is_there {
                 finish(domain, &ready_job(domain).await.expect("it goes on")).await.expect("finished");
             }
@@ -387,7 +418,6 @@ async fn killed_at_every_step(victims: Victims, mode: &str) {
         }
         let _ = backed.domain.run("Destroy").await;
     }
-    panic!("a backup has more than {STEPS} steps");
 }
 
 async fn jobs(domain: &Domain) -> Vec<String> {

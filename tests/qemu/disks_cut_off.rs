@@ -1,24 +1,17 @@
 //! Whatever is killed at whatever step of a block job: afterwards the disk stands on what it stood on or on what it was to stand on, in
 //! every configuration and in truth, and nothing is left lying about. A job that QEMU is still at is a job again.
 
+use crate::common::Daemon;
 use crate::common::client::{Client, Domain, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::snapshots::with;
-use crate::common::{Daemon, PATIENCE};
 use crate::disks_moved::{Layered, copy_to, files_of_disk, run, text};
 use std::path::{Path, PathBuf};
-use std::time::Instant;
 use zbus::OwnedObjectPath;
 
 /// More steps than any block job has.
 const STEPS: u32 = 40;
 const JOB: &str = "org.virt.Job";
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Victims {
-    Virtd,
-    Qemu,
-    Both,
-}
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Deed {
@@ -127,60 +120,33 @@ impl Trial {
         assert_eq!(self.copy.exists(), done && self.deed == Deed::Copy, "{when}: a stray copy");
         done
     }
-
-    async fn is_off(&self) {
-        let begun = Instant::now();
-        while self.domain.state().await.0 != "shutoff" {
-            assert!(begun.elapsed() < PATIENCE, "it was killed");
-            tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-        }
-    }
 }
 
 async fn killed_at_every_step(deed: Deed, victims: Victims) {
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    let mut was_done = false;
-    for step in 1..STEPS {
-        let when = format!("{deed:?}, {victims:?} killed at {step}");
-        let name = format!("cut{step}");
+    let mut steps = Steps::of(format!("{deed:?}"), victims, 6..STEPS);
+    loop {
+        let name = format!("cut{}", steps.next());
+        let when = steps.when();
         let Some(mut trial) = Trial::begin(&daemon, &name, deed).await else { return };
         let (_, boots) = trial.layered.tick.counted().expect("it counts");
-        let (qemu, virtd) = (daemon.qemu_of(&name).expect("it runs"), daemon.virtd_pid());
-        daemon.at_step(
-            step,
-            &match victims {
-                Victims::Virtd => format!("kill -9 {virtd}"),
-                Victims::Qemu => format!("kill -9 {qemu}"),
-                Victims::Both => format!("kill -9 {qemu}; kill -9 {virtd}"),
-            },
-        );
+        steps.kill(&daemon, &name);
         let performed = trial.perform().await;
-        if !daemon.step_came() {
-            assert!(performed && was_done && step > 6, "a block job has fewer steps than thought: {when}");
+        if !steps.came(&mut daemon, &mut trial.domain, performed).await {
             assert!(trial.is_whole(&daemon, &when).await);
             return;
-        }
-        if victims != Victims::Qemu {
-            daemon.virtd_died().await;
-            daemon.start_virtd().await;
-            let client = Client { connection: daemon.connect().await };
-            trial.domain = Domain { client, path: trial.domain.path.clone() };
         }
         trial.domain.is_looked_after().await;
         let goes_on = match victims {
             Victims::Virtd => trial.ends_what_goes_on().await,
             _ => false,
         };
-        if victims != Victims::Virtd {
-            trial.is_off().await;
-            trial.domain.is_looked_after().await;
-        }
+        steps.is_as_it_was(&trial.domain, &trial.layered.tick).await;
+        trial.domain.is_looked_after().await;
         let done = trial.is_whole(&daemon, &when).await;
         assert!(done || !goes_on, "{when}: its job has succeeded");
-        assert!(done || !was_done, "{when}: it had been done before");
-        was_done = done;
-        if victims == Victims::Virtd {
-            assert_eq!(trial.domain.state().await.0, "running", "{when}");
+        steps.is_done(done);
+        if !victims.have_qemu() {
             trial.layered.tick.goes_on().await;
             trial.domain.run("Destroy").await.expect("destroyed");
         }
@@ -188,7 +154,6 @@ async fn killed_at_every_step(deed: Deed, victims: Victims) {
         trial.layered.tick.boots_to(boots + 1).await;
         trial.domain.run("Destroy").await.expect("destroyed");
     }
-    panic!("a block job has more than {STEPS} steps");
 }
 
 #[tokio::test(flavor = "multi_thread")]

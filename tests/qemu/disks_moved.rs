@@ -1,8 +1,9 @@
 //! The images of a real guest's disk, resized, committed, copied and pulled while it runs.
 
 use crate::common::client::{Client, Domain, Options, Refusal, options};
-use crate::common::guest::Tick;
+use crate::common::guest::{LoopDevice, Tick};
 use crate::common::snapshots::with;
+use crate::common::stats::stats_with;
 use crate::common::{Daemon, PATIENCE};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -98,6 +99,11 @@ impl Moved {
         for xml in [self.domain.xml().await, inactive.body().deserialize::<String>().expect("s")] {
             assert_eq!(files_of_disk(&xml), files);
         }
+    }
+
+    /// The threshold of its disk, as it is told.
+    async fn threshold(&self) -> u64 {
+        stats_with(&self.domain, &["disks"], &["disks"]).await.number("disks", 0, "threshold")
     }
 
     fn same(&self, one: (&Path, &str), other: (&Path, &str)) {
@@ -205,6 +211,8 @@ async fn it_is_copied(moved: &Moved) -> PathBuf {
     assert!(!copy.exists(), "virtd has made it");
     moved.stands_on(&[&moved.top, base]).await;
 
+    let far = 1u64 << 40;
+    domain.call("SetBlockThreshold", &("vda", far, options([]))).await.expect("set");
     let speed: Options<'_> = options([("bandwidth", Variant::from(1u64 << 30))]);
     let job = moved.job("BlockCopy", &("vda", copy_to(&copy, "raw"), speed)).await.expect("ready");
     domain.bare("Suspend").await.expect("suspended");
@@ -212,6 +220,7 @@ async fn it_is_copied(moved: &Moved) -> PathBuf {
     moved.finish(&job).await;
     moved.same((&copy, "raw"), (&moved.top, "qcow2"));
     moved.stands_on(&[&copy]).await;
+    assert_eq!(moved.threshold().await, far, "it goes along");
     domain.bare("Resume").await.expect("resumed");
     moved.tick.goes_on().await;
     assert_eq!(before.map(|(_, boots)| boots), moved.tick.counted().map(|(_, boots)| boots));
@@ -236,19 +245,127 @@ async fn what_it_writes_is_told(moved: &Moved) {
 async fn what_it_writes_is_committed(moved: &Moved, below: &Path) {
     let (domain, tick) = (&moved.domain, &moved.tick);
     let snapshot = "<domainsnapshot><name>over</name></domainsnapshot>";
-    domain
-        .call("CreateSnapshot", &(snapshot, with([("disk-only", true), ("no-metadata", true)])))
-        .await
-        .expect("taken");
     let overlay = below.with_extension("over");
-    moved.stands_on(&[&overlay, below]).await;
-    tick.goes_on().await;
-    let job = moved.job("BlockCommit", &("vda", "", "", with([("delete", true)]))).await.expect("ready");
-    assert!(domain.xml().await.contains("job='active-commit' ready='yes'"));
-    tick.goes_on().await;
-    moved.finish(&job).await;
-    moved.stands_on(&[below]).await;
-    assert!(!overlay.exists(), "that was wanted");
+    for another in [true, false] {
+        domain
+            .call("CreateSnapshot", &(snapshot, with([("disk-only", true), ("no-metadata", true)])))
+            .await
+            .expect("taken");
+        moved.stands_on(&[&overlay, below]).await;
+        tick.goes_on().await;
+        let far = 1u64 << 41;
+        domain.call("SetBlockThreshold", &("vda", far, options([]))).await.expect("set");
+        let job = moved.job("BlockCommit", &("vda", "", "", with([("delete", true)]))).await.expect("ready");
+        assert!(domain.xml().await.contains("job='active-commit' ready='yes'"));
+        tick.goes_on().await;
+        if another {
+            std::fs::rename(&overlay, below.with_extension("away")).expect("it was there");
+            std::fs::write(&overlay, "somebody's").expect("written");
+        }
+        moved.finish(&job).await;
+        moved.stands_on(&[below]).await;
+        assert_eq!(moved.threshold().await, far, "it goes along");
+        match another {
+            true => {
+                assert_eq!(std::fs::read_to_string(&overlay).expect("it is another file"), "somebody's");
+                std::fs::remove_file(&overlay).expect("removed");
+            }
+            false => assert!(!overlay.exists(), "that was wanted"),
+        }
+    }
     assert_eq!(domain.state().await.0, "running");
     tick.goes_on().await;
+}
+
+/// The jobs that are at work.
+async fn at_work(domain: &Domain) -> Vec<OwnedObjectPath> {
+    let jobs = domain.client.call("/org/virt", "org.virt.Manager.GetJobs", &()).await.expect("told");
+    jobs.body().deserialize().expect("ao")
+}
+
+/// The pace is QEMU's, also after another virtd; what limits the disk limits what it stands on then, a block device here.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_with_limits_is_copied_at_a_pace_and_onto_a_block_device() {
+    const PACE: u64 = 65536;
+    let Some(mut daemon) = Daemon::on_session_bus().await else { return };
+    let Some(mut tick) = Tick::new(&daemon, "paced", "") else { return };
+    let limits = "<iotune><write_iops_sec>4000</write_iops_sec></iotune><target dev='vda'";
+    tick.xml = tick.xml.replacen("<target dev='vda'", limits, 1);
+    let domain = Client { connection: daemon.connect().await }.define(&tick.xml).await.expect("defined");
+    domain.run("Start").await.expect("started");
+    tick.counts_to(2).await;
+    let copy = tick.disk.with_extension("copy");
+    let slowly = options([("bandwidth", Variant::from(PACE)), ("no-wait", Variant::from(true))]);
+    let mut watch = domain.client.watch().await;
+    let job: OwnedObjectPath = domain
+        .call("BlockCopy", &("vda", copy_to(&copy, "raw"), slowly))
+        .await
+        .expect("begun")
+        .body()
+        .deserialize()
+        .expect("o");
+    while domain.client.property::<u64>(job.as_str(), JOB, "BytesTotal").await == 0 {
+        assert_eq!(domain.client.property::<String>(job.as_str(), JOB, "State").await, "running");
+        watch.next().await;
+    }
+    daemon.kill_virtd().await;
+    let told = daemon.asks_qemu(&["{\"execute\":\"query-block-jobs\"}"]).remove(0);
+    let speeds: Vec<Option<u64>> =
+        told["return"].as_array().into_iter().flatten().map(|job| job["speed"].as_u64()).collect();
+    assert_eq!(speeds, [Some(PACE)], "{told}");
+    daemon.start_virtd().await;
+    let domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path };
+    domain.is_looked_after().await;
+    let job = at_work(&domain).await.pop().expect("it goes on");
+    let mut watch = domain.client.watch().await;
+    domain.client.call(job.as_str(), &format!("{JOB}.Cancel"), &()).await.expect("cancelled");
+    while domain.client.property::<String>(job.as_str(), JOB, "State").await == "running" {
+        watch.next().await;
+    }
+
+    // An overlay is committed, and another merged with its snapshot.
+    let finish = async |job: Result<zbus::Message, Refusal>| {
+        let job: OwnedObjectPath = job.expect("ready").body().deserialize().expect("o");
+        domain.client.call(job.as_str(), &format!("{JOB}.Finish"), &(options([]),)).await.expect("finished");
+    };
+    let alone = || with([("disk-only", true), ("no-metadata", true)]);
+    domain
+        .call("CreateSnapshot", &("<domainsnapshot><name>one</name></domainsnapshot>", alone()))
+        .await
+        .expect("taken");
+    finish(domain.call("BlockCommit", &("vda", "", "", options([]))).await).await;
+    let (two, only) = ("<domainsnapshot><name>two</name></domainsnapshot>", with([("disk-only", true)]));
+    domain.call("CreateSnapshot", &(two, only)).await.expect("taken");
+    let two = format!("{}/snapshot/two", domain.path);
+    domain.client.call(&two, "org.virt.Snapshot.Delete", &(options([]),)).await.expect("merged");
+    assert_eq!(files_of_disk(&domain.xml().await), [tick.disk.clone()]);
+    tick.goes_on().await;
+
+    let file = daemon.folder().join("device");
+    let told = run(&daemon, &["info", "-U", "--output=json", text(&tick.disk)]);
+    let told: serde_json::Value = serde_json::from_str(&told).expect("JSON");
+    let size = told["virtual-size"].as_u64().expect("a size");
+    std::fs::File::create(&file).expect("made").set_len(size).expect("grown");
+    let Some(device) = LoopDevice::of(&file) else { return };
+    let onto = format!("<disk type='block'><driver type='raw'/><source dev='{}'/></disk>", device.0.display());
+    refused(domain.call("BlockCopy", &("vda", &onto, options([]))).await, "OperationInvalid", "reuse-external");
+    let there = with([("reuse-external", true)]);
+    finish(domain.call("BlockCopy", &("vda", &onto, there)).await).await;
+    let xml = domain.xml().await;
+    assert!(xml.contains("type='block'") && xml.contains(&format!("<source dev='{}'", device.0.display())), "{xml}");
+    tick.goes_on().await;
+    let limits = domain.call("GetBlockThrottle", &("vda", with([("live", true)]))).await.expect("told");
+    let limits: std::collections::HashMap<String, zbus::OwnedVariant> = limits.body().deserialize().expect("a{sv}");
+    assert_eq!(*limits["write-requests-per-second"], Variant::from(4000u64));
+    daemon.kill_virtd().await;
+    let told = daemon.asks_qemu(&["{\"execute\":\"query-block\"}"]).remove(0);
+    let top = told["return"][0]["inserted"]["node-name"].as_str().expect("a node");
+    assert!(top.ends_with("-throttle"), "it goes through what limits it: {top}");
+    daemon.start_virtd().await;
+    let domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path.clone() };
+    let (_, boots) = tick.counted().expect("it counts");
+    domain.run("Destroy").await.expect("destroyed");
+    domain.run("Start").await.expect("it starts from the device");
+    tick.boots_to(boots + 1).await;
+    domain.run("Destroy").await.expect("destroyed");
 }

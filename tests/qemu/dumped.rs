@@ -1,12 +1,12 @@
 //! Real guests that are dumped in files and go on.
 
+use crate::common::Daemon;
 use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
-use crate::common::{Daemon, PATIENCE};
-use crate::saved::{Victims, another, refused, restore, saved_as, saved_xml, ticking};
+use crate::saved::{another, refused, restore, saved_as, saved_xml, ticking};
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
-use std::time::Instant;
 use zbus::Variant;
 
 /// More steps than a dump has.
@@ -127,88 +127,59 @@ async fn its_memory_is_dumped(daemon: &mut Daemon, mut domain: Domain, tick: &Ti
     tick.goes_on().await;
     refused(saved_xml(&domain.client, &file, false).await, "InvalidArgument", &["memory"]);
 
-    let mut was_there = false;
-    for step in 1..STEPS {
+    let mut steps = Steps::of("a dump of memory", Victims::Virtd, 6..STEPS);
+    loop {
+        let step = steps.next();
         let file = daemon.folder().join(format!("memory-{step}"));
-        daemon.at_step(step, &format!("kill -9 {}", daemon.virtd_pid()));
+        steps.kill(daemon, &tick.name);
         let arguments = (file.to_str().expect("a text"), options([("format", Variant::from("elf"))]));
         let done = domain.client.ask(&domain.path, "org.virt.Domain.CoreDump", &arguments).await;
-        if !daemon.step_came() {
-            assert!(done && was_there && step > 6, "a dump of memory has fewer steps than thought: {step}");
+        if !steps.struck(daemon, done).await {
             return domain;
         }
-        daemon.virtd_died().await;
         // Nobody has to help it.
         tick.goes_on().await;
         daemon.start_virtd().await;
-        domain = Domain { client: Client { connection: daemon.connect().await }, path: domain.path };
+        domain.client = Client { connection: daemon.connect().await };
         domain.is_looked_after().await;
         let there = saved_as(&file);
         assert!(there.is_empty() || there == [file.clone()], "{there:?} at {step}");
-        assert!(!was_there || !there.is_empty(), "it had been complete before {step}");
-        was_there = !there.is_empty();
-        if was_there {
+        steps.is_done(!there.is_empty());
+        if !there.is_empty() {
             is_elf(&file);
         }
-        assert_eq!(domain.state().await.0, "running", "at {step}");
+        steps.is_as_it_was(&domain, tick).await;
     }
-    panic!("a dump of memory has more than {STEPS} steps");
 }
 
 /// A dump in the midst of which virtd or QEMU is killed, at each step there is: the file is complete or there is none, and the
 /// guest runs unless it was killed itself.
 async fn killed_at_every_step(victims: Victims) {
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    let mut was_there = false;
-    for step in 1..STEPS {
+    let mut steps = Steps::of("a dump", victims, 6..STEPS);
+    loop {
+        let step = steps.next();
         let name = format!("dump{step}");
         let Some((mut domain, tick)) = another(&daemon, &name).await else { return };
         let file = daemon.folder().join(format!("{name}.dump"));
-        let qemu = daemon.qemu_of(&tick.name).expect("it runs");
-        let killed = match victims {
-            Victims::Virtd => format!("kill -9 {}", daemon.virtd_pid()),
-            _ => format!("kill -9 {qemu}"),
-        };
-        daemon.at_step(step, &killed);
-        let path = domain.path.clone();
+        steps.kill(&daemon, &tick.name);
         let arguments = (file.to_str().expect("a text"), options([]));
-        let done = domain.client.ask(&path, "org.virt.Domain.CoreDump", &arguments).await;
-        if !daemon.step_came() {
-            assert!(done && was_there && step > 6, "a dump has fewer steps than thought: {step}");
+        let done = domain.client.ask(&domain.path, "org.virt.Domain.CoreDump", &arguments).await;
+        if !steps.came(&mut daemon, &mut domain, done).await {
             return;
-        }
-        if victims == Victims::Virtd {
-            daemon.virtd_died().await;
-            daemon.start_virtd().await;
-            domain = Domain { client: Client { connection: daemon.connect().await }, path };
         }
         domain.is_looked_after().await;
         let there = saved_as(&file);
         assert!(there.is_empty() || there == [file.clone()], "{there:?} at {step}");
-        assert!(!was_there || !there.is_empty(), "it had been complete before {step}");
-        was_there = !there.is_empty();
-        if was_there {
+        steps.is_done(!there.is_empty());
+        if !there.is_empty() {
             saved_xml(&domain.client, &file, false).await.expect("what is there is complete");
         }
-        is_as_it_was(&domain, &tick, victims, step).await;
+        steps.is_as_it_was(&domain, &tick).await;
+        if !victims.have_qemu() {
+            domain.run("Destroy").await.expect("destroyed");
+        }
     }
-    panic!("a dump has more than {STEPS} steps");
-}
-
-/// The guest goes on, or has been killed. Then it is ended.
-async fn is_as_it_was(domain: &Domain, tick: &Tick, victims: Victims, step: u32) {
-    if victims == Victims::Virtd {
-        assert_eq!(domain.state().await.0, "running", "at {step}");
-        tick.goes_on().await;
-        domain.run("Destroy").await.expect("destroyed");
-        return;
-    }
-    let begun = Instant::now();
-    while domain.state().await.0 != "shutoff" {
-        assert!(begun.elapsed() < PATIENCE, "it was killed at {step}");
-        tokio::time::sleep(std::time::Duration::from_millis(5)).await;
-    }
-    assert_ne!(domain.state().await.1, "saved", "at {step}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -6,8 +6,7 @@ use crate::common::guest::Tick;
 use crate::common::snapshots::with;
 use crate::common::users::ALICE;
 use serde_json::Value;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::unix::net::UnixStream;
+
 use std::path::{Path, PathBuf};
 use zbus::Variant;
 
@@ -65,22 +64,7 @@ impl Machine {
 
     /// What QEMU says while nobody else listens to it.
     fn asks_qemu(&self, questions: &[&str]) -> Vec<Value> {
-        let guests = std::fs::read_dir(self.daemon.root().join("run/virt/guests")).expect("its folder");
-        let socket = guests.flatten().map(|guest| guest.path().join("monitor.sock")).next().expect("a guest");
-        let mut line = UnixStream::connect(socket).expect("its monitor");
-        line.set_read_timeout(Some(crate::common::PATIENCE)).expect("a limit");
-        let mut lines = BufReader::new(line.try_clone().expect("a copy")).lines();
-        let mut ask = |question: &str| {
-            line.write_all(question.as_bytes()).expect("asked");
-            loop {
-                let told: Value = serde_json::from_str(&lines.next().expect("a line").expect("read")).expect("JSON");
-                if told.get("return").is_some() || told.get("error").is_some() {
-                    return told;
-                }
-            }
-        };
-        ask("{\"execute\":\"qmp_capabilities\"}\n");
-        questions.iter().map(|question| ask(&format!("{question}\n"))).collect()
+        self.daemon.asks_qemu(questions)
     }
 }
 

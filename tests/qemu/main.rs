@@ -5,6 +5,7 @@ mod common;
 
 mod adjusted;
 mod backups;
+mod backups_failed;
 mod checkpoints;
 mod console;
 mod dead_storage;

@@ -1,6 +1,7 @@
 //! Real guests that are saved in files and restored from them.
 
 use crate::common::client::{Client, Domain, Refusal, Watch, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::Player;
 use crate::common::users::ALICE;
@@ -255,14 +256,6 @@ async fn a_save_that_fails_or_is_refused_leaves_the_guest_running() {
 /// More steps than a save has.
 const STEPS: u32 = 20;
 
-/// What is killed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Victims {
-    Virtd,
-    Qemu,
-    Both,
-}
-
 /// What is saved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Saved {
@@ -275,10 +268,11 @@ enum Saved {
 /// A save in the midst of which virtd or QEMU is killed, at each step there is: the guest runs and there is no file, or it is off
 /// and the file is complete. With both of them a guest is lost whose file is not.
 async fn killed_at_every_step(victims: Victims, saved: Saved) {
-    let kills_virtd = victims != Victims::Qemu;
     let (transient, managed) = (saved == Saved::Transient, saved == Saved::Managed);
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
-    for step in 1..STEPS {
+    let mut steps = Steps::of(format!("{saved:?}"), victims, 6..STEPS);
+    loop {
+        let step = steps.next();
         let name = format!("cut{step}");
         let Some((mut domain, tick)) = another(&daemon, &name).await else { return };
         let uuid: String = domain.property("UUID").await;
@@ -286,17 +280,10 @@ async fn killed_at_every_step(victims: Victims, saved: Saved) {
             true => managed_file(&daemon, &uuid),
             false => daemon.folder().join(format!("{name}.save")),
         };
-        let qemu = daemon.qemu_of(&tick.name).expect("it runs");
         if transient {
             domain.run("Undefine").await.expect("undefined");
         }
-        let virtd = daemon.virtd_pid();
-        let killed = match victims {
-            Victims::Virtd => format!("kill -9 {virtd}"),
-            Victims::Qemu => format!("kill -9 {qemu}"),
-            Victims::Both => format!("kill -9 {qemu} {virtd}"),
-        };
-        daemon.at_step(step, &killed);
+        steps.kill(&daemon, &tick.name);
         let path = domain.path.clone();
         let mut watch = domain.client.watch().await;
         let (text, none) = (file.to_str().expect("a text"), options([]));
@@ -304,16 +291,10 @@ async fn killed_at_every_step(victims: Victims, saved: Saved) {
             true => domain.client.ask(&path, "org.virt.Domain.ManagedSave", &(none,)).await,
             false => domain.client.ask(&path, "org.virt.Domain.Save", &(text, none)).await,
         };
-        if !daemon.step_came() {
-            assert!(done && step > 6, "a save has fewer steps than thought: {step}");
-            println!("{victims:?} killed at each of {} steps, {saved:?}", step - 1);
+        if !steps.came(&mut daemon, &mut domain, done).await {
             return;
         }
-        if kills_virtd {
-            daemon.virtd_died().await;
-            daemon.start_virtd().await;
-            domain = Domain { client: Client { connection: daemon.connect().await }, path };
-        } else {
+        if !victims.have_virtd() {
             let last = watch.lifecycle(&domain.path).await;
             assert_eq!(last == "stopped saved", file.exists(), "{last} at {step}");
         }
@@ -329,7 +310,6 @@ async fn killed_at_every_step(victims: Victims, saved: Saved) {
         }
         runs_or_is_saved(&domain, &tick, &file, (victims, saved, step)).await;
     }
-    panic!("a save has more than {STEPS} steps");
 }
 
 /// Whether a transient machine of which nothing else is left has a file, from which it comes back; there is nothing beside.

@@ -1,10 +1,9 @@
 //! Real guests whose save or managed start comes to nothing, or to its end much later: storage that stops answering, names that are
 //! taken meanwhile, and what is killed while a guest goes on from what was saved of it.
 
-use super::saved::{
-    Victims, another, has_managed_save, managed_file, managed_save, refused, restore, save, saved_as, ticking,
-};
+use super::saved::{another, has_managed_save, managed_file, managed_save, refused, restore, save, saved_as, ticking};
 use crate::common::client::{Client, Domain, options};
+use crate::common::cut_off::Victims;
 use crate::common::dead::{Dead, Fading};
 use crate::common::{Daemon, PATIENCE};
 use std::path::{Path, PathBuf};

@@ -2,7 +2,8 @@
 //! nothing in between, nothing lost, nothing left lying about.
 
 use crate::common::Daemon;
-use crate::common::client::{Client, Domain, options};
+use crate::common::client::{Client, options};
+use crate::common::cut_off::{Steps, Victims};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
 use std::collections::BTreeSet;
@@ -11,13 +12,6 @@ use std::process::Command;
 
 /// More steps than any operation has.
 const STEPS: u32 = 60;
-
-/// What is killed.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Victim {
-    Virtd,
-    Qemu,
-}
 
 /// An operation, and what comes before it.
 #[derive(Clone, Copy, Debug)]
@@ -217,10 +211,12 @@ fn is_sound(image: &Path) {
 }
 
 /// Tries it at every step there is; gives how many there were.
-async fn killed_at_every_step(daemon: &mut Daemon, operation: &Operation, victim: Victim) -> Option<u32> {
-    for step in 1..STEPS {
-        let name = format!("{}-{}{step}", operation.name, if victim == Victim::Virtd { "v" } else { "q" });
-        let trial = Trial::begin(daemon, &name).await?;
+async fn killed_at_every_step(daemon: &mut Daemon, operation: &Operation, victims: Victims) -> Option<u32> {
+    let mut steps = Steps::of(operation.name, victims, 0..STEPS);
+    loop {
+        let step = steps.next();
+        let name = format!("{}-{}{step}", operation.name, if victims == Victims::Virtd { "v" } else { "q" });
+        let mut trial = Trial::begin(daemon, &name).await?;
         for deed in operation.before {
             assert!(trial.perform(*deed).await, "{deed:?} before {operation:?}");
         }
@@ -231,30 +227,20 @@ async fn killed_at_every_step(daemon: &mut Daemon, operation: &Operation, victim
             Deed::Delete(one) => _ = new.remove(one),
             _ => {}
         }
-        let command = match victim {
-            Victim::Virtd => format!("kill -9 {}", daemon.virtd_pid()),
-            Victim::Qemu => match daemon.qemu_of(&trial.tick.name) {
-                Some(pid) => format!("kill -9 {pid}"),
-                None => return Some(0),
-            },
-        };
+        if victims == Victims::Qemu && daemon.qemu_of(&trial.tick.name).is_none() {
+            return Some(0);
+        }
         let (ran, id) =
             (trial.player.domain.state().await.0 == "running", trial.player.domain.property::<u32>("Id").await);
         let mut watch = trial.player.domain.client.watch().await;
-        daemon.at_step(step, &command);
-        let _ = trial.perform(operation.deed).await;
-        let came = daemon.step_came();
-        while came && victim == Victim::Qemu && trial.player.domain.property::<u32>("Id").await == id {
+        steps.kill(daemon, &trial.tick.name);
+        let done = trial.perform(operation.deed).await;
+        let came = steps.came(daemon, &mut trial.player.domain, done).await;
+        while came && victims == Victims::Qemu && trial.player.domain.property::<u32>("Id").await == id {
             // Until its end is told.
             watch.next().await;
         }
-        let mut trial = trial;
-        if came && victim == Victim::Virtd {
-            daemon.virtd_died().await;
-            daemon.start_virtd().await;
-            let client = Client { connection: daemon.connect().await };
-            let path = trial.player.domain.path.clone();
-            trial.player = Player { domain: Domain { client, path } };
+        if came && victims == Victims::Virtd {
             let state = trial.player.domain.state().await.0;
             assert!(!ran || state == "running", "{operation:?} at {step}: it ran, and is {state}");
         }
@@ -263,15 +249,13 @@ async fn killed_at_every_step(daemon: &mut Daemon, operation: &Operation, victim
             return Some(step - 1);
         }
     }
-    panic!("{operation:?} has more than {STEPS} steps");
 }
 
-async fn all(operations: &[Operation], victim: Victim) {
+async fn all(operations: &[Operation], victims: Victims) {
     let Some(mut daemon) = Daemon::on_session_bus().await else { return };
     let mut kills = 0;
     for operation in operations {
-        let Some(steps) = killed_at_every_step(&mut daemon, operation, victim).await else { return };
-        println!("{}: {victim:?} killed at each of {steps} steps", operation.name);
+        let Some(steps) = killed_at_every_step(&mut daemon, operation, victims).await else { return };
         kills += steps;
     }
     println!("{kills} kills");
@@ -279,20 +263,20 @@ async fn all(operations: &[Operation], victim: Victim) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn virtd_killed_with_snapshots_inside_images() {
-    all(INTERNAL, Victim::Virtd).await;
+    all(INTERNAL, Victims::Virtd).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn virtd_killed_with_overlays() {
-    all(EXTERNAL, Victim::Virtd).await;
+    all(EXTERNAL, Victims::Virtd).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_killed_with_snapshots_inside_images() {
-    all(INTERNAL, Victim::Qemu).await;
+    all(INTERNAL, Victims::Qemu).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn qemu_killed_with_overlays() {
-    all(EXTERNAL, Victim::Qemu).await;
+    all(EXTERNAL, Victims::Qemu).await;
 }

@@ -2,7 +2,7 @@
 //! one or by going back to it.
 
 use crate::common::client::{Client, options};
-use crate::common::guest::Tick;
+use crate::common::guest::{LoopDevice, Tick};
 use crate::common::snapshots::{Player, with};
 use crate::common::users::ADMIN;
 use crate::common::{Daemon, PATIENCE, Setup, skip};
@@ -243,9 +243,7 @@ async fn a_block_device_that_the_caller_made_an_overlay_is_not_made_anew() {
     let Some((daemon, player, tick)) = tick("device").await else { return };
     let file = daemon.folder().join("device");
     std::fs::File::create(&file).expect("made").set_len(4 << 20).expect("grown");
-    let made = Command::new("losetup").args(["--find", "--show"]).arg(&file).output();
-    let Some(made) = made.ok().filter(|made| made.status.success()) else { return skip("no loop device to be had") };
-    let device = Device(PathBuf::from(String::from_utf8_lossy(&made.stdout).trim()));
+    let Some(device) = LoopDevice::of(&file) else { return };
     img(&["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"], &[&tick.disk, &device.0]);
     write(&device.0, 0x5a);
     let xml = format!(
@@ -255,15 +253,6 @@ async fn a_block_device_that_the_caller_made_an_overlay_is_not_made_anew() {
     );
     player.create(&xml, with([("disk-only", true), ("reuse-external", true)])).await.expect("taken");
     assert!(holds(&device.0, 0x5a), "what the caller had in it is lost");
-}
-
-/// A loop device, for a while.
-struct Device(PathBuf);
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        let _ = Command::new("losetup").arg("--detach").arg(&self.0).status();
-    }
 }
 
 /// Whether a guest writes nothing for half a second at the `number`-th step of what is done to snapshots next.

@@ -8,7 +8,7 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 
 /// Whether anybody has an entry in its access control list.
-fn lent(file: &Path) -> bool {
+pub fn lent(file: &Path) -> bool {
     rustix::fs::getxattr(file, "system.posix_acl_access", &mut [0u8; 0][..]).is_ok()
 }
 

@@ -18,6 +18,7 @@ use super::files::stored;
 use super::{Operation, cannot};
 use crate::host::files::{Seen, What};
 use crate::host::image::LentFromAfar;
+use crate::host::storage;
 use crate::qemu::block::Nodes;
 use crate::qemu::monitor::{JobStatus, Monitor};
 use crate::qemu::report::BLOCK_JOB;
@@ -30,7 +31,7 @@ use virt_model::driver::block_jobs::{
     BlockJob, BlockJobs, BlockNotes, BlockStage, BlockStanding, BlockWork, Held, ImageLayer,
 };
 use virt_model::driver::snapshots::Machine;
-use virt_model::driver::{DriverError, Instance};
+use virt_model::driver::{DriverError, Instance, StoredFile};
 
 /// So many bytes are not copied in a moment.
 const MUCH: u64 = 16 << 20;
@@ -41,7 +42,7 @@ fn id_of(job: &BlockJob) -> String {
 
 #[async_trait]
 impl BlockJobs for QemuDriver {
-    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<(), DriverError> {
+    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
         self.operation(machine).await?.check_block_job(job).await
     }
 
@@ -108,7 +109,7 @@ impl BlockJobs for QemuDriver {
         job: &BlockJob,
         done: bool,
         stage: BlockStage,
-        remove: Vec<PathBuf>,
+        remove: Vec<StoredFile>,
     ) -> Result<(), DriverError> {
         let operation = self.operation(machine).await?;
         let closed = operation.close_unused(job, done).await;
@@ -127,9 +128,7 @@ impl BlockJobs for QemuDriver {
         let body = our_body(guest)?;
         let nodes = Nodes::of(body).await?;
         let image = nodes.of_disk(disk)?;
-        // What is below the format is written at offsets of the file.
-        let storage = format!("{}-storage", image.name.strip_suffix("-format").unwrap_or(&image.name));
-        let set = json!({ "node-name": storage, "write-threshold": threshold });
+        let set = json!({ "node-name": storage_of(&image.name), "write-threshold": threshold });
         body.patiently("block-set-write-threshold", set).await.map(drop)
     }
 
@@ -162,7 +161,7 @@ impl Operation {
     }
 
     /// Refuses what would lose something, or what QEMU has not open as it is recorded.
-    async fn check_block_job(&self, job: &BlockJob) -> Result<(), DriverError> {
+    async fn check_block_job(&self, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
         let body = self.body()?;
         self.nobody_else_works().await?;
         let nodes = Nodes::of(body).await?;
@@ -185,32 +184,31 @@ impl Operation {
                 )));
             }
         }
-        // Only what stays the guest's own image keeps them.
-        let loses: &[ImageLayer] = if matches!(job.work, BlockWork::Pull { .. }) { &[] } else { job.left() };
-        for layer in loses {
-            if let Some(bitmap) = nodes.image(&layer.path, &layer.format).and_then(|node| node.bitmaps.keys().next()) {
-                return Err(DriverError::Refused(format!(
-                    "disk '{target}': {} holds the dirty bitmap '{bitmap}' of a checkpoint, which would not be true any more; \
-                     delete it first",
-                    layer.path.display()
-                )));
-            }
-        }
-        if let BlockWork::Commit { delete: true, .. } = job.work {
-            let files = paths(job.left());
-            let survey = self.survey(files.clone()).await?;
-            if let Some(odd) = files.iter().find(|file| survey.at(file).what != What::Plain) {
-                let odd = odd.display();
-                return Err(cannot(format!("disk '{target}': {odd} is no plain file, and stays: leave out 'delete'")));
-            }
-        }
         match &job.work {
             BlockWork::Pull { .. } if job.chain[0].format != "qcow2" && job.chain[0].format != "qed" => {
                 Err(cannot(format!("disk '{target}': an image in {} stands on nothing", job.chain[0].format)))
             }
-            BlockWork::Copy { to, block, makes } => self.check_copy(job, to, *block, *makes, &nodes).await,
-            _ => Ok(()),
+            BlockWork::Copy { to, block, makes } => {
+                self.check_copy(job, to, *block, *makes, &nodes).await.map(|()| Vec::new())
+            }
+            BlockWork::Commit { delete: true, .. } => self.to_be_removed(job).await,
+            _ => Ok(Vec::new()),
         }
+    }
+
+    /// The layers that a commit leaves, as they are now. Refuses what could not be removed.
+    async fn to_be_removed(&self, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError> {
+        let (target, files) = (job.target.clone(), paths(job.left()));
+        let Some(what) = files.first().cloned() else { return Ok(Vec::new()) };
+        self.with_images(&what, move |images| {
+            let judged = |file: &PathBuf| match storage::judge_open(file, images.lender.is_wary()) {
+                Ok(Some(judged)) => Ok(judged),
+                Ok(None) => Err(cannot(format!("disk '{target}': {} has no name any more", file.display()))),
+                Err(why) => Err(cannot(format!("disk '{target}': {why}; or leave out 'delete', and it stays"))),
+            };
+            files.iter().map(judged).collect()
+        })
+        .await
     }
 
     async fn check_copy(
@@ -325,12 +323,15 @@ impl Operation {
         let body = self.body()?;
         let (line, nodes, id) = (body.line()?, Nodes::of(body).await?, id_of(job));
         let node = |place: usize| Ok::<_, DriverError>(self.node_of(&nodes, job, &job.chain[place])?.name.clone());
-        let mut arguments = json!({ "auto-dismiss": false, "device": node(0)? });
+        // What limits the disk stands above its image, and stays there.
+        let top = top_of(&line, self.disk(&job.target)?).await?;
+        let mut arguments = json!({ "auto-dismiss": false, "device": top });
         if job.bandwidth > 0 {
             arguments["speed"] = json!(job.bandwidth);
         }
         let command = match &job.work {
             BlockWork::Pull { base } => {
+                arguments["device"] = json!(node(0)?);
                 arguments["auto-finalize"] = json!(false);
                 // QEMU 7.2 ends over a question after its nodes while one that has concluded is not dismissed.
                 arguments["auto-dismiss"] = json!(true);
@@ -342,9 +343,9 @@ impl Operation {
             }
             BlockWork::Commit { top, base, .. } => {
                 arguments["base-node"] = json!(node(*base)?);
+                arguments["top-node"] = json!(node(*top)?);
                 if *top > 0 {
                     arguments["auto-finalize"] = json!(false);
-                    arguments["top-node"] = json!(node(*top)?);
                     arguments["backing-file"] = json!(job.chain[*base].path);
                 }
                 "block-commit"
@@ -359,6 +360,7 @@ impl Operation {
                 let format = added.iter().filter_map(|node| node["node-name"].as_str());
                 arguments["target"] = json!(format.into_iter().find(|name| name.ends_with("-format")));
                 arguments["sync"] = json!("full");
+                arguments["replaces"] = json!(node(0)?);
                 "blockdev-mirror"
             }
         };
@@ -389,7 +391,10 @@ impl Operation {
                     late = true;
                     return Ok(Ok(()));
                 }
-                true => line.change_over(&id, same).await?,
+                true => {
+                    self.takes_threshold_along(job).await;
+                    line.change_over(&id, same).await?
+                }
                 false => {
                     same().await?;
                     match line.patiently("job-finalize", json!({ "id": id })).await {
@@ -429,6 +434,24 @@ impl Operation {
             Err(_) => Ok(()),
         };
         changed.and(resumed).and(noted).map(|()| !late)
+    }
+
+    /// Writing beyond an offset is told of the image that the guest writes from now on.
+    async fn takes_threshold_along(&self, job: &BlockJob) {
+        let moved = async {
+            let (body, after) = (self.body()?, job.chain_after());
+            let nodes = Nodes::of(body).await?;
+            let storage = storage_of(&self.node_of(&nodes, job, &job.chain[0])?.name);
+            let threshold = nodes.0.iter().find(|node| node.name == storage).map_or(0, |node| node.write_threshold);
+            let Some(after) = after.first().filter(|_| threshold > 0) else { return Ok(()) };
+            let storage = storage_of(&self.node_of(&nodes, job, after)?.name);
+            let set = json!({ "node-name": storage, "write-threshold": threshold });
+            body.patiently("block-set-write-threshold", set).await.map(drop)
+        };
+        let moved: Result<(), DriverError> = moved.await;
+        if let Err(error) = moved {
+            tracing::warn!(target = job.target, %error, "the threshold of the disk is lost with its image: set it again");
+        }
     }
 
     /// Whether the disk stands on what it was to stand on.
@@ -475,10 +498,7 @@ impl Operation {
         let told = line.patiently("query-block", json!({})).await?;
         let drive = told.as_array().into_iter().flatten().find(|drive| is_drive_of(drive, disk));
         let Some(drive) = drive else { return Ok(None) };
-        let mut seen = chain(&drive["inserted"]["image"]);
-        // Throttles are told as what they stand above.
-        seen.retain(|file| !file.as_os_str().is_empty());
-        seen.dedup();
+        let seen = chain(&drive["inserted"]["image"]);
         if let Some(done) = stands(&seen, &before, &after, |one, other| one == other) {
             return Ok(Some(done));
         }
@@ -518,8 +538,9 @@ impl Operation {
         job: &BlockJob,
         done: bool,
         stage: BlockStage,
-        mut remove: Vec<PathBuf>,
+        remove: Vec<StoredFile>,
     ) -> Result<(), DriverError> {
+        let mut copy = None;
         if let (false, BlockWork::Copy { to, makes: true, .. }) = (done, &job.work) {
             // One that was cut off before it could be said that it is made is empty.
             let (path, making) = (to.path.clone(), stage.making);
@@ -528,15 +549,17 @@ impl Operation {
                 Ok(making && there.what == What::Plain && there.length == 0)
             });
             if stage.made || empty.await? {
-                remove.push(to.path.clone());
+                copy = Some(to.path.clone());
             }
         }
-        let Some(what) = remove.first().cloned() else { return Ok(()) };
+        let Some(what) = copy.clone().or_else(|| Some(remove.first()?.path.clone())) else { return Ok(()) };
         self.with_images(&what, move |images| {
-            for file in remove {
-                if let Err(error) = make::remove_plain(&file, images.lender.is_wary()) {
-                    tracing::warn!(%error, "a file of no use is still there");
-                }
+            let wary = images.lender.is_wary();
+            let copies = copy.iter().map(|file| make::remove_plain(file, wary));
+            for error in
+                copies.chain(remove.iter().map(|file| storage::remove_open(file, wary))).filter_map(Result::err)
+            {
+                tracing::warn!(%error, "a file of no use is still there");
             }
             Ok(())
         })
@@ -565,11 +588,8 @@ impl Operation {
         if size < now && !shrink {
             return Err(smaller(now));
         }
-        let told = body.patiently("query-block", json!({})).await?;
-        let mut drives = told.as_array().into_iter().flatten();
         // What stands above the image learns of it so, too.
-        let top = drives.find(|drive| is_drive_of(drive, disk)).map(|drive| drive["inserted"]["node-name"].clone());
-        let top = top.ok_or_else(|| DriverError::Refused(format!("the running guest has no drive '{target}'")))?;
+        let top = top_of(&body.line()?, disk).await?;
         body.patiently("block_resize", json!({ "node-name": top, "size": size })).await.map(drop)
     }
 
@@ -592,6 +612,20 @@ impl Operation {
         }
         self.with_lent(files, move |images| images.resize(&chain, size, shrink)).await
     }
+}
+
+/// The node below that of an image's format, which is written at offsets of the file.
+fn storage_of(image: &str) -> String {
+    format!("{}-storage", image.strip_suffix("-format").unwrap_or(image))
+}
+
+/// The node that the drive of a disk reads: that of its image, or of what stands above it.
+pub(super) async fn top_of(line: &Monitor, disk: &Disk) -> Result<String, DriverError> {
+    let told = line.patiently("query-block", json!({})).await?;
+    let drive = told.as_array().into_iter().flatten().find(|drive| is_drive_of(drive, disk));
+    let top = drive.and_then(|drive| drive["inserted"]["node-name"].as_str());
+    let target = &disk.target.dev;
+    top.map(str::to_owned).ok_or_else(|| DriverError::Refused(format!("the running guest has no drive '{target}'")))
 }
 
 /// Whether what QEMU tells of a drive is of that disk.

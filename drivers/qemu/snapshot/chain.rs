@@ -44,6 +44,9 @@ pub fn chain(mut image: &Value) -> Vec<PathBuf> {
         files.push(file_of(file));
         image = &image["backing-image"];
     }
+    // Filters, which limit a disk, are told as what they stand on, or by no name.
+    files.retain(|file| !file.as_os_str().is_empty());
+    files.dedup();
     files
 }
 

@@ -5,6 +5,7 @@
 
 use super::super::instance::Body;
 use super::Operation;
+use super::block_job::top_of;
 use super::chain::{Chains, OWN_JOB, not_in_chain};
 use super::note::written;
 use super::note::{Delete, Merge, Note};
@@ -152,11 +153,10 @@ impl Operation {
         let disk = self.machine.def.devices.disks.iter().find(|disk| disk.target.dev == merge.target);
         let disk = disk.ok_or_else(|| DriverError::Internal("a disk is lost".to_owned()))?;
         let mut arguments = json!({ "job-id": id, "base-node": base, "auto-dismiss": false });
-        if disk.path().map(Path::new) == Some(&merge.overlay) {
-            arguments["device"] = json!(overlay);
-        } else {
-            arguments["device"] = json!(nodes.of_disk(disk)?.name);
-            arguments["top-node"] = json!(overlay);
+        // What limits the disk stands above its image, and stays there.
+        arguments["device"] = json!(top_of(line, disk).await?);
+        arguments["top-node"] = json!(overlay);
+        if disk.path().map(Path::new) != Some(&merge.overlay) {
             arguments["backing-file"] = json!(merge.base);
         }
         line.patiently("block-commit", arguments).await.map(drop)

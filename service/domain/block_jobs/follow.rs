@@ -132,7 +132,7 @@ impl Domain {
         };
         match told {
             Ok(BlockStanding::Ready) => {}
-            Ok(BlockStanding::Ended(why)) => return Seen::Ended(failure(why)),
+            Ok(BlockStanding::Ended(why)) => return Seen::Ended(failure(block, why)),
             Err(error) => return Seen::Ended(error),
         }
         let finishing = self.block_entry(&block.target).is_some_and(|entry| entry.record.stage.finishing);
@@ -149,7 +149,7 @@ impl Domain {
             () = cancel.cancelled() => Seen::Cancelled,
             () = job.finish_token().cancelled() => Seen::ToConclude,
             told = driver.follow_block_job(guest, block, true, &progress) => match told {
-                Ok(BlockStanding::Ended(why)) => Seen::Ended(failure(why)),
+                Ok(BlockStanding::Ended(why)) => Seen::Ended(failure(block, why)),
                 Ok(BlockStanding::Ready) => Seen::ToConclude,
                 Err(error) => Seen::Ended(error),
             },
@@ -188,7 +188,7 @@ impl Domain {
     ) -> Result<bool> {
         // Whoever had the turn before may have seen to it.
         let Some(entry) = self.block_entry(&block.target) else { return Err(self.has_been_settled(block)) };
-        let stage = entry.record.stage;
+        let (stage, removes) = (entry.record.stage, entry.record.removes);
         let driver = self.block_jobs()?;
         let machine = self.machine_or(live.clone()).await?;
         let done = driver.settle_block_job(&machine, block, stage.same).await;
@@ -213,7 +213,7 @@ impl Domain {
                 .map_err(|e| self.driver_failed("resume", e))?;
             notes.keep(BlockStage { resume: false, ..notes.stage() }).await.map_err(unkept)?;
         }
-        let remove = if done { self.to_be_removed(&Arc::new(block.clone())).await } else { Vec::new() };
+        let remove = if done { self.to_be_removed(removes).await } else { Vec::new() };
         let machine = self.machine_or(live).await?;
         let cleaned = driver.clean_up_block_job(&machine, block, done, stage, remove).await;
         cleaned.map_err(|e| self.driver_failed(&format!("clean up after the {} of", block.operation()), e))?;
@@ -365,9 +365,11 @@ fn verb_of(block: &BlockJob) -> &'static Verb {
 }
 
 /// Why it ended, in the hypervisor's words.
-fn failure(why: Option<String>) -> DriverError {
+fn failure(block: &BlockJob, why: Option<String>) -> DriverError {
     match why {
-        Some(why) if why.contains("No space left") => DriverError::NoSpace(why),
+        Some(why) if why.contains("No space left") => {
+            DriverError::NoSpace(format!("disk '{}': {why}, where its new image is", block.target))
+        }
         Some(why) => DriverError::Hypervisor(why),
         None => DriverError::Refused("somebody else has ended it".to_owned()),
     }

@@ -133,12 +133,13 @@ impl Domain {
         job: &Arc<Job>,
     ) -> Result<Followed> {
         let planned = self.plan_block_job(target, asked, options).await?;
-        let (machine, block) = (planned.machine, planned.job);
+        let (machine, block, removes) = (planned.machine, planned.job, planned.removes);
         let _taken = self.take_written(&block).await?;
         let guest = self.guest()?;
         // A transient domain is there until it is settled.
         let stay = Creation::begin(self)?;
-        let record = BlockRecord { job: block.clone(), uid, stage: BlockStage::default() };
+        let driver = self.driver.name().to_owned();
+        let record = BlockRecord { job: block.clone(), uid, stage: BlockStage::default(), removes, driver };
         let follower = Some((job.id(), guest.id));
         self.keep_block_job(BlockEntry { record, follower, ready: false, to_settle: false }).await?;
         fail_point::reached();

@@ -6,9 +6,9 @@ use crate::error::{Error, Result};
 use crate::images::{Chain, FROZEN, Fate, Taken};
 use crate::lock::lock;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::DiskDevice;
+use virt_model::driver::StoredFile;
 use virt_model::driver::block_jobs::{BlockJob, BlockWork, ImageLayer};
 use virt_model::driver::checkpoints::TrackedDisk;
 use virt_model::driver::snapshots::Machine;
@@ -51,6 +51,8 @@ pub(super) enum Asked {
 pub(super) struct Planned {
     pub machine: Machine,
     pub job: BlockJob,
+    /// The files that are to be removed at its end, as they are now.
+    pub removes: Vec<StoredFile>,
 }
 
 impl Domain {
@@ -82,8 +84,8 @@ impl Domain {
         self.nobody_stands_on(&job).await?;
         self.keeps_checkpoints(&job)?;
         let able = driver.check_block_job(&machine, &job).await;
-        able.map_err(|e| self.driver_failed(job.operation(), e))?;
-        Ok(Planned { machine, job })
+        let removes = able.map_err(|e| self.driver_failed(job.operation(), e))?;
+        Ok(Planned { machine, job, removes })
     }
 
     /// The guest may let go of what it has been asked for at any time.
@@ -285,12 +287,11 @@ impl Domain {
         self.shared.images.refuse_in_chains(&deed, &files, counts, remedy).await
     }
 
-    /// Refuses a pull of layers whose bitmaps a checkpoint needs: they go with the layers, and nothing else tells what was written
-    /// to those. Of commits and copies the driver looks at all bitmaps.
+    /// Refuses to leave layers whose bitmaps a checkpoint needs: nothing else tells what was written to those. What a checkpoint that
+    /// was deleted has left in frozen layers does not count.
     fn keeps_checkpoints(&self, job: &BlockJob) -> Result<()> {
-        let (BlockWork::Pull { .. }, Some(top)) = (&job.work, job.chain.first()) else { return Ok(()) };
         let state = lock(&self.state);
-        let of_layers = |tracked: &TrackedDisk| tracked.target == job.target && tracked.began != top.path;
+        let of_layers = |tracked: &TrackedDisk| tracked.target == job.target && needs(&tracked.began, job);
         let mut sound = state.checkpoints.all().iter().filter(|def| def.broken.is_none());
         match sound.find(|def| def.tracked.iter().any(of_layers)) {
             None => Ok(()),
@@ -315,16 +316,15 @@ impl Domain {
         })
     }
 
-    /// Of the layers that have been committed those that nobody needs.
-    pub(super) async fn to_be_removed(&self, job: &Arc<BlockJob>) -> Vec<PathBuf> {
-        let BlockWork::Commit { delete: true, .. } = job.work else { return Vec::new() };
-        let files: Vec<PathBuf> = job.left().iter().map(|layer| layer.path.clone()).collect();
+    /// Of the layers that have been committed, as they were when that began, those that nobody needs.
+    pub(super) async fn to_be_removed(&self, layers: Vec<StoredFile>) -> Vec<StoredFile> {
+        let files: Vec<PathBuf> = layers.iter().map(|layer| layer.path.clone()).collect();
         let users = self.shared.images.users_of(&files, Fate::Removed, None).await;
-        let free = files.into_iter().filter(|file| match users.get(file) {
+        let free = layers.into_iter().filter(|layer| match users.get(&layer.path) {
             None => true,
             Some(users) => {
                 let users = users.join(", ");
-                tracing::warn!(uuid = %self.uuid, "{} is not removed: {users} stands on it", file.display());
+                tracing::warn!(uuid = %self.uuid, "{} is not removed: {users} stands on it", layer.path.display());
                 false
             }
         });
@@ -337,4 +337,16 @@ fn is_above(chain: &Chain, job: &BlockJob) -> bool {
     let BlockWork::Commit { base, .. } = &job.work else { return false };
     let own = job.chain.iter().take(base + 1).map(|layer| &layer.path);
     chain.files.iter().take(base + 1).eq(own)
+}
+
+/// Whether a checkpoint that began in that layer has bitmaps in one that the disk does not stand on afterwards.
+fn needs(began: &Path, job: &BlockJob) -> bool {
+    // All layers from the topmost down to that have them; of one that is none of its layers nobody knows.
+    let deepest = job.chain.iter().position(|layer| layer.path == began).unwrap_or(job.chain.len());
+    let first_left = match &job.work {
+        BlockWork::Pull { .. } => 1,
+        BlockWork::Commit { top, .. } => *top,
+        BlockWork::Copy { .. } => 0,
+    };
+    deepest >= first_left
 }

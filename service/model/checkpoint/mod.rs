@@ -13,7 +13,7 @@ use crate::device::Disk;
 use crate::device::disk::DiskDevice;
 use crate::domain::DomainDef;
 use crate::driver::checkpoints::TrackedDisk;
-use crate::xml::{Element, Finding};
+use crate::xml::{Element, Finding, Place};
 use doc::Tracking;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
@@ -42,16 +42,7 @@ impl CheckpointDef {
     /// The checkpoint that a document asks for, of this machine. `name` where the document has none.
     pub fn of(doc: &CheckpointDoc, name: &str, machine: &DomainDef) -> Result<CheckpointDef, Vec<Finding>> {
         let (mut tracked, mut left_out, mut log) = (Vec::new(), Vec::new(), Vec::new());
-        let mut seen = BTreeSet::new();
-        for asked in doc.disks() {
-            match of_machine(machine, &asked.name) {
-                None => log.push(Finding::invalid(&asked.at, format!("the machine has no disk '{}'", asked.name))),
-                Some(disk) if !seen.insert(&disk.target.dev) => {
-                    log.push(Finding::invalid(&asked.at, format!("disk '{}' is named twice", disk.target.dev)));
-                }
-                Some(_) => {}
-            }
-        }
+        check_named(machine, doc.disks().iter().map(|asked| (&asked.at, asked.name.as_str())), &mut log);
         for disk in &machine.devices.disks {
             let target = &disk.target.dev;
             let asked = doc.disks().iter().find(|asked| is_named(disk, &asked.name));
@@ -107,8 +98,27 @@ pub fn of_machine<'a>(machine: &'a DomainDef, name: &str) -> Option<&'a Disk> {
     machine.devices.disks.iter().find(|disk| is_named(disk, name))
 }
 
-fn is_named(disk: &Disk, name: &str) -> bool {
+/// Whether a document names that disk so.
+pub(crate) fn is_named(disk: &Disk, name: &str) -> bool {
     disk.target.dev == name || disk.path() == Some(name)
+}
+
+/// Holds the disks that a document names, each with its place there, against the machine: it has each, and none is named twice.
+pub(crate) fn check_named<'a>(
+    machine: &DomainDef,
+    named: impl Iterator<Item = (&'a Place, &'a str)>,
+    log: &mut Vec<Finding>,
+) {
+    let mut seen = BTreeSet::new();
+    for (at, name) in named {
+        match of_machine(machine, name) {
+            None => log.push(Finding::invalid(at, format!("the machine has no disk '{name}'"))),
+            Some(disk) if !seen.insert(&disk.target.dev) => {
+                log.push(Finding::invalid(at, format!("disk '{}' is named twice", disk.target.dev)));
+            }
+            Some(_) => {}
+        }
+    }
 }
 
 /// Whether the guest writes to it.

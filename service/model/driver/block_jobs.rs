@@ -10,7 +10,7 @@
 //! or those that it was to stand on.
 
 use super::snapshots::Machine;
-use super::{DriverError, Instance};
+use super::{DriverError, Instance, StoredFile};
 use crate::device::Disk;
 use crate::device::disk::DiskKind;
 use crate::device::source::DiskSource;
@@ -115,8 +115,8 @@ pub trait BlockNotes: Send + Sync {
 /// What a driver can do with the disks of a guest that runs.
 #[async_trait]
 pub trait BlockJobs: Send + Sync {
-    /// Refuses what cannot be done, by name. Changes nothing.
-    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<(), DriverError>;
+    /// Refuses what cannot be done, by name. Gives the files that are to be removed at its end, as they are now. Changes nothing.
+    async fn check_block_job(&self, machine: &Machine, job: &BlockJob) -> Result<Vec<StoredFile>, DriverError>;
 
     /// Begins it. What is returned is kept until it has ended. After a failure there is something to [clean
     /// up](BlockJobs::clean_up_block_job).
@@ -155,15 +155,15 @@ pub trait BlockJobs: Send + Sync {
     /// Repeatable.
     async fn settle_block_job(&self, machine: &Machine, job: &BlockJob, same: bool) -> Result<bool, DriverError>;
 
-    /// Leaves nothing of it that is of no use: of one that is not `done`, the image that has been made for it; and these files.
-    /// Repeatable, and to be repeated on failure.
+    /// Leaves nothing of it that is of no use: of one that is not `done`, the image that has been made for it; and these files, as
+    /// far as they are still what they were. Repeatable, and to be repeated on failure.
     async fn clean_up_block_job(
         &self,
         machine: &Machine,
         job: &BlockJob,
         done: bool,
         stage: BlockStage,
-        remove: Vec<PathBuf>,
+        remove: Vec<StoredFile>,
     ) -> Result<(), DriverError>;
 
     /// The first writing of a disk's image beyond that offset is told, once ([`DeviceEvent::WrittenBeyond`]); 0: none is.
