@@ -63,7 +63,7 @@ pub(crate) trait Changeable: Send + Sync + 'static {
     }
 
     /// The work of a job has ended, and its turn is given back.
-    fn settles(&self, _cancelled: bool) -> impl Future<Output = ()> + Send {
+    fn settles(self: &Arc<Self>, _cancelled: bool) -> impl Future<Output = ()> + Send {
         async {}
     }
 

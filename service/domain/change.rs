@@ -66,7 +66,7 @@ impl Changeable for Domain {
         self.finish_interrupted_soon().await
     }
 
-    async fn settles(&self, cancelled: bool) {
+    async fn settles(self: &Arc<Self>, cancelled: bool) {
         if cancelled {
             self.wants_no_guest().await;
         }
