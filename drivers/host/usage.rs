@@ -26,18 +26,18 @@ pub fn of_process(pid: i32) -> io::Result<ProcessUsage> {
 pub type ThreadNumbers = BTreeMap<i32, i32>;
 
 /// What threads of a process have run, and waited to run, by the numbers that the process itself calls them by; without those that
-/// have ended. The same holds for its process. What is `known` of their numbers is looked up anew where it does not do.
+/// have ended. The same holds for its process.
 pub fn of_threads(pid: i32, ids: &[i32], known: &mut ThreadNumbers) -> BTreeMap<i32, ThreadStats> {
-    let read = |known: &ThreadNumbers| -> BTreeMap<i32, ThreadStats> {
+    of_known_threads(pid, ids, known).unwrap_or_else(|| {
+        *known = our_numbers(pid).unwrap_or_else(|| ids.iter().map(|id| (*id, *id)).collect());
         let threads = ids.iter().filter_map(|id| Some((*id, of_thread(pid, *known.get(id)?).ok()?)));
         threads.collect()
-    };
-    let found = read(known);
-    if found.len() == ids.len() {
-        return found;
-    }
-    *known = our_numbers(pid).unwrap_or_else(|| ids.iter().map(|id| (*id, *id)).collect());
-    read(known)
+    })
+}
+
+/// The same, by what is known of their numbers alone: one file for each. `None` where that does not do any more.
+pub fn of_known_threads(pid: i32, ids: &[i32], known: &ThreadNumbers) -> Option<BTreeMap<i32, ThreadStats>> {
+    ids.iter().map(|id| Some((*id, of_thread(pid, *known.get(id)?).ok()?))).collect()
 }
 
 /// Our numbers of a process' threads by its own, where it lives in a namespace of its own; `None`: they are the same.

@@ -111,7 +111,10 @@ impl Body {
         let (client, admitted) = admitted.ok_or_else(|| DriverError::Refused("another client".to_owned()))?;
         let lines = self.consoles.lines.clone();
         let line = match lines.take(alias).await {
-            Some(line) => line,
+            Some(line) => {
+                forget_unread(line.get_ref());
+                line
+            }
             None => {
                 let own_dir = self.leavings.own_dir();
                 let opened = blocking(move || terminal(&path, &own_dir)).await?;
@@ -152,10 +155,9 @@ fn terminal(path: &Path, own_dir: &Path) -> io::Result<OwnedFd> {
     if is.st_uid != owner {
         return Err(other("is not the guest's any more"));
     }
+    forget_unread(&line);
     // SAFETY: the structure is plain numbers, and is filled by tcgetattr before it is used.
     let set = unsafe {
-        // What was said to those who were here before, and is unread, is told to nobody.
-        libc::tcflush(line.as_raw_fd(), libc::TCIFLUSH);
         let mut modes: libc::termios = std::mem::zeroed();
         match libc::tcgetattr(line.as_raw_fd(), &raw mut modes) {
             0 => {
@@ -166,6 +168,12 @@ fn terminal(path: &Path, own_dir: &Path) -> io::Result<OwnedFd> {
         }
     };
     if set == 0 { Ok(line) } else { Err(io::Error::last_os_error()) }
+}
+
+/// What was said to those who were here before, and is unread, is told to nobody.
+fn forget_unread(line: &OwnedFd) {
+    // SAFETY: it takes numbers only.
+    unsafe { libc::tcflush(line.as_raw_fd(), libc::TCIFLUSH) };
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ use serde_json::{Value, json};
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
@@ -261,6 +261,11 @@ impl Body {
     pub async fn execute(&self, command: &str, arguments: Value) -> Result<Value, DriverError> {
         let monitor = self.monitor()?;
         monitor.execute(command, arguments).await.map_err(DriverError::from)
+    }
+
+    /// What its threads are called outside its namespace, as far as it is known.
+    pub fn thread_numbers(&self) -> MutexGuard<'_, ThreadNumbers> {
+        self.threads.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub fn monitor(&self) -> Result<Arc<Qmp>, DriverError> {

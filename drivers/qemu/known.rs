@@ -7,7 +7,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// Different questions whose answers are kept: a handful are asked this way.
-const KEPT: usize = 16;
+const KEPT: usize = 8;
+
+/// Values that a kept answer may have in it, each text counted by its length: more than a machine with a hundred disks needs. A QEMU that was
+/// taken over may say megabytes, which are asked for anew each time.
+const LARGEST: usize = 64 << 10;
 
 /// The answers of one QEMU.
 #[derive(Default)]
@@ -40,13 +44,14 @@ impl Known {
         (*changes == self.changes()).then(|| answer.clone())
     }
 
-    /// Keeps the answer to a question that was asked after so many changes.
+    /// Keeps the answer to a question that was asked after so many changes, and none that does not hold any more.
     pub fn keep(&self, question: String, changes: u64, answer: Arc<Value>) {
+        let now = self.changes();
         let mut answers = self.answers();
-        if answers.len() >= KEPT {
-            answers.clear();
+        answers.retain(|_, (changes, _)| *changes == now);
+        if changes == now && answers.len() < KEPT && left_of(&answer, LARGEST).is_some() {
+            answers.insert(question, (changes, answer));
         }
-        answers.insert(question, (changes, answer));
     }
 
     fn answers(&self) -> MutexGuard<'_, HashMap<String, (u64, Arc<Value>)>> {
@@ -54,9 +59,36 @@ impl Known {
     }
 }
 
+/// What is left of so much room when a value has been put there, if it fits.
+fn left_of(value: &Value, room: usize) -> Option<usize> {
+    let room = room.checked_sub(1)?;
+    match value {
+        Value::String(text) => room.checked_sub(text.len()),
+        Value::Array(values) => values.iter().try_fold(room, |room, value| left_of(value, room)),
+        Value::Object(members) => {
+            members.iter().try_fold(room, |room, (name, value)| left_of(value, room.checked_sub(name.len())?))
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => Some(room),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn what_is_larger_than_any_machine_needs_is_not_kept() {
+        let known = Known::default();
+        let large =
+            [json!(vec![json!({ "": 0 }); LARGEST / 2]), json!("x".repeat(LARGEST)), json!({ "x".repeat(LARGEST): 0 })];
+        for answer in large {
+            known.keep("query-a".to_owned(), known.changes(), Arc::new(answer));
+            assert_eq!(known.answer("query-a"), None);
+        }
+        known.keep("query-a".to_owned(), known.changes(), Arc::new(json!(vec![json!({ "": 0 }); 100])));
+        assert!(known.answer("query-a").is_some());
+    }
 
     #[test]
     fn an_answer_holds_until_something_may_have_changed() {

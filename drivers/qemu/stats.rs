@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 use virt_model::device::balloon::BalloonModel;
 use virt_model::device::disk::DiskKind;
@@ -98,19 +98,22 @@ fn process(body: &Body) -> Result<usage::ProcessUsage, DriverError> {
     used.map_err(|error| DriverError::Internal(format!("its process cannot be looked at: {error}")))
 }
 
-/// What threads of the guest have run, by their number; without those that have ended. There may be hundreds of them: the files of
-/// many are read where that may take its time, those of a few in less time than another thread needs to begin.
+/// What threads of the guest have run, by their number; without those that have ended. A few whose numbers are known are read in less
+/// time than another thread needs to begin; all else where that may take its time.
 async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, ThreadStats>, DriverError> {
-    let (pid, few) = (process_id(body)?, ids.len() <= FEW_THREADS);
-    let of = body.clone();
-    let look = move || {
-        let used = usage::of_threads(pid, &ids, &mut of.threads.lock().unwrap_or_else(PoisonError::into_inner));
-        if of.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) }
-    };
-    if few {
-        return look();
+    let pid = process_id(body)?;
+    if ids.len() <= FEW_THREADS
+        && let Some(used) = usage::of_known_threads(pid, &ids, &body.thread_numbers())
+    {
+        return if body.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) };
     }
-    let look = tokio::task::spawn_blocking(look);
+    let body = body.clone();
+    let look = tokio::task::spawn_blocking(move || {
+        let mut known = body.thread_numbers().clone();
+        let used = usage::of_threads(pid, &ids, &mut known);
+        *body.thread_numbers() = known;
+        if body.process.has_ended() { Err(DriverError::Gone) } else { Ok(used) }
+    });
     look.await.unwrap_or_else(|error| Err(DriverError::Internal(format!("the look at the guest was cut off: {error}"))))
 }
 
@@ -256,10 +259,10 @@ impl<'a> Told<'a> {
         Told { stats: Some(&device["stats"]), name, top, storage }
     }
 
-    /// Its file, where the kernel tells of that what QEMU would.
+    /// Its file, where the kernel tells of that what QEMU would. A path with links in it may lead elsewhere by now.
     fn seen<'s>(&self, seen: &'s BTreeMap<PathBuf, Seen>) -> Option<&'s Seen> {
         let storage = self.storage.filter(|storage| storage.driver == "file")?;
-        seen.get(&storage.file).filter(|seen| seen.what == What::Plain)
+        seen.get(&storage.file).filter(|seen| seen.what == What::Plain && seen.real == storage.file)
     }
 
     /// How large it is only QEMU knows, and not by what it said before.
@@ -388,6 +391,10 @@ mod tests {
         assert!(!asked("d", &nodes("file"), &seen) && !asked("empty", &nodes("file"), &seen));
         assert!(asked("d", &nodes("host_device"), &seen) && asked("d", &nodes("file"), &unseen));
         assert!(asked("d", &Nodes::default(), &seen), "what was put in since");
+        let linked =
+            seen.clone().into_iter().map(|(path, file)| (path, Seen { real: PathBuf::from("/root/b"), ..file }));
+        let linked = linked.collect();
+        assert!(asked("d", &nodes("file"), &linked), "what a link leads to now");
         let stats = told_of(&disk("d", "vda", "/a"), &told, &nodes("file"), &seen);
         assert_eq!((stats.capacity, stats.allocation, stats.physical), (Some(9), Some(10), Some(20)));
     }
