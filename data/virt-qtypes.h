@@ -42,6 +42,23 @@ struct VirtDifference {
 };
 using VirtDifferences = QList<VirtDifference>;
 
+/// One secret of Manager.Secret.ListSecrets.
+struct VirtListedSecret {
+    QDBusObjectPath path;
+    QString uuid;
+    QString type;
+    QString id;
+};
+using VirtListedSecrets = QList<VirtListedSecret>;
+
+/// One user of an object, as in Secret.Users: the place is a disk, or empty; how is live, config, snapshot, backing or foreign.
+struct VirtUser {
+    QDBusObjectPath object;
+    QString place;
+    QString how;
+};
+using VirtUsers = QList<VirtUser>;
+
 /// One disk of Snapshot.Disks.
 struct VirtSnapshotDisk {
     QString target;
@@ -89,6 +106,8 @@ Q_DECLARE_METATYPE(VirtListedDomain)
 Q_DECLARE_METATYPE(VirtDiskSizes)
 Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
+Q_DECLARE_METATYPE(VirtListedSecret)
+Q_DECLARE_METATYPE(VirtUser)
 Q_DECLARE_METATYPE(VirtSnapshotDisk)
 Q_DECLARE_METATYPE(VirtMachineStats)
 Q_DECLARE_METATYPE(VirtAddress)
@@ -138,6 +157,38 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtDifference &
 {
     in.beginStructure();
     in >> one.path >> one.source >> one.target;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedSecret &one)
+{
+    out.beginStructure();
+    out << one.path << one.uuid << one.type << one.id;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedSecret &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.uuid >> one.type >> one.id;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtUser &one)
+{
+    out.beginStructure();
+    out << one.object << one.place << one.how;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtUser &one)
+{
+    in.beginStructure();
+    in >> one.object >> one.place >> one.how;
     in.endStructure();
     return in;
 }
@@ -231,6 +282,10 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtFindings>();
     qDBusRegisterMetaType<VirtDifference>();
     qDBusRegisterMetaType<VirtDifferences>();
+    qDBusRegisterMetaType<VirtListedSecret>();
+    qDBusRegisterMetaType<VirtListedSecrets>();
+    qDBusRegisterMetaType<VirtUser>();
+    qDBusRegisterMetaType<VirtUsers>();
     qDBusRegisterMetaType<VirtSnapshotDisk>();
     qDBusRegisterMetaType<VirtSnapshotDisks>();
     qDBusRegisterMetaType<VirtAddress>();

@@ -6,6 +6,8 @@ pub mod agent;
 pub mod base64;
 pub mod host;
 pub mod qemu;
+#[allow(clippy::disallowed_methods, reason = "files of virtd itself, and the administrator's")]
+pub mod secret;
 pub mod test;
 
 use std::path::PathBuf;
@@ -19,8 +21,8 @@ pub struct DriverConfig {
     pub cache_dir: PathBuf,
     /// For what must outlive a reboot of the host, e.g. `/var/lib/virt`.
     pub state_dir: PathBuf,
-    /// Where the administrator keeps secrets, a file each, e.g. `/etc/virt/secrets`.
-    pub secrets_dir: PathBuf,
+    /// Who keeps the values of secrets; the administrator may keep some in files, e.g. in `/etc/virt/secrets`.
+    pub secrets: Arc<secret::Vault>,
     /// Where the administrator keeps the host's certificates, e.g. `/etc/virt/tls`.
     pub tls_dir: PathBuf,
     /// We serve everybody on this host, as root: hypervisors run as a user of their own.
@@ -43,7 +45,7 @@ impl DriverConfig {
         DriverConfig {
             cache_dir: dir.join("cache"),
             state_dir: dir.join("state"),
-            secrets_dir: dir.join("secrets"),
+            secrets: secret::Vault::new(dir.join("state/secrets"), dir.join("secrets")),
             tls_dir: dir.join("tls"),
             system,
             qemu_user: "virt-qemu".to_owned(),

@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use virt_drivers::DriverConfig;
 use virt_service::authz::Authority;
-use virt_service::{Service, Settings};
+use virt_service::{Host, Service, Settings};
 use virtd::caller::Callers;
 use virtd::link::Link;
 use virtd::polkit::{Bus, Polkit};
@@ -77,9 +77,11 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let _lock = folders.lock()?;
     let callers = Callers::new(link.connection.clone());
     let (authority, polkit) = authority(arguments.kind(), &link).await?;
-    let drivers = virt_drivers::all(driver_config(arguments.kind(), config.qemu, &folders));
+    let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
+    let host = Host { secrets: driver_config.secrets.clone() };
+    let drivers = virt_drivers::all(driver_config);
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
-    let opened = Service::open(settings, drivers, authority, Arc::new(callers.clone())).await;
+    let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
     let server = Server::new(&service, events).await?;
     let serving = server.serve_bus(&link.connection, link.intake.clone(), callers.clone());
@@ -194,8 +196,8 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
     DriverConfig {
         cache_dir: folders.cache.clone(),
         state_dir: folders.state.clone(),
-        secrets_dir: folders.config.with_file_name("secrets"),
-        tls_dir: folders.config.with_file_name("tls"),
+        secrets: virt_drivers::secret::Vault::new(folders.state.join("secrets"), folders.config.join("secrets")),
+        tls_dir: folders.config.join("tls"),
         system: kind == Kind::System,
         qemu_user: qemu.user,
         qemu_group: qemu.group,

@@ -26,6 +26,7 @@ pub mod object;
 mod registry;
 mod restore;
 mod scrape;
+mod secret;
 mod shared;
 pub mod shown;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
@@ -34,6 +35,7 @@ mod stored;
 mod subscribe;
 mod time;
 mod turn;
+pub mod uses;
 pub mod verb;
 
 pub use desk::Reading;
@@ -45,7 +47,8 @@ pub use domain::{
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
-pub use shared::{Callers, Limits};
+pub use secret::{CheckedUndefine, Secret};
+pub use shared::{Callers, Host, Limits};
 pub use store::Paths;
 pub use subscribe::{SubscribeOptions, Subscription};
 
@@ -53,9 +56,11 @@ use authz::{Authority, Caller, Subject};
 use domain::Domains;
 use error::{Error, Result};
 use events::{Event, Events};
+use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
 use object::ObjectRef;
+use secret::Secrets;
 use shared::Shared;
 use std::sync::Arc;
 use std::time::Duration;
@@ -83,6 +88,7 @@ const CLOSING: Duration = Duration::from_secs(10);
 pub struct Service {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
+    secrets: Arc<Secrets>,
 }
 
 impl Service {
@@ -92,6 +98,7 @@ impl Service {
     pub async fn open(
         settings: Settings,
         drivers: Vec<Arc<dyn Driver>>,
+        host: Host,
         authority: Arc<dyn Authority>,
         callers: Arc<dyn Callers>,
     ) -> Result<(Arc<Service>, mpsc::UnboundedReceiver<Event>)> {
@@ -99,9 +106,13 @@ impl Service {
         let store = Store::open(settings.paths)?;
         let domains = Arc::new(Domains::default());
         let images = Images::of(domains.clone());
-        let shared = Shared::new(drivers, authority, callers, events, images, store, settings.limits);
+        let shared = Shared::new(drivers, host, authority, callers, events, images, store, settings.limits);
+        let secrets = Arc::new(Secrets::default());
+        // First what machines may need.
+        secret::load(&shared, &secrets).await?;
         boot::load(&shared, &domains).await?;
-        Ok((Arc::new(Service { shared, domains }), receiver))
+        secret::take_in_files(&shared, &secrets).await?;
+        Ok((Arc::new(Service { shared, domains, secrets }), receiver))
     }
 
     /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
@@ -131,10 +142,7 @@ impl Service {
 
     /// The domain with this uuid, written with or without dashes.
     pub fn by_uuid(&self, uuid: &str) -> Result<Arc<Domain>> {
-        let parsed = Uuid::try_parse(uuid).map_err(|_| {
-            Error::InvalidArgument(format!("'{}' is not a uuid of 32 hexadecimal digits", shorten(uuid)))
-        })?;
-        self.get(parsed).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: shorten(uuid) })
+        self.get(read_uuid(uuid)?).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: shorten(uuid) })
     }
 
     /// The domain with this name.
@@ -231,11 +239,11 @@ impl Service {
     fn subject_of(&self, object: &ObjectRef) -> Subject {
         let subject = match object {
             ObjectRef::Domain(uuid) | ObjectRef::Snapshot(uuid, _) => self.get(*uuid).map(|domain| domain.subject()),
+            ObjectRef::Secret(uuid) => self.secret(*uuid).map(|secret| secret.subject()),
             ObjectRef::Foreign
             | ObjectRef::Network(_)
             | ObjectRef::Pool(_)
             | ObjectRef::Volume(..)
-            | ObjectRef::Secret(_)
             | ObjectRef::NodeDevice(_) => None,
         };
         subject.unwrap_or_default()
@@ -253,4 +261,10 @@ impl Service {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }
     }
+}
+
+/// A uuid as callers write it, with or without dashes.
+fn read_uuid(text: &str) -> Result<Uuid> {
+    let refused = |_| Error::InvalidArgument(format!("'{}' is not a uuid of 32 hexadecimal digits", shorten(text)));
+    Uuid::try_parse(text).map_err(refused)
 }

@@ -11,6 +11,7 @@ use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::fair::FairPlaces;
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
+use crate::uses::Need;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
@@ -193,6 +194,16 @@ impl State {
         if facts != *self.facts {
             self.facts = Arc::new(facts);
         }
+    }
+
+    /// What what runs needs of other objects.
+    pub(super) fn needs_live(&self) -> &[Need] {
+        self.running.as_ref().filter(|_| !self.gone).map_or(&[], |(_, config)| &config.needs)
+    }
+
+    /// The same of what is stored.
+    pub(super) fn needs_stored(&self) -> &[Need] {
+        self.stored.as_ref().filter(|_| !self.gone).map_or(&[], |stored| &stored.config.needs)
     }
 
     /// Has `running` be of what runs, which is read once.

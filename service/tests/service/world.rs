@@ -7,13 +7,14 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
+use virt_drivers::secret::Vault;
 use virt_drivers::test::TestDriver;
 use virt_model::driver::Driver;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
 use virt_service::events::Event;
 use virt_service::facts::DomainFacts;
-use virt_service::{Callers, CreateOptions, Domain, Limits, Paths, Service, Settings, StartOptions};
+use virt_service::{Callers, CreateOptions, Domain, Host, Limits, Paths, Service, Settings, StartOptions};
 
 /// Says yes, unless told to say no; remembers the questions.
 #[derive(Default)]
@@ -77,8 +78,9 @@ impl World {
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
+        let host = Host { secrets: Vault::new(folder.join("state/secrets"), folder.join("secrets")) };
         let (service, events) =
-            Service::open(settings, vec![served], notary.clone(), Arc::new(Lobby(departed.clone())))
+            Service::open(settings, vec![served], host, notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
                 .expect("opened");
         World { service, driver, notary, events, departed }
