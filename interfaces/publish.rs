@@ -106,6 +106,8 @@ impl Publisher {
             Event::Device(domain, event) => self.change(|objects| device(objects, domain, &event)),
             Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
             Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &paths::job(id))?.into_iter().collect())),
+            // To everybody, as all objects: `GetManagedObjects` answers all alike, and whoever keeps what it answered would be left with
+            // what is not true. What is told is a number; the statistics go to their owner alone.
             Event::Subscription(number) => {
                 self.change(|objects| placed(objects, subscription::object(number)));
             }

@@ -1,7 +1,7 @@
 //! The configuration: read, redefine, rename, autostart, title, description, metadata.
 
 use super::Domain;
-use super::state::State;
+use super::state::{Compared, State};
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::events::Event;
@@ -114,7 +114,11 @@ impl Domain {
             return Err(e);
         }
         let told = Lifecycle::Defined(if first { Defined::Added } else { Defined::Updated });
-        self.all_told().await.commit(|state| state.has_stored(stored, told));
+        let compared = self.compared(None, Some(stored.clone())).await;
+        self.all_told().await.commit(|state| {
+            state.will_have(compared);
+            state.has_stored(stored, told)
+        });
         Ok(())
     }
 
@@ -281,11 +285,23 @@ impl Domain {
             }
             return Err(e);
         }
+        let stored = stored.map(|(_, stored)| stored);
+        let compared = self.compared(live.clone(), stored.clone()).await;
         self.all_told().await.commit(|state| {
-            let events = state.edited(live, stored.map(|(_, stored)| stored));
+            state.will_have(compared);
+            let events = state.edited(live, stored);
             if update == Update::Whole { events } else { Vec::new() }
         });
         Ok(())
+    }
+
+    /// What its configurations say with these in the place of its own, while nobody waits for its state; nothing if none runs.
+    async fn compared(&self, live: Option<Arc<DomainDef>>, stored: Option<Arc<StoredDef>>) -> Option<Compared> {
+        let (live, stored) = {
+            let state = lock(&self.state);
+            (live.or_else(|| state.live().cloned())?, stored.or_else(|| state.stored.clone()))
+        };
+        Some(crate::desk::aside(move || Compared::of(live, stored)).await)
     }
 
     /// The definitions a change is for: live, stored.

@@ -181,6 +181,7 @@ impl Domain {
                 autostart: birth.note.autostart,
                 managed_save: birth.managed_save,
                 pending: Arc::default(),
+                compared: None,
                 broken: birth.broken,
                 sought: None,
                 measured: None,

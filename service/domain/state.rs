@@ -41,6 +41,8 @@ pub(super) struct State {
     pub(super) managed_save: bool,
     /// What its stored configuration says otherwise than what runs.
     pub(super) pending: Arc<[AbiDifference]>,
+    /// What the configurations that come now say, computed before.
+    pub(super) compared: Option<Compared>,
     /// Why its stored configuration cannot be used: `stored` then only stands for it, by its name, type and uuid.
     pub(super) broken: Option<String>,
     /// A guest that ran when virtd was last here, and is not found again yet.
@@ -98,6 +100,22 @@ pub(super) struct Guest {
     pub(super) looked_after: BTreeSet<String>,
     /// Asks `follow` to say when it has told all that was reported before.
     pub(super) asks: mpsc::UnboundedSender<oneshot::Sender<()>>,
+}
+
+/// What runs and what is stored, held against each other: to read and to compare them takes longer than a state may be held.
+pub(super) struct Compared {
+    live: Arc<DomainDef>,
+    running: Arc<ConfigFacts>,
+    stored: Option<Arc<StoredDef>>,
+    pending: Arc<[AbiDifference]>,
+}
+
+impl Compared {
+    pub(super) fn of(live: Arc<DomainDef>, stored: Option<Arc<StoredDef>>) -> Compared {
+        let running = Arc::new(ConfigFacts::of(&live));
+        let pending = stored.as_ref().map(|stored| stored.pending(&live).into()).unwrap_or_default();
+        Compared { live, running, stored, pending }
+    }
 }
 
 /// A guest that is sought since virtd started: what was last known of it is published meanwhile.
@@ -223,10 +241,25 @@ impl State {
     }
 
     pub(super) fn compare_configs(&mut self) {
-        self.pending = match (&self.stored, self.live()) {
-            (Some(stored), Some(live)) => stored.pending(live).into(),
+        let compared = self.compared.take();
+        self.pending = match (&self.stored, self.live(), compared) {
+            (Some(stored), Some(live), Some(before))
+                if Arc::ptr_eq(live, &before.live)
+                    && before.stored.as_ref().is_some_and(|of| Arc::ptr_eq(stored, of)) =>
+            {
+                before.pending
+            }
+            (Some(stored), Some(live), _) => stored.pending(live).into(),
             _ => Arc::default(),
         };
+    }
+
+    /// These configurations are about to become its own.
+    pub(super) fn will_have(&mut self, compared: Option<Compared>) {
+        if let Some(compared) = &compared {
+            self.running = Some((compared.live.clone(), compared.running.clone()));
+        }
+        self.compared = compared;
     }
 
     /// The guest; else why there is none.

@@ -97,8 +97,9 @@ impl DeviceChange {
                 ["passwd", "passwdValidTo", "connected", "listen"]
                     .into_iter()
                     .for_each(|name| _ = rest.take_attr(name));
-                let listens = rest.elements_mut().filter(|element| element.name == "listen");
-                listens.for_each(|listen| _ = listen.take_attr("address"));
+                if said.listens.len() == 1 && said.listens.iter().all(|listen| listen.kind == ListenKind::Address) {
+                    rest.take_child("listen");
+                }
                 DeviceChange::Display { kind: said.kind, said }
             }
             "memballoon" => {
@@ -228,8 +229,7 @@ impl DeviceChange {
                 let nth = def.devices.graphics.iter().position(|one| one.kind == *kind);
                 let nth = nth.ok_or_else(|| none("graphics"))?;
                 let display = &mut def.devices.graphics[nth];
-                if let Some(address) = said.listen_address().filter(|said| display.listen_address() != Some(said)) {
-                    listens_on(display, address, &name)?;
+                if listens_elsewhere(display, said, &name)? {
                     what.push(Adjustment::Listen(nth));
                 }
                 if change_display(display, said, runs, &name)? {
@@ -273,21 +273,23 @@ fn change_display(display: &mut Graphics, said: &Graphics, runs: bool, name: &st
     Ok(true)
 }
 
-/// Has a display listen on another address, if it listens on one.
-fn listens_on(display: &mut Graphics, address: &str, name: &str) -> Result<()> {
-    if display.listen_kind() != ListenKind::Address {
-        let why = "it listens on no address; define it anew to have it do so when it starts next";
+/// Whether it is to listen on another address. What listens on none does not begin to.
+fn listens_elsewhere(display: &mut Graphics, said: &Graphics, name: &str) -> Result<bool> {
+    let on_address = said.listens.iter().any(|listen| listen.kind == ListenKind::Address);
+    let address = said.listen_address().filter(|said| display.listen_address() != Some(said));
+    if (on_address || address.is_some()) && display.listen_kind() != ListenKind::Address {
+        let why = "it listens on no address, and is to be defined anew for that";
         return Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
     }
-    // A name of the host's network would be looked up by whoever listens.
+    let Some(address) = address else { return Ok(false) };
+    // A name would be looked up by whoever listens.
     if address.parse::<IpAddr>().is_err() {
         let address = shorten(address);
-        return Err(Error::InvalidArgument(format!(
-            "domain '{name}', <graphics>: '{address}' is not an IP address to listen on"
-        )));
+        let text = format!("domain '{name}', <graphics>: '{address}' is not an IP address to listen on");
+        return Err(Error::InvalidArgument(text));
     }
     display.set_listen_address(address);
-    Ok(())
+    Ok(true)
 }
 
 /// A word as it stands in a document.

@@ -148,6 +148,7 @@ async fn qemu_and_the_kernel_say_what_the_configuration_says() {
     a_display_has_another_password(&machine).await;
     a_display_listens_elsewhere(&machine).await;
     what_was_cut_off_is_undone(&mut machine, bridges.as_ref()).await;
+    memory_that_fails_is_told(&machine).await;
     machine.tick.goes_on().await;
     machine.domain.run("Destroy").await.expect("destroyed");
 }
@@ -317,6 +318,26 @@ async fn a_display_listens_elsewhere(machine: &Machine) {
     assert_eq!(listens().as_deref(), Some("127.0.0.2"), "it is where it was");
     let timed = "<graphics type='vnc' passwdValidTo='2031-01-02T03:04:05'/>";
     machine.domain.call("UpdateDevice", &(timed, live())).await.expect("the password that it has, for a time");
+}
+
+/// A machine check that says that memory has failed: a guest that knows of none is reset.
+async fn memory_that_fails_is_told(machine: &Machine) {
+    let mut watch = machine.domain.client.watch().await;
+    let (_, booted) = machine.tick.counted().expect("it counts");
+    // Bank 1, an error that is valid and not corrected.
+    let check = serde_json::json!({ "command-line": "mce 0 1 0xa000000000000000 0x5 0x1000 0x0" });
+    machine.asks_qemu("human-monitor-command", check);
+    let told = loop {
+        let message = watch.next().await;
+        if message.header().member().is_some_and(|member| member == "MemoryFailure") {
+            break message.body().deserialize::<(String, String, HashMap<String, OwnedVariant>)>().expect("ssa{sv}");
+        }
+    };
+    let (recipient, action, flags) = told;
+    assert_eq!((&*recipient, &*action), ("guest", "reset"));
+    let flag = |name: &str| flags[name].downcast_ref::<bool>().expect("b");
+    assert_eq!((flag("action-required"), flag("recursive")), (false, false));
+    machine.tick.boots_to(booted + 1).await;
 }
 
 /// In `put_checked`: the guest has followed, and no configuration says so yet.

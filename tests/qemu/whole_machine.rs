@@ -6,8 +6,9 @@ use crate::common::guest::lin_files;
 use crate::common::snapshots::{Player, with};
 use crate::common::{Daemon, have, skip};
 use std::collections::HashMap;
-use std::io::Write;
+use std::io::{Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -85,7 +86,7 @@ fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> Stri
     let (disk, serial) = (folder.join(format!("{name}.qcow2")), folder.join(format!("{name}.serial")));
     format!(
         "<domain type='qemu'><name>{name}</name><maxMemory slots='2' unit='MiB'>1024</maxMemory>\
-         <memory unit='MiB'>256</memory><memoryBacking><access mode='shared'/></memoryBacking><os firmware='efi'>\
+         <memory unit='MiB'>256</memory><vcpu current='1'>2</vcpu><memoryBacking><access mode='shared'/></memoryBacking><os firmware='efi'>\
          <firmware><feature enabled='no' name='secure-boot'/></firmware>\
          <type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>\
          <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr</cmdline></os>\
@@ -94,6 +95,7 @@ fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> Stri
          <target dev='vda' bus='virtio'/></disk>\
          <serial type='file'><source path='{}'/><target port='0'/></serial>\
          <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
+         <channel type='unix'><target type='virtio' name='org.test.talk'/></channel>\
          <tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm></devices></domain>",
         kernel.display(),
         initrd.display(),
@@ -105,10 +107,11 @@ fn xml(name: &str, folder: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> Stri
 /// Whether its channel is shown as one that a program in the guest has open.
 async fn channel_is_open(domain: &Domain) -> bool {
     let channels = domain.property::<Vec<HashMap<String, OwnedVariant>>>("Channels").await;
-    let running = channels.iter().find(|channel| *channel["stored"] == Variant::from(false)).expect("it runs");
-    assert!(
-        *running["name"] == Variant::from("org.qemu.guest_agent.0") && *running["alias"] == Variant::from("channel0")
-    );
+    let is_it = |channel: &&HashMap<String, OwnedVariant>| {
+        *channel["stored"] == Variant::from(false) && *channel["name"] == Variant::from("org.qemu.guest_agent.0")
+    };
+    let running = channels.iter().find(is_it).expect("it runs");
+    assert!(*running["alias"] == Variant::from("channel0"));
     *running["connected"] == Variant::from(true)
 }
 
@@ -254,6 +257,53 @@ async fn devices_come_and_go(daemon: &Daemon, domain: &Domain) {
     }
 }
 
+/// A program in the guest and somebody here talk by a channel.
+async fn bytes_go_both_ways(domain: &Domain) {
+    let reply = domain.call("OpenChannel", &("org.test.talk", options([]))).await.expect("opened");
+    let mut here = UnixStream::from(OwnedFd::from(reply.body().deserialize::<zbus::wire::OwnedFd>().expect("h")));
+    here.set_nonblocking(false).expect("set");
+    here.set_read_timeout(Some(PATIENCE)).expect("a limit");
+    here.write_all(b"from outside\n").expect("said");
+    let answers = "exec 3<> /dev/virtio-ports/org.test.talk; read -r line <&3; echo \"heard $line\" >&3; echo $line";
+    assert_eq!(inside(domain, answers).await, "from outside");
+    let mut heard = [0; 19];
+    here.read_exact(&mut heard).expect("an answer");
+    assert_eq!(&heard[..], b"heard from outside\n");
+}
+
+/// The guest's own count of its memory follows its balloon, both ways.
+async fn memory_is_given_back(domain: &Domain) {
+    let total = "grep MemTotal /proc/meminfo | tr -dc 0-9";
+    let set = async |bytes: u64| {
+        domain.call("SetMemory", &(bytes, with([("live", true)]))).await.expect("asked");
+    };
+    let until = async |bound: String| -> u64 {
+        let script = format!("{} {total}", waits_for(&format!("[ $({total}) {bound} ]"), ""));
+        inside(domain, &script).await.parse().expect("a number")
+    };
+    let before: u64 = inside(domain, total).await.parse().expect("a number");
+    let whole: u64 = domain.property("Memory").await;
+    let given_back = 32 << 10;
+    set(whole - (given_back << 10)).await;
+    // It takes time, page by page.
+    let less = until(format!("-le {}", before - given_back)).await;
+    assert!(less.abs_diff(before - given_back) <= 64, "{before} KiB have become {less}");
+    set(whole).await;
+    assert!(until(format!("-ge {before}")).await >= before);
+}
+
+/// A processor is plugged into a system that knows it, and runs there. It stays: QEMU 7.2 loses its process to a corrupted heap when
+/// this system has let go of one.
+async fn a_vcpu_comes(domain: &Domain) {
+    let online = "cat /sys/devices/system/cpu/online";
+    assert_eq!(inside(domain, online).await, "0");
+    domain.call("SetVCPUs", &(2_u32, with([("live", true)]))).await.expect("one more");
+    let begin = "for c in /sys/devices/system/cpu/cpu[0-9]*/online; do echo 1 > $c 2>/dev/null; done; ";
+    let both = format!("{} {online}", waits_for(&format!("[ \"$({online})\" = 0-1 ]"), begin));
+    assert_eq!(inside(domain, &both).await, "0-1");
+    assert_eq!(domain.property::<u32>("VCPUs").await, 2);
+}
+
 async fn freeze(domain: &Domain, places: &[&str]) -> Result<u32, Refusal> {
     let frozen = domain.call("FreezeFilesystems", &(places, options([]))).await?;
     Ok(frozen.body().deserialize().expect("u"))
@@ -334,6 +384,9 @@ async fn variables_tpm_memory_and_disk_go_back_together() {
     assert_eq!(tokio::time::timeout(PATIENCE, thawed).await, Ok(1));
     player.domain.run("ThawFilesystems").await.expect("thawed");
     agent_answers(&player.domain).await;
+    bytes_go_both_ways(&player.domain).await;
+    memory_is_given_back(&player.domain).await;
+    a_vcpu_comes(&player.domain).await;
     devices_come_and_go(&daemon, &player.domain).await;
     let mut watch = client.watch().await;
     player.domain.call("SuspendGuest", &("mem", options([]))).await.expect("asked");

@@ -112,11 +112,15 @@ impl Body {
             }
         };
         // QEMU may be deaf, so that its answer is waited for no longer than the guest.
-        let settled = timeout(patience, goes).await.unwrap_or(Ok(None))?;
+        let (settled, in_time) = match timeout(patience, goes).await {
+            Ok(settled) => (settled?, true),
+            Err(_) => (None, false),
+        };
         match awaited.taken().or(settled) {
             Some(true) => Ok(()),
             Some(false) => Err(DriverError::Refused(format!("the guest refuses to let go of '{alias}'"))),
-            None if self.monitor().is_err() => Err(DriverError::Gone),
+            // Nobody says anything of it any more: QEMU is dying, if it has not gone yet.
+            None if in_time || self.monitor().is_err() => Err(DriverError::Gone),
             None => {
                 let seconds = patience.as_secs_f64();
                 let what = match answered {

@@ -149,6 +149,8 @@ impl SnapshotSet {
         for node in self.tree.iter() {
             children.entry(node.parent.as_deref().unwrap_or_default()).or_default().push(node.name.clone());
         }
+        // Of those, too, the newest are told: each of them tells its parent.
+        children.values_mut().for_each(|all| drop(all.drain(..all.len().saturating_sub(MOST_TOLD))));
         let of = |node: &Node<Arc<Record>>| children.get(&*node.name).cloned().unwrap_or_default();
         self.tree.iter().map(|node| self.facts(domain, node, of(node))).collect()
     }
@@ -199,6 +201,27 @@ fn told_disk(disk: &DiskPart, def: &SnapshotDef) -> (String, &'static str, Strin
 #[cfg(test)]
 mod tests {
     use super::*;
+    use virt_model::snapshot::SnapshotState;
+
+    fn of_name(name: &str) -> SnapshotDef {
+        SnapshotDef {
+            name: name.to_owned(),
+            description: None,
+            state: SnapshotState::DiskSnapshot,
+            parent: None,
+            created: 0,
+            memory: MemoryMode::No,
+            disks: Vec::new(),
+            merging: Default::default(),
+            kept: Vec::new(),
+            of: None,
+            domain: None,
+            inactive: None,
+            captured: Vec::new(),
+            cpu: None,
+            cookie: None,
+        }
+    }
 
     #[test]
     fn of_more_than_a_property_tells_the_newest_are_told() {
@@ -215,5 +238,15 @@ mod tests {
         let (set, told) = (of(1_003), of(1_003).newest());
         assert_eq!((set.count(), told.len()), (1_003, MOST_TOLD));
         assert_eq!([&*told[0], &*told[999]], ["s4", "s1003"]);
+
+        let child = |order: u64| {
+            let def = SnapshotDef { parent: (order > 1).then(|| "s1".to_owned()), ..of_name(&format!("s{order}")) };
+            Record { def: Ok(def), ..record(order) }
+        };
+        let broad = SnapshotSet::new(Loaded { records: (1..=1_003).map(child).collect(), ..Loaded::default() });
+        let facts = broad.all_facts(Uuid::nil());
+        let first = facts.iter().find(|facts| facts.name == "s1").expect("the first");
+        assert_eq!((first.children.len(), &*first.children[0]), (MOST_TOLD, "s4"));
+        assert!(facts.iter().all(|facts| facts.name == "s1" || facts.parent.as_deref() == Some("s1")));
     }
 }
