@@ -51,7 +51,7 @@ async fn settle_now(shared: &Arc<Shared>, uuid: Uuid) -> Result<()> {
 }
 
 async fn settle_job(shared: &Arc<Shared>, uuid: Uuid, record: &BlockRecord) -> Result<&'static str> {
-    let driver = shared.driver_named(&record.driver).ok_or_else(|| unserved(&record.driver))?;
+    let driver = driver_of(shared, &record.driver)?;
     let works = driver.block_jobs().ok_or_else(|| unserved(&record.driver))?;
     let (machine, job, mut stage) = (machine(uuid, &**driver), &record.job, record.stage);
     let done = works.settle_block_job(&machine, job, stage.same).await.map_err(failed)?;
@@ -71,7 +71,7 @@ async fn settle_job(shared: &Arc<Shared>, uuid: Uuid, record: &BlockRecord) -> R
 
 async fn settle_backup(shared: &Arc<Shared>, uuid: Uuid, backup: Backup) -> Result<()> {
     let Backup { mut request, complete, begun, checkpoint, driver, .. } = backup;
-    let driver = shared.driver_named(&driver).ok_or_else(|| unserved(&driver))?;
+    let driver = driver_of(shared, &driver)?;
     let backs_up = driver.backups().ok_or_else(|| unserved(driver.name()))?;
     let used = users_of(shared, request.disks.iter().map(|disk| disk.file.clone()).collect()).await;
     request.disks.retain(|disk| !used.contains_key(&disk.file));
@@ -100,6 +100,12 @@ fn machine(uuid: Uuid, driver: &dyn Driver) -> Machine {
     let kind = driver.types().first().copied().unwrap_or_default().to_owned();
     let def = Arc::new(DomainDef { kind, name: uuid.to_string(), uuid, ..DomainDef::default() });
     Machine { def, guest: None, running: false, folder: PathBuf::new() }
+}
+
+/// Whose its machine was. Older records do not say it: then there was but one.
+fn driver_of<'a>(shared: &'a Shared, name: &str) -> Result<&'a Arc<dyn Driver>> {
+    let only = shared.drivers.first().filter(|_| name.is_empty());
+    shared.driver_named(name).or(only).ok_or_else(|| unserved(name))
 }
 
 fn unserved(driver: &str) -> Error {

@@ -42,7 +42,7 @@ pub fn first() -> RawFd {
 
 /// The same file under a high number. Blocks, as closing it may.
 pub fn apart(file: OwnedFd) -> io::Result<OwnedFd> {
-    Ok(fcntl_dupfd_cloexec(file, first())?)
+    copy(file.as_fd())
 }
 
 /// Another descriptor of a file that is open elsewhere, under a high number. Waits for nobody.
@@ -89,7 +89,7 @@ pub fn arrive<T, H: Send + 'static>(
     for file in &low {
         // Who sent it may have wanted its end to take time. What is no socket has none of that.
         let _ = set_socket_linger(file, None);
-        match fcntl_dupfd_cloexec(file, first()) {
+        match copy(file.as_fd()) {
             Ok(copy) => high.push(copy),
             Err(error) => failure = failure.or(Some(error)),
         }
@@ -97,7 +97,7 @@ pub fn arrive<T, H: Send + 'static>(
     vacate(low, held);
     let Some(failure) = failure else { return Ok((received, Ok(high))) };
     high.into_iter().for_each(|file| close(file, || ()));
-    Ok((received, Err(failure.into())))
+    Ok((received, Err(failure)))
 }
 
 /// Closes a file in a thread that nobody waits for, and then runs `then`. Where no thread is to be had it stays open and `then` is

@@ -108,17 +108,17 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
 }
 
 /// Tells a thread that nobody waits for it any more, when it is dropped.
-struct Stop(Arc<OwnedFd>);
+struct StopsThread(Arc<OwnedFd>);
 
-impl Drop for Stop {
+impl Drop for StopsThread {
     fn drop(&mut self) {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 }
 
-fn stop() -> io::Result<(Stop, Arc<OwnedFd>)> {
+fn stop() -> io::Result<(StopsThread, Arc<OwnedFd>)> {
     let event = Arc::new(eventfd(0, EventfdFlags::CLOEXEC)?);
-    Ok((Stop(event.clone()), event))
+    Ok((StopsThread(event.clone()), event))
 }
 
 fn in_a_thread(name: &str, work: impl FnOnce() + Send + 'static) -> io::Result<()> {

@@ -182,12 +182,12 @@ pub struct Gate {
 
 /// The place of a descriptor that a call has brought; given back when it is dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct FilePlace {
     number: u64,
     state: Arc<Mutex<State>>,
 }
 
-impl Drop for Place {
+impl Drop for FilePlace {
     fn drop(&mut self) {
         self.state.lock().unwrap_or_else(PoisonError::into_inner).brought.remove(&self.number);
     }
@@ -426,7 +426,7 @@ impl Gate {
 
     /// A call of a sender brings so many descriptors: places for all of them, or none. Those whose user is not known yet are of
     /// one user.
-    pub fn brings(&self, sender: &str, count: usize) -> Option<Vec<Place>> {
+    pub fn brings(&self, sender: &str, count: usize) -> Option<Vec<FilePlace>> {
         let limit = self.limits.brought;
         let mut state = self.lock();
         let line = state.senders.get_key_value(sender);
@@ -442,7 +442,7 @@ impl Gate {
             state.last_brought += 1;
             let number = state.last_brought;
             state.brought.insert(number, (name.clone(), uid));
-            Place { number, state: self.state.clone() }
+            FilePlace { number, state: self.state.clone() }
         });
         Some(places.collect())
     }

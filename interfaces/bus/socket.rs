@@ -17,7 +17,7 @@
 //! And all it writes goes through [`Writer`]: a bus that has taken nothing for [`STALLED`] is left, for [`Intake::stalled`]
 //! to tell. Descriptors go out with the first byte of their message.
 
-use super::gate::Place;
+use super::gate::FilePlace;
 use super::header::{Fields, Heading, PRIMARY, lengths};
 use super::source::{Brought, Source, stand_ins};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -68,7 +68,7 @@ pub fn brought_descriptors(message: &Message) -> bool {
 }
 
 /// Gives the descriptors of a call places, all of them or none.
-pub type Admits = Box<dyn Fn(Heading<'_>) -> Option<Vec<Place>> + Send + Sync>;
+pub type Admits = Box<dyn Fn(Heading<'_>) -> Option<Vec<FilePlace>> + Send + Sync>;
 
 /// What socket and dispatcher of a connection know of each other.
 #[derive(Default)]
@@ -102,7 +102,7 @@ impl Intake {
         here.then(|| self.files.lock().unwrap_or_else(PoisonError::into_inner).pop_front()).flatten()
     }
 
-    pub(super) fn admit(&self, call: Heading<'_>) -> Option<Vec<Place>> {
+    pub(super) fn admit(&self, call: Heading<'_>) -> Option<Vec<FilePlace>> {
         let admits = self.admits.lock().unwrap_or_else(PoisonError::into_inner);
         admits.as_ref().and_then(|admits| admits(call)).filter(|places| places.len() == call.descriptors)
     }

@@ -97,7 +97,8 @@ async fn no_more_is_read_than_the_dispatcher_has_room_for() {
     assert_eq!(*intake.lock(), Some(0));
 }
 
-#[tokio::test]
+/// The clock is paused: it goes on when nobody has anything left to do.
+#[tokio::test(start_paused = true)]
 async fn a_dispatcher_that_takes_nothing_is_not_read_for() {
     let (_stream, mut peer, intake) = connected(None).await;
     let mut sent = 0;

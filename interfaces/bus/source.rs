@@ -7,7 +7,7 @@
 //!   next                                         ├─ its header ─▶           with its files, if it is admitted
 //! ```
 
-use super::gate::Place;
+use super::gate::FilePlace;
 use super::header::{Fields, Heading, PRIMARY, lengths};
 use super::socket::{Intake, MOST_SENT, PIECE};
 use rustix::fs::{MemfdFlags, SeekFrom};
@@ -47,7 +47,7 @@ pub struct Brought {
     pub files: Vec<GivenFile>,
     /// Their places: each is given back when its file is closed and this has been dropped, too, as what stands for the files in the
     /// message is there until then.
-    pub places: Vec<Arc<Place>>,
+    pub places: Vec<Arc<FilePlace>>,
 }
 
 /// What is to be read, of what lies at the socket.
@@ -57,7 +57,7 @@ enum Step {
     Bytes(usize),
     /// So many bytes of a message that begins there, with its descriptors: as many as are said, and their places, unless nobody
     /// wants them.
-    WithFiles(usize, usize, Option<Vec<Place>>),
+    WithFiles(usize, usize, Option<Vec<FilePlace>>),
 }
 
 impl Source {
@@ -120,7 +120,7 @@ impl Source {
 }
 
 /// What is to be read of `there`, which lies at the socket. `left`: how much of it is the rest of a message.
-fn next_step(there: &[u8], left: Option<usize>, admit: impl Fn(Heading<'_>) -> Option<Vec<Place>>) -> Step {
+fn next_step(there: &[u8], left: Option<usize>, admit: impl Fn(Heading<'_>) -> Option<Vec<FilePlace>>) -> Step {
     let mut at = left.unwrap_or(there.len());
     while let Some(head) = there.get(at..).filter(|head| head.len() >= PRIMARY) {
         let (header, body) = lengths(head);
@@ -145,7 +145,7 @@ fn next_step(there: &[u8], left: Option<usize>, admit: impl Fn(Heading<'_>) -> O
 async fn with_files(
     socket: &UnixStream,
     most: usize,
-    places: Vec<Place>,
+    places: Vec<FilePlace>,
 ) -> io::Result<Option<(Vec<u8>, Option<Brought>)>> {
     let (received, receiving) = oneshot::channel();
     let places: Vec<_> = places.into_iter().map(Arc::new).collect();

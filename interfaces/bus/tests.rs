@@ -245,7 +245,7 @@ async fn an_answer_beyond_the_limit_is_refused() {
     assert_eq!(limits, "org.freedesktop.DBus.Error.LimitsExceeded");
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_peer_that_does_not_read_is_not_read_from() {
     let pair = pair(Limits::default(), done).await;
     let big = object("/org/virt/domain/_big", DOMAIN, &"x".repeat(100_000));
@@ -284,7 +284,7 @@ pub async fn shake_hands(mut socket: tokio::net::UnixStream) -> tokio::net::Unix
     socket
 }
 
-/// Writes, unless the other end has not taken anything for a second.
+/// Writes, unless the other end takes nothing more. The clock is paused: it goes on when nobody has anything left to do.
 async fn write_or_full(socket: &mut tokio::net::UnixStream, bytes: &[u8]) -> bool {
     use tokio::io::AsyncWriteExt;
     tokio::time::timeout(Duration::from_secs(1), socket.write_all(bytes)).await.is_ok()

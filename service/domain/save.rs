@@ -106,6 +106,13 @@ pub(super) struct Target {
     pub kept: Option<Arc<DomainDef>>,
 }
 
+impl Target {
+    /// What is done, in words.
+    fn deed(&self) -> &'static str {
+        if self.dump { "dump" } else { "save" }
+    }
+}
+
 /// A save that has been thought through.
 struct Planned {
     machine: Machine,
@@ -256,7 +263,9 @@ impl Domain {
     pub(super) fn saves(&self) -> Result<&dyn SavedMachines> {
         self.driver.saved_machines().ok_or_else(|| {
             let (name, driver) = (self.name(), self.driver.name());
-            Error::OperationUnsupported(format!("domain '{name}': the driver '{driver}' cannot save machines"))
+            Error::OperationUnsupported(format!(
+                "domain '{name}': the driver '{driver}' neither saves nor dumps machines"
+            ))
         })
     }
 
@@ -283,7 +292,7 @@ impl Domain {
         if target.memory_only.is_none() {
             self.is_not_frozen()?;
             self.is_not_backed_up()?;
-            self.opens_no_given_image(if target.dump { "dump" } else { "save" })?;
+            self.opens_no_given_image(target.deed())?;
             self.disks_are_idle(None)?;
         }
         let def = match &target.kept {
@@ -295,48 +304,49 @@ impl Domain {
             }
         };
         if target.memory_only.is_none() {
-            self.can_be_read_again(&def, target.managed).await?;
+            self.can_be_read_again(&def, target).await?;
         }
         let standing = lock(&self.state).state == DomainState::Paused;
         let file = target.file.clone();
         if target.given.is_none() {
-            self.refuse_to_replace(&file).await?;
+            self.refuse_to_replace(target.deed(), &file).await?;
         }
         let (paused, goes_on, memory_only) = (then.stands(standing), target.dump, target.memory_only);
         let (given, compression, bypass_cache) = (target.given.clone(), target.compression, target.bypass_cache);
         let request = SaveRequest { file, given, compression, bypass_cache, def, paused, goes_on, memory_only };
-        saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed("save", e))?;
+        saves.check_save(&machine, &request).await.map_err(|e| self.driver_failed(target.deed(), e))?;
         Ok(Planned { machine, request })
     }
 
     /// Refuses a configuration that whoever starts from the file would not take.
-    async fn can_be_read_again(&self, def: &Arc<DomainDef>, managed: bool) -> Result<()> {
+    async fn can_be_read_again(&self, def: &Arc<DomainDef>, target: &Target) -> Result<()> {
+        let (managed, deed) = (target.managed, target.deed());
         let limits = if managed { Limits::STORED } else { Limits::ACCEPTED };
         let kept = def.clone();
         let readable = aside(move || kept.write_readable(Form::STORED, limits).map(drop)).await;
         readable.map_err(|why| {
             let remedy = if managed { "" } else { "; keep it by ManagedSave, or give a smaller one (xml)" };
             Error::OperationUnsupported(format!(
-                "cannot save domain '{}': its configuration could not be read again: {why}{remedy}",
+                "cannot {deed} domain '{}': its configuration could not be read again: {why}{remedy}",
                 self.name()
             ))
         })
     }
 
     /// Refuses a file that a machine stands on.
-    pub(super) async fn refuse_to_replace(&self, file: &Path) -> Result<()> {
-        let deed = format!("cannot save domain '{}'", self.name());
+    pub(super) async fn refuse_to_replace(&self, deed: &str, file: &Path) -> Result<()> {
+        let deed = format!("cannot {deed} domain '{}'", self.name());
         let remedy = "choose another file";
         self.shared.images.refuse_in_use(&deed, &[file.to_owned()], Fate::Removed, None, remedy).await
     }
 
     /// From now on nobody else saves in that file, until the result is dropped.
-    async fn take_target(&self, file: &Path) -> Result<Taken> {
-        let whose = format!("the save of domain '{}', which is under way,", self.name());
+    async fn take_target(&self, deed: &str, file: &Path) -> Result<Taken> {
+        let whose = format!("the {deed} of domain '{}', which is under way,", self.name());
         let taken = self.shared.images.take(file, whose).await;
         taken.map_err(|by| {
             let (name, file) = (self.name(), file.display());
-            Error::InUse(format!("cannot save domain '{name}': {file} is what {by} writes; choose another file"))
+            Error::InUse(format!("cannot {deed} domain '{name}': {file} is what {by} writes; choose another file"))
         })
     }
 
@@ -389,7 +399,7 @@ impl Domain {
         let _stay = Creation::begin(self)?;
         let target = match request.given {
             Some(_) => None,
-            None => Some(self.take_target(&request.file).await?),
+            None => Some(self.take_target(wanted.deed(), &request.file).await?),
         };
         let journal = self.journal(Deed::Save { file: request.file.clone(), managed, dump }, job);
         journal.begin().await?;
@@ -399,7 +409,7 @@ impl Domain {
             journal.end_after_failure(&e).await;
             // If it is half done.
             self.looks_again(target);
-            return Err(self.driver_failed("save", e));
+            return Err(self.driver_failed(wanted.deed(), e));
         }
         if !dump {
             self.end_saved().await?;

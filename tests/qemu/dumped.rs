@@ -86,7 +86,7 @@ async fn a_guest_that_is_dumped_is_reset_or_ends_as_is_wanted() {
     refused(dump(&domain, &file, &["memory-only", "live"]).await, "OperationUnsupported", &["live"]);
     refused(dump_memory(&domain, &file, "zip", &[]).await, "InvalidArgument", &["'format'", "kdump-zlib"]);
     refused(dump_memory(&domain, &file, "win-dmp", &[]).await, "OperationUnsupported", &["vmcoreinfo"]);
-    refused(dump_memory(&domain, &tick.disk, "elf", &[]).await, "InUse", &["crashes"]);
+    refused(dump_memory(&domain, &tick.disk, "elf", &[]).await, "InUse", &["cannot dump", "crashes"]);
     refused(dump_memory(&domain, daemon.folder(), "elf", &[]).await, "InvalidArgument", &["folder"]);
     refused(dump(&domain, &file, &["alive"]).await, "InvalidArgument", &["live"]);
     refused(dump(&domain, Path::new("relative"), &[]).await, "InvalidArgument", &["absolute"]);

@@ -26,6 +26,7 @@ mod records;
 mod revert_matrix;
 mod saved;
 mod saved_given;
+mod saved_managed;
 mod saved_unfinished;
 mod serial;
 mod snapshots;

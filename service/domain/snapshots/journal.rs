@@ -170,7 +170,8 @@ impl Journal for DomainJournal {
     }
 
     async fn may_replace(&self, file: &Path) -> Result<(), DriverError> {
-        let free = self.domain.refuse_to_replace(file).await;
+        let dump = matches!(lock(&self.intent).deed, Deed::Save { dump: true, .. });
+        let free = self.domain.refuse_to_replace(if dump { "dump" } else { "save" }, file).await;
         free.map_err(|e| DriverError::Refused(e.to_string()))
     }
 
