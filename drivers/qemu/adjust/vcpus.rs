@@ -12,6 +12,10 @@ use std::time::{Duration, Instant};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 
+/// QEMU 7.2 frees what it still uses of an emulated vCPU: it dies of "corrupted double-linked list" with the next one that comes, or at once.
+const EMULATED: &str = "vCPUs that are emulated are not taken out while the guest runs, as QEMU damages its own memory by that and the \
+                        guest would be lost; set them in the stored configuration and start the guest anew, or give it type='kvm'";
+
 impl QemuDriver {
     pub(super) async fn adjust_vcpus(
         &self,
@@ -21,6 +25,9 @@ impl QemuDriver {
         patience: Duration,
     ) -> Result<(), DriverError> {
         let ((there, _), (wanted, _)) = (before.vcpus_at_boot(), def.vcpus_at_boot());
+        if def.kind != "kvm" && !there.is_subset(&wanted) {
+            return Err(DriverError::Unsupported(EMULATED.to_owned()));
+        }
         let until = Instant::now() + patience;
         let changed = async {
             plug_in(body, def, wanted.difference(&there).copied().collect()).await?;
