@@ -12,6 +12,7 @@
 mod sealed;
 
 use crate::host::given::{self, Use};
+use crate::host::workers::blocking;
 use crate::host::{own_file, secret};
 use async_trait::async_trait;
 use sealed::{Sealed, seal, unseal};
@@ -80,8 +81,7 @@ impl Vault {
             return self.value(uuid).await?.ok_or_else(missing);
         }
         let (vault, name) = (self.clone(), name.clone());
-        let read = tokio::task::spawn_blocking(move || vault.in_file(&name)).await;
-        read.map_err(|e| DriverError::Internal(e.to_string()))?
+        blocking(move || vault.in_file(&name)).await?
     }
 
     /// Why a machine that names this secret could not be started, if so. Blocks for files of virtd's own and the administrator's.
@@ -121,15 +121,6 @@ impl Vault {
         self.folder.join(format!("{uuid}.value"))
     }
 
-    fn sealed(&self, uuid: Uuid) -> Result<Option<Sealed>, DriverError> {
-        let path = self.file(uuid);
-        match own_file::read(&path, 4 * LARGEST_SECRET as u64) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-            Err(e) => Err(storage(&path, &e)),
-            Ok(text) => serde_json::from_slice(&Zeroizing::new(text)).map(Some).map_err(|e| storage(&path, &e)),
-        }
-    }
-
     /// How values are sealed on this host. That is tried once, with nothing.
     async fn means(&self) -> Protection {
         *self.means.get_or_init(sealed::means).await
@@ -146,7 +137,7 @@ impl SecretKeeper for Vault {
         if let Some((_, changed_usec)) = lock(&self.memory).get(&uuid) {
             return Ok(Some(KeptValue { protection: Protection::Memory, changed_usec: *changed_usec }));
         }
-        Ok(self.sealed(uuid)?.map(|sealed| sealed.about()))
+        Ok(sealed_in(&self.file(uuid))?.map(|sealed| sealed.about()))
     }
 
     async fn keep(
@@ -159,14 +150,13 @@ impl SecretKeeper for Vault {
         let _change = self.changes.lock().await;
         if ephemeral {
             lock(&self.memory).insert(uuid, (value, changed_usec));
-            self.remove(uuid)?;
+            self.remove(uuid).await?;
             return Ok(KeptValue { protection: Protection::Memory, changed_usec });
         }
         let sealed = seal(self.means().await, uuid, &value, changed_usec).await?;
         let about = sealed.about();
         let path = self.file(uuid);
-        let write = move || own_file::replace_json(&path, &sealed, true).map_err(|e| storage(&path, &e));
-        tokio::task::spawn_blocking(write).await.map_err(|e| DriverError::Internal(e.to_string()))??;
+        blocking(move || own_file::replace_json(&path, &sealed, true).map_err(|e| storage(&path, &e))).await??;
         lock(&self.memory).remove(&uuid);
         Ok(about)
     }
@@ -175,7 +165,8 @@ impl SecretKeeper for Vault {
         if let Some((value, _)) = lock(&self.memory).get(&uuid) {
             return Ok(Some(value.clone()));
         }
-        match self.sealed(uuid)? {
+        let path = self.file(uuid);
+        match blocking(move || sealed_in(&path)).await?? {
             None => Ok(None),
             Some(sealed) => unseal(uuid, &sealed).await.map(Some),
         }
@@ -184,7 +175,7 @@ impl SecretKeeper for Vault {
     async fn forget(&self, uuid: Uuid) -> Result<(), DriverError> {
         let _change = self.changes.lock().await;
         lock(&self.memory).remove(&uuid);
-        self.remove(uuid)
+        self.remove(uuid).await
     }
 
     async fn read(&self, file: GivenFile) -> Result<SecretValue, DriverError> {
@@ -228,9 +219,18 @@ impl SecretKeeper for Vault {
 }
 
 impl Vault {
-    fn remove(&self, uuid: Uuid) -> Result<(), DriverError> {
+    async fn remove(&self, uuid: Uuid) -> Result<(), DriverError> {
         let path = self.file(uuid);
-        removed(&path).map_err(|e| storage(&path, &e))
+        blocking(move || removed(&path).map_err(|e| storage(&path, &e))).await?
+    }
+}
+
+/// What is in a file, if that is there. Blocks.
+fn sealed_in(path: &Path) -> Result<Option<Sealed>, DriverError> {
+    match own_file::read(path, 4 * LARGEST_SECRET as u64) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(storage(path, &e)),
+        Ok(text) => serde_json::from_slice(&Zeroizing::new(text)).map(Some).map_err(|e| storage(path, &e)),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The way in, over a socket pair, with handlers of our own.
 
 use super::*;
-use crate::bus::rows::{Facts, Object};
+use crate::bus::rows::Object;
 use crate::bus::wire::{Row, Value};
 use std::collections::HashMap;
 use std::sync::atomic::AtomicUsize;

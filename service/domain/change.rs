@@ -56,11 +56,11 @@ impl Changeable for Domain {
     }
 
     async fn recovers(self: &Arc<Self>) -> Result<()> {
-        self.finish_interrupted().await
+        Box::pin(self.finish_interrupted()).await
     }
 
     async fn recovers_soon(self: &Arc<Self>) -> Result<()> {
-        self.finish_interrupted_soon().await
+        Box::pin(self.finish_interrupted_soon()).await
     }
 
     async fn settles(self: &Arc<Self>, cancelled: bool) {
@@ -95,7 +95,7 @@ impl Domain {
         verb: &Verb,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        frames::beside(self, caller, verb, work).await
+        frames::beside(self, caller, verb, Box::pin(work)).await
     }
 
     /// See [`frames::short`].
@@ -105,7 +105,8 @@ impl Domain {
         verb: &Verb,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        frames::short(self, caller, verb, work).await
+        // On the heap: in a debug build each frame would move it once more, here and below.
+        frames::short(self, caller, verb, Box::pin(work)).await
     }
 
     /// See [`frames::change`].
@@ -129,7 +130,7 @@ impl Domain {
         verb: &Verb,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        frames::logged(self, caller, verb, work).await
+        frames::logged(self, caller, verb, Box::pin(work)).await
     }
 
     /// See [`frames::accepted`].
@@ -139,7 +140,7 @@ impl Domain {
         verb: &Verb,
         work: impl Future<Output = Result<T>>,
     ) -> Result<T> {
-        frames::accepted(self, caller, verb, work).await
+        frames::accepted(self, caller, verb, Box::pin(work)).await
     }
 
     pub(crate) fn log(&self, caller: &Caller, verb: &Verb, begun: Instant, failure: Option<&Error>) {

@@ -99,8 +99,8 @@ pub(super) async fn create(
         keeper.forget(uuid).await.map_err(failed)?;
     }
     if !ephemeral {
-        let (on, text) = (shared.clone(), def.to_xml());
-        on_disk(move || on.store.documents(Folder::Secrets).save(uuid, &text, &Note { owner })).await?;
+        let (on, text, note) = (shared.clone(), def.to_xml(), Note::of(owner, &def));
+        on_disk(move || on.store.documents(Folder::Secrets).save(uuid, &text, &note)).await?;
     }
     fail_point::reached();
     let protection = keeper.protection(ephemeral).await.as_str();
@@ -166,8 +166,13 @@ pub(crate) async fn load(shared: &Arc<Shared>, secrets: &Arc<Secrets>) -> Result
             Ok(def) => (def, None),
             Err(why) => {
                 tracing::error!(%uuid, "the document of this secret is left alone: {why}");
+                let kind = UsageKind::ALL.iter().find(|kind| kind.as_str() == note.kind).copied().unwrap_or_default();
+                let mut stands_for = SecretDef::of(uuid, kind, &note.id);
+                if secrets.look(uuid, &key(&stands_for)).is_err() {
+                    stands_for = SecretDef::of(uuid, UsageKind::None, "");
+                }
                 // Whatever it was: its value is told to nobody.
-                let stands_for = SecretDef { private: Some(true), ..SecretDef::of(uuid, UsageKind::None, "") };
+                stands_for.private = Some(true);
                 (stands_for, Some(why))
             }
         };

@@ -61,10 +61,20 @@ struct State {
     facts: Option<Arc<SecretFacts>>,
 }
 
-/// What XML has no word for.
+/// What XML has no word for, and what is to be known of a secret whose document cannot be read.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Note {
     owner: u32,
+    #[serde(default)]
+    kind: String,
+    #[serde(default)]
+    id: String,
+}
+
+impl Note {
+    fn of(owner: u32, def: &SecretDef) -> Note {
+        Note { owner, kind: def.kind().as_str().to_owned(), id: def.id().to_owned() }
+    }
 }
 
 /// What is known of undefining a secret, of which nothing is done.
@@ -316,11 +326,12 @@ impl Secret {
     /// Takes another document. Permission has been asked.
     async fn redefine(self: &Arc<Self>, def: SecretDef) -> Result<()> {
         let _turn = frames::take_turn(&**self, verb::DEFINE_SECRET.word, &CancellationToken::new()).await?;
-        let (before, value, broken) = {
+        let (before, value) = {
             let state = lock(&self.state);
-            (state.def.clone(), state.value, state.broken.is_some())
+            (state.def.clone(), state.value)
         };
-        let lifts = |was: bool, is: bool| value.is_some() && !broken && was && !is;
+        // What stands for a document that cannot be read is private: nobody knows whether that was.
+        let lifts = |was: bool, is: bool| value.is_some() && was && !is;
         for (what, was, is) in [
             ("private", before.is_private(), def.is_private()),
             ("ephemeral", before.is_ephemeral(), def.is_ephemeral()),
@@ -331,7 +342,7 @@ impl Secret {
             }
         }
         let ephemeral = def.is_ephemeral();
-        let (shared, uuid, owner, text) = (self.shared.clone(), self.uuid, self.owner, def.to_xml());
+        let (shared, uuid, text, note) = (self.shared.clone(), self.uuid, def.to_xml(), Note::of(self.owner, &def));
         let moved = match value.filter(|_| ephemeral && !before.is_ephemeral()) {
             Some(kept) => {
                 let value = self.shared.host.secrets.value(uuid).await.map_err(|e| self.failed("define", e))?;
@@ -341,7 +352,7 @@ impl Secret {
         };
         on_disk(move || match ephemeral {
             true => shared.store.documents(Folder::Secrets).remove(uuid),
-            false => shared.store.documents(Folder::Secrets).save(uuid, &text, &Note { owner }),
+            false => shared.store.documents(Folder::Secrets).save(uuid, &text, &note),
         })
         .await?;
         fail_point::reached();

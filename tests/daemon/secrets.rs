@@ -98,7 +98,11 @@ async fn told(watch: &mut Watch, path: &str, last: &str) -> Vec<String> {
         let (header, body) = (message.header(), message.body());
         let (member, of) = (header.member().expect("a member").to_string(), header.path().expect("a path").to_string());
         match &*member {
-            "InterfacesAdded" | "InterfacesRemoved" => seen.push(member),
+            "InterfacesAdded" => {
+                type All = std::collections::HashMap<String, std::collections::HashMap<String, zbus::OwnedVariant>>;
+                let (added, _): (OwnedObjectPath, All) = body.deserialize().expect("oa{sa{sv}}");
+                seen.extend((added.as_str() == path).then_some(member));
+            }
             "PropertiesChanged" if of == path => seen.push(member),
             "Lifecycle" if of == path => {
                 let (event, detail): (String, String) = body.deserialize().expect("ss");
@@ -279,7 +283,9 @@ async fn a_broken_secret_says_so_and_keeps_its_value_to_itself() {
     let (error, why) = one.value().await.expect_err("nobody knows whether it is private");
     assert!(error.ends_with("OperationInvalid") && why.contains("define it anew"), "{error}: {why}");
     assert_eq!(one.can("GetValue").await, "na");
-    one.undefine(false).await.expect("it can be given up");
+    let anew = Seen::define(&root, &xml("private='yes'", UUID, "/srv/a.img")).await.expect("defined anew");
+    assert_eq!((anew.property::<String>("Broken").await.as_str(), anew.property::<bool>("HasValue").await), ("", true));
+    anew.undefine(false).await.expect("it can be given up");
     assert_eq!(files(&daemon), Vec::<PathBuf>::new());
 }
 
