@@ -202,6 +202,7 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         kvm: qemu.kvm == UseKvm::Auto,
         guest_threads: qemu.threads,
         guest_overhead: qemu.overhead_mib.saturating_mul(1 << 20),
+        claims: virt_drivers::qemu::Claims::default(),
     }
 }
 
