@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{checkpoint, domain, job, manager, snapshot, subscription};
+use objects::{checkpoint, domain, job, manager, nodedev, snapshot, subscription};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -59,6 +59,8 @@ impl Server {
             snapshot::offer(service),
             checkpoint::offer(service),
             job::offer(service),
+            nodedev::offer_manager(service),
+            nodedev::offer(service),
             subscription::offer(service),
         ])?;
         let publisher = Publisher::new(&service.drivers());

@@ -16,6 +16,8 @@ pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Snapshot.xml"),
     include_str!("../../data/interfaces/org.virt.Checkpoint.xml"),
     include_str!("../../data/interfaces/org.virt.Job.xml"),
+    include_str!("../../data/interfaces/org.virt.Manager.NodeDevice.xml"),
+    include_str!("../../data/interfaces/org.virt.NodeDevice.xml"),
     include_str!("../../data/interfaces/org.virt.StatsSubscription.xml"),
 ];
 
