@@ -170,7 +170,7 @@ async fn what_the_host_or_a_guest_has_is_not_taken_away() {
     let hostdev = "<devices><hostdev type='pci' managed='yes'><source><address bus='6'/></source></hostdev></devices>";
     let domain = world.service.define(&alice, &xml("web", hostdev), false).await.unwrap();
     let users = async |how: &'static str| {
-        while card.facts().users.first().map(|user| user.how.as_str()) != Some(how) {
+        while !card.facts().users.iter().any(|user| user.how.as_str() == how) {
             tokio::task::yield_now().await;
         }
     };
