@@ -99,11 +99,30 @@ struct VirtDiskSizes {
     qulonglong physical = 0;
 };
 
+/// One device of Manager.NodeDevice.ListNodeDevices; the host itself has no parent.
+struct VirtListedNodeDevice {
+    QDBusObjectPath path;
+    QString name;
+    QString deviceClass;
+    QString parent;
+};
+using VirtListedNodeDevices = QList<VirtListedNodeDevice>;
+
+/// Who needs an object, as in NodeDevice.Users: the object, where in it, and how.
+struct VirtUser {
+    QDBusObjectPath object;
+    QString place;
+    QString how;
+};
+using VirtUsers = QList<VirtUser>;
+
 /// The devices of Domain.Disks and the like, a dictionary each.
 using VirtDevices = QList<QVariantMap>;
 
 Q_DECLARE_METATYPE(VirtListedDomain)
 Q_DECLARE_METATYPE(VirtDiskSizes)
+Q_DECLARE_METATYPE(VirtListedNodeDevice)
+Q_DECLARE_METATYPE(VirtUser)
 Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
 Q_DECLARE_METATYPE(VirtListedSecret)
@@ -257,6 +276,38 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtMachineStats
     return in;
 }
 
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedNodeDevice &one)
+{
+    out.beginStructure();
+    out << one.path << one.name << one.deviceClass << one.parent;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedNodeDevice &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.name >> one.deviceClass >> one.parent;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtUser &one)
+{
+    out.beginStructure();
+    out << one.object << one.place << one.how;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtUser &one)
+{
+    in.beginStructure();
+    in >> one.object >> one.place >> one.how;
+    in.endStructure();
+    return in;
+}
+
 inline QDBusArgument &operator<<(QDBusArgument &out, const VirtDiskSizes &one)
 {
     out.beginStructure();
@@ -296,6 +347,10 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtMachineStats>();
     qDBusRegisterMetaType<VirtMachinesStats>();
     qDBusRegisterMetaType<VirtDiskSizes>();
+    qDBusRegisterMetaType<VirtListedNodeDevice>();
+    qDBusRegisterMetaType<VirtListedNodeDevices>();
+    qDBusRegisterMetaType<VirtUser>();
+    qDBusRegisterMetaType<VirtUsers>();
     qDBusRegisterMetaType<VirtDevices>();
 }
 

@@ -5,6 +5,8 @@
 pub mod agent;
 pub mod base64;
 pub mod host;
+#[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys and /proc, and udev's notes")]
+pub mod nodedev;
 pub mod qemu;
 #[allow(clippy::disallowed_methods, reason = "files of virtd itself, and the administrator's")]
 pub mod secret;
@@ -37,6 +39,8 @@ pub struct DriverConfig {
     pub guest_threads: u64,
     /// Bytes that they may use beyond the guest's memory and a quarter of it.
     pub guest_overhead: u64,
+    /// The devices of the host that guests have to themselves.
+    pub claims: qemu::Claims,
 }
 
 impl DriverConfig {
@@ -53,6 +57,7 @@ impl DriverConfig {
             kvm: true,
             guest_threads: 1024,
             guest_overhead: 2 << 30,
+            claims: qemu::Claims::default(),
         }
     }
 }

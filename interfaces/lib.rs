@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{checkpoint, domain, job, manager, secret, snapshot, subscription};
+use objects::{checkpoint, domain, job, manager, nodedev, secret, snapshot, subscription};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -61,6 +61,8 @@ impl Server {
             secret::offer_of_manager(service),
             secret::offer(service),
             job::offer(service),
+            nodedev::offer_manager(service),
+            nodedev::offer(service),
             subscription::offer(service),
         ])?;
         let publisher = Publisher::new(&service.drivers());

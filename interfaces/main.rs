@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use virt_drivers::DriverConfig;
+use virt_drivers::nodedev::LinuxDevices;
 use virt_service::authz::Authority;
 use virt_service::{Host, Service, Settings};
 use virtd::caller::Callers;
@@ -79,10 +80,12 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let (authority, polkit) = authority(arguments.kind(), &link).await?;
     let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
     let host = Host { secrets: driver_config.secrets.clone() };
+    let devices = LinuxDevices::new(driver_config.claims.clone(), driver_config.system);
     let drivers = virt_drivers::all(driver_config);
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
+    service.follow_host(devices).await;
     let server = Server::new(&service, events).await?;
     let serving = server.serve_bus(&link.connection, link.intake.clone(), callers.clone());
     callers.listen().await.map_err(|error| format!("the bus does not tell who leaves: {error}"))?;
@@ -204,6 +207,7 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         kvm: qemu.kvm == UseKvm::Auto,
         guest_threads: qemu.threads,
         guest_overhead: qemu.overhead_mib.saturating_mul(1 << 20),
+        claims: virt_drivers::qemu::Claims::default(),
     }
 }
 

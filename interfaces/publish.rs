@@ -14,6 +14,7 @@
 //! A row is in place when its signals are queued, and both happen as one for readers (`bus/rows.rs`). Until a connection
 //! is attached, rows change in silence: that is how the tree is true before anybody can look.
 
+use crate::bus::answers::manager_of;
 use crate::bus::call::signal;
 use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
@@ -237,7 +238,7 @@ fn added(object: &Object) -> Result<Message, Error> {
     let mut body = Body::with_capacity(1024);
     body.text(&object.path);
     object.interfaces(Extent::Whole, &mut body);
-    signal("/org/virt", "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", &body)
+    signal(manager_of(&object.path), "org.freedesktop.DBus.ObjectManager", "InterfacesAdded", "oa{sa{sv}}", &body)
 }
 
 fn removed(objects: &mut Objects, path: &str) -> Result<Option<Message>, Error> {
@@ -245,7 +246,7 @@ fn removed(objects: &mut Objects, path: &str) -> Result<Option<Message>, Error> 
     let mut body = Body::with_capacity(128);
     body.text(path);
     body.array(4, |body| old.parts().for_each(|(interface, _)| body.text(interface)));
-    signal("/org/virt", "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", &body).map(Some)
+    signal(manager_of(path), "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", &body).map(Some)
 }
 
 fn changed(old: &Object, new: &Object) -> Result<Vec<Message>, Error> {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::AbiDifference;
+use virt_model::nodedev::{DeviceWish, NodeDevice};
 use virt_model::state::{DomainState, StateReason};
 
 /// All that is published of a domain, at one moment.
@@ -78,9 +79,18 @@ pub struct ConfigFacts {
     pub shown: Shown,
     /// What it needs of other objects; shown where they are.
     pub needs: Box<[Need]>,
+    /// The devices of the host that it wants.
+    pub wishes: Box<[DeviceWish]>,
 }
 
 impl DomainFacts {
+    /// Whether it is made of other things than it was, or runs or is stored otherwise.
+    pub(crate) fn is_made_otherwise(&self, before: &DomainFacts) -> bool {
+        let stored = |facts: &DomainFacts| facts.stored.as_ref().map(Arc::as_ptr);
+        let now = |facts: &DomainFacts| (facts.id != 0, facts.persistent, Arc::as_ptr(&facts.config), stored(facts));
+        now(self) != now(before)
+    }
+
     /// The stored configuration differs from what runs.
     pub fn config_changed(&self) -> bool {
         !self.pending.is_empty()
@@ -100,6 +110,7 @@ impl ConfigFacts {
             maximum_memory: def.memory_kib().saturating_mul(1024),
             shown: Shown::of(def),
             needs: needs_of(def),
+            wishes: DeviceWish::all_of(def),
         }
     }
 }
@@ -162,6 +173,17 @@ pub struct CheckpointFacts {
 pub enum ObjectFacts {
     /// A secret's.
     Secret(Arc<SecretFacts>),
+    /// A device's of the host.
+    NodeDevice(Arc<NodeDeviceFacts>),
+}
+
+/// All that is published of a device of the host, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeDeviceFacts {
+    /// What it is.
+    pub device: Arc<NodeDevice>,
+    /// Which machines want it.
+    pub users: Arc<[User]>,
 }
 
 /// All that is published of a secret, at one moment. Never anything of its value.

@@ -22,6 +22,7 @@ mod left_behind;
 mod lines;
 mod lock;
 pub mod log;
+mod nodedev;
 pub mod object;
 mod registry;
 mod restore;
@@ -45,6 +46,7 @@ pub use domain::{
     POWERING_OFF, Plan, ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats,
     StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
+pub use nodedev::{DetachCheck, HostDevice};
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
 pub use secret::{CheckedUndefine, Secret};
@@ -59,16 +61,18 @@ use events::{Event, Events};
 use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
+use nodedev::NodeDevices;
 use object::ObjectRef;
 use secret::Secrets;
 use shared::Shared;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 use store::Store;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use verb::Verb;
+use virt_model::driver::host_devices::HostDevices;
 use virt_model::driver::{Driver, DriverError, MachineChoice};
 use virt_model::xml::shorten;
 
@@ -89,6 +93,7 @@ pub struct Service {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     secrets: Arc<Secrets>,
+    node_devices: OnceLock<Arc<NodeDevices>>,
 }
 
 impl Service {
@@ -112,12 +117,36 @@ impl Service {
         secret::load(&shared, &secrets).await?;
         boot::load(&shared, &domains).await?;
         secret::take_in_files(&shared, &secrets).await?;
-        Ok((Arc::new(Service { shared, domains, secrets }), receiver))
+        Ok((Arc::new(Service { shared, domains, secrets, node_devices: OnceLock::new() }), receiver))
     }
 
     /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
         boot::autostart(&self.shared, &self.domains).await
+    }
+
+    /// Publishes the devices of the host, too, and follows them. To be called once, before anybody is on the bus.
+    pub async fn follow_host(&self, host: Arc<dyn HostDevices>) {
+        let devices = NodeDevices::open(&self.shared, &self.domains, host).await;
+        let _ = self.node_devices.set(devices);
+    }
+
+    /// The device of the host with this name.
+    pub fn node_device(&self, name: &str) -> Result<Arc<HostDevice>> {
+        let devices = self.node_devices.get();
+        devices.ok_or_else(|| Error::NoSuchNodeDevice(shorten(name)))?.get(name)
+    }
+
+    /// The host of Fibre Channel with these world wide names of node and port.
+    pub fn node_device_by_wwn(&self, node: &str, port: &str) -> Result<Arc<HostDevice>> {
+        let devices = self.node_devices.get();
+        devices.ok_or_else(|| Error::NoSuchNodeDevice(shorten(port)))?.by_wwn(node, port)
+    }
+
+    /// Makes a device of the host, or stores how it is made. Error: `OperationUnsupported`, as none is made yet.
+    pub async fn make_node_device(&self, caller: &Caller, verb: &'static Verb) -> Result<std::convert::Infallible> {
+        self.allow(caller, verb, &Subject::default()).await?;
+        Err(Error::OperationUnsupported(format!("cannot {} a node device: {}", verb.word, nodedev::NOT_MADE)))
     }
 
     /// The stream of changes.

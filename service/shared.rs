@@ -78,6 +78,8 @@ pub(crate) struct Shared {
     pub subscriptions: Subscriptions,
     pub subscription_places: Arc<FairPlaces<u32>>,
     pub readings: Readings,
+    /// Counts how often what a machine is made of has changed, or whether it runs.
+    pub configurations: watch::Sender<u64>,
     /// Machines of which nothing is left but something that was cut off, and is not whole yet.
     unsettled: watch::Sender<BTreeSet<Uuid>>,
     last_id: AtomicU32,
@@ -111,6 +113,7 @@ impl Shared {
             subscriptions: Subscriptions::default(),
             subscription_places: FairPlaces::new(SUBSCRIPTIONS.0, SUBSCRIPTIONS.1),
             readings: Readings::default(),
+            configurations: watch::Sender::default(),
             unsettled: watch::Sender::default(),
             last_id: AtomicU32::new(0),
         })

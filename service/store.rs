@@ -20,6 +20,7 @@
 
 mod documents;
 mod managed;
+mod nodedev;
 mod snapshots;
 
 pub(crate) use documents::{Documents, Folder, FoundDocument};
@@ -163,6 +164,7 @@ impl Store {
             (store.paths.runtime.join("status"), 0o700),
             (store.paths.runtime.join("ended"), 0o700),
             (store.paths.runtime.join("guests"), 0o711),
+            (store.detached_folder(), 0o700),
             (store.paths.log.clone(), 0o700),
         ]) {
             let made = fs::DirBuilder::new()

@@ -57,6 +57,14 @@ pub enum When {
     Snapshots,
     /// A value is kept of it, and may be told.
     HasValue,
+    /// It is a device that could be taken from the host's driver.
+    NotDetached,
+    /// It is a device that was taken from the host's driver.
+    Detached,
+    /// It is a device that no driver of the host's has.
+    Undriven,
+    /// In none yet.
+    Never,
 }
 
 /// What a guest's hypervisor is asked, where that is all there is to a verb.
@@ -236,6 +244,26 @@ verbs! {
         FINISH = "Finish", Some(Job), Always, "finish job";
     }
 
+    /// `org.virt.Manager.NodeDevice`
+    MANAGER_NODE_DEVICE {
+        LIST_NODE_DEVICES = "ListNodeDevices", None, Always, "list";
+        GET_NODE_DEVICE = "GetNodeDevice", None, Always, "get";
+        GET_NODE_DEVICE_BY_WWN = "GetNodeDeviceByWWN", None, Always, "get";
+        CREATE_NODE_DEVICE = "CreateNodeDevice", Some(DeviceCreate), Never, "create";
+        DEFINE_NODE_DEVICE = "DefineNodeDevice", Some(DeviceCreate), Never, "define";
+    }
+
+    /// `org.virt.NodeDevice`
+    NODE_DEVICE {
+        DETACH = "Detach", Some(DeviceDetach), NotDetached, "detach";
+        REATTACH = "Reattach", Some(DeviceDetach), Detached, "reattach";
+        RESET_DEVICE = "Reset", Some(DeviceDetach), Undriven, "reset";
+        CHECK_DETACH = "CheckDetach", Some(DeviceRead), Always, "check";
+        DESTROY_DEVICE = "Destroy", Some(DeviceCreate), Never, "destroy";
+        NODE_DEVICE_XML = "GetXML", Some(DeviceRead), Always, "get XML of";
+        NODE_DEVICE_CAN = "Can", None, Always, "can";
+    }
+
     /// `org.virt.StatsSubscription`
     SUBSCRIPTION {
         CLOSE = "Close", None, Always, "close";
@@ -251,6 +279,8 @@ pub const TABLES: &[(&str, &[Verb])] = &[
     ("org.virt.Manager.Secret", SECRET_MANAGER),
     ("org.virt.Secret", SECRET),
     ("org.virt.Job", JOB),
+    ("org.virt.Manager.NodeDevice", MANAGER_NODE_DEVICE),
+    ("org.virt.NodeDevice", NODE_DEVICE),
     ("org.virt.StatsSubscription", SUBSCRIPTION),
 ];
 

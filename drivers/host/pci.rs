@@ -9,8 +9,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// The driver that hands devices to guests.
-pub const VFIO: &str = "vfio-pci";
+pub use virt_model::nodedev::VFIO;
 
 /// Drivers of which the kernel knows that they do not touch memory; a device without a driver does not either.
 const HARMLESS: [&str; 4] = [VFIO, "pci-stub", "pcieport", "shpchp"];
@@ -92,7 +91,7 @@ impl Pci {
     }
 
     /// All devices of a group, sorted.
-    fn peers(&self, group: &str) -> Vec<String> {
+    pub fn peers(&self, group: &str) -> Vec<String> {
         let folder = self.sysfs.join("kernel/iommu_groups").join(group).join("devices");
         let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
         let mut peers: Vec<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
@@ -112,6 +111,11 @@ impl Pci {
             Some(driver) if driver == VFIO => Ok(()),
             _ => Err(io::Error::other(format!("{VFIO} did not take it"))),
         }
+    }
+
+    /// Resets the device. Blocks.
+    pub fn reset(&self, address: &str) -> io::Result<()> {
+        self.put(&self.device(address).join("reset"), "1")
     }
 
     /// Gives a device back to the host, whose driver it had if `driven`. Does nothing to one that has gone, or that
@@ -138,7 +142,8 @@ impl Pci {
     }
 }
 
-fn name_of_link(link: &Path) -> Option<String> {
+/// The last part of where a link of the kernel's leads.
+pub(crate) fn name_of_link(link: &Path) -> Option<String> {
     Some(std::fs::read_link(link).ok()?.file_name()?.to_str()?.to_owned())
 }
 
@@ -179,7 +184,7 @@ pub(crate) mod tests {
                 let driver = if said.trim().is_empty() { "e1000e" } else { said.trim() };
                 symlink(bus.join("drivers").join(driver), device.join("driver"))
             }
-            "driver_override" => std::fs::write(path, text),
+            "driver_override" | "reset" => std::fs::write(path, text),
             other => panic!("{other}"),
         }
     }

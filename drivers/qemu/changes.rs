@@ -84,21 +84,37 @@ pub struct Claims(Arc<Mutex<BTreeMap<String, Holder>>>);
 #[derive(Clone, Debug)]
 struct Holder {
     uuid: Uuid,
-    name: String,
+    who: String,
 }
 
 impl Claims {
     /// Claims all of `devices` for a guest, or none: the error names who has one of them.
     pub fn take(&self, uuid: Uuid, name: &str, devices: &[String]) -> Result<(), DriverError> {
+        self.take_for(Holder { uuid, who: format!("domain '{name}'") }, devices)
+    }
+
+    /// The same for as long as the result lives, for `who` is no guest.
+    pub fn hold(&self, who: String, devices: &[String]) -> Result<HeldClaim, DriverError> {
+        // Nobody's machine has this number.
+        let uuid = Uuid::new_v4();
+        self.take_for(Holder { uuid, who }, devices)?;
+        Ok(HeldClaim { claims: self.clone(), uuid })
+    }
+
+    fn take_for(&self, holder: Holder, devices: &[String]) -> Result<(), DriverError> {
         let mut claims = self.lock();
-        let other = |device: &&String| claims.get(*device).is_some_and(|holder| holder.uuid != uuid);
+        let other = |device: &&String| claims.get(*device).is_some_and(|known| known.uuid != holder.uuid);
         if let Some(device) = devices.iter().find(other) {
-            let holder = claims.get(device).map(|holder| holder.name.clone()).unwrap_or_default();
-            return Err(DriverError::Refused(format!("{device} is in use by domain '{holder}'")));
+            let who = claims.get(device).map(|known| known.who.clone()).unwrap_or_default();
+            return Err(DriverError::Refused(format!("{device} is in use by {who}")));
         }
-        let holder = Holder { uuid, name: name.to_owned() };
         claims.extend(devices.iter().map(|device| (device.clone(), holder.clone())));
         Ok(())
+    }
+
+    /// An IOMMU group, as it is claimed.
+    pub fn group(number: &str) -> String {
+        format!("IOMMU group {number}")
     }
 
     /// Gives up all that a guest has.
@@ -108,6 +124,19 @@ impl Claims {
 
     fn lock(&self) -> MutexGuard<'_, BTreeMap<String, Holder>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A claim that ends with this.
+#[derive(Debug)]
+pub struct HeldClaim {
+    claims: Claims,
+    uuid: Uuid,
+}
+
+impl Drop for HeldClaim {
+    fn drop(&mut self) {
+        self.claims.release(self.uuid);
     }
 }
 

@@ -191,7 +191,7 @@ pub fn claims(def: &DomainDef, sysfs: &Path) -> Vec<String> {
     let groups = pci_devices(def).into_iter().filter_map(|device| pci.group(&device.address));
     let usb = def.devices.hostdevs.iter().filter_map(Hostdev::usb);
     let usb = usb.map(|(bus, device)| format!("the USB device at bus {bus}, device {device}"));
-    groups.map(|group| format!("IOMMU group {group}")).chain(usb).collect()
+    groups.map(|group| Claims::group(&group)).chain(usb).collect()
 }
 
 /// The network devices on devices of the host's that `taps` ask for, each by its place among them; names that were left open

@@ -67,7 +67,8 @@ use crate::host::workers::{Errand, Workers};
 use crate::secret::Vault;
 use async_trait::async_trait;
 use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
-use changes::{Claims, SYSFS};
+pub use changes::Claims;
+use changes::SYSFS;
 use complete::{Chosen, go_live};
 use instance::{Body, Leavings, QemuInstance};
 use launch::{MONITOR_FD, Start};
@@ -143,7 +144,7 @@ impl QemuDriver {
             prober: Arc::new(prober),
             workers,
             ports: Ports::default(),
-            claims: Claims::default(),
+            claims: config.claims.clone(),
             offers: Arc::default(),
             privileges,
             secrets: config.secrets.clone(),

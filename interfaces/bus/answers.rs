@@ -12,6 +12,20 @@ use zbus::Message;
 /// The object that manages the others.
 pub const ROOT: &str = "/org/virt";
 
+/// Objects that manage those below them by themselves, which keeps the root's answer small.
+const OTHER_MANAGERS: [&str; 1] = [crate::objects::paths::NODE_DEVICES];
+
+/// Whether an object manages others.
+pub fn is_manager(path: &str) -> bool {
+    path == ROOT || OTHER_MANAGERS.contains(&path)
+}
+
+/// The object that manages the one at `path`.
+pub fn manager_of(path: &str) -> &'static str {
+    let below = |manager: &&str| path.strip_prefix(*manager).is_some_and(|rest| rest.starts_with('/'));
+    OTHER_MANAGERS.into_iter().find(below).unwrap_or(ROOT)
+}
+
 /// Larger answers are refused: a bus carries 32 MiB, and throws out whoever sends more.
 pub const LARGEST: usize = 24 << 20;
 
@@ -44,20 +58,20 @@ pub fn get_all(call: &Message, objects: &Objects, path: &str) -> Result<Message,
 }
 
 /// ObjectManager.GetManagedObjects. Where they are too many for one answer with all that they have, it has no long properties.
-pub fn managed_objects(call: &Message, objects: &Objects) -> Result<Message, Error> {
-    let mut all = listed(objects, Extent::Whole);
+pub fn managed_objects(call: &Message, objects: &Objects, manager: &str) -> Result<Message, Error> {
+    let mut all = listed(objects, manager, Extent::Whole);
     if all.bytes().len() > LARGEST {
-        all = listed(objects, Extent::Short);
+        all = listed(objects, manager, Extent::Short);
     }
     fits(all.bytes().len())?;
     encoded_reply(&call.header(), "a{oa{sa{sv}}}", &all)
 }
 
 /// All objects, as long as they fit: the one that does not is the last.
-fn listed(objects: &Objects, extent: Extent) -> Body {
+fn listed(objects: &Objects, manager: &str, extent: Extent) -> Body {
     let mut all = Body::default();
     all.array(8, |body| {
-        for object in objects.below(ROOT) {
+        for object in objects.below(manager).filter(|object| manager_of(&object.path) == manager) {
             if body.bytes().len() > LARGEST {
                 break;
             }
@@ -74,7 +88,7 @@ pub fn introspect(call: &Message, objects: &Objects, table: &Table, path: &str) 
     let mut xml = format!("{DOCTYPE}<node>\n");
     let object = objects.get(path);
     let own = object.into_iter().flat_map(|object| object.parts()).map(|(interface, _)| interface);
-    let manager = (path == ROOT).then_some("org.freedesktop.DBus.ObjectManager");
+    let manager = is_manager(path).then_some("org.freedesktop.DBus.ObjectManager");
     let properties = object.map(|_| "org.freedesktop.DBus.Properties");
     let every = ["org.freedesktop.DBus.Introspectable", "org.freedesktop.DBus.Peer"];
     for name in own.chain(manager).chain(properties).chain(every) {
@@ -172,7 +186,7 @@ mod tests {
             objects.put(Object::new(path, "org.virt.Domain", row));
         }
         let call = Message::method_call("/org/virt", "GetManagedObjects").build(&()).unwrap();
-        let answer = managed_objects(&call, &objects).unwrap();
+        let answer = managed_objects(&call, &objects, ROOT).unwrap();
         type Interfaces = HashMap<String, HashMap<String, OwnedVariant>>;
         let all: HashMap<OwnedObjectPath, Interfaces> = answer.body().deserialize().unwrap();
         let names = |interfaces: Interfaces| interfaces.into_values().flat_map(HashMap::into_keys).collect();

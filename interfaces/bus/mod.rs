@@ -28,7 +28,7 @@ pub mod wire;
 
 use crate::caller::{Callers, Reading};
 use crate::error::Error;
-use answers::{ROOT, fits, is_standard, no_object, unknown_property};
+use answers::{ROOT, fits, is_manager, is_standard, no_object, unknown_property};
 use call::{Call, Handler, Outcome, Reply, refusal};
 use futures_util::{FutureExt, StreamExt};
 use gate::{Admission, Backlog, Gate, Incoming, Limits, Standing, Work};
@@ -447,7 +447,7 @@ impl Bus {
             _ if !is_node => return Err(no_object(path)),
             "org.freedesktop.DBus.Introspectable" => true,
             "org.freedesktop.DBus.Properties" => object.is_some(),
-            "org.freedesktop.DBus.ObjectManager" => path == ROOT,
+            "org.freedesktop.DBus.ObjectManager" => is_manager(path),
             name => object.is_some_and(|object| object.row_of(name).is_some()),
         };
         Ok(self.table.get(name).filter(|_| has))
@@ -516,7 +516,7 @@ impl Bus {
             Look::MachineId => answers::machine_id(call),
             Look::Get => answers::get(call, objects, path),
             Look::GetAll => answers::get_all(call, objects, path),
-            Look::ManagedObjects => answers::managed_objects(call, objects),
+            Look::ManagedObjects => answers::managed_objects(call, objects, path),
             Look::Introspect => answers::introspect(call, objects, &self.table, path),
         }
     }

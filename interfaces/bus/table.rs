@@ -18,6 +18,8 @@ pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Manager.Secret.xml"),
     include_str!("../../data/interfaces/org.virt.Secret.xml"),
     include_str!("../../data/interfaces/org.virt.Job.xml"),
+    include_str!("../../data/interfaces/org.virt.Manager.NodeDevice.xml"),
+    include_str!("../../data/interfaces/org.virt.NodeDevice.xml"),
     include_str!("../../data/interfaces/org.virt.StatsSubscription.xml"),
 ];
 

@@ -14,6 +14,8 @@ pub enum Value<'a> {
     Bool(bool),
     /// `u`
     U32(u32),
+    /// `i`
+    I32(i32),
     /// `t`
     U64(u64),
     /// `d`
@@ -39,6 +41,7 @@ pub enum Value<'a> {
 pub mod kind {
     pub const Bool: &str = "b";
     pub const U32: &str = "u";
+    pub const I32: &str = "i";
     pub const U64: &str = "t";
     pub const F64: &str = "d";
     pub const Str: &str = "s";
@@ -56,6 +59,7 @@ impl Value<'_> {
         match self {
             Value::Bool(_) => kind::Bool,
             Value::U32(_) => kind::U32,
+            Value::I32(_) => kind::I32,
             Value::U64(_) => kind::U64,
             Value::F64(_) => kind::F64,
             Value::Str(_) => kind::Str,
@@ -141,6 +145,7 @@ impl Body {
         match *value {
             Value::Bool(flag) => self.u32(flag.into()),
             Value::U32(number) => self.u32(number),
+            Value::I32(number) => self.u32(number.cast_unsigned()),
             Value::U64(number) => self.0.extend_from_slice(&number.to_le_bytes()),
             Value::F64(number) => self.0.extend_from_slice(&number.to_le_bytes()),
             Value::Str(text) | Value::Path(text) => self.text(text),

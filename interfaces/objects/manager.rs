@@ -35,7 +35,7 @@ properties! {
 /// What is published of the service as a whole.
 pub fn object(drivers: &[&str]) -> Object {
     Object {
-        others: Box::new([(super::secret::MANAGER, Row::new(&[], &[]))]),
+        others: [super::secret::MANAGER, super::nodedev::MANAGER].map(|own| (own, Row::new(&[], &[]))).into(),
         ..Object::new(ROOT, INTERFACE, row(drivers))
     }
 }

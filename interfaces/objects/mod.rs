@@ -8,6 +8,7 @@ mod disks;
 pub mod domain;
 pub mod job;
 pub mod manager;
+pub mod nodedev;
 pub mod paths;
 pub mod secret;
 pub mod snapshot;
@@ -76,6 +77,7 @@ pub struct Lifecycle {
 pub fn published(facts: &ObjectFacts) -> Published {
     match facts {
         ObjectFacts::Secret(facts) => secret::published(facts),
+        ObjectFacts::NodeDevice(facts) => nodedev::published(facts),
     }
 }
 

@@ -13,7 +13,8 @@ const NETWORKS: &str = "/org/virt/network/_";
 const POOLS: &str = "/org/virt/pool/_";
 const VOLUMES: &str = "/volume/";
 const SECRETS: &str = "/org/virt/secret/_";
-const NODE_DEVICES: &str = "/org/virt/nodedev/";
+/// The object that manages the devices of the host, which are below it.
+pub const NODE_DEVICES: &str = "/org/virt/nodedev";
 const JOBS: &str = "/org/virt/job/";
 const SUBSCRIPTIONS: &str = "/org/virt/stats/";
 
@@ -27,7 +28,7 @@ pub fn of(object: &ObjectRef) -> String {
         ObjectRef::Pool(uuid) => by_uuid(POOLS, *uuid),
         ObjectRef::Volume(pool, name) => format!("{}{VOLUMES}{}", by_uuid(POOLS, *pool), escape(name)),
         ObjectRef::Secret(uuid) => by_uuid(SECRETS, *uuid),
-        ObjectRef::NodeDevice(name) => format!("{NODE_DEVICES}{}", escape(name)),
+        ObjectRef::NodeDevice(name) => format!("{NODE_DEVICES}/{}", escape(name)),
     }
 }
 
@@ -39,7 +40,7 @@ pub fn object(path: &str) -> Option<ObjectRef> {
     if let Some((pool, name)) = path.split_once(VOLUMES) {
         return Some(ObjectRef::Volume(uuid_below(POOLS, pool)?, unescape(name)?.into()));
     }
-    if let Some(name) = path.strip_prefix(NODE_DEVICES) {
+    if let Some(name) = path.strip_prefix(NODE_DEVICES).and_then(|rest| rest.strip_prefix('/')) {
         return Some(ObjectRef::NodeDevice(unescape(name)?.into()));
     }
     let domain = uuid(path).map(ObjectRef::Domain);

@@ -243,10 +243,12 @@ impl Domain {
         let mut state = lock(&self.state);
         let was_there = !state.gone;
         let was_told = state.told && was_there;
+        let before = state.facts.clone();
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
         self.shared.uses.are(self.uuid, state.needs_live(), state.needs_stored());
+        let otherwise = !was_told || facts.is_made_otherwise(&before);
         if was_told || !state.gone {
             let gone = state.gone;
             let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);
@@ -264,6 +266,11 @@ impl Domain {
         if was_there && state.gone {
             // Only now: whoever takes its uuid after it must not be told of before its end is.
             self.domains.remove(self.uuid, &state.name, self.owner);
+        }
+        let has_gone = state.gone;
+        drop(state);
+        if otherwise || has_gone {
+            self.shared.configurations.send_modify(|n| *n += 1);
         }
         self.changes.send_modify(|n| *n += 1);
     }

@@ -10,6 +10,7 @@ pub mod domain;
 pub mod driver;
 pub mod keys;
 pub mod secret;
+pub mod nodedev;
 pub mod setting;
 pub mod snapshot;
 pub mod state;

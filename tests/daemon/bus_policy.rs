@@ -12,6 +12,8 @@ const INTERFACES: &[&str] = &[
     "org.virt.Snapshot",
     "org.virt.Checkpoint",
     "org.virt.Job",
+    "org.virt.Manager.NodeDevice",
+    "org.virt.NodeDevice",
     "org.virt.StatsSubscription",
     "org.freedesktop.DBus.Properties",
     "org.freedesktop.DBus.ObjectManager",

@@ -1,0 +1,160 @@
+//! The devices of the host: sysfs tells which there are, the kernel and udev when one comes, goes or changes. Nothing is polled.
+//!
+//! ```text
+//!  kernel, udev ─▶ uevent.rs ─▶ follow.rs ─▶ read.rs (sysfs, names.rs) ─▶ inventory.rs ─▶ what is told
+//! ```
+//!
+//! A message only says what to look at again. Where messages are lost, all is looked at again.
+
+mod follow;
+mod inventory;
+mod names;
+mod read;
+mod uevent;
+mod uses;
+
+use crate::host::pci::{Pci, VFIO};
+use crate::host::workers::blocking;
+use crate::qemu::Claims;
+use async_trait::async_trait;
+use inventory::Inventory;
+use read::{MOST, Reader};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::mpsc;
+use virt_model::driver::DriverError;
+use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
+use virt_model::nodedev::{COMPUTER, NodeDevice, PciAbout};
+
+/// Where a host shows what it has.
+#[derive(Clone, Debug)]
+pub struct Host {
+    sys: PathBuf,
+    proc: PathBuf,
+    udev: PathBuf,
+    lists: Vec<PathBuf>,
+}
+
+impl Host {
+    /// This one.
+    pub fn this() -> Host {
+        Host {
+            sys: PathBuf::from("/sys"),
+            proc: PathBuf::from("/proc"),
+            udev: PathBuf::from("/run/udev"),
+            lists: ["/usr/share/hwdata", "/usr/share/misc"].map(PathBuf::from).into(),
+        }
+    }
+
+    fn below_sys(&self, folder: &Path) -> PathBuf {
+        self.sys.join(folder.strip_prefix("/").unwrap_or(folder))
+    }
+
+    /// Whether udev sends on what the kernel says, when it has done its part.
+    fn has_udev(&self) -> bool {
+        self.udev.join("control").exists()
+    }
+}
+
+/// The devices of a Linux host.
+#[derive(Debug)]
+pub struct LinuxDevices {
+    host: Host,
+    pci: Pci,
+    claims: Claims,
+    /// Devices are taken from the host's drivers, too.
+    takes: bool,
+    /// As many are listed.
+    most: usize,
+    inventory: Mutex<Inventory>,
+}
+
+impl LinuxDevices {
+    /// Those of this host, some of which guests have. `takes`: they can be taken from the host's drivers, which only root can.
+    pub fn new(claims: Claims, takes: bool) -> Arc<LinuxDevices> {
+        let host = Host::this();
+        let pci = Pci::below(&host.sys);
+        Arc::new(LinuxDevices { host, pci, claims, takes, most: MOST, inventory: Mutex::default() })
+    }
+
+    fn inventory(&self) -> MutexGuard<'_, Inventory> {
+        self.inventory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does `work` with a PCI device while no guest can take it, or what is handed over with it.
+    async fn hold(
+        &self,
+        device: &NodeDevice,
+        what: &str,
+        work: impl FnOnce(&Pci, &str) -> io::Result<()> + Send + 'static,
+    ) -> Result<(), DriverError> {
+        let Some(PciAbout { address, group, .. }) = device.pci() else {
+            let text = format!("{} is no PCI device: only those are taken from the host's drivers", device.name);
+            return Err(DriverError::Unsupported(text));
+        };
+        let (pci, claims, address, what) =
+            (self.pci.clone(), self.claims.clone(), address.to_string(), what.to_owned());
+        let group = group.as_ref().map(|group| Claims::group(&group.number.to_string()));
+        let done = blocking(move || {
+            let _held = claims.hold(format!("virtd, which {what} {address}"), group.as_slice())?;
+            work(&pci, &address).map_err(|e| DriverError::Hypervisor(format!("PCI device {address}: {e}")))
+        });
+        done.await?
+    }
+}
+
+#[async_trait]
+impl HostDevices for LinuxDevices {
+    fn follow(self: Arc<Self>) -> mpsc::Receiver<DeviceNews> {
+        follow::begin(self)
+    }
+
+    async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError> {
+        let folder = self.inventory().folder(name).map(Path::to_owned);
+        let (host, name) = (self.host.clone(), name.to_owned());
+        let read = blocking(move || {
+            let reader = Reader::of(&host);
+            match folder {
+                // Its hardware address may be another by now, of which nobody tells.
+                Some(folder) => reader.device(&folder).map(|device| NodeDevice { name: name.into(), ..device }),
+                None => (name == COMPUTER).then(|| reader.computer()),
+            }
+        });
+        read.await
+    }
+
+    fn only_reads(&self) -> Option<&'static str> {
+        (!self.takes).then_some("only the virtd of the system bus takes devices from the host's drivers")
+    }
+
+    async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
+        let below: Vec<(PathBuf, Arc<NodeDevice>)> = {
+            let inventory = self.inventory();
+            let Some(folder) = inventory.folder(&device.name) else { return Ok(Vec::new()) };
+            inventory.below(folder).map(|(folder, device)| (folder.clone(), device.clone())).collect()
+        };
+        let host = self.host.clone();
+        blocking(move || uses::host_uses(&host, below.iter().map(|(folder, device)| (folder, &**device)))).await
+    }
+
+    async fn detach(&self, device: &NodeDevice) -> Result<(), DriverError> {
+        self.hold(device, "detaches", |pci, address| match pci.driver(address) {
+            Some(driver) if driver == VFIO => Ok(()),
+            _ => pci.detach(address),
+        })
+        .await
+    }
+
+    async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError> {
+        let driven = before.is_none_or(|before| before.driver.is_some());
+        self.hold(device, "reattaches", move |pci, address| pci.give_back(address, driven)).await
+    }
+
+    async fn reset(&self, device: &NodeDevice) -> Result<(), DriverError> {
+        self.hold(device, "resets", |pci, address| pci.reset(address)).await
+    }
+}
+
+#[cfg(test)]
+mod tests;

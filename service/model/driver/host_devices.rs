@@ -1,0 +1,55 @@
+//! The devices of the host: who finds them, tells when they come and go, and takes them from the host's drivers.
+
+use super::DriverError;
+use crate::nodedev::NodeDevice;
+use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use tokio::sync::mpsc;
+
+/// What has become of the host's devices.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DeviceNews {
+    /// A device is there, or is otherwise than it was.
+    Is(Arc<NodeDevice>),
+    /// A device has gone.
+    Gone(Arc<str>),
+    /// All that are there now have been told.
+    AllTold,
+}
+
+/// What a device was before it was taken from the host's driver.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DetachedDevice {
+    /// The driver that had it, if any had.
+    pub driver: Option<String>,
+}
+
+/// See the module.
+#[async_trait]
+pub trait HostDevices: Send + Sync {
+    /// Tells all devices there are, and from then on what becomes of them. To be called once.
+    fn follow(self: Arc<Self>) -> mpsc::Receiver<DeviceNews>;
+
+    /// The device as it is now; `None` if it has gone.
+    async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError>;
+
+    /// Why no device can be taken from the host's drivers, if none can.
+    fn only_reads(&self) -> Option<&'static str> {
+        None
+    }
+
+    /// What of the host would go with a device: `mount`, `route` or `swap`, and which.
+    async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError>;
+
+    /// Takes a device from the host's driver and keeps it for guests. On error it may be without a driver: give it back.
+    /// Error: `Refused` if a guest has it, or what is handed over with it; it was not touched then.
+    async fn detach(&self, device: &NodeDevice) -> Result<(), DriverError>;
+
+    /// Gives a device back to the host; `before` as it was detached, if that is known. What is done already is fine.
+    /// Error: as of `detach`.
+    async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError>;
+
+    /// Resets a device that no driver of the host's has. Error: as of `detach`.
+    async fn reset(&self, device: &NodeDevice) -> Result<(), DriverError>;
+}

@@ -1,0 +1,209 @@
+//! What is done to a device of the host: taken from the host's driver, given back, reset. What it was before is on disk first.
+
+use super::HostDevice;
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::frames;
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use crate::store::on_disk;
+use crate::verb;
+use std::sync::Arc;
+use virt_model::driver::DriverError;
+use virt_model::driver::host_devices::DetachedDevice;
+use virt_model::nodedev::{NodeDevice, pci_name};
+
+/// Why there is no verb that makes or ends devices.
+pub(crate) const NOT_MADE: &str =
+    "this virtd makes and ends no mediated devices and no virtual ports; mdevctl and the driver's vport_create do";
+
+/// What `Detach` would meet.
+#[derive(Clone, Debug, Default)]
+pub struct DetachCheck {
+    /// Why it would be refused, if it would.
+    pub refusal: Option<Error>,
+    /// Who uses the device.
+    pub users: Arc<[User]>,
+    /// What of the host would go with it.
+    pub host_uses: Vec<(&'static str, String)>,
+    /// What is handed over with it: the other devices of its IOMMU group.
+    pub siblings: Vec<Arc<str>>,
+}
+
+impl HostDevice {
+    /// Its document, as it is now.
+    pub async fn xml(&self, caller: &Caller) -> Result<String> {
+        frames::beside(self, caller, &verb::NODE_DEVICE_XML, async { Ok(self.now().await?.document()) }).await
+    }
+
+    /// What calling a method would meet: `yes`, `no`, `challenge`, `na`. Error: `InvalidArgument` for a name that is none.
+    pub async fn can(&self, caller: &Caller, member: &str) -> Result<&'static str> {
+        let verb = verb::find("org.virt.NodeDevice", verb::NODE_DEVICE, member)?;
+        Ok(frames::can(self, caller, verb).await)
+    }
+
+    /// Takes it from the host's driver and keeps it for guests.
+    pub async fn detach(self: &Arc<Self>, caller: &Caller, driver: Option<&str>) -> Result<()> {
+        frames::short(self, caller, &verb::DETACH, async {
+            known_driver(driver)?;
+            let device = self.now().await?;
+            self.applies_to(&device, &verb::DETACH)?;
+            self.refuses_detach(&device, &self.host_uses(&device).await?)?;
+            let before = DetachedDevice { driver: device.driver.clone() };
+            self.note(Some(before.clone())).await?;
+            let host = &self.devices()?.host;
+            let done = host.detach(&device).await;
+            if let Err(error) = &done {
+                // Refused, it was not touched.
+                let undone =
+                    matches!(error, DriverError::Refused(_)) || host.reattach(&device, Some(&before)).await.is_ok();
+                if undone {
+                    self.note(None).await?;
+                }
+            }
+            self.look_again().await;
+            done.map_err(|error| self.failed("detach", error))
+        })
+        .await
+    }
+
+    /// Gives it back to the host.
+    pub async fn reattach(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        frames::short(self, caller, &verb::REATTACH, async {
+            let device = self.now().await?;
+            self.applies_to(&device, &verb::REATTACH)?;
+            self.refuses_live("reattach")?;
+            let (shared, name) = (self.shared.clone(), self.name.clone());
+            let before = on_disk(move || Ok(shared.store.detached_device(&name))).await?;
+            let done = self.devices()?.host.reattach(&device, before.as_ref()).await;
+            if done.is_ok() {
+                self.note(None).await?;
+            }
+            self.look_again().await;
+            done.map_err(|error| self.failed("reattach", error))
+        })
+        .await
+    }
+
+    /// Resets it.
+    pub async fn reset(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        frames::short(self, caller, &verb::RESET_DEVICE, async {
+            let device = self.now().await?;
+            self.applies_to(&device, &verb::RESET_DEVICE)?;
+            self.refuses_live("reset")?;
+            if !device.pci().is_some_and(|pci| pci.resets) {
+                let text = format!("cannot reset node device '{}': it has no way to be reset by itself", self.name);
+                return Err(Error::OperationUnsupported(text));
+            }
+            self.devices()?.host.reset(&device).await.map_err(|error| self.failed("reset", error))
+        })
+        .await
+    }
+
+    /// Ends it, if it was made.
+    pub async fn destroy(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        // No state is one in which it can be done.
+        frames::short(self, caller, &verb::DESTROY_DEVICE, async { Ok(()) }).await
+    }
+
+    /// What `detach` would meet.
+    pub async fn check_detach(&self, caller: &Caller, driver: Option<&str>) -> Result<DetachCheck> {
+        frames::beside(self, caller, &verb::CHECK_DETACH, async {
+            known_driver(driver)?;
+            let device = self.now().await?;
+            let host_uses = self.host_uses(&device).await?;
+            let allowed = self.applies_to(&device, &verb::DETACH);
+            let members = device.pci().and_then(|pci| pci.group.as_ref()).map(|group| group.members.clone());
+            let siblings = members.unwrap_or_default().into_iter().map(pci_name).filter(|name| *name != self.name);
+            Ok(DetachCheck {
+                refusal: allowed.and_then(|()| self.refuses_detach(&device, &host_uses)).err(),
+                users: self.facts().users.clone(),
+                siblings: self.devices()?.there(siblings),
+                host_uses,
+            })
+        })
+        .await
+    }
+
+    /// The device as it is now.
+    async fn now(&self) -> Result<NodeDevice> {
+        let read = self.devices()?.host.read(&self.name).await.map_err(|error| self.failed("read", error))?;
+        read.ok_or_else(|| Error::NoSuchNodeDevice(self.name.to_string()))
+    }
+
+    async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>> {
+        self.devices()?.host.host_uses(device).await.map_err(|error| self.failed("check", error))
+    }
+
+    fn refuses_detach(&self, device: &NodeDevice, host_uses: &[(&'static str, String)]) -> Result<()> {
+        let why = match device.assignable() {
+            "yes" => None,
+            "bridge" => Some("it is a bridge, which carries other devices"),
+            "no-iommu" => Some(
+                "it is in no IOMMU group: switch the IOMMU on in the host's firmware, and for its kernel (intel_iommu=on)",
+            ),
+            _ => Some("the host has no driver vfio-pci: load the module (modprobe vfio-pci)"),
+        };
+        if let Some(why) = why {
+            let text = format!("cannot detach node device '{}': {why}", self.name);
+            return Err(Error::OperationUnsupported(text));
+        }
+        self.refuses_live("detach")?;
+        if host_uses.is_empty() {
+            return Ok(());
+        }
+        let named: Vec<String> = host_uses.iter().map(|(kind, what)| format!("the {kind} {what}")).collect();
+        let (name, named) = (&self.name, named.join(", "));
+        Err(Error::InUse(format!("cannot detach node device '{name}': the host would lose {named}; remove that first")))
+    }
+
+    /// Refuses what a guest that runs would notice.
+    fn refuses_live(&self, deed: &str) -> Result<()> {
+        let facts = self.facts();
+        let live = facts.users.iter().filter(|user| user.how == Usage::Live);
+        let mut named: Vec<String> = live.map(|user| self.user_name(&user.object)).collect();
+        named.dedup();
+        if named.is_empty() {
+            return Ok(());
+        }
+        let (name, named) = (&self.name, named.join(", "));
+        Err(Error::InUse(format!(
+            "cannot {deed} node device '{name}': {named} has it; shut that down, or detach it there"
+        )))
+    }
+
+    fn user_name(&self, user: &ObjectRef) -> String {
+        let found = user.domain().zip(self.devices().ok()).and_then(|(uuid, devices)| devices.domains.get(uuid));
+        ObjectKind::Domain.named(&found.map(|domain| domain.name()).unwrap_or_default())
+    }
+
+    /// Keeps what it was before it was detached, or that it is not.
+    async fn note(&self, before: Option<DetachedDevice>) -> Result<()> {
+        let (shared, name) = (self.shared.clone(), self.name.clone());
+        on_disk(move || match before {
+            Some(before) => shared.store.note_detached(&name, &before),
+            None => shared.store.forget_detached(&name),
+        })
+        .await
+    }
+
+    fn failed(&self, deed: &str, error: DriverError) -> Error {
+        match error {
+            DriverError::Refused(why) => Error::InUse(format!("cannot {deed} node device '{}': {why}", self.name)),
+            DriverError::Hypervisor(why) => {
+                Error::HypervisorFailed { what: format!("cannot {deed} node device '{}'", self.name), why }
+            }
+            error => Error::from_driver_of(ObjectKind::NodeDevice, &self.name, deed, error),
+        }
+    }
+}
+
+/// Which driver is to have it: there is one.
+fn known_driver(driver: Option<&str>) -> Result<()> {
+    match driver {
+        None | Some("vfio" | "vfio-pci") => Ok(()),
+        Some(other) => Err(Error::InvalidArgument(format!(
+            "option 'driver' is vfio-pci, which is what there is without it, not '{}'",
+            virt_model::xml::shorten(other)
+        ))),
+    }
+}

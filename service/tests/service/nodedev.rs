@@ -1,0 +1,250 @@
+//! Devices of a host that is played: what is told of them, who uses them, what is done to them and refused.
+
+use crate::world::{World, xml};
+use async_trait::async_trait;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use tokio::sync::mpsc;
+use virt_model::device::PciAddress;
+use virt_model::driver::DriverError;
+use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
+use virt_model::nodedev::{About, IommuGroup, Maker, NodeDevice, PciAbout, VFIO, pci_name};
+use virt_service::HostDevice;
+use virt_service::authz::Action;
+use virt_service::error::Error;
+use virt_service::events::Event;
+use virt_service::facts::ObjectFacts;
+
+/// A host with one card.
+struct Host {
+    driver: Mutex<Option<String>>,
+    uses: Mutex<Vec<(&'static str, String)>>,
+    /// Detaching ends with this; the device has lost its driver by then, unless it is refused.
+    fails: Mutex<Option<DriverError>>,
+    news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
+}
+
+impl Host {
+    fn new(driver: Option<&str>) -> Arc<Host> {
+        let driver = Mutex::new(driver.map(str::to_owned));
+        Arc::new(Host { driver, uses: Mutex::default(), fails: Mutex::default(), news: Mutex::default() })
+    }
+
+    fn card(&self) -> NodeDevice {
+        let address = PciAddress::read("0000:06:00.0").unwrap();
+        let group = IommuGroup { number: 7, members: vec![address, PciAddress::read("0000:06:00.1").unwrap()] };
+        let pci = PciAbout { address, group: Some(group), vfio: true, resets: true, ..PciAbout::default() };
+        NodeDevice {
+            name: pci_name(address),
+            parent: Some("computer".into()),
+            sys_path: "/sys/devices/x".into(),
+            nodes: Vec::new(),
+            driver: self.driver(),
+            vendor: Maker::default(),
+            product: Maker::default(),
+            about: About::Pci(Box::new(pci)),
+        }
+    }
+
+    fn driver(&self) -> Option<String> {
+        self.driver.lock().unwrap().clone()
+    }
+}
+
+#[async_trait]
+impl HostDevices for Host {
+    fn follow(self: Arc<Self>) -> mpsc::Receiver<DeviceNews> {
+        let (sender, receiver) = mpsc::channel(8);
+        sender.try_send(DeviceNews::Is(Arc::new(self.card()))).unwrap();
+        sender.try_send(DeviceNews::AllTold).unwrap();
+        *self.news.lock().unwrap() = Some(sender);
+        receiver
+    }
+
+    async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError> {
+        Ok(Some(self.card()).filter(|card| &*card.name == name))
+    }
+
+    async fn host_uses(&self, _: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
+        Ok(self.uses.lock().unwrap().clone())
+    }
+
+    async fn detach(&self, _: &NodeDevice) -> Result<(), DriverError> {
+        let fails = self.fails.lock().unwrap().take();
+        match fails {
+            Some(error) => {
+                if !matches!(error, DriverError::Refused(_)) {
+                    *self.driver.lock().unwrap() = None;
+                }
+                Err(error)
+            }
+            None => {
+                *self.driver.lock().unwrap() = Some(VFIO.to_owned());
+                Ok(())
+            }
+        }
+    }
+
+    async fn reattach(&self, _: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError> {
+        let driver = before.map_or(Some("found".to_owned()), |before| before.driver.clone());
+        *self.driver.lock().unwrap() = driver;
+        Ok(())
+    }
+
+    async fn reset(&self, _: &NodeDevice) -> Result<(), DriverError> {
+        Ok(())
+    }
+}
+
+const CARD: &str = "pci_0000_06_00_0";
+
+async fn world(folder: &Path, host: &Arc<Host>) -> (World, Arc<HostDevice>) {
+    let world = World::open(folder).await;
+    world.service.follow_host(host.clone()).await;
+    let card = world.service.node_device(CARD).expect("it is told by now");
+    (world, card)
+}
+
+fn note(folder: &Path) -> std::path::PathBuf {
+    folder.join(format!("run/detached/{CARD}.json"))
+}
+
+/// What has been told of devices: their events, or `=` where only properties changed.
+fn told(world: &mut World) -> Vec<String> {
+    let mut told = Vec::new();
+    while let Ok(event) = world.events.try_recv() {
+        if let Event::Object(ObjectFacts::NodeDevice(facts), events)
+        | Event::ObjectGone(ObjectFacts::NodeDevice(facts), events) = event
+        {
+            let word = events.first().map_or("=", |(word, _)| word);
+            let driver = facts.device.driver.clone().unwrap_or_default();
+            told.push(format!("{word} {driver} {}", facts.users.len()));
+        }
+    }
+    told
+}
+
+#[tokio::test]
+async fn a_device_is_detached_and_given_back_with_what_it_was_on_disk() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (mut world, card) = world(folder.path(), &host).await;
+    let alice = world.alice();
+    assert_eq!(card.can(&alice, "Detach").await.unwrap(), "yes");
+    assert_eq!(card.can(&alice, "Reattach").await.unwrap(), "na");
+    assert_eq!(card.can(&alice, "Destroy").await.unwrap(), "na");
+    assert!(card.xml(&alice).await.unwrap().contains("<name>pci_0000_06_00_0</name>"));
+    let driven = card.reset(&alice).await.unwrap_err().to_string();
+    assert!(driven.contains("'e1000e' has it; detach it first"), "{driven}");
+    let odd = card.detach(&alice, Some("xen")).await.unwrap_err();
+    assert!(matches!(odd, Error::InvalidArgument(_)), "{odd}");
+    card.detach(&alice, None).await.unwrap();
+    assert_eq!(host.driver().as_deref(), Some(VFIO));
+    assert!(note(folder.path()).exists());
+    let again = card.detach(&alice, None).await.unwrap_err();
+    assert!(matches!(again, Error::OperationInvalid(_)) && again.to_string().contains("detached already"), "{again}");
+    card.reset(&alice).await.unwrap();
+    card.reattach(&alice).await.unwrap();
+    assert_eq!(host.driver().as_deref(), Some("e1000e"));
+    assert!(!note(folder.path()).exists());
+    assert_eq!(told(&mut world), ["created e1000e 0", "updated vfio-pci 0", "updated e1000e 0"]);
+    let asked = world.notary.asked.lock().unwrap();
+    let (action, subject) = asked.last().unwrap();
+    assert_eq!((*action, subject.detail("device_name")), (Action::DeviceDetach, CARD));
+}
+
+#[tokio::test]
+async fn what_the_host_or_a_guest_has_is_not_taken_away() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (mut world, card) = world(folder.path(), &host).await;
+    let alice = world.alice();
+    *host.uses.lock().unwrap() = vec![("mount", "/".to_owned()), ("route", "default via eth0".to_owned())];
+    let why = card.detach(&alice, None).await.unwrap_err();
+    assert!(matches!(why, Error::InUse(_)), "{why}");
+    assert!(why.to_string().contains("would lose the mount /, the route default via eth0"), "{why}");
+    let check = card.check_detach(&alice, None).await.unwrap();
+    assert!(matches!(check.refusal, Some(Error::InUse(_))) && check.host_uses.len() == 2);
+    assert!(check.siblings.is_empty(), "the other is not there");
+    host.uses.lock().unwrap().clear();
+    assert!(card.check_detach(&alice, None).await.unwrap().refusal.is_none());
+
+    let hostdev = "<devices><hostdev type='pci' managed='yes'><source><address bus='6'/></source></hostdev></devices>";
+    let domain = world.service.define(&alice, &xml("web", hostdev), false).await.unwrap();
+    let users = async |how: &'static str| {
+        while !card.facts().users.iter().any(|user| user.how.as_str() == how) {
+            tokio::task::yield_now().await;
+        }
+    };
+    users("config").await;
+    world.start(&domain).await.unwrap();
+    users("live").await;
+    let why = card.detach(&alice, None).await.unwrap_err();
+    assert!(matches!(why, Error::InUse(_)) && why.to_string().contains("domain 'web' has it"), "{why}");
+    *host.driver.lock().unwrap() = Some(VFIO.to_owned());
+    let news = host.news.lock().unwrap().clone().unwrap();
+    news.send(DeviceNews::Is(Arc::new(host.card()))).await.unwrap();
+    while !card.facts().device.detached() {
+        tokio::task::yield_now().await;
+    }
+    for why in [card.reattach(&alice).await.unwrap_err(), card.reset(&alice).await.unwrap_err()] {
+        assert!(matches!(why, Error::InUse(_)) && why.to_string().contains("domain 'web' has it"), "{why}");
+    }
+    assert!(!note(folder.path()).exists());
+    news.send(DeviceNews::Gone(CARD.into())).await.unwrap();
+    while world.service.node_device(CARD).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    let gone = card.xml(&alice).await.unwrap_err();
+    assert!(matches!(gone, Error::NoSuchNodeDevice(_)), "{gone}");
+    assert_eq!(told(&mut world).last().unwrap(), "deleted vfio-pci 2", "live and stored");
+}
+
+#[tokio::test]
+async fn what_fails_on_the_way_is_undone() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    *host.fails.lock().unwrap() = Some(DriverError::Hypervisor("the kernel says no".into()));
+    let why = card.detach(&world.alice(), None).await.unwrap_err().to_string();
+    assert!(why.contains("the kernel says no"), "{why}");
+    assert_eq!(host.driver().as_deref(), Some("e1000e"), "it has its driver again");
+    *host.fails.lock().unwrap() = Some(DriverError::Refused("IOMMU group 7 is in use by domain 'web'".into()));
+    let why = card.detach(&world.alice(), None).await.unwrap_err();
+    assert!(matches!(why, Error::InUse(_)), "{why}");
+    assert!(!note(folder.path()).exists());
+}
+
+#[tokio::test]
+async fn a_detaching_that_was_cut_off_is_undone_and_what_is_detached_stays_so() {
+    for (driver, noted, now) in
+        [(None, true, Some("e1000e")), (Some(VFIO), true, Some(VFIO)), (Some("igb"), false, Some("igb"))]
+    {
+        let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(driver));
+        std::fs::create_dir_all(note(folder.path()).parent().unwrap()).unwrap();
+        if noted {
+            std::fs::write(note(folder.path()), r#"{"driver":"e1000e"}"#).unwrap();
+        }
+        let (_world, card) = world(folder.path(), &host).await;
+        assert_eq!(host.driver().as_deref(), now);
+        assert_eq!(card.facts().device.driver.as_deref(), now);
+        assert_eq!(note(folder.path()).exists(), now == Some(VFIO));
+    }
+}
+
+#[tokio::test]
+async fn whoever_may_not_is_told_nothing() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    world.notary.refuses.store(true, std::sync::atomic::Ordering::Relaxed);
+    *host.uses.lock().unwrap() = vec![("mount", "/secret".to_owned())];
+    let alice = world.alice();
+    for refused in [
+        card.detach(&alice, None).await,
+        card.reattach(&alice).await,
+        card.reset(&alice).await,
+        card.destroy(&alice).await,
+    ] {
+        assert!(matches!(refused, Err(Error::AccessDenied(_))), "{refused:?}");
+    }
+    assert!(matches!(card.check_detach(&alice, None).await, Err(Error::AccessDenied(_))));
+    assert!(matches!(card.xml(&alice).await, Err(Error::AccessDenied(_))));
+    assert_eq!(host.driver().as_deref(), Some("e1000e"));
+}
