@@ -12,4 +12,5 @@ pub mod keys;
 pub mod setting;
 pub mod snapshot;
 pub mod state;
+pub mod storage;
 pub mod xml;
