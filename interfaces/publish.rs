@@ -3,6 +3,7 @@
 //! ```text
 //!  Event::Domain     new: InterfacesAdded ─▶ Lifecycle ─▶ DomainLifecycle      else: PropertiesChanged ─▶ the same
 //!  Event::DomainGone PropertiesChanged ─▶ Lifecycle ─▶ DomainLifecycle ─▶ InterfacesRemoved
+//!  Event::Object, ObjectGone   the same for all other kinds, with the signals that the kind has
 //!  Event::Snapshot   new: InterfacesAdded      else: PropertiesChanged      Event::SnapshotGone  InterfacesRemoved
 //!  Event::Checkpoint, CheckpointGone   as those of snapshots
 //!  Event::Device     DeviceAdded and the like      Event::Job  the same with Finished
@@ -18,16 +19,15 @@ use crate::bus::outbox::Outbox;
 use crate::bus::rows::{Object, Objects, Rows};
 use crate::bus::wire::{Body, Extent};
 use crate::error::Error;
-use crate::objects::{checkpoint, domain, job, manager, paths, snapshot, subscription};
+use crate::objects::{self, Published, checkpoint, domain, job, manager, paths, snapshot, subscription};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 use virt_model::driver::DeviceEvent;
 use virt_model::state::{Lifecycle, Undefined};
-use virt_service::events::Event;
-use virt_service::facts::DomainFacts;
-use virt_service::facts::JobFacts;
+use virt_service::events::{Event, Happened};
+use virt_service::facts::{DomainFacts, JobFacts, ObjectFacts};
 use zbus::{Connection, Message, Variant};
 
 /// How many events are taken up at once.
@@ -88,24 +88,26 @@ impl Publisher {
             Event::Domain(facts, events) => self.change(|objects| domain_changed(objects, &facts, &events)),
             Event::DomainGone(facts, events) => self.change(|objects| domain_gone(objects, &facts, &events)),
             Event::Snapshot(facts) => {
-                self.change(|objects| Ok(placed(objects, snapshot::object(&facts))?.into_iter().collect()));
+                self.change(|objects| placed(objects, snapshot::object(&facts)));
             }
             Event::SnapshotGone(facts) => {
                 let path = paths::snapshot(facts.domain, &facts.name);
                 self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
             }
             Event::Checkpoint(facts) => {
-                self.change(|objects| Ok(placed(objects, checkpoint::object(&facts))?.into_iter().collect()));
+                self.change(|objects| placed(objects, checkpoint::object(&facts)));
             }
             Event::CheckpointGone(facts) => {
                 let path = paths::checkpoint(facts.domain, &facts.name);
                 self.change(|objects| Ok(removed(objects, &path)?.into_iter().collect()));
             }
+            Event::Object(facts, events) => self.change(|objects| object_changed(objects, &facts, &events)),
+            Event::ObjectGone(facts, events) => self.change(|objects| object_gone(objects, &facts, &events)),
             Event::Device(domain, event) => self.change(|objects| device(objects, domain, &event)),
             Event::Job(facts) => self.change(|objects| job_changed(objects, &facts)),
             Event::JobGone(id) => self.change(|objects| Ok(removed(objects, &paths::job(id))?.into_iter().collect())),
             Event::Subscription(number) => {
-                self.change(|objects| Ok(placed(objects, subscription::object(number))?.into_iter().collect()));
+                self.change(|objects| placed(objects, subscription::object(number)));
             }
             Event::SubscriptionGone(number) => {
                 let path = paths::subscription(number);
@@ -158,7 +160,7 @@ fn domain_changed(
     events: &[Lifecycle],
 ) -> Result<Vec<Message>, Error> {
     let old_name = name_of(objects, facts.uuid);
-    let mut signals: Vec<_> = placed(objects, domain::object(facts))?.into_iter().collect();
+    let mut signals = placed(objects, domain::object(facts))?;
     for event in events {
         signals.extend(lifecycle(facts, old_name.as_deref(), *event)?);
     }
@@ -176,10 +178,42 @@ fn domain_gone(objects: &mut Objects, facts: &Arc<DomainFacts>, events: &[Lifecy
     Ok(signals)
 }
 
+/// An object of another kind is as `facts` say, after `events`.
+fn object_changed(objects: &mut Objects, facts: &ObjectFacts, events: &[Happened]) -> Result<Vec<Message>, Error> {
+    let Published { object, lifecycle } = objects::published(facts);
+    let (path, interface) = (object.path.clone(), object.interface);
+    let mut signals = placed(objects, object)?;
+    for (word, detail) in events {
+        let mut own = Body::with_capacity(64);
+        own.text(word);
+        own.text(detail);
+        signals.push(signal(&path, interface, "Lifecycle", "ss", &own)?);
+        let Some(told) = &lifecycle else { continue };
+        let mut all = Body::with_capacity(256);
+        let detail = told.detailed.then_some(*detail);
+        let texts = [&*path].into_iter().chain(told.names.iter().map(String::as_str)).chain([*word]).chain(detail);
+        texts.for_each(|text| all.text(text));
+        let signature = if told.detailed { "ossss" } else { "oss" };
+        signals.push(signal("/org/virt", told.manager, told.member, signature, &all)?);
+    }
+    Ok(signals)
+}
+
+/// The same for one that has ceased to exist.
+fn object_gone(objects: &mut Objects, facts: &ObjectFacts, events: &[Happened]) -> Result<Vec<Message>, Error> {
+    let path = objects::published(facts).object.path;
+    let mut signals = Vec::new();
+    if objects.get(&path).is_some() {
+        signals = object_changed(objects, facts, events)?;
+        signals.extend(removed(objects, &path)?);
+    }
+    Ok(signals)
+}
+
 fn job_changed(objects: &mut Objects, facts: &Arc<JobFacts>) -> Result<Vec<Message>, Error> {
     let object = job::object(facts);
     let ended_before = objects.get(&object.path).is_some_and(|old| job::has_ended(old));
-    let mut signals: Vec<_> = placed(objects, object)?.into_iter().collect();
+    let mut signals = placed(objects, object)?;
     if facts.state.is_final() && !ended_before {
         signals.push(job::finished(facts)?);
     }
@@ -187,12 +221,12 @@ fn job_changed(objects: &mut Objects, facts: &Arc<JobFacts>) -> Result<Vec<Messa
 }
 
 /// Puts an object in its place. What there is to tell: that it is new, or what is different.
-fn placed(objects: &mut Objects, object: Object) -> Result<Option<Message>, Error> {
+fn placed(objects: &mut Objects, object: Object) -> Result<Vec<Message>, Error> {
     let path = object.path.clone();
     let old = objects.put(object);
-    let Some(new) = objects.get(&path) else { return Ok(None) };
+    let Some(new) = objects.get(&path) else { return Ok(Vec::new()) };
     match old {
-        None => added(new).map(Some),
+        None => Ok(vec![added(new)?]),
         Some(old) => changed(&old, new),
     }
 }
@@ -208,20 +242,23 @@ fn removed(objects: &mut Objects, path: &str) -> Result<Option<Message>, Error> 
     let Some(old) = objects.remove(path) else { return Ok(None) };
     let mut body = Body::with_capacity(128);
     body.text(path);
-    body.array(4, |body| body.text(old.interface));
+    body.array(4, |body| old.parts().for_each(|(interface, _)| body.text(interface)));
     signal("/org/virt", "org.freedesktop.DBus.ObjectManager", "InterfacesRemoved", "oas", &body).map(Some)
 }
 
-fn changed(old: &Object, new: &Object) -> Result<Option<Message>, Error> {
-    let changes = new.row.changes(&old.row);
-    if changes.bytes().is_empty() {
-        return Ok(None);
-    }
-    let mut body = Body::with_capacity(changes.bytes().len() + 64);
-    body.text(new.interface);
-    body.array(8, |body| body.aligned(changes.bytes()));
-    body.array(4, |_| ());
-    signal(&new.path, "org.freedesktop.DBus.Properties", "PropertiesChanged", "sa{sv}as", &body).map(Some)
+fn changed(old: &Object, new: &Object) -> Result<Vec<Message>, Error> {
+    let changed = new.parts().filter_map(|(interface, row)| {
+        let changes = row.changes(old.row_of(interface)?);
+        if changes.bytes().is_empty() {
+            return None;
+        }
+        let mut body = Body::with_capacity(changes.bytes().len() + 64);
+        body.text(interface);
+        body.array(8, |body| body.aligned(changes.bytes()));
+        body.array(4, |_| ());
+        Some(signal(&new.path, "org.freedesktop.DBus.Properties", "PropertiesChanged", "sa{sv}as", &body))
+    });
+    changed.collect()
 }
 
 /// What happened, on the domain and on the manager. A name that is given up is the old one.
@@ -296,9 +333,11 @@ fn name_of(objects: &Objects, uuid: Uuid) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bus::wire::Row;
     use virt_model::state::{Defined, DomainState, Started, StateReason, Suspended};
     use virt_service::error::Error as ServiceError;
-    use virt_service::facts::{ConfigFacts, JobState};
+    use virt_service::facts::{ConfigFacts, JobState, SecretFacts};
+    use virt_service::object::{ObjectRef, Usage, User};
     use zbus::{OwnedObjectPath, OwnedVariant, Variant};
 
     fn facts(state: DomainState) -> DomainFacts {
@@ -339,7 +378,7 @@ mod tests {
         let failed = state == JobState::Failed;
         Arc::new(JobFacts {
             id: 3,
-            domain: Uuid::from_u128(7),
+            object: ObjectRef::Domain(Uuid::from_u128(7)),
             state,
             operation: "start",
             started_usec: 1,
@@ -436,6 +475,59 @@ mod tests {
         assert!(job_changed(&mut objects, &job(JobState::Failed)).unwrap().is_empty());
         let gone = removed(&mut objects, "/org/virt/job/3").unwrap().unwrap();
         assert_eq!(member(&gone), "InterfacesRemoved");
+    }
+
+    fn secret(has_value: bool) -> ObjectFacts {
+        let user = User { object: ObjectRef::Domain(Uuid::from_u128(7)), place: "vda".into(), how: Usage::Config };
+        ObjectFacts::Secret(Arc::new(SecretFacts {
+            uuid: Uuid::from_u128(9),
+            usage_type: "volume",
+            usage_id: "/srv/a.img".into(),
+            description: String::new(),
+            ephemeral: false,
+            private: true,
+            has_value,
+            value_changed_usec: 0,
+            protection: "file",
+            owner: 1000,
+            users: Arc::new([user]),
+            broken: String::new(),
+        }))
+    }
+
+    #[test]
+    fn objects_of_other_kinds_are_told_as_domains_are() {
+        let mut objects = Objects::default();
+        let added = object_changed(&mut objects, &secret(false), &[("defined", "")]).unwrap();
+        assert_eq!(members(&added), ["InterfacesAdded", "Lifecycle", "SecretLifecycle"]);
+        let changed = object_changed(&mut objects, &secret(true), &[("value-changed", "")]).unwrap();
+        assert_eq!(members(&changed), ["PropertiesChanged", "Lifecycle", "SecretLifecycle"]);
+        let (path, uuid, event): (OwnedObjectPath, String, String) = changed[2].body().deserialize().unwrap();
+        assert_eq!(path.as_str(), paths::of(&ObjectRef::Secret(Uuid::from_u128(9))));
+        assert_eq!((uuid, event), (Uuid::from_u128(9).to_string(), "value-changed".to_owned()));
+        assert!(object_changed(&mut objects, &secret(true), &[]).unwrap().is_empty());
+        let gone = object_gone(&mut objects, &secret(true), &[("undefined", "")]).unwrap();
+        assert_eq!(members(&gone), ["Lifecycle", "SecretLifecycle", "InterfacesRemoved"]);
+        assert!(object_gone(&mut objects, &secret(true), &[]).unwrap().is_empty());
+    }
+
+    #[test]
+    fn several_interfaces_of_an_object_are_told_together_and_change_apart() {
+        const FIELDS: &[crate::bus::wire::Field] = &[("Count", "u")];
+        let row = |count| Row::new(FIELDS, &[crate::bus::wire::Value::U32(count)]);
+        let object = |count| Object { others: Box::new([("a.c", row(count))]), ..Object::new("/a", "a.b", row(1)) };
+        let mut objects = Objects::default();
+        let added = placed(&mut objects, object(1)).unwrap();
+        type Interfaces = HashMap<String, HashMap<String, OwnedVariant>>;
+        let (_, interfaces): (OwnedObjectPath, Interfaces) = added[0].body().deserialize().unwrap();
+        assert_eq!((interfaces["a.b"].len(), interfaces["a.c"].len()), (1, 1));
+        let changed = placed(&mut objects, object(2)).unwrap();
+        let body = changed[0].body();
+        let (interface, _, _): (String, HashMap<String, OwnedVariant>, Vec<String>) = body.deserialize().unwrap();
+        assert_eq!((changed.len(), interface.as_str()), (1, "a.c"));
+        let gone = removed(&mut objects, "/a").unwrap().unwrap();
+        let (_, interfaces): (OwnedObjectPath, Vec<String>) = gone.body().deserialize().unwrap();
+        assert_eq!(interfaces, ["a.b", "a.c"]);
     }
 
     /// M4: what is kept for a peer that does not read is bounded, and others go on hearing.

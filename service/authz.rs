@@ -3,9 +3,9 @@
 //! Permissions are data: [`Action`] knows its polkit id, and a test holds `polkit/org.virt.policy` to the table.
 
 use crate::error::Error;
+use crate::object::ObjectKind;
 use async_trait::async_trait;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 /// Whoever sent a call.
 #[derive(Clone, Debug)]
@@ -21,76 +21,165 @@ pub struct Caller {
 }
 
 macro_rules! actions {
-    ($($(#[$meta:meta])* $name:ident = $id:literal, $deed:literal;)+) => {
+    ($($kind:ident { $($(#[$meta:meta])* $name:ident = $id:literal, $deed:literal;)+ })+) => {
         /// What is asked of polkit.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-        pub enum Action { $($(#[$meta])* $name,)+ }
+        pub enum Action { $($($(#[$meta])* $name,)+)+ }
 
         impl Action {
             /// All of them.
-            pub const ALL: &[Action] = &[$(Action::$name,)+];
+            pub const ALL: &[Action] = &[$($(Action::$name,)+)+];
 
             /// The polkit action.
             pub fn id(self) -> &'static str {
-                match self { $(Action::$name => $id,)+ }
+                match self { $($(Action::$name => $id,)+)+ }
             }
 
             /// The deed, completing 'Authentication is required to …'.
             pub fn deed(self) -> &'static str {
-                match self { $(Action::$name => $deed,)+ }
+                match self { $($(Action::$name => $deed,)+)+ }
+            }
+
+            /// What it is done to.
+            pub fn kind(self) -> ObjectKind {
+                match self { $($(Action::$name)|+ => ObjectKind::$kind,)+ }
             }
         }
     };
 }
 
 actions! {
-    /// Configuration and statistics.
-    Read = "org.virt.domain.read", "read the configuration of";
-    /// The same with passwords.
-    ReadSecure = "org.virt.domain.read-secure", "read the passwords of";
-    /// Store or change a configuration.
-    Define = "org.virt.domain.define", "define or change";
-    /// Remove a configuration.
-    Delete = "org.virt.domain.delete", "delete";
-    /// Start.
-    Start = "org.virt.domain.start", "start";
-    /// Shut down, destroy, reboot, reset.
-    Stop = "org.virt.domain.stop", "stop";
-    /// Suspend, resume and wake.
-    Suspend = "org.virt.domain.suspend", "suspend or resume";
-    /// Save and restore.
-    Save = "org.virt.domain.save", "save or restore";
-    /// Create and delete snapshots.
-    Snapshot = "org.virt.domain.snapshot", "take or delete a snapshot of";
-    /// Revert to a snapshot.
-    Revert = "org.virt.domain.revert", "revert";
-    /// Attach, detach, resize.
-    Device = "org.virt.domain.device", "change the devices of";
-    /// Console, display, screenshot, keys.
-    Console = "org.virt.domain.console", "use the console of";
-    /// What its agent does inside the guest: commands, passwords, files, the clock.
-    Agent = "org.virt.domain.agent", "act inside";
-    /// Open a display without its password.
-    SkipAuth = "org.virt.domain.skip-auth", "bypass the display password of";
-    /// Raw hypervisor arguments.
-    Native = "org.virt.domain.native", "give raw hypervisor arguments to";
-    /// Cancel or finish somebody else's job.
-    Job = "org.virt.domain.job", "cancel or finish a job of";
+    Domain {
+        /// Configuration and statistics.
+        Read = "org.virt.domain.read", "read the configuration of";
+        /// The same with passwords.
+        ReadSecure = "org.virt.domain.read-secure", "read the passwords of";
+        /// Store or change a configuration.
+        Define = "org.virt.domain.define", "define or change";
+        /// Remove a configuration.
+        Delete = "org.virt.domain.delete", "delete";
+        /// Start.
+        Start = "org.virt.domain.start", "start";
+        /// Shut down, destroy, reboot, reset.
+        Stop = "org.virt.domain.stop", "stop";
+        /// Suspend, resume and wake.
+        Suspend = "org.virt.domain.suspend", "suspend or resume";
+        /// Save and restore.
+        Save = "org.virt.domain.save", "save or restore";
+        /// Create and delete snapshots.
+        Snapshot = "org.virt.domain.snapshot", "take or delete a snapshot of";
+        /// Revert to a snapshot.
+        Revert = "org.virt.domain.revert", "revert";
+        /// Attach, detach, resize.
+        Device = "org.virt.domain.device", "change the devices of";
+        /// Console, display, screenshot, keys.
+        Console = "org.virt.domain.console", "use the console of";
+        /// What its agent does inside the guest: commands, passwords, files, the clock.
+        Agent = "org.virt.domain.agent", "act inside";
+        /// Open a display without its password.
+        SkipAuth = "org.virt.domain.skip-auth", "bypass the display password of";
+        /// Raw hypervisor arguments.
+        Native = "org.virt.domain.native", "give raw hypervisor arguments to";
+        /// Cancel or finish somebody else's job.
+        Job = "org.virt.domain.job", "cancel or finish a job of";
+    }
+    Network {
+        /// Configuration and leases.
+        NetworkRead = "org.virt.network.read", "read the configuration of";
+        /// Store a configuration.
+        NetworkDefine = "org.virt.network.define", "define or change";
+        /// Change what runs without dropping a guest.
+        NetworkUpdate = "org.virt.network.update", "update";
+        /// Remove a configuration.
+        NetworkDelete = "org.virt.network.delete", "delete";
+        /// Start.
+        NetworkStart = "org.virt.network.start", "start";
+        /// Destroy.
+        NetworkStop = "org.virt.network.stop", "stop";
+    }
+    Pool {
+        /// Configuration, and that of volumes; where a pool could come from.
+        StorageRead = "org.virt.storage.read", "read the configuration of";
+        /// Store a configuration, build.
+        StorageDefine = "org.virt.storage.define", "define or change";
+        /// Remove a configuration, or what it is made of.
+        StorageDelete = "org.virt.storage.delete", "delete";
+        /// Start and refresh.
+        StorageStart = "org.virt.storage.start", "start or refresh";
+        /// Destroy.
+        StorageStop = "org.virt.storage.stop", "stop";
+    }
+    Volume {
+        /// Create, and clone to.
+        VolumeCreate = "org.virt.volume.create", "create";
+        /// Resize.
+        VolumeResize = "org.virt.volume.resize", "resize";
+        /// Upload, wipe, serve for writing.
+        VolumeWrite = "org.virt.volume.write", "overwrite";
+        /// Download, clone from, serve for reading.
+        VolumeContent = "org.virt.volume.content", "read the content of";
+        /// Delete.
+        VolumeDelete = "org.virt.volume.delete", "delete";
+    }
+    Secret {
+        /// What is known of it but for its value.
+        SecretRead = "org.virt.secret.read", "read the description of";
+        /// Store a description.
+        SecretDefine = "org.virt.secret.define", "define or change";
+        /// Remove it.
+        SecretDelete = "org.virt.secret.delete", "delete";
+        /// Set its value.
+        SecretSet = "org.virt.secret.set", "set the value of";
+        /// Get its value.
+        SecretGet = "org.virt.secret.get", "read the value of";
+    }
+    NodeDevice {
+        /// Its document.
+        DeviceRead = "org.virt.nodedev.read", "read the description of";
+        /// Take it from the host's driver, give it back, reset it.
+        DeviceDetach = "org.virt.nodedev.detach", "detach, reattach or reset";
+        /// Create and end mediated devices and ports.
+        DeviceCreate = "org.virt.nodedev.create", "create or remove";
+    }
 }
 
-/// What an action is about; the details passed to polkit.
+impl Action {
+    /// Whether it changes nothing.
+    pub fn only_reads(self) -> bool {
+        use Action::{DeviceRead, NetworkRead, Read, ReadSecure, SecretGet, SecretRead, StorageRead};
+        matches!(self, Read | ReadSecure | NetworkRead | StorageRead | SecretRead | SecretGet | DeviceRead)
+    }
+}
+
+/// What an action is about. No details: no object, or none yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Subject {
-    /// The driver's name, or empty.
-    pub driver: String,
-    /// The domain's name, or empty where no domain is concerned.
-    pub domain_name: String,
-    /// The domain's uuid.
-    pub domain_uuid: Option<Uuid>,
-    /// The uid that defined the domain; `None` for one that is only about to be defined.
+    /// The uid that defined the object; `None` for one that is only about to be defined.
     pub owner: Option<u32>,
-    /// The snapshot's name, where there is one.
-    pub snapshot_name: Option<String>,
+    details: Vec<(&'static str, String)>,
+}
+
+impl Subject {
+    /// The same with one more detail, which polkit's rules can look up.
+    pub fn with(mut self, key: &'static str, value: impl Into<String>) -> Subject {
+        self.details.push((key, value.into()));
+        self
+    }
+
+    /// The same of an object that is somebody's.
+    pub fn owned_by(self, owner: u32) -> Subject {
+        Subject { owner: Some(owner), ..self }
+    }
+
+    /// A detail; empty where there is none.
+    pub fn detail(&self, key: &str) -> &str {
+        self.details.iter().find(|(known, _)| *known == key).map_or("", |(_, value)| value)
+    }
+
+    /// All details.
+    pub fn details(&self) -> &[(&'static str, String)] {
+        &self.details
+    }
 }
 
 /// What an authority would answer.

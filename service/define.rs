@@ -362,13 +362,7 @@ fn refuse(findings: Vec<Finding>) -> Result<()> {
 
 /// What polkit is told of a domain that is about to be defined.
 fn subject_of(def: &DomainDef, driver: &dyn Driver) -> Subject {
-    Subject {
-        driver: driver.name().to_owned(),
-        domain_name: def.name.clone(),
-        domain_uuid: Some(def.uuid),
-        owner: None,
-        snapshot_name: None,
-    }
+    crate::domain::domain_subject(driver, &def.name, def.uuid)
 }
 
 /// Refuses a document whose name looks like another.

@@ -2,6 +2,7 @@
 //!
 //! Each text is one sentence with object, cause and remedy; `interfaces/error.rs` gives each variant its name on the bus.
 
+use crate::object::ObjectKind;
 use virt_model::driver::DriverError;
 use virt_model::xml::{Finding, FindingKind};
 
@@ -44,6 +45,54 @@ pub enum Error {
         /// What was looked for.
         checkpoint: String,
     },
+    /// No such network.
+    #[error("no network with {what} '{value}'")]
+    NoSuchNetwork {
+        /// `uuid` or `name`.
+        what: &'static str,
+        /// What was looked for.
+        value: String,
+    },
+    /// Name or uuid is taken by another network.
+    #[error("{0}")]
+    NetworkExists(String),
+    /// No such storage pool.
+    #[error("no pool with {what} '{value}'")]
+    NoSuchPool {
+        /// `uuid` or `name`.
+        what: &'static str,
+        /// What was looked for.
+        value: String,
+    },
+    /// Name or uuid is taken by another storage pool.
+    #[error("{0}")]
+    PoolExists(String),
+    /// No such volume; says where it was looked for.
+    #[error("{0}")]
+    NoSuchVolume(String),
+    /// The pool has a volume of that name.
+    #[error("{0}")]
+    VolumeExists(String),
+    /// No such secret.
+    #[error("no secret with {what} '{value}'")]
+    NoSuchSecret {
+        /// `uuid` or `usage`.
+        what: &'static str,
+        /// What was looked for.
+        value: String,
+    },
+    /// Uuid or usage is taken by another secret.
+    #[error("{0}")]
+    SecretExists(String),
+    /// The secret is defined, and has no value.
+    #[error("{0}")]
+    SecretMissing(String),
+    /// No such device of the host.
+    #[error("the host has no device '{0}'")]
+    NoSuchNodeDevice(String),
+    /// A network could not be made or changed; ends with the kernel's or the tool's own words.
+    #[error("{0}")]
+    NetworkFailed(String),
     /// The domain has no such device.
     #[error("{0}")]
     NoSuchDevice(String),
@@ -56,7 +105,7 @@ pub enum Error {
     /// A revert has risks that were not accepted; lists each.
     #[error("{0}")]
     RevertRisky(String),
-    /// A file that others need as it is; names each of them.
+    /// A file or another object that others need as it is; names each of them.
     #[error("{0}")]
     InUse(String),
     /// An argument, an option's key or value.
@@ -140,13 +189,16 @@ fn list(findings: &[Finding]) -> String {
 impl Error {
     /// What a driver said while it was to `deed` domain `name`.
     pub fn from_driver(name: &str, deed: &str, error: DriverError) -> Error {
-        let text = format!("cannot {deed} domain '{name}': {error}");
+        Error::from_driver_of(ObjectKind::Domain, name, deed, error)
+    }
+
+    /// The same for the object `name` of any kind.
+    pub fn from_driver_of(kind: ObjectKind, name: &str, deed: &str, error: DriverError) -> Error {
+        let what = format!("cannot {deed} {}", kind.named(name));
+        let text = format!("{what}: {error}");
         match error {
             DriverError::Config(findings) if findings.iter().any(|finding| finding.kind == FindingKind::Invalid) => {
-                let told = |finding: Finding| Finding {
-                    message: format!("cannot {deed} domain '{name}': {}", finding.message),
-                    ..finding
-                };
+                let told = |finding: Finding| Finding { message: format!("{what}: {}", finding.message), ..finding };
                 Error::ConfigInvalid(findings.into_iter().map(told).collect())
             }
             // A full disk is one whoever ran into it.
@@ -158,9 +210,11 @@ impl Error {
             DriverError::Argument(_) => Error::InvalidArgument(text),
             DriverError::AgentUnavailable(_) => Error::AgentUnavailable(text),
             DriverError::AgentFailed { .. } => Error::AgentFailed(text),
+            DriverError::Hypervisor(_) if kind == ObjectKind::Network => Error::NetworkFailed(text),
+            DriverError::Hypervisor(_) if kind != ObjectKind::Domain => Error::StorageFailed(text),
             DriverError::Hypervisor(why) => {
                 let why = why.lines().collect::<Vec<_>>().join("; ");
-                Error::HypervisorFailed { what: format!("cannot {deed} domain '{name}'"), why }
+                Error::HypervisorFailed { what, why }
             }
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
@@ -168,8 +222,10 @@ impl Error {
             DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
             DriverError::TooMany(_) => Error::LimitsExceeded(text),
             DriverError::Refused(_) => Error::OperationInvalid(text),
-            DriverError::Gone => Error::OperationInvalid(format!("cannot {deed} domain '{name}': it has just ended")),
-            DriverError::Cancelled => Error::Cancelled(format!("the attempt to {deed} domain '{name}' was cancelled")),
+            DriverError::Gone => Error::OperationInvalid(format!("{what}: it has just ended")),
+            DriverError::Cancelled => {
+                Error::Cancelled(format!("the attempt to {deed} {} was cancelled", kind.named(name)))
+            }
             DriverError::Internal(_) => Error::Internal(text),
         }
     }

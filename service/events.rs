@@ -6,12 +6,15 @@
 //! domain's events is the order of its changes. [`Events::flush`] returns when everything sent before it has been
 //! published: that is how a reply waits for its signals.
 
-use crate::facts::{CheckpointFacts, DomainFacts, JobFacts, SnapshotFacts};
+use crate::facts::{CheckpointFacts, DomainFacts, JobFacts, ObjectFacts, SnapshotFacts};
 use std::sync::Arc;
 use tokio::sync::{mpsc, oneshot};
 use uuid::Uuid;
 use virt_model::driver::DeviceEvent;
 use virt_model::state::Lifecycle;
+
+/// What happened to an object of a kind that is no domain: the words of the event and its detail.
+pub type Happened = (&'static str, &'static str);
 
 /// One change.
 #[derive(Debug)]
@@ -28,6 +31,10 @@ pub enum Event {
     Domain(Arc<DomainFacts>, Vec<Lifecycle>),
     /// A domain has ceased to exist, after these last events.
     DomainGone(Arc<DomainFacts>, Vec<Lifecycle>),
+    /// An object of another kind is new or changed, and what happened to it, in order. Told as one.
+    Object(ObjectFacts, Vec<Happened>),
+    /// The same of one that has ceased to exist.
+    ObjectGone(ObjectFacts, Vec<Happened>),
     /// Something has happened to a device of a domain.
     Device(Uuid, DeviceEvent),
     /// A job is new or changed; `finished` in its state is told once.

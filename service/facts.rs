@@ -1,6 +1,7 @@
 //! All that is published of each kind of object, at one moment: what the service tells, and the bus shows.
 
 use crate::error::Error;
+use crate::object::{ObjectRef, User};
 use crate::shown::Shown;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -151,6 +152,43 @@ pub struct CheckpointFacts {
     pub broken: String,
 }
 
+/// All that is published of an object of a kind beside domains, at one moment. `interfaces/objects/mod.rs` says what is shown
+/// of each kind.
+#[derive(Clone, Debug)]
+pub enum ObjectFacts {
+    /// A secret's.
+    Secret(Arc<SecretFacts>),
+}
+
+/// All that is published of a secret, at one moment. Never anything of its value.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SecretFacts {
+    /// Identity, for ever.
+    pub uuid: Uuid,
+    /// `none`, `volume`, `ceph`, `iscsi`, `tls`, `vtpm`.
+    pub usage_type: &'static str,
+    /// What it is for.
+    pub usage_id: String,
+    /// As much of it as is published.
+    pub description: String,
+    /// Ends with virtd.
+    pub ephemeral: bool,
+    /// Its value is told to nobody.
+    pub private: bool,
+    /// It has a value.
+    pub has_value: bool,
+    /// When that was last set: microseconds since the epoch; 0 if it was never.
+    pub value_changed_usec: u64,
+    /// How the value is kept: `tpm2`, `host-key`, `file`, `memory`.
+    pub protection: &'static str,
+    /// The uid that defined it.
+    pub owner: u32,
+    /// Who names it.
+    pub users: Arc<[User]>,
+    /// Empty, or why its files cannot be used.
+    pub broken: String,
+}
+
 /// Where a job stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobState {
@@ -189,8 +227,8 @@ impl JobState {
 pub struct JobFacts {
     /// Its number, from 1, never used again while virtd runs.
     pub id: u64,
-    /// The domain it works on.
-    pub domain: Uuid,
+    /// What it works on.
+    pub object: ObjectRef,
     /// Where it stands.
     pub state: JobState,
     /// `start`, `save`, …

@@ -14,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Events};
 use crate::facts::{JobFacts, JobState};
 use crate::lock::lock;
+use crate::object::ObjectRef;
 use crate::time::now_usec;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
@@ -21,7 +22,6 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 /// How long an ended job stays readable.
 pub const READABLE: Duration = Duration::from_secs(600);
@@ -72,7 +72,7 @@ impl Jobs {
     pub fn open(
         self: &Arc<Self>,
         caller: &Caller,
-        domain: Uuid,
+        object: ObjectRef,
         operation: &'static str,
         cancel: CancellationToken,
     ) -> Result<(Job, Ticket)> {
@@ -85,25 +85,25 @@ impl Jobs {
                 caller.uid
             )));
         }
-        Ok(self.enter(&mut table, caller.uid, domain, operation, cancel))
+        Ok(self.enter(&mut table, caller.uid, object, operation, cancel))
     }
 
     /// Begins the record of work that was found under way, which the user `uid` asked an earlier virtd for: no limit holds it up.
     pub fn open_again(
         self: &Arc<Self>,
         uid: u32,
-        domain: Uuid,
+        object: ObjectRef,
         operation: &'static str,
         cancel: CancellationToken,
     ) -> (Job, Ticket) {
-        self.enter(&mut lock(&self.table), uid, domain, operation, cancel)
+        self.enter(&mut lock(&self.table), uid, object, operation, cancel)
     }
 
     fn enter(
         self: &Arc<Self>,
         table: &mut Table,
         uid: u32,
-        domain: Uuid,
+        object: ObjectRef,
         operation: &'static str,
         cancel: CancellationToken,
     ) -> (Job, Ticket) {
@@ -111,7 +111,7 @@ impl Jobs {
         let id = table.last;
         let facts = JobFacts {
             id,
-            domain,
+            object,
             state: JobState::Waiting,
             operation,
             started_usec: now_usec(),
@@ -311,7 +311,7 @@ impl Job {
         }
     }
 
-    /// What those who wait for the domain are told has it.
+    /// What those who wait for its object are told has it.
     pub fn label(&self, operation: &str) -> String {
         format!("{operation} (job {})", self.id)
     }
@@ -421,7 +421,7 @@ mod tests {
     async fn an_ended_job_is_readable_for_ten_minutes() {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 4, 0);
-        let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
+        let (job, ticket) = jobs.open(&root(), ObjectRef::Foreign, "start", CancellationToken::new()).expect("opened");
         job.finish(Err(Error::Cancelled("stopped".to_owned())));
         let id = ticket.id;
         assert!(matches!(ticket.done().await, Err(Error::Cancelled(_))));
@@ -437,7 +437,7 @@ mod tests {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 4, 0);
         for _ in 0..KEPT + 10 {
-            jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
+            jobs.open(&root(), ObjectRef::Foreign, "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
         }
         assert_eq!(jobs.list(), (11..=42).collect::<Vec<_>>());
     }
@@ -446,9 +446,9 @@ mod tests {
     async fn a_job_that_ends_late_is_kept_like_others() {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 4, 0);
-        let (long, _) = jobs.open(&root(), Uuid::nil(), "save", CancellationToken::new()).expect("opened");
+        let (long, _) = jobs.open(&root(), ObjectRef::Foreign, "save", CancellationToken::new()).expect("opened");
         for _ in 0..KEPT {
-            jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
+            jobs.open(&root(), ObjectRef::Foreign, "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
         }
         long.finish(Ok(()));
         assert_eq!((jobs.list().len(), jobs.list()[0]), (KEPT, 1));
@@ -458,8 +458,9 @@ mod tests {
     async fn each_ended_job_has_its_own_time() {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 4, 0);
-        let end_one =
-            || jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened").0.finish(Ok(()));
+        let end_one = || {
+            jobs.open(&root(), ObjectRef::Foreign, "start", CancellationToken::new()).expect("opened").0.finish(Ok(()))
+        };
         for expected in [1, 3, 5] {
             end_one();
             tokio::time::sleep(READABLE / 2).await;
@@ -477,21 +478,22 @@ mod tests {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 2, 0);
         let caller = Caller { uid: 1000, ..root() };
-        let one = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("first");
-        let _two = jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("second");
+        let one = jobs.open(&caller, ObjectRef::Foreign, "start", CancellationToken::new()).expect("first");
+        let _two = jobs.open(&caller, ObjectRef::Foreign, "start", CancellationToken::new()).expect("second");
         assert!(matches!(
-            jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()),
+            jobs.open(&caller, ObjectRef::Foreign, "start", CancellationToken::new()),
             Err(Error::LimitsExceeded(_))
         ));
         one.0.finish(Ok(()));
-        jobs.open(&caller, Uuid::nil(), "start", CancellationToken::new()).expect("room again");
+        jobs.open(&caller, ObjectRef::Foreign, "start", CancellationToken::new()).expect("room again");
     }
 
     #[tokio::test]
     async fn a_job_is_finished_when_it_is_ready_and_never_before() {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 2, 0);
-        let (job, ticket) = jobs.open(&root(), Uuid::nil(), "block-copy", CancellationToken::new()).expect("opened");
+        let (job, ticket) =
+            jobs.open(&root(), ObjectRef::Foreign, "block-copy", CancellationToken::new()).expect("opened");
         let id = ticket.id;
         assert!(matches!(jobs.ask_to_finish(id, false).await, Err(Error::OperationInvalid(_))));
         assert!(!job.finish_token().is_cancelled());
@@ -516,7 +518,7 @@ mod tests {
     async fn work_that_was_found_is_its_users_again_and_held_up_by_no_limit() {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 0, 6);
-        let (job, _ticket) = jobs.open_again(1000, Uuid::nil(), "block-copy", CancellationToken::new());
+        let (job, _ticket) = jobs.open_again(1000, ObjectRef::Foreign, "block-copy", CancellationToken::new());
         let facts = jobs.facts(job.id()).expect("there");
         assert_eq!((facts.id, facts.requester_uid, facts.state), (7, 1000, JobState::Waiting));
     }
@@ -525,7 +527,7 @@ mod tests {
     async fn a_job_whose_task_vanished_has_failed() {
         let (events, _reader) = Events::channel();
         let jobs = Jobs::new(events, 2, 0);
-        let (job, ticket) = jobs.open(&root(), Uuid::nil(), "start", CancellationToken::new()).expect("opened");
+        let (job, ticket) = jobs.open(&root(), ObjectRef::Foreign, "start", CancellationToken::new()).expect("opened");
         drop(job);
         assert!(matches!(ticket.done().await, Err(Error::Internal(_))));
     }

@@ -14,12 +14,14 @@ pub mod facts;
 #[allow(clippy::disallowed_methods, reason = "its files are those of tests")]
 mod fail_point;
 pub mod fair;
+mod frames;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
 mod lines;
 mod lock;
 pub mod log;
+pub mod object;
 mod registry;
 mod restore;
 mod scrape;
@@ -52,6 +54,7 @@ use error::{Error, Result};
 use events::{Event, Events};
 use images::Images;
 use job::Jobs;
+use object::ObjectRef;
 use shared::Shared;
 use std::sync::Arc;
 use std::time::Duration;
@@ -210,18 +213,31 @@ impl Service {
         let Some(facts) = self.shared.jobs.facts(id) else {
             return Err(Error::OperationInvalid(format!("there is no job {id}; it may have ended a while ago")));
         };
-        let domain = self.get(facts.domain);
+        let subject = self.subject_of(&facts.object);
         let allowed = async {
             if facts.requester_uid != caller.uid {
-                let subject = domain.as_ref().map(|domain| domain.subject()).unwrap_or_default();
                 self.allow(caller, verb, &subject).await?;
             }
             work.await
         };
-        match &domain {
+        match facts.object.domain().and_then(|uuid| self.get(uuid)) {
             Some(domain) => domain.logged(caller, verb, allowed).await,
             None => allowed.await,
         }
+    }
+
+    /// What polkit is told of an object; nothing of one that has gone.
+    fn subject_of(&self, object: &ObjectRef) -> Subject {
+        let subject = match object {
+            ObjectRef::Domain(uuid) | ObjectRef::Snapshot(uuid, _) => self.get(*uuid).map(|domain| domain.subject()),
+            ObjectRef::Foreign
+            | ObjectRef::Network(_)
+            | ObjectRef::Pool(_)
+            | ObjectRef::Volume(..)
+            | ObjectRef::Secret(_)
+            | ObjectRef::NodeDevice(_) => None,
+        };
+        subject.unwrap_or_default()
     }
 
     /// Lets jobs under way end, for a while (not those that wait for guests' programs), and thaws what clients have had frozen. Guests go on.

@@ -4,6 +4,7 @@
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::object::ObjectKind;
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
@@ -11,8 +12,11 @@ use virt_model::xml::shorten;
 
 /// What is in a registry.
 pub(crate) trait Object {
-    /// The word for one of them.
-    const KIND: &str;
+    /// The kind.
+    const KIND: ObjectKind;
+
+    /// How the name of one that is there is changed.
+    const RENAMED_BY: &str = "Undefine and define";
 
     /// Its identity.
     fn uuid(&self) -> Uuid;
@@ -79,7 +83,7 @@ impl<T: Object> Registry<T> {
         if owner != 0 && *owned >= limit {
             return Err(Error::LimitsExceeded(format!(
                 "user {owner} has {owned} {}s, which is the limit; undefine one first",
-                T::KIND
+                T::KIND.word()
             )));
         }
         *owned += 1;
@@ -125,14 +129,13 @@ impl<T: Object> Maps<T> {
         match (self.names.get(name), self.objects.get(&uuid)) {
             (Some(known), _) if *known != uuid => Err(taken_name::<T>(name, *known)),
             (_, None) if self.claimed.contains(&uuid) => Err(T::exists(format!(
-                "{} '{}' with uuid {uuid} is just being defined by another call",
-                T::KIND,
-                self.name_of(uuid)
+                "{} with uuid {uuid} is just being defined by another call",
+                T::KIND.named(self.name_of(uuid))
             ))),
             (None, Some(_)) => Err(T::exists(format!(
-                "uuid {uuid} belongs to {} '{}', not '{name}'; use Rename, or another uuid",
-                T::KIND,
-                self.name_of(uuid)
+                "uuid {uuid} belongs to {}, not '{name}'; use {}, or another uuid",
+                T::KIND.named(self.name_of(uuid)),
+                T::RENAMED_BY
             ))),
             (_, found) => Ok(found.cloned()),
         }
@@ -151,10 +154,8 @@ impl<T: Object> Maps<T> {
 }
 
 fn taken_name<T: Object>(name: &str, uuid: Uuid) -> Error {
-    let kind = T::KIND;
-    T::exists(format!(
-        "{kind} '{name}' exists already, with uuid {uuid}; give that uuid to change it, or choose another name"
-    ))
+    let object = T::KIND.named(name);
+    T::exists(format!("{object} exists already, with uuid {uuid}; give that uuid to change it, or choose another name"))
 }
 
 /// Refuses a name that looks like another. Those that are there already keep theirs.

@@ -5,6 +5,7 @@
 //!  <state>/domains/<uuid>.xml     the stored configuration, with passwords; its presence makes a domain persistent
 //!  <state>/domains/<uuid>.json    what XML has no word for: owner, autostart (written first); and what is to be known of a
 //!                                 configuration that cannot be read: name, driver
+//!  <state>/networks/, pools/, secrets/   the same of those kinds: see `store/documents.rs`
 //!  <state>/snapshots/<uuid>/      a domain's snapshots: see `store/snapshots.rs`
 //!  <state>/saved/<uuid>.virtsave  a domain's managed save, which its driver writes and reads: see `store/managed.rs`
 //!  <state>/runs                   how often virtd has been started: no job's number is used again
@@ -17,9 +18,11 @@
 //!
 //! What could not be read again is not written: whoever stores a document learns here that the reader would refuse it.
 
+mod documents;
 mod managed;
 mod snapshots;
 
+pub(crate) use documents::{Documents, Folder, FoundDocument};
 pub(crate) use snapshots::{Backup, BlockRecord, Current, Deed, Intent, Loaded, Record};
 
 use crate::error::{Error, Result};
@@ -138,15 +141,15 @@ impl Store {
     /// would have to be kept is refused when it comes to that.
     pub fn open(paths: Paths) -> Result<Store> {
         let store = Store { paths };
-        for (folder, mode) in [
-            (store.definitions(), 0o700),
+        let documents = Folder::ALL.map(|folder| (store.documents(folder).folder().to_owned(), 0o700));
+        for (folder, mode) in documents.into_iter().chain([
             (store.paths.state.join("snapshots"), 0o711),
             (store.managed_saves(), 0o700),
             (store.paths.runtime.join("status"), 0o700),
             (store.paths.runtime.join("ended"), 0o700),
             (store.paths.runtime.join("guests"), 0o711),
             (store.paths.log.clone(), 0o700),
-        ] {
+        ]) {
             let made = fs::DirBuilder::new()
                 .recursive(true)
                 .mode(if mode == 0o700 { 0o755 } else { mode })
@@ -165,36 +168,36 @@ impl Store {
 
     /// The folders in which nobody else makes files: of what is kept, those first that are in another.
     pub fn own_folders(&self) -> Vec<PathBuf> {
-        vec![self.managed_saves(), self.definitions(), self.paths.state.join("snapshots"), self.paths.state.clone()]
+        let documents = Folder::ALL.map(|folder| self.documents(folder).folder().to_owned());
+        let rest = [self.paths.state.join("snapshots"), self.paths.state.clone()];
+        [self.managed_saves()].into_iter().chain(documents).chain(rest).collect()
     }
 
-    /// Stores a configuration and its note; the note first, so that a configuration never lacks one.
+    /// The documents of a kind of object.
+    pub fn documents(&self, folder: Folder) -> Documents {
+        Documents(self.paths.state.join(folder.name()))
+    }
+
+    /// Stores a configuration and its note.
     pub fn save_definition(&self, uuid: Uuid, stored: &StoredDef, note: &Note) -> Result<()> {
-        let (note, text) = (json(note)?, stored.text());
-        change_all(
-            &self.definitions(),
-            &[(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())],
-            None,
-        )
+        self.definitions().save(uuid, &stored.text(), note)
     }
 
     pub fn save_note(&self, uuid: Uuid, note: &Note) -> Result<()> {
-        replace_json(&self.note(uuid), note)
+        self.definitions().save_note(uuid, note)
     }
 
     /// Removes a configuration, then what goes with it. On failure it is there still; of what goes with it, what cannot be
     /// removed now means nothing without it.
     pub fn remove_definition(&self, uuid: Uuid) -> Result<()> {
-        remove(&self.definition(uuid))?;
-        for leavings in [self.note(uuid), self.ended_file(uuid)] {
-            remove(&leavings).unwrap_or_else(|e| tracing::warn!(%uuid, "{e}"));
-        }
+        self.definitions().remove(uuid)?;
+        remove(&self.ended_file(uuid)).unwrap_or_else(|e| tracing::warn!(%uuid, "{e}"));
         Ok(())
     }
 
     /// All configurations with their notes. One that cannot be read is logged and left alone, and is among them.
     pub fn load_definitions(&self) -> Result<Vec<Stored>> {
-        let uuids = uuids(&self.definitions(), "xml")?;
+        let uuids = self.definitions().uuids()?;
         let readers = std::thread::available_parallelism().map_or(1, usize::from);
         let share = uuids.len().div_ceil(readers).max(1);
         let found = std::thread::scope(|scope| {
@@ -203,32 +206,17 @@ impl Store {
             let found = readers.into_iter().map(|reader| reader.join());
             found.map(|found| found.unwrap_or_else(|panicked| std::panic::resume_unwind(panicked))).collect::<Vec<_>>()
         });
-        if let Err(e) = self.remove_lonely_notes() {
-            tracing::warn!("{e}");
-        }
+        self.definitions().remove_lonely_notes();
         Ok(found.into_iter().flatten().collect())
     }
 
     fn load_definition(&self, uuid: Uuid) -> Stored {
-        let note = read_json(&self.note(uuid)).unwrap_or_else(|e| {
-            tracing::warn!(%uuid, "{e}; owner and autostart of this domain are lost, root owns it now");
-            Note::default()
-        });
-        let found = read_definition(&self.definition(uuid), uuid);
+        let note = self.definitions().load_note(uuid);
+        let found = read_definition(&self.definitions().document(uuid), uuid);
         if let Found::Broken { why, .. } = &found {
             tracing::error!(%uuid, "its stored configuration is left alone: {why}");
         }
         Stored { uuid, note, found }
-    }
-
-    /// A note without a configuration is what a define or undefine left that was cut off.
-    fn remove_lonely_notes(&self) -> Result<()> {
-        for uuid in uuids(&self.definitions(), "json")? {
-            if !self.definition(uuid).exists() {
-                remove(&self.note(uuid))?;
-            }
-        }
-        Ok(())
     }
 
     /// All guests that ran when virtd was last here, or may have: what was noted of each, or why that cannot be read; nothing
@@ -334,16 +322,8 @@ impl Store {
         run.saturating_mul(JOBS_OF_A_RUN)
     }
 
-    fn definitions(&self) -> PathBuf {
-        self.paths.state.join("domains")
-    }
-
-    fn definition(&self, uuid: Uuid) -> PathBuf {
-        self.definitions().join(format!("{uuid}.xml"))
-    }
-
-    fn note(&self, uuid: Uuid) -> PathBuf {
-        self.definitions().join(format!("{uuid}.json"))
+    fn definitions(&self) -> Documents {
+        self.documents(Folder::Domains)
     }
 
     fn ended_file(&self, uuid: Uuid) -> PathBuf {

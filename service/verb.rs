@@ -1,6 +1,6 @@
 //! What clients can ask for: one row a member of an interface. Who may do it, in which state of its object it has a
 //! meaning, and what it is called in the log and by those who wait for it: the frames every verb runs in
-//! (`domain/change.rs`) read that here, and so does `Can`.
+//! (`frames.rs`) read that here, and so does `Can`.
 
 use crate::authz::Action::{self, *};
 use crate::error::{Error, Result};
@@ -67,7 +67,7 @@ pub const ASKS: &[(&Verb, Ask)] = &[(&INJECT_NMI, |guest| guest.inject_nmi()), (
 impl Verb {
     /// Whether it may change something.
     pub fn changes(&self) -> bool {
-        !matches!(self.action, None | Some(Read | ReadSecure))
+        self.action.is_some_and(|action| !action.only_reads())
     }
 
     /// Whether an operation on snapshots that was cut off is finished before this begins. What only stops a guest or lets
@@ -220,6 +220,16 @@ verbs! {
         CLOSE = "Close", None, Always, "close";
     }
 }
+
+/// All tables, by their interfaces.
+pub const TABLES: &[(&str, &[Verb])] = &[
+    ("org.virt.Manager", MANAGER),
+    ("org.virt.Domain", DOMAIN),
+    ("org.virt.Snapshot", SNAPSHOT),
+    ("org.virt.Checkpoint", CHECKPOINT),
+    ("org.virt.Job", JOB),
+    ("org.virt.StatsSubscription", SUBSCRIPTION),
+];
 
 /// The row of a member. Error: `InvalidArgument` if `interface` has none of that name.
 pub(crate) fn find(interface: &str, verbs: &'static [Verb], member: &str) -> Result<&'static Verb> {

@@ -34,11 +34,13 @@ fn polkit_actions_are_those_of_the_service() {
     let ids: Vec<_> = found.iter().map(|action| action.attribute("id").unwrap()).collect();
     assert_eq!(ids, Action::ALL.iter().map(|action| action.id()).collect::<Vec<_>>());
     for (node, action) in found.into_iter().zip(Action::ALL) {
-        let message = format!("Authentication is required to {} the virtual machine \"$(domain_name)\"", action.deed());
+        let (kind, deed) = (action.kind(), action.deed());
+        let message = format!("Authentication is required to {deed} the {} \"$({})\"", kind.shown(), kind.detail());
         assert_eq!(text(node, "message"), message);
         let default = match action {
-            Action::Read => "yes",
+            Action::Read | Action::NetworkRead | Action::StorageRead | Action::SecretRead | Action::DeviceRead => "yes",
             Action::Start | Action::Suspend | Action::Console => "auth_admin_keep",
+            Action::NetworkStart | Action::StorageStart => "auth_admin_keep",
             _ => "auth_admin",
         };
         for who in ["allow_any", "allow_inactive", "allow_active"] {
@@ -100,9 +102,10 @@ fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
     const NAME: &str = "org.qtproject.QtDBus.QtTypeName";
     let header = read("data/virt-qtypes.h");
     let mut named = BTreeSet::new();
-    for interface in ["Manager", "Domain", "Snapshot", "Checkpoint", "Job", "StatsSubscription"] {
-        let file = read(&format!("data/interfaces/org.virt.{interface}.xml"));
-        let document = parse(&file);
+    for file in FILES {
+        let document = parse(file);
+        let interface = document.descendants().find(|node| node.has_tag_name("interface")).expect("an interface");
+        let interface = interface.attribute("name").expect("its name");
         let mut expect = |member: roxmltree::Node<'_, '_>, key: &str, of: &str| {
             let found = member.children().find(|one| one.attribute("name") == Some(key));
             let name = found.and_then(|one| one.attribute("value"));
@@ -209,8 +212,9 @@ fn the_man_page_knows_every_option() {
         assert!(page.contains(&format!("MESSAGE_ID={id}\n")), "{target}");
     }
     for action in Action::ALL {
-        let verb = action.id().rsplit('.').next().unwrap().replace('-', "\\-");
-        assert!(page.contains(&verb), "{verb}");
+        let (kind, verb) = action.id().rsplit_once('.').expect("a kind and a verb");
+        assert!(page.contains(&verb.replace('-', "\\-")), "{verb}");
+        assert!(page.contains(kind), "{kind}");
     }
 }
 

@@ -1,9 +1,9 @@
 //! The standard interfaces: Peer, Introspectable, Properties and ObjectManager, answered from the rows.
 
 use super::call::encoded_reply;
-use super::rows::{Object, Objects};
+use super::rows::Objects;
 use super::table::Table;
-use super::wire::{Body, Extent};
+use super::wire::{Body, Extent, Row};
 use crate::error::Error;
 use std::fmt::Write as _;
 use std::sync::OnceLock;
@@ -22,8 +22,8 @@ const DOCTYPE: &str = "<!DOCTYPE node PUBLIC \"-//freedesktop//DTD D-BUS Object 
 pub fn get(call: &Message, objects: &Objects, path: &str) -> Result<Message, Error> {
     let body = call.body();
     let (interface, property): (&str, &str) = arguments(body.deserialize())?;
-    let object = object(objects, path, interface)?;
-    let value = object.row.variant(property).ok_or_else(|| unknown_property(interface, property))?;
+    let row = row(objects, path, interface)?;
+    let value = row.variant(property).ok_or_else(|| unknown_property(interface, property))?;
     encoded_reply(&call.header(), "v", &value)
 }
 
@@ -32,13 +32,13 @@ pub fn get_all(call: &Message, objects: &Objects, path: &str) -> Result<Message,
     let body = call.body();
     let interface: &str = arguments(body.deserialize())?;
     // An empty name means every interface; the standard ones have no properties.
-    let object = match interface {
-        "" => Some(&**objects.get(path).ok_or_else(|| no_object(path))?),
-        _ if is_standard(interface) => None,
-        _ => Some(object(objects, path, interface)?),
+    let rows = match interface {
+        "" => objects.get(path).ok_or_else(|| no_object(path))?.parts().map(|(_, row)| row).collect(),
+        _ if is_standard(interface) => Vec::new(),
+        _ => vec![row(objects, path, interface)?],
     };
     let mut all = Body::with_capacity(2048);
-    all.array(8, |body| object.iter().for_each(|object| object.row.entries(Extent::Whole, body)));
+    all.array(8, |body| rows.iter().for_each(|row| row.entries(Extent::Whole, body)));
     fits(all.bytes().len())?;
     encoded_reply(&call.header(), "a{sv}", &all)
 }
@@ -73,11 +73,11 @@ fn listed(objects: &Objects, extent: Extent) -> Body {
 pub fn introspect(call: &Message, objects: &Objects, table: &Table, path: &str) -> Result<Message, Error> {
     let mut xml = format!("{DOCTYPE}<node>\n");
     let object = objects.get(path);
-    let own = object.map(|object| object.interface);
+    let own = object.into_iter().flat_map(|object| object.parts()).map(|(interface, _)| interface);
     let manager = (path == ROOT).then_some("org.freedesktop.DBus.ObjectManager");
-    let properties = own.map(|_| "org.freedesktop.DBus.Properties");
+    let properties = object.map(|_| "org.freedesktop.DBus.Properties");
     let every = ["org.freedesktop.DBus.Introspectable", "org.freedesktop.DBus.Peer"];
-    for name in own.into_iter().chain(manager).chain(properties).chain(every) {
+    for name in own.chain(manager).chain(properties).chain(every) {
         xml.push_str(table.get(name).map_or("", |interface| &interface.xml));
     }
     for child in objects.children(path) {
@@ -135,12 +135,10 @@ pub fn unknown_property(interface: &str, property: &str) -> Error {
     Error::unknown_property(format!("{interface} has no property '{property}'"))
 }
 
-fn object<'a>(objects: &'a Objects, path: &str, interface: &str) -> Result<&'a Object, Error> {
+fn row<'a>(objects: &'a Objects, path: &str, interface: &str) -> Result<&'a Row, Error> {
     let object = objects.get(path).ok_or_else(|| no_object(path))?;
-    if object.interface != interface {
-        return Err(Error::unknown_interface(format!("{path} has no interface '{interface}' with properties")));
-    }
-    Ok(object)
+    let row = object.row_of(interface);
+    row.ok_or_else(|| Error::unknown_interface(format!("{path} has no interface '{interface}' with properties")))
 }
 
 fn arguments<T>(read: zbus::Result<T>) -> Result<T, Error> {
@@ -150,8 +148,8 @@ fn arguments<T>(read: zbus::Result<T>) -> Result<T, Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::bus::rows::Facts;
-    use crate::bus::wire::{Long, Row, Value};
+    use crate::bus::rows::Object;
+    use crate::bus::wire::{Long, Value};
     use std::collections::HashMap;
     use std::sync::Arc;
     use zbus::{OwnedObjectPath, OwnedVariant};
@@ -170,8 +168,8 @@ mod tests {
         let mut objects = Objects::default();
         for number in 0..count {
             let row = Row::with_long(&[("Count", "u"), ("Text", "s")], &[Value::U32(1)], Arc::new(Large));
-            let path = format!("/org/virt/domain/_{number}").into();
-            objects.put(Object { path, interface: "org.virt.Domain", row, facts: Facts::Fixed });
+            let path = format!("/org/virt/domain/_{number}");
+            objects.put(Object::new(path, "org.virt.Domain", row));
         }
         let call = Message::method_call("/org/virt", "GetManagedObjects").build(&()).unwrap();
         let answer = managed_objects(&call, &objects).unwrap();

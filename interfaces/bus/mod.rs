@@ -438,17 +438,17 @@ impl Bus {
 
     /// The interface called, if the object has it.
     fn interface(&self, path: &str, name: &str) -> Result<Option<&Interface>, Error> {
-        let (own, is_node) = self.rows.read(|objects| match objects.get(path) {
-            Some(object) => (Some(object.interface), true),
+        let (object, is_node) = self.rows.read(|objects| match objects.get(path) {
+            Some(object) => (Some(object.clone()), true),
             None => (None, objects.is_node(path)),
         });
         let has = match name {
             "org.freedesktop.DBus.Peer" => true,
             _ if !is_node => return Err(no_object(path)),
             "org.freedesktop.DBus.Introspectable" => true,
-            "org.freedesktop.DBus.Properties" => own.is_some(),
+            "org.freedesktop.DBus.Properties" => object.is_some(),
             "org.freedesktop.DBus.ObjectManager" => path == ROOT,
-            name => own == Some(name),
+            name => object.is_some_and(|object| object.row_of(name).is_some()),
         };
         Ok(self.table.get(name).filter(|_| has))
     }

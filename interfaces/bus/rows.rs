@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::{Arc, PoisonError, RwLock};
 use virt_service::facts::DomainFacts;
-use virt_service::facts::JobFacts;
+use virt_service::facts::{JobFacts, ObjectFacts};
 
 /// How often a listing is made beside the lock before it is made under it.
 const TRIES: usize = 3;
@@ -21,10 +21,12 @@ const TRIES: usize = 3;
 pub struct Object {
     /// Where it is.
     pub path: Arc<str>,
-    /// Its interface, beside the standard ones.
+    /// Its interface; the standard ones are not among those told here.
     pub interface: &'static str,
     /// Its properties.
     pub row: Row,
+    /// Other interfaces that it has beside that one, with their properties.
+    pub others: Box<[(&'static str, Row)]>,
     /// What the row was made of.
     pub facts: Facts,
 }
@@ -38,9 +40,32 @@ pub enum Facts {
     Domain(Arc<DomainFacts>),
     /// A job's.
     Job(Arc<JobFacts>),
+    /// An object's of another kind.
+    Other(ObjectFacts),
 }
 
 impl Object {
+    /// An object with one interface, made of nothing that changes.
+    pub fn new(path: impl Into<Arc<str>>, interface: &'static str, row: Row) -> Object {
+        Object { path: path.into(), interface, row, others: Box::default(), facts: Facts::Fixed }
+    }
+
+    /// The same made of `facts`.
+    pub fn of(self, facts: Facts) -> Object {
+        Object { facts, ..self }
+    }
+
+    /// All its own interfaces with their properties.
+    pub fn parts(&self) -> impl Iterator<Item = (&'static str, &Row)> {
+        let others = self.others.iter().map(|(interface, row)| (*interface, row));
+        std::iter::once((self.interface, &self.row)).chain(others)
+    }
+
+    /// The properties of one of its own interfaces, if it has that.
+    pub fn row_of(&self, interface: &str) -> Option<&Row> {
+        self.parts().find(|(own, _)| *own == interface).map(|(_, row)| row)
+    }
+
     /// What a domain's row was made of.
     pub fn domain(&self) -> Option<&Arc<DomainFacts>> {
         if let Facts::Domain(facts) = &self.facts { Some(facts) } else { None }
@@ -49,9 +74,11 @@ impl Object {
     /// Its interfaces with their properties, `a{sa{sv}}`.
     pub fn interfaces(&self, extent: Extent, body: &mut Body) {
         body.array(8, |body| {
-            body.align(8);
-            body.text(self.interface);
-            body.array(8, |body| self.row.entries(extent, body));
+            for (interface, row) in self.parts() {
+                body.align(8);
+                body.text(interface);
+                body.array(8, |body| row.entries(extent, body));
+            }
         });
     }
 }
@@ -155,12 +182,7 @@ mod tests {
     fn tree(paths: &[&str]) -> Objects {
         let mut objects = Objects::default();
         for path in paths {
-            objects.put(Object {
-                path: (*path).into(),
-                interface: "a.b",
-                row: Row::new(&[], &[]),
-                facts: Facts::Fixed,
-            });
+            objects.put(Object::new(*path, "a.b", Row::new(&[], &[])));
         }
         objects
     }
@@ -202,6 +224,6 @@ mod tests {
     }
 
     fn tree_object(number: usize) -> Object {
-        Object { path: format!("/o/{number}").into(), interface: "a.b", row: Row::new(&[], &[]), facts: Facts::Fixed }
+        Object::new(format!("/o/{number}"), "a.b", Row::new(&[], &[]))
     }
 }

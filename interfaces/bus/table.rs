@@ -10,7 +10,7 @@ use zbus::Signature;
 use zbus_xml::ArgDirection;
 
 /// The interfaces of virtd, as installed.
-pub const FILES: [&str; 6] = [
+pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Manager.xml"),
     include_str!("../../data/interfaces/org.virt.Domain.xml"),
     include_str!("../../data/interfaces/org.virt.Snapshot.xml"),

@@ -42,7 +42,7 @@ where
 fn object(path: &str, interface: &'static str, version: &str) -> Object {
     let values = [Value::Str(version), Value::Strs(&["test"])];
     let row = Row::new(&[("Version", "s"), ("Drivers", "as")], &values);
-    Object { path: path.into(), interface, row, facts: Facts::Fixed }
+    Object::new(path, interface, row)
 }
 
 fn domains(rows: &Rows, count: usize) {

@@ -28,6 +28,10 @@ pub enum Value<'a> {
     Paths(&'a [String]),
     /// `a(sss)`
     Triples(&'a [(String, &'static str, String)]),
+    /// `a(ss)`
+    Pairs(&'a [(&'static str, String)]),
+    /// `a(oss)`: objects, where in them, and how; the caller vouches that the first are valid paths.
+    Users(&'a [(String, &'a str, &'static str)]),
 }
 
 /// The type of each kind of [`Value`], by its name.
@@ -42,6 +46,8 @@ pub mod kind {
     pub const Strs: &str = "as";
     pub const Paths: &str = "ao";
     pub const Triples: &str = "a(sss)";
+    pub const Pairs: &str = "a(ss)";
+    pub const Users: &str = "a(oss)";
 }
 
 impl Value<'_> {
@@ -57,6 +63,8 @@ impl Value<'_> {
             Value::Strs(_) => kind::Strs,
             Value::Paths(_) => kind::Paths,
             Value::Triples(_) => kind::Triples,
+            Value::Pairs(_) => kind::Pairs,
+            Value::Users(_) => kind::Users,
         }
     }
 
@@ -142,6 +150,18 @@ impl Body {
                 for (one, two, three) in triples {
                     body.align(8);
                     [one.as_str(), two, three.as_str()].into_iter().for_each(|text| body.text(text));
+                }
+            }),
+            Value::Pairs(pairs) => self.array(8, |body| {
+                for (one, two) in pairs {
+                    body.align(8);
+                    [one, two.as_str()].into_iter().for_each(|text| body.text(text));
+                }
+            }),
+            Value::Users(users) => self.array(8, |body| {
+                for (object, place, how) in users {
+                    body.align(8);
+                    [object.as_str(), place, how].into_iter().for_each(|text| body.text(text));
                 }
             }),
         }
@@ -232,7 +252,7 @@ impl Row {
         body.signature(signature);
         body.align(alignment);
         let value = value_at.next_multiple_of(alignment);
-        if signature == "a(sss)" {
+        if signature.starts_with("a(") {
             // Its elements begin at a multiple of eight, and so not at the same distance from its length everywhere.
             body.array(8, |body| body.0.extend_from_slice(&entry[(value + 4).next_multiple_of(8)..]));
         } else {
@@ -319,6 +339,8 @@ mod tests {
         ("Ways", "ao"),
         ("Rows", "a(sss)"),
         ("None", "a(sss)"),
+        ("Marks", "a(ss)"),
+        ("Users", "a(oss)"),
     ];
 
     fn row(count: u32, name: &str) -> Row {
@@ -333,6 +355,8 @@ mod tests {
             Value::Paths(&["/a".to_owned(), "/b".to_owned()]),
             Value::Triples(&[("a".to_owned(), "bb", "ccc".to_owned()), (String::new(), "x", "y".to_owned())]),
             Value::Triples(&[]),
+            Value::Pairs(&[("a", "b".to_owned()), ("", String::new())]),
+            Value::Users(&[("/org".to_owned(), "vda", "live"), ("/".to_owned(), "", "foreign")]),
         ];
         Row::new(FIELDS, &values)
     }
@@ -365,6 +389,11 @@ mod tests {
         }
         let rows: OwnedVariant = decode(row.variant("Rows").unwrap().bytes());
         assert_eq!(*rows, Variant::from(vec![("a", "bb", "ccc"), ("", "x", "y")]));
+        let marks: OwnedVariant = decode(row.variant("Marks").unwrap().bytes());
+        assert_eq!(*marks, Variant::from(vec![("a", "b"), ("", "")]));
+        let users: OwnedVariant = decode(row.variant("Users").unwrap().bytes());
+        let path = |path: &'static str| zbus::ObjectPath::try_from(path).unwrap();
+        assert_eq!(*users, Variant::from(vec![(path("/org"), "vda", "live"), (path("/"), "", "foreign")]));
         let name: OwnedVariant = decode(row.variant("Name").unwrap().bytes());
         assert_eq!(*name, Variant::from("web"));
         assert!(row.variant("Other").is_none());

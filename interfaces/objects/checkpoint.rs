@@ -4,7 +4,7 @@ use super::job::no_wait;
 use super::{Members, paths, properties};
 use crate::bus::answers::no_object;
 use crate::bus::call::{self, Call, Options, Outcome};
-use crate::bus::rows::{Facts, Object};
+use crate::bus::rows::Object;
 use crate::bus::table::Offer;
 use crate::error::Error;
 use std::sync::Arc;
@@ -29,8 +29,8 @@ properties! {
 
 /// What is published of a checkpoint.
 pub fn object(facts: &Arc<CheckpointFacts>) -> Object {
-    let path = paths::checkpoint(facts.domain, &facts.name).into();
-    Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Fixed }
+    let path = paths::checkpoint(facts.domain, &facts.name);
+    Object::new(path, INTERFACE, row(facts))
 }
 
 /// What there is for each member.

@@ -74,8 +74,8 @@ long_properties! {
 
 /// What is published of a domain.
 pub fn object(facts: &Arc<DomainFacts>) -> Object {
-    let path = paths::domain(facts.uuid).into();
-    Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Domain(facts.clone()) }
+    let path = paths::domain(facts.uuid);
+    Object::new(path, INTERFACE, row(facts)).of(Facts::Domain(facts.clone()))
 }
 
 /// Signals and their types.

@@ -19,7 +19,8 @@ pub const INTERFACE: &str = "org.virt.Job";
 
 properties! {
     f: JobFacts {
-        "Domain" = Path(&paths::domain(f.domain));
+        "Domain" = Path(&f.object.domain().map_or_else(|| "/".to_owned(), paths::domain));
+        "Object" = Path(&paths::of(&f.object));
         "State" = Str(f.state.as_str());
         "Operation" = Str(f.operation);
         "StartedAt" = U64(f.started_usec);
@@ -36,8 +37,8 @@ properties! {
 
 /// What is published of a job.
 pub fn object(facts: &Arc<JobFacts>) -> Object {
-    let path = paths::job(facts.id).into();
-    Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Job(facts.clone()) }
+    let path = paths::job(facts.id);
+    Object::new(path, INTERFACE, row(facts)).of(Facts::Job(facts.clone()))
 }
 
 /// Whether a job's end has been published.

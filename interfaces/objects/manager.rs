@@ -5,8 +5,9 @@ use super::job::{finish, no_wait};
 use super::{Members, paths, properties, subscription};
 use crate::bus::answers::ROOT;
 use crate::bus::call::{self, Call, Options, Outcome};
-use crate::bus::rows::{Facts, Object, Objects};
+use crate::bus::rows::{Object, Objects};
 use crate::bus::table::Offer;
+use crate::bus::wire::Row;
 use crate::error::Error;
 use crate::metrics;
 use std::sync::Arc;
@@ -33,7 +34,10 @@ properties! {
 
 /// What is published of the service as a whole.
 pub fn object(drivers: &[&str]) -> Object {
-    Object { path: ROOT.into(), interface: INTERFACE, row: row(drivers), facts: Facts::Fixed }
+    Object {
+        others: Box::new([(super::secret::MANAGER, Row::new(&[], &[]))]),
+        ..Object::new(ROOT, INTERFACE, row(drivers))
+    }
 }
 
 /// What there is for each member.

@@ -9,16 +9,19 @@ pub mod domain;
 pub mod job;
 pub mod manager;
 pub mod paths;
+pub mod secret;
 pub mod snapshot;
 mod stats;
 pub mod subscription;
 
 use crate::bus::call::{Call, Handler, Outcome};
+use crate::bus::rows::Object;
 use crate::bus::table::Offer;
 use crate::bus::wire::Field;
 use crate::error::Error;
 use std::sync::Arc;
 use virt_service::Service;
+use virt_service::facts::ObjectFacts;
 use virt_service::verb::Verb;
 
 /// Gives `FIELDS` and `row`: the properties of one kind of object, a line each, of what is published of it.
@@ -48,6 +51,33 @@ macro_rules! long_properties {
     };
 }
 pub(crate) use long_properties;
+
+/// What is published of an object of a kind beside domains.
+pub struct Published {
+    /// The object.
+    pub object: Object,
+    /// How its events are told on the manager; `None` where they are not, and it has none of its own.
+    pub lifecycle: Option<Lifecycle>,
+}
+
+/// The signal of a manager interface that tells the events of a kind of object.
+pub struct Lifecycle {
+    /// The interface.
+    pub manager: &'static str,
+    /// The signal.
+    pub member: &'static str,
+    /// What stands between the path and the event: uuid and name where there is a detail, else one of them.
+    pub names: Vec<String>,
+    /// The detail of the event stands behind it.
+    pub detailed: bool,
+}
+
+/// See [`Published`]: a line for each kind.
+pub fn published(facts: &ObjectFacts) -> Published {
+    match facts {
+        ObjectFacts::Secret(facts) => secret::published(facts),
+    }
+}
 
 /// The members of one kind of object in the making. `find` gives the object that a call is for, or says that there is none.
 pub struct Members<T> {
@@ -110,17 +140,9 @@ mod tests {
     /// A member without a row would run in no frame: it could forget permission, and `Can` would not know it.
     #[test]
     fn each_method_of_the_files_has_its_row_and_each_row_its_method() {
-        let rows = [
-            ("org.virt.Manager", verb::MANAGER),
-            ("org.virt.Domain", verb::DOMAIN),
-            ("org.virt.Snapshot", verb::SNAPSHOT),
-            ("org.virt.Checkpoint", verb::CHECKPOINT),
-            ("org.virt.Job", verb::JOB),
-            ("org.virt.StatsSubscription", verb::SUBSCRIPTION),
-        ];
-        for document in crate::bus::table::FILES {
+        for &document in crate::bus::table::FILES {
             for interface in zbus_xml::Node::try_from(document).unwrap().interfaces() {
-                let (_, rows) = rows.iter().find(|(name, _)| *name == interface.name().as_str()).unwrap();
+                let (_, rows) = verb::TABLES.iter().find(|(name, _)| *name == interface.name().as_str()).unwrap();
                 let methods = interface.methods().map(|method| method.name().to_string());
                 let writable = interface.properties().filter(|property| property.access().write());
                 let mut file: Vec<_> = methods.chain(writable.map(|property| property.name().to_string())).collect();

@@ -3,23 +3,70 @@
 use crate::bus::wire::{escape, unescape};
 use crate::error::Error;
 use uuid::Uuid;
+use virt_service::object::ObjectRef;
 use zbus::ObjectPath;
 
 const DOMAINS: &str = "/org/virt/domain/_";
 const SNAPSHOTS: &str = "/snapshot/";
 const CHECKPOINTS: &str = "/checkpoint/";
+const NETWORKS: &str = "/org/virt/network/_";
+const POOLS: &str = "/org/virt/pool/_";
+const VOLUMES: &str = "/volume/";
+const SECRETS: &str = "/org/virt/secret/_";
+const NODE_DEVICES: &str = "/org/virt/nodedev/";
 const JOBS: &str = "/org/virt/job/";
 const SUBSCRIPTIONS: &str = "/org/virt/stats/";
 
-/// The path of a domain: its uuid with `-` written as `_`.
+/// The path of an object; `/` for what is none of virtd's.
+pub fn of(object: &ObjectRef) -> String {
+    match object {
+        ObjectRef::Foreign => "/".to_owned(),
+        ObjectRef::Domain(uuid) => domain(*uuid),
+        ObjectRef::Snapshot(domain, name) => snapshot(*domain, name),
+        ObjectRef::Network(uuid) => by_uuid(NETWORKS, *uuid),
+        ObjectRef::Pool(uuid) => by_uuid(POOLS, *uuid),
+        ObjectRef::Volume(pool, name) => format!("{}{VOLUMES}{}", by_uuid(POOLS, *pool), escape(name)),
+        ObjectRef::Secret(uuid) => by_uuid(SECRETS, *uuid),
+        ObjectRef::NodeDevice(name) => format!("{NODE_DEVICES}{}", escape(name)),
+    }
+}
+
+/// The object whose path has this form; it need not exist.
+pub fn object(path: &str) -> Option<ObjectRef> {
+    if let Some((domain, name)) = snapshot_name(path) {
+        return Some(ObjectRef::Snapshot(domain, name.into()));
+    }
+    if let Some((pool, name)) = path.split_once(VOLUMES) {
+        return Some(ObjectRef::Volume(uuid_below(POOLS, pool)?, unescape(name)?.into()));
+    }
+    if let Some(name) = path.strip_prefix(NODE_DEVICES) {
+        return Some(ObjectRef::NodeDevice(unescape(name)?.into()));
+    }
+    let domain = uuid(path).map(ObjectRef::Domain);
+    domain
+        .or_else(|| uuid_below(NETWORKS, path).map(ObjectRef::Network))
+        .or_else(|| uuid_below(POOLS, path).map(ObjectRef::Pool))
+        .or_else(|| uuid_below(SECRETS, path).map(ObjectRef::Secret))
+}
+
+/// The path of an object that has a uuid: that with `-` written as `_`.
+fn by_uuid(folder: &str, uuid: Uuid) -> String {
+    format!("{folder}{}", uuid.to_string().replace('-', "_"))
+}
+
+fn uuid_below(folder: &str, path: &str) -> Option<Uuid> {
+    let label = path.strip_prefix(folder)?;
+    Uuid::try_parse(&label.replace('_', "-")).ok()
+}
+
+/// The path of a domain.
 pub fn domain(uuid: Uuid) -> String {
-    format!("{DOMAINS}{}", uuid.to_string().replace('-', "_"))
+    by_uuid(DOMAINS, uuid)
 }
 
 /// The uuid of the domain at a path.
 pub fn uuid(path: &str) -> Option<Uuid> {
-    let label = path.strip_prefix(DOMAINS)?;
-    Uuid::try_parse(&label.replace('_', "-")).ok()
+    uuid_below(DOMAINS, path)
 }
 
 /// The path of a domain's snapshot.
@@ -88,6 +135,19 @@ mod tests {
         assert_eq!(checkpoint_name(&checkpoint(id, "a b")), Some((id, "a b".to_owned())));
         assert_eq!((snapshot_name(&checkpoint(id, "a")), checkpoint_name(&snapshot(id, "a"))), (None, None));
         assert_eq!(job_number(&job(7)), Some(7));
+        let label = "_4dea22b3_1d52_d8f3_2516_782e98ab3fa0";
+        for (one, path) in [
+            (ObjectRef::Domain(id), format!("/org/virt/domain/{label}")),
+            (ObjectRef::Snapshot(id, "a b".into()), format!("/org/virt/domain/{label}/snapshot/a_20b")),
+            (ObjectRef::Network(id), format!("/org/virt/network/{label}")),
+            (ObjectRef::Pool(id), format!("/org/virt/pool/{label}")),
+            (ObjectRef::Volume(id, "a.img".into()), format!("/org/virt/pool/{label}/volume/a_2eimg")),
+            (ObjectRef::Secret(id), format!("/org/virt/secret/{label}")),
+            (ObjectRef::NodeDevice("pci_0".into()), "/org/virt/nodedev/pci_5f0".to_owned()),
+        ] {
+            assert_eq!((of(&one), object(&path)), (path.clone(), Some(one)), "{path}");
+        }
+        assert_eq!((of(&ObjectRef::Foreign), object("/")), ("/".to_owned(), None));
         assert_eq!((subscription_number(&subscription(7)), subscription_number(&job(7))), (Some(7), None));
     }
 }

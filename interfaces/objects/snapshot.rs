@@ -4,7 +4,7 @@ use super::job::{finish, no_wait};
 use super::{Members, paths, properties};
 use crate::bus::answers::no_object;
 use crate::bus::call::{Call, FlagOrTexts, Options, Outcome};
-use crate::bus::rows::{Facts, Object};
+use crate::bus::rows::Object;
 use crate::bus::table::Offer;
 use crate::error::Error;
 use std::collections::HashMap;
@@ -36,8 +36,8 @@ properties! {
 
 /// What is published of a snapshot.
 pub fn object(facts: &Arc<SnapshotFacts>) -> Object {
-    let path = paths::snapshot(facts.domain, &facts.name).into();
-    Object { path, interface: INTERFACE, row: row(facts), facts: Facts::Fixed }
+    let path = paths::snapshot(facts.domain, &facts.name);
+    Object::new(path, INTERFACE, row(facts))
 }
 
 /// What there is for each member.

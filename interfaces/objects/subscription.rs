@@ -4,7 +4,7 @@ use super::{Members, paths, stats};
 use crate::bus::Line;
 use crate::bus::answers::no_object;
 use crate::bus::call::{Call, Outcome};
-use crate::bus::rows::{Facts, Object};
+use crate::bus::rows::Object;
 use crate::bus::table::Offer;
 use crate::bus::wire::Row;
 use crate::error::Error;
@@ -18,8 +18,7 @@ pub const INTERFACE: &str = "org.virt.StatsSubscription";
 
 /// What is published of a subscription.
 pub fn object(number: u64) -> Object {
-    let path = paths::subscription(number).into();
-    Object { path, interface: INTERFACE, row: Row::new(&[], &[]), facts: Facts::Fixed }
+    Object::new(paths::subscription(number), INTERFACE, Row::new(&[], &[]))
 }
 
 /// What there is for each member.

@@ -42,7 +42,7 @@ pub struct Question {
 }
 
 impl Question {
-    /// A question about a caller, an action and a machine.
+    /// A question about a caller, an action and an object.
     pub fn new(caller: &str, action: Action, subject: &Subject, prompt: bool) -> Question {
         static LAST: AtomicU64 = AtomicU64::new(0);
         let id = LAST.fetch_add(1, Ordering::Relaxed);
@@ -140,18 +140,16 @@ fn subject(name: &str) -> Result<policykit1::Subject, String> {
 /// What polkit's rules may look up, and the words of a prompt.
 fn details(action: Action, subject: &Subject) -> HashMap<&'static str, String> {
     let mut details = HashMap::from([
-        ("driver", subject.driver.clone()),
-        ("domain_name", subject.domain_name.clone()),
+        (action.kind().detail(), String::new()),
         ("polkit.message", plainly(&format!("Authentication is required to {}", deed(action, subject))).into_owned()),
         ("polkit.gettext_domain", "virtd".to_owned()),
     ]);
-    details.extend(subject.domain_uuid.map(|uuid| ("domain_uuid", uuid.to_string())));
+    details.extend(subject.details().iter().cloned());
     details.extend(subject.owner.map(|uid| ("owner_uid", uid.to_string())));
-    details.extend(subject.snapshot_name.clone().map(|name| ("snapshot_name", name)));
     details
 }
 
-/// The name of the user who owns the machine. Asking the system for it may take a while.
+/// The name of the user who owns the object. Asking the system for it may take a while.
 async fn owner_of(question: &Question) -> Option<String> {
     let uid: u32 = question.details.get("owner_uid")?.parse().ok()?;
     let look = move || nix::unistd::User::from_uid(nix::unistd::Uid::from_raw(uid));
@@ -175,19 +173,26 @@ mod tests {
 
     #[test]
     fn details_are_what_rules_look_up() {
-        let subject = Subject {
-            driver: "test".into(),
-            domain_name: "web".into(),
-            domain_uuid: Some(Uuid::nil()),
-            owner: Some(1000),
-            snapshot_name: None,
-        };
+        let subject = Subject::default().with("driver", "test").with("domain_name", "web");
+        let subject = subject.with("domain_uuid", Uuid::nil().to_string()).owned_by(1000);
         let asked = Question::new(":1.7", Action::Start, &subject, true).details;
         assert_eq!(asked["domain_name"], "web");
         assert_eq!(asked["domain_uuid"], Uuid::nil().to_string());
         assert_eq!(asked["owner_uid"], "1000");
         assert_eq!(asked["polkit.message"], "Authentication is required to start the virtual machine \"web\"");
         assert!(!asked.contains_key("snapshot_name"));
+    }
+
+    #[test]
+    fn a_prompt_names_the_kind_of_object() {
+        let message = |action, subject: &Subject| details(action, subject)["polkit.message"].clone();
+        let volume = Subject::default().with("pool_name", "fast").with("volume_name", "web.qcow2");
+        let told = message(Action::VolumeDelete, &volume);
+        assert_eq!(told, "Authentication is required to delete the storage volume \"web.qcow2\"");
+        let told = message(Action::NetworkStart, &Subject::default());
+        assert_eq!(told, "Authentication is required to start a network");
+        let told = message(Action::Job, &Subject::default().with("pool_name", "fast"));
+        assert_eq!(told, "Authentication is required to cancel or finish a job of the storage pool \"fast\"");
     }
 
     #[test]

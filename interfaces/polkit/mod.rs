@@ -7,7 +7,7 @@
 //! ```
 //!
 //! polkit answers some three hundred questions a second, whoever asks. So a plain yes is remembered for a few seconds,
-//! per caller, action and machine; callers that ask the same at the same time share one question; and senders take turns.
+//! per caller, action and object; callers that ask the same at the same time share one question; and senders take turns.
 //! Only a yes that polkit itself does not keep is remembered, and only until polkit says that its rules may have changed.
 //! Every failure to find out is a no that says so.
 
@@ -25,13 +25,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
 use virt_service::fair::FairPlaces;
+use virt_service::object::ObjectKind;
 
 /// How many questions without a prompt are with polkit at once. The bus allows 128 calls without an answer in all.
 const AT_ONCE: usize = 64;
 /// How many prompts may be open: in all, and of one user.
 const PROMPTS: (usize, usize) = (48, 8);
 
-/// What is asked: caller, action, machine. With a prompt or without.
+/// What is asked: caller, action, object. With a prompt or without.
 type Key = (String, Action, Subject, bool);
 type Asked = Shared<BoxFuture<'static, Result<Verdict, String>>>;
 
@@ -205,11 +206,13 @@ fn judge(verdict: Result<Verdict, String>, prompted: bool, action: Action, subje
     }
 }
 
-/// The deed and the machine, for people.
+/// The deed and what it is done to, for people. A job may be one of any kind of object.
 fn deed(action: Action, subject: &Subject) -> String {
-    match subject.domain_name.as_str() {
-        "" => format!("{} a virtual machine", action.deed()),
-        name => format!("{} the virtual machine \"{name}\"", action.deed()),
+    let kinds = [action.kind(), ObjectKind::Volume, ObjectKind::Pool, ObjectKind::Network];
+    let named = kinds.iter().find(|kind| !subject.detail(kind.detail()).is_empty());
+    match named {
+        Some(kind) => format!("{} the {} \"{}\"", action.deed(), kind.shown(), subject.detail(kind.detail())),
+        None => format!("{} a {}", action.deed(), action.kind().shown()),
     }
 }
 

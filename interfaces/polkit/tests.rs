@@ -58,7 +58,7 @@ fn caller(name: &str, uid: u32) -> Caller {
 }
 
 fn machine(name: &str) -> Subject {
-    Subject { domain_name: name.into(), ..Subject::default() }
+    Subject::default().with("domain_name", name)
 }
 
 #[tokio::test(start_paused = true)]

@@ -12,6 +12,7 @@ use super::found::departed;
 use super::state::Guest;
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::frames::Changeable as _;
 use crate::job::Ticket;
 use crate::lock::lock;
 use crate::verb::{self, Verb};
@@ -174,7 +175,7 @@ impl Domain {
             options.check()?;
             let agent = self.agent(verb)?;
             let cancel = CancellationToken::new();
-            let (job, ticket) = self.shared.jobs.open(caller, self.uuid, verb.word, cancel.clone())?;
+            let (job, ticket) = self.shared.jobs.open(caller, self.reference(), verb.word, cancel.clone())?;
             if options.cancel_on_disconnect {
                 cancel_when_gone(caller, &cancel);
             }

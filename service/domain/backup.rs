@@ -13,6 +13,7 @@ use super::state::State;
 use crate::authz::{Action, Caller};
 use crate::error::{Error, Result};
 use crate::fail_point;
+use crate::frames::Changeable as _;
 use crate::images::Fate;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
@@ -413,7 +414,7 @@ impl Domain {
             return Ok(());
         }
         let cancel = CancellationToken::new();
-        let (job, _) = self.shared.jobs.open_again(backup.uid, uuid, verb::BACKUP_BEGIN.word, cancel);
+        let (job, _) = self.shared.jobs.open_again(backup.uid, self.reference(), verb::BACKUP_BEGIN.word, cancel);
         let (job, request) = (Arc::new(job), Arc::new(backup.request.clone()));
         let label = job.label(verb::BACKUP_BEGIN.word);
         lock(&self.state).backup = Some(CurrentBackup { request, label, open: false });

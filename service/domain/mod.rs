@@ -54,6 +54,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::facts::{ConfigFacts, DomainFacts};
 use crate::lock::lock;
+use crate::object::ObjectKind;
 use crate::registry::{Object, Registry};
 use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
@@ -90,7 +91,8 @@ pub struct Domain {
 pub(crate) type Domains = Registry<Domain>;
 
 impl Object for Domain {
-    const KIND: &str = "domain";
+    const KIND: ObjectKind = ObjectKind::Domain;
+    const RENAMED_BY: &str = "Rename";
 
     fn uuid(&self) -> Uuid {
         self.uuid
@@ -99,6 +101,12 @@ impl Object for Domain {
     fn exists(text: String) -> Error {
         Error::DomainExists(text)
     }
+}
+
+/// What polkit is told of a domain, or of one that is about to be defined.
+pub(crate) fn domain_subject(driver: &dyn Driver, name: &str, uuid: Uuid) -> Subject {
+    let subject = Subject::default().with("driver", driver.name()).with("domain_name", name);
+    subject.with("domain_uuid", uuid.to_string())
 }
 
 /// How a new `Domain` comes to be.
@@ -213,18 +221,12 @@ impl Domain {
 
     /// What polkit is told it is about.
     pub fn subject(&self) -> Subject {
-        Subject {
-            driver: self.driver.name().to_owned(),
-            domain_name: self.name(),
-            domain_uuid: Some(self.uuid),
-            owner: Some(self.owner),
-            snapshot_name: None,
-        }
+        domain_subject(&*self.driver, &self.name(), self.uuid).owned_by(self.owner)
     }
 
     /// The same of one of its snapshots.
     fn snapshot_subject(&self, name: &str) -> Subject {
-        Subject { snapshot_name: Some(name.to_owned()), ..self.subject() }
+        self.subject().with("snapshot_name", name)
     }
 
     /// A domain may go while somebody waits for it.

@@ -191,8 +191,9 @@ const OTHERS: [&str; 74] = [
 /// Every method there is, as `Interface.Method`.
 fn all_methods() -> Vec<String> {
     let mut all = Vec::new();
-    for interface in ["Manager", "Domain", "Snapshot", "Checkpoint", "Job", "StatsSubscription"] {
-        let xml = read_project_file(&format!("data/interfaces/org.virt.{interface}.xml"));
+    for xml in virtd::bus::table::FILES {
+        let named = xml.split("<interface name=\"org.virt.").nth(1).and_then(|rest| rest.split('"').next());
+        let interface = named.expect("an interface");
         let methods = xml.split("<method name=\"").skip(1).filter_map(|rest| rest.split('"').next().map(str::to_owned));
         all.extend(methods.map(|method| format!("{interface}.{method}")));
     }

@@ -7,6 +7,7 @@ use crate::domain::config::Update;
 use crate::domain::state::Guest;
 use crate::error::{Error, Result};
 use crate::fail_point;
+use crate::frames::Changeable as _;
 use crate::job::Job;
 use crate::lock::lock;
 use crate::shared::AGAIN;
@@ -338,7 +339,7 @@ impl Domain {
         });
         let stay = Creation::begin(self)?;
         let cancel = CancellationToken::new();
-        let (job, _) = self.shared.jobs.open_again(entry.record.uid, self.uuid, verb.word, cancel);
+        let (job, _) = self.shared.jobs.open_again(entry.record.uid, self.reference(), verb.word, cancel);
         if let Some(entry) = lock(&self.state).block_jobs.get_mut(&block.target) {
             (entry.follower, entry.ready) = (Some((job.id(), guest.id)), false);
         }

@@ -32,7 +32,7 @@ async fn documents_are_compared_completed_and_not_held_against_the_host() {
         "{wrong}"
     );
     assert!(world.notary.asked.lock().unwrap().iter().all(|(action, subject)| {
-        *action == Action::Read && subject.domain_uuid.is_none() && subject.domain_name.is_empty()
+        *action == Action::Read && subject.detail("domain_uuid").is_empty() && subject.detail("domain_name").is_empty()
     }));
     world.notary.refuses.store(true, Ordering::Relaxed);
     assert!(matches!(compare(vax, vax).await, Err(Error::AccessDenied(_))));

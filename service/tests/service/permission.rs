@@ -27,8 +27,8 @@ async fn nothing_changes_without_permission_and_the_subject_is_named() {
     assert_eq!(world.told(), Vec::<String>::new());
     let asked = world.notary.asked.lock().unwrap();
     let (_, first) = asked.first().unwrap();
-    assert_eq!((first.owner, first.domain_name.as_str()), (None, "web"), "to define what is nobody's yet");
-    assert!(asked[1..].iter().all(|(_, subject)| subject.owner == Some(1000) && subject.driver == "test"));
+    assert_eq!((first.owner, first.detail("domain_name")), (None, "web"), "to define what is nobody's yet");
+    assert!(asked[1..].iter().all(|(_, subject)| subject.owner == Some(1000) && subject.detail("driver") == "test"));
 }
 
 #[tokio::test]
