@@ -6,11 +6,13 @@ pub mod agent;
 pub mod base64;
 pub mod host;
 pub mod qemu;
+pub mod storage;
 pub mod test;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::driver::Driver;
+use virt_model::driver::storage::Storage;
 
 /// What drivers must know of this virtd.
 #[derive(Clone, Debug)]
@@ -57,5 +59,15 @@ impl DriverConfig {
 
 /// Every driver there is.
 pub fn all(config: DriverConfig) -> Vec<Arc<dyn Driver>> {
-    vec![Arc::new(qemu::QemuDriver::new(&config)), Arc::new(test::TestDriver::default())]
+    with_storage(config).0
+}
+
+/// The same, and the storage of this host.
+pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Storage>) {
+    let qemu = qemu::QemuDriver::new(&config);
+    let secrets = config.secrets_dir.clone();
+    let secrets = Arc::new(move |name: &str| host::secret::read(&secrets, &qemu::command::source::file_name(name)));
+    let wary = config.system && nix::unistd::geteuid().is_root();
+    let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, wary);
+    (vec![Arc::new(qemu), Arc::new(test::TestDriver::default())], Arc::new(storage))
 }

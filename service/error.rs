@@ -218,6 +218,7 @@ impl Error {
             }
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
+            DriverError::Exists(_) => Error::VolumeExists(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),
             DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
             DriverError::TooMany(_) => Error::LimitsExceeded(text),

@@ -187,6 +187,12 @@ impl QemuDriver {
         looked.await
     }
 
+    /// By whose rights tools run that work for no guest.
+    pub fn tool_rights(&self) -> crate::storage::ToolRights {
+        let inner = self.0.clone();
+        Arc::new(move || inner.privileges.tools())
+    }
+
     /// As [`Privileges::lender`], which may block: the database of users may be far away. `process` is its QEMU, if it runs.
     async fn lender(&self, def: &DomainDef, process: Option<i32>) -> Result<Lender, DriverError> {
         if self.0.privileges.are_ours() {

@@ -20,7 +20,7 @@ mod monitor_words;
 mod net;
 mod one;
 mod rng;
-mod source;
+pub(crate) mod source;
 mod sysinfo;
 mod tpm;
 

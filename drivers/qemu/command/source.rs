@@ -17,7 +17,7 @@ pub fn secret_name(reference: &SecretRef) -> Option<String> {
 }
 
 /// A usage as a file's name: what such a name cannot hold stands in it as `%` and two hexadecimal digits.
-fn file_name(usage: &str) -> String {
+pub(crate) fn file_name(usage: &str) -> String {
     let plain = |(n, c): (usize, char)| !(c.is_control() || matches!(c, '/' | '%') || n == 0 && c == '.');
     let spell = |(n, c): (usize, char)| match plain((n, c)) {
         true => c.to_string(),

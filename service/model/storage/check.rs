@@ -8,7 +8,7 @@ use crate::xml::{self, Finding, Place, shorten};
 /// The longest name of a file.
 const MAX_NAME: usize = 255;
 /// How names begin of what virtd is making in a folder; such a file is no volume.
-const UNFINISHED: &str = ".virt-new-";
+pub const UNFINISHED: &str = ".virt-new-";
 
 type Log = Vec<Finding>;
 
@@ -69,7 +69,7 @@ const NEEDS: &[Needs] = &[
 ];
 
 /// The formats that a pool of that kind can come from.
-pub(super) fn source_formats(kind: PoolKind) -> &'static [&'static str] {
+pub fn source_formats(kind: PoolKind) -> &'static [&'static str] {
     needs(kind).formats
 }
 

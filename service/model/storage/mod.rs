@@ -4,11 +4,13 @@
 //!  text ──xml::read──▶ tree ──format.txt──▶ tree ──Part::read──▶ PoolDef, VolumeDef ──check──▶ findings, or the definition
 //! ```
 
+mod capabilities;
 mod check;
 pub mod pool;
 pub mod volume;
 
-pub use check::check_volume_name;
+pub use capabilities::capabilities;
+pub use check::{UNFINISHED, check_volume_name, source_formats};
 
 use crate::device::source::{Encryption, SecretRef};
 use crate::domain::format::Format;
