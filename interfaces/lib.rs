@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{checkpoint, domain, job, manager, snapshot, subscription};
+use objects::{checkpoint, domain, job, manager, pool, snapshot, storage, subscription, volume};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -60,8 +60,11 @@ impl Server {
             checkpoint::offer(service),
             job::offer(service),
             subscription::offer(service),
+            storage::offer(service),
+            pool::offer(service),
+            volume::offer(service),
         ])?;
-        let publisher = Publisher::new(&service.drivers());
+        let publisher = Publisher::new(&service.drivers(), &service.pool_abilities());
         let (publishing, mute) = (publisher.clone(), CancellationToken::new());
         let ends = mute.clone().drop_guard();
         tokio::spawn(async move {

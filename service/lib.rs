@@ -15,6 +15,7 @@ pub mod facts;
 mod fail_point;
 pub mod fair;
 mod frames;
+mod image_users;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
@@ -27,6 +28,7 @@ mod restore;
 mod scrape;
 mod shared;
 pub mod shown;
+mod storage;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 mod stored;
@@ -44,7 +46,8 @@ pub use domain::{
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
-pub use shared::{Callers, Limits};
+pub use shared::{Callers, Host, Limits};
+pub use storage::{AddVolume, CloneVolume, CreateVolume, NewCapacity, Pool, StartPool, StorageCheck, Volume};
 pub use store::Paths;
 pub use subscribe::{SubscribeOptions, Subscription};
 
@@ -52,12 +55,14 @@ use authz::{Authority, Caller, Subject};
 use domain::Domains;
 use error::{Error, Result};
 use events::{Event, Events};
+use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
 use object::ObjectRef;
 use shared::Shared;
 use std::sync::Arc;
 use std::time::Duration;
+use storage::Pools;
 use store::Store;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -82,6 +87,7 @@ const CLOSING: Duration = Duration::from_secs(10);
 pub struct Service {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
+    pools: Arc<Pools>,
 }
 
 impl Service {
@@ -91,6 +97,7 @@ impl Service {
     pub async fn open(
         settings: Settings,
         drivers: Vec<Arc<dyn Driver>>,
+        host: Host,
         authority: Arc<dyn Authority>,
         callers: Arc<dyn Callers>,
     ) -> Result<(Arc<Service>, mpsc::UnboundedReceiver<Event>)> {
@@ -98,14 +105,17 @@ impl Service {
         let store = Store::open(settings.paths)?;
         let domains = Arc::new(Domains::default());
         let images = Images::of(domains.clone());
-        let shared = Shared::new(drivers, authority, callers, events, images, store, settings.limits);
+        let shared = Shared::new(drivers, host, authority, callers, events, images, store, settings.limits);
+        let pools = Arc::new(Pools::default());
+        // First what machines may need.
+        storage::load(&shared, &pools).await?;
         boot::load(&shared, &domains).await?;
-        Ok((Arc::new(Service { shared, domains }), receiver))
+        Ok((Arc::new(Service { shared, domains, pools }), receiver))
     }
 
-    /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
+    /// Starts the pools and domains that start with the host, once since it booted. To be called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
-        boot::autostart(&self.shared, &self.domains).await
+        boot::autostart(&self.shared, &self.domains, &self.pools).await
     }
 
     /// The stream of changes.
@@ -130,10 +140,7 @@ impl Service {
 
     /// The domain with this uuid, written with or without dashes.
     pub fn by_uuid(&self, uuid: &str) -> Result<Arc<Domain>> {
-        let parsed = Uuid::try_parse(uuid).map_err(|_| {
-            Error::InvalidArgument(format!("'{}' is not a uuid of 32 hexadecimal digits", shorten(uuid)))
-        })?;
-        self.get(parsed).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: shorten(uuid) })
+        self.get(read_uuid(uuid)?).ok_or_else(|| Error::NoSuchDomain { what: "uuid", value: shorten(uuid) })
     }
 
     /// The domain with this name.
@@ -230,12 +237,11 @@ impl Service {
     fn subject_of(&self, object: &ObjectRef) -> Subject {
         let subject = match object {
             ObjectRef::Domain(uuid) | ObjectRef::Snapshot(uuid, _) => self.get(*uuid).map(|domain| domain.subject()),
-            ObjectRef::Foreign
-            | ObjectRef::Network(_)
-            | ObjectRef::Pool(_)
-            | ObjectRef::Volume(..)
-            | ObjectRef::Secret(_)
-            | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Pool(uuid) => self.pool(*uuid).map(|pool| pool.subject()),
+            ObjectRef::Volume(pool, name) => {
+                self.pool(*pool).and_then(|pool| pool.volume(name)).map(|volume| volume.subject())
+            }
+            ObjectRef::Foreign | ObjectRef::Network(_) | ObjectRef::Secret(_) | ObjectRef::NodeDevice(_) => None,
         };
         subject.unwrap_or_default()
     }
@@ -252,4 +258,10 @@ impl Service {
             tracing::warn!("closing with jobs under way; the next start of virtd finishes or ends them");
         }
     }
+}
+
+/// A uuid as callers write it, with or without dashes.
+fn read_uuid(text: &str) -> Result<Uuid> {
+    let refused = |_| Error::InvalidArgument(format!("'{}' is not a uuid of 32 hexadecimal digits", shorten(text)));
+    Uuid::try_parse(text).map_err(refused)
 }

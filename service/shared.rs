@@ -5,6 +5,7 @@ use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::fair::FairPlaces;
+use crate::image_users::ImageUsers;
 use crate::images::Images;
 use crate::job::Jobs;
 use crate::scrape::SCRAPES;
@@ -20,6 +21,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
+use virt_model::driver::storage::Storage;
 
 /// Knows who is on the bus.
 pub trait Callers: Send + Sync {
@@ -30,11 +32,20 @@ pub trait Callers: Send + Sync {
 /// How long between two attempts to make whole what is half done, at first and at most.
 pub(crate) const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(60));
 
+/// What the host gives beside hypervisors.
+#[derive(Clone)]
+pub struct Host {
+    /// Storage.
+    pub storage: Arc<dyn Storage>,
+}
+
 /// How much any user but root may have.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// Domains owned.
     pub domains_per_user: usize,
+    /// Objects owned, of each other kind.
+    pub others_per_user: usize,
     /// Jobs under way.
     pub jobs_per_user: usize,
     /// Documents being read. Root has no more than others.
@@ -43,13 +54,14 @@ pub struct Limits {
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { domains_per_user: 1000, jobs_per_user: 64, reading: Reading::default() }
+        Limits { domains_per_user: 1000, others_per_user: 1000, jobs_per_user: 64, reading: Reading::default() }
     }
 }
 
 /// See the module.
 pub(crate) struct Shared {
     pub drivers: Vec<Arc<dyn Driver>>,
+    pub host: Host,
     pub authority: Arc<dyn Authority>,
     pub callers: Arc<dyn Callers>,
     pub events: Events,
@@ -57,6 +69,8 @@ pub(crate) struct Shared {
     pub store: Store,
     pub limits: Limits,
     pub images: Arc<Images>,
+    /// Which machine has which image.
+    pub image_users: ImageUsers,
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
@@ -72,6 +86,7 @@ pub(crate) struct Shared {
 impl Shared {
     pub fn new(
         drivers: Vec<Arc<dyn Driver>>,
+        host: Host,
         authority: Arc<dyn Authority>,
         callers: Arc<dyn Callers>,
         events: Events,
@@ -82,6 +97,7 @@ impl Shared {
         let jobs = Jobs::new(events.clone(), limits.jobs_per_user, store.last_job());
         Arc::new(Shared {
             drivers,
+            host,
             authority,
             callers,
             events,
@@ -89,6 +105,7 @@ impl Shared {
             store,
             limits,
             images,
+            image_users: ImageUsers::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),

@@ -149,10 +149,16 @@ impl Call {
         places.into_iter().map(|place| self.take_file(key, place)).collect()
     }
 
+    /// The file that the argument `name` gives.
+    pub fn given(&self, name: &str, file: Fd<'_>) -> Result<GivenFile, Error> {
+        let place = which(file).ok_or_else(|| Error::argument(format!("'{name}' is not a descriptor of this call")))?;
+        self.take_file(name, place)
+    }
+
     fn take_file(&self, key: &str, place: usize) -> Result<GivenFile, Error> {
         let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
         let file = files.get_mut(place).and_then(Option::take);
-        file.ok_or_else(|| Error::argument(format!("option '{key}' names a descriptor that is used already")))
+        file.ok_or_else(|| Error::argument(format!("'{key}' names a descriptor that is used already")))
     }
 
     /// The value that a property is to be set to. Its type has been checked.
@@ -251,6 +257,12 @@ impl Options {
             Some(paths.iter().map(ToString::to_string).collect())
         };
         Ok(self.take(key, "ao, paths of objects", read)?.unwrap_or_default())
+    }
+
+    /// The path of an object, if given.
+    pub fn path(&mut self, key: &'static str) -> Result<Option<String>, Error> {
+        let read = |value: &OwnedVariant| value.downcast_ref::<ObjectPath<'_>>().ok().map(|path| path.to_string());
+        self.take(key, "o, the path of an object", read)
     }
 
     /// Texts; none if not given.

@@ -16,6 +16,9 @@ pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Snapshot.xml"),
     include_str!("../../data/interfaces/org.virt.Checkpoint.xml"),
     include_str!("../../data/interfaces/org.virt.Job.xml"),
+    include_str!("../../data/interfaces/org.virt.Manager.Storage.xml"),
+    include_str!("../../data/interfaces/org.virt.StoragePool.xml"),
+    include_str!("../../data/interfaces/org.virt.StorageVolume.xml"),
     include_str!("../../data/interfaces/org.virt.StatsSubscription.xml"),
 ];
 

@@ -9,10 +9,13 @@ pub mod domain;
 pub mod job;
 pub mod manager;
 pub mod paths;
+pub mod pool;
 pub mod secret;
 pub mod snapshot;
 mod stats;
+pub mod storage;
 pub mod subscription;
+pub mod volume;
 
 use crate::bus::call::{Call, Handler, Outcome};
 use crate::bus::rows::Object;
@@ -75,6 +78,8 @@ pub struct Lifecycle {
 /// See [`Published`]: a line for each kind.
 pub fn published(facts: &ObjectFacts) -> Published {
     match facts {
+        ObjectFacts::Pool(facts) => pool::published(facts),
+        ObjectFacts::Volume(facts) => volume::published(facts),
         ObjectFacts::Secret(facts) => secret::published(facts),
     }
 }

@@ -244,6 +244,7 @@ impl Domain {
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
+        state.tell_images(&self.shared.image_users, self.uuid);
         if was_told || !state.gone {
             let gone = state.gone;
             let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);

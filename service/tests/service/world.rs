@@ -7,13 +7,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
+use virt_drivers::host::lender::Lender;
+use virt_drivers::storage::HostStorage;
 use virt_drivers::test::TestDriver;
 use virt_model::driver::Driver;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
 use virt_service::events::Event;
 use virt_service::facts::DomainFacts;
-use virt_service::{Callers, CreateOptions, Domain, Limits, Paths, Service, Settings, StartOptions};
+use virt_service::{Callers, CreateOptions, Domain, Host, Limits, Paths, Service, Settings, StartOptions};
 
 /// Says yes, unless told to say no; remembers the questions.
 #[derive(Default)]
@@ -62,6 +64,12 @@ pub struct World {
     pub departed: CancellationToken,
 }
 
+/// The storage of this host, by our rights.
+fn host() -> Host {
+    let (rights, secrets) = (Arc::new(|| Ok(Lender::Ours)), Arc::new(|_: &str| Ok(Vec::new())));
+    Host { storage: Arc::new(HostStorage::new(rights, secrets, false)) }
+}
+
 impl World {
     pub async fn open(folder: &Path) -> World {
         World::open_with(folder, TestDriver::default()).await
@@ -78,7 +86,7 @@ impl World {
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
         let (service, events) =
-            Service::open(settings, vec![served], notary.clone(), Arc::new(Lobby(departed.clone())))
+            Service::open(settings, vec![served], host(), notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
                 .expect("opened");
         World { service, driver, notary, events, departed }
