@@ -43,6 +43,23 @@ struct VirtDifference {
 };
 using VirtDifferences = QList<VirtDifference>;
 
+/// One secret of Manager.Secret.ListSecrets.
+struct VirtListedSecret {
+    QDBusObjectPath path;
+    QString uuid;
+    QString type;
+    QString id;
+};
+using VirtListedSecrets = QList<VirtListedSecret>;
+
+/// One user of an object, as in Secret.Users: the place is a disk, or empty; how is live, config, snapshot, backing or foreign.
+struct VirtUser {
+    QDBusObjectPath object;
+    QString place;
+    QString how;
+};
+using VirtUsers = QList<VirtUser>;
+
 /// One pool of Manager.Storage.ListStoragePools.
 struct VirtListedPool {
     QDBusObjectPath path;
@@ -62,14 +79,6 @@ struct VirtListedVolume {
     qulonglong allocation = 0;
 };
 using VirtListedVolumes = QList<VirtListedVolume>;
-
-/// One user of an object, as in StorageVolume.Users: the place is a disk, or empty; how is live, config, snapshot, backing or foreign.
-struct VirtUser {
-    QDBusObjectPath object;
-    QString place;
-    QString how;
-};
-using VirtUsers = QList<VirtUser>;
 
 /// One problem of an object: a word, and a sentence with what to do.
 struct VirtProblem {
@@ -128,9 +137,10 @@ Q_DECLARE_METATYPE(VirtListedDomain)
 Q_DECLARE_METATYPE(VirtDiskSizes)
 Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
+Q_DECLARE_METATYPE(VirtListedSecret)
+Q_DECLARE_METATYPE(VirtUser)
 Q_DECLARE_METATYPE(VirtListedPool)
 Q_DECLARE_METATYPE(VirtListedVolume)
-Q_DECLARE_METATYPE(VirtUser)
 Q_DECLARE_METATYPE(VirtProblem)
 Q_DECLARE_METATYPE(VirtPoolTypes)
 Q_DECLARE_METATYPE(VirtSnapshotDisk)
@@ -186,6 +196,38 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtDifference &
     return in;
 }
 
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedSecret &one)
+{
+    out.beginStructure();
+    out << one.path << one.uuid << one.type << one.id;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedSecret &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.uuid >> one.type >> one.id;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtUser &one)
+{
+    out.beginStructure();
+    out << one.object << one.place << one.how;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtUser &one)
+{
+    in.beginStructure();
+    in >> one.object >> one.place >> one.how;
+    in.endStructure();
+    return in;
+}
+
 inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedPool &one)
 {
     out.beginStructure();
@@ -214,22 +256,6 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedVolume
 {
     in.beginStructure();
     in >> one.path >> one.name >> one.format >> one.capacity >> one.allocation;
-    in.endStructure();
-    return in;
-}
-
-inline QDBusArgument &operator<<(QDBusArgument &out, const VirtUser &one)
-{
-    out.beginStructure();
-    out << one.object << one.place << one.how;
-    out.endStructure();
-    return out;
-}
-
-inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtUser &one)
-{
-    in.beginStructure();
-    in >> one.object >> one.place >> one.how;
     in.endStructure();
     return in;
 }
@@ -339,12 +365,14 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtFindings>();
     qDBusRegisterMetaType<VirtDifference>();
     qDBusRegisterMetaType<VirtDifferences>();
+    qDBusRegisterMetaType<VirtListedSecret>();
+    qDBusRegisterMetaType<VirtListedSecrets>();
+    qDBusRegisterMetaType<VirtUser>();
+    qDBusRegisterMetaType<VirtUsers>();
     qDBusRegisterMetaType<VirtListedPool>();
     qDBusRegisterMetaType<VirtListedPools>();
     qDBusRegisterMetaType<VirtListedVolume>();
     qDBusRegisterMetaType<VirtListedVolumes>();
-    qDBusRegisterMetaType<VirtUser>();
-    qDBusRegisterMetaType<VirtUsers>();
     qDBusRegisterMetaType<VirtProblem>();
     qDBusRegisterMetaType<VirtProblems>();
     qDBusRegisterMetaType<VirtPoolTypes>();

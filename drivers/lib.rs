@@ -6,6 +6,8 @@ pub mod agent;
 pub mod base64;
 pub mod host;
 pub mod qemu;
+#[allow(clippy::disallowed_methods, reason = "files of virtd itself, and the administrator's")]
+pub mod secret;
 pub mod storage;
 pub mod test;
 
@@ -13,6 +15,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::driver::Driver;
 use virt_model::driver::storage::Storage;
+use virt_model::secret::{SecretName, UsageKind};
 
 /// What drivers must know of this virtd.
 #[derive(Clone, Debug)]
@@ -21,8 +24,8 @@ pub struct DriverConfig {
     pub cache_dir: PathBuf,
     /// For what must outlive a reboot of the host, e.g. `/var/lib/virt`.
     pub state_dir: PathBuf,
-    /// Where the administrator keeps secrets, a file each, e.g. `/etc/virt/secrets`.
-    pub secrets_dir: PathBuf,
+    /// Who keeps the values of secrets; the administrator may keep some in files, e.g. in `/etc/virt/secrets`.
+    pub secrets: Arc<secret::Vault>,
     /// Where the administrator keeps the host's certificates, e.g. `/etc/virt/tls`.
     pub tls_dir: PathBuf,
     /// We serve everybody on this host, as root: hypervisors run as a user of their own.
@@ -45,7 +48,7 @@ impl DriverConfig {
         DriverConfig {
             cache_dir: dir.join("cache"),
             state_dir: dir.join("state"),
-            secrets_dir: dir.join("secrets"),
+            secrets: secret::Vault::new(dir.join("state/secrets"), dir.join("secrets")),
             tls_dir: dir.join("tls"),
             system,
             qemu_user: "virt-qemu".to_owned(),
@@ -65,8 +68,16 @@ pub fn all(config: DriverConfig) -> Vec<Arc<dyn Driver>> {
 /// The same, and the storage of this host.
 pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Storage>) {
     let qemu = qemu::QemuDriver::new(&config);
-    let secrets = config.secrets_dir.clone();
-    let secrets = Arc::new(move |name: &str| host::secret::read(&secrets, &qemu::command::source::file_name(name)));
+    let vault = config.secrets.clone();
+    let secrets = Arc::new(move |name: &str| {
+        let named = match uuid::Uuid::try_parse(name) {
+            Ok(uuid) => SecretName::Uuid(uuid),
+            Err(_) => SecretName::Usage(UsageKind::Volume, name.into()),
+        };
+        // It is asked in a thread of its own.
+        let value = tokio::runtime::Handle::current().block_on(vault.named(&named));
+        value.map(|value| value.bytes().to_vec())
+    });
     let wary = config.system && nix::unistd::geteuid().is_root();
     let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, wary);
     (vec![Arc::new(qemu), Arc::new(test::TestDriver::default())], Arc::new(storage))

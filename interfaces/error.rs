@@ -72,7 +72,7 @@ pub fn name(error: &ServiceError) -> &'static str {
         ServiceError::PoolExists(_) => "org.virt.Error.PoolExists",
         ServiceError::NoSuchVolume(_) => "org.virt.Error.NoSuchVolume",
         ServiceError::VolumeExists(_) => "org.virt.Error.VolumeExists",
-        ServiceError::NoSuchSecret { .. } => "org.virt.Error.NoSuchSecret",
+        ServiceError::NoSuchSecret(_) => "org.virt.Error.NoSuchSecret",
         ServiceError::SecretExists(_) => "org.virt.Error.SecretExists",
         ServiceError::SecretMissing(_) => "org.virt.Error.SecretMissing",
         ServiceError::NoSuchNodeDevice(_) => "org.virt.Error.NoSuchNodeDevice",

@@ -77,9 +77,12 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let _lock = folders.lock()?;
     let callers = Callers::new(link.connection.clone());
     let (authority, polkit) = authority(arguments.kind(), &link).await?;
-    let (drivers, storage) = virt_drivers::with_storage(driver_config(arguments.kind(), config.qemu, &folders));
+    let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
+    let secrets = driver_config.secrets.clone();
+    let (drivers, storage) = virt_drivers::with_storage(driver_config);
+    let host = Host { secrets, storage };
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
-    let opened = Service::open(settings, drivers, Host { storage }, authority, Arc::new(callers.clone())).await;
+    let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;
     let server = Server::new(&service, events).await?;
     let serving = server.serve_bus(&link.connection, link.intake.clone(), callers.clone());
@@ -194,8 +197,8 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
     DriverConfig {
         cache_dir: folders.cache.clone(),
         state_dir: folders.state.clone(),
-        secrets_dir: folders.config.with_file_name("secrets"),
-        tls_dir: folders.config.with_file_name("tls"),
+        secrets: virt_drivers::secret::Vault::new(folders.state.join("secrets"), folders.config.join("secrets")),
+        tls_dir: folders.config.join("tls"),
         system: kind == Kind::System,
         qemu_user: qemu.user,
         qemu_group: qemu.group,

@@ -74,13 +74,8 @@ pub enum Error {
     #[error("{0}")]
     VolumeExists(String),
     /// No such secret.
-    #[error("no secret with {what} '{value}'")]
-    NoSuchSecret {
-        /// `uuid` or `usage`.
-        what: &'static str,
-        /// What was looked for.
-        value: String,
-    },
+    #[error("{0}")]
+    NoSuchSecret(String),
     /// Uuid or usage is taken by another secret.
     #[error("{0}")]
     SecretExists(String),
@@ -219,6 +214,8 @@ impl Error {
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
             DriverError::Exists(_) => Error::VolumeExists(text),
+            DriverError::NoSuchSecret(_) => Error::NoSuchSecret(text),
+            DriverError::SecretMissing(_) => Error::SecretMissing(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),
             DriverError::SnapshotExists(_) => Error::SnapshotExists(text),
             DriverError::TooMany(_) => Error::LimitsExceeded(text),

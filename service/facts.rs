@@ -3,6 +3,7 @@
 use crate::error::Error;
 use crate::object::{ObjectRef, User};
 use crate::shown::Shown;
+use crate::uses::{Need, needs_of};
 use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -77,6 +78,8 @@ pub struct ConfigFacts {
     pub maximum_memory: u64,
     /// What is shown of its devices.
     pub shown: Shown,
+    /// What it needs of other objects; shown where they are.
+    pub needs: Box<[Need]>,
 }
 
 impl DomainFacts {
@@ -98,6 +101,7 @@ impl ConfigFacts {
             memory: def.current_memory_kib().saturating_mul(1024),
             maximum_memory: def.memory_kib().saturating_mul(1024),
             shown: Shown::of(def),
+            needs: needs_of(def),
         }
     }
 }

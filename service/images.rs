@@ -6,6 +6,7 @@
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::object::{ObjectKind, User};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -76,6 +77,9 @@ pub(crate) trait Machines: Send + Sync {
 
     /// The overlays that snapshots have laid on disks.
     fn overlays(&self) -> Vec<Overlay>;
+
+    /// What a machine is called today.
+    fn name_of(&self, machine: Uuid) -> Option<String>;
 }
 
 /// See the module.
@@ -101,6 +105,19 @@ impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
         let looks = Arc::new(Semaphore::new(LOOKS));
         Arc::new(Images { machines, files: Mutex::default(), looks, taken: Mutex::default() })
+    }
+
+    /// Who uses something, for people: `domain 'web' (vda, live)`.
+    pub fn called(&self, user: &User) -> String {
+        let named = user.object.uuid().map(|uuid| {
+            let name = self.machines.name_of(uuid);
+            ObjectKind::Domain.named(&name.unwrap_or_else(|| uuid.to_string()))
+        });
+        let who = named.unwrap_or_else(|| "another process".to_owned());
+        match &*user.place {
+            "" => format!("{who} ({})", user.how),
+            place => format!("{who} ({place}, {})", user.how),
+        }
     }
 
     /// Takes a file, which need not be there, to write it: until the result is dropped `whose` is named to whoever else would take

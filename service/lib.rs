@@ -26,6 +26,7 @@ pub mod object;
 mod registry;
 mod restore;
 mod scrape;
+mod secret;
 mod shared;
 pub mod shown;
 mod storage;
@@ -35,6 +36,7 @@ mod stored;
 mod subscribe;
 mod time;
 mod turn;
+pub mod uses;
 pub mod verb;
 
 pub use desk::Reading;
@@ -46,6 +48,7 @@ pub use domain::{
 };
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
+pub use secret::{CheckedUndefine, Secret};
 pub use shared::{Callers, Host, Limits};
 pub use storage::{AddVolume, CloneVolume, CreateVolume, NewCapacity, Pool, StartPool, StorageCheck, Volume};
 pub use store::Paths;
@@ -59,6 +62,7 @@ use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
 use object::ObjectRef;
+use secret::Secrets;
 use shared::Shared;
 use std::sync::Arc;
 use std::time::Duration;
@@ -87,6 +91,7 @@ const CLOSING: Duration = Duration::from_secs(10);
 pub struct Service {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
+    secrets: Arc<Secrets>,
     pools: Arc<Pools>,
 }
 
@@ -106,11 +111,13 @@ impl Service {
         let domains = Arc::new(Domains::default());
         let images = Images::of(domains.clone());
         let shared = Shared::new(drivers, host, authority, callers, events, images, store, settings.limits);
-        let pools = Arc::new(Pools::default());
+        let (secrets, pools) = (Arc::new(Secrets::default()), Arc::new(Pools::default()));
         // First what machines may need.
+        secret::load(&shared, &secrets).await?;
         storage::load(&shared, &pools).await?;
         boot::load(&shared, &domains).await?;
-        Ok((Arc::new(Service { shared, domains, pools }), receiver))
+        secret::take_in_files(&shared, &secrets).await?;
+        Ok((Arc::new(Service { shared, domains, secrets, pools }), receiver))
     }
 
     /// Starts the pools and domains that start with the host, once since it booted. To be called when the bus knows us.
@@ -237,11 +244,12 @@ impl Service {
     fn subject_of(&self, object: &ObjectRef) -> Subject {
         let subject = match object {
             ObjectRef::Domain(uuid) | ObjectRef::Snapshot(uuid, _) => self.get(*uuid).map(|domain| domain.subject()),
+            ObjectRef::Secret(uuid) => self.secret(*uuid).map(|secret| secret.subject()),
             ObjectRef::Pool(uuid) => self.pool(*uuid).map(|pool| pool.subject()),
             ObjectRef::Volume(pool, name) => {
                 self.pool(*pool).and_then(|pool| pool.volume(name)).map(|volume| volume.subject())
             }
-            ObjectRef::Foreign | ObjectRef::Network(_) | ObjectRef::Secret(_) | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Foreign | ObjectRef::Network(_) | ObjectRef::NodeDevice(_) => None,
         };
         subject.unwrap_or_default()
     }

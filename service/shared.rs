@@ -13,6 +13,7 @@ use crate::store::{Store, on_disk};
 use crate::stored::Readings;
 use crate::subscribe::{SUBSCRIPTIONS, Subscriptions};
 use crate::turn::PATIENCE;
+use crate::uses::Uses;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
+use virt_model::driver::secrets::SecretKeeper;
 use virt_model::driver::storage::Storage;
 
 /// Knows who is on the bus.
@@ -37,6 +39,8 @@ pub(crate) const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration
 pub struct Host {
     /// Storage.
     pub storage: Arc<dyn Storage>,
+    /// Who keeps the values of secrets.
+    pub secrets: Arc<dyn SecretKeeper>,
 }
 
 /// How much any user but root may have.
@@ -71,6 +75,8 @@ pub(crate) struct Shared {
     pub images: Arc<Images>,
     /// Which machine has which image.
     pub image_users: ImageUsers,
+    /// What machines need of objects of other kinds.
+    pub uses: Uses,
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
@@ -84,6 +90,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    #[allow(clippy::too_many_arguments, reason = "each is a part of it, and it is made in one place")]
     pub fn new(
         drivers: Vec<Arc<dyn Driver>>,
         host: Host,
@@ -106,6 +113,7 @@ impl Shared {
             limits,
             images,
             image_users: ImageUsers::default(),
+            uses: Uses::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),

@@ -55,6 +55,8 @@ pub enum When {
     Pending,
     /// Its driver takes snapshots.
     Snapshots,
+    /// A value is kept of it, and may be told.
+    HasValue,
 }
 
 /// What a guest's hypervisor is asked, where that is all there is to a verb.
@@ -209,6 +211,25 @@ verbs! {
         SNAPSHOT_CAN = "Can", None, Always, "can";
     }
 
+    /// `org.virt.Manager.Secret`
+    SECRET_MANAGER {
+        DEFINE_SECRET = "DefineSecret", Some(SecretDefine), Always, "define";
+        GET_SECRET = "GetSecret", None, Always, "get";
+        GET_SECRET_BY_USAGE = "GetSecretByUsage", None, Always, "get";
+        LIST_SECRETS = "ListSecrets", None, Always, "list";
+    }
+
+    /// `org.virt.Secret`
+    SECRET {
+        SET_VALUE = "SetValue", Some(SecretSet), Always, "set the value of";
+        SET_VALUE_FROM_FD = "SetValueFromFD", Some(SecretSet), Always, "set the value of";
+        GET_VALUE = "GetValue", Some(SecretGet), HasValue, "read the value of";
+        SECRET_XML = "GetXML", Some(SecretRead), Always, "get XML";
+        UNDEFINE_SECRET = "Undefine", Some(SecretDelete), Always, "undefine";
+        CHECK_UNDEFINE_SECRET = "CheckUndefine", Some(SecretRead), Always, "check";
+        SECRET_CAN = "Can", None, Always, "can";
+    }
+
     /// `org.virt.Job`
     JOB {
         CANCEL = "Cancel", Some(Job), Always, "cancel job";
@@ -274,6 +295,8 @@ pub const TABLES: &[(&str, &[Verb])] = &[
     ("org.virt.Domain", DOMAIN),
     ("org.virt.Snapshot", SNAPSHOT),
     ("org.virt.Checkpoint", CHECKPOINT),
+    ("org.virt.Manager.Secret", SECRET_MANAGER),
+    ("org.virt.Secret", SECRET),
     ("org.virt.Job", JOB),
     ("org.virt.StatsSubscription", SUBSCRIPTION),
     ("org.virt.Manager.Storage", MANAGER_STORAGE),

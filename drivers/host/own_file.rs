@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 /// Replaces a file, in a folder of ours that is there, by `value` in JSON, mode 0600. `durably`: a host that loses power has
@@ -19,6 +19,16 @@ pub fn replace_json(file: &Path, value: &impl Serialize, durably: bool) -> io::R
         File::open(folder)?.sync_all()?;
     }
     Ok(())
+}
+
+/// The content of such a file, of at most `most` bytes.
+pub fn read(file: &Path, most: u64) -> io::Result<Vec<u8>> {
+    let mut content = Vec::with_capacity(most as usize + 1);
+    File::open(file)?.take(most + 1).read_to_end(&mut content)?;
+    match content.len() as u64 <= most {
+        true => Ok(content),
+        false => Err(io::Error::other(format!("it has more than {most} bytes"))),
+    }
 }
 
 #[cfg(test)]

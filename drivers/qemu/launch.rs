@@ -37,6 +37,7 @@ use crate::host::user::RunAs;
 use crate::host::wall::Wall;
 use crate::host::workers::blocking;
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
+use crate::secret::Vault;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -98,8 +99,8 @@ pub struct Start {
     pub tuning: Tuning,
     /// What it may use where the definition does not say.
     pub bounds: Bounds,
-    /// Where secrets are kept.
-    pub secrets_dir: PathBuf,
+    /// Who keeps secrets.
+    pub secrets: Arc<Vault>,
     /// As in `DriverConfig`: there is room for what disks throw away.
     pub state_dir: PathBuf,
     /// Who looks at files.
@@ -225,8 +226,10 @@ impl Start {
             // From here on something may be lent.
             keeper.change(|_| {}).await?;
         }
+        let secrets = self.hand_secrets().await?;
         let start = self.clone();
         let mut prepared = self.afar(&self.leavings().own_dir(), move |stop| start.prepare(stop)).await?;
+        prepared.gifts.extend(secrets);
         made.log = Some(prepared.log.clone());
         let taken = self.take_devices(keeper).await?;
         let mut links = Vec::new();
@@ -262,6 +265,21 @@ impl Start {
     ) -> Result<T, DriverError> {
         let errand = Errand::new(self.uuid, what.display().to_string()).until(&self.cancel);
         self.workers.run(errand, move |stop| work(stop)).await
+    }
+
+    /// The secrets that QEMU is to find, each in an open file in memory.
+    async fn hand_secrets(&self) -> Result<Vec<(RawFd, OwnedFd)>, DriverError> {
+        let mut handed = Vec::new();
+        for secret in &self.command.secrets {
+            let content = match &secret.content {
+                SecretContent::Kept(name) => self.secrets.named(name).await?,
+                SecretContent::Said(text) => text.clone().into_bytes().into(),
+            };
+            let file = secret::handed(content.bytes());
+            let file = file.map_err(|e| DriverError::Internal(format!("a secret cannot be handed over: {e}")))?;
+            handed.push((secret.fd, file));
+        }
+        Ok(handed)
     }
 
     fn still_wanted(&self) -> Result<(), DriverError> {
@@ -303,15 +321,6 @@ impl Start {
         if let Some(vsock) = &self.vsock {
             let copy = vsock.try_clone();
             prepared.gifts.push((VSOCK_FD, copy.map_err(|e| DriverError::Internal(format!("<vsock>: {e}")))?));
-        }
-        for secret in &self.command.secrets {
-            let content = match &secret.content {
-                SecretContent::Kept(name) => secret::read(&self.secrets_dir, name)?,
-                SecretContent::Said(text) => text.clone().into_bytes(),
-            };
-            let handed = secret::handed(&content);
-            let handed = handed.map_err(|e| DriverError::Internal(format!("a secret cannot be handed over: {e}")))?;
-            prepared.gifts.push((secret.fd, handed));
         }
         for fd in &self.command.scratch {
             let scratch = make::scratch(&self.state_dir, user).map_err(|e| storage(&self.state_dir, &e))?;

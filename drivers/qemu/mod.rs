@@ -63,6 +63,7 @@ use crate::host::lender::Lender;
 use crate::host::storage;
 use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Workers};
+use crate::secret::Vault;
 use async_trait::async_trait;
 use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
 use changes::{Claims, SYSFS};
@@ -101,8 +102,8 @@ struct Inner {
     ports: Ports,
     claims: Claims,
     privileges: Privileges,
-    /// Where secrets are kept.
-    secrets_dir: PathBuf,
+    /// Who keeps secrets.
+    secrets: Arc<Vault>,
     /// Where is what belongs to guests and has no other place.
     state_dir: PathBuf,
     /// Who looks at guests' files.
@@ -144,7 +145,7 @@ impl QemuDriver {
             claims: Claims::default(),
             offers: Arc::default(),
             privileges,
-            secrets_dir: config.secrets_dir.clone(),
+            secrets: config.secrets.clone(),
             state_dir: config.state_dir.clone(),
             bounds: (config.guest_threads, config.guest_overhead),
             sealing: snapshot::Sealing::default(),
@@ -191,6 +192,16 @@ impl QemuDriver {
     pub fn tool_rights(&self) -> crate::storage::ToolRights {
         let inner = self.0.clone();
         Arc::new(move || inner.privileges.tools())
+    }
+
+    /// The secrets that it names and cannot have, each with the disk that needs it.
+    async fn lacks_secrets(&self, def: &DomainDef) -> Result<Vec<(String, DriverError)>, DriverError> {
+        let named = def.secret_names().into_iter().map(|(disk, name)| (disk.to_owned(), name)).collect::<Vec<_>>();
+        if named.is_empty() {
+            return Ok(Vec::new());
+        }
+        let vault = self.0.secrets.clone();
+        blocking(move || named.into_iter().filter_map(|(disk, name)| Some((disk, vault.lacks(&name)?))).collect()).await
     }
 
     /// As [`Privileges::lender`], which may block: the database of users may be far away. `process` is its QEMU, if it runs.
@@ -285,7 +296,7 @@ impl QemuDriver {
             started,
             vsock,
             claims: self.0.claims.clone(),
-            secrets_dir: self.0.secrets_dir.clone(),
+            secrets: self.0.secrets.clone(),
             state_dir: caps.site.state_dir.clone(),
             workers: self.0.workers.clone(),
             lender,
@@ -352,6 +363,9 @@ impl Driver for QemuDriver {
         if let Some(lack) = lacks.into_iter().next() {
             return Err(lack.error());
         }
+        if let Some((_, lack)) = self.lacks_secrets(def).await?.into_iter().next() {
+            return Err(lack);
+        }
         // What runs until a revert ends it may have the ports.
         if restored {
             return Ok(());
@@ -372,6 +386,9 @@ impl Driver for QemuDriver {
         let (inner, here) = (self.0.clone(), def.clone());
         let errand = Errand::new(def.uuid, "the files of the machine");
         self.0.workers.run(errand, move |_| inner.accept(here, &caps)).await?;
+        if let Some((_, lack)) = self.lacks_secrets(def).await?.into_iter().next() {
+            return Err(lack);
+        }
         let judged = asked.map(|asked| Judged { by: names_emulator(def), asked });
         Ok(Accepted(judged.ok().map(|judged| Box::new(judged) as Box<dyn Any + Send + Sync>)))
     }
@@ -384,6 +401,11 @@ impl Driver for QemuDriver {
         let mut findings: Vec<Finding> = lacks.into_iter().map(|lack| lack.finding(&tree)).collect();
         let here = def.clone();
         findings.extend(blocking(move || needs::taken_ports(&here)).await?);
+        let lacks = self.lacks_secrets(def).await?.into_iter();
+        let told = |(disk, lack): (String, DriverError)| {
+            Finding::anywhere(FindingKind::Unsupported, "/devices/disk", format!("disk '{disk}': {lack}"))
+        };
+        findings.extend(lacks.map(told));
         Ok(findings)
     }
 

@@ -9,6 +9,7 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use virt_model::secret::SecretName;
 
 /// Where QEMU finds the kernel's half of its vsock open.
 pub const VSOCK_FD: i32 = 10;
@@ -120,8 +121,8 @@ pub struct Secret {
 /// Where a secret comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum SecretContent {
-    /// From the folder of secrets, by this name: a uuid, or what it is for.
-    Kept(String),
+    /// One that is kept, as the definition names it.
+    Kept(SecretName),
     /// The definition itself says it.
     Said(String),
 }

@@ -154,8 +154,8 @@ async fn compare(system: bool) {
     let driver = QemuDriver::new(&config);
     std::fs::write(dir.path().join("public"), "for everybody").unwrap();
     std::fs::set_permissions(dir.path().join("public"), std::fs::Permissions::from_mode(0o644)).unwrap();
-    std::fs::create_dir_all(&config.secrets_dir).unwrap();
-    std::fs::write(config.secrets_dir.join("key"), "secret").unwrap();
+    std::fs::create_dir_all(config.secrets.administrators_folder()).unwrap();
+    std::fs::write(config.secrets.administrators_folder().join("key"), "secret").unwrap();
     let name = Uuid::new_v4().to_string();
     let _abstract = UnixListener::bind_addr(&abstract_address(&name)).unwrap();
     // SAFETY: plain calls; the segment is marked to go at once, when nobody has it.
@@ -169,7 +169,7 @@ async fn compare(system: bool) {
     let task = json!({
         "do": "try", "pid": victim.identity().pid, "address": address, "other_disk": victim.disk,
         "other_room": victim.runtime.join("qemu"), "other_monitor": victim.runtime.join("monitor.sock"),
-        "virtd": std::process::id(), "state": config.state_dir, "secrets": config.secrets_dir,
+        "virtd": std::process::id(), "state": config.state_dir, "secrets": config.secrets.administrators_folder(),
         "public": dir.path().join("public"), "abstract": name, "segment": segment, "all": system,
     });
     let attacker = Machine::start(&driver, dir.path(), task).await;

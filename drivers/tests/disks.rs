@@ -10,7 +10,9 @@ use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::Command;
 use virt_model::domain::DomainDef;
+use virt_model::driver::secrets::SecretKeeper as _;
 use virt_model::driver::*;
+use virt_model::secret::UsageKind;
 
 const SECRET: &str = "0c5a7c58-7df2-4a2e-9b0b-5a6c3f0e9d11";
 const PASSPHRASE: &str = "open sesame";
@@ -32,12 +34,17 @@ fn run(program: &str, args: &[&str]) {
     assert!(done.status.success(), "{program} {args:?}: {}", String::from_utf8_lossy(&done.stderr));
 }
 
-fn keep_secret(house: &House) {
-    let folder = house.path("secrets");
-    std::fs::create_dir(&folder).unwrap();
-    let file = folder.join(SECRET);
-    std::fs::write(&file, format!("{PASSPHRASE}\n")).unwrap();
-    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+/// What the service does when the secret is defined, and given its value.
+async fn keep_secret(house: &House) {
+    std::fs::create_dir_all(house.path("state/secrets")).unwrap();
+    let value = PASSPHRASE.as_bytes().to_vec().into();
+    house.secrets().keep(uuid::Uuid::try_parse(SECRET).unwrap(), value, false, 1).await.unwrap();
+}
+
+/// Whether a file in the folder holds these bytes.
+fn holds(folder: &Path, bytes: &[u8]) -> bool {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
+    entries.filter_map(|file| std::fs::read(file).ok()).any(|text| text.windows(bytes.len()).any(|part| part == bytes))
 }
 
 /// Asks over the monitor for people.
@@ -85,11 +92,16 @@ async fn an_encrypted_disk_with_limits_boots_and_no_secret_is_seen() {
     let (launch, seen) = house.launch(def.clone());
     let runtime = launch.runtime_dir.clone();
     let error = house.driver.start(launch).await.err().unwrap().to_string();
-    assert!(error.contains(SECRET) && error.contains("put the secret into that file"), "{error}");
+    assert!(error.contains(SECRET) && error.contains("there is no secret"), "{error}");
     assert!(std::fs::read_dir(&seen.runtime_dir).unwrap().next().is_none());
     std::fs::remove_dir(&runtime).unwrap();
+    house.secrets().is_defined(uuid::Uuid::try_parse(SECRET).unwrap(), UsageKind::Volume, "");
+    let missing = house.driver.can_start(&def).await.err().unwrap();
+    assert!(matches!(missing, DriverError::SecretMissing(_)), "{missing}");
+    let found = house.driver.unmet(&def).await.unwrap();
+    assert!(found.iter().any(|finding| finding.message.contains("disk 'vda'")), "{found:?}");
 
-    keep_secret(&house);
+    keep_secret(&house).await;
     let mut guest = house.start(def).await;
     guest.serial.says("C00000002").await;
     let throttle = json!({"path": "/objects/throttle-vda", "property": "limits"});
@@ -99,9 +111,11 @@ async fn an_encrypted_disk_with_limits_boots_and_no_secret_is_seen() {
     let line = std::fs::read_to_string(format!("/proc/{}/cmdline", guest.pid())).unwrap();
     let record = guest.seen.record().to_string();
     let log = std::fs::read_to_string(house.path(&format!("{}.log", guest.live.uuid))).unwrap();
-    for place in [line, record, log] {
+    let environment = std::fs::read(format!("/proc/{}/environ", guest.pid())).unwrap();
+    for place in [line, record, log, String::from_utf8_lossy(&environment).into_owned()] {
         assert!(!place.contains(PASSPHRASE), "{place}");
     }
+    assert!(!holds(&house.path("state/secrets"), PASSPHRASE.as_bytes()), "at rest it is sealed, or in base64");
     guest.destroy().await;
 }
 

@@ -8,11 +8,12 @@ use qemu::{DIR, caps, cases, completed, data, message, parse, place, text};
 
 use serde_json::Value;
 use std::collections::BTreeSet;
+use virt_drivers::host::secret::file_of;
 use virt_drivers::qemu::check::{check, checked_command};
 use virt_drivers::qemu::command::{Step, keeps_its_place, one_device};
 use virt_drivers::qemu::complete::{Chosen, complete, go_live};
 use virt_drivers::qemu::plan::Command;
-use virt_drivers::qemu::plan::Companion;
+use virt_drivers::qemu::plan::{Companion, SecretContent};
 use virt_model::domain::{DomainDef, Form};
 use virt_model::xml::FindingKind;
 
@@ -48,7 +49,10 @@ fn show(command: &Command) -> String {
     lines.extend(command.taps.iter().map(|tap| format!("# tap {:?} {:?} {:?}", tap.fds, tap.vhost_fds, tap.plan)));
     lines.extend(command.lock_limit.map(|bytes| format!("# locks {bytes}")));
     lines.extend(command.companions.iter().flat_map(beside));
-    lines.extend(command.secrets.iter().map(|secret| format!("# secret {} {:?}", secret.fd, secret.content)));
+    lines.extend(command.secrets.iter().map(|secret| match &secret.content {
+        SecretContent::Kept(name) => format!("# secret {} Kept({:?})", secret.fd, file_of(name)),
+        said => format!("# secret {} {said:?}", secret.fd),
+    }));
     lines.extend(command.scratch.iter().map(|fd| format!("# scratch {fd}")));
     lines.extend(command.setup.iter().map(|(verb, arguments)| format!("# then {verb} {arguments}")));
     lines.join("\n") + "\n"

@@ -62,7 +62,7 @@ impl State {
 
     fn applies_in(&self, verb: &Verb, when: When) -> Result<()> {
         match when {
-            When::Always | When::Snapshots => Ok(()),
+            When::Always | When::Snapshots | When::HasValue => Ok(()),
             When::Inactive => self.is_inactive().and_then(|()| match self.starting {
                 None => Ok(()),
                 Some(_) => Err(Error::OperationInvalid(format!("domain '{}' is being started already", self.name))),

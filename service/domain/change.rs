@@ -17,9 +17,6 @@ use tokio_util::sync::CancellationToken;
 /// A verb that is accepted, and whose job is to be begun.
 pub(super) type Change = frames::Change<Domain>;
 
-/// A job that is on record, and whose work is still to be given.
-pub(super) type OpenJob = frames::OpenJob<Domain>;
-
 impl Changeable for Domain {
     const KIND: ObjectKind = ObjectKind::Domain;
 

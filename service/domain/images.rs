@@ -24,6 +24,10 @@ impl Machines for Domains {
     fn overlays(&self) -> Vec<Overlay> {
         self.all().iter().flat_map(|domain| domain.overlays()).collect()
     }
+
+    fn name_of(&self, machine: Uuid) -> Option<String> {
+        self.get(machine).map(|domain| domain.name())
+    }
 }
 
 impl Domain {

@@ -245,6 +245,7 @@ impl Domain {
         state.refresh();
         let facts = state.facts.clone();
         state.tell_images(&self.shared.image_users, self.uuid);
+        self.shared.uses.are(self.uuid, state.needs_live(), state.needs_stored());
         if was_told || !state.gone {
             let gone = state.gone;
             let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);

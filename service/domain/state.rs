@@ -13,6 +13,7 @@ use crate::image_users::ImageUsers;
 use crate::images::{DiskImages, images_of};
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
+use crate::uses::Need;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
@@ -205,6 +206,16 @@ impl State {
         }
         let live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
         users.are(uuid, &self.name, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
+    }
+
+    /// What what runs needs of other objects.
+    pub(super) fn needs_live(&self) -> &[Need] {
+        self.running.as_ref().filter(|_| !self.gone).map_or(&[], |(_, config)| &config.needs)
+    }
+
+    /// The same of what is stored.
+    pub(super) fn needs_stored(&self) -> &[Need] {
+        self.stored.as_ref().filter(|_| !self.gone).map_or(&[], |stored| &stored.config.needs)
     }
 
     /// Has `running` be of what runs, which is read once.

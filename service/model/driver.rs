@@ -13,6 +13,7 @@ pub mod devices;
 pub mod given;
 pub mod reports;
 pub mod saved;
+pub mod secrets;
 pub mod snapshots;
 pub mod stats;
 pub mod storage;
@@ -633,6 +634,12 @@ pub enum DriverError {
     /// A file or device could not be used.
     #[error("{0}")]
     Storage(String),
+    /// A secret that is named is not there; says what to do.
+    #[error("{0}")]
+    NoSuchSecret(String),
+    /// A secret that is named has no value; says what to do.
+    #[error("{0}")]
+    SecretMissing(String),
     /// The file system is full, or would be.
     #[error("{0}")]
     NoSpace(String),

@@ -9,6 +9,7 @@ pub mod device;
 pub mod domain;
 pub mod driver;
 pub mod keys;
+pub mod secret;
 pub mod setting;
 pub mod snapshot;
 pub mod state;

@@ -46,7 +46,12 @@ async fn introspection_on_the_bus_is_what_is_installed() {
     let domain = define(&client).await;
     let started = call(&client, &domain, DOMAIN, "Start", &none()).await.unwrap();
     let job = started.body().deserialize::<OwnedObjectPath>().unwrap().to_string();
-    for (path, interface) in [("/org/virt", MANAGER), (domain.as_str(), DOMAIN), (job.as_str(), "org.virt.Job")] {
+    for (path, interface) in [
+        ("/org/virt", MANAGER),
+        ("/org/virt", "org.virt.Manager.Secret"),
+        (domain.as_str(), DOMAIN),
+        (job.as_str(), "org.virt.Job"),
+    ] {
         let reply = call(&client, path, "org.freedesktop.DBus.Introspectable", "Introspect", &()).await.unwrap();
         let answer: String = reply.body().deserialize().unwrap();
         let installed = read_project_file(&format!("data/interfaces/{interface}.xml"));

@@ -20,6 +20,7 @@ mod permission;
 mod records;
 mod rules;
 mod saved;
+mod secrets;
 mod shown;
 mod snapshots;
 mod soak;

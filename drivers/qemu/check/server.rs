@@ -1,14 +1,15 @@
 //! Disks on servers, encrypted disks, limits and shapes of disks.
 
 use super::Check;
+use crate::host::secret::file_of;
 use crate::qemu::capabilities::End;
-use crate::qemu::command::secret_name;
 use std::collections::{BTreeMap, BTreeSet};
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskBus, DiskDevice};
 use virt_model::device::source::{
     DiskSource, Encryption, EncryptionFormat, Protocol, SecretRef, SourceHost, Transport,
 };
+use virt_model::secret::{SecretName, UsageKind};
 use virt_model::xml::Place;
 
 /// The longest name of a file.
@@ -106,7 +107,7 @@ impl Check<'_> {
     }
 
     fn secret(&mut self, secret: &SecretRef) {
-        let name = secret_name(secret);
+        let name = SecretName::of(secret, UsageKind::Volume).map(|name| file_of(&name));
         let odd = name.as_ref().is_some_and(|name| name.is_empty() || name.len() > LONGEST_NAME);
         let how = "a secret is named by its uuid, or by a usage that makes a file's name of at most 255 bytes";
         self.refuse_if(name.is_none() || odd, &secret.at, how);

@@ -20,7 +20,7 @@ mod monitor_words;
 mod net;
 mod one;
 mod rng;
-pub(crate) mod source;
+mod source;
 mod sysinfo;
 mod tpm;
 
@@ -56,7 +56,6 @@ pub use machine::watchdog_action;
 pub use memory::memory_device;
 pub use net::{by_passt, card_type, has_tap, tap_plan};
 pub use one::{OneDevice, Step, fd_name, keeps_its_place, never_leaves, one_device};
-pub use source::secret_name;
 pub use sysinfo::{has_field, tables};
 pub use tpm::{tpm_device, tpm_state, tpm_state_of};
 

@@ -6,25 +6,11 @@ use crate::qemu::capabilities::End;
 use crate::qemu::plan::{Secret, SecretContent};
 use serde_json::{Value, json};
 use virt_model::device::disk::DiskKind;
-use virt_model::device::source::{Auth, Cookies, DiskSource, Encryption, Protocol, SecretRef, SourceHost, Transport};
+use virt_model::device::source::{Auth, Cookies, DiskSource, Encryption, Protocol, SourceHost, Transport};
+use virt_model::secret::{SecretName, UsageKind};
 
 /// The first file descriptor given to secrets.
 const FIRST_SECRET_FD: i32 = 100;
-
-/// The name under which a secret is kept.
-pub fn secret_name(reference: &SecretRef) -> Option<String> {
-    reference.uuid.map(|uuid| uuid.to_string()).or_else(|| reference.usage.as_deref().map(file_name))
-}
-
-/// A usage as a file's name: what such a name cannot hold stands in it as `%` and two hexadecimal digits.
-pub(crate) fn file_name(usage: &str) -> String {
-    let plain = |(n, c): (usize, char)| !(c.is_control() || matches!(c, '/' | '%') || n == 0 && c == '.');
-    let spell = |(n, c): (usize, char)| match plain((n, c)) {
-        true => c.to_string(),
-        false => c.to_string().bytes().map(|byte| format!("%{byte:02X}")).collect(),
-    };
-    usage.chars().enumerate().map(spell).collect()
-}
 
 impl Builder<'_> {
     /// The node of a source; `name` begins the names of what goes with it.
@@ -67,7 +53,7 @@ impl Builder<'_> {
         config.iter().for_each(|file| self.read_whole(file));
         let props = props.maybe("conf", config).maybe("snapshot", source.snapshot.as_ref().map(|s| s.name.as_str()));
         let Some(auth) = &source.auth else { return props };
-        let key = self.secret_of(auth, name, Some("base64"));
+        let key = self.secret_of(auth, Protocol::Rbd, name, Some("base64"));
         let props = props.set("user", &*auth.username).set("auth-client-required", json!(["cephx", "none"]));
         props.maybe("key-secret", key)
     }
@@ -82,14 +68,14 @@ impl Builder<'_> {
         let props = props.set("lun", lun.parse().unwrap_or(0_u32)).set("transport", "tcp");
         let props = props.maybe("initiator-name", source.initiator.as_ref().map(|i| i.iqn.name.as_str()));
         let Some(auth) = &source.auth else { return props };
-        let password = self.secret_of(auth, name, None);
+        let password = self.secret_of(auth, Protocol::Iscsi, name, None);
         props.set("user", &*auth.username).maybe("password-secret", password)
     }
 
     fn by_url(&mut self, source: &DiskSource, protocol: Protocol, name: &str) -> Props {
         let mut props = Props::new("driver", protocol.as_str()).set("url", url(source, protocol));
         if let Some(auth) = &source.auth {
-            let password = self.secret_of(auth, name, None);
+            let password = self.secret_of(auth, protocol, name, None);
             props = props.set("username", &*auth.username).maybe("password-secret", password);
         }
         if let Some(cookies) = &source.cookies {
@@ -103,8 +89,8 @@ impl Builder<'_> {
             .maybe("timeout", source.timeout.as_ref().map(|t| t.seconds))
     }
 
-    fn secret_of(&mut self, auth: &Auth, name: &str, format: Option<&str>) -> Option<String> {
-        let kept = auth.secret.as_ref().and_then(secret_name)?;
+    fn secret_of(&mut self, auth: &Auth, protocol: Protocol, name: &str, format: Option<&str>) -> Option<String> {
+        let kept = SecretName::of_auth(auth, Some(protocol))?;
         let id = format!("{name}-auth");
         self.secret(&id, SecretContent::Kept(kept), format);
         Some(id)
@@ -112,7 +98,7 @@ impl Builder<'_> {
 
     /// The id of the object that opens encrypted content.
     pub(super) fn passphrase(&mut self, encryption: &Encryption, name: &str) -> Option<String> {
-        let kept = encryption.secrets.first().and_then(secret_name)?;
+        let kept = SecretName::of(encryption.secrets.first()?, UsageKind::Volume)?;
         let id = format!("{name}-key");
         self.secret(&id, SecretContent::Kept(kept), None);
         Some(id)

@@ -4,18 +4,17 @@ use super::place::{New, controllers_beside};
 use super::{DEVICES, OBJECTS, names_at, refused};
 use crate::base64;
 use crate::host::access::LentFile;
-use crate::host::secret;
 use crate::host::tap::name_of;
-use crate::host::workers::{ClosedAside, blocking};
+use crate::host::workers::ClosedAside;
 use crate::qemu::command::{OneDevice, Step, fd_name};
 use crate::qemu::given::{self, GivenImage};
 use crate::qemu::instance::Body;
 use crate::qemu::plan::{Companion, HostFile, SecretContent};
 use crate::qemu::qmp::COMMAND_TIMEOUT;
 use crate::qemu::{QemuDriver, declared, live, tap};
+use crate::secret::Vault;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
 use virt_model::driver::{Attachment, DriverError};
@@ -147,9 +146,7 @@ impl QemuDriver {
                 continue;
             }
             if let Some(content) = secret {
-                let folder = self.0.secrets_dir.clone();
-                let as_it_is = arguments["format"] == "base64";
-                let data = blocking(move || say_secret(&content, &folder, as_it_is)).await??;
+                let data = say_secret(&content, &self.0.secrets, arguments["format"] == "base64").await?;
                 let said = arguments.as_object_mut();
                 said.into_iter().for_each(|said| _ = said.remove("file"));
                 (arguments["data"], arguments["format"]) = (Value::from(data), Value::from("base64"));
@@ -211,14 +208,15 @@ fn is_shared(def: &DomainDef, object: &str) -> bool {
 }
 
 /// A secret in base64. `as_it_is`: it is said so already.
-fn say_secret(content: &SecretContent, folder: &Path, as_it_is: bool) -> Result<String, DriverError> {
-    let bytes = match content {
-        SecretContent::Kept(name) => secret::read(folder, name)?,
-        SecretContent::Said(text) => text.clone().into_bytes(),
+async fn say_secret(content: &SecretContent, vault: &Arc<Vault>, as_it_is: bool) -> Result<String, DriverError> {
+    let value = match content {
+        SecretContent::Kept(name) => vault.named(name).await?,
+        SecretContent::Said(text) => text.clone().into_bytes().into(),
     };
     match as_it_is {
-        true => String::from_utf8(bytes).map_err(|_| DriverError::Storage("a secret is not in base64".to_owned())),
-        false => Ok(base64::encode(&bytes)),
+        true => String::from_utf8(value.bytes().to_vec())
+            .map_err(|_| DriverError::Storage("a secret is not in base64".to_owned())),
+        false => Ok(base64::encode(value.bytes())),
     }
 }
 

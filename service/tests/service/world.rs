@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
 use virt_drivers::host::lender::Lender;
+use virt_drivers::secret::Vault;
 use virt_drivers::storage::HostStorage;
 use virt_drivers::test::TestDriver;
 use virt_model::driver::Driver;
@@ -65,9 +66,9 @@ pub struct World {
 }
 
 /// The storage of this host, by our rights.
-fn host() -> Host {
+fn storage() -> Arc<HostStorage> {
     let (rights, secrets) = (Arc::new(|| Ok(Lender::Ours)), Arc::new(|_: &str| Ok(Vec::new())));
-    Host { storage: Arc::new(HostStorage::new(rights, secrets, false)) }
+    Arc::new(HostStorage::new(rights, secrets, false))
 }
 
 impl World {
@@ -85,8 +86,10 @@ impl World {
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
+        let secrets = Vault::new(folder.join("state/secrets"), folder.join("secrets"));
+        let host = Host { secrets, storage: storage() };
         let (service, events) =
-            Service::open(settings, vec![served], host(), notary.clone(), Arc::new(Lobby(departed.clone())))
+            Service::open(settings, vec![served], host, notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
                 .expect("opened");
         World { service, driver, notary, events, departed }

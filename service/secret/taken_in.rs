@@ -1,0 +1,127 @@
+//! Secrets in files that the administrator has put beside the configuration, as earlier versions had them: each becomes a secret of
+//! its own when virtd starts, once, and the file goes.
+//!
+//! Value, then document, then the file goes: whatever is cut off, the value is in one of both places, and the next start goes on.
+
+use super::manage::{create, own_uid};
+use super::{Secrets, key};
+use crate::error::Result;
+use crate::fail_point;
+use crate::lock::lock;
+use crate::registry::Claimed;
+use crate::shared::Shared;
+use crate::store::on_disk;
+use crate::time::now_usec;
+use crate::uses::Needed;
+use std::sync::Arc;
+use uuid::Uuid;
+use virt_model::driver::DriverError;
+use virt_model::driver::secrets::SecretValue;
+use virt_model::secret::{SecretDef, SecretName, UsageKind};
+
+/// What became of a file.
+enum Fate {
+    /// It is a secret now.
+    TakenIn,
+    /// It was one already, with that value.
+    Known,
+    /// There is one, with another value.
+    Other,
+}
+
+/// Takes in all that there are. One that cannot be is left alone, and that is said.
+pub(crate) async fn take_in_files(shared: &Arc<Shared>, secrets: &Arc<Secrets>) -> Result<()> {
+    let on = shared.clone();
+    let files = on_disk(move || Ok(on.host.secrets.files())).await?;
+    for (name, value) in files {
+        let taken = match value {
+            Ok(value) => take_in(shared, secrets, &name, value).await,
+            Err(why) => Err(DriverError::Storage(why)),
+        };
+        let gone = match taken {
+            Ok(Fate::Other) => {
+                tracing::warn!(
+                    "the secret {name} has a value of its own: the file of that name is left alone, and means nothing"
+                );
+                continue;
+            }
+            Ok(Fate::TakenIn) => {
+                tracing::info!(
+                    "the secret {name} is taken from its file: from now on it is kept by virtd (org.virt.Secret)"
+                );
+                remove(shared, &name).await
+            }
+            Ok(Fate::Known) => remove(shared, &name).await,
+            Err(error) => {
+                tracing::warn!("the file of the secret {name} is left alone: {error}");
+                continue;
+            }
+        };
+        if let Err(error) = gone {
+            tracing::warn!("the file of the secret {name}, which is kept by virtd now, is there still: {error}");
+        }
+    }
+    Ok(())
+}
+
+async fn remove(shared: &Arc<Shared>, name: &SecretName) -> Result<()> {
+    fail_point::reached();
+    let (on, name) = (shared.clone(), name.clone());
+    on_disk(move || {
+        let removed = on.host.secrets.remove_file(&name);
+        removed.map_err(|e| crate::error::Error::StorageFailed(e.to_string()))
+    })
+    .await
+}
+
+async fn take_in(
+    shared: &Arc<Shared>,
+    secrets: &Arc<Secrets>,
+    name: &SecretName,
+    value: SecretValue,
+) -> Result<Fate, DriverError> {
+    let keeper = &shared.host.secrets;
+    let existing = match name {
+        SecretName::Uuid(uuid) => secrets.get(*uuid),
+        SecretName::Usage(_, id) => UsageKind::ALL.iter().find_map(|kind| secrets.by_name(&format!("{kind} {id}"))),
+    };
+    if let Some(secret) = existing {
+        return match keeper.value(secret.uuid).await? {
+            Some(own) if own.bytes() == value.bytes() => Ok(Fate::Known),
+            Some(_) => Ok(Fate::Other),
+            None if lock(&secret.state).broken.is_some() => Ok(Fate::Other),
+            None => {
+                secret.keep(value).await.map_err(|e| DriverError::Internal(e.to_string()))?;
+                Ok(Fate::TakenIn)
+            }
+        };
+    }
+    let def = match name {
+        SecretName::Uuid(uuid) => SecretDef::of(*uuid, UsageKind::None, ""),
+        SecretName::Usage(_, id) => SecretDef::of(Uuid::new_v4(), wanted_kind(shared, id), id),
+    };
+    // Nobody could read the file by the bus.
+    let description = Some("taken from the file in which the administrator kept it".to_owned());
+    let def = SecretDef { private: Some(true), description, ..def };
+    let (uuid, called, owner) = (def.uuid, key(&def), own_uid());
+    let refused = |e: crate::error::Error| DriverError::Internal(e.to_string());
+    if !matches!(secrets.claim(uuid, &called, owner, usize::MAX).map_err(refused)?, Claimed::New) {
+        return Ok(Fate::Other);
+    }
+    let made = async {
+        let kept = keeper.keep(uuid, value, false, now_usec()).await?;
+        fail_point::reached();
+        create(shared, secrets, def, owner, Some(kept)).await.map_err(refused)
+    };
+    made.await.inspect_err(|_| secrets.remove(uuid, &called, owner))?;
+    Ok(Fate::TakenIn)
+}
+
+/// The kind of secret that machines want where they name this usage. Whoever else wants it finds it, the only one of that usage.
+fn wanted_kind(shared: &Shared, id: &str) -> UsageKind {
+    let named = |kind: &&UsageKind| {
+        let wanted = SecretName::Usage(**kind, id.into());
+        !shared.uses.of(|needed| *needed == Needed::Secret(wanted.clone())).is_empty()
+    };
+    UsageKind::ALL.iter().find(named).copied().unwrap_or(UsageKind::Volume)
+}
