@@ -43,6 +43,7 @@ install: build
 	$(PUT) docs/DOMAIN-XML.md $(DESTDIR)$(DOCDIR)/DOMAIN-XML.md
 	$(PUT) docs/SAVED-STATE.md $(DESTDIR)$(DOCDIR)/SAVED-STATE.md
 	$(PUT) docs/SECURITY.md $(DESTDIR)$(DOCDIR)/SECURITY.md
+	$(PUT) docs/STORAGE-XML.md $(DESTDIR)$(DOCDIR)/STORAGE-XML.md
 	$(PUT) dbus-policy/org.virt-private.conf $(DESTDIR)$(DOCDIR)/examples/org.virt-private.conf
 	$(PUT) polkit/50-org.virt.example.rules $(DESTDIR)$(DOCDIR)/examples/50-org.virt.rules
 	$(PUT) data/virtd.toml $(DESTDIR)$(DOCDIR)/examples/virtd.toml

@@ -8,6 +8,7 @@
 #define VIRT_QTYPES_H
 
 #include <QtCore/QList>
+#include <QtCore/QMap>
 #include <QtCore/QMetaType>
 #include <QtCore/QString>
 #include <QtCore/QVariantMap>
@@ -58,6 +59,36 @@ struct VirtUser {
     QString how;
 };
 using VirtUsers = QList<VirtUser>;
+
+/// One pool of Manager.Storage.ListStoragePools.
+struct VirtListedPool {
+    QDBusObjectPath path;
+    QString name;
+    QString uuid;
+    QString state;
+    bool persistent = false;
+};
+using VirtListedPools = QList<VirtListedPool>;
+
+/// One volume of StoragePool.ListVolumes; sizes in bytes.
+struct VirtListedVolume {
+    QDBusObjectPath path;
+    QString name;
+    QString format;
+    qulonglong capacity = 0;
+    qulonglong allocation = 0;
+};
+using VirtListedVolumes = QList<VirtListedVolume>;
+
+/// One problem of an object: a word, and a sentence with what to do.
+struct VirtProblem {
+    QString word;
+    QString text;
+};
+using VirtProblems = QList<VirtProblem>;
+
+/// The types of pool of Manager.Storage.PoolTypes, each with what can be done with it.
+using VirtPoolTypes = QMap<QString, QVariantMap>;
 
 /// One disk of Snapshot.Disks.
 struct VirtSnapshotDisk {
@@ -127,6 +158,10 @@ Q_DECLARE_METATYPE(VirtFinding)
 Q_DECLARE_METATYPE(VirtDifference)
 Q_DECLARE_METATYPE(VirtListedSecret)
 Q_DECLARE_METATYPE(VirtUser)
+Q_DECLARE_METATYPE(VirtListedPool)
+Q_DECLARE_METATYPE(VirtListedVolume)
+Q_DECLARE_METATYPE(VirtProblem)
+Q_DECLARE_METATYPE(VirtPoolTypes)
 Q_DECLARE_METATYPE(VirtSnapshotDisk)
 Q_DECLARE_METATYPE(VirtMachineStats)
 Q_DECLARE_METATYPE(VirtAddress)
@@ -208,6 +243,54 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtUser &one)
 {
     in.beginStructure();
     in >> one.object >> one.place >> one.how;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedPool &one)
+{
+    out.beginStructure();
+    out << one.path << one.name << one.uuid << one.state << one.persistent;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedPool &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.name >> one.uuid >> one.state >> one.persistent;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtListedVolume &one)
+{
+    out.beginStructure();
+    out << one.path << one.name << one.format << one.capacity << one.allocation;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtListedVolume &one)
+{
+    in.beginStructure();
+    in >> one.path >> one.name >> one.format >> one.capacity >> one.allocation;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtProblem &one)
+{
+    out.beginStructure();
+    out << one.word << one.text;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtProblem &one)
+{
+    in.beginStructure();
+    in >> one.word >> one.text;
     in.endStructure();
     return in;
 }
@@ -337,6 +420,13 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtListedSecrets>();
     qDBusRegisterMetaType<VirtUser>();
     qDBusRegisterMetaType<VirtUsers>();
+    qDBusRegisterMetaType<VirtListedPool>();
+    qDBusRegisterMetaType<VirtListedPools>();
+    qDBusRegisterMetaType<VirtListedVolume>();
+    qDBusRegisterMetaType<VirtListedVolumes>();
+    qDBusRegisterMetaType<VirtProblem>();
+    qDBusRegisterMetaType<VirtProblems>();
+    qDBusRegisterMetaType<VirtPoolTypes>();
     qDBusRegisterMetaType<VirtSnapshotDisk>();
     qDBusRegisterMetaType<VirtSnapshotDisks>();
     qDBusRegisterMetaType<VirtAddress>();

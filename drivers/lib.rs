@@ -10,11 +10,14 @@ pub mod nodedev;
 pub mod qemu;
 #[allow(clippy::disallowed_methods, reason = "files of virtd itself, and the administrator's")]
 pub mod secret;
+pub mod storage;
 pub mod test;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::driver::Driver;
+use virt_model::driver::storage::Storage;
+use virt_model::secret::{SecretName, UsageKind};
 
 /// What drivers must know of this virtd.
 #[derive(Clone, Debug)]
@@ -64,5 +67,23 @@ impl DriverConfig {
 
 /// Every driver there is.
 pub fn all(config: DriverConfig) -> Vec<Arc<dyn Driver>> {
-    vec![Arc::new(qemu::QemuDriver::new(&config)), Arc::new(test::TestDriver::default())]
+    with_storage(config).0
+}
+
+/// The same, and the storage of this host.
+pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Storage>) {
+    let qemu = qemu::QemuDriver::new(&config);
+    let vault = config.secrets.clone();
+    let secrets = Arc::new(move |name: &str| {
+        let named = match uuid::Uuid::try_parse(name) {
+            Ok(uuid) => SecretName::Uuid(uuid),
+            Err(_) => SecretName::Usage(UsageKind::Volume, name.into()),
+        };
+        // It is asked in a thread of its own.
+        let value = tokio::runtime::Handle::current().block_on(vault.named(&named));
+        value.map(|value| value.bytes().to_vec())
+    });
+    let wary = config.system && nix::unistd::geteuid().is_root();
+    let storage = storage::HostStorage::new(qemu.tool_rights(), secrets, wary);
+    (vec![Arc::new(qemu), Arc::new(test::TestDriver::default())], Arc::new(storage))
 }

@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{checkpoint, domain, job, manager, nodedev, secret, snapshot, subscription};
+use objects::{checkpoint, domain, job, manager, nodedev, pool, secret, snapshot, storage, subscription, volume};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -64,8 +64,11 @@ impl Server {
             nodedev::offer_manager(service),
             nodedev::offer(service),
             subscription::offer(service),
+            storage::offer(service),
+            pool::offer(service),
+            volume::offer(service),
         ])?;
-        let publisher = Publisher::new(&service.drivers());
+        let publisher = Publisher::new(&service.drivers(), &service.pool_abilities());
         let (publishing, mute) = (publisher.clone(), CancellationToken::new());
         let ends = mute.clone().drop_guard();
         tokio::spawn(async move {

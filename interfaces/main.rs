@@ -79,9 +79,10 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let callers = Callers::new(link.connection.clone());
     let (authority, polkit) = authority(arguments.kind(), &link).await?;
     let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
-    let host = Host { secrets: driver_config.secrets.clone() };
+    let secrets = driver_config.secrets.clone();
     let devices = LinuxDevices::new(driver_config.claims.clone(), driver_config.system);
-    let drivers = virt_drivers::all(driver_config);
+    let (drivers, storage) = virt_drivers::with_storage(driver_config);
+    let host = Host { secrets, storage };
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;

@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc::UnboundedReceiver;
 use uuid::Uuid;
 use virt_model::driver::DeviceEvent;
+use virt_model::driver::storage::PoolAbility;
 use virt_model::state::{Lifecycle, Undefined};
 use virt_service::events::{Event, Happened};
 use virt_service::facts::{DomainFacts, JobFacts, ObjectFacts};
@@ -52,9 +53,9 @@ pub struct Publisher {
 
 impl Publisher {
     /// A publisher whose tree has the manager in it.
-    pub fn new(drivers: &[&str]) -> Arc<Publisher> {
+    pub fn new(drivers: &[&str], pools: &[PoolAbility]) -> Arc<Publisher> {
         let publisher = Publisher::default();
-        publisher.rows.write(|objects| objects.put(manager::object(drivers)));
+        publisher.rows.write(|objects| objects.put(manager::object(drivers, pools)));
         Arc::new(publisher)
     }
 
@@ -540,7 +541,7 @@ mod tests {
         let guid = zbus::Guid::generate();
         let builder = zbus::connection::Builder::authenticated_socket(ours, guid).p2p();
         let peer = builder.build().await.unwrap();
-        let publisher = Publisher::new(&["test"]);
+        let publisher = Publisher::new(&["test"], &[]);
         let (slow, quick) = (Arc::new(Outbox::default()), Arc::new(Outbox::default()));
         publisher.attach(Listener { outbox: slow.clone(), peer: Some(peer.clone()) });
         publisher.attach(Listener { outbox: quick.clone(), peer: None });
@@ -557,7 +558,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_flush_is_answered_behind_what_came_before() {
-        let publisher = Publisher::new(&["test"]);
+        let publisher = Publisher::new(&["test"], &[]);
         let (events, receiver) = virt_service::events::Events::channel();
         let outbox = Arc::new(Outbox::default());
         publisher.attach(Listener { outbox: outbox.clone(), peer: None });

@@ -31,8 +31,9 @@ async fn house() -> House {
     let paths = Paths { state: below("state"), runtime: below("runtime"), log: below("log") };
     let settings = Settings { paths, limits: virt_service::Limits::default() };
     let config = virt_drivers::DriverConfig::below(folder.path(), false);
-    let host = virt_service::Host { secrets: config.secrets.clone() };
-    let drivers = virt_drivers::all(config);
+    let secrets = config.secrets.clone();
+    let (drivers, storage) = virt_drivers::with_storage(config);
+    let host = virt_service::Host { secrets, storage };
     let authority = Arc::new(session::OwnerOnly { uid: 1000 });
     let (service, events) = Service::open(settings, drivers, host, authority, Arc::new(Nobody)).await.unwrap();
     House { server: Server::new(&service, events).await.unwrap(), _service: service, _folder: folder }

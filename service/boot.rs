@@ -6,6 +6,7 @@ use crate::facts::ConfigFacts;
 use crate::left_behind;
 use crate::registry::Claimed;
 use crate::shared::{AGAIN, Shared, virtd_itself};
+use crate::storage::{self, Pools};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
@@ -446,13 +447,24 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 }
 
 /// Starts what starts with the host, once since the host booted.
-pub(crate) async fn autostart(shared: &Arc<Shared>, domains: &Domains) -> Result<()> {
+pub(crate) async fn autostart(shared: &Arc<Shared>, domains: &Domains, pools: &Arc<Pools>) -> Result<()> {
     let on = shared.clone();
     if !on_disk(move || on.store.first_start_since_boot()).await? {
         return Ok(());
     }
+    let due: Vec<Arc<Domain>> = domains.all().into_iter().filter(|domain| domain.facts().autostart).collect();
+    let pools = pools.clone();
+    tokio::spawn(async move {
+        // First what machines may need.
+        storage::autostart(&pools).await;
+        start_all(due);
+    });
+    Ok(())
+}
+
+fn start_all(due: Vec<Arc<Domain>>) {
     let places = Arc::new(Semaphore::new(AT_ONCE));
-    for domain in domains.all().into_iter().filter(|domain| domain.facts().autostart) {
+    for domain in due {
         let places = places.clone();
         tokio::spawn(async move {
             // First it is found out whether it runs.
@@ -480,5 +492,4 @@ pub(crate) async fn autostart(shared: &Arc<Shared>, domains: &Domains) -> Result
             }
         });
     }
-    Ok(())
 }

@@ -213,6 +213,7 @@ impl Error {
             }
             DriverError::TimedOut(_) => Error::TimedOut(text),
             DriverError::Storage(_) | DriverError::HalfDone(_) => Error::StorageFailed(text),
+            DriverError::Exists(_) => Error::VolumeExists(text),
             DriverError::NoSuchSecret(_) => Error::NoSuchSecret(text),
             DriverError::SecretMissing(_) => Error::SecretMissing(text),
             DriverError::NoSpace(_) => Error::NoSpace(text),

@@ -4,11 +4,13 @@ use crate::error::Error;
 use crate::object::{ObjectRef, User};
 use crate::shown::Shown;
 use crate::uses::{Need, needs_of};
+use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::AbiDifference;
 use virt_model::nodedev::{DeviceWish, NodeDevice};
+use virt_model::driver::storage::Room;
 use virt_model::state::{DomainState, StateReason};
 
 /// All that is published of a domain, at one moment.
@@ -171,6 +173,10 @@ pub struct CheckpointFacts {
 /// of each kind.
 #[derive(Clone, Debug)]
 pub enum ObjectFacts {
+    /// A storage pool's.
+    Pool(Arc<PoolFacts>),
+    /// A storage volume's.
+    Volume(Arc<VolumeFacts>),
     /// A secret's.
     Secret(Arc<SecretFacts>),
     /// A device's of the host.
@@ -184,6 +190,76 @@ pub struct NodeDeviceFacts {
     pub device: Arc<NodeDevice>,
     /// Which machines want it.
     pub users: Arc<[User]>,
+}
+
+/// All that is published of a storage pool, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolFacts {
+    /// Identity, for ever.
+    pub uuid: Uuid,
+    /// Name; unique on this host.
+    pub name: String,
+    /// `dir`, `fs`, …
+    pub kind: &'static str,
+    /// `inactive`, `starting`, `running`, `inaccessible`.
+    pub state: &'static str,
+    /// It is not inactive.
+    pub active: bool,
+    /// Starts with the host.
+    pub autostart: bool,
+    /// What is stored is not what runs.
+    pub config_changed: bool,
+    /// Where its volumes are on this host.
+    pub target: String,
+    /// How much room there is.
+    pub room: Room,
+    /// How many volumes it has.
+    pub volume_count: u32,
+    /// When all of it was last looked at: microseconds since the epoch.
+    pub refreshed_usec: u64,
+    /// What can be done with it.
+    pub features: &'static [&'static str],
+    /// The uid that defined it.
+    pub owner: u32,
+    /// Why it is active and cannot do all its work: a word, and a sentence.
+    pub problems: Vec<(&'static str, String)>,
+    /// Who needs what is in it.
+    pub users: Arc<[User]>,
+    /// Empty, or why its document cannot be used.
+    pub broken: String,
+}
+
+/// All that is published of a storage volume, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct VolumeFacts {
+    /// Whose it is.
+    pub pool: Uuid,
+    /// Unique in its pool.
+    pub name: String,
+    /// Where it is.
+    pub path: String,
+    /// Its format.
+    pub format: String,
+    /// What a guest sees, in bytes.
+    pub capacity: u64,
+    /// What it takes, in bytes.
+    pub allocation: u64,
+    /// What its header says that it stands on.
+    pub backing_path: String,
+    /// Where that leads, if to a file of this host.
+    pub backing_place: Option<PathBuf>,
+    /// The volume that this is.
+    pub backing: Option<ObjectRef>,
+    /// It can be read with a secret only.
+    pub encrypted: bool,
+    /// `ready`, `busy`, `incomplete`, `broken`.
+    pub state: &'static str,
+    /// Who made it.
+    pub owner: u32,
+    /// Who needs it.
+    pub users: Arc<[User]>,
+    /// A word, and a sentence.
+    pub problems: Vec<(&'static str, String)>,
 }
 
 /// All that is published of a secret, at one moment. Never anything of its value.

@@ -298,6 +298,22 @@ impl Images {
         }
     }
 
+    /// What snapshots and block jobs need of a file: for people, each once. To be [removed](Fate::Removed) it must be in none of
+    /// their chains, to be written in none that is fixed.
+    pub async fn snapshots_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
+        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot).collect();
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        self.look(known, &[file.to_owned()]).await;
+        let mut users: Vec<String> = Vec::new();
+        for chain in chains {
+            let first = if fate == Fate::Removed { 0 } else { chain.fixed };
+            if chain.files.iter().skip(first).any(|needed| self.same(needed, file)) && !users.contains(&chain.whose) {
+                users.push(chain.whose);
+            }
+        }
+        users
+    }
+
     /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is, among the chains of whoever
     /// was told so, and the machine that has it open. Looks at no file.
     pub fn with_owner_of_lock(&self, own: impl Fn() -> Vec<Chain>, error: DriverError) -> DriverError {

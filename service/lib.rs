@@ -15,6 +15,7 @@ pub mod facts;
 mod fail_point;
 pub mod fair;
 mod frames;
+mod image_users;
 #[allow(clippy::disallowed_methods, reason = "only asks which inode a path leads to, few at a time, with a limit")]
 mod images;
 pub mod job;
@@ -30,6 +31,7 @@ mod scrape;
 mod secret;
 mod shared;
 pub mod shown;
+mod storage;
 #[allow(clippy::disallowed_methods, reason = "the folders of virtd itself")]
 mod store;
 mod stored;
@@ -51,6 +53,7 @@ pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
 pub use secret::{CheckedUndefine, Secret};
 pub use shared::{Callers, Host, Limits};
+pub use storage::{AddVolume, CloneVolume, CreateVolume, NewCapacity, Pool, StartPool, StorageCheck, Volume};
 pub use store::Paths;
 pub use subscribe::{SubscribeOptions, Subscription};
 
@@ -67,6 +70,7 @@ use secret::Secrets;
 use shared::Shared;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
+use storage::Pools;
 use store::Store;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -94,6 +98,7 @@ pub struct Service {
     domains: Arc<Domains>,
     secrets: Arc<Secrets>,
     node_devices: OnceLock<Arc<NodeDevices>>,
+    pools: Arc<Pools>,
 }
 
 impl Service {
@@ -112,17 +117,18 @@ impl Service {
         let domains = Arc::new(Domains::default());
         let images = Images::of(domains.clone());
         let shared = Shared::new(drivers, host, authority, callers, events, images, store, settings.limits);
-        let secrets = Arc::new(Secrets::default());
+        let (secrets, pools) = (Arc::new(Secrets::default()), Arc::new(Pools::default()));
         // First what machines may need.
         secret::load(&shared, &secrets).await?;
+        storage::load(&shared, &pools).await?;
         boot::load(&shared, &domains).await?;
         secret::take_in_files(&shared, &secrets).await?;
-        Ok((Arc::new(Service { shared, domains, secrets, node_devices: OnceLock::new() }), receiver))
+        Ok((Arc::new(Service { shared, domains, secrets, node_devices: OnceLock::new(), pools }), receiver))
     }
 
-    /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
+    /// Starts the pools and domains that start with the host, once since it booted. To be called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
-        boot::autostart(&self.shared, &self.domains).await
+        boot::autostart(&self.shared, &self.domains, &self.pools).await
     }
 
     /// Publishes the devices of the host, too, and follows them. To be called once, before anybody is on the bus.
@@ -269,11 +275,11 @@ impl Service {
         let subject = match object {
             ObjectRef::Domain(uuid) | ObjectRef::Snapshot(uuid, _) => self.get(*uuid).map(|domain| domain.subject()),
             ObjectRef::Secret(uuid) => self.secret(*uuid).map(|secret| secret.subject()),
-            ObjectRef::Foreign
-            | ObjectRef::Network(_)
-            | ObjectRef::Pool(_)
-            | ObjectRef::Volume(..)
-            | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Pool(uuid) => self.pool(*uuid).map(|pool| pool.subject()),
+            ObjectRef::Volume(pool, name) => {
+                self.pool(*pool).and_then(|pool| pool.volume(name)).map(|volume| volume.subject())
+            }
+            ObjectRef::Foreign | ObjectRef::Network(_) | ObjectRef::NodeDevice(_) => None,
         };
         subject.unwrap_or_default()
     }

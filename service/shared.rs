@@ -5,6 +5,7 @@ use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::fair::FairPlaces;
+use crate::image_users::ImageUsers;
 use crate::images::Images;
 use crate::job::Jobs;
 use crate::scrape::SCRAPES;
@@ -22,6 +23,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
 use virt_model::driver::secrets::SecretKeeper;
+use virt_model::driver::storage::Storage;
 
 /// Knows who is on the bus.
 pub trait Callers: Send + Sync {
@@ -35,6 +37,8 @@ pub(crate) const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration
 /// What the host gives beside hypervisors.
 #[derive(Clone)]
 pub struct Host {
+    /// Storage.
+    pub storage: Arc<dyn Storage>,
     /// Who keeps the values of secrets.
     pub secrets: Arc<dyn SecretKeeper>,
 }
@@ -69,6 +73,8 @@ pub(crate) struct Shared {
     pub store: Store,
     pub limits: Limits,
     pub images: Arc<Images>,
+    /// Which machine has which image.
+    pub image_users: ImageUsers,
     /// What machines need of objects of other kinds.
     pub uses: Uses,
     pub desk: Arc<Desk>,
@@ -86,6 +92,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    #[allow(clippy::too_many_arguments, reason = "each is a part of it, and it is made in one place")]
     pub fn new(
         drivers: Vec<Arc<dyn Driver>>,
         host: Host,
@@ -107,6 +114,7 @@ impl Shared {
             store,
             limits,
             images,
+            image_users: ImageUsers::default(),
             uses: Uses::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),

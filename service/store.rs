@@ -12,6 +12,7 @@
 //!  <runtime>/status/<uuid>.json   what runs: live configuration, id, the driver's record
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
 //!  <runtime>/guests/<uuid>/       the driver's sockets
+//!  <runtime>/pools/               the documents with which storage pools are active
 //!  <runtime>/autostarted          autostart was done since the host booted
 //!  <log>/<uuid>.log               the hypervisor's own output
 //! ```
@@ -163,6 +164,7 @@ impl Store {
             (store.managed_saves(), 0o700),
             (store.paths.runtime.join("status"), 0o700),
             (store.paths.runtime.join("ended"), 0o700),
+            (store.active_pools().folder().to_owned(), 0o700),
             (store.paths.runtime.join("guests"), 0o711),
             (store.detached_folder(), 0o700),
             (store.paths.log.clone(), 0o700),
@@ -193,6 +195,11 @@ impl Store {
     /// The documents of a kind of object.
     pub fn documents(&self, folder: Folder) -> Documents {
         Documents(self.paths.state.join(folder.name()))
+    }
+
+    /// The documents with which storage pools are active, since the host booted.
+    pub fn active_pools(&self) -> Documents {
+        Documents(self.paths.runtime.join("pools"))
     }
 
     /// Stores a configuration and its note.

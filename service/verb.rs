@@ -270,6 +270,53 @@ verbs! {
     }
 }
 
+verbs! {
+    /// `org.virt.Manager.Storage`
+    MANAGER_STORAGE {
+        DEFINE_POOL = "DefineStoragePool", Some(StorageDefine), Always, "define";
+        GET_POOL = "GetStoragePool", None, Always, "get";
+        GET_POOL_BY_NAME = "GetStoragePoolByName", None, Always, "get";
+        LIST_POOLS = "ListStoragePools", None, Always, "list pools";
+        VALIDATE_POOL = "ValidateStoragePool", Some(StorageRead), Always, "validate";
+        POOL_CAPABILITIES = "GetPoolCapabilities", None, Always, "get capabilities of pools";
+        GET_VOLUME_BY_PATH = "GetVolumeByPath", None, Always, "get";
+        GET_VOLUME_BY_KEY = "GetVolumeByKey", None, Always, "get";
+    }
+
+    /// `org.virt.StoragePool`
+    POOL {
+        POOL_START = "Start", Some(StorageStart), Inactive, "pool-start";
+        POOL_REFRESH = "Refresh", Some(StorageStart), Active, "pool-refresh";
+        POOL_DESTROY = "Destroy", Some(StorageStop), Active, "stop";
+        POOL_BUILD = "Build", Some(StorageDefine), Inactive, "pool-build";
+        POOL_DELETE = "Delete", Some(StorageDelete), Inactive, "pool-delete";
+        CHECK_POOL_DELETE = "CheckDelete", Some(StorageRead), Always, "check deleting";
+        CREATE_VOLUME = "CreateVolume", Some(VolumeCreate), Running, "volume-create";
+        CHECK_CREATE_VOLUME = "CheckCreateVolume", Some(StorageRead), Running, "check a volume of";
+        ADD_VOLUME = "AddVolume", Some(VolumeCreate), Running, "volume-create";
+        GET_VOLUME = "GetVolume", None, Always, "get a volume of";
+        LIST_VOLUMES = "ListVolumes", None, Always, "list volumes of";
+        POOL_XML = "GetXML", Some(StorageRead), Always, "get XML of";
+        UNDEFINE_POOL = "Undefine", Some(StorageDelete), Inactive, "undefine";
+        CHECK_UNDEFINE_POOL = "CheckUndefine", Some(StorageRead), Always, "check undefining";
+        POOL_CAN = "Can", None, Always, "can";
+        POOL_AUTOSTART = "Autostart", Some(StorageDefine), Always, "set autostart";
+    }
+
+    /// `org.virt.StorageVolume`
+    VOLUME {
+        VOLUME_DELETE = "Delete", Some(VolumeDelete), Running, "volume-delete";
+        CHECK_VOLUME_DELETE = "CheckDelete", Some(StorageRead), Running, "check deleting";
+        VOLUME_CLONE = "Clone", Some(VolumeContent), Running, "volume-clone";
+        VOLUME_RESIZE = "Resize", Some(VolumeResize), Running, "volume-resize";
+        VOLUME_WIPE = "Wipe", Some(VolumeWrite), Running, "volume-wipe";
+        VOLUME_UPLOAD = "Upload", Some(VolumeWrite), Running, "volume-upload";
+        VOLUME_DOWNLOAD = "Download", Some(VolumeContent), Running, "volume-download";
+        VOLUME_XML = "GetXML", Some(StorageRead), Always, "get XML of";
+        VOLUME_CAN = "Can", None, Always, "can";
+    }
+}
+
 /// All tables, by their interfaces.
 pub const TABLES: &[(&str, &[Verb])] = &[
     ("org.virt.Manager", MANAGER),
@@ -282,6 +329,9 @@ pub const TABLES: &[(&str, &[Verb])] = &[
     ("org.virt.Manager.NodeDevice", MANAGER_NODE_DEVICE),
     ("org.virt.NodeDevice", NODE_DEVICE),
     ("org.virt.StatsSubscription", SUBSCRIPTION),
+    ("org.virt.Manager.Storage", MANAGER_STORAGE),
+    ("org.virt.StoragePool", POOL),
+    ("org.virt.StorageVolume", VOLUME),
 ];
 
 /// The row of a member. Error: `InvalidArgument` if `interface` has none of that name.

@@ -129,7 +129,11 @@ fn every_compound_type_has_a_name_for_qt_that_the_header_declares() {
     }
     assert!(named.len() > 4, "{named:?}");
     for (name, of) in named {
-        let how = if of.starts_with('(') { format!("struct {name} {{") } else { format!("using {name} = QList<") };
+        let how = match &*of {
+            of if of.starts_with('(') => format!("struct {name} {{"),
+            of if of.starts_with("a{s") => format!("using {name} = QMap<"),
+            _ => format!("using {name} = QList<"),
+        };
         let declared = header.contains(&how);
         assert_eq!(declared, of != "a{sv}", "{name} for {of}");
         assert!(declared || name == "QVariantMap", "{name}");

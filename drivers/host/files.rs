@@ -241,6 +241,12 @@ impl AsFd for Program {
     }
 }
 
+impl AsFd for Folder {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl From<FileType> for What {
     fn from(kind: FileType) -> What {
         match kind {

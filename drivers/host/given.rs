@@ -4,12 +4,15 @@
 //! Clients have opened these files, and virtd is not to lend them its rights: files of the kernel's look at who writes, and sockets
 //! tell it. So such a thread has no capabilities, and no socket is written to.
 
+use super::workers::ClosedAside;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, FileType, OFlags, SeekFrom, fallocate, fstat, ftruncate, seek};
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, CapabilitySets, set_capabilities};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
@@ -105,6 +108,195 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
     };
     drop(stop);
     result
+}
+
+/// Writes what is read of a file into another, from `at` on: all of it, or `most` bytes; how many. `sparse`: what its holes stand for
+/// is not written, and that other file has nothing there. Waits for as long as that takes; `progress` is told how far it is.
+pub async fn pour_in(
+    from: GivenFile,
+    to: Arc<ClosedAside>,
+    at: u64,
+    most: Option<u64>,
+    sparse: bool,
+    progress: impl Fn(u64) + Send + 'static,
+) -> io::Result<u64> {
+    pour("upload", move |stopped| {
+        let place = Pouring { at, most: most.unwrap_or(u64::MAX), stopped, progress: &progress };
+        if sparse { place.in_sparsely(&from, to.get()?) } else { place.in_whole(&from, to.get()?) }
+    })
+    .await
+}
+
+/// Writes so many bytes of a file, from `at` on, to what a client has given. `sparse`: what holds nothing is left out there.
+pub async fn pour_out(
+    from: Arc<ClosedAside>,
+    at: u64,
+    length: u64,
+    to: GivenFile,
+    sparse: bool,
+    progress: impl Fn(u64) + Send + 'static,
+) -> io::Result<u64> {
+    pour("download", move |stopped| {
+        let place = Pouring { at, most: length, stopped, progress: &progress };
+        if sparse { place.out_sparsely(from.get()?, &to) } else { place.out_whole(from.get()?, &to) }
+    })
+    .await
+}
+
+/// Does that in a thread without rights, until nobody waits for it any more.
+async fn pour(name: &str, work: impl FnOnce(&OwnedFd) -> io::Result<u64> + Send + 'static) -> io::Result<u64> {
+    let (stop, stopped) = stop()?;
+    let (told, done) = oneshot::channel();
+    in_a_thread(name, move || {
+        let _ = told.send(without_rights().and_then(|()| work(&stopped)));
+    })?;
+    let done = done.await;
+    drop(stop);
+    done.map_err(|_| io::Error::other("the thread that moves it failed"))?
+}
+
+/// Bytes that are moved between a file of ours and a client's.
+struct Pouring<'a> {
+    /// Where, in ours.
+    at: u64,
+    /// How many at most.
+    most: u64,
+    stopped: &'a OwnedFd,
+    progress: &'a dyn Fn(u64),
+}
+
+impl Pouring<'_> {
+    fn in_whole(&self, from: &GivenFile, to: &File) -> io::Result<u64> {
+        let (mut done, mut piece) = (0, vec![0; PIECE]);
+        while done < self.most {
+            wait(from, PollFlags::IN, self.stopped)?;
+            let wanted = (self.most - done).min(PIECE as u64) as usize;
+            match rustix::io::read(from, &mut piece[..wanted]) {
+                Ok(0) => break,
+                Ok(count) => {
+                    to.write_all_at(&piece[..count], self.at + done)?;
+                    done += count as u64;
+                    (self.progress)(done);
+                }
+                Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(done)
+    }
+
+    fn in_sparsely(&self, from: &GivenFile, to: &File) -> io::Result<u64> {
+        let base = seekable(from)?;
+        let length = fstat(from)?.st_size.unsigned_abs().saturating_sub(base).min(self.most);
+        let (mut done, mut piece) = (0, vec![0; PIECE]);
+        while let Some((begin, end)) = next_data(from, base + done, base + length)? {
+            leave_out(to, self.at + done, begin - base - done)?;
+            done = begin - base;
+            while done < end - base {
+                wait(from, PollFlags::IN, self.stopped)?;
+                let wanted = (end - base - done).min(PIECE as u64) as usize;
+                let count = rustix::io::pread(from, &mut piece[..wanted], base + done)?;
+                if count == 0 {
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it became shorter meanwhile"));
+                }
+                to.write_all_at(&piece[..count], self.at + done)?;
+                done += count as u64;
+                (self.progress)(done);
+            }
+        }
+        leave_out(to, self.at + done, length - done)?;
+        Ok(length)
+    }
+
+    fn out_whole(&self, from: &File, to: &GivenFile) -> io::Result<u64> {
+        let is_file = FileType::from_raw_mode(fstat(to)?.st_mode) == FileType::RegularFile;
+        let (mut done, mut piece) = (0, vec![0; PIECE]);
+        while done < self.most {
+            let wanted = (self.most - done).min(PIECE as u64) as usize;
+            let count = from.read_at(&mut piece[..wanted], self.at + done)?;
+            if count == 0 {
+                break;
+            }
+            let mut left = &piece[..count];
+            while !left.is_empty() {
+                wait(to, PollFlags::OUT, self.stopped)?;
+                // A pipe that takes anything takes so much.
+                let most = if is_file { left.len() } else { left.len().min(TAKEN) };
+                match rustix::io::write(to, &left[..most]) {
+                    Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                    Ok(count) => left = &left[count..],
+                    Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            done += count as u64;
+            (self.progress)(done);
+        }
+        Ok(done)
+    }
+
+    fn out_sparsely(&self, from: &File, to: &GivenFile) -> io::Result<u64> {
+        let base = seekable(to)?;
+        if rustix::fs::fcntl_getfl(to)?.contains(OFlags::APPEND) {
+            return Err(io::Error::other("it only appends to its file: open it without O_APPEND"));
+        }
+        let (mut done, mut piece) = (0, vec![0; PIECE]);
+        // What is there from there on would show through the holes.
+        ftruncate(to, base)?;
+        while let Some((begin, end)) = next_data(from, self.at + done, self.at + self.most)? {
+            done = begin - self.at;
+            while done < end - self.at {
+                wait(to, PollFlags::OUT, self.stopped)?;
+                let wanted = (end - self.at - done).min(PIECE as u64) as usize;
+                let count = from.read_at(&mut piece[..wanted], self.at + done)?;
+                if count == 0 {
+                    break;
+                }
+                let mut written = 0;
+                while written < count {
+                    written += rustix::io::pwrite(to, &piece[written..count], base + done + written as u64)?;
+                }
+                done += count as u64;
+                (self.progress)(done);
+            }
+        }
+        ftruncate(to, base + self.most)?;
+        Ok(self.most)
+    }
+}
+
+/// Where a client's file stands, which one can go about in.
+fn seekable(file: &GivenFile) -> io::Result<u64> {
+    match FileType::from_raw_mode(fstat(file)?.st_mode) {
+        FileType::RegularFile => Ok(seek(file, SeekFrom::Current(0))?),
+        _ => Err(io::Error::other("it is no regular file, and has no holes: leave out 'sparse'")),
+    }
+}
+
+/// Where something is in a file from `at` on, before `end`: from where to where.
+pub fn next_data(file: &impl AsFd, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+    if at >= end {
+        return Ok(None);
+    }
+    let begins = match seek(file, SeekFrom::Data(at)) {
+        Err(Errno::NXIO) => return Ok(None),
+        // It has no holes that could be told.
+        Err(Errno::INVAL | Errno::OPNOTSUPP) => return Ok(Some((at, end))),
+        begins => begins?,
+    };
+    let ends = seek(file, SeekFrom::Hole(begins))?.min(end);
+    Ok((begins < ends).then_some((begins, ends)))
+}
+
+/// Has nothing in a part of a file of ours; it is as long as that at least.
+fn leave_out(file: &File, at: u64, length: u64) -> io::Result<()> {
+    if length == 0 {
+        return Ok(());
+    }
+    if file.metadata()?.len() < at + length {
+        file.set_len(at + length)?;
+    }
+    Ok(fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, length)?)
 }
 
 /// Tells a thread that nobody waits for it any more, when it is dropped.

@@ -7,6 +7,7 @@ use super::access::{LentFile, Want};
 use super::apart;
 use super::lender::Lender;
 use super::resolve::Found;
+use super::secret::handed;
 use super::tool::{Bounds, tame};
 use super::user::RunAs;
 use super::wall::{self, Maker, Wall};
@@ -309,6 +310,42 @@ impl Images {
         self.run("resize", image, fixed, [named(chain), size.to_string().into()]).map(drop)
     }
 
+    /// Makes an image in a file that is called `name`, is empty, and need have no name yet: the tool finds it as its output, and what
+    /// opens it, if anything does, as its input. What else it is to read is lent.
+    pub fn make(
+        &self,
+        name: &str,
+        to: &File,
+        arguments: Vec<OsString>,
+        secret: Option<&[u8]>,
+    ) -> Result<(), DriverError> {
+        self.stop.check()?;
+        let wall = self.wall();
+        let done = apart::without(|| {
+            let mut command = Command::new("qemu-img");
+            let input = secret.map(handed).transpose()?;
+            command.args(&arguments).env("LC_ALL", "C").stdin(input.map_or_else(Stdio::null, Stdio::from));
+            command.stdout(apart::fetch(to)?).stderr(Stdio::piped());
+            tame(&mut command, self.lender.user().map(Into::into), BOUNDS);
+            if self.lender.user().is_some() {
+                // From there nothing is fetched any more.
+                wall.enter()?;
+            }
+            // What it has written by then is thrown away.
+            finish(&mut command, &self.stop, false)
+        });
+        let done = done.map_err(not_run)?;
+        if done.status.success() {
+            return Ok(());
+        }
+        // Its output, and the whole of a chain, are no names for people.
+        let words = String::from_utf8_lossy(&done.stderr).replace("/dev/stdout", name);
+        let chains =
+            arguments.iter().map(|argument| argument.to_string_lossy()).filter(|text| text.starts_with("json:"));
+        let words = chains.fold(words, |words, chain| words.replace(&*chain, "what it is made of"));
+        Err(failure(format!("cannot make {name}: {}", words.trim().trim_start_matches("qemu-img: "))))
+    }
+
     fn run(
         &self,
         deed: &str,
@@ -335,10 +372,7 @@ impl Images {
                 })
             }
         };
-        let done = done.map_err(|e| match e.kind() {
-            io::ErrorKind::NotFound => DriverError::Unsupported(NOT_INSTALLED.to_owned()),
-            _ => DriverError::Storage(format!("qemu-img: {e}")),
-        })?;
+        let done = done.map_err(not_run)?;
         if done.status.success() {
             return Ok(done.stdout);
         }
@@ -347,10 +381,22 @@ impl Images {
             // The whole chain is no name for people.
             if name.starts_with("json:") { words.replace(name, &shown) } else { words }
         });
-        let text = format!("cannot {deed} {shown}: {}", words.trim().trim_start_matches("qemu-img: "));
-        let full = words.contains("No space left") || words.contains("Disk quota exceeded");
-        Err(if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) })
+        Err(failure(format!("cannot {deed} {shown}: {}", words.trim().trim_start_matches("qemu-img: "))))
     }
+}
+
+/// Why the tool could not be run.
+fn not_run(error: io::Error) -> DriverError {
+    match error.kind() {
+        io::ErrorKind::NotFound => DriverError::Unsupported(NOT_INSTALLED.to_owned()),
+        _ => DriverError::Storage(format!("qemu-img: {error}")),
+    }
+}
+
+/// What it said when it failed.
+fn failure(text: String) -> DriverError {
+    let full = text.contains("No space left") || text.contains("Disk quota exceeded");
+    if full { DriverError::NoSpace(text) } else { DriverError::Storage(text) }
 }
 
 impl Images {
@@ -396,7 +442,7 @@ fn wants(images: &[(PathBuf, bool)]) -> Vec<Want> {
 }
 
 /// Names an image and all it stands on, from the topmost down to the last, without leaving anything to be found in a header.
-fn named(chain: &[(PathBuf, String)]) -> OsString {
+pub fn named(chain: &[(PathBuf, String)]) -> OsString {
     let mut below = Value::Null;
     for (path, format) in chain.iter().rev() {
         let is_device = Found::resolve(path).is_ok_and(|found| found.kind() == FileType::BlockDevice);

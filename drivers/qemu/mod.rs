@@ -190,6 +190,12 @@ impl QemuDriver {
         looked.await
     }
 
+    /// By whose rights tools run that work for no guest.
+    pub fn tool_rights(&self) -> crate::storage::ToolRights {
+        let inner = self.0.clone();
+        Arc::new(move || inner.privileges.tools())
+    }
+
     /// The secrets that it names and cannot have, each with the disk that needs it.
     async fn lacks_secrets(&self, def: &DomainDef) -> Result<Vec<(String, DriverError)>, DriverError> {
         let named = def.secret_names().into_iter().map(|(disk, name)| (disk.to_owned(), name)).collect::<Vec<_>>();

@@ -82,6 +82,14 @@ impl Privileges {
         }
     }
 
+    /// By whose rights tools run that work for no guest: as the user that all guests' users come from, who owns nothing.
+    pub fn tools(&self) -> Result<Lender, DriverError> {
+        match self {
+            Privileges::Ours => Ok(Lender::Ours),
+            Privileges::Drop(users) => users.common().map(|(user, ledger)| Lender::To(user, ledger)),
+        }
+    }
+
     /// Nothing of that machine is left: its user's number may be another's one day.
     pub fn forget(&self, machine: Uuid) -> Result<(), DriverError> {
         let Privileges::Drop(Users { uids: Ok(uids), .. }) = self else { return Ok(()) };

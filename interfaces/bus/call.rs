@@ -259,6 +259,12 @@ impl Options {
         Ok(self.take(key, "ao, paths of objects", read)?.unwrap_or_default())
     }
 
+    /// The path of an object, if given.
+    pub fn path(&mut self, key: &'static str) -> Result<Option<String>, Error> {
+        let read = |value: &OwnedVariant| value.downcast_ref::<ObjectPath<'_>>().ok().map(|path| path.to_string());
+        self.take(key, "o, the path of an object", read)
+    }
+
     /// Texts; none if not given.
     pub fn texts(&mut self, key: &'static str) -> Result<Vec<String>, Error> {
         let read = |value: &OwnedVariant| value.try_clone().ok().and_then(|value| Vec::<String>::try_from(value).ok());

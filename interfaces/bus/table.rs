@@ -20,6 +20,9 @@ pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Job.xml"),
     include_str!("../../data/interfaces/org.virt.Manager.NodeDevice.xml"),
     include_str!("../../data/interfaces/org.virt.NodeDevice.xml"),
+    include_str!("../../data/interfaces/org.virt.Manager.Storage.xml"),
+    include_str!("../../data/interfaces/org.virt.StoragePool.xml"),
+    include_str!("../../data/interfaces/org.virt.StorageVolume.xml"),
     include_str!("../../data/interfaces/org.virt.StatsSubscription.xml"),
 ];
 

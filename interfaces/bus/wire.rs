@@ -34,6 +34,8 @@ pub enum Value<'a> {
     Pairs(&'a [(&'static str, String)]),
     /// `a(oss)`: objects, where in them, and how; the caller vouches that the first are valid paths.
     Users(&'a [(String, &'a str, &'static str)]),
+    /// `a{sa{sv}}`
+    Tables(&'a [(&'a str, Vec<(&'static str, Value<'a>)>)]),
 }
 
 /// The type of each kind of [`Value`], by its name.
@@ -51,6 +53,7 @@ pub mod kind {
     pub const Triples: &str = "a(sss)";
     pub const Pairs: &str = "a(ss)";
     pub const Users: &str = "a(oss)";
+    pub const Tables: &str = "a{sa{sv}}";
 }
 
 impl Value<'_> {
@@ -69,6 +72,7 @@ impl Value<'_> {
             Value::Triples(_) => kind::Triples,
             Value::Pairs(_) => kind::Pairs,
             Value::Users(_) => kind::Users,
+            Value::Tables(_) => kind::Tables,
         }
     }
 
@@ -161,6 +165,19 @@ impl Body {
                 for (one, two) in pairs {
                     body.align(8);
                     [one, two.as_str()].into_iter().for_each(|text| body.text(text));
+                }
+            }),
+            Value::Tables(tables) => self.array(8, |body| {
+                for (name, entries) in tables {
+                    body.align(8);
+                    body.text(name);
+                    body.array(8, |body| {
+                        for (key, value) in entries {
+                            body.align(8);
+                            body.text(key);
+                            body.variant(value);
+                        }
+                    });
                 }
             }),
             Value::Users(users) => self.array(8, |body| {

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::unix::pipe;
 use virt_model::driver::MachineChoice;
+use virt_model::driver::storage::PoolAbility;
 use virt_model::state::DomainState;
 use virt_model::xml::{Finding, FindingKind, shorten};
 use virt_service::facts::DomainFacts;
@@ -33,9 +34,13 @@ properties! {
 }
 
 /// What is published of the service as a whole.
-pub fn object(drivers: &[&str]) -> Object {
+pub fn object(drivers: &[&str], pools: &[PoolAbility]) -> Object {
     Object {
-        others: [super::secret::MANAGER, super::nodedev::MANAGER].map(|own| (own, Row::new(&[], &[]))).into(),
+        others: Box::new([
+            (super::secret::MANAGER, Row::new(&[], &[])),
+            (super::nodedev::MANAGER, Row::new(&[], &[])),
+            (super::storage::INTERFACE, super::storage::properties_of(pools)),
+        ]),
         ..Object::new(ROOT, INTERFACE, row(drivers))
     }
 }
@@ -275,7 +280,7 @@ fn inventory(objects: &Objects, filter: &Filter) -> Vec<Entry> {
 }
 
 /// A finding as severity, line, column and message.
-fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
+pub fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
     let severity = match finding.kind {
         FindingKind::Warning => "warning",
         FindingKind::Invalid | FindingKind::Unsupported => "error",

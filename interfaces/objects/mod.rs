@@ -10,10 +10,13 @@ pub mod job;
 pub mod manager;
 pub mod nodedev;
 pub mod paths;
+pub mod pool;
 pub mod secret;
 pub mod snapshot;
 mod stats;
+pub mod storage;
 pub mod subscription;
+pub mod volume;
 
 use crate::bus::call::{Call, Handler, Outcome};
 use crate::bus::rows::Object;
@@ -76,6 +79,8 @@ pub struct Lifecycle {
 /// See [`Published`]: a line for each kind.
 pub fn published(facts: &ObjectFacts) -> Published {
     match facts {
+        ObjectFacts::Pool(facts) => pool::published(facts),
+        ObjectFacts::Volume(facts) => volume::published(facts),
         ObjectFacts::Secret(facts) => secret::published(facts),
         ObjectFacts::NodeDevice(facts) => nodedev::published(facts),
     }

@@ -247,6 +247,7 @@ impl Domain {
         let events = change(&mut state);
         state.refresh();
         let facts = state.facts.clone();
+        state.tell_images(&self.shared.image_users, self.uuid);
         self.shared.uses.are(self.uuid, state.needs_live(), state.needs_stored());
         let otherwise = !was_told || facts.is_made_otherwise(&before);
         if was_told || !state.gone {

@@ -9,6 +9,8 @@ use super::stats::{Measured, Sampler};
 use crate::error::{Error, Result};
 use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::fair::FairPlaces;
+use crate::image_users::ImageUsers;
+use crate::images::{DiskImages, images_of};
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
 use crate::uses::Need;
@@ -16,6 +18,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::AbiDifference;
 use virt_model::driver::{Driver, Instance};
@@ -212,6 +215,15 @@ impl State {
         if facts != *self.facts {
             self.facts = Arc::new(facts);
         }
+    }
+
+    /// Says which images it has.
+    pub(super) fn tell_images(&self, users: &ImageUsers, uuid: Uuid) {
+        if self.gone {
+            return users.are(uuid, &self.name, &[], &[]);
+        }
+        let live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
+        users.are(uuid, &self.name, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
     }
 
     /// What what runs needs of other objects.

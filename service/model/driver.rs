@@ -17,6 +17,7 @@ pub mod saved;
 pub mod secrets;
 pub mod snapshots;
 pub mod stats;
+pub mod storage;
 
 use crate::device::chardev::Channel;
 use crate::device::{CharSource, Disk, Graphics};
@@ -643,6 +644,9 @@ pub enum DriverError {
     /// The file system is full, or would be.
     #[error("{0}")]
     NoSpace(String),
+    /// What was to be made is there already, or something else of its name.
+    #[error("{0}")]
+    Exists(String),
     /// An image already holds a snapshot of that name.
     #[error("{0}")]
     SnapshotExists(String),

@@ -14,4 +14,5 @@ pub mod nodedev;
 pub mod setting;
 pub mod snapshot;
 pub mod state;
+pub mod storage;
 pub mod xml;

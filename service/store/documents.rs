@@ -56,6 +56,26 @@ impl Documents {
         replace_json(&self.note(uuid), note)
     }
 
+    /// Stores something else beside a document: `<uuid>.<what>.json`.
+    pub fn save_beside(&self, uuid: Uuid, what: &str, value: &impl Serialize) -> Result<()> {
+        replace_json(&self.beside(uuid, what), value)
+    }
+
+    /// What is stored beside a document; nothing if nothing was.
+    pub fn load_beside<N: DeserializeOwned + Default>(&self, uuid: Uuid, what: &str) -> Result<N> {
+        let path = self.beside(uuid, what);
+        if path.exists() { read_json(&path) } else { Ok(N::default()) }
+    }
+
+    /// Removes what is stored beside a document; nothing need be there.
+    pub fn remove_beside(&self, uuid: Uuid, what: &str) -> Result<()> {
+        remove(&self.beside(uuid, what))
+    }
+
+    fn beside(&self, uuid: Uuid, what: &str) -> PathBuf {
+        self.0.join(format!("{uuid}.{what}.json"))
+    }
+
     /// Removes a document, then its note. On failure the document is there still; a note that cannot be removed now means
     /// nothing without it.
     pub fn remove(&self, uuid: Uuid) -> Result<()> {

@@ -27,6 +27,7 @@ mod snapshots;
 mod soak;
 mod startup;
 mod stats;
+mod storage;
 mod stranger;
 mod subscribed;
 mod truth;

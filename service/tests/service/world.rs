@@ -7,7 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
+use virt_drivers::host::lender::Lender;
 use virt_drivers::secret::Vault;
+use virt_drivers::storage::HostStorage;
 use virt_drivers::test::TestDriver;
 use virt_model::driver::Driver;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
@@ -63,6 +65,12 @@ pub struct World {
     pub departed: CancellationToken,
 }
 
+/// The storage of this host, by our rights.
+fn storage() -> Arc<HostStorage> {
+    let (rights, secrets) = (Arc::new(|| Ok(Lender::Ours)), Arc::new(|_: &str| Ok(Vec::new())));
+    Arc::new(HostStorage::new(rights, secrets, false))
+}
+
 impl World {
     pub async fn open(folder: &Path) -> World {
         World::open_with(folder, TestDriver::default()).await
@@ -78,7 +86,8 @@ impl World {
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
-        let host = Host { secrets: Vault::new(folder.join("state/secrets"), folder.join("secrets")) };
+        let secrets = Vault::new(folder.join("state/secrets"), folder.join("secrets"));
+        let host = Host { secrets, storage: storage() };
         let (service, events) =
             Service::open(settings, vec![served], host, notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await

@@ -1,0 +1,307 @@
+//! What a volume holds: laid out, copied, overwritten. What needs to understand a format is done by `qemu-img`, which has no rights
+//! of ours and finds the file without a name; all else is done here.
+
+use super::draft::{Draft, give};
+use super::folder::Beneath;
+use super::look::format_of;
+use crate::host::given::next_data;
+use crate::host::image::{Images, named};
+use crate::host::workers::Stop;
+use rustix::fs::{FallocateFlags, copy_file_range, fallocate, ioctl_ficlone};
+use rustix::io::Errno;
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+use virt_model::driver::DriverError;
+use virt_model::driver::storage::{Content, NewSize, NewVolume, Preallocation, Reflink, Wiping, Work};
+
+/// So much is moved between two looks at whether it is still wanted.
+const PIECE: usize = 1 << 20;
+/// So much the kernel copies between them.
+const SPAN: u64 = 64 << 20;
+/// How often a tool may fail at what it fails at by chance.
+const TRIES: usize = 4;
+/// What it says then: it measures how long a key takes, and cannot on some hosts.
+const BY_CHANCE: &str = "Unable to get accurate CPU usage";
+
+/// Tells how far it is, and whether it is still wanted.
+pub struct Pace<'a> {
+    work: &'a Arc<dyn Work>,
+    stop: &'a Arc<Stop>,
+}
+
+impl<'a> Pace<'a> {
+    /// Of work within an errand.
+    pub fn new(work: &'a Arc<dyn Work>, stop: &'a Arc<Stop>) -> Pace<'a> {
+        Pace { work, stop }
+    }
+
+    fn at(&self, done: u64, total: u64) -> io::Result<()> {
+        self.work.progress(done, total);
+        self.stop.check().map_err(io::Error::other)
+    }
+}
+
+/// Refuses what cannot be made.
+pub fn check(new: &NewVolume) -> Result<(), DriverError> {
+    let refuse = |text: String| Err(DriverError::Argument(text));
+    let name = &new.name;
+    match (&*new.format, &new.content) {
+        ("raw", Content::Overlay { .. }) => return refuse(format!("'{name}': a raw volume stands on nothing")),
+        ("luks", Content::Overlay { .. }) => return refuse(format!("'{name}': an encrypted volume stands on nothing")),
+        ("raw" | "qcow2" | "luks", _) => {}
+        // It is not made here, and stays what it is.
+        (_, Content::Given(_) | Content::Copy { .. }) => {}
+        (format, _) => {
+            return Err(DriverError::Unsupported(format!(
+                "'{name}': volumes of format '{format}' are not made: raw, qcow2, luks"
+            )));
+        }
+    }
+    let makes_luks = new.format == "luks" && !matches!(new.content, Content::Given(_) | Content::Copy { .. });
+    if makes_luks && new.secret.is_none() {
+        return refuse(format!("'{name}' is to be encrypted: say with which secret"));
+    }
+    if new.format == "raw" && new.secret.is_some() {
+        return refuse(format!("'{name}' is raw, and cannot be encrypted: format luks can"));
+    }
+    if new.format != "qcow2" && new.qcow2 != Default::default() {
+        return refuse(format!("'{name}': compat, cluster size and features are those of qcow2"));
+    }
+    match new.preallocation {
+        Preallocation::Metadata if new.format != "qcow2" => {
+            refuse(format!("'{name}': only qcow2 has metadata to lay out"))
+        }
+        Preallocation::Off => Ok(()),
+        _ if !matches!(new.content, Content::Empty | Content::Converted { .. }) => {
+            refuse(format!("'{name}': only an empty volume is laid out at once"))
+        }
+        _ if new.allocation > 0 => refuse(format!("'{name}': say either how much is allocated, or preallocate")),
+        _ => Ok(()),
+    }?;
+    match new.allocation > 0 && (new.format != "raw" || !matches!(new.content, Content::Empty)) {
+        true => refuse(format!("'{name}': only of an empty raw volume a part is allocated")),
+        false => Ok(()),
+    }
+}
+
+/// Whether the tool makes it.
+pub fn by_tool(new: &NewVolume) -> bool {
+    match new.content {
+        Content::Empty => new.format != "raw",
+        Content::Overlay { .. } | Content::Converted { .. } => true,
+        Content::Given(_) | Content::Copy { .. } => false,
+    }
+}
+
+/// Makes what is in a draft by the tool, to which it belongs meanwhile. Blocks.
+pub fn with_tool(draft: &Draft, new: &NewVolume, secret: Option<&[u8]>, images: &Images) -> Result<(), DriverError> {
+    let lends = match &new.content {
+        Content::Converted { chain } => chain.iter().map(|(path, _)| (path.clone(), false)).collect(),
+        _ => Vec::new(),
+    };
+    let _lent = if lends.is_empty() { None } else { Some(images.lend(&lends)?) };
+    let file = draft.file().get().map_err(|e| DriverError::Storage(e.to_string()))?;
+    if let Some(user) = images.lender.user() {
+        give(file, Some(user.uid), Some(user.gid)).map_err(|e| DriverError::Storage(format!("'{}': {e}", new.name)))?;
+    }
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match images.make(&new.name, file, arguments(new), secret) {
+            Err(DriverError::Storage(text)) if tries < TRIES && text.contains(BY_CHANCE) => {}
+            made => return made,
+        }
+    }
+}
+
+/// What the tool is told; its output is the volume.
+fn arguments(new: &NewVolume) -> Vec<OsString> {
+    const OUTPUT: &str = "/dev/stdout";
+    let mut arguments: Vec<OsString> = Vec::new();
+    let mut say = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
+    let options = options(new);
+    let secret: &[&str] = match new.secret {
+        Some(_) => &["--object", "secret,id=key,format=raw,file=/dev/stdin"],
+        None => &[],
+    };
+    let options: Vec<&str> = if options.is_empty() { Vec::new() } else { vec!["-o", &options] };
+    match &new.content {
+        Content::Converted { chain } => {
+            say(&["convert", "-q"]);
+            say(secret);
+            say(&["-O", &new.format]);
+            say(&options);
+            arguments.push(named(chain));
+            arguments.push(OUTPUT.into());
+        }
+        content => {
+            say(&["create", "-q"]);
+            say(secret);
+            say(&["-f", &new.format]);
+            say(&options);
+            if let Content::Overlay { base, format } = content {
+                say(&["-u", "-F", format, "-b"]);
+                arguments.push(base.into());
+            }
+            arguments.extend([OUTPUT.into(), new.capacity.to_string().into()]);
+        }
+    }
+    arguments
+}
+
+/// Options of its format.
+fn options(new: &NewVolume) -> String {
+    let mut options: Vec<String> = Vec::new();
+    let wanted = &new.qcow2;
+    options.extend(wanted.compat.as_ref().map(|version| format!("compat={version}")));
+    options.extend(wanted.cluster_size.map(|bytes| format!("cluster_size={bytes}")));
+    let flags = [("lazy_refcounts", wanted.lazy_refcounts), ("extended_l2", wanted.extended_l2)];
+    options.extend(flags.iter().filter(|(_, on)| *on).map(|(name, _)| format!("{name}=on")));
+    if new.preallocation != Preallocation::Off && new.format != "raw" {
+        options.push(format!("preallocation={}", new.preallocation));
+    }
+    match &*new.format {
+        "luks" => options.push("key-secret=key".to_owned()),
+        "qcow2" if new.secret.is_some() => options.push("encrypt.format=luks,encrypt.key-secret=key".to_owned()),
+        _ => {}
+    }
+    options.join(",")
+}
+
+/// Makes what is in a draft without a tool. Blocks.
+pub fn plainly(draft: &Draft, new: &NewVolume, pace: &Pace) -> io::Result<()> {
+    let file = draft.file().get()?;
+    match &new.content {
+        Content::Copy { from, reflink } => copy(from, file, *reflink, pace),
+        _ => lay_out(file, new, pace),
+    }
+}
+
+/// Makes an empty raw volume.
+fn lay_out(file: &File, new: &NewVolume, pace: &Pace) -> io::Result<()> {
+    file.set_len(new.capacity)?;
+    match new.preallocation {
+        Preallocation::Full => overwrite(file, new.capacity, &mut io::repeat(0), pace),
+        Preallocation::Falloc => allocate(file, 0, new.capacity, pace),
+        Preallocation::Off | Preallocation::Metadata => allocate(file, 0, new.allocation.min(new.capacity), pace),
+    }
+}
+
+/// Takes blocks for a part of a file, which stays as it is.
+fn allocate(file: &File, from: u64, to: u64, pace: &Pace) -> io::Result<()> {
+    let mut at = from;
+    while at < to {
+        pace.at(at - from, to - from)?;
+        let length = (to - at).min(SPAN * 16);
+        fallocate(file, FallocateFlags::KEEP_SIZE, at, length)?;
+        at += length;
+    }
+    Ok(())
+}
+
+/// Overwrites all of a file with what is read.
+fn overwrite(file: &File, length: u64, with: &mut impl Read, pace: &Pace) -> io::Result<()> {
+    let (mut piece, mut at) = (vec![0; PIECE], 0);
+    while at < length {
+        pace.at(at, length)?;
+        let count = (length - at).min(PIECE as u64) as usize;
+        with.read_exact(&mut piece[..count])?;
+        file.write_all_at(&piece[..count], at)?;
+        at += count as u64;
+    }
+    pace.at(length, length)
+}
+
+/// Copies a file: its holes stay holes.
+fn copy(from: &impl AsFd, to: &File, reflink: Reflink, pace: &Pace) -> io::Result<()> {
+    if reflink != Reflink::Never {
+        match ioctl_ficlone(to, from) {
+            Ok(()) => return Ok(()),
+            Err(e) if reflink == Reflink::Always => return Err(e.into()),
+            Err(_) => {}
+        }
+    }
+    let length = rustix::fs::fstat(from)?.st_size.unsigned_abs();
+    to.set_len(length)?;
+    let mut at = 0;
+    while let Some((begin, end)) = next_data(from, at, length)? {
+        at = begin;
+        while at < end {
+            pace.at(at, length)?;
+            let count = copy_some(from, to, at, (end - at).min(SPAN), reflink)?;
+            if count == 0 {
+                return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "what is copied became shorter meanwhile"));
+            }
+            at += count;
+        }
+    }
+    pace.at(length, length)
+}
+
+/// Copies some of it; how much. The kernel may share blocks where it copies itself.
+fn copy_some(from: &impl AsFd, to: &File, at: u64, length: u64, reflink: Reflink) -> io::Result<u64> {
+    let length = usize::try_from(length).unwrap_or(PIECE);
+    if reflink != Reflink::Never {
+        let (mut here, mut there) = (at, at);
+        match copy_file_range(from, Some(&mut here), to, Some(&mut there), length) {
+            Err(Errno::XDEV | Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {}
+            copied => return Ok(copied? as u64),
+        }
+    }
+    let mut piece = vec![0; length.min(PIECE)];
+    let count = rustix::io::pread(from, &mut piece, at)?;
+    to.write_all_at(&piece[..count], at)?;
+    Ok(count as u64)
+}
+
+/// Judges what a client gave: it is of the format that it is to be of. A raw one becomes as long as it is wanted. Blocks.
+pub fn accept(draft: &Draft, format: &str, length: u64, capacity: u64) -> Result<(), DriverError> {
+    let storage = |e: io::Error| DriverError::Storage(e.to_string());
+    let file = draft.file().get().map_err(storage)?;
+    if format == "raw" {
+        if capacity > length {
+            file.set_len(capacity).map_err(storage)?;
+        }
+        return Ok(());
+    }
+    match format_of(file).map_err(storage)? {
+        Some(begins) if begins == format => Ok(()),
+        _ => Err(DriverError::Argument(format!("what was given does not begin as an image of format '{format}' does"))),
+    }
+}
+
+/// Gives a raw volume another size. Blocks.
+pub fn resize(file: &Beneath, to: NewSize, pace: &Pace) -> io::Result<()> {
+    let (length, file) = (file.length(), file.to_write()?);
+    let file = file.get()?;
+    if to.allocate && to.capacity > length {
+        // First what can fail, so that it is as before then.
+        allocate(file, length, to.capacity, pace).inspect_err(|_| _ = file.set_len(length))?;
+    }
+    file.set_len(to.capacity)?;
+    file.sync_all()
+}
+
+/// Overwrites all of a volume. Blocks.
+pub fn wipe(file: &Beneath, how: Wiping, pace: &Pace) -> io::Result<()> {
+    let (length, file) = (file.length(), file.to_write()?);
+    let file = file.get()?;
+    match how {
+        Wiping::Zero => overwrite(file, length, &mut io::repeat(0), pace)?,
+        Wiping::Random => overwrite(file, length, &mut random()?, pace)?,
+        Wiping::Discard if length > 0 => {
+            fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, length)?;
+        }
+        Wiping::Discard => {}
+    }
+    file.sync_all()
+}
+
+#[allow(clippy::disallowed_methods, reason = "the kernel's own")]
+fn random() -> io::Result<File> {
+    File::open("/dev/urandom")
+}

@@ -1,0 +1,149 @@
+//! What a volume is: by what is known of it, and else by how it begins. Of a header so much is read as says how large the image is
+//! and what it stands on; what it names is never opened.
+
+use super::folder::{Beneath, PoolFolder};
+use crate::host::chain::{self, Header};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use virt_model::driver::storage::{BackingLook, KnownFormats, Survey, VolumeLook};
+
+/// Formats by their signs: so many bytes in, one of these.
+const SIGNS: &[(&str, u64, &[&[u8]])] = &[
+    ("qcow2", 0, &[b"QFI\xfb\0\0\0\x02", b"QFI\xfb\0\0\0\x03"]),
+    ("qcow", 0, &[b"QFI\xfb\0\0\0\x01"]),
+    ("qed", 0, &[b"QED\0"]),
+    ("luks", 0, &[b"LUKS\xba\xbe"]),
+    ("vmdk", 0, &[b"KDMV", b"COWD", b"# Disk Descripto"]),
+    ("vhdx", 0, &[b"vhdxfile"]),
+    ("vpc", 0, &[b"conectix"]),
+    ("vdi", 64, &[b"\x7f\x10\xda\xbe"]),
+    ("iso", 0x8001, &[b"CD001"]),
+];
+
+/// All volumes, and how much room there is.
+pub fn survey(folder: &PoolFolder, path: &Path, known: &KnownFormats) -> io::Result<Survey> {
+    let (names, unnameable) = folder.names()?;
+    let looks = names.iter().filter_map(|name| volume(folder, name, path, known).transpose());
+    Ok(Survey { volumes: looks.collect::<io::Result<_>>()?, unnameable, room: folder.room()? })
+}
+
+/// The volume of that name, if there is one; `path` is the pool's.
+pub fn volume(folder: &PoolFolder, name: &str, path: &Path, known: &KnownFormats) -> io::Result<Option<VolumeLook>> {
+    let Some(file) = folder.beneath(name)? else { return Ok(None) };
+    Ok(Some(of(&file, name, path, known.get(&file.id()).map(|format| &**format))))
+}
+
+/// One that has just been made, in a format that is known.
+pub fn made(folder: &PoolFolder, name: &str, path: &Path, format: &str) -> io::Result<VolumeLook> {
+    let gone = || io::Error::new(io::ErrorKind::NotFound, "somebody removed it as soon as it was made");
+    let file = folder.beneath(name)?.ok_or_else(gone)?;
+    Ok(of(&file, name, path, Some(format)))
+}
+
+fn of(file: &Beneath, name: &str, path: &Path, known: Option<&str>) -> VolumeLook {
+    let stat = file.stat();
+    let nanoseconds = |seconds: i64, rest: u64| seconds.saturating_mul(1_000_000_000).saturating_add(rest as i64);
+    let mut look = VolumeLook {
+        name: name.to_owned(),
+        id: file.id(),
+        format: known.unwrap_or("raw").to_owned(),
+        capacity: file.length(),
+        allocation: stat.st_blocks.unsigned_abs() * 512,
+        physical: file.length(),
+        permissions: file.permissions(),
+        times: [
+            nanoseconds(stat.st_atime, stat.st_atime_nsec),
+            nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
+            nanoseconds(stat.st_ctime, stat.st_ctime_nsec),
+        ],
+        ..VolumeLook::default()
+    };
+    // What is known to be raw has no header: its guest writes what is there.
+    if known != Some("raw") {
+        let told = file.to_read().and_then(|file| header(file.get()?, known, &path.join(name), &mut look));
+        look.broken = told.err().map(|e| format!("its header cannot be read: {e}"));
+    }
+    look
+}
+
+/// Reads what its header says.
+fn header(file: &File, known: Option<&str>, path: &Path, look: &mut VolumeLook) -> io::Result<()> {
+    let begins = format_of(file)?;
+    let format = known.or(begins).unwrap_or("raw");
+    format.clone_into(&mut look.format);
+    if SIGNS.iter().any(|(name, ..)| *name == format) && begins != Some(format) && !matches!(format, "vpc" | "vmdk") {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it does not begin as {format} does")));
+    }
+    look.capacity = capacity(file, format, look.physical)?;
+    look.encrypted = format == "luks" || format == "qcow2" && be32(file, 32)? != 0;
+    look.snapshots = if format == "qcow2" { be32(file, 60)? } else { 0 };
+    let header = Header::of(file, format)?;
+    look.has_data_file = header.data.is_some();
+    look.backing = header.backing.map(|text| BackingLook {
+        place: chain::place(&text, path),
+        format: header.backing_format,
+        text,
+    });
+    Ok(())
+}
+
+/// The format of an image by its sign, if it has one.
+pub fn format_of(file: &File) -> io::Result<Option<&'static str>> {
+    for (format, at, signs) in SIGNS {
+        let mut begins = [0u8; 16];
+        let read = read_some(file, &mut begins, *at)?;
+        if signs.iter().any(|sign| begins[..read].starts_with(sign)) {
+            return Ok(Some(format));
+        }
+    }
+    Ok(None)
+}
+
+/// What a guest sees of it, in bytes; its length, where its header does not say it.
+fn capacity(file: &File, format: &str, length: u64) -> io::Result<u64> {
+    Ok(match format {
+        "qcow2" | "qcow" => be64(file, 24)?,
+        "qed" => le64(file, 48)?,
+        "vdi" => le64(file, 0x170)?,
+        "vpc" => be64(file, 48)?,
+        "vmdk" if format_begins(file, b"KDMV")? => le64(file, 12)?.saturating_mul(512),
+        // The first version says where its payload begins in sectors; the second says it in a text.
+        "luks" if be32(file, 4)? & 0xffff == 1 => length.saturating_sub(u64::from(be32(file, 104)?) * 512),
+        _ => length,
+    })
+}
+
+fn format_begins(file: &File, sign: &[u8; 4]) -> io::Result<bool> {
+    let mut begins = [0u8; 4];
+    Ok(read_some(file, &mut begins, 0)? == 4 && begins == *sign)
+}
+
+fn be32(file: &File, at: u64) -> io::Result<u32> {
+    let mut bytes = [0u8; 4];
+    read_some(file, &mut bytes, at)?;
+    Ok(u32::from_be_bytes(bytes))
+}
+
+fn be64(file: &File, at: u64) -> io::Result<u64> {
+    let mut bytes = [0u8; 8];
+    read_some(file, &mut bytes, at)?;
+    Ok(u64::from_be_bytes(bytes))
+}
+
+fn le64(file: &File, at: u64) -> io::Result<u64> {
+    be64(file, at).map(u64::swap_bytes)
+}
+
+/// Reads as much as there is; zeroes stay where there is none.
+fn read_some(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+    let mut read = 0;
+    while read < buffer.len() {
+        match file.read_at(&mut buffer[read..], at + read as u64)? {
+            0 => break,
+            count => read += count,
+        }
+    }
+    Ok(read)
+}

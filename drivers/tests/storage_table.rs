@@ -1,0 +1,89 @@
+//! `docs/STORAGE-XML.md`: what becomes of every element and attribute of the documents of pools and volumes, written from the list
+//! that decides it. With `UPDATE=1` in the environment the page is written anew, to be reviewed.
+
+use std::path::Path;
+use std::sync::Arc;
+use virt_drivers::host::lender::Lender;
+use virt_drivers::storage::HostStorage;
+use virt_drivers::storage::table::{Standing, refused_of_pool, refused_of_volume, standing};
+use virt_model::driver::storage::Storage;
+use virt_model::storage::pool::PoolDef;
+use virt_model::storage::volume::VolumeDef;
+use virt_model::storage::{DOCUMENTS, vocabulary};
+
+const HEAD: &str = "# What becomes of storage XML
+
+Every element and attribute of libvirt's documents of storage pools and volumes is known. Of a pool all is stored and shown again;
+what is not in the format is refused when the pool is defined, with line and column, and so is what its type cannot have. This page
+says what is done with each: it *acts*; it is *told* of what is there, and forgotten when it is read; it is *kept*, and asks for
+nothing; or it is *refused*, by name and with the reason, when a pool is started or a volume is made.
+
+The page is generated from the list in `drivers/storage/table.rs` (`UPDATE=1 cargo test -p virt-drivers --test storage_table`), and a
+test holds it to it. An element in brackets stands for itself and all below it.
+";
+
+/// The types of pool.
+fn types() -> String {
+    let storage = HostStorage::new(Arc::new(|| Ok(Lender::Ours)), Arc::new(|_| Ok(Vec::new())), false);
+    let mut page =
+        "\n## Types of pool\n\n| type | is started | formats that are made | comes from |\n|---|---|---|---|\n"
+            .to_owned();
+    for ability in storage.kinds() {
+        let list = |words: &[&str]| words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(" ");
+        let started = if ability.lacks.is_none() { "yes" } else { "no: kept and shown" };
+        let (formats, sources) = (list(ability.volume_formats), list(ability.source_formats));
+        page += &format!("| `{}` | {started} | {formats} | {sources} |\n", ability.kind);
+    }
+    page
+}
+
+fn rows(kind: &str) -> String {
+    let mut page = format!("\n## `<{kind}>`\n\n| element | acts | told, kept, refused |\n|---|---|---|\n");
+    let mut whole: Vec<String> = Vec::new();
+    for (path, attributes) in vocabulary(kind) {
+        if whole.iter().any(|above| path.strip_prefix(&**above).is_some_and(|rest| rest.starts_with('/'))) {
+            continue;
+        }
+        let name = if path.is_empty() { kind } else { &*path };
+        let other = |standing| match standing {
+            Standing::Acts => None,
+            Standing::Told => Some("told".to_owned()),
+            Standing::Kept(why) => Some(format!("kept: {why}")),
+            Standing::Refused(why) => Some(format!("refused: {why}")),
+        };
+        if let Some(why) = other(standing(kind, &path)) {
+            page += &format!("| [`{name}`] | | {why} |\n");
+            whole.push(path);
+            continue;
+        }
+        let at = |attribute: &String| standing(kind, &format!("{path}/@{attribute}"));
+        let (acts, rest): (Vec<_>, Vec<_>) = attributes.iter().partition(|attribute| at(attribute) == Standing::Acts);
+        let acts = acts.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" ");
+        let acts = if acts.is_empty() { "yes".to_owned() } else { acts };
+        let rest = rest.iter().map(|name| format!("`{name}`: {}", other(at(name)).unwrap_or_default()));
+        page += &format!("| `{name}` | {acts} | {} |\n", rest.collect::<Vec<_>>().join("; "));
+    }
+    page
+}
+
+#[test]
+fn the_page_says_what_the_list_says() {
+    let page = DOCUMENTS.iter().fold(HEAD.to_owned() + &types(), |page, kind| page + &rows(kind));
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/STORAGE-XML.md");
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(&path, &page).unwrap();
+    }
+    assert!(std::fs::read_to_string(&path).unwrap() == page, "docs/STORAGE-XML.md is not what the list says: UPDATE=1");
+}
+
+#[test]
+fn what_is_refused_is_named_where_it_stands() {
+    let pool = "<pool type='dir'>\n<name>p</name>\n<target><path>/p</path></target>\n<refresh/>\n</pool>";
+    let found = refused_of_pool(&PoolDef::parse(pool).unwrap());
+    assert_eq!((found.len(), found[0].line, &*found[0].path), (1, 4, "/refresh"));
+    let volume = "<volume>\n<name>v</name>\n<source/>\n<target><encryption format='luks'>\n<cipher name='aes'/></encryption></target>\n</volume>";
+    let found = refused_of_volume(&VolumeDef::parse(volume).unwrap());
+    let places: Vec<_> = found.iter().map(|finding| &*finding.path).collect();
+    assert!(places.contains(&"/source") && places.contains(&"/target/encryption/cipher"), "{places:?}");
+    assert_eq!(places.len(), 2);
+}

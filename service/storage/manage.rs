@@ -1,0 +1,248 @@
+//! All pools: definitions until they are pools, look-up, what is found when virtd starts, and what starts with the host.
+
+use super::set::Pools;
+use super::{NOTED, Note, Noted, OwnWork, Phase, Pool, StartPool, State, Volume, subject};
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::fail_point;
+use crate::frames::{self, Changeable as _};
+use crate::log;
+use crate::registry::{Claimed, check_new_name};
+use crate::shared::{Shared, virtd_itself};
+use crate::store::{Folder, FoundDocument, on_disk};
+use crate::{Service, verb};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::driver::storage::{FileId, PoolAbility, Room};
+use virt_model::storage::pool::PoolDef;
+use virt_model::xml::{Finding, FindingKind, Limits, shorten};
+
+impl Service {
+    /// The pool with this uuid, written with or without dashes.
+    pub fn pool_by_uuid(&self, uuid: &str) -> Result<Arc<Pool>> {
+        let missing = || Error::NoSuchPool { what: "uuid", value: shorten(uuid) };
+        self.pool(crate::read_uuid(uuid)?).ok_or_else(missing)
+    }
+
+    /// The pool with this uuid, if there is one.
+    pub fn pool(&self, uuid: Uuid) -> Option<Arc<Pool>> {
+        self.pools.registry.get(uuid)
+    }
+
+    /// The pool with this name.
+    pub fn pool_by_name(&self, name: &str) -> Result<Arc<Pool>> {
+        let missing = || Error::NoSuchPool { what: "name", value: shorten(name) };
+        self.pools.registry.by_name(name).ok_or_else(missing)
+    }
+
+    /// The volume at a path.
+    pub fn volume_by_path(&self, path: &str) -> Result<Volume> {
+        let missing = || Error::NoSuchVolume(format!("no active pool has a volume at '{}'", shorten(path)));
+        let (pool, name) = self.pools.volume_at(Path::new(path)).ok_or_else(missing)?;
+        pool.find_volume(&name)
+    }
+
+    /// What this host can do with each kind of pool.
+    pub fn pool_abilities(&self) -> Vec<PoolAbility> {
+        self.shared.host.storage.kinds()
+    }
+
+    /// Everything that keeps a document from being a pool that can be started here.
+    pub async fn validate_pool(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
+        self.allow(caller, &verb::VALIDATE_POOL, &Default::default()).await?;
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        match seat.read(xml, PoolDef::parse).await {
+            Err(findings) => Ok(findings),
+            Ok(def) => Ok(match self.shared.host.storage.check(&def) {
+                Ok(()) => Vec::new(),
+                Err(virt_model::driver::DriverError::Config(findings)) => findings,
+                Err(error) => vec![Finding::anywhere(FindingKind::Unsupported, "/", error.to_string())],
+            }),
+        }
+    }
+
+    /// Defines a pool, or changes the definition of one.
+    pub async fn define_pool(&self, caller: &Caller, xml: &str) -> Result<Arc<Pool>> {
+        let (verb, begun) = (&verb::DEFINE_POOL, Instant::now());
+        let result = self.define_pool_inner(caller, xml).await;
+        match &result {
+            Ok(pool) => frames::log_of(&**pool, caller, verb, begun, None),
+            Err(error) => log::refused(caller, verb, begun, error),
+        }
+        result
+    }
+
+    async fn define_pool_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Pool>> {
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let def = seat.read(xml, PoolDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let (registry, uuid, name) = (&self.pools.registry, def.uuid, def.name.clone());
+        let existing = registry.look(uuid, &name)?;
+        if existing.is_none() {
+            check_new_name("pool", &name)?;
+        }
+        let about = existing.as_ref().map_or_else(|| subject(&name, uuid), |pool| pool.subject());
+        self.allow(caller, &verb::DEFINE_POOL, &about).await?;
+        let text = def.write_readable(Limits::STORED).map_err(Error::InvalidArgument)?;
+        match registry.claim(uuid, &name, caller.uid, self.shared.limits.others_per_user)? {
+            Claimed::Existing(pool) if existing.as_ref().is_some_and(|known| Arc::ptr_eq(known, &pool)) => {
+                pool.redefine(def, text).await?;
+                Ok(pool)
+            }
+            Claimed::Existing(_) => {
+                Err(Error::PoolExists(format!("pool '{name}' was defined by another call meanwhile; try again")))
+            }
+            Claimed::New if existing.is_none() => {
+                let made = create(&self.shared, &self.pools, def, text, caller.uid).await;
+                made.inspect_err(|_| registry.remove(uuid, &name, caller.uid))
+            }
+            Claimed::New => {
+                registry.remove(uuid, &name, caller.uid);
+                let text = format!("pool '{name}' was removed by another call meanwhile; try again");
+                Err(Error::OperationInvalid(text))
+            }
+        }
+    }
+}
+
+impl Pool {
+    /// Takes another document. Permission has been asked.
+    async fn redefine(self: &Arc<Self>, def: PoolDef, text: String) -> Result<()> {
+        let _turn = frames::take_turn(&**self, verb::DEFINE_POOL.word, &CancellationToken::new()).await?;
+        let autostart = super::lock(&self.state).autostart;
+        let (shared, uuid, note) = (self.shared.clone(), self.uuid, Note { owner: self.owner, autostart });
+        on_disk(move || shared.store.documents(Folder::Pools).save(uuid, &text, &note)).await?;
+        fail_point::reached();
+        self.commit(vec![("defined", "updated")], |state| (state.def, state.broken) = (Arc::new(def), None));
+        Ok(())
+    }
+}
+
+/// A new pool, whose name and uuid are claimed.
+async fn create(shared: &Arc<Shared>, pools: &Arc<Pools>, def: PoolDef, text: String, owner: u32) -> Result<Arc<Pool>> {
+    let (on, uuid, note) = (shared.clone(), def.uuid, Note { owner, autostart: false });
+    on_disk(move || on.store.documents(Folder::Pools).save(uuid, &text, &note)).await?;
+    fail_point::reached();
+    let pool = enter(shared, pools, def, None, Note { owner, autostart: false }, Vec::new());
+    pool.commit(vec![("defined", "added")], |_| {});
+    Ok(pool)
+}
+
+/// Registers a pool.
+fn enter(
+    shared: &Arc<Shared>,
+    pools: &Arc<Pools>,
+    def: PoolDef,
+    broken: Option<String>,
+    note: Note,
+    noted: Vec<(FileId, Noted)>,
+) -> Arc<Pool> {
+    let (uuid, name) = (def.uuid, def.name.clone());
+    let state = State {
+        def: Arc::new(def),
+        live: None,
+        broken,
+        autostart: note.autostart,
+        phase: Phase::Inactive,
+        open: None,
+        follows: None,
+        room: Room::default(),
+        refreshed_usec: 0,
+        unnameable: 0,
+        volumes: BTreeMap::new(),
+        noted: noted.into_iter().collect(),
+        gone: false,
+        facts: None,
+    };
+    let pool = Arc::new(Pool {
+        uuid,
+        name,
+        owner: note.owner,
+        shared: shared.clone(),
+        pools: pools.clone(),
+        turn: Arc::default(),
+        turns: Mutex::new(HashMap::new()),
+        state: Mutex::new(state),
+    });
+    pools.registry.insert(pool.clone());
+    pool
+}
+
+/// Fills the registry from disk, and opens again, in the background, what was active when virtd was last here. One whose document
+/// cannot be used is there, and says so.
+pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()> {
+    let on = shared.clone();
+    let found = on_disk(move || on.store.documents(Folder::Pools).load::<Note>()).await?;
+    let on = shared.clone();
+    let active: BTreeSet<Uuid> = on_disk(move || on.store.active_pools().uuids()).await?.into_iter().collect();
+    for FoundDocument { uuid, text, note } in found {
+        let read = text.and_then(|text| {
+            PoolDef::parse_within(&text, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))
+        });
+        let read = read.and_then(|def| match def.uuid == uuid {
+            true => Ok(def),
+            false => Err(format!("its file holds the pool {}", def.uuid)),
+        });
+        let read = read.and_then(|def| pools.registry.look(uuid, &def.name).map(|_| def).map_err(|e| e.to_string()));
+        let (def, broken) = match read {
+            Ok(def) => (def, None),
+            Err(why) => {
+                tracing::error!(%uuid, "the document of this pool is left alone: {why}");
+                (PoolDef { name: uuid.to_string(), uuid, ..PoolDef::default() }, Some(why))
+            }
+        };
+        let on = shared.clone();
+        let noted = on_disk(move || on.store.documents(Folder::Pools).load_beside(uuid, NOTED)).await;
+        let noted = noted.unwrap_or_else(|e| {
+            tracing::error!(%uuid, "what is noted of this pool's volumes is lost: {e}");
+            Vec::new()
+        });
+        pools.registry.claim(uuid, &def.name, note.owner, usize::MAX)?;
+        let pool = enter(shared, pools, def, broken, note, noted);
+        pool.commit(Vec::new(), |_| {});
+        if active.contains(&uuid) {
+            tokio::spawn(async move { pool.opens_again().await });
+        }
+    }
+    listen(shared, pools);
+    Ok(())
+}
+
+impl Pool {
+    /// It was active when virtd was last here.
+    async fn opens_again(self: Arc<Self>) {
+        let cancel = CancellationToken::new();
+        let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else { return };
+        if let Err(error) = self.bring_up(StartPool::default(), &OwnWork(cancel)).await {
+            tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");
+        }
+    }
+}
+
+/// Has pools tell who uses their volumes whenever machines name others.
+fn listen(shared: &Arc<Shared>, pools: &Arc<Pools>) {
+    let all = Arc::downgrade(pools);
+    shared.image_users.listen(move |changed| {
+        all.upgrade().into_iter().for_each(|pools| pools.look_at_users(changed));
+    });
+}
+
+/// Starts the pools that start with the host.
+pub(crate) async fn autostart(pools: &Pools) {
+    for pool in pools.registry.all() {
+        let is_due = {
+            let state = super::lock(&pool.state);
+            state.autostart && state.phase == Phase::Inactive
+        };
+        if !is_due {
+            continue;
+        }
+        let started = async { pool.start(&virtd_itself(), StartPool::default()).await?.done().await };
+        if let Err(error) = started.await {
+            tracing::error!(uuid = %pool.uuid, name = pool.name, "autostart: {error}");
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! Who needs a pool or a volume: machines by their disks and snapshots, volumes that stand on others, and who has an image open and
+//! is none of ours. Nothing in use is taken away.
+
+use super::{Pool, Row, State};
+use crate::error::{Error, Result};
+use crate::facts::VolumeFacts;
+use crate::images::Fate;
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use std::path::Path;
+use std::sync::Arc;
+
+/// What is known of a verb of which nothing is done.
+#[derive(Debug, Default)]
+pub struct StorageCheck {
+    /// Why it would be refused.
+    pub refusal: Option<Error>,
+    /// Who needs what it would take away or change.
+    pub users: Vec<User>,
+    /// What could no longer be started, or reverted to.
+    pub breaks: Vec<ObjectRef>,
+    /// What becomes of which file, and its bytes.
+    pub files: Vec<(String, &'static str, u64)>,
+    /// Bytes that are free then.
+    pub frees: u64,
+    /// Bytes that are taken then.
+    pub needs: u64,
+}
+
+impl Pool {
+    /// Who needs a volume at that path: machines, and other volumes.
+    pub(super) fn users_at(&self, path: &Path) -> Vec<User> {
+        let mut users = self.shared.image_users.of(path);
+        users.extend(self.pools.standing_on(path));
+        users.sort();
+        users.dedup();
+        users
+    }
+
+    /// Who needs something below a folder.
+    pub(super) fn users_below(&self, folder: &Path) -> Vec<User> {
+        self.shared.image_users.below(folder)
+    }
+
+    /// Who needs this pool.
+    pub(super) fn users(&self) -> Vec<User> {
+        self.users_below(&self.target())
+    }
+
+    /// Refuses what would take away what these need, of those that count.
+    pub(super) fn refuse_users(&self, deed: &str, users: &[User], counts: impl Fn(&User) -> bool) -> Result<()> {
+        let named: Vec<String> = users.iter().filter(|user| counts(user)).map(|user| self.called(user)).collect();
+        match named.is_empty() {
+            true => Ok(()),
+            false => {
+                Err(Error::InUse(format!("cannot {deed} pool '{}': it is used by {}", self.name, named.join(", "))))
+            }
+        }
+    }
+
+    /// Who uses something, for people.
+    pub(super) fn called(&self, user: &User) -> String {
+        match &user.object {
+            ObjectRef::Volume(_, name) => format!("{} ({})", ObjectKind::Volume.named(name), user.how),
+            ObjectRef::Foreign => "another process (fuser tells which)".to_owned(),
+            _ => self.shared.image_users.called(user),
+        }
+    }
+
+    /// Refuses to change or remove the file of a volume that somebody needs, snapshots and strangers included.
+    pub(super) async fn refuse_in_use(
+        &self,
+        deed: &str,
+        name: &str,
+        fate: Fate,
+        counts: impl Fn(&User) -> bool,
+    ) -> Result<Vec<User>> {
+        let path = self.target().join(name);
+        let mut users = self.users_at(&path);
+        let strangers = self.opened()?.is_open_elsewhere(name).await.map_err(|e| self.failed("look at", e))?;
+        // A guest of ours has it open itself.
+        if strangers && !users.iter().any(|user| user.how == Usage::Live) {
+            users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
+        }
+        let volume = ObjectKind::Volume.named(name);
+        let named: Vec<String> = users.iter().filter(|user| counts(user)).map(|user| self.called(user)).collect();
+        if !named.is_empty() {
+            return Err(Error::InUse(format!("cannot {deed} {volume}: it is used by {}", named.join(", "))));
+        }
+        // What snapshots froze, and what block jobs write.
+        let chains = self.shared.images.snapshots_on(&path, fate).await;
+        match chains.is_empty() {
+            true => Ok(users),
+            false => Err(Error::InUse(format!("cannot {deed} {volume}: it is what {} stands on", chains.join(", ")))),
+        }
+    }
+
+    /// All that is published of a volume.
+    pub(super) fn volume_facts(&self, state: &State, name: &Arc<str>) -> Option<VolumeFacts> {
+        let Row { look, busy, .. } = state.volumes.get(name)?;
+        let noted = state.noted.get(&look.id);
+        let path = state.target().join(&**name);
+        let place = look.backing.as_ref().and_then(|backing| backing.place.clone());
+        let backing = place.as_ref().and_then(|place| self.known_volume(state, place));
+        let mut problems = Vec::new();
+        let mut problem = |token: &'static str, text: String| problems.push((token, text));
+        if let Some(why) = &look.broken {
+            problem("broken", why.clone());
+        }
+        if look.has_data_file {
+            problem("data-file", "part of what it holds is in a file beside it, which is not followed".to_owned());
+        }
+        if look.backing.is_some() && backing.is_none() {
+            problem(
+                "backing-outside",
+                "what it stands on is no volume of an active pool, and is not followed".to_owned(),
+            );
+        }
+        let incomplete = noted.is_some_and(|noted| noted.incomplete);
+        if incomplete {
+            problem("incomplete", "what was written to it was cut off: write it again, or delete it".to_owned());
+        }
+        let volume_state = match () {
+            () if *busy => "busy",
+            () if look.broken.is_some() => "broken",
+            () if incomplete => "incomplete",
+            () => "ready",
+        };
+        Some(VolumeFacts {
+            pool: self.uuid,
+            name: name.to_string(),
+            path: path.display().to_string(),
+            format: look.format.clone(),
+            capacity: look.capacity,
+            allocation: look.allocation,
+            backing_path: look.backing.as_ref().map_or_else(String::new, |backing| backing.text.clone()),
+            backing_place: place,
+            backing,
+            encrypted: look.encrypted,
+            state: volume_state,
+            owner: noted.map_or(look.permissions.0, |noted| noted.owner),
+            users: self.users_at(&path).into(),
+            problems,
+        })
+    }
+
+    /// The volume at a path. Of another pool only the pool is looked at: its volumes have a lock of their own.
+    fn known_volume(&self, state: &State, path: &Path) -> Option<ObjectRef> {
+        let name = path.file_name()?.to_str()?;
+        if path.parent() == Some(&*state.target()) {
+            let (name, _) = state.volumes.get_key_value(name)?;
+            return Some(ObjectRef::Volume(self.uuid, name.clone()));
+        }
+        self.pools.indexed(path)
+    }
+}

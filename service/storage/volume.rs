@@ -1,0 +1,458 @@
+//! One volume: a name in a pool, with a turn of its own, so that what takes hours keeps no other volume waiting.
+
+use super::{JobWork, Noted, Pool, StorageCheck};
+use crate::authz::{Action, Caller, Subject};
+use crate::error::{Error, Result};
+use crate::frames::{self, Changeable};
+use crate::images::Fate;
+use crate::job::Ticket;
+use crate::lock::lock;
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use crate::shared::Shared;
+use crate::store::on_disk;
+use crate::turn::Turn;
+use crate::verb::{self, Verb};
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use virt_model::device::source::Encryption;
+use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work};
+use virt_model::driver::{DriverError, GivenFile};
+use virt_model::storage::volume::{VolumeBacking, VolumeDef, VolumeKind, VolumeTarget};
+use virt_model::storage::{Bytes, FileMode, FormatDoc, Permissions};
+
+/// A volume of a pool.
+pub struct Volume {
+    pub(super) pool: Arc<Pool>,
+    pub(super) name: Arc<str>,
+    turn: Arc<Turn>,
+    /// It is being made, and need not be there.
+    is_new: bool,
+}
+
+/// The size that a volume is to get.
+#[derive(Clone, Copy, Debug)]
+pub struct NewCapacity {
+    /// What a guest sees, in bytes.
+    pub capacity: u64,
+    /// It may become smaller.
+    pub shrink: bool,
+    /// What is new is taken at once.
+    pub allocate: bool,
+    /// It is cancelled when its caller leaves.
+    pub cancel_on_disconnect: bool,
+}
+
+impl Changeable for Volume {
+    const KIND: ObjectKind = ObjectKind::Volume;
+
+    fn shared(&self) -> &Arc<Shared> {
+        &self.pool.shared
+    }
+
+    fn turn(&self) -> &Arc<Turn> {
+        &self.turn
+    }
+
+    fn reference(&self) -> ObjectRef {
+        ObjectRef::Volume(self.pool.uuid, self.name.clone())
+    }
+
+    fn name(&self) -> String {
+        self.name.to_string()
+    }
+
+    fn subject(&self) -> Subject {
+        let subject = super::subject(&self.pool.name, self.pool.uuid).with("volume_name", &*self.name);
+        let state = lock(&self.pool.state);
+        match state.volumes.get(&self.name) {
+            Some(row) => {
+                subject.owned_by(state.noted.get(&row.look.id).map_or(row.look.permissions.0, |noted| noted.owner))
+            }
+            None => subject,
+        }
+    }
+
+    fn still_here(&self) -> Result<()> {
+        match self.is_new || lock(&self.pool.state).volumes.contains_key(&self.name) {
+            true => self.pool.still_here(),
+            false => Err(self.pool.no_volume(&self.name)),
+        }
+    }
+
+    fn sound_for(&self, action: Action) -> Result<()> {
+        self.pool.sound_for(action)
+    }
+
+    fn applies(&self, verb: &Verb) -> Result<()> {
+        self.pool.applies(verb)
+    }
+
+    const UNDONE_LATER: &str = "its storage does not answer: what was begun is undone when it does";
+}
+
+impl Pool {
+    /// The volume of that name, if there is one.
+    pub fn volume(self: &Arc<Self>, name: &str) -> Option<Volume> {
+        let name = lock(&self.state).volumes.get_key_value(name)?.0.clone();
+        Some(self.handle(name, false))
+    }
+
+    /// The same. Error: there is none.
+    pub fn find_volume(self: &Arc<Self>, name: &str) -> Result<Volume> {
+        self.volume(name).ok_or_else(|| self.no_volume(name))
+    }
+
+    /// A volume that is to be made.
+    pub(super) fn new_volume(self: &Arc<Self>, name: &str) -> Volume {
+        self.handle(name.into(), true)
+    }
+
+    fn handle(self: &Arc<Self>, name: Arc<str>, is_new: bool) -> Volume {
+        let mut turns = lock(&self.turns);
+        turns.retain(|_, turn| turn.strong_count() > 0);
+        let turn = turns.get(&name).and_then(std::sync::Weak::upgrade).unwrap_or_default();
+        turns.insert(name.clone(), Arc::downgrade(&turn));
+        Volume { pool: self.clone(), name, turn, is_new }
+    }
+
+    fn no_volume(&self, name: &str) -> Error {
+        let name = virt_model::xml::shorten(name);
+        Error::NoSuchVolume(format!("pool '{}' has no volume '{name}'", self.name))
+    }
+}
+
+impl Volume {
+    /// Which object it is.
+    pub fn object(&self) -> ObjectRef {
+        self.reference()
+    }
+
+    /// Its pool.
+    pub fn pool(&self) -> &Arc<Pool> {
+        &self.pool
+    }
+
+    /// What a method would meet now: `yes`, `no`, `challenge` or `na`. Never prompts.
+    /// Error: `InvalidArgument` for a name that is no method of a volume.
+    pub async fn can(&self, caller: &Caller, member: &str) -> Result<&'static str> {
+        let verb = verb::find("org.virt.StorageVolume", verb::VOLUME, member)?;
+        Ok(frames::can(self, caller, verb).await)
+    }
+
+    /// Its document.
+    pub async fn xml(&self, caller: &Caller) -> Result<String> {
+        frames::beside(self, caller, &verb::VOLUME_XML, async {
+            let look = self.look()?;
+            Ok(document(&look, &self.path()).write())
+        })
+        .await
+    }
+
+    /// What is known of it.
+    pub(super) fn look(&self) -> Result<VolumeLook> {
+        let state = lock(&self.pool.state);
+        let row = state.volumes.get(&self.name).map(|row| row.look.clone());
+        drop(state);
+        row.ok_or_else(|| self.pool.no_volume(&self.name))
+    }
+
+    /// Where it is.
+    pub(super) fn path(&self) -> PathBuf {
+        self.pool.target().join(&*self.name)
+    }
+
+    /// As the host's storage finds it: with what it stands on, as far as that is volumes.
+    pub(super) fn at(&self) -> Result<VolumeAt> {
+        let look = self.look()?;
+        if look.has_data_file {
+            return Err(self.refuse("part of what it holds is in a file beside it, which is not followed"));
+        }
+        if let Some(why) = look.broken {
+            return Err(self.refuse(&why));
+        }
+        let (mut below, mut next) = (Vec::new(), look.backing.clone());
+        while let Some(backing) = next {
+            const DEEPEST: usize = 200;
+            let outside = || self.refuse("what it stands on is no volume of an active pool, and is not followed");
+            let place = backing.place.ok_or_else(outside)?;
+            let (pool, name) = self.pool.pools.volume_at(&place).ok_or_else(outside)?;
+            let base = pool.find_volume(&name)?.look()?;
+            if base.has_data_file || base.broken.is_some() || below.len() >= DEEPEST {
+                return Err(self.refuse("something that it stands on cannot be used"));
+            }
+            below.push((place, base.format));
+            next = base.backing;
+        }
+        Ok(VolumeAt { name: self.name.to_string(), id: look.id, format: look.format, capacity: look.capacity, below })
+    }
+
+    fn refuse(&self, why: &str) -> Error {
+        Error::StorageFailed(format!("volume '{}' of pool '{}' cannot be used: {why}", self.name, self.pool.name))
+    }
+
+    pub(super) fn failed(&self, deed: &str, error: DriverError) -> Error {
+        match error {
+            DriverError::Exists(text) => Error::VolumeExists(format!("cannot {deed} volume '{}': {text}", self.name)),
+            error => Error::from_driver_of(ObjectKind::Volume, &self.name, deed, error),
+        }
+    }
+
+    /// Removes it. `force`: also where stored configurations name it; `with_snapshots`: also with snapshots in it.
+    pub async fn delete(self, caller: &Caller, force: bool, with_snapshots: bool, departs: bool) -> Result<Ticket> {
+        self.job(caller, &verb::VOLUME_DELETE, departs, move |volume, work| async move {
+            volume.refuse_to_delete(force, with_snapshots).await?;
+            let (open, at) = (volume.pool.opened()?, volume.only()?);
+            open.delete(&at, work).await.map_err(|e| volume.failed("delete", e))?;
+            let pool = volume.pool.clone();
+            on_disk(move || pool.note(at.id, None)).await?;
+            volume.looked_at().await
+        })
+        .await
+    }
+
+    async fn refuse_to_delete(&self, force: bool, with_snapshots: bool) -> Result<Vec<User>> {
+        let counts = |user: &User| !force || user.how != Usage::Config;
+        let fate = if force { Fate::Written } else { Fate::Removed };
+        let users = self.pool.refuse_in_use("delete", &self.name, fate, counts).await?;
+        let look = self.look()?;
+        if look.snapshots > 0 && !with_snapshots {
+            let (count, name) = (look.snapshots, &self.name);
+            let text = format!(
+                "cannot delete volume '{name}': {count} snapshots are in it, which would go, too; say with-snapshots"
+            );
+            return Err(Error::OperationInvalid(text));
+        }
+        Ok(users)
+    }
+
+    /// What deleting it would meet.
+    pub async fn check_delete(&self, caller: &Caller, force: bool, with_snapshots: bool) -> Result<StorageCheck> {
+        frames::beside(self, caller, &verb::CHECK_VOLUME_DELETE, async {
+            let (look, path) = (self.look()?, self.path());
+            let refusal = self.refuse_to_delete(force, with_snapshots).await.err();
+            let users = self.pool.users_at(&path);
+            let breaks: BTreeSet<ObjectRef> = users.iter().map(|user| user.object.clone()).collect();
+            let files = vec![(path.display().to_string(), "deleted", look.allocation)];
+            let breaks = breaks.into_iter().collect();
+            Ok(StorageCheck { refusal, users, breaks, files, frees: look.allocation, needs: 0 })
+        })
+        .await
+    }
+
+    /// Gives it another size.
+    pub async fn resize(self, caller: &Caller, to: NewCapacity) -> Result<Ticket> {
+        self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
+            volume.refuse_to_change("resize").await?;
+            let size = NewSize { capacity: to.capacity, shrink: to.shrink, allocate: to.allocate };
+            let resized = volume.pool.opened()?.resize(&volume.at()?, size, work).await;
+            resized.map_err(|e| volume.failed("resize", e))
+        })
+        .await
+    }
+
+    /// Overwrites all that it holds.
+    pub async fn wipe(self, caller: &Caller, how: Wiping, departs: bool) -> Result<Ticket> {
+        self.job(caller, &verb::VOLUME_WIPE, departs, move |volume, work| async move {
+            volume.refuse_to_change("wipe").await?;
+            if volume.look()?.backing.is_some() {
+                let text = "it stands on another image, and what it shows is there: delete it, or flatten a clone";
+                return Err(Error::OperationInvalid(format!("cannot wipe volume '{}': {text}", volume.name)));
+            }
+            let at = volume.only()?;
+            volume.is_incomplete(&at, true).await?;
+            let wiped = volume.pool.opened()?.wipe(&at, how, work).await;
+            wiped.map_err(|e| volume.failed("wipe", e))?;
+            volume.is_incomplete(&at, false).await
+        })
+        .await
+    }
+
+    /// Has it hold what a client gives.
+    pub async fn upload(
+        self,
+        caller: &Caller,
+        from: GivenFile,
+        part: Option<Part>,
+        sparse: bool,
+        departs: bool,
+    ) -> Result<Ticket> {
+        self.job(caller, &verb::VOLUME_UPLOAD, departs, move |volume, work| async move {
+            volume.refuse_to_change("overwrite").await?;
+            let (open, at) = (volume.pool.opened()?, volume.only()?);
+            if part.is_some() {
+                volume.is_incomplete(&at, true).await?;
+            }
+            let written = open.upload(&at, from, part, sparse, work).await;
+            written.map_err(|e| volume.failed("overwrite", e))?;
+            if part.is_some() {
+                volume.is_incomplete(&at, false).await?;
+            }
+            Ok(())
+        })
+        .await
+    }
+
+    /// Writes what it holds into what a client gives.
+    pub async fn download(
+        self,
+        caller: &Caller,
+        to: GivenFile,
+        part: Option<Part>,
+        sparse: bool,
+        departs: bool,
+    ) -> Result<Ticket> {
+        self.job(caller, &verb::VOLUME_DOWNLOAD, departs, move |volume, work| async move {
+            volume.refuse_while_written("read").await?;
+            let read = volume.pool.opened()?.download(&volume.only()?, to, part, sparse, work).await;
+            read.map_err(|e| volume.failed("read", e))
+        })
+        .await
+    }
+
+    /// Refuses to change it while a guest has it, or something stands on it.
+    async fn refuse_to_change(&self, deed: &str) -> Result<()> {
+        let counts = |user: &User| user.how != Usage::Config;
+        self.pool.refuse_in_use(deed, &self.name, Fate::Written, counts).await.map(drop)
+    }
+
+    /// Refuses to read it while somebody writes it: what is read would be of no one moment.
+    pub(super) async fn refuse_while_written(&self, deed: &str) -> Result<()> {
+        let users = self.pool.users_at(&self.path());
+        let open = self.pool.opened()?;
+        let strangers = open.is_open_elsewhere(&self.name).await.map_err(|e| self.failed("look at", e))?;
+        let mut writers: Vec<String> =
+            users.iter().filter(|user| user.how == Usage::Live).map(|user| self.pool.called(user)).collect();
+        if strangers && writers.is_empty() {
+            writers.push("another process (fuser tells which)".to_owned());
+        }
+        match writers.is_empty() {
+            true => Ok(()),
+            false => {
+                Err(Error::InUse(format!("cannot {deed} volume '{}': it is used by {}", self.name, writers.join(", "))))
+            }
+        }
+    }
+
+    /// The same without what it stands on, which then need be no volume.
+    pub(super) fn only(&self) -> Result<VolumeAt> {
+        let look = self.look()?;
+        let below =
+            look.backing.iter().filter_map(|backing| Some((backing.place.clone()?, backing.format.clone()?))).collect();
+        Ok(VolumeAt { name: self.name.to_string(), id: look.id, format: look.format, capacity: look.capacity, below })
+    }
+
+    /// Notes that what is written to it is cut off, should nobody say otherwise.
+    async fn is_incomplete(&self, at: &VolumeAt, incomplete: bool) -> Result<()> {
+        let noted = lock(&self.pool.state).noted.get(&at.id).cloned();
+        let owner = lock(&self.pool.state).volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
+        let noted = noted.unwrap_or(Noted { format: at.format.clone(), owner, incomplete });
+        let (pool, id) = (self.pool.clone(), at.id);
+        on_disk(move || pool.note(id, Some(Noted { incomplete, ..noted }))).await
+    }
+
+    /// Looks at it anew.
+    pub(super) async fn looked_at(&self) -> Result<()> {
+        self.pool.look_at(vec![self.name.to_string()]).await
+    }
+
+    /// Begins a job: permission, the state, the record. While it is done the volume is busy, and then it is looked at.
+    pub(super) async fn job<F>(
+        self,
+        caller: &Caller,
+        verb: &'static Verb,
+        departs: bool,
+        work: impl FnOnce(Arc<Volume>, Arc<dyn Work>) -> F + Send + 'static,
+    ) -> Result<Ticket>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let volume = Arc::new(self);
+        frames::accepted(&*volume, caller, verb, async {
+            frames::allow(&*volume, caller, verb.action).await?;
+            volume.begin(caller, verb, departs, work)
+        })
+        .await
+    }
+
+    /// The same where permission has been asked.
+    pub(super) fn begin<F>(
+        self: &Arc<Self>,
+        caller: &Caller,
+        verb: &'static Verb,
+        departs: bool,
+        work: impl FnOnce(Arc<Volume>, Arc<dyn Work>) -> F + Send + 'static,
+    ) -> Result<Ticket>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let change = frames::change(self, caller, verb);
+        if change.has_turn() {
+            self.applies(verb)?;
+        }
+        let owner = caller.uid;
+        Ok(change.open(departs)?.run(move |volume, job| async move {
+            volume.applies(verb)?;
+            let told: Arc<dyn Work> =
+                Arc::new(JobWork { job, pool: volume.pool.clone(), owner, told: Mutex::default() });
+            volume.is_busy(true);
+            let done = work(volume.clone(), told).await;
+            volume.is_busy(false);
+            let looked = volume.looked_at().await;
+            done.and(looked)
+        }))
+    }
+
+    fn is_busy(&self, busy: bool) {
+        let touched = [self.name.clone()].into();
+        self.pool.commit_volumes(Vec::new(), touched, |state| {
+            state.volumes.get_mut(&self.name).into_iter().for_each(|row| row.busy = busy);
+        });
+    }
+
+    /// What it is open for, to be copied.
+    pub(super) async fn opened(&self) -> Result<GivenFile> {
+        let open: Arc<dyn OpenPool> = self.pool.opened()?;
+        open.hold(&self.only()?).await.map_err(|e| self.failed("read", e))
+    }
+}
+
+/// The document of a volume that is there.
+fn document(look: &VolumeLook, path: &std::path::Path) -> VolumeDef {
+    let format = |name: &str| Some(FormatDoc { kind: name.to_owned(), ..FormatDoc::default() });
+    let (owner, group, mode) = look.permissions;
+    let permissions = Permissions {
+        mode: Some(FileMode(mode)),
+        owner: Some(owner.into()),
+        group: Some(group.into()),
+        ..Permissions::default()
+    };
+    let text = path.display().to_string();
+    let encryption = look
+        .encrypted
+        .then(|| Encryption { format: virt_model::device::source::EncryptionFormat::Luks, ..Encryption::default() });
+    let target = VolumeTarget {
+        path: Some(text.clone()),
+        // As in libvirt's documents: what is encrypted by LUKS alone is raw.
+        format: format(if look.format == "luks" { "raw" } else { &look.format }),
+        permissions: Some(permissions),
+        encryption,
+        ..VolumeTarget::default()
+    };
+    let backing = look.backing.as_ref().map(|backing| VolumeBacking {
+        path: Some(backing.place.as_ref().map_or_else(|| backing.text.clone(), |place| place.display().to_string())),
+        format: backing.format.as_deref().and_then(format),
+        ..VolumeBacking::default()
+    });
+    VolumeDef {
+        kind: Some(VolumeKind::File),
+        name: look.name.clone(),
+        key: Some(text),
+        capacity: Some(Bytes(look.capacity)),
+        allocation: Some(Bytes(look.allocation)),
+        physical: Some(Bytes(look.physical)),
+        target: Some(target),
+        backing,
+        ..VolumeDef::default()
+    }
+}

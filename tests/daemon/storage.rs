@@ -1,0 +1,464 @@
+//! Storage pools and volumes through the bus: what is made holds what it is to hold, what others make appears by itself, what is in
+//! use stays, and whoever is killed leaves nothing half.
+
+use crate::common::client::{Client, Options, Refusal, Watch, descriptor, options};
+use crate::common::users::BOB;
+use crate::common::{Daemon, Setup, have};
+use std::collections::HashMap;
+use std::fs;
+use std::io::{Read as _, Seek as _};
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use zbus::{Message, ObjectPath, OwnedObjectPath, OwnedVariant, Variant};
+
+const STORAGE: &str = "org.virt.Manager.Storage";
+const POOL: &str = "org.virt.StoragePool";
+const VOLUME: &str = "org.virt.StorageVolume";
+
+/// A pool in a folder of the test's.
+struct Pool {
+    client: Client,
+    path: String,
+    folder: PathBuf,
+}
+
+fn document(name: &str, folder: &Path) -> String {
+    format!("<pool type='dir'><name>{name}</name><target><path>{}</path></target></pool>", folder.display())
+}
+
+impl Pool {
+    async fn define(client: &Client, name: &str, folder: &Path) -> Pool {
+        let xml = document(name, folder);
+        let reply = client.call("/org/virt", &format!("{STORAGE}.DefineStoragePool"), &(xml, options([]))).await;
+        let path: OwnedObjectPath = reply.expect("defined").body().deserialize().expect("o");
+        Pool { client: client.clone(), path: path.to_string(), folder: folder.to_owned() }
+    }
+
+    /// One that is built and started.
+    async fn started(daemon: &Daemon, client: &Client, name: &str) -> Pool {
+        let pool = Pool::define(client, name, &daemon.folder().join(name)).await;
+        pool.run("Start", options([("build", true.into())])).await.expect("started");
+        pool
+    }
+
+    async fn run(&self, method: &str, options: Options<'_>) -> Result<Message, Refusal> {
+        self.client.call(&self.path, &format!("{POOL}.{method}"), &(options,)).await
+    }
+
+    async fn get<T>(&self, name: &str) -> T
+    where
+        T: TryFrom<OwnedVariant>,
+        T::Error: std::fmt::Debug,
+    {
+        self.client.property(&self.path, POOL, name).await
+    }
+
+    async fn add(&self, name: &str, capacity: u64, options: Options<'_>) -> Result<Volume, Refusal> {
+        let reply = self.client.call(&self.path, &format!("{POOL}.AddVolume"), &(name, capacity, options)).await?;
+        Ok(self.made(&reply))
+    }
+
+    async fn create(&self, xml: &str, options: Options<'_>) -> Result<Volume, Refusal> {
+        let reply = self.client.call(&self.path, &format!("{POOL}.CreateVolume"), &(xml, options)).await?;
+        Ok(self.made(&reply))
+    }
+
+    fn made(&self, reply: &Message) -> Volume {
+        let (path, _job): (OwnedObjectPath, OwnedObjectPath) = reply.body().deserialize().expect("oo");
+        Volume { client: self.client.clone(), path: path.to_string() }
+    }
+
+    async fn volume(&self, name: &str) -> Result<Volume, Refusal> {
+        let reply = self.client.call(&self.path, &format!("{POOL}.GetVolume"), &(name,)).await?;
+        let path: OwnedObjectPath = reply.body().deserialize().expect("o");
+        Ok(Volume { client: self.client.clone(), path: path.to_string() })
+    }
+
+    /// Name, format and capacity of each volume.
+    async fn list(&self) -> Vec<(String, String, u64)> {
+        let reply = self.run("ListVolumes", options([])).await.expect("listed");
+        let all: Vec<(OwnedObjectPath, String, String, u64, u64)> = reply.body().deserialize().expect("a(osstt)");
+        all.into_iter().map(|(_, name, format, capacity, _)| (name, format, capacity)).collect()
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.folder.join(name)
+    }
+
+    /// All names in the folder.
+    fn names(&self) -> Vec<String> {
+        let entries = fs::read_dir(&self.folder).expect("a folder");
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        names
+    }
+}
+
+/// A volume.
+struct Volume {
+    client: Client,
+    path: String,
+}
+
+impl Volume {
+    async fn run(&self, method: &str, options: Options<'_>) -> Result<Message, Refusal> {
+        self.client.call(&self.path, &format!("{VOLUME}.{method}"), &(options,)).await
+    }
+
+    async fn with<B>(&self, method: &str, body: &B) -> Result<Message, Refusal>
+    where
+        B: serde::Serialize + zbus::wire::DynamicType,
+    {
+        self.client.call(&self.path, &format!("{VOLUME}.{method}"), body).await
+    }
+
+    async fn get<T>(&self, name: &str) -> T
+    where
+        T: TryFrom<OwnedVariant>,
+        T::Error: std::fmt::Debug,
+    {
+        self.client.property(&self.path, VOLUME, name).await
+    }
+
+    async fn users(&self) -> Vec<(String, String, String)> {
+        let users: Vec<(ObjectPath<'static>, String, String)> = self.get("Users").await;
+        users.into_iter().map(|(object, place, how)| (object.to_string(), place, how)).collect()
+    }
+
+    async fn check(&self, method: &str, options: Options<'_>) -> HashMap<String, OwnedVariant> {
+        self.run(method, options).await.expect("told").body().deserialize().expect("a{sv}")
+    }
+}
+
+/// Something with holes that is nothing else.
+fn pattern(path: &Path, bytes: u64) {
+    let file = fs::File::create(path).expect("a file");
+    file.set_len(bytes).expect("its length");
+    for at in (0..bytes.saturating_sub(4096)).step_by(300_000) {
+        let block: Vec<u8> = (0..4096u64).map(|i| ((i * 7 + at) % 251) as u8).collect();
+        file.write_all_at(&block, at).expect("written");
+    }
+}
+
+fn same(one: &Path, other: &Path) -> bool {
+    fs::read(one).expect("one") == fs::read(other).expect("other")
+}
+
+/// Waits until an object has come or gone.
+async fn until(watch: &mut Watch, member: &str, ends: &str) {
+    loop {
+        let message = watch.next().await;
+        if message.header().member().is_none_or(|told| told.as_str() != member) {
+            continue;
+        }
+        let body = message.body();
+        let path = match member {
+            "InterfacesAdded" => {
+                let told: (ObjectPath<'_>, HashMap<String, HashMap<String, OwnedVariant>>) =
+                    body.deserialize().expect(member);
+                told.0.to_string()
+            }
+            _ => {
+                let told: (ObjectPath<'_>, Vec<String>) = body.deserialize().expect(member);
+                told.0.to_string()
+            }
+        };
+        if path.ends_with(ends) {
+            return;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_is_defined_started_and_found_again() {
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let folder = daemon.folder().join("images");
+    let mut watch = client.watch().await;
+    let pool = Pool::define(&client, "images", &folder).await;
+    until(&mut watch, "InterfacesAdded", &pool.path).await;
+    assert_eq!(pool.get::<String>("State").await, "inactive");
+    let (error, why) = pool.run("Start", options([])).await.expect_err("there is no folder");
+    assert!(error.ends_with("StorageFailed") && why.contains("build the pool first"), "{why}");
+    assert_eq!(pool.get::<String>("State").await, "inactive");
+    pool.run("Start", options([("build", true.into())])).await.expect("started");
+    assert_eq!(pool.get::<String>("State").await, "running");
+    assert!(pool.get::<u64>("Capacity").await > 0 && pool.get::<bool>("Active").await);
+    let bad = pool.run("Start", options([("biuld", true.into())])).await.expect_err("no such option");
+    assert!(bad.0.ends_with("InvalidArgument") && bad.1.contains("was 'build' meant?"), "{}", bad.1);
+    // What somebody else makes appears by itself, and goes by itself.
+    pattern(&pool.at("dropped.img"), 1 << 20);
+    until(&mut watch, "InterfacesAdded", "/volume/dropped_2eimg").await;
+    let file = pool.at("dropped.img").display().to_string();
+    let reply = client.call("/org/virt", &format!("{STORAGE}.GetVolumeByPath"), &(file,)).await;
+    let found: OwnedObjectPath = reply.expect("found").body().deserialize().expect("o");
+    assert_eq!(found.as_str(), pool.volume("dropped.img").await.expect("there").path);
+    fs::remove_file(pool.at("dropped.img")).expect("removed");
+    until(&mut watch, "InterfacesRemoved", "/volume/dropped_2eimg").await;
+    let gone = pool.volume("dropped.img").await.map(|_| ()).expect_err("it is gone");
+    assert!(gone.0.ends_with("NoSuchVolume"), "{gone:?}");
+    // Found again, whoever was killed.
+    pool.add("kept", 1 << 20, options([])).await.expect("made");
+    client
+        .call(&pool.path, "org.freedesktop.DBus.Properties.Set", &(POOL, "Autostart", Variant::from(true)))
+        .await
+        .expect("set");
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool { client: client.clone(), ..pool };
+    assert!(pool.get::<bool>("Autostart").await);
+    let mut watch = client.watch().await;
+    while pool.get::<String>("State").await != "running" {
+        watch.next().await;
+    }
+    assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
+    let xml: String = pool.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
+    assert!(xml.contains("<available unit='bytes'>"), "{xml}");
+    // Stopped, it has no volumes, and its files stay.
+    let active = pool.run("Undefine", options([])).await.expect_err("it is active");
+    assert!(active.0.ends_with("OperationInvalid"), "{active:?}");
+    pool.run("Destroy", options([])).await.expect("stopped");
+    assert!(pool.list().await.is_empty() && pool.names() == ["kept"]);
+    let full = pool.run("Delete", options([])).await.expect_err("a file is in it");
+    assert!(full.1.contains("there are files in it"), "{full:?}");
+    pool.run("Undefine", options([])).await.expect("undefined");
+    assert!(pool.names() == ["kept"], "nothing is taken from the folder");
+    let reply = client.call("/org/virt", &format!("{STORAGE}.GetStoragePoolByName"), &("images",)).await;
+    assert!(reply.expect_err("gone").0.ends_with("NoSuchPool"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_made_holds_what_it_is_to_hold() {
+    if !have(&["qemu-img"]) {
+        return;
+    }
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &client, "images").await;
+    let source = daemon.folder().join("source");
+    pattern(&source, (3 << 20) + 512);
+    let file = || descriptor(&fs::File::open(&source).expect("a file"));
+    // Imported in one step.
+    let xml = "<volume><name>a.img</name><capacity>0</capacity></volume>";
+    let a = pool.create(xml, options([("content", file().into())])).await.expect("made");
+    assert!(same(&source, &pool.at("a.img")));
+    assert_eq!((a.get::<u64>("Capacity").await, a.get::<String>("State").await), ((3 << 20) + 512, "ready".to_owned()));
+    let taken = pool.add("a.img", 1, options([])).await.map(|_| ()).expect_err("the name is taken");
+    assert!(taken.0.ends_with("VolumeExists"), "{taken:?}");
+    // Cloned as it is, converted, thin, and flattened again.
+    for (name, wanted) in [("b.img", options([])), ("c.img", options([("reflink", "never".into())]))] {
+        a.with("Clone", &(name, wanted)).await.expect(name);
+        assert!(same(&source, &pool.at(name)), "{name}");
+    }
+    a.with("Clone", &("d.qcow2", options([("format", "qcow2".into())]))).await.expect("converted");
+    let d = pool.volume("d.qcow2").await.expect("there");
+    assert_eq!(d.get::<String>("Format").await, "qcow2");
+    d.with("Clone", &("top.qcow2", options([("thin", true.into())]))).await.expect("thin");
+    let top = pool.volume("top.qcow2").await.expect("there");
+    assert_eq!(top.get::<ObjectPath<'static>>("BackingVolume").await.as_str(), d.path);
+    assert_eq!(d.users().await, [(top.path.clone(), String::new(), "backing".to_owned())]);
+    let held = d.run("Delete", options([("force", true.into())])).await.expect_err("a volume stands on it");
+    assert!(held.0.ends_with("InUse") && held.1.contains("volume 'top.qcow2' (backing)"), "{held:?}");
+    let flat = options([("flatten", true.into()), ("format", "raw".into())]);
+    top.with("Clone", &("flat.img", flat)).await.expect("flattened");
+    assert!(same(&source, &pool.at("flat.img")));
+    // Other sizes, other content.
+    let b = pool.volume("b.img").await.expect("there");
+    let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
+    assert!(smaller.1.contains("say shrink"), "{smaller:?}");
+    b.with("Resize", &(4u64 << 20, options([("allocate", true.into())]))).await.expect("resized");
+    assert_eq!(b.get::<u64>("Capacity").await, 4 << 20);
+    b.run("Wipe", options([])).await.expect("wiped");
+    assert!(fs::read(pool.at("b.img")).unwrap().iter().all(|byte| *byte == 0));
+    b.with("Upload", &(file(), options([("sparse", true.into())]))).await.expect("uploaded");
+    assert!(same(&source, &pool.at("b.img")));
+    assert_eq!(b.get::<u64>("Capacity").await, (3 << 20) + 512);
+    let mut part = tempfile::tempfile().expect("a file");
+    fs::File::write_all_at(&part, b"abc", 0).expect("written");
+    b.with("Upload", &(descriptor(&part), options([("offset", 100u64.into()), ("length", 3u64.into())])))
+        .await
+        .expect("a part");
+    assert_eq!(b.get::<String>("State").await, "ready");
+    part.set_len(0).expect("empty");
+    part.rewind().expect("at its beginning");
+    b.with("Download", &(descriptor(&part), options([("offset", 99u64.into()), ("length", 5u64.into())])))
+        .await
+        .expect("a part");
+    let mut read = Vec::new();
+    part.rewind().expect("at its beginning");
+    part.read_to_end(&mut read).expect("read");
+    assert_eq!(&read[1..4], b"abc");
+    let xml: String = b.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
+    assert!(xml.contains("<name>b.img</name>") && xml.contains("<format type='raw'/>"), "{xml}");
+    for name in ["top.qcow2", "d.qcow2", "flat.img", "c.img", "b.img", "a.img"] {
+        pool.volume(name).await.expect(name).run("Delete", options([])).await.expect(name);
+    }
+    assert!(pool.names().is_empty() && pool.list().await.is_empty(), "{:?}", pool.names());
+}
+
+/// Nothing in use is taken away, and who uses it is told by itself.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_a_machine_uses_stays() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &client, "images").await;
+    let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
+    assert!(volume.users().await.is_empty());
+    let disk = pool.at("web.img");
+    let machine = client
+        .define(&format!(
+            "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
+             <disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
+             </devices></domain>",
+            disk.display()
+        ))
+        .await
+        .expect("defined");
+    let user = |how: &str| (machine.path.clone(), "vda".to_owned(), how.to_owned());
+    assert_eq!(volume.users().await, [user("config")]);
+    let refused = volume.run("Delete", options([])).await.expect_err("it is a disk");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'web' (vda, config)"), "{refused:?}");
+    let check = volume.check("CheckDelete", options([])).await;
+    assert!(!bool::try_from(check["possible"].try_clone().unwrap()).unwrap());
+    let breaks = Vec::<ObjectPath<'_>>::try_from(check["breaks"].try_clone().unwrap()).unwrap();
+    assert_eq!(breaks.iter().map(|path| path.as_str()).collect::<Vec<_>>(), [&*machine.path]);
+    machine.run("Start").await.expect("started");
+    assert_eq!(volume.users().await, [user("live"), user("config")]);
+    for (method, wanted) in [("Delete", options([("force", true.into())])), ("Wipe", options([]))] {
+        let refused = volume.run(method, wanted).await.expect_err(method);
+        assert!(refused.0.ends_with("InUse") && refused.1.contains("vda, live"), "{refused:?}");
+    }
+    let refused = volume.with("Clone", &("copy", options([]))).await.expect_err("it is written");
+    assert!(refused.0.ends_with("InUse"), "{refused:?}");
+    pool.run("Destroy", options([])).await.expect("a folder is no mount");
+    let refused = pool.run("Undefine", options([("force", true.into())])).await.expect_err("a guest runs on it");
+    assert!(refused.0.ends_with("InUse"), "{refused:?}");
+    pool.run("Start", options([])).await.expect("started");
+    machine.run("Destroy").await.expect("ended");
+    let volume = pool.volume("web.img").await.expect("there");
+    volume.run("Delete", options([("force", true.into())])).await.expect("deleted");
+    assert!(pool.names().is_empty());
+}
+
+/// Whatever step virtd is killed at: the old or the new, whole, and nothing beside it.
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_killed_leaves_nothing_half() {
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let mut pool = Pool::started(&daemon, &client, "images").await;
+    let (old, new) = (daemon.folder().join("old"), daemon.folder().join("new"));
+    pattern(&old, 1 << 20);
+    pattern(&new, (2 << 20) + 5);
+    for verb in ["create", "clone", "upload", "delete", "define"] {
+        for step in 1.. {
+            assert!(step < 30, "{verb} never ends");
+            fs::copy(&old, pool.at("base")).expect("copied");
+            let _ = fs::remove_file(pool.at("made"));
+            pool.run("Refresh", options([])).await.expect("refreshed");
+            daemon.at_step(step, &format!("kill -9 {}", daemon.virtd_pid()));
+            let base = pool.volume("base").await.expect("there");
+            let content = || descriptor(&fs::File::open(&new).expect("a file"));
+            let none = options([]);
+            let did = match verb {
+                "create" => {
+                    let body = ("made", 0u64, options([("content", content().into())]));
+                    client_asks(&pool.client, &pool.path, "org.virt.StoragePool.AddVolume", &body).await
+                }
+                "clone" => client_asks(&pool.client, &base.path, "org.virt.StorageVolume.Clone", &("made", none)).await,
+                "upload" => {
+                    client_asks(&pool.client, &base.path, "org.virt.StorageVolume.Upload", &(content(), none)).await
+                }
+                "delete" => client_asks(&pool.client, &base.path, "org.virt.StorageVolume.Delete", &(none,)).await,
+                _ => {
+                    let uuid = "<uuid>0f3a1d0e-6c51-4b2b-8d7c-0f0a2f6c7f11</uuid><target>";
+                    let xml = document("another", &daemon.folder().join("another")).replace("<target>", uuid);
+                    client_asks(&pool.client, "/org/virt", "org.virt.Manager.Storage.DefineStoragePool", &(xml, none))
+                        .await
+                }
+            };
+            let ends = !daemon.step_came();
+            if !ends {
+                daemon.virtd_died().await;
+                daemon.start_virtd().await;
+                pool.client = Client { connection: daemon.connect().await };
+                let mut watch = pool.client.watch().await;
+                while pool.get::<String>("State").await != "running" {
+                    watch.next().await;
+                }
+            }
+            let names = pool.names();
+            assert!(names.iter().all(|name| matches!(&**name, "base" | "made")), "{verb} at {step}: {names:?}");
+            let wanted = if verb == "clone" { &old } else { &new };
+            assert!(!pool.at("made").exists() || same(&pool.at("made"), wanted), "{verb} at {step}: it is half");
+            let base = pool.at("base");
+            match verb {
+                "upload" => assert!(same(&base, &old) || same(&base, &new), "{verb} at {step}: it is half"),
+                "delete" => assert!(!base.exists() || same(&base, &old), "{verb} at {step}: it is half"),
+                _ => assert!(same(&base, &old), "{verb} at {step}"),
+            }
+            let listed: Vec<String> = pool.list().await.into_iter().map(|(name, ..)| name).collect();
+            assert_eq!(listed, names, "{verb} at {step}");
+            if ends {
+                assert!(did, "{verb} is not done though nobody was killed");
+                break;
+            }
+        }
+    }
+}
+
+/// Whether it was done; it is fine if nobody is there to answer any more.
+async fn client_asks<B>(client: &Client, path: &str, member: &str, body: &B) -> bool
+where
+    B: serde::Serialize + zbus::wire::DynamicType,
+{
+    client.ask(path, member, body).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_thousand_volumes_are_listed() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &client, "images").await;
+    pool.run("Destroy", options([])).await.expect("stopped");
+    for number in 0..2000 {
+        fs::write(pool.at(&format!("v{number:04}")), [1]).expect("written");
+    }
+    pool.run("Start", options([])).await.expect("started");
+    assert_eq!((pool.get::<u32>("VolumeCount").await, pool.list().await.len()), (2000, 2000));
+    pool.run("Refresh", options([])).await.expect("refreshed");
+    assert!(daemon.memory_kib() < 64 << 10, "{} KiB", daemon.memory_kib());
+    let types: HashMap<String, HashMap<String, OwnedVariant>> =
+        client.property("/org/virt", STORAGE, "PoolTypes").await;
+    assert!(bool::try_from(types["dir"]["supported"].try_clone().unwrap()).unwrap());
+    assert!(!bool::try_from(types["zfs"]["supported"].try_clone().unwrap()).unwrap());
+}
+
+/// What only an administrator may do, nobody else does.
+#[tokio::test(flavor = "multi_thread")]
+async fn who_may_not_is_refused_and_learns_nothing() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let root = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &root, "images").await;
+    let volume = pool.add("a.img", 1 << 20, options([])).await.expect("made");
+    let other = Client { connection: daemon.connect_as(&BOB).await };
+    let denied = |refused: Refusal| assert!(refused.0.ends_with("InteractiveAuthorizationRequired"), "{refused:?}");
+    let xml = document("mine", Path::new("/etc"));
+    denied(other.call("/org/virt", &format!("{STORAGE}.DefineStoragePool"), &(xml, options([]))).await.unwrap_err());
+    let theirs = Pool { client: other.clone(), path: pool.path.clone(), folder: pool.folder.clone() };
+    for method in ["Start", "Refresh", "Destroy", "Build", "Delete", "Undefine"] {
+        denied(theirs.run(method, options([])).await.unwrap_err());
+    }
+    denied(theirs.add("b.img", 1, options([])).await.map(|_| ()).unwrap_err());
+    let theirs = Volume { client: other, path: volume.path.clone() };
+    for method in ["Delete", "Wipe"] {
+        denied(theirs.run(method, options([])).await.unwrap_err());
+    }
+    denied(theirs.with("Clone", &("b.img", options([]))).await.map(|_| ()).unwrap_err());
+    denied(theirs.with("Resize", &(1u64, options([]))).await.map(|_| ()).unwrap_err());
+    let file = tempfile::tempfile().expect("a file");
+    for method in ["Upload", "Download"] {
+        denied(theirs.with(method, &(descriptor(&file), options([]))).await.map(|_| ()).unwrap_err());
+    }
+    assert_eq!(pool.names(), ["a.img"]);
+}
