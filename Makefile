@@ -41,6 +41,7 @@ install: build
 	$(PUT) README.md $(DESTDIR)$(DOCDIR)/README.md
 	$(PUT) docs/ARCHITECTURE.md $(DESTDIR)$(DOCDIR)/ARCHITECTURE.md
 	$(PUT) docs/DOMAIN-XML.md $(DESTDIR)$(DOCDIR)/DOMAIN-XML.md
+	$(PUT) docs/NETWORK-XML.md $(DESTDIR)$(DOCDIR)/NETWORK-XML.md
 	$(PUT) docs/SAVED-STATE.md $(DESTDIR)$(DOCDIR)/SAVED-STATE.md
 	$(PUT) docs/SECURITY.md $(DESTDIR)$(DOCDIR)/SECURITY.md
 	$(PUT) dbus-policy/org.virt-private.conf $(DESTDIR)$(DOCDIR)/examples/org.virt-private.conf

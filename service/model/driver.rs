@@ -11,6 +11,7 @@ pub mod block_jobs;
 pub mod checkpoints;
 pub mod devices;
 pub mod given;
+pub mod network;
 pub mod reports;
 pub mod saved;
 pub mod secrets;

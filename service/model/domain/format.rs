@@ -1,7 +1,7 @@
 //! Every name of the format, read from `format.txt`: what is known, and in which order it is written.
 //!
 //! The one place for both. An element or attribute that is not in the table is refused; what is in it and has no type is
-//! kept.
+//! kept. Documents of other kinds have tables of their own, read by the same [`Format`].
 
 use super::MAX_FINDINGS;
 use super::value::complain;
@@ -13,42 +13,18 @@ static FORMAT: LazyLock<Format> = LazyLock::new(|| Format::read(include_str!("fo
 
 /// Finds everything in a domain document that the format does not know; white space around child elements goes.
 pub fn check(domain: &mut Element, log: &mut Vec<Finding>) {
-    match FORMAT.roots.get(&domain.name) {
-        Some(&root) => FORMAT.check(domain, root, true, log),
-        None => complain(log, &domain.at, format!("<{}> is not a domain; <domain> was expected", domain.name)),
-    }
+    FORMAT.check_document(domain, "domain", log);
 }
 
 /// Puts attributes and children of a domain into libvirt's order. What has the same name keeps its order.
 pub fn arrange(domain: &mut Element) {
-    if let Some(&root) = FORMAT.roots.get(&domain.name) {
-        FORMAT.arrange(domain, root);
-    }
+    FORMAT.arrange_document(domain);
 }
 
 /// Every element of the format with its attributes: the element's path without positions, e.g. `devices/disk/source`, the
 /// root's empty. Elements that contain themselves are named once.
 pub fn vocabulary() -> Vec<(String, Vec<String>)> {
-    let mut all = Vec::new();
-    each_way(FORMAT.roots["domain"], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
-        all.push((steps.join("/"), spec.attributes.clone()));
-    });
-    all
-}
-
-/// Calls `visit` with every way from the root to an element of the table; groups that contain themselves once.
-fn each_way(spec: usize, way: &mut Vec<usize>, steps: &mut Vec<String>, visit: &mut impl FnMut(&[String], &Spec)) {
-    if way.contains(&spec) {
-        return;
-    }
-    way.push(spec);
-    visit(steps, &FORMAT.specs[spec]);
-    for child in &FORMAT.specs[spec].children {
-        steps.push(child.name.clone());
-        each_way(child.spec, way, steps, visit);
-        steps.pop();
-    }
-    way.pop();
+    FORMAT.vocabulary("domain")
 }
 
 /// What the table says of one element.
@@ -68,8 +44,9 @@ struct Child {
     many: bool,
 }
 
+/// A table, read.
 #[derive(Debug, Default)]
-struct Format {
+pub(crate) struct Format {
     specs: Vec<Spec>,
     roots: HashMap<String, usize>,
 }
@@ -82,7 +59,53 @@ pub(super) struct Line<'a> {
 }
 
 impl Format {
-    fn read(table: &str) -> Format {
+    /// Finds everything in a document that the format does not know; `root` is what its outermost element is called.
+    pub(crate) fn check_document(&self, document: &mut Element, root: &str, log: &mut Vec<Finding>) {
+        match self.roots.get(root).filter(|_| document.name == root) {
+            Some(&root) => self.check(document, root, true, log),
+            None => complain(log, &document.at, format!("<{}> is not a {root}; <{root}> was expected", document.name)),
+        }
+    }
+
+    /// Puts its attributes and children into libvirt's order.
+    pub(crate) fn arrange_document(&self, document: &mut Element) {
+        if let Some(&root) = self.roots.get(&document.name) {
+            self.arrange(document, root);
+        }
+    }
+
+    /// As [`vocabulary`], of documents with that root.
+    pub(crate) fn vocabulary(&self, root: &str) -> Vec<(String, Vec<String>)> {
+        let mut all = Vec::new();
+        self.each_way(self.roots[root], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+            all.push((steps.join("/"), spec.attributes.clone()));
+        });
+        all
+    }
+
+    /// Calls `visit` with every way from the root to an element of the table; groups that contain themselves once.
+    fn each_way(
+        &self,
+        spec: usize,
+        way: &mut Vec<usize>,
+        steps: &mut Vec<String>,
+        visit: &mut impl FnMut(&[String], &Spec),
+    ) {
+        if way.contains(&spec) {
+            return;
+        }
+        way.push(spec);
+        visit(steps, &self.specs[spec]);
+        for child in &self.specs[spec].children {
+            steps.push(child.name.clone());
+            self.each_way(child.spec, way, steps, visit);
+            steps.pop();
+        }
+        way.pop();
+    }
+
+    /// Reads the text of a table.
+    pub(crate) fn read(table: &str) -> Format {
         let (groups, roots): (Vec<_>, Vec<_>) =
             lines(table).into_iter().partition(|line| line.words[0].starts_with('&'));
         let groups: HashMap<&str, &Line> = groups.iter().map(|line| (&line.words[0][1..], line)).collect();
@@ -296,7 +319,7 @@ pub(super) mod tests {
     /// Every way from the root to an element, and to each of its attributes.
     pub fn names() -> Vec<(Vec<String>, Option<String>)> {
         let mut all = Vec::new();
-        each_way(FORMAT.roots["domain"], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+        FORMAT.each_way(FORMAT.roots["domain"], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
             all.push((steps.to_vec(), None));
             all.extend(spec.attributes.iter().map(|name| (steps.to_vec(), Some(name.clone()))));
         });
@@ -351,7 +374,7 @@ pub(super) mod tests {
         let mut count = 0;
         let mut lost = Vec::new();
         let root = FORMAT.roots["domain"];
-        each_way(root, &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
+        FORMAT.each_way(root, &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
             if steps.first().is_some_and(|step| step == "metadata") {
                 return;
             }

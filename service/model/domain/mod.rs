@@ -14,7 +14,7 @@ pub mod cpu;
 mod cross;
 mod defaults;
 pub mod features;
-mod format;
+pub(crate) mod format;
 mod forms;
 pub mod listening;
 pub mod memory;
