@@ -1,7 +1,7 @@
 //! Every name of the format, read from `format.txt`: what is known, and in which order it is written.
 //!
 //! The one place for both. An element or attribute that is not in the table is refused; what is in it and has no type is
-//! kept. Documents of other kinds have tables of their own, read by the same [`Format`].
+//! kept.
 
 use super::MAX_FINDINGS;
 use super::value::complain;
@@ -13,12 +13,12 @@ static FORMAT: LazyLock<Format> = LazyLock::new(|| Format::read(include_str!("fo
 
 /// Finds everything in a domain document that the format does not know; white space around child elements goes.
 pub fn check(domain: &mut Element, log: &mut Vec<Finding>) {
-    FORMAT.check_document(domain, "domain", log);
+    FORMAT.check_root(domain, "domain", log);
 }
 
 /// Puts attributes and children of a domain into libvirt's order. What has the same name keeps its order.
 pub fn arrange(domain: &mut Element) {
-    FORMAT.arrange_document(domain);
+    FORMAT.arrange_root(domain);
 }
 
 /// Every element of the format with its attributes: the element's path without positions, e.g. `devices/disk/source`, the
@@ -44,7 +44,7 @@ struct Child {
     many: bool,
 }
 
-/// A table, read.
+/// The names of one or several kinds of document.
 #[derive(Debug, Default)]
 pub(crate) struct Format {
     specs: Vec<Spec>,
@@ -59,22 +59,35 @@ pub(super) struct Line<'a> {
 }
 
 impl Format {
-    /// Finds everything in a document that the format does not know; `root` is what its outermost element is called.
-    pub(crate) fn check_document(&self, document: &mut Element, root: &str, log: &mut Vec<Finding>) {
-        match self.roots.get(root).filter(|_| document.name == root) {
-            Some(&root) => self.check(document, root, true, log),
-            None => complain(log, &document.at, format!("<{}> is not a {root}; <{root}> was expected", document.name)),
+    pub(crate) fn read(table: &str) -> Format {
+        let (groups, roots): (Vec<_>, Vec<_>) =
+            lines(table).into_iter().partition(|line| line.words[0].starts_with('&'));
+        let groups: HashMap<&str, &Line> = groups.iter().map(|line| (&line.words[0][1..], line)).collect();
+        let mut format = Format::default();
+        let mut built = HashMap::new();
+        for root in &roots {
+            let spec = format.build(root, &groups, &mut built);
+            format.roots.insert(root.words[0].to_owned(), spec);
+        }
+        format
+    }
+
+    /// Finds everything in a document of that kind that the table does not know; white space around child elements goes.
+    pub(crate) fn check_root(&self, root: &mut Element, kind: &str, log: &mut Vec<Finding>) {
+        match self.roots.get(&root.name) {
+            Some(&spec) => self.check(root, spec, true, log),
+            None => complain(log, &root.at, format!("<{}> is not a {kind}; <{kind}> was expected", root.name)),
         }
     }
 
-    /// Puts its attributes and children into libvirt's order.
-    pub(crate) fn arrange_document(&self, document: &mut Element) {
-        if let Some(&root) = self.roots.get(&document.name) {
-            self.arrange(document, root);
+    /// Puts attributes and children into the table's order.
+    pub(crate) fn arrange_root(&self, root: &mut Element) {
+        if let Some(&spec) = self.roots.get(&root.name) {
+            self.arrange(root, spec);
         }
     }
 
-    /// As [`vocabulary`], of documents with that root.
+    /// Every element below a root with its attributes, as [`vocabulary`].
     pub(crate) fn vocabulary(&self, root: &str) -> Vec<(String, Vec<String>)> {
         let mut all = Vec::new();
         self.each_way(self.roots[root], &mut Vec::new(), &mut Vec::new(), &mut |steps, spec| {
@@ -102,20 +115,6 @@ impl Format {
             steps.pop();
         }
         way.pop();
-    }
-
-    /// Reads the text of a table.
-    pub(crate) fn read(table: &str) -> Format {
-        let (groups, roots): (Vec<_>, Vec<_>) =
-            lines(table).into_iter().partition(|line| line.words[0].starts_with('&'));
-        let groups: HashMap<&str, &Line> = groups.iter().map(|line| (&line.words[0][1..], line)).collect();
-        let mut format = Format::default();
-        let mut built = HashMap::new();
-        for root in &roots {
-            let spec = format.build(root, &groups, &mut built);
-            format.roots.insert(root.words[0].to_owned(), spec);
-        }
-        format
     }
 
     /// The spec of a line, or of the group it is like.

@@ -251,10 +251,10 @@ impl DomainDef {
             return (None, vec![Finding::new(FindingKind::Invalid, &excess.at, message)]);
         }
         let mut log = Vec::new();
-        native::canonical_prefixes(&mut root, &mut log);
+        native::canonical_prefixes(&mut root, native::NAMESPACES, &mut log);
         format::check(&mut root, &mut log);
         // What is only kept, too, has one order from here on.
-        native::declare_prefixes(&mut root);
+        native::declare_prefixes(&mut root, native::NAMESPACES);
         format::arrange(&mut root);
         let reboot = root.child("on_reboot").is_some();
         let mut def = DomainDef::read(root, &mut log);
@@ -299,7 +299,7 @@ impl DomainDef {
     /// The whole of it, secrets and runtime facts included, in libvirt's order.
     pub fn tree(&self) -> Element {
         let mut root = Part::write(self, "domain");
-        native::declare_prefixes(&mut root);
+        native::declare_prefixes(&mut root, native::NAMESPACES);
         format::arrange(&mut root);
         root
     }

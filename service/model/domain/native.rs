@@ -4,8 +4,11 @@ use super::part::element;
 use super::value::complain;
 use crate::xml::{Element, Finding};
 
+/// Namespaces, each with its prefix.
+pub(crate) type Namespaces = &'static [(&'static str, &'static str)];
+
 /// The namespaces whose elements are part of the format, by the prefix under which they are written.
-const NAMESPACES: &[(&str, &str)] = &[
+pub(super) const NAMESPACES: Namespaces = &[
     ("qemu", "http://libvirt.org/schemas/domain/qemu/1.0"),
     ("lxc", "http://libvirt.org/schemas/domain/lxc/1.0"),
     ("xen", "http://libvirt.org/schemas/domain/xen/1.0"),
@@ -43,24 +46,24 @@ element! {
 
 /// Gives elements of known namespaces the prefix under which they are written; elements of other namespaces are reported
 /// and taken out.
-pub(super) fn canonical_prefixes(root: &mut Element, log: &mut Vec<Finding>) {
+pub(crate) fn canonical_prefixes(root: &mut Element, namespaces: Namespaces, log: &mut Vec<Finding>) {
     if let Some(uri) = &root.namespace {
         complain(log, &root.at, format!("<{}> is in the namespace '{uri}'; it must be in none", root.name));
     }
-    for (prefix, uri) in NAMESPACES {
+    for (prefix, uri) in namespaces {
         let declared = root.attributes.iter().find(|a| a.name == format!("xmlns:{prefix}") && a.value != *uri);
         if let Some(attribute) = declared {
             complain(log, &attribute.place(), format!("the prefix '{prefix}' can only stand for '{uri}'"));
         }
     }
-    rename(root, log);
+    rename(root, namespaces, log);
 }
 
-fn rename(element: &mut Element, log: &mut Vec<Finding>) {
+fn rename(element: &mut Element, namespaces: Namespaces, log: &mut Vec<Finding>) {
     let mut foreign = Vec::new();
     for child in element.elements_mut().filter(|child| child.name != "metadata") {
         if let Some(uri) = child.namespace.clone() {
-            match NAMESPACES.iter().find(|(_, known)| *known == &*uri) {
+            match namespaces.iter().find(|(_, known)| *known == &*uri) {
                 Some((prefix, _)) => {
                     child.name = format!("{prefix}:{}", child.local_name());
                     child.attributes.retain(|a| !(a.name.starts_with("xmlns") && a.value == *uri));
@@ -73,7 +76,7 @@ fn rename(element: &mut Element, log: &mut Vec<Finding>) {
                 }
             }
         }
-        rename(child, log);
+        rename(child, namespaces, log);
     }
     for name in foreign {
         element.take_child(&name);
@@ -81,8 +84,8 @@ fn rename(element: &mut Element, log: &mut Vec<Finding>) {
 }
 
 /// Declares, at the root, the prefixes that its children use.
-pub(super) fn declare_prefixes(root: &mut Element) {
-    for (prefix, uri) in NAMESPACES {
+pub(crate) fn declare_prefixes(root: &mut Element, namespaces: Namespaces) {
+    for (prefix, uri) in namespaces {
         if root.elements().any(|child| child.name.split_once(':').is_some_and(|(used, _)| used == *prefix)) {
             root.set_attr(&format!("xmlns:{prefix}"), *uri);
         }

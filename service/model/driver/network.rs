@@ -28,17 +28,20 @@ pub trait NetworkDriver: Send + Sync {
     /// What a start would be refused for now. Changes nothing.
     async fn can_start(&self, def: &NetworkDef) -> Result<(), NetworkError>;
 
-    /// Makes it, all or nothing: on failure nothing is left of it. What is to be made is on disk before it is made.
-    async fn start(&self, def: &NetworkDef) -> Result<(), NetworkError>;
+    /// Makes it, all or nothing: on failure nothing is left of it. `owner` is told again by [`NetworkDriver::find`]. What is to be made is on disk before it is made.
+    async fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError>;
 
     /// Takes it away; what is gone already is not missed. Guests' devices stay, without a bridge.
     async fn stop(&self, uuid: Uuid) -> Result<(), NetworkError>;
 
-    /// Everything that an earlier virtd has made and that is there, finished; what it was at has been undone.
-    async fn find(&self) -> Vec<NetworkDef>;
+    /// Everything that an earlier virtd has made and that is there, finished, with its owner; what it was at has been undone.
+    async fn find(&self) -> Vec<(NetworkDef, u32)>;
 
     /// Makes of a network that is there what `def` says, without a packet lost to who is in it.
     async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError>;
+
+    /// Plugs devices of guests into a network that is there. What has gone meanwhile, or cannot be plugged, is logged.
+    async fn plug(&self, def: &NetworkDef, devices: Vec<String>);
 
     /// Who has which address.
     async fn leases(&self, def: &NetworkDef) -> Result<Vec<Lease>, NetworkError>;

@@ -121,11 +121,11 @@ impl NetworkDef {
             return (None, log);
         }
         check_namespaces(&root, &mut log);
-        FORMAT.check_document(&mut root, "network", &mut log);
+        FORMAT.check_root(&mut root, "network", &mut log);
         if root.name != "network" {
             return (None, log);
         }
-        FORMAT.arrange_document(&mut root);
+        FORMAT.arrange_root(&mut root);
         let mut def = NetworkDef::read(root, &mut log);
         def.connections = None;
         def.forward.iter_mut().flat_map(|forward| &mut forward.interfaces).for_each(|one| one.connections = None);
@@ -146,7 +146,7 @@ impl NetworkDef {
     /// The same as a tree.
     pub fn tree(&self) -> Element {
         let mut root = Part::write(self, "network");
-        FORMAT.arrange_document(&mut root);
+        FORMAT.arrange_root(&mut root);
         root
     }
 
