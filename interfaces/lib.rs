@@ -24,7 +24,7 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{checkpoint, domain, job, manager, secret, snapshot, subscription};
+use objects::{checkpoint, domain, job, manager, network, secret, snapshot, subscription};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -58,6 +58,8 @@ impl Server {
             domain::offer(service),
             snapshot::offer(service),
             checkpoint::offer(service),
+            network::offer_of_manager(service),
+            network::offer(service),
             secret::offer_of_manager(service),
             secret::offer(service),
             job::offer(service),

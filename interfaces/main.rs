@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use virt_drivers::DriverConfig;
+use virt_drivers::network::{HostNetworks, leases};
 use virt_service::authz::Authority;
 use virt_service::{Host, Service, Settings};
 use virtd::caller::Callers;
@@ -35,6 +36,10 @@ const FEWEST_DESCRIPTORS: u64 = 512;
 const FILES: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
+    // dnsmasq runs us when it has given an address.
+    if leases::tell() {
+        return ExitCode::SUCCESS;
+    }
     let arguments = Arguments::parse();
     spare_memory();
     virtd::log::begin(arguments.log_level);
@@ -78,7 +83,9 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let callers = Callers::new(link.connection.clone());
     let (authority, polkit) = authority(arguments.kind(), &link).await?;
     let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
-    let host = Host { secrets: driver_config.secrets.clone() };
+    let teller = std::env::current_exe().ok();
+    let networks = Arc::new(HostNetworks::new(&folders.runtime, &folders.state, teller));
+    let host = Host { secrets: driver_config.secrets.clone(), networks };
     let drivers = virt_drivers::all(driver_config);
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;

@@ -31,7 +31,8 @@ async fn house() -> House {
     let paths = Paths { state: below("state"), runtime: below("runtime"), log: below("log") };
     let settings = Settings { paths, limits: virt_service::Limits::default() };
     let config = virt_drivers::DriverConfig::below(folder.path(), false);
-    let host = virt_service::Host { secrets: config.secrets.clone() };
+    let networks = Arc::new(virt_drivers::network::HostNetworks::new(folder.path(), folder.path(), None));
+    let host = virt_service::Host { secrets: config.secrets.clone(), networks };
     let drivers = virt_drivers::all(config);
     let authority = Arc::new(session::OwnerOnly { uid: 1000 });
     let (service, events) = Service::open(settings, drivers, host, authority, Arc::new(Nobody)).await.unwrap();

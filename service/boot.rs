@@ -3,6 +3,7 @@
 use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
+use crate::network::{self, Networks};
 use crate::registry::Claimed;
 use crate::shared::{AGAIN, Shared, virtd_itself};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
@@ -428,11 +429,12 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 }
 
 /// Starts what starts with the host, once since the host booted.
-pub(crate) async fn autostart(shared: &Arc<Shared>, domains: &Domains) -> Result<()> {
+pub(crate) async fn autostart(shared: &Arc<Shared>, networks: &Networks, domains: &Domains) -> Result<()> {
     let on = shared.clone();
     if !on_disk(move || on.store.first_start_since_boot()).await? {
         return Ok(());
     }
+    network::autostart(networks).await;
     let places = Arc::new(Semaphore::new(AT_ONCE));
     for domain in domains.all().into_iter().filter(|domain| domain.facts().autostart) {
         let places = places.clone();

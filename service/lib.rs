@@ -21,7 +21,9 @@ pub mod job;
 mod lines;
 mod lock;
 pub mod log;
+mod network;
 pub mod object;
+mod plugs;
 mod registry;
 mod restore;
 mod scrape;
@@ -44,6 +46,7 @@ pub use domain::{
     POWERING_OFF, Plan, ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats,
     StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
+pub use network::{CheckedNetwork, HostEntry, Network};
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
 pub use secret::{CheckedUndefine, Secret};
@@ -58,6 +61,7 @@ use events::{Event, Events};
 use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
+use network::Networks;
 use object::ObjectRef;
 use secret::Secrets;
 use shared::Shared;
@@ -88,6 +92,7 @@ pub struct Service {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     secrets: Arc<Secrets>,
+    networks: Arc<Networks>,
 }
 
 impl Service {
@@ -106,17 +111,18 @@ impl Service {
         let domains = Arc::new(Domains::default());
         let images = Images::of(domains.clone());
         let shared = Shared::new(drivers, host, authority, callers, events, images, store, settings.limits);
-        let secrets = Arc::new(Secrets::default());
+        let (secrets, networks) = (Arc::new(Secrets::default()), Arc::new(Networks::default()));
         // First what machines may need.
         secret::load(&shared, &secrets).await?;
+        network::load(&shared, &networks).await?;
         boot::load(&shared, &domains).await?;
         secret::take_in_files(&shared, &secrets).await?;
-        Ok((Arc::new(Service { shared, domains, secrets }), receiver))
+        Ok((Arc::new(Service { shared, domains, secrets, networks }), receiver))
     }
 
-    /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
+    /// Starts the networks and domains that start with the host, once since it booted. To be called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
-        boot::autostart(&self.shared, &self.domains).await
+        boot::autostart(&self.shared, &self.networks, &self.domains).await
     }
 
     /// The stream of changes.
@@ -239,11 +245,8 @@ impl Service {
         let subject = match object {
             ObjectRef::Domain(uuid) | ObjectRef::Snapshot(uuid, _) => self.get(*uuid).map(|domain| domain.subject()),
             ObjectRef::Secret(uuid) => self.secret(*uuid).map(|secret| secret.subject()),
-            ObjectRef::Foreign
-            | ObjectRef::Network(_)
-            | ObjectRef::Pool(_)
-            | ObjectRef::Volume(..)
-            | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Network(uuid) => self.network(*uuid).map(|network| network.subject()),
+            ObjectRef::Foreign | ObjectRef::Pool(_) | ObjectRef::Volume(..) | ObjectRef::NodeDevice(_) => None,
         };
         subject.unwrap_or_default()
     }

@@ -7,6 +7,7 @@ use crate::events::Events;
 use crate::fair::FairPlaces;
 use crate::images::Images;
 use crate::job::Jobs;
+use crate::plugs::Plugs;
 use crate::scrape::SCRAPES;
 use crate::store::{Store, on_disk};
 use crate::stored::Readings;
@@ -21,6 +22,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
+use virt_model::driver::network::NetworkDriver;
 use virt_model::driver::secrets::SecretKeeper;
 
 /// Knows who is on the bus.
@@ -37,6 +39,8 @@ pub(crate) const AGAIN: (Duration, Duration) = (Duration::from_secs(5), Duration
 pub struct Host {
     /// Who keeps the values of secrets.
     pub secrets: Arc<dyn SecretKeeper>,
+    /// Who makes networks.
+    pub networks: Arc<dyn NetworkDriver>,
 }
 
 /// How much any user but root may have.
@@ -71,6 +75,8 @@ pub(crate) struct Shared {
     pub images: Arc<Images>,
     /// What machines need of objects of other kinds.
     pub uses: Uses,
+    /// Which networks there are for machines.
+    pub plugs: Plugs,
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
@@ -106,6 +112,7 @@ impl Shared {
             limits,
             images,
             uses: Uses::default(),
+            plugs: Plugs::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),

@@ -32,6 +32,10 @@ pub enum Value<'a> {
     Pairs(&'a [(&'static str, String)]),
     /// `a(oss)`: objects, where in them, and how; the caller vouches that the first are valid paths.
     Users(&'a [(String, &'a str, &'static str)]),
+    /// `a(sss)`: reservations of a network.
+    Hosts(&'a [(String, String, String)]),
+    /// `a(ssso)`: leases of a network; the caller vouches that the last are valid paths.
+    Leases(&'a [(&'a str, &'a str, &'a str, String)]),
 }
 
 /// The type of each kind of [`Value`], by its name.
@@ -48,6 +52,8 @@ pub mod kind {
     pub const Triples: &str = "a(sss)";
     pub const Pairs: &str = "a(ss)";
     pub const Users: &str = "a(oss)";
+    pub const Hosts: &str = "a(sss)";
+    pub const Leases: &str = "a(ssso)";
 }
 
 impl Value<'_> {
@@ -65,6 +71,8 @@ impl Value<'_> {
             Value::Triples(_) => kind::Triples,
             Value::Pairs(_) => kind::Pairs,
             Value::Users(_) => kind::Users,
+            Value::Hosts(_) => kind::Hosts,
+            Value::Leases(_) => kind::Leases,
         }
     }
 
@@ -156,6 +164,18 @@ impl Body {
                 for (one, two) in pairs {
                     body.align(8);
                     [one, two.as_str()].into_iter().for_each(|text| body.text(text));
+                }
+            }),
+            Value::Hosts(hosts) => self.array(8, |body| {
+                for (mac, address, name) in hosts {
+                    body.align(8);
+                    [mac, address, name].into_iter().for_each(|text| body.text(text));
+                }
+            }),
+            Value::Leases(leases) => self.array(8, |body| {
+                for (mac, address, name, domain) in leases {
+                    body.align(8);
+                    [mac, address, name, domain.as_str()].into_iter().for_each(|text| body.text(text));
                 }
             }),
             Value::Users(users) => self.array(8, |body| {

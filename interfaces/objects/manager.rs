@@ -35,7 +35,7 @@ properties! {
 /// What is published of the service as a whole.
 pub fn object(drivers: &[&str]) -> Object {
     Object {
-        others: Box::new([(super::secret::MANAGER, Row::new(&[], &[]))]),
+        others: Box::new([(super::network::MANAGER, Row::new(&[], &[])), (super::secret::MANAGER, Row::new(&[], &[]))]),
         ..Object::new(ROOT, INTERFACE, row(drivers))
     }
 }
@@ -275,7 +275,7 @@ fn inventory(objects: &Objects, filter: &Filter) -> Vec<Entry> {
 }
 
 /// A finding as severity, line, column and message.
-fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
+pub(super) fn told(finding: &Finding) -> (&'static str, u32, u32, String) {
     let severity = match finding.kind {
         FindingKind::Warning => "warning",
         FindingKind::Invalid | FindingKind::Unsupported => "error",

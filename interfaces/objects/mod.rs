@@ -8,6 +8,7 @@ mod disks;
 pub mod domain;
 pub mod job;
 pub mod manager;
+pub mod network;
 pub mod paths;
 pub mod secret;
 pub mod snapshot;
@@ -75,6 +76,7 @@ pub struct Lifecycle {
 /// See [`Published`]: a line for each kind.
 pub fn published(facts: &ObjectFacts) -> Published {
     match facts {
+        ObjectFacts::Network(facts) => network::published(facts),
         ObjectFacts::Secret(facts) => secret::published(facts),
     }
 }

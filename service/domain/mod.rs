@@ -245,6 +245,7 @@ impl Domain {
         state.refresh();
         let facts = state.facts.clone();
         self.shared.uses.are(self.uuid, state.needs_live(), state.needs_stored());
+        self.shared.plugs.has_cards(self.uuid, state.live().filter(|_| !state.gone).map(|live| &**live));
         if was_told || !state.gone {
             let gone = state.gone;
             let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);

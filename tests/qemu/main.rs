@@ -19,6 +19,7 @@ mod kvm;
 mod lifecycle;
 mod media;
 mod missing;
+mod networks;
 mod parts;
 mod plugged;
 mod records;

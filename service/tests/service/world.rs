@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
+use virt_drivers::network::HostNetworks;
 use virt_drivers::secret::Vault;
 use virt_drivers::test::TestDriver;
 use virt_model::driver::Driver;
@@ -78,7 +79,8 @@ impl World {
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
-        let host = Host { secrets: Vault::new(folder.join("state/secrets"), folder.join("secrets")) };
+        let networks = Arc::new(HostNetworks::new(&folder.join("run"), &folder.join("state"), None));
+        let host = Host { secrets: Vault::new(folder.join("state/secrets"), folder.join("secrets")), networks };
         let (service, events) =
             Service::open(settings, vec![served], host, notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await
