@@ -33,6 +33,7 @@ install: build
 	    $(DESTDIR)$(DATADIR)/dbus-1/services/org.virt.service \
 	    $(DESTDIR)$(LIBDIR)/systemd/system/virtd.service \
 	    $(DESTDIR)$(LIBDIR)/systemd/user/virtd.service
+	$(PUT) data/networks/default.xml $(DESTDIR)$(DATADIR)/virtd/networks/default.xml
 	$(PUT) data/sysusers.conf $(DESTDIR)$(LIBDIR)/sysusers.d/virtd.conf
 	$(PUT) data/tmpfiles.conf $(DESTDIR)$(LIBDIR)/tmpfiles.d/virtd.conf
 	$(PUT) polkit/org.virt.policy $(DESTDIR)$(DATADIR)/polkit-1/actions/org.virt.policy
@@ -41,6 +42,7 @@ install: build
 	$(PUT) README.md $(DESTDIR)$(DOCDIR)/README.md
 	$(PUT) docs/ARCHITECTURE.md $(DESTDIR)$(DOCDIR)/ARCHITECTURE.md
 	$(PUT) docs/DOMAIN-XML.md $(DESTDIR)$(DOCDIR)/DOMAIN-XML.md
+	$(PUT) docs/NETWORK-XML.md $(DESTDIR)$(DOCDIR)/NETWORK-XML.md
 	$(PUT) docs/SAVED-STATE.md $(DESTDIR)$(DOCDIR)/SAVED-STATE.md
 	$(PUT) docs/SECURITY.md $(DESTDIR)$(DOCDIR)/SECURITY.md
 	$(PUT) docs/STORAGE-XML.md $(DESTDIR)$(DOCDIR)/STORAGE-XML.md

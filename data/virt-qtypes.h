@@ -150,6 +150,33 @@ using VirtUsers = QList<VirtUser>;
 /// The devices of Domain.Disks and the like, a dictionary each.
 using VirtDevices = QList<QVariantMap>;
 
+/// An entry of Network.Problems.
+struct VirtProblem {
+    QString token;
+    QString sentence;
+};
+using VirtProblems = QList<VirtProblem>;
+
+/// An entry of Network.Hosts.
+struct VirtReservation {
+    QString mac;
+    QString address;
+    QString name;
+};
+using VirtReservations = QList<VirtReservation>;
+
+/// An entry of Network.Leases.
+struct VirtLease {
+    QString mac;
+    QString address;
+    QString hostName;
+    QDBusObjectPath domain;
+};
+using VirtLeases = QList<VirtLease>;
+
+Q_DECLARE_METATYPE(VirtProblem)
+Q_DECLARE_METATYPE(VirtReservation)
+Q_DECLARE_METATYPE(VirtLease)
 Q_DECLARE_METATYPE(VirtListedDomain)
 Q_DECLARE_METATYPE(VirtDiskSizes)
 Q_DECLARE_METATYPE(VirtListedNodeDevice)
@@ -407,6 +434,54 @@ inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtDiskSizes &o
     return in;
 }
 
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtProblem &one)
+{
+    out.beginStructure();
+    out << one.token << one.sentence;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtProblem &one)
+{
+    in.beginStructure();
+    in >> one.token >> one.sentence;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtReservation &one)
+{
+    out.beginStructure();
+    out << one.mac << one.address << one.name;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtReservation &one)
+{
+    in.beginStructure();
+    in >> one.mac >> one.address >> one.name;
+    in.endStructure();
+    return in;
+}
+
+inline QDBusArgument &operator<<(QDBusArgument &out, const VirtLease &one)
+{
+    out.beginStructure();
+    out << one.mac << one.address << one.hostName << one.domain;
+    out.endStructure();
+    return out;
+}
+
+inline const QDBusArgument &operator>>(const QDBusArgument &in, VirtLease &one)
+{
+    in.beginStructure();
+    in >> one.mac >> one.address >> one.hostName >> one.domain;
+    in.endStructure();
+    return in;
+}
+
 /// Makes the types above known to Qt's D-Bus.
 inline void virtRegisterTypes()
 {
@@ -442,6 +517,12 @@ inline void virtRegisterTypes()
     qDBusRegisterMetaType<VirtUser>();
     qDBusRegisterMetaType<VirtUsers>();
     qDBusRegisterMetaType<VirtDevices>();
+    qDBusRegisterMetaType<VirtProblem>();
+    qDBusRegisterMetaType<VirtProblems>();
+    qDBusRegisterMetaType<VirtReservation>();
+    qDBusRegisterMetaType<VirtReservations>();
+    qDBusRegisterMetaType<VirtLease>();
+    qDBusRegisterMetaType<VirtLeases>();
 }
 
 #endif

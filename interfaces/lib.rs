@@ -24,7 +24,9 @@ use bus::socket::Intake;
 use bus::table::Table;
 use bus::{Bus, Current, Ways, Who};
 use caller::Callers;
-use objects::{checkpoint, domain, job, manager, nodedev, pool, secret, snapshot, storage, subscription, volume};
+use objects::{
+    checkpoint, domain, job, manager, network, nodedev, pool, secret, snapshot, storage, subscription, volume,
+};
 use publish::{Listener, Publisher};
 use std::fmt;
 use std::sync::Arc;
@@ -58,6 +60,8 @@ impl Server {
             domain::offer(service),
             snapshot::offer(service),
             checkpoint::offer(service),
+            network::offer_of_manager(service),
+            network::offer(service),
             secret::offer_of_manager(service),
             secret::offer(service),
             job::offer(service),

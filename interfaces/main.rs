@@ -12,6 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use virt_drivers::DriverConfig;
+use virt_drivers::network::{HostNetworks, leases};
 use virt_drivers::nodedev::LinuxDevices;
 use virt_service::authz::Authority;
 use virt_service::{Host, Service, Settings};
@@ -36,6 +37,10 @@ const FEWEST_DESCRIPTORS: u64 = 512;
 const FILES: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
+    // dnsmasq runs us when it has given an address.
+    if leases::tell() {
+        return ExitCode::SUCCESS;
+    }
     let arguments = Arguments::parse();
     spare_memory();
     virtd::log::begin(arguments.log_level);
@@ -81,8 +86,10 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
     let secrets = driver_config.secrets.clone();
     let devices = LinuxDevices::new(driver_config.claims.clone(), driver_config.system);
+    let teller = std::env::current_exe().ok();
+    let networks = Arc::new(HostNetworks::new(&folders.runtime, &folders.state, teller));
     let (drivers, storage) = virt_drivers::with_storage(driver_config);
-    let host = Host { secrets, storage };
+    let host = Host { secrets, storage, networks };
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
     let opened = Service::open(settings, drivers, host, authority, Arc::new(callers.clone())).await;
     let (service, events) = opened.map_err(|error| error.to_string())?;

@@ -32,8 +32,9 @@ async fn house() -> House {
     let settings = Settings { paths, limits: virt_service::Limits::default() };
     let config = virt_drivers::DriverConfig::below(folder.path(), false);
     let secrets = config.secrets.clone();
+    let networks = Arc::new(virt_drivers::network::HostNetworks::new(folder.path(), folder.path(), None));
     let (drivers, storage) = virt_drivers::with_storage(config);
-    let host = virt_service::Host { secrets, storage };
+    let host = virt_service::Host { secrets, storage, networks };
     let authority = Arc::new(session::OwnerOnly { uid: 1000 });
     let (service, events) = Service::open(settings, drivers, host, authority, Arc::new(Nobody)).await.unwrap();
     House { server: Server::new(&service, events).await.unwrap(), _service: service, _folder: folder }

@@ -4,6 +4,7 @@ use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
 use crate::left_behind;
+use crate::network::{self, Networks};
 use crate::registry::Claimed;
 use crate::shared::{AGAIN, Shared, virtd_itself};
 use crate::storage::{self, Pools};
@@ -447,15 +448,21 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 }
 
 /// Starts what starts with the host, once since the host booted.
-pub(crate) async fn autostart(shared: &Arc<Shared>, domains: &Domains, pools: &Arc<Pools>) -> Result<()> {
+pub(crate) async fn autostart(
+    shared: &Arc<Shared>,
+    networks: &Networks,
+    pools: &Arc<Pools>,
+    domains: &Domains,
+) -> Result<()> {
     let on = shared.clone();
     if !on_disk(move || on.store.first_start_since_boot()).await? {
         return Ok(());
     }
     let due: Vec<Arc<Domain>> = domains.all().into_iter().filter(|domain| domain.facts().autostart).collect();
     let pools = pools.clone();
+    // First what machines may need.
+    network::autostart(networks).await;
     tokio::spawn(async move {
-        // First what machines may need.
         storage::autostart(&pools).await;
         start_all(due);
     });

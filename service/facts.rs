@@ -177,6 +177,8 @@ pub enum ObjectFacts {
     Pool(Arc<PoolFacts>),
     /// A storage volume's.
     Volume(Arc<VolumeFacts>),
+    /// A network's.
+    Network(Arc<NetworkFacts>),
     /// A secret's.
     Secret(Arc<SecretFacts>),
     /// A device's of the host.
@@ -260,6 +262,60 @@ pub struct VolumeFacts {
     pub users: Arc<[User]>,
     /// A word, and a sentence.
     pub problems: Vec<(&'static str, String)>,
+}
+
+/// All that is published of a network, at one moment.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NetworkFacts {
+    /// Unique on this host.
+    pub name: String,
+    /// Identity, for ever.
+    pub uuid: Uuid,
+    /// It is there on the host.
+    pub active: bool,
+    /// A document is stored.
+    pub persistent: bool,
+    /// It starts with the host.
+    pub autostart: bool,
+    /// What is stored is not what there is.
+    pub config_changed: bool,
+    /// The uid that defined it.
+    pub owner: u32,
+    /// Why it is there and cannot do its work: a word, and a sentence with the remedy.
+    pub problems: Vec<(&'static str, String)>,
+    /// Who is in it, or names it.
+    pub users: Vec<User>,
+    /// `nat`, `route` and the like.
+    pub mode: &'static str,
+    /// The host's device; empty if it has none.
+    pub bridge: String,
+    /// The host's addresses in it, with their prefixes.
+    pub addresses: Vec<String>,
+    /// What its names end in.
+    pub domain_name: String,
+    /// By which packets leave; any if empty.
+    pub forward_devices: Vec<String>,
+    /// The largest packet; 0: as usual.
+    pub mtu: u32,
+    /// Reservations, as many as are published: card, address, name.
+    pub hosts: Vec<(String, String, String)>,
+    /// Who has which address, as many as are published.
+    pub leases: Vec<LeaseFacts>,
+    /// Empty, or why its document cannot be used.
+    pub broken: String,
+}
+
+/// An address that somebody has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseFacts {
+    /// The card; empty if it is not known.
+    pub mac: String,
+    /// The address.
+    pub address: String,
+    /// What the guest calls itself, or is called.
+    pub host_name: String,
+    /// The machine whose card it is.
+    pub domain: Option<Uuid>,
 }
 
 /// All that is published of a secret, at one moment. Never anything of its value.

@@ -23,8 +23,10 @@ mod left_behind;
 mod lines;
 mod lock;
 pub mod log;
+mod network;
 mod nodedev;
 pub mod object;
+mod plugs;
 mod registry;
 mod restore;
 mod scrape;
@@ -48,6 +50,7 @@ pub use domain::{
     POWERING_OFF, Plan, ResizeOptions, Resumption, RevertOptions, SaveOptions, SettingsOf, StartOptions, Stats,
     StatsOptions, UndefineCheck, UndefineOptions, Wanted,
 };
+pub use network::{CheckedNetwork, HostEntry, Network};
 pub use nodedev::{DetachCheck, HostDevice};
 pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
@@ -64,6 +67,7 @@ use events::{Event, Events};
 use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
+use network::Networks;
 use nodedev::NodeDevices;
 use object::ObjectRef;
 use secret::Secrets;
@@ -99,6 +103,7 @@ pub struct Service {
     secrets: Arc<Secrets>,
     node_devices: OnceLock<Arc<NodeDevices>>,
     pools: Arc<Pools>,
+    networks: Arc<Networks>,
 }
 
 impl Service {
@@ -118,17 +123,20 @@ impl Service {
         let images = Images::of(domains.clone());
         let shared = Shared::new(drivers, host, authority, callers, events, images, store, settings.limits);
         let (secrets, pools) = (Arc::new(Secrets::default()), Arc::new(Pools::default()));
+        let networks = Arc::new(Networks::default());
         // First what machines may need.
         secret::load(&shared, &secrets).await?;
         storage::load(&shared, &pools).await?;
+        network::load(&shared, &networks).await?;
         boot::load(&shared, &domains).await?;
         secret::take_in_files(&shared, &secrets).await?;
-        Ok((Arc::new(Service { shared, domains, secrets, node_devices: OnceLock::new(), pools }), receiver))
+        let node_devices = OnceLock::new();
+        Ok((Arc::new(Service { shared, domains, secrets, node_devices, pools, networks }), receiver))
     }
 
-    /// Starts the pools and domains that start with the host, once since it booted. To be called when the bus knows us.
+    /// Starts the networks, pools and domains that start with the host, once since it booted. To be called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
-        boot::autostart(&self.shared, &self.domains, &self.pools).await
+        boot::autostart(&self.shared, &self.networks, &self.pools, &self.domains).await
     }
 
     /// Publishes the devices of the host, too, and follows them. To be called once, before anybody is on the bus.
@@ -279,7 +287,8 @@ impl Service {
             ObjectRef::Volume(pool, name) => {
                 self.pool(*pool).and_then(|pool| pool.volume(name)).map(|volume| volume.subject())
             }
-            ObjectRef::Foreign | ObjectRef::Network(_) | ObjectRef::NodeDevice(_) => None,
+            ObjectRef::Network(uuid) => self.network(*uuid).map(|network| network.subject()),
+            ObjectRef::Foreign | ObjectRef::NodeDevice(_) => None,
         };
         subject.unwrap_or_default()
     }

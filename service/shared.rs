@@ -8,6 +8,7 @@ use crate::fair::FairPlaces;
 use crate::image_users::ImageUsers;
 use crate::images::Images;
 use crate::job::Jobs;
+use crate::plugs::Plugs;
 use crate::scrape::SCRAPES;
 use crate::store::{Store, on_disk};
 use crate::stored::Readings;
@@ -22,6 +23,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::Driver;
+use virt_model::driver::network::NetworkDriver;
 use virt_model::driver::secrets::SecretKeeper;
 use virt_model::driver::storage::Storage;
 
@@ -41,6 +43,8 @@ pub struct Host {
     pub storage: Arc<dyn Storage>,
     /// Who keeps the values of secrets.
     pub secrets: Arc<dyn SecretKeeper>,
+    /// Who makes networks.
+    pub networks: Arc<dyn NetworkDriver>,
 }
 
 /// How much any user but root may have.
@@ -77,6 +81,8 @@ pub(crate) struct Shared {
     pub image_users: ImageUsers,
     /// What machines need of objects of other kinds.
     pub uses: Uses,
+    /// Which networks there are for machines.
+    pub plugs: Plugs,
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
@@ -116,6 +122,7 @@ impl Shared {
             images,
             image_users: ImageUsers::default(),
             uses: Uses::default(),
+            plugs: Plugs::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),

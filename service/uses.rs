@@ -7,6 +7,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Mutex;
 use uuid::Uuid;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::domain::DomainDef;
 use virt_model::secret::SecretName;
 
@@ -15,6 +16,8 @@ use virt_model::secret::SecretName;
 pub enum Needed {
     /// A secret.
     Secret(SecretName),
+    /// A network, by its name.
+    Network(Box<str>),
 }
 
 /// One thing that a configuration needs.
@@ -22,14 +25,21 @@ pub enum Needed {
 pub struct Need {
     /// What.
     pub what: Needed,
-    /// Where: the target of a disk.
+    /// Where: the target of a disk, the address of a card.
     pub place: Box<str>,
 }
 
 /// All that a definition needs.
 pub(crate) fn needs_of(def: &DomainDef) -> Box<[Need]> {
     let secrets = def.secret_names().into_iter();
-    secrets.map(|(disk, name)| Need { what: Needed::Secret(name), place: disk.into() }).collect()
+    let secrets = secrets.map(|(disk, name)| Need { what: Needed::Secret(name), place: disk.into() });
+    let cards = def.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
+    let networks = cards.filter_map(|card| {
+        let name = card.source.as_ref()?.network.as_deref()?;
+        let place = card.mac().map(|mac| mac.to_string()).unwrap_or_default();
+        Some(Need { what: Needed::Network(name.into()), place: place.into() })
+    });
+    secrets.chain(networks).collect()
 }
 
 type Listener = Box<dyn Fn(&BTreeSet<Needed>) + Send + Sync>;

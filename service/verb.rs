@@ -238,6 +238,33 @@ verbs! {
         SECRET_CAN = "Can", None, Always, "can";
     }
 
+    /// `org.virt.Manager.Network`
+    NETWORK_MANAGER {
+        DEFINE_NETWORK = "DefineNetwork", Some(NetworkDefine), Always, "define";
+        CREATE_NETWORK = "CreateNetwork", Some(NetworkDefine), Always, "create";
+        GET_NETWORK = "GetNetwork", None, Always, "get";
+        GET_NETWORK_BY_NAME = "GetNetworkByName", None, Always, "get";
+        LIST_NETWORKS = "ListNetworks", None, Always, "list";
+        VALIDATE_NETWORK = "ValidateNetwork", Some(NetworkRead), Always, "validate";
+    }
+
+    /// `org.virt.Network`
+    NETWORK {
+        NETWORK_START = "Start", Some(NetworkStart), Inactive, "start";
+        CHECK_START = "CheckStart", Some(NetworkRead), Always, "check";
+        NETWORK_DESTROY = "Destroy", Some(NetworkStop), Active, "destroy";
+        CHECK_DESTROY = "CheckDestroy", Some(NetworkRead), Always, "check";
+        NETWORK_UPDATE = "Update", Some(NetworkUpdate), Always, "update";
+        SET_HOST = "SetHost", Some(NetworkUpdate), Always, "reserve an address in";
+        REMOVE_HOST = "RemoveHost", Some(NetworkUpdate), Always, "remove a reservation of";
+        GET_LEASES = "GetLeases", Some(NetworkRead), Active, "read the leases of";
+        NETWORK_XML = "GetXML", Some(NetworkRead), Always, "get XML";
+        NETWORK_UNDEFINE = "Undefine", Some(NetworkDelete), Persistent, "undefine";
+        NETWORK_CHECK_UNDEFINE = "CheckUndefine", Some(NetworkRead), Persistent, "check";
+        NETWORK_AUTOSTART = "Autostart", Some(NetworkDefine), Persistent, "set autostart";
+        NETWORK_CAN = "Can", None, Always, "can";
+    }
+
     /// `org.virt.Job`
     JOB {
         CANCEL = "Cancel", Some(Job), Always, "cancel job";
@@ -325,6 +352,8 @@ pub const TABLES: &[(&str, &[Verb])] = &[
     ("org.virt.Checkpoint", CHECKPOINT),
     ("org.virt.Manager.Secret", SECRET_MANAGER),
     ("org.virt.Secret", SECRET),
+    ("org.virt.Manager.Network", NETWORK_MANAGER),
+    ("org.virt.Network", NETWORK),
     ("org.virt.Job", JOB),
     ("org.virt.Manager.NodeDevice", MANAGER_NODE_DEVICE),
     ("org.virt.NodeDevice", NODE_DEVICE),

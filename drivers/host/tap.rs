@@ -339,9 +339,20 @@ pub(super) fn run(program: &str, args: &[&str]) -> io::Result<()> {
 
 /// The same, for what it prints.
 pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
+    output_within(program, args, &[])
+}
+
+/// The same with more in its environment.
+pub(crate) fn output_within(program: &str, args: &[&str], env: &[(&str, &std::ffi::OsStr)]) -> io::Result<Vec<u8>> {
     let path = "/usr/sbin:/usr/bin:/sbin:/bin";
     let mut command = Command::new(program);
-    let done = command.args(args).env("PATH", path).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let done = command
+        .args(args)
+        .envs(env.iter().copied())
+        .env("PATH", path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     // SAFETY: a system call only. The alarm goes on in the program, and ends it.
     unsafe {
         done.pre_exec(|| {
@@ -351,7 +362,12 @@ pub(super) fn output(program: &str, args: &[&str]) -> io::Result<Vec<u8>> {
     }
     let done = apart::without(|| done.output()).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => {
-            io::Error::other(format!("this needs the program {program} (Debian has it in iproute2)"))
+            let package = match program {
+                "nft" => "nftables",
+                "dnsmasq" => "dnsmasq-base",
+                _ => "iproute2",
+            };
+            io::Error::other(format!("this needs the program {program} (Debian has it in {package})"))
         }
         _ => e,
     })?;

@@ -36,7 +36,8 @@ pub fn findings(def: &DomainDef, sysfs: &Path) -> Vec<Finding> {
     let missing = |card: &Interface| {
         let source = card.source.as_ref()?;
         let (attribute, name) = match card.kind {
-            InterfaceKind::Bridge => ("bridge", source.bridge.as_deref()?),
+            // Of a network, whoever starts the machine knows the bridge.
+            InterfaceKind::Bridge | InterfaceKind::Network => ("bridge", source.bridge.as_deref()?),
             InterfaceKind::Direct => ("dev", source.dev.as_deref()?),
             _ => return None,
         };

@@ -240,8 +240,8 @@ fn what_cannot_act_is_refused_by_name() {
             "'rawio' is for host devices of other types",
         ),
         (
-            "<interface type='network'><source network='default'/><model type='virtio'/></interface>",
-            "use <interface type='user'>",
+            "<interface type='network'><source bridge='virbr0'/><model type='virtio'/></interface>",
+            "needs <source network=",
         ),
         (
             "<disk type='file'><driver iothread='1'/><source file='/x'/><target dev='vda'/></disk>",

@@ -15,6 +15,8 @@ pub const FILES: &[&str] = &[
     include_str!("../../data/interfaces/org.virt.Domain.xml"),
     include_str!("../../data/interfaces/org.virt.Snapshot.xml"),
     include_str!("../../data/interfaces/org.virt.Checkpoint.xml"),
+    include_str!("../../data/interfaces/org.virt.Manager.Network.xml"),
+    include_str!("../../data/interfaces/org.virt.Network.xml"),
     include_str!("../../data/interfaces/org.virt.Manager.Secret.xml"),
     include_str!("../../data/interfaces/org.virt.Secret.xml"),
     include_str!("../../data/interfaces/org.virt.Job.xml"),

@@ -36,6 +36,10 @@ pub enum Value<'a> {
     Users(&'a [(String, &'a str, &'static str)]),
     /// `a{sa{sv}}`
     Tables(&'a [(&'a str, Vec<(&'static str, Value<'a>)>)]),
+    /// `a(sss)`: reservations of a network.
+    Hosts(&'a [(String, String, String)]),
+    /// `a(ssso)`: leases of a network; the caller vouches that the last are valid paths.
+    Leases(&'a [(&'a str, &'a str, &'a str, String)]),
 }
 
 /// The type of each kind of [`Value`], by its name.
@@ -54,6 +58,8 @@ pub mod kind {
     pub const Pairs: &str = "a(ss)";
     pub const Users: &str = "a(oss)";
     pub const Tables: &str = "a{sa{sv}}";
+    pub const Hosts: &str = "a(sss)";
+    pub const Leases: &str = "a(ssso)";
 }
 
 impl Value<'_> {
@@ -73,6 +79,8 @@ impl Value<'_> {
             Value::Pairs(_) => kind::Pairs,
             Value::Users(_) => kind::Users,
             Value::Tables(_) => kind::Tables,
+            Value::Hosts(_) => kind::Hosts,
+            Value::Leases(_) => kind::Leases,
         }
     }
 
@@ -178,6 +186,18 @@ impl Body {
                             body.variant(value);
                         }
                     });
+                }
+            }),
+            Value::Hosts(hosts) => self.array(8, |body| {
+                for (mac, address, name) in hosts {
+                    body.align(8);
+                    [mac, address, name].into_iter().for_each(|text| body.text(text));
+                }
+            }),
+            Value::Leases(leases) => self.array(8, |body| {
+                for (mac, address, name, domain) in leases {
+                    body.align(8);
+                    [mac, address, name, domain.as_str()].into_iter().for_each(|text| body.text(text));
                 }
             }),
             Value::Users(users) => self.array(8, |body| {

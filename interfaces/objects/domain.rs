@@ -544,6 +544,7 @@ pub fn start_options(mut options: Options) -> Result<(StartOptions, bool), Error
         reset_nvram: options.flag("reset-nvram")?,
         autodestroy: options.flag("autodestroy")?,
         cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+        start_dependencies: options.flag("start-dependencies")?,
     };
     Ok((start, no_wait(options)?))
 }

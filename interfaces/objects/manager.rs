@@ -37,6 +37,7 @@ properties! {
 pub fn object(drivers: &[&str], pools: &[PoolAbility]) -> Object {
     Object {
         others: Box::new([
+            (super::network::MANAGER, Row::new(&[], &[])),
             (super::secret::MANAGER, Row::new(&[], &[])),
             (super::nodedev::MANAGER, Row::new(&[], &[])),
             (super::storage::INTERFACE, super::storage::properties_of(pools)),

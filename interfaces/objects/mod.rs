@@ -8,6 +8,7 @@ mod disks;
 pub mod domain;
 pub mod job;
 pub mod manager;
+pub mod network;
 pub mod nodedev;
 pub mod paths;
 pub mod pool;
@@ -81,6 +82,7 @@ pub fn published(facts: &ObjectFacts) -> Published {
     match facts {
         ObjectFacts::Pool(facts) => pool::published(facts),
         ObjectFacts::Volume(facts) => volume::published(facts),
+        ObjectFacts::Network(facts) => network::published(facts),
         ObjectFacts::Secret(facts) => secret::published(facts),
         ObjectFacts::NodeDevice(facts) => nodedev::published(facts),
     }

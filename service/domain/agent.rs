@@ -19,6 +19,7 @@ use crate::verb::{self, Verb};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use tokio_util::sync::CancellationToken;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::agent::{CardAddresses, GuestAgent, GuestFacts, InfoGroup, Program, Sleep};
@@ -72,8 +73,7 @@ impl Domain {
                     self.told(verb, self.agent(verb)?.addresses().await)?
                 }
                 "arp" => self.told(verb, guest.instance.neighbours(&guest.live).await)?,
-                // There is no network of virtd's own that could lease any.
-                "lease" => Vec::new(),
+                "lease" => self.leased(&guest.live).await?,
                 other => {
                     let text = format!("there is no source '{}'; there are agent, arp, lease", shorten(other));
                     return Err(Error::InvalidArgument(text));
@@ -302,6 +302,26 @@ impl Domain {
         if let Some(thawed) = lock(&self.state).thawed.take() {
             thawed.cancel();
         }
+    }
+
+    /// What the networks that it is in have leased to its cards.
+    async fn leased(&self, live: &DomainDef) -> Result<Vec<CardAddresses>> {
+        let mut cards = Vec::new();
+        for card in live.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network) {
+            let (Some(mac), Some(named)) = (card.mac(), card.source.as_ref().and_then(|source| source.network.clone()))
+            else {
+                continue;
+            };
+            let Some(network) = self.shared.plugs.network(&named) else { continue };
+            let leases = self.shared.host.networks.leases(&network).await;
+            let leases = leases.map_err(|why| Error::NetworkFailed(format!("network '{named}': {why}")))?;
+            let own = leases.into_iter().filter(|lease| lease.mac == Some(mac));
+            let addresses: Vec<_> = own.map(|lease| (lease.address.to_string(), u32::from(lease.prefix))).collect();
+            if !addresses.is_empty() {
+                cards.push(CardAddresses { name: String::new(), mac: mac.to_string(), addresses });
+            }
+        }
+        Ok(cards)
     }
 
     fn agent(&self, verb: &Verb) -> Result<Arc<dyn GuestAgent>> {

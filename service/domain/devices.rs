@@ -102,6 +102,9 @@ impl Domain {
             let disk = def.devices.disks.last_mut().filter(|_| device.name == "disk");
             self.take_given(disk.ok_or_else(|| given::of_no_disk(&name, device))?, image).await?;
         }
+        if let Some(card) = def.devices.interfaces.last_mut().filter(|_| device.name == "interface") {
+            self.shared.plugs.plug_card(&name, card)?;
+        }
         let guest = self.guest()?;
         let placed = self.driver.place_device(guest.instance.as_ref(), before, &mut def).await;
         let alias = placed.map_err(|e| Error::from_driver(&name, "plug a device into", e))?;

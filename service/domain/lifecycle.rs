@@ -36,6 +36,8 @@ pub struct StartOptions {
     pub autodestroy: bool,
     /// Cancel the start when the caller leaves the bus.
     pub cancel_on_disconnect: bool,
+    /// Start what it needs and is stored first.
+    pub start_dependencies: bool,
 }
 
 /// How long what is given up may take to end, as a rule.
@@ -67,15 +69,22 @@ impl Domain {
         options: StartOptions,
     ) -> Result<Ticket> {
         let creation = def.as_ref().map(|_| Creation::begin(self)).transpose()?;
+        if options.start_dependencies {
+            let needs = self.def_to_start(def.as_ref())?;
+            self.shared.plugs.start_for(caller, &needs).await?;
+        }
         let change = self.change(caller, &verb::START);
         let accepted = match change.has_turn() {
             false => None,
             true => {
                 self.applies(&verb::START)?;
-                let boots = self.def_to_start(def.as_ref())?;
+                let mut boots = self.def_to_start(def.as_ref())?;
                 match self.goes_on_from(def.is_some(), options)? {
                     Some(file) => self.can_go_on_from(caller, &file).await.map(|()| None)?,
-                    None => Some(self.can_run(&boots).await?),
+                    None => {
+                        self.shared.plugs.plug(&mut boots)?;
+                        Some(self.can_run(&boots).await?)
+                    }
                 }
             }
         };
@@ -92,7 +101,8 @@ impl Domain {
             if let Some(file) = domain.goes_on_from(def.is_some(), options)? {
                 return domain.start_managed(&caller, &file, options, &job).await;
             }
-            let def = boots;
+            let mut def = boots;
+            domain.shared.plugs.plug(&mut def)?;
             let accepted = match accepted {
                 Some(accepted) => accepted,
                 None => domain.can_run(&def).await?,
@@ -165,6 +175,7 @@ impl Domain {
     ) -> Result<()> {
         let mut def = def;
         self.shared.images.declare(&mut def);
+        self.shared.plugs.plug(&mut def)?;
         self.may_write_disks(&def).await?;
         for finding in self.changed_below(&def).await {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");

@@ -250,6 +250,7 @@ impl Domain {
         state.tell_images(&self.shared.image_users, self.uuid);
         self.shared.uses.are(self.uuid, state.needs_live(), state.needs_stored());
         let otherwise = !was_told || facts.is_made_otherwise(&before);
+        self.shared.plugs.has_cards(self.uuid, state.live().filter(|_| !state.gone).map(|live| &**live));
         if was_told || !state.gone {
             let gone = state.gone;
             let (mut there, mut lost) = state.snapshots.news(self.uuid, gone);

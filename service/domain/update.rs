@@ -35,7 +35,8 @@ impl Domain {
     /// Changes a device to what the given element says, in all configurations that `affect` means, or in none.
     /// Errors: `NoSuchDevice`, `OperationUnsupported` where more would change than can.
     pub async fn update_device(self: &Arc<Self>, caller: &Caller, xml: &str, affect: Affect) -> Result<()> {
-        self.short(caller, &verb::UPDATE_DEVICE, async {
+        // On the heap: it is large, and in a debug build each frame below would move it once more.
+        let work = Box::pin(async {
             let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
             let (live, stored) = self.affected(&verb::UPDATE_DEVICE, affect)?;
             let known = live.clone().or(stored.clone()).ok_or_else(|| self.vanished())?;
@@ -56,8 +57,8 @@ impl Domain {
                 Ok::<_, Error>((before, after))
             });
             self.put_checked(&verb::UPDATE_DEVICE, live.transpose()?, stored.transpose()?).await
-        })
-        .await
+        });
+        self.short(caller, &verb::UPDATE_DEVICE, work).await
     }
 }
 

@@ -12,6 +12,7 @@ pub mod checkpoints;
 pub mod devices;
 pub mod given;
 pub mod host_devices;
+pub mod network;
 pub mod reports;
 pub mod saved;
 pub mod secrets;

@@ -1,4 +1,4 @@
-//! What a domain *is* and what a driver *can*: plain values, no I/O, no clock.
+//! What a domain or a network *is* and what a driver *can*: plain values, no I/O, no clock.
 
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
@@ -9,6 +9,7 @@ pub mod device;
 pub mod domain;
 pub mod driver;
 pub mod keys;
+pub mod network;
 pub mod secret;
 pub mod nodedev;
 pub mod setting;

@@ -198,7 +198,7 @@ fn listen(shared: &Arc<Shared>, secrets: &Arc<Secrets>) {
     shared.uses.listen(move |changed| {
         let Some(secrets) = all.upgrade() else { return };
         for needed in changed {
-            let crate::uses::Needed::Secret(name) = needed;
+            let crate::uses::Needed::Secret(name) = needed else { continue };
             match name {
                 SecretName::Uuid(uuid) => secrets.get(*uuid).iter().for_each(|secret| secret.look_at_users()),
                 SecretName::Usage(_, id) => {

@@ -272,6 +272,7 @@ impl Secret {
         let means_it = |needed: &Needed| match needed {
             Needed::Secret(SecretName::Uuid(uuid)) => *uuid == self.uuid,
             Needed::Secret(SecretName::Usage(_, usage)) => !def.id().is_empty() && **usage == *def.id(),
+            Needed::Network(_) => false,
         };
         self.shared.uses.of(means_it).into()
     }

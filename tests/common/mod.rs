@@ -77,6 +77,8 @@ pub struct Setup {
     pub rules: String,
     /// The bus policy; empty for `dbus-policy/org.virt.conf`.
     pub bus_policy: String,
+    /// It has a network namespace of its own.
+    pub own_network: bool,
 }
 
 impl Setup {
@@ -89,6 +91,7 @@ impl Setup {
 /// A private bus and, once started, a virtd on it.
 pub struct Daemon {
     kind: &'static str,
+    own_network: bool,
     keeper: std::process::Child,
     virtd: Option<tokio::process::Child>,
     folder: tempfile::TempDir,
@@ -123,7 +126,7 @@ impl Daemon {
         if !setup.bus_policy.is_empty() {
             std::fs::write(folder.path().join("policy.conf"), &setup.bus_policy).unwrap();
         }
-        Daemon::with_bus("system", folder)
+        Daemon::with_bus("system", folder, setup.own_network)
     }
 
     /// A session bus, nobody on it.
@@ -131,11 +134,12 @@ impl Daemon {
         if !have(&["unshare", "nsenter", "dbus-daemon"]) {
             return None;
         }
-        Daemon::with_bus("session", new_folder())
+        Daemon::with_bus("session", new_folder(), false)
     }
 
-    fn with_bus(kind: &'static str, folder: tempfile::TempDir) -> Option<Daemon> {
+    fn with_bus(kind: &'static str, folder: tempfile::TempDir, own_network: bool) -> Option<Daemon> {
         let mut keeper = Command::new(project_file("tests/private-bus"))
+            .args(own_network.then_some("--net"))
             .arg(kind)
             .arg(folder.path())
             .stdin(Stdio::piped())
@@ -155,7 +159,7 @@ impl Daemon {
             }
             panic!("no private bus: {text}");
         }
-        Some(Daemon { kind, keeper, virtd: None, folder, _watchdog: watchdog })
+        Some(Daemon { kind, own_network, keeper, virtd: None, folder, _watchdog: watchdog })
     }
 
     /// Starts virtd and returns when it has the name, and has looked after every machine that was not whole.
@@ -391,6 +395,7 @@ impl Daemon {
         if !nix::unistd::geteuid().is_root() {
             command.args(["--user", "--preserve-credentials"]);
         }
+        command.args(self.own_network.then_some("--net"));
         command.args(["--mount", "--uts", "--root", "--wd", "--target", &self.keeper.id().to_string(), "--", program]);
         command.env_clear().env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin").env("LC_ALL", "C.UTF-8");
         if self.kind == "session" {

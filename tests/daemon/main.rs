@@ -16,6 +16,7 @@ mod devices;
 mod documents;
 mod flood;
 mod journal;
+mod networks;
 mod nodedev;
 mod permission;
 mod records;

@@ -20,6 +20,7 @@ mod kvm;
 mod lifecycle;
 mod media;
 mod missing;
+mod networks;
 mod parts;
 mod plugged;
 mod records;

@@ -15,7 +15,8 @@ const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
 
 /// Whether its cable ends at a network device of the host's.
 fn has_host_end(interface: &Interface) -> bool {
-    matches!(interface.kind, InterfaceKind::Bridge | InterfaceKind::Direct | InterfaceKind::Ethernet)
+    use InterfaceKind::{Bridge, Direct, Ethernet, Network};
+    matches!(interface.kind, Bridge | Network | Direct | Ethernet)
 }
 
 impl Check<'_> {
@@ -39,8 +40,12 @@ impl Check<'_> {
         self.for_other_kinds(interface);
         match kind {
             InterfaceKind::User => self.user_network(interface),
-            // The table has said it, with the remedy.
-            InterfaceKind::Network if interface.source.as_ref().is_some_and(|s| s.network.is_some()) => {}
+            InterfaceKind::Network => {
+                let named = interface.source.as_ref().is_some_and(|source| source.network.is_some());
+                self.refuse_if(!named, place, "type='network' needs <source network='…'/>");
+                let ours = self.caps.site.makes_taps;
+                self.refuse_if(!ours, place, "type='network' needs root: use the system bus, or type='user'");
+            }
             InterfaceKind::Bridge => {
                 self.refuse_if(interface.bridge().is_none(), place, "type='bridge' needs <source bridge='…'/>");
                 let none = self.caps.bridge_helper.is_none() && !self.caps.site.makes_taps;

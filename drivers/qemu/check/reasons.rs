@@ -212,11 +212,7 @@ const REASONS: &[(&str, &[&str])] = &[
         &["devices/interface/backend/@tap", "devices/interface/backend/@vhost"],
     ),
     (
-        "there are no virtual networks yet: use <interface type='user'> or type='bridge'",
-        &["devices/interface/source/@network", "devices/interface/source/@portgroup"],
-    ),
-    (
-        "there are no virtual networks yet: use <listen type='address'/>",
+        "which address a network has is not looked up: use <listen type='address'/>",
         &["devices/graphics/listen/@network", "devices/graphics/listen/@fromConfig"],
     ),
     (
@@ -231,7 +227,7 @@ const REASONS: &[(&str, &[&str])] = &[
         ],
     ),
     (
-        "a rate that a network keeps free is for virtual networks, of which there are none yet",
+        "a rate that a network keeps free is not kept: say average and peak",
         &["devices/interface/bandwidth/inbound/@floor"],
     ),
     ("there are no network filters here: filter on the host's bridge", &["devices/interface/filterref"]),

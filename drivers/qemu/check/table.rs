@@ -212,7 +212,7 @@ const ACTS: &[(&str, &str)] = &[
     ("devices/filesystem/readonly", ""),
     ("devices/interface", "type managed"),
     ("devices/interface/mac", "address"),
-    ("devices/interface/source", "type path bridge dev mode address port"),
+    ("devices/interface/source", "type network portgroup path bridge dev mode address port"),
     ("devices/interface/source/reconnect", "enabled timeout"),
     ("devices/interface/source/address", "type domain bus slot function"),
     ("devices/interface/source/local", "address port"),

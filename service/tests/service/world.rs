@@ -8,6 +8,7 @@ use std::time::Duration;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio_util::sync::CancellationToken;
 use virt_drivers::host::lender::Lender;
+use virt_drivers::network::HostNetworks;
 use virt_drivers::secret::Vault;
 use virt_drivers::storage::HostStorage;
 use virt_drivers::test::TestDriver;
@@ -86,8 +87,9 @@ impl World {
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
+        let networks = Arc::new(HostNetworks::new(&folder.join("run"), &folder.join("state"), None));
         let secrets = Vault::new(folder.join("state/secrets"), folder.join("secrets"));
-        let host = Host { secrets, storage: storage() };
+        let host = Host { secrets, storage: storage(), networks };
         let (service, events) =
             Service::open(settings, vec![served], host, notary.clone(), Arc::new(Lobby(departed.clone())))
                 .await

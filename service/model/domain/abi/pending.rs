@@ -6,6 +6,8 @@
 use super::AbiDifference;
 use super::table::{RULES, Rule};
 use super::walk::{Match, known_by, matches};
+use crate::device::Interface;
+use crate::device::interface::InterfaceKind;
 use crate::domain::secrets::Numbers;
 use crate::domain::{DomainDef, Form};
 use crate::xml::Element;
@@ -24,6 +26,7 @@ impl DomainDef {
     /// runtime facts aside. A device that only one of them has is one difference, with its element in one line.
     pub fn pending_changes(&self, stored: &DomainDef) -> Vec<AbiDifference> {
         let mut numbers = Numbers::default();
+        let stored = &self.with_what_networks_gave(stored);
         let (running, stored) = (Side::of(self, &mut numbers), Side::of(stored, &mut numbers));
         let mut walk = Walk { running: &running, stored: &stored, found: Vec::new(), bytes: 0 };
         walk.inside(Some(&RULES), "", Some(&running.tree), Some(&stored.tree));
@@ -32,6 +35,21 @@ impl DomainDef {
             walk.found("/devices".to_owned(), &order(&running.tree), &order(&stored.tree));
         }
         walk.found
+    }
+
+    /// `stored` with what cards that run have of their networks, where it leaves that open: another start gives it again.
+    fn with_what_networks_gave(&self, stored: &DomainDef) -> DomainDef {
+        let mut stored = stored.clone();
+        let in_one = |card: &&Interface| card.kind == InterfaceKind::Network && card.mac().is_some();
+        for card in self.devices.interfaces.iter().filter(in_one) {
+            let mut same = stored.devices.interfaces.iter_mut().filter(|other| other.mac() == card.mac());
+            let Some(other) = same.next().filter(|other| other.kind == InterfaceKind::Network) else { continue };
+            other.bandwidth = other.bandwidth.take().or_else(|| card.bandwidth.clone());
+            other.vlan = other.vlan.take().or_else(|| card.vlan.clone());
+            other.mtu = other.mtu.take().or_else(|| card.mtu.clone());
+            other.port = other.port.take().or_else(|| card.port.clone());
+        }
+        stored
     }
 }
 

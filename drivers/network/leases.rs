@@ -1,0 +1,153 @@
+//! Who has which address: dnsmasq's own file of it, which outlives everybody, and how its changes are told. When an address is
+//! given, dnsmasq has written its file and then runs virtd, which touches a file that is watched (`tell`). Nothing of what guests
+//! say of themselves is in that.
+
+use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
+use rustix::fs::{Mode, OFlags};
+use std::io;
+use std::mem::MaybeUninit;
+use std::net::IpAddr;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::path::Path;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+use virt_model::domain::value::{Mac, Value};
+use virt_model::driver::network::Lease;
+use virt_model::network::is_host_name;
+
+/// In the environment of dnsmasq, and so of what it runs: the file to be touched.
+pub const TOLD: &str = "VIRT_LEASES_TOLD";
+
+/// More than any file of leases has; a guest that takes many makes it no longer.
+const MOST: usize = 1 << 17;
+
+/// What virtd does when dnsmasq runs it; whether it was run by dnsmasq at all.
+pub fn tell() -> bool {
+    let Some(file) = std::env::var_os(TOLD) else { return false };
+    // Closing a file that was open for writing is what is watched for.
+    let told = rustix::fs::open(Path::new(&file), OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty());
+    drop(told);
+    true
+}
+
+/// A file whose changes are waited for.
+pub struct Watched(AsyncFd<Watch>);
+
+/// What the kernel tells by; it stays open as long as it is watched.
+struct Watch(OwnedFd);
+
+impl AsRawFd for Watch {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+impl Watched {
+    /// Watches a file that is there. Must be called within the runtime.
+    pub fn new(file: &Path) -> io::Result<Watched> {
+        let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+        inotify::add_watch(&watch, file, WatchFlags::CLOSE_WRITE)?;
+        // SAFETY: Watch owns its descriptor and always shows the same one.
+        let watch = unsafe { AsyncFd::register_with_interest(Watch(watch), Interest::READABLE) };
+        watch.map(Watched).map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    /// Waits until it was touched, once for all that did so meanwhile.
+    pub async fn touched(&self) -> io::Result<()> {
+        loop {
+            let mut ready = self.0.readable().await?;
+            let mut room = [MaybeUninit::uninit(); 4096];
+            let mut events = inotify::Reader::new(&self.0.get_ref().0, &mut room);
+            match events.next() {
+                Ok(event) if event.events().contains(ReadFlags::CLOSE_WRITE) => {
+                    drain(&mut events);
+                    return Ok(());
+                }
+                Ok(_) => {}
+                Err(rustix::io::Errno::AGAIN) => ready.clear_ready(),
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+fn drain(events: &mut inotify::Reader<'_, &OwnedFd>) {
+    while !events.is_buffer_empty() {
+        let _ = events.next();
+    }
+}
+
+/// Reads dnsmasq's file of leases; `prefix` says of each address how many bits are the network's. What is no lease is left out.
+pub fn read(text: &str, prefix: impl Fn(IpAddr) -> u8) -> Vec<Lease> {
+    let (mut leases, mut six) = (Vec::new(), false);
+    for line in text.lines().take(MOST) {
+        let words: Vec<&str> = line.split(' ').collect();
+        // What follows is of IPv6.
+        if words.first() == Some(&"duid") {
+            six = true;
+            continue;
+        }
+        let [expires, known, address, name, client] = words[..] else { continue };
+        let (Ok(expires), Ok(address)) = (expires.parse(), address.parse::<IpAddr>()) else { continue };
+        let known_by = (client != "*").then(|| client.to_owned()).filter(|id| id.len() <= 1024);
+        let mac = if six { known_by.as_deref().and_then(card_of) } else { Mac::from_text(known).ok() };
+        leases.push(Lease {
+            mac,
+            address,
+            prefix: prefix(address),
+            host_name: Some(name).filter(|name| is_host_name(name)).unwrap_or_default().to_owned(),
+            client_id: known_by,
+            // Of addresses that go by, the number begins with a T.
+            iaid: if six { known.trim_start_matches('T').parse().ok() } else { None },
+            expires,
+        });
+    }
+    leases
+}
+
+/// The card that an identifier of IPv6 was made of, if it says that.
+fn card_of(duid: &str) -> Option<Mac> {
+    let bytes: Vec<u8> = duid.split(':').map(|pair| u8::from_str_radix(pair, 16).ok()).collect::<Option<_>>()?;
+    let card = match bytes[..] {
+        [0, 1, 0, 1, _, _, _, _, ref card @ ..] | [0, 3, 0, 1, ref card @ ..] => card,
+        _ => return None,
+    };
+    card.try_into().ok().map(Mac)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leases_as_dnsmasq_writes_them() {
+        let text = "1796000000 52:54:00:aa:00:01 192.168.122.50 lin 01:52:54:00:aa:00:01\n\
+            0 52:54:00:aa:00:02 192.168.122.51 * *\n\
+            1796000000 52:54:00:aa:00:03 192.168.122.52 a;b *\n\
+            garbage\n12 x\n\
+            duid 00:01:00:01:2a:2a:2a:2a:52:54:00:ff:ff:ff\n\
+            1796000001 1114112 fd00::17 lin 00:01:00:01:18:aa:62:fe:52:54:00:aa:00:01\n\
+            1796000001 T7 fd00::18 * 00:02:00:00:ab:11\n";
+        let leases = read(text, |address| if address.is_ipv4() { 24 } else { 64 });
+        assert_eq!(leases.len(), 5);
+        assert_eq!((leases[0].host_name.as_str(), leases[0].prefix, leases[0].expires), ("lin", 24, 1_796_000_000));
+        assert_eq!(leases[0].client_id.as_deref(), Some("01:52:54:00:aa:00:01"));
+        assert_eq!((leases[1].host_name.as_str(), leases[1].expires, &leases[1].client_id), ("", 0, &None));
+        assert_eq!(leases[2].host_name, "", "no name is shown that is none");
+        assert_eq!((leases[3].mac, leases[3].iaid), (leases[0].mac, Some(1_114_112)));
+        assert_eq!((leases[4].mac, leases[4].iaid, leases[4].prefix), (None, Some(7), 64));
+    }
+
+    #[tokio::test]
+    async fn a_touch_is_told_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("told");
+        std::fs::write(&file, "").unwrap();
+        let watched = Watched::new(&file).unwrap();
+        for _ in 0..3 {
+            let touch = rustix::fs::open(&file, OFlags::WRONLY, Mode::empty()).unwrap();
+            drop(touch);
+            watched.touched().await.unwrap();
+        }
+    }
+}

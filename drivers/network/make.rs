@@ -1,0 +1,423 @@
+//! Networks made, found again, changed and taken away: one step after the other, each of which may be the last one of this
+//! virtd. What is to be made is on disk before; whoever finds a record goes on where it says.
+//!
+//! ```text
+//!  record "making" ─▶ bridge ─▶ rules ─▶ server ─▶ forwarding ─▶ record "made"
+//!  record "unmaking" ─▶ server, rules, bridge away ─▶ record away
+//! ```
+
+use super::link::{self, HostRoute};
+use super::rules;
+use super::serve::{self, Files, Served};
+use super::server;
+use crate::host::own_file::replace_json;
+use crate::host::process::boot_id;
+use crate::host::tap::output_within;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::fs;
+use std::io;
+use std::net::IpAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use uuid::Uuid;
+use virt_model::driver::network::{Lease, NetworkError, Problem};
+use virt_model::network::NetworkDef;
+use virt_model::network::address::Net;
+use virt_model::network::forward::Mode;
+use virt_model::network::standing;
+use virt_model::xml::{Finding, Limits};
+
+/// Everything here blocks for moments.
+pub struct Maker {
+    /// A folder for each network that is there, gone with the host's boot.
+    pub runtime: PathBuf,
+    /// Who had which address, which outlives it.
+    pub leases: PathBuf,
+    /// What dnsmasq runs when an address is given: virtd itself.
+    pub teller: Option<PathBuf>,
+    /// We are root, who alone may make them.
+    pub works: bool,
+    /// For tests: so many steps are done, and then nothing any more.
+    pub steps_left: Option<std::sync::atomic::AtomicUsize>,
+}
+
+/// What is on disk of a network that is there.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Record {
+    boot_id: String,
+    phase: Phase,
+    /// Whose it is.
+    owner: u32,
+    /// The definition, as text.
+    xml: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Phase {
+    Making,
+    Made,
+    Unmaking,
+}
+
+/// Why it was not made.
+enum Halt {
+    /// Something failed: what is there is to be taken away.
+    Failed(io::Error),
+    /// As if virtd had been killed (`steps_left`).
+    Cut,
+}
+
+impl From<io::Error> for Halt {
+    fn from(error: io::Error) -> Halt {
+        Halt::Failed(error)
+    }
+}
+
+fn failed(def: &NetworkDef, error: &io::Error) -> NetworkError {
+    NetworkError::Failed(format!("the network '{}': {error}", def.name))
+}
+
+impl Maker {
+    fn folder(&self, uuid: Uuid) -> PathBuf {
+        self.runtime.join(uuid.to_string())
+    }
+
+    fn step(&self) -> Result<(), Halt> {
+        use std::sync::atomic::Ordering::SeqCst;
+        let Some(left) = &self.steps_left else { return Ok(()) };
+        match left.fetch_update(SeqCst, SeqCst, |left| left.checked_sub(1)) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Halt::Cut),
+        }
+    }
+
+    fn record(&self, def: &NetworkDef, owner: u32, phase: Phase) -> io::Result<()> {
+        let record = Record { boot_id: boot_id()?, phase, owner, xml: def.write() };
+        replace_json(&self.folder(def.uuid).join("record.json"), &record, false)
+    }
+
+    /// What keeps a definition from being started here.
+    pub fn check(&self, def: &NetworkDef) -> Vec<Finding> {
+        let mut findings = standing::check(def);
+        if !self.works {
+            let why = "networks need root: use the system bus, or <interface type='user'>";
+            findings.push(Finding::unsupported(&def.at, why));
+        }
+        findings
+    }
+
+    /// What a start would be refused for.
+    pub fn can_start(&self, def: &NetworkDef) -> Result<(), NetworkError> {
+        let findings = self.check(def);
+        if !findings.is_empty() {
+            return Err(NetworkError::Config(findings));
+        }
+        self.is_free(def).map_err(|error| failed(def, &error))
+    }
+
+    fn is_free(&self, def: &NetworkDef) -> io::Result<()> {
+        let Some(bridge) = def.bridge_name() else { return Err(io::Error::other("it has no name of a bridge")) };
+        if def.mode() == Mode::Bridge {
+            return match link::is_bridge(bridge)? {
+                true => Ok(()),
+                false => Err(io::Error::other(format!("there is no bridge '{bridge}' on this host: make it first"))),
+            };
+        }
+        if link::card(bridge)?.is_some() {
+            let why = format!("the host has a device '{bridge}' already: choose another <bridge name=…>, or remove it");
+            return Err(io::Error::other(why));
+        }
+        let routes = link::routes()?;
+        for (address, net) in def.addresses() {
+            if let Some(route) = taken(&routes, &net) {
+                let why =
+                    format!("the host's route to {} by the device '{}' overlaps with {net}", route.net, route.dev);
+                return Err(io::Error::other(why));
+            }
+            let passes = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open) && address.is_ipv6();
+            if let Some(dev) = link::would_lose_router(&routes).filter(|_| passes) {
+                let why = format!(
+                    "the host would not hear its router on '{dev}' any more if it passed on IPv6: \
+                     sysctl -w net.ipv6.conf.{dev}.accept_ra=2"
+                );
+                return Err(io::Error::other(why));
+            }
+        }
+        let devices = def.forward_devices();
+        let known = link::names()?;
+        match devices.into_iter().find(|dev| !known.iter().any(|name| name == dev)) {
+            Some(dev) => {
+                Err(io::Error::other(format!("the host has no device '{dev}', by which packets are to leave")))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Makes it, all or nothing.
+    pub fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError> {
+        self.can_start(def)?;
+        match self.make(def, owner) {
+            Ok(()) => Ok(()),
+            Err(Halt::Cut) => Err(NetworkError::Failed("cut off".to_owned())),
+            Err(Halt::Failed(error)) => {
+                let undone = self.unmake(def, owner);
+                let and = undone.err().map_or(String::new(), |why| format!(" (and it could not be undone: {why})"));
+                Err(NetworkError::Failed(format!("the network '{}': {error}{and}", def.name)))
+            }
+        }
+    }
+
+    fn make(&self, def: &NetworkDef, owner: u32) -> Result<(), Halt> {
+        self.make_folders(def.uuid)?;
+        self.record(def, owner, Phase::Making)?;
+        self.step()?;
+        let Some(bridge) = def.bridge_name().filter(|_| def.mode().is_ours()) else {
+            self.record(def, owner, Phase::Made)?;
+            return Ok(());
+        };
+        link::make(def, bridge)?;
+        self.step()?;
+        self.put_rules(def, bridge)?;
+        self.step()?;
+        if let Some(served) = self.served(def, bridge) {
+            self.serve(def.uuid, &served)?;
+            self.step()?;
+        }
+        link::forward(def)?;
+        self.step()?;
+        self.record(def, owner, Phase::Made)?;
+        self.step()
+    }
+
+    /// dnsmasq, which is not root, goes through these.
+    fn make_folders(&self, uuid: Uuid) -> io::Result<()> {
+        for folder in [&self.runtime, &self.leases, &self.folder(uuid)] {
+            fs::create_dir_all(folder)?;
+            fs::set_permissions(folder, fs::Permissions::from_mode(0o755))?;
+        }
+        Ok(())
+    }
+
+    fn lease_file(&self, uuid: Uuid) -> PathBuf {
+        self.leases.join(format!("{uuid}.leases"))
+    }
+
+    fn served(&self, def: &NetworkDef, bridge: &str) -> Option<Served> {
+        let (folder, leases) = (self.folder(def.uuid), self.lease_file(def.uuid));
+        serve::served(def, bridge, &Files { folder: &folder, leases: &leases, teller: self.teller.as_deref() })
+    }
+
+    fn serve(&self, uuid: Uuid, served: &Served) -> io::Result<()> {
+        let folder = self.folder(uuid);
+        server::write(&folder.join("reservations"), &served.reservations)?;
+        server::write(&folder.join("names"), &served.names)?;
+        server::write(&folder.join("dnsmasq.conf"), &served.config)?;
+        server::start(&folder)
+    }
+
+    fn put_rules(&self, def: &NetworkDef, bridge: &str) -> io::Result<()> {
+        match rules::replacing(def, bridge) {
+            Some(all) => self.run_rules(def.uuid, &all),
+            None => Ok(()),
+        }
+    }
+
+    fn run_rules(&self, uuid: Uuid, all: &Value) -> io::Result<()> {
+        let file = self.folder(uuid).join("rules.json");
+        server::write(&file, &all.to_string())?;
+        output_within("nft", &["-j", "-f", &file.display().to_string()], &[]).map(drop)
+    }
+
+    /// Takes away what there is of it.
+    fn unmake(&self, def: &NetworkDef, owner: u32) -> io::Result<()> {
+        let folder = self.folder(def.uuid);
+        if !folder.join("record.json").exists() {
+            let _ = fs::remove_dir_all(&folder);
+            return Ok(());
+        }
+        self.record(def, owner, Phase::Unmaking)?;
+        if let Some(bridge) = def.bridge_name().filter(|_| def.mode().is_ours()) {
+            server::stop(&folder);
+            if rules::replacing(def, bridge).is_some() {
+                self.run_rules(def.uuid, &rules::removing(def.uuid))?;
+            }
+            link::remove(def, bridge)?;
+        }
+        // The record goes last of all that is in there.
+        for file in ["pid", "told", "reservations", "names", "dnsmasq.conf", "rules.json", "record.json"] {
+            let _ = fs::remove_file(folder.join(file));
+        }
+        let _ = fs::remove_dir(&folder);
+        Ok(())
+    }
+
+    /// The same for who knows its number alone.
+    pub fn stop(&self, uuid: Uuid) -> Result<(), NetworkError> {
+        let folder = self.folder(uuid);
+        match read(&folder) {
+            Ok(None) => Ok(()),
+            Ok(Some((record, def))) => self.unmake(&def, record.owner).map_err(|error| failed(&def, &error)),
+            Err(why) => Err(NetworkError::Failed(format!("{}: {why}", folder.display()))),
+        }
+    }
+
+    /// Everything that is there and whole, after what was cut off has been undone and what is missing made again.
+    pub fn find(&self) -> Vec<(NetworkDef, u32)> {
+        let folders = fs::read_dir(&self.runtime).into_iter().flatten().flatten().map(|entry| entry.path());
+        let mut found: Vec<(NetworkDef, u32)> = folders.filter_map(|folder| self.find_one(&folder)).collect();
+        found.sort_by(|a, b| a.0.name.cmp(&b.0.name));
+        found
+    }
+
+    fn find_one(&self, folder: &Path) -> Option<(NetworkDef, u32)> {
+        let (record, def) = match read(folder) {
+            Ok(Some(read)) => read,
+            Ok(None) => {
+                let _ = fs::remove_dir_all(folder);
+                return None;
+            }
+            Err(why) => {
+                tracing::warn!(folder = %folder.display(), %why, "a network that was there cannot be read; it is left alone");
+                return None;
+            }
+        };
+        if boot_id().is_ok_and(|now| now != record.boot_id) {
+            let _ = fs::remove_dir_all(folder);
+            return None;
+        }
+        if record.phase != Phase::Made {
+            match self.unmake(&def, record.owner) {
+                Ok(()) => tracing::info!(network = %def.name, "what was cut off of it has been undone"),
+                Err(why) => tracing::warn!(network = %def.name, %why, "what was cut off of it cannot be undone"),
+            }
+            return None;
+        }
+        if let Err(why) = self.mend(&def) {
+            tracing::warn!(network = %def.name, %why, "what is missing of it cannot be made again");
+        }
+        Some((def, record.owner))
+    }
+
+    /// Makes again what somebody else took away meanwhile, but for the bridge: who was in it is not known.
+    fn mend(&self, def: &NetworkDef) -> io::Result<()> {
+        let Some(bridge) = def.bridge_name().filter(|_| def.mode().is_ours()) else { return Ok(()) };
+        if link::card(bridge)?.is_none() {
+            return Ok(());
+        }
+        self.put_rules(def, bridge)?;
+        match self.served(def, bridge) {
+            Some(served) if server::find(&self.folder(def.uuid)).is_none() => self.serve(def.uuid, &served),
+            _ => Ok(()),
+        }
+    }
+
+    /// Makes of one that is there what `def` says; on failure it is as it was.
+    pub fn change(&self, def: &NetworkDef) -> Result<(), NetworkError> {
+        let folder = self.folder(def.uuid);
+        let (owner, before) = match read(&folder) {
+            Ok(Some((record, before))) => (record.owner, before),
+            _ => return Err(NetworkError::Failed(format!("the network '{}' is not there", def.name))),
+        };
+        let done = self.bring(&before, def).and_then(|()| self.record(def, owner, Phase::Made));
+        done.map_err(|error| {
+            if let Err(why) = self.bring(def, &before) {
+                tracing::warn!(network = %def.name, %why, "it cannot be brought back to what it was");
+            }
+            failed(def, &error)
+        })
+    }
+
+    fn bring(&self, from: &NetworkDef, to: &NetworkDef) -> io::Result<()> {
+        let Some(bridge) = to.bridge_name().filter(|_| to.mode().is_ours()) else { return Ok(()) };
+        let folder = self.folder(to.uuid);
+        if rules::replacing(from, bridge) != rules::replacing(to, bridge) {
+            self.put_rules(to, bridge)?;
+        }
+        let Some(served) = self.served(to, bridge) else {
+            server::stop(&folder);
+            return Ok(());
+        };
+        let same = fs::read_to_string(folder.join("dnsmasq.conf")).is_ok_and(|config| config == served.config);
+        if !same || server::find(&folder).is_none() {
+            server::stop(&folder);
+            return self.serve(to.uuid, &served);
+        }
+        server::write(&folder.join("reservations"), &served.reservations)?;
+        server::write(&folder.join("names"), &served.names)?;
+        server::reload(&folder);
+        Ok(())
+    }
+
+    /// Who has which address.
+    pub fn leases(&self, def: &NetworkDef) -> io::Result<Vec<Lease>> {
+        let text = match fs::read_to_string(self.lease_file(def.uuid)) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            text => text?,
+        };
+        let nets = def.addresses();
+        let prefix = |address: IpAddr| {
+            let net = nets.iter().find(|(_, net)| net.contains(address));
+            net.map_or(if address.is_ipv4() { 32 } else { 128 }, |(_, net)| net.prefix)
+        };
+        Ok(super::leases::read(&text, prefix))
+    }
+
+    /// Why it cannot do its work.
+    pub fn problems(&self, def: &NetworkDef) -> io::Result<Vec<Problem>> {
+        let Some(bridge) = def.bridge_name() else { return Ok(Vec::new()) };
+        if link::card(bridge)?.is_none() {
+            let sentence =
+                format!("the bridge '{bridge}' was removed by somebody else: destroy the network and start it again");
+            return Ok(vec![Problem { token: "bridge-gone", sentence }]);
+        }
+        if !def.mode().is_ours() {
+            return Ok(Vec::new());
+        }
+        let mut found = Vec::new();
+        let serving = self.served(def, bridge).is_some();
+        if serving && server::find(&self.folder(def.uuid)).is_none() {
+            let sentence =
+                "dnsmasq has ended: nobody is given addresses or told names; destroy the network and start it again";
+            found.push(Problem { token: "dhcp-down", sentence: sentence.to_owned() });
+        }
+        let ruleset = serde_json::from_slice(&output_within("nft", &["-j", "list", "ruleset"], &[])?)?;
+        let passing = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open);
+        found.extend(super::foreign::problems(&ruleset, super::foreign::Needs { bridge, passing, serving }));
+        Ok(found)
+    }
+
+    /// The first /24 from 192.168.122.0 that no route leads to.
+    pub fn free_net(&self, others: &[Net]) -> Result<Net, NetworkError> {
+        let routes = link::routes().map_err(|error| NetworkError::Failed(error.to_string()))?;
+        let nets = (122..=255).map(|third| Net { first: IpAddr::from([192, 168, third, 0]), prefix: 24 });
+        let free = |net: &Net| taken(&routes, net).is_none() && !others.iter().any(|other| other.overlaps(net));
+        let none =
+            || NetworkError::Failed("no net from 192.168.122.0/24 to 192.168.255.0/24 is free: say <ip>".to_owned());
+        nets.into_iter().find(free).ok_or_else(none)
+    }
+
+    /// Where what is told of leases is watched for, and the server, if it is there.
+    pub fn watched(&self, uuid: Uuid) -> (PathBuf, Option<std::os::fd::OwnedFd>) {
+        let folder = self.folder(uuid);
+        (folder.join("told"), server::find(&folder))
+    }
+}
+
+/// The route that overlaps with a net; the one to everywhere does not count.
+fn taken<'a>(routes: &'a [HostRoute], net: &Net) -> Option<&'a HostRoute> {
+    routes.iter().find(|route| route.net.prefix > 0 && route.net.overlaps(net))
+}
+
+/// The record in a folder, if there is one. Error: it cannot be read.
+fn read(folder: &Path) -> Result<Option<(Record, NetworkDef)>, String> {
+    let text = match fs::read(folder.join("record.json")) {
+        Ok(text) => text,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(error.to_string()),
+    };
+    let record: Record = serde_json::from_slice(&text).map_err(|error| error.to_string())?;
+    let def = NetworkDef::parse_within(&record.xml, Limits::STORED);
+    let first = |findings: Vec<Finding>| findings.first().map_or(String::new(), ToString::to_string);
+    def.map(|def| Some((record, def))).map_err(first)
+}

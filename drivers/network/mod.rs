@@ -1,0 +1,217 @@
+//! Networks on the host itself: bridges, rules and dnsmasq. Everything outside virtd's own tables, bridges and servers is left
+//! alone.
+//!
+//! | file | what it holds |
+//! |---|---|
+//! | `make` | the steps, and what is on disk of them |
+//! | `link` | bridge, addresses, routes: iproute2 |
+//! | `rules` | one table of nftables for each network |
+//! | `serve`, `server` | what dnsmasq is told; its process |
+//! | `leases` | who has which address |
+//! | `foreign` | what others' rules stand in the way of |
+
+mod foreign;
+pub mod leases;
+mod link;
+mod make;
+mod rules;
+mod serve;
+mod server;
+#[cfg(test)]
+mod tests;
+
+use crate::host::process::{End, Process};
+use async_trait::async_trait;
+use make::Maker;
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use tokio::sync::{Notify, mpsc};
+use uuid::Uuid;
+use virt_model::domain::value::Mac;
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, Problem};
+use virt_model::network::NetworkDef;
+use virt_model::network::address::Net;
+use virt_model::xml::Finding;
+
+/// Reports that nobody has read yet; more of them say nothing more.
+const UNREAD: usize = 4;
+
+/// Networks of this host.
+pub struct HostNetworks {
+    maker: Arc<Maker>,
+    /// One change of the host's network at a time: two starts would both find a net free.
+    turn: tokio::sync::Mutex<()>,
+    /// Who watches a network is told here that its server is another, or none.
+    watchers: Mutex<HashMap<Uuid, Arc<Notify>>>,
+}
+
+impl HostNetworks {
+    /// Those with their records below `runtime`, e.g. `/run/virt`, and leases below `state`, e.g. `/var/lib/virt`. `teller` is
+    /// what dnsmasq runs when an address is given: it calls [`leases::tell`].
+    pub fn new(runtime: &std::path::Path, state: &std::path::Path, teller: Option<PathBuf>) -> HostNetworks {
+        let (runtime, leases) = (runtime.join("networks"), state.join("leases"));
+        let works = nix::unistd::geteuid().is_root();
+        let maker = Arc::new(Maker { runtime, leases, teller, works, steps_left: None });
+        HostNetworks { maker, turn: tokio::sync::Mutex::default(), watchers: Mutex::default() }
+    }
+
+    /// Runs what blocks for moments.
+    async fn does<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&Maker) -> T + Send + 'static,
+    ) -> Result<T, NetworkError> {
+        let maker = self.maker.clone();
+        let done = tokio::task::spawn_blocking(move || work(&maker)).await;
+        done.map_err(|error| NetworkError::Failed(format!("work on the host's network ended early: {error}")))
+    }
+
+    fn watcher(&self, uuid: Uuid) -> Arc<Notify> {
+        self.watchers.lock().unwrap_or_else(PoisonError::into_inner).entry(uuid).or_default().clone()
+    }
+}
+
+#[async_trait]
+impl NetworkDriver for HostNetworks {
+    fn check(&self, def: &NetworkDef) -> Vec<Finding> {
+        self.maker.check(def)
+    }
+
+    async fn complete(&self, def: &mut NetworkDef, taken: &[String]) {
+        if !def.mode().is_ours() {
+            return;
+        }
+        if def.bridge_name().is_none() {
+            let known = self.does(|_| link::names()).await.ok().and_then(Result::ok).unwrap_or_default();
+            let names = (0..10_000).map(|n| format!("virbr{n}"));
+            let free = |name: &String| !known.contains(name) && !taken.contains(name);
+            names.into_iter().find(free).iter().for_each(|name| def.set_bridge_name(name));
+        }
+        if def.mac.is_none() {
+            def.mac.get_or_insert_default().address = made_up();
+        }
+    }
+
+    async fn free_net(&self, taken: &[Net]) -> Result<Net, NetworkError> {
+        let taken = taken.to_vec();
+        self.does(move |maker| maker.free_net(&taken)).await?
+    }
+
+    async fn can_start(&self, def: &NetworkDef) -> Result<(), NetworkError> {
+        let def = def.clone();
+        self.does(move |maker| maker.can_start(&def)).await?
+    }
+
+    async fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError> {
+        let _turn = self.turn.lock().await;
+        let (uuid, def) = (def.uuid, def.clone());
+        let done = self.does(move |maker| maker.start(&def, owner)).await?;
+        self.watcher(uuid).notify_waiters();
+        done
+    }
+
+    async fn stop(&self, uuid: Uuid) -> Result<(), NetworkError> {
+        let _turn = self.turn.lock().await;
+        let watcher = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).remove(&uuid);
+        let done = self.does(move |maker| maker.stop(uuid)).await?;
+        watcher.iter().for_each(|watcher| watcher.notify_waiters());
+        done
+    }
+
+    async fn find(&self) -> Vec<(NetworkDef, u32)> {
+        let _turn = self.turn.lock().await;
+        self.does(Maker::find).await.unwrap_or_default()
+    }
+
+    async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError> {
+        let _turn = self.turn.lock().await;
+        let (uuid, def) = (def.uuid, def.clone());
+        let done = self.does(move |maker| maker.change(&def)).await?;
+        self.watcher(uuid).notify_waiters();
+        done
+    }
+
+    async fn plug(&self, def: &NetworkDef, devices: Vec<String>) {
+        let def = def.clone();
+        let done = self.does(move |_| link::plug(&def, &devices)).await;
+        done.unwrap_or_else(|why| tracing::warn!(%why, "guests are not plugged in again"));
+    }
+
+    async fn leases(&self, def: &NetworkDef) -> Result<Vec<Lease>, NetworkError> {
+        let def = def.clone();
+        self.does(move |maker| maker.leases(&def)).await?.map_err(|error| NetworkError::Failed(error.to_string()))
+    }
+
+    async fn problems(&self, def: &NetworkDef) -> Vec<Problem> {
+        let def = def.clone();
+        let found = self
+            .does(move |maker| maker.problems(&def))
+            .await
+            .and_then(|found| found.map_err(|error| NetworkError::Failed(error.to_string())));
+        found.unwrap_or_else(|why| {
+            tracing::warn!(%why, "whether a network can do its work cannot be told");
+            Vec::new()
+        })
+    }
+
+    async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport> {
+        let (to, from) = mpsc::channel(UNREAD);
+        tokio::spawn(follow(self.maker.clone(), uuid, self.watcher(uuid), to));
+        from
+    }
+}
+
+/// Reports what befalls a network until it is stopped or nobody listens.
+async fn follow(maker: Arc<Maker>, uuid: Uuid, watcher: Arc<Notify>, to: mpsc::Sender<NetworkReport>) {
+    let mut told_end = false;
+    loop {
+        let another = watcher.notified();
+        tokio::pin!(another);
+        another.as_mut().enable();
+        let (file, server) = maker.watched(uuid);
+        // One that is not there any more was stopped.
+        let Ok(watched) = leases::Watched::new(&file) else {
+            if !maker.runtime.join(uuid.to_string()).join("record.json").exists() {
+                return;
+            }
+            tokio::select! {
+                () = another => continue,
+                () = to.closed() => return,
+            }
+        };
+        let server = server.and_then(|server| Process::new(server).ok());
+        if server.is_none() && !told_end {
+            told_end = true;
+            let _ = to.try_send(NetworkReport::ServerEnded);
+        }
+        loop {
+            tokio::select! {
+                () = &mut another => break,
+                () = to.closed() => return,
+                touched = watched.touched() => {
+                    if touched.is_err() { break }
+                    let _ = to.try_send(NetworkReport::Leases);
+                }
+                _ = ended(server.as_ref()), if !told_end => {
+                    told_end = true;
+                    let _ = to.try_send(NetworkReport::ServerEnded);
+                }
+            }
+        }
+        told_end = false;
+    }
+}
+
+async fn ended(server: Option<&Process>) -> End {
+    match server {
+        Some(server) => server.ended().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// A hardware address that no other card has.
+fn made_up() -> Mac {
+    let random = Uuid::new_v4();
+    let [a, b, c, ..] = *random.as_bytes();
+    Mac([0x52, 0x54, 0, a, b, c])
+}

@@ -1,0 +1,102 @@
+//! The contract between the service and whatever makes networks on the host: [`NetworkDriver`], and what it reports.
+//!
+//! The service owns which networks there are, who may touch them and which guests are in them. A driver makes bridge, addresses,
+//! rules and servers of a definition, all or nothing, and finds them again after virtd was killed at any instruction.
+
+use crate::domain::value::Mac;
+use crate::network::NetworkDef;
+use crate::network::address::Net;
+use crate::xml::Finding;
+use async_trait::async_trait;
+use std::net::IpAddr;
+use tokio::sync::mpsc;
+use uuid::Uuid;
+
+/// Makes networks.
+#[async_trait]
+pub trait NetworkDriver: Send + Sync {
+    /// What keeps it from being started here, whatever else there is on the host, in document order.
+    fn check(&self, def: &NetworkDef) -> Vec<Finding>;
+
+    /// Fills in what a definition leaves open and must never change again: the bridge's name, none of those that are `taken`, and
+    /// its hardware address.
+    async fn complete(&self, def: &mut NetworkDef, taken: &[String]);
+
+    /// A net of the host's that no route leads to, nor is among `taken`: the first /24 from 192.168.122.0.
+    async fn free_net(&self, taken: &[Net]) -> Result<Net, NetworkError>;
+
+    /// What a start would be refused for now. Changes nothing.
+    async fn can_start(&self, def: &NetworkDef) -> Result<(), NetworkError>;
+
+    /// Makes it, all or nothing: on failure nothing is left of it. `owner` is told again by [`NetworkDriver::find`]. What is to be made is on disk before it is made.
+    async fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError>;
+
+    /// Takes it away; what is gone already is not missed. Guests' devices stay, without a bridge.
+    async fn stop(&self, uuid: Uuid) -> Result<(), NetworkError>;
+
+    /// Everything that an earlier virtd has made and that is there, finished, with its owner; what it was at has been undone.
+    async fn find(&self) -> Vec<(NetworkDef, u32)>;
+
+    /// Makes of a network that is there what `def` says, without a packet lost to who is in it.
+    async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError>;
+
+    /// Plugs devices of guests into a network that is there. What has gone meanwhile, or cannot be plugged, is logged.
+    async fn plug(&self, def: &NetworkDef, devices: Vec<String>);
+
+    /// Who has which address.
+    async fn leases(&self, def: &NetworkDef) -> Result<Vec<Lease>, NetworkError>;
+
+    /// Why a network that is there cannot do its work.
+    async fn problems(&self, def: &NetworkDef) -> Vec<Problem>;
+
+    /// What befalls a network that is there, until it is stopped. One reader at a time.
+    async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport>;
+}
+
+/// What befalls a network by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NetworkReport {
+    /// Addresses were given, or given back.
+    Leases,
+    /// What serves addresses and names has ended.
+    ServerEnded,
+}
+
+/// An address that somebody has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lease {
+    /// Whose, where that can be told.
+    pub mac: Option<Mac>,
+    /// The address.
+    pub address: IpAddr,
+    /// How many bits of it are the network's.
+    pub prefix: u8,
+    /// What the guest calls itself, or is called; empty if nothing.
+    pub host_name: String,
+    /// What it is known by to the server.
+    pub client_id: Option<String>,
+    /// Of IPv6: which of its cards.
+    pub iaid: Option<u32>,
+    /// Until when, in seconds since 1970; 0: for ever.
+    pub expires: u64,
+}
+
+/// Why a network that is there cannot do its work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// In a word.
+    pub token: &'static str,
+    /// In a sentence, with the remedy.
+    pub sentence: String,
+}
+
+/// Why something could not be done.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// Parts of the definition that cannot be run; never empty.
+    #[error("{}", .0.iter().map(|f| f.message.as_str()).collect::<Vec<_>>().join("; "))]
+    Config(Vec<Finding>),
+    /// The host, or a program that does the work, refused; ends with its own words.
+    #[error("{0}")]
+    Failed(String),
+}

@@ -1,0 +1,232 @@
+//! Network documents: nothing is lost of what is read, and what contradicts itself is refused by name, where it stands.
+
+use std::path::{Path, PathBuf};
+use virt_model::network::standing::{Standing, check, standing};
+use virt_model::network::{NetworkDef, vocabulary};
+use virt_model::xml::{Element, Limits, Node, read};
+
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/data/network")
+}
+
+fn documents() -> Vec<(String, String)> {
+    let files = std::fs::read_dir(folder()).unwrap().map(|file| file.unwrap().path());
+    let files = files.filter(|file| file.extension().is_some_and(|extension| extension == "xml"));
+    let read = |file: PathBuf| {
+        (file.file_stem().unwrap().to_str().unwrap().to_owned(), std::fs::read_to_string(&file).unwrap())
+    };
+    let mut documents: Vec<_> = files.map(read).collect();
+    documents.sort();
+    documents
+}
+
+/// What a document says, without its layout, and in no order.
+fn said(element: &Element, path: &str, into: &mut Vec<String>) {
+    let path = format!("{path}/{}", element.name);
+    let attributes =
+        element.attributes.iter().map(|attribute| format!("{path}/@{}={}", attribute.name, attribute.value));
+    into.extend(attributes);
+    let verbatim = element.nodes.iter().filter_map(Node::as_verbatim).map(str::trim);
+    into.extend(verbatim.map(|text| format!("{path}: {text}")));
+    match element.text().trim() {
+        "" => into.push(path.clone()),
+        text => into.push(format!("{path}: {text}")),
+    }
+    element.elements().for_each(|child| said(child, &path, into));
+}
+
+fn all_said(text: &str) -> Vec<String> {
+    let root = read(text, &[("network", "metadata")]).unwrap();
+    let mut all = Vec::new();
+    said(&root, "", &mut all);
+    all.sort();
+    all
+}
+
+#[test]
+fn n1_nothing_is_lost() {
+    let documents = documents();
+    assert!(documents.len() >= 30, "{}", documents.len());
+    for (name, text) in documents {
+        let def = NetworkDef::parse(&text).unwrap_or_else(|findings| panic!("{name}: {findings:#?}"));
+        let written = def.write();
+        let (mut before, mut after) = (all_said(&text), all_said(&written));
+        // A document without a uuid gets one.
+        if !text.contains("<uuid>") {
+            after.retain(|line| !line.starts_with("/network/uuid"));
+        }
+        before.dedup();
+        after.dedup();
+        assert_eq!(before, after, "{name}");
+        let again = NetworkDef::parse_within(&written, Limits::STORED).unwrap();
+        assert_eq!((&again, again.write()), (&def, written), "{name}: what is written is read as what it was");
+    }
+}
+
+#[test]
+fn n1_runtime_facts_are_read_and_dropped() {
+    let text = "<network connections='3'><name>n</name><forward mode='nat' dev='eth0'><interface dev='eth0' connections='2'/>\
+        </forward><ip address='10.0.0.1' prefix='24'/></network>";
+    assert!(!NetworkDef::parse(text).unwrap().write().contains("connections"));
+}
+
+#[test]
+fn n1_every_name_of_the_format_is_in_a_document() {
+    let mut seen = std::collections::HashSet::new();
+    for (_, text) in documents() {
+        seen.extend(all_said(&text).into_iter().map(|line| line.split(['=', ':']).next().unwrap().to_owned()));
+    }
+    // These stand in documents of elements that are there, with other words.
+    let like = [
+        "/network/portgroup/vlan",
+        "/network/portgroup/virtualport",
+        "/network/portgroup/bandwidth",
+        "/network/virtualport",
+    ];
+    let known_missing = [
+        "/network/@connections",
+        "/network/@trustGuestRxFilters",
+        "/network/forward/driver/@model",
+        "/network/forward/interface/@connections",
+        "/network/bandwidth/@classID",
+    ];
+    for (path, attributes) in vocabulary() {
+        let path = if path.is_empty() { "/network".to_owned() } else { format!("/network/{path}") };
+        if path.contains(":") || like.iter().any(|like| path.starts_with(like)) {
+            continue;
+        }
+        assert!(seen.contains(&path), "no document has {path}");
+        for attribute in attributes.iter().map(|name| format!("{path}/@{name}")) {
+            assert!(seen.contains(&attribute) || known_missing.contains(&&*attribute), "no document has {attribute}");
+        }
+    }
+}
+
+#[test]
+fn n2_what_contradicts_itself_is_refused_by_name() {
+    let file = folder().join("refused.txt");
+    let text = std::fs::read_to_string(&file).unwrap();
+    let (head, cases) = text.split_once("\n\n").unwrap();
+    let mut written = head.to_owned();
+    for case in cases.trim().split("\n\n") {
+        let lines: Vec<&str> = case.lines().filter(|line| !line.starts_with("->")).collect();
+        let document = format!("<network>\n<name>x</name>\n{}\n</network>", lines[1..].join("\n"));
+        let findings = NetworkDef::parse(&document).err().unwrap_or_default();
+        written += &format!("\n\n{}", lines.join("\n"));
+        for finding in &findings {
+            assert!(finding.line > 0, "{finding}");
+            written += &format!("\n-> {finding}");
+        }
+        assert!(!findings.is_empty(), "{document}");
+    }
+    written.push('\n');
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(&file, &written).unwrap();
+    }
+    let text = std::fs::read_to_string(&file).unwrap();
+    assert!(written == text, "what is found is not what {} says: UPDATE=1 writes it anew", file.display());
+}
+
+#[test]
+fn n2_other_documents_and_broken_ones_are_refused() {
+    for (text, why) in [
+        ("", "no element"),
+        ("<network>", "network"),
+        ("<domain/>", "<network> was expected"),
+        ("<network xmlns='urn:x'><name>n</name></network>", "must be in none"),
+        ("<network xmlns:dnsmasq='urn:x'><name>n</name></network>", "can only stand for"),
+        ("<network/>", "needs a name"),
+        ("<network><name>a/b</name></network>", "cannot be a name"),
+        ("<network><name>n</name><uuid>7</uuid></network>", "a UUID"),
+    ] {
+        let findings = NetworkDef::parse(text).unwrap_err();
+        assert!(findings.iter().any(|finding| finding.to_string().contains(why)), "{text}: {findings:?}");
+    }
+    let many = format!("<network><name>n</name>{}</network>", "<portgroup name='x'/>".repeat(9000));
+    assert!(NetworkDef::parse(&many).unwrap_err()[0].message.contains("more than"));
+}
+
+#[test]
+fn n3_what_does_not_act_is_refused_by_a_start_where_it_stands() {
+    for (name, text) in documents() {
+        let def = NetworkDef::parse(&text).unwrap();
+        let found: Vec<String> = check(&def).iter().map(|finding| finding.path.clone()).collect();
+        let expected: &[&str] = match &*name {
+            "macvtap-bridge" | "macvtap-private" | "macvtap-passthrough" => &["/forward/@mode"],
+            "macvtap-vepa" => &["/forward/@mode", "/virtualport"],
+            "hostdev-function" => &["/forward/@managed", "/forward/@mode", "/forward/driver", "/forward/pf"],
+            "hostdev-addresses" => {
+                &["/forward/@managed", "/forward/@mode", "/forward/address[1]", "/forward/address[2]"]
+            }
+            "openvswitch" => &["/portgroup/virtualport", "/virtualport", "/vlan"],
+            "bandwidth" => &["/bandwidth"],
+            "portgroups" => &["/portgroup[2]/@trustGuestRxFilters"],
+            "mtu-and-zone" => &["/bridge/@macTableManager", "/bridge/@zone"],
+            "for-people" => &["/dnsmasq:options", "/domain/@register"],
+            _ => &[],
+        };
+        let mut found = found;
+        found.sort();
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+/// `docs/NETWORK-XML.md`: what becomes of every element and attribute of the format, written from the lists that decide it.
+/// With `UPDATE=1` in the environment the page is written anew, to be reviewed.
+#[test]
+fn n3_the_page_says_what_is_done() {
+    let mut page = HEAD.to_owned();
+    let mut whole: Vec<String> = Vec::new();
+    for (path, attributes) in vocabulary() {
+        if whole.iter().any(|parent| path.strip_prefix(&**parent).is_some_and(|rest| rest.starts_with('/'))) {
+            continue;
+        }
+        let name = if path.is_empty() { "network" } else { &path };
+        let (mut acts, mut kept, mut refused) = (Vec::new(), Vec::new(), Vec::new());
+        match if path.is_empty() { Standing::Acts } else { standing(&path) } {
+            Standing::Kept(why) => page += &format!("| [`{name}`] | | {why} | |\n"),
+            Standing::Refused(why) => page += &format!("| [`{name}`] | | | {} |\n", why.trim_start_matches("is ")),
+            Standing::Acts => {
+                for attribute in attributes {
+                    let place = if path.is_empty() { format!("@{attribute}") } else { format!("{path}/@{attribute}") };
+                    match standing(&place) {
+                        Standing::Acts => acts.push(format!("`{attribute}`")),
+                        Standing::Kept(why) => kept.push(format!("`{attribute}`: {why}")),
+                        Standing::Refused(why) => {
+                            refused.push(format!("`{attribute}`: {}", why.trim_start_matches("is ")));
+                        }
+                    }
+                }
+                let acts = if acts.is_empty() { "yes".to_owned() } else { acts.join(" ") };
+                page += &format!("| `{name}` | {acts} | {} | {} |\n", kept.join("; "), refused.join("; "));
+                continue;
+            }
+        }
+        whole.push(path);
+    }
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/NETWORK-XML.md");
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(&file, &page).unwrap();
+    }
+    let written = std::fs::read_to_string(&file).unwrap_or_default();
+    assert!(written == page, "docs/NETWORK-XML.md is not what the lists say: UPDATE=1 writes it anew");
+}
+
+const HEAD: &str = "# What becomes of network XML
+
+Every element and attribute of libvirt's network format is known, stored and shown again. This page says what virtd does with
+each: it *acts*; or it is *kept*, and asks for nothing at start; or it is *refused* by `Start` and reported by
+`ValidateNetwork`, by name and with the reason. `DefineNetwork` stores all of it. What is not in the format is refused by
+`DefineNetwork`, with line and column; so is what contradicts itself on any host (`tests/data/network/refused.txt` shows what is
+said of each kind).
+
+Of the modes, `nat`, `route`, `open`, none (isolated) and `bridge` with a `<bridge name=>` act; `private`, `vepa`, `passthrough`,
+`bridge` without one, and `hostdev` are refused by `Start`. A network of mode `nat` without `<ip>` gets one at its first start:
+the first free /24 from 192.168.122.0, which is stored.
+
+The page is generated from the list in `service/model/network/standing.rs` (`UPDATE=1 cargo test -p virt-model --test
+network`), and a test holds it to that. An element in brackets stands for itself and all below it.
+
+| element | acts | kept | refused |
+|---|---|---|---|
+";

@@ -1,0 +1,300 @@
+//! All networks: documents until they are networks, look-up, and what is found when virtd starts.
+
+use super::{Network, Networks, Note, State, subject};
+use crate::authz::{Caller, Subject};
+use crate::error::{Error, Result};
+use crate::frames::{self, Changeable as _};
+use crate::lock::lock;
+use crate::log;
+use crate::registry::{Claimed, check_new_name};
+use crate::shared::{Shared, virtd_itself};
+use crate::store::{Folder, FoundDocument, on_disk};
+use crate::uses::Needed;
+use crate::verb::Verb;
+use crate::{Service, verb};
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+use virt_model::network::NetworkDef;
+use virt_model::xml::{Finding, FindingKind, Limits, shorten};
+
+impl Service {
+    /// The network with this uuid, written with or without dashes.
+    pub fn network_by_uuid(&self, uuid: &str) -> Result<Arc<Network>> {
+        let missing = || Error::NoSuchNetwork { what: "uuid", value: shorten(uuid) };
+        self.network(crate::read_uuid(uuid)?).ok_or_else(missing)
+    }
+
+    /// The network with this uuid, if there is one.
+    pub fn network(&self, uuid: Uuid) -> Option<Arc<Network>> {
+        self.networks.get(uuid)
+    }
+
+    /// The network of this name.
+    pub fn network_by_name(&self, name: &str) -> Result<Arc<Network>> {
+        let missing = || Error::NoSuchNetwork { what: "name", value: shorten(name) };
+        self.networks.by_name(name).ok_or_else(missing)
+    }
+
+    /// Stores a network: a new one, or another document for the one with its uuid and name. What there is of it goes on as it was.
+    pub async fn define_network(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
+        let (verb, begun) = (&verb::DEFINE_NETWORK, Instant::now());
+        let result = self.define_network_inner(caller, xml).await;
+        log_made(caller, verb, begun, &result);
+        result
+    }
+
+    async fn define_network_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
+        let (def, claimed) = self.accept_network(caller, xml, &[&verb::DEFINE_NETWORK]).await?;
+        match claimed {
+            Claimed::Existing(network) => {
+                let _turn = frames::take_turn(&*network, verb::DEFINE_NETWORK.word, &CancellationToken::new()).await?;
+                network.store(&def).await?;
+                network.commit(vec![("defined", "updated")], |state| {
+                    (state.stored, state.broken) = (Some(Arc::new(def)), None);
+                });
+                Ok(network)
+            }
+            Claimed::New => {
+                let (uuid, name) = (def.uuid, def.name.clone());
+                let network = new(&self.shared, &self.networks, &def, caller.uid);
+                if let Err(error) = network.store(&def).await {
+                    self.networks.remove(uuid, &name, caller.uid);
+                    return Err(error);
+                }
+                crate::fail_point::reached();
+                self.networks.insert(network.clone());
+                network.commit(vec![("defined", "added")], |state| state.stored = Some(Arc::new(def)));
+                Ok(network)
+            }
+        }
+    }
+
+    /// Starts a network of which nothing is stored, or the inactive stored one of that uuid and name with this document.
+    pub async fn create_network(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
+        let (verb, begun) = (&verb::CREATE_NETWORK, Instant::now());
+        let result = self.create_network_inner(caller, xml).await;
+        log_made(caller, verb, begun, &result);
+        result
+    }
+
+    async fn create_network_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
+        let verbs = [&verb::CREATE_NETWORK, &verb::NETWORK_START];
+        let (def, claimed) = self.accept_network(caller, xml, &verbs).await?;
+        let (network, is_new) = match claimed {
+            Claimed::Existing(network) => (network, false),
+            Claimed::New => (new(&self.shared, &self.networks, &def, caller.uid), true),
+        };
+        let turn = frames::take_turn(&*network, verb::CREATE_NETWORK.word, &CancellationToken::new()).await?;
+        let made = async {
+            network.applies(&verb::NETWORK_START)?;
+            let def = network.completed(&Arc::new(def)).await?;
+            if is_new {
+                self.networks.insert(network.clone());
+            }
+            network.make_of(def).await
+        };
+        let made = made.await;
+        drop(turn);
+        if made.is_err() && is_new {
+            lock(&network.state).gone = true;
+            self.networks.remove(network.uuid, &network.name, caller.uid);
+        }
+        made.map(|()| network)
+    }
+
+    /// Everything that a definition would be refused for and everything that could not be started. Changes nothing.
+    pub async fn validate_network(&self, caller: &Caller, xml: &str) -> Result<Vec<Finding>> {
+        self.allow(caller, &verb::VALIDATE_NETWORK, &Subject::default()).await?;
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let (def, mut findings) = seat.read(xml, |text| NetworkDef::parse_leniently(text, Limits::ACCEPTED)).await;
+        let Some(def) = def else { return Ok(findings) };
+        virt_model::domain::add_findings(&mut findings, self.shared.host.networks.check(&def));
+        if let Err(conflict) = self.networks.look(def.uuid, &def.name) {
+            findings.push(Finding::anywhere(FindingKind::Invalid, "/name", conflict.to_string()));
+        }
+        Ok(findings)
+    }
+
+    /// Reads a document, asks for permission for all of `verbs`, completes it, and claims its name and uuid.
+    async fn accept_network(
+        &self,
+        caller: &Caller,
+        xml: &str,
+        verbs: &[&Verb],
+    ) -> Result<(NetworkDef, Claimed<Network>)> {
+        let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
+        let mut def = seat.read(xml, NetworkDef::parse).await.map_err(Error::ConfigInvalid)?;
+        // Nobody keeps a seat while a person is asked.
+        drop(seat);
+        let existing = self.networks.look(def.uuid, &def.name)?;
+        let about = existing.as_ref().map_or_else(|| subject(def.uuid, &def.name), |network| network.subject());
+        for verb in verbs {
+            self.allow(caller, verb, &about).await?;
+        }
+        if existing.is_none() {
+            check_new_name("network", &def.name)?;
+        }
+        let others = self.networks.all().into_iter().filter(|other| other.uuid != def.uuid);
+        let bridges = others.flat_map(|other| {
+            let state = lock(&other.state);
+            let defs = state.stored.iter().chain(&state.live);
+            defs.filter_map(|def| def.bridge_name().map(str::to_owned)).collect::<Vec<_>>()
+        });
+        let bridges: Vec<String> = bridges.collect();
+        if let Some(name) = def.bridge_name().filter(|name| def.mode().is_ours() && bridges.iter().any(|b| b == name)) {
+            let text =
+                format!("the bridge '{}' is another network's: leave out its name, or choose another", shorten(name));
+            return Err(Error::NetworkExists(text));
+        }
+        if let Some(kept) = existing.as_ref().and_then(|network| lock(&network.state).stored.clone()) {
+            keep_chosen(&mut def, &kept);
+        }
+        self.shared.host.networks.complete(&mut def, &bridges).await;
+        def.write_readable().map_err(Error::OperationInvalid)?;
+        let limit = self.shared.limits.others_per_user;
+        let claimed = self.networks.claim(def.uuid, &def.name, caller.uid, limit)?;
+        match (&claimed, &existing) {
+            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(now, before) => Ok((def, claimed)),
+            (Claimed::New, None) => Ok((def, claimed)),
+            (Claimed::New, Some(_)) => {
+                self.networks.remove(def.uuid, &def.name, caller.uid);
+                let text = format!("network '{}' was removed by another call meanwhile; try again", def.name);
+                Err(Error::OperationInvalid(text))
+            }
+            (Claimed::Existing(_), _) => {
+                let text = format!("network '{}' was defined by another call meanwhile; try again", def.name);
+                Err(Error::NetworkExists(text))
+            }
+        }
+    }
+}
+
+/// What was chosen once for a network stays with it, where a new document leaves it open.
+fn keep_chosen(def: &mut NetworkDef, kept: &NetworkDef) {
+    if def.mode().is_ours() && kept.mode().is_ours() {
+        if let (None, Some(name)) = (def.bridge_name(), kept.bridge_name()) {
+            def.set_bridge_name(name);
+        }
+        if def.mac.is_none() {
+            def.mac.clone_from(&kept.mac);
+        }
+    }
+}
+
+fn log_made(caller: &Caller, verb: &Verb, begun: Instant, result: &Result<Arc<Network>>) {
+    match result {
+        Ok(network) => frames::log_of(&**network, caller, verb, begun, None),
+        Err(error) => log::refused(caller, verb, begun, error),
+    }
+}
+
+/// One whose name and uuid are claimed, of which nothing is stored and nothing there.
+fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: u32) -> Arc<Network> {
+    let state = State {
+        stored: None,
+        live: None,
+        broken: None,
+        autostart: false,
+        leases: Arc::default(),
+        problems: Vec::new(),
+        gone: false,
+        facts: None,
+    };
+    Arc::new(Network {
+        uuid: def.uuid,
+        owner,
+        name: def.name.clone(),
+        shared: shared.clone(),
+        networks: networks.clone(),
+        turn: Arc::default(),
+        state: Mutex::new(state),
+    })
+}
+
+/// Fills the registry from disk, and from what there is on the host. One whose document cannot be used is there, and says so.
+pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Result<()> {
+    let on = shared.clone();
+    let found = on_disk(move || on.store.documents(Folder::Networks).load::<Note>()).await?;
+    for FoundDocument { uuid, text, note } in found {
+        let first = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
+        let read = text.and_then(|text| NetworkDef::parse_within(&text, Limits::STORED).map_err(first));
+        let other = |def: &NetworkDef| format!("its file holds the network {}", def.uuid);
+        let read = read.and_then(|def| if def.uuid == uuid { Ok(def) } else { Err(other(&def)) });
+        let read = read.and_then(|def| networks.look(uuid, &def.name).map(|_| def).map_err(|e| e.to_string()));
+        let (def, broken) = match read {
+            Ok(def) => (def, None),
+            Err(why) => {
+                tracing::error!(%uuid, "the document of this network is left alone: {why}");
+                (NetworkDef { uuid, name: uuid.to_string(), ..NetworkDef::default() }, Some(why))
+            }
+        };
+        networks.claim(uuid, &def.name, note.owner, usize::MAX)?;
+        let network = new(shared, networks, &def, note.owner);
+        networks.insert(network.clone());
+        let mut state = lock(&network.state);
+        (state.stored, state.broken, state.autostart) = (Some(Arc::new(def)), broken, note.autostart);
+    }
+    for (def, owner) in shared.host.networks.find().await {
+        let network = match networks.get(def.uuid) {
+            Some(network) => network,
+            // Nothing is stored of it.
+            None => match networks.claim(def.uuid, &def.name, owner, usize::MAX) {
+                Ok(Claimed::New) => {
+                    let network = new(shared, networks, &def, owner);
+                    networks.insert(network.clone());
+                    network
+                }
+                Ok(Claimed::Existing(network)) => network,
+                Err(error) => {
+                    tracing::error!(uuid = %def.uuid, %error, "a network that is there is left alone");
+                    continue;
+                }
+            },
+        };
+        let problems = shared.host.networks.problems(&def).await;
+        let leases = shared.host.networks.leases(&def).await.unwrap_or_default();
+        {
+            let mut state = lock(&network.state);
+            (state.live, state.problems, state.leases) = (Some(Arc::new(def)), problems, leases.into());
+        }
+        network.follow();
+    }
+    networks.all().iter().for_each(|network| network.look_at_users());
+    let all = Arc::downgrade(networks);
+    shared.plugs.started_by(Box::new(move |caller, name| {
+        let network = all.upgrade().and_then(|networks| networks.by_name(&name));
+        Box::pin(async move {
+            match network {
+                Some(network) => network.start(&caller).await,
+                None => Err(Error::NoSuchNetwork { what: "name", value: shorten(&name) }),
+            }
+        })
+    }));
+    let all = Arc::downgrade(networks);
+    shared.uses.listen(move |changed| {
+        let Some(networks) = all.upgrade() else { return };
+        for needed in changed {
+            if let Needed::Network(name) = needed {
+                networks.by_name(name).iter().for_each(|network| network.look_at_users());
+            }
+        }
+    });
+    Ok(())
+}
+
+/// Starts those that start with the host. Machines come after it.
+pub(crate) async fn autostart(networks: &Networks) {
+    let mut wanted: Vec<Arc<Network>> = networks.all();
+    wanted.retain(|network| lock(&network.state).autostart);
+    wanted.sort_by(|a, b| a.name.cmp(&b.name));
+    for network in wanted {
+        if lock(&network.state).live.is_some() {
+            continue;
+        }
+        if let Err(error) = network.start(&virtd_itself()).await {
+            tracing::error!(uuid = %network.uuid, name = network.name, "autostart: {error}");
+        }
+    }
+}

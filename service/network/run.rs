@@ -1,0 +1,148 @@
+//! Networks started and destroyed, and what befalls those that are there.
+
+use super::{CheckedNetwork, Network, failed};
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::frames;
+use crate::lock::lock;
+use crate::object::Usage;
+use crate::verb;
+use std::sync::Arc;
+use std::time::Duration;
+use virt_model::driver::network::NetworkReport;
+use virt_model::network::NetworkDef;
+
+/// What guests can cause without end is told at most so often.
+const PACE: Duration = Duration::from_millis(500);
+
+impl Network {
+    /// Makes it, all or nothing.
+    pub async fn start(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        frames::short(self, caller, &verb::NETWORK_START, self.make()).await
+    }
+
+    /// What a start would meet. Changes nothing.
+    pub async fn check_start(&self, caller: &Caller) -> Result<CheckedNetwork> {
+        frames::beside(self, caller, &verb::CHECK_START, async {
+            let refusal = match self.to_start() {
+                Ok(def) => {
+                    let whole = self.completed(&def).await?;
+                    self.driver().can_start(&whole).await.err().map(|e| self.failed("start", e))
+                }
+                Err(refusal) => Some(refusal),
+            };
+            Ok(CheckedNetwork { refusal, users: self.users() })
+        })
+        .await
+    }
+
+    /// What is stored. Error: it is active already.
+    fn to_start(&self) -> Result<Arc<NetworkDef>> {
+        let state = lock(&self.state);
+        match (&state.live, &state.stored) {
+            (None, Some(def)) => Ok(def.clone()),
+            _ => Err(Error::OperationInvalid(format!("network '{}' is active already", self.name))),
+        }
+    }
+
+    /// The same with what it leaves open and the host chooses once: a bridge's name and address, and a net, if it awaits one.
+    pub(super) async fn completed(&self, def: &Arc<NetworkDef>) -> Result<Arc<NetworkDef>> {
+        let others = self.networks.all().into_iter().filter(|other| other.uuid != self.uuid);
+        let (mut nets, mut bridges) = (Vec::new(), Vec::new());
+        for other in others {
+            let state = lock(&other.state);
+            for def in state.stored.iter().chain(&state.live) {
+                nets.extend(def.addresses().into_iter().map(|(_, net)| net));
+                bridges.extend(def.bridge_name().map(str::to_owned));
+            }
+        }
+        let mut whole = NetworkDef::clone(def);
+        self.driver().complete(&mut whole, &bridges).await;
+        if whole.awaits_a_net() {
+            whole.take_net(self.driver().free_net(&nets).await.map_err(|e| self.failed("start", e))?);
+        }
+        Ok(if whole == **def { def.clone() } else { Arc::new(whole) })
+    }
+
+    /// For who has the turn.
+    pub(super) async fn make(self: &Arc<Self>) -> Result<()> {
+        let stored = self.to_start()?;
+        let def = self.completed(&stored).await?;
+        // What was chosen is stored before it is made: it is the same from now on.
+        if !Arc::ptr_eq(&stored, &def) {
+            self.store(&def).await?;
+            self.commit(Vec::new(), |state| state.stored = Some(def.clone()));
+        }
+        self.make_of(def).await
+    }
+
+    /// Makes what that says.
+    pub(super) async fn make_of(self: &Arc<Self>, def: Arc<NetworkDef>) -> Result<()> {
+        let started = self.driver().start(&def, self.owner).await;
+        started.map_err(|e| failed(&self.name, "start", e))?;
+        crate::fail_point::reached();
+        let problems = self.driver().problems(&def).await;
+        let leases = self.driver().leases(&def).await.unwrap_or_default();
+        self.commit(vec![("started", "booted")], |state| {
+            (state.live, state.problems, state.leases) = (Some(def), problems, leases.into());
+        });
+        // Guests that were in it before are in it again.
+        let def = self.live()?;
+        self.driver().plug(&def, self.shared.plugs.ends_in(&self.name)).await;
+        self.follow();
+        Ok(())
+    }
+
+    /// Takes it away. `force`: also from guests that are in it, whose cards then have no link until it is started again.
+    pub async fn destroy(self: &Arc<Self>, caller: &Caller, force: bool) -> Result<()> {
+        frames::short(self, caller, &verb::NETWORK_DESTROY, async {
+            if !force {
+                self.is_not_used("destroy", Usage::Live)?;
+            }
+            self.driver().stop(self.uuid).await.map_err(|e| self.failed("destroy", e))?;
+            crate::fail_point::reached();
+            self.commit(vec![("stopped", "destroyed")], |state| {
+                (state.live, state.problems, state.leases) = (None, Vec::new(), Arc::default());
+            });
+            Ok(())
+        })
+        .await
+    }
+
+    /// What that would meet.
+    pub async fn check_destroy(&self, caller: &Caller, force: bool) -> Result<CheckedNetwork> {
+        frames::beside(self, caller, &verb::CHECK_DESTROY, async {
+            let used = if force { Ok(()) } else { self.is_not_used("destroy", Usage::Live) };
+            let refusal = self.live().and(used).err();
+            Ok(CheckedNetwork { refusal, users: self.users() })
+        })
+        .await
+    }
+
+    /// Follows what befalls it, until it is stopped.
+    pub(super) fn follow(self: &Arc<Self>) {
+        let network = self.clone();
+        tokio::spawn(async move {
+            let mut reports = network.driver().watch(network.uuid).await;
+            while let Some(report) = reports.recv().await {
+                network.heard(report).await;
+                tokio::time::sleep(PACE).await;
+            }
+        });
+    }
+
+    async fn heard(&self, report: NetworkReport) {
+        let Ok(live) = self.live() else { return };
+        match report {
+            NetworkReport::Leases => match self.driver().leases(&live).await {
+                Ok(leases) => self.commit(Vec::new(), |state| state.leases = leases.into()),
+                Err(error) => tracing::warn!(network = self.name, %error, "its leases cannot be read"),
+            },
+            NetworkReport::ServerEnded => {
+                let problems = self.driver().problems(&live).await;
+                problems.iter().for_each(|one| tracing::warn!(network = self.name, "{}", one.sentence));
+                self.commit(Vec::new(), |state| state.problems = problems);
+            }
+        }
+    }
+}

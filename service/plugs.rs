@@ -1,0 +1,179 @@
+//! Which networks are there, for machines that are to be plugged into them: by name, whoever keeps networks says so.
+
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use std::collections::HashMap;
+use std::fmt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, OnceLock};
+use uuid::Uuid;
+use virt_model::device::Interface;
+use virt_model::device::interface::{BridgePort, InterfaceKind, Mtu};
+use virt_model::domain::DomainDef;
+use virt_model::network::NetworkDef;
+use virt_model::xml::shorten;
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Plugs {
+    networks: Mutex<HashMap<String, Option<Arc<NetworkDef>>>>,
+    /// The cards of machines that run, by the machine: network, and the card's end on the host.
+    cards: Mutex<HashMap<Uuid, Vec<(String, String)>>>,
+    starter: OnceLock<Starter>,
+}
+
+/// Starts the stored network of that name, for a caller who may.
+pub(crate) type Starter = Box<dyn Fn(Caller, String) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync>;
+
+impl fmt::Debug for Plugs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Plugs")
+    }
+}
+
+impl Plugs {
+    /// There is a network of that name, with what there is of it on the host, if anything.
+    pub fn are(&self, name: &str, live: Option<&Arc<NetworkDef>>) {
+        lock(&self.networks).insert(name.to_owned(), live.cloned());
+    }
+
+    /// There is none of that name any more.
+    pub fn are_gone(&self, name: &str) {
+        lock(&self.networks).remove(name);
+    }
+
+    /// From now on networks are started so.
+    pub fn started_by(&self, starter: Starter) {
+        let _ = self.starter.set(starter);
+    }
+
+    /// Starts the networks that a machine is to be in, those that are stored and not active, if the caller may.
+    pub async fn start_for(&self, caller: &Caller, def: &DomainDef) -> Result<()> {
+        let cards = def.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
+        for named in cards.filter_map(|card| card.source.as_ref()?.network.clone()) {
+            let inactive = matches!(lock(&self.networks).get(&named), Some(None));
+            if let Some(starter) = self.starter.get().filter(|_| inactive) {
+                starter(caller.clone(), named).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What there is on the host of the network of that name.
+    pub fn network(&self, name: &str) -> Option<Arc<NetworkDef>> {
+        lock(&self.networks).get(name).cloned().flatten()
+    }
+
+    /// What runs of a machine now has these cards.
+    pub fn has_cards(&self, domain: Uuid, live: Option<&DomainDef>) {
+        let cards = live.into_iter().flat_map(|def| &def.devices.interfaces);
+        let cards = cards.filter(|card| card.kind == InterfaceKind::Network).filter_map(|card| {
+            let network = card.source.as_ref()?.network.clone()?;
+            Some((network, card.target.as_ref()?.dev.clone()?))
+        });
+        let cards: Vec<_> = cards.collect();
+        let mut all = lock(&self.cards);
+        if cards.is_empty() {
+            all.remove(&domain)
+        } else {
+            all.insert(domain, cards)
+        };
+    }
+
+    /// The ends on the host of all cards that run in that network.
+    pub fn ends_in(&self, network: &str) -> Vec<String> {
+        let all = lock(&self.cards);
+        all.values().flatten().filter(|(of, _)| of == network).map(|(_, end)| end.clone()).collect()
+    }
+
+    /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to. What an
+    /// earlier start said is of no account. Errors: `NoSuchNetwork`, `OperationInvalid` if it is not active.
+    pub fn plug(&self, def: &mut Arc<DomainDef>) -> Result<()> {
+        if def.devices.interfaces.iter().all(|card| card.kind != InterfaceKind::Network) {
+            return Ok(());
+        }
+        let name = def.name.clone();
+        Arc::make_mut(def).devices.interfaces.iter_mut().try_for_each(|card| self.plug_card(&name, card))
+    }
+
+    /// The same of one card, if it is in a network.
+    pub fn plug_card(&self, domain: &str, card: &mut Interface) -> Result<()> {
+        if card.kind != InterfaceKind::Network {
+            return Ok(());
+        }
+        let source = card.source.get_or_insert_default();
+        let named = source.network.clone().unwrap_or_default();
+        let network = match lock(&self.networks).get(&named) {
+            Some(Some(network)) => network.clone(),
+            Some(None) => {
+                let text =
+                    format!("domain '{domain}' has a card in network '{named}', which is not active: start it first");
+                return Err(Error::OperationInvalid(text));
+            }
+            None => return Err(Error::NoSuchNetwork { what: "name", value: shorten(&named) }),
+        };
+        source.bridge = network.bridge_name().map(str::to_owned);
+        let group = network.group(source.rest.attr("portgroup")).map_err(Error::OperationInvalid)?;
+        // What the card says itself counts more than what its group says.
+        let limits = group.and_then(|group| group.bandwidth.clone());
+        card.bandwidth = card.bandwidth.take().or(limits);
+        card.vlan = card.vlan.take().or_else(|| group.and_then(|group| group.vlan.clone()));
+        if card.mtu.is_none() {
+            card.mtu = network.mtu.as_ref().map(|mtu| Mtu { size: mtu.size, ..Mtu::default() });
+        }
+        if card.port.is_none() && network.port.as_ref().is_some_and(|port| port.isolated == Some(true)) {
+            card.port = Some(BridgePort { isolated: Some(true), ..BridgePort::default() });
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plugged(plugs: &Plugs, source: &str, more: &str) -> Result<Interface> {
+        let card = format!("<interface type='network'><source network='home'{source}/>{more}</interface>");
+        let text =
+            format!("<domain type='test'><name>web</name><memory>1024</memory><devices>{card}</devices></domain>");
+        let mut def = Arc::new(DomainDef::parse(&text).expect("a domain"));
+        plugs.plug(&mut def).map(|()| def.devices.interfaces[0].clone())
+    }
+
+    #[test]
+    fn a_card_is_plugged_into_its_network_and_held_to_what_that_says() {
+        let plugs = Plugs::default();
+        assert!(matches!(plugged(&plugs, "", ""), Err(Error::NoSuchNetwork { value, .. }) if value == "home"));
+        plugs.are("home", None);
+        assert!(matches!(plugged(&plugs, "", ""), Err(Error::OperationInvalid(text)) if text.contains("not active")));
+        let network = NetworkDef::parse(
+            "<network><name>home</name><bridge name='virbr7'/><mtu size='9000'/><port isolated='yes'/>\
+             <portgroup name='slow'><bandwidth><inbound average='10'/></bandwidth></portgroup></network>",
+        );
+        plugs.are("home", Some(&Arc::new(network.expect("a network"))));
+        let card = plugged(&plugs, "", "").expect("plugged");
+        assert_eq!(card.bridge(), Some("virbr7"));
+        assert_eq!(card.mtu.map(|mtu| mtu.size), Some(9000));
+        assert_eq!(card.port.and_then(|port| port.isolated), Some(true));
+        assert!(card.bandwidth.is_none());
+        let inbound = |card: Interface| card.bandwidth.and_then(|limits| limits.inbound).and_then(|rate| rate.average);
+        let slow = plugged(&plugs, " bridge='virbr3' portgroup='slow'", "").expect("plugged");
+        assert_eq!(
+            (slow.bridge(), inbound(slow.clone())),
+            (Some("virbr7"), Some(10)),
+            "an earlier bridge is forgotten"
+        );
+        let own =
+            plugged(&plugs, " portgroup='slow'", "<bandwidth><inbound average='7'/></bandwidth><mtu size='1400'/>");
+        let own = own.expect("plugged");
+        assert_eq!((own.mtu.as_ref().map(|mtu| mtu.size), inbound(own)), (Some(1400), Some(7)));
+        let refused = plugged(&plugs, " portgroup='fast'", "").unwrap_err();
+        assert!(
+            matches!(&refused, Error::OperationInvalid(text) if text.contains("no port group 'fast'")),
+            "{refused}"
+        );
+        plugs.are_gone("home");
+        assert!(matches!(plugged(&plugs, "", ""), Err(Error::NoSuchNetwork { .. })));
+    }
+}

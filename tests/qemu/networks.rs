@@ -1,0 +1,166 @@
+//! Two Linux guests in a network of virtd's own, in a network namespace of the daemon's: addresses, names, and a server outside,
+//! with virtd there or not.
+
+use crate::common::client::{Client, Domain, Refusal, options};
+use crate::common::guest::{lin_files, written};
+use crate::common::{Daemon, Setup, have};
+use std::collections::HashMap;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
+use std::time::Duration;
+use zbus::{OwnedObjectPath, OwnedVariant, Variant};
+
+/// They boot slowly without KVM, and ask a server of names that is away for long.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+const HOME: &str = "<network><name>home</name><forward mode='nat'/><bridge name='vbr7' stp='off'/><domain name='lab'/>\
+     <ip address='10.77.0.1' prefix='24'><dhcp><range start='10.77.0.50' end='10.77.0.60'/>\
+     <host mac='52:54:00:00:00:12' name='beta' ip='10.77.0.200'/></dhcp></ip></network>";
+
+fn xml(name: &str, mac: &str, peer: &str, serial: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> String {
+    format!(
+        "<domain type='qemu'><name>{name}</name><memory unit='MiB'>192</memory><os>\
+         <type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>\
+         <cmdline>console=ttyS0 quiet panic=-1 tsc=reliable no_timer_check mitigations=off nokaslr \
+         guest.name={name} guest.peer={peer} guest.web=198.51.100.7</cmdline></os>\
+         <features><acpi/></features><devices><serial type='file'><source path='{}'/><target port='0'/></serial>\
+         <interface type='network'><mac address='{mac}'/><source network='home'/><model type='virtio'/></interface>\
+         </devices></domain>",
+        kernel.display(),
+        initrd.display(),
+        serial.display()
+    )
+}
+
+/// A host that knows nothing of guests, with a server on it.
+struct World(Child);
+
+impl World {
+    fn new(daemon: &Daemon) -> World {
+        let pages = daemon.folder().join("pages");
+        std::fs::create_dir(&pages).expect("made");
+        std::fs::write(pages.join("index.html"), "outside").expect("written");
+        let script = "echo ready; read -r go; ip address add 198.51.100.7/24 dev there; ip link set there up; \
+            exec python3 -m http.server --directory \"$0\" 80 > /dev/null 2>&1";
+        let mut command = daemon.inside("unshare");
+        command.args(["--net", "sh", "-c", script]).arg(&pages);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("unshare");
+        let mut ready = String::new();
+        BufReader::new(child.stdout.take().expect("a pipe")).read_line(&mut ready).expect("ready");
+        let pid = child.id().to_string();
+        ip(daemon, &["link", "add", "here", "type", "veth", "peer", "name", "there", "netns", &pid]);
+        ip(daemon, &["address", "add", "198.51.100.1/24", "dev", "here"]);
+        ip(daemon, &["link", "set", "here", "up"]);
+        child.stdin.take().expect("a pipe").write_all(b"go\n").expect("told");
+        World(child)
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = (self.0.kill(), self.0.wait());
+    }
+}
+
+fn ip(daemon: &Daemon, arguments: &[&str]) {
+    let done = daemon.inside("ip").args(arguments).output().expect("ip");
+    assert!(done.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
+}
+
+/// The last line in which a guest said what is wanted, of those from `from` on; where it ends.
+async fn says(serial: &Path, from: usize, wanted: impl Fn(&str) -> bool) -> usize {
+    let text = || std::fs::read_to_string(serial).unwrap_or_default();
+    let waited = tokio::time::timeout(PATIENCE, async {
+        loop {
+            let all = text();
+            let whole = all.rfind('\n').map_or(0, |end| end + 1);
+            if all[from.min(whole)..whole].lines().any(&wanted) {
+                return whole;
+            }
+            written(serial).await;
+        }
+    });
+    waited.await.unwrap_or_else(|_| panic!("it said only: {}", text()))
+}
+
+/// It has that address, finds the other one by name, and reaches the server.
+fn all_well(address: &'static str, peer: &'static str) -> impl Fn(&str) -> bool {
+    move |line| {
+        let after =
+            |key: &str| line.split_once(key).map_or("", |(_, rest)| rest.split_whitespace().next().unwrap_or(""));
+        after(" IP ").starts_with(address) && after(" PEER ").starts_with(peer) && after(" WEB ") == "outside"
+    }
+}
+
+async fn call(client: &Client, path: &str, method: &str, force: bool) -> Result<zbus::Message, Refusal> {
+    let with = if force { options([("force", Variant::from(true))]) } else { options([]) };
+    client.call(path, &format!("org.virt.Network.{method}"), &(with,)).await
+}
+
+async fn leased(domain: &Domain) -> Vec<String> {
+    let answer = domain.call("GetInterfaceAddresses", &("lease", options([]))).await.expect("told");
+    let cards: Vec<(String, String, String, Vec<(String, u32)>)> = answer.body().deserialize().expect("a list");
+    cards.into_iter().flat_map(|card| card.3).map(|(address, prefix)| format!("{address}/{prefix}")).collect()
+}
+
+#[tokio::test]
+async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
+    if !have(&["nft", "dnsmasq", "ip", "python3"]) {
+        return;
+    }
+    let setup = Setup { own_network: true, ..Setup::default() };
+    let Some(mut daemon) = Daemon::on_system_bus(setup).await else { return };
+    let Some(files) = lin_files() else { return };
+    let _world = World::new(&daemon);
+    let client = Client { connection: daemon.connect().await };
+    let defined = client.call("/org/virt", "org.virt.Manager.Network.DefineNetwork", &(HOME, options([]))).await;
+    let path: OwnedObjectPath = defined.expect("defined").body().deserialize().expect("a path");
+    let network = path.as_str();
+    call(&client, network, "Start", false).await.expect("started");
+    let mut guests = Vec::new();
+    for (name, mac, peer) in [("alpha", "52:54:00:00:00:11", "beta.lab"), ("beta", "52:54:00:00:00:12", "alpha.lab")] {
+        let serial = daemon.folder().join(format!("{name}.serial"));
+        std::fs::write(&serial, "").expect("written");
+        let domain = client.define(&xml(name, mac, peer, &serial, &files)).await.expect("defined");
+        domain.run("Start").await.expect("started");
+        guests.push((domain, serial));
+    }
+    let [(alpha, first), (beta, second)] = &guests[..] else { panic!("two guests") };
+    let (alpha_well, beta_well) = (all_well("10.77.0.5", "10.77.0.200"), all_well("10.77.0.200", "10.77.0.5"));
+    says(first, 0, &alpha_well).await;
+    says(second, 0, &beta_well).await;
+    assert_eq!(leased(beta).await, ["10.77.0.200/24"]);
+    assert!(leased(alpha).await[0].starts_with("10.77.0.5"));
+    let live: String = alpha.call("GetXML", &(options([]),)).await.expect("XML").body().deserialize().expect("text");
+    assert!(live.contains("network='home' bridge='vbr7'") && live.contains("<target dev='vnet"), "{live}");
+    let told = client.call(network, "org.freedesktop.DBus.Properties.Get", &("org.virt.Network", "Leases")).await;
+    let told: OwnedVariant = told.expect("leases").body().deserialize().expect("a value");
+    let leases = format!("{told:?}");
+    assert!(leases.contains(&beta.path) && leases.contains("alpha"), "{leases}");
+
+    // virtd is killed: all goes on, and the next one finds it.
+    daemon.kill_virtd().await;
+    let seen = [std::fs::read(first).expect("read").len(), std::fs::read(second).expect("read").len()];
+    says(first, seen[0], &alpha_well).await;
+    says(second, seen[1], &beta_well).await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let (name, text) = call(&client, network, "Destroy", false).await.expect_err("guests are in it");
+    assert!(name == "org.virt.Error.InUse" && text.contains("'alpha'") && text.contains("'beta'"), "{name}: {text}");
+
+    // Taken from under them, and given back: they are plugged in again.
+    call(&client, network, "Destroy", true).await.expect("destroyed");
+    let seen = std::fs::read(first).expect("read").len();
+    let from = says(first, seen, |line| line.starts_with("COUNT") && line.trim_end().ends_with("WEB")).await;
+    call(&client, network, "Start", false).await.expect("started");
+    says(first, from, &alpha_well).await;
+    let properties: HashMap<String, OwnedVariant> = client
+        .call(network, "org.freedesktop.DBus.Properties.GetAll", &("org.virt.Network",))
+        .await
+        .expect("properties")
+        .body()
+        .deserialize()
+        .expect("properties");
+    assert_eq!(*properties["Active"], Variant::from(true));
+}
