@@ -277,11 +277,9 @@ impl FolderPool {
     /// Fills a draft with what a client gives; how long that is.
     async fn pour(&self, draft: &Draft, name: &str, from: GivenFile, work: &Arc<dyn Work>) -> Result<u64, DriverError> {
         let (tells, path) = (work.clone(), self.path.join(name));
-        let poured = given::pour_in(from, draft.file().clone(), 0, None, false, move |done| tells.progress(done, 0));
-        tokio::select! {
-            poured = poured => poured.map_err(|e| of_client(&path, &e)),
-            () = work.cancelled().cancelled() => Err(DriverError::Cancelled),
-        }
+        let tell = move |done| tells.progress(done, 0);
+        let poured = given::pour_in(from, draft.file().clone(), 0, None, false, work.cancelled(), tell).await;
+        poured.map_err(|e| of_client_unless_cancelled(&path, &e, work))
     }
 }
 
@@ -297,7 +295,12 @@ fn of_client(path: &Path, error: &io::Error) -> DriverError {
     }
 }
 
-/// The same, unless it was told to stop.
+/// The same, unless nobody wants it any more.
+fn of_client_unless_cancelled(path: &Path, error: &io::Error, work: &Arc<dyn Work>) -> DriverError {
+    if work.cancelled().is_cancelled() { DriverError::Cancelled } else { of_client(path, error) }
+}
+
+/// What went wrong, unless it was told to stop.
 fn told(deed: &str, path: &Path, error: &io::Error, stop: &Stop) -> DriverError {
     stop.check().err().unwrap_or_else(|| failed(deed, path, error))
 }
@@ -563,11 +566,9 @@ impl FolderPool {
         let begin = move |_: &Arc<Stop>| Draft::begin(&folder, false).map_err(|e| failed("write", &shown, &e));
         let draft = Arc::new(self.workers.run(errand, begin).await?);
         let tells = work.clone();
-        let poured = given::pour_in(from, draft.file().clone(), 0, None, sparse, move |done| tells.progress(done, 0));
-        let length = tokio::select! {
-            poured = poured => poured.map_err(|e| of_client(&path, &e))?,
-            () = work.cancelled().cancelled() => return Err(DriverError::Cancelled),
-        };
+        let tell = move |done| tells.progress(done, 0);
+        let poured = given::pour_in(from, draft.file().clone(), 0, None, sparse, work.cancelled(), tell).await;
+        let length = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         let errand = self.long(&volume.name, length, &*work);
         let volume_at = volume.clone();
         self.with(errand, "write", volume, move |file, stop| {
@@ -602,13 +603,11 @@ impl FolderPool {
         }
         let (most, tells, file) = (part.length.unwrap_or(room), work.clone(), Arc::new(file));
         work.step();
+        let (tell, path) = (move |done| tells.progress(done, most), self.path.join(&volume.name));
         let poured =
-            given::pour_in(from, file.clone(), part.offset, Some(most), sparse, move |done| tells.progress(done, most));
-        tokio::select! {
-            poured = poured => poured.map_err(|e| of_client(&self.path.join(&volume.name), &e))?,
-            () = work.cancelled().cancelled() => return Err(DriverError::Cancelled),
-        };
-        let (errand, path) = (self.long(&volume.name, most, &*work), self.path.join(&volume.name));
+            given::pour_in(from, file.clone(), part.offset, Some(most), sparse, work.cancelled(), tell).await;
+        poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
+        let errand = self.long(&volume.name, most, &*work);
         let sync =
             move |_: &Arc<Stop>| file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e));
         self.workers.run(errand, sync).await
