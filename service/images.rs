@@ -49,6 +49,13 @@ pub(crate) struct Chain {
     pub snapshot: bool,
 }
 
+impl Chain {
+    /// Of one image that somebody needs who is no machine, or does not show it yet.
+    pub fn of_one(whose: String, file: PathBuf) -> Chain {
+        Chain { domain: Uuid::nil(), whose, files: vec![file], fixed: 0, snapshot: false }
+    }
+}
+
 /// The images of a disk: what is asked of all machines' disks, without the rest of their configurations.
 #[derive(Debug)]
 pub(crate) struct DiskImages {
@@ -90,6 +97,20 @@ pub(crate) struct Images {
     looks: Arc<Semaphore>,
     /// Files that are about to be written by what is under way, and by what.
     taken: Mutex<Vec<(PathBuf, String)>>,
+    /// Images that machines are about to have, and do not show yet.
+    begun: Mutex<Vec<Arc<Begun>>>,
+}
+
+/// Images that a machine is about to have, and which machine.
+type Begun = (Vec<PathBuf>, String);
+
+/// While this lives a machine is about to have some images.
+pub(crate) struct Begins(Arc<Images>, Arc<Begun>);
+
+impl Drop for Begins {
+    fn drop(&mut self) {
+        lock(&self.0.begun).retain(|begun| !Arc::ptr_eq(begun, &self.1));
+    }
 }
 
 /// A file that nobody else writes while this lives.
@@ -104,7 +125,8 @@ impl Drop for Taken {
 impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
         let looks = Arc::new(Semaphore::new(LOOKS));
-        Arc::new(Images { machines, files: Mutex::default(), looks, taken: Mutex::default() })
+        let (files, taken, begun) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Images { machines, files, looks, taken, begun })
     }
 
     /// Who uses something, for people: `domain 'web' (vda, live)`.
@@ -131,6 +153,14 @@ impl Images {
         }
         taken.push((file.to_owned(), whose));
         Ok(Taken(self.clone(), file.to_owned()))
+    }
+
+    /// A machine is about to have these images, until the result is dropped. To be called before it is asked who needs them, as
+    /// who [takes](Images::take) one asks afterwards: of two that begin at once one sees the other.
+    pub fn begins(self: &Arc<Self>, files: Vec<PathBuf>, whose: String) -> Begins {
+        let begun = Arc::new((files, whose));
+        lock(&self.begun).push(begun.clone());
+        Begins(self.clone(), begun)
     }
 
     /// Refuses a file, which need not be there, that would be in or below one of these folders of virtd's own, by whatever name: it
@@ -308,6 +338,37 @@ impl Images {
         for chain in chains {
             let first = if fate == Fate::Removed { 0 } else { chain.fixed };
             if chain.files.iter().skip(first).any(|needed| self.same(needed, file)) && !users.contains(&chain.whose) {
+                users.push(chain.whose);
+            }
+        }
+        users
+    }
+
+    /// The machines that have a file among their images, by whatever name: for people, each once. `running`: those alone that
+    /// run, or begin to, or write it.
+    pub async fn machines_on(self: &Arc<Self>, file: &Path, running: bool) -> Vec<String> {
+        let mut chains = self.begun_chains();
+        chains.extend(self.machines.running_chains());
+        // What is written by a copy is in no configuration.
+        let others = self.machines.chains(None).into_iter().filter(|chain| !chain.snapshot);
+        chains.extend(others.filter(|chain| !running || chain.fixed == 0));
+        self.among(chains, file).await
+    }
+
+    /// First these are asked, then those that show what they have: in between they become such.
+    fn begun_chains(&self) -> Vec<Chain> {
+        let begun = lock(&self.begun);
+        let files = begun.iter().flat_map(|begun| begun.0.iter().map(|file| (begun.1.clone(), file.clone())));
+        files.map(|(whose, file)| Chain::of_one(whose, file)).collect()
+    }
+
+    /// Whose chains a file is in, by whatever name: for people, each once.
+    async fn among(self: &Arc<Self>, chains: Vec<Chain>, file: &Path) -> Vec<String> {
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        self.look(known, &[file.to_owned()]).await;
+        let mut users: Vec<String> = Vec::new();
+        for chain in chains {
+            if chain.files.iter().any(|one| self.same(one, file)) && !users.contains(&chain.whose) {
                 users.push(chain.whose);
             }
         }

@@ -576,6 +576,10 @@ impl FolderPool {
             let (uid, gid, mode) = file.permissions();
             draft.settle((Some(uid), Some(gid)), mode)?;
             stop.check().map_err(io::Error::other)?;
+            // All that they write from then on would be lost.
+            if lock::is_held(file.to_read()?.get()?, true)? {
+                return Err(io::Error::other("somebody has opened it meanwhile (fuser tells who)"));
+            }
             work.names(draft.id()?, &volume_at.format).map_err(io::Error::other)?;
             work.step();
             draft.take_place_of(&volume_at.name)?;

@@ -165,6 +165,7 @@ fn enter(
         pools: pools.clone(),
         turn: Arc::default(),
         turns: Mutex::new(HashMap::new()),
+        kept: Mutex::new(HashMap::new()),
         state: Mutex::new(state),
     });
     pools.registry.insert(pool.clone());

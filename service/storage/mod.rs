@@ -28,6 +28,7 @@ use crate::events::{Event, Happened};
 use crate::facts::{ObjectFacts, PoolFacts, VolumeFacts, published};
 use crate::fail_point;
 use crate::frames::{self, Changeable};
+use crate::images::Taken;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef};
@@ -62,6 +63,8 @@ pub struct Pool {
     turn: Arc<Turn>,
     /// The rights to change volumes, as long as somebody has or wants one.
     turns: Mutex<HashMap<Arc<str>, Weak<Turn>>>,
+    /// Volumes that are kept as they are, as long as somebody reads them.
+    kept: Mutex<HashMap<Arc<str>, Weak<Taken>>>,
     state: Mutex<State>,
 }
 

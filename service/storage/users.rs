@@ -86,6 +86,12 @@ impl Pool {
         if !named.is_empty() {
             return Err(Error::InUse(format!("cannot {deed} {volume}: it is used by {}", named.join(", "))));
         }
+        // By other names of its file, and those that are about to have it.
+        let stored = counts(&User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Config });
+        let machines = self.shared.images.machines_on(&path, !stored).await;
+        if !machines.is_empty() {
+            return Err(Error::InUse(format!("cannot {deed} {volume}: it is used by {}", machines.join(", "))));
+        }
         // What snapshots froze, and what block jobs write.
         let chains = self.shared.images.snapshots_on(&path, fate).await;
         match chains.is_empty() {

@@ -4,7 +4,7 @@ use super::{JobWork, Noted, Pool, StorageCheck};
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable};
-use crate::images::Fate;
+use crate::images::{Fate, Taken};
 use crate::job::Ticket;
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
@@ -14,7 +14,7 @@ use crate::turn::Turn;
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
 use virt_model::device::source::Encryption;
 use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work};
 use virt_model::driver::{DriverError, GivenFile};
@@ -111,7 +111,7 @@ impl Pool {
     fn handle(self: &Arc<Self>, name: Arc<str>, is_new: bool) -> Volume {
         let mut turns = lock(&self.turns);
         turns.retain(|_, turn| turn.strong_count() > 0);
-        let turn = turns.get(&name).and_then(std::sync::Weak::upgrade).unwrap_or_default();
+        let turn = turns.get(&name).and_then(Weak::upgrade).unwrap_or_default();
         turns.insert(name.clone(), Arc::downgrade(&turn));
         Volume { pool: self.clone(), name, turn, is_new }
     }
@@ -201,6 +201,7 @@ impl Volume {
     /// Removes it. `force`: also where stored configurations name it; `with_snapshots`: also with snapshots in it.
     pub async fn delete(self, caller: &Caller, force: bool, with_snapshots: bool, departs: bool) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_DELETE, departs, move |volume, work| async move {
+            let _alone = volume.alone("delete").await?;
             volume.refuse_to_delete(force, with_snapshots).await?;
             let (open, at) = (volume.pool.opened()?, volume.only()?);
             open.delete(&at, work).await.map_err(|e| volume.failed("delete", e))?;
@@ -243,6 +244,7 @@ impl Volume {
     /// Gives it another size.
     pub async fn resize(self, caller: &Caller, to: NewCapacity) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
+            let _alone = volume.alone("resize").await?;
             volume.refuse_to_change("resize").await?;
             let size = NewSize { capacity: to.capacity, shrink: to.shrink, allocate: to.allocate };
             let resized = volume.pool.opened()?.resize(&volume.at()?, size, work).await;
@@ -254,6 +256,7 @@ impl Volume {
     /// Overwrites all that it holds.
     pub async fn wipe(self, caller: &Caller, how: Wiping, departs: bool) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_WIPE, departs, move |volume, work| async move {
+            let _alone = volume.alone("wipe").await?;
             volume.refuse_to_change("wipe").await?;
             if volume.look()?.backing.is_some() {
                 let text = "it stands on another image, and what it shows is there: delete it, or flatten a clone";
@@ -278,6 +281,7 @@ impl Volume {
         departs: bool,
     ) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_UPLOAD, departs, move |volume, work| async move {
+            let _alone = volume.alone("overwrite").await?;
             volume.refuse_to_change("overwrite").await?;
             let (open, at) = (volume.pool.opened()?, volume.only()?);
             if part.is_some() {
@@ -303,11 +307,32 @@ impl Volume {
         departs: bool,
     ) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_DOWNLOAD, departs, move |volume, work| async move {
+            let _kept = volume.kept("read").await?;
             volume.refuse_while_written("read").await?;
             let read = volume.pool.opened()?.download(&volume.only()?, to, part, sparse, work).await;
             read.map_err(|e| volume.failed("read", e))
         })
         .await
+    }
+
+    /// Has it alone until the result is dropped: nobody else works on its file, and no machine begins to write it. Who has it
+    /// already is asked for afterwards.
+    async fn alone(&self, deed: &str) -> Result<Taken> {
+        let whose = format!("the work on volume '{}' ({deed}), which is under way,", self.name);
+        let taken = self.shared().images.take(&self.path(), whose).await;
+        taken.map_err(|by| Error::InUse(format!("cannot {deed} volume '{}': {by} has it", self.name)))
+    }
+
+    /// Keeps it as it is until the result is dropped, beside others who read it. For who has its turn.
+    pub(super) async fn kept(&self, deed: &str) -> Result<Arc<Taken>> {
+        if let Some(kept) = lock(&self.pool.kept).get(&self.name).and_then(Weak::upgrade) {
+            return Ok(kept);
+        }
+        let taken = Arc::new(self.alone(deed).await?);
+        let mut kept = lock(&self.pool.kept);
+        kept.retain(|_, kept| kept.strong_count() > 0);
+        kept.insert(self.name.clone(), Arc::downgrade(&taken));
+        Ok(taken)
     }
 
     /// Refuses to change it while a guest has it, or something stands on it.
@@ -323,6 +348,10 @@ impl Volume {
         let strangers = open.is_open_elsewhere(&self.name).await.map_err(|e| self.failed("look at", e))?;
         let mut writers: Vec<String> =
             users.iter().filter(|user| user.how == Usage::Live).map(|user| self.pool.called(user)).collect();
+        if writers.is_empty() {
+            // By other names of its file, and those that are about to have it.
+            writers = self.shared().images.machines_on(&self.path(), true).await;
+        }
         if strangers && writers.is_empty() {
             writers.push("another process (fuser tells which)".to_owned());
         }

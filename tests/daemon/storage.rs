@@ -6,7 +6,7 @@ use crate::common::users::BOB;
 use crate::common::{Daemon, Setup, have};
 use std::collections::HashMap;
 use std::fs;
-use std::io::{Read as _, Seek as _};
+use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use zbus::{Message, ObjectPath, OwnedObjectPath, OwnedVariant, Variant};
@@ -339,6 +339,43 @@ async fn what_a_machine_uses_stays() {
     let volume = pool.volume("web.img").await.expect("there");
     volume.run("Delete", options([("force", true.into())])).await.expect("deleted");
     assert!(pool.names().is_empty());
+}
+
+/// What is done to a volume and what a machine does to it exclude each other until the end, whatever its file is called.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_at_work_is_no_machines_disk() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &client, "images").await;
+    let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
+    std::os::unix::fs::symlink(&pool.folder, daemon.folder().join("link")).expect("a link");
+    let disk = daemon.folder().join("link/web.img");
+    let machine = client
+        .define(&format!(
+            "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
+             <disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
+             </devices></domain>",
+            disk.display()
+        ))
+        .await
+        .expect("defined");
+    let in_use = |refused: Refusal, by: &str| {
+        assert!(refused.0.ends_with("InUse") && refused.1.contains(by), "{refused:?}");
+    };
+    in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
+    let (ear, mut mouth) = std::io::pipe().expect("a pipe");
+    let wanted = options([("offset", 0u64.into()), ("no-wait", true.into())]);
+    volume.with("Upload", &(descriptor(&ear), wanted)).await.expect("accepted");
+    drop(ear);
+    // A pipe holds less: when all of it has gone in, the upload is under way.
+    let written = tokio::task::spawn_blocking(move || mouth.write_all(&[1; 256 << 10]).map(|()| mouth));
+    let mouth = written.await.expect("no panic").expect("taken");
+    in_use(machine.run("Start").await.expect_err("it is written"), "the work on volume 'web.img'");
+    drop(mouth);
+    // It has its turn when the upload has ended.
+    volume.with("Resize", &(2u64 << 20, options([]))).await.expect("resized");
+    machine.run("Start").await.expect("started");
+    in_use(volume.run("Wipe", options([])).await.expect_err("a guest has it"), "domain 'web' (disk 'vda')");
 }
 
 /// Whatever step virtd is killed at: the old or the new, whole, and nothing beside it.
