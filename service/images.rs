@@ -10,7 +10,7 @@ use crate::object::{ObjectKind, User};
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -99,6 +99,8 @@ pub(crate) struct Images {
     taken: Mutex<Vec<(PathBuf, String)>>,
     /// Images that machines are about to have, and do not show yet.
     begun: Mutex<Vec<Arc<Begun>>>,
+    /// What others than machines need of images.
+    others: OnceLock<Box<dyn Fn() -> Vec<Chain> + Send + Sync>>,
 }
 
 /// Images that a machine is about to have, and which machine.
@@ -126,7 +128,7 @@ impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
         let looks = Arc::new(Semaphore::new(LOOKS));
         let (files, taken, begun) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Images { machines, files, looks, taken, begun })
+        Arc::new(Images { machines, files, looks, taken, begun, others: OnceLock::new() })
     }
 
     /// Who uses something, for people: `domain 'web' (vda, live)`.
@@ -153,6 +155,11 @@ impl Images {
         }
         taken.push((file.to_owned(), whose));
         Ok(Taken(self.clone(), file.to_owned()))
+    }
+
+    /// From now on these chains, which are no machines', are asked for, too. To be called once.
+    pub fn also(&self, chains: impl Fn() -> Vec<Chain> + Send + Sync + 'static) {
+        _ = self.others.set(Box::new(chains));
     }
 
     /// A machine is about to have these images, until the result is dropped. To be called before it is asked who needs them, as
@@ -260,7 +267,8 @@ impl Images {
         if files.is_empty() {
             return BTreeMap::new();
         }
-        let chains = self.machines.chains(except);
+        let mut chains = self.machines.chains(except);
+        chains.extend(self.others.get().map(|others| others()).unwrap_or_default());
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, files).await;
         let mut users: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
@@ -352,6 +360,15 @@ impl Images {
         // What is written by a copy is in no configuration.
         let others = self.machines.chains(None).into_iter().filter(|chain| !chain.snapshot);
         chains.extend(others.filter(|chain| !running || chain.fixed == 0));
+        self.among(chains, file).await
+    }
+
+    /// The guests that write a file, by whatever name, or begin to: for people, each once.
+    pub async fn writers_of(self: &Arc<Self>, file: &Path) -> Vec<String> {
+        let mut chains = self.begun_chains();
+        let mut running = self.machines.running_chains();
+        running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed));
+        chains.append(&mut running);
         self.among(chains, file).await
     }
 

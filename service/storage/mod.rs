@@ -129,6 +129,9 @@ struct Noted {
     /// What was being written to it was cut off.
     #[serde(default)]
     incomplete: bool,
+    /// What it was put on when it was made. Its header says that, too, and is no wish of anybody's: who writes the file writes it.
+    #[serde(default)]
+    base: Option<PathBuf>,
 }
 
 /// What XML has no word for.
@@ -219,7 +222,20 @@ struct JobWork {
     pool: Arc<Pool>,
     /// Whose the volumes are that it makes.
     owner: u32,
+    /// What a volume that it makes stands on.
+    base: Mutex<Option<PathBuf>>,
     told: Mutex<Option<Instant>>,
+}
+
+impl JobWork {
+    fn new(job: Arc<Job>, pool: Arc<Pool>, owner: u32) -> Arc<JobWork> {
+        Arc::new(JobWork { job, pool, owner, base: Mutex::default(), told: Mutex::default() })
+    }
+
+    /// What it makes is put on that.
+    fn puts_on(&self, base: Option<PathBuf>) {
+        *lock(&self.base) = base;
+    }
 }
 
 impl Work for JobWork {
@@ -237,7 +253,8 @@ impl Work for JobWork {
     }
 
     fn names(&self, id: FileId, format: &str) -> Result<(), DriverError> {
-        let noted = Noted { format: format.to_owned(), owner: self.owner, incomplete: false };
+        let base = lock(&self.base).clone();
+        let noted = Noted { format: format.to_owned(), owner: self.owner, incomplete: false, base };
         self.pool.note(id, Some(noted)).map_err(|e| DriverError::Storage(e.to_string()))
     }
 
@@ -465,8 +482,8 @@ impl Begun {
         let Begun { job, verb, owner } = self;
         Ok(job.run(move |pool, job| async move {
             pool.applies(verb)?;
-            let told = JobWork { job, pool: pool.clone(), owner, told: Mutex::default() };
-            work(pool, Arc::new(told)).await
+            let told = JobWork::new(job, pool.clone(), owner);
+            work(pool, told).await
         }))
     }
 }

@@ -2,8 +2,9 @@
 
 use super::Pool;
 use crate::facts::VolumeFacts;
+use crate::images::Chain;
 use crate::lock::lock;
-use crate::object::{ObjectRef, Usage, User};
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::registry::Registry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -71,6 +72,17 @@ impl Pools {
             how: Usage::Backing,
         })
         .collect()
+    }
+
+    /// The images that volumes were put on, each with one of those.
+    pub fn noted_chains(&self) -> Vec<Chain> {
+        let mut bases = BTreeMap::new();
+        for pool in self.registry.all() {
+            for (base, name) in pool.noted_bases() {
+                bases.entry(base).or_insert_with(|| format!("{} of pool '{}'", ObjectKind::Volume.named(&name), pool.name));
+            }
+        }
+        bases.into_iter().map(|(base, whose)| Chain::of_one(whose, base)).collect()
     }
 
     /// The pool in which a file is a volume, and its name there.

@@ -5,9 +5,11 @@ use super::{Pool, Row, State};
 use crate::error::{Error, Result};
 use crate::facts::VolumeFacts;
 use crate::images::Fate;
+use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use virt_model::driver::storage::VolumeLook;
 
 /// What is known of a verb of which nothing is done.
 #[derive(Debug, Default)]
@@ -34,6 +36,22 @@ impl Pool {
         users.sort();
         users.dedup();
         users
+    }
+
+    /// What a volume was put on when it was made, if nothing else is noted of its file since.
+    pub(super) fn noted_base(&self, look: &VolumeLook) -> Option<PathBuf> {
+        lock(&self.state).noted.get(&look.id)?.base.clone()
+    }
+
+    /// What volumes were put on when they were made, and stand on still.
+    pub(super) fn noted_bases(&self) -> Vec<(PathBuf, Arc<str>)> {
+        let state = lock(&self.state);
+        let on = |(name, row): (&Arc<str>, &Row)| {
+            let base = state.noted.get(&row.look.id)?.base.as_ref()?;
+            let says = row.look.backing.as_ref()?.place.as_ref()?;
+            (says == base).then(|| (base.clone(), name.clone()))
+        };
+        state.volumes.iter().filter_map(on).collect()
     }
 
     /// Who needs something below a folder.

@@ -14,7 +14,8 @@ use crate::turn::Turn;
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
+use tokio_util::sync::CancellationToken;
 use virt_model::device::source::Encryption;
 use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work};
 use virt_model::driver::{DriverError, GivenFile};
@@ -168,19 +169,26 @@ impl Volume {
         if look.has_data_file {
             return Err(self.refuse("part of what it holds is in a file beside it, which is not followed"));
         }
-        if let Some(why) = look.broken {
-            return Err(self.refuse(&why));
+        if let Some(why) = &look.broken {
+            return Err(self.refuse(why));
         }
         let (mut below, mut next) = (Vec::new(), look.backing.clone());
+        let mut noted = self.pool.noted_base(&look);
         while let Some(backing) = next {
             const DEEPEST: usize = 200;
             let outside = || self.refuse("what it stands on is no volume of an active pool, and is not followed");
             let place = backing.place.ok_or_else(outside)?;
             let (pool, name) = self.pool.pools.volume_at(&place).ok_or_else(outside)?;
+            if noted.as_ref() != Some(&place) {
+                let text = "nobody noted what it says to stand on, which is not followed: put a new volume on that (AddVolume \
+                            with backing)";
+                return Err(self.refuse(text));
+            }
             let base = pool.find_volume(&name)?.look()?;
             if base.has_data_file || base.broken.is_some() || below.len() >= DEEPEST {
                 return Err(self.refuse("something that it stands on cannot be used"));
             }
+            noted = pool.noted_base(&base);
             below.push((place, base.format));
             next = base.backing;
         }
@@ -323,8 +331,14 @@ impl Volume {
         taken.map_err(|by| Error::InUse(format!("cannot {deed} volume '{}': {by} has it", self.name)))
     }
 
-    /// Keeps it as it is until the result is dropped, beside others who read it. For who has its turn.
-    pub(super) async fn kept(&self, deed: &str) -> Result<Arc<Taken>> {
+    /// Keeps it as it is until the result is dropped, for who has another's turn: what is done to it is waited for.
+    pub(super) async fn kept_for(&self, deed: &str) -> Result<Arc<Taken>> {
+        let _turn = frames::take_turn(self, deed, &CancellationToken::new()).await?;
+        self.kept(deed).await
+    }
+
+    /// The same for who has its turn. Others who read it keep it, too.
+    async fn kept(&self, deed: &str) -> Result<Arc<Taken>> {
         if let Some(kept) = lock(&self.pool.kept).get(&self.name).and_then(Weak::upgrade) {
             return Ok(kept);
         }
@@ -375,7 +389,7 @@ impl Volume {
     async fn is_incomplete(&self, at: &VolumeAt, incomplete: bool) -> Result<()> {
         let noted = lock(&self.pool.state).noted.get(&at.id).cloned();
         let owner = lock(&self.pool.state).volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
-        let noted = noted.unwrap_or(Noted { format: at.format.clone(), owner, incomplete });
+        let noted = noted.unwrap_or(Noted { format: at.format.clone(), owner, incomplete, base: None });
         let (pool, id) = (self.pool.clone(), at.id);
         on_disk(move || pool.note(id, Some(Noted { incomplete, ..noted }))).await
     }
@@ -399,7 +413,7 @@ impl Volume {
         let volume = Arc::new(self);
         frames::accepted(&*volume, caller, verb, async {
             frames::allow(&*volume, caller, verb.action).await?;
-            volume.begin(caller, verb, departs, work)
+            volume.begin(caller, verb, departs, move |volume, told: Arc<JobWork>| work(volume, told))
         })
         .await
     }
@@ -410,7 +424,7 @@ impl Volume {
         caller: &Caller,
         verb: &'static Verb,
         departs: bool,
-        work: impl FnOnce(Arc<Volume>, Arc<dyn Work>) -> F + Send + 'static,
+        work: impl FnOnce(Arc<Volume>, Arc<JobWork>) -> F + Send + 'static,
     ) -> Result<Ticket>
     where
         F: Future<Output = Result<()>> + Send + 'static,
@@ -422,8 +436,7 @@ impl Volume {
         let owner = caller.uid;
         Ok(change.open(departs)?.run(move |volume, job| async move {
             volume.applies(verb)?;
-            let told: Arc<dyn Work> =
-                Arc::new(JobWork { job, pool: volume.pool.clone(), owner, told: Mutex::default() });
+            let told = JobWork::new(job, volume.pool.clone(), owner);
             volume.is_busy(true);
             let done = work(volume.clone(), told).await;
             volume.is_busy(false);
@@ -437,6 +450,40 @@ impl Volume {
         self.pool.commit_volumes(Vec::new(), touched, |state| {
             state.volumes.get_mut(&self.name).into_iter().for_each(|row| row.busy = busy);
         });
+    }
+
+    /// Refuses to read images that a guest writes: what is read would be of no one moment.
+    pub(super) async fn refuse_written(&self, deed: &str, files: &[PathBuf]) -> Result<()> {
+        for file in files {
+            let writers = self.shared().images.writers_of(file).await;
+            if !writers.is_empty() {
+                let (name, file, writers) = (&self.name, file.display(), writers.join(", "));
+                return Err(Error::InUse(format!("cannot {deed} volume '{name}': {file} is written by {writers}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What it stands on; who reads it through that may read each of these, too.
+    pub(super) async fn below_for(&self, caller: &Caller) -> Result<Vec<PathBuf>> {
+        let below: Vec<PathBuf> = self.at()?.below.into_iter().map(|(path, _)| path).collect();
+        for path in &below {
+            let (pool, name) = self.pool.pools.volume_at(path).ok_or_else(|| self.changed_below())?;
+            frames::allow(&pool.find_volume(&name)?, caller, Action::VolumeContent).await?;
+        }
+        Ok(below)
+    }
+
+    /// Refuses when it stands on something else than what was asked about.
+    pub(super) fn still_on(&self, below: &[PathBuf]) -> Result<()> {
+        match self.at()?.below.iter().map(|(path, _)| path).eq(below) {
+            true => Ok(()),
+            false => Err(self.changed_below()),
+        }
+    }
+
+    fn changed_below(&self) -> Error {
+        Error::OperationInvalid(format!("volume '{}' stands on something else by now; try again", self.name))
     }
 
     /// What it is open for, to be copied.

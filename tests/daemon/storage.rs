@@ -260,9 +260,21 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     assert_eq!(d.users().await, [(top.path.clone(), String::new(), "backing".to_owned())]);
     let held = d.run("Delete", options([("force", true.into())])).await.expect_err("a volume stands on it");
     assert!(held.0.ends_with("InUse") && held.1.contains("volume 'top.qcow2' (backing)"), "{held:?}");
-    let flat = options([("flatten", true.into()), ("format", "raw".into())]);
-    top.with("Clone", &("flat.img", flat)).await.expect("flattened");
+    let flat = || options([("flatten", true.into()), ("format", "raw".into())]);
+    top.with("Clone", &("flat.img", flat())).await.expect("flattened");
     assert!(same(&source, &pool.at("flat.img")));
+    // What is put on another is noted where it is made, and what a header says is nobody's wish.
+    top.with("Clone", &("copy.qcow2", options([]))).await.expect("copied");
+    let copy = pool.volume("copy.qcow2").await.expect("there");
+    copy.with("Clone", &("flat2.img", flat())).await.expect("flattened");
+    assert!(same(&source, &pool.at("flat2.img")));
+    let header = descriptor(&fs::File::open(pool.at("top.qcow2")).expect("a file"));
+    let forged = options([("format", "qcow2".into()), ("content", header.into())]);
+    let forged = pool.add("forged.qcow2", 0, forged).await.expect("made");
+    for (name, wanted) in [("flat3.img", flat()), ("thin.qcow2", options([("thin", true.into())]))] {
+        let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
+        assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
+    }
     // Other sizes, other content.
     let b = pool.volume("b.img").await.expect("there");
     let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
@@ -291,7 +303,8 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     assert_eq!(&read[1..4], b"abc");
     let xml: String = b.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<name>b.img</name>") && xml.contains("<format type='raw'/>"), "{xml}");
-    for name in ["top.qcow2", "d.qcow2", "flat.img", "c.img", "b.img", "a.img"] {
+    let on_d = ["top.qcow2", "copy.qcow2", "forged.qcow2"];
+    for name in on_d.iter().chain(&["d.qcow2", "flat.img", "flat2.img", "c.img", "b.img", "a.img"]) {
         pool.volume(name).await.expect(name).run("Delete", options([])).await.expect(name);
     }
     assert!(pool.names().is_empty() && pool.list().await.is_empty(), "{:?}", pool.names());
