@@ -129,6 +129,9 @@ struct Noted {
     /// What was being written to it was cut off.
     #[serde(default)]
     incomplete: bool,
+    /// What a guest sees of it, where it is incomplete: its header may not say it any more.
+    #[serde(default)]
+    capacity: u64,
     /// What it was put on when it was made. Its header says that, too, and is no wish of anybody's: who writes the file writes it.
     #[serde(default)]
     base: Option<PathBuf>,
@@ -254,7 +257,7 @@ impl Work for JobWork {
 
     fn names(&self, id: FileId, format: &str) -> Result<(), DriverError> {
         let base = lock(&self.base).clone();
-        let noted = Noted { format: format.to_owned(), owner: self.owner, incomplete: false, base };
+        let noted = Noted { format: format.to_owned(), owner: self.owner, incomplete: false, capacity: 0, base };
         self.pool.note(id, Some(noted)).map_err(|e| DriverError::Storage(e.to_string()))
     }
 

@@ -131,7 +131,7 @@ impl Pool {
             problem("broken", why.clone());
         }
         if look.has_data_file {
-            problem("data-file", "part of what it holds is in a file beside it, which is not followed".to_owned());
+            problem("data-file", super::volume::DATA_FILE.to_owned());
         }
         if look.backing.is_some() && backing.is_none() {
             problem(

@@ -22,6 +22,9 @@ use virt_model::driver::{DriverError, GivenFile};
 use virt_model::storage::volume::{VolumeBacking, VolumeDef, VolumeKind, VolumeTarget};
 use virt_model::storage::{Bytes, FileMode, FormatDoc, Permissions};
 
+/// Why a volume with a data file is not used.
+pub(super) const DATA_FILE: &str = "part of what it holds is in a file beside it, which is not followed";
+
 /// A volume of a pool.
 pub struct Volume {
     pub(super) pool: Arc<Pool>,
@@ -167,7 +170,7 @@ impl Volume {
     pub(super) fn at(&self) -> Result<VolumeAt> {
         let look = self.look()?;
         if look.has_data_file {
-            return Err(self.refuse("part of what it holds is in a file beside it, which is not followed"));
+            return Err(self.refuse(DATA_FILE));
         }
         if let Some(why) = &look.broken {
             return Err(self.refuse(why));
@@ -222,8 +225,7 @@ impl Volume {
 
     async fn refuse_to_delete(&self, force: bool, with_snapshots: bool) -> Result<Vec<User>> {
         let counts = |user: &User| !force || user.how != Usage::Config;
-        let fate = if force { Fate::Written } else { Fate::Removed };
-        let users = self.pool.refuse_in_use("delete", &self.name, fate, counts).await?;
+        let users = self.pool.refuse_in_use("delete", &self.name, Fate::Removed, counts).await?;
         let look = self.look()?;
         if look.snapshots > 0 && !with_snapshots {
             let (count, name) = (look.snapshots, &self.name);
@@ -266,11 +268,8 @@ impl Volume {
         self.job(caller, &verb::VOLUME_WIPE, departs, move |volume, work| async move {
             let _alone = volume.alone("wipe").await?;
             volume.refuse_to_change("wipe").await?;
-            if volume.look()?.backing.is_some() {
-                let text = "it stands on another image, and what it shows is there: delete it, or flatten a clone";
-                return Err(Error::OperationInvalid(format!("cannot wipe volume '{}': {text}", volume.name)));
-            }
-            let at = volume.only()?;
+            volume.refuse_to_lose_by_wiping()?;
+            let at = volume.whole()?;
             volume.is_incomplete(&at, true).await?;
             let wiped = volume.pool.opened()?.wipe(&at, how, work).await;
             wiped.map_err(|e| volume.failed("wipe", e))?;
@@ -291,7 +290,8 @@ impl Volume {
         self.job(caller, &verb::VOLUME_UPLOAD, departs, move |volume, work| async move {
             let _alone = volume.alone("overwrite").await?;
             volume.refuse_to_change("overwrite").await?;
-            let (open, at) = (volume.pool.opened()?, volume.only()?);
+            let open = volume.pool.opened()?;
+            let at = if part.is_some() { volume.whole()? } else { volume.only()? };
             if part.is_some() {
                 volume.is_incomplete(&at, true).await?;
             }
@@ -317,7 +317,7 @@ impl Volume {
         self.job(caller, &verb::VOLUME_DOWNLOAD, departs, move |volume, work| async move {
             let _kept = volume.kept("read").await?;
             volume.refuse_while_written("read").await?;
-            let read = volume.pool.opened()?.download(&volume.only()?, to, part, sparse, work).await;
+            let read = volume.pool.opened()?.download(&volume.whole()?, to, part, sparse, work).await;
             read.map_err(|e| volume.failed("read", e))
         })
         .await
@@ -385,13 +385,44 @@ impl Volume {
         Ok(VolumeAt { name: self.name.to_string(), id: look.id, format: look.format, capacity: look.capacity, below })
     }
 
+    /// The same of one whose content is in its own file.
+    fn whole(&self) -> Result<VolumeAt> {
+        let look = self.look()?;
+        if look.has_data_file {
+            return Err(self.refuse(DATA_FILE));
+        }
+        let mut at = self.only()?;
+        if look.broken.is_some() {
+            // Somebody was killed while it was written, and its header may have gone.
+            let noted = lock(&self.pool.state).noted.get(&at.id).map_or(0, |noted| noted.capacity);
+            at.capacity = if noted > 0 { noted } else { at.capacity };
+        }
+        Ok(at)
+    }
+
+    /// Refuses to wipe what would not be the same afterwards, only empty.
+    fn refuse_to_lose_by_wiping(&self) -> Result<()> {
+        let look = self.look()?;
+        let why = match () {
+            () if look.backing.is_some() => {
+                "it stands on another image, and what it shows is there: delete it, or flatten a clone"
+            }
+            () if look.snapshots > 0 => "snapshots are in it, which would go, too: delete it, or those first",
+            () if look.encrypted && look.format == "qcow2" => "it is encrypted, and would not be any more: delete it",
+            () => return Ok(()),
+        };
+        Err(Error::OperationInvalid(format!("cannot wipe volume '{}': {why}", self.name)))
+    }
+
     /// Notes that what is written to it is cut off, should nobody say otherwise.
     async fn is_incomplete(&self, at: &VolumeAt, incomplete: bool) -> Result<()> {
         let noted = lock(&self.pool.state).noted.get(&at.id).cloned();
         let owner = lock(&self.pool.state).volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
-        let noted = noted.unwrap_or(Noted { format: at.format.clone(), owner, incomplete, base: None });
+        let format = at.format.clone();
+        let noted = noted.unwrap_or(Noted { format, owner, incomplete, capacity: 0, base: None });
+        let capacity = if incomplete { at.capacity } else { 0 };
         let (pool, id) = (self.pool.clone(), at.id);
-        on_disk(move || pool.note(id, Some(Noted { incomplete, ..noted }))).await
+        on_disk(move || pool.note(id, Some(Noted { incomplete, capacity, ..noted }))).await
     }
 
     /// Looks at it anew.
@@ -489,7 +520,7 @@ impl Volume {
     /// What it is open for, to be copied.
     pub(super) async fn opened(&self) -> Result<GivenFile> {
         let open: Arc<dyn OpenPool> = self.pool.opened()?;
-        open.hold(&self.only()?).await.map_err(|e| self.failed("read", e))
+        open.hold(&self.whole()?).await.map_err(|e| self.failed("read", e))
     }
 }
 
