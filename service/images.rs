@@ -375,7 +375,7 @@ impl Images {
     /// First these are asked, then those that show what they have: in between they become such.
     fn begun_chains(&self) -> Vec<Chain> {
         let begun = lock(&self.begun);
-        let files = begun.iter().flat_map(|begun| begun.0.iter().map(|file| (begun.1.clone(), file.clone())));
+        let files = begun.iter().flat_map(|begun| begun.0.iter().map(move |file| (begun.1.clone(), file.clone())));
         files.map(|(whose, file)| Chain::of_one(whose, file)).collect()
     }
 
