@@ -6,8 +6,8 @@
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::object::{ObjectKind, User};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -45,14 +45,14 @@ pub(crate) struct Chain {
     pub files: Vec<PathBuf>,
     /// The first that must stay as it is, and with it all below.
     pub fixed: usize,
-    /// It is what a snapshot needs.
-    pub snapshot: bool,
+    /// The snapshot that needs it, if that is one.
+    pub snapshot: Option<Arc<str>>,
 }
 
 impl Chain {
     /// Of one image that somebody needs who is no machine, or does not show it yet.
     pub fn of_one(whose: String, file: PathBuf) -> Chain {
-        Chain { domain: Uuid::nil(), whose, files: vec![file], fixed: 0, snapshot: false }
+        Chain { domain: Uuid::nil(), whose, files: vec![file], fixed: 0, snapshot: None }
     }
 }
 
@@ -339,7 +339,7 @@ impl Images {
     /// What snapshots and block jobs need of a file: for people, each once. To be [removed](Fate::Removed) it must be in none of
     /// their chains, to be written in none that is fixed.
     pub async fn snapshots_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
-        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot).collect();
+        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, &[file.to_owned()]).await;
         let mut users: Vec<String> = Vec::new();
@@ -352,13 +352,26 @@ impl Images {
         users
     }
 
+    /// The snapshots that could not be reverted to without a file.
+    pub async fn snapshot_users(self: &Arc<Self>, file: &Path) -> BTreeSet<User> {
+        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        self.look(known, &[file.to_owned()]).await;
+        let having = chains.into_iter().filter(|chain| chain.files.iter().any(|needed| self.same(needed, file)));
+        let users = having.filter_map(|chain| {
+            let object = ObjectRef::Snapshot(chain.domain, chain.snapshot?);
+            Some(User { object, place: String::new(), how: Usage::Snapshot })
+        });
+        users.collect()
+    }
+
     /// The machines that have a file among their images, by whatever name: for people, each once. `running`: those alone that
     /// run, or begin to, or write it.
     pub async fn machines_on(self: &Arc<Self>, file: &Path, running: bool) -> Vec<String> {
         let mut chains = self.begun_chains();
         chains.extend(self.machines.running_chains());
         // What is written by a copy is in no configuration.
-        let others = self.machines.chains(None).into_iter().filter(|chain| !chain.snapshot);
+        let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_none());
         chains.extend(others.filter(|chain| !running || chain.fixed == 0));
         self.among(chains, file).await
     }
@@ -525,7 +538,7 @@ pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
 pub(crate) fn chains_of(domain: Uuid, whose: &str, disk: &DiskImages, into: &mut Vec<Chain>) {
     let whose = format!("{whose} (disk '{}')", disk.target);
     if !into.iter().any(|chain| chain.whose == whose && *chain.files == *disk.files) {
-        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1, snapshot: false });
+        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1, snapshot: None });
     }
 }
 
@@ -540,7 +553,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
             DiskMode::No | DiskMode::Manual => continue,
         };
         let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
-        into.push(Chain { domain, whose, files: disk.files(), fixed, snapshot: true });
+        into.push(Chain { domain, whose, files: disk.files(), fixed, snapshot: Some((*def.name).into()) });
     }
 }
 

@@ -84,6 +84,17 @@ impl Pool {
         }
     }
 
+    /// Who needs a volume, looked up now: strangers, too.
+    pub(super) async fn users_now(&self, name: &str) -> Result<Vec<User>> {
+        let mut users = self.users_at(&self.target().join(name));
+        let strangers = self.opened()?.is_open_elsewhere(name).await.map_err(|e| self.failed("look at", e))?;
+        // A guest of ours has it open itself.
+        if strangers && !users.iter().any(|user| user.how == Usage::Live) {
+            users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
+        }
+        Ok(users)
+    }
+
     /// Refuses to change or remove the file of a volume that somebody needs, snapshots and strangers included.
     pub(super) async fn refuse_in_use(
         &self,
@@ -93,12 +104,7 @@ impl Pool {
         counts: impl Fn(&User) -> bool,
     ) -> Result<Vec<User>> {
         let path = self.target().join(name);
-        let mut users = self.users_at(&path);
-        let strangers = self.opened()?.is_open_elsewhere(name).await.map_err(|e| self.failed("look at", e))?;
-        // A guest of ours has it open itself.
-        if strangers && !users.iter().any(|user| user.how == Usage::Live) {
-            users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
-        }
+        let users = self.users_now(name).await?;
         let volume = ObjectKind::Volume.named(name);
         let named: Vec<String> = users.iter().filter(|user| counts(user)).map(|user| self.called(user)).collect();
         if !named.is_empty() {

@@ -242,8 +242,11 @@ impl Volume {
         frames::beside(self, caller, &verb::CHECK_VOLUME_DELETE, async {
             let (look, path) = (self.look()?, self.path());
             let refusal = self.refuse_to_delete(force, with_snapshots).await.err();
-            let users = self.pool.users_at(&path);
-            let breaks: BTreeSet<ObjectRef> = users.iter().map(|user| user.object.clone()).collect();
+            // Where it cannot be looked, the refusal says so.
+            let mut users = self.pool.users_now(&self.name).await.unwrap_or_else(|_| self.pool.users_at(&path));
+            users.extend(self.shared().images.snapshot_users(&path).await);
+            let broken = users.iter().filter(|user| matches!(user.how, Usage::Config | Usage::Snapshot));
+            let breaks: BTreeSet<ObjectRef> = broken.map(|user| user.object.clone()).collect();
             let files = vec![(path.display().to_string(), "deleted", look.allocation)];
             let breaks = breaks.into_iter().collect();
             Ok(StorageCheck { refusal, users, breaks, files, frees: look.allocation, needs: 0 })
