@@ -318,6 +318,10 @@ fn judged(found: Option<Beneath>, volume: &VolumeAt, path: &Path) -> Result<Bene
 
 #[async_trait]
 impl OpenPool for FolderPool {
+    fn real_path(&self) -> &Path {
+        self.folder.real()
+    }
+
     async fn survey(&self, known: &KnownFormats) -> Result<Survey, DriverError> {
         let (folder, known, path) = (self.folder.clone(), known.clone(), self.path.clone());
         let run = move |_: &Arc<Stop>| {

@@ -167,6 +167,7 @@ fn enter(
         turns: Mutex::new(HashMap::new()),
         kept: Mutex::new(HashMap::new()),
         state: Mutex::new(state),
+        real: Mutex::default(),
     });
     pools.registry.insert(pool.clone());
     pool

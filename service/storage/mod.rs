@@ -66,6 +66,9 @@ pub struct Pool {
     /// Volumes that are kept as they are, as long as somebody reads them.
     kept: Mutex<HashMap<Arc<str>, Weak<Taken>>>,
     state: Mutex<State>,
+    /// Its folder as its definition has it, and where that led when it was opened: machines may name its files so, too. It is held
+    /// for moments, and nothing else is locked meanwhile.
+    real: Mutex<Option<(PathBuf, PathBuf)>>,
 }
 
 struct State {
@@ -539,6 +542,8 @@ impl Pool {
         let open = self.shared.host.storage.open(&def, work).await.map_err(|e| self.failed("start", e))?;
         // First it is listened, then looked: what changes in between is told.
         let changes = open.follow().await.map_err(|e| self.failed("start", e))?;
+        let target = PathBuf::from(def.target_path().unwrap_or_default());
+        *lock(&self.real) = Some((target, open.real_path().to_owned()));
         {
             let mut state = lock(&self.state);
             (state.open, state.live) = (Some(open.clone()), Some(def));

@@ -109,7 +109,7 @@ impl Pools {
             return;
         }
         for pool in self.registry.all() {
-            if let Some(names) = by_folder.get(&*pool.target()) {
+            for (_, names) in by_folder.iter().filter(|(folder, _)| pool.is_in(folder)) {
                 pool.commit_volumes(Vec::new(), names.clone(), |_| {});
             }
         }

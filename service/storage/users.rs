@@ -31,8 +31,12 @@ pub struct StorageCheck {
 impl Pool {
     /// Who needs a volume at that path: machines, and other volumes.
     pub(super) fn users_at(&self, path: &Path) -> Vec<User> {
-        let mut users = self.shared.image_users.of(path);
-        users.extend(self.pools.standing_on(path));
+        let real = self.real_name(path);
+        let mut users = Vec::new();
+        for path in [path].into_iter().chain(real.as_deref()) {
+            users.extend(self.shared.image_users.of(path));
+            users.extend(self.pools.standing_on(path));
+        }
         users.sort();
         users.dedup();
         users
@@ -56,7 +60,31 @@ impl Pool {
 
     /// Who needs something below a folder.
     pub(super) fn users_below(&self, folder: &Path) -> Vec<User> {
-        self.shared.image_users.below(folder)
+        let mut users = self.shared.image_users.below(folder);
+        if let Some(real) = self.real_of(folder) {
+            users.extend(self.shared.image_users.below(&real));
+            users.sort();
+            users.dedup();
+        }
+        users
+    }
+
+    /// What a file of it is called without links on the way, if that is another name.
+    fn real_name(&self, path: &Path) -> Option<PathBuf> {
+        Some(self.real_of(path.parent()?)?.join(path.file_name()?))
+    }
+
+    /// Where its folder leads, if that is elsewhere.
+    fn real_of(&self, folder: &Path) -> Option<PathBuf> {
+        let known = lock(&self.real);
+        let (target, real) = known.as_ref()?;
+        (target == folder && real != folder).then(|| real.clone())
+    }
+
+    /// Whether a folder is that of its volumes.
+    pub(super) fn is_in(&self, folder: &Path) -> bool {
+        let target = self.target();
+        target == folder || self.real_of(&target).as_deref() == Some(folder)
     }
 
     /// Who needs this pool.

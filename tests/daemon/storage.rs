@@ -359,23 +359,29 @@ async fn what_a_machine_uses_stays() {
 async fn a_volume_at_work_is_no_machines_disk() {
     let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
     let client = Client { connection: daemon.connect().await };
-    let pool = Pool::started(&daemon, &client, "images").await;
+    let store = daemon.folder().join("store");
+    fs::create_dir(&store).expect("a folder");
+    for link in ["images", "link"] {
+        std::os::unix::fs::symlink(&store, daemon.folder().join(link)).expect("a link");
+    }
+    let pool = Pool::define(&client, "images", &daemon.folder().join("images")).await;
+    pool.run("Start", options([])).await.expect("started");
     let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
-    std::os::unix::fs::symlink(&pool.folder, daemon.folder().join("link")).expect("a link");
-    let disk = daemon.folder().join("link/web.img");
-    let machine = client
-        .define(&format!(
-            "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
+    let document = |name: &str, disk: &Path| {
+        format!(
+            "<domain type='test'><name>{name}</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
              <disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
              </devices></domain>",
             disk.display()
-        ))
-        .await
-        .expect("defined");
+        )
+    };
+    let machine = client.define(&document("web", &daemon.folder().join("link/web.img"))).await.expect("defined");
     let in_use = |refused: Refusal, by: &str| {
         assert!(refused.0.ends_with("InUse") && refused.1.contains(by), "{refused:?}");
     };
     in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
+    let other = client.define(&document("other", &store.join("web.img"))).await.expect("defined");
+    assert_eq!(volume.users().await, [(other.path.clone(), "vda".to_owned(), "config".to_owned())]);
     let (ear, mut mouth) = std::io::pipe().expect("a pipe");
     let wanted = options([("offset", 0u64.into()), ("no-wait", true.into())]);
     volume.with("Upload", &(descriptor(&ear), wanted)).await.expect("accepted");
