@@ -9,6 +9,7 @@ use std::fs;
 use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use zbus::{Message, ObjectPath, OwnedObjectPath, OwnedVariant, Variant};
 
 const STORAGE: &str = "org.virt.Manager.Storage";
@@ -24,6 +25,16 @@ struct Pool {
 
 fn document(name: &str, folder: &Path) -> String {
     format!("<pool type='dir'><name>{name}</name><target><path>{}</path></target></pool>", folder.display())
+}
+
+/// A machine with one disk.
+fn machine(name: &str, disk: &Path, format: &str) -> String {
+    format!(
+        "<domain type='test'><name>{name}</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
+         <disk type='file'><driver name='qemu' type='{format}'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
+         </devices></domain>",
+        disk.display()
+    )
 }
 
 impl Pool {
@@ -275,6 +286,17 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
         assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
     }
+    let machine = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
+    let refused = machine.run("Start").await.expect_err("it would write what volumes stand on");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
+    machine.run("Undefine").await.expect("undefined");
+    let kept = pool.add("s.qcow2", 1 << 20, options([("format", "qcow2".into())])).await.expect("made");
+    let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(pool.at("s.qcow2")).status();
+    assert!(taken.expect("it runs").success());
+    pool.run("Refresh", options([])).await.expect("refreshed");
+    let refused = kept.run("Wipe", options([])).await.expect_err("a snapshot would go");
+    assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("snapshots are in it"), "{refused:?}");
+    kept.run("Delete", options([("with-snapshots", true.into())])).await.expect("deleted");
     // Other sizes, other content.
     let b = pool.volume("b.img").await.expect("there");
     let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
@@ -319,15 +341,7 @@ async fn what_a_machine_uses_stays() {
     let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
     assert!(volume.users().await.is_empty());
     let disk = pool.at("web.img");
-    let machine = client
-        .define(&format!(
-            "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
-             <disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
-             </devices></domain>",
-            disk.display()
-        ))
-        .await
-        .expect("defined");
+    let machine = client.define(&machine("web", &disk, "raw")).await.expect("defined");
     let user = |how: &str| (machine.path.clone(), "vda".to_owned(), how.to_owned());
     assert_eq!(volume.users().await, [user("config")]);
     let refused = volume.run("Delete", options([])).await.expect_err("it is a disk");
@@ -367,33 +381,27 @@ async fn a_volume_at_work_is_no_machines_disk() {
     let pool = Pool::define(&client, "images", &daemon.folder().join("images")).await;
     pool.run("Start", options([])).await.expect("started");
     let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
-    let document = |name: &str, disk: &Path| {
-        format!(
-            "<domain type='test'><name>{name}</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
-             <disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
-             </devices></domain>",
-            disk.display()
-        )
-    };
-    let machine = client.define(&document("web", &daemon.folder().join("link/web.img"))).await.expect("defined");
+    let disk = daemon.folder().join("link/web.img");
+    let web = client.define(&machine("web", &disk, "raw")).await.expect("defined");
     let in_use = |refused: Refusal, by: &str| {
         assert!(refused.0.ends_with("InUse") && refused.1.contains(by), "{refused:?}");
     };
     in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
-    let other = client.define(&document("other", &store.join("web.img"))).await.expect("defined");
+    let other = client.define(&machine("other", &store.join("web.img"), "raw")).await.expect("defined");
     assert_eq!(volume.users().await, [(other.path.clone(), "vda".to_owned(), "config".to_owned())]);
     let (ear, mut mouth) = std::io::pipe().expect("a pipe");
+    let ear = fs::File::from(std::os::fd::OwnedFd::from(ear));
     let wanted = options([("offset", 0u64.into()), ("no-wait", true.into())]);
     volume.with("Upload", &(descriptor(&ear), wanted)).await.expect("accepted");
     drop(ear);
     // A pipe holds less: when all of it has gone in, the upload is under way.
     let written = tokio::task::spawn_blocking(move || mouth.write_all(&[1; 256 << 10]).map(|()| mouth));
     let mouth = written.await.expect("no panic").expect("taken");
-    in_use(machine.run("Start").await.expect_err("it is written"), "the work on volume 'web.img'");
+    in_use(web.run("Start").await.expect_err("it is written"), "the work on volume 'web.img'");
     drop(mouth);
     // It has its turn when the upload has ended.
     volume.with("Resize", &(2u64 << 20, options([]))).await.expect("resized");
-    machine.run("Start").await.expect("started");
+    web.run("Start").await.expect("started");
     in_use(volume.run("Wipe", options([])).await.expect_err("a guest has it"), "domain 'web' (disk 'vda')");
 }
 
