@@ -339,7 +339,8 @@ impl Images {
     /// What snapshots and block jobs need of a file: for people, each once. To be [removed](Fate::Removed) it must be in none of
     /// their chains, to be written in none that is fixed.
     pub async fn snapshots_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
-        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
+        let chains: Vec<Chain> =
+            self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, &[file.to_owned()]).await;
         let mut users: Vec<String> = Vec::new();
@@ -354,7 +355,8 @@ impl Images {
 
     /// The snapshots that could not be reverted to without a file.
     pub async fn snapshot_users(self: &Arc<Self>, file: &Path) -> BTreeSet<User> {
-        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
+        let chains: Vec<Chain> =
+            self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, &[file.to_owned()]).await;
         let having = chains.into_iter().filter(|chain| chain.files.iter().any(|needed| self.same(needed, file)));

@@ -612,8 +612,7 @@ impl FolderPool {
         let (most, tells, file) = (part.length.unwrap_or(room), work.clone(), Arc::new(file));
         work.step();
         let (tell, path) = (move |done| tells.progress(done, most), self.path.join(&volume.name));
-        let poured =
-            given::pour_in(from, file.clone(), part.offset, Some(most), sparse, work.cancelled(), tell).await;
+        let poured = given::pour_in(from, file.clone(), part.offset, Some(most), sparse, work.cancelled(), tell).await;
         poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         let errand = self.long(&volume.name, most, &*work);
         let sync =

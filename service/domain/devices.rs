@@ -116,7 +116,8 @@ impl Domain {
         alone.devices.disks.retain(|disk| disk.info.alias() == Some(&alias));
         let deed = format!("cannot plug '{alias}' into domain '{name}'");
         let written = images::written_by(&alone);
-        let begins = self.shared.images.begins(written.clone(), format!("domain '{name}', which is given it as '{alias}'"));
+        let begins =
+            self.shared.images.begins(written.clone(), format!("domain '{name}', which is given it as '{alias}'"));
         self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
         Ok(Placed { def, alias, begins: Arc::new(begins) })
     }

@@ -88,13 +88,7 @@ impl Domain {
             let job = &entry.record.job;
             if let BlockWork::Copy { to, .. } = &job.work {
                 let whose = format!("the copy of disk '{}' of {whose}", job.target);
-                chains.push(Chain {
-                    domain: self.uuid,
-                    whose,
-                    files: vec![to.path.clone()],
-                    fixed: 0,
-                    snapshot: None,
-                });
+                chains.push(Chain { domain: self.uuid, whose, files: vec![to.path.clone()], fixed: 0, snapshot: None });
             }
         }
         chains

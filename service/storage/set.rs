@@ -79,7 +79,9 @@ impl Pools {
         let mut bases = BTreeMap::new();
         for pool in self.registry.all() {
             for (base, name) in pool.noted_bases() {
-                bases.entry(base).or_insert_with(|| format!("{} of pool '{}'", ObjectKind::Volume.named(&name), pool.name));
+                bases
+                    .entry(base)
+                    .or_insert_with(|| format!("{} of pool '{}'", ObjectKind::Volume.named(&name), pool.name));
             }
         }
         bases.into_iter().map(|(base, whose)| Chain::of_one(whose, base)).collect()
