@@ -222,6 +222,7 @@ impl Domain {
         job: Arc<Job>,
         tell: Option<oneshot::Sender<()>>,
     ) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
+        self.is_as_configured().await?;
         let Planned { machine, request, checkpoint, .. } = planned;
         let mut backup = Backup {
             request: request.clone(),
