@@ -96,7 +96,7 @@ async fn users_of(shared: &Arc<Shared>, files: Vec<PathBuf>) -> BTreeMap<PathBuf
 }
 
 /// A machine of which no more is known than whose it was.
-fn machine(uuid: Uuid, driver: &dyn Driver) -> Machine {
+pub(crate) fn machine(uuid: Uuid, driver: &dyn Driver) -> Machine {
     let kind = driver.types().first().copied().unwrap_or_default().to_owned();
     let def = Arc::new(DomainDef { kind, name: uuid.to_string(), uuid, ..DomainDef::default() });
     Machine { def, guest: None, running: false, folder: PathBuf::new() }
