@@ -95,7 +95,22 @@ impl State {
         }
     }
 
-    /// The same for what is done to one disk.
+    /// The same for undefining. One that nobody is at may never come to its end: it is given up with a machine that is off.
+    pub(super) fn backup_can_be_given_up(&self, active: bool) -> Result<()> {
+        match &self.backup {
+            Some(backup) if !active && !backup.followed => Ok(()),
+            _ => self.is_not_backed_up(),
+        }
+    }
+
+    /// Its records have gone: whoever tries to end it gives up.
+    pub(super) fn gives_backup_up(&mut self) {
+        let Some(backup) = self.backup.take() else { return };
+        let files: Vec<String> = backup.request.disks.iter().map(|disk| disk.file.display().to_string()).collect();
+        tracing::warn!(name = self.name, "undefined with a backup that did not end: {} may be left", files.join(", "));
+    }
+
+    /// Refuses what is done to one disk, where a backup stands in the way.
     pub(super) fn disk_is_not_backed_up(&self, target: &str) -> Result<()> {
         match &self.backup {
             Some(backup) if backup.names(target) => Err(Error::Busy {
