@@ -63,6 +63,8 @@ pub(super) struct CurrentBackup {
     open: bool,
     /// A job, or whoever has the turn, is at it; else it is tried again and again to end it.
     followed: bool,
+    /// Only its record is to go: by now other files may be where its own were.
+    ended: bool,
 }
 
 /// A backup that has been thought through.
@@ -78,7 +80,7 @@ impl CurrentBackup {
     /// One that an earlier virtd has begun, and that is looked after soon.
     pub(super) fn found(backup: &Backup) -> CurrentBackup {
         let label = "a backup that an earlier virtd began".to_owned();
-        CurrentBackup { request: Arc::new(backup.request.clone()), label, open: false, followed: false }
+        CurrentBackup { request: Arc::new(backup.request.clone()), label, open: false, followed: false, ended: false }
     }
 
     fn names(&self, target: &str) -> bool {
@@ -253,7 +255,7 @@ impl Domain {
         };
         self.keep_backup(&backup).await?;
         let (request, label) = (Arc::new(request), job.label(verb::BACKUP_BEGIN.word));
-        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false, followed: true });
+        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false, followed: true, ended: false });
         if let Err(error) = self.backs_up()?.make_backup_files(&machine, &backup.request).await {
             // Whatever is at those places is somebody else's.
             if let Err(error) = self.forget_backup().await {
@@ -413,6 +415,9 @@ impl Domain {
     /// See [`Domain::ends_or_tries_again`]. Of one that did not begin, or was cut off before that was written down, the checkpoint goes,
     /// too. Repeatable.
     async fn ends_backup(&self, machine: &Machine, backup: &Backup, complete: bool) -> Result<()> {
+        if lock(&self.state).backup.as_ref().is_some_and(|backup| backup.ended) {
+            return self.forget_backup().await;
+        }
         if let (false, Some(def)) = (backup.begun, &backup.checkpoint) {
             let gone = self.takes_checkpoints()?.delete_checkpoint(machine, &def.tracked).await;
             gone.or_else(|e| if matches!(e, DriverError::Gone) { Ok(()) } else { Err(e) })
@@ -430,6 +435,9 @@ impl Domain {
         }
         fail_point::reached();
         ended.map_err(|e| self.driver_failed("end the backup of", e))?;
+        if let Some(backup) = lock(&self.state).backup.as_mut() {
+            backup.ended = true;
+        }
         self.forget_backup().await
     }
 
@@ -515,7 +523,7 @@ impl Domain {
         let (job, _) = self.shared.jobs.open_again(backup.uid, self.reference(), verb::BACKUP_BEGIN.word, cancel);
         let (job, request) = (Arc::new(job), Arc::new(backup.request.clone()));
         let label = job.label(verb::BACKUP_BEGIN.word);
-        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false, followed: true });
+        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false, followed: true, ended: false });
         job.running();
         tracing::info!(%uuid, name, "a backup goes on that an earlier virtd began");
         let domain = self.clone();
