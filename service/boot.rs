@@ -377,11 +377,15 @@ impl Search {
                 tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
                 // What it leaves of work on its disks is seen to before anything new has its uuid.
                 let leaves = domain.has_work_on_disks();
-                shared.is_unsettled(uuid, leaves);
+                if leaves {
+                    shared.is_unsettled(uuid, true);
+                }
                 domain.ended_unseen(noted).await;
-                match leaves && domain.has_gone() {
-                    true => left_behind::settle(&shared, uuid, None),
-                    false => shared.is_unsettled(uuid, false),
+                if leaves && domain.has_gone() {
+                    left_behind::settle(&shared, uuid, None);
+                }
+                if leaves {
+                    shared.is_unsettled(uuid, false);
                 }
             }
         }
