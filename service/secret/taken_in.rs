@@ -2,6 +2,7 @@
 //! its own when virtd starts, once, and the file goes.
 //!
 //! Value, then document, then the file goes: whatever is cut off, the value is in one of both places, and the next start goes on.
+//! The file goes only when what is kept was opened again, and is the same: there may be no other copy of it.
 
 use super::manage::{create, own_uid};
 use super::{Secrets, key};
@@ -16,7 +17,7 @@ use crate::uses::Needed;
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
-use virt_model::driver::secrets::SecretValue;
+use virt_model::driver::secrets::{SecretKeeper, SecretValue};
 use virt_model::secret::{SecretDef, SecretName, UsageKind};
 
 /// What became of a file.
@@ -91,7 +92,8 @@ async fn take_in(
             Some(_) => Ok(Fate::Other),
             None if lock(&secret.state).broken.is_some() => Ok(Fate::Other),
             None => {
-                secret.keep(value).await.map_err(|e| DriverError::Internal(e.to_string()))?;
+                secret.keep(value.clone()).await.map_err(|e| DriverError::Internal(e.to_string()))?;
+                opens(keeper, secret.uuid, &value).await?;
                 Ok(Fate::TakenIn)
             }
         };
@@ -109,12 +111,21 @@ async fn take_in(
         return Ok(Fate::Other);
     }
     let made = async {
-        let kept = keeper.keep(uuid, value, false, now_usec()).await?;
+        let kept = keeper.keep(uuid, value.clone(), false, now_usec()).await?;
         fail_point::reached();
+        opens(keeper, uuid, &value).await?;
         create(shared, secrets, def, owner, Some(kept)).await.map_err(refused)
     };
     made.await.inspect_err(|_| secrets.remove(uuid, &called, owner))?;
     Ok(Fate::TakenIn)
+}
+
+/// Whether what is kept of a value is the same when it is opened again. Error: what to do if it is not.
+async fn opens(keeper: &Arc<dyn SecretKeeper>, uuid: Uuid, value: &SecretValue) -> Result<(), DriverError> {
+    match keeper.value(uuid).await? {
+        Some(own) if own.bytes() == value.bytes() => Ok(()),
+        _ => Err(DriverError::Storage("its value is not the same when it is read again; set it (SetValue)".to_owned())),
+    }
 }
 
 /// The kind of secret that machines want where they name this usage. Whoever else wants it finds it, the only one of that usage.
