@@ -55,8 +55,20 @@ impl Service {
 
     async fn define_secret_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Secret>> {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
-        let def = seat.read(xml, SecretDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let read = |xml: &str| SecretDef::parse(xml).map(|def| (def.write_readable().err(), def));
+        let (unreadable, def) = seat.read(xml, read).await.map_err(Error::ConfigInvalid)?;
+        if let Some(why) = unreadable {
+            return Err(Error::InvalidArgument(format!("secret {}: {why}", def.uuid)));
+        }
         let name = key(&def);
+        let broken = self.secrets.get(def.uuid).filter(|secret| secret.is_broken() && *secret.key() != *name);
+        if let Some(broken) = broken {
+            // Its name is not known, or may be another: its uuid alone says which one is meant.
+            self.allow(caller, &verb::DEFINE_SECRET, &broken.subject()).await?;
+            self.allow(caller, &verb::DEFINE_SECRET, &subject(&def)).await?;
+            broken.redefine(def).await?;
+            return Ok(broken);
+        }
         let existing = self.secrets.look(def.uuid, &name)?;
         let about = existing.as_ref().map_or_else(|| subject(&def), |secret| secret.subject());
         self.allow(caller, &verb::DEFINE_SECRET, &about).await?;
@@ -122,7 +134,7 @@ fn enter(
     let (uuid, kind) = (def.uuid, def.kind());
     let protection = value.map_or(protection, |kept| kept.protection.as_str());
     shared.host.secrets.is_defined(uuid, kind, def.id());
-    let key = key(&def);
+    let key = Mutex::new(Arc::from(key(&def)));
     let state = State { def: Arc::new(def), broken, value, protection, gone: false, facts: None };
     let secret = Arc::new(Secret {
         uuid,

@@ -105,6 +105,7 @@ async fn take_in(
     // Nobody could read the file by the bus.
     let description = Some("taken from the file in which the administrator kept it".to_owned());
     let def = SecretDef { private: Some(true), description, ..def };
+    def.write_readable().map_err(DriverError::Argument)?;
     let (uuid, called, owner) = (def.uuid, key(&def), own_uid());
     let refused = |e: crate::error::Error| DriverError::Internal(e.to_string());
     if !matches!(secrets.claim(uuid, &called, owner, usize::MAX).map_err(refused)?, Claimed::New) {

@@ -283,8 +283,16 @@ async fn a_broken_secret_says_so_and_keeps_its_value_to_itself() {
     let (error, why) = one.value().await.expect_err("nobody knows whether it is private");
     assert!(error.ends_with("OperationInvalid") && why.contains("define it anew"), "{error}: {why}");
     assert_eq!(one.can("GetValue").await, "na");
-    let anew = Seen::define(&root, &xml("private='yes'", UUID, "/srv/a.img")).await.expect("defined anew");
+    let lifted = Seen::define(&root, &xml("private='no'", UUID, "/srv/a.img")).await.err().expect("refused");
+    assert_eq!(lifted.0, "org.virt.Error.OperationInvalid", "{}", lifted.1);
+    // What is noted of it says otherwise: its uuid alone counts.
+    let anew = Seen::define(&root, &xml("private='yes'", UUID, "/srv/b.img")).await.expect("defined anew");
     assert_eq!((anew.property::<String>("Broken").await.as_str(), anew.property::<bool>("HasValue").await), ("", true));
+    let names = [("volume", "/srv/a.img"), ("volume", "/srv/b.img")];
+    let by_usage = |n: usize| root.call("/org/virt", "org.virt.Manager.Secret.GetSecretByUsage", &names[n]);
+    assert_eq!(by_usage(0).await.expect_err("none").0, "org.virt.Error.NoSuchSecret");
+    let found = by_usage(1).await.expect("there").body().deserialize::<OwnedObjectPath>().expect("o");
+    assert_eq!(found.as_str(), anew.path);
     anew.undefine(false).await.expect("it can be given up");
     assert_eq!(files(&daemon), Vec::<PathBuf>::new());
 }
