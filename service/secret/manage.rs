@@ -54,6 +54,8 @@ impl Service {
     }
 
     async fn define_secret_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Secret>> {
+        // What the administrator keeps for the same comes first, else it would be whose this one is.
+        self.taken_in.cancelled().await;
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let read = |xml: &str| SecretDef::parse(xml).map(|def| (def.write_readable().err(), def));
         let (unreadable, def) = seat.read(xml, read).await.map_err(Error::ConfigInvalid)?;
@@ -162,7 +164,6 @@ pub(crate) async fn load(shared: &Arc<Shared>, secrets: &Arc<Secrets>) -> Result
             tracing::error!(uuid = %lonely, %error, "a value without a secret is there still");
         }
     }
-    let protection = if found.is_empty() { "" } else { shared.host.secrets.protection(false).await.as_str() };
     for FoundDocument { uuid, text, note } in found {
         let read = text.and_then(|text| {
             let why = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
@@ -198,10 +199,20 @@ pub(crate) async fn load(shared: &Arc<Shared>, secrets: &Arc<Secrets>) -> Result
             Err(e) => (None, broken.or(Some(e.to_string()))),
         };
         secrets.claim(uuid, &key(&def), note.owner, usize::MAX)?;
-        enter(shared, secrets, def, broken, note.owner, value, protection).look_at_users();
+        // How one would be kept is told later: whoever tells it may wait for a TPM.
+        enter(shared, secrets, def, broken, note.owner, value, "").look_at_users();
     }
     listen(shared, secrets);
     Ok(())
+}
+
+/// Tells how values would be kept of those that have none.
+pub(crate) async fn tell_protection(shared: &Arc<Shared>, secrets: &Arc<Secrets>) {
+    let all = secrets.all();
+    if !all.is_empty() {
+        let protection = shared.host.secrets.protection(false).await.as_str();
+        all.iter().for_each(|secret| secret.would_be_kept_by(protection));
+    }
 }
 
 /// Tells secrets whenever machines name others.

@@ -8,7 +8,7 @@
 mod manage;
 mod taken_in;
 
-pub(crate) use manage::load;
+pub(crate) use manage::{load, tell_protection};
 pub(crate) use taken_in::take_in_files;
 
 use crate::authz::{Action, Caller, Subject};
@@ -332,6 +332,15 @@ impl Secret {
     /// Who names it may be others now.
     fn look_at_users(&self) {
         self.commit(Vec::new(), |_| {});
+    }
+
+    /// How a value would be kept that is set now, if that was not known.
+    fn would_be_kept_by(&self, protection: &'static str) {
+        self.commit(Vec::new(), |state| {
+            if state.protection.is_empty() {
+                state.protection = protection;
+            }
+        });
     }
 
     /// Takes another document. Permission has been asked.

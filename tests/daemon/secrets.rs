@@ -363,6 +363,9 @@ async fn the_administrators_files_become_secrets_once() {
     put("open-to-all", "seen", 0o644);
     daemon.start_virtd().await;
     let root = client(&daemon).await;
+    // Whoever defines one waits until they are taken in.
+    let one = Seen::define(&root, "<secret/>").await.expect("defined");
+    one.undefine(false).await.expect("undefined");
     let by_usage = root.call("/org/virt", "org.virt.Manager.Secret.GetSecretByUsage", &("volume", "/srv/a.img")).await;
     let path = by_usage.expect("taken in").body().deserialize::<OwnedObjectPath>().expect("o").to_string();
     let taken = Seen { client: root.clone(), path };
@@ -384,9 +387,12 @@ async fn the_administrators_files_become_secrets_once() {
     daemon.kill_virtd().await;
     put("%2Fsrv%2Fa.img", "open sesame, please\n", 0o600);
     put(UUID, "another", 0o600);
+    put("a%0Ab", "for what cannot be written down", 0o600);
     daemon.start_virtd().await;
-    assert_eq!(left(), [UUID, "open-to-all"]);
     let root = client(&daemon).await;
+    let one = Seen::define(&root, "<secret/>").await.expect("defined");
+    one.undefine(false).await.expect("undefined");
+    assert_eq!(left(), [UUID, "a%0Ab", "open-to-all"]);
     let listed = root.call("/org/virt", "org.virt.Manager.Secret.ListSecrets", &(options([]),)).await.expect("told");
     let listed: Vec<(OwnedObjectPath, String, String, String)> = listed.body().deserialize().expect("a(osss)");
     assert_eq!(listed.len(), 2);
