@@ -84,6 +84,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    #[allow(clippy::too_many_arguments, reason = "each is a part of it, and it is made in one place")]
     pub fn new(
         drivers: Vec<Arc<dyn Driver>>,
         host: Host,
