@@ -4,7 +4,7 @@ use crate::common::client::{Client, Domain, options};
 use crate::common::dead::{Dead, Doomed, MEMBERS};
 use crate::common::guest::Tick;
 use crate::common::snapshots::{Player, with};
-use crate::common::{Daemon, PATIENCE, Setup, read_project_file};
+use crate::common::{Daemon, PATIENCE, Setup};
 use std::future::Future;
 use std::time::Duration;
 use tokio::time::timeout;
