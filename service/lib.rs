@@ -67,6 +67,7 @@ use std::time::Duration;
 use store::Store;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use verb::Verb;
 use virt_model::driver::{Driver, DriverError, MachineChoice};
@@ -89,6 +90,8 @@ pub struct Service {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     secrets: Arc<Secrets>,
+    /// Cancelled when the secrets in the administrator's files have been taken in.
+    taken_in: CancellationToken,
 }
 
 impl Service {
@@ -111,12 +114,19 @@ impl Service {
         // First what machines may need.
         secret::load(&shared, &secrets).await?;
         boot::load(&shared, &domains).await?;
-        secret::take_in_files(&shared, &secrets).await?;
-        Ok((Arc::new(Service { shared, domains, secrets }), receiver))
+        Ok((Arc::new(Service { shared, domains, secrets, taken_in: CancellationToken::new() }), receiver))
     }
 
-    /// Starts the domains that start with the host, once since it booted. To be called when the bus knows us.
+    /// Starts the domains that start with the host, once since it booted, and what may wait for a TPM. To be called when the bus
+    /// knows us.
     pub async fn begin_work(&self) -> Result<()> {
+        let (shared, secrets, taken_in) =
+            (self.shared.clone(), self.secrets.clone(), self.taken_in.clone().drop_guard());
+        tokio::spawn(async move {
+            secret::take_in_files(&shared, &secrets).await;
+            drop(taken_in);
+            secret::tell_protection(&shared, &secrets).await;
+        });
         boot::autostart(&self.shared, &self.domains).await
     }
 
