@@ -166,6 +166,10 @@ async fn raw_volumes_are_made_as_they_are_asked_for() {
     let part = NewVolume { allocation: 1 << 20, ..new("p", "raw", 3 << 20, Content::Empty) };
     let look = room.pool.create(part, work()).await.unwrap();
     assert!((1 << 20..3 << 20).contains(&look.allocation), "{}", look.allocation);
+    // What was written by a client is never run with its owner's rights.
+    let set_uid = NewVolume { mode: 0o4755, ..new("s", "raw", 1, Content::Empty) };
+    assert_eq!(room.pool.create(set_uid, work()).await.unwrap().permissions.2, 0o755);
+    fs::remove_file(room.at("s")).unwrap();
     // A name that is taken stays what it is.
     let again = room.pool.create(new("a", "raw", 1, Content::Empty), work()).await.unwrap_err();
     assert!(matches!(again, DriverError::Exists(_)), "{again}");

@@ -222,6 +222,9 @@ impl Pool {
         let volume = Arc::new(self.new_volume(&wanted.new.name));
         let ticket = frames::accepted(&*volume, caller, verb, async {
             frames::allow(&*volume, caller, verb.action).await?;
+            if !is_plain(wanted.new.owner, caller) {
+                frames::allow(&**self, caller, Action::StorageDefine).await?;
+            }
             self.applies(verb)?;
             let Wanted { mut new, base, secret } = wanted;
             if let Some(base) = base {
@@ -312,6 +315,12 @@ impl Volume {
         new.content = Content::Converted { chain };
         Ok(new)
     }
+}
+
+/// Whether it would be the caller's own, or virtd's as without a word. Files of others are an administrator's to make.
+fn is_plain((user, group): (Option<u32>, Option<u32>), caller: &Caller) -> bool {
+    let (us, ours) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    user.is_none_or(|uid| uid == us || uid == caller.uid) && group.is_none_or(|gid| gid == ours)
 }
 
 /// A volume that stands on another.
