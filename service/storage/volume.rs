@@ -64,6 +64,10 @@ impl Changeable for Volume {
 
     fn subject(&self) -> Subject {
         let subject = super::subject(&self.pool.name, self.pool.uuid).with("volume_name", &*self.name);
+        if self.is_new {
+            // Whoever owns what has the name now owns nothing of what is to be made.
+            return subject;
+        }
         let state = lock(&self.pool.state);
         match state.volumes.get(&self.name) {
             Some(row) => {
