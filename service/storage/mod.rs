@@ -222,7 +222,8 @@ struct JobWork {
 impl Work for JobWork {
     fn progress(&self, done: u64, total: u64) {
         let mut told = lock(&self.told);
-        if done < total && told.is_some_and(|told| told.elapsed() < PACE) {
+        // Of a client's stream nobody knows how long it is: it may come byte by byte.
+        if (total == 0 || done < total) && told.is_some_and(|told| told.elapsed() < PACE) {
             return;
         }
         *told = Some(Instant::now());
