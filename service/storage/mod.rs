@@ -62,6 +62,8 @@ pub struct Pool {
     turn: Arc<Turn>,
     /// The rights to change volumes, as long as somebody has or wants one.
     turns: Mutex<HashMap<Arc<str>, Weak<Turn>>>,
+    /// Held while what is noted is written, so that what was noted last is what is on disk.
+    notes: Mutex<()>,
     state: Mutex<State>,
 }
 
@@ -588,6 +590,7 @@ impl Pool {
 
     /// Notes something of a file, or that nothing is known any more. Blocks.
     fn note(&self, id: FileId, noted: Option<Noted>) -> Result<()> {
+        let _writing = lock(&self.notes);
         let all = {
             let mut state = lock(&self.state);
             match noted {

@@ -215,6 +215,26 @@ async fn a_pool_is_defined_started_and_found_again() {
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
     let xml: String = pool.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<available unit='bytes'>"), "{xml}");
+    // What is noted of formats is not begun anew where it cannot be read: a guest's header would be believed.
+    let uuid: String = pool.get("UUID").await;
+    let noted = daemon.root().join(format!("var/lib/virt/pools/{uuid}.volumes.json"));
+    let right = fs::read(&noted).expect("noted");
+    daemon.kill_virtd().await;
+    fs::write(&noted, "[").expect("written");
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool { client: client.clone(), ..pool };
+    assert_eq!(pool.get::<String>("State").await, "inactive");
+    let refused = pool.run("Start", options([])).await.expect_err("it is broken");
+    assert!(refused.1.contains("what is noted of its volumes"), "{refused:?}");
+    let anew = (document("images", &folder).replace("<target>", &format!("<uuid>{uuid}</uuid><target>")), options([]));
+    let define = format!("{STORAGE}.DefineStoragePool");
+    client.call("/org/virt", &define, &anew).await.expect_err("it cannot be read still");
+    assert_eq!(fs::read(&noted).expect("there"), b"[");
+    fs::write(&noted, &right).expect("written");
+    client.call("/org/virt", &define, &anew).await.expect("defined");
+    pool.run("Start", options([])).await.expect("started");
+    assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
     // Stopped, it has no volumes, and its files stay.
     let active = pool.run("Undefine", options([])).await.expect_err("it is active");
     assert!(active.0.ends_with("OperationInvalid"), "{active:?}");
