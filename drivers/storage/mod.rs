@@ -29,9 +29,10 @@ use async_trait::async_trait;
 use draft::Draft;
 use fill::Pace;
 use folder::{Beneath, PoolFolder};
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::driver::storage::{
@@ -57,6 +58,18 @@ pub struct HostStorage {
     secrets: Secrets,
     /// We act for others: who could have put a link somewhere counts.
     wary: bool,
+    held: Held,
+}
+
+/// Which folder is which pool's, for as long as it is held: by its file system and number there.
+#[derive(Clone, Default)]
+struct Held(Arc<Mutex<HashMap<(u64, u64), Holder>>>);
+
+/// Who holds a folder.
+struct Holder {
+    pool: Uuid,
+    name: String,
+    folder: Weak<PoolFolder>,
 }
 
 /// A pool whose volumes are the files in a folder.
@@ -72,7 +85,7 @@ pub struct FolderPool {
 impl HostStorage {
     /// Whose tools run by those rights; `wary`: for others than us.
     pub fn new(rights: ToolRights, secrets: Secrets, wary: bool) -> HostStorage {
-        HostStorage { workers: Workers::default(), rights, secrets, wary }
+        HostStorage { workers: Workers::default(), rights, secrets, wary, held: Held::default() }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -125,6 +138,7 @@ impl Storage for HostStorage {
         let (path, wary, pool) = (path_of(def), self.wary, def.uuid);
         let errand = HostStorage::errand(def, work);
         let shown = path.clone();
+        let (held, name) = (self.held.clone(), def.name.clone());
         let open = move |_: &Arc<Stop>| {
             let folder = PoolFolder::open(&path, wary).map_err(|e| match e.kind() {
                 io::ErrorKind::NotFound => {
@@ -132,12 +146,32 @@ impl Storage for HostStorage {
                 }
                 _ => failed("open", &path, &e),
             })?;
-            folder.remove_unfinished().map_err(|e| failed("tidy", &path, &e))?;
+            let folder = Arc::new(folder);
+            // What this pool is making itself is no rest of anything.
+            if held.take(&folder, pool, &name, &path)? {
+                folder.remove_unfinished().map_err(|e| failed("tidy", &path, &e))?;
+            }
             Ok(folder)
         };
-        let folder = Arc::new(self.workers.run(errand, open).await?);
+        let folder = self.workers.run(errand, open).await?;
         let (workers, rights, secrets) = (self.workers.clone(), self.rights.clone(), self.secrets.clone());
         Ok(Arc::new(FolderPool { pool, path: shown, folder, workers, rights, secrets }))
+    }
+}
+
+impl Held {
+    /// A pool takes a folder; whether it had not taken it before. Error: it is another pool's, which writes in it and keeps what is
+    /// known of its files. Blocks.
+    fn take(&self, folder: &Arc<PoolFolder>, pool: Uuid, name: &str, path: &Path) -> Result<bool, DriverError> {
+        let which = folder.which().map_err(|e| failed("open", path, &e))?;
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|_, holder| holder.folder.strong_count() > 0);
+        if let Some(other) = held.get(&which).filter(|holder| holder.pool != pool) {
+            let (path, name) = (path.display(), &other.name);
+            return Err(DriverError::Refused(format!("{path}: that folder is pool '{name}' already: stop that one first")));
+        }
+        let holder = Holder { pool, name: name.to_owned(), folder: Arc::downgrade(folder) };
+        Ok(held.insert(which, holder).is_none())
     }
 }
 

@@ -564,6 +564,25 @@ async fn a_folder_is_built_and_deleted() {
     assert!(matches!(storage.open(&other, &steps).await.map(drop), Err(DriverError::Config(_))));
 }
 
+/// Two pools in one folder would each take what the other makes for a rest, and a disk's format from its guest.
+#[tokio::test]
+async fn a_folder_is_one_pool_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let (storage, steps) = (storage(), Steps::default());
+    let (one, other) = (definition(dir.path()), definition(&dir.path().join("link")));
+    symlink(".", dir.path().join("link")).unwrap();
+    let pool = storage.open(&one, &steps).await.unwrap();
+    let refused = storage.open(&other, &steps).await.map(drop).unwrap_err();
+    assert!(refused.to_string().contains("is pool 'p' already"), "{refused}");
+    // The pool itself may look again, and takes nothing away that it makes meanwhile.
+    fs::write(dir.path().join(".virt-new-1"), "").unwrap();
+    let again = storage.open(&one, &steps).await.unwrap();
+    assert!(dir.path().join(".virt-new-1").exists());
+    drop((pool, again));
+    storage.open(&other, &steps).await.unwrap();
+    assert!(!dir.path().join(".virt-new-1").exists());
+}
+
 /// Whom the tool runs as may write what is made while it makes it, and nothing else of the pool.
 #[tokio::test]
 async fn the_tool_has_no_rights_of_ours() {
