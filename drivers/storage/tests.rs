@@ -346,6 +346,11 @@ async fn sizes_change_and_content_is_overwritten() {
     assert!(look.capacity == 4 << 20 && look.allocation >= 2 << 20, "{look:?}");
     room.pool.resize(&room.volume("a", "raw").await, size(1 << 20, true, false), work()).await.unwrap();
     assert_eq!(room.look("a").await.capacity, 1 << 20);
+    // What somebody has written to it since it was looked at is not lost either.
+    let volume = room.volume("a", "raw").await;
+    pattern(&room.at("a"), 3 << 20);
+    let refused = room.pool.resize(&volume, size(2 << 20, false, false), work()).await.unwrap_err();
+    assert!(refused.to_string().contains("say shrink") && room.look("a").await.capacity == 3 << 20, "{refused}");
     for (how, is_zero) in [(Wiping::Random, false), (Wiping::Zero, true), (Wiping::Discard, true)] {
         pattern(&room.at("w"), 1 << 20);
         room.pool.wipe(&room.volume("w", "raw").await, how, work()).await.unwrap();
