@@ -565,13 +565,13 @@ impl FolderPool {
     /// Gives a draft its owner, mode and name.
     async fn finish(&self, draft: Arc<Draft>, new: &NewVolume, work: Arc<dyn Work>) -> Result<VolumeLook, DriverError> {
         let (folder, path, name) = (self.folder.clone(), self.path.clone(), new.name.clone());
-        let (owner, mode, format) = (new.owner, new.mode, new.format.clone());
+        let (owner, mode, format, secret) = (new.owner, new.mode, new.format.clone(), new.secret.clone());
         let errand = self.long(&name, new.capacity, &*work);
         let run = move |stop: &Arc<Stop>| {
             let full = path.join(&name);
             let named = draft.settle(owner, mode).and_then(|()| {
                 stop.check().map_err(io::Error::other)?;
-                work.names(draft.id()?, &format).map_err(io::Error::other)?;
+                work.names(draft.id()?, &name, &format, secret.as_deref()).map_err(io::Error::other)?;
                 work.step();
                 draft.name(&name)?;
                 work.step();
@@ -609,7 +609,7 @@ impl FolderPool {
             let (uid, gid, mode) = file.permissions();
             draft.settle((Some(uid), Some(gid)), mode)?;
             stop.check().map_err(io::Error::other)?;
-            work.names(draft.id()?, &volume_at.format).map_err(io::Error::other)?;
+            work.names(draft.id()?, &volume_at.name, &volume_at.format, None).map_err(io::Error::other)?;
             work.step();
             draft.take_place_of(&volume_at.name)?;
             work.step();

@@ -29,8 +29,8 @@ impl Work for Steps {
         }
     }
 
-    fn names(&self, id: FileId, format: &str) -> Result<(), DriverError> {
-        assert!(id.number > 0 && !format.is_empty());
+    fn names(&self, id: FileId, name: &str, format: &str, _: Option<&str>) -> Result<(), DriverError> {
+        assert!(id.number > 0 && !name.is_empty() && !format.is_empty());
         Ok(())
     }
 

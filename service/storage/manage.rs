@@ -131,6 +131,7 @@ impl Pool {
             (state.def, state.broken) = (Arc::new(def), None);
             noted.into_iter().for_each(|noted| state.noted = noted.into_iter().collect());
         });
+        self.tell_needs();
         Ok(())
     }
 }
@@ -225,6 +226,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
         pools.registry.claim(uuid, &def.name, note.owner, usize::MAX)?;
         let pool = enter(shared, pools, def, broken, note, noted);
         pool.commit(Vec::new(), |_| {});
+        pool.tell_needs();
         if opens {
             tokio::spawn(async move { pool.opens_again().await });
         }
