@@ -24,6 +24,7 @@ use crate::host::image::Images;
 use crate::host::lender::Lender;
 use crate::host::resolve::Place;
 use crate::host::workers::{Errand, Stop, Workers};
+use crate::host::given::Most;
 use crate::host::{given, lock};
 use async_trait::async_trait;
 use draft::Draft;
@@ -311,7 +312,7 @@ impl FolderPool {
     /// Fills a draft with what a client gives; how long that is.
     async fn pour(&self, draft: &Draft, name: &str, from: GivenFile, work: &Arc<dyn Work>) -> Result<u64, DriverError> {
         let (tells, path) = (work.clone(), self.path.join(name));
-        let poured = given::pour_in(from, draft.file().clone(), 0, None, false, move |done| tells.progress(done, 0));
+        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, false, move |done| tells.progress(done, 0));
         tokio::select! {
             poured = poured => poured.map_err(|e| of_client(&path, &e)),
             () = work.cancelled().cancelled() => Err(DriverError::Cancelled),
@@ -334,6 +335,12 @@ fn of_client(path: &Path, error: &io::Error) -> DriverError {
 /// The same, unless it was told to stop.
 fn told(deed: &str, path: &Path, error: &io::Error, stop: &Stop) -> DriverError {
     stop.check().err().unwrap_or_else(|| failed(deed, path, error))
+}
+
+/// How many bytes of a volume of that length are there from where a part begins. Error: that part is not all in it.
+fn room_in(volume: &VolumeAt, length: u64, part: &Part) -> Result<u64, DriverError> {
+    let room = length.checked_sub(part.offset).filter(|room| part.length.is_none_or(|wanted| wanted <= *room));
+    room.ok_or_else(|| DriverError::Argument(format!("'{}' has {length} bytes: that part is not in it", volume.name)))
 }
 
 /// The file of a volume, if it is that one still.
@@ -500,8 +507,7 @@ impl OpenPool for FolderPool {
         let from = self.with(errand, "read", volume, |file, _| Ok((file.to_read()?, file.length()))).await?;
         let (file, length) = (Arc::new(from.0), from.1);
         let part = part.unwrap_or(Part { offset: 0, length: None });
-        let left = length.saturating_sub(part.offset);
-        let total = part.length.map_or(left, |most| most.min(left));
+        let total = part.length.unwrap_or(room_in(volume, length, &part)?);
         let tells = work.clone();
         let poured = given::pour_out(file, part.offset, total, to, sparse, move |done| tells.progress(done, total));
         tokio::select! {
@@ -597,7 +603,7 @@ impl FolderPool {
         let begin = move |_: &Arc<Stop>| Draft::begin(&folder, false).map_err(|e| failed("write", &shown, &e));
         let draft = Arc::new(self.workers.run(errand, begin).await?);
         let tells = work.clone();
-        let poured = given::pour_in(from, draft.file().clone(), 0, None, sparse, move |done| tells.progress(done, 0));
+        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, sparse, move |done| tells.progress(done, 0));
         let length = tokio::select! {
             poured = poured => poured.map_err(|e| of_client(&path, &e))?,
             () = work.cancelled().cancelled() => return Err(DriverError::Cancelled),
@@ -629,20 +635,24 @@ impl FolderPool {
         let errand = self.errand(&volume.name).until(work.cancelled());
         let (file, length) =
             self.with(errand, "write", volume, |file, _| Ok((file.to_write()?, file.length()))).await?;
-        let room = length.saturating_sub(part.offset);
-        if part.length.is_some_and(|wanted| wanted > room) || part.offset > length {
-            let text = format!("'{}' has {length} bytes: that part is not in it", volume.name);
-            return Err(DriverError::Argument(text));
-        }
-        let (most, tells, file) = (part.length.unwrap_or(room), work.clone(), Arc::new(file));
+        let room = room_in(volume, length, &part)?;
+        let (wanted, most) = match part.length {
+            Some(wanted) => (wanted, Most::First(wanted)),
+            None => (room, Most::Within(room)),
+        };
+        let (tells, file) = (work.clone(), Arc::new(file));
         work.step();
         let poured =
-            given::pour_in(from, file.clone(), part.offset, Some(most), sparse, move |done| tells.progress(done, most));
-        tokio::select! {
+            given::pour_in(from, file.clone(), part.offset, most, sparse, move |done| tells.progress(done, wanted));
+        let count = tokio::select! {
             poured = poured => poured.map_err(|e| of_client(&self.path.join(&volume.name), &e))?,
             () = work.cancelled().cancelled() => return Err(DriverError::Cancelled),
         };
-        let (errand, path) = (self.long(&volume.name, most, &*work), self.path.join(&volume.name));
+        if part.length.is_some() && count < wanted {
+            let text = format!("the descriptor that was given: it has {count} bytes, and {wanted} were to be written");
+            return Err(DriverError::Argument(text));
+        }
+        let (errand, path) = (self.long(&volume.name, wanted, &*work), self.path.join(&volume.name));
         let sync =
             move |_: &Arc<Stop>| file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e));
         self.workers.run(errand, sync).await

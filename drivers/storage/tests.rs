@@ -424,6 +424,24 @@ async fn what_is_sent_and_fetched_is_the_same() {
     let beyond = Some(Part { offset: 5 << 20, length: Some(1 << 20) });
     let refused = room.pool.upload(&volume, given(fs::File::open(&words).unwrap()), beyond, false, work()).await;
     assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)));
+    let (_ear, mouth) = std::io::pipe().unwrap();
+    let refused = room.pool.download(&volume, given(mouth), beyond, false, work()).await;
+    assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)), "nor is less of it sent in silence");
+    let end = (5 << 20) + 17;
+    for (offset, length, sparse, why) in [
+        (end - 3, None, false, "more bytes than"),
+        (end - 3, None, true, "more bytes than"),
+        (end - 6, None, false, ""),
+        (end - 6, None, true, ""),
+        (0, Some(7), false, "it has 6 bytes"),
+        (0, Some(7), true, "it has 6 bytes"),
+    ] {
+        let given = given(fs::File::open(&words).unwrap());
+        let done = room.pool.upload(&volume, given, Some(Part { offset, length }), sparse, work()).await;
+        let told = done.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(told.contains(why) && told.is_empty() == why.is_empty(), "{offset}: {told}");
+    }
+    assert_eq!(room.look("b").await.capacity, end, "it is as long as it was");
     let (ear, _mouth) = std::io::pipe().unwrap();
     let refused = room.pool.upload(&volume, given(ear), None, true, work()).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Argument(text) if text.contains("sparse")), "{refused}");

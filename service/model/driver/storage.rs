@@ -342,6 +342,6 @@ pub struct NewSize {
 pub struct Part {
     /// Where it begins, in bytes.
     pub offset: u64,
-    /// How long it is at most, in bytes; to the end if not said.
+    /// How long it is, in bytes; to the end if not said.
     pub length: Option<u64>,
 }
