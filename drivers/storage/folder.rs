@@ -42,6 +42,12 @@ impl PoolFolder {
         Ok(PoolFolder(apart(openat(rustix::fs::CWD, through(&found.fd), flags, Mode::empty())?)?))
     }
 
+    /// Which folder it is: its file system, and its number there.
+    pub fn which(&self) -> io::Result<(u64, u64)> {
+        let stat = fstat(&self.0)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
     /// Whether the path still leads to it.
     pub fn is_there(&self, path: &Path) -> io::Result<()> {
         let (ours, there) = (fstat(&self.0)?, Found::resolve(path)?.stat);

@@ -164,7 +164,7 @@ fn check_usage(usage: &SecretUsage, log: &mut Vec<Finding>) {
     }
 }
 
-/// How a machine names a secret.
+/// How a machine, or a volume, names a secret.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SecretName {
     /// By its uuid.
@@ -184,6 +184,14 @@ impl SecretName {
         };
         let usage = || reference.usage.as_deref().map(|usage| SecretName::Usage(kind, usage.into()));
         reference.uuid.map(SecretName::Uuid).or_else(usage)
+    }
+
+    /// What a word means by which a volume's secret is named: its uuid, or what it is for.
+    pub fn of_volume(word: &str) -> SecretName {
+        match Uuid::try_parse(word) {
+            Ok(uuid) => SecretName::Uuid(uuid),
+            Err(_) => SecretName::Usage(UsageKind::Volume, word.into()),
+        }
     }
 
     /// The secret by which a client proves itself to a server.

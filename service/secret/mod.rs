@@ -265,7 +265,13 @@ impl Secret {
     fn is_not_used(&self, force: bool) -> Result<()> {
         let users = self.users();
         let holds = |user: &&User| !force || user.how != Usage::Config;
-        let named: Vec<String> = users.iter().filter(holds).map(|user| self.shared.images.called(user)).collect();
+        let volume = |name: &str, pool: &Uuid| format!("volume '{name}' of the pool with uuid '{pool}'");
+        let called = |user: &User| match &user.object {
+            ObjectRef::Pool(pool) => volume(&user.place, pool),
+            ObjectRef::Volume(pool, name) => volume(name, pool),
+            _ => self.shared.images.called(user),
+        };
+        let named: Vec<String> = users.iter().filter(holds).map(called).collect();
         if named.is_empty() {
             return Ok(());
         }
