@@ -6,11 +6,11 @@
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::object::{ObjectKind, User};
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
@@ -45,8 +45,15 @@ pub(crate) struct Chain {
     pub files: Vec<PathBuf>,
     /// The first that must stay as it is, and with it all below.
     pub fixed: usize,
-    /// It is what a snapshot needs.
-    pub snapshot: bool,
+    /// The snapshot that needs it, if that is one.
+    pub snapshot: Option<Arc<str>>,
+}
+
+impl Chain {
+    /// Of one image that somebody needs who is no machine, or does not show it yet.
+    pub fn of_one(whose: String, file: PathBuf) -> Chain {
+        Chain { domain: Uuid::nil(), whose, files: vec![file], fixed: 0, snapshot: None }
+    }
 }
 
 /// The images of a disk: what is asked of all machines' disks, without the rest of their configurations.
@@ -90,6 +97,22 @@ pub(crate) struct Images {
     looks: Arc<Semaphore>,
     /// Files that are about to be written by what is under way, and by what.
     taken: Mutex<Vec<(PathBuf, String)>>,
+    /// Images that machines are about to have, and do not show yet.
+    begun: Mutex<Vec<Arc<Begun>>>,
+    /// What others than machines need of images.
+    others: OnceLock<Box<dyn Fn() -> Vec<Chain> + Send + Sync>>,
+}
+
+/// Images that a machine is about to have, and which machine.
+type Begun = (Vec<PathBuf>, String);
+
+/// While this lives a machine is about to have some images.
+pub(crate) struct Begins(Arc<Images>, Arc<Begun>);
+
+impl Drop for Begins {
+    fn drop(&mut self) {
+        lock(&self.0.begun).retain(|begun| !Arc::ptr_eq(begun, &self.1));
+    }
 }
 
 /// A file that nobody else writes while this lives.
@@ -104,7 +127,8 @@ impl Drop for Taken {
 impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
         let looks = Arc::new(Semaphore::new(LOOKS));
-        Arc::new(Images { machines, files: Mutex::default(), looks, taken: Mutex::default() })
+        let (files, taken, begun) = (Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Images { machines, files, looks, taken, begun, others: OnceLock::new() })
     }
 
     /// Who uses something, for people: `domain 'web' (vda, live)`.
@@ -131,6 +155,19 @@ impl Images {
         }
         taken.push((file.to_owned(), whose));
         Ok(Taken(self.clone(), file.to_owned()))
+    }
+
+    /// From now on these chains, which are no machines', are asked for, too. To be called once.
+    pub fn also(&self, chains: impl Fn() -> Vec<Chain> + Send + Sync + 'static) {
+        _ = self.others.set(Box::new(chains));
+    }
+
+    /// A machine is about to have these images, until the result is dropped. To be called before it is asked who needs them, as
+    /// who [takes](Images::take) one asks afterwards: of two that begin at once one sees the other.
+    pub fn begins(self: &Arc<Self>, files: Vec<PathBuf>, whose: String) -> Begins {
+        let begun = Arc::new((files, whose));
+        lock(&self.begun).push(begun.clone());
+        Begins(self.clone(), begun)
     }
 
     /// Refuses a file, which need not be there, that would be in or below one of these folders of virtd's own, by whatever name: it
@@ -230,7 +267,8 @@ impl Images {
         if files.is_empty() {
             return BTreeMap::new();
         }
-        let chains = self.machines.chains(except);
+        let mut chains = self.machines.chains(except);
+        chains.extend(self.others.get().map(|others| others()).unwrap_or_default());
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, files).await;
         let mut users: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
@@ -301,13 +339,66 @@ impl Images {
     /// What snapshots and block jobs need of a file: for people, each once. To be [removed](Fate::Removed) it must be in none of
     /// their chains, to be written in none that is fixed.
     pub async fn snapshots_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
-        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot).collect();
+        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, &[file.to_owned()]).await;
         let mut users: Vec<String> = Vec::new();
         for chain in chains {
             let first = if fate == Fate::Removed { 0 } else { chain.fixed };
             if chain.files.iter().skip(first).any(|needed| self.same(needed, file)) && !users.contains(&chain.whose) {
+                users.push(chain.whose);
+            }
+        }
+        users
+    }
+
+    /// The snapshots that could not be reverted to without a file.
+    pub async fn snapshot_users(self: &Arc<Self>, file: &Path) -> BTreeSet<User> {
+        let chains: Vec<Chain> = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        self.look(known, &[file.to_owned()]).await;
+        let having = chains.into_iter().filter(|chain| chain.files.iter().any(|needed| self.same(needed, file)));
+        let users = having.filter_map(|chain| {
+            let object = ObjectRef::Snapshot(chain.domain, chain.snapshot?);
+            Some(User { object, place: String::new(), how: Usage::Snapshot })
+        });
+        users.collect()
+    }
+
+    /// The machines that have a file among their images, by whatever name: for people, each once. `running`: those alone that
+    /// run, or begin to, or write it.
+    pub async fn machines_on(self: &Arc<Self>, file: &Path, running: bool) -> Vec<String> {
+        let mut chains = self.begun_chains();
+        chains.extend(self.machines.running_chains());
+        // What is written by a copy is in no configuration.
+        let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_none());
+        chains.extend(others.filter(|chain| !running || chain.fixed == 0));
+        self.among(chains, file).await
+    }
+
+    /// The guests that write a file, by whatever name, or begin to: for people, each once.
+    pub async fn writers_of(self: &Arc<Self>, file: &Path) -> Vec<String> {
+        let mut chains = self.begun_chains();
+        let mut running = self.machines.running_chains();
+        running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed));
+        chains.append(&mut running);
+        self.among(chains, file).await
+    }
+
+    /// First these are asked, then those that show what they have: in between they become such.
+    fn begun_chains(&self) -> Vec<Chain> {
+        let begun = lock(&self.begun);
+        let files = begun.iter().flat_map(|begun| begun.0.iter().map(move |file| (begun.1.clone(), file.clone())));
+        files.map(|(whose, file)| Chain::of_one(whose, file)).collect()
+    }
+
+    /// Whose chains a file is in, by whatever name: for people, each once.
+    async fn among(self: &Arc<Self>, chains: Vec<Chain>, file: &Path) -> Vec<String> {
+        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
+        self.look(known, &[file.to_owned()]).await;
+        let mut users: Vec<String> = Vec::new();
+        for chain in chains {
+            if chain.files.iter().any(|one| self.same(one, file)) && !users.contains(&chain.whose) {
                 users.push(chain.whose);
             }
         }
@@ -447,7 +538,7 @@ pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
 pub(crate) fn chains_of(domain: Uuid, whose: &str, disk: &DiskImages, into: &mut Vec<Chain>) {
     let whose = format!("{whose} (disk '{}')", disk.target);
     if !into.iter().any(|chain| chain.whose == whose && *chain.files == *disk.files) {
-        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1, snapshot: false });
+        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1, snapshot: None });
     }
 }
 
@@ -462,7 +553,7 @@ pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, in
             DiskMode::No | DiskMode::Manual => continue,
         };
         let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
-        into.push(Chain { domain, whose, files: disk.files(), fixed, snapshot: true });
+        into.push(Chain { domain, whose, files: disk.files(), fixed, snapshot: Some((*def.name).into()) });
     }
 }
 

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 use tokio::time::{sleep, timeout};
+use tokio_util::sync::CancellationToken;
 use virt_model::driver::GivenFile;
 
 /// So much is read at once, in bytes.
@@ -123,28 +124,55 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
 
 /// Writes what is read of a file into another, from `at` on, and as much as `most` says; how many bytes. `sparse`: what its holes
 /// stand for is not written, and that other file has nothing there. Waits for as long as that takes; `progress` is told how far it
-/// is.
+/// is. Error: `Interrupted` when it is cancelled; from then on nothing is written, whatever is read yet.
 pub async fn pour_in(
     from: GivenFile,
     to: Arc<ClosedAside>,
     at: u64,
     most: Most,
     sparse: bool,
+    cancelled: &CancellationToken,
     progress: impl Fn(u64) + Send + 'static,
 ) -> io::Result<u64> {
-    pour("upload", move |stopped| {
+    let gate = Gate::default();
+    let passes = gate.clone();
+    let poured = pour("upload", move |stopped| {
         let bytes = match most {
             Most::All => u64::MAX,
             Most::First(bytes) | Most::Within(bytes) => bytes,
         };
-        let place = Pouring { at, most: bytes, stopped, progress: &progress };
+        let place = Pouring { at, most: bytes, stopped, gate: &passes, progress: &progress };
         let done = if sparse { place.in_sparsely(&from, to.get()?)? } else { place.in_whole(&from, to.get()?)? };
         if most == Most::Within(done) {
             place.is_at_end(&from, sparse)?;
         }
         Ok(done)
-    })
-    .await
+    });
+    tokio::select! {
+        poured = poured => poured,
+        () = cancelled.cancelled() => {
+            gate.shut().await;
+            Err(io::ErrorKind::Interrupted.into())
+        }
+    }
+}
+
+/// What each write to a file of ours passes. A read of a client's file may take as long as that client likes, and what it gives
+/// then is not to be written into a file that is somebody else's by now.
+#[derive(Clone, Default)]
+struct Gate(Arc<tokio::sync::Mutex<bool>>);
+
+impl Gate {
+    /// Nothing is written any more when this returns.
+    async fn shut(&self) {
+        *self.0.lock().await = true;
+    }
+
+    /// Writes, unless it is shut. For threads that are not the runtime's.
+    fn pass(&self, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        let is_shut = self.0.blocking_lock();
+        if *is_shut { Err(io::ErrorKind::Interrupted.into()) } else { write() }
+    }
 }
 
 /// Writes so many bytes of a file, from `at` on, to what a client has given. `sparse`: what holds nothing is left out there.
@@ -157,7 +185,7 @@ pub async fn pour_out(
     progress: impl Fn(u64) + Send + 'static,
 ) -> io::Result<u64> {
     pour("download", move |stopped| {
-        let place = Pouring { at, most: length, stopped, progress: &progress };
+        let place = Pouring { at, most: length, stopped, gate: &Gate::default(), progress: &progress };
         if sparse { place.out_sparsely(from.get()?, &to) } else { place.out_whole(from.get()?, &to) }
     })
     .await
@@ -182,6 +210,7 @@ struct Pouring<'a> {
     /// How many at most.
     most: u64,
     stopped: &'a OwnedFd,
+    gate: &'a Gate,
     progress: &'a dyn Fn(u64),
 }
 
@@ -194,7 +223,7 @@ impl Pouring<'_> {
             match rustix::io::read(from, &mut piece[..wanted]) {
                 Ok(0) => break,
                 Ok(count) => {
-                    to.write_all_at(&piece[..count], self.at + done)?;
+                    self.gate.pass(|| to.write_all_at(&piece[..count], self.at + done))?;
                     done += count as u64;
                     (self.progress)(done);
                 }
@@ -228,7 +257,7 @@ impl Pouring<'_> {
         let length = fstat(from)?.st_size.unsigned_abs().saturating_sub(base).min(self.most);
         let (mut done, mut piece) = (0, vec![0; PIECE]);
         while let Some((begin, end)) = next_data(from, base + done, base + length)? {
-            leave_out(to, self.at + done, begin - base - done)?;
+            self.gate.pass(|| leave_out(to, self.at + done, begin - base - done))?;
             done = begin - base;
             while done < end - base {
                 wait(from, PollFlags::IN, self.stopped)?;
@@ -237,12 +266,12 @@ impl Pouring<'_> {
                 if count == 0 {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it became shorter meanwhile"));
                 }
-                to.write_all_at(&piece[..count], self.at + done)?;
+                self.gate.pass(|| to.write_all_at(&piece[..count], self.at + done))?;
                 done += count as u64;
                 (self.progress)(done);
             }
         }
-        leave_out(to, self.at + done, length - done)?;
+        self.gate.pass(|| leave_out(to, self.at + done, length - done))?;
         Ok(length)
     }
 
@@ -510,5 +539,24 @@ mod tests {
         let score = std::fs::File::options().write(true).open("/proc/self/oom_score_adj").unwrap();
         let why = write_all(given(score).0, b"-999".to_vec(), LONG).await.unwrap_err();
         assert_eq!(why.kind(), io::ErrorKind::PermissionDenied);
+    }
+
+    /// The read that gives it began before anybody was told to stop.
+    #[tokio::test]
+    async fn what_is_read_when_nobody_wants_it_any_more_is_not_written() {
+        let source = tempfile::tempfile().unwrap();
+        source.write_all_at(b"late", 0).unwrap();
+        let (ours, gate) = (tempfile::tempfile().unwrap(), Gate::default());
+        gate.shut().await;
+        let ours = std::thread::spawn(move || {
+            let (_stop, stopped) = stop().unwrap();
+            let place = Pouring { at: 0, most: u64::MAX, stopped: &stopped, gate: &gate, progress: &|_| {} };
+            let from = given(source).0;
+            for poured in [place.in_whole(&from, &ours), place.in_sparsely(&from, &ours)] {
+                assert_eq!(poured.unwrap_err().kind(), io::ErrorKind::Interrupted);
+            }
+            ours
+        });
+        assert_eq!(ours.join().unwrap().metadata().unwrap().len(), 0);
     }
 }

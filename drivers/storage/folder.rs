@@ -10,7 +10,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use virt_model::driver::storage::{FileId, Room};
 use virt_model::storage::{UNFINISHED, check_volume_name};
 use virt_model::xml::is_deceptive;
@@ -18,9 +18,9 @@ use virt_model::xml::is_deceptive;
 /// More names than these are not read: a folder of so many is none for volumes.
 const MOST: usize = 200_000;
 
-/// A pool's folder.
+/// A pool's folder, and where it is without links.
 #[derive(Debug)]
-pub struct PoolFolder(OwnedFd);
+pub struct PoolFolder(OwnedFd, PathBuf);
 
 /// A file in it that can be a volume.
 #[derive(Debug)]
@@ -39,7 +39,13 @@ impl PoolFolder {
             return Err(io::Error::new(io::ErrorKind::PermissionDenied, why));
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        Ok(PoolFolder(apart(openat(rustix::fs::CWD, through(&found.fd), flags, Mode::empty())?)?))
+        let fd = apart(openat(rustix::fs::CWD, through(&found.fd), flags, Mode::empty())?)?;
+        Ok(PoolFolder(fd, found.real))
+    }
+
+    /// Where it is, without links, as it was found.
+    pub fn real(&self) -> &Path {
+        &self.1
     }
 
     /// Which folder it is: its file system, and its number there.

@@ -312,11 +312,9 @@ impl FolderPool {
     /// Fills a draft with what a client gives; how long that is.
     async fn pour(&self, draft: &Draft, name: &str, from: GivenFile, work: &Arc<dyn Work>) -> Result<u64, DriverError> {
         let (tells, path) = (work.clone(), self.path.join(name));
-        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, false, move |done| tells.progress(done, 0));
-        tokio::select! {
-            poured = poured => poured.map_err(|e| of_client(&path, &e)),
-            () = work.cancelled().cancelled() => Err(DriverError::Cancelled),
-        }
+        let tell = move |done| tells.progress(done, 0);
+        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, false, work.cancelled(), tell).await;
+        poured.map_err(|e| of_client_unless_cancelled(&path, &e, work))
     }
 }
 
@@ -332,7 +330,12 @@ fn of_client(path: &Path, error: &io::Error) -> DriverError {
     }
 }
 
-/// The same, unless it was told to stop.
+/// The same, unless nobody wants it any more.
+fn of_client_unless_cancelled(path: &Path, error: &io::Error, work: &Arc<dyn Work>) -> DriverError {
+    if work.cancelled().is_cancelled() { DriverError::Cancelled } else { of_client(path, error) }
+}
+
+/// What went wrong, unless it was told to stop.
 fn told(deed: &str, path: &Path, error: &io::Error, stop: &Stop) -> DriverError {
     stop.check().err().unwrap_or_else(|| failed(deed, path, error))
 }
@@ -356,6 +359,10 @@ fn judged(found: Option<Beneath>, volume: &VolumeAt, path: &Path) -> Result<Bene
 
 #[async_trait]
 impl OpenPool for FolderPool {
+    fn real_path(&self) -> &Path {
+        self.folder.real()
+    }
+
     async fn survey(&self, known: &KnownFormats) -> Result<Survey, DriverError> {
         let (folder, known, path) = (self.folder.clone(), known.clone(), self.path.clone());
         let run = move |_: &Arc<Stop>| {
@@ -603,11 +610,9 @@ impl FolderPool {
         let begin = move |_: &Arc<Stop>| Draft::begin(&folder, false).map_err(|e| failed("write", &shown, &e));
         let draft = Arc::new(self.workers.run(errand, begin).await?);
         let tells = work.clone();
-        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, sparse, move |done| tells.progress(done, 0));
-        let length = tokio::select! {
-            poured = poured => poured.map_err(|e| of_client(&path, &e))?,
-            () = work.cancelled().cancelled() => return Err(DriverError::Cancelled),
-        };
+        let tell = move |done| tells.progress(done, 0);
+        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, sparse, work.cancelled(), tell).await;
+        let length = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         let errand = self.long(&volume.name, length, &*work);
         let volume_at = volume.clone();
         self.with(errand, "write", volume, move |file, stop| {
@@ -615,6 +620,10 @@ impl FolderPool {
             let (uid, gid, mode) = file.permissions();
             draft.settle((Some(uid), Some(gid)), mode)?;
             stop.check().map_err(io::Error::other)?;
+            // All that they write from then on would be lost.
+            if lock::is_held(file.to_read()?.get()?, true)? {
+                return Err(io::Error::other("somebody has opened it meanwhile (fuser tells who)"));
+            }
             work.names(draft.id()?, &volume_at.name, &volume_at.format, None).map_err(io::Error::other)?;
             work.step();
             draft.take_place_of(&volume_at.name)?;
@@ -642,17 +651,15 @@ impl FolderPool {
         };
         let (tells, file) = (work.clone(), Arc::new(file));
         work.step();
+        let (tell, path) = (move |done| tells.progress(done, wanted), self.path.join(&volume.name));
         let poured =
-            given::pour_in(from, file.clone(), part.offset, most, sparse, move |done| tells.progress(done, wanted));
-        let count = tokio::select! {
-            poured = poured => poured.map_err(|e| of_client(&self.path.join(&volume.name), &e))?,
-            () = work.cancelled().cancelled() => return Err(DriverError::Cancelled),
-        };
+            given::pour_in(from, file.clone(), part.offset, most, sparse, work.cancelled(), tell).await;
+        let count = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         if part.length.is_some() && count < wanted {
             let text = format!("the descriptor that was given: it has {count} bytes, and {wanted} were to be written");
             return Err(DriverError::Argument(text));
         }
-        let (errand, path) = (self.long(&volume.name, wanted, &*work), self.path.join(&volume.name));
+        let errand = self.long(&volume.name, wanted, &*work);
         let sync =
             move |_: &Arc<Stop>| file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e));
         self.workers.run(errand, sync).await

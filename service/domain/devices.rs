@@ -43,6 +43,8 @@ pub enum Wanted<'a> {
 struct Placed {
     def: Arc<DomainDef>,
     alias: String,
+    /// Who would change its image is told of it.
+    begins: Arc<images::Begins>,
 }
 
 impl Domain {
@@ -79,7 +81,7 @@ impl Domain {
                 self.put_configurations(None, stored, Update::Whole).await?;
                 return Ok(alias_of(&device).unwrap_or_default().to_owned());
             };
-            let alias = placed.alias.clone();
+            let (alias, _begins) = (placed.alias.clone(), placed.begins.clone());
             let live = self.plug(&before, placed, image).await?;
             fail_point::reached();
             if let Err(error) = self.put_configurations(Some(live.clone()), stored, Update::Whole).await {
@@ -114,8 +116,9 @@ impl Domain {
         alone.devices.disks.retain(|disk| disk.info.alias() == Some(&alias));
         let deed = format!("cannot plug '{alias}' into domain '{name}'");
         let written = images::written_by(&alone);
+        let begins = self.shared.images.begins(written.clone(), format!("domain '{name}', which is given it as '{alias}'"));
         self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
-        Ok(Placed { def, alias })
+        Ok(Placed { def, alias, begins: Arc::new(begins) })
     }
 
     /// The stored configuration with that device; where it is plugged in, too, it is the same one.
@@ -151,7 +154,7 @@ impl Domain {
         placed: Placed,
         image: Option<Arc<GivenFile>>,
     ) -> Result<Arc<DomainDef>> {
-        let Placed { mut def, alias } = placed;
+        let Placed { mut def, alias, .. } = placed;
         let guest = self.guest()?;
         fail_point::reached();
         self.keep_live(&def).await?;

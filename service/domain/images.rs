@@ -93,7 +93,7 @@ impl Domain {
                     whose,
                     files: vec![to.path.clone()],
                     fixed: 0,
-                    snapshot: false,
+                    snapshot: None,
                 });
             }
         }

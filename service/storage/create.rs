@@ -227,14 +227,24 @@ impl Pool {
             }
             self.applies(verb)?;
             let Wanted { mut new, base, secret } = wanted;
-            if let Some(base) = base {
+            let mut below = Vec::new();
+            if let Some(base) = &base {
                 // Who stands on a volume reads it.
-                frames::allow(&base, caller, Action::VolumeContent).await?;
-                stand_on(&mut new, &base)?;
+                frames::allow(base, caller, Action::VolumeContent).await?;
+                below = base.below_for(caller).await?;
+                stand_on(&mut new, base)?;
             }
             new.secret = secret;
             self.refuse_to_make(&new.name, if new.preallocation.writes_all() { new.capacity } else { new.allocation })?;
-            volume.begin(caller, verb, departs, |volume, work| async move {
+            volume.begin(caller, verb, departs, move |volume, work| async move {
+                let mut _kept = None;
+                if let Some(base) = &base {
+                    _kept = Some(base.kept_for("put something on").await?);
+                    base.refuse_written("put something on", &[base.path()]).await?;
+                    base.still_on(&below)?;
+                    stand_on(&mut new, base)?;
+                    work.puts_on(Some(base.path()));
+                }
                 volume.pool.refuse_to_make(&new.name, 0)?;
                 let _needed = volume.needs(new.secret.as_deref());
                 let made = volume.pool.opened()?.create(new, work).await;
@@ -253,16 +263,32 @@ impl Volume {
         let verb = &verb::VOLUME_CLONE;
         let pool = options.pool.clone().unwrap_or_else(|| self.pool.clone());
         let volume = Arc::new(pool.new_volume(name));
-        let departs = options.cancel_on_disconnect;
-        let ticket = frames::accepted(&self, caller, verb, async {
-            frames::allow(&self, caller, verb.action).await?;
+        let (departs, source) = (options.cancel_on_disconnect, Arc::new(self));
+        let ticket = frames::accepted(&*source, caller, verb, async {
+            frames::allow(&*source, caller, verb.action).await?;
             frames::allow(&*volume, caller, Action::VolumeCreate).await?;
-            self.pool.applies(verb)?;
+            source.pool.applies(verb)?;
             pool.applies(verb)?;
             pool.refuse_to_make(name, 0)?;
-            self.refuse_while_written("clone").await?;
-            let new = self.copy_of(name, &options).await?;
-            volume.begin(caller, verb, departs, |volume, work| async move {
+            source.refuse_while_written("clone").await?;
+            // What cannot be is refused before there is a job; the job looks anew, when nothing else is done to what it reads.
+            let reads_below = !matches!(source.copy_of(name, &options).await?.content, Content::Copy { .. });
+            let below = if reads_below { source.below_for(caller).await? } else { Vec::new() };
+            let source = source.clone();
+            volume.begin(caller, verb, departs, move |volume, work| async move {
+                let _kept = source.kept_for("clone").await?;
+                source.refuse_while_written("clone").await?;
+                if reads_below {
+                    source.still_on(&below)?;
+                    source.refuse_written("clone", &below).await?;
+                }
+                let mut new = source.copy_of(&volume.name, &options).await?;
+                work.puts_on(match &new.content {
+                    Content::Overlay { base, .. } => Some(base.clone()),
+                    Content::Copy { .. } => source.pool.noted_base(&source.look()?),
+                    _ => None,
+                });
+                new.secret = options.secret;
                 volume.pool.refuse_to_make(&new.name, 0)?;
                 let _needed = volume.needs(new.secret.as_deref());
                 let made = volume.pool.opened()?.create(new, work).await;
@@ -307,15 +333,6 @@ impl Volume {
             return Err(Error::OperationUnsupported(text));
         }
         let at = self.at()?;
-        // Who uses it as raw may have forged what it is said to stand on.
-        let is_noted = lock(&self.pool.state).noted.contains_key(&at.id);
-        if !at.below.is_empty() && !is_noted && !self.pool.users_at(&self.path()).is_empty() {
-            let text = format!(
-                "volume '{}' is a disk, and nobody noted its format: what it says to stand on is not followed",
-                self.name
-            );
-            return Err(Error::StorageFailed(text));
-        }
         let chain: Vec<(PathBuf, String)> = [(self.path(), at.format)].into_iter().chain(at.below).collect();
         new.content = Content::Converted { chain };
         Ok(new)

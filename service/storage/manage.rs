@@ -181,7 +181,9 @@ fn enter(
         turn: Arc::default(),
         turns: Mutex::new(HashMap::new()),
         notes: Mutex::default(),
+        kept: Mutex::new(HashMap::new()),
         state: Mutex::new(state),
+        real: Mutex::default(),
     });
     pools.registry.insert(pool.clone());
     pool
@@ -246,12 +248,14 @@ impl Pool {
     }
 }
 
-/// Has pools tell who uses their volumes whenever machines name others.
+/// Has pools tell who uses their volumes whenever machines name others, and machines refused what volumes stand on.
 fn listen(shared: &Arc<Shared>, pools: &Arc<Pools>) {
     let all = Arc::downgrade(pools);
     shared.image_users.listen(move |changed| {
         all.upgrade().into_iter().for_each(|pools| pools.look_at_users(changed));
     });
+    let all = Arc::downgrade(pools);
+    shared.images.also(move || all.upgrade().map(|pools| pools.noted_chains()).unwrap_or_default());
 }
 
 /// Starts the pools that start with the host.

@@ -28,6 +28,7 @@ use crate::events::{Event, Happened};
 use crate::facts::{ObjectFacts, PoolFacts, VolumeFacts, published};
 use crate::fail_point;
 use crate::frames::{self, Changeable};
+use crate::images::Taken;
 use crate::job::{Job, Ticket};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef};
@@ -66,7 +67,12 @@ pub struct Pool {
     turns: Mutex<HashMap<Arc<str>, Weak<Turn>>>,
     /// Held while what is noted is written, so that what was noted last is what is on disk.
     notes: Mutex<()>,
+    /// Volumes that are kept as they are, as long as somebody reads them.
+    kept: Mutex<HashMap<Arc<str>, Weak<Taken>>>,
     state: Mutex<State>,
+    /// Its folder as its definition has it, and where that led when it was opened: machines may name its files so, too. It is held
+    /// for moments, and nothing else is locked meanwhile.
+    real: Mutex<Option<(PathBuf, PathBuf)>>,
 }
 
 struct State {
@@ -130,6 +136,12 @@ struct Noted {
     /// What was being written to it was cut off.
     #[serde(default)]
     incomplete: bool,
+    /// What a guest sees of it, where it is incomplete: its header may not say it any more.
+    #[serde(default)]
+    capacity: u64,
+    /// What it was put on when it was made. Its header says that, too, and is no wish of anybody's: who writes the file writes it.
+    #[serde(default)]
+    base: Option<PathBuf>,
     /// What opens it, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     secret: Option<NotedSecret>,
@@ -238,7 +250,20 @@ struct JobWork {
     pool: Arc<Pool>,
     /// Whose the volumes are that it makes.
     owner: u32,
+    /// What a volume that it makes stands on.
+    base: Mutex<Option<PathBuf>>,
     told: Mutex<Option<Instant>>,
+}
+
+impl JobWork {
+    fn new(job: Arc<Job>, pool: Arc<Pool>, owner: u32) -> Arc<JobWork> {
+        Arc::new(JobWork { job, pool, owner, base: Mutex::default(), told: Mutex::default() })
+    }
+
+    /// What it makes is put on that.
+    fn puts_on(&self, base: Option<PathBuf>) {
+        *lock(&self.base) = base;
+    }
 }
 
 impl Work for JobWork {
@@ -260,7 +285,8 @@ impl Work for JobWork {
         // What takes the place of a volume stays its owner's, and what opened that may open it still.
         let (owner, before) = self.pool.noted_of(name).unwrap_or((self.owner, None));
         let secret = secret.map(|named| NotedSecret { volume: name.to_owned(), named: named.to_owned() }).or(before);
-        let noted = Noted { format: format.to_owned(), owner, incomplete: false, secret };
+        let base = lock(&self.base).clone();
+        let noted = Noted { format: format.to_owned(), owner, incomplete: false, capacity: 0, base, secret };
         self.pool.note(id, Some(noted)).map_err(|e| DriverError::Storage(e.to_string()))
     }
 
@@ -489,8 +515,8 @@ impl Begun {
         let Begun { job, verb, owner } = self;
         Ok(job.run(move |pool, job| async move {
             pool.applies(verb)?;
-            let told = JobWork { job, pool: pool.clone(), owner, told: Mutex::default() };
-            work(pool, Arc::new(told)).await
+            let told = JobWork::new(job, pool.clone(), owner);
+            work(pool, told).await
         }))
     }
 }
@@ -543,6 +569,8 @@ impl Pool {
         let open = self.shared.host.storage.open(&def, work).await.map_err(|e| self.failed("start", e))?;
         // First it is listened, then looked: what changes in between is told.
         let changes = open.follow().await.map_err(|e| self.failed("start", e))?;
+        let target = PathBuf::from(def.target_path().unwrap_or_default());
+        *lock(&self.real) = Some((target, open.real_path().to_owned()));
         {
             let mut state = lock(&self.state);
             (state.open, state.live) = (Some(open.clone()), Some(def));

@@ -2,8 +2,9 @@
 
 use super::Pool;
 use crate::facts::VolumeFacts;
+use crate::images::Chain;
 use crate::lock::lock;
-use crate::object::{ObjectRef, Usage, User};
+use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::registry::Registry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -75,6 +76,17 @@ impl Pools {
         .collect()
     }
 
+    /// The images that volumes were put on, each with one of those.
+    pub fn noted_chains(&self) -> Vec<Chain> {
+        let mut bases = BTreeMap::new();
+        for pool in self.registry.all() {
+            for (base, name) in pool.noted_bases() {
+                bases.entry(base).or_insert_with(|| format!("{} of pool '{}'", ObjectKind::Volume.named(&name), pool.name));
+            }
+        }
+        bases.into_iter().map(|(base, whose)| Chain::of_one(whose, base)).collect()
+    }
+
     /// The pool in which a file is a volume, and its name there.
     pub fn volume_at(&self, file: &Path) -> Option<(Arc<Pool>, Arc<str>)> {
         let (pool, name) = lock(&self.places).get(file)?.clone();
@@ -99,7 +111,7 @@ impl Pools {
             return;
         }
         for pool in self.registry.all() {
-            if let Some(names) = by_folder.get(&*pool.target()) {
+            for (_, names) in by_folder.iter().filter(|(folder, _)| pool.is_in(folder)) {
                 pool.commit_volumes(Vec::new(), names.clone(), |_| {});
             }
         }

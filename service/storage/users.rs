@@ -5,9 +5,11 @@ use super::{Pool, Row, State};
 use crate::error::{Error, Result};
 use crate::facts::VolumeFacts;
 use crate::images::Fate;
+use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use virt_model::driver::storage::VolumeLook;
 
 /// What is known of a verb of which nothing is done.
 #[derive(Debug, Default)]
@@ -29,16 +31,60 @@ pub struct StorageCheck {
 impl Pool {
     /// Who needs a volume at that path: machines, and other volumes.
     pub(super) fn users_at(&self, path: &Path) -> Vec<User> {
-        let mut users = self.shared.image_users.of(path);
-        users.extend(self.pools.standing_on(path));
+        let real = self.real_name(path);
+        let mut users = Vec::new();
+        for path in [path].into_iter().chain(real.as_deref()) {
+            users.extend(self.shared.image_users.of(path));
+            users.extend(self.pools.standing_on(path));
+        }
         users.sort();
         users.dedup();
         users
     }
 
+    /// What a volume was put on when it was made, if nothing else is noted of its file since.
+    pub(super) fn noted_base(&self, look: &VolumeLook) -> Option<PathBuf> {
+        lock(&self.state).noted.get(&look.id)?.base.clone()
+    }
+
+    /// What volumes were put on when they were made, and stand on still.
+    pub(super) fn noted_bases(&self) -> Vec<(PathBuf, Arc<str>)> {
+        let state = lock(&self.state);
+        let on = |(name, row): (&Arc<str>, &Row)| {
+            let base = state.noted.get(&row.look.id)?.base.as_ref()?;
+            let says = row.look.backing.as_ref()?.place.as_ref()?;
+            (says == base).then(|| (base.clone(), name.clone()))
+        };
+        state.volumes.iter().filter_map(on).collect()
+    }
+
     /// Who needs something below a folder.
     pub(super) fn users_below(&self, folder: &Path) -> Vec<User> {
-        self.shared.image_users.below(folder)
+        let mut users = self.shared.image_users.below(folder);
+        if let Some(real) = self.real_of(folder) {
+            users.extend(self.shared.image_users.below(&real));
+            users.sort();
+            users.dedup();
+        }
+        users
+    }
+
+    /// What a file of it is called without links on the way, if that is another name.
+    fn real_name(&self, path: &Path) -> Option<PathBuf> {
+        Some(self.real_of(path.parent()?)?.join(path.file_name()?))
+    }
+
+    /// Where its folder leads, if that is elsewhere.
+    fn real_of(&self, folder: &Path) -> Option<PathBuf> {
+        let known = lock(&self.real);
+        let (target, real) = known.as_ref()?;
+        (target == folder && real != folder).then(|| real.clone())
+    }
+
+    /// Whether a folder is that of its volumes.
+    pub(super) fn is_in(&self, folder: &Path) -> bool {
+        let target = self.target();
+        target == folder || self.real_of(&target).as_deref() == Some(folder)
     }
 
     /// Who needs this pool.
@@ -66,6 +112,17 @@ impl Pool {
         }
     }
 
+    /// Who needs a volume, looked up now: strangers, too.
+    pub(super) async fn users_now(&self, name: &str) -> Result<Vec<User>> {
+        let mut users = self.users_at(&self.target().join(name));
+        let strangers = self.opened()?.is_open_elsewhere(name).await.map_err(|e| self.failed("look at", e))?;
+        // A guest of ours has it open itself.
+        if strangers && !users.iter().any(|user| user.how == Usage::Live) {
+            users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
+        }
+        Ok(users)
+    }
+
     /// Refuses to change or remove the file of a volume that somebody needs, snapshots and strangers included.
     pub(super) async fn refuse_in_use(
         &self,
@@ -75,16 +132,17 @@ impl Pool {
         counts: impl Fn(&User) -> bool,
     ) -> Result<Vec<User>> {
         let path = self.target().join(name);
-        let mut users = self.users_at(&path);
-        let strangers = self.opened()?.is_open_elsewhere(name).await.map_err(|e| self.failed("look at", e))?;
-        // A guest of ours has it open itself.
-        if strangers && !users.iter().any(|user| user.how == Usage::Live) {
-            users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
-        }
+        let users = self.users_now(name).await?;
         let volume = ObjectKind::Volume.named(name);
         let named: Vec<String> = users.iter().filter(|user| counts(user)).map(|user| self.called(user)).collect();
         if !named.is_empty() {
             return Err(Error::InUse(format!("cannot {deed} {volume}: it is used by {}", named.join(", "))));
+        }
+        // By other names of its file, and those that are about to have it.
+        let stored = counts(&User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Config });
+        let machines = self.shared.images.machines_on(&path, !stored).await;
+        if !machines.is_empty() {
+            return Err(Error::InUse(format!("cannot {deed} {volume}: it is used by {}", machines.join(", "))));
         }
         // What snapshots froze, and what block jobs write.
         let chains = self.shared.images.snapshots_on(&path, fate).await;
@@ -107,7 +165,7 @@ impl Pool {
             problem("broken", why.clone());
         }
         if look.has_data_file {
-            problem("data-file", "part of what it holds is in a file beside it, which is not followed".to_owned());
+            problem("data-file", super::volume::DATA_FILE.to_owned());
         }
         if look.backing.is_some() && backing.is_none() {
             problem(

@@ -4,7 +4,7 @@ use super::{JobWork, Noted, NotedSecret, Pool, StorageCheck};
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable};
-use crate::images::Fate;
+use crate::images::{Fate, Taken};
 use crate::job::Ticket;
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
@@ -15,13 +15,17 @@ use crate::uses::{Need, Needed};
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Weak};
+use tokio_util::sync::CancellationToken;
 use virt_model::device::source::{Encryption, EncryptionFormat, SecretKind, SecretRef};
 use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work};
 use virt_model::driver::{DriverError, GivenFile};
 use virt_model::secret::SecretName;
 use virt_model::storage::volume::{VolumeBacking, VolumeDef, VolumeKind, VolumeTarget};
 use virt_model::storage::{Bytes, FileMode, FormatDoc, Permissions};
+
+/// Why a volume with a data file is not used.
+pub(super) const DATA_FILE: &str = "part of what it holds is in a file beside it, which is not followed";
 
 /// A volume of a pool.
 pub struct Volume {
@@ -117,7 +121,7 @@ impl Pool {
     fn handle(self: &Arc<Self>, name: Arc<str>, is_new: bool) -> Volume {
         let mut turns = lock(&self.turns);
         turns.retain(|_, turn| turn.strong_count() > 0);
-        let turn = turns.get(&name).and_then(std::sync::Weak::upgrade).unwrap_or_default();
+        let turn = turns.get(&name).and_then(Weak::upgrade).unwrap_or_default();
         turns.insert(name.clone(), Arc::downgrade(&turn));
         Volume { pool: self.clone(), name, turn, is_new }
     }
@@ -173,21 +177,28 @@ impl Volume {
     pub(super) fn at(&self) -> Result<VolumeAt> {
         let look = self.look()?;
         if look.has_data_file {
-            return Err(self.refuse("part of what it holds is in a file beside it, which is not followed"));
+            return Err(self.refuse(DATA_FILE));
         }
-        if let Some(why) = look.broken {
-            return Err(self.refuse(&why));
+        if let Some(why) = &look.broken {
+            return Err(self.refuse(why));
         }
         let (mut below, mut next) = (Vec::new(), look.backing.clone());
+        let mut noted = self.pool.noted_base(&look);
         while let Some(backing) = next {
             const DEEPEST: usize = 200;
             let outside = || self.refuse("what it stands on is no volume of an active pool, and is not followed");
             let place = backing.place.ok_or_else(outside)?;
             let (pool, name) = self.pool.pools.volume_at(&place).ok_or_else(outside)?;
+            if noted.as_ref() != Some(&place) {
+                let text = "nobody noted what it says to stand on, which is not followed: put a new volume on that (AddVolume \
+                            with backing)";
+                return Err(self.refuse(text));
+            }
             let base = pool.find_volume(&name)?.look()?;
             if base.has_data_file || base.broken.is_some() || below.len() >= DEEPEST {
                 return Err(self.refuse("something that it stands on cannot be used"));
             }
+            noted = pool.noted_base(&base);
             below.push((place, base.format));
             next = base.backing;
         }
@@ -208,6 +219,7 @@ impl Volume {
     /// Removes it. `force`: also where stored configurations name it; `with_snapshots`: also with snapshots in it.
     pub async fn delete(self, caller: &Caller, force: bool, with_snapshots: bool, departs: bool) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_DELETE, departs, move |volume, work| async move {
+            let _alone = volume.alone("delete").await?;
             volume.refuse_to_delete(force, with_snapshots).await?;
             let (open, at) = (volume.pool.opened()?, volume.only()?);
             open.delete(&at, work).await.map_err(|e| volume.failed("delete", e))?;
@@ -220,8 +232,7 @@ impl Volume {
 
     async fn refuse_to_delete(&self, force: bool, with_snapshots: bool) -> Result<Vec<User>> {
         let counts = |user: &User| !force || user.how != Usage::Config;
-        let fate = if force { Fate::Written } else { Fate::Removed };
-        let users = self.pool.refuse_in_use("delete", &self.name, fate, counts).await?;
+        let users = self.pool.refuse_in_use("delete", &self.name, Fate::Removed, counts).await?;
         let look = self.look()?;
         if look.snapshots > 0 && !with_snapshots {
             let (count, name) = (look.snapshots, &self.name);
@@ -238,8 +249,11 @@ impl Volume {
         frames::beside(self, caller, &verb::CHECK_VOLUME_DELETE, async {
             let (look, path) = (self.look()?, self.path());
             let refusal = self.refuse_to_delete(force, with_snapshots).await.err();
-            let users = self.pool.users_at(&path);
-            let breaks: BTreeSet<ObjectRef> = users.iter().map(|user| user.object.clone()).collect();
+            // Where it cannot be looked, the refusal says so.
+            let mut users = self.pool.users_now(&self.name).await.unwrap_or_else(|_| self.pool.users_at(&path));
+            users.extend(self.shared().images.snapshot_users(&path).await);
+            let broken = users.iter().filter(|user| matches!(user.how, Usage::Config | Usage::Snapshot));
+            let breaks: BTreeSet<ObjectRef> = broken.map(|user| user.object.clone()).collect();
             let files = vec![(path.display().to_string(), "deleted", look.allocation)];
             let breaks = breaks.into_iter().collect();
             Ok(StorageCheck { refusal, users, breaks, files, frees: look.allocation, needs: 0 })
@@ -250,6 +264,7 @@ impl Volume {
     /// Gives it another size.
     pub async fn resize(self, caller: &Caller, to: NewCapacity) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
+            let _alone = volume.alone("resize").await?;
             volume.refuse_to_change("resize").await?;
             let size = NewSize { capacity: to.capacity, shrink: to.shrink, allocate: to.allocate };
             let resized = volume.pool.opened()?.resize(&volume.at()?, size, work).await;
@@ -261,12 +276,10 @@ impl Volume {
     /// Overwrites all that it holds.
     pub async fn wipe(self, caller: &Caller, how: Wiping, departs: bool) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_WIPE, departs, move |volume, work| async move {
+            let _alone = volume.alone("wipe").await?;
             volume.refuse_to_change("wipe").await?;
-            if volume.look()?.backing.is_some() {
-                let text = "it stands on another image, and what it shows is there: delete it, or flatten a clone";
-                return Err(Error::OperationInvalid(format!("cannot wipe volume '{}': {text}", volume.name)));
-            }
-            let at = volume.only()?;
+            volume.refuse_to_lose_by_wiping()?;
+            let at = volume.whole()?;
             volume.is_incomplete(&at, true).await?;
             let wiped = volume.pool.opened()?.wipe(&at, how, work).await;
             wiped.map_err(|e| volume.failed("wipe", e))?;
@@ -285,8 +298,10 @@ impl Volume {
         departs: bool,
     ) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_UPLOAD, departs, move |volume, work| async move {
+            let _alone = volume.alone("overwrite").await?;
             volume.refuse_to_change("overwrite").await?;
-            let (open, at) = (volume.pool.opened()?, volume.only()?);
+            let open = volume.pool.opened()?;
+            let at = if part.is_some() { volume.whole()? } else { volume.only()? };
             if part.is_some() {
                 volume.is_incomplete(&at, true).await?;
             }
@@ -310,11 +325,38 @@ impl Volume {
         departs: bool,
     ) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_DOWNLOAD, departs, move |volume, work| async move {
+            let _kept = volume.kept("read").await?;
             volume.refuse_while_written("read").await?;
-            let read = volume.pool.opened()?.download(&volume.only()?, to, part, sparse, work).await;
+            let read = volume.pool.opened()?.download(&volume.whole()?, to, part, sparse, work).await;
             read.map_err(|e| volume.failed("read", e))
         })
         .await
+    }
+
+    /// Has it alone until the result is dropped: nobody else works on its file, and no machine begins to write it. Who has it
+    /// already is asked for afterwards.
+    async fn alone(&self, deed: &str) -> Result<Taken> {
+        let whose = format!("the work on volume '{}' ({deed}), which is under way,", self.name);
+        let taken = self.shared().images.take(&self.path(), whose).await;
+        taken.map_err(|by| Error::InUse(format!("cannot {deed} volume '{}': {by} has it", self.name)))
+    }
+
+    /// Keeps it as it is until the result is dropped, for who has another's turn: what is done to it is waited for.
+    pub(super) async fn kept_for(&self, deed: &str) -> Result<Arc<Taken>> {
+        let _turn = frames::take_turn(self, deed, &CancellationToken::new()).await?;
+        self.kept(deed).await
+    }
+
+    /// The same for who has its turn. Others who read it keep it, too.
+    async fn kept(&self, deed: &str) -> Result<Arc<Taken>> {
+        if let Some(kept) = lock(&self.pool.kept).get(&self.name).and_then(Weak::upgrade) {
+            return Ok(kept);
+        }
+        let taken = Arc::new(self.alone(deed).await?);
+        let mut kept = lock(&self.pool.kept);
+        kept.retain(|_, kept| kept.strong_count() > 0);
+        kept.insert(self.name.clone(), Arc::downgrade(&taken));
+        Ok(taken)
     }
 
     /// Refuses to change it while a guest has it, or something stands on it.
@@ -330,6 +372,10 @@ impl Volume {
         let strangers = open.is_open_elsewhere(&self.name).await.map_err(|e| self.failed("look at", e))?;
         let mut writers: Vec<String> =
             users.iter().filter(|user| user.how == Usage::Live).map(|user| self.pool.called(user)).collect();
+        if writers.is_empty() {
+            // By other names of its file, and those that are about to have it.
+            writers = self.shared().images.machines_on(&self.path(), true).await;
+        }
         if strangers && writers.is_empty() {
             writers.push("another process (fuser tells which)".to_owned());
         }
@@ -349,13 +395,44 @@ impl Volume {
         Ok(VolumeAt { name: self.name.to_string(), id: look.id, format: look.format, capacity: look.capacity, below })
     }
 
+    /// The same of one whose content is in its own file.
+    fn whole(&self) -> Result<VolumeAt> {
+        let look = self.look()?;
+        if look.has_data_file {
+            return Err(self.refuse(DATA_FILE));
+        }
+        let mut at = self.only()?;
+        if look.broken.is_some() {
+            // Somebody was killed while it was written, and its header may have gone.
+            let noted = lock(&self.pool.state).noted.get(&at.id).map_or(0, |noted| noted.capacity);
+            at.capacity = if noted > 0 { noted } else { at.capacity };
+        }
+        Ok(at)
+    }
+
+    /// Refuses to wipe what would not be the same afterwards, only empty.
+    fn refuse_to_lose_by_wiping(&self) -> Result<()> {
+        let look = self.look()?;
+        let why = match () {
+            () if look.backing.is_some() => {
+                "it stands on another image, and what it shows is there: delete it, or flatten a clone"
+            }
+            () if look.snapshots > 0 => "snapshots are in it, which would go, too: delete it, or those first",
+            () if look.encrypted && look.format == "qcow2" => "it is encrypted, and would not be any more: delete it",
+            () => return Ok(()),
+        };
+        Err(Error::OperationInvalid(format!("cannot wipe volume '{}': {why}", self.name)))
+    }
+
     /// Notes that what is written to it is cut off, should nobody say otherwise.
     async fn is_incomplete(&self, at: &VolumeAt, incomplete: bool) -> Result<()> {
         let noted = lock(&self.pool.state).noted.get(&at.id).cloned();
         let owner = lock(&self.pool.state).volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
-        let noted = noted.unwrap_or(Noted { format: at.format.clone(), owner, incomplete, secret: None });
+        let format = at.format.clone();
+        let noted = noted.unwrap_or(Noted { format, owner, incomplete, capacity: 0, base: None, secret: None });
+        let capacity = if incomplete { at.capacity } else { 0 };
         let (pool, id) = (self.pool.clone(), at.id);
-        on_disk(move || pool.note(id, Some(Noted { incomplete, ..noted }))).await
+        on_disk(move || pool.note(id, Some(Noted { incomplete, capacity, ..noted }))).await
     }
 
     /// The file that it was is not needed any more, nor a secret for its sake.
@@ -393,7 +470,7 @@ impl Volume {
         let volume = Arc::new(self);
         frames::accepted(&*volume, caller, verb, async {
             frames::allow(&*volume, caller, verb.action).await?;
-            volume.begin(caller, verb, departs, work)
+            volume.begin(caller, verb, departs, move |volume, told: Arc<JobWork>| work(volume, told))
         })
         .await
     }
@@ -404,7 +481,7 @@ impl Volume {
         caller: &Caller,
         verb: &'static Verb,
         departs: bool,
-        work: impl FnOnce(Arc<Volume>, Arc<dyn Work>) -> F + Send + 'static,
+        work: impl FnOnce(Arc<Volume>, Arc<JobWork>) -> F + Send + 'static,
     ) -> Result<Ticket>
     where
         F: Future<Output = Result<()>> + Send + 'static,
@@ -416,8 +493,7 @@ impl Volume {
         let owner = caller.uid;
         Ok(change.open(departs)?.run(move |volume, job| async move {
             volume.applies(verb)?;
-            let told: Arc<dyn Work> =
-                Arc::new(JobWork { job, pool: volume.pool.clone(), owner, told: Mutex::default() });
+            let told = JobWork::new(job, volume.pool.clone(), owner);
             volume.is_busy(true);
             let done = work(volume.clone(), told).await;
             volume.is_busy(false);
@@ -433,10 +509,44 @@ impl Volume {
         });
     }
 
+    /// Refuses to read images that a guest writes: what is read would be of no one moment.
+    pub(super) async fn refuse_written(&self, deed: &str, files: &[PathBuf]) -> Result<()> {
+        for file in files {
+            let writers = self.shared().images.writers_of(file).await;
+            if !writers.is_empty() {
+                let (name, file, writers) = (&self.name, file.display(), writers.join(", "));
+                return Err(Error::InUse(format!("cannot {deed} volume '{name}': {file} is written by {writers}")));
+            }
+        }
+        Ok(())
+    }
+
+    /// What it stands on; who reads it through that may read each of these, too.
+    pub(super) async fn below_for(&self, caller: &Caller) -> Result<Vec<PathBuf>> {
+        let below: Vec<PathBuf> = self.at()?.below.into_iter().map(|(path, _)| path).collect();
+        for path in &below {
+            let (pool, name) = self.pool.pools.volume_at(path).ok_or_else(|| self.changed_below())?;
+            frames::allow(&pool.find_volume(&name)?, caller, Action::VolumeContent).await?;
+        }
+        Ok(below)
+    }
+
+    /// Refuses when it stands on something else than what was asked about.
+    pub(super) fn still_on(&self, below: &[PathBuf]) -> Result<()> {
+        match self.at()?.below.iter().map(|(path, _)| path).eq(below) {
+            true => Ok(()),
+            false => Err(self.changed_below()),
+        }
+    }
+
+    fn changed_below(&self) -> Error {
+        Error::OperationInvalid(format!("volume '{}' stands on something else by now; try again", self.name))
+    }
+
     /// What it is open for, to be copied.
     pub(super) async fn opened(&self) -> Result<GivenFile> {
         let open: Arc<dyn OpenPool> = self.pool.opened()?;
-        open.hold(&self.only()?).await.map_err(|e| self.failed("read", e))
+        open.hold(&self.whole()?).await.map_err(|e| self.failed("read", e))
     }
 }
 

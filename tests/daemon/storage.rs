@@ -6,9 +6,10 @@ use crate::common::users::BOB;
 use crate::common::{Daemon, Setup, have};
 use std::collections::HashMap;
 use std::fs;
-use std::io::{Read as _, Seek as _};
+use std::io::{Read as _, Seek as _, Write as _};
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use zbus::{Message, ObjectPath, OwnedObjectPath, OwnedVariant, Variant};
 
 const STORAGE: &str = "org.virt.Manager.Storage";
@@ -24,6 +25,16 @@ struct Pool {
 
 fn document(name: &str, folder: &Path) -> String {
     format!("<pool type='dir'><name>{name}</name><target><path>{}</path></target></pool>", folder.display())
+}
+
+/// A machine with one disk.
+fn machine(name: &str, disk: &Path, format: &str) -> String {
+    format!(
+        "<domain type='test'><name>{name}</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
+         <disk type='file'><driver name='qemu' type='{format}'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
+         </devices></domain>",
+        disk.display()
+    )
 }
 
 impl Pool {
@@ -280,9 +291,32 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     assert_eq!(d.users().await, [(top.path.clone(), String::new(), "backing".to_owned())]);
     let held = d.run("Delete", options([("force", true.into())])).await.expect_err("a volume stands on it");
     assert!(held.0.ends_with("InUse") && held.1.contains("volume 'top.qcow2' (backing)"), "{held:?}");
-    let flat = options([("flatten", true.into()), ("format", "raw".into())]);
-    top.with("Clone", &("flat.img", flat)).await.expect("flattened");
+    let flat = || options([("flatten", true.into()), ("format", "raw".into())]);
+    top.with("Clone", &("flat.img", flat())).await.expect("flattened");
     assert!(same(&source, &pool.at("flat.img")));
+    // What is put on another is noted where it is made, and what a header says is nobody's wish.
+    top.with("Clone", &("copy.qcow2", options([]))).await.expect("copied");
+    let copy = pool.volume("copy.qcow2").await.expect("there");
+    copy.with("Clone", &("flat2.img", flat())).await.expect("flattened");
+    assert!(same(&source, &pool.at("flat2.img")));
+    let header = descriptor(&fs::File::open(pool.at("top.qcow2")).expect("a file"));
+    let forged = options([("format", "qcow2".into()), ("content", header.into())]);
+    let forged = pool.add("forged.qcow2", 0, forged).await.expect("made");
+    for (name, wanted) in [("flat3.img", flat()), ("thin.qcow2", options([("thin", true.into())]))] {
+        let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
+        assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
+    }
+    let machine = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
+    let refused = machine.run("Start").await.expect_err("it would write what volumes stand on");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
+    machine.run("Undefine").await.expect("undefined");
+    let kept = pool.add("s.qcow2", 1 << 20, options([("format", "qcow2".into())])).await.expect("made");
+    let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(pool.at("s.qcow2")).status();
+    assert!(taken.expect("it runs").success());
+    pool.run("Refresh", options([])).await.expect("refreshed");
+    let refused = kept.run("Wipe", options([])).await.expect_err("a snapshot would go");
+    assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("snapshots are in it"), "{refused:?}");
+    kept.run("Delete", options([("with-snapshots", true.into())])).await.expect("deleted");
     // Other sizes, other content.
     let b = pool.volume("b.img").await.expect("there");
     let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
@@ -311,7 +345,8 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     assert_eq!(&read[1..4], b"abc");
     let xml: String = b.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<name>b.img</name>") && xml.contains("<format type='raw'/>"), "{xml}");
-    for name in ["top.qcow2", "d.qcow2", "flat.img", "c.img", "b.img", "a.img"] {
+    let on_d = ["top.qcow2", "copy.qcow2", "forged.qcow2"];
+    for name in on_d.iter().chain(&["d.qcow2", "flat.img", "flat2.img", "c.img", "b.img", "a.img"]) {
         pool.volume(name).await.expect(name).run("Delete", options([])).await.expect(name);
     }
     assert!(pool.names().is_empty() && pool.list().await.is_empty(), "{:?}", pool.names());
@@ -366,15 +401,7 @@ async fn what_a_machine_uses_stays() {
     let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
     assert!(volume.users().await.is_empty());
     let disk = pool.at("web.img");
-    let machine = client
-        .define(&format!(
-            "<domain type='test'><name>web</name><memory>65536</memory><vcpu>1</vcpu><os><type>hvm</type></os><devices>\
-             <disk type='file'><driver name='qemu' type='raw'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
-             </devices></domain>",
-            disk.display()
-        ))
-        .await
-        .expect("defined");
+    let machine = client.define(&machine("web", &disk, "raw")).await.expect("defined");
     let user = |how: &str| (machine.path.clone(), "vda".to_owned(), how.to_owned());
     assert_eq!(volume.users().await, [user("config")]);
     let refused = volume.run("Delete", options([])).await.expect_err("it is a disk");
@@ -399,6 +426,43 @@ async fn what_a_machine_uses_stays() {
     let volume = pool.volume("web.img").await.expect("there");
     volume.run("Delete", options([("force", true.into())])).await.expect("deleted");
     assert!(pool.names().is_empty());
+}
+
+/// What is done to a volume and what a machine does to it exclude each other until the end, whatever its file is called.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_volume_at_work_is_no_machines_disk() {
+    let Some(daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let store = daemon.folder().join("store");
+    fs::create_dir(&store).expect("a folder");
+    for link in ["images", "link"] {
+        std::os::unix::fs::symlink(&store, daemon.folder().join(link)).expect("a link");
+    }
+    let pool = Pool::define(&client, "images", &daemon.folder().join("images")).await;
+    pool.run("Start", options([])).await.expect("started");
+    let volume = pool.add("web.img", 1 << 20, options([])).await.expect("made");
+    let disk = daemon.folder().join("link/web.img");
+    let web = client.define(&machine("web", &disk, "raw")).await.expect("defined");
+    let in_use = |refused: Refusal, by: &str| {
+        assert!(refused.0.ends_with("InUse") && refused.1.contains(by), "{refused:?}");
+    };
+    in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
+    let other = client.define(&machine("other", &store.join("web.img"), "raw")).await.expect("defined");
+    assert_eq!(volume.users().await, [(other.path.clone(), "vda".to_owned(), "config".to_owned())]);
+    let (ear, mut mouth) = std::io::pipe().expect("a pipe");
+    let ear = fs::File::from(std::os::fd::OwnedFd::from(ear));
+    let wanted = options([("offset", 0u64.into()), ("no-wait", true.into())]);
+    volume.with("Upload", &(descriptor(&ear), wanted)).await.expect("accepted");
+    drop(ear);
+    // A pipe holds less: when all of it has gone in, the upload is under way.
+    let written = tokio::task::spawn_blocking(move || mouth.write_all(&[1; 256 << 10]).map(|()| mouth));
+    let mouth = written.await.expect("no panic").expect("taken");
+    in_use(web.run("Start").await.expect_err("it is written"), "the work on volume 'web.img'");
+    drop(mouth);
+    // It has its turn when the upload has ended.
+    volume.with("Resize", &(2u64 << 20, options([]))).await.expect("resized");
+    web.run("Start").await.expect("started");
+    in_use(volume.run("Wipe", options([])).await.expect_err("a guest has it"), "domain 'web' (disk 'vda')");
 }
 
 /// Whatever step virtd is killed at: the old or the new, whole, and nothing beside it.

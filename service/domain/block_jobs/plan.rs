@@ -280,9 +280,9 @@ impl Domain {
         };
         let counts = |chain: &Chain| match &job.work {
             // To read them harms nobody; a record that tells of a chain which is no more does.
-            BlockWork::Pull { .. } => chain.domain == self.uuid && chain.snapshot,
+            BlockWork::Pull { .. } => chain.domain == self.uuid && chain.snapshot.is_some(),
             // The disk itself is what it is done for.
-            _ => chain.domain != self.uuid || chain.snapshot || !is_above(chain, job),
+            _ => chain.domain != self.uuid || chain.snapshot.is_some() || !is_above(chain, job),
         };
         self.shared.images.refuse_in_chains(&deed, &files, counts, remedy).await
     }

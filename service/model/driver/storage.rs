@@ -16,7 +16,7 @@ use crate::storage::volume::VolumeDef;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeSet, HashMap};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -47,6 +47,9 @@ pub trait Storage: Send + Sync {
 /// A pool that is usable.
 #[async_trait]
 pub trait OpenPool: Send + Sync {
+    /// Where its volumes are, without links on the way, as it was found. Waits for nothing.
+    fn real_path(&self) -> &Path;
+
     /// Its volumes, and how much room there is.
     async fn survey(&self, known: &KnownFormats) -> Result<Survey, DriverError>;
 
