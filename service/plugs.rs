@@ -11,6 +11,7 @@ use uuid::Uuid;
 use virt_model::device::Interface;
 use virt_model::device::interface::{BridgePort, InterfaceKind, Mtu};
 use virt_model::domain::DomainDef;
+use virt_model::driver::network::Lease;
 use virt_model::network::NetworkDef;
 use virt_model::xml::shorten;
 
@@ -18,6 +19,8 @@ use virt_model::xml::shorten;
 #[derive(Default)]
 pub(crate) struct Plugs {
     networks: Mutex<HashMap<String, Option<Arc<NetworkDef>>>>,
+    /// Who has which address in them.
+    leases: Mutex<HashMap<String, Arc<[Lease]>>>,
     /// The cards of machines that run, by the machine: network, and the card's end on the host.
     cards: Mutex<HashMap<Uuid, Vec<(String, String)>>>,
     starter: OnceLock<Starter>,
@@ -33,14 +36,16 @@ impl fmt::Debug for Plugs {
 }
 
 impl Plugs {
-    /// There is a network of that name, with what there is of it on the host, if anything.
-    pub fn are(&self, name: &str, live: Option<&Arc<NetworkDef>>) {
+    /// There is a network of that name, with what there is of it on the host, if anything, and who has which address in it.
+    pub fn are(&self, name: &str, live: Option<&Arc<NetworkDef>>, leases: &Arc<[Lease]>) {
         lock(&self.networks).insert(name.to_owned(), live.cloned());
+        lock(&self.leases).insert(name.to_owned(), leases.clone());
     }
 
     /// There is none of that name any more.
     pub fn are_gone(&self, name: &str) {
         lock(&self.networks).remove(name);
+        lock(&self.leases).remove(name);
     }
 
     /// From now on networks are started so.
@@ -58,6 +63,11 @@ impl Plugs {
             }
         }
         Ok(())
+    }
+
+    /// Who has which address in the network of that name, as it was last told.
+    pub fn leases(&self, name: &str) -> Arc<[Lease]> {
+        lock(&self.leases).get(name).cloned().unwrap_or_default()
     }
 
     /// What there is on the host of the network of that name.
@@ -145,13 +155,13 @@ mod tests {
     fn a_card_is_plugged_into_its_network_and_held_to_what_that_says() {
         let plugs = Plugs::default();
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::NoSuchNetwork { value, .. }) if value == "home"));
-        plugs.are("home", None);
+        plugs.are("home", None, &Arc::default());
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::OperationInvalid(text)) if text.contains("not active")));
         let network = NetworkDef::parse(
             "<network><name>home</name><bridge name='virbr7'/><mtu size='9000'/><port isolated='yes'/>\
              <portgroup name='slow'><bandwidth><inbound average='10'/></bandwidth></portgroup></network>",
         );
-        plugs.are("home", Some(&Arc::new(network.expect("a network"))));
+        plugs.are("home", Some(&Arc::new(network.expect("a network"))), &Arc::default());
         let card = plugged(&plugs, "", "").expect("plugged");
         assert_eq!(card.bridge(), Some("virbr7"));
         assert_eq!(card.mtu.map(|mtu| mtu.size), Some(9000));

@@ -1,15 +1,15 @@
 //! Networks started and destroyed, and what befalls those that are there.
 
 use super::{CheckedNetwork, Network, failed};
-use crate::authz::Caller;
+use crate::authz::{Action, Answer, Caller};
 use crate::error::{Error, Result};
-use crate::frames;
+use crate::frames::{self, Changeable as _};
 use crate::lock::lock;
 use crate::object::Usage;
 use crate::verb;
 use std::sync::Arc;
 use std::time::Duration;
-use virt_model::driver::network::NetworkReport;
+use virt_model::driver::network::{NetworkError, NetworkReport};
 use virt_model::network::NetworkDef;
 
 /// What guests can cause without end is told at most so often.
@@ -25,15 +25,25 @@ impl Network {
     pub async fn check_start(&self, caller: &Caller) -> Result<CheckedNetwork> {
         frames::beside(self, caller, &verb::CHECK_START, async {
             let refusal = match self.to_start() {
-                Ok(def) => {
-                    let whole = self.completed(&def).await?;
-                    self.driver().can_start(&whole).await.err().map(|e| self.failed("start", e))
-                }
+                Ok(def) => self.refused_by_host(caller, &def).await.err(),
                 Err(refusal) => Some(refusal),
             };
             Ok(CheckedNetwork { refusal, users: self.users() })
         })
         .await
+    }
+
+    /// What a start would be refused for. The host is looked at by programs that root runs, so only for who may start it;
+    /// others are told what is known without them.
+    async fn refused_by_host(&self, caller: &Caller, def: &Arc<NetworkDef>) -> Result<()> {
+        if self.shared.authority.can(caller, Action::NetworkStart, &self.subject()).await == Answer::Yes {
+            let whole = self.completed(def).await?;
+            return self.driver().can_start(&whole).await.map_err(|e| self.failed("start", e));
+        }
+        match self.driver().check(def) {
+            findings if findings.is_empty() => Ok(()),
+            findings => Err(self.failed("start", NetworkError::Config(findings))),
+        }
     }
 
     /// What is stored. Error: it is active already.

@@ -222,6 +222,11 @@ async fn n5_who_may_not_is_refused_and_learns_nothing() {
     assert!(!said.contains("10.77"), "{said}");
     assert_eq!((there(&daemon), network.list("Hosts").await), ((false, false), 0));
     assert!(call("GetXML", &["a{sv}", "0"]).expect("everybody may read").contains("10.77.0.50"));
+    // Nothing is run for who may not start it: of the host he is told nothing.
+    shown(&daemon, "ip", &["link", "add", "vbr7", "type", "bridge"]);
+    assert!(!network.check("CheckStart").await.0);
+    let said = call("CheckStart", &["a{sv}", "0"]).expect("everybody may ask");
+    assert!(said.contains("\"possible\" b true"), "{said}");
 }
 
 #[tokio::test]
