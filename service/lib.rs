@@ -129,6 +129,7 @@ impl Service {
         storage::load(&shared, &pools).await?;
         network::load(&shared, &networks).await?;
         boot::load(&shared, &domains).await?;
+        network::plug_in_guests(&networks);
         secret::take_in_files(&shared, &secrets).await?;
         let node_devices = OnceLock::new();
         Ok((Arc::new(Service { shared, domains, secrets, node_devices, pools, networks }), receiver))

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use virt_model::device::Interface;
 use virt_model::device::interface::{BridgePort, InterfaceKind, Mtu};
 use virt_model::domain::DomainDef;
-use virt_model::driver::network::Lease;
+use virt_model::driver::network::{Lease, PluggedCard};
 use virt_model::network::NetworkDef;
 use virt_model::xml::shorten;
 
@@ -21,8 +21,8 @@ pub(crate) struct Plugs {
     networks: Mutex<HashMap<String, Option<Arc<NetworkDef>>>>,
     /// Who has which address in them.
     leases: Mutex<HashMap<String, Arc<[Lease]>>>,
-    /// The cards of machines that run, by the machine: network, and the card's end on the host.
-    cards: Mutex<HashMap<Uuid, Vec<(String, String)>>>,
+    /// The cards of machines that run, by the machine, each with its network.
+    cards: Mutex<HashMap<Uuid, Vec<(String, PluggedCard)>>>,
     starter: OnceLock<Starter>,
 }
 
@@ -80,7 +80,9 @@ impl Plugs {
         let cards = live.into_iter().flat_map(|def| &def.devices.interfaces);
         let cards = cards.filter(|card| card.kind == InterfaceKind::Network).filter_map(|card| {
             let network = card.source.as_ref()?.network.clone()?;
-            Some((network, card.target.as_ref()?.dev.clone()?))
+            let end = card.target.as_ref()?.dev.clone()?;
+            let isolated = card.port.as_ref().is_some_and(|port| port.isolated == Some(true));
+            Some((network, PluggedCard { end, isolated, vlan: card.vlan.clone() }))
         });
         let cards: Vec<_> = cards.collect();
         let mut all = lock(&self.cards);
@@ -91,10 +93,10 @@ impl Plugs {
         };
     }
 
-    /// The ends on the host of all cards that run in that network.
-    pub fn ends_in(&self, network: &str) -> Vec<String> {
+    /// All cards that run in that network.
+    pub fn cards_in(&self, network: &str) -> Vec<PluggedCard> {
         let all = lock(&self.cards);
-        all.values().flatten().filter(|(of, _)| of == network).map(|(_, end)| end.clone()).collect()
+        all.values().flatten().filter(|(of, _)| of == network).map(|(_, card)| card.clone()).collect()
     }
 
     /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to. What an
@@ -174,6 +176,14 @@ mod tests {
             (Some("virbr7"), Some(10)),
             "an earlier bridge is forgotten"
         );
+        let of_its_own = "<target dev='tap7'/><port isolated='yes'/>";
+        let text = format!(
+            "<domain type='test'><name>web</name><memory>1024</memory><devices><interface type='network'>\
+             <source network='home'/>{of_its_own}</interface></devices></domain>"
+        );
+        plugs.has_cards(Uuid::from_u128(7), Some(&DomainDef::parse(&text).expect("a domain")));
+        let card = PluggedCard { end: "tap7".to_owned(), isolated: true, vlan: None };
+        assert_eq!(plugs.cards_in("home"), [card], "what a card is held to itself is known when it is plugged in again");
         let own =
             plugged(&plugs, " portgroup='slow'", "<bandwidth><inbound average='7'/></bandwidth><mtu size='1400'/>");
         let own = own.expect("plugged");

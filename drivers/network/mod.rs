@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{Notify, mpsc};
 use uuid::Uuid;
 use virt_model::domain::value::Mac;
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, Problem};
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard, Problem};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::xml::Finding;
@@ -131,9 +131,12 @@ impl NetworkDriver for HostNetworks {
         done
     }
 
-    async fn plug(&self, def: &NetworkDef, devices: Vec<String>) {
+    async fn plug(&self, def: &NetworkDef, cards: Vec<PluggedCard>) {
+        if cards.is_empty() {
+            return;
+        }
         let def = def.clone();
-        let done = self.does(move |_| link::plug(&def, &devices)).await;
+        let done = self.does(move |_| link::plug(&def, &cards)).await;
         done.unwrap_or_else(|why| tracing::warn!(%why, "guests are not plugged in again"));
     }
 

@@ -284,6 +284,11 @@ pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Resu
     Ok(())
 }
 
+/// Plugs the guests in that an earlier virtd was about to plug in. To be called when the machines are known.
+pub(crate) fn plug_in_guests(networks: &Networks) {
+    networks.all().iter().for_each(Network::plug_again_soon);
+}
+
 /// Starts those that start with the host. Machines come after it.
 pub(crate) async fn autostart(networks: &Networks) {
     let mut wanted: Vec<Arc<Network>> = networks.all();

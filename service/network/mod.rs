@@ -13,7 +13,7 @@ mod manage;
 mod run;
 
 pub use change::HostEntry;
-pub(crate) use manage::{autostart, load};
+pub(crate) use manage::{autostart, load, plug_in_guests};
 
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};

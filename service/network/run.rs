@@ -9,6 +9,7 @@ use crate::object::Usage;
 use crate::verb;
 use std::sync::Arc;
 use std::time::Duration;
+use tokio_util::sync::CancellationToken;
 use virt_model::driver::network::{NetworkError, NetworkReport};
 use virt_model::network::NetworkDef;
 
@@ -98,9 +99,25 @@ impl Network {
         });
         // Guests that were in it before are in it again.
         let def = self.live()?;
-        self.driver().plug(&def, self.shared.plugs.ends_in(&self.name)).await;
+        self.plug_again(&def).await;
         self.follow();
         Ok(())
+    }
+
+    /// Plugs in the cards of guests that are to be in it and are in no bridge.
+    async fn plug_again(&self, def: &NetworkDef) {
+        self.driver().plug(def, self.shared.plugs.cards_in(&self.name)).await;
+    }
+
+    /// The same once the machines are known: an earlier virtd may have ended before it did.
+    pub(super) fn plug_again_soon(self: &Arc<Self>) {
+        let network = self.clone();
+        tokio::spawn(async move {
+            let begun = frames::take_turn(&*network, verb::NETWORK_START.word, &CancellationToken::new()).await;
+            if let (Ok(_turn), Ok(def)) = (begun, network.live()) {
+                network.plug_again(&def).await;
+            }
+        });
     }
 
     /// Takes it away. `force`: also from guests that are in it, whose cards then have no link until it is started again.
