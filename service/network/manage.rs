@@ -200,6 +200,7 @@ fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: 
         leases: Arc::default(),
         problems: Vec::new(),
         gone: false,
+        going: false,
         facts: None,
     };
     Arc::new(Network {

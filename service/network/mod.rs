@@ -62,6 +62,8 @@ struct State {
     leases: Arc<[Lease]>,
     problems: Vec<Problem>,
     gone: bool,
+    /// It is being destroyed: nobody is plugged in any more.
+    going: bool,
     /// As last published.
     facts: Option<Arc<NetworkFacts>>,
 }
@@ -237,7 +239,7 @@ impl Network {
         state.gone = state.stored.is_none() && state.live.is_none();
         match state.gone {
             true => self.shared.plugs.are_gone(&self.name),
-            false => self.shared.plugs.are(&self.name, state.live.as_ref(), &state.leases),
+            false => self.shared.plugs.are(&self.name, state.live.as_ref().filter(|_| !state.going), &state.leases),
         }
         let facts = Arc::new(self.facts_of(&state));
         if state.facts.as_deref() == Some(&*facts) && events.is_empty() {

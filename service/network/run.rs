@@ -123,17 +123,28 @@ impl Network {
     /// Takes it away. `force`: also from guests that are in it, whose cards then have no link until it is started again.
     pub async fn destroy(self: &Arc<Self>, caller: &Caller, force: bool) -> Result<()> {
         frames::short(self, caller, &verb::NETWORK_DESTROY, async {
-            if !force {
-                self.is_not_used("destroy", Usage::Live)?;
-            }
-            self.driver().stop(self.uuid).await.map_err(|e| self.failed("destroy", e))?;
-            crate::fail_point::reached();
-            self.commit(vec![("stopped", "destroyed")], |state| {
-                (state.live, state.problems, state.leases) = (None, Vec::new(), Arc::default());
+            // First nobody is plugged in any more: who is about to be has said so before, and is found among its users.
+            self.commit(Vec::new(), |state| state.going = true);
+            let stopped = self.stop(force).await;
+            let events = if stopped.is_ok() { vec![("stopped", "destroyed")] } else { Vec::new() };
+            self.commit(events, |state| {
+                state.going = false;
+                if stopped.is_ok() {
+                    (state.live, state.problems, state.leases) = (None, Vec::new(), Arc::default());
+                }
             });
-            Ok(())
+            stopped
         })
         .await
+    }
+
+    async fn stop(&self, force: bool) -> Result<()> {
+        if !force {
+            self.is_not_used("destroy", Usage::Live)?;
+        }
+        self.driver().stop(self.uuid).await.map_err(|e| self.failed("destroy", e))?;
+        crate::fail_point::reached();
+        Ok(())
     }
 
     /// What that would meet.
