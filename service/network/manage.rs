@@ -111,7 +111,9 @@ impl Service {
         let (def, mut findings) = seat.read(xml, |text| NetworkDef::parse_leniently(text, Limits::ACCEPTED)).await;
         let Some(def) = def else { return Ok(findings) };
         virt_model::domain::add_findings(&mut findings, self.shared.host.networks.check(&def));
-        if let Err(conflict) = self.networks.look(def.uuid, &def.name) {
+        if self.nameless(&def).is_none()
+            && let Err(conflict) = self.networks.look(def.uuid, &def.name)
+        {
             findings.push(Finding::anywhere(FindingKind::Invalid, "/name", conflict.to_string()));
         }
         Ok(findings)
@@ -128,12 +130,16 @@ impl Service {
         let mut def = seat.read(xml, NetworkDef::parse).await.map_err(Error::ConfigInvalid)?;
         // Nobody keeps a seat while a person is asked.
         drop(seat);
-        let existing = self.networks.look(def.uuid, &def.name)?;
+        let nameless = self.nameless(&def);
+        let existing = match &nameless {
+            Some(network) => Some(network.clone()),
+            None => self.networks.look(def.uuid, &def.name)?,
+        };
         let about = existing.as_ref().map_or_else(|| subject(def.uuid, &def.name), |network| network.subject());
         for verb in verbs {
             self.allow(caller, verb, &about).await?;
         }
-        if existing.is_none() {
+        if existing.is_none() || nameless.is_some() {
             check_new_name("network", &def.name)?;
         }
         let others = self.networks.all().into_iter().filter(|other| other.uuid != def.uuid);
@@ -153,6 +159,10 @@ impl Service {
         }
         self.shared.host.networks.complete(&mut def, &bridges).await;
         def.write_readable().map_err(Error::OperationInvalid)?;
+        let existing = match nameless {
+            Some(network) => Some(self.give_name(&network, &def)?),
+            None => existing,
+        };
         let limit = self.shared.limits.others_per_user;
         let claimed = self.networks.claim(def.uuid, &def.name, caller.uid, limit)?;
         match (&claimed, &existing) {
@@ -168,6 +178,37 @@ impl Service {
                 Err(Error::NetworkExists(text))
             }
         }
+    }
+}
+
+impl Service {
+    /// One that is called by its uuid, as its document cannot be read: a new document has a name for it.
+    fn nameless(&self, def: &NetworkDef) -> Option<Arc<Network>> {
+        let network = self.networks.get(def.uuid)?;
+        let is_nameless = network.name == network.uuid.to_string() && network.name != def.name;
+        let is_broken = lock(&network.state).broken.is_some();
+        (is_nameless && is_broken).then_some(network)
+    }
+
+    /// Has another stand for it, with the name that the document has. Error: `NetworkExists`.
+    fn give_name(&self, network: &Arc<Network>, def: &NetworkDef) -> Result<Arc<Network>> {
+        self.networks.claim_name(def.uuid, &def.name)?;
+        let named = new(&self.shared, &self.networks, def, network.owner);
+        {
+            let (mut before, mut now) = (lock(&network.state), lock(&named.state));
+            if before.gone || before.live.is_some() {
+                drop((before, now));
+                self.networks.drop_name(&def.name);
+                return Err(Error::NetworkExists(format!("network '{}' is another by now; try again", network.name)));
+            }
+            before.gone = true;
+            now.stored = Some(Arc::new(NetworkDef { uuid: def.uuid, name: def.name.clone(), ..NetworkDef::default() }));
+            (now.broken, now.autostart) = (before.broken.clone(), before.autostart);
+        }
+        self.networks.insert(named.clone());
+        self.networks.drop_name(&network.name);
+        self.shared.plugs.are_gone(&network.name);
+        Ok(named)
     }
 }
 
@@ -218,26 +259,33 @@ fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: 
 pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Result<()> {
     let on = shared.clone();
     let found = on_disk(move || on.store.documents(Folder::Networks).load::<Note>()).await?;
+    let there = shared.host.networks.find().await;
+    let mut broken = Vec::new();
     for FoundDocument { uuid, text, note } in found {
         let first = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
-        let read = text.and_then(|text| NetworkDef::parse_within(&text, Limits::STORED).map_err(first));
+        let read = text.as_ref().map_err(String::clone);
+        let read = read.and_then(|text| NetworkDef::parse_within(text, Limits::STORED).map_err(first));
         let other = |def: &NetworkDef| format!("its file holds the network {}", def.uuid);
         let read = read.and_then(|def| if def.uuid == uuid { Ok(def) } else { Err(other(&def)) });
         let read = read.and_then(|def| networks.look(uuid, &def.name).map(|_| def).map_err(|e| e.to_string()));
-        let (def, broken) = match read {
-            Ok(def) => (def, None),
-            Err(why) => {
-                tracing::error!(%uuid, "the document of this network is left alone: {why}");
-                (NetworkDef { uuid, name: uuid.to_string(), ..NetworkDef::default() }, Some(why))
-            }
-        };
-        networks.claim(uuid, &def.name, note.owner, usize::MAX)?;
-        let network = new(shared, networks, &def, note.owner);
-        networks.insert(network.clone());
-        let mut state = lock(&network.state);
-        (state.stored, state.broken, state.autostart) = (Some(Arc::new(def)), broken, note.autostart);
+        match read {
+            Ok(def) => put(shared, networks, def, None, &note),
+            Err(why) => broken.push((uuid, text.unwrap_or_default(), why, note)),
+        }
     }
-    for (def, owner) in shared.host.networks.find().await {
+    // Names are first of all those of documents that can be used.
+    for (uuid, text, why, note) in broken {
+        tracing::error!(%uuid, "the document of this network is left alone: {why}");
+        let live = there.iter().map(|(def, _)| def).find(|def| def.uuid == uuid);
+        let said = NetworkDef::parse_leniently(&text, Limits::STORED).0.filter(|def| def.uuid == uuid);
+        let names = live.into_iter().chain(&said).map(|def| def.name.clone());
+        let is_name = |name: &str| !name.is_empty() && !name.contains('/') && check_new_name("network", name).is_ok();
+        let free = |name: &String| is_name(name) && networks.look(uuid, name).is_ok();
+        // Guests that are in it name it so, and so does a new document.
+        let name = names.into_iter().find(free).unwrap_or_else(|| uuid.to_string());
+        put(shared, networks, NetworkDef { uuid, name, ..NetworkDef::default() }, Some(why), &note);
+    }
+    for (def, owner) in there {
         let network = match networks.get(def.uuid) {
             Some(network) => network,
             // Nothing is stored of it.
@@ -283,6 +331,19 @@ pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Resu
         }
     });
     Ok(())
+}
+
+/// Has one that is stored in the registry.
+fn put(shared: &Arc<Shared>, networks: &Arc<Networks>, def: NetworkDef, broken: Option<String>, note: &Note) {
+    if let Err(error) = networks.claim(def.uuid, &def.name, note.owner, usize::MAX) {
+        return tracing::error!(uuid = %def.uuid, %error, "a stored network is left alone");
+    }
+    let network = new(shared, networks, &def, note.owner);
+    {
+        let mut state = lock(&network.state);
+        (state.stored, state.broken, state.autostart) = (Some(Arc::new(def)), broken, note.autostart);
+    }
+    networks.insert(network);
 }
 
 /// Plugs the guests in that an earlier virtd was about to plug in. To be called when the machines are known.

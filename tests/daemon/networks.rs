@@ -248,6 +248,12 @@ async fn n6_a_broken_document_says_so_and_a_default_one_chooses_its_net_once() {
     let broken = at(bad);
     assert!(!String::try_from(broken.is().await["Broken"].clone()).expect("a text").is_empty());
     refused(broken.does("Start", options([])).await, "OperationInvalid", "broken");
+    // What it was called cannot be read: a new document gives it its name.
+    let mended = HOME.replace("<name>home</name>", &format!("<name>mended</name><uuid>{bad}</uuid>"));
+    Network::from(&client, "DefineNetwork", &mended).await.expect("defined anew");
+    let is = broken.is().await;
+    let text = |name: &str| String::try_from(is[name].clone()).expect(name);
+    assert_eq!((text("Name").as_str(), text("Broken").as_str()), ("mended", ""));
     broken.does("Undefine", options([])).await.expect("undefined");
     let network = at(good);
     network
