@@ -4,6 +4,7 @@
 
 pub mod authz;
 mod boot;
+mod choices;
 mod compare;
 mod define;
 mod desk;

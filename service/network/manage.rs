@@ -2,6 +2,7 @@
 
 use super::{Network, Networks, Note, State, subject};
 use crate::authz::{Caller, Subject};
+use crate::choices::Choice;
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable as _};
 use crate::lock::lock;
@@ -46,7 +47,7 @@ impl Service {
     }
 
     async fn define_network_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
-        let (def, claimed) = self.accept_network(caller, xml, &[&verb::DEFINE_NETWORK]).await?;
+        let (def, claimed, _choice) = self.accept_network(caller, xml, &[&verb::DEFINE_NETWORK]).await?;
         match claimed {
             Claimed::Existing(network) => {
                 let _turn = frames::take_turn(&*network, verb::DEFINE_NETWORK.word, &CancellationToken::new()).await?;
@@ -81,7 +82,7 @@ impl Service {
 
     async fn create_network_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
         let verbs = [&verb::CREATE_NETWORK, &verb::NETWORK_START];
-        let (def, claimed) = self.accept_network(caller, xml, &verbs).await?;
+        let (def, claimed, _choice) = self.accept_network(caller, xml, &verbs).await?;
         let (network, is_new) = match claimed {
             Claimed::Existing(network) => (network, false),
             Claimed::New => (new(&self.shared, &self.networks, &def, caller.uid), true),
@@ -89,7 +90,7 @@ impl Service {
         let turn = frames::take_turn(&*network, verb::CREATE_NETWORK.word, &CancellationToken::new()).await?;
         let made = async {
             network.applies(&verb::NETWORK_START)?;
-            let def = network.completed(&Arc::new(def)).await?;
+            let (def, _choice) = network.completed(&Arc::new(def)).await?;
             if is_new {
                 self.networks.insert(network.clone());
             }
@@ -125,7 +126,7 @@ impl Service {
         caller: &Caller,
         xml: &str,
         verbs: &[&Verb],
-    ) -> Result<(NetworkDef, Claimed<Network>)> {
+    ) -> Result<(NetworkDef, Claimed<Network>, Choice)> {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, NetworkDef::parse).await.map_err(Error::ConfigInvalid)?;
         // Nobody keeps a seat while a person is asked.
@@ -142,13 +143,9 @@ impl Service {
         if existing.is_none() || nameless.is_some() {
             check_new_name("network", &def.name)?;
         }
-        let others = self.networks.all().into_iter().filter(|other| other.uuid != def.uuid);
-        let bridges = others.flat_map(|other| {
-            let state = lock(&other.state);
-            let defs = state.stored.iter().chain(&state.live);
-            defs.filter_map(|def| def.bridge_name().map(str::to_owned)).collect::<Vec<_>>()
-        });
-        let bridges: Vec<String> = bridges.collect();
+        let choosing = self.shared.choices.turn().await;
+        let others = others(&self.shared, &self.networks, def.uuid);
+        let bridges: Vec<String> = others.iter().filter_map(|def| def.bridge_name().map(str::to_owned)).collect();
         if let Some(name) = def.bridge_name().filter(|name| def.mode().is_ours() && bridges.iter().any(|b| b == name)) {
             let text =
                 format!("the bridge '{}' is another network's: leave out its name, or choose another", shorten(name));
@@ -158,6 +155,8 @@ impl Service {
             keep_chosen(&mut def, &kept);
         }
         self.shared.host.networks.complete(&mut def, &bridges).await;
+        let choice = self.shared.choices.keep(Arc::new(def.clone()));
+        drop(choosing);
         def.write_readable().map_err(Error::OperationInvalid)?;
         let existing = match nameless {
             Some(network) => Some(self.give_name(&network, &def)?),
@@ -166,8 +165,8 @@ impl Service {
         let limit = self.shared.limits.others_per_user;
         let claimed = self.networks.claim(def.uuid, &def.name, caller.uid, limit)?;
         match (&claimed, &existing) {
-            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(now, before) => Ok((def, claimed)),
-            (Claimed::New, None) => Ok((def, claimed)),
+            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(now, before) => Ok((def, claimed, choice)),
+            (Claimed::New, None) => Ok((def, claimed, choice)),
             (Claimed::New, Some(_)) => {
                 self.networks.remove(def.uuid, &def.name, caller.uid);
                 let text = format!("network '{}' was removed by another call meanwhile; try again", def.name);
@@ -210,6 +209,16 @@ impl Service {
         self.shared.plugs.are_gone(&network.name);
         Ok(named)
     }
+}
+
+/// What other networks are: stored, on the host, or just being made.
+pub(super) fn others(shared: &Shared, networks: &Networks, uuid: Uuid) -> Vec<Arc<NetworkDef>> {
+    let all = networks.all().into_iter().filter(|other| other.uuid != uuid);
+    let known = all.flat_map(|other| {
+        let state = lock(&other.state);
+        state.stored.iter().chain(&state.live).cloned().collect::<Vec<_>>()
+    });
+    known.chain(shared.choices.of_others(uuid)).collect()
 }
 
 /// What was chosen once for a network stays with it, where a new document leaves it open.

@@ -1,7 +1,9 @@
 //! Networks started and destroyed, and what befalls those that are there.
 
+use super::manage::others;
 use super::{CheckedNetwork, Network, failed};
 use crate::authz::{Action, Answer, Caller};
+use crate::choices::Choice;
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable as _};
 use crate::lock::lock;
@@ -38,7 +40,7 @@ impl Network {
     /// others are told what is known without them.
     async fn refused_by_host(&self, caller: &Caller, def: &Arc<NetworkDef>) -> Result<()> {
         if self.shared.authority.can(caller, Action::NetworkStart, &self.subject()).await == Answer::Yes {
-            let whole = self.completed(def).await?;
+            let (whole, _choice) = self.completed(def).await?;
             return self.driver().can_start(&whole).await.map_err(|e| self.failed("start", e));
         }
         match self.driver().check(def) {
@@ -57,34 +59,40 @@ impl Network {
     }
 
     /// The same with what it leaves open and the host chooses once: a bridge's name and address, and a net, if it awaits one.
-    pub(super) async fn completed(&self, def: &Arc<NetworkDef>) -> Result<Arc<NetworkDef>> {
-        let others = self.networks.all().into_iter().filter(|other| other.uuid != self.uuid);
-        let (mut nets, mut bridges) = (Vec::new(), Vec::new());
-        for other in others {
-            let state = lock(&other.state);
-            for def in state.stored.iter().chain(&state.live) {
-                nets.extend(def.addresses().into_iter().map(|(_, net)| net));
-                bridges.extend(def.bridge_name().map(str::to_owned));
-            }
-        }
+    /// That is no other's as long as the choice is kept.
+    pub(super) async fn completed(&self, def: &Arc<NetworkDef>) -> Result<(Arc<NetworkDef>, Choice)> {
+        let _choosing = self.shared.choices.turn().await;
+        let others = others(&self.shared, &self.networks, self.uuid);
+        let nets: Vec<_> = others.iter().flat_map(|def| def.addresses()).map(|(_, net)| net).collect();
+        let bridges: Vec<String> = others.iter().filter_map(|def| def.bridge_name().map(str::to_owned)).collect();
         let mut whole = NetworkDef::clone(def);
         self.driver().complete(&mut whole, &bridges).await;
         if whole.awaits_a_net() {
             whole.take_net(self.driver().free_net(&nets).await.map_err(|e| self.failed("start", e))?);
         }
-        Ok(if whole == **def { def.clone() } else { Arc::new(whole) })
+        let whole = if whole == **def { def.clone() } else { Arc::new(whole) };
+        Ok((whole.clone(), self.shared.choices.keep(whole)))
     }
 
     /// For who has the turn.
     pub(super) async fn make(self: &Arc<Self>) -> Result<()> {
         let stored = self.to_start()?;
-        let def = self.completed(&stored).await?;
-        // What was chosen is stored before it is made: it is the same from now on.
-        if !Arc::ptr_eq(&stored, &def) {
-            self.store(&def).await?;
-            self.commit(Vec::new(), |state| state.stored = Some(def.clone()));
+        let (def, _choice) = self.completed(&stored).await?;
+        if Arc::ptr_eq(&stored, &def) {
+            return self.make_of(def).await;
         }
-        self.make_of(def).await
+        // What was chosen is stored before it is made: it is the same from now on.
+        self.store(&def).await?;
+        self.commit(Vec::new(), |state| state.stored = Some(def.clone()));
+        let made = self.make_of(def).await;
+        if made.is_err() {
+            // What it could not be made of is not kept: the next start chooses anew.
+            match self.store(&stored).await {
+                Ok(()) => self.commit(Vec::new(), |state| state.stored = Some(stored)),
+                Err(error) => tracing::warn!(network = self.name, %error, "what was chosen for it stays"),
+            }
+        }
+        made
     }
 
     /// Makes what that says.
