@@ -1,7 +1,7 @@
 //! Networks started and destroyed, and what befalls those that are there.
 
 use super::manage::others;
-use super::{CheckedNetwork, Network, failed};
+use super::{CheckedNetwork, Network, State, failed};
 use crate::authz::{Action, Answer, Caller};
 use crate::choices::Choice;
 use crate::error::{Error, Result};
@@ -178,16 +178,34 @@ impl Network {
     }
 
     async fn heard(&self, report: NetworkReport) {
-        let Ok(live) = self.live() else { return };
-        match report {
-            NetworkReport::Leases => match self.driver().leases(&live).await {
-                Ok(leases) => self.commit(Vec::new(), |state| state.leases = leases.into()),
-                Err(error) => tracing::warn!(network = self.name, %error, "its leases cannot be read"),
-            },
-            NetworkReport::ServerEnded => {
-                let problems = self.driver().problems(&live).await;
-                problems.iter().for_each(|one| tracing::warn!(network = self.name, "{}", one.sentence));
-                self.commit(Vec::new(), |state| state.problems = problems);
+        let mut is_told = false;
+        while !is_told {
+            let Ok(live) = self.live() else { return };
+            // What was found of one that has been changed or destroyed meanwhile says nothing.
+            let is_same = |state: &State| state.live.as_ref().is_some_and(|now| Arc::ptr_eq(now, &live));
+            match report {
+                NetworkReport::Leases => match self.driver().leases(&live).await {
+                    Ok(leases) => self.commit(Vec::new(), |state| {
+                        is_told = is_same(state);
+                        if is_told {
+                            state.leases = leases.into();
+                        }
+                    }),
+                    Err(error) => {
+                        return tracing::warn!(network = self.name, %error, "its leases cannot be read");
+                    }
+                },
+                NetworkReport::ServerEnded | NetworkReport::Changed => {
+                    let problems = self.driver().problems(&live).await;
+                    self.commit(Vec::new(), |state| {
+                        is_told = is_same(state);
+                        if is_told {
+                            let new = problems.iter().filter(|one| !state.problems.contains(*one));
+                            new.for_each(|one| tracing::warn!(network = self.name, "{}", one.sentence));
+                            state.problems = problems;
+                        }
+                    });
+                }
             }
         }
     }

@@ -73,6 +73,8 @@ pub enum NetworkReport {
     Leases,
     /// What serves addresses and names has ended.
     ServerEnded,
+    /// It was changed: what is known of it may be otherwise now.
+    Changed,
 }
 
 /// An address that somebody has.
