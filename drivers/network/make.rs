@@ -345,8 +345,9 @@ impl Maker {
         }
         server::write(&folder.join("reservations"), &served.reservations)?;
         server::write(&folder.join("names"), &served.names)?;
-        server::reload(&folder);
-        Ok(())
+        let names = to.has_dns().then_some("names");
+        let reservations = to.has_dhcp().then_some("reservations");
+        server::reload(&folder, &names.into_iter().chain(reservations).collect::<Vec<_>>())
     }
 
     /// Who has which address.
