@@ -126,6 +126,10 @@ async fn n5_a_network_from_its_definition_to_its_end() {
     let (possible, why) = network.check("CheckDestroy").await;
     assert!(!possible && why.contains("'web'"), "{why}");
 
+    // A card of a network is in that network's bridge, whatever a document leaves unsaid.
+    let elsewhere = "<interface><mac address='52:54:00:00:00:01'/><source bridge='br-lan'/></interface>";
+    refused(machine.call("UpdateDevice", &(elsewhere, options([]))).await, "OperationUnsupported", "type='network'");
+
     // Reservations, with and without XML, in what there is and what is stored.
     network.call("SetHost", &("52:54:00:00:00:01", "10.77.0.200", "web", options([]))).await.expect("reserved");
     assert_eq!(network.list("Hosts").await, 1);
