@@ -58,8 +58,11 @@ impl Plugs {
         let cards = def.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
         for named in cards.filter_map(|card| card.source.as_ref()?.network.clone()) {
             let inactive = matches!(lock(&self.networks).get(&named), Some(None));
-            if let Some(starter) = self.starter.get().filter(|_| inactive) {
-                starter(caller.clone(), named).await?;
+            let Some(starter) = self.starter.get().filter(|_| inactive) else { continue };
+            match starter(caller.clone(), named.clone()).await {
+                // Another machine's start has started it meanwhile.
+                Err(Error::OperationInvalid(_)) if self.network(&named).is_some() => {}
+                started => started?,
             }
         }
         Ok(())
