@@ -5,7 +5,7 @@ use super::address::{Net, bits, number, prefix_of};
 use super::dns::Dns;
 use super::forward::{Forward, ForwardMode, Mode};
 use super::ip::{Dhcp, DhcpHost, LeaseTime, NetworkIp, Route};
-use super::names::{is_device, is_duid, is_host_name, is_line};
+use super::names::{is_device, is_duid, is_host_name, is_line, is_word_of_reservations};
 use crate::device::interface::Family;
 use crate::domain::value::complain;
 use crate::xml::{Finding, Place, shorten};
@@ -316,7 +316,12 @@ fn check_hosts(dhcp: &Dhcp, own: IpAddr, net: Net, log: &mut Log) {
 /// One reservation.
 fn check_host(host: &DhcpHost, own: IpAddr, net: Net, log: &mut Log) {
     let at = &host.at;
-    host.name.iter().for_each(|name| host_name(name, &at.attribute("name"), "host", log));
+    if let Some(name) = &host.name {
+        host_name(name, &at.attribute("name"), "host", log);
+        let word = is_host_name(name) && is_word_of_reservations(name);
+        let message = format!("'{}' is a time, an address or a word of dnsmasq's, which is not taken as a name", shorten(name));
+        never_if(word, &at.attribute("name"), &message, log);
+    }
     host.lease.iter().for_each(|lease| check_lease(lease, log));
     if own.is_ipv6() {
         never_if(host.mac.is_some(), &at.attribute("mac"), "guests of IPv6 are known by 'id' or 'name'", log);
