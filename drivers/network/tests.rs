@@ -6,7 +6,7 @@ use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport};
 use virt_model::network::NetworkDef;
 use virt_model::network::update::{Change, Command as Verb, Section};
@@ -148,15 +148,18 @@ impl Guest {
     }
 }
 
-/// One question of DHCP and its answer.
+/// One question of DHCP and its answer. What answers another question, or one that was asked before, is none.
 fn exchange(mac: [u8; 6], name: &str, kind: u8, wanted: Option<Ipv4Addr>) -> Ipv4Addr {
+    static ASKED: AtomicU32 = AtomicU32::new(1);
+    let number = ASKED.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    let answers = if kind == 1 { 2 } else { 5 };
     let socket = UdpSocket::bind("0.0.0.0:68").unwrap();
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::BindToDevice, &"eth0".into()).unwrap();
     socket.set_broadcast(true).unwrap();
     socket.set_read_timeout(Some(std::time::Duration::from_secs(4))).unwrap();
     let mut packet = vec![0_u8; 236];
     packet[..3].copy_from_slice(&[1, 1, 6]);
-    packet[4..8].copy_from_slice(b"test");
+    packet[4..8].copy_from_slice(&number);
     packet[10] = 0x80;
     packet[28..34].copy_from_slice(&mac);
     packet.extend([99, 130, 83, 99, 53, 1, kind, 12, name.len() as u8]);
@@ -168,10 +171,10 @@ fn exchange(mac: [u8; 6], name: &str, kind: u8, wanted: Option<Ipv4Addr>) -> Ipv
     // The bridge may not pass on what comes while it takes notice of a new port: a client asks again.
     for _ in 0..10 {
         socket.send_to(&packet, "255.255.255.255:67").unwrap();
-        let Ok((length, _)) = socket.recv_from(&mut answer) else { continue };
-        if length > 240 && answer[4..8] == *b"test" {
-            assert!(answer[240..length].starts_with(&[53, 1, if kind == 1 { 2 } else { 5 }]), "offered, or given");
-            return Ipv4Addr::new(answer[16], answer[17], answer[18], answer[19]);
+        while let Ok((length, _)) = socket.recv_from(&mut answer) {
+            if length > 240 && answer[4..8] == number && answer[240..length].starts_with(&[53, 1, answers]) {
+                return Ipv4Addr::new(answer[16], answer[17], answer[18], answer[19]);
+            }
         }
     }
     panic!("no answer of DHCP");
