@@ -7,7 +7,7 @@ use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport};
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard};
 use virt_model::network::NetworkDef;
 use virt_model::network::update::{Change, Command as Verb, Section};
 
@@ -303,6 +303,17 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert!(run("nft list tables").contains("docker"), "others' tables stay");
     assert!(run("ip -o link show g1").contains("g1"), "a guest's device stays");
     assert_eq!(told(&mut reports).await, None);
+
+    // It is plugged in again as it was, where it is in no bridge.
+    networks.start(&def, 7).await.unwrap();
+    let card = PluggedCard { end: "g1".to_owned(), isolated: true, vlan: None };
+    let gone = PluggedCard { end: "g9".to_owned(), ..card.clone() };
+    networks.plug(&def, vec![gone, card.clone()]).await;
+    let port = run("ip -d -o link show g1");
+    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
+    networks.plug(&def, vec![PluggedCard { isolated: false, ..card }]).await;
+    assert!(run("ip -d -o link show g1").contains("isolated on"), "one that is in a bridge stays as it is");
+    networks.stop(def.uuid).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -135,6 +135,14 @@ async fn n5_a_network_from_its_definition_to_its_end() {
     assert_eq!(network.list("Hosts").await, 1);
     let host = "<host mac='52:54:00:00:00:02' ip='10.77.0.201'/>";
     network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await.expect("added");
+    let of = async |command: &str, number: i32| {
+        let other = "<host mac='52:54:00:00:00:03' ip='10.77.0.202'/>";
+        network.call("Update", &(command, "ip-dhcp-host", other, options([("parent-index", number.into())]))).await
+    };
+    of("add-last", 0).await.expect("in the first <ip>");
+    refused(of("delete", 1).await, "ConfigInvalid", "number 1");
+    refused(of("delete", -2).await, "InvalidArgument", "counts from 0");
+    of("delete", -1).await.expect("in the first that fits");
     assert!(network.xml(options([("inactive", Variant::from(true))])).await.contains("10.77.0.201"));
     refused(
         network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await,
