@@ -4,6 +4,7 @@
 
 pub mod authz;
 mod boot;
+mod choices;
 mod compare;
 mod define;
 mod desk;
@@ -132,6 +133,7 @@ impl Service {
         storage::load(&shared, &pools).await?;
         network::load(&shared, &networks).await?;
         boot::load(&shared, &domains).await?;
+        network::plug_in_guests(&networks);
         let (node_devices, taken_in) = (OnceLock::new(), CancellationToken::new());
         Ok((Arc::new(Service { shared, domains, secrets, node_devices, pools, networks, taken_in }), receiver))
     }

@@ -1,6 +1,7 @@
 //! What every object shares with the service: drivers, authority, events, jobs, images and the disk. It knows no object.
 
 use crate::authz::{Authority, Caller};
+use crate::choices::Choices;
 use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
 use crate::events::Events;
@@ -83,6 +84,8 @@ pub(crate) struct Shared {
     pub uses: Uses,
     /// Which networks there are for machines.
     pub plugs: Plugs,
+    /// What is just being chosen for networks.
+    pub choices: Arc<Choices>,
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
@@ -123,6 +126,7 @@ impl Shared {
             image_users: ImageUsers::default(),
             uses: Uses::default(),
             plugs: Plugs::default(),
+            choices: Arc::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use virt_model::device::balloon::BalloonStats;
 use virt_model::device::disk::{DiskDevice, Iotune, StartupPolicy};
 use virt_model::device::display::{Connected, Graphics, GraphicsKind, Listen, ListenKind};
-use virt_model::device::interface::Bandwidth;
+use virt_model::device::interface::{Bandwidth, InterfaceKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part;
 use virt_model::domain::value::Value;
@@ -221,6 +221,15 @@ impl DeviceChange {
                     what.push(Adjustment::Link(known.clone()));
                 }
                 if let Some(bridge) = bridge.as_ref().filter(|bridge| card.bridge() != Some(bridge)) {
+                    // The document may not say what kind of card it is of.
+                    if card.kind != InterfaceKind::Bridge {
+                        return Err(Error::OperationUnsupported(format!(
+                            "domain '{name}': network card '{}' is of type='{}', and in no bridge that could be another: only \
+                             cards of type='bridge' are",
+                            shorten(&known),
+                            card.kind
+                        )));
+                    }
                     card.source.get_or_insert_default().bridge = Some(bridge.clone());
                     what.push(Adjustment::Bridge(known.clone()));
                 }
