@@ -330,7 +330,8 @@ async fn what_of_the_host_would_go_is_told() {
     fs::write(fake.host.proc.join("self/mountinfo"), table).unwrap();
     fs::write(fake.host.proc.join("swaps"), "Filename Type\n/dev/vda1 partition 1\n/dev/sdb partition 1\n").unwrap();
     let four = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\neth0\t00000000\t0101A8C0\t3\t0\t0\t0\t00000000\n\
-                eth0\t0001A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\neth9\t0002A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n";
+                eth0\t0001A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\neth9\t0002A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n\
+                br0.5\t0003A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n";
     fs::write(fake.host.proc.join("self/net/route"), four).unwrap();
     let zero = "0".repeat(32);
     let six = format!(
@@ -338,11 +339,19 @@ async fn what_of_the_host_would_go_is_told() {
          fd000000000000000000000000000000 40 {zero} 00 {zero} 00000100 1 0 00000001 eth0\n"
     );
     fs::write(fake.host.proc.join("self/net/ipv6_route"), six).unwrap();
+    let (bridge, vlan) = (fake.plug("virtual/net/br0", "class", "net", &[]), fake.plug("virtual/net/br0.5", "class", "net", &[]));
+    symlink(&bridge, fake.host.sys.join("class/net/eth0/upper_br0")).unwrap();
+    symlink(&vlan, bridge.join("upper_br0.5")).unwrap();
+    symlink("/etc", bridge.join("upper_else")).unwrap();
     let devices = fake.devices();
     let news = devices.look_again(&ALL);
     let uses = devices.host_uses(&find(&news, "pci_0000_00_03_0")).await.unwrap();
     let words: Vec<String> = uses.iter().map(|(kind, what)| format!("{kind} {what}")).collect();
-    assert_eq!(words, ["route 192.168.1.0/24 via eth0", "route default via eth0", "route fd00::/64 via eth0"]);
+    let (routes, links) = words.split_at(4);
+    let over =
+        ["192.168.1.0/24 via eth0", "192.168.3.0/24 via br0.5", "default via eth0", "fd00::/64 via eth0"];
+    assert_eq!(routes, over.map(|route| format!("route {route}")));
+    assert_eq!(links, ["link br0 on eth0", "link br0.5 on br0"]);
     let uses = devices.host_uses(&find(&news, "block_vda_s_1")).await.unwrap();
     let words: Vec<String> = uses.iter().map(|(kind, what)| format!("{kind} {what}")).collect();
     assert_eq!(words, ["mount /", "mount /boot x", "mount /data", "swap /dev/vda1"]);

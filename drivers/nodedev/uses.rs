@@ -1,8 +1,10 @@
-//! What of the host would go with a device: file systems that are mounted from it, swap on it, routes over it.
+//! What of the host would go with a device: file systems that are mounted from it, swap on it, routes over it, and network devices
+//! that stand on it.
 
 use super::Host;
 use super::read::bounded;
 use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use virt_model::nodedev::{About, NodeDevice};
 
@@ -17,7 +19,7 @@ pub fn host_uses<'d>(
     host: &Host,
     devices: impl Iterator<Item = (&'d PathBuf, &'d NodeDevice)>,
 ) -> Vec<(&'static str, String)> {
-    let (mut blocks, mut cards) = (BTreeSet::new(), BTreeSet::new());
+    let (mut blocks, mut cards) = (BTreeSet::new(), Cards::default());
     for (folder, device) in devices {
         match &device.about {
             About::Storage(disk) => {
@@ -27,14 +29,40 @@ pub fn host_uses<'d>(
                     stand_on(host, &whole, &mut blocks);
                 }
             }
-            About::Net(net) => _ = cards.insert(net.interface.clone()),
+            About::Net(_) => carry(host, &host.below_sys(folder), &mut cards),
             _ => {}
         }
     }
     let mounts = mounts(host, &blocks).into_iter().map(|place| ("mount", place));
     let swaps = swaps(host, &blocks).into_iter().map(|place| ("swap", place));
-    let routes = routes(host, &cards).into_iter().map(|route| ("route", route));
-    mounts.chain(swaps).chain(routes).take(MOST).collect()
+    let routes = routes(host, &cards.names).into_iter().map(|route| ("route", route));
+    let links = cards.links.into_iter().map(|link| ("link", link));
+    mounts.chain(swaps).chain(routes).chain(links).take(MOST).collect()
+}
+
+/// Network devices, and which of them stands on which other.
+#[derive(Debug, Default)]
+struct Cards {
+    names: BTreeSet<String>,
+    links: BTreeSet<String>,
+}
+
+/// The network device in `folder`, and those that stand on it: the bridge or bond that it is a port of, its VLANs, macvtaps.
+fn carry(host: &Host, folder: &Path, found: &mut Cards) {
+    let name_of = |folder: &Path| folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = name_of(folder);
+    if found.names.len() >= MOST || !found.names.insert(name.clone()) {
+        return;
+    }
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for link in entries.filter(|entry| entry.file_name().as_bytes().starts_with(b"upper_")) {
+        if let Ok(upper) = std::fs::canonicalize(link.path())
+            && upper.starts_with(&host.sys)
+        {
+            found.links.insert(format!("{} on {name}", name_of(&upper)));
+            carry(host, &upper, found);
+        }
+    }
 }
 
 /// The disk that a path to it stands for: `nvme0c1n2` for `nvme0n2`, which is below no controller.

@@ -39,7 +39,7 @@ pub trait HostDevices: Send + Sync {
         None
     }
 
-    /// What of the host would go with a device: `mount`, `route` or `swap`, and which.
+    /// What of the host would go with a device: `mount`, `route`, `swap` or `link` (a network device on it), and which.
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError>;
 
     /// Takes a device from the host's driver and keeps it for guests. On error it may be without a driver: give it back.
