@@ -25,7 +25,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::mpsc;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
-use virt_model::nodedev::{COMPUTER, NodeDevice, PciAbout};
+use virt_model::nodedev::{About, COMPUTER, NodeDevice, PciAbout, pci_name};
 
 /// Where a host shows what it has.
 #[derive(Clone, Debug)]
@@ -82,22 +82,35 @@ impl LinuxDevices {
         self.inventory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does `work` with a PCI device while no guest can take it, or what is handed over with it.
+    /// All that would go with a device: what is below it, and below its virtual functions.
+    fn going_with(&self, device: &NodeDevice) -> Vec<(PathBuf, Arc<NodeDevice>)> {
+        let inventory = self.inventory();
+        let functions = device.pci().into_iter().flat_map(|pci| &pci.functions.0).map(|function| pci_name(*function));
+        let names = [device.name.clone()].into_iter().chain(functions);
+        let folders: Vec<PathBuf> = names.filter_map(|name| inventory.folder(&name).map(Path::to_owned)).collect();
+        let below = folders.iter().flat_map(|folder| inventory.below(folder));
+        below.map(|(folder, device)| (folder.clone(), device.clone())).collect()
+    }
+
+    /// Does `work` with a PCI device while no guest can take it, what is handed over with it, or one of its virtual functions.
     async fn hold(
         &self,
         device: &NodeDevice,
         what: &str,
         work: impl FnOnce(&Pci, &str) -> io::Result<()> + Send + 'static,
     ) -> Result<(), DriverError> {
-        let Some(PciAbout { address, group, .. }) = device.pci() else {
+        let Some(PciAbout { address, group, functions, .. }) = device.pci() else {
             let text = format!("{} is no PCI device: only those are taken from the host's drivers", device.name);
             return Err(DriverError::Unsupported(text));
         };
         let (pci, claims, address, what) =
             (self.pci.clone(), self.claims.clone(), address.to_string(), what.to_owned());
-        let group = group.as_ref().map(|group| Claims::group(&group.number.to_string()));
+        let group = group.as_ref().map(|group| group.number.to_string());
+        let functions: Vec<String> = functions.0.iter().map(ToString::to_string).collect();
         let done = blocking(move || {
-            let _held = claims.hold(format!("virtd, which {what} {address}"), group.as_slice())?;
+            let groups = group.into_iter().chain(functions.iter().filter_map(|function| pci.group(function)));
+            let claimed: Vec<String> = groups.map(|group| Claims::group(&group)).collect();
+            let _held = claims.hold(format!("virtd, which {what} {address}"), &claimed)?;
             work(&pci, &address).map_err(|e| DriverError::Hypervisor(format!("PCI device {address}: {e}")))
         });
         done.await?
@@ -129,13 +142,19 @@ impl HostDevices for LinuxDevices {
     }
 
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
-        let below: Vec<(PathBuf, Arc<NodeDevice>)> = {
-            let inventory = self.inventory();
-            let Some(folder) = inventory.folder(&device.name) else { return Ok(Vec::new()) };
-            inventory.below(folder).map(|(folder, device)| (folder.clone(), device.clone())).collect()
-        };
-        let host = self.host.clone();
-        blocking(move || uses::host_uses(&host, below.iter().map(|(folder, device)| (folder, &**device)))).await
+        let (going, host) = (self.going_with(device), self.host.clone());
+        if !going.iter().any(|(_, device)| matches!(device.about, About::Storage(_) | About::Net(_))) {
+            return Ok(Vec::new());
+        }
+        blocking(move || uses::host_uses(&host, &going)).await
+    }
+
+    async fn disks(&self, device: &NodeDevice) -> Result<Vec<PathBuf>, DriverError> {
+        let (going, host) = (self.going_with(device), self.host.clone());
+        if !going.iter().any(|(_, device)| matches!(device.about, About::Storage(_))) {
+            return Ok(Vec::new());
+        }
+        blocking(move || uses::disks(&host, &going)).await
     }
 
     async fn detach(&self, device: &NodeDevice) -> Result<(), DriverError> {

@@ -331,6 +331,7 @@ async fn what_of_the_host_would_go_is_told() {
     fs::write(fake.host.proc.join("swaps"), "Filename Type\n/dev/vda1 partition 1\n/dev/sdb partition 1\n").unwrap();
     let four = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\neth0\t00000000\t0101A8C0\t3\t0\t0\t0\t00000000\n\
                 eth0\t0001A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\neth9\t0002A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n\
+                eth2\t0004A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n\
                 br0.5\t0003A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n";
     fs::write(fake.host.proc.join("self/net/route"), four).unwrap();
     let zero = "0".repeat(32);
@@ -339,6 +340,7 @@ async fn what_of_the_host_would_go_is_told() {
          fd000000000000000000000000000000 40 {zero} 00 {zero} 00000100 1 0 00000001 eth0\n"
     );
     fs::write(fake.host.proc.join("self/net/ipv6_route"), six).unwrap();
+    fake.plug("pci0000:00/0000:00:03.1/net/eth2", "class", "net", &[]);
     let (bridge, vlan) = (fake.plug("virtual/net/br0", "class", "net", &[]), fake.plug("virtual/net/br0.5", "class", "net", &[]));
     symlink(&bridge, fake.host.sys.join("class/net/eth0/upper_br0")).unwrap();
     symlink(&vlan, bridge.join("upper_br0.5")).unwrap();
@@ -347,14 +349,23 @@ async fn what_of_the_host_would_go_is_told() {
     let news = devices.look_again(&ALL);
     let uses = devices.host_uses(&find(&news, "pci_0000_00_03_0")).await.unwrap();
     let words: Vec<String> = uses.iter().map(|(kind, what)| format!("{kind} {what}")).collect();
-    let (routes, links) = words.split_at(4);
-    let over =
-        ["192.168.1.0/24 via eth0", "192.168.3.0/24 via br0.5", "default via eth0", "fd00::/64 via eth0"];
+    let (routes, links) = words.split_at(5);
+    let over = [
+        "192.168.1.0/24 via eth0",
+        "192.168.3.0/24 via br0.5",
+        "192.168.4.0/24 via eth2",
+        "default via eth0",
+        "fd00::/64 via eth0",
+    ];
     assert_eq!(routes, over.map(|route| format!("route {route}")));
     assert_eq!(links, ["link br0 on eth0", "link br0.5 on br0"]);
     let uses = devices.host_uses(&find(&news, "block_vda_s_1")).await.unwrap();
     let words: Vec<String> = uses.iter().map(|(kind, what)| format!("{kind} {what}")).collect();
     assert_eq!(words, ["mount /", "mount /boot x", "mount /data", "swap /dev/vda1"]);
+    let disks = devices.disks(&find(&news, "block_vda_s_1")).await.unwrap();
+    let nodes = ["/dev/dm-0", "/dev/mapper/vg-root", "/dev/vda", "/dev/vda1"];
+    assert_eq!(disks.iter().collect::<std::collections::BTreeSet<_>>(), nodes.map(PathBuf::from).iter().collect());
+    assert!(devices.disks(&find(&news, "pci_0000_00_03_0")).await.unwrap().is_empty());
     let uses = devices.host_uses(&find(&news, "block_nvme0c0n1")).await.unwrap();
     assert_eq!(uses, [("mount", "/nvme".to_owned())]);
 }
@@ -362,11 +373,14 @@ async fn what_of_the_host_would_go_is_told() {
 #[tokio::test]
 async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
     const CARD: &str = "0000:06:00.0";
-    let (folder, pci) = pci_host(&[(CARD, "7", Some("e1000e"))]);
+    const FUNCTION: &str = "0000:06:10.0";
+    let (folder, pci) = pci_host(&[(CARD, "7", Some("e1000e")), (FUNCTION, "9", Some(VFIO))]);
     let sys = folder.path().canonicalize().unwrap();
     let device = sys.join("bus/pci/devices").join(CARD);
     symlink(sys.join("bus/pci"), device.join("subsystem")).unwrap();
     fs::write(device.join("class"), "0x020000\n").unwrap();
+    fs::write(device.join("sriov_totalvfs"), "7\n").unwrap();
+    symlink(sys.join("bus/pci/devices").join(FUNCTION), device.join("virtfn0")).unwrap();
     let fake = Fake::new();
     let (host, claims) = (Host { sys, ..fake.host.clone() }, Claims::default());
     let devices = Arc::new(LinuxDevices {
@@ -391,6 +405,10 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
         let DriverError::Refused(why) = refused.unwrap_err() else { panic!() };
         assert_eq!(why, "IOMMU group 7 is in use by domain 'web'");
     }
+    claims.release(guest);
+    claims.take(guest, "net", &["IOMMU group 9".to_owned()]).unwrap();
+    let DriverError::Refused(why) = devices.detach(&card).await.unwrap_err() else { panic!() };
+    assert_eq!(why, "IOMMU group 9 is in use by domain 'net'", "its virtual function is");
     claims.release(guest);
     devices.reattach(&now, Some(&DetachedDevice { driver: Some("e1000e".into()) })).await.unwrap();
     let now = devices.read(&card.name).await.unwrap().unwrap();

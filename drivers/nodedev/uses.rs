@@ -6,6 +6,7 @@ use super::read::bounded;
 use std::collections::BTreeSet;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use virt_model::nodedev::{About, NodeDevice};
 
 /// The longest table of the kernel's that is read, in bytes.
@@ -14,23 +15,15 @@ const LONGEST: u64 = 4 << 20;
 /// As many block devices are looked at that stand on others, and as many uses told.
 const MOST: usize = 1024;
 
-/// All uses of these devices, which are in these folders below sysfs.
-pub fn host_uses<'d>(
-    host: &Host,
-    devices: impl Iterator<Item = (&'d PathBuf, &'d NodeDevice)>,
-) -> Vec<(&'static str, String)> {
-    let (mut blocks, mut cards) = (BTreeSet::new(), Cards::default());
+/// Devices, each with its folder below sysfs.
+type Placed = [(PathBuf, Arc<NodeDevice>)];
+
+/// All uses of these devices.
+pub fn host_uses(host: &Host, devices: &Placed) -> Vec<(&'static str, String)> {
+    let (blocks, mut cards) = (blocks(host, devices), Cards::default());
     for (folder, device) in devices {
-        match &device.about {
-            About::Storage(disk) => {
-                stand_on(host, &host.below_sys(folder), &mut blocks);
-                let whole = whole_of(&disk.block).map(|whole| host.sys.join("class/block").join(whole));
-                if let Some(Ok(whole)) = whole.map(std::fs::canonicalize) {
-                    stand_on(host, &whole, &mut blocks);
-                }
-            }
-            About::Net(_) => carry(host, &host.below_sys(folder), &mut cards),
-            _ => {}
+        if let About::Net(_) = &device.about {
+            carry(host, &host.below_sys(folder), &mut cards);
         }
     }
     let mounts = mounts(host, &blocks).into_iter().map(|place| ("mount", place));
@@ -38,6 +31,24 @@ pub fn host_uses<'d>(
     let routes = routes(host, &cards.names).into_iter().map(|route| ("route", route));
     let links = cards.links.into_iter().map(|link| ("link", link));
     mounts.chain(swaps).chain(routes).chain(links).take(MOST).collect()
+}
+
+/// The files in `/dev` of all block devices among these devices, and of what stands on those.
+pub fn disks(host: &Host, devices: &Placed) -> Vec<PathBuf> {
+    blocks(host, devices).into_iter().flat_map(|block| block.nodes).map(PathBuf::from).collect()
+}
+
+fn blocks(host: &Host, devices: &Placed) -> BTreeSet<Block> {
+    let mut found = BTreeSet::new();
+    for (folder, device) in devices {
+        let About::Storage(disk) = &device.about else { continue };
+        stand_on(host, &host.below_sys(folder), &mut found);
+        let whole = whole_of(&disk.block).map(|whole| host.sys.join("class/block").join(whole));
+        if let Some(Ok(whole)) = whole.map(std::fs::canonicalize) {
+            stand_on(host, &whole, &mut found);
+        }
+    }
+    found
 }
 
 /// Network devices, and which of them stands on which other.

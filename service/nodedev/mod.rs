@@ -21,13 +21,15 @@ use crate::store::on_disk;
 use crate::turn::Turn;
 use crate::verb::{Verb, When};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use uuid::Uuid;
+use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DeviceNews, HostDevices};
-use virt_model::nodedev::{DeviceWish, NodeDevice};
+use virt_model::nodedev::{DeviceWish, NodeDevice, pci_name};
 use virt_model::xml::shorten;
 
 /// How long virtd's start waits for the devices of the host.
@@ -117,6 +119,38 @@ impl NodeDevices {
         let found = lock(&self.all).values().find(is_it).cloned();
         let words = || format!("of world wide names {}, {}", shorten(node), shorten(port));
         found.ok_or_else(|| Error::NoSuchNodeDevice(words()))
+    }
+
+    /// Who would lose something with a device: who wants it, what is below it or one of its virtual functions, or has a disk there.
+    async fn users_with(&self, device: &NodeDevice) -> Result<Arc<[User]>, DriverError> {
+        let mut users: Vec<User> = self.going_with(device).iter().flat_map(|one| one.facts().users.to_vec()).collect();
+        let disks = self.host.disks(device).await?;
+        if !disks.is_empty() {
+            let images = self.shared.image_users.images_below(Path::new("/dev"));
+            let files: Vec<PathBuf> = images.iter().map(|(file, _)| file.clone()).collect();
+            let meant = self.shared.images.among(&files, &disks).await;
+            users.extend(images.into_iter().filter(|(file, _)| meant.contains(file)).flat_map(|(_, users)| users));
+        }
+        users.sort();
+        users.dedup();
+        Ok(users.into())
+    }
+
+    /// A device, its virtual functions, and what is below any of them, as sysfs has it.
+    fn going_with(&self, device: &NodeDevice) -> Vec<Arc<HostDevice>> {
+        let all = lock(&self.all);
+        let functions = device.pci().into_iter().flat_map(|pci| &pci.functions.0);
+        let functions = functions.filter_map(|function| all.get(&pci_name(*function)));
+        let mut above: Vec<String> = functions.map(|function| function.facts().device.sys_path.clone()).collect();
+        above.push(device.sys_path.clone());
+        let is_below = |path: &str, above: &str| {
+            !above.is_empty() && path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let goes = |one: &&Arc<HostDevice>| {
+            let facts = one.facts();
+            above.iter().any(|above| is_below(&facts.device.sys_path, above))
+        };
+        all.values().filter(goes).cloned().collect()
     }
 
     /// Those with these names that are there.

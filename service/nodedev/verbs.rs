@@ -21,7 +21,7 @@ pub(crate) const NOT_MADE: &str =
 pub struct DetachCheck {
     /// Why it would be refused, if it would.
     pub refusal: Option<Error>,
-    /// Who uses the device.
+    /// Who uses the device, or what would go with it.
     pub users: Arc<[User]>,
     /// What of the host would go with it.
     pub host_uses: Vec<(&'static str, String)>,
@@ -47,7 +47,7 @@ impl HostDevice {
             known_driver(driver)?;
             let device = self.now().await?;
             self.applies_to(&device, &verb::DETACH)?;
-            self.refuses_detach(&device, &self.host_uses(&device).await?)?;
+            self.refuses_detach(&device, &self.users_with(&device).await?, &self.host_uses(&device).await?)?;
             let before = DetachedDevice { driver: device.driver.clone() };
             self.note(Some(before.clone())).await?;
             let host = &self.devices()?.host;
@@ -71,7 +71,7 @@ impl HostDevice {
         frames::short(self, caller, &verb::REATTACH, async {
             let device = self.now().await?;
             self.applies_to(&device, &verb::REATTACH)?;
-            self.refuses_live("reattach")?;
+            self.refuses_live("reattach", &self.users_with(&device).await?)?;
             let (shared, name) = (self.shared.clone(), self.name.clone());
             let before = on_disk(move || Ok(shared.store.detached_device(&name))).await?;
             let done = self.devices()?.host.reattach(&device, before.as_ref()).await;
@@ -89,7 +89,7 @@ impl HostDevice {
         frames::short(self, caller, &verb::RESET_DEVICE, async {
             let device = self.now().await?;
             self.applies_to(&device, &verb::RESET_DEVICE)?;
-            self.refuses_live("reset")?;
+            self.refuses_live("reset", &self.users_with(&device).await?)?;
             if !device.pci().is_some_and(|pci| pci.resets) {
                 let text = format!("cannot reset node device '{}': it has no way to be reset by itself", self.name);
                 return Err(Error::OperationUnsupported(text));
@@ -110,13 +110,13 @@ impl HostDevice {
         frames::beside(self, caller, &verb::CHECK_DETACH, async {
             known_driver(driver)?;
             let device = self.now().await?;
-            let host_uses = self.host_uses(&device).await?;
+            let (users, host_uses) = (self.users_with(&device).await?, self.host_uses(&device).await?);
             let allowed = self.applies_to(&device, &verb::DETACH);
             let members = device.pci().and_then(|pci| pci.group.as_ref()).map(|group| group.members.clone());
             let siblings = members.unwrap_or_default().into_iter().map(pci_name).filter(|name| *name != self.name);
             Ok(DetachCheck {
-                refusal: allowed.and_then(|()| self.refuses_detach(&device, &host_uses)).err(),
-                users: self.facts().users.clone(),
+                refusal: allowed.and_then(|()| self.refuses_detach(&device, &users, &host_uses)).err(),
+                users,
                 siblings: self.devices()?.there(siblings),
                 host_uses,
             })
@@ -130,11 +130,20 @@ impl HostDevice {
         read.ok_or_else(|| Error::NoSuchNodeDevice(self.name.to_string()))
     }
 
+    async fn users_with(&self, device: &NodeDevice) -> Result<Arc<[User]>> {
+        self.devices()?.users_with(device).await.map_err(|error| self.failed("check", error))
+    }
+
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>> {
         self.devices()?.host.host_uses(device).await.map_err(|error| self.failed("check", error))
     }
 
-    fn refuses_detach(&self, device: &NodeDevice, host_uses: &[(&'static str, String)]) -> Result<()> {
+    fn refuses_detach(
+        &self,
+        device: &NodeDevice,
+        users: &[User],
+        host_uses: &[(&'static str, String)],
+    ) -> Result<()> {
         let why = match device.assignable() {
             "yes" => None,
             "bridge" => Some("it is a bridge, which carries other devices"),
@@ -147,7 +156,7 @@ impl HostDevice {
             let text = format!("cannot detach node device '{}': {why}", self.name);
             return Err(Error::OperationUnsupported(text));
         }
-        self.refuses_live("detach")?;
+        self.refuses_live("detach", users)?;
         if host_uses.is_empty() {
             return Ok(());
         }
@@ -157,9 +166,8 @@ impl HostDevice {
     }
 
     /// Refuses what a guest that runs would notice.
-    fn refuses_live(&self, deed: &str) -> Result<()> {
-        let facts = self.facts();
-        let live = facts.users.iter().filter(|user| user.how == Usage::Live);
+    fn refuses_live(&self, deed: &str, users: &[User]) -> Result<()> {
+        let live = users.iter().filter(|user| user.how == Usage::Live);
         let mut named: Vec<String> = live.map(|user| self.user_name(&user.object)).collect();
         named.dedup();
         if named.is_empty() {
@@ -167,7 +175,7 @@ impl HostDevice {
         }
         let (name, named) = (&self.name, named.join(", "));
         Err(Error::InUse(format!(
-            "cannot {deed} node device '{name}': {named} has it; shut that down, or detach it there"
+            "cannot {deed} node device '{name}': {named} has it or what would go with it; shut that down, or detach it there"
         )))
     }
 

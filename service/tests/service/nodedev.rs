@@ -2,14 +2,14 @@
 
 use crate::world::{World, xml};
 use async_trait::async_trait;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use virt_model::device::PciAddress;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
 use virt_model::nodedev::{About, IommuGroup, Maker, NodeDevice, PciAbout, VFIO, pci_name};
-use virt_service::HostDevice;
+use virt_service::{HostDevice, UndefineOptions};
 use virt_service::authz::Action;
 use virt_service::error::Error;
 use virt_service::events::Event;
@@ -19,6 +19,7 @@ use virt_service::facts::ObjectFacts;
 struct Host {
     driver: Mutex<Option<String>>,
     uses: Mutex<Vec<(&'static str, String)>>,
+    disks: Mutex<Vec<PathBuf>>,
     /// Detaching ends with this; the device has lost its driver by then, unless it is refused.
     fails: Mutex<Option<DriverError>>,
     news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
@@ -27,13 +28,22 @@ struct Host {
 impl Host {
     fn new(driver: Option<&str>) -> Arc<Host> {
         let driver = Mutex::new(driver.map(str::to_owned));
-        Arc::new(Host { driver, uses: Mutex::default(), fails: Mutex::default(), news: Mutex::default() })
+        let (uses, disks, fails, news) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Host { driver, uses, disks, fails, news })
+    }
+
+    /// A virtual function of the card.
+    fn function(&self) -> NodeDevice {
+        let address = PciAddress::read("0000:06:10.0").unwrap();
+        let about = About::Pci(Box::new(PciAbout { address, ..PciAbout::default() }));
+        NodeDevice { name: pci_name(address), sys_path: "/sys/devices/y".into(), about, ..self.card() }
     }
 
     fn card(&self) -> NodeDevice {
         let address = PciAddress::read("0000:06:00.0").unwrap();
+        let functions = (vec![PciAddress::read("0000:06:10.0").unwrap()], 7);
         let group = IommuGroup { number: 7, members: vec![address, PciAddress::read("0000:06:00.1").unwrap()] };
-        let pci = PciAbout { address, group: Some(group), vfio: true, resets: true, ..PciAbout::default() };
+        let pci = PciAbout { address, group: Some(group), functions, vfio: true, resets: true, ..PciAbout::default() };
         NodeDevice {
             name: pci_name(address),
             parent: Some("computer".into()),
@@ -67,6 +77,10 @@ impl HostDevices for Host {
 
     async fn host_uses(&self, _: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
         Ok(self.uses.lock().unwrap().clone())
+    }
+
+    async fn disks(&self, _: &NodeDevice) -> Result<Vec<PathBuf>, DriverError> {
+        Ok(self.disks.lock().unwrap().clone())
     }
 
     async fn detach(&self, _: &NodeDevice) -> Result<(), DriverError> {
@@ -196,6 +210,52 @@ async fn what_the_host_or_a_guest_has_is_not_taken_away() {
     let gone = card.xml(&alice).await.unwrap_err();
     assert!(matches!(gone, Error::NoSuchNodeDevice(_)), "{gone}");
     assert_eq!(told(&mut world).last().unwrap(), "deleted vfio-pci 2", "live and stored");
+}
+
+#[tokio::test]
+async fn what_guests_have_of_a_card_is_not_taken_with_it() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    let alice = world.alice();
+    let news = host.news.lock().unwrap().clone().unwrap();
+    news.send(DeviceNews::Is(Arc::new(host.function()))).await.unwrap();
+    let below = NodeDevice {
+        name: "usb_1_1".into(),
+        sys_path: "/sys/devices/x/usb1/1-1".into(),
+        about: About::UsbDevice { bus: 1, device: 4, hub: false },
+        ..host.card()
+    };
+    news.send(DeviceNews::Is(Arc::new(below))).await.unwrap();
+    *host.disks.lock().unwrap() = vec!["/dev/of-the-card".into()];
+    let parts = [
+        ("pci_0000_06_10_0", "<hostdev type='pci'><source><address bus='6' slot='0x10'/></source></hostdev>"),
+        ("usb_1_1", "<hostdev type='usb'><source><address bus='1' device='4'/></source></hostdev>"),
+        ("", "<disk type='block'><source dev='/dev/of-the-card'/><target dev='vda'/></disk>"),
+    ];
+    let until = async |device: &str, lives: bool| {
+        let live = || {
+            let users = world.service.node_device(device).map(|one| one.facts().users.clone()).unwrap_or_default();
+            users.iter().any(|user| user.how.as_str() == "live")
+        };
+        while !device.is_empty() && live() != lives {
+            tokio::task::yield_now().await;
+        }
+    };
+    for (device, part) in parts {
+        let devices = format!("<devices>{part}</devices>");
+        let domain = world.service.define(&alice, &xml("web", &devices), false).await.expect(part);
+        assert!(card.check_detach(&alice, None).await.unwrap().refusal.is_none(), "it does not run: {part}");
+        world.start(&domain).await.expect(part);
+        until(device, true).await;
+        let check = card.check_detach(&alice, None).await.unwrap();
+        assert!(check.users.iter().any(|user| user.how.as_str() == "live"), "{part}: {:?}", check.users);
+        let why = card.detach(&alice, None).await.expect_err(part);
+        assert!(matches!(why, Error::InUse(_)) && why.to_string().contains("domain 'web' has it or what"), "{why}");
+        domain.destroy(&alice, false).await.unwrap();
+        domain.undefine(&alice, UndefineOptions::default()).await.unwrap();
+        until(device, false).await;
+    }
+    assert_eq!(host.driver().as_deref(), Some("e1000e"));
 }
 
 #[tokio::test]
