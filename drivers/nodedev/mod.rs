@@ -117,6 +117,17 @@ impl LinuxDevices {
     }
 }
 
+/// A device as it is read now, with what is known of its makers if it is still theirs.
+fn by_makers_of(known: &NodeDevice, now: NodeDevice) -> NodeDevice {
+    let ids = |device: &NodeDevice| device.vendor.id.zip(device.product.id);
+    match ids(&now) {
+        Some(own) if ids(known) == Some(own) => {
+            NodeDevice { vendor: known.vendor.clone(), product: known.product.clone(), ..now }
+        }
+        _ => now,
+    }
+}
+
 #[async_trait]
 impl HostDevices for LinuxDevices {
     fn follow(self: Arc<Self>) -> mpsc::Receiver<DeviceNews> {
@@ -124,13 +135,19 @@ impl HostDevices for LinuxDevices {
     }
 
     async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError> {
-        let folder = self.inventory().folder(name).map(Path::to_owned);
-        let (host, name) = (self.host.clone(), name.to_owned());
+        let known = {
+            let inventory = self.inventory();
+            inventory.folder(name).map(Path::to_owned).zip(inventory.shown(name))
+        };
+        // The lists of makers are large, and were read when it came.
+        let (host, name) = (Host { lists: Vec::new(), ..self.host.clone() }, name.to_owned());
         let read = blocking(move || {
             let reader = Reader::of(&host);
-            match folder {
+            match known {
                 // Its hardware address may be another by now, of which nobody tells.
-                Some(folder) => reader.device(&folder).map(|device| NodeDevice { name: name.into(), ..device }),
+                Some((folder, known)) => {
+                    reader.device(&folder).map(|device| NodeDevice { name: name.into(), ..by_makers_of(&known, device) })
+                }
                 None => (name == COMPUTER).then(|| reader.computer()),
             }
         });

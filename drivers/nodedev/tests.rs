@@ -233,16 +233,19 @@ fn a_device_of_each_class_is_found_with_its_name_and_parent() {
     assert_eq!((&*disk.bus, disk.kind, disk.size, disk.sector), ("virtio", "disk", 1 << 20, 512));
 }
 
-#[test]
-fn names_come_from_udev_and_else_from_lists() {
+#[tokio::test]
+async fn names_come_from_udev_and_else_from_lists() {
     let fake = with_all();
     fs::write(fake.host.lists[0].join("pci.ids"), "8086  Intel Corporation\n\t10ca  82576 Virtual Function\n").unwrap();
     fs::write(fake.host.udev.join("data/b254:0"), "S:disk/by-id/virtio-s-1\nE:ID_SERIAL=s-1\n").unwrap();
     fs::write(fake.host.udev.join("data/c189:3"), "E:ID_VENDOR_FROM_DATABASE=Kingston\n").unwrap();
-    let news = fake.devices().look_again(&ALL);
+    let devices = fake.devices();
+    let news = devices.look_again(&ALL);
     let card = find(&news, "pci_0000_00_03_0");
     assert_eq!((&*card.vendor.name, &*card.product.name), ("Intel Corporation", "82576 Virtual Function"));
     assert_eq!(find(&news, "usb_1_1").vendor.name, "Kingston");
+    fs::remove_file(fake.host.lists[0].join("pci.ids")).unwrap();
+    assert_eq!(devices.read(&card.name).await.unwrap().as_ref(), Some(&card), "the list is not read again");
     assert_eq!(find(&news, "block_vda_s_1").nodes, ["/dev/vda", "/dev/disk/by-id/virtio-s-1"]);
 }
 

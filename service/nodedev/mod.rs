@@ -13,6 +13,7 @@ use crate::domain::Domains;
 use crate::error::{Error, Result};
 use crate::events::{Event, Happened};
 use crate::facts::{NodeDeviceFacts, ObjectFacts};
+use crate::fair::FairPlaces;
 use crate::frames::Changeable;
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
@@ -35,12 +36,17 @@ use virt_model::xml::shorten;
 /// How long virtd's start waits for the devices of the host.
 const LOOK: Duration = Duration::from_secs(2);
 
+/// As many looks at devices are under way for all who only read, and for one user.
+const LOOKS: (usize, usize) = (64, 2);
+
 /// See the module.
 pub(crate) struct NodeDevices {
     shared: Arc<Shared>,
     domains: Arc<Domains>,
     host: Arc<dyn HostDevices>,
     all: Mutex<BTreeMap<Arc<str>, Arc<HostDevice>>>,
+    /// Who has devices looked at, by user.
+    looks: Arc<FairPlaces<u32>>,
 }
 
 /// A device of the host, as long as it is there.
@@ -69,7 +75,13 @@ impl NodeDevices {
     /// Those that the host has; what is not told soon comes later.
     pub async fn open(shared: &Arc<Shared>, domains: &Arc<Domains>, host: Arc<dyn HostDevices>) -> Arc<NodeDevices> {
         let (shared, domains) = (shared.clone(), domains.clone());
-        let devices = Arc::new(NodeDevices { shared, domains, host, all: Mutex::default() });
+        let devices = Arc::new(NodeDevices {
+            shared,
+            domains,
+            host,
+            all: Mutex::default(),
+            looks: FairPlaces::new(LOOKS.0, LOOKS.1),
+        });
         let (told, is_told) = oneshot::channel();
         tokio::spawn(devices.clone().follow(told));
         let _ = timeout(LOOK, is_told).await;

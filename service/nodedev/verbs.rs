@@ -8,6 +8,8 @@ use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::store::on_disk;
 use crate::verb;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::DetachedDevice;
 use virt_model::nodedev::{NodeDevice, pci_name};
@@ -15,6 +17,9 @@ use virt_model::nodedev::{NodeDevice, pci_name};
 /// Why there is no verb that makes or ends devices.
 pub(crate) const NOT_MADE: &str =
     "this virtd makes and ends no mediated devices and no virtual ports; mdevctl and the driver's vport_create do";
+
+/// How long whoever only reads waits for a device.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 /// What `Detach` would meet.
 #[derive(Clone, Debug, Default)]
@@ -31,8 +36,12 @@ pub struct DetachCheck {
 
 impl HostDevice {
     /// Its document, as it is now.
-    pub async fn xml(&self, caller: &Caller) -> Result<String> {
-        frames::beside(self, caller, &verb::NODE_DEVICE_XML, async { Ok(self.now().await?.document()) }).await
+    pub async fn xml(self: &Arc<Self>, caller: &Caller) -> Result<String> {
+        frames::beside(&**self, caller, &verb::NODE_DEVICE_XML, async {
+            let device = self.clone();
+            self.look(caller, "read", async move { Ok(device.now().await?.document()) }).await
+        })
+        .await
     }
 
     /// What calling a method would meet: `yes`, `no`, `challenge`, `na`. Error: `InvalidArgument` for a name that is none.
@@ -106,22 +115,52 @@ impl HostDevice {
     }
 
     /// What `detach` would meet.
-    pub async fn check_detach(&self, caller: &Caller, driver: Option<&str>) -> Result<DetachCheck> {
-        frames::beside(self, caller, &verb::CHECK_DETACH, async {
+    pub async fn check_detach(self: &Arc<Self>, caller: &Caller, driver: Option<&str>) -> Result<DetachCheck> {
+        frames::beside(&**self, caller, &verb::CHECK_DETACH, async {
             known_driver(driver)?;
-            let device = self.now().await?;
-            let (users, host_uses) = (self.users_with(&device).await?, self.host_uses(&device).await?);
-            let allowed = self.applies_to(&device, &verb::DETACH);
-            let members = device.pci().and_then(|pci| pci.group.as_ref()).map(|group| group.members.clone());
-            let siblings = members.unwrap_or_default().into_iter().map(pci_name).filter(|name| *name != self.name);
-            Ok(DetachCheck {
-                refusal: allowed.and_then(|()| self.refuses_detach(&device, &users, &host_uses)).err(),
-                users,
-                siblings: self.devices()?.there(siblings),
-                host_uses,
-            })
+            let device = self.clone();
+            self.look(caller, "check", async move { device.checked().await }).await
         })
         .await
+    }
+
+    async fn checked(&self) -> Result<DetachCheck> {
+        let device = self.now().await?;
+        let (users, host_uses) = (self.users_with(&device).await?, self.host_uses(&device).await?);
+        let allowed = self.applies_to(&device, &verb::DETACH);
+        let members = device.pci().and_then(|pci| pci.group.as_ref()).map(|group| group.members.clone());
+        let siblings = members.unwrap_or_default().into_iter().map(pci_name).filter(|name| *name != self.name);
+        Ok(DetachCheck {
+            refusal: allowed.and_then(|()| self.refuses_detach(&device, &users, &host_uses)).err(),
+            users,
+            siblings: self.devices()?.there(siblings),
+            host_uses,
+        })
+    }
+
+    /// Looks at it for somebody who may only read. One that does not answer keeps one of the user's places until it does, so that
+    /// nobody has more threads wait than that.
+    async fn look<T: Send + 'static>(
+        &self,
+        caller: &Caller,
+        deed: &str,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let devices = self.devices()?;
+        let looked = async {
+            let place = devices.looks.take(&caller.uid).await;
+            let looked = tokio::spawn(async move {
+                let _place = place;
+                work.await
+            });
+            looked.await.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+        };
+        timeout(PATIENCE, looked).await.unwrap_or_else(|_| {
+            let (name, seconds) = (&self.name, PATIENCE.as_secs());
+            Err(Error::TimedOut(format!(
+                "cannot {deed} node device '{name}': no answer within {seconds} s; its driver in the kernel may hang (dmesg)"
+            )))
+        })
     }
 
     /// The device as it is now.

@@ -3,6 +3,7 @@
 use crate::world::{World, xml};
 use async_trait::async_trait;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use virt_model::device::PciAddress;
@@ -10,7 +11,7 @@ use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
 use virt_model::nodedev::{About, IommuGroup, Maker, NodeDevice, PciAbout, VFIO, pci_name};
 use virt_service::{HostDevice, UndefineOptions};
-use virt_service::authz::Action;
+use virt_service::authz::{Action, Caller};
 use virt_service::error::Error;
 use virt_service::events::Event;
 use virt_service::facts::ObjectFacts;
@@ -20,6 +21,8 @@ struct Host {
     driver: Mutex<Option<String>>,
     uses: Mutex<Vec<(&'static str, String)>>,
     disks: Mutex<Vec<PathBuf>>,
+    /// As many looks at the card are never answered.
+    hangs: AtomicUsize,
     /// Detaching ends with this; the device has lost its driver by then, unless it is refused.
     fails: Mutex<Option<DriverError>>,
     news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
@@ -29,7 +32,7 @@ impl Host {
     fn new(driver: Option<&str>) -> Arc<Host> {
         let driver = Mutex::new(driver.map(str::to_owned));
         let (uses, disks, fails, news) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Host { driver, uses, disks, fails, news })
+        Arc::new(Host { driver, uses, disks, hangs: AtomicUsize::new(0), fails, news })
     }
 
     /// A virtual function of the card.
@@ -72,6 +75,9 @@ impl HostDevices for Host {
     }
 
     async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError> {
+        if self.hangs.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |hangs| hangs.checked_sub(1)).is_ok() {
+            std::future::pending::<()>().await;
+        }
         Ok(Some(self.card()).filter(|card| &*card.name == name))
     }
 
@@ -290,10 +296,26 @@ async fn a_detaching_that_was_cut_off_is_undone_and_what_is_detached_stays_so() 
 }
 
 #[tokio::test]
+async fn a_device_that_does_not_answer_keeps_only_those_who_ask_for_it() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    let (alice, bob) = (world.alice(), Caller { uid: 1001, ..world.alice() });
+    host.hangs.store(2, Ordering::Relaxed);
+    tokio::time::pause();
+    for _ in 0..4 {
+        let late = card.xml(&alice).await.unwrap_err();
+        assert!(matches!(late, Error::TimedOut(_)), "{late}");
+    }
+    assert!(matches!(card.check_detach(&alice, None).await.unwrap_err(), Error::TimedOut(_)));
+    assert_eq!(host.hangs.load(Ordering::Relaxed), 0, "two have been begun, and no more");
+    card.xml(&bob).await.unwrap();
+}
+
+#[tokio::test]
 async fn whoever_may_not_is_told_nothing() {
     let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
     let (world, card) = world(folder.path(), &host).await;
-    world.notary.refuses.store(true, std::sync::atomic::Ordering::Relaxed);
+    world.notary.refuses.store(true, Ordering::Relaxed);
     *host.uses.lock().unwrap() = vec![("mount", "/secret".to_owned())];
     let alice = world.alice();
     for refused in [
