@@ -23,7 +23,8 @@ impl Fake {
         for name in ["sys/devices", "proc/self/net", "udev/data", "lists"] {
             fs::create_dir_all(at(name)).unwrap();
         }
-        let host = Host { sys: at("sys"), proc: at("proc"), udev: at("udev"), lists: vec![at("lists")] };
+        let (sys, proc, udev) = (at("sys"), at("proc"), at("udev"));
+        let host = Host { sys, proc, udev, lists: vec![at("lists")], vfio: at("vfio") };
         Fake { folder, host }
     }
 
@@ -58,6 +59,7 @@ impl Fake {
             claims: Claims::default(),
             takes: true,
             most: MOST,
+            patience: PATIENCE,
             inventory: Mutex::default(),
         })
     }
@@ -392,6 +394,7 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
         claims: claims.clone(),
         takes: true,
         most: MOST,
+        patience: PATIENCE,
         inventory: Mutex::default(),
     });
     let card = find(&devices.look_again(&ALL), "pci_0000_06_00_0");
@@ -418,6 +421,36 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
     assert_eq!((now.detached(), now.driver.as_deref()), (false, Some("e1000e")));
     assert_eq!(devices.read("pci_0000_07_00_0").await.unwrap(), None);
     drop(fake.folder);
+}
+
+#[tokio::test]
+async fn what_the_kernel_does_not_let_go_of_is_not_waited_for() {
+    const CARD: &str = "0000:06:00.0";
+    let (folder, _) = pci_host(&[(CARD, "7", Some(VFIO))]);
+    let sys = folder.path().canonicalize().unwrap();
+    let device = sys.join("bus/pci/devices").join(CARD);
+    symlink(sys.join("bus/pci"), device.join("subsystem")).unwrap();
+    // Whoever writes it waits until it is read.
+    let unbind = device.join("driver/unbind");
+    nix::unistd::mkfifo(&unbind, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (fake, claims, patience) = (Fake::new(), Claims::default(), Duration::from_millis(10));
+    let (host, pci) = (Host { sys: sys.clone(), ..fake.host.clone() }, Pci::below(&sys));
+    let (claimed, most, inventory) = (claims.clone(), MOST, Mutex::default());
+    let devices = LinuxDevices { host, pci, claims: claimed, takes: true, most, patience, inventory };
+    let card = find(&devices.look_again(&ALL), "pci_0000_06_00_0");
+    let late = devices.reattach(&card, None).await.unwrap_err();
+    assert!(matches!(&late, DriverError::TimedOut(why) if why.contains("PCI device 0000:06:00.0")), "{late}");
+    let devices = LinuxDevices { patience: PATIENCE, ..devices };
+    for refused in [devices.reattach(&card, None).await, devices.reset(&card).await] {
+        let DriverError::Refused(why) = refused.unwrap_err() else { panic!() };
+        assert_eq!(why, "IOMMU group 7 is in use by virtd, which reattaches 0000:06:00.0");
+    }
+    assert_eq!(fs::read_to_string(&unbind).unwrap(), CARD);
+    let guest = uuid::Uuid::from_u128(1);
+    while claims.take(guest, "web", &["IOMMU group 7".to_owned()]).is_err() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(fs::read_to_string(sys.join("bus/pci/drivers_probe")).unwrap(), CARD, "it was done to its end");
 }
 
 /// This host, whatever it has, is only read.

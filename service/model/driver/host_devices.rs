@@ -48,10 +48,11 @@ pub trait HostDevices: Send + Sync {
 
     /// Takes a device from the host's driver and keeps it for guests. On error it may be without a driver: give it back.
     /// Error: `Refused` if a guest has it, what is handed over with it or one of its virtual functions; it was not touched then.
+    /// `TimedOut` if the kernel takes long: it goes on, and what others would do with the device is `Refused` until it has done.
     async fn detach(&self, device: &NodeDevice) -> Result<(), DriverError>;
 
     /// Gives a device back to the host; `before` as it was detached, if that is known. What is done already is fine.
-    /// Error: as of `detach`.
+    /// Error: as of `detach`; `Refused` also if another process has it.
     async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError>;
 
     /// Resets a device that no driver of the host's has. Error: as of `detach`.
