@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Happened};
 use crate::facts::{NodeDeviceFacts, ObjectFacts};
 use crate::fair::FairPlaces;
-use crate::frames::Changeable;
+use crate::frames::{self, Changeable};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::shared::Shared;
@@ -27,9 +27,10 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
-use virt_model::driver::host_devices::{DeviceNews, HostDevices};
+use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
 use virt_model::nodedev::{DeviceWish, NodeDevice, pci_name};
 use virt_model::xml::shorten;
 
@@ -47,6 +48,8 @@ pub(crate) struct NodeDevices {
     all: Mutex<BTreeMap<Arc<str>, Arc<HostDevice>>>,
     /// Who has devices looked at, by user.
     looks: Arc<FairPlaces<u32>>,
+    /// What was noted of devices before this virtd, and is not looked after yet.
+    cut_off: Mutex<BTreeMap<Arc<str>, DetachedDevice>>,
 }
 
 /// A device of the host, as long as it is there.
@@ -75,12 +78,16 @@ impl NodeDevices {
     /// Those that the host has; what is not told soon comes later.
     pub async fn open(shared: &Arc<Shared>, domains: &Arc<Domains>, host: Arc<dyn HostDevices>) -> Arc<NodeDevices> {
         let (shared, domains) = (shared.clone(), domains.clone());
+        // Before anybody can have another device detached.
+        let store = shared.clone();
+        let noted = on_disk(move || Ok(store.store.detached_devices())).await.unwrap_or_default();
         let devices = Arc::new(NodeDevices {
             shared,
             domains,
             host,
             all: Mutex::default(),
             looks: FairPlaces::new(LOOKS.0, LOOKS.1),
+            cut_off: Mutex::new(noted.into_iter().collect()),
         });
         let (told, is_told) = oneshot::channel();
         tokio::spawn(devices.clone().follow(told));
@@ -97,8 +104,9 @@ impl NodeDevices {
                     Some(DeviceNews::Is(device)) => self.is(device),
                     Some(DeviceNews::Gone(name)) => self.has_gone(&name),
                     Some(DeviceNews::AllTold) => {
-                        self.recover().await;
-                        told = None;
+                        if let Some(told) = told.take() {
+                            tokio::spawn(self.clone().recover(told));
+                        }
                     }
                     // Whoever wanted to know when all are told waits no longer either.
                     None => break,
@@ -219,31 +227,24 @@ impl NodeDevices {
         }
     }
 
-    /// What was being detached when virtd was killed goes back to the host; what was detached stays so.
-    async fn recover(self: &Arc<Self>) {
-        let shared = self.shared.clone();
-        let noted = on_disk(move || Ok(shared.store.detached_devices())).await.unwrap_or_default();
-        for (name, before) in noted {
-            let device = self.get(&name).ok();
-            if device.as_ref().is_some_and(|device| device.facts().device.detached()) {
-                continue;
-            }
-            if let Some(device) = device {
-                let facts = device.facts();
-                match self.host.reattach(&facts.device, Some(&before)).await {
-                    Ok(()) => tracing::info!(device = %name, "its detaching was cut off; the host has it again"),
-                    Err(error) => {
-                        tracing::error!(device = %name, %error, "its detaching was cut off, and the host cannot have it again");
-                        continue;
-                    }
+    /// Looks after what was cut off when virtd was killed, a device at a time; `told` goes when that is done.
+    async fn recover(self: Arc<Self>, told: oneshot::Sender<()>) {
+        let names: Vec<Arc<str>> = lock(&self.cut_off).keys().cloned().collect();
+        for name in names {
+            let done = match self.get(&name) {
+                Ok(device) => device.recover().await,
+                // It has gone.
+                Err(_) => {
+                    lock(&self.cut_off).remove(&name);
+                    let (shared, name) = (self.shared.clone(), name.clone());
+                    on_disk(move || shared.store.forget_detached(&name)).await
                 }
-                device.look_again().await;
-            }
-            let shared = self.shared.clone();
-            if let Err(error) = on_disk(move || shared.store.forget_detached(&name)).await {
-                tracing::warn!("{error}");
+            };
+            if let Err(error) = done {
+                tracing::error!(device = %name, %error, "its detaching was cut off, and the host cannot have it again");
             }
         }
+        drop(told);
     }
 }
 
@@ -291,6 +292,11 @@ impl HostDevice {
         self.devices.upgrade().ok_or_else(|| Error::NoSuchNodeDevice(self.name.to_string()))
     }
 
+    async fn recover(self: &Arc<Self>) -> Result<()> {
+        let _turn = frames::take_turn(&**self, "recover", &CancellationToken::new()).await?;
+        self.recovers().await
+    }
+
     /// Reads it anew, and tells what is otherwise; what has gone is told by who follows.
     async fn look_again(&self) {
         let Ok(devices) = self.devices() else { return };
@@ -329,6 +335,18 @@ impl Changeable for HostDevice {
 
     fn sound_for(&self, _: Action) -> Result<()> {
         Ok(())
+    }
+
+    /// What was being detached when virtd was killed goes back to the host; what was detached stays so.
+    async fn recovers(self: &Arc<Self>) -> Result<()> {
+        let devices = self.devices()?;
+        let noted = lock(&devices.cut_off).remove(&self.name);
+        let Some(before) = noted else { return Ok(()) };
+        let done = self.undo(&before).await;
+        if done.is_err() {
+            lock(&devices.cut_off).insert(self.name.clone(), before);
+        }
+        done
     }
 
     fn applies(&self, verb: &Verb) -> Result<()> {

@@ -163,6 +163,19 @@ impl HostDevice {
         })
     }
 
+    /// Undoes a detaching that was cut off. What is detached stays so. For who has the turn.
+    pub(super) async fn undo(&self, before: &DetachedDevice) -> Result<()> {
+        let device = self.now().await?;
+        if device.detached() {
+            return Ok(());
+        }
+        let done = self.devices()?.host.reattach(&device, Some(before)).await;
+        done.map_err(|error| self.failed("reattach", error))?;
+        tracing::info!(device = %self.name, "its detaching was cut off; the host has it again");
+        self.look_again().await;
+        self.note(None).await
+    }
+
     /// The device as it is now.
     async fn now(&self) -> Result<NodeDevice> {
         let read = self.devices()?.host.read(&self.name).await.map_err(|error| self.failed("read", error))?;

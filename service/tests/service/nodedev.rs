@@ -3,7 +3,7 @@
 use crate::world::{World, xml};
 use async_trait::async_trait;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use virt_model::device::PciAddress;
@@ -23,6 +23,8 @@ struct Host {
     disks: Mutex<Vec<PathBuf>>,
     /// As many looks at the card are never answered.
     hangs: AtomicUsize,
+    /// It does not come to an end of telling what there is.
+    tells_on: AtomicBool,
     /// Detaching ends with this; the device has lost its driver by then, unless it is refused.
     fails: Mutex<Option<DriverError>>,
     news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
@@ -32,7 +34,7 @@ impl Host {
     fn new(driver: Option<&str>) -> Arc<Host> {
         let driver = Mutex::new(driver.map(str::to_owned));
         let (uses, disks, fails, news) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Host { driver, uses, disks, hangs: AtomicUsize::new(0), fails, news })
+        Arc::new(Host { driver, uses, disks, hangs: AtomicUsize::new(0), tells_on: AtomicBool::new(false), fails, news })
     }
 
     /// A virtual function of the card.
@@ -69,7 +71,9 @@ impl HostDevices for Host {
     fn follow(self: Arc<Self>) -> mpsc::Receiver<DeviceNews> {
         let (sender, receiver) = mpsc::channel(8);
         sender.try_send(DeviceNews::Is(Arc::new(self.card()))).unwrap();
-        sender.try_send(DeviceNews::AllTold).unwrap();
+        if !self.tells_on.load(Ordering::Relaxed) {
+            sender.try_send(DeviceNews::AllTold).unwrap();
+        }
         *self.news.lock().unwrap() = Some(sender);
         receiver
     }
@@ -293,6 +297,30 @@ async fn a_detaching_that_was_cut_off_is_undone_and_what_is_detached_stays_so() 
         assert_eq!(card.facts().device.driver.as_deref(), now);
         assert_eq!(note(folder.path()).exists(), now == Some(VFIO));
     }
+}
+
+#[tokio::test]
+async fn what_was_cut_off_is_undone_before_anything_else_is_done_to_the_device() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(None));
+    std::fs::create_dir_all(note(folder.path()).parent().unwrap()).unwrap();
+    std::fs::write(note(folder.path()), r#"{"driver":"e1000e"}"#).unwrap();
+    host.tells_on.store(true, Ordering::Relaxed);
+    let world = World::open(folder.path()).await;
+    tokio::time::pause();
+    world.service.follow_host(host.clone()).await;
+    let card = world.service.node_device(CARD).expect("it is told by now");
+    assert_eq!(host.driver(), None, "not all are told");
+    card.detach(&world.alice(), None).await.unwrap();
+    let noted = std::fs::read_to_string(note(folder.path())).unwrap();
+    assert!(noted.contains("e1000e"), "what it was once, and not in between: {noted}");
+    let news = host.news.lock().unwrap().clone().unwrap();
+    news.send(DeviceNews::AllTold).await.unwrap();
+    news.send(DeviceNews::Gone(CARD.into())).await.unwrap();
+    while world.service.node_device(CARD).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(host.driver().as_deref(), Some(VFIO));
+    assert!(note(folder.path()).exists());
 }
 
 #[tokio::test]
