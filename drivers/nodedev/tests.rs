@@ -4,6 +4,7 @@ use super::follow::Touched;
 use super::uevent::Uevent;
 use super::*;
 use crate::host::pci::tests::host as pci_host;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
@@ -65,7 +66,7 @@ impl Fake {
     }
 }
 
-const ALL: Touched = Touched { folders: std::collections::BTreeSet::new(), all: true };
+const ALL: Touched = Touched { folders: BTreeSet::new(), all: true, awaited: BTreeMap::new() };
 
 /// Each device's name, class and parent.
 fn told(news: &[DeviceNews]) -> Vec<String> {
@@ -278,14 +279,22 @@ fn what_a_message_touches_is_looked_at_again_and_told_once() {
     assert_eq!(told(&devices.look_again(&touched)), moved);
 }
 
-#[test]
-fn where_udev_is_it_is_waited_for() {
+#[tokio::test(start_paused = true)]
+async fn where_udev_is_it_is_waited_for_and_not_for_ever() {
     let of = |by_udev, udev| {
         let mut touched = Touched::default();
         touched.take(event("add", "/devices/x", by_udev), udev);
         touched.folders.len()
     };
     assert_eq!([of(false, false), of(false, true), of(true, true)], [1, 0, 1]);
+    let mut touched = Touched::default();
+    for (folder, by_udev) in [("/devices/x", false), ("/devices/y", false), ("/devices/y", true)] {
+        touched.take(event("add", folder, by_udev), true);
+    }
+    assert_eq!(touched.due().folders, [PathBuf::from("/devices/y")].into());
+    tokio::time::advance(Duration::from_secs(60)).await;
+    assert_eq!(touched.due().folders, [PathBuf::from("/devices/x")].into(), "udev said nothing");
+    assert_eq!(touched, Touched::default());
     let mut touched = Touched::default();
     touched.take(event("add", "/module/vfio", false), false);
     assert_eq!(touched, Touched::default());
@@ -369,7 +378,7 @@ async fn what_of_the_host_would_go_is_told() {
     assert_eq!(words, ["mount /", "mount /boot x", "mount /data", "swap /dev/vda1"]);
     let disks = devices.disks(&find(&news, "block_vda_s_1")).await.unwrap();
     let nodes = ["/dev/dm-0", "/dev/mapper/vg-root", "/dev/vda", "/dev/vda1"];
-    assert_eq!(disks.iter().collect::<std::collections::BTreeSet<_>>(), nodes.map(PathBuf::from).iter().collect());
+    assert_eq!(disks.into_iter().collect::<BTreeSet<_>>(), nodes.map(PathBuf::from).into());
     assert!(devices.disks(&find(&news, "pci_0000_00_03_0")).await.unwrap().is_empty());
     let uses = devices.host_uses(&find(&news, "block_nvme0c0n1")).await.unwrap();
     assert_eq!(uses, [("mount", "/nvme".to_owned())]);
