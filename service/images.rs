@@ -187,6 +187,13 @@ impl Images {
         }
     }
 
+    /// Which of `these` are one of `files`, by whatever name.
+    pub async fn among(self: &Arc<Self>, these: &[PathBuf], files: &[PathBuf]) -> HashSet<PathBuf> {
+        self.look(HashSet::new(), &[these, files].concat()).await;
+        let is_one = |one: &&PathBuf| files.iter().any(|file| self.same(one, file));
+        these.iter().filter(is_one).cloned().collect()
+    }
+
     /// Whether two paths are one file, or one name in one folder.
     fn same_place(&self, one: &Path, other: &Path) -> bool {
         let folders = || one.parent().zip(other.parent()).is_some_and(|(one, other)| self.same(one, other));
