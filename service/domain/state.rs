@@ -6,6 +6,7 @@ use super::checkpoints::CheckpointSet;
 use super::settings::Looks;
 use super::snapshots::set::SnapshotSet;
 use super::stats::{Measured, Sampler};
+use crate::object::ObjectRef;
 use crate::error::{Error, Result};
 use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::fair::FairPlaces;
