@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::driver::Driver;
 use virt_model::driver::storage::Storage;
-use virt_model::secret::{SecretName, UsageKind};
+use virt_model::secret::SecretName;
 
 /// What drivers must know of this virtd.
 #[derive(Clone, Debug)]
@@ -77,12 +77,8 @@ pub fn with_storage(config: DriverConfig) -> (Vec<Arc<dyn Driver>>, Arc<dyn Stor
     let qemu = qemu::QemuDriver::new(&config);
     let vault = config.secrets.clone();
     let secrets = Arc::new(move |name: &str| {
-        let named = match uuid::Uuid::try_parse(name) {
-            Ok(uuid) => SecretName::Uuid(uuid),
-            Err(_) => SecretName::Usage(UsageKind::Volume, name.into()),
-        };
         // It is asked in a thread of its own.
-        let value = tokio::runtime::Handle::current().block_on(vault.named(&named));
+        let value = tokio::runtime::Handle::current().block_on(vault.named(&SecretName::of_volume(name)));
         value.map(|value| value.bytes().to_vec())
     });
     let wary = config.system && nix::unistd::geteuid().is_root();

@@ -40,6 +40,12 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     let mut definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
+    for loaded in snapshots.values() {
+        // The guest that it is about may have gone with its status, and no other is to be taken for it.
+        if let Some(Intent { deed: Deed::Apply { id, .. }, .. }) = &loaded.intent {
+            shared.id_is_taken(*id);
+        }
+    }
     let cut_off = |loaded: &Loaded| loaded.intent.is_some() || !loaded.block_jobs.is_empty() || loaded.backup.is_some();
     let mut cut_off: BTreeSet<Uuid> =
         snapshots.iter().filter(|(_, loaded)| cut_off(loaded)).map(|(uuid, _)| *uuid).collect();
@@ -373,11 +379,15 @@ impl Search {
                 tracing::warn!(%uuid, name = live.name, "its guest ended, or its start was cut off, while virtd was away");
                 // What it leaves of work on its disks is seen to before anything new has its uuid.
                 let leaves = domain.has_work_on_disks();
-                shared.is_unsettled(uuid, leaves);
+                if leaves {
+                    shared.is_unsettled(uuid, true);
+                }
                 domain.ended_unseen(noted).await;
-                match leaves && domain.has_gone() {
-                    true => left_behind::settle(&shared, uuid, None),
-                    false => shared.is_unsettled(uuid, false),
+                if leaves && domain.has_gone() {
+                    left_behind::settle(&shared, uuid, None);
+                }
+                if leaves {
+                    shared.is_unsettled(uuid, false);
                 }
             }
         }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
 use virt_model::domain::abi::AbiDifference;
-use virt_model::nodedev::{DeviceWish, NodeDevice};
 use virt_model::driver::storage::Room;
+use virt_model::nodedev::{DeviceWish, NodeDevice};
 use virt_model::state::{DomainState, StateReason};
 
 /// All that is published of a domain, at one moment.

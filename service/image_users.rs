@@ -90,6 +90,13 @@ impl ImageUsers {
         users.into_iter().cloned().collect()
     }
 
+    /// All images below a folder, each with those who have it.
+    pub fn images_below(&self, folder: &Path) -> Vec<(PathBuf, Vec<User>)> {
+        let books = lock(&self.books);
+        let below = books.files.range(folder.to_owned()..).take_while(|(file, _)| file.starts_with(folder));
+        below.map(|(file, users)| (file.clone(), users.iter().cloned().collect())).collect()
+    }
+
     /// A machine that has images, for people: `domain 'web' (vda, live)`.
     pub fn called(&self, user: &User) -> String {
         let books = lock(&self.books);

@@ -187,6 +187,13 @@ impl Images {
         }
     }
 
+    /// Which of `these` are one of `files`, by whatever name.
+    pub async fn among(self: &Arc<Self>, these: &[PathBuf], files: &[PathBuf]) -> HashSet<PathBuf> {
+        self.look(HashSet::new(), &[these, files].concat()).await;
+        let is_one = |one: &&PathBuf| files.iter().any(|file| self.same(one, file));
+        these.iter().filter(is_one).cloned().collect()
+    }
+
     /// Whether two paths are one file, or one name in one folder.
     fn same_place(&self, one: &Path, other: &Path) -> bool {
         let folders = || one.parent().zip(other.parent()).is_some_and(|(one, other)| self.same(one, other));
@@ -375,7 +382,7 @@ impl Images {
         // What is written by a copy is in no configuration.
         let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_none());
         chains.extend(others.filter(|chain| !running || chain.fixed == 0));
-        self.among(chains, file).await
+        self.holders(chains, file).await
     }
 
     /// The guests that write a file, by whatever name, or begin to: for people, each once.
@@ -384,7 +391,7 @@ impl Images {
         let mut running = self.machines.running_chains();
         running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed));
         chains.append(&mut running);
-        self.among(chains, file).await
+        self.holders(chains, file).await
     }
 
     /// First these are asked, then those that show what they have: in between they become such.
@@ -395,7 +402,7 @@ impl Images {
     }
 
     /// Whose chains a file is in, by whatever name: for people, each once.
-    async fn among(self: &Arc<Self>, chains: Vec<Chain>, file: &Path) -> Vec<String> {
+    async fn holders(self: &Arc<Self>, chains: Vec<Chain>, file: &Path) -> Vec<String> {
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
         self.look(known, &[file.to_owned()]).await;
         let mut users: Vec<String> = Vec::new();

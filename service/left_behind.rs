@@ -11,7 +11,7 @@ use std::sync::Arc;
 use tokio::sync::oneshot;
 use uuid::Uuid;
 use virt_model::domain::DomainDef;
-use virt_model::driver::block_jobs::{BlockStage, BlockWork};
+use virt_model::driver::block_jobs::{BlockJob, BlockStage, BlockWork};
 use virt_model::driver::snapshots::Machine;
 use virt_model::driver::{Driver, DriverError};
 
@@ -54,7 +54,15 @@ async fn settle_job(shared: &Arc<Shared>, uuid: Uuid, record: &BlockRecord) -> R
     let driver = driver_of(shared, &record.driver)?;
     let works = driver.block_jobs().ok_or_else(|| unserved(&record.driver))?;
     let (machine, job, mut stage) = (machine(uuid, &**driver), &record.job, record.stage);
-    let done = works.settle_block_job(&machine, job, stage.same).await.map_err(failed)?;
+    let done = match works.settle_block_job(&machine, job, stage.same).await {
+        Ok(done) => done,
+        Err(error) => {
+            // Whoever removed images by hand has decided about them; else the uuid would never be free.
+            let Some(file) = missing(driver, &machine, job).await else { return Err(failed(error)) };
+            tracing::warn!(%uuid, "{} is not there: {error}; the images are left as they are", file.display());
+            false
+        }
+    };
     let mut remove = if done { record.removes.clone() } else { Vec::new() };
     let copy = match &job.work {
         BlockWork::Copy { to, .. } => Some(to.path.clone()),
@@ -67,6 +75,13 @@ async fn settle_job(shared: &Arc<Shared>, uuid: Uuid, record: &BlockRecord) -> R
     }
     works.clean_up_block_job(&machine, job, done, stage, remove).await.map_err(failed)?;
     Ok(if done { "its disk stands on what it was to stand on" } else { "its disk is as before" })
+}
+
+/// An image of a block job that is not there.
+async fn missing(driver: &Arc<dyn Driver>, machine: &Machine, job: &BlockJob) -> Option<PathBuf> {
+    let files: Vec<PathBuf> = job.chain.iter().map(|layer| layer.path.clone()).collect();
+    let judged = driver.storage(&machine.def, &files).await.ok()?;
+    files.into_iter().zip(judged).find_map(|(file, found)| matches!(found, Ok(None)).then_some(file))
 }
 
 async fn settle_backup(shared: &Arc<Shared>, uuid: Uuid, backup: Backup) -> Result<()> {
@@ -96,7 +111,7 @@ async fn users_of(shared: &Arc<Shared>, files: Vec<PathBuf>) -> BTreeMap<PathBuf
 }
 
 /// A machine of which no more is known than whose it was.
-fn machine(uuid: Uuid, driver: &dyn Driver) -> Machine {
+pub(crate) fn machine(uuid: Uuid, driver: &dyn Driver) -> Machine {
     let kind = driver.types().first().copied().unwrap_or_default().to_owned();
     let def = Arc::new(DomainDef { kind, name: uuid.to_string(), uuid, ..DomainDef::default() });
     Machine { def, guest: None, running: false, folder: PathBuf::new() }

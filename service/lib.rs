@@ -4,6 +4,7 @@
 
 pub mod authz;
 mod boot;
+mod choices;
 mod compare;
 mod define;
 mod desk;
@@ -78,6 +79,7 @@ use storage::Pools;
 use store::Store;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use verb::Verb;
 use virt_model::driver::host_devices::HostDevices;
@@ -104,6 +106,8 @@ pub struct Service {
     node_devices: OnceLock<Arc<NodeDevices>>,
     pools: Arc<Pools>,
     networks: Arc<Networks>,
+    /// Cancelled when the secrets in the administrator's files have been taken in.
+    taken_in: CancellationToken,
 }
 
 impl Service {
@@ -129,13 +133,21 @@ impl Service {
         storage::load(&shared, &pools).await?;
         network::load(&shared, &networks).await?;
         boot::load(&shared, &domains).await?;
-        secret::take_in_files(&shared, &secrets).await?;
-        let node_devices = OnceLock::new();
-        Ok((Arc::new(Service { shared, domains, secrets, node_devices, pools, networks }), receiver))
+        network::plug_in_guests(&networks);
+        let (node_devices, taken_in) = (OnceLock::new(), CancellationToken::new());
+        Ok((Arc::new(Service { shared, domains, secrets, node_devices, pools, networks, taken_in }), receiver))
     }
 
-    /// Starts the networks, pools and domains that start with the host, once since it booted. To be called when the bus knows us.
+    /// Starts the networks, pools and domains that start with the host, once since it booted, and what may wait for a TPM. To be
+    /// called when the bus knows us.
     pub async fn begin_work(&self) -> Result<()> {
+        let (shared, secrets, taken_in) =
+            (self.shared.clone(), self.secrets.clone(), self.taken_in.clone().drop_guard());
+        tokio::spawn(async move {
+            secret::take_in_files(&shared, &secrets).await;
+            drop(taken_in);
+            secret::tell_protection(&shared, &secrets).await;
+        });
         boot::autostart(&self.shared, &self.networks, &self.pools, &self.domains).await
     }
 

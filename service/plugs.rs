@@ -11,6 +11,7 @@ use uuid::Uuid;
 use virt_model::device::Interface;
 use virt_model::device::interface::{BridgePort, InterfaceKind, Mtu};
 use virt_model::domain::DomainDef;
+use virt_model::driver::network::{Lease, PluggedCard};
 use virt_model::network::NetworkDef;
 use virt_model::xml::shorten;
 
@@ -18,8 +19,10 @@ use virt_model::xml::shorten;
 #[derive(Default)]
 pub(crate) struct Plugs {
     networks: Mutex<HashMap<String, Option<Arc<NetworkDef>>>>,
-    /// The cards of machines that run, by the machine: network, and the card's end on the host.
-    cards: Mutex<HashMap<Uuid, Vec<(String, String)>>>,
+    /// Who has which address in them.
+    leases: Mutex<HashMap<String, Arc<[Lease]>>>,
+    /// The cards of machines that run, by the machine, each with its network.
+    cards: Mutex<HashMap<Uuid, Vec<(String, PluggedCard)>>>,
     starter: OnceLock<Starter>,
 }
 
@@ -33,14 +36,16 @@ impl fmt::Debug for Plugs {
 }
 
 impl Plugs {
-    /// There is a network of that name, with what there is of it on the host, if anything.
-    pub fn are(&self, name: &str, live: Option<&Arc<NetworkDef>>) {
+    /// There is a network of that name, with what there is of it on the host, if anything, and who has which address in it.
+    pub fn are(&self, name: &str, live: Option<&Arc<NetworkDef>>, leases: &Arc<[Lease]>) {
         lock(&self.networks).insert(name.to_owned(), live.cloned());
+        lock(&self.leases).insert(name.to_owned(), leases.clone());
     }
 
     /// There is none of that name any more.
     pub fn are_gone(&self, name: &str) {
         lock(&self.networks).remove(name);
+        lock(&self.leases).remove(name);
     }
 
     /// From now on networks are started so.
@@ -53,11 +58,19 @@ impl Plugs {
         let cards = def.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network);
         for named in cards.filter_map(|card| card.source.as_ref()?.network.clone()) {
             let inactive = matches!(lock(&self.networks).get(&named), Some(None));
-            if let Some(starter) = self.starter.get().filter(|_| inactive) {
-                starter(caller.clone(), named).await?;
+            let Some(starter) = self.starter.get().filter(|_| inactive) else { continue };
+            match starter(caller.clone(), named.clone()).await {
+                // Another machine's start has started it meanwhile.
+                Err(Error::OperationInvalid(_)) if self.network(&named).is_some() => {}
+                started => started?,
             }
         }
         Ok(())
+    }
+
+    /// Who has which address in the network of that name, as it was last told.
+    pub fn leases(&self, name: &str) -> Arc<[Lease]> {
+        lock(&self.leases).get(name).cloned().unwrap_or_default()
     }
 
     /// What there is on the host of the network of that name.
@@ -70,7 +83,9 @@ impl Plugs {
         let cards = live.into_iter().flat_map(|def| &def.devices.interfaces);
         let cards = cards.filter(|card| card.kind == InterfaceKind::Network).filter_map(|card| {
             let network = card.source.as_ref()?.network.clone()?;
-            Some((network, card.target.as_ref()?.dev.clone()?))
+            let end = card.target.as_ref()?.dev.clone()?;
+            let isolated = card.port.as_ref().is_some_and(|port| port.isolated == Some(true));
+            Some((network, PluggedCard { end, isolated, vlan: card.vlan.clone() }))
         });
         let cards: Vec<_> = cards.collect();
         let mut all = lock(&self.cards);
@@ -81,10 +96,10 @@ impl Plugs {
         };
     }
 
-    /// The ends on the host of all cards that run in that network.
-    pub fn ends_in(&self, network: &str) -> Vec<String> {
+    /// All cards that run in that network.
+    pub fn cards_in(&self, network: &str) -> Vec<PluggedCard> {
         let all = lock(&self.cards);
-        all.values().flatten().filter(|(of, _)| of == network).map(|(_, end)| end.clone()).collect()
+        all.values().flatten().filter(|(of, _)| of == network).map(|(_, card)| card.clone()).collect()
     }
 
     /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to. What an
@@ -145,13 +160,13 @@ mod tests {
     fn a_card_is_plugged_into_its_network_and_held_to_what_that_says() {
         let plugs = Plugs::default();
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::NoSuchNetwork { value, .. }) if value == "home"));
-        plugs.are("home", None);
+        plugs.are("home", None, &Arc::default());
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::OperationInvalid(text)) if text.contains("not active")));
         let network = NetworkDef::parse(
             "<network><name>home</name><bridge name='virbr7'/><mtu size='9000'/><port isolated='yes'/>\
              <portgroup name='slow'><bandwidth><inbound average='10'/></bandwidth></portgroup></network>",
         );
-        plugs.are("home", Some(&Arc::new(network.expect("a network"))));
+        plugs.are("home", Some(&Arc::new(network.expect("a network"))), &Arc::default());
         let card = plugged(&plugs, "", "").expect("plugged");
         assert_eq!(card.bridge(), Some("virbr7"));
         assert_eq!(card.mtu.map(|mtu| mtu.size), Some(9000));
@@ -163,6 +178,18 @@ mod tests {
             (slow.bridge(), inbound(slow.clone())),
             (Some("virbr7"), Some(10)),
             "an earlier bridge is forgotten"
+        );
+        let of_its_own = "<target dev='tap7'/><port isolated='yes'/>";
+        let text = format!(
+            "<domain type='test'><name>web</name><memory>1024</memory><devices><interface type='network'>\
+             <source network='home'/>{of_its_own}</interface></devices></domain>"
+        );
+        plugs.has_cards(Uuid::from_u128(7), Some(&DomainDef::parse(&text).expect("a domain")));
+        let card = PluggedCard { end: "tap7".to_owned(), isolated: true, vlan: None };
+        assert_eq!(
+            plugs.cards_in("home"),
+            [card],
+            "what a card is held to itself is known when it is plugged in again"
         );
         let own =
             plugged(&plugs, " portgroup='slow'", "<bandwidth><inbound average='7'/></bandwidth><mtu size='1400'/>");

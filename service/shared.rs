@@ -1,6 +1,7 @@
 //! What every object shares with the service: drivers, authority, events, jobs, images and the disk. It knows no object.
 
 use crate::authz::{Authority, Caller};
+use crate::choices::Choices;
 use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
 use crate::events::Events;
@@ -15,7 +16,7 @@ use crate::stored::Readings;
 use crate::subscribe::{SUBSCRIPTIONS, Subscriptions};
 use crate::turn::PATIENCE;
 use crate::uses::Uses;
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -83,6 +84,8 @@ pub(crate) struct Shared {
     pub uses: Uses,
     /// Which networks there are for machines.
     pub plugs: Plugs,
+    /// What is just being chosen for networks.
+    pub choices: Arc<Choices>,
     pub desk: Arc<Desk>,
     /// Scrapes that are there.
     pub scrapes: Arc<FairPlaces<u32>>,
@@ -93,7 +96,7 @@ pub(crate) struct Shared {
     /// Counts how often what a machine is made of has changed, or whether it runs.
     pub configurations: watch::Sender<u64>,
     /// Machines of which nothing is left but something that was cut off, and is not whole yet.
-    unsettled: watch::Sender<BTreeSet<Uuid>>,
+    unsettled: watch::Sender<BTreeMap<Uuid, usize>>,
     last_id: AtomicU32,
 }
 
@@ -123,6 +126,7 @@ impl Shared {
             image_users: ImageUsers::default(),
             uses: Uses::default(),
             plugs: Plugs::default(),
+            choices: Arc::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
             subscriptions: Subscriptions::default(),
@@ -144,15 +148,19 @@ impl Shared {
         self.drivers.iter().find(|d| d.name() == name)
     }
 
-    /// Of this machine only something is left that was cut off; or that is whole now.
+    /// Of this machine only something is left that was cut off; or that is whole now. Whoever says the first says the second.
     pub fn is_unsettled(&self, uuid: Uuid, unsettled: bool) {
-        self.unsettled.send_modify(|all| _ = if unsettled { all.insert(uuid) } else { all.remove(&uuid) });
+        self.unsettled.send_modify(|all| {
+            let at_it = all.entry(uuid).or_default();
+            *at_it = if unsettled { *at_it + 1 } else { at_it.saturating_sub(1) };
+            all.retain(|_, at_it| *at_it > 0);
+        });
     }
 
     /// Waits until nothing of that machine is to be made whole, for as long as for a turn. Error: `Busy` then.
     pub async fn is_settled(&self, uuid: Uuid) -> Result<()> {
         let mut unsettled = self.unsettled.subscribe();
-        let settled = unsettled.wait_for(|all| !all.contains(&uuid));
+        let settled = unsettled.wait_for(|all| !all.contains_key(&uuid));
         match tokio::time::timeout(PATIENCE, settled).await {
             Ok(_) => Ok(()),
             Err(_) => Err(Error::Busy {

@@ -171,7 +171,7 @@ fn vmdk(file: &File) -> io::Result<Header> {
             let read = if at == 0 { 0 } else { read_some(file, &mut text, at)? };
             let text = String::from_utf8_lossy(&text[..read]);
             let parent = text.split_once("parentFileNameHint=\"").and_then(|(_, rest)| rest.split_once('"'));
-            Ok(Header { backing: parent.map(|(name, _)| name.to_owned()), ..Header::default() })
+            Ok(Header { backing: parent.map(|(name, _)| plain_text(name)).transpose()?, ..Header::default() })
         }
         _ => Ok(elsewhere),
     }
@@ -208,7 +208,15 @@ fn name(file: &File, at: u64, length: u32) -> io::Result<String> {
     }
     let mut name = vec![0u8; length as usize];
     let read = read_some(file, &mut name, at)?;
-    Ok(String::from_utf8_lossy(&name[..read]).trim_end_matches('\0').to_owned())
+    plain_text(String::from_utf8_lossy(&name[..read]).trim_end_matches('\0'))
+}
+
+/// A name as it is, if people can read it: QEMU would end it at the first zero, and nobody could be shown it.
+fn plain_text(name: &str) -> io::Result<String> {
+    match name.chars().any(char::is_control) {
+        true => Err(io::Error::new(io::ErrorKind::InvalidData, "its header names a file with control characters")),
+        false => Ok(name.to_owned()),
+    }
 }
 
 fn read_some(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
@@ -313,6 +321,12 @@ mod tests {
         }
         std::fs::write(&path, [b"QFI\xfb".as_slice(), &[0xff; 4096]].concat()).unwrap();
         assert!(Header::read(&path, "qcow2").is_err());
+        let mut zero = [0u8; 128];
+        zero[..8].copy_from_slice(b"QFI\xfb\0\0\0\x02");
+        (zero[15], zero[19]) = (104, 3);
+        zero[104..107].copy_from_slice(b"a\0b");
+        std::fs::write(&path, zero).unwrap();
+        assert!(Header::read(&path, "qcow2").unwrap_err().to_string().contains("control characters"));
         assert_eq!(Header::read(&path, "raw").unwrap(), None, "the header of a raw disk is the guest's");
         assert_eq!(Header::read(dir.path(), "qcow2").unwrap(), None);
         assert_eq!(Header::read(&dir.path().join("none"), "qcow2").unwrap(), None);

@@ -38,6 +38,17 @@ pub enum Use {
     Write,
 }
 
+/// How much of a client's file is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Most {
+    /// All of it.
+    All,
+    /// So many bytes, whatever follows.
+    First(u64),
+    /// All of it, and it may have no more bytes than these.
+    Within(u64),
+}
+
 /// How long a client may leave unread what is written for it.
 #[derive(Clone, Copy, Debug)]
 pub struct Patience {
@@ -111,14 +122,14 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
     result
 }
 
-/// Writes what is read of a file into another, from `at` on: all of it, or `most` bytes; how many. `sparse`: what its holes stand for
-/// is not written, and that other file has nothing there. Waits for as long as that takes; `progress` is told how far it is.
-/// Error: `Interrupted` when it is cancelled; from then on nothing is written, whatever is read yet.
+/// Writes what is read of a file into another, from `at` on, and as much as `most` says; how many bytes. `sparse`: what its holes
+/// stand for is not written, and that other file has nothing there. Waits for as long as that takes; `progress` is told how far it
+/// is. Error: `Interrupted` when it is cancelled; from then on nothing is written, whatever is read yet.
 pub async fn pour_in(
     from: GivenFile,
     to: Arc<ClosedAside>,
     at: u64,
-    most: Option<u64>,
+    most: Most,
     sparse: bool,
     cancelled: &CancellationToken,
     progress: impl Fn(u64) + Send + 'static,
@@ -126,8 +137,16 @@ pub async fn pour_in(
     let gate = Gate::default();
     let passes = gate.clone();
     let poured = pour("upload", move |stopped| {
-        let place = Pouring { at, most: most.unwrap_or(u64::MAX), stopped, gate: &passes, progress: &progress };
-        if sparse { place.in_sparsely(&from, to.get()?) } else { place.in_whole(&from, to.get()?) }
+        let bytes = match most {
+            Most::All => u64::MAX,
+            Most::First(bytes) | Most::Within(bytes) => bytes,
+        };
+        let place = Pouring { at, most: bytes, stopped, gate: &passes, progress: &progress };
+        let done = if sparse { place.in_sparsely(&from, to.get()?)? } else { place.in_whole(&from, to.get()?)? };
+        if most == Most::Within(done) {
+            place.is_at_end(&from, sparse)?;
+        }
+        Ok(done)
     });
     tokio::select! {
         poured = poured => poured,
@@ -213,6 +232,24 @@ impl Pouring<'_> {
             }
         }
         Ok(done)
+    }
+
+    /// Refuses a client's file that goes on where there is no more place.
+    fn is_at_end(&self, from: &GivenFile, sparse: bool) -> io::Result<()> {
+        let mut more = [0u8; 1];
+        loop {
+            wait(from, PollFlags::IN, self.stopped)?;
+            let read = match sparse {
+                true => rustix::io::pread(from, &mut more, seekable(from)?.saturating_add(self.most)),
+                false => rustix::io::read(from, &mut more),
+            };
+            match read {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err(io::Error::other("it has more bytes than there is place for")),
+                Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     fn in_sparsely(&self, from: &GivenFile, to: &File) -> io::Result<u64> {

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use virt_model::device::interface::{NativeMode, Vlan, VlanTag};
 
 /// How many seconds a program has that looks at the host's network or changes it: some milliseconds are usual.
 const LIMIT: u32 = 20;
@@ -46,6 +47,19 @@ pub struct VlanPlan {
     pub native: bool,
     /// Its packets reach the guest with their tag.
     pub tagged: bool,
+}
+
+impl VlanPlan {
+    /// Those of a card, as its definition says them.
+    pub fn all_of(vlan: &Vlan) -> Vec<VlanPlan> {
+        let trunk = vlan.is_trunk();
+        let plan = |tag: &VlanTag| VlanPlan {
+            id: tag.id,
+            native: !trunk || tag.native.is_some(),
+            tagged: trunk && tag.native != Some(NativeMode::Untagged),
+        };
+        vlan.tags.iter().map(plan).collect()
+    }
 }
 
 /// How a card goes out without a bridge.
@@ -179,6 +193,19 @@ pub fn change_plug(name: &str, plan: &TapPlan) -> io::Result<()> {
     run("ip", &["link", "set", "dev", name, "nomaster"])?;
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
     plug_in(name, plan, socket.as_raw_fd())
+}
+
+/// Plugs a device whose bridge has gone into one again, as a start does: it is down until the bridge has all that it is to have
+/// for it, so that nothing passes before.
+pub fn plug_again(name: &str, plan: &TapPlan) -> io::Result<()> {
+    run("ip", &["link", "set", "dev", name, "down"])?;
+    let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
+    let plugged = plug_in(name, plan, socket.as_raw_fd());
+    if plugged.is_err() {
+        run("ip", &["link", "set", "dev", name, "nomaster"])?;
+    }
+    run("ip", &["link", "set", "dev", name, "up"])?;
+    plugged
 }
 
 /// Plugs a device into its bridge, if it is for one, and sets what the bridge has for it.

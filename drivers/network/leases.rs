@@ -4,7 +4,7 @@
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, WatchFlags};
 use rustix::fs::{Mode, OFlags};
-use std::io;
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::net::IpAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -18,8 +18,8 @@ use virt_model::network::is_host_name;
 /// In the environment of dnsmasq, and so of what it runs: the file to be touched.
 pub const TOLD: &str = "VIRT_LEASES_TOLD";
 
-/// More than any file of leases has; a guest that takes many makes it no longer.
-const MOST: usize = 1 << 17;
+/// More than any file of leases has. Who writes it talks to guests, and may be another by now.
+const LONGEST: u64 = 16 << 20;
 
 /// What virtd does when dnsmasq runs it; whether it was run by dnsmasq at all.
 pub fn tell() -> bool {
@@ -77,11 +77,25 @@ fn drain(events: &mut inotify::Reader<'_, &OwnedFd>) {
     }
 }
 
-/// Reads dnsmasq's file of leases; `prefix` says of each address how many bits are the network's. What is no lease is left out.
-pub fn read(text: &str, prefix: impl Fn(IpAddr) -> u8) -> Vec<Lease> {
+/// The text of dnsmasq's file of leases; none if there is no file.
+pub fn text(file: &Path) -> io::Result<String> {
+    let mut text = Vec::new();
+    match std::fs::File::open(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        file => _ = file?.take(LONGEST).read_to_end(&mut text)?,
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Reads dnsmasq's file of leases, so many at `most`; `prefix` says of each address how many bits are the network's. What is no
+/// lease is left out.
+pub fn read(text: &str, most: usize, prefix: impl Fn(IpAddr) -> u8) -> Vec<Lease> {
     let (mut leases, mut six) = (Vec::new(), false);
-    for line in text.lines().take(MOST) {
-        let words: Vec<&str> = line.split(' ').collect();
+    for line in text.lines() {
+        if leases.len() >= most {
+            break;
+        }
+        let words: Vec<&str> = line.splitn(6, ' ').collect();
         // What follows is of IPv6.
         if words.first() == Some(&"duid") {
             six = true;
@@ -128,7 +142,8 @@ mod tests {
             duid 00:01:00:01:2a:2a:2a:2a:52:54:00:ff:ff:ff\n\
             1796000001 1114112 fd00::17 lin 00:01:00:01:18:aa:62:fe:52:54:00:aa:00:01\n\
             1796000001 T7 fd00::18 * 00:02:00:00:ab:11\n";
-        let leases = read(text, |address| if address.is_ipv4() { 24 } else { 64 });
+        assert_eq!(read(text, 2, |_| 24).len(), 2, "no more than are given");
+        let leases = read(text, 1000, |address| if address.is_ipv4() { 24 } else { 64 });
         assert_eq!(leases.len(), 5);
         assert_eq!((leases[0].host_name.as_str(), leases[0].prefix, leases[0].expires), ("lin", 24, 1_796_000_000));
         assert_eq!(leases[0].client_id.as_deref(), Some("01:52:54:00:aa:00:01"));

@@ -1,10 +1,11 @@
 //! The host's device of a network, its addresses and routes; and what the host has of these that is not ours. All by iproute2.
 
-use crate::host::tap::output_within;
+use crate::host::tap::{TapPlan, VlanPlan, output_within, plug_again};
 use serde_json::Value;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use virt_model::driver::network::PluggedCard;
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::network::forward::Mode;
@@ -122,17 +123,24 @@ pub fn remove(def: &NetworkDef, name: &str) -> io::Result<()> {
     }
 }
 
-/// Plugs devices of guests into the bridge.
-pub fn plug(def: &NetworkDef, devices: &[String]) {
+/// Plugs cards of guests that are in no bridge into this one.
+pub fn plug(def: &NetworkDef, cards: &[PluggedCard]) {
     let Some(bridge) = def.bridge_name() else { return };
+    let all = match json(&["link", "show"]) {
+        Ok(all) => all,
+        Err(why) => return tracing::warn!(network = %def.name, %why, "guests are not plugged in again"),
+    };
     let isolated = def.port.as_ref().is_some_and(|port| port.isolated == Some(true));
-    for device in devices {
-        let plugged = ip(&["link", "set", "dev", device, "master", bridge, "up"]).and_then(|_| match isolated {
-            true => ip(&["link", "set", "dev", device, "type", "bridge_slave", "isolated", "on"]),
-            false => Ok(Vec::new()),
-        });
-        if let Err(why) = plugged {
-            tracing::warn!(network = %def.name, device, %why, "a guest is not plugged in again");
+    let is_out = |card: &&PluggedCard| all.iter().any(|link| link["ifname"] == *card.end && link["master"].is_null());
+    for card in cards.iter().filter(is_out) {
+        let plan = TapPlan {
+            bridge: Some(bridge.to_owned()),
+            isolated: isolated || card.isolated,
+            vlans: card.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
+            ..TapPlan::default()
+        };
+        if let Err(why) = plug_again(&card.end, &plan) {
+            tracing::warn!(network = %def.name, card = card.end, %why, "a guest is not plugged in again");
         }
     }
 }

@@ -345,22 +345,20 @@ impl Maker {
         }
         server::write(&folder.join("reservations"), &served.reservations)?;
         server::write(&folder.join("names"), &served.names)?;
-        server::reload(&folder);
-        Ok(())
+        let names = to.has_dns().then_some("names");
+        let reservations = to.has_dhcp().then_some("reservations");
+        server::reload(&folder, &names.into_iter().chain(reservations).collect::<Vec<_>>())
     }
 
     /// Who has which address.
     pub fn leases(&self, def: &NetworkDef) -> io::Result<Vec<Lease>> {
-        let text = match fs::read_to_string(self.lease_file(def.uuid)) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            text => text?,
-        };
+        let text = super::leases::text(&self.lease_file(def.uuid))?;
         let nets = def.addresses();
         let prefix = |address: IpAddr| {
             let net = nets.iter().find(|(_, net)| net.contains(address));
             net.map_or(if address.is_ipv4() { 32 } else { 128 }, |(_, net)| net.prefix)
         };
-        Ok(super::leases::read(&text, prefix))
+        Ok(super::leases::read(&text, serve::most_leases(def), prefix))
     }
 
     /// Why it cannot do its work.

@@ -29,7 +29,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use tokio::sync::{Notify, mpsc};
 use uuid::Uuid;
 use virt_model::domain::value::Mac;
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, Problem};
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard, Problem};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::xml::Finding;
@@ -40,8 +40,9 @@ const UNREAD: usize = 4;
 /// Networks of this host.
 pub struct HostNetworks {
     maker: Arc<Maker>,
-    /// One change of the host's network at a time: two starts would both find a net free.
-    turn: tokio::sync::Mutex<()>,
+    /// One change of the host's network at a time: two starts would both find a net free. Who follows a network looks at it
+    /// between changes only.
+    turn: Arc<tokio::sync::Mutex<()>>,
     /// Who watches a network is told here that its server is another, or none.
     watchers: Mutex<HashMap<Uuid, Arc<Notify>>>,
 }
@@ -53,7 +54,7 @@ impl HostNetworks {
         let (runtime, leases) = (runtime.join("networks"), state.join("leases"));
         let works = nix::unistd::geteuid().is_root();
         let maker = Arc::new(Maker { runtime, leases, teller, works, steps_left: None });
-        HostNetworks { maker, turn: tokio::sync::Mutex::default(), watchers: Mutex::default() }
+        HostNetworks { maker, turn: Arc::default(), watchers: Mutex::default() }
     }
 
     /// Runs what blocks for moments.
@@ -131,9 +132,12 @@ impl NetworkDriver for HostNetworks {
         done
     }
 
-    async fn plug(&self, def: &NetworkDef, devices: Vec<String>) {
+    async fn plug(&self, def: &NetworkDef, cards: Vec<PluggedCard>) {
+        if cards.is_empty() {
+            return;
+        }
         let def = def.clone();
-        let done = self.does(move |_| link::plug(&def, &devices)).await;
+        let done = self.does(move |_| link::plug(&def, &cards)).await;
         done.unwrap_or_else(|why| tracing::warn!(%why, "guests are not plugged in again"));
     }
 
@@ -156,53 +160,73 @@ impl NetworkDriver for HostNetworks {
 
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport> {
         let (to, from) = mpsc::channel(UNREAD);
-        tokio::spawn(follow(self.maker.clone(), uuid, self.watcher(uuid), to));
+        tokio::spawn(follow(self.maker.clone(), self.turn.clone(), uuid, self.watcher(uuid), to));
         from
     }
 }
 
 /// Reports what befalls a network until it is stopped or nobody listens.
-async fn follow(maker: Arc<Maker>, uuid: Uuid, watcher: Arc<Notify>, to: mpsc::Sender<NetworkReport>) {
-    let mut told_end = false;
+async fn follow(
+    maker: Arc<Maker>,
+    turn: Arc<tokio::sync::Mutex<()>>,
+    uuid: Uuid,
+    watcher: Arc<Notify>,
+    to: mpsc::Sender<NetworkReport>,
+) {
+    let (mut is_down, mut changed) = (false, false);
     loop {
         let another = watcher.notified();
         tokio::pin!(another);
         another.as_mut().enable();
-        let (file, server) = maker.watched(uuid);
+        // While it is changed its server may end and be another.
+        let (file, server) = {
+            let _turn = turn.lock().await;
+            maker.watched(uuid)
+        };
         // One that is not there any more was stopped.
+        if !maker.runtime.join(uuid.to_string()).join("record.json").exists() {
+            return;
+        }
+        let server = server.and_then(|server| Process::new(server).ok());
+        let ended = server.is_none() && !is_down;
+        is_down = server.is_none();
+        let report = match (changed, ended) {
+            (true, _) => Some(NetworkReport::Changed),
+            (false, true) => Some(NetworkReport::ServerEnded),
+            (false, false) => None,
+        };
+        if let Some(report) = report
+            && to.send(report).await.is_err()
+        {
+            return;
+        }
+        changed = false;
         let Ok(watched) = leases::Watched::new(&file) else {
-            if !maker.runtime.join(uuid.to_string()).join("record.json").exists() {
-                return;
-            }
             tokio::select! {
-                () = another => continue,
+                () = another => {}
                 () = to.closed() => return,
             }
+            changed = true;
+            continue;
         };
-        let server = server.and_then(|server| Process::new(server).ok());
-        if server.is_none() && !told_end {
-            told_end = true;
-            let _ = to.try_send(NetworkReport::ServerEnded);
-        }
         loop {
             tokio::select! {
-                () = &mut another => break,
+                () = &mut another => {
+                    changed = true;
+                    break;
+                }
                 () = to.closed() => return,
                 touched = watched.touched() => {
                     if touched.is_err() { break }
                     let _ = to.try_send(NetworkReport::Leases);
                 }
-                _ = ended(server.as_ref()), if !told_end => {
-                    told_end = true;
-                    let _ = to.try_send(NetworkReport::ServerEnded);
-                }
+                _ = ended_of(server.as_ref()) => break,
             }
         }
-        told_end = false;
     }
 }
 
-async fn ended(server: Option<&Process>) -> End {
+async fn ended_of(server: Option<&Process>) -> End {
     match server {
         Some(server) => server.ended().await,
         None => std::future::pending().await,

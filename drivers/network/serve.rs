@@ -6,7 +6,7 @@ use std::path::Path;
 use virt_model::network::NetworkDef;
 use virt_model::network::address::{Net, number};
 use virt_model::network::forward::Mode;
-use virt_model::network::ip::{DhcpHost, LeaseTime, NetworkIp};
+use virt_model::network::ip::{Dhcp, DhcpHost, DhcpRange, LeaseTime, NetworkIp};
 
 /// The files of one network's server, all in one folder but the leases, which outlive the host's boot.
 pub struct Files<'a> {
@@ -33,6 +33,8 @@ pub struct Served {
 pub const USER: &str = "dnsmasq";
 /// dnsmasq's own bound where no range says how many.
 const USUAL_LEASES: u128 = 1000;
+/// Of IPv6, a range may have more addresses than there are numbers for them.
+const MOST_LEASES: u128 = 1 << 16;
 
 /// What a network's server is told; nothing if it has nothing to serve.
 pub fn served(def: &NetworkDef, bridge: &str, files: &Files<'_>) -> Option<Served> {
@@ -59,6 +61,15 @@ pub fn served(def: &NetworkDef, bridge: &str, files: &Files<'_>) -> Option<Serve
     let named = def.dns.iter().flat_map(|dns| &dns.hosts);
     let named = named.filter_map(|host| Some(format!("{} {}\n", host.ip?, host.names.join(" "))));
     Some(Served { config, reservations: reservations.collect(), names: named.collect() })
+}
+
+/// So many addresses are given at most.
+pub fn most_leases(def: &NetworkDef) -> usize {
+    let of_range = |range: &DhcpRange| number(range.end.0).saturating_sub(number(range.start.0)).saturating_add(1);
+    let of = |dhcp: &Dhcp| dhcp.ranges.iter().map(of_range).fold(dhcp.hosts.len() as u128, u128::saturating_add);
+    let served = def.ips.iter().filter(|ip| ip.address.is_some()).filter_map(NetworkIp::served);
+    let most = served.map(of).fold(0, u128::saturating_add);
+    most.clamp(USUAL_LEASES, MOST_LEASES) as usize
 }
 
 /// A text on a line of its own, for people.
@@ -127,14 +138,12 @@ fn backwards(net: &Net) -> String {
 
 fn addresses(def: &NetworkDef, files: &Files<'_>, config: &mut String) {
     let mut line = |text: String| config.push_str(&(text + "\n"));
-    let mut most = 0;
     for ip in &def.ips {
         let (Some(address), Some(net)) = (ip.address, ip.net()) else { continue };
         let mask = if ip.is_v6() { net.prefix.to_string() } else { net.netmask().to_string() };
         match ip.served() {
             Some(dhcp) => {
                 for range in &dhcp.ranges {
-                    most += number(range.end.0) - number(range.start.0) + 1;
                     line(format!(
                         "dhcp-range={},{},{mask}{}",
                         range.start.0,
@@ -145,7 +154,6 @@ fn addresses(def: &NetworkDef, files: &Files<'_>, config: &mut String) {
                 if dhcp.ranges.is_empty() {
                     line(format!("dhcp-range={},static{}", net.first, if ip.is_v6() { ",64" } else { "" }));
                 }
-                most += dhcp.hosts.len() as u128;
             }
             None if ip.is_v6() => line(format!("dhcp-range={address},ra-only")),
             None => {}
@@ -156,10 +164,7 @@ fn addresses(def: &NetworkDef, files: &Files<'_>, config: &mut String) {
         line("enable-ra".to_owned());
     }
     if def.has_dhcp() {
-        line(format!(
-            "dhcp-no-override\ndhcp-authoritative\ndhcp-lease-max={}",
-            most.clamp(1, 1 << 16).max(USUAL_LEASES)
-        ));
+        line(format!("dhcp-no-override\ndhcp-authoritative\ndhcp-lease-max={}", most_leases(def)));
         if let Some(teller) = files.teller {
             line(format!("dhcp-script={}\ndhcp-scriptuser={USER}", teller.display()));
         }
@@ -271,6 +276,9 @@ mod tests {
         ] {
             assert!(served.config.lines().any(|one| one == line), "{line}: {}", served.config);
         }
+        let all = "<ip family='ipv6' address='fd00::1' prefix='0'><dhcp>\
+            <range start='::' end='ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff'/><host id='0:1' name='a'/></dhcp></ip>";
+        assert!(told(all).unwrap().config.contains("\ndhcp-lease-max=65536\n"), "there is no number for so many");
         let ra = told("<forward mode='open'/><ip family='ipv6' address='fd00:1::1' prefix='64'/>").unwrap().config;
         assert!(ra.contains("dhcp-range=fd00:1::1,ra-only\n") && !ra.contains("no-resolv"), "{ra}");
     }

@@ -5,12 +5,20 @@ use super::leases::TOLD;
 use super::serve::USER;
 use crate::host::process::kill;
 use crate::host::tap::output_within;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How long it may take to read its files again: some milliseconds are usual.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Starts it with the configuration in its folder. It has come up when this returns; the error is its own words.
 pub fn start(folder: &Path) -> io::Result<()> {
@@ -53,9 +61,40 @@ pub fn find(folder: &Path) -> Option<OwnedFd> {
     command.split(|byte| *byte == 0).any(|word| word == wanted.as_bytes()).then_some(held)
 }
 
-/// Has it read reservations and names again; whether it is there.
-pub fn reload(folder: &Path) -> bool {
-    find(folder).is_some_and(|server| pidfd_send_signal(server, Signal::HUP).is_ok())
+/// Has it read these of its files again. It has when this returns: whatever it is asked from then on it answers by them.
+pub fn reload(folder: &Path, files: &[&str]) -> io::Result<()> {
+    let ended = || io::Error::other("dnsmasq has ended: destroy the network and start it again");
+    let server = find(folder).ok_or_else(ended)?;
+    let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
+    let add = |file: &&str| inotify::add_watch(&watch, folder.join(file), WatchFlags::CLOSE_NOWRITE);
+    let mut unread: Vec<i32> = files.iter().map(add).collect::<Result<_, _>>()?;
+    pidfd_send_signal(&server, Signal::HUP)?;
+    let until = Instant::now() + PATIENCE;
+    // It does one thing after the other: who has closed the last file takes questions again when it has worked it in.
+    while !unread.is_empty() {
+        let left = until.saturating_duration_since(Instant::now());
+        let left = Timespec { tv_sec: left.as_secs().try_into().unwrap_or(0), tv_nsec: left.subsec_nanos().into() };
+        let mut both = [PollFd::new(&watch, PollFlags::IN), PollFd::new(&server, PollFlags::IN)];
+        match poll(&mut both, Some(&left)) {
+            Err(Errno::INTR) => continue,
+            Ok(0) => return Err(io::Error::other("dnsmasq does not read its files again: it does not answer")),
+            ready => ready?,
+        };
+        if !both[1].revents().is_empty() {
+            return Err(ended());
+        }
+        let mut room = [MaybeUninit::uninit(); 4096];
+        let mut events = inotify::Reader::new(&watch, &mut room);
+        loop {
+            match events.next() {
+                Ok(event) => unread.retain(|one| *one != event.wd()),
+                Err(Errno::AGAIN) => break,
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Ends it. What it has given is in its file.

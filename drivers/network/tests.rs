@@ -6,8 +6,8 @@ use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::AtomicUsize;
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard};
 use virt_model::network::NetworkDef;
 use virt_model::network::update::{Change, Command as Verb, Section};
 
@@ -148,15 +148,18 @@ impl Guest {
     }
 }
 
-/// One question of DHCP and its answer.
+/// One question of DHCP and its answer. What answers another question, or one that was asked before, is none.
 fn exchange(mac: [u8; 6], name: &str, kind: u8, wanted: Option<Ipv4Addr>) -> Ipv4Addr {
+    static ASKED: AtomicU32 = AtomicU32::new(1);
+    let number = ASKED.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    let answers = if kind == 1 { 2 } else { 5 };
     let socket = UdpSocket::bind("0.0.0.0:68").unwrap();
     nix::sys::socket::setsockopt(&socket, nix::sys::socket::sockopt::BindToDevice, &"eth0".into()).unwrap();
     socket.set_broadcast(true).unwrap();
     socket.set_read_timeout(Some(std::time::Duration::from_secs(4))).unwrap();
     let mut packet = vec![0_u8; 236];
     packet[..3].copy_from_slice(&[1, 1, 6]);
-    packet[4..8].copy_from_slice(b"test");
+    packet[4..8].copy_from_slice(&number);
     packet[10] = 0x80;
     packet[28..34].copy_from_slice(&mac);
     packet.extend([99, 130, 83, 99, 53, 1, kind, 12, name.len() as u8]);
@@ -168,10 +171,10 @@ fn exchange(mac: [u8; 6], name: &str, kind: u8, wanted: Option<Ipv4Addr>) -> Ipv
     // The bridge may not pass on what comes while it takes notice of a new port: a client asks again.
     for _ in 0..10 {
         socket.send_to(&packet, "255.255.255.255:67").unwrap();
-        let Ok((length, _)) = socket.recv_from(&mut answer) else { continue };
-        if length > 240 && answer[4..8] == *b"test" {
-            assert!(answer[240..length].starts_with(&[53, 1, if kind == 1 { 2 } else { 5 }]), "offered, or given");
-            return Ipv4Addr::new(answer[16], answer[17], answer[18], answer[19]);
+        while let Ok((length, _)) = socket.recv_from(&mut answer) {
+            if length > 240 && answer[4..8] == number && answer[240..length].starts_with(&[53, 1, answers]) {
+                return Ipv4Addr::new(answer[16], answer[17], answer[18], answer[19]);
+            }
         }
     }
     panic!("no answer of DHCP");
@@ -192,6 +195,16 @@ fn resolve(server: &str, name: &str) -> Option<Ipv4Addr> {
     let (length, _) = socket.recv_from(&mut answer).expect("an answer of DNS");
     let found = answer[7] > 0 && length >= 16;
     found.then(|| Ipv4Addr::new(answer[length - 4], answer[length - 3], answer[length - 2], answer[length - 1]))
+}
+
+/// The next report but of leases.
+async fn told(reports: &mut tokio::sync::mpsc::Receiver<NetworkReport>) -> Option<NetworkReport> {
+    loop {
+        match reports.recv().await {
+            Some(NetworkReport::Leases) => {}
+            other => return other,
+        }
+    }
 }
 
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 0x11];
@@ -257,13 +270,10 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert_eq!(second.lease([0x52, 0x54, 0, 0, 0, 0x12], "whatever"), Ipv4Addr::new(10, 77, 0, 200));
     let txt =
         Change::read(Verb::AddLast, Section::DnsHost, None, "<host ip='10.77.0.8'><hostname>scanner</hostname></host>");
-    let more = more.changed(&txt.unwrap()).unwrap();
+    let mut more = more.changed(&txt.unwrap()).unwrap();
     networks.change(&more).await.unwrap();
-    // It has read its file again when it has answered once since it was told to.
-    guest.does(|| {
-        let known = (0..50).any(|_| resolve("10.77.0.1", "scanner.lab") == Some(Ipv4Addr::new(10, 77, 0, 8)));
-        assert!(known, "a name is known while guests are in it");
-    });
+    let known = guest.does(|| resolve("10.77.0.1", "scanner.lab"));
+    assert_eq!(known, Some(Ipv4Addr::new(10, 77, 0, 8)), "a name is known when the change has been made");
 
     // What drops is told and left alone; so is a server that has ended.
     assert_eq!(networks.problems(&more).await, []);
@@ -278,13 +288,32 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     let mut reports = networks.watch(def.uuid).await;
     let pid = std::fs::read_to_string(house.dir.path().join(format!("networks/{}/pid", def.uuid))).unwrap();
     run(&format!("kill -KILL {}", pid.trim()));
-    assert_eq!(reports.recv().await, Some(NetworkReport::ServerEnded));
+    assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
     assert_eq!(networks.problems(&more).await[0].token, "dhcp-down");
+    // A change makes another one; that the one before ends in it is nothing to be told.
+    for word in ["one", "two"] {
+        let txt = format!("<txt name='{word}' value='x'/>");
+        more = more.changed(&Change::read(Verb::AddLast, Section::DnsTxt, None, &txt).unwrap()).unwrap();
+        networks.change(&more).await.unwrap();
+        assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed), "{word}");
+        assert!(networks.problems(&more).await.iter().all(|problem| problem.token != "dhcp-down"), "{word}");
+    }
     networks.stop(def.uuid).await.unwrap();
     assert_eq!(there(), (false, false, false));
     assert!(run("nft list tables").contains("docker"), "others' tables stay");
     assert!(run("ip -o link show g1").contains("g1"), "a guest's device stays");
-    assert_eq!(reports.recv().await, None);
+    assert_eq!(told(&mut reports).await, None);
+
+    // It is plugged in again as it was, where it is in no bridge.
+    networks.start(&def, 7).await.unwrap();
+    let card = PluggedCard { end: "g1".to_owned(), isolated: true, vlan: None };
+    let gone = PluggedCard { end: "g9".to_owned(), ..card.clone() };
+    networks.plug(&def, vec![gone, card.clone()]).await;
+    let port = run("ip -d -o link show g1");
+    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
+    networks.plug(&def, vec![PluggedCard { isolated: false, ..card }]).await;
+    assert!(run("ip -d -o link show g1").contains("isolated on"), "one that is in a bridge stays as it is");
+    networks.stop(def.uuid).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]

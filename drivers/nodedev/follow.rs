@@ -5,13 +5,15 @@ use super::read::Reader;
 use super::uevent::{self, Received, Uevent};
 use crate::host::pci::VFIO;
 use crate::host::workers::blocking;
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::mpsc;
+use tokio::time::{Instant, sleep_until, timeout};
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::DeviceNews;
 
@@ -21,6 +23,12 @@ const WAITING: usize = 256;
 /// Messages that are looked after together.
 const BATCH: usize = 1024;
 
+/// How long udev is waited for: it may have died, or not be of this network namespace.
+const UDEV: Duration = Duration::from_secs(3);
+
+/// After a look that could not be, as where no thread can be made, the next one is this much later.
+const LATER: Duration = Duration::from_secs(10);
+
 /// What is to be looked at again.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Touched {
@@ -28,6 +36,8 @@ pub(super) struct Touched {
     pub folders: BTreeSet<PathBuf>,
     /// All.
     pub all: bool,
+    /// The folders of which udev is to send on what the kernel says, and until when it is waited for.
+    pub awaited: BTreeMap<PathBuf, Instant>,
 }
 
 impl Touched {
@@ -40,9 +50,31 @@ impl Touched {
         }
         // What udev names and notes is not there yet.
         let early = udev && !event.by_udev && matches!(&*event.action, "add" | "change");
-        if !early && event.folder.starts_with("/devices") {
+        if !event.folder.starts_with("/devices") {
+            return;
+        }
+        if early {
+            self.awaited.entry(event.folder).or_insert_with(|| Instant::now() + UDEV);
+        } else {
+            self.awaited.remove(&event.folder);
             self.folders.extend(event.before);
             self.folders.insert(event.folder);
+        }
+    }
+
+    /// What is to be looked at now; what udev is waited for stays.
+    pub fn due(&mut self) -> Touched {
+        let now = Instant::now();
+        let late = self.awaited.extract_if(.., |_, until| *until <= now).map(|(folder, _)| folder);
+        self.folders.extend(late);
+        Touched { folders: std::mem::take(&mut self.folders), all: std::mem::take(&mut self.all), ..Touched::default() }
+    }
+
+    /// Comes back when udev is not waited for any more, with something.
+    async fn waits_no_longer(&self) {
+        match self.awaited.values().min() {
+            Some(until) => sleep_until(*until).await,
+            None => std::future::pending().await,
         }
     }
 
@@ -75,8 +107,19 @@ async fn follow(
     let listener =
         listener.map_err(|e| DriverError::Unsupported(format!("the kernel does not tell of its devices: {e}")));
     loop {
-        let (of, batch) = (devices.clone(), std::mem::take(&mut touched));
-        for news in blocking(move || of.look_again(&batch)).await? {
+        let (of, batch) = (devices.clone(), touched.due());
+        let looked = match blocking(move || of.look_again(&batch)).await {
+            Ok(looked) => looked,
+            Err(error) => {
+                tracing::warn!(%error, "the host's devices could not be looked at; all are looked at again");
+                touched.all = true;
+                if timeout(LATER, sender.closed()).await.is_ok() {
+                    return Ok(());
+                }
+                continue;
+            }
+        };
+        for news in looked {
             // Nobody listens any more when virtd ends.
             if sender.send(news).await.is_err() {
                 return Ok(());
@@ -89,6 +132,7 @@ async fn follow(
         while touched.is_empty() {
             tokio::select! {
                 () = sender.closed() => return Ok(()),
+                () = touched.waits_no_longer() => break,
                 ready = listener.readable() => {
                     let mut ready = ready.map_err(|e| DriverError::Internal(e.to_string()))?;
                     let _ = ready.try_io(|listener| receive_all(listener.get_ref(), devices.host.has_udev(), &mut touched));

@@ -74,7 +74,8 @@ impl Inventory {
         gone.into_iter().chain(is).collect()
     }
 
-    fn shown(&self, name: &str) -> Option<Arc<NodeDevice>> {
+    /// The device of that name.
+    pub fn shown(&self, name: &str) -> Option<Arc<NodeDevice>> {
         self.devices.get(self.folder(name)?).cloned()
     }
 }

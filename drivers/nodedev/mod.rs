@@ -19,13 +19,19 @@ use crate::qemu::Claims;
 use async_trait::async_trait;
 use inventory::Inventory;
 use read::{MOST, Reader};
+use rustix::fs::{Mode, OFlags};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
-use virt_model::nodedev::{COMPUTER, NodeDevice, PciAbout};
+use virt_model::nodedev::{About, COMPUTER, NodeDevice, PciAbout, pci_name};
+
+/// How long a device may take to be taken from a driver or given to one, or to be reset.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// Where a host shows what it has.
 #[derive(Clone, Debug)]
@@ -34,6 +40,8 @@ pub struct Host {
     proc: PathBuf,
     udev: PathBuf,
     lists: Vec<PathBuf>,
+    /// Where the files of IOMMU groups are.
+    vfio: PathBuf,
 }
 
 impl Host {
@@ -44,6 +52,7 @@ impl Host {
             proc: PathBuf::from("/proc"),
             udev: PathBuf::from("/run/udev"),
             lists: ["/usr/share/hwdata", "/usr/share/misc"].map(PathBuf::from).into(),
+            vfio: PathBuf::from("/dev/vfio"),
         }
     }
 
@@ -67,6 +76,8 @@ pub struct LinuxDevices {
     takes: bool,
     /// As many are listed.
     most: usize,
+    /// How long the kernel may take with one before nobody waits any more.
+    patience: Duration,
     inventory: Mutex<Inventory>,
 }
 
@@ -75,32 +86,89 @@ impl LinuxDevices {
     pub fn new(claims: Claims, takes: bool) -> Arc<LinuxDevices> {
         let host = Host::this();
         let pci = Pci::below(&host.sys);
-        Arc::new(LinuxDevices { host, pci, claims, takes, most: MOST, inventory: Mutex::default() })
+        Arc::new(LinuxDevices { host, pci, claims, takes, most: MOST, patience: PATIENCE, inventory: Mutex::default() })
     }
 
     fn inventory(&self) -> MutexGuard<'_, Inventory> {
         self.inventory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does `work` with a PCI device while no guest can take it, or what is handed over with it.
+    /// All that would go with a device: what is below it, and below its virtual functions.
+    fn going_with(&self, device: &NodeDevice) -> Vec<(PathBuf, Arc<NodeDevice>)> {
+        let inventory = self.inventory();
+        let functions = device.pci().into_iter().flat_map(|pci| &pci.functions.0).map(|function| pci_name(*function));
+        let names = [device.name.clone()].into_iter().chain(functions);
+        let folders: Vec<PathBuf> = names.filter_map(|name| inventory.folder(&name).map(Path::to_owned)).collect();
+        let below = folders.iter().flat_map(|folder| inventory.below(folder));
+        below.map(|(folder, device)| (folder.clone(), device.clone())).collect()
+    }
+
+    /// Does `work` with a PCI device while no guest can take it, what is handed over with it, or one of its virtual functions. Work
+    /// that nobody waits for any more goes on, and the device is kept until it has ended.
     async fn hold(
         &self,
         device: &NodeDevice,
         what: &str,
-        work: impl FnOnce(&Pci, &str) -> io::Result<()> + Send + 'static,
+        work: impl FnOnce(&Pci, &str) -> Result<(), DriverError> + Send + 'static,
     ) -> Result<(), DriverError> {
-        let Some(PciAbout { address, group, .. }) = device.pci() else {
+        let Some(PciAbout { address, group, functions, .. }) = device.pci() else {
             let text = format!("{} is no PCI device: only those are taken from the host's drivers", device.name);
             return Err(DriverError::Unsupported(text));
         };
         let (pci, claims, address, what) =
             (self.pci.clone(), self.claims.clone(), address.to_string(), what.to_owned());
-        let group = group.as_ref().map(|group| Claims::group(&group.number.to_string()));
+        let group = group.as_ref().map(|group| group.number.to_string());
+        let functions: Vec<String> = functions.0.iter().map(ToString::to_string).collect();
+        let own = format!("PCI device {address}");
+        let late = format!(
+            "the kernel has not done with {own} within {} s, and goes on with it: nobody has it before that ends (dmesg \
+             says what it waits for)",
+            self.patience.as_secs()
+        );
         let done = blocking(move || {
-            let _held = claims.hold(format!("virtd, which {what} {address}"), group.as_slice())?;
-            work(&pci, &address).map_err(|e| DriverError::Hypervisor(format!("PCI device {address}: {e}")))
+            let groups = group.into_iter().chain(functions.iter().filter_map(|function| pci.group(function)));
+            let claimed: Vec<String> = groups.map(|group| Claims::group(&group)).chain([own]).collect();
+            let _held = claims.hold(format!("virtd, which {what} {address}"), &claimed)?;
+            work(&pci, &address)
         });
-        done.await?
+        timeout(self.patience, done).await.map_err(|_| DriverError::TimedOut(late))??
+    }
+}
+
+/// Work that a process would keep waiting, or notice, which has the device and is no guest of ours: not while it has.
+/// `vfio`: where the files of IOMMU groups are.
+fn unless_open(
+    vfio: PathBuf,
+    work: impl FnOnce(&Pci, &str) -> io::Result<()> + Send + 'static,
+) -> impl FnOnce(&Pci, &str) -> Result<(), DriverError> + Send + 'static {
+    move |pci: &Pci, address: &str| {
+        let group = pci.group(address).filter(|_| pci.driver(address).as_deref() == Some(VFIO));
+        if let Some(file) = group.map(|group| vfio.join(group)).filter(|file| is_open(file)) {
+            let text = format!("a process has {0} open; end it first (fuser {0} tells which it is)", file.display());
+            return Err(DriverError::Refused(text));
+        }
+        work(pci, address).map_err(|error| failed(address, &error))
+    }
+}
+
+fn failed(address: &str, error: &io::Error) -> DriverError {
+    DriverError::Hypervisor(format!("PCI device {address}: {error}"))
+}
+
+/// Whether a process has an IOMMU group open: the kernel gives each to one at a time.
+fn is_open(group: &Path) -> bool {
+    let flags = OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    matches!(rustix::fs::open(group, flags, Mode::empty()), Err(rustix::io::Errno::BUSY))
+}
+
+/// A device as it is read now, with what is known of its makers if it is still theirs.
+fn by_makers_of(known: &NodeDevice, now: NodeDevice) -> NodeDevice {
+    let ids = |device: &NodeDevice| device.vendor.id.zip(device.product.id);
+    match ids(&now) {
+        Some(own) if ids(known) == Some(own) => {
+            NodeDevice { vendor: known.vendor.clone(), product: known.product.clone(), ..now }
+        }
+        _ => now,
     }
 }
 
@@ -111,13 +179,19 @@ impl HostDevices for LinuxDevices {
     }
 
     async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError> {
-        let folder = self.inventory().folder(name).map(Path::to_owned);
-        let (host, name) = (self.host.clone(), name.to_owned());
+        let known = {
+            let inventory = self.inventory();
+            inventory.folder(name).map(Path::to_owned).zip(inventory.shown(name))
+        };
+        // The lists of makers are large, and were read when it came.
+        let (host, name) = (Host { lists: Vec::new(), ..self.host.clone() }, name.to_owned());
         let read = blocking(move || {
             let reader = Reader::of(&host);
-            match folder {
+            match known {
                 // Its hardware address may be another by now, of which nobody tells.
-                Some(folder) => reader.device(&folder).map(|device| NodeDevice { name: name.into(), ..device }),
+                Some((folder, known)) => reader
+                    .device(&folder)
+                    .map(|device| NodeDevice { name: name.into(), ..by_makers_of(&known, device) }),
                 None => (name == COMPUTER).then(|| reader.computer()),
             }
         });
@@ -129,30 +203,38 @@ impl HostDevices for LinuxDevices {
     }
 
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
-        let below: Vec<(PathBuf, Arc<NodeDevice>)> = {
-            let inventory = self.inventory();
-            let Some(folder) = inventory.folder(&device.name) else { return Ok(Vec::new()) };
-            inventory.below(folder).map(|(folder, device)| (folder.clone(), device.clone())).collect()
-        };
-        let host = self.host.clone();
-        blocking(move || uses::host_uses(&host, below.iter().map(|(folder, device)| (folder, &**device)))).await
+        let (going, host) = (self.going_with(device), self.host.clone());
+        if !going.iter().any(|(_, device)| matches!(device.about, About::Storage(_) | About::Net(_))) {
+            return Ok(Vec::new());
+        }
+        blocking(move || uses::host_uses(&host, &going)).await
+    }
+
+    async fn disks(&self, device: &NodeDevice) -> Result<Vec<PathBuf>, DriverError> {
+        let (going, host) = (self.going_with(device), self.host.clone());
+        if !going.iter().any(|(_, device)| matches!(device.about, About::Storage(_))) {
+            return Ok(Vec::new());
+        }
+        blocking(move || uses::disks(&host, &going)).await
     }
 
     async fn detach(&self, device: &NodeDevice) -> Result<(), DriverError> {
         self.hold(device, "detaches", |pci, address| match pci.driver(address) {
             Some(driver) if driver == VFIO => Ok(()),
-            _ => pci.detach(address),
+            _ => pci.detach(address).map_err(|error| failed(address, &error)),
         })
         .await
     }
 
     async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError> {
         let driven = before.is_none_or(|before| before.driver.is_some());
-        self.hold(device, "reattaches", move |pci, address| pci.give_back(address, driven)).await
+        let work = unless_open(self.host.vfio.clone(), move |pci, address| pci.give_back(address, driven));
+        self.hold(device, "reattaches", work).await
     }
 
     async fn reset(&self, device: &NodeDevice) -> Result<(), DriverError> {
-        self.hold(device, "resets", |pci, address| pci.reset(address)).await
+        let work = unless_open(self.host.vfio.clone(), |pci, address| pci.reset(address));
+        self.hold(device, "resets", work).await
     }
 }
 

@@ -4,6 +4,7 @@ use super::follow::Touched;
 use super::uevent::Uevent;
 use super::*;
 use crate::host::pci::tests::host as pci_host;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::symlink;
@@ -23,7 +24,8 @@ impl Fake {
         for name in ["sys/devices", "proc/self/net", "udev/data", "lists"] {
             fs::create_dir_all(at(name)).unwrap();
         }
-        let host = Host { sys: at("sys"), proc: at("proc"), udev: at("udev"), lists: vec![at("lists")] };
+        let (sys, proc, udev) = (at("sys"), at("proc"), at("udev"));
+        let host = Host { sys, proc, udev, lists: vec![at("lists")], vfio: at("vfio") };
         Fake { folder, host }
     }
 
@@ -58,12 +60,13 @@ impl Fake {
             claims: Claims::default(),
             takes: true,
             most: MOST,
+            patience: PATIENCE,
             inventory: Mutex::default(),
         })
     }
 }
 
-const ALL: Touched = Touched { folders: std::collections::BTreeSet::new(), all: true };
+const ALL: Touched = Touched { folders: BTreeSet::new(), all: true, awaited: BTreeMap::new() };
 
 /// Each device's name, class and parent.
 fn told(news: &[DeviceNews]) -> Vec<String> {
@@ -233,16 +236,19 @@ fn a_device_of_each_class_is_found_with_its_name_and_parent() {
     assert_eq!((&*disk.bus, disk.kind, disk.size, disk.sector), ("virtio", "disk", 1 << 20, 512));
 }
 
-#[test]
-fn names_come_from_udev_and_else_from_lists() {
+#[tokio::test]
+async fn names_come_from_udev_and_else_from_lists() {
     let fake = with_all();
     fs::write(fake.host.lists[0].join("pci.ids"), "8086  Intel Corporation\n\t10ca  82576 Virtual Function\n").unwrap();
     fs::write(fake.host.udev.join("data/b254:0"), "S:disk/by-id/virtio-s-1\nE:ID_SERIAL=s-1\n").unwrap();
     fs::write(fake.host.udev.join("data/c189:3"), "E:ID_VENDOR_FROM_DATABASE=Kingston\n").unwrap();
-    let news = fake.devices().look_again(&ALL);
+    let devices = fake.devices();
+    let news = devices.look_again(&ALL);
     let card = find(&news, "pci_0000_00_03_0");
     assert_eq!((&*card.vendor.name, &*card.product.name), ("Intel Corporation", "82576 Virtual Function"));
     assert_eq!(find(&news, "usb_1_1").vendor.name, "Kingston");
+    fs::remove_file(fake.host.lists[0].join("pci.ids")).unwrap();
+    assert_eq!(devices.read(&card.name).await.unwrap().as_ref(), Some(&card), "the list is not read again");
     assert_eq!(find(&news, "block_vda_s_1").nodes, ["/dev/vda", "/dev/disk/by-id/virtio-s-1"]);
 }
 
@@ -273,14 +279,22 @@ fn what_a_message_touches_is_looked_at_again_and_told_once() {
     assert_eq!(told(&devices.look_again(&touched)), moved);
 }
 
-#[test]
-fn where_udev_is_it_is_waited_for() {
+#[tokio::test(start_paused = true)]
+async fn where_udev_is_it_is_waited_for_and_not_for_ever() {
     let of = |by_udev, udev| {
         let mut touched = Touched::default();
         touched.take(event("add", "/devices/x", by_udev), udev);
         touched.folders.len()
     };
     assert_eq!([of(false, false), of(false, true), of(true, true)], [1, 0, 1]);
+    let mut touched = Touched::default();
+    for (folder, by_udev) in [("/devices/x", false), ("/devices/y", false), ("/devices/y", true)] {
+        touched.take(event("add", folder, by_udev), true);
+    }
+    assert_eq!(touched.due().folders, [PathBuf::from("/devices/y")].into());
+    tokio::time::advance(Duration::from_secs(60)).await;
+    assert_eq!(touched.due().folders, [PathBuf::from("/devices/x")].into(), "udev said nothing");
+    assert_eq!(touched, Touched::default());
     let mut touched = Touched::default();
     touched.take(event("add", "/module/vfio", false), false);
     assert_eq!(touched, Touched::default());
@@ -330,7 +344,9 @@ async fn what_of_the_host_would_go_is_told() {
     fs::write(fake.host.proc.join("self/mountinfo"), table).unwrap();
     fs::write(fake.host.proc.join("swaps"), "Filename Type\n/dev/vda1 partition 1\n/dev/sdb partition 1\n").unwrap();
     let four = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\neth0\t00000000\t0101A8C0\t3\t0\t0\t0\t00000000\n\
-                eth0\t0001A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\neth9\t0002A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n";
+                eth0\t0001A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\neth9\t0002A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n\
+                eth2\t0004A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n\
+                br0.5\t0003A8C0\t00000000\t1\t0\t0\t0\t00FFFFFF\n";
     fs::write(fake.host.proc.join("self/net/route"), four).unwrap();
     let zero = "0".repeat(32);
     let six = format!(
@@ -338,14 +354,33 @@ async fn what_of_the_host_would_go_is_told() {
          fd000000000000000000000000000000 40 {zero} 00 {zero} 00000100 1 0 00000001 eth0\n"
     );
     fs::write(fake.host.proc.join("self/net/ipv6_route"), six).unwrap();
+    fake.plug("pci0000:00/0000:00:03.1/net/eth2", "class", "net", &[]);
+    let (bridge, vlan) =
+        (fake.plug("virtual/net/br0", "class", "net", &[]), fake.plug("virtual/net/br0.5", "class", "net", &[]));
+    symlink(&bridge, fake.host.sys.join("class/net/eth0/upper_br0")).unwrap();
+    symlink(&vlan, bridge.join("upper_br0.5")).unwrap();
+    symlink("/etc", bridge.join("upper_else")).unwrap();
     let devices = fake.devices();
     let news = devices.look_again(&ALL);
     let uses = devices.host_uses(&find(&news, "pci_0000_00_03_0")).await.unwrap();
     let words: Vec<String> = uses.iter().map(|(kind, what)| format!("{kind} {what}")).collect();
-    assert_eq!(words, ["route 192.168.1.0/24 via eth0", "route default via eth0", "route fd00::/64 via eth0"]);
+    let (routes, links) = words.split_at(5);
+    let over = [
+        "192.168.1.0/24 via eth0",
+        "192.168.3.0/24 via br0.5",
+        "192.168.4.0/24 via eth2",
+        "default via eth0",
+        "fd00::/64 via eth0",
+    ];
+    assert_eq!(routes, over.map(|route| format!("route {route}")));
+    assert_eq!(links, ["link br0 on eth0", "link br0.5 on br0"]);
     let uses = devices.host_uses(&find(&news, "block_vda_s_1")).await.unwrap();
     let words: Vec<String> = uses.iter().map(|(kind, what)| format!("{kind} {what}")).collect();
     assert_eq!(words, ["mount /", "mount /boot x", "mount /data", "swap /dev/vda1"]);
+    let disks = devices.disks(&find(&news, "block_vda_s_1")).await.unwrap();
+    let nodes = ["/dev/dm-0", "/dev/mapper/vg-root", "/dev/vda", "/dev/vda1"];
+    assert_eq!(disks.into_iter().collect::<BTreeSet<_>>(), nodes.map(PathBuf::from).into());
+    assert!(devices.disks(&find(&news, "pci_0000_00_03_0")).await.unwrap().is_empty());
     let uses = devices.host_uses(&find(&news, "block_nvme0c0n1")).await.unwrap();
     assert_eq!(uses, [("mount", "/nvme".to_owned())]);
 }
@@ -353,11 +388,14 @@ async fn what_of_the_host_would_go_is_told() {
 #[tokio::test]
 async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
     const CARD: &str = "0000:06:00.0";
-    let (folder, pci) = pci_host(&[(CARD, "7", Some("e1000e"))]);
+    const FUNCTION: &str = "0000:06:10.0";
+    let (folder, pci) = pci_host(&[(CARD, "7", Some("e1000e")), (FUNCTION, "9", Some(VFIO))]);
     let sys = folder.path().canonicalize().unwrap();
     let device = sys.join("bus/pci/devices").join(CARD);
     symlink(sys.join("bus/pci"), device.join("subsystem")).unwrap();
     fs::write(device.join("class"), "0x020000\n").unwrap();
+    fs::write(device.join("sriov_totalvfs"), "7\n").unwrap();
+    symlink(sys.join("bus/pci/devices").join(FUNCTION), device.join("virtfn0")).unwrap();
     let fake = Fake::new();
     let (host, claims) = (Host { sys, ..fake.host.clone() }, Claims::default());
     let devices = Arc::new(LinuxDevices {
@@ -366,6 +404,7 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
         claims: claims.clone(),
         takes: true,
         most: MOST,
+        patience: PATIENCE,
         inventory: Mutex::default(),
     });
     let card = find(&devices.look_again(&ALL), "pci_0000_06_00_0");
@@ -383,11 +422,45 @@ async fn a_card_is_detached_reset_and_reattached_unless_a_guest_has_it() {
         assert_eq!(why, "IOMMU group 7 is in use by domain 'web'");
     }
     claims.release(guest);
+    claims.take(guest, "net", &["IOMMU group 9".to_owned()]).unwrap();
+    let DriverError::Refused(why) = devices.detach(&card).await.unwrap_err() else { panic!() };
+    assert_eq!(why, "IOMMU group 9 is in use by domain 'net'", "its virtual function is");
+    claims.release(guest);
     devices.reattach(&now, Some(&DetachedDevice { driver: Some("e1000e".into()) })).await.unwrap();
     let now = devices.read(&card.name).await.unwrap().unwrap();
     assert_eq!((now.detached(), now.driver.as_deref()), (false, Some("e1000e")));
     assert_eq!(devices.read("pci_0000_07_00_0").await.unwrap(), None);
     drop(fake.folder);
+}
+
+#[tokio::test]
+async fn what_the_kernel_does_not_let_go_of_is_not_waited_for() {
+    const CARD: &str = "0000:06:00.0";
+    let (folder, _) = pci_host(&[(CARD, "7", Some(VFIO))]);
+    let sys = folder.path().canonicalize().unwrap();
+    let device = sys.join("bus/pci/devices").join(CARD);
+    symlink(sys.join("bus/pci"), device.join("subsystem")).unwrap();
+    // Whoever writes it waits until it is read.
+    let unbind = device.join("driver/unbind");
+    nix::unistd::mkfifo(&unbind, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let (fake, claims, patience) = (Fake::new(), Claims::default(), Duration::from_millis(10));
+    let (host, pci) = (Host { sys: sys.clone(), ..fake.host.clone() }, Pci::below(&sys));
+    let (claimed, most, inventory) = (claims.clone(), MOST, Mutex::default());
+    let devices = LinuxDevices { host, pci, claims: claimed, takes: true, most, patience, inventory };
+    let card = find(&devices.look_again(&ALL), "pci_0000_06_00_0");
+    let late = devices.reattach(&card, None).await.unwrap_err();
+    assert!(matches!(&late, DriverError::TimedOut(why) if why.contains("PCI device 0000:06:00.0")), "{late}");
+    let devices = LinuxDevices { patience: PATIENCE, ..devices };
+    for refused in [devices.reattach(&card, None).await, devices.reset(&card).await] {
+        let DriverError::Refused(why) = refused.unwrap_err() else { panic!() };
+        assert_eq!(why, "IOMMU group 7 is in use by virtd, which reattaches 0000:06:00.0");
+    }
+    assert_eq!(fs::read_to_string(&unbind).unwrap(), CARD);
+    let guest = uuid::Uuid::from_u128(1);
+    while claims.take(guest, "web", &["IOMMU group 7".to_owned()]).is_err() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(fs::read_to_string(sys.join("bus/pci/drivers_probe")).unwrap(), CARD, "it was done to its end");
 }
 
 /// This host, whatever it has, is only read.

@@ -1,9 +1,12 @@
-//! What of the host would go with a device: file systems that are mounted from it, swap on it, routes over it.
+//! What of the host would go with a device: file systems that are mounted from it, swap on it, routes over it, and network devices
+//! that stand on it.
 
 use super::Host;
 use super::read::bounded;
 use std::collections::BTreeSet;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use virt_model::nodedev::{About, NodeDevice};
 
 /// The longest table of the kernel's that is read, in bytes.
@@ -12,29 +15,65 @@ const LONGEST: u64 = 4 << 20;
 /// As many block devices are looked at that stand on others, and as many uses told.
 const MOST: usize = 1024;
 
-/// All uses of these devices, which are in these folders below sysfs.
-pub fn host_uses<'d>(
-    host: &Host,
-    devices: impl Iterator<Item = (&'d PathBuf, &'d NodeDevice)>,
-) -> Vec<(&'static str, String)> {
-    let (mut blocks, mut cards) = (BTreeSet::new(), BTreeSet::new());
+/// Devices, each with its folder below sysfs.
+type Placed = [(PathBuf, Arc<NodeDevice>)];
+
+/// All uses of these devices.
+pub fn host_uses(host: &Host, devices: &Placed) -> Vec<(&'static str, String)> {
+    let (blocks, mut cards) = (blocks(host, devices), Cards::default());
     for (folder, device) in devices {
-        match &device.about {
-            About::Storage(disk) => {
-                stand_on(host, &host.below_sys(folder), &mut blocks);
-                let whole = whole_of(&disk.block).map(|whole| host.sys.join("class/block").join(whole));
-                if let Some(Ok(whole)) = whole.map(std::fs::canonicalize) {
-                    stand_on(host, &whole, &mut blocks);
-                }
-            }
-            About::Net(net) => _ = cards.insert(net.interface.clone()),
-            _ => {}
+        if let About::Net(_) = &device.about {
+            carry(host, &host.below_sys(folder), &mut cards);
         }
     }
     let mounts = mounts(host, &blocks).into_iter().map(|place| ("mount", place));
     let swaps = swaps(host, &blocks).into_iter().map(|place| ("swap", place));
-    let routes = routes(host, &cards).into_iter().map(|route| ("route", route));
-    mounts.chain(swaps).chain(routes).take(MOST).collect()
+    let routes = routes(host, &cards.names).into_iter().map(|route| ("route", route));
+    let links = cards.links.into_iter().map(|link| ("link", link));
+    mounts.chain(swaps).chain(routes).chain(links).take(MOST).collect()
+}
+
+/// The files in `/dev` of all block devices among these devices, and of what stands on those.
+pub fn disks(host: &Host, devices: &Placed) -> Vec<PathBuf> {
+    blocks(host, devices).into_iter().flat_map(|block| block.nodes).map(PathBuf::from).collect()
+}
+
+fn blocks(host: &Host, devices: &Placed) -> BTreeSet<Block> {
+    let mut found = BTreeSet::new();
+    for (folder, device) in devices {
+        let About::Storage(disk) = &device.about else { continue };
+        stand_on(host, &host.below_sys(folder), &mut found);
+        let whole = whole_of(&disk.block).map(|whole| host.sys.join("class/block").join(whole));
+        if let Some(Ok(whole)) = whole.map(std::fs::canonicalize) {
+            stand_on(host, &whole, &mut found);
+        }
+    }
+    found
+}
+
+/// Network devices, and which of them stands on which other.
+#[derive(Debug, Default)]
+struct Cards {
+    names: BTreeSet<String>,
+    links: BTreeSet<String>,
+}
+
+/// The network device in `folder`, and those that stand on it: the bridge or bond that it is a port of, its VLANs, macvtaps.
+fn carry(host: &Host, folder: &Path, found: &mut Cards) {
+    let name_of = |folder: &Path| folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let name = name_of(folder);
+    if found.names.len() >= MOST || !found.names.insert(name.clone()) {
+        return;
+    }
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    for link in entries.filter(|entry| entry.file_name().as_bytes().starts_with(b"upper_")) {
+        if let Ok(upper) = std::fs::canonicalize(link.path())
+            && upper.starts_with(&host.sys)
+        {
+            found.links.insert(format!("{} on {name}", name_of(&upper)));
+            carry(host, &upper, found);
+        }
+    }
 }
 
 /// The disk that a path to it stands for: `nvme0c1n2` for `nvme0n2`, which is below no controller.

@@ -76,17 +76,24 @@ impl Vault {
 
     /// The value of the secret that a machine names. Errors: `NoSuchSecret`, `SecretMissing`, `Storage`.
     pub async fn named(self: &Arc<Self>, name: &SecretName) -> Result<SecretValue, DriverError> {
+        let missing = || DriverError::SecretMissing(format!("the secret {name} has no value: set one (SetValue)"));
         if let Some(uuid) = self.find(name) {
-            let missing = || DriverError::SecretMissing(format!("the secret {name} has no value: set one (SetValue)"));
             return self.value(uuid).await?.ok_or_else(missing);
         }
-        let (vault, name) = (self.clone(), name.clone());
-        blocking(move || vault.in_file(&name)).await?
+        let (vault, of) = (self.clone(), name.clone());
+        let read = blocking(move || vault.in_file(&of)).await?;
+        match self.find(name) {
+            // It has just been taken in from its file.
+            Some(uuid) if read.is_err() => self.value(uuid).await?.ok_or_else(missing),
+            _ => read,
+        }
     }
 
     /// Why a machine that names this secret could not be started, if so. Blocks for files of virtd's own and the administrator's.
     pub fn lacks(&self, name: &SecretName) -> Option<DriverError> {
-        let Some(uuid) = self.find(name) else { return self.in_file(name).err() };
+        let Some(uuid) = self.find(name) else {
+            return self.in_file(name).err().filter(|_| self.find(name).is_none());
+        };
         match self.kept(uuid) {
             Ok(Some(_)) => None,
             Ok(None) => Some(DriverError::SecretMissing(format!("the secret {name} has no value: set one (SetValue)"))),
@@ -121,9 +128,16 @@ impl Vault {
         self.folder.join(format!("{uuid}.value"))
     }
 
-    /// How values are sealed on this host. That is tried once, with nothing.
+    /// How values are sealed on this host. That is tried once, with nothing; but that they are not is not remembered: what seals
+    /// them may come late.
     async fn means(&self) -> Protection {
-        *self.means.get_or_init(sealed::means).await
+        let tried = self.means.get_or_try_init(|| async {
+            match sealed::means().await {
+                Protection::File => Err(Protection::File),
+                sealed => Ok(sealed),
+            }
+        });
+        tried.await.copied().unwrap_or_else(|unsealed| unsealed)
     }
 }
 

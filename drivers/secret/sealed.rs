@@ -76,15 +76,17 @@ pub async fn seal(
     value: &SecretValue,
     changed_usec: u64,
 ) -> Result<Sealed, DriverError> {
-    let key = match protection {
-        Protection::Tpm2 => "--with-key=host+tpm2",
-        Protection::HostKey => "--with-key=host",
+    let keys: &[&str] = match protection {
+        // To no PCR: the default is one that an update of the firmware changes, and nothing would open after it.
+        Protection::Tpm2 => &["--with-key=host+tpm2", "--tpm2-pcrs="],
+        Protection::HostKey => &["--with-key=host"],
         Protection::File | Protection::Memory => {
             let data = Zeroizing::new(base64::encode(value.bytes()));
             return Ok(Sealed { protection: Protection::File.as_str().to_owned(), changed_usec, data });
         }
     };
-    let said = run(&["encrypt", key, &format!("--name={uuid}"), "-", "-"], value.bytes()).await?;
+    let name = format!("--name={uuid}");
+    let said = run(&[&["encrypt"], keys, &[&*name, "-", "-"]].concat(), value.bytes()).await?;
     let data = String::from_utf8(said.to_vec()).map_err(|_| failed("its answer is no text"))?;
     Ok(Sealed { protection: protection.as_str().to_owned(), changed_usec, data: Zeroizing::new(data) })
 }

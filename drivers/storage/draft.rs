@@ -57,12 +57,12 @@ impl Draft {
         id_of(self.file.get()?)
     }
 
-    /// Gives it its owner and mode, and has all of it on disk. Blocks.
+    /// Gives it its owner and mode, and has all of it on disk. Who runs it never does so with its owner's rights. Blocks.
     pub fn settle(&self, owner: (Option<u32>, Option<u32>), mode: u32) -> io::Result<()> {
         let file = self.file.get()?;
         let us = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
         give(file, owner.0.or(Some(us.0)), owner.1.or(Some(us.1)))?;
-        fchmod(file, Mode::from_raw_mode(mode))?;
+        fchmod(file, Mode::from_raw_mode(mode & 0o777))?;
         file.sync_all()
     }
 

@@ -276,8 +276,14 @@ pub fn accept(draft: &Draft, format: &str, length: u64, capacity: u64) -> Result
 
 /// Gives a raw volume another size. Blocks.
 pub fn resize(file: &Beneath, to: NewSize, pace: &Pace) -> io::Result<()> {
-    let (length, file) = (file.length(), file.to_write()?);
+    let file = file.to_write()?;
     let file = file.get()?;
+    // Whoever copies a file takes no lock: it may have grown since it was looked at.
+    let length = file.metadata()?.len();
+    if to.capacity < length && !to.shrink {
+        let text = format!("it has {length} bytes by now, and would lose what is behind; say shrink");
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+    }
     if to.allocate && to.capacity > length {
         // First what can fail, so that it is as before then.
         allocate(file, length, to.capacity, pace).inspect_err(|_| _ = file.set_len(length))?;

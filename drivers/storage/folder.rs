@@ -48,6 +48,12 @@ impl PoolFolder {
         &self.1
     }
 
+    /// Which folder it is: its file system, and its number there.
+    pub fn which(&self) -> io::Result<(u64, u64)> {
+        let stat = fstat(&self.0)?;
+        Ok((stat.st_dev, stat.st_ino))
+    }
+
     /// Whether the path still leads to it.
     pub fn is_there(&self, path: &Path) -> io::Result<()> {
         let (ours, there) = (fstat(&self.0)?, Found::resolve(path)?.stat);

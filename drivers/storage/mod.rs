@@ -20,6 +20,7 @@ mod tests;
 mod watch;
 
 use crate::host::files::{Seen, What};
+use crate::host::given::Most;
 use crate::host::image::Images;
 use crate::host::lender::Lender;
 use crate::host::resolve::Place;
@@ -29,9 +30,10 @@ use async_trait::async_trait;
 use draft::Draft;
 use fill::Pace;
 use folder::{Beneath, PoolFolder};
+use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::driver::storage::{
@@ -57,6 +59,18 @@ pub struct HostStorage {
     secrets: Secrets,
     /// We act for others: who could have put a link somewhere counts.
     wary: bool,
+    held: Held,
+}
+
+/// Which folder is which pool's, for as long as it is held: by its file system and number there.
+#[derive(Clone, Default)]
+struct Held(Arc<Mutex<HashMap<(u64, u64), Holder>>>);
+
+/// Who holds a folder.
+struct Holder {
+    pool: Uuid,
+    name: String,
+    folder: Weak<PoolFolder>,
 }
 
 /// A pool whose volumes are the files in a folder.
@@ -72,7 +86,7 @@ pub struct FolderPool {
 impl HostStorage {
     /// Whose tools run by those rights; `wary`: for others than us.
     pub fn new(rights: ToolRights, secrets: Secrets, wary: bool) -> HostStorage {
-        HostStorage { workers: Workers::default(), rights, secrets, wary }
+        HostStorage { workers: Workers::default(), rights, secrets, wary, held: Held::default() }
     }
 
     fn errand(def: &PoolDef, work: &dyn Work) -> Errand {
@@ -125,6 +139,7 @@ impl Storage for HostStorage {
         let (path, wary, pool) = (path_of(def), self.wary, def.uuid);
         let errand = HostStorage::errand(def, work);
         let shown = path.clone();
+        let (held, name) = (self.held.clone(), def.name.clone());
         let open = move |_: &Arc<Stop>| {
             let folder = PoolFolder::open(&path, wary).map_err(|e| match e.kind() {
                 io::ErrorKind::NotFound => {
@@ -132,12 +147,34 @@ impl Storage for HostStorage {
                 }
                 _ => failed("open", &path, &e),
             })?;
-            folder.remove_unfinished().map_err(|e| failed("tidy", &path, &e))?;
+            let folder = Arc::new(folder);
+            // What this pool is making itself is no rest of anything.
+            if held.take(&folder, pool, &name, &path)? {
+                folder.remove_unfinished().map_err(|e| failed("tidy", &path, &e))?;
+            }
             Ok(folder)
         };
-        let folder = Arc::new(self.workers.run(errand, open).await?);
+        let folder = self.workers.run(errand, open).await?;
         let (workers, rights, secrets) = (self.workers.clone(), self.rights.clone(), self.secrets.clone());
         Ok(Arc::new(FolderPool { pool, path: shown, folder, workers, rights, secrets }))
+    }
+}
+
+impl Held {
+    /// A pool takes a folder; whether it had not taken it before. Error: it is another pool's, which writes in it and keeps what is
+    /// known of its files. Blocks.
+    fn take(&self, folder: &Arc<PoolFolder>, pool: Uuid, name: &str, path: &Path) -> Result<bool, DriverError> {
+        let which = folder.which().map_err(|e| failed("open", path, &e))?;
+        let mut held = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        held.retain(|_, holder| holder.folder.strong_count() > 0);
+        if let Some(other) = held.get(&which).filter(|holder| holder.pool != pool) {
+            let (path, name) = (path.display(), &other.name);
+            return Err(DriverError::Refused(format!(
+                "{path}: that folder is pool '{name}' already: stop that one first"
+            )));
+        }
+        let holder = Holder { pool, name: name.to_owned(), folder: Arc::downgrade(folder) };
+        Ok(held.insert(which, holder).is_none())
     }
 }
 
@@ -278,7 +315,7 @@ impl FolderPool {
     async fn pour(&self, draft: &Draft, name: &str, from: GivenFile, work: &Arc<dyn Work>) -> Result<u64, DriverError> {
         let (tells, path) = (work.clone(), self.path.join(name));
         let tell = move |done| tells.progress(done, 0);
-        let poured = given::pour_in(from, draft.file().clone(), 0, None, false, work.cancelled(), tell).await;
+        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, false, work.cancelled(), tell).await;
         poured.map_err(|e| of_client_unless_cancelled(&path, &e, work))
     }
 }
@@ -303,6 +340,12 @@ fn of_client_unless_cancelled(path: &Path, error: &io::Error, work: &Arc<dyn Wor
 /// What went wrong, unless it was told to stop.
 fn told(deed: &str, path: &Path, error: &io::Error, stop: &Stop) -> DriverError {
     stop.check().err().unwrap_or_else(|| failed(deed, path, error))
+}
+
+/// How many bytes of a volume of that length are there from where a part begins. Error: that part is not all in it.
+fn room_in(volume: &VolumeAt, length: u64, part: &Part) -> Result<u64, DriverError> {
+    let room = length.checked_sub(part.offset).filter(|room| part.length.is_none_or(|wanted| wanted <= *room));
+    room.ok_or_else(|| DriverError::Argument(format!("'{}' has {length} bytes: that part is not in it", volume.name)))
 }
 
 /// The file of a volume, if it is that one still.
@@ -473,8 +516,7 @@ impl OpenPool for FolderPool {
         let from = self.with(errand, "read", volume, |file, _| Ok((file.to_read()?, file.length()))).await?;
         let (file, length) = (Arc::new(from.0), from.1);
         let part = part.unwrap_or(Part { offset: 0, length: None });
-        let left = length.saturating_sub(part.offset);
-        let total = part.length.map_or(left, |most| most.min(left));
+        let total = part.length.unwrap_or(room_in(volume, length, &part)?);
         let tells = work.clone();
         let poured = given::pour_out(file, part.offset, total, to, sparse, move |done| tells.progress(done, total));
         tokio::select! {
@@ -538,13 +580,13 @@ impl FolderPool {
     /// Gives a draft its owner, mode and name.
     async fn finish(&self, draft: Arc<Draft>, new: &NewVolume, work: Arc<dyn Work>) -> Result<VolumeLook, DriverError> {
         let (folder, path, name) = (self.folder.clone(), self.path.clone(), new.name.clone());
-        let (owner, mode, format) = (new.owner, new.mode, new.format.clone());
+        let (owner, mode, format, secret) = (new.owner, new.mode, new.format.clone(), new.secret.clone());
         let errand = self.long(&name, new.capacity, &*work);
         let run = move |stop: &Arc<Stop>| {
             let full = path.join(&name);
             let named = draft.settle(owner, mode).and_then(|()| {
                 stop.check().map_err(io::Error::other)?;
-                work.names(draft.id()?, &format).map_err(io::Error::other)?;
+                work.names(draft.id()?, &name, &format, secret.as_deref()).map_err(io::Error::other)?;
                 work.step();
                 draft.name(&name)?;
                 work.step();
@@ -571,7 +613,7 @@ impl FolderPool {
         let draft = Arc::new(self.workers.run(errand, begin).await?);
         let tells = work.clone();
         let tell = move |done| tells.progress(done, 0);
-        let poured = given::pour_in(from, draft.file().clone(), 0, None, sparse, work.cancelled(), tell).await;
+        let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, sparse, work.cancelled(), tell).await;
         let length = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         let errand = self.long(&volume.name, length, &*work);
         let volume_at = volume.clone();
@@ -584,7 +626,7 @@ impl FolderPool {
             if lock::is_held(file.to_read()?.get()?, true)? {
                 return Err(io::Error::other("somebody has opened it meanwhile (fuser tells who)"));
             }
-            work.names(draft.id()?, &volume_at.format).map_err(io::Error::other)?;
+            work.names(draft.id()?, &volume_at.name, &volume_at.format, None).map_err(io::Error::other)?;
             work.step();
             draft.take_place_of(&volume_at.name)?;
             work.step();
@@ -604,17 +646,21 @@ impl FolderPool {
         let errand = self.errand(&volume.name).until(work.cancelled());
         let (file, length) =
             self.with(errand, "write", volume, |file, _| Ok((file.to_write()?, file.length()))).await?;
-        let room = length.saturating_sub(part.offset);
-        if part.length.is_some_and(|wanted| wanted > room) || part.offset > length {
-            let text = format!("'{}' has {length} bytes: that part is not in it", volume.name);
+        let room = room_in(volume, length, &part)?;
+        let (wanted, most) = match part.length {
+            Some(wanted) => (wanted, Most::First(wanted)),
+            None => (room, Most::Within(room)),
+        };
+        let (tells, file) = (work.clone(), Arc::new(file));
+        work.step();
+        let (tell, path) = (move |done| tells.progress(done, wanted), self.path.join(&volume.name));
+        let poured = given::pour_in(from, file.clone(), part.offset, most, sparse, work.cancelled(), tell).await;
+        let count = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
+        if part.length.is_some() && count < wanted {
+            let text = format!("the descriptor that was given: it has {count} bytes, and {wanted} were to be written");
             return Err(DriverError::Argument(text));
         }
-        let (most, tells, file) = (part.length.unwrap_or(room), work.clone(), Arc::new(file));
-        work.step();
-        let (tell, path) = (move |done| tells.progress(done, most), self.path.join(&volume.name));
-        let poured = given::pour_in(from, file.clone(), part.offset, Some(most), sparse, work.cancelled(), tell).await;
-        poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
-        let errand = self.long(&volume.name, most, &*work);
+        let errand = self.long(&volume.name, wanted, &*work);
         let sync =
             move |_: &Arc<Stop>| file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e));
         self.workers.run(errand, sync).await

@@ -29,8 +29,8 @@ impl Work for Steps {
         }
     }
 
-    fn names(&self, id: FileId, format: &str) -> Result<(), DriverError> {
-        assert!(id.number > 0 && !format.is_empty());
+    fn names(&self, id: FileId, name: &str, format: &str, _: Option<&str>) -> Result<(), DriverError> {
+        assert!(id.number > 0 && !name.is_empty() && !format.is_empty());
         Ok(())
     }
 
@@ -166,6 +166,10 @@ async fn raw_volumes_are_made_as_they_are_asked_for() {
     let part = NewVolume { allocation: 1 << 20, ..new("p", "raw", 3 << 20, Content::Empty) };
     let look = room.pool.create(part, work()).await.unwrap();
     assert!((1 << 20..3 << 20).contains(&look.allocation), "{}", look.allocation);
+    // What was written by a client is never run with its owner's rights.
+    let set_uid = NewVolume { mode: 0o4755, ..new("s", "raw", 1, Content::Empty) };
+    assert_eq!(room.pool.create(set_uid, work()).await.unwrap().permissions.2, 0o755);
+    fs::remove_file(room.at("s")).unwrap();
     // A name that is taken stays what it is.
     let again = room.pool.create(new("a", "raw", 1, Content::Empty), work()).await.unwrap_err();
     assert!(matches!(again, DriverError::Exists(_)), "{again}");
@@ -342,6 +346,11 @@ async fn sizes_change_and_content_is_overwritten() {
     assert!(look.capacity == 4 << 20 && look.allocation >= 2 << 20, "{look:?}");
     room.pool.resize(&room.volume("a", "raw").await, size(1 << 20, true, false), work()).await.unwrap();
     assert_eq!(room.look("a").await.capacity, 1 << 20);
+    // What somebody has written to it since it was looked at is not lost either.
+    let volume = room.volume("a", "raw").await;
+    pattern(&room.at("a"), 3 << 20);
+    let refused = room.pool.resize(&volume, size(2 << 20, false, false), work()).await.unwrap_err();
+    assert!(refused.to_string().contains("say shrink") && room.look("a").await.capacity == 3 << 20, "{refused}");
     for (how, is_zero) in [(Wiping::Random, false), (Wiping::Zero, true), (Wiping::Discard, true)] {
         pattern(&room.at("w"), 1 << 20);
         room.pool.wipe(&room.volume("w", "raw").await, how, work()).await.unwrap();
@@ -415,6 +424,24 @@ async fn what_is_sent_and_fetched_is_the_same() {
     let beyond = Some(Part { offset: 5 << 20, length: Some(1 << 20) });
     let refused = room.pool.upload(&volume, given(fs::File::open(&words).unwrap()), beyond, false, work()).await;
     assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)));
+    let (_ear, mouth) = std::io::pipe().unwrap();
+    let refused = room.pool.download(&volume, given(mouth), beyond, false, work()).await;
+    assert!(matches!(refused.unwrap_err(), DriverError::Argument(_)), "nor is less of it sent in silence");
+    let end = (5 << 20) + 17;
+    for (offset, length, sparse, why) in [
+        (end - 3, None, false, "more bytes than"),
+        (end - 3, None, true, "more bytes than"),
+        (end - 6, None, false, ""),
+        (end - 6, None, true, ""),
+        (0, Some(7), false, "it has 6 bytes"),
+        (0, Some(7), true, "it has 6 bytes"),
+    ] {
+        let given = given(fs::File::open(&words).unwrap());
+        let done = room.pool.upload(&volume, given, Some(Part { offset, length }), sparse, work()).await;
+        let told = done.err().map(|e| e.to_string()).unwrap_or_default();
+        assert!(told.contains(why) && told.is_empty() == why.is_empty(), "{offset}: {told}");
+    }
+    assert_eq!(room.look("b").await.capacity, end, "it is as long as it was");
     let (ear, _mouth) = std::io::pipe().unwrap();
     let refused = room.pool.upload(&volume, given(ear), None, true, work()).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Argument(text) if text.contains("sparse")), "{refused}");
@@ -558,6 +585,25 @@ async fn a_folder_is_built_and_deleted() {
     assert!(!path.exists());
     let other = PoolDef::parse("<pool type='mpath'><name>m</name></pool>").unwrap();
     assert!(matches!(storage.open(&other, &steps).await.map(drop), Err(DriverError::Config(_))));
+}
+
+/// Two pools in one folder would each take what the other makes for a rest, and a disk's format from its guest.
+#[tokio::test]
+async fn a_folder_is_one_pool_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let (storage, steps) = (storage(), Steps::default());
+    let (one, other) = (definition(dir.path()), definition(&dir.path().join("link")));
+    symlink(".", dir.path().join("link")).unwrap();
+    let pool = storage.open(&one, &steps).await.unwrap();
+    let refused = storage.open(&other, &steps).await.map(drop).unwrap_err();
+    assert!(refused.to_string().contains("is pool 'p' already"), "{refused}");
+    // The pool itself may look again, and takes nothing away that it makes meanwhile.
+    fs::write(dir.path().join(".virt-new-1"), "").unwrap();
+    let again = storage.open(&one, &steps).await.unwrap();
+    assert!(dir.path().join(".virt-new-1").exists());
+    drop((pool, again));
+    storage.open(&other, &steps).await.unwrap();
+    assert!(!dir.path().join(".virt-new-1").exists());
 }
 
 /// Whom the tool runs as may write what is made while it makes it, and nothing else of the pool.

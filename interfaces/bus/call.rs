@@ -240,6 +240,11 @@ impl Options {
         self.take(key, "u, a number", |value| value.downcast_ref::<u32>().ok())
     }
 
+    /// A number of type `i`, if given.
+    pub fn integer(&mut self, key: &'static str) -> Result<Option<i32>, Error> {
+        self.take(key, "i, a number that may be negative", |value| value.downcast_ref::<i32>().ok())
+    }
+
     /// A number of type `t`, if given.
     pub fn long(&mut self, key: &'static str) -> Result<Option<u64>, Error> {
         self.take(key, "t, a long number", |value| value.downcast_ref::<u64>().ok())

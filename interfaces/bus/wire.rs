@@ -116,10 +116,12 @@ impl Body {
         self.0.extend_from_slice(&number.to_le_bytes());
     }
 
-    /// An `s` or `o`.
+    /// An `s` or `o`. A zero within it would end the connection, whoever wrote it there: none is sent.
     pub fn text(&mut self, text: &str) {
         self.u32(text.len() as u32);
+        let begin = self.0.len();
         self.0.extend_from_slice(text.as_bytes());
+        self.0[begin..].iter_mut().filter(|byte| **byte == 0).for_each(|byte| *byte = b'?');
         self.0.push(0);
     }
 
@@ -439,6 +441,8 @@ mod tests {
         let name: OwnedVariant = decode(row.variant("Name").unwrap().bytes());
         assert_eq!(*name, Variant::from("web"));
         assert!(row.variant("Other").is_none());
+        let zero: OwnedVariant = decode(self::row(7, "a\0b").variant("Name").unwrap().bytes());
+        assert_eq!(*zero, Variant::from("a?b"), "a message with a zero in a text would be none");
     }
 
     #[test]

@@ -201,7 +201,14 @@ async fn check_destroy(network: Arc<Network>, call: Call) -> Outcome {
 async fn update(network: Arc<Network>, call: Call) -> Outcome {
     let body = call.body();
     let (command, section, xml, mut options): (&str, &str, &str, Options) = call::read(&body)?;
-    let parent = options.number("parent-index")?.map(|number| number as usize);
+    let parent = match options.integer("parent-index")? {
+        None | Some(-1) => None,
+        Some(number) => Some(usize::try_from(number).map_err(|_| {
+            Error::argument(format!(
+                "'parent-index' counts from 0, or is -1 for the first that fits; it is not {number}"
+            ))
+        })?),
+    };
     options.end()?;
     network.update(call.caller(), command, section, xml, parent).await?;
     call.done()

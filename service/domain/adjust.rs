@@ -218,13 +218,8 @@ impl Domain {
         live: Option<LiveChange>,
         stored: Option<(Arc<DomainDef>, DomainDef)>,
     ) -> Result<()> {
-        for one in live.iter().flat_map(|live| &live.what) {
-            // Limits are put into the graph of nodes that a job works on.
-            if let Adjustment::Throttle(target) = one {
-                self.disks_are_idle(Some(target))?;
-            }
-        }
         if let Some(live) = &live {
+            self.nothing_works_on(&live.what)?;
             self.is_no_worse(&live.before, &live.after).await?;
         }
         if let Some((before, after)) = &stored {
@@ -262,6 +257,15 @@ impl Domain {
         put
     }
 
+    /// Refuses limits of a disk that a job or a backup works on: they are put into its graph of nodes.
+    fn nothing_works_on(&self, what: &[Adjustment]) -> Result<()> {
+        let disk = |one: &Adjustment| match one {
+            Adjustment::Throttle(target) => self.disks_are_idle(Some(target)),
+            _ => Ok(()),
+        };
+        what.iter().try_for_each(disk)
+    }
+
     /// Of a guest that was found: undoes what the last virtd was changing on it. For who has the turn.
     pub(super) async fn adjusted_as_found(&self, guest: &Guest) {
         if let Err(error) = self.undo_what_is_noted(guest).await {
@@ -269,8 +273,17 @@ impl Domain {
         }
     }
 
+    /// The same before what does not go together with a change that was cut off.
+    pub(super) async fn is_as_configured(&self) -> Result<()> {
+        match self.guest() {
+            Ok(guest) => Box::pin(self.undo_what_is_noted(&guest)).await,
+            Err(_) => Ok(()),
+        }
+    }
+
     async fn undo_what_is_noted(&self, guest: &Guest) -> Result<()> {
         let Some(Adjusting { after, what }) = guest.status.adjusting() else { return Ok(()) };
+        self.nothing_works_on(&what)?;
         let after = DomainDef::parse_leniently_within(&after, Limits::STORED).0.filter(|after| after.uuid == self.uuid);
         // What cannot be read was written by a virtd that knew more.
         if let Some(after) = after {

@@ -73,7 +73,7 @@ impl Domain {
                     self.told(verb, self.agent(verb)?.addresses().await)?
                 }
                 "arp" => self.told(verb, guest.instance.neighbours(&guest.live).await)?,
-                "lease" => self.leased(&guest.live).await?,
+                "lease" => self.leased(&guest.live),
                 other => {
                     let text = format!("there is no source '{}'; there are agent, arp, lease", shorten(other));
                     return Err(Error::InvalidArgument(text));
@@ -305,23 +305,21 @@ impl Domain {
     }
 
     /// What the networks that it is in have leased to its cards.
-    async fn leased(&self, live: &DomainDef) -> Result<Vec<CardAddresses>> {
+    fn leased(&self, live: &DomainDef) -> Vec<CardAddresses> {
         let mut cards = Vec::new();
         for card in live.devices.interfaces.iter().filter(|card| card.kind == InterfaceKind::Network) {
             let (Some(mac), Some(named)) = (card.mac(), card.source.as_ref().and_then(|source| source.network.clone()))
             else {
                 continue;
             };
-            let Some(network) = self.shared.plugs.network(&named) else { continue };
-            let leases = self.shared.host.networks.leases(&network).await;
-            let leases = leases.map_err(|why| Error::NetworkFailed(format!("network '{named}': {why}")))?;
-            let own = leases.into_iter().filter(|lease| lease.mac == Some(mac));
+            let leases = self.shared.plugs.leases(&named);
+            let own = leases.iter().filter(|lease| lease.mac == Some(mac));
             let addresses: Vec<_> = own.map(|lease| (lease.address.to_string(), u32::from(lease.prefix))).collect();
             if !addresses.is_empty() {
                 cards.push(CardAddresses { name: String::new(), mac: mac.to_string(), addresses });
             }
         }
-        Ok(cards)
+        cards
     }
 
     fn agent(&self, verb: &Verb) -> Result<Arc<dyn GuestAgent>> {

@@ -104,6 +104,11 @@ impl Domain {
                     return Ok("it had been started".to_owned());
                 }
                 let left = Duration::from_micros(until_usec.saturating_sub(now_usec()));
+                // It would power off when nobody waits for it any more, and stay off.
+                let stays = left.is_zero() && self.ends_by_powering_off(id, false);
+                if stays && lock(&self.state).state != DomainState::Shutdown {
+                    return Ok("its guest had not powered off in time, and runs on".to_owned());
+                }
                 self.powers_off(&guest, left, cancel).await?;
             }
             // What is known of how a guest ended does not outlive the host's own end.

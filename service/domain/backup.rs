@@ -16,14 +16,17 @@ use crate::fail_point;
 use crate::frames::Changeable as _;
 use crate::images::Fate;
 use crate::job::{Job, Ticket};
+use crate::left_behind;
 use crate::lock::lock;
 use crate::shared::AGAIN;
 use crate::store::{Backup, on_disk};
 use crate::time::now_usec;
+use crate::turn::TurnGuard;
 use crate::verb;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use virt_model::backup::BackupDoc;
@@ -58,6 +61,10 @@ pub(super) struct CurrentBackup {
     label: String,
     /// It can be read.
     open: bool,
+    /// A job, or whoever has the turn, is at it; else it is tried again and again to end it.
+    followed: bool,
+    /// Only its record is to go: by now other files may be where its own were.
+    ended: bool,
 }
 
 /// A backup that has been thought through.
@@ -73,7 +80,7 @@ impl CurrentBackup {
     /// One that an earlier virtd has begun, and that is looked after soon.
     pub(super) fn found(backup: &Backup) -> CurrentBackup {
         let label = "a backup that an earlier virtd began".to_owned();
-        CurrentBackup { request: Arc::new(backup.request.clone()), label, open: false }
+        CurrentBackup { request: Arc::new(backup.request.clone()), label, open: false, followed: false, ended: false }
     }
 
     fn names(&self, target: &str) -> bool {
@@ -90,7 +97,22 @@ impl State {
         }
     }
 
-    /// The same for what is done to one disk.
+    /// The same for undefining. One that nobody is at may never come to its end: it is given up with a machine that is off.
+    pub(super) fn backup_can_be_given_up(&self, active: bool) -> Result<()> {
+        match &self.backup {
+            Some(backup) if !active && !backup.followed => Ok(()),
+            _ => self.is_not_backed_up(),
+        }
+    }
+
+    /// Its records have gone: whoever tries to end it gives up.
+    pub(super) fn gives_backup_up(&mut self) {
+        let Some(backup) = self.backup.take() else { return };
+        let files: Vec<String> = backup.request.disks.iter().map(|disk| disk.file.display().to_string()).collect();
+        tracing::warn!(name = self.name, "undefined with a backup that did not end: {} may be left", files.join(", "));
+    }
+
+    /// Refuses what is done to one disk, where a backup stands in the way.
     pub(super) fn disk_is_not_backed_up(&self, target: &str) -> Result<()> {
         match &self.backup {
             Some(backup) if backup.names(target) => Err(Error::Busy {
@@ -222,6 +244,7 @@ impl Domain {
         job: Arc<Job>,
         tell: Option<oneshot::Sender<()>>,
     ) -> Result<impl Future<Output = Result<()>> + Send + use<>> {
+        self.is_as_configured().await?;
         let Planned { machine, request, checkpoint, .. } = planned;
         let mut backup = Backup {
             request: request.clone(),
@@ -232,8 +255,8 @@ impl Domain {
             driver: self.driver.name().to_owned(),
         };
         self.keep_backup(&backup).await?;
-        lock(&self.state).backup =
-            Some(CurrentBackup { request: Arc::new(request), label: job.label(verb::BACKUP_BEGIN.word), open: false });
+        let (request, label) = (Arc::new(request), job.label(verb::BACKUP_BEGIN.word));
+        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false, followed: true, ended: false });
         if let Err(error) = self.backs_up()?.make_backup_files(&machine, &backup.request).await {
             // Whatever is at those places is somebody else's.
             if let Err(error) = self.forget_backup().await {
@@ -322,40 +345,80 @@ impl Domain {
         let ended = self.ends_backup(&machine, &backup, complete).await;
         if let Err(error) = &ended {
             tracing::error!(uuid = %self.uuid, name = self.name(), %error, "something of a backup is left");
-            self.ends_backup_later(Some((machine, backup, complete)));
+            self.ends_backup_later(Some((backup, complete)));
         }
         ended
     }
 
     /// `left`: what is to be ended; if nothing, only the record is to go.
-    fn ends_backup_later(self: &Arc<Self>, left: Option<(Machine, Backup, bool)>) {
-        if let Some(backup) = lock(&self.state).backup.as_mut() {
-            (backup.open, backup.label) = (false, "the end of a backup, which is tried again and again".to_owned());
-        }
+    fn ends_backup_later(self: &Arc<Self>, left: Option<(Backup, bool)>) {
+        let request = {
+            let mut state = lock(&self.state);
+            let Some(backup) = state.backup.as_mut() else { return };
+            (backup.open, backup.followed) = (false, false);
+            backup.label = "the end of a backup, which is tried again and again".to_owned();
+            backup.request.clone()
+        };
         // Of a machine that has gone, the next virtd finds the record.
         let Ok(stay) = Creation::begin(self) else { return };
         let (domain, mut pause) = (self.clone(), AGAIN.0);
         tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(AGAIN.1);
+            while let Some(turn) = domain.turn_to_try_again(&request, &mut pause).await {
                 let ended = match &left {
-                    Some((machine, backup, complete)) => domain.ends_backup(machine, backup, *complete).await,
+                    Some((backup, complete)) => domain.ends_backup_of_what_is_left(backup, *complete).await,
                     None => domain.forget_backup().await,
                 };
+                drop(turn);
                 let (uuid, name) = (domain.uuid, domain.name());
                 match ended {
-                    Ok(()) => break tracing::info!(%uuid, name, "nothing of the backup is left to be done"),
                     Err(error) => tracing::warn!(%uuid, name, %error, "something of a backup is still left"),
+                    Ok(()) => {
+                        tracing::info!(%uuid, name, "nothing of the backup is left to be done");
+                        break;
+                    }
                 }
             }
             drop(stay);
         });
     }
 
+    /// The machine is what it is by now: it may have been started, or defined anew.
+    async fn ends_backup_of_what_is_left(&self, backup: &Backup, complete: bool) -> Result<()> {
+        let machine = self.machine_or_what_is_left().await?;
+        self.ends_backup(&machine, backup, complete).await
+    }
+
+    /// The turn to look at this backup again, after a pause; `None`: nothing is left to be done about it.
+    async fn turn_to_try_again(&self, request: &Arc<BackupRequest>, pause: &mut Duration) -> Option<TurnGuard> {
+        let is_left = |state: &State| state.backup.as_ref().is_some_and(|one| Arc::ptr_eq(&one.request, request));
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(*pause) => {}
+                () = self.until(|state| !is_left(state)) => return None,
+            }
+            *pause = (*pause * 2).min(AGAIN.1);
+            let turn = self.turn.try_take("the end of a backup", &CancellationToken::new());
+            match turn {
+                Some(turn) if is_left(&lock(&self.state)) => return Some(turn),
+                _ => {}
+            }
+        }
+    }
+
+    /// The machine; of one of which nothing is left no more than whose it was, as its images may be others' by now.
+    async fn machine_or_what_is_left(&self) -> Result<Machine> {
+        match self.machine().await {
+            Err(Error::NoSuchDomain { .. }) => Ok(left_behind::machine(self.uuid, &*self.driver)),
+            machine => machine,
+        }
+    }
+
     /// See [`Domain::ends_or_tries_again`]. Of one that did not begin, or was cut off before that was written down, the checkpoint goes,
     /// too. Repeatable.
     async fn ends_backup(&self, machine: &Machine, backup: &Backup, complete: bool) -> Result<()> {
+        if lock(&self.state).backup.as_ref().is_some_and(|backup| backup.ended) {
+            return self.forget_backup().await;
+        }
         if let (false, Some(def)) = (backup.begun, &backup.checkpoint) {
             let gone = self.takes_checkpoints()?.delete_checkpoint(machine, &def.tracked).await;
             gone.or_else(|e| if matches!(e, DriverError::Gone) { Ok(()) } else { Err(e) })
@@ -373,6 +436,9 @@ impl Domain {
         }
         fail_point::reached();
         ended.map_err(|e| self.driver_failed("end the backup of", e))?;
+        if let Some(backup) = lock(&self.state).backup.as_mut() {
+            backup.ended = true;
+        }
         self.forget_backup().await
     }
 
@@ -407,20 +473,20 @@ impl Domain {
     /// What an earlier virtd has begun goes on as a job, or is taken away. For who has the turn, when it is known whether the guest
     /// runs.
     pub(crate) async fn takes_up_backup(self: &Arc<Self>) {
-        let is_cut_off = |state: &State| state.backup.is_some() && !state.gone;
-        if !is_cut_off(&lock(&self.state)) {
-            return;
-        }
+        let cut_off = {
+            let state = lock(&self.state);
+            state.backup.as_ref().filter(|_| !state.gone).map(|backup| backup.request.clone())
+        };
+        let Some(request) = cut_off else { return };
         let Err(error) = self.take_up_backup().await else { return };
         tracing::error!(uuid = %self.uuid, name = self.name(), %error, "a backup that was cut off is looked at again");
         let Ok(stay) = Creation::begin(self) else { return };
         let (domain, mut pause) = (self.clone(), AGAIN.0);
         tokio::spawn(async move {
-            while is_cut_off(&lock(&domain.state)) {
-                tokio::time::sleep(pause).await;
-                pause = (pause * 2).min(AGAIN.1);
-                let turn = domain.turn.try_take("a backup that was cut off", &CancellationToken::new());
-                if turn.is_some() && domain.take_up_backup().await.is_ok() {
+            while let Some(turn) = domain.turn_to_try_again(&request, &mut pause).await {
+                let done = domain.take_up_backup().await;
+                drop(turn);
+                if done.is_ok() {
                     break;
                 }
             }
@@ -434,7 +500,7 @@ impl Domain {
             lock(&self.state).backup = None;
             return Ok(());
         };
-        let (machine, name) = (self.machine().await?, self.name());
+        let (machine, name) = (self.machine_or_what_is_left().await?, self.name());
         if backup.complete {
             if self.ends_or_tries_again(machine, backup, true).await.is_ok() {
                 tracing::info!(%uuid, name, "a backup that was cut off is complete");
@@ -458,7 +524,7 @@ impl Domain {
         let (job, _) = self.shared.jobs.open_again(backup.uid, self.reference(), verb::BACKUP_BEGIN.word, cancel);
         let (job, request) = (Arc::new(job), Arc::new(backup.request.clone()));
         let label = job.label(verb::BACKUP_BEGIN.word);
-        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false });
+        lock(&self.state).backup = Some(CurrentBackup { request, label, open: false, followed: true, ended: false });
         job.running();
         tracing::info!(%uuid, name, "a backup goes on that an earlier virtd began");
         let domain = self.clone();

@@ -69,6 +69,8 @@ impl Domain {
             named.into_iter().for_each(|alias| device.push(alias));
             given::names_none(&self.name(), &device)?;
             let (live, stored) = self.affected(&verb::ATTACH_DEVICE, affect)?;
+            let coming = |live: &Arc<DomainDef>| Ok::<_, Error>(self.awaits(&with_device(live, &device)?));
+            let _coming = live.as_ref().map(coming).transpose()?;
             let placed = match &live {
                 Some(live) => Some(self.place(live, &device, image.as_ref()).await?),
                 None => None,

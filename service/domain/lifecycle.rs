@@ -11,6 +11,7 @@ use crate::job::Ticket;
 use crate::lock::lock;
 use crate::store::{Status, StatusFile, on_disk};
 use crate::time::now_usec;
+use crate::uses::{Need, needs_of};
 use crate::verb::{self, Ask, Verb};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -122,6 +123,19 @@ impl Domain {
         Starts(first.then(|| self.clone()))
     }
 
+    /// From now on that is on its way into it: nothing that it needs of other objects is taken away, until the result is dropped
+    /// and what runs says so itself. To be said before it is looked at whether that is there.
+    pub(super) fn awaits(self: &Arc<Self>, def: &DomainDef) -> Coming {
+        self.set_coming(needs_of(def));
+        Coming(self.clone())
+    }
+
+    fn set_coming(&self, needs: Box<[Need]>) {
+        let mut state = lock(&self.state);
+        state.coming = needs;
+        state.tell_needs(&self.shared.uses, self.uuid);
+    }
+
     /// The hypervisor is about to be asked for a guest, or no longer at work on one. Error: nobody wants one any more.
     fn is_launched(&self, launched: bool, cancel: &CancellationToken) -> Result<()> {
         let unwanted = {
@@ -175,6 +189,7 @@ impl Domain {
     ) -> Result<()> {
         let mut def = def;
         self.shared.images.declare(&mut def);
+        let _coming = self.awaits(&def);
         self.shared.plugs.plug(&mut def)?;
         let _begins = self.may_write_disks(&def).await?;
         for finding in self.changed_below(&def).await {
@@ -532,6 +547,15 @@ impl Drop for Starts {
             lock(&domain.state).starting = None;
             domain.changes.send_modify(|n| *n += 1);
         }
+    }
+}
+
+/// See [`Domain::awaits`].
+pub(super) struct Coming(Arc<Domain>);
+
+impl Drop for Coming {
+    fn drop(&mut self) {
+        self.0.set_coming(Box::default());
     }
 }
 

@@ -55,7 +55,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::facts::{ConfigFacts, DomainFacts};
 use crate::lock::lock;
-use crate::object::ObjectKind;
+use crate::object::{ObjectKind, ObjectRef};
 use crate::registry::{Object, Registry};
 use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};
@@ -192,6 +192,7 @@ impl Domain {
                 block_jobs,
                 backup,
                 muted: None,
+                coming: Box::default(),
                 gone: false,
                 told: false,
                 running: None,
@@ -248,7 +249,7 @@ impl Domain {
         state.refresh();
         let facts = state.facts.clone();
         state.tell_images(&self.shared.image_users, self.uuid);
-        self.shared.uses.are(self.uuid, state.needs_live(), state.needs_stored());
+        state.tell_needs(&self.shared.uses, self.uuid);
         let otherwise = !was_told || facts.is_made_otherwise(&before);
         self.shared.plugs.has_cards(self.uuid, state.live().filter(|_| !state.gone).map(|live| &**live));
         if was_told || !state.gone {

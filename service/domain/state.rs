@@ -11,9 +11,10 @@ use crate::facts::{ConfigFacts, DomainFacts, published};
 use crate::fair::FairPlaces;
 use crate::image_users::ImageUsers;
 use crate::images::{DiskImages, images_of};
+use crate::object::ObjectRef;
 use crate::store::{Note, StatusFile};
 use crate::stored::StoredDef;
-use crate::uses::Need;
+use crate::uses::{Need, Uses};
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::{mpsc, oneshot};
@@ -64,6 +65,8 @@ pub(super) struct State {
     pub(super) backup: Option<CurrentBackup>,
     /// While a snapshot is loaded into the running guest, stops and starts of its CPUs are not told: what they last did.
     pub(super) muted: Option<DomainState>,
+    /// What is on its way into it needs these of other objects: a guest that is being started, a device that is being plugged in.
+    pub(super) coming: Box<[Need]>,
     /// No longer in the registry.
     pub(super) gone: bool,
     /// Anybody was told that it exists.
@@ -226,13 +229,26 @@ impl State {
         users.are(uuid, &self.name, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
     }
 
+    /// Says what it needs of other objects; what is on its way counts as what runs.
+    pub(super) fn tell_needs(&self, uses: &Uses, uuid: Uuid) {
+        let with_coming: Vec<Need>;
+        let live = match self.coming.is_empty() || self.gone {
+            true => self.needs_live(),
+            false => {
+                with_coming = [self.needs_live(), &self.coming[..]].concat();
+                &with_coming[..]
+            }
+        };
+        uses.are(ObjectRef::Domain(uuid), live, self.needs_stored());
+    }
+
     /// What what runs needs of other objects.
-    pub(super) fn needs_live(&self) -> &[Need] {
+    fn needs_live(&self) -> &[Need] {
         self.running.as_ref().filter(|_| !self.gone).map_or(&[], |(_, config)| &config.needs)
     }
 
     /// The same of what is stored.
-    pub(super) fn needs_stored(&self) -> &[Need] {
+    fn needs_stored(&self) -> &[Need] {
         self.stored.as_ref().filter(|_| !self.gone).map_or(&[], |stored| &stored.config.needs)
     }
 

@@ -196,6 +196,7 @@ impl Domain {
         self.all_told().await.commit(|state| {
             state.snapshots.forget();
             state.checkpoints.forget();
+            state.gives_backup_up();
             state.stored = None;
             state.broken = None;
             state.autostart = false;
@@ -288,7 +289,7 @@ impl Domain {
             let remedy = "resume it, or wait until its storage answers";
             bars.push(format!("it is being saved, and that would be forgotten before it is whole; {remedy}"));
         }
-        if let Err(why) = self.is_not_backed_up() {
+        if let Err(why) = lock(&self.state).backup_can_be_given_up(active) {
             bars.push(why.to_string());
         }
         if let Err(why) = self.disks_are_idle(None) {

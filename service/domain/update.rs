@@ -10,8 +10,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use virt_model::device::balloon::BalloonStats;
 use virt_model::device::disk::{DiskDevice, Iotune, StartupPolicy};
-use virt_model::device::display::{Connected, Graphics, GraphicsKind, ListenKind};
-use virt_model::device::interface::Bandwidth;
+use virt_model::device::display::{Connected, Graphics, GraphicsKind, Listen, ListenKind};
+use virt_model::device::interface::{Bandwidth, InterfaceKind};
 use virt_model::domain::one_device::first_not_in;
 use virt_model::domain::part::Part;
 use virt_model::domain::value::Value;
@@ -98,7 +98,11 @@ impl DeviceChange {
                 ["passwd", "passwdValidTo", "connected", "listen"]
                     .into_iter()
                     .for_each(|name| _ = rest.take_attr(name));
-                if said.listens.len() == 1 && said.listens.iter().all(|listen| listen.kind == ListenKind::Address) {
+                if let Some(message) = said.says_two_addresses() {
+                    let text = format!("domain '{}', <graphics>: {message}", def.name);
+                    return Err(Error::InvalidArgument(text));
+                }
+                if let [Listen { kind: ListenKind::Address, network: None, socket: None, .. }] = &said.listens[..] {
                     rest.take_child("listen");
                 }
                 DeviceChange::Display { kind: said.kind, said }
@@ -217,6 +221,15 @@ impl DeviceChange {
                     what.push(Adjustment::Link(known.clone()));
                 }
                 if let Some(bridge) = bridge.as_ref().filter(|bridge| card.bridge() != Some(bridge)) {
+                    // The document may not say what kind of card it is of.
+                    if card.kind != InterfaceKind::Bridge {
+                        return Err(Error::OperationUnsupported(format!(
+                            "domain '{name}': network card '{}' is of type='{}', and in no bridge that could be another: only \
+                             cards of type='bridge' are",
+                            shorten(&known),
+                            card.kind
+                        )));
+                    }
                     card.source.get_or_insert_default().bridge = Some(bridge.clone());
                     what.push(Adjustment::Bridge(known.clone()));
                 }
@@ -251,17 +264,21 @@ impl DeviceChange {
 
 /// Whether it is told of its password again.
 fn change_display(display: &mut Graphics, said: &Graphics, runs: bool, name: &str) -> Result<bool> {
+    let refuse = |why: &str| Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
     let password = said.passwd.as_ref().filter(|password| !password.is_empty());
+    // One that is not shown is not said, and stays; with its time, unless that is said.
+    if password.is_none() && said.passwd_valid_to.is_none() {
+        let there = display.connected.unwrap_or(Connected::Keep);
+        return match said.connected.is_none_or(|connected| connected == there) {
+            true => Ok(false),
+            false => refuse("connected is of a change of the password; give passwd or passwdValidTo, too"),
+        };
+    }
     if said.connected.is_some_and(|connected| connected != Connected::Keep)
         || display.connected.is_some() && (password.is_some() || said.connected.is_some())
     {
         display.connected = said.connected;
     }
-    // One that is not shown is not said, and stays; with its time, unless that is said.
-    if password.is_none() && said.passwd_valid_to.is_none() {
-        return Ok(false);
-    }
-    let refuse = |why: &str| Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
     match (password, &display.passwd) {
         (Some(_), None) if runs => {
             return refuse("it was started without a password, and asks for none as long as it runs");
@@ -276,6 +293,12 @@ fn change_display(display: &mut Graphics, said: &Graphics, runs: bool, name: &st
 
 /// Whether it is to listen on another address. What listens on none does not begin to.
 fn listens_elsewhere(display: &mut Graphics, said: &Graphics, name: &str) -> Result<bool> {
+    let mut besides = said.listens.iter().zip(&display.listens).skip(1);
+    let same = besides.all(|(said, there)| said.address.is_none() || said.address == there.address);
+    if said.listens.len() > 1 && !(same && said.listens.len() == display.listens.len()) {
+        let why = "only where it listens first can be changed, and another <listen> is not what it has";
+        return Err(Error::OperationUnsupported(format!("domain '{name}', <graphics>: {why}")));
+    }
     let on_address = said.listens.iter().any(|listen| listen.kind == ListenKind::Address);
     let address = said.listen_address().filter(|said| display.listen_address() != Some(said));
     if (on_address || address.is_some()) && display.listen_kind() != ListenKind::Address {

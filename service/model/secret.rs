@@ -97,6 +97,17 @@ impl SecretDef {
         root.write()
     }
 
+    /// The same, which is known to be read again. Error: what stands in the way of that, and what to do about it.
+    pub fn write_readable(&self) -> Result<String, String> {
+        let text = self.to_xml();
+        let why = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
+        match SecretDef::parse(&text).map_err(why) {
+            Ok(read) if read.id() == self.id() => Ok(text),
+            Ok(_) => Err("XML cannot hold the text that says what it is for; choose another".to_owned()),
+            Err(why) => Err(format!("as it would be kept it could not be read again ({why}); shorten its texts")),
+        }
+    }
+
     /// A secret of that kind and use.
     pub fn of(uuid: Uuid, kind: UsageKind, id: &str) -> SecretDef {
         let mut usage = SecretUsage { kind, ..SecretUsage::default() };
@@ -153,7 +164,7 @@ fn check_usage(usage: &SecretUsage, log: &mut Vec<Finding>) {
     }
 }
 
-/// How a machine names a secret.
+/// How a machine, or a volume, names a secret.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum SecretName {
     /// By its uuid.
@@ -173,6 +184,14 @@ impl SecretName {
         };
         let usage = || reference.usage.as_deref().map(|usage| SecretName::Usage(kind, usage.into()));
         reference.uuid.map(SecretName::Uuid).or_else(usage)
+    }
+
+    /// What a word means by which a volume's secret is named: its uuid, or what it is for.
+    pub fn of_volume(word: &str) -> SecretName {
+        match Uuid::try_parse(word) {
+            Ok(uuid) => SecretName::Uuid(uuid),
+            Err(_) => SecretName::Usage(UsageKind::Volume, word.into()),
+        }
     }
 
     /// The secret by which a client proves itself to a server.
@@ -266,6 +285,20 @@ mod tests {
             let found = findings.iter().any(|one| one.message.contains(words) && one.line >= line);
             assert!(found, "{text}: {findings:?}");
         }
+    }
+
+    #[test]
+    fn what_would_not_be_read_again_is_not_written() {
+        let of = |usage: &str| SecretDef::of(Uuid::from_u128(1), UsageKind::Volume, usage);
+        assert!(of("/srv/a.img").write_readable().is_ok());
+        for usage in ["", "a\nb", "a\0b", &"x".repeat(LONGEST_USAGE + 1)] {
+            assert!(of(usage).write_readable().is_err(), "{usage:?}");
+        }
+        // It grows as it is written.
+        let text = format!("<secret><description>{}</description></secret>", ">".repeat(Limits::ACCEPTED.size / 3));
+        let def = SecretDef::parse(&text).expect("it is short enough as it is");
+        let why = def.write_readable().expect_err("too long");
+        assert!(why.contains("shorten its texts"), "{why}");
     }
 
     #[test]

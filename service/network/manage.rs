@@ -2,6 +2,7 @@
 
 use super::{Network, Networks, Note, State, subject};
 use crate::authz::{Caller, Subject};
+use crate::choices::Choice;
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable as _};
 use crate::lock::lock;
@@ -46,7 +47,7 @@ impl Service {
     }
 
     async fn define_network_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
-        let (def, claimed) = self.accept_network(caller, xml, &[&verb::DEFINE_NETWORK]).await?;
+        let (def, claimed, _choice) = self.accept_network(caller, xml, &[&verb::DEFINE_NETWORK]).await?;
         match claimed {
             Claimed::Existing(network) => {
                 let _turn = frames::take_turn(&*network, verb::DEFINE_NETWORK.word, &CancellationToken::new()).await?;
@@ -81,7 +82,7 @@ impl Service {
 
     async fn create_network_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Network>> {
         let verbs = [&verb::CREATE_NETWORK, &verb::NETWORK_START];
-        let (def, claimed) = self.accept_network(caller, xml, &verbs).await?;
+        let (def, claimed, _choice) = self.accept_network(caller, xml, &verbs).await?;
         let (network, is_new) = match claimed {
             Claimed::Existing(network) => (network, false),
             Claimed::New => (new(&self.shared, &self.networks, &def, caller.uid), true),
@@ -89,7 +90,7 @@ impl Service {
         let turn = frames::take_turn(&*network, verb::CREATE_NETWORK.word, &CancellationToken::new()).await?;
         let made = async {
             network.applies(&verb::NETWORK_START)?;
-            let def = network.completed(&Arc::new(def)).await?;
+            let (def, _choice) = network.completed(&Arc::new(def)).await?;
             if is_new {
                 self.networks.insert(network.clone());
             }
@@ -111,7 +112,9 @@ impl Service {
         let (def, mut findings) = seat.read(xml, |text| NetworkDef::parse_leniently(text, Limits::ACCEPTED)).await;
         let Some(def) = def else { return Ok(findings) };
         virt_model::domain::add_findings(&mut findings, self.shared.host.networks.check(&def));
-        if let Err(conflict) = self.networks.look(def.uuid, &def.name) {
+        if self.nameless(&def).is_none()
+            && let Err(conflict) = self.networks.look(def.uuid, &def.name)
+        {
             findings.push(Finding::anywhere(FindingKind::Invalid, "/name", conflict.to_string()));
         }
         Ok(findings)
@@ -123,26 +126,26 @@ impl Service {
         caller: &Caller,
         xml: &str,
         verbs: &[&Verb],
-    ) -> Result<(NetworkDef, Claimed<Network>)> {
+    ) -> Result<(NetworkDef, Claimed<Network>, Choice)> {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let mut def = seat.read(xml, NetworkDef::parse).await.map_err(Error::ConfigInvalid)?;
         // Nobody keeps a seat while a person is asked.
         drop(seat);
-        let existing = self.networks.look(def.uuid, &def.name)?;
+        let nameless = self.nameless(&def);
+        let existing = match &nameless {
+            Some(network) => Some(network.clone()),
+            None => self.networks.look(def.uuid, &def.name)?,
+        };
         let about = existing.as_ref().map_or_else(|| subject(def.uuid, &def.name), |network| network.subject());
         for verb in verbs {
             self.allow(caller, verb, &about).await?;
         }
-        if existing.is_none() {
+        if existing.is_none() || nameless.is_some() {
             check_new_name("network", &def.name)?;
         }
-        let others = self.networks.all().into_iter().filter(|other| other.uuid != def.uuid);
-        let bridges = others.flat_map(|other| {
-            let state = lock(&other.state);
-            let defs = state.stored.iter().chain(&state.live);
-            defs.filter_map(|def| def.bridge_name().map(str::to_owned)).collect::<Vec<_>>()
-        });
-        let bridges: Vec<String> = bridges.collect();
+        let choosing = self.shared.choices.turn().await;
+        let others = others(&self.shared, &self.networks, def.uuid);
+        let bridges: Vec<String> = others.iter().filter_map(|def| def.bridge_name().map(str::to_owned)).collect();
         if let Some(name) = def.bridge_name().filter(|name| def.mode().is_ours() && bridges.iter().any(|b| b == name)) {
             let text =
                 format!("the bridge '{}' is another network's: leave out its name, or choose another", shorten(name));
@@ -152,12 +155,18 @@ impl Service {
             keep_chosen(&mut def, &kept);
         }
         self.shared.host.networks.complete(&mut def, &bridges).await;
+        let choice = self.shared.choices.keep(Arc::new(def.clone()));
+        drop(choosing);
         def.write_readable().map_err(Error::OperationInvalid)?;
+        let existing = match nameless {
+            Some(network) => Some(self.give_name(&network, &def)?),
+            None => existing,
+        };
         let limit = self.shared.limits.others_per_user;
         let claimed = self.networks.claim(def.uuid, &def.name, caller.uid, limit)?;
         match (&claimed, &existing) {
-            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(now, before) => Ok((def, claimed)),
-            (Claimed::New, None) => Ok((def, claimed)),
+            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(now, before) => Ok((def, claimed, choice)),
+            (Claimed::New, None) => Ok((def, claimed, choice)),
             (Claimed::New, Some(_)) => {
                 self.networks.remove(def.uuid, &def.name, caller.uid);
                 let text = format!("network '{}' was removed by another call meanwhile; try again", def.name);
@@ -169,6 +178,47 @@ impl Service {
             }
         }
     }
+}
+
+impl Service {
+    /// One that is called by its uuid, as its document cannot be read: a new document has a name for it.
+    fn nameless(&self, def: &NetworkDef) -> Option<Arc<Network>> {
+        let network = self.networks.get(def.uuid)?;
+        let is_nameless = network.name == network.uuid.to_string() && network.name != def.name;
+        let is_broken = lock(&network.state).broken.is_some();
+        (is_nameless && is_broken).then_some(network)
+    }
+
+    /// Has another stand for it, with the name that the document has. Error: `NetworkExists`.
+    fn give_name(&self, network: &Arc<Network>, def: &NetworkDef) -> Result<Arc<Network>> {
+        self.networks.claim_name(def.uuid, &def.name)?;
+        let named = new(&self.shared, &self.networks, def, network.owner);
+        {
+            let (mut before, mut now) = (lock(&network.state), lock(&named.state));
+            if before.gone || before.live.is_some() {
+                drop((before, now));
+                self.networks.drop_name(&def.name);
+                return Err(Error::NetworkExists(format!("network '{}' is another by now; try again", network.name)));
+            }
+            before.gone = true;
+            now.stored = Some(Arc::new(NetworkDef { uuid: def.uuid, name: def.name.clone(), ..NetworkDef::default() }));
+            (now.broken, now.autostart) = (before.broken.clone(), before.autostart);
+        }
+        self.networks.insert(named.clone());
+        self.networks.drop_name(&network.name);
+        self.shared.plugs.are_gone(&network.name);
+        Ok(named)
+    }
+}
+
+/// What other networks are: stored, on the host, or just being made.
+pub(super) fn others(shared: &Shared, networks: &Networks, uuid: Uuid) -> Vec<Arc<NetworkDef>> {
+    let all = networks.all().into_iter().filter(|other| other.uuid != uuid);
+    let known = all.flat_map(|other| {
+        let state = lock(&other.state);
+        state.stored.iter().chain(&state.live).cloned().collect::<Vec<_>>()
+    });
+    known.chain(shared.choices.of_others(uuid)).collect()
 }
 
 /// What was chosen once for a network stays with it, where a new document leaves it open.
@@ -200,6 +250,7 @@ fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: 
         leases: Arc::default(),
         problems: Vec::new(),
         gone: false,
+        going: false,
         facts: None,
     };
     Arc::new(Network {
@@ -217,26 +268,33 @@ fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: 
 pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Result<()> {
     let on = shared.clone();
     let found = on_disk(move || on.store.documents(Folder::Networks).load::<Note>()).await?;
+    let there = shared.host.networks.find().await;
+    let mut broken = Vec::new();
     for FoundDocument { uuid, text, note } in found {
         let first = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
-        let read = text.and_then(|text| NetworkDef::parse_within(&text, Limits::STORED).map_err(first));
+        let read = text.as_ref().map_err(String::clone);
+        let read = read.and_then(|text| NetworkDef::parse_within(text, Limits::STORED).map_err(first));
         let other = |def: &NetworkDef| format!("its file holds the network {}", def.uuid);
         let read = read.and_then(|def| if def.uuid == uuid { Ok(def) } else { Err(other(&def)) });
         let read = read.and_then(|def| networks.look(uuid, &def.name).map(|_| def).map_err(|e| e.to_string()));
-        let (def, broken) = match read {
-            Ok(def) => (def, None),
-            Err(why) => {
-                tracing::error!(%uuid, "the document of this network is left alone: {why}");
-                (NetworkDef { uuid, name: uuid.to_string(), ..NetworkDef::default() }, Some(why))
-            }
-        };
-        networks.claim(uuid, &def.name, note.owner, usize::MAX)?;
-        let network = new(shared, networks, &def, note.owner);
-        networks.insert(network.clone());
-        let mut state = lock(&network.state);
-        (state.stored, state.broken, state.autostart) = (Some(Arc::new(def)), broken, note.autostart);
+        match read {
+            Ok(def) => put(shared, networks, def, None, &note),
+            Err(why) => broken.push((uuid, text.unwrap_or_default(), why, note)),
+        }
     }
-    for (def, owner) in shared.host.networks.find().await {
+    // Names are first of all those of documents that can be used.
+    for (uuid, text, why, note) in broken {
+        tracing::error!(%uuid, "the document of this network is left alone: {why}");
+        let live = there.iter().map(|(def, _)| def).find(|def| def.uuid == uuid);
+        let said = NetworkDef::parse_leniently(&text, Limits::STORED).0.filter(|def| def.uuid == uuid);
+        let names = live.into_iter().chain(&said).map(|def| def.name.clone());
+        let is_name = |name: &str| !name.is_empty() && !name.contains('/') && check_new_name("network", name).is_ok();
+        let free = |name: &String| is_name(name) && networks.look(uuid, name).is_ok();
+        // Guests that are in it name it so, and so does a new document.
+        let name = names.into_iter().find(free).unwrap_or_else(|| uuid.to_string());
+        put(shared, networks, NetworkDef { uuid, name, ..NetworkDef::default() }, Some(why), &note);
+    }
+    for (def, owner) in there {
         let network = match networks.get(def.uuid) {
             Some(network) => network,
             // Nothing is stored of it.
@@ -282,6 +340,24 @@ pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Resu
         }
     });
     Ok(())
+}
+
+/// Has one that is stored in the registry.
+fn put(shared: &Arc<Shared>, networks: &Arc<Networks>, def: NetworkDef, broken: Option<String>, note: &Note) {
+    if let Err(error) = networks.claim(def.uuid, &def.name, note.owner, usize::MAX) {
+        return tracing::error!(uuid = %def.uuid, %error, "a stored network is left alone");
+    }
+    let network = new(shared, networks, &def, note.owner);
+    {
+        let mut state = lock(&network.state);
+        (state.stored, state.broken, state.autostart) = (Some(Arc::new(def)), broken, note.autostart);
+    }
+    networks.insert(network);
+}
+
+/// Plugs the guests in that an earlier virtd was about to plug in. To be called when the machines are known.
+pub(crate) fn plug_in_guests(networks: &Networks) {
+    networks.all().iter().for_each(Network::plug_again_soon);
 }
 
 /// Starts those that start with the host. Machines come after it.

@@ -13,7 +13,7 @@ mod manage;
 mod run;
 
 pub use change::HostEntry;
-pub(crate) use manage::{autostart, load};
+pub(crate) use manage::{autostart, load, plug_in_guests};
 
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
@@ -62,6 +62,8 @@ struct State {
     leases: Arc<[Lease]>,
     problems: Vec<Problem>,
     gone: bool,
+    /// It is being destroyed: nobody is plugged in any more.
+    going: bool,
     /// As last published.
     facts: Option<Arc<NetworkFacts>>,
 }
@@ -183,10 +185,10 @@ impl Network {
     /// Who has which address, each with the machine whose it is.
     pub async fn leases(&self, caller: &Caller) -> Result<Vec<(Lease, Option<Uuid>)>> {
         frames::beside(self, caller, &verb::GET_LEASES, async {
-            let live = self.live()?;
-            let leases = self.driver().leases(&live).await.map_err(|e| self.failed("read the leases of", e))?;
+            // Everybody may read them: what is known of them is told, and no file is opened for it.
+            let leases = lock(&self.state).leases.clone();
             let of = self.machines();
-            Ok(leases.into_iter().map(|lease| (lease.clone(), machine_of(&of, &lease))).collect())
+            Ok(leases.iter().map(|lease| (lease.clone(), machine_of(&of, lease))).collect())
         })
         .await
     }
@@ -237,7 +239,7 @@ impl Network {
         state.gone = state.stored.is_none() && state.live.is_none();
         match state.gone {
             true => self.shared.plugs.are_gone(&self.name),
-            false => self.shared.plugs.are(&self.name, state.live.as_ref()),
+            false => self.shared.plugs.are(&self.name, state.live.as_ref().filter(|_| !state.going), &state.leases),
         }
         let facts = Arc::new(self.facts_of(&state));
         if state.facts.as_deref() == Some(&*facts) && events.is_empty() {

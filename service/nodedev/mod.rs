@@ -13,7 +13,8 @@ use crate::domain::Domains;
 use crate::error::{Error, Result};
 use crate::events::{Event, Happened};
 use crate::facts::{NodeDeviceFacts, ObjectFacts};
-use crate::frames::Changeable;
+use crate::fair::FairPlaces;
+use crate::frames::{self, Changeable};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::shared::Shared;
@@ -21,17 +22,23 @@ use crate::store::on_disk;
 use crate::turn::Turn;
 use crate::verb::{Verb, When};
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
-use virt_model::driver::host_devices::{DeviceNews, HostDevices};
-use virt_model::nodedev::{DeviceWish, NodeDevice};
+use virt_model::driver::DriverError;
+use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
+use virt_model::nodedev::{DeviceWish, NodeDevice, pci_name};
 use virt_model::xml::shorten;
 
 /// How long virtd's start waits for the devices of the host.
 const LOOK: Duration = Duration::from_secs(2);
+
+/// As many looks at devices are under way for all who only read, and for one user.
+const LOOKS: (usize, usize) = (64, 2);
 
 /// See the module.
 pub(crate) struct NodeDevices {
@@ -39,6 +46,10 @@ pub(crate) struct NodeDevices {
     domains: Arc<Domains>,
     host: Arc<dyn HostDevices>,
     all: Mutex<BTreeMap<Arc<str>, Arc<HostDevice>>>,
+    /// Who has devices looked at, by user.
+    looks: Arc<FairPlaces<u32>>,
+    /// What was noted of devices before this virtd, and is not looked after yet.
+    cut_off: Mutex<BTreeMap<Arc<str>, DetachedDevice>>,
 }
 
 /// A device of the host, as long as it is there.
@@ -67,7 +78,17 @@ impl NodeDevices {
     /// Those that the host has; what is not told soon comes later.
     pub async fn open(shared: &Arc<Shared>, domains: &Arc<Domains>, host: Arc<dyn HostDevices>) -> Arc<NodeDevices> {
         let (shared, domains) = (shared.clone(), domains.clone());
-        let devices = Arc::new(NodeDevices { shared, domains, host, all: Mutex::default() });
+        // Before anybody can have another device detached.
+        let store = shared.clone();
+        let noted = on_disk(move || Ok(store.store.detached_devices())).await.unwrap_or_default();
+        let devices = Arc::new(NodeDevices {
+            shared,
+            domains,
+            host,
+            all: Mutex::default(),
+            looks: FairPlaces::new(LOOKS.0, LOOKS.1),
+            cut_off: Mutex::new(noted.into_iter().collect()),
+        });
         let (told, is_told) = oneshot::channel();
         tokio::spawn(devices.clone().follow(told));
         let _ = timeout(LOOK, is_told).await;
@@ -83,8 +104,9 @@ impl NodeDevices {
                     Some(DeviceNews::Is(device)) => self.is(device),
                     Some(DeviceNews::Gone(name)) => self.has_gone(&name),
                     Some(DeviceNews::AllTold) => {
-                        self.recover().await;
-                        told = None;
+                        if let Some(told) = told.take() {
+                            tokio::spawn(self.clone().recover(told));
+                        }
                     }
                     // Whoever wanted to know when all are told waits no longer either.
                     None => break,
@@ -117,6 +139,38 @@ impl NodeDevices {
         let found = lock(&self.all).values().find(is_it).cloned();
         let words = || format!("of world wide names {}, {}", shorten(node), shorten(port));
         found.ok_or_else(|| Error::NoSuchNodeDevice(words()))
+    }
+
+    /// Who would lose something with a device: who wants it, what is below it or one of its virtual functions, or has a disk there.
+    async fn users_with(&self, device: &NodeDevice) -> Result<Arc<[User]>, DriverError> {
+        let mut users: Vec<User> = self.going_with(device).iter().flat_map(|one| one.facts().users.to_vec()).collect();
+        let disks = self.host.disks(device).await?;
+        if !disks.is_empty() {
+            let images = self.shared.image_users.images_below(Path::new("/dev"));
+            let files: Vec<PathBuf> = images.iter().map(|(file, _)| file.clone()).collect();
+            let meant = self.shared.images.among(&files, &disks).await;
+            users.extend(images.into_iter().filter(|(file, _)| meant.contains(file)).flat_map(|(_, users)| users));
+        }
+        users.sort();
+        users.dedup();
+        Ok(users.into())
+    }
+
+    /// A device, its virtual functions, and what is below any of them, as sysfs has it.
+    fn going_with(&self, device: &NodeDevice) -> Vec<Arc<HostDevice>> {
+        let all = lock(&self.all);
+        let functions = device.pci().into_iter().flat_map(|pci| &pci.functions.0);
+        let functions = functions.filter_map(|function| all.get(&pci_name(*function)));
+        let mut above: Vec<String> = functions.map(|function| function.facts().device.sys_path.clone()).collect();
+        above.push(device.sys_path.clone());
+        let is_below = |path: &str, above: &str| {
+            !above.is_empty() && path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+        };
+        let goes = |one: &&Arc<HostDevice>| {
+            let facts = one.facts();
+            above.iter().any(|above| is_below(&facts.device.sys_path, above))
+        };
+        all.values().filter(goes).cloned().collect()
     }
 
     /// Those with these names that are there.
@@ -173,31 +227,24 @@ impl NodeDevices {
         }
     }
 
-    /// What was being detached when virtd was killed goes back to the host; what was detached stays so.
-    async fn recover(self: &Arc<Self>) {
-        let shared = self.shared.clone();
-        let noted = on_disk(move || Ok(shared.store.detached_devices())).await.unwrap_or_default();
-        for (name, before) in noted {
-            let device = self.get(&name).ok();
-            if device.as_ref().is_some_and(|device| device.facts().device.detached()) {
-                continue;
-            }
-            if let Some(device) = device {
-                let facts = device.facts();
-                match self.host.reattach(&facts.device, Some(&before)).await {
-                    Ok(()) => tracing::info!(device = %name, "its detaching was cut off; the host has it again"),
-                    Err(error) => {
-                        tracing::error!(device = %name, %error, "its detaching was cut off, and the host cannot have it again");
-                        continue;
-                    }
+    /// Looks after what was cut off when virtd was killed, a device at a time; `told` goes when that is done.
+    async fn recover(self: Arc<Self>, told: oneshot::Sender<()>) {
+        let names: Vec<Arc<str>> = lock(&self.cut_off).keys().cloned().collect();
+        for name in names {
+            let done = match self.get(&name) {
+                Ok(device) => device.recover().await,
+                // It has gone.
+                Err(_) => {
+                    lock(&self.cut_off).remove(&name);
+                    let (shared, name) = (self.shared.clone(), name.clone());
+                    on_disk(move || shared.store.forget_detached(&name)).await
                 }
-                device.look_again().await;
-            }
-            let shared = self.shared.clone();
-            if let Err(error) = on_disk(move || shared.store.forget_detached(&name)).await {
-                tracing::warn!("{error}");
+            };
+            if let Err(error) = done {
+                tracing::error!(device = %name, %error, "its detaching was cut off, and the host cannot have it again");
             }
         }
+        drop(told);
     }
 }
 
@@ -245,6 +292,11 @@ impl HostDevice {
         self.devices.upgrade().ok_or_else(|| Error::NoSuchNodeDevice(self.name.to_string()))
     }
 
+    async fn recover(self: &Arc<Self>) -> Result<()> {
+        let _turn = frames::take_turn(&**self, "recover", &CancellationToken::new()).await?;
+        self.recovers().await
+    }
+
     /// Reads it anew, and tells what is otherwise; what has gone is told by who follows.
     async fn look_again(&self) {
         let Ok(devices) = self.devices() else { return };
@@ -283,6 +335,18 @@ impl Changeable for HostDevice {
 
     fn sound_for(&self, _: Action) -> Result<()> {
         Ok(())
+    }
+
+    /// What was being detached when virtd was killed goes back to the host; what was detached stays so.
+    async fn recovers(self: &Arc<Self>) -> Result<()> {
+        let devices = self.devices()?;
+        let noted = lock(&devices.cut_off).remove(&self.name);
+        let Some(before) = noted else { return Ok(()) };
+        let done = self.undo(&before).await;
+        if done.is_err() {
+            lock(&devices.cut_off).insert(self.name.clone(), before);
+        }
+        done
     }
 
     fn applies(&self, verb: &Verb) -> Result<()> {

@@ -8,6 +8,8 @@ use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::store::on_disk;
 use crate::verb;
 use std::sync::Arc;
+use std::time::Duration;
+use tokio::time::timeout;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::DetachedDevice;
 use virt_model::nodedev::{NodeDevice, pci_name};
@@ -16,12 +18,15 @@ use virt_model::nodedev::{NodeDevice, pci_name};
 pub(crate) const NOT_MADE: &str =
     "this virtd makes and ends no mediated devices and no virtual ports; mdevctl and the driver's vport_create do";
 
+/// How long whoever only reads waits for a device.
+const PATIENCE: Duration = Duration::from_secs(10);
+
 /// What `Detach` would meet.
 #[derive(Clone, Debug, Default)]
 pub struct DetachCheck {
     /// Why it would be refused, if it would.
     pub refusal: Option<Error>,
-    /// Who uses the device.
+    /// Who uses the device, or what would go with it.
     pub users: Arc<[User]>,
     /// What of the host would go with it.
     pub host_uses: Vec<(&'static str, String)>,
@@ -31,8 +36,12 @@ pub struct DetachCheck {
 
 impl HostDevice {
     /// Its document, as it is now.
-    pub async fn xml(&self, caller: &Caller) -> Result<String> {
-        frames::beside(self, caller, &verb::NODE_DEVICE_XML, async { Ok(self.now().await?.document()) }).await
+    pub async fn xml(self: &Arc<Self>, caller: &Caller) -> Result<String> {
+        frames::beside(&**self, caller, &verb::NODE_DEVICE_XML, async {
+            let device = self.clone();
+            self.look(caller, "read", async move { Ok(device.now().await?.document()) }).await
+        })
+        .await
     }
 
     /// What calling a method would meet: `yes`, `no`, `challenge`, `na`. Error: `InvalidArgument` for a name that is none.
@@ -47,7 +56,7 @@ impl HostDevice {
             known_driver(driver)?;
             let device = self.now().await?;
             self.applies_to(&device, &verb::DETACH)?;
-            self.refuses_detach(&device, &self.host_uses(&device).await?)?;
+            self.refuses_detach(&device, &self.users_with(&device).await?, &self.host_uses(&device).await?)?;
             let before = DetachedDevice { driver: device.driver.clone() };
             self.note(Some(before.clone())).await?;
             let host = &self.devices()?.host;
@@ -71,7 +80,7 @@ impl HostDevice {
         frames::short(self, caller, &verb::REATTACH, async {
             let device = self.now().await?;
             self.applies_to(&device, &verb::REATTACH)?;
-            self.refuses_live("reattach")?;
+            self.refuses_live("reattach", &self.users_with(&device).await?)?;
             let (shared, name) = (self.shared.clone(), self.name.clone());
             let before = on_disk(move || Ok(shared.store.detached_device(&name))).await?;
             let done = self.devices()?.host.reattach(&device, before.as_ref()).await;
@@ -89,7 +98,7 @@ impl HostDevice {
         frames::short(self, caller, &verb::RESET_DEVICE, async {
             let device = self.now().await?;
             self.applies_to(&device, &verb::RESET_DEVICE)?;
-            self.refuses_live("reset")?;
+            self.refuses_live("reset", &self.users_with(&device).await?)?;
             if !device.pci().is_some_and(|pci| pci.resets) {
                 let text = format!("cannot reset node device '{}': it has no way to be reset by itself", self.name);
                 return Err(Error::OperationUnsupported(text));
@@ -106,22 +115,65 @@ impl HostDevice {
     }
 
     /// What `detach` would meet.
-    pub async fn check_detach(&self, caller: &Caller, driver: Option<&str>) -> Result<DetachCheck> {
-        frames::beside(self, caller, &verb::CHECK_DETACH, async {
+    pub async fn check_detach(self: &Arc<Self>, caller: &Caller, driver: Option<&str>) -> Result<DetachCheck> {
+        frames::beside(&**self, caller, &verb::CHECK_DETACH, async {
             known_driver(driver)?;
-            let device = self.now().await?;
-            let host_uses = self.host_uses(&device).await?;
-            let allowed = self.applies_to(&device, &verb::DETACH);
-            let members = device.pci().and_then(|pci| pci.group.as_ref()).map(|group| group.members.clone());
-            let siblings = members.unwrap_or_default().into_iter().map(pci_name).filter(|name| *name != self.name);
-            Ok(DetachCheck {
-                refusal: allowed.and_then(|()| self.refuses_detach(&device, &host_uses)).err(),
-                users: self.facts().users.clone(),
-                siblings: self.devices()?.there(siblings),
-                host_uses,
-            })
+            let device = self.clone();
+            self.look(caller, "check", async move { device.checked().await }).await
         })
         .await
+    }
+
+    async fn checked(&self) -> Result<DetachCheck> {
+        let device = self.now().await?;
+        let (users, host_uses) = (self.users_with(&device).await?, self.host_uses(&device).await?);
+        let allowed = self.applies_to(&device, &verb::DETACH);
+        let members = device.pci().and_then(|pci| pci.group.as_ref()).map(|group| group.members.clone());
+        let siblings = members.unwrap_or_default().into_iter().map(pci_name).filter(|name| *name != self.name);
+        Ok(DetachCheck {
+            refusal: allowed.and_then(|()| self.refuses_detach(&device, &users, &host_uses)).err(),
+            users,
+            siblings: self.devices()?.there(siblings),
+            host_uses,
+        })
+    }
+
+    /// Looks at it for somebody who may only read. One that does not answer keeps one of the user's places until it does, so that
+    /// nobody has more threads wait than that.
+    async fn look<T: Send + 'static>(
+        &self,
+        caller: &Caller,
+        deed: &str,
+        work: impl Future<Output = Result<T>> + Send + 'static,
+    ) -> Result<T> {
+        let devices = self.devices()?;
+        let looked = async {
+            let place = devices.looks.take(&caller.uid).await;
+            let looked = tokio::spawn(async move {
+                let _place = place;
+                work.await
+            });
+            looked.await.unwrap_or_else(|error| Err(Error::Internal(error.to_string())))
+        };
+        timeout(PATIENCE, looked).await.unwrap_or_else(|_| {
+            let (name, seconds) = (&self.name, PATIENCE.as_secs());
+            Err(Error::TimedOut(format!(
+                "cannot {deed} node device '{name}': no answer within {seconds} s; its driver in the kernel may hang (dmesg)"
+            )))
+        })
+    }
+
+    /// Undoes a detaching that was cut off. What is detached stays so. For who has the turn.
+    pub(super) async fn undo(&self, before: &DetachedDevice) -> Result<()> {
+        let device = self.now().await?;
+        if device.detached() {
+            return Ok(());
+        }
+        let done = self.devices()?.host.reattach(&device, Some(before)).await;
+        done.map_err(|error| self.failed("reattach", error))?;
+        tracing::info!(device = %self.name, "its detaching was cut off; the host has it again");
+        self.look_again().await;
+        self.note(None).await
     }
 
     /// The device as it is now.
@@ -130,11 +182,15 @@ impl HostDevice {
         read.ok_or_else(|| Error::NoSuchNodeDevice(self.name.to_string()))
     }
 
+    async fn users_with(&self, device: &NodeDevice) -> Result<Arc<[User]>> {
+        self.devices()?.users_with(device).await.map_err(|error| self.failed("check", error))
+    }
+
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>> {
         self.devices()?.host.host_uses(device).await.map_err(|error| self.failed("check", error))
     }
 
-    fn refuses_detach(&self, device: &NodeDevice, host_uses: &[(&'static str, String)]) -> Result<()> {
+    fn refuses_detach(&self, device: &NodeDevice, users: &[User], host_uses: &[(&'static str, String)]) -> Result<()> {
         let why = match device.assignable() {
             "yes" => None,
             "bridge" => Some("it is a bridge, which carries other devices"),
@@ -147,7 +203,7 @@ impl HostDevice {
             let text = format!("cannot detach node device '{}': {why}", self.name);
             return Err(Error::OperationUnsupported(text));
         }
-        self.refuses_live("detach")?;
+        self.refuses_live("detach", users)?;
         if host_uses.is_empty() {
             return Ok(());
         }
@@ -157,9 +213,8 @@ impl HostDevice {
     }
 
     /// Refuses what a guest that runs would notice.
-    fn refuses_live(&self, deed: &str) -> Result<()> {
-        let facts = self.facts();
-        let live = facts.users.iter().filter(|user| user.how == Usage::Live);
+    fn refuses_live(&self, deed: &str, users: &[User]) -> Result<()> {
+        let live = users.iter().filter(|user| user.how == Usage::Live);
         let mut named: Vec<String> = live.map(|user| self.user_name(&user.object)).collect();
         named.dedup();
         if named.is_empty() {
@@ -167,7 +222,7 @@ impl HostDevice {
         }
         let (name, named) = (&self.name, named.join(", "));
         Err(Error::InUse(format!(
-            "cannot {deed} node device '{name}': {named} has it; shut that down, or detach it there"
+            "cannot {deed} node device '{name}': {named} has it or what would go with it; shut that down, or detach it there"
         )))
     }
 

@@ -54,9 +54,23 @@ impl Service {
     }
 
     async fn define_secret_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Secret>> {
+        // What the administrator keeps for the same comes first, else it would be whose this one is.
+        self.taken_in.cancelled().await;
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
-        let def = seat.read(xml, SecretDef::parse).await.map_err(Error::ConfigInvalid)?;
+        let read = |xml: &str| SecretDef::parse(xml).map(|def| (def.write_readable().err(), def));
+        let (unreadable, def) = seat.read(xml, read).await.map_err(Error::ConfigInvalid)?;
+        if let Some(why) = unreadable {
+            return Err(Error::InvalidArgument(format!("secret {}: {why}", def.uuid)));
+        }
         let name = key(&def);
+        let broken = self.secrets.get(def.uuid).filter(|secret| secret.is_broken() && *secret.key() != *name);
+        if let Some(broken) = broken {
+            // Its name is not known, or may be another: its uuid alone says which one is meant.
+            self.allow(caller, &verb::DEFINE_SECRET, &broken.subject()).await?;
+            self.allow(caller, &verb::DEFINE_SECRET, &subject(&def)).await?;
+            broken.redefine(def).await?;
+            return Ok(broken);
+        }
         let existing = self.secrets.look(def.uuid, &name)?;
         let about = existing.as_ref().map_or_else(|| subject(&def), |secret| secret.subject());
         self.allow(caller, &verb::DEFINE_SECRET, &about).await?;
@@ -122,7 +136,7 @@ fn enter(
     let (uuid, kind) = (def.uuid, def.kind());
     let protection = value.map_or(protection, |kept| kept.protection.as_str());
     shared.host.secrets.is_defined(uuid, kind, def.id());
-    let key = key(&def);
+    let key = Mutex::new(Arc::from(key(&def)));
     let state = State { def: Arc::new(def), broken, value, protection, gone: false, facts: None };
     let secret = Arc::new(Secret {
         uuid,
@@ -150,7 +164,6 @@ pub(crate) async fn load(shared: &Arc<Shared>, secrets: &Arc<Secrets>) -> Result
             tracing::error!(uuid = %lonely, %error, "a value without a secret is there still");
         }
     }
-    let protection = if found.is_empty() { "" } else { shared.host.secrets.protection(false).await.as_str() };
     for FoundDocument { uuid, text, note } in found {
         let read = text.and_then(|text| {
             let why = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
@@ -186,10 +199,20 @@ pub(crate) async fn load(shared: &Arc<Shared>, secrets: &Arc<Secrets>) -> Result
             Err(e) => (None, broken.or(Some(e.to_string()))),
         };
         secrets.claim(uuid, &key(&def), note.owner, usize::MAX)?;
-        enter(shared, secrets, def, broken, note.owner, value, protection).look_at_users();
+        // How one would be kept is told later: whoever tells it may wait for a TPM.
+        enter(shared, secrets, def, broken, note.owner, value, "").look_at_users();
     }
     listen(shared, secrets);
     Ok(())
+}
+
+/// Tells how values would be kept of those that have none.
+pub(crate) async fn tell_protection(shared: &Arc<Shared>, secrets: &Arc<Secrets>) {
+    let all = secrets.all();
+    if !all.is_empty() {
+        let protection = shared.host.secrets.protection(false).await.as_str();
+        all.iter().for_each(|secret| secret.would_be_kept_by(protection));
+    }
 }
 
 /// Tells secrets whenever machines name others.

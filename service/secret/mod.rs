@@ -8,7 +8,7 @@
 mod manage;
 mod taken_in;
 
-pub(crate) use manage::load;
+pub(crate) use manage::{load, tell_protection};
 pub(crate) use taken_in::take_in_files;
 
 use crate::authz::{Action, Caller, Subject};
@@ -41,8 +41,8 @@ pub(crate) type Secrets = Registry<Secret>;
 pub struct Secret {
     uuid: Uuid,
     owner: u32,
-    /// What it is called in the registry: see [`key`].
-    key: String,
+    /// What it is called in the registry: see [`key`]. Only that of a broken one changes, when it is defined anew.
+    key: Mutex<Arc<str>>,
     shared: Arc<Shared>,
     secrets: Arc<Secrets>,
     turn: Arc<Turn>,
@@ -127,7 +127,7 @@ impl Changeable for Secret {
     }
 
     fn name(&self) -> String {
-        self.key.clone()
+        self.key().to_string()
     }
 
     fn subject(&self) -> Subject {
@@ -146,7 +146,7 @@ impl Changeable for Secret {
             Some(why) if !matches!(action, Action::SecretDefine | Action::SecretDelete) => {
                 Err(Error::OperationInvalid(format!(
                     "secret '{}' is broken: {why}; define it anew, or undefine it",
-                    self.key
+                    self.key()
                 )))
             }
             _ => Ok(()),
@@ -159,12 +159,14 @@ impl Changeable for Secret {
         }
         let state = lock(&self.state);
         if state.def.is_private() {
-            let text = format!("the value of secret '{}' is private: it is told to nobody, root included", self.key);
+            let text = format!("the value of secret '{}' is private: it is told to nobody, root included", self.key());
             return Err(Error::AccessDenied(text));
         }
         match state.value {
             Some(_) => Ok(()),
-            None => Err(Error::SecretMissing(format!("secret '{}' has no value: set one first (SetValue)", self.key))),
+            None => {
+                Err(Error::SecretMissing(format!("secret '{}' has no value: set one first (SetValue)", self.key())))
+            }
         }
     }
 }
@@ -173,6 +175,15 @@ impl Secret {
     /// Its identity.
     pub fn uuid(&self) -> Uuid {
         self.uuid
+    }
+
+    fn key(&self) -> Arc<str> {
+        lock(&self.key).clone()
+    }
+
+    /// Whether its document or its value cannot be read.
+    fn is_broken(&self) -> bool {
+        lock(&self.state).broken.is_some()
     }
 
     /// What a method would meet now: `yes`, `no`, `challenge` or `na`. Never prompts.
@@ -204,7 +215,7 @@ impl Secret {
 
     async fn keep(&self, value: SecretValue) -> Result<()> {
         if value.bytes().len() > LARGEST_SECRET {
-            let text = format!("the value of secret '{}' would have more than {LARGEST_SECRET} bytes", self.key);
+            let text = format!("the value of secret '{}' would have more than {LARGEST_SECRET} bytes", self.key());
             return Err(Error::InvalidArgument(text));
         }
         let ephemeral = lock(&self.state).def.is_ephemeral();
@@ -219,7 +230,7 @@ impl Secret {
     pub async fn value(&self, caller: &Caller) -> Result<SecretValue> {
         frames::beside(self, caller, &verb::GET_VALUE, async {
             let value = self.shared.host.secrets.value(self.uuid).await;
-            let missing = || Error::SecretMissing(format!("secret '{}' has no value", self.key));
+            let missing = || Error::SecretMissing(format!("secret '{}' has no value", self.key()));
             value.map_err(|e| self.failed("read the value of", e))?.ok_or_else(missing)
         })
         .await
@@ -254,11 +265,17 @@ impl Secret {
     fn is_not_used(&self, force: bool) -> Result<()> {
         let users = self.users();
         let holds = |user: &&User| !force || user.how != Usage::Config;
-        let named: Vec<String> = users.iter().filter(holds).map(|user| self.shared.images.called(user)).collect();
+        let volume = |name: &str, pool: &Uuid| format!("volume '{name}' of the pool with uuid '{pool}'");
+        let called = |user: &User| match &user.object {
+            ObjectRef::Pool(pool) => volume(&user.place, pool),
+            ObjectRef::Volume(pool, name) => volume(name, pool),
+            _ => self.shared.images.called(user),
+        };
+        let named: Vec<String> = users.iter().filter(holds).map(called).collect();
         if named.is_empty() {
             return Ok(());
         }
-        let text = format!("secret '{}' is used by {}; take it out there first", self.key, named.join(", "));
+        let text = format!("secret '{}' is used by {}; take it out there first", self.key(), named.join(", "));
         Err(Error::InUse(text))
     }
 
@@ -297,7 +314,7 @@ impl Secret {
         if state.gone {
             self.shared.host.secrets.is_undefined(self.uuid);
             // Only now: whoever takes its uuid after it must not be told of before its end is.
-            self.secrets.remove(self.uuid, &self.key, self.owner);
+            self.secrets.remove(self.uuid, &self.key(), self.owner);
         }
     }
 
@@ -324,24 +341,37 @@ impl Secret {
         self.commit(Vec::new(), |_| {});
     }
 
+    /// How a value would be kept that is set now, if that was not known.
+    fn would_be_kept_by(&self, protection: &'static str) {
+        self.commit(Vec::new(), |state| {
+            if state.protection.is_empty() {
+                state.protection = protection;
+            }
+        });
+    }
+
     /// Takes another document. Permission has been asked.
     async fn redefine(self: &Arc<Self>, def: SecretDef) -> Result<()> {
         let _turn = frames::take_turn(&**self, verb::DEFINE_SECRET.word, &CancellationToken::new()).await?;
-        let (before, value) = {
+        let (before, value, broken) = {
             let state = lock(&self.state);
-            (state.def.clone(), state.value)
+            (state.def.clone(), state.value, state.broken.is_some())
         };
+        // A value that cannot be read now may be read later.
+        let has_value = value.is_some() || broken && self.has_unreadable_value().await;
         // What stands for a document that cannot be read is private: nobody knows whether that was.
-        let lifts = |was: bool, is: bool| value.is_some() && was && !is;
+        let lifts = |was: bool, is: bool| has_value && was && !is;
         for (what, was, is) in [
             ("private", before.is_private(), def.is_private()),
             ("ephemeral", before.is_ephemeral(), def.is_ephemeral()),
         ] {
             if lifts(was, is) {
-                let text = format!("secret '{}' is {what} and has a value: undefine it, and define it anew", self.key);
+                let text =
+                    format!("secret '{}' is {what} and has a value: undefine it, and define it anew", self.key());
                 return Err(Error::OperationInvalid(text));
             }
         }
+        let renamed = self.takes_name(key(&def).into(), broken)?;
         let ephemeral = def.is_ephemeral();
         let (shared, uuid, text, note) = (self.shared.clone(), self.uuid, def.to_xml(), Note::of(self.owner, &def));
         let moved = match value.filter(|_| ephemeral && !before.is_ephemeral()) {
@@ -365,6 +395,7 @@ impl Secret {
             None => value,
         };
         let protection = keeper.protection(ephemeral).await.as_str();
+        renamed.stays(&def);
         self.commit(vec![("defined", "updated")], |state| {
             (state.def, state.broken, state.protection) = (Arc::new(def), None, protection);
             state.value = kept;
@@ -373,8 +404,57 @@ impl Secret {
         Ok(())
     }
 
+    /// Whether there is a value of which nothing can be told.
+    async fn has_unreadable_value(&self) -> bool {
+        let (shared, uuid) = (self.shared.clone(), self.uuid);
+        on_disk(move || Ok(shared.host.secrets.kept(uuid).is_err())).await.unwrap_or(true)
+    }
+
+    /// Has the name that a document gives it, if that is another: only of one that was broken is it unknown.
+    fn takes_name(self: &Arc<Self>, name: Arc<str>, broken: bool) -> Result<Renaming> {
+        let mut renaming = Renaming { secret: self.clone(), name, other: false };
+        if *renaming.name == *self.key() {
+            return Ok(renaming);
+        }
+        if !broken {
+            // It was broken when this call began, and another call has defined it since.
+            let text = format!("secret '{}' was defined by another call meanwhile; try again", self.key());
+            return Err(Error::SecretExists(text));
+        }
+        self.secrets.claim_name(self.uuid, &renaming.name)?;
+        renaming.other = true;
+        Ok(renaming)
+    }
+
     fn failed(&self, deed: &str, error: DriverError) -> Error {
-        Error::from_driver_of(ObjectKind::Secret, &self.key, deed, error)
+        Error::from_driver_of(ObjectKind::Secret, &self.key(), deed, error)
+    }
+}
+
+/// A name that a secret is about to have; given back unless it stays.
+struct Renaming {
+    secret: Arc<Secret>,
+    name: Arc<str>,
+    /// Whether it is another than the one before.
+    other: bool,
+}
+
+impl Renaming {
+    /// The definition has succeeded.
+    fn stays(mut self, def: &SecretDef) {
+        if std::mem::take(&mut self.other) {
+            let before = std::mem::replace(&mut *lock(&self.secret.key), self.name.clone());
+            self.secret.secrets.drop_name(&before);
+            self.secret.shared.host.secrets.is_defined(self.secret.uuid, def.kind(), def.id());
+        }
+    }
+}
+
+impl Drop for Renaming {
+    fn drop(&mut self) {
+        if self.other {
+            self.secret.secrets.drop_name(&self.name);
+        }
     }
 }
 

@@ -222,6 +222,9 @@ impl Pool {
         let volume = Arc::new(self.new_volume(&wanted.new.name));
         let ticket = frames::accepted(&*volume, caller, verb, async {
             frames::allow(&*volume, caller, verb.action).await?;
+            if !is_plain(wanted.new.owner, caller) {
+                frames::allow(&**self, caller, Action::StorageDefine).await?;
+            }
             self.applies(verb)?;
             let Wanted { mut new, base, secret } = wanted;
             let mut below = Vec::new();
@@ -243,6 +246,7 @@ impl Pool {
                     work.puts_on(Some(base.path()));
                 }
                 volume.pool.refuse_to_make(&new.name, 0)?;
+                let _needed = volume.needs(new.secret.as_deref());
                 let made = volume.pool.opened()?.create(new, work).await;
                 made.map(drop).map_err(|e| volume.failed("make", e))
             })
@@ -286,6 +290,7 @@ impl Volume {
                 });
                 new.secret = options.secret;
                 volume.pool.refuse_to_make(&new.name, 0)?;
+                let _needed = volume.needs(new.secret.as_deref());
                 let made = volume.pool.opened()?.create(new, work).await;
                 made.map(drop).map_err(|e| volume.failed("make", e))
             })
@@ -300,6 +305,7 @@ impl Volume {
         let usual = if options.thin { "qcow2" } else { &look.format };
         let format = options.format.as_deref().unwrap_or(usual);
         let mut new = empty(name, format, look.capacity);
+        new.secret = options.secret.clone();
         let plain = options.reflink == Reflink::Auto;
         if options.thin {
             if options.flatten || !plain || look.encrypted {
@@ -313,6 +319,9 @@ impl Volume {
             format == look.format && !(options.flatten && look.backing.is_some()) && options.secret.is_none();
         if as_it_is {
             new.content = Content::Copy { from: self.opened().await?, reflink: options.reflink };
+            // What opens the one opens the other.
+            let noted = self.pool.noted_of(&self.name).and_then(|(_, secret)| secret);
+            new.secret = noted.map(|secret| secret.named);
             return Ok(new);
         }
         if !plain {
@@ -328,6 +337,12 @@ impl Volume {
         new.content = Content::Converted { chain };
         Ok(new)
     }
+}
+
+/// Whether it would be the caller's own, or virtd's as without a word. Files of others are an administrator's to make.
+fn is_plain((user, group): (Option<u32>, Option<u32>), caller: &Caller) -> bool {
+    let (us, ours) = (nix::unistd::geteuid().as_raw(), nix::unistd::getegid().as_raw());
+    user.is_none_or(|uid| uid == us || uid == caller.uid) && group.is_none_or(|gid| gid == ours)
 }
 
 /// A volume that stands on another.

@@ -112,11 +112,26 @@ impl Pool {
     /// Takes another document. Permission has been asked.
     async fn redefine(self: &Arc<Self>, def: PoolDef, text: String) -> Result<()> {
         let _turn = frames::take_turn(&**self, verb::DEFINE_POOL.word, &CancellationToken::new()).await?;
-        let autostart = super::lock(&self.state).autostart;
+        let (autostart, was_broken) = {
+            let state = super::lock(&self.state);
+            (state.autostart, state.broken.is_some())
+        };
         let (shared, uuid, note) = (self.shared.clone(), self.uuid, Note { owner: self.owner, autostart });
-        on_disk(move || shared.store.documents(Folder::Pools).save(uuid, &text, &note)).await?;
+        let noted = on_disk(move || {
+            let documents = shared.store.documents(Folder::Pools);
+            // What could not be read when virtd began may be right by now, and is not made good by a new document.
+            let noted: Option<Vec<(FileId, Noted)>> =
+                if was_broken { Some(documents.load_beside(uuid, NOTED)?) } else { None };
+            documents.save(uuid, &text, &note)?;
+            Ok(noted)
+        })
+        .await?;
         fail_point::reached();
-        self.commit(vec![("defined", "updated")], |state| (state.def, state.broken) = (Arc::new(def), None));
+        self.commit(vec![("defined", "updated")], |state| {
+            (state.def, state.broken) = (Arc::new(def), None);
+            noted.into_iter().for_each(|noted| state.noted = noted.into_iter().collect());
+        });
+        self.tell_needs();
         Ok(())
     }
 }
@@ -165,6 +180,7 @@ fn enter(
         pools: pools.clone(),
         turn: Arc::default(),
         turns: Mutex::new(HashMap::new()),
+        notes: Mutex::default(),
         kept: Mutex::new(HashMap::new()),
         state: Mutex::new(state),
         real: Mutex::default(),
@@ -197,15 +213,23 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
             }
         };
         let on = shared.clone();
-        let noted = on_disk(move || on.store.documents(Folder::Pools).load_beside(uuid, NOTED)).await;
-        let noted = noted.unwrap_or_else(|e| {
-            tracing::error!(%uuid, "what is noted of this pool's volumes is lost: {e}");
-            Vec::new()
-        });
+        let noted: Result<Vec<(FileId, Noted)>> =
+            on_disk(move || on.store.documents(Folder::Pools).load_beside(uuid, NOTED)).await;
+        let (noted, broken) = match noted {
+            Ok(noted) => (noted, broken),
+            Err(e) => {
+                tracing::error!(%uuid, "what is noted of this pool's volumes is left alone: {e}");
+                let why = format!("what is noted of its volumes is lost ({e}): put that file right, or remove it");
+                (Vec::new(), broken.or(Some(why)))
+            }
+        };
+        // Without what is noted a guest's disk would be what the guest says that it is.
+        let opens = broken.is_none() && active.contains(&uuid);
         pools.registry.claim(uuid, &def.name, note.owner, usize::MAX)?;
         let pool = enter(shared, pools, def, broken, note, noted);
         pool.commit(Vec::new(), |_| {});
-        if active.contains(&uuid) {
+        pool.tell_needs();
+        if opens {
             tokio::spawn(async move { pool.opens_again().await });
         }
     }

@@ -37,6 +37,7 @@ use crate::shared::Shared;
 use crate::store::{Folder, on_disk};
 use crate::time::now_usec;
 use crate::turn::Turn;
+use crate::uses::{Need, Needed};
 use crate::verb::{self, Verb, When};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -48,6 +49,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 use virt_model::driver::storage::{FileId, KnownFormats, OpenPool, PoolChange, Room, VolumeLook, Work};
+use virt_model::secret::SecretName;
 use virt_model::storage::pool::PoolDef;
 
 /// How often the progress of a job is told.
@@ -63,6 +65,8 @@ pub struct Pool {
     turn: Arc<Turn>,
     /// The rights to change volumes, as long as somebody has or wants one.
     turns: Mutex<HashMap<Arc<str>, Weak<Turn>>>,
+    /// Held while what is noted is written, so that what was noted last is what is on disk.
+    notes: Mutex<()>,
     /// Volumes that are kept as they are, as long as somebody reads them.
     kept: Mutex<HashMap<Arc<str>, Weak<Taken>>>,
     state: Mutex<State>,
@@ -138,6 +142,24 @@ struct Noted {
     /// What it was put on when it was made. Its header says that, too, and is no wish of anybody's: who writes the file writes it.
     #[serde(default)]
     base: Option<PathBuf>,
+    /// What opens it, where that is known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    secret: Option<NotedSecret>,
+}
+
+/// The secret that opens a volume. Who undefines it loses what the volume holds.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+struct NotedSecret {
+    /// The volume, as it was called when it was made.
+    volume: String,
+    /// The secret's uuid, or what it is for.
+    named: String,
+}
+
+impl NotedSecret {
+    fn need(&self) -> Need {
+        Need { what: Needed::Secret(SecretName::of_volume(&self.named)), place: self.volume.as_str().into() }
+    }
 }
 
 /// What XML has no word for.
@@ -247,7 +269,8 @@ impl JobWork {
 impl Work for JobWork {
     fn progress(&self, done: u64, total: u64) {
         let mut told = lock(&self.told);
-        if done < total && told.is_some_and(|told| told.elapsed() < PACE) {
+        // Of a client's stream nobody knows how long it is: it may come byte by byte.
+        if (total == 0 || done < total) && told.is_some_and(|told| told.elapsed() < PACE) {
             return;
         }
         *told = Some(Instant::now());
@@ -258,9 +281,12 @@ impl Work for JobWork {
         fail_point::reached();
     }
 
-    fn names(&self, id: FileId, format: &str) -> Result<(), DriverError> {
+    fn names(&self, id: FileId, name: &str, format: &str, secret: Option<&str>) -> Result<(), DriverError> {
+        // What takes the place of a volume stays its owner's, and what opened that may open it still.
+        let (owner, before) = self.pool.noted_of(name).unwrap_or((self.owner, None));
+        let secret = secret.map(|named| NotedSecret { volume: name.to_owned(), named: named.to_owned() }).or(before);
         let base = lock(&self.base).clone();
-        let noted = Noted { format: format.to_owned(), owner: self.owner, incomplete: false, capacity: 0, base };
+        let noted = Noted { format: format.to_owned(), owner, incomplete: false, capacity: 0, base, secret };
         self.pool.note(id, Some(noted)).map_err(|e| DriverError::Storage(e.to_string()))
     }
 
@@ -279,7 +305,7 @@ impl Work for OwnWork {
         fail_point::reached();
     }
 
-    fn names(&self, _: FileId, _: &str) -> Result<(), DriverError> {
+    fn names(&self, _: FileId, _: &str, _: &str, _: Option<&str>) -> Result<(), DriverError> {
         Ok(())
     }
 
@@ -433,6 +459,7 @@ impl Pool {
             .await?;
             fail_point::reached();
             self.commit(vec![("undefined", "removed")], |state| state.gone = true);
+            self.tell_needs();
             Ok(())
         })
         .await
@@ -615,6 +642,7 @@ impl Pool {
 
     /// Notes something of a file, or that nothing is known any more. Blocks.
     fn note(&self, id: FileId, noted: Option<Noted>) -> Result<()> {
+        let _writing = lock(&self.notes);
         let all = {
             let mut state = lock(&self.state);
             match noted {
@@ -625,7 +653,27 @@ impl Pool {
             all.sort_by_key(|(id, _)| *id);
             all
         };
-        self.shared.store.documents(Folder::Pools).save_beside(self.uuid, NOTED, &all)
+        let saved = self.shared.store.documents(Folder::Pools).save_beside(self.uuid, NOTED, &all);
+        self.tell_needs();
+        saved
+    }
+
+    /// Whose a volume of that name is, and what opens it, if there is one.
+    fn noted_of(&self, name: &str) -> Option<(u32, Option<NotedSecret>)> {
+        let state = lock(&self.state);
+        let look = &state.volumes.get(name)?.look;
+        let noted = state.noted.get(&look.id);
+        Some((noted.map_or(look.permissions.0, |noted| noted.owner), noted.and_then(|noted| noted.secret.clone())))
+    }
+
+    /// Says which secrets open its volumes, active or not.
+    fn tell_needs(&self) {
+        let needs: Vec<Need> = {
+            let state = lock(&self.state);
+            let noted = state.noted.values().filter(|_| !state.gone);
+            noted.filter_map(|noted| noted.secret.as_ref()).map(NotedSecret::need).collect()
+        };
+        self.shared.uses.are(self.reference(), &[], &needs);
     }
 
     /// Volumes are so, and these are gone.

@@ -38,7 +38,9 @@ impl Pools {
             let mut places = lock(&self.places);
             match now {
                 Some(_) => _ = places.insert(path.clone(), (pool, name.clone())),
-                None => _ = places.remove(&path),
+                // Another pool may have taken its place there.
+                None if places.get(&path) == Some(&(pool, name.clone())) => _ = places.remove(&path),
+                None => {}
             }
         }
         let mut standing = lock(&self.standing);

@@ -1,6 +1,6 @@
 //! One volume: a name in a pool, with a turn of its own, so that what takes hours keeps no other volume waiting.
 
-use super::{JobWork, Noted, Pool, StorageCheck};
+use super::{JobWork, Noted, NotedSecret, Pool, StorageCheck};
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable};
@@ -11,14 +11,16 @@ use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::shared::Shared;
 use crate::store::on_disk;
 use crate::turn::Turn;
+use crate::uses::{Need, Needed};
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use tokio_util::sync::CancellationToken;
-use virt_model::device::source::Encryption;
+use virt_model::device::source::{Encryption, EncryptionFormat, SecretKind, SecretRef};
 use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work};
 use virt_model::driver::{DriverError, GivenFile};
+use virt_model::secret::SecretName;
 use virt_model::storage::volume::{VolumeBacking, VolumeDef, VolumeKind, VolumeTarget};
 use virt_model::storage::{Bytes, FileMode, FormatDoc, Permissions};
 
@@ -68,6 +70,10 @@ impl Changeable for Volume {
 
     fn subject(&self) -> Subject {
         let subject = super::subject(&self.pool.name, self.pool.uuid).with("volume_name", &*self.name);
+        if self.is_new {
+            // Whoever owns what has the name now owns nothing of what is to be made.
+            return subject;
+        }
         let state = lock(&self.pool.state);
         match state.volumes.get(&self.name) {
             Some(row) => {
@@ -147,8 +153,9 @@ impl Volume {
     /// Its document.
     pub async fn xml(&self, caller: &Caller) -> Result<String> {
         frames::beside(self, caller, &verb::VOLUME_XML, async {
-            let look = self.look()?;
-            Ok(document(&look, &self.path()).write())
+            let (look, noted) = (self.look()?, self.pool.noted_of(&self.name));
+            let secret = noted.and_then(|(_, secret)| secret);
+            Ok(document(&look, &self.path(), secret.as_ref()).write())
         })
         .await
     }
@@ -300,10 +307,10 @@ impl Volume {
             }
             let written = open.upload(&at, from, part, sparse, work).await;
             written.map_err(|e| volume.failed("overwrite", e))?;
-            if part.is_some() {
-                volume.is_incomplete(&at, false).await?;
+            match part {
+                Some(_) => volume.is_incomplete(&at, false).await,
+                None => volume.is_replaced(&at).await,
             }
-            Ok(())
         })
         .await
     }
@@ -422,10 +429,26 @@ impl Volume {
         let noted = lock(&self.pool.state).noted.get(&at.id).cloned();
         let owner = lock(&self.pool.state).volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
         let format = at.format.clone();
-        let noted = noted.unwrap_or(Noted { format, owner, incomplete, capacity: 0, base: None });
+        let noted = noted.unwrap_or(Noted { format, owner, incomplete, capacity: 0, base: None, secret: None });
         let capacity = if incomplete { at.capacity } else { 0 };
         let (pool, id) = (self.pool.clone(), at.id);
         on_disk(move || pool.note(id, Some(Noted { incomplete, capacity, ..noted }))).await
+    }
+
+    /// The file that it was is not needed any more, nor a secret for its sake.
+    async fn is_replaced(&self, before: &VolumeAt) -> Result<()> {
+        let noted = lock(&self.pool.state).noted.get(&before.id).filter(|noted| noted.secret.is_some()).cloned();
+        let Some(noted) = noted else { return Ok(()) };
+        let (pool, id) = (self.pool.clone(), before.id);
+        on_disk(move || pool.note(id, Some(Noted { secret: None, ..noted }))).await
+    }
+
+    /// A secret with which it is being made is not forgotten meanwhile, until the result is dropped.
+    pub(super) fn needs(self: &Arc<Self>, secret: Option<&str>) -> Needing {
+        let what = secret.map(|named| Needed::Secret(SecretName::of_volume(named)));
+        let needs: Vec<Need> = what.into_iter().map(|what| Need { what, place: "".into() }).collect();
+        self.pool.shared.uses.are(self.reference(), &needs, &[]);
+        Needing(self.clone())
     }
 
     /// Looks at it anew.
@@ -527,8 +550,26 @@ impl Volume {
     }
 }
 
+/// A volume needs a secret for as long as this is there.
+pub(super) struct Needing(Arc<Volume>);
+
+impl Drop for Needing {
+    fn drop(&mut self) {
+        self.0.pool.shared.uses.are(self.0.reference(), &[], &[]);
+    }
+}
+
+/// How documents name a secret.
+fn reference_to(secret: &NotedSecret) -> SecretRef {
+    let kind = Some(SecretKind::Passphrase);
+    match SecretName::of_volume(&secret.named) {
+        SecretName::Uuid(uuid) => SecretRef { kind, uuid: Some(uuid), ..SecretRef::default() },
+        SecretName::Usage(_, usage) => SecretRef { kind, usage: Some(usage.into()), ..SecretRef::default() },
+    }
+}
+
 /// The document of a volume that is there.
-fn document(look: &VolumeLook, path: &std::path::Path) -> VolumeDef {
+fn document(look: &VolumeLook, path: &std::path::Path, secret: Option<&NotedSecret>) -> VolumeDef {
     let format = |name: &str| Some(FormatDoc { kind: name.to_owned(), ..FormatDoc::default() });
     let (owner, group, mode) = look.permissions;
     let permissions = Permissions {
@@ -538,9 +579,11 @@ fn document(look: &VolumeLook, path: &std::path::Path) -> VolumeDef {
         ..Permissions::default()
     };
     let text = path.display().to_string();
-    let encryption = look
-        .encrypted
-        .then(|| Encryption { format: virt_model::device::source::EncryptionFormat::Luks, ..Encryption::default() });
+    let encryption = look.encrypted.then(|| Encryption {
+        format: EncryptionFormat::Luks,
+        secrets: secret.map(reference_to).into_iter().collect(),
+        ..Encryption::default()
+    });
     let target = VolumeTarget {
         path: Some(text.clone()),
         // As in libvirt's documents: what is encrypted by LUKS alone is raw.

@@ -111,9 +111,12 @@ impl Documents {
         })
     }
 
-    /// Whose documents there are.
+    /// Whose documents there are. Where the state folder is read-only, a folder of a newer kind may not be there: it holds none.
     pub fn uuids(&self) -> Result<Vec<Uuid>> {
-        uuids(&self.0, "xml")
+        match self.0.try_exists() {
+            Ok(false) => Ok(Vec::new()),
+            _ => uuids(&self.0, "xml"),
+        }
     }
 
     /// A note without a document is what a define or undefine left that was cut off.
@@ -166,5 +169,7 @@ mod tests {
         assert!(!documents.note(lost).exists(), "a note alone means nothing");
         documents.remove(good).expect("removed");
         assert!(!documents.document(good).exists() && !documents.note(good).exists());
+        let none = Documents(folder.path().join("never made"));
+        assert_eq!(none.load::<Note>().expect("no folder").len(), 0);
     }
 }

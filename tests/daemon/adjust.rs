@@ -352,6 +352,16 @@ async fn a_document_changes_of_a_device_what_can_change() {
     assert!(domain.xml().await.contains("listen='0.0.0.0'") && !stored(&domain).await.contains("0.0.0.0"));
     let named = "<graphics type='vnc'><listen type='address' address='example.org'/></graphics>";
     refused(update(named, live()).await, "InvalidArgument", "example.org");
+    let two = "<graphics type='vnc' listen='::1'><listen type='address' address='127.0.0.2'/></graphics>";
+    refused(update(two, live()).await, "InvalidArgument", "first <listen>");
+    let besides = "<graphics type='vnc'><listen type='address'/><listen type='address' address='::1'/></graphics>";
+    refused(update(besides, live()).await, "OperationUnsupported", "listen");
+    refused(
+        update("<graphics type='vnc' connected='disconnect'/>", options([])).await,
+        "OperationUnsupported",
+        "passwd",
+    );
+    assert!(!domain.xml().await.contains("connected="), "what does nothing is not kept");
     let socket = "<graphics type='vnc' socket='/tmp/vnc'/>";
     refused(update(socket, live()).await, "OperationUnsupported", "socket='/tmp/vnc'");
     refused(update("<graphics type='spice'/>", options([])).await, "NoSuchDevice", "<graphics>");

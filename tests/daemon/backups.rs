@@ -114,6 +114,18 @@ async fn an_end_that_fails_is_tried_again() {
         }
     };
     domain.client.call(&again, "org.virt.Job.Finish", &(options([]),)).await.expect("finished");
+
+    // One that may never come to its end does not keep a machine that is off from being undefined.
+    let last = begin(&domain, PULL, "", options([])).await.expect("ready");
+    std::fs::remove_file(&record).expect("it is there");
+    std::fs::create_dir(&record).expect("in its place");
+    let finished = domain.client.call(&last, "org.virt.Job.Finish", &(options([]),)).await;
+    refused(finished, "StorageFailed", ".backup");
+    refused(domain.run("Undefine").await, "OperationInvalid", "tried again");
+    domain.run("Destroy").await.expect("destroyed");
+    domain.run("Undefine").await.expect("undefined");
+    let anew = started(&daemon).await;
+    begin(&anew, "", "", options([])).await.expect("complete");
 }
 
 #[tokio::test]

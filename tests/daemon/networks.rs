@@ -126,11 +126,23 @@ async fn n5_a_network_from_its_definition_to_its_end() {
     let (possible, why) = network.check("CheckDestroy").await;
     assert!(!possible && why.contains("'web'"), "{why}");
 
+    // A card of a network is in that network's bridge, whatever a document leaves unsaid.
+    let elsewhere = "<interface><mac address='52:54:00:00:00:01'/><source bridge='br-lan'/></interface>";
+    refused(machine.call("UpdateDevice", &(elsewhere, options([]))).await, "OperationUnsupported", "type='network'");
+
     // Reservations, with and without XML, in what there is and what is stored.
     network.call("SetHost", &("52:54:00:00:00:01", "10.77.0.200", "web", options([]))).await.expect("reserved");
     assert_eq!(network.list("Hosts").await, 1);
     let host = "<host mac='52:54:00:00:00:02' ip='10.77.0.201'/>";
     network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await.expect("added");
+    let of = async |command: &str, number: i32| {
+        let other = "<host mac='52:54:00:00:00:03' ip='10.77.0.202'/>";
+        network.call("Update", &(command, "ip-dhcp-host", other, options([("parent-index", number.into())]))).await
+    };
+    of("add-last", 0).await.expect("in the first <ip>");
+    refused(of("delete", 1).await, "ConfigInvalid", "number 1");
+    refused(of("delete", -2).await, "InvalidArgument", "counts from 0");
+    of("delete", -1).await.expect("in the first that fits");
     assert!(network.xml(options([("inactive", Variant::from(true))])).await.contains("10.77.0.201"));
     refused(
         network.call("Update", &("add-last", "ip-dhcp-host", host, options([]))).await,
@@ -222,6 +234,11 @@ async fn n5_who_may_not_is_refused_and_learns_nothing() {
     assert!(!said.contains("10.77"), "{said}");
     assert_eq!((there(&daemon), network.list("Hosts").await), ((false, false), 0));
     assert!(call("GetXML", &["a{sv}", "0"]).expect("everybody may read").contains("10.77.0.50"));
+    // Nothing is run for who may not start it: of the host he is told nothing.
+    shown(&daemon, "ip", &["link", "add", "vbr7", "type", "bridge"]);
+    assert!(!network.check("CheckStart").await.0);
+    let said = call("CheckStart", &["a{sv}", "0"]).expect("everybody may ask");
+    assert!(said.contains("\"possible\" b true"), "{said}");
 }
 
 #[tokio::test]
@@ -243,6 +260,12 @@ async fn n6_a_broken_document_says_so_and_a_default_one_chooses_its_net_once() {
     let broken = at(bad);
     assert!(!String::try_from(broken.is().await["Broken"].clone()).expect("a text").is_empty());
     refused(broken.does("Start", options([])).await, "OperationInvalid", "broken");
+    // What it was called cannot be read: a new document gives it its name.
+    let mended = HOME.replace("<name>home</name>", &format!("<name>mended</name><uuid>{bad}</uuid>"));
+    Network::from(&client, "DefineNetwork", &mended).await.expect("defined anew");
+    let is = broken.is().await;
+    let text = |name: &str| String::try_from(is[name].clone()).expect(name);
+    assert_eq!((text("Name").as_str(), text("Broken").as_str()), ("mended", ""));
     broken.does("Undefine", options([])).await.expect("undefined");
     let network = at(good);
     network

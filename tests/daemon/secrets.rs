@@ -283,8 +283,16 @@ async fn a_broken_secret_says_so_and_keeps_its_value_to_itself() {
     let (error, why) = one.value().await.expect_err("nobody knows whether it is private");
     assert!(error.ends_with("OperationInvalid") && why.contains("define it anew"), "{error}: {why}");
     assert_eq!(one.can("GetValue").await, "na");
-    let anew = Seen::define(&root, &xml("private='yes'", UUID, "/srv/a.img")).await.expect("defined anew");
+    let lifted = Seen::define(&root, &xml("private='no'", UUID, "/srv/a.img")).await.err().expect("refused");
+    assert_eq!(lifted.0, "org.virt.Error.OperationInvalid", "{}", lifted.1);
+    // What is noted of it says otherwise: its uuid alone counts.
+    let anew = Seen::define(&root, &xml("private='yes'", UUID, "/srv/b.img")).await.expect("defined anew");
     assert_eq!((anew.property::<String>("Broken").await.as_str(), anew.property::<bool>("HasValue").await), ("", true));
+    let names = [("volume", "/srv/a.img"), ("volume", "/srv/b.img")];
+    let by_usage = |n: usize| root.call("/org/virt", "org.virt.Manager.Secret.GetSecretByUsage", &names[n]);
+    assert_eq!(by_usage(0).await.expect_err("none").0, "org.virt.Error.NoSuchSecret");
+    let found = by_usage(1).await.expect("there").body().deserialize::<OwnedObjectPath>().expect("o");
+    assert_eq!(found.as_str(), anew.path);
     anew.undefine(false).await.expect("it can be given up");
     assert_eq!(files(&daemon), Vec::<PathBuf>::new());
 }
@@ -355,6 +363,9 @@ async fn the_administrators_files_become_secrets_once() {
     put("open-to-all", "seen", 0o644);
     daemon.start_virtd().await;
     let root = client(&daemon).await;
+    // Whoever defines one waits until they are taken in.
+    let one = Seen::define(&root, "<secret/>").await.expect("defined");
+    one.undefine(false).await.expect("undefined");
     let by_usage = root.call("/org/virt", "org.virt.Manager.Secret.GetSecretByUsage", &("volume", "/srv/a.img")).await;
     let path = by_usage.expect("taken in").body().deserialize::<OwnedObjectPath>().expect("o").to_string();
     let taken = Seen { client: root.clone(), path };
@@ -376,9 +387,12 @@ async fn the_administrators_files_become_secrets_once() {
     daemon.kill_virtd().await;
     put("%2Fsrv%2Fa.img", "open sesame, please\n", 0o600);
     put(UUID, "another", 0o600);
+    put("a%0Ab", "for what cannot be written down", 0o600);
     daemon.start_virtd().await;
-    assert_eq!(left(), [UUID, "open-to-all"]);
     let root = client(&daemon).await;
+    let one = Seen::define(&root, "<secret/>").await.expect("defined");
+    one.undefine(false).await.expect("undefined");
+    assert_eq!(left(), [UUID, "a%0Ab", "open-to-all"]);
     let listed = root.call("/org/virt", "org.virt.Manager.Secret.ListSecrets", &(options([]),)).await.expect("told");
     let listed: Vec<(OwnedObjectPath, String, String, String)> = listed.body().deserialize().expect("a(osss)");
     assert_eq!(listed.len(), 2);

@@ -226,6 +226,26 @@ async fn a_pool_is_defined_started_and_found_again() {
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
     let xml: String = pool.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<available unit='bytes'>"), "{xml}");
+    // What is noted of formats is not begun anew where it cannot be read: a guest's header would be believed.
+    let uuid: String = pool.get("UUID").await;
+    let noted = daemon.root().join(format!("var/lib/virt/pools/{uuid}.volumes.json"));
+    let right = fs::read(&noted).expect("noted");
+    daemon.kill_virtd().await;
+    fs::write(&noted, "[").expect("written");
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool { client: client.clone(), ..pool };
+    assert_eq!(pool.get::<String>("State").await, "inactive");
+    let refused = pool.run("Start", options([])).await.expect_err("it is broken");
+    assert!(refused.1.contains("what is noted of its volumes"), "{refused:?}");
+    let anew = (document("images", &folder).replace("<target>", &format!("<uuid>{uuid}</uuid><target>")), options([]));
+    let define = format!("{STORAGE}.DefineStoragePool");
+    client.call("/org/virt", &define, &anew).await.expect_err("it cannot be read still");
+    assert_eq!(fs::read(&noted).expect("there"), b"[");
+    fs::write(&noted, &right).expect("written");
+    client.call("/org/virt", &define, &anew).await.expect("defined");
+    pool.run("Start", options([])).await.expect("started");
+    assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
     // Stopped, it has no volumes, and its files stay.
     let active = pool.run("Undefine", options([])).await.expect_err("it is active");
     assert!(active.0.ends_with("OperationInvalid"), "{active:?}");
@@ -330,6 +350,46 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         pool.volume(name).await.expect(name).run("Delete", options([])).await.expect(name);
     }
     assert!(pool.names().is_empty() && pool.list().await.is_empty(), "{:?}", pool.names());
+}
+
+/// Who undefines what opens a volume loses what it holds.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_secret_of_a_volume_is_in_use() {
+    if !have(&["qemu-img"]) {
+        return;
+    }
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool::started(&daemon, &client, "images").await;
+    let uuid = "0a81f5b2-8403-7b23-c8d6-21ccc2f80d6f";
+    let xml = format!("<secret><uuid>{uuid}</uuid></secret>");
+    let reply = client.call("/org/virt", "org.virt.Manager.Secret.DefineSecret", &(xml, options([]))).await;
+    let secret: OwnedObjectPath = reply.expect("defined").body().deserialize().expect("o");
+    let value = (b"open sesame".as_slice(), options([]));
+    client.call(secret.as_str(), "org.virt.Secret.SetValue", &value).await.expect("set");
+    let wanted = options([("format", "luks".into()), ("secret", uuid.into())]);
+    let volume = pool.add("x", 1 << 20, wanted).await.expect("made");
+    let xml: String = volume.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
+    assert!(xml.contains(&format!("<secret type='passphrase' uuid='{uuid}'/>")), "{xml}");
+    volume.with("Clone", &("y", options([]))).await.expect("what opens the one opens the other");
+    volume.run("Delete", options([])).await.expect("deleted");
+    let refused = async |client: &Client| {
+        let undefined = client.call(secret.as_str(), "org.virt.Secret.Undefine", &(options([]),)).await;
+        let refused = undefined.expect_err("it is used");
+        assert!(refused.0.ends_with("InUse") && refused.1.contains("volume 'y' of the pool"), "{refused:?}");
+        assert!(!refused.1.contains("'x'"), "{refused:?}");
+    };
+    refused(&client).await;
+    // A pool that is stopped has its volumes still.
+    pool.run("Destroy", options([])).await.expect("stopped");
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    refused(&client).await;
+    let pool = Pool { client: client.clone(), ..pool };
+    pool.run("Start", options([])).await.expect("started");
+    pool.volume("y").await.expect("there").run("Delete", options([])).await.expect("deleted");
+    client.call(secret.as_str(), "org.virt.Secret.Undefine", &(options([]),)).await.expect("undefined");
 }
 
 /// Nothing in use is taken away, and who uses it is told by itself.

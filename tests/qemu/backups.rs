@@ -363,6 +363,7 @@ async fn on_the_system_bus_a_backup_is_read_from_behind_the_wall() {
 pub async fn ready_to_cancel(domain: &Domain, job: &str) {
     let mut watch = domain.client.watch().await;
     while job_is::<u64>(domain, job, "BytesTotal").await == 0 {
+        assert_ne!(job_is::<String>(domain, job, "State").await, "failed");
         watch.next().await;
     }
 }

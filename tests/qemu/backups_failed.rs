@@ -58,6 +58,7 @@ async fn a_transient_machine_that_ends_unseen_leaves_no_file_of_its_backup_or_co
 async fn becomes_ready(domain: &Domain, job: &str) {
     let mut watch = domain.client.watch().await;
     while !job_is::<bool>(domain, job, "Ready").await {
+        assert_ne!(job_is::<String>(domain, job, "State").await, "failed");
         watch.next().await;
     }
 }

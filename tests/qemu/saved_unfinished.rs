@@ -267,7 +267,7 @@ async fn a_uuid_is_not_used_again_before_its_save_is_whole() {
     daemon.start_virtd_with(&[]).await;
     let client = Client { connection: daemon.connect().await };
     let xml = tick.xml.replace("<name>", &format!("<uuid>{uuid}</uuid><name>"));
-    refused(client.define(&xml).await, "Busy", &[&uuid, "saving"]);
+    refused(client.define(&xml).await, "Busy", &[&uuid, "cut off"]);
     assert!(client.domains().await.is_empty());
     dead.let_go();
     assert!(daemon.inside("umount").arg(&storage).status().expect("umount").success());

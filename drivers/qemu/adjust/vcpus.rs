@@ -25,11 +25,11 @@ impl QemuDriver {
         patience: Duration,
     ) -> Result<(), DriverError> {
         let ((there, _), (wanted, _)) = (before.vcpus_at_boot(), def.vcpus_at_boot());
-        if def.kind != "kvm" && !there.is_subset(&wanted) {
-            return Err(DriverError::Unsupported(EMULATED.to_owned()));
-        }
-        let until = Instant::now() + patience;
+        let (until, emulated) = (Instant::now() + patience, def.kind != "kvm");
         let changed = async {
+            if emulated && !there.is_subset(&wanted) {
+                return Err(DriverError::Unsupported(EMULATED.to_owned()));
+            }
             plug_in(body, def, wanted.difference(&there).copied().collect()).await?;
             for number in there.iter().rev().filter(|number| !wanted.contains(number)) {
                 let left = until.saturating_duration_since(Instant::now());

@@ -7,8 +7,8 @@ use crate::qemu::plan::{Companion, Link, Loss, Role, Tap};
 use serde_json::json;
 use virt_model::device::Interface;
 use virt_model::device::interface::{
-    BackendKind, Family, InterfaceDriver, InterfaceKind, NativeMode, NetDriver, PortForward, PortRange, SourceMode,
-    Transport, TxMode, Vlan, VlanTag,
+    BackendKind, Family, InterfaceDriver, InterfaceKind, NetDriver, PortForward, PortRange, SourceMode, Transport,
+    TxMode,
 };
 
 /// The first file descriptor given to network devices; lower ones are the monitor's and room for more.
@@ -198,20 +198,10 @@ pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
         direct: direct(interface),
         existing: target.is_some_and(|target| target.managed == Some(false)),
         isolated: interface.port.as_ref().is_some_and(|port| port.isolated == Some(true)),
-        vlans: interface.vlan.as_ref().map(vlans).unwrap_or_default(),
+        vlans: interface.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
         coalesce: interface.coalesce.as_ref().and_then(|coalesce| coalesce.rx.as_ref()?.frames.as_ref()?.max),
         rates: [rate(limits.and_then(|l| l.inbound.as_ref())), rate(limits.and_then(|l| l.outbound.as_ref()))],
     }
-}
-
-fn vlans(vlan: &Vlan) -> Vec<VlanPlan> {
-    let trunk = vlan.is_trunk();
-    let plan = |tag: &VlanTag| VlanPlan {
-        id: tag.id,
-        native: !trunk || tag.native.is_some(),
-        tagged: trunk && tag.native != Some(NativeMode::Untagged),
-    };
-    vlan.tags.iter().map(plan).collect()
 }
 
 /// The host's device by which a card goes out without a bridge.

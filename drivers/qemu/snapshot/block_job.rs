@@ -137,6 +137,17 @@ impl BlockJobs for QemuDriver {
     }
 }
 
+/// What no checkpoint needs is left in the layers: whether another program needs it, nobody can tell.
+fn tell_of_bitmaps(nodes: &Nodes, job: &BlockJob) {
+    for layer in job.left() {
+        let Some(node) = nodes.image(&layer.path, &layer.format) else { continue };
+        if let Some(first) = node.bitmaps.keys().next() {
+            let (target, file, count) = (&job.target, layer.path.display(), node.bitmaps.len());
+            tracing::warn!(target, %file, count, first, "dirty bitmaps that are no checkpoint's stay behind in a layer");
+        }
+    }
+}
+
 /// Whether a node reads an image, and is none of those that stand above it: they stay.
 fn is_image(node: &Value) -> bool {
     let name = node["node-name"].as_str().unwrap_or_default();
@@ -323,6 +334,7 @@ impl Operation {
         let body = self.body()?;
         let (line, nodes, id) = (body.line()?, Nodes::of(body).await?, id_of(job));
         let node = |place: usize| Ok::<_, DriverError>(self.node_of(&nodes, job, &job.chain[place])?.name.clone());
+        tell_of_bitmaps(&nodes, job);
         // What limits the disk stands above its image, and stays there.
         let top = top_of(&line, self.disk(&job.target)?).await?;
         let mut arguments = json!({ "auto-dismiss": false, "device": top });

@@ -132,6 +132,7 @@ impl Domain {
         uid: u32,
         job: &Arc<Job>,
     ) -> Result<Followed> {
+        self.is_as_configured().await?;
         let planned = self.plan_block_job(target, asked, options).await?;
         let (machine, block, removes) = (planned.machine, planned.job, planned.removes);
         let _taken = self.take_written(&block).await?;

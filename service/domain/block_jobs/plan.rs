@@ -292,8 +292,8 @@ impl Domain {
     fn keeps_checkpoints(&self, job: &BlockJob) -> Result<()> {
         let state = lock(&self.state);
         let of_layers = |tracked: &TrackedDisk| tracked.target == job.target && needs(&tracked.began, job);
-        let mut sound = state.checkpoints.all().iter().filter(|def| def.broken.is_none());
-        match sound.find(|def| def.tracked.iter().any(of_layers)) {
+        // What breaks one may pass, so it counts as well until it is deleted.
+        match state.checkpoints.all().iter().find(|def| def.tracked.iter().any(of_layers)) {
             None => Ok(()),
             Some(def) => Err(Error::OperationInvalid(format!(
                 "cannot {} disk '{}' of domain '{}': checkpoint '{}' needs the bitmaps in the layers that would go; delete it \

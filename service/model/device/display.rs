@@ -3,6 +3,7 @@
 use super::{DeviceInfo, VirtioDriver};
 use crate::domain::part::element;
 use crate::domain::value::choices;
+use crate::xml::shorten;
 
 choices! {
     /// Protocol.
@@ -110,6 +111,14 @@ impl Graphics {
     /// The address that it is said to listen on.
     pub fn listen_address(&self) -> Option<&str> {
         self.listens.first().and_then(|listen| listen.address.as_deref()).or(self.listen.as_deref())
+    }
+
+    /// That it says two addresses in the place of one, if so.
+    pub fn says_two_addresses(&self) -> Option<String> {
+        let first = self.listens.first().filter(|listen| listen.kind == ListenKind::Address);
+        let said = self.listen.as_ref().zip(first.and_then(|listen| listen.address.as_ref()));
+        let (legacy, address) = said.filter(|(legacy, address)| legacy != address)?;
+        Some(format!("listens on '{}', but its first <listen> on '{}'", shorten(legacy), shorten(address)))
     }
 
     /// Has it listen on another address.

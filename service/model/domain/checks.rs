@@ -10,7 +10,7 @@ use crate::device::Alias;
 use crate::device::address::{Address, AddressKind, DriveAddress};
 use crate::device::chardev::{CharKind, CharSource, SocketMode};
 use crate::device::disk::{Disk, DiskBus, DiskDevice, DiskKind};
-use crate::device::display::{Graphics, GraphicsKind, ListenKind};
+use crate::device::display::{Graphics, GraphicsKind};
 use crate::device::interface::{Interface, InterfaceKind};
 use crate::xml::{Element, Finding, Place, shorten};
 use std::collections::{HashMap, HashSet};
@@ -385,10 +385,7 @@ fn check_interface(interface: &Interface, log: &mut Log) {
 }
 
 fn check_graphics(graphics: &Graphics, log: &mut Log) {
-    let first = graphics.listens.first().filter(|listen| listen.kind == ListenKind::Address);
-    let said = graphics.listen.as_ref().zip(first.and_then(|listen| listen.address.as_ref()));
-    if let Some((legacy, address)) = said.filter(|(legacy, address)| legacy != address) {
-        let message = format!("listens on '{}', but its first <listen> on '{}'", shorten(legacy), shorten(address));
+    if let Some(message) = graphics.says_two_addresses() {
         complain(log, &graphics.at.attribute("listen"), message);
     }
     for (name, port) in [("port", graphics.port), ("tlsPort", graphics.tls_port), ("websocket", graphics.websocket)] {

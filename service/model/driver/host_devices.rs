@@ -4,6 +4,7 @@ use super::DriverError;
 use crate::nodedev::NodeDevice;
 use async_trait::async_trait;
 use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 
@@ -39,15 +40,19 @@ pub trait HostDevices: Send + Sync {
         None
     }
 
-    /// What of the host would go with a device: `mount`, `route` or `swap`, and which.
+    /// What of the host would go with a device and its virtual functions: `mount`, `route`, `swap` or `link` (a network device on it), and which.
     async fn host_uses(&self, device: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError>;
 
+    /// The files in `/dev` of the disks that would go with a device, and of what is made of those.
+    async fn disks(&self, device: &NodeDevice) -> Result<Vec<PathBuf>, DriverError>;
+
     /// Takes a device from the host's driver and keeps it for guests. On error it may be without a driver: give it back.
-    /// Error: `Refused` if a guest has it, or what is handed over with it; it was not touched then.
+    /// Error: `Refused` if a guest has it, what is handed over with it or one of its virtual functions; it was not touched then.
+    /// `TimedOut` if the kernel takes long: it goes on, and what others would do with the device is `Refused` until it has done.
     async fn detach(&self, device: &NodeDevice) -> Result<(), DriverError>;
 
     /// Gives a device back to the host; `before` as it was detached, if that is known. What is done already is fine.
-    /// Error: as of `detach`.
+    /// Error: as of `detach`; `Refused` also if another process has it.
     async fn reattach(&self, device: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError>;
 
     /// Resets a device that no driver of the host's has. Error: as of `detach`.

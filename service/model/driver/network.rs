@@ -3,6 +3,7 @@
 //! The service owns which networks there are, who may touch them and which guests are in them. A driver makes bridge, addresses,
 //! rules and servers of a definition, all or nothing, and finds them again after virtd was killed at any instruction.
 
+use crate::device::interface::Vlan;
 use crate::domain::value::Mac;
 use crate::network::NetworkDef;
 use crate::network::address::Net;
@@ -40,8 +41,9 @@ pub trait NetworkDriver: Send + Sync {
     /// Makes of a network that is there what `def` says, without a packet lost to who is in it.
     async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError>;
 
-    /// Plugs devices of guests into a network that is there. What has gone meanwhile, or cannot be plugged, is logged.
-    async fn plug(&self, def: &NetworkDef, devices: Vec<String>);
+    /// Plugs cards of guests that are in no bridge into a network that is there; nothing passes before each is held to what it
+    /// was held to. What has gone meanwhile is left out, and what cannot be plugged is logged.
+    async fn plug(&self, def: &NetworkDef, cards: Vec<PluggedCard>);
 
     /// Who has which address.
     async fn leases(&self, def: &NetworkDef) -> Result<Vec<Lease>, NetworkError>;
@@ -53,6 +55,17 @@ pub trait NetworkDriver: Send + Sync {
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport>;
 }
 
+/// A guest's card in a network, as it was when it was plugged in.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PluggedCard {
+    /// Its end on the host.
+    pub end: String,
+    /// It does not see others that are isolated.
+    pub isolated: bool,
+    /// The VLANs that it is in.
+    pub vlan: Option<Vlan>,
+}
+
 /// What befalls a network by itself.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NetworkReport {
@@ -60,6 +73,8 @@ pub enum NetworkReport {
     Leases,
     /// What serves addresses and names has ended.
     ServerEnded,
+    /// It was changed: what is known of it may be otherwise now.
+    Changed,
 }
 
 /// An address that somebody has.

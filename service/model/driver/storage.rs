@@ -112,8 +112,9 @@ pub trait Work: Send + Sync {
     /// Something that stays is done next.
     fn step(&self);
 
-    /// A file of that format gets a name next: it is noted what it is, before anybody can find it. Blocks.
-    fn names(&self, id: FileId, format: &str) -> Result<(), DriverError>;
+    /// A file of that format gets a name next: it is noted what it is, before anybody can find it, and by which secret it is
+    /// opened, where that is known. Blocks.
+    fn names(&self, id: FileId, name: &str, format: &str, secret: Option<&str>) -> Result<(), DriverError>;
 
     /// Fires when it is no longer wanted.
     fn cancelled(&self) -> &CancellationToken;
@@ -344,6 +345,6 @@ pub struct NewSize {
 pub struct Part {
     /// Where it begins, in bytes.
     pub offset: u64,
-    /// How long it is at most, in bytes; to the end if not said.
+    /// How long it is, in bytes; to the end if not said.
     pub length: Option<u64>,
 }

@@ -5,7 +5,7 @@ use super::address::{Net, bits, number, prefix_of};
 use super::dns::Dns;
 use super::forward::{Forward, ForwardMode, Mode};
 use super::ip::{Dhcp, DhcpHost, LeaseTime, NetworkIp, Route};
-use super::names::{is_device, is_duid, is_host_name, is_line};
+use super::names::{is_device, is_duid, is_host_name, is_line, is_word_of_reservations};
 use crate::device::interface::Family;
 use crate::domain::value::complain;
 use crate::xml::{Finding, Place, shorten};
@@ -19,12 +19,17 @@ type Log = Vec<Finding>;
 const MAX_NAME: usize = 255;
 /// As many as dnsmasq gives of IPv4, and a bitmap holds.
 const MOST_ADDRESSES: u128 = 1 << 16;
+/// No host has so many addresses in one bridge; each is held against all others.
+const MOST_IPS: usize = 64;
 /// dnsmasq knows no shorter time.
 const SHORTEST_LEASE: u64 = 120;
 
 /// Finds all of it, in no order.
 pub(super) fn check(def: &NetworkDef, log: &mut Log) {
     check_identity(def, log);
+    if let Some(one) = def.ips.get(MOST_IPS) {
+        return complain(log, &one.at, format!("more than {MOST_IPS} <ip>"));
+    }
     def.forward.iter().for_each(|forward| check_forward(forward, def, log));
     check_bridge(def, log);
     check_served(def, log);
@@ -180,7 +185,8 @@ fn check_served(def: &NetworkDef, log: &mut Log) {
 fn check_nets(def: &NetworkDef, log: &mut Log) {
     for (n, ip) in def.ips.iter().enumerate() {
         let Some(net) = ip.net() else { continue };
-        for other in def.ips[..n].iter().filter_map(NetworkIp::net).filter(|other| other.overlaps(&net)) {
+        // One such complaint says enough: with all of them a document of some size would have millions.
+        if let Some(other) = def.ips[..n].iter().filter_map(NetworkIp::net).find(|other| other.overlaps(&net)) {
             complain(log, &ip.at, format!("the net {net} overlaps with {other}"));
         }
     }
@@ -310,7 +316,13 @@ fn check_hosts(dhcp: &Dhcp, own: IpAddr, net: Net, log: &mut Log) {
 /// One reservation.
 fn check_host(host: &DhcpHost, own: IpAddr, net: Net, log: &mut Log) {
     let at = &host.at;
-    host.name.iter().for_each(|name| host_name(name, &at.attribute("name"), "host", log));
+    if let Some(name) = &host.name {
+        host_name(name, &at.attribute("name"), "host", log);
+        let word = is_host_name(name) && is_word_of_reservations(name);
+        let message =
+            format!("'{}' is a time, an address or a word of dnsmasq's, which is not taken as a name", shorten(name));
+        never_if(word, &at.attribute("name"), &message, log);
+    }
     host.lease.iter().for_each(|lease| check_lease(lease, log));
     if own.is_ipv6() {
         never_if(host.mac.is_some(), &at.attribute("mac"), "guests of IPv6 are known by 'id' or 'name'", log);

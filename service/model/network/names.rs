@@ -9,6 +9,15 @@ pub fn is_host_name(text: &str) -> bool {
     text.len() <= 253 && text.strip_suffix('.').unwrap_or(text).split('.').all(is_label)
 }
 
+/// Whether dnsmasq takes the name of a host, as it stands among the words of a reservation, for something else: for how long an
+/// address is given, for an address, or for a word of its own.
+pub(super) fn is_word_of_reservations(text: &str) -> bool {
+    let number = text.strip_suffix(|c: char| "smhdwSMHDW".contains(c)).unwrap_or(text);
+    let is_time = !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit());
+    let is_address = !text.bytes().any(|byte| byte.is_ascii_alphabetic());
+    is_time || is_address || ["ignore", "infinite"].iter().any(|word| text.eq_ignore_ascii_case(word))
+}
+
 /// Whether a text can be the name of a network device.
 pub(super) fn is_device(text: &str) -> bool {
     let plain =
@@ -39,6 +48,12 @@ mod tests {
         }
         for no in ["", ".", "a..b", "-a", "a b", "a,b", "a\nb", "a/b", "a#b", &"a".repeat(64), &"a.".repeat(127)] {
             assert!(!is_host_name(no), "{no}");
+        }
+        for taken in ["ignore", "Infinite", "10", "45m", "7W", "10.0.0.9", "1-2"] {
+            assert!(is_host_name(taken) && is_word_of_reservations(taken), "{taken}");
+        }
+        for free in ["m", "m45", "4x5m", "ignored", "10.example.com", "web-1"] {
+            assert!(!is_word_of_reservations(free), "{free}");
         }
         for yes in ["virbr0", "br-lan.7", "eth0@x"] {
             assert!(is_device(yes), "{yes}");

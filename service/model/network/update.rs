@@ -282,6 +282,9 @@ mod tests {
         let other = more.with_host(mac(2), Some("10.0.0.6".parse().unwrap()), "").unwrap();
         assert_eq!((hosts(&other).len(), hosts(&other)[1].ip), (2, Some("10.0.0.6".parse().unwrap())));
         assert!(other.with_host(mac(3), Some("10.0.0.6".parse().unwrap()), "").is_err());
+        for word in ["ignore", "10.0.0.1", "45m"] {
+            assert!(def.with_host(mac(3), Some("10.0.0.7".parse().unwrap()), word).is_err(), "{word}");
+        }
         assert_eq!(hosts(&other.without_host(mac(2)).unwrap()).len(), 1);
         assert!(other.without_host(mac(9)).is_none());
     }

@@ -161,6 +161,10 @@ pub(super) fn check_volume(def: &VolumeDef, log: &mut Log) {
     if !cluster.is_power_of_two() || !(512..=2 << 20).contains(&cluster) {
         complain(log, &target.at.child("clusterSize"), "it is a power of two, from 512 bytes to 2 MiB");
     }
+    if target.permissions.as_ref().and_then(|given| given.mode).is_some_and(|mode| mode.0 > 0o777) {
+        let message = "it is at most 0777: whoever runs a volume runs it with no more than their own rights";
+        complain(log, &target.at.child("permissions").child("mode"), message);
+    }
     for (field, id) in target.permissions.iter().flat_map(|given| [("owner", given.owner), ("group", given.group)]) {
         if id.is_some_and(|id| id != -1 && u32::try_from(id).is_err()) {
             complain(log, &target.at.child("permissions").child(field), "it is the number of a user or group, or -1");

@@ -64,6 +64,17 @@ fn n1_nothing_is_lost() {
 }
 
 #[test]
+fn n1_a_document_of_one_net_many_times_is_a_few_findings() {
+    let document = |times: usize| {
+        let ips = "<ip address='10.0.0.1'/>".repeat(times);
+        NetworkDef::parse(&format!("<network><name>n</name>{ips}</network>")).unwrap_err()
+    };
+    assert_eq!(document(64).len(), 63, "each but the first is complained about once");
+    let many = document(8000);
+    assert!(many.len() == 1 && many[0].message.contains("more than 64 <ip>"), "{many:?}");
+}
+
+#[test]
 fn n1_runtime_facts_are_read_and_dropped() {
     let text = "<network connections='3'><name>n</name><forward mode='nat' dev='eth0'><interface dev='eth0' connections='2'/>\
         </forward><ip address='10.0.0.1' prefix='24'/></network>";

@@ -147,6 +147,7 @@ fn what_is_wrong_is_told_where_it_stands() {
             volume("<target><permissions><owner>-2</owner></permissions></target>"),
             "the number of a user or group, or -1",
         ),
+        (volume("<target><permissions><mode>04755</mode></permissions></target>"), "at most 0777"),
     ] {
         let told = refused("volume", &text);
         assert!(told.contains(why), "{why}: {told}");

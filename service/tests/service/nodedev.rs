@@ -2,23 +2,29 @@
 
 use crate::world::{World, xml};
 use async_trait::async_trait;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use tokio::sync::mpsc;
 use virt_model::device::PciAddress;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
 use virt_model::nodedev::{About, IommuGroup, Maker, NodeDevice, PciAbout, VFIO, pci_name};
-use virt_service::HostDevice;
-use virt_service::authz::Action;
+use virt_service::authz::{Action, Caller};
 use virt_service::error::Error;
 use virt_service::events::Event;
 use virt_service::facts::ObjectFacts;
+use virt_service::{HostDevice, UndefineOptions};
 
 /// A host with one card.
 struct Host {
     driver: Mutex<Option<String>>,
     uses: Mutex<Vec<(&'static str, String)>>,
+    disks: Mutex<Vec<PathBuf>>,
+    /// As many looks at the card are never answered.
+    hangs: AtomicUsize,
+    /// It does not come to an end of telling what there is.
+    tells_on: AtomicBool,
     /// Detaching ends with this; the device has lost its driver by then, unless it is refused.
     fails: Mutex<Option<DriverError>>,
     news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
@@ -27,13 +33,30 @@ struct Host {
 impl Host {
     fn new(driver: Option<&str>) -> Arc<Host> {
         let driver = Mutex::new(driver.map(str::to_owned));
-        Arc::new(Host { driver, uses: Mutex::default(), fails: Mutex::default(), news: Mutex::default() })
+        let (uses, disks, fails, news) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
+        Arc::new(Host {
+            driver,
+            uses,
+            disks,
+            hangs: AtomicUsize::new(0),
+            tells_on: AtomicBool::new(false),
+            fails,
+            news,
+        })
+    }
+
+    /// A virtual function of the card.
+    fn function(&self) -> NodeDevice {
+        let address = PciAddress::read("0000:06:10.0").unwrap();
+        let about = About::Pci(Box::new(PciAbout { address, ..PciAbout::default() }));
+        NodeDevice { name: pci_name(address), sys_path: "/sys/devices/y".into(), about, ..self.card() }
     }
 
     fn card(&self) -> NodeDevice {
         let address = PciAddress::read("0000:06:00.0").unwrap();
+        let functions = (vec![PciAddress::read("0000:06:10.0").unwrap()], 7);
         let group = IommuGroup { number: 7, members: vec![address, PciAddress::read("0000:06:00.1").unwrap()] };
-        let pci = PciAbout { address, group: Some(group), vfio: true, resets: true, ..PciAbout::default() };
+        let pci = PciAbout { address, group: Some(group), functions, vfio: true, resets: true, ..PciAbout::default() };
         NodeDevice {
             name: pci_name(address),
             parent: Some("computer".into()),
@@ -56,17 +79,26 @@ impl HostDevices for Host {
     fn follow(self: Arc<Self>) -> mpsc::Receiver<DeviceNews> {
         let (sender, receiver) = mpsc::channel(8);
         sender.try_send(DeviceNews::Is(Arc::new(self.card()))).unwrap();
-        sender.try_send(DeviceNews::AllTold).unwrap();
+        if !self.tells_on.load(Ordering::Relaxed) {
+            sender.try_send(DeviceNews::AllTold).unwrap();
+        }
         *self.news.lock().unwrap() = Some(sender);
         receiver
     }
 
     async fn read(&self, name: &str) -> Result<Option<NodeDevice>, DriverError> {
+        if self.hangs.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |hangs| hangs.checked_sub(1)).is_ok() {
+            std::future::pending::<()>().await;
+        }
         Ok(Some(self.card()).filter(|card| &*card.name == name))
     }
 
     async fn host_uses(&self, _: &NodeDevice) -> Result<Vec<(&'static str, String)>, DriverError> {
         Ok(self.uses.lock().unwrap().clone())
+    }
+
+    async fn disks(&self, _: &NodeDevice) -> Result<Vec<PathBuf>, DriverError> {
+        Ok(self.disks.lock().unwrap().clone())
     }
 
     async fn detach(&self, _: &NodeDevice) -> Result<(), DriverError> {
@@ -199,6 +231,52 @@ async fn what_the_host_or_a_guest_has_is_not_taken_away() {
 }
 
 #[tokio::test]
+async fn what_guests_have_of_a_card_is_not_taken_with_it() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    let alice = world.alice();
+    let news = host.news.lock().unwrap().clone().unwrap();
+    news.send(DeviceNews::Is(Arc::new(host.function()))).await.unwrap();
+    let below = NodeDevice {
+        name: "usb_1_1".into(),
+        sys_path: "/sys/devices/x/usb1/1-1".into(),
+        about: About::UsbDevice { bus: 1, device: 4, hub: false },
+        ..host.card()
+    };
+    news.send(DeviceNews::Is(Arc::new(below))).await.unwrap();
+    *host.disks.lock().unwrap() = vec!["/dev/of-the-card".into()];
+    let parts = [
+        ("pci_0000_06_10_0", "<hostdev type='pci'><source><address bus='6' slot='0x10'/></source></hostdev>"),
+        ("usb_1_1", "<hostdev type='usb'><source><address bus='1' device='4'/></source></hostdev>"),
+        ("", "<disk type='block'><source dev='/dev/of-the-card'/><target dev='vda'/></disk>"),
+    ];
+    let until = async |device: &str, lives: bool| {
+        let live = || {
+            let users = world.service.node_device(device).map(|one| one.facts().users.clone()).unwrap_or_default();
+            users.iter().any(|user| user.how.as_str() == "live")
+        };
+        while !device.is_empty() && live() != lives {
+            tokio::task::yield_now().await;
+        }
+    };
+    for (device, part) in parts {
+        let devices = format!("<devices>{part}</devices>");
+        let domain = world.service.define(&alice, &xml("web", &devices), false).await.expect(part);
+        assert!(card.check_detach(&alice, None).await.unwrap().refusal.is_none(), "it does not run: {part}");
+        world.start(&domain).await.expect(part);
+        until(device, true).await;
+        let check = card.check_detach(&alice, None).await.unwrap();
+        assert!(check.users.iter().any(|user| user.how.as_str() == "live"), "{part}: {:?}", check.users);
+        let why = card.detach(&alice, None).await.expect_err(part);
+        assert!(matches!(why, Error::InUse(_)) && why.to_string().contains("domain 'web' has it or what"), "{why}");
+        domain.destroy(&alice, false).await.unwrap();
+        domain.undefine(&alice, UndefineOptions::default()).await.unwrap();
+        until(device, false).await;
+    }
+    assert_eq!(host.driver().as_deref(), Some("e1000e"));
+}
+
+#[tokio::test]
 async fn what_fails_on_the_way_is_undone() {
     let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
     let (world, card) = world(folder.path(), &host).await;
@@ -230,10 +308,50 @@ async fn a_detaching_that_was_cut_off_is_undone_and_what_is_detached_stays_so() 
 }
 
 #[tokio::test]
+async fn what_was_cut_off_is_undone_before_anything_else_is_done_to_the_device() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(None));
+    std::fs::create_dir_all(note(folder.path()).parent().unwrap()).unwrap();
+    std::fs::write(note(folder.path()), r#"{"driver":"e1000e"}"#).unwrap();
+    host.tells_on.store(true, Ordering::Relaxed);
+    let world = World::open(folder.path()).await;
+    tokio::time::pause();
+    world.service.follow_host(host.clone()).await;
+    let card = world.service.node_device(CARD).expect("it is told by now");
+    assert_eq!(host.driver(), None, "not all are told");
+    card.detach(&world.alice(), None).await.unwrap();
+    let noted = std::fs::read_to_string(note(folder.path())).unwrap();
+    assert!(noted.contains("e1000e"), "what it was once, and not in between: {noted}");
+    let news = host.news.lock().unwrap().clone().unwrap();
+    news.send(DeviceNews::AllTold).await.unwrap();
+    news.send(DeviceNews::Gone(CARD.into())).await.unwrap();
+    while world.service.node_device(CARD).is_ok() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(host.driver().as_deref(), Some(VFIO));
+    assert!(note(folder.path()).exists());
+}
+
+#[tokio::test]
+async fn a_device_that_does_not_answer_keeps_only_those_who_ask_for_it() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    let (alice, bob) = (world.alice(), Caller { uid: 1001, ..world.alice() });
+    host.hangs.store(2, Ordering::Relaxed);
+    tokio::time::pause();
+    for _ in 0..4 {
+        let late = card.xml(&alice).await.unwrap_err();
+        assert!(matches!(late, Error::TimedOut(_)), "{late}");
+    }
+    assert!(matches!(card.check_detach(&alice, None).await.unwrap_err(), Error::TimedOut(_)));
+    assert_eq!(host.hangs.load(Ordering::Relaxed), 0, "two have been begun, and no more");
+    card.xml(&bob).await.unwrap();
+}
+
+#[tokio::test]
 async fn whoever_may_not_is_told_nothing() {
     let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
     let (world, card) = world(folder.path(), &host).await;
-    world.notary.refuses.store(true, std::sync::atomic::Ordering::Relaxed);
+    world.notary.refuses.store(true, Ordering::Relaxed);
     *host.uses.lock().unwrap() = vec![("mount", "/secret".to_owned())];
     let alice = world.alice();
     for refused in [
