@@ -189,9 +189,9 @@ impl HostDevices for LinuxDevices {
             let reader = Reader::of(&host);
             match known {
                 // Its hardware address may be another by now, of which nobody tells.
-                Some((folder, known)) => {
-                    reader.device(&folder).map(|device| NodeDevice { name: name.into(), ..by_makers_of(&known, device) })
-                }
+                Some((folder, known)) => reader
+                    .device(&folder)
+                    .map(|device| NodeDevice { name: name.into(), ..by_makers_of(&known, device) }),
                 None => (name == COMPUTER).then(|| reader.computer()),
             }
         });

@@ -355,7 +355,8 @@ async fn what_of_the_host_would_go_is_told() {
     );
     fs::write(fake.host.proc.join("self/net/ipv6_route"), six).unwrap();
     fake.plug("pci0000:00/0000:00:03.1/net/eth2", "class", "net", &[]);
-    let (bridge, vlan) = (fake.plug("virtual/net/br0", "class", "net", &[]), fake.plug("virtual/net/br0.5", "class", "net", &[]));
+    let (bridge, vlan) =
+        (fake.plug("virtual/net/br0", "class", "net", &[]), fake.plug("virtual/net/br0.5", "class", "net", &[]));
     symlink(&bridge, fake.host.sys.join("class/net/eth0/upper_br0")).unwrap();
     symlink(&vlan, bridge.join("upper_br0.5")).unwrap();
     symlink("/etc", bridge.join("upper_else")).unwrap();

@@ -190,12 +190,7 @@ impl HostDevice {
         self.devices()?.host.host_uses(device).await.map_err(|error| self.failed("check", error))
     }
 
-    fn refuses_detach(
-        &self,
-        device: &NodeDevice,
-        users: &[User],
-        host_uses: &[(&'static str, String)],
-    ) -> Result<()> {
+    fn refuses_detach(&self, device: &NodeDevice, users: &[User], host_uses: &[(&'static str, String)]) -> Result<()> {
         let why = match device.assignable() {
             "yes" => None,
             "bridge" => Some("it is a bridge, which carries other devices"),

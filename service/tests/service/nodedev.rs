@@ -10,11 +10,11 @@ use virt_model::device::PciAddress;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
 use virt_model::nodedev::{About, IommuGroup, Maker, NodeDevice, PciAbout, VFIO, pci_name};
-use virt_service::{HostDevice, UndefineOptions};
 use virt_service::authz::{Action, Caller};
 use virt_service::error::Error;
 use virt_service::events::Event;
 use virt_service::facts::ObjectFacts;
+use virt_service::{HostDevice, UndefineOptions};
 
 /// A host with one card.
 struct Host {
@@ -34,7 +34,15 @@ impl Host {
     fn new(driver: Option<&str>) -> Arc<Host> {
         let driver = Mutex::new(driver.map(str::to_owned));
         let (uses, disks, fails, news) = (Mutex::default(), Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Host { driver, uses, disks, hangs: AtomicUsize::new(0), tells_on: AtomicBool::new(false), fails, news })
+        Arc::new(Host {
+            driver,
+            uses,
+            disks,
+            hangs: AtomicUsize::new(0),
+            tells_on: AtomicBool::new(false),
+            fails,
+            news,
+        })
     }
 
     /// A virtual function of the card.
