@@ -186,7 +186,11 @@ mod tests {
         );
         plugs.has_cards(Uuid::from_u128(7), Some(&DomainDef::parse(&text).expect("a domain")));
         let card = PluggedCard { end: "tap7".to_owned(), isolated: true, vlan: None };
-        assert_eq!(plugs.cards_in("home"), [card], "what a card is held to itself is known when it is plugged in again");
+        assert_eq!(
+            plugs.cards_in("home"),
+            [card],
+            "what a card is held to itself is known when it is plugged in again"
+        );
         let own =
             plugged(&plugs, " portgroup='slow'", "<bandwidth><inbound average='7'/></bandwidth><mtu size='1400'/>");
         let own = own.expect("plugged");

@@ -204,7 +204,9 @@ async fn update(network: Arc<Network>, call: Call) -> Outcome {
     let parent = match options.integer("parent-index")? {
         None | Some(-1) => None,
         Some(number) => Some(usize::try_from(number).map_err(|_| {
-            Error::argument(format!("'parent-index' counts from 0, or is -1 for the first that fits; it is not {number}"))
+            Error::argument(format!(
+                "'parent-index' counts from 0, or is -1 for the first that fits; it is not {number}"
+            ))
         })?),
     };
     options.end()?;

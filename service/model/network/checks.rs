@@ -319,7 +319,8 @@ fn check_host(host: &DhcpHost, own: IpAddr, net: Net, log: &mut Log) {
     if let Some(name) = &host.name {
         host_name(name, &at.attribute("name"), "host", log);
         let word = is_host_name(name) && is_word_of_reservations(name);
-        let message = format!("'{}' is a time, an address or a word of dnsmasq's, which is not taken as a name", shorten(name));
+        let message =
+            format!("'{}' is a time, an address or a word of dnsmasq's, which is not taken as a name", shorten(name));
         never_if(word, &at.attribute("name"), &message, log);
     }
     host.lease.iter().for_each(|lease| check_lease(lease, log));
