@@ -25,7 +25,7 @@ pub const MANAGER: &str = "org.virt.Manager.NodeDevice";
 properties! {
     f: NodeDeviceFacts {
         "Name" = Str(&f.device.name);
-        "Parent" = Path(&f.device.parent.as_ref().map_or_else(|| "/".to_owned(), |parent| path(parent)));
+        "Parent" = Path(&f.device.parent.as_ref().map_or_else(|| "/".to_owned(), path));
         "Class" = Str(f.device.class());
         "Capabilities" = Strs(&f.device.capabilities());
         "SysPath" = Str(&f.device.sys_path);

@@ -55,7 +55,7 @@ use crate::error::{Error, Result};
 use crate::events::Event;
 use crate::facts::{ConfigFacts, DomainFacts};
 use crate::lock::lock;
-use crate::object::{ObjectKind, ObjectRef};
+use crate::object::ObjectKind;
 use crate::registry::{Object, Registry};
 use crate::shared::Shared;
 use crate::store::{Ended, Loaded, Note};

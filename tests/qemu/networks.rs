@@ -100,7 +100,8 @@ async fn call(client: &Client, path: &str, method: &str, force: bool) -> Result<
 
 async fn leased(domain: &Domain) -> Vec<String> {
     let answer = domain.call("GetInterfaceAddresses", &("lease", options([]))).await.expect("told");
-    let cards: Vec<(String, String, String, Vec<(String, u32)>)> = answer.body().deserialize().expect("a list");
+    type Card = (String, String, String, Vec<(String, u32)>);
+    let cards: Vec<Card> = answer.body().deserialize().expect("a list");
     cards.into_iter().flat_map(|card| card.3).map(|(address, prefix)| format!("{address}/{prefix}")).collect()
 }
 
