@@ -21,7 +21,7 @@ pub struct Caller {
 }
 
 macro_rules! actions {
-    ($($kind:ident { $($(#[$meta:meta])* $name:ident = $id:literal, $deed:literal;)+ })+) => {
+    ($($kind:ident { $($(#[$meta:meta])* $name:ident = $id:literal, $deed:literal, $effect:ident;)+ })+) => {
         /// What is asked of polkit.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
         pub enum Action { $($($(#[$meta])* $name,)+)+ }
@@ -44,110 +44,116 @@ macro_rules! actions {
             pub fn kind(self) -> ObjectKind {
                 match self { $($(Action::$name)|+ => ObjectKind::$kind,)+ }
             }
+
+            /// Whether it changes nothing.
+            pub fn only_reads(self) -> bool {
+                matches!(match self { $($(Action::$name => Effect::$effect,)+)+ }, Effect::Reads)
+            }
         }
     };
+}
+
+/// What doing it leaves behind.
+#[derive(Clone, Copy)]
+enum Effect {
+    /// Nothing.
+    Reads,
+    /// Another state, document or value.
+    Changes,
 }
 
 actions! {
     Domain {
         /// Configuration and statistics.
-        Read = "org.virt.domain.read", "read the configuration of";
+        Read = "org.virt.domain.read", "read the configuration of", Reads;
         /// The same with passwords.
-        ReadSecure = "org.virt.domain.read-secure", "read the passwords of";
+        ReadSecure = "org.virt.domain.read-secure", "read the passwords of", Reads;
         /// Store or change a configuration.
-        Define = "org.virt.domain.define", "define or change";
+        Define = "org.virt.domain.define", "define or change", Changes;
         /// Remove a configuration.
-        Delete = "org.virt.domain.delete", "delete";
+        Delete = "org.virt.domain.delete", "delete", Changes;
         /// Start.
-        Start = "org.virt.domain.start", "start";
+        Start = "org.virt.domain.start", "start", Changes;
         /// Shut down, destroy, reboot, reset.
-        Stop = "org.virt.domain.stop", "stop";
+        Stop = "org.virt.domain.stop", "stop", Changes;
         /// Suspend, resume and wake.
-        Suspend = "org.virt.domain.suspend", "suspend or resume";
+        Suspend = "org.virt.domain.suspend", "suspend or resume", Changes;
         /// Save and restore.
-        Save = "org.virt.domain.save", "save or restore";
+        Save = "org.virt.domain.save", "save or restore", Changes;
         /// Create and delete snapshots.
-        Snapshot = "org.virt.domain.snapshot", "take or delete a snapshot of";
+        Snapshot = "org.virt.domain.snapshot", "take or delete a snapshot of", Changes;
         /// Revert to a snapshot.
-        Revert = "org.virt.domain.revert", "revert";
+        Revert = "org.virt.domain.revert", "revert", Changes;
         /// Attach, detach, resize.
-        Device = "org.virt.domain.device", "change the devices of";
+        Device = "org.virt.domain.device", "change the devices of", Changes;
         /// Console, display, screenshot, keys.
-        Console = "org.virt.domain.console", "use the console of";
+        Console = "org.virt.domain.console", "use the console of", Changes;
         /// What its agent does inside the guest: commands, passwords, files, the clock.
-        Agent = "org.virt.domain.agent", "act inside";
+        Agent = "org.virt.domain.agent", "act inside", Changes;
         /// Open a display without its password.
-        SkipAuth = "org.virt.domain.skip-auth", "bypass the display password of";
+        SkipAuth = "org.virt.domain.skip-auth", "bypass the display password of", Changes;
         /// Raw hypervisor arguments.
-        Native = "org.virt.domain.native", "give raw hypervisor arguments to";
+        Native = "org.virt.domain.native", "give raw hypervisor arguments to", Changes;
         /// Cancel or finish somebody else's job.
-        Job = "org.virt.domain.job", "cancel or finish a job of";
+        Job = "org.virt.domain.job", "cancel or finish a job of", Changes;
     }
     Network {
         /// Configuration and leases.
-        NetworkRead = "org.virt.network.read", "read the configuration of";
+        NetworkRead = "org.virt.network.read", "read the configuration of", Reads;
         /// Store a configuration.
-        NetworkDefine = "org.virt.network.define", "define or change";
+        NetworkDefine = "org.virt.network.define", "define or change", Changes;
         /// Change what runs without dropping a guest.
-        NetworkUpdate = "org.virt.network.update", "update";
+        NetworkUpdate = "org.virt.network.update", "update", Changes;
         /// Remove a configuration.
-        NetworkDelete = "org.virt.network.delete", "delete";
+        NetworkDelete = "org.virt.network.delete", "delete", Changes;
         /// Start.
-        NetworkStart = "org.virt.network.start", "start";
+        NetworkStart = "org.virt.network.start", "start", Changes;
         /// Destroy.
-        NetworkStop = "org.virt.network.stop", "stop";
+        NetworkStop = "org.virt.network.stop", "stop", Changes;
     }
     Pool {
         /// Configuration, and that of volumes; where a pool could come from.
-        StorageRead = "org.virt.storage.read", "read the configuration of";
+        StorageRead = "org.virt.storage.read", "read the configuration of", Reads;
         /// Store a configuration, build.
-        StorageDefine = "org.virt.storage.define", "define or change";
+        StorageDefine = "org.virt.storage.define", "define or change", Changes;
         /// Remove a configuration, or what it is made of.
-        StorageDelete = "org.virt.storage.delete", "delete";
+        StorageDelete = "org.virt.storage.delete", "delete", Changes;
         /// Start and refresh.
-        StorageStart = "org.virt.storage.start", "start or refresh";
+        StorageStart = "org.virt.storage.start", "start or refresh", Changes;
         /// Destroy.
-        StorageStop = "org.virt.storage.stop", "stop";
+        StorageStop = "org.virt.storage.stop", "stop", Changes;
     }
     Volume {
         /// Create, and clone to.
-        VolumeCreate = "org.virt.volume.create", "create";
+        VolumeCreate = "org.virt.volume.create", "create", Changes;
         /// Resize.
-        VolumeResize = "org.virt.volume.resize", "resize";
+        VolumeResize = "org.virt.volume.resize", "resize", Changes;
         /// Upload, wipe, serve for writing.
-        VolumeWrite = "org.virt.volume.write", "overwrite";
+        VolumeWrite = "org.virt.volume.write", "overwrite", Changes;
         /// Download, clone from, serve for reading.
-        VolumeContent = "org.virt.volume.content", "read the content of";
+        VolumeContent = "org.virt.volume.content", "read the content of", Changes;
         /// Delete.
-        VolumeDelete = "org.virt.volume.delete", "delete";
+        VolumeDelete = "org.virt.volume.delete", "delete", Changes;
     }
     Secret {
         /// What is known of it but for its value.
-        SecretRead = "org.virt.secret.read", "read the description of";
+        SecretRead = "org.virt.secret.read", "read the description of", Reads;
         /// Store a description.
-        SecretDefine = "org.virt.secret.define", "define or change";
+        SecretDefine = "org.virt.secret.define", "define or change", Changes;
         /// Remove it.
-        SecretDelete = "org.virt.secret.delete", "delete";
+        SecretDelete = "org.virt.secret.delete", "delete", Changes;
         /// Set its value.
-        SecretSet = "org.virt.secret.set", "set the value of";
+        SecretSet = "org.virt.secret.set", "set the value of", Changes;
         /// Get its value.
-        SecretGet = "org.virt.secret.get", "read the value of";
+        SecretGet = "org.virt.secret.get", "read the value of", Reads;
     }
     NodeDevice {
         /// Its document.
-        DeviceRead = "org.virt.nodedev.read", "read the description of";
+        DeviceRead = "org.virt.nodedev.read", "read the description of", Reads;
         /// Take it from the host's driver, give it back, reset it.
-        DeviceDetach = "org.virt.nodedev.detach", "detach, reattach or reset";
+        DeviceDetach = "org.virt.nodedev.detach", "detach, reattach or reset", Changes;
         /// Create and end mediated devices and ports.
-        DeviceCreate = "org.virt.nodedev.create", "create or remove";
-    }
-}
-
-impl Action {
-    /// Whether it changes nothing.
-    pub fn only_reads(self) -> bool {
-        use Action::{DeviceRead, NetworkRead, Read, ReadSecure, SecretGet, SecretRead, StorageRead};
-        matches!(self, Read | ReadSecure | NetworkRead | StorageRead | SecretRead | SecretGet | DeviceRead)
+        DeviceCreate = "org.virt.nodedev.create", "create or remove", Changes;
     }
 }
 

@@ -15,7 +15,7 @@ use crate::job::{Job, Ticket};
 use crate::log;
 use crate::object::{ObjectKind, ObjectRef};
 use crate::shared::Shared;
-use crate::turn::{GRACE, Turn, TurnGuard};
+use crate::turn::{Turn, TurnGuard};
 use crate::verb::Verb;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -170,9 +170,9 @@ pub(crate) async fn logged<O: Changeable, T>(
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
     let begun = Instant::now();
-    let result = work.await;
-    log_of(object, caller, verb, begun, result.as_ref().err());
-    result
+    let result = accepted(object, caller, verb, work).await?;
+    log_of(object, caller, verb, begun, None);
+    Ok(result)
 }
 
 /// The same for a long verb until it is accepted: from then on its job writes that line.
@@ -254,17 +254,9 @@ impl<O: Changeable> Change<O> {
             drop(turn);
             done
         });
-        let given_up = async {
-            job.cancel_token().cancelled().await;
-            tokio::time::sleep(GRACE).await;
-            if !job.can_be_cancelled() {
-                // It goes to its end, and its job with it.
-                std::future::pending::<()>().await;
-            }
-        };
         tokio::select! {
             done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
-            () = given_up => Err(undone_later(&*object, verb)),
+            () = job.given_up() => Err(undone_later(&*object, verb)),
         }
     }
 }

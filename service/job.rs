@@ -16,6 +16,7 @@ use crate::facts::{JobFacts, JobState};
 use crate::lock::lock;
 use crate::object::ObjectRef;
 use crate::time::now_usec;
+use crate::turn::past_grace;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
@@ -334,6 +335,15 @@ impl Job {
     /// Whether it is not past the point from which it can only go to its end.
     pub fn can_be_cancelled(&self) -> bool {
         self.jobs.facts(self.id).is_some_and(|facts| facts.cancellable)
+    }
+
+    /// Resolves when nobody waits for its work any more: it was cancelled, and the work has had its time to end. One that can
+    /// only go to its end is never given up.
+    pub async fn given_up(&self) {
+        past_grace(self.cancel_token()).await;
+        if !self.can_be_cancelled() {
+            std::future::pending::<()>().await;
+        }
     }
 
     /// From here on it can only go to its end.

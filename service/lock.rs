@@ -1,8 +1,3 @@
 //! How virtd locks what it holds for a few lines.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
-/// Locks; a panic elsewhere while it was held left whole values behind, since no holder can fail half-way.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
+pub(crate) use virt_model::lock::lock;

@@ -12,6 +12,12 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How long what is given up may take to end before nobody waits for it any more.
 pub const GRACE: Duration = Duration::from_secs(5);
 
+/// Resolves when what `give_up` gives up has had its time to end.
+pub(crate) async fn past_grace(give_up: &CancellationToken) {
+    give_up.cancelled().await;
+    tokio::time::sleep(GRACE).await;
+}
+
 /// The right to change one domain.
 #[derive(Debug, Default)]
 pub struct Turn {

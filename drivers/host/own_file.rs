@@ -31,6 +31,15 @@ pub fn read(file: &Path, most: u64) -> io::Result<Vec<u8>> {
     }
 }
 
+/// Removes such a file, for good; it need not be there.
+pub fn remove(file: &Path) -> io::Result<()> {
+    match std::fs::remove_file(file) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        removed => removed?,
+    }
+    File::open(file.parent().unwrap_or(Path::new("/")))?.sync_all()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

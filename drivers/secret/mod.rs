@@ -20,12 +20,13 @@ use std::collections::HashMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::sync::OnceCell;
 use uuid::Uuid;
 use virt_model::driver::secrets::{KeptValue, LARGEST_SECRET, Protection, SecretKeeper, SecretValue};
 use virt_model::driver::{DriverError, GivenFile};
+use virt_model::lock::lock;
 use virt_model::secret::{SecretName, UsageKind};
 use zeroize::Zeroizing;
 
@@ -76,7 +77,7 @@ impl Vault {
 
     /// The value of the secret that a machine names. Errors: `NoSuchSecret`, `SecretMissing`, `Storage`.
     pub async fn named(self: &Arc<Self>, name: &SecretName) -> Result<SecretValue, DriverError> {
-        let missing = || DriverError::SecretMissing(format!("the secret {name} has no value: set one (SetValue)"));
+        let missing = || has_no_value(name);
         if let Some(uuid) = self.find(name) {
             return self.value(uuid).await?.ok_or_else(missing);
         }
@@ -96,7 +97,7 @@ impl Vault {
         };
         match self.kept(uuid) {
             Ok(Some(_)) => None,
-            Ok(None) => Some(DriverError::SecretMissing(format!("the secret {name} has no value: set one (SetValue)"))),
+            Ok(None) => Some(has_no_value(name)),
             Err(error) => Some(error),
         }
     }
@@ -228,14 +229,14 @@ impl SecretKeeper for Vault {
 
     fn remove_file(&self, name: &SecretName) -> Result<(), DriverError> {
         let path = self.files.join(secret::file_of(name));
-        removed(&path).map_err(|e| storage(&path, &e))
+        own_file::remove(&path).map_err(|e| storage(&path, &e))
     }
 }
 
 impl Vault {
     async fn remove(&self, uuid: Uuid) -> Result<(), DriverError> {
         let path = self.file(uuid);
-        blocking(move || removed(&path).map_err(|e| storage(&path, &e))).await?
+        blocking(move || own_file::remove(&path).map_err(|e| storage(&path, &e))).await?
     }
 }
 
@@ -248,21 +249,12 @@ fn sealed_in(path: &Path) -> Result<Option<Sealed>, DriverError> {
     }
 }
 
-/// Removes a file, for good; it need not be there.
-fn removed(path: &Path) -> io::Result<()> {
-    match std::fs::remove_file(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-        removed => removed?,
-    }
-    std::fs::File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
+fn has_no_value(name: &SecretName) -> DriverError {
+    DriverError::SecretMissing(format!("the secret {name} has no value: set one (SetValue)"))
 }
 
 fn storage(path: &Path, error: &dyn fmt::Display) -> DriverError {
     DriverError::Storage(format!("{}: {error}", path.display()))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ use std::any::Any;
 use std::collections::{BTreeSet, HashMap};
 use std::fmt::Write;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
@@ -45,6 +45,7 @@ use virt_model::driver::{
     Adjustment, Attachment, Detachment, Driver, DriverError, GivenFile, Instance, Launch, NewMedium, Reconnect,
     Reconnected, Removable, Running, StoredFile,
 };
+use virt_model::lock::lock;
 use virt_model::xml::{Finding, FindingKind, shorten};
 
 /// Memory and vCPUs that the host claims to have.
@@ -369,8 +370,4 @@ impl Driver for TestDriver {
     async fn reconnect(&self, _found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
         Ok(None)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -9,6 +9,7 @@ pub mod device;
 pub mod domain;
 pub mod driver;
 pub mod keys;
+pub mod lock;
 pub mod network;
 pub mod nodedev;
 pub mod secret;

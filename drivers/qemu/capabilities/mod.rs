@@ -27,10 +27,11 @@ use crate::host::workers::{Errand, Workers};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
+use virt_model::lock::lock;
 
 /// Raised whenever the questions or their answers' meaning change, so that older cache files are left unread.
 const CACHE_FORMAT: u32 = 4;
@@ -554,10 +555,6 @@ impl Prober {
         // Found out again where it is lost.
         replace_json(&path, file, false)
     }
-}
-
-fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn without_kvm(binary: &Path) -> String {

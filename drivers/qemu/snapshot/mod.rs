@@ -50,7 +50,7 @@ use crate::host::workers::{Errand, Workers};
 use async_trait::async_trait;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::device::Disk;
@@ -61,6 +61,7 @@ use virt_model::driver::snapshots::{
     CreatePlan, CreatedSnapshot, DeletePlan, DiskMode, DiskPart, ExistingSnapshot, Journal, Machine, MemoryMode,
     Recovered, Replaced, RevertPlan, Reverted, Siblings, SnapshotRequest, Snapshots, StartFrom, Unfinished,
 };
+use virt_model::lock::lock;
 
 #[async_trait]
 impl Snapshots for QemuDriver {
@@ -304,10 +305,6 @@ impl Operation {
         })
         .await
     }
-}
-
-fn lock<T>(held: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    held.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Where the memory is that a guest is started from.

@@ -11,7 +11,7 @@ use crate::frames::Changeable as _;
 use crate::job::Job;
 use crate::lock::lock;
 use crate::shared::AGAIN;
-use crate::turn::{GRACE, TurnGuard};
+use crate::turn::TurnGuard;
 use crate::verb::{self, Verb};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -46,16 +46,9 @@ impl Domain {
         job.outlives_virtd();
         let what = self.of_disk(&followed.job);
         let mut work = tokio::spawn(self.clone().follow_to_the_end(followed, job.clone()));
-        let given_up = async {
-            job.cancel_token().cancelled().await;
-            tokio::time::sleep(GRACE).await;
-            if !job.can_be_cancelled() {
-                std::future::pending::<()>().await;
-            }
-        };
         tokio::select! {
             done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
-            () = given_up => Err(Error::Cancelled(format!(
+            () = job.given_up() => Err(Error::Cancelled(format!(
                 "{what} was cancelled, and another change of the domain is under way, or its hypervisor or its storage does not \
                  answer: it is given up after that, and nothing else is done with that disk before"
             ))),

@@ -8,7 +8,7 @@ use crate::images::Taken;
 use crate::lock::lock;
 use crate::shared::{AGAIN, virtd_itself};
 use crate::store::{Deed, Intent, Record, on_disk};
-use crate::turn::{GRACE, PATIENCE};
+use crate::turn::{PATIENCE, past_grace};
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
 use virt_model::driver::snapshots::{Journal as _, Recovered, Reverted};
@@ -46,13 +46,9 @@ impl Domain {
             drop(turn);
             done
         });
-        let given_up = async {
-            give_up.cancelled().await;
-            tokio::time::sleep(GRACE).await;
-        };
         let done = tokio::select! {
             done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
-            () = given_up => return Err(self.left_alone(what)),
+            () = past_grace(&give_up) => return Err(self.left_alone(what)),
         };
         done.map(drop).map_err(|error| {
             Error::OperationInvalid(format!(
@@ -76,13 +72,9 @@ impl Domain {
             drop(turn);
             done
         });
-        let given_up = async {
-            give_up.cancelled().await;
-            tokio::time::sleep(GRACE).await;
-        };
         tokio::select! {
             done = &mut work => done.unwrap_or_else(|e| Err(Error::Internal(e.to_string()))),
-            () = given_up => Err(self.left_alone(what)),
+            () = past_grace(&give_up) => Err(self.left_alone(what)),
         }
     }
 
