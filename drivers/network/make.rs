@@ -210,8 +210,7 @@ impl Maker {
 
     fn serve(&self, uuid: Uuid, served: &Served) -> io::Result<()> {
         let folder = self.folder(uuid);
-        server::write(&folder.join("reservations"), &served.reservations)?;
-        server::write(&folder.join("names"), &served.names)?;
+        write_read_again(&folder, served)?;
         server::write(&folder.join("dnsmasq.conf"), &served.config)?;
         server::start(&folder)
     }
@@ -343,8 +342,7 @@ impl Maker {
             server::stop(&folder);
             return self.serve(to.uuid, &served);
         }
-        server::write(&folder.join("reservations"), &served.reservations)?;
-        server::write(&folder.join("names"), &served.names)?;
+        write_read_again(&folder, &served)?;
         let names = to.has_dns().then_some("names");
         let reservations = to.has_dhcp().then_some("reservations");
         server::reload(&folder, &names.into_iter().chain(reservations).collect::<Vec<_>>())
@@ -400,6 +398,13 @@ impl Maker {
         let folder = self.folder(uuid);
         (folder.join("told"), server::find(&folder))
     }
+}
+
+/// Writes what the server reads when it is told to, if it takes all of it as it is meant.
+fn write_read_again(folder: &Path, served: &Served) -> io::Result<()> {
+    served.is_read_as_written()?;
+    server::write(&folder.join("reservations"), &served.reservations)?;
+    server::write(&folder.join("names"), &served.names)
 }
 
 /// The route that overlaps with a net; the one to everywhere does not count.
