@@ -244,7 +244,8 @@ impl Maker {
             link::remove(def, bridge)?;
         }
         // The record goes last of all that is in there.
-        for file in ["pid", "told", "reservations", "names", "dnsmasq.conf", "rules.json", "record.json"] {
+        for file in ["server.json", "pid", "told", "reservations", "names", "dnsmasq.conf", "rules.json", "record.json"]
+        {
             let _ = fs::remove_file(folder.join(file));
         }
         let _ = fs::remove_dir(&folder);
@@ -393,10 +394,10 @@ impl Maker {
         nets.into_iter().find(free).ok_or_else(none)
     }
 
-    /// Where what is told of leases is watched for, and the server, if it is there.
-    pub fn watched(&self, uuid: Uuid) -> (PathBuf, Option<std::os::fd::OwnedFd>) {
+    /// Where what is told of leases is watched for, and the server, if it is there; nothing of a network that is not.
+    pub fn watched(&self, uuid: Uuid) -> Option<(PathBuf, Option<std::os::fd::OwnedFd>)> {
         let folder = self.folder(uuid);
-        (folder.join("told"), server::find(&folder))
+        folder.join("record.json").exists().then(|| (folder.join("told"), server::find(&folder)))
     }
 }
 
