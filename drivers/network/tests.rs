@@ -314,8 +314,14 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     networks.plug(&def, vec![gone, card.clone()]).await;
     let port = run("ip -d -o link show g1");
     assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
-    networks.plug(&def, vec![PluggedCard { isolated: false, ..card }]).await;
+    networks.plug(&def, vec![PluggedCard { isolated: false, ..card.clone() }]).await;
     assert!(run("ip -d -o link show g1").contains("isolated on"), "one that is in a bridge stays as it is");
+    // As it is where virtd is killed between the bridge and the rest.
+    run("ip link set g1 down nomaster");
+    run("ip link set g1 master virbr0");
+    networks.plug(&def, vec![card]).await;
+    let port = run("ip -d -o link show g1");
+    assert!([",UP", "master virbr0", "isolated on"].iter().all(|word| port.contains(word)), "{port}");
     networks.stop(def.uuid).await.unwrap();
 }
 
