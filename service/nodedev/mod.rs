@@ -297,6 +297,12 @@ impl HostDevice {
         self.recovers().await
     }
 
+    /// Its detaching has neither come to its end nor been undone: it is looked after before anything else is done to it.
+    fn is_cut_off(&self, before: DetachedDevice) -> Result<()> {
+        lock(&self.devices()?.cut_off).insert(self.name.clone(), before);
+        Ok(())
+    }
+
     /// Reads it anew, and tells what is otherwise; what has gone is told by who follows.
     async fn look_again(&self) {
         let Ok(devices) = self.devices() else { return };
