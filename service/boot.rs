@@ -460,7 +460,7 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
 /// Starts what starts with the host, once since the host booted.
 pub(crate) async fn autostart(
     shared: &Arc<Shared>,
-    networks: &Networks,
+    networks: &Arc<Networks>,
     pools: &Arc<Pools>,
     domains: &Domains,
 ) -> Result<()> {
@@ -469,10 +469,11 @@ pub(crate) async fn autostart(
         return Ok(());
     }
     let due: Vec<Arc<Domain>> = domains.all().into_iter().filter(|domain| domain.facts().autostart).collect();
-    let pools = pools.clone();
-    // First what machines may need.
-    network::autostart(networks).await;
+    let (networks, pools) = (networks.clone(), pools.clone());
+    // Nobody waits for it: whoever starts virtd would end it where that takes long, and it is done once. First what machines may
+    // need.
     tokio::spawn(async move {
+        network::autostart(&networks).await;
         storage::autostart(&pools).await;
         start_all(due);
     });

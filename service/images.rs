@@ -57,7 +57,7 @@ impl Chain {
 }
 
 /// The images of a disk: what is asked of all machines' disks, without the rest of their configurations.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct DiskImages {
     /// The disk's target, e.g. `vda`.
     pub target: Box<str>,

@@ -9,7 +9,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock};
 use uuid::Uuid;
 use virt_model::device::Interface;
-use virt_model::device::interface::{BridgePort, InterfaceKind, Mtu};
+use virt_model::device::interface::{InterfaceKind, Mtu};
 use virt_model::domain::DomainDef;
 use virt_model::driver::network::{Lease, PluggedCard};
 use virt_model::network::NetworkDef;
@@ -21,7 +21,7 @@ pub(crate) struct Plugs {
     networks: Mutex<HashMap<String, Option<Arc<NetworkDef>>>>,
     /// Who has which address in them.
     leases: Mutex<HashMap<String, Arc<[Lease]>>>,
-    /// The cards of machines that run, by the machine, each with its network.
+    /// The cards of machines that run, by the machine, each with its network: as they were held to when they were plugged in.
     cards: Mutex<HashMap<Uuid, Vec<(String, PluggedCard)>>>,
     starter: OnceLock<Starter>,
 }
@@ -84,8 +84,7 @@ impl Plugs {
         let cards = cards.filter(|card| card.kind == InterfaceKind::Network).filter_map(|card| {
             let network = card.source.as_ref()?.network.clone()?;
             let end = card.target.as_ref()?.dev.clone()?;
-            let isolated = card.port.as_ref().is_some_and(|port| port.isolated == Some(true));
-            Some((network, PluggedCard { end, isolated, vlan: card.vlan.clone() }))
+            Some((network, PluggedCard { end, isolated: card.is_isolated(), vlan: card.vlan.clone() }))
         });
         let cards: Vec<_> = cards.collect();
         let mut all = lock(&self.cards);
@@ -96,14 +95,16 @@ impl Plugs {
         };
     }
 
-    /// All cards that run in that network.
-    pub fn cards_in(&self, network: &str) -> Vec<PluggedCard> {
+    /// All cards that run in that network, each with what it is to be held to now.
+    pub fn cards_in(&self, network: &NetworkDef) -> Vec<PluggedCard> {
         let all = lock(&self.cards);
-        all.values().flatten().filter(|(of, _)| of == network).map(|(_, card)| card.clone()).collect()
+        let cards = all.values().flatten().filter(|(of, _)| *of == network.name).map(|(_, card)| card.clone());
+        cards.map(|card| PluggedCard { isolated: is_isolated(network, card.isolated), ..card }).collect()
     }
 
-    /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to. What an
-    /// earlier start said is of no account. Errors: `NoSuchNetwork`, `OperationInvalid` if it is not active.
+    /// Says in a definition which bridge each card in a network is plugged into, and what its network has it held to: whoever
+    /// defines the machine need not be who defines the network, and cannot undo what that says. The bridge that an earlier start
+    /// said is of no account. Errors: `NoSuchNetwork`, `OperationInvalid` if it is not active.
     pub fn plug(&self, def: &mut Arc<DomainDef>) -> Result<()> {
         if def.devices.interfaces.iter().all(|card| card.kind != InterfaceKind::Network) {
             return Ok(());
@@ -130,18 +131,23 @@ impl Plugs {
         };
         source.bridge = network.bridge_name().map(str::to_owned);
         let group = network.group(source.rest.attr("portgroup")).map_err(Error::OperationInvalid)?;
-        // What the card says itself counts more than what its group says.
+        // Of limits and MTU what the card says itself counts more.
         let limits = group.and_then(|group| group.bandwidth.clone());
         card.bandwidth = card.bandwidth.take().or(limits);
-        card.vlan = card.vlan.take().or_else(|| group.and_then(|group| group.vlan.clone()));
+        card.vlan = group.and_then(|group| group.vlan.clone()).or(card.vlan.take());
         if card.mtu.is_none() {
             card.mtu = network.mtu.as_ref().map(|mtu| Mtu { size: mtu.size, ..Mtu::default() });
         }
-        if card.port.is_none() && network.port.as_ref().is_some_and(|port| port.isolated == Some(true)) {
-            card.port = Some(BridgePort { isolated: Some(true), ..BridgePort::default() });
+        if is_isolated(&network, card.is_isolated()) {
+            card.port.get_or_insert_default().isolated = Some(true);
         }
         Ok(())
     }
+}
+
+/// Whether a card that is isolated by itself, or not, is so in that network.
+fn is_isolated(network: &NetworkDef, by_itself: bool) -> bool {
+    by_itself || network.port.as_ref().is_some_and(|port| port.isolated == Some(true))
 }
 
 #[cfg(test)]
@@ -164,9 +170,11 @@ mod tests {
         assert!(matches!(plugged(&plugs, "", ""), Err(Error::OperationInvalid(text)) if text.contains("not active")));
         let network = NetworkDef::parse(
             "<network><name>home</name><bridge name='virbr7'/><mtu size='9000'/><port isolated='yes'/>\
-             <portgroup name='slow'><bandwidth><inbound average='10'/></bandwidth></portgroup></network>",
+             <portgroup name='slow'><bandwidth><inbound average='10'/></bandwidth></portgroup>\
+             <portgroup name='office'><vlan><tag id='42'/></vlan></portgroup></network>",
         );
-        plugs.are("home", Some(&Arc::new(network.expect("a network"))), &Arc::default());
+        let network = Arc::new(network.expect("a network"));
+        plugs.are("home", Some(&network), &Arc::default());
         let card = plugged(&plugs, "", "").expect("plugged");
         assert_eq!(card.bridge(), Some("virbr7"));
         assert_eq!(card.mtu.map(|mtu| mtu.size), Some(9000));
@@ -179,7 +187,12 @@ mod tests {
             (Some("virbr7"), Some(10)),
             "an earlier bridge is forgotten"
         );
-        let of_its_own = "<target dev='tap7'/><port isolated='yes'/>";
+        // Whoever owns the machine does not get round what the network says.
+        let bold = plugged(&plugs, " portgroup='office'", "<vlan><tag id='7'/></vlan><port isolated='no'/>");
+        let bold = bold.expect("plugged");
+        let vlans: Vec<u16> = bold.vlan.iter().flat_map(|vlan| &vlan.tags).map(|tag| tag.id).collect();
+        assert!(bold.is_isolated() && vlans == [42], "{vlans:?}");
+        let of_its_own = "<target dev='tap7'/>";
         let text = format!(
             "<domain type='test'><name>web</name><memory>1024</memory><devices><interface type='network'>\
              <source network='home'/>{of_its_own}</interface></devices></domain>"
@@ -187,10 +200,12 @@ mod tests {
         plugs.has_cards(Uuid::from_u128(7), Some(&DomainDef::parse(&text).expect("a domain")));
         let card = PluggedCard { end: "tap7".to_owned(), isolated: true, vlan: None };
         assert_eq!(
-            plugs.cards_in("home"),
-            [card],
-            "what a card is held to itself is known when it is plugged in again"
+            plugs.cards_in(&network),
+            [card.clone()],
+            "one that was not isolated is when it is plugged in again, if the network says so by then"
         );
+        let open = NetworkDef { port: None, ..NetworkDef::clone(&network) };
+        assert_eq!(plugs.cards_in(&open), [PluggedCard { isolated: false, ..card }]);
         let own =
             plugged(&plugs, " portgroup='slow'", "<bandwidth><inbound average='7'/></bandwidth><mtu size='1400'/>");
         let own = own.expect("plugged");

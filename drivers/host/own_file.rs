@@ -1,16 +1,23 @@
 //! Files of virtd's own that hold what it knows: replaced in one step, so that whoever reads one reads all of it.
 
 use serde::Serialize;
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 /// Replaces a file, in a folder of ours that is there, by `value` in JSON, mode 0600. `durably`: a host that loses power has
 /// the new one once this has returned; else it may have the one before. On failure that is there as it was.
 pub fn replace_json(file: &Path, value: &impl Serialize, durably: bool) -> io::Result<()> {
+    replace(file, &serde_json::to_vec(value)?, 0o600, durably)
+}
+
+/// The same by any content, and with that mode.
+pub fn replace(file: &Path, content: &[u8], mode: u32, durably: bool) -> io::Result<()> {
     let folder = file.parent().unwrap_or(Path::new("/"));
     let mut new = tempfile::NamedTempFile::new_in(folder)?;
-    new.write_all(&serde_json::to_vec(value)?)?;
+    new.write_all(content)?;
+    new.as_file().set_permissions(Permissions::from_mode(mode))?;
     if durably {
         new.as_file().sync_all()?;
     }

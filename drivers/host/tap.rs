@@ -196,9 +196,9 @@ pub fn change_plug(name: &str, plan: &TapPlan) -> io::Result<()> {
 }
 
 /// Plugs a device whose bridge has gone into one again, as a start does: it is down until the bridge has all that it is to have
-/// for it, so that nothing passes before.
+/// for it, so that nothing passes before. One that is in a bridge goes out of it first.
 pub fn plug_again(name: &str, plan: &TapPlan) -> io::Result<()> {
-    run("ip", &["link", "set", "dev", name, "down"])?;
+    run("ip", &["link", "set", "dev", name, "down", "nomaster"])?;
     let socket = rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None)?;
     let plugged = plug_in(name, plan, socket.as_raw_fd());
     if plugged.is_err() {

@@ -21,6 +21,11 @@ pub const TOLD: &str = "VIRT_LEASES_TOLD";
 /// More than any file of leases has. Who writes it talks to guests, and may be another by now.
 const LONGEST: u64 = 16 << 20;
 
+/// Of what guests say of themselves so much is told in all, so that an answer with as many leases as there can be is one that a bus
+/// carries; and so much of one that its number is as long.
+const ROOM: usize = 4 << 20;
+const OF_ONE: usize = 32;
+
 /// What virtd does when dnsmasq runs it; whether it was run by dnsmasq at all.
 pub fn tell() -> bool {
     let Some(file) = std::env::var_os(TOLD) else { return false };
@@ -90,7 +95,7 @@ pub fn text(file: &Path) -> io::Result<String> {
 /// Reads dnsmasq's file of leases, so many at `most`; `prefix` says of each address how many bits are the network's. What is no
 /// lease is left out.
 pub fn read(text: &str, most: usize, prefix: impl Fn(IpAddr) -> u8) -> Vec<Lease> {
-    let (mut leases, mut six) = (Vec::new(), false);
+    let (mut leases, mut six, mut room) = (Vec::new(), false, ROOM);
     for line in text.lines() {
         if leases.len() >= most {
             break;
@@ -105,12 +110,16 @@ pub fn read(text: &str, most: usize, prefix: impl Fn(IpAddr) -> u8) -> Vec<Lease
         let (Ok(expires), Ok(address)) = (expires.parse(), address.parse::<IpAddr>()) else { continue };
         let known_by = (client != "*").then(|| client.to_owned()).filter(|id| id.len() <= 1024);
         let mac = if six { known_by.as_deref().and_then(card_of) } else { Mac::from_text(known).ok() };
+        let host_name = Some(name).filter(|name| is_host_name(name)).unwrap_or_default();
+        let said = host_name.len() + known_by.as_ref().map_or(0, |id| id.len() + OF_ONE);
+        let fits = said <= room;
+        room -= if fits { said } else { 0 };
         leases.push(Lease {
             mac,
             address,
             prefix: prefix(address),
-            host_name: Some(name).filter(|name| is_host_name(name)).unwrap_or_default().to_owned(),
-            client_id: known_by,
+            host_name: if fits { host_name.to_owned() } else { String::new() },
+            client_id: known_by.filter(|_| fits),
             // Of addresses that go by, the number begins with a T.
             iaid: if six { known.trim_start_matches('T').parse().ok() } else { None },
             expires,
@@ -151,6 +160,17 @@ mod tests {
         assert_eq!(leases[2].host_name, "", "no name is shown that is none");
         assert_eq!((leases[3].mac, leases[3].iaid), (leases[0].mac, Some(1_114_112)));
         assert_eq!((leases[4].mac, leases[4].iaid, leases[4].prefix), (None, Some(7), 64));
+    }
+
+    #[test]
+    fn what_guests_say_of_themselves_leaves_room_for_all() {
+        let line =
+            |n: usize| format!("0 52:54:00:aa:00:01 10.0.{}.{} * {}\n", n / 256, n % 256, "00:".repeat(300) + "00");
+        let text: String = (0..5000).map(line).collect();
+        let leases = read(&text, 65_536, |_| 16);
+        let told = leases.iter().filter(|lease| lease.client_id.is_some()).count();
+        assert_eq!((leases.len(), told), (5000, ROOM / (902 + OF_ONE)));
+        assert!(leases[told - 1].client_id.is_some() && leases[told].client_id.is_none());
     }
 
     #[tokio::test]

@@ -123,19 +123,23 @@ pub fn remove(def: &NetworkDef, name: &str) -> io::Result<()> {
     }
 }
 
-/// Plugs cards of guests that are in no bridge into this one.
+/// Plugs cards of guests that are in no bridge into this one, or in this one and down.
 pub fn plug(def: &NetworkDef, cards: &[PluggedCard]) {
     let Some(bridge) = def.bridge_name() else { return };
     let all = match json(&["link", "show"]) {
         Ok(all) => all,
         Err(why) => return tracing::warn!(network = %def.name, %why, "guests are not plugged in again"),
     };
-    let isolated = def.port.as_ref().is_some_and(|port| port.isolated == Some(true));
-    let is_out = |card: &&PluggedCard| all.iter().any(|link| link["ifname"] == *card.end && link["master"].is_null());
+    // One that is in it and down was being plugged in when virtd was killed, and is not held to all it is to be held to.
+    let is_up = |link: &Value| link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP"));
+    let is_out = |card: &&PluggedCard| {
+        let link = all.iter().find(|link| link["ifname"] == *card.end);
+        link.is_some_and(|link| link["master"].is_null() || link["master"] == bridge && !is_up(link))
+    };
     for card in cards.iter().filter(is_out) {
         let plan = TapPlan {
             bridge: Some(bridge.to_owned()),
-            isolated: isolated || card.isolated,
+            isolated: card.isolated,
             vlans: card.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
             ..TapPlan::default()
         };

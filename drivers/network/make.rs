@@ -210,8 +210,7 @@ impl Maker {
 
     fn serve(&self, uuid: Uuid, served: &Served) -> io::Result<()> {
         let folder = self.folder(uuid);
-        server::write(&folder.join("reservations"), &served.reservations)?;
-        server::write(&folder.join("names"), &served.names)?;
+        write_read_again(&folder, served)?;
         server::write(&folder.join("dnsmasq.conf"), &served.config)?;
         server::start(&folder)
     }
@@ -245,7 +244,8 @@ impl Maker {
             link::remove(def, bridge)?;
         }
         // The record goes last of all that is in there.
-        for file in ["pid", "told", "reservations", "names", "dnsmasq.conf", "rules.json", "record.json"] {
+        for file in ["server.json", "pid", "told", "reservations", "names", "dnsmasq.conf", "rules.json", "record.json"]
+        {
             let _ = fs::remove_file(folder.join(file));
         }
         let _ = fs::remove_dir(&folder);
@@ -343,8 +343,7 @@ impl Maker {
             server::stop(&folder);
             return self.serve(to.uuid, &served);
         }
-        server::write(&folder.join("reservations"), &served.reservations)?;
-        server::write(&folder.join("names"), &served.names)?;
+        write_read_again(&folder, &served)?;
         let names = to.has_dns().then_some("names");
         let reservations = to.has_dhcp().then_some("reservations");
         server::reload(&folder, &names.into_iter().chain(reservations).collect::<Vec<_>>())
@@ -395,11 +394,18 @@ impl Maker {
         nets.into_iter().find(free).ok_or_else(none)
     }
 
-    /// Where what is told of leases is watched for, and the server, if it is there.
-    pub fn watched(&self, uuid: Uuid) -> (PathBuf, Option<std::os::fd::OwnedFd>) {
+    /// Where what is told of leases is watched for, and the server, if it is there; nothing of a network that is not.
+    pub fn watched(&self, uuid: Uuid) -> Option<(PathBuf, Option<std::os::fd::OwnedFd>)> {
         let folder = self.folder(uuid);
-        (folder.join("told"), server::find(&folder))
+        folder.join("record.json").exists().then(|| (folder.join("told"), server::find(&folder)))
     }
+}
+
+/// Writes what the server reads when it is told to, if it takes all of it as it is meant.
+fn write_read_again(folder: &Path, served: &Served) -> io::Result<()> {
+    served.is_read_as_written()?;
+    server::write(&folder.join("reservations"), &served.reservations)?;
+    server::write(&folder.join("names"), &served.names)
 }
 
 /// The route that overlaps with a net; the one to everywhere does not count.

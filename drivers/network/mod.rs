@@ -25,8 +25,8 @@ use async_trait::async_trait;
 use make::Maker;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use tokio::sync::{Notify, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 use virt_model::domain::value::Mac;
 use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard, Problem};
@@ -43,8 +43,9 @@ pub struct HostNetworks {
     /// One change of the host's network at a time: two starts would both find a net free. Who follows a network looks at it
     /// between changes only.
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// Who watches a network is told here that its server is another, or none.
-    watchers: Mutex<HashMap<Uuid, Arc<Notify>>>,
+    /// Who watches a network is told here that it was changed, with the turn; that of one that was stopped is dropped. No change
+    /// is lost to a watcher who is busy: what they have not seen is kept.
+    changes: Mutex<HashMap<Uuid, watch::Sender<()>>>,
 }
 
 impl HostNetworks {
@@ -54,7 +55,7 @@ impl HostNetworks {
         let (runtime, leases) = (runtime.join("networks"), state.join("leases"));
         let works = nix::unistd::geteuid().is_root();
         let maker = Arc::new(Maker { runtime, leases, teller, works, steps_left: None });
-        HostNetworks { maker, turn: Arc::default(), watchers: Mutex::default() }
+        HostNetworks { maker, turn: Arc::default(), changes: Mutex::default() }
     }
 
     /// Runs what blocks for moments.
@@ -67,8 +68,13 @@ impl HostNetworks {
         done.map_err(|error| NetworkError::Failed(format!("work on the host's network ended early: {error}")))
     }
 
-    fn watcher(&self, uuid: Uuid) -> Arc<Notify> {
-        self.watchers.lock().unwrap_or_else(PoisonError::into_inner).entry(uuid).or_default().clone()
+    fn changes(&self) -> MutexGuard<'_, HashMap<Uuid, watch::Sender<()>>> {
+        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Tells who watches that it was changed. For who has the turn.
+    fn tell(&self, uuid: Uuid) {
+        self.changes().entry(uuid).or_default().send_replace(());
     }
 }
 
@@ -89,7 +95,7 @@ impl NetworkDriver for HostNetworks {
             names.into_iter().find(free).iter().for_each(|name| def.set_bridge_name(name));
         }
         if def.mac.is_none() {
-            def.mac.get_or_insert_default().address = made_up();
+            def.mac.get_or_insert_default().address = Mac::made_up();
         }
     }
 
@@ -107,16 +113,16 @@ impl NetworkDriver for HostNetworks {
         let _turn = self.turn.lock().await;
         let (uuid, def) = (def.uuid, def.clone());
         let done = self.does(move |maker| maker.start(&def, owner)).await?;
-        self.watcher(uuid).notify_waiters();
+        self.tell(uuid);
         done
     }
 
     async fn stop(&self, uuid: Uuid) -> Result<(), NetworkError> {
         let _turn = self.turn.lock().await;
-        let watcher = self.watchers.lock().unwrap_or_else(PoisonError::into_inner).remove(&uuid);
-        let done = self.does(move |maker| maker.stop(uuid)).await?;
-        watcher.iter().for_each(|watcher| watcher.notify_waiters());
-        done
+        self.does(move |maker| maker.stop(uuid)).await??;
+        // Of one that is there still, who watches it goes on.
+        self.changes().remove(&uuid);
+        Ok(())
     }
 
     async fn find(&self) -> Vec<(NetworkDef, u32)> {
@@ -128,7 +134,7 @@ impl NetworkDriver for HostNetworks {
         let _turn = self.turn.lock().await;
         let (uuid, def) = (def.uuid, def.clone());
         let done = self.does(move |maker| maker.change(&def)).await?;
-        self.watcher(uuid).notify_waiters();
+        self.tell(uuid);
         done
     }
 
@@ -160,7 +166,8 @@ impl NetworkDriver for HostNetworks {
 
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport> {
         let (to, from) = mpsc::channel(UNREAD);
-        tokio::spawn(follow(self.maker.clone(), self.turn.clone(), uuid, self.watcher(uuid), to));
+        let changes = self.changes().entry(uuid).or_default().subscribe();
+        tokio::spawn(follow(self.maker.clone(), self.turn.clone(), uuid, changes, to));
         from
     }
 }
@@ -170,23 +177,24 @@ async fn follow(
     maker: Arc<Maker>,
     turn: Arc<tokio::sync::Mutex<()>>,
     uuid: Uuid,
-    watcher: Arc<Notify>,
+    mut changes: watch::Receiver<()>,
     to: mpsc::Sender<NetworkReport>,
 ) {
     let (mut is_down, mut changed) = (false, false);
     loop {
-        let another = watcher.notified();
-        tokio::pin!(another);
-        another.as_mut().enable();
-        // While it is changed its server may end and be another.
         let (file, server) = {
+            // While it is changed its server may end and be another: whoever looks has missed no change that was made before.
             let _turn = turn.lock().await;
-            maker.watched(uuid)
+            let Ok(unseen) = changes.has_changed() else { return };
+            changed |= unseen;
+            changes.mark_unchanged();
+            let maker = maker.clone();
+            // One that is not there any more was stopped.
+            match tokio::task::spawn_blocking(move || maker.watched(uuid)).await {
+                Ok(Some(watched)) => watched,
+                _ => return,
+            }
         };
-        // One that is not there any more was stopped.
-        if !maker.runtime.join(uuid.to_string()).join("record.json").exists() {
-            return;
-        }
         let server = server.and_then(|server| Process::new(server).ok());
         let ended = server.is_none() && !is_down;
         is_down = server.is_none();
@@ -201,22 +209,18 @@ async fn follow(
             return;
         }
         changed = false;
-        let Ok(watched) = leases::Watched::new(&file) else {
-            tokio::select! {
-                () = another => {}
-                () = to.closed() => return,
-            }
-            changed = true;
-            continue;
-        };
+        let watched = leases::Watched::new(&file).ok();
         loop {
             tokio::select! {
-                () = &mut another => {
-                    changed = true;
-                    break;
-                }
+                another = changes.changed() => match another {
+                    Ok(()) => {
+                        changed = true;
+                        break;
+                    }
+                    Err(_) => return,
+                },
                 () = to.closed() => return,
-                touched = watched.touched() => {
+                touched = touch_of(watched.as_ref()) => {
                     if touched.is_err() { break }
                     let _ = to.try_send(NetworkReport::Leases);
                 }
@@ -226,16 +230,16 @@ async fn follow(
     }
 }
 
+async fn touch_of(watched: Option<&leases::Watched>) -> std::io::Result<()> {
+    match watched {
+        Some(watched) => watched.touched().await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn ended_of(server: Option<&Process>) -> End {
     match server {
         Some(server) => server.ended().await,
         None => std::future::pending().await,
     }
-}
-
-/// A hardware address that no other card has.
-fn made_up() -> Mac {
-    let random = Uuid::new_v4();
-    let [a, b, c, ..] = *random.as_bytes();
-    Mac([0x52, 0x54, 0, a, b, c])
 }

@@ -2,6 +2,7 @@
 //! stands here was held to plain characters when it was read (`model/network/checks.rs`).
 
 use std::fmt::Write as _;
+use std::io;
 use std::path::Path;
 use virt_model::network::NetworkDef;
 use virt_model::network::address::{Net, number};
@@ -35,6 +36,23 @@ pub const USER: &str = "dnsmasq";
 const USUAL_LEASES: u128 = 1000;
 /// Of IPv6, a range may have more addresses than there are numbers for them.
 const MOST_LEASES: u128 = 1 << 16;
+
+/// dnsmasq takes what follows 1024 bytes of a line for a line of its own.
+const LONGEST_LINE: usize = 1000;
+
+impl Served {
+    /// Nothing is written that dnsmasq would read as other lines than these: each was held to its length when it was read, and
+    /// this holds of whatever comes to stand there later.
+    pub fn is_read_as_written(&self) -> io::Result<()> {
+        let lines = self.config.lines().chain(self.reservations.lines());
+        match lines.map(str::len).max() {
+            Some(longest) if longest > LONGEST_LINE => Err(io::Error::other(format!(
+                "dnsmasq would be told a line of {longest} bytes, more than {LONGEST_LINE}"
+            ))),
+            _ => Ok(()),
+        }
+    }
+}
 
 /// What a network's server is told; nothing if it has nothing to serve.
 pub fn served(def: &NetworkDef, bridge: &str, files: &Files<'_>) -> Option<Served> {
@@ -221,6 +239,31 @@ mod tests {
             "<dns enable='no'/><ip address='10.0.0.1' prefix='24'/>",
         ] {
             assert_eq!(told(nothing), None, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn what_would_be_read_as_another_line_is_not_written() {
+        let boot = |file: &str| {
+            let text = format!(
+                "<ip address='10.0.0.1' prefix='24'><dhcp><range start='10.0.0.9' end='10.0.0.9'/><bootp file='{file}'/>\
+                 </dhcp></ip>"
+            );
+            NetworkDef::parse(&format!("<network><name>n</name>{text}</network>")).map(|_| told(&text).unwrap())
+        };
+        let longest = boot(&"A".repeat(127)).unwrap();
+        longest.is_read_as_written().unwrap();
+        assert!(longest.config.contains(&format!("\ndhcp-boot={}\n", "A".repeat(127))));
+        boot(&"A".repeat(128)).unwrap_err();
+        boot(&format!("{}conf-script=/home/eve/x", "A".repeat(1014))).unwrap_err();
+        for line in ["x".repeat(1000), "x".repeat(1001)] {
+            let is_short = line.len() == 1000;
+            let config = Served { config: line.clone(), ..longest.clone() };
+            let reservations = Served { reservations: line, ..longest.clone() };
+            assert!(
+                [config, reservations].iter().all(|one| one.is_read_as_written().is_ok() == is_short),
+                "{is_short}"
+            );
         }
     }
 

@@ -1,32 +1,45 @@
-//! The process that serves a network's addresses and names. It outlives virtd; the file in which it wrote its number, and its
-//! own command line, say which one it is.
+//! The process that serves a network's addresses and names. It outlives virtd, which has written down which one it is. Only of one
+//! that was just being started when virtd was killed, the file with its number and its command line say that.
 
 use super::leases::TOLD;
 use super::serve::USER;
-use crate::host::process::kill;
+use crate::host::own_file::{self, replace, replace_json};
+use crate::host::process::{Identity, kill};
 use crate::host::tap::output_within;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
-use std::fs;
-use std::io;
+use std::fs::{self, File};
+use std::io::{self, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 /// How long it may take to read its files again: some milliseconds are usual.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Which process it is.
+const IDENTITY: &str = "server.json";
+/// More than that file has, than a number, and than its command line.
+const LONGEST: [u64; 3] = [1024, 32, 8192];
+
 /// Starts it with the configuration in its folder. It has come up when this returns; the error is its own words.
 pub fn start(folder: &Path) -> io::Result<()> {
+    let _ = fs::remove_file(folder.join(IDENTITY));
     let told = folder.join("told");
     fs::write(&told, "")?;
     give(&told)?;
     let config = argument(folder);
-    output_within("dnsmasq", &[&config], &[(TOLD, told.as_os_str())]).map(drop)
+    output_within("dnsmasq", &[&config], &[(TOLD, told.as_os_str())])?;
+    match by_number(folder) {
+        // It is held: the number is its own.
+        Some((number, _held)) => replace_json(&folder.join(IDENTITY), &Identity::of(number)?, false),
+        None => {
+            Err(io::Error::other("dnsmasq has ended as soon as it was started (its own words are in the host's log)"))
+        }
+    }
 }
 
 /// The one argument by which it is known.
@@ -44,21 +57,31 @@ fn give(file: &Path) -> io::Result<()> {
 
 /// Writes a file that it reads.
 pub fn write(file: &Path, text: &str) -> io::Result<()> {
-    let mut new = tempfile::NamedTempFile::new_in(file.parent().unwrap_or(Path::new("/")))?;
-    io::Write::write_all(&mut new, text.as_bytes())?;
-    new.as_file().set_permissions(fs::Permissions::from_mode(0o644))?;
-    new.persist(file)?;
-    Ok(())
+    replace(file, text.as_bytes(), 0o644, false)
 }
 
 /// The process, if it is there.
 pub fn find(folder: &Path) -> Option<OwnedFd> {
-    let number = fs::read_to_string(folder.join("pid")).ok()?.trim().parse().ok()?;
+    match own_file::read(&folder.join(IDENTITY), LONGEST[0]) {
+        Ok(text) => serde_json::from_slice::<Identity>(&text).ok()?.open().ok()?,
+        Err(_) => by_number(folder).map(|(_, held)| held),
+    }
+}
+
+/// The one that has the number in its file and was started by that folder. Who runs as its user may have written that file, and may
+/// have any command line.
+fn by_number(folder: &Path) -> Option<(i32, OwnedFd)> {
+    let read = |file: &Path, most: u64| {
+        let mut content = Vec::new();
+        File::open(file).ok()?.take(most).read_to_end(&mut content).ok()?;
+        Some(content)
+    };
+    let number = String::from_utf8(read(&folder.join("pid"), LONGEST[1])?).ok()?.trim().parse().ok()?;
     let held = pidfd_open(Pid::from_raw(number)?, PidfdFlags::empty()).ok()?;
     // Asked after it was opened: whoever has the number now is whom the descriptor names.
-    let command = fs::read(format!("/proc/{number}/cmdline")).ok()?;
+    let command = read(Path::new(&format!("/proc/{number}/cmdline")), LONGEST[2])?;
     let wanted = argument(folder);
-    command.split(|byte| *byte == 0).any(|word| word == wanted.as_bytes()).then_some(held)
+    command.split(|byte| *byte == 0).any(|word| word == wanted.as_bytes()).then_some((number, held))
 }
 
 /// Has it read these of its files again. It has when this returns: whatever it is asked from then on it answers by them.
@@ -102,5 +125,5 @@ pub fn stop(folder: &Path) {
     if let Some(server) = find(folder) {
         kill(&server);
     }
-    let _ = fs::remove_file(folder.join("pid"));
+    let _ = (fs::remove_file(folder.join(IDENTITY)), fs::remove_file(folder.join("pid")));
 }

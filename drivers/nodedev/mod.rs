@@ -28,7 +28,7 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
-use virt_model::nodedev::{About, COMPUTER, NodeDevice, PciAbout, pci_name};
+use virt_model::nodedev::{About, COMPUTER, NodeDevice, PciAbout};
 
 /// How long a device may take to be taken from a driver or given to one, or to be reset.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -93,12 +93,12 @@ impl LinuxDevices {
         self.inventory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All that would go with a device: what is below it, and below its virtual functions.
+    /// All that would go with a device.
     fn going_with(&self, device: &NodeDevice) -> Vec<(PathBuf, Arc<NodeDevice>)> {
         let inventory = self.inventory();
-        let functions = device.pci().into_iter().flat_map(|pci| &pci.functions.0).map(|function| pci_name(*function));
-        let names = [device.name.clone()].into_iter().chain(functions);
-        let folders: Vec<PathBuf> = names.filter_map(|name| inventory.folder(&name).map(Path::to_owned)).collect();
+        let names = device.with_functions();
+        let folders: Vec<PathBuf> =
+            names.iter().filter_map(|name| inventory.folder(name).map(Path::to_owned)).collect();
         let below = folders.iter().flat_map(|folder| inventory.below(folder));
         below.map(|(folder, device)| (folder.clone(), device.clone())).collect()
     }

@@ -1,7 +1,6 @@
 //! What a running guest has and its definition does not say: TCP ports, terminals.
 
 use super::capabilities::VHOST_VSOCK;
-use super::command::has_tap;
 use crate::host::files::Seen;
 use crate::host::workers::{Errand, Workers};
 use serde_json::Value;
@@ -132,7 +131,7 @@ pub fn set_terminals(live: &mut DomainDef, devices: &Value) {
 
 /// Writes down the names of the network devices that are cards' ends on the host, in the order of the cards that have one.
 pub fn name_links(live: &mut DomainDef, links: Vec<String>) {
-    let cards = live.devices.interfaces.iter_mut().filter(|card| has_tap(card));
+    let cards = live.devices.interfaces.iter_mut().filter(|card| card.has_host_end());
     for (card, link) in cards.zip(links).filter(|(_, link)| !link.is_empty()) {
         card.target.get_or_insert_default().dev = Some(link);
     }

@@ -240,10 +240,6 @@ fn what_cannot_act_is_refused_by_name() {
             "'rawio' is for host devices of other types",
         ),
         (
-            "<interface type='network'><source bridge='virbr0'/><model type='virtio'/></interface>",
-            "needs <source network=",
-        ),
-        (
             "<disk type='file'><driver iothread='1'/><source file='/x'/><target dev='vda'/></disk>",
             "there is no I/O thread 1",
         ),
@@ -478,7 +474,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         ),
         (
             device("<interface type='direct'><source dev='eth0'/><vlan><tag id='1'/></vlan></interface>"),
-            "VLANs are for type='bridge' on the system bus and type='hostdev'",
+            "VLANs are for type='bridge' and 'network' on the system bus and type='hostdev'",
         ),
         (device("<interface type='direct'><source dev='eth0'/><coalesce/></interface>"), "<coalesce> is for"),
         (device("<interface type='direct'/>"), "needs <source dev='…'/>"),

@@ -126,14 +126,15 @@ impl Domain {
     /// From now on that is on its way into it: nothing that it needs of other objects is taken away, until the result is dropped
     /// and what runs says so itself. To be said before it is looked at whether that is there.
     pub(super) fn awaits(self: &Arc<Self>, def: &DomainDef) -> Coming {
-        self.set_coming(needs_of(def));
+        self.set_coming(needs_of(def), images::images_of(def).collect());
         Coming(self.clone())
     }
 
-    fn set_coming(&self, needs: Box<[Need]>) {
+    fn set_coming(&self, needs: Box<[Need]>, disks: Box<[images::DiskImages]>) {
         let mut state = lock(&self.state);
-        state.coming = needs;
+        (state.coming, state.coming_disks) = (needs, disks);
         state.tell_needs(&self.shared.uses, self.uuid);
+        state.tell_images(&self.shared.image_users, self.uuid);
     }
 
     /// The hypervisor is about to be asked for a guest, or no longer at work on one. Error: nobody wants one any more.
@@ -555,7 +556,7 @@ pub(super) struct Coming(Arc<Domain>);
 
 impl Drop for Coming {
     fn drop(&mut self) {
-        self.0.set_coming(Box::default());
+        self.0.set_coming(Box::default(), Box::default());
     }
 }
 

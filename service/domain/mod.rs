@@ -193,6 +193,7 @@ impl Domain {
                 backup,
                 muted: None,
                 coming: Box::default(),
+                coming_disks: Box::default(),
                 gone: false,
                 told: false,
                 running: None,

@@ -67,6 +67,8 @@ pub(super) struct State {
     pub(super) muted: Option<DomainState>,
     /// What is on its way into it needs these of other objects: a guest that is being started, a device that is being plugged in.
     pub(super) coming: Box<[Need]>,
+    /// The same of images.
+    pub(super) coming_disks: Box<[DiskImages]>,
     /// No longer in the registry.
     pub(super) gone: bool,
     /// Anybody was told that it exists.
@@ -220,12 +222,13 @@ impl State {
         }
     }
 
-    /// Says which images it has.
+    /// Says which images it has; what is on its way counts as what runs.
     pub(super) fn tell_images(&self, users: &ImageUsers, uuid: Uuid) {
         if self.gone {
             return users.are(uuid, &self.name, &[], &[]);
         }
-        let live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
+        let mut live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
+        live.extend_from_slice(&self.coming_disks);
         users.are(uuid, &self.name, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
     }
 

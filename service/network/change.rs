@@ -102,8 +102,11 @@ impl Network {
             if let Some(def) = &new_live
                 && let Err(error) = self.driver().change(def).await
             {
-                if let Some(def) = &stored {
-                    self.store(def).await?;
+                if let Some(def) = &stored
+                    && let Err(why) = self.store(def).await
+                {
+                    tracing::error!(network = self.name, %why, "its change was refused, and stays in what is stored");
+                    self.commit(vec![("defined", "updated")], |state| state.stored = new_stored);
                 }
                 return Err(self.failed("update", error));
             }

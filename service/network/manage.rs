@@ -97,11 +97,12 @@ impl Service {
             network.make_of(def).await
         };
         let made = made.await;
-        drop(turn);
         if made.is_err() && is_new {
             lock(&network.state).gone = true;
             self.networks.remove(network.uuid, &network.name, caller.uid);
         }
+        // Whoever waits for it finds it gone.
+        drop(turn);
         made.map(|()| network)
     }
 
@@ -111,7 +112,8 @@ impl Service {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let (def, mut findings) = seat.read(xml, |text| NetworkDef::parse_leniently(text, Limits::ACCEPTED)).await;
         let Some(def) = def else { return Ok(findings) };
-        virt_model::domain::add_findings(&mut findings, self.shared.host.networks.check(&def));
+        let (networks, checked) = (self.shared.host.networks.clone(), def.clone());
+        virt_model::domain::add_findings(&mut findings, seat.work(move || networks.check(&checked)).await);
         if self.nameless(&def).is_none()
             && let Err(conflict) = self.networks.look(def.uuid, &def.name)
         {
@@ -139,6 +141,9 @@ impl Service {
         let about = existing.as_ref().map_or_else(|| subject(def.uuid, &def.name), |network| network.subject());
         for verb in verbs {
             self.allow(caller, verb, &about).await?;
+            if let (Some(network), Some(action)) = (&existing, verb.action) {
+                network.sound_for(action)?;
+            }
         }
         if existing.is_none() || nameless.is_some() {
             check_new_name("network", &def.name)?;
@@ -159,7 +164,7 @@ impl Service {
         drop(choosing);
         def.write_readable().map_err(Error::OperationInvalid)?;
         let existing = match nameless {
-            Some(network) => Some(self.give_name(&network, &def)?),
+            Some(network) => Some(self.give_name(&network, &def).await?),
             None => existing,
         };
         let limit = self.shared.limits.others_per_user;
@@ -190,7 +195,9 @@ impl Service {
     }
 
     /// Has another stand for it, with the name that the document has. Error: `NetworkExists`.
-    fn give_name(&self, network: &Arc<Network>, def: &NetworkDef) -> Result<Arc<Network>> {
+    async fn give_name(&self, network: &Arc<Network>, def: &NetworkDef) -> Result<Arc<Network>> {
+        // Whoever undefines it would remove the other's document.
+        let _turn = frames::take_turn(&**network, verb::DEFINE_NETWORK.word, &CancellationToken::new()).await?;
         self.networks.claim_name(def.uuid, &def.name)?;
         let named = new(&self.shared, &self.networks, def, network.owner);
         {
@@ -207,6 +214,8 @@ impl Service {
         self.networks.insert(named.clone());
         self.networks.drop_name(&network.name);
         self.shared.plugs.are_gone(&network.name);
+        // Its name is another by now, whatever becomes of the document.
+        named.look_at_users();
         Ok(named)
     }
 }

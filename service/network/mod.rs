@@ -173,9 +173,10 @@ impl Network {
     /// Its document: what there is on the host, or with `inactive` what is stored.
     pub async fn xml(&self, caller: &Caller, inactive: bool) -> Result<String> {
         frames::beside(self, caller, &verb::NETWORK_XML, async {
-            let state = lock(&self.state);
-            let live = state.live.as_ref().filter(|_| !inactive);
-            let shown = live.or(state.stored.as_ref());
+            let shown = {
+                let state = lock(&self.state);
+                state.live.clone().filter(|_| !inactive).or_else(|| state.stored.clone())
+            };
             let none = || Error::OperationInvalid(format!("network '{}' is transient: nothing is stored", self.name));
             shown.map(|def| def.write()).ok_or_else(none)
         })

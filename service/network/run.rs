@@ -114,16 +114,20 @@ impl Network {
 
     /// Plugs in the cards of guests that are to be in it and are in no bridge.
     async fn plug_again(&self, def: &NetworkDef) {
-        self.driver().plug(def, self.shared.plugs.cards_in(&self.name)).await;
+        self.driver().plug(def, self.shared.plugs.cards_in(def)).await;
     }
 
     /// The same once the machines are known: an earlier virtd may have ended before it did.
     pub(super) fn plug_again_soon(self: &Arc<Self>) {
         let network = self.clone();
         tokio::spawn(async move {
-            let begun = frames::take_turn(&*network, verb::NETWORK_START.word, &CancellationToken::new()).await;
-            if let (Ok(_turn), Ok(def)) = (begun, network.live()) {
-                network.plug_again(&def).await;
+            match frames::take_turn(&*network, verb::NETWORK_START.word, &CancellationToken::new()).await {
+                Ok(_turn) => {
+                    if let Ok(def) = network.live() {
+                        network.plug_again(&def).await;
+                    }
+                }
+                Err(error) => tracing::warn!(network = network.name, %error, "guests are not plugged in again"),
             }
         });
     }

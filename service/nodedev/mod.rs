@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 use virt_model::driver::DriverError;
 use virt_model::driver::host_devices::{DetachedDevice, DeviceNews, HostDevices};
-use virt_model::nodedev::{DeviceWish, NodeDevice, pci_name};
+use virt_model::nodedev::{DeviceWish, NodeDevice};
 use virt_model::xml::shorten;
 
 /// How long virtd's start waits for the devices of the host.
@@ -156,19 +156,16 @@ impl NodeDevices {
         Ok(users.into())
     }
 
-    /// A device, its virtual functions, and what is below any of them, as sysfs has it.
+    /// All that would go with a device, as sysfs has it.
     fn going_with(&self, device: &NodeDevice) -> Vec<Arc<HostDevice>> {
         let all = lock(&self.all);
-        let functions = device.pci().into_iter().flat_map(|pci| &pci.functions.0);
-        let functions = functions.filter_map(|function| all.get(&pci_name(*function)));
-        let mut above: Vec<String> = functions.map(|function| function.facts().device.sys_path.clone()).collect();
-        above.push(device.sys_path.clone());
-        let is_below = |path: &str, above: &str| {
-            !above.is_empty() && path.strip_prefix(above).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
-        };
+        let path = |one: &Arc<HostDevice>| PathBuf::from(&one.facts().device.sys_path);
+        let mut above: Vec<PathBuf> =
+            device.with_functions().iter().filter_map(|name| all.get(name)).map(path).collect();
+        above.push(PathBuf::from(&device.sys_path));
         let goes = |one: &&Arc<HostDevice>| {
-            let facts = one.facts();
-            above.iter().any(|above| is_below(&facts.device.sys_path, above))
+            let path = path(one);
+            above.iter().any(|above| !above.as_os_str().is_empty() && path.starts_with(above))
         };
         all.values().filter(goes).cloned().collect()
     }
@@ -295,6 +292,12 @@ impl HostDevice {
     async fn recover(self: &Arc<Self>) -> Result<()> {
         let _turn = frames::take_turn(&**self, "recover", &CancellationToken::new()).await?;
         self.recovers().await
+    }
+
+    /// Its detaching has neither come to its end nor been undone: it is looked after before anything else is done to it.
+    fn is_cut_off(&self, before: DetachedDevice) -> Result<()> {
+        lock(&self.devices()?.cut_off).insert(self.name.clone(), before);
+        Ok(())
     }
 
     /// Reads it anew, and tells what is otherwise; what has gone is told by who follows.

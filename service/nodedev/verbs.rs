@@ -57,7 +57,7 @@ impl HostDevice {
             let device = self.now().await?;
             self.applies_to(&device, &verb::DETACH)?;
             self.refuses_detach(&device, &self.users_with(&device).await?, &self.host_uses(&device).await?)?;
-            let before = DetachedDevice { driver: device.driver.clone() };
+            let before = self.before_detaching(&device).await?;
             self.note(Some(before.clone())).await?;
             let host = &self.devices()?.host;
             let done = host.detach(&device).await;
@@ -67,6 +67,9 @@ impl HostDevice {
                     matches!(error, DriverError::Refused(_)) || host.reattach(&device, Some(&before)).await.is_ok();
                 if undone {
                     self.note(None).await?;
+                } else {
+                    // The next verb undoes it first, as the next virtd would.
+                    self.is_cut_off(before)?;
                 }
             }
             self.look_again().await;
@@ -81,8 +84,7 @@ impl HostDevice {
             let device = self.now().await?;
             self.applies_to(&device, &verb::REATTACH)?;
             self.refuses_live("reattach", &self.users_with(&device).await?)?;
-            let (shared, name) = (self.shared.clone(), self.name.clone());
-            let before = on_disk(move || Ok(shared.store.detached_device(&name))).await?;
+            let before = self.noted().await?;
             let done = self.devices()?.host.reattach(&device, before.as_ref()).await;
             if done.is_ok() {
                 self.note(None).await?;
@@ -229,6 +231,22 @@ impl HostDevice {
     fn user_name(&self, user: &ObjectRef) -> String {
         let found = user.domain().zip(self.devices().ok()).and_then(|(uuid, devices)| devices.domains.get(uuid));
         ObjectKind::Domain.named(&found.map(|domain| domain.name()).unwrap_or_default())
+    }
+
+    /// What it is before it is detached. Where nobody has it, an earlier detaching may have left it so: what was noted then is what
+    /// the host is to have again.
+    async fn before_detaching(&self, device: &NodeDevice) -> Result<DetachedDevice> {
+        let now = DetachedDevice { driver: device.driver.clone() };
+        match now.driver {
+            Some(_) => Ok(now),
+            None => Ok(self.noted().await?.unwrap_or(now)),
+        }
+    }
+
+    /// What is noted of it on disk.
+    async fn noted(&self) -> Result<Option<DetachedDevice>> {
+        let (shared, name) = (self.shared.clone(), self.name.clone());
+        on_disk(move || Ok(shared.store.detached_device(&name))).await
     }
 
     /// Keeps what it was before it was detached, or that it is not.

@@ -105,8 +105,7 @@ pub fn card_of<'a>(def: &'a DomainDef, known: &str) -> Result<&'a Interface, Dri
 
 /// The host's end, as long as it is this guest's: a QEMU that has closed it has given its name to the next.
 async fn device_of(body: &Body, card: &Interface) -> Result<String, DriverError> {
-    let ours = matches!(card.kind, InterfaceKind::Bridge | InterfaceKind::Direct | InterfaceKind::Ethernet);
-    let name = card.target.as_ref().and_then(|target| target.dev.clone()).filter(|_| ours);
+    let name = card.target.as_ref().and_then(|target| target.dev.clone()).filter(|_| card.has_host_end());
     let name = name.ok_or_else(|| {
         DriverError::Unsupported("its host's end has no name: it is no network device of virtd's".to_owned())
     })?;

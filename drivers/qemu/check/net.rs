@@ -13,19 +13,13 @@ const ALL_QUEUES: u32 = 38;
 /// Numbers that VLANs have.
 const VLANS: std::ops::RangeInclusive<u16> = 1..=4094;
 
-/// Whether its cable ends at a network device of the host's.
-fn has_host_end(interface: &Interface) -> bool {
-    use InterfaceKind::{Bridge, Direct, Ethernet, Network};
-    matches!(interface.kind, Bridge | Network | Direct | Ethernet)
-}
-
 impl Check<'_> {
     pub(super) fn interfaces(&mut self) {
         let def = self.def;
         let mut queues = 0;
         for interface in &def.devices.interfaces {
             self.interface(interface);
-            if has_host_end(interface) {
+            if interface.has_host_end() {
                 queues += interface.driver.as_ref().and_then(|d| d.queues).unwrap_or(1).min(MOST_QUEUES);
                 let many = queues > ALL_QUEUES;
                 self.refuse_if(many, &interface.at, "all cards of a guest together have at most 38 queues");
@@ -36,7 +30,7 @@ impl Check<'_> {
     fn interface(&mut self, interface: &Interface) {
         let place = &interface.at;
         let kind = interface.kind;
-        let host_device = has_host_end(interface);
+        let host_device = interface.has_host_end();
         self.for_other_kinds(interface);
         match kind {
             InterfaceKind::User => self.user_network(interface),
@@ -251,7 +245,7 @@ impl Check<'_> {
         }
         let virtio = model.starts_with("virtio");
         let queues = interface.driver.as_ref().and_then(|d| d.queues).is_some_and(|n| n > 1);
-        let taps = has_host_end(interface);
+        let taps = interface.has_host_end();
         if let Some(driver) = &interface.driver {
             let plain = driver.txmode.is_none()
                 && driver.ioeventfd.or(driver.event_idx).or(driver.rss).or(driver.rss_hash_report).is_none()
@@ -280,7 +274,9 @@ impl Check<'_> {
             let few = driver.queues.is_some_and(|n| n == 0 || n > MOST_QUEUES);
             self.refuse_if(few, &driver.at.attribute("queues"), "there are 1 to 16 queues");
         }
-        self.refuse_if(interface.mtu.is_some() && !virtio, &place.child("mtu"), "only virtio cards are told their MTU");
+        // That of a network is its bridge's, whatever is plugged in.
+        let told = interface.mtu.is_some() && interface.kind != InterfaceKind::Network;
+        self.refuse_if(told && !virtio, &place.child("mtu"), "only virtio cards are told their MTU");
     }
 
     /// What is said of the host's end.
@@ -305,22 +301,22 @@ impl Check<'_> {
             );
         }
         if let Some(limits) = &interface.bandwidth {
-            let how = "bandwidth is limited of devices on the system bus: type='bridge', 'direct' and 'ethernet'";
+            let how =
+                "bandwidth is limited of devices on the system bus: type='bridge', 'network', 'direct' and 'ethernet'";
             self.refuse_if(!ours, &limits.at, how);
             for rate in [&limits.inbound, &limits.outbound].into_iter().flatten() {
                 self.refuse_if(rate.average.is_none_or(|n| n == 0), &rate.at, "a limit needs an average above 0");
             }
         }
-        let isolated = interface.port.as_ref().is_some_and(|port| port.isolated == Some(true));
-        let fits = ours && interface.kind == InterfaceKind::Bridge;
+        let fits = ours && interface.is_in_bridge();
         self.refuse_if(
-            isolated && !fits,
+            interface.is_isolated() && !fits,
             &place.child("port"),
-            "isolated ports are for type='bridge' on the system bus",
+            "isolated ports are for type='bridge' and 'network' on the system bus",
         );
         let fits = ours && interface.target.as_ref().is_none_or(|target| target.managed != Some(false));
         if let Some(vlan) = &interface.vlan {
-            self.vlan(vlan, fits && interface.kind == InterfaceKind::Bridge);
+            self.vlan(vlan, fits && interface.is_in_bridge());
         }
         if let Some(coalesce) = &interface.coalesce {
             self.refuse_if(
@@ -339,7 +335,7 @@ impl Check<'_> {
         self.refuse_if(
             !fits,
             &vlan.at,
-            "VLANs are for type='bridge' on the system bus and type='hostdev': plug the host's device into one",
+            "VLANs are for type='bridge' and 'network' on the system bus and type='hostdev': plug the host's device into one",
         );
         self.refuse_if(vlan.tags.is_empty(), &vlan.at, "<vlan> needs a <tag>");
         let several = vlan.trunk == Some(false) && vlan.tags.len() > 1;

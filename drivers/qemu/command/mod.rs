@@ -54,7 +54,7 @@ pub use hostdev::vsock_device;
 pub use input::input_device;
 pub use machine::watchdog_action;
 pub use memory::memory_device;
-pub use net::{by_passt, card_type, has_tap, tap_plan};
+pub use net::{by_passt, card_type, tap_plan};
 pub use one::{OneDevice, Step, fd_name, keeps_its_place, never_leaves, one_device};
 pub use sysinfo::{has_field, tables};
 pub use tpm::{tpm_device, tpm_state, tpm_state_of};

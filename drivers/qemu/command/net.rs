@@ -44,7 +44,7 @@ impl Builder<'_> {
         match interface.kind {
             InterfaceKind::User if by_passt(interface) => self.passt(interface, netdev),
             InterfaceKind::User => self.slirp(interface, netdev),
-            _ if has_tap(interface) => self.tap(interface, netdev),
+            _ if interface.has_host_end() => self.tap(interface, netdev),
             InterfaceKind::Mcast | InterfaceKind::Server | InterfaceKind::Client | InterfaceKind::Udp => {
                 self.args.pair("-netdev", socket(interface).set("id", netdev));
             }
@@ -151,6 +151,8 @@ impl Builder<'_> {
     fn card(&self, interface: &Interface, netdev: Option<String>) -> Props {
         let driver = interface.driver.as_ref();
         let queues = driver.and_then(|d| d.queues).filter(|n| *n > 1);
+        // The others have no such property: of them the device on the host alone has it.
+        let is_virtio = interface.model().is_some_and(|model| model.starts_with("virtio"));
         let props = Props::device(card_type(interface.model().unwrap_or_default()).unwrap_or_default())
             .maybe("mq", queues.map(|_| true))
             .maybe("vectors", queues.map(|n| n.saturating_mul(2).saturating_add(2)))
@@ -162,19 +164,13 @@ impl Builder<'_> {
             .maybe("rx_queue_size", driver.and_then(|d| d.rx_queue_size))
             .maybe("tx_queue_size", driver.and_then(|d| d.tx_queue_size))
             .extend(offloads(driver))
-            .maybe("host_mtu", interface.mtu.as_ref().map(|mtu| mtu.size))
+            .maybe("host_mtu", interface.mtu.as_ref().filter(|_| is_virtio).map(|mtu| mtu.size))
             .extend(driver.map(|d| virtio(&d.virtio)).unwrap_or_default())
             .maybe("netdev", netdev)
             .set("id", id(&interface.info))
             .maybe("mac", interface.mac().map(|mac| mac.to_string()));
         turn(props, self.boot_index(&interface.info)).extend(self.pci(&interface.info))
     }
-}
-
-/// Whether its end on the host is a network device that QEMU has open.
-pub fn has_tap(interface: &Interface) -> bool {
-    use InterfaceKind::{Bridge, Direct, Ethernet, Network};
-    matches!(interface.kind, Bridge | Network | Ethernet | Direct)
 }
 
 /// Whether passt is the network of a guest without one.
@@ -197,7 +193,7 @@ pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
         mtu: interface.mtu.as_ref().map(|mtu| mtu.size),
         direct: direct(interface),
         existing: target.is_some_and(|target| target.managed == Some(false)),
-        isolated: interface.port.as_ref().is_some_and(|port| port.isolated == Some(true)),
+        isolated: interface.is_isolated(),
         vlans: interface.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
         coalesce: interface.coalesce.as_ref().and_then(|coalesce| coalesce.rx.as_ref()?.frames.as_ref()?.max),
         rates: [rate(limits.and_then(|l| l.inbound.as_ref())), rate(limits.and_then(|l| l.outbound.as_ref()))],

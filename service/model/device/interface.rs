@@ -78,6 +78,21 @@ impl Interface {
         self.link.as_ref().is_none_or(|link| link.state == LinkState::Up)
     }
 
+    /// Whether its end on the host is a network device of the host's, which QEMU has open.
+    pub fn has_host_end(&self) -> bool {
+        self.is_in_bridge() || matches!(self.kind, InterfaceKind::Direct | InterfaceKind::Ethernet)
+    }
+
+    /// Whether that is plugged into a bridge: one that it names, or its network's.
+    pub fn is_in_bridge(&self) -> bool {
+        matches!(self.kind, InterfaceKind::Bridge | InterfaceKind::Network)
+    }
+
+    /// Whether it sees no other port of its bridge that is isolated, too.
+    pub fn is_isolated(&self) -> bool {
+        self.port.as_ref().is_some_and(|port| port.isolated == Some(true))
+    }
+
     /// The bridge of `type='bridge'`.
     pub fn bridge(&self) -> Option<&str> {
         self.source.as_ref()?.bridge.as_deref()

@@ -214,19 +214,13 @@ fn fill_vsock(vsock: &mut Vsock) {
 }
 
 fn fill_interface(interface: &mut Interface) {
-    interface.mac.get_or_insert_with(|| InterfaceMac { address: made_up_mac(), ..InterfaceMac::default() });
+    interface.mac.get_or_insert_with(|| InterfaceMac { address: Mac::made_up(), ..InterfaceMac::default() });
     if let (InterfaceKind::Direct, Some(source)) = (interface.kind, &mut interface.source) {
         source.mode.get_or_insert(SourceMode::Vepa);
     }
     if interface.kind == InterfaceKind::Hostdev {
         interface.managed.get_or_insert(false);
     }
-}
-
-/// A random address in QEMU's range.
-pub(super) fn made_up_mac() -> Mac {
-    let random = Uuid::new_v4().into_bytes();
-    Mac([0x52, 0x54, 0x00, random[0], random[1], random[2]])
 }
 
 /// Ports are chosen at start unless given; there is one place to listen at least; its address stands in both forms.

@@ -131,6 +131,14 @@ pub(crate) use choices;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Mac(pub [u8; 6]);
 
+impl Mac {
+    /// A random address in QEMU's range.
+    pub fn made_up() -> Mac {
+        let random = Uuid::new_v4().into_bytes();
+        Mac([0x52, 0x54, 0x00, random[0], random[1], random[2]])
+    }
+}
+
 impl fmt::Display for Mac {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let bytes: Vec<_> = self.0.iter().map(|b| format!("{b:02x}")).collect();

@@ -41,7 +41,7 @@ pub trait NetworkDriver: Send + Sync {
     /// Makes of a network that is there what `def` says, without a packet lost to who is in it.
     async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError>;
 
-    /// Plugs cards of guests that are in no bridge into a network that is there; nothing passes before each is held to what it
+    /// Plugs cards of guests that are in no bridge, or were cut off on their way into its own, into a network that is there; nothing passes before each is held to what it
     /// was held to. What has gone meanwhile is left out, and what cannot be plugged is logged.
     async fn plug(&self, def: &NetworkDef, cards: Vec<PluggedCard>);
 

@@ -21,6 +21,10 @@ const MAX_NAME: usize = 255;
 const MOST_ADDRESSES: u128 = 1 << 16;
 /// No host has so many addresses in one bridge; each is held against all others.
 const MOST_IPS: usize = 64;
+/// As long as the field is that a client reads the name from.
+const LONGEST_BOOT_FILE: usize = 127;
+/// With quotation marks and what stands before it, a line of dnsmasq's has no more than 1024 bytes: the rest would be another line.
+const LONGEST_ROOT: usize = 255;
 /// dnsmasq knows no shorter time.
 const SHORTEST_LEASE: u64 = 120;
 
@@ -223,8 +227,8 @@ fn check_ip(ip: &NetworkIp, log: &mut Log) {
     }
     if let Some(tftp) = &ip.tftp {
         never_if(address.is_ipv6(), &tftp.at, "<tftp> is for IPv4", log);
-        let path = tftp.root.starts_with('/') && is_line(&tftp.root) && tftp.root.len() < 4096;
-        never_if(!path, &tftp.at.attribute("root"), "this is no path from '/'", log);
+        let path = tftp.root.starts_with('/') && is_line(&tftp.root) && tftp.root.len() <= LONGEST_ROOT;
+        never_if(!path, &tftp.at.attribute("root"), "this is no path from '/' of at most 255 bytes", log);
     }
     ip.dhcp.iter().for_each(|dhcp| check_dhcp(dhcp, address, net, log));
 }
@@ -281,7 +285,9 @@ fn check_dhcp(dhcp: &Dhcp, own: IpAddr, net: Net, log: &mut Log) {
     if let Some(bootp) = &dhcp.bootp {
         never_if(own.is_ipv6(), &bootp.at, "<bootp> is for IPv4", log);
         let plain = |text: &str| is_line(text) && !text.contains([',', '"', '\\', '#']) && !text.is_empty();
-        never_if(!plain(&bootp.file), &bootp.at.attribute("file"), "this is no name of a file: no comma or quote", log);
+        let file = plain(&bootp.file) && bootp.file.len() <= LONGEST_BOOT_FILE;
+        let message = "this is no name of a file: at most 127 bytes, no comma or quote";
+        never_if(!file, &bootp.at.attribute("file"), message, log);
         let server = bootp.server.as_ref().is_some_and(|server| !is_host_name(server));
         never_if(server, &bootp.at.attribute("server"), "this is neither a name nor an address", log);
     }

@@ -273,6 +273,12 @@ impl NodeDevice {
         if let About::Pci(pci) = &self.about { Some(pci) } else { None }
     }
 
+    /// The names of what goes with it, as does all that is below any of these: itself, and its virtual functions.
+    pub fn with_functions(&self) -> Vec<Arc<str>> {
+        let functions = self.pci().into_iter().flat_map(|pci| &pci.functions.0).map(|function| pci_name(*function));
+        [self.name.clone()].into_iter().chain(functions).collect()
+    }
+
     /// Whether it waits for a guest, away from the host's own driver.
     pub fn detached(&self) -> bool {
         self.pci().is_some() && self.driver.as_deref() == Some(VFIO)

@@ -235,6 +235,10 @@ Of the modes, `nat`, `route`, `open`, none (isolated) and `bridge` with a `<brid
 `bridge` without one, and `hostdev` are refused by `Start`. A network of mode `nat` without `<ip>` gets one at its first start:
 the first free /24 from 192.168.122.0, which is stored.
 
+What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
+document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are
+told it.
+
 The page is generated from the list in `service/model/network/standing.rs` (`UPDATE=1 cargo test -p virt-model --test
 network`), and a test holds it to that. An element in brackets stands for itself and all below it.
 

@@ -27,6 +27,8 @@ struct Host {
     tells_on: AtomicBool,
     /// Detaching ends with this; the device has lost its driver by then, unless it is refused.
     fails: Mutex<Option<DriverError>>,
+    /// So many times it is not given back.
+    stuck: AtomicUsize,
     news: Mutex<Option<mpsc::Sender<DeviceNews>>>,
 }
 
@@ -41,6 +43,7 @@ impl Host {
             hangs: AtomicUsize::new(0),
             tells_on: AtomicBool::new(false),
             fails,
+            stuck: AtomicUsize::new(0),
             news,
         })
     }
@@ -118,6 +121,9 @@ impl HostDevices for Host {
     }
 
     async fn reattach(&self, _: &NodeDevice, before: Option<&DetachedDevice>) -> Result<(), DriverError> {
+        if self.stuck.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |stuck| stuck.checked_sub(1)).is_ok() {
+            return Err(DriverError::Hypervisor("the kernel is at it still".into()));
+        }
         let driver = before.map_or(Some("found".to_owned()), |before| before.driver.clone());
         *self.driver.lock().unwrap() = driver;
         Ok(())
@@ -288,6 +294,23 @@ async fn what_fails_on_the_way_is_undone() {
     let why = card.detach(&world.alice(), None).await.unwrap_err();
     assert!(matches!(why, Error::InUse(_)), "{why}");
     assert!(!note(folder.path()).exists());
+}
+
+#[tokio::test]
+async fn what_cannot_be_undone_at_once_is_undone_before_the_next_verb() {
+    let (folder, host) = (tempfile::tempdir().unwrap(), Host::new(Some("e1000e")));
+    let (world, card) = world(folder.path(), &host).await;
+    let noted = || std::fs::read_to_string(note(folder.path())).unwrap();
+    *host.fails.lock().unwrap() = Some(DriverError::TimedOut("the kernel has not done with it".into()));
+    host.stuck.store(2, Ordering::Relaxed);
+    card.detach(&world.alice(), None).await.unwrap_err();
+    assert!(host.driver().is_none() && noted().contains("e1000e"));
+    card.detach(&world.alice(), None).await.unwrap_err();
+    assert!(host.driver().is_none() && noted().contains("e1000e"), "it cannot be undone yet");
+    card.detach(&world.alice(), None).await.unwrap();
+    assert!(host.driver().as_deref() == Some(VFIO) && noted().contains("e1000e"), "what it was is not forgotten");
+    card.reattach(&world.alice()).await.unwrap();
+    assert_eq!(host.driver().as_deref(), Some("e1000e"));
 }
 
 #[tokio::test]

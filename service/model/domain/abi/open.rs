@@ -3,7 +3,7 @@
 
 use crate::device::interface::{Interface, InterfaceMac};
 use crate::domain::DomainDef;
-use crate::domain::defaults::made_up_mac;
+use crate::domain::value::Mac;
 use crate::xml::{self, Element, Finding};
 use std::collections::HashSet;
 
@@ -56,7 +56,7 @@ fn share_macs(source: &mut [Interface], target: &mut [Interface]) {
             (None, Some(mac)) if !ours.contains(&mac) => source.mac = target.mac.clone(),
             (Some(mac), None) if !theirs.contains(&mac) => target.mac = source.mac.clone(),
             (None, None) => {
-                let mac = InterfaceMac { address: made_up_mac(), ..InterfaceMac::default() };
+                let mac = InterfaceMac { address: Mac::made_up(), ..InterfaceMac::default() };
                 source.mac = Some(mac.clone());
                 target.mac = Some(mac);
             }
