@@ -389,6 +389,14 @@ impl StatusFile {
         })
     }
 
+    /// The guest runs as `live` from now on. What is kept already is not written again.
+    pub fn runs_as(&self, live: String) -> Result<()> {
+        if lock(&self.kept).as_ref().is_some_and(|kept| kept.status.live == live) {
+            return Ok(());
+        }
+        self.update(|status| status.live = live)
+    }
+
     /// What is being changed on the guest.
     pub fn adjusting(&self) -> Option<Adjusting> {
         lock(&self.kept).as_ref().and_then(|kept| kept.status.adjusting.clone())
