@@ -5,6 +5,7 @@ use super::monitor::Monitor;
 use crate::host::image::{Bitmaps, InnerSnapshot};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::driver::DriverError;
 use virt_model::driver::checkpoints::BitmapState;
@@ -49,8 +50,8 @@ impl Nodes {
 
     /// Those of a running guest as they were when something last changed: names, files and what the guest sees hold, what
     /// they take on the host's storage does not.
-    pub async fn known(body: &Body) -> Result<Nodes, DriverError> {
-        Ok(Nodes::told(&*body.known(ALL.0, ALL.1()).await?))
+    pub async fn known(body: &Body) -> Result<Arc<Nodes>, DriverError> {
+        body.known(ALL.0, ALL.1(), Nodes::told).await
     }
 
     fn told(told: &Value) -> Nodes {

@@ -1,7 +1,8 @@
 //! What QEMU has said and would say again. An answer holds until QEMU is told to change something, or reports that something
-//! has happened; for so long it is not asked anew.
+//! has happened; for so long it is neither asked for nor read anew.
 
 use serde_json::Value;
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,12 +14,15 @@ const KEPT: usize = 8;
 /// taken over may say megabytes, which are asked for anew each time.
 const LARGEST: usize = 64 << 10;
 
+/// What somebody has read in an answer.
+type Read = Arc<dyn Any + Send + Sync>;
+
 /// The answers of one QEMU.
 #[derive(Default)]
 pub struct Known {
     /// How often something may have changed.
     changes: AtomicU64,
-    answers: Mutex<HashMap<String, (u64, Arc<Value>)>>,
+    answers: Mutex<HashMap<String, (u64, Read)>>,
 }
 
 impl Known {
@@ -37,24 +41,24 @@ impl Known {
         self.changes.load(Ordering::SeqCst)
     }
 
-    /// The answer to a question, if it still holds.
-    pub fn answer(&self, question: &str) -> Option<Arc<Value>> {
+    /// What was read in the answer to a question, if that still holds.
+    pub fn answer<T: Send + Sync + 'static>(&self, question: &str) -> Option<Arc<T>> {
         let answers = self.answers();
-        let (changes, answer) = answers.get(question)?;
-        (*changes == self.changes()).then(|| answer.clone())
+        let (changes, read) = answers.get(question)?;
+        if *changes == self.changes() { read.clone().downcast().ok() } else { None }
     }
 
-    /// Keeps the answer to a question that was asked after so many changes, and none that does not hold any more.
-    pub fn keep(&self, question: String, changes: u64, answer: Arc<Value>) {
+    /// Keeps what was read in the answer to a question that was asked after so many changes, and none that does not hold any more.
+    pub fn keep<T: Send + Sync + 'static>(&self, question: String, changes: u64, answer: &Value, read: Arc<T>) {
         let now = self.changes();
         let mut answers = self.answers();
         answers.retain(|_, (changes, _)| *changes == now);
-        if changes == now && answers.len() < KEPT && left_of(&answer, LARGEST).is_some() {
-            answers.insert(question, (changes, answer));
+        if changes == now && answers.len() < KEPT && left_of(answer, LARGEST).is_some() {
+            answers.insert(question, (changes, read));
         }
     }
 
-    fn answers(&self) -> MutexGuard<'_, HashMap<String, (u64, Arc<Value>)>> {
+    fn answers(&self) -> MutexGuard<'_, HashMap<String, (u64, Read)>> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -83,25 +87,27 @@ mod tests {
         let large =
             [json!(vec![json!({ "": 0 }); LARGEST / 2]), json!("x".repeat(LARGEST)), json!({ "x".repeat(LARGEST): 0 })];
         for answer in large {
-            known.keep("query-a".to_owned(), known.changes(), Arc::new(answer));
-            assert_eq!(known.answer("query-a"), None);
+            known.keep("query-a".to_owned(), known.changes(), &answer, Arc::new(1));
+            assert_eq!(known.answer::<i32>("query-a"), None);
         }
-        known.keep("query-a".to_owned(), known.changes(), Arc::new(json!(vec![json!({ "": 0 }); 100])));
-        assert!(known.answer("query-a").is_some());
+        known.keep("query-a".to_owned(), known.changes(), &json!(vec![json!({ "": 0 }); 100]), Arc::new(1));
+        assert_eq!(known.answer("query-a"), Some(Arc::new(1)));
+        assert_eq!(known.answer::<String>("query-a"), None, "who reads it otherwise asks anew");
     }
 
     #[test]
     fn an_answer_holds_until_something_may_have_changed() {
         let known = Known::default();
         let before = known.changes();
-        known.keep("query-a".to_owned(), before, Arc::new(Value::from(1)));
-        assert_eq!(known.answer("query-a").as_deref(), Some(&Value::from(1)));
-        assert_eq!(known.answer("query-b"), None);
+        let keep = || known.keep("query-a".to_owned(), before, &Value::from(1), Arc::new(1));
+        keep();
+        assert_eq!(known.answer("query-a"), Some(Arc::new(1)));
+        assert_eq!(known.answer::<i32>("query-b"), None);
         known.changed();
-        assert_eq!(known.answer("query-a"), None);
+        assert_eq!(known.answer::<i32>("query-a"), None);
         // What was asked before the change does not tell of what is so after it.
-        known.keep("query-a".to_owned(), before, Arc::new(Value::from(1)));
-        assert_eq!(known.answer("query-a"), None);
+        keep();
+        assert_eq!(known.answer::<i32>("query-a"), None);
     }
 
     #[test]

@@ -54,9 +54,14 @@ impl Body {
         self.line()?.patiently(command, arguments).await
     }
 
-    /// What QEMU says to a question, or has said while nothing has changed since.
-    pub async fn known(&self, question: &str, arguments: Value) -> Result<Arc<Value>, DriverError> {
-        Ok(self.monitor()?.known(question, arguments, DEAF).await?)
+    /// What `read` finds in what QEMU says to a question, or has said while nothing has changed since.
+    pub async fn known<T: Send + Sync + 'static>(
+        &self,
+        question: &str,
+        arguments: Value,
+        read: impl FnOnce(&Value) -> T,
+    ) -> Result<Arc<T>, DriverError> {
+        Ok(self.monitor()?.known(question, arguments, DEAF, read).await?)
     }
 
     /// Gives a command that QEMU does at once. One that is deaf keeps nobody waiting for longer than any command.

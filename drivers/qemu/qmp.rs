@@ -163,16 +163,24 @@ impl Qmp {
         result(command, reply)
     }
 
-    /// What QEMU says to a question, or has said while nothing changed that it was told or reports ([`Known`]).
-    pub async fn known(&self, question: &str, arguments: Value, within: Duration) -> Result<Arc<Value>, QmpError> {
+    /// What `read` finds in what QEMU says to a question, or has said while nothing changed that it was told or reports
+    /// ([`Known`]).
+    pub async fn known<T: Send + Sync + 'static>(
+        &self,
+        question: &str,
+        arguments: Value,
+        within: Duration,
+        read: impl FnOnce(&Value) -> T,
+    ) -> Result<Arc<T>, QmpError> {
         let name = format!("{question} {arguments}");
         if let Some(answer) = self.known.answer(&name) {
             return Ok(answer);
         }
         let changes = self.known.changes();
-        let answer = Arc::new(self.execute_with(question, arguments, Vec::new(), within).await?);
-        self.known.keep(name, changes, answer.clone());
-        Ok(answer)
+        let answer = self.execute_with(question, arguments, Vec::new(), within).await?;
+        let read = Arc::new(read(&answer));
+        self.known.keep(name, changes, &answer, read.clone());
+        Ok(read)
     }
 
     /// Gives a command whose answer nobody waits for: QEMU does it before all that is given afterwards.

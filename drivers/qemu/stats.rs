@@ -118,8 +118,8 @@ async fn threads(body: &Arc<Body>, ids: Vec<i32>) -> Result<BTreeMap<i32, Thread
 }
 
 async fn vcpus(body: &Arc<Body>, def: &DomainDef) -> Result<Vec<VcpuStats>, DriverError> {
-    let told = body.known("query-cpus-fast", json!({})).await?;
-    let by_number = numbered(&told, 0..def.maximum_vcpus(), |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
+    let read = |told: &Value| numbered(told, 0..def.maximum_vcpus(), |cpu| cpu["cpu-index"].as_u64()?.try_into().ok());
+    let by_number = body.known("query-cpus-fast", json!({}), read).await?;
     let used = threads(body, by_number.values().copied().collect()).await?;
     let thread = |number: u32| by_number.get(&number).and_then(|id| used.get(id)).copied();
     Ok((0..def.maximum_vcpus()).map(|number| VcpuStats { number, thread: thread(number) }).collect())
@@ -182,8 +182,8 @@ async fn memory(body: &Arc<Body>, def: &DomainDef) -> Result<MemoryStats, Driver
         return Ok(MemoryStats { actual: def.memory_kib().saturating_mul(1024), rss, guest: None });
     };
     // Of changes QEMU tells; what the guest says it only says where it is asked to, every so often.
-    let now = body.known("query-balloon", json!({})).await?;
-    let actual = now["actual"].as_u64().unwrap_or_default();
+    let read = |now: &Value| now["actual"].as_u64().unwrap_or_default();
+    let actual = *body.known("query-balloon", json!({}), read).await?;
     if balloon.stats.as_ref().is_none_or(|stats| stats.period == 0) {
         return Ok(MemoryStats { actual, rss, guest: None });
     }
@@ -212,11 +212,14 @@ fn guest_memory(said: &Value) -> Option<GuestMemory> {
 async fn disks(workers: &Workers, body: &Arc<Body>, def: &DomainDef) -> Result<Vec<DiskStats>, DriverError> {
     let seen = seen(workers, def).await?;
     let (told, nodes) = tokio::join!(body.patiently("query-blockstats", json!({})), Nodes::known(body));
-    let (told, mut nodes) = (told?, nodes?);
-    if def.devices.disks.iter().any(|disk| Told::of(disk, &told, &nodes).is_to_be_asked(&seen)) {
-        nodes = Nodes::of(body).await?;
+    let (told, nodes, disks) = (told?, nodes?, &def.devices.disks);
+    let of_all = |nodes| disks.iter().map(|disk| Told::of(disk, &told, nodes)).collect::<Vec<_>>();
+    let stats = |of_all: Vec<Told<'_>>| disks.iter().zip(of_all).map(|(disk, one)| one.stats(disk, &seen)).collect();
+    let known = of_all(&nodes);
+    match known.iter().any(|one| one.is_to_be_asked(&seen)) {
+        true => Ok(stats(of_all(&Nodes::of(body).await?))),
+        false => Ok(stats(known)),
     }
-    Ok(def.devices.disks.iter().map(|disk| Told::of(disk, &told, &nodes).stats(disk, &seen)).collect())
 }
 
 /// The files of all images, which also tells whether their storage answers. QEMU looks at each of them when it is asked for their

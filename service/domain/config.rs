@@ -340,7 +340,7 @@ impl Domain {
     pub(super) async fn keep_live(&self, live: &DomainDef) -> Result<()> {
         let Ok(guest) = self.guest() else { return Ok(()) };
         let (status, text) = (guest.status, live.write(Form::LIVE));
-        on_disk(move || status.update(|s| s.live = text)).await
+        on_disk(move || status.runs_as(text)).await
     }
 
     /// What runs.

@@ -69,10 +69,10 @@ impl Domain {
             named.into_iter().for_each(|alias| device.push(alias));
             given::names_none(&self.name(), &device)?;
             let (live, stored) = self.affected(&verb::ATTACH_DEVICE, affect)?;
-            let coming = |live: &Arc<DomainDef>| Ok::<_, Error>(self.awaits(&with_device(live, &device)?));
-            let _coming = live.as_ref().map(coming).transpose()?;
-            let placed = match &live {
-                Some(live) => Some(self.place(live, &device, image.as_ref()).await?),
+            let wanted = live.as_ref().map(|live| with_device(live, &device)).transpose()?;
+            let _coming = wanted.as_ref().map(|wanted| self.awaits(wanted));
+            let placed = match live.as_ref().zip(wanted) {
+                Some((live, wanted)) => Some(self.place(live, wanted, &device, image.as_ref()).await?),
                 None => None,
             };
             let stored = match stored {
@@ -98,10 +98,15 @@ impl Domain {
         .await
     }
 
-    /// What runs with one device more, which has its place and may be plugged in.
-    async fn place(&self, before: &Arc<DomainDef>, device: &Element, image: Option<&Arc<GivenFile>>) -> Result<Placed> {
+    /// What runs with one device more (`def`), which has its place and may be plugged in.
+    async fn place(
+        &self,
+        before: &Arc<DomainDef>,
+        mut def: DomainDef,
+        device: &Element,
+        image: Option<&Arc<GivenFile>>,
+    ) -> Result<Placed> {
         let name = self.name();
-        let mut def = with_device(before, device)?;
         if let Some(image) = image {
             let disk = def.devices.disks.last_mut().filter(|_| device.name == "disk");
             self.take_given(disk.ok_or_else(|| given::of_no_disk(&name, device))?, image).await?;

@@ -2,6 +2,8 @@
 //! these lists is refused by name.
 
 use super::{Check, reasons};
+use std::collections::{HashMap, HashSet};
+use std::sync::LazyLock;
 use virt_model::xml::{Element, Place};
 
 /// What becomes of an element or attribute.
@@ -418,15 +420,15 @@ const UNKNOWN: Standing = Standing::Refused("is not supported by the QEMU driver
 /// What becomes of the element or attribute (its last part begins with `@`) at a path without positions, e.g.
 /// `devices/disk/driver/@cache`.
 pub fn standing(path: &str) -> Standing {
-    let listed = |list: &[(&str, &'static str)]| list.iter().find(|(p, _)| *p == path).map(|(_, reason)| *reason);
     // A layer is described by the same words however deep it lies.
     if let Some((_, below)) = path.rsplit_once("/backingStore/backingStore") {
         return standing(&format!("devices/disk/backingStore{below}"));
     }
-    if let Some(reason) = listed(KEPT) {
+    if let Some(reason) = LISTED.kept.get(path) {
         return Standing::Kept(reason);
     }
-    if acts(ACTS, path) {
+    let (element, attribute) = parts(path);
+    if LISTED.acts.get(element).is_some_and(|rows| rows.iter().any(|known| has(known, attribute))) {
         return Standing::Acts;
     }
     let below = |parent: &str| path.strip_prefix(parent).is_some_and(|inner| acts(SOURCE, inner));
@@ -442,20 +444,45 @@ pub fn standing(path: &str) -> Standing {
     let character = matches!(kind, "serial" | "parallel" | "console" | "channel" | "redirdev");
     // An entropy daemon is reached as the other end of a character device is.
     let daemon = path.strip_prefix("devices/rng/backend/").is_some_and(|inner| acts(CHARACTER, inner));
-    let typed = ACTS.iter().any(|(p, _)| p.strip_prefix("devices/").is_some_and(|p| p.split('/').next() == Some(kind)));
-    if typed && (acts(DEVICE, inner) || character && acts(CHARACTER, inner) || daemon) {
+    if LISTED.devices.contains(kind) && (acts(DEVICE, inner) || character && acts(CHARACTER, inner) || daemon) {
         return Standing::Acts;
     }
     reasons::why(path).map_or(UNKNOWN, Standing::Refused)
 }
 
+/// The long lists, by what is looked for in them.
+struct Listed {
+    /// The reasons in [`KEPT`], by the paths.
+    kept: HashMap<&'static str, &'static str>,
+    /// The attributes in [`ACTS`], by the elements.
+    acts: HashMap<&'static str, Vec<&'static str>>,
+    /// The devices that have a row there.
+    devices: HashSet<&'static str>,
+}
+
+static LISTED: LazyLock<Listed> = LazyLock::new(|| {
+    let mut acts: HashMap<_, Vec<_>> = HashMap::new();
+    ACTS.iter().for_each(|(element, attributes)| acts.entry(*element).or_default().push(*attributes));
+    let devices = ACTS.iter().filter_map(|(element, _)| element.strip_prefix("devices/")?.split('/').next());
+    Listed { kept: KEPT.iter().copied().collect(), acts, devices: devices.collect() }
+});
+
 fn acts(list: &[(&str, &str)], path: &str) -> bool {
-    let (element, attribute) = match path.rsplit_once('@') {
+    let (element, attribute) = parts(path);
+    list.iter().any(|(known, attributes)| *known == element && has(attributes, attribute))
+}
+
+/// The element of a path, and the attribute that it leads to.
+fn parts(path: &str) -> (&str, Option<&str>) {
+    match path.rsplit_once('@') {
         Some((element, attribute)) => (element.trim_end_matches('/'), Some(attribute)),
         None => (path, None),
-    };
-    let rows = list.iter().filter(|(p, _)| *p == element);
-    rows.into_iter().any(|(_, attributes)| attribute.is_none_or(|a| attributes.split(' ').any(|known| known == a)))
+    }
+}
+
+/// Whether an attribute is among those of a row; without one, the element is meant.
+fn has(attributes: &str, attribute: Option<&str>) -> bool {
+    attribute.is_none_or(|attribute| attributes.split(' ').any(|known| known == attribute))
 }
 
 /// Holds every element and attribute of the definition against the lists.

@@ -37,9 +37,11 @@ impl QemuDriver {
         refusals(check::check(&given::as_shown(def), &caps)).map_err(DriverError::Config)?;
         let (inner, with, without) = (self.0.clone(), def.clone(), before.clone());
         let missing = blocking(move || {
-            let known: Vec<String> = inner.missing_on_host(&without).into_iter().map(|one| one.message).collect();
             let mut missing: Vec<Finding> = inner.missing_on_host(&with);
-            missing.retain(|one| !known.contains(&one.message));
+            if !missing.is_empty() {
+                let known: Vec<String> = inner.missing_on_host(&without).into_iter().map(|one| one.message).collect();
+                missing.retain(|one| !known.contains(&one.message));
+            }
             missing
         });
         refusals(missing.await?).map_err(DriverError::Config)?;

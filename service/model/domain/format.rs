@@ -204,9 +204,12 @@ impl Format {
     fn arrange(&self, element: &mut Element, spec: usize) {
         let spec = &self.specs[spec];
         let place = |name: &str| spec.attributes.iter().position(|known| known == name).unwrap_or(usize::MAX);
-        element.attributes.sort_by_cached_key(|attribute| place(&attribute.name));
+        // Nearly always it is in order, as what is written is mostly written in that.
+        if !element.attributes.is_sorted_by_key(|attribute| place(&attribute.name)) {
+            element.attributes.sort_by_cached_key(|attribute| place(&attribute.name));
+        }
         let place = |node: &Node| node.as_element().and_then(|e| spec.places.get(&e.name)).copied().unwrap_or(0);
-        if element.elements().next().is_some() {
+        if element.elements().next().is_some() && !element.nodes.is_sorted_by_key(place) {
             element.nodes.sort_by_cached_key(place);
         }
         for child in element.elements_mut() {

@@ -400,7 +400,7 @@ impl Row for Pair {
     }
 
     fn look(&self, element: &Element, at: &Place, log: &mut Vec<Finding>) {
-        if self.when.iter().all(|condition| holds(element, at, condition)) {
+        if self.when.iter().all(|condition| holds(element, condition)) {
             let place = select(element, at, self.at).into_iter().next().map_or_else(|| at.clone(), |(place, _)| place);
             log.push(Finding::new(self.kind, &place, self.how));
         }

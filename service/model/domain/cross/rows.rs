@@ -29,22 +29,33 @@ pub(super) fn select(element: &Element, at: &Place, selector: &str) -> Vec<(Plac
     named.flat_map(|child| select(child, &child.place_below(at), below)).collect()
 }
 
+/// Whether any of the values that a selector leads to is `wanted`. Makes nothing: nearly all conditions are asked in vain.
+pub(super) fn any(element: &Element, selector: &str, wanted: &mut dyn FnMut(&str) -> bool) -> bool {
+    if selector == "." {
+        return wanted(element.text().trim());
+    }
+    if let Some(name) = selector.strip_prefix('@') {
+        return element.attr(name).is_some_and(wanted);
+    }
+    let (name, below) = selector.split_once('/').unwrap_or((selector, "."));
+    element.elements().filter(|child| child.name == name).any(|child| any(child, below, wanted))
+}
+
 /// Whether a condition holds.
-pub(super) fn holds(element: &Element, at: &Place, condition: &str) -> bool {
+pub(super) fn holds(element: &Element, condition: &str) -> bool {
     if let Some(other) = condition.strip_prefix('!') {
-        return !holds(element, at, other);
+        return !holds(element, other);
     }
     let (selector, words) = condition.split_once('=').map_or((condition, None), |(left, words)| (left, Some(words)));
     let (selector, not) = selector.strip_suffix('!').map_or((selector, false), |selector| (selector, true));
     let (selector, unsaid) = selector.split_once('?').map_or((selector, None), |(left, word)| (left, Some(word)));
-    let mut values: Vec<String> = select(element, at, selector).into_iter().map(|(_, value)| value).collect();
-    if values.is_empty() {
-        values.extend(unsaid.map(str::to_owned));
-    }
-    match words {
-        None => !values.is_empty(),
-        Some(words) => values.iter().any(|value| words.split('|').any(|word| word == value) != not),
-    }
+    let fits = |value: &str| words.is_none_or(|words| words.split('|').any(|word| word == value) != not);
+    let mut said = false;
+    let held = any(element, selector, &mut |value| {
+        said = true;
+        fits(value)
+    });
+    held || (!said && unsaid.is_some_and(fits))
 }
 
 #[cfg(test)]
@@ -57,7 +68,7 @@ mod tests {
         let mut disk = disk.with_text("words");
         disk.push(Element::new("target").with_attr("dev", "sda"));
         disk.push(Element::new("target").with_attr("dev", "sdb"));
-        let yes = |condition: &str| holds(&disk, &Place::default(), condition);
+        let yes = |condition: &str| holds(&disk, condition);
         for condition in [
             "@device",
             "!@bus",

@@ -70,7 +70,7 @@ impl Row for Seat {
     }
 
     fn look(&self, element: &Element, at: &Place, log: &mut Vec<Finding>) {
-        if !self.when.iter().all(|condition| holds(element, at, condition)) {
+        if !self.when.iter().all(|condition| holds(element, condition)) {
             return;
         }
         for address in element.elements().filter(|child| child.name == "address") {

@@ -1,6 +1,6 @@
 //! What stands at one place can be no more and no less than this.
 
-use super::rows::{Row, holds, select};
+use super::rows::{Row, any, holds, select};
 use crate::domain::value::complain;
 use crate::xml::{Element, Finding, Place, shorten};
 
@@ -227,26 +227,36 @@ impl Row for Value {
     }
 
     fn look(&self, element: &Element, at: &Place, log: &mut Vec<Finding>) {
-        if !self.when.iter().all(|condition| holds(element, at, condition)) {
+        if !self.when.iter().all(|condition| holds(element, condition)) {
             return;
         }
-        for (place, text) in select(element, at, self.at) {
-            let number = whole(&text);
-            let (fits, expected) = match self.rule {
-                Number(least, most) if least == most => (number == Some(least), format!("it is {least}")),
-                Number(least, most) => (
-                    number.is_some_and(|n| (least..=most).contains(&n)),
-                    format!("give a number from {least} to {most}"),
-                ),
-                Power(least, most) => {
-                    let power = number.is_some_and(|n| n.count_ones() == 1 && (least..=most).contains(&n));
-                    (power, format!("give a power of two from {least} to {most}"))
-                }
-                Form(is, form) => (is(&text), format!("give {form}")),
-            };
-            if !fits {
-                complain(log, &place, format!("'{}' is no {}: {expected}", shorten(&text), self.what));
-            }
+        // Nearly all values fit, and nothing is to be said of them.
+        if !any(element, self.at, &mut |text| !self.rule.fits(text)) {
+            return;
+        }
+        for (place, text) in select(element, at, self.at).into_iter().filter(|(_, text)| !self.rule.fits(text)) {
+            let expected = self.rule.expected();
+            complain(log, &place, format!("'{}' is no {}: {expected}", shorten(&text), self.what));
+        }
+    }
+}
+
+impl Rule {
+    fn fits(&self, text: &str) -> bool {
+        match *self {
+            Number(least, most) => whole(text).is_some_and(|n| (least..=most).contains(&n)),
+            Power(least, most) => whole(text).is_some_and(|n| n.count_ones() == 1 && (least..=most).contains(&n)),
+            Form(is, _) => is(text),
+        }
+    }
+
+    /// What to do about a value that does not fit.
+    fn expected(&self) -> String {
+        match self {
+            Number(least, most) if least == most => format!("it is {least}"),
+            Number(least, most) => format!("give a number from {least} to {most}"),
+            Power(least, most) => format!("give a power of two from {least} to {most}"),
+            Form(_, form) => format!("give {form}"),
         }
     }
 }
