@@ -3,7 +3,7 @@
 
 use super::draft::{Draft, give};
 use super::folder::Beneath;
-use super::look::format_of;
+use crate::host::chain::format_of;
 use crate::host::given::next_data;
 use crate::host::image::{Images, named};
 use crate::host::workers::Stop;
