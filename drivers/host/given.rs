@@ -313,22 +313,33 @@ impl Pouring<'_> {
         while let Some((begin, end)) = next_data(from, self.at + done, self.at + self.most)? {
             done = begin - self.at;
             while done < end - self.at {
-                wait(to, PollFlags::OUT, self.stopped)?;
                 let wanted = (end - self.at - done).min(PIECE as u64) as usize;
                 let count = from.read_at(&mut piece[..wanted], self.at + done)?;
                 if count == 0 {
                     break;
                 }
-                let mut written = 0;
-                while written < count {
-                    written += rustix::io::pwrite(to, &piece[written..count], base + done + written as u64)?;
-                }
+                self.write_out(to, &piece[..count], base + done)?;
                 done += count as u64;
                 (self.progress)(done);
             }
         }
         ftruncate(to, base + self.most)?;
         Ok(self.most)
+    }
+
+    /// Writes all that into a client's regular file. What a file system of the client's own says it has taken is what it likes.
+    fn write_out(&self, to: &GivenFile, bytes: &[u8], at: u64) -> io::Result<()> {
+        let mut written = 0;
+        while written < bytes.len() {
+            wait(to, PollFlags::OUT, self.stopped)?;
+            match rustix::io::pwrite(to, &bytes[written..], at + written as u64) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => written += count,
+                Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 }
 
