@@ -642,19 +642,26 @@ impl Pool {
 
     /// Notes something of a file, or that nothing is known any more. Blocks.
     fn note(&self, id: FileId, noted: Option<Noted>) -> Result<()> {
+        self.save_noted(|all| {
+            match noted {
+                Some(noted) => all.insert(id, noted),
+                None => all.remove(&id),
+            };
+        })
+    }
+
+    /// Changes what is noted of files. Blocks.
+    fn save_noted(&self, change: impl FnOnce(&mut HashMap<FileId, Noted>)) -> Result<()> {
         let _writing = lock(&self.notes);
         let all = {
             let mut state = lock(&self.state);
-            match noted {
-                Some(noted) => state.noted.insert(id, noted),
-                None => state.noted.remove(&id),
-            };
+            change(&mut state.noted);
             let mut all: Vec<(FileId, Noted)> = state.noted.iter().map(|(id, noted)| (*id, noted.clone())).collect();
             all.sort_by_key(|(id, _)| *id);
             all
         };
         let saved = self.shared.store.documents(Folder::Pools).save_beside(self.uuid, NOTED, &all);
-        self.tell_needs();
+        self.tell_noted_needs();
         saved
     }
 
@@ -668,6 +675,12 @@ impl Pool {
 
     /// Says which secrets open its volumes, active or not.
     fn tell_needs(&self) {
+        let _writing = lock(&self.notes);
+        self.tell_noted_needs();
+    }
+
+    /// The same for who holds its notes: what is told last is what is so last.
+    fn tell_noted_needs(&self) {
         let needs: Vec<Need> = {
             let state = lock(&self.state);
             let noted = state.noted.values().filter(|_| !state.gone);
