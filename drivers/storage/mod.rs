@@ -546,12 +546,12 @@ impl OpenPool for FolderPool {
         Ok(GivenFile::new(file, |file| crate::host::apart::close(file, || {})))
     }
 
-    async fn is_open_elsewhere(&self, name: &str) -> Result<bool, DriverError> {
+    async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError> {
         let (folder, path, name) = (self.folder.clone(), self.path.join(name), name.to_owned());
         let errand = self.errand(&name);
         let run = move |_: &Arc<Stop>| {
             let held = folder.beneath(&name).and_then(|found| match found {
-                Some(found) => lock::is_held(found.to_read()?.get()?, true),
+                Some(found) => lock::is_held(found.to_read()?.get()?, written),
                 None => Ok(false),
             });
             held.map_err(|e| failed("look at", &path, &e))

@@ -223,10 +223,10 @@ impl State {
     /// Says which images it has.
     pub(super) fn tell_images(&self, users: &ImageUsers, uuid: Uuid) {
         if self.gone {
-            return users.are(uuid, &self.name, &[], &[]);
+            return users.are(uuid, &[], &[]);
         }
         let live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
-        users.are(uuid, &self.name, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
+        users.are(uuid, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
     }
 
     /// Says what it needs of other objects; what is on its way counts as what runs.

@@ -40,8 +40,9 @@ use crate::turn::Turn;
 use crate::uses::{Need, Needed};
 use crate::verb::{self, Verb, When};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -142,6 +143,9 @@ struct Noted {
     /// What it was put on when it was made. Its header says that, too, and is no wish of anybody's: who writes the file writes it.
     #[serde(default)]
     base: Option<PathBuf>,
+    /// The volume that it is, while it stands on that.
+    #[serde(default)]
+    stands: Option<String>,
     /// What opens it, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     secret: Option<NotedSecret>,
@@ -286,7 +290,8 @@ impl Work for JobWork {
         let (owner, before) = self.pool.noted_of(name).unwrap_or((self.owner, None));
         let secret = secret.map(|named| NotedSecret { volume: name.to_owned(), named: named.to_owned() }).or(before);
         let base = lock(&self.base).clone();
-        let noted = Noted { format: format.to_owned(), owner, incomplete: false, capacity: 0, base, secret };
+        let stands = base.as_ref().map(|_| name.into());
+        let noted = Noted { format: format.to_owned(), owner, base, stands, secret, ..Noted::default() };
         self.pool.note(id, Some(noted)).map_err(|e| DriverError::Storage(e.to_string()))
     }
 
@@ -437,8 +442,13 @@ impl Pool {
             if let Some(open) = open {
                 open.close().await.map_err(|e| self.failed("stop", e))?;
             }
-            let (shared, uuid) = (self.shared.clone(), self.uuid);
-            on_disk(move || shared.store.active_pools().remove(uuid)).await?;
+            let pool = self.clone();
+            on_disk(move || {
+                // What stands on what is asked of the notes from now on.
+                pool.save_noted(|_| {}).unwrap_or_else(|e| tracing::warn!(uuid = %pool.uuid, "{e}"));
+                pool.shared.store.active_pools().remove(pool.uuid)
+            })
+            .await?;
             fail_point::reached();
             self.commit(vec![("stopped", "destroyed")], State::is_inactive);
             Ok(())
@@ -597,6 +607,9 @@ impl Pool {
             lock(&self.state).volumes.keys().filter(|name| !there.contains(*name)).cloned().collect();
         self.take_in(survey.volumes, gone, |state| {
             (state.room, state.unnameable, state.refreshed_usec) = (survey.room, survey.unnameable, now_usec());
+            let there: HashSet<FileId> = state.volumes.values().map(|row| row.look.id).collect();
+            let gone = state.noted.iter_mut().filter(|(id, _)| !there.contains(*id));
+            gone.for_each(|(_, noted)| noted.stands = None);
         });
         Ok(())
     }
@@ -692,19 +705,11 @@ impl Pool {
     /// Volumes are so, and these are gone.
     fn take_in(self: &Arc<Self>, looks: Vec<VolumeLook>, gone: Vec<Arc<str>>, change: impl FnOnce(&mut State)) {
         let touched: BTreeSet<Arc<str>> = looks.iter().map(|look| (*look.name).into()).chain(gone.clone()).collect();
+        let names = touched.clone();
         self.commit_volumes(Vec::new(), touched, |state| {
-            for name in &gone {
-                state.leave(name);
-            }
-            for look in looks {
-                match state.volumes.get_mut(&*look.name) {
-                    Some(row) => row.look = look,
-                    None => {
-                        let row = Row { look, busy: false, facts: None };
-                        state.volumes.insert((*row.look.name).into(), row);
-                    }
-                }
-            }
+            gone.iter().for_each(|name| _ = state.volumes.remove(name));
+            looks.into_iter().for_each(|look| state.enter(look));
+            state.stand_no_more(&names);
             change(state);
         });
     }
@@ -805,9 +810,29 @@ impl State {
         (self.room, self.unnameable) = (Room::default(), 0);
     }
 
-    /// A volume is not there any more.
-    fn leave(&mut self, name: &str) {
-        self.volumes.remove(name);
+    /// A volume is there, and so.
+    fn enter(&mut self, look: VolumeLook) {
+        if let Some(noted) = self.noted.get_mut(&look.id) {
+            let says = look.backing.as_ref().and_then(|backing| backing.place.as_ref());
+            noted.stands = noted.base.as_ref().filter(|base| says == Some(*base)).map(|_| look.name.clone());
+        }
+        match self.volumes.get_mut(&*look.name) {
+            Some(row) => row.look = look,
+            None => {
+                let row = Row { look, jobs: 0, facts: None };
+                self.volumes.insert((*row.look.name).into(), row);
+            }
+        }
+    }
+
+    /// What has had one of these names, and is another file now or none, stands on nothing.
+    fn stand_no_more(&mut self, names: &BTreeSet<Arc<str>>) {
+        for (id, noted) in &mut self.noted {
+            let has_left = |name: &String| {
+                names.contains(&**name) && self.volumes.get(&**name).is_none_or(|row| row.look.id != *id)
+            };
+            noted.stands = noted.stands.take().filter(|name| !has_left(name));
+        }
     }
 
     /// What was last published of these.

@@ -367,23 +367,19 @@ impl Volume {
 
     /// Refuses to read it while somebody writes it: what is read would be of no one moment.
     pub(super) async fn refuse_while_written(&self, deed: &str) -> Result<()> {
-        let users = self.pool.users_at(&self.path());
         let open = self.pool.opened()?;
-        let strangers = open.is_open_elsewhere(&self.name).await.map_err(|e| self.failed("look at", e))?;
-        let mut writers: Vec<String> =
-            users.iter().filter(|user| user.how == Usage::Live).map(|user| self.pool.called(user)).collect();
-        if writers.is_empty() {
-            // By other names of its file, and those that are about to have it.
-            writers = self.shared().images.machines_on(&self.path(), true).await;
-        }
+        let strangers = open.is_open_elsewhere(&self.name, false).await.map_err(|e| self.failed("look at", e))?;
+        let mut writers = self.shared().images.writers_of(&self.path()).await;
         if strangers && writers.is_empty() {
             writers.push("another process (fuser tells which)".to_owned());
         }
         match writers.is_empty() {
             true => Ok(()),
-            false => {
-                Err(Error::InUse(format!("cannot {deed} volume '{}': it is used by {}", self.name, writers.join(", "))))
-            }
+            false => Err(Error::InUse(format!(
+                "cannot {deed} volume '{}': it is written by {}",
+                self.name,
+                writers.join(", ")
+            ))),
         }
     }
 

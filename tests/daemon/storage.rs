@@ -306,10 +306,47 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
         assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
     }
-    let machine = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
-    let refused = machine.run("Start").await.expect_err("it would write what volumes stand on");
+    let on_base = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
+    let refused = on_base.run("Start").await.expect_err("it would write what volumes stand on");
     assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
-    machine.run("Undefine").await.expect("undefined");
+    // Files stay where they are when their pool is stopped.
+    pool.run("Destroy", options([])).await.expect("stopped");
+    let refused = on_base.run("Start").await.expect_err("they stand on it still");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
+    on_base.run("Undefine").await.expect("undefined");
+    pool.run("Start", options([])).await.expect("started");
+    let volume = async |name: &str| pool.volume(name).await.expect(name);
+    let (b, d, top) = (volume("b.img").await, volume("d.qcow2").await, volume("top.qcow2").await);
+    // Of what a guest stands on others are made, and nobody else's disk is committed into it.
+    let below = format!(
+        "<backingStore type='file'><format type='qcow2'/><source file='{}'/><backingStore/></backingStore><target",
+        pool.at("d.qcow2").display()
+    );
+    let xml = machine("web", &pool.at("top.qcow2"), "qcow2").replace("<target", &below);
+    let web = client.define(&xml).await.expect("defined");
+    web.run("Start").await.expect("started");
+    d.with("Clone", &("thin.qcow2", options([("thin", true.into())]))).await.expect("it is only read");
+    volume("thin.qcow2").await.run("Delete", options([])).await.expect("deleted");
+    let refused = top.with("Clone", &("thin.qcow2", options([("thin", true.into())]))).await.expect_err("written");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'web' (disk 'vda')"), "{refused:?}");
+    let refused = web.call("BlockCommit", &("vda", "", "", options([]))).await.expect_err("another stands on it");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("volume 'copy.qcow2' of pool"), "{refused:?}");
+    assert!(!refused.1.contains("volume 'top.qcow2'"), "{refused:?}");
+    web.run("Destroy").await.expect("ended");
+    web.run("Undefine").await.expect("undefined");
+    // What a disk stands on is not written, where that is a file of nobody's, either.
+    let below = format!(
+        "<backingStore type='file'><format type='raw'/><source file='{}'/><backingStore/></backingStore><target",
+        pool.at("b.img").display()
+    );
+    let xml = machine("web", &daemon.folder().join("elsewhere.qcow2"), "qcow2").replace("<target", &below);
+    let web = client.define(&xml).await.expect("defined");
+    for refused in [b.run("Wipe", options([])).await, b.with("Upload", &(file(), options([]))).await] {
+        let refused = refused.expect_err("a disk stands on it");
+        assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'web' (disk 'vda')"), "{refused:?}");
+    }
+    assert!(same(&source, &pool.at("b.img")));
+    web.run("Undefine").await.expect("undefined");
     let kept = pool.add("s.qcow2", 1 << 20, options([("format", "qcow2".into())])).await.expect("made");
     let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(pool.at("s.qcow2")).status();
     assert!(taken.expect("it runs").success());
@@ -318,7 +355,6 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("snapshots are in it"), "{refused:?}");
     kept.run("Delete", options([("with-snapshots", true.into())])).await.expect("deleted");
     // Other sizes, other content.
-    let b = pool.volume("b.img").await.expect("there");
     let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
     assert!(smaller.1.contains("say shrink"), "{smaller:?}");
     b.with("Resize", &(4u64 << 20, options([("allocate", true.into())]))).await.expect("resized");
@@ -410,6 +446,11 @@ async fn what_a_machine_uses_stays() {
     assert!(!bool::try_from(check["possible"].try_clone().unwrap()).unwrap());
     let breaks = Vec::<ObjectPath<'_>>::try_from(check["breaks"].try_clone().unwrap()).unwrap();
     assert_eq!(breaks.iter().map(|path| path.as_str()).collect::<Vec<_>>(), [&*machine.path]);
+    // Whoever has something deeper in its folder uses the pool.
+    let deep = client.define(&self::machine("deep", &pool.at("sub/deep.img"), "raw")).await.expect("defined");
+    let users: Vec<(ObjectPath<'static>, String, String)> = pool.get("Users").await;
+    assert!(users.iter().any(|(object, ..)| object.as_str() == deep.path), "{users:?}");
+    deep.run("Undefine").await.expect("undefined");
     machine.run("Start").await.expect("started");
     assert_eq!(volume.users().await, [user("live"), user("config")]);
     for (method, wanted) in [("Delete", options([("force", true.into())])), ("Wipe", options([]))] {
