@@ -442,6 +442,14 @@ async fn what_is_sent_and_fetched_is_the_same() {
         assert!(told.contains(why) && told.is_empty() == why.is_empty(), "{offset}: {told}");
     }
     assert_eq!(room.look("b").await.capacity, end, "it is as long as it was");
+    // Who waits for a client for ever keeps nothing.
+    let (ear, mouth) = std::io::pipe().unwrap();
+    let cancelled = Arc::new(Steps { cancel_at: Some(1), ..Steps::default() });
+    let part = Some(Part { offset: 0, length: None });
+    let refused = room.pool.upload(&volume, given(ear), part, false, cancelled.clone()).await.unwrap_err();
+    assert!(matches!(refused, DriverError::Cancelled), "{refused}");
+    assert_eq!(Arc::strong_count(&cancelled), 1);
+    drop(mouth);
     let (ear, _mouth) = std::io::pipe().unwrap();
     let refused = room.pool.upload(&volume, given(ear), None, true, work()).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Argument(text) if text.contains("sparse")), "{refused}");

@@ -237,9 +237,8 @@ impl Pool {
             new.secret = secret;
             self.refuse_to_make(&new.name, if new.preallocation.writes_all() { new.capacity } else { new.allocation })?;
             volume.begin(caller, verb, departs, move |volume, work| async move {
-                let mut _kept = None;
                 if let Some(base) = &base {
-                    _kept = Some(base.kept_for("put something on").await?);
+                    work.holds(base.kept_for("put something on").await?);
                     base.refuse_written("put something on", &[base.path()]).await?;
                     base.still_on(&below)?;
                     stand_on(&mut new, base)?;

@@ -5,13 +5,14 @@ use super::{NOTED, Note, Noted, OwnWork, Phase, Pool, StartPool, State, Volume, 
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::fail_point;
+use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable as _};
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
 use crate::shared::{Shared, virtd_itself};
 use crate::store::{Folder, FoundDocument, on_disk};
 use crate::{Service, verb};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -20,6 +21,9 @@ use uuid::Uuid;
 use virt_model::driver::storage::{FileId, PoolAbility, Room};
 use virt_model::storage::pool::PoolDef;
 use virt_model::xml::{Finding, FindingKind, Limits, shorten};
+
+/// How many may ask at a time what something done to a pool's volumes would meet.
+const CHECKS: usize = 2;
 
 impl Service {
     /// The pool with this uuid, written with or without dashes.
@@ -182,6 +186,7 @@ fn enter(
         turns: Mutex::new(HashMap::new()),
         notes: Mutex::default(),
         kept: Mutex::new(HashMap::new()),
+        checks: FairPlaces::new(CHECKS, 1),
         state: Mutex::new(state),
         real: Mutex::default(),
     });

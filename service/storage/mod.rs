@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Happened};
 use crate::facts::{ObjectFacts, PoolFacts, VolumeFacts, published};
 use crate::fail_point;
+use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable};
 use crate::images::Taken;
 use crate::job::{Job, Ticket};
@@ -70,6 +71,8 @@ pub struct Pool {
     notes: Mutex<()>,
     /// Volumes that are kept as they are, as long as somebody reads them.
     kept: Mutex<HashMap<Arc<str>, Weak<Taken>>>,
+    /// Places of those who only ask what a verb would meet: nothing that is done to it waits behind them.
+    checks: Arc<FairPlaces<u32>>,
     state: Mutex<State>,
     /// Its folder as its definition has it, and where that led when it was opened: machines may name its files so, too. It is held
     /// for moments, and nothing else is locked meanwhile.
@@ -123,17 +126,20 @@ impl Phase {
 /// A volume.
 struct Row {
     look: VolumeLook,
-    /// Something is done to it.
-    busy: bool,
+    /// How many jobs are at it.
+    jobs: usize,
     /// As last published.
     facts: Option<Arc<VolumeFacts>>,
 }
 
 /// What is noted of a file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Noted {
     format: String,
     owner: u32,
+    /// Its format is what its header said when it was last written, and is noted for as long as it is incomplete.
+    #[serde(default)]
+    probed: bool,
     /// What was being written to it was cut off.
     #[serde(default)]
     incomplete: bool,
@@ -257,11 +263,26 @@ struct JobWork {
     /// What a volume that it makes stands on.
     base: Mutex<Option<PathBuf>>,
     told: Mutex<Option<Instant>>,
+    /// What it changes may be changed already.
+    begun: AtomicBool,
+    /// Files that are not free before it has ended, and each thread of it that may still change one.
+    held: Mutex<Vec<Arc<Taken>>>,
 }
 
 impl JobWork {
     fn new(job: Arc<Job>, pool: Arc<Pool>, owner: u32) -> Arc<JobWork> {
-        Arc::new(JobWork { job, pool, owner, base: Mutex::default(), told: Mutex::default() })
+        let (base, told, begun, held) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
+        Arc::new(JobWork { job, pool, owner, base, told, begun, held })
+    }
+
+    /// A file is not free before it has ended.
+    fn holds(&self, taken: impl Into<Arc<Taken>>) {
+        lock(&self.held).push(taken.into());
+    }
+
+    /// Whether what it changes may be changed already.
+    fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::SeqCst)
     }
 
     /// What it makes is put on that.
@@ -272,6 +293,7 @@ impl JobWork {
 
 impl Work for JobWork {
     fn progress(&self, done: u64, total: u64) {
+        self.begun.store(true, Ordering::SeqCst);
         let mut told = lock(&self.told);
         // Of a client's stream nobody knows how long it is: it may come byte by byte.
         if (total == 0 || done < total) && told.is_some_and(|told| told.elapsed() < PACE) {
@@ -429,7 +451,7 @@ impl Pool {
         frames::short(self, caller, &verb::POOL_DESTROY, async {
             let (open, busy) = {
                 let state = lock(&self.state);
-                let busy = state.volumes.iter().find(|(_, row)| row.busy).map(|(name, _)| name.clone());
+                let busy = state.volumes.iter().find(|(_, row)| row.jobs > 0).map(|(name, _)| name.clone());
                 (state.open.clone(), busy)
             };
             if let Some(volume) = busy {

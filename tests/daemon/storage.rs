@@ -370,6 +370,16 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         .await
         .expect("a part");
     assert_eq!(b.get::<String>("State").await, "ready");
+    // Of what is refused nothing is written, and nothing is incomplete.
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    drop(mouth);
+    let empty = descriptor(&fs::File::from(std::os::fd::OwnedFd::from(ear)));
+    for (from, at) in [(descriptor(&part), 1u64 << 40), (empty, 0)] {
+        let wanted = options([("offset", at.into()), ("length", 3u64.into())]);
+        let refused = b.with("Upload", &(from, wanted)).await.expect_err("it cannot be");
+        assert!(refused.0.ends_with("InvalidArgument"), "{refused:?}");
+        assert_eq!(b.get::<String>("State").await, "ready");
+    }
     part.set_len(0).expect("empty");
     part.rewind().expect("at its beginning");
     b.with("Download", &(descriptor(&part), options([("offset", 99u64.into()), ("length", 5u64.into())])))
@@ -490,6 +500,29 @@ async fn a_volume_at_work_is_no_machines_disk() {
     in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
     let other = client.define(&machine("other", &store.join("web.img"), "raw")).await.expect("defined");
     assert_eq!(volume.users().await, [(other.path.clone(), "vda".to_owned(), "config".to_owned())]);
+    // A new file takes its place, and is their disk all the same.
+    let whole = tempfile::tempfile().expect("a file");
+    whole.set_len(1 << 20).expect("its length");
+    volume.with("Upload", &(descriptor(&whole), options([]))).await.expect("uploaded");
+    other.run("Undefine").await.expect("undefined");
+    in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
+    // Who reads it, however long, keeps no other reader waiting.
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    let mouth = fs::File::from(std::os::fd::OwnedFd::from(mouth));
+    let reply = volume.with("Download", &(descriptor(&mouth), options([("no-wait", true.into())]))).await;
+    let reading: OwnedObjectPath = reply.expect("accepted").body().deserialize().expect("o");
+    drop(mouth);
+    volume.with("Clone", &("copy.img", options([]))).await.expect("it is kept as it is for both");
+    in_use(web.run("Start").await.expect_err("it is read"), "the work on volume 'web.img'");
+    let mut watch = client.watch().await;
+    drop(ear);
+    let is_read = async || {
+        let state: String = client.property(reading.as_str(), "org.virt.Job", "State").await;
+        matches!(&*state, "waiting" | "running")
+    };
+    while is_read().await {
+        watch.next().await;
+    }
     let (ear, mut mouth) = std::io::pipe().expect("a pipe");
     let ear = fs::File::from(std::os::fd::OwnedFd::from(ear));
     let wanted = options([("offset", 0u64.into()), ("no-wait", true.into())]);
