@@ -399,7 +399,10 @@ impl Pool {
             Ok(())
         })
         .await?
-        .and_then_run(move |pool, work| async move { pool.bring_up(options, &*work).await })
+        .and_then_run(move |pool, work| async move {
+            let def = lock(&pool.state).def.clone();
+            pool.bring_up(def, options, &*work).await
+        })
     }
 
     /// Looks at all of it anew.
@@ -574,9 +577,8 @@ impl Pool {
         .await
     }
 
-    /// Makes it usable. For who has the turn.
-    async fn bring_up(self: &Arc<Self>, options: StartPool, work: &dyn Work) -> Result<()> {
-        let def = lock(&self.state).def.clone();
+    /// Makes it usable, as that definition says. For who has the turn.
+    async fn bring_up(self: &Arc<Self>, def: Arc<PoolDef>, options: StartPool, work: &dyn Work) -> Result<()> {
         self.commit(Vec::new(), |state| state.phase = Phase::Starting);
         let started = async {
             if options.build {

@@ -208,8 +208,16 @@ async fn a_pool_is_defined_started_and_found_again() {
     until(&mut watch, "InterfacesRemoved", "/volume/dropped_2eimg").await;
     let gone = pool.volume("dropped.img").await.map(|_| ()).expect_err("it is gone");
     assert!(gone.0.ends_with("NoSuchVolume"), "{gone:?}");
-    // Found again, whoever was killed.
+    // Found again, whoever was killed; and as it runs, whatever is stored meanwhile.
     pool.add("kept", 1 << 20, options([])).await.expect("made");
+    let uuid: String = pool.get("UUID").await;
+    let define = format!("{STORAGE}.DefineStoragePool");
+    let anew = |folder: &Path| {
+        let uuid = format!("<uuid>{uuid}</uuid><target>");
+        (document("images", folder).replace("<target>", &uuid), options([]))
+    };
+    client.call("/org/virt", &define, &anew(&daemon.folder().join("elsewhere"))).await.expect("defined");
+    assert!(pool.get::<bool>("ConfigChanged").await);
     client
         .call(&pool.path, "org.freedesktop.DBus.Properties.Set", &(POOL, "Autostart", Variant::from(true)))
         .await
@@ -224,10 +232,13 @@ async fn a_pool_is_defined_started_and_found_again() {
         watch.next().await;
     }
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
+    assert_eq!(pool.get::<String>("Target").await, folder.display().to_string());
+    assert!(pool.get::<bool>("ConfigChanged").await);
+    client.call("/org/virt", &define, &anew(&folder)).await.expect("defined");
+    assert!(!pool.get::<bool>("ConfigChanged").await);
     let xml: String = pool.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<available unit='bytes'>"), "{xml}");
     // What is noted of formats is not begun anew where it cannot be read: a guest's header would be believed.
-    let uuid: String = pool.get("UUID").await;
     let noted = daemon.root().join(format!("var/lib/virt/pools/{uuid}.volumes.json"));
     let right = fs::read(&noted).expect("noted");
     daemon.kill_virtd().await;
@@ -238,12 +249,10 @@ async fn a_pool_is_defined_started_and_found_again() {
     assert_eq!(pool.get::<String>("State").await, "inactive");
     let refused = pool.run("Start", options([])).await.expect_err("it is broken");
     assert!(refused.1.contains("what is noted of its volumes"), "{refused:?}");
-    let anew = (document("images", &folder).replace("<target>", &format!("<uuid>{uuid}</uuid><target>")), options([]));
-    let define = format!("{STORAGE}.DefineStoragePool");
-    client.call("/org/virt", &define, &anew).await.expect_err("it cannot be read still");
+    client.call("/org/virt", &define, &anew(&folder)).await.expect_err("it cannot be read still");
     assert_eq!(fs::read(&noted).expect("there"), b"[");
     fs::write(&noted, &right).expect("written");
-    client.call("/org/virt", &define, &anew).await.expect("defined");
+    client.call("/org/virt", &define, &anew(&folder)).await.expect("defined");
     pool.run("Start", options([])).await.expect("started");
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
     // Stopped, it has no volumes, and its files stay.
