@@ -3,7 +3,7 @@
 
 use crate::images::DiskImages;
 use crate::lock::lock;
-use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use crate::object::{ObjectRef, Usage, User};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -22,13 +22,8 @@ pub(crate) struct ImageUsers {
 
 #[derive(Default)]
 struct Books {
-    machines: HashMap<Uuid, Machine>,
+    machines: HashMap<Uuid, BTreeSet<(PathBuf, User)>>,
     files: BTreeMap<PathBuf, BTreeSet<User>>,
-}
-
-struct Machine {
-    name: String,
-    images: BTreeSet<(PathBuf, User)>,
 }
 
 impl fmt::Debug for ImageUsers {
@@ -44,7 +39,7 @@ impl ImageUsers {
     }
 
     /// The images that a machine has from now on, by what runs and by what is stored.
-    pub fn are(&self, machine: Uuid, name: &str, live: &[DiskImages], stored: &[DiskImages]) {
+    pub fn are(&self, machine: Uuid, live: &[DiskImages], stored: &[DiskImages]) {
         let by = |how: Usage, disks: &[DiskImages]| {
             let of_disk = |disk: &DiskImages| {
                 let user = User { object: ObjectRef::Domain(machine), place: disk.target.to_string(), how };
@@ -56,7 +51,7 @@ impl ImageUsers {
             by(Usage::Live, live).into_iter().chain(by(Usage::Config, stored)).collect();
         let changed: Vec<PathBuf> = {
             let mut books = lock(&self.books);
-            let before = books.machines.remove(&machine).map(|machine| machine.images).unwrap_or_default();
+            let before = books.machines.remove(&machine).unwrap_or_default();
             let changed: BTreeSet<PathBuf> = now.symmetric_difference(&before).map(|(file, _)| file.clone()).collect();
             for (file, user) in before.difference(&now) {
                 let is_empty = books.files.get_mut(file).is_some_and(|all| all.remove(user) && all.is_empty());
@@ -68,7 +63,7 @@ impl ImageUsers {
                 books.files.entry(file.clone()).or_default().insert(user.clone());
             }
             if !now.is_empty() {
-                books.machines.insert(machine, Machine { name: name.to_owned(), images: now });
+                books.machines.insert(machine, now);
             }
             changed.into_iter().collect()
         };
@@ -96,14 +91,6 @@ impl ImageUsers {
         let below = books.files.range(folder.to_owned()..).take_while(|(file, _)| file.starts_with(folder));
         below.map(|(file, users)| (file.clone(), users.iter().cloned().collect())).collect()
     }
-
-    /// A machine that has images, for people: `domain 'web' (vda, live)`.
-    pub fn called(&self, user: &User) -> String {
-        let books = lock(&self.books);
-        let name = user.object.domain().and_then(|uuid| Some(books.machines.get(&uuid)?.name.clone()));
-        let who = ObjectKind::Domain.named(name.as_deref().unwrap_or("?"));
-        format!("{who} ({}, {})", user.place, user.how)
-    }
 }
 
 #[cfg(test)]
@@ -123,15 +110,14 @@ mod tests {
         };
         let machine = Uuid::from_u128(7);
         let one = [disk("vda", &["/i/top", "/i/base"])];
-        users.are(machine, "web", &[], &one);
-        users.are(machine, "web", &one, &one);
-        users.are(machine, "web", &one, &one);
+        users.are(machine, &[], &one);
+        users.are(machine, &one, &one);
+        users.are(machine, &one, &one);
         let user = |how| User { object: ObjectRef::Domain(machine), place: "vda".into(), how };
         assert_eq!(users.of(Path::new("/i/base")), [user(Usage::Live), user(Usage::Config)]);
         assert_eq!(users.below(Path::new("/i")), [user(Usage::Live), user(Usage::Config)]);
         assert!(users.below(Path::new("/i/t")).is_empty() && users.below(Path::new("/j")).is_empty());
-        assert_eq!(users.called(&user(Usage::Live)), "domain 'web' (vda, live)");
-        users.are(machine, "web", &[], &[]);
+        users.are(machine, &[], &[]);
         assert!(users.of(Path::new("/i/base")).is_empty());
         let files = ["/i/base", "/i/top"].map(PathBuf::from);
         assert_eq!(*lock(&told), [files.clone(), files.clone(), files].concat(), "what stays as it is is not told");

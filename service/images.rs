@@ -37,7 +37,7 @@ pub(crate) const FROZEN: &str = "put an overlay of its own on it (qemu-img creat
 /// A chain of images that somebody needs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Chain {
-    /// The machine.
+    /// The machine; nil where it is none.
     pub domain: Uuid,
     /// Who, for people: `domain 'web' (disk 'vda')`.
     pub whose: String,
@@ -53,6 +53,25 @@ impl Chain {
     /// Of one image that somebody needs who is no machine, or does not show it yet.
     pub fn of_one(whose: String, file: PathBuf) -> Chain {
         Chain { domain: Uuid::nil(), whose, files: vec![file], fixed: 0, snapshot: None }
+    }
+
+    /// Of a volume that was put on another.
+    pub fn of_volume(whose: String, file: PathBuf, base: PathBuf) -> Chain {
+        Chain { domain: Uuid::nil(), whose, files: vec![file, base], fixed: 1, snapshot: None }
+    }
+
+    /// The first of its images that it cannot do without if this becomes of them.
+    fn needed(&self, fate: Fate) -> usize {
+        match fate {
+            // A volume may be removed with all that needs it.
+            Fate::Removed if !self.domain.is_nil() => 0,
+            _ => self.fixed,
+        }
+    }
+
+    /// A block copy writes it, which is in no configuration.
+    fn is_of_copy(&self) -> bool {
+        self.snapshot.is_none() && self.fixed == 0
     }
 }
 
@@ -93,7 +112,7 @@ pub(crate) trait Machines: Send + Sync {
 pub(crate) struct Images {
     machines: Arc<dyn Machines>,
     /// Which files paths lead to, as last seen. `None`: somebody looks, and has had no answer yet.
-    files: Mutex<HashMap<PathBuf, Option<(u64, u64)>>>,
+    files: Mutex<HashMap<PathBuf, Option<FileNumber>>>,
     looks: Arc<Semaphore>,
     /// Files that are about to be written by what is under way, and by what.
     taken: Mutex<Vec<(PathBuf, String)>>,
@@ -102,6 +121,9 @@ pub(crate) struct Images {
     /// What others than machines need of images.
     others: OnceLock<Box<dyn Fn() -> Vec<Chain> + Send + Sync>>,
 }
+
+/// A file by its file system and its number there.
+type FileNumber = (u64, u64);
 
 /// Images that a machine is about to have, and which machine.
 type Begun = (Vec<PathBuf>, String);
@@ -115,11 +137,13 @@ impl Drop for Begins {
     }
 }
 
-/// A file that nobody else writes while this lives.
-pub(crate) struct Taken(Arc<Images>, PathBuf);
+/// A file that nobody else writes while this lives, and which it was.
+pub(crate) struct Taken(Arc<Images>, PathBuf, Option<FileNumber>);
 
 impl Drop for Taken {
     fn drop(&mut self) {
+        // By now it may be another file, or none.
+        self.0.forget(&self.1, self.2);
         lock(&self.0.taken).retain(|(file, _)| *file != self.1);
     }
 }
@@ -154,7 +178,8 @@ impl Images {
             return Err(whose.clone());
         }
         taken.push((file.to_owned(), whose));
-        Ok(Taken(self.clone(), file.to_owned()))
+        let number = lock(&self.files).get(file).copied().flatten();
+        Ok(Taken(self.clone(), file.to_owned(), number))
     }
 
     /// From now on these chains, which are no machines', are asked for, too. To be called once.
@@ -246,6 +271,13 @@ impl Images {
         }
     }
 
+    /// Where a path led, and what it led to: the file may be gone, and its number another's.
+    fn forget(&self, path: &Path, was: Option<FileNumber>) {
+        let mut files = lock(&self.files);
+        let is = files.get(path).copied().flatten();
+        files.retain(|known, at| at.is_none() || known != path && *at != was && *at != is);
+    }
+
     /// Whether two paths are one file, as far as it is known.
     fn same(&self, one: &Path, other: &Path) -> bool {
         let files = lock(&self.files);
@@ -274,22 +306,10 @@ impl Images {
         if files.is_empty() {
             return BTreeMap::new();
         }
-        let mut chains = self.machines.chains(except);
-        chains.extend(self.others.get().map(|others| others()).unwrap_or_default());
-        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        self.look(known, files).await;
-        let mut users: BTreeMap<PathBuf, Vec<String>> = BTreeMap::new();
-        for chain in &chains {
-            let first = if fate == Fate::Removed { 0 } else { chain.fixed };
-            for file in files {
-                if chain.files.iter().skip(first).any(|needed| self.same(needed, file)) {
-                    let users = users.entry(file.clone()).or_default();
-                    if !users.contains(&chain.whose) {
-                        users.push(chain.whose.clone());
-                    }
-                }
-            }
-        }
+        let chains = self.all_chains(except);
+        let having = self.having(&chains, files, |chain| chain.needed(fate)).await;
+        let mut users: BTreeMap<PathBuf, Vec<String>> =
+            having.into_iter().map(|(file, chains)| (file, each_once(chains))).collect();
         if fate == Fate::Written {
             for (taken, whose) in lock(&self.taken).iter() {
                 for file in files.iter().filter(|file| self.same_place(taken, file)) {
@@ -318,57 +338,49 @@ impl Images {
         }
     }
 
-    /// Refuses to change files that are in one of the chains that count, wherever they are in it.
+    /// Refuses to change files that are in one of the chains that count, wherever they are in it. What volumes stand on counts, but
+    /// where both are layers of `own`.
     pub async fn refuse_in_chains(
         self: &Arc<Self>,
         deed: &str,
         files: &[PathBuf],
-        counts: impl Fn(&Chain) -> bool,
+        own: &[PathBuf],
+        counts: impl Fn(&Chain) -> bool + Send,
         remedy: &str,
     ) -> Result<()> {
-        let chains = self.machines.chains(None);
-        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        self.look(known, files).await;
-        let in_chain = |chain: &&Chain| chain.files.iter().any(|one| files.iter().any(|file| self.same(one, file)));
-        let mut users: Vec<&str> = Vec::new();
-        let of_one = chains.iter().filter(|chain| counts(chain)).filter(in_chain).map(|chain| &*chain.whose);
-        of_one.for_each(|whose| {
-            if !users.contains(&whose) {
-                users.push(whose)
-            }
-        });
+        let mut chains = self.all_chains(None);
+        chains.retain(counts);
+        let having = self.having(&chains, files, |_| 0).await;
+        let is_own = |chain: &Chain| {
+            let mut pairs = own.windows(2);
+            chain.domain.is_nil()
+                && chain.fixed == 1
+                && pairs.any(|pair| chain.files.iter().zip(pair).all(|(one, own)| self.same(one, own)))
+        };
+        let users = each_once(having.into_values().flatten().filter(|chain| !is_own(chain)));
         match users.is_empty() {
             true => Ok(()),
             false => Err(Error::InUse(format!("{deed}: {} needs its layers as they are; {remedy}", users.join(", ")))),
         }
     }
 
-    /// What snapshots and block jobs need of a file: for people, each once. To be [removed](Fate::Removed) it must be in none of
-    /// their chains, to be written in none that is fixed.
-    pub async fn snapshots_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
-        let chains: Vec<Chain> =
-            self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
-        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        self.look(known, &[file.to_owned()]).await;
-        let mut users: Vec<String> = Vec::new();
-        for chain in chains {
-            let first = if fate == Fate::Removed { 0 } else { chain.fixed };
-            if chain.files.iter().skip(first).any(|needed| self.same(needed, file)) && !users.contains(&chain.whose) {
-                users.push(chain.whose);
-            }
+    /// Who stands on a file: for people, each once. To be [written](Fate::Written) it must be what nobody stands on; to be
+    /// [removed](Fate::Removed) it must be in no chain of a snapshot, and below no volume.
+    pub async fn who_stands_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
+        let mut chains = self.all_chains(None);
+        if fate == Fate::Removed {
+            chains.retain(|chain| chain.snapshot.is_some() || chain.domain.is_nil());
         }
-        users
+        self.holders(&chains, file, |chain| chain.needed(fate)).await
     }
 
     /// The snapshots that could not be reverted to without a file.
     pub async fn snapshot_users(self: &Arc<Self>, file: &Path) -> BTreeSet<User> {
-        let chains: Vec<Chain> =
-            self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_some()).collect();
-        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        self.look(known, &[file.to_owned()]).await;
-        let having = chains.into_iter().filter(|chain| chain.files.iter().any(|needed| self.same(needed, file)));
-        let users = having.filter_map(|chain| {
-            let object = ObjectRef::Snapshot(chain.domain, chain.snapshot?);
+        let mut chains = self.machines.chains(None);
+        chains.retain(|chain| chain.snapshot.is_some());
+        let having = self.having(&chains, &[file.to_owned()], |_| 0).await;
+        let users = having.into_values().flatten().filter_map(|chain| {
+            let object = ObjectRef::Snapshot(chain.domain, chain.snapshot.clone()?);
             Some(User { object, place: String::new(), how: Usage::Snapshot })
         });
         users.collect()
@@ -379,10 +391,9 @@ impl Images {
     pub async fn machines_on(self: &Arc<Self>, file: &Path, running: bool) -> Vec<String> {
         let mut chains = self.begun_chains();
         chains.extend(self.machines.running_chains());
-        // What is written by a copy is in no configuration.
         let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_none());
-        chains.extend(others.filter(|chain| !running || chain.fixed == 0));
-        self.holders(chains, file).await
+        chains.extend(others.filter(|chain| !running || chain.is_of_copy()));
+        self.holders(&chains, file, |_| 0).await
     }
 
     /// The guests that write a file, by whatever name, or begin to: for people, each once.
@@ -391,7 +402,8 @@ impl Images {
         let mut running = self.machines.running_chains();
         running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed));
         chains.append(&mut running);
-        self.holders(chains, file).await
+        chains.extend(self.machines.chains(None).into_iter().filter(Chain::is_of_copy));
+        self.holders(&chains, file, |_| 0).await
     }
 
     /// First these are asked, then those that show what they have: in between they become such.
@@ -401,17 +413,47 @@ impl Images {
         files.map(|(whose, file)| Chain::of_one(whose, file)).collect()
     }
 
-    /// Whose chains a file is in, by whatever name: for people, each once.
-    async fn holders(self: &Arc<Self>, chains: Vec<Chain>, file: &Path) -> Vec<String> {
+    /// All chains that are needed: machines', but for those of the machine `except`, and others'.
+    fn all_chains(&self, except: Option<Uuid>) -> Vec<Chain> {
+        let mut chains = self.machines.chains(except);
+        chains.extend(self.others.get().into_iter().flat_map(|others| others()));
+        chains
+    }
+
+    /// The chains that have one of these files, by whatever name, from the layer on that `first` says: by the file.
+    async fn having<'a>(
+        self: &Arc<Self>,
+        chains: &'a [Chain],
+        files: &[PathBuf],
+        first: impl Fn(&Chain) -> usize + Send,
+    ) -> BTreeMap<PathBuf, Vec<&'a Chain>> {
         let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        self.look(known, &[file.to_owned()]).await;
-        let mut users: Vec<String> = Vec::new();
-        for chain in chains {
-            if chain.files.iter().any(|one| self.same(one, file)) && !users.contains(&chain.whose) {
-                users.push(chain.whose);
+        self.look(known, files).await;
+        // By another name that was looked at before now; what had that number may have gone since.
+        let is_stale = |one: &&PathBuf| files.iter().any(|file| *one != file && self.same(one, file));
+        let stale: BTreeSet<&PathBuf> = chains.iter().flat_map(|chain| &chain.files).filter(is_stale).collect();
+        if !stale.is_empty() {
+            self.look(HashSet::new(), &stale.into_iter().cloned().collect::<Vec<_>>()).await;
+        }
+        let mut having: BTreeMap<PathBuf, Vec<&'a Chain>> = BTreeMap::new();
+        for file in files {
+            let has = |chain: &&Chain| chain.files.iter().skip(first(chain)).any(|one| self.same(one, file));
+            let chains: Vec<&Chain> = chains.iter().filter(has).collect();
+            if !chains.is_empty() {
+                having.insert(file.clone(), chains);
             }
         }
-        users
+        having
+    }
+
+    /// Whose chains have a file: for people, each once.
+    async fn holders(
+        self: &Arc<Self>,
+        chains: &[Chain],
+        file: &Path,
+        first: impl Fn(&Chain) -> usize + Send,
+    ) -> Vec<String> {
+        each_once(self.having(chains, &[file.to_owned()], first).await.into_values().flatten())
     }
 
     /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is, among the chains of whoever
@@ -462,6 +504,17 @@ impl Images {
     pub fn recorded(&self) -> Vec<Overlay> {
         self.machines.overlays()
     }
+}
+
+/// Whose chains these are, each once.
+fn each_once<'a>(chains: impl IntoIterator<Item = &'a Chain>) -> Vec<String> {
+    let mut users: Vec<String> = Vec::new();
+    for chain in chains {
+        if !users.contains(&chain.whose) {
+            users.push(chain.whose.clone());
+        }
+    }
+    users
 }
 
 /// The image of which QEMU or its tools say that it is locked.
@@ -606,6 +659,73 @@ mod tests {
         let mut on = *laid.backing.unwrap();
         on.backing = None;
         Overlay { file: file.into(), on }
+    }
+
+    /// Machines with these chains, none of which runs.
+    struct Stored(Vec<Chain>);
+
+    impl Machines for Stored {
+        fn chains(&self, _: Option<Uuid>) -> Vec<Chain> {
+            self.0.clone()
+        }
+
+        fn running_chains(&self) -> Vec<Chain> {
+            Vec::new()
+        }
+
+        fn overlays(&self) -> Vec<Overlay> {
+            Vec::new()
+        }
+
+        fn name_of(&self, _: Uuid) -> Option<String> {
+            None
+        }
+    }
+
+    fn of_machine(whose: &str, files: &[&Path]) -> Chain {
+        let files = files.iter().map(|file| file.to_path_buf()).collect();
+        Chain { domain: Uuid::from_u128(1), whose: whose.to_owned(), files, fixed: 1, snapshot: None }
+    }
+
+    #[tokio::test]
+    async fn a_base_of_other_volumes_is_not_committed_into_and_what_stands_on_it_is_told() {
+        let [a, b, base] = ["/p/a", "/p/b", "/p/base"].map(PathBuf::from);
+        let images = Images::of(Arc::new(Stored(vec![of_machine("m", &[&a, &base])])));
+        let others = Arc::new(Mutex::new(vec![Chain::of_volume("volume a".into(), a.clone(), base.clone())]));
+        let asked = others.clone();
+        images.also(move || lock(&asked).clone());
+        let own = [a.clone(), base.clone()];
+        let commit = async || images.refuse_in_chains("no", &own, &own, |chain| chain.domain.is_nil(), "").await;
+        commit().await.unwrap();
+        lock(&others).push(Chain::of_volume("volume b".into(), b.clone(), base.clone()));
+        let refused = commit().await.unwrap_err().to_string();
+        assert!(refused.contains("volume b") && !refused.contains("volume a"), "{refused}");
+        assert_eq!(images.who_stands_on(&base, Fate::Written).await, ["m", "volume a", "volume b"]);
+        // What is below a machine's disk may be taken from it where its configuration does not count, and from no volume.
+        assert_eq!(images.who_stands_on(&base, Fate::Removed).await, ["volume a", "volume b"]);
+        for own in [&a, &b] {
+            assert!(images.who_stands_on(own, Fate::Removed).await.is_empty());
+            assert!(images.who_stands_on(own, Fate::Written).await.is_empty());
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_path_leads_to_is_looked_at_anew_when_it_is_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        let (link, file) = (at("link"), at("file"));
+        std::fs::write(&file, "old").unwrap();
+        std::os::unix::fs::symlink("file", &link).unwrap();
+        let images = Images::of(Arc::new(Stored(vec![of_machine("m", &[&link])])));
+        assert_eq!(images.machines_on(&file, false).await, ["m"]);
+        let taken = images.take(&file, "work".to_owned()).await.unwrap_or_else(|by| panic!("{by}"));
+        std::fs::write(at("new"), "new").unwrap();
+        std::fs::rename(at("new"), &file).unwrap();
+        drop(taken);
+        assert_eq!(images.machines_on(&file, false).await, ["m"], "it leads there still");
+        // Somebody else moves it away, and its number is another name's.
+        std::fs::rename(&file, at("other")).unwrap();
+        assert!(images.machines_on(&at("other"), false).await.is_empty(), "it leads nowhere");
     }
 
     #[test]

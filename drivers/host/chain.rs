@@ -62,20 +62,32 @@ impl Header {
     }
 }
 
-/// How images of a format begin: so many bytes in, one of these. Formats without such a sign are not here.
-const SIGNS: [(&str, u64, &[&[u8]]); 6] = [
+/// How images of a format begin: so many bytes in, one of these.
+const SIGNS: &[(&str, u64, &[&[u8]])] = &[
     ("qcow2", 0, &[b"QFI\xfb\0\0\0\x02", b"QFI\xfb\0\0\0\x03"]),
     ("qcow", 0, &[b"QFI\xfb\0\0\0\x01"]),
     ("qed", 0, &[b"QED\0"]),
     ("vdi", 64, &[b"\x7f\x10\xda\xbe"]),
     ("vhdx", 0, &[b"vhdxfile"]),
     ("parallels", 0, &[b"WithoutFreeSpace", b"WithouFreSpacExt"]),
+    ("luks", 0, &[b"LUKS\xba\xbe"]),
+    ("vmdk", 0, &[b"KDMV", b"COWD", b"# Disk Descripto"]),
+    ("vpc", 0, &[b"conectix"]),
+    ("iso", 0x8001, &[b"CD001"]),
 ];
+
+/// Formats of which not all images begin so.
+const UNSURE: &[&str] = &["vmdk", "vpc", "iso"];
+
+/// The sign that all images of a format bear; there may be none.
+fn sign_of(format: &str) -> Option<&'static (&'static str, u64, &'static [&'static [u8]])> {
+    SIGNS.iter().find(|(name, ..)| *name == format && !UNSURE.contains(name))
+}
 
 /// Whether what is at `path` bears the sign of a format's images; a format without one, and what is neither a plain file nor
 /// a block device, may be anything. Blocks, where the file system does not answer without end.
 pub fn bears_sign_of(path: &Path, format: &str) -> io::Result<bool> {
-    if !SIGNS.iter().any(|(name, ..)| *name == format) {
+    if sign_of(format).is_none() {
         return Ok(true);
     }
     let Some(file) = Found::resolve(path)?.image()? else { return Ok(true) };
@@ -84,7 +96,20 @@ pub fn bears_sign_of(path: &Path, format: &str) -> io::Result<bool> {
 
 /// The same of an image that is open.
 pub fn is_of_format(file: &File, format: &str) -> io::Result<bool> {
-    let Some((_, at, signs)) = SIGNS.iter().find(|(name, ..)| *name == format) else { return Ok(true) };
+    sign_of(format).map_or(Ok(true), |sign| bears(file, sign))
+}
+
+/// The format of an image by its sign, if it has one.
+pub fn format_of(file: &File) -> io::Result<Option<&'static str>> {
+    for sign in SIGNS {
+        if bears(file, sign)? {
+            return Ok(Some(sign.0));
+        }
+    }
+    Ok(None)
+}
+
+fn bears(file: &File, (_, at, signs): &(&str, u64, &[&[u8]])) -> io::Result<bool> {
     let mut begins = [0u8; 16];
     let read = read_some(file, &mut begins, *at)?;
     Ok(signs.iter().any(|sign| begins[..read].starts_with(sign)))
@@ -219,7 +244,8 @@ fn plain_text(name: &str) -> io::Result<String> {
     }
 }
 
-fn read_some(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
+/// Reads as much as there is.
+pub fn read_some(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
     let mut read = 0;
     while read < buffer.len() {
         match file.read_at(&mut buffer[read..], at.saturating_add(read as u64)) {

@@ -78,6 +78,16 @@ pub fn check(file: &GivenFile, what_for: Use) -> io::Result<()> {
     Ok(())
 }
 
+/// Ends when nothing more is taken for so long.
+async fn none_within(next: Duration, taken: &mut watch::Receiver<()>) {
+    while let Ok(more) = timeout(next, taken.changed()).await {
+        if more.is_err() {
+            // The thread tells how it has ended.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
 /// Reads a file to its end; `None`: it has more than `most` bytes. Waits for as long as that takes.
 pub async fn read_all(file: GivenFile, most: usize) -> io::Result<Option<Vec<u8>>> {
     let (stop, stopped) = stop()?;
@@ -104,14 +114,7 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
         let _ = told.send(result);
     };
     in_a_thread("stdout", work)?;
-    let nothing_is_taken = async {
-        while let Ok(more) = timeout(patience.next, taken.changed()).await {
-            if more.is_err() {
-                // The thread tells how it has ended.
-                std::future::pending::<()>().await;
-            }
-        }
-    };
+    let nothing_is_taken = none_within(patience.next, &mut taken);
     let result = tokio::select! {
         biased;
         written = written => written.map_err(|_| io::Error::other("the thread that writes it failed"))?,
@@ -124,7 +127,8 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
 
 /// Writes what is read of a file into another, from `at` on, and as much as `most` says; how many bytes. `sparse`: what its holes
 /// stand for is not written, and that other file has nothing there. Waits for as long as that takes; `progress` is told how far it
-/// is. Error: `Interrupted` when it is cancelled; from then on nothing is written, whatever is read yet.
+/// is, first right before anything is written. Error: `Interrupted` when it is cancelled; from then on nothing is written, whatever
+/// is read yet.
 pub async fn pour_in(
     from: GivenFile,
     to: Arc<ClosedAside>,
@@ -142,9 +146,14 @@ pub async fn pour_in(
             Most::First(bytes) | Most::Within(bytes) => bytes,
         };
         let place = Pouring { at, most: bytes, stopped, gate: &passes, progress: &progress };
-        let done = if sparse { place.in_sparsely(&from, to.get()?)? } else { place.in_whole(&from, to.get()?)? };
+        // To look for holes moves it.
+        let base = if sparse { Some(seekable(&from)?) } else { None };
+        let done = match base {
+            Some(base) => place.in_sparsely(&from, base, to.get()?)?,
+            None => place.in_whole(&from, to.get()?)?,
+        };
         if most == Most::Within(done) {
-            place.is_at_end(&from, sparse)?;
+            place.is_at_end(&from, base)?;
         }
         Ok(done)
     });
@@ -175,20 +184,34 @@ impl Gate {
     }
 }
 
-/// Writes so many bytes of a file, from `at` on, to what a client has given. `sparse`: what holds nothing is left out there.
+/// Writes so many bytes of a file, from `at` on, to what a client has given. `sparse`: what holds nothing is left out there. Error:
+/// `TimedOut` if its reader takes nothing for so long.
 pub async fn pour_out(
     from: Arc<ClosedAside>,
     at: u64,
     length: u64,
     to: GivenFile,
     sparse: bool,
+    patience: Duration,
     progress: impl Fn(u64) + Send + 'static,
 ) -> io::Result<u64> {
-    pour("download", move |stopped| {
+    let (takes, mut taken) = watch::channel(());
+    let poured = pour("download", move |stopped| {
+        let progress = |done| {
+            takes.send_replace(());
+            progress(done);
+        };
         let place = Pouring { at, most: length, stopped, gate: &Gate::default(), progress: &progress };
         if sparse { place.out_sparsely(from.get()?, &to) } else { place.out_whole(from.get()?, &to) }
-    })
-    .await
+    });
+    tokio::select! {
+        biased;
+        poured = poured => poured,
+        () = none_within(patience, &mut taken) => {
+            let text = format!("its reader has taken nothing for {} s", patience.as_secs());
+            Err(io::Error::new(io::ErrorKind::TimedOut, text))
+        }
+    }
 }
 
 /// Does that in a thread without rights, until nobody waits for it any more.
@@ -223,7 +246,7 @@ impl Pouring<'_> {
             match rustix::io::read(from, &mut piece[..wanted]) {
                 Ok(0) => break,
                 Ok(count) => {
-                    self.gate.pass(|| to.write_all_at(&piece[..count], self.at + done))?;
+                    self.write(done, || to.write_all_at(&piece[..count], self.at + done))?;
                     done += count as u64;
                     (self.progress)(done);
                 }
@@ -234,14 +257,22 @@ impl Pouring<'_> {
         Ok(done)
     }
 
-    /// Refuses a client's file that goes on where there is no more place.
-    fn is_at_end(&self, from: &GivenFile, sparse: bool) -> io::Result<()> {
+    /// Writes to a file of ours, unless nobody wants that any more.
+    fn write(&self, done: u64, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        self.gate.pass(|| {
+            (self.progress)(done);
+            write()
+        })
+    }
+
+    /// Refuses a client's file that goes on where there is no more place; `base`: it was read from there on, wherever it stands.
+    fn is_at_end(&self, from: &GivenFile, base: Option<u64>) -> io::Result<()> {
         let mut more = [0u8; 1];
         loop {
             wait(from, PollFlags::IN, self.stopped)?;
-            let read = match sparse {
-                true => rustix::io::pread(from, &mut more, seekable(from)?.saturating_add(self.most)),
-                false => rustix::io::read(from, &mut more),
+            let read = match base {
+                Some(base) => rustix::io::pread(from, &mut more, base.saturating_add(self.most)),
+                None => rustix::io::read(from, &mut more),
             };
             match read {
                 Ok(0) => return Ok(()),
@@ -252,12 +283,11 @@ impl Pouring<'_> {
         }
     }
 
-    fn in_sparsely(&self, from: &GivenFile, to: &File) -> io::Result<u64> {
-        let base = seekable(from)?;
+    fn in_sparsely(&self, from: &GivenFile, base: u64, to: &File) -> io::Result<u64> {
         let length = fstat(from)?.st_size.unsigned_abs().saturating_sub(base).min(self.most);
         let (mut done, mut piece) = (0, vec![0; PIECE]);
         while let Some((begin, end)) = next_data(from, base + done, base + length)? {
-            self.gate.pass(|| leave_out(to, self.at + done, begin - base - done))?;
+            self.write(done, || leave_out(to, self.at + done, begin - base - done))?;
             done = begin - base;
             while done < end - base {
                 wait(from, PollFlags::IN, self.stopped)?;
@@ -266,12 +296,12 @@ impl Pouring<'_> {
                 if count == 0 {
                     return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "it became shorter meanwhile"));
                 }
-                self.gate.pass(|| to.write_all_at(&piece[..count], self.at + done))?;
+                self.write(done, || to.write_all_at(&piece[..count], self.at + done))?;
                 done += count as u64;
                 (self.progress)(done);
             }
         }
-        self.gate.pass(|| leave_out(to, self.at + done, length - done))?;
+        self.write(done, || leave_out(to, self.at + done, length - done))?;
         Ok(length)
     }
 
@@ -313,22 +343,33 @@ impl Pouring<'_> {
         while let Some((begin, end)) = next_data(from, self.at + done, self.at + self.most)? {
             done = begin - self.at;
             while done < end - self.at {
-                wait(to, PollFlags::OUT, self.stopped)?;
                 let wanted = (end - self.at - done).min(PIECE as u64) as usize;
                 let count = from.read_at(&mut piece[..wanted], self.at + done)?;
                 if count == 0 {
                     break;
                 }
-                let mut written = 0;
-                while written < count {
-                    written += rustix::io::pwrite(to, &piece[written..count], base + done + written as u64)?;
-                }
+                self.write_out(to, &piece[..count], base + done)?;
                 done += count as u64;
                 (self.progress)(done);
             }
         }
         ftruncate(to, base + self.most)?;
         Ok(self.most)
+    }
+
+    /// Writes all that into a client's regular file. What a file system of the client's own says it has taken is what it likes.
+    fn write_out(&self, to: &GivenFile, bytes: &[u8], at: u64) -> io::Result<()> {
+        let mut written = 0;
+        while written < bytes.len() {
+            wait(to, PollFlags::OUT, self.stopped)?;
+            match rustix::io::pwrite(to, &bytes[written..], at + written as u64) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => written += count,
+                Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 }
 

@@ -3,7 +3,7 @@
 
 use super::draft::{Draft, give};
 use super::folder::Beneath;
-use super::look::format_of;
+use crate::host::chain::format_of;
 use crate::host::given::next_data;
 use crate::host::image::{Images, named};
 use crate::host::workers::Stop;
@@ -40,8 +40,9 @@ impl<'a> Pace<'a> {
     }
 
     fn at(&self, done: u64, total: u64) -> io::Result<()> {
+        self.stop.check().map_err(io::Error::other)?;
         self.work.progress(done, total);
-        self.stop.check().map_err(io::Error::other)
+        Ok(())
     }
 }
 
@@ -299,12 +300,21 @@ pub fn wipe(file: &Beneath, how: Wiping, pace: &Pace) -> io::Result<()> {
     match how {
         Wiping::Zero => overwrite(file, length, &mut io::repeat(0), pace)?,
         Wiping::Random => overwrite(file, length, &mut random()?, pace)?,
-        Wiping::Discard if length > 0 => {
-            fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, 0, length)?;
-        }
-        Wiping::Discard => {}
+        Wiping::Discard => discard(file, length, pace)?,
     }
     file.sync_all()
+}
+
+/// Gives back all blocks of a file, which stays as long as it is.
+fn discard(file: &File, length: u64, pace: &Pace) -> io::Result<()> {
+    let mut at = 0;
+    while at < length {
+        pace.at(at, length)?;
+        let count = (length - at).min(SPAN * 16);
+        fallocate(file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, count)?;
+        at += count;
+    }
+    pace.at(length, length)
 }
 
 #[allow(clippy::disallowed_methods, reason = "the kernel's own")]

@@ -2,25 +2,11 @@
 //! and what it stands on; what it names is never opened.
 
 use super::folder::{Beneath, PoolFolder};
-use crate::host::chain::{self, Header};
+use crate::host::chain::{self, Header, format_of, read_some};
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 use virt_model::driver::storage::{BackingLook, KnownFormats, Survey, VolumeLook};
-
-/// Formats by their signs: so many bytes in, one of these.
-const SIGNS: &[(&str, u64, &[&[u8]])] = &[
-    ("qcow2", 0, &[b"QFI\xfb\0\0\0\x02", b"QFI\xfb\0\0\0\x03"]),
-    ("qcow", 0, &[b"QFI\xfb\0\0\0\x01"]),
-    ("qed", 0, &[b"QED\0"]),
-    ("luks", 0, &[b"LUKS\xba\xbe"]),
-    ("vmdk", 0, &[b"KDMV", b"COWD", b"# Disk Descripto"]),
-    ("vhdx", 0, &[b"vhdxfile"]),
-    ("vpc", 0, &[b"conectix"]),
-    ("vdi", 64, &[b"\x7f\x10\xda\xbe"]),
-    ("iso", 0x8001, &[b"CD001"]),
-];
 
 /// All volumes, and how much room there is.
 pub fn survey(folder: &PoolFolder, path: &Path, known: &KnownFormats) -> io::Result<Survey> {
@@ -73,7 +59,7 @@ fn header(file: &File, known: Option<&str>, path: &Path, look: &mut VolumeLook) 
     let begins = format_of(file)?;
     let format = known.or(begins).unwrap_or("raw");
     format.clone_into(&mut look.format);
-    if SIGNS.iter().any(|(name, ..)| *name == format) && begins != Some(format) && !matches!(format, "vpc" | "vmdk") {
+    if begins != Some(format) && !chain::is_of_format(file, format)? {
         return Err(io::Error::new(io::ErrorKind::InvalidData, format!("it does not begin as {format} does")));
     }
     look.capacity = capacity(file, format, look.physical)?;
@@ -87,18 +73,6 @@ fn header(file: &File, known: Option<&str>, path: &Path, look: &mut VolumeLook) 
         text,
     });
     Ok(())
-}
-
-/// The format of an image by its sign, if it has one.
-pub fn format_of(file: &File) -> io::Result<Option<&'static str>> {
-    for (format, at, signs) in SIGNS {
-        let mut begins = [0u8; 16];
-        let read = read_some(file, &mut begins, *at)?;
-        if signs.iter().any(|sign| begins[..read].starts_with(sign)) {
-            return Ok(Some(format));
-        }
-    }
-    Ok(None)
 }
 
 /// What a guest sees of it, in bytes; its length, where its header does not say it.
@@ -121,11 +95,10 @@ fn format_begins(file: &File, sign: &[u8; 4]) -> io::Result<bool> {
 }
 
 fn be32(file: &File, at: u64) -> io::Result<u32> {
-    let mut bytes = [0u8; 4];
-    read_some(file, &mut bytes, at)?;
-    Ok(u32::from_be_bytes(bytes))
+    Ok((be64(file, at)? >> 32) as u32)
 }
 
+/// Zeroes stay where there is nothing.
 fn be64(file: &File, at: u64) -> io::Result<u64> {
     let mut bytes = [0u8; 8];
     read_some(file, &mut bytes, at)?;
@@ -134,16 +107,4 @@ fn be64(file: &File, at: u64) -> io::Result<u64> {
 
 fn le64(file: &File, at: u64) -> io::Result<u64> {
     be64(file, at).map(u64::swap_bytes)
-}
-
-/// Reads as much as there is; zeroes stay where there is none.
-fn read_some(file: &File, buffer: &mut [u8], at: u64) -> io::Result<usize> {
-    let mut read = 0;
-    while read < buffer.len() {
-        match file.read_at(&mut buffer[read..], at + read as u64)? {
-            0 => break,
-            count => read += count,
-        }
-    }
-    Ok(read)
 }

@@ -34,6 +34,7 @@ use std::collections::HashMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::Duration;
 use tokio::sync::mpsc;
 use uuid::Uuid;
 use virt_model::driver::storage::{
@@ -45,6 +46,13 @@ use virt_model::storage::pool::{PoolDef, PoolKind};
 use virt_model::storage::source_formats;
 use virt_model::storage::volume::VolumeDef;
 use virt_model::xml::Finding;
+
+/// How long who reads a volume may take nothing: nobody else may write it meanwhile.
+const READER: Duration = Duration::from_secs(120);
+
+/// What the key of an encrypted volume takes, as bytes that are written: the tool tries how much work it can be, for seconds of a
+/// processor's time, which are long in coming on a busy host.
+const KEY: u64 = 512 << 20;
 
 /// By whose rights tools are run; asked anew for each, and may block.
 pub type ToolRights = Arc<dyn Fn() -> Result<Lender, DriverError> + Send + Sync>;
@@ -288,6 +296,7 @@ impl FolderPool {
             Content::Empty | Content::Overlay { .. } => new.allocation,
             _ => new.capacity.max(1 << 30),
         };
+        let bytes = if new.secret.is_some() { bytes.max(KEY) } else { bytes };
         let errand = self.long(&new.name, bytes, &**work);
         let (draft, rights, secrets, pool) = (draft.clone(), self.rights.clone(), self.secrets.clone(), self.pool);
         let (work, path) = (work.clone(), self.path.join(&new.name));
@@ -313,8 +322,7 @@ impl FolderPool {
 
     /// Fills a draft with what a client gives; how long that is.
     async fn pour(&self, draft: &Draft, name: &str, from: GivenFile, work: &Arc<dyn Work>) -> Result<u64, DriverError> {
-        let (tells, path) = (work.clone(), self.path.join(name));
-        let tell = move |done| tells.progress(done, 0);
+        let (tell, path) = (telling(work, 0), self.path.join(name));
         let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, false, work.cancelled(), tell).await;
         poured.map_err(|e| of_client_unless_cancelled(&path, &e, work))
     }
@@ -340,6 +348,12 @@ fn of_client_unless_cancelled(path: &Path, error: &io::Error, work: &Arc<dyn Wor
 /// What went wrong, unless it was told to stop.
 fn told(deed: &str, path: &Path, error: &io::Error, stop: &Stop) -> DriverError {
     stop.check().err().unwrap_or_else(|| failed(deed, path, error))
+}
+
+/// Tells how far it is with a client's file. A thread that waits for a client for ever keeps nothing of the work.
+fn telling(work: &Arc<dyn Work>, total: u64) -> impl Fn(u64) + Send + 'static {
+    let work = Arc::downgrade(work);
+    move |done| work.upgrade().into_iter().for_each(|work| work.progress(done, total))
 }
 
 /// How many bytes of a volume of that length are there from where a part begins. Error: that part is not all in it.
@@ -448,6 +462,7 @@ impl OpenPool for FolderPool {
         let chain: Vec<_> = [(path, volume.format.clone())].into_iter().chain(volume.below.iter().cloned()).collect();
         let (folder, volume) = (self.folder.clone(), volume.clone());
         let run = move |stop: &Arc<Stop>| {
+            let _until_the_end = work;
             let path = &chain[0].0;
             judged(folder.beneath(&volume.name).map_err(|e| failed("resize", path, &e))?, &volume, path)?;
             let images = FolderPool::images(&rights, pool, stop)?;
@@ -481,6 +496,7 @@ impl OpenPool for FolderPool {
         work.step();
         let (path, rights, pool) = (self.path.join(&wiped.name), self.rights.clone(), self.pool);
         let run = move |stop: &Arc<Stop>| {
+            let _until_the_end = work;
             let images = FolderPool::images(&rights, pool, stop)?;
             let _lent = images.lend(&[(path.clone(), true)])?;
             images.create(&path, &wiped.format, wiped.capacity)
@@ -517,8 +533,7 @@ impl OpenPool for FolderPool {
         let (file, length) = (Arc::new(from.0), from.1);
         let part = part.unwrap_or(Part { offset: 0, length: None });
         let total = part.length.unwrap_or(room_in(volume, length, &part)?);
-        let tells = work.clone();
-        let poured = given::pour_out(file, part.offset, total, to, sparse, move |done| tells.progress(done, total));
+        let poured = given::pour_out(file, part.offset, total, to, sparse, READER, telling(&work, total));
         tokio::select! {
             poured = poured => poured.map(drop).map_err(|e| of_client(&self.path.join(&volume.name), &e)),
             () = work.cancelled().cancelled() => Err(DriverError::Cancelled),
@@ -529,7 +544,9 @@ impl OpenPool for FolderPool {
         work.step();
         let (folder, volume, path) = (self.folder.clone(), volume.clone(), self.path.join(&volume.name));
         let errand = self.errand(&volume.name);
+        let kept = work.clone();
         let run = move |_: &Arc<Stop>| {
+            let _until_the_end = kept;
             let Some(found) = folder.beneath(&volume.name).map_err(|e| failed("delete", &path, &e))? else {
                 return Ok(());
             };
@@ -546,12 +563,12 @@ impl OpenPool for FolderPool {
         Ok(GivenFile::new(file, |file| crate::host::apart::close(file, || {})))
     }
 
-    async fn is_open_elsewhere(&self, name: &str) -> Result<bool, DriverError> {
+    async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError> {
         let (folder, path, name) = (self.folder.clone(), self.path.join(name), name.to_owned());
         let errand = self.errand(&name);
         let run = move |_: &Arc<Stop>| {
             let held = folder.beneath(&name).and_then(|found| match found {
-                Some(found) => lock::is_held(found.to_read()?.get()?, true),
+                Some(found) => lock::is_held(found.to_read()?.get()?, written),
                 None => Ok(false),
             });
             held.map_err(|e| failed("look at", &path, &e))
@@ -611,8 +628,7 @@ impl FolderPool {
         let shown = path.clone();
         let begin = move |_: &Arc<Stop>| Draft::begin(&folder, false).map_err(|e| failed("write", &shown, &e));
         let draft = Arc::new(self.workers.run(errand, begin).await?);
-        let tells = work.clone();
-        let tell = move |done| tells.progress(done, 0);
+        let tell = telling(&work, 0);
         let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, sparse, work.cancelled(), tell).await;
         let length = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         let errand = self.long(&volume.name, length, &*work);
@@ -651,9 +667,9 @@ impl FolderPool {
             Some(wanted) => (wanted, Most::First(wanted)),
             None => (room, Most::Within(room)),
         };
-        let (tells, file) = (work.clone(), Arc::new(file));
+        let file = Arc::new(file);
         work.step();
-        let (tell, path) = (move |done| tells.progress(done, wanted), self.path.join(&volume.name));
+        let (tell, path) = (telling(&work, wanted), self.path.join(&volume.name));
         let poured = given::pour_in(from, file.clone(), part.offset, most, sparse, work.cancelled(), tell).await;
         let count = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         if part.length.is_some() && count < wanted {
@@ -661,8 +677,10 @@ impl FolderPool {
             return Err(DriverError::Argument(text));
         }
         let errand = self.long(&volume.name, wanted, &*work);
-        let sync =
-            move |_: &Arc<Stop>| file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e));
+        let sync = move |_: &Arc<Stop>| {
+            let _until_the_end = work;
+            file.get().and_then(|file| file.sync_all()).map_err(|e| failed("write", &path, &e))
+        };
         self.workers.run(errand, sync).await
     }
 }

@@ -442,6 +442,14 @@ async fn what_is_sent_and_fetched_is_the_same() {
         assert!(told.contains(why) && told.is_empty() == why.is_empty(), "{offset}: {told}");
     }
     assert_eq!(room.look("b").await.capacity, end, "it is as long as it was");
+    // Who waits for a client for ever keeps nothing.
+    let (ear, mouth) = std::io::pipe().unwrap();
+    let cancelled = Arc::new(Steps { cancel_at: Some(1), ..Steps::default() });
+    let part = Some(Part { offset: 0, length: None });
+    let refused = room.pool.upload(&volume, given(ear), part, false, cancelled.clone()).await.unwrap_err();
+    assert!(matches!(refused, DriverError::Cancelled), "{refused}");
+    assert_eq!(Arc::strong_count(&cancelled), 1);
+    drop(mouth);
     let (ear, _mouth) = std::io::pipe().unwrap();
     let refused = room.pool.upload(&volume, given(ear), None, true, work()).await.unwrap_err();
     assert!(matches!(&refused, DriverError::Argument(text) if text.contains("sparse")), "{refused}");
@@ -646,20 +654,24 @@ async fn an_image_that_somebody_has_open_is_told() {
     }
     let room = Room::new().await;
     room.pool.create(new("a", "raw", 1 << 20, Content::Empty), work()).await.unwrap();
-    assert!(!room.pool.is_open_elsewhere("a").await.unwrap());
-    assert!(!room.pool.is_open_elsewhere("none").await.unwrap());
-    let mut io = Command::new("qemu-io")
-        .args(["-f", "raw"])
-        .arg(room.at("a"))
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut said = [0; 1];
-    io::Read::read_exact(&mut io.stdout.take().unwrap(), &mut said).unwrap();
-    assert!(room.pool.is_open_elsewhere("a").await.unwrap());
-    drop(io.stdin.take());
-    io.wait().unwrap();
+    assert!(!room.pool.is_open_elsewhere("a", true).await.unwrap());
+    assert!(!room.pool.is_open_elsewhere("none", true).await.unwrap());
+    // Who only reads it keeps it from being written, and not from being read.
+    for (how, writes) in [("-f", true), ("-rf", false)] {
+        let mut io = Command::new("qemu-io")
+            .args([how, "raw"])
+            .arg(room.at("a"))
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = [0; 1];
+        io::Read::read_exact(&mut io.stdout.take().unwrap(), &mut said).unwrap();
+        assert!(room.pool.is_open_elsewhere("a", true).await.unwrap(), "{how}");
+        assert_eq!(room.pool.is_open_elsewhere("a", false).await.unwrap(), writes, "{how}");
+        drop(io.stdin.take());
+        io.wait().unwrap();
+    }
 }
 
 #[tokio::test]

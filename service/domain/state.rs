@@ -225,11 +225,11 @@ impl State {
     /// Says which images it has; what is on its way counts as what runs.
     pub(super) fn tell_images(&self, users: &ImageUsers, uuid: Uuid) {
         if self.gone {
-            return users.are(uuid, &self.name, &[], &[]);
+            return users.are(uuid, &[], &[]);
         }
         let mut live: Vec<DiskImages> = self.live().into_iter().flat_map(|live| images_of(live)).collect();
         live.extend_from_slice(&self.coming_disks);
-        users.are(uuid, &self.name, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
+        users.are(uuid, &live, self.stored.as_ref().map_or(&[], |stored| &stored.disks));
     }
 
     /// Says what it needs of other objects; what is on its way counts as what runs.

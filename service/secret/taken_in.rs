@@ -31,6 +31,8 @@ enum Fate {
     Known,
     /// There is one, with another value.
     Other,
+    /// There is one without a value, which is not private.
+    Open(Uuid),
 }
 
 /// Takes in all that there are. One that cannot be is left alone, and that is said.
@@ -49,6 +51,14 @@ pub(crate) async fn take_in_files(shared: &Arc<Shared>, secrets: &Arc<Secrets>) 
             Ok(Fate::Other) => {
                 tracing::warn!(
                     "the secret {name} has a value of its own: the file of that name is left alone, and means nothing"
+                );
+                continue;
+            }
+            Ok(Fate::Open(uuid)) => {
+                tracing::warn!(
+                    "the file of the secret {name} is left alone: there is a secret of that name, {uuid}, which is not private, \
+                     and its readers would have what the administrator keeps; define that one with private='yes', or undefine \
+                     it, and restart virtd"
                 );
                 continue;
             }
@@ -100,6 +110,8 @@ async fn take_in(
             Some(_) => Ok(Fate::Other),
             // In memory alone it would end with virtd.
             None if secret.is_broken() || lock(&secret.state).def.is_ephemeral() => Ok(Fate::Other),
+            // Nobody could read the file by the bus.
+            None if !lock(&secret.state).def.is_private() => Ok(Fate::Open(secret.uuid)),
             None => {
                 secret.keep(value.clone()).await.map_err(refused)?;
                 opens(keeper, secret.uuid, &value).await?;

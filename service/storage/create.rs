@@ -14,6 +14,7 @@ use std::sync::Arc;
 use virt_model::device::source::{EncryptionFormat, SecretRef};
 use virt_model::driver::GivenFile;
 use virt_model::driver::storage::{Content, NewVolume, Preallocation, Qcow2Options, Reflink};
+use virt_model::secret::{SecretName, UsageKind};
 use virt_model::storage::check_volume_name;
 use virt_model::storage::volume::{VolumeDef, VolumeKind};
 
@@ -152,9 +153,10 @@ impl Pool {
         if encryption.is_some_and(|how| !matches!(how.format, EncryptionFormat::Luks | EncryptionFormat::Default)) {
             return Err(unsupported("volumes are encrypted by luks".to_owned()));
         }
-        let secret = encryption.and_then(|how| how.secrets.first()).map(named_by);
+        let secret = encryption.and_then(|how| how.secrets.first()).and_then(named_by);
         if encryption.is_some() && secret.is_none() {
-            return Err(unsupported("say with which <secret> it is encrypted".to_owned()));
+            let text = "say with which <secret> it is encrypted: by its uuid, or by the usage of one for volumes";
+            return Err(unsupported(text.to_owned()));
         }
         let format = match (def.format(), encryption.is_some()) {
             ("raw", true) => "luks",
@@ -237,9 +239,8 @@ impl Pool {
             new.secret = secret;
             self.refuse_to_make(&new.name, if new.preallocation.writes_all() { new.capacity } else { new.allocation })?;
             volume.begin(caller, verb, departs, move |volume, work| async move {
-                let mut _kept = None;
                 if let Some(base) = &base {
-                    _kept = Some(base.kept_for("put something on").await?);
+                    work.holds(base.kept_for("put something on").await?);
                     base.refuse_written("put something on", &[base.path()]).await?;
                     base.still_on(&below)?;
                     stand_on(&mut new, base)?;
@@ -276,19 +277,18 @@ impl Volume {
             let below = if reads_below { source.below_for(caller).await? } else { Vec::new() };
             let source = source.clone();
             volume.begin(caller, verb, departs, move |volume, work| async move {
-                let _kept = source.kept_for("clone").await?;
+                work.holds(source.kept_for("clone").await?);
                 source.refuse_while_written("clone").await?;
                 if reads_below {
                     source.still_on(&below)?;
                     source.refuse_written("clone", &below).await?;
                 }
-                let mut new = source.copy_of(&volume.name, &options).await?;
+                let new = source.copy_of(&volume.name, &options).await?;
                 work.puts_on(match &new.content {
                     Content::Overlay { base, .. } => Some(base.clone()),
                     Content::Copy { .. } => source.pool.noted_base(&source.look()?),
                     _ => None,
                 });
-                new.secret = options.secret;
                 volume.pool.refuse_to_make(&new.name, 0)?;
                 let _needed = volume.needs(new.secret.as_deref());
                 let made = volume.pool.opened()?.create(new, work).await;
@@ -378,10 +378,11 @@ fn empty(name: &str, format: &str, capacity: u64) -> NewVolume {
     }
 }
 
-/// How a secret is named: by its uuid, or by what it is for.
-fn named_by(secret: &SecretRef) -> String {
-    match secret.uuid {
-        Some(uuid) => uuid.to_string(),
-        None => secret.usage.clone().unwrap_or_default(),
+/// The word by which a document names the secret of a volume ([`SecretName::of_volume`]).
+fn named_by(secret: &SecretRef) -> Option<String> {
+    match SecretName::of(secret, UsageKind::Volume)? {
+        SecretName::Uuid(uuid) => Some(uuid.to_string()),
+        SecretName::Usage(UsageKind::Volume, usage) => Some(usage.into()),
+        SecretName::Usage(..) => None,
     }
 }

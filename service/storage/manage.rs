@@ -5,13 +5,14 @@ use super::{NOTED, Note, Noted, OwnWork, Phase, Pool, StartPool, State, Volume, 
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::fail_point;
+use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable as _};
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
 use crate::shared::{Shared, virtd_itself};
 use crate::store::{Folder, FoundDocument, on_disk};
 use crate::{Service, verb};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -20,6 +21,9 @@ use uuid::Uuid;
 use virt_model::driver::storage::{FileId, PoolAbility, Room};
 use virt_model::storage::pool::PoolDef;
 use virt_model::xml::{Finding, FindingKind, Limits, shorten};
+
+/// How many may ask at a time what something done to a pool's volumes would meet.
+const CHECKS: usize = 2;
 
 impl Service {
     /// The pool with this uuid, written with or without dashes.
@@ -182,6 +186,7 @@ fn enter(
         turns: Mutex::new(HashMap::new()),
         notes: Mutex::default(),
         kept: Mutex::new(HashMap::new()),
+        checks: FairPlaces::new(CHECKS, 1),
         state: Mutex::new(state),
         real: Mutex::default(),
     });
@@ -195,7 +200,8 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
     let on = shared.clone();
     let found = on_disk(move || on.store.documents(Folder::Pools).load::<Note>()).await?;
     let on = shared.clone();
-    let active: BTreeSet<Uuid> = on_disk(move || on.store.active_pools().uuids()).await?.into_iter().collect();
+    let active = on_disk(move || on.store.active_pools().load::<Note>()).await?.into_iter();
+    let mut active: HashMap<Uuid, _> = active.map(|found| (found.uuid, found.text)).collect();
     for FoundDocument { uuid, text, note } in found {
         let read = text.and_then(|text| {
             PoolDef::parse_within(&text, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))
@@ -224,13 +230,14 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
             }
         };
         // Without what is noted a guest's disk would be what the guest says that it is.
-        let opens = broken.is_none() && active.contains(&uuid);
+        let opens = active.remove(&uuid).filter(|_| broken.is_none());
         pools.registry.claim(uuid, &def.name, note.owner, usize::MAX)?;
         let pool = enter(shared, pools, def, broken, note, noted);
         pool.commit(Vec::new(), |_| {});
         pool.tell_needs();
-        if opens {
-            tokio::spawn(async move { pool.opens_again().await });
+        if let Some(text) = opens {
+            let def = pool.active_as(text);
+            tokio::spawn(async move { pool.opens_again(def).await });
         }
     }
     listen(shared, pools);
@@ -238,11 +245,28 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
 }
 
 impl Pool {
-    /// It was active when virtd was last here.
-    async fn opens_again(self: Arc<Self>) {
+    /// With which definition it was active, by what was written of that.
+    fn active_as(&self, text: std::result::Result<String, String>) -> Arc<PoolDef> {
+        let stored = super::lock(&self.state).def.clone();
+        let read = text.and_then(|text| {
+            PoolDef::parse_within(&text, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))
+        });
+        match read {
+            Ok(def) if def.uuid == self.uuid && def.write() != stored.write() => Arc::new(def),
+            Ok(_) => stored,
+            Err(why) => {
+                let uuid = self.uuid;
+                tracing::warn!(%uuid, "a pool is active as it is stored: how it was made active cannot be read: {why}");
+                stored
+            }
+        }
+    }
+
+    /// It was active, as that definition says, when virtd was last here.
+    async fn opens_again(self: Arc<Self>, def: Arc<PoolDef>) {
         let cancel = CancellationToken::new();
         let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else { return };
-        if let Err(error) = self.bring_up(StartPool::default(), &OwnWork(cancel)).await {
+        if let Err(error) = self.bring_up(def, StartPool::default(), &OwnWork(cancel)).await {
             tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");
         }
     }

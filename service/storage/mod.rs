@@ -27,6 +27,7 @@ use crate::error::{Error, Result};
 use crate::events::{Event, Happened};
 use crate::facts::{ObjectFacts, PoolFacts, VolumeFacts, published};
 use crate::fail_point;
+use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable};
 use crate::images::Taken;
 use crate::job::{Job, Ticket};
@@ -40,8 +41,9 @@ use crate::turn::Turn;
 use crate::uses::{Need, Needed};
 use crate::verb::{self, Verb, When};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -69,6 +71,8 @@ pub struct Pool {
     notes: Mutex<()>,
     /// Volumes that are kept as they are, as long as somebody reads them.
     kept: Mutex<HashMap<Arc<str>, Weak<Taken>>>,
+    /// Places of those who only ask what a verb would meet: nothing that is done to it waits behind them.
+    checks: Arc<FairPlaces<u32>>,
     state: Mutex<State>,
     /// Its folder as its definition has it, and where that led when it was opened: machines may name its files so, too. It is held
     /// for moments, and nothing else is locked meanwhile.
@@ -122,17 +126,20 @@ impl Phase {
 /// A volume.
 struct Row {
     look: VolumeLook,
-    /// Something is done to it.
-    busy: bool,
+    /// How many jobs are at it.
+    jobs: usize,
     /// As last published.
     facts: Option<Arc<VolumeFacts>>,
 }
 
 /// What is noted of a file.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Noted {
     format: String,
     owner: u32,
+    /// Its format is what its header said when it was last written, and is noted for as long as it is incomplete.
+    #[serde(default)]
+    probed: bool,
     /// What was being written to it was cut off.
     #[serde(default)]
     incomplete: bool,
@@ -142,6 +149,9 @@ struct Noted {
     /// What it was put on when it was made. Its header says that, too, and is no wish of anybody's: who writes the file writes it.
     #[serde(default)]
     base: Option<PathBuf>,
+    /// The volume that it is, while it stands on that.
+    #[serde(default)]
+    stands: Option<String>,
     /// What opens it, where that is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     secret: Option<NotedSecret>,
@@ -253,11 +263,26 @@ struct JobWork {
     /// What a volume that it makes stands on.
     base: Mutex<Option<PathBuf>>,
     told: Mutex<Option<Instant>>,
+    /// What it changes may be changed already.
+    begun: AtomicBool,
+    /// Files that are not free before it has ended, and each thread of it that may still change one.
+    held: Mutex<Vec<Arc<Taken>>>,
 }
 
 impl JobWork {
     fn new(job: Arc<Job>, pool: Arc<Pool>, owner: u32) -> Arc<JobWork> {
-        Arc::new(JobWork { job, pool, owner, base: Mutex::default(), told: Mutex::default() })
+        let (base, told, begun, held) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
+        Arc::new(JobWork { job, pool, owner, base, told, begun, held })
+    }
+
+    /// A file is not free before it has ended.
+    fn holds(&self, taken: impl Into<Arc<Taken>>) {
+        lock(&self.held).push(taken.into());
+    }
+
+    /// Whether what it changes may be changed already.
+    fn has_begun(&self) -> bool {
+        self.begun.load(Ordering::SeqCst)
     }
 
     /// What it makes is put on that.
@@ -268,6 +293,7 @@ impl JobWork {
 
 impl Work for JobWork {
     fn progress(&self, done: u64, total: u64) {
+        self.begun.store(true, Ordering::SeqCst);
         let mut told = lock(&self.told);
         // Of a client's stream nobody knows how long it is: it may come byte by byte.
         if (total == 0 || done < total) && told.is_some_and(|told| told.elapsed() < PACE) {
@@ -286,7 +312,8 @@ impl Work for JobWork {
         let (owner, before) = self.pool.noted_of(name).unwrap_or((self.owner, None));
         let secret = secret.map(|named| NotedSecret { volume: name.to_owned(), named: named.to_owned() }).or(before);
         let base = lock(&self.base).clone();
-        let noted = Noted { format: format.to_owned(), owner, incomplete: false, capacity: 0, base, secret };
+        let stands = base.as_ref().map(|_| name.into());
+        let noted = Noted { format: format.to_owned(), owner, base, stands, secret, ..Noted::default() };
         self.pool.note(id, Some(noted)).map_err(|e| DriverError::Storage(e.to_string()))
     }
 
@@ -372,7 +399,10 @@ impl Pool {
             Ok(())
         })
         .await?
-        .and_then_run(move |pool, work| async move { pool.bring_up(options, &*work).await })
+        .and_then_run(move |pool, work| async move {
+            let def = lock(&pool.state).def.clone();
+            pool.bring_up(def, options, &*work).await
+        })
     }
 
     /// Looks at all of it anew.
@@ -424,7 +454,7 @@ impl Pool {
         frames::short(self, caller, &verb::POOL_DESTROY, async {
             let (open, busy) = {
                 let state = lock(&self.state);
-                let busy = state.volumes.iter().find(|(_, row)| row.busy).map(|(name, _)| name.clone());
+                let busy = state.volumes.iter().find(|(_, row)| row.jobs > 0).map(|(name, _)| name.clone());
                 (state.open.clone(), busy)
             };
             if let Some(volume) = busy {
@@ -437,8 +467,13 @@ impl Pool {
             if let Some(open) = open {
                 open.close().await.map_err(|e| self.failed("stop", e))?;
             }
-            let (shared, uuid) = (self.shared.clone(), self.uuid);
-            on_disk(move || shared.store.active_pools().remove(uuid)).await?;
+            let pool = self.clone();
+            on_disk(move || {
+                // What stands on what is asked of the notes from now on.
+                pool.save_noted(|_| {}).unwrap_or_else(|e| tracing::warn!(uuid = %pool.uuid, "{e}"));
+                pool.shared.store.active_pools().remove(pool.uuid)
+            })
+            .await?;
             fail_point::reached();
             self.commit(vec![("stopped", "destroyed")], State::is_inactive);
             Ok(())
@@ -542,9 +577,8 @@ impl Pool {
         .await
     }
 
-    /// Makes it usable. For who has the turn.
-    async fn bring_up(self: &Arc<Self>, options: StartPool, work: &dyn Work) -> Result<()> {
-        let def = lock(&self.state).def.clone();
+    /// Makes it usable, as that definition says. For who has the turn.
+    async fn bring_up(self: &Arc<Self>, def: Arc<PoolDef>, options: StartPool, work: &dyn Work) -> Result<()> {
         self.commit(Vec::new(), |state| state.phase = Phase::Starting);
         let started = async {
             if options.build {
@@ -597,6 +631,9 @@ impl Pool {
             lock(&self.state).volumes.keys().filter(|name| !there.contains(*name)).cloned().collect();
         self.take_in(survey.volumes, gone, |state| {
             (state.room, state.unnameable, state.refreshed_usec) = (survey.room, survey.unnameable, now_usec());
+            let there: HashSet<FileId> = state.volumes.values().map(|row| row.look.id).collect();
+            let gone = state.noted.iter_mut().filter(|(id, _)| !there.contains(*id));
+            gone.for_each(|(_, noted)| noted.stands = None);
         });
         Ok(())
     }
@@ -642,19 +679,26 @@ impl Pool {
 
     /// Notes something of a file, or that nothing is known any more. Blocks.
     fn note(&self, id: FileId, noted: Option<Noted>) -> Result<()> {
+        self.save_noted(|all| {
+            match noted {
+                Some(noted) => all.insert(id, noted),
+                None => all.remove(&id),
+            };
+        })
+    }
+
+    /// Changes what is noted of files. Blocks.
+    fn save_noted(&self, change: impl FnOnce(&mut HashMap<FileId, Noted>)) -> Result<()> {
         let _writing = lock(&self.notes);
         let all = {
             let mut state = lock(&self.state);
-            match noted {
-                Some(noted) => state.noted.insert(id, noted),
-                None => state.noted.remove(&id),
-            };
+            change(&mut state.noted);
             let mut all: Vec<(FileId, Noted)> = state.noted.iter().map(|(id, noted)| (*id, noted.clone())).collect();
             all.sort_by_key(|(id, _)| *id);
             all
         };
         let saved = self.shared.store.documents(Folder::Pools).save_beside(self.uuid, NOTED, &all);
-        self.tell_needs();
+        self.tell_noted_needs();
         saved
     }
 
@@ -668,6 +712,12 @@ impl Pool {
 
     /// Says which secrets open its volumes, active or not.
     fn tell_needs(&self) {
+        let _writing = lock(&self.notes);
+        self.tell_noted_needs();
+    }
+
+    /// The same for who holds its notes: what is told last is what is so last.
+    fn tell_noted_needs(&self) {
         let needs: Vec<Need> = {
             let state = lock(&self.state);
             let noted = state.noted.values().filter(|_| !state.gone);
@@ -679,19 +729,11 @@ impl Pool {
     /// Volumes are so, and these are gone.
     fn take_in(self: &Arc<Self>, looks: Vec<VolumeLook>, gone: Vec<Arc<str>>, change: impl FnOnce(&mut State)) {
         let touched: BTreeSet<Arc<str>> = looks.iter().map(|look| (*look.name).into()).chain(gone.clone()).collect();
+        let names = touched.clone();
         self.commit_volumes(Vec::new(), touched, |state| {
-            for name in &gone {
-                state.leave(name);
-            }
-            for look in looks {
-                match state.volumes.get_mut(&*look.name) {
-                    Some(row) => row.look = look,
-                    None => {
-                        let row = Row { look, busy: false, facts: None };
-                        state.volumes.insert((*row.look.name).into(), row);
-                    }
-                }
-            }
+            gone.iter().for_each(|name| _ = state.volumes.remove(name));
+            looks.into_iter().for_each(|look| state.enter(look));
+            state.stand_no_more(&names);
             change(state);
         });
     }
@@ -792,9 +834,29 @@ impl State {
         (self.room, self.unnameable) = (Room::default(), 0);
     }
 
-    /// A volume is not there any more.
-    fn leave(&mut self, name: &str) {
-        self.volumes.remove(name);
+    /// A volume is there, and so.
+    fn enter(&mut self, look: VolumeLook) {
+        if let Some(noted) = self.noted.get_mut(&look.id) {
+            let says = look.backing.as_ref().and_then(|backing| backing.place.as_ref());
+            noted.stands = noted.base.as_ref().filter(|base| says == Some(*base)).map(|_| look.name.clone());
+        }
+        match self.volumes.get_mut(&*look.name) {
+            Some(row) => row.look = look,
+            None => {
+                let row = Row { look, jobs: 0, facts: None };
+                self.volumes.insert((*row.look.name).into(), row);
+            }
+        }
+    }
+
+    /// What has had one of these names, and is another file now or none, stands on nothing.
+    fn stand_no_more(&mut self, names: &BTreeSet<Arc<str>>) {
+        for (id, noted) in &mut self.noted {
+            let has_left = |name: &String| {
+                names.contains(&**name) && self.volumes.get(&**name).is_none_or(|row| row.look.id != *id)
+            };
+            noted.stands = noted.stands.take().filter(|name| !has_left(name));
+        }
     }
 
     /// What was last published of these.

@@ -76,17 +76,17 @@ impl Pools {
         .collect()
     }
 
-    /// The images that volumes were put on, each with one of those.
+    /// The volumes that were put on others, each with its base.
     pub fn noted_chains(&self) -> Vec<Chain> {
-        let mut bases = BTreeMap::new();
+        let mut chains = Vec::new();
         for pool in self.registry.all() {
+            let target = pool.target();
             for (base, name) in pool.noted_bases() {
-                bases
-                    .entry(base)
-                    .or_insert_with(|| format!("{} of pool '{}'", ObjectKind::Volume.named(&name), pool.name));
+                let whose = format!("{} of pool '{}'", ObjectKind::Volume.named(&name), pool.name);
+                chains.push(Chain::of_volume(whose, target.join(&*name), base));
             }
         }
-        bases.into_iter().map(|(base, whose)| Chain::of_one(whose, base)).collect()
+        chains
     }
 
     /// The pool in which a file is a volume, and its name there.
@@ -115,6 +115,10 @@ impl Pools {
         for pool in self.registry.all() {
             for (_, names) in by_folder.iter().filter(|(folder, _)| pool.is_in(folder)) {
                 pool.commit_volumes(Vec::new(), names.clone(), |_| {});
+            }
+            // Who has an image in a folder of its folder uses the pool, and no volume.
+            if by_folder.keys().any(|folder| !pool.is_in(folder) && pool.is_above(folder)) {
+                pool.commit(Vec::new(), |_| {});
             }
         }
     }

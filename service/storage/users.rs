@@ -1,7 +1,7 @@
 //! Who needs a pool or a volume: machines by their disks and snapshots, volumes that stand on others, and who has an image open and
 //! is none of ours. Nothing in use is taken away.
 
-use super::{Pool, Row, State};
+use super::{Noted, Pool, Row, State};
 use crate::error::{Error, Result};
 use crate::facts::VolumeFacts;
 use crate::images::Fate;
@@ -47,15 +47,12 @@ impl Pool {
         lock(&self.state).noted.get(&look.id)?.base.clone()
     }
 
-    /// What volumes were put on when they were made, and stand on still.
+    /// What volumes were put on when they were made, and stand on still, or did when the pool was last read: files stay where they
+    /// are while it is stopped, and until it is read anew.
     pub(super) fn noted_bases(&self) -> Vec<(PathBuf, Arc<str>)> {
         let state = lock(&self.state);
-        let on = |(name, row): (&Arc<str>, &Row)| {
-            let base = state.noted.get(&row.look.id)?.base.as_ref()?;
-            let says = row.look.backing.as_ref()?.place.as_ref()?;
-            (says == base).then(|| (base.clone(), name.clone()))
-        };
-        state.volumes.iter().filter_map(on).collect()
+        let on = |noted: &Noted| Some((noted.base.clone()?, noted.stands.as_deref()?.into()));
+        state.noted.values().filter(|_| !state.gone).filter_map(on).collect()
     }
 
     /// Who needs something below a folder.
@@ -87,6 +84,13 @@ impl Pool {
         target == folder || self.real_of(&target).as_deref() == Some(folder)
     }
 
+    /// Whether a folder is in that of its volumes, however deep.
+    pub(super) fn is_above(&self, folder: &Path) -> bool {
+        let target = self.target();
+        let real = self.real_of(&target);
+        !target.as_os_str().is_empty() && [Some(target), real].iter().flatten().any(|above| folder.starts_with(above))
+    }
+
     /// Who needs this pool.
     pub(super) fn users(&self) -> Vec<User> {
         self.users_below(&self.target())
@@ -108,14 +112,14 @@ impl Pool {
         match &user.object {
             ObjectRef::Volume(_, name) => format!("{} ({})", ObjectKind::Volume.named(name), user.how),
             ObjectRef::Foreign => "another process (fuser tells which)".to_owned(),
-            _ => self.shared.image_users.called(user),
+            _ => self.shared.images.called(user),
         }
     }
 
     /// Who needs a volume, looked up now: strangers, too.
     pub(super) async fn users_now(&self, name: &str) -> Result<Vec<User>> {
         let mut users = self.users_at(&self.target().join(name));
-        let strangers = self.opened()?.is_open_elsewhere(name).await.map_err(|e| self.failed("look at", e))?;
+        let strangers = self.opened()?.is_open_elsewhere(name, true).await.map_err(|e| self.failed("look at", e))?;
         // A guest of ours has it open itself.
         if strangers && !users.iter().any(|user| user.how == Usage::Live) {
             users.push(User { object: ObjectRef::Foreign, place: String::new(), how: Usage::Foreign });
@@ -131,8 +135,21 @@ impl Pool {
         fate: Fate,
         counts: impl Fn(&User) -> bool,
     ) -> Result<Vec<User>> {
-        let path = self.target().join(name);
         let users = self.users_now(name).await?;
+        self.refuse_used(deed, name, fate, &users, counts).await?;
+        Ok(users)
+    }
+
+    /// The same where its users have been looked up.
+    pub(super) async fn refuse_used(
+        &self,
+        deed: &str,
+        name: &str,
+        fate: Fate,
+        users: &[User],
+        counts: impl Fn(&User) -> bool,
+    ) -> Result<()> {
+        let path = self.target().join(name);
         let volume = ObjectKind::Volume.named(name);
         let named: Vec<String> = users.iter().filter(|user| counts(user)).map(|user| self.called(user)).collect();
         if !named.is_empty() {
@@ -144,17 +161,17 @@ impl Pool {
         if !machines.is_empty() {
             return Err(Error::InUse(format!("cannot {deed} {volume}: it is used by {}", machines.join(", "))));
         }
-        // What snapshots froze, and what block jobs write.
-        let chains = self.shared.images.snapshots_on(&path, fate).await;
+        // What snapshots froze, what block jobs write, and what stands on it and is no volume of an active pool.
+        let chains = self.shared.images.who_stands_on(&path, fate).await;
         match chains.is_empty() {
-            true => Ok(users),
+            true => Ok(()),
             false => Err(Error::InUse(format!("cannot {deed} {volume}: it is what {} stands on", chains.join(", ")))),
         }
     }
 
     /// All that is published of a volume.
     pub(super) fn volume_facts(&self, state: &State, name: &Arc<str>) -> Option<VolumeFacts> {
-        let Row { look, busy, .. } = state.volumes.get(name)?;
+        let Row { look, jobs, .. } = state.volumes.get(name)?;
         let noted = state.noted.get(&look.id);
         let path = state.target().join(&**name);
         let place = look.backing.as_ref().and_then(|backing| backing.place.clone());
@@ -178,7 +195,7 @@ impl Pool {
             problem("incomplete", "what was written to it was cut off: write it again, or delete it".to_owned());
         }
         let volume_state = match () {
-            () if *busy => "busy",
+            () if *jobs > 0 => "busy",
             () if look.broken.is_some() => "broken",
             () if incomplete => "incomplete",
             () => "ready",

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 use tokio_util::sync::CancellationToken;
 use virt_model::device::source::{Encryption, EncryptionFormat, SecretKind, SecretRef};
-use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping, Work};
+use virt_model::driver::storage::{NewSize, OpenPool, Part, VolumeAt, VolumeLook, Wiping};
 use virt_model::driver::{DriverError, GivenFile};
 use virt_model::secret::SecretName;
 use virt_model::storage::volume::{VolumeBacking, VolumeDef, VolumeKind, VolumeTarget};
@@ -219,20 +219,20 @@ impl Volume {
     /// Removes it. `force`: also where stored configurations name it; `with_snapshots`: also with snapshots in it.
     pub async fn delete(self, caller: &Caller, force: bool, with_snapshots: bool, departs: bool) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_DELETE, departs, move |volume, work| async move {
-            let _alone = volume.alone("delete").await?;
-            volume.refuse_to_delete(force, with_snapshots).await?;
+            work.holds(volume.alone("delete").await?);
+            let users = volume.pool.users_now(&volume.name).await?;
+            volume.refuse_to_delete(&users, force, with_snapshots).await?;
             let (open, at) = (volume.pool.opened()?, volume.only()?);
             open.delete(&at, work).await.map_err(|e| volume.failed("delete", e))?;
             let pool = volume.pool.clone();
-            on_disk(move || pool.note(at.id, None)).await?;
-            volume.looked_at().await
+            on_disk(move || pool.note(at.id, None)).await
         })
         .await
     }
 
-    async fn refuse_to_delete(&self, force: bool, with_snapshots: bool) -> Result<Vec<User>> {
+    async fn refuse_to_delete(&self, users: &[User], force: bool, with_snapshots: bool) -> Result<()> {
         let counts = |user: &User| !force || user.how != Usage::Config;
-        let users = self.pool.refuse_in_use("delete", &self.name, Fate::Removed, counts).await?;
+        self.pool.refuse_used("delete", &self.name, Fate::Removed, users, counts).await?;
         let look = self.look()?;
         if look.snapshots > 0 && !with_snapshots {
             let (count, name) = (look.snapshots, &self.name);
@@ -241,16 +241,23 @@ impl Volume {
             );
             return Err(Error::OperationInvalid(text));
         }
-        Ok(users)
+        Ok(())
     }
 
     /// What deleting it would meet.
     pub async fn check_delete(&self, caller: &Caller, force: bool, with_snapshots: bool) -> Result<StorageCheck> {
         frames::beside(self, caller, &verb::CHECK_VOLUME_DELETE, async {
             let (look, path) = (self.look()?, self.path());
-            let refusal = self.refuse_to_delete(force, with_snapshots).await.err();
-            // Where it cannot be looked, the refusal says so.
-            let mut users = self.pool.users_now(&self.name).await.unwrap_or_else(|_| self.pool.users_at(&path));
+            // Everybody may ask.
+            let _place = self.pool.checks.take(&caller.uid).await;
+            let (mut users, refusal) = match self.pool.users_now(&self.name).await {
+                Ok(users) => {
+                    let refusal = self.refuse_to_delete(&users, force, with_snapshots).await.err();
+                    (users, refusal)
+                }
+                // Where it cannot be looked, the refusal says so.
+                Err(error) => (self.pool.users_at(&path), Some(error)),
+            };
             users.extend(self.shared().images.snapshot_users(&path).await);
             let broken = users.iter().filter(|user| matches!(user.how, Usage::Config | Usage::Snapshot));
             let breaks: BTreeSet<ObjectRef> = broken.map(|user| user.object.clone()).collect();
@@ -264,7 +271,7 @@ impl Volume {
     /// Gives it another size.
     pub async fn resize(self, caller: &Caller, to: NewCapacity) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
-            let _alone = volume.alone("resize").await?;
+            work.holds(volume.alone("resize").await?);
             volume.refuse_to_change("resize").await?;
             let size = NewSize { capacity: to.capacity, shrink: to.shrink, allocate: to.allocate };
             let resized = volume.pool.opened()?.resize(&volume.at()?, size, work).await;
@@ -276,14 +283,12 @@ impl Volume {
     /// Overwrites all that it holds.
     pub async fn wipe(self, caller: &Caller, how: Wiping, departs: bool) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_WIPE, departs, move |volume, work| async move {
-            let _alone = volume.alone("wipe").await?;
+            work.holds(volume.alone("wipe").await?);
             volume.refuse_to_change("wipe").await?;
             volume.refuse_to_lose_by_wiping()?;
-            let at = volume.whole()?;
-            volume.is_incomplete(&at, true).await?;
-            let wiped = volume.pool.opened()?.wipe(&at, how, work).await;
-            wiped.map_err(|e| volume.failed("wipe", e))?;
-            volume.is_incomplete(&at, false).await
+            let (open, at) = (volume.pool.opened()?, volume.whole()?);
+            let wiped = volume.overwritten(&at, &work, open.wipe(&at, how, work.clone())).await;
+            wiped.map_err(|e| volume.failed("wipe", e))
         })
         .await
     }
@@ -298,19 +303,14 @@ impl Volume {
         departs: bool,
     ) -> Result<Ticket> {
         self.job(caller, &verb::VOLUME_UPLOAD, departs, move |volume, work| async move {
-            let _alone = volume.alone("overwrite").await?;
+            work.holds(volume.alone("overwrite").await?);
             volume.refuse_to_change("overwrite").await?;
             let open = volume.pool.opened()?;
             let at = if part.is_some() { volume.whole()? } else { volume.only()? };
-            if part.is_some() {
-                volume.is_incomplete(&at, true).await?;
-            }
-            let written = open.upload(&at, from, part, sparse, work).await;
+            let upload = open.upload(&at, from, part, sparse, work.clone());
+            let written = if part.is_some() { volume.overwritten(&at, &work, upload).await } else { upload.await };
             written.map_err(|e| volume.failed("overwrite", e))?;
-            match part {
-                Some(_) => volume.is_incomplete(&at, false).await,
-                None => volume.is_replaced(&at).await,
-            }
+            if part.is_none() { volume.is_replaced(&at).await } else { Ok(()) }
         })
         .await
     }
@@ -324,11 +324,24 @@ impl Volume {
         sparse: bool,
         departs: bool,
     ) -> Result<Ticket> {
-        self.job(caller, &verb::VOLUME_DOWNLOAD, departs, move |volume, work| async move {
-            let _kept = volume.kept("read").await?;
+        let (volume, verb) = (Arc::new(self), &verb::VOLUME_DOWNLOAD);
+        let owner = caller.uid;
+        let begin = move |volume: Arc<Volume>, job| async move {
+            volume.applies(verb)?;
+            let work = JobWork::new(job, volume.pool.clone(), owner);
+            work.holds(volume.kept("read").await?);
             volume.refuse_while_written("read").await?;
-            let read = volume.pool.opened()?.download(&volume.whole()?, to, part, sparse, work).await;
-            read.map_err(|e| volume.failed("read", e))
+            Ok::<_, Error>((volume.pool.opened()?, volume.whole()?, work))
+        };
+        // It is kept as it is: who reads it need not keep others who do from their turn, for as long as a client likes.
+        let read = move |volume: Arc<Volume>, _, (open, at, work): (Arc<dyn OpenPool>, VolumeAt, Arc<JobWork>)| async move {
+            volume.is_busy(true);
+            let read = open.download(&at, to, part, sparse, work.clone()).await;
+            volume.ends(read.map_err(|e| volume.failed("read", e))).await
+        };
+        frames::accepted(&*volume, caller, verb, async {
+            frames::allow(&*volume, caller, verb.action).await?;
+            Ok(volume.opens_job(caller, verb, departs)?.run_beyond(begin, read))
         })
         .await
     }
@@ -367,23 +380,19 @@ impl Volume {
 
     /// Refuses to read it while somebody writes it: what is read would be of no one moment.
     pub(super) async fn refuse_while_written(&self, deed: &str) -> Result<()> {
-        let users = self.pool.users_at(&self.path());
         let open = self.pool.opened()?;
-        let strangers = open.is_open_elsewhere(&self.name).await.map_err(|e| self.failed("look at", e))?;
-        let mut writers: Vec<String> =
-            users.iter().filter(|user| user.how == Usage::Live).map(|user| self.pool.called(user)).collect();
-        if writers.is_empty() {
-            // By other names of its file, and those that are about to have it.
-            writers = self.shared().images.machines_on(&self.path(), true).await;
-        }
+        let strangers = open.is_open_elsewhere(&self.name, false).await.map_err(|e| self.failed("look at", e))?;
+        let mut writers = self.shared().images.writers_of(&self.path()).await;
         if strangers && writers.is_empty() {
             writers.push("another process (fuser tells which)".to_owned());
         }
         match writers.is_empty() {
             true => Ok(()),
-            false => {
-                Err(Error::InUse(format!("cannot {deed} volume '{}': it is used by {}", self.name, writers.join(", "))))
-            }
+            false => Err(Error::InUse(format!(
+                "cannot {deed} volume '{}': it is written by {}",
+                self.name,
+                writers.join(", ")
+            ))),
         }
     }
 
@@ -424,15 +433,35 @@ impl Volume {
         Err(Error::OperationInvalid(format!("cannot wipe volume '{}': {why}", self.name)))
     }
 
-    /// Notes that what is written to it is cut off, should nobody say otherwise.
-    async fn is_incomplete(&self, at: &VolumeAt, incomplete: bool) -> Result<()> {
-        let noted = lock(&self.pool.state).noted.get(&at.id).cloned();
-        let owner = lock(&self.pool.state).volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
-        let format = at.format.clone();
-        let noted = noted.unwrap_or(Noted { format, owner, incomplete, capacity: 0, base: None, secret: None });
-        let capacity = if incomplete { at.capacity } else { 0 };
-        let (pool, id) = (self.pool.clone(), at.id);
-        on_disk(move || pool.note(id, Some(Noted { incomplete, capacity, ..noted }))).await
+    /// Overwrites it in place. What is cut off then is noted first, and that is taken back when it is done, or when nothing was
+    /// written.
+    async fn overwritten(
+        &self,
+        at: &VolumeAt,
+        work: &JobWork,
+        writes: impl Future<Output = std::result::Result<(), DriverError>>,
+    ) -> std::result::Result<(), DriverError> {
+        let (before, owner) = {
+            let state = lock(&self.pool.state);
+            let owner = state.volumes.get(&self.name).map_or(0, |row| row.look.permissions.0);
+            (state.noted.get(&at.id).cloned(), owner)
+        };
+        let note = async |noted: Option<Noted>| {
+            let (pool, id) = (self.pool.clone(), at.id);
+            let noted = on_disk(move || pool.note(id, noted)).await;
+            noted.map_err(|e| DriverError::Storage(e.to_string()))
+        };
+        let noted =
+            || before.clone().unwrap_or(Noted { format: at.format.clone(), owner, probed: true, ..Noted::default() });
+        note(Some(Noted { incomplete: true, capacity: at.capacity, ..noted() })).await?;
+        let written = writes.await;
+        match &written {
+            // What its header says is believed as before.
+            Ok(()) => note(before.filter(|noted| !noted.probed).map(whole)).await?,
+            Err(_) if !work.has_begun() => note(before).await?,
+            Err(_) => {}
+        }
+        written
     }
 
     /// The file that it was is not needed any more, nor a secret for its sake.
@@ -452,7 +481,7 @@ impl Volume {
     }
 
     /// Looks at it anew.
-    pub(super) async fn looked_at(&self) -> Result<()> {
+    async fn looked_at(&self) -> Result<()> {
         self.pool.look_at(vec![self.name.to_string()]).await
     }
 
@@ -462,7 +491,7 @@ impl Volume {
         caller: &Caller,
         verb: &'static Verb,
         departs: bool,
-        work: impl FnOnce(Arc<Volume>, Arc<dyn Work>) -> F + Send + 'static,
+        work: impl FnOnce(Arc<Volume>, Arc<JobWork>) -> F + Send + 'static,
     ) -> Result<Ticket>
     where
         F: Future<Output = Result<()>> + Send + 'static,
@@ -470,7 +499,7 @@ impl Volume {
         let volume = Arc::new(self);
         frames::accepted(&*volume, caller, verb, async {
             frames::allow(&*volume, caller, verb.action).await?;
-            volume.begin(caller, verb, departs, move |volume, told: Arc<JobWork>| work(volume, told))
+            volume.begin(caller, verb, departs, work)
         })
         .await
     }
@@ -486,26 +515,43 @@ impl Volume {
     where
         F: Future<Output = Result<()>> + Send + 'static,
     {
+        let owner = caller.uid;
+        Ok(self.opens_job(caller, verb, departs)?.run(move |volume, job| async move {
+            volume.applies(verb)?;
+            let told = JobWork::new(job, volume.pool.clone(), owner);
+            volume.is_busy(true);
+            let done = work(volume.clone(), told.clone()).await;
+            volume.ends(done).await
+        }))
+    }
+
+    fn opens_job(
+        self: &Arc<Self>,
+        caller: &Caller,
+        verb: &'static Verb,
+        departs: bool,
+    ) -> Result<frames::OpenJob<Volume>> {
         let change = frames::change(self, caller, verb);
         if change.has_turn() {
             self.applies(verb)?;
         }
-        let owner = caller.uid;
-        Ok(change.open(departs)?.run(move |volume, job| async move {
-            volume.applies(verb)?;
-            let told = JobWork::new(job, volume.pool.clone(), owner);
-            volume.is_busy(true);
-            let done = work(volume.clone(), told).await;
-            volume.is_busy(false);
-            let looked = volume.looked_at().await;
-            done.and(looked)
-        }))
+        change.open(departs)
+    }
+
+    /// A job has done its work. What is done is done, whether it can be looked at or not.
+    async fn ends(&self, done: Result<()>) -> Result<()> {
+        if let Err(error) = self.looked_at().await {
+            tracing::warn!(uuid = %self.pool.uuid, volume = &*self.name, %error, "a volume cannot be looked at");
+        }
+        self.is_busy(false);
+        done
     }
 
     fn is_busy(&self, busy: bool) {
         let touched = [self.name.clone()].into();
+        let count = |jobs: usize| if busy { jobs + 1 } else { jobs.saturating_sub(1) };
         self.pool.commit_volumes(Vec::new(), touched, |state| {
-            state.volumes.get_mut(&self.name).into_iter().for_each(|row| row.busy = busy);
+            state.volumes.get_mut(&self.name).into_iter().for_each(|row| row.jobs = count(row.jobs));
         });
     }
 
@@ -548,6 +594,11 @@ impl Volume {
         let open: Arc<dyn OpenPool> = self.pool.opened()?;
         open.hold(&self.whole()?).await.map_err(|e| self.failed("read", e))
     }
+}
+
+/// What is noted of a file of which nothing is cut off.
+fn whole(noted: Noted) -> Noted {
+    Noted { incomplete: false, capacity: 0, ..noted }
 }
 
 /// A volume needs a secret for as long as this is there.

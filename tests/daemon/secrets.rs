@@ -351,6 +351,9 @@ async fn the_administrators_files_become_secrets_once() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
     let root = client(&daemon).await;
     root.define(&machine("/srv/a.img")).await.expect("defined");
+    // Whose readers would have what the administrator keeps.
+    let open =
+        Seen::define(&root, &xml("", "1a81f5b2-8403-7b23-c8d6-21ccc2f80d6f", "/srv/b.img")).await.expect("defined");
     daemon.kill_virtd().await;
     let folder = daemon.root().join("etc/virt/secrets");
     std::fs::create_dir_all(&folder).unwrap();
@@ -361,6 +364,7 @@ async fn the_administrators_files_become_secrets_once() {
     put("%2Fsrv%2Fa.img", "open sesame, please\n", 0o600);
     put(UUID, "by its uuid", 0o600);
     put("open-to-all", "seen", 0o644);
+    put("%2Fsrv%2Fb.img", "not for its readers", 0o600);
     daemon.start_virtd().await;
     let root = client(&daemon).await;
     // Whoever defines one waits until they are taken in.
@@ -378,8 +382,13 @@ async fn the_administrators_files_become_secrets_once() {
         names.sort();
         names
     };
-    assert_eq!(left(), ["open-to-all"], "what others can read is no secret");
+    assert_eq!(left(), ["%2Fsrv%2Fb.img", "open-to-all"], "what others can read is no secret");
+    let open = Seen { client: root.clone(), ..open };
+    assert!(!open.property::<bool>("HasValue").await);
     let log = daemon.log();
+    assert!(log.contains("1a81f5b2-8403-7b23-c8d6-21ccc2f80d6f, which is not private"), "{log}");
+    open.undefine(false).await.expect("undefined");
+    std::fs::remove_file(folder.join("%2Fsrv%2Fb.img")).expect("removed");
     assert!(log.contains("'/srv/a.img' is taken from its file") && log.contains("make it mode 0600"), "{log}");
     assert!(!log.contains("sesame"), "{log}");
 

@@ -208,8 +208,16 @@ async fn a_pool_is_defined_started_and_found_again() {
     until(&mut watch, "InterfacesRemoved", "/volume/dropped_2eimg").await;
     let gone = pool.volume("dropped.img").await.map(|_| ()).expect_err("it is gone");
     assert!(gone.0.ends_with("NoSuchVolume"), "{gone:?}");
-    // Found again, whoever was killed.
+    // Found again, whoever was killed; and as it runs, whatever is stored meanwhile.
     pool.add("kept", 1 << 20, options([])).await.expect("made");
+    let uuid: String = pool.get("UUID").await;
+    let define = format!("{STORAGE}.DefineStoragePool");
+    let anew = |folder: &Path| {
+        let uuid = format!("<uuid>{uuid}</uuid><target>");
+        (document("images", folder).replace("<target>", &uuid), options([]))
+    };
+    client.call("/org/virt", &define, &anew(&daemon.folder().join("elsewhere"))).await.expect("defined");
+    assert!(pool.get::<bool>("ConfigChanged").await);
     client
         .call(&pool.path, "org.freedesktop.DBus.Properties.Set", &(POOL, "Autostart", Variant::from(true)))
         .await
@@ -224,10 +232,13 @@ async fn a_pool_is_defined_started_and_found_again() {
         watch.next().await;
     }
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
+    assert_eq!(pool.get::<String>("Target").await, folder.display().to_string());
+    assert!(pool.get::<bool>("ConfigChanged").await);
+    client.call("/org/virt", &define, &anew(&folder)).await.expect("defined");
+    assert!(!pool.get::<bool>("ConfigChanged").await);
     let xml: String = pool.run("GetXML", options([])).await.expect("told").body().deserialize().expect("s");
     assert!(xml.contains("<available unit='bytes'>"), "{xml}");
     // What is noted of formats is not begun anew where it cannot be read: a guest's header would be believed.
-    let uuid: String = pool.get("UUID").await;
     let noted = daemon.root().join(format!("var/lib/virt/pools/{uuid}.volumes.json"));
     let right = fs::read(&noted).expect("noted");
     daemon.kill_virtd().await;
@@ -238,12 +249,10 @@ async fn a_pool_is_defined_started_and_found_again() {
     assert_eq!(pool.get::<String>("State").await, "inactive");
     let refused = pool.run("Start", options([])).await.expect_err("it is broken");
     assert!(refused.1.contains("what is noted of its volumes"), "{refused:?}");
-    let anew = (document("images", &folder).replace("<target>", &format!("<uuid>{uuid}</uuid><target>")), options([]));
-    let define = format!("{STORAGE}.DefineStoragePool");
-    client.call("/org/virt", &define, &anew).await.expect_err("it cannot be read still");
+    client.call("/org/virt", &define, &anew(&folder)).await.expect_err("it cannot be read still");
     assert_eq!(fs::read(&noted).expect("there"), b"[");
     fs::write(&noted, &right).expect("written");
-    client.call("/org/virt", &define, &anew).await.expect("defined");
+    client.call("/org/virt", &define, &anew(&folder)).await.expect("defined");
     pool.run("Start", options([])).await.expect("started");
     assert_eq!(pool.list().await, [("kept".to_owned(), "raw".to_owned(), 1 << 20)]);
     // Stopped, it has no volumes, and its files stay.
@@ -306,10 +315,47 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         let refused = forged.with("Clone", &(name, wanted)).await.map(|_| ()).expect_err("it leads to another's");
         assert!(refused.0.ends_with("StorageFailed") && refused.1.contains("nobody noted"), "{refused:?}");
     }
-    let machine = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
-    let refused = machine.run("Start").await.expect_err("it would write what volumes stand on");
+    let on_base = client.define(&machine("web", &pool.at("d.qcow2"), "qcow2")).await.expect("defined");
+    let refused = on_base.run("Start").await.expect_err("it would write what volumes stand on");
     assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
-    machine.run("Undefine").await.expect("undefined");
+    // Files stay where they are when their pool is stopped.
+    pool.run("Destroy", options([])).await.expect("stopped");
+    let refused = on_base.run("Start").await.expect_err("they stand on it still");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("of pool 'images'"), "{refused:?}");
+    on_base.run("Undefine").await.expect("undefined");
+    pool.run("Start", options([])).await.expect("started");
+    let volume = async |name: &str| pool.volume(name).await.expect(name);
+    let (b, d, top) = (volume("b.img").await, volume("d.qcow2").await, volume("top.qcow2").await);
+    // Of what a guest stands on others are made, and nobody else's disk is committed into it.
+    let below = format!(
+        "<backingStore type='file'><format type='qcow2'/><source file='{}'/><backingStore/></backingStore><target",
+        pool.at("d.qcow2").display()
+    );
+    let xml = machine("web", &pool.at("top.qcow2"), "qcow2").replace("<target", &below);
+    let web = client.define(&xml).await.expect("defined");
+    web.run("Start").await.expect("started");
+    d.with("Clone", &("thin.qcow2", options([("thin", true.into())]))).await.expect("it is only read");
+    volume("thin.qcow2").await.run("Delete", options([])).await.expect("deleted");
+    let refused = top.with("Clone", &("thin.qcow2", options([("thin", true.into())]))).await.expect_err("written");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'web' (disk 'vda')"), "{refused:?}");
+    let refused = web.call("BlockCommit", &("vda", "", "", options([]))).await.expect_err("another stands on it");
+    assert!(refused.0.ends_with("InUse") && refused.1.contains("volume 'copy.qcow2' of pool"), "{refused:?}");
+    assert!(!refused.1.contains("volume 'top.qcow2'"), "{refused:?}");
+    web.run("Destroy").await.expect("ended");
+    web.run("Undefine").await.expect("undefined");
+    // What a disk stands on is not written, where that is a file of nobody's, either.
+    let below = format!(
+        "<backingStore type='file'><format type='raw'/><source file='{}'/><backingStore/></backingStore><target",
+        pool.at("b.img").display()
+    );
+    let xml = machine("web", &daemon.folder().join("elsewhere.qcow2"), "qcow2").replace("<target", &below);
+    let web = client.define(&xml).await.expect("defined");
+    for refused in [b.run("Wipe", options([])).await, b.with("Upload", &(file(), options([]))).await] {
+        let refused = refused.expect_err("a disk stands on it");
+        assert!(refused.0.ends_with("InUse") && refused.1.contains("domain 'web' (disk 'vda')"), "{refused:?}");
+    }
+    assert!(same(&source, &pool.at("b.img")));
+    web.run("Undefine").await.expect("undefined");
     let kept = pool.add("s.qcow2", 1 << 20, options([("format", "qcow2".into())])).await.expect("made");
     let taken = Command::new("qemu-img").args(["snapshot", "-c", "one"]).arg(pool.at("s.qcow2")).status();
     assert!(taken.expect("it runs").success());
@@ -318,7 +364,6 @@ async fn what_is_made_holds_what_it_is_to_hold() {
     assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("snapshots are in it"), "{refused:?}");
     kept.run("Delete", options([("with-snapshots", true.into())])).await.expect("deleted");
     // Other sizes, other content.
-    let b = pool.volume("b.img").await.expect("there");
     let smaller = b.with("Resize", &(512u64, options([]))).await.expect_err("it would lose something");
     assert!(smaller.1.contains("say shrink"), "{smaller:?}");
     b.with("Resize", &(4u64 << 20, options([("allocate", true.into())]))).await.expect("resized");
@@ -334,6 +379,16 @@ async fn what_is_made_holds_what_it_is_to_hold() {
         .await
         .expect("a part");
     assert_eq!(b.get::<String>("State").await, "ready");
+    // Of what is refused nothing is written, and nothing is incomplete.
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    drop(mouth);
+    let empty = descriptor(&fs::File::from(std::os::fd::OwnedFd::from(ear)));
+    for (from, at) in [(descriptor(&part), 1u64 << 40), (empty, 0)] {
+        let wanted = options([("offset", at.into()), ("length", 3u64.into())]);
+        let refused = b.with("Upload", &(from, wanted)).await.expect_err("it cannot be");
+        assert!(refused.0.ends_with("InvalidArgument"), "{refused:?}");
+        assert_eq!(b.get::<String>("State").await, "ready");
+    }
     part.set_len(0).expect("empty");
     part.rewind().expect("at its beginning");
     b.with("Download", &(descriptor(&part), options([("offset", 99u64.into()), ("length", 5u64.into())])))
@@ -410,6 +465,11 @@ async fn what_a_machine_uses_stays() {
     assert!(!bool::try_from(check["possible"].try_clone().unwrap()).unwrap());
     let breaks = Vec::<ObjectPath<'_>>::try_from(check["breaks"].try_clone().unwrap()).unwrap();
     assert_eq!(breaks.iter().map(|path| path.as_str()).collect::<Vec<_>>(), [&*machine.path]);
+    // Whoever has something deeper in its folder uses the pool.
+    let deep = client.define(&self::machine("deep", &pool.at("sub/deep.img"), "raw")).await.expect("defined");
+    let users: Vec<(ObjectPath<'static>, String, String)> = pool.get("Users").await;
+    assert!(users.iter().any(|(object, ..)| object.as_str() == deep.path), "{users:?}");
+    deep.run("Undefine").await.expect("undefined");
     machine.run("Start").await.expect("started");
     assert_eq!(volume.users().await, [user("live"), user("config")]);
     for (method, wanted) in [("Delete", options([("force", true.into())])), ("Wipe", options([]))] {
@@ -449,6 +509,29 @@ async fn a_volume_at_work_is_no_machines_disk() {
     in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
     let other = client.define(&machine("other", &store.join("web.img"), "raw")).await.expect("defined");
     assert_eq!(volume.users().await, [(other.path.clone(), "vda".to_owned(), "config".to_owned())]);
+    // A new file takes its place, and is their disk all the same.
+    let whole = tempfile::tempfile().expect("a file");
+    whole.set_len(1 << 20).expect("its length");
+    volume.with("Upload", &(descriptor(&whole), options([]))).await.expect("uploaded");
+    other.run("Undefine").await.expect("undefined");
+    in_use(volume.run("Delete", options([])).await.expect_err("it is a disk"), "domain 'web' (disk 'vda')");
+    // Who reads it, however long, keeps no other reader waiting.
+    let (ear, mouth) = std::io::pipe().expect("a pipe");
+    let mouth = fs::File::from(std::os::fd::OwnedFd::from(mouth));
+    let reply = volume.with("Download", &(descriptor(&mouth), options([("no-wait", true.into())]))).await;
+    let reading: OwnedObjectPath = reply.expect("accepted").body().deserialize().expect("o");
+    drop(mouth);
+    volume.with("Clone", &("copy.img", options([]))).await.expect("it is kept as it is for both");
+    in_use(web.run("Start").await.expect_err("it is read"), "the work on volume 'web.img'");
+    let mut watch = client.watch().await;
+    drop(ear);
+    let is_read = async || {
+        let state: String = client.property(reading.as_str(), "org.virt.Job", "State").await;
+        matches!(&*state, "waiting" | "running")
+    };
+    while is_read().await {
+        watch.next().await;
+    }
     let (ear, mut mouth) = std::io::pipe().expect("a pipe");
     let ear = fs::File::from(std::os::fd::OwnedFd::from(ear));
     let wanted = options([("offset", 0u64.into()), ("no-wait", true.into())]);

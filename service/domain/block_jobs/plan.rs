@@ -284,7 +284,8 @@ impl Domain {
             // The disk itself is what it is done for.
             _ => chain.domain != self.uuid || chain.snapshot.is_some() || !is_above(chain, job),
         };
-        self.shared.images.refuse_in_chains(&deed, &files, counts, remedy).await
+        let own: Vec<PathBuf> = job.chain.iter().map(|layer| layer.path.clone()).collect();
+        self.shared.images.refuse_in_chains(&deed, &files, &own, counts, remedy).await
     }
 
     /// Refuses to leave layers whose bitmaps a checkpoint needs: nothing else tells what was written to those. What a checkpoint that

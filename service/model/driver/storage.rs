@@ -97,16 +97,17 @@ pub trait OpenPool: Send + Sync {
     /// Opens it, for a copy of it to be made.
     async fn hold(&self, volume: &VolumeAt) -> Result<GivenFile, DriverError>;
 
-    /// Whether somebody has it open: QEMU and its tools say so.
-    async fn is_open_elsewhere(&self, name: &str) -> Result<bool, DriverError>;
+    /// Whether somebody has it open who writes it, and where it is to be `written`, anybody at all: QEMU and its tools say so.
+    async fn is_open_elsewhere(&self, name: &str, written: bool) -> Result<bool, DriverError>;
 
     /// Takes back what [`Storage::open`] did to the host.
     async fn close(&self) -> Result<(), DriverError>;
 }
 
-/// Long work: what it tells while it goes on, and how it is told to stop.
+/// Long work: what it tells while it goes on, and how it is told to stop. What it holds is free when it is dropped: whoever changes a
+/// file in a thread of its own has it there, too, until that thread ends.
 pub trait Work: Send + Sync {
-    /// So many bytes of so many are done.
+    /// So many bytes of so many are done. From the first time on the file may be another.
     fn progress(&self, done: u64, total: u64);
 
     /// Something that stays is done next.
