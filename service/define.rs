@@ -106,6 +106,7 @@ impl Service {
         let (def, mut findings) = seat.read(xml, DomainDef::parse_leniently).await;
         let seat = seat.read_through().await;
         let Some(mut def) = def else { return Ok(findings) };
+        def.forget_places_of_volumes();
         let Some(driver) = self.shared.driver_for(&def.kind) else {
             add_findings(&mut findings, vec![self.no_driver(&def.kind)]);
             return Ok(findings);
@@ -120,6 +121,7 @@ impl Service {
             Err(e) => return Err(Error::from_driver(&def.name, "validate", e)),
         }
         add_findings(&mut findings, driver.check(&def).await);
+        add_findings(&mut findings, self.shared.volumes.missing_in(&def));
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
         if self.may_name_files(caller, &def, &**driver).await {
@@ -169,6 +171,8 @@ impl Service {
             true => driver.learn_and_complete(&mut def).await,
             false => driver.complete(&mut def).await,
         };
+        let mut def = Arc::new(def);
+        self.shared.volumes.plug(&mut def)?;
         let translated = match completed {
             Ok(()) => driver.native(&def, format).await,
             Err(e) => Err(e),
@@ -201,6 +205,7 @@ impl Service {
             self.ask_for_all(caller, &actions, &subject).await?;
         }
         let seat = seat.read_through().await;
+        def.forget_places_of_volumes();
         if existing.is_none() {
             new_name(&def).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
         }
@@ -218,6 +223,7 @@ impl Service {
         let stored = Arc::new(stored);
         if validate {
             refuse(driver.check(&def).await)?;
+            refuse(self.shared.volumes.missing_in(&def))?;
             refuse(unmet(&*driver, &def).await)?;
             refuse(self.shared.images.frozen_in(&def).await)?;
         }

@@ -7,6 +7,7 @@
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use crate::volumes::by_name;
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -80,7 +81,7 @@ impl Chain {
 pub(crate) struct DiskImages {
     /// The disk's target, e.g. `vda`.
     pub target: Box<str>,
-    /// From the topmost image down.
+    /// From the topmost image down. That of a volume may be known by its name alone (`volumes::by_name`).
     pub files: Box<[PathBuf]>,
 }
 
@@ -592,7 +593,12 @@ fn is_written(disk: &Disk) -> bool {
 /// The images of each disk of a configuration that has any.
 pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
     let disks = def.devices.disks.iter();
-    let images = disks.map(|disk| DiskImages { target: (*disk.target.dev).into(), files: disk.files().into() });
+    let images = disks.map(|disk| {
+        // Of a volume whose place is not said its name stands for it.
+        let named = disk.volume().filter(|_| disk.path().is_none()).map(|(pool, volume)| by_name(pool, volume));
+        let files = named.into_iter().chain(disk.files()).collect();
+        DiskImages { target: (*disk.target.dev).into(), files }
+    });
     images.filter(|disk| !disk.files.is_empty())
 }
 
@@ -627,7 +633,7 @@ pub(crate) fn overlays_of(def: &SnapshotDef, into: &mut Vec<Overlay>) {
         let on = BackingStore {
             kind: Some(disk.kind()),
             format: Some(StoreFormat { name: format, ..StoreFormat::default() }),
-            source: disk.source.clone(),
+            source: disk.frozen_source(),
             backing: disk.backing.clone(),
             ..BackingStore::default()
         };

@@ -43,6 +43,7 @@ mod time;
 mod turn;
 pub mod uses;
 pub mod verb;
+mod volumes;
 
 pub use desk::Reading;
 pub use domain::{

@@ -12,10 +12,11 @@ use crate::job::Jobs;
 use crate::plugs::Plugs;
 use crate::scrape::SCRAPES;
 use crate::store::{Store, on_disk};
-use crate::stored::Readings;
+use crate::stored::{Readings, StoredDef};
 use crate::subscribe::{SUBSCRIPTIONS, Subscriptions};
 use crate::turn::PATIENCE;
 use crate::uses::Uses;
+use crate::volumes::Volumes;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,6 +24,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+use virt_model::domain::DomainDef;
 use virt_model::driver::Driver;
 use virt_model::driver::network::NetworkDriver;
 use virt_model::driver::secrets::SecretKeeper;
@@ -84,6 +86,8 @@ pub(crate) struct Shared {
     pub uses: Uses,
     /// Which networks there are for machines.
     pub plugs: Plugs,
+    /// Which volumes there are for machines.
+    pub volumes: Volumes,
     /// What is just being chosen for networks.
     pub choices: Arc<Choices>,
     pub desk: Arc<Desk>,
@@ -126,6 +130,7 @@ impl Shared {
             image_users: ImageUsers::default(),
             uses: Uses::default(),
             plugs: Plugs::default(),
+            volumes: Volumes::default(),
             choices: Arc::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
@@ -136,6 +141,19 @@ impl Shared {
             unsettled: watch::Sender::default(),
             last_id: AtomicU32::new(0),
         })
+    }
+
+    /// A stored configuration, with where its volumes are.
+    pub fn reading_of(&self, stored: &StoredDef) -> Result<Arc<DomainDef>> {
+        let mut def = self.readings.of(stored)?;
+        self.volumes.place(&mut def);
+        Ok(def)
+    }
+
+    /// Has a definition that is to run say what its networks and volumes are. Errors: of what is not there, or not active.
+    pub fn plug(&self, def: &mut Arc<DomainDef>) -> Result<()> {
+        self.plugs.plug(def)?;
+        self.volumes.plug(def)
     }
 
     /// The driver that serves `<domain type='kind'>`.

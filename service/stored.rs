@@ -59,7 +59,11 @@ impl StoredDef {
 
     /// Writes a definition down; with what is read when it is read again. Error: why it could not be, within `limits`.
     pub fn write(def: &DomainDef, limits: Limits) -> Result<(StoredDef, DomainDef), String> {
-        let (text, read) = def.written_and_read(Form::STORED, limits)?;
+        let mut without = None;
+        if def.places_volumes() {
+            without.insert(def.clone()).forget_places_of_volumes();
+        }
+        let (text, read) = without.as_ref().unwrap_or(def).written_and_read(Form::STORED, limits)?;
         Ok((StoredDef::new(&read, &text), read))
     }
 

@@ -61,6 +61,10 @@ impl Domain {
             (Some((live, document)), _) if form == Form::default() => {
                 Ok(document.get_or_init(|| live.write(form)).clone())
             }
+            (Some((mut live, _)), None) if form.inactive && live.places_volumes() => {
+                Arc::make_mut(&mut live).forget_places_of_volumes();
+                Ok(live.write(form))
+            }
             (Some((live, _)), None) => Ok(live.write(form)),
             (Some((live, _)), Some(_)) if !form.inactive => Ok(live.write(form)),
             (_, Some(stored)) => match stored.shown(form) {
@@ -365,7 +369,7 @@ impl Domain {
             let state = lock(&self.state);
             (state.live().cloned(), state.stored.clone())
         };
-        Ok((live, stored.map(|stored| self.shared.readings.of(&stored)).transpose()?))
+        Ok((live, stored.map(|stored| self.shared.reading_of(&stored)).transpose()?))
     }
 
     fn not_active(&self, what: &str) -> Error {

@@ -111,6 +111,9 @@ impl Domain {
             let disk = def.devices.disks.last_mut().filter(|_| device.name == "disk");
             self.take_given(disk.ok_or_else(|| given::of_no_disk(&name, device))?, image).await?;
         }
+        if let Some(disk) = def.devices.disks.last_mut().filter(|_| device.name == "disk") {
+            self.shared.volumes.plug_disk(&name, disk)?;
+        }
         if let Some(card) = def.devices.interfaces.last_mut().filter(|_| device.name == "interface") {
             self.shared.plugs.plug_card(&name, card)?;
         }

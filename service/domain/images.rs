@@ -2,7 +2,7 @@
 
 use super::{Domain, Domains};
 use crate::error::{Error, Result};
-use crate::images::{Chain, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of};
+use crate::images::{Chain, DiskImages, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of};
 use crate::lock::lock;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -80,9 +80,7 @@ impl Domain {
         if let Some(guest) = &state.guest {
             images_of(&guest.live).for_each(|disk| chains_of(self.uuid, &whose, &disk, &mut chains));
         }
-        if let Some(stored) = &state.stored {
-            stored.disks.iter().for_each(|disk| chains_of(self.uuid, &whose, disk, &mut chains));
-        }
+        let stored = state.stored.clone();
         state.snapshots.defs().for_each(|def| chains_of_snapshot(self.uuid, &state.name, def, &mut chains));
         for entry in state.block_jobs.values() {
             let job = &entry.record.job;
@@ -90,6 +88,11 @@ impl Domain {
                 let whose = format!("the copy of disk '{}' of {whose}", job.target);
                 chains.push(Chain { domain: self.uuid, whose, files: vec![to.path.clone()], fixed: 0, snapshot: None });
             }
+        }
+        drop(state);
+        for DiskImages { target, files } in stored.iter().flat_map(|stored| &stored.disks) {
+            let files = files.iter().filter_map(|file| self.shared.volumes.path_of(file)).collect();
+            chains_of(self.uuid, &whose, &DiskImages { target: target.clone(), files }, &mut chains);
         }
         chains
     }

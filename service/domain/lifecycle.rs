@@ -73,6 +73,7 @@ impl Domain {
         if options.start_dependencies {
             let needs = self.def_to_start(def.as_ref())?;
             self.shared.plugs.start_for(caller, &needs).await?;
+            self.shared.volumes.start_for(caller, &needs).await?;
         }
         let change = self.change(caller, &verb::START);
         let accepted = match change.has_turn() {
@@ -83,7 +84,8 @@ impl Domain {
                 match self.goes_on_from(def.is_some(), options)? {
                     Some(file) => self.can_go_on_from(caller, &file).await.map(|()| None)?,
                     None => {
-                        self.shared.plugs.plug(&mut boots)?;
+                        self.shared.volumes.settle_for(&boots).await;
+                        self.shared.plug(&mut boots)?;
                         Some(self.can_run(&boots).await?)
                     }
                 }
@@ -103,7 +105,7 @@ impl Domain {
                 return domain.start_managed(&caller, &file, options, &job).await;
             }
             let mut def = boots;
-            domain.shared.plugs.plug(&mut def)?;
+            domain.shared.plug(&mut def)?;
             let accepted = match accepted {
                 Some(accepted) => accepted,
                 None => domain.can_run(&def).await?,
@@ -191,7 +193,8 @@ impl Domain {
         let mut def = def;
         self.shared.images.declare(&mut def);
         let _coming = self.awaits(&def);
-        self.shared.plugs.plug(&mut def)?;
+        self.shared.volumes.settle_for(&def).await;
+        self.shared.plug(&mut def)?;
         let _begins = self.may_write_disks(&def).await?;
         for finding in self.changed_below(&def).await {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");

@@ -72,6 +72,10 @@ impl Domain {
             let drive = def.devices.disks.iter_mut().find(|disk| disk.target.dev == *target);
             self.take_given(drive.ok_or_else(|| self.vanished())?, image).await?;
         }
+        if let Some((def, target)) = &mut live {
+            let drives = def.devices.disks.iter_mut().filter(|disk| disk.target.dev == *target);
+            drives.into_iter().try_for_each(|drive| self.shared.volumes.plug_disk(&name, drive))?;
+        }
         let mut stored = stored.map(|def| with_medium(&name, &def, device, false)).transpose()?;
         if let Some((stored, _)) = &mut stored {
             let completed = self.driver.learn_and_complete(stored).await;
@@ -168,6 +172,9 @@ fn with_medium(name: &str, def: &DomainDef, device: &Element, runs: bool) -> Res
     after.backing.clone_from(&asked.backing);
     if let Some(format) = asked.format().map(str::to_owned) {
         after.driver.get_or_insert_default().format = Some(format);
+    } else if after.volume().is_some() {
+        // It is the volume's, and not that of what lay in the drive.
+        after.driver.iter_mut().for_each(|driver| driver.format = None);
     }
     if let Some(other) = first_not_in(&asked.write("disk"), &after.write("disk")) {
         return refuse(&format!("only its medium can be changed, and {other} is not what it has"));

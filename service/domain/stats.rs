@@ -221,7 +221,8 @@ impl Domain {
             state.measured = Some(Measured { of: stored.clone(), sampler: sampler.clone() });
             (stored, sampler)
         };
-        let def = self.shared.readings.of(&stored)?;
+        let mut def = self.shared.readings.of(&stored)?;
+        self.shared.volumes.plug_what_is_there(&mut def);
         Ok(Some(Sampled { def, instance: None, sampler }))
     }
 

@@ -380,6 +380,9 @@ fn file_of(disk: &Disk, name: &str, gone: &BTreeSet<&Path>) -> Result<Option<Pat
     if disk.shareable {
         return Err(format!("disk '{target}' is shared with other machines: leave it out"));
     }
+    if let Some((pool, volume)) = disk.volume() {
+        return Err(format!("disk '{target}' is volume '{volume}' of pool '{pool}': delete it there"));
+    }
     if disk.kind() != DiskKind::File {
         return Err(format!("disk '{target}' is no file but type='{}': remove it where it is kept", disk.kind()));
     }

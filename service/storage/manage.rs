@@ -1,5 +1,6 @@
 //! All pools: definitions until they are pools, look-up, what is found when virtd starts, and what starts with the host.
 
+use super::plugged::Keeper;
 use super::set::Pools;
 use super::{NOTED, Note, Noted, OwnWork, Phase, Pool, StartPool, State, Volume, subject};
 use crate::authz::Caller;
@@ -237,10 +238,13 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
         pool.tell_needs();
         if let Some(text) = opens {
             let def = pool.active_as(text);
+            // Who starts a machine meanwhile waits for it.
+            pool.commit(Vec::new(), |state| state.phase = Phase::Starting);
             tokio::spawn(async move { pool.opens_again(def).await });
         }
     }
     listen(shared, pools);
+    shared.volumes.kept_by(Box::new(Keeper(Arc::downgrade(pools))));
     Ok(())
 }
 
@@ -265,7 +269,9 @@ impl Pool {
     /// It was active, as that definition says, when virtd was last here.
     async fn opens_again(self: Arc<Self>, def: Arc<PoolDef>) {
         let cancel = CancellationToken::new();
-        let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else { return };
+        let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else {
+            return self.commit(Vec::new(), State::is_inactive);
+        };
         if let Err(error) = self.bring_up(def, StartPool::default(), &OwnWork(cancel)).await {
             tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");
         }

@@ -12,6 +12,7 @@
 
 mod create;
 mod manage;
+mod plugged;
 mod set;
 mod users;
 mod volume;
@@ -792,6 +793,7 @@ impl Pool {
             return;
         }
         state.facts = Some(facts.clone());
+        self.pools.phases.send_modify(|n| *n += 1);
         self.shared.events.send(match state.gone {
             false => Event::Object(ObjectFacts::Pool(facts), events),
             true => Event::ObjectGone(ObjectFacts::Pool(facts), events),
@@ -817,7 +819,7 @@ impl Pool {
             features: ability.map_or(&[], |ability| ability.features),
             owner: self.owner,
             problems: state.problems(),
-            users: self.users_below(&state.target()).into(),
+            users: self.users_in(&state.target()).into(),
             broken: published(state.broken.as_deref().unwrap_or_default()).to_owned(),
         }
     }

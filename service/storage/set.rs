@@ -9,6 +9,7 @@ use crate::registry::Registry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use tokio::sync::watch;
 use uuid::Uuid;
 
 /// A volume by its pool and its name there.
@@ -22,6 +23,8 @@ pub(crate) struct Pools {
     standing: Mutex<HashMap<PathBuf, BTreeMap<VolumeName, PathBuf>>>,
     /// Which volume is at which path, likewise.
     places: Mutex<HashMap<PathBuf, VolumeName>>,
+    /// Counts how often what a pool is has changed.
+    pub phases: watch::Sender<u64>,
 }
 
 impl Pools {

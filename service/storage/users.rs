@@ -7,6 +7,7 @@ use crate::facts::VolumeFacts;
 use crate::images::Fate;
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
+use crate::volumes;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::driver::storage::VolumeLook;
@@ -36,6 +37,9 @@ impl Pool {
         for path in [path].into_iter().chain(real.as_deref()) {
             users.extend(self.shared.image_users.of(path));
             users.extend(self.pools.standing_on(path));
+        }
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()) {
+            users.extend(self.shared.image_users.of(&volumes::by_name(&self.name, name)));
         }
         users.sort();
         users.dedup();
@@ -81,7 +85,9 @@ impl Pool {
     /// Whether a folder is that of its volumes.
     pub(super) fn is_in(&self, folder: &Path) -> bool {
         let target = self.target();
-        target == folder || self.real_of(&target).as_deref() == Some(folder)
+        target == folder
+            || folder == volumes::pool_by_name(&self.name)
+            || self.real_of(&target).as_deref() == Some(folder)
     }
 
     /// Whether a folder is in that of its volumes, however deep.
@@ -93,7 +99,16 @@ impl Pool {
 
     /// Who needs this pool.
     pub(super) fn users(&self) -> Vec<User> {
-        self.users_below(&self.target())
+        self.users_in(&self.target())
+    }
+
+    /// The same where its volumes are in that folder.
+    pub(super) fn users_in(&self, target: &Path) -> Vec<User> {
+        let mut users = self.users_below(target);
+        users.extend(self.shared.image_users.below(&volumes::pool_by_name(&self.name)));
+        users.sort();
+        users.dedup();
+        users
     }
 
     /// Refuses what would take away what these need, of those that count.

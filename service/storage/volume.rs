@@ -126,7 +126,7 @@ impl Pool {
         Volume { pool: self.clone(), name, turn, is_new }
     }
 
-    fn no_volume(&self, name: &str) -> Error {
+    pub(super) fn no_volume(&self, name: &str) -> Error {
         let name = virt_model::xml::shorten(name);
         Error::NoSuchVolume(format!("pool '{}' has no volume '{name}'", self.name))
     }

@@ -29,6 +29,7 @@ mod soak;
 mod startup;
 mod stats;
 mod storage;
+mod storage_disks;
 mod stranger;
 mod subscribed;
 mod truth;

@@ -41,4 +41,5 @@ mod survival;
 mod system;
 mod undefine;
 mod unread;
+mod volumes;
 mod whole_machine;

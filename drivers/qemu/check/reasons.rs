@@ -148,14 +148,14 @@ const REASONS: &[(&str, &[&str])] = &[
     ("every transient disk has its image for itself", &["devices/disk/transient/@shareBacking"]),
     (crate::qemu::given::NOT_STORED, &["devices/disk/source/@fdgroup", "devices/disk/backingStore/source/@fdgroup"]),
     (
-        "there are no storage pools here: give the path with type='file' or 'block'",
+        "is of volumes of iscsi pools, which are not supported: leave it out",
+        &["devices/disk/source/@mode", "devices/disk/backingStore/source/@mode"],
+    ),
+    (
+        "only the disk itself is named as a volume: give the path with type='file' or 'block'",
         &[
-            "devices/disk/source/@pool",
-            "devices/disk/source/@volume",
-            "devices/disk/source/@mode",
             "devices/disk/backingStore/source/@pool",
             "devices/disk/backingStore/source/@volume",
-            "devices/disk/backingStore/source/@mode",
             "devices/filesystem/source/@pool",
             "devices/filesystem/source/@volume",
         ],

@@ -92,12 +92,8 @@ impl Check<'_> {
                 let source = disk.source.clone().unwrap_or_default();
                 self.server(&DiskSource { auth: disk.auth().cloned(), ..source });
             }
-            DiskKind::Volume => {
-                self.refuse(
-                    &place,
-                    "there are no storage pools here: give the volume's path with type='file' or 'block'",
-                );
-            }
+            // Where it is, and of which format, is known when it starts; whoever keeps volumes says what is missing.
+            DiskKind::Volume => return,
             _ => {
                 self.refuse(&place, format!("disks of type='{kind}' are not supported: 'file', 'block', 'network' are"))
             }
@@ -199,10 +195,12 @@ impl Check<'_> {
         self.transient(disk);
         self.shape(disk, bus);
         let Some(driver) = &disk.driver else { return };
-        let qcow2 = driver.format.as_deref() == Some("qcow2");
+        // Of a volume it may be known later.
+        let format = driver.format.as_deref().unwrap_or(if disk.kind() == DiskKind::Volume { "qcow2" } else { "raw" });
+        let qcow2 = format == "qcow2";
         let only = "only qcow2 images have this";
         if let Some(cache) = &driver.metadata_cache {
-            self.metadata_cache(cache, driver.format.as_deref().unwrap_or("raw"));
+            self.metadata_cache(cache, format);
         }
         self.refuse_if(driver.discard_no_unref.is_some() && !qcow2, &driver.at.attribute("discard_no_unref"), only);
         let newer = driver.discard_no_unref.is_some() && !self.caps.at_least(8, 1);
@@ -239,7 +237,7 @@ impl Check<'_> {
         self.refuse_if(fixed, &transient.at, "only a disk that is written can throw away what is written");
         let how = "other guests would not see what is written: leave out <shareable/> or <transient/>";
         self.refuse_if(disk.shareable, &transient.at, how);
-        let local = matches!(disk.kind(), DiskKind::File | DiskKind::Block);
+        let local = matches!(disk.kind(), DiskKind::File | DiskKind::Block | DiskKind::Volume);
         self.refuse_if(!local, &transient.at, "only disks of type='file' and type='block' are transient");
         let open = disk.encryption().is_some();
         self.refuse_if(open, &transient.at, "what is written to an encrypted disk would lie on the host in the open");

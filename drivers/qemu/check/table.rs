@@ -172,7 +172,7 @@ const ACTS: &[(&str, &str)] = &[
     ),
     ("devices/disk/driver/metadata_cache", ""),
     ("devices/disk/driver/metadata_cache/max_size", "unit"),
-    ("devices/disk/source", "file dev protocol name query tls tlsHostname startupPolicy"),
+    ("devices/disk/source", "file dev pool volume protocol name query tls tlsHostname startupPolicy"),
     ("devices/disk/auth", "username"),
     ("devices/disk/auth/secret", "type uuid usage"),
     ("devices/disk/encryption", "format engine"),
@@ -558,7 +558,7 @@ mod tests {
         assert_eq!(standing("devices/disk/backingStore/backingStore/backingStore/source/@file"), Standing::Acts);
         assert!(matches!(standing("title"), Standing::Kept(_)));
         for path in
-            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/@rawio", "devices/disk/source/@pool"]
+            ["devices/disk/driver/iothreads", "cachetune", "devices/hostdev/@rawio", "devices/disk/source/@mode"]
         {
             assert!(matches!(standing(path), Standing::Refused(_)), "{path}");
         }

@@ -42,8 +42,12 @@ pub fn fill(def: &mut DomainDef, caps: &Capabilities) {
     name_the_cpu(def.cpu.get_or_insert_default());
     for disk in &mut def.devices.disks {
         if !disk.is_empty() {
-            // Never found out from the content: a guest writes that.
-            disk.driver.get_or_insert_default().format.get_or_insert_with(|| "raw".to_owned());
+            let is_volume = disk.volume().is_some();
+            let driver = disk.driver.get_or_insert_default();
+            // Never found out from the content: a guest writes that. What a volume is, its pool says.
+            if !is_volume {
+                driver.format.get_or_insert_with(|| "raw".to_owned());
+            }
         }
         disk.driver.iter_mut().for_each(|driver| _ = driver.name.get_or_insert_with(|| "qemu".to_owned()));
     }

@@ -278,9 +278,15 @@ impl Domain {
     /// What runs and what is stored name what the disk stands on now.
     async fn configurations_follow(&self, block: &BlockJob) -> Result<()> {
         let (live, stored) = self.configurations()?;
-        let follow = |def: Option<Arc<DomainDef>>| {
+        let follow = |def: Option<Arc<DomainDef>>, is_stored: bool| {
             let before = def?;
             let mut declared = before.clone();
+            match &live {
+                // What is stored names volumes alone: they stand on what those of the guest stand on.
+                Some(live) if is_stored => Arc::make_mut(&mut declared).take_what_volumes_gave(live),
+                None if is_stored => self.shared.volumes.plug_what_is_there(&mut declared),
+                _ => {}
+            }
             self.shared.images.declare(&mut declared);
             let index = declared.devices.disks.iter().position(|disk| block.is_about(disk))?;
             let mut disk = declared.devices.disks[index].clone();
@@ -289,7 +295,8 @@ impl Domain {
             after.devices.disks[index].take_images_of(&disk);
             Some(Arc::new(after))
         };
-        self.put_configurations(follow(live), follow(stored), Update::Part).await
+        let (live, stored) = (follow(live.clone(), false), follow(stored, true));
+        self.put_configurations(live, stored, Update::Part).await
     }
 
     /// Sees to block jobs that nobody follows: with the guest they are taken up again, without it they are settled. For who has the

@@ -275,6 +275,10 @@ impl Domain {
         self.is_not_backed_up()?;
         let machine = self.machine().await?;
         let active = machine.guest.is_some();
+        if !active {
+            // What is missing is told by its name.
+            self.shared.volumes.plug(&mut machine.def.clone())?;
+        }
         let request = Request { active, disk_only: options.disk_only, live: options.live, restored: false };
         let aligned = Alignment::of(doc, name, &machine.def, request).map_err(refused)?;
         if let Some(why) = aligned.not_in_this_state(request) {
@@ -290,7 +294,7 @@ impl Domain {
             let inactive = state.stored.clone().filter(|_| state.guest.is_some());
             (state.snapshots.tree.current().map(str::to_owned), inactive)
         };
-        let inactive = inactive.map(|stored| self.shared.readings.of(&stored)).transpose()?;
+        let inactive = inactive.map(|stored| self.shared.reading_of(&stored)).transpose()?;
         let manual = aligned.disks.iter().any(|disk| disk.mode == DiskMode::Manual);
         let request = SnapshotRequest {
             name: name.to_owned(),
@@ -489,7 +493,8 @@ pub(super) fn switch_disks(def: &mut DomainDef, before: &DomainDef, now: &Domain
         else {
             continue;
         };
-        if disk.path() != before.path() || now.path() == before.path() {
+        let was_that = disk.path() == before.path() || disk.volume().is_some() && disk.volume() == before.volume();
+        if !was_that || now.path() == before.path() {
             continue;
         }
         disk.kind = now.kind;

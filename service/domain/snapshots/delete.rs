@@ -358,6 +358,8 @@ fn replace_in(def: &mut DomainDef, replaced: &[Replaced]) {
             if disk.path().map(Path::new) == Some(&one.gone) {
                 if !disk.give_way() {
                     disk.backing = None;
+                    // A volume by that name is another file.
+                    disk.is_only_its_file();
                     if let Some(source) = &mut disk.source {
                         source.file = Some(one.by.to_string_lossy().into_owned());
                     }

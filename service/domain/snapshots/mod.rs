@@ -140,7 +140,11 @@ impl Domain {
         };
         let (def, guest) = match (guest, stored) {
             (Some(guest), _) => (guest.live, Some(guest.instance)),
-            (None, Some(stored)) => (self.shared.readings.of(&stored)?, None),
+            (None, Some(stored)) => {
+                let mut def = self.shared.readings.of(&stored)?;
+                self.shared.volumes.plug_what_is_there(&mut def);
+                (def, None)
+            }
             (None, None) => return Err(Error::NoSuchDomain { what: "name", value: self.name() }),
         };
         let mut machine = Machine { def, guest, running, folder };

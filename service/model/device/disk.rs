@@ -121,9 +121,15 @@ impl Disk {
         self.device.unwrap_or_default()
     }
 
-    /// Where the content comes from.
+    /// Where the content comes from. A volume is the file or device that it is, once it is known where.
     pub fn kind(&self) -> DiskKind {
-        self.kind.unwrap_or_default()
+        let kind = self.kind.unwrap_or_default();
+        self.source.as_ref().map_or(kind, |source| source.opened_as(kind))
+    }
+
+    /// The volume that it is: pool and name, wherever that is.
+    pub fn volume(&self) -> Option<(&str, &str)> {
+        self.source.as_ref().filter(|_| self.kind == Some(DiskKind::Volume))?.volume()
     }
 
     /// Whether a client has given its image by descriptor: nobody else can open that again.
@@ -166,17 +172,34 @@ impl Disk {
         self.source.as_ref().is_none_or(DiskSource::is_empty)
     }
 
+    /// Its source as that of a layer: a volume that is frozen is this very file, whatever its pool has by that name later.
+    pub fn frozen_source(&self) -> Option<DiskSource> {
+        let source = self.source.clone()?;
+        Some(match self.kind() {
+            DiskKind::Volume => source,
+            _ => DiskSource { pool: None, volume: None, ..source },
+        })
+    }
+
+    /// From now on it is the file that it is now, and no volume.
+    pub fn is_only_its_file(&mut self) {
+        let kind = self.kind();
+        self.source = self.frozen_source();
+        self.kind = self.kind.map(|_| kind);
+    }
+
     /// From now on its writes go to an overlay, and what it was is the layer below. The chain is written down to its end:
     /// where nothing was said to be below, nothing is.
     pub fn stand_on(&mut self, overlay: &std::path::Path, block: bool, format: &str) {
+        let (kind, source) = (self.kind(), self.frozen_source());
         let below = BackingStore {
-            kind: Some(self.kind()),
+            kind: Some(kind),
             format: self.format().map(|name| StoreFormat {
                 name: name.to_owned(),
                 metadata_cache: self.driver.as_ref().and_then(|driver| driver.metadata_cache.clone()),
                 ..StoreFormat::default()
             }),
-            source: self.source.take(),
+            source,
             backing: Some(self.backing.take().unwrap_or_default()),
             ..BackingStore::default()
         };
@@ -228,6 +251,24 @@ impl Disk {
             .unwrap_or_default();
         let driver = self.driver.get_or_insert_default();
         (driver.format, driver.metadata_cache) = (format, cache);
+    }
+
+    /// Where it leaves open what its volume says of itself, it says what `running` has of the same volume.
+    pub(crate) fn take_what_its_volume_gave(&mut self, running: &Disk) {
+        if let (Some(source), Some(of)) = (&mut self.source, &running.source) {
+            (source.file, source.dev) = (of.file.clone(), of.dev.clone());
+            if self.encryption.is_none() && source.encryption.is_none() {
+                source.encryption.clone_from(&of.encryption);
+            }
+        }
+        if self.format().is_none()
+            && let Some(format) = running.format()
+        {
+            self.driver.get_or_insert_default().format = Some(format.to_owned());
+        }
+        if self.backing.is_none() {
+            self.backing.clone_from(&running.backing);
+        }
     }
 
     /// The image format the document gives.

@@ -33,6 +33,10 @@ element! {
         attr "fdgroup" => given: Option<String>,
         /// For `type='block'`.
         attr "dev" => dev: Option<String>,
+        /// For `type='volume'`: the storage pool. Where the volume is, `file` or `dev` says while the guest runs.
+        attr "pool" => pool: Option<String>,
+        /// For `type='volume'`: its name there.
+        attr "volume" => volume: Option<String>,
         /// For `type='network'`: what the server speaks.
         attr "protocol" => protocol: Option<Protocol>,
         /// For `type='network'`: what is asked of the server.
@@ -91,7 +95,27 @@ impl DiskSource {
     /// Whether it names nothing.
     pub fn is_empty(&self) -> bool {
         let named = |value: &Option<String>| value.as_ref().is_some_and(|v| !v.is_empty());
-        !named(&self.file) && !named(&self.dev) && self.protocol.is_none() && self.rest.is_empty()
+        let any = named(&self.file) || named(&self.dev) || named(&self.pool) || named(&self.volume);
+        !any && self.protocol.is_none() && self.rest.is_empty()
+    }
+
+    /// Of `type='volume'`: the pool, and the volume's name there.
+    pub fn volume(&self) -> Option<(&str, &str)> {
+        self.pool.as_deref().zip(self.volume.as_deref())
+    }
+
+    /// What it is once it is known where the volume is.
+    fn kind_of_volume(&self) -> DiskKind {
+        match (&self.file, &self.dev) {
+            (Some(_), _) => DiskKind::File,
+            (None, Some(_)) => DiskKind::Block,
+            (None, None) => DiskKind::Volume,
+        }
+    }
+
+    /// Where the content comes from; of a volume, what that is, once it is known where it is.
+    pub(super) fn opened_as(&self, kind: DiskKind) -> DiskKind {
+        if kind == DiskKind::Volume { self.kind_of_volume() } else { kind }
     }
 }
 

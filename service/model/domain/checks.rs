@@ -348,6 +348,11 @@ fn check_disk(disk: &Disk, bus: DiskBus, log: &mut Log) {
         let attribute = if disk.kind() == DiskKind::File { "file" } else { "dev" };
         complain(log, &disk.at, format!("a {device} needs <source {attribute}='…'/>"));
     }
+    let of_volume = disk.kind == Some(DiskKind::Volume) && !disk.is_empty();
+    let named = |(pool, volume): (&str, &str)| !pool.is_empty() && !volume.is_empty();
+    if of_volume && !disk.volume().is_some_and(named) {
+        complain(log, &disk.at, "a disk of type='volume' needs <source pool='…' volume='…'/>");
+    }
     check_disk_address(disk, bus, log);
 }
 

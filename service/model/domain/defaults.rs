@@ -149,7 +149,7 @@ fn fill_disk(disk: &mut Disk, q35: bool) {
     disk.readonly |= device == DiskDevice::Cdrom;
     let bus = default_bus(device, &disk.target.dev, q35);
     disk.target.bus.get_or_insert(bus);
-    if !matches!(kind, DiskKind::Dir | DiskKind::VhostUser | DiskKind::VhostVdpa) {
+    if !matches!(kind, DiskKind::Dir | DiskKind::Volume | DiskKind::VhostUser | DiskKind::VhostVdpa) {
         disk.driver.get_or_insert_default().format.get_or_insert_with(|| "raw".to_owned());
     }
 }

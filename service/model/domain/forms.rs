@@ -24,6 +24,19 @@ impl DomainDef {
         def
     }
 
+    /// Whether it says where volumes are.
+    pub fn places_volumes(&self) -> bool {
+        self.devices.disks.iter().any(|disk| disk.volume().is_some() && disk.path().is_some())
+    }
+
+    /// Takes out where volumes are: that is found out whenever it is wanted. What has been frozen, or saved, keeps it, as it is of
+    /// that very file.
+    pub fn forget_places_of_volumes(&mut self) {
+        for disk in self.devices.disks.iter_mut().filter(|disk| disk.volume().is_some()) {
+            disk.source.iter_mut().for_each(|source| (source.file, source.dev) = (None, None));
+        }
+    }
+
     /// Takes out what only holds while the guest runs.
     fn forget_runtime(&mut self) {
         self.id = None;

@@ -26,7 +26,7 @@ impl DomainDef {
     /// runtime facts aside. A device that only one of them has is one difference, with its element in one line.
     pub fn pending_changes(&self, stored: &DomainDef) -> Vec<AbiDifference> {
         let mut numbers = Numbers::default();
-        let stored = &self.with_what_networks_gave(stored);
+        let stored = &self.with_what_others_gave(stored);
         let (running, stored) = (Side::of(self, &mut numbers), Side::of(stored, &mut numbers));
         let mut walk = Walk { running: &running, stored: &stored, found: Vec::new(), bytes: 0 };
         walk.inside(Some(&RULES), "", Some(&running.tree), Some(&stored.tree));
@@ -37,8 +37,9 @@ impl DomainDef {
         walk.found
     }
 
-    /// `stored` with what cards that run have of their networks, where it leaves that open: another start gives it again.
-    fn with_what_networks_gave(&self, stored: &DomainDef) -> DomainDef {
+    /// `stored` with what cards that run have of their networks, and disks of their volumes, where it leaves that open: another
+    /// start gives it again.
+    fn with_what_others_gave(&self, stored: &DomainDef) -> DomainDef {
         let mut stored = stored.clone();
         let in_one = |card: &&Interface| card.kind == InterfaceKind::Network && card.mac().is_some();
         for card in self.devices.interfaces.iter().filter(in_one) {
@@ -49,7 +50,18 @@ impl DomainDef {
             other.mtu = other.mtu.take().or_else(|| card.mtu.clone());
             other.port = other.port.take().or_else(|| card.port.clone());
         }
+        stored.take_what_volumes_gave(self);
         stored
+    }
+
+    /// Where disks leave open what their volumes say of themselves, they say what those of `running` have of the same volumes.
+    pub fn take_what_volumes_gave(&mut self, running: &DomainDef) {
+        for disk in &running.devices.disks {
+            let same = self.devices.disks.iter_mut().find(|other| other.target.dev == disk.target.dev);
+            if let Some(other) = same.filter(|other| other.volume().is_some() && other.volume() == disk.volume()) {
+                other.take_what_its_volume_gave(disk);
+            }
+        }
     }
 }
 

@@ -1,0 +1,112 @@
+//! Volumes for machines that have them as disks: where they are, what they are, and pools that are started for them.
+
+use super::{Phase, Pool, Pools, StartPool};
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::volumes::{VolumeImage, VolumeKeeper};
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+use virt_model::xml::shorten;
+
+/// How long a machine that starts waits for a pool that does.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// See the module.
+pub(super) struct Keeper(pub Weak<Pools>);
+
+impl Keeper {
+    fn pool(&self, name: &str) -> Result<Arc<Pool>> {
+        let found = self.0.upgrade().and_then(|pools| pools.registry.by_name(name));
+        found.ok_or_else(|| Error::NoSuchPool { what: "name", value: shorten(name) })
+    }
+}
+
+impl VolumeKeeper for Keeper {
+    fn place(&self, pool: &str, volume: &str) -> Option<PathBuf> {
+        let target = self.pool(pool).ok()?.target();
+        // A name that leads elsewhere is none of a volume.
+        let plain = Path::new(volume).file_name().is_some_and(|name| name == volume);
+        (plain && target.is_absolute()).then(|| target.join(volume))
+    }
+
+    fn find(&self, pool: &str, volume: &str, whole: bool) -> Result<Vec<VolumeImage>> {
+        let pool = self.pool(pool)?;
+        let phase = lock(&pool.state).phase;
+        let refuse = |how: &str| {
+            let text =
+                format!("pool '{}' is {}, and volume '{}' is in it: {how}", pool.name, phase.as_str(), shorten(volume));
+            Err(Error::OperationInvalid(text))
+        };
+        match phase {
+            Phase::Running => {}
+            Phase::Inaccessible => return refuse("see that its storage is there, and refresh it"),
+            Phase::Inactive | Phase::Starting => {
+                return refuse("start it first, or start the machine with start-dependencies");
+            }
+        }
+        let found = pool.find_volume(volume)?;
+        let mut images = vec![pool.image(volume, found.path())?];
+        if whole {
+            for (place, _) in found.at()?.below {
+                let (pool, name) = pool.pools.volume_at(&place).ok_or_else(|| pool.no_volume(volume))?;
+                images.push(pool.image(&name, place)?);
+            }
+        }
+        Ok(images)
+    }
+
+    fn start(&self, caller: Caller, pool: String) -> Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> {
+        Box::pin(async move {
+            let pool = self.pool(&pool)?;
+            pool.comes_up().await;
+            if lock(&pool.state).phase != Phase::Inactive {
+                return Ok(());
+            }
+            let started = async { pool.start(&caller, StartPool::default()).await?.done().await };
+            match started.await {
+                // Another machine's start has started it meanwhile.
+                Err(Error::OperationInvalid(_)) if lock(&pool.state).phase == Phase::Running => Ok(()),
+                started => started,
+            }
+        })
+    }
+
+    fn settles(&self, pool: String) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+        Box::pin(async move {
+            if let Ok(pool) = self.pool(&pool) {
+                pool.comes_up().await;
+            }
+        })
+    }
+}
+
+impl Pool {
+    /// Waits, for a while, until it does not start any more.
+    async fn comes_up(&self) {
+        let mut phases = self.pools.phases.subscribe();
+        let settled = async {
+            // Not within `wait_for`: who tells of a change has the state.
+            while lock(&self.state).phase == Phase::Starting && phases.changed().await.is_ok() {}
+        };
+        let _ = tokio::time::timeout(PATIENCE, settled).await;
+    }
+
+    /// What a machine is to know of a volume.
+    fn image(&self, name: &str, path: PathBuf) -> Result<VolumeImage> {
+        let state = lock(&self.state);
+        let Some(row) = state.volumes.get(name) else {
+            drop(state);
+            return Err(self.no_volume(name));
+        };
+        let secret = state.noted.get(&row.look.id).and_then(|noted| noted.secret.as_ref());
+        Ok(VolumeImage {
+            path,
+            format: row.look.format.clone(),
+            encrypted: row.look.encrypted,
+            secret: secret.map(|secret| secret.named.clone()),
+        })
+    }
+}

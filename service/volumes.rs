@@ -1,0 +1,226 @@
+//! Volumes that machines have as disks: in one place a pool and a name become the file that a driver opens. What is stored says the
+//! names alone; what runs says both, and what an earlier start has said is of no account.
+
+use crate::authz::Caller;
+use crate::error::{Error, Result};
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use uuid::Uuid;
+use virt_model::device::Disk;
+use virt_model::device::disk::{BackingStore, DiskKind, StoreFormat};
+use virt_model::device::source::{DiskSource, Encryption, EncryptionFormat, SecretKind, SecretRef};
+use virt_model::domain::DomainDef;
+use virt_model::xml::Finding;
+
+type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
+/// Whoever keeps volumes.
+pub(crate) trait VolumeKeeper: Send + Sync {
+    /// Where a volume of that name is, or would be.
+    fn place(&self, pool: &str, volume: &str) -> Option<PathBuf>;
+
+    /// The images of a volume that is there, its own first; what it stands on only if `whole`.
+    /// Errors: `NoSuchPool`, `NoSuchVolume`, `OperationInvalid` if the pool is not active, `StorageFailed` if it stands on what is
+    /// not followed.
+    fn find(&self, pool: &str, volume: &str, whole: bool) -> Result<Vec<VolumeImage>>;
+
+    /// Starts a pool that is inactive, for a caller who may.
+    fn start(&self, caller: Caller, pool: String) -> Answer<'_>;
+
+    /// Waits, for a while, until it is known whether a pool that is starting starts.
+    fn settles(&self, pool: String) -> Pin<Box<dyn Future<Output = ()> + Send + '_>>;
+}
+
+/// An image of a volume, or of what that stands on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct VolumeImage {
+    /// Where it is.
+    pub path: PathBuf,
+    /// The volume's format.
+    pub format: String,
+    /// It can be read with a secret only.
+    pub encrypted: bool,
+    /// That secret, if it is known: its uuid, or what it is for.
+    pub secret: Option<String>,
+}
+
+/// See the module.
+#[derive(Default)]
+pub(crate) struct Volumes(OnceLock<Box<dyn VolumeKeeper>>);
+
+impl fmt::Debug for Volumes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Volumes")
+    }
+}
+
+/// By which a volume is known whose place is not: no image has such a path.
+pub(crate) fn by_name(pool: &str, volume: &str) -> PathBuf {
+    pool_by_name(pool).join(volume)
+}
+
+/// What is above all of that pool.
+pub(crate) fn pool_by_name(pool: &str) -> PathBuf {
+    PathBuf::from(format!("\0{pool}"))
+}
+
+fn pools_of(def: &DomainDef) -> Vec<String> {
+    let mut pools: Vec<String> =
+        def.devices.disks.iter().filter_map(|disk| Some(disk.volume()?.0.to_owned())).collect();
+    pools.sort();
+    pools.dedup();
+    pools
+}
+
+fn has_volumes(def: &DomainDef) -> bool {
+    def.devices.disks.iter().any(|disk| disk.volume().is_some())
+}
+
+impl Volumes {
+    /// From now on volumes are asked for there.
+    pub fn kept_by(&self, keeper: Box<dyn VolumeKeeper>) {
+        let _ = self.0.set(keeper);
+    }
+
+    /// Starts the pools that a machine needs, those that are not active, if the caller may.
+    pub async fn start_for(&self, caller: &Caller, def: &DomainDef) -> Result<()> {
+        let Some(keeper) = self.0.get() else { return Ok(()) };
+        for pool in pools_of(def) {
+            keeper.start(caller.clone(), pool).await?;
+        }
+        Ok(())
+    }
+
+    /// Waits for pools of a machine that are just starting.
+    pub async fn settle_for(&self, def: &DomainDef) {
+        let Some(keeper) = self.0.get() else { return };
+        for pool in pools_of(def) {
+            keeper.settles(pool).await;
+        }
+    }
+
+    /// The path of an image that is known by its name, or as it is.
+    pub fn path_of(&self, image: &Path) -> Option<PathBuf> {
+        let Some(named) = image.to_str().and_then(|text| text.strip_prefix('\0')) else {
+            return Some(image.to_owned());
+        };
+        let (pool, volume) = named.split_once('/')?;
+        self.0.get()?.place(pool, volume)
+    }
+
+    /// Says in a definition where its volumes are, or would be, and nothing else of them.
+    pub fn place(&self, def: &mut Arc<DomainDef>) {
+        let Some(keeper) = self.0.get().filter(|_| has_volumes(def)) else { return };
+        for disk in &mut Arc::make_mut(def).devices.disks {
+            let Some((pool, volume)) = disk.volume() else { continue };
+            let place = keeper.place(pool, volume).map(|path| path.to_string_lossy().into_owned());
+            let source = disk.source.get_or_insert_default();
+            (source.file, source.dev) = (place, None);
+        }
+    }
+
+    /// Has a definition say of its volumes what a driver needs to open them. Errors: as [`VolumeKeeper::find`].
+    pub fn plug(&self, def: &mut Arc<DomainDef>) -> Result<()> {
+        if !has_volumes(def) {
+            return Ok(());
+        }
+        let name = def.name.clone();
+        Arc::make_mut(def).devices.disks.iter_mut().try_for_each(|disk| self.plug_disk(&name, disk))
+    }
+
+    /// The same, as far as that is possible.
+    pub fn plug_what_is_there(&self, def: &mut Arc<DomainDef>) {
+        let mut plugged = def.clone();
+        match self.plug(&mut plugged) {
+            Ok(()) => *def = plugged,
+            Err(_) => self.place(def),
+        }
+    }
+
+    /// The same of one disk, if it is a volume. What its document says counts more than what the volume says of itself.
+    pub fn plug_disk(&self, domain: &str, disk: &mut Disk) -> Result<()> {
+        let Some((pool, volume)) = disk.volume() else { return Ok(()) };
+        let whose = format!("domain '{domain}', disk '{}'", disk.target.dev);
+        let keeper = self.0.get().ok_or_else(|| Error::NoSuchPool { what: "name", value: pool.to_owned() })?;
+        let found = keeper.find(pool, volume, disk.backing.is_none()).map_err(|error| match error {
+            Error::OperationInvalid(text) => Error::OperationInvalid(format!("{whose}: {text}")),
+            Error::NoSuchVolume(text) => Error::NoSuchVolume(format!("{whose}: {text}")),
+            Error::StorageFailed(text) => Error::StorageFailed(format!("{whose}: {text}")),
+            error => error,
+        })?;
+        let Some((own, below)) = found.split_first() else {
+            return Err(Error::Internal(format!("{whose}: its volume has no image")));
+        };
+        let format = opened_as(&own.format);
+        let as_it_is = disk.format().is_none_or(|said| said == format);
+        let unnamed = || {
+            let text = format!(
+                "{whose}: volume '{volume}' of pool '{pool}' is encrypted, and nobody has said with which secret: name it in \
+                 <source> (<encryption format='luks'><secret type='passphrase' uuid='…'/></encryption>)"
+            );
+            Error::OperationInvalid(text)
+        };
+        let key = match own.encrypted && as_it_is && disk.encryption().is_none() {
+            true => Some(key_of(own).ok_or_else(unnamed)?),
+            false => None,
+        };
+        let below = match disk.backing.is_none() && !below.is_empty() {
+            true => Some(layers(below).ok_or_else(unnamed)?),
+            false => None,
+        };
+        disk.driver.get_or_insert_default().format.get_or_insert_with(|| format.to_owned());
+        disk.backing = disk.backing.take().or(below);
+        let source = disk.source.get_or_insert_default();
+        (source.file, source.dev) = (Some(own.path.to_string_lossy().into_owned()), None);
+        source.encryption = source.encryption.take().or(key);
+        Ok(())
+    }
+
+    /// What of a machine's volumes is missing now.
+    pub fn missing_in(&self, def: &DomainDef) -> Vec<Finding> {
+        let disks = def.devices.disks.iter().filter(|disk| disk.volume().is_some());
+        let missing = disks.filter_map(|disk| {
+            let error = self.plug_disk(&def.name, &mut disk.clone()).err()?;
+            let at = disk.source.as_ref().map_or(&disk.at, |source| &source.at);
+            Some(Finding::unsupported(at, error.to_string()))
+        });
+        missing.collect()
+    }
+}
+
+/// The word by which machines say a volume's format.
+fn opened_as(format: &str) -> &str {
+    // What is encrypted is said beside it.
+    if format == "luks" { "raw" } else { format }
+}
+
+fn key_of(image: &VolumeImage) -> Option<Encryption> {
+    let named = image.secret.as_deref()?;
+    let uuid = Uuid::try_parse(named).ok();
+    let usage = uuid.is_none().then(|| named.to_owned());
+    let secret = SecretRef { kind: Some(SecretKind::Passphrase), uuid, usage, ..SecretRef::default() };
+    Some(Encryption { format: EncryptionFormat::Luks, secrets: vec![secret], ..Encryption::default() })
+}
+
+/// What a volume stands on, to its end. `None`: something of it is encrypted, and its secret is not known.
+fn layers(below: &[VolumeImage]) -> Option<Box<BackingStore>> {
+    let mut chain = Box::<BackingStore>::default();
+    for image in below.iter().rev() {
+        let encryption = if image.encrypted { Some(key_of(image)?) } else { None };
+        let file = Some(image.path.to_string_lossy().into_owned());
+        chain = Box::new(BackingStore {
+            kind: Some(DiskKind::File),
+            format: Some(StoreFormat { name: opened_as(&image.format).to_owned(), ..StoreFormat::default() }),
+            source: Some(DiskSource { file, encryption, ..DiskSource::default() }),
+            backing: Some(chain),
+            ..BackingStore::default()
+        });
+    }
+    Some(chain)
+}
+
+#[cfg(test)]
+#[path = "volumes_tests.rs"]
+mod tests;
