@@ -593,7 +593,7 @@ mod tests {
             let (_stop, stopped) = stop().unwrap();
             let place = Pouring { at: 0, most: u64::MAX, stopped: &stopped, gate: &gate, progress: &|_| {} };
             let from = given(source).0;
-            for poured in [place.in_whole(&from, &ours), place.in_sparsely(&from, &ours)] {
+            for poured in [place.in_whole(&from, &ours), place.in_sparsely(&from, 0, &ours)] {
                 assert_eq!(poured.unwrap_err().kind(), io::ErrorKind::Interrupted);
             }
             ours

@@ -285,6 +285,11 @@ impl Daemon {
         memory_of(self.virtd_pid(), "VmRSS:")
     }
 
+    /// The same without what it maps of files: of its own program the kernel has there what it likes.
+    pub fn own_memory_kib(&self) -> u64 {
+        memory_of(self.virtd_pid(), "RssAnon:")
+    }
+
     /// The most that virtd has ever had in memory, in KiB.
     pub fn peak_memory_kib(&self) -> u64 {
         memory_of(self.virtd_pid(), "VmHWM:")
