@@ -301,6 +301,13 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
         assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed), "{word}");
         assert!(networks.problems(&more).await.iter().all(|problem| problem.token != "dhcp-down"), "{word}");
     }
+    // One that cannot be destroyed is watched as before.
+    let rules = house.dir.path().join(format!("networks/{}/rules.json", def.uuid));
+    std::fs::remove_file(&rules).unwrap();
+    std::fs::create_dir(&rules).unwrap();
+    networks.stop(def.uuid).await.unwrap_err();
+    assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
+    std::fs::remove_dir(&rules).unwrap();
     networks.stop(def.uuid).await.unwrap();
     assert_eq!(there(), (false, false, false));
     assert!(run("nft list tables").contains("docker"), "others' tables stay");

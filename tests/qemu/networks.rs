@@ -71,14 +71,16 @@ fn ip(daemon: &Daemon, arguments: &[&str]) -> String {
     String::from_utf8_lossy(&done.stdout).into_owned()
 }
 
-/// A machine's card is in the network's bridge, up, and held to what the network says, whatever the machine's document says.
-async fn is_plugged_in(daemon: &Daemon, domain: &Domain) {
+/// A machine's card is in the network's bridge, up, and held to what the network says, whatever the machine's document says. The
+/// name of its end.
+async fn is_plugged_in(daemon: &Daemon, domain: &Domain) -> String {
     let live: String = domain.call("GetXML", &(options([]),)).await.expect("XML").body().deserialize().expect("text");
     assert!(live.contains("network='home' bridge='vbr7'") && live.contains("<port isolated='yes'/>"), "{live}");
     let end = live.split("<target dev='").nth(1).and_then(|rest| rest.split('\'').next()).expect(&live);
     let shown = ip(daemon, &["-d", "-o", "link", "show", end]);
     let words = ["vnet", ",UP", "master vbr7", "mtu 1400", "isolated on"];
     assert!(words.iter().all(|word| shown.contains(word)), "{shown}");
+    end.to_owned()
 }
 
 /// The last line in which a guest said what is wanted, of those from `from` on; where it ends.
@@ -146,9 +148,13 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     says(second, 0, &beta_well).await;
     assert_eq!(leased(beta).await, ["10.77.0.200/24"]);
     assert!(leased(alpha).await[0].starts_with("10.77.0.5"));
-    for domain in [alpha, beta] {
-        is_plugged_in(&daemon, domain).await;
-    }
+    let end = is_plugged_in(&daemon, alpha).await;
+    is_plugged_in(&daemon, beta).await;
+    let slower = "<interface type='network'><mac address='52:54:00:00:00:11'/><bandwidth><inbound average='1001'/>\
+        </bandwidth></interface>";
+    alpha.call("UpdateDevice", &(slower, options([("live", Variant::from(true))]))).await.expect("limited");
+    let class = daemon.inside("tc").args(["class", "show", "dev", &end]).output().expect("tc");
+    assert!(String::from_utf8_lossy(&class.stdout).contains("rate 8008Kbit"), "{class:?}");
     let told = client.call(network, "org.freedesktop.DBus.Properties.Get", &("org.virt.Network", "Leases")).await;
     let told: OwnedVariant = told.expect("leases").body().deserialize().expect("a value");
     let leases = format!("{told:?}");
