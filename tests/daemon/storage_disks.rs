@@ -146,9 +146,9 @@ async fn does_volume(client: &Client, volume: &str, method: &str) -> Result<Mess
     client.call(volume, &format!("{VOLUME}.{method}"), &(options([]),)).await
 }
 
-/// What a volume is, its pool says: format, base and secret; its header is not asked.
+/// What a volume is, its pool says: format and base; its header is not asked.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_volume_brings_its_format_its_base_and_its_secret() {
+async fn a_volume_brings_its_format_and_its_base() {
     if !have(&["qemu-img"]) {
         return;
     }
@@ -158,13 +158,6 @@ async fn a_volume_brings_its_format_its_base_and_its_secret() {
     let base = add(&client, &images, "base", options([("format", "qcow2".into())])).await;
     let thin = ("thin", options([("thin", true.into())]));
     client.call(&base, &format!("{VOLUME}.Clone"), &thin).await.expect("cloned");
-    let uuid = "0a81f5b2-8403-7b23-c8d6-21ccc2f80d6f";
-    let xml = format!("<secret><uuid>{uuid}</uuid></secret>");
-    let reply = client.call("/org/virt", "org.virt.Manager.Secret.DefineSecret", &(xml, options([]))).await;
-    let secret: OwnedObjectPath = reply.expect("defined").body().deserialize().expect("o");
-    let value = (b"open sesame".as_slice(), options([]));
-    client.call(secret.as_str(), "org.virt.Secret.SetValue", &value).await.expect("set");
-    add(&client, &images, "sealed", options([("format", "luks".into()), ("secret", uuid.into())])).await;
 
     let web = client.define(&machine("web", "pool='images' volume='thin'")).await.expect("defined");
     web.run("Start").await.expect("started");
@@ -185,13 +178,6 @@ async fn a_volume_brings_its_format_its_base_and_its_secret() {
     refused(player.create(one, options([])).await, "OperationInvalid", "pool 'images' is inactive");
     does(&client, &images, "Start", options([])).await.expect("started");
     player.domain.run("Undefine").await.expect("undefined");
-
-    let web = client.define(&machine("web", "pool='images' volume='sealed'")).await.expect("defined");
-    web.run("Start").await.expect("started");
-    let xml = web.xml().await;
-    assert!(xml.contains("<driver type='raw'/>") && xml.contains("<encryption format='luks'>"), "{xml}");
-    assert!(xml.contains(&format!("<secret type='passphrase' uuid='{uuid}'/>")), "{xml}");
-    assert!(!web.property::<bool>("ConfigChanged").await && !stored_xml(&web).await.contains("encryption"));
 }
 
 /// What starts with the host: pools before machines.
