@@ -339,7 +339,7 @@ impl Images {
             return Ok(());
         }
         // Its output, and the whole of a chain, are no names for people.
-        let words = String::from_utf8_lossy(&done.stderr).replace("/dev/stdout", name);
+        let words = String::from_utf8_lossy(&done.stderr).replace(TOOL_OUTPUT, name);
         let chains =
             arguments.iter().map(|argument| argument.to_string_lossy()).filter(|text| text.starts_with("json:"));
         let words = chains.fold(words, |words, chain| words.replace(&*chain, "what it is made of"));
@@ -410,13 +410,17 @@ impl Images {
     }
 }
 
+/// What the tool writes an image to: its output, which is a file. A tool that fails removes by its name what it has begun, and
+/// there nothing can be removed; `/dev/stdout` is a link of the host's, which could.
+pub const TOOL_OUTPUT: &str = "/proc/self/fd/1";
+
 /// Writes a raw image of some megabytes into `to`, which is empty, as qcow2: with the rights of `user`, who must be able to
 /// read the one and to write the other, and behind a wall; with ours, if `None`. The program finds both open, and no other file.
 /// Ends soon after it is told to stop, with an error. Blocks.
 pub fn convert(from: &File, to: &File, user: Option<&RunAs>, stop: &Stop) -> io::Result<()> {
     let done = apart::without(|| {
         let mut command = Command::new("qemu-img");
-        command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", "/dev/stdout"]);
+        command.args(["convert", "-f", "raw", "-O", "qcow2", "/dev/stdin", TOOL_OUTPUT]);
         command.env("LC_ALL", "C").stdin(apart::fetch(from)?).stdout(apart::fetch(to)?).stderr(Stdio::piped());
         tame(&mut command, user.map(Into::into), Bounds { cpu: Some(CONVERSION), ..BOUNDS });
         if user.is_some() {

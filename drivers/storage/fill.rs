@@ -5,7 +5,7 @@ use super::draft::{Draft, give};
 use super::folder::Beneath;
 use crate::host::chain::format_of;
 use crate::host::given::next_data;
-use crate::host::image::{Images, named};
+use crate::host::image::{Images, TOOL_OUTPUT, named};
 use crate::host::workers::Stop;
 use rustix::fs::{FallocateFlags, copy_file_range, fallocate, ioctl_ficlone};
 use rustix::io::Errno;
@@ -121,7 +121,6 @@ pub fn with_tool(draft: &Draft, new: &NewVolume, secret: Option<&[u8]>, images: 
 
 /// What the tool is told; its output is the volume.
 fn arguments(new: &NewVolume) -> Vec<OsString> {
-    const OUTPUT: &str = "/dev/stdout";
     let mut arguments: Vec<OsString> = Vec::new();
     let mut say = |words: &[&str]| arguments.extend(words.iter().map(OsString::from));
     let options = options(new);
@@ -137,7 +136,7 @@ fn arguments(new: &NewVolume) -> Vec<OsString> {
             say(&["-O", &new.format]);
             say(&options);
             arguments.push(named(chain));
-            arguments.push(OUTPUT.into());
+            arguments.push(TOOL_OUTPUT.into());
         }
         content => {
             say(&["create", "-q"]);
@@ -148,7 +147,7 @@ fn arguments(new: &NewVolume) -> Vec<OsString> {
                 say(&["-u", "-F", format, "-b"]);
                 arguments.push(base.into());
             }
-            arguments.extend([OUTPUT.into(), new.capacity.to_string().into()]);
+            arguments.extend([TOOL_OUTPUT.into(), new.capacity.to_string().into()]);
         }
     }
     arguments
