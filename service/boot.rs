@@ -457,6 +457,9 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
     }
 }
 
+/// How long machines that start with the host wait for what they may need.
+const NEEDED_FIRST: Duration = Duration::from_secs(120);
+
 /// Starts what starts with the host, once since the host booted.
 pub(crate) async fn autostart(
     shared: &Arc<Shared>,
@@ -473,8 +476,13 @@ pub(crate) async fn autostart(
     // Nobody waits for it: whoever starts virtd would end it where that takes long, and it is done once. First what machines may
     // need.
     tokio::spawn(async move {
-        network::autostart(&networks).await;
-        storage::autostart(&pools).await;
+        let needed = tokio::spawn(async move {
+            tokio::join!(network::autostart(&networks), storage::autostart(&pools));
+        });
+        // One that never comes to its end keeps only those machines from starting that need it.
+        if timeout(NEEDED_FIRST, needed).await.is_err() {
+            tracing::error!("networks or pools have not all started by now: machines start without waiting for them");
+        }
         start_all(due);
     });
     Ok(())

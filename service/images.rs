@@ -112,8 +112,10 @@ pub(crate) trait Machines: Send + Sync {
 /// See the module.
 pub(crate) struct Images {
     machines: Arc<dyn Machines>,
-    /// Which files paths lead to, as last seen. `None`: somebody looks, and has had no answer yet.
-    files: Mutex<HashMap<PathBuf, Option<FileNumber>>>,
+    /// Which files paths lead to, as last seen.
+    files: Mutex<HashMap<PathBuf, FileNumber>>,
+    /// Paths at which somebody looks.
+    looking: Mutex<HashSet<PathBuf>>,
     looks: Arc<Semaphore>,
     /// Files that are about to be written by what is under way, and by what.
     taken: Mutex<Vec<(PathBuf, String)>>,
@@ -152,8 +154,9 @@ impl Drop for Taken {
 impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
         let looks = Arc::new(Semaphore::new(LOOKS));
-        let (files, taken, begun) = (Mutex::default(), Mutex::default(), Mutex::default());
-        Arc::new(Images { machines, files, looks, taken, begun, others: OnceLock::new() })
+        let (files, looking) = (Mutex::default(), Mutex::default());
+        let (taken, begun) = (Mutex::default(), Mutex::default());
+        Arc::new(Images { machines, files, looking, looks, taken, begun, others: OnceLock::new() })
     }
 
     /// Who uses something, for people: `domain 'web' (vda, live)`.
@@ -179,7 +182,7 @@ impl Images {
             return Err(whose.clone());
         }
         taken.push((file.to_owned(), whose));
-        let number = lock(&self.files).get(file).copied().flatten();
+        let number = lock(&self.files).get(file).copied();
         Ok(Taken(self.clone(), file.to_owned(), number))
     }
 
@@ -254,36 +257,31 @@ impl Images {
         looks.detach_all();
     }
 
-    /// Looks where a path leads; one that somebody waits for is left to them. Blocks.
+    /// Looks where a path leads; one that somebody waits for is left to them, and leads where it did. Blocks.
     fn look_at(&self, path: PathBuf) {
-        {
-            let mut files = lock(&self.files);
-            if files.get(&path) == Some(&None) {
-                return;
-            }
-            files.insert(path.clone(), None);
+        if !lock(&self.looking).insert(path.clone()) {
+            return;
         }
         #[allow(clippy::disallowed_methods, reason = "in one of few threads, which may be left behind")]
         let found = std::fs::metadata(&path).ok().map(|data| (data.dev(), data.ino()));
-        let mut files = lock(&self.files);
         match found {
-            Some(found) => _ = files.insert(path, Some(found)),
-            None => _ = files.remove(&path),
+            Some(found) => _ = lock(&self.files).insert(path.clone(), found),
+            None => _ = lock(&self.files).remove(&path),
         }
+        lock(&self.looking).remove(&path);
     }
 
     /// Where a path led, and what it led to: the file may be gone, and its number another's.
     fn forget(&self, path: &Path, was: Option<FileNumber>) {
         let mut files = lock(&self.files);
-        let is = files.get(path).copied().flatten();
-        files.retain(|known, at| at.is_none() || known != path && *at != was && *at != is);
+        let is = files.get(path).copied();
+        files.retain(|known, at| known != path && Some(*at) != was && Some(*at) != is);
     }
 
     /// Whether two paths are one file, as far as it is known.
     fn same(&self, one: &Path, other: &Path) -> bool {
         let files = lock(&self.files);
-        let file = |path: &Path| files.get(path).copied().flatten();
-        one == other || file(one).is_some_and(|one| Some(one) == file(other))
+        one == other || files.get(one).is_some_and(|one| Some(one) == files.get(other))
     }
 }
 

@@ -134,7 +134,16 @@ impl Plugs {
         // Of limits and MTU what the card says itself counts more.
         let limits = group.and_then(|group| group.bandwidth.clone());
         card.bandwidth = card.bandwidth.take().or(limits);
-        card.vlan = group.and_then(|group| group.vlan.clone()).or(card.vlan.take());
+        let vlan = group.and_then(|group| group.vlan.clone());
+        if vlan.is_none() && card.vlan.is_some() && network.groups.iter().any(|group| group.vlan.is_some()) {
+            let text = format!(
+                "domain '{domain}': network '{}' says who is in which VLAN: leave out <vlan>, and name a port group of it \
+                 (<source portgroup='…'>)",
+                shorten(&named)
+            );
+            return Err(Error::OperationInvalid(text));
+        }
+        card.vlan = vlan.or(card.vlan.take());
         if card.mtu.is_none() {
             card.mtu = network.mtu.as_ref().map(|mtu| Mtu { size: mtu.size, ..Mtu::default() });
         }
@@ -190,6 +199,8 @@ mod tests {
         // Whoever owns the machine does not get round what the network says.
         let bold = plugged(&plugs, " portgroup='office'", "<vlan><tag id='7'/></vlan><port isolated='no'/>");
         let bold = bold.expect("plugged");
+        let refused = plugged(&plugs, "", "<vlan><tag id='7'/></vlan>").unwrap_err().to_string();
+        assert!(refused.contains("name a port group"), "{refused}");
         let vlans: Vec<u16> = bold.vlan.iter().flat_map(|vlan| &vlan.tags).map(|tag| tag.id).collect();
         assert!(bold.is_isolated() && vlans == [42], "{vlans:?}");
         let of_its_own = "<target dev='tap7'/>";

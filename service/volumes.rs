@@ -7,12 +7,16 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 use uuid::Uuid;
 use virt_model::device::Disk;
 use virt_model::device::disk::{BackingStore, DiskKind, StoreFormat};
 use virt_model::device::source::{DiskSource, Encryption, EncryptionFormat, SecretKind, SecretRef};
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
+
+/// How long a machine that starts waits for pools that do.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
 
@@ -25,6 +29,10 @@ pub(crate) trait VolumeKeeper: Send + Sync {
     /// Errors: `NoSuchPool`, `NoSuchVolume`, `OperationInvalid` if the pool is not active, `StorageFailed` if it stands on what is
     /// not followed.
     fn find(&self, pool: &str, volume: &str, whole: bool) -> Result<Vec<VolumeImage>>;
+
+    /// A file, if it is a volume's of which virtd has noted what it stands on, stands on that from now on, or on nothing. Blocks.
+    /// Error: `StorageFailed`.
+    fn stands_on(&self, file: &Path, base: Option<&Path>) -> Result<()>;
 
     /// Starts a pool that is inactive, for a caller who may.
     fn start(&self, caller: Caller, pool: String) -> Answer<'_>;
@@ -58,7 +66,7 @@ impl fmt::Debug for Volumes {
 
 /// By which a volume is known whose place is not: no image has such a path.
 pub(crate) fn by_name(pool: &str, volume: &str) -> PathBuf {
-    pool_by_name(pool).join(volume)
+    PathBuf::from(format!("\0{pool}/{volume}"))
 }
 
 /// What is above all of that pool.
@@ -93,12 +101,21 @@ impl Volumes {
         Ok(())
     }
 
-    /// Waits for pools of a machine that are just starting.
+    /// Waits, for a while, for pools of a machine that are just starting.
     pub async fn settle_for(&self, def: &DomainDef) {
         let Some(keeper) = self.0.get() else { return };
-        for pool in pools_of(def) {
-            keeper.settles(pool).await;
-        }
+        let all = async {
+            for pool in pools_of(def) {
+                keeper.settles(pool).await;
+            }
+        };
+        let _ = tokio::time::timeout(PATIENCE, all).await;
+    }
+
+    /// Images stand on others from now on, or on nothing. Blocks. Error: as of [`VolumeKeeper::stands_on`].
+    pub fn stand_on(&self, moved: &[(PathBuf, Option<PathBuf>)]) -> Result<()> {
+        let Some(keeper) = self.0.get() else { return Ok(()) };
+        moved.iter().try_for_each(|(file, base)| keeper.stands_on(file, base.as_deref()))
     }
 
     /// The path of an image that is known by its name, or as it is.

@@ -113,7 +113,9 @@ impl NetworkDriver for HostNetworks {
         let _turn = self.turn.lock().await;
         let (uuid, def) = (def.uuid, def.clone());
         let done = self.does(move |maker| maker.start(&def, owner)).await?;
-        self.tell(uuid);
+        if done.is_ok() {
+            self.tell(uuid);
+        }
         done
     }
 

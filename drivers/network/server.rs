@@ -34,8 +34,12 @@ pub fn start(folder: &Path) -> io::Result<()> {
     let config = argument(folder);
     output_within("dnsmasq", &[&config], &[(TOLD, told.as_os_str())])?;
     match by_number(folder) {
-        // It is held: the number is its own.
-        Some((number, _held)) => replace_json(&folder.join(IDENTITY), &Identity::of(number)?, false),
+        Some((number, held)) => {
+            let identity = Identity::of(number)?;
+            // It is there still, so that the number was its own; who is not stopped takes no notice of that signal.
+            pidfd_send_signal(&held, Signal::CONT)?;
+            replace_json(&folder.join(IDENTITY), &identity, false)
+        }
         None => {
             Err(io::Error::other("dnsmasq has ended as soon as it was started (its own words are in the host's log)"))
         }

@@ -288,6 +288,8 @@ pub fn resize(file: &Beneath, to: NewSize, pace: &Pace) -> io::Result<()> {
         // First what can fail, so that it is as before then.
         allocate(file, length, to.capacity, pace).inspect_err(|_| _ = file.set_len(length))?;
     }
+    // Not if it has been cancelled meanwhile.
+    pace.at(length, to.capacity.max(length))?;
     file.set_len(to.capacity)?;
     file.sync_all()
 }

@@ -2,7 +2,9 @@
 
 use super::{Domain, Domains};
 use crate::error::{Error, Result};
-use crate::images::{Chain, DiskImages, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of};
+use crate::images::{
+    Chain, DiskImages, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of, written_by,
+};
 use crate::lock::lock;
 use std::sync::Arc;
 use uuid::Uuid;
@@ -91,7 +93,8 @@ impl Domain {
         }
         drop(state);
         for DiskImages { target, files } in stored.iter().flat_map(|stored| &stored.disks) {
-            let files = files.iter().filter_map(|file| self.shared.volumes.path_of(file)).collect();
+            let files =
+                files.iter().map(|file| self.shared.volumes.path_of(file).unwrap_or_else(|| file.clone())).collect();
             chains_of(self.uuid, &whose, &DiskImages { target: target.clone(), files }, &mut chains);
         }
         chains
@@ -104,6 +107,10 @@ impl Domain {
         if let Some(guest) = &state.guest {
             let whose = format!("domain '{}'", state.name);
             images_of(&guest.live).for_each(|disk| chains_of(self.uuid, &whose, &disk, &mut chains));
+            // What is only read stays as it is, the topmost image with it.
+            let written = written_by(&guest.live);
+            let is_read = |chain: &&mut Chain| chain.files.first().is_some_and(|top| !written.contains(top));
+            chains.iter_mut().filter(is_read).for_each(|chain| chain.fixed = 0);
         }
         chains
     }

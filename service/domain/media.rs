@@ -4,8 +4,10 @@ use super::config::Update;
 use super::{Affect, Domain, absolute, given};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
+use crate::images;
 use crate::lock::lock;
 use crate::verb::{self, Verb};
+use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
@@ -56,7 +58,7 @@ impl Domain {
 
     /// Puts what an element says into the drive that it means, and tells that.
     pub(super) async fn put_medium(
-        &self,
+        self: &Arc<Self>,
         verb: &'static Verb,
         device: &Element,
         affect: Affect,
@@ -76,6 +78,12 @@ impl Domain {
             let drives = def.devices.disks.iter_mut().filter(|disk| disk.target.dev == *target);
             drives.into_iter().try_for_each(|drive| self.shared.volumes.plug_disk(&name, drive))?;
         }
+        // Said before it is asked, as of what is plugged in.
+        let _coming = live.as_ref().map(|(def, _)| self.awaits(def));
+        let written = live.as_ref().map_or(Vec::new(), |(def, target)| written_in(def, target));
+        let _begins = self.shared.images.begins(written.clone(), format!("domain '{name}', into which it is put"));
+        let deed = format!("cannot put that into domain '{name}'");
+        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
         let mut stored = stored.map(|def| with_medium(&name, &def, device, false)).transpose()?;
         if let Some((stored, _)) = &mut stored {
             let completed = self.driver.learn_and_complete(stored).await;
@@ -182,6 +190,13 @@ fn with_medium(name: &str, def: &DomainDef, device: &Element, runs: bool) -> Res
     let mut def = def.clone();
     def.devices.disks.iter_mut().filter(|disk| disk.target.dev == target).for_each(|disk| *disk = after.clone());
     Ok((def, target))
+}
+
+/// The images that the guest writes of a drive.
+fn written_in(def: &DomainDef, target: &str) -> Vec<PathBuf> {
+    let mut alone = def.clone();
+    alone.devices.disks.retain(|disk| disk.target.dev == target);
+    images::written_by(&alone)
 }
 
 /// The device as the document says it, held to the format and to what else the machine has. Whether the tray stands open is

@@ -56,16 +56,25 @@ impl HostDevice {
             known_driver(driver)?;
             let device = self.now().await?;
             self.applies_to(&device, &verb::DETACH)?;
+            // Taken before it is looked at who has them: who starts later is refused.
+            let mut taken = Vec::new();
+            for disk in self.devices()?.host.disks(&device).await? {
+                let whose = format!("the detaching of node device '{}'", self.name);
+                let has_it = |by| format!("cannot detach node device '{}': {by} has {}", self.name, disk.display());
+                let took = self.shared.images.take(&disk, whose).await;
+                taken.push(took.map_err(|by| Error::InUse(has_it(by)))?);
+            }
             self.refuses_detach(&device, &self.users_with(&device).await?, &self.host_uses(&device).await?)?;
-            let before = self.before_detaching(&device).await?;
+            let noted = self.noted().await?;
+            let before = before_detaching(&device, noted.clone());
             self.note(Some(before.clone())).await?;
             let host = &self.devices()?.host;
             let done = host.detach(&device).await;
             if let Err(error) = &done {
-                // Refused, it was not touched.
-                let undone =
-                    matches!(error, DriverError::Refused(_)) || host.reattach(&device, Some(&before)).await.is_ok();
-                if undone {
+                if matches!(error, DriverError::Refused(_)) {
+                    // It was not touched: what was noted of it counts.
+                    self.note(noted).await?;
+                } else if host.reattach(&device, Some(&before)).await.is_ok() {
                     self.note(None).await?;
                 } else {
                     // The next verb undoes it first, as the next virtd would.
@@ -233,16 +242,6 @@ impl HostDevice {
         ObjectKind::Domain.named(&found.map(|domain| domain.name()).unwrap_or_default())
     }
 
-    /// What it is before it is detached. Where nobody has it, an earlier detaching may have left it so: what was noted then is what
-    /// the host is to have again.
-    async fn before_detaching(&self, device: &NodeDevice) -> Result<DetachedDevice> {
-        let now = DetachedDevice { driver: device.driver.clone() };
-        match now.driver {
-            Some(_) => Ok(now),
-            None => Ok(self.noted().await?.unwrap_or(now)),
-        }
-    }
-
     /// What is noted of it on disk.
     async fn noted(&self) -> Result<Option<DetachedDevice>> {
         let (shared, name) = (self.shared.clone(), self.name.clone());
@@ -268,6 +267,13 @@ impl HostDevice {
             error => Error::from_driver_of(ObjectKind::NodeDevice, &self.name, deed, error),
         }
     }
+}
+
+/// What a device is before it is detached. Where nobody has it, an earlier detaching may have left it so: what was `noted` then is
+/// what the host is to have again.
+fn before_detaching(device: &NodeDevice, noted: Option<DetachedDevice>) -> DetachedDevice {
+    let now = DetachedDevice { driver: device.driver.clone() };
+    if now.driver.is_some() { now } else { noted.unwrap_or(now) }
 }
 
 /// Which driver is to have it: there is one.

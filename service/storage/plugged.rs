@@ -4,15 +4,11 @@ use super::{Phase, Pool, Pools, StartPool};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::volumes::{VolumeImage, VolumeKeeper};
+use crate::volumes::{self, VolumeImage, VolumeKeeper};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
-use std::time::Duration;
 use virt_model::xml::shorten;
-
-/// How long a machine that starts waits for a pool that does.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// See the module.
 pub(super) struct Keeper(pub Weak<Pools>);
@@ -58,6 +54,17 @@ impl VolumeKeeper for Keeper {
         Ok(images)
     }
 
+    fn stands_on(&self, file: &Path, base: Option<&Path>) -> Result<()> {
+        let Some((pool, name)) = self.0.upgrade().and_then(|pools| pools.volume_at(file)) else { return Ok(()) };
+        let Some(id) = lock(&pool.state).volumes.get(&name).map(|row| row.look.id) else { return Ok(()) };
+        pool.save_noted(|all| {
+            if let Some(noted) = all.get_mut(&id) {
+                noted.base = base.map(Path::to_owned);
+                noted.stands = base.map(|_| name.to_string());
+            }
+        })
+    }
+
     fn start(&self, caller: Caller, pool: String) -> Pin<Box<dyn Future<Output = Result<()>> + Send + '_>> {
         Box::pin(async move {
             let pool = self.pool(&pool)?;
@@ -91,7 +98,7 @@ impl Pool {
             // Not within `wait_for`: who tells of a change has the state.
             while lock(&self.state).phase == Phase::Starting && phases.changed().await.is_ok() {}
         };
-        let _ = tokio::time::timeout(PATIENCE, settled).await;
+        let _ = tokio::time::timeout(volumes::PATIENCE, settled).await;
     }
 
     /// What a machine is to know of a volume.

@@ -104,7 +104,8 @@ impl Pool {
 
     /// The same where its volumes are in that folder.
     pub(super) fn users_in(&self, target: &Path) -> Vec<User> {
-        let mut users = self.users_below(target);
+        // Of a pool without a folder of the host's all would be below.
+        let mut users = if target.is_absolute() { self.users_below(target) } else { Vec::new() };
         users.extend(self.shared.image_users.below(&volumes::pool_by_name(&self.name)));
         users.sort();
         users.dedup();

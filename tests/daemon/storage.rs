@@ -521,6 +521,13 @@ async fn a_volume_at_work_is_no_machines_disk() {
     let reply = volume.with("Download", &(descriptor(&mouth), options([("no-wait", true.into())]))).await;
     let reading: OwnedObjectPath = reply.expect("accepted").body().deserialize().expect("o");
     drop(mouth);
+    // What has come through is of a file that is held.
+    let begins = move || {
+        let mut ear = ear;
+        ear.read_exact(&mut [0]).expect("a byte");
+        ear
+    };
+    let ear = tokio::task::spawn_blocking(begins).await.expect("read");
     volume.with("Clone", &("copy.img", options([]))).await.expect("it is kept as it is for both");
     in_use(web.run("Start").await.expect_err("it is read"), "the work on volume 'web.img'");
     let mut watch = client.watch().await;
@@ -634,7 +641,7 @@ async fn two_thousand_volumes_are_listed() {
     pool.run("Start", options([])).await.expect("started");
     assert_eq!((pool.get::<u32>("VolumeCount").await, pool.list().await.len()), (2000, 2000));
     pool.run("Refresh", options([])).await.expect("refreshed");
-    assert!(daemon.own_memory_kib() < 24 << 10, "{} KiB", daemon.own_memory_kib());
+    assert!(daemon.own_memory_kib() < 32 << 10, "{} KiB", daemon.own_memory_kib());
     let types: HashMap<String, HashMap<String, OwnedVariant>> =
         client.property("/org/virt", STORAGE, "PoolTypes").await;
     assert!(bool::try_from(types["dir"]["supported"].try_clone().unwrap()).unwrap());

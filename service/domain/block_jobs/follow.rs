@@ -11,6 +11,7 @@ use crate::frames::Changeable as _;
 use crate::job::Job;
 use crate::lock::lock;
 use crate::shared::AGAIN;
+use crate::store::on_disk;
 use crate::turn::TurnGuard;
 use crate::verb::{self, Verb};
 use std::path::PathBuf;
@@ -38,6 +39,19 @@ enum Seen {
     ToConclude,
     Cancelled,
     Ended(DriverError),
+}
+
+/// The images of a chain that have another below them than before, or none any more, each with that.
+fn on_another_base(was: &[PathBuf], is: &[PathBuf]) -> Vec<(PathBuf, Option<PathBuf>)> {
+    let below = |chain: &[PathBuf], file: &PathBuf| {
+        let at = chain.iter().position(|one| one == file)?;
+        Some(chain.get(at + 1).cloned())
+    };
+    let moved = is.iter().filter_map(|file| {
+        let (before, now) = (below(was, file)?, below(is, file)?);
+        (before != now).then(|| (file.clone(), now))
+    });
+    moved.collect()
 }
 
 impl Domain {
@@ -278,7 +292,8 @@ impl Domain {
     /// What runs and what is stored name what the disk stands on now.
     async fn configurations_follow(&self, block: &BlockJob) -> Result<()> {
         let (live, stored) = self.configurations()?;
-        let follow = |def: Option<Arc<DomainDef>>, is_stored: bool| {
+        let mut moved = Vec::new();
+        let mut follow = |def: Option<Arc<DomainDef>>, is_stored: bool| {
             let before = def?;
             let mut declared = before.clone();
             match &live {
@@ -290,12 +305,17 @@ impl Domain {
             self.shared.images.declare(&mut declared);
             let index = declared.devices.disks.iter().position(|disk| block.is_about(disk))?;
             let mut disk = declared.devices.disks[index].clone();
+            let was = disk.files();
             block.apply_to(&mut disk);
+            moved.extend(on_another_base(&was, &disk.files()));
             let mut after = DomainDef::clone(&before);
             after.devices.disks[index].take_images_of(&disk);
             Some(Arc::new(after))
         };
         let (live, stored) = (follow(live.clone(), false), follow(stored, true));
+        // First what pools have noted: while the configurations say what was, all of it is done again.
+        let shared = self.shared.clone();
+        on_disk(move || shared.volumes.stand_on(&moved)).await?;
         self.put_configurations(live, stored, Update::Part).await
     }
 
@@ -372,5 +392,21 @@ fn failure(block: &BlockJob, why: Option<String>) -> DriverError {
         }
         Some(why) => DriverError::Hypervisor(why),
         None => DriverError::Refused("somebody else has ended it".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_that_have_another_below_them_are_found() {
+        let chain = |names: &[&str]| names.iter().map(PathBuf::from).collect::<Vec<_>>();
+        let was = chain(&["top", "mid", "base"]);
+        let moved = |is: &[&str]| on_another_base(&was, &chain(is));
+        assert_eq!(moved(&["top", "base"]), [("top".into(), Some("base".into()))], "a commit or a pull");
+        assert_eq!(moved(&["top"]), [("top".into(), None)], "all is pulled");
+        assert_eq!(moved(&["copy", "mid", "base"]), [], "a new image is noted when it is made");
+        assert_eq!(moved(&["mid", "base"]), [], "what was topmost is committed");
     }
 }

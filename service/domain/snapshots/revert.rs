@@ -16,10 +16,11 @@ use crate::verb;
 use std::path::PathBuf;
 use std::sync::Arc;
 use tokio_util::sync::CancellationToken;
+use virt_model::device::Disk;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
-    ExistingSnapshot, Journal as _, Machine, Reverted, Siblings, Snapshots, StartFrom,
+    DiskMode, ExistingSnapshot, Journal as _, Machine, Reverted, Siblings, Snapshots, StartFrom,
 };
 use virt_model::snapshot::SnapshotDef;
 use virt_model::state::{Defined, DomainState, Lifecycle, Resumed, StateReason, Stopped, Suspended};
@@ -58,6 +59,9 @@ impl Domain {
         job: Arc<Job>,
     ) -> Result<()> {
         let Planned { def, kept, machine, keep, active, in_place, .. } = planned;
+        if active.is_some() && !in_place {
+            self.volumes_are_there(&def)?;
+        }
         let deed = Deed::Revert { name: def.name.clone(), active, in_place, ran: machine.running };
         let journal = self.journal(deed, &job);
         journal.begin().await?;
@@ -104,6 +108,18 @@ impl Domain {
         drop(starts);
         drop(stay);
         self.reverted(def, &reverted, &journal).await
+    }
+
+    /// Refuses to end what runs where the guest of the snapshot could not be started for want of a volume.
+    fn volumes_are_there(&self, def: &SnapshotDef) -> Result<()> {
+        let Some(then) = &def.domain else { return Ok(()) };
+        // Such a disk is an overlay of its own afterwards.
+        let is_frozen = |disk: &&Disk| {
+            let mut parts = def.disks.iter();
+            parts.any(|part| part.target == disk.target.dev && matches!(part.mode, DiskMode::External { .. }))
+        };
+        let mut disks = then.devices.disks.iter().filter(|disk| !is_frozen(disk));
+        disks.try_for_each(|disk| self.shared.volumes.plug_disk(&self.name(), &mut disk.clone()))
     }
 
     /// Brings the images to the snapshot, while what runs stands aside where it can; else it ends first. On failure it goes
