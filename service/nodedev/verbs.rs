@@ -58,7 +58,8 @@ impl HostDevice {
             self.applies_to(&device, &verb::DETACH)?;
             // Taken before it is looked at who has them: who starts later is refused.
             let mut taken = Vec::new();
-            for disk in self.devices()?.host.disks(&device).await? {
+            let disks = self.devices()?.host.disks(&device).await;
+            for disk in disks.map_err(|error| self.failed("detach", error))? {
                 let whose = format!("the detaching of node device '{}'", self.name);
                 let has_it = |by| format!("cannot detach node device '{}': {by} has {}", self.name, disk.display());
                 let took = self.shared.images.take(&disk, whose).await;
