@@ -102,7 +102,7 @@ async fn a_volume_is_a_machines_disk() {
     refused(does_volume(&client, &volume, "Wipe").await, "InUse", "vda, live");
 
     // A device and a medium are resolved likewise.
-    add(&client, &images, "more.img", options([])).await;
+    let second = add(&client, &images, "more.img", options([])).await;
     let disk = |volume: &str| {
         format!("<disk type='volume'><source pool='images' volume='{volume}'/><target dev='vdb' bus='virtio'/></disk>")
     };
@@ -112,7 +112,14 @@ async fn a_volume_is_a_machines_disk() {
     let more = folder.join("more.img").display().to_string();
     assert!(web.xml().await.contains(&format!("file='{more}'")) && !stored_xml(&web).await.contains("file="));
     assert!(!web.property::<bool>("ConfigChanged").await);
+    let copied = async |name: &str| client.call(&second, &format!("{VOLUME}.Clone"), &(name, options([]))).await;
+    refused(copied("copy.img").await, "InUse", "domain 'web'");
     web.call("DetachDevice", &(disk("more.img"), live())).await.expect("unplugged");
+    // What a guest only reads is copied meanwhile.
+    let read_only = disk("more.img").replace("<target", "<readonly/><target");
+    web.call("AttachDevice", &(&*read_only, live())).await.expect("plugged in");
+    copied("copy.img").await.expect("copied");
+    web.call("DetachDevice", &(read_only, live())).await.expect("unplugged");
 
     // A folder's pool just turns inactive, which no guest notices; the next start needs it.
     refused(does(&client, &images, "Undefine", options([])).await, "OperationInvalid", "active");
