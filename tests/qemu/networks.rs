@@ -134,6 +134,7 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     let path: OwnedObjectPath = defined.expect("defined").body().deserialize().expect("a path");
     let network = path.as_str();
     call(&client, network, "Start", false).await.expect("started");
+    let mut watch = client.watch().await;
     let mut guests = Vec::new();
     for (name, mac, peer) in [("alpha", "52:54:00:00:00:11", "beta.lab"), ("beta", "52:54:00:00:00:12", "alpha.lab")] {
         let serial = daemon.folder().join(format!("{name}.serial"));
@@ -146,6 +147,10 @@ async fn n7_guests_have_addresses_names_and_the_world_whoever_is_killed() {
     let (alpha_well, beta_well) = (all_well("10.77.0.5", "10.77.0.200"), all_well("10.77.0.200", "10.77.0.5"));
     says(first, 0, &alpha_well).await;
     says(second, 0, &beta_well).await;
+    // That is told soon after the guests have them.
+    while leased(alpha).await.is_empty() || leased(beta).await.is_empty() {
+        watch.next().await;
+    }
     assert_eq!(leased(beta).await, ["10.77.0.200/24"]);
     assert!(leased(alpha).await[0].starts_with("10.77.0.5"));
     let end = is_plugged_in(&daemon, alpha).await;
