@@ -1,13 +1,11 @@
-//! What virtd does when it starts: loads definitions, finds the guests that run, makes whole what was cut off, autostarts.
+//! What virtd does when it starts: loads definitions, finds the guests that run, makes whole what was cut off.
 
-use crate::domain::{Domain, DomainSeed, Domains, FoundGuest, StartOptions};
+use crate::domain::{Domain, DomainSeed, Domains, FoundGuest};
 use crate::error::{Error, Result};
 use crate::facts::ConfigFacts;
 use crate::left_behind;
-use crate::network::{self, Networks};
 use crate::registry::Claimed;
-use crate::shared::{AGAIN, Shared, virtd_itself};
-use crate::storage::{self, Pools};
+use crate::shared::{AGAIN, Shared};
 use crate::store::{Deed, Ended, Found, Intent, Loaded, Note, Status, Stored, on_disk};
 use crate::stored::StoredDef;
 use crate::time::now_usec;
@@ -25,7 +23,7 @@ use virt_model::state::{DomainState, PmSuspended, StateReason, Suspended};
 use virt_model::xml::Limits;
 
 /// How many guests are reconnected, or started, at once.
-const AT_ONCE: usize = 16;
+pub(crate) const AT_ONCE: usize = 16;
 
 /// How long guests are looked for before virtd is there for everybody, whatever one of them does.
 const LOOK: Duration = Duration::from_secs(1);
@@ -189,7 +187,6 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
     let (domain, places) = (domain.clone(), places.clone());
     let stays = domain.stays_until_saved();
     tokio::spawn(async move {
-        let place = places.acquire_owned().await;
         let work = async {
             first.await;
             // The log has it by then.
@@ -198,13 +195,22 @@ fn look_after(domain: &Arc<Domain>, places: &Arc<Semaphore>, first: impl Future<
             }
             domain.takes_up_backup().await;
         };
-        let mut work = std::pin::pin!(work);
-        if timeout(PLACE, &mut work).await.is_err() {
-            drop(place);
-            work.await;
-        }
+        in_place(places, work).await;
         drop((turn, stays));
     });
+}
+
+/// Does some work when there is a place for it, which it gives up where it takes longer than [`PLACE`].
+pub(crate) async fn in_place<T>(places: Arc<Semaphore>, work: impl Future<Output = T>) -> T {
+    let place = places.acquire_owned().await;
+    let mut work = std::pin::pin!(work);
+    match timeout(PLACE, &mut work).await {
+        Ok(done) => done,
+        Err(_) => {
+            drop(place);
+            work.await
+        }
+    }
 }
 
 /// The snapshots of all domains. Those that cannot be read are left alone.
@@ -454,68 +460,5 @@ fn last_condition(state: DomainState, reason: StateReason) -> Condition {
         (DomainState::Crashed, _) => Condition::Panicked,
         (DomainState::PmSuspended, _) => Condition::PmSuspended(PmSuspended::Memory),
         _ => Condition::Running,
-    }
-}
-
-/// How long machines that start with the host wait for what they may need.
-const NEEDED_FIRST: Duration = Duration::from_secs(120);
-
-/// Starts what starts with the host, once since the host booted.
-pub(crate) async fn autostart(
-    shared: &Arc<Shared>,
-    networks: &Arc<Networks>,
-    pools: &Arc<Pools>,
-    domains: &Domains,
-) -> Result<()> {
-    let on = shared.clone();
-    if !on_disk(move || on.store.first_start_since_boot()).await? {
-        return Ok(());
-    }
-    let due: Vec<Arc<Domain>> = domains.all().into_iter().filter(|domain| domain.facts().autostart).collect();
-    let (networks, pools) = (networks.clone(), pools.clone());
-    // Nobody waits for it: whoever starts virtd would end it where that takes long, and it is done once. First what machines may
-    // need.
-    tokio::spawn(async move {
-        let needed = tokio::spawn(async move {
-            tokio::join!(network::autostart(&networks), storage::autostart(&pools));
-        });
-        // One that never comes to its end keeps only those machines from starting that need it.
-        if timeout(NEEDED_FIRST, needed).await.is_err() {
-            tracing::error!("networks or pools have not all started by now: machines start without waiting for them");
-        }
-        start_all(due);
-    });
-    Ok(())
-}
-
-fn start_all(due: Vec<Arc<Domain>>) {
-    let places = Arc::new(Semaphore::new(AT_ONCE));
-    for domain in due {
-        let places = places.clone();
-        tokio::spawn(async move {
-            // First it is found out whether it runs.
-            domain.is_looked_after().await;
-            if domain.facts().state.is_active() {
-                return;
-            }
-            let place = places.acquire_owned().await;
-            let work = async {
-                match domain.launch(&virtd_itself(), None, StartOptions::default()).await {
-                    Ok(ticket) => ticket.done().await,
-                    Err(e) => Err(e),
-                }
-            };
-            let mut work = std::pin::pin!(work);
-            let started = match timeout(PLACE, &mut work).await {
-                Ok(started) => started,
-                Err(_) => {
-                    drop(place);
-                    work.await
-                }
-            };
-            if let Err(e) = started {
-                tracing::error!(uuid = %domain.uuid(), name = domain.name(), "autostart: {e}");
-            }
-        });
     }
 }

@@ -3,6 +3,7 @@
 #![cfg_attr(not(test), deny(clippy::disallowed_methods))]
 
 pub mod authz;
+mod autostart;
 mod boot;
 mod choices;
 mod compare;
@@ -63,18 +64,20 @@ pub use store::Paths;
 pub use subscribe::{SubscribeOptions, Subscription};
 
 use authz::{Authority, Caller, Subject};
+use autostart::Autostart;
 use domain::Domains;
 use error::{Error, Result};
 use events::{Event, Events};
 use frames::Changeable as _;
 use images::Images;
 use job::Jobs;
+use lock::lock;
 use network::Networks;
 use nodedev::NodeDevices;
 use object::ObjectRef;
 use secret::Secrets;
 use shared::Shared;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 use storage::Pools;
 use store::Store;
@@ -107,6 +110,8 @@ pub struct Service {
     node_devices: OnceLock<Arc<NodeDevices>>,
     pools: Arc<Pools>,
     networks: Arc<Networks>,
+    /// What is still to start with the host; gone when that has begun.
+    autostart: Mutex<Option<Autostart>>,
     /// Cancelled when the secrets in the administrator's files have been taken in.
     taken_in: CancellationToken,
 }
@@ -135,8 +140,12 @@ impl Service {
         network::load(&shared, &networks).await?;
         boot::load(&shared, &domains).await?;
         network::plug_in_guests(&networks);
+        let autostart = Mutex::new(Autostart::open(&shared, &networks, &pools, &domains).await?);
         let (node_devices, taken_in) = (OnceLock::new(), CancellationToken::new());
-        Ok((Arc::new(Service { shared, domains, secrets, node_devices, pools, networks, taken_in }), receiver))
+        Ok((
+            Arc::new(Service { shared, domains, secrets, node_devices, pools, networks, autostart, taken_in }),
+            receiver,
+        ))
     }
 
     /// Starts the networks, pools and domains that start with the host, once since it booted, and what may wait for a TPM. To be
@@ -149,7 +158,11 @@ impl Service {
             drop(taken_in);
             secret::tell_protection(&shared, &secrets).await;
         });
-        boot::autostart(&self.shared, &self.networks, &self.pools, &self.domains).await
+        let autostart = lock(&self.autostart).take();
+        match autostart {
+            Some(autostart) => autostart.begin().await,
+            None => Ok(()),
+        }
     }
 
     /// Publishes the devices of the host, too, and follows them. To be called once, before anybody is on the bus.

@@ -1,6 +1,7 @@
 //! What every object shares with the service: drivers, authority, events, jobs, images and the disk. It knows no object.
 
 use crate::authz::{Authority, Caller};
+use crate::autostart::Coming;
 use crate::choices::Choices;
 use crate::desk::{Desk, Reading};
 use crate::error::{Error, Result};
@@ -16,7 +17,7 @@ use crate::stored::{Readings, StoredDef};
 use crate::subscribe::{SUBSCRIPTIONS, Subscriptions};
 use crate::turn::PATIENCE;
 use crate::uses::Uses;
-use crate::volumes::Volumes;
+use crate::volumes::{self, Volumes};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -88,6 +89,8 @@ pub(crate) struct Shared {
     pub plugs: Plugs,
     /// Which volumes there are for machines.
     pub volumes: Volumes,
+    /// What is still to start with the host.
+    pub coming: Coming,
     /// What is just being chosen for networks.
     pub choices: Arc<Choices>,
     pub desk: Arc<Desk>,
@@ -131,6 +134,7 @@ impl Shared {
             uses: Uses::default(),
             plugs: Plugs::default(),
             volumes: Volumes::default(),
+            coming: Coming::default(),
             choices: Arc::default(),
             desk: Desk::new(limits.reading),
             scrapes: FairPlaces::new(SCRAPES.0, SCRAPES.1),
@@ -148,6 +152,15 @@ impl Shared {
         let mut def = self.readings.of(stored)?;
         self.volumes.place(&mut def);
         Ok(def)
+    }
+
+    /// Waits, for a while, for what a machine needs that is just starting, or is still to start with the host.
+    pub async fn settle_for(&self, def: &DomainDef) {
+        let settled = async {
+            self.coming.settle_for(def).await;
+            self.volumes.settle_for(def).await;
+        };
+        let _ = tokio::time::timeout(volumes::PATIENCE, settled).await;
     }
 
     /// Has a definition that is to run say what its networks and volumes are. Errors: of what is not there, or not active.

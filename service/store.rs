@@ -13,17 +13,19 @@
 //!  <runtime>/ended/<uuid>.json    how its last guest ended, if that was since the host booted
 //!  <runtime>/guests/<uuid>/       the driver's sockets
 //!  <runtime>/pools/               the documents with which storage pools are active
-//!  <runtime>/autostarted          autostart was done since the host booted
+//!  <runtime>/autostart{ing,ed}     what has been started with the host since it booted: see `store/autostart.rs`
 //!  <log>/<uuid>.log               the hypervisor's own output
 //! ```
 //!
 //! What could not be read again is not written: whoever stores a document learns here that the reader would refuse it.
 
+mod autostart;
 mod documents;
 mod managed;
 mod nodedev;
 mod snapshots;
 
+pub(crate) use autostart::Autostarting;
 pub(crate) use documents::{Documents, Folder, FoundDocument};
 pub(crate) use snapshots::{Backup, BlockRecord, Current, Deed, Intent, Loaded, Record};
 
@@ -315,17 +317,6 @@ impl Store {
         if let Err(e) = remove(&self.status(uuid)) {
             tracing::warn!(%uuid, "{e}");
         }
-    }
-
-    /// Whether autostart is still to be done since the host booted; from now on it is not.
-    pub fn first_start_since_boot(&self) -> Result<bool> {
-        let mark = self.paths.runtime.join("autostarted");
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-        if fs::read_to_string(&mark).is_ok_and(|seen| seen == boot) {
-            return Ok(false);
-        }
-        replace(&mark, boot.as_bytes())?;
-        Ok(true)
     }
 
     /// A number below those of all jobs of this run of virtd, and above those of all runs before. To be asked once a run.

@@ -15,7 +15,7 @@ use virt_model::device::source::{DiskSource, Encryption, EncryptionFormat, Secre
 use virt_model::domain::DomainDef;
 use virt_model::xml::Finding;
 
-/// How long a machine that starts waits for pools that do.
+/// How long a machine that starts waits for networks and pools that do.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 type Answer<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
@@ -101,15 +101,12 @@ impl Volumes {
         Ok(())
     }
 
-    /// Waits, for a while, for pools of a machine that are just starting.
+    /// Waits for pools of a machine that are just starting, for each at most [`PATIENCE`].
     pub async fn settle_for(&self, def: &DomainDef) {
         let Some(keeper) = self.0.get() else { return };
-        let all = async {
-            for pool in pools_of(def) {
-                keeper.settles(pool).await;
-            }
-        };
-        let _ = tokio::time::timeout(PATIENCE, all).await;
+        for pool in pools_of(def) {
+            keeper.settles(pool).await;
+        }
     }
 
     /// Images stand on others from now on, or on nothing. Blocks. Error: as of [`VolumeKeeper::stands_on`].

@@ -84,7 +84,7 @@ impl Domain {
                 match self.goes_on_from(def.is_some(), options)? {
                     Some(file) => self.can_go_on_from(caller, &file).await.map(|()| None)?,
                     None => {
-                        self.shared.volumes.settle_for(&boots).await;
+                        self.shared.settle_for(&boots).await;
                         self.shared.plug(&mut boots)?;
                         Some(self.can_run(&boots).await?)
                     }
@@ -193,7 +193,7 @@ impl Domain {
         let mut def = def;
         self.shared.images.declare(&mut def);
         let _coming = self.awaits(&def);
-        self.shared.volumes.settle_for(&def).await;
+        self.shared.settle_for(&def).await;
         self.shared.plug(&mut def)?;
         let _begins = self.may_write_disks(&def).await?;
         for finding in self.changed_below(&def).await {

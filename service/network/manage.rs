@@ -8,7 +8,7 @@ use crate::frames::{self, Changeable as _};
 use crate::lock::lock;
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
-use crate::shared::{Shared, virtd_itself};
+use crate::shared::Shared;
 use crate::store::{Folder, FoundDocument, on_disk};
 use crate::uses::Needed;
 use crate::verb::Verb;
@@ -367,19 +367,4 @@ fn put(shared: &Arc<Shared>, networks: &Arc<Networks>, def: NetworkDef, broken: 
 /// Plugs the guests in that an earlier virtd was about to plug in. To be called when the machines are known.
 pub(crate) fn plug_in_guests(networks: &Networks) {
     networks.all().iter().for_each(Network::plug_again_soon);
-}
-
-/// Starts those that start with the host. Machines come after it.
-pub(crate) async fn autostart(networks: &Networks) {
-    let mut wanted: Vec<Arc<Network>> = networks.all();
-    wanted.retain(|network| lock(&network.state).autostart);
-    wanted.sort_by(|a, b| a.name.cmp(&b.name));
-    for network in wanted {
-        if lock(&network.state).live.is_some() {
-            continue;
-        }
-        if let Err(error) = network.start(&virtd_itself()).await {
-            tracing::error!(uuid = %network.uuid, name = network.name, "autostart: {error}");
-        }
-    }
 }

@@ -13,7 +13,7 @@ mod manage;
 mod run;
 
 pub use change::HostEntry;
-pub(crate) use manage::{autostart, load, plug_in_guests};
+pub(crate) use manage::{load, plug_in_guests};
 
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
@@ -161,6 +161,16 @@ impl Network {
     /// Its identity.
     pub fn uuid(&self) -> Uuid {
         self.uuid
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it is not there, and is to be when the host is.
+    pub(crate) fn starts_with_host(&self) -> bool {
+        let state = lock(&self.state);
+        state.autostart && state.live.is_none()
     }
 
     /// What a method would meet now: `yes`, `no`, `challenge` or `na`. Never prompts.

@@ -10,7 +10,7 @@ use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable as _};
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
-use crate::shared::{Shared, virtd_itself};
+use crate::shared::Shared;
 use crate::store::{Folder, FoundDocument, on_disk};
 use crate::{Service, verb};
 use std::collections::{BTreeMap, HashMap};
@@ -286,21 +286,4 @@ fn listen(shared: &Arc<Shared>, pools: &Arc<Pools>) {
     });
     let all = Arc::downgrade(pools);
     shared.images.also(move || all.upgrade().map(|pools| pools.noted_chains()).unwrap_or_default());
-}
-
-/// Starts the pools that start with the host.
-pub(crate) async fn autostart(pools: &Pools) {
-    for pool in pools.registry.all() {
-        let is_due = {
-            let state = super::lock(&pool.state);
-            state.autostart && state.phase == Phase::Inactive
-        };
-        if !is_due {
-            continue;
-        }
-        let started = async { pool.start(&virtd_itself(), StartPool::default()).await?.done().await };
-        if let Err(error) = started.await {
-            tracing::error!(uuid = %pool.uuid, name = pool.name, "autostart: {error}");
-        }
-    }
 }

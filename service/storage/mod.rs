@@ -18,7 +18,7 @@ mod users;
 mod volume;
 
 pub use create::{AddVolume, CloneVolume, CreateVolume};
-pub(crate) use manage::{autostart, load};
+pub(crate) use manage::load;
 pub(crate) use set::Pools;
 pub use users::StorageCheck;
 pub use volume::{NewCapacity, Volume};
@@ -357,6 +357,16 @@ impl Pool {
     /// Its identity.
     pub fn uuid(&self) -> Uuid {
         self.uuid
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it is inactive, and is to be active when the host is there.
+    pub(crate) fn starts_with_host(&self) -> bool {
+        let state = lock(&self.state);
+        state.autostart && state.phase == Phase::Inactive
     }
 
     /// What a method would meet now: `yes`, `no`, `challenge` or `na`. Never prompts.

@@ -98,6 +98,11 @@ impl Pools {
         Some((self.registry.get(pool)?, name))
     }
 
+    /// All of them.
+    pub fn all(&self) -> Vec<Arc<Pool>> {
+        self.registry.all()
+    }
+
     /// The volume at a path, as far as it is published.
     pub fn indexed(&self, path: &Path) -> Option<ObjectRef> {
         lock(&self.places).get(path).map(|(pool, name)| ObjectRef::Volume(*pool, name.clone()))

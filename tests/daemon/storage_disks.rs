@@ -187,28 +187,50 @@ async fn a_volume_brings_its_format_and_its_base() {
     player.domain.run("Undefine").await.expect("undefined");
 }
 
-/// What starts with the host: pools before machines.
+/// What starts with the host: pools before machines, each once; who starts a machine meanwhile waits for its pool.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_machine_that_starts_with_the_host_has_its_pool() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
     let client = Client { connection: daemon.connect().await };
+    let (books, _) = pool(&client, "books", &daemon.folder().join("books")).await;
     let (images, _) = pool(&client, "images", &daemon.folder().join("images")).await;
-    add(&client, &images, "web.img", options([])).await;
-    let web = client.define(&machine("web", "pool='images' volume='web.img'")).await.expect("defined");
+    let mut machines = Vec::new();
+    for name in ["web", "db", "had"] {
+        add(&client, &images, &format!("{name}.img"), options([])).await;
+        let xml = machine(name, &format!("pool='images' volume='{name}.img'"));
+        machines.push(client.define(&xml).await.expect("defined").path);
+    }
+    let [web, db, had] = &machines[..] else { unreachable!("three") };
     let set = "org.freedesktop.DBus.Properties.Set";
-    for (path, interface) in [(&images, POOL), (&web.path, "org.virt.Domain")] {
+    for (path, interface) in [(&books, POOL), (&images, POOL), (web, "org.virt.Domain"), (had, "org.virt.Domain")] {
         client.call(path, set, &(interface, "Autostart", Variant::from(true))).await.expect("set");
     }
-    does(&client, &images, "Destroy", options([])).await.expect("stopped");
+    for pool in [&books, &images] {
+        does(&client, pool, "Destroy", options([])).await.expect("stopped");
+    }
     daemon.kill_virtd().await;
-    // As after a boot.
-    std::fs::remove_file(daemon.root().join("run/virt/autostarted")).expect("the mark of this boot");
+    // As after a boot of which an earlier virtd has started one machine, which somebody has stopped since.
+    let run = daemon.root().join("run/virt");
+    std::fs::remove_file(run.join("autostarted")).expect("the mark of this boot");
+    let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("a boot");
+    let uuid = had.rsplit_once("/_").expect("a uuid").1.replace('_', "-");
+    std::fs::write(run.join("autostarting"), format!("{boot}{uuid}\n")).expect("written");
+    let goes_on = daemon.folder().join("goes-on");
+    daemon.at_step(1, &format!("until [ -e {} ]; do sleep 0.05; done", goes_on.display()));
     daemon.start_virtd().await;
     let client = Client { connection: daemon.connect().await };
-    let web = Domain { client: client.clone(), path: web.path };
+    let domain = |path: &str| Domain { client: client.clone(), path: path.to_owned() };
+    let (web, db, had) = (domain(web), domain(db), domain(had));
     let mut watch = client.watch().await;
+    let starts = db.run("Start");
+    let told = async {
+        assert_ne!(client.property::<String>(&images, POOL, "State").await, "running", "the other pool is first");
+        std::fs::write(&goes_on, "").expect("written");
+    };
+    tokio::join!(starts, told).0.expect("it waits for its pool");
     while web.state().await.0 != "running" {
         watch.next().await;
     }
     assert_eq!(client.property::<String>(&images, POOL, "State").await, "running");
+    assert_eq!(had.state().await.0, "shutoff", "it has had its turn");
 }
