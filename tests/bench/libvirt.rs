@@ -28,6 +28,9 @@ if [ -n "$2" ]; then
     done
     echo 'libvirt-qemu:x:64055:64055::/:/usr/sbin/nologin' >> /etc/passwd
     echo 'libvirt-qemu:x:64055:' >> /etc/group
+    for tables in iptables ip6tables; do
+        [ -e "/usr/sbin/$tables" ] || ln -s xtables-nft-multi "/usr/sbin/$tables"
+    done
 fi
 if [ -e /dev/kvm ]; then
     mkdir "$1/dev"
@@ -46,7 +49,7 @@ printf '%s\n' 'stdio_handler = "file"' 'user = "root"' 'group = "root"' 'namespa
 mount --bind "$1/qemu.conf" /etc/libvirt/qemu.conf
 printf '%s\n' 'auth_unix_ro = "none"' 'auth_unix_rw = "none"' > "$1/libvirtd.conf"
 libvirtd --daemon --config "$1/libvirtd.conf" --pid-file "$1/libvirtd.pid"
-exec libvirt-dbus --session
+exec libvirt-dbus "--$3"
 "#;
 
 /// A libvirt-dbus on the bus of `bench`; it ends with the bus.
@@ -71,7 +74,7 @@ impl<'a> Libvirt<'a> {
         }
         let mut command = bench.daemon.inside("unshare");
         let log = std::fs::File::create(bench.daemon.folder().join("libvirt-dbus.log"))?;
-        command.args(["--mount", "sh", "-euc", SCRIPT, "sh"]).arg(&folder).arg(&root);
+        command.args(["--mount", "sh", "-euc", SCRIPT, "sh"]).arg(&folder).arg(&root).arg(bench.daemon.kind());
         let dbus = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).spawn()?;
         let libvirt = Libvirt { bench, dbus, folder };
         if let Err(error) = libvirt.appears().await {
@@ -153,6 +156,13 @@ pub async fn compare_running(bench: &Bench) -> Result<()> {
     let Some(libvirt) = Libvirt::start(bench).await? else { return Ok(()) };
     heading();
     crate::running::compare(&libvirt).await
+}
+
+/// Compares networks, pools and volumes.
+pub async fn compare_resources(bench: &Bench) -> Result<()> {
+    let Some(libvirt) = Libvirt::start(bench).await? else { return Ok(()) };
+    heading();
+    crate::resources::compare(&libvirt).await
 }
 
 fn heading() {

@@ -3,7 +3,8 @@
 //! Every figure is a median of interleaved rounds on a private bus, so that a busy machine slows both sides alike. Nothing
 //! here passes or fails: figures are read by people, and noted with the issue they belong to. `./bench dead` measures beside
 //! dead storage alone, `./bench start` starts alone, `./bench libvirt` beside libvirt, `./bench running` the part of it
-//! that is done with guests that run, `./bench inventory` ten thousand domains, `./bench listen` what listening to statistics costs.
+//! that is done with guests that run, `./bench resources` networks, pools and volumes beside
+//! libvirt's, `./bench inventory` ten thousand domains, `./bench listen` what listening to statistics costs.
 
 mod bus;
 #[path = "../common/mod.rs"]
@@ -14,6 +15,7 @@ mod inventory;
 mod libvirt;
 mod listen;
 mod raw;
+mod resources;
 mod running;
 mod snapshots;
 
@@ -32,6 +34,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     if only("inventory") {
         return inventory::ten_thousand().await;
+    }
+    if only("resources") {
+        return resources().await;
     }
     let bench = bus::Bench::start(None).await?;
     if only("libvirt") {
@@ -55,9 +60,18 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     listen::to_statistics(&bench).await?;
     libvirt::compare(&bench).await?;
     drop(bench);
+    resources().await?;
     dead::beside_dead_storage().await?;
     println!();
     inventory::ten_thousand().await
+}
+
+/// Networks, pools and volumes.
+async fn resources() -> Result<(), Box<dyn std::error::Error>> {
+    match bus::Bench::start_network().await? {
+        Some(bench) => libvirt::compare_resources(&bench).await,
+        None => Ok(()),
+    }
 }
 
 /// One line of the table.

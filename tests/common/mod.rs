@@ -378,6 +378,11 @@ impl Daemon {
         std::fs::read_to_string(self.folder.path().join("virtd.log")).unwrap_or_default()
     }
 
+    /// `system` or `session`.
+    pub fn kind(&self) -> &'static str {
+        self.kind
+    }
+
     /// The bus, for anyone outside the namespace.
     pub fn address(&self) -> String {
         format!("unix:path={}/run/bus", self.folder.path().display())
