@@ -63,7 +63,12 @@ impl Header {
 }
 
 /// How images of a format begin: so many bytes in, one of these.
-const SIGNS: &[(&str, u64, &[&[u8]])] = &[
+type Sign = (&'static str, u64, &'static [&'static [u8]]);
+
+/// The longest of them, in bytes.
+const LONGEST_SIGN: usize = 16;
+
+const SIGNS: &[Sign] = &[
     ("qcow2", 0, &[b"QFI\xfb\0\0\0\x02", b"QFI\xfb\0\0\0\x03"]),
     ("qcow", 0, &[b"QFI\xfb\0\0\0\x01"]),
     ("qed", 0, &[b"QED\0"]),
@@ -80,7 +85,7 @@ const SIGNS: &[(&str, u64, &[&[u8]])] = &[
 const UNSURE: &[&str] = &["vmdk", "vpc", "iso"];
 
 /// The sign that all images of a format bear; there may be none.
-fn sign_of(format: &str) -> Option<&'static (&'static str, u64, &'static [&'static [u8]])> {
+fn sign_of(format: &str) -> Option<&'static Sign> {
     SIGNS.iter().find(|(name, ..)| *name == format && !UNSURE.contains(name))
 }
 
@@ -101,18 +106,30 @@ pub fn is_of_format(file: &File, format: &str) -> io::Result<bool> {
 
 /// The format of an image by its sign, if it has one.
 pub fn format_of(file: &File) -> io::Result<Option<&'static str>> {
+    // Nearly all signs are in what is read at once.
+    let mut begins = [0u8; 128];
+    let read = read_some(file, &mut begins, 0)?;
     for sign in SIGNS {
-        if bears(file, sign)? {
+        let at = usize::try_from(sign.1).unwrap_or(usize::MAX);
+        let bears = match at.saturating_add(LONGEST_SIGN) <= begins.len() {
+            true => begins[..read].get(at..).is_some_and(|rest| is_begun_by(rest, sign)),
+            false => bears(file, sign)?,
+        };
+        if bears {
             return Ok(Some(sign.0));
         }
     }
     Ok(None)
 }
 
-fn bears(file: &File, (_, at, signs): &(&str, u64, &[&[u8]])) -> io::Result<bool> {
-    let mut begins = [0u8; 16];
-    let read = read_some(file, &mut begins, *at)?;
-    Ok(signs.iter().any(|sign| begins[..read].starts_with(sign)))
+fn bears(file: &File, sign: &Sign) -> io::Result<bool> {
+    let mut begins = [0u8; LONGEST_SIGN];
+    let read = read_some(file, &mut begins, sign.1)?;
+    Ok(is_begun_by(&begins[..read], sign))
+}
+
+fn is_begun_by(bytes: &[u8], (.., signs): &Sign) -> bool {
+    signs.iter().any(|sign| bytes.starts_with(sign))
 }
 
 /// What a guest sees of the image at `path`, in bytes, where its header says that; `None` for what is no such image. Blocks, where

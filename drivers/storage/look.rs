@@ -48,7 +48,8 @@ fn of(file: &Beneath, name: &str, path: &Path, known: Option<&str>) -> VolumeLoo
     };
     // What is known to be raw has no header: its guest writes what is there.
     if known != Some("raw") {
-        let told = file.to_read().and_then(|file| header(file.get()?, known, &path.join(name), &mut look));
+        // It is closed here: whoever looks may wait.
+        let told = file.to_hold().and_then(|file| header(&File::from(file), known, &path.join(name), &mut look));
         look.broken = told.err().map(|e| format!("its header cannot be read: {e}"));
     }
     look
