@@ -1,6 +1,7 @@
 //! Volumes for machines that have them as disks: where they are, what they are, and pools that are started for them.
 
-use super::{Noted, Phase, Pool, Pools, StartPool};
+use super::notes::Noted;
+use super::{Phase, Pool, Pools, StartPool};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::lock::lock;
