@@ -44,35 +44,56 @@ pub(crate) struct Chain {
     pub whose: String,
     /// From the topmost image down.
     pub files: Vec<PathBuf>,
-    /// The first that must stay as it is, and with it all below.
-    pub fixed: usize,
-    /// The snapshot that needs it, if that is one.
-    pub snapshot: Option<Arc<str>>,
+    /// What it is needed for.
+    pub kind: ChainKind,
+}
+
+/// What a chain is needed for: by that it is known which of its images must stay as they are.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ChainKind {
+    /// It is a machine's disk, of which the topmost image may be written.
+    Disk,
+    /// It is a disk that a guest which runs only reads.
+    ReadDisk,
+    /// A block copy writes it, which is in no configuration.
+    Copy,
+    /// A snapshot needs what is below its topmost image, and that image, too, if it is `frozen`.
+    Snapshot { name: Arc<str>, frozen: bool },
+    /// It is a volume and what that was put on.
+    Volume,
+    /// A machine is about to have this one image.
+    Begun,
 }
 
 impl Chain {
-    /// Of one image that somebody needs who is no machine, or does not show it yet.
-    pub fn of_one(whose: String, file: PathBuf) -> Chain {
-        Chain { domain: Uuid::nil(), whose, files: vec![file], fixed: 0, snapshot: None }
-    }
-
     /// Of a volume that was put on another.
     pub fn of_volume(whose: String, file: PathBuf, base: PathBuf) -> Chain {
-        Chain { domain: Uuid::nil(), whose, files: vec![file, base], fixed: 1, snapshot: None }
+        Chain { domain: Uuid::nil(), whose, files: vec![file, base], kind: ChainKind::Volume }
+    }
+
+    /// The first of its images that must stay as it is, and with it all below.
+    fn fixed(&self) -> usize {
+        match self.kind {
+            ChainKind::Disk | ChainKind::Volume | ChainKind::Snapshot { frozen: false, .. } => 1,
+            ChainKind::ReadDisk | ChainKind::Copy | ChainKind::Begun | ChainKind::Snapshot { frozen: true, .. } => 0,
+        }
     }
 
     /// The first of its images that it cannot do without if this becomes of them.
     fn needed(&self, fate: Fate) -> usize {
-        match fate {
+        match (fate, &self.kind) {
             // A volume may be removed with all that needs it.
-            Fate::Removed if !self.domain.is_nil() => 0,
-            _ => self.fixed,
+            (Fate::Written, _) | (Fate::Removed, ChainKind::Volume) => self.fixed(),
+            (Fate::Removed, _) => 0,
         }
     }
 
-    /// A block copy writes it, which is in no configuration.
-    fn is_of_copy(&self) -> bool {
-        self.snapshot.is_none() && self.fixed == 0
+    /// The snapshot that needs it, if that is one.
+    pub fn snapshot(&self) -> Option<&Arc<str>> {
+        match &self.kind {
+            ChainKind::Snapshot { name, .. } => Some(name),
+            _ => None,
+        }
     }
 }
 
@@ -352,8 +373,7 @@ impl Images {
         let having = self.having(&chains, files, |_| 0).await;
         let is_own = |chain: &Chain| {
             let mut pairs = own.windows(2);
-            chain.domain.is_nil()
-                && chain.fixed == 1
+            chain.kind == ChainKind::Volume
                 && pairs.any(|pair| chain.files.iter().zip(pair).all(|(one, own)| self.same(one, own)))
         };
         let users = each_once(having.into_values().flatten().filter(|chain| !is_own(chain)));
@@ -368,7 +388,7 @@ impl Images {
     pub async fn who_stands_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
         let mut chains = self.all_chains(None);
         if fate == Fate::Removed {
-            chains.retain(|chain| chain.snapshot.is_some() || chain.domain.is_nil());
+            chains.retain(|chain| chain.snapshot().is_some() || chain.kind == ChainKind::Volume);
         }
         self.holders(&chains, file, |chain| chain.needed(fate)).await
     }
@@ -376,10 +396,10 @@ impl Images {
     /// The snapshots that could not be reverted to without a file.
     pub async fn snapshot_users(self: &Arc<Self>, file: &Path) -> BTreeSet<User> {
         let mut chains = self.machines.chains(None);
-        chains.retain(|chain| chain.snapshot.is_some());
+        chains.retain(|chain| chain.snapshot().is_some());
         let having = self.having(&chains, &[file.to_owned()], |_| 0).await;
         let users = having.into_values().flatten().filter_map(|chain| {
-            let object = ObjectRef::Snapshot(chain.domain, chain.snapshot.clone()?);
+            let object = ObjectRef::Snapshot(chain.domain, chain.snapshot()?.clone());
             Some(User { object, place: String::new(), how: Usage::Snapshot })
         });
         users.collect()
@@ -390,8 +410,8 @@ impl Images {
     pub async fn machines_on(self: &Arc<Self>, file: &Path, running: bool) -> Vec<String> {
         let mut chains = self.begun_chains();
         chains.extend(self.machines.running_chains());
-        let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot.is_none());
-        chains.extend(others.filter(|chain| !running || chain.is_of_copy()));
+        let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot().is_none());
+        chains.extend(others.filter(|chain| !running || chain.kind == ChainKind::Copy));
         self.holders(&chains, file, |_| 0).await
     }
 
@@ -399,9 +419,9 @@ impl Images {
     pub async fn writers_of(self: &Arc<Self>, file: &Path) -> Vec<String> {
         let mut chains = self.begun_chains();
         let mut running = self.machines.running_chains();
-        running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed));
+        running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed()));
         chains.append(&mut running);
-        chains.extend(self.machines.chains(None).into_iter().filter(Chain::is_of_copy));
+        chains.extend(self.machines.chains(None).into_iter().filter(|chain| chain.kind == ChainKind::Copy));
         self.holders(&chains, file, |_| 0).await
     }
 
@@ -409,7 +429,8 @@ impl Images {
     fn begun_chains(&self) -> Vec<Chain> {
         let begun = lock(&self.begun);
         let files = begun.iter().flat_map(|begun| begun.0.iter().map(move |file| (begun.1.clone(), file.clone())));
-        files.map(|(whose, file)| Chain::of_one(whose, file)).collect()
+        let chain = |(whose, file)| Chain { domain: Uuid::nil(), whose, files: vec![file], kind: ChainKind::Begun };
+        files.map(chain).collect()
     }
 
     /// All chains that are needed: machines', but for those of the machine `except`, and others'.
@@ -580,7 +601,12 @@ fn declare(disk: &mut Disk, recorded: &[Overlay]) {
 
 /// The images that a guest with this configuration writes.
 pub(crate) fn written_by(def: &DomainDef) -> Vec<PathBuf> {
-    let written = def.devices.disks.iter().filter(|disk| is_written(disk));
+    written_of(def, |_| true)
+}
+
+/// Those of them that are of these disks.
+pub(crate) fn written_of(def: &DomainDef, is_meant: impl Fn(&Disk) -> bool) -> Vec<PathBuf> {
+    let written = def.devices.disks.iter().filter(|disk| is_meant(disk) && is_written(disk));
     written.filter_map(|disk| disk.path().map(PathBuf::from)).collect()
 }
 
@@ -604,22 +630,23 @@ pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
 pub(crate) fn chains_of(domain: Uuid, whose: &str, disk: &DiskImages, into: &mut Vec<Chain>) {
     let whose = format!("{whose} (disk '{}')", disk.target);
     if !into.iter().any(|chain| chain.whose == whose && *chain.files == *disk.files) {
-        into.push(Chain { domain, whose, files: disk.files.to_vec(), fixed: 1, snapshot: None });
+        into.push(Chain { domain, whose, files: disk.files.to_vec(), kind: ChainKind::Disk });
     }
 }
 
 /// The chains that a snapshot needs: what it froze, and what lies below an image that holds it.
 pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, into: &mut Vec<Chain>) {
     for (disk, mode) in parts(def) {
-        let fixed = match mode {
+        let frozen = match mode {
             // A merge that has begun makes the frozen file the machine's own again, wherever the rest of it stands.
-            DiskMode::External { .. } if def.merging.contains(&disk.target.dev) => 1,
-            DiskMode::External { .. } | DiskMode::Remote { .. } => 0,
-            DiskMode::Internal => 1,
+            DiskMode::External { .. } if def.merging.contains(&disk.target.dev) => false,
+            DiskMode::External { .. } | DiskMode::Remote { .. } => true,
+            DiskMode::Internal => false,
             DiskMode::No | DiskMode::Manual => continue,
         };
         let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
-        into.push(Chain { domain, whose, files: disk.files(), fixed, snapshot: Some((*def.name).into()) });
+        let kind = ChainKind::Snapshot { name: (*def.name).into(), frozen };
+        into.push(Chain { domain, whose, files: disk.files(), kind });
     }
 }
 
@@ -688,7 +715,7 @@ mod tests {
 
     fn of_machine(whose: &str, files: &[&Path]) -> Chain {
         let files = files.iter().map(|file| file.to_path_buf()).collect();
-        Chain { domain: Uuid::from_u128(1), whose: whose.to_owned(), files, fixed: 1, snapshot: None }
+        Chain { domain: Uuid::from_u128(1), whose: whose.to_owned(), files, kind: ChainKind::Disk }
     }
 
     #[tokio::test]

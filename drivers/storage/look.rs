@@ -30,7 +30,6 @@ pub fn made(folder: &PoolFolder, name: &str, path: &Path, format: &str) -> io::R
 
 fn of(file: &Beneath, name: &str, path: &Path, known: Option<&str>) -> VolumeLook {
     let stat = file.stat();
-    let nanoseconds = |seconds: i64, rest: u64| seconds.saturating_mul(1_000_000_000).saturating_add(rest as i64);
     let mut look = VolumeLook {
         name: name.to_owned(),
         id: file.id(),
@@ -39,11 +38,6 @@ fn of(file: &Beneath, name: &str, path: &Path, known: Option<&str>) -> VolumeLoo
         allocation: stat.st_blocks.unsigned_abs() * 512,
         physical: file.length(),
         permissions: file.permissions(),
-        times: [
-            nanoseconds(stat.st_atime, stat.st_atime_nsec),
-            nanoseconds(stat.st_mtime, stat.st_mtime_nsec),
-            nanoseconds(stat.st_ctime, stat.st_ctime_nsec),
-        ],
         ..VolumeLook::default()
     };
     // What is known to be raw has no header: its guest writes what is there.

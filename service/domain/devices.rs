@@ -107,12 +107,10 @@ impl Domain {
         image: Option<&Arc<GivenFile>>,
     ) -> Result<Placed> {
         let name = self.name();
-        if let Some(image) = image {
-            let disk = def.devices.disks.last_mut().filter(|_| device.name == "disk");
-            self.take_given(disk.ok_or_else(|| given::of_no_disk(&name, device))?, image).await?;
-        }
-        if let Some(disk) = def.devices.disks.last_mut().filter(|_| device.name == "disk") {
-            self.shared.volumes.plug_disk(&name, disk)?;
+        match def.devices.disks.last_mut().filter(|_| device.name == "disk") {
+            Some(disk) => self.take_images(disk, image).await?,
+            None if image.is_some() => return Err(given::of_no_disk(&name, device)),
+            None => {}
         }
         if let Some(card) = def.devices.interfaces.last_mut().filter(|_| device.name == "interface") {
             self.shared.plugs.plug_card(&name, card)?;
@@ -122,13 +120,9 @@ impl Domain {
         let alias = placed.map_err(|e| Error::from_driver(&name, "plug a device into", e))?;
         let mut def = Arc::new(def);
         self.shared.images.declare(&mut def);
-        let mut alone = DomainDef::clone(&def);
-        alone.devices.disks.retain(|disk| disk.info.alias() == Some(&alias));
+        let written = images::written_of(&def, |disk| disk.info.alias() == Some(&alias));
         let deed = format!("cannot plug '{alias}' into domain '{name}'");
-        let written = images::written_by(&alone);
-        let begins =
-            self.shared.images.begins(written.clone(), format!("domain '{name}', which is given it as '{alias}'"));
-        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
+        let begins = self.reserve_images(&deed, &format!("which is given it as '{alias}'"), written).await?;
         Ok(Placed { def, alias, begins: Arc::new(begins) })
     }
 

@@ -3,9 +3,11 @@
 use super::{Domain, Domains};
 use crate::error::{Error, Result};
 use crate::images::{
-    Chain, DiskImages, Machines, Overlay, chains_of, chains_of_snapshot, images_of, overlays_of, written_by,
+    Begins, Chain, ChainKind, DiskImages, FROZEN, Fate, Machines, Overlay, chains_of, chains_of_snapshot, images_of,
+    overlays_of, written_by,
 };
 use crate::lock::lock;
+use std::path::PathBuf;
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::device::Disk;
@@ -50,8 +52,25 @@ impl Domain {
         )))
     }
 
+    /// Fills in the images of a disk that its guest is about to get: the one that a client gives for it, or its volume's.
+    pub(super) async fn take_images(&self, disk: &mut Disk, image: Option<&Arc<GivenFile>>) -> Result<()> {
+        if let Some(image) = image {
+            self.take_given(disk, image).await?;
+        }
+        self.shared.volumes.plug_disk(&self.name(), disk)
+    }
+
+    /// Refuses a guest that would write what others stand on. Until the result is dropped those are told of it who would change
+    /// its images. `how` ends the sentence `domain 'web', …`.
+    pub(super) async fn reserve_images(&self, deed: &str, how: &str, written: Vec<PathBuf>) -> Result<Begins> {
+        let images = &self.shared.images;
+        let begins = images.begins(written.clone(), format!("domain '{}', {how}", self.name()));
+        images.refuse_in_use(deed, &written, Fate::Written, None, FROZEN).await?;
+        Ok(begins)
+    }
+
     /// Has an image that a client gives judged for that disk of its guest, which from then on is known by it.
-    pub(super) async fn take_given(&self, disk: &mut Disk, image: &Arc<GivenFile>) -> Result<()> {
+    async fn take_given(&self, disk: &mut Disk, image: &Arc<GivenFile>) -> Result<()> {
         let target = disk.target.dev.clone();
         let refuse = |why: &str| {
             let name = self.name();
@@ -88,7 +107,7 @@ impl Domain {
             let job = &entry.record.job;
             if let BlockWork::Copy { to, .. } = &job.work {
                 let whose = format!("the copy of disk '{}' of {whose}", job.target);
-                chains.push(Chain { domain: self.uuid, whose, files: vec![to.path.clone()], fixed: 0, snapshot: None });
+                chains.push(Chain { domain: self.uuid, whose, files: vec![to.path.clone()], kind: ChainKind::Copy });
             }
         }
         drop(state);
@@ -110,7 +129,7 @@ impl Domain {
             // What is only read stays as it is, the topmost image with it.
             let written = written_by(&guest.live);
             let is_read = |chain: &&mut Chain| chain.files.first().is_some_and(|top| !written.contains(top));
-            chains.iter_mut().filter(is_read).for_each(|chain| chain.fixed = 0);
+            chains.iter_mut().filter(is_read).for_each(|chain| chain.kind = ChainKind::ReadDisk);
         }
         chains
     }

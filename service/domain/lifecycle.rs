@@ -195,7 +195,8 @@ impl Domain {
         let _coming = self.awaits(&def);
         self.shared.settle_for(&def).await;
         self.shared.plug(&mut def)?;
-        let _begins = self.may_write_disks(&def).await?;
+        let deed = format!("cannot start domain '{}'", self.name());
+        let _begins = self.reserve_images(&deed, "which starts", images::written_by(&def)).await?;
         for finding in self.changed_below(&def).await {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "{finding}");
         }
@@ -251,16 +252,6 @@ impl Domain {
                 })
             }
         }
-    }
-
-    /// Refuses a guest that would write what others stand on. Until the result is dropped those are told of it who would change
-    /// its images.
-    async fn may_write_disks(&self, def: &DomainDef) -> Result<images::Begins> {
-        let deed = format!("cannot start domain '{}'", self.name());
-        let written = images::written_by(def);
-        let begins = self.shared.images.begins(written.clone(), format!("domain '{}', which starts", self.name()));
-        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
-        Ok(begins)
     }
 
     /// What is on disk before there is a guest: with it a start that is cut off can be finished or ended.

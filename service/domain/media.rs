@@ -7,7 +7,6 @@ use crate::error::{Error, Result};
 use crate::images;
 use crate::lock::lock;
 use crate::verb::{self, Verb};
-use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::device::Disk;
 use virt_model::device::disk::{DiskDevice, DiskKind};
@@ -70,20 +69,15 @@ impl Domain {
         let name = self.name();
         given::names_none(&name, device)?;
         let mut live = live.map(|def| with_medium(&name, &def, device, true)).transpose()?;
-        if let (Some((def, target)), Some(image)) = (&mut live, &image) {
-            let drive = def.devices.disks.iter_mut().find(|disk| disk.target.dev == *target);
-            self.take_given(drive.ok_or_else(|| self.vanished())?, image).await?;
-        }
         if let Some((def, target)) = &mut live {
-            let drives = def.devices.disks.iter_mut().filter(|disk| disk.target.dev == *target);
-            drives.into_iter().try_for_each(|drive| self.shared.volumes.plug_disk(&name, drive))?;
+            let drive = def.devices.disks.iter_mut().find(|disk| disk.target.dev == *target);
+            self.take_images(drive.ok_or_else(|| self.vanished())?, image.as_ref()).await?;
         }
         // Said before it is asked, as of what is plugged in.
         let _coming = live.as_ref().map(|(def, _)| self.awaits(def));
-        let written = live.as_ref().map_or(Vec::new(), |(def, target)| written_in(def, target));
-        let _begins = self.shared.images.begins(written.clone(), format!("domain '{name}', into which it is put"));
+        let written = live.as_ref().map(|(def, target)| images::written_of(def, |disk| disk.target.dev == *target));
         let deed = format!("cannot put that into domain '{name}'");
-        self.shared.images.refuse_in_use(&deed, &written, images::Fate::Written, None, images::FROZEN).await?;
+        let _begins = self.reserve_images(&deed, "into which it is put", written.unwrap_or_default()).await?;
         let mut stored = stored.map(|def| with_medium(&name, &def, device, false)).transpose()?;
         if let Some((stored, _)) = &mut stored {
             let completed = self.driver.learn_and_complete(stored).await;
@@ -190,13 +184,6 @@ fn with_medium(name: &str, def: &DomainDef, device: &Element, runs: bool) -> Res
     let mut def = def.clone();
     def.devices.disks.iter_mut().filter(|disk| disk.target.dev == target).for_each(|disk| *disk = after.clone());
     Ok((def, target))
-}
-
-/// The images that the guest writes of a drive.
-fn written_in(def: &DomainDef, target: &str) -> Vec<PathBuf> {
-    let mut alone = def.clone();
-    alone.devices.disks.retain(|disk| disk.target.dev == target);
-    images::written_by(&alone)
 }
 
 /// The device as the document says it, held to the format and to what else the machine has. Whether the tray stands open is

@@ -1,8 +1,10 @@
 //! All pools: definitions until they are pools, look-up, what is found when virtd starts, and what starts with the host.
 
+use super::notes::{NOTED, Noted};
 use super::plugged::Keeper;
 use super::set::Pools;
-use super::{NOTED, Note, Noted, OwnWork, Phase, Pool, StartPool, State, Volume, subject};
+use super::work::OwnWork;
+use super::{Note, Phase, Pool, StartPool, State, Volume, subject};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::fail_point;
@@ -270,7 +272,7 @@ impl Pool {
     async fn opens_again(self: Arc<Self>, def: Arc<PoolDef>) {
         let cancel = CancellationToken::new();
         let Ok(_turn) = frames::take_turn(&*self, verb::POOL_START.word, &cancel).await else {
-            return self.commit(Vec::new(), State::is_inactive);
+            return self.commit(Vec::new(), State::set_inactive);
         };
         if let Err(error) = self.bring_up(def, StartPool::default(), &OwnWork(cancel)).await {
             tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");

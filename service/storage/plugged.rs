@@ -1,13 +1,16 @@
 //! Volumes for machines that have them as disks: where they are, what they are, and pools that are started for them.
 
+use super::notes::Noted;
 use super::{Phase, Pool, Pools, StartPool};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::volumes::{self, VolumeImage, VolumeKeeper};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Weak};
+use virt_model::driver::storage::FileId;
 use virt_model::xml::shorten;
 
 /// See the module.
@@ -56,12 +59,24 @@ impl VolumeKeeper for Keeper {
 
     fn stands_on(&self, file: &Path, base: Option<&Path>) -> Result<()> {
         let Some((pool, name)) = self.0.upgrade().and_then(|pools| pools.volume_at(file)) else { return Ok(()) };
-        let Some(id) = lock(&pool.state).volumes.get(&name).map(|row| row.look.id) else { return Ok(()) };
-        pool.save_noted(|all| {
+        let (base, stands) = (base.map(Path::to_owned), base.map(|_| name.to_string()));
+        let noted = {
+            let state = lock(&pool.state);
+            let id = state.volumes.get(&name).map(|row| row.look.id);
+            id.and_then(|id| Some((id, state.noted.get(&id)?.clone())))
+        };
+        let Some((id, before)) = noted else { return Ok(()) };
+        if (&before.base, &before.stands) == (&base, &stands) {
+            return Ok(());
+        }
+        let put = |all: &mut HashMap<FileId, Noted>, base, stands| {
             if let Some(noted) = all.get_mut(&id) {
-                noted.base = base.map(Path::to_owned);
-                noted.stands = base.map(|_| name.to_string());
+                (noted.base, noted.stands) = (base, stands);
             }
+        };
+        pool.save_noted(|all| put(all, base, stands)).inspect_err(|_| {
+            // Who tries again is to find that it is not on disk.
+            put(&mut lock(&pool.state).noted, before.base, before.stands);
         })
     }
 

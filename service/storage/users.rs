@@ -1,7 +1,7 @@
 //! Who needs a pool or a volume: machines by their disks and snapshots, volumes that stand on others, and who has an image open and
 //! is none of ours. Nothing in use is taken away.
 
-use super::{Noted, Pool, Row, State};
+use super::{Pool, Row, State};
 use crate::error::{Error, Result};
 use crate::facts::VolumeFacts;
 use crate::images::Fate;
@@ -10,7 +10,6 @@ use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::volumes;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use virt_model::driver::storage::VolumeLook;
 
 /// What is known of a verb of which nothing is done.
 #[derive(Debug, Default)]
@@ -44,19 +43,6 @@ impl Pool {
         users.sort();
         users.dedup();
         users
-    }
-
-    /// What a volume was put on when it was made, if nothing else is noted of its file since.
-    pub(super) fn noted_base(&self, look: &VolumeLook) -> Option<PathBuf> {
-        lock(&self.state).noted.get(&look.id)?.base.clone()
-    }
-
-    /// What volumes were put on when they were made, and stand on still, or did when the pool was last read: files stay where they
-    /// are while it is stopped, and until it is read anew.
-    pub(super) fn noted_bases(&self) -> Vec<(PathBuf, Arc<str>)> {
-        let state = lock(&self.state);
-        let on = |noted: &Noted| Some((noted.base.clone()?, noted.stands.as_deref()?.into()));
-        state.noted.values().filter(|_| !state.gone).filter_map(on).collect()
     }
 
     /// Who needs something below a folder.
@@ -150,10 +136,9 @@ impl Pool {
         name: &str,
         fate: Fate,
         counts: impl Fn(&User) -> bool,
-    ) -> Result<Vec<User>> {
+    ) -> Result<()> {
         let users = self.users_now(name).await?;
-        self.refuse_used(deed, name, fate, &users, counts).await?;
-        Ok(users)
+        self.refuse_used(deed, name, fate, &users, counts).await
     }
 
     /// The same where its users have been looked up.

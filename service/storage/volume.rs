@@ -1,6 +1,8 @@
 //! One volume: a name in a pool, with a turn of its own, so that what takes hours keeps no other volume waiting.
 
-use super::{JobWork, Noted, NotedSecret, Pool, StorageCheck};
+use super::notes::{Noted, NotedSecret};
+use super::work::JobWork;
+use super::{Pool, StorageCheck};
 use crate::authz::{Action, Caller, Subject};
 use crate::error::{Error, Result};
 use crate::frames::{self, Changeable};
@@ -375,7 +377,7 @@ impl Volume {
     /// Refuses to change it while a guest has it, or something stands on it.
     async fn refuse_to_change(&self, deed: &str) -> Result<()> {
         let counts = |user: &User| user.how != Usage::Config;
-        self.pool.refuse_in_use(deed, &self.name, Fate::Written, counts).await.map(drop)
+        self.pool.refuse_in_use(deed, &self.name, Fate::Written, counts).await
     }
 
     /// Refuses to read it while somebody writes it: what is read would be of no one moment.

@@ -307,7 +307,12 @@ impl Domain {
             let mut disk = declared.devices.disks[index].clone();
             let was = disk.files();
             block.apply_to(&mut disk);
-            moved.extend(on_another_base(&was, &disk.files()));
+            for one in on_another_base(&was, &disk.files()) {
+                // What runs and what is stored name the same images as a rule.
+                if !moved.contains(&one) {
+                    moved.push(one);
+                }
+            }
             let mut after = DomainDef::clone(&before);
             after.devices.disks[index].take_images_of(&disk);
             Some(Arc::new(after))

@@ -280,9 +280,9 @@ impl Domain {
         };
         let counts = |chain: &Chain| match &job.work {
             // To read them harms nobody; a record that tells of a chain which is no more does.
-            BlockWork::Pull { .. } => chain.domain == self.uuid && chain.snapshot.is_some(),
+            BlockWork::Pull { .. } => chain.domain == self.uuid && chain.snapshot().is_some(),
             // The disk itself is what it is done for.
-            _ => chain.domain != self.uuid || chain.snapshot.is_some() || !is_above(chain, job),
+            _ => chain.domain != self.uuid || chain.snapshot().is_some() || !is_above(chain, job),
         };
         let own: Vec<PathBuf> = job.chain.iter().map(|layer| layer.path.clone()).collect();
         self.shared.images.refuse_in_chains(&deed, &files, &own, counts, remedy).await

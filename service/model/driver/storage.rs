@@ -197,8 +197,6 @@ pub struct VolumeLook {
     pub broken: Option<String>,
     /// Its owner, group and mode.
     pub permissions: (u32, u32, u32),
-    /// When it was last read, written and changed, in nanoseconds since the epoch.
-    pub times: [i64; 3],
 }
 
 /// What a header names.

@@ -12,7 +12,6 @@ pub mod volume;
 pub use capabilities::capabilities;
 pub use check::{UNFINISHED, check_volume_name, source_formats};
 
-use crate::device::source::{Encryption, SecretRef};
 use crate::domain::format::Format;
 use crate::domain::native::{Namespaces, canonical_prefixes, declare_prefixes};
 use crate::domain::part::{Part, element};
@@ -142,9 +141,4 @@ element! {
         /// The path.
         need "path" => path: String,
     }
-}
-
-/// The secret that opens what is encrypted.
-pub fn secret_of(encryption: &Encryption) -> Option<&SecretRef> {
-    encryption.secrets.first()
 }

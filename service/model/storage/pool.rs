@@ -198,17 +198,6 @@ impl PoolDef {
     pub fn source_name(&self) -> &str {
         self.source.as_ref().and_then(|source| source.name.as_deref()).unwrap_or(&self.name)
     }
-
-    /// The format of what it comes from, if it says one.
-    pub fn source_format(&self) -> Option<&str> {
-        Some(&self.source.as_ref()?.format.as_ref()?.kind)
-    }
-
-    /// Options of its mount.
-    pub fn mount_options(&self) -> Vec<&str> {
-        let options = self.rest.child("fs:mount_opts");
-        options.iter().flat_map(|options| options.elements()).filter_map(|option| option.attr("name")).collect()
-    }
 }
 
 /// A path without slashes that say nothing.

@@ -175,8 +175,6 @@ fn a_pool_says_where_it_is_and_how_much_room_there_is() {
     assert_eq!(PoolDef::parse(&shown).unwrap(), def);
     let logical = PoolDef::parse("<pool type='logical'><name>vg</name></pool>").unwrap();
     assert_eq!(logical.target_path().as_deref(), Some("/dev/vg"));
-    let fs = documents("pool").into_iter().find(|(path, _)| path.ends_with("fs.xml")).unwrap().1;
-    assert_eq!(PoolDef::parse(&fs).unwrap().mount_options(), ["noatime", "nodev"]);
 }
 
 /// What only tells of a volume that is there is no part of one that is to be made.

@@ -1,0 +1,260 @@
+//! What can be done to a pool: its verbs, and the jobs that they begin.
+
+use super::notes::NOTED;
+use super::work::JobWork;
+use super::{Note, Phase, Pool, State, StorageCheck};
+use crate::authz::{Action, Caller};
+use crate::error::{Error, Result};
+use crate::fail_point;
+use crate::frames::{self, Changeable as _};
+use crate::job::Ticket;
+use crate::lock::lock;
+use crate::store::{Folder, on_disk};
+use crate::verb::{self, Verb};
+use std::sync::Arc;
+use uuid::Uuid;
+use virt_model::driver::storage::Work;
+
+/// How a pool is started.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StartPool {
+    /// What volumes are in is made first, if it is not there.
+    pub build: bool,
+    /// What is there is overwritten for that.
+    pub overwrite: bool,
+    /// The start is cancelled when its caller leaves.
+    pub cancel_on_disconnect: bool,
+}
+
+impl Pool {
+    /// Its identity.
+    pub fn uuid(&self) -> Uuid {
+        self.uuid
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether it is inactive, and is to be active when the host is there.
+    pub(crate) fn starts_with_host(&self) -> bool {
+        let state = lock(&self.state);
+        state.autostart && state.phase == Phase::Inactive
+    }
+
+    /// What a method would meet now: `yes`, `no`, `challenge` or `na`. Never prompts.
+    /// Error: `InvalidArgument` for a name that is no method of a pool.
+    pub async fn can(&self, caller: &Caller, member: &str) -> Result<&'static str> {
+        let verb = verb::find("org.virt.StoragePool", verb::POOL, member)?;
+        Ok(frames::can(self, caller, verb).await)
+    }
+
+    /// Its document: of what runs, with how much room there is, or of what is stored.
+    pub async fn xml(&self, caller: &Caller, inactive: bool) -> Result<String> {
+        frames::beside(self, caller, &verb::POOL_XML, async {
+            let state = lock(&self.state);
+            Ok(match state.live.as_ref().filter(|_| !inactive) {
+                Some(live) => live.with_room(state.room.capacity, state.room.allocation, state.room.available).write(),
+                None => state.def.write(),
+            })
+        })
+        .await
+    }
+
+    /// Starts with the host, from now on or not any more.
+    pub async fn set_autostart(self: &Arc<Self>, caller: &Caller, autostart: bool) -> Result<()> {
+        frames::short(self, caller, &verb::POOL_AUTOSTART, async {
+            let (shared, uuid, note) = (self.shared.clone(), self.uuid, Note { owner: self.owner, autostart });
+            on_disk(move || shared.store.documents(Folder::Pools).save_note(uuid, &note)).await?;
+            self.commit(Vec::new(), |state| state.autostart = autostart);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Makes it usable.
+    pub async fn start(self: &Arc<Self>, caller: &Caller, options: StartPool) -> Result<Ticket> {
+        self.job(caller, &verb::POOL_START, options.cancel_on_disconnect, async {
+            if options.build {
+                frames::allow(&**self, caller, Action::StorageDefine).await?;
+            } else if options.overwrite {
+                return Err(Error::InvalidArgument("overwrite is for what is built: say build, too".to_owned()));
+            }
+            Ok(())
+        })
+        .await?
+        .and_then_run(move |pool, work| async move {
+            let def = lock(&pool.state).def.clone();
+            pool.bring_up(def, options, &*work).await
+        })
+    }
+
+    /// Looks at all of it anew.
+    pub async fn refresh(self: &Arc<Self>, caller: &Caller, departs: bool) -> Result<Ticket> {
+        let begun = self.job(caller, &verb::POOL_REFRESH, departs, async { Ok(()) }).await?;
+        begun.and_then_run(|pool, work| async move {
+            let lost = {
+                let state = lock(&pool.state);
+                state.live.clone().filter(|_| state.phase == Phase::Inaccessible)
+            };
+            match lost {
+                // What is there now may be another folder.
+                Some(def) => pool.opens(def, &*work).await?,
+                None => pool.look_at_all().await?,
+            }
+            pool.commit(vec![("refreshed", "")], |state| state.phase = Phase::Running);
+            Ok(())
+        })
+    }
+
+    /// Makes what volumes are to be in.
+    pub async fn build(self: &Arc<Self>, caller: &Caller, overwrite: bool, departs: bool) -> Result<Ticket> {
+        let begun = self.job(caller, &verb::POOL_BUILD, departs, async { Ok(()) }).await?;
+        begun.and_then_run(move |pool, work| async move {
+            let def = lock(&pool.state).def.clone();
+            let built = pool.shared.host.storage.build(&def, overwrite, &*work).await;
+            built.map_err(|e| pool.failed("build", e))?;
+            fail_point::reached();
+            pool.commit(vec![("built", "")], |_| {});
+            Ok(())
+        })
+    }
+
+    /// Removes what volumes were in, if it is empty.
+    pub async fn delete(self: &Arc<Self>, caller: &Caller, departs: bool) -> Result<Ticket> {
+        let begun = self.job(caller, &verb::POOL_DELETE, departs, async { Ok(()) }).await?;
+        begun.and_then_run(move |pool, work| async move {
+            let def = lock(&pool.state).def.clone();
+            let removed = pool.shared.host.storage.delete(&def, &*work).await;
+            removed.map_err(|e| pool.failed("delete", e))?;
+            fail_point::reached();
+            pool.commit(vec![("deleted", "")], |_| {});
+            Ok(())
+        })
+    }
+
+    /// It is not used any more. What is in it stays, and so does who uses it: a folder is no mount.
+    pub async fn destroy(self: &Arc<Self>, caller: &Caller) -> Result<()> {
+        frames::short(self, caller, &verb::POOL_DESTROY, async {
+            let (open, busy) = {
+                let state = lock(&self.state);
+                let busy = state.volumes.iter().find(|(_, row)| row.jobs > 0).map(|(name, _)| name.clone());
+                (state.open.clone(), busy)
+            };
+            if let Some(volume) = busy {
+                let text = format!(
+                    "something is done to volume '{volume}' of pool '{}': wait for its job, or cancel it",
+                    self.name
+                );
+                return Err(Error::OperationInvalid(text));
+            }
+            if let Some(open) = open {
+                open.close().await.map_err(|e| self.failed("stop", e))?;
+            }
+            let pool = self.clone();
+            on_disk(move || {
+                // What stands on what is asked of the notes from now on.
+                pool.save_noted(|_| {}).unwrap_or_else(|e| tracing::warn!(uuid = %pool.uuid, "{e}"));
+                pool.shared.store.active_pools().remove(pool.uuid)
+            })
+            .await?;
+            fail_point::reached();
+            self.commit(vec![("stopped", "destroyed")], State::set_inactive);
+            Ok(())
+        })
+        .await
+    }
+
+    /// Forgets it. What is in it stays.
+    pub async fn undefine(self: &Arc<Self>, caller: &Caller, force: bool) -> Result<()> {
+        frames::short(self, caller, &verb::UNDEFINE_POOL, async {
+            self.refuse_to_undefine(force)?;
+            let (shared, uuid) = (self.shared.clone(), self.uuid);
+            on_disk(move || {
+                let documents = shared.store.documents(Folder::Pools);
+                documents.remove(uuid)?;
+                documents.remove_beside(uuid, NOTED)
+            })
+            .await?;
+            fail_point::reached();
+            self.commit(vec![("undefined", "removed")], |state| state.gone = true);
+            self.tell_needs();
+            Ok(())
+        })
+        .await
+    }
+
+    fn refuse_to_undefine(&self, force: bool) -> Result<()> {
+        let users = self.users();
+        self.refuse_users("undefine", &users, |user| !force || user.how != crate::object::Usage::Config)
+    }
+
+    /// What undefining it would meet.
+    pub async fn check_undefine(&self, caller: &Caller, force: bool) -> Result<StorageCheck> {
+        frames::beside(self, caller, &verb::CHECK_UNDEFINE_POOL, async {
+            let active = self.applies(&verb::UNDEFINE_POOL).err();
+            let refusal = active.or_else(|| self.refuse_to_undefine(force).err());
+            Ok(StorageCheck { refusal, users: self.users(), ..StorageCheck::default() })
+        })
+        .await
+    }
+
+    /// What deleting it would meet.
+    pub async fn check_delete(&self, caller: &Caller) -> Result<StorageCheck> {
+        frames::beside(self, caller, &verb::CHECK_POOL_DELETE, async {
+            let refusal = self.applies(&verb::POOL_DELETE).err();
+            let path = self.target().display().to_string();
+            Ok(StorageCheck {
+                refusal,
+                users: self.users(),
+                files: vec![(path, "deleted", 0)],
+                ..StorageCheck::default()
+            })
+        })
+        .await
+    }
+}
+
+/// A job of a pool that is on record.
+struct Begun {
+    job: frames::OpenJob<Pool>,
+    verb: &'static Verb,
+    owner: u32,
+}
+
+impl Begun {
+    /// Does `work` when its turn has come.
+    fn and_then_run<F>(self, work: impl FnOnce(Arc<Pool>, Arc<dyn Work>) -> F + Send + 'static) -> Result<Ticket>
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        let Begun { job, verb, owner } = self;
+        Ok(job.run(move |pool, job| async move {
+            pool.applies(verb)?;
+            let told = JobWork::new(job, pool.clone(), owner);
+            work(pool, told).await
+        }))
+    }
+}
+
+impl Pool {
+    /// Begins a job: permission, what else is to be asked first, the state, the record.
+    async fn job(
+        self: &Arc<Self>,
+        caller: &Caller,
+        verb: &'static Verb,
+        departs: bool,
+        first: impl Future<Output = Result<()>>,
+    ) -> Result<Begun> {
+        frames::accepted(&**self, caller, verb, async {
+            frames::allow(&**self, caller, verb.action).await?;
+            first.await?;
+            let change = frames::change(self, caller, verb);
+            if change.has_turn() {
+                self.applies(verb)?;
+            }
+            Ok(Begun { job: change.open(departs)?, verb, owner: caller.uid })
+        })
+        .await
+    }
+}
