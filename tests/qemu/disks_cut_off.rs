@@ -34,7 +34,7 @@ impl Trial {
         let layered = Layered::make(daemon, name)?;
         let domain = Client { connection: daemon.connect().await }.define(&layered.tick.xml).await.expect("defined");
         domain.run("Start").await.expect("started");
-        layered.tick.counts_to(1).await;
+        layered.tick.boots_to(1).await;
         let copy = layered.tick.disk.with_extension("copy");
         Some(Trial { layered, domain, copy, deed })
     }
