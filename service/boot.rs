@@ -35,7 +35,7 @@ const PLACE: Duration = Duration::from_secs(5);
 /// this returns; each machine that is not whole then has its turn taken, and is looked after by itself.
 pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result<()> {
     let on = shared.clone();
-    let mut definitions = on_disk(move || on.store.load_definitions()).await?;
+    let definitions = on_disk(move || on.store.load_definitions()).await?;
     let on = shared.clone();
     let mut snapshots = on_disk(move || load_snapshots(&on)).await?;
     for loaded in snapshots.values() {
@@ -52,56 +52,16 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
         snapshots.iter().filter(|(_, loaded)| unfinished(loaded)).map(|(uuid, _)| *uuid).collect();
     let on = shared.clone();
     let saved = on_disk(move || on.store.load_managed_saves(&unfinished)).await?;
-    // Where two have one name, it is whose it was.
-    definitions.sort_by_key(|stored| match &stored.found {
-        Found::Sound { name, .. } if *name == stored.note.name => 0,
-        Found::Sound { .. } => 1,
-        Found::Broken { .. } => 2,
-    });
-    for stored in definitions {
-        let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
-        if let Err(e) = load_definition(shared, domains, stored, kept, saved.contains(&uuid)) {
-            tracing::error!(%uuid, "its stored configuration is left alone: {e}");
-        }
-    }
-    let on = shared.clone();
-    let statuses = on_disk(move || on.store.load_statuses()).await?;
-    for status in statuses.values().flatten().flatten() {
-        shared.id_is_taken(status.id);
-    }
+    enter_definitions(shared, domains, definitions, &mut snapshots, &saved);
     let places = Arc::new(Semaphore::new(AT_ONCE));
     let mut looked_at = JoinSet::new();
-    for (uuid, status) in statuses {
+    for uuid in look_for_guests(shared, domains, &mut snapshots, &places, &mut looked_at).await? {
         cut_off.remove(&uuid);
-        let search = match Search::begin(shared, domains, uuid, status, snapshots.remove(&uuid).unwrap_or_default()) {
-            Ok(Some(search)) => search,
-            Ok(None) => {
-                shared.forget_guest(uuid).await?;
-                continue;
-            }
-            Err(e) => {
-                tracing::error!(%uuid, "a guest that may run is left alone: {e}");
-                if let Some(domain) = domains.get(uuid) {
-                    domain.may_run(&e);
-                }
-                continue;
-            }
-        };
-        let (looked, is_looked_at) = oneshot::channel::<()>();
-        // An error means the same: whoever was to say it is no longer there.
-        looked_at.spawn(async move { drop(is_looked_at.await) });
-        let domain = search.domain.clone();
-        look_after(&domain, &places, async move {
-            search.run().await;
-            drop(looked);
-        });
     }
     for (uuid, left) in &snapshots {
         // Its guest has ended, and it was transient.
         if domains.get(*uuid).is_none() && (left.backup.is_some() || !left.block_jobs.is_empty()) {
-            let (looked, is_looked_at) = oneshot::channel::<()>();
-            looked_at.spawn(async move { drop(is_looked_at.await) });
-            left_behind::settle(shared, *uuid, Some(looked));
+            left_behind::settle(shared, *uuid, Some(awaited(&mut looked_at)));
         }
     }
     let left_behind: Vec<_> = snapshots.into_iter().map(|(uuid, left)| (uuid, left.intent)).collect();
@@ -117,6 +77,75 @@ pub(crate) async fn load(shared: &Arc<Shared>, domains: &Arc<Domains>) -> Result
     Ok(())
 }
 
+/// Makes domains of what is stored, and takes what is kept with each of them out of `snapshots`.
+fn enter_definitions(
+    shared: &Arc<Shared>,
+    domains: &Arc<Domains>,
+    mut definitions: Vec<Stored>,
+    snapshots: &mut HashMap<Uuid, Loaded>,
+    saved: &BTreeSet<Uuid>,
+) {
+    // Where two have one name, it is whose it was.
+    definitions.sort_by_key(|stored| match &stored.found {
+        Found::Sound { name, .. } if *name == stored.note.name => 0,
+        Found::Sound { .. } => 1,
+        Found::Broken { .. } => 2,
+    });
+    for stored in definitions {
+        let (uuid, kept) = (stored.uuid, snapshots.remove(&stored.uuid).unwrap_or_default());
+        if let Err(e) = load_definition(shared, domains, stored, kept, saved.contains(&uuid)) {
+            tracing::error!(%uuid, "its stored configuration is left alone: {e}");
+        }
+    }
+}
+
+/// Begins to look for each guest of which a status was left; whose they are. Each is looked after when it has been found, or not.
+async fn look_for_guests(
+    shared: &Arc<Shared>,
+    domains: &Arc<Domains>,
+    snapshots: &mut HashMap<Uuid, Loaded>,
+    places: &Arc<Semaphore>,
+    looked_at: &mut JoinSet<()>,
+) -> Result<Vec<Uuid>> {
+    let on = shared.clone();
+    let statuses = on_disk(move || on.store.load_statuses()).await?;
+    for status in statuses.values().flatten().flatten() {
+        shared.id_is_taken(status.id);
+    }
+    let all = statuses.keys().copied().collect();
+    for (uuid, status) in statuses {
+        let search = match Search::begin(shared, domains, uuid, status, snapshots.remove(&uuid).unwrap_or_default()) {
+            Ok(Some(search)) => search,
+            Ok(None) => {
+                shared.forget_guest(uuid).await?;
+                continue;
+            }
+            Err(e) => {
+                tracing::error!(%uuid, "a guest that may run is left alone: {e}");
+                if let Some(domain) = domains.get(uuid) {
+                    domain.may_run(&e);
+                }
+                continue;
+            }
+        };
+        let looked = awaited(looked_at);
+        let domain = search.domain.clone();
+        look_after(&domain, places, async move {
+            search.run().await;
+            drop(looked);
+        });
+    }
+    Ok(all)
+}
+
+/// What is awaited among these until it is dropped.
+fn awaited(looked_at: &mut JoinSet<()>) -> oneshot::Sender<()> {
+    let (looked, is_looked_at) = oneshot::channel::<()>();
+    // An error means the same: whoever was to say it is no longer there.
+    looked_at.spawn(async move { drop(is_looked_at.await) });
+    looked
+}
+
 /// Of the machines of which nothing is left but what was cut off: makes whole those saves.
 fn settle_saves(
     shared: &Arc<Shared>,
@@ -127,10 +156,8 @@ fn settle_saves(
     for (uuid, intent) in left_behind {
         // Its guest has ended, and it was transient.
         if let (Some(intent @ Intent { deed: Deed::Save { .. }, .. }), None) = (intent, domains.get(*uuid)) {
-            let (looked, is_looked_at) = oneshot::channel::<()>();
-            looked_at.spawn(async move { drop(is_looked_at.await) });
             shared.is_unsettled(*uuid, true);
-            tokio::spawn(settle_save(shared.clone(), *uuid, intent.clone(), looked));
+            tokio::spawn(settle_save(shared.clone(), *uuid, intent.clone(), awaited(looked_at)));
         }
     }
 }

@@ -147,6 +147,19 @@ pub(crate) struct Adjusting {
     pub after: String,
     /// In what the guest is to follow.
     pub what: Vec<Adjustment>,
+    /// What is to be stored beside.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<StoredChange>,
+    /// The guest has followed, and `live` says so: all that may be missing is what is to be stored.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub followed: bool,
+}
+
+/// A stored configuration and what comes in its place, as texts with passwords.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct StoredChange {
+    pub before: String,
+    pub after: String,
 }
 
 /// See the module.
@@ -385,7 +398,18 @@ impl StatusFile {
         if lock(&self.kept).as_ref().is_some_and(|kept| kept.status.live == live) {
             return Ok(());
         }
-        self.update(|status| status.live = live)
+        self.update(|status| {
+            status.live = live;
+            status.adjusting.iter_mut().for_each(|adjusting| adjusting.followed = false);
+        })
+    }
+
+    /// The same after the guest has followed in what is being changed on it.
+    pub fn runs_as_adjusted(&self, live: String) -> Result<()> {
+        self.update(|status| {
+            status.live = live;
+            status.adjusting.iter_mut().for_each(|adjusting| adjusting.followed = true);
+        })
     }
 
     /// What is being changed on the guest.

@@ -21,7 +21,7 @@ use std::net::IpAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
-use virt_model::driver::network::{Lease, NetworkError, Problem};
+use virt_model::driver::network::{Lease, NetworkError, PartlySeen, Problem};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::network::forward::Mode;
@@ -361,9 +361,10 @@ impl Maker {
     }
 
     /// Why it cannot do its work.
-    pub fn problems(&self, def: &NetworkDef) -> io::Result<Vec<Problem>> {
+    pub fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
         let Some(bridge) = def.bridge_name() else { return Ok(Vec::new()) };
-        if link::card(bridge)?.is_none() {
+        let card = link::card(bridge).map_err(|error| PartlySeen { found: Vec::new(), why: error.to_string() })?;
+        if card.is_none() {
             let sentence =
                 format!("the bridge '{bridge}' was removed by somebody else: destroy the network and start it again");
             return Ok(vec![Problem { token: "bridge-gone", sentence }]);
@@ -378,10 +379,15 @@ impl Maker {
                 "dnsmasq has ended: nobody is given addresses or told names; destroy the network and start it again";
             found.push(Problem { token: "dhcp-down", sentence: sentence.to_owned() });
         }
-        let ruleset = serde_json::from_slice(&output_within("nft", &["-j", "list", "ruleset"], &[])?)?;
         let passing = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open);
-        found.extend(super::foreign::problems(&ruleset, super::foreign::Needs { bridge, passing, serving }));
-        Ok(found)
+        let listed = output_within("nft", &["-j", "list", "ruleset"], &[]);
+        match listed.and_then(|listed| Ok(serde_json::from_slice(&listed)?)) {
+            Ok(ruleset) => {
+                found.extend(super::foreign::problems(&ruleset, super::foreign::Needs { bridge, passing, serving }));
+                Ok(found)
+            }
+            Err(error) => Err(PartlySeen { found, why: format!("others' rules cannot be listed: {error}") }),
+        }
     }
 
     /// The first /24 from 192.168.122.0 that no route leads to.

@@ -29,7 +29,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::{mpsc, watch};
 use uuid::Uuid;
 use virt_model::domain::value::Mac;
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard, Problem};
+use virt_model::driver::network::{
+    Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem,
+};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::xml::Finding;
@@ -154,16 +156,10 @@ impl NetworkDriver for HostNetworks {
         self.does(move |maker| maker.leases(&def)).await?.map_err(|error| NetworkError::Failed(error.to_string()))
     }
 
-    async fn problems(&self, def: &NetworkDef) -> Vec<Problem> {
+    async fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
         let def = def.clone();
-        let found = self
-            .does(move |maker| maker.problems(&def))
-            .await
-            .and_then(|found| found.map_err(|error| NetworkError::Failed(error.to_string())));
-        found.unwrap_or_else(|why| {
-            tracing::warn!(%why, "whether a network can do its work cannot be told");
-            Vec::new()
-        })
+        let looked = self.does(move |maker| maker.problems(&def)).await;
+        looked.unwrap_or_else(|error| Err(PartlySeen { found: Vec::new(), why: error.to_string() }))
     }
 
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport> {

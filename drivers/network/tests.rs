@@ -280,10 +280,10 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert_eq!(known, Some(Ipv4Addr::new(10, 77, 0, 8)), "a name is known when the change has been made");
 
     // What drops is told and left alone; so is a server that has ended.
-    assert_eq!(networks.problems(&more).await, []);
+    assert_eq!(networks.problems(&more).await, Ok(Vec::new()));
     run("nft add table ip docker");
     run("nft add chain ip docker FORWARD { type filter hook forward priority 0 ; policy drop ; }");
-    let problems = networks.problems(&more).await;
+    let problems = networks.problems(&more).await.unwrap();
     assert_eq!(problems.iter().map(|problem| problem.token).collect::<Vec<_>>(), ["forward-blocked"], "{problems:?}");
     assert!(
         problems[0].sentence.contains("nft insert rule ip docker FORWARD iifname \"virbr0\" accept"),
@@ -292,14 +292,21 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     let mut reports = networks.watch(def.uuid).await;
     run(&format!("kill -KILL {}", pid.trim()));
     assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
-    assert_eq!(networks.problems(&more).await[0].token, "dhcp-down");
+    assert_eq!(networks.problems(&more).await.unwrap()[0].token, "dhcp-down");
+    // Where nobody can list the rules, that is said, with what is known without them.
+    let nft = ["/usr/sbin/nft", "/usr/bin/nft", "/sbin/nft"].into_iter().find(|nft| Path::new(nft).exists()).unwrap();
+    run(&format!("mount --bind /bin/false {nft}"));
+    let seen = networks.problems(&more).await.unwrap_err();
+    assert_eq!(seen.found.iter().map(|problem| problem.token).collect::<Vec<_>>(), ["dhcp-down"], "{seen:?}");
+    assert!(seen.why.contains("nft"), "{seen:?}");
+    run(&format!("umount {nft}"));
     // A change makes another one; that the one before ends in it is nothing to be told.
     for word in ["one", "two"] {
         let txt = format!("<txt name='{word}' value='x'/>");
         more = more.changed(&Change::read(Verb::AddLast, Section::DnsTxt, None, &txt).unwrap()).unwrap();
         networks.change(&more).await.unwrap();
         assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed), "{word}");
-        assert!(networks.problems(&more).await.iter().all(|problem| problem.token != "dhcp-down"), "{word}");
+        assert!(networks.problems(&more).await.unwrap().iter().all(|problem| problem.token != "dhcp-down"), "{word}");
     }
     // One that cannot be destroyed is watched as before.
     let rules = house.dir.path().join(format!("networks/{}/rules.json", def.uuid));

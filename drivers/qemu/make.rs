@@ -10,7 +10,7 @@ use crate::host::image;
 use crate::host::resolve::{Found, Place};
 use crate::host::user::RunAs;
 use crate::host::workers::Stop;
-use rustix::fs::FileType;
+use rustix::fs::{FileType, fstat};
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
@@ -39,13 +39,15 @@ pub fn new_file(path: &Path, wary: bool) -> io::Result<File> {
 
 /// The same for an image that is to be used as one that is there, and so is its owner's: what an image names to stand on counts as
 /// chosen by its owner, who is not QEMU's user.
-pub fn image_beside(path: &Path, like: &Path, wary: bool) -> io::Result<()> {
+/// Gives which file that is: the number of its file system, and its own there.
+pub fn image_beside(path: &Path, like: &Path, wary: bool) -> io::Result<(u64, u64)> {
     let file = new_file(path, wary)?;
     if wary {
         let like = Found::resolve(like)?.stat;
         fchown(&file, Some(like.st_uid), Some(like.st_gid))?;
     }
-    Ok(())
+    let made = fstat(&file)?;
+    Ok((made.st_dev, made.st_ino))
 }
 
 /// An empty file without a name, in that folder of ours, for `user` (us, if `None`) to write to.

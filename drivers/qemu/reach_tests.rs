@@ -46,6 +46,8 @@ struct Machine {
     log: PathBuf,
     record: Arc<Disk>,
     cancel: CancellationToken,
+    /// Its start has come to its end.
+    ended: CancellationToken,
     task: tokio::task::JoinHandle<Option<DriverError>>,
 }
 
@@ -95,23 +97,31 @@ impl Machine {
         task["disk"] = json!(disk);
         task["room"] = json!(runtime.join("qemu"));
         start.command.env.push((TASK.to_owned(), task.to_string()));
+        let ended = CancellationToken::new();
+        let ends = ended.clone().drop_guard();
         let task = tokio::spawn(async move {
-            let _ports = ports;
+            let (_ports, _ends) = (ports, ends);
             // It never says hello.
             start.run().await.err()
         });
-        Machine { uuid, disk, runtime, log, record, cancel, task }
+        Machine { uuid, disk, runtime, log, record, cancel, ended, task }
     }
 
     /// Waits until it has said `line`; gives all that it said.
     async fn says(&self, line: &str) -> String {
         let said = async {
             loop {
+                // What is written after that look is told.
+                let told = written_below(self.log.parent().unwrap());
+                let ended = self.ended.is_cancelled();
                 let said = std::fs::read_to_string(&self.log).unwrap_or_default();
-                if said.lines().any(|one| one == line) || self.task.is_finished() {
+                if said.lines().any(|one| one == line) || ended {
                     return said;
                 }
-                tokio::time::sleep(Duration::from_millis(10)).await;
+                tokio::select! {
+                    _ = told.readable() => {}
+                    () = self.ended.cancelled() => {}
+                }
             }
         };
         tokio::time::timeout(PATIENCE, said).await.unwrap_or_else(|_| panic!("it did not say '{line}'"))
@@ -126,6 +136,15 @@ impl Machine {
         self.cancel.cancel();
         self.task.await.unwrap()
     }
+}
+
+/// Tells of what comes to be, or is written, in the files of a folder.
+fn written_below(folder: &Path) -> tokio::io::unix::AsyncFd<std::os::fd::OwnedFd> {
+    use rustix::fs::inotify::{CreateFlags, WatchFlags, add_watch, init};
+    let told = init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).unwrap();
+    add_watch(&told, folder, WatchFlags::CREATE | WatchFlags::MODIFY).unwrap();
+    // SAFETY: the descriptor is owned by the wrapper and lives as long.
+    unsafe { tokio::io::unix::AsyncFd::register(told) }.unwrap()
 }
 
 /// Row, and what the table says of it in that column.

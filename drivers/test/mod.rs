@@ -34,7 +34,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, Weak};
 use uuid::Uuid;
 use virt_model::device::Disk;
-use virt_model::domain::DomainDef;
+use virt_model::domain::{DomainDef, add_findings};
 use virt_model::driver::backup::Backups;
 use virt_model::driver::block_jobs::BlockJobs;
 use virt_model::driver::checkpoints::Checkpoints;
@@ -189,6 +189,7 @@ impl Driver for TestDriver {
         if def.has_native_arguments() {
             findings.push(finding("/qemu:commandline", "the test driver runs no program to give arguments to".into()));
         }
+        add_findings(&mut findings, def.contradictions());
         findings
     }
 

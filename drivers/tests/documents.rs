@@ -7,7 +7,9 @@ use virt_drivers::qemu::capabilities::Capabilities;
 use virt_drivers::qemu::check::{check, checked_command};
 use virt_drivers::qemu::complete::complete;
 use virt_drivers::qemu::plan::{Command, SecretContent};
+use virt_drivers::test::TestDriver;
 use virt_model::domain::{DomainDef, Form};
+use virt_model::driver::Driver as _;
 use virt_model::xml::FindingKind;
 
 const STORED: Form = Form::STORED;
@@ -332,4 +334,22 @@ fn x5_a_spice_port_needs_no_certificates() {
     let def = completed("q35", "", devices);
     assert_eq!(refusals(&def, &host), "");
     assert!(built(&def, &host).args.join(" ").contains("-chardev spiceport,id=charserial0,name=org.a.b.0"));
+}
+
+/// Whoever asks a driver need not look for contradictions, too: each driver tells of them, whatever else there is to tell.
+#[tokio::test]
+async fn what_contradicts_itself_is_among_what_cannot_run() {
+    let both = "<iotune><total_iops_sec>7</total_iops_sec><read_iops_sec>7</read_iops_sec></iotune>";
+    let disk = format!("<disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/>{both}</disk>");
+    let mut def =
+        completed("q35", "", "<disk type='file'><source file='/a.img'/><target dev='vda' bus='virtio'/></disk>");
+    def.devices.disks = DomainDef::parse_leniently(&text("q35", "", &disk)).0.expect("it can be read").devices.disks;
+    let contradictions = def.contradictions();
+    assert_eq!(contradictions.len(), 1, "{contradictions:?}");
+    let absent = Capabilities { absent: Some("it is gone".to_owned()), ..caps() };
+    let told = [check(&def, &caps()), check(&def, &absent), TestDriver::default().check(&def).await];
+    for findings in told {
+        let count = findings.iter().filter(|finding| finding.message == contradictions[0].message).count();
+        assert_eq!(count, 1, "{findings:?}");
+    }
 }

@@ -94,7 +94,20 @@ const SIGNALS: &[Field] = &[
 
 /// What there is for each member.
 pub fn offer(service: &Arc<Service>) -> Offer {
-    let members = Members::new(service, find)
+    let themes = [running, inside, document, devices, adjusting, moments];
+    let members = themes.iter().fold(Members::new(service, find), |members, theme| theme(members));
+    let ask = |members: Members<_>, (verb, ask): &'static (&'static Verb, Ask)| {
+        members.method(verb, move |domain: Arc<Domain>, call: Call| async move {
+            domain.ask(call.caller(), verb, *ask).await?;
+            call.done()
+        })
+    };
+    verb::ASKS.iter().fold(members, ask).offer(INTERFACE, FIELDS, SIGNALS)
+}
+
+/// Its start, its end, and what is kept of it between them.
+fn running(members: Members<Arc<Domain>>) -> Members<Arc<Domain>> {
+    members
         .method(&verb::START, start)
         .method(&verb::SHUTDOWN, shutdown)
         .method(&verb::REBOOT, reboot)
@@ -107,6 +120,12 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::MANAGED_SAVE, managed_save)
         .method(&verb::MANAGED_SAVE_REMOVE, remove_managed_save)
         .method(&verb::MANAGED_SAVE_XML, managed_save_xml)
+        .method(&verb::APPLY_PENDING, apply_pending)
+}
+
+/// What reaches into the guest: displays, consoles, its agent.
+fn inside(members: Members<Arc<Domain>>) -> Members<Arc<Domain>> {
+    members
         .method(&verb::SCREENSHOT, screenshot)
         .method(&verb::OPEN_GRAPHICS, open_graphics)
         .method(&verb::OPEN_CHANNEL, open_channel)
@@ -123,13 +142,28 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::TRIM, agent::trim)
         .method(&verb::GUEST_EXEC, agent::exec)
         .method(&verb::SUSPEND_GUEST, agent::suspend_guest)
-        .method(&verb::APPLY_PENDING, apply_pending)
+}
+
+/// What is stored of it, and what is told.
+fn document(members: Members<Arc<Domain>>) -> Members<Arc<Domain>> {
+    members
         .method(&verb::UNDEFINE, undefine)
         .method(&verb::CHECK_UNDEFINE, check_undefine)
         .method(&verb::RENAME, rename)
         .method(&verb::SET_TITLE, set_title)
         .method(&verb::SET_DESCRIPTION, set_description)
         .method(&verb::SET_METADATA, set_metadata)
+        .method(&verb::GET_XML, get_xml)
+        .method(&verb::GET_METADATA, get_metadata)
+        .method(&verb::GET_STATS, get_stats)
+        .method(&verb::BLOCK_INFO, block_info)
+        .method(&verb::CAN, can)
+        .setter(&verb::AUTOSTART, set_autostart)
+}
+
+/// Its devices and their images.
+fn devices(members: Members<Arc<Domain>>) -> Members<Arc<Domain>> {
+    members
         .method(&verb::ATTACH_DEVICE, attach_device)
         .method(&verb::DETACH_DEVICE, detach_device)
         .method(&verb::DETACH_DEVICE_ALIAS, detach_device_alias)
@@ -139,6 +173,12 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::BLOCK_PULL, disks::pull)
         .method(&verb::BLOCK_COMMIT, disks::commit)
         .method(&verb::BLOCK_COPY, disks::copy)
+        .method(&verb::UPDATE_DEVICE, update_device)
+}
+
+/// What changes of it without plugging.
+fn adjusting(members: Members<Arc<Domain>>) -> Members<Arc<Domain>> {
+    members
         .method(&verb::SET_LINK, set_link)
         .method(&verb::SET_VCPUS, adjust::set_vcpus)
         .method(&verb::SET_MEMORY, adjust::set_memory)
@@ -152,7 +192,11 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::SET_MEMORY_PARAMETERS, adjust::set_memory_parameters)
         .method(&verb::GET_MEMORY_PARAMETERS, adjust::memory_parameters)
         .method(&verb::SET_GRAPHICS_PASSWORD, adjust::set_graphics_password)
-        .method(&verb::UPDATE_DEVICE, update_device)
+}
+
+/// Moments that are kept: snapshots, checkpoints, backups.
+fn moments(members: Members<Arc<Domain>>) -> Members<Arc<Domain>> {
+    members
         .method(&verb::CREATE_SNAPSHOT, create_snapshot)
         .method(&verb::CHECK_CREATE, check_create_snapshot)
         .method(&verb::LIST_SNAPSHOTS, list_snapshots)
@@ -162,19 +206,6 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::OPEN_BACKUP, checkpoint::open_backup)
         .method(&verb::LIST_CHECKPOINTS, checkpoint::list)
         .method(&verb::GET_CHECKPOINT, checkpoint::get)
-        .method(&verb::GET_XML, get_xml)
-        .method(&verb::GET_METADATA, get_metadata)
-        .method(&verb::GET_STATS, get_stats)
-        .method(&verb::BLOCK_INFO, block_info)
-        .method(&verb::CAN, can)
-        .setter(&verb::AUTOSTART, set_autostart);
-    let ask = |members: Members<_>, (verb, ask): &'static (&'static Verb, Ask)| {
-        members.method(verb, move |domain: Arc<Domain>, call: Call| async move {
-            domain.ask(call.caller(), verb, *ask).await?;
-            call.done()
-        })
-    };
-    verb::ASKS.iter().fold(members, ask).offer(INTERFACE, FIELDS, SIGNALS)
 }
 
 fn find(service: &Arc<Service>, call: &Call) -> Result<Arc<Domain>, Error> {

@@ -2,20 +2,22 @@
 //! or both.
 //!
 //! ```text
-//!  new configurations ─▶ checked as definitions are ─▶ noted ─▶ the guest follows ─▶ both on disk, then told
+//!  new configurations ─▶ checked as definitions are ─▶ noted ─▶ the guest follows ─▶ live on disk ─▶ stored on disk, then told
 //!                                                                   └─ a failure leaves all as before, but for vCPUs that have come or gone
 //! ```
 //!
-//! Whoever finds the note with a guest undoes what it names, so that the guest is as its configuration says; of vCPUs it is looked
-//! which there are.
+//! Whoever finds the note with a guest undoes what it names, so that the guest is as its configuration says; where that has been
+//! written, what is to be stored beside follows. Of vCPUs it is looked which there are.
 
-use super::config::Update;
+use super::config::{Configurations, Update};
 use super::state::Guest;
 use super::{Affect, Domain};
 use crate::authz::Caller;
 use crate::error::{Error, Result};
 use crate::fail_point;
-use crate::store::{Adjusting, on_disk};
+use crate::lock::lock;
+use crate::store::{Adjusting, StoredChange, on_disk};
+use crate::stored::StoredDef;
 use crate::verb::{self, Verb};
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -102,7 +104,7 @@ impl Domain {
     ) -> Result<()> {
         let affect = of_stored("number of vCPUs", maximum, affect)?;
         self.short(caller, &verb::SET_VCPUS, async {
-            let (before, before_stored) = self.affected(&verb::SET_VCPUS, affect)?;
+            let (before, before_stored) = self.to_be_adjusted(&verb::SET_VCPUS, affect).await?;
             let change = |def: &Arc<DomainDef>, runs: bool| {
                 let mut def = DomainDef::clone(def);
                 with_vcpus(&mut def, count, maximum, runs).map(|()| def)
@@ -196,7 +198,7 @@ impl Domain {
         edit: impl Fn(&mut DomainDef, bool) -> Result<()> + Send + Sync,
     ) -> Result<()> {
         self.short(caller, verb, async {
-            let (live, stored) = self.affected(verb, affect)?;
+            let (live, stored) = self.to_be_adjusted(verb, affect).await?;
             let edited = |def: &Arc<DomainDef>, runs: bool| {
                 let mut def = DomainDef::clone(def);
                 edit(&mut def, runs).map(|()| def)
@@ -225,15 +227,27 @@ impl Domain {
         if let Some((before, after)) = &stored {
             self.is_no_worse(before, after).await?;
         }
-        let stored = stored.map(|(_, after)| Arc::new(after));
-        let Some(LiveChange { before, mut after, what }) = live else {
-            return self.put_configurations(None, stored, Update::Whole).await;
+        let stored = match stored {
+            Some((_, after)) => Some((after.name.clone(), self.to_store(Arc::new(after)).await?)),
+            None => None,
         };
-        let guest = self.guest()?;
+        let Some(live) = live else { return self.put_written(None, stored, Update::Whole).await };
         // On the heap: in a debug build each frame would hold it once more.
+        Box::pin(self.put_followed(verb, live, stored)).await
+    }
+
+    /// Has the guest follow, and puts the configurations in the place of the old ones.
+    async fn put_followed(
+        &self,
+        verb: &'static Verb,
+        live: LiveChange,
+        stored: Option<(String, Arc<StoredDef>)>,
+    ) -> Result<()> {
+        let LiveChange { before, mut after, what } = live;
+        let guest = self.guest()?;
         Box::pin(self.undo_what_is_noted(&guest)).await?;
         fail_point::reached();
-        note(&guest, Adjusting::of(&after, &what)).await?;
+        note(&guest, self.adjusting(&after, &what, stored.as_ref().map(|(_, stored)| &**stored))).await?;
         fail_point::reached();
         for (done, one) in what.iter().enumerate() {
             let followed = self.driver.adjust(guest.instance.as_ref(), &before, &mut after, one).await;
@@ -250,7 +264,15 @@ impl Domain {
             }
         }
         fail_point::reached();
-        let put = Box::pin(self.put_configurations(Some(Arc::new(after.clone())), stored, Update::Whole)).await;
+        let put = async {
+            let (status, text) = (guest.status.clone(), after.write(Form::LIVE));
+            on_disk(move || status.runs_as_adjusted(text)).await?;
+            fail_point::reached();
+            let put = self.put_written(Some(Arc::new(after.clone())), stored, Update::Whole).await;
+            fail_point::reached();
+            put
+        };
+        let put = Box::pin(put).await;
         if put.is_ok() || Box::pin(self.undo(&guest, &before, &after, &what)).await.is_ok() {
             self.is_as_kept(&guest).await;
         }
@@ -282,11 +304,12 @@ impl Domain {
     }
 
     async fn undo_what_is_noted(&self, guest: &Guest) -> Result<()> {
-        let Some(Adjusting { after, what }) = guest.status.adjusting() else { return Ok(()) };
+        self.store_what_is_noted(guest).await?;
+        let Some(Adjusting { after, what, .. }) = guest.status.adjusting() else { return Ok(()) };
         self.nothing_works_on(&what)?;
         let after = DomainDef::parse_leniently_within(&after, Limits::STORED).0.filter(|after| after.uuid == self.uuid);
         // What cannot be read was written by a virtd that knew more.
-        if let Some(after) = after {
+        if let Some(after) = after.filter(|_| !what.is_empty()) {
             let named: Vec<_> = what.iter().map(ToString::to_string).collect();
             self.undo(guest, &guest.live, &after, &what)
                 .await
@@ -294,6 +317,41 @@ impl Domain {
             tracing::warn!(uuid = %self.uuid, name = self.name(), "a change of {} was cut off, and is undone", named.join(", "));
         }
         note(guest, None).await
+    }
+
+    /// What is to be changed: what runs, and what is stored, to the end of what was changed before.
+    pub(super) async fn to_be_adjusted(&self, verb: &Verb, affect: Affect) -> Result<Configurations> {
+        if let Ok(guest) = self.guest() {
+            self.store_what_is_noted(&guest).await?;
+        }
+        self.affected(verb, affect)
+    }
+
+    /// Where the guest has followed and its configuration says so, what is to be stored beside is stored, unless something else is
+    /// by now.
+    async fn store_what_is_noted(&self, guest: &Guest) -> Result<()> {
+        let Some(Adjusting { stored, followed: true, .. }) = guest.status.adjusting() else { return Ok(()) };
+        let is_stored = lock(&self.state).stored.as_ref().map(|stored| stored.text());
+        if let Some(StoredChange { after, .. }) = stored.filter(|noted| is_stored.as_ref() == Some(&noted.before)) {
+            let after = DomainDef::parse_leniently_within(&after, Limits::STORED).0;
+            // What cannot be read was written by a virtd that knew more.
+            if let Some(after) = after.filter(|after| after.uuid == self.uuid) {
+                self.put_configurations(None, Some(Arc::new(after)), Update::Whole).await?;
+                tracing::warn!(uuid = %self.uuid, name = self.name(), "a change was cut off after the guest had followed: it is stored now, too");
+            }
+        }
+        note(guest, None).await
+    }
+
+    /// What is noted of a change; nothing for vCPUs alone: which there are is looked up.
+    fn adjusting(&self, after: &DomainDef, what: &[Adjustment], stored: Option<&StoredDef>) -> Option<Adjusting> {
+        let followed: Vec<_> = what.iter().filter(|one| !matches!(one, Adjustment::Vcpus(_))).cloned().collect();
+        if followed.is_empty() && (stored.is_none() || !what.is_empty()) {
+            return None;
+        }
+        let before = lock(&self.state).stored.as_ref().map(|stored| stored.text());
+        let stored = before.zip(stored).map(|(before, after)| StoredChange { before, after: after.text() });
+        Some(Adjusting { after: after.write(Form::LIVE), what: followed, stored, followed: false })
     }
 
     /// The guest is as its configuration says.
@@ -327,8 +385,12 @@ impl Domain {
     /// Refuses what says more against a configuration than there was before.
     async fn is_no_worse(&self, before: &DomainDef, after: &DomainDef) -> Result<()> {
         let said = async |def: &DomainDef| {
-            let found = def.contradictions().into_iter().chain(self.driver.check(def).await);
-            found.map(|finding| (finding.path, finding.message)).collect::<BTreeSet<_>>()
+            self.driver
+                .check(def)
+                .await
+                .into_iter()
+                .map(|finding| (finding.path, finding.message))
+                .collect::<BTreeSet<_>>()
         };
         let known = said(before).await;
         let new: Vec<String> = said(after).await.difference(&known).map(|(_, message)| message.clone()).collect();
@@ -395,14 +457,6 @@ async fn note(guest: &Guest, adjusting: Option<Adjusting>) -> Result<()> {
         return Ok(());
     }
     on_disk(move || status.update(|status| status.adjusting = adjusting)).await
-}
-
-impl Adjusting {
-    /// Nothing for vCPUs: which there are is looked up.
-    fn of(after: &DomainDef, what: &[Adjustment]) -> Option<Adjusting> {
-        let what: Vec<_> = what.iter().filter(|one| !matches!(one, Adjustment::Vcpus(_))).cloned().collect();
-        (!what.is_empty()).then(|| Adjusting { after: after.write(Form::LIVE), what })
-    }
 }
 
 /// A maximum is of what is stored.

@@ -285,9 +285,11 @@ impl Domain {
         tokio::spawn(async move {
             let left = async {
                 departed.cancelled().await;
-                tracing::info!(uuid = %domain.uuid, name = domain.name(), "its file systems are thawed, as nobody is left who would");
                 match agent.thaw_at_last().await {
-                    Ok(()) => domain.is_thawed(),
+                    Ok(()) => {
+                        domain.is_thawed();
+                        tracing::info!(uuid = %domain.uuid, name = domain.name(), "its file systems are thawed, as nobody is left who would");
+                    }
                     Err(error) => tracing::debug!(uuid = %domain.uuid, %error, "nothing is thawed any more"),
                 }
             };

@@ -112,6 +112,14 @@ impl State {
         tracing::warn!(name = self.name, "undefined with a backup that did not end: {} may be left", files.join(", "));
     }
 
+    /// Refuses a checkpoint while the end of a backup is still to be done, which may take away one of that name with its bitmaps.
+    pub(super) fn no_backup_is_to_be_ended(&self) -> Result<()> {
+        match &self.backup {
+            Some(backup) if !backup.followed => self.is_not_backed_up(),
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses what is done to one disk, where a backup stands in the way.
     pub(super) fn disk_is_not_backed_up(&self, target: &str) -> Result<()> {
         match &self.backup {

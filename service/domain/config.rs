@@ -278,6 +278,16 @@ impl Domain {
             Some(def) => Some((def.name.clone(), self.to_store(def).await?)),
             None => None,
         };
+        self.put_written(live, stored, update).await
+    }
+
+    /// The same with what is stored as it is to be on disk, and its name.
+    pub(super) async fn put_written(
+        &self,
+        live: Option<Arc<DomainDef>>,
+        stored: Option<(String, Arc<StoredDef>)>,
+        update: Update,
+    ) -> Result<()> {
         if let Some(live) = &live {
             self.keep_live(live).await?;
         }

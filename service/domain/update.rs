@@ -38,7 +38,7 @@ impl Domain {
         // On the heap: it is large, and in a debug build each frame below would move it once more.
         let work = Box::pin(async {
             let device = xml::read(xml, &[]).map_err(|finding| Error::ConfigInvalid(vec![finding]))?;
-            let (live, stored) = self.affected(&verb::UPDATE_DEVICE, affect)?;
+            let (live, stored) = self.to_be_adjusted(&verb::UPDATE_DEVICE, affect).await?;
             let known = live.clone().or(stored.clone()).ok_or_else(|| self.vanished())?;
             if is_of_medium(&known, &device) {
                 return self.put_medium(&verb::UPDATE_DEVICE, &device, affect, MediumExchange::default(), None).await;

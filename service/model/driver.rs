@@ -73,8 +73,8 @@ pub trait Driver: Send + Sync {
         self.complete(def).await
     }
 
-    /// Everything in `def` that this driver on this host could not run now, in document order. Empty: `start` would go
-    /// as far as the hypervisor. Changes nothing.
+    /// Everything in `def` that this driver on this host could not run now, in document order; what contradicts itself in it is
+    /// among that. Empty: `start` would go as far as the hypervisor. Changes nothing.
     async fn check(&self, def: &DomainDef) -> Vec<Finding>;
 
     /// What the images that `def` names say against it: headers that name other files than the definition does. Opens them,

@@ -258,6 +258,7 @@ fn new(shared: &Arc<Shared>, networks: &Arc<Networks>, def: &NetworkDef, owner: 
         autostart: false,
         leases: Arc::default(),
         problems: Vec::new(),
+        partly_seen: false,
         gone: false,
         going: false,
         facts: None,
@@ -278,6 +279,22 @@ pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Resu
     let on = shared.clone();
     let found = on_disk(move || on.store.documents(Folder::Networks).load::<Note>()).await?;
     let there = shared.host.networks.find().await;
+    put_all(shared, networks, found, &there);
+    for (def, owner) in there {
+        is_there(shared, networks, def, owner).await;
+    }
+    networks.all().iter().for_each(|network| network.look_at_users());
+    serve_guests(shared, networks);
+    Ok(())
+}
+
+/// Has all that are stored in the registry; `there` is what there is on the host.
+fn put_all(
+    shared: &Arc<Shared>,
+    networks: &Arc<Networks>,
+    found: Vec<FoundDocument<Note>>,
+    there: &[(NetworkDef, u32)],
+) {
     let mut broken = Vec::new();
     for FoundDocument { uuid, text, note } in found {
         let first = |findings: Vec<Finding>| findings.first().map(ToString::to_string).unwrap_or_default();
@@ -303,32 +320,37 @@ pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Resu
         let name = names.into_iter().find(free).unwrap_or_else(|| uuid.to_string());
         put(shared, networks, NetworkDef { uuid, name, ..NetworkDef::default() }, Some(why), &note);
     }
-    for (def, owner) in there {
-        let network = match networks.get(def.uuid) {
-            Some(network) => network,
-            // Nothing is stored of it.
-            None => match networks.claim(def.uuid, &def.name, owner, usize::MAX) {
-                Ok(Claimed::New) => {
-                    let network = new(shared, networks, &def, owner);
-                    networks.insert(network.clone());
-                    network
-                }
-                Ok(Claimed::Existing(network)) => network,
-                Err(error) => {
-                    tracing::error!(uuid = %def.uuid, %error, "a network that is there is left alone");
-                    continue;
-                }
-            },
-        };
-        let problems = shared.host.networks.problems(&def).await;
-        let leases = shared.host.networks.leases(&def).await.unwrap_or_default();
-        {
-            let mut state = lock(&network.state);
-            (state.live, state.problems, state.leases) = (Some(Arc::new(def)), problems, leases.into());
-        }
-        network.follow();
+}
+
+/// It is on the host, whether something is stored of it or not: what there is is followed from now on.
+async fn is_there(shared: &Arc<Shared>, networks: &Arc<Networks>, def: NetworkDef, owner: u32) {
+    let network = match networks.get(def.uuid) {
+        Some(network) => network,
+        // Nothing is stored of it.
+        None => match networks.claim(def.uuid, &def.name, owner, usize::MAX) {
+            Ok(Claimed::New) => {
+                let network = new(shared, networks, &def, owner);
+                networks.insert(network.clone());
+                network
+            }
+            Ok(Claimed::Existing(network)) => network,
+            Err(error) => {
+                return tracing::error!(uuid = %def.uuid, %error, "a network that is there is left alone");
+            }
+        },
+    };
+    let looked = shared.host.networks.problems(&def).await;
+    let leases = shared.host.networks.leases(&def).await.unwrap_or_default();
+    {
+        let mut state = lock(&network.state);
+        state.has_looked(&network.name, looked);
+        (state.live, state.leases) = (Some(Arc::new(def)), leases.into());
     }
-    networks.all().iter().for_each(|network| network.look_at_users());
+    network.follow();
+}
+
+/// Machines have networks started that they are to be in, and each network looks when somebody comes to use it.
+fn serve_guests(shared: &Arc<Shared>, networks: &Arc<Networks>) {
     let all = Arc::downgrade(networks);
     shared.plugs.started_by(Box::new(move |caller, name| {
         let network = all.upgrade().and_then(|networks| networks.by_name(&name));
@@ -348,7 +370,6 @@ pub(crate) async fn load(shared: &Arc<Shared>, networks: &Arc<Networks>) -> Resu
             }
         }
     });
-    Ok(())
 }
 
 /// Has one that is stored in the registry.

@@ -31,7 +31,7 @@ use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use uuid::Uuid;
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, Problem};
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, PartlySeen, Problem};
 use virt_model::network::NetworkDef;
 
 /// All networks of this host.
@@ -61,6 +61,8 @@ struct State {
     autostart: bool,
     leases: Arc<[Lease]>,
     problems: Vec<Problem>,
+    /// At the last look for problems not all could be looked at.
+    partly_seen: bool,
     gone: bool,
     /// It is being destroyed: nobody is plugged in any more.
     going: bool,
@@ -154,6 +156,36 @@ impl Changeable for Network {
             When::Persistent if !persistent => refused("is transient: nothing is stored of it"),
             _ => Ok(()),
         }
+    }
+}
+
+impl State {
+    /// What keeps it from its work now. Where it could not be looked, what was known is kept, which is logged once.
+    fn has_looked(&mut self, name: &str, looked: std::result::Result<Vec<Problem>, PartlySeen>) {
+        let problems = match looked {
+            Ok(found) => {
+                self.partly_seen = false;
+                found
+            }
+            Err(PartlySeen { found, why }) => {
+                if !std::mem::replace(&mut self.partly_seen, true) {
+                    tracing::warn!(
+                        network = name,
+                        "whether it can do its work is not known: {why}; what was known is kept"
+                    );
+                }
+                let new = found.into_iter().filter(|one| !self.problems.contains(one));
+                self.problems.iter().cloned().chain(new).collect()
+            }
+        };
+        let new = problems.iter().filter(|one| !self.problems.contains(*one));
+        new.for_each(|one| tracing::warn!(network = name, "{}", one.sentence));
+        self.problems = problems;
+    }
+
+    /// It is on the host no longer.
+    fn has_stopped(&mut self) {
+        (self.live, self.problems, self.partly_seen, self.leases) = (None, Vec::new(), false, Arc::default());
     }
 }
 

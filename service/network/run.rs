@@ -100,10 +100,11 @@ impl Network {
         let started = self.driver().start(&def, self.owner).await;
         started.map_err(|e| failed(&self.name, "start", e))?;
         crate::fail_point::reached();
-        let problems = self.driver().problems(&def).await;
+        let looked = self.driver().problems(&def).await;
         let leases = self.driver().leases(&def).await.unwrap_or_default();
         self.commit(vec![("started", "booted")], |state| {
-            (state.live, state.problems, state.leases) = (Some(def), problems, leases.into());
+            state.has_looked(&self.name, looked);
+            (state.live, state.leases) = (Some(def), leases.into());
         });
         // Guests that were in it before are in it again.
         let def = self.live()?;
@@ -142,7 +143,7 @@ impl Network {
             self.commit(events, |state| {
                 state.going = false;
                 if stopped.is_ok() {
-                    (state.live, state.problems, state.leases) = (None, Vec::new(), Arc::default());
+                    state.has_stopped();
                 }
             });
             stopped
@@ -200,13 +201,11 @@ impl Network {
                     }
                 },
                 NetworkReport::ServerEnded | NetworkReport::Changed => {
-                    let problems = self.driver().problems(&live).await;
+                    let looked = self.driver().problems(&live).await;
                     self.commit(Vec::new(), |state| {
                         is_told = is_same(state);
                         if is_told {
-                            let new = problems.iter().filter(|one| !state.problems.contains(*one));
-                            new.for_each(|one| tracing::warn!(network = self.name, "{}", one.sentence));
-                            state.problems = problems;
+                            state.has_looked(&self.name, looked);
                         }
                     });
                 }

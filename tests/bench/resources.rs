@@ -108,72 +108,18 @@ async fn volumes(libvirt: &Libvirt<'_>) -> Result<()> {
     let before = bench.daemon.memory_kib();
     let define = "org.virt.Manager.Storage.DefineStoragePool";
     let reply = ours(bench, "/org/virt", define, &(pool_xml("ours", &folders[0]), options([]))).await?;
-    let pool = made(&reply)?;
     let connect = ("/org/libvirt/QEMU", "org.libvirt.Connect");
     let document = (pool_xml("theirs", &folders[1]), 0_u32);
     let other = made(&libvirt.call(connect.0, connect.1, "StoragePoolDefineXML", &document).await?)?;
-    let pool_verb =
-        async |member: &str| ours(bench, &pool, &format!("org.virt.StoragePool.{member}"), &(options([]),)).await;
-    let on_other = async |method: &str| libvirt.call(&other, "org.libvirt.StoragePool", method, &(0_u32,)).await;
-    let [mut refresh, mut list, mut create, mut delete, mut clone] = [const { Pair::new() }; 5];
-    let (first, started) = timed(pool_verb("Start")).await;
-    started?;
-    let (other_first, started) = timed(on_other("Create")).await;
-    started?;
+    let pools = Pools { libvirt, ours: made(&reply)?, theirs: other, their_folder: &folders[1] };
+    let [mut start, mut refresh, mut list, mut create, mut delete, mut clone] = [const { Pair::new() }; 6];
+    pools.both(&mut start, "Start", "Create").await?;
     for round in 0..ROUNDS {
-        let (time, done) = timed(pool_verb("Refresh")).await;
-        done?;
-        refresh.0.push(time);
-        let (time, done) = timed(on_other("Refresh")).await;
-        done?;
-        refresh.1.push(time);
-
-        let (time, listed) = timed(pool_verb("ListVolumes")).await;
-        let rows: Vec<(OwnedObjectPath, String, String, u64, u64)> = listed?.body().deserialize()?;
-        assert_eq!(rows.len(), VOLUMES);
-        list.0.push(time);
-        let (time, listed) = timed(listed_by_libvirt(libvirt, &other)).await;
-        assert_eq!(listed?, VOLUMES);
-        list.1.push(time);
-
-        let name = format!("made-{round}.qcow2");
-        let body = (volume_xml(&name, 1 << 30, "qcow2"), options([]));
-        let (time, done) = timed(ours(bench, &pool, "org.virt.StoragePool.CreateVolume", &body)).await;
-        let (volume, _job): (OwnedObjectPath, OwnedObjectPath) = done?.body().deserialize()?;
-        create.0.push(time);
-        let document = (volume_xml(&name, 1 << 30, "qcow2"), 0_u32);
-        let (time, done) =
-            timed(libvirt.call(&other, "org.libvirt.StoragePool", "StorageVolCreateXML", &document)).await;
-        let other_volume = made(&done?)?;
-        create.1.push(time);
-
-        let empty: Options<'_> = options([]);
-        let (time, done) = timed(ours(bench, volume.as_str(), "org.virt.StorageVolume.Delete", &(empty,))).await;
-        done?;
-        delete.0.push(time);
-        let (time, done) = timed(libvirt.call(&other_volume, "org.libvirt.StorageVol", "Delete", &(0_u32,))).await;
-        done?;
-        delete.1.push(time);
-
-        let reply = ours(bench, &pool, "org.virt.StoragePool.GetVolume", &("full.img",)).await?;
-        let full = made(&reply)?;
-        let name = format!("copy-{round}.img");
-        let body = (name.as_str(), options([]));
-        let (time, done) = timed(ours(bench, &full, "org.virt.StorageVolume.Clone", &body)).await;
-        let (volume, _job): (OwnedObjectPath, OwnedObjectPath) = done?.body().deserialize()?;
-        clone.0.push(time);
-        let key = folders[1].join("full.img");
-        let document = (volume_xml(&name, CLONED, "raw"), key.to_str().unwrap_or_default(), 0_u32);
-        let (time, done) =
-            timed(libvirt.call(&other, "org.libvirt.StoragePool", "StorageVolCreateXMLFrom", &document)).await;
-        let other_volume = made(&done?)?;
-        clone.1.push(time);
-        ours(bench, volume.as_str(), "org.virt.StorageVolume.Delete", &(options([]),)).await?;
-        libvirt.call(&other_volume, "org.libvirt.StorageVol", "Delete", &(0_u32,)).await?;
+        pools.both(&mut refresh, "Refresh", "Refresh").await?;
+        pools.list(&mut list).await?;
+        pools.create_and_delete(&mut create, &mut delete, &format!("made-{round}.qcow2")).await?;
+        pools.clone_full(&mut clone, &format!("copy-{round}.img")).await?;
     }
-    let mut start = Pair::new();
-    start.0.push(first);
-    start.1.push(other_first);
     start.show(&format!("Pool with {VOLUMES} volumes: start (once)"));
     refresh.show("the same: refresh");
     list.show("the same: names, formats and sizes of all");
@@ -184,11 +130,89 @@ async fn volumes(libvirt: &Libvirt<'_>) -> Result<()> {
         "memory of a volume: virtd",
         format!("{:.1} KiB", (bench.daemon.memory_kib().saturating_sub(before)) as f64 / VOLUMES as f64),
     );
-    pool_verb("Destroy").await?;
-    pool_verb("Undefine").await?;
-    libvirt.call(&other, "org.libvirt.StoragePool", "Destroy", &()).await?;
-    libvirt.call(&other, "org.libvirt.StoragePool", "Undefine", &()).await?;
+    pools.on_ours("Destroy").await?;
+    pools.on_ours("Undefine").await?;
+    libvirt.call(&pools.theirs, "org.libvirt.StoragePool", "Destroy", &()).await?;
+    libvirt.call(&pools.theirs, "org.libvirt.StoragePool", "Undefine", &()).await?;
     Ok(())
+}
+
+/// A pool of each, with the same volumes.
+struct Pools<'a> {
+    libvirt: &'a Libvirt<'a>,
+    ours: String,
+    theirs: String,
+    their_folder: &'a Path,
+}
+
+impl Pools<'_> {
+    async fn on_ours(&self, member: &str) -> Result<Message> {
+        let member = format!("org.virt.StoragePool.{member}");
+        ours(self.libvirt.bench(), &self.ours, &member, &(options([]),)).await
+    }
+
+    /// Calls a method of each pool that takes nothing.
+    async fn both(&self, pair: &mut Pair, member: &str, method: &str) -> Result<()> {
+        let (time, done) = timed(self.on_ours(member)).await;
+        done?;
+        pair.0.push(time);
+        let (time, done) = timed(self.libvirt.call(&self.theirs, "org.libvirt.StoragePool", method, &(0_u32,))).await;
+        done?;
+        pair.1.push(time);
+        Ok(())
+    }
+
+    async fn list(&self, pair: &mut Pair) -> Result<()> {
+        let (time, listed) = timed(self.on_ours("ListVolumes")).await;
+        let rows: Vec<(OwnedObjectPath, String, String, u64, u64)> = listed?.body().deserialize()?;
+        assert_eq!(rows.len(), VOLUMES);
+        pair.0.push(time);
+        let (time, listed) = timed(listed_by_libvirt(self.libvirt, &self.theirs)).await;
+        assert_eq!(listed?, VOLUMES);
+        pair.1.push(time);
+        Ok(())
+    }
+
+    async fn create_and_delete(&self, create: &mut Pair, delete: &mut Pair, name: &str) -> Result<()> {
+        let bench = self.libvirt.bench();
+        let body = (volume_xml(name, 1 << 30, "qcow2"), options([]));
+        let (time, done) = timed(ours(bench, &self.ours, "org.virt.StoragePool.CreateVolume", &body)).await;
+        let (volume, _job): (OwnedObjectPath, OwnedObjectPath) = done?.body().deserialize()?;
+        create.0.push(time);
+        let document = (volume_xml(name, 1 << 30, "qcow2"), 0_u32);
+        let making = self.libvirt.call(&self.theirs, "org.libvirt.StoragePool", "StorageVolCreateXML", &document);
+        let (time, done) = timed(making).await;
+        let other = made(&done?)?;
+        create.1.push(time);
+
+        let empty: Options<'_> = options([]);
+        let (time, done) = timed(ours(bench, volume.as_str(), "org.virt.StorageVolume.Delete", &(empty,))).await;
+        done?;
+        delete.0.push(time);
+        let (time, done) = timed(self.libvirt.call(&other, "org.libvirt.StorageVol", "Delete", &(0_u32,))).await;
+        done?;
+        delete.1.push(time);
+        Ok(())
+    }
+
+    /// Copies the volume that is full; the copies are deleted again.
+    async fn clone_full(&self, pair: &mut Pair, name: &str) -> Result<()> {
+        let bench = self.libvirt.bench();
+        let full = made(&ours(bench, &self.ours, "org.virt.StoragePool.GetVolume", &("full.img",)).await?)?;
+        let body = (name, options([]));
+        let (time, done) = timed(ours(bench, &full, "org.virt.StorageVolume.Clone", &body)).await;
+        let (volume, _job): (OwnedObjectPath, OwnedObjectPath) = done?.body().deserialize()?;
+        pair.0.push(time);
+        let key = self.their_folder.join("full.img");
+        let document = (volume_xml(name, CLONED, "raw"), key.to_str().unwrap_or_default(), 0_u32);
+        let copying = self.libvirt.call(&self.theirs, "org.libvirt.StoragePool", "StorageVolCreateXMLFrom", &document);
+        let (time, done) = timed(copying).await;
+        let other = made(&done?)?;
+        pair.1.push(time);
+        ours(bench, volume.as_str(), "org.virt.StorageVolume.Delete", &(options([]),)).await?;
+        self.libvirt.call(&other, "org.libvirt.StorageVol", "Delete", &(0_u32,)).await?;
+        Ok(())
+    }
 }
 
 /// What a client of libvirt-dbus asks to show a pool: the volumes, then each one's name and sizes.

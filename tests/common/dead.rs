@@ -125,32 +125,46 @@ impl Doomed {
 
     /// Calls one of [`MEMBERS`] so that it is about files in the folder.
     pub async fn call(&self, member: &str) -> Result<Message, Refusal> {
-        let (interface, method) = member.split_once('.').expect("interface.method");
-        let (domain, none) = (&self.player.domain, || options([]));
-        let file = |what: &str| self.folder.join(what).display().to_string();
-        let emulator = format!("<devices><emulator>{}</emulator>", file("qemu-system-x86_64"));
+        match member.split_once('.').expect("interface.method") {
+            ("Manager", method) => self.call_manager(method).await,
+            ("Domain", method) => self.call_domain(method).await,
+            ("Snapshot", method) => self.player.call("s", method, options([])).await,
+            _ => panic!("{member} is not called here"),
+        }
+    }
+
+    fn file(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+
+    async fn call_manager(&self, method: &str) -> Result<Message, Refusal> {
+        let (client, member) = (&self.player.domain.client, format!("org.virt.Manager.{method}"));
+        let emulator = format!("<devices><emulator>{}</emulator>", self.file("qemu-system-x86_64"));
         let own_emulator = self.xml.lines().find(|line| line.contains("<emulator>")).unwrap_or_default();
         let elsewhere = self.xml.replace(own_emulator, "").replace("<devices>", &emulator);
-        match member {
-            "Manager.ValidateDomain" | "Manager.DefineDomain" => {
-                let xml = if method == "ValidateDomain" { &elsewhere } else { &self.xml };
-                domain.client.call("/org/virt", &format!("org.virt.{member}"), &(xml, none())).await
-            }
-            "Manager.CreateDomain" => {
+        match method {
+            "ValidateDomain" => client.call("/org/virt", &member, &(&elsewhere, options([]))).await,
+            "DefineDomain" => client.call("/org/virt", &member, &(&self.xml, options([]))).await,
+            "CreateDomain" => {
                 let uuid = self.xml.lines().find(|line| line.contains("<uuid>")).expect("a uuid");
                 let name = (format!("<name>{}<", self.name), format!("<name>{}-transient<", self.name));
                 let xml = self.xml.replace(uuid, "").replace(&name.0, &name.1);
-                domain.client.call("/org/virt", "org.virt.Manager.CreateDomain", &(xml, none())).await
+                client.call("/org/virt", &member, &(xml, options([]))).await
             }
-            "Manager.CompareDomains" => {
-                let both = (&self.xml, &elsewhere, none());
-                domain.client.call("/org/virt", "org.virt.Manager.CompareDomains", &both).await
+            "CompareDomains" => client.call("/org/virt", &member, &(&self.xml, &elsewhere, options([]))).await,
+            "DomainToNative" => client.call("/org/virt", &member, &(&elsewhere, "qemu-argv")).await,
+            "RestoreDomain" | "GetSavedXML" => {
+                client.call("/org/virt", &member, &(self.file("saved"), options([]))).await
             }
-            "Manager.DomainToNative" => {
-                let asked = (&elsewhere, "qemu-argv");
-                domain.client.call("/org/virt", "org.virt.Manager.DomainToNative", &asked).await
-            }
-            "Domain.CheckCreateSnapshot" | "Domain.CreateSnapshot" => {
+            "SetSavedXML" => client.call("/org/virt", &member, &(self.file("saved"), &self.xml, options([]))).await,
+            _ => panic!("Manager.{method} is not called here"),
+        }
+    }
+
+    async fn call_domain(&self, method: &str) -> Result<Message, Refusal> {
+        let (domain, none, file) = (&self.player.domain, || options([]), |name: &str| self.file(name));
+        match method {
+            "CheckCreateSnapshot" | "CreateSnapshot" => {
                 let overlay = format!(
                     "<domainsnapshot><disks><disk name='vda' snapshot='external'><source file='{}'/></disk></disks>\
                      </domainsnapshot>",
@@ -158,54 +172,43 @@ impl Doomed {
                 );
                 domain.call(method, &(overlay, with([("disk-only", true)]))).await
             }
-            "Manager.RestoreDomain" => {
-                domain.client.call("/org/virt", "org.virt.Manager.RestoreDomain", &(file("saved"), none())).await
-            }
-            "Manager.GetSavedXML" => {
-                domain.client.call("/org/virt", "org.virt.Manager.GetSavedXML", &(file("saved"), none())).await
-            }
-            "Manager.SetSavedXML" => {
-                let asked = (file("saved"), &self.xml, none());
-                domain.client.call("/org/virt", "org.virt.Manager.SetSavedXML", &asked).await
-            }
-            "Domain.Save" => domain.call(method, &(file("saved"), none())).await,
-            "Domain.ChangeMedium" => domain.call(method, &("sda", file("other.iso"), none())).await,
-            "Domain.AttachDevice" => {
+            "Save" => domain.call(method, &(file("saved"), none())).await,
+            "ChangeMedium" => domain.call(method, &("sda", file("other.iso"), none())).await,
+            "AttachDevice" => {
                 let disk = format!(
                     "<disk type='file'><source file='{}'/><target dev='vdb' bus='virtio'/></disk>",
                     file("other.img")
                 );
                 domain.call(method, &(disk, none())).await
             }
-            "Domain.BlockInfo" => domain.call(method, &"vda").await,
-            "Domain.BlockResize" => domain.call(method, &("vda", 1u64 << 30, none())).await,
-            "Domain.BlockPull" => domain.call(method, &("vda", "", none())).await,
-            "Domain.BlockCommit" => domain.call(method, &("vda", "", "", none())).await,
-            "Domain.BlockCopy" => {
+            "BlockInfo" => domain.call(method, &"vda").await,
+            "BlockResize" => domain.call(method, &("vda", 1u64 << 30, none())).await,
+            "BlockPull" => domain.call(method, &("vda", "", none())).await,
+            "BlockCommit" => domain.call(method, &("vda", "", "", none())).await,
+            "BlockCopy" => {
                 let copy = format!("<disk type='file'><source file='{}'/></disk>", file("copy.img"));
                 domain.call(method, &("vda", copy, none())).await
             }
-            "Domain.BackupBegin" => {
+            "BackupBegin" => {
                 let backup = format!(
                     "<domainbackup><disks><disk name='vda'><target file='{}'/></disk></disks></domainbackup>",
                     file("backup")
                 );
                 domain.call(method, &(backup, "", none())).await
             }
-            "Domain.CoreDump" => domain.call(method, &(file("dumped"), none())).await,
-            "Domain.UpdateDevice" => {
+            "CoreDump" => domain.call(method, &(file("dumped"), none())).await,
+            "UpdateDevice" => {
                 let medium = format!(
                     "<disk type='file' device='cdrom'><source file='{}'/><target dev='sda' bus='sata'/><readonly/></disk>",
                     file("other.iso")
                 );
                 domain.call(method, &(medium, none())).await
             }
-            "Domain.Undefine" | "Domain.CheckUndefine" => {
+            "Undefine" | "CheckUndefine" => {
                 domain.call(method, &(with([("nvram", true), ("snapshots-metadata", true)]),)).await
             }
-            "Domain.Start" | "Domain.ManagedSave" | "Domain.GetStats" => domain.run(method).await,
-            _ if interface == "Snapshot" => self.player.call("s", method, none()).await,
-            _ => panic!("{member} is not called here"),
+            "Start" | "ManagedSave" | "GetStats" => domain.run(method).await,
+            _ => panic!("Domain.{method} is not called here"),
         }
     }
 }

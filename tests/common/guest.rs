@@ -80,10 +80,27 @@ pub fn lin_files() -> Option<(PathBuf, PathBuf)> {
     Some((folder.join("vmlinuz"), folder.join("initrd.img")))
 }
 
-/// Tells of writes to a file.
+/// Waits until something is so that comes with a write to a file, or with names that come to a folder or go from it.
+pub async fn until(path: &Path, is: impl Fn() -> bool) {
+    let waited = async {
+        loop {
+            // What happens after that look is told.
+            let told = watched(path);
+            if is() {
+                return;
+            }
+            let _ = told.readable().await;
+        }
+    };
+    let in_time = tokio::time::timeout(super::PATIENCE, waited).await;
+    in_time.unwrap_or_else(|_| panic!("what is awaited of {} does not come", path.display()));
+}
+
+/// Tells of writes to a file, or of what becomes of the names in a folder.
 fn watched(file: &Path) -> AsyncFd<std::os::fd::OwnedFd> {
+    use inotify::WatchFlags as Of;
     let writes = inotify::init(inotify::CreateFlags::CLOEXEC | inotify::CreateFlags::NONBLOCK).unwrap();
-    inotify::add_watch(&writes, file, inotify::WatchFlags::MODIFY).unwrap();
+    inotify::add_watch(&writes, file, Of::MODIFY | Of::CREATE | Of::DELETE | Of::MOVED_TO).unwrap();
     // SAFETY: the descriptor is owned by the wrapper and lives as long.
     unsafe { AsyncFd::register(writes) }.unwrap()
 }

@@ -378,6 +378,12 @@ impl Daemon {
         std::fs::read_to_string(self.folder.path().join("virtd.log")).unwrap_or_default()
     }
 
+    /// Waits until virtd has said that in its log, so many times in all.
+    pub async fn has_logged(&self, words: &str, times: usize) {
+        let file = self.folder.path().join("virtd.log");
+        guest::until(&file, || self.log().matches(words).count() >= times).await;
+    }
+
     /// `system` or `session`.
     pub fn kind(&self) -> &'static str {
         self.kind

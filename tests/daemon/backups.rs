@@ -1,9 +1,10 @@
 //! Backups through the bus, of guests in memory: jobs, refusals, and what they create beside.
 
-use crate::common::checkpoints::{get, list};
+use crate::common::Daemon;
+use crate::common::checkpoints::{call, create, get, list};
 use crate::common::client::{Client, Domain, Options, Refusal, options};
+use crate::common::guest::until;
 use crate::common::snapshots::with;
-use crate::common::{Daemon, PATIENCE};
 use std::io::Read as _;
 use zbus::{OwnedObjectPath, Variant};
 
@@ -96,23 +97,22 @@ async fn an_end_that_fails_is_tried_again() {
     let pulled = begin(&domain, PULL, "", options([])).await.expect("ready");
     let uuid: String = domain.property("UUID").await;
     let record = daemon.root().join("var/lib/virt/snapshots").join(uuid).join(".backup");
-    std::fs::remove_file(&record).expect("it is there");
+    let aside = daemon.root().join("record");
+    std::fs::rename(&record, &aside).expect("it is there");
     std::fs::create_dir(&record).expect("in its place");
     let finished = domain.client.call(&pulled, "org.virt.Job.Finish", &(options([]),)).await;
     refused(finished, "StorageFailed", ".backup");
     refused(begin(&domain, PULL, "", options([])).await, "Busy", "tried again");
     refused(domain.call("OpenBackup", &("vda", options([]))).await, "OperationInvalid", "not ready");
-    std::fs::remove_dir(&record).expect("it is there");
-    let begun = std::time::Instant::now();
-    let again = loop {
-        match begin(&domain, PULL, "", options([])).await {
-            Err((error, _)) if error.ends_with("Busy") && begun.elapsed() < PATIENCE => {
-                // That it has ended is told to nobody.
-                tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-            }
-            begun => break begun.expect("ready"),
-        }
-    };
+    refused(create(&domain, "one").await, "Busy", "tried again");
+    use rustix::fs::{CWD, RenameFlags, renameat_with};
+    renameat_with(CWD, &aside, CWD, &record, RenameFlags::EXCHANGE).expect("they change places");
+    until(record.parent().expect("a folder"), || !record.exists()).await;
+    // Whoever has taken it away has the turn until that is known.
+    domain.is_looked_after().await;
+    create(&domain, "one").await.expect("nothing is left that would take it away");
+    call(&domain, "one", "Delete", options([])).await.expect("deleted");
+    let again = begin(&domain, PULL, "", options([])).await.expect("ready");
     domain.client.call(&again, "org.virt.Job.Finish", &(options([]),)).await.expect("finished");
 
     // One that may never come to its end does not keep a machine that is off from being undefined.

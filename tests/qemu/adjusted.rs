@@ -409,6 +409,24 @@ async fn what_was_cut_off_is_undone(machine: &mut Machine, bridges: Option<&[Bri
     machine.daemon.kill_virtd().await;
     is_found_again(machine).await;
     assert_eq!(stats_period(machine), 8);
+    what_is_stored_beside_is_not_lost(machine).await;
+}
+
+/// Of a change of both, virtd is killed between any two of what is written: both say what was, or both what was to be.
+async fn what_is_stored_beside_is_not_lost(machine: &mut Machine) {
+    machine.domain.call("SetMemoryStatsPeriod", &(8_u32, options([]))).await.expect("the same in both");
+    let mut said = 8;
+    for (step, period, is_new) in [(FOLLOWED, 21_u32, false), (FOLLOWED + 1, 22, true), (FOLLOWED + 2, 23, true)] {
+        cut_off_at(machine, step, "SetMemoryStatsPeriod", &(period, options([]))).await;
+        is_found_again(machine).await;
+        said = if is_new { period } else { said };
+        assert_eq!(stats_period(machine), said, "step {step}");
+        let stored = with([("inactive", true)]);
+        let stored = machine.domain.call("GetXML", &(stored,)).await.expect("told");
+        for xml in [machine.domain.xml().await, stored.body().deserialize().expect("s")] {
+            assert!(xml.contains(&format!("<stats period='{said}'/>")), "step {step}: {xml}");
+        }
+    }
 }
 
 /// Has virtd be killed when the guest has followed, and nobody has written that down.
@@ -416,7 +434,15 @@ async fn cut_off<B>(machine: &mut Machine, member: &str, body: &B)
 where
     B: serde::Serialize + zbus::DynamicType + std::fmt::Debug,
 {
-    machine.daemon.at_step(FOLLOWED, &format!("kill -9 {}", machine.daemon.virtd_pid()));
+    cut_off_at(machine, FOLLOWED, member, body).await;
+}
+
+/// The same at that step.
+async fn cut_off_at<B>(machine: &mut Machine, step: u32, member: &str, body: &B)
+where
+    B: serde::Serialize + zbus::DynamicType + std::fmt::Debug,
+{
+    machine.daemon.at_step(step, &format!("kill -9 {}", machine.daemon.virtd_pid()));
     let answer = machine.domain.call(member, body).await;
     assert!(answer.is_err() && machine.daemon.step_came(), "{member} {body:?}: {answer:?}");
     machine.daemon.virtd_died().await;

@@ -442,3 +442,28 @@ async fn the_jobs_of_others_are_waited_for_and_what_is_left_of_ours_is_not() {
     trial.stands_on(&[&trial.tick.disk, &trial.base]).await;
     trial.tick.goes_on().await;
 }
+
+/// What is removed is the overlay that was merged, and nothing that somebody has put into its place meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_has_an_overlays_name_by_then_stays() {
+    let Some(trial) = Trial::begin("renamed", 4, None).await else { return };
+    let (script, moved) = (trial.daemon.folder().join("swap"), trial.overlay.with_extension("moved"));
+    // At the first step at which the base holds all.
+    let swap = format!(
+        "if qemu-io -r -U -f qcow2 -c 'read -P {SINCE} 0 {}M' {base} | grep -q failed; \
+         then echo '1 sh {script}' > \"$VIRTD_AT_STEP\"; else mv {overlay} {moved}; echo precious > {overlay}; fi\n",
+        trial.mib,
+        base = trial.base.display(),
+        script = script.display(),
+        overlay = trial.overlay.display(),
+        moved = moved.display()
+    );
+    std::fs::write(&script, swap).expect("written");
+    trial.daemon.at_step(1, &format!("sh {}", script.display()));
+    trial.player.call("one", "Delete", options([])).await.expect("merged");
+    assert!(moved.exists() && trial.daemon.step_came(), "the overlay was moved away");
+    assert_eq!(std::fs::read_to_string(&trial.overlay).expect("it is there"), "precious\n");
+    assert!(!trial.tick.disk.with_extension("one").exists(), "what nobody has moved is gone");
+    trial.holds_all(&trial.base);
+    trial.stands_on(&[&trial.tick.disk, &trial.base]).await;
+}

@@ -100,7 +100,7 @@ impl Check<'_> {
     fn rules(&mut self) {
         if let Some(why) = &self.caps.absent {
             self.refuse(&self.def.devices.at.child("emulator"), format!("this emulator cannot be used: {why}"));
-            return;
+            return add_findings(&mut self.log, self.def.contradictions());
         }
         table::walk(self);
         self.platform();

@@ -205,7 +205,7 @@ impl Operation {
     ) -> Result<(), DriverError> {
         let (file, format) = (disk.file.clone(), disk.format.clone());
         let empty = move |images: &Arc<Images>| {
-            make::image_beside(&file, &base, images.lender.is_wary()).map_err(|e| stored(&file, &e))
+            make::image_beside(&file, &base, images.lender.is_wary()).map(drop).map_err(|e| stored(&file, &e))
         };
         self.with_images(&disk.file, empty).await?;
         ours.push(disk.file.clone());

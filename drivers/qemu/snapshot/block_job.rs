@@ -16,7 +16,7 @@ use super::super::{QemuDriver, command, make, media, our_body};
 use super::chain::chain;
 use super::files::stored;
 use super::{Operation, cannot};
-use crate::host::files::{Seen, What};
+use crate::host::files::What;
 use crate::host::image::LentFromAfar;
 use crate::host::storage;
 use crate::qemu::block::Nodes;
@@ -308,17 +308,18 @@ impl Operation {
         notes.keep(BlockStage { making: true, ..notes.stage() }).await?;
         let made = self.with_images(&to.path, move |images| {
             match make::image_beside(&path, &owned_as, images.lender.is_wary()) {
-                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
-                made => made.map(|()| true).map_err(|e| stored(&path, &e)),
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(None),
+                made => made.map(Some).map_err(|e| stored(&path, &e)),
             }
         });
-        if !made.await? {
+        let image = made.await?;
+        if image.is_none() {
             notes.keep(BlockStage { making: false, ..notes.stage() }).await?;
             let (target, shown) = (&job.target, to.path.display());
             return Err(DriverError::Refused(format!("disk '{target}': {shown} has just been made by somebody else")));
         }
         notes.step("empty");
-        notes.keep(BlockStage { made: true, ..notes.stage() }).await?;
+        notes.keep(BlockStage { made: true, image, ..notes.stage() }).await?;
         let to = to.clone();
         self.with_lent(vec![(to.path.clone(), true)], move |images| images.create(&to.path, &to.format, size)).await?;
         notes.step("made");
@@ -552,22 +553,14 @@ impl Operation {
         stage: BlockStage,
         remove: Vec<StoredFile>,
     ) -> Result<(), DriverError> {
-        let mut copy = None;
-        if let (false, BlockWork::Copy { to, makes: true, .. }) = (done, &job.work) {
-            // One that was cut off before it could be said that it is made is empty.
-            let (path, making) = (to.path.clone(), stage.making);
-            let empty = self.with_images(&to.path, move |_| {
-                let there = Seen::at(&path);
-                Ok(making && there.what == What::Plain && there.length == 0)
-            });
-            if stage.made || empty.await? {
-                copy = Some(to.path.clone());
-            }
-        }
+        let copy = match &job.work {
+            BlockWork::Copy { to, makes: true, .. } if !done => Some(to.path.clone()),
+            _ => None,
+        };
         let Some(what) = copy.clone().or_else(|| Some(remove.first()?.path.clone())) else { return Ok(()) };
         self.with_images(&what, move |images| {
             let wary = images.lender.is_wary();
-            let copies = copy.iter().map(|file| make::remove_plain(file, wary));
+            let copies = copy.iter().map(|file| remove_copy(file, stage, wary));
             for error in
                 copies.chain(remove.iter().map(|file| storage::remove_open(file, wary))).filter_map(Result::err)
             {
@@ -624,6 +617,23 @@ impl Operation {
         }
         self.with_lent(files, move |images| images.resize(&chain, size, shrink)).await
     }
+}
+
+/// Removes the image that was made for a copy, if the file there is that one. Blocks.
+fn remove_copy(path: &Path, stage: BlockStage, wary: bool) -> Result<(), DriverError> {
+    let Some(there) = storage::judge_open(path, wary).map_err(DriverError::Storage)? else { return Ok(()) };
+    let is_ours = match stage.image {
+        Some(image) if stage.made => image == there.identity,
+        // One that was cut off before it could be said that it is made is empty.
+        _ => stage.made || stage.making && there.bytes == 0,
+    };
+    if is_ours {
+        return storage::remove_open(&there, wary);
+    }
+    if stage.made {
+        tracing::warn!("{} is another file by now, and is not removed", path.display());
+    }
+    Ok(())
 }
 
 /// The node below that of an image's format, which is written at offsets of the file.
@@ -688,6 +698,40 @@ impl Monitor {
                 JobStatus::Ended(ended) => return Ok(BlockStanding::Ended(ended.err())),
                 JobStatus::Absent => return Ok(BlockStanding::Ended(self.why_block_job_failed(id))),
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_copy_that_came_to_nothing_no_more_goes_than_was_made() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("like"), "").unwrap();
+        let image = Some(make::image_beside(&at("copy"), &at("like"), false).unwrap());
+        let stage = BlockStage { making: true, made: true, image, ..BlockStage::default() };
+        // Somebody has put another file into its place.
+        std::fs::write(at("precious"), "").unwrap();
+        std::fs::rename(at("copy"), at("moved")).unwrap();
+        std::fs::rename(at("precious"), at("copy")).unwrap();
+        remove_copy(&at("copy"), stage, false).unwrap();
+        assert!(at("copy").exists(), "that was made by somebody else");
+        std::fs::rename(at("moved"), at("copy")).unwrap();
+        remove_copy(&at("copy"), stage, false).unwrap();
+        assert!(!at("copy").exists());
+        remove_copy(&at("copy"), stage, false).unwrap();
+
+        // What was being made is empty, and what an earlier virtd has made is known by its name alone.
+        let making = BlockStage { making: true, ..BlockStage::default() };
+        for (stage, content, is_left) in
+            [(making, "", false), (making, "full", true), (BlockStage { made: true, ..making }, "full", false)]
+        {
+            std::fs::write(at("copy"), content).unwrap();
+            remove_copy(&at("copy"), stage, false).unwrap();
+            assert_eq!(at("copy").exists(), is_left, "{stage:?}");
         }
     }
 }

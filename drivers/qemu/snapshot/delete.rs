@@ -10,10 +10,10 @@ use super::{Operation, pairs};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::domain::DomainDef;
-use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{
     DeletePlan, DiskMode, DiskPart, ExistingSnapshot, FileChange, FileFate, Journal, Replaced, Siblings, Unfinished,
 };
+use virt_model::driver::{DriverError, StoredFile};
 
 /// A file, its format, and what it stands on.
 pub(super) struct JobStatus {
@@ -46,7 +46,8 @@ impl Operation {
         siblings: &Siblings,
     ) -> Result<DeletePlan, DriverError> {
         let plan = self.deletion(snapshot, siblings).await?;
-        let leavings = self.leavings(snapshot).await?;
+        let (memory, copies) = self.leavings(snapshot).await?;
+        let leavings: Vec<PathBuf> = memory.map(|memory| memory.path).into_iter().chain(copies).collect();
         let merged = plan.deed.merges.iter().map(|merge| &merge.overlay);
         let survey = self.survey(merged.chain(&plan.deed.unlinks).chain(&leavings).cloned()).await?;
         let change = |path: &Path, what| FileChange { path: path.to_owned(), what, bytes: survey.size(path) };
@@ -63,6 +64,8 @@ impl Operation {
         let standing = self.survey(made_by_others(siblings)).await?;
         let (mut merges, mut leaves, standing) = (Vec::new(), Vec::new(), self.standing(siblings, &standing));
         let reverts: Vec<PathBuf> = self.own_reverts(snapshot).await.into_iter().map(|(file, _)| file).collect();
+        // What is looked at from here on, and goes then, is these very files.
+        let judged = self.judged(made_by(&snapshot.disks).chain(reverts.iter().cloned()).collect()).await?;
         for (disk, part) in pairs(&snapshot.def, &snapshot.disks) {
             let DiskMode::External { path, block, format } = &part.mode else { continue };
             let (base, base_format) = (PathBuf::from(disk.path().unwrap_or_default()), disk.meant_format());
@@ -85,6 +88,7 @@ impl Operation {
             snapshot: NotedSnapshot::of(snapshot),
             merges,
             unlinks,
+            judged: Some(judged),
             synced: None,
             resume: false,
             merged: Vec::new(),
@@ -281,24 +285,40 @@ impl Operation {
         for merge in deed.merges.clone() {
             self.merge(&merge, snapshot, deed, journal).await?;
             step("merged");
-            self.remove_files(vec![merge.overlay]).await;
+            self.remove_of(deed, vec![merge.overlay], Vec::new()).await;
             // What stood on the overlay has this frozen below it now.
             self.note_frozen(vec![merge.base]).await;
         }
-        let leavings = self.leavings(snapshot).await?;
-        self.remove_files(deed.unlinks.iter().cloned().chain(leavings).collect()).await;
+        let (memory, copies) = self.leavings(snapshot).await?;
+        self.remove_of(deed, deed.unlinks.clone(), memory.into_iter().collect()).await;
+        self.remove_files(copies).await;
         step("removed");
         Ok(())
+    }
+
+    /// Removes overlays of the deed, as far as they are what was judged before, and `others`.
+    async fn remove_of(&self, deed: &Delete, overlays: Vec<PathBuf>, mut others: Vec<StoredFile>) {
+        match &deed.judged {
+            Some(judged) => {
+                others.extend(judged.iter().filter(|file| overlays.contains(&file.path)).cloned());
+                self.remove_judged(others, Vec::new()).await;
+            }
+            None => self.remove_judged(others, overlays).await,
+        }
     }
 }
 
 /// The overlays that other snapshots have made.
 fn made_by_others(siblings: &Siblings) -> Vec<PathBuf> {
-    let made = |part: &DiskPart| match &part.mode {
+    siblings.others.iter().flat_map(|other| made_by(&other.disks)).collect()
+}
+
+/// The overlays that a snapshot has made.
+fn made_by(disks: &[DiskPart]) -> impl Iterator<Item = PathBuf> {
+    disks.iter().filter_map(|part| match &part.mode {
         DiskMode::External { path, .. } => Some(path.clone()),
         _ => None,
-    };
-    siblings.others.iter().flat_map(|other| other.disks.iter().filter_map(made)).collect()
+    })
 }
 
 /// The same, with what is to be done about it.

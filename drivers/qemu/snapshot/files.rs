@@ -7,14 +7,15 @@ use super::survey::Survey;
 use super::{Operation, cannot};
 use crate::host::files::{Seen, What, open_plain};
 use crate::host::resolve::Place;
+use crate::host::storage;
 use rustix::fs::FileType;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
-use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{ExistingSnapshot, MemoryMode};
+use virt_model::driver::{DriverError, StoredFile};
 
 /// About what an overlay takes in which nothing has been written, in bytes.
 pub const OVERLAY: u64 = 200 << 10;
@@ -90,8 +91,11 @@ impl Operation {
             || self.own_parts().iter().any(|own| own == original)
     }
 
-    /// What goes with a snapshot beside its disks, as far as it is there.
-    pub(super) async fn leavings(&self, snapshot: &ExistingSnapshot) -> Result<Vec<PathBuf>, DriverError> {
+    /// What goes with a snapshot beside its disks, as far as it is there: its memory, as it was judged, and its copies.
+    pub(super) async fn leavings(
+        &self,
+        snapshot: &ExistingSnapshot,
+    ) -> Result<(Option<StoredFile>, Vec<PathBuf>), DriverError> {
         let record = self.own_record_of(snapshot);
         let memory = match &snapshot.memory {
             MemoryMode::External(file) => Some(file.clone()),
@@ -99,11 +103,11 @@ impl Operation {
         };
         let copies: Vec<PathBuf> =
             [record.nvram, record.tpm].into_iter().flatten().filter_map(Part::into_file).collect();
-        let Some(what) = memory.iter().chain(&copies).next().cloned() else { return Ok(Vec::new()) };
+        let Some(what) = memory.iter().chain(&copies).next().cloned() else { return Ok((None, Vec::new())) };
         self.with_images(&what, move |images| {
-            let memory = memory.filter(|file| open_memory(file, None, images.lender.is_wary()).is_ok());
+            let memory = memory.and_then(|file| judge_memory(&file, images.lender.is_wary()));
             let copies = copies.into_iter().filter(|file| Seen::at(file).is_there());
-            Ok(memory.into_iter().chain(copies).collect())
+            Ok((memory, copies.collect()))
         })
         .await
     }
@@ -115,18 +119,34 @@ impl Operation {
         opened.await.map(drop)
     }
 
+    /// Those of the files that are plain ones, as they are now.
+    pub(super) async fn judged(&self, files: Vec<PathBuf>) -> Result<Vec<StoredFile>, DriverError> {
+        let Some(what) = files.first().cloned() else { return Ok(Vec::new()) };
+        self.with_images(&what, move |images| {
+            let wary = images.lender.is_wary();
+            Ok(files.iter().filter_map(|file| storage::judge_open(file, wary).ok().flatten()).collect())
+        })
+        .await
+    }
+
     /// Removes files that are of no use to anybody; says so where that fails. A folder only where our copies are.
     pub(super) async fn remove_files(&self, files: Vec<PathBuf>) {
+        self.remove_judged(Vec::new(), files).await;
+    }
+
+    /// The same, and before that files of which none goes that is another than the one that was judged.
+    pub(super) async fn remove_judged(&self, judged: Vec<StoredFile>, files: Vec<PathBuf>) {
         let folder = self.machine.folder.clone();
-        let Some(what) = files.first().cloned() else { return };
+        let Some(what) = judged.iter().map(|file| &file.path).chain(&files).next().cloned() else { return };
         let removed = self.with_images(&what, move |images| {
             let wary = images.lender.is_wary();
-            for file in files {
-                let ours = file.parent() == Some(&folder);
-                let removed = if ours { make::remove(&file, wary) } else { make::remove_file(&file, wary) };
-                if let Err(error) = removed {
-                    tracing::warn!(%error, "a file of no use is still there");
-                }
+            let judged = judged.iter().map(|file| storage::remove_open(file, wary));
+            let files = files.iter().map(|file| match file.parent() == Some(&folder) {
+                true => make::remove(file, wary),
+                false => make::remove_file(file, wary),
+            });
+            for error in judged.chain(files).filter_map(Result::err) {
+                tracing::warn!(%error, "a file of no use is still there");
             }
             Ok(())
         });
@@ -134,6 +154,13 @@ impl Operation {
             tracing::warn!(%error, "files of no use are still there");
         }
     }
+}
+
+/// The file, if memory was written to it: it is that very one that may be removed.
+fn judge_memory(file: &Path, wary: bool) -> Option<StoredFile> {
+    let stat = rustix::fs::fstat(open_memory(file, None, wary).ok()?).ok()?;
+    let (identity, bytes) = ((stat.st_dev, stat.st_ino), stat.st_size.unsigned_abs());
+    Some(StoredFile { path: file.to_owned(), identity, bytes })
 }
 
 /// Opens a file that memory was written to, to be read from its beginning; any other is refused at once, as is one that is
@@ -209,7 +236,7 @@ pub fn finished(part: &Path, path: &Path, wary: bool) -> Result<u64, DriverError
 pub fn make_empty(path: &Path, base: &Path, wary: bool) -> Result<(), DriverError> {
     match make::image_beside(path, base, wary) {
         Err(e) if e.kind() == io::ErrorKind::AlreadyExists && is_empty(path, wary) => Ok(()),
-        made => made.map_err(|e| stored(path, &e)),
+        made => made.map(drop).map_err(|e| stored(path, &e)),
     }
 }
 
@@ -223,6 +250,24 @@ mod tests {
     use super::*;
     use std::sync::atomic::{AtomicBool, Ordering};
     use std::time::Duration;
+
+    #[test]
+    fn memory_goes_only_as_it_was_judged() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("memory"), b"QEVM and more").unwrap();
+        let judged = judge_memory(&at("memory"), false).unwrap();
+        assert_eq!((&judged.path, judged.bytes), (&at("memory"), 13));
+        std::fs::rename(at("memory"), at("moved")).unwrap();
+        std::fs::write(at("memory"), b"QEVM of another").unwrap();
+        storage::remove_open(&judged, false).unwrap();
+        assert!(at("memory").exists(), "that is another's");
+        std::fs::rename(at("moved"), at("memory")).unwrap();
+        storage::remove_open(&judged, false).unwrap();
+        assert!(!at("memory").exists());
+        std::fs::write(at("memory"), b"something else").unwrap();
+        assert_eq!(judge_memory(&at("memory"), false), None);
+    }
 
     /// H3: the file of a snapshot's memory changes places with a pipe, again and again.
     #[test]

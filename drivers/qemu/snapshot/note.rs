@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use virt_model::domain::{DomainDef, Form};
-use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::{Capture, CreatedSnapshot, DiskPart, ExistingSnapshot, MemoryMode};
+use virt_model::driver::{DriverError, StoredFile};
 
 /// The last note of an operation.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -214,6 +214,10 @@ pub struct Delete {
     pub merges: Vec<Merge>,
     /// Overlays that nothing stands on.
     pub unlinks: Vec<PathBuf>,
+    /// Which files the overlays were when it was looked whether they may go: none other goes. Nothing where an earlier virtd has
+    /// noted it.
+    #[serde(default)]
+    pub judged: Option<Vec<StoredFile>>,
     /// The merge whose disk has been made whole while the guest stood: both files hold the same.
     pub synced: Option<String>,
     /// The guest stands for that, and is to go on.

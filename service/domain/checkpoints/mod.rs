@@ -84,6 +84,7 @@ impl Domain {
         self.has_no_block_jobs_on(&def.tracked)?;
         let order = {
             let state = lock(&self.state);
+            state.no_backup_is_to_be_ended()?;
             state.checkpoints.room_for_another(&state.name)?;
             if state.checkpoints.get(&name).is_some() {
                 let text = format!("checkpoint '{name}' already exists for domain '{}'; delete it first", state.name);

@@ -128,13 +128,8 @@ impl Domain {
             let text = format!("'{domain_name}' is transient: ask for running or paused");
             return Err(Error::OperationInvalid(text));
         }
-        if options.reset_nvram && taken.os.nvram.is_none() {
-            let text = format!("'{name}' has no firmware variables to be made anew; leave out reset-nvram");
-            return Err(Error::ConfigUnsupported(text));
-        }
-        if options.reset_nvram && active.is_none() {
-            let text = "reset-nvram has no effect on a domain that is not started: ask for running or paused";
-            return Err(Error::OperationInvalid(text.to_owned()));
+        if options.reset_nvram {
+            variables_can_be_reset(name, taken, active.is_some())?;
         }
         let to = renamed(taken, &domain_name);
         let differences = match &machine.guest {
@@ -148,21 +143,13 @@ impl Domain {
         let in_place = loads && fits && def.memory == MemoryMode::Internal && same_disks(&machine.def, &to);
         let mut risks = Vec::new();
         if !options.respawn && machine.guest.is_some() && now != DomainState::Crashed {
-            if !differences.is_empty() {
-                risks.push(ABI_CHANGED);
-            }
-            if active.is_some() && !in_place {
-                risks.push(NEW_PROCESS);
-            }
+            risks.extend((!differences.is_empty()).then_some(ABI_CHANGED));
+            risks.extend((active.is_some() && !in_place).then_some(NEW_PROCESS));
         }
-        if saved && !def.has_memory() {
-            risks.push(MANAGED_SAVE);
-        }
+        risks.extend((saved && !def.has_memory()).then_some(MANAGED_SAVE));
         let (mut checked, keep) = self.check_images(name, &kept, &machine, in_place).await?;
         checked.files.extend(self.managed_save_file().await);
-        if !checked.changed.is_empty() {
-            risks.push(FROZEN_CHANGED);
-        }
+        risks.extend((!checked.changed.is_empty()).then_some(FROZEN_CHANGED));
         if active.is_some() && !in_place {
             self.would_start(&with_cpu(&to, def.cpu.as_ref().filter(|_| def.has_memory()))).await?;
         }
@@ -285,6 +272,19 @@ impl Force {
             Force::These(risks) => risks.iter().any(|accepted| accepted == risk),
         }
     }
+}
+
+/// Whether there are variables to be made anew, for a guest that is started then.
+fn variables_can_be_reset(name: &str, taken: &DomainDef, starts: bool) -> Result<()> {
+    if taken.os.nvram.is_none() {
+        let text = format!("'{name}' has no firmware variables to be made anew; leave out reset-nvram");
+        return Err(Error::ConfigUnsupported(text));
+    }
+    if !starts {
+        let text = "reset-nvram has no effect on a domain that is not started: ask for running or paused";
+        return Err(Error::OperationInvalid(text.to_owned()));
+    }
+    Ok(())
 }
 
 /// Whether to have a guest afterwards, and whether it stands.

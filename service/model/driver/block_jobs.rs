@@ -78,6 +78,9 @@ pub struct BlockStage {
     pub making: bool,
     /// The image that is copied into has been made.
     pub made: bool,
+    /// Which file that is: the number of its file system, and its own there. Nothing where an earlier virtd has made it.
+    #[serde(default)]
+    pub image: Option<(u64, u64)>,
     /// It is to be finished as soon as it is ready.
     pub finishing: bool,
     /// The guest stands for it, and is to go on.

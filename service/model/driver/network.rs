@@ -48,8 +48,8 @@ pub trait NetworkDriver: Send + Sync {
     /// Who has which address.
     async fn leases(&self, def: &NetworkDef) -> Result<Vec<Lease>, NetworkError>;
 
-    /// Why a network that is there cannot do its work.
-    async fn problems(&self, def: &NetworkDef) -> Vec<Problem>;
+    /// Why a network that is there cannot do its work. Error: not all that could keep it from that could be looked at.
+    async fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen>;
 
     /// What befalls a network that is there, until it is stopped. One reader at a time.
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport>;
@@ -103,6 +103,16 @@ pub struct Problem {
     pub token: &'static str,
     /// In a sentence, with the remedy.
     pub sentence: String,
+}
+
+/// Not all could be looked at that may keep a network from its work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{why}")]
+pub struct PartlySeen {
+    /// What was found where it could be looked.
+    pub found: Vec<Problem>,
+    /// Why it could not be looked elsewhere.
+    pub why: String,
 }
 
 /// Why something could not be done.

@@ -5,6 +5,7 @@ mod destroy;
 mod devices;
 mod documents;
 mod lifecycle;
+mod networks;
 mod nodedev;
 mod pending;
 mod permission;

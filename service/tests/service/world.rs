@@ -13,6 +13,7 @@ use virt_drivers::secret::Vault;
 use virt_drivers::storage::HostStorage;
 use virt_drivers::test::TestDriver;
 use virt_model::driver::Driver;
+use virt_model::driver::network::NetworkDriver;
 use virt_service::authz::{Action, Answer, Authority, Caller, Subject};
 use virt_service::error::Error;
 use virt_service::events::Event;
@@ -83,11 +84,25 @@ impl World {
 
     /// On a driver that has `driver` for its guests.
     pub async fn served_by(folder: &Path, served: Arc<dyn Driver>, driver: TestDriver) -> World {
+        let networks = Arc::new(HostNetworks::new(&folder.join("run"), &folder.join("state"), None));
+        World::on(folder, (served, driver), networks).await
+    }
+
+    /// On networks that are made so.
+    pub async fn with_networks(folder: &Path, networks: Arc<dyn NetworkDriver>) -> World {
+        let driver = TestDriver::default();
+        World::on(folder, (Arc::new(driver.clone()), driver), networks).await
+    }
+
+    async fn on(
+        folder: &Path,
+        (served, driver): (Arc<dyn Driver>, TestDriver),
+        networks: Arc<dyn NetworkDriver>,
+    ) -> World {
         let (notary, departed) = (Arc::new(Notary::default()), CancellationToken::new());
         let paths = Paths { state: folder.join("state"), runtime: folder.join("run"), log: folder.join("log") };
         let settings =
             Settings { paths, limits: Limits { domains_per_user: 3, jobs_per_user: 2, ..Limits::default() } };
-        let networks = Arc::new(HostNetworks::new(&folder.join("run"), &folder.join("state"), None));
         let secrets = Vault::new(folder.join("state/secrets"), folder.join("secrets"));
         let host = Host { secrets, storage: storage(), networks };
         let (service, events) =

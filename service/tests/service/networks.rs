@@ -1,0 +1,148 @@
+//! What befalls networks whose host is played.
+
+use crate::world::World;
+use async_trait::async_trait;
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use tokio::sync::mpsc;
+use tracing::field::{Field, Visit};
+use uuid::Uuid;
+use virt_model::driver::network::{
+    Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem,
+};
+use virt_model::network::NetworkDef;
+use virt_model::network::address::Net;
+use virt_model::xml::Finding;
+use virt_service::events::Event;
+use virt_service::facts::ObjectFacts;
+
+type Looked = Result<Vec<Problem>, PartlySeen>;
+
+/// A host on which everything is done at once.
+#[derive(Default)]
+struct Played {
+    /// What the next looks for problems find; after them none is found.
+    looks: Mutex<VecDeque<Looked>>,
+    /// For who follows the network.
+    reports: Mutex<Option<mpsc::Receiver<NetworkReport>>>,
+}
+
+#[async_trait]
+impl NetworkDriver for Played {
+    fn check(&self, _: &NetworkDef) -> Vec<Finding> {
+        Vec::new()
+    }
+
+    async fn complete(&self, _: &mut NetworkDef, _: &[String]) {}
+
+    async fn free_net(&self, _: &[Net]) -> Result<Net, NetworkError> {
+        Err(NetworkError::Failed("there is none".to_owned()))
+    }
+
+    async fn can_start(&self, _: &NetworkDef) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn start(&self, _: &NetworkDef, _: u32) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn stop(&self, _: Uuid) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn find(&self) -> Vec<(NetworkDef, u32)> {
+        Vec::new()
+    }
+
+    async fn change(&self, _: &NetworkDef) -> Result<(), NetworkError> {
+        Ok(())
+    }
+
+    async fn plug(&self, _: &NetworkDef, _: Vec<PluggedCard>) {}
+
+    async fn leases(&self, _: &NetworkDef) -> Result<Vec<Lease>, NetworkError> {
+        Ok(Vec::new())
+    }
+
+    async fn problems(&self, _: &NetworkDef) -> Looked {
+        self.looks.lock().unwrap().pop_front().unwrap_or(Ok(Vec::new()))
+    }
+
+    async fn watch(&self, _: Uuid) -> mpsc::Receiver<NetworkReport> {
+        self.reports.lock().unwrap().take().expect("one follows it")
+    }
+}
+
+/// Counts the warnings that say that a network could not be looked at.
+struct Warnings(Arc<AtomicUsize>);
+
+impl tracing::Subscriber for Warnings {
+    fn enabled(&self, about: &tracing::Metadata<'_>) -> bool {
+        *about.level() == tracing::Level::WARN
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, event: &tracing::Event<'_>) {
+        struct Said(bool);
+        impl Visit for Said {
+            fn record_debug(&mut self, _: &Field, value: &dyn std::fmt::Debug) {
+                self.0 |= format!("{value:?}").contains("no rules today");
+            }
+        }
+        let mut said = Said(false);
+        event.record(&mut said);
+        self.0.fetch_add(usize::from(said.0), Ordering::Relaxed);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
+}
+
+/// What cannot be looked at is as it was known; what was found beside that is told.
+#[tokio::test]
+async fn a_problem_is_known_until_it_is_seen_to_be_none() {
+    let warnings = Arc::new(AtomicUsize::new(0));
+    let _heard = tracing::subscriber::set_default(Warnings(warnings.clone()));
+    let problem = |token: &'static str| Problem { token, sentence: format!("it is {token}") };
+    let unseen = |found: Vec<Problem>| Err(PartlySeen { found, why: "no rules today".to_owned() });
+    let folder = tempfile::tempdir().unwrap();
+    let (reports, from) = mpsc::channel(4);
+    let played = Arc::new(Played { reports: Mutex::new(Some(from)), ..Played::default() });
+    let mut world = World::with_networks(folder.path(), played.clone()).await;
+    let xml = "<network><name>home</name><bridge name='virbr7'/><ip address='10.7.0.1' prefix='24'/></network>";
+    let network = world.service.define_network(&world.alice(), xml).await.expect("defined");
+    played.looks.lock().unwrap().extend([
+        Ok(vec![problem("blocked")]),
+        unseen(Vec::new()),
+        unseen(vec![problem("down")]),
+        Ok(vec![problem("down")]),
+        unseen(vec![problem("down"), problem("gone")]),
+    ]);
+    network.start(&world.alice()).await.expect("started");
+    // The pauses between what is told of it are none to the test.
+    tokio::time::pause();
+    for _ in 0..5 {
+        reports.send(NetworkReport::Changed).await.expect("it is followed");
+    }
+    let mut told = Vec::new();
+    while told.last() != Some(&Vec::new()) {
+        match world.events.recv().await.expect("the service lives") {
+            Event::Object(ObjectFacts::Network(facts), _) if facts.active => {
+                told.push(facts.problems.iter().map(|(token, _)| *token).collect::<Vec<_>>());
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(told, [vec!["blocked"], vec!["blocked", "down"], vec!["down"], vec!["down", "gone"], vec![]]);
+    assert_eq!(warnings.load(Ordering::Relaxed), 2, "once until it was seen again");
+}
