@@ -124,6 +124,12 @@ impl Volumes {
         self.0.get()?.place(pool, volume)
     }
 
+    /// Where those images are; `None` where all are known by their paths.
+    pub fn places_of(&self, images: &[PathBuf]) -> Option<Vec<PathBuf>> {
+        let is_named = images.iter().any(|image| image.as_os_str().as_encoded_bytes().first() == Some(&0));
+        is_named.then(|| images.iter().map(|image| self.path_of(image).unwrap_or_else(|| image.clone())).collect())
+    }
+
     /// Says in a definition where its volumes are, or would be, and nothing else of them.
     pub fn place(&self, def: &mut Arc<DomainDef>) {
         let Some(keeper) = self.0.get().filter(|_| has_volumes(def)) else { return };

@@ -3,8 +3,8 @@
 use super::{Domain, Domains};
 use crate::error::{Error, Result};
 use crate::images::{
-    Begins, Chain, ChainKind, DiskImages, FROZEN, Fate, Machines, Overlay, chains_of, chains_of_snapshot, images_of,
-    overlays_of, written_by,
+    Begins, ChainKind, DiskImages, FROZEN, Fate, KeptChain, Machines, Overlay, Shown, images_of, overlays_of,
+    show_disk, show_snapshot, written_by,
 };
 use crate::lock::lock;
 use std::path::PathBuf;
@@ -16,13 +16,13 @@ use virt_model::driver::block_jobs::BlockWork;
 use virt_model::driver::{DriverError, GivenFile};
 
 impl Machines for Domains {
-    fn chains(&self, except: Option<Uuid>) -> Vec<Chain> {
-        let others = self.all().into_iter().filter(|domain| Some(domain.uuid) != except);
-        others.flat_map(|domain| domain.chains()).collect()
+    fn show_chains(&self, except: Option<Uuid>, to: Shown<'_>) {
+        let all = self.all().into_iter().filter(|domain| Some(domain.uuid) != except);
+        all.for_each(|domain| domain.show_chains(to));
     }
 
-    fn running_chains(&self) -> Vec<Chain> {
-        self.all().iter().flat_map(|domain| domain.running_chains()).collect()
+    fn show_running_chains(&self, to: Shown<'_>) {
+        self.all().iter().for_each(|domain| domain.show_running_chains(to));
     }
 
     fn overlays(&self) -> Vec<Overlay> {
@@ -37,7 +37,7 @@ impl Machines for Domains {
 impl Domain {
     /// What the driver said while it was to `deed` this domain. Of an image that is locked it is told who has it.
     pub(super) fn driver_failed(&self, deed: &str, error: DriverError) -> Error {
-        Error::from_driver(&self.name(), deed, self.shared.images.with_owner_of_lock(|| self.chains(), error))
+        Error::from_driver(&self.name(), deed, self.shared.images.with_owner_of_lock(|to| self.show_chains(to), error))
     }
 
     /// Refuses what would have to open an image again that a client has given to its guest by descriptor.
@@ -93,45 +93,43 @@ impl Domain {
         Ok(())
     }
 
-    /// The chains of images that it needs: what runs, what is stored, and its snapshots.
-    fn chains(&self) -> Vec<Chain> {
+    /// Shows the chains of images that it needs: what runs, what is stored, and its snapshots.
+    fn show_chains(&self, to: Shown<'_>) {
         let state = lock(&self.state);
         let whose = format!("domain '{}'", state.name);
-        let mut chains = Vec::new();
-        if let Some(guest) = &state.guest {
-            images_of(&guest.live).for_each(|disk| chains_of(self.uuid, &whose, &disk, &mut chains));
+        for DiskImages { target, files } in state.guest.iter().flat_map(|guest| images_of(&guest.live)) {
+            show_disk(self.uuid, &whose, &target, &files, &ChainKind::Disk, to);
         }
-        let stored = state.stored.clone();
-        state.snapshots.defs().for_each(|def| chains_of_snapshot(self.uuid, &state.name, def, &mut chains));
+        state.snapshots.defs().for_each(|def| show_snapshot(self.uuid, &state.name, def, to));
         for entry in state.block_jobs.values() {
             let job = &entry.record.job;
-            if let BlockWork::Copy { to, .. } = &job.work {
-                let whose = format!("the copy of disk '{}' of {whose}", job.target);
-                chains.push(Chain { domain: self.uuid, whose, files: vec![to.path.clone()], kind: ChainKind::Copy });
+            if let BlockWork::Copy { to: copy, .. } = &job.work {
+                let whose = || format!("the copy of disk '{}' of {whose}", job.target);
+                let files = std::slice::from_ref(&copy.path);
+                to(&KeptChain { domain: self.uuid, whose: &whose, files, kind: &ChainKind::Copy });
             }
         }
+        let stored = state.stored.clone();
+        // Who keeps volumes is asked while nothing is locked.
         drop(state);
         for DiskImages { target, files } in stored.iter().flat_map(|stored| &stored.disks) {
-            let files =
-                files.iter().map(|file| self.shared.volumes.path_of(file).unwrap_or_else(|| file.clone())).collect();
-            chains_of(self.uuid, &whose, &DiskImages { target: target.clone(), files }, &mut chains);
+            let places = self.shared.volumes.places_of(files);
+            show_disk(self.uuid, &whose, target, places.as_deref().unwrap_or(files), &ChainKind::Disk, to);
         }
-        chains
     }
 
     /// Of them those of the guest that runs.
-    fn running_chains(&self) -> Vec<Chain> {
+    fn show_running_chains(&self, to: Shown<'_>) {
         let state = lock(&self.state);
-        let mut chains = Vec::new();
-        if let Some(guest) = &state.guest {
-            let whose = format!("domain '{}'", state.name);
-            images_of(&guest.live).for_each(|disk| chains_of(self.uuid, &whose, &disk, &mut chains));
-            // What is only read stays as it is, the topmost image with it.
-            let written = written_by(&guest.live);
-            let is_read = |chain: &&mut Chain| chain.files.first().is_some_and(|top| !written.contains(top));
-            chains.iter_mut().filter(is_read).for_each(|chain| chain.kind = ChainKind::ReadDisk);
+        let Some(guest) = &state.guest else { return };
+        let whose = format!("domain '{}'", state.name);
+        // What is only read stays as it is, the topmost image with it.
+        let written = written_by(&guest.live);
+        for DiskImages { target, files } in images_of(&guest.live) {
+            let is_written = files.first().is_some_and(|top| written.contains(top));
+            let kind = if is_written { ChainKind::Disk } else { ChainKind::ReadDisk };
+            show_disk(self.uuid, &whose, &target, &files, &kind, to);
         }
-        chains
     }
 
     /// The overlays that its snapshots have laid on its disks.

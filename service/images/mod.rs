@@ -1,35 +1,30 @@
 //! Who stands on which image, over all machines: what runs, what is stored, and what each snapshot froze. Whoever is about to
 //! write an image, or to remove it, asks here first.
 //!
-//! Two paths are one file if they are the same text, or were last seen to lead to one inode. A file system that does not answer
-//! costs its own machine this second comparison, and nobody else anything.
+//! Two paths are one file if they are the same text, or were last [seen] to lead to one inode.
+
+mod overlays;
+mod seen;
+
+pub(crate) use overlays::{Overlay, declare_in, overlays_of};
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::object::{ObjectKind, ObjectRef, Usage, User};
 use crate::volumes::by_name;
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
-use std::os::unix::fs::MetadataExt as _;
+use overlays::is_open_ended;
+use seen::{FileNumber, Seen};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::time::Duration;
-use tokio::sync::Semaphore;
-use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::device::Disk;
-use virt_model::device::disk::{BackingStore, DiskDevice, StoreFormat};
+use virt_model::device::disk::DiskDevice;
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
 use virt_model::driver::snapshots::DiskMode;
 use virt_model::snapshot::SnapshotDef;
 use virt_model::xml::Finding;
-
-/// How long paths may take to tell which files they are.
-const LOOK: Duration = Duration::from_secs(2);
-/// Threads that may wait at a time for folders that do not answer.
-const LOOKS: usize = 64;
-/// How many of them look for one who asks.
-const THREADS: usize = 4;
 
 /// What to do about a disk that others stand on.
 pub(crate) const FROZEN: &str = "put an overlay of its own on it (qemu-img create -b), name what the machine stood on last, or \
@@ -65,15 +60,10 @@ pub(crate) enum ChainKind {
     Begun,
 }
 
-impl Chain {
-    /// Of a volume that was put on another.
-    pub fn of_volume(whose: String, file: PathBuf, base: PathBuf) -> Chain {
-        Chain { domain: Uuid::nil(), whose, files: vec![file, base], kind: ChainKind::Volume }
-    }
-
+impl ChainKind {
     /// The first of its images that must stay as it is, and with it all below.
     fn fixed(&self) -> usize {
-        match self.kind {
+        match self {
             ChainKind::Disk | ChainKind::Volume | ChainKind::Snapshot { frozen: false, .. } => 1,
             ChainKind::ReadDisk | ChainKind::Copy | ChainKind::Begun | ChainKind::Snapshot { frozen: true, .. } => 0,
         }
@@ -81,11 +71,22 @@ impl Chain {
 
     /// The first of its images that it cannot do without if this becomes of them.
     fn needed(&self, fate: Fate) -> usize {
-        match (fate, &self.kind) {
+        match (fate, self) {
             // A volume may be removed with all that needs it.
             (Fate::Written, _) | (Fate::Removed, ChainKind::Volume) => self.fixed(),
             (Fate::Removed, _) => 0,
         }
+    }
+}
+
+impl Chain {
+    /// Of a volume that was put on another.
+    pub fn of_volume(whose: String, file: PathBuf, base: PathBuf) -> Chain {
+        Chain { domain: Uuid::nil(), whose, files: vec![file, base], kind: ChainKind::Volume }
+    }
+
+    fn show(&self, to: Shown<'_>) {
+        to(&KeptChain { domain: self.domain, whose: &|| self.whose.clone(), files: &self.files, kind: &self.kind });
     }
 
     /// The snapshot that needs it, if that is one.
@@ -115,13 +116,36 @@ pub(crate) enum Fate {
     Removed,
 }
 
+/// A chain where it is kept: what it is for people is put together where somebody needs it only.
+pub(crate) struct KeptChain<'a> {
+    /// As in [`Chain`].
+    pub domain: Uuid,
+    /// As in [`Chain`].
+    pub whose: &'a dyn Fn() -> String,
+    /// As in [`Chain`].
+    pub files: &'a [PathBuf],
+    /// As in [`Chain`].
+    pub kind: &'a ChainKind,
+}
+
+impl KeptChain<'_> {
+    /// A copy of it.
+    pub fn to_chain(&self) -> Chain {
+        Chain { domain: self.domain, whose: (self.whose)(), files: self.files.to_vec(), kind: self.kind.clone() }
+    }
+}
+
+/// Who is shown each of some chains.
+pub(crate) type Shown<'a> = &'a mut dyn FnMut(&KeptChain<'_>);
+
 /// All machines of this host, as far as their images are concerned.
 pub(crate) trait Machines: Send + Sync {
-    /// The chains that they need, but for those of the machine `except`: what runs, what is stored, and snapshots.
-    fn chains(&self, except: Option<Uuid>) -> Vec<Chain>;
+    /// Shows the chains that they need, but for those of the machine `except`: what runs, what is stored, and snapshots. One may be
+    /// shown twice. While it is shown its machine may be locked.
+    fn show_chains(&self, except: Option<Uuid>, to: Shown<'_>);
 
     /// Of them those of guests that run.
-    fn running_chains(&self) -> Vec<Chain>;
+    fn show_running_chains(&self, to: Shown<'_>);
 
     /// The overlays that snapshots have laid on disks.
     fn overlays(&self) -> Vec<Overlay>;
@@ -133,11 +157,7 @@ pub(crate) trait Machines: Send + Sync {
 /// See the module.
 pub(crate) struct Images {
     machines: Arc<dyn Machines>,
-    /// Which files paths lead to, as last seen.
-    files: Mutex<HashMap<PathBuf, FileNumber>>,
-    /// Paths at which somebody looks.
-    looking: Mutex<HashSet<PathBuf>>,
-    looks: Arc<Semaphore>,
+    seen: Arc<Seen>,
     /// Files that are about to be written by what is under way, and by what.
     taken: Mutex<Vec<(PathBuf, String)>>,
     /// Images that machines are about to have, and do not show yet.
@@ -145,9 +165,6 @@ pub(crate) struct Images {
     /// What others than machines need of images.
     others: OnceLock<Box<dyn Fn() -> Vec<Chain> + Send + Sync>>,
 }
-
-/// A file by its file system and its number there.
-type FileNumber = (u64, u64);
 
 /// Images that a machine is about to have, and which machine.
 type Begun = (Vec<PathBuf>, String);
@@ -167,17 +184,15 @@ pub(crate) struct Taken(Arc<Images>, PathBuf, Option<FileNumber>);
 impl Drop for Taken {
     fn drop(&mut self) {
         // By now it may be another file, or none.
-        self.0.forget(&self.1, self.2);
+        self.0.seen.forget(&self.1, self.2);
         lock(&self.0.taken).retain(|(file, _)| *file != self.1);
     }
 }
 
 impl Images {
     pub fn of(machines: Arc<dyn Machines>) -> Arc<Images> {
-        let looks = Arc::new(Semaphore::new(LOOKS));
-        let (files, looking) = (Mutex::default(), Mutex::default());
         let (taken, begun) = (Mutex::default(), Mutex::default());
-        Arc::new(Images { machines, files, looking, looks, taken, begun, others: OnceLock::new() })
+        Arc::new(Images { machines, seen: Arc::default(), taken, begun, others: OnceLock::new() })
     }
 
     /// Who uses something, for people: `domain 'web' (vda, live)`.
@@ -197,13 +212,13 @@ impl Images {
     /// it, or start a machine on it. Error: whose it is already.
     pub async fn take(self: &Arc<Self>, file: &Path, whose: String) -> Result<Taken, String> {
         let folder = file.parent().unwrap_or(file);
-        self.look(HashSet::new(), &[file.to_owned(), folder.to_owned()]).await;
+        self.seen.look(&[file.to_owned(), folder.to_owned()]).await;
         let mut taken = lock(&self.taken);
-        if let Some((_, whose)) = taken.iter().find(|(other, _)| self.same_place(other, file)) {
+        if let Some((_, whose)) = taken.iter().find(|(other, _)| self.seen.same_place(other, file)) {
             return Err(whose.clone());
         }
         taken.push((file.to_owned(), whose));
-        let number = lock(&self.files).get(file).copied();
+        let number = self.seen.number_of(file);
         Ok(Taken(self.clone(), file.to_owned(), number))
     }
 
@@ -225,8 +240,8 @@ impl Images {
     pub async fn refuse_below(self: &Arc<Self>, file: &Path, folders: &[PathBuf]) -> Result<()> {
         let above: Vec<&Path> = file.ancestors().skip(1).collect();
         let named = above.iter().map(|folder| folder.to_path_buf());
-        self.look(HashSet::new(), &named.chain(folders.iter().cloned()).collect::<Vec<_>>()).await;
-        let same = |folder: &&PathBuf| above.iter().any(|above| self.same(above, folder));
+        self.seen.look(&named.chain(folders.iter().cloned()).collect::<Vec<_>>()).await;
+        let same = |folder: &&PathBuf| above.iter().any(|above| self.seen.same(above, folder));
         match folders.iter().find(same) {
             None => Ok(()),
             Some(folder) => Err(Error::InvalidArgument(format!(
@@ -239,80 +254,10 @@ impl Images {
 
     /// Which of `these` are one of `files`, by whatever name.
     pub async fn among(self: &Arc<Self>, these: &[PathBuf], files: &[PathBuf]) -> HashSet<PathBuf> {
-        self.look(HashSet::new(), &[these, files].concat()).await;
-        let is_one = |one: &&PathBuf| files.iter().any(|file| self.same(one, file));
+        self.seen.look(&[these, files].concat()).await;
+        let is_one = |one: &&PathBuf| files.iter().any(|file| self.seen.same(one, file));
         these.iter().filter(is_one).cloned().collect()
     }
-
-    /// Whether two paths are one file, or one name in one folder.
-    fn same_place(&self, one: &Path, other: &Path) -> bool {
-        let folders = || one.parent().zip(other.parent()).is_some_and(|(one, other)| self.same(one, other));
-        self.same(one, other) || one.file_name() == other.file_name() && folders()
-    }
-
-    /// Looks where paths lead that have not been looked at, and anew at `afresh`. A folder that does not answer keeps its own
-    /// thread, and what is in other folders is looked at all the same.
-    async fn look(self: &Arc<Self>, known: HashSet<PathBuf>, afresh: &[PathBuf]) {
-        let new: Vec<PathBuf> = {
-            let files = lock(&self.files);
-            known.into_iter().filter(|path| !files.contains_key(path)).collect()
-        };
-        // What it is asked for comes first.
-        let folders = by_folder(afresh.to_vec()).chain(by_folder(new)).collect::<VecDeque<_>>();
-        let threads = folders.len().min(THREADS);
-        let folders = Arc::new(Mutex::new(folders));
-        let mut looks = JoinSet::new();
-        for _ in 0..threads {
-            let Ok(permit) = self.looks.clone().try_acquire_owned() else { break };
-            let (images, folders) = (self.clone(), folders.clone());
-            looks.spawn_blocking(move || {
-                let _permit = permit;
-                loop {
-                    let Some(paths) = lock(&folders).pop_front() else { return };
-                    paths.into_iter().for_each(|path| images.look_at(path));
-                }
-            });
-        }
-        let all = async { while looks.join_next().await.is_some() {} };
-        _ = tokio::time::timeout(LOOK, all).await;
-        looks.detach_all();
-    }
-
-    /// Looks where a path leads; one that somebody waits for is left to them, and leads where it did. Blocks.
-    fn look_at(&self, path: PathBuf) {
-        if !lock(&self.looking).insert(path.clone()) {
-            return;
-        }
-        #[allow(clippy::disallowed_methods, reason = "in one of few threads, which may be left behind")]
-        let found = std::fs::metadata(&path).ok().map(|data| (data.dev(), data.ino()));
-        match found {
-            Some(found) => _ = lock(&self.files).insert(path.clone(), found),
-            None => _ = lock(&self.files).remove(&path),
-        }
-        lock(&self.looking).remove(&path);
-    }
-
-    /// Where a path led, and what it led to: the file may be gone, and its number another's.
-    fn forget(&self, path: &Path, was: Option<FileNumber>) {
-        let mut files = lock(&self.files);
-        let is = files.get(path).copied();
-        files.retain(|known, at| known != path && Some(*at) != was && Some(*at) != is);
-    }
-
-    /// Whether two paths are one file, as far as it is known.
-    fn same(&self, one: &Path, other: &Path) -> bool {
-        let files = lock(&self.files);
-        one == other || files.get(one).is_some_and(|one| Some(one) == files.get(other))
-    }
-}
-
-/// The paths of each folder together.
-fn by_folder(paths: Vec<PathBuf>) -> impl Iterator<Item = Vec<PathBuf>> {
-    let mut folders: BTreeMap<PathBuf, Vec<PathBuf>> = BTreeMap::new();
-    for path in paths {
-        folders.entry(path.parent().unwrap_or(&path).to_owned()).or_default().push(path);
-    }
-    folders.into_values()
 }
 
 impl Images {
@@ -326,13 +271,13 @@ impl Images {
         if files.is_empty() {
             return BTreeMap::new();
         }
-        let chains = self.all_chains(except);
-        let having = self.having(&chains, files, |chain| chain.needed(fate)).await;
+        let every = |to: Shown<'_>| self.show_all_chains(except, to);
+        let having = self.having(every, files, |kind| kind.needed(fate)).await;
         let mut users: BTreeMap<PathBuf, Vec<String>> =
-            having.into_iter().map(|(file, chains)| (file, each_once(chains))).collect();
+            having.into_iter().map(|(file, chains)| (file, each_once(&chains))).collect();
         if fate == Fate::Written {
             for (taken, whose) in lock(&self.taken).iter() {
-                for file in files.iter().filter(|file| self.same_place(taken, file)) {
+                for file in files.iter().filter(|file| self.seen.same_place(taken, file)) {
                     users.entry(file.clone()).or_default().push(whose.clone());
                 }
             }
@@ -368,15 +313,14 @@ impl Images {
         counts: impl Fn(&Chain) -> bool + Send,
         remedy: &str,
     ) -> Result<()> {
-        let mut chains = self.all_chains(None);
-        chains.retain(counts);
-        let having = self.having(&chains, files, |_| 0).await;
+        let mut having = self.having(|to| self.show_all_chains(None, to), files, |_| 0).await;
+        having.values_mut().for_each(|chains| chains.retain(&counts));
         let is_own = |chain: &Chain| {
             let mut pairs = own.windows(2);
             chain.kind == ChainKind::Volume
-                && pairs.any(|pair| chain.files.iter().zip(pair).all(|(one, own)| self.same(one, own)))
+                && pairs.any(|pair| chain.files.iter().zip(pair).all(|(one, own)| self.seen.same(one, own)))
         };
-        let users = each_once(having.into_values().flatten().filter(|chain| !is_own(chain)));
+        let users = each_once(having.values().flatten().filter(|chain| !is_own(chain)));
         match users.is_empty() {
             true => Ok(()),
             false => Err(Error::InUse(format!("{deed}: {} needs its layers as they are; {remedy}", users.join(", ")))),
@@ -386,19 +330,17 @@ impl Images {
     /// Who stands on a file: for people, each once. To be [written](Fate::Written) it must be what nobody stands on; to be
     /// [removed](Fate::Removed) it must be in no chain of a snapshot, and below no volume.
     pub async fn who_stands_on(self: &Arc<Self>, file: &Path, fate: Fate) -> Vec<String> {
-        let mut chains = self.all_chains(None);
+        let mut chains = self.of_file(|to| self.show_all_chains(None, to), file, |kind| kind.needed(fate)).await;
         if fate == Fate::Removed {
             chains.retain(|chain| chain.snapshot().is_some() || chain.kind == ChainKind::Volume);
         }
-        self.holders(&chains, file, |chain| chain.needed(fate)).await
+        each_once(&chains)
     }
 
     /// The snapshots that could not be reverted to without a file.
     pub async fn snapshot_users(self: &Arc<Self>, file: &Path) -> BTreeSet<User> {
-        let mut chains = self.machines.chains(None);
-        chains.retain(|chain| chain.snapshot().is_some());
-        let having = self.having(&chains, &[file.to_owned()], |_| 0).await;
-        let users = having.into_values().flatten().filter_map(|chain| {
+        let chains = self.of_file(|to| self.machines.show_chains(None, to), file, |_| 0).await;
+        let users = chains.iter().filter_map(|chain| {
             let object = ObjectRef::Snapshot(chain.domain, chain.snapshot()?.clone());
             Some(User { object, place: String::new(), how: Usage::Snapshot })
         });
@@ -408,84 +350,139 @@ impl Images {
     /// The machines that have a file among their images, by whatever name: for people, each once. `running`: those alone that
     /// run, or begin to, or write it.
     pub async fn machines_on(self: &Arc<Self>, file: &Path, running: bool) -> Vec<String> {
-        let mut chains = self.begun_chains();
-        chains.extend(self.machines.running_chains());
-        let others = self.machines.chains(None).into_iter().filter(|chain| chain.snapshot().is_none());
-        chains.extend(others.filter(|chain| !running || chain.kind == ChainKind::Copy));
-        self.holders(&chains, file, |_| 0).await
+        let every = |to: Shown<'_>| {
+            self.show_begun_chains(to);
+            self.machines.show_running_chains(to);
+            self.machines.show_chains(None, &mut |chain| {
+                let counts = match chain.kind {
+                    ChainKind::Snapshot { .. } => false,
+                    ChainKind::Copy => true,
+                    _ => !running,
+                };
+                if counts {
+                    to(chain);
+                }
+            });
+        };
+        each_once(&self.of_file(every, file, |_| 0).await)
     }
 
     /// The guests that write a file, by whatever name, or begin to: for people, each once.
     pub async fn writers_of(self: &Arc<Self>, file: &Path) -> Vec<String> {
-        let mut chains = self.begun_chains();
-        let mut running = self.machines.running_chains();
-        running.iter_mut().for_each(|chain| chain.files.truncate(chain.fixed()));
-        chains.append(&mut running);
-        chains.extend(self.machines.chains(None).into_iter().filter(|chain| chain.kind == ChainKind::Copy));
-        self.holders(&chains, file, |_| 0).await
+        let every = |to: Shown<'_>| {
+            self.show_begun_chains(to);
+            self.machines.show_running_chains(&mut |chain| {
+                let files = &chain.files[..chain.kind.fixed().min(chain.files.len())];
+                to(&KeptChain { files, ..*chain });
+            });
+            self.machines.show_chains(None, &mut |chain| {
+                if *chain.kind == ChainKind::Copy {
+                    to(chain);
+                }
+            });
+        };
+        each_once(&self.of_file(every, file, |_| 0).await)
     }
 
-    /// First these are asked, then those that show what they have: in between they become such.
-    fn begun_chains(&self) -> Vec<Chain> {
-        let begun = lock(&self.begun);
-        let files = begun.iter().flat_map(|begun| begun.0.iter().map(move |file| (begun.1.clone(), file.clone())));
-        let chain = |(whose, file)| Chain { domain: Uuid::nil(), whose, files: vec![file], kind: ChainKind::Begun };
-        files.map(chain).collect()
+    /// First these are shown, then those of machines that have them: in between they become such.
+    fn show_begun_chains(&self, to: Shown<'_>) {
+        for begun in lock(&self.begun).iter() {
+            let (files, whose) = &**begun;
+            to(&KeptChain { domain: Uuid::nil(), whose: &|| whose.clone(), files, kind: &ChainKind::Begun });
+        }
     }
 
     /// All chains that are needed: machines', but for those of the machine `except`, and others'.
-    fn all_chains(&self, except: Option<Uuid>) -> Vec<Chain> {
-        let mut chains = self.machines.chains(except);
-        chains.extend(self.others.get().into_iter().flat_map(|others| others()));
-        chains
+    fn show_all_chains(&self, except: Option<Uuid>, to: Shown<'_>) {
+        self.machines.show_chains(except, to);
+        self.others.get().into_iter().flat_map(|others| others()).for_each(|chain| chain.show(to));
     }
 
-    /// The chains that have one of these files, by whatever name, from the layer on that `first` says: by the file.
-    async fn having<'a>(
+    /// The chains of all that `every` shows that have one of these files, by whatever name, from the layer on that `first` says: by
+    /// the file.
+    async fn having(
         self: &Arc<Self>,
-        chains: &'a [Chain],
+        every: impl Fn(Shown<'_>) + Send,
         files: &[PathBuf],
-        first: impl Fn(&Chain) -> usize + Send,
-    ) -> BTreeMap<PathBuf, Vec<&'a Chain>> {
-        let known = chains.iter().flat_map(|chain| chain.files.iter().cloned()).collect();
-        self.look(known, files).await;
+        first: impl Fn(&ChainKind) -> usize + Send,
+    ) -> BTreeMap<PathBuf, Vec<Chain>> {
+        let mut unknown = HashSet::new();
+        every(&mut |chain| {
+            let new = chain.files.iter().filter(|file| !self.seen.knows(file));
+            unknown.extend(new.cloned());
+        });
+        unknown.extend(files.iter().cloned());
+        self.seen.look(&unknown.into_iter().collect::<Vec<_>>()).await;
+        let mut having = self.seen_to_have(&every, files, &first);
         // By another name that was looked at before now; what had that number may have gone since.
-        let is_stale = |one: &&PathBuf| files.iter().any(|file| *one != file && self.same(one, file));
-        let stale: BTreeSet<&PathBuf> = chains.iter().flat_map(|chain| &chain.files).filter(is_stale).collect();
+        let stale: BTreeSet<PathBuf> = having
+            .iter()
+            .flat_map(|(file, chains)| {
+                let by_other_name = chains.iter().flat_map(|chain| &chain.files).filter(move |one| *one != file);
+                by_other_name.filter(|one| self.seen.same(one, file)).cloned()
+            })
+            .collect();
         if !stale.is_empty() {
-            self.look(HashSet::new(), &stale.into_iter().cloned().collect::<Vec<_>>()).await;
-        }
-        let mut having: BTreeMap<PathBuf, Vec<&'a Chain>> = BTreeMap::new();
-        for file in files {
-            let has = |chain: &&Chain| chain.files.iter().skip(first(chain)).any(|one| self.same(one, file));
-            let chains: Vec<&Chain> = chains.iter().filter(has).collect();
-            if !chains.is_empty() {
-                having.insert(file.clone(), chains);
-            }
+            self.seen.look(&stale.into_iter().collect::<Vec<_>>()).await;
+            having = self.seen_to_have(&every, files, &first);
         }
         having
     }
 
-    /// Whose chains have a file: for people, each once.
-    async fn holders(
+    /// The same by what was seen of them last.
+    fn seen_to_have(
+        &self,
+        every: &impl Fn(Shown<'_>),
+        files: &[PathBuf],
+        first: &impl Fn(&ChainKind) -> usize,
+    ) -> BTreeMap<PathBuf, Vec<Chain>> {
+        let files: Vec<(&PathBuf, Option<FileNumber>)> =
+            files.iter().map(|file| (file, self.seen.number_of(file))).collect();
+        let mut having: BTreeMap<PathBuf, Vec<Chain>> = BTreeMap::new();
+        every(&mut |chain| {
+            for one in chain.files.iter().skip(first(chain.kind)) {
+                let number = self.seen.number_of(one);
+                let is =
+                    |(file, at): &&(&PathBuf, Option<FileNumber>)| *file == one || number.is_some() && *at == number;
+                for (file, _) in files.iter().filter(is) {
+                    let chains = having.entry((*file).clone()).or_default();
+                    let chain = chain.to_chain();
+                    if !chains.contains(&chain) {
+                        chains.push(chain);
+                    }
+                }
+            }
+        });
+        having
+    }
+
+    /// The chains that have a file.
+    async fn of_file(
         self: &Arc<Self>,
-        chains: &[Chain],
+        every: impl Fn(Shown<'_>) + Send,
         file: &Path,
-        first: impl Fn(&Chain) -> usize + Send,
-    ) -> Vec<String> {
-        each_once(self.having(chains, &[file.to_owned()], first).await.into_values().flatten())
+        first: impl Fn(&ChainKind) -> usize + Send,
+    ) -> Vec<Chain> {
+        self.having(every, &[file.to_owned()], first).await.into_values().flatten().collect()
     }
 
     /// What an image tool or a hypervisor says of an image that is locked, with the disk that it is, among the chains of whoever
     /// was told so, and the machine that has it open. Looks at no file.
-    pub fn with_owner_of_lock(&self, own: impl Fn() -> Vec<Chain>, error: DriverError) -> DriverError {
+    pub fn with_owner_of_lock(&self, own: impl Fn(Shown<'_>), error: DriverError) -> DriverError {
         let told = |text: String| {
             let Some(image) = locked_image(&text).map(PathBuf::from) else { return text };
-            let holds = |chain: &Chain| chain.files.iter().any(|file| self.same(file, &image));
-            let disk =
-                own().into_iter().find(holds).map(|chain| format!("{} is of {}, and ", image.display(), chain.whose));
-            let running = self.machines.running_chains().into_iter();
-            let owners: Vec<String> = running.filter(holds).map(|chain| chain.whose).collect();
+            let of_image = |every: &dyn Fn(Shown<'_>)| {
+                let mut whose = Vec::new();
+                every(&mut |chain| {
+                    if chain.files.iter().any(|file| self.seen.same(file, &image)) {
+                        whose.push((chain.whose)());
+                    }
+                });
+                whose
+            };
+            let disk = of_image(&own).into_iter().next();
+            let disk = disk.map(|whose| format!("{} is of {whose}, and ", image.display()));
+            let owners = of_image(&|to| self.machines.show_running_chains(to));
             let owner = match owners.is_empty() {
                 true => "another program has it open (fuser tells which)".to_owned(),
                 false => format!("{} has it open", owners.join(", ")),
@@ -543,62 +540,6 @@ fn locked_image(text: &str) -> Option<&str> {
     rest.split_once("]?").map(|(image, _)| image)
 }
 
-/// An overlay that was made for a snapshot, and what it was laid on.
-#[derive(Clone, Debug)]
-pub(crate) struct Overlay {
-    file: PathBuf,
-    on: BackingStore,
-}
-
-/// The same as [`Images::declare`] where the records have been gathered.
-pub(crate) fn declare_in(def: &mut Arc<DomainDef>, recorded: &[Overlay]) {
-    for index in 0..def.devices.disks.len() {
-        let disk = &def.devices.disks[index];
-        if !is_open_ended(disk) {
-            continue;
-        }
-        let mut declared = disk.clone();
-        declare(&mut declared, recorded);
-        // Only then is it another definition than the one that others share.
-        if declared.backing != disk.backing {
-            Arc::make_mut(def).devices.disks[index] = declared;
-        }
-    }
-}
-
-/// Whether nothing says where the chain of a disk ends.
-fn is_open_ended(disk: &Disk) -> bool {
-    if disk.is_empty() {
-        return false;
-    }
-    let mut layer = disk.backing.as_deref();
-    while let Some(store) = layer {
-        if store.is_end() {
-            return false;
-        }
-        layer = store.backing.as_deref();
-    }
-    true
-}
-
-/// Adds to a disk's chain what is recorded below its last layer, and below that.
-fn declare(disk: &mut Disk, recorded: &[Overlay]) {
-    let Some(mut last) = disk.path().map(PathBuf::from) else { return };
-    let mut seen = HashSet::new();
-    let mut end = &mut disk.backing;
-    loop {
-        if end.is_none() {
-            let found = recorded.iter().find(|overlay| overlay.file == last && seen.insert(last.clone()));
-            let Some(found) = found else { return };
-            *end = Some(Box::new(found.on.clone()));
-        }
-        let Some(store) = end else { return };
-        let Some(path) = store.path() else { return };
-        last = path.into();
-        end = &mut store.backing;
-    }
-}
-
 /// The images that a guest with this configuration writes.
 pub(crate) fn written_by(def: &DomainDef) -> Vec<PathBuf> {
     written_of(def, |_| true)
@@ -626,43 +567,25 @@ pub(crate) fn images_of(def: &DomainDef) -> impl Iterator<Item = DiskImages> {
     images.filter(|disk| !disk.files.is_empty())
 }
 
-/// The chain of a disk; `whose` says whose it is.
-pub(crate) fn chains_of(domain: Uuid, whose: &str, disk: &DiskImages, into: &mut Vec<Chain>) {
-    let whose = format!("{whose} (disk '{}')", disk.target);
-    if !into.iter().any(|chain| chain.whose == whose && *chain.files == *disk.files) {
-        into.push(Chain { domain, whose, files: disk.files.to_vec(), kind: ChainKind::Disk });
-    }
+/// Shows the chain of a disk; `whose` says whose it is.
+pub(crate) fn show_disk(domain: Uuid, whose: &str, target: &str, files: &[PathBuf], kind: &ChainKind, to: Shown<'_>) {
+    to(&KeptChain { domain, whose: &|| format!("{whose} (disk '{target}')"), files, kind });
 }
 
-/// The chains that a snapshot needs: what it froze, and what lies below an image that holds it.
-pub(crate) fn chains_of_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, into: &mut Vec<Chain>) {
+/// Shows the chains that a snapshot needs: what it froze, and what lies below an image that holds it.
+pub(crate) fn show_snapshot(domain: Uuid, name: &str, def: &SnapshotDef, to: Shown<'_>) {
     for (disk, mode) in parts(def) {
+        let target = &disk.target.dev;
         let frozen = match mode {
             // A merge that has begun makes the frozen file the machine's own again, wherever the rest of it stands.
-            DiskMode::External { .. } if def.merging.contains(&disk.target.dev) => false,
+            DiskMode::External { .. } if def.merging.contains(target) => false,
             DiskMode::External { .. } | DiskMode::Remote { .. } => true,
             DiskMode::Internal => false,
             DiskMode::No | DiskMode::Manual => continue,
         };
-        let whose = format!("snapshot '{}' of domain '{name}' (disk '{}')", def.name, disk.target.dev);
+        let whose = format!("snapshot '{}' of domain '{name}'", def.name);
         let kind = ChainKind::Snapshot { name: (*def.name).into(), frozen };
-        into.push(Chain { domain, whose, files: disk.files(), kind });
-    }
-}
-
-/// The overlays that a snapshot laid on its disks.
-pub(crate) fn overlays_of(def: &SnapshotDef, into: &mut Vec<Overlay>) {
-    for (disk, mode) in parts(def) {
-        let DiskMode::External { path, .. } = mode else { continue };
-        let format = disk.meant_format().to_owned();
-        let on = BackingStore {
-            kind: Some(disk.kind()),
-            format: Some(StoreFormat { name: format, ..StoreFormat::default() }),
-            source: disk.frozen_source(),
-            backing: disk.backing.clone(),
-            ..BackingStore::default()
-        };
-        into.push(Overlay { file: path.clone(), on });
+        show_disk(domain, &whose, target, &disk.files(), &kind, to);
     }
 }
 
@@ -676,33 +599,15 @@ fn parts(def: &SnapshotDef) -> impl Iterator<Item = (&Disk, &DiskMode)> {
 mod tests {
     use super::*;
 
-    fn disk(xml: &str) -> Disk {
-        let xml = format!(
-            "<domain type='test'><name>a</name><uuid>6f1c0d5e-6b1f-4c57-9c0e-0d0c3e6f9c01</uuid><memory>1</memory>\
-             <os><type>hvm</type></os><devices><disk>{xml}<target dev='vda'/></disk></devices></domain>"
-        );
-        DomainDef::parse(&xml).unwrap().devices.disks.remove(0)
-    }
-
-    fn overlay(file: &str, on: &str) -> Overlay {
-        let mut laid = disk(&format!("<driver type='qcow2'/><source file='{on}'/>"));
-        laid.stand_on(Path::new(file), false, "qcow2");
-        let mut on = *laid.backing.unwrap();
-        on.backing = None;
-        Overlay { file: file.into(), on }
-    }
-
     /// Machines with these chains, none of which runs.
     struct Stored(Vec<Chain>);
 
     impl Machines for Stored {
-        fn chains(&self, _: Option<Uuid>) -> Vec<Chain> {
-            self.0.clone()
+        fn show_chains(&self, _: Option<Uuid>, to: Shown<'_>) {
+            self.0.iter().for_each(|chain| chain.show(to));
         }
 
-        fn running_chains(&self) -> Vec<Chain> {
-            Vec::new()
-        }
+        fn show_running_chains(&self, _: Shown<'_>) {}
 
         fn overlays(&self) -> Vec<Overlay> {
             Vec::new()
@@ -764,21 +669,5 @@ mod tests {
         let text = "Failed to get \"write\" lock\nIs another process using the image [/images/a b]?";
         assert_eq!(locked_image(text), Some("/images/a b"));
         assert_eq!(locked_image("No such file or directory"), None);
-    }
-
-    #[test]
-    fn what_was_recorded_of_overlays_completes_a_document_that_ends_sooner() {
-        let recorded = [overlay("/c", "/b"), overlay("/b", "/a"), overlay("/x", "/y"), overlay("/y", "/x")];
-        let declared = |xml: &str| {
-            let mut disk = disk(xml);
-            declare(&mut disk, &recorded);
-            disk.files().iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(" ")
-        };
-        assert_eq!(declared("<source file='/c'/>"), "/c /b /a");
-        assert_eq!(declared("<source file='/c'/><backingStore/>"), "/c", "what is said counts");
-        let below = "<backingStore type='file'><format type='qcow2'/><source file='/b'/></backingStore>";
-        assert_eq!(declared(&format!("<source file='/other'/>{below}")), "/other /b /a");
-        assert_eq!(declared("<source file='/a'/>"), "/a");
-        assert_eq!(declared("<source file='/x'/>"), "/x /y /x", "no loop");
     }
 }
