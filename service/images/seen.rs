@@ -246,7 +246,7 @@ mod tests {
     async fn what_may_come_without_a_trace_is_looked_for_each_time() {
         let dir = tempfile::tempdir().unwrap();
         let [fresh, links, other] = ["fresh", "links", "other"].map(|name| dir.path().join(name));
-        [&fresh, &links, &other].map(|folder| std::fs::create_dir(folder).unwrap());
+        [&fresh, &links, &other].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
         let [file, link, late] = [fresh.join("image"), links.join("image"), dir.path().join("late/image")];
         std::os::unix::fs::symlink(other.join("target"), &link).unwrap();
         let now = SystemTime::now();
