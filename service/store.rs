@@ -602,13 +602,13 @@ pub(crate) async fn on_disk<T: Send + 'static>(work: impl FnOnce() -> Result<T> 
 fn replace(path: &Path, content: &[u8]) -> Result<()> {
     let (folder, name) = (path.parent(), path.file_name().and_then(|name| name.to_str()));
     let (folder, name) = (folder.unwrap_or(Path::new("/")), name.unwrap_or_default());
-    change_all(folder, &[(name, content)], None)
+    change_all(folder, &[(name, content)], &[])
 }
 
-/// Replaces files of one folder, each in one step and in this order, mode 0600, and then removes `gone`. When this returns, all
+/// Replaces files of one folder, each in one step and in this order, mode 0600, and then removes those of `gone`, in this order. When this returns, all
 /// of that is on disk: what is written together costs little more than one of it. One that is there already as it is to be
 /// is left alone.
-fn change_all(folder: &Path, files: &[(&str, &[u8])], gone: Option<&str>) -> Result<()> {
+fn change_all(folder: &Path, files: &[(&str, &[u8])], gone: &[&str]) -> Result<()> {
     let failed = |name: &str, e: io::Error| Error::from_io("write", &folder.join(name), &e);
     let mut written = Vec::new();
     for (name, content) in files {
@@ -632,8 +632,8 @@ fn change_all(folder: &Path, files: &[(&str, &[u8])], gone: Option<&str>) -> Res
     for (name, file) in written {
         file.persist(folder.join(name)).map_err(|e| failed(name, e.error))?;
     }
-    if let Some(gone) = gone {
-        unlink(&folder.join(gone))?;
+    for name in gone {
+        unlink(&folder.join(name))?;
     }
     sync_folder(folder)
 }
@@ -671,22 +671,22 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let at = |name: &str| folder.path().join(name);
         let inode = |name: &str| fs::metadata(at(name)).expect("it is there").ino();
-        change_all(folder.path(), &[("a", b"1"), ("b", b"1"), ("c", b"1")], None).expect("written");
+        change_all(folder.path(), &[("a", b"1"), ("b", b"1"), ("c", b"1")], &[]).expect("written");
         let before = (inode("a"), inode("b"));
-        change_all(folder.path(), &[("a", b"1"), ("b", b"2")], Some("c")).expect("written");
+        change_all(folder.path(), &[("a", b"1"), ("b", b"2")], &["c"]).expect("written");
         assert_eq!(inode("a"), before.0);
         assert_ne!(inode("b"), before.1);
         assert_eq!(fs::read(at("b")).expect("it is there"), b"2");
         assert!(!at("c").exists());
-        change_all(folder.path(), &[], Some("c")).expect("what is not there need not go");
+        change_all(folder.path(), &[], &["c"]).expect("what is not there need not go");
     }
 
     #[test]
     fn what_fails_takes_nothing_away() {
         let folder = tempfile::tempdir().expect("a folder");
-        change_all(folder.path(), &[("a", b"1")], None).expect("written");
+        change_all(folder.path(), &[("a", b"1")], &[]).expect("written");
         let long = "x".repeat(300);
-        assert!(change_all(folder.path(), &[(&long, b"2")], Some("a")).is_err());
+        assert!(change_all(folder.path(), &[(&long, b"2")], &["a"]).is_err());
         assert!(folder.path().join("a").exists(), "it goes last");
         let entries = fs::read_dir(folder.path()).expect("a folder").count();
         assert_eq!(entries, 1, "and nothing unfinished is left");

@@ -48,7 +48,7 @@ impl Documents {
     /// Stores a document and its note; the note first, so that a document never lacks one.
     pub fn save(&self, uuid: Uuid, text: &str, note: &impl Serialize) -> Result<()> {
         let note = json(note)?;
-        change_all(&self.0, &[(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())], None)
+        change_all(&self.0, &[(&format!("{uuid}.json"), &note), (&format!("{uuid}.xml"), text.as_bytes())], &[])
     }
 
     /// Stores a note.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  <name>.xml    the document, with passwords and the driver's record in its <cookie>
-//!  .current      the name of the current one
+//!  .current      the name of the current one, if one is
 //!  .backup       a backup under way: who asked for it, and what it is
 //!  .checkpoints/ <name>.json, one a checkpoint
 //!  .jobs         block jobs under way
@@ -11,7 +11,8 @@
 //! ```
 
 use super::{
-    Store, change_all, json, read_bytes, read_json, remove_unfinished, replace, replace_json, sync_folder, unlink,
+    Store, change_all, json, read_bytes, read_json, remove, remove_unfinished, replace, replace_json, sync_folder,
+    unlink,
 };
 use crate::error::{Error, Result};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
@@ -33,6 +34,9 @@ const CHECKPOINTS: &str = ".checkpoints";
 
 /// The file of a backup under way.
 const BACKUP: &str = ".backup";
+
+/// The file that names the current one; where none is, there is no such file.
+const CURRENT: &str = ".current";
 
 /// The file of block jobs under way.
 const JOBS: &str = ".jobs";
@@ -185,7 +189,7 @@ impl Store {
             Ok(checkpoints) => (checkpoints, None),
             Err(e) => (Vec::new(), Some(format!("which checkpoints it has is not known: {e}"))),
         };
-        let (current, no_current) = match current(&folder.join(".current")) {
+        let (current, no_current) = match current(&folder.join(CURRENT)) {
             Ok(current) => (current, None),
             Err(e) => (None, Some(format!("which of its snapshots is current is not known: {e}"))),
         };
@@ -252,12 +256,16 @@ impl Store {
             })?;
             files.push((format!("{}.xml", record.name), text.into_bytes()));
         }
-        if let Some(Current(name)) = current {
-            files.push((".current".to_owned(), name.clone().unwrap_or_default().into_bytes()));
+        let mut removed = Vec::new();
+        match current {
+            Some(Current(Some(name))) => files.push((CURRENT.to_owned(), name.clone().into_bytes())),
+            Some(Current(None)) => removed.push(CURRENT),
+            None => {}
         }
         let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (&**name, &**content)).collect();
         let gone = gone.map(|name| format!("{name}.xml"));
-        change_all(&self.snapshots(uuid), &files, gone.as_deref())
+        removed.extend(gone.as_deref());
+        change_all(&self.snapshots(uuid), &files, &removed)
     }
 
     /// Stores the records of checkpoints.
@@ -268,7 +276,7 @@ impl Store {
         let content = |record: &CheckpointDef| Ok((format!("{}.json", record.name), json(record)?));
         let files = records.iter().map(content).collect::<Result<Vec<_>>>()?;
         let files: Vec<(&str, &[u8])> = files.iter().map(|(name, content)| (&**name, &**content)).collect();
-        change_all(&folder, &files, None)
+        change_all(&folder, &files, &[])
     }
 
     /// Removes the record of a checkpoint.
@@ -302,12 +310,12 @@ impl Store {
 
     /// Notes which one is current.
     pub fn save_current_snapshot(&self, uuid: Uuid, name: Option<&str>) -> Result<()> {
-        let file = self.snapshots(uuid).join(".current");
+        let file = self.snapshots(uuid).join(CURRENT);
         match name {
-            None if !file.exists() => Ok(()),
-            name => {
+            None => remove(&file),
+            Some(name) => {
                 self.make_snapshots(uuid)?;
-                replace(&file, name.unwrap_or_default().as_bytes())
+                replace(&file, name.as_bytes())
             }
         }
     }
