@@ -25,12 +25,15 @@ const IDENTITY: &str = "server.json";
 /// More than that file has, than a number, and than its command line.
 const LONGEST: [u64; 3] = [1024, 32, 8192];
 
-/// Starts it with the configuration in its folder. It has come up when this returns; the error is its own words.
-pub fn start(folder: &Path) -> io::Result<()> {
+/// Starts it with the configuration in its folder; with `gives`, what it writes to belongs to the user that it becomes. It has
+/// come up when this returns; the error is its own words.
+pub fn start(folder: &Path, gives: bool) -> io::Result<()> {
     let _ = fs::remove_file(folder.join(IDENTITY));
     let told = folder.join("told");
     fs::write(&told, "")?;
-    give(&told)?;
+    if gives {
+        give(&told)?;
+    }
     let config = argument(folder);
     output_within("dnsmasq", &[&config], &[(TOLD, told.as_os_str())])?;
     match by_number(folder) {
