@@ -94,6 +94,8 @@ pub struct Daemon {
     own_network: bool,
     /// Whom virtd runs as, if not as the user that runs the tests.
     user: Option<User>,
+    /// virtd is run in a folder that shows all that there is, where the kernel gives nobody user namespaces.
+    chroot: Option<PathBuf>,
     keeper: std::process::Child,
     virtd: Option<tokio::process::Child>,
     folder: tempfile::TempDir,
@@ -129,6 +131,15 @@ impl Daemon {
         std::os::unix::fs::chown(daemon.root(), Some(user.uid), Some(user.uid)).unwrap();
         daemon.user = Some(user);
         Some(daemon)
+    }
+
+    /// From the next start on virtd of [`Daemon::session_bus_of`] can have no user namespaces.
+    pub fn take_user_namespaces(&mut self) {
+        let all = self.folder.path().join("all");
+        std::fs::create_dir(&all).unwrap();
+        let mounted = self.inside("mount").args(["--rbind", "/"]).arg(&all).status().unwrap();
+        assert!(mounted.success(), "{mounted}");
+        self.chroot = Some(all);
     }
 
     /// A system bus with polkitd, nobody on it.
@@ -176,7 +187,7 @@ impl Daemon {
             }
             panic!("no private bus: {text}");
         }
-        Some(Daemon { kind, own_network, user: None, keeper, virtd: None, folder, _watchdog: watchdog })
+        Some(Daemon { kind, own_network, user: None, chroot: None, keeper, virtd: None, folder, _watchdog: watchdog })
     }
 
     /// Starts virtd and returns when it has the name, and has looked after every machine that was not whole.
@@ -196,7 +207,14 @@ impl Daemon {
         let mut command = match self.user {
             None => self.inside(&virtd),
             Some(user) => {
-                let mut command = self.inside("setpriv");
+                let mut command = match &self.chroot {
+                    None => self.inside("setpriv"),
+                    Some(all) => {
+                        let mut command = self.inside("chroot");
+                        command.arg(all).arg("setpriv");
+                        command
+                    }
+                };
                 command.arg(format!("--reuid={}", user.uid)).arg(format!("--regid={}", user.uid));
                 command.args(["--clear-groups", "--inh-caps=-all", "--", &virtd]);
                 command

@@ -3,8 +3,8 @@
 
 use crate::common::client::{Client, Watch, lifecycle_of, options};
 use crate::common::guest::lin_files;
-use crate::common::users::{ALICE, BOB, OPERATOR, User};
-use crate::common::{Daemon, have};
+use crate::common::users::{ADMIN, ALICE, BOB, OPERATOR, User};
+use crate::common::{Daemon, PATIENCE, have};
 use crate::networks::{World, all_well, call, ip, leased, says, xml};
 use std::collections::HashMap;
 use std::os::unix::fs::MetadataExt as _;
@@ -192,9 +192,48 @@ async fn n8_what_cannot_be_without_root_is_stored_and_not_started() {
     assert!(done.success(), "{done}");
     refused(&nat, "/dev/net/tun").await;
     daemon.kill_virtd().await;
+    daemon.take_user_namespaces();
     daemon.start_virtd().await;
     let client = Client { connection: daemon.connect().await };
+    let (name, text) = call(&client, &nat, "Start", false).await.expect_err("refused");
+    assert!(name == "org.virt.Error.ConfigUnsupported" && text.contains("user namespaces"), "{name}: {text}");
     for network in [&routed, &nat] {
         assert_eq!(*property(&client, network, "Persistent").await, Variant::from(true));
+    }
+}
+
+/// virtd is killed when each of the processes has begun that make a network: afterwards it is there whole, or nothing is.
+#[tokio::test]
+async fn n8_a_start_that_is_cut_off_leaves_all_or_nothing() {
+    let Some(mut daemon) = daemon(ADMIN).await else { return };
+    let _world = World::new(&daemon);
+    ip(&daemon, &["route", "add", "default", "via", "198.51.100.7"]);
+    let client = Client { connection: daemon.connect().await };
+    let network = define(&client, HOME).await;
+    for cut in ["network-holder", "pasta", "network-helper", "dnsmasq"] {
+        let client = Client { connection: daemon.connect().await };
+        let (start, path) = (client.clone(), network.clone());
+        let started = tokio::spawn(async move {
+            start.ask(&path, "org.virt.Network.Start", &(options([]),)).await;
+        });
+        let begun = tokio::time::timeout(PATIENCE, async {
+            // Nobody is told of a process that begins.
+            while !started.is_finished() && !names(&helpers(ADMIN)).contains(&cut) {
+                tokio::task::yield_now().await;
+            }
+        });
+        begun.await.unwrap_or_else(|_| panic!("{cut} does not begin"));
+        daemon.kill_virtd().await;
+        started.await.expect("it was answered, or cut off");
+        daemon.start_virtd().await;
+        let client = Client { connection: daemon.connect().await };
+        let there = helpers(ADMIN);
+        if *property(&client, &network, "Active").await == Variant::from(true) {
+            assert_eq!(names(&there), ["dnsmasq", "dnsmasq", "network-holder", "pasta"], "{cut}");
+            call(&client, &network, "Destroy", false).await.expect("destroyed");
+        } else {
+            assert_eq!(there, [], "{cut}");
+        }
+        assert_eq!(helpers(ADMIN), [], "{cut}");
     }
 }
