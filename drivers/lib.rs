@@ -46,6 +46,8 @@ pub struct DriverConfig {
     pub guest_overhead: u64,
     /// The devices of the host that guests have to themselves.
     pub claims: qemu::Claims,
+    /// Where the networks of a user without root are; their guests' cards are plugged in there.
+    pub own_network: Option<network::OwnNetwork>,
 }
 
 impl DriverConfig {
@@ -63,6 +65,7 @@ impl DriverConfig {
             guest_threads: 1024,
             guest_overhead: 2 << 30,
             claims: qemu::Claims::default(),
+            own_network: None,
         }
     }
 }

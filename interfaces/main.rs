@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 use virt_drivers::DriverConfig;
-use virt_drivers::network::{HostNetworks, leases};
+use virt_drivers::network::{HostNetworks, OwnNetwork, inside, leases};
 use virt_drivers::nodedev::LinuxDevices;
 use virt_service::authz::Authority;
 use virt_service::{Host, Service, Settings};
@@ -40,6 +40,10 @@ fn main() -> ExitCode {
     // dnsmasq runs us when it has given an address.
     if leases::tell() {
         return ExitCode::SUCCESS;
+    }
+    // So do we, where a user without root has networks.
+    if let Some(end) = inside::run() {
+        return end;
     }
     let arguments = Arguments::parse();
     spare_memory();
@@ -83,11 +87,12 @@ async fn run(arguments: &Arguments) -> Result<(), String> {
     let _lock = folders.lock()?;
     let callers = Callers::new(link.connection.clone());
     let (authority, polkit) = authority(arguments.kind(), &link).await?;
-    let driver_config = driver_config(arguments.kind(), config.qemu, &folders);
+    let program = std::env::current_exe().ok();
+    let own_network = OwnNetwork::new(&folders.runtime, program.as_deref());
+    let driver_config = driver_config(arguments.kind(), config.qemu, &folders, own_network);
     let secrets = driver_config.secrets.clone();
     let devices = LinuxDevices::new(driver_config.claims.clone(), driver_config.system);
-    let teller = std::env::current_exe().ok();
-    let networks = Arc::new(HostNetworks::new(&folders.runtime, &folders.state, teller));
+    let networks = Arc::new(HostNetworks::new(&folders.runtime, &folders.state, program));
     let (drivers, storage) = virt_drivers::with_storage(driver_config);
     let host = Host { secrets, storage, networks };
     let settings = Settings { paths: folders.paths(), limits: config.limits.into() };
@@ -203,7 +208,7 @@ fn raise_descriptors() -> Result<(), String> {
 }
 
 /// What the drivers are told. On a session bus QEMU runs as we do.
-fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfig {
+fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders, own_network: Option<OwnNetwork>) -> DriverConfig {
     DriverConfig {
         cache_dir: folders.cache.clone(),
         state_dir: folders.state.clone(),
@@ -216,6 +221,7 @@ fn driver_config(kind: Kind, qemu: QemuConfig, folders: &Folders) -> DriverConfi
         guest_threads: qemu.threads,
         guest_overhead: qemu.overhead_mib.saturating_mul(1 << 20),
         claims: virt_drivers::qemu::Claims::default(),
+        own_network,
     }
 }
 

@@ -3,10 +3,10 @@
 
 use super::apart;
 use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
 use std::io::{self, Read};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use virt_model::device::interface::{NativeMode, Vlan, VlanTag};
 
@@ -14,7 +14,7 @@ use virt_model::device::interface::{NativeMode, Vlan, VlanTag};
 const LIMIT: u32 = 20;
 
 /// A device to be made.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TapPlan {
     /// Its name; the next free `vnetN` if there is none.
     pub name: Option<String>,
@@ -25,7 +25,10 @@ pub struct TapPlan {
     /// The largest packet, in bytes.
     pub mtu: Option<u32>,
     /// It goes out by a device of the host's, without a bridge.
+    #[serde(skip)]
     pub direct: Option<Direct>,
+    /// Its bridge is a network's of virtd's.
+    pub of_network: bool,
     /// It is there, and set up by others.
     pub existing: bool,
     /// It does not see other isolated ports of its bridge.
@@ -39,7 +42,7 @@ pub struct TapPlan {
 }
 
 /// One VLAN of a bridge's port.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct VlanPlan {
     /// Its number.
     pub id: u16,
@@ -74,7 +77,7 @@ pub struct Direct {
 }
 
 /// How much may pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Rate {
     /// In units of 1000 bytes a second.
     pub average: u64,
@@ -219,8 +222,7 @@ fn plug_in(name: &str, plan: &TapPlan, socket: RawFd) -> io::Result<()> {
         plugged
             .map_err(|e| io::Error::new(e.kind(), format!("it cannot be plugged into the bridge '{bridge}': {e}")))?;
         if plan.isolated {
-            let file = Path::new("/sys/class/net").join(name).join("brport/isolated");
-            std::fs::write(&file, "1").map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", file.display())))?;
+            run("ip", &["link", "set", "dev", name, "type", "bridge_slave", "isolated", "on"])?;
         }
         if !plan.vlans.is_empty() {
             join_vlans(name, bridge, &plan.vlans)?;
@@ -234,18 +236,21 @@ const SIOCBRADDIF: libc::c_ulong = 0x89a2;
 
 /// Leaves the VLAN that the bridge puts every port in, and joins those that are wanted. Until the device is up nothing passes.
 fn join_vlans(name: &str, bridge: &str, vlans: &[VlanPlan]) -> io::Result<()> {
-    let sees = Path::new("/sys/class/net").join(bridge).join("bridge/vlan_filtering");
-    match std::fs::read_to_string(&sees) {
-        Ok(said) if said.trim() == "1" => {}
-        Ok(_) => {
+    // By no file below /sys: that shows the host's network, and these may be in another.
+    let told: serde_json::Value =
+        serde_json::from_slice(&output("ip", &["-json", "-details", "link", "show", "dev", bridge])?)?;
+    let (sees, had) =
+        (&told[0]["linkinfo"]["info_data"]["vlan_filtering"], &told[0]["linkinfo"]["info_data"]["vlan_default_pvid"]);
+    match sees.as_u64() {
+        Some(1) => {}
+        Some(_) => {
             let how = format!("ip link set {bridge} type bridge vlan_filtering 1");
             return Err(io::Error::other(format!("the bridge '{bridge}' does not look at VLAN tags: {how}")));
         }
-        Err(_) => return Err(io::Error::other("bridges of this host's kernel know no VLANs")),
+        None => return Err(io::Error::other("bridges of this host's kernel know no VLANs")),
     }
-    let had = std::fs::read_to_string(sees.with_file_name("default_pvid")).unwrap_or_default();
-    if let Ok(1..) = had.trim().parse::<u16>() {
-        run("bridge", &["vlan", "del", "dev", name, "vid", had.trim()])?;
+    if let Some(had @ 1..) = had.as_u64() {
+        run("bridge", &["vlan", "del", "dev", name, "vid", &had.to_string()])?;
     }
     for vlan in vlans {
         let id = vlan.id.to_string();

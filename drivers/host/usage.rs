@@ -76,6 +76,25 @@ pub fn of_link(name: &str) -> Option<(Packets, Packets)> {
     link_at(&Path::new("/sys/class/net").join(name))
 }
 
+/// The same of a tap in the network of that process.
+pub fn of_tap(name: &str, pid: i32) -> Option<(Packets, Packets)> {
+    of_tap_in(&fs::read_to_string(format!("/proc/{pid}/net/dev")).ok()?, name)
+}
+
+/// The same, as the kernel's table of devices tells it.
+fn of_tap_in(table: &str, name: &str) -> Option<(Packets, Packets)> {
+    let line = table.lines().find_map(|line| line.trim_start().strip_prefix(name)?.strip_prefix(':'))?;
+    let counts: Vec<u64> = line.split_ascii_whitespace().map_while(|count| count.parse().ok()).collect();
+    let direction = |at: usize| match counts.get(at..at + 4)? {
+        [bytes, packets, errors, drops] => {
+            Some(Packets { bytes: *bytes, packets: *packets, errors: *errors, drops: *drops })
+        }
+        _ => None,
+    };
+    // What the host receives the guest has sent.
+    Some((direction(8)?, direction(0)?))
+}
+
 fn link_at(device: &Path) -> Option<(Packets, Packets)> {
     let direction = |way: &str| {
         let counted = |what: &str| {
@@ -138,6 +157,15 @@ mod tests {
         let cpu = CpuStats { user_usec: 2_500_000, system_usec: 500_000 };
         assert_eq!(usage, ProcessUsage { cpu, resident: 300 * 4096 });
         assert_eq!(process_of("7 (a) S 1", (100, 4096)), None);
+    }
+
+    #[test]
+    fn a_tap_is_counted_as_its_guest_sees_it() {
+        let table = "Inter-|   Receive        |  Transmit\n face |bytes packets errs drop ...\n\
+            vnet12: 9 9 9 9 0 0 0 0 9 9 9 9 0 0 0 0\n vnet1:  100 7 1 2 0 0 0 0   300 8 3 4 0 0 0 0\n";
+        let packets = |bytes, packets, errors, drops| Packets { bytes, packets, errors, drops };
+        assert_eq!(of_tap_in(table, "vnet1"), Some((packets(300, 8, 3, 4), packets(100, 7, 1, 2))));
+        assert_eq!((of_tap_in(table, "vnet"), of_tap_in(table, "")), (None, None));
     }
 
     #[test]

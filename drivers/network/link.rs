@@ -1,11 +1,11 @@
 //! The host's device of a network, its addresses and routes; and what the host has of these that is not ours. All by iproute2.
 
-use crate::host::tap::{TapPlan, VlanPlan, output_within, plug_again};
+use super::inside::Card;
+use crate::host::tap::{TapPlan, output_within, plug_again};
 use serde_json::Value;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
-use virt_model::driver::network::PluggedCard;
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::network::forward::Mode;
@@ -47,6 +47,11 @@ pub fn names() -> io::Result<Vec<String>> {
 /// Whether the device of that name is a bridge.
 pub fn is_bridge(name: &str) -> io::Result<bool> {
     Ok(json(&["link", "show", "type", "bridge"])?.iter().any(|link| link["ifname"] == name))
+}
+
+/// Whether there are ends of guests' cards.
+pub fn has_taps() -> io::Result<bool> {
+    Ok(!json(&["link", "show", "type", "tun"])?.is_empty())
 }
 
 /// All routes of the host's but the one to everywhere.
@@ -124,7 +129,7 @@ pub fn remove(def: &NetworkDef, name: &str) -> io::Result<()> {
 }
 
 /// Plugs cards of guests that are in no bridge into this one, or in this one and down.
-pub fn plug(def: &NetworkDef, cards: &[PluggedCard]) {
+pub fn plug(def: &NetworkDef, cards: &[Card]) {
     let Some(bridge) = def.bridge_name() else { return };
     let all = match json(&["link", "show"]) {
         Ok(all) => all,
@@ -132,7 +137,7 @@ pub fn plug(def: &NetworkDef, cards: &[PluggedCard]) {
     };
     // One that is in it and down was being plugged in when virtd was killed, and is not held to all it is to be held to.
     let is_up = |link: &Value| link["flags"].as_array().is_some_and(|flags| flags.iter().any(|flag| flag == "UP"));
-    let is_out = |card: &&PluggedCard| {
+    let is_out = |card: &&Card| {
         let link = all.iter().find(|link| link["ifname"] == *card.end);
         link.is_some_and(|link| link["master"].is_null() || link["master"] == bridge && !is_up(link))
     };
@@ -140,7 +145,7 @@ pub fn plug(def: &NetworkDef, cards: &[PluggedCard]) {
         let plan = TapPlan {
             bridge: Some(bridge.to_owned()),
             isolated: card.isolated,
-            vlans: card.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),
+            vlans: card.vlans.clone(),
             ..TapPlan::default()
         };
         if let Err(why) = plug_again(&card.end, &plan) {

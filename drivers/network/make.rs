@@ -6,9 +6,11 @@
 //!  record "unmaking" ─▶ server, rules, bridge away ─▶ record away
 //! ```
 
+use super::inside::{Card, Place};
 use super::link::{self, HostRoute};
+use super::own::OwnNetwork;
 use super::rules;
-use super::serve::{self, Files, Served};
+use super::serve::{self, Files, Rights, Served};
 use super::server;
 use crate::host::own_file::replace_json;
 use crate::host::process::boot_id;
@@ -18,10 +20,11 @@ use serde_json::Value;
 use std::fs;
 use std::io;
 use std::net::IpAddr;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
-use virt_model::driver::network::{Lease, NetworkError, PartlySeen, Problem};
+use virt_model::driver::network::{Lease, NetworkError, PartlySeen, PluggedCard, Problem};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::network::forward::Mode;
@@ -36,11 +39,27 @@ pub struct Maker {
     pub leases: PathBuf,
     /// What dnsmasq runs when an address is given: virtd itself.
     pub teller: Option<PathBuf>,
-    /// We are root, who alone may make them.
-    pub works: bool,
+    /// Where they are made.
+    pub world: World,
     /// For tests: so many steps are done, and then nothing any more.
     pub steps_left: Option<std::sync::atomic::AtomicUsize>,
 }
+
+/// Where networks are made.
+#[derive(Clone, Debug)]
+pub enum World {
+    /// On the host: we are root.
+    Host,
+    /// In namespaces of the user's own.
+    Own(OwnNetwork),
+    /// The same: we are in them.
+    Inside,
+    /// Nowhere: we are not root, and know no program of virtd's that could help.
+    Nowhere,
+}
+
+/// In a network's folder: who holds the namespaces that it is in.
+pub const HOLDER: &str = "holder.json";
 
 /// What is on disk of a network that is there.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -79,7 +98,8 @@ fn failed(def: &NetworkDef, error: &io::Error) -> NetworkError {
 }
 
 impl Maker {
-    fn folder(&self, uuid: Uuid) -> PathBuf {
+    /// What there is of a network.
+    pub fn folder(&self, uuid: Uuid) -> PathBuf {
         self.runtime.join(uuid.to_string())
     }
 
@@ -100,10 +120,12 @@ impl Maker {
     /// What keeps a definition from being started here.
     pub fn check(&self, def: &NetworkDef) -> Vec<Finding> {
         let mut findings = standing::check(def);
-        if !self.works {
-            let why = "networks need root: use the system bus, or <interface type='user'>";
-            findings.push(Finding::unsupported(&def.at, why));
-        }
+        let obstacle = match &self.world {
+            World::Host | World::Inside => None,
+            World::Own(_) => OwnNetwork::obstacle(def.mode()),
+            World::Nowhere => Some("networks need root: use the system bus, or <interface type='user'>".to_owned()),
+        };
+        findings.extend(obstacle.map(|why| Finding::unsupported(&def.at, why)));
         findings
     }
 
@@ -113,7 +135,10 @@ impl Maker {
         if !findings.is_empty() {
             return Err(NetworkError::Config(findings));
         }
-        self.is_free(def).map_err(|error| failed(def, &error))
+        match &self.world {
+            World::Own(own) => own.can_start(self, def),
+            _ => self.is_free(def).map_err(|error| failed(def, &error)),
+        }
     }
 
     fn is_free(&self, def: &NetworkDef) -> io::Result<()> {
@@ -128,21 +153,15 @@ impl Maker {
             let why = format!("the host has a device '{bridge}' already: choose another <bridge name=…>, or remove it");
             return Err(io::Error::other(why));
         }
-        let routes = link::routes()?;
-        for (address, net) in def.addresses() {
-            if let Some(route) = taken(&routes, &net) {
-                let why =
-                    format!("the host's route to {} by the device '{}' overlaps with {net}", route.net, route.dev);
-                return Err(io::Error::other(why));
-            }
-            let passes = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open) && address.is_ipv6();
-            if let Some(dev) = link::would_lose_router(&routes).filter(|_| passes) {
-                let why = format!(
-                    "the host would not hear its router on '{dev}' any more if it passed on IPv6: \
-                     sysctl -w net.ipv6.conf.{dev}.accept_ra=2"
-                );
-                return Err(io::Error::other(why));
-            }
+        let routes = self.is_unrouted(def)?;
+        let leads_out = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open);
+        let passes = leads_out && def.addresses().iter().any(|(address, _)| address.is_ipv6());
+        if let Some(dev) = link::would_lose_router(&routes).filter(|_| passes) {
+            let why = format!(
+                "the host would not hear its router on '{dev}' any more if it passed on IPv6: \
+                 sysctl -w net.ipv6.conf.{dev}.accept_ra=2"
+            );
+            return Err(io::Error::other(why));
         }
         let devices = def.forward_devices();
         let known = link::names()?;
@@ -154,8 +173,24 @@ impl Maker {
         }
     }
 
+    /// The host's routes, which leave room for its nets.
+    pub fn is_unrouted(&self, def: &NetworkDef) -> io::Result<Vec<HostRoute>> {
+        let routes = link::routes()?;
+        for (_, net) in def.addresses() {
+            if let Some(route) = taken(&routes, &net) {
+                let why =
+                    format!("the host's route to {} by the device '{}' overlaps with {net}", route.net, route.dev);
+                return Err(io::Error::other(why));
+            }
+        }
+        Ok(routes)
+    }
+
     /// Makes it, all or nothing.
     pub fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError> {
+        if let World::Own(own) = &self.world {
+            return own.start(self, def, owner);
+        }
         self.can_start(def)?;
         match self.make(def, owner) {
             Ok(()) => Ok(()),
@@ -205,14 +240,37 @@ impl Maker {
 
     fn served(&self, def: &NetworkDef, bridge: &str) -> Option<Served> {
         let (folder, leases) = (self.folder(def.uuid), self.lease_file(def.uuid));
-        serve::served(def, bridge, &Files { folder: &folder, leases: &leases, teller: self.teller.as_deref() })
+        let files = Files { folder: &folder, leases: &leases, teller: self.teller.as_deref() };
+        let rights = if self.is_host() { Rights::Host } else { Rights::Own };
+        serve::served(def, bridge, &files, rights)
+    }
+
+    fn is_host(&self) -> bool {
+        matches!(self.world, World::Host)
+    }
+
+    /// For who does the same elsewhere.
+    pub(crate) fn place(&self) -> Place {
+        Place { runtime: self.runtime.clone(), leases: self.leases.clone(), teller: self.teller.clone() }
+    }
+
+    /// Of which networks something is on disk.
+    pub fn recorded(&self) -> Vec<Uuid> {
+        let entries = fs::read_dir(&self.runtime).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect()
+    }
+
+    /// What is on disk of networks that are there, or are being made or taken away.
+    pub fn there(&self) -> Vec<NetworkDef> {
+        let found = self.recorded().into_iter().filter_map(|uuid| read(&self.folder(uuid)).ok()?);
+        found.map(|(_, def)| def).collect()
     }
 
     fn serve(&self, uuid: Uuid, served: &Served) -> io::Result<()> {
         let folder = self.folder(uuid);
         write_read_again(&folder, served)?;
         server::write(&folder.join("dnsmasq.conf"), &served.config)?;
-        server::start(&folder)
+        server::start(&folder, self.is_host())
     }
 
     fn put_rules(&self, def: &NetworkDef, bridge: &str) -> io::Result<()> {
@@ -244,8 +302,18 @@ impl Maker {
             link::remove(def, bridge)?;
         }
         // The record goes last of all that is in there.
-        for file in ["server.json", "pid", "told", "reservations", "names", "dnsmasq.conf", "rules.json", "record.json"]
-        {
+        let files = [
+            "server.json",
+            "pid",
+            "told",
+            "reservations",
+            "names",
+            "dnsmasq.conf",
+            "rules.json",
+            HOLDER,
+            "record.json",
+        ];
+        for file in files {
             let _ = fs::remove_file(folder.join(file));
         }
         let _ = fs::remove_dir(&folder);
@@ -254,6 +322,9 @@ impl Maker {
 
     /// The same for who knows its number alone.
     pub fn stop(&self, uuid: Uuid) -> Result<(), NetworkError> {
+        if let World::Own(own) = &self.world {
+            return own.stop(self, uuid);
+        }
         let folder = self.folder(uuid);
         match read(&folder) {
             Ok(None) => Ok(()),
@@ -264,6 +335,9 @@ impl Maker {
 
     /// Everything that is there and whole, after what was cut off has been undone and what is missing made again.
     pub fn find(&self) -> Vec<(NetworkDef, u32)> {
+        if let World::Own(own) = &self.world {
+            return own.find(self);
+        }
         let folders = fs::read_dir(&self.runtime).into_iter().flatten().flatten().map(|entry| entry.path());
         let mut found: Vec<(NetworkDef, u32)> = folders.filter_map(|folder| self.find_one(&folder)).collect();
         found.sort_by(|a, b| a.0.name.cmp(&b.0.name));
@@ -314,6 +388,9 @@ impl Maker {
 
     /// Makes of one that is there what `def` says; on failure it is as it was.
     pub fn change(&self, def: &NetworkDef) -> Result<(), NetworkError> {
+        if let World::Own(own) = &self.world {
+            return own.change(self, def);
+        }
         let folder = self.folder(def.uuid);
         let (owner, before) = match read(&folder) {
             Ok(Some((record, before))) => (record.owner, before),
@@ -362,6 +439,9 @@ impl Maker {
 
     /// Why it cannot do its work.
     pub fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
+        if let World::Own(own) = &self.world {
+            return own.problems(self, def);
+        }
         let Some(bridge) = def.bridge_name() else { return Ok(Vec::new()) };
         let card = link::card(bridge).map_err(|error| PartlySeen { found: Vec::new(), why: error.to_string() })?;
         if card.is_none() {
@@ -400,11 +480,42 @@ impl Maker {
         nets.into_iter().find(free).ok_or_else(none)
     }
 
-    /// Where what is told of leases is watched for, and the server, if it is there; nothing of a network that is not.
-    pub fn watched(&self, uuid: Uuid) -> Option<(PathBuf, Option<std::os::fd::OwnedFd>)> {
-        let folder = self.folder(uuid);
-        folder.join("record.json").exists().then(|| (folder.join("told"), server::find(&folder)))
+    /// Plugs cards of guests that are in no bridge into this one.
+    pub fn plug(&self, def: &NetworkDef, cards: &[PluggedCard]) {
+        match &self.world {
+            World::Own(own) => own.plug(def, cards),
+            _ => link::plug(def, &cards.iter().map(Card::of).collect::<Vec<_>>()),
+        }
     }
+
+    /// What is watched of a network; nothing of one that is not there.
+    pub fn watched(&self, uuid: Uuid) -> Option<Watched> {
+        let folder = self.folder(uuid);
+        let (_, def) = read(&folder).ok()??;
+        let (mut parts, holder) = (
+            vec![server::find(&folder)],
+            match &self.world {
+                World::Own(own) => Some(own.holder_of(self, uuid)),
+                _ => None,
+            },
+        );
+        if let World::Own(own) = &self.world
+            && def.mode() == Mode::Nat
+        {
+            parts.push(own.uplink());
+        }
+        Some(Watched { told: folder.join("told"), parts, holder })
+    }
+}
+
+/// What is watched of a network.
+pub struct Watched {
+    /// The file that is touched when an address was given.
+    pub told: PathBuf,
+    /// Processes that work for it, each if it is there.
+    pub parts: Vec<Option<OwnedFd>>,
+    /// Of one in the user's own namespaces: who holds them, if they live.
+    pub holder: Option<Option<OwnedFd>>,
 }
 
 /// Writes what the server reads when it is told to, if it takes all of it as it is meant.

@@ -9,11 +9,15 @@
 //! | `serve`, `server` | what dnsmasq is told; its process |
 //! | `leases` | who has which address |
 //! | `foreign` | what others' rules stand in the way of |
+//! | `own` | the namespaces of a user without root, who holds them, and their uplink |
+//! | `inside` | what is done in these, by a process that goes there |
 
 mod foreign;
+pub mod inside;
 pub mod leases;
 mod link;
 mod make;
+mod own;
 mod rules;
 mod serve;
 mod server;
@@ -22,7 +26,8 @@ mod tests;
 
 use crate::host::process::{End, Process};
 use async_trait::async_trait;
-use make::Maker;
+use make::{Maker, World};
+pub use own::OwnNetwork;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -51,12 +56,18 @@ pub struct HostNetworks {
 }
 
 impl HostNetworks {
-    /// Those with their records below `runtime`, e.g. `/run/virt`, and leases below `state`, e.g. `/var/lib/virt`. `teller` is
+    /// Those with their records below `folder`, e.g. `/run/virt`, and leases below `state`, e.g. `/var/lib/virt`. `teller` is
     /// what dnsmasq runs when an address is given: it calls [`leases::tell`].
-    pub fn new(runtime: &std::path::Path, state: &std::path::Path, teller: Option<PathBuf>) -> HostNetworks {
-        let (runtime, leases) = (runtime.join("networks"), state.join("leases"));
-        let works = nix::unistd::geteuid().is_root();
-        let maker = Arc::new(Maker { runtime, leases, teller, works, steps_left: None });
+    /// Who is not root has them in an [`OwnNetwork`], if there is a `teller`.
+    pub fn new(folder: &std::path::Path, state: &std::path::Path, teller: Option<PathBuf>) -> HostNetworks {
+        let (runtime, leases) = (folder.join("networks"), state.join("leases"));
+        let own = OwnNetwork::new(folder, teller.as_deref());
+        let world = match own {
+            _ if nix::unistd::geteuid().is_root() => World::Host,
+            Some(own) => World::Own(own),
+            None => World::Nowhere,
+        };
+        let maker = Arc::new(Maker { runtime, leases, teller, world, steps_left: None });
         HostNetworks { maker, turn: Arc::default(), changes: Mutex::default() }
     }
 
@@ -147,7 +158,7 @@ impl NetworkDriver for HostNetworks {
             return;
         }
         let def = def.clone();
-        let done = self.does(move |_| link::plug(&def, &cards)).await;
+        let done = self.does(move |maker| maker.plug(&def, &cards)).await;
         done.unwrap_or_else(|why| tracing::warn!(%why, "guests are not plugged in again"));
     }
 
@@ -178,9 +189,9 @@ async fn follow(
     mut changes: watch::Receiver<()>,
     to: mpsc::Sender<NetworkReport>,
 ) {
-    let (mut is_down, mut changed) = (false, false);
+    let (mut were_down, mut changed) = (0, false);
     loop {
-        let (file, server) = {
+        let there = {
             // While it is changed its server may end and be another: whoever looks has missed no change that was made before.
             let _turn = turn.lock().await;
             let Ok(unseen) = changes.has_changed() else { return };
@@ -189,25 +200,33 @@ async fn follow(
             let maker = maker.clone();
             // One that is not there any more was stopped.
             match tokio::task::spawn_blocking(move || maker.watched(uuid)).await {
-                Ok(Some(watched)) => watched,
+                Ok(Some(there)) => there,
                 _ => return,
             }
         };
-        let server = server.and_then(|server| Process::new(server).ok());
-        let ended = server.is_none() && !is_down;
-        is_down = server.is_none();
-        let report = match (changed, ended) {
+        let held = |process: std::os::fd::OwnedFd| Process::new(process).ok();
+        let holder = match there.holder {
+            None => None,
+            Some(holder) => match holder.and_then(held) {
+                Some(holder) => Some(holder),
+                None => return gone(&to).await,
+            },
+        };
+        let parts: Vec<Option<Process>> = there.parts.into_iter().map(|part| part.and_then(held)).collect();
+        let are_down = parts.iter().filter(|part| part.is_none()).count();
+        let report = match (changed, are_down > were_down) {
             (true, _) => Some(NetworkReport::Changed),
             (false, true) => Some(NetworkReport::ServerEnded),
             (false, false) => None,
         };
+        were_down = are_down;
         if let Some(report) = report
             && to.send(report).await.is_err()
         {
             return;
         }
         changed = false;
-        let watched = leases::Watched::new(&file).ok();
+        let watched = leases::Watched::new(&there.told).ok();
         loop {
             tokio::select! {
                 another = changes.changed() => match another {
@@ -222,10 +241,16 @@ async fn follow(
                     if touched.is_err() { break }
                     let _ = to.try_send(NetworkReport::Leases);
                 }
-                _ = ended_of(server.as_ref()) => break,
+                _ = ended_of(holder.as_ref()) => return gone(&to).await,
+                () = one_ended(&parts) => break,
             }
         }
     }
+}
+
+/// Says that it has gone, if somebody listens.
+async fn gone(to: &mpsc::Sender<NetworkReport>) {
+    let _ = to.send(NetworkReport::Gone).await;
 }
 
 async fn touch_of(watched: Option<&leases::Watched>) -> std::io::Result<()> {
@@ -235,9 +260,20 @@ async fn touch_of(watched: Option<&leases::Watched>) -> std::io::Result<()> {
     }
 }
 
-async fn ended_of(server: Option<&Process>) -> End {
-    match server {
-        Some(server) => server.ended().await,
+async fn ended_of(process: Option<&Process>) -> End {
+    match process {
+        Some(process) => process.ended().await,
         None => std::future::pending().await,
+    }
+}
+
+/// Waits until one of them has ended.
+async fn one_ended(parts: &[Option<Process>]) {
+    match parts {
+        [one, another] => tokio::select! {
+            _ = ended_of(one.as_ref()) => {}
+            _ = ended_of(another.as_ref()) => {}
+        },
+        parts => _ = ended_of(parts.first().and_then(Option::as_ref)).await,
     }
 }

@@ -1,6 +1,7 @@
 //! What dnsmasq is told: the addresses and names of one network, served on its bridge alone. Every text of a definition that
 //! stands here was held to plain characters when it was read (`model/network/checks.rs`).
 
+use super::own::RESOLVER;
 use std::fmt::Write as _;
 use std::io;
 use std::path::Path;
@@ -30,7 +31,16 @@ pub struct Served {
     pub names: String,
 }
 
-/// The user that it runs as once it listens.
+/// By whose rights it serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rights {
+    /// Root's at first, and then those of a user of its own.
+    Host,
+    /// Those of the user whose network it is.
+    Own,
+}
+
+/// The user that it runs as once it listens, where it is root's.
 pub const USER: &str = "dnsmasq";
 /// dnsmasq's own bound where no range says how many.
 const USUAL_LEASES: u128 = 1000;
@@ -55,7 +65,7 @@ impl Served {
 }
 
 /// What a network's server is told; nothing if it has nothing to serve.
-pub fn served(def: &NetworkDef, bridge: &str, files: &Files<'_>) -> Option<Served> {
+pub fn served(def: &NetworkDef, bridge: &str, files: &Files<'_>, rights: Rights) -> Option<Served> {
     let advertises = def.ips.iter().any(|ip| ip.is_v6() && ip.address.is_some());
     let boots = def.ips.iter().any(|ip| ip.tftp.is_some());
     if !def.mode().is_ours() || !(def.has_dns() || def.has_dhcp() || advertises || boots) {
@@ -65,15 +75,16 @@ pub fn served(def: &NetworkDef, bridge: &str, files: &Files<'_>) -> Option<Serve
     let mut config = format!("# Made by virtd for the network '{}'.\n", plain(&def.name));
     let _ = writeln!(
         config,
-        "pid-file={}\nuser={USER}\nexcept-interface=lo\nbind-dynamic\ninterface={bridge}\nstrict-order\n\
+        "pid-file={}\n{}except-interface=lo\nbind-dynamic\ninterface={bridge}\nstrict-order\n\
          dhcp-leasefile={}\ndhcp-hostsfile={}\naddn-hosts={}",
         at("pid"),
+        if rights == Rights::Host { format!("user={USER}\n") } else { String::new() },
         files.leases.display(),
         at("reservations"),
         at("names"),
     );
-    names(def, &mut config);
-    addresses(def, files, &mut config);
+    names(def, rights, &mut config);
+    addresses(def, files, rights, &mut config);
     let hosts = def.ips.iter().filter_map(|ip| Some((ip, ip.dhcp.as_ref()?)));
     let reservations = hosts.flat_map(|(ip, dhcp)| dhcp.hosts.iter().map(move |host| reservation(host, ip.is_v6())));
     let named = def.dns.iter().flat_map(|dns| &dns.hosts);
@@ -100,7 +111,7 @@ fn quoted(text: &str) -> String {
     format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""))
 }
 
-fn names(def: &NetworkDef, config: &mut String) {
+fn names(def: &NetworkDef, rights: Rights, config: &mut String) {
     let mut line = |text: String| config.push_str(&(text + "\n"));
     if !def.has_dns() {
         line("port=0".to_owned());
@@ -119,6 +130,9 @@ fn names(def: &NetworkDef, config: &mut String) {
     // Who is isolated asks nobody outside, and who names its own servers no others.
     if def.mode() == Mode::Isolated || dns.forwarders.iter().any(|forwarder| forwarder.domain.is_none()) {
         line("no-resolv".to_owned());
+    } else if rights == Rights::Own {
+        // The host's resolver may listen to the host alone, which is elsewhere.
+        line(format!("no-resolv\nserver={RESOLVER}"));
     }
     for forwarder in &dns.forwarders {
         let domain = forwarder.domain.as_ref().map_or(String::new(), |domain| format!("/{domain}/"));
@@ -154,7 +168,7 @@ fn backwards(net: &Net) -> String {
     digits.chain([end.to_owned()]).collect::<Vec<_>>().join(".")
 }
 
-fn addresses(def: &NetworkDef, files: &Files<'_>, config: &mut String) {
+fn addresses(def: &NetworkDef, files: &Files<'_>, rights: Rights, config: &mut String) {
     let mut line = |text: String| config.push_str(&(text + "\n"));
     for ip in &def.ips {
         let (Some(address), Some(net)) = (ip.address, ip.net()) else { continue };
@@ -184,7 +198,10 @@ fn addresses(def: &NetworkDef, files: &Files<'_>, config: &mut String) {
     if def.has_dhcp() {
         line(format!("dhcp-no-override\ndhcp-authoritative\ndhcp-lease-max={}", most_leases(def)));
         if let Some(teller) = files.teller {
-            line(format!("dhcp-script={}\ndhcp-scriptuser={USER}", teller.display()));
+            line(format!("dhcp-script={}", teller.display()));
+            if rights == Rights::Host {
+                line(format!("dhcp-scriptuser={USER}"));
+            }
         }
         // Nothing is to be reached through the host.
         if def.mode() == Mode::Isolated {
@@ -228,7 +245,25 @@ mod tests {
     fn told(text: &str) -> Option<Served> {
         let def = NetworkDef::parse(&format!("<network><name>n</name>{text}</network>")).unwrap();
         let (folder, leases) = (Path::new("/run/x"), Path::new("/var/x.leases"));
-        served(&def, "virbr7", &Files { folder, leases, teller: Some(Path::new("/usr/sbin/virtd")) })
+        served(&def, "virbr7", &Files { folder, leases, teller: Some(Path::new("/usr/sbin/virtd")) }, Rights::Host)
+    }
+
+    #[test]
+    fn who_serves_as_the_user_changes_to_nobody_and_asks_the_uplink() {
+        let told = |text: &str| {
+            let def = NetworkDef::parse(&format!("<network><name>n</name>{text}</network>")).unwrap();
+            let (folder, leases) = (Path::new("/run/x"), Path::new("/var/x.leases"));
+            let files = Files { folder, leases, teller: Some(Path::new("/usr/bin/virtd")) };
+            served(&def, "virbr7", &files, Rights::Own).unwrap().config
+        };
+        let dhcp = "<ip address='10.0.0.1' prefix='24'><dhcp><range start='10.0.0.9' end='10.0.0.9'/></dhcp></ip>";
+        let nat = told(&format!("<forward/>{dhcp}"));
+        assert!(!nat.contains("user=") && nat.contains("\ndhcp-script=/usr/bin/virtd\n"), "{nat}");
+        assert!(nat.contains("\nno-resolv\nserver=169.254.1.53\n"), "{nat}");
+        let isolated = told(dhcp);
+        assert!(isolated.contains("\nno-resolv\n") && !isolated.contains("server="), "{isolated}");
+        let own = told(&format!("<forward/><dns><forwarder addr='10.9.9.9'/></dns>{dhcp}"));
+        assert!(own.contains("\nserver=10.9.9.9\n") && !own.contains("169.254"), "{own}");
     }
 
     #[test]

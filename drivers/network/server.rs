@@ -20,17 +20,23 @@ use std::time::{Duration, Instant};
 /// How long it may take to read its files again: some milliseconds are usual.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// More than it ever has: itself, what it becomes when it goes into the background, and what tells of leases.
+const MOST_PROCESSES: usize = 8;
+
 /// Which process it is.
 const IDENTITY: &str = "server.json";
 /// More than that file has, than a number, and than its command line.
 const LONGEST: [u64; 3] = [1024, 32, 8192];
 
-/// Starts it with the configuration in its folder. It has come up when this returns; the error is its own words.
-pub fn start(folder: &Path) -> io::Result<()> {
+/// Starts it with the configuration in its folder; with `gives`, what it writes to belongs to the user that it becomes. It has
+/// come up when this returns; the error is its own words.
+pub fn start(folder: &Path, gives: bool) -> io::Result<()> {
     let _ = fs::remove_file(folder.join(IDENTITY));
     let told = folder.join("told");
     fs::write(&told, "")?;
-    give(&told)?;
+    if gives {
+        give(&told)?;
+    }
     let config = argument(folder);
     output_within("dnsmasq", &[&config], &[(TOLD, told.as_os_str())])?;
     match by_number(folder) {
@@ -75,17 +81,24 @@ pub fn find(folder: &Path) -> Option<OwnedFd> {
 /// The one that has the number in its file and was started by that folder. Who runs as its user may have written that file, and may
 /// have any command line.
 fn by_number(folder: &Path) -> Option<(i32, OwnedFd)> {
-    let read = |file: &Path, most: u64| {
-        let mut content = Vec::new();
-        File::open(file).ok()?.take(most).read_to_end(&mut content).ok()?;
-        Some(content)
-    };
     let number = String::from_utf8(read(&folder.join("pid"), LONGEST[1])?).ok()?.trim().parse().ok()?;
+    Some((number, by_argument(number, folder)?))
+}
+
+/// The process of that number, if it was started by that folder.
+fn by_argument(number: i32, folder: &Path) -> Option<OwnedFd> {
     let held = pidfd_open(Pid::from_raw(number)?, PidfdFlags::empty()).ok()?;
     // Asked after it was opened: whoever has the number now is whom the descriptor names.
     let command = read(Path::new(&format!("/proc/{number}/cmdline")), LONGEST[2])?;
     let wanted = argument(folder);
-    command.split(|byte| *byte == 0).any(|word| word == wanted.as_bytes()).then_some((number, held))
+    command.split(|byte| *byte == 0).any(|word| word == wanted.as_bytes()).then_some(held)
+}
+
+/// What a file has, of so many bytes at most.
+fn read(file: &Path, most: u64) -> Option<Vec<u8>> {
+    let mut content = Vec::new();
+    File::open(file).ok()?.take(most).read_to_end(&mut content).ok()?;
+    Some(content)
 }
 
 /// Has it read these of its files again. It has when this returns: whatever it is asked from then on it answers by them.
@@ -124,10 +137,19 @@ pub fn reload(folder: &Path, files: &[&str]) -> io::Result<()> {
     Ok(())
 }
 
+/// One that was started by that folder, and may not have written its number yet.
+fn by_command(folder: &Path) -> Option<OwnedFd> {
+    let numbers = fs::read_dir("/proc").ok()?.flatten();
+    numbers.filter_map(|entry| by_argument(entry.file_name().to_str()?.parse().ok()?, folder)).next()
+}
+
 /// Ends it. What it has given is in its file.
 pub fn stop(folder: &Path) {
     if let Some(server) = find(folder) {
         kill(&server);
+    } else if folder.join("dnsmasq.conf").exists() {
+        // Who started it may have been killed before it was there: it may be two processes by now, and no more.
+        (0..MOST_PROCESSES).map_while(|_| by_command(folder)).for_each(|server| kill(&server));
     }
     let _ = (fs::remove_file(folder.join(IDENTITY)), fs::remove_file(folder.join("pid")));
 }

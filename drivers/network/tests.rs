@@ -1,7 +1,7 @@
 //! Networks made for real, each test in network, mount and process namespaces of its own: the machine's are never touched.
 
 use super::HostNetworks;
-use super::make::Maker;
+use super::make::{Maker, World};
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -76,7 +76,13 @@ impl House {
     fn maker(&self, steps: usize) -> Maker {
         let at = |name: &str| -> PathBuf { self.dir.path().join(name) };
         let steps_left = Some(AtomicUsize::new(steps));
-        Maker { runtime: at("networks"), leases: at("leases"), teller: Some(at("teller")), works: true, steps_left }
+        Maker {
+            runtime: at("networks"),
+            leases: at("leases"),
+            teller: Some(at("teller")),
+            world: World::Host,
+            steps_left,
+        }
     }
 }
 

@@ -18,6 +18,7 @@ use crate::host::access::Ledger;
 use crate::host::process::{End, Process};
 use crate::host::usage::ThreadNumbers;
 use crate::host::workers::blocking;
+use crate::network::OwnNetwork;
 use async_trait::async_trait;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -114,6 +115,8 @@ pub struct Leavings {
     pub ledger: Option<Arc<Ledger>>,
     /// Which guest has which of the host's devices.
     pub claims: Claims,
+    /// Where its cards of networks are plugged in, if not on the host.
+    pub own_network: Option<OwnNetwork>,
 }
 
 impl Leavings {
@@ -132,6 +135,7 @@ impl Leavings {
     pub fn clear(&self, changes: &[Change]) {
         undo(changes, Path::new(SYSFS), self.uuid);
         self.claims.release(self.uuid);
+        self.own_network.iter().for_each(OwnNetwork::is_left);
         super::tune::clear(self.uuid);
         super::room::clear(&self.own_dir());
         if let Err(error) = make::empty(&self.runtime_dir, self.ledger.is_some()) {

@@ -37,6 +37,7 @@ use crate::host::user::RunAs;
 use crate::host::wall::Wall;
 use crate::host::workers::blocking;
 use crate::host::workers::{ClosedAside, Errand, Stop, Workers};
+use crate::network::OwnNetwork;
 use crate::secret::Vault;
 use rustix::process::Signal;
 use serde_json::{Value, json};
@@ -85,6 +86,8 @@ pub struct Start {
     pub vsock: Option<OwnedFd>,
     /// Which guest has which of the host's devices.
     pub claims: Claims,
+    /// Where its cards of networks are plugged in, if not on the host.
+    pub own_network: Option<OwnNetwork>,
     /// Leave the CPUs standing.
     pub paused: bool,
     /// Make the firmware variables anew.
@@ -218,7 +221,8 @@ impl Start {
 
     fn leavings(&self) -> Leavings {
         let ledger = self.lender.ledger().cloned();
-        Leavings { uuid: self.uuid, runtime_dir: self.runtime_dir.clone(), ledger, claims: self.claims.clone() }
+        let (runtime_dir, claims) = (self.runtime_dir.clone(), self.claims.clone());
+        Leavings { uuid: self.uuid, runtime_dir, ledger, claims, own_network: self.own_network.clone() }
     }
 
     async fn attempt(self: &Arc<Self>, keeper: &Arc<Keeper>, made: &mut Made) -> Result<Up, DriverError> {
@@ -234,7 +238,7 @@ impl Start {
         let taken = self.take_devices(keeper).await?;
         let mut links = Vec::new();
         for (n, tap) in self.command.taps.iter().enumerate() {
-            let ends = super::tap::open(tap, taken.links.get(&n)).await?;
+            let ends = super::tap::open(tap, taken.links.get(&n), self.own_network.as_ref()).await?;
             links.push(ends.first().and_then(|(_, end)| name_of(end)).unwrap_or_default());
             prepared.gifts.extend(ends);
         }

@@ -64,6 +64,7 @@ use crate::host::lender::Lender;
 use crate::host::storage;
 use crate::host::workers::blocking;
 use crate::host::workers::{Errand, Workers};
+use crate::network::OwnNetwork;
 use crate::secret::Vault;
 use async_trait::async_trait;
 use capabilities::{Asked, Capabilities, Host, Prober, default_emulator};
@@ -103,6 +104,7 @@ struct Inner {
     prober: Arc<Prober>,
     ports: Ports,
     claims: Claims,
+    own_network: Option<OwnNetwork>,
     privileges: Privileges,
     /// Who keeps secrets.
     secrets: Arc<Vault>,
@@ -145,6 +147,7 @@ impl QemuDriver {
             workers,
             ports: Ports::default(),
             claims: config.claims.clone(),
+            own_network: config.own_network.clone(),
             offers: Arc::default(),
             privileges,
             secrets: config.secrets.clone(),
@@ -265,7 +268,8 @@ impl QemuDriver {
         // What a machine has none of is not looked for on the host.
         let (mut live, usb, vsock) = if has_none { seek()? } else { blocking(seek).await?? };
         let claims = self.0.claims.clone();
-        let leavings = Leavings { uuid: live.uuid, runtime_dir: launch.runtime_dir.clone(), ledger: None, claims };
+        let (runtime_dir, own_network) = (launch.runtime_dir.clone(), self.0.own_network.clone());
+        let leavings = Leavings { uuid: live.uuid, runtime_dir, ledger: None, claims, own_network };
         let own_dir = leavings.own_dir();
         let mut ports = self.0.ports.reserve();
         let mut free_port = |address: &str, port| ports.take(address, port);
@@ -298,6 +302,7 @@ impl QemuDriver {
             started,
             vsock,
             claims: self.0.claims.clone(),
+            own_network: self.0.own_network.clone(),
             secrets: self.0.secrets.clone(),
             state_dir: caps.site.state_dir.clone(),
             workers: self.0.workers.clone(),
@@ -647,7 +652,7 @@ impl Driver for QemuDriver {
     async fn reconnect(&self, found: Reconnect) -> Result<Option<Reconnected>, DriverError> {
         let (uuid, runtime_dir, claims) = (found.live.uuid, found.runtime_dir.clone(), self.0.claims.clone());
         let ledger = self.0.privileges.ledger().cloned();
-        let leavings = Leavings { uuid, runtime_dir, ledger, claims };
+        let leavings = Leavings { uuid, runtime_dir, ledger, claims, own_network: self.0.own_network.clone() };
         let ends_on_reboot = ends_on_reboot(&found.live);
         find::Search { found, ends_on_reboot, leavings }.run().await
     }
@@ -657,7 +662,7 @@ impl Inner {
     /// Devices and users of the host that `def` needs and that are not there. Blocks.
     fn missing_on_host(&self, def: &DomainDef) -> Vec<Finding> {
         let mut found = hostdev::findings(def, Path::new(SYSFS));
-        found.extend(tap::findings(def, Path::new(SYSFS)));
+        found.extend(tap::findings(def, Path::new(SYSFS), self.own_network.is_some()));
         if let Err(error) = self.privileges.check() {
             found.push(Finding::anywhere(FindingKind::Unsupported, "/", error.to_string()));
         }

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use virt_model::device::balloon::BalloonModel;
 use virt_model::device::disk::DiskKind;
+use virt_model::device::interface::InterfaceKind;
 use virt_model::device::{Disk, Interface};
 use virt_model::domain::DomainDef;
 use virt_model::driver::DriverError;
@@ -42,7 +43,7 @@ pub async fn of_guest(
         StatGroup::Memory => memory(body, def).await.map(GroupStats::Memory),
         StatGroup::Vcpus => vcpus(body, def).await.map(GroupStats::Vcpus),
         StatGroup::Disks => disks(workers, body, def).await.map(GroupStats::Disks),
-        StatGroup::Interfaces => Ok(GroupStats::Interfaces(interfaces(def))),
+        StatGroup::Interfaces => Ok(GroupStats::Interfaces(interfaces(body, def))),
         StatGroup::Iothreads => iothreads(body, def).await.map(GroupStats::Iothreads),
         StatGroup::DirtyRate => dirty_rate(body).await.map(GroupStats::DirtyRate),
     }
@@ -304,10 +305,14 @@ fn traffic(told: &Value, threshold: u64) -> DiskTraffic {
     }
 }
 
-fn interfaces(def: &DomainDef) -> Vec<InterfaceStats> {
+fn interfaces(body: &Body, def: &DomainDef) -> Vec<InterfaceStats> {
     let counted = |card: &Interface| {
         let target = card.target.as_ref().and_then(|target| target.dev.clone());
-        let traffic = target.as_deref().and_then(usage::of_link);
+        let own = body.leavings.own_network.as_ref().filter(|_| card.kind == InterfaceKind::Network);
+        let traffic = target.as_deref().and_then(|name| match own {
+            None => usage::of_link(name),
+            Some(own) => usage::of_tap(name, own.holder()?.identity.pid),
+        });
         InterfaceStats { mac: card.mac(), target, traffic }
     };
     def.devices.interfaces.iter().map(counted).collect()

@@ -1,4 +1,5 @@
-//! Network devices of the host: made by us on the system bus, and by QEMU's own setuid helper for everybody else.
+//! Network devices of the host: made by us on the system bus, and by QEMU's own setuid helper for everybody else. Those of cards
+//! in a network of virtd's are made where that network is.
 //!
 //! QEMU could run the helper itself (`-netdev bridge`), but not behind its seccomp fence: that forbids new processes and
 //! new privileges, and we do not open the fence for it. So the helper is run beforehand; it hands the open device over a
@@ -19,6 +20,8 @@ use crate::host::macvtap::Macvtap;
 use crate::host::tap::TapPlan;
 use crate::host::tool::{Tool, ear};
 use crate::host::workers::blocking;
+use crate::network::OwnNetwork;
+use crate::network::inside::Request;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use tokio::io::AsyncReadExt;
 use virt_model::device::Interface;
@@ -31,11 +34,12 @@ use virt_model::xml::Finding;
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// The bridges and other network devices of the host that a definition names and that are not there. Everybody may know
-/// which there are. Blocks.
-pub fn findings(def: &DomainDef, sysfs: &Path) -> Vec<Finding> {
+/// which there are. `own`: networks are not on the host, but in the user's own network. Blocks.
+pub fn findings(def: &DomainDef, sysfs: &Path, own: bool) -> Vec<Finding> {
     let missing = |card: &Interface| {
         let source = card.source.as_ref()?;
         let (attribute, name) = match card.kind {
+            InterfaceKind::Network if own => return None,
             // Of a network, whoever starts the machine knows the bridge.
             InterfaceKind::Bridge | InterfaceKind::Network => ("bridge", source.bridge.as_deref()?),
             InterfaceKind::Direct => ("dev", source.dev.as_deref()?),
@@ -66,17 +70,19 @@ pub fn findings(def: &DomainDef, sysfs: &Path) -> Vec<Finding> {
 /// Opens what the guest's network card is plugged into; each descriptor with its number in QEMU. It disappears when the last
 /// copies of the descriptors are closed. We make it ourselves where we may; else QEMU's helper does. One that is on a device
 /// of the host's is `made` already, and does not disappear.
-pub async fn open(tap: &Tap, made: Option<&Macvtap>) -> Result<Gifts, DriverError> {
+pub async fn open(tap: &Tap, made: Option<&Macvtap>, own: Option<&OwnNetwork>) -> Result<Gifts, DriverError> {
     let by_helper = !nix::unistd::geteuid().is_root();
+    let own = own.filter(|_| tap.plan.of_network);
     let opened = match (&tap.plan.bridge, made) {
         (_, Some(link)) => open_direct(tap.plan.clone(), link.clone()).await?,
+        (Some(_), None) if own.is_some() => make(tap.plan.clone(), own.cloned()).await?,
         (Some(bridge), None) if by_helper => {
             let helper = bridge_helper();
             let helper =
                 helper.ok_or_else(|| DriverError::Unsupported("qemu-bridge-helper is not installed".to_owned()))?;
             vec![open_with(&helper, bridge).await?]
         }
-        _ => make(tap.plan.clone()).await?,
+        _ => make(tap.plan.clone(), None).await?,
     };
     let mut gifts: Gifts = tap.fds.iter().copied().zip(opened).collect();
     for fd in &tap.vhost_fds {
@@ -97,13 +103,17 @@ async fn open_direct(plan: TapPlan, link: Macvtap) -> Result<Vec<OwnedFd>, Drive
     opened.await?.map_err(|e| DriverError::Hypervisor(format!("{what}: {e}")))
 }
 
-async fn make(plan: TapPlan) -> Result<Vec<OwnedFd>, DriverError> {
+async fn make(plan: TapPlan, own: Option<OwnNetwork>) -> Result<Vec<OwnedFd>, DriverError> {
     let what = match (&plan.bridge, &plan.name) {
         (Some(bridge), _) => format!("on bridge '{bridge}'"),
         (None, Some(name)) => format!("'{name}'"),
         (None, None) => "for the guest".to_owned(),
     };
-    let made = blocking(move || crate::host::tap::open(&plan)).await?;
+    let make = move || match own {
+        None => crate::host::tap::open(&plan).map_err(|e| e.to_string()),
+        Some(own) => own.ask(&Request::Tap(plan)).map(|(_, ends)| ends).map_err(|e| e.to_string()),
+    };
+    let made = blocking(make).await?;
     made.map_err(|e| DriverError::Hypervisor(format!("no network device {what}: {e}")))
 }
 
@@ -170,7 +180,7 @@ mod tests {
         ];
         let cards = cards.concat();
         let text = format!("<domain type='qemu'><name>n</name><memory>1</memory><devices>{cards}</devices></domain>");
-        let found = findings(&DomainDef::parse(&text).unwrap(), sysfs.path());
+        let found = findings(&DomainDef::parse(&text).unwrap(), sysfs.path(), false);
         let told: Vec<String> = found.iter().map(|one| format!("{}: {}", one.path, one.message)).collect();
         let is = |n: usize, attribute: &str, why: &str| {
             let path = format!("/devices/interface[{n}]/source/@{attribute}: ");

@@ -462,7 +462,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         (device("<audio id='1' type='none'><input clientName='x'/></audio>"), "are for type='jack'"),
         (device("<audio id='1' type='none'><input bufferCount='1'/></audio>"), "bufferCount is for"),
         (device("<audio id='1' type='none'><output tryPoll='yes'/></audio>"), "tryPoll is for"),
-        (device("<interface type='user'><vlan><tag id='1'/></vlan></interface>"), "VLANs are for type='bridge'"),
+        (device("<interface type='user'><vlan><tag id='1'/></vlan></interface>"), "VLANs are for type='network'"),
         (device("<interface type='user'><coalesce/></interface>"), "<coalesce> is for"),
         (tagged("", ""), "needs a <tag>"),
         (tagged("", "<tag id='4095'/>"), "VLANs are 1 to 4094"),
@@ -474,7 +474,7 @@ fn machines_that_cannot_be_are_refused_with_the_remedy() {
         ),
         (
             device("<interface type='direct'><source dev='eth0'/><vlan><tag id='1'/></vlan></interface>"),
-            "VLANs are for type='bridge' and 'network' on the system bus and type='hostdev'",
+            "VLANs are for type='network' and 'hostdev', and for 'bridge' on the system bus",
         ),
         (device("<interface type='direct'><source dev='eth0'/><coalesce/></interface>"), "<coalesce> is for"),
         (device("<interface type='direct'/>"), "needs <source dev='…'/>"),

@@ -176,9 +176,29 @@ impl Network {
         tokio::spawn(async move {
             let mut reports = network.driver().watch(network.uuid).await;
             while let Some(report) = reports.recv().await {
+                if report == NetworkReport::Gone {
+                    return network.has_gone().await;
+                }
                 network.heard(report).await;
                 tokio::time::sleep(PACE).await;
             }
+        });
+    }
+
+    /// It went by itself: what is left of it is taken away.
+    async fn has_gone(self: &Arc<Self>) {
+        let Ok(live) = self.live() else { return };
+        let turn = frames::take_turn(&**self, verb::NETWORK_DESTROY.word, &CancellationToken::new()).await;
+        // It may have been destroyed, and started again, while others had the turn.
+        if turn.is_err() || !self.live().is_ok_and(|now| Arc::ptr_eq(&now, &live)) {
+            return;
+        }
+        tracing::warn!(network = self.name, "what it was in has ended, and it with that");
+        if let Err(error) = self.driver().stop(self.uuid).await {
+            tracing::warn!(network = self.name, %error, "what is left of it stays");
+        }
+        self.commit(vec![("stopped", "failed")], |state| {
+            (state.live, state.problems, state.leases) = (None, Vec::new(), Arc::default());
         });
     }
 
@@ -200,6 +220,7 @@ impl Network {
                         return tracing::warn!(network = self.name, %error, "its leases cannot be read");
                     }
                 },
+                NetworkReport::Gone => return,
                 NetworkReport::ServerEnded | NetworkReport::Changed => {
                     let looked = self.driver().problems(&live).await;
                     self.commit(Vec::new(), |state| {

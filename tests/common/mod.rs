@@ -92,6 +92,10 @@ impl Setup {
 pub struct Daemon {
     kind: &'static str,
     own_network: bool,
+    /// Whom virtd runs as, if not as the user that runs the tests.
+    user: Option<User>,
+    /// virtd is run in a folder that shows all that there is, where the kernel gives nobody user namespaces.
+    chroot: Option<PathBuf>,
     keeper: std::process::Child,
     virtd: Option<tokio::process::Child>,
     folder: tempfile::TempDir,
@@ -112,6 +116,30 @@ impl Daemon {
         let mut daemon = Daemon::session_bus()?;
         daemon.start_virtd().await;
         Some(daemon)
+    }
+
+    /// A session bus, and virtd to be run as another user, who has no rights; all in a network namespace of their own, where
+    /// that user may have ends of network devices. Nobody is on it.
+    pub fn session_bus_of(user: User) -> Option<Daemon> {
+        if !root() || !have(&["unshare", "nsenter", "setpriv", "dbus-daemon"]) {
+            return None;
+        }
+        let folder = new_folder();
+        std::fs::write(folder.path().join("users"), users::list()).unwrap();
+        let mut daemon = Daemon::with_bus("session", folder, true)?;
+        std::fs::create_dir(daemon.root()).unwrap();
+        std::os::unix::fs::chown(daemon.root(), Some(user.uid), Some(user.uid)).unwrap();
+        daemon.user = Some(user);
+        Some(daemon)
+    }
+
+    /// From the next start on virtd of [`Daemon::session_bus_of`] can have no user namespaces.
+    pub fn take_user_namespaces(&mut self) {
+        let all = self.folder.path().join("all");
+        std::fs::create_dir(&all).unwrap();
+        let mounted = self.inside("mount").args(["--rbind", "/"]).arg(&all).status().unwrap();
+        assert!(mounted.success(), "{mounted}");
+        self.chroot = Some(all);
     }
 
     /// A system bus with polkitd, nobody on it.
@@ -159,7 +187,7 @@ impl Daemon {
             }
             panic!("no private bus: {text}");
         }
-        Some(Daemon { kind, own_network, keeper, virtd: None, folder, _watchdog: watchdog })
+        Some(Daemon { kind, own_network, user: None, chroot: None, keeper, virtd: None, folder, _watchdog: watchdog })
     }
 
     /// Starts virtd and returns when it has the name, and has looked after every machine that was not whole.
@@ -176,7 +204,22 @@ impl Daemon {
         let log =
             std::fs::File::options().create(true).append(true).open(self.folder.path().join("virtd.log")).unwrap();
         let virtd = std::env::var("VIRTD").unwrap_or_else(|_| env!("CARGO_BIN_EXE_virtd").to_owned());
-        let mut command = self.inside(&virtd);
+        let mut command = match self.user {
+            None => self.inside(&virtd),
+            Some(user) => {
+                let mut command = match &self.chroot {
+                    None => self.inside("setpriv"),
+                    Some(all) => {
+                        let mut command = self.inside("chroot");
+                        command.arg(all).arg("setpriv");
+                        command
+                    }
+                };
+                command.arg(format!("--reuid={}", user.uid)).arg(format!("--regid={}", user.uid));
+                command.args(["--clear-groups", "--inh-caps=-all", "--", &virtd]);
+                command
+            }
+        };
         command.arg(format!("--{}", self.kind)).arg("--root").arg(self.root()).args(arguments);
         command.env("VIRTD_AT_STEP", self.step_plan());
         if self.folder.path().join("journal").exists() {

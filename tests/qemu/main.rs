@@ -21,6 +21,7 @@ mod lifecycle;
 mod media;
 mod missing;
 mod networks;
+mod networks_own;
 mod parts;
 mod plugged;
 mod records;

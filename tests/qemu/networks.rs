@@ -20,7 +20,7 @@ const HOME: &str = "<network><name>home</name><forward mode='nat'/><bridge name=
      <ip address='10.77.0.1' prefix='24'><dhcp><range start='10.77.0.50' end='10.77.0.60'/>\
      <host mac='52:54:00:00:00:12' name='beta' ip='10.77.0.200'/></dhcp></ip></network>";
 
-fn xml(name: &str, mac: &str, peer: &str, serial: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> String {
+pub fn xml(name: &str, mac: &str, peer: &str, serial: &Path, (kernel, initrd): &(PathBuf, PathBuf)) -> String {
     format!(
         "<domain type='qemu'><name>{name}</name><memory unit='MiB'>192</memory><os>\
          <type arch='x86_64' machine='q35'>hvm</type><kernel>{}</kernel><initrd>{}</initrd>\
@@ -36,10 +36,11 @@ fn xml(name: &str, mac: &str, peer: &str, serial: &Path, (kernel, initrd): &(Pat
 }
 
 /// A host that knows nothing of guests, with a server on it.
-struct World(Child);
+pub struct World(Child);
 
 impl World {
-    fn new(daemon: &Daemon) -> World {
+    /// It is at 198.51.100.7, and the daemon at 198.51.100.1.
+    pub fn new(daemon: &Daemon) -> World {
         let pages = daemon.folder().join("pages");
         std::fs::create_dir(&pages).expect("made");
         std::fs::write(pages.join("index.html"), "outside").expect("written");
@@ -65,7 +66,7 @@ impl Drop for World {
     }
 }
 
-fn ip(daemon: &Daemon, arguments: &[&str]) -> String {
+pub fn ip(daemon: &Daemon, arguments: &[&str]) -> String {
     let done = daemon.inside("ip").args(arguments).output().expect("ip");
     assert!(done.status.success(), "ip {arguments:?}: {}", String::from_utf8_lossy(&done.stderr));
     String::from_utf8_lossy(&done.stdout).into_owned()
@@ -84,7 +85,7 @@ async fn is_plugged_in(daemon: &Daemon, domain: &Domain) -> String {
 }
 
 /// The last line in which a guest said what is wanted, of those from `from` on; where it ends.
-async fn says(serial: &Path, from: usize, wanted: impl Fn(&str) -> bool) -> usize {
+pub async fn says(serial: &Path, from: usize, wanted: impl Fn(&str) -> bool) -> usize {
     let text = || std::fs::read_to_string(serial).unwrap_or_default();
     let waited = tokio::time::timeout(PATIENCE, async {
         loop {
@@ -100,7 +101,7 @@ async fn says(serial: &Path, from: usize, wanted: impl Fn(&str) -> bool) -> usiz
 }
 
 /// It has that address, finds the other one by name, and reaches the server.
-fn all_well(address: &'static str, peer: &'static str) -> impl Fn(&str) -> bool {
+pub fn all_well(address: &'static str, peer: &'static str) -> impl Fn(&str) -> bool {
     move |line| {
         let after =
             |key: &str| line.split_once(key).map_or("", |(_, rest)| rest.split_whitespace().next().unwrap_or(""));
@@ -108,12 +109,12 @@ fn all_well(address: &'static str, peer: &'static str) -> impl Fn(&str) -> bool 
     }
 }
 
-async fn call(client: &Client, path: &str, method: &str, force: bool) -> Result<zbus::Message, Refusal> {
+pub async fn call(client: &Client, path: &str, method: &str, force: bool) -> Result<zbus::Message, Refusal> {
     let with = if force { options([("force", Variant::from(true))]) } else { options([]) };
     client.call(path, &format!("org.virt.Network.{method}"), &(with,)).await
 }
 
-async fn leased(domain: &Domain) -> Vec<String> {
+pub async fn leased(domain: &Domain) -> Vec<String> {
     let answer = domain.call("GetInterfaceAddresses", &("lease", options([]))).await.expect("told");
     type Card = (String, String, String, Vec<(String, u32)>);
     let cards: Vec<Card> = answer.body().deserialize().expect("a list");

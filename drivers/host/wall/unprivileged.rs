@@ -83,12 +83,22 @@ fn make(wall: &Wall, (said, mut say): (File, File), work: impl FnOnce(io::Result
 
 /// Everything of its own but mounts, which need its first process.
 fn namespaces(wall: &Wall) -> io::Result<()> {
-    // SAFETY: they have no conditions.
-    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
-    let mut flags = CloneFlags::CLONE_NEWUSER | CloneFlags::CLONE_NEWIPC;
+    let mut flags = CloneFlags::CLONE_NEWIPC;
     flags.set(CloneFlags::CLONE_NEWPID, !wall.no_processes);
     flags.set(CloneFlags::CLONE_NEWNET, !wall.network);
-    unshare(flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
+    with_user(flags)
+}
+
+/// Takes the calling process, which has one thread, into a network of its own and a user namespace whose network that is.
+pub fn own_network() -> io::Result<()> {
+    with_user(CloneFlags::CLONE_NEWNET)
+}
+
+/// Those namespaces, of a user namespace of its own.
+fn with_user(flags: CloneFlags) -> io::Result<()> {
+    // SAFETY: they have no conditions.
+    let (user, group) = unsafe { (libc::geteuid(), libc::getegid()) };
+    unshare(CloneFlags::CLONE_NEWUSER | flags).map_err(|e| explain("namespaces of its own", io::Error::from(e)))?;
     // Whoever is somebody here is the same within; of others there is nobody.
     let write = |file: &str, text: String| {
         let written = File::options().write(true).open(format!("/proc/self/{file}"));

@@ -1,9 +1,12 @@
 //! What passes a guest's network card: shaped at the host's end by the kernel, as at a start.
 
-use crate::host::tap::{Rate, change_limit, change_plug, is_held, limit_of};
+use crate::host::tap::{Rate, TapPlan, change_limit, change_plug, is_held, limit_of};
 use crate::host::workers::blocking;
+use crate::network::OwnNetwork;
+use crate::network::inside::{Answer, Request};
 use crate::qemu::command::tap_plan;
 use crate::qemu::instance::Body;
+use std::io;
 use virt_model::device::Interface;
 use virt_model::device::interface::{self, InterfaceKind};
 use virt_model::domain::DomainDef;
@@ -18,9 +21,10 @@ pub async fn adjust(body: &Body, before: &DomainDef, def: &DomainDef, known: &st
     let (device, direct) = (device_of(body, card).await?, card.kind == InterfaceKind::Direct);
     let changes = DIRECTIONS.map(|to_guest| (to_guest, rate_of(was, to_guest), rate_of(card, to_guest)));
     let changes: Vec<_> = changes.into_iter().filter(|(_, old, new)| old != new).collect();
+    let place = Place::of(body, card);
     blocking(move || {
         // What is on its way to a guest without a bridge comes in at the host's end.
-        let change = |to_guest: bool, rate: Option<Rate>| change_limit(&device, rate, to_guest != direct);
+        let change = |to_guest: bool, rate: Option<Rate>| place.change_limit(&device, rate, to_guest != direct);
         for (done, (to_guest, old, new)) in changes.iter().enumerate() {
             if let Err(error) = change(*to_guest, *new) {
                 let undone =
@@ -42,14 +46,15 @@ pub async fn adjust(body: &Body, before: &DomainDef, def: &DomainDef, known: &st
 pub async fn change_bridge(body: &Body, before: &DomainDef, def: &DomainDef, known: &str) -> Result<(), DriverError> {
     let (card, was) = (card_of(def, known)?, card_of(before, known)?);
     let device = device_of(body, card).await?;
-    if !nix::unistd::geteuid().is_root() {
+    let place = Place::of(body, card);
+    if place.0.is_none() && !nix::unistd::geteuid().is_root() {
         let why = "its host's end was made by QEMU's helper: only virtd on the system bus plugs it into another bridge";
         return Err(DriverError::Unsupported(why.to_owned()));
     }
     let (new, old) = (tap_plan(card, 1), tap_plan(was, 1));
     let plugged = blocking(move || {
-        change_plug(&device, &new).inspect_err(|_| {
-            if let Err(error) = change_plug(&device, &old) {
+        place.change_plug(&device, &new).inspect_err(|_| {
+            if let Err(error) = place.change_plug(&device, &old) {
                 tracing::error!(%error, "'{device}' is in no bridge any more");
             }
         })
@@ -67,7 +72,8 @@ pub async fn look(body: &Body, def: &mut DomainDef, known: &str) -> Result<(), D
         return Ok(());
     }
     let device = device_of(body, card).await?;
-    let held = blocking(move || DIRECTIONS.map(|to_guest| limit_of(&device, to_guest != direct)));
+    let place = Place::of(body, card);
+    let held = blocking(move || DIRECTIONS.map(|to_guest| place.limit_of(&device, to_guest != direct)));
     let held = held.await?.into_iter().collect::<Result<Vec<_>, _>>();
     let held =
         held.map_err(|e| DriverError::Hypervisor(format!("the limits of a network card cannot be read: {e}")))?;
@@ -94,6 +100,37 @@ fn as_said(held: Rate, said: Option<Rate>) -> interface::Rate {
         peak: more(held.peak, said.and_then(|said| said.peak), average),
         burst: more(held.burst, said.and_then(|said| said.burst), average.max(64)),
         ..interface::Rate::default()
+    }
+}
+
+/// Where the host's end of a card is: on the host, or in the user's own network.
+struct Place(Option<OwnNetwork>);
+
+impl Place {
+    fn of(body: &Body, card: &Interface) -> Place {
+        Place(body.leavings.own_network.clone().filter(|_| card.kind == InterfaceKind::Network))
+    }
+
+    fn ask(own: &OwnNetwork, request: &Request) -> io::Result<Answer> {
+        own.ask(request).map(|(answer, _)| answer).map_err(|error| io::Error::other(error.to_string()))
+    }
+
+    fn change_limit(&self, device: &str, rate: Option<Rate>, leaving: bool) -> io::Result<()> {
+        let Some(own) = &self.0 else { return change_limit(device, rate, leaving) };
+        Place::ask(own, &Request::ChangeLimit { device: device.to_owned(), rate, leaving }).map(drop)
+    }
+
+    fn limit_of(&self, device: &str, leaving: bool) -> io::Result<Option<Rate>> {
+        let Some(own) = &self.0 else { return limit_of(device, leaving) };
+        match Place::ask(own, &Request::LimitOf { device: device.to_owned(), leaving })? {
+            Answer::Limit(held) => Ok(held),
+            _ => Err(io::Error::other("another question was answered")),
+        }
+    }
+
+    fn change_plug(&self, device: &str, plan: &TapPlan) -> io::Result<()> {
+        let Some(own) = &self.0 else { return change_plug(device, plan) };
+        Place::ask(own, &Request::ChangePlug { device: device.to_owned(), plan: plan.clone() }).map(drop)
     }
 }
 

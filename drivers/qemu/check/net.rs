@@ -37,8 +37,6 @@ impl Check<'_> {
             InterfaceKind::Network => {
                 let named = interface.source.as_ref().is_some_and(|source| source.network.is_some());
                 self.refuse_if(!named, place, "type='network' needs <source network='…'/>");
-                let ours = self.caps.site.makes_taps;
-                self.refuse_if(!ours, place, "type='network' needs root: use the system bus, or type='user'");
             }
             InterfaceKind::Bridge => {
                 self.refuse_if(interface.bridge().is_none(), place, "type='bridge' needs <source bridge='…'/>");
@@ -267,9 +265,9 @@ impl Check<'_> {
                 "there is no /dev/vhost-net (load the module vhost_net), or use name='qemu'",
             );
             let by_switch = interface.kind == InterfaceKind::VhostUser;
-            let many = queues && !(virtio && (by_switch || taps && self.caps.site.makes_taps));
-            let how = "several queues are for virtio cards of type='vhostuser', and on the system bus on a bridge, of \
-                       type='direct' or 'ethernet'";
+            let many = queues && !(virtio && (by_switch || taps && self.is_ours(interface)));
+            let how = "several queues are for virtio cards of type='vhostuser' or 'network', and on the system bus on a \
+                       bridge, of type='direct' or 'ethernet'";
             self.refuse_if(many, &driver.at.attribute("queues"), how);
             let few = driver.queues.is_some_and(|n| n == 0 || n > MOST_QUEUES);
             self.refuse_if(few, &driver.at.attribute("queues"), "there are 1 to 16 queues");
@@ -279,10 +277,15 @@ impl Check<'_> {
         self.refuse_if(told && !virtio, &place.child("mtu"), "only virtio cards are told their MTU");
     }
 
+    /// Whether virtd makes the host's end itself: in a network of its own it does, whoever it is.
+    fn is_ours(&self, interface: &Interface) -> bool {
+        self.caps.site.makes_taps || interface.kind == InterfaceKind::Network
+    }
+
     /// What is said of the host's end.
     fn host_side(&mut self, interface: &Interface, host_device: bool) {
         let place = &interface.at;
-        let ours = host_device && self.caps.site.makes_taps;
+        let ours = host_device && self.is_ours(interface);
         if let Some(target) = interface.target.as_ref() {
             let name = target.dev.as_deref().unwrap_or_default();
             let chosen = !name.is_empty() && !name.starts_with("vnet") && !name.starts_with("tap");
@@ -302,7 +305,7 @@ impl Check<'_> {
         }
         if let Some(limits) = &interface.bandwidth {
             let how =
-                "bandwidth is limited of devices on the system bus: type='bridge', 'network', 'direct' and 'ethernet'";
+                "bandwidth is limited of type='network', and on the system bus of 'bridge', 'direct' and 'ethernet'";
             self.refuse_if(!ours, &limits.at, how);
             for rate in [&limits.inbound, &limits.outbound].into_iter().flatten() {
                 self.refuse_if(rate.average.is_none_or(|n| n == 0), &rate.at, "a limit needs an average above 0");
@@ -312,7 +315,7 @@ impl Check<'_> {
         self.refuse_if(
             interface.is_isolated() && !fits,
             &place.child("port"),
-            "isolated ports are for type='bridge' and 'network' on the system bus",
+            "isolated ports are for type='network', and for 'bridge' on the system bus",
         );
         let fits = ours && interface.target.as_ref().is_none_or(|target| target.managed != Some(false));
         if let Some(vlan) = &interface.vlan {
@@ -322,7 +325,7 @@ impl Check<'_> {
             self.refuse_if(
                 !fits || interface.kind == InterfaceKind::Direct,
                 &coalesce.at,
-                "<coalesce> is for type='bridge' and type='ethernet' on the system bus",
+                "<coalesce> is for type='network', and for 'bridge' and 'ethernet' on the system bus",
             );
         }
         let buffer = interface.tune.is_some() && !host_device;
@@ -335,7 +338,7 @@ impl Check<'_> {
         self.refuse_if(
             !fits,
             &vlan.at,
-            "VLANs are for type='bridge' and 'network' on the system bus and type='hostdev': plug the host's device into one",
+            "VLANs are for type='network' and 'hostdev', and for 'bridge' on the system bus: plug the host's device into one",
         );
         self.refuse_if(vlan.tags.is_empty(), &vlan.at, "<vlan> needs a <tag>");
         let several = vlan.trunk == Some(false) && vlan.tags.len() > 1;

@@ -192,6 +192,7 @@ pub fn tap_plan(interface: &Interface, queues: usize) -> TapPlan {
         queues,
         mtu: interface.mtu.as_ref().map(|mtu| mtu.size),
         direct: direct(interface),
+        of_network: interface.kind == InterfaceKind::Network,
         existing: target.is_some_and(|target| target.managed == Some(false)),
         isolated: interface.is_isolated(),
         vlans: interface.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default(),

@@ -106,7 +106,7 @@ impl QemuDriver {
                     gifts.extend(self.start_beside(body, def, companion, &lent).await?);
                 }
                 for plan in &taps {
-                    let opened = tap::open(plan, None).await?;
+                    let opened = tap::open(plan, None, self.0.own_network.as_ref()).await?;
                     link = link.take().or_else(|| opened.iter().find_map(|(_, fd)| name_of(fd)));
                     gifts.extend(opened);
                 }

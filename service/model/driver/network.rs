@@ -75,6 +75,8 @@ pub enum NetworkReport {
     ServerEnded,
     /// It was changed: what is known of it may be otherwise now.
     Changed,
+    /// What it was in has ended, and it with that: it is to be stopped. Nothing more is reported of it.
+    Gone,
 }
 
 /// An address that somebody has.

@@ -235,6 +235,13 @@ Of the modes, `nat`, `route`, `open`, none (isolated) and `bridge` with a `<brid
 `bridge` without one, and `hostdev` are refused by `Start`. A network of mode `nat` without `<ip>` gets one at its first start:
 the first free /24 from 192.168.122.0, which is stored.
 
+On a session bus, without root, `nat` and none (isolated) act: bridge, rules and dnsmasq are in a user namespace and a network namespace
+of the user's own, one of each for all of their networks, which the host does not see. What leaves a `nat` network goes out by pasta
+(package `passt`), with the user's rights and the host's address; the host itself is not reached by the gateway's address, and nothing comes in from outside. pasta
+takes addresses and routes of the host's device that has the default route, so that `<forward dev=>` can name that one alone; without such a route a
+`nat` network does not start. Names are asked of the host's resolver. Every other mode, and all of them where there are no user namespaces for users, or no
+`/dev/net/tun` that they may open, is refused by `Start`, which points to `<interface type='user'>`.
+
 What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
 document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are
 told it.
