@@ -180,6 +180,18 @@ async fn until(watch: &mut Watch, member: &str, ends: &str) {
     }
 }
 
+/// Defines the pool that the package ships as the package does, but for its folder: its path on the bus, and that folder.
+fn ships_default(daemon: &Daemon) -> (String, PathBuf) {
+    let (uuid, folder) = ("8f6e1a1e-2c4f-4b6b-9d5c-000000000001", daemon.folder().join("shipped"));
+    fs::create_dir(&folder).expect("a folder");
+    let shipped = include_str!("../../data/pools/default.xml").replace("@UUID@", uuid);
+    let shipped = shipped.replace("/var/lib/virt-images", &folder.display().to_string());
+    let pools = daemon.root().join("var/lib/virt/pools");
+    fs::write(pools.join(format!("{uuid}.xml")), shipped).expect("written");
+    fs::write(pools.join(format!("{uuid}.json")), "{\"owner\":0,\"autostart\":true}").expect("written");
+    (format!("/org/virt/pool/_{}", uuid.replace('-', "_")), folder)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_is_defined_started_and_found_again() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
@@ -223,9 +235,13 @@ async fn a_pool_is_defined_started_and_found_again() {
         .await
         .expect("set");
     daemon.kill_virtd().await;
+    let shipped = ships_default(&daemon);
     daemon.start_virtd().await;
     let client = Client { connection: daemon.connect().await };
     let pool = Pool { client: client.clone(), ..pool };
+    let default = Pool { client: client.clone(), path: shipped.0, folder: shipped.1 };
+    default.run("Start", options([])).await.expect("started");
+    assert!(default.get::<String>("Name").await == "default" && default.get::<bool>("Autostart").await);
     assert!(pool.get::<bool>("Autostart").await);
     let mut watch = client.watch().await;
     while pool.get::<String>("State").await != "running" {
