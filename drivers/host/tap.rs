@@ -239,17 +239,16 @@ fn join_vlans(name: &str, bridge: &str, vlans: &[VlanPlan]) -> io::Result<()> {
     // By no file below /sys: that shows the host's network, and these may be in another.
     let told: serde_json::Value =
         serde_json::from_slice(&output("ip", &["-json", "-details", "link", "show", "dev", bridge])?)?;
-    let (sees, had) =
-        (&told[0]["linkinfo"]["info_data"]["vlan_filtering"], &told[0]["linkinfo"]["info_data"]["vlan_default_pvid"]);
-    match sees.as_u64() {
-        Some(1) => {}
-        Some(_) => {
-            let how = format!("ip link set {bridge} type bridge vlan_filtering 1");
-            return Err(io::Error::other(format!("the bridge '{bridge}' does not look at VLAN tags: {how}")));
-        }
-        None => return Err(io::Error::other("bridges of this host's kernel know no VLANs")),
+    let bridge_is = &told[0]["linkinfo"]["info_data"];
+    // A kernel that knows no VLANs says that the bridge does not look at them, and nothing of which one its ports are in.
+    let Some(had) = bridge_is["vlan_default_pvid"].as_u64() else {
+        return Err(io::Error::other("bridges of this host's kernel know no VLANs"));
+    };
+    if bridge_is["vlan_filtering"].as_u64() != Some(1) {
+        let how = format!("ip link set {bridge} type bridge vlan_filtering 1");
+        return Err(io::Error::other(format!("the bridge '{bridge}' does not look at VLAN tags: {how}")));
     }
-    if let Some(had @ 1..) = had.as_u64() {
+    if had != 0 {
         run("bridge", &["vlan", "del", "dev", name, "vid", &had.to_string()])?;
     }
     for vlan in vlans {
