@@ -197,9 +197,9 @@ async fn a_pool_of_which_nothing_is_stored_ends_when_it_is_stopped() {
     let client = Client { connection: daemon.connect().await };
     let folder = daemon.folder().join("brief");
     let create = async |client: &Client, folder: &Path, options: Options<'_>| {
-        let reply =
-            client.call("/org/virt", &format!("{STORAGE}.CreateStoragePool"), &(document("brief", folder), options));
-        let made: (OwnedObjectPath, OwnedObjectPath) = reply.await?.body().deserialize().expect("oo");
+        let (member, body) = (format!("{STORAGE}.CreateStoragePool"), (document("brief", folder), options));
+        let reply = client.call("/org/virt", &member, &body).await;
+        let made: (OwnedObjectPath, OwnedObjectPath) = reply?.body().deserialize().expect("oo");
         Ok::<_, Refusal>(Pool { client: client.clone(), path: made.0.to_string(), folder: folder.to_owned() })
     };
     let refused = create(&client, &folder, options([])).await.map(|_| ()).expect_err("there is no folder");
