@@ -34,6 +34,7 @@ install: build
 	    $(DESTDIR)$(LIBDIR)/systemd/system/virtd.service \
 	    $(DESTDIR)$(LIBDIR)/systemd/user/virtd.service
 	$(PUT) data/networks/default.xml $(DESTDIR)$(DATADIR)/virtd/networks/default.xml
+	$(PUT) data/pools/default.xml $(DESTDIR)$(DATADIR)/virtd/pools/default.xml
 	$(PUT) data/sysusers.conf $(DESTDIR)$(LIBDIR)/sysusers.d/virtd.conf
 	$(PUT) data/tmpfiles.conf $(DESTDIR)$(LIBDIR)/tmpfiles.d/virtd.conf
 	$(PUT) polkit/org.virt.policy $(DESTDIR)$(DATADIR)/polkit-1/actions/org.virt.policy

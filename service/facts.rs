@@ -207,6 +207,8 @@ pub struct PoolFacts {
     pub state: &'static str,
     /// It is not inactive.
     pub active: bool,
+    /// It is stored.
+    pub persistent: bool,
     /// Starts with the host.
     pub autostart: bool,
     /// What is stored is not what runs.

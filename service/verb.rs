@@ -301,6 +301,7 @@ verbs! {
     /// `org.virt.Manager.Storage`
     MANAGER_STORAGE {
         DEFINE_POOL = "DefineStoragePool", Some(StorageDefine), Always, "define";
+        CREATE_POOL = "CreateStoragePool", Some(StorageDefine), Always, "create";
         GET_POOL = "GetStoragePool", None, Always, "get";
         GET_POOL_BY_NAME = "GetStoragePoolByName", None, Always, "get";
         LIST_POOLS = "ListStoragePools", None, Always, "list pools";
@@ -327,7 +328,7 @@ verbs! {
         UNDEFINE_POOL = "Undefine", Some(StorageDelete), Inactive, "undefine";
         CHECK_UNDEFINE_POOL = "CheckUndefine", Some(StorageRead), Always, "check undefining";
         POOL_CAN = "Can", None, Always, "can";
-        POOL_AUTOSTART = "Autostart", Some(StorageDefine), Always, "set autostart";
+        POOL_AUTOSTART = "Autostart", Some(StorageDefine), Persistent, "set autostart";
     }
 
     /// `org.virt.StorageVolume`

@@ -28,7 +28,7 @@ properties! {
         "Type" = Str(f.kind);
         "State" = Str(f.state);
         "Active" = Bool(f.active);
-        "Persistent" = Bool(true);
+        "Persistent" = Bool(f.persistent);
         "Autostart" = Bool(f.autostart);
         "ConfigChanged" = Bool(f.config_changed);
         "Owner" = U32(f.owner);
@@ -103,14 +103,19 @@ pub fn path(pool: &Pool) -> Result<ObjectPath<'static>, Error> {
 
 async fn start(found: Found, call: Call) -> Outcome {
     let mut options = call.options()?;
-    let start = StartPool {
-        build: options.flag("build")?,
-        overwrite: options.flag("overwrite")?,
-        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
-    };
+    let start = start_options(&mut options)?;
     let no_wait = no_wait(options)?;
     let ticket = found.pool.start(call.caller(), start).await?;
     call.reply(&finish(ticket, no_wait).await?)
+}
+
+/// How a pool is to be started.
+pub fn start_options(options: &mut Options) -> Result<StartPool, Error> {
+    Ok(StartPool {
+        build: options.flag("build")?,
+        overwrite: options.flag("overwrite")?,
+        cancel_on_disconnect: options.flag("cancel-on-disconnect")?,
+    })
 }
 
 async fn refresh(found: Found, call: Call) -> Outcome {

@@ -1,6 +1,7 @@
 //! `org.virt.Manager.Storage`: pools are defined, found and listed.
 
-use super::pool::path;
+use super::job::{finish, no_wait};
+use super::pool::{path, start_options};
 use super::volume::path as volume_path;
 use super::{Members, manager, paths, properties};
 use crate::bus::call::{self, Call, Options, Outcome};
@@ -42,6 +43,7 @@ pub fn properties_of(abilities: &[PoolAbility]) -> Row {
 pub fn offer(service: &Arc<Service>) -> Offer {
     Members::new(service, |service, _| Ok(service.clone()))
         .method(&verb::DEFINE_POOL, define)
+        .method(&verb::CREATE_POOL, create)
         .method(&verb::GET_POOL, get)
         .method(&verb::GET_POOL_BY_NAME, get_by_name)
         .method(&verb::LIST_POOLS, list)
@@ -57,6 +59,18 @@ async fn define(service: Arc<Service>, call: Call) -> Outcome {
     let (xml, options): (&str, Options) = call::read(&body)?;
     options.end()?;
     call.reply(&path(&*service.define_pool(call.caller(), xml).await?)?)
+}
+
+async fn create(service: Arc<Service>, call: Call) -> Outcome {
+    let (made, no_wait) = {
+        let body = call.body();
+        let (xml, mut options): (&str, Options) = call::read(&body)?;
+        let start = start_options(&mut options)?;
+        let no_wait = no_wait(options)?;
+        (service.create_pool(call.caller(), xml, start).await?, no_wait)
+    };
+    let (pool, ticket) = made;
+    call.reply(&(path(&pool)?, finish(ticket, no_wait).await?))
 }
 
 async fn get(service: Arc<Service>, call: Call) -> Outcome {
@@ -83,12 +97,11 @@ async fn list(_: Arc<Service>, call: Call) -> Outcome {
             Facts::Other(ObjectFacts::Pool(facts)) => Some((object, facts)),
             _ => None,
         });
-        // All of them are stored.
         let wanted = pools.filter(|(_, facts)| active.is_none_or(|active| facts.active == active));
-        let wanted = wanted.filter(|_| persistent != Some(false));
+        let wanted = wanted.filter(|(_, facts)| persistent.is_none_or(|persistent| facts.persistent == persistent));
         let entries = wanted.filter_map(|(object, facts)| {
             let path = paths::argument(object.path.to_string()).ok()?;
-            Some((path, facts.name.clone(), facts.uuid.to_string(), facts.state, true))
+            Some((path, facts.name.clone(), facts.uuid.to_string(), facts.state, facts.persistent))
         });
         entries.collect::<Vec<Entry>>()
     })

@@ -71,19 +71,26 @@ impl Domain {
             let (live, stored) = self.affected(&verb::ATTACH_DEVICE, affect)?;
             let wanted = live.as_ref().map(|live| with_device(live, &device)).transpose()?;
             let _coming = wanted.as_ref().map(|wanted| self.awaits(wanted));
-            let placed = match live.as_ref().zip(wanted) {
-                Some((live, wanted)) => Some(self.place(live, wanted, &device, image.as_ref()).await?),
-                None => None,
-            };
-            let stored = match stored {
-                Some(def) => Some(self.stored_with(&def, &device, placed.as_ref()).await?),
-                None => None,
-            };
-            let (Some(before), Some(placed)) = (live, placed) else {
+            let Some((before, wanted)) = live.zip(wanted) else {
+                let stored = self.stored_with(stored.as_deref(), &device, None).await?;
                 self.put_configurations(None, stored, Update::Whole).await?;
                 return Ok(alias_of(&device).unwrap_or_default().to_owned());
             };
+            let placed = self.place(&before, wanted, &device, image.as_ref()).await?;
             let (alias, _begins) = (placed.alias.clone(), placed.begins.clone());
+            fail_point::reached();
+            // What is to be stored is made ready while the record comes to disk.
+            let stored = self.stored_with(stored.as_deref(), &device, Some(&placed));
+            let (kept, stored) = tokio::join!(self.keep_live(&placed.def), stored);
+            kept?;
+            let stored = match stored {
+                Ok(stored) => stored,
+                Err(error) => {
+                    self.is_not_plugged(&alias, self.keep_live(&before).await);
+                    return Err(error);
+                }
+            };
+            fail_point::reached();
             let live = self.plug(&before, placed, image).await?;
             fail_point::reached();
             if let Err(error) = self.put_configurations(Some(live.clone()), stored, Update::Whole).await {
@@ -126,21 +133,27 @@ impl Domain {
         Ok(Placed { def, alias, begins: Arc::new(begins) })
     }
 
-    /// The stored configuration with that device; where it is plugged in, too, it is the same one.
-    async fn stored_with(&self, def: &DomainDef, device: &Element, placed: Option<&Placed>) -> Result<Arc<DomainDef>> {
+    /// The stored configuration, where it is meant, with that device; where it is plugged in, too, it is the same one.
+    async fn stored_with(
+        &self,
+        def: Option<&DomainDef>,
+        device: &Element,
+        placed: Option<&Placed>,
+    ) -> Result<Option<Arc<DomainDef>>> {
+        let Some(def) = def else { return Ok(None) };
         let there = placed.and_then(|placed| placed.def.device_at(&placed.def.spot_of(&placed.alias)?, Form::LIVE));
         let mut same = device.clone();
         let kept = |part: &&Element| ["mac", "address"].contains(&&*part.name) && device.child(&part.name).is_none();
         there.iter().flat_map(Element::elements).filter(kept).for_each(|part| same.push(part.clone()));
-        match self.completed_with(def, &same).await {
-            Ok(def) => Ok(Arc::new(def)),
+        let completed = match self.completed_with(def, &same).await {
             // What is stored may have something else in that place.
             Err(_) if same.child("address").is_some() && device.child("address").is_none() => {
                 same.take_child("address");
-                self.completed_with(def, &same).await.map(Arc::new)
+                self.completed_with(def, &same).await
             }
-            Err(error) => Err(error),
-        }
+            completed => completed,
+        };
+        completed.map(|def| Some(Arc::new(def)))
     }
 
     async fn completed_with(&self, def: &DomainDef, device: &Element) -> Result<DomainDef> {
@@ -152,7 +165,14 @@ impl Domain {
         if found.is_empty() { Ok(def) } else { Err(Error::ConfigInvalid(found)) }
     }
 
-    /// Plugs it in; gives what runs then. On failure what runs is as before, with what of it could not be taken back.
+    /// Says so where the record still names a device that the guest was not given.
+    fn is_not_plugged(&self, alias: &str, kept: Result<()>) {
+        if let Err(error) = kept {
+            tracing::warn!(uuid = %self.uuid, "{error}; after a restart of virtd '{alias}' is told as gone");
+        }
+    }
+
+    /// Plugs it in, which is in the record; gives what runs then. On failure what runs is as before, with what of it could not be taken back.
     async fn plug(
         self: &Arc<Self>,
         before: &Arc<DomainDef>,
@@ -161,19 +181,14 @@ impl Domain {
     ) -> Result<Arc<DomainDef>> {
         let Placed { mut def, alias, .. } = placed;
         let guest = self.guest()?;
-        fail_point::reached();
-        self.keep_live(&def).await?;
-        fail_point::reached();
         let live = Arc::make_mut(&mut def);
         let device = Attachment { before, alias: &alias, image: image.as_ref() };
         match self.driver.attach_device(guest.instance.as_ref(), live, device).await {
             Ok(()) => Ok(def),
             Err(error) => {
                 // Whether a hypervisor that does not answer has it is found out when it answers another virtd.
-                if !matches!(error, DriverError::TimedOut(_))
-                    && let Err(e) = self.keep_what_stays(&guest, before, def).await
-                {
-                    tracing::warn!(uuid = %self.uuid, "{e}; after a restart of virtd '{alias}' is told as gone");
+                if !matches!(error, DriverError::TimedOut(_)) {
+                    self.is_not_plugged(&alias, self.keep_what_stays(&guest, before, def).await);
                 }
                 Err(self.driver_failed(&format!("plug '{alias}' into"), error))
             }

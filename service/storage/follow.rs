@@ -30,7 +30,8 @@ impl Pool {
             }
             self.opens(def.clone(), work).await?;
             let (shared, uuid, text) = (self.shared.clone(), self.uuid, def.write());
-            on_disk(move || shared.store.active_pools().save(uuid, &text, &Note::default())).await
+            let note = Note { owner: self.owner, autostart: false };
+            on_disk(move || shared.store.active_pools().save(uuid, &text, &note)).await
         };
         let started = started.await;
         fail_point::reached();

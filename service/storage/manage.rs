@@ -10,10 +10,12 @@ use crate::error::{Error, Result};
 use crate::fail_point;
 use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable as _};
+use crate::job::Ticket;
 use crate::log;
 use crate::registry::{Claimed, check_new_name};
 use crate::shared::Shared;
 use crate::store::{Folder, FoundDocument, on_disk};
+use crate::verb::Verb;
 use crate::{Service, verb};
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -84,6 +86,33 @@ impl Service {
     }
 
     async fn define_pool_inner(&self, caller: &Caller, xml: &str) -> Result<Arc<Pool>> {
+        let AcceptedPool { def, text, existing } = self.accept_pool(caller, xml, &[&verb::DEFINE_POOL]).await?;
+        if let Some(pool) = existing {
+            pool.redefine(def, text).await?;
+            return Ok(pool);
+        }
+        let (uuid, name) = (def.uuid, def.name.clone());
+        let made = store_new(&self.shared, &self.pools, def, text, caller.uid).await;
+        made.inspect_err(|_| self.pools.registry.remove(uuid, &name, caller.uid))
+    }
+
+    /// Starts a pool of which nothing is stored, or an inactive one that is stored with this document. The ticket answers when it is
+    /// started; one that does not come up is as before, or gone.
+    pub async fn create_pool(&self, caller: &Caller, xml: &str, options: StartPool) -> Result<(Arc<Pool>, Ticket)> {
+        let begun = Instant::now();
+        let accepted = self.accept_pool(caller, xml, &[&verb::CREATE_POOL, &verb::POOL_START]).await;
+        let refused = |error: &Error| log::refused(caller, &verb::CREATE_POOL, begun, error);
+        let AcceptedPool { def, existing, .. } = accepted.inspect_err(refused)?;
+        let pool = existing.unwrap_or_else(|| {
+            let note = Note { owner: caller.uid, autostart: false };
+            enter(&self.shared, &self.pools, Known { persistent: false, ..Known::of(def.clone(), note) })
+        });
+        let ticket = pool.create(caller, def, options).await?;
+        Ok((pool, ticket))
+    }
+
+    /// Reads a document, asks whether its caller may do all of that, and claims its name and uuid for it.
+    async fn accept_pool(&self, caller: &Caller, xml: &str, verbs: &[&'static Verb]) -> Result<AcceptedPool> {
         let seat = self.shared.desk.seat(caller.uid, &[xml]).await;
         let def = seat.read(xml, PoolDef::parse).await.map_err(Error::ConfigInvalid)?;
         let (registry, uuid, name) = (&self.pools.registry, def.uuid, def.name.clone());
@@ -92,20 +121,18 @@ impl Service {
             check_new_name("pool", &name)?;
         }
         let about = existing.as_ref().map_or_else(|| subject(&name, uuid), |pool| pool.subject());
-        self.allow(caller, &verb::DEFINE_POOL, &about).await?;
+        for verb in verbs {
+            self.allow(caller, verb, &about).await?;
+        }
         let text = def.write_readable(Limits::STORED).map_err(Error::InvalidArgument)?;
         match registry.claim(uuid, &name, caller.uid, self.shared.limits.others_per_user)? {
             Claimed::Existing(pool) if existing.as_ref().is_some_and(|known| Arc::ptr_eq(known, &pool)) => {
-                pool.redefine(def, text).await?;
-                Ok(pool)
+                Ok(AcceptedPool { def, text, existing })
             }
             Claimed::Existing(_) => {
                 Err(Error::PoolExists(format!("pool '{name}' was defined by another call meanwhile; try again")))
             }
-            Claimed::New if existing.is_none() => {
-                let made = create(&self.shared, &self.pools, def, text, caller.uid).await;
-                made.inspect_err(|_| registry.remove(uuid, &name, caller.uid))
-            }
+            Claimed::New if existing.is_none() => Ok(AcceptedPool { def, text, existing }),
             Claimed::New => {
                 registry.remove(uuid, &name, caller.uid);
                 let text = format!("pool '{name}' was removed by another call meanwhile; try again");
@@ -115,13 +142,22 @@ impl Service {
     }
 }
 
+/// A document whose name and uuid are claimed.
+struct AcceptedPool {
+    def: PoolDef,
+    /// It as it is stored.
+    text: String,
+    /// The pool that it is of, if there is one.
+    existing: Option<Arc<Pool>>,
+}
+
 impl Pool {
     /// Takes another document. Permission has been asked.
     async fn redefine(self: &Arc<Self>, def: PoolDef, text: String) -> Result<()> {
         let _turn = frames::take_turn(&**self, verb::DEFINE_POOL.word, &CancellationToken::new()).await?;
-        let (autostart, was_broken) = {
+        let (autostart, was_broken, was_persistent) = {
             let state = super::lock(&self.state);
-            (state.autostart, state.broken.is_some())
+            (state.autostart, state.broken.is_some(), state.persistent)
         };
         let (shared, uuid, note) = (self.shared.clone(), self.uuid, Note { owner: self.owner, autostart });
         let noted = on_disk(move || {
@@ -134,8 +170,9 @@ impl Pool {
         })
         .await?;
         fail_point::reached();
-        self.commit(vec![("defined", "updated")], |state| {
-            (state.def, state.broken) = (Arc::new(def), None);
+        let how = if was_persistent { "updated" } else { "added" };
+        self.commit(vec![("defined", how)], |state| {
+            (state.def, state.broken, state.persistent) = (Arc::new(def), None, true);
             noted.into_iter().for_each(|noted| state.noted = noted.into_iter().collect());
         });
         self.tell_needs();
@@ -143,28 +180,46 @@ impl Pool {
     }
 }
 
-/// A new pool, whose name and uuid are claimed.
-async fn create(shared: &Arc<Shared>, pools: &Arc<Pools>, def: PoolDef, text: String, owner: u32) -> Result<Arc<Pool>> {
+/// A new pool that is stored, whose name and uuid are claimed.
+async fn store_new(
+    shared: &Arc<Shared>,
+    pools: &Arc<Pools>,
+    def: PoolDef,
+    text: String,
+    owner: u32,
+) -> Result<Arc<Pool>> {
     let (on, uuid, note) = (shared.clone(), def.uuid, Note { owner, autostart: false });
-    on_disk(move || on.store.documents(Folder::Pools).save(uuid, &text, &note)).await?;
+    let stored = note.clone();
+    on_disk(move || on.store.documents(Folder::Pools).save(uuid, &text, &stored)).await?;
     fail_point::reached();
-    let pool = enter(shared, pools, def, None, Note { owner, autostart: false }, Vec::new());
+    let pool = enter(shared, pools, Known::of(def, note));
     pool.commit(vec![("defined", "added")], |_| {});
     Ok(pool)
 }
 
-/// Registers a pool.
-fn enter(
-    shared: &Arc<Shared>,
-    pools: &Arc<Pools>,
+/// What is known of a pool at first.
+struct Known {
     def: PoolDef,
+    persistent: bool,
     broken: Option<String>,
     note: Note,
     noted: Vec<(FileId, Noted)>,
-) -> Arc<Pool> {
+}
+
+impl Known {
+    /// Of one that is stored, and of whose volumes nothing is noted.
+    fn of(def: PoolDef, note: Note) -> Known {
+        Known { def, persistent: true, broken: None, note, noted: Vec::new() }
+    }
+}
+
+/// Registers a pool.
+fn enter(shared: &Arc<Shared>, pools: &Arc<Pools>, known: Known) -> Arc<Pool> {
+    let Known { def, persistent, broken, note, noted } = known;
     let (uuid, name) = (def.uuid, def.name.clone());
     let state = State {
         def: Arc::new(def),
+        persistent,
         live: None,
         broken,
         autostart: note.autostart,
@@ -204,7 +259,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
     let found = on_disk(move || on.store.documents(Folder::Pools).load::<Note>()).await?;
     let on = shared.clone();
     let active = on_disk(move || on.store.active_pools().load::<Note>()).await?.into_iter();
-    let mut active: HashMap<Uuid, _> = active.map(|found| (found.uuid, found.text)).collect();
+    let mut active: HashMap<Uuid, _> = active.map(|found| (found.uuid, found)).collect();
     for FoundDocument { uuid, text, note } in found {
         let read = text.and_then(|text| {
             PoolDef::parse_within(&text, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))
@@ -235,14 +290,18 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
         // Without what is noted a guest's disk would be what the guest says that it is.
         let opens = active.remove(&uuid).filter(|_| broken.is_none());
         pools.registry.claim(uuid, &def.name, note.owner, usize::MAX)?;
-        let pool = enter(shared, pools, def, broken, note, noted);
+        let pool = enter(shared, pools, Known { def, persistent: true, broken, note, noted });
         pool.commit(Vec::new(), |_| {});
         pool.tell_needs();
-        if let Some(text) = opens {
-            let def = pool.active_as(text);
-            // Who starts a machine meanwhile waits for it.
-            pool.commit(Vec::new(), |state| state.phase = Phase::Starting);
-            tokio::spawn(async move { pool.opens_again(def).await });
+        if let Some(found) = opens {
+            let def = pool.active_as(found.text);
+            pool.begins_again(def);
+        }
+    }
+    for found in active.into_values() {
+        let uuid = found.uuid;
+        if let Err(why) = load_transient(shared, pools, found).await {
+            tracing::error!(%uuid, "a pool of which nothing is stored is not there any more: {why}");
         }
     }
     listen(shared, pools);
@@ -250,7 +309,36 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
     Ok(())
 }
 
+/// A pool that is active, and of which nothing is stored.
+async fn load_transient(
+    shared: &Arc<Shared>,
+    pools: &Arc<Pools>,
+    FoundDocument { uuid, text, note }: FoundDocument<Note>,
+) -> std::result::Result<(), String> {
+    let def =
+        PoolDef::parse_within(&text?, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))?;
+    if def.uuid != uuid {
+        return Err(format!("its file holds the pool {}", def.uuid));
+    }
+    let on = shared.clone();
+    // Without what is noted a guest's disk would be what the guest says that it is.
+    let noted = on_disk(move || on.store.documents(Folder::Pools).load_beside(uuid, NOTED)).await;
+    let noted = noted.map_err(|e| e.to_string())?;
+    pools.registry.claim(uuid, &def.name, note.owner, usize::MAX).map_err(|e| e.to_string())?;
+    let (def, running) = (def.clone(), Arc::new(def));
+    let pool = enter(shared, pools, Known { persistent: false, noted, ..Known::of(def, note) });
+    pool.tell_needs();
+    pool.begins_again(running);
+    Ok(())
+}
+
 impl Pool {
+    /// It is opened in the background, as it was when virtd was last here. Who starts a machine meanwhile waits for it.
+    fn begins_again(self: Arc<Self>, def: Arc<PoolDef>) {
+        self.commit(Vec::new(), |state| state.phase = Phase::Starting);
+        tokio::spawn(async move { self.opens_again(def).await });
+    }
+
     /// With which definition it was active, by what was written of that.
     fn active_as(&self, text: std::result::Result<String, String>) -> Arc<PoolDef> {
         let stored = super::lock(&self.state).def.clone();
@@ -276,6 +364,11 @@ impl Pool {
         };
         if let Err(error) = self.bring_up(def, StartPool::default(), &OwnWork(cancel)).await {
             tracing::error!(uuid = %self.uuid, %error, "a pool that was active is not any more");
+            if !super::lock(&self.state).persistent
+                && let Err(error) = on_disk(move || self.forget_active()).await
+            {
+                tracing::warn!("{error}");
+            }
         }
     }
 }

@@ -75,8 +75,10 @@ pub struct Pool {
 }
 
 struct State {
-    /// What is stored.
+    /// What is stored, or what it was created with.
     def: Arc<PoolDef>,
+    /// It is stored; else it is there as long as it is active.
+    persistent: bool,
     /// What it runs with.
     live: Option<Arc<PoolDef>>,
     /// Why its document cannot be used: `def` then only stands for it.
@@ -193,7 +195,10 @@ impl Changeable for Pool {
     }
 
     fn applies(&self, verb: &Verb) -> Result<()> {
-        let phase = lock(&self.state).phase;
+        let (phase, persistent) = {
+            let state = lock(&self.state);
+            (state.phase, state.persistent)
+        };
         let refused = |why: &str| {
             let (word, name) = (verb.word, &self.name);
             Err(Error::OperationInvalid(format!("pool '{name}' is {}: {word} needs it {why}", phase.as_str())))
@@ -202,6 +207,9 @@ impl Changeable for Pool {
             When::Inactive if phase != Phase::Inactive => refused("inactive"),
             When::Running if phase != Phase::Running => refused("running"),
             When::Active if phase == Phase::Inactive => refused("active"),
+            When::Persistent if !persistent => {
+                Err(Error::OperationInvalid(format!("pool '{}' is transient: nothing is stored of it", self.name)))
+            }
             _ => Ok(()),
         }
     }
@@ -303,6 +311,7 @@ impl Pool {
             kind: running.kind.as_str(),
             state: state.phase.as_str(),
             active: state.phase != Phase::Inactive,
+            persistent: state.persistent,
             autostart: state.autostart,
             config_changed: state.live.as_ref().is_some_and(|live| **live != *state.def),
             target: running.target_path().unwrap_or_default(),
@@ -324,7 +333,9 @@ impl State {
         PathBuf::from(running.target_path().unwrap_or_default())
     }
 
+    /// With that one goes of which nothing is stored.
     fn set_inactive(&mut self) {
+        self.gone = !self.persistent;
         (self.phase, self.open, self.live, self.follows) = (Phase::Inactive, None, None, None);
         (self.room, self.unnameable) = (Room::default(), 0);
     }

@@ -14,6 +14,7 @@ use crate::verb::{self, Verb};
 use std::sync::Arc;
 use uuid::Uuid;
 use virt_model::driver::storage::Work;
+use virt_model::storage::pool::PoolDef;
 
 /// How a pool is started.
 #[derive(Clone, Copy, Debug, Default)]
@@ -24,6 +25,15 @@ pub struct StartPool {
     pub overwrite: bool,
     /// The start is cancelled when its caller leaves.
     pub cancel_on_disconnect: bool,
+}
+
+impl StartPool {
+    fn make_sense(&self) -> Result<()> {
+        match self.overwrite && !self.build {
+            true => Err(Error::InvalidArgument("overwrite is for what is built: say build, too".to_owned())),
+            false => Ok(()),
+        }
+    }
 }
 
 impl Pool {
@@ -77,15 +87,27 @@ impl Pool {
         self.job(caller, &verb::POOL_START, options.cancel_on_disconnect, async {
             if options.build {
                 frames::allow(&**self, caller, Action::StorageDefine).await?;
-            } else if options.overwrite {
-                return Err(Error::InvalidArgument("overwrite is for what is built: say build, too".to_owned()));
             }
-            Ok(())
+            options.make_sense()
         })
         .await?
         .and_then_run(move |pool, work| async move {
             let def = lock(&pool.state).def.clone();
             pool.bring_up(def, options, &*work).await
+        })
+    }
+
+    /// Makes it usable with that definition, of which nothing is stored. Permission has been asked. Where there was no such pool
+    /// before, and it does not come up, it is gone.
+    pub(super) async fn create(self: &Arc<Self>, caller: &Caller, def: PoolDef, options: StartPool) -> Result<Ticket> {
+        let unstarted = Unstarted(self.clone());
+        let begun = frames::accepted(&**self, caller, &verb::POOL_START, async {
+            options.make_sense()?;
+            self.begin(caller, &verb::POOL_START, options.cancel_on_disconnect)
+        });
+        begun.await?.and_then_run(move |pool, work| async move {
+            let _unstarted = unstarted;
+            pool.bring_up(Arc::new(def), options, &*work).await
         })
     }
 
@@ -151,8 +173,11 @@ impl Pool {
             if let Some(open) = open {
                 open.close().await.map_err(|e| self.failed("stop", e))?;
             }
-            let pool = self.clone();
+            let (pool, persistent) = (self.clone(), lock(&self.state).persistent);
             on_disk(move || {
+                if !persistent {
+                    return pool.forget_active();
+                }
                 // What stands on what is asked of the notes from now on.
                 pool.save_noted(|_| {}).unwrap_or_else(|e| tracing::warn!(uuid = %pool.uuid, "{e}"));
                 pool.shared.store.active_pools().remove(pool.uuid)
@@ -163,6 +188,12 @@ impl Pool {
             Ok(())
         })
         .await
+    }
+
+    /// Removes all that is kept of one that is not stored. Without its notes it must not be found active. Blocks.
+    pub(super) fn forget_active(&self) -> Result<()> {
+        self.shared.store.active_pools().remove(self.uuid)?;
+        self.shared.store.documents(Folder::Pools).remove_beside(self.uuid, NOTED)
     }
 
     /// Forgets it. What is in it stays.
@@ -215,6 +246,21 @@ impl Pool {
     }
 }
 
+/// A pool whose start may not come to be begun: then one of which nothing is stored is gone.
+struct Unstarted(Arc<Pool>);
+
+impl Drop for Unstarted {
+    fn drop(&mut self) {
+        let is_left = {
+            let state = lock(&self.0.state);
+            !state.persistent && state.phase == Phase::Inactive
+        };
+        if is_left {
+            self.0.commit(Vec::new(), State::set_inactive);
+        }
+    }
+}
+
 /// A job of a pool that is on record.
 struct Begun {
     job: frames::OpenJob<Pool>,
@@ -249,12 +295,17 @@ impl Pool {
         frames::accepted(&**self, caller, verb, async {
             frames::allow(&**self, caller, verb.action).await?;
             first.await?;
-            let change = frames::change(self, caller, verb);
-            if change.has_turn() {
-                self.applies(verb)?;
-            }
-            Ok(Begun { job: change.open(departs)?, verb, owner: caller.uid })
+            self.begin(caller, verb, departs)
         })
         .await
+    }
+
+    /// The record of a job, if it has a meaning now.
+    fn begin(self: &Arc<Self>, caller: &Caller, verb: &'static Verb, departs: bool) -> Result<Begun> {
+        let change = frames::change(self, caller, verb);
+        if change.has_turn() {
+            self.applies(verb)?;
+        }
+        Ok(Begun { job: change.open(departs)?, verb, owner: caller.uid })
     }
 }

@@ -180,6 +180,95 @@ async fn until(watch: &mut Watch, member: &str, ends: &str) {
     }
 }
 
+/// Whether a pool of that name is there.
+async fn is_there(client: &Client, name: &str) -> bool {
+    match client.call("/org/virt", &format!("{STORAGE}.GetStoragePoolByName"), &(name,)).await {
+        Ok(_) => true,
+        Err((error, why)) => {
+            assert!(error.ends_with("NoSuchPool"), "{error}: {why}");
+            false
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pool_of_which_nothing_is_stored_ends_when_it_is_stopped() {
+    let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let folder = daemon.folder().join("brief");
+    let create = async |client: &Client, folder: &Path, options: Options<'_>| {
+        let (member, body) = (format!("{STORAGE}.CreateStoragePool"), (document("brief", folder), options));
+        let reply = client.call("/org/virt", &member, &body).await;
+        let made: (OwnedObjectPath, OwnedObjectPath) = reply?.body().deserialize().expect("oo");
+        Ok::<_, Refusal>(Pool { client: client.clone(), path: made.0.to_string(), folder: folder.to_owned() })
+    };
+    let refused = create(&client, &folder, options([])).await.map(|_| ()).expect_err("there is no folder");
+    assert!(refused.0.ends_with("StorageFailed"), "{refused:?}");
+    assert!(!is_there(&client, "brief").await, "nothing is left of it");
+    let refused =
+        create(&client, &folder, options([("overwrite", true.into())])).await.map(|_| ()).expect_err("of what?");
+    assert!(refused.0.ends_with("InvalidArgument"), "{refused:?}");
+    assert!(!is_there(&client, "brief").await);
+    let pool = create(&client, &folder, options([("build", true.into())])).await.expect("started");
+    assert!(pool.get::<String>("State").await == "running" && !pool.get::<bool>("Persistent").await);
+    let autostart = (POOL, "Autostart", Variant::from(true));
+    let refused = client.call(&pool.path, "org.freedesktop.DBus.Properties.Set", &autostart).await;
+    let refused = refused.expect_err("nothing of it would be there");
+    assert!(refused.0.ends_with("OperationInvalid") && refused.1.contains("nothing is stored"), "{refused:?}");
+    let again = create(&client, &folder, options([])).await.map(|_| ()).expect_err("another one");
+    assert!(again.0.ends_with("PoolExists"), "{again:?}");
+    pool.add("kept", 1 << 20, options([("format", "qcow2".into())])).await.expect("made");
+    let uuid: String = pool.get("UUID").await;
+    let kept = [format!("run/virt/pools/{uuid}.xml"), format!("var/lib/virt/pools/{uuid}.volumes.json")];
+    let kept = kept.map(|file| daemon.root().join(file));
+    assert!(kept.iter().all(|file| file.exists()));
+    // The next virtd knows it, and what it has made in it.
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    let client = Client { connection: daemon.connect().await };
+    let pool = Pool { client: client.clone(), ..pool };
+    let mut watch = client.watch().await;
+    while pool.get::<String>("State").await != "running" {
+        watch.next().await;
+    }
+    assert!(!pool.get::<bool>("Persistent").await);
+    assert_eq!(pool.list().await, [("kept".to_owned(), "qcow2".to_owned(), 1 << 20)]);
+    pool.run("Destroy", options([])).await.expect("stopped");
+    assert!(!is_there(&client, "brief").await && pool.names() == ["kept"]);
+    assert!(kept.iter().all(|file| !file.exists()), "nothing of it is kept");
+    // What is stored of one stays as it is, whatever it is started with.
+    let stored = Pool::define(&client, "brief", &daemon.folder().join("elsewhere")).await;
+    let known = document("brief", &folder)
+        .replace("<target>", &format!("<uuid>{}</uuid><target>", stored.get::<String>("UUID").await));
+    let begun = client.call("/org/virt", &format!("{STORAGE}.CreateStoragePool"), &(&known, options([]))).await;
+    begun.expect("started");
+    assert!(stored.get::<bool>("ConfigChanged").await && stored.get::<bool>("Persistent").await);
+    assert_eq!(stored.get::<String>("Target").await, folder.display().to_string());
+    stored.run("Destroy", options([])).await.expect("stopped");
+    assert_eq!(stored.get::<String>("State").await, "inactive");
+    stored.run("Undefine", options([])).await.expect("undefined");
+    // One that runs is stored from now on.
+    let pool = create(&client, &folder, options([])).await.expect("started");
+    let uuid: String = pool.get("UUID").await;
+    let known = document("brief", &folder).replace("<target>", &format!("<uuid>{uuid}</uuid><target>"));
+    client.call("/org/virt", &format!("{STORAGE}.DefineStoragePool"), &(known, options([]))).await.expect("stored");
+    assert!(pool.get::<bool>("Persistent").await && !pool.get::<bool>("ConfigChanged").await);
+    pool.run("Destroy", options([])).await.expect("stopped");
+    assert!(is_there(&client, "brief").await);
+}
+
+/// Defines the pool that the package ships as the package does, but for its folder: its path on the bus, and that folder.
+fn ships_default(daemon: &Daemon) -> (String, PathBuf) {
+    let (uuid, folder) = ("8f6e1a1e-2c4f-4b6b-9d5c-000000000001", daemon.folder().join("shipped"));
+    fs::create_dir(&folder).expect("a folder");
+    let shipped = include_str!("../../data/pools/default.xml").replace("@UUID@", uuid);
+    let shipped = shipped.replace("/var/lib/virt-images", &folder.display().to_string());
+    let pools = daemon.root().join("var/lib/virt/pools");
+    fs::write(pools.join(format!("{uuid}.xml")), shipped).expect("written");
+    fs::write(pools.join(format!("{uuid}.json")), "{\"owner\":0,\"autostart\":true}").expect("written");
+    (format!("/org/virt/pool/_{}", uuid.replace('-', "_")), folder)
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pool_is_defined_started_and_found_again() {
     let Some(mut daemon) = Daemon::on_system_bus(Setup::default()).await else { return };
@@ -223,9 +312,13 @@ async fn a_pool_is_defined_started_and_found_again() {
         .await
         .expect("set");
     daemon.kill_virtd().await;
+    let shipped = ships_default(&daemon);
     daemon.start_virtd().await;
     let client = Client { connection: daemon.connect().await };
     let pool = Pool { client: client.clone(), ..pool };
+    let default = Pool { client: client.clone(), path: shipped.0, folder: shipped.1 };
+    default.run("Start", options([])).await.expect("started");
+    assert!(default.get::<String>("Name").await == "default" && default.get::<bool>("Autostart").await);
     assert!(pool.get::<bool>("Autostart").await);
     let mut watch = client.watch().await;
     while pool.get::<String>("State").await != "running" {
