@@ -1,6 +1,7 @@
 //! What others' rules do to a network's packets. An `accept` of ours saves no packet that another chain drops, so what drops is
 //! looked for, told, and left alone.
 
+use super::rules;
 use serde_json::Value;
 use std::collections::HashMap;
 use virt_model::driver::network::Problem;
@@ -61,14 +62,18 @@ fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl Iterator<Item = &'a Va
     ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |object| object.get(kind))
 }
 
+/// Whether a table is others' and of a family whose chains networks' packets come through.
+pub fn concerns(family: &str, table: &str) -> bool {
+    matches!(family, "ip" | "ip6" | "inet") && !rules::is_ours(family, table)
+}
+
 /// The chains of others at a hook.
 fn of_others<'a>(ruleset: &'a Value, hook: &'a str) -> impl Iterator<Item = Chain<'a>> {
     let chains = objects(ruleset, "chain").filter(move |chain| chain["hook"] == hook);
     chains.filter_map(|chain| {
         let (family, table, name) = (chain["family"].as_str()?, chain["table"].as_str()?, chain["name"].as_str()?);
-        let ours = family == "inet" && table.starts_with("virt_");
         let found = Chain { family, table, name, drops_the_rest: chain["policy"] == "drop" };
-        (!ours && matches!(family, "ip" | "ip6" | "inet")).then_some(found)
+        concerns(family, table).then_some(found)
     })
 }
 

@@ -8,7 +8,7 @@
 //! | `rules` | one table of nftables for each network |
 //! | `serve`, `server` | what dnsmasq is told; its process |
 //! | `leases` | who has which address |
-//! | `foreign` | what others' rules stand in the way of |
+//! | `foreign`, `rule_changes` | what others' rules stand in the way of; when others change them |
 //! | `own` | the namespaces of a user without root, who holds them, and their uplink |
 //! | `inside` | what is done in these, by a process that goes there |
 
@@ -18,6 +18,7 @@ pub mod leases;
 mod link;
 mod make;
 mod own;
+mod rule_changes;
 mod rules;
 mod serve;
 mod server;
@@ -28,10 +29,12 @@ use crate::host::process::{End, Process};
 use async_trait::async_trait;
 use make::{Maker, World};
 pub use own::OwnNetwork;
+use rule_changes::RuleChanges;
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 use uuid::Uuid;
 use virt_model::domain::value::Mac;
 use virt_model::driver::network::{
@@ -50,9 +53,35 @@ pub struct HostNetworks {
     /// One change of the host's network at a time: two starts would both find a net free. Who follows a network looks at it
     /// between changes only.
     turn: Arc<tokio::sync::Mutex<()>>,
-    /// Who watches a network is told here that it was changed, with the turn; that of one that was stopped is dropped. No change
-    /// is lost to a watcher who is busy: what they have not seen is kept.
-    changes: Mutex<HashMap<Uuid, watch::Sender<()>>>,
+    /// The networks that are there.
+    followed: Arc<Mutex<Followed>>,
+}
+
+/// The networks that an earlier virtd or this one has made, until they are stopped.
+#[derive(Default)]
+struct Followed {
+    networks: HashMap<Uuid, Changes>,
+    /// Who hears when others change rules, as long as there are networks; it ends when this is dropped.
+    rules: Option<JoinSet<()>>,
+}
+
+/// Who watches a network is told here that it, or others' rules, were changed. No change is lost to a watcher who is busy: what
+/// they have not seen is kept.
+struct Changes {
+    told: watch::Sender<()>,
+    /// What has been told since somebody last looked for problems.
+    unlooked: watch::Receiver<()>,
+}
+
+impl Default for Changes {
+    fn default() -> Changes {
+        let (told, unlooked) = watch::channel(());
+        Changes { told, unlooked }
+    }
+}
+
+fn lock(followed: &Mutex<Followed>) -> MutexGuard<'_, Followed> {
+    followed.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl HostNetworks {
@@ -68,7 +97,7 @@ impl HostNetworks {
             None => World::Nowhere,
         };
         let maker = Arc::new(Maker { runtime, leases, teller, world, steps_left: None });
-        HostNetworks { maker, turn: Arc::default(), changes: Mutex::default() }
+        HostNetworks { maker, turn: Arc::default(), followed: Arc::default() }
     }
 
     /// Runs what blocks for moments.
@@ -81,13 +110,43 @@ impl HostNetworks {
         done.map_err(|error| NetworkError::Failed(format!("work on the host's network ended early: {error}")))
     }
 
-    fn changes(&self) -> MutexGuard<'_, HashMap<Uuid, watch::Sender<()>>> {
-        self.changes.lock().unwrap_or_else(PoisonError::into_inner)
+    fn followed(&self) -> MutexGuard<'_, Followed> {
+        lock(&self.followed)
+    }
+
+    /// That one is there from now on: who watches it is told of its changes, and of others' rules. For who has the turn, before
+    /// anybody looks for its problems, so that no change falls between.
+    fn is_there(&self, uuid: Uuid) {
+        let mut followed = self.followed();
+        followed.networks.entry(uuid).or_default();
+        // Those in namespaces of a user's own have nobody else's rules beside them.
+        if followed.rules.is_some() || !matches!(self.maker.world, World::Host) {
+            return;
+        }
+        let rules = followed.rules.insert(JoinSet::new());
+        match RuleChanges::listen() {
+            Ok(changes) => _ = rules.spawn(hear(changes, Arc::downgrade(&self.followed))),
+            Err(error) => tracing::warn!(%error, "networks' problems do not follow others' rules: {NOT_HEARD}"),
+        }
     }
 
     /// Tells who watches that it was changed. For who has the turn.
     fn tell(&self, uuid: Uuid) {
-        self.changes().entry(uuid).or_default().send_replace(());
+        self.followed().networks.get(&uuid).into_iter().for_each(|one| _ = one.told.send_replace(()));
+    }
+}
+
+/// What to do where the kernel does not tell of changes.
+const NOT_HEARD: &str = "they are looked at when a network starts, and when virtd does";
+
+/// Tells all who watch networks when others have changed rules.
+async fn hear(changes: RuleChanges, followed: Weak<Mutex<Followed>>) {
+    loop {
+        if let Err(error) = changes.settled().await {
+            return tracing::warn!(%error, "networks' problems follow others' rules no longer: {NOT_HEARD}");
+        }
+        let Some(followed) = followed.upgrade() else { return };
+        lock(&followed).networks.values().for_each(|one| _ = one.told.send_replace(()));
     }
 }
 
@@ -127,7 +186,7 @@ impl NetworkDriver for HostNetworks {
         let (uuid, def) = (def.uuid, def.clone());
         let done = self.does(move |maker| maker.start(&def, owner)).await?;
         if done.is_ok() {
-            self.tell(uuid);
+            self.is_there(uuid);
         }
         done
     }
@@ -136,13 +195,19 @@ impl NetworkDriver for HostNetworks {
         let _turn = self.turn.lock().await;
         self.does(move |maker| maker.stop(uuid)).await??;
         // Of one that is there still, who watches it goes on.
-        self.changes().remove(&uuid);
+        let mut followed = self.followed();
+        followed.networks.remove(&uuid);
+        if followed.networks.is_empty() {
+            followed.rules = None;
+        }
         Ok(())
     }
 
     async fn find(&self) -> Vec<(NetworkDef, u32)> {
         let _turn = self.turn.lock().await;
-        self.does(Maker::find).await.unwrap_or_default()
+        let found = self.does(Maker::find).await.unwrap_or_default();
+        found.iter().for_each(|(def, _)| self.is_there(def.uuid));
+        found
     }
 
     async fn change(&self, def: &NetworkDef) -> Result<(), NetworkError> {
@@ -168,6 +233,8 @@ impl NetworkDriver for HostNetworks {
     }
 
     async fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
+        // What is told from here on is looked at again.
+        self.followed().networks.get_mut(&def.uuid).into_iter().for_each(|one| one.unlooked.mark_unchanged());
         let def = def.clone();
         let looked = self.does(move |maker| maker.problems(&def)).await;
         looked.unwrap_or_else(|error| Err(PartlySeen { found: Vec::new(), why: error.to_string() }))
@@ -175,8 +242,10 @@ impl NetworkDriver for HostNetworks {
 
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport> {
         let (to, from) = mpsc::channel(UNREAD);
-        let changes = self.changes().entry(uuid).or_default().subscribe();
-        tokio::spawn(follow(self.maker.clone(), self.turn.clone(), uuid, changes, to));
+        let changes = self.followed().networks.get(&uuid).map(|one| one.unlooked.clone());
+        if let Some(changes) = changes {
+            tokio::spawn(follow(self.maker.clone(), self.turn.clone(), uuid, changes, to));
+        }
         from
     }
 }

@@ -6,9 +6,17 @@ use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::network::forward::{Forward, Mode};
 
+/// What the tables of all networks are called.
+const PREFIX: &str = "virt_";
+
 /// The table of that network.
 pub fn table_name(uuid: uuid::Uuid) -> String {
-    format!("virt_{}", uuid.simple())
+    format!("{PREFIX}{}", uuid.simple())
+}
+
+/// Whether that table is a network's.
+pub fn is_ours(family: &str, table: &str) -> bool {
+    family == "inet" && table.starts_with(PREFIX)
 }
 
 /// What replaces the table, whether it is there or not, as `nft -j -f` reads it. Nothing where the kernel has nothing to do.

@@ -2,11 +2,13 @@
 
 use super::HostNetworks;
 use super::make::{Maker, World};
+use super::rule_changes::RuleChanges;
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard};
 use virt_model::network::NetworkDef;
 use virt_model::network::update::{Change, Command as Verb, Section};
@@ -213,6 +215,10 @@ async fn told(reports: &mut tokio::sync::mpsc::Receiver<NetworkReport>) -> Optio
     }
 }
 
+/// Makes, as one change, what drops packets that are passed on.
+const DOCKER: &str = "nft add table ip docker ; \
+    add chain ip docker FORWARD { type filter hook forward priority 0 ; policy drop ; }";
+
 const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 0x11];
 
 #[tokio::test(flavor = "multi_thread")]
@@ -287,15 +293,15 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
 
     // What drops is told and left alone; so is a server that has ended.
     assert_eq!(networks.problems(&more).await, Ok(Vec::new()));
-    run("nft add table ip docker");
-    run("nft add chain ip docker FORWARD { type filter hook forward priority 0 ; policy drop ; }");
+    let mut reports = networks.watch(def.uuid).await;
+    run(DOCKER);
+    assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed));
     let problems = networks.problems(&more).await.unwrap();
     assert_eq!(problems.iter().map(|problem| problem.token).collect::<Vec<_>>(), ["forward-blocked"], "{problems:?}");
     assert!(
         problems[0].sentence.contains("nft insert rule ip docker FORWARD iifname \"virbr0\" accept"),
         "{problems:?}"
     );
-    let mut reports = networks.watch(def.uuid).await;
     run(&format!("kill -KILL {}", pid.trim()));
     assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
     assert_eq!(networks.problems(&more).await.unwrap()[0].token, "dhcp-down");
@@ -458,4 +464,126 @@ async fn all_modes_and_both_families_are_made_and_taken_away() {
         assert_eq!(there(), (false, false, false), "{}", file.display());
     }
     assert!(made > 15, "{made}");
+}
+
+/// Whether a process in here is told of all changes of nftables.
+fn is_listened() -> bool {
+    let sockets = std::fs::read_to_string("/proc/net/netlink").unwrap();
+    sockets.lines().any(|line| {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        words.get(1) == Some(&"12") && words.get(3) == Some(&"00000040")
+    })
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn problems_are_looked_for_when_others_change_rules_while_there_are_networks() {
+    if !is_inside("problems_are_looked_for_when_others_change_rules_while_there_are_networks") {
+        return;
+    }
+    let house = House::new();
+    let networks = house.networks();
+    assert!(!is_listened());
+    let first = complete(&home(), &networks).await;
+    networks.start(&first, 7).await.unwrap();
+    let second = complete(&home().replace(">home<", ">lab<").replace("10.77.0.", "10.78.0."), &networks).await;
+    networks.start(&second, 7).await.unwrap();
+    assert!(is_listened());
+    let tokens = async |networks: &HostNetworks, def: &NetworkDef| {
+        let found = networks.problems(def).await.unwrap();
+        found.iter().map(|problem| problem.token).collect::<Vec<_>>()
+    };
+    let mut watched = Vec::new();
+    for def in [&first, &second] {
+        assert_eq!(tokens(&networks, def).await, [""; 0]);
+        watched.push((def, networks.watch(def.uuid).await));
+    }
+    for (change, found) in [(DOCKER, vec!["forward-blocked"]), ("nft delete table ip docker", vec![])] {
+        run(change);
+        for (def, reports) in &mut watched {
+            assert_eq!(told(reports).await, Some(NetworkReport::Changed), "{change}");
+            assert_eq!(tokens(&networks, def).await, found, "{change}");
+        }
+    }
+    drop(watched);
+
+    // Another virtd: what is changed after it has looked, and before anybody watches, is told.
+    drop(networks);
+    let networks = house.networks();
+    assert_eq!(networks.find().await.len(), 2);
+    assert_eq!(tokens(&networks, &first).await, [""; 0]);
+    run(DOCKER);
+    let mut reports = networks.watch(first.uuid).await;
+    assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed));
+    assert_eq!(tokens(&networks, &first).await, ["forward-blocked"]);
+    networks.stop(first.uuid).await.unwrap();
+    assert_eq!(told(&mut reports).await, None);
+    assert_eq!(told(&mut networks.watch(first.uuid).await).await, None, "it is not there");
+    assert!(is_listened(), "there is one still");
+    networks.stop(second.uuid).await.unwrap();
+    // The kernel tells nobody that a socket is closed, which is soon.
+    let closed = async {
+        while is_listened() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(std::time::Duration::from_secs(20), closed).await.expect("nobody listens for nothing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn of_rules_only_others_are_heard_and_what_is_lost_may_be_theirs() {
+    if !is_inside("of_rules_only_others_are_heard_and_what_is_lost_may_be_theirs") {
+        return;
+    }
+    let (house, changes) = (House::new(), RuleChanges::listen().unwrap());
+    // The kernel has told of a change before who made it goes on.
+    let heard = || {
+        let (mut room, mut others) = (vec![0; 64 << 10], false);
+        loop {
+            match changes.receive(&mut room) {
+                Ok(theirs) => others |= theirs,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return others,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    };
+    let networks = house.networks();
+    let def = complete(&home(), &networks).await;
+    networks.start(&def, 7).await.unwrap();
+    assert_eq!(networks.problems(&def).await, Ok(Vec::new()));
+    networks.stop(def.uuid).await.unwrap();
+    assert!(!heard(), "our own");
+    for (line, theirs) in [
+        ("nft add table ip ban", true),
+        ("nft add set ip ban bad { type ipv4_addr ; }", false),
+        ("nft add element ip ban bad { 192.0.2.1 }", false),
+        ("nft add chain ip ban IN { type filter hook input priority 0 ; }", true),
+        ("nft add rule ip ban IN ip saddr @bad drop", true),
+        ("nft delete element ip ban bad { 192.0.2.1 }", false),
+        ("nft flush chain ip ban IN", true),
+        ("nft add table bridge ban", false),
+        ("nft delete table ip ban", true),
+    ] {
+        run(line);
+        assert_eq!(heard(), theirs, "{line}");
+    }
+    // More of our own than the kernel keeps for us: theirs may be among what is lost.
+    let rules = "ip saddr 192.0.2.1 counter accept\n".repeat(5000);
+    let file = house.dir.path().join("many.nft");
+    std::fs::write(&file, format!("table inet virt_00 {{\nchain many {{\n{rules}}}\n}}\n")).unwrap();
+    run(&format!("nft -f {}", file.display()));
+    assert!(heard());
+
+    // Whoever never comes to an end is not waited for.
+    run("nft add table ip ban ; add chain ip ban IN");
+    let goes_on = Arc::new(AtomicBool::new(true));
+    let on = goes_on.clone();
+    let other = std::thread::spawn(move || {
+        while on.load(Ordering::Relaxed) {
+            run("nft add rule ip ban IN accept");
+        }
+    });
+    let settled = tokio::time::timeout(std::time::Duration::from_secs(60), changes.settled()).await;
+    goes_on.store(false, Ordering::Relaxed);
+    other.join().unwrap();
+    settled.expect("in time").unwrap();
 }

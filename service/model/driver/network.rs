@@ -51,7 +51,8 @@ pub trait NetworkDriver: Send + Sync {
     /// Why a network that is there cannot do its work. Error: not all that could keep it from that could be looked at.
     async fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen>;
 
-    /// What befalls a network that is there, until it is stopped. One reader at a time.
+    /// What befalls a network that was started or found, until it is stopped, and what has befallen it since somebody last looked for
+    /// its problems; nothing of any other. One reader at a time.
     async fn watch(&self, uuid: Uuid) -> mpsc::Receiver<NetworkReport>;
 }
 
@@ -73,7 +74,7 @@ pub enum NetworkReport {
     Leases,
     /// What serves addresses and names has ended.
     ServerEnded,
-    /// It was changed: what is known of it may be otherwise now.
+    /// It, or what others' rules do to it, was changed: what is known of it may be otherwise now.
     Changed,
     /// What it was in has ended, and it with that: it is to be stopped. Nothing more is reported of it.
     Gone,

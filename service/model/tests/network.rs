@@ -242,6 +242,12 @@ takes addresses and routes of the host's device that has the default route, so t
 `nat` network does not start. Names are asked of the host's resolver. Every other mode, and all of them where there are no user namespaces for users, or no
 `/dev/net/tun` that they may open, is refused by `Start`, which points to `<interface type='user'>`.
 
+Why a network that is active cannot do its work is in `Problems`: `forward-blocked`, `input-blocked` where a chain that is not virtd's
+drops its packets, with the line to add to that chain; `dhcp-down`, `bridge-gone`, `uplink-down`. It follows what others do with rules of
+nftables, of which the kernel tells: Docker, ufw or firewalld may start later. Looked at is what there is when no change has come for a fifth of
+a second, or two seconds after the first. Rules of the old iptables (`iptables-legacy`) are not seen, nor what is in a named set. In a
+user's own namespaces, nobody else's rules are.
+
 What a network says of isolated ports, and its port group of VLANs, holds for every machine in it, whatever the machine's own
 document says. Of bandwidth and MTU the machine's own count more; an MTU is the bridge's and the host's end's, and virtio cards alone are
 told it.
