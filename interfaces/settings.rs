@@ -116,6 +116,10 @@ pub struct LimitsConfig {
     pub domains_per_user: usize,
     /// Jobs under way.
     pub jobs_per_user: usize,
+    /// Volumes owned.
+    pub volumes_per_user: u32,
+    /// The capacity of those together, in bytes; any number, if not said.
+    pub storage_per_user: Option<u64>,
 }
 
 impl Default for QemuConfig {
@@ -126,14 +130,15 @@ impl Default for QemuConfig {
 
 impl Default for LimitsConfig {
     fn default() -> Self {
-        let Limits { domains_per_user, jobs_per_user, .. } = Limits::default();
-        LimitsConfig { domains_per_user, jobs_per_user }
+        let Limits { domains_per_user, jobs_per_user, volumes_per_user, storage_per_user, .. } = Limits::default();
+        LimitsConfig { domains_per_user, jobs_per_user, volumes_per_user, storage_per_user }
     }
 }
 
 impl From<LimitsConfig> for Limits {
     fn from(config: LimitsConfig) -> Limits {
-        Limits { domains_per_user: config.domains_per_user, jobs_per_user: config.jobs_per_user, ..Limits::default() }
+        let LimitsConfig { domains_per_user, jobs_per_user, volumes_per_user, storage_per_user } = config;
+        Limits { domains_per_user, jobs_per_user, volumes_per_user, storage_per_user, ..Limits::default() }
     }
 }
 

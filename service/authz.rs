@@ -112,7 +112,7 @@ actions! {
         NetworkStop = "org.virt.network.stop", "stop", Changes;
     }
     Pool {
-        /// Configuration, and that of volumes; where a pool could come from.
+        /// Configuration, and that of volumes; where a pool could come from; how much others have.
         StorageRead = "org.virt.storage.read", "read the configuration of", Reads;
         /// Store a configuration, build.
         StorageDefine = "org.virt.storage.define", "define or change", Changes;

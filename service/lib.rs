@@ -59,7 +59,7 @@ pub use restore::RestoreOptions;
 pub use scrape::{MachineStats, Scrape};
 pub use secret::{CheckedUndefine, Secret};
 pub use shared::{Callers, Host, Limits};
-pub use storage::{AddVolume, CloneVolume, CreateVolume, NewCapacity, Pool, StartPool, StorageCheck, Volume};
+pub use storage::{AddVolume, CloneVolume, CreateVolume, NewCapacity, Pool, Quota, StartPool, StorageCheck, Volume};
 pub use store::Paths;
 pub use subscribe::{SubscribeOptions, Subscription};
 

@@ -60,13 +60,24 @@ pub struct Limits {
     pub others_per_user: usize,
     /// Jobs under way.
     pub jobs_per_user: usize,
+    /// Volumes owned.
+    pub volumes_per_user: u32,
+    /// The capacity of those together, in bytes; `None`: any number.
+    pub storage_per_user: Option<u64>,
     /// Documents being read. Root has no more than others.
     pub reading: Reading,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Limits { domains_per_user: 1000, others_per_user: 1000, jobs_per_user: 64, reading: Reading::default() }
+        Limits {
+            domains_per_user: 1000,
+            others_per_user: 1000,
+            jobs_per_user: 64,
+            volumes_per_user: 10_000,
+            storage_per_user: None,
+            reading: Reading::default(),
+        }
     }
 }
 

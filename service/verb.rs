@@ -309,6 +309,7 @@ verbs! {
         POOL_CAPABILITIES = "GetPoolCapabilities", None, Always, "get capabilities of pools";
         GET_VOLUME_BY_PATH = "GetVolumeByPath", None, Always, "get";
         GET_VOLUME_BY_KEY = "GetVolumeByKey", None, Always, "get";
+        GET_QUOTA = "GetQuota", Some(StorageRead), Always, "get the quota of";
     }
 
     /// `org.virt.StoragePool`

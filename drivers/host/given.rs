@@ -127,8 +127,8 @@ pub async fn write_all(file: GivenFile, bytes: Vec<u8>, patience: Patience) -> i
 
 /// Writes what is read of a file into another, from `at` on, and as much as `most` says; how many bytes. `sparse`: what its holes
 /// stand for is not written, and that other file has nothing there. Waits for as long as that takes; `progress` is told how far it
-/// is, first right before anything is written. Error: `Interrupted` when it is cancelled; from then on nothing is written, whatever
-/// is read yet.
+/// is, first right before anything is written, and ends it by an error. Error: `Interrupted` when it is cancelled; from then on
+/// nothing is written, whatever is read yet.
 pub async fn pour_in(
     from: GivenFile,
     to: Arc<ClosedAside>,
@@ -136,7 +136,7 @@ pub async fn pour_in(
     most: Most,
     sparse: bool,
     cancelled: &CancellationToken,
-    progress: impl Fn(u64) + Send + 'static,
+    progress: impl Fn(u64) -> io::Result<()> + Send + 'static,
 ) -> io::Result<u64> {
     let gate = Gate::default();
     let passes = gate.clone();
@@ -200,6 +200,7 @@ pub async fn pour_out(
         let progress = |done| {
             takes.send_replace(());
             progress(done);
+            Ok(())
         };
         let place = Pouring { at, most: length, stopped, gate: &Gate::default(), progress: &progress };
         if sparse { place.out_sparsely(from.get()?, &to) } else { place.out_whole(from.get()?, &to) }
@@ -234,7 +235,7 @@ struct Pouring<'a> {
     most: u64,
     stopped: &'a OwnedFd,
     gate: &'a Gate,
-    progress: &'a dyn Fn(u64),
+    progress: &'a dyn Fn(u64) -> io::Result<()>,
 }
 
 impl Pouring<'_> {
@@ -248,7 +249,7 @@ impl Pouring<'_> {
                 Ok(count) => {
                     self.write(done, || to.write_all_at(&piece[..count], self.at + done))?;
                     done += count as u64;
-                    (self.progress)(done);
+                    (self.progress)(done)?;
                 }
                 Err(Errno::AGAIN | Errno::INTR) => leave_alone(self.stopped)?,
                 Err(error) => return Err(error.into()),
@@ -260,7 +261,7 @@ impl Pouring<'_> {
     /// Writes to a file of ours, unless nobody wants that any more.
     fn write(&self, done: u64, write: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         self.gate.pass(|| {
-            (self.progress)(done);
+            (self.progress)(done)?;
             write()
         })
     }
@@ -298,7 +299,7 @@ impl Pouring<'_> {
                 }
                 self.write(done, || to.write_all_at(&piece[..count], self.at + done))?;
                 done += count as u64;
-                (self.progress)(done);
+                (self.progress)(done)?;
             }
         }
         self.write(done, || leave_out(to, self.at + done, length - done))?;
@@ -327,7 +328,7 @@ impl Pouring<'_> {
                 }
             }
             done += count as u64;
-            (self.progress)(done);
+            (self.progress)(done)?;
         }
         Ok(done)
     }
@@ -350,7 +351,7 @@ impl Pouring<'_> {
                 }
                 self.write_out(to, &piece[..count], base + done)?;
                 done += count as u64;
-                (self.progress)(done);
+                (self.progress)(done)?;
             }
         }
         ftruncate(to, base + self.most)?;
@@ -591,7 +592,7 @@ mod tests {
         gate.shut().await;
         let ours = std::thread::spawn(move || {
             let (_stop, stopped) = stop().unwrap();
-            let place = Pouring { at: 0, most: u64::MAX, stopped: &stopped, gate: &gate, progress: &|_| {} };
+            let place = Pouring { at: 0, most: u64::MAX, stopped: &stopped, gate: &gate, progress: &|_| Ok(()) };
             let from = given(source).0;
             for poured in [place.in_whole(&from, &ours), place.in_sparsely(&from, 0, &ours)] {
                 assert_eq!(poured.unwrap_err().kind(), io::ErrorKind::Interrupted);

@@ -3,6 +3,7 @@
 
 use super::draft::{Draft, give};
 use super::folder::Beneath;
+use super::look;
 use crate::host::chain::format_of;
 use crate::host::given::next_data;
 use crate::host::image::{Images, TOOL_OUTPUT, named};
@@ -258,18 +259,19 @@ fn copy_some(from: &impl AsFd, to: &File, at: u64, length: u64, reflink: Reflink
     Ok(count as u64)
 }
 
-/// Judges what a client gave: it is of the format that it is to be of. A raw one becomes as long as it is wanted. Blocks.
-pub fn accept(draft: &Draft, format: &str, length: u64, capacity: u64) -> Result<(), DriverError> {
+/// Judges what a client gave: it is of the format that it is to be of. A raw one becomes as long as it is wanted. Returns what a
+/// guest sees of it, in bytes. Blocks.
+pub fn accept(draft: &Draft, format: &str, length: u64, capacity: u64) -> Result<u64, DriverError> {
     let storage = |e: io::Error| DriverError::Storage(e.to_string());
     let file = draft.file().get().map_err(storage)?;
     if format == "raw" {
         if capacity > length {
             file.set_len(capacity).map_err(storage)?;
         }
-        return Ok(());
+        return Ok(capacity.max(length));
     }
     match format_of(file).map_err(storage)? {
-        Some(begins) if begins == format => Ok(()),
+        Some(begins) if begins == format => look::capacity(file, format, length).map_err(storage),
         _ => Err(DriverError::Argument(format!("what was given does not begin as an image of format '{format}' does"))),
     }
 }

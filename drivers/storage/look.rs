@@ -71,7 +71,7 @@ fn header(file: &File, known: Option<&str>, path: &Path, look: &mut VolumeLook) 
 }
 
 /// What a guest sees of it, in bytes; its length, where its header does not say it.
-fn capacity(file: &File, format: &str, length: u64) -> io::Result<u64> {
+pub fn capacity(file: &File, format: &str, length: u64) -> io::Result<u64> {
     Ok(match format {
         "qcow2" | "qcow" => be64(file, 24)?,
         "qed" => le64(file, 48)?,

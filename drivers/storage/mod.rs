@@ -212,8 +212,19 @@ fn path_of(def: &PoolDef) -> PathBuf {
     PathBuf::from(def.target_path().unwrap_or_default())
 }
 
+/// That somebody may not have so much is told as it is.
+fn too_many(error: &io::Error) -> Option<DriverError> {
+    match error.get_ref()?.downcast_ref::<DriverError>() {
+        Some(DriverError::TooMany(why)) => Some(DriverError::TooMany(why.clone())),
+        _ => None,
+    }
+}
+
 /// What went wrong, in words for people.
 fn failed(deed: &str, path: &Path, error: &io::Error) -> DriverError {
+    if let Some(too_many) = too_many(error) {
+        return too_many;
+    }
     let text = format!("cannot {deed} {}: {error}", path.display());
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => DriverError::NoSpace(text),
@@ -321,8 +332,14 @@ impl FolderPool {
     }
 
     /// Fills a draft with what a client gives; how long that is.
-    async fn pour(&self, draft: &Draft, name: &str, from: GivenFile, work: &Arc<dyn Work>) -> Result<u64, DriverError> {
-        let (tell, path) = (telling(work, 0), self.path.join(name));
+    async fn pour(
+        &self,
+        draft: &Draft,
+        (name, format): (&str, &str),
+        from: GivenFile,
+        work: &Arc<dyn Work>,
+    ) -> Result<u64, DriverError> {
+        let (tell, path) = (telling_all(work, format), self.path.join(name));
         let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, false, work.cancelled(), tell).await;
         poured.map_err(|e| of_client_unless_cancelled(&path, &e, work))
     }
@@ -334,6 +351,9 @@ fn is_reflink(new: &NewVolume) -> bool {
 
 /// What a client gave cannot be read, or what it holds cannot be written.
 fn of_client(path: &Path, error: &io::Error) -> DriverError {
+    if let Some(too_many) = too_many(error) {
+        return too_many;
+    }
     match error.raw_os_error() {
         Some(libc::ENOSPC | libc::EDQUOT) => failed("write", path, error),
         _ => DriverError::Argument(format!("the descriptor that was given: {error}")),
@@ -354,6 +374,16 @@ fn told(deed: &str, path: &Path, error: &io::Error, stop: &Stop) -> DriverError 
 fn telling(work: &Arc<dyn Work>, total: u64) -> impl Fn(u64) + Send + 'static {
     let work = Arc::downgrade(work);
     move |done| work.upgrade().into_iter().for_each(|work| work.progress(done, total))
+}
+
+/// The same where what is read is all that a volume holds: a raw one has that capacity, which may be too much for its owner.
+fn telling_all(work: &Arc<dyn Work>, format: &str) -> impl Fn(u64) -> io::Result<()> + Send + 'static {
+    let (work, is_raw) = (Arc::downgrade(work), format == "raw");
+    move |done| {
+        let Some(work) = work.upgrade() else { return Ok(()) };
+        work.progress(done, 0);
+        if is_raw { work.grows(done).map_err(io::Error::other) } else { Ok(()) }
+    }
 }
 
 /// How many bytes of a volume of that length are there from where a part begins. Error: that part is not all in it.
@@ -424,10 +454,11 @@ impl OpenPool for FolderPool {
         let draft = Arc::new(self.workers.run(self.errand(&new.name).until(work.cancelled()), begin).await?);
         match std::mem::replace(&mut new.content, Content::Empty) {
             Content::Given(from) => {
-                let length = self.pour(&draft, &new.name, from, &work).await?;
-                let (draft, format, capacity) = (draft.clone(), new.format.clone(), new.capacity);
-                let judge = move |_: &Arc<Stop>| fill::accept(&draft, &format, length, capacity);
-                self.workers.run(self.errand(&new.name).until(work.cancelled()), judge).await?;
+                let length = self.pour(&draft, (&new.name, &new.format), from, &work).await?;
+                let (draft, format, capacity, work) = (draft.clone(), new.format.clone(), new.capacity, work.clone());
+                let errand = self.errand(&new.name).until(work.cancelled());
+                let judge = move |_: &Arc<Stop>| work.grows(fill::accept(&draft, &format, length, capacity)?);
+                self.workers.run(errand, judge).await?;
             }
             content => {
                 new.content = content;
@@ -628,13 +659,14 @@ impl FolderPool {
         let shown = path.clone();
         let begin = move |_: &Arc<Stop>| Draft::begin(&folder, false).map_err(|e| failed("write", &shown, &e));
         let draft = Arc::new(self.workers.run(errand, begin).await?);
-        let tell = telling(&work, 0);
+        let tell = telling_all(&work, &volume.format);
         let poured = given::pour_in(from, draft.file().clone(), 0, Most::All, sparse, work.cancelled(), tell).await;
         let length = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         let errand = self.long(&volume.name, length, &*work);
         let volume_at = volume.clone();
         self.with(errand, "write", volume, move |file, stop| {
-            fill::accept(&draft, &volume_at.format, length, 0).map_err(io::Error::other)?;
+            let capacity = fill::accept(&draft, &volume_at.format, length, 0).map_err(io::Error::other)?;
+            work.grows(capacity).map_err(io::Error::other)?;
             let (uid, gid, mode) = file.permissions();
             draft.settle((Some(uid), Some(gid)), mode)?;
             stop.check().map_err(io::Error::other)?;
@@ -670,6 +702,10 @@ impl FolderPool {
         let file = Arc::new(file);
         work.step();
         let (tell, path) = (telling(&work, wanted), self.path.join(&volume.name));
+        let tell = move |done| {
+            tell(done);
+            Ok(())
+        };
         let poured = given::pour_in(from, file.clone(), part.offset, most, sparse, work.cancelled(), tell).await;
         let count = poured.map_err(|e| of_client_unless_cancelled(&path, &e, &work))?;
         if part.length.is_some() && count < wanted {

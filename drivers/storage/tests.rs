@@ -29,6 +29,10 @@ impl Work for Steps {
         }
     }
 
+    fn grows(&self, _: u64) -> Result<(), DriverError> {
+        Ok(())
+    }
+
     fn names(&self, id: FileId, name: &str, format: &str, _: Option<&str>) -> Result<(), DriverError> {
         assert!(id.number > 0 && !name.is_empty() && !format.is_empty());
         Ok(())

@@ -8,12 +8,13 @@ use crate::bus::call::{self, Call, Options, Outcome};
 use crate::bus::rows::{Facts, Objects};
 use crate::bus::table::Offer;
 use crate::bus::wire::{Row, Value};
+use std::collections::HashMap;
 use std::sync::Arc;
 use virt_model::driver::storage::PoolAbility;
 use virt_service::Service;
 use virt_service::facts::ObjectFacts;
 use virt_service::verb;
-use zbus::ObjectPath;
+use zbus::{ObjectPath, Variant};
 
 /// The interface.
 pub const INTERFACE: &str = "org.virt.Manager.Storage";
@@ -51,6 +52,7 @@ pub fn offer(service: &Arc<Service>) -> Offer {
         .method(&verb::POOL_CAPABILITIES, capabilities)
         .method(&verb::GET_VOLUME_BY_PATH, get_volume)
         .method(&verb::GET_VOLUME_BY_KEY, get_volume)
+        .method(&verb::GET_QUOTA, get_quota)
         .offer(INTERFACE, FIELDS, &[("StoragePoolLifecycle", "ossss")])
 }
 
@@ -123,4 +125,16 @@ async fn get_volume(service: Arc<Service>, call: Call) -> Outcome {
     let body = call.body();
     let place: &str = call::read(&body)?;
     call.reply(&volume_path(&service.volume_by_path(place)?)?)
+}
+
+/// No limit is the greatest number of its type.
+async fn get_quota(service: Arc<Service>, call: Call) -> Outcome {
+    let uid: u32 = call.read()?;
+    let quota = service.quota(call.caller(), uid).await?;
+    call.reply(&HashMap::from([
+        ("volumes", Variant::from(quota.volumes)),
+        ("volumes-limit", Variant::from(quota.volumes_limit.unwrap_or(u32::MAX))),
+        ("bytes", Variant::from(quota.bytes)),
+        ("bytes-limit", Variant::from(quota.bytes_limit.unwrap_or(u64::MAX))),
+    ]))
 }

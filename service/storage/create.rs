@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use virt_model::device::source::{EncryptionFormat, SecretRef};
 use virt_model::driver::GivenFile;
-use virt_model::driver::storage::{Content, NewVolume, Preallocation, Qcow2Options, Reflink};
+use virt_model::driver::storage::{Content, NewVolume, Preallocation, Qcow2Options, Reflink, Work as _};
 use virt_model::secret::{SecretName, UsageKind};
 use virt_model::storage::check_volume_name;
 use virt_model::storage::volume::{VolumeDef, VolumeKind};
@@ -80,6 +80,16 @@ struct Wanted {
     secret: Option<String>,
 }
 
+impl Wanted {
+    /// What a guest is to see, in bytes, as far as that is not read yet.
+    fn capacity(&self) -> Result<u64> {
+        match &self.base {
+            Some(base) if self.new.capacity == 0 => Ok(base.look()?.capacity),
+            _ => Ok(self.new.capacity),
+        }
+    }
+}
+
 impl Pool {
     /// Makes a volume of a document.
     pub async fn create_volume(
@@ -108,7 +118,11 @@ impl Pool {
             };
             let new = &wanted.new;
             let needs = if new.preallocation.writes_all() { new.capacity } else { new.allocation };
-            let refusal = self.refuse_to_make(&new.name, needs).err();
+            let reserves = || {
+                let capacity = wanted.capacity()?;
+                self.new_volume(&new.name).reserve("make", caller.uid, caller.uid, capacity).map(drop)
+            };
+            let refusal = self.refuse_to_make(&new.name, needs).and_then(|()| reserves()).err();
             let files = vec![(self.target().join(&new.name).display().to_string(), "created", needs)];
             Ok(StorageCheck { refusal, files, needs, ..StorageCheck::default() })
         })
@@ -238,7 +252,9 @@ impl Pool {
             }
             new.secret = secret;
             self.refuse_to_make(&new.name, if new.preallocation.writes_all() { new.capacity } else { new.allocation })?;
+            let reserved = volume.reserve("make", caller.uid, caller.uid, new.capacity)?;
             volume.begin(caller, verb, departs, move |volume, work| async move {
+                work.has_reserved(reserved);
                 if let Some(base) = &base {
                     work.holds(base.kept_for("put something on").await?);
                     base.refuse_written("put something on", &[base.path()]).await?;
@@ -273,10 +289,13 @@ impl Volume {
             pool.refuse_to_make(name, 0)?;
             source.refuse_while_written("clone").await?;
             // What cannot be is refused before there is a job; the job looks anew, when nothing else is done to what it reads.
-            let reads_below = !matches!(source.copy_of(name, &options).await?.content, Content::Copy { .. });
+            let new = source.copy_of(name, &options).await?;
+            let reads_below = !matches!(new.content, Content::Copy { .. });
             let below = if reads_below { source.below_for(caller).await? } else { Vec::new() };
+            let reserved = volume.reserve("make", caller.uid, caller.uid, new.capacity)?;
             let source = source.clone();
             volume.begin(caller, verb, departs, move |volume, work| async move {
+                work.has_reserved(reserved);
                 work.holds(source.kept_for("clone").await?);
                 source.refuse_while_written("clone").await?;
                 if reads_below {
@@ -284,6 +303,8 @@ impl Volume {
                     source.refuse_written("clone", &below).await?;
                 }
                 let new = source.copy_of(&volume.name, &options).await?;
+                // It may have grown since it was looked at.
+                work.grows(new.capacity).map_err(|e| volume.failed("make", e))?;
                 work.puts_on(match &new.content {
                     Content::Overlay { base, .. } => Some(base.clone()),
                     Content::Copy { .. } => source.pool.noted_base(&source.look()?),

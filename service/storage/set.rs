@@ -1,6 +1,7 @@
 //! All pools, and what of them is asked over all: which volumes stand on a file, and whose volume is at a path.
 
 use super::Pool;
+use super::quota::Holdings;
 use crate::facts::VolumeFacts;
 use crate::images::Chain;
 use crate::lock::lock;
@@ -13,7 +14,7 @@ use tokio::sync::watch;
 use uuid::Uuid;
 
 /// A volume by its pool and its name there.
-type VolumeName = (Uuid, Arc<str>);
+pub(super) type VolumeName = (Uuid, Arc<str>);
 
 /// See the module.
 #[derive(Default)]
@@ -23,6 +24,8 @@ pub(crate) struct Pools {
     standing: Mutex<HashMap<PathBuf, BTreeMap<VolumeName, PathBuf>>>,
     /// Which volume is at which path, likewise.
     places: Mutex<HashMap<PathBuf, VolumeName>>,
+    /// How much of storage each user has.
+    pub(super) holdings: Arc<Holdings>,
     /// Counts how often what a pool is has changed.
     pub phases: watch::Sender<u64>,
 }
@@ -36,6 +39,7 @@ impl Pools {
         before: Option<&VolumeFacts>,
         now: Option<&VolumeFacts>,
     ) -> Vec<PathBuf> {
+        self.holdings.records((pool, name.clone()), now);
         let Some(path) = now.or(before).map(|facts| PathBuf::from(&facts.path)) else { return Vec::new() };
         {
             let mut places = lock(&self.places);

@@ -272,9 +272,11 @@ impl Volume {
 
     /// Gives it another size.
     pub async fn resize(self, caller: &Caller, to: NewCapacity) -> Result<Ticket> {
+        let by = caller.uid;
         self.job(caller, &verb::VOLUME_RESIZE, to.cancel_on_disconnect, move |volume, work| async move {
             work.holds(volume.alone("resize").await?);
             volume.refuse_to_change("resize").await?;
+            work.has_reserved(volume.reserve_more("resize", by, to.capacity)?);
             let size = NewSize { capacity: to.capacity, shrink: to.shrink, allocate: to.allocate };
             let resized = volume.pool.opened()?.resize(&volume.at()?, size, work).await;
             resized.map_err(|e| volume.failed("resize", e))
@@ -304,11 +306,14 @@ impl Volume {
         sparse: bool,
         departs: bool,
     ) -> Result<Ticket> {
+        let by = caller.uid;
         self.job(caller, &verb::VOLUME_UPLOAD, departs, move |volume, work| async move {
             work.holds(volume.alone("overwrite").await?);
             volume.refuse_to_change("overwrite").await?;
             let open = volume.pool.opened()?;
             let at = if part.is_some() { volume.whole()? } else { volume.only()? };
+            // How much is new is known when it has been read.
+            work.has_reserved(volume.reserve_more("overwrite", by, 0)?);
             let upload = open.upload(&at, from, part, sparse, work.clone());
             let written = if part.is_some() { volume.overwritten(&at, &work, upload).await } else { upload.await };
             written.map_err(|e| volume.failed("overwrite", e))?;

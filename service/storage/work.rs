@@ -2,6 +2,7 @@
 
 use super::Pool;
 use super::notes::{Noted, NotedSecret};
+use super::quota::Reserved;
 use crate::fail_point;
 use crate::images::Taken;
 use crate::job::Job;
@@ -30,17 +31,32 @@ pub(super) struct JobWork {
     begun: AtomicBool,
     /// Files that are not free before it has ended, and each thread of it that may still change one.
     held: Mutex<Vec<Arc<Taken>>>,
+    /// What is taken of what an owner may have, for as long.
+    reserved: Mutex<Option<Reserved>>,
 }
 
 impl JobWork {
     pub(super) fn new(job: Arc<Job>, pool: Arc<Pool>, owner: u32) -> Arc<JobWork> {
-        let (base, told, begun, held) = (Mutex::default(), Mutex::default(), AtomicBool::default(), Mutex::default());
-        Arc::new(JobWork { job, pool, owner, base, told, begun, held })
+        Arc::new(JobWork {
+            job,
+            pool,
+            owner,
+            base: Mutex::default(),
+            told: Mutex::default(),
+            begun: AtomicBool::default(),
+            held: Mutex::default(),
+            reserved: Mutex::default(),
+        })
     }
 
     /// A file is not free before it has ended.
     pub(super) fn holds(&self, taken: impl Into<Arc<Taken>>) {
         lock(&self.held).push(taken.into());
+    }
+
+    /// That is taken before it has ended, and each thread of it that may still make something.
+    pub(super) fn has_reserved(&self, reserved: Reserved) {
+        *lock(&self.reserved) = Some(reserved);
     }
 
     /// Whether what it changes may be changed already.
@@ -70,6 +86,11 @@ impl Work for JobWork {
         fail_point::reached();
     }
 
+    fn grows(&self, capacity: u64) -> Result<(), DriverError> {
+        let reserved = lock(&self.reserved);
+        reserved.as_ref().map_or(Ok(()), |reserved| reserved.grow(capacity)).map_err(DriverError::TooMany)
+    }
+
     fn names(&self, id: FileId, name: &str, format: &str, secret: Option<&str>) -> Result<(), DriverError> {
         // What takes the place of a volume stays its owner's, and what opened that may open it still.
         let (owner, before) = self.pool.noted_of(name).unwrap_or((self.owner, None));
@@ -93,6 +114,10 @@ impl Work for OwnWork {
 
     fn step(&self) {
         fail_point::reached();
+    }
+
+    fn grows(&self, _: u64) -> Result<(), DriverError> {
+        Ok(())
     }
 
     fn names(&self, _: FileId, _: &str, _: &str, _: Option<&str>) -> Result<(), DriverError> {

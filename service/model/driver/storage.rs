@@ -113,6 +113,10 @@ pub trait Work: Send + Sync {
     /// Something that stays is done next.
     fn step(&self);
 
+    /// The volume that is made, or replaced, is to have that capacity, in bytes; from the first time on no less. Error: `TooMany`,
+    /// if whose it is may not have so much.
+    fn grows(&self, capacity: u64) -> Result<(), DriverError>;
+
     /// A file of that format gets a name next: it is noted what it is, before anybody can find it, and by which secret it is
     /// opened, where that is known. Blocks.
     fn names(&self, id: FileId, name: &str, format: &str, secret: Option<&str>) -> Result<(), DriverError>;
