@@ -132,7 +132,7 @@ impl HostNetworks {
 
     /// Tells who watches that it was changed. For who has the turn.
     fn tell(&self, uuid: Uuid) {
-        self.followed().networks.get(&uuid).into_iter().for_each(|one| _ = one.told.send_replace(()));
+        self.followed().networks.get(&uuid).into_iter().for_each(|one| one.told.send_replace(()));
     }
 }
 
@@ -146,7 +146,7 @@ async fn hear(changes: RuleChanges, followed: Weak<Mutex<Followed>>) {
             return tracing::warn!(%error, "networks' problems follow others' rules no longer: {NOT_HEARD}");
         }
         let Some(followed) = followed.upgrade() else { return };
-        lock(&followed).networks.values().for_each(|one| _ = one.told.send_replace(()));
+        lock(&followed).networks.values().for_each(|one| one.told.send_replace(()));
     }
 }
 
