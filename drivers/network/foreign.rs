@@ -4,7 +4,7 @@
 use super::rules;
 use serde_json::Value;
 use std::collections::HashMap;
-use virt_model::driver::network::Problem;
+use virt_model::driver::network::{Problem, ProblemToken};
 
 /// What a network needs of the host.
 #[derive(Clone, Copy, Debug)]
@@ -35,7 +35,7 @@ pub fn problems(ruleset: &Value, needs: Needs<'_>) -> Vec<Problem> {
         let lines: Vec<String> = missing.map(|key| line(&chain, key, needs.bridge, "")).collect();
         if !lines.is_empty() {
             let sentence = format!("{} drops guests' packets; let them pass: {}", named(&chain), lines.join("; "));
-            found.push(Problem { token: "forward-blocked", sentence });
+            found.push(Problem { token: ProblemToken::ForwardBlocked, sentence });
         }
     }
     for chain in of_others(ruleset, "input").filter(|_| needs.serving) {
@@ -44,7 +44,7 @@ pub fn problems(ruleset: &Value, needs: Needs<'_>) -> Vec<Problem> {
             let line = line(&chain, "iifname", needs.bridge, "meta l4proto { tcp, udp } th dport { 53, 67, 547 } ");
             let sentence =
                 format!("{} drops guests' questions for addresses and names; let them in: {line}", named(&chain));
-            found.push(Problem { token: "input-blocked", sentence });
+            found.push(Problem { token: ProblemToken::InputBlocked, sentence });
         }
     }
     found
@@ -305,7 +305,7 @@ mod tests {
 
     fn found(all: Vec<Value>) -> Vec<(&'static str, String)> {
         let needs = Needs { bridge: "virbr0", passing: true, serving: true };
-        problems(&json!({"nftables": all}), needs).into_iter().map(|one| (one.token, one.sentence)).collect()
+        problems(&json!({"nftables": all}), needs).into_iter().map(|one| (one.token.as_str(), one.sentence)).collect()
     }
 
     #[test]

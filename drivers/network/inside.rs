@@ -88,8 +88,8 @@ pub(crate) enum Answer {
     Is(bool),
     /// Each network's document and owner.
     Found(Vec<(String, u32)>),
-    /// Each one's token and sentence, and why not all could be looked at, if so.
-    Problems { found: Vec<(String, String)>, unseen: Option<String> },
+    /// What [`Maker::problems`] says.
+    Problems(Result<Vec<Problem>, PartlySeen>),
     /// How a device is limited.
     Limit(Option<Rate>),
     /// Why it was not done.
@@ -113,13 +113,6 @@ impl Card {
         let vlans = card.vlan.as_ref().map(VlanPlan::all_of).unwrap_or_default();
         Card { end: card.end.clone(), isolated: card.isolated, vlans }
     }
-}
-
-/// Problems as they are told outside. What is not known here is another virtd's word.
-pub(crate) fn problems(told: Vec<(String, String)>) -> Vec<Problem> {
-    let known = ["forward-blocked", "input-blocked", "dhcp-down", "bridge-gone"];
-    let token = |token: &str| known.into_iter().find(|known| *known == token);
-    told.into_iter().filter_map(|(word, sentence)| Some(Problem { token: token(&word)?, sentence })).collect()
 }
 
 /// Has something done in the namespaces of that process. Blocks.
@@ -282,12 +275,8 @@ fn perform(request: Request) -> Performed {
         }
         Request::Change { place, xml } => maker(place).change(&parse(&xml)?).map(done),
         Request::Problems { place, xml } => {
-            let (found, unseen) = match maker(place).problems(&parse(&xml)?) {
-                Ok(found) => (found, None),
-                Err(PartlySeen { found, why }) => (found, Some(why)),
-            };
-            let found = found.into_iter().map(|one| (one.token.to_owned(), one.sentence)).collect();
-            Ok(only(Answer::Problems { found, unseen }))
+            let looked = maker(place).problems(&parse(&xml)?);
+            Ok(only(Answer::Problems(looked)))
         }
         Request::Plug { xml, cards } => {
             link::plug(&parse(&xml)?, &cards);

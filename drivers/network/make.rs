@@ -24,7 +24,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
-use virt_model::driver::network::{Lease, NetworkError, PartlySeen, PluggedCard, Problem};
+use virt_model::driver::network::{Lease, NetworkError, PartlySeen, PluggedCard, Problem, ProblemToken};
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
 use virt_model::network::forward::Mode;
@@ -447,7 +447,7 @@ impl Maker {
         if card.is_none() {
             let sentence =
                 format!("the bridge '{bridge}' was removed by somebody else: destroy the network and start it again");
-            return Ok(vec![Problem { token: "bridge-gone", sentence }]);
+            return Ok(vec![Problem { token: ProblemToken::BridgeGone, sentence }]);
         }
         if !def.mode().is_ours() {
             return Ok(Vec::new());
@@ -457,7 +457,7 @@ impl Maker {
         if serving && server::find(&self.folder(def.uuid)).is_none() {
             let sentence =
                 "dnsmasq has ended: nobody is given addresses or told names; destroy the network and start it again";
-            found.push(Problem { token: "dhcp-down", sentence: sentence.to_owned() });
+            found.push(Problem { token: ProblemToken::DhcpDown, sentence: sentence.to_owned() });
         }
         let passing = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open);
         let listed = output_within("nft", &["-j", "list", "ruleset"], &[]);

@@ -28,7 +28,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use uuid::Uuid;
-use virt_model::driver::network::{NetworkError, PartlySeen, PluggedCard, Problem};
+use virt_model::driver::network::{NetworkError, PartlySeen, PluggedCard, Problem, ProblemToken};
 use virt_model::network::NetworkDef;
 use virt_model::network::forward::Mode;
 
@@ -333,15 +333,17 @@ impl OwnNetwork {
 
     /// As [`Maker::problems`].
     pub fn problems(&self, maker: &Maker, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
-        let (mut found, unseen) = match self.ask(&Request::Problems { place: maker.place(), xml: def.write() }) {
-            Ok((Answer::Problems { found, unseen }, _)) => (inside::problems(found), unseen),
+        let asked = self.ask(&Request::Problems { place: maker.place(), xml: def.write() });
+        let (mut found, unseen) = match asked {
+            Ok((Answer::Problems(Ok(found)), _)) => (found, None),
+            Ok((Answer::Problems(Err(PartlySeen { found, why })), _)) => (found, Some(why)),
             Ok((other, _)) => (Vec::new(), Some(format!("the answer is {other:?}"))),
             Err(why) => (Vec::new(), Some(why.to_string())),
         };
         if def.mode() == Mode::Nat && self.uplink().is_none() {
             let sentence =
                 "pasta, the uplink, has ended: guests do not reach the world; destroy the network and start it again";
-            found.push(Problem { token: "uplink-down", sentence: sentence.to_owned() });
+            found.push(Problem { token: ProblemToken::UplinkDown, sentence: sentence.to_owned() });
         }
         match unseen {
             None => Ok(found),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard};
+use virt_model::driver::network::{Lease, NetworkDriver, NetworkError, NetworkReport, PluggedCard, ProblemToken};
 use virt_model::network::NetworkDef;
 use virt_model::network::update::{Change, Command as Verb, Section};
 
@@ -297,19 +297,23 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     run(DOCKER);
     assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed));
     let problems = networks.problems(&more).await.unwrap();
-    assert_eq!(problems.iter().map(|problem| problem.token).collect::<Vec<_>>(), ["forward-blocked"], "{problems:?}");
+    assert_eq!(
+        problems.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(),
+        ["forward-blocked"],
+        "{problems:?}"
+    );
     assert!(
         problems[0].sentence.contains("nft insert rule ip docker FORWARD iifname \"virbr0\" accept"),
         "{problems:?}"
     );
     run(&format!("kill -KILL {}", pid.trim()));
     assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
-    assert_eq!(networks.problems(&more).await.unwrap()[0].token, "dhcp-down");
+    assert_eq!(networks.problems(&more).await.unwrap()[0].token, ProblemToken::DhcpDown);
     // Where nobody can list the rules, that is said, with what is known without them.
     let nft = ["/usr/sbin/nft", "/usr/bin/nft", "/sbin/nft"].into_iter().find(|nft| Path::new(nft).exists()).unwrap();
     run(&format!("mount --bind /bin/false {nft}"));
     let seen = networks.problems(&more).await.unwrap_err();
-    assert_eq!(seen.found.iter().map(|problem| problem.token).collect::<Vec<_>>(), ["dhcp-down"], "{seen:?}");
+    assert_eq!(seen.found.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(), ["dhcp-down"], "{seen:?}");
     assert!(seen.why.contains("nft"), "{seen:?}");
     run(&format!("umount {nft}"));
     // A change makes another one; that the one before ends in it is nothing to be told.
@@ -318,7 +322,10 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
         more = more.changed(&Change::read(Verb::AddLast, Section::DnsTxt, None, &txt).unwrap()).unwrap();
         networks.change(&more).await.unwrap();
         assert_eq!(told(&mut reports).await, Some(NetworkReport::Changed), "{word}");
-        assert!(networks.problems(&more).await.unwrap().iter().all(|problem| problem.token != "dhcp-down"), "{word}");
+        assert!(
+            networks.problems(&more).await.unwrap().iter().all(|problem| problem.token != ProblemToken::DhcpDown),
+            "{word}"
+        );
     }
     // One that cannot be destroyed is watched as before.
     let rules = house.dir.path().join(format!("networks/{}/rules.json", def.uuid));
@@ -490,7 +497,7 @@ async fn problems_are_looked_for_when_others_change_rules_while_there_are_networ
     assert!(is_listened());
     let tokens = async |networks: &HostNetworks, def: &NetworkDef| {
         let found = networks.problems(def).await.unwrap();
-        found.iter().map(|problem| problem.token).collect::<Vec<_>>()
+        found.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>()
     };
     let mut watched = Vec::new();
     for def in [&first, &second] {

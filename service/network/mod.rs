@@ -325,7 +325,7 @@ impl Network {
             autostart: state.autostart,
             config_changed: live.zip(stored).is_some_and(|(live, stored)| live.write() != stored.write()),
             owner: self.owner,
-            problems: state.problems.iter().map(|one| (one.token, one.sentence.clone())).collect(),
+            problems: state.problems.iter().map(|one| (one.token.as_str(), one.sentence.clone())).collect(),
             users: self.users(),
             mode: def.mode().as_str(),
             bridge: def.bridge_name().unwrap_or_default().to_owned(),

@@ -9,6 +9,7 @@ use crate::network::NetworkDef;
 use crate::network::address::Net;
 use crate::xml::Finding;
 use async_trait::async_trait;
+use serde::{Deserialize, Serialize};
 use std::net::IpAddr;
 use tokio::sync::mpsc;
 use uuid::Uuid;
@@ -100,16 +101,44 @@ pub struct Lease {
 }
 
 /// Why a network that is there cannot do its work.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Problem {
     /// In a word.
-    pub token: &'static str,
+    pub token: ProblemToken,
     /// In a sentence, with the remedy.
     pub sentence: String,
 }
 
+/// What keeps a network from its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ProblemToken {
+    /// A chain that is not virtd's drops packets of its guests.
+    ForwardBlocked,
+    /// The same of guests' questions for addresses and names.
+    InputBlocked,
+    /// What serves addresses and names has ended.
+    DhcpDown,
+    /// Its bridge was removed.
+    BridgeGone,
+    /// What brings packets out of a user's own namespaces has ended.
+    UplinkDown,
+}
+
+impl ProblemToken {
+    /// The word by which it is told.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ProblemToken::ForwardBlocked => "forward-blocked",
+            ProblemToken::InputBlocked => "input-blocked",
+            ProblemToken::DhcpDown => "dhcp-down",
+            ProblemToken::BridgeGone => "bridge-gone",
+            ProblemToken::UplinkDown => "uplink-down",
+        }
+    }
+}
+
 /// Not all could be looked at that may keep a network from its work.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
 #[error("{why}")]
 pub struct PartlySeen {
     /// What was found where it could be looked.

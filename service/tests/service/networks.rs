@@ -9,7 +9,7 @@ use tokio::sync::mpsc;
 use tracing::field::{Field, Visit};
 use uuid::Uuid;
 use virt_model::driver::network::{
-    Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem,
+    Lease, NetworkDriver, NetworkError, NetworkReport, PartlySeen, PluggedCard, Problem, ProblemToken,
 };
 use virt_model::network::NetworkDef;
 use virt_model::network::address::Net;
@@ -113,7 +113,7 @@ impl tracing::Subscriber for Warnings {
 async fn a_problem_is_known_until_it_is_seen_to_be_none() {
     let warnings = Arc::new(AtomicUsize::new(0));
     let _heard = tracing::subscriber::set_default(Warnings(warnings.clone()));
-    let problem = |token: &'static str| Problem { token, sentence: format!("it is {token}") };
+    let problem = |token: ProblemToken| Problem { token, sentence: format!("it is {}", token.as_str()) };
     let unseen = |found: Vec<Problem>| Err(PartlySeen { found, why: "no rules today".to_owned() });
     let folder = tempfile::tempdir().unwrap();
     let (reports, from) = mpsc::channel(4);
@@ -122,11 +122,11 @@ async fn a_problem_is_known_until_it_is_seen_to_be_none() {
     let xml = "<network><name>home</name><bridge name='virbr7'/><ip address='10.7.0.1' prefix='24'/></network>";
     let network = world.service.define_network(&world.alice(), xml).await.expect("defined");
     played.looks.lock().unwrap().extend([
-        Ok(vec![problem("blocked")]),
+        Ok(vec![problem(ProblemToken::ForwardBlocked)]),
         unseen(Vec::new()),
-        unseen(vec![problem("down")]),
-        Ok(vec![problem("down")]),
-        unseen(vec![problem("down"), problem("gone")]),
+        unseen(vec![problem(ProblemToken::DhcpDown)]),
+        Ok(vec![problem(ProblemToken::DhcpDown)]),
+        unseen(vec![problem(ProblemToken::DhcpDown), problem(ProblemToken::BridgeGone)]),
     ]);
     network.start(&world.alice()).await.expect("started");
     // The pauses between what is told of it are none to the test.
@@ -143,6 +143,15 @@ async fn a_problem_is_known_until_it_is_seen_to_be_none() {
             _ => {}
         }
     }
-    assert_eq!(told, [vec!["blocked"], vec!["blocked", "down"], vec!["down"], vec!["down", "gone"], vec![]]);
+    assert_eq!(
+        told,
+        [
+            vec!["forward-blocked"],
+            vec!["forward-blocked", "dhcp-down"],
+            vec!["dhcp-down"],
+            vec!["dhcp-down", "bridge-gone"],
+            vec![]
+        ]
+    );
     assert_eq!(warnings.load(Ordering::Relaxed), 2, "once until it was seen again");
 }
