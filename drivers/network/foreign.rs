@@ -2,8 +2,11 @@
 //! looked for, told, and left alone.
 
 use super::rules;
+use crate::host::tap::output_within;
 use serde_json::Value;
 use std::collections::HashMap;
+use std::io;
+use std::sync::OnceLock;
 use virt_model::driver::network::{Problem, ProblemToken};
 
 /// What a network needs of the host.
@@ -15,6 +18,22 @@ pub struct Needs<'a> {
     pub passing: bool,
     /// Guests ask the host for addresses and names.
     pub serving: bool,
+}
+
+/// The host's rules, listed once for all who look at them: with the first of them.
+#[derive(Debug, Default)]
+pub struct Ruleset(OnceLock<Result<Value, String>>);
+
+impl Ruleset {
+    /// As `nft -j list ruleset` tells them. Blocks. Error: why they cannot be listed.
+    pub fn listed(&self) -> Result<&Value, &str> {
+        let list = || {
+            let told = output_within("nft", &["-j", "list", "ruleset"], &[]);
+            let read = told.and_then(|told| Ok(serde_json::from_slice(&told)?));
+            read.map_err(|error: io::Error| error.to_string())
+        };
+        self.0.get_or_init(list).as_ref().map_err(String::as_str)
+    }
 }
 
 /// A chain that packets come through, of whoever made it.

@@ -2,6 +2,7 @@
 //! before it has threads, as the kernel wants it, does one thing, and ends. It takes its request from a socket, answers by it, and
 //! ends with virtd: what it was at then is undone by the next one, as after any other death.
 
+use super::foreign::Ruleset;
 use super::link;
 use super::make::{Maker, World};
 use super::own::{HOLDER, IS_READY, READY};
@@ -275,7 +276,7 @@ fn perform(request: Request) -> Performed {
         }
         Request::Change { place, xml } => maker(place).change(&parse(&xml)?).map(done),
         Request::Problems { place, xml } => {
-            let looked = maker(place).problems(&parse(&xml)?);
+            let looked = maker(place).problems(&parse(&xml)?, &Ruleset::default());
             Ok(only(Answer::Problems(looked)))
         }
         Request::Plug { xml, cards } => {

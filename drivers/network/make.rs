@@ -6,6 +6,7 @@
 //!  record "unmaking" ─▶ server, rules, bridge away ─▶ record away
 //! ```
 
+use super::foreign::{self, Needs, Ruleset};
 use super::inside::{Card, Place};
 use super::link::{self, HostRoute};
 use super::own::OwnNetwork;
@@ -437,8 +438,8 @@ impl Maker {
         Ok(super::leases::read(&text, serve::most_leases(def), prefix))
     }
 
-    /// Why it cannot do its work.
-    pub fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
+    /// Why it cannot do its work, with the host's rules as they are or were listed for others after the same change.
+    pub fn problems(&self, def: &NetworkDef, rules: &Ruleset) -> Result<Vec<Problem>, PartlySeen> {
         if let World::Own(own) = &self.world {
             return own.problems(self, def);
         }
@@ -460,10 +461,9 @@ impl Maker {
             found.push(Problem { token: ProblemToken::DhcpDown, sentence: sentence.to_owned() });
         }
         let passing = matches!(def.mode(), Mode::Nat | Mode::Route | Mode::Open);
-        let listed = output_within("nft", &["-j", "list", "ruleset"], &[]);
-        match listed.and_then(|listed| Ok(serde_json::from_slice(&listed)?)) {
+        match rules.listed() {
             Ok(ruleset) => {
-                found.extend(super::foreign::problems(&ruleset, super::foreign::Needs { bridge, passing, serving }));
+                found.extend(foreign::problems(ruleset, Needs { bridge, passing, serving }));
                 Ok(found)
             }
             Err(error) => Err(PartlySeen { found, why: format!("others' rules cannot be listed: {error}") }),

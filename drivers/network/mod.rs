@@ -27,6 +27,7 @@ mod tests;
 
 use crate::host::process::{End, Process};
 use async_trait::async_trait;
+use foreign::Ruleset;
 use make::{Maker, World};
 pub use own::OwnNetwork;
 use rule_changes::RuleChanges;
@@ -65,18 +66,28 @@ struct Followed {
     rules: Option<JoinSet<()>>,
 }
 
-/// Who watches a network is told here that it, or others' rules, were changed. No change is lost to a watcher who is busy: what
-/// they have not seen is kept.
+/// Who watches a network is told here that it was changed, or that others' rules were, with those rules for all who are told so. No
+/// change is lost to a watcher who is busy: what they have not seen is kept.
 struct Changes {
-    told: watch::Sender<()>,
+    told: watch::Sender<Option<Arc<Ruleset>>>,
     /// What has been told since somebody last looked for problems.
-    unlooked: watch::Receiver<()>,
+    unlooked: watch::Receiver<Option<Arc<Ruleset>>>,
 }
 
 impl Default for Changes {
     fn default() -> Changes {
-        let (told, unlooked) = watch::channel(());
+        let (told, unlooked) = watch::channel(None);
         Changes { told, unlooked }
+    }
+}
+
+impl Changes {
+    /// The rules to look at for problems. What is told from here on is to be looked at again.
+    fn ruleset(&mut self) -> Arc<Ruleset> {
+        let is_told = self.unlooked.has_changed().unwrap_or(false);
+        let told = self.unlooked.borrow_and_update().clone();
+        // Those that it was looked at with before may be others by now, of which nothing has been told yet.
+        told.filter(|_| is_told).unwrap_or_default()
     }
 }
 
@@ -132,7 +143,7 @@ impl HostNetworks {
 
     /// Tells who watches that it was changed. For who has the turn.
     fn tell(&self, uuid: Uuid) {
-        self.followed().networks.get(&uuid).into_iter().for_each(|one| one.told.send_replace(()));
+        self.followed().networks.get(&uuid).into_iter().for_each(|one| _ = one.told.send_replace(None));
     }
 }
 
@@ -146,7 +157,8 @@ async fn hear(changes: RuleChanges, followed: Weak<Mutex<Followed>>) {
             return tracing::warn!(%error, "networks' problems follow others' rules no longer: {NOT_HEARD}");
         }
         let Some(followed) = followed.upgrade() else { return };
-        lock(&followed).networks.values().for_each(|one| one.told.send_replace(()));
+        let rules = Arc::<Ruleset>::default();
+        lock(&followed).networks.values().for_each(|one| _ = one.told.send_replace(Some(rules.clone())));
     }
 }
 
@@ -233,10 +245,9 @@ impl NetworkDriver for HostNetworks {
     }
 
     async fn problems(&self, def: &NetworkDef) -> Result<Vec<Problem>, PartlySeen> {
-        // What is told from here on is looked at again.
-        self.followed().networks.get_mut(&def.uuid).into_iter().for_each(|one| one.unlooked.mark_unchanged());
+        let rules = self.followed().networks.get_mut(&def.uuid).map(Changes::ruleset).unwrap_or_default();
         let def = def.clone();
-        let looked = self.does(move |maker| maker.problems(&def)).await;
+        let looked = self.does(move |maker| maker.problems(&def, &rules)).await;
         looked.unwrap_or_else(|error| Err(PartlySeen { found: Vec::new(), why: error.to_string() }))
     }
 
@@ -255,7 +266,7 @@ async fn follow(
     maker: Arc<Maker>,
     turn: Arc<tokio::sync::Mutex<()>>,
     uuid: Uuid,
-    mut changes: watch::Receiver<()>,
+    mut changes: watch::Receiver<Option<Arc<Ruleset>>>,
     to: mpsc::Sender<NetworkReport>,
 ) {
     let (mut were_down, mut changed) = (0, false);

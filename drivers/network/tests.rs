@@ -310,7 +310,7 @@ async fn a_guest_gets_an_address_and_names_and_reaches_others() {
     assert_eq!(told(&mut reports).await, Some(NetworkReport::ServerEnded));
     assert_eq!(networks.problems(&more).await.unwrap()[0].token, ProblemToken::DhcpDown);
     // Where nobody can list the rules, that is said, with what is known without them.
-    let nft = ["/usr/sbin/nft", "/usr/bin/nft", "/sbin/nft"].into_iter().find(|nft| Path::new(nft).exists()).unwrap();
+    let nft = nft();
     run(&format!("mount --bind /bin/false {nft}"));
     let seen = networks.problems(&more).await.unwrap_err();
     assert_eq!(seen.found.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>(), ["dhcp-down"], "{seen:?}");
@@ -473,6 +473,11 @@ async fn all_modes_and_both_families_are_made_and_taken_away() {
     assert!(made > 15, "{made}");
 }
 
+/// Where that program is.
+fn nft() -> &'static str {
+    ["/usr/sbin/nft", "/usr/bin/nft", "/sbin/nft"].into_iter().find(|nft| Path::new(nft).exists()).unwrap()
+}
+
 /// Whether a process in here is told of all changes of nftables.
 fn is_listened() -> bool {
     let sockets = std::fs::read_to_string("/proc/net/netlink").unwrap();
@@ -495,6 +500,7 @@ async fn problems_are_looked_for_when_others_change_rules_while_there_are_networ
     let second = complete(&home().replace(">home<", ">lab<").replace("10.77.0.", "10.78.0."), &networks).await;
     networks.start(&second, 7).await.unwrap();
     assert!(is_listened());
+    let nft = nft();
     let tokens = async |networks: &HostNetworks, def: &NetworkDef| {
         let found = networks.problems(def).await.unwrap();
         found.iter().map(|problem| problem.token.as_str()).collect::<Vec<_>>()
@@ -509,8 +515,12 @@ async fn problems_are_looked_for_when_others_change_rules_while_there_are_networ
         for (def, reports) in &mut watched {
             assert_eq!(told(reports).await, Some(NetworkReport::Changed), "{change}");
             assert_eq!(tokens(&networks, def).await, found, "{change}");
+            // Who looks first lists them for all.
+            run(&format!("mount --bind /bin/false {nft}"));
         }
+        run(&format!("umount {nft}; umount {nft}"));
     }
+    assert_eq!(tokens(&networks, &first).await, [""; 0], "who is told nothing lists them");
     drop(watched);
 
     // Another virtd: what is changed after it has looked, and before anybody watches, is told.
