@@ -261,13 +261,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
     let active = on_disk(move || on.store.active_pools().load::<Note>()).await?.into_iter();
     let mut active: HashMap<Uuid, _> = active.map(|found| (found.uuid, found)).collect();
     for FoundDocument { uuid, text, note } in found {
-        let read = text.and_then(|text| {
-            PoolDef::parse_within(&text, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))
-        });
-        let read = read.and_then(|def| match def.uuid == uuid {
-            true => Ok(def),
-            false => Err(format!("its file holds the pool {}", def.uuid)),
-        });
+        let read = read_pool(text, uuid);
         let read = read.and_then(|def| pools.registry.look(uuid, &def.name).map(|_| def).map_err(|e| e.to_string()));
         let (def, broken) = match read {
             Ok(def) => (def, None),
@@ -309,17 +303,23 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
     Ok(())
 }
 
+/// The definition in a file that is called by that uuid. Error: the file cannot be read, or holds another pool.
+fn read_pool(text: std::result::Result<String, String>, uuid: Uuid) -> std::result::Result<PoolDef, String> {
+    let unreadable = |findings: Vec<Finding>| virt_model::xml::unreadable(&findings);
+    let def = PoolDef::parse_within(&text?, Limits::STORED).map_err(unreadable)?;
+    match def.uuid == uuid {
+        true => Ok(def),
+        false => Err(format!("its file holds the pool {}", def.uuid)),
+    }
+}
+
 /// A pool that is active, and of which nothing is stored.
 async fn load_transient(
     shared: &Arc<Shared>,
     pools: &Arc<Pools>,
     FoundDocument { uuid, text, note }: FoundDocument<Note>,
 ) -> std::result::Result<(), String> {
-    let def =
-        PoolDef::parse_within(&text?, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))?;
-    if def.uuid != uuid {
-        return Err(format!("its file holds the pool {}", def.uuid));
-    }
+    let def = read_pool(text, uuid)?;
     let on = shared.clone();
     // Without what is noted a guest's disk would be what the guest says that it is.
     let noted = on_disk(move || on.store.documents(Folder::Pools).load_beside(uuid, NOTED)).await;
@@ -342,11 +342,8 @@ impl Pool {
     /// With which definition it was active, by what was written of that.
     fn active_as(&self, text: std::result::Result<String, String>) -> Arc<PoolDef> {
         let stored = super::lock(&self.state).def.clone();
-        let read = text.and_then(|text| {
-            PoolDef::parse_within(&text, Limits::STORED).map_err(|findings| virt_model::xml::unreadable(&findings))
-        });
-        match read {
-            Ok(def) if def.uuid == self.uuid && def.write() != stored.write() => Arc::new(def),
+        match read_pool(text, self.uuid) {
+            Ok(def) if def.write() != stored.write() => Arc::new(def),
             Ok(_) => stored,
             Err(why) => {
                 let uuid = self.uuid;
