@@ -69,6 +69,11 @@ pub(crate) fn by_name(pool: &str, volume: &str) -> PathBuf {
     PathBuf::from(format!("\0{pool}/{volume}"))
 }
 
+/// The pool and the volume, or the pool alone, of an image that is known [by its name](by_name).
+fn name_of(image: &Path) -> Option<&str> {
+    image.to_str()?.strip_prefix('\0')
+}
+
 /// What is above all of that pool.
 pub(crate) fn pool_by_name(pool: &str) -> PathBuf {
     PathBuf::from(format!("\0{pool}"))
@@ -117,16 +122,14 @@ impl Volumes {
 
     /// The path of an image that is known by its name, or as it is.
     pub fn path_of(&self, image: &Path) -> Option<PathBuf> {
-        let Some(named) = image.to_str().and_then(|text| text.strip_prefix('\0')) else {
-            return Some(image.to_owned());
-        };
+        let Some(named) = name_of(image) else { return Some(image.to_owned()) };
         let (pool, volume) = named.split_once('/')?;
         self.0.get()?.place(pool, volume)
     }
 
     /// Where those images are; `None` where all are known by their paths.
     pub fn places_of(&self, images: &[PathBuf]) -> Option<Vec<PathBuf>> {
-        let is_named = images.iter().any(|image| image.as_os_str().as_encoded_bytes().first() == Some(&0));
+        let is_named = images.iter().any(|image| name_of(image).is_some());
         is_named.then(|| images.iter().map(|image| self.path_of(image).unwrap_or_else(|| image.clone())).collect())
     }
 
