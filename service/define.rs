@@ -231,7 +231,8 @@ impl Service {
         if existing.is_none() {
             self.shared.is_settled(def.uuid).await?;
         }
-        let claimed = self.claim(caller, &def, existing.as_ref())?;
+        let limit = self.shared.limits.domains_per_user;
+        let claimed = self.domains.claim_as_seen(def.uuid, &def.name, caller.uid, limit, existing.as_ref())?;
         Ok(Accepted { def, stored, driver, claimed })
     }
 
@@ -261,23 +262,6 @@ impl Service {
             Err(error) => {
                 tracing::warn!(uuid = %def.uuid, name = def.name, %error, "it is defined without a look at its images");
                 Ok(())
-            }
-        }
-    }
-
-    /// Claims name and uuid. Permission was asked for `existing`, or for a new domain, and that may have taken a person's
-    /// time: what has come or gone meanwhile is another domain, for which it does not hold.
-    fn claim(&self, caller: &Caller, def: &DomainDef, existing: Option<&Arc<Domain>>) -> Result<Claimed<Domain>> {
-        let meanwhile = |what: &str| format!("domain '{}' was {what} by another call meanwhile; try again", def.name);
-        match self.domains.claim(def.uuid, &def.name, caller.uid, self.shared.limits.domains_per_user)? {
-            Claimed::Existing(domain) if existing.is_some_and(|known| Arc::ptr_eq(known, &domain)) => {
-                Ok(Claimed::Existing(domain))
-            }
-            Claimed::Existing(_) => Err(Error::DomainExists(meanwhile("defined"))),
-            Claimed::New if existing.is_none() => Ok(Claimed::New),
-            Claimed::New => {
-                self.domains.remove(def.uuid, &def.name, caller.uid);
-                Err(Error::OperationInvalid(meanwhile("removed")))
             }
         }
     }

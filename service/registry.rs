@@ -92,6 +92,28 @@ impl<T: Object> Registry<T> {
         Ok(Claimed::New)
     }
 
+    /// The same for who found `seen` before, and has asked for permission for that, or for a new object. That may have taken a
+    /// person's time: what has come or gone meanwhile is another object, for which it does not hold, and nothing is claimed.
+    pub fn claim_as_seen(
+        &self,
+        uuid: Uuid,
+        name: &str,
+        owner: u32,
+        limit: usize,
+        seen: Option<&Arc<T>>,
+    ) -> Result<Claimed<T>> {
+        let meanwhile = |what: &str| format!("{} was {what} by another call meanwhile; try again", T::KIND.named(name));
+        match (self.claim(uuid, name, owner, limit)?, seen) {
+            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(&now, before) => Ok(Claimed::Existing(now)),
+            (Claimed::Existing(_), _) => Err(T::exists(meanwhile("defined"))),
+            (Claimed::New, None) => Ok(Claimed::New),
+            (Claimed::New, Some(_)) => {
+                self.remove(uuid, name, owner);
+                Err(Error::OperationInvalid(meanwhile("removed")))
+            }
+        }
+    }
+
     /// Makes a claimed object findable.
     pub fn insert(&self, object: Arc<T>) {
         let mut maps = lock(&self.maps);

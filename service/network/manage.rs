@@ -168,20 +168,8 @@ impl Service {
             None => existing,
         };
         let limit = self.shared.limits.others_per_user;
-        let claimed = self.networks.claim(def.uuid, &def.name, caller.uid, limit)?;
-        match (&claimed, &existing) {
-            (Claimed::Existing(now), Some(before)) if Arc::ptr_eq(now, before) => Ok((def, claimed, choice)),
-            (Claimed::New, None) => Ok((def, claimed, choice)),
-            (Claimed::New, Some(_)) => {
-                self.networks.remove(def.uuid, &def.name, caller.uid);
-                let text = format!("network '{}' was removed by another call meanwhile; try again", def.name);
-                Err(Error::OperationInvalid(text))
-            }
-            (Claimed::Existing(_), _) => {
-                let text = format!("network '{}' was defined by another call meanwhile; try again", def.name);
-                Err(Error::NetworkExists(text))
-            }
-        }
+        let claimed = self.networks.claim_as_seen(def.uuid, &def.name, caller.uid, limit, existing.as_ref())?;
+        Ok((def, claimed, choice))
     }
 }
 

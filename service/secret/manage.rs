@@ -75,24 +75,15 @@ impl Service {
         let about = existing.as_ref().map_or_else(|| subject(&def), |secret| secret.subject());
         self.allow(caller, &verb::DEFINE_SECRET, &about).await?;
         let limit = self.shared.limits.others_per_user;
-        match self.secrets.claim(def.uuid, &name, caller.uid, limit)? {
-            Claimed::Existing(secret) if existing.as_ref().is_some_and(|known| Arc::ptr_eq(known, &secret)) => {
+        match self.secrets.claim_as_seen(def.uuid, &name, caller.uid, limit, existing.as_ref())? {
+            Claimed::Existing(secret) => {
                 secret.redefine(def).await?;
                 Ok(secret)
             }
-            Claimed::Existing(_) => {
-                let text = format!("secret '{name}' was defined by another call meanwhile; try again");
-                Err(Error::SecretExists(text))
-            }
-            Claimed::New if existing.is_none() => {
+            Claimed::New => {
                 let uuid = def.uuid;
                 let made = create(&self.shared, &self.secrets, def, caller.uid, None).await;
                 made.inspect_err(|_| self.secrets.remove(uuid, &name, caller.uid))
-            }
-            Claimed::New => {
-                self.secrets.remove(def.uuid, &name, caller.uid);
-                let text = format!("secret '{name}' was removed by another call meanwhile; try again");
-                Err(Error::OperationInvalid(text))
             }
         }
     }

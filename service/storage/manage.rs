@@ -12,7 +12,7 @@ use crate::fair::FairPlaces;
 use crate::frames::{self, Changeable as _};
 use crate::job::Ticket;
 use crate::log;
-use crate::registry::{Claimed, check_new_name};
+use crate::registry::check_new_name;
 use crate::shared::Shared;
 use crate::store::{Folder, FoundDocument, on_disk};
 use crate::verb::Verb;
@@ -125,20 +125,9 @@ impl Service {
             self.allow(caller, verb, &about).await?;
         }
         let text = def.write_readable(Limits::STORED).map_err(Error::InvalidArgument)?;
-        match registry.claim(uuid, &name, caller.uid, self.shared.limits.others_per_user)? {
-            Claimed::Existing(pool) if existing.as_ref().is_some_and(|known| Arc::ptr_eq(known, &pool)) => {
-                Ok(AcceptedPool { def, text, existing })
-            }
-            Claimed::Existing(_) => {
-                Err(Error::PoolExists(format!("pool '{name}' was defined by another call meanwhile; try again")))
-            }
-            Claimed::New if existing.is_none() => Ok(AcceptedPool { def, text, existing }),
-            Claimed::New => {
-                registry.remove(uuid, &name, caller.uid);
-                let text = format!("pool '{name}' was removed by another call meanwhile; try again");
-                Err(Error::OperationInvalid(text))
-            }
-        }
+        let limit = self.shared.limits.others_per_user;
+        registry.claim_as_seen(uuid, &name, caller.uid, limit, existing.as_ref())?;
+        Ok(AcceptedPool { def, text, existing })
     }
 }
 
