@@ -27,6 +27,7 @@ pub(crate) mod own_file;
 pub mod pci;
 #[allow(clippy::disallowed_methods, reason = "the kernel's own files below /sys, /proc and /dev")]
 pub mod process;
+pub(crate) mod ready;
 pub mod resolve;
 pub mod saved;
 #[allow(clippy::disallowed_methods, reason = "the administrator's folder; links and pipes are refused there")]

@@ -1,5 +1,6 @@
 //! A process held by its pidfd, whether it is our child or outlived an earlier virtd: never the wrong one.
 
+use super::ready::ready_by;
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process_group, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -7,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::time::{Duration, Instant};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
@@ -99,7 +101,7 @@ impl Process {
     /// [`super::spawn`] makes is. None is sent once it has gone, since its group then may be another's.
     pub fn signal_group(&self, pid: i32, signal: Signal) -> io::Result<()> {
         let (fd, pid) = (&self.0.get_ref().0, Pid::from_raw(pid));
-        if wait_for_end(fd, 0) {
+        if wait_for_end(fd, Duration::ZERO) {
             return Ok(());
         }
         // Unless another reaps it this moment the number is still its own; and numbers are not given out again at once.
@@ -111,7 +113,7 @@ impl Process {
 
     /// Whether it has ended: until then its number is its own.
     pub fn has_ended(&self) -> bool {
-        wait_for_end(&self.0.get_ref().0, 0)
+        wait_for_end(&self.0.get_ref().0, Duration::ZERO)
     }
 
     /// Waits until it has ended, and reaps it if it is our child.
@@ -137,27 +139,20 @@ pub fn reap(fd: &OwnedFd) -> End {
 /// Kills and reaps a child or stranger, waiting for its end. Blocks for moments.
 pub fn kill(fd: &OwnedFd) {
     let _ = pidfd_send_signal(fd, Signal::KILL);
-    wait_for_end(fd, 10_000);
+    wait_for_end(fd, Duration::from_secs(10));
     reap(fd);
 }
 
 fn has_ended(fd: &OwnedFd) -> bool {
-    let ended = wait_for_end(fd, 0);
+    let ended = wait_for_end(fd, Duration::ZERO);
     if ended {
         reap(fd);
     }
     ended
 }
 
-fn wait_for_end(fd: &OwnedFd, at_most_ms: i64) -> bool {
-    use rustix::event::{PollFd, PollFlags, Timespec, poll};
-    let time = Timespec { tv_sec: at_most_ms / 1000, tv_nsec: at_most_ms % 1000 * 1_000_000 };
-    loop {
-        match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&time)) {
-            Err(rustix::io::Errno::INTR) => {}
-            ready => return ready.is_ok_and(|count| count > 0),
-        }
-    }
+fn wait_for_end(fd: &OwnedFd, at_most: Duration) -> bool {
+    ready_by([fd.as_fd()], Instant::now() + at_most).is_ok_and(|[has_ended]| has_ended)
 }
 
 /// The id of this boot of the host.

@@ -14,10 +14,10 @@
 use super::apart;
 use super::files::Program;
 use super::process::{Identity, kill};
+use super::ready::ready_by;
 use super::tool::limit;
 use super::user::RunAs;
 use super::wall::{self, Maker, Wall};
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::ffi::{CString, OsStr};
@@ -60,6 +60,27 @@ pub struct Plan<'a> {
     pub join: &'a (dyn Fn() + Sync),
     /// It keeps the rights that it has, and may gain more by what it runs.
     pub privileged: bool,
+}
+
+impl<'a> Plan<'a> {
+    /// A program with these arguments, and with nothing else but that output.
+    pub fn new(program: &'a Path, args: &'a [String], output: &'a File) -> Plan<'a> {
+        Plan {
+            program,
+            judged: None,
+            args,
+            env: &[],
+            output,
+            gifts: Vec::new(),
+            user: None,
+            lock_limit: None,
+            descriptors: None,
+            file_limit: None,
+            wall: None,
+            join: &|| (),
+            privileged: false,
+        }
+    }
 }
 
 /// A process that runs its program, or died of it.
@@ -163,12 +184,10 @@ pub fn spawn(plan: Plan<'_>, record: impl FnOnce(&Identity) -> io::Result<()>) -
 fn read_report(error: &mut File) -> io::Result<Vec<u8>> {
     let (mut report, until) = (Vec::new(), Instant::now() + UNTIL_IT_RUNS);
     loop {
-        let left = rustix::event::Timespec::try_from(until.saturating_duration_since(Instant::now()));
-        let mut ready = [PollFd::new(error, PollFlags::IN)];
-        let ready = rustix::io::retry_on_intr(|| poll(&mut ready, left.as_ref().ok()))?;
+        let [is_ready] = ready_by([error.as_fd()], until)?;
         let mut some = [0; 512];
-        match (ready, report.len() < 4096) {
-            (0, _) => {
+        match (is_ready, report.len() < 4096) {
+            (false, _) => {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "its process does not come to run the program"));
             }
             (_, false) => return Ok(report),

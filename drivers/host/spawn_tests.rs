@@ -8,21 +8,8 @@ use std::os::unix::net::UnixListener;
 
 fn plan<'a>(args: &'a [String], env: &'a [(String, String)], output: &'a File) -> Plan<'a> {
     let gift = || UnixListener::bind_addr(&abstract_address()).unwrap().into();
-    Plan {
-        program: Path::new("/bin/sh"),
-        judged: None,
-        args,
-        env,
-        output,
-        gifts: vec![(3, gift()), (20, gift())],
-        user: None,
-        lock_limit: None,
-        descriptors: None,
-        file_limit: None,
-        wall: None,
-        join: &|| (),
-        privileged: false,
-    }
+    let gifts = vec![(3, gift()), (20, gift())];
+    Plan { env, gifts, ..Plan::new(Path::new("/bin/sh"), args, output) }
 }
 
 fn abstract_address() -> std::os::unix::net::SocketAddr {

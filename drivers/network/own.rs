@@ -15,15 +15,14 @@ use super::make::{self, Maker};
 use super::server;
 use crate::host::own_file::{self, replace_json};
 use crate::host::process::{Identity, kill};
+use crate::host::ready::ready_by;
 use crate::host::spawn::{Plan, spawn};
 use crate::host::wall;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
-use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{self, File};
 use std::io::{self, Read};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -117,7 +116,7 @@ impl OwnNetwork {
         // Its program may have been replaced since we were started.
         let ours = if self.program.exists() { self.program.as_path() } else { Path::new(inside::OURSELVES) };
         let args = [HOLDER.to_owned()];
-        let plan = plan(ours, &args, &nowhere, vec![(READY, mouth)]);
+        let plan = Plan { gifts: vec![(READY, mouth)], ..Plan::new(ours, &args, &nowhere) };
         let spawned = spawn(plan, |identity| is(identity, false))?;
         let said = heard(&ear, &spawned.fd).and_then(|said| match said.as_slice() {
             IS_READY => Ok(()),
@@ -154,13 +153,12 @@ impl OwnNetwork {
         let ends = [number.display().to_string(), holder.identity.pid.to_string()];
         let args: Vec<String> = words.into_iter().chain(closed).map(str::to_owned).chain(ends).collect();
         let record = |identity: &Identity| replace_json(&self.at("uplink.json"), identity, false);
-        let spawned = spawn(plan(&pasta, &args, &said, Vec::new()), record)?;
+        let spawned = spawn(Plan::new(&pasta, &args, &said), record)?;
         // It writes its number when all is done.
-        let up = first_of(&watch, &spawned.fd, Instant::now() + PATIENCE)?;
-        match up {
-            Some(true) => return Ok(()),
-            Some(false) => {}
-            None => tracing::warn!("pasta does not come up; it is ended"),
+        match ready_by([watch.as_fd(), spawned.fd.as_fd()], Instant::now() + PATIENCE)? {
+            [true, _] => return Ok(()),
+            [false, true] => {}
+            [false, false] => tracing::warn!("pasta does not come up; it is ended"),
         }
         let mut words = String::new();
         File::open(self.at("uplink.log"))?.take(LONGEST).read_to_string(&mut words)?;
@@ -398,55 +396,19 @@ fn pasta() -> Option<PathBuf> {
     ["/usr/bin/pasta", "/usr/local/bin/pasta", "/bin/pasta"].map(PathBuf::from).into_iter().find(|file| file.is_file())
 }
 
-/// A process that outlives us, with nothing but that.
-fn plan<'a>(program: &'a Path, args: &'a [String], output: &'a File, gifts: Vec<(i32, OwnedFd)>) -> Plan<'a> {
-    let (judged, user, lock_limit, file_limit, wall) = (None, None, None, None, None);
-    let (env, join, descriptors, privileged) = (&[], &|| (), None, false);
-    Plan {
-        program,
-        judged,
-        args,
-        env,
-        output,
-        gifts,
-        user,
-        lock_limit,
-        descriptors,
-        file_limit,
-        wall,
-        join,
-        privileged,
-    }
-}
-
 /// All that a process says until it ends or closes its end.
 fn heard(ear: &OwnedFd, process: &OwnedFd) -> io::Result<Vec<u8>> {
     let mut ear = File::from(ear.try_clone()?);
     let (mut said, until) = (Vec::new(), Instant::now() + PATIENCE);
     loop {
         let mut some = [0; 512];
-        match first_of(&ear, process, until)? {
-            None => return Err(io::Error::other("it says nothing")),
-            Some(false) => return Ok(said),
-            Some(true) => match ear.read(&mut some)? {
+        match ready_by([ear.as_fd(), process.as_fd()], until)? {
+            [false, false] => return Err(io::Error::other("it says nothing")),
+            [false, true] => return Ok(said),
+            [true, _] => match ear.read(&mut some)? {
                 0 => return Ok(said),
                 read => said.extend_from_slice(&some[..read]),
             },
         }
-    }
-}
-
-/// Whether there is something to be read (true), or the process has ended; nothing if neither happens until then.
-fn first_of(ear: &impl std::os::fd::AsFd, process: &OwnedFd, until: Instant) -> io::Result<Option<bool>> {
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let left = Timespec { tv_sec: left.as_secs().try_into().unwrap_or(0), tv_nsec: left.subsec_nanos().into() };
-        let mut both = [PollFd::new(ear, PollFlags::IN), PollFd::new(process, PollFlags::IN)];
-        match poll(&mut both, Some(&left)) {
-            Err(Errno::INTR) => continue,
-            Ok(0) => return Ok(None),
-            ready => ready?,
-        };
-        return Ok(Some(!both[0].revents().is_empty()));
     }
 }

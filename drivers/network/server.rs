@@ -5,15 +5,15 @@ use super::leases::TOLD;
 use super::serve::USER;
 use crate::host::own_file::{self, replace, replace_json};
 use crate::host::process::{Identity, kill};
+use crate::host::ready::ready_by;
 use crate::host::tap::output_within;
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::mem::MaybeUninit;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -112,16 +112,12 @@ pub fn reload(folder: &Path, files: &[&str]) -> io::Result<()> {
     let until = Instant::now() + PATIENCE;
     // It does one thing after the other: who has closed the last file takes questions again when it has worked it in.
     while !unread.is_empty() {
-        let left = until.saturating_duration_since(Instant::now());
-        let left = Timespec { tv_sec: left.as_secs().try_into().unwrap_or(0), tv_nsec: left.subsec_nanos().into() };
-        let mut both = [PollFd::new(&watch, PollFlags::IN), PollFd::new(&server, PollFlags::IN)];
-        match poll(&mut both, Some(&left)) {
-            Err(Errno::INTR) => continue,
-            Ok(0) => return Err(io::Error::other("dnsmasq does not read its files again: it does not answer")),
-            ready => ready?,
-        };
-        if !both[1].revents().is_empty() {
-            return Err(ended());
+        match ready_by([watch.as_fd(), server.as_fd()], until)? {
+            [_, true] => return Err(ended()),
+            [true, false] => {}
+            [false, false] => {
+                return Err(io::Error::other("dnsmasq does not read its files again: it does not answer"));
+            }
         }
         let mut room = [MaybeUninit::uninit(); 4096];
         let mut events = inotify::Reader::new(&watch, &mut room);
