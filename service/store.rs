@@ -605,9 +605,9 @@ fn replace(path: &Path, content: &[u8]) -> Result<()> {
     change_all(folder, &[(name, content)], &[])
 }
 
-/// Replaces files of one folder, each in one step and in this order, mode 0600, and then removes those of `gone`, in this order. When this returns, all
-/// of that is on disk: what is written together costs little more than one of it. One that is there already as it is to be
-/// is left alone.
+/// Replaces files of one folder, each in one step and in this order, mode 0600, and then removes those of `gone`, in this
+/// order. When this returns, all of that is on disk: what is written together costs little more than one of it. One that is
+/// there already as it is to be is left alone.
 fn change_all(folder: &Path, files: &[(&str, &[u8])], gone: &[&str]) -> Result<()> {
     let failed = |name: &str, e: io::Error| Error::from_io("write", &folder.join(name), &e);
     let mut written = Vec::new();

@@ -4,7 +4,7 @@
 
 use super::foreign::Ruleset;
 use super::link;
-use super::make::{Maker, World};
+use super::make::{Maker, Namespace};
 use super::own::{HOLDER, IS_READY, READY};
 use crate::host::apart;
 use crate::host::tap::{self, Rate, TapPlan, VlanPlan};
@@ -297,7 +297,7 @@ fn perform(request: Request) -> Performed {
 
 fn maker(place: Place) -> Maker {
     let Place { runtime, leases, teller } = place;
-    Maker { runtime, leases, teller, world: World::Inside, steps_left: None }
+    Maker { runtime, leases, teller, namespace: Namespace::Inside, steps_left: None }
 }
 
 fn parse(xml: &str) -> Result<NetworkDef, NetworkError> {

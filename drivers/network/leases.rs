@@ -36,7 +36,7 @@ pub fn tell() -> bool {
 }
 
 /// A file whose changes are waited for.
-pub struct Watched(AsyncFd<Watch>);
+pub struct WatchedLeases(AsyncFd<Watch>);
 
 /// What the kernel tells by; it stays open as long as it is watched.
 struct Watch(OwnedFd);
@@ -47,14 +47,14 @@ impl AsRawFd for Watch {
     }
 }
 
-impl Watched {
+impl WatchedLeases {
     /// Watches a file that is there. Must be called within the runtime.
-    pub fn new(file: &Path) -> io::Result<Watched> {
+    pub fn new(file: &Path) -> io::Result<WatchedLeases> {
         let watch = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC)?;
         inotify::add_watch(&watch, file, WatchFlags::CLOSE_WRITE)?;
         // SAFETY: Watch owns its descriptor and always shows the same one.
         let watch = unsafe { AsyncFd::register_with_interest(Watch(watch), Interest::READABLE) };
-        watch.map(Watched).map_err(|error| io::Error::other(error.to_string()))
+        watch.map(WatchedLeases).map_err(|error| io::Error::other(error.to_string()))
     }
 
     /// Waits until it was touched, once for all that did so meanwhile.
@@ -178,7 +178,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("told");
         std::fs::write(&file, "").unwrap();
-        let watched = Watched::new(&file).unwrap();
+        let watched = WatchedLeases::new(&file).unwrap();
         for _ in 0..3 {
             let touch = rustix::fs::open(&file, OFlags::WRONLY, Mode::empty()).unwrap();
             drop(touch);

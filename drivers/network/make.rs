@@ -41,14 +41,14 @@ pub struct Maker {
     /// What dnsmasq runs when an address is given: virtd itself.
     pub teller: Option<PathBuf>,
     /// Where they are made.
-    pub world: World,
+    pub namespace: Namespace,
     /// For tests: so many steps are done, and then nothing any more.
     pub steps_left: Option<std::sync::atomic::AtomicUsize>,
 }
 
 /// Where networks are made.
 #[derive(Clone, Debug)]
-pub enum World {
+pub enum Namespace {
     /// On the host: we are root.
     Host,
     /// In namespaces of the user's own.
@@ -121,10 +121,10 @@ impl Maker {
     /// What keeps a definition from being started here.
     pub fn check(&self, def: &NetworkDef) -> Vec<Finding> {
         let mut findings = standing::check(def);
-        let obstacle = match &self.world {
-            World::Host | World::Inside => None,
-            World::Own(_) => OwnNetwork::obstacle(def.mode()),
-            World::Nowhere => Some("networks need root: use the system bus, or <interface type='user'>".to_owned()),
+        let obstacle = match &self.namespace {
+            Namespace::Host | Namespace::Inside => None,
+            Namespace::Own(_) => OwnNetwork::obstacle(def.mode()),
+            Namespace::Nowhere => Some("networks need root: use the system bus, or <interface type='user'>".to_owned()),
         };
         findings.extend(obstacle.map(|why| Finding::unsupported(&def.at, why)));
         findings
@@ -136,8 +136,8 @@ impl Maker {
         if !findings.is_empty() {
             return Err(NetworkError::Config(findings));
         }
-        match &self.world {
-            World::Own(own) => own.can_start(self, def),
+        match &self.namespace {
+            Namespace::Own(own) => own.can_start(self, def),
             _ => self.is_free(def).map_err(|error| failed(def, &error)),
         }
     }
@@ -189,7 +189,7 @@ impl Maker {
 
     /// Makes it, all or nothing.
     pub fn start(&self, def: &NetworkDef, owner: u32) -> Result<(), NetworkError> {
-        if let World::Own(own) = &self.world {
+        if let Namespace::Own(own) = &self.namespace {
             return own.start(self, def, owner);
         }
         self.can_start(def)?;
@@ -247,7 +247,7 @@ impl Maker {
     }
 
     fn is_host(&self) -> bool {
-        matches!(self.world, World::Host)
+        matches!(self.namespace, Namespace::Host)
     }
 
     /// For who does the same elsewhere.
@@ -323,7 +323,7 @@ impl Maker {
 
     /// The same for who knows its number alone.
     pub fn stop(&self, uuid: Uuid) -> Result<(), NetworkError> {
-        if let World::Own(own) = &self.world {
+        if let Namespace::Own(own) = &self.namespace {
             return own.stop(self, uuid);
         }
         let folder = self.folder(uuid);
@@ -336,7 +336,7 @@ impl Maker {
 
     /// Everything that is there and whole, after what was cut off has been undone and what is missing made again.
     pub fn find(&self) -> Vec<(NetworkDef, u32)> {
-        if let World::Own(own) = &self.world {
+        if let Namespace::Own(own) = &self.namespace {
             return own.find(self);
         }
         let folders = fs::read_dir(&self.runtime).into_iter().flatten().flatten().map(|entry| entry.path());
@@ -389,7 +389,7 @@ impl Maker {
 
     /// Makes of one that is there what `def` says; on failure it is as it was.
     pub fn change(&self, def: &NetworkDef) -> Result<(), NetworkError> {
-        if let World::Own(own) = &self.world {
+        if let Namespace::Own(own) = &self.namespace {
             return own.change(self, def);
         }
         let folder = self.folder(def.uuid);
@@ -440,7 +440,7 @@ impl Maker {
 
     /// Why it cannot do its work, with the host's rules as they are or were listed for others after the same change.
     pub fn problems(&self, def: &NetworkDef, rules: &Ruleset) -> Result<Vec<Problem>, PartlySeen> {
-        if let World::Own(own) = &self.world {
+        if let Namespace::Own(own) = &self.namespace {
             return own.problems(self, def);
         }
         let Some(bridge) = def.bridge_name() else { return Ok(Vec::new()) };
@@ -482,34 +482,34 @@ impl Maker {
 
     /// Plugs cards of guests that are in no bridge into this one.
     pub fn plug(&self, def: &NetworkDef, cards: &[PluggedCard]) {
-        match &self.world {
-            World::Own(own) => own.plug(def, cards),
+        match &self.namespace {
+            Namespace::Own(own) => own.plug(def, cards),
             _ => link::plug(def, &cards.iter().map(Card::of).collect::<Vec<_>>()),
         }
     }
 
     /// What is watched of a network; nothing of one that is not there.
-    pub fn watched(&self, uuid: Uuid) -> Option<Watched> {
+    pub fn watched(&self, uuid: Uuid) -> Option<WatchedParts> {
         let folder = self.folder(uuid);
         let (_, def) = read(&folder).ok()??;
         let (mut parts, holder) = (
             vec![server::find(&folder)],
-            match &self.world {
-                World::Own(own) => Some(own.holder_of(self, uuid)),
+            match &self.namespace {
+                Namespace::Own(own) => Some(own.holder_of(self, uuid)),
                 _ => None,
             },
         );
-        if let World::Own(own) = &self.world
+        if let Namespace::Own(own) = &self.namespace
             && def.mode() == Mode::Nat
         {
             parts.push(own.uplink());
         }
-        Some(Watched { told: folder.join("told"), parts, holder })
+        Some(WatchedParts { told: folder.join("told"), parts, holder })
     }
 }
 
 /// What is watched of a network.
-pub struct Watched {
+pub struct WatchedParts {
     /// The file that is touched when an address was given.
     pub told: PathBuf,
     /// Processes that work for it, each if it is there.

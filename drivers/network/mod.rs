@@ -28,7 +28,7 @@ mod tests;
 use crate::host::process::{End, Process};
 use async_trait::async_trait;
 use foreign::Ruleset;
-use make::{Maker, World};
+use make::{Maker, Namespace};
 pub use own::OwnNetwork;
 use rule_changes::RuleChanges;
 use std::collections::HashMap;
@@ -102,12 +102,12 @@ impl HostNetworks {
     pub fn new(folder: &std::path::Path, state: &std::path::Path, teller: Option<PathBuf>) -> HostNetworks {
         let (runtime, leases) = (folder.join("networks"), state.join("leases"));
         let own = OwnNetwork::new(folder, teller.as_deref());
-        let world = match own {
-            _ if nix::unistd::geteuid().is_root() => World::Host,
-            Some(own) => World::Own(own),
-            None => World::Nowhere,
+        let namespace = match own {
+            _ if nix::unistd::geteuid().is_root() => Namespace::Host,
+            Some(own) => Namespace::Own(own),
+            None => Namespace::Nowhere,
         };
-        let maker = Arc::new(Maker { runtime, leases, teller, world, steps_left: None });
+        let maker = Arc::new(Maker { runtime, leases, teller, namespace, steps_left: None });
         HostNetworks { maker, turn: Arc::default(), followed: Arc::default() }
     }
 
@@ -131,7 +131,7 @@ impl HostNetworks {
         let mut followed = self.followed();
         followed.networks.entry(uuid).or_default();
         // Those in namespaces of a user's own have nobody else's rules beside them.
-        if followed.rules.is_some() || !matches!(self.maker.world, World::Host) {
+        if followed.rules.is_some() || !matches!(self.maker.namespace, Namespace::Host) {
             return;
         }
         let rules = followed.rules.insert(JoinSet::new());
@@ -306,7 +306,7 @@ async fn follow(
             return;
         }
         changed = false;
-        let watched = leases::Watched::new(&there.told).ok();
+        let watched = leases::WatchedLeases::new(&there.told).ok();
         loop {
             tokio::select! {
                 another = changes.changed() => match another {
@@ -333,7 +333,7 @@ async fn gone(to: &mpsc::Sender<NetworkReport>) {
     let _ = to.send(NetworkReport::Gone).await;
 }
 
-async fn touch_of(watched: Option<&leases::Watched>) -> std::io::Result<()> {
+async fn touch_of(watched: Option<&leases::WatchedLeases>) -> std::io::Result<()> {
     match watched {
         Some(watched) => watched.touched().await,
         None => std::future::pending().await,

@@ -1,7 +1,7 @@
 //! Networks made for real, each test in network, mount and process namespaces of its own: the machine's are never touched.
 
 use super::HostNetworks;
-use super::make::{Maker, World};
+use super::make::{Maker, Namespace};
 use super::rule_changes::RuleChanges;
 use std::io;
 use std::net::{Ipv4Addr, UdpSocket};
@@ -82,7 +82,7 @@ impl House {
             runtime: at("networks"),
             leases: at("leases"),
             teller: Some(at("teller")),
-            world: World::Host,
+            namespace: Namespace::Host,
             steps_left,
         }
     }

@@ -30,7 +30,7 @@ pub(super) type FileNumber = (u64, u64);
 pub(super) struct Seen {
     files: Mutex<HashMap<PathBuf, FileNumber>>,
     /// Folders in which there was no file for some paths.
-    folders: Mutex<HashMap<PathBuf, Folder>>,
+    folders: Mutex<HashMap<PathBuf, MissingFiles>>,
     /// Paths at which somebody looks.
     looking: Mutex<HashSet<PathBuf>>,
     /// Folders at whose paths somebody looks.
@@ -39,7 +39,7 @@ pub(super) struct Seen {
 }
 
 /// A folder and what was not there. While the folder stays as it was, it still is not.
-struct Folder {
+struct MissingFiles {
     /// `None`: that cannot be told.
     was: Option<Stamp>,
     missing: HashSet<PathBuf>,
@@ -141,7 +141,7 @@ impl Seen {
         let whole = alone(&self.looking_in, &folder, || {
             let stamp = Stamp::of(&folder);
             let before = lock(&self.folders).remove(&folder);
-            let (same, changed): (Option<Folder>, Option<Folder>) = match before {
+            let (same, changed): (Option<MissingFiles>, Option<MissingFiles>) = match before {
                 Some(before) if before.was.is_some() && before.was == stamp => (Some(before), None),
                 before => (None, before),
             };
@@ -155,7 +155,7 @@ impl Seen {
                     was = was.filter(|_| !is_link);
                 }
             }
-            self.keep(&folder, Folder { was, missing });
+            self.keep(&folder, MissingFiles { was, missing });
         });
         if whole.is_none() {
             // Somebody else looks at the folder, and may have to wait for another path in it.
@@ -164,7 +164,7 @@ impl Seen {
     }
 
     /// Keeps what is missing in a folder, of a bounded number of paths.
-    fn keep(&self, path: &Path, folder: Folder) {
+    fn keep(&self, path: &Path, folder: MissingFiles) {
         let mut folders = lock(&self.folders);
         let all = folders.values().map(|folder| folder.missing.len()).sum::<usize>() + folder.missing.len();
         if folders.len() >= MOST_FOLDERS || all > MOST_MISSING {
@@ -266,7 +266,7 @@ mod tests {
     #[test]
     fn what_is_remembered_of_what_is_missing_is_bounded() {
         let seen = Seen::default();
-        let missing = |folder: &str, many: usize| Folder {
+        let missing = |folder: &str, many: usize| MissingFiles {
             was: Some(Stamp::Missing),
             missing: (0..many).map(|n| PathBuf::from(format!("{folder}/{n}"))).collect(),
         };

@@ -105,7 +105,7 @@ impl Service {
         let AcceptedPool { def, existing, .. } = accepted.inspect_err(refused)?;
         let pool = existing.unwrap_or_else(|| {
             let note = Note { owner: caller.uid, autostart: false };
-            enter(&self.shared, &self.pools, Known { persistent: false, ..Known::of(def.clone(), note) })
+            enter(&self.shared, &self.pools, PoolSeed { persistent: false, ..PoolSeed::of(def.clone(), note) })
         });
         let ticket = pool.create(caller, def, options).await?;
         Ok((pool, ticket))
@@ -181,13 +181,13 @@ async fn store_new(
     let stored = note.clone();
     on_disk(move || on.store.documents(Folder::Pools).save(uuid, &text, &stored)).await?;
     fail_point::reached();
-    let pool = enter(shared, pools, Known::of(def, note));
+    let pool = enter(shared, pools, PoolSeed::of(def, note));
     pool.commit(vec![("defined", "added")], |_| {});
     Ok(pool)
 }
 
 /// What is known of a pool at first.
-struct Known {
+struct PoolSeed {
     def: PoolDef,
     persistent: bool,
     broken: Option<String>,
@@ -195,16 +195,16 @@ struct Known {
     noted: Vec<(FileId, Noted)>,
 }
 
-impl Known {
+impl PoolSeed {
     /// Of one that is stored, and of whose volumes nothing is noted.
-    fn of(def: PoolDef, note: Note) -> Known {
-        Known { def, persistent: true, broken: None, note, noted: Vec::new() }
+    fn of(def: PoolDef, note: Note) -> PoolSeed {
+        PoolSeed { def, persistent: true, broken: None, note, noted: Vec::new() }
     }
 }
 
 /// Registers a pool.
-fn enter(shared: &Arc<Shared>, pools: &Arc<Pools>, known: Known) -> Arc<Pool> {
-    let Known { def, persistent, broken, note, noted } = known;
+fn enter(shared: &Arc<Shared>, pools: &Arc<Pools>, seed: PoolSeed) -> Arc<Pool> {
+    let PoolSeed { def, persistent, broken, note, noted } = seed;
     let (uuid, name) = (def.uuid, def.name.clone());
     let state = State {
         def: Arc::new(def),
@@ -273,7 +273,7 @@ pub(crate) async fn load(shared: &Arc<Shared>, pools: &Arc<Pools>) -> Result<()>
         // Without what is noted a guest's disk would be what the guest says that it is.
         let opens = active.remove(&uuid).filter(|_| broken.is_none());
         pools.registry.claim(uuid, &def.name, note.owner, usize::MAX)?;
-        let pool = enter(shared, pools, Known { def, persistent: true, broken, note, noted });
+        let pool = enter(shared, pools, PoolSeed { def, persistent: true, broken, note, noted });
         pool.commit(Vec::new(), |_| {});
         pool.tell_needs();
         if let Some(found) = opens {
@@ -315,7 +315,7 @@ async fn load_transient(
     let noted = noted.map_err(|e| e.to_string())?;
     pools.registry.claim(uuid, &def.name, note.owner, usize::MAX).map_err(|e| e.to_string())?;
     let (def, running) = (def.clone(), Arc::new(def));
-    let pool = enter(shared, pools, Known { persistent: false, noted, ..Known::of(def, note) });
+    let pool = enter(shared, pools, PoolSeed { persistent: false, noted, ..PoolSeed::of(def, note) });
     pool.tell_needs();
     pool.begins_again(running);
     Ok(())

@@ -35,6 +35,9 @@ const CHECKPOINTS: &str = ".checkpoints";
 /// The file of a backup under way.
 const BACKUP: &str = ".backup";
 
+/// The file of an operation under way.
+const INTENT: &str = ".intent";
+
 /// The file that names the current one; where none is, there is no such file.
 const CURRENT: &str = ".current";
 
@@ -193,7 +196,7 @@ impl Store {
             Ok(current) => (current, None),
             Err(e) => (None, Some(format!("which of its snapshots is current is not known: {e}"))),
         };
-        let (intent, no_intent) = match read_if_there(&folder.join(".intent")) {
+        let (intent, no_intent) = match read_if_there(&folder.join(INTENT)) {
             Ok(intent) => (intent, None),
             Err(e) => (None, Some(format!("an operation on its snapshots that was cut off cannot be finished: {e}"))),
         };
@@ -245,7 +248,7 @@ impl Store {
         self.make_snapshots(uuid)?;
         let mut files: Vec<(String, Vec<u8>)> = Vec::new();
         if let Some(intent) = intent {
-            files.push((".intent".to_owned(), json(intent)?));
+            files.push((INTENT.to_owned(), json(intent)?));
         }
         for record in records {
             let Ok(def) = &record.def else { continue };
@@ -323,7 +326,7 @@ impl Store {
     /// Notes what is about to be done.
     pub fn save_intent(&self, uuid: Uuid, intent: &Intent) -> Result<()> {
         self.make_snapshots(uuid)?;
-        replace_json(&self.snapshots(uuid).join(".intent"), intent)
+        replace_json(&self.snapshots(uuid).join(INTENT), intent)
     }
 
     /// The block jobs that are under way, by their disks.
@@ -343,7 +346,7 @@ impl Store {
 
     /// It is done, or undone. To be followed by [`Store::sync_snapshots`].
     pub fn remove_intent(&self, uuid: Uuid) -> Result<()> {
-        unlink(&self.snapshots(uuid).join(".intent")).map(drop)
+        unlink(&self.snapshots(uuid).join(INTENT)).map(drop)
     }
 
     /// What has been removed is removed on disk, too.
