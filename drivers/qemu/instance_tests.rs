@@ -7,6 +7,7 @@ use crate::qemu::companion::Recorded;
 use crate::qemu::events::Guest;
 use crate::qemu::record::{Phase, Record};
 use crate::qemu::{QemuDriver, plug};
+use rustix::process::set_parent_process_death_signal;
 use std::io::Read;
 use std::os::unix::process::CommandExt;
 use std::path::Path;
@@ -33,7 +34,7 @@ async fn answer(peer: &mut Peer, before: &str, reply: &str) {
     peer.get_mut().write_all(format!("{before}{{{reply}, \"id\": {id}}}\n").as_bytes()).await.unwrap();
 }
 
-/// A process in a group of its own that finds its standard input closed when all is ready.
+/// A process in a group of its own that finds its standard input closed when all is ready. It ends with the test's thread at last.
 fn process(program: &str) -> (Identity, Process) {
     process_saying(program, Stdio::null())
 }
@@ -41,7 +42,10 @@ fn process(program: &str) -> (Identity, Process) {
 #[allow(clippy::zombie_processes, reason = "reaped by its pidfd")]
 fn process_saying(program: &str, output: Stdio) -> (Identity, Process) {
     let mut command = std::process::Command::new("sh");
-    let child = command.args(["-c", program]).stdin(Stdio::piped()).stdout(output).process_group(0).spawn().unwrap();
+    command.args(["-c", program]).stdin(Stdio::piped()).stdout(output).process_group(0);
+    // SAFETY: one system call.
+    unsafe { command.pre_exec(|| Ok(set_parent_process_death_signal(Some(Signal::KILL))?)) };
+    let child = command.spawn().unwrap();
     let identity = Identity::of(child.id() as i32).unwrap();
     let process = Process::new(identity.open().unwrap().unwrap()).unwrap();
     (identity, process)
@@ -114,6 +118,17 @@ async fn guest_with(program: &str, companions: Vec<Living>) -> (QemuInstance, Pe
         withheld: Mutex::default(),
     });
     (instance, peer, reports, identity.pid)
+}
+
+#[tokio::test]
+async fn a_process_ends_with_the_test_that_has_it() {
+    let runtime = tokio::runtime::Handle::current();
+    let test = std::thread::spawn(move || {
+        let _within = runtime.enter();
+        process("exec sleep 1000").1
+    });
+    let ended = timeout(Duration::from_secs(20), test.join().unwrap().ended()).await;
+    assert_eq!(ended.expect("it does not outlive its test"), End::Signal(9));
 }
 
 #[tokio::test]
