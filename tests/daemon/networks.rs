@@ -1,6 +1,6 @@
 //! Networks as clients have them: made for real, in a network namespace of the daemon's own.
 
-use crate::common::client::{Client, Options, Refusal, options};
+use crate::common::client::{Client, Options, Refusal, Watch, options};
 use crate::common::users::BOB;
 use crate::common::{Daemon, Setup, have};
 use std::collections::HashMap;
@@ -279,4 +279,53 @@ async fn n6_a_broken_document_says_so_and_a_default_one_chooses_its_net_once() {
     shown(&daemon, "ip", &["address", "add", "192.168.122.9/24", "dev", "far"]);
     shown(&daemon, "ip", &["link", "set", "far", "up"]);
     refused(network.does("Start", options([])).await, "NetworkFailed", "'far'");
+}
+
+/// The words of a network's problems when they have changed next.
+async fn problems(watch: &mut Watch, network: &Network) -> Vec<String> {
+    loop {
+        let message = watch.next().await;
+        let header = message.header();
+        let is_it = header.member().is_some_and(|member| member == "PropertiesChanged")
+            && header.path().is_some_and(|path| *path == network.path.as_str());
+        if !is_it {
+            continue;
+        }
+        let (_, mut values, _): (String, HashMap<String, OwnedVariant>, Vec<String>) =
+            message.body().deserialize().expect("sa{sv}as");
+        if let Some(problems) = values.remove("Problems") {
+            let problems = Vec::<(String, String)>::try_from(problems).expect("a(ss)");
+            return problems.into_iter().map(|(token, _)| token).collect();
+        }
+    }
+}
+
+#[tokio::test]
+async fn problems_follow_what_others_do_with_rules() {
+    let Some(mut daemon) = daemon().await else { return };
+    let client = Client { connection: daemon.connect().await };
+    let network = Network::from(&client, "CreateNetwork", HOME).await.expect("started");
+    assert_eq!(network.list("Problems").await, 0);
+    let drops =
+        "add table ip docker; add chain ip docker FORWARD { type filter hook forward priority 0; policy drop; }";
+    let lets_pass = "add rule ip docker FORWARD iifname vbr7 accept; add rule ip docker FORWARD oifname vbr7 accept";
+    let nft = |line: &str| assert_eq!(shown(&daemon, "nft", &[line]), "", "{line}");
+    let mut watch = client.watch().await;
+    nft(drops);
+    assert_eq!(problems(&mut watch, &network).await, ["forward-blocked"]);
+    nft(lets_pass);
+    assert_eq!(problems(&mut watch, &network).await, [""; 0]);
+    nft("flush chain ip docker FORWARD");
+    assert_eq!(problems(&mut watch, &network).await, ["forward-blocked"]);
+    nft("delete table ip docker");
+    assert_eq!(problems(&mut watch, &network).await, [""; 0]);
+
+    // The next virtd hears of it as well.
+    daemon.kill_virtd().await;
+    daemon.start_virtd().await;
+    assert_eq!(network.list("Problems").await, 0);
+    let mut watch = client.watch().await;
+    assert_eq!(shown(&daemon, "nft", &[drops]), "");
+    assert_eq!(problems(&mut watch, &network).await, ["forward-blocked"]);
+    network.does("Destroy", options([])).await.expect("destroyed");
 }
